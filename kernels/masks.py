@@ -1,0 +1,182 @@
+"""Which keys each query may see, and what is added to its scores.
+
+A `Mask` joins the three ways in which attention calls restrict keys: a causal or windowed rule on positions, a boolean
+tensor (True: may see) and an additive tensor. It answers for any tile without building [query, key] for the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workbench.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Visibility and score bias of one attention call.
+
+    Attributes:
+        n_queries, n_keys: size of the full [query, key] map.
+        causal: query i sees key j only if j <= i + offset.
+        offset: absolute position of query row 0; n_keys - n_queries when the first keys come from a cache.
+        window: query i sees key j only if |i + offset - j| < window; None for no window.
+        tensor: [batch or 1, head or 1, query or 1, key]; bool (True: may see) or additive; None for none.
+
+    An additive entry below half of the lowest number of its dtype hides its key, as -inf does: models write both.
+    """
+
+    n_queries: int
+    n_keys: int
+    causal: bool = False
+    offset: int = 0
+    window: int | None = None
+    tensor: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tensor is None:
+            return
+        if self.tensor.dim() != 4:
+            raise CaptureError("a mask needs four dimensions [batch, head, query, key]", shape=self.tensor.shape)
+        queries, keys = self.tensor.shape[-2:]
+        if keys not in (1, self.n_keys) or queries not in (1, self.n_queries):
+            raise CaptureError(
+                f"the mask does not fit a map of {self.n_queries} queries and {self.n_keys} keys",
+                shape=self.tensor.shape,
+                hint="its last two dimensions must be (queries, keys), or 1 to broadcast",
+            )
+        if not self.additive and self.tensor.dtype != torch.bool:
+            raise CaptureError(f"a mask is boolean or floating point, not {self.tensor.dtype}")
+
+    @property
+    def additive(self) -> bool:
+        """Whether the tensor is added to the scores rather than switching keys on and off."""
+        return self.tensor is not None and self.tensor.is_floating_point()
+
+    def key_range(self, queries: slice) -> tuple[int, int]:
+        """First key and one past the last key that the positional rules let any of these query rows see."""
+        first, last = 0, self.n_keys
+        if self.causal:
+            last = min(last, queries.stop + self.offset)
+        if self.window is not None:
+            first = max(first, queries.start + self.offset - self.window + 1)
+            last = min(last, queries.stop - 1 + self.offset + self.window)
+        return max(first, 0), max(last, 0)
+
+    def rule(self, queries: slice, keys: slice, device: torch.device) -> Tensor | None:
+        """[query, key] bool of the positional rules for a tile, or None when they hide nothing in it."""
+        low, high = queries.start + self.offset, queries.stop - 1 + self.offset  # absolute positions of the rows
+        hides_causal = self.causal and keys.stop - 1 > low
+        farthest = max(high - keys.start, keys.stop - 1 - low)
+        hides_far = self.window is not None and farthest >= self.window
+        if not hides_causal and not hides_far:
+            return None
+        i = torch.arange(low, high + 1, device=device)[:, None]
+        j = torch.arange(keys.start, keys.stop, device=device)[None, :]
+        seen = i >= j if hides_causal else torch.ones(len(i), j.shape[1], dtype=torch.bool, device=device)
+        if hides_far and self.window is not None:
+            seen = seen & ((i - j).abs() < self.window)
+        return seen
+
+    def cut(self, queries: slice, keys: slice, batch: slice, heads: slice | Tensor) -> Tensor | None:
+        """The part [b, h, q, k] of the mask tensor that belongs to a tile; size-1 dimensions stay 1."""
+        if self.tensor is None:
+            return None
+        t = self.tensor
+        t = t if t.shape[0] == 1 else t[batch]
+        t = t if t.shape[1] == 1 else t[:, heads]
+        t = t if t.shape[2] == 1 else t[:, :, queries]
+        return t if t.shape[3] == 1 else t[..., keys]
+
+    def visible(self, queries: slice, keys: slice, batch: slice, heads: slice | Tensor) -> Tensor | None:
+        """Bool, broadcastable to [b, h, q, k], of the keys that may be seen; None when all of the tile is."""
+        part = self.cut(queries, keys, batch, heads)
+        if part is not None and self.additive:
+            part = part > hidden_below(part.dtype)
+        device = torch.device("cpu") if part is None else part.device
+        rule = self.rule(queries, keys, device)
+        if part is None or rule is None:
+            return rule if part is None else part
+        return part & rule
+
+    def summary(self, n_batch: int, n_heads: int, device: torch.device) -> MaskSummary:
+        """Counts per query and per key, computed in blocks of rows; small in memory."""
+        b, h = (1, 1) if self.tensor is None else (self.tensor.shape[0], self.tensor.shape[1])
+        per_key = torch.zeros(b, h, self.n_keys, dtype=torch.long, device=device)
+        per_query = torch.zeros(b, h, self.n_queries, dtype=torch.long, device=device)
+        first = torch.zeros(b, h, self.n_queries, dtype=torch.long, device=device)
+        block = max(1, (1 << 22) // max(1, b * h * self.n_keys))
+        for start in range(0, self.n_queries, block):
+            rows = slice(start, min(start + block, self.n_queries))
+            seen = self.visible(rows, slice(0, self.n_keys), slice(None), slice(None))
+            if seen is None:
+                per_query[..., rows] = self.n_keys
+                per_key += rows.stop - rows.start
+                continue
+            seen = seen.to(device).expand(b, h, rows.stop - rows.start, self.n_keys)
+            per_query[..., rows] = seen.sum(-1)
+            first[..., rows] = seen.to(torch.uint8).argmax(-1)
+            per_key += seen.sum(-2)
+        return MaskSummary(per_query, per_key, first)
+
+
+@dataclass(frozen=True)
+class MaskSummary:
+    """What a mask lets through; leading dimensions are [batch or 1, head or 1].
+
+    Attributes:
+        keys_per_query: [b, h, query], number of keys a query sees; 0 marks a fully masked row.
+        queries_per_key: [b, h, key], number of queries that see a key.
+        first_key: [b, h, query], the first key a query sees (0 where it sees none).
+    """
+
+    keys_per_query: Tensor
+    queries_per_key: Tensor
+    first_key: Tensor
+
+
+def hidden_below(dtype: torch.dtype) -> float:
+    """The additive value below which a key counts as hidden: half of the lowest finite number."""
+    return torch.finfo(dtype).min / 2
+
+
+def as_four(mask: Tensor) -> Tensor:
+    """A mask of one to four dimensions as [batch, head, query, key]; leading dimensions are added in front."""
+    if not 1 <= mask.dim() <= 4:
+        raise CaptureError("a mask has one to four dimensions", shape=mask.shape)
+    return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+
+
+def causal(n_queries: int, n_keys: int | None = None) -> Mask:
+    """Causal over `n_keys` keys of which the first n_keys - n_queries come from a cache.
+
+    >>> causal(2, 5).rule(slice(0, 2), slice(0, 5), torch.device("cpu")).int().tolist()
+    [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    """
+    n_keys = n_queries if n_keys is None else n_keys
+    return Mask(n_queries, n_keys, causal=True, offset=n_keys - n_queries)
+
+
+def sliding_window(n: int, window: int, causal: bool = True) -> Mask:
+    """Each of `n` queries sees the keys less than `window` positions away.
+
+    >>> sliding_window(4, 2).rule(slice(0, 4), slice(0, 4), torch.device("cpu")).int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    """
+    return Mask(n, n, causal=causal, window=window)
+
+
+def padding(lengths: Sequence[int], n: int, side: str = "right", causal: bool = False) -> Mask:
+    """Hide the padding of a batch whose rows hold `lengths` real tokens out of `n`, padded on `side`.
+
+    >>> padding([1, 3], 3, side="left").tensor[:, 0, 0].int().tolist()
+    [[0, 0, 1], [1, 1, 1]]
+    """
+    if side not in ("left", "right"):
+        raise CaptureError(f'padding is "left" or "right", not {side!r}')
+    position, length = torch.arange(n)[None, :], torch.tensor(list(lengths))[:, None]
+    real = position < length if side == "right" else position >= n - length
+    return Mask(n, n, causal=causal, tensor=real[:, None, None, :])

@@ -1,0 +1,173 @@
+"""Lazy attention patterns: maps A [batch, head, query, key] of which any part can be had, and never the whole unless asked.
+
+A mechanism is a subclass with a `tile`; statistics, views and analyses follow from it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from workbench.errors import CaptureError
+from workbench.kernels import streaming
+from workbench.kernels.accumulators import Space
+from workbench.kernels.masks import Mask, MaskSummary
+from workbench.kernels.statistics import Options
+
+Grade = Literal["exact", "frozen", "surrogate"]
+Maker = Callable[[slice, slice], tuple[Tensor, Tensor | None]]
+DENSE_LIMIT = 1 << 30
+"""Bytes above which `dense` refuses unless told otherwise: 1 GiB."""
+
+
+class Pattern(ABC):
+    """A map A with out = A·V.
+
+    Attributes:
+        n_batch, n_heads, n_kv_heads, n_queries, n_keys: its sizes.
+        mask: which keys each query may see.
+        grade: "exact" (the model's own weights), "frozen" (exact at fixed gates) or "surrogate".
+        signed: whether entries may be negative.
+        normalised: whether rows sum to one.
+        dtype: of the tiles; float64 for float64 inputs, else float32.
+    """
+
+    grade: Grade = "exact"
+    signed: bool = False
+    normalised: bool = True
+    n_kv_heads: int
+
+    def __init__(self, shape: Sequence[int], mask: Mask, dtype: torch.dtype, device: torch.device) -> None:
+        self.n_batch, self.n_heads, self.n_queries, self.n_keys = shape
+        self.n_kv_heads = self.n_heads
+        self.mask, self.dtype, self.device = mask, dtype, device
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, head, query, key)."""
+        return self.n_batch, self.n_heads, self.n_queries, self.n_keys
+
+    @abstractmethod
+    def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
+        """[batch, head, q, k] of the pattern; all heads if None."""
+
+    def maker(self, batch: slice, heads: slice, wants_log: bool) -> Maker:
+        """A function that makes (p, ln p or None) of a tile for these batch entries and heads."""
+        which = range(self.n_heads)[heads]
+
+        def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
+            p = self.tile(queries, keys, which)[batch]
+            return p, p.log().clamp_(min=-1e30) if wants_log else None
+
+        return make
+
+    def score_maker(self, batch: slice, heads: slice) -> Callable[[slice, slice], Tensor]:
+        """A function that makes tiles of scores; only softmax patterns have them."""
+        raise CaptureError(f"{type(self).__name__} has no scores, hence no lse")
+
+    @property
+    def lse(self) -> Tensor:
+        """[batch, head, query] log of the softmax denominator; only softmax patterns have one."""
+        raise CaptureError(f"{type(self).__name__} has no scores, hence no lse")
+
+    def value_weighted(self) -> Pattern:
+        """The pattern p·‖v‖, renormalised per row."""
+        raise CaptureError(f"{type(self).__name__} keeps no values", hint="capture with values=True")
+
+    @cached_property
+    def seen(self) -> MaskSummary:
+        """What the mask lets through, counted per query and per key."""
+        return self.mask.summary(self.n_batch, self.n_heads, self.device)
+
+    def space(self) -> Space:
+        """Sizes and mask counts, for the accumulators."""
+        return Space(*self.shape, self.mask.offset, self.device, self.dtype, self.seen)
+
+    def rows(self, queries: int | slice | Sequence[int], heads: Sequence[int] | None = None) -> Tensor:
+        """[batch, head, len(queries), key]: whole rows, for one query, a slice or a list."""
+        if isinstance(queries, slice):
+            wanted: list[int] = list(range(*queries.indices(self.n_queries)))
+        else:
+            wanted = [queries] if isinstance(queries, int) else list(queries)
+        bad = [i for i in wanted if not -self.n_queries <= i < self.n_queries]
+        if bad:
+            raise CaptureError(f"there are {self.n_queries} queries, no query {bad[0]}")
+        parts = [self.tile(slice(i, i + 1), slice(0, self.n_keys), heads) for i in (i % self.n_queries for i in wanted)]
+        return torch.cat(parts, dim=2) if parts else self.tile(slice(0, 0), slice(0, self.n_keys), heads)
+
+    def dense(self, heads: Sequence[int] | None = None, limit: int | None = DENSE_LIMIT) -> Tensor:
+        """The whole map [batch, head, query, key] of some heads (all if None).
+
+        Raises:
+            CaptureError: it would hold more than `limit` bytes (None: no limit); the message says how many.
+        """
+        which = range(self.n_heads) if heads is None else self._checked(heads)
+        size = self.n_batch * len(which) * self.n_queries * self.n_keys * self.dtype.itemsize
+        if limit is not None and size > limit:
+            raise CaptureError(
+                f"the dense pattern would take {size:,} bytes, the limit is {limit:,}",
+                shape=(self.n_batch, len(which), self.n_queries, self.n_keys),
+                hint="ask for fewer heads, for rows(...), for a pooled statistic, or pass a larger limit=",
+            )
+        return self.tile(slice(0, self.n_queries), slice(0, self.n_keys), list(which))
+
+    def _checked(self, heads: Iterable[int]) -> list[int]:
+        heads = list(heads)
+        bad = [h for h in heads if not -self.n_heads <= h < self.n_heads]
+        if bad:
+            raise CaptureError(f"there are {self.n_heads} heads, no head {bad[0]}")
+        return [h % self.n_heads for h in heads]
+
+    def apply(self, values: Tensor) -> Tensor:
+        """A·V, [batch, head, query, width], for values [batch, head or kv head, key, width], tile by tile."""
+        fits = values.dim() == 4 and values.shape[0] == self.n_batch and values.shape[2] == self.n_keys
+        if not fits or self.n_heads % values.shape[1]:
+            raise CaptureError(
+                f"values must be [batch {self.n_batch}, head, key {self.n_keys}, width]", shape=values.shape
+            )
+        v = values.to(self.dtype).repeat_interleave(self.n_heads // values.shape[1], dim=1)
+        out = torch.zeros(*self.shape[:3], v.shape[-1], dtype=self.dtype, device=self.device)
+        for tile in streaming.tiles(self):
+            out[tile.rows] += tile.p @ v[tile.batch, tile.heads, tile.keys]
+        return out
+
+    def statistics(
+        self,
+        names: Sequence[str],
+        *,
+        tokens: Tensor | None = None,
+        sink_keys: Sequence[int] | None = None,
+        n_top: int = 8,
+        block: int = 16,
+    ) -> dict[str, Tensor]:
+        """Stream statistics of the pattern (see `workbench.kernels.statistics` for their definitions).
+
+        >>> DensePattern(torch.eye(3).expand(1, 1, 3, 3)).statistics(["received"])["received"].tolist()
+        [[[1.0, 1.0, 1.0]]]
+        """
+        keys = None if sink_keys is None else tuple(sink_keys)
+        return streaming.statistics(self, names, Options(tokens, keys, n_top, block))
+
+    def __repr__(self) -> str:
+        b, h, q, k = self.shape
+        return f"{type(self).__name__}(batch={b}, heads={h}, queries={q}, keys={k}, grade={self.grade!r})"
+
+
+class DensePattern(Pattern):
+    """A pattern that is held whole, for weights that a model computed itself, and for tests."""
+
+    def __init__(self, weights: Tensor, mask: Mask | None = None) -> None:
+        dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+        mask = mask or Mask(weights.shape[-2], weights.shape[-1])
+        super().__init__(weights.shape, mask, dtype, weights.device)
+        self.weights = weights
+
+    def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
+        """[batch, head, q, k] of the stored weights."""
+        part = self.weights if heads is None else self.weights[:, list(heads)]
+        return part[:, :, queries, keys].to(self.dtype)

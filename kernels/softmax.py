@@ -1,0 +1,173 @@
+"""The softmax family: patterns rebuilt exactly from queries, keys, mask and the kernel's own log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from workbench.errors import CaptureError
+from workbench.kernels import streaming
+from workbench.kernels.masks import Mask, hidden_below
+from workbench.kernels.patterns import Maker, Pattern
+
+_HIDDEN = -1e30  # finite, so that p · ln p is 0 and not NaN where a key is hidden
+
+
+class SoftmaxPattern(Pattern):
+    """A = softmax(softcap(scale · q kᵀ) + bias), over the keys that the mask shows.
+
+    Args:
+        q: [batch, head, query, d_head].
+        k: [batch, kv head, key, d_head]; heads are a multiple of kv heads (grouped-query attention).
+        mask: visibility and additive bias.
+        scale: factor on q kᵀ; 1/√d_head if None.
+        lse: [batch, head, query], natural log, from the kernel; streamed on first use if None.
+        values: [batch, kv head, key, width], kept for `value_weighted`; optional.
+        softcap: scores become softcap · tanh(score / softcap).
+        sinks: [head] logits that join the denominator only, so that rows sum to less than one.
+        key_bias: [batch, head, key] added to the scores.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Mask | None = None,
+        *,
+        scale: float | None = None,
+        lse: Tensor | None = None,
+        values: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> None:
+        if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+            raise CaptureError(f"queries {list(q.shape)} and keys {list(k.shape)} do not fit [batch, head, position, d]")
+        mask = mask or Mask(q.shape[2], k.shape[2])
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        super().__init__((*q.shape[:3], k.shape[2]), mask, dtype, q.device)
+        self.n_kv_heads = k.shape[1]
+        self.q, self.k, self.values = q.detach(), k.detach(), None if values is None else values.detach()
+        self.scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        self.softcap, self.sinks, self.key_bias = softcap, sinks, key_bias
+        self.normalised = sinks is None
+        self._kernel_lse = None if lse is None else lse.detach()
+
+    @cached_property
+    def lse(self) -> Tensor:
+        """[batch, head, query] log of the softmax denominator; -inf in rows that see no key."""
+        if self._kernel_lse is not None:
+            known = self._kernel_lse.to(self.dtype).contiguous()
+            if self._may_have_dead_rows:
+                known = torch.where(self.seen.keys_per_query > 0, known, torch.full_like(known, -torch.inf))
+            return known
+        lse = streaming.log_sum_exp(self)
+        if self.sinks is not None:
+            lse = torch.logaddexp(lse, self.sinks.to(lse)[None, :, None])
+        return lse
+
+    @property
+    def _may_have_dead_rows(self) -> bool:
+        mask = self.mask
+        return mask.tensor is not None or mask.window is not None or (mask.causal and mask.offset < 0)
+
+    def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
+        """[batch, head, q, k] of the pattern, in a fresh tensor."""
+        which = list(range(self.n_heads)) if heads is None else self._checked(heads)
+        group = self.n_heads // self.n_kv_heads
+        index = torch.tensor(which, dtype=torch.long, device=self.device)
+        q = self.q[:, index][:, :, queries].to(self.dtype) * self.scale
+        k = self.k[:, index // group][:, :, keys].to(self.dtype)
+        scores = q @ k.transpose(-1, -2)
+        everything = slice(0, self.n_batch)
+        self._shape_scores(scores, queries, keys, everything, index)
+        return scores.sub_(self._finite_lse[:, index][:, :, queries, None]).exp_()
+
+    @cached_property
+    def _finite_lse(self) -> Tensor:
+        return self.lse.clamp(min=-1e20) if self._may_have_dead_rows else self.lse
+
+    def _shape_scores(self, scores: Tensor, queries: slice, keys: slice, batch: slice, heads: slice | Tensor) -> None:
+        """Softcap, biases and mask on scaled products [b, h, q, k], in place; hidden keys become very negative."""
+        if self.softcap is not None:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.key_bias is not None:
+            scores.add_(self.key_bias[batch][:, heads][:, :, None, keys])
+        part = self.mask.cut(queries, keys, batch, heads)
+        if part is not None and self.mask.additive:
+            scores.add_(part).masked_fill_(part <= hidden_below(part.dtype), _HIDDEN)
+        elif part is not None:
+            scores.masked_fill_(~part, _HIDDEN)
+        self._hide_by_rule(scores, queries, keys)
+
+    def _hide_by_rule(self, scores: Tensor, queries: slice, keys: slice) -> None:
+        rule = self.mask.rule(queries, keys, scores.device)
+        if rule is not None:
+            scores.masked_fill_(~rule, _HIDDEN)
+
+    def score_maker(self, batch: slice, heads: slice) -> Callable[[slice, slice], Tensor]:
+        """A function that makes tiles [b, h, q, k] of masked scores in one reused buffer."""
+        group = self.n_heads // self.n_kv_heads
+        kv = slice(heads.start // group, -(-heads.stop // group))
+        keys_t = self.k[batch, kv].to(self.dtype).transpose(-1, -2).flatten(0, 1)
+        buffer = self.q.new_empty(0, dtype=self.dtype)
+        q_of: dict[tuple[int, int], Tensor] = {}
+
+        def make(queries: slice, keys: slice) -> Tensor:
+            nonlocal buffer
+            at = (queries.start, queries.stop)
+            if at not in q_of:
+                q_of.clear()
+                part = self.q[batch, heads, queries].to(self.dtype) * self.scale
+                q_of[at] = part.unflatten(1, (-1, group)).flatten(0, 1).flatten(1, 2)
+            q = q_of[at]
+            size = q.shape[0] * q.shape[1] * (keys.stop - keys.start)
+            if buffer.numel() < size:
+                buffer = torch.empty(size, dtype=self.dtype, device=self.device)
+            out = buffer[:size].view(q.shape[0], q.shape[1], -1)
+            torch.bmm(q, keys_t[:, :, keys], out=out)
+            scores = out.view(batch.stop - batch.start, heads.stop - heads.start, queries.stop - queries.start, -1)
+            self._shape_scores(scores, queries, keys, batch, heads)
+            return scores
+
+        return make
+
+    def maker(self, batch: slice, heads: slice, wants_log: bool) -> Maker:
+        """Tiles of weights from tiles of scores, in two reused buffers."""
+        scores_of = self.score_maker(batch, heads)
+        lse = self._finite_lse
+        buffer = self.q.new_empty(0, dtype=self.dtype)
+
+        def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
+            nonlocal buffer
+            log_p = scores_of(queries, keys).sub_(lse[batch, heads, queries, None])
+            if not wants_log:
+                return log_p.exp_(), None
+            if buffer.numel() < log_p.numel():
+                buffer = torch.empty_like(log_p).flatten()
+            return torch.exp(log_p, out=buffer[: log_p.numel()].view(log_p.shape)), log_p
+
+        return make
+
+    def value_weighted(self) -> SoftmaxPattern:
+        """p·‖v‖ renormalised per row: the same softmax with ln ‖v‖ added to each key's score (Kobayashi et al. 2020).
+
+        Raises:
+            CaptureError: the pattern was made without values.
+        """
+        if self.values is None:
+            raise CaptureError("value-weighted statistics need the values", hint="capture with values=True")
+        norm = self.values.to(self.dtype).norm(dim=-1).repeat_interleave(self.n_heads // self.values.shape[1], dim=1)
+        bias = norm.log().clamp(min=_HIDDEN / 1e3) if self.key_bias is None else self.key_bias + norm.log()
+        return SoftmaxPattern(
+            self.q, self.k, self.mask, scale=self.scale, values=self.values, softcap=self.softcap, key_bias=bias
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are held."""
+        held = (self.q, self.k, self.values, self._kernel_lse, self.mask.tensor, self.sinks, self.key_bias)
+        return sum(t.untyped_storage().nbytes() for t in held if t is not None)

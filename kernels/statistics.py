@@ -1,0 +1,221 @@
+"""What each statistic of a pattern means: its name, its shape, and the dense float64 definition that is the truth.
+
+p is one row A[b, h, i, :] over the keys that query i may see. A query that sees no key has no distribution: its row
+statistics are NaN, its `lse` is -inf, its keys are -1, and it adds nothing to column statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from workbench.errors import CaptureError, nearest
+from workbench.kernels.masks import Mask
+
+Axes = Literal["query", "key", "query top", "block"]
+VALUE_WEIGHTED = "value_weighted_"
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One named reduction of a pattern.
+
+    Attributes:
+        axes: what follows [batch, head]: "query", "key", "query top" or "block" (query blocks x key blocks).
+        positional: whether it compares query and key positions, so that it exists for self-attention only.
+        unit: unit of the value, for axes and legends.
+    """
+
+    name: str
+    axes: Axes
+    unit: str
+    meaning: str
+    positional: bool = False
+
+
+STATISTICS: dict[str, Statistic] = {
+    s.name: s
+    for s in (
+        Statistic("lse", "query", "nats", "log of the softmax denominator"),
+        Statistic("entropy", "query", "nats", "−Σ p ln p"),
+        Statistic("peak", "query", "mass", "largest weight"),
+        Statistic("peak_key", "query", "position", "key of the largest weight"),
+        Statistic("effective_keys", "query", "keys", "1 / Σ p²"),
+        Statistic("distance", "query", "tokens", "mean of |i−j|", positional=True),
+        Statistic("distance_var", "query", "tokens²", "variance of |i−j|", positional=True),
+        Statistic("sink", "query", "mass", "weight on the first visible key, or on a given set of keys"),
+        Statistic("current", "query", "mass", "weight on the query's own position", positional=True),
+        Statistic("previous", "query", "mass", "weight on the position before", positional=True),
+        Statistic("induction", "query", "mass", "weight on keys that follow an earlier copy of the token", True),
+        Statistic("received", "key", "mass", "Σ over queries of the weight on a key"),
+        Statistic("received_mean", "key", "mass", "received, divided by the number of queries that see the key"),
+        Statistic("top_keys", "query top", "mass", "the n largest weights of a row and their keys"),
+        Statistic("pooled_mean", "block", "mass", "mass on a block of keys, averaged over a block of queries"),
+        Statistic("pooled_max", "block", "mass", "largest weight in a block"),
+    )
+}
+"""Every statistic by name. Each but `lse` also exists as `value_weighted_<name>`: p·‖v‖ renormalised per row."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What some statistics need besides the pattern.
+
+    Attributes:
+        tokens: [batch, key] integer ids, for `induction`.
+        sink_keys: keys whose joint mass is the `sink`; None for the first visible key of each row.
+        n_top: how many keys `top_keys` keeps.
+        block: edge of a `pooled_*` block, in tokens.
+    """
+
+    tokens: Tensor | None = None
+    sink_keys: tuple[int, ...] | None = None
+    n_top: int = 8
+    block: int = 16
+
+    def __post_init__(self) -> None:
+        if self.n_top < 1 or self.block < 1:
+            raise CaptureError(f"n_top and block are at least 1, not {self.n_top} and {self.block}")
+
+    def ids(self, n_batch: int, n_keys: int) -> Tensor:
+        """The token ids [batch, key], or the error that says how to give them."""
+        if self.tokens is None:
+            raise CaptureError('"induction" compares tokens and needs their ids', hint="pass tokens=input_ids")
+        if tuple(self.tokens.shape) != (n_batch, n_keys):
+            raise CaptureError(
+                f"the token ids are not [batch, key] = [{n_batch}, {n_keys}]",
+                shape=self.tokens.shape,
+                hint="pass one row of ids per batch entry, as long as the keys",
+            )
+        return self.tokens
+
+
+def check_names(names: Iterable[str]) -> tuple[str, ...]:
+    """The names as a tuple without repeats; an unknown one is an error that suggests the nearest.
+
+    >>> check_names(["entropy", "value_weighted_peak"])
+    ('entropy', 'value_weighted_peak')
+    """
+    if isinstance(names, str):
+        raise CaptureError("statistics are a list of names, not one string", hint=f'write statistics=["{names}"]')
+    unique = tuple(dict.fromkeys(names))
+    for name in unique:
+        base = name.removeprefix(VALUE_WEIGHTED)
+        if base not in STATISTICS or name == VALUE_WEIGHTED + "lse":
+            raise CaptureError(f'there is no statistic "{name}"', hint=nearest(base, list(STATISTICS)))
+    return unique
+
+
+def output_names(name: str) -> tuple[str, ...]:
+    """Names of the tensors that a statistic produces: `top_keys` gives an index and a weight."""
+    return (f"{name}_index", f"{name}_weight") if name.endswith("top_keys") else (name,)
+
+
+def previous_copies(tokens: Tensor, queries: slice, keys: slice) -> Tensor:
+    """[batch, q, k] bool: key j follows an earlier copy of query i's token (token[j−1] = token[i], j−1 < i).
+
+    >>> previous_copies(torch.tensor([[7, 8, 7]]), slice(2, 3), slice(0, 3)).tolist()
+    [[[False, True, False]]]
+    """
+    i = torch.arange(queries.start, queries.stop, device=tokens.device)[:, None]
+    j = torch.arange(keys.start, keys.stop, device=tokens.device)[None, :]
+    before = tokens.roll(1, dims=1)[:, keys]
+    return (tokens[:, queries, None] == before[:, None, :]) & (j >= 1) & (j <= i)
+
+
+def dense(
+    pattern: Tensor,
+    names: Sequence[str],
+    mask: Mask,
+    *,
+    lse: Tensor | None = None,
+    options: Options | None = None,
+) -> dict[str, Tensor]:
+    """The definitions, on a whole pattern in float64. This is the truth that streaming is compared with.
+
+    Args:
+        pattern: [batch, head, query, key]; zero where a key is hidden.
+        names: statistics; `value_weighted_` names are the caller's business (pass the weighted pattern).
+        mask: which keys each query sees.
+        lse: [batch, head, query], passed through for `lse`.
+
+    >>> A = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
+    >>> dense(A, ["entropy", "received"], Mask(2, 2, causal=True))["received"].tolist()
+    [[[1.5, 0.5]]]
+    """
+    options = options or Options()
+    p = pattern.double()
+    n_batch, n_heads, n_q, n_k = p.shape
+    whole = slice(0, n_q), slice(0, n_k), slice(0, n_batch), slice(0, n_heads)
+    seen = mask.visible(*whole)
+    seen = torch.ones(n_q, n_k, dtype=torch.bool) if seen is None else seen
+    seen = seen.to(p.device).expand_as(p)
+    alive = seen.any(-1)
+    i = torch.arange(n_q, device=p.device)[:, None] + mask.offset
+    j = torch.arange(n_k, device=p.device)[None, :]
+    out: dict[str, Tensor] = {}
+
+    def rows(value: Tensor, dead: float = torch.nan) -> Tensor:
+        return torch.where(alive, value, torch.full_like(value, dead))
+
+    for name in names:
+        if name == "lse":
+            if lse is None:
+                raise CaptureError("a pattern without scores has no lse")
+            out[name] = rows(lse.double(), -torch.inf)
+        elif name == "entropy":
+            out[name] = rows(-torch.xlogy(p, p).sum(-1))
+        elif name == "peak":
+            out[name] = rows(p.amax(-1))
+        elif name == "peak_key":
+            out[name] = torch.where(alive, p.argmax(-1), -1)
+        elif name == "effective_keys":
+            out[name] = rows(1 / p.square().sum(-1))
+        elif name in ("distance", "distance_var"):
+            away = (i - j).abs().double()
+            mass = p.sum(-1)
+            mean = (p * away).sum(-1) / mass
+            spread = (p * (away - mean[..., None]).square()).sum(-1) / mass
+            out[name] = rows(mean if name == "distance" else spread)
+        elif name == "sink" and options.sink_keys is not None:
+            out[name] = rows(p[..., list(options.sink_keys)].sum(-1))
+        elif name == "sink":
+            out[name] = rows(p.gather(-1, seen.to(torch.uint8).argmax(-1, keepdim=True)).squeeze(-1))
+        elif name == "current":
+            out[name] = rows((p * (i == j)).sum(-1))
+        elif name == "previous":
+            out[name] = rows((p * (i - 1 == j)).sum(-1))
+        elif name == "induction":
+            if n_q != n_k:
+                raise CaptureError("induction needs as many queries as keys", shape=p.shape)
+            copies = previous_copies(options.ids(n_batch, n_k), slice(0, n_q), slice(0, n_k))
+            out[name] = rows((p * copies[:, None]).sum(-1))
+        elif name == "received":
+            out[name] = p.sum(-2)
+        elif name == "received_mean":
+            out[name] = p.sum(-2) / seen.sum(-2)
+        elif name == "top_keys":
+            weight, index = p.topk(min(options.n_top, n_k), dim=-1)
+            out["top_keys_index"] = torch.where(weight > 0, index, -1)
+            out["top_keys_weight"] = weight
+        elif name == "pooled_mean":
+            sums = _blocks(p, options.block).sum((-1, -3))
+            sizes = torch.full((sums.shape[-2],), options.block)
+            sizes[-1] = n_q - options.block * (len(sizes) - 1)
+            out[name] = sums / sizes[:, None]
+        elif name == "pooled_max":
+            out[name] = _blocks(p, options.block).amax((-1, -3))
+        else:
+            raise CaptureError(f'there is no statistic "{name}"', hint=nearest(name, list(STATISTICS)))
+    return out
+
+
+def _blocks(p: Tensor, size: int) -> Tensor:
+    """[b, h, Q, size, K, size] with zero padding at the far edges."""
+    n_q, n_k = p.shape[-2:]
+    padded = torch.nn.functional.pad(p, (0, -n_k % size, 0, -n_q % size))
+    return padded.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))

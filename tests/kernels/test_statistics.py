@@ -1,0 +1,120 @@
+"""Every statistic, streamed tile by tile, against the dense float64 definition."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from workbench.errors import CaptureError
+from workbench.kernels import masks
+from workbench.kernels.masks import Mask, as_four
+from workbench.kernels.patterns import DensePattern, Pattern
+from workbench.kernels.softmax import SoftmaxPattern
+from workbench.kernels.statistics import STATISTICS, Options, check_names, dense
+
+ROWS = ["lse", "entropy", "peak", "effective_keys", "distance", "distance_var", "sink", "current", "previous"]
+EVERYTHING = [*ROWS, "received", "received_mean", "top_keys", "pooled_mean", "pooled_max"]
+
+
+def naive(q: torch.Tensor, k: torch.Tensor, mask: Mask, scale: float, softcap: float | None = None):
+    """Softmax attention written out in float64: (pattern, lse), with zero rows where nothing is seen."""
+    q, k = q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    whole = slice(0, q.shape[2]), slice(0, k.shape[2]), slice(None), slice(None)
+    if mask.additive:
+        scores = scores + mask.tensor.double()
+    seen = mask.visible(*whole)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
+    lse = scores.logsumexp(-1)
+    return torch.exp(scores - lse[..., None]).nan_to_num(0.0), lse
+
+
+MASKS = ["none", "causal", "cached", "window", "window both", "left", "right", "bool", "additive", "finfo", "dead", "per head"]
+
+
+def make_mask(kind: str, b: int, h: int, n_q: int, n_k: int, dtype: torch.dtype, gen: torch.Generator) -> Mask:
+    keep = torch.rand(b, 1, n_q, n_k, generator=gen) < 0.6
+    if kind == "causal":
+        return Mask(n_q, n_k, causal=True)
+    if kind == "cached":
+        return masks.causal(n_q, n_k)
+    if kind == "window":
+        return Mask(n_q, n_k, causal=True, window=1 + n_k // 3, offset=n_k - n_q)
+    if kind == "window both":
+        return Mask(n_q, n_k, window=1 + n_k // 4, offset=n_k - n_q)
+    if kind in ("left", "right"):
+        lengths = torch.randint(1, n_k + 1, (b,), generator=gen).tolist()
+        return Mask(n_q, n_k, causal=n_q == n_k, tensor=masks.padding(lengths, n_k, kind).tensor)
+    if kind == "bool":
+        return Mask(n_q, n_k, tensor=keep)
+    if kind == "additive":
+        return Mask(n_q, n_k, tensor=torch.randn(1, h, n_q, n_k, generator=gen).to(dtype))
+    if kind == "finfo":
+        return Mask(n_q, n_k, tensor=torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min))
+    if kind == "dead":
+        keep[:, :, ::2] = False
+        return Mask(n_q, n_k, tensor=keep)
+    if kind == "per head":
+        return Mask(n_q, n_k, causal=True, tensor=torch.rand(1, h, 1, n_k, generator=gen) < 0.5)
+    return Mask(n_q, n_k)
+
+
+def compare(pattern: Pattern, truth: torch.Tensor, lse: torch.Tensor, options: Options, names: list[str], tol: float):
+    got = pattern.statistics(
+        names, tokens=options.tokens, sink_keys=options.sink_keys, n_top=options.n_top, block=options.block
+    )
+    want = dense(truth, names, pattern.mask, lse=lse, options=options)
+    for name in want:
+        if name == "top_keys_index":
+            continue  # ties may come in any order: what is at the index is compared below
+        scale = {"distance": truth.shape[-1], "distance_var": truth.shape[-1] ** 2, "effective_keys": truth.shape[-1]}
+        atol = tol * scale.get(name, truth.shape[-2] if name == "received" else 1)
+        torch.testing.assert_close(got[name].double(), want[name], atol=atol, rtol=tol, equal_nan=True, msg=lambda m: f"{name}: {m}")
+    if "top_keys" in names:
+        index, weight = got["top_keys_index"], got["top_keys_weight"].double()
+        found = truth.gather(-1, index.clamp(min=0)) * (index >= 0)
+        torch.testing.assert_close(found, weight, atol=tol, rtol=tol)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    sizes=st.tuples(st.sampled_from([1, 2, 17, 63, 100, 130]), st.sampled_from([1, 5, 17, 63, 100, 300])),
+    heads=st.sampled_from([(1, 1), (3, 3), (4, 2), (6, 1), (13, 13)]),
+    batch=st.integers(1, 3),
+    d=st.sampled_from([1, 8, 20]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    block=st.sampled_from([1, 7, 16]),
+    sharp=st.sampled_from([0.1, 1.0, 8.0]),
+    from_kernel=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_streaming_equals_the_definition(kind, sizes, heads, batch, d, dtype, block, sharp, from_kernel, seed):
+    n_q, n_k = sizes
+    if kind in ("cached", "window", "window both"):
+        n_q, n_k = min(sizes), max(sizes)
+    gen = torch.Generator().manual_seed(seed)
+    q = (torch.randn(batch, heads[0], n_q, d, generator=gen) * sharp).to(dtype)
+    k = torch.randn(batch, heads[1], n_k, d, generator=gen).to(dtype)
+    mask = make_mask(kind, batch, heads[0], n_q, n_k, dtype, gen)
+    truth, lse = naive(q, k, mask, d**-0.5)
+    pattern = SoftmaxPattern(q, k, mask, lse=lse if from_kernel else None)
+    names, tokens = list(EVERYTHING), None
+    if n_q == n_k:
+        names.append("induction")
+        tokens = torch.randint(0, 4, (batch, n_k), generator=gen)
+    sink_keys = (0, n_k - 1) if seed % 2 and n_k > 1 else None
+    options = Options(tokens, sink_keys, n_top=3, block=block)
+    compare(pattern, truth, lse, options, names, 1e-9 if dtype == torch.float64 else 5e-5)
+    rows = pattern.statistics(["peak", "peak_key"])
+    at_peak = truth.gather(-1, rows["peak_key"].clamp(min=0)[..., None]).squeeze(-1)
+    torch.testing.assert_close(at_peak, rows["peak"].double().nan_to_num(0.0), atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(pattern.dense().double(), truth, atol=5e-5, rtol=1e-4)
+    values = torch.randn(batch, heads[1], n_k, 5, generator=gen)
+    want = truth @ values.double().repeat_interleave(heads[0] // heads[1], dim=1)
+    torch.testing.assert_close(pattern.apply(values).double(), want, atol=2e-4, rtol=1e-4)

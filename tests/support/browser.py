@@ -1,0 +1,55 @@
+"""A browser page that keeps a record of what went wrong on it and of every attempt to reach the network."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from playwright.sync_api import Page
+
+# What --disable-gpu and --no-sandbox are for: machines without a screen, and root in a container. The others stop
+# Chromium's own traffic, so that a request on the record comes from the page.
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+    "--no-first-run",
+)
+_LOCAL = ("file:", "data:", "blob:", "about:")
+
+
+def chromium() -> str | None:
+    """The path of an installed Chromium or Chrome. Playwright's own download is not used."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+@dataclass
+class WatchedPage:
+    """A Playwright `page`, its `errors` (console errors and uncaught exceptions) and its outside `requests`."""
+
+    page: Page
+    errors: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self._record(request.url))
+        self.page.on("websocket", lambda socket: self._record(socket.url))
+
+    def _record(self, url: str) -> None:
+        if not url.startswith(_LOCAL):
+            self.requests.append(url)
+
+    def open(self, path: Path) -> Page:
+        """Load the file and return the Playwright page."""
+        self.page.goto(path.resolve().as_uri())
+        return self.page
+
+    def assert_clean(self) -> None:
+        """Fail when the page logged an error or tried to reach the network."""
+        assert not self.errors, f"errors on the page: {self.errors}"
+        assert not self.requests, f"requests to the network: {self.requests}"

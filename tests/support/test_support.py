@@ -1,0 +1,111 @@
+"""The shared pieces themselves: a recorder that records nothing would let every test that uses it pass."""
+
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from support import minilm
+from support.folders import model_folder
+
+
+def _builder(monkeypatch: pytest.MonkeyPatch, build: object) -> ModuleType:
+    monkeypatch.setattr(minilm, "PACKAGES", ("pytest",))
+    monkeypatch.setattr(minilm, "build", build)
+    return minilm
+
+
+def test_a_folder_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def build(folder: Path) -> None:
+        built.append(folder)
+        (folder / "config.json").write_text("{}")
+
+    builder = _builder(monkeypatch, build)
+    first, second = model_folder(builder, tmp_path), model_folder(builder, tmp_path)
+    assert first == second
+    assert [path.name for path in first.iterdir()] == ["config.json"]
+    assert len(built) == 1
+    assert list(tmp_path.iterdir()) == [first]
+
+
+def test_a_failed_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(folder: Path) -> None:
+        (folder / "config.json").write_text("{")
+        raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        model_folder(_builder(monkeypatch, build), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quicker_process_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SimpleNamespace(done=False)
+
+    def build(folder: Path) -> None:
+        (folder / "mine").touch()
+        if not other.done:
+            other.done = True
+            theirs = model_folder(minilm, tmp_path)
+            (theirs / "mine").rename(theirs / "theirs")
+
+    folder = model_folder(_builder(monkeypatch, build), tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["theirs"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minilm, "PACKAGES", ("no-such-distribution",))
+    with pytest.raises(PackageNotFoundError, match="no-such-distribution"):
+        model_folder(minilm, tmp_path)
+
+
+def test_whisper_base_is_the_trained_model(whisper_base: Path) -> None:
+    from transformers import AutoTokenizer, WhisperForConditionalGeneration
+
+    model = WhisperForConditionalGeneration.from_pretrained(whisper_base)
+    tokenizer = AutoTokenizer.from_pretrained(whisper_base)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 72_593_920
+    prompt = tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", "<|en|>"])
+    with torch.no_grad():
+        logits = model(input_features=torch.zeros(1, 80, 3000), decoder_input_ids=torch.tensor([prompt])).logits
+    # Silence has no captions, and after a language comes the task.
+    assert tokenizer.convert_ids_to_tokens(logits[0].argmax(-1).tolist()) == ["<|nocaptions|>", "<|transcribe|>"]
+
+
+def test_minilm_is_the_trained_model(minilm: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(minilm), AutoTokenizer.from_pretrained(minilm)
+    batch = tokenizer(["a cat sat down", "the kitten is sitting", "interest rates rose"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    vectors = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    near, far = vectors[0] @ vectors[1], vectors[0] @ vectors[2]
+    assert near > far + 0.3
+
+
+@pytest.mark.browser
+def test_a_clean_page_is_clean(page, tmp_path: Path) -> None:
+    file = tmp_path / "clean.html"
+    file.write_text("<!doctype html><title>t</title><img src='data:,'><script>window.answer = 42</script>")
+    assert page.open(file).evaluate("window.answer") == 42
+    assert page.requests == []
+
+
+@pytest.mark.browser
+def test_errors_and_requests_are_recorded(page, tmp_path: Path) -> None:
+    file = tmp_path / "dirty.html"
+    file.write_text(
+        "<!doctype html><title>t</title><script>console.error('first')</script><script>throw new Error('second')</script>"
+        "<script src='https://workbench.invalid/a.js'></script>"
+    )
+    page.open(file)
+    assert any("first" in error for error in page.errors)
+    assert any("second" in error for error in page.errors)
+    assert page.requests == ["https://workbench.invalid/a.js"]
+    with pytest.raises(AssertionError, match="second"):
+        page.assert_clean()

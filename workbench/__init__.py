@@ -1,0 +1,67 @@
+"""Attach to a PyTorch model, leave it on the fast attention kernel it already uses, and look at every head.
+
+Everything public is here; a name is imported when it is first used, so that `import workbench` stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import (
+    AttachError,
+    CaptureError,
+    FormatError,
+    InterventionError,
+    ReportError,
+    TaskError,
+    WorkbenchError,
+)
+
+if TYPE_CHECKING:
+    from workbench import models, tasks
+    from workbench.capture import Capture, SiteCapture, load_capture
+    from workbench.report import Report
+    from workbench.session import Workbench, attach
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Workbench": "workbench.session",
+    "attach": "workbench.session",
+    "Capture": "workbench.capture",
+    "SiteCapture": "workbench.capture",
+    "load_capture": "workbench.capture",
+    "Report": "workbench.report",
+}
+_LAZY_MODULES = ("models", "tasks")
+
+__all__ = [
+    "AttachError",
+    "Capture",
+    "CaptureError",
+    "FormatError",
+    "InterventionError",
+    "Report",
+    "ReportError",
+    "SiteCapture",
+    "TaskError",
+    "Workbench",
+    "WorkbenchError",
+    "attach",
+    "load_capture",
+    "models",
+    "tasks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return import_module(f"workbench.{name}")
+    raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

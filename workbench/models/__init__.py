@@ -1,0 +1,11 @@
+"""Small trained models that ship with the package, and loading of any Hugging Face model.
+
+>>> from workbench.models import load
+>>> model, tokenizer = load("demo-lm")
+>>> type(model).__name__
+'GPT2LMHeadModel'
+"""
+
+from workbench.models.loading import ModelError, available, card, load
+
+__all__ = ["ModelError", "available", "card", "load"]

@@ -1,0 +1,163 @@
+"""Loads models by name: the ones that ship with the package, local folders, and Hugging Face names."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import WorkbenchError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+_SHIPPED = Path(__file__).parent / "shipped"
+
+
+class ModelError(WorkbenchError):
+    """A model that cannot be found or loaded."""
+
+
+def available() -> dict[str, str]:
+    """Names of the models that ship with the package, each with one line on what it is.
+
+    >>> sorted(available())
+    ['demo-lm', 'demo-lm-plateau']
+    """
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8"))["summary"] for path in _cards()}
+
+
+def card(name: str) -> dict[str, Any]:
+    """The card of a shipped model: how it was trained and how well it does on held-out prompts.
+
+    Raises:
+        ModelError: no shipped model of that name.
+
+    >>> card("demo-lm")["stored_as"]
+    'float16 safetensors, loaded as float32'
+    """
+    known = {path.parent.name: path for path in _cards()}
+    if name not in known:
+        raise ModelError(f"no shipped model is called {name!r}", hint=nearest(name, list(known), "model"))
+    found: dict[str, Any] = json.loads(known[name].read_text(encoding="utf-8"))
+    return found
+
+
+def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
+    """A model in evaluation mode, on SDPA attention where it has it, and its tokenizer.
+
+    Args:
+        name: a shipped model (see `available`), a local folder that holds a Hugging Face model, or the name of a model
+            on the Hugging Face hub, which is fetched unless it is in the local cache. A path is always taken as a
+            folder, and a folder wins over a name on the hub, but not over a shipped model.
+
+    Returns:
+        The model, of the class its configuration names (so a causal language model has its head), in the precision
+        it was stored in (shipped models: float32), and its tokenizer, or its processor where it has no tokenizer;
+        None where it has neither, as for a model that was saved without one.
+
+    Raises:
+        ModelError: the name is neither shipped nor a folder nor to be had from the hub.
+
+    >>> model, tokenizer = load("demo-lm")
+    >>> model.training, tokenizer.decode(tokenizer("Then, Mary and John")["input_ids"])
+    (False, 'Then, Mary and John')
+    """
+    if isinstance(name, str) and name in available():
+        import torch
+
+        return _load_from(_SHIPPED / name, dtype=torch.float32, use_safetensors=True)
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"the folder {str(folder)!r} has no config.json, so it is not a Hugging Face model",
+                hint="pass the folder that save_pretrained wrote",
+            )
+        return _load_from(folder)
+    if isinstance(name, Path):
+        raise ModelError(f"there is no folder {str(name)!r}", hint="check the path, or pass a name as a string")
+    return _load_from_hub(name)
+
+
+def _cards() -> list[Path]:
+    return sorted(_SHIPPED.glob("*/card.json"))
+
+
+def _load_from_hub(name: str) -> tuple[PreTrainedModel, Any]:
+    try:
+        return _load_from(name)
+    except (OSError, ValueError) as error:
+        shipped = ", ".join(available())
+        if _is_offline(error):
+            raise ModelError(
+                f"{name!r} is neither shipped ({shipped}) nor a local folder, and the Hugging Face hub cannot be reached",
+                hint=f"go online, pass a folder that holds the model, or use a shipped one: {_suggest(name)}",
+            ) from error
+        raise ModelError(
+            f"{name!r} is neither shipped ({shipped}) nor a local folder, nor can it be loaded from the Hugging Face hub: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            hint=_suggest(name),
+        ) from error
+
+
+def _suggest(name: str) -> str:
+    return nearest(name.lower().replace("_", "-"), list(available()), "model")
+
+
+def _is_offline(error: BaseException) -> bool:
+    """Whether the hub could not be reached, as opposed to not having the model; looks along the chain of causes."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, HfHubHTTPError):
+            return False
+        if isinstance(seen, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError | TimeoutError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    # transformers words its own OSError when it has swallowed the cause.
+    return "couldn't connect" in str(error).lower() or "offline" in str(error).lower()
+
+
+def _load_from(source: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer from a folder or a hub name, with the errors of transformers."""
+    from transformers import AutoConfig
+
+    where = str(source)
+    config = AutoConfig.from_pretrained(where)
+    cls = _model_class(config)
+    try:
+        model = cls.from_pretrained(where, attn_implementation="sdpa", **options)
+    except (ValueError, ImportError) as error:
+        # The model's own refusal names SDPA; anything else is a real failure and would come again.
+        if "scaled_dot_product_attention" not in str(error) and "sdpa" not in str(error).lower():
+            raise
+        log.warning("%s has no SDPA attention; it keeps its own default", where)
+        model = cls.from_pretrained(where, **options)
+    return model.eval(), _tokenizer(where)
+
+
+def _model_class(config: Any) -> Any:
+    """The class that the configuration names, or the base model of its type where it names none that exists."""
+    import transformers
+
+    for architecture in config.architectures or ():
+        found = getattr(transformers, architecture, None)
+        if found is not None:
+            return found
+    return transformers.AutoModel
+
+
+def _tokenizer(where: str) -> Any:
+    """The tokenizer, else the processor, else None for a model that was saved without either."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    for kind in (AutoTokenizer, AutoProcessor):
+        try:
+            return kind.from_pretrained(where)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.info("%s gives no %s: %s", where, kind.__name__, error)
+    return None

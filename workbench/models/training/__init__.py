@@ -1,0 +1,1 @@
+"""How the shipped demonstration models were trained: vocabulary, training formats, curriculum and loop."""

@@ -1,0 +1,30 @@
+"""Prompt sets with counterfactual twins, the positions that matter, and a metric.
+
+>>> from workbench.tasks import ioi
+>>> task = ioi(100, seed=0)
+>>> len(task), task[0].answer in task[0].prompt
+(100, True)
+"""
+
+from workbench.tasks.base import Example, Split, Task
+from workbench.tasks.colored_objects import colored_objects
+from workbench.tasks.greater_than import greater_than
+from workbench.tasks.induction import induction
+from workbench.tasks.ioi import ioi
+from workbench.tasks.metrics import TaskBatch, correct, logit_diff
+from workbench.tasks.pieces import pieces, token_positions
+
+__all__ = [
+    "Example",
+    "Split",
+    "Task",
+    "TaskBatch",
+    "colored_objects",
+    "correct",
+    "greater_than",
+    "induction",
+    "ioi",
+    "logit_diff",
+    "pieces",
+    "token_positions",
+]

@@ -1,0 +1,230 @@
+"""The nouns of the prompt sets: an Example with its counterfactual twin, and a Task that holds many."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, overload
+
+import torch
+
+from workbench.errors import TaskError, nearest
+from workbench.tasks.metrics import TaskBatch, correct, logit_diff
+from workbench.tasks.pieces import piece_spans, pieces, single_token, token_positions
+
+Split = Literal["all", "train", "held_out"]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt, its minimally different twin, and what counts as right.
+
+    Attributes:
+        prompt: text that ends just before the answer.
+        twin: same number of pieces as the prompt; differs only at `changed`.
+        answers: the right continuations of the prompt, each with its leading space; mostly one.
+        wrong: the continuations that the logit difference compares with (the twin's answer, or S for IOI).
+        positions: piece indices by name, 0-based, the same in prompt and twin.
+        changed: piece indices at which the twin differs.
+    """
+
+    prompt: str
+    twin: str
+    answers: tuple[str, ...]
+    wrong: tuple[str, ...]
+    positions: Mapping[str, int]
+    changed: tuple[int, ...]
+
+    @property
+    def answer(self) -> str:
+        """The first right answer, for tasks that have only one."""
+        return self.answers[0]
+
+    def word_at(self, name: str, *, twin: bool = False) -> str:
+        """The piece at a named position of the prompt, or of the twin.
+
+        Raises:
+            TaskError: no position of that name.
+        """
+        if name not in self.positions:
+            raise TaskError(f"no position called {name!r}", hint=nearest(name, list(self.positions), "position"))
+        return pieces(self.twin if twin else self.prompt)[self.positions[name]]
+
+
+@dataclass(frozen=True, repr=False)
+class Task(Sequence[Example]):
+    """A set of examples of one task, as a read-only sequence, with its metrics.
+
+    Attributes:
+        name: such as "ioi".
+        examples: the prompts and their twins.
+        source: where the task comes from.
+        settings: the arguments it was made with, seed included, so that it can be made again.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    source: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Task: ...
+    def __getitem__(self, index: int | slice) -> Example | Task:
+        if isinstance(index, slice):
+            return Task(self.name, self.examples[index], self.source, self.settings)
+        return self.examples[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+    def __repr__(self) -> str:
+        made = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
+        lines = [f"Task {self.name}: {len(self)} examples ({made})"]
+        if self.examples:
+            first = self.examples[0]
+            many = f" (any of {len(first.answers)})" if len(first.answers) > 1 else ""
+            where = ", ".join(f"{name}={index}" for name, index in first.positions.items())
+            lines += [
+                f"  prompt     {first.prompt!r}",
+                f"  twin       {first.twin!r}",
+                f"  answer     {first.answer!r}{many}, not {first.wrong[0]!r}",
+                f"  positions  {where}",
+            ]
+        return "\n".join([*lines, f"  source     {self.source}"])
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, in order."""
+        return [example.prompt for example in self.examples]
+
+    @property
+    def twins(self) -> list[str]:
+        """The counterfactual twins, in order."""
+        return [example.twin for example in self.examples]
+
+    def positions(self, name: str, tokenizer: Any = None) -> list[int]:
+        """Index of a named position in every prompt: of pieces, or of tokens where a tokenizer is given.
+
+        Raises:
+            TaskError: no position of that name, or a tokenizer without offsets that splits pieces.
+        """
+        found = []
+        for example in self.examples:
+            if name not in example.positions:
+                raise TaskError(f"no position called {name!r}", hint=nearest(name, list(example.positions), "position"))
+            index = example.positions[name]
+            found.append(index if tokenizer is None else token_positions(tokenizer, example.prompt, [index])[0])
+        return found
+
+    def batches(
+        self, tokenizer: Any, size: int = 64, *, twins: bool = False, device: str | torch.device | None = None
+    ) -> Iterator[TaskBatch]:
+        """Model inputs in batches, padded on the right; each batch carries the answers for the metrics.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer.
+            size: examples in a batch.
+            twins: feed the twins instead. The answers stay those of the prompts, so that a clean and a corrupted run
+                are measured with the same pair.
+            device: where to put the tensors.
+
+        Raises:
+            TaskError: a size below 1, or an answer that is not one token for this tokenizer.
+        """
+        if size < 1:
+            raise TaskError(f"a batch needs at least 1 example, not {size}")
+        for start in range(0, len(self.examples), size):
+            chunk = self.examples[start : start + size]
+            rows = [tokenizer(example.twin if twins else example.prompt)["input_ids"] for example in chunk]
+            longest = max(map(len, rows))
+            ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+            for i, row in enumerate(rows):
+                ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+            yield TaskBatch(
+                {"input_ids": ids.to(device), "attention_mask": mask.to(device)},
+                answers=[[single_token(tokenizer, a) for a in example.answers] for example in chunk],
+                wrong=[[single_token(tokenizer, a) for a in example.wrong] for example in chunk],
+                start=start,
+            )
+
+    def accuracy(self, model: torch.nn.Module, tokenizer: Any, size: int = 64) -> float:
+        """Share of prompts whose most likely next token, over the full vocabulary, is a right answer.
+
+        Raises:
+            TaskError: an empty task, or answers that are not single tokens.
+        """
+        return float(self._measure(correct, model, tokenizer, size, twins=False).mean())
+
+    def logit_diff(
+        self, model: torch.nn.Module, tokenizer: Any, size: int = 64, *, twins: bool = False
+    ) -> torch.Tensor:
+        """Logit of the right answers minus logit of the wrong ones at the last token: [example], natural-log units.
+
+        See `workbench.tasks.logit_diff` for sets of answers. With `twins` the twins are run and the prompts' answers
+        are compared, so a model that does the task is below zero there.
+
+        Raises:
+            TaskError: an empty task, or answers that are not single tokens.
+        """
+        return self._measure(logit_diff, model, tokenizer, size, twins=twins)
+
+    def _measure(self, metric: Any, model: torch.nn.Module, tokenizer: Any, size: int, *, twins: bool) -> torch.Tensor:
+        if not self.examples:
+            raise TaskError(f"task {self.name} has no examples", hint="make it with n >= 1")
+        device = next(model.parameters()).device
+        with torch.inference_mode():
+            parts = [metric(model(**b), b) for b in self.batches(tokenizer, size, twins=twins, device=device)]
+        return torch.cat(parts).cpu()
+
+
+def check_common(n: int, split: str) -> None:
+    """Refuse a number of examples below 1 and an unknown split."""
+    if n < 1:
+        raise TaskError(f"a task needs at least 1 example, not n={n}")
+    check_choice("split", split, get_args(Split))
+
+
+def check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a value that is not among the known ones, and name the nearest."""
+    if value not in known:
+        raise TaskError(f"unknown {what} {value!r}", hint=nearest(value, list(known), what))
+
+
+def make_rng(seed: int | random.Random) -> random.Random:
+    """A generator of its own for a seed, or the one that was handed over."""
+    return seed if isinstance(seed, random.Random) else random.Random(seed)
+
+
+def in_split(key: int, split: Split) -> bool:
+    """Whether a combination with this number belongs to the split: every eighth is held out.
+
+    >>> [in_split(16, "held_out"), in_split(16, "train"), in_split(16, "all")]
+    [True, False, True]
+    """
+    return split == "all" or (key % 8 == 0) == (split == "held_out")
+
+
+def swap_words(prompt: str, changes: Mapping[int, str]) -> str:
+    """The prompt with the pieces at some indices replaced and all white space kept.
+
+    >>> swap_words("a red cup, a jug", {2: "pen"})
+    'a red pen, a jug'
+    """
+    spans = piece_spans(prompt)
+    text, last = "", 0
+    for index in sorted(changes):
+        start, end = spans[index]
+        text, last = text + prompt[last:start] + changes[index], end
+    return text + prompt[last:]
+
+
+def seed_setting(seed: int | random.Random) -> int | str:
+    """What to write down for a seed: the number, or that a generator was handed over."""
+    return seed if isinstance(seed, int) else "random.Random"

@@ -1,0 +1,91 @@
+"""Metrics that a task's batches are measured with: one number per example, as the analyses expect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from workbench.errors import TaskError
+
+
+class TaskBatch(dict[str, torch.Tensor]):
+    """Model inputs as a dict, so that `model(**batch)` works, with the answers' token ids beside them.
+
+    Attributes:
+        answers: token ids of the right answers, one list per example.
+        wrong: token ids of the wrong answers, one list per example.
+        start: index in the task of the first example.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        *,
+        answers: Sequence[Sequence[int]],
+        wrong: Sequence[Sequence[int]],
+        start: int = 0,
+    ) -> None:
+        super().__init__(inputs)
+        self.answers, self.wrong, self.start = answers, wrong, start
+
+    def to(self, device: str | torch.device) -> TaskBatch:
+        """The same batch with its tensors on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.items()}
+        return TaskBatch(moved, answers=self.answers, wrong=self.wrong, start=self.start)
+
+
+def last_logits(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits at each prompt's last token: [batch, vocab].
+
+    Args:
+        output: what the model returned, or its logits [batch, position, vocab].
+        batch: the inputs; without an attention mask every row is taken to be full.
+    """
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return logits[:, -1]
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask.to(places.dtype) * places).argmax(dim=1).to(logits.device)
+    return logits[torch.arange(len(last), device=logits.device), last]
+
+
+def logit_diff(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logit of the right answer minus logit of the wrong one at the last token: [batch], natural-log units.
+
+    For sets of answers the log-sum-exp of each set's logits is compared, which is the log of the ratio of their
+    probabilities and the plain difference where both sets have one member.
+
+    Raises:
+        TaskError: the batch does not come from `Task.batches`, so it does not know its answers.
+
+    >>> batch = TaskBatch({}, answers=[[2]], wrong=[[0]])
+    >>> logit_diff(torch.tensor([[[1.0, 0.0, 4.0]]]), batch)
+    tensor([3.])
+    """
+    known, logits = _with_answers(batch), last_logits(output, batch)
+    values = [row[list(a)].logsumexp(0) - row[list(w)].logsumexp(0)
+              for row, a, w in zip(logits, known.answers, known.wrong, strict=True)]
+    return torch.stack(values)
+
+
+def correct(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """1 where the most likely next token, over the full vocabulary, is a right answer, else 0: [batch].
+
+    Raises:
+        TaskError: the batch does not come from `Task.batches`, so it does not know its answers.
+    """
+    known, best = _with_answers(batch), last_logits(output, batch).argmax(-1).tolist()
+    hits = [float(token in answers) for token, answers in zip(best, known.answers, strict=True)]
+    return torch.tensor(hits)
+
+
+def _with_answers(batch: Mapping[str, torch.Tensor]) -> TaskBatch:
+    if not isinstance(batch, TaskBatch):
+        raise TaskError(
+            f"the metric needs a batch that knows its answers, not a {type(batch).__name__}",
+            hint="use the batches of task.batches(tokenizer), and batch.to(device) to move them",
+        )
+    return batch

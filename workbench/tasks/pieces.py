@@ -1,0 +1,84 @@
+"""Word-level pieces of a text, and where each piece falls among the tokens of a given tokenizer.
+
+The generators know positions as indices of pieces ("red", ",", a newline). A word-level tokenizer has one token per
+piece, so there the indices are token indices; for any other tokenizer `token_positions` translates them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from workbench.errors import TaskError
+
+PIECE_PATTERN = r"\n|\w+|[^\w\s]"
+_PIECE = re.compile(PIECE_PATTERN)
+
+
+def pieces(text: str) -> list[str]:
+    r"""Split a text into words, single punctuation marks and newlines; other white space only separates.
+
+    >>> pieces("the cup?\nA:")
+    ['the', 'cup', '?', '\n', 'A', ':']
+    """
+    return _PIECE.findall(text)
+
+
+def piece_spans(text: str) -> list[tuple[int, int]]:
+    """First character and end (exclusive) of each piece.
+
+    >>> piece_spans("a cup?")
+    [(0, 1), (2, 5), (5, 6)]
+    """
+    return [match.span() for match in _PIECE.finditer(text)]
+
+
+def token_positions(tokenizer: Any, text: str, indices: Sequence[int]) -> list[int]:
+    """Token index of each piece index: the last token that touches the piece.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; unless it has one token per piece it must be a fast one (with offsets).
+        text: the prompt.
+        indices: piece indices, 0-based.
+
+    Raises:
+        TaskError: an index outside the text, or a slow tokenizer that splits or merges pieces.
+    """
+    spans = piece_spans(text)
+    for index in indices:
+        if not 0 <= index < len(spans):
+            raise TaskError(f"piece {index} is outside the prompt, which has {len(spans)} pieces: {text!r}")
+    if not getattr(tokenizer, "is_fast", False):
+        if len(tokenizer(text)["input_ids"]) == len(spans):
+            return list(indices)
+        raise TaskError(
+            "this tokenizer does not say which characters a token covers, so positions cannot be found",
+            hint="load the fast version of the tokenizer (use_fast=True)",
+        )
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    found = []
+    for index in indices:
+        start, end = spans[index]
+        touching = [token for token, (left, right) in enumerate(offsets) if left < end and right > start]
+        if not touching:
+            raise TaskError(f"no token covers {text[start:end]!r} in {text!r}")
+        found.append(touching[-1])
+    return found
+
+
+def single_token(tokenizer: Any, answer: str) -> int:
+    """Token id of an answer such as " Orange".
+
+    Raises:
+        TaskError: the tokenizer makes several tokens of the answer, or does not know it.
+    """
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise TaskError(
+            f"the answer {answer!r} is {len(ids)} tokens for this tokenizer; a task needs answers of one token",
+            hint="choose answers that are single tokens for this tokenizer",
+        )
+    if ids[0] == getattr(tokenizer, "unk_token_id", None):
+        raise TaskError(f"the answer {answer!r} is unknown to this tokenizer", hint="use a tokenizer that knows the word")
+    return int(ids[0])
