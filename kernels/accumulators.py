@@ -157,7 +157,9 @@ class Distance(Accumulator):
         p = tile.p
         if tile.keys.stop - 1 <= tile.queries.start + self.space.offset:  # all keys at or before all queries
             local = (j[0] - tile.keys.start).to(p.dtype)
-            mass, first, second = (p @ torch.stack((torch.ones_like(local), local, local * local), -1)).double().unbind(-1)
+            mass, first, second = (
+                (p @ torch.stack((torch.ones_like(local), local, local * local), -1)).double().unbind(-1)
+            )
             base, sign = i[:, 0].double() - tile.keys.start, -1.0
         else:
             away = (i - j).abs()
@@ -250,9 +252,7 @@ class Received(Accumulator):
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
-        self.total = torch.zeros(
-            space.n_batch, space.n_heads, space.n_keys, dtype=torch.float64, device=space.device
-        )
+        self.total = torch.zeros(space.n_batch, space.n_heads, space.n_keys, dtype=torch.float64, device=space.device)
 
     def add(self, tile: Tile) -> None:
         self.total[tile.batch, tile.heads, tile.keys] += tile.p.sum(-2)

@@ -44,8 +44,16 @@ class SoftmaxPattern(Pattern):
         sinks: Tensor | None = None,
         key_bias: Tensor | None = None,
     ) -> None:
-        if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
-            raise CaptureError(f"queries {list(q.shape)} and keys {list(k.shape)} do not fit [batch, head, position, d]")
+        if (
+            q.dim() != 4
+            or k.dim() != 4
+            or q.shape[0] != k.shape[0]
+            or q.shape[1] % k.shape[1]
+            or q.shape[3] != k.shape[3]
+        ):
+            raise CaptureError(
+                f"queries {list(q.shape)} and keys {list(k.shape)} do not fit [batch, head, position, d]"
+            )
         mask = mask or Mask(q.shape[2], k.shape[2])
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         super().__init__((*q.shape[:3], k.shape[2]), mask, dtype, q.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.kernels import accumulators
-from workbench.kernels.accumulators import Space, Tile
+from workbench.kernels.accumulators import Tile
 from workbench.kernels.statistics import VALUE_WEIGHTED, Options, check_names, output_names
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ import pytest
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
     from support.browser import WatchedPage
 
 
@@ -83,6 +84,7 @@ def browser() -> Iterator["Browser"]:
     """
     try:
         from playwright.sync_api import sync_playwright
+
         from support.browser import ARGUMENTS, chromium
     except ModuleNotFoundError as error:
         _unavailable(str(error))

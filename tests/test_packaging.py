@@ -67,7 +67,9 @@ def test_every_file_is_in_the_wheel(wheel: Path) -> None:
     }
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert on_disk - packed == set(), "a folder without __init__.py, or a kind of data file that pyproject.toml leaves out"
+    assert on_disk - packed == set(), (
+        "a folder without __init__.py, or a kind of data file that pyproject.toml leaves out"
+    )
     assert packed - on_disk == set()
 
 

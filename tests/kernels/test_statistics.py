@@ -7,12 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from workbench.errors import CaptureError
 from workbench.kernels import masks
-from workbench.kernels.masks import Mask, as_four
-from workbench.kernels.patterns import DensePattern, Pattern
+from workbench.kernels.masks import Mask
+from workbench.kernels.patterns import Pattern
 from workbench.kernels.softmax import SoftmaxPattern
-from workbench.kernels.statistics import STATISTICS, Options, check_names, dense
+from workbench.kernels.statistics import Options, dense
 
 ROWS = ["lse", "entropy", "peak", "effective_keys", "distance", "distance_var", "sink", "current", "previous"]
 EVERYTHING = [*ROWS, "received", "received_mean", "top_keys", "pooled_mean", "pooled_max"]
@@ -34,7 +33,20 @@ def naive(q: torch.Tensor, k: torch.Tensor, mask: Mask, scale: float, softcap: f
     return torch.exp(scores - lse[..., None]).nan_to_num(0.0), lse
 
 
-MASKS = ["none", "causal", "cached", "window", "window both", "left", "right", "bool", "additive", "finfo", "dead", "per head"]
+MASKS = [
+    "none",
+    "causal",
+    "cached",
+    "window",
+    "window both",
+    "left",
+    "right",
+    "bool",
+    "additive",
+    "finfo",
+    "dead",
+    "per head",
+]
 
 
 def make_mask(kind: str, b: int, h: int, n_q: int, n_k: int, dtype: torch.dtype, gen: torch.Generator) -> Mask:
@@ -74,7 +86,9 @@ def compare(pattern: Pattern, truth: torch.Tensor, lse: torch.Tensor, options: O
             continue  # ties may come in any order: what is at the index is compared below
         scale = {"distance": truth.shape[-1], "distance_var": truth.shape[-1] ** 2, "effective_keys": truth.shape[-1]}
         atol = tol * scale.get(name, truth.shape[-2] if name == "received" else 1)
-        torch.testing.assert_close(got[name].double(), want[name], atol=atol, rtol=tol, equal_nan=True, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name].double(), want[name], atol=atol, rtol=tol, equal_nan=True, msg=lambda m: f"{name}: {m}"
+        )
     if "top_keys" in names:
         index, weight = got["top_keys_index"], got["top_keys_weight"].double()
         found = truth.gather(-1, index.clamp(min=0)) * (index >= 0)

@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+
 from support import minilm
 from support.folders import model_folder
 
@@ -79,7 +80,9 @@ def test_minilm_is_the_trained_model(minilm: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     model, tokenizer = AutoModel.from_pretrained(minilm), AutoTokenizer.from_pretrained(minilm)
-    batch = tokenizer(["a cat sat down", "the kitten is sitting", "interest rates rose"], padding=True, return_tensors="pt")
+    batch = tokenizer(
+        ["a cat sat down", "the kitten is sitting", "interest rates rose"], padding=True, return_tensors="pt"
+    )
     with torch.no_grad():
         states = model(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None]

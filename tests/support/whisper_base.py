@@ -60,7 +60,9 @@ def _arrays(data: bytes) -> dict[str, np.ndarray]:
     return {reader.text(): reader.array() for _ in range(reader.number("I"))}
 
 
-def _projections(arrays: dict[str, np.ndarray], source: str, target: str, cross: bool) -> Iterator[tuple[str, np.ndarray]]:
+def _projections(
+    arrays: dict[str, np.ndarray], source: str, target: str, cross: bool
+) -> Iterator[tuple[str, np.ndarray]]:
     """One attention block. The file stacks what is computed from the same input: q, k, v, or in cross attention k, v."""
     stacks = [("linear_0", "q"), ("linear_1", "kv")] if cross else [("linear_0", "qkv")]
     for stack, names in stacks:

@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from workbench.errors import TaskError
 from workbench.tasks import Task, colored_objects, greater_than, induction, ioi, pieces
 from workbench.tasks.colored_objects import COLOURS, OBJECTS
@@ -104,7 +105,8 @@ def test_ioi_mixes_orders_and_templates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "hint"), [({"order": "ABAB"}, "AB"), ({"template": "wnt"}, "went"), ({"split": "heldout"}, "held_out")]
+    ("arguments", "hint"),
+    [({"order": "ABAB"}, "AB"), ({"template": "wnt"}, "went"), ({"split": "heldout"}, "held_out")],
 )
 def test_ioi_refuses_unknown_choices(arguments: dict[str, str], hint: str) -> None:
     with pytest.raises(TaskError, match=hint):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from workbench.errors import TaskError
 from workbench.models.training.vocabulary import build_tokenizer
 from workbench.tasks import (

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _SHIPPED = Path(__file__).parent / "shipped"
+# Short names of TransformerLens for models that the hub keeps under another name; the rest are spelled alike.
+_ALIASES = {
+    "gpt2-small": "gpt2",
+    **{f"pythia-{size}": f"EleutherAI/pythia-{size}" for size in ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b")},
+    **{f"gpt-neo-{size.lower()}": f"EleutherAI/gpt-neo-{size}" for size in ("125m", "1.3B", "2.7B")},
+    **{f"opt-{size}": f"facebook/opt-{size}" for size in ("125m", "1.3b", "2.7b")},
+    "tiny-stories-33M": "roneneldan/TinyStories-33M",
+    "bert-base-cased": "google-bert/bert-base-cased",
+}
 
 
 class ModelError(WorkbenchError):
@@ -50,8 +59,9 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
 
     Args:
         name: a shipped model (see `available`), a local folder that holds a Hugging Face model, or the name of a model
-            on the Hugging Face hub, which is fetched unless it is in the local cache. A path is always taken as a
-            folder, and a folder wins over a name on the hub, but not over a shipped model.
+            on the Hugging Face hub (TransformerLens' short names of common models too), which is fetched unless it is
+            in the local cache. A `Path` is always taken as a folder; a folder wins over a name on the hub, a shipped
+            model over both.
 
     Returns:
         The model, of the class its configuration names (so a causal language model has its head), in the precision
@@ -88,7 +98,7 @@ def _cards() -> list[Path]:
 
 def _load_from_hub(name: str) -> tuple[PreTrainedModel, Any]:
     try:
-        return _load_from(name)
+        return _load_from(_ALIASES.get(name, name))
     except (OSError, ValueError) as error:
         shipped = ", ".join(available())
         if _is_offline(error):

@@ -60,6 +60,10 @@ CURRICULA: Mapping[str, tuple[Stage, ...]] = {
     ),
     "plateau": (Stage("mixture", {"full_prompts": 32, "repeats": 16, **EASY}, steps=800, decay=True),),
 }
+SUMMARIES = {
+    "demo": "small GPT-2 that does IOI, Colored Objects, induction and greater-than",
+    "plateau": "the same model stuck at a plateau: Colored Objects at chance, the other three tasks done",
+}
 N_CARD = 1000
 CARD_SEED = 777
 
@@ -86,7 +90,9 @@ def new_model(vocab_size: int, seed: int, *, n_layer: int = 6, n_head: int = 8, 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, save the model with its tokenizer and card, and print the accuracies measured on the saved file."""
-    parser = argparse.ArgumentParser(prog="python -m workbench.models.train_demo_lm", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m workbench.models.train_demo_lm", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoints and the finished model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--curriculum", choices=sorted(CURRICULA), default="demo")
@@ -107,7 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     card = make_card(finished, progress, args.curriculum, args.seed)
     for name, value in card["accuracy"].items():
         print(f"{name:16} {value:.3f}")
-    print(f"{card['parameters']:,} parameters, {card['megabytes']} MB, {progress.step} steps, {card['minutes']} minutes")
+    print(
+        f"{card['parameters']:,} parameters, {card['megabytes']} MB, {progress.step} steps, {card['minutes']} minutes"
+    )
 
 
 def save_finished(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -131,6 +139,7 @@ def make_card(folder: Path, progress: Progress, curriculum: str, seed: int) -> d
         stages[entry["stage"]] = entry["step"]
     card = {
         "model": "demo-lm" if curriculum == "demo" else "demo-lm-plateau",
+        "summary": SUMMARIES[curriculum],
         "architecture": "GPT-2 (6 layers, 8 heads, width 128, MLP 256, 128 positions, embeddings not tied)",
         "parameters": sum(p.numel() for p in model.parameters()),
         "megabytes": round((folder / "model.safetensors").stat().st_size / 1e6, 2),

@@ -52,16 +52,22 @@ def colored_objects(n: int, seed: int | random.Random, *, split: Split = "all") 
     return Task("colored_objects", examples, SOURCE, {"seed": seed_setting(seed), "split": split})
 
 
+def article(word: str) -> str:
+    """The article that goes before a word.
+
+    >>> article("orange")
+    'an'
+    """
+    return "an" if word[0] in "aeiou" else "a"
+
+
 def scene(objects: list[str], colours: list[str], surface: str, start: str) -> str:
     """The sentence that describes a scene, for one thing or more.
 
     >>> scene(["cup", "pen"], ["orange", "red"], "desk", "you see")
     'On the desk, you see an orange cup, and a red pen.'
     """
-    things = [
-        f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {thing}"
-        for colour, thing in zip(colours, objects, strict=True)
-    ]
+    things = [f"{article(colour)} {colour} {thing}" for colour, thing in zip(colours, objects, strict=True)]
     if len(things) > 1:
         things[-1] = f"and {things[-1]}"
     return f"On the {surface}, {start} {', '.join(things)}."
@@ -91,4 +97,6 @@ def _example(rng: random.Random, split: Split) -> Example:
         "end": len(pieces(prompt)) - 1,
     }
     answer, wrong = (f" {colours[3 + i].capitalize()}" for i in (asked, other))
-    return Example(prompt, swap_words(prompt, {QUERIED: objects[3 + other]}), (answer,), (wrong,), positions, (QUERIED,))
+    return Example(
+        prompt, swap_words(prompt, {QUERIED: objects[3 + other]}), (answer,), (wrong,), positions, (QUERIED,)
+    )

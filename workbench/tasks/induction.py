@@ -20,9 +20,7 @@ WORDS = (
 SOURCE = "Olsson et al., In-context Learning and Induction Heads (arXiv 2209.11895): repeated random tokens"
 
 
-def induction(
-    n: int, seed: int | random.Random, *, length: int = 24, words: Sequence[str] = WORDS
-) -> Task:
+def induction(n: int, seed: int | random.Random, *, length: int = 24, words: Sequence[str] = WORDS) -> Task:
     """Random words without repetition, followed by the start of the same sequence.
 
     The prompt breaks off at a random place of the second copy, after at least one word. The twin has another word in

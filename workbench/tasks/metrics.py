@@ -66,8 +66,10 @@ def logit_diff(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     tensor([3.])
     """
     known, logits = _with_answers(batch), last_logits(output, batch)
-    values = [row[list(a)].logsumexp(0) - row[list(w)].logsumexp(0)
-              for row, a, w in zip(logits, known.answers, known.wrong, strict=True)]
+    values = [
+        row[list(a)].logsumexp(0) - row[list(w)].logsumexp(0)
+        for row, a, w in zip(logits, known.answers, known.wrong, strict=True)
+    ]
     return torch.stack(values)
 
 

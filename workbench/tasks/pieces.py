@@ -80,5 +80,7 @@ def single_token(tokenizer: Any, answer: str) -> int:
             hint="choose answers that are single tokens for this tokenizer",
         )
     if ids[0] == getattr(tokenizer, "unk_token_id", None):
-        raise TaskError(f"the answer {answer!r} is unknown to this tokenizer", hint="use a tokenizer that knows the word")
+        raise TaskError(
+            f"the answer {answer!r} is unknown to this tokenizer", hint="use a tokenizer that knows the word"
+        )
     return int(ids[0])

@@ -13,7 +13,7 @@ import torch
 
 from workbench.tasks import colored_objects, greater_than, induction, ioi
 from workbench.tasks.base import Task
-from workbench.tasks.colored_objects import COLOURS, OBJECTS, SHOT_ANSWER, STARTS, SURFACES, scene
+from workbench.tasks.colored_objects import COLOURS, OBJECTS, SHOT_ANSWER, STARTS, SURFACES, article, scene
 from workbench.tasks.pieces import pieces
 
 Row = tuple[list[str], list[int]]
@@ -26,10 +26,12 @@ def lookups(n: int, rng: random.Random, words: Sequence[str]) -> list[Row]:
     Four to eight things, colours drawn with replacement, eight questions drawn with replacement. So many things make
     the uninformed answer (some colour of this scene) a poor one, and with replacement nothing can be eliminated.
     """
-    rows = []
+    rows: list[Row] = []
     for _ in range(n):
         things, colours = _things(rng, rng.randint(4, 8))
-        row = [piece for thing, colour in zip(things, colours, strict=True) for piece in ("a", colour, thing, ",")]
+        row: list[str] = []
+        for thing, colour in zip(things, colours, strict=True):
+            row += [article(colour), colour, thing, ","]
         row[-1] = ":"
         learn = []
         for _ in range(8):

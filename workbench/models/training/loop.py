@@ -110,14 +110,20 @@ class Trainer:
             while not done:
                 started = time.perf_counter()
                 measured = self._step(stage)
-                p.step, p.stage_step, p.seconds = p.step + 1, p.stage_step + 1, p.seconds + time.perf_counter() - started
+                p.step, p.stage_step, p.seconds = (
+                    p.step + 1,
+                    p.stage_step + 1,
+                    p.seconds + time.perf_counter() - started,
+                )
                 bar.update()
                 bar.set_postfix({"loss": f"{measured['loss']:.3f}"}, refresh=False)
                 if p.stage_step % self.every == 0 or p.stage_step == stage.steps:
                     started = time.perf_counter()
                     measured |= self.evaluate()
                     p.seconds += time.perf_counter() - started
-                    p.history.append({"step": p.step, "stage": stage.name, **{k: round(v, 4) for k, v in measured.items()}})
+                    p.history.append(
+                        {"step": p.step, "stage": stage.name, **{k: round(v, 4) for k, v in measured.items()}}
+                    )
                     log.info("%s", json.dumps(p.history[-1]))
                     self.save()
                     done = stage.goal is not None and measured[stage.goal[0]] >= stage.goal[1]
@@ -152,7 +158,9 @@ class Trainer:
         """
         path = None if self.folder is None else self.folder / "checkpoint.pt"
         if path is None or not path.is_file():
-            raise WorkbenchError(f"there is no checkpoint to resume from in {self.folder}", hint="start without --resume")
+            raise WorkbenchError(
+                f"there is no checkpoint to resume from in {self.folder}", hint="start without --resume"
+            )
         state = torch.load(path, weights_only=True)
         if state["seed"] != self.seed:
             raise WorkbenchError(f"the checkpoint was made with seed {state['seed']}, not {self.seed}")

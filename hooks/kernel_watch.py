@@ -1,0 +1,78 @@
+"""Watch which attention kernel really runs, below autograd, and pick up the log-sum-exp that it computes anyway.
+
+The watch only looks: the operator runs with the arguments it was given, so the model's bits cannot change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OnOperator = Callable[[OpOverload, Sequence[Any], Mapping[str, Any], Any], None]
+_PREFIX = "_scaled_dot_product_"
+
+
+class KernelWatch(TorchDispatchMode):
+    """While entered, calls `on_operator(op, args, kwargs, result)` after every operator."""
+
+    def __init__(self, on_operator: OnOperator) -> None:
+        super().__init__()
+        self._on_operator = on_operator
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._on_operator(func, args, kwargs or {}, result)
+        return result
+
+
+def kernel_name(op: OpOverload) -> str | None:
+    """Short name of a fused attention kernel, such as "flash_attention_for_cpu"; None for any other operator."""
+    name = op._schema.name.removeprefix("aten::")
+    return name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else None
+
+
+def kernel_lse(result: Any, n_queries: int) -> Tensor | None:
+    """[batch, head, query] log-sum-exp (natural log) out of a fused kernel's result; None if it gave none.
+
+    Some kernels pad the query axis, add a trailing axis of one, or return an empty tensor when no gradient is needed.
+    """
+    if not isinstance(result, tuple) or len(result) < 2 or not isinstance(result[1], Tensor):
+        return None
+    lse = result[1]
+    if lse.dim() == 4 and lse.shape[-1] == 1:
+        lse = lse.squeeze(-1)
+    if lse.dim() != 3 or lse.shape[-1] < n_queries or lse.numel() == 0 or not lse.is_floating_point():
+        return None
+    return lse[..., :n_queries]
+
+
+class LseWatch:
+    """Runs one SDPA call and tells which kernel ran and what log-sum-exp it gave."""
+
+    def __init__(self) -> None:
+        self.kernel = "math"  # SDPA's composite path has no operator of its own
+        self.lse: Tensor | None = None
+
+    def run(
+        self, function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], n_queries: int
+    ) -> Tensor:
+        """The function's own result."""
+
+        def look(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+            name = kernel_name(op)
+            if name is not None:
+                self.kernel, self.lse = name, kernel_lse(result, n_queries)
+
+        with KernelWatch(look):
+            return function(*args, **kwargs)
+
+
+SOFTMAX_OPERATORS = {torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default}
+"""Operators by which an attention that is written out in matrix products computes its weights."""

@@ -1,0 +1,222 @@
+"""Sites: the places where a model mixes tokens. Found from the code of its modules, before anything has run."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any, Literal, overload
+
+from torch import nn
+
+from workbench.errors import CaptureError, nearest
+
+Kind = Literal["self", "cross", "window", "channel", "memory", "state"]
+
+# A module that mentions one of these in its own code calls an attention kernel.
+_MARKS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"}
+_CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
+_HOOK_SUFFIX = re.compile(r"\.(hook_\w+|attn_weights)$")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a model mixes tokens.
+
+    Attributes:
+        name: path of the module in the model.
+        layer: position among the sites of the same tower and kind, from 0.
+        kind: what it mixes.
+        n_heads, n_kv_heads, d_head: its sizes; None until a call has shown them.
+        tower: "" for a model with one stack of layers, else such as "encoder".
+    """
+
+    name: str
+    layer: int
+    kind: Kind
+    n_heads: int | None = None
+    n_kv_heads: int | None = None
+    d_head: int | None = None
+    tower: str = ""
+
+    @property
+    def alias(self) -> str:
+        """TransformerLens' spelling: blocks.3.attn, or decoder.3.cross_attn in a model with several towers."""
+        attn = "cross_attn" if self.kind == "cross" else "attn"
+        return f"{self.tower or 'blocks'}.{self.layer}.{attn}"
+
+    def label(self, head: int) -> str:
+        """Short name of a head: L9H6.
+
+        >>> Site("h.9.attn", 9, "self").label(6)
+        'L9H6'
+        """
+        return f"L{self.layer}H{head}"
+
+
+class Sites(Sequence[Site]):
+    """The sites of a model, in the order of its modules; indexed by position, name or TransformerLens name."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self._sites = tuple(sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Site: ...
+    @overload
+    def __getitem__(self, key: slice) -> Sites: ...
+    def __getitem__(self, key: int | str | slice) -> Site | Sites:
+        if isinstance(key, slice):
+            return Sites(self._sites[key])
+        if isinstance(key, str):
+            return self.find(key)
+        return self._sites[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._sites or any(key in (s.name, s.alias) for s in self._sites)
+
+    def find(self, name: str) -> Site:
+        """The site of that name or alias (a TransformerLens hook suffix is ignored).
+
+        Raises:
+            CaptureError: there is none; the hint names the nearest.
+        """
+        wanted = _HOOK_SUFFIX.sub("", name)
+        for site in self._sites:
+            if wanted in (site.name, site.alias):
+                return site
+        known = [site.name for site in self._sites] + [site.alias for site in self._sites]
+        raise CaptureError(f'there is no site "{name}"', site=name, hint=nearest(wanted, known, "site"))
+
+    def __repr__(self) -> str:
+        header = ("site", "alias", "layer", "kind", "heads", "kv", "d_head")
+        rows = [
+            (s.name, s.alias, s.layer, s.kind, *("?" if n is None else n for n in (s.n_heads, s.n_kv_heads, s.d_head)))
+            for s in self._sites
+        ]
+        widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+        return "\n".join(
+            "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [header, *rows]
+        )
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        frame = pd.DataFrame(
+            [(s.name, s.alias, s.layer, s.kind, s.n_heads, s.n_kv_heads, s.d_head) for s in self._sites]
+        )
+        frame.columns = pd.Index(["site", "alias", "layer", "kind", "heads", "kv", "d_head"])
+        return frame.to_html(index=False, na_rep="?")
+
+
+def find_sites(model: nn.Module) -> Sites:
+    """The sites of a model, read from the code of its modules' classes; sizes from their attributes where they tell.
+
+    >>> find_sites(nn.TransformerEncoderLayer(16, 4))
+    site       alias          layer  kind  heads  kv  d_head
+    self_attn  blocks.0.attn  0      self  4      4   4
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) or (
+            not isinstance(module, (nn.TransformerEncoderLayer, nn.Transformer)) and _calls_attention(type(module))
+        ):
+            found.append(_describe(name, module))
+    return _number(found)
+
+
+def add_site(sites: Sites, name: str, module: nn.Module) -> Sites:
+    """The sites with one more, which a call has shown."""
+    return _number([*sites, _describe(name, module)])
+
+
+def with_sizes(sites: Sites, name: str, n_heads: int, n_kv_heads: int, d_head: int) -> Sites:
+    """The sites with the sizes that a call has shown."""
+    return Sites(
+        replace(s, n_heads=n_heads, n_kv_heads=n_kv_heads, d_head=d_head) if s.name == name else s for s in sites
+    )
+
+
+def _describe(name: str, module: nn.Module) -> Site:
+    config = getattr(module, "config", None)
+    heads = _number_of(module, config, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+    kv = _number_of(module, config, "num_key_value_heads", "n_kv_heads", "num_kv_heads")
+    width = _number_of(module, config, "head_dim", "attention_head_size", "d_head", "key_value_proj_dim")
+    if width is None and heads:
+        total = _number_of(module, config, "embed_dim", "hidden_size", "d_model")
+        width = None if total is None else total // heads
+    cross = _CROSS.search(f"{name} {type(module).__name__}") or getattr(module, "is_cross_attention", False)
+    return Site(name, -1, "cross" if cross else "self", heads, heads if kv is None else kv, width)
+
+
+def _number_of(module: nn.Module, config: Any, *names: str) -> int | None:
+    for owner in (module, config):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _number(sites: list[Site]) -> Sites:
+    """Sites with layers and towers: a name's only number is its layer, otherwise sites of one kind are counted."""
+    stems = [
+        s.name[: m.start()].rstrip(".") if (m := re.search(r"(?<![^.])\d+(?![^.])", s.name)) else "" for s in sites
+    ]
+    several = len(set(stems)) > 1
+    seen: Counter[tuple[str, Kind]] = Counter()
+    numbered = []
+    for site, stem in zip(sites, stems, strict=True):
+        tower = _tower(stem) if several else ""
+        index = seen[tower, site.kind]
+        seen[tower, site.kind] += 1
+        numbers = re.findall(r"(?<![^.])\d+(?![^.])", site.name)
+        numbered.append(replace(site, tower=tower, layer=int(numbers[0]) if len(numbers) == 1 else index))
+    return Sites(numbered)
+
+
+def _tower(stem: str) -> str:
+    """What tells one stack of layers from another: "model.encoder.layers" -> "encoder"."""
+    parts = [part for part in stem.split(".") if part not in {"model", "layers", "layer", "blocks", "block", "h"}]
+    return parts[-1] if parts else "blocks"
+
+
+@cache
+def _calls_attention(cls: type[nn.Module]) -> bool:
+    """Whether the class's own forward, or a function that it calls by name, mentions an attention kernel."""
+    forward = cls.forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return isinstance(forward, FunctionType) and _mentions(forward, cls, depth=3, seen=set())
+
+
+def _mentions(function: FunctionType, cls: type, depth: int, seen: set[CodeType]) -> bool:
+    if function.__code__ in seen:
+        return False
+    seen.add(function.__code__)
+    codes = [function.__code__]
+    for code in codes:  # grows: nested functions are constants of their parent
+        codes.extend(c for c in code.co_consts if isinstance(c, CodeType))
+    names = {name for code in codes for name in code.co_names}
+    if names & _MARKS:
+        return True
+    if depth == 0:
+        return False
+    for name in names:
+        called = function.__globals__.get(name, getattr(cls, name, None))
+        if (
+            isinstance(called, FunctionType)
+            and called.__module__ == function.__module__
+            and _mentions(called, cls, depth - 1, seen)
+        ):
+            return True
+    return False

@@ -1,0 +1,339 @@
+"""What a capture leaves behind: per forward and per site, the statistics and the lazy pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from workbench.errors import CaptureError, nearest
+from workbench.hooks.sites import Site, Sites
+from workbench.kernels.patterns import DensePattern, Pattern
+from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
+from workbench.provenance import Provenance
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class SiteCapture:
+    """One site in one forward. Statistics are attributes: `capture.entropy` is [batch, head, query].
+
+    Attributes:
+        site: the site, with the sizes that were seen.
+        shape: (batch, head, query, key).
+        statistics: name -> tensor; shapes in `workbench.kernels.statistics.STATISTICS`.
+        kernel: the kernel that the model ran.
+        z: [batch, query, head, d_head] output per head, if asked for.
+    """
+
+    site: Site
+    shape: tuple[int, int, int, int]
+    statistics: dict[str, Tensor]
+    kernel: str
+    z: Tensor | None = None
+    weights: Tensor | None = None
+    lazy: Pattern | None = None
+    held: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern: `.rows(...)`, `.dense(heads=...)`, `.statistics(...)`; parts are computed when asked for.
+
+        Raises:
+            CaptureError: queries and keys were not kept, or the model has overwritten them since.
+        """
+        if self.lazy is not None:
+            if any(tensor._version != seen for tensor, seen in self.held):
+                raise CaptureError(
+                    "the model has overwritten the captured queries or keys",
+                    site=self.site.name,
+                    hint="use the pattern before the next forward, or capture with pattern=True",
+                )
+            return self.lazy
+        if self.weights is not None:
+            return DensePattern(self.weights)
+        raise CaptureError(
+            "the pattern was not kept",
+            site=self.site.name,
+            hint="capture with queries_keys=True; save with pattern=True to keep it in a file",
+        )
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__") or name in type(self).__dataclass_fields__:
+            raise AttributeError(name)
+        if name in self.statistics:
+            return self.statistics[name]
+        base = name.removeprefix(VALUE_WEIGHTED)
+        outputs = {out: s for s in STATISTICS for out in output_names(s)}
+        if base not in STATISTICS and base not in outputs:
+            # An AttributeError too, so that hasattr and completion work on names that are no statistics.
+            raise _NoAttribute(
+                f'a site capture has no "{name}"', site=self.site.name, hint=nearest(base, list(STATISTICS))
+            )
+        if STATISTICS[outputs.get(base, base)].positional and self.site.kind == "cross":
+            raise _NoAttribute(
+                f'"{name}" compares positions, which cross-attention does not share', site=self.site.name
+            )
+        raise _NoAttribute(
+            f'"{name}" was not captured', site=self.site.name, hint=f'capture with statistics=["{name}"]'
+        )
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self.statistics})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held; tensors that are shared with other sites count here too."""
+        pattern = getattr(self.lazy, "nbytes", 0)
+        return pattern + sum(t.nbytes for t in (*self.statistics.values(), self.z, self.weights) if t is not None)
+
+    def __repr__(self) -> str:
+        b, h, q, k = self.shape
+        names = ", ".join(self.statistics) or "no statistics"
+        return f"SiteCapture({self.site.name}: batch {b}, heads {h}, queries {q}, keys {k}; {names})"
+
+
+class _NoAttribute(CaptureError, AttributeError):
+    """A statistic that a site capture does not have."""
+
+
+@dataclass
+class Forward:
+    """One forward of the model: its site captures by name, and the tokens that went in.
+
+    Attributes:
+        ids, tokens: by stream ("input", "decoder"): ids [batch, position], and their text.
+    """
+
+    index: int
+    sites: dict[str, SiteCapture] = field(default_factory=dict)
+    ids: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, list[list[str]]] = field(default_factory=dict)
+
+    def stream(self, site: Site, axis: str) -> str:
+        """Which token stream the queries or keys of a site are."""
+        if "decoder" not in self.ids:
+            return "input"
+        in_encoder = "encoder" in site.name.split(".") and site.kind != "cross"
+        return "input" if in_encoder or (site.kind == "cross" and axis == "key") else "decoder"
+
+    def ids_of(self, site: Site, axis: str) -> Tensor | None:
+        """[batch, position] ids of the queries or keys of a site; None when they are not tokens."""
+        return self.ids.get(self.stream(site, axis))
+
+
+class Capture:
+    """The forwards of one `with wb.capture()`, their sites and statistics.
+
+    With one forward, `cap["blocks.3.attn"]` is its site capture. With several, look at `cap.calls[i]`, or join them
+    with `cap.pool()`.
+    """
+
+    def __init__(
+        self,
+        forwards: list[Forward],
+        model_sites: Sites,
+        provenance: Provenance,
+        weights_hash: Callable[[], str | None] | None = None,
+    ) -> None:
+        self._forwards, self.model_sites = forwards, model_sites
+        self._provenance, self._weights_hash = provenance, weights_hash
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the numbers come from; the first reading hashes the weights, None if they have changed since."""
+        if "weights_sha256" not in self._provenance and self._weights_hash is not None:
+            self._provenance["weights_sha256"] = self._weights_hash()
+        return self._provenance
+
+    def _with(self, forwards: list[Forward]) -> Capture:
+        return Capture(forwards, self.model_sites, self._provenance, self._weights_hash)
+
+    @property
+    def calls(self) -> tuple[Capture, ...]:
+        """One capture per forward, in order."""
+        return tuple(self._with([forward]) for forward in self._forwards)
+
+    @property
+    def sites(self) -> Sites:
+        """The sites that fired."""
+        fired = {name: capture.site for f in self._forwards for name, capture in f.sites.items()}
+        order = {site.name: i for i, site in enumerate(self.model_sites)}
+        return Sites(sorted(fired.values(), key=lambda s: (order.get(s.name.partition("#")[0], len(order)), s.layer)))
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """Names of the model's sites that never fired in this capture."""
+        fired = {name.partition("#")[0] for f in self._forwards for name in f.sites}
+        return tuple(site.name for site in self.model_sites if site.name not in fired)
+
+    def _only(self) -> Forward:
+        if len(self._forwards) != 1:
+            raise CaptureError(
+                f"the capture holds {len(self._forwards)} forwards",
+                hint="choose one with cap.calls[i], or join them with cap.pool()",
+            )
+        return self._forwards[0]
+
+    def __getitem__(self, name: str | int | Site) -> SiteCapture:
+        forward = self._only()
+        if isinstance(name, Site):
+            name = name.name
+        return forward.sites[self.sites[name].name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sites
+
+    def __iter__(self) -> Iterator[SiteCapture]:
+        forward = self._only()
+        return iter([forward.sites[site.name] for site in self.sites])
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the tensors that some site holds."""
+        return tuple(dict.fromkeys(name for f in self._forwards for c in f.sites.values() for name in c.statistics))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all forwards."""
+        return sum(c.nbytes for f in self._forwards for c in f.sites.values())
+
+    def query_tokens(self, name: str) -> list[list[str]] | None:
+        """Text of the queries of a site, per batch entry; None when they are not known tokens."""
+        return self._tokens(name, "query")
+
+    def key_tokens(self, name: str) -> list[list[str]] | None:
+        """Text of the keys of a site, per batch entry; None when they are not known tokens."""
+        return self._tokens(name, "key")
+
+    def _tokens(self, name: str, axis: str) -> list[list[str]] | None:
+        capture = self[name]
+        forward = self._only()
+        tokens = forward.tokens.get(forward.stream(capture.site, axis))
+        length = capture.shape[2 if axis == "query" else 3]
+        return tokens if tokens is not None and all(len(row) == length for row in tokens) else None
+
+    def stack(self, statistic: str, kind: str | None = None) -> Tensor:
+        """One statistic of all sites (of a kind) as [site, batch, head, ...].
+
+        Raises:
+            CaptureError: the sites' shapes differ (the message says which), or none has the statistic.
+        """
+        chosen = [c for c in self if kind in (None, c.site.kind)]
+        if not chosen:
+            raise CaptureError(f'no site of kind "{kind}" fired', hint=nearest(str(kind), [c.site.kind for c in self]))
+        tensors = [getattr(c, statistic) for c in chosen]
+        shapes: dict[tuple[int, ...], list[str]] = {}
+        for c, tensor in zip(chosen, tensors, strict=True):
+            shapes.setdefault(tuple(tensor.shape), []).append(c.site.name)
+        if len(shapes) > 1:
+            listed = "; ".join(f"{list(shape)} at {', '.join(names[:3])}" for shape, names in shapes.items())
+            raise CaptureError(
+                f'"{statistic}" has different shapes: {listed}', hint='choose sites of one shape, e.g. kind="self"'
+            )
+        return torch.stack(tensors)
+
+    def table(self, statistic: str, per: str = "head") -> pd.DataFrame:
+        """A tidy frame of one statistic.
+
+        Args:
+            statistic: a captured per-query or per-key statistic.
+            per: "head" averages over positions (rows that see no key are left out); "position" keeps them.
+
+        Returns:
+            Columns call, site, layer, kind, batch, head, (position,) and the statistic.
+        """
+        import pandas as pd
+
+        if per not in ("head", "position"):
+            raise CaptureError(f'per is "head" or "position", not {per!r}')
+        frames = []
+        for forward in self._forwards:
+            for c in forward.sites.values():
+                if statistic not in c.statistics and STATISTICS.get(statistic) and STATISTICS[statistic].positional:
+                    continue  # cross-attention has none
+                values = getattr(c, statistic).double()
+                if values.dim() != 3:
+                    raise CaptureError(f'"{statistic}" has no tidy table', shape=values.shape, hint="use the tensor")
+                values = values.nanmean(-1, keepdim=True) if per == "head" else values
+                b, h, n = (
+                    x.flatten().tolist() for x in torch.meshgrid(*map(torch.arange, values.shape), indexing="ij")
+                )
+                frame = pd.DataFrame({"batch": b, "head": h, "position": n, statistic: values.flatten().tolist()})
+                for i, (column, value) in enumerate(
+                    (("call", forward.index), ("site", c.site.name), ("layer", c.site.layer), ("kind", c.site.kind))
+                ):
+                    frame.insert(i, column, value)
+                frames.append(frame.drop(columns="position") if per == "head" else frame)
+        if not frames:
+            raise CaptureError(f'no site has "{statistic}"', hint=f"captured: {', '.join(self.statistics)}")
+        return pd.concat(frames, ignore_index=True)
+
+    def pool(self) -> Capture:
+        """All forwards as one, their batches joined; patterns are not joined.
+
+        Raises:
+            CaptureError: the forwards differ in sites or in a site's [head, query, key].
+        """
+        first = self._forwards[0]
+        joined = Forward(0)
+        for name, capture in first.sites.items():
+            parts = [f.sites.get(name) for f in self._forwards]
+            if any(p is None or p.shape[1:] != capture.shape[1:] for p in parts):
+                shapes = ["none" if p is None else str(list(p.shape)) for p in parts]
+                raise CaptureError(
+                    f"the forwards differ: {', '.join(shapes)}", site=name, hint="compare cap.calls one by one"
+                )
+            same = [p for p in parts if p is not None]
+            joined.sites[name] = replace(
+                capture,
+                shape=(sum(p.shape[0] for p in same), *capture.shape[1:]),
+                statistics={s: torch.cat([p.statistics[s] for p in same]) for s in capture.statistics},
+                z=None if capture.z is None else torch.cat([p.z for p in same if p.z is not None]),
+                weights=None
+                if capture.weights is None
+                else torch.cat([p.weights for p in same if p.weights is not None]),
+                lazy=None,
+                held=[],
+            )
+        for stream in first.ids:
+            rows = [f.ids.get(stream) for f in self._forwards]
+            if all(r is not None and r.shape[1] == first.ids[stream].shape[1] for r in rows):
+                joined.ids[stream] = torch.cat([r for r in rows if r is not None])
+                joined.tokens[stream] = [row for f in self._forwards for row in f.tokens.get(stream, [])]
+        return self._with([joined])
+
+    def save(self, path: str | Path, *, pattern: bool = False) -> Path:
+        """Write a safetensors file; `pattern=True` adds what is needed to rebuild every pattern."""
+        from workbench.files import write_capture
+
+        return write_capture(self, path, pattern=pattern)
+
+    def __repr__(self) -> str:
+        lengths = {c.shape for f in self._forwards for c in f.sites.values()}
+        shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")
+        return (
+            f"Capture({self._provenance.get('model_name', 'model')}: {len(self._forwards)} forward(s), "
+            f"{len(self.sites)} sites, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+
+def load_capture(path: str | Path) -> Capture:
+    """Read a capture that `Capture.save` wrote.
+
+    Raises:
+        FormatError: not such a file, truncated, or changed after it was written.
+    """
+    from workbench.files import read_capture
+
+    return read_capture(path)

@@ -1,0 +1,87 @@
+"""Checks on what a user feeds a model, and the token ids found in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import CaptureError
+
+
+def token_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Integer ids [batch, position] by stream: "input" and, for encoder-decoders, "decoder"."""
+    found = {"input": kwargs.get("input_ids"), "decoder": kwargs.get("decoder_input_ids")}
+    if found["input"] is None and args and isinstance(args[0], Tensor):
+        found["input"] = args[0]
+    return {
+        name: ids.detach()
+        for name, ids in found.items()
+        if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+    }
+
+
+def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse inputs that would fail deep inside the model, or give an empty result.
+
+    Raises:
+        CaptureError: tensors on another device than the model, an empty prompt, a prompt longer than the context.
+    """
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    first = next(model.parameters(), None)
+    if first is not None and not hasattr(model, "hf_device_map"):
+        for tensor in tensors:
+            if tensor.device != first.device:
+                raise CaptureError(
+                    f"an input is on {tensor.device}, the model on {first.device}",
+                    shape=tensor.shape,
+                    hint=f'move the inputs with .to("{first.device}")',
+                )
+    limit = context_length(model)
+    for name, ids in token_ids(args, kwargs).items():
+        if ids.numel() == 0:
+            raise CaptureError(f"the {name} prompt is empty", shape=ids.shape, hint="give at least one token")
+        if limit is not None and ids.shape[1] > limit:
+            raise CaptureError(
+                f"the {name} prompt has {ids.shape[1]} tokens, the model's context {limit}",
+                shape=ids.shape,
+                hint=f"shorten it to {limit} tokens",
+            )
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many positions a model has learned, or None when it has no table of positions (rotary, relative)."""
+    tables = [
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
+    ]
+    config = getattr(model, "config", None)
+    stated = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not tables or not isinstance(stated, int):
+        return None
+    return min(stated, *tables)  # some tables are longer than the context by an offset
+
+
+def dropout_in_training(model: nn.Module) -> list[str]:
+    """Names of modules that drop out at present."""
+    return [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    ]
+
+
+def to_ids(tokens: Any) -> Tensor:
+    """Token ids given by a user as a tensor or nested list, as [batch, position].
+
+    >>> to_ids([3, 1, 2]).tolist()
+    [[3, 1, 2]]
+    """
+    ids = torch.as_tensor(tokens)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise CaptureError("tokens are integer ids [batch, position]", shape=ids.shape)
+    return ids

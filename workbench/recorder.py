@@ -1,0 +1,210 @@
+"""Turns attention calls into site captures while a model runs, within a byte limit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.capture import Forward, SiteCapture
+from workbench.errors import CaptureError
+from workbench.hooks.sites import Site, Sites, add_site, with_sizes
+from workbench.hooks.tap import AttentionCall
+from workbench.inputs import check_inputs, token_ids
+from workbench.kernels.patterns import DENSE_LIMIT
+from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, check_names
+
+SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a capture keeps.
+
+    Attributes:
+        statistics: names to stream at every site.
+        sites: which sites, or None for all.
+        z: keep A·V per head. pattern: keep dense patterns. queries_keys: keep q and k, so that any part of the pattern
+            can be had later. values: keep v too.
+        tokens: ids [batch, position] for `induction`; found in the inputs if None.
+        sink_keys, n_top, block: see `workbench.kernels.statistics.Options`.
+        limit: most bytes to keep in all.
+    """
+
+    statistics: tuple[str, ...] = ("entropy", "received")
+    sites: frozenset[str] | None = None
+    z: bool = False
+    pattern: bool = False
+    queries_keys: bool = True
+    values: bool = False
+    tokens: Tensor | None = None
+    sink_keys: tuple[int, ...] | None = None
+    n_top: int = 8
+    block: int = 16
+    limit: int | None = DENSE_LIMIT
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "statistics", check_names(self.statistics))
+
+    def bytes_for(self, shape: tuple[int, int, int, int], n_kv_heads: int, d_head: int, itemsize: int = 4) -> int:
+        """Bytes that a call of this [batch, head, query, key] shape will keep, masks aside."""
+        b, h, q, k = shape
+        sizes = {
+            "query": q,
+            "key": k,
+            "query top": q * self.n_top * 3,
+            "block": -(-q // self.block) * -(-k // self.block),
+        }
+        numbers = sum(sizes[STATISTICS[name.removeprefix(VALUE_WEIGHTED)].axes] for name in self.statistics) * b * h
+        kept = numbers * max(4, itemsize)
+        if self.queries_keys:
+            kept += b * (h * q + n_kv_heads * k) * d_head * itemsize + b * h * q * max(4, itemsize)
+        kept += b * n_kv_heads * k * d_head * itemsize if self.values else 0
+        kept += b * h * q * d_head * itemsize if self.z else 0
+        return kept + (b * h * q * k * max(4, itemsize) if self.pattern else 0)
+
+
+def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
+    """Names of the wanted sites: a name, TransformerLens name, index, Site, test, or several; None for all."""
+    if wanted is None:
+        return None
+    if callable(wanted):
+        names = frozenset(site.name for site in sites if wanted(site))
+    else:
+        several = [wanted] if isinstance(wanted, (str, int, Site)) else list(wanted)
+        names = frozenset(one.name if isinstance(one, Site) else sites[one].name for one in several)
+    if not names:
+        raise CaptureError("no site was chosen", hint=f"the model has {len(sites)} sites; sites=None takes all")
+    return names
+
+
+@dataclass
+class Recorder:
+    """Collects the forwards of one capture; its methods are the observer's callbacks."""
+
+    model: nn.Module
+    sites: Sites
+    settings: Settings
+    decode: Callable[[Tensor], list[list[str]]] | None = None
+    forwards: list[Forward] = field(default_factory=list)
+    nbytes: int = 0
+    _running: dict[int, Forward] = field(default_factory=dict)
+    _pending: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def on_start(self, name: str) -> None:
+        """A forward begins in this thread."""
+        with self._lock:
+            forward = Forward(index=len(self.forwards))
+            self.forwards.append(forward)
+            self._running[threading.get_ident()] = forward
+
+    def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The model was called with these inputs."""
+        check_inputs(self.model, args, kwargs)
+        forward = self._running.get(threading.get_ident())
+        if forward is not None:
+            forward.ids = {name: ids.clone() for name, ids in token_ids(args, kwargs).items()}
+            if self.decode is not None:
+                forward.tokens = {name: self.decode(ids) for name, ids in forward.ids.items()}
+
+    def on_end(self) -> None:
+        """The forward of this thread is over."""
+        self._running.pop(threading.get_ident(), None)
+
+    def on_call(self, call: AttentionCall) -> None:
+        """Stream the statistics of one attention call and keep what was asked for."""
+        forward = self._running[threading.get_ident()]
+        site = self._site(call, forward)
+        if self.settings.sites is not None and site.name.partition("#")[0] not in self.settings.sites:
+            return
+        device = call.q.device.type
+        # The user may run under inference_mode or autocast; the statistics must be ordinary tensors in full precision.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            forward.sites[site.name] = self._record(call, site, forward)
+
+    def _site(self, call: AttentionCall, forward: Forward) -> Site:
+        with self._lock:
+            if all(site.name != call.site for site in self.sites):
+                self.sites = add_site(self.sites, call.site, call.module)
+            known = self.sites.find(call.site)
+            if call.q.dim() == 4 and (known.n_heads, known.n_kv_heads, known.d_head) != _sizes(call):
+                self.sites = with_sizes(self.sites, call.site, *_sizes(call))
+                known = self.sites.find(call.site)
+        repeats = sum(name.partition("#")[0] == call.site for name in forward.sites)
+        if not repeats:
+            return known
+        return Site(f"{known.name}#{repeats}", known.layer + repeats, known.kind, *_sizes(call), known.tower)
+
+    def _record(self, call: AttentionCall, site: Site, forward: Forward) -> SiteCapture:
+        settings, cross = self.settings, site.kind == "cross"
+        raw = call.pattern(cross=cross)
+        planned = settings.bytes_for(raw.shape, raw.n_kv_heads, raw.q.shape[-1], raw.q.element_size())
+        self._check_limit(planned, site)
+        keeper = _Keeper()
+        pattern = call.pattern(cross=cross, keep=keeper) if settings.queries_keys else raw
+        names = [name for name in settings.statistics if not (cross and _positional(name))]
+        tokens = forward.ids_of(site, "query") if settings.tokens is None else settings.tokens
+        try:
+            statistics = pattern.statistics(
+                names, tokens=tokens, sink_keys=settings.sink_keys, n_top=settings.n_top, block=settings.block
+            )
+        except CaptureError as error:
+            raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
+        z = dense = None
+        if settings.z:
+            output = call.output if call.finish is None else pattern.apply(call.v)
+            z = output.detach().reshape(*pattern.shape[:3], -1).transpose(1, 2).clone()
+        if settings.pattern:
+            dense = pattern.dense(limit=None)
+        pattern.values = keeper(pattern.values) if settings.values and pattern.values is not None else None
+        capture = SiteCapture(
+            site=site,
+            shape=pattern.shape,
+            statistics=statistics,
+            kernel=call.kernel,
+            z=z,
+            weights=dense,
+            lazy=pattern if settings.queries_keys else None,
+            held=keeper.held,
+        )
+        with self._lock:
+            self.nbytes += capture.nbytes
+        return capture
+
+    def _check_limit(self, planned: int, site: Site) -> None:
+        limit = self.settings.limit
+        if limit is not None and self.nbytes + planned > limit:
+            raise CaptureError(
+                f"the capture would keep {self.nbytes + planned:,} bytes or more, the limit is {limit:,}",
+                site=site.name,
+                hint="capture fewer sites, leave out pattern=True, z=True or values=True, pass queries_keys=False, "
+                "or raise limit=",
+            )
+
+
+def _positional(name: str) -> bool:
+    return STATISTICS[name.removeprefix(VALUE_WEIGHTED)].positional
+
+
+def _sizes(call: AttentionCall) -> tuple[int, int, int]:
+    return (call.q.shape[1], call.k.shape[1], call.q.shape[-1]) if call.q.dim() == 4 else (1, 1, call.q.shape[-1])
+
+
+class _Keeper:
+    """Decides how a tensor of the model is kept: by reference where that is safe and small, else as a copy."""
+
+    def __init__(self) -> None:
+        self.held: list[tuple[Tensor, int]] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        part_of_more = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+        if part_of_more or tensor.is_inference():
+            # A slice would hold the whole packed projection or cache; an inference tensor cannot tell of changes.
+            return tensor.clone(memory_format=torch.contiguous_format)
+        self.held.append((tensor, tensor._version))
+        return tensor

@@ -1,0 +1,147 @@
+"""Proof that the taps tell the truth on a model: it is run bare and observed, and everything seen is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import AttachError
+from workbench.hooks.observer import Observer
+from workbench.hooks.sites import Sites
+from workbench.hooks.tap import AttentionCall
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        identical: the observed model's outputs equal the bare model's to the bit.
+        checks: one dict per call: site, fired, kernel, row_sum_error (largest |Σp − 1|), output_error (largest
+            |A·V − kernel output|), tolerance (for both, by dtype and size of the output), ok.
+    """
+
+    model: str
+    identical: bool
+    checks: list[dict[str, Any]]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything holds."""
+        return self.identical and bool(self.checks) and all(check["ok"] for check in self.checks)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The checks as a frame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.checks)
+
+    def raise_if_failed(self) -> Verification:
+        """Itself if all holds, else an AttachError that names the first thing that does not."""
+        if self.ok:
+            return self
+        if not self.identical:
+            raise AttachError(
+                f"the observed output of {self.model} is not the bare one to the bit",
+                hint="is the model deterministic? run it twice and compare",
+            )
+        bad = next((check for check in self.checks if not check["ok"]), None)
+        if bad is None:
+            raise AttachError("no site was seen at all", hint="does the forward reach the attention?")
+        what = "its A·V is not the kernel's output" if bad["fired"] else "it never fired"
+        raise AttachError(f"verification failed: {what}", site=bad["site"], hint="see the .table of the verification")
+
+    def __repr__(self) -> str:
+        fired = sum(check["fired"] for check in self.checks)
+        rows = max((check["row_sum_error"] for check in self.checks if check["fired"]), default=float("nan"))
+        out = max((check["output_error"] for check in self.checks if check["fired"]), default=float("nan"))
+        return (
+            f"Verification({'ok' if self.ok else 'FAILED'}: {self.model}, {fired}/{len(self.checks)} sites fired, output "
+            f"{'identical to the bit' if self.identical else 'CHANGED'}, rows sum to 1 within {rows:.1e}, "
+            f"A·V equals the kernel's output within {out:.1e})"
+        )
+
+
+def verify_model(model: nn.Module, sites: Sites, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Verification:
+    """Run the model twice from one random state, bare and observed, and check every attention call."""
+    checks: list[dict[str, Any]] = []
+    cross = {site.name for site in sites if site.kind == "cross"}
+
+    def look(call: AttentionCall) -> None:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
+            checks.append(_check(call, call.site in cross))
+
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        bare = model(*args, **inputs)
+    with torch.random.fork_rng(devices), Observer(model, look):
+        observed = model(*args, **inputs)
+    pairs = list(zip(_tensors(bare), _tensors(observed), strict=False))
+    identical = bool(pairs) and all(_same_bits(a, b) for a, b in pairs)
+    fired = {check["site"] for check in checks}
+    checks += [
+        {"site": site.name, "fired": False, "kernel": "", "row_sum_error": float("nan"), "output_error": float("nan"),
+         "tolerance": float("nan"), "ok": False}
+        for site in sites if site.name not in fired
+    ]  # fmt: skip
+    return Verification(type(model).__name__, identical, checks)
+
+
+def _check(call: AttentionCall, cross: bool) -> dict[str, Any]:
+    pattern = call.pattern(cross=cross)
+    values = call.v.unsqueeze(1) if call.v.dim() == 3 else call.v
+    with_ones = torch.cat((values.to(pattern.dtype), torch.ones_like(values[..., :1], dtype=pattern.dtype)), dim=-1)
+    applied = pattern.apply(with_ones)
+    alive = (pattern.seen.keys_per_query > 0).expand(pattern.shape[:3])
+    row_error = (applied[..., -1] - 1)[alive].abs().max().item() if alive.any() else float("nan")
+    z = applied[..., :-1]
+    got = z if call.finish is None else call.finish(z)
+    want = call.output.to(got.dtype).reshape(got.shape)
+    if call.finish is None:
+        got, want = got[alive], want[alive]  # kernels differ in what they give for a row that sees no key
+    error = (got - want).abs().max().item() if got.numel() else 0.0
+    tolerance = _TOLERANCE.get(call.q.dtype, 1e-4) * max(1.0, want.abs().max().item() if want.numel() else 1.0)
+    dropped = call.dropout > 0  # then the kernel's output is not A·V by design
+    return {
+        "site": call.site,
+        "fired": True,
+        "kernel": call.kernel,
+        "row_sum_error": row_error,
+        "output_error": error,
+        "tolerance": tolerance,
+        "ok": not row_error > tolerance and (dropped or error <= tolerance),
+    }
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor in a model's output, in order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, NaNs included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = (t.detach().contiguous().flatten().view(torch.uint8) if t.numel() else t for t in (a, b))
+    return torch.equal(a, b)
