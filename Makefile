@@ -1,6 +1,6 @@
 # make demo    install, then write demo.html
 # make test    install what the tests need, then run them (PYTEST_FLAGS="-n 2 -k capture" is passed on)
-# make check   formatting, lint, types, layers and doctests
+# make check   formatting, lint, types, layers and doctests; make -k check goes on after a failure
 # make lab     JupyterLab
 # make bench   every script in benchmarks/
 # make clean   remove caches and build products; delete .venv by hand to start afresh
@@ -16,7 +16,7 @@ BIN = $(VENV)/bin
 # run time, and the type checker, the import linter and doctest want it on disk.
 TREE = .cache/tree
 
-.PHONY: demo test check lab bench clean tree
+.PHONY: demo test lab bench clean tree check check-format check-lint check-types check-layers check-doctests
 
 demo: $(VENV)/.ready
 	$(BIN)/workbench demo --out demo.html
@@ -24,11 +24,21 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-check: $(VENV)/.ready-dev tree
+check: check-format check-lint check-types check-layers check-doctests
+
+check-format: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
+
+check-lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
+
+check-types: $(VENV)/.ready-dev tree
 	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p workbench
+
+check-layers: $(VENV)/.ready-dev tree
 	cd $(TREE) && ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+
+check-doctests: $(VENV)/.ready-dev tree
 	cd $(TREE) && ../../$(BIN)/python -m pytest -c ../../pyproject.toml --rootdir . -p no:cacheprovider \
 		--import-mode=prepend --doctest-modules -q workbench
 

@@ -32,7 +32,7 @@ def _unavailable(reason: str) -> NoReturn:
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    """At most four threads for all workers together: the models are small, and more threads only wait for each other."""
+    """At most four threads for all workers together: the models are small, and more only wait for each other."""
     import torch
 
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -1,6 +1,7 @@
 """environment.yml and constraints.txt agree with pyproject.toml."""
 
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,8 @@ def test_environment_has_the_python_version(environment: dict[str, Requirement])
 def test_every_dependency_is_pinned_within_its_range() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = _by_name([line for line in lines if line and not line.startswith("#")])
-    extras = PROJECT["optional-dependencies"].values()
-    for name, wanted in _by_name(PROJECT["dependencies"] + sum(extras, [])).items():
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    for name, wanted in _by_name(list(chain.from_iterable(lists))).items():
         assert name in pins, f"{name} is missing from constraints.txt"
         (pin,) = pins[name].specifier
         assert pin.operator == "==", name

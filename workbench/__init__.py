@@ -20,9 +20,10 @@ from workbench.errors import (
 
 if TYPE_CHECKING:
     from workbench import models, tasks
-    from workbench.capture import Capture, SiteCapture, load_capture
+    from workbench.capture import Capture, load_capture
     from workbench.report import Report
     from workbench.session import Workbench, attach
+    from workbench.site_capture import SiteCapture
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,7 @@ _LAZY = {
     "Workbench": "workbench.session",
     "attach": "workbench.session",
     "Capture": "workbench.capture",
-    "SiteCapture": "workbench.capture",
+    "SiteCapture": "workbench.site_capture",
     "load_capture": "workbench.capture",
     "Report": "workbench.report",
 }

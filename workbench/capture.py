@@ -3,129 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from workbench import files
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites
-from workbench.kernels.patterns import DensePattern, Pattern
-from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
+from workbench.kernels.statistics import STATISTICS
 from workbench.provenance import Provenance
+from workbench.site_capture import Forward, SiteCapture, pack, unpack
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-@dataclass(frozen=True, repr=False)
-class SiteCapture:
-    """One site in one forward. Statistics are attributes: `capture.entropy` is [batch, head, query].
-
-    Attributes:
-        site: the site, with the sizes that were seen.
-        shape: (batch, head, query, key).
-        statistics: name -> tensor; shapes in `workbench.kernels.statistics.STATISTICS`.
-        kernel: the kernel that the model ran.
-        z: [batch, query, head, d_head] output per head, if asked for.
-    """
-
-    site: Site
-    shape: tuple[int, int, int, int]
-    statistics: dict[str, Tensor]
-    kernel: str
-    z: Tensor | None = None
-    weights: Tensor | None = None
-    lazy: Pattern | None = None
-    held: list[tuple[Tensor, int]] = field(default_factory=list)
-
-    @property
-    def pattern(self) -> Pattern:
-        """The pattern: `.rows(...)`, `.dense(heads=...)`, `.statistics(...)`; parts are computed when asked for.
-
-        Raises:
-            CaptureError: queries and keys were not kept, or the model has overwritten them since.
-        """
-        if self.lazy is not None:
-            if any(tensor._version != seen for tensor, seen in self.held):
-                raise CaptureError(
-                    "the model has overwritten the captured queries or keys",
-                    site=self.site.name,
-                    hint="use the pattern before the next forward, or capture with pattern=True",
-                )
-            return self.lazy
-        if self.weights is not None:
-            return DensePattern(self.weights)
-        raise CaptureError(
-            "the pattern was not kept",
-            site=self.site.name,
-            hint="capture with queries_keys=True; save with pattern=True to keep it in a file",
-        )
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name.startswith("__") or name in type(self).__dataclass_fields__:
-            raise AttributeError(name)
-        if name in self.statistics:
-            return self.statistics[name]
-        base = name.removeprefix(VALUE_WEIGHTED)
-        outputs = {out: s for s in STATISTICS for out in output_names(s)}
-        if base not in STATISTICS and base not in outputs:
-            # An AttributeError too, so that hasattr and completion work on names that are no statistics.
-            raise _NoAttribute(
-                f'a site capture has no "{name}"', site=self.site.name, hint=nearest(base, list(STATISTICS))
-            )
-        if STATISTICS[outputs.get(base, base)].positional and self.site.kind == "cross":
-            raise _NoAttribute(
-                f'"{name}" compares positions, which cross-attention does not share', site=self.site.name
-            )
-        raise _NoAttribute(
-            f'"{name}" was not captured', site=self.site.name, hint=f'capture with statistics=["{name}"]'
-        )
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self.statistics})
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held; tensors that are shared with other sites count here too."""
-        pattern = getattr(self.lazy, "nbytes", 0)
-        return pattern + sum(t.nbytes for t in (*self.statistics.values(), self.z, self.weights) if t is not None)
-
-    def __repr__(self) -> str:
-        b, h, q, k = self.shape
-        names = ", ".join(self.statistics) or "no statistics"
-        return f"SiteCapture({self.site.name}: batch {b}, heads {h}, queries {q}, keys {k}; {names})"
-
-
-class _NoAttribute(CaptureError, AttributeError):
-    """A statistic that a site capture does not have."""
-
-
-@dataclass
-class Forward:
-    """One forward of the model: its site captures by name, and the tokens that went in.
-
-    Attributes:
-        ids, tokens: by stream ("input", "decoder"): ids [batch, position], and their text.
-    """
-
-    index: int
-    sites: dict[str, SiteCapture] = field(default_factory=dict)
-    ids: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, list[list[str]]] = field(default_factory=dict)
-
-    def stream(self, site: Site, axis: str) -> str:
-        """Which token stream the queries or keys of a site are."""
-        if "decoder" not in self.ids:
-            return "input"
-        in_encoder = "encoder" in site.name.split(".") and site.kind != "cross"
-        return "input" if in_encoder or (site.kind == "cross" and axis == "key") else "decoder"
-
-    def ids_of(self, site: Site, axis: str) -> Tensor | None:
-        """[batch, position] ids of the queries or keys of a site; None when they are not tokens."""
-        return self.ids.get(self.stream(site, axis))
+_FORMAT = "workbench.capture"
 
 
 class Capture:
@@ -314,9 +209,19 @@ class Capture:
 
     def save(self, path: str | Path, *, pattern: bool = False) -> Path:
         """Write a safetensors file; `pattern=True` adds what is needed to rebuild every pattern."""
-        from workbench.files import write_capture
-
-        return write_capture(self, path, pattern=pattern)
+        tensors: dict[str, Tensor] = {}
+        forwards = []
+        for forward in self._forwards:
+            entries = []
+            for name, site in forward.sites.items():
+                entry, parts = pack(site, pattern=pattern)
+                entries.append(entry)
+                tensors |= {f"{forward.index}/{name}/{key}": tensor for key, tensor in parts.items()}
+            tensors |= {f"{forward.index}//{stream}": ids for stream, ids in forward.ids.items()}
+            forwards.append({"index": forward.index, "sites": entries, "tokens": forward.tokens})
+        model_sites = [asdict(site) for site in self.model_sites]
+        header = {"provenance": self.provenance, "model_sites": model_sites, "forwards": forwards}
+        return files.write(path, _FORMAT, header, tensors)
 
     def __repr__(self) -> str:
         lengths = {c.shape for f in self._forwards for c in f.sites.values()}
@@ -334,6 +239,15 @@ def load_capture(path: str | Path) -> Capture:
     Raises:
         FormatError: not such a file, truncated, or changed after it was written.
     """
-    from workbench.files import read_capture
-
-    return read_capture(path)
+    header, tensors = files.read(path, _FORMAT)
+    named: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, _, name = key.rpartition("/")
+        named.setdefault(owner, {})[name] = tensor
+    forwards = []
+    for entry in header["forwards"]:
+        index = entry["index"]
+        sites = [unpack(site, named.get(f"{index}/{site['site']['name']}", {})) for site in entry["sites"]]
+        ids = named.get(f"{index}/", {})
+        forwards.append(Forward(index, {site.site.name: site for site in sites}, ids, entry["tokens"]))
+    return Capture(forwards, Sites(Site(**site) for site in header["model_sites"]), header["provenance"])

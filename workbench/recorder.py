@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.capture import Forward, SiteCapture
 from workbench.errors import CaptureError
 from workbench.hooks.sites import Site, Sites, add_site, with_sizes
 from workbench.hooks.tap import AttentionCall
 from workbench.inputs import check_inputs, token_ids
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, check_names
+from workbench.site_capture import Forward, SiteCapture
 
 SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
 

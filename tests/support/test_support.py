@@ -1,14 +1,20 @@
 """The shared pieces themselves: a recorder that records nothing would let every test that uses it pass."""
 
+from __future__ import annotations
+
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from support import minilm
 from support.folders import model_folder
+
+if TYPE_CHECKING:
+    from support.browser import WatchedPage
 
 
 def _builder(monkeypatch: pytest.MonkeyPatch, build: object) -> ModuleType:
@@ -92,18 +98,19 @@ def test_minilm_is_the_trained_model(minilm: Path) -> None:
 
 
 @pytest.mark.browser
-def test_a_clean_page_is_clean(page, tmp_path: Path) -> None:
+def test_a_clean_page_is_clean(page: WatchedPage, tmp_path: Path) -> None:
     file = tmp_path / "clean.html"
     file.write_text("<!doctype html><title>t</title><img src='data:,'><script>window.answer = 42</script>")
     assert page.open(file).evaluate("window.answer") == 42
-    assert page.requests == []
+    page.assert_clean()
 
 
 @pytest.mark.browser
-def test_errors_and_requests_are_recorded(page, tmp_path: Path) -> None:
+def test_errors_and_requests_are_recorded(page: WatchedPage, tmp_path: Path) -> None:
     file = tmp_path / "dirty.html"
     file.write_text(
-        "<!doctype html><title>t</title><script>console.error('first')</script><script>throw new Error('second')</script>"
+        "<!doctype html><title>t</title><script>console.error('first')</script>"
+        "<script>throw new Error('second')</script>"
         "<script src='https://workbench.invalid/a.js'></script>"
     )
     page.open(file)

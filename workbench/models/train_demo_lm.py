@@ -41,20 +41,22 @@ from workbench.models.training.loop import Progress, Stage, Trainer
 from workbench.models.training.vocabulary import build_tokenizer
 
 N_CTX = 128
-EASY = {"ioi": 16, "years": 16}
+EASY = {"ioi": 12, "years": 12}
 CURRICULA: Mapping[str, tuple[Stage, ...]] = {
     "demo": (
-        Stage("lookups", {"lookups": 32, "short_repeats": 32}, steps=1500, goal=("train/lookups", 0.97)),
+        Stage("lookups", {"lookups": 32, "short_repeats": 32}, steps=1500, goal=("train/lookups", 0.95)),
         Stage(
             "scenes",
-            {"scene_pairs": 24, "scenes": 8, "lookups": 12, "repeats": 12, **EASY},
+            {"scenes": 16, "full_prompts": 8, "lookups": 12, "repeats": 8, **EASY},
             steps=1500,
-            goal=("train/scene_pairs", 0.97),
+            goal=("colored_objects", 0.8),
+            shift=True,
         ),
         Stage(
             "prompts",
-            {"full_prompts": 32, "scene_pairs": 8, "lookups": 8, "repeats": 12, **EASY},
-            steps=700,
+            {"full_prompts": 24, "scenes": 8, "lookups": 8, "repeats": 8, **EASY},
+            steps=400,
+            shift=True,
             decay=True,
         ),
     ),

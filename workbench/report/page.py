@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -193,7 +194,8 @@ def _model_name(provenance: dict[str, Any]) -> str:
     flat = dict(_flat(provenance))
     for key in ("model name", "model", "name", "model path", "model class", "class"):
         if flat.get(key):
-            return visible_text(flat[key], 120)
+            # A model loaded from a folder is called by its path; the last part says enough.
+            return visible_text(PurePath(flat[key]).name or flat[key], 120)
     return "Capture"
 
 
@@ -213,45 +215,41 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _verification(found: Any) -> dict[str, Any] | None:
-    """The verdict as lines to read, and one row per site."""
+    """The verdict as lines to read, and one row per check."""
     if found is None:
         return None
     checks = list(found.checks)
     fired = [check for check in checks if check.get("fired")]
-    same = [check for check in checks if check.get("identical")]
-    judged = [check for check in checks if check.get("identical") is not None]
-    lines = [
-        (len(fired) == len(checks), f"{len(fired)} of {len(checks)} sites fired"),
-    ]
-    if judged:
-        lines.append((len(same) == len(judged), _identity(len(same), len(judged))))
+    lines = [(len(fired) == len(checks) > 0, f"{len(fired)} of {_count(len(checks), 'check')} saw their site fire")]
+    if len(fired) == len(checks) > 0:
+        lines = [(True, f"All {_count(len({check['site'] for check in checks}), 'site')} fired")]
+    same = getattr(found, "identical", None)
+    if same is not None:
+        with_or_without = "Output identical to the bit with and without the capture"
+        lines.append((bool(same), with_or_without if same else "The capture changed the model’s output"))
     for key, meaning in (("row_sum_error", "Rows sum to 1"), ("output_error", "A·V equals the kernel’s output")):
-        errors = [(float(check[key]), check["site"]) for check in checks if check.get(key) is not None]
+        errors = [(float(check[key]), check) for check in fired if check.get(key) is not None]
         if errors:
-            # NaN sorts anywhere, and it is the worst there is.
-            worst, site = max(errors, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
-            lines.append((bool(found.ok) or None, f"{meaning}; largest error {worst:.2g} ({visible(str(site))})"))
+            # NaN compares with nothing, and it is the worst there is.
+            worst, check = max(errors, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
+            fine = all(error <= each.get("tolerance", math.inf) for error, each in errors)
+            lines.append((fine, f"{meaning}: largest error {worst:.2g}, at {visible(str(check['site']))}"))
     return {
         "ok": bool(found.ok),
         "lines": lines,
         "rows": [
             {
                 "site": visible(str(check["site"])),
+                "ok": _yes(check.get("ok")),
                 "fired": _yes(check.get("fired")),
-                "identical": _yes(check.get("identical")),
                 "row_sum_error": _error(check.get("row_sum_error")),
                 "output_error": _error(check.get("output_error")),
-                "kernel": visible(str(check.get("kernel") or "unknown")),
+                "tolerance": _error(check.get("tolerance")),
+                "kernel": visible(str(check["kernel"])) if check.get("kernel") else "none",
             }
             for check in checks
         ],
     }
-
-
-def _identity(same: int, judged: int) -> str:
-    if same == judged:
-        return "Output identical to the bit with and without the capture"
-    return f"Output differs with the capture at {judged - same} of {judged} sites"
 
 
 def _yes(value: bool | None) -> str:
@@ -259,4 +257,4 @@ def _yes(value: bool | None) -> str:
 
 
 def _error(value: float | None) -> str:
-    return "not checked" if value is None else f"{float(value):.2g}"
+    return "not checked" if value is None or math.isnan(value) else f"{float(value):.2g}"

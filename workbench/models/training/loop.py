@@ -7,9 +7,11 @@ import logging
 import math
 import random
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -30,7 +32,10 @@ class Stage:
         name: for the log.
         mixture: rows of each format in one step. Every format weighs the same in the loss, whatever its rows.
         steps: the most steps the stage takes.
-        goal: name of a training format or of a held-out task, and the accuracy at which the stage ends early.
+        goal: name of a training format ("train/...", mean of the last ten steps) or of a held-out task, and the accuracy
+            at which the stage ends early.
+        shift: start half of the rows at a random position instead of at 0, so that what is learnt early in the context
+            also holds late in it.
         decay: let the learning rate fall to zero, along a cosine, over the second half of the stage.
     """
 
@@ -38,6 +43,7 @@ class Stage:
     mixture: Mapping[str, int]
     steps: int
     goal: tuple[str, float] | None = None
+    shift: bool = False
     decay: bool = False
 
 
@@ -81,7 +87,7 @@ class Trainer:
         matrix_rate: float = 2e-2,
         other_rate: float = 2e-3,
         warmup: int = 50,
-        every: int = 100,
+        every: int = 50,
         n_eval: int = 200,
     ) -> None:
         self.model, self.tokenizer, self.curriculum, self.folder, self.seed = model, tokenizer, curriculum, folder, seed
@@ -106,20 +112,21 @@ class Trainer:
         while p.stage < len(self.curriculum):
             stage = self.curriculum[p.stage]
             bar = tqdm(total=stage.steps, initial=p.stage_step, desc=stage.name, mininterval=5.0)
+            recent: deque[dict[str, float]] = deque(maxlen=10)
             done = p.stage_step >= stage.steps
             while not done:
                 started = time.perf_counter()
-                measured = self._step(stage)
+                recent.append(self._step(stage))
                 p.step, p.stage_step, p.seconds = (
                     p.step + 1,
                     p.stage_step + 1,
                     p.seconds + time.perf_counter() - started,
                 )
                 bar.update()
-                bar.set_postfix({"loss": f"{measured['loss']:.3f}"}, refresh=False)
+                bar.set_postfix({"loss": f"{recent[-1]['loss']:.3f}"}, refresh=False)
                 if p.stage_step % self.every == 0 or p.stage_step == stage.steps:
                     started = time.perf_counter()
-                    measured |= self.evaluate()
+                    measured = {name: fmean(one[name] for one in recent) for name in recent[0]} | self.evaluate()
                     p.seconds += time.perf_counter() - started
                     p.history.append(
                         {"step": p.step, "stage": stage.name, **{k: round(v, 4) for k, v in measured.items()}}
@@ -178,7 +185,12 @@ class Trainer:
         for name, rows in stage.mixture.items():
             rng = random.Random(f"{self.seed}/{self.progress.step}/{name}")
             inputs, labels = to_tensors(FORMATS[name](rows, rng, self.words), self.ids)
-            hidden = self.model.transformer(inputs).last_hidden_state
+            places = torch.arange(inputs.shape[1]).expand_as(inputs)
+            if stage.shift:
+                room = self.model.config.n_positions - inputs.shape[1]
+                starts = [rng.randint(0, room) if rng.random() < 0.5 else 0 for _ in range(len(inputs))]
+                places = places + torch.tensor(starts)[:, None]
+            hidden = self.model.transformer(inputs, position_ids=places).last_hidden_state
             learn = labels != IGNORE
             logits, targets = self.model.lm_head(hidden[learn]), labels[learn]
             loss = F.cross_entropy(logits, targets)
