@@ -18,7 +18,7 @@ from workbench.errors import CaptureError
 from workbench.hooks.kernel_watch import SOFTMAX_OPERATORS, KernelWatch, kernel_lse, kernel_name
 from workbench.hooks.tap import AttentionCall
 
-MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 """Modules that choose a native path; inside them this tap replaces the SDPA tap."""
 
 _ATEN = torch.ops.aten

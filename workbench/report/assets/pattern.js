@@ -91,26 +91,38 @@ class PatternView {
     this.canvas.setAttribute("aria-label", `Attention pattern of layer ${site.layer} head ${state.head}, ${site.queries} queries by ${site.keys} keys. Arrow keys move, Enter chooses the query.`);
   }
 
+  /** Room for the labels: what the longest takes, within limits. */
+  edge(most) {
+    const ink = this.canvas.getContext("2d");
+    ink.font = `11px ${this.paint("mono")}`;
+    const all = [false, true].flatMap((across) => {
+      const n = across ? this.map.columns : this.map.rows;
+      return Array.from({ length: n }, (_, i) => cut(this.label(i, across)));
+    });
+    const longest = all.reduce((a, b) => (b.length > a.length ? b : a), "");
+    return Math.round(Math.min(most, Math.max(54, ink.measureText(longest).width + 12)));
+  }
+
   layout() {
     const { rows, columns } = this.map;
     const dpr = window.devicePixelRatio || 1;
     const width = this.scroller.clientWidth || 600;
-    const edge = width < 520 ? 62 : 92;
+    const edge = this.edge(width < 520 ? 66 : 96);
     const cell = (room, n, most) => Math.max(1, Math.min(Math.round(most * dpr), Math.floor((room * dpr) / n)));
-    const w = cell(width - edge - 4, columns, 26);
+    const w = cell(width - edge - 6, columns, 26);
     const h = rows === columns ? w : cell(440, rows, 22);
-    return { dpr, edge, w, h, columns, rows, width: edge * dpr + w * columns + 2, height: edge * dpr + h * rows + 2 };
+    return { dpr, edge, w, h, columns, rows, width: edge * dpr + w * columns + 5 * dpr, height: edge * dpr + h * rows + 2 };
   }
 
   draw() {
+    const style = getComputedStyle(document.documentElement);
+    this.paint = (name) => style.getPropertyValue(`--${name}`).trim();
     const at = (this.at = this.layout());
     const { canvas } = this;
     canvas.width = at.width;
     canvas.height = at.height;
     canvas.style.width = `${at.width / at.dpr}px`;
     canvas.style.height = `${at.height / at.dpr}px`;
-    const style = getComputedStyle(document.documentElement);
-    this.paint = (name) => style.getPropertyValue(`--${name}`).trim();
     this.image = this.render(at);
     this.compose();
   }
@@ -141,12 +153,23 @@ class PatternView {
     this.labels(ink, false, chosen);
     this.labels(ink, true, -1);
     ink.lineWidth = Math.max(1, Math.round(1.5 * dpr));
-    ink.strokeStyle = this.paint("accent");
-    ink.strokeRect(left - 0.5, left + chosen * h - 0.5, w * columns + 1, h + 1);
+    ink.strokeStyle = ink.fillStyle = this.paint("accent");
+    if (h >= 6 * dpr) ink.strokeRect(left - 0.5, left + chosen * h - 0.5, w * columns + 1, h + 1);
+    // A frame would cover rows this thin: a mark on either side points at the row instead.
+    else for (const side of [-1, 1]) this.mark(ink, side < 0 ? left : left + w * columns, left + (chosen + 0.5) * h, side);
     if (!this.cursor) return;
     const [row, column] = this.cursor;
     ink.strokeStyle = this.paint("cursor");
     ink.strokeRect(left + column * w - 0.5, left + row * h - 0.5, w + 1, h + 1);
+  }
+
+  mark(ink, x, y, side) {
+    const size = 4 * this.at.dpr;
+    ink.beginPath();
+    ink.moveTo(x, y);
+    ink.lineTo(x + side * size, y - size);
+    ink.lineTo(x + side * size, y + size);
+    ink.fill();
   }
 
   /** Token names along one edge, as many as fit, and always the one pointed at and the one chosen. */
@@ -192,8 +215,9 @@ class PatternView {
   }
 
   label(i, across) {
-    const { site } = this.explorer;
-    const at = i * this.map.block;
+    const { site, state } = this.explorer;
+    const { block } = this.map;
+    const at = !across && i === Math.floor(state.query / block) ? state.query : i * block;
     return (across ? keyToken(site, at) : queryToken(site, at)) ?? `${at}`;
   }
 

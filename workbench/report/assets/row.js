@@ -81,6 +81,16 @@ class RowView {
     const exact = new Map(map.largest(state.head, state.query).map(({ key, weight }) => [key, weight]));
     this.shade(map, exact);
     this.list(map, exact);
+    this.reveal(this.queries, this.queries.children[state.query]);
+    if (!sameTokens(site)) this.reveal(this.keys, this.keys.children[exact.keys().next().value]);
+  }
+
+  /** Scroll the strip, not the page, to a token outside its view. */
+  reveal(strip, token) {
+    if (!token) return;
+    const at = token.offsetTop - strip.offsetTop;
+    const outside = at < strip.scrollTop || at + token.offsetHeight > strip.scrollTop + strip.clientHeight;
+    if (outside) strip.scrollTop = at - strip.clientHeight / 2;
   }
 
   shade(map, exact) {
