@@ -10,7 +10,9 @@ from workbench.kernels.statistics import STATISTICS, Options, dense
 
 ROWS = ["entropy", "peak", "effective_keys", "distance", "distance_var", "sink", "current", "previous"]
 COLUMNS = ["received", "pooled_max", "pooled_mean"]
-TOLERANCE = {"entropy": 1e-4, "received": 1e-4, "distance": 1e-3, "distance_var": 2e-2, "effective_keys": 2e-3}
+# Masses hold to 1e-5 and entropy to 1e-4; what counts keys or tokens can be thousands, and holds to 1e-4 of its size.
+ABSOLUTE = {"entropy": 1e-4, "distance": 1e-4, "distance_var": 1e-3}
+RELATIVE = {"received": 1e-4, "distance": 1e-4, "distance_var": 1e-4, "effective_keys": 1e-4}
 
 
 def names_for(kind: str) -> list[str]:
@@ -36,7 +38,12 @@ def assert_equal_to_eager(capture: Capture, eager: Any, outputs: dict[str, tuple
             for name in names:
                 got, expected = getattr(seen, name).double(), want[name]
                 torch.testing.assert_close(
-                    got, expected, atol=TOLERANCE.get(name, 1e-5), rtol=1e-5, equal_nan=True, msg=f"{site.name} {name}"
+                    got,
+                    expected,
+                    atol=ABSOLUTE.get(name, 1e-5),
+                    rtol=RELATIVE.get(name, 0.0),
+                    equal_nan=True,
+                    msg=f"{site.name} {name}: off by {(got - expected).abs().nan_to_num(0.0).max():.1e}",
                 )
             torch.testing.assert_close(seen.pattern.dense().double(), truth, atol=1e-5, rtol=1e-5)
             compared += 1

@@ -102,7 +102,7 @@ def test_batch_moves_with_its_answers(tokenizer: Any) -> None:
 
 
 def test_metric_refuses_a_plain_dict() -> None:
-    with pytest.raises(TaskError, match="task.batches"):
+    with pytest.raises(TaskError, match=r"task\.batches"):
         correct(torch.zeros(1, 1, 3), {"input_ids": torch.zeros(1, 1)})
 
 

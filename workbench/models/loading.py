@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _SHIPPED = Path(__file__).parent / "shipped"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.txt", "vocab.json",
+)  # fmt: skip
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 # Short names of TransformerLens for models that the hub keeps under another name; the rest are spelled alike.
 _ALIASES = {
     "gpt2-small": "gpt2",
@@ -86,14 +92,30 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
                 f"the folder {str(folder)!r} has no config.json, so it is not a Hugging Face model",
                 hint="pass the folder that save_pretrained wrote",
             )
-        return _load_from(folder)
+        return _load_folder(folder)
     if isinstance(name, Path):
         raise ModelError(f"there is no folder {str(name)!r}", hint="check the path, or pass a name as a string")
+    typo = get_close_matches(name.lower().replace("_", "-"), list(available()), n=1, cutoff=0.75)
+    if typo and "/" not in name:
+        # So close to a shipped name, and without an owner as models on the hub have: no need to go and ask.
+        raise ModelError(f"no model is called {name!r}", hint=f'did you mean "{typo[0]}"?')
     return _load_from_hub(name)
 
 
 def _cards() -> list[Path]:
     return sorted(_SHIPPED.glob("*/card.json"))
+
+
+def _load_folder(folder: Path) -> tuple[PreTrainedModel, Any]:
+    from safetensors import SafetensorError
+
+    try:
+        return _load_from(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"the model in {str(folder)!r} cannot be loaded: {_first_line(error)}",
+            hint="save it again with save_pretrained, weights and configuration together",
+        ) from error
 
 
 def _load_from_hub(name: str) -> tuple[PreTrainedModel, Any]:
@@ -103,14 +125,19 @@ def _load_from_hub(name: str) -> tuple[PreTrainedModel, Any]:
         shipped = ", ".join(available())
         if _is_offline(error):
             raise ModelError(
-                f"{name!r} is neither shipped ({shipped}) nor a local folder, and the Hugging Face hub cannot be reached",
+                f"{name!r} is neither shipped ({shipped}) nor a local folder, "
+                "and the Hugging Face hub cannot be reached",
                 hint=f"go online, pass a folder that holds the model, or use a shipped one: {_suggest(name)}",
             ) from error
         raise ModelError(
-            f"{name!r} is neither shipped ({shipped}) nor a local folder, nor can it be loaded from the Hugging Face hub: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"{name!r} is neither shipped ({shipped}) nor a local folder, "
+            f"nor can it be loaded from the Hugging Face hub: {_first_line(error)}",
             hint=_suggest(name),
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _suggest(name: str) -> str:
@@ -165,9 +192,13 @@ def _tokenizer(where: str) -> Any:
     """The tokenizer, else the processor, else None for a model that was saved without either."""
     from transformers import AutoProcessor, AutoTokenizer
 
-    for kind in (AutoTokenizer, AutoProcessor):
+    folder = Path(where)
+    for kind, files in ((AutoTokenizer, _TOKENIZER_FILES), (AutoProcessor, _PROCESSOR_FILES)):
+        # From a folder without its files transformers makes up an empty tokenizer rather than refuse.
+        if folder.is_dir() and not any((folder / file).is_file() for file in files):
+            continue
         try:
             return kind.from_pretrained(where)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            log.info("%s gives no %s: %s", where, kind.__name__, error)
+            log.warning("%s has no usable %s: %s", where, kind.__name__, _first_line(error))
     return None

@@ -44,19 +44,18 @@ N_CTX = 128
 EASY = {"ioi": 12, "years": 12}
 CURRICULA: Mapping[str, tuple[Stage, ...]] = {
     "demo": (
-        Stage("lookups", {"lookups": 32, "short_repeats": 32}, steps=1500, goal=("train/lookups", 0.95)),
+        Stage("lookups", {"lookups": 32, "short_repeats": 32}, steps=800, goal=("train/lookups", 0.95)),
         Stage(
             "scenes",
             {"scenes": 16, "full_prompts": 8, "lookups": 12, "repeats": 8, **EASY},
             steps=1500,
             goal=("colored_objects", 0.8),
-            shift=True,
+            shifted=("scenes", "full_prompts", "lookups"),
         ),
         Stage(
             "prompts",
             {"full_prompts": 24, "scenes": 8, "lookups": 8, "repeats": 8, **EASY},
             steps=400,
-            shift=True,
             decay=True,
         ),
     ),

@@ -43,6 +43,7 @@ class SiteMap:
         first: first column that any query sees.
         sink: [head, query] weight on the first key; None when it is not known.
         top_keys, top_weights: [head, query, n], exact; key −1 fills up short rows.
+        key_bytes: bytes per key on the page; the largest number stands for key −1.
     """
 
     coded: Bytes
@@ -52,15 +53,16 @@ class SiteMap:
     sink: Floats | None
     top_keys: np.ndarray[Any, np.dtype[np.int64]]
     top_weights: Floats
+    key_bytes: int = 2
 
     def size(self) -> int:
         """Characters that the map alone takes on the page."""
         return packed_size(self.coded)
 
     def extra_size(self) -> int:
-        """Characters that the exact weights beside the map take at most."""
+        """Characters that the exact weights beside the map take."""
         sink = 0 if self.sink is None else base64_size(4 * self.sink.size)
-        return sink + 2 * base64_size(4 * self.top_weights.size)
+        return sink + base64_size(self.key_bytes * self.top_keys.size) + base64_size(4 * self.top_weights.size)
 
 
 @dataclass
@@ -181,7 +183,7 @@ def _site_map(pattern: Any, shape: tuple[int, int, int, int], batch: int, n_top:
         top_weights = _numpy(found["top_keys_weight"][batch])
     else:
         top_keys, top_weights = np.zeros((heads, queries, 0), np.int64), np.zeros((heads, queries, 0), np.float32)
-    return SiteMap(coded, block, error, first, sink, top_keys, top_weights)
+    return SiteMap(coded, block, error, first, sink, top_keys, top_weights, 2 if keys < 0xFFFF else 4)
 
 
 def _dense(pattern: Any, shape: tuple[int, int, int, int], batch: int) -> Floats:

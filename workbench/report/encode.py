@@ -84,16 +84,15 @@ def text64(data: bytes) -> str:
 
 
 def json_for_html(value: object) -> str:
-    """JSON that is safe inside a script element: no <, > or & and no line separators; NaN becomes null.
+    """JSON in ASCII that is safe inside a script element: no <, > or &; NaN becomes null.
 
     >>> json_for_html({"token": "</script>", "value": float("nan")})
-    '{"token":"\\\\u003c/script\\\\u003e","value":null}'
+    '{"token":"\\u003c/script\\u003e","value":null}'
     """
-    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
+    text = json.dumps(finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    # A lone surrogate cannot be written as UTF-8, and some escapes of U+0000 … U+001F are already made by json.
-    return "".join(f"\\u{ord(c):04x}" if "\ud800" <= c <= "\udfff" or c == "\x7f" else c for c in text)
+    return text
 
 
 def finite(value: Any) -> Any:

@@ -48,7 +48,7 @@ def render(title: str, sections: list[SectionData]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_asset("page.html")).render(
         title=visible_text(title.strip()),
-        policy=policy,
+        policy=Markup(policy),  # made of our own words and hashes; escaped, its quotes would be hard to read
         style=Markup(style),
         script=Markup(script),
         data=Markup(data),
@@ -109,14 +109,13 @@ def _site_json(site: SiteData, tokens: _TokenTables) -> dict[str, Any]:
         "keyTokens": tokens.index(site.keys),
         "means": {name: [_seven_digits(v) for v in values] for name, values in site.means.items()},
         "missing": None if site.missing is None else visible_text(site.missing),
-        "map": None if site.map is None else _map_json(site.map, site.shape[3]),
+        "map": None if site.map is None else _map_json(site.map),
     }
 
 
-def _map_json(found: SiteMap, n_keys: int) -> dict[str, Any]:
+def _map_json(found: SiteMap) -> dict[str, Any]:
     data, packed = pack(found.coded)
-    wide = n_keys >= 0xFFFF  # 65535 stands for "no key" in two bytes
-    top_keys = found.top_keys.astype("<u4" if wide else "<u2")  # -1 becomes the largest number
+    top_keys = found.top_keys.astype(f"<u{found.key_bytes}")  # -1 becomes the largest number
     return {
         "block": found.block,
         "rows": found.coded.shape[1],
@@ -127,7 +126,7 @@ def _map_json(found: SiteMap, n_keys: int) -> dict[str, Any]:
         "data": text64(data),
         "sink": None if found.sink is None else text64(found.sink.astype("<f4").tobytes()),
         "top": found.top_weights.shape[2],
-        "wide": wide,
+        "wide": found.key_bytes == 4,
         "topKeys": text64(np.ascontiguousarray(top_keys).tobytes()),
         "topWeights": text64(np.ascontiguousarray(found.top_weights.astype("<f4")).tobytes()),
     }

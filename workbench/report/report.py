@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import ReportError
-from workbench.report.collect import SiteData, collect, single_call
+from workbench.report.collect import collect, single_call
 from workbench.report.encode import base64_size, pool
 from workbench.report.page import SectionData, render
 from workbench.report.tokens import visible_text
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 LIMIT_BYTES = 6_000_000
 N_TOP = 8
 _SHARE_OF_EXACT = 0.4  # the part of the page that exact weights may take from the maps
-_RESERVE = 200_000  # for the skeleton, the scripts, the names and the tokens
+_COARSEST = 8 * 8  # cells per head below which a map says nothing
+_NAMES = 400  # characters of JSON around each map
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Report:
                     n_top=n_top,
                 )
             )
-        _shrink([site for section in sections for site in section.sites], limit_bytes)
+        _shrink(sections, limit_bytes - _size_without_maps(self.title, sections))
         page = render(self.title, sections)
         size = len(page.encode("utf-8"))
         if size > limit_bytes:
@@ -144,19 +145,29 @@ def _affordable_top(sections: list[_Section], limit_bytes: int) -> int:
         call, _ = single_call(section.capture)
         rows += sum(int(call[site.name].shape[1]) * int(call[site.name].shape[2]) for site in call.sites)
     share = _SHARE_OF_EXACT * limit_bytes
-    return next((n for n in (N_TOP, 4, 2, 1) if base64_size(6 * n * rows) <= share), 0)
+    return next((n for n in (N_TOP, 4, 2, 1) if base64_size((6 * n + 4) * rows) <= share), 0)
 
 
-def _shrink(sites: list[SiteData], limit_bytes: int) -> None:
-    """Halve the finest maps until all fit, so that no site pays for another; raises `ReportError` if they never do."""
-    maps = [site.map for site in sites if site.map is not None]
-    room = limit_bytes - _RESERVE - sum(each.extra_size() for each in maps)
-    while sum(each.size() for each in maps) > room:
+def _size_without_maps(title: str, sections: list[SectionData]) -> int:
+    """Bytes of everything else on the page."""
+    bare = [replace(section, sites=[replace(site, map=None) for site in section.sites]) for section in sections]
+    return len(render(title, bare).encode("utf-8"))
+
+
+def _shrink(sections: list[SectionData], room: int) -> None:
+    """Halve the finest maps until all fit into `room` bytes, so that no site pays for another.
+
+    Raises `ReportError` when they do not even as coarse maps.
+    """
+    maps = [site.map for section in sections for site in section.sites if site.map is not None]
+    room -= sum(each.extra_size() + _NAMES for each in maps)
+    while maps and sum(each.size() for each in maps) > room:
         largest = max(each.coded[0].size for each in maps)
-        if largest <= 16 * 16:
+        if largest <= _COARSEST:
             raise ReportError(
-                f"{len(maps)} sites do not fit into {limit_bytes:,} bytes, even pooled to {largest} cells a head",
-                hint="capture fewer sites, or raise limit_bytes",
+                f"the patterns of {len(maps)} sites take {sum(each.size() for each in maps):,} bytes even when pooled "
+                f"to {largest} cells a head, and the limit leaves them {max(room, 0):,}",
+                hint="capture fewer sites, add fewer captures, or raise limit_bytes",
             )
         for each in maps:
             if each.coded[0].size == largest:

@@ -10,12 +10,13 @@ from workbench.tasks.base import Example, Task, check_common, make_rng, seed_set
 from workbench.tasks.pieces import pieces
 
 WORDS = (
-    "river", "stone", "cloud", "window", "train", "apple", "candle", "forest", "mirror", "pocket", "silver", "thunder",
-    "village", "winter", "yellowish", "zebra", "anchor", "bridge", "castle", "dragon", "engine", "feather", "glass",
-    "hammer", "island", "jacket", "kettle", "ladder", "magnet", "needle", "ocean", "paper", "quilt", "rabbit", "saddle",
-    "tiger", "umbrella", "violin", "whistle", "yard", "acorn", "barrel", "cactus", "donkey", "elbow", "falcon", "guitar",
-    "helmet", "insect", "jungle", "kitten", "lemon", "monkey", "napkin", "onion", "pepper", "queen", "rocket", "spider",
-    "turtle", "uncle", "valley", "wagon", "yogurt", "arrow", "butter", "cherry", "desert", "eagle", "finger", "goose",
+    "river", "stone", "cloud", "window", "train", "apple", "candle", "forest", "mirror", "pocket", "silver",
+    "thunder", "village", "winter", "yellowish", "zebra", "anchor", "bridge", "castle", "dragon", "engine", "feather",
+    "glass", "hammer", "island", "jacket", "kettle", "ladder", "magnet", "needle", "ocean", "paper", "quilt",
+    "rabbit", "saddle", "tiger", "umbrella", "violin", "whistle", "yard", "acorn", "barrel", "cactus", "donkey",
+    "elbow", "falcon", "guitar", "helmet", "insect", "jungle", "kitten", "lemon", "monkey", "napkin", "onion",
+    "pepper", "queen", "rocket", "spider", "turtle", "uncle", "valley", "wagon", "yogurt", "arrow", "butter",
+    "cherry", "desert", "eagle", "finger", "goose",
 )  # fmt: skip
 SOURCE = "Olsson et al., In-context Learning and Induction Heads (arXiv 2209.11895): repeated random tokens"
 

@@ -33,7 +33,8 @@ TEMPLATES = {
     "went": "Then, {first} and {second} went to the {place}. {again} gave a {object} to",
     "fun": "Then, {first} and {second} had a lot of fun at the {place}. {again} gave a {object} to",
     "working": "Then, {first} and {second} were working at the {place}. {again} decided to give a {object} to",
-    "thinking": "Then, {first} and {second} were thinking about going to the {place}. {again} wanted to give a {object} to",
+    "thinking": "Then, {first} and {second} were thinking about going to the {place}. "
+    "{again} wanted to give a {object} to",
     "argument": "Then, {first} and {second} had a long argument, and afterwards {again} said to",
     "after": "After {first} and {second} went to the {place}, {again} gave a {object} to",
     "when": "When {first} and {second} got a {object} at the {place}, {again} decided to give it to",

@@ -44,15 +44,19 @@ def lookups(n: int, rng: random.Random, words: Sequence[str]) -> list[Row]:
 
 def scenes(n: int, rng: random.Random, words: Sequence[str]) -> list[Row]:
     """One scene of four to six things in the words of Colored Objects, with four questions about it."""
-    return [_tell([(rng.randint(4, 6), 4)], rng) for _ in range(n)]
-
-
-def scene_pairs(n: int, rng: random.Random, words: Sequence[str]) -> list[Row]:
-    """Two scenes of three to five things, with one or two questions about the first and three about the second.
-
-    The second scene makes the model do everything once more at later places, with other colours in sight.
-    """
-    return [_tell([(rng.randint(3, 5), rng.randint(1, 2)), (rng.randint(3, 5), 3)], rng) for _ in range(n)]
+    rows = []
+    for _ in range(n):
+        things, colours = _things(rng, rng.randint(4, 6))
+        row = ["Q", ":", *pieces(scene(things, colours, rng.choice(SURFACES), rng.choice(STARTS)))]
+        learn = []
+        for question in range(4):
+            asked = rng.randrange(len(things))
+            row += ["\n", "Q", ":"] if question else []
+            row += ["What", "color", "is", "the", things[asked], "?", "\n", "A", ":"]
+            learn.append(len(row) - 1)
+            row.append(colours[asked].capitalize())
+        rows.append((row, learn))
+    return rows
 
 
 def full_prompts(n: int, rng: random.Random, words: Sequence[str]) -> list[Row]:
@@ -89,7 +93,6 @@ def year_prompts(n: int, rng: random.Random, words: Sequence[str]) -> list[Row]:
 FORMATS: Mapping[str, Callable[[int, random.Random, Sequence[str]], list[Row]]] = {
     "lookups": lookups,
     "scenes": scenes,
-    "scene_pairs": scene_pairs,
     "full_prompts": full_prompts,
     "short_repeats": short_repeats,
     "repeats": repeats,
@@ -125,25 +128,8 @@ def to_tensors(rows: Sequence[Row], ids: Mapping[str, int]) -> tuple[torch.Tenso
     for i, (row, learn) in enumerate(rows):
         encoded = [ids[word] for word in row]
         inputs[i, : len(row)] = torch.tensor(encoded)
-        labels[i, learn] = torch.tensor([encoded[place + 1] for place in learn])
+        labels[i, learn] = torch.tensor([encoded[place + 1] for place in learn], dtype=torch.long)
     return inputs, labels
-
-
-def _tell(plan: Sequence[tuple[int, int]], rng: random.Random) -> Row:
-    """Scenes one after the other, each with its number of things and of questions."""
-    row: list[str] = []
-    learn = []
-    for n_things, n_questions in plan:
-        things, colours = _things(rng, n_things)
-        row += ["\n", "Q", ":"] if row else ["Q", ":"]
-        row += pieces(scene(things, colours, rng.choice(SURFACES), rng.choice(STARTS)))
-        for question in range(n_questions):
-            asked = rng.randrange(n_things)
-            row += ["\n", "Q", ":"] if question else []
-            row += ["What", "color", "is", "the", things[asked], "?", "\n", "A", ":"]
-            learn.append(len(row) - 1)
-            row.append(colours[asked].capitalize())
-    return row, learn
 
 
 def _things(rng: random.Random, n: int) -> tuple[list[str], list[str]]:

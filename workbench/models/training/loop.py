@@ -32,10 +32,10 @@ class Stage:
         name: for the log.
         mixture: rows of each format in one step. Every format weighs the same in the loss, whatever its rows.
         steps: the most steps the stage takes.
-        goal: name of a training format ("train/...", mean of the last ten steps) or of a held-out task, and the accuracy
-            at which the stage ends early.
-        shift: start half of the rows at a random position instead of at 0, so that what is learnt early in the context
-            also holds late in it.
+        goal: name of a training format ("train/...", mean of the last ten steps) or of a held-out task, and the
+            accuracy at which the stage ends early.
+        shifted: formats of which half the rows start at a random position instead of at 0, so that what is learnt
+            early in the context also holds late in it.
         decay: let the learning rate fall to zero, along a cosine, over the second half of the stage.
     """
 
@@ -43,7 +43,7 @@ class Stage:
     mixture: Mapping[str, int]
     steps: int
     goal: tuple[str, float] | None = None
-    shift: bool = False
+    shifted: tuple[str, ...] = ()
     decay: bool = False
 
 
@@ -74,6 +74,9 @@ class Trainer:
         warmup: steps over which the rates rise at the start of the run.
         every: steps between evaluations and checkpoints.
         n_eval: held-out examples of each task in those evaluations.
+
+    Raises:
+        WorkbenchError: this torch has no Muon (it came with 2.9).
     """
 
     def __init__(
@@ -90,6 +93,11 @@ class Trainer:
         every: int = 50,
         n_eval: int = 200,
     ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise WorkbenchError(
+                f"training needs torch.optim.Muon, which torch {torch.__version__} lacks",
+                hint="train with torch 2.9 or later; loading a trained model works with any",
+            )
         self.model, self.tokenizer, self.curriculum, self.folder, self.seed = model, tokenizer, curriculum, folder, seed
         self.warmup, self.every = warmup, every
         self.ids: dict[str, int] = tokenizer.get_vocab()
@@ -186,7 +194,7 @@ class Trainer:
             rng = random.Random(f"{self.seed}/{self.progress.step}/{name}")
             inputs, labels = to_tensors(FORMATS[name](rows, rng, self.words), self.ids)
             places = torch.arange(inputs.shape[1]).expand_as(inputs)
-            if stage.shift:
+            if name in stage.shifted:
                 room = self.model.config.n_positions - inputs.shape[1]
                 starts = [rng.randint(0, room) if rng.random() < 0.5 else 0 for _ in range(len(inputs))]
                 places = places + torch.tensor(starts)[:, None]

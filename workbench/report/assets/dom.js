@@ -21,7 +21,7 @@ const named = (token, at, longest = 40) => (token === null ? `position ${at}` : 
 /** A number with six digits after the point, or in powers of ten when it is too small for that. */
 const exactly = (value) => (value === 0 || value >= 1e-4 ? value.toFixed(6) : value.toExponential(3));
 
-const roughly = (value) => (value >= 0.001 ? value.toFixed(3) : value > 0 ? "<0.001" : "0");
+const roughly = (value) => (value >= 0.001 ? `≈ ${value.toFixed(3)}` : "< 0.001");
 
 const tooltip = {
   box: document.getElementById("tooltip"),

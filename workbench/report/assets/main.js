@@ -13,6 +13,7 @@ class Explorer {
     const panel = make("section", { class: "panel pattern" }, title, numbers, this.row.strips, missing, body);
     element.append(this.heads.element, panel, this.row.element);
     element.hidden = false;
+    element.nextElementSibling.remove(); // it says that scripts do not run; noscript says so only where they are off, not where they are blocked
     new ResizeObserver(() => this.resized()).observe(this.pattern.scroller);
     this.update();
   }

@@ -36,7 +36,7 @@ class PatternView {
     this.title.replaceChildren(`L${site.layer}H${state.head}`, make("span", { class: "site" }, `${site.group} · ${site.name}`));
     this.numbers.replaceChildren(...this.explorer.section.metrics.flatMap((metric) => {
       const value = site.means[metric.name]?.[state.head];
-      const text = Number.isFinite(value) ? `${Number(value.toPrecision(4))}` : "–";
+      const text = !Number.isFinite(value) ? "–" : metric.unit === "mass" ? value.toFixed(3) : `${Number(value.toPrecision(4))}`;
       return make("div", {}, make("dt", {}, metric.label), make("dd", {}, text, make("small", {}, ` ${metric.unit}`)));
     }));
     this.body.hidden = !this.map;
@@ -77,7 +77,7 @@ class PatternView {
     const key = first * block;
     const what = block > 1 ? `the first ${block} keys` : named(keyToken(site, key), key, 16);
     const mean = this.map.meanOnFirst(state.head);
-    const mass = mean === null ? "" : block > 1 ? ` (first key holds ${roughly(mean)} on average)` : ` (holds ${roughly(mean)} of the weight on average)`;
+    const mass = mean === null ? "" : block > 1 ? ` (first key holds ${mean.toFixed(3)} on average)` : ` (holds ${mean.toFixed(3)} of the weight on average)`;
     this.firstLabel.textContent = `${state.hide ? "Hidden" : "Hide"}: ${what}${mass}`;
     const value = (at) => (state.scale === "sqrt" ? at * at : at) * this.top;
     const digits = (number) => `${Number(number.toPrecision(2))}`;
@@ -123,6 +123,7 @@ class PatternView {
     canvas.height = at.height;
     canvas.style.width = `${at.width / at.dpr}px`;
     canvas.style.height = `${at.height / at.dpr}px`;
+    Object.assign(canvas.dataset, { edge: at.edge, cell: at.w / at.dpr });
     this.image = this.render(at);
     this.compose();
   }
@@ -203,7 +204,7 @@ class PatternView {
     ink.font = `${10.5 * dpr}px ${this.paint("sans")}`;
     ink.fillStyle = this.paint("muted");
     ink.textAlign = "right";
-    ink.fillText(across ? "key →" : "query ↓", (edge - 22) * dpr, (edge - (across ? 26 : 12)) * dpr);
+    ink.fillText(across ? "key →" : "query ↓", (edge - 6) * dpr, (edge - (across ? 24 : 10)) * dpr);
     ink.restore();
   }
 
@@ -279,6 +280,6 @@ class PatternView {
     const known = block === 1 && this.map.largest(state.head, query).find((each) => each.key === key);
     if (weight === null) return [arrow, "not visible to this query"];
     if (known) return [arrow, `weight ${exactly(known.weight)}`];
-    return [arrow, `${block > 1 ? "largest weight in the block" : "weight"} ≈ ${roughly(weight)}`];
+    return [arrow, `${block > 1 ? "largest weight in the block" : "weight"} ${roughly(weight)}`];
   }
 }

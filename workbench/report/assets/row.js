@@ -105,8 +105,8 @@ class RowView {
       span.style.setProperty("--w", weight === null || hidden ? 0 : pattern.place(weight).toFixed(3));
       span.classList.toggle("unseen", weight === null);
       span.classList.toggle("put-away", hidden);
-      const bound = map.block > 1 ? "at most" : "≈";
-      const said = weight === null ? "not visible" : `weight ${exact.has(key) ? exactly(weight) : `${bound} ${roughly(weight)}`}`;
+      const about = map.block > 1 ? "in a block with largest weight" : "weight";
+      const said = weight === null ? "not visible" : exact.has(key) ? `weight ${exactly(weight)}` : `${about} ${roughly(weight)}`;
       this.mark(span, `${named(keyToken(site, key), key)}: ${said}`);
     }
   }

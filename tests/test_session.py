@@ -1,0 +1,294 @@
+"""Attaching and capturing: what a user gets, and what bad input says."""
+
+import warnings
+
+import pytest
+import torch
+from support.tiny import FAMILIES, make
+from torch import nn
+
+import workbench
+from workbench import AttachError, CaptureError
+
+GPT2 = FAMILIES[0]
+WHISPER = FAMILIES[-1]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return make(GPT2)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return GPT2.inputs()["input_ids"]
+
+
+def test_sites_are_known_before_anything_ran(model: nn.Module) -> None:
+    with workbench.attach(model) as wb:
+        assert len(wb.sites) == 2
+        site = wb.sites["blocks.1.attn"]
+        assert site is wb.sites["transformer.h.1.attn"] is wb.sites["blocks.1.attn.hook_pattern"] is wb.sites[1]
+        assert (site.layer, site.kind, site.n_heads, site.n_kv_heads, site.d_head) == (1, "self", 4, 4, 8)
+        assert site.label(3) == "L1H3"
+        assert "transformer.h.1.attn" in repr(wb.sites)
+        assert "blocks.1.attn" in wb.sites._repr_html_()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_sites_read_from_code_are_those_that_fire(family) -> None:
+    built = make(family)
+    with workbench.attach(built) as wb:
+        before = [(s.name, s.layer, s.kind, s.n_heads, s.n_kv_heads, s.d_head, s.tower) for s in wb.sites]
+        with wb.capture() as capture:
+            built(**family.inputs())
+        after = [(s.name, s.layer, s.kind, s.n_heads, s.n_kv_heads, s.d_head, s.tower) for s in wb.sites]
+    assert before == after
+    assert [s.name for s in capture.sites] == [name for name, *_ in before]
+
+
+def test_towers_and_kinds_of_an_encoder_decoder() -> None:
+    with workbench.attach(make(WHISPER)) as wb:
+        assert [site.alias for site in wb.sites] == [
+            "encoder.0.attn", "encoder.1.attn", "decoder.0.attn", "decoder.0.cross_attn", "decoder.1.attn",
+            "decoder.1.cross_attn",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("thing", "hint"),
+    [("gpt2", "nn.Module"), (nn.Linear(2, 2), "check=False"), (type("P", (), {"model": nn.Linear(1, 1)})(), ".model")],
+    ids=["string", "no attention", "pipeline"],
+)
+def test_what_cannot_be_attached(thing: object, hint: str) -> None:
+    with pytest.raises(AttachError) as caught:
+        workbench.attach(thing)
+    assert hint in str(caught.value)
+
+
+def test_attaching_twice(model: nn.Module) -> None:
+    wb = workbench.attach(model)
+    with pytest.raises(AttachError, match="attached already"):
+        workbench.attach(model)
+    wb.detach()
+    wb.detach()
+    workbench.attach(model).detach()
+
+
+def test_a_forgotten_workbench_does_not_block_its_model(model: nn.Module) -> None:
+    workbench.attach(model)
+    workbench.attach(model).detach()
+
+
+def test_capture_after_detach(model: nn.Module) -> None:
+    wb = workbench.attach(model)
+    wb.detach()
+    with pytest.raises(AttachError, match="detached"), wb.capture():
+        pass
+    with pytest.raises(AttachError, match="detached"):
+        wb.verify(input_ids=torch.ones(1, 2, dtype=torch.long))
+
+
+def test_nested_captures(model: nn.Module, ids: torch.Tensor) -> None:
+    with workbench.attach(model) as wb, wb.capture():
+        with pytest.raises(CaptureError, match="capturing"), wb.capture():
+            pass
+        model(ids)
+
+
+def test_a_site_that_does_not_exist(model: nn.Module) -> None:
+    with workbench.attach(model) as wb, pytest.raises(CaptureError) as caught, wb.capture(sites="transformer.h.1.atn"):
+        pass
+    assert 'did you mean "transformer.h.1.attn"?' in str(caught.value)
+
+
+def test_no_site_chosen(model: nn.Module) -> None:
+    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="no site was chosen"):
+        wb.capture(sites=[]).__enter__()
+
+
+@pytest.mark.parametrize("names", [["entropi"], "entropy", ["value_weighted_lse"]])
+def test_a_statistic_that_does_not_exist(model: nn.Module, names: object) -> None:
+    with workbench.attach(model) as wb, pytest.raises(CaptureError) as caught, wb.capture(names):
+        pass
+    assert "Hint" in str(caught.value)
+
+
+def test_a_capture_in_which_nothing_runs(model: nn.Module) -> None:
+    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="did not run"), wb.capture():
+        pass
+
+
+def test_a_model_that_never_calls_a_tapped_function() -> None:
+    class ByHand(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ x.transpose(-1, -2)).softmax(-1) @ x
+
+    built = ByHand().eval()
+    with pytest.raises(AttachError):
+        workbench.attach(built)
+    with (
+        workbench.attach(built, check=False) as wb,
+        pytest.raises(CaptureError, match="no attention call was seen"),
+        wb.capture(),
+    ):
+        built(torch.randn(1, 3, 4))
+
+
+def test_a_hidden_call_of_sdpa_is_still_seen() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = {"f": torch.nn.functional.scaled_dot_product_attention}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.kernel["f"](x, x, x)
+
+    built = Hidden()
+    with workbench.attach(built, check=False) as wb:
+        assert len(wb.sites) == 0
+        with wb.capture() as capture:
+            built(torch.randn(1, 2, 3, 4))
+        assert [(s.n_heads, s.d_head) for s in wb.sites] == [(2, 4)]
+    assert capture[0].entropy.shape == (1, 2, 3)
+
+
+def test_an_eager_model_is_told_how_to_be_seen(ids: torch.Tensor) -> None:
+    from support.tiny import eager_twin
+
+    eager = eager_twin(make(GPT2))
+    with workbench.attach(eager) as wb, pytest.raises(CaptureError, match='attn_implementation="sdpa"'), wb.capture():
+        eager(ids)
+
+
+def test_a_site_that_does_not_fire() -> None:
+    built, inputs = make(WHISPER), WHISPER.inputs()
+    with workbench.attach(built) as wb:
+        with pytest.warns(UserWarning, match="4 of 6 sites did not fire"), wb.capture() as capture:
+            built.model.encoder(inputs["input_features"])
+        assert len(capture.silent) == 4
+        with pytest.raises(CaptureError, match="no attention call was seen"), wb.capture(sites="decoder.0.attn"):
+            built.model.encoder(inputs["input_features"])
+
+
+def test_train_mode_with_dropout_warns_once_and_names_it(model: nn.Module, ids: torch.Tensor) -> None:
+    model.train()
+    with workbench.attach(model) as wb:
+        with pytest.warns(UserWarning, match=r"train mode.*transformer.drop"), wb.capture() as capture:
+            model(ids)
+        with warnings.catch_warnings(), wb.capture():
+            warnings.simplefilter("error")
+            model(ids)
+    assert capture["blocks.0.attn"].kernel == "math"  # the CPU's fast kernel has no dropout
+    sums = capture["blocks.0.attn"].pattern.dense().sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+def test_verify_accepts_dropout(model: nn.Module, ids: torch.Tensor) -> None:
+    with workbench.attach(model.train()) as wb:
+        assert wb.verify(input_ids=ids).identical
+
+
+def test_inputs_on_another_device(model: nn.Module, ids: torch.Tensor) -> None:
+    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="on meta, the model on cpu"), wb.capture():
+        model(input_ids=ids.to("meta"))
+
+
+def test_an_empty_prompt(model: nn.Module) -> None:
+    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="empty"), wb.capture():
+        model(input_ids=torch.zeros(1, 0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("how", ["capture", "verify"])
+def test_a_prompt_longer_than_the_context(model: nn.Module, how: str) -> None:
+    ids = torch.zeros(1, 65, dtype=torch.long)
+    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="65 tokens, the model's context 64"):
+        if how == "verify":
+            wb.verify(input_ids=ids)
+        with wb.capture():
+            model(ids)
+
+
+def test_text_needs_a_tokenizer(model: nn.Module) -> None:
+    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="tokenizer"):
+        wb.tokenize("hello")
+
+
+def test_the_limit_says_how_much_and_how_to_ask_for_less(model: nn.Module, ids: torch.Tensor) -> None:
+    with workbench.attach(model) as wb:
+        needed = wb.estimate(2, 17, pattern=True)
+        with pytest.raises(CaptureError, match=r"bytes or more, the limit is 1,000") as caught, wb.capture(
+            pattern=True, limit=1000
+        ):
+            model(ids)
+        assert "fewer sites" in str(caught.value)
+        with wb.capture(pattern=True, limit=needed) as capture:
+            model(ids)
+    assert 0 < capture.nbytes <= needed
+
+
+def test_dense_refuses_above_its_limit(model: nn.Module, ids: torch.Tensor) -> None:
+    with workbench.attach(model) as wb, wb.capture() as capture:
+        model(ids)
+    size = 2 * 4 * 17 * 17 * 4
+    with pytest.raises(CaptureError, match=f"{size:,} bytes, the limit is {size - 1:,}"):
+        capture[0].pattern.dense(limit=size - 1)
+    assert capture[0].pattern.dense(limit=size).shape == (2, 4, 17, 17)
+
+
+def test_a_pattern_whose_keys_were_overwritten_is_refused() -> None:
+    class Cache(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("keys", torch.zeros(1, 2, 5, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.keys.copy_(x)
+            return torch.nn.functional.scaled_dot_product_attention(x, self.keys, x)
+
+    built = Cache()
+    with workbench.attach(built) as wb, wb.capture(pattern=True) as capture:
+        built(torch.randn(1, 2, 5, 4))
+    kept = capture[0].weights
+    built(torch.randn(1, 2, 5, 4))
+    with pytest.raises(CaptureError, match="overwritten"):
+        _ = capture[0].pattern
+    assert kept is not None
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_statistics_are_ordinary_full_precision_tensors(model: nn.Module, ids: torch.Tensor, context) -> None:
+    with workbench.attach(model) as wb, context(), wb.capture(["entropy"]) as capture:
+        model(ids)
+    entropy = capture[0].entropy
+    assert entropy.dtype == torch.float32
+    assert not entropy.is_inference()
+    assert not entropy.requires_grad
+    pattern = capture[0].pattern
+    # Under autocast the kernel's lse has the error of its bfloat16 products, about 5e-5 here.
+    torch.testing.assert_close(torch.special.entr(pattern.dense()).sum(-1), entropy, atol=2e-4, rtol=1e-5)
+
+
+def test_verify_finds_a_tap_that_lies(model: nn.Module, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workbench.hooks.tap import AttentionCall
+
+    honest = AttentionCall.pattern
+
+    def lying(self: AttentionCall, **options: object):
+        pattern = honest(self, **options)
+        pattern.scale *= 1.5
+        return pattern
+
+    monkeypatch.setattr(AttentionCall, "pattern", lying)
+    with workbench.attach(model) as wb:
+        found = wb.verify(input_ids=ids)
+    assert not found.ok
+    with pytest.raises(AttachError, match="A·V is not the kernel's output"):
+        found.raise_if_failed()
+
+
+def test_verify_finds_a_model_that_is_not_deterministic(model: nn.Module, ids: torch.Tensor) -> None:
+    model.lm_head.register_forward_hook(lambda m, i, out: out + torch.rand(1, generator=generator))
+    generator = torch.Generator().manual_seed(0)
+    with workbench.attach(model) as wb, pytest.raises(AttachError, match="deterministic"):
+        wb.verify(input_ids=ids).raise_if_failed()
