@@ -87,9 +87,9 @@ class SoftmaxPattern(Pattern):
         which = list(range(self.n_heads)) if heads is None else self._checked(heads)
         group = self.n_heads // self.n_kv_heads
         index = torch.tensor(which, dtype=torch.long, device=self.device)
-        q = self.q[:, index][:, :, queries].to(self.dtype) * self.scale
+        q = self.q[:, index][:, :, queries].to(self.dtype)
         k = self.k[:, index // group][:, :, keys].to(self.dtype)
-        scores = q @ k.transpose(-1, -2)
+        scores = (q @ k.transpose(-1, -2)).mul_(self.scale)
         everything = slice(0, self.n_batch)
         self._shape_scores(scores, queries, keys, everything, index)
         return scores.sub_(self._finite_lse[:, index][:, :, queries, None]).exp_()
@@ -118,40 +118,53 @@ class SoftmaxPattern(Pattern):
 
     def score_maker(self, batch: slice, heads: slice) -> Callable[[slice, slice], Tensor]:
         """A function that makes tiles [b, h, q, k] of masked scores in one reused buffer."""
+        return self._score_maker(batch, heads, None)
+
+    def _score_maker(self, batch: slice, heads: slice, lse: Tensor | None) -> Callable[[slice, slice], Tensor]:
+        """Tiles of masked scores, less `lse` [batch, head, query] where it is given."""
         group = self.n_heads // self.n_kv_heads
         kv = slice(heads.start // group, -(-heads.stop // group))
         keys_t = self.k[batch, kv].to(self.dtype).transpose(-1, -2).flatten(0, 1)
+        plain = self.softcap is None and self.key_bias is None and not self.mask.additive
         buffer = self.q.new_empty(0, dtype=self.dtype)
-        q_of: dict[tuple[int, int], Tensor] = {}
+        rows_of: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+
+        def grouped(part: Tensor) -> Tensor:
+            """[b, h, q, d] -> [b · kv head, group · q, d]: the heads of a group share one product with their keys."""
+            return part.unflatten(1, (-1, group)).flatten(0, 1).flatten(1, 2)
 
         def make(queries: slice, keys: slice) -> Tensor:
             nonlocal buffer
             at = (queries.start, queries.stop)
-            if at not in q_of:
-                q_of.clear()
-                part = self.q[batch, heads, queries].to(self.dtype) * self.scale
-                q_of[at] = part.unflatten(1, (-1, group)).flatten(0, 1).flatten(1, 2)
-            q = q_of[at]
+            if at not in rows_of:
+                rows_of.clear()
+                less = None if lse is None else grouped(lse[batch, heads, queries, None])
+                rows_of[at] = grouped(self.q[batch, heads, queries].to(self.dtype)), less
+            q, less = rows_of[at]
             size = q.shape[0] * q.shape[1] * (keys.stop - keys.start)
             if buffer.numel() < size:
                 buffer = torch.empty(size, dtype=self.dtype, device=self.device)
             out = buffer[:size].view(q.shape[0], q.shape[1], -1)
-            torch.bmm(q, keys_t[:, :, keys], out=out)
             scores = out.view(batch.stop - batch.start, heads.stop - heads.start, queries.stop - queries.start, -1)
+            # Scaled after the product, as kernels do: scaling q first rounds differently, and their lse would not fit.
+            if less is not None and plain:
+                torch.baddbmm(less, q, keys_t[:, :, keys], beta=-1, alpha=self.scale, out=out)
+                self._shape_scores(scores, queries, keys, batch, heads)
+                return scores
+            torch.bmm(q, keys_t[:, :, keys], out=out).mul_(self.scale)
             self._shape_scores(scores, queries, keys, batch, heads)
-            return scores
+            return scores if less is None else scores.sub_(less.view(*scores.shape[:3], 1))
 
         return make
 
     def maker(self, batch: slice, heads: slice, wants_log: bool) -> Maker:
         """Tiles of weights from tiles of scores, in two reused buffers."""
-        scores_of = self.score_maker(batch, heads)
-        lse = self._finite_lse
+        log_weights = self._score_maker(batch, heads, self._finite_lse)
         buffer = self.q.new_empty(0, dtype=self.dtype)
 
         def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
             nonlocal buffer
-            log_p = scores_of(queries, keys).sub_(lse[batch, heads, queries, None])
+            log_p = log_weights(queries, keys)
             if not wants_log:
                 return log_p.exp_(), None
             if buffer.numel() < log_p.numel():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from support.against_eager import COLUMNS, ROWS, assert_equal_to_eager
-from support.tiny import ENCODER_DECODER, ONE_TOWER, eager_twin
+from support.tiny import ENCODER_DECODER, ONE_TOWER, eager_attentions
 
 import workbench
 
@@ -38,7 +38,7 @@ def test_whisper_base(whisper_base: Path, speech_inputs: dict[str, torch.Tensor]
             observed = model(**speech_inputs).logits
     assert found.ok, found.table
     assert torch.equal(bare, observed)
-    eager = eager_twin(model)(**speech_inputs, output_attentions=True)
+    eager = eager_attentions(model, [site.name for site in capture.sites], speech_inputs)
     assert assert_equal_to_eager(capture, eager, ENCODER_DECODER) == 18
     cross = capture["decoder.5.cross_attn"]
     assert cross.shape[-1] == 1500
@@ -56,7 +56,7 @@ def test_minilm(minilm: Path) -> None:
             observed = model(**inputs).last_hidden_state
     assert found.ok, found.table
     assert torch.equal(bare, observed)
-    eager = eager_twin(model)(**inputs, output_attentions=True)
+    eager = eager_attentions(model, [site.name for site in capture.sites], inputs)
     assert assert_equal_to_eager(capture, eager, ONE_TOWER) == 6
     tokens = capture.query_tokens("blocks.0.attn")
     assert tokens is not None

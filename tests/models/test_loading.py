@@ -119,7 +119,8 @@ def test_folder_gives_the_class_its_configuration_names(tmp_path: Path) -> None:
     whisper = WhisperConfig(
         vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_source_positions=20,
-        max_target_positions=20, num_mel_bins=8, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        max_target_positions=20, num_mel_bins=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
     )  # fmt: skip
     WhisperForConditionalGeneration(whisper).save_pretrained(tmp_path / "whisper")
     assert type(load(str(tmp_path / "whisper"))[0]).__name__ == "WhisperForConditionalGeneration"
@@ -191,7 +192,7 @@ def test_name_the_hub_does_not_know_says_what_ships(monkeypatch: pytest.MonkeyPa
 
 
 def test_short_names_become_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[str] = []
     monkeypatch.setattr(loading_module, "_load_from", asked.append)
     for name in ("gpt2-small", "gpt2", "pythia-70m"):
         load(name)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from workbench.report import Report
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
+
     from support.browser import WatchedPage
 
 pytestmark = pytest.mark.browser
@@ -20,7 +22,7 @@ HOSTILE = [
     "</script><script>window.hurt=1</script>",
     "<img src=x onerror=window.hurt=1>",
     '"><svg onload=window.hurt=1>',
-    "<a href=\"javascript:window.hurt=1\">x</a>",
+    '<a href="javascript:window.hurt=1">x</a>',
     "'; window.hurt=1; //",
     "\u2028\u2029",
     "\u202eabc",
@@ -150,7 +152,9 @@ def test_clicking_a_row_or_a_token_shows_its_largest_weights(opened: Page, make_
         (3, lambda: opened.locator('.strip [data-at="3"]').click()),
     ):
         choose()
-        shown = opened.locator(".top tbody tr").evaluate_all("rows => rows.map(r => [+r.cells[0].innerText, +r.cells[2].innerText])")
+        shown = opened.locator(".top tbody tr").evaluate_all(
+            "rows => rows.map(r => [+r.cells[0].innerText, +r.cells[2].innerText])"
+        )
         best = weights[query].topk(query + 1)
         assert [key for key, _ in shown] == best.indices.tolist()
         assert [weight for _, weight in shown] == pytest.approx(best.values.tolist(), abs=6e-7, rel=1e-3)
@@ -166,7 +170,8 @@ def test_every_byte_of_the_pattern_arrives(opened: Page, make_capture: Any) -> N
         """(canvas) => {
             const ink = canvas.getContext("2d"), edge = +canvas.dataset.edge, w = +canvas.dataset.cell;
             const at = (i) => edge + (i + 0.5) * w;
-            return Array.from({ length: 81 }, (_, i) => ink.getImageData(at(i % 9), at(Math.floor(i / 9)), 1, 1).data[1]);
+            const green = (i) => ink.getImageData(at(i % 9), at(Math.floor(i / 9)), 1, 1).data[1];
+            return Array.from({ length: 81 }, (_, i) => green(i));
         }"""
     )
     for i, green in enumerate(greens):
@@ -203,7 +208,9 @@ def test_an_address_restores_the_view(page: WatchedPage, report: Path) -> None:
     page.assert_clean()
 
 
-@pytest.mark.parametrize("words", ["#capture=9", "#capture=0&site=none&head=99&query=-1&metric=x", "#%%%", "#capture=__proto__"])
+@pytest.mark.parametrize(
+    "words", ["#capture=9", "#capture=0&site=none&head=99&query=-1&metric=x", "#%%%", "#capture=__proto__"]
+)
 def test_a_wrong_address_does_no_harm(page: WatchedPage, report: Path, words: str) -> None:
     assert _open(page, report, words).locator(".pattern h3").inner_text().startswith("L0H0")
     page.assert_clean()

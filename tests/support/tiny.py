@@ -155,3 +155,37 @@ def eager_twin(model: Any) -> Any:
     twin = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager").eval()
     twin.load_state_dict(model.state_dict())
     return twin
+
+
+def eager_attentions(model: Any, site_names: list[str], inputs: dict[str, Any]) -> Any:
+    """The eager twin's output with attentions, where each attention module sees what it sees in `model`.
+
+    Without that, what is compared in the last layers of a trained model is how far two models have drifted apart in
+    float32, not whether a pattern is right.
+    """
+    seen: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen[name] = hidden, kwargs.get("key_value_states")
+
+        return hook
+
+    def replay(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, keys = seen[name]
+            if keys is not None:
+                kwargs = {**kwargs, "key_value_states": keys}
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(record(n), with_kwargs=True) for n in site_names]
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    twin = eager_twin(model)
+    for name in site_names:
+        twin.get_submodule(name).register_forward_pre_hook(replay(name), with_kwargs=True)
+    return twin(**inputs, output_attentions=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,12 @@ from workbench.tasks import Task, colored_objects, greater_than, induction, ioi,
 from workbench.tasks.colored_objects import COLOURS, OBJECTS
 from workbench.tasks.ioi import TEMPLATES
 
-GENERATORS = {"ioi": ioi, "colored_objects": colored_objects, "induction": induction, "greater_than": greater_than}
+GENERATORS: dict[str, Callable[..., Task]] = {
+    "ioi": ioi,
+    "colored_objects": colored_objects,
+    "induction": induction,
+    "greater_than": greater_than,
+}
 
 
 @pytest.fixture(params=sorted(GENERATORS))

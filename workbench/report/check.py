@@ -1,4 +1,4 @@
-"""Check an exported page: that it loads nothing, runs only what its policy names, and holds the data it was written with."""
+"""Check an exported page: it loads nothing, runs only what its policy names, and its data are as they were written."""
 
 from __future__ import annotations
 

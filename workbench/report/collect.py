@@ -20,9 +20,9 @@ EXACT_CELLS = 256 * 256
 _CHUNK_CELLS = 1 << 24
 
 METRICS: dict[str, tuple[str, str, str]] = {
-    "entropy": ("Entropy", "nats", "how spread out a row is: −Σ p ln p"),
-    "effective_keys": ("Effective keys", "tokens", "how many keys share a row: 1 / Σ p²"),
-    "distance": ("Distance", "tokens", "how far back a row looks: mean of |query − key|"),
+    "entropy": ("Entropy", "nats", "how spread out a row is, −Σ p ln p"),
+    "effective_keys": ("Effective keys", "tokens", "how many keys share a row, 1 / Σ p²"),
+    "distance": ("Distance", "tokens", "how far away a row looks, mean of |query − key|"),
     "sink": ("Sink", "mass", "weight on the first key that a query sees"),
     "previous": ("Previous token", "mass", "weight on the position before the query"),
     "current": ("Current token", "mass", "weight on the query’s own position"),
@@ -168,7 +168,7 @@ def _site_map(pattern: Any, shape: tuple[int, int, int, int], batch: int, n_top:
         weights = _numpy(found["pooled_max"][batch])
     if weights.size and (weights.min() < 0 or weights.max() > 1 + 1e-3):
         raise ReportError(
-            f"the weights run from {weights.min():.3g} to {weights.max():.3g}, and the page shows weights between 0 and 1",
+            f"the weights run from {weights.min():.3g} to {weights.max():.3g}, and the page shows those from 0 to 1",
             hint="show a pattern whose rows are normalised and not signed",
         )
     coded, error = quantise(np.nan_to_num(weights))

@@ -87,7 +87,7 @@ def json_for_html(value: object) -> str:
     """JSON in ASCII that is safe inside a script element: no <, > or &; NaN becomes null.
 
     >>> json_for_html({"token": "</script>", "value": float("nan")})
-    '{"token":"\\u003c/script\\u003e","value":null}'
+    '{"token":"\\\\u003c/script\\\\u003e","value":null}'
     """
     text = json.dumps(finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character in "<>&":

@@ -1,4 +1,4 @@
-"""The page itself: facts and data put into the template, with the policy that names the only script and style it runs."""
+"""The page itself: facts and data put into the template, and a policy that names the only script and style it runs."""
 
 from __future__ import annotations
 

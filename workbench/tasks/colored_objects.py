@@ -44,7 +44,12 @@ def colored_objects(n: int, seed: int | random.Random, *, split: Split = "all") 
 
     >>> task = colored_objects(1, seed=0)
     >>> print(task[0].prompt)
+    Q: On the desk, there is a brown bottle, a black ball, and a yellow pencil. What color is the bottle?
+    A: Brown
+    Q: On the table, I see a green plate, a purple textbook, and a blue puzzle. What color is the puzzle?
+    A:
     >>> task[0].answer, task[0].word_at("object")
+    (' Blue', 'puzzle')
     """
     check_common(n, split)
     rng = make_rng(seed)

@@ -31,7 +31,10 @@ def greater_than(n: int, seed: int | random.Random, *, split: Split = "all") -> 
         TaskError: n below 1, or an unknown split.
 
     >>> example = greater_than(1, seed=0)[0]
-    >>> example.prompt, example.twin, len(example.answers)
+    >>> example.prompt, example.answers[0], len(example.answers)
+    ('The campaign lasted from the year 17 55 to 17', ' 56', 44)
+    >>> example.twin
+    'The campaign lasted from the year 17 01 to 17'
     """
     check_common(n, split)
     rng = make_rng(seed)

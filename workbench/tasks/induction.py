@@ -35,10 +35,13 @@ def induction(n: int, seed: int | random.Random, *, length: int = 24, words: Seq
         words: the words to draw from, each a single piece.
 
     Raises:
-        TaskError: n below 1, or a length that the words cannot fill.
+        TaskError: n below 1, a length that the words cannot fill, or a word that is more than one piece.
 
     >>> task = induction(1, seed=0, length=4)
-    >>> task[0].prompt, task[0].answer, task[0].twin
+    >>> task[0].prompt, task[0].answer
+    ('jungle napkin apple rabbit jungle napkin', ' apple')
+    >>> task[0].twin, task[0].wrong
+    ('jungle napkin butter rabbit jungle napkin', (' butter',))
     """
     check_common(n, "all")
     if not 2 <= length < len(set(words)):

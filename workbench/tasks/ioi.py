@@ -69,9 +69,9 @@ def ioi(
 
     >>> task = ioi(1, seed=0, order="ABBA", template="went")
     >>> task[0].prompt
-    'Then, Frank and Henry went to the park. Henry gave a basket to'
+    'Then, John and Emma went to the museum. Emma gave a key to'
     >>> task[0].answer, task[0].wrong, dict(task[0].positions)
-    (' Frank', (' Henry',), {'IO': 2, 'S1': 4, 'S2': 10, 'end': 14})
+    (' John', (' Emma',), {'IO': 2, 'S1': 4, 'S2': 10, 'end': 14})
     """
     check_common(n, split)
     check_choice("order", order, (*ORDERS, "mixed"))

@@ -103,7 +103,7 @@ class HeadMaps {
     }
     if (!metric) return;
     this.metric.select.value = metric.name;
-    this.meaning.textContent = `Mean over the queries of ${metric.meaning.replace(/^how/, "how")}.`;
+    this.meaning.textContent = `${metric.label}: ${metric.meaning}; mean over the queries.`;
     const digits = (value) => `${Number(value.toPrecision(3))}`;
     const unit = metric.unit === "mass" ? "mass, out of 1" : metric.unit;
     fillLegend(this.legend, [0, 0.5, 1].map((at) => [at, digits(at * top)]), make("span", { class: "unit" }, unit));

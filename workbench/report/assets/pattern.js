@@ -34,8 +34,8 @@ class PatternView {
     this.map = patternsOf(site);
     this.cursor = null;
     this.title.replaceChildren(`L${site.layer}H${state.head}`, make("span", { class: "site" }, `${site.group} · ${site.name}`));
-    this.numbers.replaceChildren(...this.explorer.section.metrics.flatMap((metric) => {
-      const value = site.means[metric.name]?.[state.head];
+    this.numbers.replaceChildren(...this.explorer.section.metrics.filter(({ name }) => site.means[name]).map((metric) => {
+      const value = site.means[metric.name][state.head];
       const text = !Number.isFinite(value) ? "–" : metric.unit === "mass" ? value.toFixed(3) : `${Number(value.toPrecision(4))}`;
       return make("div", {}, make("dt", {}, metric.label), make("dd", {}, text, make("small", {}, ` ${metric.unit}`)));
     }));
@@ -77,12 +77,13 @@ class PatternView {
     const key = first * block;
     const what = block > 1 ? `the first ${block} keys` : named(keyToken(site, key), key, 16);
     const mean = this.map.meanOnFirst(state.head);
-    const mass = mean === null ? "" : block > 1 ? ` (first key holds ${mean.toFixed(3)} on average)` : ` (holds ${mean.toFixed(3)} of the weight on average)`;
+    const holds = mean === null ? "" : `holds ${mean < 0.0005 ? "less than 0.001" : mean.toFixed(3)} of the weight on average`;
+    const mass = mean === null ? "" : ` (${block > 1 ? "the first " : ""}${holds})`;
     this.firstLabel.textContent = `${state.hide ? "Hidden" : "Hide"}: ${what}${mass}`;
     const value = (at) => (state.scale === "sqrt" ? at * at : at) * this.top;
     const digits = (number) => `${Number(number.toPrecision(2))}`;
     const unseen = make("span", { class: "unseen-key" }, make("i"), "not visible to the query");
-    fillLegend(this.legend, [0, 0.25, 0.5, 0.75, 1].map((at) => [at, digits(value(at))]), make("span", { class: "unit" }, "weight ", unseen));
+    fillLegend(this.legend, [0, 0.25, 0.5, 0.75, 1].map((at) => [at, digits(value(at))]), make("span", { class: "unit" }, state.scale === "sqrt" ? "weight, square-root scale " : "weight ", unseen));
     const exact = top ? ` The ${top} largest weights of each row are exact.` : "";
     const cell = block > 1
       ? `Max-pooled for a long input: each cell is the largest weight in a block of ${block} × ${block} tokens`
