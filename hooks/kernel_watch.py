@@ -27,8 +27,13 @@ class KernelWatch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._on_operator(func, args, kwargs or {}, result)
+        kwargs = kwargs or {}
+        with self:  # under inference_mode composite operators arrive here whole; their parts are what we look for
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
+        self._on_operator(func, args, kwargs, result)
         return result
 
 

@@ -12,10 +12,10 @@ families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family
 
 
 @families
-@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
-def test_capture_leaves_the_output_and_equals_eager(family: Family, gradients: bool) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda m: m.__name__)
+def test_capture_leaves_the_output_and_equals_eager(family: Family, mode: type[torch.no_grad]) -> None:
     model, inputs = make(family), family.inputs()
-    with torch.set_grad_enabled(gradients):
+    with mode():
         bare = model(**inputs)
         with workbench.attach(model) as wb, wb.capture(EVERYTHING) as capture:
             observed = model(**inputs)
@@ -26,9 +26,10 @@ def test_capture_leaves_the_output_and_equals_eager(family: Family, gradients: b
 
 
 @families
-def test_verify_holds(family: Family) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
+def test_verify_holds(family: Family, mode: type[torch.no_grad]) -> None:
     model, inputs = make(family), family.inputs()
-    with torch.no_grad(), workbench.attach(model) as wb:
+    with mode(), workbench.attach(model) as wb:
         found = wb.verify(**inputs)
     assert found.ok, found.table
     assert {check["kernel"] for check in found.checks} == {"flash_attention_for_cpu"}

@@ -38,11 +38,11 @@ ATTENTION_CALLS = {
 }
 
 
-@pytest.mark.parametrize("gradients", [False, True], ids=["native", "python"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("options", ATTENTION_CALLS.values(), ids=ATTENTION_CALLS.keys())
-def test_attention_statistics_are_those_of_the_returned_weights(options: dict[str, object], gradients: bool) -> None:
+def test_attention_statistics_are_those_of_the_returned_weights(options: dict[str, object], mode: type) -> None:
     model, x = _attention(), _inputs()
-    with torch.set_grad_enabled(gradients):
+    with mode():
         weights = model(x, x, x, **{**options, "need_weights": True, "average_attn_weights": False})[1]
         bare = model(x, x, x, **options)[0]
         with workbench.attach(model) as wb:

@@ -86,7 +86,7 @@ class PatternView {
     fillLegend(this.legend, [0, 0.25, 0.5, 0.75, 1].map((at) => [at, digits(value(at))]), make("span", { class: "unit" }, state.scale === "sqrt" ? "weight, square-root scale " : "weight ", unseen));
     const exact = top ? ` The ${top} largest weights of each row are exact.` : "";
     const cell = block > 1
-      ? `Max-pooled for a long input: each cell is the largest weight in a block of ${block} × ${block} tokens`
+      ? `Max-pooled to keep this file small: each cell is the largest weight in a block of ${block} × ${block} tokens`
       : "Exact cells: each is one query and one key";
     this.note.textContent = `${cell}, stored in 8 bits and off by at most ${error}.${exact}`;
     this.canvas.setAttribute("aria-label", `Attention pattern of layer ${site.layer} head ${state.head}, ${site.queries} queries by ${site.keys} keys. Arrow keys move, Enter chooses the query.`);

@@ -77,7 +77,7 @@ class RowView {
     if (!map) return;
     this.build();
     this.number.value = `${state.query}`;
-    this.about.replaceChildren(make("b", {}, named(queryToken(site, state.query), state.query)), " shades the tokens by the weights it gives");
+    this.about.replaceChildren(make("b", {}, named(queryToken(site, state.query), state.query)), map.block > 1 ? " and its block: tokens are shaded by the largest weight in theirs" : " shades the tokens by the weights it gives");
     const exact = new Map(map.largest(state.head, state.query).map(({ key, weight }) => [key, weight]));
     this.shade(map, exact);
     this.list(map, exact);
