@@ -6,6 +6,7 @@ import hashlib
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def describe(model: nn.Module) -> Provenance:
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "model_name": getattr(config, "name_or_path", "") or type(model).__name__,
+        "model_name": _name(getattr(config, "name_or_path", "")) or type(model).__name__,
         "parameters": sum(p.numel() for p in parameters),
         "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
         "device": ", ".join(sorted({str(p.device) for p in parameters})),
@@ -29,6 +30,11 @@ def describe(model: nn.Module) -> Provenance:
         "training": model.training,
         "versions": versions(),
     }
+
+
+def _name(name_or_path: str) -> str:
+    """A hub name as it is; of a local folder only its own name, since pages are passed on."""
+    return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
 
 
 def versions() -> dict[str, str]:

@@ -61,8 +61,8 @@ CURRICULA: Mapping[str, tuple[Stage, ...]] = {
         ),
     ),
     "plateau": (
-        Stage("mixture", {"full_prompts": 32, "repeats": 16, **EASY}, steps=1000, goal=("induction", 0.9)),
-        Stage("settling", {"full_prompts": 32, "repeats": 16, **EASY}, steps=100, decay=True),
+        Stage("repeats", {"short_repeats": 32, **EASY}, steps=1000, goal=("induction", 0.95)),
+        Stage("mixture", {"full_prompts": 16, "short_repeats": 16, **EASY}, steps=300, decay=True),
     ),
 }
 SUMMARIES = {
