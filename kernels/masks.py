@@ -102,25 +102,41 @@ class Mask:
             return rule if part is None else part
         return part & rule
 
-    def summary(self, n_batch: int, n_heads: int, device: torch.device) -> MaskSummary:
-        """Counts per query and per key, computed in blocks of rows; small in memory."""
-        b, h = (1, 1) if self.tensor is None else (self.tensor.shape[0], self.tensor.shape[1])
+    def summary(self, device: torch.device) -> MaskSummary:
+        """Counts per query and per key: from the rules alone where there is no tensor, else in blocks of rows."""
+        if self.tensor is None:
+            return self._summary_of_rules(device)
+        b, h = self.tensor.shape[:2]
         per_key = torch.zeros(b, h, self.n_keys, dtype=torch.long, device=device)
         per_query = torch.zeros(b, h, self.n_queries, dtype=torch.long, device=device)
         first = torch.zeros(b, h, self.n_queries, dtype=torch.long, device=device)
         block = max(1, (1 << 22) // max(1, b * h * self.n_keys))
+        if self.tensor.shape[2] == 1 and not self.causal and self.window is None:
+            block = self.n_queries  # all rows are alike, and `visible` gives one
         for start in range(0, self.n_queries, block):
             rows = slice(start, min(start + block, self.n_queries))
             seen = self.visible(rows, slice(0, self.n_keys), slice(None), slice(None))
             if seen is None:
-                per_query[..., rows] = self.n_keys
-                per_key += rows.stop - rows.start
-                continue
-            seen = seen.to(device).expand(b, h, rows.stop - rows.start, self.n_keys)
+                raise AssertionError("a mask with a tensor is visible as a tensor")
+            seen = seen.to(device).expand(b, h, seen.shape[2], self.n_keys)
             per_query[..., rows] = seen.sum(-1)
             first[..., rows] = seen.to(torch.uint8).argmax(-1)
-            per_key += seen.sum(-2)
+            per_key += seen.sum(-2) * ((rows.stop - rows.start) // seen.shape[2])
         return MaskSummary(per_query, per_key, first)
+
+    def _summary_of_rules(self, device: torch.device) -> MaskSummary:
+        i = torch.arange(self.n_queries, device=device) + self.offset
+        j = torch.arange(self.n_keys, device=device)
+        window = self.window if self.window is not None else self.n_queries + self.n_keys + abs(self.offset)
+        first = (i - window + 1).clamp(min=0)
+        last = (i if self.causal else i + window - 1).clamp(max=self.n_keys - 1)
+        oldest = j if self.causal else j - window + 1  # absolute positions of the queries that see key j
+        newest = j + window - 1
+        low = oldest.clamp(min=self.offset)
+        high = newest.clamp(max=self.offset + self.n_queries - 1)
+        keys, queries = (last - first + 1).clamp(min=0), (high - low + 1).clamp(min=0)
+        first = torch.where(keys > 0, first, 0)
+        return MaskSummary(keys[None, None], queries[None, None], first[None, None])
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Pattern(ABC):
     @cached_property
     def seen(self) -> MaskSummary:
         """What the mask lets through, counted per query and per key."""
-        return self.mask.summary(self.n_batch, self.n_heads, self.device)
+        return self.mask.summary(self.device)
 
     def space(self) -> Space:
         """Sizes and mask counts, for the accumulators."""

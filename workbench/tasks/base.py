@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, overload
+from functools import cache, partial
+from typing import Any, Literal, get_args, overload
 
 import torch
 
@@ -14,7 +15,6 @@ from workbench.tasks.metrics import TaskBatch, correct, logit_diff
 from workbench.tasks.pieces import piece_spans, pieces, single_token, token_positions
 
 Split = Literal["all", "train", "held_out"]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ class Task(Sequence[Example]):
         """
         if size < 1:
             raise TaskError(f"a batch needs at least 1 example, not {size}")
+        token_of = cache(partial(single_token, tokenizer))  # sets of answers repeat from one example to the next
         for start in range(0, len(self.examples), size):
             chunk = self.examples[start : start + size]
             rows = [tokenizer(example.twin if twins else example.prompt)["input_ids"] for example in chunk]
@@ -149,8 +150,8 @@ class Task(Sequence[Example]):
                 ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
             yield TaskBatch(
                 {"input_ids": ids.to(device), "attention_mask": mask.to(device)},
-                answers=[[single_token(tokenizer, a) for a in example.answers] for example in chunk],
-                wrong=[[single_token(tokenizer, a) for a in example.wrong] for example in chunk],
+                answers=[[token_of(answer) for answer in example.answers] for example in chunk],
+                wrong=[[token_of(answer) for answer in example.wrong] for example in chunk],
                 start=start,
             )
 
