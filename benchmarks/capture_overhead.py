@@ -27,7 +27,7 @@ ARMS = {
     "plain": "forward on SDPA",
     "default": "ours, default statistics (entropy, received)",
     "all": "ours, all row and column statistics",
-    "eager": 'Hugging Face eager, output_attentions=True',
+    "eager": "Hugging Face eager, output_attentions=True",
     "lens": "TransformerLens run_with_cache, patterns only",
 }
 ALL = ("entropy", "received", "peak", "effective_keys", "distance", "distance_var", "sink", "current", "previous")
@@ -117,7 +117,9 @@ def measure(lengths: list[int], rounds: int) -> dict[int, dict[str, list[dict[st
                 if done.returncode:
                     raise SystemExit(f"{arm} at N = {length} failed:\n{done.stderr}")
                 found[length][arm].append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"N = {length}, round {turn + 1}, {arm}: {found[length][arm][-1]['seconds']:.2f} s", file=sys.stderr)
+                print(
+                    f"N = {length}, round {turn + 1}, {arm}: {found[length][arm][-1]['seconds']:.2f} s", file=sys.stderr
+                )
     return found
 
 

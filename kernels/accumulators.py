@@ -1,10 +1,11 @@
 """One small class per statistic: it sees every tile of a pattern once and keeps O(queries + keys) numbers.
 
-Sums run in float64, so that the order and number of tiles do not show in the result.
+Sums run in the pattern's dtype, over partial sums of one tile each; only what cancels (distances) runs in float64.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +18,18 @@ from workbench.kernels.masks import MaskSummary
 from workbench.kernels.statistics import Options, previous_copies
 
 
+LOG_FLOOR = {torch.float32: -43.0, torch.float64: -300.0}
+"""ln p is not let below this in a tile. Weights and their squares then stay normal numbers: a CPU takes 10 to 100 times
+longer over subnormal ones. What it adds (2e-19 a key in float32) is far below the rounding of any statistic."""
+
+
 @dataclass
 class Tile:
     """A rectangle of a pattern.
 
     Attributes:
-        p: [b, h, q, k] weights; zero where hidden.
-        log_p: same shape, ln p, very negative where hidden; None unless asked for. The first accumulators (entropy) may
+        p: [b, h, q, k] weights; zero, or at the floor, where hidden.
+        log_p: same shape, ln p, at its floor where hidden; None unless asked for. The first accumulators (entropy) may
             use it up; after them it is scratch space.
         batch, heads, queries, keys: where the rectangle lies.
         offset: absolute position of query row 0.
@@ -65,14 +71,19 @@ class Space:
     dtype: torch.dtype
     seen: MaskSummary
 
-    def per_query(self, fill: float = 0.0, dtype: torch.dtype = torch.float64) -> Tensor:
-        """A [batch, head, query] accumulator."""
-        return torch.full((self.n_batch, self.n_heads, self.n_queries), fill, dtype=dtype, device=self.device)
+    def per_query(self, fill: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+        """A [batch, head, query] accumulator, in the pattern's dtype unless told otherwise."""
+        shape = (self.n_batch, self.n_heads, self.n_queries)
+        return torch.full(shape, fill, dtype=dtype or self.dtype, device=self.device)
 
     def alive(self, value: Tensor, dead: float = torch.nan) -> Tensor:
         """The value in the pattern's dtype, `dead` in rows that see no key."""
         value = value.to(self.dtype)
         return torch.where(self.seen.keys_per_query > 0, value, torch.full_like(value, dead))
+
+    def without_floor(self, weight: Tensor) -> Tensor:
+        """Single weights, zero where they do not exceed the floor."""
+        return torch.where(weight > 1.01 * math.exp(LOG_FLOOR[self.dtype]), weight, 0.0)
 
 
 class Accumulator(ABC):
@@ -103,7 +114,7 @@ class Entropy(Accumulator):
 
     def add(self, tile: Tile) -> None:
         assert tile.log_p is not None
-        self.total[tile.rows] -= tile.log_p.mul_(tile.p).sum(-1)
+        self.total[tile.rows].sub_(tile.log_p.mul_(tile.p).sum(-1))
 
     def results(self) -> dict[str, Tensor]:
         return {"entropy": self.space.alive(self.total.clamp_(min=0))}
@@ -117,7 +128,7 @@ class EffectiveKeys(Accumulator):
         self.total = space.per_query()
 
     def add(self, tile: Tile) -> None:
-        self.total[tile.rows] += tile.product(tile.p).sum(-1)
+        self.total[tile.rows].add_(tile.product(tile.p).sum(-1))
 
     def results(self) -> dict[str, Tensor]:
         return {"effective_keys": self.space.alive(1 / self.total)}
@@ -150,7 +161,7 @@ class Distance(Accumulator):
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
-        self.mass, self.mean, self.spread = space.per_query(), space.per_query(), space.per_query()
+        self.mass, self.mean, self.spread = (space.per_query(dtype=torch.float64) for _ in range(3))
 
     def add(self, tile: Tile) -> None:
         i, j = tile.positions()
@@ -172,8 +183,8 @@ class Distance(Accumulator):
         total = self.mass[tile.rows] + mass
         share = mass / total.clamp(min=torch.finfo(torch.float64).tiny)
         step = mean - self.mean[tile.rows]
-        self.spread[tile.rows] += spread + step * step * self.mass[tile.rows] * share
-        self.mean[tile.rows] += step * share
+        self.spread[tile.rows].add_(spread + step * step * self.mass[tile.rows] * share)
+        self.mean[tile.rows].add_(step * share)
         self.mass[tile.rows] = total
 
     def results(self) -> dict[str, Tensor]:
@@ -198,7 +209,7 @@ class WeightAt(Accumulator):
         index = self.target[tile.rows] - tile.keys.start
         inside = (index >= 0) & (index < tile.p.shape[-1])
         weight = tile.p.gather(-1, index.clamp(0, tile.p.shape[-1] - 1)[..., None]).squeeze(-1)
-        self.total[tile.rows] += weight * inside
+        self.total[tile.rows].add_(weight * inside)
 
     def results(self) -> dict[str, Tensor]:
         return {self.name: self.space.alive(self.total)}
@@ -218,7 +229,7 @@ class WeightOnSet(Accumulator):
         self.total = space.per_query()
 
     def add(self, tile: Tile) -> None:
-        self.total[tile.rows] += tile.p @ self.member[tile.keys]
+        self.total[tile.rows].add_(tile.p @ self.member[tile.keys])
 
     def results(self) -> dict[str, Tensor]:
         return {"sink": self.space.alive(self.total)}
@@ -241,7 +252,7 @@ class Induction(Accumulator):
         if tile.keys.start > tile.queries.stop - 1:
             return
         copies = previous_copies(self.ids[tile.batch], tile.queries, tile.keys)
-        self.total[tile.rows] += tile.product(copies[:, None]).sum(-1)
+        self.total[tile.rows].add_(tile.product(copies[:, None]).sum(-1))
 
     def results(self) -> dict[str, Tensor]:
         return {"induction": self.space.alive(self.total)}
@@ -252,13 +263,14 @@ class Received(Accumulator):
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
-        self.total = torch.zeros(space.n_batch, space.n_heads, space.n_keys, dtype=torch.float64, device=space.device)
+        self.total = torch.zeros(space.n_batch, space.n_heads, space.n_keys, dtype=space.dtype, device=space.device)
 
     def add(self, tile: Tile) -> None:
-        self.total[tile.batch, tile.heads, tile.keys] += tile.p.sum(-2)
+        self.total[tile.batch, tile.heads, tile.keys].add_(tile.p.sum(-2))
 
     def results(self) -> dict[str, Tensor]:
-        mean = self.total / self.space.seen.queries_per_key
+        queries = self.space.seen.queries_per_key
+        mean = torch.where(queries > 0, self.total / queries, torch.nan)
         return {"received": self.total.to(self.space.dtype), "received_mean": mean.to(self.space.dtype)}
 
 
@@ -280,7 +292,8 @@ class TopKeys(Accumulator):
         self.index[tile.rows] = index.gather(-1, order)
 
     def results(self) -> dict[str, Tensor]:
-        return {"top_keys_index": torch.where(self.weight > 0, self.index, -1), "top_keys_weight": self.weight}
+        weight = self.space.without_floor(self.weight)
+        return {"top_keys_index": torch.where(weight > 0, self.index, -1), "top_keys_weight": weight}
 
 
 class Pooled(Accumulator):
@@ -306,7 +319,10 @@ class Pooled(Accumulator):
     def results(self) -> dict[str, Tensor]:
         rows = torch.full((self.sum.shape[-2],), self.size, device=self.sum.device)
         rows[-1] = self.space.n_queries - self.size * (len(rows) - 1)
-        return {"pooled_mean": (self.sum / rows[:, None]).to(self.space.dtype), "pooled_max": self.max}
+        return {
+            "pooled_mean": (self.sum / rows[:, None]).to(self.space.dtype),
+            "pooled_max": self.space.without_floor(self.max),
+        }
 
 
 def build(names: list[str], space: Space, options: Options) -> list[Accumulator]:

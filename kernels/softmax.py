@@ -10,10 +10,11 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels import streaming
+from workbench.kernels.accumulators import LOG_FLOOR
 from workbench.kernels.masks import Mask, hidden_below
 from workbench.kernels.patterns import Maker, Pattern
 
-_HIDDEN = -1e30  # finite, so that p · ln p is 0 and not NaN where a key is hidden
+_HIDDEN = -1e30  # finite, so that differences of scores are never NaN
 
 
 class SoftmaxPattern(Pattern):
@@ -112,9 +113,23 @@ class SoftmaxPattern(Pattern):
         self._hide_by_rule(scores, queries, keys)
 
     def _hide_by_rule(self, scores: Tensor, queries: slice, keys: slice) -> None:
-        rule = self.mask.rule(queries, keys, scores.device)
-        if rule is not None:
-            scores.masked_fill_(~rule, _HIDDEN)
+        """Hide by the positional rules. Tiles at the same distance from the diagonal share their rule."""
+        at = (queries.start - keys.start, queries.stop - queries.start, keys.stop - keys.start)
+        if at not in self._rules:
+            rule = self.mask.rule(queries, keys, scores.device)
+            if rule is None or bool(rule.all()):
+                self._rules[at] = None
+            else:
+                columns = (~rule).any(0).nonzero()
+                part = slice(int(columns[0]), int(columns[-1]) + 1)
+                self._rules[at] = part, ~rule[:, part]
+        found = self._rules[at]
+        if found is not None:
+            scores[..., found[0]].masked_fill_(found[1], _HIDDEN)
+
+    @cached_property
+    def _rules(self) -> dict[tuple[int, int, int], tuple[slice, Tensor] | None]:
+        return {}
 
     def score_maker(self, batch: slice, heads: slice) -> Callable[[slice, slice], Tensor]:
         """A function that makes tiles [b, h, q, k] of masked scores in one reused buffer."""
@@ -138,7 +153,7 @@ class SoftmaxPattern(Pattern):
             at = (queries.start, queries.stop)
             if at not in rows_of:
                 rows_of.clear()
-                less = None if lse is None else grouped(lse[batch, heads, queries, None])
+                less = None if lse is None else grouped(lse[batch, heads, queries, None]).neg()
                 rows_of[at] = grouped(self.q[batch, heads, queries].to(self.dtype)), less
             q, less = rows_of[at]
             size = q.shape[0] * q.shape[1] * (keys.stop - keys.start)
@@ -148,12 +163,12 @@ class SoftmaxPattern(Pattern):
             scores = out.view(batch.stop - batch.start, heads.stop - heads.start, queries.stop - queries.start, -1)
             # Scaled after the product, as kernels do: scaling q first rounds differently, and their lse would not fit.
             if less is not None and plain:
-                torch.baddbmm(less, q, keys_t[:, :, keys], beta=-1, alpha=self.scale, out=out)
+                torch.add(less, torch.bmm(q, keys_t[:, :, keys], out=out), alpha=self.scale, out=out)
                 self._shape_scores(scores, queries, keys, batch, heads)
                 return scores
             torch.bmm(q, keys_t[:, :, keys], out=out).mul_(self.scale)
             self._shape_scores(scores, queries, keys, batch, heads)
-            return scores if less is None else scores.sub_(less.view(*scores.shape[:3], 1))
+            return scores if less is None else scores.add_(less.view(*scores.shape[:3], 1))
 
         return make
 
@@ -164,7 +179,7 @@ class SoftmaxPattern(Pattern):
 
         def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
             nonlocal buffer
-            log_p = log_weights(queries, keys)
+            log_p = log_weights(queries, keys).clamp_(min=LOG_FLOOR[self.dtype])
             if not wants_log:
                 return log_p.exp_(), None
             if buffer.numel() < log_p.numel():

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from workbench.kernels import accumulators
-from workbench.kernels.accumulators import Tile
+from workbench.kernels.accumulators import LOG_FLOOR, Tile
 from workbench.kernels.statistics import VALUE_WEIGHTED, Options, check_names, output_names
 
 if TYPE_CHECKING:
     from workbench.kernels.patterns import Pattern
 
 # One tile of all its heads should stay in the second-level cache: larger ones cost 2x to 15x in page faults.
-_TILE_NUMBERS = 12 * 64 * 256
-_TILE_QUERIES, _TILE_KEYS = 64, 256
+_TILE_NUMBERS = 12 * 128 * 128
+_TILE_QUERIES, _TILE_KEYS = 128, 128
 
 
 def statistics(pattern: Pattern, names: Sequence[str], options: Options | None = None) -> dict[str, Tensor]:
@@ -99,8 +99,8 @@ def _round_up(n: int, edge: int) -> int:
 def log_sum_exp(pattern: Pattern) -> Tensor:
     """[batch, head, query] log of the softmax denominator, online over tiles of scores; -inf in rows that see no key."""
     space = pattern.space()
-    top = space.per_query(-torch.inf)
-    total = space.per_query(0.0)
+    top = space.per_query(-torch.inf, torch.float64)
+    total = space.per_query(0.0, torch.float64)
     n_rows, n_keys = min(_TILE_QUERIES, pattern.n_queries), min(_TILE_KEYS, pattern.n_keys)
     for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.n_kv_heads, n_rows * n_keys):
         make = pattern.score_maker(batch, heads)
@@ -112,6 +112,7 @@ def log_sum_exp(pattern: Pattern) -> Tensor:
                 scores = make(queries, slice(left, min(left + n_keys, last)))
                 peak = torch.maximum(top[at], scores.amax(-1).double())
                 total[at] *= (top[at] - peak).exp()
-                total[at] += scores.sub_(peak[..., None].to(scores.dtype)).exp_().sum(-1)
+                less = scores.sub_(peak[..., None].to(scores.dtype)).clamp_(min=LOG_FLOOR[scores.dtype])
+                total[at] += less.exp_().sum(-1)
                 top[at] = peak
     return space.alive(top + total.log(), -torch.inf)

@@ -47,7 +47,10 @@ def test_whisper_base(whisper_base: Path, speech_inputs: dict[str, torch.Tensor]
 @torch.no_grad()
 def test_minilm(minilm: Path) -> None:
     model, tokenizer = workbench.models.load(minilm)
-    texts = ["A man is eating food.", "Attention heads of a sentence encoder, looked at one by one, are a strange crowd."]
+    texts = [
+        "A man is eating food.",
+        "Attention heads of a sentence encoder, looked at one by one, are a strange crowd.",
+    ]
     with workbench.attach(model, tokenizer) as wb:
         inputs = wb.tokenize(texts)
         bare = model(**inputs).last_hidden_state

@@ -217,8 +217,9 @@ def test_text_needs_a_tokenizer(model: nn.Module) -> None:
 def test_the_limit_says_how_much_and_how_to_ask_for_less(model: nn.Module, ids: torch.Tensor) -> None:
     with workbench.attach(model) as wb:
         needed = wb.estimate(2, 17, pattern=True)
-        with pytest.raises(CaptureError, match=r"bytes or more, the limit is 1,000") as caught, wb.capture(
-            pattern=True, limit=1000
+        with (
+            pytest.raises(CaptureError, match=r"bytes or more, the limit is 1,000") as caught,
+            wb.capture(pattern=True, limit=1000),
         ):
             model(ids)
         assert "fewer sites" in str(caught.value)
@@ -256,7 +257,9 @@ def test_a_pattern_whose_keys_were_overwritten_is_refused() -> None:
     assert kept is not None
 
 
-@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
 def test_statistics_are_ordinary_full_precision_tensors(model: nn.Module, ids: torch.Tensor, context) -> None:
     with workbench.attach(model) as wb, context(), wb.capture(["entropy"]) as capture:
         model(ids)

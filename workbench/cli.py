@@ -63,7 +63,10 @@ def demo(out: Annotated[Path, typer.Option(help="The page to write.")] = Path("d
     report = Report("The heads of demo-lm")
     with attach(model, tokenizer) as wb:
         for task, note in (
-            (tasks.colored_objects(1, seed=3), "Colored Objects: one solved example, then a question about a new scene."),
+            (
+                tasks.colored_objects(1, seed=3),
+                "Colored Objects: one solved example, then a question about a new scene.",
+            ),
             (tasks.ioi(1, seed=3), "Indirect object identification: the name that is not repeated comes next."),
             (tasks.induction(1, seed=3), "Induction: a random sequence, then its beginning again."),
         ):

@@ -82,7 +82,9 @@ def test_nothing_is_left_after_an_exception_in_forward(
 
 @torch.no_grad()
 def test_nothing_is_left_after_an_interrupt_inside_a_native_layer() -> None:
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2, enable_nested_tensor=False)
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2, enable_nested_tensor=False
+    )
     model.eval()
     x = torch.randn(2, 5, 16)
     wb = workbench.attach(model)

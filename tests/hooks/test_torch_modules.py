@@ -68,7 +68,9 @@ def test_cross_attention_of_another_length() -> None:
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("mask", [{}, {"src_mask": UPPER}, {"src_key_padding_mask": PADDING}], ids=["none", "mask", "pad"])
+@pytest.mark.parametrize(
+    "mask", [{}, {"src_mask": UPPER}, {"src_key_padding_mask": PADDING}], ids=["none", "mask", "pad"]
+)
 @torch.no_grad()
 def test_encoder_layer_stays_on_its_native_path(norm_first: bool, activation: str, mask: dict[str, Tensor]) -> None:
     model, x = _layer(norm_first=norm_first, activation=activation), _inputs()

@@ -82,7 +82,12 @@ def _bert() -> nn.Module:
 def _vit() -> nn.Module:
     return hf.ViTModel(
         hf.ViTConfig(
-            num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=32, image_size=32, patch_size=8
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            hidden_size=32,
+            intermediate_size=32,
+            image_size=32,
+            patch_size=8,
         )
     )
 
