@@ -31,12 +31,11 @@ ARMS = {
     "lens": "TransformerLens run_with_cache, patterns only",
 }
 ALL = ("entropy", "received", "peak", "effective_keys", "distance", "distance_var", "sink", "current", "previous")
-REPEATS = 3
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 
 def run_arm(arm: str, length: int) -> dict[str, float]:
-    """Median seconds of a forward in this process, and the process's peak memory in bytes."""
+    """Seconds of the second forward in this process, and the process's peak memory in bytes."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -47,17 +46,12 @@ def run_arm(arm: str, length: int) -> dict[str, float]:
     ids = torch.randint(0, config.vocab_size, (1, length))
     forward = _forward(arm, model, ids)
     with torch.no_grad():
-        forward(ids[:, :64])  # what is set up once, such as thread pools
-        seconds = []
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            forward(ids)
-            seconds.append(time.perf_counter() - start)
+        forward(ids)  # warms up
+        start = time.perf_counter()
+        forward(ids)
+        seconds = time.perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "seconds": statistics.median(seconds),
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-    }
+    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def _forward(arm: str, model: Any, ids: Any) -> Callable[[Any], None]:
@@ -142,7 +136,7 @@ Every figure here is a ratio from one run of a script in `benchmarks/` that anyo
 ## What a capture costs
 
 `python benchmarks/capture_overhead.py`: a random model of GPT-2 small's shape (12 layers, 12 heads of 64, float32) on one
-sequence of N tokens. Median of {rounds} processes per arm, interleaved in both orders, each the median of {REPEATS} forwards.
+sequence of N tokens. Median of {rounds} processes per arm, interleaved in both orders; the second forward of each counts.
 {platform.machine()}, {_cores()} CPU cores, {packages}.
 
 {meaning}
