@@ -64,12 +64,7 @@ class _Recogniser:
         self._on_call(AttentionCall(site=site, module=module, tap="multihead", is_causal=False, dropout=0.0, **facts))
 
     def _fused(self, op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        names = [a.name for a in op._schema.arguments]
-        given = (
-            {a.name: a.default_value for a in op._schema.arguments}
-            | dict(zip(names, args, strict=False))
-            | dict(kwargs)
-        )
+        given = _named(op, args, kwargs)
         site, module = self._owner()
         self._on_call(
             AttentionCall(
@@ -116,20 +111,17 @@ class _Recogniser:
         )
 
     def _native_attention(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        x, heads, weight, bias, out_weight, out_bias = args[0], args[4], *args[5:9]
-        rest = dict(zip(("mask", "need_weights", "average_attn_weights", "mask_type"), args[9:], strict=False)) | dict(
-            kwargs
-        )
-        q, k, v = _project(x, weight, bias, heads, self._owner()[0])
+        given = _named(_ATEN._native_multi_head_attention.default, args, kwargs)
+        q, k, v = _project(given["query"], given["qkv_weight"], given["qkv_bias"], given["num_head"], self._owner()[0])
 
         def finish(z: Tensor) -> Tensor:
-            return nn.functional.linear(_join(z), out_weight.to(z.dtype), out_bias.to(z.dtype))
+            return nn.functional.linear(_join(z), given["proj_weight"].to(z.dtype), given["proj_bias"].to(z.dtype))
 
         self._report(
             q=q,
             k=k,
             v=v,
-            mask=_native_mask(rest.get("mask"), rest.get("mask_type")),
+            mask=_native_mask(given["mask"], given["mask_type"]),
             scale=None,
             output=result[0],
             lse=None,
@@ -138,9 +130,7 @@ class _Recogniser:
         )
 
     def _native_layer(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
-        names = ("src embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias use_gelu norm_first eps norm_weight_1 "
-                 "norm_bias_1 norm_weight_2 norm_bias_2 ffn_weight_1 ffn_bias_1 ffn_weight_2 ffn_bias_2 mask mask_type")  # fmt: skip
-        given = dict(zip(names.split(), args, strict=False)) | dict(kwargs)
+        given = _named(_ATEN._transformer_encoder_layer_fwd.default, args, kwargs)
         x = given["src"]
 
         def norm(t: Tensor, which: int) -> Tensor:
@@ -171,13 +161,20 @@ class _Recogniser:
             q=q,
             k=k,
             v=v,
-            mask=_native_mask(given.get("mask"), given.get("mask_type")),
+            mask=_native_mask(given["mask"], given["mask_type"]),
             scale=None,
             output=result,
             lse=None,
             kernel="transformer_encoder_layer_fwd",
             finish=finish,
         )
+
+
+def _named(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an operator's call by the names of its schema, defaults included."""
+    parameters = op._schema.arguments
+    given = dict(zip((p.name for p in parameters), args, strict=False))
+    return {p.name: p.default_value for p in parameters} | given | dict(kwargs)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor, heads: int, site: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -193,9 +194,7 @@ def _tower(stem: str) -> str:
 @cache
 def _calls_attention(cls: type[nn.Module]) -> bool:
     """Whether the class's own forward, or a function that it calls by name, mentions an attention kernel."""
-    forward = cls.forward
-    while hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
+    forward = inspect.unwrap(cls.forward)
     return isinstance(forward, FunctionType) and _mentions(forward, cls, depth=3, seen=set())
 
 

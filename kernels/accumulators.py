@@ -17,7 +17,6 @@ from workbench.errors import CaptureError
 from workbench.kernels.masks import MaskSummary
 from workbench.kernels.statistics import Options, previous_copies
 
-
 LOG_FLOOR = {torch.float32: -43.0, torch.float64: -300.0}
 """ln p is not let below this in a tile. Weights and their squares then stay normal numbers: a CPU takes 10 to 100 times
 longer over subnormal ones. What it adds (2e-19 a key in float32) is far below the rounding of any statistic."""

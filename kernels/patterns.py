@@ -1,4 +1,4 @@
-"""Lazy attention patterns: maps A [batch, head, query, key] of which any part can be had, and never the whole unless asked.
+"""Lazy attention patterns: maps A [batch, head, query, key] of which any part can be had, the whole only if asked.
 
 A mechanism is a subclass with a `tile`; statistics, views and analyses follow from it.
 """

@@ -97,7 +97,7 @@ def _round_up(n: int, edge: int) -> int:
 
 
 def log_sum_exp(pattern: Pattern) -> Tensor:
-    """[batch, head, query] log of the softmax denominator, online over tiles of scores; -inf in rows that see no key."""
+    """[batch, head, query] log of the softmax denominator, online over tiles; -inf in rows that see no key."""
     space = pattern.space()
     top = space.per_query(-torch.inf, torch.float64)
     total = space.per_query(0.0, torch.float64)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.tiny import FAMILIES, make
 from torch import nn
 
 import workbench
+from support.tiny import FAMILIES, make
 from workbench import Capture, CaptureError, FormatError
 
 GPT2, WHISPER = FAMILIES[0], FAMILIES[-1]
@@ -61,10 +61,10 @@ def test_what_was_not_captured_says_so(capture: Capture, speech: Capture) -> Non
         _ = capture[0].peak
     with pytest.raises(CaptureError, match='did you mean "entropy"'):
         _ = capture[0].entropi
-    with pytest.raises(CaptureError, match="cross-attention"):
+    with pytest.raises(CaptureError, match=r"cross-attention"):
         _ = speech["decoder.0.cross_attn"].distance
     assert not hasattr(capture[0], "nothing")
-    with pytest.raises(CaptureError, match='there is no site "blocks.7.attn"'):
+    with pytest.raises(CaptureError, match=r'there is no site "blocks\.7\.attn"'):
         _ = capture["blocks.7.attn"]
 
 
@@ -136,9 +136,8 @@ def test_induction_needs_ids(model: nn.Module) -> None:
 
 
 def test_value_weighted(model: nn.Module) -> None:
-    with workbench.attach(model) as wb, torch.no_grad():
-        with wb.capture(["value_weighted_peak"], values=True) as capture:
-            model(**GPT2.inputs())
+    with workbench.attach(model) as wb, torch.no_grad(), wb.capture(["value_weighted_peak"], values=True) as capture:
+        model(**GPT2.inputs())
     site = capture[0]
     weighted = site.pattern.dense() * site.pattern.values.norm(dim=-1)[:, :, None, :]
     torch.testing.assert_close(site.value_weighted_peak, (weighted / weighted.sum(-1, keepdim=True)).amax(-1))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.against_eager import COLUMNS, ROWS, assert_equal_to_eager
-from support.tiny import FAMILIES, Family, eager_twin, make
 
 import workbench
+from support.against_eager import COLUMNS, ROWS, assert_equal_to_eager
+from support.tiny import FAMILIES, Family, eager_twin, make
 
 EVERYTHING = (*ROWS, *COLUMNS)
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from support.against_eager import COLUMNS, ROWS, assert_equal_to_eager
-from support.tiny import ENCODER_DECODER, ONE_TOWER, eager_attentions
 
 import workbench
+from support.against_eager import COLUMNS, ROWS, assert_equal_to_eager
+from support.tiny import ENCODER_DECODER, ONE_TOWER, eager_attentions
 
 
 @pytest.fixture(scope="module")

@@ -163,11 +163,9 @@ class Capture:
                 b, h, n = (
                     x.flatten().tolist() for x in torch.meshgrid(*map(torch.arange, values.shape), indexing="ij")
                 )
-                frame = pd.DataFrame({"batch": b, "head": h, "position": n, statistic: values.flatten().tolist()})
-                for i, (column, value) in enumerate(
-                    (("call", forward.index), ("site", c.site.name), ("layer", c.site.layer), ("kind", c.site.kind))
-                ):
-                    frame.insert(i, column, value)
+                where = {"site": c.site.name, "layer": c.site.layer, "kind": c.site.kind}
+                measured = {"batch": b, "head": h, "position": n, statistic: values.flatten().tolist()}
+                frame = pd.DataFrame({"call": forward.index, **where, **measured})
                 frames.append(frame.drop(columns="position") if per == "head" else frame)
         if not frames:
             raise CaptureError(f'no site has "{statistic}"', hint=f"captured: {', '.join(self.statistics)}")

@@ -135,14 +135,13 @@ def _prompt(text: str) -> str:
 
 def _inputs(wb: Workbench, text: str) -> dict[str, Any]:
     """Model inputs for a text; an encoder-decoder also gets the tokens that it generates itself."""
-    if getattr(wb.model, "main_input_name", "input_ids") != "input_ids":
-        raise CaptureError(
-            f"the model takes {wb.model.main_input_name}, not text", hint="attach and capture it from Python"
-        )
+    model: Any = wb.model
+    takes = getattr(model, "main_input_name", "input_ids")
+    if takes != "input_ids":
+        raise CaptureError(f"the model takes {takes}, not text", hint="attach and capture it from Python")
     inputs: dict[str, Any] = dict(wb.tokenize(text))
-    config = getattr(wb.model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = wb.model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
     return inputs
 
 

@@ -15,7 +15,7 @@ from workbench.hooks.sites import Site, Sites, add_site, with_sizes
 from workbench.hooks.tap import AttentionCall
 from workbench.inputs import check_inputs, token_ids
 from workbench.kernels.patterns import DENSE_LIMIT
-from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, check_names
+from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED
 from workbench.site_capture import Forward, SiteCapture
 
 SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
@@ -46,9 +46,6 @@ class Settings:
     n_top: int = 8
     block: int = 16
     limit: int | None = DENSE_LIMIT
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "statistics", check_names(self.statistics))
 
     def bytes_for(self, shape: tuple[int, int, int, int], n_kv_heads: int, d_head: int, itemsize: int = 4) -> int:
         """Bytes that a call of this [batch, head, query, key] shape will keep, masks aside."""

@@ -18,6 +18,7 @@ from workbench.hooks.observer import Observer
 from workbench.hooks.sites import Sites, find_sites
 from workbench.inputs import check_inputs, dropout_in_training, to_ids
 from workbench.kernels.patterns import DENSE_LIMIT
+from workbench.kernels.statistics import check_names
 from workbench.provenance import describe, weights_hash, weights_version
 from workbench.recorder import Recorder, Settings, SiteChoice, choose
 from workbench.verification import Verification, verify_model
@@ -137,7 +138,7 @@ class Workbench:
         if self._capturing:
             raise CaptureError("this Workbench is capturing already", hint="end the outer capture first")
         settings = Settings(
-            statistics=tuple(statistics) if not isinstance(statistics, str) else statistics,  # refused there by name
+            statistics=check_names(statistics),
             sites=choose(self.sites, sites),
             z=z,
             pattern=pattern,
@@ -220,7 +221,7 @@ class Workbench:
         Raises:
             CaptureError: sizes of a site are not known before the model has run once.
         """
-        settings = Settings(statistics=tuple(statistics), **keep)
+        settings = Settings(statistics=check_names(statistics), **keep)
         total = 0
         for site in self.sites:
             if site.n_heads is None or site.n_kv_heads is None or site.d_head is None:

@@ -67,8 +67,8 @@ class Verification:
         rows = max((check["row_sum_error"] for check in self.checks if check["fired"]), default=float("nan"))
         out = max((check["output_error"] for check in self.checks if check["fired"]), default=float("nan"))
         return (
-            f"Verification({'ok' if self.ok else 'FAILED'}: {self.model}, {fired}/{len(self.checks)} sites fired, output "
-            f"{'identical to the bit' if self.identical else 'CHANGED'}, rows sum to 1 within {rows:.1e}, "
+            f"Verification({'ok' if self.ok else 'FAILED'}: {self.model}, {fired}/{len(self.checks)} sites fired, "
+            f"output {'identical to the bit' if self.identical else 'CHANGED'}, rows sum to 1 within {rows:.1e}, "
             f"A·V equals the kernel's output within {out:.1e})"
         )
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.against_eager import ROWS
 from torch import Tensor, nn
 
 import workbench
+from support.against_eager import ROWS
 from workbench.kernels.statistics import dense
 
 D, HEADS = 16, 4

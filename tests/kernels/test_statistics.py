@@ -87,7 +87,7 @@ def compare(pattern: Pattern, truth: torch.Tensor, lse: torch.Tensor, options: O
         scale = {"distance": truth.shape[-1], "distance_var": truth.shape[-1] ** 2, "effective_keys": truth.shape[-1]}
         atol = tol * scale.get(name, truth.shape[-2] if name == "received" else 1)
         torch.testing.assert_close(
-            got[name].double(), want[name], atol=atol, rtol=tol, equal_nan=True, msg=lambda m: f"{name}: {m}"
+            got[name].double(), want[name], atol=atol, rtol=tol, equal_nan=True, msg=f"{name} differs"
         )
     if "top_keys" in names:
         index, weight = got["top_keys_index"], got["top_keys_weight"].double()

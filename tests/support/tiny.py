@@ -154,7 +154,7 @@ def make(family: Family, seed: int = 0) -> nn.Module:
 
 
 def eager_twin(model: Any) -> Any:
-    """The same weights on Hugging Face's eager attention; the config is copied, since models share it with their twin."""
+    """The same weights on Hugging Face's eager attention; the config is copied, since twins would share it."""
     import copy
 
     twin = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager").eval()
