@@ -43,7 +43,7 @@ check-doctests: $(VENV)/.ready-dev tree
 		--import-mode=prepend --doctest-modules -q workbench
 
 lab: $(VENV)/.ready-dev
-	$(BIN)/jupyter lab
+	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 bench: $(VENV)/.ready-dev
 	@for script in benchmarks/*.py; do \

@@ -2,16 +2,20 @@
 
 A random model of GPT-2 small's shape (12 layers, 12 heads of 64) on one sequence of N tokens. Every arm of every round
 runs in a process of its own, so that its peak memory is its own; the arms are interleaved, in turning order. Only
-ratios mean anything. Writes docs/benchmarks.md.
+ratios mean anything. Time and memory are measured in separate processes: for memory, glibc is told to give every block
+of a megabyte or more back at once, since otherwise the peaks depend on how the heap happens to be cut up.
+Writes docs/benchmarks.md, or the part of it that was measured.
 
-    python benchmarks/capture_overhead.py [--lengths 256 512 1024 2048] [--rounds 5]
+    python benchmarks/capture_overhead.py [--part time|memory] [--lengths 256 512 1024 2048] [--rounds 5]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -100,63 +104,76 @@ def _transformer_lens(model: Any) -> Callable[[Any], None]:
     return run
 
 
-def measure(lengths: list[int], rounds: int) -> dict[int, dict[str, list[dict[str, float]]]]:
-    """All arms, interleaved: one process each per round, the order reversed every other round."""
-    found: dict[int, dict[str, list[dict[str, float]]]] = {n: {arm: [] for arm in ARMS} for n in lengths}
+def measure(part: str, lengths: list[int], rounds: int) -> dict[int, dict[str, float]]:
+    """Median seconds or peak bytes of every arm: one process each per round, the order reversed every other round."""
+    key, environment = ("seconds", {}) if part == "time" else ("peak", {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
+    found: dict[int, dict[str, float]] = {}
     for length in lengths:
+        runs: dict[str, list[float]] = {arm: [] for arm in ARMS}
         for turn in range(rounds):
             for arm in list(ARMS) if turn % 2 == 0 else list(ARMS)[::-1]:
                 command = [sys.executable, __file__, "--arm", arm, "--lengths", str(length)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+                )
                 if done.returncode:
                     raise SystemExit(f"{arm} at N = {length} failed:\n{done.stderr}")
-                found[length][arm].append(json.loads(done.stdout.splitlines()[-1]))
-                print(
-                    f"N = {length}, round {turn + 1}, {arm}: {found[length][arm][-1]['seconds']:.2f} s", file=sys.stderr
-                )
+                runs[arm].append(json.loads(done.stdout.splitlines()[-1])[key])
+                print(f"{part}, N = {length}, round {turn + 1}, {arm}: {runs[arm][-1]:.4g}", file=sys.stderr)
+        found[length] = {arm: statistics.median(values) for arm, values in runs.items()}
     return found
 
 
-def report(found: dict[int, dict[str, list[dict[str, float]]]], rounds: int) -> str:
-    """The section of docs/benchmarks.md."""
-    time_rows, memory_rows = [], []
-    for length, arms in found.items():
-        seconds = {arm: statistics.median(run["seconds"] for run in runs) for arm, runs in arms.items()}
-        peak = {arm: statistics.median(run["peak"] for run in runs) for arm, runs in arms.items()}
-        extra = {arm: peak[arm] - peak["plain"] for arm in ARMS}
-        time_rows.append([str(length), *(f"{seconds[arm] / seconds['plain']:.2f}" for arm in ARMS)])
-        memory_rows.append([str(length), *(f"{extra[arm] / extra['eager']:.2f}" for arm in ARMS)])
-    header = ["N", *ARMS]
+def section(part: str, found: dict[int, dict[str, float]], rounds: int) -> str:
+    """The text and table of one part."""
+    rows = []
+    for length, value in found.items():
+        if part == "time":
+            rows.append([str(length), *(f"{value[arm] / value['plain']:.2f}" for arm in ARMS)])
+        else:
+            extra = {arm: value[arm] - value["plain"] for arm in ARMS}
+            rows.append([str(length), *(f"{extra[arm] / extra['eager']:.2f}" for arm in ARMS)])
+    text = {
+        "time": "Time, over the plain forward; the second forward of each process:",
+        "memory": "Peak memory of the process above that of the plain forward, over the same for `eager`; with "
+        "`MALLOC_MMAP_THRESHOLD_=1048576`,\nsince with glibc's default the peaks depend on how the heap is cut up:",
+    }[part]
+    machine = f"Median of {rounds} processes per arm, interleaved in both orders. {_machine()}"
+    return f"### {part.capitalize()}\n\n{text}\n\n{_table(['N', *ARMS], rows)}\n\n{machine}\n"
+
+
+def document(sections: dict[str, str]) -> str:
+    """docs/benchmarks.md with these sections; those that were not measured now stay as they are."""
+    old = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+    for part in ("time", "memory"):
+        kept = re.search(rf"### {part.capitalize()}\n.*?(?=\n### |\Z)", old, re.DOTALL)
+        if part not in sections and kept:
+            sections[part] = kept.group().rstrip() + "\n"
     meaning = "\n".join(f"- `{arm}`: {text}" for arm, text in ARMS.items())
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "transformer-lens"))
+    parts = "\n".join(sections[part] for part in ("time", "memory") if part in sections)
     return f"""# Benchmarks
 
-Every figure here is a ratio from one run of a script in `benchmarks/` that anyone can repeat; `make bench` runs them all.
+Every figure here is a ratio from a run of a script in `benchmarks/` that anyone can repeat; `make bench` runs them all.
+No GPU was used.
 
 ## What a capture costs
 
-`python benchmarks/capture_overhead.py`: a random model of GPT-2 small's shape (12 layers, 12 heads of 64, float32) on one
-sequence of N tokens. Median of {rounds} processes per arm, interleaved in both orders; the second forward of each counts.
-{platform.machine()}, {_cores()} CPU cores, {packages}.
+`python benchmarks/capture_overhead.py`: a random model of GPT-2 small's shape (12 layers, 12 heads of 64, float32) on
+one sequence of N tokens.
 
 {meaning}
 
-Time, over the plain forward:
+`eager` and `lens` keep every pattern whole; ours keeps queries and keys, from which any part of a pattern can be had.
 
-{_table(header, time_rows)}
+{parts}"""
 
-Peak memory of the process above that of the plain forward, over the same for `eager`:
 
-{_table(header, memory_rows)}
-
-`eager`, `lens` and ours give the same information about the statistics; `eager` and `lens` keep every pattern whole,
-ours keeps queries and keys, from which any part of a pattern can be had. No GPU was used.
-"""
+def _machine() -> str:
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "transformer-lens"))
+    return f"{platform.machine()}, {_cores()} CPU cores, {packages}."
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -170,12 +187,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--part", choices=["time", "memory"], help="both if not given")
     parser.add_argument("--arm", choices=ARMS)
     options = parser.parse_args()
     if options.arm:
         print(json.dumps(run_arm(options.arm, options.lengths[0])))
         return
-    text = report(measure(options.lengths, options.rounds), options.rounds)
+    parts = [options.part] if options.part else ["time", "memory"]
+    measured = {part: measure(part, options.lengths, options.rounds) for part in parts}
+    text = document({part: section(part, found, options.rounds) for part, found in measured.items()})
     DOCUMENT.parent.mkdir(exist_ok=True)
     DOCUMENT.write_text(text, encoding="utf-8")
     print(text)

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.overrides import _get_current_function_mode_stack
 
 from workbench.hooks import multihead
 from workbench.hooks.kernel_watch import LseWatch
@@ -146,8 +145,3 @@ class Observer:
                 tap="sdpa",
             )
         )
-
-
-def modes_left() -> list[str]:
-    """Names of our function modes that are still active in this thread; empty unless something went wrong."""
-    return [type(mode).__name__ for mode in _get_current_function_mode_stack() if isinstance(mode, SdpaTap)]

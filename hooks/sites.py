@@ -128,9 +128,9 @@ def find_sites(model: nn.Module) -> Sites:
     """
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) or (
-            not isinstance(module, (nn.TransformerEncoderLayer, nn.Transformer)) and _calls_attention(type(module))
-        ):
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.Transformer)):
+            continue  # their attention modules are sites of their own
+        if isinstance(module, nn.MultiheadAttention) or _calls_attention(module.__class__):
             found.append(_describe(name, module))
     return _number(found)
 

@@ -46,12 +46,19 @@ class AttentionCall:
     tap: str
     finish: Callable[[Tensor], Tensor] | None = None
 
-    def pattern(self, *, cross: bool = False, keep: Callable[[Tensor], Tensor] = lambda t: t) -> SoftmaxPattern:
+    def pattern(
+        self,
+        *,
+        cross: bool = False,
+        keep: Callable[[Tensor], Tensor] = lambda t: t,
+        keep_mask: Callable[[Tensor], Tensor] = lambda t: t,
+    ) -> SoftmaxPattern:
         """The lazy pattern of the call.
 
         Args:
             cross: queries and keys are positions of different sequences, so that they are not aligned at the end.
-            keep: applied to every tensor that the pattern holds, except the values.
+            keep: applied to the queries, keys and lse that the pattern holds.
+            keep_mask: applied to the mask, which layers often share.
         """
         if self.q.dim() not in (3, 4):
             raise CaptureError("queries are not [batch, (head,) query, d]", site=self.site, shape=self.q.shape)
@@ -61,7 +68,7 @@ class AttentionCall:
         tensor = None
         if self.mask is not None:
             three = self.mask.dim() == 3 and self.q.dim() == 3
-            tensor = keep(self.mask.detach().unsqueeze(1) if three else as_four(self.mask.detach()))
+            tensor = keep_mask(self.mask.detach().unsqueeze(1) if three else as_four(self.mask.detach()))
         mask = Mask(n_q, n_k, causal=self.is_causal, offset=offset, tensor=tensor)
         lse = None if self.lse is None else keep(self.lse.detach())
         return SoftmaxPattern(keep(q.detach()), keep(k.detach()), mask, scale=self.scale, lse=lse, values=v.detach())

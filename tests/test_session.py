@@ -237,24 +237,35 @@ def test_dense_refuses_above_its_limit(model: nn.Module, ids: torch.Tensor) -> N
     assert capture[0].pattern.dense(limit=size).shape == (2, 4, 17, 17)
 
 
-def test_a_pattern_whose_keys_were_overwritten_is_refused() -> None:
-    class Cache(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("keys", torch.zeros(1, 2, 5, 4))
+class Cached(nn.Module):
+    """Writes its keys and its mask into buffers of its own, as a static cache does."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.keys.copy_(x)
-            return torch.nn.functional.scaled_dot_product_attention(x, self.keys, x)
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(1, 2, 5, 4))
+        self.register_buffer("mask", torch.zeros(1, 1, 5, 5))
 
-    built = Cache()
+    def forward(self, x: torch.Tensor, bias: float) -> torch.Tensor:
+        self.keys.copy_(x)
+        self.mask[..., 0] = bias
+        return torch.nn.functional.scaled_dot_product_attention(x, self.keys, x, attn_mask=self.mask)
+
+
+def test_a_pattern_outlives_the_models_buffers() -> None:
+    built = Cached()
     with workbench.attach(built) as wb, wb.capture(pattern=True) as capture:
-        built(torch.randn(1, 2, 5, 4))
-    kept = capture[0].weights
-    built(torch.randn(1, 2, 5, 4))
+        built(torch.randn(1, 2, 5, 4), 1.0)
+    built.keys.zero_()
+    torch.testing.assert_close(capture[0].pattern.dense(), capture[0].weights)
+
+
+def test_a_pattern_whose_mask_was_overwritten_is_refused() -> None:
+    built = Cached()
+    with workbench.attach(built) as wb, wb.capture() as capture:
+        built(torch.randn(1, 2, 5, 4), 1.0)
+    built.mask.fill_(2.0)
     with pytest.raises(CaptureError, match="overwritten"):
         _ = capture[0].pattern
-    assert kept is not None
 
 
 @pytest.mark.parametrize(

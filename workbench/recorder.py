@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED
 from workbench.site_capture import Forward, SiteCapture
 
+_LARGE = 1 << 16  # bytes from which a kept tensor gets memory of its own
 SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
 
 
@@ -90,7 +92,6 @@ class Recorder:
     forwards: list[Forward] = field(default_factory=list)
     nbytes: int = 0
     _running: dict[int, Forward] = field(default_factory=dict)
-    _pending: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def on_start(self, name: str) -> None:
@@ -143,7 +144,9 @@ class Recorder:
         planned = settings.bytes_for(raw.shape, raw.n_kv_heads, raw.q.shape[-1], raw.q.element_size())
         self._check_limit(planned, site)
         keeper = _Keeper()
-        pattern = call.pattern(cross=cross, keep=keeper) if settings.queries_keys else raw
+        pattern = raw
+        if settings.queries_keys:
+            pattern = call.pattern(cross=cross, keep=keeper, keep_mask=keeper.shared)
         names = [name for name in settings.statistics if not (cross and _positional(name))]
         tokens = forward.ids_of(site, "query") if settings.tokens is None else settings.tokens
         try:
@@ -155,14 +158,14 @@ class Recorder:
         z = dense = None
         if settings.z:
             output = call.output if call.finish is None else pattern.apply(call.v)
-            z = output.detach().reshape(*pattern.shape[:3], -1).transpose(1, 2).clone()
+            z = _apart(output.detach().reshape(*pattern.shape[:3], -1).transpose(1, 2))
         if settings.pattern:
-            dense = pattern.dense(limit=None)
+            dense = _apart(pattern.dense(limit=None))
         pattern.values = keeper(pattern.values) if settings.values and pattern.values is not None else None
         capture = SiteCapture(
             site=site,
             shape=pattern.shape,
-            statistics=statistics,
+            statistics={name: _apart(value) for name, value in statistics.items()},
             kernel=call.kernel,
             z=z,
             weights=dense,
@@ -193,15 +196,35 @@ def _sizes(call: AttentionCall) -> tuple[int, int, int]:
 
 
 class _Keeper:
-    """Decides how a tensor of the model is kept: by reference where that is safe and small, else as a copy."""
+    """Decides how a tensor of the model is kept: as a copy, or by reference where that is safe and saves much."""
 
     def __init__(self) -> None:
         self.held: list[tuple[Tensor, int]] = []
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        """Keep a tensor that belongs to one call."""
         part_of_more = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-        if part_of_more or tensor.is_inference():
+        if tensor.device.type == "cpu" or part_of_more or tensor.is_inference():
             # A slice would hold the whole packed projection or cache; an inference tensor cannot tell of changes.
-            return tensor.clone(memory_format=torch.contiguous_format)
+            return _apart(tensor)
+        return self.shared(tensor)
+
+    def shared(self, tensor: Tensor) -> Tensor:
+        """Keep a tensor that several calls may share, by reference, noting its version."""
+        if tensor.is_inference():
+            return tensor
         self.held.append((tensor, tensor._version))
         return tensor
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """A contiguous copy, outside the heap if it is large and on the CPU.
+
+    Kept tensors would lie scattered between the model's temporary ones, and the heap could not give back or use again
+    what is free between them: at 2048 tokens that took more memory than what was kept.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or size < _LARGE:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    own = torch.frombuffer(mmap.mmap(-1, size), dtype=tensor.dtype).view(tensor.shape)
+    return own.copy_(tensor)

@@ -43,12 +43,12 @@ class SiteCapture:
         """The pattern: `.rows(...)`, `.dense(heads=...)`, `.statistics(...)`; parts are computed when asked for.
 
         Raises:
-            CaptureError: queries and keys were not kept, or the model has overwritten them since.
+            CaptureError: queries and keys were not kept, or the model has overwritten its mask since.
         """
         if self.lazy is not None:
             if any(tensor._version != seen for tensor, seen in self.held):
                 raise CaptureError(
-                    "the model has overwritten the captured queries or keys",
+                    "the model has overwritten a tensor that the pattern needs",
                     site=self.site.name,
                     hint="use the pattern before the next forward, or capture with pattern=True",
                 )
