@@ -47,9 +47,13 @@ class Tile:
         """Index of these rows in a [batch, head, query, ...] tensor."""
         return self.batch, self.heads, self.queries
 
+    def scratch(self) -> Tensor:
+        """A buffer like p: log_p where it is there, since a fresh buffer costs more than the arithmetic on it."""
+        return torch.empty_like(self.p) if self.log_p is None else self.log_p
+
     def product(self, other: Tensor) -> Tensor:
-        """p · other, in the scratch buffer when there is one: a fresh buffer a tile costs more than the product."""
-        return torch.mul(self.p, other, out=self.log_p) if self.log_p is not None else self.p * other
+        """p · other, in the scratch buffer."""
+        return torch.mul(self.p, other, out=self.scratch())
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """Absolute query positions [q, 1] and key positions [1, k]."""
@@ -164,21 +168,15 @@ class Distance(Accumulator):
 
     def add(self, tile: Tile) -> None:
         i, j = tile.positions()
-        p = tile.p
-        if tile.keys.stop - 1 <= tile.queries.start + self.space.offset:  # all keys at or before all queries
-            local = (j[0] - tile.keys.start).to(p.dtype)
-            mass, first, second = (
-                (p @ torch.stack((torch.ones_like(local), local, local * local), -1)).double().unbind(-1)
-            )
-            base, sign = i[:, 0].double() - tile.keys.start, -1.0
-        else:
-            away = (i - j).abs()
-            base, sign = away.amin(-1).double(), 1.0
-            local = (away - away.amin(-1, keepdim=True)).to(p.dtype)
-            mass, first, second = (x.double() for x in (p.sum(-1), (p * local).sum(-1), (p * local * local).sum(-1)))
-        safe = mass.clamp(min=torch.finfo(torch.float64).tiny)
-        mean = base + sign * first / safe
-        spread = second - first * first / safe
+        away = (i - j).abs()
+        nearest = int(away.min())
+        local = (away - nearest).to(tile.p.dtype)  # small whole numbers, so that nothing is lost in float32
+        weight = tile.p.sum(-1).clamp(min=torch.finfo(tile.p.dtype).tiny)
+        centre = tile.product(local).sum(-1) / weight
+        scratch = tile.scratch()
+        torch.sub(local, centre[..., None], out=scratch)
+        spread = scratch.square_().mul_(tile.p).sum(-1).double()
+        mass, mean = weight.double(), centre.double() + nearest
         total = self.mass[tile.rows] + mass
         share = mass / total.clamp(min=torch.finfo(torch.float64).tiny)
         step = mean - self.mean[tile.rows]
