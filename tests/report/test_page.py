@@ -301,11 +301,15 @@ def test_themes_and_paper_recolour_the_canvas(page: WatchedPage, report: Path) -
         found: list[int] = opened.locator("canvas").evaluate(script)
         return found
 
+    def switch(**media: Any) -> None:
+        page.page.emulate_media(**media)
+        # The page hears of it when it is next drawn.
+        opened.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
     light = unseen()
-    page.page.emulate_media(color_scheme="dark")
-    dark = unseen()
-    page.page.emulate_media(media="print", color_scheme="dark")
-    assert light != dark
+    switch(color_scheme="dark")
+    assert unseen() != light
+    switch(media="print", color_scheme="dark")
     assert unseen() == light
     page.assert_clean()
 
