@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from workbench.hooks import multihead
 from workbench.hooks.kernel_watch import LseWatch
-from workbench.hooks.sdpa import SdpaTap
+from workbench.hooks.sdpa import FunctionTap
 from workbench.hooks.tap import AttentionCall
 
 
@@ -35,7 +35,7 @@ class _Frame:
 class _Thread:
     """What is running in one thread."""
 
-    tap: SdpaTap
+    tap: FunctionTap
     stack: list[_Frame] = field(default_factory=list)
 
 
@@ -86,7 +86,7 @@ class Observer:
         self._threads.clear()
 
     def _state(self) -> _Thread:
-        return self._threads.setdefault(threading.get_ident(), _Thread(SdpaTap(self._saw_sdpa)))
+        return self._threads.setdefault(threading.get_ident(), _Thread(FunctionTap(self._saw_sdpa, self._saw_kernel)))
 
     def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._on_inputs(args, kwargs)
@@ -143,5 +143,27 @@ class Observer:
                 lse=watch.lse,
                 kernel=watch.kernel,
                 tap="sdpa",
+            )
+        )
+
+    def _saw_kernel(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        name, module = self._owner(self._state())
+        q, k, v = (args[i] if len(args) > i else kwargs[x] for i, x in enumerate("qkv"))
+        self._on_call(
+            AttentionCall(
+                site=name,
+                module=module,
+                q=q,
+                k=k,
+                v=v,
+                mask=None,
+                is_causal=False,
+                scale=None,
+                dropout=0.0,
+                output=result[0] if isinstance(result, tuple) else result,
+                lse=None,
+                kernel=function.attention_kernel,
+                tap="function",
+                build=lambda: function.pattern_of(*args, **kwargs),
             )
         )

@@ -14,11 +14,12 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from workbench.errors import CaptureError, nearest
+from workbench.kernels.functions import FUNCTIONS
 
 Kind = Literal["self", "cross", "window", "channel", "memory", "state"]
 
 # A module that mentions one of these in its own code calls an attention kernel.
-_MARKS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"}
+_MARKS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS", *FUNCTIONS}
 _CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
 _HOOK_SUFFIX = re.compile(r"\.(hook_\w+|attn_weights)$")
 

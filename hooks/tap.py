@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError
 from workbench.kernels.masks import Mask, as_four
+from workbench.kernels.patterns import Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
 
@@ -29,6 +30,7 @@ class AttentionCall:
         kernel: name of the kernel that ran.
         tap: which tap saw the call.
         finish: maps A·V to `output`, for kernels that go on past A·V; None if `output` is A·V.
+        build: makes the call's pattern, for kernels that are not SDPA; None for those that are.
     """
 
     site: str
@@ -45,21 +47,16 @@ class AttentionCall:
     kernel: str
     tap: str
     finish: Callable[[Tensor], Tensor] | None = None
+    build: Callable[[], Pattern] | None = None
 
-    def pattern(
-        self,
-        *,
-        cross: bool = False,
-        keep: Callable[[Tensor], Tensor] = lambda t: t,
-        keep_mask: Callable[[Tensor], Tensor] = lambda t: t,
-    ) -> SoftmaxPattern:
-        """The lazy pattern of the call.
+    def pattern(self, *, cross: bool = False) -> Pattern:
+        """The lazy pattern of the call, on the model's own tensors.
 
         Args:
             cross: queries and keys are positions of different sequences, so that they are not aligned at the end.
-            keep: applied to the queries, keys and lse that the pattern holds.
-            keep_mask: applied to the mask, which layers often share.
         """
+        if self.build is not None:
+            return self.build()
         if self.q.dim() not in (3, 4):
             raise CaptureError("queries are not [batch, (head,) query, d]", site=self.site, shape=self.q.shape)
         q, k, v = (t.unsqueeze(1) if t.dim() == 3 else t for t in (self.q, self.k, self.v))
@@ -68,7 +65,6 @@ class AttentionCall:
         tensor = None
         if self.mask is not None:
             three = self.mask.dim() == 3 and self.q.dim() == 3
-            tensor = keep_mask(self.mask.detach().unsqueeze(1) if three else as_four(self.mask.detach()))
+            tensor = self.mask.detach().unsqueeze(1) if three else as_four(self.mask.detach())
         mask = Mask(n_q, n_k, causal=self.is_causal, offset=offset, tensor=tensor)
-        lse = None if self.lse is None else keep(self.lse.detach())
-        return SoftmaxPattern(keep(q.detach()), keep(k.detach()), mask, scale=self.scale, lse=lse, values=v.detach())
+        return SoftmaxPattern(q, k, mask, scale=self.scale, lse=self.lse, values=v.detach())

@@ -6,13 +6,16 @@ tensor (True: may see) and an additive tensor. It answers for any tile without b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
+from workbench.kernels.layouts import Layout
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Mask:
         offset: absolute position of query row 0; n_keys - n_queries when the first keys come from a cache.
         window: query i sees key j only if |i + offset - j| < window; None for no window.
         tensor: [batch or 1, head or 1, query or 1, key]; bool (True: may see) or additive; None for none.
+        layout: a block-sparse layout that hides more; None for none.
+        n_heads: number of query heads that the layout is for.
 
     An additive entry below half of the lowest number of its dtype hides its key, as -inf does: models write both.
     """
@@ -35,6 +40,8 @@ class Mask:
     offset: int = 0
     window: int | None = None
     tensor: Tensor | None = None
+    layout: Layout | None = None
+    n_heads: int = 1
 
     def __post_init__(self) -> None:
         if self.tensor is None:
@@ -56,6 +63,17 @@ class Mask:
         """Whether the tensor is added to the scores rather than switching keys on and off."""
         return self.tensor is not None and self.tensor.is_floating_point()
 
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON facts and the tensor (as "mask") from which `rebuild` makes the mask; a layout is not among them."""
+        facts = {"n_queries": self.n_queries, "n_keys": self.n_keys, "causal": self.causal, "offset": self.offset,
+                 "window": self.window}  # fmt: skip
+        return facts, {} if self.tensor is None else {"mask": self.tensor}
+
+    @classmethod
+    def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Mask:
+        """The mask from its `parts`."""
+        return cls(**facts, tensor=tensors.get("mask"))
+
     def key_range(self, queries: slice) -> tuple[int, int]:
         """First key and one past the last key that the positional rules let any of these query rows see."""
         first, last = 0, self.n_keys
@@ -65,6 +83,31 @@ class Mask:
             first = max(first, queries.start + self.offset - self.window + 1)
             last = min(last, queries.stop - 1 + self.offset + self.window)
         return max(first, 0), max(last, 0)
+
+    def key_tiles(self, queries: slice, width: int, heads: slice) -> Iterator[slice]:
+        """Slices of at most `width` keys, on multiples of it, that together hold all that these queries may see."""
+        first, last = self.key_range(queries)
+        visited = None if self.layout is None else self._visited(queries, heads)
+        for left in range(first // width * width, last, width):
+            keys = slice(left, min(left + width, last))
+            if visited is None or bool(visited[keys.start // self._block : -(-keys.stop // self._block)].any()):
+                yield keys
+
+    @property
+    def _block(self) -> int:
+        return 1 if self.layout is None else self.layout.block
+
+    @cached_property
+    def _blocks(self) -> Tensor:
+        assert self.layout is not None
+        return self.layout.blocks().cpu()
+
+    def _visited(self, queries: slice, heads: slice) -> Tensor:
+        """[key block] bool: whether one of these heads lets one of these queries see something of the block."""
+        assert self.layout is not None
+        which = self.layout.for_heads(heads, self.n_heads).unique()
+        rows = slice(queries.start // self._block, -(-queries.stop // self._block))
+        return self._blocks[which][:, rows].any(0).any(0)
 
     def rule(self, queries: slice, keys: slice, device: torch.device) -> Tensor | None:
         """[query, key] bool of the positional rules for a tile, or None when they hide nothing in it."""
@@ -97,28 +140,41 @@ class Mask:
         if part is not None and self.additive:
             part = part > hidden_below(part.dtype)
         device = torch.device("cpu") if part is None else part.device
-        rule = self.rule(queries, keys, device)
-        if part is None or rule is None:
-            return rule if part is None else part
-        return part & rule
+        seen = [part, self.rule(queries, keys, device), self.laid_out(queries, keys, heads)]
+        found: Tensor | None = None
+        for each in seen:
+            if each is not None:
+                found = each if found is None else found & each.to(found.device)
+        return found
+
+    def laid_out(self, queries: slice, keys: slice, heads: slice | Tensor) -> Tensor | None:
+        """[head or 1, q, k] bool of the layout for a tile, or None without a layout."""
+        if self.layout is None:
+            return None
+        if self.layout.n_layouts == 1:
+            return self.layout.visible(queries, keys, torch.zeros(1, dtype=torch.long))
+        return self.layout.visible(queries, keys, self.layout.for_heads(heads, self.n_heads))
 
     def summary(self, device: torch.device) -> MaskSummary:
         """Counts per query and per key: from the rules alone where there is no tensor, else in blocks of rows."""
-        if self.tensor is None:
+        if self.tensor is None and self.layout is None:
             return self._summary_of_rules(device)
-        b, h = self.tensor.shape[:2]
+        b, h = (1, 1) if self.tensor is None else self.tensor.shape[:2]
+        if self.layout is not None and self.layout.n_layouts > 1:
+            h = self.n_heads
         per_key = torch.zeros(b, h, self.n_keys, dtype=torch.long, device=device)
         per_query = torch.zeros(b, h, self.n_queries, dtype=torch.long, device=device)
         first = torch.zeros(b, h, self.n_queries, dtype=torch.long, device=device)
         block = max(1, (1 << 22) // max(1, b * h * self.n_keys))
-        if self.tensor.shape[2] == 1 and not self.causal and self.window is None:
+        alike = self.tensor is not None and self.tensor.shape[2] == 1 and self.layout is None
+        if alike and not self.causal and self.window is None:
             block = self.n_queries  # all rows are alike, and `visible` gives one
         for start in range(0, self.n_queries, block):
             rows = slice(start, min(start + block, self.n_queries))
             seen = self.visible(rows, slice(0, self.n_keys), slice(None), slice(None))
             if seen is None:
                 raise AssertionError("a mask with a tensor is visible as a tensor")
-            seen = seen.to(device).expand(b, h, seen.shape[2], self.n_keys)
+            seen = seen.to(device).expand(b, h, seen.shape[-2], self.n_keys)
             per_query[..., rows] = seen.sum(-1)
             first[..., rows] = seen.to(torch.uint8).argmax(-1)
             per_key += seen.sum(-2) * ((rows.stop - rows.start) // seen.shape[2])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Pattern(ABC):
         grade: "exact" (the model's own weights), "frozen" (exact at fixed gates) or "surrogate".
         signed: whether entries may be negative.
         normalised: whether rows sum to one.
+        by_magnitude: whether statistics are those of |A|, normalised per row: so for signed and unnormalised patterns.
+        values: [batch, kv head, key, width], for value-weighted statistics; None if they were not kept.
         dtype: of the tiles; float64 for float64 inputs, else float32.
     """
 
@@ -41,6 +43,7 @@ class Pattern(ABC):
     signed: bool = False
     normalised: bool = True
     n_kv_heads: int
+    values: Tensor | None = None
 
     def __init__(self, shape: Sequence[int], mask: Mask, dtype: torch.dtype, device: torch.device) -> None:
         self.n_batch, self.n_heads, self.n_queries, self.n_keys = shape
@@ -51,6 +54,36 @@ class Pattern(ABC):
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, head, query, key)."""
         return self.n_batch, self.n_heads, self.n_queries, self.n_keys
+
+    @property
+    def head_group(self) -> int:
+        """How many neighbouring heads share keys and layout, so that they are streamed together."""
+        layouts = 1 if self.mask.layout is None else self.mask.layout.n_layouts
+        return self.n_heads // max(self.n_kv_heads, layouts)
+
+    @property
+    def by_magnitude(self) -> bool:
+        """Whether statistics are those of |A| normalised per row."""
+        return self.signed or not self.normalised
+
+    @abstractmethod
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON facts and named tensors from which `rebuild` makes the pattern again; "values" where they are kept."""
+
+    @classmethod
+    @abstractmethod
+    def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Pattern:
+        """The pattern from its `parts`."""
+
+    def kept(self, keep: Callable[[str, Tensor], Tensor]) -> Pattern:
+        """The same pattern on tensors that `keep(name, tensor)` made of its own."""
+        facts, tensors = self.parts()
+        return self.rebuild(facts, {name: keep(name, tensor) for name, tensor in tensors.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are held."""
+        return sum(t.untyped_storage().nbytes() for t in self.parts()[1].values())
 
     @abstractmethod
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
@@ -75,9 +108,32 @@ class Pattern(ABC):
         """[batch, head, query] log of the softmax denominator; only softmax patterns have one."""
         raise CaptureError(f"{type(self).__name__} has no scores, hence no lse")
 
+    def magnitude(self, key_weights: Tensor | None = None) -> Pattern:
+        """|A|, times [batch, head, key] weights if given, normalised per row."""
+        from workbench.kernels.magnitude import MagnitudePattern
+
+        return MagnitudePattern(self, key_weights)
+
     def value_weighted(self) -> Pattern:
-        """The pattern p·‖v‖, renormalised per row."""
-        raise CaptureError(f"{type(self).__name__} keeps no values", hint="capture with values=True")
+        """The pattern |A|·‖v‖, normalised per row (Kobayashi et al. 2020).
+
+        Raises:
+            CaptureError: the pattern was made without values.
+        """
+        return self.magnitude(self.value_norms())
+
+    def value_norms(self) -> Tensor:
+        """[batch, head, key] Euclidean norms of the values, in the pattern's dtype."""
+        if self.values is None:
+            raise CaptureError("value-weighted statistics need the values", hint="capture with values=True")
+        return self.values.to(self.dtype).norm(dim=-1).repeat_interleave(self.n_heads // self.values.shape[1], dim=1)
+
+    @property
+    def signed_mass(self) -> Tensor:
+        """[batch, head, query] Σ A / Σ |A|, from −1 to 1; NaN in rows without weight."""
+        if not self.by_magnitude:
+            return self.space().alive(self.space().per_query(1.0))
+        return self.magnitude().signed_mass
 
     @cached_property
     def seen(self) -> MaskSummary:
@@ -155,7 +211,9 @@ class Pattern(ABC):
 
     def __repr__(self) -> str:
         b, h, q, k = self.shape
-        return f"{type(self).__name__}(batch={b}, heads={h}, queries={q}, keys={k}, grade={self.grade!r})"
+        kind = ("signed" if self.signed else "") if self.by_magnitude else "normalised"
+        marks = f"{kind or 'unnormalised'}, grade={self.grade!r}"
+        return f"{type(self).__name__}(batch={b}, heads={h}, queries={q}, keys={k}, {marks})"
 
 
 class DensePattern(Pattern):
@@ -166,6 +224,16 @@ class DensePattern(Pattern):
         mask = mask or Mask(weights.shape[-2], weights.shape[-1])
         super().__init__(weights.shape, mask, dtype, weights.device)
         self.weights = weights
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The weights, and the rules of the mask."""
+        facts, tensors = self.mask.parts()
+        return {"mask": facts}, {"weights": self.weights} | tensors
+
+    @classmethod
+    def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> DensePattern:
+        """The pattern from its `parts`."""
+        return cls(tensors["weights"], Mask.rebuild(facts["mask"], tensors))
 
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, q, k] of the stored weights."""

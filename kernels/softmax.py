@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,26 @@ class SoftmaxPattern(Pattern):
         self.normalised = sinks is None
         self._kernel_lse = None if lse is None else lse.detach()
 
+    @property
+    def by_magnitude(self) -> bool:
+        """False: with sink logits rows sum to less than one, and what is missing means something."""
+        return False
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Scale, softcap and the rules of the mask; q, k, what is known of lse, and the optional tensors."""
+        facts, mask = self.mask.parts()
+        held = {"q": self.q, "k": self.k, "lse": self.__dict__.get("lse", self._kernel_lse), "values": self.values,
+                "sinks": self.sinks, "key_bias": self.key_bias}  # fmt: skip
+        tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
+        return {"scale": self.scale, "softcap": self.softcap, "mask": facts}, tensors | mask
+
+    @classmethod
+    def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> SoftmaxPattern:
+        """The pattern from its `parts`."""
+        held = {name: tensors.get(name) for name in ("lse", "values", "sinks", "key_bias")}
+        mask = Mask.rebuild(facts["mask"], tensors)
+        return cls(tensors["q"], tensors["k"], mask, scale=facts["scale"], softcap=facts["softcap"], **held)
+
     @cached_property
     def lse(self) -> Tensor:
         """[batch, head, query] log of the softmax denominator; -inf in rows that see no key."""
@@ -81,7 +102,7 @@ class SoftmaxPattern(Pattern):
     @property
     def _may_have_dead_rows(self) -> bool:
         mask = self.mask
-        return mask.tensor is not None or mask.window is not None or (mask.causal and mask.offset < 0)
+        return mask.tensor is not None or mask.layout is not None or mask.window is not None or (mask.causal and mask.offset < 0)
 
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, q, k] of the pattern, in a fresh tensor."""
@@ -111,6 +132,9 @@ class SoftmaxPattern(Pattern):
         elif part is not None:
             scores.masked_fill_(~part, _HIDDEN)
         self._hide_by_rule(scores, queries, keys)
+        laid_out = self.mask.laid_out(queries, keys, heads)
+        if laid_out is not None and not bool(laid_out.all()):
+            scores.masked_fill_(~laid_out.to(scores.device), _HIDDEN)
 
     def _hide_by_rule(self, scores: Tensor, queries: slice, keys: slice) -> None:
         """Hide by the positional rules. Tiles at the same distance from the diagonal share their rule."""
@@ -194,16 +218,8 @@ class SoftmaxPattern(Pattern):
         Raises:
             CaptureError: the pattern was made without values.
         """
-        if self.values is None:
-            raise CaptureError("value-weighted statistics need the values", hint="capture with values=True")
-        norm = self.values.to(self.dtype).norm(dim=-1).repeat_interleave(self.n_heads // self.values.shape[1], dim=1)
-        bias = norm.log().clamp(min=_HIDDEN / 1e3) if self.key_bias is None else self.key_bias + norm.log()
+        bias = self.value_norms().log().clamp(min=_HIDDEN / 1e3)
+        bias = bias if self.key_bias is None else self.key_bias + bias
         return SoftmaxPattern(
             self.q, self.k, self.mask, scale=self.scale, values=self.values, softcap=self.softcap, key_bias=bias
         )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors that are held."""
-        held = (self.q, self.k, self.values, self._kernel_lse, self.mask.tensor, self.sinks, self.key_bias)
-        return sum(t.untyped_storage().nbytes() for t in held if t is not None)

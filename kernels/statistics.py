@@ -18,6 +18,7 @@ from workbench.kernels.masks import Mask
 
 Axes = Literal["query", "key", "query top", "block"]
 VALUE_WEIGHTED = "value_weighted_"
+_UNWEIGHTED = {VALUE_WEIGHTED + "lse", VALUE_WEIGHTED + "signed_mass"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ STATISTICS: dict[str, Statistic] = {
         Statistic("current", "query", "mass", "weight on the query's own position", positional=True),
         Statistic("previous", "query", "mass", "weight on the position before", positional=True),
         Statistic("induction", "query", "mass", "weight on keys that follow an earlier copy of the token", True),
+        Statistic("signed_mass", "query", "share", "Σ A / Σ |A|: 1 where no weight is negative"),
         Statistic("received", "key", "mass", "Σ over queries of the weight on a key"),
         Statistic("received_mean", "key", "mass", "received, divided by the number of queries that see the key"),
         Statistic("top_keys", "query top", "mass", "the n largest weights of a row and their keys"),
@@ -105,7 +107,7 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
     unique = tuple(dict.fromkeys(names))
     for name in unique:
         base = name.removeprefix(VALUE_WEIGHTED)
-        if base not in STATISTICS or name == VALUE_WEIGHTED + "lse":
+        if base not in STATISTICS or name in _UNWEIGHTED:
             raise CaptureError(f'there is no statistic "{name}"', hint=nearest(base, list(STATISTICS)))
     return unique
 
@@ -134,6 +136,7 @@ def dense(
     *,
     lse: Tensor | None = None,
     options: Options | None = None,
+    by_magnitude: bool = False,
 ) -> dict[str, Tensor]:
     """The definitions, on a whole pattern in float64. This is the truth that streaming is compared with.
 
@@ -142,6 +145,7 @@ def dense(
         names: statistics; `value_weighted_` names are the caller's business (pass the weighted pattern).
         mask: which keys each query sees.
         lse: [batch, head, query], passed through for `lse`.
+        by_magnitude: speak of |A| normalised per row; a row without weight counts as one that sees no key.
 
     >>> A = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
     >>> dense(A, ["entropy", "received"], Mask(2, 2, causal=True))["received"].tolist()
@@ -158,6 +162,9 @@ def dense(
     i = torch.arange(n_q, device=p.device)[:, None] + mask.offset
     j = torch.arange(n_k, device=p.device)[None, :]
     out: dict[str, Tensor] = {}
+    signed, size = p.sum(-1), p.abs().sum(-1)
+    if by_magnitude:
+        p, alive = torch.where(size[..., None] > 0, p.abs() / size[..., None], 0.0), alive & (size > 0)
 
     def rows(value: Tensor, dead: float = torch.nan) -> Tensor:
         return torch.where(alive, value, torch.full_like(value, dead))
@@ -194,6 +201,8 @@ def dense(
                 raise CaptureError("induction needs as many queries as keys", shape=p.shape)
             copies = previous_copies(options.ids(n_batch, n_k), slice(0, n_q), slice(0, n_k))
             out[name] = rows((p * copies[:, None]).sum(-1))
+        elif name == "signed_mass":
+            out[name] = rows(signed / size)
         elif name == "received":
             out[name] = p.sum(-2)
         elif name == "received_mean":

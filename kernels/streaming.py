@@ -47,6 +47,11 @@ def _stream(pattern: Pattern, names: list[str], options: Options) -> dict[str, T
     if "lse" in names:
         names.remove("lse")
         found["lse"] = pattern.lse
+    if "signed_mass" in names:
+        names.remove("signed_mass")
+        found["signed_mass"] = pattern.signed_mass
+    if pattern.by_magnitude:
+        pattern = pattern.magnitude()
     if not names:
         return found
     space = pattern.space()
@@ -70,21 +75,31 @@ def tiles(pattern: Pattern, wants_log: bool = False, edge: int = 1) -> Iterator[
     """
     n_rows = _round_up(min(_TILE_QUERIES, pattern.n_queries), edge)
     n_keys = _round_up(min(_TILE_KEYS, pattern.n_keys), edge)
-    for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.n_kv_heads, n_rows * n_keys):
+    for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.head_group, n_rows * n_keys):
         make = pattern.maker(batch, heads, wants_log)
-        for start in range(0, pattern.n_queries, n_rows):
-            queries = slice(start, min(start + n_rows, pattern.n_queries))
-            first, last = pattern.mask.key_range(queries)
-            for left in range(first // n_keys * n_keys, last, n_keys):
-                keys = slice(left, min(left + n_keys, last))
+        for queries in _rows(pattern.n_queries, n_rows):
+            for keys in pattern.mask.key_tiles(queries, n_keys, heads):
                 p, log_p = make(queries, keys)
                 yield Tile(p, log_p, batch, heads, queries, keys, pattern.mask.offset)
 
 
-def chunks(n_batch: int, n_heads: int, n_kv_heads: int, tile_numbers: int) -> Iterator[tuple[slice, slice]]:
-    """Groups of batch entries and heads whose tiles together fit the cache; a kv group is never cut."""
+def rectangles(pattern: Pattern) -> Iterator[tuple[slice, slice]]:
+    """Every (queries, keys) rectangle that may hold weight, for all heads and batch entries together."""
+    edge = max(1, int((_TILE_NUMBERS / (pattern.n_batch * pattern.n_heads)) ** 0.5))
+    everything = slice(0, pattern.n_heads)
+    for queries in _rows(pattern.n_queries, edge):
+        for keys in pattern.mask.key_tiles(queries, edge, everything):
+            yield queries, keys
+
+
+def _rows(n_queries: int, step: int) -> Iterator[slice]:
+    for start in range(0, n_queries, step):
+        yield slice(start, min(start + step, n_queries))
+
+
+def chunks(n_batch: int, n_heads: int, group: int, tile_numbers: int) -> Iterator[tuple[slice, slice]]:
+    """Groups of batch entries and heads whose tiles together fit the cache; a `group` of heads is never cut."""
     at_once = max(1, _TILE_NUMBERS // tile_numbers)
-    group = n_heads // n_kv_heads
     step_heads = min(n_heads, max(1, at_once // group) * group)
     step_batch = max(1, at_once // n_heads)
     for b in range(0, n_batch, step_batch):
@@ -102,14 +117,12 @@ def log_sum_exp(pattern: Pattern) -> Tensor:
     top = space.per_query(-torch.inf, torch.float64)
     total = space.per_query(0.0, torch.float64)
     n_rows, n_keys = min(_TILE_QUERIES, pattern.n_queries), min(_TILE_KEYS, pattern.n_keys)
-    for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.n_kv_heads, n_rows * n_keys):
+    for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.head_group, n_rows * n_keys):
         make = pattern.score_maker(batch, heads)
-        for start in range(0, pattern.n_queries, n_rows):
-            queries = slice(start, min(start + n_rows, pattern.n_queries))
+        for queries in _rows(pattern.n_queries, n_rows):
             at = (batch, heads, queries)
-            first, last = pattern.mask.key_range(queries)
-            for left in range(first, last, n_keys):
-                scores = make(queries, slice(left, min(left + n_keys, last)))
+            for keys in pattern.mask.key_tiles(queries, n_keys, heads):
+                scores = make(queries, keys)
                 peak = torch.maximum(top[at], scores.amax(-1).double())
                 total[at] *= (top[at] - peak).exp()
                 less = scores.sub_(peak[..., None].to(scores.dtype)).clamp_(min=LOG_FLOOR[scores.dtype])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from workbench.errors import FormatError, WorkbenchError
 
-_VERSION = 1
+_VERSION = 2
 
 
 def write(path: str | Path, form: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
@@ -50,7 +50,7 @@ def read(path: str | Path, form: str) -> tuple[dict[str, Any], dict[str, Tensor]
     """The header and tensors of a file.
 
     Raises:
-        FormatError: no such file, not of this form, truncated, changed since it was written, or of a newer version.
+        FormatError: no such file, not of this form, truncated, changed since it was written, or of another version.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,10 +67,10 @@ def read(path: str | Path, form: str) -> tuple[dict[str, Any], dict[str, Tensor]
     if _digest(text, tensors) != metadata.get("sha256"):
         raise FormatError(f"{path.name} was changed after it was written", hint="its digest does not fit its content")
     header: dict[str, Any] = json.loads(text)
-    if header["version"] > _VERSION:
+    if header["version"] != _VERSION:
         raise FormatError(
             f"{path.name} has format version {header['version']}, this package reads {_VERSION}",
-            hint="update the package",
+            hint="update the package" if header["version"] > _VERSION else "capture again with this version",
         )
     return header, tensors
 

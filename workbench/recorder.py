@@ -140,13 +140,12 @@ class Recorder:
 
     def _record(self, call: AttentionCall, site: Site, forward: Forward) -> SiteCapture:
         settings, cross = self.settings, site.kind == "cross"
-        raw = call.pattern(cross=cross)
-        planned = settings.bytes_for(raw.shape, raw.n_kv_heads, raw.q.shape[-1], raw.q.element_size())
-        self._check_limit(planned, site)
+        pattern = call.pattern(cross=cross)
+        d_head, itemsize = call.q.shape[-1], call.q.element_size()
+        self._check_limit(settings.bytes_for(pattern.shape, pattern.n_kv_heads, d_head, itemsize), site)
         keeper = _Keeper()
-        pattern = raw
         if settings.queries_keys:
-            pattern = call.pattern(cross=cross, keep=keeper, keep_mask=keeper.shared)
+            pattern = pattern.kept(keeper.keep)
         names = [name for name in settings.statistics if not (cross and _positional(name))]
         tokens = forward.ids_of(site, "query") if settings.tokens is None else settings.tokens
         try:
@@ -171,6 +170,8 @@ class Recorder:
             weights=dense,
             lazy=pattern if settings.queries_keys else None,
             held=keeper.held,
+            signed=pattern.signed,
+            normalised=pattern.normalised,
         )
         with self._lock:
             self.nbytes += capture.nbytes
@@ -200,6 +201,12 @@ class _Keeper:
 
     def __init__(self) -> None:
         self.held: list[tuple[Tensor, int]] = []
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """Keep a part of a pattern; the values stay the model's own until it is clear whether they are wanted."""
+        if name == "values":
+            return tensor
+        return self.shared(tensor) if name == "mask" else self(tensor)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Keep a tensor that belongs to one call."""

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site
-from workbench.kernels.masks import Mask
+from workbench.kernels.families import rebuild
 from workbench.kernels.patterns import DensePattern, Pattern
-from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
 
 _PATTERN = "pattern."  # starts the names of tensors that rebuild a pattern
@@ -27,6 +26,8 @@ class SiteCapture:
         statistics: name -> tensor; shapes in `workbench.kernels.statistics.STATISTICS`.
         kernel: the kernel that the model ran.
         z: [batch, query, head, d_head] output per head, if asked for.
+        signed: whether weights may be negative. normalised: whether rows sum to one. Where one of them says that the
+            rows are no distributions, statistics are those of |A| normalised per row.
     """
 
     site: Site
@@ -37,6 +38,13 @@ class SiteCapture:
     weights: Tensor | None = None
     lazy: Pattern | None = None
     held: list[tuple[Tensor, int]] = field(default_factory=list)
+    signed: bool = False
+    normalised: bool = True
+
+    @property
+    def marks(self) -> str:
+        """What the weights are: "normalised", "signed" or "unnormalised"."""
+        return "signed" if self.signed else "normalised" if self.normalised else "unnormalised"
 
     @property
     def pattern(self) -> Pattern:
@@ -87,13 +95,14 @@ class SiteCapture:
     @property
     def nbytes(self) -> int:
         """Bytes held; tensors that are shared with other sites count here too."""
-        pattern = getattr(self.lazy, "nbytes", 0)
+        pattern = 0 if self.lazy is None else self.lazy.nbytes
         return pattern + sum(t.nbytes for t in (*self.statistics.values(), self.z, self.weights) if t is not None)
 
     def __repr__(self) -> str:
         b, h, q, k = self.shape
         names = ", ".join(self.statistics) or "no statistics"
-        return f"SiteCapture({self.site.name}: batch {b}, heads {h}, queries {q}, keys {k}; {names})"
+        marks = "" if self.marks == "normalised" else f", {self.marks}"
+        return f"SiteCapture({self.site.name}: batch {b}, heads {h}, queries {q}, keys {k}{marks}; {names})"
 
 
 class _NoAttribute(CaptureError, AttributeError):
@@ -127,7 +136,8 @@ class Forward:
 
 def pack(capture: SiteCapture, *, pattern: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A site capture as JSON facts and named tensors; with `pattern`, also what is needed to rebuild its pattern."""
-    entry: dict[str, Any] = {"site": asdict(capture.site), "shape": list(capture.shape), "kernel": capture.kernel}
+    entry: dict[str, Any] = {"site": asdict(capture.site), "shape": list(capture.shape), "kernel": capture.kernel,
+                             "signed": capture.signed, "normalised": capture.normalised}  # fmt: skip
     parts = dict(capture.statistics)
     if capture.z is not None:
         parts["_z"] = capture.z
@@ -135,15 +145,9 @@ def pack(capture: SiteCapture, *, pattern: bool) -> tuple[dict[str, Any], dict[s
         parts["_weights"] = capture.weights
     if pattern:
         lazy = capture.pattern
-        if isinstance(lazy, SoftmaxPattern):
-            mask = lazy.mask
-            entry["pattern"] = {
-                "scale": lazy.scale, "softcap": lazy.softcap, "n_queries": mask.n_queries, "n_keys": mask.n_keys,
-                "causal": mask.causal, "offset": mask.offset, "window": mask.window,
-            }  # fmt: skip
-            held = {"q": lazy.q, "k": lazy.k, "lse": lazy.lse, "values": lazy.values, "mask": mask.tensor,
-                    "sinks": lazy.sinks, "key_bias": lazy.key_bias}  # fmt: skip
-            parts |= {_PATTERN + name: tensor for name, tensor in held.items() if tensor is not None}
+        facts, tensors = lazy.parts()
+        entry["pattern"] = {"family": type(lazy).__name__, **facts}
+        parts |= {_PATTERN + name: tensor for name, tensor in tensors.items()}
     return entry, parts
 
 
@@ -153,13 +157,13 @@ def unpack(entry: dict[str, Any], parts: dict[str, Tensor]) -> SiteCapture:
     if "pattern" in entry:
         facts = dict(entry["pattern"])
         held = {name.removeprefix(_PATTERN): parts.pop(name) for name in list(parts) if name.startswith(_PATTERN)}
-        scale, softcap = facts.pop("scale"), facts.pop("softcap")
-        mask = Mask(**facts, tensor=held.pop("mask", None))
-        lazy = SoftmaxPattern(held.pop("q"), held.pop("k"), mask, scale=scale, softcap=softcap, **held)
+        lazy = rebuild(facts.pop("family"), facts, held)
     return SiteCapture(
         site=Site(**entry["site"]),
         shape=tuple(entry["shape"]),
         kernel=entry["kernel"],
+        signed=entry["signed"],
+        normalised=entry["normalised"],
         z=parts.pop("_z", None),
         weights=parts.pop("_weights", None),
         statistics=parts,

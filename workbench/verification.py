@@ -27,7 +27,8 @@ class Verification:
 
     Attributes:
         identical: the observed model's outputs equal the bare model's to the bit.
-        checks: one dict per call: site, fired, kernel, row_sum_error (largest |Σp − 1|), output_error (largest
+        checks: one dict per call: site, fired, kernel, row_sum_error (largest |Σp − 1|, NaN for
+            rows that need not sum to 1), output_error (largest
             |A·V − kernel output|), tolerance (for both, by dtype and size of the output), ok.
     """
 
@@ -64,7 +65,8 @@ class Verification:
 
     def __repr__(self) -> str:
         fired = sum(check["fired"] for check in self.checks)
-        rows = max((check["row_sum_error"] for check in self.checks if check["fired"]), default=float("nan"))
+        sums = [check["row_sum_error"] for check in self.checks if check["row_sum_error"] >= 0]  # NaN: no claim
+        rows = max(sums, default=float("nan"))
         out = max((check["output_error"] for check in self.checks if check["fired"]), default=float("nan"))
         return (
             f"Verification({'ok' if self.ok else 'FAILED'}: {self.model}, {fired}/{len(self.checks)} sites fired, "
@@ -104,7 +106,9 @@ def _check(call: AttentionCall, cross: bool) -> dict[str, Any]:
     with_ones = torch.cat((values.to(pattern.dtype), torch.ones_like(values[..., :1], dtype=pattern.dtype)), dim=-1)
     applied = pattern.apply(with_ones)
     alive = (pattern.seen.keys_per_query > 0).expand(pattern.shape[:3])
-    row_error = (applied[..., -1] - 1)[alive].abs().max().item() if alive.any() else float("nan")
+    row_error = float("nan")  # rows that are no distributions need not sum to 1
+    if pattern.normalised and alive.any():
+        row_error = (applied[..., -1] - 1)[alive].abs().max().item()
     z = applied[..., :-1]
     got = z if call.finish is None else call.finish(z)
     want = call.output.to(got.dtype).reshape(got.shape)

@@ -67,7 +67,10 @@ class SiteMap:
 
 @dataclass
 class SiteData:
-    """One site: its card, its head averages per metric, its patterns or why there are none."""
+    """One site: its card, its head averages per metric, its patterns or why there are none.
+
+    `weights` says what the model's own weights are; where they are signed or unnormalised, the page shows |A| per row.
+    """
 
     name: str
     layer: int
@@ -80,6 +83,7 @@ class SiteData:
     shape: tuple[int, int, int, int]
     queries: list[str] | None
     keys: list[str] | None
+    weights: str = "normalised"
     means: dict[str, list[float]] = field(default_factory=dict)
     map: SiteMap | None = None
     missing: str | None = None
@@ -122,6 +126,7 @@ def collect(call: Capture, batch: int, n_top: int) -> list[SiteData]:
             shape=_four(record.shape),
             queries=_row(call.query_tokens(site.name), batch),
             keys=_row(call.key_tokens(site.name), batch),
+            weights=record.marks,
         )
         for name in METRICS:
             if name in record.statistics:
@@ -154,6 +159,8 @@ def _mean_over_queries(rows: Tensor) -> list[float]:
 
 def _site_map(pattern: Any, shape: tuple[int, int, int, int], batch: int, n_top: int) -> SiteMap:
     _, heads, queries, keys = shape
+    if pattern.by_magnitude:
+        pattern = pattern.magnitude()
     names = ["top_keys"] if n_top else []
     if queries * keys <= EXACT_CELLS:
         block = 1

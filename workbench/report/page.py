@@ -105,6 +105,7 @@ def _site_json(site: SiteData, tokens: _TokenTables) -> dict[str, Any]:
         "heads": site.n_heads,
         "queries": site.shape[2],
         "keys": site.shape[3],
+        "weights": site.weights,
         "queryTokens": tokens.index(site.queries),
         "keyTokens": tokens.index(site.keys),
         "means": {name: [_seven_digits(v) for v in values] for name, values in site.means.items()},
@@ -172,6 +173,7 @@ def _section_facts(section: SectionData, index: int, n_sections: int) -> dict[st
                 "kv_heads": _or_unknown(site.n_kv_heads),
                 "d_head": _or_unknown(site.d_head),
                 "kernel": visible(site.kernel),
+                "weights": site.weights,
                 "shape": " × ".join(f"{size:,}" for size in site.shape),
             }
             for site in sites
@@ -228,6 +230,8 @@ def _verification(found: Any) -> dict[str, Any] | None:
         lines.append((bool(same), with_or_without if same else "The capture changed the model’s output"))
     for key, meaning in (("row_sum_error", "Rows sum to 1"), ("output_error", "A·V equals the kernel’s output")):
         errors = [(float(check[key]), check) for check in fired if check.get(key) is not None]
+        if key == "row_sum_error":  # NaN where rows need not sum to 1
+            errors = [pair for pair in errors if not math.isnan(pair[0])]
         if errors:
             # NaN compares with nothing, and it is the worst there is.
             worst, check = max(errors, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])

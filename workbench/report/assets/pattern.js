@@ -33,7 +33,7 @@ class PatternView {
     const { site, state } = this.explorer;
     this.map = patternsOf(site);
     this.cursor = null;
-    this.title.replaceChildren(`L${site.layer}H${state.head}`, make("span", { class: "site" }, `${site.group} · ${site.name}`));
+    this.title.replaceChildren(`L${site.layer}H${state.head}`, make("span", { class: "site" }, `${site.group} · ${site.name} · ${this.marks()}`));
     this.numbers.replaceChildren(...this.explorer.section.metrics.filter(({ name }) => site.means[name]).map((metric) => {
       const value = site.means[metric.name][state.head];
       const text = !Number.isFinite(value) ? "–" : metric.unit === "mass" ? value.toFixed(3) : `${Number(value.toPrecision(4))}`;
@@ -50,6 +50,12 @@ class PatternView {
     this.top = this.largestShown();
     this.describe();
     this.draw();
+  }
+
+  /** What the model's own weights are, and what is shown of those that are no distributions. */
+  marks() {
+    const { weights } = this.explorer.site;
+    return weights === "normalised" ? weights : `${weights}, shown as |A| / Σ|A| per row`;
   }
 
   hidden(column) {
@@ -83,7 +89,7 @@ class PatternView {
     const value = (at) => (state.scale === "sqrt" ? at * at : at) * this.top;
     const digits = (number) => `${Number(number.toPrecision(2))}`;
     const unseen = make("span", { class: "unseen-key" }, make("i"), "not visible to the query");
-    fillLegend(this.legend, [0, 0.25, 0.5, 0.75, 1].map((at) => [at, digits(value(at))]), make("span", { class: "unit" }, state.scale === "sqrt" ? "weight, square-root scale " : "weight ", unseen));
+    fillLegend(this.legend, [0, 0.25, 0.5, 0.75, 1].map((at) => [at, digits(value(at))]), make("span", { class: "unit" }, `${site.weights === "normalised" ? "weight" : "|A| / Σ|A|"}${state.scale === "sqrt" ? ", square-root scale " : " "}`, unseen));
     const exact = top ? ` The ${top} largest weights of each row are exact.` : "";
     const cell = block > 1
       ? `Max-pooled to keep this file small: each cell is the largest weight in a block of ${block} × ${block} tokens`

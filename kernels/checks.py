@@ -1,0 +1,55 @@
+"""Checks of queries, keys and values before a kernel runs: every complaint names the tensor and what is wrong with it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from workbench.errors import CaptureError
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """Check that q, k and v can meet in attention.
+
+    Args:
+        q: [batch, head, query, d]; k: [batch, kv head, key, d]; v: [batch, kv head, key, width], optional.
+
+    Raises:
+        CaptureError: wrong number of dimensions, sizes that do not fit, no keys, mixed dtypes or devices, NaN or inf.
+    """
+    named = {"q": q, "k": k} | ({} if v is None else {"v": v})
+    for name, tensor in named.items():
+        if tensor.dim() != 4:
+            raise CaptureError(f"{name} must be [batch, head, position, d]", shape=tensor.shape)
+        if not tensor.is_floating_point():
+            raise CaptureError(f"{name} must be floating point, not {tensor.dtype}", shape=tensor.shape)
+        if tensor.dtype != q.dtype:
+            raise CaptureError(f"q is {q.dtype} and {name} is {tensor.dtype}", hint="cast them to one dtype")
+        if tensor.device != q.device:
+            raise CaptureError(f"q is on {q.device} and {name} on {tensor.device}", hint="move them to one device")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise CaptureError(
+            f"queries {list(q.shape)} and keys {list(k.shape)} do not fit [batch, head, position, d]",
+            hint="batch and d must be equal, the heads of q a multiple of those of k",
+        )
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise CaptureError(f"keys {list(k.shape)} and values {list(v.shape)} differ in batch, heads or length")
+    if k.shape[2] == 0:
+        raise CaptureError("there are no keys", shape=k.shape, hint="attention needs a key for every query")
+    for name, tensor in named.items():
+        check_finite(name, tensor)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise a CaptureError that names the first position [batch, head, position, d] that holds NaN or inf."""
+    if tensor.numel() == 0 or bool(tensor.detach().sum().isfinite()):
+        return
+    bad = ~tensor.detach().isfinite()
+    if not bool(bad.any()):  # large finite numbers whose sum overflows
+        return
+    where = bad.nonzero()[0].tolist()
+    value = tensor[tuple(where)].item()
+    raise CaptureError(
+        f"{name} holds {value} at {where}, the first of {int(bad.sum())} that are not finite",
+        shape=tensor.shape,
+        hint="is an earlier layer overflowing, or a weight not loaded?",
+    )

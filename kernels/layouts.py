@@ -1,0 +1,38 @@
+"""Sparse layouts: which keys a query may see, known block by block, so that hidden blocks are never computed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Layout(ABC):
+    """The skeleton of a block-sparse mask.
+
+    Attributes:
+        block: edge of its square blocks, in tokens.
+        n_layouts: number of different layouts among the heads; 1 if all heads share one. Query heads are split evenly
+            among them, neighbours together, as grouped-query attention splits them among kv heads.
+    """
+
+    block: int
+    n_layouts: int = 1
+
+    @abstractmethod
+    def blocks(self) -> Tensor:
+        """[layout, query block, key block] bool: whether some query of the block sees some key of the block."""
+
+    @abstractmethod
+    def visible(self, queries: slice, keys: slice, layouts: Tensor) -> Tensor:
+        """[len(layouts), q, k] bool for a tile of rows and keys, exact to the token.
+
+        Args:
+            layouts: indices of the layouts that are asked for.
+        """
+
+    def for_heads(self, heads: slice | Tensor, n_heads: int) -> Tensor:
+        """The layout index of each of these query heads."""
+        index = torch.arange(n_heads)[heads] if isinstance(heads, slice) else heads
+        return index // (n_heads // self.n_layouts)
