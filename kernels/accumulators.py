@@ -1,6 +1,10 @@
 """One small class per statistic: it sees every tile of a pattern once and keeps O(queries + keys) numbers.
 
-Sums run in the pattern's dtype, over partial sums of one tile each; only what cancels (distances) runs in float64.
+Sums run in the pattern's dtype, over partial sums of one tile each; only what cancels (distances) runs in float64. What
+they give are raw sums; `finishing.py` makes statistics of them.
+
+Where a row's denominator is not known yet, tiles hold exp(score − lead) with a lead that rises; `rescale` then puts what
+was collected on the new scale, and `normalise` divides by the denominator in the end (papers: online softmax).
 """
 
 from __future__ import annotations
@@ -84,9 +88,21 @@ class Space:
         value = value.to(self.dtype)
         return torch.where(self.seen.keys_per_query > 0, value, torch.full_like(value, dead))
 
-    def without_floor(self, weight: Tensor) -> Tensor:
-        """Single weights, zero where they do not exceed the floor."""
-        return torch.where(weight > 1.01 * math.exp(LOG_FLOOR[self.dtype]), weight, 0.0)
+
+Rows = tuple[slice, slice, slice]
+
+
+@dataclass(frozen=True)
+class Online:
+    """How the scale of some rows changes, all [b, h, q].
+
+    Attributes:
+        factor: by which weights shrink. shift: its logarithm. mass: what the rows had collected before.
+    """
+
+    factor: Tensor
+    shift: Tensor
+    mass: Tensor
 
 
 class Accumulator(ABC):
@@ -103,38 +119,70 @@ class Accumulator(ABC):
 
     @abstractmethod
     def results(self) -> dict[str, Tensor]:
-        """The statistics, by name."""
+        """The raw sums, by name."""
+
+    def rescale(self, rows: Rows, online: Online) -> None:
+        """Put what these rows have collected on a new scale; only row statistics can be."""
+        raise AssertionError(f"{type(self).__name__} needs the denominators first")
+
+    def normalise(self, denominator: Tensor, mass: Tensor) -> None:
+        """Divide by the denominators [batch, head, query]; `mass` is the part of them that is due to keys."""
+        raise AssertionError(f"{type(self).__name__} needs the denominators first")
 
 
-class Entropy(Accumulator):
-    """−Σ p ln p; overwrites the tile's log_p."""
-
-    wants_log = True
+class RowSum(Accumulator):
+    """A statistic that is a sum over the weights of a row."""
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
         self.total = space.per_query()
+
+    def rescale(self, rows: Rows, online: Online) -> None:
+        """Sums of weights scale as weights do."""
+        self.total[rows] *= online.factor
+
+    def normalise(self, denominator: Tensor, mass: Tensor) -> None:
+        """Sums of weights are normalised as weights are."""
+        self.total /= denominator
+
+
+class Entropy(RowSum):
+    """−Σ p ln p; overwrites the tile's log_p."""
+
+    wants_log = True
 
     def add(self, tile: Tile) -> None:
         assert tile.log_p is not None
         self.total[tile.rows].sub_(tile.log_p.mul_(tile.p).sum(-1))
 
+    def rescale(self, rows: Rows, online: Online) -> None:
+        """Every ln p moves by the shift too."""
+        self.total[rows] = (self.total[rows] - online.shift * online.mass) * online.factor
+
+    def normalise(self, denominator: Tensor, mass: Tensor) -> None:
+        """Every ln p loses the logarithm of the denominator."""
+        self.total = (self.total + denominator.log() * mass) / denominator
+
     def results(self) -> dict[str, Tensor]:
-        return {"entropy": self.space.alive(self.total.clamp_(min=0))}
+        return {"entropy": self.total}
 
 
-class EffectiveKeys(Accumulator):
+class EffectiveKeys(RowSum):
     """1 / Σ p²."""
-
-    def __init__(self, space: Space, options: Options) -> None:
-        super().__init__(space, options)
-        self.total = space.per_query()
 
     def add(self, tile: Tile) -> None:
         self.total[tile.rows].add_(tile.product(tile.p).sum(-1))
 
+    def rescale(self, rows: Rows, online: Online) -> None:
+        """Squares of weights."""
+        self.total[rows] *= online.factor.square()
+
+    def normalise(self, denominator: Tensor, mass: Tensor) -> None:
+        """Squares of weights."""
+        self.total /= denominator.square()
+
     def results(self) -> dict[str, Tensor]:
-        return {"effective_keys": self.space.alive(1 / self.total)}
+        return {"effective_keys": 1 / self.total}
 
 
 class Peak(Accumulator):
@@ -151,9 +199,16 @@ class Peak(Accumulator):
         self.best[tile.rows] = torch.where(better, weight, self.best[tile.rows])
         self.key[tile.rows] = torch.where(better, key + tile.keys.start, self.key[tile.rows])
 
+    def rescale(self, rows: Rows, online: Online) -> None:
+        """The key stays; -1, which stands for none yet, shrinks and is still less than any weight."""
+        self.best[rows] *= online.factor
+
+    def normalise(self, denominator: Tensor, mass: Tensor) -> None:
+        """A weight."""
+        self.best /= denominator
+
     def results(self) -> dict[str, Tensor]:
-        key = torch.where(self.space.seen.keys_per_query > 0, self.key, -1)
-        return {"peak": self.space.alive(self.best), "peak_key": key}
+        return {"peak": self.best, "peak_key": self.key}
 
 
 class Distance(Accumulator):
@@ -184,17 +239,24 @@ class Distance(Accumulator):
         self.mean[tile.rows].add_(step * share)
         self.mass[tile.rows] = total
 
+    def rescale(self, rows: Rows, online: Online) -> None:
+        """The mean stays."""
+        self.mass[rows] *= online.factor
+        self.spread[rows] *= online.factor
+
+    def normalise(self, denominator: Tensor, mass: Tensor) -> None:
+        """Mean and variance are per unit of mass already."""
+
     def results(self) -> dict[str, Tensor]:
-        variance = (self.spread / self.mass).clamp(min=0)
-        return {"distance": self.space.alive(self.mean), "distance_var": self.space.alive(variance)}
+        return {"distance": self.mean, "distance_var": self.spread / self.mass}
 
 
-class WeightAt(Accumulator):
+class WeightAt(RowSum):
     """Weight on one key per row, whose index is given as [batch or 1, head or 1, query]; outside the map: 0."""
 
     def __init__(self, space: Space, options: Options, name: str, target: Callable[[Space], Tensor]) -> None:
         super().__init__(space, options)
-        self.name, self.total = name, space.per_query()
+        self.name = name
         self.target = target(space).expand(space.n_batch, space.n_heads, space.n_queries)
         flat = self.target.reshape(-1, space.n_queries)
         self.low, self.high = flat.amin(0).cpu(), flat.amax(0).cpu()
@@ -209,41 +271,31 @@ class WeightAt(Accumulator):
         self.total[tile.rows].add_(weight * inside)
 
     def results(self) -> dict[str, Tensor]:
-        return {self.name: self.space.alive(self.total)}
+        return {self.name: self.total}
 
 
-class WeightOnSet(Accumulator):
+class WeightOnSet(RowSum):
     """Joint weight on given keys (`sink` with `sink_keys`)."""
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
-        keys = options.sink_keys or ()
-        wrong = [key for key in keys if not -space.n_keys <= key < space.n_keys]
-        if wrong or not keys:
-            raise CaptureError(f"sink_keys {list(keys)} are not keys of a map with {space.n_keys} keys")
+        keys = options.sinks(space.n_keys)
         self.member = torch.zeros(space.n_keys, dtype=space.dtype, device=space.device)
-        self.member[list(keys)] = 1
-        self.total = space.per_query()
+        self.member[keys] = 1
 
     def add(self, tile: Tile) -> None:
         self.total[tile.rows].add_(tile.p @ self.member[tile.keys])
 
     def results(self) -> dict[str, Tensor]:
-        return {"sink": self.space.alive(self.total)}
+        return {"sink": self.total}
 
 
-class Induction(Accumulator):
+class Induction(RowSum):
     """Weight on keys that follow an earlier copy of the query's token."""
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
-        if space.n_queries != space.n_keys:
-            raise CaptureError(
-                f"induction needs as many queries as keys, not {space.n_queries} and {space.n_keys}",
-                hint="run the whole sequence in one forward",
-            )
-        self.ids = options.ids(space.n_batch, space.n_keys).to(space.device)
-        self.total = space.per_query()
+        self.ids = options.ids(space.n_batch, space.n_queries, space.n_keys).to(space.device)
 
     def add(self, tile: Tile) -> None:
         if tile.keys.start > tile.queries.stop - 1:
@@ -252,11 +304,11 @@ class Induction(Accumulator):
         self.total[tile.rows].add_(tile.product(copies[:, None]).sum(-1))
 
     def results(self) -> dict[str, Tensor]:
-        return {"induction": self.space.alive(self.total)}
+        return {"induction": self.total}
 
 
 class Received(Accumulator):
-    """Σ over queries of the weight on each key, and its mean over the queries that see the key."""
+    """Σ over queries of the weight on each key."""
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
@@ -266,9 +318,7 @@ class Received(Accumulator):
         self.total[tile.batch, tile.heads, tile.keys].add_(tile.p.sum(-2))
 
     def results(self) -> dict[str, Tensor]:
-        queries = self.space.seen.queries_per_key
-        mean = torch.where(queries > 0, self.total / queries, torch.nan)
-        return {"received": self.total.to(self.space.dtype), "received_mean": mean.to(self.space.dtype)}
+        return {"received": self.total}
 
 
 class TopKeys(Accumulator):
@@ -288,13 +338,20 @@ class TopKeys(Accumulator):
         self.weight[tile.rows], order = weight.topk(self.n, dim=-1)
         self.index[tile.rows] = index.gather(-1, order)
 
+    def rescale(self, rows: Rows, online: Online) -> None:
+        """Weights; the order stays."""
+        self.weight[rows] *= online.factor[..., None]
+
+    def normalise(self, denominator: Tensor, mass: Tensor) -> None:
+        """Weights."""
+        self.weight /= denominator[..., None]
+
     def results(self) -> dict[str, Tensor]:
-        weight = self.space.without_floor(self.weight)
-        return {"top_keys_index": torch.where(weight > 0, self.index, -1), "top_keys_weight": weight}
+        return {"top_keys_index": self.index, "top_keys_weight": self.weight}
 
 
 class Pooled(Accumulator):
-    """Mean mass and largest weight per block of queries and keys; tiles start on block edges."""
+    """Mass and largest weight per block of queries and keys; tiles start on block edges."""
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
@@ -314,12 +371,7 @@ class Pooled(Accumulator):
         self.max[at] = torch.maximum(self.max[at], blocks.amax((-1, -3)))
 
     def results(self) -> dict[str, Tensor]:
-        rows = torch.full((self.sum.shape[-2],), self.size, device=self.sum.device)
-        rows[-1] = self.space.n_queries - self.size * (len(rows) - 1)
-        return {
-            "pooled_mean": (self.sum / rows[:, None]).to(self.space.dtype),
-            "pooled_max": self.space.without_floor(self.max),
-        }
+        return {"pooled_sum": self.sum, "pooled_max": self.max}
 
 
 def build(names: list[str], space: Space, options: Options) -> list[Accumulator]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.errors import CaptureError
 from workbench.kernels import streaming
 from workbench.kernels.masks import MaskSummary
-from workbench.kernels.patterns import Pattern
+from workbench.kernels.patterns import Pattern, RawMaker
 
 
 class MagnitudePattern(Pattern):
@@ -47,18 +47,29 @@ class MagnitudePattern(Pattern):
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, q, k], not negative."""
         tile = self._weighted(queries, keys, heads).abs()
-        total = self._sums[0] if heads is None else self._sums[0][:, list(heads)]
-        return tile / total[:, :, queries, None].clamp(min=torch.finfo(self.dtype).tiny)
+        size = self._sums[0] if heads is None else self._sums[0][:, list(heads)]
+        return tile / size[:, :, queries, None].clamp(min=torch.finfo(self.dtype).tiny)
+
+    def raw_maker(self, batch: slice, heads: slice) -> RawMaker:
+        """Tiles A·w."""
+        which = range(self.n_heads)[heads]
+        return lambda queries, keys: self._weighted(queries, keys, which)[batch]
+
+    @property
+    def denominators_known(self) -> bool:
+        """Whether the row sums were found already."""
+        return "_sums" in self.__dict__
+
+    def found_denominators(self, denominators: Tensor, signed: Tensor) -> None:
+        """Keep the row sums."""
+        self.__dict__["_sums"] = denominators.to(self.dtype), signed.to(self.dtype)
 
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor]:
         """Σ |A|·w and Σ A·w per row, [batch, head, query]."""
-        size, signed = (torch.zeros(self.shape[:3], dtype=torch.float64, device=self.device) for _ in range(2))
-        for queries, keys in streaming.rectangles(self):
-            tile = self._weighted(queries, keys, None)
-            signed[:, :, queries] += tile.sum(-1)
-            size[:, :, queries] += tile.abs_().sum(-1)
-        return size.to(self.dtype), signed.to(self.dtype)
+        streaming.find_denominators(self)
+        found: tuple[Tensor, Tensor] = self.__dict__["_sums"]
+        return found
 
     @property
     def signed_mass(self) -> Tensor:
@@ -66,9 +77,15 @@ class MagnitudePattern(Pattern):
         size, signed = self._sums
         return torch.where(size > 0, signed / size, torch.nan)
 
-    @cached_property
-    def seen(self) -> MaskSummary:
-        """The base's counts; a row whose weights are all zero counts as one that sees no key."""
+    @property
+    def seen(self) -> MaskSummary:  # type: ignore[override]
+        """The base's counts; once the row sums are known, a row without weight counts as one that sees no key."""
         seen = self.base.seen
+        if not self.denominators_known:
+            return seen
         keys = torch.where(self._sums[0] > 0, seen.keys_per_query, 0)
         return MaskSummary(keys, seen.queries_per_key, seen.first_key)
+
+    def check(self) -> None:
+        """As the base does."""
+        self.base.check()

@@ -17,10 +17,12 @@ from workbench.errors import CaptureError
 from workbench.kernels import streaming
 from workbench.kernels.accumulators import Space
 from workbench.kernels.masks import Mask, MaskSummary
+from workbench.kernels.plan import Pass
 from workbench.kernels.statistics import Options
 
 Grade = Literal["exact", "frozen", "surrogate"]
 Maker = Callable[[slice, slice], tuple[Tensor, Tensor | None]]
+RawMaker = Callable[[slice, slice], Tensor]
 DENSE_LIMIT = 1 << 30
 """Bytes above which `dense` refuses unless told otherwise: 1 GiB."""
 
@@ -35,6 +37,7 @@ class Pattern(ABC):
         signed: whether entries may be negative.
         normalised: whether rows sum to one.
         by_magnitude: whether statistics are those of |A|, normalised per row: so for signed and unnormalised patterns.
+        sinks: [head] logits that join the softmax's denominator only; None for none.
         values: [batch, kv head, key, width], for value-weighted statistics; None if they were not kept.
         dtype: of the tiles; float64 for float64 inputs, else float32.
     """
@@ -44,6 +47,7 @@ class Pattern(ABC):
     normalised: bool = True
     n_kv_heads: int
     values: Tensor | None = None
+    sinks: Tensor | None = None
 
     def __init__(self, shape: Sequence[int], mask: Mask, dtype: torch.dtype, device: torch.device) -> None:
         self.n_batch, self.n_heads, self.n_queries, self.n_keys = shape
@@ -99,9 +103,34 @@ class Pattern(ABC):
 
         return make
 
-    def score_maker(self, batch: slice, heads: slice) -> Callable[[slice, slice], Tensor]:
-        """A function that makes tiles of scores; only softmax patterns have them."""
-        raise CaptureError(f"{type(self).__name__} has no scores, hence no lse")
+    def raw_maker(self, batch: slice, heads: slice) -> RawMaker:
+        """A function that makes tiles before normalisation: masked scores, or weights that may be negative."""
+        raise CaptureError(f"{type(self).__name__} is normalised as it is")
+
+    @property
+    def denominators_known(self) -> bool:
+        """Whether tiles can be normalised without a pass that finds each row's denominator first."""
+        return True
+
+    def found_denominators(self, denominators: Tensor, signed: Tensor) -> None:
+        """Takes what a pass has found, [batch, head, query]: the lse of scores, or Σ |A| and Σ A."""
+
+    def fused_pass(self, each: Pass, options: Options) -> dict[str, Tensor] | None:
+        """The raw sums of one pass from a kernel that is faster than plain torch; None if there is none."""
+        return None
+
+    @property
+    def engine(self) -> str:
+        """What streams the statistics: "torch", "native" (C++) or "triton"."""
+        return "torch"
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the pattern is a softmax of scores."""
+        return False
+
+    def check(self) -> None:
+        """Raise a CaptureError if the pattern's tensors hold NaN or inf."""
 
     @property
     def lse(self) -> Tensor:

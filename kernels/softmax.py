@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels import streaming
+from workbench.kernels import native, streaming
 from workbench.kernels.accumulators import LOG_FLOOR
+from workbench.kernels.checks import check_finite
 from workbench.kernels.masks import Mask, hidden_below
-from workbench.kernels.patterns import Maker, Pattern
+from workbench.kernels.patterns import Maker, Pattern, RawMaker
+from workbench.kernels.plan import Pass
+from workbench.kernels.statistics import Options
 
 _HIDDEN = -1e30  # finite, so that differences of scores are never NaN
 
@@ -90,14 +93,53 @@ class SoftmaxPattern(Pattern):
     def lse(self) -> Tensor:
         """[batch, head, query] log of the softmax denominator; -inf in rows that see no key."""
         if self._kernel_lse is not None:
-            known = self._kernel_lse.to(self.dtype).contiguous()
-            if self._may_have_dead_rows:
-                known = torch.where(self.seen.keys_per_query > 0, known, torch.full_like(known, -torch.inf))
-            return known
-        lse = streaming.log_sum_exp(self)
-        if self.sinks is not None:
-            lse = torch.logaddexp(lse, self.sinks.to(lse)[None, :, None])
+            return self._without_dead_rows(self._kernel_lse)
+        raw = self.fused_pass(Pass(("lse",), True), Options())
+        if raw is None:
+            streaming.find_denominators(self)
+        known = self._kernel_lse
+        assert known is not None
+        return self._without_dead_rows(known)
+
+    def _without_dead_rows(self, lse: Tensor) -> Tensor:
+        lse = lse.to(self.dtype).contiguous()
+        if self._may_have_dead_rows:
+            lse = torch.where(self.seen.keys_per_query > 0, lse, torch.full_like(lse, -torch.inf))
         return lse
+
+    @property
+    def denominators_known(self) -> bool:
+        """Whether the kernel, or an earlier pass, gave the lse."""
+        return self._kernel_lse is not None
+
+    def found_denominators(self, denominators: Tensor, signed: Tensor) -> None:
+        """Keep the lse."""
+        self._kernel_lse = denominators.to(self.dtype)
+
+    @property
+    def has_scores(self) -> bool:
+        """Yes."""
+        return True
+
+    def check(self) -> None:
+        """Raise a CaptureError that names the first NaN or inf among queries and keys."""
+        check_finite("q", self.q)
+        check_finite("k", self.k)
+
+    @property
+    def engine(self) -> str:
+        """"native" (C++, on the CPU in float32) where it can, else "torch"."""
+        return "torch" if native.unsupported(self) else "native"
+
+    def fused_pass(self, each: Pass, options: Options) -> dict[str, Tensor] | None:
+        """One pass of the C++ library, where it can."""
+        if native.unsupported(self):
+            return None
+        lse = None if each.finds_denominators else self._finite_lse
+        raw = native.statistics(self, each.statistics, options, lse)
+        if each.finds_denominators:
+            self._kernel_lse = raw.pop("lse")
+        return raw
 
     @property
     def _may_have_dead_rows(self) -> bool:
@@ -155,11 +197,11 @@ class SoftmaxPattern(Pattern):
     def _rules(self) -> dict[tuple[int, int, int], tuple[slice, Tensor] | None]:
         return {}
 
-    def score_maker(self, batch: slice, heads: slice) -> Callable[[slice, slice], Tensor]:
+    def raw_maker(self, batch: slice, heads: slice) -> RawMaker:
         """A function that makes tiles [b, h, q, k] of masked scores in one reused buffer."""
         return self._score_maker(batch, heads, None)
 
-    def _score_maker(self, batch: slice, heads: slice, lse: Tensor | None) -> Callable[[slice, slice], Tensor]:
+    def _score_maker(self, batch: slice, heads: slice, lse: Tensor | None) -> RawMaker:
         """Tiles of masked scores, less `lse` [batch, head, query] where it is given."""
         group = self.n_heads // self.n_kv_heads
         kv = slice(heads.start // group, -(-heads.stop // group))

@@ -83,8 +83,13 @@ class Options:
         if self.n_top < 1 or self.block < 1:
             raise CaptureError(f"n_top and block are at least 1, not {self.n_top} and {self.block}")
 
-    def ids(self, n_batch: int, n_keys: int) -> Tensor:
+    def ids(self, n_batch: int, n_queries: int, n_keys: int) -> Tensor:
         """The token ids [batch, key], or the error that says how to give them."""
+        if n_queries != n_keys:
+            raise CaptureError(
+                f"induction needs as many queries as keys, not {n_queries} and {n_keys}",
+                hint="run the whole sequence in one forward",
+            )
         if self.tokens is None:
             raise CaptureError('"induction" compares tokens and needs their ids', hint="pass tokens=input_ids")
         if tuple(self.tokens.shape) != (n_batch, n_keys):
@@ -94,6 +99,13 @@ class Options:
                 hint="pass one row of ids per batch entry, as long as the keys",
             )
         return self.tokens
+
+    def sinks(self, n_keys: int) -> list[int]:
+        """The `sink_keys`, or the error that names those that are no keys."""
+        keys = list(self.sink_keys or ())
+        if not keys or any(not -n_keys <= key < n_keys for key in keys):
+            raise CaptureError(f"sink_keys {keys} are not keys of a map with {n_keys} keys")
+        return keys
 
 
 def check_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -197,9 +209,7 @@ def dense(
         elif name == "previous":
             out[name] = rows((p * (i - 1 == j)).sum(-1))
         elif name == "induction":
-            if n_q != n_k:
-                raise CaptureError("induction needs as many queries as keys", shape=p.shape)
-            copies = previous_copies(options.ids(n_batch, n_k), slice(0, n_q), slice(0, n_k))
+            copies = previous_copies(options.ids(n_batch, n_q, n_k), slice(0, n_q), slice(0, n_k))
             out[name] = rows((p * copies[:, None]).sum(-1))
         elif name == "signed_mass":
             out[name] = rows(signed / size)

@@ -1,4 +1,4 @@
-"""All statistics of a pattern in one pass over its tiles, with O(queries + keys) memory and never the whole map."""
+"""All statistics of a pattern, pass by pass over its tiles, with O(queries + keys) memory and never the whole map."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from workbench.kernels import accumulators
-from workbench.kernels.accumulators import LOG_FLOOR, Tile
+from workbench.kernels.accumulators import LOG_FLOOR, Accumulator, Online, Rows, Tile
+from workbench.kernels.finishing import finish
+from workbench.kernels.plan import Pass, passes
 from workbench.kernels.statistics import VALUE_WEIGHTED, Options, check_names, output_names
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 # One tile of all its heads should stay in the second-level cache: larger ones cost 2x to 15x in page faults.
 _TILE_NUMBERS = 12 * 192 * 192
 _TILE_QUERIES, _TILE_KEYS = 192, 192
+_NOTHING_YET = -1e20  # above the scores of hidden keys, below all others
 
 
 def statistics(pattern: Pattern, names: Sequence[str], options: Options | None = None) -> dict[str, Tensor]:
@@ -28,13 +31,15 @@ def statistics(pattern: Pattern, names: Sequence[str], options: Options | None =
         name -> tensor, shaped as `statistics.STATISTICS` says, in float32 (float64 for float64 patterns).
 
     Raises:
-        CaptureError: unknown name, or what a statistic needs (token ids, values) is missing.
+        CaptureError: unknown name, NaN in the pattern's tensors, or what a statistic needs (token ids, values) is missing.
     """
     options = options or Options()
     names = check_names(names)
     plain = [name for name in names if not name.startswith(VALUE_WEIGHTED)]
     weighted = [name.removeprefix(VALUE_WEIGHTED) for name in names if name.startswith(VALUE_WEIGHTED)]
-    found = _stream(pattern, plain, options)
+    if names:
+        pattern.check()
+    found = _stream(pattern.magnitude() if pattern.by_magnitude else pattern, plain, options) if plain else {}
     if weighted:
         by_value = _stream(pattern.value_weighted(), weighted, options)
         found |= {VALUE_WEIGHTED + name: value for name, value in by_value.items()}
@@ -42,28 +47,74 @@ def statistics(pattern: Pattern, names: Sequence[str], options: Options | None =
 
 
 def _stream(pattern: Pattern, names: list[str], options: Options) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    names = list(names)
+    """The passes of the plan, one after the other."""
+    raw: dict[str, Tensor] = {}
+    for each in passes(names, denominators_known=pattern.denominators_known).passes:
+        fused = pattern.fused_pass(each, options)
+        raw |= _pass(pattern, each, options) if fused is None else fused
     if "lse" in names:
-        names.remove("lse")
-        found["lse"] = pattern.lse
+        raw["lse"] = pattern.lse
     if "signed_mass" in names:
-        names.remove("signed_mass")
-        found["signed_mass"] = pattern.signed_mass
-    if pattern.by_magnitude:
-        pattern = pattern.magnitude()
-    if not names:
-        return found
+        raw["signed_mass"] = pattern.signed_mass
+    return finish(raw, names, pattern.space(), options)
+
+
+def _pass(pattern: Pattern, each: Pass, options: Options) -> dict[str, Tensor]:
+    """One pass in plain torch."""
+    names = [name for name in each.statistics if name not in ("lse", "signed_mass")]
+    collectors = accumulators.build(names, pattern.space(), options)
+    if each.finds_denominators:
+        find_denominators(pattern, collectors)
+    else:
+        wants_log = any(c.wants_log for c in collectors)
+        edge = options.block if any(name.startswith("pooled") for name in names) else 1
+        for tile in tiles(pattern, wants_log, edge):
+            for collector in collectors:
+                collector.add(tile)
+    raw: dict[str, Tensor] = {}
+    for collector in collectors:
+        raw |= collector.results()
+    return raw
+
+
+def find_denominators(pattern: Pattern, collectors: Sequence[Accumulator] = ()) -> None:
+    """Collect row statistics on a running scale, find the denominators, and divide by them (section 15.2's formulas)."""
     space = pattern.space()
-    collectors = accumulators.build(names, space, options)
-    wants_log = any(c.wants_log for c in collectors)
-    edge = options.block if any(name.startswith("pooled") for name in names) else 1
-    for tile in tiles(pattern, wants_log, edge):
+    lead = space.per_query(_NOTHING_YET) if pattern.sinks is None else space.per_query() + pattern.sinks[None, :, None]
+    mass, signed = space.per_query(dtype=torch.float64), space.per_query(dtype=torch.float64)
+    spare = torch.empty(0, dtype=pattern.dtype, device=pattern.device)
+    for rows, keys, raw in _raw_tiles(pattern):
+        if pattern.has_scores:
+            log_p = _raise_lead(rows, raw, lead, mass, collectors).clamp_(min=LOG_FLOOR[pattern.dtype])
+            if spare.numel() < raw.numel():
+                spare = torch.empty_like(raw).flatten()
+            p = torch.exp(log_p, out=spare[: raw.numel()].view(raw.shape))
+        else:
+            signed[rows] += raw.sum(-1)
+            p = raw.abs_()
+            log_p = p.log().clamp_(min=_NOTHING_YET)
+        mass[rows] += p.sum(-1)
+        tile = Tile(p, log_p, *rows, keys, pattern.mask.offset)
         for collector in collectors:
             collector.add(tile)
+    denominator = mass.clone()
+    if pattern.sinks is not None:
+        denominator += (pattern.sinks[None, :, None] - lead).double().exp()
     for collector in collectors:
-        found |= collector.results()
-    return found
+        collector.normalise(denominator.to(pattern.dtype), mass.to(pattern.dtype))
+    pattern.found_denominators(lead + denominator.log() if pattern.has_scores else denominator, signed)
+
+
+def _raise_lead(rows: Rows, scores: Tensor, lead: Tensor, mass: Tensor, collectors: Sequence[Accumulator]) -> Tensor:
+    """Take the largest score so far from the scores, in place; what was collected is put on the new scale."""
+    top = torch.maximum(lead[rows], scores.amax(-1))
+    shift = (lead[rows] - top).clamp(min=-200.0)
+    online = Online(shift.exp(), shift, mass[rows].to(shift.dtype))
+    for collector in collectors:
+        collector.rescale(rows, online)
+    mass[rows] *= online.factor
+    lead[rows] = top
+    return scores.sub_(top[..., None])
 
 
 def tiles(pattern: Pattern, wants_log: bool = False, edge: int = 1) -> Iterator[Tile]:
@@ -83,13 +134,14 @@ def tiles(pattern: Pattern, wants_log: bool = False, edge: int = 1) -> Iterator[
                 yield Tile(p, log_p, batch, heads, queries, keys, pattern.mask.offset)
 
 
-def rectangles(pattern: Pattern) -> Iterator[tuple[slice, slice]]:
-    """Every (queries, keys) rectangle that may hold weight, for all heads and batch entries together."""
-    edge = max(1, int((_TILE_NUMBERS / (pattern.n_batch * pattern.n_heads)) ** 0.5))
-    everything = slice(0, pattern.n_heads)
-    for queries in _rows(pattern.n_queries, edge):
-        for keys in pattern.mask.key_tiles(queries, edge, everything):
-            yield queries, keys
+def _raw_tiles(pattern: Pattern) -> Iterator[tuple[Rows, slice, Tensor]]:
+    """Every tile that may hold weight, of scores or of weights that are not normalised: (rows, keys, tile)."""
+    n_rows, n_keys = min(_TILE_QUERIES, pattern.n_queries), min(_TILE_KEYS, pattern.n_keys)
+    for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.head_group, n_rows * n_keys):
+        make = pattern.raw_maker(batch, heads)
+        for queries in _rows(pattern.n_queries, n_rows):
+            for keys in pattern.mask.key_tiles(queries, n_keys, heads):
+                yield (batch, heads, queries), keys, make(queries, keys)
 
 
 def _rows(n_queries: int, step: int) -> Iterator[slice]:
@@ -109,23 +161,3 @@ def chunks(n_batch: int, n_heads: int, group: int, tile_numbers: int) -> Iterato
 
 def _round_up(n: int, edge: int) -> int:
     return max(edge, math.ceil(n / edge) * edge)
-
-
-def log_sum_exp(pattern: Pattern) -> Tensor:
-    """[batch, head, query] log of the softmax denominator, online over tiles; -inf in rows that see no key."""
-    space = pattern.space()
-    top = space.per_query(-torch.inf, torch.float64)
-    total = space.per_query(0.0, torch.float64)
-    n_rows, n_keys = min(_TILE_QUERIES, pattern.n_queries), min(_TILE_KEYS, pattern.n_keys)
-    for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.head_group, n_rows * n_keys):
-        make = pattern.score_maker(batch, heads)
-        for queries in _rows(pattern.n_queries, n_rows):
-            at = (batch, heads, queries)
-            for keys in pattern.mask.key_tiles(queries, n_keys, heads):
-                scores = make(queries, keys)
-                peak = torch.maximum(top[at], scores.amax(-1).double())
-                total[at] *= (top[at] - peak).exp()
-                less = scores.sub_(peak[..., None].to(scores.dtype)).clamp_(min=LOG_FLOOR[scores.dtype])
-                total[at] += less.exp_().sum(-1)
-                top[at] = peak
-    return space.alive(top + total.log(), -torch.inf)
