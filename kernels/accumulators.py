@@ -3,13 +3,12 @@
 Sums run in the pattern's dtype, over partial sums of one tile each; only what cancels (distances) runs in float64. What
 they give are raw sums; `finishing.py` makes statistics of them.
 
-Where a row's denominator is not known yet, tiles hold exp(score − lead) with a lead that rises; `rescale` then puts what
-was collected on the new scale, and `normalise` divides by the denominator in the end (papers: online softmax).
+Where a row's denominator is not known yet, tiles hold exp(score − lead) with a lead that rises; `rescale` then puts
+what was collected on the new scale, and `normalise` divides by the denominator in the end (the online softmax).
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.errors import CaptureError
 from workbench.kernels.masks import MaskSummary
 from workbench.kernels.statistics import Options, previous_copies
 
 LOG_FLOOR = {torch.float32: -43.0, torch.float64: -300.0}
 """ln p is not let below this in a tile. Weights and their squares then stay normal numbers: a CPU takes 10 to 100 times
 longer over subnormal ones. What it adds (2e-19 a key in float32) is far below the rounding of any statistic."""
+_BAND = 32  # keys
 
 
 @dataclass
@@ -77,6 +76,7 @@ class Space:
     device: torch.device
     dtype: torch.dtype
     seen: MaskSummary
+    causal: bool
 
     def per_query(self, fill: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
         """A [batch, head, query] accumulator, in the pattern's dtype unless told otherwise."""
@@ -171,7 +171,7 @@ class EffectiveKeys(RowSum):
     """1 / Σ p²."""
 
     def add(self, tile: Tile) -> None:
-        self.total[tile.rows].add_(tile.product(tile.p).sum(-1))
+        self.total[tile.rows].add_(torch.linalg.vector_norm(tile.p, dim=-1).square_())
 
     def rescale(self, rows: Rows, online: Online) -> None:
         """Squares of weights."""
@@ -194,10 +194,13 @@ class Peak(Accumulator):
         self.key = space.per_query(-1, torch.long)
 
     def add(self, tile: Tile) -> None:
-        weight, key = tile.p.max(-1)
+        weight = tile.p.amax(-1)  # a fifth of the price of max with its index
         better = weight > self.best[tile.rows]
+        if not bool(better.any()):
+            return
+        key = tile.p[better].argmax(-1)
         self.best[tile.rows] = torch.where(better, weight, self.best[tile.rows])
-        self.key[tile.rows] = torch.where(better, key + tile.keys.start, self.key[tile.rows])
+        self.key[tile.rows].masked_scatter_(better, key + tile.keys.start)
 
     def rescale(self, rows: Rows, online: Online) -> None:
         """The key stays; -1, which stands for none yet, shrinks and is still less than any weight."""
@@ -212,43 +215,82 @@ class Peak(Accumulator):
 
 
 class Distance(Accumulator):
-    """Mean and variance of |i−j|, merged tile by tile around each tile's own mean.
+    """Mean and variance of |i−j|, from moments of the key's place within narrow bands of keys.
 
-    Sums of squares of raw positions would lose the variance of a far, narrow row to rounding.
+    Single-precision sums of squares of whole positions would lose the variance of a narrow row to rounding. Within a
+    band of 32 keys the places are at most 16 from its middle; what the bands give is put together in float64. One
+    product per tile gives all of it.
     """
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
-        self.mass, self.mean, self.spread = (space.per_query(dtype=torch.float64) for _ in range(3))
+        self.mass, self.first, self.second = (space.per_query(dtype=torch.float64) for _ in range(3))
+        self._of_width: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, tile: Tile) -> None:
+        low = tile.queries.start + tile.offset
+        behind = tile.keys.stop - 1 <= low or self.space.causal  # keys after the query weigh nothing there
+        ahead = tile.keys.start >= tile.queries.stop - 1 + tile.offset
+        if not behind and not ahead:
+            self._add_straddling(tile)
+            return
+        if tile.p.shape[-1] not in self._of_width:
+            self._of_width[tile.p.shape[-1]] = _bands(tile.p.shape[-1], tile.p)
+        bands, joined = self._of_width[tile.p.shape[-1]]
+        moments = (tile.p.flatten(0, -2) @ bands).double() @ joined
+        mass, place, square = moments.view(*tile.p.shape[:-1], 3).unbind(-1)
+        away = torch.arange(low, low + tile.p.shape[-2], device=mass.device, dtype=torch.float64) - tile.keys.start
+        first = away * mass - place
+        self.mass[tile.rows] += mass
+        self.first[tile.rows] += first if behind else -first
+        self.second[tile.rows] += away * (first - place) + square
+
+    def _add_straddling(self, tile: Tile) -> None:
+        """A tile with keys on both sides of its queries."""
         i, j = tile.positions()
         away = (i - j).abs()
-        nearest = int(away.min())
-        local = (away - nearest).to(tile.p.dtype)  # small whole numbers, so that nothing is lost in float32
-        weight = tile.p.sum(-1).clamp(min=torch.finfo(tile.p.dtype).tiny)
-        centre = tile.product(local).sum(-1) / weight
+        local = away.to(tile.p.dtype)
+        mass = tile.p.sum(-1)
+        centre = tile.product(local).sum(-1) / mass.clamp(min=torch.finfo(tile.p.dtype).tiny)
         scratch = tile.scratch()
         torch.sub(local, centre[..., None], out=scratch)
         spread = scratch.square_().mul_(tile.p).sum(-1).double()
-        mass, mean = weight.double(), centre.double() + nearest
-        total = self.mass[tile.rows] + mass
-        share = mass / total.clamp(min=torch.finfo(torch.float64).tiny)
-        step = mean - self.mean[tile.rows]
-        self.spread[tile.rows].add_(spread + step * step * self.mass[tile.rows] * share)
-        self.mean[tile.rows].add_(step * share)
-        self.mass[tile.rows] = total
+        mass, centre = mass.double(), centre.double()
+        self.mass[tile.rows] += mass
+        self.first[tile.rows] += mass * centre
+        self.second[tile.rows] += spread + mass * centre * centre
 
     def rescale(self, rows: Rows, online: Online) -> None:
-        """The mean stays."""
-        self.mass[rows] *= online.factor
-        self.spread[rows] *= online.factor
+        """Sums of weights."""
+        for total in (self.mass, self.first, self.second):
+            total[rows] *= online.factor
 
     def normalise(self, denominator: Tensor, mass: Tensor) -> None:
         """Mean and variance are per unit of mass already."""
 
     def results(self) -> dict[str, Tensor]:
-        return {"distance": self.mean, "distance_var": self.spread / self.mass}
+        mean = self.first / self.mass
+        return {"distance": mean, "distance_var": self.second / self.mass - mean * mean}
+
+
+def _bands(width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices [key, 3 · band] and [3 · band, 3] that give mass, Σ p·j and Σ p·j² of a tile in two steps."""
+    j = torch.arange(width, device=like.device)
+    band = j // _BAND
+    n = int(band[-1]) + 1
+    place = (j - band * _BAND - _BAND // 2).double()
+    member = torch.nn.functional.one_hot(band, n).double()
+    moments = torch.cat([member * (place**power)[:, None] for power in range(3)], dim=1)
+    middle = torch.arange(n, device=like.device).double() * _BAND + _BAND // 2
+    one, nothing = torch.ones_like(middle), torch.zeros_like(middle)
+    joined = torch.cat(
+        [
+            torch.stack((one, middle, middle**2), dim=1),
+            torch.stack((nothing, one, 2 * middle), dim=1),
+            torch.stack((nothing, nothing, one), dim=1),
+        ]
+    )
+    return moments.to(like.dtype), joined
 
 
 class WeightAt(RowSum):

@@ -1,4 +1,4 @@
-"""Checks of queries, keys and values before a kernel runs: every complaint names the tensor and what is wrong with it."""
+"""Checks of queries, keys and values before a kernel runs: every complaint names the tensor and what is wrong."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class MagnitudePattern(Pattern):
         return torch.where(size > 0, signed / size, torch.nan)
 
     @property
-    def seen(self) -> MaskSummary:  # type: ignore[override]
+    def seen(self) -> MaskSummary:
         """The base's counts; once the row sums are known, a row without weight counts as one that sees no key."""
         seen = self.base.seen
         if not self.denominators_known:

@@ -16,6 +16,7 @@ from torch import Tensor
 from workbench.errors import CaptureError
 from workbench.kernels import streaming
 from workbench.kernels.accumulators import Space
+from workbench.kernels.checks import check_finite
 from workbench.kernels.masks import Mask, MaskSummary
 from workbench.kernels.plan import Pass
 from workbench.kernels.statistics import Options
@@ -113,7 +114,8 @@ class Pattern(ABC):
         return True
 
     def found_denominators(self, denominators: Tensor, signed: Tensor) -> None:
-        """Takes what a pass has found, [batch, head, query]: the lse of scores, or Σ |A| and Σ A."""
+        """Take what a pass has found, [batch, head, query]: the lse of scores, or Σ |A| and Σ A."""
+        raise CaptureError(f"{type(self).__name__} is normalised as it is")
 
     def fused_pass(self, each: Pass, options: Options) -> dict[str, Tensor] | None:
         """The raw sums of one pass from a kernel that is faster than plain torch; None if there is none."""
@@ -130,7 +132,10 @@ class Pattern(ABC):
         return False
 
     def check(self) -> None:
-        """Raise a CaptureError if the pattern's tensors hold NaN or inf."""
+        """Raise a CaptureError that names the first NaN or inf among the pattern's tensors."""
+        for name, tensor in self.parts()[1].items():
+            if name in ("q", "k", "weights"):
+                check_finite(name, tensor)
 
     @property
     def lse(self) -> Tensor:
@@ -171,7 +176,7 @@ class Pattern(ABC):
 
     def space(self) -> Space:
         """Sizes and mask counts, for the accumulators."""
-        return Space(*self.shape, self.mask.offset, self.device, self.dtype, self.seen)
+        return Space(*self.shape, self.mask.offset, self.device, self.dtype, self.seen, self.mask.causal)
 
     def rows(self, queries: int | slice | Sequence[int], heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, len(queries), key]: whole rows, for one query, a slice or a list."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from workbench.errors import CaptureError
 from workbench.kernels import native, streaming
 from workbench.kernels.accumulators import LOG_FLOOR
-from workbench.kernels.checks import check_finite
 from workbench.kernels.masks import Mask, hidden_below
 from workbench.kernels.patterns import Maker, Pattern, RawMaker
 from workbench.kernels.plan import Pass
@@ -121,14 +120,9 @@ class SoftmaxPattern(Pattern):
         """Yes."""
         return True
 
-    def check(self) -> None:
-        """Raise a CaptureError that names the first NaN or inf among queries and keys."""
-        check_finite("q", self.q)
-        check_finite("k", self.k)
-
     @property
     def engine(self) -> str:
-        """"native" (C++, on the CPU in float32) where it can, else "torch"."""
+        """ "native" (C++, on the CPU in float32) where it can, else "torch"."""
         return "torch" if native.unsupported(self) else "native"
 
     def fused_pass(self, each: Pass, options: Options) -> dict[str, Tensor] | None:
@@ -144,7 +138,12 @@ class SoftmaxPattern(Pattern):
     @property
     def _may_have_dead_rows(self) -> bool:
         mask = self.mask
-        return mask.tensor is not None or mask.layout is not None or mask.window is not None or (mask.causal and mask.offset < 0)
+        return (
+            mask.tensor is not None
+            or mask.layout is not None
+            or mask.window is not None
+            or (mask.causal and mask.offset < 0)
+        )
 
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, q, k] of the pattern, in a fresh tensor."""

@@ -31,7 +31,8 @@ def statistics(pattern: Pattern, names: Sequence[str], options: Options | None =
         name -> tensor, shaped as `statistics.STATISTICS` says, in float32 (float64 for float64 patterns).
 
     Raises:
-        CaptureError: unknown name, NaN in the pattern's tensors, or what a statistic needs (token ids, values) is missing.
+        CaptureError: unknown name, NaN or inf in the pattern's tensors, or what a statistic needs (token ids, values)
+            is missing.
     """
     options = options or Options()
     names = check_names(names)
@@ -78,7 +79,7 @@ def _pass(pattern: Pattern, each: Pass, options: Options) -> dict[str, Tensor]:
 
 
 def find_denominators(pattern: Pattern, collectors: Sequence[Accumulator] = ()) -> None:
-    """Collect row statistics on a running scale, find the denominators, and divide by them (section 15.2's formulas)."""
+    """One pass that collects row statistics on a running scale, finds the denominators, and divides by them."""
     space = pattern.space()
     lead = space.per_query(_NOTHING_YET) if pattern.sinks is None else space.per_query() + pattern.sinks[None, :, None]
     mass, signed = space.per_query(dtype=torch.float64), space.per_query(dtype=torch.float64)

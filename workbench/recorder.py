@@ -15,6 +15,7 @@ from workbench.errors import CaptureError
 from workbench.hooks.sites import Site, Sites, add_site, with_sizes
 from workbench.hooks.tap import AttentionCall
 from workbench.inputs import check_inputs, token_ids
+from workbench.kernels.checks import check_finite
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED
 from workbench.site_capture import Forward, SiteCapture
@@ -83,7 +84,10 @@ def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
 
 @dataclass
 class Recorder:
-    """Collects the forwards of one capture; its methods are the observer's callbacks."""
+    """Collects the forwards of one capture; its methods are the observer's callbacks.
+
+    `engines` names what streamed the statistics: "torch", "native" (C++), "triton".
+    """
 
     model: nn.Module
     sites: Sites
@@ -91,6 +95,7 @@ class Recorder:
     decode: Callable[[Tensor], list[list[str]]] | None = None
     forwards: list[Forward] = field(default_factory=list)
     nbytes: int = 0
+    engines: set[str] = field(default_factory=set)
     _running: dict[int, Forward] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -149,11 +154,14 @@ class Recorder:
         names = [name for name in settings.statistics if not (cross and _positional(name))]
         tokens = forward.ids_of(site, "query") if settings.tokens is None else settings.tokens
         try:
+            check_finite("v", call.v)
             statistics = pattern.statistics(
                 names, tokens=tokens, sink_keys=settings.sink_keys, n_top=settings.n_top, block=settings.block
             )
         except CaptureError as error:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
+        if names:
+            self.engines.add(pattern.engine)
         z = dense = None
         if settings.z:
             output = call.output if call.finish is None else pattern.apply(call.v)

@@ -163,6 +163,7 @@ class Workbench:
             self._capturing = False
             self.sites = recorder.sites
             capture.model_sites = self.sites
+            provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
         self._check_fired(capture, settings)
 
     def _check_fired(self, capture: Capture, settings: Settings) -> None:

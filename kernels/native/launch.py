@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from enum import IntFlag
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,39 @@ from workbench.kernels.statistics import Options
 if TYPE_CHECKING:
     from workbench.kernels.softmax import SoftmaxPattern
 
-_FLAGS = {"entropy": 2, "effective_keys": 4, "peak": 8, "peak_key": 8, "distance": 16, "distance_var": 16,
-          "induction": 128, "received": 256, "received_mean": 256, "top_keys": 512, "pooled_mean": 1024,
-          "pooled_max": 1024}  # fmt: skip
-_ONLINE, _TARGETS, _MEMBER, _POOLED = 1, 32, 64, 1024
+
+class _Flag(IntFlag):
+    """What the library collects; the same numbers as in its source."""
+
+    ONLINE = 1
+    ENTROPY = 2
+    SQUARES = 4
+    PEAK = 8
+    DISTANCE = 16
+    TARGETS = 32
+    MEMBER = 64
+    INDUCTION = 128
+    RECEIVED = 256
+    TOP = 512
+    POOLED = 1024
+
+
+_FLAGS = {
+    "entropy": _Flag.ENTROPY,
+    "effective_keys": _Flag.SQUARES,
+    "peak": _Flag.PEAK,
+    "peak_key": _Flag.PEAK,
+    "distance": _Flag.DISTANCE,
+    "distance_var": _Flag.DISTANCE,
+    "induction": _Flag.INDUCTION,
+    "received": _Flag.RECEIVED,
+    "received_mean": _Flag.RECEIVED,
+    "top_keys": _Flag.TOP,
+    "pooled_mean": _Flag.POOLED,
+    "pooled_max": _Flag.POOLED,
+}
 _TARGET = ("sink", "current", "previous")
-_BUSY = 1 << 36  # multiplications in one call of the library, so that an interrupt need not wait long
+_AT_ONCE = 1 << 36  # products in one call of the library, a few seconds: only between calls can it be interrupted
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _FIELDS: list[tuple[str, type]] = [
@@ -36,7 +64,7 @@ _FIELDS: list[tuple[str, type]] = [
     ("bias_hidden", _F), ("key_bias", _P),
     ("n_layouts", _I), ("run_of", _P), ("run_start", _P), ("run_stop", _P), ("run_word", _P), ("words", _P),
     ("flags", _I), ("n_targets", _I), ("targets", _P), ("member", _P), ("tokens", _P),
-    ("n_top", _I), ("pool", _I), ("threads", _I), ("segments", _I),
+    ("n_top", _I), ("pool", _I), ("threads", _I), ("segments", _I), ("first_task", _I), ("last_task", _I),
     *((name, _P) for name in ("lse_out", "entropy", "squares", "peak", "peak_key", "distance", "distance_var",
                               "at_target", "on_member", "induction", "received", "top_weight", "top_key",
                               "pool_sum", "pool_max")),
@@ -99,7 +127,7 @@ class _Call:
         job.causal, job.offset, job.window = mask.causal, mask.offset, mask.window or 0
         job.threads = torch.get_num_threads()
         groups = pattern.n_batch * pattern.n_heads
-        job.segments = max(1, min(-(-3 * job.threads // groups), -(-pattern.n_queries // 64)))
+        job.segments = max(1, min(-(-3 * job.threads // max(1, groups)), -(-pattern.n_queries // 64)))
         for name, tensor in (("q", pattern.q), ("k", pattern.k)):
             tensor = tensor.float()
             tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -113,7 +141,7 @@ class _Call:
         if pattern.key_bias is not None:
             self._input("key_bias", pattern.key_bias.float().expand(*pattern.shape[:2], -1).contiguous())
         self._mask()
-        self._flags(groups)
+        self._flags()
 
     def _input(self, name: str, tensor: Tensor) -> None:
         self.inputs.append(tensor)
@@ -132,28 +160,28 @@ class _Call:
             for name in ("run_of", "run_start", "run_stop", "run_word", "words"):
                 self._input(name, getattr(runs, name))
 
-    def _flags(self, groups: int) -> None:
+    def _flags(self) -> None:
         pattern, options, job = self.pattern, self.options, self.job
-        flags = 0
+        flags = _Flag(0)
         for name in self.names:
-            flags |= _FLAGS.get(name, 0)
+            flags |= _FLAGS.get(name, _Flag(0))
         self.targets = [name for name in _TARGET if name in self.names]
         if options.sink_keys is not None and "sink" in self.targets:
             self.targets.remove("sink")
             member = torch.zeros(pattern.n_keys)
             member[options.sinks(pattern.n_keys)] = 1
             self._input("member", member)
-            flags |= _MEMBER
+            flags |= _Flag.MEMBER
         if self.targets:
-            flags |= _TARGETS
+            flags |= _Flag.TARGETS
             self._input("targets", self._target_keys())
         if "induction" in self.names:
             ids = options.ids(pattern.n_batch, pattern.n_queries, pattern.n_keys)
             self._input("tokens", torch.unique(ids, return_inverse=True)[1].int().contiguous())
         job.n_targets = len(self.targets)
         job.n_top, job.pool = min(options.n_top, pattern.n_keys), options.block
-        job.flags = flags | (_ONLINE if self.lse is None else 0)
-        self._outputs(flags, groups)
+        job.flags = flags | (_Flag.ONLINE if self.lse is None else 0)
+        self._outputs(flags)
 
     def _target_keys(self) -> Tensor:
         """[target, batch, head, query] int32: the key whose weight is asked for; negative for none."""
@@ -163,36 +191,47 @@ class _Call:
         keys = [pattern.seen.first_key if name == "sink" else of[name] for name in self.targets]
         return torch.stack([key.expand(pattern.shape[:3]) for key in keys]).int().contiguous()
 
-    def _outputs(self, flags: int, groups: int) -> None:
-        b, h, n_q, n_k = self.pattern.shape
+    def _outputs(self, flags: _Flag) -> None:
         job, block = self.job, self.options.block
-        rows = {2: ("entropy",), 4: ("squares",), 8: ("peak",), 16: ("distance", "distance_var"), _MEMBER: ("on_member",),
-                128: ("induction",)}  # fmt: skip
-        shapes: dict[str, tuple[int, ...]] = {} if self.lse is not None else {"lse_out": (b, h, n_q)}
-        shapes |= {name: (b, h, n_q) for bit, several in rows.items() if flags & bit for name in several}
-        if flags & _TARGETS:
-            shapes["at_target"] = (len(self.targets), b, h, n_q)
-        if flags & 512:
-            shapes["top_weight"] = (b, h, n_q, job.n_top)
-        if flags & _POOLED:
-            shapes |= dict.fromkeys(("pool_sum", "pool_max"), (b, h, -(-n_q // block), -(-n_k // block)))
-        made = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        if flags & 8:
-            made["peak_key"] = torch.zeros(b, h, n_q, dtype=torch.int32)
-        if flags & 512:
-            made["top_key"] = torch.zeros(b, h, n_q, job.n_top, dtype=torch.int32)
-        if flags & 256:
+        b, h, n_q, n_k = self.pattern.shape
+        row, top = (b, h, n_q), (b, h, n_q, job.n_top)
+        blocks = (b, h, -(-n_q // block), -(-n_k // block))
+        made = {} if self.lse is not None else {"lse_out": torch.zeros(row)}
+        for flag, name in (
+            (_Flag.ENTROPY, "entropy"),
+            (_Flag.SQUARES, "squares"),
+            (_Flag.PEAK, "peak"),
+            (_Flag.DISTANCE, "distance"),
+            (_Flag.DISTANCE, "distance_var"),
+            (_Flag.MEMBER, "on_member"),
+            (_Flag.INDUCTION, "induction"),
+        ):
+            if flags & flag:
+                made[name] = torch.zeros(row)
+        if flags & _Flag.PEAK:
+            made["peak_key"] = torch.zeros(row, dtype=torch.int32)
+        if flags & _Flag.TARGETS:
+            made["at_target"] = torch.zeros(len(self.targets), *row)
+        if flags & _Flag.TOP:
+            made |= {"top_weight": torch.zeros(top), "top_key": torch.zeros(top, dtype=torch.int32)}
+        if flags & _Flag.RECEIVED:
             made["received"] = torch.zeros(job.segments, b, h, n_k, dtype=torch.float64)
+        if flags & _Flag.POOLED:
+            made |= {"pool_sum": torch.zeros(blocks), "pool_max": torch.zeros(blocks)}
         self.outputs = made
         for name, tensor in made.items():
             setattr(job, name, tensor.data_ptr())
 
     def run(self, lib: ctypes.CDLL) -> None:
-        """Run the library."""
-        if self.pattern.n_batch * self.pattern.n_heads * self.pattern.n_queries == 0:
-            return
-        if lib.workbench_statistics(ctypes.byref(self.job), _gomp_parallel()):
-            raise MemoryError("the statistics ran out of memory")
+        """Run the library, a few seconds at a time."""
+        job = self.job
+        tasks = job.batch * job.heads * job.segments
+        work = job.n_queries * job.n_keys * job.d // job.segments
+        step = max(job.threads, _AT_ONCE // max(1, work) // job.threads * job.threads)
+        for first in range(0, tasks if job.n_queries else 0, step):
+            job.first_task, job.last_task = first, min(first + step, tasks)
+            if lib.workbench_statistics(ctypes.byref(job), _gomp_parallel()):
+                raise MemoryError("the statistics ran out of memory")
 
     def results(self) -> dict[str, Tensor]:
         """The statistics by name."""
@@ -232,7 +271,7 @@ def _strip() -> int:
 
 @cache
 def _gomp_parallel() -> ctypes.c_void_p:
-    """torch's own pool of threads: a second one would fight with it for the cores while it spins. None if not libgomp."""
+    """The pool of threads that torch uses, null if it is not libgomp's; a second pool would fight it for the cores."""
     try:
         return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""A block-sparse layout as the C++ library wants it: per strip of queries the runs of keys, and a word of bits per key."""
+"""A block-sparse layout as the C++ library wants it: per strip of queries, runs of keys with a word of bits per key."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from workbench.kernels.masks import Mask
 
 @dataclass(frozen=True)
 class Runs:
-    """Attributes:
-    run_of: [layout, strip + 1] int64: where the runs of a strip begin.
-    run_start, run_stop: [run] int32 keys.
-    run_word: [run] int64: where its words begin; -1 if every query of the strip sees all of it.
-    words: [...] int64: bit l of a key's word says whether query l of the strip sees it.
+    """The runs of all strips.
+
+    Attributes:
+        run_of: [layout, strip + 1] int64: where the runs of a strip begin.
+        run_start, run_stop: [run] int32 keys.
+        run_word: [run] int64: where its words begin; -1 if every query of the strip sees all of it.
+        words: [...] int64: bit l of a key's word says whether query l of the strip sees it.
     """
 
     run_of: Tensor
@@ -31,7 +33,12 @@ class Runs:
         layout = mask.layout
         assert layout is not None
         bits = torch.ones(strip, dtype=torch.int64) << torch.arange(strip)
-        of, starts, stops, at, words, n_words = [], [], [], [], [], 0
+        of: list[list[int]] = []
+        starts: list[int] = []
+        stops: list[int] = []
+        at: list[int] = []
+        words: list[Tensor] = []
+        n_words = 0
         for which in range(layout.n_layouts):
             blocks = layout.blocks()[which]
             row = [len(starts)]
@@ -61,6 +68,8 @@ class Runs:
 
 def _stretches(visited: Tensor, block: int, n_keys: int) -> list[tuple[int, int]]:
     """Stretches of keys that neighbouring visited blocks make: [(start, stop)]."""
-    edges = torch.diff(visited.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32))
+    edges = torch.diff(
+        visited.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32)
+    )
     starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
     return [(a * block, min(z * block, n_keys)) for a, z in zip(starts.tolist(), stops.tolist(), strict=True)]

@@ -63,6 +63,7 @@ struct Job {
     const int32_t *tokens;                     // [batch, key]
     int64_t n_top, pool;
     int64_t threads, segments;
+    int64_t first_task, last_task;             // which (segment, batch, head) this call sees to
     // results; [batch, head, query] unless said otherwise
     float *lse_out, *entropy, *squares, *peak;
     int32_t *peak_key;
@@ -638,17 +639,17 @@ class Worker {
 
 struct Shared {
     const Job *job;
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next;
     std::atomic<int> failed{0};
 };
 
 static void work(void *data) {
     auto *shared = static_cast<Shared *>(data);
     const Job &job = *shared->job;
-    const int64_t groups = job.batch * job.heads, tasks = groups * job.segments;
+    const int64_t groups = job.batch * job.heads;
     try {
         Worker *worker = new (std::align_val_t(64)) Worker(job);
-        for (int64_t t; (t = shared->next.fetch_add(1)) < tasks;) {
+        for (int64_t t; (t = shared->next.fetch_add(1)) < job.last_task;) {
             const int64_t g = t % groups, s = job.segments - 1 - t / groups;  // later queries see more: they go first
             worker->segment(g / job.heads, g % job.heads, s);
         }
@@ -669,8 +670,8 @@ int64_t workbench_job_bytes() { return sizeof(Job); }
 int workbench_statistics(const Job *job, Parallel parallel) {
     Shared shared;
     shared.job = job;
-    const int64_t tasks = job->batch * job->heads * job->segments;
-    const int64_t threads = std::max<int64_t>(1, std::min(job->threads, tasks));
+    shared.next = job->first_task;
+    const int64_t threads = std::max<int64_t>(1, std::min(job->threads, job->last_task - job->first_task));
     if (threads == 1) {
         work(&shared);
     } else if (parallel) {
