@@ -17,8 +17,8 @@ _SUMMED = ("current", "previous", "induction")
 def merge_rows(shards: Sequence[dict[str, Tensor]], starts: Sequence[int]) -> dict[str, Tensor]:
     """Row statistics over all keys from those over shards of them; exact, whatever the split.
 
-    A shard that holds keys from position s on is streamed as a pattern of its own with `Mask(offset=offset - s)`. Column
-    statistics need no merging: stream each shard with `lse=` the merged one, and join them along the keys.
+    A shard that holds keys from position s on is streamed as a pattern of its own with `Mask(offset=offset - s)`.
+    Column statistics need no merging: stream each shard with `lse=` the merged one, and join them along the keys.
 
     Args:
         shards: per shard, the same row statistics, `lse` among them. `sink` is that of the first visible key.
