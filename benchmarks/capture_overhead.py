@@ -4,7 +4,7 @@ A random model of GPT-2 small's shape (12 layers, 12 heads of 64) on one sequenc
 runs in a process of its own, so that its peak memory is its own; the arms are interleaved, in turning order. Only
 ratios mean anything. Time and memory are measured in separate processes: for memory, glibc is told to give every block
 of a megabyte or more back at once, since otherwise the peaks depend on how the heap happens to be cut up.
-Writes docs/benchmarks.md, or the part of it that was measured.
+Writes its section of docs/benchmarks.md, or the part of it that was measured.
 
     python benchmarks/capture_overhead.py [--part time|memory] [--lengths 256 512 1024 2048] [--rounds 5]
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import resource
 import statistics
@@ -23,9 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
+
+from shared.measuring import machine, section, table, write_section
 
 ARMS = {
     "plain": "forward on SDPA",
@@ -35,7 +34,7 @@ ARMS = {
     "lens": "TransformerLens run_with_cache, patterns only",
 }
 ALL = ("entropy", "received", "peak", "effective_keys", "distance", "distance_var", "sink", "current", "previous")
-DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+HEADING = "What a capture costs"
 
 
 def run_arm(arm: str, length: int) -> dict[str, float]:
@@ -124,7 +123,7 @@ def measure(part: str, lengths: list[int], rounds: int) -> dict[int, dict[str, f
     return found
 
 
-def section(part: str, found: dict[int, dict[str, float]], rounds: int) -> str:
+def part_text(part: str, found: dict[int, dict[str, float]], rounds: int) -> str:
     """The text and table of one part."""
     rows = []
     for length, value in found.items():
@@ -138,48 +137,28 @@ def section(part: str, found: dict[int, dict[str, float]], rounds: int) -> str:
         "memory": "Peak memory of the process above that of the plain forward, over the same for `eager`; with "
         "`MALLOC_MMAP_THRESHOLD_=1048576`,\nsince with glibc's default the peaks depend on how the heap is cut up:",
     }[part]
-    machine = f"Median of {rounds} processes per arm, interleaved in both orders. {_machine()}"
-    return f"### {part.capitalize()}\n\n{text}\n\n{_table(['N', *ARMS], rows)}\n\n{machine}\n"
+    about = machine("torch", "transformers", "transformer-lens")
+    by_whom = f"Median of {rounds} processes per arm, interleaved in both orders. {about}"
+    return f"### {part.capitalize()}\n\n{text}\n\n{table(['N', *ARMS], rows)}\n\n{by_whom}\n"
 
 
-def document(sections: dict[str, str]) -> str:
-    """docs/benchmarks.md with these sections; those that were not measured now stay as they are."""
-    old = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+def whole_text(parts: dict[str, str]) -> str:
+    """The section with these parts; those that were not measured now stay as they are."""
+    old = section(HEADING)
     for part in ("time", "memory"):
         kept = re.search(rf"### {part.capitalize()}\n.*?(?=\n### |\Z)", old, re.DOTALL)
-        if part not in sections and kept:
-            sections[part] = kept.group().rstrip() + "\n"
+        if part not in parts and kept:
+            parts[part] = kept.group().rstrip() + "\n"
     meaning = "\n".join(f"- `{arm}`: {text}" for arm, text in ARMS.items())
-    parts = "\n".join(sections[part] for part in ("time", "memory") if part in sections)
-    return f"""# Benchmarks
-
-Every figure here is a ratio from a run of a script in `benchmarks/` that anyone can repeat; `make bench` runs them all.
-No GPU was used.
-
-## What a capture costs
-
-`python benchmarks/capture_overhead.py`: a random model of GPT-2 small's shape (12 layers, 12 heads of 64, float32) on
-one sequence of N tokens.
+    joined = "\n".join(parts[part] for part in ("time", "memory") if part in parts)
+    return f"""`python benchmarks/capture_overhead.py`: a random model of GPT-2 small's shape (12 layers, 12 heads of 64,
+float32) on one sequence of N tokens.
 
 {meaning}
 
 `eager` and `lens` keep every pattern whole; ours keeps queries and keys, from which any part of a pattern can be had.
 
-{parts}"""
-
-
-def _machine() -> str:
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "transformer-lens"))
-    return f"{platform.machine()}, {_cores()} CPU cores, {packages}."
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---:"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+{joined}"""
 
 
 def main() -> None:
@@ -195,10 +174,9 @@ def main() -> None:
         return
     parts = [options.part] if options.part else ["time", "memory"]
     measured = {part: measure(part, options.lengths, options.rounds) for part in parts}
-    text = document({part: section(part, found, options.rounds) for part, found in measured.items()})
-    DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text(text, encoding="utf-8")
-    print(text)
+    write_section(
+        HEADING, whole_text({part: part_text(part, found, options.rounds) for part, found in measured.items()})
+    )
 
 
 if __name__ == "__main__":
