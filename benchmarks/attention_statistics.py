@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from shared.measuring import interleaved, machine, say, table, write_section
@@ -119,16 +119,21 @@ def memory(n: int) -> float:
 
 
 def measure_memory(n: int) -> float:
-    """In a process that has loaded everything already: peak after, less what was held before and what was given."""
-    unit = 1 if sys.platform == "darwin" else 1024
+    """In a process that has loaded everything already: the peak, less what was held before and what was given."""
     small = SoftmaxPattern(torch.randn(1, 12, 128, 64), torch.randn(1, 12, 128, 64), causal(128))
     small.statistics(ALL)
     q, k = torch.randn(1, 12, n, 64), torch.randn(1, 12, n, 64)
     pattern = SoftmaxPattern(q, k, causal(n), lse=torch.full((1, 12, n), 11.0))  # any number costs the same
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    before = _status("VmRSS")
     got = pattern.statistics(ALL)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return (after - before - sum(t.nbytes for t in got.values())) / 2**20
+    return (_status("VmHWM") - before - sum(t.nbytes for t in got.values())) / 2**20
+
+
+def _status(name: str) -> int:
+    """Bytes by this name in Linux' account of the process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def main() -> None:
@@ -149,17 +154,18 @@ def main() -> None:
         rows.append([str(n), *(f"{seconds[a] / seconds['sdpa']:.2f}" if a in seconds else "–" for a in ARMS)])
         say(" ".join(rows[-1]))
     meaning = "\n".join(f"- `{arm}`: {text}" for arm, text in ARMS.items())
-    extra = memory(options.memory)
+    extra = f"{memory(options.memory):.0f} MiB" if sys.platform == "linux" else "measured on Linux only"
     write_section(
         HEADING,
-        f"""`python benchmarks/attention_statistics.py`: one causal call of 12 heads of 64, float32; time over SDPA's forward.
+        f"""`python benchmarks/attention_statistics.py`: one causal call of 12 heads of 64, float32; time over that of
+SDPA's forward.
 
 {meaning}
 
 {table(["N", *ARMS], rows)}
 
 Median of {options.rounds}, interleaved in both orders. {machine("torch")} Patterns longer than {EAGER_LIMIT} were not
-written out. Memory above inputs and outputs for `all` at N = {options.memory} and 12 heads: {extra:.0f} MiB.""",
+written out. Memory above inputs and outputs for `all` at N = {options.memory} and 12 heads: {extra}.""",
     )
 
 

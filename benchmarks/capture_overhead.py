@@ -151,8 +151,8 @@ def whole_text(parts: dict[str, str]) -> str:
             parts[part] = kept.group().rstrip() + "\n"
     meaning = "\n".join(f"- `{arm}`: {text}" for arm, text in ARMS.items())
     joined = "\n".join(parts[part] for part in ("time", "memory") if part in parts)
-    return f"""`python benchmarks/capture_overhead.py`: a random model of GPT-2 small's shape (12 layers, 12 heads of 64,
-float32) on one sequence of N tokens.
+    return f"""`python benchmarks/capture_overhead.py`: a random model of GPT-2 small's shape (12 layers, 12 heads of
+64, float32) on one sequence of N tokens.
 
 {meaning}
 
