@@ -15,10 +15,13 @@ class Layout(ABC):
         block: edge of its square blocks, in tokens.
         n_layouts: number of different layouts among the heads; 1 if all heads share one. Query heads are split evenly
             among them, neighbours together, as grouped-query attention splits them among kv heads.
+        exact: whether a block in which something is visible is visible as a whole, but for what the mask's own causal
+            rule and window hide.
     """
 
     block: int
     n_layouts: int = 1
+    exact: bool = False
 
     @abstractmethod
     def blocks(self) -> Tensor:

@@ -159,6 +159,8 @@ class Mask:
         """Counts per query and per key: from the rules alone where there is no tensor, else in blocks of rows."""
         if self.tensor is None and self.layout is None:
             return self._summary_of_rules(device)
+        if self.tensor is None and self.window is None and self.layout is not None and self.layout.exact:
+            return self._summary_of_blocks(device)
         b, h = (1, 1) if self.tensor is None else self.tensor.shape[:2]
         if self.layout is not None and self.layout.n_layouts > 1:
             h = self.n_heads
@@ -179,6 +181,27 @@ class Mask:
             first[..., rows] = seen.to(torch.uint8).argmax(-1)
             per_key += seen.sum(-2) * ((rows.stop - rows.start) // seen.shape[2])
         return MaskSummary(per_query, per_key, first)
+
+    def _summary_of_blocks(self, device: torch.device) -> MaskSummary:
+        """Counts from the blocks of an exact layout: how much of each block its queries, or keys, have in common."""
+        size, blocks = self._block, self._blocks
+        i = torch.arange(self.n_queries) + self.offset
+        j = torch.arange(self.n_keys)
+        key_start, row_start = (torch.arange(n) * size for n in (blocks.shape[2], blocks.shape[1]))
+        key_stop = (key_start + size).clamp(max=self.n_keys)
+        row_stop = (row_start + size).clamp(max=self.n_queries)
+        last = i + 1 if self.causal else torch.full_like(i, self.n_keys)
+        of_query = (torch.minimum(key_stop, last[:, None]) - key_start).clamp(min=0)  # [query, key block] in common
+        first = j - self.offset if self.causal else torch.zeros_like(j)
+        of_key = (row_stop[:, None] - torch.maximum(row_start[:, None], first)).clamp(min=0)  # [query block, key]
+        found = []
+        for each in blocks:  # one at a time: together they would hold query x block x layout numbers
+            keys = of_query * each.repeat_interleave(size, dim=0)[: self.n_queries]
+            queries = of_key * each.repeat_interleave(size, dim=1)[:, : self.n_keys]
+            found.append((keys.sum(-1), queries.sum(-2), (keys > 0).to(torch.uint8).argmax(-1) * size))
+        repeat = 1 if len(blocks) == 1 else self.n_heads // len(blocks)
+        counts = (torch.stack(several) for several in zip(*found, strict=True))
+        return MaskSummary(*(t.repeat_interleave(repeat, dim=0)[None].to(device) for t in counts))
 
     def _summary_of_rules(self, device: torch.device) -> MaskSummary:
         i = torch.arange(self.n_queries, device=device) + self.offset

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.errors import CaptureError
+from workbench.kernels.layouts import Layout
 from workbench.kernels.masks import Mask, as_four, padding
 
 sizes = st.integers(1, 40)
@@ -57,3 +58,34 @@ def test_masks_that_do_not_fit() -> None:
         as_four(torch.ones(1, 1, 1, 1, 1))
     with pytest.raises(CaptureError, match="middle"):
         padding([1], 3, side="middle")
+
+
+class Checkers(Layout):
+    """Every other block, exact; with a causal mask, whole but for the diagonal."""
+
+    exact = True
+
+    def __init__(self, n_queries: int, n_keys: int, block: int, n_layouts: int) -> None:
+        self.n_queries, self.n_keys, self.block, self.n_layouts = n_queries, n_keys, block, n_layouts
+
+    def blocks(self):
+        i, j = torch.arange(-(-self.n_queries // self.block))[:, None], torch.arange(-(-self.n_keys // self.block))
+        return torch.stack([(i + j + shift) % 2 == 0 for shift in range(self.n_layouts)])
+
+    def visible(self, queries, keys, layouts):
+        i, j = (torch.arange(s.start, s.stop) // self.block for s in (queries, keys))
+        return self.blocks()[layouts][:, i][:, :, j]
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), [(1, 1), (63, 63), (100, 100), (40, 90)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n_layouts", [1, 2])
+def test_counts_of_an_exact_layout(n_q, n_k, causal, n_layouts):
+    mask = Mask(n_q, n_k, causal, n_k - n_q, layout=Checkers(n_q, n_k, 16, n_layouts), n_heads=4)
+    seen = mask.visible(slice(0, n_q), slice(0, n_k), slice(None), slice(0, 4))
+    seen = seen.expand(1, 4, n_q, n_k) if n_layouts > 1 else seen[None]
+    got = mask.summary(torch.device("cpu"))
+    assert torch.equal(got.keys_per_query, seen.sum(-1))
+    assert torch.equal(got.queries_per_key, seen.sum(-2))
+    alive = seen.any(-1)
+    assert torch.equal(got.first_key[alive], seen.to(torch.uint8).argmax(-1)[alive])
