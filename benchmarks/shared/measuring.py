@@ -33,12 +33,10 @@ def interleaved(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def growth(lengths: Sequence[int], seconds: Sequence[float]) -> float:
-    """Exponent of growth: the slope of log time over log length."""
-    x, y = [math.log(n) for n in lengths], [math.log(s) for s in seconds]
-    mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
-    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return above / sum((a - mean_x) ** 2 for a in x)
+def exponent(values: Mapping[int, float]) -> float:
+    """p of the best fit values ∝ N^p: the slope of the line through the logarithms."""
+    x, y = [math.log(n) for n in values], [math.log(v) for v in values.values()]
+    return statistics.linear_regression(x, y).slope if len(x) > 1 else math.nan
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
