@@ -206,7 +206,7 @@ def _mentions(function: FunctionType, cls: type, depth: int, seen: set[CodeType]
     codes = [function.__code__]
     for code in codes:  # grows: nested functions are constants of their parent
         codes.extend(c for c in code.co_consts if isinstance(c, CodeType))
-    names = {name for code in codes for name in code.co_names}
+    names = {name for code in codes for name in (*code.co_names, *code.co_freevars)}
     if names & _MARKS:
         return True
     if depth == 0:
