@@ -121,3 +121,15 @@ def test_every_marked_function_is_known_to_the_sites():
     functions = (s2_attention, lightning_attention, neighborhood_attention, scan_attention)
     assert {f.__name__ for f in functions} == set(FUNCTIONS)
     assert all(hasattr(f, "pattern_of") for f in functions)
+
+
+def test_what_a_layout_hides_from_a_head_is_not_a_small_weight():
+    from workbench.report.collect import collect
+
+    model, ids = kernel_model("s2")
+    with torch.no_grad(), workbench.attach(model).capture() as cap:
+        model(ids)
+    shown = collect(cap, 0, 0)[0].map
+    seen = cap["layers.0"].pattern.mask.visible(slice(0, 64), slice(0, 64), slice(0, 1), slice(0, 4))
+    assert not torch.equal(seen[0], seen[1])  # heads differ in what they see
+    assert torch.equal(torch.from_numpy(shown.coded > 0), seen)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from workbench.errors import ReportError, WorkbenchError
-from workbench.report.encode import Bytes, Floats, base64_size, packed_size, quantise
+from workbench.report.encode import Bools, Bytes, Floats, base64_size, packed_size, quantise
 
 if TYPE_CHECKING:
     from workbench.capture import Capture
@@ -178,7 +178,7 @@ def _site_map(pattern: Any, shape: tuple[int, int, int, int], batch: int, n_top:
             f"the weights run from {weights.min():.3g} to {weights.max():.3g}, and the page shows those from 0 to 1",
             hint="show a pattern whose rows are normalised and not signed",
         )
-    coded, error = quantise(np.nan_to_num(weights))
+    coded, error = quantise(np.nan_to_num(weights), _seen(pattern, weights, block))
     seen = np.flatnonzero(coded.any(axis=(0, 1)))
     first = int(seen[0]) if seen.size else 0
     if block == 1:
@@ -191,6 +191,16 @@ def _site_map(pattern: Any, shape: tuple[int, int, int, int], batch: int, n_top:
     else:
         top_keys, top_weights = np.zeros((heads, queries, 0), np.int64), np.zeros((heads, queries, 0), np.float32)
     return SiteMap(coded, block, error, first, sink, top_keys, top_weights, 2 if keys < 0xFFFF else 4)
+
+
+def _seen(pattern: Any, weights: Floats, block: int) -> Bools | None:
+    """What each head may see where heads have layouts of their own; None where all see the same."""
+    if pattern.mask.layout is None or pattern.mask.tensor is not None:
+        return None
+    if block > 1:
+        return np.asarray(weights > 0)
+    whole = slice(0, pattern.n_queries), slice(0, pattern.n_keys), slice(0, 1), slice(0, pattern.n_heads)
+    return np.asarray(pattern.mask.visible(*whole).cpu().numpy())
 
 
 def _dense(pattern: Any, shape: tuple[int, int, int, int], batch: int) -> Floats:

@@ -18,15 +18,19 @@ from numpy.typing import NDArray
 LEVELS = 254
 
 Bytes = NDArray[np.uint8]
+Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
 
 
-def quantise(weights: Floats) -> tuple[Bytes, float]:
+def quantise(weights: Floats, seen: Bools | None = None) -> tuple[Bytes, float]:
     """Bytes [head, row, column] of weights in [0, 1], and the largest absolute error that they make.
 
-    A cell to which no head gives any weight at all counts as one the query may not see.
+    Args:
+        seen: [head or 1, row, column], which cells the query may see; None where it is not known: then a cell to which
+            no head gives any weight at all counts as one that it may not.
     """
-    seen = (weights > 0).any(axis=0)
+    if seen is None:
+        seen = np.asarray((weights > 0).any(axis=0))
     levels = np.rint(np.sqrt(np.clip(weights, 0.0, 1.0)) * LEVELS).astype(np.uint8)
     coded = np.where(seen, levels + np.uint8(1), np.uint8(0)).astype(np.uint8)
     error = float(np.abs(dequantise(coded) - weights).max()) if weights.size else 0.0
