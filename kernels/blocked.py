@@ -240,20 +240,14 @@ def block_mask(layout: Layout, mask_mod: MaskMod, n_heads: int, n_queries: int, 
 
 
 def flex_attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    mask_mod: MaskMod,
-    scale: float | None = None,
-    compiled: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None = None, compiled: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """As `attend`, on FlexAttention with a `BlockMask` of the layout; for CUDA.
+    """As `attend`, on FlexAttention with a `block_mask` on the device of q; for CUDA.
 
     Args:
-        compiled: False for FlexAttention's eager mode, which builds the whole map: for tests.
+        compiled: False for FlexAttention's eager mode, which builds the whole map: for tests. On the CPU its compiled
+            mode does not give the log-sum-exp.
     """
-    mask = block_mask(layout, mask_mod, q.shape[1], q.shape[2], k.shape[2]).to(q.device)
     out: tuple[Tensor, Tensor] = _flex(compiled)(q, k, v, mask, scale, q.shape[1] != k.shape[1])
     return out
 

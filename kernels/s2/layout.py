@@ -1,0 +1,165 @@
+"""The S2 layout: each kv head sees some local blocks and every so many-th block before them, shifted head by head.
+
+S2-Attention, arXiv 2407.17678; the rules are those of its kernel library, DKernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.errors import CaptureError
+from workbench.kernels.blocked import MaskMod
+from workbench.kernels.layouts import Layout
+
+
+@dataclass(frozen=True)
+class S2Layout(Layout):
+    """Local blocks and verticals.
+
+    With I, J the block indices of query and key and h the kv head, a causal head sees block J <= I if I − J <
+    local_blocks or (J + h · head_step + head_offset) mod vert_stride = 0. A bidirectional head measures its verticals
+    from the edge of the local blocks: with l = max(0, I − J − left + 1) and r = max(0, J − I − right + 1), it sees
+    block J if (l + r) mod vert_stride = 0; heads are not shifted.
+
+    Attributes:
+        n_queries, n_keys: tokens; in the causal form, the queries are the last ones.
+        n_heads, n_kv_heads: query heads share the layout of their kv head.
+        block: tokens in a block, a power of two and at least 16.
+        local_blocks: local blocks with the query's own; (left, right) for the bidirectional form.
+        vert_stride: blocks from one vertical to the next; 1 is dense.
+        head_step: shift of the verticals from one kv head to the next; max(1, vert_stride // n_heads) if None.
+        head_offset: shift of the verticals of kv head 0.
+        n_dense_heads: so many kv heads, the last ones, see everything.
+        homogeneous: all kv heads have the verticals of kv head 0.
+        causal: the causal form.
+
+    Raises:
+        CaptureError: a number out of range; the message names it.
+
+    >>> S2Layout(64, 64, 2, 2, block=16, local_blocks=1, vert_stride=2).blocks().int().tolist()[1]
+    [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
+    """
+
+    n_queries: int
+    n_keys: int
+    n_heads: int
+    n_kv_heads: int
+    block: int = 64
+    local_blocks: int | tuple[int, int] = 4
+    vert_stride: int = 8
+    head_step: int | None = None
+    head_offset: int = 0
+    n_dense_heads: int = 0
+    homogeneous: bool = False
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block < 16 or self.block & (self.block - 1):
+            raise CaptureError(f"block={self.block} is not a power of two from 16 up", hint="64 is a good start")
+        if isinstance(self.local_blocks, Sequence):
+            object.__setattr__(self, "local_blocks", tuple(self.local_blocks))  # a list, when read from a file
+            if self.causal or len(self.local_blocks) != 2:
+                raise CaptureError(
+                    f"local_blocks={list(self.local_blocks)} is (left, right) of the bidirectional form",
+                    hint="pass one number, or causal=False",
+                )
+        if min(self.local_sides) < 1:
+            raise CaptureError(f"local_blocks={self.local_blocks} is below 1", hint="1 is the query's own block")
+        if self.vert_stride < 1:
+            raise CaptureError(f"vert_stride={self.vert_stride} is below 1", hint="1 is dense attention")
+        if self.head_step is not None and self.head_step < 0:
+            raise CaptureError(f"head_step={self.head_step} is negative", hint="homogeneous=True gives no shift")
+        if self.n_kv_heads < 1 or self.n_heads < 1 or self.n_heads % self.n_kv_heads:
+            raise CaptureError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if not 0 <= self.n_dense_heads <= self.n_kv_heads:
+            raise CaptureError(f"n_dense_heads={self.n_dense_heads} is not one of 0 to {self.n_kv_heads} kv heads")
+        if self.n_queries > self.n_keys or (not self.causal and self.n_queries != self.n_keys):
+            raise CaptureError(
+                f"{self.n_queries} queries do not fit {self.n_keys} keys",
+                hint="causal queries are the last keys, so that none sees nothing; bidirectional ones are all keys",
+            )
+
+    @property
+    def n_layouts(self) -> int:  # type: ignore[override]
+        """One for each kv head, or 1 where all are alike."""
+        alike = (self.homogeneous or not self.causal) and self.n_dense_heads in (0, self.n_kv_heads)
+        return 1 if alike else self.n_kv_heads
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        """Where the queries of a block lie in one absolute block."""
+        return self.offset % self.block == 0
+
+    @property
+    def offset(self) -> int:
+        """Absolute position of query row 0."""
+        return self.n_keys - self.n_queries
+
+    @property
+    def local_sides(self) -> tuple[int, int]:
+        """Local blocks to the left and to the right, each with the query's own."""
+        return self.local_blocks if isinstance(self.local_blocks, tuple) else (self.local_blocks,) * 2
+
+    @property
+    def step(self) -> int:
+        """The shift from head to head, resolved."""
+        if self.homogeneous:
+            return 0
+        return max(1, self.vert_stride // self.n_heads) if self.head_step is None else self.head_step
+
+    def facts(self) -> dict[str, Any]:
+        """What JSON needs to make the layout again."""
+        return asdict(self)
+
+    def sees(self, layouts: Tensor, query_blocks: Tensor, key_blocks: Tensor) -> Tensor:
+        """Bool, broadcast, for absolute block indices: the rule of the class without the causal edge inside a block."""
+        distance = query_blocks - key_blocks
+        left, right = self.local_sides
+        if self.causal:
+            vertical = (key_blocks + layouts * self.step + self.head_offset) % self.vert_stride == 0
+            found = (distance < left) | vertical
+        else:
+            beyond = (distance - left + 1).clamp(min=0) + (1 - distance - right).clamp(min=0)
+            found = beyond % self.vert_stride == 0
+        if self.n_dense_heads:
+            found = found | (layouts >= self.n_layouts - self.n_dense_heads)
+        return found & (distance >= 0) if self.causal else found
+
+    def absolute_blocks(self) -> Tensor:
+        """[layout, I, J] bool for the blocks that queries lie in; those of a chunk start at `offset // block`."""
+        rows = torch.arange(self.offset // self.block, -(-self.n_keys // self.block))
+        columns = torch.arange(-(-self.n_keys // self.block))
+        found = self.sees(torch.arange(self.n_layouts)[:, None, None], rows[:, None], columns)
+        return found.expand(self.n_layouts, -1, -1)  # heads that are not shifted leave their dimension out
+
+    def blocks(self) -> Tensor:
+        """[layout, query block, key block] bool; a query block of a chunk may lie across two absolute blocks."""
+        found = self.absolute_blocks()
+        start = torch.arange(0, self.n_queries, self.block)
+        last = (start + self.block).clamp(max=self.n_queries) - 1
+        before = self.offset // self.block
+        first, final = ((x + self.offset) // self.block - before for x in (start, last))
+        return found[:, first] | found[:, final]
+
+    def visible(self, queries: slice, keys: slice, layouts: Tensor) -> Tensor:
+        """[len(layouts), q, k] bool, with the causal edge."""
+        i = torch.arange(queries.start, queries.stop)[:, None] + self.offset
+        j = torch.arange(keys.start, keys.stop)
+        found = self.sees(layouts[:, None, None], i // self.block, j // self.block)
+        return (found & (i >= j) if self.causal else found).expand(len(layouts), -1, -1)
+
+    def mask_mod(self) -> MaskMod:
+        """The layout as a `mask_mod(b, h, q_idx, kv_idx)` of FlexAttention, with h a query head."""
+        shared = self.n_heads // self.n_layouts
+
+        def seen(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            i = q_idx + self.offset
+            found = self.sees(h // shared, i // self.block, kv_idx // self.block)
+            return found & (i >= kv_idx) if self.causal else found
+
+        return seen
