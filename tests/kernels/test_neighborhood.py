@@ -286,7 +286,7 @@ def test_hunyuan_video():
 
 
 def test_cosmos_and_flux():
-    # Cosmos: the latent of 16 x 44 x 80 gives the 56% of the paper. Steps in all, 35 and 28, are the models' defaults.
+    # The latent of 16 x 44 x 80 and the steps in all, 35 and 28, are inferred: they fit the published figures.
     cosmos = NeighborhoodLayout((16, 44, 80), (16, 32, 48), (1, 8, 16))
     assert 1 - 1 / flop_bound(cosmos) == pytest.approx(0.56, abs=0.005)
     assert end_to_end(flop_bound(cosmos), 0.587, 12, 35) == pytest.approx(1.28, abs=0.005)
