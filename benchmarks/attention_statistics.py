@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from workbench.kernels import native
 from workbench.kernels.masks import causal
 from workbench.kernels.softmax import SoftmaxPattern
+from workbench.kernels.statistics import Options
 
 HEADING = "What statistics cost"
 ROWS = ("entropy", "peak", "peak_key", "effective_keys", "distance", "distance_var", "sink", "current", "previous")
@@ -63,7 +64,7 @@ def arms(n: int) -> dict[str, object]:
         try:
             if engine == "torch":
                 native.unsupported = lambda pattern: "switched off"
-            if pattern.engine != engine:
+            if pattern.engine(names, Options()) != engine:
                 raise SystemExit(f"the {engine} engine is not there")
             return pattern.statistics(names)
         finally:

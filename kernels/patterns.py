@@ -121,9 +121,8 @@ class Pattern(ABC):
         """The raw sums of one pass from a kernel that is faster than plain torch; None if there is none."""
         return None
 
-    @property
-    def engine(self) -> str:
-        """What streams the statistics: "torch", "native" (C++) or "triton"."""
+    def engine(self, names: Sequence[str], options: Options) -> str:
+        """What streams these statistics in one pass: "torch", "native" (C++) or "triton"."""
         return "torch"
 
     @property

@@ -16,6 +16,7 @@ from workbench.kernels.masks import Mask, hidden_below
 from workbench.kernels.patterns import Maker, Pattern, RawMaker
 from workbench.kernels.plan import Pass
 from workbench.kernels.statistics import Options
+from workbench.kernels.triton import launch as triton
 
 _HIDDEN = -1e30  # finite, so that differences of scores are never NaN
 
@@ -120,17 +121,21 @@ class SoftmaxPattern(Pattern):
         """Yes."""
         return True
 
-    @property
-    def engine(self) -> str:
-        """ "native" (C++, on the CPU in float32) where it can, else "torch"."""
-        return "torch" if native.unsupported(self) else "native"
+    def engine(self, names: Sequence[str], options: Options) -> str:
+        """C++ on the CPU and Triton on a GPU, where they can; else torch."""
+        if native.unsupported(self) is None:
+            return "native"
+        if self.device.type != "cpu" and triton.refusal(self, names, options) is None:
+            return "triton"
+        return "torch"
 
     def fused_pass(self, each: Pass, options: Options) -> dict[str, Tensor] | None:
-        """One pass of the C++ library, where it can."""
-        if native.unsupported(self):
+        """One pass of the C++ library or of the Triton kernels, where they can."""
+        engine = self.engine(each.statistics, options)
+        if engine == "torch":
             return None
-        lse = None if each.finds_denominators else self._finite_lse
-        raw = native.statistics(self, each.statistics, options, lse)
+        kernel = native.statistics if engine == "native" else triton.raw
+        raw = kernel(self, each.statistics, options, None if each.finds_denominators else self._finite_lse)
         if each.finds_denominators:
             self._kernel_lse = raw.pop("lse")
         return raw

@@ -47,6 +47,16 @@ def statistics(pattern: Pattern, names: Sequence[str], options: Options | None =
     return {out: found[out] for name in names for out in output_names(name)}
 
 
+def engines(pattern: Pattern, names: Sequence[str], options: Options) -> set[str]:
+    """What streams these statistics: "torch", "native" (C++), "triton"."""
+    plan = passes(names)
+    found = {pattern.engine(each.statistics, options) for each in plan.passes}
+    if plan.weighted:
+        by_value = pattern.value_weighted()
+        found |= {by_value.engine(each.statistics, options) for each in plan.weighted}
+    return found
+
+
 def _stream(pattern: Pattern, names: list[str], options: Options) -> dict[str, Tensor]:
     """The passes of the plan, one after the other."""
     raw: dict[str, Tensor] = {}

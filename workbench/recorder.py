@@ -15,9 +15,10 @@ from workbench.errors import CaptureError
 from workbench.hooks.sites import Site, Sites, add_site, with_sizes
 from workbench.hooks.tap import AttentionCall
 from workbench.inputs import check_inputs, token_ids
+from workbench.kernels import streaming
 from workbench.kernels.checks import check_finite
 from workbench.kernels.patterns import DENSE_LIMIT
-from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED
+from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, Options
 from workbench.site_capture import Forward, SiteCapture
 
 _LARGE = 1 << 16  # bytes from which a kept tensor gets memory of its own
@@ -155,13 +156,11 @@ class Recorder:
         tokens = forward.ids_of(site, "query") if settings.tokens is None else settings.tokens
         try:
             check_finite("v", call.v)
-            statistics = pattern.statistics(
-                names, tokens=tokens, sink_keys=settings.sink_keys, n_top=settings.n_top, block=settings.block
-            )
+            options = Options(tokens, settings.sink_keys, settings.n_top, settings.block)
+            statistics = streaming.statistics(pattern, names, options)
+            self.engines |= streaming.engines(pattern, names, options)
         except CaptureError as error:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
-        if names:
-            self.engines.add(pattern.engine)
         z = dense = None
         if settings.z:
             output = call.output if call.finish is None else pattern.apply(call.v)

@@ -116,7 +116,7 @@ def test_every_statistic(engine, n_q, n_k, known):
     mask = causal(n_q, n_k)
     lse = truth(SoftmaxPattern(q, k, mask))[1] if known else None
     pattern = SoftmaxPattern(q, k, mask, lse=lse)
-    assert pattern.engine == engine
+    assert pattern.engine(["entropy"], Options()) == engine
     names = [*ROWS, *COLUMNS, "top_keys"]
     options = Options(tokens=torch.randint(0, 5, (2, n_k)), block=16, n_top=5)
     agree(pattern, names + (["induction"] if n_q == n_k else []), options)
@@ -286,7 +286,7 @@ def test_no_compiler_is_said_once_and_torch_takes_over(monkeypatch, caplog, tmp_
         q, k = random(20, 20)
         with caplog.at_level(logging.WARNING, "workbench"):
             pattern = SoftmaxPattern(q, k, causal(20))
-            assert pattern.engine == "torch"
+            assert pattern.engine(["entropy"], Options()) == "torch"
             agree(pattern, [*ROWS, *COLUMNS])
         assert len(caplog.records) == 1
         assert "plain torch takes over" in caplog.text
