@@ -1,0 +1,132 @@
+"""Row statistics and the attention output in one pass over the keys, with an online softmax."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from workbench.kernels.triton.parts import HIDDEN, LENGTHS, LOWEST, key_tiles, score_at, seen
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def rows_kernel(
+    q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, out_ptr: tl.tensor, stats_ptr: tl.tensor,
+    peak_key_ptr: tl.tensor, target_ptr: tl.tensor, at_ptr: tl.tensor, list_ptr: tl.tensor, count_ptr: tl.tensor,
+    word_ptr: tl.tensor, stride_qb: tl.tensor, stride_qh: tl.tensor, stride_qn: tl.tensor, stride_kb: tl.tensor,
+    stride_kh: tl.tensor, stride_kn: tl.tensor, stride_vb: tl.tensor, stride_vh: tl.tensor, stride_vn: tl.tensor,
+    n_queries: tl.tensor, n_keys: tl.tensor, offset: tl.tensor, window: tl.tensor, heads_per_kv: tl.tensor,
+    n_targets: tl.tensor, target_heads: tl.tensor, heads_per_layout: tl.tensor, layout_block: tl.tensor,
+    n_query_blocks: tl.tensor, n_key_tiles: tl.tensor, scale: tl.tensor, D: tl.constexpr, DV: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPARSE: tl.constexpr,
+    STATS: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+) -> None:  # fmt: skip
+    """One tile of BM queries of one head. See `launch` for the shapes.
+
+    Sums are taken relative to the running maximum m and rescaled when it moves. The entropy sums p·(s−m) rather than
+    p·s, which would cancel against the lse. Distances are taken from the distance of the row's heaviest key so far:
+    then Σp(d−r)² ≤ variance·(1 + 1/largest weight), and nothing is lost to rounding in far, narrow rows.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the last rows take longest: start with them
+    head, batch = tl.program_id(1), tl.program_id(2)
+    start = tile * BM
+    rows = start + tl.arange(0, BM)
+    columns = tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    here = (batch * tl.num_programs(1) + head).to(tl.int64)
+    q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    k_ptr += batch.to(tl.int64) * stride_kb + (head // heads_per_kv).to(tl.int64) * stride_kh
+    q = tl.load(q_ptr + rows.to(tl.int64)[:, None] * stride_qn + d[None, :],
+                mask=(rows < n_queries)[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+
+    if SPARSE:
+        layout = head // heads_per_layout
+        n_tiles = tl.num_programs(0)
+        first, last = 0, tl.load(count_ptr + layout * n_tiles + tile)
+        list_ptr += (layout * n_tiles + tile).to(tl.int64) * n_key_tiles
+        query_block = tl.minimum(rows // layout_block, n_query_blocks - 1)
+        word_row = word_ptr + (layout * n_query_blocks + query_block).to(tl.int64) * n_key_tiles
+        bit = columns // tl.minimum(layout_block, BN)
+    else:
+        first, last = key_tiles(start, n_queries, n_keys, offset, window, CAUSAL, WINDOW, BM, BN)
+
+    m = tl.full([BM], LOWEST, tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    if STATS:
+        log_sum = tl.zeros([BM], tl.float32)
+        squares = tl.zeros([BM], tl.float32)
+        away, away2 = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+        peak_key = tl.full([BM], -1, tl.int32)
+        near = tl.zeros([BM], tl.int32)
+    if OUT:
+        dv = tl.arange(0, BDV)
+        v_ptr += batch.to(tl.int64) * stride_vb + (head // heads_per_kv).to(tl.int64) * stride_vh
+        total = tl.zeros([BM, BDV], tl.float32)
+
+    for t in range(first, last):
+        key_tile = tl.load(list_ptr + t) if SPARSE else t
+        keys = key_tile * BN + columns
+        k = tl.load(k_ptr + tl.cast(key_tile * BN, tl.int64) * stride_kn + (columns[None, :] * stride_kn + d[:, None]),
+                    mask=(keys < n_keys)[None, :] & (d < D)[:, None], other=0.0)  # fmt: skip
+        s = tl.dot(q, k, input_precision=PRECISION) * scale
+        shown = seen(rows[:, None], keys[None, :], n_queries, n_keys, offset, window, CAUSAL, WINDOW)
+        if SPARSE:
+            word = tl.load(word_row + key_tile)
+            shown = shown & (((word[:, None] >> bit[None, :]) & 1) != 0)
+        s = tl.where(shown, s, HIDDEN)
+        if STATS:
+            top, at = tl.max(s, axis=1, return_indices=True)
+            peak_key = tl.where(top > m, key_tile * BN + at, peak_key)
+        else:
+            top = tl.max(s, axis=1)
+        higher = tl.maximum(m, top)
+        fade = tl.exp(m - higher)
+        s = s - higher[:, None]
+        p = tl.exp(s)
+        if STATS:
+            log_sum = fade * (log_sum + (m - higher) * mass) + tl.sum(p * s, axis=1)
+            squares = fade * fade * squares + tl.sum(p * p, axis=1)
+            nearer = tl.abs(rows + offset - peak_key)
+            step = (near - nearer).to(tl.float32)
+            near = nearer
+            distance = (tl.abs((rows + offset)[:, None] - keys[None, :]) - near[:, None]).to(tl.float32)
+            weighted = p * distance
+            away2 = fade * (away2 + step * (2 * away + step * mass)) + tl.sum(weighted * distance, axis=1)
+            away = fade * (away + step * mass) + tl.sum(weighted, axis=1)
+        mass = fade * mass + tl.sum(p, axis=1)
+        m = higher
+        if OUT:
+            to = columns[:, None] * stride_vn + dv[None, :]
+            v = tl.load(v_ptr + tl.cast(key_tile * BN, tl.int64) * stride_vn + to,
+                        mask=(keys < n_keys)[:, None] & (dv < DV)[None, :], other=0.0)  # fmt: skip
+            total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision=PRECISION)
+
+    alive = mass > 0
+    some = tl.where(alive, mass, 1.0)
+    log_mass = tl.log(some)
+    lse = tl.where(alive, m + log_mass, float("-inf"))
+    stored = rows < n_queries
+    plane = (tl.num_programs(1) * tl.num_programs(2)).to(tl.int64) * n_queries
+    stats_ptr += here * n_queries + rows
+    tl.store(stats_ptr, lse, mask=stored)
+    if STATS:
+        tl.store(stats_ptr + plane, tl.maximum(log_mass - log_sum / some, 0.0), mask=stored)
+        tl.store(stats_ptr + 2 * plane, 1 / some, mask=stored)  # the heaviest key has p = exp(m − m)
+        tl.store(stats_ptr + 3 * plane, some * some / tl.where(alive, squares, 1.0), mask=stored)
+        mean = away / some
+        tl.store(stats_ptr + 4 * plane, near.to(tl.float32) + mean, mask=stored)
+        tl.store(stats_ptr + 5 * plane, tl.maximum(away2 / some - mean * mean, 0.0), mask=stored)
+        tl.store(peak_key_ptr + here * n_queries + rows, peak_key, mask=stored)
+        for t in range(0, n_targets):
+            group = head % target_heads
+            key = tl.load(
+                target_ptr + (t * target_heads + group).to(tl.int64) * n_queries + rows, mask=stored, other=-1
+            )
+            wanted = key >= 0
+            s_at = score_at(q_ptr, k_ptr, rows, key, wanted, stride_qn, stride_kn, scale, D, BD)
+            weight = tl.exp(tl.where(wanted, s_at - m, HIDDEN)) / some
+            tl.store(at_ptr + t * plane + here * n_queries + rows, weight, mask=stored)
+    if OUT:
+        out_ptr += (here * n_queries + rows.to(tl.int64))[:, None] * DV + dv[None, :]
+        tl.store(
+            out_ptr, (total / some[:, None]).to(out_ptr.dtype.element_ty), mask=stored[:, None] & (dv < DV)[None, :]
+        )

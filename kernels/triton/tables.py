@@ -1,0 +1,113 @@
+"""What the kernels read instead of a mask: lists of tiles, bits of a block-sparse layout, one key per query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workbench.kernels.masks import Mask, MaskSummary
+
+WORD_BITS = 32
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A block-sparse layout for kernels with tiles of BM queries and BN keys; layouts come first in every shape.
+
+    Attributes:
+        words: [layout, query block, key tile] int32; bit b says whether the block of queries sees the b-th layout block
+            in the tile of keys. A tile within one block has one bit.
+        key_tiles, n_key_tiles: [layout, query tile, key tile] int32, the tiles to visit in order, and how many.
+        query_tiles, n_query_tiles: [layout, key tile, query tile] int32, the same from the side of the keys.
+        block: edge of a layout block.
+    """
+
+    words: Tensor
+    key_tiles: Tensor
+    n_key_tiles: Tensor
+    query_tiles: Tensor
+    n_query_tiles: Tensor
+    block: int
+
+    @classmethod
+    def of(cls, mask: Mask, rows: int, keys: int, device: torch.device) -> Tables:
+        """The tables of a mask with a layout, for tiles of `rows` queries and `keys` keys (powers of two)."""
+        assert mask.layout is not None
+        block = mask.layout.block
+        blocks = mask.layout.blocks().to(device)
+        words = _words(blocks, block, keys, -(-mask.n_keys // keys))
+        first_row = torch.arange(-(-mask.n_queries // rows), device=device) * rows
+        last_row = (first_row + rows).clamp(max=mask.n_queries) - 1
+        used = _any_within(words != 0, first_row // block, last_row // block)
+        used &= _within_rules(mask, first_row, last_row, keys)
+        return cls(words, *_listed(used), *_listed(used.transpose(1, 2)), block)
+
+
+def _words(blocks: Tensor, block: int, keys: int, n_tiles: int) -> Tensor:
+    """[layout, query block, key block] bool to [layout, query block, key tile] int32 words."""
+    if block >= keys:
+        tile = torch.arange(n_tiles, device=blocks.device) * keys // block
+        return blocks[:, :, tile].to(torch.int32)
+    each = keys // block
+    padded = torch.nn.functional.pad(blocks, (0, n_tiles * each - blocks.shape[2]))
+    bits = torch.arange(each, device=blocks.device)
+    words = (padded.unflatten(2, (n_tiles, each)).long() << bits).sum(-1)
+    return torch.where(words >= 1 << (WORD_BITS - 1), words - (1 << WORD_BITS), words).to(torch.int32)
+
+
+def _any_within(used: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """[layout, row of blocks, tile] bool to [layout, query tile, tile]: whether any block row first to last has it."""
+    before = torch.nn.functional.pad(used.to(torch.int32).cumsum(1, dtype=torch.int32), (0, 0, 1, 0))
+    return before[:, last + 1] > before[:, first]
+
+
+def _within_rules(mask: Mask, first_row: Tensor, last_row: Tensor, keys: int) -> Tensor:
+    """[query tile, key tile] bool: whether the positional rules let the tile hold anything."""
+    left = torch.arange(0, mask.n_keys, keys, device=first_row.device)[None, :]
+    low, high = first_row[:, None] + mask.offset, last_row[:, None] + mask.offset
+    within = torch.ones(len(first_row), left.shape[1], dtype=torch.bool, device=first_row.device)
+    if mask.causal:
+        within &= left <= high
+    if mask.window is not None:
+        within &= (left + keys - 1 > low - mask.window) & (left < high + mask.window)
+    return within
+
+
+def _listed(used: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., n] bool to the indices of the true entries, in order and padded to n, and their number."""
+    order = torch.sort(used.to(torch.uint8), dim=-1, descending=True, stable=True).indices
+    return order.to(torch.int32).contiguous(), used.sum(-1).to(torch.int32).contiguous()
+
+
+def targets(names: Sequence[str], mask: Mask, seen: MaskSummary, device: torch.device) -> Tensor:
+    """[name, head or 1, query] int32: the key whose weight is the `sink`, `current` or `previous` of a row, or -1."""
+    position = torch.arange(mask.n_queries, device=device) + mask.offset
+    found = []
+    for name in names:
+        if name == "sink":
+            key = torch.where(seen.keys_per_query[0] > 0, seen.first_key[0], -1)
+        else:
+            back = {"current": 0, "previous": 1}[name]
+            key = _if_visible(position - back, back, mask)
+        found.append(key)
+    heads = max((key.shape[0] for key in found), default=1)
+    if not found:
+        return torch.empty(0, 1, mask.n_queries, dtype=torch.int32, device=device)
+    return torch.stack([key.expand(heads, -1) for key in found]).to(torch.int32).contiguous()
+
+
+def _if_visible(key: Tensor, back: int, mask: Mask) -> Tensor:
+    """[head or 1, query]: the key `back` positions before each row, or -1 where the mask hides it."""
+    shown = ((key >= 0) & (key < mask.n_keys))[None, :]
+    if mask.window is not None and back >= mask.window:
+        shown = torch.zeros_like(shown)
+    if mask.layout is not None:
+        block = mask.layout.block
+        row = torch.arange(mask.n_queries, device=key.device) // block
+        blocks = mask.layout.blocks().to(key.device)
+        listed = blocks[:, row, key.clamp(0, mask.n_keys - 1) // block]
+        shown = shown & listed.repeat_interleave(mask.n_heads // mask.layout.n_layouts, dim=0)
+    return torch.where(shown, key[None, :], -1)

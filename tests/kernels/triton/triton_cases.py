@@ -1,0 +1,172 @@
+"""The patterns that the kernels are compared on, and the comparison with the dense float64 definition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workbench.kernels.layouts import Layout
+from workbench.kernels.masks import Mask
+from workbench.kernels.softmax import SoftmaxPattern
+from workbench.kernels.statistics import Options, dense
+from workbench.kernels.triton import launch
+
+DISTRIBUTION = ["lse", "entropy", "peak", "peak_key", "effective_keys", "distance", "distance_var"]
+ROWS = [*DISTRIBUTION, "sink", "current", "previous"]
+COLUMNS = ["received", "received_mean", "top_keys", "pooled_mean", "pooled_max"]
+
+
+class Blocks(Layout):
+    """A layout of given blocks, each seen as a whole."""
+
+    exact = True
+
+    def __init__(self, blocks: Tensor, block: int) -> None:
+        self._blocks, self.block, self.n_layouts = blocks, block, len(blocks)
+
+    def blocks(self) -> Tensor:
+        return self._blocks
+
+    def visible(self, queries: slice, keys: slice, layouts: Tensor) -> Tensor:
+        i = torch.arange(queries.start, queries.stop) // self.block
+        j = torch.arange(keys.start, keys.stop) // self.block
+        return self._blocks[layouts][:, i][:, :, j]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pattern: sizes, mask, dtype and the scale of its scores."""
+
+    name: str
+    n: int = 100
+    n_keys: int | None = None
+    heads: tuple[int, int] = (2, 1)
+    batch: int = 1
+    d: int = 32
+    causal: bool = True
+    offset: int = 0
+    window: int | None = None
+    layout: tuple[int, int] | None = None  # (block, number of layouts)
+    half: bool = False
+    spread: float = 1.5
+    given_lse: bool = False
+    block: int = 16
+    n_top: int = 8
+    transposed: bool = False  # [batch, position, head, d] in memory, as models have it
+
+    def mask(self) -> Mask:
+        n_keys = self.n_keys or self.n
+        rules = {"causal": self.causal, "offset": self.offset, "window": self.window}
+        if self.layout is None:
+            return Mask(self.n, n_keys, **rules)
+        block, count = self.layout
+        gen = torch.Generator().manual_seed(7)
+        blocks = torch.rand(count, -(-self.n // block), -(-n_keys // block), generator=gen) < 0.5
+        return Mask(self.n, n_keys, **rules, layout=Blocks(blocks, block), n_heads=self.heads[0])
+
+    def tensors(self, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        gen = torch.Generator().manual_seed(len(self.name))
+        (h, kv), n_keys = self.heads, self.n_keys or self.n
+
+        def draw(heads: int, n: int) -> Tensor:
+            if self.transposed:
+                return torch.randn(self.batch, n, heads, self.d, generator=gen).transpose(1, 2)
+            return torch.randn(self.batch, heads, n, self.d, generator=gen)
+
+        q, k, v = draw(h, self.n) * self.spread, draw(kv, n_keys), draw(kv, n_keys)
+        return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+CASES = [
+    Case("one token", n=1),
+    Case("short", n=17, block=8),
+    Case("tiles", n=64, d=64, batch=2),
+    Case("ragged, wide", d=80, heads=(1, 1)),
+    Case("more tiles", n=128, heads=(1, 1), n_top=16),
+    Case("full", causal=False, heads=(4, 2)),
+    Case("keys from a cache", n=17, n_keys=100, offset=83, heads=(4, 2)),
+    Case("window", window=40),
+    Case("window on both sides", causal=False, window=23, n_top=3),
+    Case("narrow window", n=64, window=1),
+    Case("dead rows", n=64, n_keys=40, offset=-20),
+    Case("dead by window", n=100, n_keys=30, causal=False, window=16),
+    Case("layout", layout=(16, 2), heads=(4, 2), n=128),
+    Case("layout of large blocks", layout=(64, 1), n=128, causal=False),
+    Case("layout of small blocks", layout=(8, 1), window=50),
+    Case("layout, cache", layout=(32, 2), n=64, n_keys=100, offset=36),
+    Case("lse given", given_lse=True, block=64),
+    Case("peaked", spread=300.0, heads=(1, 1)),
+    Case("half", half=True, heads=(4, 2)),
+    Case("half, layout", half=True, layout=(16, 1), d=64),
+    Case("half, transposed", half=True, transposed=True, d=80, heads=(2, 2), causal=False, block=32),
+]
+
+
+def compare(
+    case: Case, device: str, dtype: torch.dtype, tolerance: float, true_mask: Mask | None = None
+) -> Iterator[str]:
+    """What is wrong, statistic by statistic, with the kernels' account of a case; nothing if all is well.
+
+    Args:
+        true_mask: a mask for the definition alone, to see that the comparison notices.
+    """
+    q, k, v = case.tensors(device, dtype)
+    mask, options = case.mask(), Options(n_top=case.n_top, block=case.block)
+    truth = SoftmaxPattern(q.cpu().double(), k.cpu().double(), true_mask or mask)
+    weights = truth.dense()
+    want = dense(weights, [*ROWS, *COLUMNS], truth.mask, lse=truth.lse, options=options)
+    given = truth.lse.to(device, torch.float32) if case.given_lse else None
+    pattern = SoftmaxPattern(q, k, mask, lse=given)
+    why = launch.refusal(pattern, [*ROWS, *COLUMNS], options)
+    if why is not None:
+        yield f"refused: {why}"
+        return
+    # Errors of scores grow with the scores: those of float32 in the kernels with scores of hundreds.
+    slack = tolerance * max(1.0, case.spread / 10)
+    got = launch.statistics(pattern, [*ROWS, *COLUMNS], options)
+    alone = launch.statistics(SoftmaxPattern(q, k, mask, lse=given), COLUMNS, options)
+    output, rows = launch.attention(q, k, v, mask)
+    wanted_output = weights @ v.cpu().double().repeat_interleave(case.heads[0] // case.heads[1], dim=1)
+    yield from _differ("output", output, wanted_output, slack)
+    for name in want:
+        yield from _statistic(name, got[name], want, weights, slack)
+        if name in alone:
+            yield from _statistic(name + " alone", alone[name], want, weights, slack)
+        if name in rows:
+            yield from _statistic(name + " with output", rows[name], want, weights, slack)
+
+
+def _statistic(label: str, got: Tensor, want: dict[str, Tensor], weights: Tensor, slack: float) -> Iterator[str]:
+    name = label.split(" ")[0]
+    if name == "peak_key":  # several keys may weigh nearly the same
+        yield from _same_weight(label, got[..., None], want["peak"][..., None], weights, slack)
+    elif name == "top_keys_index":
+        yield from _same_weight(label, got, want["top_keys_weight"], weights, slack)
+        repeated = got.cpu().sort(-1).values
+        if bool(((repeated[..., 1:] == repeated[..., :-1]) & (repeated[..., 1:] >= 0)).any()):
+            yield f"{label}: a key twice"
+    else:
+        yield from _differ(label, got, want[name], slack)
+
+
+def _same_weight(label: str, index: Tensor, want: Tensor, weights: Tensor, slack: float) -> Iterator[str]:
+    """The keys at `index` (-1: none) weigh what the dense ones weigh."""
+    index = index.cpu()
+    if index.dtype != torch.long or int(index.max()) >= weights.shape[-1] or int(index.min()) < -1:
+        yield f"{label}: not key indices"
+        return
+    found = weights.gather(-1, index.clamp(min=0)).where(index >= 0, 0.0)
+    yield from _differ(label, found, want.nan_to_num(0.0), slack)
+
+
+def _differ(label: str, got: Tensor, want: Tensor, slack: float) -> Iterator[str]:
+    got, want = got.cpu().double(), want.double()
+    if got.shape != want.shape:
+        yield f"{label}: shape {list(got.shape)}, not {list(want.shape)}"
+    elif not torch.allclose(got, want, rtol=slack, atol=slack, equal_nan=True):
+        worst = (got - want).abs().nan_to_num(0.0, posinf=0.0).max()
+        dead = (got.isfinite() != want.isfinite()).sum()
+        yield f"{label}: off by {worst:.2e}, {int(dead)} entries finite in one only"
