@@ -15,10 +15,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
-from shared.measuring import interleaved, machine, say, table, write_section
+from shared.measuring import interleaved, machine, peak_above, say, table, write_section
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -125,16 +124,8 @@ def measure_memory(n: int) -> float:
     small.statistics(ALL)
     q, k = torch.randn(1, 12, n, 64), torch.randn(1, 12, n, 64)
     pattern = SoftmaxPattern(q, k, causal(n), lse=torch.full((1, 12, n), 11.0))  # any number costs the same
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
-    before = _status("VmRSS")
-    got = pattern.statistics(ALL)
-    return (_status("VmHWM") - before - sum(t.nbytes for t in got.values())) / 2**20
-
-
-def _status(name: str) -> int:
-    """Bytes by this name in Linux' account of the process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+    above, got = peak_above(lambda: pattern.statistics(ALL))
+    return (above - sum(t.nbytes for t in got.values())) / 2**20
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 One call on random inputs (batch 1, 4 heads of 64, float32), on one thread: on a busy machine threads wait for each
 other, which is not what is measured. Time: every arm of every round times each length in turn, arms interleaved, and
 only ratios to an arm's own shortest length are told. Memory: one process per arm and length, the peak above what it
-held before the call, over the size of q, k and v. Writes the section "Linear kernels" of docs/benchmarks.md.
+held before the call, over the size of q, k and v. Writes its two sections of docs/benchmarks.md.
 
     python benchmarks/linear.py [--part time|memory] [--lengths 1024 2048 ... 65536] [--rounds 5]
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from shared.measuring import exponent, machine, table, write_section
+from shared.measuring import exponent, machine, peak_above, table, write_section
 
 ARMS = {
     "lightning": "lightning attention, forward",
@@ -90,24 +89,13 @@ def measure_time(lengths: list[int], rounds: int) -> Found:
 
 
 def peak(arm: str, length: int) -> float:
-    """Peak bytes of this process during one call, above those it held before."""
+    """Peak bytes of this process during one call, above those it held before; Linux only."""
     import torch
 
     torch.set_num_threads(1)
     run, tensors = call(arm), inputs(arm, length)
     run(inputs(arm, 256))
-    before = _now()
-    run(tensors)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
-
-
-def _now() -> int:
-    """Resident bytes of this process."""
-    import psutil
-
-    resident: int = psutil.Process().memory_info().rss
-    return resident
+    return peak_above(lambda: run(tensors))[0]
 
 
 def measure_memory(lengths: list[int], rounds: int) -> Found:
@@ -129,31 +117,33 @@ def measure_memory(lengths: list[int], rounds: int) -> Found:
     return found
 
 
-def section_text(time_found: Found | None, memory_found: Found | None, rounds: int) -> str:
-    """The markdown of the section, with the parts that were measured."""
+def time_text(found: Found, rounds: int) -> str:
+    """The section on time."""
     meaning = "\n".join(f"- `{arm}`: {text}" for arm, text in ARMS.items())
-    text = [
-        f"`python benchmarks/linear.py`: one call at N positions, batch 1, {HEADS} heads of {WIDTH}, "
-        f"float32, one thread.\n\n{meaning}",
-    ]
-    if time_found is not None:
-        shortest = min(n for values in time_found.values() for n in values)
-        ratios = {arm: {n: v / values[shortest] for n, v in values.items()} for arm, values in time_found.items()}
-        text.append(
-            f"### Growth of time\n\nTime over that of the same arm at N = {shortest}; the last row is p in time ∝ N^p, "
-            f"fitted over all lengths of the arm:\n\n{_table(ratios, {a: exponent(v) for a, v in time_found.items()})}"
-            f"\n\nMedian of {rounds} interleaved rounds. {machine('torch')}"
-        )
-    if memory_found is not None:
-        sizes = {arm: (2 if arm.startswith("scan") else 3) * HEADS * WIDTH * 4 for arm in ARMS}
-        ratios = {arm: {n: v / (sizes[arm] * n) for n, v in values.items()} for arm, values in memory_found.items()}
-        text.append(
-            "### Growth of memory\n\nPeak memory above that before the call, over the size of q, k and v; where it is "
-            "level, memory grows as N. The\nlast row is p in memory ∝ N^p:\n\n"
-            f"{_table(ratios, {arm: exponent(values) for arm, values in memory_found.items()})}\n\n"
-            f"Median of {rounds} processes. {machine('torch')}"
-        )
-    return "\n\n".join(text) + "\n"
+    shortest = min(n for values in found.values() for n in values)
+    ratios = {arm: {n: v / values[shortest] for n, v in values.items()} for arm, values in found.items()}
+    return f"""`python benchmarks/linear.py`: one call at N positions, batch 1, {HEADS} heads of {WIDTH}, float32, one
+thread.
+
+{meaning}
+
+Time over that of the same arm at N = {shortest}; the last row is p in time ∝ N^p, fitted over all lengths of the arm:
+
+{_table(ratios, {arm: exponent(values) for arm, values in found.items()})}
+
+Median of {rounds} interleaved rounds. {machine("torch")}"""
+
+
+def memory_text(found: Found, rounds: int) -> str:
+    """The section on memory."""
+    sizes = {arm: (2 if arm.startswith("scan") else 3) * HEADS * WIDTH * 4 for arm in ARMS}
+    ratios = {arm: {n: v / (sizes[arm] * n) for n, v in values.items()} for arm, values in found.items()}
+    return f"""The same calls. Peak memory above that before the call, over the size of q, k and v; where it is level,
+memory grows as N. The last row is p in memory ∝ N^p:
+
+{_table(ratios, {arm: exponent(values) for arm, values in found.items()})}
+
+Median of {rounds} processes. {machine("torch")}"""
 
 
 def _table(found: Found, last: dict[str, float]) -> str:
@@ -167,15 +157,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024 << i for i in range(7)])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--part", choices=["time", "memory"], help="both if not given; the section holds what was run")
+    parser.add_argument("--part", choices=["time", "memory"], help="both if not given")
     parser.add_argument("--arm", choices=ARMS)
     options = parser.parse_args()
     if options.arm:
         print(json.dumps(peak(options.arm, options.lengths[0])))
         return
-    time_found = None if options.part == "memory" else measure_time(options.lengths, options.rounds)
-    memory_found = None if options.part == "time" else measure_memory(options.lengths, options.rounds)
-    write_section(HEADING, section_text(time_found, memory_found, options.rounds))
+    if options.part != "memory":
+        write_section(f"{HEADING}: time", time_text(measure_time(options.lengths, options.rounds), options.rounds))
+    if options.part != "time":
+        write_section(
+            f"{HEADING}: memory", memory_text(measure_memory(options.lengths, options.rounds), options.rounds)
+        )
 
 
 if __name__ == "__main__":

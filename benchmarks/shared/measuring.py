@@ -33,6 +33,22 @@ def interleaved(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
+def peak_above(work: Callable[[], object]) -> tuple[int, object]:
+    """Peak bytes of this process while it works, above what it held before, and what the work gave.
+
+    Linux only, from its own account of the process: getrusage would count what a parent held before the process began.
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    before = _status("VmRSS")
+    given = work()
+    return _status("VmHWM") - before, given
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
 def exponent(values: Mapping[int, float]) -> float:
     """p of the best fit values ∝ N^p: the slope of the line through the logarithms."""
     x, y = [math.log(n) for n in values], [math.log(v) for v in values.values()]
