@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         reason = error.stderr.strip()[-500:] if isinstance(error, subprocess.CalledProcessError) else error
         _log.warning(
             "the C++ statistics cannot be built here (%s); plain torch takes over, about twice as slow. "
@@ -59,17 +59,18 @@ def _compiled() -> Path:
     folder = _folder()
     target = folder / f"statistics-{key.hexdigest()[:24]}.so"
     if not target.exists():
-        _compile(compiler, source, target)
+        native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
+        compile_source(compiler, source, target, native)
     _check_owner(target)
     return target
 
 
-def _compile(compiler: str, source: bytes, target: Path) -> None:
-    native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
+def compile_source(compiler: str, source: bytes, target: Path, processor: str) -> None:
+    """Compile the source for a processor (such as "-march=native") to a library that appears when it is complete."""
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         code, made = Path(work) / "statistics.cpp", Path(work) / "statistics.so"
         code.write_bytes(source)
-        command = [compiler, *_FLAGS, native, str(code), "-o", str(made)]
+        command = [compiler, *_FLAGS, processor, str(code), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         os.replace(made, target)  # in one step: other processes see all of it or nothing
 

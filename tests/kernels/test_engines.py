@@ -1,7 +1,11 @@
 """Every engine gives the same statistics, in as many passes over the keys as the plan says."""
 
+import ctypes
 import logging
 import math
+import platform
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -329,3 +333,28 @@ def test_any_number_of_threads_gives_the_same_bits(threads, monkeypatch):
     monkeypatch.setattr(launch, "_gomp_parallel", lambda: None)  # threads of the library's own
     got = SoftmaxPattern(q, k, causal(400)).statistics(names)
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86 compilers")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_narrower_registers(processor, monkeypatch, tmp_path):
+    """The code for processors with registers of 4, 8 and 16 numbers; the other tests run that of this machine alone."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if processor != "x86-64" and {"x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}[processor] not in flags:
+        pytest.skip(f"this processor cannot run {processor}")
+    source = files("workbench.kernels.native").joinpath("statistics.cpp").read_bytes()
+    build.compile_source(build._compiler(), source, tmp_path / "library.so", f"-march={processor}")
+    library = ctypes.CDLL(str(tmp_path / "library.so"))
+    monkeypatch.setattr(launch, "library", lambda: library)
+    launch._strip.cache_clear()
+    try:
+        assert launch._strip() == {"x86-64": 16, "x86-64-v3": 16, "x86-64-v4": 64}[processor]
+        q, k = random(130, 130)
+        layout = Checkered(130, 130, 16, 2)
+        mask = Mask(130, 130, causal=True, layout=layout, n_heads=4)
+        hidden = Mask(130, 130, tensor=torch.rand(2, 1, 130, 130, generator=torch.Generator().manual_seed(1)) < 0.5)
+        for given in (causal(130), Mask(130, 130, window=9), mask, hidden):
+            for lse in (None, truth(SoftmaxPattern(q, k, given))[1]):
+                agree(SoftmaxPattern(q, k, given, lse=lse), [*ROWS, *COLUMNS, "top_keys"])
+    finally:
+        launch._strip.cache_clear()
