@@ -54,7 +54,8 @@ class Plan:
             for i, each in enumerate(several, 1):
                 found = [*each.statistics, *(["denominators"] if each.finds_denominators else [])]
                 lines.append(f"{label}pass {i}: {', '.join(found)}")
-        return f"Plan({len(self.passes) + len(self.weighted)} passes, {self.needed} needed)\n  " + "\n  ".join(lines)
+        n = len(self.passes) + len(self.weighted)
+        return "\n  ".join((f"Plan({n} pass{'' if n == 1 else 'es'}, {self.needed} needed)", *lines))
 
 
 def passes(statistics: Sequence[str], *, denominators_known: bool = False) -> Plan:
