@@ -625,13 +625,21 @@ class Worker {
         if (job.flags & POOLED) pool();
     }
 
+    // The lanes of each block of queries together, four at a time.
     void pool() {
         const int64_t n_rows = (job.n_queries + job.pool - 1) / job.pool;
-        for (int64_t l = 0; l < count; l++) {
-            const int64_t at = (group * n_rows + (start + l) / job.pool) * pool_blocks;
-            for (int64_t k = 0; k < pool_blocks; k++) {
-                job.pool_sum[at + k] += pool_sum[k * STRIP + l];
-                job.pool_max[at + k] = std::max(job.pool_max[at + k], pool_max[k * STRIP + l]);
+        for (int64_t k = 0; k < pool_blocks; k++) {
+            const float *mass = pool_sum + k * STRIP, *most = pool_max + k * STRIP;
+            for (int64_t l = 0; l < count;) {
+                const int64_t row = (start + l) / job.pool, stop = std::min(count, (row + 1) * job.pool - start);
+                float sum[4] = {}, top[4] = {};
+                for (; l + 4 <= stop; l += 4)
+                    for (int i = 0; i < 4; i++) sum[i] += mass[l + i], top[i] = std::max(top[i], most[l + i]);
+                for (; l < stop; l++) sum[0] += mass[l], top[0] = std::max(top[0], most[l]);
+                const int64_t at = (group * n_rows + row) * pool_blocks + k;
+                job.pool_sum[at] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+                const float largest = std::max(std::max(top[0], top[1]), std::max(top[2], top[3]));
+                job.pool_max[at] = std::max(job.pool_max[at], largest);
             }
         }
     }
