@@ -3,6 +3,9 @@
 Sums run in the pattern's dtype, over partial sums of one tile each; only what cancels (distances) runs in float64. What
 they give are raw sums; `finishing.py` makes statistics of them.
 
+Tiles come in strips: all that the same rows see. Per tile only its large operations run; what they give is put together
+once per strip, in `close`, since a hundred operations on small tensors cost as much as the products.
+
 Where a row's denominator is not known yet, tiles hold exp(score − lead) with a lead that rises; `rescale` then puts
 what was collected on the new scale, and `normalise` divides by the denominator in the end (the online softmax).
 """
@@ -11,98 +14,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from workbench.kernels.masks import MaskSummary
 from workbench.kernels.statistics import Options, previous_copies
+from workbench.kernels.tile import Online, Rows, Space, Tile
 
-LOG_FLOOR = {torch.float32: -43.0, torch.float64: -300.0}
-"""ln p is not let below this in a tile. Weights and their squares then stay normal numbers: a CPU takes 10 to 100 times
-longer over subnormal ones. What it adds (2e-19 a key in float32) is far below the rounding of any statistic."""
 _BAND = 64  # keys
-
-
-@dataclass
-class Tile:
-    """A rectangle of a pattern.
-
-    Attributes:
-        p: [b, h, q, k] weights; zero, or at the floor, where hidden.
-        log_p: same shape, ln p, at its floor where hidden; None unless asked for. The first accumulators (entropy) may
-            use it up; after them it is scratch space.
-        batch, heads, queries, keys: where the rectangle lies.
-        offset: absolute position of query row 0.
-    """
-
-    p: Tensor
-    log_p: Tensor | None
-    batch: slice
-    heads: slice
-    queries: slice
-    keys: slice
-    offset: int
-
-    @property
-    def rows(self) -> tuple[slice, slice, slice]:
-        """Index of these rows in a [batch, head, query, ...] tensor."""
-        return self.batch, self.heads, self.queries
-
-    def scratch(self) -> Tensor:
-        """A buffer like p: log_p where it is there, since a fresh buffer costs more than the arithmetic on it."""
-        return torch.empty_like(self.p) if self.log_p is None else self.log_p
-
-    def product(self, other: Tensor) -> Tensor:
-        """p · other, in the scratch buffer."""
-        return torch.mul(self.p, other, out=self.scratch())
-
-    def positions(self) -> tuple[Tensor, Tensor]:
-        """Absolute query positions [q, 1] and key positions [1, k]."""
-        i = torch.arange(self.queries.start, self.queries.stop, device=self.p.device)[:, None] + self.offset
-        return i, torch.arange(self.keys.start, self.keys.stop, device=self.p.device)[None, :]
-
-
-@dataclass(frozen=True)
-class Space:
-    """The map that is streamed: its sizes, where its numbers live, what its mask lets through."""
-
-    n_batch: int
-    n_heads: int
-    n_queries: int
-    n_keys: int
-    offset: int
-    device: torch.device
-    dtype: torch.dtype
-    seen: MaskSummary
-    causal: bool
-
-    def per_query(self, fill: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
-        """A [batch, head, query] accumulator, in the pattern's dtype unless told otherwise."""
-        shape = (self.n_batch, self.n_heads, self.n_queries)
-        return torch.full(shape, fill, dtype=dtype or self.dtype, device=self.device)
-
-    def alive(self, value: Tensor, dead: float = torch.nan) -> Tensor:
-        """The value in the pattern's dtype, `dead` in rows that see no key."""
-        value = value.to(self.dtype)
-        return torch.where(self.seen.keys_per_query > 0, value, torch.full_like(value, dead))
-
-
-Rows = tuple[slice, slice, slice]
-
-
-@dataclass(frozen=True)
-class Online:
-    """How the scale of some rows changes, all [b, h, q].
-
-    Attributes:
-        factor: by which weights shrink. shift: its logarithm. mass: what the rows had collected before.
-    """
-
-    factor: Tensor
-    shift: Tensor
-    mass: Tensor
 
 
 class Accumulator(ABC):
@@ -121,6 +41,9 @@ class Accumulator(ABC):
     def results(self) -> dict[str, Tensor]:
         """The raw sums, by name."""
 
+    def close(self, rows: Rows) -> None:  # noqa: B027 - most that need it override it
+        """Put together what the tiles of these rows gave."""
+
     def rescale(self, rows: Rows, online: Online) -> None:
         """Put what these rows have collected on a new scale; only row statistics can be."""
         raise AssertionError(f"{type(self).__name__} needs the denominators first")
@@ -131,11 +54,18 @@ class Accumulator(ABC):
 
 
 class RowSum(Accumulator):
-    """A statistic that is a sum over the weights of a row."""
+    """A statistic that is a sum over the weights of a row; tiles leave their parts [b, h, q] in `parts`."""
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
         self.total = space.per_query()
+        self.parts: list[Tensor] = []
+
+    def close(self, rows: Rows) -> None:
+        """Add the parts."""
+        if self.parts:
+            self.total[rows].add_(self.parts[0] if len(self.parts) == 1 else torch.stack(self.parts).sum(0))
+            self.parts.clear()
 
     def rescale(self, rows: Rows, online: Online) -> None:
         """Sums of weights scale as weights do."""
@@ -153,7 +83,7 @@ class Entropy(RowSum):
 
     def add(self, tile: Tile) -> None:
         assert tile.log_p is not None
-        self.total[tile.rows].sub_(tile.log_p.mul_(tile.p).sum(-1))
+        self.parts.append(tile.log_p.mul_(tile.p).sum(-1).neg_())
 
     def rescale(self, rows: Rows, online: Online) -> None:
         """Every ln p moves by the shift too."""
@@ -171,7 +101,13 @@ class EffectiveKeys(RowSum):
     """1 / Σ p²."""
 
     def add(self, tile: Tile) -> None:
-        self.total[tile.rows].add_(torch.linalg.vector_norm(tile.p, dim=-1).square_())
+        self.parts.append(torch.linalg.vector_norm(tile.p, dim=-1))
+
+    def close(self, rows: Rows) -> None:
+        """The parts are norms."""
+        if self.parts:
+            self.total[rows].add_(torch.stack(self.parts).square_().sum(0))
+            self.parts.clear()
 
     def rescale(self, rows: Rows, online: Online) -> None:
         """Squares of weights."""
@@ -186,7 +122,11 @@ class EffectiveKeys(RowSum):
 
 
 class Peak(Accumulator):
-    """Largest weight of a row and its key; the first of equal ones."""
+    """Largest weight of a row and its key; the first of equal ones.
+
+    Where the largest weight of a tile is, by a product, in a third of the time of an argmax: how many keys have it, and
+    the sum of their places. Only rows in which several keys share it need an argmax, of a tile made again.
+    """
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
@@ -194,21 +134,32 @@ class Peak(Accumulator):
         self.key = space.per_query(-1, torch.long)
         place = torch.arange(space.n_keys, dtype=space.dtype, device=space.device)
         self._places = torch.stack((torch.ones_like(place), place))
+        self._tiles: list[tuple[Tensor, Tensor, Tile]] = []
 
     def add(self, tile: Tile) -> None:
         weight = tile.p.amax(-1)
-        better = weight > self.best[tile.rows]
-        if not bool(better.any()):
-            return
-        # Where the largest weight is, by products: how many keys have it, and the sum of their places. That takes a
-        # third of the time of an argmax; only rows in which several keys have it need one.
         here = torch.eq(tile.p, weight[..., None], out=tile.scratch()).flatten(0, -2)
-        count, key = (self._places[:, : here.shape[-1]] @ here.T).unflatten(-1, weight.shape)
+        self._tiles.append((weight, self._places[:, : here.shape[-1]] @ here.T, tile))
+
+    def close(self, rows: Rows) -> None:
+        """The first tile with the row's largest weight, and the first key in it."""
+        if not self._tiles:
+            return
+        weights, places, tiles = zip(*self._tiles, strict=True)
+        self._tiles.clear()
+        weight, which = torch.stack(weights).max(0)
+        count, key = torch.stack(places).gather(0, which.flatten().expand(1, 2, -1))[0].unflatten(1, which.shape)
+        start = torch.tensor([tile.keys.start for tile in tiles], device=weight.device)
+        key = start.take(which).add_(key.long())
+        best = self.best[rows]
+        better = weight > best
         tied = better & (count != 1)
         if bool(tied.any()):
-            key[tied] = tile.p[tied].argmax(-1).to(key.dtype)
-        self.best[tile.rows] = torch.where(better, weight, self.best[tile.rows])
-        self.key[tile.rows] = torch.where(better, key.long() + tile.keys.start, self.key[tile.rows])
+            for index in which[tied].unique().tolist():
+                these = tied & (which == index)
+                key[these] = tiles[index].again()[these].argmax(-1) + tiles[index].keys.start
+        self.key[rows] = torch.where(better, key, self.key[rows])
+        torch.maximum(best, weight, out=best)
 
     def rescale(self, rows: Rows, online: Online) -> None:
         """The key stays; -1, which stands for none yet, shrinks and is still less than any weight."""
@@ -230,11 +181,17 @@ class Distance(Accumulator):
     product per tile gives all of it.
     """
 
-    def __init__(self, space: Space, options: Options) -> None:
+    def __init__(self, space: Space, options: Options, width: int) -> None:
         super().__init__(space, options)
-        self.mass, self.first, self.second = (space.per_query(dtype=torch.float64) for _ in range(3))
+        self.total = torch.stack([space.per_query(dtype=torch.float64)] * 3)  # mass, Σ p·|i−j|, Σ p·(i−j)²
         self._position = torch.arange(space.n_queries, dtype=torch.float64, device=space.device) + space.offset
-        self._of_width: dict[int, tuple[Tensor, Tensor]] = {}
+        place = torch.arange(width, device=space.device)
+        band = torch.arange(-(-width // _BAND), device=space.device)
+        self._middles = band.double() * _BAND + _BAND // 2
+        member = (place // _BAND == band[:, None]).double()
+        away = member * (place - self._middles[:, None])
+        self._bands = torch.stack((member, away, away * away)).flatten(0, 1).to(space.dtype)
+        self._tiles: list[tuple[Tensor, int, int]] = []
 
     def add(self, tile: Tile) -> None:
         low = tile.queries.start + tile.offset
@@ -243,16 +200,35 @@ class Distance(Accumulator):
         if not behind and not ahead:
             self._add_straddling(tile)
             return
-        if tile.p.shape[-1] not in self._of_width:
-            self._of_width[tile.p.shape[-1]] = _bands(tile.p.shape[-1], tile.p)
-        bands, joined = self._of_width[tile.p.shape[-1]]
-        moments = joined @ (bands @ tile.p.flatten(0, -2).T).double()
-        mass, place, square = moments.unflatten(-1, tile.p.shape[:-1])
-        away = self._position[tile.queries] - tile.keys.start
-        first = away * mass - place
-        self.mass[tile.rows] += mass
-        self.first[tile.rows] += first if behind else -first
-        self.second[tile.rows] += away * (first - place) + square
+        moments = self._bands[:, : tile.p.shape[-1]] @ tile.p.flatten(0, -2).T  # [3 · band, row]
+        self._tiles.append((moments, tile.keys.start, 1 if behind else -1))
+
+    def close(self, rows: Rows) -> None:
+        """Moments about the middle of each band become moments about the strip's first query, then of the distance."""
+        if not self._tiles:
+            return
+        moments, starts, signs = zip(*self._tiles, strict=True)
+        self._tiles.clear()
+        away = self._position[rows[2]]
+        origin, away = away[0], away - away[0]
+        start, sign = torch.tensor((starts, signs), dtype=torch.float64, device=origin.device)
+        middle = (start[:, None] + self._middles - origin).flatten()
+        one, none = torch.ones_like(middle), torch.zeros_like(middle)
+        sign = sign.repeat_interleave(len(self._middles))
+        # [found, moment, band of the strip]; found: Σp, Σp·x, Σp·x², ±Σp, ±Σp·x, with x the key less the first query
+        joined = torch.stack([
+            one, none, none,
+            middle, one, none,
+            middle * middle, 2 * middle, one,
+            sign, none, none,
+            sign * middle, sign, none,
+        ])  # fmt: skip
+        bands = torch.stack(moments).unflatten(1, (3, -1)).transpose(0, 1).to(torch.float64)
+        found = joined.view(5, -1) @ bands.flatten(0, 2)
+        mass, place, square, signed_mass, signed_place = found.unflatten(-1, self.total[0][rows].shape)
+        first = away * signed_mass - signed_place
+        second = away * (away * mass - 2 * place) + square
+        self.total[(slice(None), *rows)].add_(torch.stack((mass, first, second)))
 
     def _add_straddling(self, tile: Tile) -> None:
         """A tile with keys on both sides of its queries."""
@@ -265,64 +241,65 @@ class Distance(Accumulator):
         torch.sub(local, centre[..., None], out=scratch)
         spread = scratch.square_().mul_(tile.p).sum(-1).double()
         mass, centre = mass.double(), centre.double()
-        self.mass[tile.rows] += mass
-        self.first[tile.rows] += mass * centre
-        self.second[tile.rows] += spread + mass * centre * centre
+        first = mass * centre
+        self.total[(slice(None), *tile.rows)].add_(torch.stack((mass, first, spread + first * centre)))
 
     def rescale(self, rows: Rows, online: Online) -> None:
         """Sums of weights."""
-        for total in (self.mass, self.first, self.second):
-            total[rows] *= online.factor
+        self.total[(slice(None), *rows)] *= online.factor
 
     def normalise(self, denominator: Tensor, mass: Tensor) -> None:
         """Mean and variance are per unit of mass already."""
 
     def results(self) -> dict[str, Tensor]:
-        mean = self.first / self.mass
-        return {"distance": mean, "distance_var": self.second / self.mass - mean * mean}
+        mass, first, second = self.total
+        mean = first / mass
+        return {"distance": mean, "distance_var": second / mass - mean * mean}
 
 
-def _bands(width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices [3 · band, key] and [3, 3 · band] that give mass, Σ p·j and Σ p·j² of a tile in two steps."""
-    j = torch.arange(width, device=like.device)
-    band = j // _BAND
-    n = int(band[-1]) + 1
-    place = (j - band * _BAND - _BAND // 2).double()
-    member = torch.nn.functional.one_hot(band, n).double()
-    moments = torch.cat([member * (place**power)[:, None] for power in range(3)], dim=1)
-    middle = torch.arange(n, device=like.device).double() * _BAND + _BAND // 2
-    one, nothing = torch.ones_like(middle), torch.zeros_like(middle)
-    joined = torch.cat(
-        [
-            torch.stack((one, middle, middle**2), dim=1),
-            torch.stack((nothing, one, 2 * middle), dim=1),
-            torch.stack((nothing, nothing, one), dim=1),
-        ]
-    )
-    return moments.T.contiguous().to(like.dtype), joined.T.contiguous()
+class OnDiagonal(RowSum):
+    """Weight on the key that lies `back` before each row's own position (`current`, `previous`)."""
 
-
-class WeightAt(RowSum):
-    """Weight on one key per row, whose index is given as [batch or 1, head or 1, query]; outside the map: 0."""
-
-    def __init__(self, space: Space, options: Options, name: str, target: Callable[[Space], Tensor]) -> None:
+    def __init__(self, space: Space, options: Options, name: str, back: int) -> None:
         super().__init__(space, options)
-        self.name = name
-        self.target = target(space).expand(space.n_batch, space.n_heads, space.n_queries)
-        flat = self.target.reshape(-1, space.n_queries)
-        self.low, self.high = flat.amin(0).cpu(), flat.amax(0).cpu()
+        self.name, self.back = name, back
 
     def add(self, tile: Tile) -> None:
-        low, high = self.low[tile.queries].min(), self.high[tile.queries].max()
-        if high < tile.keys.start or low >= tile.keys.stop:
-            return
-        index = self.target[tile.rows] - tile.keys.start
-        inside = (index >= 0) & (index < tile.p.shape[-1])
-        weight = tile.p.gather(-1, index.clamp(0, tile.p.shape[-1] - 1)[..., None]).squeeze(-1)
-        self.total[tile.rows].add_(weight * inside)
+        diagonal = tile.queries.start + tile.offset - self.back - tile.keys.start  # the key of the tile's first row
+        n_queries, n_keys = tile.p.shape[-2:]
+        if -n_queries < diagonal < n_keys:
+            weight = tile.p.diagonal(diagonal, -2, -1)
+            first = max(0, -diagonal)
+            self.parts.append(pad(weight, (first, n_queries - first - weight.shape[-1])))
 
     def results(self) -> dict[str, Tensor]:
         return {self.name: self.total}
+
+
+class OnFirstKey(RowSum):
+    """Weight on the first key that each row sees (`sink`)."""
+
+    def __init__(self, space: Space, options: Options) -> None:
+        super().__init__(space, options)
+        self.key = space.seen.first_key.expand(space.n_batch, space.n_heads, space.n_queries)
+        self._rows: Rows | None = None
+        self._range = (0, 0)
+
+    def add(self, tile: Tile) -> None:
+        if tile.rows != self._rows:
+            low, high = torch.aminmax(self.key[tile.rows])
+            self._rows, self._range = tile.rows, (int(low), int(high))
+        low, high = (key - tile.keys.start for key in self._range)
+        width = tile.p.shape[-1]
+        if low == high and 0 <= low < width:
+            self.parts.append(tile.p[..., low].clone())
+        elif low < width and high >= 0:
+            index = self.key[tile.rows] - tile.keys.start
+            inside = (index >= 0) & (index < width)
+            self.parts.append(tile.p.gather(-1, index.clamp(0, width - 1)[..., None]).squeeze(-1) * inside)
+
+    def results(self) -> dict[str, Tensor]:
+        return {"sink": self.total}
 
 
 class WeightOnSet(RowSum):
@@ -335,7 +312,7 @@ class WeightOnSet(RowSum):
         self.member[keys] = 1
 
     def add(self, tile: Tile) -> None:
-        self.total[tile.rows].add_(tile.p @ self.member[tile.keys])
+        self.parts.append(tile.p @ self.member[tile.keys])
 
     def results(self) -> dict[str, Tensor]:
         return {"sink": self.total}
@@ -352,7 +329,7 @@ class Induction(RowSum):
         if tile.keys.start > tile.queries.stop - 1:
             return
         copies = previous_copies(self.ids[tile.batch], tile.queries, tile.keys)
-        self.total[tile.rows].add_(tile.product(copies[:, None]).sum(-1))
+        self.parts.append(tile.product(copies[:, None]).sum(-1))
 
     def results(self) -> dict[str, Tensor]:
         return {"induction": self.total}
@@ -414,7 +391,7 @@ class Pooled(Accumulator):
     def add(self, tile: Tile) -> None:
         size = self.size
         m, n = tile.p.shape[-2:]
-        p = torch.nn.functional.pad(tile.p, (0, -n % size, 0, -m % size)) if n % size or m % size else tile.p
+        p = pad(tile.p, (0, -n % size, 0, -m % size)) if n % size or m % size else tile.p
         blocks = p.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
         q0, k0 = tile.queries.start // size, tile.keys.start // size
         at = (tile.batch, tile.heads, slice(q0, q0 + blocks.shape[2]), slice(k0, k0 + blocks.shape[4]))
@@ -425,9 +402,8 @@ class Pooled(Accumulator):
         return {"pooled_sum": self.sum, "pooled_max": self.max}
 
 
-def build(names: list[str], space: Space, options: Options) -> list[Accumulator]:
-    """The accumulators that produce these statistics; those that need log p come first."""
-    position = torch.arange(space.n_queries, device=space.device) + space.offset
+def build(names: list[str], space: Space, options: Options, width: int) -> list[Accumulator]:
+    """The accumulators that produce these statistics, of tiles of at most `width` keys; those that need log p first."""
     wanted: dict[str, Callable[[], Accumulator]] = {}
     for name in names:
         if name == "entropy":
@@ -437,15 +413,15 @@ def build(names: list[str], space: Space, options: Options) -> list[Accumulator]
         elif name in ("peak", "peak_key"):
             wanted["peak"] = lambda: Peak(space, options)
         elif name in ("distance", "distance_var"):
-            wanted["distance"] = lambda: Distance(space, options)
+            wanted["distance"] = lambda: Distance(space, options, width)
         elif name == "sink" and options.sink_keys is not None:
             wanted[name] = lambda: WeightOnSet(space, options)
         elif name == "sink":
-            wanted[name] = lambda: WeightAt(space, options, "sink", lambda s: s.seen.first_key)
+            wanted[name] = lambda: OnFirstKey(space, options)
         elif name == "current":
-            wanted[name] = lambda: WeightAt(space, options, "current", lambda s: position)
+            wanted[name] = lambda: OnDiagonal(space, options, "current", 0)
         elif name == "previous":
-            wanted[name] = lambda: WeightAt(space, options, "previous", lambda s: position - 1)
+            wanted[name] = lambda: OnDiagonal(space, options, "previous", 1)
         elif name == "induction":
             wanted[name] = lambda: Induction(space, options)
         elif name in ("received", "received_mean"):

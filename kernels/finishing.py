@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workbench.kernels.accumulators import LOG_FLOOR, Space
 from workbench.kernels.statistics import STATISTICS, Options, output_names
+from workbench.kernels.tile import LOG_FLOOR, Space
 
 
 def finish(raw: dict[str, Tensor], names: Sequence[str], space: Space, options: Options) -> dict[str, Tensor]:

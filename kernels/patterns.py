@@ -15,11 +15,11 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels import streaming
-from workbench.kernels.accumulators import Space
 from workbench.kernels.checks import check_finite
 from workbench.kernels.masks import Mask, MaskSummary
 from workbench.kernels.plan import Pass
 from workbench.kernels.statistics import Options
+from workbench.kernels.tile import Space
 
 Grade = Literal["exact", "frozen", "surrogate"]
 Maker = Callable[[slice, slice], tuple[Tensor, Tensor | None]]

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels import native, streaming
-from workbench.kernels.accumulators import LOG_FLOOR
 from workbench.kernels.masks import Mask, hidden_below
 from workbench.kernels.patterns import Maker, Pattern, RawMaker
 from workbench.kernels.plan import Pass
 from workbench.kernels.statistics import Options
+from workbench.kernels.tile import LOG_FLOOR
 from workbench.kernels.triton import launch as triton
 
 _HIDDEN = -1e30  # finite, so that differences of scores are never NaN
@@ -174,13 +174,13 @@ class SoftmaxPattern(Pattern):
             scores.add_(self.key_bias[batch][:, heads][:, :, None, keys])
         part = self.mask.cut(queries, keys, batch, heads)
         if part is not None and self.mask.additive:
-            scores.add_(part).masked_fill_(part <= hidden_below(part.dtype), _HIDDEN)
+            scores.add_(torch.where(part <= hidden_below(part.dtype), _HIDDEN, part))
         elif part is not None:
-            scores.masked_fill_(~part, _HIDDEN)
+            scores.add_(_hidden_unless(part))
         self._hide_by_rule(scores, queries, keys)
         laid_out = self.mask.laid_out(queries, keys, heads)
         if laid_out is not None and not bool(laid_out.all()):
-            scores.masked_fill_(~laid_out.to(scores.device), _HIDDEN)
+            scores.add_(_hidden_unless(laid_out.to(scores.device)))
 
     def _hide_by_rule(self, scores: Tensor, queries: slice, keys: slice) -> None:
         """Hide by the positional rules. Tiles at the same distance from the diagonal share their rule."""
@@ -192,10 +192,10 @@ class SoftmaxPattern(Pattern):
             else:
                 columns = (~rule).any(0).nonzero()
                 part = slice(int(columns[0]), int(columns[-1]) + 1)
-                self._rules[at] = part, ~rule[:, part]
+                self._rules[at] = part, _hidden_unless(rule[:, part]).to(scores.dtype)
         found = self._rules[at]
         if found is not None:
-            scores[..., found[0]].masked_fill_(found[1], _HIDDEN)
+            scores[..., found[0]].add_(found[1])
 
     @cached_property
     def _rules(self) -> dict[tuple[int, int, int], tuple[slice, Tensor] | None]:
@@ -269,3 +269,8 @@ class SoftmaxPattern(Pattern):
         return SoftmaxPattern(
             self.q, self.k, self.mask, scale=self.scale, values=self.values, softcap=self.softcap, key_bias=bias
         )
+
+
+def _hidden_unless(visible: Tensor) -> Tensor:
+    """What to add to scores; filling them in under a mask takes 30 times as long."""
+    return torch.where(visible, 0.0, _HIDDEN)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from workbench.kernels import accumulators
-from workbench.kernels.accumulators import LOG_FLOOR, Accumulator, Online, Rows, Tile
+from workbench.kernels.accumulators import Accumulator
 from workbench.kernels.finishing import finish
 from workbench.kernels.plan import Pass, passes
 from workbench.kernels.statistics import VALUE_WEIGHTED, Options, check_names, output_names
+from workbench.kernels.tile import LOG_FLOOR, Online, Rows, Tile
 
 if TYPE_CHECKING:
-    from workbench.kernels.patterns import Pattern
+    from workbench.kernels.patterns import Maker, Pattern
 
 # One tile of all its heads should stay in the second-level cache: larger ones cost 2x to 15x in page faults.
 _TILE_NUMBERS = 12 * 192 * 192
@@ -73,15 +75,17 @@ def _stream(pattern: Pattern, names: list[str], options: Options) -> dict[str, T
 def _pass(pattern: Pattern, each: Pass, options: Options) -> dict[str, Tensor]:
     """One pass in plain torch."""
     names = [name for name in each.statistics if name not in ("lse", "signed_mass")]
-    collectors = accumulators.build(names, pattern.space(), options)
+    edge = options.block if any(name.startswith("pooled") for name in names) else 1
+    collectors = accumulators.build(names, pattern.space(), options, _round_up(_TILE_KEYS, edge))
     if each.finds_denominators:
         find_denominators(pattern, collectors)
     else:
-        wants_log = any(c.wants_log for c in collectors)
-        edge = options.block if any(name.startswith("pooled") for name in names) else 1
-        for tile in tiles(pattern, wants_log, edge):
+        for rows, strip in _strips(pattern, any(c.wants_log for c in collectors), edge):
+            for tile in strip:
+                for collector in collectors:
+                    collector.add(tile)
             for collector in collectors:
-                collector.add(tile)
+                collector.close(rows)
     raw: dict[str, Tensor] = {}
     for collector in collectors:
         raw |= collector.results()
@@ -105,9 +109,10 @@ def find_denominators(pattern: Pattern, collectors: Sequence[Accumulator] = ()) 
             p = raw.abs_()
             log_p = p.log().clamp_(min=_NOTHING_YET)
         mass[rows] += p.sum(-1)
-        tile = Tile(p, log_p, *rows, keys, pattern.mask.offset)
+        tile = Tile(p, log_p, *rows, keys, pattern.mask.offset, p.clone)
         for collector in collectors:
             collector.add(tile)
+            collector.close(rows)
     denominator = mass.clone()
     if pattern.sinks is not None:
         denominator += (pattern.sinks[None, :, None] - lead).double().exp()
@@ -128,8 +133,14 @@ def _raise_lead(rows: Rows, scores: Tensor, lead: Tensor, mass: Tensor, collecto
     return scores.sub_(top[..., None])
 
 
-def tiles(pattern: Pattern, wants_log: bool = False, edge: int = 1) -> Iterator[Tile]:
-    """Every tile of the pattern that may hold weight, once. Its tensors are reused: copy what should stay.
+def tiles(pattern: Pattern) -> Iterator[Tile]:
+    """Every tile of the pattern that may hold weight, once. Its tensors are reused: copy what should stay."""
+    for _, strip in _strips(pattern):
+        yield from strip
+
+
+def _strips(pattern: Pattern, wants_log: bool = False, edge: int = 1) -> Iterator[tuple[Rows, Iterator[Tile]]]:
+    """Some rows at a time, and the tiles of all that they may see.
 
     Args:
         wants_log: also fill `log_p`.
@@ -140,9 +151,16 @@ def tiles(pattern: Pattern, wants_log: bool = False, edge: int = 1) -> Iterator[
     for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.head_group, n_rows * n_keys):
         make = pattern.maker(batch, heads, wants_log)
         for queries in _rows(pattern.n_queries, n_rows):
-            for keys in pattern.mask.key_tiles(queries, n_keys, heads):
-                p, log_p = make(queries, keys)
-                yield Tile(p, log_p, batch, heads, queries, keys, pattern.mask.offset)
+            rows = (batch, heads, queries)
+            yield rows, _strip(make, rows, pattern.mask.key_tiles(queries, n_keys, heads), pattern.mask.offset)
+
+
+def _strip(make: Maker, rows: Rows, keys_seen: Iterable[slice], offset: int) -> Iterator[Tile]:
+    def weights(keys: slice) -> Tensor:
+        return make(rows[2], keys)[0]
+
+    for keys in keys_seen:
+        yield Tile(*make(rows[2], keys), *rows, keys, offset, partial(weights, keys))
 
 
 def _raw_tiles(pattern: Pattern) -> Iterator[tuple[Rows, slice, Tensor]]:

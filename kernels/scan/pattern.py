@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.accumulators import LOG_FLOOR
 from workbench.kernels.checks import check_attention
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Maker, Pattern
 from workbench.kernels.scan.blocked import prefix_sums, suffix_sums
 from workbench.kernels.scan.operator import Sums
+from workbench.kernels.tile import LOG_FLOOR
 
 _HIDDEN = -1e30
 _BLOCK = 128

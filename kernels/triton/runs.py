@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.kernels.accumulators import Space
 from workbench.kernels.masks import Mask
+from workbench.kernels.tile import Space
 from workbench.kernels.triton import tables
 
 if TYPE_CHECKING:

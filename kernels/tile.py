@@ -1,0 +1,97 @@
+"""What accumulators are given: tiles of a pattern, the map they lie in, and how the scale of rows changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workbench.kernels.masks import MaskSummary
+
+LOG_FLOOR = {torch.float32: -43.0, torch.float64: -300.0}
+"""ln p is not let below this in a tile. Weights and their squares then stay normal numbers: a CPU takes 10 to 100 times
+longer over subnormal ones. What it adds (2e-19 a key in float32) is far below the rounding of any statistic."""
+
+
+@dataclass
+class Tile:
+    """A rectangle of a pattern.
+
+    Attributes:
+        p: [b, h, q, k] weights; zero, or at the floor, where hidden.
+        log_p: same shape, ln p, at its floor where hidden; None unless asked for. The first accumulators (entropy) may
+            use it up; after them it is scratch space.
+        batch, heads, queries, keys: where the rectangle lies.
+        offset: absolute position of query row 0.
+        again: makes its `p` once more, to the bit, where the tile has been overwritten by a later one.
+    """
+
+    p: Tensor
+    log_p: Tensor | None
+    batch: slice
+    heads: slice
+    queries: slice
+    keys: slice
+    offset: int
+    again: Callable[[], Tensor]
+
+    @property
+    def rows(self) -> tuple[slice, slice, slice]:
+        """Index of these rows in a [batch, head, query, ...] tensor."""
+        return self.batch, self.heads, self.queries
+
+    def scratch(self) -> Tensor:
+        """A buffer like p: log_p where it is there, since a fresh buffer costs more than the arithmetic on it."""
+        return torch.empty_like(self.p) if self.log_p is None else self.log_p
+
+    def product(self, other: Tensor) -> Tensor:
+        """p · other, in the scratch buffer."""
+        return torch.mul(self.p, other, out=self.scratch())
+
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Absolute query positions [q, 1] and key positions [1, k]."""
+        i = torch.arange(self.queries.start, self.queries.stop, device=self.p.device)[:, None] + self.offset
+        return i, torch.arange(self.keys.start, self.keys.stop, device=self.p.device)[None, :]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The map that is streamed: its sizes, where its numbers live, what its mask lets through."""
+
+    n_batch: int
+    n_heads: int
+    n_queries: int
+    n_keys: int
+    offset: int
+    device: torch.device
+    dtype: torch.dtype
+    seen: MaskSummary
+    causal: bool
+
+    def per_query(self, fill: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+        """A [batch, head, query] accumulator, in the pattern's dtype unless told otherwise."""
+        shape = (self.n_batch, self.n_heads, self.n_queries)
+        return torch.full(shape, fill, dtype=dtype or self.dtype, device=self.device)
+
+    def alive(self, value: Tensor, dead: float = torch.nan) -> Tensor:
+        """The value in the pattern's dtype, `dead` in rows that see no key."""
+        value = value.to(self.dtype)
+        return torch.where(self.seen.keys_per_query > 0, value, torch.full_like(value, dead))
+
+
+Rows = tuple[slice, slice, slice]
+
+
+@dataclass(frozen=True)
+class Online:
+    """How the scale of some rows changes, all [b, h, q].
+
+    Attributes:
+        factor: by which weights shrink. shift: its logarithm. mass: what the rows had collected before.
+    """
+
+    factor: Tensor
+    shift: Tensor
+    mass: Tensor
