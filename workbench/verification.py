@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,7 +103,7 @@ def verify_model(
     identical = bool(pairs) and all(_same_bits(a, b) for a, b in pairs)
     fired = {check["site"] for check in checks}
     for name in sorted(fired) if edits else []:
-        found = _editable(bare, run(lambda call, name=name: _nothing(call) if call.site == name else None, True))
+        found = _editable(bare, run(partial(_switched_off, name), True))
         for check in checks:
             if check["site"] == name:
                 check["editable"] = found
@@ -116,8 +117,10 @@ def verify_model(
     return Verification(type(model).__name__, identical, checks)
 
 
-def _nothing(call: AttentionCall) -> Tensor:
-    """What heads give that are switched off: [batch, head, query, width]."""
+def _switched_off(site: str, call: AttentionCall) -> Tensor | None:
+    """What heads give that are switched off: [batch, head, query, width]; None at other sites."""
+    if call.site != site:
+        return None
     if call.finish is None:
         return torch.zeros_like(call.z())
     return torch.zeros_like(call.pattern().apply(call.v))
