@@ -63,6 +63,16 @@ class Live:
             )
 
     @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """What is open so far has no part in the forwards inside."""
+        edits, recorder = self.edits, self.recorder
+        self.edits, self.recorder = [], None
+        try:
+            yield
+        finally:
+            self.edits, self.recorder = edits, recorder
+
+    @contextmanager
     def _observed(self) -> Iterator[None]:
         if self._users == 0:
             self._observer = Observer(
@@ -72,7 +82,7 @@ class Live:
                 self._for_recorder("on_end"),
                 self._for_recorder("on_inputs"),
                 self._on_output,
-                lambda: any(isinstance(edit, Edit) for edit in self.edits),
+                lambda: bool(self.edits),  # also for outputs: modules inside a native path never run
             ).__enter__()
         self._users += 1
         try:
