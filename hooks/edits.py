@@ -78,7 +78,7 @@ class HeadEdit(Edit):
         if not self.positions.everywhere:
             where = self.positions.mask(z.shape[0], z.shape[2], call.site, z.device)
             new = torch.where(where[:, None, :, None], new, old)
-        return z.index_copy(1, index, new)
+        return z.clone().index_copy_(1, index, new)  # unlike index_copy, in the memory layout that the model expects
 
 
 class Ablation(HeadEdit):

@@ -329,7 +329,7 @@ def test_what_is_not_edited_stays_the_same_to_the_bit(case: Case) -> None:
     direction = torch.ones(wb.sites[case.site].d_head, dtype=torch.float64)
     edits = [
         lambda: wb.ablate(heads, positions=[1, -1]),
-        lambda: wb.patch({head: direction for head in heads}, positions=[1, -1]),
+        lambda: wb.patch(dict.fromkeys(heads, direction), positions=[1, -1]),
         lambda: wb.steer(heads, direction, positions=[1, -1]),
         lambda: wb.edit_pattern(heads, lambda rows, site, head: mixed(rows), [1, -1]),
     ]

@@ -166,11 +166,13 @@ def _block_of(model: nn.Module, sites: Sites, name: str) -> str:
     names = [site.name for site in sites]
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     for i in reversed(numbers):
+        if i == len(parts) - 1:  # the attention module itself, whose output is no residual stream
+            continue
         parent, stem = model.get_submodule(".".join(parts[:i])), ".".join(parts[:i])
         entries = [f"{stem}.{child}".lstrip(".") for child, _ in parent.named_children()]
         if all(any(site == entry or site.startswith(f"{entry}.") for site in names) for entry in entries):
             return ".".join(parts[: i + 1])
-    return ".".join(parts[: numbers[0] + 1]) if numbers else ""
+    return ".".join(parts[: numbers[0] + 1]) if numbers and numbers[0] < len(parts) - 1 else ""
 
 
 def find_module(model: nn.Module, sites: Sites, where: str | Site) -> str:
