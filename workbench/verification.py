@@ -81,7 +81,7 @@ def verify_model(model: nn.Module, sites: Sites, args: tuple[Any, ...], inputs: 
     cross = {site.name for site in sites if site.kind == "cross"}
 
     def look(call: AttentionCall) -> None:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(call.v.device.type, enabled=False):
             checks.append(_check(call, call.site in cross))
 
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
@@ -111,11 +111,11 @@ def _check(call: AttentionCall, cross: bool) -> dict[str, Any]:
         row_error = (applied[..., -1] - 1)[alive].abs().max().item()
     z = applied[..., :-1]
     got = z if call.finish is None else call.finish(z)
-    want = call.output.to(got.dtype).reshape(got.shape)
+    want = (call.z() if call.finish is None else call.output).to(got.dtype)
     if call.finish is None:
         got, want = got[alive], want[alive]  # kernels differ in what they give for a row that sees no key
     error = (got - want).abs().max().item() if got.numel() else 0.0
-    tolerance = _TOLERANCE.get(call.q.dtype, 1e-4) * max(1.0, want.abs().max().item() if want.numel() else 1.0)
+    tolerance = _TOLERANCE.get(call.v.dtype, 1e-4) * max(1.0, want.abs().max().item() if want.numel() else 1.0)
     dropped = call.dropout > 0  # then the kernel's output is not A·V by design
     return {
         "site": call.site,
