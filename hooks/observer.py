@@ -55,10 +55,11 @@ class Observer:
         on_start: called when the outermost module of a forward begins, with that module's name.
         on_end: called when it ends, also by an exception.
         on_inputs: called with the keyword and positional inputs when the model itself is called, before it runs.
+        on_module: called with name, module and positional inputs before each module of the model runs.
         on_output: takes name, module and output of each module when it ends; what it gives, if not None, takes the
             output's place.
-        edits: says whether calls may be edited. PyTorch's own attention modules then leave their native path, whose
-            output cannot be: their numbers change by rounding.
+        edits: says whether calls may be edited, or their gradients are wanted. PyTorch's own attention modules then
+            leave their native path, whose output cannot be had: their numbers change by rounding.
 
     What runs again in a backward pass (gradient checkpointing) starts no forward, and its calls are marked `replay`.
     """
@@ -72,11 +73,12 @@ class Observer:
         on_inputs: Callable[[tuple[Any, ...], Mapping[str, Any]], None] = lambda args, kwargs: None,
         on_output: Callable[[str, nn.Module, Any], Any] = lambda name, module, output: None,
         edits: Callable[[], bool] = lambda: False,
+        on_module: Callable[[str, nn.Module, tuple[Any, ...]], None] = lambda name, module, args: None,
     ) -> None:
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
         self._on_call, self._on_start, self._on_end, self._on_inputs = on_call, on_start, on_end, on_inputs
-        self._on_output, self._edits = on_output, edits
+        self._on_output, self._edits, self._on_module = on_output, edits, on_module
         self._threads: dict[int, _Thread] = {}
         self._open = contextlib.ExitStack()
 
@@ -133,6 +135,8 @@ class Observer:
             state.tap.__exit__(None, None, None)  # they leave their native path under a function mode
             frame.undo.callback(state.tap.__enter__)
             frame.undo.enter_context(multihead.watch(lambda: self._owner(state), self._on_call))
+        if not state.replay:
+            self._on_module(name, module, args)
 
     def _finish(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         state = self._threads.get(threading.get_ident())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,58 +76,40 @@ def projection_slices(module: nn.Module, n_heads: int, width: int) -> Tensor:
     return weight.unflatten(0, (n_heads, width))
 
 
-@dataclass
-class _Awaited:
-    """A site whose projection is looked for, and what it will be called with: [batch, query, head · width]."""
-
-    site: str
-    merged: Tensor
-
-
 class ProjectionFinder:
-    """Looks for the projections of sites while a model runs, each once.
+    """Looks for the projections of sites while a model runs, each once."""
 
-    Attributes:
-        found: site name -> projection's module name.
-    """
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[str, nn.Module]] = {}
+        self._awaited: dict[int, dict[str, Tensor]] = {}  # by thread and site: [batch, query, head · width]
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self.found: dict[str, str] = {}
-        self._awaited: dict[int, list[_Awaited]] = {}
-
-    def saw_call(self, site: str, module: nn.Module, z: Callable[[], Tensor]) -> None:
-        """An attention call gave z [batch, head, query, width]."""
-        if site in self.found:
+    def saw_call(self, site: str, module: nn.Module, z: Tensor) -> None:
+        """An attention call gave z [batch, query, head, width], in memory that stays as it is."""
+        if site in self._found:
             return
         if isinstance(module, nn.MultiheadAttention):  # its projection is applied without being called
-            self.found[site] = f"{site}.out_proj".lstrip(".")
+            self._found[site] = f"{site}.out_proj".lstrip("."), module.out_proj
             return
-        merged = z().detach().transpose(1, 2).flatten(2)
-        waiting = self._awaited.setdefault(threading.get_ident(), [])
-        waiting[:] = [a for a in waiting if a.site != site]
-        # A copy: what is done in place before the projection must not go unnoticed.
-        waiting.append(_Awaited(site, merged.clone() if merged.data_ptr() == z().data_ptr() else merged))
+        self._awaited.setdefault(threading.get_ident(), {})[site] = z.flatten(2)
 
     def saw_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module of the model is about to run on `args`."""
-        waiting = self._awaited.get(threading.get_ident())
-        if not waiting or not _is_linear(module) or not args or not isinstance(args[0], Tensor):
+        awaited = self._awaited.get(threading.get_ident())
+        if not awaited or not _is_linear(module) or not args or not isinstance(args[0], Tensor):
             return
-        for awaited in waiting:
-            if _same(args[0], awaited.merged):
-                self.found[awaited.site] = name
-                waiting.remove(awaited)
+        for site, merged in awaited.items():
+            if _same(args[0], merged):
+                self._found[site] = name, module
+                del awaited[site]
                 return
 
     def end(self) -> None:
         """The forward of this thread is over."""
         self._awaited.pop(threading.get_ident(), None)
 
-    def projection(self, site: str) -> Projection | None:
+    def of(self, site: str) -> Projection | None:
         """The projection of a site, if one was found."""
-        name = self.found.get(site)
-        return None if name is None else Projection.of(name, self._model.get_submodule(name))
+        return Projection.of(*self._found[site]) if site in self._found else None
 
 
 def _same(given: Tensor, merged: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -37,9 +38,7 @@ class Cache(Mapping[str, Tensor]):
         for site in dict.fromkeys((*model_sites, *self._sites)):
             self._stacks.setdefault(_stack(site), []).append(site)
         aliases = [site.alias for site in self._sites]
-        self._prefix = {
-            site.name: site.alias if aliases.count(site.alias) == 1 else site.name for site in self._sites
-        }
+        self._prefix = {site.name: site.alias if aliases.count(site.alias) == 1 else site.name for site in self._sites}
         for capture in forward.sites.values():
             for hook, make in self._hooks(capture, rotary).items():
                 self._make[f"{self._prefix[capture.site.name]}.{hook}"] = make
@@ -55,7 +54,7 @@ class Cache(Mapping[str, Tensor]):
                 hooks[f"hook_{part}"] = _part(capture, name)
         for name, tensor in (("z", capture.z), ("z_grad", capture.z_gradient)):
             if tensor is not None:
-                hooks[f"hook_{name}"] = lambda tensor=tensor: tensor
+                hooks[f"hook_{name}"] = partial(_itself, tensor)
         if capture.has_result:
             hooks["hook_result"] = lambda: capture.result(limit=self._limit)
         return hooks
@@ -81,9 +80,7 @@ class Cache(Mapping[str, Tensor]):
     def _name(self, key: Any) -> str:
         if isinstance(key, str):
             stem, _, hook = key.rpartition(".")
-            if stem in self._sites:
-                return f"{self._prefix[self._sites.find(stem).name]}.{hook}"
-            return key
+            return f"{self._prefix.get(stem, stem)}.{hook}"
         if not isinstance(key, tuple) or not 2 <= len(key) <= 3:
             raise _NoKey(f"a key is a name or (hook, layer), not {key!r}")
         hook, layer = key[0].removeprefix("hook_"), key[1]
@@ -121,6 +118,10 @@ class _NoKey(CaptureError, KeyError):
 def _part(capture: SiteCapture, name: str) -> Callable[[], Tensor]:
     """[batch, position, head, d_head] of a tensor that the pattern is made of."""
     return lambda: capture.pattern.parts()[1][name].transpose(1, 2)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _stack(site: Site) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -160,6 +160,8 @@ class Capture:
                 if statistic not in c.statistics and STATISTICS.get(statistic) and STATISTICS[statistic].positional:
                     continue  # cross-attention has none
                 values = getattr(c, statistic).double()
+                if values.dim() == 2 and per == "head":
+                    values = values[..., None]
                 if values.dim() != 3:
                     raise CaptureError(f'"{statistic}" has no tidy table', shape=values.shape, hint="use the tensor")
                 values = values.nanmean(-1, keepdim=True) if per == "head" else values
@@ -190,11 +192,16 @@ class Capture:
                     f"the forwards differ: {', '.join(shapes)}", site=name, hint="compare cap.calls one by one"
                 )
             same = [p for p in parts if p is not None]
+            kept: dict[str, Any] = {field: _joined([getattr(p, field) for p in same]) for field in _PER_EXAMPLE}
             joined.sites[name] = replace(
                 capture,
                 shape=(sum(p.shape[0] for p in same), *capture.shape[1:]),
-                statistics={s: torch.cat([p.statistics[s] for p in same]) for s in capture.statistics},
-                **{field: _joined([getattr(p, field) for p in same]) for field in _PER_EXAMPLE},
+                statistics={
+                    s: torch.cat([p.statistics[s] for p in same])
+                    for s in capture.statistics
+                    if all(s in p.statistics for p in same)
+                },
+                **kept,
                 lazy=None,
                 held=[],
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.hooks.sites import Site
-from workbench.hooks.tap import AttentionCall
+from workbench.hooks.tap import AttentionCall, per_head
 from workbench.kernels.gradients import attention_times_gradient
 from workbench.kernels.patterns import Pattern
 
@@ -24,13 +24,15 @@ Deliver = Callable[[Tensor, dict[str, Tensor]], None]
 
 @dataclass
 class _Awaited:
-    """One call whose gradient may still come.
+    """One call whose gradients may still come.
 
     Attributes:
-        site: where. values: [batch, kv head, key, width], the model's own. deliver: takes what arrives.
+        site, pattern: of the call. values: [batch, kv head, key, width], the model's own.
+        deliver: takes what arrives.
         versions: tensors that belong to the model, and their versions at the call.
         z_gradient: [batch, head, query, width], the sum of what has arrived; None if nothing has.
-        handle: of the hook on the output; None if the output does not require grad.
+        kernel_gradient: the same for what the kernel gave, where an intervention changed it before the model went on.
+        handles: of the hooks.
     """
 
     site: Site
@@ -38,11 +40,24 @@ class _Awaited:
     values: Tensor
     deliver: Deliver
     versions: list[tuple[Tensor, int]]
+    edited: bool
     z_gradient: Tensor | None = None
-    handle: Any = None
+    kernel_gradient: Tensor | None = None
+    handles: list[Any] = field(default_factory=list)
 
-    def arrived(self, gradient: Tensor) -> None:
+    def z_arrived(self, gradient: Tensor) -> None:
         """Take ∂L/∂z [batch, head, query, width]; a further backward adds to what came before."""
+        self.z_gradient = self._added(self.z_gradient, gradient)
+        if not self.edited:
+            self.kernel_gradient = self.z_gradient
+        self._deliver()
+
+    def kernel_arrived(self, gradient: Tensor) -> None:
+        """Take the gradient of the kernel's output, which an intervention has let through."""
+        self.kernel_gradient = self._added(self.kernel_gradient, gradient)
+        self._deliver()
+
+    def _added(self, before: Tensor | None, gradient: Tensor) -> Tensor:
         if any(tensor._version != seen for tensor, seen in self.versions):
             raise CaptureError(
                 "the model has overwritten a tensor that its gradients need",
@@ -50,8 +65,13 @@ class _Awaited:
                 hint="call loss.backward() before the next forward",
             )
         gradient = gradient.to(self.pattern.dtype)
-        self.z_gradient = gradient.clone() if self.z_gradient is None else self.z_gradient + gradient
-        sums = attention_times_gradient(self.pattern, self.z_gradient, self.values)
+        return gradient.clone() if before is None else before + gradient
+
+    def _deliver(self) -> None:
+        if self.z_gradient is None:
+            return
+        kernel = torch.zeros_like(self.z_gradient) if self.kernel_gradient is None else self.kernel_gradient
+        sums = attention_times_gradient(self.pattern, kernel, self.values)
         self.deliver(self.z_gradient.transpose(1, 2).contiguous(), sums)
 
 
@@ -62,11 +82,16 @@ class GradientWatch:
         self._awaited: list[_Awaited] = []
         self._grad_was_on = False
 
-    def watch(self, call: AttentionCall, site: Site, pattern: Pattern, deliver: Deliver, *, grad_is_on: bool) -> None:
-        """Wait for the gradient of a call's output.
+    def watch(
+        self, call: AttentionCall, edited: Tensor | None, site: Site, pattern: Pattern, deliver: Deliver, *,
+        grad_is_on: bool,
+    ) -> None:  # fmt: skip
+        """Wait for the gradients of a call's output.
 
         Args:
-            pattern: of the call, on tensors that stay as they are.
+            edited: [batch, head, query, width] that an intervention has made of it; then `z_gradient` is that of what
+                the model goes on with, and the sums are those of the kernel's own output.
+            pattern: of the call, with its values.
             deliver: takes ∂L/∂z [batch, query, head, width] and the sums of `GRADIENT_SUMS`, at every backward.
             grad_is_on: whether the model runs with gradients enabled.
 
@@ -74,11 +99,12 @@ class GradientWatch:
             CaptureError: the kernel dropped weights, so that the pattern is not what the gradient belongs to.
         """
         self._grad_was_on |= grad_is_on
-        values = (call.v.unsqueeze(1) if call.v.dim() == 3 else call.v).detach()
+        values = call.v if pattern.values is None else pattern.values
         tensors = [t for t in (values, *pattern.parts()[1].values()) if not t.is_inference()]
-        awaited = _Awaited(site, pattern, values, deliver, [(t, t._version) for t in tensors])
+        versions = [(t, t._version) for t in tensors]
+        awaited = _Awaited(site, pattern, values.detach(), deliver, versions, edited is not None)
         self._awaited.append(awaited)
-        if not call.output.requires_grad:
+        if not call.output.requires_grad and (edited is None or not edited.requires_grad):
             return
         if call.dropout > 0:
             raise CaptureError(
@@ -86,13 +112,11 @@ class GradientWatch:
                 site=site.name,
                 hint="call model.eval(); it does not stop gradients",
             )
-        shape, device = (*pattern.shape[:3], -1), call.output.device.type
-
-        def arrived(gradient: Tensor) -> None:
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                awaited.arrived(gradient.detach().reshape(shape))
-
-        awaited.handle = call.output.register_hook(arrived)
+        kernel_arrived = awaited.z_arrived if edited is None else awaited.kernel_arrived
+        layout, heads = call.layout, call.sizes[0]
+        _hook(call.output, lambda g: kernel_arrived(per_head(g, layout, heads)), awaited.handles)
+        if edited is not None:
+            _hook(edited, awaited.z_arrived, awaited.handles)
 
     def check(self, *, all_must_arrive: bool) -> None:
         """Complain of gradients that never came; called at the end of the capture.
@@ -108,7 +132,7 @@ class GradientWatch:
                 "no gradient arrived: the model ran under no_grad",
                 hint="run the forward with gradients enabled and call loss.backward(), both inside the `with`",
             )
-        if len(missing) == len(self._awaited) and all(awaited.handle is None for awaited in missing):
+        if len(missing) == len(self._awaited) and not any(awaited.handles for awaited in missing):
             raise CaptureError(
                 "no gradient arrived: no attention output requires grad",
                 hint="let the parameters before it, or the embedded inputs, require grad",
@@ -119,7 +143,7 @@ class GradientWatch:
             warnings.warn(
                 f"no gradient arrived at {len(missing)} of {len(self._awaited)} attention calls: {listed}",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
             return
         raise CaptureError(
@@ -129,13 +153,20 @@ class GradientWatch:
         )
 
     def close(self) -> None:
-        """Take the hooks off and let go of the model's tensors."""
+        """Take the hooks off."""
         for awaited in self._awaited:
-            if awaited.handle is not None:
-                awaited.handle.remove()
-        self._awaited.clear()
+            for handle in awaited.handles:
+                handle.remove()
 
 
-def in_backward() -> bool:
-    """Whether autograd is running a backward in this thread, as it does where checkpointing runs a forward again."""
-    return torch._C._current_graph_task_id() != -1
+def _hook(tensor: Tensor, take: Callable[[Tensor], None], handles: list[Any]) -> None:
+    """Give the tensor's gradient to `take` at every backward, if there can be one."""
+    if not tensor.requires_grad:
+        return
+    device = tensor.device.type
+
+    def hook(gradient: Tensor) -> None:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            take(gradient.detach())
+
+    handles.append(tensor.register_hook(hook))

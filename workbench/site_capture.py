@@ -146,7 +146,9 @@ class SiteCapture:
         if base not in STATISTICS and base not in outputs:
             # An AttributeError too, so that hasattr and completion work on names that are no statistics.
             raise _NoAttribute(
-                f'a site capture has no "{name}"', site=self.site.name, hint=nearest(base, [*STATISTICS, *GRADIENT_SUMS])
+                f'a site capture has no "{name}"',
+                site=self.site.name,
+                hint=nearest(base, [*STATISTICS, *GRADIENT_SUMS]),
             )
         if STATISTICS[outputs.get(base, base)].positional and self.site.kind == "cross":
             raise _NoAttribute(
@@ -202,9 +204,7 @@ class Forward:
         return self.ids.get(self.stream(site, axis))
 
 
-def pack(
-    capture: SiteCapture, *, pattern: bool, result: bool = False
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A site capture as JSON facts and named tensors.
 
     Args:
@@ -232,13 +232,14 @@ def unpack(entry: dict[str, Any], parts: dict[str, Tensor]) -> SiteCapture:
         facts = dict(entry["pattern"])
         held = {name.removeprefix(_PATTERN): parts.pop(name) for name in list(parts) if name.startswith(_PATTERN)}
         lazy = rebuild(facts.pop("family"), facts, held)
+    kept: dict[str, Any] = {name: parts.pop(key, None) for key, name in _KEPT.items()}
     return SiteCapture(
         site=Site(**entry["site"]),
         shape=tuple(entry["shape"]),
         kernel=entry["kernel"],
         signed=entry["signed"],
         normalised=entry["normalised"],
-        **{name: parts.pop(key, None) for key, name in _KEPT.items()},
+        **kept,
         statistics=parts,
         lazy=lazy,
     )
