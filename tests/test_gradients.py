@@ -239,24 +239,34 @@ def test_pytorchs_own_layers() -> None:
 
 
 def test_nobody_called_backward(model: nn.Module) -> None:
-    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="no gradient arrived at") as caught:
-        with wb.capture(gradients=True):
-            model(**GPT2.inputs())
+    with (
+        workbench.attach(model) as wb,
+        pytest.raises(CaptureError, match="no gradient arrived at") as caught,
+        wb.capture(gradients=True),
+    ):
+        model(**GPT2.inputs())
     assert "loss.backward() inside" in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
 def test_without_gradients(model: nn.Module, mode: type) -> None:
-    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="ran under no_grad"):
-        with mode(), wb.capture(gradients=True):
-            model(**GPT2.inputs())
+    with (
+        workbench.attach(model) as wb,
+        pytest.raises(CaptureError, match="ran under no_grad"),
+        mode(),
+        wb.capture(gradients=True),
+    ):
+        model(**GPT2.inputs())
 
 
 def test_a_frozen_model(model: nn.Module) -> None:
     model.requires_grad_(False)
-    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="no attention output requires grad"):
-        with wb.capture(gradients=True):
-            model(**GPT2.inputs())
+    with (
+        workbench.attach(model) as wb,
+        pytest.raises(CaptureError, match="no attention output requires grad"),
+        wb.capture(gradients=True),
+    ):
+        model(**GPT2.inputs())
 
 
 def test_a_frozen_part(model: nn.Module) -> None:
@@ -264,22 +274,30 @@ def test_a_frozen_part(model: nn.Module) -> None:
     model.transformer.h[1].requires_grad_(True)
     inputs = GPT2.inputs()
     with workbench.attach(model) as wb:
-        with pytest.warns(UserWarning, match=r"at 1 of 2 attention calls: transformer\.h\.0\.attn"):
-            with wb.capture([], gradients=True) as capture:
-                loss_of(model(**inputs), inputs).backward()
+        with (
+            pytest.warns(UserWarning, match=r"at 1 of 2 attention calls: transformer\.h\.0\.attn"),
+            wb.capture([], gradients=True) as capture,
+        ):
+            loss_of(model(**inputs), inputs).backward()
         assert capture[1].head_gradient.shape == (2, 4)
         with pytest.raises(CaptureError, match=r"gradients=True"):
             _ = capture[0].head_gradient
-        with pytest.raises(CaptureError, match=r"arrived at transformer\.h\.0\.attn"):
-            with wb.capture([], sites=[0, 1], gradients=True):
-                loss_of(model(**inputs), inputs).backward()
+        with (
+            pytest.raises(CaptureError, match=r"arrived at transformer\.h\.0\.attn"),
+            wb.capture([], sites=[0, 1], gradients=True),
+        ):
+            loss_of(model(**inputs), inputs).backward()
 
 
 def test_dropout_of_weights_is_refused(model: nn.Module) -> None:
     model.train()
-    with workbench.attach(model) as wb, pytest.warns(UserWarning, match="train mode"):
-        with pytest.raises(CaptureError, match="drops out here") as caught, wb.capture(gradients=True):
-            model(**GPT2.inputs())
+    with (
+        workbench.attach(model) as wb,
+        pytest.warns(UserWarning, match="train mode"),
+        pytest.raises(CaptureError, match="drops out here") as caught,
+        wb.capture(gradients=True),
+    ):
+        model(**GPT2.inputs())
     assert "model.eval()" in str(caught.value)
 
 
@@ -314,24 +332,39 @@ def test_checkpointing() -> None:
 
 def test_reentrant_checkpointing_is_refused() -> None:
     model, x = Checkpointed(reentrant=True), torch.randn(2, 5, 16, requires_grad=True)
-    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="no gradient arrived"):
-        with wb.capture([], gradients=True):
-            (model(x) ** 2).sum().backward()
+    with (
+        workbench.attach(model) as wb,
+        pytest.raises(CaptureError, match="no gradient arrived"),
+        wb.capture([], gradients=True),
+    ):
+        (model(x) ** 2).sum().backward()
+
+
+class Overwriting(nn.Module):
+    """Attention whose weights need no gradient, so that autograd does not mind when the values change afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 1
+        self.v = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.v(x)
+        out = torch.softmax(x @ x.transpose(-1, -2), dim=-1) @ v
+        v.mul_(2)
+        return out
 
 
 def test_values_that_are_overwritten_before_the_backward() -> None:
-    """Autograd complains too, of tensors that it needs itself; it does not need values that nothing was learned from."""
-
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Parameter(torch.ones(()))
-            self.register_buffer("memory", torch.randn(1, 1, 5, 8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return workbench_kernel(x, self.memory, self.memory * self.gate)
-
-    del Gated
+    model = Overwriting()
+    with workbench.attach(model) as wb, wb.capture([]):
+        model(torch.randn(1, 5, 8)).sum().backward()
+    with (
+        workbench.attach(model) as wb,
+        pytest.raises(CaptureError, match="overwritten a tensor"),
+        wb.capture([], gradients=True),
+    ):
+        model(torch.randn(1, 5, 8)).sum().backward()
 
 
 def test_several_forwards_files_tables_and_pools(model: nn.Module, tmp_path: Path) -> None:

@@ -24,7 +24,13 @@ def written_out(model: nn.Module) -> Iterator[tuple[nn.Module, Seen]]:
     seen: Seen = {}
 
     def attention(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None, **more: Any
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scaling: float | None = None,
+        **more: Any,
     ) -> tuple[Tensor, Tensor]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
