@@ -1,6 +1,6 @@
-"""Gradients of attention weights from autograd: the same model on attention that is written out in its own precision."""
+"""Gradients of attention weights from autograd: the same model on attention that is written out in its own dtype."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,3 @@ def loss_of(output: Any, inputs: dict[str, Any]) -> Tensor:
     if mask is not None and mask.shape == out.shape[:2]:
         weights = weights * mask[..., None].to(out.dtype)
     return (out * weights).sum()
-
-
-Run = Callable[[nn.Module], Tensor]
