@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from workbench.hooks import multihead, registry
+from workbench.hooks import bridges, multihead, registry
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.sdpa import FunctionTap
-from workbench.hooks.sites import heads_of
+from workbench.hooks.sites import heads_of, kv_heads_of, site_name
 from workbench.hooks.tap import AttentionCall
-from workbench.hooks.written_out import WrittenOut
+from workbench.hooks.written_out import WrittenOut, ungrouped
 
 
 @dataclass
@@ -85,6 +85,7 @@ class Observer:
     def __enter__(self) -> Observer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(registry.installed())
+            stack.enter_context(bridges.called_as_a_whole(self._model, self._is_running))
             handles = [
                 torch_module.register_module_forward_pre_hook(self._begin),
                 torch_module.register_module_forward_hook(self._finish, with_kwargs=True, always_call=True),
@@ -110,6 +111,11 @@ class Observer:
         if thread not in self._threads:
             self._threads[thread] = _Thread(FunctionTap(self._saw_sdpa, self._saw_kernel, self._saw_written_out))
         return self._threads[thread]
+
+    def _is_running(self) -> bool:
+        """Whether the model itself is, in this thread."""
+        state = self._threads.get(threading.get_ident())
+        return state is not None and any(frame.module is self._model for frame in state.stack)
 
     def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not self._state().replay:
@@ -159,7 +165,7 @@ class Observer:
 
     @staticmethod
     def _owner(state: _Thread) -> tuple[str, nn.Module]:
-        return state.stack[-1].name, state.stack[-1].module
+        return site_name(state.stack[-1].name), state.stack[-1].module
 
     def _report(self, owner: tuple[str, nn.Module], **facts: Any) -> Tensor | None:
         """The new output of the kernel, or None."""
@@ -177,7 +183,7 @@ class Observer:
         with state.tap.inside() as inner:
             result = function(module, *args, **kwargs)
         name = self._names.get(module)
-        owner = self._owner(state) if name is None else (name, module)
+        owner = self._owner(state) if name is None else (site_name(name), module)
         facts = registry.read(owner[0], backend, module, args, kwargs, inner)
         replaced = self._report(owner, tap="registry", output=result[0], **facts)
         return result if replaced is None else (replaced, *result[1:])
@@ -219,6 +225,7 @@ class Observer:
             heads = heads_of(owner[1]) or 1
             heads = heads if weights.shape[0] % heads == 0 else 1
             weights, values = (t.unflatten(0, (-1, heads)) for t in (weights, values))
+        values = ungrouped(values, kv_heads_of(owner[1]))
         return self._report(
             owner,
             q=None,

@@ -21,7 +21,8 @@ class Cache(Mapping[str, Tensor]):
     - `blocks.3.attn.hook_pattern` [batch, head, query, key]
     - `hook_q`, `hook_k`, `hook_v`, `hook_z` [batch, position, head, d_head]; k and v have their own number of heads.
       Queries and keys are as they enter the product: in a model with rotary embeddings their names are `hook_rot_q`
-      and `hook_rot_k`.
+      and `hook_rot_k`, and a model that scales its queries first (OPT, Whisper) gives them scaled. Where a model writes
+      its attention out, there are none.
     - `hook_result` [batch, position, head, d_model], `hook_z_grad` like `hook_z`
 
     A key exists where the capture kept what it needs. In a model with several towers names begin with the tower:
@@ -39,6 +40,11 @@ class Cache(Mapping[str, Tensor]):
             self._stacks.setdefault(_stack(site), []).append(site)
         aliases = [site.alias for site in self._sites]
         self._prefix = {site.name: site.alias if aliases.count(site.alias) == 1 else site.name for site in self._sites}
+        self._spelled = {
+            name: self._prefix[site.name]
+            for site in self._sites
+            for name in (*(site.aliases if self._prefix[site.name] == site.alias else ()), site.name)
+        }
         for capture in forward.sites.values():
             for hook, make in self._hooks(capture, rotary).items():
                 self._make[f"{self._prefix[capture.site.name]}.{hook}"] = make
@@ -80,8 +86,8 @@ class Cache(Mapping[str, Tensor]):
     def _name(self, key: Any) -> str:
         if isinstance(key, str):
             stem, _, hook = key.rpartition(".")
-            return f"{self._prefix.get(stem, stem)}.{hook}"
-        if not isinstance(key, tuple) or not 2 <= len(key) <= 3:
+            return f"{self._spelled.get(stem, stem)}.{hook}"
+        if not isinstance(key, tuple) or not 2 <= len(key) <= 3 or not isinstance(key[1], int):
             raise _NoKey(f"a key is a name or (hook, layer), not {key!r}")
         hook, layer = key[0].removeprefix("hook_"), key[1]
         stack = self._stack(key)
@@ -99,10 +105,10 @@ class Cache(Mapping[str, Tensor]):
                 return names[0]
             example = f'cache["{key[0]}", {key[1]}, "{names[-1]}"]'
             raise _NoKey(f"layer {key[1]} is one of several: {', '.join(names)}", hint=f"say which: {example}")
-        for stack in (key[2], f"{key[2]}.attn"):
-            if stack in self._stacks:
-                return str(stack)
-        raise _NoKey(f'there is no "{key[2]}"', hint=nearest(str(key[2]), names))
+        fitting = [name for name in names if name in (key[2], f"{key[2]}.attn") or name.endswith(f".{key[2]}")]
+        if len(fitting) != 1:
+            raise _NoKey(f'"{key[2]}" is {"several" if fitting else "none"} of {", ".join(names)}')
+        return fitting[0]
 
     def __repr__(self) -> str:
         hooks = dict.fromkeys(name.rpartition(".")[2] for name in self._make)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 Provenance = dict[str, Any]
-_ROTARY = re.compile("rotary|RoPE|Rope(?![a-z])", flags=0)
+_ROTARY = re.compile(r"[Rr]otary|RoPE|Rope(?![a-z])")
 
 
 def describe(model: nn.Module) -> Provenance:
