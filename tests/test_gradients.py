@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import workbench
 from support.autograd import loss_of, sums_of, written_out
+from support.kernel_models import KERNELS, kernel_model
 from support.tiny import FAMILIES, Family, _llama, _padded_decoder, eager_twin, make
 from workbench import CaptureError
 from workbench.hooks.edits import Edit
@@ -236,6 +237,51 @@ def test_pytorchs_own_layers() -> None:
         weight = module.out_proj.weight  # [d_model, head · d_head]
         gate = (weight * weight.grad).detach().sum(0).unflatten(0, (4, 4)).sum(-1)
         assert_near(site.head_gradient.sum(0), gate, 1e-5)
+
+
+class SingleHead(nn.Module):
+    """Attention on [batch, position, d], of one head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, dim=-1), is_causal=True)
+
+
+def assert_fits_its_pattern(site: Any) -> None:
+    """The sums are those of the captured weights and values with the captured gradient of z."""
+    v = site.pattern.values
+    d_a = site.z_gradient.transpose(1, 2) @ v.transpose(-1, -2)
+    product = site.pattern.dense() * d_a
+    want = (product.sum(-1), product.sum(-2), product.sum((-1, -2)), product.abs().sum(-2))
+    for name, value in zip(GRADIENT_SUMS, want, strict=True):
+        assert_near(getattr(site, name), value, 1e-5, name)
+
+
+def test_attention_of_one_head_without_a_head_axis() -> None:
+    model, x = SingleHead(), torch.randn(3, 7, 8)
+    with workbench.attach(model) as wb, wb.capture([], gradients=True, values=True, z=True) as capture:
+        out = model(x)
+        out.retain_grad()
+        (out**3).sum().backward()
+    site = capture.sites[0]
+    assert torch.equal(capture[site].z_gradient.squeeze(2), out.grad)
+    assert_fits_its_pattern(capture[site])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_our_own_kernels(kernel: str) -> None:
+    model, ids = kernel_model(kernel, kernel)
+    with workbench.attach(model) as wb, wb.capture([], gradients=True, values=True) as capture:
+        (model(ids) ** 2).sum().backward()
+    for site in capture:
+        weight = model.get_submodule(site.site.name).out.weight  # [d_model, head · d_head]
+        gate = (weight * weight.grad).detach().sum(0).unflatten(0, (4, -1)).sum(-1)
+        assert_near(site.head_gradient.sum(0), gate, 1e-4)
+        assert_fits_its_pattern(site)
 
 
 def test_nobody_called_backward(model: nn.Module) -> None:

@@ -88,9 +88,9 @@ class SiteCapture:
         return self.stored_result is not None or (self.z is not None and self.projection is not None)
 
     def result(self, heads: int | Sequence[int] | None = None, limit: int | None = DENSE_LIMIT) -> Tensor:
-        """What each head writes to the residual stream: z times its slice of W_O, [batch, query, head, d_model].
+        """z times each head's slice of W_O, [batch, query, head, d_model]: what it writes to the residual stream.
 
-        The sum over heads, plus the projection's bias, is the projection's output.
+        The sum over heads, plus the projection's bias, is the projection's output; a norm may follow in some models.
 
         Args:
             heads: which heads; all if None.
