@@ -34,7 +34,7 @@ def _bloom() -> nn.Module:
 
 FALCON = Family("falcon", _falcon, _decoder, ONE_TOWER)
 BLOOM = Family("bloom", _bloom, _decoder, ONE_TOWER)
-NAMES = {  # of the last site's projection
+NAMES = {  # of the last site's projection; None where it differs between releases
     "gpt2": "transformer.h.1.attn.c_proj",
     "llama-gqa": "model.layers.1.self_attn.o_proj",
     "bert": "encoder.layer.1.attention.output.dense",
