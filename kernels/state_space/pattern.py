@@ -7,13 +7,13 @@ ever divided by another.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold_
 
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_finite
@@ -190,8 +190,7 @@ class DualPattern(_StatePattern):
 
 def _exp(exponents: Tensor) -> Tensor:
     """exp in place; what is too small for a normal number is zero, since a CPU takes far longer over subnormal ones."""
-    gone = exponents < math.log(torch.finfo(exponents.dtype).tiny)
-    return exponents.exp_().masked_fill_(gone, 0.0)
+    return threshold_(exponents.exp_(), torch.finfo(exponents.dtype).tiny, 0.0)
 
 
 def _length(part: slice) -> int:

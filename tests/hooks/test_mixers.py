@@ -175,6 +175,7 @@ def test_the_map_gives_back_what_the_module_gave(name: str):
         assert call.module is model.get_submodule(call.site)
         pattern = call.pattern()
         assert pattern.shape == (2, heads, 19, 19)
+        assert call.sizes == (heads, groups, state)
         assert call.q.shape == call.k.shape == (2, groups, 19, state)
         assert call.v.shape == (2, heads, 19, width)
         assert pattern.values.shape == call.v.shape
