@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,56 +17,14 @@ from workbench.hooks.tap import AttentionCall
 from workbench.inputs import check_inputs, token_ids
 from workbench.kernels import streaming
 from workbench.kernels.checks import check_finite
-from workbench.kernels.patterns import DENSE_LIMIT
-from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, Options
+from workbench.kernels.patterns import Pattern
+from workbench.kernels.statistics import Options
+from workbench.past import Past
+from workbench.settings import Settings
 from workbench.site_capture import Forward, SiteCapture
 
 _LARGE = 1 << 16  # bytes from which a kept tensor gets memory of its own
 SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a capture keeps.
-
-    Attributes:
-        statistics: names to stream at every site.
-        sites: which sites, or None for all.
-        z: keep A·V per head. pattern: keep dense patterns. queries_keys: keep q and k, so that any part of the pattern
-            can be had later. values: keep v too.
-        tokens: ids [batch, position] for `induction`; found in the inputs if None.
-        sink_keys, n_top, block: see `workbench.kernels.statistics.Options`.
-        limit: most bytes to keep in all.
-    """
-
-    statistics: tuple[str, ...] = ("entropy", "received")
-    sites: frozenset[str] | None = None
-    z: bool = False
-    pattern: bool = False
-    queries_keys: bool = True
-    values: bool = False
-    tokens: Tensor | None = None
-    sink_keys: tuple[int, ...] | None = None
-    n_top: int = 8
-    block: int = 16
-    limit: int | None = DENSE_LIMIT
-
-    def bytes_for(self, shape: tuple[int, int, int, int], n_kv_heads: int, d_head: int, itemsize: int = 4) -> int:
-        """Bytes that a call of this [batch, head, query, key] shape will keep, masks aside."""
-        b, h, q, k = shape
-        sizes = {
-            "query": q,
-            "key": k,
-            "query top": q * self.n_top * 3,
-            "block": -(-q // self.block) * -(-k // self.block),
-        }
-        numbers = sum(sizes[STATISTICS[name.removeprefix(VALUE_WEIGHTED)].axes] for name in self.statistics) * b * h
-        kept = numbers * max(4, itemsize)
-        if self.queries_keys:
-            kept += b * (h * q + n_kv_heads * k) * d_head * itemsize + b * h * q * max(4, itemsize)
-        kept += b * n_kv_heads * k * d_head * itemsize if self.values else 0
-        kept += b * h * q * d_head * itemsize if self.z else 0
-        return kept + (b * h * q * k * max(4, itemsize) if self.pattern else 0)
 
 
 def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
@@ -98,14 +56,18 @@ class Recorder:
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
     _running: dict[int, Forward] = field(default_factory=dict)
+    _threads: dict[int, int] = field(default_factory=dict)
+    _past: Past = field(default_factory=Past)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def on_start(self, name: str) -> None:
         """A forward begins in this thread."""
         with self._lock:
-            forward = Forward(index=len(self.forwards))
+            thread = threading.get_ident()
+            number = self._threads.setdefault(thread, len(self._threads))
+            forward = Forward(index=len(self.forwards), thread=number)
             self.forwards.append(forward)
-            self._running[threading.get_ident()] = forward
+            self._running[thread] = forward
 
     def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model was called with these inputs."""
@@ -152,11 +114,10 @@ class Recorder:
         keeper = _Keeper()
         if settings.queries_keys:
             pattern = pattern.kept(keeper.keep)
-        names = [name for name in settings.statistics if not (cross and _positional(name))]
-        tokens = forward.ids_of(site, "query") if settings.tokens is None else settings.tokens
+        names = settings.names_at(site)
         try:
             check_finite("v", call.v)
-            options = Options(tokens, settings.sink_keys, settings.n_top, settings.block)
+            options = self._options(forward, site, pattern, names)
             statistics = streaming.statistics(pattern, names, options)
             self.engines |= streaming.engines(pattern, names, options)
         except CaptureError as error:
@@ -184,6 +145,14 @@ class Recorder:
             self.nbytes += capture.nbytes
         return capture
 
+    def _options(self, forward: Forward, site: Site, pattern: Pattern, names: Sequence[str]) -> Options:
+        ids, before = forward.ids_of(site, "query"), None
+        keys = getattr(pattern, "k", None)
+        if keys is not None and self.settings.tokens is None and any(name.endswith("induction") for name in names):
+            stream = forward.stream(site, "query")
+            ids, before = self._past.key_ids(forward, site.name, stream, pattern.n_queries, keys)
+        return self.settings.options(ids, before)
+
     def _check_limit(self, planned: int, site: Site) -> None:
         limit = self.settings.limit
         if limit is not None and self.nbytes + planned > limit:
@@ -193,10 +162,6 @@ class Recorder:
                 hint="capture fewer sites, leave out pattern=True, z=True or values=True, pass queries_keys=False, "
                 "or raise limit=",
             )
-
-
-def _positional(name: str) -> bool:
-    return STATISTICS[name.removeprefix(VALUE_WEIGHTED)].positional
 
 
 def _sizes(call: AttentionCall) -> tuple[int, int, int]:

@@ -20,7 +20,8 @@ from workbench.inputs import check_inputs, dropout_in_training, to_ids
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
 from workbench.provenance import describe, weights_hash, weights_version
-from workbench.recorder import Recorder, Settings, SiteChoice, choose
+from workbench.recorder import Recorder, SiteChoice, choose
+from workbench.settings import Settings
 from workbench.verification import Verification, verify_model
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Workbench]] = weakref.WeakKeyDictionary()
@@ -154,7 +155,7 @@ class Workbench:
         recorder = Recorder(self.model, self.sites, settings, self._decode if self.tokenizer is not None else None)
         before = weights_version(self.model)
         provenance = describe(self.model) | {"statistics": list(settings.statistics)}
-        capture = Capture(recorder.forwards, self.sites, provenance, lambda: self._weights_hash(before))
+        capture = Capture(recorder.forwards, self.sites, provenance, lambda: self._weights_hash(before), settings)
         self._capturing = True
         try:
             with Observer(self.model, recorder.on_call, recorder.on_start, recorder.on_end, recorder.on_inputs):
