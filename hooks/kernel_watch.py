@@ -59,16 +59,18 @@ def kernel_lse(result: Any, n_queries: int) -> Tensor | None:
 
 
 class LseWatch:
-    """Runs one SDPA call and tells which kernel ran and what log-sum-exp it gave."""
+    """Runs one SDPA call and tells which kernel ran and what log-sum-exp it gave; `called` says whether one ran."""
 
     def __init__(self) -> None:
         self.kernel = "math"  # SDPA's composite path has no operator of its own
         self.lse: Tensor | None = None
+        self.called = False
 
     def run(
         self, function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], n_queries: int
     ) -> Tensor:
         """The function's own result."""
+        self.called = True
 
         def look(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
             name = kernel_name(op)

@@ -25,7 +25,7 @@ _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.bmm.default, _ATEN.baddbmm.default}
 
 
-def watch(owner: Callable[[], tuple[str, nn.Module]], on_call: Callable[[AttentionCall], None]) -> KernelWatch:
+def watch(owner: Callable[[], tuple[str, nn.Module]], on_call: Callable[[AttentionCall], Any]) -> KernelWatch:
     """A context that reports the attention calls of PyTorch's modules.
 
     Args:
@@ -38,7 +38,7 @@ def watch(owner: Callable[[], tuple[str, nn.Module]], on_call: Callable[[Attenti
 class _Recogniser:
     """Recognises attention in a stream of operators."""
 
-    def __init__(self, owner: Callable[[], tuple[str, nn.Module]], on_call: Callable[[AttentionCall], None]) -> None:
+    def __init__(self, owner: Callable[[], tuple[str, nn.Module]], on_call: Callable[[AttentionCall], Any]) -> None:
         self._owner, self._on_call = owner, on_call
         self._product: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None  # q, kᵀ, bias, scores
         self._scores: tuple[Tensor, Tensor, Tensor | None] | None = None  # the product that the last softmax took
@@ -61,7 +61,7 @@ class _Recogniser:
         site, module = self._owner()
         if isinstance(module, nn.TransformerEncoderLayer):  # the native layer never enters its attention module
             site, module = f"{site}.self_attn".lstrip("."), module.self_attn
-        self._on_call(AttentionCall(site=site, module=module, tap="multihead", is_causal=False, dropout=0.0, **facts))
+        self._on_call(AttentionCall(site=site, module=module, tap="multihead", **facts))
 
     def _fused(self, op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         given = _named(op, args, kwargs)
@@ -106,7 +106,6 @@ class _Recogniser:
             mask=None if bias is None else bias[None] if bias.shape[0] == 1 else split(bias),
             scale=1.0,  # the module has scaled q already
             output=split(result),
-            lse=None,
             kernel="math",
         )
 
@@ -122,9 +121,7 @@ class _Recogniser:
             k=k,
             v=v,
             mask=_native_mask(given["mask"], given["mask_type"]),
-            scale=None,
             output=result[0],
-            lse=None,
             kernel="native_multi_head_attention",
             finish=finish,
         )
@@ -162,9 +159,7 @@ class _Recogniser:
             k=k,
             v=v,
             mask=_native_mask(given["mask"], given["mask_type"]),
-            scale=None,
             output=result,
-            lse=None,
             kernel="transformer_encoder_layer_fwd",
             finish=finish,
         )

@@ -1,9 +1,11 @@
-"""The tap on attention functions: SDPA, wherever a model calls it, and the kernels of `workbench.kernels`."""
+"""The tap on functions: SDPA wherever a model calls it, our own kernels, and attention that a model writes out."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -11,11 +13,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from workbench.hooks.kernel_watch import LseWatch
+from workbench.hooks.written_out import Follower, WrittenOut
 
-OnSdpa = Callable[[dict[str, Any], Tensor, LseWatch], None]
-OnKernel = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], None]
+OnSdpa = Callable[[dict[str, Any], Tensor, LseWatch], Tensor | None]
+OnKernel = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], Tensor | None]
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
+_COMPOSITE = torch.nn.functional.multi_head_attention_forward
+# The same code, which does not ask for modes at its start: with it the mode can be on inside.
+_COMPOSITE_CODE = FunctionType(
+    _COMPOSITE.__code__,
+    {**_COMPOSITE.__globals__, "has_torch_function": lambda tensors: False},
+    _COMPOSITE.__name__,
+    _COMPOSITE.__defaults__,
+)
 
 
 def _sdpa(
@@ -40,27 +51,53 @@ class FunctionTap(TorchFunctionMode):
     Args:
         on_sdpa: takes an SDPA call's arguments, output, and what was seen of its kernel.
         on_kernel: takes a kernel of ours (see `workbench.kernels.functions`), its arguments and its result.
+        on_written_out: takes an attention that the model wrote out.
 
-    The call itself runs as the model made it. Calls inside composite functions such as
-    `F.multi_head_attention_forward` are not seen here: `multihead.py` sees to them.
+    Each gives what takes the place of the output, or None. The call itself runs as the model made it.
     """
 
-    def __init__(self, on_sdpa: OnSdpa, on_kernel: OnKernel) -> None:
+    def __init__(
+        self, on_sdpa: OnSdpa, on_kernel: OnKernel, on_written_out: Callable[[WrittenOut], Tensor | None]
+    ) -> None:
         super().__init__()
         self._on_sdpa, self._on_kernel = on_sdpa, on_kernel
+        self._follower = Follower(on_written_out)
+        self._inner: LseWatch | None = None
+
+    @contextmanager
+    def inside(self) -> Iterator[LseWatch]:
+        """Calls inside belong to a backend that is reported as a whole; what is seen of SDPA's kernel is given."""
+        outer, self._inner = self._inner, LseWatch()
+        try:
+            yield self._inner
+        finally:
+            self._inner = outer
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not _SDPA:
-            result = func(*args, **kwargs)
-            if hasattr(func, "attention_kernel"):
-                self._on_kernel(func, args, kwargs, result)
+        if func is _SDPA:
+            return self._sdpa(func, args, kwargs)
+        if func is _COMPOSITE:
+            with self:  # a handler runs outside its own mode, and what we look for is inside this function
+                return _COMPOSITE_CODE(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self._inner is not None:
             return result
+        if hasattr(func, "attention_kernel"):
+            replaced = self._on_kernel(func, args, kwargs, result)
+            if replaced is None:
+                return result
+            return (replaced, *result[1:]) if isinstance(result, tuple) else replaced
+        return self._follower.saw(func, args, kwargs, result)
+
+    def _sdpa(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         bound = _SIGNATURE.bind(*args, **kwargs)
         bound.apply_defaults()
-        watch = LseWatch()
+        watch = self._inner or LseWatch()
         output = watch.run(func, args, kwargs, bound.arguments["query"].shape[-2])
-        self._on_sdpa(bound.arguments, output, watch)
-        return output
+        if self._inner is not None:
+            return output
+        replaced = self._on_sdpa(bound.arguments, output, watch)
+        return output if replaced is None else replaced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import re
 from collections import Counter
@@ -18,9 +19,12 @@ from workbench.kernels.functions import FUNCTIONS
 
 Kind = Literal["self", "cross", "window", "channel", "memory", "state"]
 
-# A module that mentions one of these in its own code calls an attention kernel.
-_MARKS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS", *FUNCTIONS}
+# A module that mentions one of these in its own code calls an attention kernel; one that mentions a softmax and a
+# product writes attention out.
+_MARKS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS", "flex_attention", *FUNCTIONS}
+_PRODUCTS = {"matmul", "bmm", "einsum"}
 _CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
+_WINDOW = re.compile(r"swin|window", re.IGNORECASE)
 _HOOK_SUFFIX = re.compile(r"\.(hook_\w+|attn_weights)$")
 
 
@@ -148,16 +152,23 @@ def with_sizes(sites: Sites, name: str, n_heads: int, n_kv_heads: int, d_head: i
     )
 
 
+def heads_of(module: nn.Module) -> int | None:
+    """How many heads a module says it has."""
+    config = getattr(module, "config", None)
+    return _number_of(module, config, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+
+
 def _describe(name: str, module: nn.Module) -> Site:
     config = getattr(module, "config", None)
-    heads = _number_of(module, config, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+    heads = heads_of(module)
     kv = _number_of(module, config, "num_key_value_heads", "n_kv_heads", "num_kv_heads")
     width = _number_of(module, config, "head_dim", "attention_head_size", "d_head", "key_value_proj_dim")
     if width is None and heads:
         total = _number_of(module, config, "embed_dim", "hidden_size", "d_model")
         width = None if total is None else total // heads
     cross = _CROSS.search(f"{name} {type(module).__name__}") or getattr(module, "is_cross_attention", False)
-    return Site(name, -1, "cross" if cross else "self", heads, heads if kv is None else kv, width)
+    kind: Kind = "cross" if cross else "window" if _WINDOW.search(type(module).__name__) else "self"
+    return Site(name, -1, kind, heads, heads if kv is None else kv, width)
 
 
 def _number_of(module: nn.Module, config: Any, *names: str) -> int | None:
@@ -207,7 +218,7 @@ def _mentions(function: FunctionType, cls: type, depth: int, seen: set[CodeType]
     for code in codes:  # grows: nested functions are constants of their parent
         codes.extend(c for c in code.co_consts if isinstance(c, CodeType))
     names = {name for code in codes for name in (*code.co_names, *code.co_freevars)}
-    if names & _MARKS:
+    if names & _MARKS or ("softmax" in names and (names & _PRODUCTS or any(map(_multiplies, codes)))):
         return True
     if depth == 0:
         return False
@@ -220,3 +231,8 @@ def _mentions(function: FunctionType, cls: type, depth: int, seen: set[CodeType]
         ):
             return True
     return False
+
+
+def _multiplies(code: CodeType) -> bool:
+    """Whether the code uses the operator @."""
+    return any(step.opname == "BINARY_OP" and step.argrepr.startswith("@") for step in dis.get_instructions(code))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
-from workbench.kernels.masks import Mask, as_four
-from workbench.kernels.patterns import Pattern
+from workbench.kernels.masks import Mask, as_four, hidden_below
+from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
 
@@ -20,34 +21,82 @@ class AttentionCall:
     Attributes:
         site: name of the module that made the call.
         module: that module.
-        q: [batch, head, query, d_head]; k: [batch, kv head, key, d_head]; v: [batch, kv head, key, width].
-        mask: as given, boolean (True: may see) or additive, or None.
-        is_causal: query row i sees keys j <= i (counted from the first key, as SDPA does).
-        scale: factor on q kᵀ; None means 1/√d_head.
-        dropout: probability with which the kernel dropped weights.
-        output: what the kernel gave; [batch, head, query, width] unless `finish` is set.
-        lse: [batch, head, query] natural log of the softmax denominator, if the kernel gave it.
+        q: [batch, head, query, d_head]; k: [batch, kv head, key, d_head]; None where only `weights` are known.
+        v: [batch, kv head, key, width].
+        output: what the kernel gave: each head's output, its axes as `layout` says, unless `finish` is set.
         kernel: name of the kernel that ran.
         tap: which tap saw the call.
+        backend: Hugging Face's name of the attention backend, "" elsewhere.
+        mask: as given, boolean (True: may see) or additive, or None.
+        is_causal: query row i sees keys j <= i + offset.
+        offset: absolute position of the first query; None: 0 if `is_causal` or across sequences, else ends are aligned.
+        window: a query sees less than this many positions back; None for no such limit.
+        scale: factor on q kᵀ; None means 1/√d_head.
+        softcap: scores become softcap · tanh(score / softcap).
+        sinks: [head] logits that join the softmax's denominator only.
+        bias: added to the scores besides the mask, [batch or 1, head or 1, query, key].
+        dropout: probability with which the kernel dropped weights.
+        lse: [batch, head, query] natural log of the softmax denominator, if the kernel gave it.
+        weights: [batch, head, query, key] that the model computed itself, before dropout, with their autograd history.
+        layout: axes of `output`, of b, h, q and d; or "nqd", where n is batch · head.
         finish: maps A·V to `output`, for kernels that go on past A·V; None if `output` is A·V.
-        build: makes the call's pattern, for kernels that are not SDPA; None for those that are.
+        build: makes the call's pattern, for kernels that are no softmax; None for those that are.
+        replay: the call happens again in a backward pass (gradient checkpointing).
     """
 
     site: str
     module: nn.Module
-    q: Tensor
-    k: Tensor
+    q: Tensor | None
+    k: Tensor | None
     v: Tensor
-    mask: Tensor | None
-    is_causal: bool
-    scale: float | None
-    dropout: float
     output: Tensor
-    lse: Tensor | None
     kernel: str
     tap: str
+    backend: str = ""
+    mask: Tensor | None = None
+    is_causal: bool = False
+    offset: int | None = None
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    dropout: float = 0.0
+    lse: Tensor | None = None
+    weights: Tensor | None = None
+    layout: str = "bhqd"
     finish: Callable[[Tensor], Tensor] | None = None
     build: Callable[[], Pattern] | None = None
+    replay: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(heads, kv heads, d_head)."""
+        if self.weights is not None:
+            return self.weights.shape[1], self.v.shape[1], self.v.shape[-1]
+        if self.q is None or self.k is None or self.q.dim() != 4:
+            return 1, 1, self.v.shape[-1]
+        return self.q.shape[1], self.k.shape[1], self.q.shape[-1]
+
+    def z(self) -> Tensor:
+        """Each head's output A·V [batch, head, query, width]: a view of `output`, with its autograd history.
+
+        Raises:
+            CaptureError: the kernel went on past A·V.
+        """
+        if self.finish is not None:
+            raise CaptureError(f"the kernel {self.kernel} does not give A·V", site=self.site)
+        if self.layout == "nqd":
+            return self.output.unflatten(0, (-1, self.sizes[0]))
+        return self.output.permute([self.layout.index(axis) for axis in "bhqd"])
+
+    def as_output(self, z: Tensor) -> Tensor:
+        """What the kernel gives when its heads give `z` [batch, head, query, width]."""
+        if self.finish is not None:
+            return self.finish(z)
+        if self.layout == "nqd":
+            return z.flatten(0, 1)
+        return z.permute(["bhqd".index(axis) for axis in self.layout])
 
     def pattern(self, *, cross: bool = False) -> Pattern:
         """The lazy pattern of the call, on the model's own tensors.
@@ -57,14 +106,53 @@ class AttentionCall:
         """
         if self.build is not None:
             return self.build()
-        if self.q.dim() not in (3, 4):
-            raise CaptureError("queries are not [batch, (head,) query, d]", site=self.site, shape=self.q.shape)
+        if self.weights is not None:
+            return self._written_out(cross)
+        if self.q is None or self.k is None or self.q.dim() not in (3, 4):
+            shape = None if self.q is None else self.q.shape
+            raise CaptureError("queries are not [batch, (head,) query, d]", site=self.site, shape=shape)
         q, k, v = (t.unsqueeze(1) if t.dim() == 3 else t for t in (self.q, self.k, self.v))
         n_q, n_k = q.shape[2], k.shape[2]
-        offset = 0 if self.is_causal or cross else n_k - n_q
-        tensor = None
-        if self.mask is not None:
-            three = self.mask.dim() == 3 and self.q.dim() == 3
-            tensor = self.mask.detach().unsqueeze(1) if three else as_four(self.mask.detach())
-        mask = Mask(n_q, n_k, causal=self.is_causal, offset=offset, tensor=tensor)
-        return SoftmaxPattern(q, k, mask, scale=self.scale, lse=self.lse, values=v.detach())
+        mask = Mask(
+            n_q,
+            n_k,
+            causal=self.is_causal,
+            offset=self._offset(n_q, n_k, cross),
+            window=self.window,
+            tensor=self._mask_tensor(),
+        )
+        return SoftmaxPattern(
+            q, k, mask, scale=self.scale, lse=self.lse, values=v.detach(), softcap=self.softcap, sinks=self.sinks
+        )
+
+    def _offset(self, n_queries: int, n_keys: int, cross: bool) -> int:
+        if self.offset is not None:
+            return self.offset
+        return 0 if self.is_causal or cross else n_keys - n_queries
+
+    def _mask_tensor(self) -> Tensor | None:
+        """Mask and bias as one tensor of four dimensions."""
+        if self.mask is None:
+            return None if self.bias is None else self.bias.detach()
+        three = self.mask.dim() == 3 and self.q is not None and self.q.dim() == 3
+        mask = self.mask.detach().unsqueeze(1) if three else as_four(self.mask.detach())
+        if self.bias is None:
+            return mask
+        bias = self.bias.detach()
+        if mask.dtype == torch.bool:
+            return torch.where(mask, bias, -torch.inf)
+        return torch.where(mask <= hidden_below(mask.dtype), -torch.inf, bias + mask)
+
+    def _written_out(self, cross: bool) -> Pattern:
+        """A map that the model computed itself. A weight of zero in every head is taken for a key that is hidden."""
+        weights = self.weights
+        assert weights is not None
+        weights = weights.detach()
+        n_q, n_k = weights.shape[-2:]
+        visible = (weights != 0).any(1, keepdim=True)
+        mask = Mask(n_q, n_k, offset=self._offset(n_q, n_k, cross), tensor=None if bool(visible.all()) else visible)
+        sums = weights.sum(-1, dtype=torch.float32)
+        normalised = bool(((sums - 1).abs() < 0.01).logical_or(sums == 0).all())
+        pattern = DensePattern(weights, mask, normalised=normalised)
+        pattern.values = self.v.detach()
+        return pattern

@@ -250,23 +250,37 @@ class Pattern(ABC):
 
 
 class DensePattern(Pattern):
-    """A pattern that is held whole, for weights that a model computed itself, and for tests."""
+    """A pattern that is held whole, for weights that a model computed itself, and for tests.
 
-    def __init__(self, weights: Tensor, mask: Mask | None = None) -> None:
+    Args:
+        weights: [batch, head, query, key], at least zero.
+        mask: what may be seen; all of it if None.
+        normalised: whether rows sum to one. Statistics are those of the weights as they are, also where they do not.
+    """
+
+    def __init__(self, weights: Tensor, mask: Mask | None = None, normalised: bool = True) -> None:
         dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
         mask = mask or Mask(weights.shape[-2], weights.shape[-1])
         super().__init__(weights.shape, mask, dtype, weights.device)
-        self.weights = weights
+        self.weights, self.normalised = weights, normalised
+
+    @property
+    def by_magnitude(self) -> bool:
+        """False: what a row lacks of one means something."""
+        return False
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The weights, and the rules of the mask."""
         facts, tensors = self.mask.parts()
-        return {"mask": facts}, {"weights": self.weights} | tensors
+        held = tensors if self.values is None else tensors | {"values": self.values}
+        return {"mask": facts, "normalised": self.normalised}, {"weights": self.weights} | held
 
     @classmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> DensePattern:
         """The pattern from its `parts`."""
-        return cls(tensors["weights"], Mask.rebuild(facts["mask"], tensors))
+        pattern = cls(tensors["weights"], Mask.rebuild(facts["mask"], tensors), facts["normalised"])
+        pattern.values = tensors.get("values")
+        return pattern
 
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, q, k] of the stored weights."""

@@ -119,10 +119,23 @@ def test_a_capture_in_which_nothing_runs(model: nn.Module) -> None:
         pass
 
 
-def test_a_model_that_never_calls_a_tapped_function() -> None:
+def test_attention_written_out_by_hand() -> None:
     class ByHand(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return (x @ x.transpose(-1, -2)).softmax(-1) @ x
+
+    x = torch.randn(2, 5, 4)
+    with workbench.attach(ByHand().eval()) as wb:
+        assert wb.verify(x).ok
+        with wb.capture() as capture:
+            wb.model(x)
+    assert torch.equal(capture[0].pattern.dense()[:, 0], (x @ x.transpose(-1, -2)).softmax(-1))
+
+
+def test_a_model_that_never_calls_a_tapped_function() -> None:
+    class ByHand(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ x.transpose(-1, -2)).sigmoid() @ x
 
     built = ByHand().eval()
     with pytest.raises(AttachError):
@@ -153,12 +166,17 @@ def test_a_hidden_call_of_sdpa_is_still_seen() -> None:
     assert capture[0].entropy.shape == (1, 2, 3)
 
 
-def test_an_eager_model_is_told_how_to_be_seen(ids: torch.Tensor) -> None:
+def test_an_eager_model_gives_what_its_twin_on_sdpa_gives(model: nn.Module, ids: torch.Tensor) -> None:
     from support.tiny import eager_twin
 
-    eager = eager_twin(make(GPT2))
-    with workbench.attach(eager) as wb, pytest.raises(CaptureError, match='attn_implementation="sdpa"'), wb.capture():
-        eager(ids)
+    with torch.no_grad():
+        with workbench.attach(model) as wb, wb.capture() as fast:
+            model(ids)
+        eager = eager_twin(model)
+        with workbench.attach(eager) as wb, wb.capture() as slow:
+            eager(ids)
+    assert slow[0].kernel == "eager"
+    torch.testing.assert_close(slow[0].entropy, fast[0].entropy)
 
 
 def test_a_site_that_does_not_fire() -> None:
@@ -299,6 +317,35 @@ def test_verify_finds_a_tap_that_lies(model: nn.Module, ids: torch.Tensor, monke
     assert not found.ok
     with pytest.raises(AttachError, match="A·V is not the kernel's output"):
         found.raise_if_failed()
+
+
+def test_verify_finds_a_site_whose_output_goes_nowhere() -> None:
+    class Unused(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 0 * torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    with workbench.attach(Unused()) as wb:
+        found = wb.verify(torch.randn(1, 2, 3, 4))
+        assert found.identical
+        assert not found.ok
+        with pytest.raises(AttachError, match="stays the same"):
+            found.raise_if_failed()
+
+
+def test_a_capture_of_a_tap_that_lies_is_refused(
+    model: nn.Module, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workbench.hooks import registry
+
+    read = registry.read
+    monkeypatch.setattr(registry, "read", lambda *args: read(*args) | {"scale": 0.1, "lse": None})
+    with (
+        torch.no_grad(),
+        workbench.attach(model) as wb,
+        pytest.raises(CaptureError, match="is not what it computes"),
+        wb.capture(),
+    ):
+        model(ids)
 
 
 def test_verify_finds_a_model_that_is_not_deterministic(model: nn.Module, ids: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from workbench.errors import CaptureError
 from workbench.hooks.sites import Site, Sites, add_site, with_sizes
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, token_ids
 from workbench.kernels import streaming
 from workbench.kernels.checks import check_finite
@@ -58,6 +59,7 @@ class Recorder:
     _running: dict[int, Forward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
     _past: Past = field(default_factory=Past)
+    _checked: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def on_start(self, name: str) -> None:
@@ -82,35 +84,43 @@ class Recorder:
         """The forward of this thread is over."""
         self._running.pop(threading.get_ident(), None)
 
-    def on_call(self, call: AttentionCall) -> None:
-        """Stream the statistics of one attention call and keep what was asked for."""
-        forward = self._running[threading.get_ident()]
+    def on_call(self, call: AttentionCall, edited: Tensor | None = None) -> None:
+        """Stream the statistics of one attention call and keep what was asked for.
+
+        Args:
+            edited: [batch, head, query, width] that an intervention has made of the heads' output.
+        """
+        forward = self._running.get(threading.get_ident())
+        if forward is None:  # the capture was opened while this thread was inside a forward
+            return
         site = self._site(call, forward)
         if self.settings.sites is not None and site.name.partition("#")[0] not in self.settings.sites:
             return
-        device = call.q.device.type
+        device = call.v.device.type
         # The user may run under inference_mode or autocast; the statistics must be ordinary tensors in full precision.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            forward.sites[site.name] = self._record(call, site, forward)
+            forward.sites[site.name] = self._record(call, site, forward, edited)
 
     def _site(self, call: AttentionCall, forward: Forward) -> Site:
         with self._lock:
             if all(site.name != call.site for site in self.sites):
                 self.sites = add_site(self.sites, call.site, call.module)
             known = self.sites.find(call.site)
-            if call.q.dim() == 4 and (known.n_heads, known.n_kv_heads, known.d_head) != _sizes(call):
-                self.sites = with_sizes(self.sites, call.site, *_sizes(call))
+            if (known.n_heads, known.n_kv_heads, known.d_head) != call.sizes:
+                self.sites = with_sizes(self.sites, call.site, *call.sizes)
                 known = self.sites.find(call.site)
         repeats = sum(name.partition("#")[0] == call.site for name in forward.sites)
         if not repeats:
             return known
-        return Site(f"{known.name}#{repeats}", known.layer + repeats, known.kind, *_sizes(call), known.tower)
+        return Site(f"{known.name}#{repeats}", known.layer + repeats, known.kind, *call.sizes, known.tower)
 
-    def _record(self, call: AttentionCall, site: Site, forward: Forward) -> SiteCapture:
+    def _record(self, call: AttentionCall, site: Site, forward: Forward, edited: Tensor | None) -> SiteCapture:
         settings, cross = self.settings, site.kind == "cross"
         pattern = call.pattern(cross=cross)
-        d_head, itemsize = call.q.shape[-1], call.q.element_size()
-        self._check_limit(settings.bytes_for(pattern.shape, pattern.n_kv_heads, d_head, itemsize), site)
+        planned = settings.bytes_for(pattern.shape, pattern.n_kv_heads, call.sizes[2], call.v.element_size())
+        if settings.queries_keys and call.weights is not None:
+            planned += call.weights.numel() * call.weights.element_size()  # the model gave no queries and keys
+        self._check_limit(planned, site)
         keeper = _Keeper()
         if settings.queries_keys:
             pattern = pattern.kept(keeper.keep)
@@ -119,13 +129,17 @@ class Recorder:
             check_finite("v", call.v)
             options = self._options(forward, site, pattern, names)
             statistics = streaming.statistics(pattern, names, options)
+            if site.name not in self._checked:  # once per site: one row costs little, every row of every call does not
+                check_last_row(call, pattern)
+                self._checked.add(site.name)
             self.engines |= streaming.engines(pattern, names, options)
         except CaptureError as error:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
         z = dense = None
         if settings.z:
-            output = call.output if call.finish is None else pattern.apply(call.v)
-            z = _apart(output.detach().reshape(*pattern.shape[:3], -1).transpose(1, 2))
+            if edited is None:
+                edited = call.z() if call.finish is None else pattern.apply(call.v)
+            z = _apart(edited.detach().transpose(1, 2))
         if settings.pattern:
             dense = _apart(pattern.dense(limit=None))
         pattern.values = keeper(pattern.values) if settings.values and pattern.values is not None else None
@@ -162,10 +176,6 @@ class Recorder:
                 hint="capture fewer sites, leave out pattern=True, z=True or values=True, pass queries_keys=False, "
                 "or raise limit=",
             )
-
-
-def _sizes(call: AttentionCall) -> tuple[int, int, int]:
-    return (call.q.shape[1], call.k.shape[1], call.q.shape[-1]) if call.q.dim() == 4 else (1, 1, call.q.shape[-1])
 
 
 class _Keeper:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from workbench.capture import Capture
 from workbench.errors import AttachError, CaptureError
-from workbench.hooks.observer import Observer
+from workbench.hooks.edits import Edit, OutputEdit
 from workbench.hooks.sites import Sites, find_sites
 from workbench.inputs import check_inputs, dropout_in_training, to_ids
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
+from workbench.live import Live
 from workbench.provenance import describe, weights_hash, weights_version
 from workbench.recorder import Recorder, SiteChoice, choose
 from workbench.settings import Settings
@@ -31,7 +32,8 @@ def attach(model: nn.Module, tokenizer: Any = None, *, check: bool = True) -> Wo
     """Attach to a model, so that its attention can be captured while it stays on its own kernel.
 
     Args:
-        model: any `nn.Module` that calls scaled_dot_product_attention or PyTorch's attention modules.
+        model: any `nn.Module` that calls scaled_dot_product_attention, a backend of Hugging Face's, PyTorch's attention
+            modules, or writes attention out as product, softmax, product.
         tokenizer: a Hugging Face tokenizer, to take text and to label tokens; optional.
         check: refuse a model in whose code no attention is found. Pass False for one that reaches its kernel in a way
             that cannot be read from the code; its sites are then found when it runs.
@@ -59,7 +61,7 @@ def attach(model: nn.Module, tokenizer: Any = None, *, check: bool = True) -> Wo
     if check and not sites:
         raise AttachError(
             f"no attention was found in {type(model).__name__}",
-            hint="nothing in its modules calls scaled_dot_product_attention or nn.MultiheadAttention; "
+            hint="nothing in the code of its modules calls an attention kernel or multiplies a softmax with values; "
             "if it does so in a hidden way, attach with check=False",
         )
     return Workbench(model, tokenizer, sites)
@@ -76,7 +78,7 @@ class Workbench:
     def __init__(self, model: nn.Module, tokenizer: Any, sites: Sites) -> None:
         self.model, self.tokenizer, self.sites = model, tokenizer, sites
         self._open = True
-        self._capturing = False
+        self._live = Live(model)
         self._warned = False
         self._hash: tuple[int, str] | None = None
         _attached[model] = weakref.ref(self)
@@ -136,8 +138,6 @@ class Workbench:
             CaptureError: unknown statistic or site, limit exceeded, bad input, captures nested, or nothing fired.
         """
         self._check_open()
-        if self._capturing:
-            raise CaptureError("this Workbench is capturing already", hint="end the outer capture first")
         settings = Settings(
             statistics=check_names(statistics),
             sites=choose(self.sites, sites),
@@ -156,26 +156,29 @@ class Workbench:
         before = weights_version(self.model)
         provenance = describe(self.model) | {"statistics": list(settings.statistics)}
         capture = Capture(recorder.forwards, self.sites, provenance, lambda: self._weights_hash(before), settings)
-        self._capturing = True
         try:
-            with Observer(self.model, recorder.on_call, recorder.on_start, recorder.on_end, recorder.on_inputs):
+            with self._live.recording(recorder):
                 yield capture
         finally:
-            self._capturing = False
             self.sites = recorder.sites
             capture.model_sites = self.sites
             provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
         self._check_fired(capture, settings)
+
+    @contextmanager
+    def _editing(self, edit: Edit | OutputEdit) -> Iterator[None]:
+        """The edit applies to every forward inside the `with`."""
+        self._check_open()
+        with self._live.editing(edit):
+            yield
 
     def _check_fired(self, capture: Capture, settings: Settings) -> None:
         if not capture.calls:
             raise CaptureError("the model did not run inside the capture", hint="call the model inside the `with`")
         wanted = settings.sites or frozenset(site.name for site in self.sites)
         silent = [name for name in capture.silent if name in wanted]
-        backend = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
-        hint = "does the forward reach it?"
-        if backend not in (None, "sdpa"):
-            hint = f'the model runs on "{backend}" attention; load it with attn_implementation="sdpa"'
+        hint = "does the forward reach it? Seen are scaled_dot_product_attention, Hugging Face's backends, PyTorch's "
+        hint += "attention modules, and a softmax over the last axis whose result is multiplied with values"
         if not capture.sites or (silent and settings.sites is not None):
             names = ", ".join(silent[:5]) + (" …" if len(silent) > 5 else "")
             raise CaptureError(f"no attention call was seen at {names or 'any site'}", hint=hint)
@@ -196,16 +199,16 @@ class Workbench:
             )
 
     def verify(self, *args: Any, **inputs: Any) -> Verification:
-        """Run the model twice, bare and observed, and check that the taps tell the truth.
+        """Check that the taps tell the truth: run the model bare, observed, and with each site in turn switched off.
 
-        Every site must fire, the outputs must be the same to the bit, rows must sum to 1, and A·V must equal what the
-        kernel gave.
+        Every site must fire, the observed outputs must be the same to the bit, rows must sum to 1, A·V must equal what
+        the kernel gave, and switching off a site's heads must change the model's output.
 
         Returns:
             A report with `.ok`, `.table` and `.raise_if_failed()`.
         """
         self._check_open()
-        if self._capturing:
+        if self._live.recorder is not None:
             raise CaptureError("this Workbench is capturing", hint="verify before or after the capture")
         check_inputs(self.model, args, inputs)
         return verify_model(self.model, self.sites, args, inputs)

@@ -1,0 +1,223 @@
+"""The tap on Hugging Face's attention registry: one place through which every backend of `transformers` is called.
+
+`AttentionInterface.get_interface` is replaced for as long as something listens, and gives a function that runs the one
+the model asked for. The name of the backend stays the same, so that the model builds the same mask: a backend under a
+new name without a mask function of its own would silently lose the mask.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import CaptureError
+from workbench.hooks.kernel_watch import LseWatch
+
+Backend = Callable[..., tuple[Tensor, Any]]
+
+
+class Listener(Protocol):
+    """Runs a backend for a module and sees what it does; gives what the model goes on with."""
+
+    def __call__(
+        self, backend: str, function: Backend, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
+
+
+class _Listeners(threading.local):
+    """Those of this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[Listener] = []
+
+
+_listeners = _Listeners()
+_lock = threading.Lock()
+_installed = 0
+_original: Callable[..., Any] | None = None
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """The registry asks this module while at least one such context is open; does nothing without `transformers`."""
+    global _installed, _original
+    interface = _interface()
+    if interface is None:
+        yield
+        return
+    with _lock:
+        if _installed == 0:
+            _original = interface.get_interface
+            interface.get_interface = _get_interface
+        _installed += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _installed -= 1
+            if _installed == 0:
+                interface.get_interface = _original
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """In this thread, `listener` runs the backends."""
+    _listeners.stack.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.stack.remove(listener)
+
+
+def _interface() -> Any:
+    """The class of the registry, if `transformers` is loaded: a model of its own cannot be there without it."""
+    utils = sys.modules.get("transformers.modeling_utils")
+    return getattr(utils, "AttentionInterface", None)
+
+
+def _get_interface(self: Any, attn_implementation: str, default: Backend) -> Backend:
+    assert _original is not None
+    function: Backend = _original(self, attn_implementation, default)
+    for listener in _listeners.stack:
+        function = partial(_run, listener, attn_implementation or "", function)
+    return function
+
+
+def _run(listener: Listener, backend: str, function: Backend, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return listener(backend, function, module, args, kwargs)
+
+
+def read(
+    site: str,
+    backend: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inner: LseWatch,
+) -> dict[str, Any]:
+    """The facts of an `AttentionCall` in a call `function(module, query, key, value, attention_mask, ...)`.
+
+    Args:
+        inner: what was seen of SDPA inside the backend.
+
+    Raises:
+        CaptureError: the backend takes its mask in a form that cannot be read.
+    """
+    given = dict(zip(("query", "key", "value", "attention_mask"), args, strict=False)) | kwargs
+    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attention_mask")
+    facts: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "scale": given.get("scaling"),
+        "dropout": float(given.get("dropout") or 0.0),
+        "kernel": inner.kernel if inner.called else backend.rpartition("/")[2],
+        "bias": given.get("position_bias"),
+        "backend": backend,
+        "layout": "bqhd",
+    }
+    if given.get("cu_seq_lens_q") is not None:
+        raise CaptureError(
+            "several sequences are packed into one", site=site, shape=q.shape, hint="run them as a padded batch"
+        )
+    kind = _kind(backend, mask)
+    if kind == "sdpa":
+        return facts | _as_sdpa(module, q, k, v, mask, given, inner)
+    facts |= {"softcap": given.get("softcap"), "sinks": given.get("s_aux")}
+    if kind == "flash":
+        return facts | _as_flash(site, module, q, k, mask, given)
+    if kind == "flex":
+        return facts | {"mask": _from_block_mask(mask, q, k)}
+    # Written out: what is hidden stands in the mask alone.
+    return facts | {"mask": None if mask is None else mask[..., : k.shape[-2]]}
+
+
+def _kind(backend: str, mask: Any) -> str:
+    """How a backend takes its mask: "sdpa", "flash", "flex" or "eager".
+
+    A backend under a name of its own (a kernel from the hub, a user's) is known by the mask function that is registered
+    with it.
+    """
+    masks = sys.modules.get("transformers.masking_utils")
+    registered = None if masks is None else masks.ALL_MASK_ATTENTION_FUNCTIONS.get(backend)
+    name = getattr(registered, "__name__", "")
+    if isinstance(mask, torch.nn.attention.flex_attention.BlockMask) or backend == "flex_attention":
+        return "flex"
+    for kind in ("flash", "sdpa", "eager"):
+        if name.startswith(kind):
+            return kind
+    for kind in ("flash", "sdpa"):
+        if kind in backend:
+            return kind
+    return "eager" if mask is not None and mask.dim() == 4 else "flash" if mask is not None else "sdpa"
+
+
+def _is_causal(module: nn.Module, given: dict[str, Any]) -> bool:
+    stated = given.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if stated is None else stated)
+
+
+def _as_sdpa(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, given: dict[str, Any], inner: LseWatch
+) -> dict[str, Any]:
+    n_q, n_k = q.shape[2], k.shape[2]
+    causal = n_q > 1 and mask is None and _is_causal(module, given)
+    facts: dict[str, Any] = {"mask": mask, "is_causal": causal}
+    if causal and n_k > n_q:  # an empty static cache: keys past the queries are not seen
+        facts |= {"k": k[:, :, :n_q], "v": v[:, :, :n_q]}
+        if given.get("position_bias") is not None:
+            facts["bias"] = given["position_bias"][..., :n_q]
+    lse = inner.lse
+    if lse is not None and lse.shape[2] * lse.shape[1] == q.shape[1] * n_q:
+        # A single query row may arrive as [batch, kv head, group]: its heads in order.
+        facts["lse"] = lse.reshape(q.shape[0], q.shape[1], n_q)
+    return facts
+
+
+def _as_flash(
+    site: str, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    n_q, n_k = q.shape[2], k.shape[2]
+    facts: dict[str, Any] = {"is_causal": _is_causal(module, given), "offset": n_k - n_q}
+    window = given.get("sliding_window")
+    if window is not None and n_k > window:
+        facts["window"] = window
+    if mask is not None:
+        if mask.dim() != 2:
+            raise CaptureError("a flash backend takes its mask as [batch, key]", site=site, shape=mask.shape)
+        shown = mask[:, -n_k:].to(torch.bool)
+        facts["mask"] = shown[:, None, None, :]
+        if n_q > 1:  # rows of padding are not computed
+            facts["mask"] = facts["mask"] & shown[:, None, -n_q:, None]
+    position_ids = given.get("position_ids")
+    if mask is None and position_ids is not None and q.shape[0] == 1 and _restarts(position_ids):
+        raise CaptureError(
+            "several sequences are packed into one", site=site, shape=q.shape, hint="run them as a padded batch"
+        )
+    return facts
+
+
+def _restarts(position_ids: Tensor) -> bool:
+    return position_ids.dim() == 2 and bool((position_ids.diff(dim=-1) < 0).any())
+
+
+def _from_block_mask(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
+    """A flex mask as a boolean tensor [batch or 1, head or 1, query, key]; a score mask stays as it is."""
+    if mask is None or isinstance(mask, Tensor):
+        return mask if mask is None else mask[..., : k.shape[-2]]
+    n_batch, n_heads = mask.shape[:2]
+    i = torch.arange(q.shape[2], device=q.device)[:, None]
+    j = torch.arange(k.shape[2], device=q.device)[None, :]
+    rows = []
+    for b in range(n_batch):
+        heads = [mask.mask_mod(torch.tensor(b, device=q.device), torch.tensor(h, device=q.device), i, j)
+                 for h in range(n_heads)]  # fmt: skip
+        rows.append(torch.stack([shown.expand(len(i), j.shape[1]) for shown in heads]))
+    return torch.stack(rows)
