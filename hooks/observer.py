@@ -231,14 +231,11 @@ class Observer:
         )
 
 
-def _entries(model: nn.Module) -> list[nn.Module]:
+def _entries(model: Any) -> list[nn.Module]:
     """The model, and the encoder that Hugging Face's `generate` calls by itself; none that minds a hook."""
     entries = [model]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         entries.append(model.get_encoder())
+    modules = [each for each in dict.fromkeys(entries) if isinstance(each, nn.Module)]
     # PyTorch's own attention modules change their path when they carry a hook.
-    return [
-        each
-        for each in dict.fromkeys(entries)
-        if isinstance(each, nn.Module) and not isinstance(each, multihead.MODULES)
-    ]
+    return [each for each in modules if not isinstance(each, multihead.MODULES)]

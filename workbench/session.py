@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.capture import Capture
+from workbench.compiled import check_not_compiled
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.edits import Edit, OutputEdit
 from workbench.hooks.sites import Sites, find_sites
@@ -138,6 +139,7 @@ class Workbench:
             CaptureError: unknown statistic or site, limit exceeded, bad input, captures nested, or nothing fired.
         """
         self._check_open()
+        check_not_compiled(self.model)
         settings = Settings(
             statistics=check_names(statistics),
             sites=choose(self.sites, sites),
