@@ -89,7 +89,7 @@ class Observer:
                 torch_module.register_module_forward_hook(self._finish, with_kwargs=True, always_call=True),
             ]
             for entry in _entries(self._model):
-                handles.append(entry.register_forward_pre_hook(self._inputs, with_kwargs=True))
+                handles.append(entry.register_forward_pre_hook(_InputsHook(self._inputs), with_kwargs=True))
             for handle in handles:
                 stack.callback(handle.remove)
             self._open = stack.pop_all()
@@ -229,6 +229,20 @@ class Observer:
             kernel="written out",
             tap="written_out",
         )
+
+
+class _InputsHook:
+    """The one hook that a module carries. In a copy of the module, or a pickle, it does nothing."""
+
+    def __init__(self, tell: Callable[..., None] | None = None) -> None:
+        self._tell = tell
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._tell is not None:
+            self._tell(module, args, kwargs)
+
+    def __reduce__(self) -> tuple[type[_InputsHook], tuple[()]]:
+        return _InputsHook, ()
 
 
 def _entries(model: Any) -> list[nn.Module]:
