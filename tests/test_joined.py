@@ -40,6 +40,22 @@ def _llama(kv: int = 2) -> nn.Module:
     )  # fmt: skip
 
 
+def _gpt_oss() -> nn.Module:
+    """Sink logits, and one layer of two with a window."""
+    return hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=32,
+            vocab_size=VOCABULARY, sliding_window=5, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+            layer_types=["sliding_attention", "full_attention"], **SPECIAL,
+        )
+    )  # fmt: skip
+
+
+def _bloom() -> nn.Module:
+    """Writes its attention out, so that only weights and values are known."""
+    return hf.BloomForCausalLM(hf.BloomConfig(n_layer=2, n_head=4, hidden_size=32, vocab_size=VOCABULARY, **SPECIAL))
+
+
 def _made(build: Callable[[], nn.Module]) -> Any:
     return make(Family("", build, dict, {}))
 
@@ -98,6 +114,8 @@ DECODERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "mistral reaches its window": (_mistral, _ids(2, 3)),
     "mistral-gqa": (lambda: _mistral(2), _ids(2, 9)),
     "gpt2": (BY_NAME["gpt2"].build, _ids(1, 13)),
+    "gpt-oss": (_gpt_oss, _ids(2, 9)),
+    "bloom": (_bloom, _ids(2, 9)),
 }
 
 
@@ -105,10 +123,11 @@ DECODERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 def test_a_generated_sequence_is_one_forward(name: str) -> None:
     build, ids = DECODERS[name]
     model = _made(build)
-    steps, out = _captured(model, lambda m: _generate(m, {"input_ids": ids}))
+    names = tuple(n for n in EVERYTHING if name != "bloom" or n != "lse")
+    steps, out = _captured(model, lambda m: _generate(m, {"input_ids": ids}), names)
     assert out.shape[1] == ids.shape[1] + NEW
     assert len(steps.calls) == NEW
-    whole, _ = _captured(model, lambda m: m(out[:, :-1]))
+    whole, _ = _captured(model, lambda m: m(out[:, :-1]), names)
     joined = steps.joined()
     assert_same(joined, whole)
     n = ids.shape[1] + NEW - 1
@@ -187,6 +206,14 @@ def test_a_conversation_goes_on_with_its_cache() -> None:
     assert_same(steps.joined(), _captured(model, lambda m: m(out[:, :-1]))[0])
 
 
+@pytest.mark.parametrize("build", [_llama, lambda: _mistral(2)], ids=["full", "window"])
+@pytest.mark.parametrize("how", [{"prefill_chunk_size": 4}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_prompts_in_chunks_and_several_samples(build: Callable[[], nn.Module], how: dict[str, Any]) -> None:
+    model = _made(build)
+    steps, out = _captured(model, lambda m: _generate(m, {"input_ids": _ids(2, 9)}, **how))
+    assert_same(steps.joined(), _captured(model, lambda m: m(out[:, :-1]))[0])
+
+
 @pytest.mark.parametrize("build", [lambda: _llama(4), _mistral], ids=["full", "window"])
 def test_a_cache_of_fixed_size(build: Callable[[], nn.Module]) -> None:
     model = _made(build)
@@ -232,7 +259,7 @@ class _Meet(hf.LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral beyond its window", "gpt2"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral beyond its window", "gpt2", "bloom"])
 def test_induction_at_a_step_is_that_of_the_whole(name: str) -> None:
     build, ids = DECODERS[name]
     model = _made(build)
@@ -315,6 +342,9 @@ def test_what_cannot_be_joined() -> None:
     dense, _ = _captured(model, lambda m: _generate(m, {"input_ids": ids}), queries_keys=False)
     with pytest.raises(CaptureError, match="steps of a DensePattern cannot be joined"):
         dense.joined()
+    written_out, _ = _captured(_made(_bloom), lambda m: _generate(m, {"input_ids": ids}), ("entropy",), values=False)
+    with pytest.raises(CaptureError, match="values=True where the model writes its attention out"):
+        written_out.joined()
     with workbench.attach(model) as wb, torch.no_grad():
         needed = 2 * wb_bytes(wb, ids.shape[1] + NEW - 1)
         with wb.capture(["entropy"], limit=needed) as steps:

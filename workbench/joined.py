@@ -8,6 +8,7 @@ before it put there, to the bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,7 +20,7 @@ from workbench.errors import CaptureError
 from workbench.hooks.sites import Site
 from workbench.kernels import streaming
 from workbench.kernels.masks import Mask
-from workbench.kernels.patterns import Pattern
+from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.settings import Settings
 from workbench.site_capture import Forward, SiteCapture
@@ -63,8 +64,8 @@ def _continues(earlier: Sequence[Forward], forward: Forward) -> bool:
 
 
 def _same_keys(a: SiteCapture, b: SiteCapture) -> bool:
-    keys, others = _softmax(a).k, _softmax(b).k
-    return keys.shape == others.shape and torch.equal(keys, others)
+    one, other = _joinable([a])[0], _joinable([b])[0]
+    return type(one) is type(other) and torch.equal(_keys(one), _keys(other))
 
 
 @dataclass
@@ -126,7 +127,7 @@ def _join_tokens(joined: Forward, part: Sequence[Forward]) -> None:
 class _Step:
     """The pattern of one step, and which absolute queries and keys its rows and columns are."""
 
-    pattern: SoftmaxPattern
+    pattern: Pattern
     queries: slice
     keys: slice
 
@@ -139,35 +140,25 @@ class _Step:
 
 def _join_site(captures: Sequence[SiteCapture], ids: Tensor | None, settings: Settings, budget: _Budget) -> SiteCapture:
     site = captures[0].site
-    patterns = [_softmax(capture) for capture in captures]
-    _check_alike(site, patterns)
+    patterns = _joinable(captures)
+    first, cross = patterns[0], site.kind == "cross"
     n_queries = sum(pattern.n_queries for pattern in patterns)
-    first = patterns[0]
-    cross = site.kind == "cross"
     n_keys = first.n_keys if cross else n_queries
     shape = (first.n_batch, first.n_heads, n_queries, n_keys)
-    budget.take(settings.bytes_for(shape, first.n_kv_heads, first.q.shape[-1], first.q.element_size()), site)
-    device = first.q.device.type
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-        steps, k, values = _one_set_of_keys(site, patterns) if cross else _grown(site, patterns)
+    keys = _keys(first)
+    budget.take(settings.bytes_for(shape, first.n_kv_heads, keys.shape[-1], keys.element_size()), site)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
+        steps, keys, values = _one_set_of_keys(site, patterns) if cross else _grown(site, patterns)
         mask = None if cross else _positional_rule(steps, n_keys)
         if mask is None:
             mask = _mask_of_all(steps, n_queries, n_keys, site, budget)
-        pattern = SoftmaxPattern(
-            torch.cat([p.q for p in patterns], dim=2),
-            k,
-            mask,
-            scale=first.scale,
-            lse=torch.cat([p.lse for p in patterns], dim=2),
-            values=values,
-            softcap=first.softcap,
-            sinks=None if first.sinks is None else first.sinks.clone(),
-        )
+        pattern = _one_pattern(site, steps, mask, keys, values, budget)
         try:
             statistics = streaming.statistics(pattern, settings.names_at(site), settings.options(ids))
         except CaptureError as error:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
-        weights = _dense_of_all(captures, steps, shape)
+        kept = [capture.weights for capture in captures if capture.weights is not None]
+        weights = _placed(kept, steps, shape) if len(kept) == len(captures) else None
     z = [capture.z for capture in captures if capture.z is not None]
     return replace(
         captures[0],
@@ -178,55 +169,91 @@ def _join_site(captures: Sequence[SiteCapture], ids: Tensor | None, settings: Se
         weights=weights,
         lazy=pattern,
         held=captures[0].held if cross else [],  # all else is new
+        normalised=pattern.normalised,
     )
 
 
-def _softmax(capture: SiteCapture) -> SoftmaxPattern:
-    """The kept pattern, if steps of its kind can be joined."""
-    pattern: Pattern = capture.pattern
-    if type(pattern) is not SoftmaxPattern:
-        raise CaptureError(
-            f"steps of a {type(pattern).__name__} cannot be joined",
-            site=capture.site.name,
-            hint="joining needs queries and keys: capture with queries_keys=True, and sites= those with a softmax",
-        )
-    return pattern
-
-
-def _check_alike(site: Site, patterns: Sequence[SoftmaxPattern]) -> None:
+def _joinable(captures: Sequence[SiteCapture]) -> list[Pattern]:
+    """The kept patterns, if they are such as can be joined with each other."""
+    site = captures[0].site
+    patterns = [capture.pattern for capture in captures]
+    for pattern in patterns:
+        dense = type(pattern) is DensePattern and pattern.values is not None
+        if type(pattern) is not SoftmaxPattern and not dense:
+            raise CaptureError(
+                f"steps of a {type(pattern).__name__} cannot be joined",
+                site=site.name,
+                hint="capture with queries_keys=True, and values=True where the model writes its attention out; "
+                "leave out sites= that have no softmax",
+            )
     first = patterns[0]
     for pattern in patterns[1:]:
-        if (pattern.n_batch, pattern.n_heads, pattern.k.shape[1]) != (first.n_batch, first.n_heads, first.k.shape[1]):
+        if (pattern.n_batch, pattern.n_heads, pattern.n_kv_heads) != (first.n_batch, first.n_heads, first.n_kv_heads):
             raise _changed(site, pattern)
-        sinks = pattern.sinks is first.sinks or (
-            pattern.sinks is not None and first.sinks is not None and torch.equal(pattern.sinks, first.sinks)
+        if _facts(pattern) != _facts(first) or not _equal(pattern.sinks, first.sinks):
+            raise CaptureError("kind, scale, softcap, sinks or dtype differ between steps", site=site.name)
+    return patterns
+
+
+def _facts(pattern: Pattern) -> tuple[object, ...]:
+    scores = (pattern.scale, pattern.softcap) if isinstance(pattern, SoftmaxPattern) else ()
+    return type(pattern), pattern.dtype, pattern.values is None, *scores
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _keys(pattern: Pattern) -> Tensor:
+    """What the cache holds of each key [batch, head, key, d]: of weights that a model wrote out, only the values."""
+    held = pattern.k if isinstance(pattern, SoftmaxPattern) else pattern.values
+    assert held is not None
+    return held
+
+
+def _one_pattern(
+    site: Site, steps: Sequence[_Step], mask: Mask, keys: Tensor, values: Tensor | None, budget: _Budget
+) -> Pattern:
+    first, patterns = steps[0].pattern, [step.pattern for step in steps]
+    softmax = [pattern for pattern in patterns if isinstance(pattern, SoftmaxPattern)]
+    if isinstance(first, SoftmaxPattern):
+        return SoftmaxPattern(
+            torch.cat([pattern.q for pattern in softmax], dim=2),
+            keys,
+            mask,
+            scale=first.scale,
+            lse=torch.cat([pattern.lse for pattern in softmax], dim=2),
+            values=values,
+            softcap=first.softcap,
+            sinks=None if first.sinks is None else first.sinks.clone(),
         )
-        if (pattern.scale, pattern.softcap, pattern.dtype) != (first.scale, first.softcap, first.dtype) or not sinks:
-            raise CaptureError("scale, softcap, sinks or dtype differ between steps", site=site.name)
+    shape = (first.n_batch, first.n_heads, mask.n_queries, mask.n_keys)
+    budget.take(math.prod(shape) * first.dtype.itemsize, site)
+    weights = _placed([pattern.weights for pattern in patterns if isinstance(pattern, DensePattern)], steps, shape)
+    dense = DensePattern(weights, mask, normalised=all(pattern.normalised for pattern in patterns))
+    dense.values = values
+    return dense
 
 
-def _one_set_of_keys(site: Site, patterns: Sequence[SoftmaxPattern]) -> tuple[list[_Step], Tensor, Tensor | None]:
+def _one_set_of_keys(site: Site, patterns: Sequence[Pattern]) -> tuple[list[_Step], Tensor, Tensor | None]:
     """Steps whose keys are the same, as in cross-attention; those keys and their values."""
     first, done, steps = patterns[0], 0, []
     for pattern in patterns:
-        if pattern.k.shape != first.k.shape or not torch.equal(pattern.k, first.k):
+        if not _equal(_keys(pattern), _keys(first)):
             raise _changed(site, pattern)
         steps.append(_Step(pattern, slice(done, done + pattern.n_queries), slice(0, pattern.n_keys)))
         done += pattern.n_queries
-    return steps, first.k, first.values
+    return steps, _keys(first), first.values
 
 
-def _grown(site: Site, patterns: Sequence[SoftmaxPattern]) -> tuple[list[_Step], Tensor, Tensor | None]:
+def _grown(site: Site, patterns: Sequence[Pattern]) -> tuple[list[_Step], Tensor, Tensor | None]:
     """Steps whose keys grow by their queries; all keys and values."""
     total = sum(pattern.n_queries for pattern in patterns)
-    first = patterns[0]
-    k = first.k.new_empty(*first.k.shape[:2], total, first.k.shape[3])
-    values = None
-    if first.values is not None:
-        values = first.values.new_empty(*first.values.shape[:2], total, first.values.shape[3])
+    whole = _room(_keys(patterns[0]), total)
+    values = None if patterns[0].values is None else _room(patterns[0].values, total)
     done, steps = 0, []
     for pattern in patterns:
-        n_keys = _filled(pattern)
+        keys, n_keys = _keys(pattern), _filled(pattern)
         n_cached = n_keys - pattern.n_queries
         if n_cached < 0 or (done == 0 and n_cached > 0):
             raise CaptureError(
@@ -235,19 +262,22 @@ def _grown(site: Site, patterns: Sequence[SoftmaxPattern]) -> tuple[list[_Step],
                 hint="begin the capture before the prompt is run, and let generate() fill the cache",
             )
         start, stop = done - n_cached, done + pattern.n_queries
-        if start < 0 or not torch.equal(pattern.k[:, :, :n_cached], k[:, :, start:done]):
+        if start < 0 or not torch.equal(keys[:, :, :n_cached], whole[:, :, start:done]):
             raise _changed(site, pattern)
-        k[:, :, done:stop] = pattern.k[:, :, n_cached:n_keys]
-        if values is not None:
-            if pattern.values is None:
-                raise CaptureError("values were kept for some steps only", site=site.name)
+        whole[:, :, done:stop] = keys[:, :, n_cached:n_keys]
+        if values is not None and pattern.values is not None:
             values[:, :, done:stop] = pattern.values[:, :, n_cached:n_keys]
         steps.append(_Step(pattern, slice(done, stop), slice(start, stop)))
         done = stop
-    return steps, k, values
+    return steps, whole, values
 
 
-def _filled(pattern: SoftmaxPattern) -> int:
+def _room(like: Tensor, n_keys: int) -> Tensor:
+    """[batch, head, key, d], not filled yet."""
+    return like.new_empty(*like.shape[:2], n_keys, like.shape[3])
+
+
+def _filled(pattern: Pattern) -> int:
     """How many keys there are, less the room at the end of a cache of fixed size that nothing was written to yet."""
     if pattern.n_keys <= pattern.n_queries:
         return pattern.n_keys
@@ -255,11 +285,11 @@ def _filled(pattern: SoftmaxPattern) -> int:
     return max(pattern.n_queries, int(seen[-1]) + 1 if len(seen) else 0)
 
 
-def _changed(site: Site, pattern: SoftmaxPattern) -> CaptureError:
+def _changed(site: Site, pattern: Pattern) -> CaptureError:
     return CaptureError(
         "a step found other keys in its cache than the steps before put there",
         site=site.name,
-        shape=pattern.k.shape,
+        shape=pattern.shape,
         hint="beam search reorders the cache, assisted generation cuts it back, and a quantised one rounds; "
         "generate greedily or by sampling, with a plain cache",
     )
@@ -310,13 +340,9 @@ def _mask_of_all(steps: Sequence[_Step], n_queries: int, n_keys: int, site: Site
     return Mask(n_queries, n_keys, tensor=whole)
 
 
-def _dense_of_all(
-    captures: Sequence[SiteCapture], steps: Sequence[_Step], shape: tuple[int, int, int, int]
-) -> Tensor | None:
-    if captures[0].weights is None:
-        return None
-    whole = captures[0].weights.new_zeros(shape)
-    for capture, step in zip(captures, steps, strict=True):
-        if capture.weights is not None:
-            whole[:, :, step.queries, step.keys] = capture.weights[..., step.size[1]]
+def _placed(weights: Sequence[Tensor], steps: Sequence[_Step], shape: tuple[int, int, int, int]) -> Tensor:
+    """The steps' weights in one map of that shape."""
+    whole = weights[0].new_zeros(shape)
+    for part, step in zip(weights, steps, strict=True):
+        whole[:, :, step.queries, step.keys] = part[..., step.size[1]]
     return whole

@@ -161,7 +161,7 @@ class Recorder:
 
     def _options(self, forward: Forward, site: Site, pattern: Pattern, names: Sequence[str]) -> Options:
         ids, before = forward.ids_of(site, "query"), None
-        keys = getattr(pattern, "k", None)
+        keys = getattr(pattern, "k", pattern.values)  # of weights that a model wrote out, only the values are known
         if keys is not None and self.settings.tokens is None and any(name.endswith("induction") for name in names):
             stream = forward.stream(site, "query")
             ids, before = self._past.key_ids(forward, site.name, stream, pattern.n_queries, keys)
