@@ -259,16 +259,23 @@ class _Meet(hf.LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral beyond its window", "gpt2", "bloom"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-gqa", "gpt2", "bloom"])
 def test_induction_at_a_step_is_that_of_the_whole(name: str) -> None:
-    build, ids = DECODERS[name]
-    model = _made(build)
-    steps, out = _captured(model, lambda m: _generate(m, {"input_ids": ids}), ("induction",))
-    whole, _ = _captured(model, lambda m: m(out[:, :-1]), ("induction",))
-    assert whole.stack("induction").max() > 0.1
-    for t, call in enumerate(steps.calls[1:]):
-        row = whole.stack("induction")[..., ids.shape[1] + t]
-        torch.testing.assert_close(call.stack("induction")[..., 0], row, atol=1e-5, rtol=1e-4)
+    """Also where the token that the oldest kept key follows has been forgotten."""
+    model = _made(DECODERS[name][0])
+    ids = torch.randint(3, 5, (2, 19), generator=torch.Generator().manual_seed(1))
+
+    def run(m: Any) -> None:
+        cache = hf.DynamicCache(config=m.config)
+        for part in (ids[:, :9], ids[:, 9:11], *ids[:, 11:].split(1, dim=1)):
+            m(part, past_key_values=cache)
+
+    steps, _ = _captured(model, run, ("induction",))
+    whole, _ = _captured(model, lambda m: m(ids), ("induction",))
+    want = whole.stack("induction")
+    assert want.max() > 0.1
+    got = torch.cat([call.stack("induction") for call in steps.calls], dim=-1)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_induction_follows_the_beams() -> None:
@@ -316,6 +323,46 @@ def test_a_cache_that_is_cut_back_is_refused() -> None:
     torch.testing.assert_close(last, whole.stack("induction")[..., -2:], atol=1e-5, rtol=1e-4)
     with pytest.raises(CaptureError, match="found other keys in its cache"):
         steps.joined()
+
+
+class Forgetful(nn.Module):
+    """One head whose cache keeps the last `keep` keys of the steps before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: Tensor | None = None
+
+    def forward(self, x: Tensor, keep: int) -> Tensor:
+        cached = x[:, :, :0] if self.keys is None else self.keys[:, :, self.keys.shape[2] - keep :]
+        self.keys = torch.cat((cached, x), dim=2)
+        return nn.functional.scaled_dot_product_attention(x, self.keys, self.keys, is_causal=x.shape[2] > 1)
+
+
+@pytest.mark.parametrize(
+    ("keep", "rule"),
+    [([3, 4, 5, 6], (True, None)), ([3, 3, 3, 3], (True, 4)), ([3, 2, 1, 1], None), ([3, 1, 2, 3], None)],
+    ids=["all", "window", "less and less", "anew"],
+)
+def test_a_cache_that_forgets(keep: list[int], rule: tuple[bool, int | None] | None) -> None:
+    """What rows saw is written as a rule of positions where there is one, else as a tensor."""
+    x = torch.randn(1, 1, 7, 4, generator=torch.Generator().manual_seed(0))
+    model = Forgetful()
+
+    def run(m: nn.Module) -> None:
+        for n, part in zip([0, *keep], (x[:, :, :3], *x[:, :, 3:].split(1, dim=2)), strict=True):
+            m(part, n)
+
+    with workbench.attach(model, check=False) as wb, torch.no_grad(), wb.capture(["entropy", "received"]) as steps:
+        run(model)
+    shown = torch.ones(7, 7).tril().bool()
+    for i, n in enumerate(keep, start=3):
+        shown[i, : i - n] = False
+    joined = steps.joined()[0]
+    truth = (x @ x.mT / 2).masked_fill(~shown, -torch.inf).softmax(-1)
+    torch.testing.assert_close(joined.pattern.dense(), truth)
+    torch.testing.assert_close(joined.received, truth.sum(-2))
+    mask = joined.pattern.mask
+    assert (None if mask.tensor is not None else (mask.causal, mask.window)) == rule
 
 
 def test_a_capture_that_begins_in_the_middle() -> None:
