@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from workbench import files
+from workbench.cache import Cache
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites
 from workbench.joined import join
+from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS
 from workbench.provenance import Provenance
 from workbench.settings import Settings
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FORMAT = "workbench.capture"
+_PER_EXAMPLE = ("z", "z_gradient", "stored_result", "weights")  # what a site capture holds per batch entry, if it does
 
 
 class Capture:
@@ -181,6 +184,8 @@ class Capture:
                 if statistic not in c.statistics and STATISTICS.get(statistic) and STATISTICS[statistic].positional:
                     continue  # cross-attention has none
                 values = getattr(c, statistic).double()
+                if values.dim() == 2 and per == "head":
+                    values = values[..., None]
                 if values.dim() != 3:
                     raise CaptureError(f'"{statistic}" has no tidy table', shape=values.shape, hint="use the tensor")
                 values = values.nanmean(-1, keepdim=True) if per == "head" else values
@@ -211,14 +216,16 @@ class Capture:
                     f"the forwards differ: {', '.join(shapes)}", site=name, hint="compare cap.calls one by one"
                 )
             same = [p for p in parts if p is not None]
+            kept: dict[str, Any] = {field: _joined([getattr(p, field) for p in same]) for field in _PER_EXAMPLE}
             joined.sites[name] = replace(
                 capture,
                 shape=(sum(p.shape[0] for p in same), *capture.shape[1:]),
-                statistics={s: torch.cat([p.statistics[s] for p in same]) for s in capture.statistics},
-                z=None if capture.z is None else torch.cat([p.z for p in same if p.z is not None]),
-                weights=None
-                if capture.weights is None
-                else torch.cat([p.weights for p in same if p.weights is not None]),
+                statistics={
+                    s: torch.cat([p.statistics[s] for p in same])
+                    for s in capture.statistics
+                    if all(s in p.statistics for p in same)
+                },
+                **kept,
                 lazy=None,
                 held=[],
             )
@@ -249,14 +256,33 @@ class Capture:
             raise CaptureError("the capture does not tell which statistics to stream", hint="capture again")
         return self._with(join(self._forwards, self.settings))
 
-    def save(self, path: str | Path, *, pattern: bool = False) -> Path:
-        """Write a safetensors file; `pattern=True` adds what is needed to rebuild every pattern."""
+    def to_cache(self, forward: int = 0, *, limit: int | None = DENSE_LIMIT) -> Cache:
+        """One forward under TransformerLens' names: `cache["blocks.3.attn.hook_pattern"]`, `cache["pattern", 3]`.
+
+        Args:
+            forward: which forward.
+            limit: most bytes that a dense pattern or a result may take, 1 GiB by default; None for no limit.
+
+        Raises:
+            CaptureError: there is no such forward.
+        """
+        if not -len(self._forwards) <= forward < len(self._forwards):
+            raise CaptureError(f"the capture holds {len(self._forwards)} forwards, no forward {forward}")
+        rotary = bool(self._provenance.get("rotary", False))
+        return Cache(self._forwards[forward], self.model_sites, rotary=rotary, limit=limit)
+
+    def save(self, path: str | Path, *, pattern: bool = False, result: bool = False) -> Path:
+        """Write a safetensors file.
+
+        Args:
+            pattern: add what is needed to rebuild every pattern. result: add every head's result, which needs z=True.
+        """
         tensors: dict[str, Tensor] = {}
         forwards = []
         for forward in self._forwards:
             entries = []
             for name, site in forward.sites.items():
-                entry, parts = pack(site, pattern=pattern)
+                entry, parts = pack(site, pattern=pattern, result=result)
                 entries.append(entry)
                 tensors |= {f"{forward.index}/{name}/{key}": tensor for key, tensor in parts.items()}
             tensors |= {f"{forward.index}//{stream}": ids for stream, ids in forward.ids.items()}
@@ -277,6 +303,12 @@ class Capture:
             f"{len(self.sites)} sites, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Parts of a batch as one; None unless all are there."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
 
 
 def load_capture(path: str | Path) -> Capture:

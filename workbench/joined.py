@@ -140,6 +140,10 @@ class _Step:
 
 def _join_site(captures: Sequence[SiteCapture], ids: Tensor | None, settings: Settings, budget: _Budget) -> SiteCapture:
     site = captures[0].site
+    if any(capture.z_gradient is not None for capture in captures):
+        raise CaptureError(
+            "gradients at single steps cannot be joined", site=site.name, hint="run the whole sequence in one forward"
+        )
     patterns = _joinable(captures)
     first, cross = patterns[0], site.kind == "cross"
     n_queries = sum(pattern.n_queries for pattern in patterns)

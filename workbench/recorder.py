@@ -5,13 +5,15 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.gradients import Deliver, GradientWatch
+from workbench.hooks.projections import ProjectionFinder
 from workbench.hooks.sites import Site, Sites, add_site, with_sizes
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.truth import check_last_row
@@ -56,6 +58,8 @@ class Recorder:
     forwards: list[Forward] = field(default_factory=list)
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
+    gradients: GradientWatch = field(default_factory=GradientWatch)
+    projections: ProjectionFinder = field(default_factory=ProjectionFinder)
     _running: dict[int, Forward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
     _past: Past = field(default_factory=Past)
@@ -82,7 +86,15 @@ class Recorder:
 
     def on_end(self) -> None:
         """The forward of this thread is over."""
-        self._running.pop(threading.get_ident(), None)
+        forward = self._running.pop(threading.get_ident(), None)
+        self.projections.end()
+        if forward is not None and self.settings.z:
+            for name, capture in forward.sites.items():
+                forward.sites[name] = replace(capture, projection=self.projections.of(name.partition("#")[0]))
+
+    def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module is about to run."""
+        self.projections.saw_module(name, module, args)
 
     def on_call(self, call: AttentionCall, edited: Tensor | None = None) -> None:
         """Stream the statistics of one attention call and keep what was asked for.
@@ -96,10 +108,10 @@ class Recorder:
         site = self._site(call, forward)
         if self.settings.sites is not None and site.name.partition("#")[0] not in self.settings.sites:
             return
-        device = call.v.device.type
+        device, grad_is_on = call.v.device.type, torch.is_grad_enabled()
         # The user may run under inference_mode or autocast; the statistics must be ordinary tensors in full precision.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            forward.sites[site.name] = self._record(call, site, forward, edited)
+            forward.sites[site.name] = self._record(call, site, forward, edited, grad_is_on)
 
     def _site(self, call: AttentionCall, forward: Forward) -> Site:
         with self._lock:
@@ -114,7 +126,9 @@ class Recorder:
             return known
         return Site(f"{known.name}#{repeats}", known.layer + repeats, known.kind, *call.sizes, known.tower)
 
-    def _record(self, call: AttentionCall, site: Site, forward: Forward, edited: Tensor | None) -> SiteCapture:
+    def _record(
+        self, call: AttentionCall, site: Site, forward: Forward, edited: Tensor | None, grad_is_on: bool
+    ) -> SiteCapture:
         settings, cross = self.settings, site.kind == "cross"
         pattern = call.pattern(cross=cross)
         planned = settings.bytes_for(pattern.shape, pattern.n_kv_heads, call.sizes[2], call.v.element_size())
@@ -137,9 +151,13 @@ class Recorder:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
         z = dense = None
         if settings.z:
-            if edited is None:
-                edited = call.z() if call.finish is None else pattern.apply(call.v)
-            z = _apart(edited.detach().transpose(1, 2))
+            given = edited
+            if given is None:
+                given = call.z() if call.finish is None else pattern.apply(call.v)
+            z = _apart(given.detach().transpose(1, 2))
+            self.projections.saw_call(call.site, call.module, z)
+        if settings.gradients:
+            self.gradients.watch(call, edited, site, pattern, self._deliver(forward, site), grad_is_on=grad_is_on)
         if settings.pattern:
             dense = _apart(pattern.dense(limit=None))
         pattern.values = keeper(pattern.values) if settings.values and pattern.values is not None else None
@@ -156,7 +174,7 @@ class Recorder:
             normalised=pattern.normalised,
         )
         with self._lock:
-            self.nbytes += capture.nbytes
+            self.nbytes += capture.nbytes + settings.gradient_bytes(pattern.shape, call.sizes[2], call.v.element_size())
         return capture
 
     def _options(self, forward: Forward, site: Site, pattern: Pattern, names: Sequence[str]) -> Options:
@@ -167,14 +185,22 @@ class Recorder:
             ids, before = self._past.key_ids(forward, site.name, stream, pattern.n_queries, keys)
         return self.settings.options(ids, before)
 
+    def _deliver(self, forward: Forward, site: Site) -> Deliver:
+        def deliver(z_gradient: Tensor, sums: dict[str, Tensor]) -> None:
+            capture = forward.sites[site.name]
+            statistics = capture.statistics | sums
+            forward.sites[site.name] = replace(capture, statistics=statistics, z_gradient=z_gradient)
+
+        return deliver
+
     def _check_limit(self, planned: int, site: Site) -> None:
         limit = self.settings.limit
         if limit is not None and self.nbytes + planned > limit:
             raise CaptureError(
                 f"the capture would keep {self.nbytes + planned:,} bytes or more, the limit is {limit:,}",
                 site=site.name,
-                hint="capture fewer sites, leave out pattern=True, z=True or values=True, pass queries_keys=False, "
-                "or raise limit=",
+                hint="capture fewer sites, leave out pattern=True, z=True, values=True or gradients=True, pass "
+                "queries_keys=False, or raise limit=",
             )
 
 

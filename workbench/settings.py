@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from workbench.hooks.sites import Site
+from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, Options, Statistic
 
@@ -23,6 +24,7 @@ class Settings:
         z: keep A·V per head. pattern: keep dense patterns. queries_keys: keep q and k, so that any part of the pattern
             can be had later. values: keep v too.
         tokens: ids [batch, position] for `induction`; found in the inputs if None.
+        gradients: keep ∂L/∂z and the sums of A∘∂L/∂A.
         sink_keys, n_top, block: see `workbench.kernels.statistics.Options`.
         limit: most bytes to keep in all.
     """
@@ -33,6 +35,7 @@ class Settings:
     pattern: bool = False
     queries_keys: bool = True
     values: bool = False
+    gradients: bool = False
     tokens: Tensor | None = None
     sink_keys: tuple[int, ...] | None = None
     n_top: int = 8
@@ -78,7 +81,14 @@ class Settings:
             kept += b * (h * q + n_kv_heads * k) * d_head * itemsize + b * h * q * max(4, itemsize)
         kept += b * n_kv_heads * k * d_head * itemsize if self.values else 0
         kept += b * h * q * d_head * itemsize if self.z else 0
+        kept += self.gradient_bytes(shape, d_head, itemsize)
         return kept + (b * h * q * k * max(4, itemsize) if self.pattern else 0)
+
+    def gradient_bytes(self, shape: tuple[int, int, int, int], d_head: int, itemsize: int = 4) -> int:
+        """Those of `bytes_for` that gradients will take once they arrive."""
+        b, h, q, k = shape
+        sums = sum({"query": q, "key": k, "": 1}[s.axes] for s in GRADIENT_SUMS.values())
+        return b * h * (q * d_head + sums) * max(4, itemsize) if self.gradients else 0
 
 
 def _statistic(name: str) -> Statistic:
