@@ -76,7 +76,8 @@ class AttentionCall:
             return self.weights.shape[1], self.v.shape[1], self.v.shape[-1]
         if self.q is None or self.k is None or self.q.dim() != 4:
             return 1, 1, self.v.shape[-1]
-        return self.q.shape[1], self.k.shape[1], self.q.shape[-1]
+        # A state-space mixer's queries and keys are shared by groups of heads; its values never are.
+        return max(self.q.shape[1], self.v.shape[1]), self.k.shape[1], self.q.shape[-1]
 
     def z(self) -> Tensor:
         """Each head's output A·V [batch, head, query, width]: a view of `output`, with its autograd history.
@@ -86,9 +87,7 @@ class AttentionCall:
         """
         if self.finish is not None:
             raise CaptureError(f"the kernel {self.kernel} does not give A·V", site=self.site)
-        if self.layout == "nqd":
-            return self.output.unflatten(0, (-1, self.sizes[0]))
-        return self.output.permute([self.layout.index(axis) for axis in "bhqd"])
+        return per_head(self.output, self.layout, self.sizes[0])
 
     def as_output(self, z: Tensor) -> Tensor:
         """What the kernel gives when its heads give `z` [batch, head, query, width]."""
@@ -156,3 +155,10 @@ class AttentionCall:
         pattern = DensePattern(weights, mask, normalised=normalised)
         pattern.values = self.v.detach()
         return pattern
+
+
+def per_head(output: Tensor, layout: str, n_heads: int) -> Tensor:
+    """A kernel's output, or its gradient, as a view [batch, head, query, width]; `layout` as in `AttentionCall`."""
+    if layout == "nqd":
+        return output.unflatten(0, (-1, n_heads))
+    return output.permute([layout.index(axis) for axis in "bhqd"])

@@ -5,29 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from workbench import files
+from workbench.cache import Cache
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites
+from workbench.joined import join
+from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS
 from workbench.provenance import Provenance
+from workbench.settings import Settings
 from workbench.site_capture import Forward, SiteCapture, pack, unpack
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _FORMAT = "workbench.capture"
+_PER_EXAMPLE = ("z", "z_gradient", "stored_result", "weights")  # what a site capture holds per batch entry, if it does
 
 
 class Capture:
     """The forwards of one `with wb.capture()`, their sites and statistics.
 
     With one forward, `cap["blocks.3.attn"]` is its site capture. With several, look at `cap.calls[i]`, or join them
-    with `cap.pool()`.
+    with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
+
+    Attributes:
+        settings: what was asked for; None for a file that does not tell.
     """
 
     def __init__(
@@ -36,8 +44,9 @@ class Capture:
         model_sites: Sites,
         provenance: Provenance,
         weights_hash: Callable[[], str | None] | None = None,
+        settings: Settings | None = None,
     ) -> None:
-        self._forwards, self.model_sites = forwards, model_sites
+        self._forwards, self.model_sites, self.settings = forwards, model_sites, settings
         self._provenance, self._weights_hash = provenance, weights_hash
 
     @property
@@ -48,7 +57,7 @@ class Capture:
         return self._provenance
 
     def _with(self, forwards: list[Forward]) -> Capture:
-        return Capture(forwards, self.model_sites, self._provenance, self._weights_hash)
+        return Capture(forwards, self.model_sites, self._provenance, self._weights_hash, self.settings)
 
     @property
     def calls(self) -> tuple[Capture, ...]:
@@ -175,6 +184,8 @@ class Capture:
                 if statistic not in c.statistics and STATISTICS.get(statistic) and STATISTICS[statistic].positional:
                     continue  # cross-attention has none
                 values = getattr(c, statistic).double()
+                if values.dim() == 2 and per == "head":
+                    values = values[..., None]
                 if values.dim() != 3:
                     raise CaptureError(f'"{statistic}" has no tidy table', shape=values.shape, hint="use the tensor")
                 values = values.nanmean(-1, keepdim=True) if per == "head" else values
@@ -205,14 +216,16 @@ class Capture:
                     f"the forwards differ: {', '.join(shapes)}", site=name, hint="compare cap.calls one by one"
                 )
             same = [p for p in parts if p is not None]
+            kept: dict[str, Any] = {field: _joined([getattr(p, field) for p in same]) for field in _PER_EXAMPLE}
             joined.sites[name] = replace(
                 capture,
                 shape=(sum(p.shape[0] for p in same), *capture.shape[1:]),
-                statistics={s: torch.cat([p.statistics[s] for p in same]) for s in capture.statistics},
-                z=None if capture.z is None else torch.cat([p.z for p in same if p.z is not None]),
-                weights=None
-                if capture.weights is None
-                else torch.cat([p.weights for p in same if p.weights is not None]),
+                statistics={
+                    s: torch.cat([p.statistics[s] for p in same])
+                    for s in capture.statistics
+                    if all(s in p.statistics for p in same)
+                },
+                **kept,
                 lazy=None,
                 held=[],
             )
@@ -223,20 +236,63 @@ class Capture:
                 joined.tokens[stream] = [row for f in self._forwards for row in f.tokens.get(stream, [])]
         return self._with([joined])
 
-    def save(self, path: str | Path, *, pattern: bool = False) -> Path:
-        """Write a safetensors file; `pattern=True` adds what is needed to rebuild every pattern."""
+    def joined(self) -> Capture:
+        """The capture of a generation as if each sequence had run in one forward: prompt and answer, without a cache.
+
+        A forward whose keys are more than its queries goes on with the sequence of the forward before it in the same
+        thread; any other begins one. The encoder of an encoder-decoder joins the decoding that follows. The result has
+        one forward per call of `generate()`, with rows at absolute positions, the statistics of this capture streamed
+        anew, and patterns of their own.
+
+        In `cap.calls[i]`, a single step, keys are counted from the oldest that the cache holds: with a cache that
+        forgets (a sliding window) only `joined()` knows their positions in the sequence. Without a cache
+        (`use_cache=False`) each step is a whole forward, and stays one.
+
+        Raises:
+            CaptureError: patterns were not kept (queries_keys=False) or are no softmax, a sequence began before the
+                capture, or the cache was changed between steps, as beam search and assisted generation do.
+        """
+        if self.settings is None:
+            raise CaptureError("the capture does not tell which statistics to stream", hint="capture again")
+        return self._with(join(self._forwards, self.settings))
+
+    def to_cache(self, forward: int = 0, *, limit: int | None = DENSE_LIMIT) -> Cache:
+        """One forward under TransformerLens' names: `cache["blocks.3.attn.hook_pattern"]`, `cache["pattern", 3]`.
+
+        Args:
+            forward: which forward.
+            limit: most bytes that a dense pattern or a result may take, 1 GiB by default; None for no limit.
+
+        Raises:
+            CaptureError: there is no such forward.
+        """
+        if not -len(self._forwards) <= forward < len(self._forwards):
+            raise CaptureError(f"the capture holds {len(self._forwards)} forwards, no forward {forward}")
+        rotary = bool(self._provenance.get("rotary", False))
+        return Cache(self._forwards[forward], self.model_sites, rotary=rotary, limit=limit)
+
+    def save(self, path: str | Path, *, pattern: bool = False, result: bool = False) -> Path:
+        """Write a safetensors file.
+
+        Args:
+            pattern: add what is needed to rebuild every pattern. result: add every head's result, which needs z=True.
+        """
         tensors: dict[str, Tensor] = {}
         forwards = []
         for forward in self._forwards:
             entries = []
             for name, site in forward.sites.items():
-                entry, parts = pack(site, pattern=pattern)
+                entry, parts = pack(site, pattern=pattern, result=result)
                 entries.append(entry)
                 tensors |= {f"{forward.index}/{name}/{key}": tensor for key, tensor in parts.items()}
             tensors |= {f"{forward.index}//{stream}": ids for stream, ids in forward.ids.items()}
-            forwards.append({"index": forward.index, "sites": entries, "tokens": forward.tokens})
+            where = {"index": forward.index, "thread": forward.thread}
+            forwards.append(where | {"sites": entries, "tokens": forward.tokens})
         model_sites = [asdict(site) for site in self.model_sites]
         header = {"provenance": self.provenance, "model_sites": model_sites, "forwards": forwards}
+        if self.settings is not None:
+            header["settings"], asked = self.settings.parts()
+            tensors |= {f"settings/{name}": tensor for name, tensor in asked.items()}
         return files.write(path, _FORMAT, header, tensors)
 
     def __repr__(self) -> str:
@@ -247,6 +303,12 @@ class Capture:
             f"{len(self.sites)} sites, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Parts of a batch as one; None unless all are there."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
 
 
 def load_capture(path: str | Path) -> Capture:
@@ -265,5 +327,10 @@ def load_capture(path: str | Path) -> Capture:
         index = entry["index"]
         sites = [unpack(site, named.get(f"{index}/{site['site']['name']}", {})) for site in entry["sites"]]
         ids = named.get(f"{index}/", {})
-        forwards.append(Forward(index, {site.site.name: site for site in sites}, ids, entry["tokens"]))
-    return Capture(forwards, Sites(Site(**site) for site in header["model_sites"]), header["provenance"])
+        by_name = {site.site.name: site for site in sites}
+        forwards.append(Forward(index, by_name, ids, entry["tokens"], entry.get("thread", 0)))
+    settings = None
+    if "settings" in header:
+        settings = Settings.rebuild(header["settings"], named.get("settings", {}))
+    model_sites = Sites(Site(**site) for site in header["model_sites"])
+    return Capture(forwards, model_sites, header["provenance"], settings=settings)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.capture import Capture
+from workbench.compiled import check_not_compiled
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.edits import Edit, OutputEdit
 from workbench.hooks.sites import Sites, find_sites
@@ -22,7 +23,8 @@ from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
 from workbench.live import Live
 from workbench.provenance import describe, weights_hash, weights_version
-from workbench.recorder import Recorder, Settings, SiteChoice, choose
+from workbench.recorder import Recorder, SiteChoice, choose
+from workbench.settings import Settings
 from workbench.verification import Verification, verify_model
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Workbench]] = weakref.WeakKeyDictionary()
@@ -111,6 +113,7 @@ class Workbench(Interventions):
         pattern: bool = False,
         queries_keys: bool = True,
         values: bool = False,
+        gradients: bool = False,
         tokens: Any = None,
         sink_keys: Sequence[int] | None = None,
         n_top: int = 8,
@@ -122,10 +125,14 @@ class Workbench(Interventions):
         Args:
             statistics: names from `workbench.kernels.statistics.STATISTICS`, also as `value_weighted_<name>`.
             sites: names, TransformerLens names, indices, Sites or a test on a Site; None for all.
-            z: keep each head's output [batch, query, head, d_head].
+            z: keep each head's output [batch, query, head, d_head], from which `cap[site].result()` is had.
             pattern: keep dense patterns [batch, head, query, key].
             queries_keys: keep queries and keys, so that `cap[site].pattern` can give any part of the pattern later.
             values: keep values too, for value-weighted statistics later.
+            gradients: keep ∂L/∂z as `z_gradient` [batch, query, head, d_head], and sums of A∘∂L/∂A (attention times
+                gradient) as `query_gradient`, `key_gradient`, `key_gradient_magnitude`, `head_gradient`; see
+                `workbench.kernels.gradients.GRADIENT_SUMS`. Call `loss.backward()` inside the `with`: they are there
+                after it, and a further backward adds to them. L is the tensor that backward was called on.
             tokens: ids [batch, position] for `induction`; by default those the model is called with.
             sink_keys: keys whose joint mass is `sink`; by default the first visible key of each row.
             n_top: number of `top_keys`. block: edge of `pooled_*` blocks, in tokens.
@@ -135,9 +142,11 @@ class Workbench(Interventions):
             The capture; it is filled as the model runs and complete at the end of the `with`.
 
         Raises:
-            CaptureError: unknown statistic or site, limit exceeded, bad input, captures nested, or nothing fired.
+            CaptureError: unknown statistic or site, limit exceeded, bad input, captures nested, nothing fired, or
+                gradients that were asked for did not arrive.
         """
         self._check_open()
+        check_not_compiled(self.model)
         settings = Settings(
             statistics=check_names(statistics),
             sites=choose(self.sites, sites),
@@ -145,6 +154,7 @@ class Workbench(Interventions):
             pattern=pattern,
             queries_keys=queries_keys,
             values=values,
+            gradients=gradients,
             tokens=None if tokens is None else to_ids(tokens),
             sink_keys=None if sink_keys is None else tuple(sink_keys),
             n_top=n_top,
@@ -155,7 +165,7 @@ class Workbench(Interventions):
         recorder = Recorder(self.model, self.sites, settings, self._decode if self.tokenizer is not None else None)
         before = weights_version(self.model)
         provenance = describe(self.model) | {"statistics": list(settings.statistics)}
-        capture = Capture(recorder.forwards, self.sites, provenance, lambda: self._weights_hash(before))
+        capture = Capture(recorder.forwards, self.sites, provenance, lambda: self._weights_hash(before), settings)
         try:
             with self._live.recording(recorder):
                 yield capture
@@ -163,7 +173,9 @@ class Workbench(Interventions):
             self.sites = recorder.sites
             capture.model_sites = self.sites
             provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
+            recorder.gradients.close()
         self._check_fired(capture, settings)
+        recorder.gradients.check(all_must_arrive=settings.sites is not None)
 
     @contextmanager
     def _editing(self, edit: Edit | OutputEdit) -> Iterator[None]:
