@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.capture import Capture
+from workbench.compiled import check_not_compiled
 from workbench.errors import InterventionError, nearest
 from workbench.heads import each_head, find_block, find_heads, find_module, parse_heads
 from workbench.hooks.edits import (
@@ -58,6 +59,10 @@ class Interventions:
     def _editing(self, edit: Edit | OutputEdit) -> AbstractContextManager[None]:
         raise NotImplementedError
 
+    def _check_ready(self) -> None:
+        self._check_open()
+        check_not_compiled(self.model)
+
     @contextmanager
     def ablate(
         self,
@@ -88,7 +93,7 @@ class Interventions:
         >>> with workbench.attach(model) as wb, wb.ablate({(0, 1), "L0H3"}, "mean", reference={"src": x}):
         ...     y = model(x)
         """
-        self._check_open()
+        self._check_ready()
         if how not in _HOWS:
             raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), _HOWS))
         chosen = self._heads(heads, positions)
@@ -99,7 +104,7 @@ class Interventions:
                     f'how="{how}" needs a reference',
                     hint="reference= is a dict of model inputs, several, or a Capture with z=True",
                 )
-            found = Reference(chosen, how == "resample", generator)
+            found = Reference(chosen, how, generator)
             if isinstance(reference, Capture):
                 found.read(reference)
             else:
@@ -130,7 +135,7 @@ class Interventions:
         ...     with wb.patch({(0, 1): cap[0].z[:, :, 1]}, positions=-1):
         ...         y = model(corrupted)
         """
-        self._check_open()
+        self._check_ready()
         if not isinstance(heads, Mapping):
             raise InterventionError(
                 f"patch takes a dict, not {type(heads).__name__}", hint="{(layer, head): tensor or function}"
@@ -171,7 +176,7 @@ class Interventions:
         >>> with workbench.attach(model) as wb, wb.edit_pattern("L0H1", lambda rows, site, head: rows.roll(1, -1)):
         ...     y = model(torch.randn(2, 5, 16))
         """
-        self._check_open()
+        self._check_ready()
         if not callable(edit):
             raise InterventionError(f"edit is {type(edit).__name__}, expected a function edit(rows, site, head)")
         chosen = self._heads(heads, queries)
@@ -197,7 +202,7 @@ class Interventions:
         >>> with workbench.attach(model) as wb, wb.steer("self_attn", torch.ones(16), scale=2.0, positions=-1):
         ...     y = model(torch.randn(2, 5, 16))
         """
-        self._check_open()
+        self._check_ready()
         if not isinstance(direction, Tensor) or direction.dim() != 1 or not direction.is_floating_point():
             got = list(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
             raise InterventionError(f"the direction is {got}, expected a floating-point tensor [width]")

@@ -57,16 +57,14 @@ class Reference:
 
     Args:
         heads: which heads, by site.
-        keep: keep every example, for `resample`; otherwise their sums, for the means.
+        how: "mean", "mean_positional" or "resample"; for the last, every example is kept, otherwise their sums.
         generator: chooses examples at random; without it they are taken in turn.
     """
 
-    def __init__(
-        self, heads: Mapping[Site, Sequence[int]], keep: bool, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, heads: Mapping[Site, Sequence[int]], how: str, generator: torch.Generator | None = None) -> None:
         self.chosen = heads
         self.known = {site.name: site for site in heads}
-        self.keep = keep
+        self.how = how
         self.heads = {site.name: _Heads() for site in heads}
         self._generator = generator
         self._order: list[int] = []  # which example stands for example i of a batch
@@ -96,6 +94,10 @@ class Reference:
             collector = _Collector(self, live.model, batch)
             with live.undisturbed(), torch.no_grad(), live.editing(collector):
                 live.model(**batch)
+                silent = sorted(collector.sites - collector.fired)
+                collector.fired |= collector.sites
+            if silent:
+                raise InterventionError("the model does not reach the site on the reference", site=silent[0])
 
     def read(self, capture: Capture) -> None:
         """Take the heads' output from a capture that kept it.
@@ -119,14 +121,16 @@ class Reference:
                 z, real = seen.z.transpose(1, 2), None
                 if seen.lazy is not None and self.known[name].kind == "self" and seen.shape[2] == seen.shape[3]:
                     real = (seen.pattern.seen.queries_per_key > 0).any(1).to(z.device)  # nobody looks at padding
-                self.add(name, z, real)
+                self.add(name, z, real, seen.shape[3])
 
-    def add(self, site: str, z: Tensor, real: Tensor | None) -> None:
-        """Take in z [batch, head, position, width] of a site."""
+    def add(self, site: str, z: Tensor, real: Tensor | None, n_keys: int) -> None:
+        """Take in z [batch, head, position, width] of a site; `real` [batch or 1, position] is False at padding."""
         chosen = self.chosen[self.known[site]]
         check_range(chosen, z.shape[1], site)
+        if self.how != "mean":
+            self._check_whole(site, z.shape[2], n_keys, "in the reference, ")
         with torch.inference_mode(False), torch.no_grad():
-            self.heads[site].add(z[:, torch.tensor(chosen, device=z.device)].detach(), real, self.keep)
+            self.heads[site].add(z[:, torch.tensor(chosen, device=z.device)].detach(), real, self.how == "resample")
 
     def mean(self, call: AttentionCall, old: Tensor) -> Tensor:
         """[1, head, 1, width]: mean over examples and positions."""
@@ -138,7 +142,8 @@ class Reference:
         """[1, head, query, width]: mean over examples, for each position."""
         sums, counts = self._sums(call.site)
         self._check_width(call, old, sums)
-        length = self._length(call, old)
+        length = old.shape[2]
+        self._check_whole(call.site, length, call.v.shape[-2])
         if sums.shape[1] < length:
             raise _shorter(call.site, sums.shape[1], length)
         empty = (counts[:length] == 0).nonzero()
@@ -150,7 +155,8 @@ class Reference:
         """[batch, head, query, width]: each example of the batch gets the heads of one reference example."""
         examples = self.heads[call.site].examples
         self._check_width(call, old, examples[0])
-        length = self._length(call, old)
+        length = old.shape[2]
+        self._check_whole(call.site, length, call.v.shape[-2])
         while len(self._order) < old.shape[0]:
             self._order.extend(self._more())
         picked = [examples[self._order[i]] for i in range(old.shape[0])]
@@ -180,15 +186,14 @@ class Reference:
                 f"the reference has d_head {reference.shape[-1]}, the call {old.shape[-1]}", site=call.site
             )
 
-    def _length(self, call: AttentionCall, old: Tensor) -> int:
-        keys = call.v.shape[-2]
-        if self.known[call.site].kind == "self" and keys > old.shape[2]:
+    def _check_whole(self, site: str, queries: int, keys: int, where: str = "") -> None:
+        if self.known[site].kind != "cross" and keys > queries:
             raise InterventionError(
-                f"{old.shape[2]} queries on {keys} keys: with a cache, positions do not line up with the reference's",
-                site=call.site,
-                hint='run whole sequences (use_cache=False), or ablate with how="mean" or "zero"',
+                f"{where}{queries} queries look at {keys} keys: with a cache, positions do not line up",
+                site=site,
+                hint='run whole sequences (use_cache=False), or ablate with how="mean" or "zero"; a capture of a '
+                "generation can be joined",
             )
-        return old.shape[2]
 
 
 class _Collector(Edit):
@@ -203,7 +208,7 @@ class _Collector(Edit):
         if call.site in self.fired:
             raise _several(call.site)
         site = self.reference.known[call.site]
-        self.reference.add(call.site, z, _real_positions(self.model, site, self.batch, z))
+        self.reference.add(call.site, z, _real_positions(self.model, site, self.batch, z), call.v.shape[-2])
         return z
 
 
