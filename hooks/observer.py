@@ -134,14 +134,17 @@ class Observer:
             frame.undo.callback(state.tap.__enter__)
             frame.undo.enter_context(multihead.watch(lambda: self._owner(state), self._on_call))
 
-    def _finish(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _finish(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+        """`rest` is (keyword inputs, output); after an exception PyTorch leaves out the first."""
         state = self._threads.get(threading.get_ident())
         if state is None or all(frame.module is not module for frame in state.stack):
             return None
         while state.stack[-1].module is not module:
             self._pop(state)
         try:
-            return None if output is None else self._on_output(state.stack[-1].name, module, output)
+            if len(rest) == 2 and rest[1] is not None:
+                return self._on_output(state.stack[-1].name, module, rest[1])
+            return None
         finally:
             self._pop(state)
 

@@ -60,7 +60,8 @@ class Follower:
 
     def __init__(self, on_attention: Callable[[WrittenOut], Tensor | None]) -> None:
         self._on_attention = on_attention
-        self._weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (weights, dropout)
+        # tensor -> (weights, or None if they are the tensor itself, which would otherwise live for ever; dropout)
+        self._weights: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def saw(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
         """A function has run; gives its result, or what takes its place."""
@@ -71,30 +72,34 @@ class Follower:
         elif func in _EINSUM:
             return self._einsum(args, result)
         elif args and isinstance(args[0], Tensor) and args[0] in self._weights:
-            weights, dropout = self._weights[args[0]]
+            weights, dropout = self._of(args[0])
             if func in _PRODUCTS:
                 return self._product(
                     weights, dropout, args[1] if len(args) > 1 else next(iter(kwargs.values())), result
                 )
             if func in _DROPOUT:
                 p, training = _dropout(func, args, kwargs)
-                self._weights[result] = weights, max(dropout, p if training else 0.0)
+                self._weights[result] = None if result is weights else weights, max(dropout, p if training else 0.0)
             elif func in _RESHAPING:
                 if result is not args[0]:
                     same = weights is args[0]
-                    self._weights[result] = result if same else func(weights, *args[1:], **kwargs), dropout
+                    self._weights[result] = None if same else func(weights, *args[1:], **kwargs), dropout
             else:
-                self._weights[result] = result, dropout
+                self._weights[result] = None, dropout
         elif func in _EDITING and len(args) > 1:  # torch.where(mask, weights, 0), number * weights
             for other in args[1:]:
                 if isinstance(other, Tensor) and other in self._weights and other.shape == result.shape:
-                    self._weights[result] = result, self._weights[other][1]
+                    self._weights[result] = None, self._weights[other][1]
         return result
+
+    def _of(self, tensor: Tensor) -> tuple[Tensor, float]:
+        weights, dropout = self._weights[tensor]
+        return tensor if weights is None else weights, dropout
 
     def _softmax(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if result.dim() >= 3 and dim in (-1, result.dim() - 1):
-            self._weights[result] = result, 0.0
+            self._weights[result] = None, 0.0
 
     def _product(self, weights: Tensor, dropout: float, values: Any, result: Tensor) -> Any:
         fits = isinstance(values, Tensor) and values.dim() == weights.dim() == result.dim()
@@ -107,17 +112,17 @@ class Follower:
         """einsum("bhqk,bkhd->bqhd", weights, values) and its like."""
         if len(args) != 3 or not isinstance(args[0], str) or args[1] not in self._weights:
             return result
-        weights, dropout = self._weights[args[1]]
+        weights, dropout = self._of(args[1])
         terms, _, out = args[0].replace(" ", "").partition("->")
         left, _, right = terms.partition(",")
         if len(left) != 4 or len(set(left)) != 4 or sorted(out) != sorted({*left[:3], *out}) or len(out) != 4:
             return result
-        b, h, q, k = left
+        b, h, q, k = (left[i] for i in range(4))
         width = next((letter for letter in out if letter not in left), None)
         if width is None or set(right) != {b, h, k, width} or len(right) != 4:
             return result
         values = args[2].permute([right.index(letter) for letter in (b, h, k, width)])
-        layout = out.translate(str.maketrans({b: "b", h: "h", q: "q", width: "d"}))
+        layout = "".join("bhqd"[(b, h, q, width).index(letter)] for letter in out)
         return self._report(WrittenOut(weights, values, result, layout, dropout))
 
     def _report(self, found: WrittenOut) -> Tensor:

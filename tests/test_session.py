@@ -319,6 +319,35 @@ def test_verify_finds_a_tap_that_lies(model: nn.Module, ids: torch.Tensor, monke
         found.raise_if_failed()
 
 
+def test_verify_finds_a_site_whose_output_goes_nowhere() -> None:
+    class Unused(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 0 * torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    with workbench.attach(Unused()) as wb:
+        found = wb.verify(torch.randn(1, 2, 3, 4))
+        assert found.identical
+        assert not found.ok
+        with pytest.raises(AttachError, match="stays the same"):
+            found.raise_if_failed()
+
+
+def test_a_capture_of_a_tap_that_lies_is_refused(
+    model: nn.Module, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workbench.hooks import registry
+
+    read = registry.read
+    monkeypatch.setattr(registry, "read", lambda *args: read(*args) | {"scale": 0.1, "lse": None})
+    with (
+        torch.no_grad(),
+        workbench.attach(model) as wb,
+        pytest.raises(CaptureError, match="is not what it computes"),
+        wb.capture(),
+    ):
+        model(ids)
+
+
 def test_verify_finds_a_model_that_is_not_deterministic(model: nn.Module, ids: torch.Tensor) -> None:
     model.lm_head.register_forward_hook(lambda m, i, out: out + torch.rand(1, generator=generator))
     generator = torch.Generator().manual_seed(0)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from workbench.errors import CaptureError
 from workbench.hooks.sites import Site, Sites, add_site, with_sizes
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, token_ids
 from workbench.kernels import streaming
 from workbench.kernels.checks import check_finite
@@ -98,6 +99,7 @@ class Recorder:
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
     _running: dict[int, Forward] = field(default_factory=dict)
+    _checked: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def on_start(self, name: str) -> None:
@@ -166,6 +168,9 @@ class Recorder:
             check_finite("v", call.v)
             options = Options(tokens, settings.sink_keys, settings.n_top, settings.block)
             statistics = streaming.statistics(pattern, names, options)
+            if site.name not in self._checked:  # once per site: one row costs little, every row of every call does not
+                check_last_row(call, pattern)
+                self._checked.add(site.name)
             self.engines |= streaming.engines(pattern, names, options)
         except CaptureError as error:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None

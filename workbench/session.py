@@ -198,10 +198,10 @@ class Workbench:
             )
 
     def verify(self, *args: Any, **inputs: Any) -> Verification:
-        """Run the model twice, bare and observed, and check that the taps tell the truth.
+        """Check that the taps tell the truth: run the model bare, observed, and with each site in turn switched off.
 
-        Every site must fire, the outputs must be the same to the bit, rows must sum to 1, and A·V must equal what the
-        kernel gave.
+        Every site must fire, the observed outputs must be the same to the bit, rows must sum to 1, A·V must equal what
+        the kernel gave, and switching off a site's heads must change the model's output.
 
         Returns:
             A report with `.ok`, `.table` and `.raise_if_failed()`.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +15,10 @@ from workbench.errors import AttachError
 from workbench.hooks.observer import Observer
 from workbench.hooks.sites import Sites
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.truth import tolerance
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class Verification:
 
     Attributes:
         identical: the observed model's outputs equal the bare model's to the bit.
-        checks: one dict per call: site, fired, kernel, row_sum_error (largest |Σp − 1|, NaN for
-            rows that need not sum to 1), output_error (largest
-            |A·V − kernel output|), tolerance (for both, by dtype and size of the output), ok.
+        checks: one dict per call: site, fired, shape ([batch, head, query, key]), backend, kernel, row_sum_error
+            (largest |Σp − 1|, NaN for rows that need not sum to 1), output_error (largest |A·V − kernel output|),
+            tolerance (for both, by dtype and size of the output), editable (whether the model's output changes when the
+            site's heads give nothing; None if that was not tried), ok.
     """
 
     model: str
@@ -61,6 +62,8 @@ class Verification:
         if bad is None:
             raise AttachError("no site was seen at all", hint="does the forward reach the attention?")
         what = "its A·V is not the kernel's output" if bad["fired"] else "it never fired"
+        if bad["editable"] is False:
+            what = "the model's output stays the same when its heads give nothing"
         raise AttachError(f"verification failed: {what}", site=bad["site"], hint="see the .table of the verification")
 
     def __repr__(self) -> str:
@@ -75,8 +78,10 @@ class Verification:
         )
 
 
-def verify_model(model: nn.Module, sites: Sites, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Verification:
-    """Run the model twice from one random state, bare and observed, and check every attention call."""
+def verify_model(
+    model: nn.Module, sites: Sites, args: tuple[Any, ...], inputs: Mapping[str, Any], edits: bool = True
+) -> Verification:
+    """Run the model from one random state: bare, observed, and once per site with that site's heads switched off."""
     checks: list[dict[str, Any]] = []
     cross = {site.name for site in sites if site.kind == "cross"}
 
@@ -85,19 +90,52 @@ def verify_model(model: nn.Module, sites: Sites, args: tuple[Any, ...], inputs: 
             checks.append(_check(call, call.site in cross))
 
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        bare = model(*args, **inputs)
-    with torch.random.fork_rng(devices), Observer(model, look):
-        observed = model(*args, **inputs)
+
+    def run(on_call: Callable[[AttentionCall], Tensor | None] | None, edits: bool = False) -> Any:
+        with torch.random.fork_rng(devices):
+            if on_call is None:
+                return model(*args, **inputs)
+            with Observer(model, on_call, edits=lambda: edits):
+                return model(*args, **inputs)
+
+    bare, observed = run(None), run(look)
     pairs = list(zip(_tensors(bare), _tensors(observed), strict=False))
     identical = bool(pairs) and all(_same_bits(a, b) for a, b in pairs)
     fired = {check["site"] for check in checks}
+    for name in sorted(fired) if edits else []:
+        found = _editable(bare, run(partial(_switched_off, name), True))
+        for check in checks:
+            if check["site"] == name:
+                check["editable"] = found
+                check["ok"] = check["ok"] and found
+    nan = float("nan")
     checks += [
-        {"site": site.name, "fired": False, "kernel": "", "row_sum_error": float("nan"), "output_error": float("nan"),
-         "tolerance": float("nan"), "ok": False}
+        {"site": site.name, "fired": False, "shape": None, "backend": "", "kernel": "", "row_sum_error": nan,
+         "output_error": nan, "tolerance": nan, "editable": None, "ok": False}
         for site in sites if site.name not in fired
     ]  # fmt: skip
     return Verification(type(model).__name__, identical, checks)
+
+
+def _switched_off(site: str, call: AttentionCall) -> Tensor | None:
+    """What heads give that are switched off: [batch, head, query, width]; None at other sites."""
+    if call.site != site:
+        return None
+    if call.finish is None:
+        return torch.zeros_like(call.z())
+    return torch.zeros_like(call.pattern().apply(call.v))
+
+
+def _editable(bare: Any, edited: Any) -> bool:
+    """Whether some output has changed by more than another order of the same sums would change it."""
+    for a, b in zip(_tensors(bare), _tensors(edited), strict=False):
+        if a.shape != b.shape:
+            return True
+        if a.is_floating_point() and a.numel():
+            a, b = a.detach().double(), b.detach().double()
+            if (a - b).abs().max() > 1e-6 * max(1.0, a.abs().max().item()):
+                return True
+    return False
 
 
 def _check(call: AttentionCall, cross: bool) -> dict[str, Any]:
@@ -115,16 +153,19 @@ def _check(call: AttentionCall, cross: bool) -> dict[str, Any]:
     if call.finish is None:
         got, want = got[alive], want[alive]  # kernels differ in what they give for a row that sees no key
     error = (got - want).abs().max().item() if got.numel() else 0.0
-    tolerance = _TOLERANCE.get(call.v.dtype, 1e-4) * max(1.0, want.abs().max().item() if want.numel() else 1.0)
+    allowed = tolerance(call.v.dtype, want)
     dropped = call.dropout > 0  # then the kernel's output is not A·V by design
     return {
         "site": call.site,
         "fired": True,
+        "shape": pattern.shape,
+        "backend": call.backend or call.tap,
         "kernel": call.kernel,
         "row_sum_error": row_error,
         "output_error": error,
-        "tolerance": tolerance,
-        "ok": not row_error > tolerance and (dropped or error <= tolerance),
+        "tolerance": allowed,
+        "editable": None,
+        "ok": not row_error > allowed and (dropped or error <= allowed),
     }
 
 

@@ -1,0 +1,43 @@
+"""Does a rebuilt pattern give what the kernel gave?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workbench.errors import CaptureError
+from workbench.hooks.tap import AttentionCall
+from workbench.kernels.patterns import Pattern
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def tolerance(dtype: torch.dtype, like: Tensor) -> float:
+    """How far A·V may be from a kernel's output in this dtype, for outputs of the size of `like`."""
+    return _TOLERANCE.get(dtype, 1e-4) * max(1.0, like.abs().max().item() if like.numel() else 1.0)
+
+
+def check_last_row(call: AttentionCall, pattern: Pattern) -> None:
+    """Compare A·V of the last query with what the kernel gave: a cheap proof that nothing was overlooked.
+
+    Raises:
+        CaptureError: they differ, so that the call does something that the pattern does not know of.
+    """
+    if call.finish is not None or call.dropout > 0 or 0 in pattern.shape:
+        return
+    last = pattern.n_queries - 1
+    rows = pattern.tile(slice(last, last + 1), slice(0, pattern.n_keys))
+    values = call.v.unsqueeze(1) if call.v.dim() == 3 else call.v
+    group = pattern.n_heads // values.shape[1]
+    got = rows.unflatten(1, (-1, group)).squeeze(3) @ values.to(rows.dtype)  # [b, kv, group, width]
+    want = call.z()[:, :, last].to(got.dtype).unflatten(1, (-1, group))
+    alive = (pattern.seen.keys_per_query[:, :, last] > 0).expand(pattern.shape[:2]).unflatten(1, (-1, group))
+    error = torch.where(alive[..., None], (got - want).abs(), 0.0).max().item()
+    if error > tolerance(call.v.dtype, want):
+        raise CaptureError(
+            f"the pattern rebuilt for the backend {call.backend or call.kernel} is not what it computes: "
+            f"its last row gives an output that is {error:.1e} off",
+            site=call.site,
+            shape=pattern.shape,
+            hint="look at wb.verify(**inputs).table; attention of this kind is not supported yet",
+        )
