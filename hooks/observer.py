@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 from workbench.hooks import multihead, registry
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.sdpa import FunctionTap
-from workbench.hooks.sites import heads_of
+from workbench.hooks.sites import heads_of, site_name
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.written_out import WrittenOut
 
@@ -155,7 +155,7 @@ class Observer:
 
     @staticmethod
     def _owner(state: _Thread) -> tuple[str, nn.Module]:
-        return state.stack[-1].name, state.stack[-1].module
+        return site_name(state.stack[-1].name), state.stack[-1].module
 
     def _report(self, owner: tuple[str, nn.Module], **facts: Any) -> Tensor | None:
         """The new output of the kernel, or None."""
@@ -173,7 +173,7 @@ class Observer:
         with state.tap.inside() as inner:
             result = function(module, *args, **kwargs)
         name = self._names.get(module)
-        owner = self._owner(state) if name is None else (name, module)
+        owner = self._owner(state) if name is None else (site_name(name), module)
         facts = registry.read(owner[0], backend, module, args, kwargs, inner)
         replaced = self._report(owner, tap="registry", output=result[0], **facts)
         return result if replaced is None else (replaced, *result[1:])

@@ -26,6 +26,7 @@ _MARKS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS", "flex_atten
 _PRODUCTS = {"matmul", "bmm", "einsum"}
 _CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
 _WINDOW = re.compile(r"swin|window", re.IGNORECASE)
+_WRAPPED = "._original_component"  # under this name TransformerLens' bridge keeps the module that it stands for
 _HOOK_SUFFIX = re.compile(r"\.(hook_\w+|attn_weights)$")
 
 
@@ -132,13 +133,24 @@ def find_sites(model: nn.Module) -> Sites:
     site       alias          layer  kind  heads  kv  d_head
     self_attn  blocks.0.attn  0      self  4      4   4
     """
-    found = []
+    found: dict[str, Site] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.Transformer)):
             continue  # their attention modules are sites of their own
         if isinstance(module, nn.MultiheadAttention) or _calls_attention(module.__class__):
-            found.append(_describe(name, module))
-    return _number(found)
+            found.setdefault(site_name(name), _describe(site_name(name), module))
+    return _number(list(found.values()))
+
+
+def site_name(module_name: str) -> str:
+    """The site that a call in a module belongs to: for a wrapped module, the one that wraps it.
+
+    TransformerLens' bridge computes some attention itself and leaves some to the module that it wraps.
+
+    >>> site_name("blocks.0.attn._original_component")
+    'blocks.0.attn'
+    """
+    return module_name.removesuffix(_WRAPPED)
 
 
 def add_site(sites: Sites, name: str, module: nn.Module) -> Sites:

@@ -1,6 +1,5 @@
 """Model families: output unchanged to the bit, statistics equal to the eager model's, nothing left behind."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,14 +8,14 @@ from torch import Tensor, nn
 
 import workbench
 from support.against_eager import COLUMNS, ROWS, assert_equal_to_eager
-from support.flash import KERNEL, flash_packages, on_backend
-from support.tiny import ZOO, Family, family, make
+from support.backends import flash_packages, on_backend, uncompiled_flex
+from support.tiny import FAMILIES, ZOO, Family, family, make
+from support.unavailable import unavailable
 from workbench.capture import Capture
+from workbench.errors import CaptureError
 
 EVERYTHING = (*ROWS, *COLUMNS)
-WITH_ATTENTION = [one for one in ZOO if one.outputs]
-families = pytest.mark.parametrize("family", WITH_ATTENTION, ids=lambda one: one.name)
-SDPA = [one for one in WITH_ATTENTION if "sdpa" in one.backends]
+families = pytest.mark.parametrize("family", [one for one in ZOO if one.outputs], ids=lambda one: one.name)
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -44,14 +43,17 @@ def assert_true(one: Family, model: nn.Module, capture: Capture) -> None:
     assert found == sum(site.kind != "state" for site in capture.sites)
 
 
+def in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The inputs with their floating point tensors in a dtype."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
 def build(one: Family) -> nn.Module:
     """The family's model; the test is skipped where its library is not installed."""
     try:
         return make(one)
     except ModuleNotFoundError as error:
-        from conftest import _unavailable
-
-        _unavailable(str(error))
+        unavailable(str(error))
 
 
 @families
@@ -71,3 +73,109 @@ def test_verify_holds(family: Family, mode: type[torch.no_grad]) -> None:
         found = wb.verify(**inputs)
     assert found.ok, found.table
     assert not max(check["row_sum_error"] for check in found.checks) >= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda one: one.name)
+def test_models_stay_on_their_fast_kernel(family: Family) -> None:
+    model, inputs = make(family), family.inputs()
+    with torch.no_grad(), workbench.attach(model) as wb:
+        found = wb.verify(**inputs)
+    assert {check["kernel"] for check in found.checks} == {"flash_attention_for_cpu"}
+
+
+@pytest.mark.parametrize(
+    ("one", "backend"),
+    [(one, backend) for one in ZOO for backend in one.backends if backend != "sdpa"],
+    ids=lambda value: value.name if isinstance(value, Family) else value,
+)
+def test_other_backends(one: Family, backend: str) -> None:
+    model, inputs = on_backend(make(one), backend), one.inputs()
+    with flash_packages(), uncompiled_flex(), torch.no_grad():
+        capture = captured(model, inputs)
+        with workbench.attach(model) as wb:
+            found = wb.verify(**inputs)
+    assert_true(one, model, capture)
+    assert {site.kernel for site in capture} <= {backend.rpartition("/")[2], "written out"}
+    assert found.ok, found.table
+
+
+@pytest.mark.slow
+def test_flex_attention_compiled() -> None:
+    one = family("llama-left-padded")
+    model = on_backend(make(one), "flex_attention")
+    with torch.no_grad():
+        capture = captured(model, one.inputs())
+    assert_true(one, model, capture)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "mistral", "gemma2", "gpt-oss", "t5", "deberta-v2", "swin"])
+def test_other_dtypes_verify(name: str, dtype: torch.dtype) -> None:
+    if (name, dtype) == ("gpt-oss", torch.float64):
+        pytest.skip("its experts do not run in float64")
+    model, inputs = make(family(name)).to(dtype), in_dtype(family(name).inputs(), dtype)
+    with torch.no_grad(), workbench.attach(model) as wb:
+        assert wb.verify(**inputs).raise_if_failed().identical
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-left-padded", "gemma2", "whisper"])
+def test_flash_attention_in_bfloat16(name: str) -> None:
+    model, inputs = make(family(name)).to(torch.bfloat16), in_dtype(family(name).inputs(), torch.bfloat16)
+    on_backend(model, "flash_attention_2")
+    with flash_packages(), torch.no_grad(), workbench.attach(model) as wb:
+        assert wb.verify(**inputs).raise_if_failed().identical
+
+
+@families
+def test_gradients_are_those_of_the_bare_model(family: Family) -> None:
+    model, inputs = build(family), family.inputs()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        tensors(model(**inputs))[0].square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    bare = gradients()
+    with workbench.attach(model) as wb, wb.capture():
+        observed = gradients()
+    assert bare
+    assert all(torch.equal(a, b) for a, b in zip(bare, observed, strict=True))
+
+
+def test_sink_logits_take_a_part_of_every_row() -> None:
+    one = family("gpt-oss")
+    model = make(one)
+    with torch.no_grad(), workbench.attach(model) as wb, wb.capture(["entropy"]) as capture:
+        model(**one.inputs())
+    for site in capture:
+        assert (site.marks, site.pattern.signed) == ("unnormalised", False)
+        p = site.pattern.dense().double()
+        torch.testing.assert_close(site.entropy.double(), -torch.special.xlogy(p, p).sum(-1), atol=1e-5, rtol=0)
+
+
+def test_a_flash_kernel_that_leaves_out_the_sink_logits_is_an_error() -> None:
+    one = family("gpt-oss")
+    model = on_backend(make(one), "flash_attention_3")
+    with (
+        flash_packages(),
+        torch.no_grad(),
+        pytest.raises(CaptureError, match="is not what it computes"),
+        workbench.attach(model) as wb,
+        wb.capture(),
+    ):
+        model(**one.inputs())
+
+
+def test_flash_attention_that_a_model_calls_itself_is_an_error() -> None:
+    with flash_packages(), torch.no_grad():
+        one = family("falcon")
+        sdpa = make(one)
+        config = sdpa.config
+        config._attn_implementation = "flash_attention_2"
+        model = type(sdpa)(config).eval()
+        with (
+            pytest.raises(CaptureError, match="no attention call was seen at transformer"),
+            workbench.attach(model) as wb,
+            wb.capture(),
+        ):
+            model(**one.inputs())

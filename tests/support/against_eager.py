@@ -43,7 +43,7 @@ def _assert_site(seen: SiteCapture, attention: Tensor) -> None:
     truth = torch.where(alive[..., None], attention.double(), 0.0)
     hidden = _hidden(mask, seen.shape)
     assert not truth[hidden].any(), f"{seen.site.name}: a key that the model sees is hidden"
-    unused = (attention == 0) & ~hidden & alive[..., None]
+    unused = (attention == 0) & ~hidden & ~_nearly_hidden(mask, seen.shape) & alive[..., None]
     assert not unused.all(1).any(), f"{seen.site.name}: a key that no head of the model sees is shown"
     names = names_for(seen.site.kind)
     want = dense(truth, names, mask, options=Options(block=16))
@@ -62,7 +62,8 @@ def _assert_site(seen: SiteCapture, attention: Tensor) -> None:
     if seen.pattern.normalised:
         torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-5, rtol=0)
     else:  # sink logits take the rest
-        assert (sums < 1).all()
+        assert (sums <= 1 + 1e-6).all()
+        assert (sums < 0.999).double().mean() > 0.1
 
 
 def _hidden(mask: Mask, shape: tuple[int, int, int, int]) -> Tensor:
@@ -75,3 +76,10 @@ def _hidden(mask: Mask, shape: tuple[int, int, int, int]) -> Tensor:
     if visible is not None:
         hidden |= ~visible
     return hidden
+
+
+def _nearly_hidden(mask: Mask, shape: tuple[int, int, int, int]) -> Tensor:
+    """Keys whose score is lowered so far that nothing is left: Swin writes -100 between parts of a window."""
+    if mask.tensor is None or not mask.additive:
+        return torch.zeros(shape, dtype=torch.bool)
+    return (mask.tensor < -90).expand(shape)

@@ -6,7 +6,17 @@ import torch
 import transformers as hf
 from torch import nn
 
-from support.zoo.family import EVERY_BACKEND, ONE_TOWER, SPECIAL, VOCABULARY, Family, decoder_inputs, padded_inputs
+from support.zoo.family import (
+    EVERY_BACKEND,
+    HUB_KERNEL,
+    ONE_TOWER,
+    SPECIAL,
+    VOCABULARY,
+    Family,
+    decoder_inputs,
+    padded_inputs,
+)
+from support.zoo.twins import eager_twin, sdpa_calls
 
 _GROUPED = {
     "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "head_dim": 8,
@@ -84,32 +94,36 @@ def _falcon(alibi: bool) -> nn.Module:
 
 
 DECODERS = [
-    Family("gpt2", _gpt2, decoder_inputs, ONE_TOWER, label="GPT-2", backends=EVERY_BACKEND),
+    Family("gpt2", _gpt2, decoder_inputs, ONE_TOWER, label="GPT-2", backends=EVERY_BACKEND[:3]),
     Family("gpt2-right-padded", _gpt2, partial(padded_inputs, "right"), ONE_TOWER, label="GPT-2"),
     Family("gpt2-left-padded", _gpt2, partial(padded_inputs, "left"), ONE_TOWER, label="GPT-2"),
     Family("gpt-neox", _gpt_neox, decoder_inputs, ONE_TOWER, label="GPT-NeoX", backends=EVERY_BACKEND),
     Family("llama-gqa", _llama, decoder_inputs, ONE_TOWER, label="Llama", note="grouped queries",
            backends=EVERY_BACKEND),
     Family("llama-left-padded", _llama, partial(padded_inputs, "left"), ONE_TOWER, label="Llama",
+           backends=(*EVERY_BACKEND, HUB_KERNEL)),
+    Family("llama-right-padded", _llama, partial(padded_inputs, "right"), ONE_TOWER, label="Llama",
            backends=EVERY_BACKEND),
-    Family("llama-right-padded", _llama, partial(padded_inputs, "right"), ONE_TOWER, label="Llama"),
     Family("mistral", _mistral, decoder_inputs, ONE_TOWER, label="Mistral", note="sliding window",
            backends=EVERY_BACKEND),
     Family("mistral-left-padded", _mistral, partial(padded_inputs, "left"), ONE_TOWER, label="Mistral",
            backends=EVERY_BACKEND),
     Family("qwen2", _qwen2, decoder_inputs, ONE_TOWER, label="Qwen2", note="grouped queries", backends=EVERY_BACKEND),
-    Family("qwen3", _qwen3, decoder_inputs, ONE_TOWER, label="Qwen3", note="grouped queries, normalised queries and keys",
+    Family("qwen3", _qwen3, decoder_inputs, ONE_TOWER, label="Qwen3", note="grouped queries; queries and keys normalised",
            backends=EVERY_BACKEND),
     Family("gemma2", _gemma2, decoder_inputs, ONE_TOWER, label="Gemma 2", note="softcap; windows in every other layer",
-           backends=("eager", "flex_attention", "flash_attention_2", "flash_attention_3")),
+           backends=(*EVERY_BACKEND[1:], HUB_KERNEL)),
     Family("gpt-oss", _gpt_oss, decoder_inputs, ONE_TOWER, label="gpt-oss",
            note="sink logits, so rows sum to less than one; windows in every other layer",
-           backends=("eager", "flash_attention_3")),
+           backends=("eager", HUB_KERNEL)),
     Family("bloom", _bloom, decoder_inputs, ONE_TOWER, label="Bloom", note="ALiBi; attention written out"),
     Family("bloom-left-padded", _bloom, partial(padded_inputs, "left"), ONE_TOWER, label="Bloom"),
     Family("mpt", _mpt, decoder_inputs, ONE_TOWER, label="MPT", note="ALiBi; attention written out"),
     Family("falcon", partial(_falcon, False), decoder_inputs, ONE_TOWER, label="Falcon", note="one key head for all",
            backends=("sdpa", "eager")),
-    Family("falcon-alibi", partial(_falcon, True), decoder_inputs, ONE_TOWER, label="Falcon",
-           note="also with ALiBi", backends=("sdpa", "eager")),
+    # On eager attention transformers adds the ALiBi twice, so that the twin is no truth for a model on SDPA.
+    Family("falcon-alibi", partial(_falcon, True), decoder_inputs, ONE_TOWER, truth=sdpa_calls, label="Falcon",
+           note="also with ALiBi", backends=("sdpa",)),
+    Family("falcon-alibi-eager", lambda: eager_twin(_falcon(True)), decoder_inputs, ONE_TOWER, label="Falcon",
+           backends=("eager",)),
 ]  # fmt: skip

@@ -18,6 +18,8 @@ ENCODER_DECODER = {
     "cross_attentions": ("decoder", "cross"),
 }
 EVERY_BACKEND = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+HUB_KERNEL = "some-org/flash-attn3"
+"""A kernel's name as on Hugging Face's hub, for the one that `support/backends.py` registers."""
 Truth = Mapping[str, Sequence[Tensor]]
 
 

@@ -6,6 +6,7 @@ Two models that are built from one config object share their choice of backend, 
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,21 @@ def unfused(model: nn.Module, inputs: dict[str, Any]) -> dict[str, list[Tensor]]
             module.attn_drop.register_forward_pre_hook(lambda module, args: found.append(args[0]))
     with torch.no_grad():
         twin(**inputs)
+    return {"attentions": found}
+
+
+def sdpa_calls(model: Any, inputs: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """For models whose eager path computes something else: the weights of each call of SDPA, in float64."""
+    found: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: float, is_causal: bool) -> Tensor:
+        assert not is_causal, "a mask was expected"
+        scores = q.double() @ k.double().transpose(-1, -2) * q.shape[-1] ** -0.5
+        found.append((scores + attn_mask).softmax(-1))
+        return (found[-1] @ v.double()).to(q.dtype)
+
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attend), torch.no_grad():
+        model(**inputs)
     return {"attentions": found}
 
 

@@ -19,8 +19,9 @@ def _vit() -> nn.Module:
 
 def _dinov2() -> nn.Module:
     return hf.Dinov2Model(
-        hf.Dinov2Config(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, mlp_ratio=2, image_size=28,
-                         patch_size=7)
+        hf.Dinov2Config(
+            num_hidden_layers=2, num_attention_heads=4, hidden_size=32, mlp_ratio=2, image_size=28, patch_size=7
+        )
     )
 
 

@@ -1,12 +1,16 @@
-"""Stand-ins for flash-attn, which needs a GPU: its functions with their signatures and layout, computed in float64.
+"""Attention backends of `transformers` on a machine without a GPU.
+
+For flash-attn there are stand-ins: its functions with their signatures and layout, computed in float64.
 
 `transformers` runs its own code up to the functions of the package: it makes the mask, casts, takes padding out and
 puts it back, and passes on what the functions' signatures say they take.
 """
 
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -14,8 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-KERNEL = "some-org/flash-attn3"
-"""A kernel's name as on Hugging Face's hub."""
+from support.zoo.family import HUB_KERNEL
 
 
 def _attend(
@@ -119,8 +122,21 @@ def _version_3(name: str, sinks: bool = False) -> list[ModuleType]:
 
 
 @contextmanager
+def _importable(modules: list[ModuleType]) -> Iterator[None]:
+    # Not mock.patch.dict: it would forget everything else that is imported meanwhile.
+    for module in modules:
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        sys.modules[module.__name__] = module
+    try:
+        yield
+    finally:
+        for module in modules:
+            del sys.modules[module.__name__]
+
+
+@contextmanager
 def flash_packages() -> Iterator[None]:
-    """The packages of versions 2 and 3 can be imported, and a kernel of the hub is registered as `KERNEL`.
+    """The packages of versions 2 and 3 can be imported, and a kernel of the hub is registered as `HUB_KERNEL`.
 
     What `transformers` keeps of the packages that it has loaded is as before at the end.
     """
@@ -129,20 +145,20 @@ def flash_packages() -> Iterator[None]:
     from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    [kernel] = _version_3(KERNEL, sinks=True)
+    [kernel] = _version_3(HUB_KERNEL, sinks=True)
     modules = [*_version_2(), *_version_3("flash_attn_interface")]
     loaded = {name: value for name, value in vars(utils).items() if name.startswith(("_loaded", "_flash_", "_process_"))
               or name in ("_pad_fn", "_unpad_fn")}  # fmt: skip
     registries = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
     with (
-        mock.patch.dict(sys.modules, {module.__name__: module for module in modules}),
+        _importable(modules),
         mock.patch.multiple(utils, is_flash_attn_2_available=lambda: True, is_flash_attn_3_available=lambda: True),
         mock.patch("transformers.integrations.hub_kernels.load_and_register_attn_kernel", lambda *given: kernel),
         mock.patch.dict(registries[0]),
         mock.patch.dict(registries[1]),
     ):
-        AttentionInterface.register(KERNEL, flash_attention_forward)
-        AttentionMaskInterface.register(KERNEL, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+        AttentionInterface.register(HUB_KERNEL, flash_attention_forward)
+        AttentionMaskInterface.register(HUB_KERNEL, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
         try:
             yield
         finally:
@@ -152,5 +168,32 @@ def flash_packages() -> Iterator[None]:
 
 def on_backend(model: nn.Module, backend: str) -> nn.Module:
     """The model, set to an attention backend without asking whether this machine could run it."""
-    model.config._attn_implementation = backend  # type: ignore[union-attr]
+    for module in model.modules():
+        if hasattr(module, "config"):  # parts of a model may have a copy of their own
+            module.config._attn_implementation = backend
     return model
+
+
+@contextmanager
+def uncompiled_flex() -> Iterator[None]:
+    """Flex attention runs as it is written; compiling it takes seconds per model."""
+    from transformers import masking_utils
+    from transformers.integrations import flex_attention as flex
+
+    with (
+        mock.patch.object(flex.WrappedFlexAttention, "_instance", None),
+        mock.patch.object(flex.WrappedFlexAttention, "_is_flex_compiled", True),
+        mock.patch.object(flex.WrappedFlexAttention, "_compiled_flex_attention", staticmethod(flex.flex_attention)),
+        mock.patch.object(flex.WrappedFlexAttention, "training", False, create=True),
+        mock.patch.object(masking_utils, "create_block_mask", _uncompiled(masking_utils.create_block_mask)),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        yield
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **{**kwargs, "_compile": False})
+
+    return run
