@@ -46,6 +46,7 @@ lab: $(VENV)/.ready-dev
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 bench: $(VENV)/.ready-dev
+	$(BIN)/python -m pip install --quiet --no-deps --target .cache/peers --upgrade -r benchmarks/peers.txt
 	@for script in benchmarks/*.py; do \
 		test -e "$$script" || continue; \
 		echo "== $$script"; \

@@ -19,11 +19,11 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
+from shared import peers
 from shared.measuring import machine, section, table, write_section
 
 ARMS = {
@@ -84,21 +84,12 @@ def _forward(arm: str, model: Any, ids: Any) -> Callable[[Any], None]:
 
 
 def _transformer_lens(model: Any) -> Callable[[Any], None]:
-    from tokenizers import Tokenizer, models
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    folder = tempfile.TemporaryDirectory()  # the bridge wants a tokenizer that came from a folder, and reads it again
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    special = {"unk_token": "a", "bos_token": "b", "eos_token": "b", "pad_token": "b"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder.name)
-    tokenizer = AutoTokenizer.from_pretrained(folder.name)
-    bridge = TransformerBridge.boot_transformers("gpt2", hf_model=model, tokenizer=tokenizer, device="cpu")
+    bridge = peers.bridge(model)
 
     def run(ids: Any) -> None:
         _, cache = bridge.run_with_cache(ids, names_filter=lambda name: name.endswith("hook_pattern"))
         if len([key for key in cache.keys() if key.endswith("hook_pattern")]) != 12:  # noqa: SIM118
-            raise RuntimeError(f"TransformerLens gave no patterns ({folder.name})")
+            raise RuntimeError("TransformerLens gave no patterns")
 
     return run
 

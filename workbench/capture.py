@@ -68,6 +68,24 @@ class Capture:
         fired = {name.partition("#")[0] for f in self._forwards for name in f.sites}
         return tuple(site.name for site in self.model_sites if site.name not in fired)
 
+    @property
+    def ledger(self) -> dict[str, int]:
+        """How often each site of the model was called: 0 for those that never fired.
+
+        >>> import torch, workbench
+        >>> model = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
+        >>> with workbench.attach(model) as wb, wb.capture() as cap:
+        ...     for _ in range(3):
+        ...         _ = model(torch.randn(1, 5, 16))
+        >>> cap.ledger
+        {'self_attn': 3}
+        """
+        counts = {site.name: 0 for site in self.model_sites}
+        for forward in self._forwards:
+            for name in forward.sites:
+                counts[name.partition("#")[0]] += 1
+        return counts
+
     def _only(self) -> Forward:
         if len(self._forwards) != 1:
             raise CaptureError(
