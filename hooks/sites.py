@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from os.path import commonprefix
+from itertools import takewhile
 from types import CodeType, FunctionType
 from typing import Any, Literal, overload
 
@@ -222,7 +222,8 @@ def _towers(stems: set[str]) -> dict[str, str]:
         return dict.fromkeys(stems, "")
     plain = {"model", "layers", "layer", "blocks", "block", "h", ""}
     parts = {stem: [part for part in stem.split(".") if part not in plain] for stem in stems}
-    first = len(commonprefix(list(parts.values())))  # type: ignore[type-var]
+    shared = takewhile(lambda column: len(set(column)) == 1, zip(*parts.values(), strict=False))
+    first = len(list(shared))
     towers = {}
     for stem, own in parts.items():
         others = [other for name, other in parts.items() if name != stem]

@@ -1,6 +1,7 @@
 """Model families: output unchanged to the bit, statistics equal to the eager model's, nothing left behind."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from support.backends import flash_packages, on_backend, uncompiled_flex
 from support.tiny import FAMILIES, ZOO, Family, family, make
 from support.unavailable import unavailable
 from workbench.capture import Capture
-from workbench.errors import CaptureError
+from workbench.errors import AttachError, CaptureError
 
 EVERYTHING = (*ROWS, *COLUMNS)
 families = pytest.mark.parametrize("family", [one for one in ZOO if one.outputs], ids=lambda one: one.name)
@@ -167,15 +168,24 @@ def test_a_flash_kernel_that_leaves_out_the_sink_logits_is_an_error() -> None:
 
 
 def test_flash_attention_that_a_model_calls_itself_is_an_error() -> None:
-    with flash_packages(), torch.no_grad():
-        one = family("falcon")
-        sdpa = make(one)
-        config = sdpa.config
-        config._attn_implementation = "flash_attention_2"
-        model = type(sdpa)(config).eval()
+    from transformers import FalconForCausalLM, PreTrainedModel
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+    config = make(family("falcon")).config
+    config._attn_implementation = "flash_attention_2"
+    falcon = "transformers.models.falcon.modeling_falcon._flash_attention_forward"
+    with (
+        flash_packages(),
+        mock.patch(falcon, _flash_attention_forward, create=True),  # there only if flash-attn was when it was imported
+        mock.patch.object(PreTrainedModel, "_check_and_adjust_attn_implementation", return_value="flash_attention_2"),
+        torch.no_grad(),
+    ):
+        model = FalconForCausalLM(config).eval()
+        with pytest.raises(AttachError, match="no attention was found in FalconForCausalLM"):
+            workbench.attach(model)
         with (
-            pytest.raises(CaptureError, match="no attention call was seen at transformer"),
-            workbench.attach(model) as wb,
+            workbench.attach(model, check=False) as wb,
+            pytest.raises(CaptureError, match="no attention call was seen at any site"),
             wb.capture(),
         ):
-            model(**one.inputs())
+            model(**family("falcon").inputs())

@@ -152,8 +152,9 @@ def flash_packages() -> Iterator[None]:
     registries = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
     with (
         _importable(modules),
-        mock.patch.multiple(utils, is_flash_attn_2_available=lambda: True, is_flash_attn_3_available=lambda: True),
-        mock.patch("transformers.integrations.hub_kernels.load_and_register_attn_kernel", lambda *given: kernel),
+        mock.patch.object(utils, "is_flash_attn_2_available", return_value=True),
+        mock.patch.object(utils, "is_flash_attn_3_available", return_value=True),
+        mock.patch("transformers.integrations.hub_kernels.load_and_register_attn_kernel", return_value=kernel),
         mock.patch.dict(registries[0]),
         mock.patch.dict(registries[1]),
     ):

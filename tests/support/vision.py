@@ -33,7 +33,7 @@ def vision_transformer() -> ModuleType:
         return import_module(name)
     if not (FOLDER / "timm").exists():
         raise ModuleNotFoundError(f"timm: {INSTALL}", name="timm")
-    library = torch.library.Library("torchvision", "DEF")  # noqa: TOR901
+    library = torch.library.Library("torchvision", "DEF")
     for operator in _OPERATORS:
         library.define(f"{operator}(Tensor input) -> Tensor")
         library.define(f"_{operator}_backward(Tensor input) -> Tensor")

@@ -69,6 +69,10 @@ def _seq2seq(side: str = "right") -> dict[str, Any]:
     return {"input_ids": tokens, "attention_mask": padded(tokens, side), "decoder_input_ids": ids(2, 9, seed=1)}
 
 
+def _alone() -> dict[str, Any]:
+    return {name: tensor[:1] for name, tensor in _seq2seq().items()}
+
+
 def _speech() -> dict[str, Any]:
     features = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))
     return {"input_features": features, "decoder_input_ids": ids(2, 9)}
@@ -80,8 +84,9 @@ ENCODERS = [
     Family("roberta", _roberta, _RIGHT, ONE_TOWER, label="RoBERTa", backends=EVERY_BACKEND),
     Family("deberta-v2", _deberta, _RIGHT, ONE_TOWER, label="DeBERTa-v2",
            note="content and position terms in one softmax; attention written out"),
-    Family("t5", _t5, _seq2seq, ENCODER_DECODER, label="T5", note="position bias",
-           backends=("sdpa", "eager", "flex_attention")),
+    Family("t5", _t5, _seq2seq, ENCODER_DECODER, label="T5", note="position bias", backends=("sdpa", "eager")),
+    # With flex transformers asks for a position bias per batch entry, and T5 has one for all.
+    Family("t5-alone", _t5, _alone, ENCODER_DECODER, label="T5", backends=("flex_attention",)),
     # With a flash backend transformers takes the decoder's rows for padding where the encoder's last keys are.
     Family("bart", _bart, _seq2seq, ENCODER_DECODER, label="BART", backends=EVERY_BACKEND[:3]),
     Family("bart-left-padded", _bart, partial(_seq2seq, "left"), ENCODER_DECODER, label="BART",
