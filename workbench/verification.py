@@ -133,7 +133,7 @@ def _editable(bare: Any, edited: Any) -> bool:
             return True
         if a.is_floating_point() and a.numel():
             a, b = a.detach().double(), b.detach().double()
-            if (a - b).abs().max() > 1e-6 * max(1.0, a.abs().max().item()):
+            if (a - b).abs().max() > 1e-6 * a.abs().max():
                 return True
     return False
 

@@ -73,6 +73,16 @@ def _gpt_oss() -> nn.Module:
     return model
 
 
+def _deepseek() -> nn.Module:
+    return hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(
+            **{**_GROUPED, "num_key_value_heads": 6}, kv_lora_rank=8, q_lora_rank=16, qk_rope_head_dim=8,
+            qk_nope_head_dim=8, v_head_dim=12, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            n_group=1, topk_group=1, first_k_dense_replace=1, n_shared_experts=1,
+        )
+    )  # fmt: skip
+
+
 def _bloom() -> nn.Module:
     return hf.BloomForCausalLM(hf.BloomConfig(n_layer=2, n_head=5, hidden_size=40, vocab_size=VOCABULARY, **SPECIAL))
 
@@ -116,6 +126,8 @@ DECODERS = [
     Family("gpt-oss", _gpt_oss, decoder_inputs, ONE_TOWER, label="gpt-oss",
            note="sink logits, so rows sum to less than one; windows in every other layer",
            backends=("eager", HUB_KERNEL)),
+    Family("deepseek-v3", _deepseek, decoder_inputs, ONE_TOWER, label="DeepSeek-V3",
+           note="latent attention; values narrower than keys", backends=EVERY_BACKEND),
     Family("bloom", _bloom, decoder_inputs, ONE_TOWER, label="Bloom", note="ALiBi; attention written out"),
     Family("bloom-left-padded", _bloom, partial(padded_inputs, "left"), ONE_TOWER, label="Bloom"),
     Family("mpt", _mpt, decoder_inputs, ONE_TOWER, label="MPT", note="ALiBi; attention written out"),

@@ -46,6 +46,15 @@ def _deberta() -> nn.Module:
     )  # fmt: skip
 
 
+def _modernbert() -> nn.Module:
+    return hf.ModernBertModel(
+        hf.ModernBertConfig(
+            **_BERT, local_attention=6, global_attn_every_n_layers=2, max_position_embeddings=40, sep_token_id=2,
+            cls_token_id=1, **SPECIAL,
+        )
+    )  # fmt: skip
+
+
 def _t5() -> nn.Module:
     return hf.T5ForConditionalGeneration(
         hf.T5Config(
@@ -82,6 +91,8 @@ _RIGHT = partial(padded_inputs, "right")
 ENCODERS = [
     Family("bert", _bert, _RIGHT, ONE_TOWER, label="BERT", backends=EVERY_BACKEND),
     Family("roberta", _roberta, _RIGHT, ONE_TOWER, label="RoBERTa", backends=EVERY_BACKEND),
+    Family("modernbert", _modernbert, _RIGHT, ONE_TOWER, label="ModernBERT",
+           note="windows to both sides in some layers", backends=EVERY_BACKEND),
     Family("deberta-v2", _deberta, _RIGHT, ONE_TOWER, label="DeBERTa-v2",
            note="content and position terms in one softmax; attention written out"),
     Family("t5", _t5, _seq2seq, ENCODER_DECODER, label="T5", note="position bias", backends=("sdpa", "eager")),
