@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from workbench.hooks import multihead, registry
+from workbench.hooks import bridges, multihead, registry
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.sdpa import FunctionTap
-from workbench.hooks.sites import heads_of, site_name
+from workbench.hooks.sites import heads_of, kv_heads_of, site_name
 from workbench.hooks.tap import AttentionCall
-from workbench.hooks.written_out import WrittenOut
+from workbench.hooks.written_out import WrittenOut, ungrouped
 
 
 @dataclass
@@ -55,10 +55,11 @@ class Observer:
         on_start: called when the outermost module of a forward begins, with that module's name.
         on_end: called when it ends, also by an exception.
         on_inputs: called with the keyword and positional inputs when the model itself is called, before it runs.
+        on_module: called with name, module and positional inputs before each module of the model runs.
         on_output: takes name, module and output of each module when it ends; what it gives, if not None, takes the
             output's place.
-        edits: says whether calls may be edited. PyTorch's own attention modules then leave their native path, whose
-            output cannot be: their numbers change by rounding.
+        edits: says whether calls may be edited, or their gradients are wanted. PyTorch's own attention modules then
+            leave their native path, whose output cannot be had: their numbers change by rounding.
 
     What runs again in a backward pass (gradient checkpointing) starts no forward, and its calls are marked `replay`.
     """
@@ -72,17 +73,19 @@ class Observer:
         on_inputs: Callable[[tuple[Any, ...], Mapping[str, Any]], None] = lambda args, kwargs: None,
         on_output: Callable[[str, nn.Module, Any], Any] = lambda name, module, output: None,
         edits: Callable[[], bool] = lambda: False,
+        on_module: Callable[[str, nn.Module, tuple[Any, ...]], None] = lambda name, module, args: None,
     ) -> None:
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
         self._on_call, self._on_start, self._on_end, self._on_inputs = on_call, on_start, on_end, on_inputs
-        self._on_output, self._edits = on_output, edits
+        self._on_output, self._edits, self._on_module = on_output, edits, on_module
         self._threads: dict[int, _Thread] = {}
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Observer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(registry.installed())
+            stack.enter_context(bridges.called_as_a_whole(self._model, self._is_running))
             handles = [
                 torch_module.register_module_forward_pre_hook(self._begin),
                 torch_module.register_module_forward_hook(self._finish, with_kwargs=True, always_call=True),
@@ -109,6 +112,11 @@ class Observer:
             self._threads[thread] = _Thread(FunctionTap(self._saw_sdpa, self._saw_kernel, self._saw_written_out))
         return self._threads[thread]
 
+    def _is_running(self) -> bool:
+        """Whether the model itself is, in this thread."""
+        state = self._threads.get(threading.get_ident())
+        return state is not None and any(frame.module is self._model for frame in state.stack)
+
     def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not self._state().replay:
             self._on_inputs(args, kwargs)
@@ -133,6 +141,8 @@ class Observer:
             state.tap.__exit__(None, None, None)  # they leave their native path under a function mode
             frame.undo.callback(state.tap.__enter__)
             frame.undo.enter_context(multihead.watch(lambda: self._owner(state), self._on_call))
+        if not state.replay:
+            self._on_module(name, module, args)
 
     def _finish(self, module: nn.Module, args: Any, *rest: Any) -> Any:
         """`rest` is (keyword inputs, output); after an exception PyTorch leaves out the first."""
@@ -215,6 +225,7 @@ class Observer:
             heads = heads_of(owner[1]) or 1
             heads = heads if weights.shape[0] % heads == 0 else 1
             weights, values = (t.unflatten(0, (-1, heads)) for t in (weights, values))
+        values = ungrouped(values, kv_heads_of(owner[1]))
         return self._report(
             owner,
             q=None,

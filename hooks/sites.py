@@ -27,7 +27,7 @@ _SOFTMAX = {"softmax", "Softmax"}
 _PRODUCTS = {"matmul", "bmm", "einsum"}
 _CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
 _WINDOW = re.compile(r"swin|window", re.IGNORECASE)
-_WRAPPED = "._original_component"  # under this name TransformerLens' bridge keeps the module that it stands for
+_WRAPPED = "._original_component"
 _HOOK_SUFFIX = re.compile(r"\.(hook_\w+|attn_weights)$")
 
 
@@ -56,6 +56,11 @@ class Site:
         """TransformerLens' spelling: blocks.3.attn, or decoder.3.cross_attn in a model with several towers."""
         attn = "cross_attn" if self.kind == "cross" else "attn"
         return f"{self.tower or 'blocks'}.{self.layer}.{attn}"
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The alias, and how it is also spelled: decoder.3.self_attn for decoder.3.attn."""
+        return (self.alias,) if self.kind == "cross" else (self.alias, self.alias.removesuffix("attn") + "self_attn")
 
     def label(self, head: int) -> str:
         """Short name of a head: L9H6.
@@ -90,7 +95,7 @@ class Sites(Sequence[Site]):
         return self._sites[key]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._sites or any(key in (s.name, s.alias) for s in self._sites)
+        return key in self._sites or any(key in (s.name, *s.aliases) for s in self._sites)
 
     def find(self, name: str) -> Site:
         """The site of that name or alias (a TransformerLens hook suffix is ignored).
@@ -100,7 +105,7 @@ class Sites(Sequence[Site]):
         """
         wanted = _HOOK_SUFFIX.sub("", name)
         for site in self._sites:
-            if wanted in (site.name, site.alias):
+            if wanted in (site.name, *site.aliases):
                 return site
         known = [site.name for site in self._sites] + [site.alias for site in self._sites]
         raise CaptureError(f'there is no site "{name}"', site=name, hint=nearest(wanted, known, "site"))
@@ -135,23 +140,24 @@ def find_sites(model: nn.Module) -> Sites:
     self_attn  blocks.0.attn  0      self  4      4   4
     """
     found: dict[str, Site] = {}
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.Transformer)):
             continue  # their attention modules are sites of their own
         if isinstance(module, nn.MultiheadAttention) or _calls_attention(module.__class__):
-            found.setdefault(site_name(name), _describe(site_name(name), module))
+            name = site_name(path)
+            found[name] = _describe(name, module)  # of a bridge and what it wraps, the latter knows its sizes
     return _number(list(found.values()))
 
 
-def site_name(module_name: str) -> str:
-    """The site that a call in a module belongs to: for a wrapped module, the one that wraps it.
+def site_name(path: str) -> str:
+    """The name of the site at a module's path: a TransformerLens bridge and the module that it wraps are one site.
 
-    TransformerLens' bridge computes some attention itself and leaves some to the module that it wraps.
-
-    >>> site_name("blocks.0.attn._original_component")
-    'blocks.0.attn'
+    >>> site_name("blocks.0._original_component.attn._original_component")
+    'blocks.0._original_component.attn'
     """
-    return module_name.removesuffix(_WRAPPED)
+    while path.endswith(_WRAPPED):
+        path = path.removesuffix(_WRAPPED)
+    return path
 
 
 def add_site(sites: Sites, name: str, module: nn.Module) -> Sites:
@@ -172,10 +178,16 @@ def heads_of(module: nn.Module) -> int | None:
     return _number_of(module, config, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
 
+def kv_heads_of(module: nn.Module) -> int | None:
+    """How many heads of keys and values a module says it has."""
+    names = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_key_value_heads")
+    return _number_of(module, getattr(module, "config", None), *names)
+
+
 def _describe(name: str, module: nn.Module) -> Site:
     config = getattr(module, "config", None)
     heads = heads_of(module)
-    kv = _number_of(module, config, "num_key_value_heads", "n_kv_heads", "num_kv_heads")
+    kv = kv_heads_of(module)
     width = _number_of(module, config, "head_dim", "attention_head_size", "d_head", "key_value_proj_dim")
     if width is None and heads:
         total = _number_of(module, config, "embed_dim", "hidden_size", "d_model")

@@ -86,9 +86,7 @@ class AttentionCall:
         """
         if self.finish is not None:
             raise CaptureError(f"the kernel {self.kernel} does not give A·V", site=self.site)
-        if self.layout == "nqd":
-            return self.output.unflatten(0, (-1, self.sizes[0]))
-        return self.output.permute([self.layout.index(axis) for axis in "bhqd"])
+        return per_head(self.output, self.layout, self.sizes[0])
 
     def as_output(self, z: Tensor) -> Tensor:
         """What the kernel gives when its heads give `z` [batch, head, query, width]."""
@@ -156,3 +154,10 @@ class AttentionCall:
         pattern = DensePattern(weights, mask, normalised=normalised)
         pattern.values = self.v.detach()
         return pattern
+
+
+def per_head(output: Tensor, layout: str, n_heads: int) -> Tensor:
+    """A kernel's output, or its gradient, as a view [batch, head, query, width]; `layout` as in `AttentionCall`."""
+    if layout == "nqd":
+        return output.unflatten(0, (-1, n_heads))
+    return output.permute([layout.index(axis) for axis in "bhqd"])

@@ -135,3 +135,17 @@ class Follower:
 def _dropout(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float, bool]:
     named = dict(zip(("p", "training"), args[1:], strict=False)) | dict(kwargs)
     return float(named.get("p", 0.5)), bool(named.get("training", named.get("train", True)))
+
+
+def ungrouped(values: Tensor, n_kv_heads: int | None) -> Tensor:
+    """[batch, kv head, key, width] of values [batch, head, key, width] that a model repeated for its groups of heads.
+
+    Args:
+        n_kv_heads: how many the module says it has; the values stay as they are if that is not what they show.
+    """
+    heads = values.shape[1]
+    if n_kv_heads is None or not 0 < n_kv_heads < heads or heads % n_kv_heads:
+        return values
+    groups = values.detach().unflatten(1, (n_kv_heads, -1))
+    same = torch.equal(groups, groups[:, :, :1].expand_as(groups))
+    return values[:, :: heads // n_kv_heads] if same else values

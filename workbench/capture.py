@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from workbench import files
+from workbench.cache import Cache
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites
+from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS
 from workbench.provenance import Provenance
 from workbench.site_capture import Forward, SiteCapture, pack, unpack
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FORMAT = "workbench.capture"
+_PER_EXAMPLE = ("z", "z_gradient", "stored_result", "weights")  # what a site capture holds per batch entry, if it does
 
 
 class Capture:
@@ -175,6 +178,8 @@ class Capture:
                 if statistic not in c.statistics and STATISTICS.get(statistic) and STATISTICS[statistic].positional:
                     continue  # cross-attention has none
                 values = getattr(c, statistic).double()
+                if values.dim() == 2 and per == "head":
+                    values = values[..., None]
                 if values.dim() != 3:
                     raise CaptureError(f'"{statistic}" has no tidy table', shape=values.shape, hint="use the tensor")
                 values = values.nanmean(-1, keepdim=True) if per == "head" else values
@@ -205,14 +210,16 @@ class Capture:
                     f"the forwards differ: {', '.join(shapes)}", site=name, hint="compare cap.calls one by one"
                 )
             same = [p for p in parts if p is not None]
+            kept: dict[str, Any] = {field: _joined([getattr(p, field) for p in same]) for field in _PER_EXAMPLE}
             joined.sites[name] = replace(
                 capture,
                 shape=(sum(p.shape[0] for p in same), *capture.shape[1:]),
-                statistics={s: torch.cat([p.statistics[s] for p in same]) for s in capture.statistics},
-                z=None if capture.z is None else torch.cat([p.z for p in same if p.z is not None]),
-                weights=None
-                if capture.weights is None
-                else torch.cat([p.weights for p in same if p.weights is not None]),
+                statistics={
+                    s: torch.cat([p.statistics[s] for p in same])
+                    for s in capture.statistics
+                    if all(s in p.statistics for p in same)
+                },
+                **kept,
                 lazy=None,
                 held=[],
             )
@@ -223,14 +230,33 @@ class Capture:
                 joined.tokens[stream] = [row for f in self._forwards for row in f.tokens.get(stream, [])]
         return self._with([joined])
 
-    def save(self, path: str | Path, *, pattern: bool = False) -> Path:
-        """Write a safetensors file; `pattern=True` adds what is needed to rebuild every pattern."""
+    def to_cache(self, forward: int = 0, *, limit: int | None = DENSE_LIMIT) -> Cache:
+        """One forward under TransformerLens' names: `cache["blocks.3.attn.hook_pattern"]`, `cache["pattern", 3]`.
+
+        Args:
+            forward: which forward.
+            limit: most bytes that a dense pattern or a result may take, 1 GiB by default; None for no limit.
+
+        Raises:
+            CaptureError: there is no such forward.
+        """
+        if not -len(self._forwards) <= forward < len(self._forwards):
+            raise CaptureError(f"the capture holds {len(self._forwards)} forwards, no forward {forward}")
+        rotary = bool(self._provenance.get("rotary", False))
+        return Cache(self._forwards[forward], self.model_sites, rotary=rotary, limit=limit)
+
+    def save(self, path: str | Path, *, pattern: bool = False, result: bool = False) -> Path:
+        """Write a safetensors file.
+
+        Args:
+            pattern: add what is needed to rebuild every pattern. result: add every head's result, which needs z=True.
+        """
         tensors: dict[str, Tensor] = {}
         forwards = []
         for forward in self._forwards:
             entries = []
             for name, site in forward.sites.items():
-                entry, parts = pack(site, pattern=pattern)
+                entry, parts = pack(site, pattern=pattern, result=result)
                 entries.append(entry)
                 tensors |= {f"{forward.index}/{name}/{key}": tensor for key, tensor in parts.items()}
             tensors |= {f"{forward.index}//{stream}": ids for stream, ids in forward.ids.items()}
@@ -247,6 +273,12 @@ class Capture:
             f"{len(self.sites)} sites, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Parts of a batch as one; None unless all are there."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
 
 
 def load_capture(path: str | Path) -> Capture:

@@ -72,7 +72,8 @@ class Live:
                 self._for_recorder("on_end"),
                 self._for_recorder("on_inputs"),
                 self._on_output,
-                lambda: any(isinstance(edit, Edit) for edit in self.edits),
+                self._leaves_native_path,
+                self._for_recorder("on_module"),
             ).__enter__()
         self._users += 1
         try:
@@ -89,6 +90,11 @@ class Live:
                 getattr(self.recorder, name)(*args)
 
         return tell
+
+    def _leaves_native_path(self) -> bool:
+        """Whether a head's output must be a tensor that the model itself goes on with."""
+        gradients = self.recorder is not None and self.recorder.settings.gradients
+        return gradients or any(isinstance(edit, Edit) for edit in self.edits)
 
     def _on_call(self, call: AttentionCall) -> Tensor | None:
         edits = [edit for edit in self.edits if isinstance(edit, Edit) and call.site in edit.sites]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 Provenance = dict[str, Any]
+_ROTARY = re.compile(r"[Rr]otary|RoPE|Rope(?![a-z])")
 
 
 def describe(model: nn.Module) -> Provenance:
@@ -28,6 +30,7 @@ def describe(model: nn.Module) -> Provenance:
         "device": ", ".join(sorted({str(p.device) for p in parameters})),
         "attention_backend": getattr(config, "_attn_implementation", None) or "torch",
         "training": model.training,
+        "rotary": any(_ROTARY.search(type(module).__name__) for module in model.modules()),
         "versions": versions(),
     }
 

@@ -110,6 +110,7 @@ class Workbench:
         pattern: bool = False,
         queries_keys: bool = True,
         values: bool = False,
+        gradients: bool = False,
         tokens: Any = None,
         sink_keys: Sequence[int] | None = None,
         n_top: int = 8,
@@ -121,10 +122,14 @@ class Workbench:
         Args:
             statistics: names from `workbench.kernels.statistics.STATISTICS`, also as `value_weighted_<name>`.
             sites: names, TransformerLens names, indices, Sites or a test on a Site; None for all.
-            z: keep each head's output [batch, query, head, d_head].
+            z: keep each head's output [batch, query, head, d_head], from which `cap[site].result()` is had.
             pattern: keep dense patterns [batch, head, query, key].
             queries_keys: keep queries and keys, so that `cap[site].pattern` can give any part of the pattern later.
             values: keep values too, for value-weighted statistics later.
+            gradients: keep ∂L/∂z as `z_gradient` [batch, query, head, d_head], and sums of A∘∂L/∂A (attention times
+                gradient) as `query_gradient`, `key_gradient`, `key_gradient_magnitude`, `head_gradient`; see
+                `workbench.kernels.gradients.GRADIENT_SUMS`. Call `loss.backward()` inside the `with`: they are there
+                after it, and a further backward adds to them. L is the tensor that backward was called on.
             tokens: ids [batch, position] for `induction`; by default those the model is called with.
             sink_keys: keys whose joint mass is `sink`; by default the first visible key of each row.
             n_top: number of `top_keys`. block: edge of `pooled_*` blocks, in tokens.
@@ -134,7 +139,8 @@ class Workbench:
             The capture; it is filled as the model runs and complete at the end of the `with`.
 
         Raises:
-            CaptureError: unknown statistic or site, limit exceeded, bad input, captures nested, or nothing fired.
+            CaptureError: unknown statistic or site, limit exceeded, bad input, captures nested, nothing fired, or
+                gradients that were asked for did not arrive.
         """
         self._check_open()
         settings = Settings(
@@ -144,6 +150,7 @@ class Workbench:
             pattern=pattern,
             queries_keys=queries_keys,
             values=values,
+            gradients=gradients,
             tokens=None if tokens is None else to_ids(tokens),
             sink_keys=None if sink_keys is None else tuple(sink_keys),
             n_top=n_top,
@@ -162,7 +169,9 @@ class Workbench:
             self.sites = recorder.sites
             capture.model_sites = self.sites
             provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
+            recorder.gradients.close()
         self._check_fired(capture, settings)
+        recorder.gradients.check(all_must_arrive=settings.sites is not None)
 
     @contextmanager
     def _editing(self, edit: Edit | OutputEdit) -> Iterator[None]:

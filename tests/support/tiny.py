@@ -5,7 +5,7 @@
 
 from support.zoo.decoders import DECODERS
 from support.zoo.encoders import ENCODERS
-from support.zoo.family import ENCODER_DECODER, ONE_TOWER, VOCABULARY, Family, make
+from support.zoo.family import ENCODER_DECODER, ONE_TOWER, SPECIAL, VOCABULARY, Family, decoder_inputs, make
 from support.zoo.others import OTHERS
 from support.zoo.states import STATES
 from support.zoo.twins import eager_attentions, eager_twin
@@ -15,9 +15,11 @@ __all__ = [
     "ENCODER_DECODER",
     "FAMILIES",
     "ONE_TOWER",
+    "SPECIAL",
     "VOCABULARY",
     "ZOO",
     "Family",
+    "decoder_inputs",
     "eager_attentions",
     "eager_twin",
     "family",
