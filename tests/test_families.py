@@ -10,9 +10,11 @@ from torch import Tensor, nn
 import workbench
 from support.against_eager import COLUMNS, ROWS, assert_equal_to_eager
 from support.backends import flash_packages, on_backend, uncompiled_flex
-from support.tiny import FAMILIES, ZOO, Family, family, make
+from support.tiny import FAMILIES, ZOO, Family, eager_twin, family, make
 from support.unavailable import unavailable
+from support.zoo.decoders import DECODERS
 from support.zoo.refusals import REFUSALS, Refusal
+from support.zoo.twins import eager_outputs
 from workbench.capture import Capture
 
 EVERYTHING = (*ROWS, *COLUMNS)
@@ -100,6 +102,38 @@ def test_other_backends(one: Family, backend: str) -> None:
     assert found.ok, found.table
 
 
+def continued(model: nn.Module, one: Family, length: int) -> dict[str, Any]:
+    """Inputs that go on from a cache of all but the last `length` tokens."""
+    inputs = one.inputs()
+    first = {name: value[:, :-length] for name, value in inputs.items()}
+    cache = model(**first, use_cache=True).past_key_values
+    return inputs | {"input_ids": inputs["input_ids"][:, -length:], "past_key_values": cache}
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        (one.name, backend)
+        for one in DECODERS
+        for backend in one.backends or ("eager",)
+        if backend != "flash_attention_3" and one.truth is eager_outputs
+    ],
+)
+def test_going_on_from_a_cache(name: str, backend: str, length: int) -> None:
+    one = family(name)
+    model = make(one)
+    if one.backends:
+        on_backend(model, backend)
+    with flash_packages(), uncompiled_flex(), torch.no_grad():
+        inputs = continued(model, one, length)
+        with workbench.attach(model) as wb, wb.capture(EVERYTHING) as capture:
+            model(**inputs)
+        twin = eager_twin(model)
+        truth = twin(**continued(twin, one, length), output_attentions=True)
+    assert assert_equal_to_eager(capture, truth, one.outputs) == len(capture.sites)
+
+
 def test_rows_that_flash_attention_leaves_out_see_no_key() -> None:
     one = family("bart")  # whose encoder's padding is on the right: the last four of the decoder's nine rows are lost
     model = on_backend(make(one), "flash_attention_2")
@@ -163,6 +197,7 @@ def test_sink_logits_take_a_part_of_every_row() -> None:
     with torch.no_grad(), workbench.attach(model) as wb, wb.capture(["entropy"]) as capture:
         model(**one.inputs())
     for site in capture:
+        assert (site.pattern.dense().sum(-1) < 0.99).double().mean() > 0.3
         assert (site.marks, site.pattern.signed) == ("unnormalised", False)
         p = site.pattern.dense().double()
         torch.testing.assert_close(site.entropy.double(), -torch.special.xlogy(p, p).sum(-1), atol=1e-5, rtol=0)

@@ -69,7 +69,7 @@ def _gpt_oss() -> nn.Module:
     model = hf.GptOssForCausalLM(hf.GptOssConfig(**_GROUPED, **_LAYERS, num_local_experts=2, num_experts_per_tok=1))
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.sinks.copy_(torch.linspace(-1, 2, 6))
+            layer.self_attn.sinks.copy_(torch.linspace(0, 6, 6))
     return model
 
 
