@@ -54,7 +54,8 @@ class Observer:
             forward.
         on_start: called when the outermost module of a forward begins, with that module's name.
         on_end: called when it ends, also by an exception.
-        on_inputs: called with the keyword and positional inputs when the model itself is called, before it runs.
+        on_inputs: called with the positional and keyword inputs when the model itself is called, or its encoder alone,
+            before it runs.
         on_module: called with name, module and positional inputs before each module of the model runs.
         on_output: takes name, module and output of each module when it ends; what it gives, if not None, takes the
             output's place.
@@ -90,8 +91,8 @@ class Observer:
                 torch_module.register_module_forward_pre_hook(self._begin),
                 torch_module.register_module_forward_hook(self._finish, with_kwargs=True, always_call=True),
             ]
-            if not isinstance(self._model, multihead.MODULES):  # those change their path when they carry a hook
-                handles.append(self._model.register_forward_pre_hook(self._inputs, with_kwargs=True))
+            for entry in _entries(self._model):
+                handles.append(entry.register_forward_pre_hook(_InputsHook(self._inputs), with_kwargs=True))
             for handle in handles:
                 stack.callback(handle.remove)
             self._open = stack.pop_all()
@@ -118,7 +119,8 @@ class Observer:
         return state is not None and any(frame.module is self._model for frame in state.stack)
 
     def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not self._state().replay:
+        state = self._state()
+        if not state.replay and len(state.stack) == 1:
             self._on_inputs(args, kwargs)
 
     def _begin(self, module: nn.Module, args: Any) -> None:
@@ -238,3 +240,27 @@ class Observer:
             kernel="written out",
             tap="written_out",
         )
+
+
+class _InputsHook:
+    """The one hook that a module carries. In a copy of the module, or a pickle, it does nothing."""
+
+    def __init__(self, tell: Callable[..., None] | None = None) -> None:
+        self._tell = tell
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._tell is not None:
+            self._tell(module, args, kwargs)
+
+    def __reduce__(self) -> tuple[type[_InputsHook], tuple[()]]:
+        return _InputsHook, ()
+
+
+def _entries(model: Any) -> list[nn.Module]:
+    """The model, and the encoder that Hugging Face's `generate` calls by itself; none that minds a hook."""
+    entries = [model]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        entries.append(model.get_encoder())
+    modules = [each for each in dict.fromkeys(entries) if isinstance(each, nn.Module)]
+    # PyTorch's own attention modules change their path when they carry a hook.
+    return [each for each in modules if not isinstance(each, multihead.MODULES)]

@@ -76,7 +76,8 @@ class AttentionCall:
             return self.weights.shape[1], self.v.shape[1], self.v.shape[-1]
         if self.q is None or self.k is None or self.q.dim() != 4:
             return 1, 1, self.v.shape[-1]
-        return self.q.shape[1], self.k.shape[1], self.q.shape[-1]
+        # A state-space mixer's queries and keys are shared by groups of heads; its values never are.
+        return max(self.q.shape[1], self.v.shape[1]), self.k.shape[1], self.q.shape[-1]
 
     def z(self) -> Tensor:
         """Each head's output A·V [batch, head, query, width]: a view of `output`, with its autograd history.

@@ -19,6 +19,8 @@ FAMILIES = {
     "NeighborhoodPattern": "workbench.kernels.neighborhood",
     "LightningPattern": "workbench.kernels.lightning",
     "ScanPattern": "workbench.kernels.scan",
+    "SelectivePattern": "workbench.kernels.state_space",
+    "DualPattern": "workbench.kernels.state_space",
 }
 
 

@@ -37,23 +37,25 @@ class MagnitudePattern(Pattern):
         """Not possible: see `parts`."""
         raise CaptureError("a pattern of magnitudes is made from another", hint="rebuild that one")
 
-    def _weighted(self, queries: slice, keys: slice, heads: Sequence[int] | None) -> Tensor:
-        tile = self.base.tile(queries, keys, heads)
+    def _weighted(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:
+        tile = self.base.tile_of(batch, queries, keys, heads)
         if self.key_weights is None:
             return tile
-        weights = self.key_weights if heads is None else self.key_weights[:, list(heads)]
-        return tile * weights[:, :, None, keys]
+        return tile * self.key_weights[batch][:, list(heads), None, keys]
 
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, q, k], not negative."""
-        tile = self._weighted(queries, keys, heads).abs()
-        size = self._sums[0] if heads is None else self._sums[0][:, list(heads)]
-        return tile / size[:, :, queries, None].clamp(min=torch.finfo(self.dtype).tiny)
+        return self.tile_of(slice(None), queries, keys, range(self.n_heads) if heads is None else heads)
+
+    def tile_of(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:
+        """[b, h, q, k], not negative."""
+        size = self._sums[0][batch][:, list(heads), queries, None]
+        return self._weighted(batch, queries, keys, heads).abs() / size.clamp(min=torch.finfo(self.dtype).tiny)
 
     def raw_maker(self, batch: slice, heads: slice) -> RawMaker:
         """Tiles A·w."""
         which = range(self.n_heads)[heads]
-        return lambda queries, keys: self._weighted(queries, keys, which)[batch]
+        return lambda queries, keys: self._weighted(batch, queries, keys, which)
 
     @property
     def denominators_known(self) -> bool:

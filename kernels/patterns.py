@@ -94,12 +94,16 @@ class Pattern(ABC):
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, q, k] of the pattern; all heads if None."""
 
+    def tile_of(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:
+        """[b, h, q, k] for these batch entries; families whose tiles are dear make no others."""
+        return self.tile(queries, keys, heads)[batch]
+
     def maker(self, batch: slice, heads: slice, wants_log: bool) -> Maker:
         """A function that makes (p, ln p or None) of a tile for these batch entries and heads."""
         which = range(self.n_heads)[heads]
 
         def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
-            p = self.tile(queries, keys, which)[batch]
+            p = self.tile_of(batch, queries, keys, which)
             return p, p.log().clamp_(min=-1e30) if wants_log else None
 
         return make
