@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import takewhile
 from types import CodeType, FunctionType
 from typing import Any, Literal, overload
 
@@ -23,6 +24,7 @@ Kind = Literal["self", "cross", "window", "channel", "memory", "state"]
 # A module that mentions one of these in its own code calls an attention kernel; one that mentions a softmax and a
 # product writes attention out.
 _MARKS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS", "flex_attention", *FUNCTIONS}
+_SOFTMAX = {"softmax", "Softmax"}
 _PRODUCTS = {"matmul", "bmm", "einsum"}
 _CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
 _WINDOW = re.compile(r"swin|window", re.IGNORECASE)
@@ -213,11 +215,11 @@ def _number(sites: list[Site]) -> Sites:
     stems = [
         s.name[: m.start()].rstrip(".") if (m := re.search(r"(?<![^.])\d+(?![^.])", s.name)) else "" for s in sites
     ]
-    several = len(set(stems)) > 1
+    towers = _towers(set(stems))
     seen: Counter[tuple[str, Kind]] = Counter()
     numbered = []
     for site, stem in zip(sites, stems, strict=True):
-        tower = _tower(stem) if several else ""
+        tower = towers[stem]
         index = seen[tower, site.kind]
         seen[tower, site.kind] += 1
         numbers = re.findall(r"(?<![^.])\d+(?![^.])", site.name)
@@ -225,10 +227,27 @@ def _number(sites: list[Site]) -> Sites:
     return Sites(numbered)
 
 
-def _tower(stem: str) -> str:
-    """What tells one stack of layers from another: "model.encoder.layers" -> "encoder"."""
-    parts = [part for part in stem.split(".") if part not in {"model", "layers", "layer", "blocks", "block", "h"}]
-    return parts[-1] if parts else "blocks"
+def _towers(stems: set[str]) -> dict[str, str]:
+    """Short names that tell stacks of layers apart; "" for the only one, and for what stands outside of stacks.
+
+    >>> sorted(_towers({"model.encoder.layers", "model.decoder.layers"}).values())
+    ['decoder', 'encoder']
+    >>> sorted(_towers({"text_model.encoder.layers", "vision_model.encoder.layers"}).values())
+    ['text_model', 'vision_model']
+    """
+    if len(stems) <= 1:
+        return dict.fromkeys(stems, "")
+    plain = {"model", "layers", "layer", "blocks", "block", "h", ""}
+    parts = {stem: [part for part in stem.split(".") if part not in plain] for stem in stems}
+    shared = takewhile(lambda column: len(set(column)) == 1, zip(*parts.values(), strict=False))
+    first = len(list(shared))
+    towers = {}
+    for stem, own in parts.items():
+        others = [other for name, other in parts.items() if name != stem]
+        ends = range(first + 1, len(own) + 1)
+        end = next((n for n in ends if all(other[:n] != own[:n] for other in others)), len(own))
+        towers[stem] = ".".join(own[first:end]) or ("blocks" if stem else "")
+    return towers
 
 
 @cache
@@ -246,7 +265,7 @@ def _mentions(function: FunctionType, cls: type, depth: int, seen: set[CodeType]
     for code in codes:  # grows: nested functions are constants of their parent
         codes.extend(c for c in code.co_consts if isinstance(c, CodeType))
     names = {name for code in codes for name in (*code.co_names, *code.co_freevars)}
-    if names & _MARKS or ("softmax" in names and (names & _PRODUCTS or any(map(_multiplies, codes)))):
+    if names & _MARKS or (names & _SOFTMAX and (names & _PRODUCTS or any(map(_multiplies, codes)))):
         return True
     if depth == 0:
         return False
