@@ -323,12 +323,12 @@ class Induction(RowSum):
 
     def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
-        self.ids = options.ids(space.n_batch, space.n_queries, space.n_keys).to(space.device)
+        self.ids = options.ids(space.n_batch, space.n_queries, space.n_keys, space.offset).to(space.device)
 
     def add(self, tile: Tile) -> None:
-        if tile.keys.start > tile.queries.stop - 1:
+        if tile.keys.start > tile.queries.stop - 1 + tile.offset:
             return
-        copies = previous_copies(self.ids[tile.batch], tile.queries, tile.keys)
+        copies = previous_copies(self.ids[tile.batch], tile.queries, tile.keys, tile.offset)
         self.parts.append(tile.product(copies[:, None]).sum(-1))
 
     def results(self) -> dict[str, Tensor]:

@@ -69,6 +69,8 @@ class Options:
 
     Attributes:
         tokens: [batch, key] integer ids, for `induction`.
+        token_before: [batch] ids of the token that the first key follows, where a cache has forgotten its key; None if
+            the first key begins the sequence.
         sink_keys: keys whose joint mass is the `sink`; None for the first visible key of each row.
         n_top: how many keys `top_keys` keeps.
         block: edge of a `pooled_*` block, in tokens.
@@ -78,17 +80,21 @@ class Options:
     sink_keys: tuple[int, ...] | None = None
     n_top: int = 8
     block: int = 16
+    token_before: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.n_top < 1 or self.block < 1:
             raise CaptureError(f"n_top and block are at least 1, not {self.n_top} and {self.block}")
 
-    def ids(self, n_batch: int, n_queries: int, n_keys: int) -> Tensor:
-        """The token ids [batch, key], or the error that says how to give them."""
-        if n_queries != n_keys:
+    def ids(self, n_batch: int, n_queries: int, n_keys: int, offset: int) -> Tensor:
+        """The ids [batch, 1 + key] of the token before each key and of the last key, for queries from `offset` on.
+
+        Raises:
+            CaptureError: some query is none of the keys, or the ids are missing or too few.
+        """
+        if offset < 0 or offset + n_queries > n_keys:
             raise CaptureError(
-                f"induction needs as many queries as keys, not {n_queries} and {n_keys}",
-                hint="run the whole sequence in one forward",
+                f"induction needs its queries among the keys, not {n_queries} queries from {offset} on of {n_keys} keys"
             )
         if self.tokens is None:
             raise CaptureError('"induction" compares tokens and needs their ids', hint="pass tokens=input_ids")
@@ -98,7 +104,9 @@ class Options:
                 shape=self.tokens.shape,
                 hint="pass one row of ids per batch entry, as long as the keys",
             )
-        return self.tokens
+        no_token = (self.tokens.min() - 1).expand(n_batch)
+        before = no_token if self.token_before is None else self.token_before.to(self.tokens)
+        return torch.cat((before[:, None], self.tokens), dim=1)
 
     def sinks(self, n_keys: int) -> list[int]:
         """The `sink_keys`, or the error that names those that are no keys."""
@@ -129,16 +137,19 @@ def output_names(name: str) -> tuple[str, ...]:
     return (f"{name}_index", f"{name}_weight") if name.endswith("top_keys") else (name,)
 
 
-def previous_copies(tokens: Tensor, queries: slice, keys: slice) -> Tensor:
+def previous_copies(ids: Tensor, queries: slice, keys: slice, offset: int = 0) -> Tensor:
     """[batch, q, k] bool: key j follows an earlier copy of query i's token (token[j−1] = token[i], j−1 < i).
 
-    >>> previous_copies(torch.tensor([[7, 8, 7]]), slice(2, 3), slice(0, 3)).tolist()
+    Args:
+        ids: [batch, 1 + key], as `Options.ids` gives them.
+        offset: absolute position of query row 0.
+
+    >>> previous_copies(torch.tensor([[-1, 7, 8, 7]]), slice(2, 3), slice(0, 3)).tolist()
     [[[False, True, False]]]
     """
-    i = torch.arange(queries.start, queries.stop, device=tokens.device)[:, None]
-    j = torch.arange(keys.start, keys.stop, device=tokens.device)[None, :]
-    before = tokens.roll(1, dims=1)[:, keys]
-    return (tokens[:, queries, None] == before[:, None, :]) & (j >= 1) & (j <= i)
+    i = torch.arange(queries.start, queries.stop, device=ids.device)[:, None] + offset
+    j = torch.arange(keys.start, keys.stop, device=ids.device)[None, :]
+    return (ids[:, 1 + i] == ids[:, None, keys]) & (j <= i)
 
 
 def dense(
@@ -209,7 +220,8 @@ def dense(
         elif name == "previous":
             out[name] = rows((p * (i - 1 == j)).sum(-1))
         elif name == "induction":
-            copies = previous_copies(options.ids(n_batch, n_q, n_k), slice(0, n_q), slice(0, n_k))
+            ids = options.ids(n_batch, n_q, n_k, mask.offset)
+            copies = previous_copies(ids, slice(0, n_q), slice(0, n_k), mask.offset)
             out[name] = rows((p * copies[:, None]).sum(-1))
         elif name == "signed_mass":
             out[name] = rows(signed / size)

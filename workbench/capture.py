@@ -14,9 +14,11 @@ from workbench import files
 from workbench.cache import Cache
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites
+from workbench.joined import join
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS
 from workbench.provenance import Provenance
+from workbench.settings import Settings
 from workbench.site_capture import Forward, SiteCapture, pack, unpack
 
 if TYPE_CHECKING:
@@ -30,7 +32,10 @@ class Capture:
     """The forwards of one `with wb.capture()`, their sites and statistics.
 
     With one forward, `cap["blocks.3.attn"]` is its site capture. With several, look at `cap.calls[i]`, or join them
-    with `cap.pool()`.
+    with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
+
+    Attributes:
+        settings: what was asked for; None for a file that does not tell.
     """
 
     def __init__(
@@ -39,8 +44,9 @@ class Capture:
         model_sites: Sites,
         provenance: Provenance,
         weights_hash: Callable[[], str | None] | None = None,
+        settings: Settings | None = None,
     ) -> None:
-        self._forwards, self.model_sites = forwards, model_sites
+        self._forwards, self.model_sites, self.settings = forwards, model_sites, settings
         self._provenance, self._weights_hash = provenance, weights_hash
 
     @property
@@ -51,7 +57,7 @@ class Capture:
         return self._provenance
 
     def _with(self, forwards: list[Forward]) -> Capture:
-        return Capture(forwards, self.model_sites, self._provenance, self._weights_hash)
+        return Capture(forwards, self.model_sites, self._provenance, self._weights_hash, self.settings)
 
     @property
     def calls(self) -> tuple[Capture, ...]:
@@ -230,6 +236,26 @@ class Capture:
                 joined.tokens[stream] = [row for f in self._forwards for row in f.tokens.get(stream, [])]
         return self._with([joined])
 
+    def joined(self) -> Capture:
+        """The capture of a generation as if each sequence had run in one forward: prompt and answer, without a cache.
+
+        A forward whose keys are more than its queries goes on with the sequence of the forward before it in the same
+        thread; any other begins one. The encoder of an encoder-decoder joins the decoding that follows. The result has
+        one forward per call of `generate()`, with rows at absolute positions, the statistics of this capture streamed
+        anew, and patterns of their own.
+
+        In `cap.calls[i]`, a single step, keys are counted from the oldest that the cache holds: with a cache that
+        forgets (a sliding window) only `joined()` knows their positions in the sequence. Without a cache
+        (`use_cache=False`) each step is a whole forward, and stays one.
+
+        Raises:
+            CaptureError: patterns were not kept (queries_keys=False) or are no softmax, a sequence began before the
+                capture, or the cache was changed between steps, as beam search and assisted generation do.
+        """
+        if self.settings is None:
+            raise CaptureError("the capture does not tell which statistics to stream", hint="capture again")
+        return self._with(join(self._forwards, self.settings))
+
     def to_cache(self, forward: int = 0, *, limit: int | None = DENSE_LIMIT) -> Cache:
         """One forward under TransformerLens' names: `cache["blocks.3.attn.hook_pattern"]`, `cache["pattern", 3]`.
 
@@ -260,9 +286,13 @@ class Capture:
                 entries.append(entry)
                 tensors |= {f"{forward.index}/{name}/{key}": tensor for key, tensor in parts.items()}
             tensors |= {f"{forward.index}//{stream}": ids for stream, ids in forward.ids.items()}
-            forwards.append({"index": forward.index, "sites": entries, "tokens": forward.tokens})
+            where = {"index": forward.index, "thread": forward.thread}
+            forwards.append(where | {"sites": entries, "tokens": forward.tokens})
         model_sites = [asdict(site) for site in self.model_sites]
         header = {"provenance": self.provenance, "model_sites": model_sites, "forwards": forwards}
+        if self.settings is not None:
+            header["settings"], asked = self.settings.parts()
+            tensors |= {f"settings/{name}": tensor for name, tensor in asked.items()}
         return files.write(path, _FORMAT, header, tensors)
 
     def __repr__(self) -> str:
@@ -297,5 +327,10 @@ def load_capture(path: str | Path) -> Capture:
         index = entry["index"]
         sites = [unpack(site, named.get(f"{index}/{site['site']['name']}", {})) for site in entry["sites"]]
         ids = named.get(f"{index}/", {})
-        forwards.append(Forward(index, {site.site.name: site for site in sites}, ids, entry["tokens"]))
-    return Capture(forwards, Sites(Site(**site) for site in header["model_sites"]), header["provenance"])
+        by_name = {site.site.name: site for site in sites}
+        forwards.append(Forward(index, by_name, ids, entry["tokens"], entry.get("thread", 0)))
+    settings = None
+    if "settings" in header:
+        settings = Settings.rebuild(header["settings"], named.get("settings", {}))
+    model_sites = Sites(Site(**site) for site in header["model_sites"])
+    return Capture(forwards, model_sites, header["provenance"], settings=settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,66 +20,14 @@ from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, token_ids
 from workbench.kernels import streaming
 from workbench.kernels.checks import check_finite
-from workbench.kernels.gradients import GRADIENT_SUMS
-from workbench.kernels.patterns import DENSE_LIMIT
-from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, Options
+from workbench.kernels.patterns import Pattern
+from workbench.kernels.statistics import Options
+from workbench.past import Past
+from workbench.settings import Settings
 from workbench.site_capture import Forward, SiteCapture
 
 _LARGE = 1 << 16  # bytes from which a kept tensor gets memory of its own
 SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a capture keeps.
-
-    Attributes:
-        statistics: names to stream at every site.
-        sites: which sites, or None for all.
-        z: keep A·V per head. pattern: keep dense patterns. queries_keys: keep q and k, so that any part of the pattern
-            can be had later. values: keep v too.
-        tokens: ids [batch, position] for `induction`; found in the inputs if None.
-        gradients: keep ∂L/∂z and the sums of A∘∂L/∂A.
-        sink_keys, n_top, block: see `workbench.kernels.statistics.Options`.
-        limit: most bytes to keep in all.
-    """
-
-    statistics: tuple[str, ...] = ("entropy", "received")
-    sites: frozenset[str] | None = None
-    z: bool = False
-    pattern: bool = False
-    queries_keys: bool = True
-    values: bool = False
-    gradients: bool = False
-    tokens: Tensor | None = None
-    sink_keys: tuple[int, ...] | None = None
-    n_top: int = 8
-    block: int = 16
-    limit: int | None = DENSE_LIMIT
-
-    def bytes_for(self, shape: tuple[int, int, int, int], n_kv_heads: int, d_head: int, itemsize: int = 4) -> int:
-        """Bytes that a call of this [batch, head, query, key] shape will keep, masks aside."""
-        b, h, q, k = shape
-        sizes = {
-            "query": q,
-            "key": k,
-            "query top": q * self.n_top * 3,
-            "block": -(-q // self.block) * -(-k // self.block),
-        }
-        numbers = sum(sizes[STATISTICS[name.removeprefix(VALUE_WEIGHTED)].axes] for name in self.statistics) * b * h
-        kept = numbers * max(4, itemsize)
-        if self.queries_keys:
-            kept += b * (h * q + n_kv_heads * k) * d_head * itemsize + b * h * q * max(4, itemsize)
-        kept += b * n_kv_heads * k * d_head * itemsize if self.values else 0
-        kept += b * h * q * d_head * itemsize if self.z else 0
-        kept += self.gradient_bytes(shape, d_head, itemsize)
-        return kept + (b * h * q * k * max(4, itemsize) if self.pattern else 0)
-
-    def gradient_bytes(self, shape: tuple[int, int, int, int], d_head: int, itemsize: int = 4) -> int:
-        """Those of `bytes_for` that gradients will take once they arrive."""
-        b, h, q, k = shape
-        sums = sum({"query": q, "key": k, "": 1}[s.axes] for s in GRADIENT_SUMS.values())
-        return b * h * (q * d_head + sums) * max(4, itemsize) if self.gradients else 0
 
 
 def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
@@ -113,15 +61,19 @@ class Recorder:
     gradients: GradientWatch = field(default_factory=GradientWatch)
     projections: ProjectionFinder = field(default_factory=ProjectionFinder)
     _running: dict[int, Forward] = field(default_factory=dict)
+    _threads: dict[int, int] = field(default_factory=dict)
+    _past: Past = field(default_factory=Past)
     _checked: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def on_start(self, name: str) -> None:
         """A forward begins in this thread."""
         with self._lock:
-            forward = Forward(index=len(self.forwards))
+            thread = threading.get_ident()
+            number = self._threads.setdefault(thread, len(self._threads))
+            forward = Forward(index=len(self.forwards), thread=number)
             self.forwards.append(forward)
-            self._running[threading.get_ident()] = forward
+            self._running[thread] = forward
 
     def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model was called with these inputs."""
@@ -186,11 +138,10 @@ class Recorder:
         keeper = _Keeper()
         if settings.queries_keys:
             pattern = pattern.kept(keeper.keep)
-        names = [name for name in settings.statistics if not (cross and _positional(name))]
-        tokens = forward.ids_of(site, "query") if settings.tokens is None else settings.tokens
+        names = settings.names_at(site)
         try:
             check_finite("v", call.v)
-            options = Options(tokens, settings.sink_keys, settings.n_top, settings.block)
+            options = self._options(forward, site, pattern, names)
             statistics = streaming.statistics(pattern, names, options)
             if site.name not in self._checked:  # once per site: one row costs little, every row of every call does not
                 check_last_row(call, pattern)
@@ -226,6 +177,14 @@ class Recorder:
             self.nbytes += capture.nbytes + settings.gradient_bytes(pattern.shape, call.sizes[2], call.v.element_size())
         return capture
 
+    def _options(self, forward: Forward, site: Site, pattern: Pattern, names: Sequence[str]) -> Options:
+        ids, before = forward.ids_of(site, "query"), None
+        keys = getattr(pattern, "k", pattern.values)  # of weights that a model wrote out, only the values are known
+        if keys is not None and self.settings.tokens is None and any(name.endswith("induction") for name in names):
+            stream = forward.stream(site, "query")
+            ids, before = self._past.key_ids(forward, site.name, stream, pattern.n_queries, keys)
+        return self.settings.options(ids, before)
+
     def _deliver(self, forward: Forward, site: Site) -> Deliver:
         def deliver(z_gradient: Tensor, sums: dict[str, Tensor]) -> None:
             capture = forward.sites[site.name]
@@ -243,10 +202,6 @@ class Recorder:
                 hint="capture fewer sites, leave out pattern=True, z=True, values=True or gradients=True, pass "
                 "queries_keys=False, or raise limit=",
             )
-
-
-def _positional(name: str) -> bool:
-    return STATISTICS[name.removeprefix(VALUE_WEIGHTED)].positional
 
 
 class _Keeper:

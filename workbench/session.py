@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.capture import Capture
+from workbench.compiled import check_not_compiled
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.edits import Edit, OutputEdit
 from workbench.hooks.sites import Sites, find_sites
@@ -21,7 +22,8 @@ from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
 from workbench.live import Live
 from workbench.provenance import describe, weights_hash, weights_version
-from workbench.recorder import Recorder, Settings, SiteChoice, choose
+from workbench.recorder import Recorder, SiteChoice, choose
+from workbench.settings import Settings
 from workbench.verification import Verification, verify_model
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Workbench]] = weakref.WeakKeyDictionary()
@@ -143,6 +145,7 @@ class Workbench:
                 gradients that were asked for did not arrive.
         """
         self._check_open()
+        check_not_compiled(self.model)
         settings = Settings(
             statistics=check_names(statistics),
             sites=choose(self.sites, sites),
@@ -161,7 +164,7 @@ class Workbench:
         recorder = Recorder(self.model, self.sites, settings, self._decode if self.tokenizer is not None else None)
         before = weights_version(self.model)
         provenance = describe(self.model) | {"statistics": list(settings.statistics)}
-        capture = Capture(recorder.forwards, self.sites, provenance, lambda: self._weights_hash(before))
+        capture = Capture(recorder.forwards, self.sites, provenance, lambda: self._weights_hash(before), settings)
         try:
             with self._live.recording(recorder):
                 yield capture

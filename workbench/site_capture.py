@@ -185,12 +185,14 @@ class Forward:
 
     Attributes:
         ids, tokens: by stream ("input", "decoder"): ids [batch, position], and their text.
+        thread: number of the thread it ran in, in the order in which threads came.
     """
 
     index: int
     sites: dict[str, SiteCapture] = field(default_factory=dict)
     ids: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, list[list[str]]] = field(default_factory=dict)
+    thread: int = 0
 
     def stream(self, site: Site, axis: str) -> str:
         """Which token stream the queries or keys of a site are."""

@@ -176,7 +176,7 @@ class _Call:
             flags |= _Flag.TARGETS
             self._input("targets", self._target_keys())
         if "induction" in self.names:
-            ids = options.ids(pattern.n_batch, pattern.n_queries, pattern.n_keys)
+            ids = options.ids(pattern.n_batch, pattern.n_queries, pattern.n_keys, pattern.mask.offset)
             self._input("tokens", torch.unique(ids, return_inverse=True)[1].int().contiguous())
         job.n_targets = len(self.targets)
         job.n_top, job.pool = min(options.n_top, pattern.n_keys), options.block

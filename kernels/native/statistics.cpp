@@ -60,7 +60,7 @@ struct Job {
     int64_t n_targets;
     const int32_t *targets;                    // [target, batch, head, query]
     const float *member;                       // [key]
-    const int32_t *tokens;                     // [batch, key]
+    const int32_t *tokens;                     // [batch, 1 + key]: the token that each key follows, and its own
     int64_t n_top, pool;
     int64_t threads, segments;
     int64_t first_task, last_task;             // which (segment, batch, head) this call sees to
@@ -227,6 +227,7 @@ class Worker {
     int32_t lane_of[(SOME + 1) * LANES], key_of[(SOME + 1) * LANES];
     float *top_weight = nullptr;
     int32_t *top_key = nullptr;
+    const int32_t *tokens = nullptr;           // of this batch entry
     vf p[GROUP][VECTORS], group_mass[VECTORS];  // [key][vector]: scores, then weights
 
     void run(int64_t strip) {
@@ -264,6 +265,7 @@ class Worker {
             for (int64_t c = 0; c < job.d; c++) packed[c * STRIP + l] = l < count ? q[l * job.q_row + c] : 0.0f;
         keys = job.k + b * job.k_batch + h / (job.heads / job.kv_heads) * job.k_head;
         key_bias = job.key_bias ? job.key_bias + group * job.n_keys : nullptr;
+        tokens = job.flags & INDUCTION ? job.tokens + b * (1 + job.n_keys) : nullptr;
         for (int64_t l = 0; l < STRIP; l++) {
             const bool real = l < count;
             const float empty = job.sinks ? job.sinks[h] : EMPTY;
@@ -272,7 +274,7 @@ class Worker {
             st.mass_total[l] = st.entropy_total[l] = st.squares_total[l] = st.first[l] = st.second[l] = 0;
             st.peak[l] = 0, st.peak_key[l] = -1, st.threshold[l] = 0;
             st.position[l] = int32_t(start + l + job.offset);
-            st.token[l] = job.flags & INDUCTION && real ? job.tokens[b * job.n_keys + start + l] : -1;
+            st.token[l] = tokens && real ? tokens[1 + start + l + job.offset] : -1;
         }
         if (job.flags & TARGETS) {
             target = aligned(scratch.target, job.n_targets * STRIP);
@@ -567,12 +569,9 @@ class Worker {
 
     void induction(int64_t j, int n) {
         for (int v = 0; v < VECTORS; v++) {
-            const vi token = *(vi *)(st.token + v * LANES), row = *(vi *)(st.position + v * LANES) - int32_t(job.offset);
+            const vi token = *(vi *)(st.token + v * LANES), row = *(vi *)(st.position + v * LANES);
             vf sum = vf{};
-            for (int r = j == 0; r < n; r++) {
-                const int32_t before = job.tokens[b * job.n_keys + j + r - 1];
-                sum += (token == before) & (row >= int32_t(j + r)) ? p[r][v] : vf{};
-            }
+            for (int r = 0; r < n; r++) sum += (token == tokens[j + r]) & (row >= int32_t(j + r)) ? p[r][v] : vf{};
             *(vf *)(st.induction + v * LANES) += sum;
         }
     }

@@ -123,7 +123,15 @@ def test_every_statistic(engine, n_q, n_k, known):
     assert pattern.engine(["entropy"], Options()) == engine
     names = [*ROWS, *COLUMNS, "top_keys"]
     options = Options(tokens=torch.randint(0, 5, (2, n_k)), block=16, n_top=5)
-    agree(pattern, names + (["induction"] if n_q == n_k else []), options)
+    agree(pattern, [*names, "induction"], options)
+
+
+def test_induction_over_a_cache_that_has_forgotten_keys(engine):
+    q, k = random(70, 100)
+    ids = torch.randint(0, 3, (2, 101))
+    options = Options(tokens=ids[:, 1:], token_before=ids[:, 0])
+    agree(SoftmaxPattern(q, k, causal(70, 100)), ["induction"], options)
+    assert SoftmaxPattern(q, k, causal(70, 100)).engine(["induction"], options) == engine
 
 
 @pytest.mark.parametrize("block", [1, 7, 16, 50, 64])
