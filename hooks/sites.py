@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import takewhile
 from types import CodeType, FunctionType
 from typing import Any, Literal, overload
 
 from torch import nn
 
 from workbench.errors import CaptureError, nearest
+from workbench.hooks.mixers import is_mixer
 from workbench.kernels.functions import FUNCTIONS
 
 Kind = Literal["self", "cross", "window", "channel", "memory", "state"]
@@ -22,6 +24,7 @@ Kind = Literal["self", "cross", "window", "channel", "memory", "state"]
 # A module that mentions one of these in its own code calls an attention kernel; one that mentions a softmax and a
 # product writes attention out.
 _MARKS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS", "flex_attention", *FUNCTIONS}
+_SOFTMAX = {"softmax", "Softmax"}
 _PRODUCTS = {"matmul", "bmm", "einsum"}
 _CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
 _WINDOW = re.compile(r"swin|window", re.IGNORECASE)
@@ -52,13 +55,14 @@ class Site:
     @property
     def alias(self) -> str:
         """TransformerLens' spelling: blocks.3.attn, or decoder.3.cross_attn in a model with several towers."""
-        attn = "cross_attn" if self.kind == "cross" else "attn"
-        return f"{self.tower or 'blocks'}.{self.layer}.{attn}"
+        part = {"cross": "cross_attn", "state": "mixer"}.get(self.kind, "attn")
+        return f"{self.tower or 'blocks'}.{self.layer}.{part}"
 
     @property
     def aliases(self) -> tuple[str, ...]:
         """The alias, and how it is also spelled: decoder.3.self_attn for decoder.3.attn."""
-        return (self.alias,) if self.kind == "cross" else (self.alias, self.alias.removesuffix("attn") + "self_attn")
+        several = self.kind not in ("cross", "state")
+        return (self.alias, self.alias.removesuffix("attn") + "self_attn") if several else (self.alias,)
 
     def label(self, head: int) -> str:
         """Short name of a head: L9H6.
@@ -141,7 +145,7 @@ def find_sites(model: nn.Module) -> Sites:
     for path, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.Transformer)):
             continue  # their attention modules are sites of their own
-        if isinstance(module, nn.MultiheadAttention) or _calls_attention(module.__class__):
+        if isinstance(module, nn.MultiheadAttention) or is_mixer(module) or _calls_attention(module.__class__):
             name = site_name(path)
             found[name] = _describe(name, module)  # of a bridge and what it wraps, the latter knows its sizes
     return _number(list(found.values()))
@@ -191,6 +195,8 @@ def _describe(name: str, module: nn.Module) -> Site:
         total = _number_of(module, config, "embed_dim", "hidden_size", "d_model")
         width = None if total is None else total // heads
     cross = _CROSS.search(f"{name} {type(module).__name__}") or getattr(module, "is_cross_attention", False)
+    if is_mixer(module):
+        return Site(name, -1, "state")
     kind: Kind = "cross" if cross else "window" if _WINDOW.search(type(module).__name__) else "self"
     return Site(name, -1, kind, heads, heads if kv is None else kv, width)
 
@@ -209,11 +215,11 @@ def _number(sites: list[Site]) -> Sites:
     stems = [
         s.name[: m.start()].rstrip(".") if (m := re.search(r"(?<![^.])\d+(?![^.])", s.name)) else "" for s in sites
     ]
-    several = len(set(stems)) > 1
+    towers = _towers(set(stems))
     seen: Counter[tuple[str, Kind]] = Counter()
     numbered = []
     for site, stem in zip(sites, stems, strict=True):
-        tower = _tower(stem) if several else ""
+        tower = towers[stem]
         index = seen[tower, site.kind]
         seen[tower, site.kind] += 1
         numbers = re.findall(r"(?<![^.])\d+(?![^.])", site.name)
@@ -221,10 +227,27 @@ def _number(sites: list[Site]) -> Sites:
     return Sites(numbered)
 
 
-def _tower(stem: str) -> str:
-    """What tells one stack of layers from another: "model.encoder.layers" -> "encoder"."""
-    parts = [part for part in stem.split(".") if part not in {"model", "layers", "layer", "blocks", "block", "h"}]
-    return parts[-1] if parts else "blocks"
+def _towers(stems: set[str]) -> dict[str, str]:
+    """Short names that tell stacks of layers apart; "" for the only one, and for what stands outside of stacks.
+
+    >>> sorted(_towers({"model.encoder.layers", "model.decoder.layers"}).values())
+    ['decoder', 'encoder']
+    >>> sorted(_towers({"text_model.encoder.layers", "vision_model.encoder.layers"}).values())
+    ['text_model', 'vision_model']
+    """
+    if len(stems) <= 1:
+        return dict.fromkeys(stems, "")
+    plain = {"model", "layers", "layer", "blocks", "block", "h", ""}
+    parts = {stem: [part for part in stem.split(".") if part not in plain] for stem in stems}
+    shared = takewhile(lambda column: len(set(column)) == 1, zip(*parts.values(), strict=False))
+    first = len(list(shared))
+    towers = {}
+    for stem, own in parts.items():
+        others = [other for name, other in parts.items() if name != stem]
+        ends = range(first + 1, len(own) + 1)
+        end = next((n for n in ends if all(other[:n] != own[:n] for other in others)), len(own))
+        towers[stem] = ".".join(own[first:end]) or ("blocks" if stem else "")
+    return towers
 
 
 @cache
@@ -242,7 +265,7 @@ def _mentions(function: FunctionType, cls: type, depth: int, seen: set[CodeType]
     for code in codes:  # grows: nested functions are constants of their parent
         codes.extend(c for c in code.co_consts if isinstance(c, CodeType))
     names = {name for code in codes for name in (*code.co_names, *code.co_freevars)}
-    if names & _MARKS or ("softmax" in names and (names & _PRODUCTS or any(map(_multiplies, codes)))):
+    if names & _MARKS or (names & _SOFTMAX and (names & _PRODUCTS or any(map(_multiplies, codes)))):
         return True
     if depth == 0:
         return False

@@ -12,8 +12,11 @@ from workbench.kernels.patterns import Pattern
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
-def tolerance(dtype: torch.dtype, like: Tensor) -> float:
-    """How far A·V may be from a kernel's output in this dtype, for outputs of the size of `like`."""
+def tolerance(call: AttentionCall, like: Tensor) -> float:
+    """How far A·V may be from a kernel's output in the call's dtype, for outputs of the size of `like`."""
+    dtype = call.v.dtype
+    if call.kernel == "eager" and dtype == torch.float64:
+        dtype = torch.float32  # many of Hugging Face's eager functions say that the softmax is float32
     return _TOLERANCE.get(dtype, 1e-4) * max(1.0, like.abs().max().item() if like.numel() else 1.0)
 
 
@@ -33,7 +36,7 @@ def check_last_row(call: AttentionCall, pattern: Pattern) -> None:
     want = call.z()[:, :, last].to(got.dtype).unflatten(1, (-1, group))
     alive = (pattern.seen.keys_per_query[:, :, last] > 0).expand(pattern.shape[:2]).unflatten(1, (-1, group))
     error = torch.where(alive[..., None], (got - want).abs(), 0.0).max().item()
-    if error > tolerance(call.v.dtype, want):
+    if error > tolerance(call, want):
         raise CaptureError(
             f"the pattern rebuilt for the backend {call.backend or call.kernel} is not what it computes: "
             f"its last row gives an output that is {error:.1e} off",

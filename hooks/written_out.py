@@ -110,6 +110,8 @@ class Follower:
 
     def _einsum(self, args: Sequence[Any], result: Tensor) -> Any:
         """einsum("bhqk,bkhd->bqhd", weights, values) and its like."""
+        if len(args) == 2 and isinstance(args[1], (list, tuple)):
+            args = (args[0], *args[1])
         if len(args) != 3 or not isinstance(args[0], str) or args[1] not in self._weights:
             return result
         weights, dropout = self._of(args[1])

@@ -248,8 +248,8 @@ class Pattern(ABC):
 
     def __repr__(self) -> str:
         b, h, q, k = self.shape
-        kind = ("signed" if self.signed else "") if self.by_magnitude else "normalised"
-        marks = f"{kind or 'unnormalised'}, grade={self.grade!r}"
+        kind = "signed" if self.signed else "normalised" if self.normalised else "unnormalised"
+        marks = f"{kind}, grade={self.grade!r}"
         return f"{type(self).__name__}(batch={b}, heads={h}, queries={q}, keys={k}, {marks})"
 
 

