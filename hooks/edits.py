@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from workbench.errors import InterventionError
 from workbench.hooks.positions import Positions
-from workbench.hooks.rows import head_values, rows
+from workbench.hooks.rows import check_row, head_values, rows
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 
@@ -142,6 +142,7 @@ class PatternEdit(HeadEdit):
     def __init__(self, heads: Mapping[Site, Sequence[int]], edit: HeadFunction, queries: Positions) -> None:
         super().__init__(heads, Positions())
         self.edit, self.queries = edit, queries
+        self._checked: set[tuple[str, int]] = set()
 
     def replaced(self, call: AttentionCall, old: Tensor) -> Tensor:
         """rows' · V in the chosen rows of the chosen heads."""
@@ -156,6 +157,9 @@ class PatternEdit(HeadEdit):
     def _head(self, call: AttentionCall, site: Site, head: int, index: Tensor, old: Tensor) -> Tensor:
         """[batch, query, width] of one head."""
         present = rows(call, head, index, cross=site.kind == "cross")
+        if (call.site, head) not in self._checked:  # once: a row costs little, but a GPU has to be waited for
+            check_row(call, head, index, present)
+            self._checked.add((call.site, head))
         edited_before = _edited_rows.setdefault(call, {}).setdefault(head, [])
         for at, made in edited_before:
             present = _overlay(present, index, made, at)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from workbench.errors import InterventionError
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.truth import tolerance
 from workbench.kernels.masks import as_four
 from workbench.kernels.patterns import Pattern
 
@@ -50,6 +51,31 @@ def head_values(call: AttentionCall, head: int, n_heads: int) -> Tensor:
     """[batch, key, width]: the values that a head reads."""
     v = call.v.unsqueeze(1) if call.v.dim() == 3 else call.v
     return v[:, head * v.shape[1] // n_heads]
+
+
+def check_row(call: AttentionCall, head: int, index: Tensor, found: Tensor) -> None:
+    """Compare the last of the rows [batch, n, key] found for `index`, times V, with what the kernel gave.
+
+    Raises:
+        InterventionError: they differ, so that the call does something that is not known here.
+    """
+    if call.finish is not None or call.dropout > 0:
+        return
+    with torch.no_grad():
+        row = found[:, -1:].detach()
+        z = call.z()[:, head]
+        got = (row @ head_values(call, head, call.sizes[0]).to(row.dtype))[:, 0]
+        want = z.gather(1, index[:, -1:, None].expand(z.shape[0], 1, z.shape[2]))[:, 0].to(got.dtype)
+        alive = (row != row[..., :1]).any(-1)  # kernels differ in what they give for a row that sees no key
+        error = torch.where(alive, (got - want).abs(), 0.0).max().item()
+    if error > tolerance(call, want):
+        raise InterventionError(
+            f"the rows rebuilt for head {head} are not those of {call.backend or call.kernel}: "
+            f"their output is {error:.1e} off",
+            site=call.site,
+            shape=tuple(found.shape),
+            hint="look at wb.verify(**inputs).table; attention of this kind is not supported yet",
+        )
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

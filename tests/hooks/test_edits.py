@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -210,8 +211,10 @@ def test_rows_are_as_many_in_each_example() -> None:
 )
 @pytest.mark.parametrize("layout", ["bhqd", "bqhd"])
 def test_edits_are_out_of_place_and_keep_the_rest(edit: Edit, layout: str) -> None:
-    output = _normal(*(B, H, Q, D) if layout == "bhqd" else (B, Q, H, D)).float()
-    call = call_with(torch.float32, output=output, layout=layout)
+    call = call_with(torch.float32)
+    output = call.pattern().apply(call.v)
+    output = output if layout == "bhqd" else output.transpose(1, 2).contiguous()
+    call = replace(call, output=output, layout=layout)
     before, version = output.clone(), output._version
     z = call.z()
     new = edit(call, z)
@@ -222,6 +225,17 @@ def test_edits_are_out_of_place_and_keep_the_rest(edit: Edit, layout: str) -> No
     same[[[1], [3]], [0, Q - 1]] = False
     assert torch.equal(new[:, same], z[:, same])
     assert not (new[:, ~same] == z[:, ~same]).any()
+
+
+def test_rows_that_are_not_the_kernels_are_refused() -> None:
+    call = call_with(sinks=_normal(H))
+    truth = call.pattern().apply(call.v)
+    edit = PatternEdit({SITE: [1]}, lambda rows, site, head: rows, Positions([0, 2]))
+    torch.testing.assert_close(edit(replace(call, output=truth), truth), truth)
+    unknown = replace(call, output=truth, sinks=None)
+    with pytest.raises(InterventionError, match="not those of test") as caught:
+        PatternEdit({SITE: [1]}, edit.edit, Positions([0, 2]))(unknown, truth)
+    assert caught.value.site == "attn"
 
 
 def test_the_first_tensor_of_an_output_is_steered() -> None:
