@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from workbench.hooks import bridges, multihead, registry
+from workbench.errors import InterventionError
+from workbench.hooks import bridges, mixers, multihead, registry
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.sdpa import FunctionTap
 from workbench.hooks.sites import heads_of, kv_heads_of, site_name
@@ -27,11 +28,16 @@ from workbench.hooks.written_out import WrittenOut, ungrouped
 
 @dataclass
 class _Frame:
-    """One running module, what its end has to undo, and whether it is on a native path of PyTorch's."""
+    """One running module, and what its end has to undo.
+
+    Attributes:
+        native: it is on a native path of PyTorch's. resumed: a mixer goes on from a cached state.
+    """
 
     name: str
     module: nn.Module
     native: bool = False
+    resumed: bool = False
     undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
@@ -61,6 +67,7 @@ class Observer:
             output's place.
         edits: says whether calls may be edited, or their gradients are wanted. PyTorch's own attention modules then
             leave their native path, whose output cannot be had: their numbers change by rounding.
+        wants: says whether a state-space mixer is to be reported, which means running its first half again.
 
     What runs again in a backward pass (gradient checkpointing) starts no forward, and its calls are marked `replay`.
     """
@@ -75,11 +82,12 @@ class Observer:
         on_output: Callable[[str, nn.Module, Any], Any] = lambda name, module, output: None,
         edits: Callable[[], bool] = lambda: False,
         on_module: Callable[[str, nn.Module, tuple[Any, ...]], None] = lambda name, module, args: None,
+        wants: Callable[[str], bool] = lambda site: True,
     ) -> None:
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
         self._on_call, self._on_start, self._on_end, self._on_inputs = on_call, on_start, on_end, on_inputs
-        self._on_output, self._edits, self._on_module = on_output, edits, on_module
+        self._on_output, self._edits, self._on_module, self._wants = on_output, edits, on_module, wants
         self._threads: dict[int, _Thread] = {}
         self._open = contextlib.ExitStack()
 
@@ -93,6 +101,8 @@ class Observer:
             ]
             for entry in _entries(self._model):
                 handles.append(entry.register_forward_pre_hook(_InputsHook(self._inputs), with_kwargs=True))
+            for mixer in filter(mixers.is_mixer, self._names):
+                handles.append(mixer.register_forward_pre_hook(_InputsHook(self._before_mixer), with_kwargs=True))
             for handle in handles:
                 stack.callback(handle.remove)
             self._open = stack.pop_all()
@@ -154,9 +164,11 @@ class Observer:
         while state.stack[-1].module is not module:
             self._pop(state)
         try:
-            if len(rest) == 2 and rest[1] is not None:
-                return self._on_output(state.stack[-1].name, module, rest[1])
-            return None
+            if len(rest) != 2 or rest[1] is None:
+                return None
+            mixed = self._saw_mixer(state, args, *rest) if mixers.is_mixer(module) else None
+            output = self._on_output(state.stack[-1].name, module, rest[1] if mixed is None else mixed)
+            return mixed if output is None else output
         finally:
             self._pop(state)
 
@@ -189,6 +201,29 @@ class Observer:
         facts = registry.read(owner[0], backend, module, args, kwargs, inner)
         replaced = self._report(owner, tap="registry", output=result[0], **facts)
         return result if replaced is None else (replaced, *result[1:])
+
+    def _before_mixer(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Whether it goes on from a cached state can only be told before it runs."""
+        state = self._state()
+        if state.stack:
+            state.stack[-1].resumed = mixers.resumes(module, args, kwargs)
+
+    def _saw_mixer(self, state: _Thread, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        """A state-space mixer has run; its new output, or None."""
+        name, module = self._owner(state)
+        if not self._wants(name):
+            return None
+        with state.tap.inside(), torch.no_grad():
+            call = mixers.mixer_call(name, module, args, kwargs, output, resumed=state.stack[-1].resumed)
+            z = self._on_call(replace(call, replay=state.replay))
+            edited = None if z is None else call.as_output(z)
+        if edited is not None and torch.is_grad_enabled() and output.requires_grad:
+            raise InterventionError(
+                "gradients do not flow through a state-space mixer whose heads are edited",
+                site=name,
+                hint="run the model under torch.no_grad(), or edit attention sites",
+            )
+        return edited
 
     def _saw_sdpa(self, given: dict[str, Any], output: Tensor, watch: LseWatch) -> Tensor | None:
         return self._report(

@@ -16,6 +16,7 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from workbench.errors import CaptureError, nearest
+from workbench.hooks.mixers import is_mixer
 from workbench.kernels.functions import FUNCTIONS
 
 Kind = Literal["self", "cross", "window", "channel", "memory", "state"]
@@ -54,13 +55,14 @@ class Site:
     @property
     def alias(self) -> str:
         """TransformerLens' spelling: blocks.3.attn, or decoder.3.cross_attn in a model with several towers."""
-        attn = "cross_attn" if self.kind == "cross" else "attn"
-        return f"{self.tower or 'blocks'}.{self.layer}.{attn}"
+        part = {"cross": "cross_attn", "state": "mixer"}.get(self.kind, "attn")
+        return f"{self.tower or 'blocks'}.{self.layer}.{part}"
 
     @property
     def aliases(self) -> tuple[str, ...]:
         """The alias, and how it is also spelled: decoder.3.self_attn for decoder.3.attn."""
-        return (self.alias,) if self.kind == "cross" else (self.alias, self.alias.removesuffix("attn") + "self_attn")
+        several = self.kind not in ("cross", "state")
+        return (self.alias, self.alias.removesuffix("attn") + "self_attn") if several else (self.alias,)
 
     def label(self, head: int) -> str:
         """Short name of a head: L9H6.
@@ -143,7 +145,7 @@ def find_sites(model: nn.Module) -> Sites:
     for path, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.Transformer)):
             continue  # their attention modules are sites of their own
-        if isinstance(module, nn.MultiheadAttention) or _calls_attention(module.__class__):
+        if isinstance(module, nn.MultiheadAttention) or is_mixer(module) or _calls_attention(module.__class__):
             name = site_name(path)
             found[name] = _describe(name, module)  # of a bridge and what it wraps, the latter knows its sizes
     return _number(list(found.values()))
@@ -193,6 +195,8 @@ def _describe(name: str, module: nn.Module) -> Site:
         total = _number_of(module, config, "embed_dim", "hidden_size", "d_model")
         width = None if total is None else total // heads
     cross = _CROSS.search(f"{name} {type(module).__name__}") or getattr(module, "is_cross_attention", False)
+    if is_mixer(module):
+        return Site(name, -1, "state")
     kind: Kind = "cross" if cross else "window" if _WINDOW.search(type(module).__name__) else "self"
     return Site(name, -1, kind, heads, heads if kv is None else kv, width)
 

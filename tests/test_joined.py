@@ -392,6 +392,12 @@ def test_what_cannot_be_joined() -> None:
     written_out, _ = _captured(_made(_bloom), lambda m: _generate(m, {"input_ids": ids}), ("entropy",), values=False)
     with pytest.raises(CaptureError, match="values=True where the model writes its attention out"):
         written_out.joined()
+    with workbench.attach(model) as wb, wb.capture(gradients=True) as trained:
+        cache = hf.DynamicCache(config=model.config)
+        logits = [model(part, past_key_values=cache).logits for part in (ids[:, :4], ids[:, 4:])]
+        torch.cat(logits, dim=1).square().mean().backward()
+    with pytest.raises(CaptureError, match="gradients at single steps"):
+        trained.joined()
     with workbench.attach(model) as wb, torch.no_grad():
         needed = 2 * wb_bytes(wb, ids.shape[1] + NEW - 1)
         with wb.capture(["entropy"], limit=needed) as steps:

@@ -74,6 +74,7 @@ class Live:
                 self._on_output,
                 self._leaves_native_path,
                 self._for_recorder("on_module"),
+                self._wants,
             ).__enter__()
         self._users += 1
         try:
@@ -95,6 +96,12 @@ class Live:
         """Whether a head's output must be a tensor that the model itself goes on with."""
         gradients = self.recorder is not None and self.recorder.settings.gradients
         return gradients or any(isinstance(edit, Edit) for edit in self.edits)
+
+    def _wants(self, site: str) -> bool:
+        """Whether someone is to see the calls of a site."""
+        chosen = None if self.recorder is None else self.recorder.settings.sites
+        recorded = self.recorder is not None and (chosen is None or site in chosen)
+        return recorded or any(isinstance(edit, Edit) and site in edit.sites for edit in self.edits)
 
     def _on_call(self, call: AttentionCall) -> Tensor | None:
         edits = [edit for edit in self.edits if isinstance(edit, Edit) and call.site in edit.sites]

@@ -1,0 +1,89 @@
+"""State-space mixers as sites of a whole model: captured, verified, switched off; alone and beside attention."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import workbench
+from workbench.errors import CaptureError, InterventionError
+from workbench.hooks.edits import Edit
+
+IDS = torch.randint(3, 60, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+def _mamba() -> nn.Module:
+    return hf.MambaForCausalLM(hf.MambaConfig(num_hidden_layers=2, hidden_size=16, state_size=4, vocab_size=60))
+
+
+def _mamba2() -> nn.Module:
+    return hf.Mamba2ForCausalLM(
+        hf.Mamba2Config(
+            num_hidden_layers=2, hidden_size=16, state_size=4, vocab_size=60, num_heads=4, head_dim=8, n_groups=1,
+            chunk_size=8,
+        )
+    )  # fmt: skip
+
+
+def _jamba() -> nn.Module:
+    return hf.JambaForCausalLM(
+        hf.JambaConfig(
+            num_hidden_layers=4, hidden_size=16, intermediate_size=16, vocab_size=60, num_attention_heads=4,
+            num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=4,
+            mamba_dt_rank=2, use_mamba_kernels=False,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(params=[_mamba, _mamba2, _jamba])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    build: Callable[[], nn.Module] = request.param
+    return build().eval()
+
+
+@torch.no_grad()
+def test_capture_leaves_the_output_and_marks_state_sites(model: nn.Module) -> None:
+    bare = model(IDS, use_cache=False).logits
+    with workbench.attach(model) as wb:
+        assert wb.verify(input_ids=IDS, use_cache=False).raise_if_failed().ok
+        with wb.capture(("entropy", "received", "signed_mass"), z=True) as capture:
+            assert torch.equal(model(IDS, use_cache=False).logits, bare)
+    for site in capture:
+        state = site.site.kind == "state"
+        assert site.marks == ("signed" if state else "normalised")
+        assert site.pattern.grade == ("frozen" if state else "exact")
+        assert site.entropy.isfinite().all()
+        assert site.z.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_cached_state_is_refused_by_name_and_other_sites_are_not(model: nn.Module) -> None:
+    mask = torch.ones_like(IDS)
+    with workbench.attach(model) as wb:
+        with pytest.raises(CaptureError, match="cached state"), wb.capture():
+            model.generate(IDS, attention_mask=mask, max_new_tokens=2, pad_token_id=0)
+        if any(site.kind == "self" for site in wb.sites):
+            with wb.capture(sites=lambda site: site.kind == "self") as capture:
+                model.generate(IDS, attention_mask=mask, max_new_tokens=2, pad_token_id=0)
+            assert capture.joined()[0].shape[2:] == (18, 18)
+
+
+class _Half(Edit):
+    def __call__(self, call: object, z: torch.Tensor) -> torch.Tensor:
+        return z / 2
+
+
+def test_heads_of_a_state_site_can_be_edited_without_gradients(model: nn.Module) -> None:
+    with workbench.attach(model) as wb:
+        site = next(site.name for site in wb.sites if site.kind == "state")
+        with torch.no_grad(), wb.capture(z=True, sites=site) as plain:
+            bare = model(IDS, use_cache=False).logits
+        with torch.no_grad(), wb._editing(_Half([site])), wb.capture(z=True, sites=site) as edited:
+            changed = model(IDS, use_cache=False).logits
+        torch.testing.assert_close(edited[site].z, plain[site].z / 2)
+        assert not torch.equal(changed, bare)
+        with pytest.raises(InterventionError, match="gradients do not flow"), wb._editing(_Half([site])):
+            model(IDS, use_cache=False)
