@@ -184,7 +184,8 @@ class Observer:
     def _report(self, owner: tuple[str, nn.Module], **facts: Any) -> Tensor | None:
         """The new output of the kernel, or None."""
         call = AttentionCall(site=owner[0], module=owner[1], replay=self._state().replay, **facts)
-        z = self._on_call(call)
+        with self._state().tap.inside():  # an edit may itself take a softmax and multiply
+            z = self._on_call(call)
         return None if z is None else call.as_output(z)
 
     def _run_backend(

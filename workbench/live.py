@@ -63,6 +63,16 @@ class Live:
             )
 
     @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """What is open so far has no part in the forwards inside."""
+        edits, recorder = self.edits, self.recorder
+        self.edits, self.recorder = [], None
+        try:
+            yield
+        finally:
+            self.edits, self.recorder = edits, recorder
+
+    @contextmanager
     def _observed(self) -> Iterator[None]:
         if self._users == 0:
             self._observer = Observer(
@@ -93,9 +103,9 @@ class Live:
         return tell
 
     def _leaves_native_path(self) -> bool:
-        """Whether a head's output must be a tensor that the model itself goes on with."""
+        """Whether a head's output must be a tensor that the model itself goes on with, and every module must run."""
         gradients = self.recorder is not None and self.recorder.settings.gradients
-        return gradients or any(isinstance(edit, Edit) for edit in self.edits)
+        return gradients or bool(self.edits)
 
     def _wants(self, site: str) -> bool:
         """Whether someone is to see the calls of a site."""

@@ -18,6 +18,7 @@ from workbench.errors import AttachError, CaptureError
 from workbench.hooks.edits import Edit, OutputEdit
 from workbench.hooks.sites import Sites, find_sites
 from workbench.inputs import check_inputs, dropout_in_training, to_ids
+from workbench.interventions import Interventions
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
 from workbench.live import Live
@@ -68,7 +69,7 @@ def attach(model: nn.Module, tokenizer: Any = None, *, check: bool = True) -> Wo
     return Workbench(model, tokenizer, sites)
 
 
-class Workbench:
+class Workbench(Interventions):
     """A model under observation. Made by `attach`; a context manager that detaches at its end.
 
     Attributes:

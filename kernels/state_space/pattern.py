@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold_
+from torch.nn.functional import threshold
 
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_finite
@@ -190,7 +190,7 @@ class DualPattern(_StatePattern):
 
 def _exp(exponents: Tensor) -> Tensor:
     """exp in place; what is too small for a normal number is zero, since a CPU takes far longer over subnormal ones."""
-    return threshold_(exponents.exp_(), torch.finfo(exponents.dtype).tiny, 0.0)
+    return threshold(exponents.exp_(), torch.finfo(exponents.dtype).tiny, 0.0, inplace=True)
 
 
 def _length(part: slice) -> int:

@@ -181,23 +181,28 @@ def test_float32_is_true_far_from_the_start(kind: str, scale: float):
     given["delta"] = given["delta"] * torch.where(torch.arange(3000) % 7 == 0, scale, 0.01 * scale)
     pattern = KINDS[kind](**given)
     assert pattern.dtype == torch.float32
-    for queries, keys in ((slice(2900, 3000), slice(2850, 3000)), (slice(2990, 3000), slice(0, 3000))):
-        want = naive(kind, **given)[:, :, queries, keys]
-        got = pattern.tile(queries, keys).double()
-        torch.testing.assert_close(got, want, atol=2e-6 * float(want.abs().max()), rtol=1e-5)
+    last = {name: t if name == "A" else t[:, :, -150:] for name, t in given.items()}  # nothing before them matters
+    want = naive(kind, **last)
+    for queries in (slice(2850, 3000), slice(2990, 3000), slice(2990, 2991)):
+        got = pattern.tile(queries, slice(2850, 3000)).double()
+        expected = want[:, :, queries.start - 2850 : queries.stop - 2850]
+        torch.testing.assert_close(got, expected, atol=2e-6 * float(want.abs().max()), rtol=1e-5)
+        # Asked for with all keys before them, their part is the same.
+        wide = pattern.tile(queries, slice(0, 3000)).double()[..., 2850:]
+        torch.testing.assert_close(wide, expected, atol=2e-6 * float(want.abs().max()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_sequences_with_any_rate_stay_finite(kind: str):
-    given = {name: t.float() for name, t in inputs(kind, 5000, b=1, h=4, g=1).items()}
+    given = {name: t.float() for name, t in inputs(kind, 2000, b=1, h=4, g=1).items()}
     rates = torch.tensor([0.0, 1e-6, 1.0, 1e20])
     given["A"] = -(rates[:, None].expand(-1, 3).contiguous() if kind == "selective" else rates)
     pattern = KINDS[kind](**given)
-    v = torch.ones(1, 4, 5000, 1)
+    v = torch.ones(1, 4, 2000, 1)
     want = recurrence(**{name: t.double() for name, t in given.items()}, v=v.double())
     got = pattern.apply(v).double()
     torch.testing.assert_close(got, want, atol=1e-4 * float(want.abs().max()), rtol=1e-4)
-    tile = pattern.tile(slice(4800, 5000), slice(4800, 5000))
+    tile = pattern.tile(slice(1800, 2000), slice(1800, 2000))
     assert bool((tile.diagonal(dim1=-2, dim2=-1) != 0).all())
     assert not bool(((tile != 0) & (tile.abs() < torch.finfo(torch.float32).tiny)).any())  # subnormal: slow
 
