@@ -105,6 +105,8 @@ class Observer:
                 handles.append(mixer.register_forward_pre_hook(_InputsHook(self._before_mixer), with_kwargs=True))
             for handle in handles:
                 stack.callback(handle.remove)
+            # PyTorch's own handle leaves this entry of a module-wide hook behind.
+            stack.callback(torch_module._global_forward_hooks_with_kwargs.pop, handles[1].id, None)
             self._open = stack.pop_all()
         return self
 

@@ -95,7 +95,7 @@ def test_sizes_that_are_not_known_yet() -> None:
 
 
 def test_a_site_without_heads() -> None:
-    sites = Sites([Site("mixer", 0, "state"), Site("heads", 1, "state", 4)])
+    sites = Sites([Site("mixer", 0, "state", 0), Site("heads", 1, "state")])
     with pytest.raises(InterventionError, match='of kind "state" and has no heads'):
         parse_heads(sites, (0, 0))
     assert parse_heads(sites, (1, 0)) == {"heads": [0]}

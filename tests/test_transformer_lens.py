@@ -155,3 +155,28 @@ def test_our_capture_and_its_hooks_at_once(bridges: dict[str, TransformerBridge]
     assert not torch.equal(capture.calls[0][1].z, capture.calls[1][1].z)
     assert torch.equal(hooked, bridge.run_with_hooks(IDS, fwd_hooks=[("blocks.0.attn.hook_z", silence)]))
     assert "forward" not in vars(bridge)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ONE_TOWER)
+def test_interventions_equal_their_hooks(bridges: dict[str, TransformerBridge], name: str) -> None:
+    bridge, n_heads = bridges[name], 6 if name == "llama-gqa" else 4
+    direction = torch.linspace(-1, 1, bridge.cfg.d_model)
+
+    def zero(z: Tensor, hook: Any) -> Tensor:
+        z = z.clone().unflatten(-1, (n_heads, -1)) if z.dim() == 3 else z.clone()
+        z[:, -1, 2] = 0.0
+        return z
+
+    def move(resid: Tensor, hook: Any) -> Tensor:
+        return resid + 2.0 * direction
+
+    with workbench.attach(bridge) as wb:
+        with wb.ablate((1, 2), positions=-1):
+            ablated = bridge(IDS)
+        with wb.steer(("resid", 0), direction, scale=2.0):
+            steered = bridge(IDS)
+    bare = bridge(IDS)
+    for got, hook in ((ablated, ("blocks.1.attn.hook_z", zero)), (steered, ("blocks.0.hook_resid_post", move))):
+        torch.testing.assert_close(got, bridge.run_with_hooks(IDS, fwd_hooks=[hook]), atol=1e-4, rtol=1e-4)
+        assert (got - bare).abs().max() > 5e-3

@@ -21,6 +21,7 @@ from workbench.errors import (
 if TYPE_CHECKING:
     from workbench import models, tasks
     from workbench.capture import Capture, load_capture
+    from workbench.heads import KVGroup
     from workbench.report import Report
     from workbench.session import Workbench, attach
     from workbench.site_capture import SiteCapture
@@ -33,6 +34,7 @@ _LAZY = {
     "Capture": "workbench.capture",
     "SiteCapture": "workbench.site_capture",
     "load_capture": "workbench.capture",
+    "KVGroup": "workbench.heads",
     "Report": "workbench.report",
 }
 _LAZY_MODULES = ("models", "tasks")
@@ -43,6 +45,7 @@ __all__ = [
     "CaptureError",
     "FormatError",
     "InterventionError",
+    "KVGroup",
     "Report",
     "ReportError",
     "SiteCapture",

@@ -87,7 +87,7 @@ def find_heads(sites: Sites, one: Any) -> list[tuple[Site, int]]:
     else:
         raise InterventionError(f"{one!r} is no head", hint=_HINT)
     site = find_site(sites, where)
-    if not site.n_heads and site.kind in ("state", "memory", "channel"):
+    if site.n_heads == 0:
         raise InterventionError(f'the site is of kind "{site.kind}" and has no heads', site=site.name)
     if not is_group:
         check_range([number], site.n_heads or max(number, 0) + 1, site.name)
