@@ -12,7 +12,6 @@ sys.path.append(str(ROOT / "tests"))
 import workbench  # noqa: E402
 from support.tiny import ZOO, Family, make  # noqa: E402
 from support.zoo.refusals import REFUSALS  # noqa: E402
-from workbench.errors import AttachError  # noqa: E402
 
 BACKENDS = {
     "sdpa": "sdpa",
@@ -22,7 +21,12 @@ BACKENDS = {
     "flash_attention_3": "flash 3",
     "some-org/flash-attn3": "hub",
 }
-PATTERNS = {"SoftmaxPattern": "rebuilt from q and k", "DensePattern": "the model's own weights"}
+PATTERNS = {
+    "SoftmaxPattern": "rebuilt from q and k",
+    "DensePattern": "the model's own weights",
+    "SelectivePattern": "rebuilt from the scan",
+    "DualPattern": "rebuilt from the scan",
+}
 
 HEAD = """# Models
 
@@ -30,13 +34,16 @@ Made by `docs/make_models.py` from the models of the tests; a test checks that t
 
 Each row is a tiny random model of the architecture. On every backend named, the tests check that the model's output is
 the same to the bit with and without a capture, that every statistic of every site equals the dense definition on the
-weights that an eager copy of the model computes, and that `wb.verify` holds. A row stands for its architecture: other
-sizes and checkpoints run the same code, and many other models of `transformers` share it. `wb.verify(**inputs)` says
-whether a capture of your model tells the truth.
+weights that an eager copy of the model computes (of state-space layers, that the map gives what the recurrence gives),
+and that `wb.verify` holds. A row stands for its architecture: other sizes and checkpoints run the same code, and many
+other models of `transformers` share it. `wb.verify(**inputs)` says whether a capture of your model tells the truth.
 
 - **Sites**: kinds of the places where tokens mix.
 - **Pattern**: how the weights are had. *Rebuilt from q and k*: exact, any part on demand, in memory that grows with the
-  length alone. *The model's own weights*: the model writes its attention out, and what it computed is kept.
+  length alone. *The model's own weights*: the model writes its attention out, and what it computed is kept. *Rebuilt
+  from the scan*: of a state-space layer; *frozen* says that it is exact with the gates that this input gave, *signed*
+  that weights may be negative, so that statistics are those of |A| normalised per row. *Unnormalised*: rows do not sum
+  to one.
 - **Backends**: of Hugging Face's `attn_implementation`. *Flex* runs on the CPU in these tests. *Flash 2*, *flash 3* and
   *hub* (a kernel from the hub, registered under its name) need a GPU; the tests put a float64 stand-in with the
   package's signature in its place, so that all of `transformers`' own path runs. *Own*: the model has no choice of
@@ -73,27 +80,20 @@ def rows() -> Iterator[str]:
     yield "| Model | Attention | Sites | Pattern | Backends |"
     yield "| --- | --- | --- | --- | --- |"
     for label, members in labels.items():
-        sites, patterns, missing = found(members)
+        kinds, patterns = found(members)
         notes = "; ".join(dict.fromkeys(one.note for one in members if one.note))
         backends = [BACKENDS[name] for name in BACKENDS if any(name in one.backends for one in members)]
         own = ", ".join(backends) or "own"
-        if missing:
-            yield f"| {label} | {notes} | none | {missing} | |"
-        else:
-            yield f"| {label} | {notes} | {', '.join(sites)} | {'; '.join(patterns)} | {own} |"
+        yield f"| {label} | {notes} | {', '.join(kinds)} | {'; '.join(patterns)} | {own} |"
 
 
-def found(members: list[Family]) -> tuple[list[str], list[str], str]:
-    """Kinds of sites and patterns that captures of these models hold; or the error with which they are refused."""
+def found(members: list[Family]) -> tuple[list[str], list[str]]:
+    """Kinds of sites and patterns that captures of these models hold."""
     kinds: dict[str, None] = {}
     patterns: dict[str, None] = {}
     for one in members:
         model = make(one)
-        try:
-            wb = workbench.attach(model)
-        except AttachError as error:
-            return [], [], f"`AttachError`: {error.message}"
-        with torch.no_grad(), wb, wb.capture() as capture:
+        with torch.no_grad(), workbench.attach(model) as wb, wb.capture() as capture:
             model(**one.inputs())
         for site in capture:
             name, grade = type(site.pattern).__name__, site.pattern.grade
@@ -101,7 +101,7 @@ def found(members: list[Family]) -> tuple[list[str], list[str], str]:
             marks = "" if site.marks == "normalised" else f", {site.marks}"
             kinds[site.site.kind] = None
             patterns[how + marks] = None
-    return list(kinds), list(patterns), ""
+    return list(kinds), list(patterns)
 
 
 def refused() -> Iterator[str]:

@@ -18,7 +18,7 @@ from support.zoo.twins import eager_outputs
 from workbench.capture import Capture
 
 EVERYTHING = (*ROWS, *COLUMNS)
-families = pytest.mark.parametrize("family", [one for one in ZOO if one.outputs], ids=lambda one: one.name)
+families = pytest.mark.parametrize("family", ZOO, ids=lambda one: one.name)
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -40,8 +40,8 @@ def captured(model: nn.Module, inputs: dict[str, Any]) -> Capture:
 
 
 def assert_true(one: Family, model: nn.Module, capture: Capture) -> None:
-    """The capture equals the family's true attentions at every site that has any."""
-    truth = one.truth(model, one.inputs())
+    """The capture equals the family's true attentions at every attention; `test_state_sites.py` has state spaces."""
+    truth = one.truth(model, one.inputs()) if one.outputs else {}
     found = assert_equal_to_eager(capture, truth, one.outputs)
     assert found == sum(site.kind != "state" for site in capture.sites)
 
@@ -98,7 +98,7 @@ def test_other_backends(one: Family, backend: str) -> None:
         with workbench.attach(model) as wb:
             found = wb.verify(**inputs)
     assert_true(one, model, capture)
-    assert {site.kernel for site in capture} <= {backend.rpartition("/")[2], "written out"}
+    assert {seen.kernel for seen in capture if seen.site.kind != "state"} <= {backend.rpartition("/")[2], "written out"}
     assert found.ok, found.table
 
 

@@ -37,7 +37,7 @@ TWO_TOWERS = find_sites(make(FAMILIES[-1]))
         ([KVGroup("blocks.0.attn", 1), (0, 0)], {"h.0.attn": [0, 3, 4, 5]}),
         ((KVGroup(ONE_TOWER[0], 1), KVGroup(1, 1)), {"h.0.attn": [3, 4, 5], "h.1.attn": [3, 4, 5]}),
     ],
-    ids=str,
+    ids=range(16),
 )
 def test_heads(given: Any, want: dict[str, list[int]]) -> None:
     found = parse_heads(ONE_TOWER, given)

@@ -412,6 +412,20 @@ def wb_bytes(wb: workbench.Workbench, n: int) -> int:
     return wb.estimate(1, n, statistics=["entropy"])
 
 
+def test_the_attention_of_a_hybrid_is_joined_and_a_state_is_refused_at_its_step() -> None:
+    config = hf.JambaConfig(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=32,
+        vocab_size=VOCABULARY, attn_layer_period=2, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1,
+        mamba_d_state=8, use_mamba_kernels=False, **SPECIAL,
+    )  # fmt: skip
+    model, ids = _made(lambda: hf.JambaForCausalLM(config)), _ids(1, 9)
+    alone = {"sites": lambda site: site.kind == "self"}
+    steps, out = _captured(model, lambda m: _generate(m, {"input_ids": ids}), **alone)
+    assert_same(steps.joined(), _captured(model, lambda m: m(out[:, :-1]), **alone)[0])
+    with pytest.raises(CaptureError, match="goes on from a cached state"):
+        _captured(model, lambda m: _generate(m, {"input_ids": ids}), ("entropy",))
+
+
 def test_a_model_without_a_cache_keeps_its_forwards() -> None:
     model = _made(lambda: _llama(4))
     ids = _ids(1, 5)

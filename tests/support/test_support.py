@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
@@ -10,8 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from support import minilm
+from support import minilm, vision
 from support.folders import model_folder
+from support.unavailable import unavailable
 
 if TYPE_CHECKING:
     from support.browser import WatchedPage
@@ -121,7 +124,7 @@ def test_errors_and_requests_are_recorded(page: WatchedPage, tmp_path: Path) -> 
         page.assert_clean()
 
 
-def test_timm_leaves_no_torchvision_to_be_found():
+def test_timm_leaves_no_torchvision_to_be_found() -> None:
     had = find_spec("torchvision")
     try:
         vision.vision_transformer()

@@ -77,6 +77,11 @@ def _fourier() -> None:
     _capture(hf.FNetModel(config).eval(), input_ids=family("bert").inputs()["input_ids"])
 
 
+def _recurrent() -> None:
+    config = hf.RwkvConfig(num_hidden_layers=2, hidden_size=16, vocab_size=VOCABULARY)
+    _capture(hf.RwkvModel(config).eval(), input_ids=family("gpt2").inputs()["input_ids"])
+
+
 def _nested() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
@@ -101,6 +106,8 @@ REFUSALS = [
             _longformer, CaptureError, "no attention call was seen at"),
     Refusal("fnet", "Models without attention, such as FNet.",
             _fourier, AttachError, "no attention was found in FNetModel"),
+    Refusal("rwkv", "Recurrent layers other than the state-space ones above, such as RWKV's.",
+            _recurrent, AttachError, "no attention was found in RwkvModel"),
     Refusal("nested", "A padded `nn.TransformerEncoder` with nested tensors.",
             _nested, CaptureError, "the layer runs on a nested tensor, whose attention cannot be read"),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""State-space models, and hybrids of state and attention layers; of these `outputs` names the attention layers only."""
+"""State-space models, and hybrids of state and attention layers; `outputs` names the attention layers only."""
 
 import transformers as hf
 from torch import nn
@@ -32,8 +32,8 @@ def _jamba() -> nn.Module:
 
 
 STATES = [
-    Family("mamba", _mamba, decoder_inputs, {}, label="Mamba"),
-    Family("mamba2", _mamba2, decoder_inputs, {}, label="Mamba-2"),
+    Family("mamba", _mamba, decoder_inputs, {}, label="Mamba", note="state space, selective scan"),
+    Family("mamba2", _mamba2, decoder_inputs, {}, label="Mamba-2", note="state space with heads"),
     Family("jamba", _jamba, decoder_inputs, ONE_TOWER, label="Jamba", note="state layers between attention layers",
            backends=("sdpa", "eager")),
 ]  # fmt: skip
