@@ -163,6 +163,7 @@ class Interventions:
         to the bit. Gradients flow to V through the new rows, and to queries and keys (and biases) through the rows that
         `edit` is given: those of every softmax, and those that a model wrote out. Rows of the other kernels of
         `workbench.kernels` are constants to it. In training the new rows are dropped out as the kernel drops its own.
+        A capture sees the heads' new output, while its pattern stays the one that queries and keys make.
 
         Args:
             heads: which heads.
