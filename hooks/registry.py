@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError
 from workbench.hooks.kernel_watch import LseWatch
+from workbench.kernels.masks import hidden_below
 
 Backend = Callable[..., tuple[Tensor, Any]]
 
@@ -136,7 +137,8 @@ def read(
     if kind == "flex":
         return facts | {"mask": _from_block_mask(mask, q, k)}
     # Written out: what is hidden stands in the mask alone.
-    return facts | {"mask": None if mask is None else mask[..., : k.shape[-2]]}
+    shown = None if mask is None else mask[..., : k.shape[-2]]
+    return facts | {"mask": shown, "offset": _first_position(shown, q.shape[2], k.shape[2])}
 
 
 def _kind(backend: str, mask: Any) -> str:
@@ -169,7 +171,7 @@ def _as_sdpa(
 ) -> dict[str, Any]:
     n_q, n_k = q.shape[2], k.shape[2]
     causal = n_q > 1 and mask is None and _is_causal(module, given)
-    facts: dict[str, Any] = {"mask": mask, "is_causal": causal}
+    facts: dict[str, Any] = {"mask": mask, "is_causal": causal, "offset": _first_position(mask, n_q, n_k)}
     if causal and n_k > n_q:  # an empty static cache: keys past the queries are not seen
         facts |= {"k": k[:, :, :n_q], "v": v[:, :, :n_q]}
         if given.get("position_bias") is not None:
@@ -179,6 +181,18 @@ def _as_sdpa(
         # A single query row may arrive as [batch, kv head, group]: its heads in order.
         facts["lse"] = lse.reshape(q.shape[0], q.shape[1], n_q)
     return facts
+
+
+def _first_position(mask: Tensor | None, n_queries: int, n_keys: int) -> int | None:
+    """Position of the first query among the keys of a cache: a cache of fixed size has room after the last query.
+
+    None where the mask does not tell, because there is none or because nothing is cached.
+    """
+    if mask is None or n_keys <= n_queries or mask.dim() != 4 or mask.shape[-1] != n_keys:
+        return None
+    last = mask[..., -1, :].flatten(0, -2)
+    seen = (last if last.dtype == torch.bool else last > hidden_below(last.dtype)).any(0).nonzero()
+    return None if len(seen) == 0 else max(0, int(seen[-1]) + 1 - n_queries)
 
 
 def _as_flash(

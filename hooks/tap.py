@@ -125,9 +125,11 @@ class AttentionCall:
         )
 
     def _offset(self, n_queries: int, n_keys: int, cross: bool) -> int:
+        if cross and not self.is_causal:
+            return 0
         if self.offset is not None:
             return self.offset
-        return 0 if self.is_causal or cross else n_keys - n_queries
+        return 0 if self.is_causal else n_keys - n_queries
 
     def _mask_tensor(self) -> Tensor | None:
         """Mask and bias as one tensor of four dimensions."""

@@ -222,6 +222,7 @@ class Workbench(Interventions):
         self._check_open()
         if self._live.recorder is not None:
             raise CaptureError("this Workbench is capturing", hint="verify before or after the capture")
+        check_not_compiled(self.model)
         check_inputs(self.model, args, inputs)
         return verify_model(self.model, self.sites, args, inputs)
 

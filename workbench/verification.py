@@ -71,10 +71,12 @@ class Verification:
         sums = [check["row_sum_error"] for check in self.checks if check["row_sum_error"] >= 0]  # NaN: no claim
         rows = max(sums, default=float("nan"))
         out = max((check["output_error"] for check in self.checks if check["fired"]), default=float("nan"))
+        editable = [check["editable"] for check in self.checks if check["editable"] is not None]
+        tried = f", {sum(editable)} of {len(editable)} change the output when switched off" if editable else ""
         return (
             f"Verification({'ok' if self.ok else 'FAILED'}: {self.model}, {fired}/{len(self.checks)} sites fired, "
             f"output {'identical to the bit' if self.identical else 'CHANGED'}, rows sum to 1 within {rows:.1e}, "
-            f"A·V equals the kernel's output within {out:.1e})"
+            f"A·V equals the kernel's output within {out:.1e}{tried})"
         )
 
 

@@ -92,3 +92,19 @@ def test_sequences_packed_into_one_are_refused() -> None:
         registry.read(
             "layer", "flash_attention_2", module, (q, q, q, None), {"position_ids": positions}, registry.LseWatch()
         )
+
+
+def test_a_cache_of_fixed_size_leaves_queries_at_their_own_positions() -> None:
+    model, inputs = make(LLAMA), LLAMA.inputs()
+    ids = inputs["input_ids"]
+    with torch.no_grad(), workbench.attach(model) as wb:
+        cache = hf.StaticCache(config=model.config, max_cache_len=40)
+        model(ids[:, :-1], past_key_values=cache)
+        with wb.capture(("current", "distance")) as step:
+            model(ids[:, -1:], past_key_values=cache)
+        with wb.capture(("current", "distance")) as whole:
+            model(ids)
+    assert step[0].shape[3] == 40
+    for name in ("current", "distance"):
+        got, want = getattr(step[1], name), getattr(whole[1], name)
+        torch.testing.assert_close(got, want[:, :, -1:], atol=1e-5, rtol=1e-4)
