@@ -97,7 +97,8 @@ def mixer_call(
             "the mixer goes on from a cached state: positions before this call act on it, and no map of the call shows "
             "them",
             site=site,
-            hint="capture one forward over the whole sequence, with use_cache=False or an empty cache",
+            hint="capture one forward over the whole sequence, with use_cache=False or an empty cache, or attention "
+            'sites only: capture(sites=lambda site: site.kind != "state")',
         )
     if given.get("seq_idx") is not None:
         raise CaptureError(

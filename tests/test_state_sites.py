@@ -87,3 +87,23 @@ def test_heads_of_a_state_site_can_be_edited_without_gradients(model: nn.Module)
         assert not torch.equal(changed, bare)
         with pytest.raises(InterventionError, match="gradients do not flow"), wb._editing(_Half([site])):
             model(IDS, use_cache=False)
+
+
+def test_gradients_of_state_sites_are_refused_by_name(model: nn.Module) -> None:
+    with (
+        workbench.attach(model) as wb,
+        pytest.raises(CaptureError, match="gives no output per head"),
+        wb.capture(gradients=True),
+    ):
+        model(IDS, use_cache=False)
+
+
+@torch.no_grad()
+def test_the_limit_counts_what_is_kept(model: nn.Module) -> None:
+    with workbench.attach(model) as wb:
+        with wb.capture() as capture:
+            model(IDS, use_cache=False)
+        with wb.capture(limit=2 * capture.nbytes):
+            model(IDS, use_cache=False)
+        with pytest.raises(CaptureError, match="the limit is"), wb.capture(limit=capture.nbytes // 4):
+            model(IDS, use_cache=False)

@@ -96,8 +96,15 @@ class GradientWatch:
             grad_is_on: whether the model runs with gradients enabled.
 
         Raises:
-            CaptureError: the kernel dropped weights, so that the pattern is not what the gradient belongs to.
+            CaptureError: the kernel dropped weights, so that the pattern is not what the gradient belongs to; or it
+                gives no output per head.
         """
+        if call.finish is not None:
+            raise CaptureError(
+                f"gradients of heads cannot be had from {call.kernel}, which gives no output per head",
+                site=site.name,
+                hint='capture attention sites only: capture(sites=lambda site: site.kind != "state", gradients=True)',
+            )
         self._grad_was_on |= grad_is_on
         values = call.v if pattern.values is None else pattern.values
         tensors = [t for t in (values, *pattern.parts()[1].values()) if not t.is_inference()]

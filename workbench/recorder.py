@@ -131,10 +131,7 @@ class Recorder:
     ) -> SiteCapture:
         settings, cross = self.settings, site.kind == "cross"
         pattern = call.pattern(cross=cross)
-        planned = settings.bytes_for(pattern.shape, pattern.n_kv_heads, call.sizes[2], call.v.element_size())
-        if settings.queries_keys and call.weights is not None:
-            planned += call.weights.numel() * call.weights.element_size()  # the model gave no queries and keys
-        self._check_limit(planned, site)
+        self._check_limit(self._planned(call, pattern), site)
         keeper = _Keeper()
         if settings.queries_keys:
             pattern = pattern.kept(keeper.keep)
@@ -176,6 +173,15 @@ class Recorder:
         with self._lock:
             self.nbytes += capture.nbytes + settings.gradient_bytes(pattern.shape, call.sizes[2], call.v.element_size())
         return capture
+
+    def _planned(self, call: AttentionCall, pattern: Pattern) -> int:
+        """Bytes that a call will keep."""
+        sizes = (pattern.shape, pattern.n_kv_heads, call.sizes[2], call.v.element_size())
+        if not self.settings.queries_keys or (call.build is None and call.weights is None):
+            return self.settings.bytes_for(*sizes)
+        parts = pattern.parts()[1].items()  # what is kept of other patterns than softmax differs from one to the next
+        kept = sum(tensor.numel() * tensor.element_size() for name, tensor in parts if name != "values")
+        return replace(self.settings, queries_keys=False).bytes_for(*sizes) + kept
 
     def _options(self, forward: Forward, site: Site, pattern: Pattern, names: Sequence[str]) -> Options:
         ids, before = forward.ids_of(site, "query"), None
