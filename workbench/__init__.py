@@ -19,7 +19,7 @@ from workbench.errors import (
 )
 
 if TYPE_CHECKING:
-    from workbench import models, tasks
+    from workbench import models, tasks, views
     from workbench.capture import Capture, load_capture
     from workbench.heads import KVGroup
     from workbench.report import Report
@@ -37,7 +37,7 @@ _LAZY = {
     "KVGroup": "workbench.heads",
     "Report": "workbench.report",
 }
-_LAZY_MODULES = ("models", "tasks")
+_LAZY_MODULES = ("models", "tasks", "views")
 
 __all__ = [
     "AttachError",
@@ -56,6 +56,7 @@ __all__ = [
     "load_capture",
     "models",
     "tasks",
+    "views",
 ]
 
 

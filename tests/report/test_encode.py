@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from workbench.json_text import digest, json_for_html
 from workbench.report.encode import (
     base64_size,
     dequantise,
-    digest,
-    json_for_html,
     pack,
     packed_size,
     pool,

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from workbench.errors import ReportError
-from workbench.report.encode import digest
+from workbench.json_text import digest
 
 LIMIT_BYTES = 6_000_000
 

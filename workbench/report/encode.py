@@ -7,10 +7,7 @@ where attention weights are: most of them are small.
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,33 +82,3 @@ def base64_size(n_bytes: int) -> int:
 def text64(data: bytes) -> str:
     """Base64 in ASCII."""
     return base64.b64encode(data).decode("ascii")
-
-
-def json_for_html(value: object) -> str:
-    """JSON in ASCII that is safe inside a script element: no <, > or &; NaN becomes null.
-
-    >>> json_for_html({"token": "</script>", "value": float("nan")})
-    '{"token":"\\\\u003c/script\\\\u003e","value":null}'
-    """
-    text = json.dumps(finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def finite(value: Any) -> Any:
-    """The value with tuples as lists, other keys and objects as text, and numbers that JSON cannot hold as None."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [finite(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int, bool)):
-        return value
-    return str(value)
-
-
-def digest(text: str) -> str:
-    """The hash of an inline block as a Content-Security-Policy writes it: sha256-<base64>."""
-    return "sha256-" + text64(hashlib.sha256(text.encode("utf-8")).digest())

@@ -12,9 +12,10 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from workbench.json_text import digest, json_for_html
 from workbench.report.collect import METRICS, SiteData, SiteMap
-from workbench.report.encode import digest, json_for_html, pack, text64
-from workbench.report.tokens import visible, visible_text
+from workbench.report.encode import pack, text64
+from workbench.tokens import visible, visible_text
 
 SCRIPTS = ("colour.js", "data.js", "dom.js", "heads.js", "pattern.js", "row.js", "main.js")
 """Joined in this order into one module; each file is one subject."""

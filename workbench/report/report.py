@@ -12,7 +12,7 @@ from workbench.errors import ReportError
 from workbench.report.collect import collect, single_call
 from workbench.report.encode import base64_size, pool
 from workbench.report.page import SectionData, render
-from workbench.report.tokens import visible_text
+from workbench.tokens import visible_text
 
 if TYPE_CHECKING:
     from workbench.capture import Capture

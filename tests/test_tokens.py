@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workbench.report.tokens import visible, visible_text
+from workbench.tokens import visible, visible_text
 
 
 @pytest.mark.parametrize(

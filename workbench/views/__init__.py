@@ -1,0 +1,11 @@
+"""Views: interactive in JupyterLab, the same on a static page. `workbench.views.<name>(...)` makes one.
+
+Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and shares its selection with the others.
+"""
+
+from workbench.views.base import View
+from workbench.views.of import of
+from workbench.views.selection import SHARED, Selection, SharedSelection
+from workbench.views.token_strip import TokenStrip, token_strip
+
+__all__ = ["SHARED", "Selection", "SharedSelection", "TokenStrip", "View", "of", "token_strip"]

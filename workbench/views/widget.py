@@ -1,0 +1,72 @@
+"""The live form of a view: an anywidget that runs the view's module, answers its questions, shares the selection."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import anywidget
+import traitlets
+
+from workbench.errors import WorkbenchError
+from workbench.views import modules
+from workbench.views.selection import Selection, SharedSelection
+
+if TYPE_CHECKING:
+    from workbench.views.base import View
+
+
+class ViewWidget(anywidget.AnyWidget):
+    """A view in a browser. `selection` follows the view's shared selection both ways.
+
+    Attributes:
+        spec: the view's spec, with arrays as binary buffers.
+        still: ids of the pictures that this widget stands in for.
+    """
+
+    _css = modules.asset(modules.STYLE)
+    spec = traitlets.Dict().tag(sync=True)
+    selection = traitlets.Dict().tag(sync=True)
+    still = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    live = traitlets.Bool(True).tag(sync=True)
+
+    @staticmethod
+    def of(view: View, shared: SharedSelection) -> ViewWidget:
+        """The widget of a view."""
+        widget = _widget_class(view.spec.kind)(spec=view.spec.to_live(), selection=shared.value.to_json())
+        widget._view, widget._shared = view, shared
+        widget.on_msg(widget._asked)
+        widget.observe(widget._chosen, "selection")
+        shared.on_select(widget._follow)
+        return widget
+
+    _view: View
+    _shared: SharedSelection
+
+    def _chosen(self, change: Any) -> None:
+        self._shared.value = Selection.of(change["new"])
+
+    def _follow(self, selection: Selection) -> None:
+        self.selection = selection.to_json()
+
+    def _asked(self, _: Any, content: Any, buffers: Any) -> None:
+        """A question of the module; answered under its number."""
+        if not isinstance(content, dict) or "ask" not in content:
+            return
+        try:
+            answer, found = answer_of(self._view, content)
+        except WorkbenchError as error:
+            answer, found = {"error": str(error)}, []
+        self.send({"number": content.get("number"), **answer}, buffers=found)
+
+
+def answer_of(view: View, question: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+    """What any module may ask for, and else what the view answers."""
+    if question["ask"] == "plotly":
+        return {}, [modules.asset("plotly-cartesian.min.js").encode()]
+    return view.answer(question)
+
+
+@cache
+def _widget_class(kind: str) -> type[ViewWidget]:
+    return type(f"{kind.title().replace('_', '')}Widget", (ViewWidget,), {"_esm": modules.live(kind)})
