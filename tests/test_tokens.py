@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workbench.tokens import visible, visible_text
+from support.hostile import HOSTILE
+from workbench.tokens import piece, visible, visible_text
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,30 @@ def test_nothing_invisible_is_left(token: str) -> None:
     assert shown
     assert not {unicodedata.category(c) for c in shown} & {"Cc", "Cf", "Cs", "Zl", "Zp"}
     shown.encode("utf-8")
+
+
+class ByteLevel:
+    """A byte-level vocabulary of a few pieces, decoded as such tokenizers do."""
+
+    pieces = ("Ġthe", "ðŁ", "ĺĢ", "é", "Ã©", "aðŁ", "\ufffd", "<0xF0>")
+
+    def decode(self, ids: list[int], **_: bool) -> str:
+        from tokenizers import decoders
+
+        if self.pieces[ids[0]].startswith("<0x"):
+            return "\ufffd"
+        return decoders.ByteLevel().decode([self.pieces[i] for i in ids])
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.pieces[token]
+
+
+def test_parts_of_characters_are_shown_as_bytes() -> None:
+    tokenizer = ByteLevel()
+    shown = [piece(tokenizer, i) for i in range(len(tokenizer.pieces))]
+    assert shown == [" the", "⟨F0⟩⟨9F⟩", "⟨98⟩⟨80⟩", "⟨E9⟩", "é", "a⟨F0⟩⟨9F⟩", "\ufffd", "⟨F0⟩"]
+
+
+@pytest.mark.parametrize(("token", "shown"), HOSTILE.items(), ids=ascii)
+def test_hostile_tokens_come_out_as_agreed(token: str, shown: str) -> None:
+    assert visible(token) == shown

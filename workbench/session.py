@@ -25,6 +25,7 @@ from workbench.live import Live
 from workbench.provenance import describe, weights_hash, weights_version
 from workbench.recorder import Recorder, SiteChoice, choose
 from workbench.settings import Settings
+from workbench.tokens import piece
 from workbench.verification import Verification, verify_model
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Workbench]] = weakref.WeakKeyDictionary()
@@ -272,7 +273,7 @@ class Workbench(Interventions):
     def _decode(self, ids: Tensor) -> list[list[str]]:
         known: dict[int, str] = {}
         for i in ids.unique().tolist():
-            known[i] = self.tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            known[i] = piece(self.tokenizer, i)
         return [[known[i] for i in row] for row in ids.tolist()]
 
     def _weights_hash(self, before: int) -> str | None:

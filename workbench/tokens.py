@@ -6,7 +6,10 @@ to run from left to right, or to be valid Unicode.
 
 from __future__ import annotations
 
+import codecs
+import re
 import unicodedata
+from typing import Any
 
 LONGEST_TOKEN = 200
 LONGEST_TEXT = 20_000
@@ -14,6 +17,48 @@ LONGEST_TEXT = 20_000
 _SYMBOLS = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽"}
 # Control, format, surrogate, private and unassigned characters, and the separators that break or hide a line.
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """How byte-level vocabularies write bytes: printable Latin-1 as it is, the rest from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {**{chr(b): b for b in plain}, **{chr(0x100 + i): b for i, b in enumerate(rest)}}
+
+
+_BYTES = _byte_alphabet()
+
+
+def piece(tokenizer: Any, token: int) -> str:
+    """The text of a token id. Bytes that are only a part of a character come as hexadecimal: "⟨F0⟩⟨9F⟩".
+
+    Args:
+        tokenizer: anything with `decode`; `convert_ids_to_tokens` tells the bytes.
+    """
+    text: str = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if "\ufffd" not in text or not hasattr(tokenizer, "convert_ids_to_tokens"):
+        return text
+    raw = str(tokenizer.convert_ids_to_tokens(token))
+    single = _BYTE.fullmatch(raw)
+    if single:
+        held = bytes([int(single[1], 16)])
+    elif raw and all(character in _BYTES for character in raw):
+        held = bytes(_BYTES[character] for character in raw)
+    else:
+        return text  # the vocabulary holds the replacement character itself
+    return held.decode("utf-8", errors="workbench.hex")
+
+
+def _as_hex(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "".join(f"⟨{byte:02X}⟩" for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("workbench.hex", _as_hex)
 
 
 def visible(token: str, longest: int = LONGEST_TOKEN) -> str:

@@ -135,8 +135,12 @@ class Frame {
     this.tip.replaceChildren(...lines.map((line) => make("div", {}, line)));
     this.tip.hidden = false;
     const { width, height } = this.tip.getBoundingClientRect();
-    this.tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 8))}px`;
-    this.tip.style.top = `${event.clientY + 18 + height > innerHeight ? Math.max(4, event.clientY - height - 12) : event.clientY + 18}px`;
+    // Beside the pointer and inside the window, in the root's own coordinates: a notebook may move its cells about.
+    const root = this.root.getBoundingClientRect();
+    const left = Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 8));
+    const top = event.clientY + 18 + height > innerHeight ? Math.max(4, event.clientY - height - 12) : event.clientY + 18;
+    this.tip.style.left = `${left - root.left}px`;
+    this.tip.style.top = `${top - root.top}px`;
   }
 
   hideTip() {
