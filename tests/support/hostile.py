@@ -1,4 +1,4 @@
-"""Tokens that try to run, to break a page, to be taken for markup or a formula, or not to be seen; and how they look."""
+"""Tokens that try to run, to break a page, to pass for markup or a formula, or not to be seen; and how they look."""
 
 HOSTILE = {
     "</script><script>window.__pwn=1</script>": "</script><script>window.__pwn=1</script>",
@@ -29,7 +29,6 @@ HOSTILE = {
     "\u200b": "⟨U+200B⟩",
     "\ud83d": "⟨U+D83D⟩",
     "⟨F0⟩⟨9F⟩": "⟨F0⟩⟨9F⟩",
-    "\ufffd": "\ufffd",
     "😀": "😀",
     "日本語": "日本語",
     "שלום": "שלום",
