@@ -1,0 +1,21 @@
+"""axe-core's findings on a page: what it says of WCAG 2.2 A and AA."""
+
+from importlib.resources import files
+
+import pytest
+from playwright.sync_api import Page
+
+TAGS = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa")
+
+
+def axe_violations(page: Page) -> list[str]:
+    """One line per element that breaks a rule; empty when none does."""
+    pytest.importorskip("axe_playwright_python")
+    # Evaluated over the browser's own channel: the page's policy allows no script but its own.
+    page.evaluate(files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8"))
+    found = page.evaluate("tags => axe.run(document, { runOnly: tags })", list(TAGS))
+    return [
+        f"{violation['id']}: {node['html'][:160]} ({node['failureSummary'][:200]})"
+        for violation in found["violations"]
+        for node in violation["nodes"]
+    ]

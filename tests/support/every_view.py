@@ -1,0 +1,57 @@
+"""Every view once, small, for the tests that hold of all of them. A new view goes into `VIEWS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+
+from workbench import attach
+from workbench.capture import Capture
+from workbench.views import View
+
+ROWS = ("entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "received")
+WORDS = tuple(f" word{i}" for i in range(64))
+
+
+class _Words:
+    """Decodes ids into given tokens."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.tokens = tokens
+
+    def decode(self, ids: Sequence[int], **_: bool) -> str:
+        return "".join(self.tokens[i] for i in ids)
+
+
+@cache
+def capture(layers: int = 2, heads: int = 3, tokens: Sequence[str] = WORDS[:12], batch: int = 1) -> Capture:
+    """A capture of a random GPT-2 over these tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    n = len(tokens)
+    config = GPT2Config(n_layer=layers, n_head=heads, n_embd=8 * heads, vocab_size=max(n, 8), n_positions=max(n, 16))
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "c_attn.weight" in name:  # patterns with peaks, as trained models have them
+                parameter.mul_(20)
+    with attach(model, _Words(tokens)) as wb, torch.inference_mode(), wb.capture(ROWS, values=True) as found:
+        model(torch.arange(n).repeat(batch, 1))
+    return found
+
+
+def _token_strip(tokens: Sequence[str] = WORDS[:12]) -> View:
+    from workbench import views
+
+    ramp = torch.linspace(0, 0.9, len(tokens)).tolist()
+    return views.token_strip(tokens, {"received": ramp, "effect": [v - 0.4 for v in ramp]}, title="Token strip")
+
+
+VIEWS: dict[str, Callable[[], View]] = {"token_strip": _token_strip}
+"""Kind of view -> one of it."""
+
+WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {"token_strip": _token_strip}
+"""Kinds of views that show tokens -> one of these tokens."""

@@ -1,0 +1,78 @@
+"""A JupyterLab of its own for a test: on a free port, with its own settings, and closed at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Page
+
+_PATIENCE = 90  # seconds that a loaded machine may take
+_IDLE = "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+
+
+@contextmanager
+def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
+    """The address of a JupyterLab that serves `folder` and keeps everything else in `home`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = home / "labconfig"
+    settings.mkdir(parents=True)
+    news = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
+    (settings / "default_setting_overrides.json").write_text(json.dumps(news))
+    tests = str(Path(__file__).parent.parent)
+    path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+    own = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("DATA", "CONFIG", "RUNTIME")}
+    own |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "user"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
+    command = [
+        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"),
+        *("--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True"),
+        *("--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}"),
+    ]
+    with (home / "log.txt").open("w") as log:
+        environment = {**os.environ, **own, "PYTHONPATH": path, "IPYTHONDIR": str(home / "ipython")}
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        try:
+            yield _answering(f"http://127.0.0.1:{port}", server, home / "log.txt")
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def _answering(address: str, server: subprocess.Popen[bytes], log: Path) -> str:
+    for _ in range(4 * _PATIENCE):
+        if server.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(f"{address}/api", timeout=5).close()
+            return address
+        except OSError:
+            time.sleep(0.25)
+    raise RuntimeError(f"JupyterLab does not answer: {log.read_text()[-2000:]}")
+
+
+def open_notebook(page: Page, address: str, name: str) -> None:
+    """Open a notebook and wait for its kernel."""
+    page.goto(f"{address}/lab/tree/{name}?reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=1000 * _PATIENCE)
+    page.wait_for_function(f"window.jupyterapp && {_IDLE}", timeout=1000 * _PATIENCE)
+
+
+def command(page: Page, name: str, **arguments: object) -> None:
+    """Run one of JupyterLab's commands, and wait for it."""
+    page.evaluate("([name, args]) => window.jupyterapp.commands.execute(name, args)", [name, arguments])
+
+
+def run_all(page: Page) -> None:
+    """Run all cells, and wait until the kernel has nothing left to do."""
+    command(page, "notebook:run-all-cells")
+    page.wait_for_function(f"window.jupyterapp && {_IDLE}", timeout=1000 * _PATIENCE)

@@ -1,0 +1,166 @@
+"""In a real JupyterLab: views live, clicks reach Python, and a notebook opened again still shows its pictures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from playwright.sync_api import Browser, Page
+
+from support.every_view import VIEWS
+from support.jupyterlab import command, jupyterlab, open_notebook, run_all
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+_KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+_ASKS = "from workbench.views import SHARED; print('selected', SHARED.value)"
+_LARGEST_STILL = 300_000
+
+
+def _notebook(folder: Path) -> Path:
+    cells = [nbformat.v4.new_code_cell("from support.every_view import VIEWS")]
+    cells += [nbformat.v4.new_code_cell(f"VIEWS[{kind!r}]()") for kind in VIEWS]
+    cells.append(nbformat.v4.new_code_cell(_ASKS))
+    path = folder / "views.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": _KERNEL}), path)
+    return path
+
+
+class Watch:
+    """Console errors and requests to anywhere but this machine."""
+
+    def __init__(self, page: Page) -> None:
+        self.errors: list[str] = []
+        self.outside: list[str] = []
+        page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        local = ("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")
+        page.on("request", lambda r: None if r.url.startswith(local) else self.outside.append(r.url))
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    pytest.importorskip("jupyterlab")
+    folder = tmp_path_factory.mktemp("notebooks")
+    _notebook(folder)
+    with jupyterlab(folder, tmp_path_factory.mktemp("home")) as address:
+        yield address, folder
+
+
+@pytest.fixture(scope="module")
+def run(lab: tuple[str, Path], browser: Browser) -> Iterator[tuple[Page, Watch]]:
+    """The notebook, run once, with every view on it live."""
+    address, _ = lab
+    page = browser.new_page(viewport={"width": 1280, "height": 9000})  # every cell in sight: none is put away
+    watch = Watch(page)
+    open_notebook(page, address, "views.ipynb")
+    run_all(page)
+    for kind in VIEWS:
+        page.wait_for_selector(f".jp-OutputArea .workbench.{kind}", timeout=60_000)
+    yield page, watch
+    page.close()
+
+
+def _selected(page: Page) -> str:
+    """What Python says is selected: the last cell, run again."""
+    page.evaluate(
+        """() => { const notebook = window.jupyterapp.shell.currentWidget.content;
+                   notebook.activeCellIndex = notebook.widgets.length - 1; }"""
+    )
+    command(page, "notebook:run-cell")
+    page.wait_for_timeout(300)
+    return str(page.locator(".jp-CodeCell .jp-OutputArea-output pre", has_text="selected ").last.inner_text())
+
+
+def test_every_view_is_live_and_hides_its_picture(run: tuple[Page, Watch]) -> None:
+    page, watch = run
+    page.wait_for_function("[...document.querySelectorAll('.workbench-still')].every(still => still.hidden)")
+    assert page.locator(".workbench-still").count() == len(VIEWS)
+    assert page.locator(".jp-OutputArea .workbench").count() == len(VIEWS)
+    assert not watch.errors
+    assert not watch.outside
+
+
+def test_a_click_reaches_python_and_every_other_view(run: tuple[Page, Watch]) -> None:
+    page, watch = run
+    page.locator(".workbench.token_strip [data-at='3']").click()
+    page.wait_for_timeout(300)
+    assert "token 3" in _selected(page)
+    assert not watch.errors
+
+
+def test_views_follow_the_theme(run: tuple[Page, Watch]) -> None:
+    page, watch = run
+    dark = "[...document.querySelectorAll('.workbench')].every(view => view.dataset.theme === '{}')"
+    command(page, "apputils:change-theme", theme="JupyterLab Dark")
+    page.wait_for_function(dark.format("dark"))
+    colour = page.evaluate("getComputedStyle(document.querySelector('.workbench')).backgroundColor")
+    assert sum(int(part) for part in colour.strip("rgb()").split(",")) < 150
+    command(page, "apputils:change-theme", theme="JupyterLab Light")
+    page.wait_for_function(dark.format("light"))
+    assert not watch.errors
+
+
+@pytest.fixture(scope="module")
+def saved(run: tuple[Page, Watch], lab: tuple[str, Path]) -> Any:
+    """The notebook as JupyterLab saves it after the run."""
+    command(run[0], "docmanager:save")
+    run[0].wait_for_timeout(500)
+    return nbformat.read(lab[1] / "views.ipynb", as_version=4)
+
+
+def test_a_saved_notebook_is_small(saved: Any) -> None:
+    states = saved.metadata.get("widgets", {})
+    assert len(str(states)) < 10_000
+    for cell in saved.cells[1:-1]:
+        assert len(nbformat.v4.writes(nbformat.v4.new_notebook(cells=[cell]))) < _LARGEST_STILL, cell.source
+        assert any("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+def test_a_notebook_opened_again_untrusted_shows_pictures_and_tables(
+    saved: Any, lab: tuple[str, Path], browser: Browser
+) -> None:
+    again = nbformat.from_dict(saved)
+    again.metadata["changed"] = True  # no longer what was signed when it ran
+    nbformat.write(again, lab[1] / "again.ipynb")
+    page = browser.new_page(viewport={"width": 1280, "height": 9000})
+    open_notebook(page, lab[0], "again.ipynb")
+    assert not page.evaluate("window.jupyterapp.shell.currentWidget.content.model.cells.get(1).trusted")
+    pictures = page.locator(".jp-OutputArea img")
+    pictures.first.wait_for(timeout=30_000)
+    assert pictures.count() >= len(VIEWS)
+    assert page.evaluate("[...document.querySelectorAll('.jp-OutputArea img')].every(i => i.naturalWidth > 100)")
+    assert page.locator(".jp-OutputArea table").count() >= 1
+    assert page.locator(".workbench").count() == 0
+    page.close()
+
+
+def test_a_trusted_notebook_opened_without_its_kernel_shows_pictures(
+    saved: Any, lab: tuple[str, Path], run: tuple[Page, Watch], browser: Browser
+) -> None:
+    run[0].evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    page = browser.new_page(viewport={"width": 1280, "height": 9000})
+    open_notebook(page, lab[0], "views.ipynb")
+    assert page.evaluate("window.jupyterapp.shell.currentWidget.content.model.cells.get(1).trusted")
+    page.locator(".workbench-still").first.wait_for(timeout=30_000)
+    shown = "[...document.querySelectorAll('.workbench-still img')].filter(i => i.offsetWidth > 100).length"
+    page.wait_for_function(f"{shown} === {len(VIEWS)}")
+    assert "model not found" not in page.locator(".jp-Notebook").inner_text()
+    page.close()
+
+
+def test_nbconvert_shows_pictures(saved: Any, lab: tuple[str, Path], browser: Browser) -> None:
+    source = lab[1] / "convert.ipynb"
+    nbformat.write(saved, source)
+    command_line = [sys.executable, "-m", "nbconvert", "--to", "html", str(source)]
+    subprocess.run(command_line, check=True, capture_output=True)
+    context = browser.new_context(offline=True)
+    page = context.new_page()
+    page.goto(source.with_suffix(".html").as_uri(), wait_until="domcontentloaded")
+    shown = "[...document.querySelectorAll('.workbench-still img')].filter(i => i.offsetWidth > 100).length"
+    assert page.evaluate(shown) == len(VIEWS)
+    context.close()
