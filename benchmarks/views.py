@@ -1,4 +1,4 @@
-"""How the views fare in a browser: time to the drawn page, hover to repaint, nodes, bytes; against BertViz and CircuitsVis.
+"""How the views fare in a browser, against BertViz and CircuitsVis: time to the drawn page, hover to repaint, bytes.
 
 The same maps go to each tool: one layer of twelve heads over N tokens, causal, of random peaked weights. Each page is
 opened from disk with the network off in headless Chromium; BertViz's requirejs, d3 and jQuery stand inlined instead of
@@ -243,16 +243,18 @@ def main() -> None:
         compared = against_peers(browser, chosen.lengths, chosen.rounds, Path(there))
         own = goals(browser, chosen.rounds, Path(there))
         browser.close()
-    text = f"""`python benchmarks/views.py`: one layer of {HEADS} heads over N tokens in headless Chromium that draws in software, network off.
-BertViz's `head_view` with its libraries inlined, CircuitsVis' `attention_heads`, our `attention_pattern`; the same weights.
+    text = f"""`python benchmarks/views.py`: one layer of {HEADS} heads over N tokens in headless Chromium that draws in
+software, network off. BertViz's `head_view` with its libraries inlined, CircuitsVis' `attention_heads`, our
+`attention_pattern`; the same weights.
 
 {compared}
 
-Our own pages of whole models and long inputs; "made" is the time and the memory, above what was held, of capture and page.
+Our own pages of whole models and long inputs; "made" is the time, and the memory above what was held, of making the
+capture and the page.
 
 {own}
 
-Median of {chosen.rounds} loads, interleaved in both orders. {machine("bertviz", "circuitsvis", "plotly")}"""
+Median of {chosen.rounds} loads, interleaved in both orders. {machine("plotly")}"""
     write_section(HEADING, text)
 
 

@@ -1,0 +1,141 @@
+"""Pages of views: addresses, shared selection, themes, printing, no scripts; and files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page
+
+from support.browser import WatchedPage
+from workbench.errors import ReportError
+from workbench.views import page as pages
+from workbench.views import token_strip
+
+TOKENS = [f" w{i}" for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with two strips of the same tokens."""
+    strips = [token_strip(TOKENS, range(9), title=title).spec for title in ("First", "Second")]
+    return pages.write(tmp_path_factory.mktemp("page") / "two.html", pages.render("Two strips", strips))
+
+
+def opened(watched: WatchedPage, file: Path, address: str = "") -> Page:
+    watched.page.goto(file.as_uri() + address)
+    watched.page.wait_for_selector("html[data-ready]")
+    return watched.page
+
+
+def chosen(page: Page) -> list[list[str]]:
+    return page.evaluate(
+        """[...document.querySelectorAll('.workbench')].map(view =>
+             [...view.querySelectorAll('[aria-selected="true"]')].map(token => token.dataset.at))"""
+    )
+
+
+@pytest.mark.browser
+def test_a_choice_shows_in_every_view_and_in_the_address(page: WatchedPage, two: Path) -> None:
+    tab = opened(page, two)
+    tab.locator(".workbench").first.locator("[data-at='4']").click()
+    assert chosen(tab) == [["4"], ["4"]]
+    assert tab.evaluate("location.hash") == "#q=4,t=4"
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_an_address_restores_the_choice(page: WatchedPage, two: Path) -> None:
+    tab = opened(page, two, "#L5H1+3,q=12,k=4,t=7,s=decoder.0%2C1")
+    assert chosen(tab) == [["7"], ["7"]]
+    tab.locator("[data-at='7']").first.press("Escape")
+    assert tab.evaluate("location.hash") == "#L5H1+3,q=12,k=4,s=decoder.0%2C1"
+    tab.evaluate("location.hash = '#t=2'")
+    tab.wait_for_function("document.querySelector('[aria-selected=\"true\"]')?.dataset.at === '2'")
+    page.assert_clean()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("address", ["#t=99999", "#L1H", "#t=-1,q=x", "#%E0%A4%A", "#s=%E0%A4", "#<script>", "#view-0"])
+def test_a_wrong_address_does_no_harm(page: WatchedPage, two: Path, address: str) -> None:
+    tab = opened(page, two, address)
+    assert chosen(tab) == [[], []]
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_the_theme_can_be_chosen(page: WatchedPage, two: Path) -> None:
+    tab = opened(page, two)
+    for theme in ("dark", "light"):
+        tab.locator("#theme").select_option(theme)
+        assert tab.locator(f".workbench[data-theme={theme}]").count() == 2
+        whole, inner = tab.evaluate(
+            "['html', '.workbench'].map(name => getComputedStyle(document.querySelector(name)).backgroundColor)"
+        )
+        assert whole == inner
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_on_paper_a_page_is_light_and_bare(page: WatchedPage, two: Path) -> None:
+    tab = opened(page, two)
+    tab.locator("#theme").select_option("dark")
+    tab.emulate_media(media="print")
+    tab.wait_for_selector(".workbench[data-theme=light]")
+    assert not tab.locator(".tools").first.is_visible()
+    assert tab.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
+
+
+@pytest.mark.browser
+def test_without_scripts_the_page_says_so(browser: Browser, two: Path) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto(two.as_uri())
+    assert "needs JavaScript" in tab.locator("main").inner_text()
+    context.close()
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "page.html"
+    pages.write(target, "old")
+
+    def full(self: Path, content: bytes) -> int:
+        with open(self, "wb") as file:
+            file.write(content[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def stopped(self: Path, content: bytes) -> int:
+        raise KeyboardInterrupt
+
+    fails: list[tuple[Any, type[BaseException]]] = [(full, ReportError), (stopped, KeyboardInterrupt)]
+    for fail, error in fails:
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "write_bytes", fail)
+            with pytest.raises(error):
+                pages.write(target, "new")
+        assert target.read_text() == "old"
+        assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_wrong_path_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="there is no folder"):
+        token_strip(TOKENS, range(9)).to_html(tmp_path / "nowhere" / "page.html")
+    with pytest.raises(ReportError, match="is a folder"):
+        token_strip(TOKENS, range(9)).to_png(tmp_path)
+
+
+def test_a_view_outside_a_notebook_says_where_it_can_go() -> None:
+    with pytest.raises(ReportError, match="there is no notebook"):
+        token_strip(TOKENS, range(9)).show()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "values", "said"),
+    [([], [], "no tokens"), (["a"], [1, 2], "another shape"), (["a", "b"], [[1, 2]], "another shape")],
+)
+def test_a_strip_refuses_what_does_not_fit(tokens: list[str], values: list[Any], said: str) -> None:
+    with pytest.raises(ReportError, match=said):
+        token_strip(tokens, values)
