@@ -50,7 +50,13 @@ def _token_strip(tokens: Sequence[str] = WORDS[:12]) -> View:
     return views.token_strip(tokens, {"received": ramp, "effect": [v - 0.4 for v in ramp]}, title="Token strip")
 
 
-VIEWS: dict[str, Callable[[], View]] = {"token_strip": _token_strip}
+def _head_atlas() -> View:
+    from workbench import views
+
+    return views.head_atlas(capture())
+
+
+VIEWS: dict[str, Callable[[], View]] = {"head_atlas": _head_atlas, "token_strip": _token_strip}
 """Kind of view -> one of it."""
 
 WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {"token_strip": _token_strip}

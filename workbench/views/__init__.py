@@ -4,8 +4,19 @@ Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and share
 """
 
 from workbench.views.base import View
+from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
 from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.token_strip import TokenStrip, token_strip
 
-__all__ = ["SHARED", "Selection", "SharedSelection", "TokenStrip", "View", "of", "token_strip"]
+__all__ = [
+    "SHARED",
+    "HeadAtlas",
+    "Selection",
+    "SharedSelection",
+    "TokenStrip",
+    "View",
+    "head_atlas",
+    "of",
+    "token_strip",
+]
