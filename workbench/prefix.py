@@ -59,14 +59,14 @@ class Prefix:
             for name in self.units:
                 module = modules[name]
                 held.append((module, vars(module).get("forward")))
-                module.forward = partial(self._run, name, module.forward)  # type: ignore[method-assign]
+                # Not by setattr: a TransformerLens bridge hands that on to the module that it wraps.
+                vars(module)["forward"] = partial(self._run, name, module.forward)
             yield
         finally:
-            for module, forward in held:
-                if forward is None:
-                    del module.forward
-                else:
-                    module.forward = forward  # type: ignore[method-assign]
+            for module, forward in reversed(held):
+                del vars(module)["forward"]
+                if forward is not None:
+                    vars(module)["forward"] = forward
             self.outputs.clear()
 
     @contextmanager
