@@ -58,15 +58,15 @@ class Prefix:
         try:
             for name in self.units:
                 module = modules[name]
-                held.append((module, vars(module).get("forward")))
+                held.append((module, module.__dict__.get("forward")))
                 # Not by setattr: a TransformerLens bridge hands that on to the module that it wraps.
-                vars(module)["forward"] = partial(self._run, name, module.forward)
+                module.__dict__["forward"] = partial(self._run, name, module.forward)
             yield
         finally:
             for module, forward in reversed(held):
-                del vars(module)["forward"]
+                del module.__dict__["forward"]
                 if forward is not None:
-                    vars(module)["forward"] = forward
+                    module.__dict__["forward"] = forward
             self.outputs.clear()
 
     @contextmanager

@@ -6,104 +6,26 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from workbench.compiled import check_not_compiled
-from workbench.errors import FormatError, InterventionError, WorkbenchError
+from workbench.errors import InterventionError, WorkbenchError
 from workbench.inputs import dropout_in_training
 from workbench.prefix import Prefix, tensors
 from workbench.provenance import describe, weights_hash
-from workbench.result import Result
 from workbench.session import Workbench
 from workbench.sweep_inputs import check_batches, check_resumed, identity, measured, size_of
+from workbench.sweep_result import Sweep, SweepInterrupted
 from workbench.variants import OutputStack, Resolved, Stack, Variant, repeat, resolve, split
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Metric = Callable[..., Tensor]
 _SAVE_EVERY = 30.0  # seconds
 _CLOSE = 1e-3  # largest relative difference that repeating the batch may make
-
-
-@dataclass(frozen=True, repr=False)
-class Sweep(Result):
-    """What each variant of a model scores on each example.
-
-    Attributes:
-        variants: their labels. metrics: names.
-        values: [variant, metric, example], float64; NaN where the sweep has not been yet.
-        clean: [metric, example] of the model as it is (with the sweep's `base`).
-        done: [variant, batch], True where it has been. batch_sizes: examples in each batch.
-        mode: "resumed", from the first edited block on; or "full", with `reason` why.
-        batched: whether variants ran side by side.
-        identity: what a file must share to be gone on from.
-    """
-
-    form = "workbench.sweep"
-
-    variants: tuple[str, ...]
-    metrics: tuple[str, ...]
-    values: Tensor
-    clean: Tensor
-    done: Tensor
-    batch_sizes: tuple[int, ...]
-    mode: str
-    reason: str
-    batched: bool
-    identity: dict[str, Any]
-    provenance: dict[str, Any]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every variant has been run on every batch."""
-        return bool(self.done.all())
-
-    @property
-    def effects(self) -> Tensor:
-        """[variant, metric, example]: the variant's value minus that of the model as it is."""
-        return self.values - self.clean
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row per variant and metric: means over the examples that are done."""
-        import pandas as pd
-
-        rows = [
-            {
-                "variant": label,
-                "metric": metric,
-                "value": float(self.values[i, j].nanmean()),
-                "clean": float(self.clean[j].nanmean()),
-                "effect": float(self.effects[i, j].nanmean()),
-            }
-            for i, label in enumerate(self.variants)
-            for j, metric in enumerate(self.metrics)
-        ]
-        return pd.DataFrame(rows, columns=["variant", "metric", "value", "clean", "effect"])
-
-    def __repr__(self) -> str:
-        done = "" if self.complete else f", {int(self.done.sum())} of {self.done.numel()} done"
-        examples = sum(self.batch_sizes)
-        return (
-            f"Sweep({len(self.variants)} variants, {examples} examples, {', '.join(self.metrics)}; {self.mode}{done})"
-        )
-
-
-class SweepInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a sweep. `partial` holds what is done; save it, and pass its path as `resume` to go on."""
-
-    def __init__(self, partial: Sweep, path: Path | None) -> None:
-        self.partial = partial
-        where = f"it is in {path}" if path else "keep it with error.partial.save(path)"
-        done = f"{int(partial.done.sum())} of {partial.done.numel()} runs are done"
-        super().__init__(f"{done}; {where}, and go on with resume=path")
 
 
 def run_sweep(
@@ -150,7 +72,8 @@ def run_sweep(
     >>> import workbench
     >>> wb = workbench.attach(nn.TransformerEncoderLayer(16, 4, batch_first=True).eval())
     >>> variants = [Variant((0, head)) for head in range(4)]
-    >>> found = run_sweep(wb, variants, [{"src": torch.randn(2, 5, 16)}], lambda y, batch: y.mean((1, 2)), progress=False)
+    >>> batches = [{"src": torch.randn(2, 5, 16)}]
+    >>> found = run_sweep(wb, variants, batches, lambda y, batch: y.mean((1, 2)), progress=False)
     >>> found.values.shape
     torch.Size([4, 1, 2])
     """
@@ -252,7 +175,9 @@ class _Runner:
     def _forward(self, batch: Mapping[str, Any], size: int, plan: Sequence[tuple[Any, ...]], start: str | None) -> Any:
         """The model's output with each of the plan's edits, side by side, begun at a block."""
         times = len(plan)
-        inputs = {name: value if name == "cache_position" else repeat(value, times, size) for name, value in batch.items()}
+        inputs = {
+            name: value if name == "cache_position" else repeat(value, times, size) for name, value in batch.items()
+        }
         self.stack.plan = plan
         self.stack.touched.clear()
         with self.prefix.resuming(start, times):
@@ -391,7 +316,8 @@ class _Runner:
             reason=self.reason,
             batched=self.batched,
             identity=self.identity,
-            provenance=describe(self.wb.model) | {"weights": self.identity.get("model weights", weights_hash(self.wb.model))},
+            provenance=describe(self.wb.model)
+            | {"weights": self.identity.get("model weights", weights_hash(self.wb.model))},
         )
         if path is not None:
             result.save(path)
@@ -457,6 +383,3 @@ def _close(whole: Any, part: Any) -> bool:
         if float(off[off.isfinite()].max() if bool(off.isfinite().any()) else 0.0) > limit:
             return False
     return True
-
-
-__all__ = ["FormatError", "Sweep", "SweepInterrupted", "Variant", "run_sweep"]

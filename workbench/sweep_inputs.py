@@ -26,7 +26,9 @@ def measured(metrics: Any) -> dict[str, Callable[..., Any]]:
         raise WorkbenchError("there is no metric", hint="metric(output, batch) gives one number per example")
     for name, metric in named.items():
         if not callable(metric):
-            raise WorkbenchError(f'the metric "{name}" is {type(metric).__name__}, expected a function of output and batch')
+            raise WorkbenchError(
+                f'the metric "{name}" is {type(metric).__name__}, expected a function of output and batch'
+            )
     return named
 
 

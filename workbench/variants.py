@@ -113,14 +113,17 @@ def _resolve_one(
         edits = variant.edit if isinstance(variant.edit, Sequence) else (variant.edit,)
         if not edits or not all(isinstance(edit, (Edit, OutputEdit)) for edit in edits):
             raise InterventionError(
-                f"the variant {label or variant!r} has neither heads nor an edit", hint="Variant(heads), or Variant(edit=…)"
+                f"the variant {label or variant!r} has neither heads nor an edit",
+                hint="Variant(heads), or Variant(edit=…)",
             )
         own = tuple(edit for edit in edits if isinstance(edit, (Edit, OutputEdit)))
         return Resolved(label or " ".join(type(edit).__name__ for edit in own), own, f"{label} {about(own)}")
     where = Positions(variant.positions)
     if variant.edit is not None:
         if not callable(variant.edit) or isinstance(variant.edit, (Edit, OutputEdit)):
-            raise InterventionError(f"edit is {type(variant.edit).__name__}, expected a function edit(rows, site, head)")
+            raise InterventionError(
+                f"edit is {type(variant.edit).__name__}, expected a function edit(rows, site, head)"
+            )
         edit: Edit = PatternEdit(heads, variant.edit, where)
         return Resolved(label, (edit,), f"{label} {listed} {about(variant.edit)} {about(where)}")
     source = zero if variant.how == "zero" else _of_shared(sources[variant.how], variant.how, heads)
@@ -267,7 +270,9 @@ def split(output: Any, parts: int, rows: int | None = None) -> list[Any]:
         return list(output.tensor_split(parts))
     if isinstance(output, Mapping):
         made = {key: split(value, parts, rows) for key, value in output.items()}
-        return [_like(output, {key: value[i] for key, value in made.items() if value[i] is not None}) for i in range(parts)]
+        return [
+            _like(output, {key: value[i] for key, value in made.items() if value[i] is not None}) for i in range(parts)
+        ]
     if isinstance(output, (tuple, list)):
         items = [split(item, parts, rows) for item in output]
         each = [[item[i] for item in items] for i in range(parts)]

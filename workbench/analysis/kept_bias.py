@@ -12,7 +12,7 @@ from workbench.errors import InterventionError
 from workbench.hooks.sites import Site
 
 
-class PrunedT5Attention(T5Attention):  # type: ignore[misc]
+class PrunedT5Attention(T5Attention):
     """Takes and gives the bias of all heads that there were, and adds that of the heads that it kept.
 
     Attributes:

@@ -34,10 +34,10 @@ class _Attention:
 
     site: Site
     module: Any
-    q: nn.Module
-    k: nn.Module
-    v: nn.Module
-    out: nn.Module
+    q: Any
+    k: Any
+    v: Any
+    out: Any
     fused: bool
     width: int
     heads: int
@@ -105,7 +105,7 @@ def _parts(model: nn.Module, site: Site) -> _Attention:
     kv_heads = kv_heads_of(module) or heads
     width = next((w for name in _WIDTHS if isinstance(w := getattr(module, name, None), int)), None)
     names = next((names for names in _QKV if all(_is_linear(getattr(module, name, None)) for name in names)), None)
-    fused = names is None and is_conv1d(getattr(module, "c_attn", None))
+    fused = names is None and is_conv1d(getattr(module, "c_attn", module))
     if heads is None or kv_heads is None or width is None or (names is None and not fused):
         raise _unknown(site, module, "its projections are not found")
     if fused:
@@ -162,10 +162,10 @@ def _prune(attention: _Attention, gone: Sequence[int]) -> None:
     if len(counts) > 1:
         cut = next(kv for kv in keep_kv if left[kv] < group)
         raise InterventionError(
-            f"kv group {cut} (heads {cut * group} to {(cut + 1) * group - 1}) would keep {left[cut]} of its {group} heads, "
-            "other groups another number",
+            f"kv group {cut} (heads {cut * group} to {(cut + 1) * group - 1}) would keep {left[cut]} of its {group} "
+            "heads, other groups another number",
             site=attention.site.name,
-            hint=f'prune it as a whole ("{attention.site.label(0).replace("H0", f"KV{cut}")}"), or as many heads of each',
+            hint=f'prune it as a whole ("L{attention.site.layer}KV{cut}"), or as many heads of each',
         )
     rows, kv_rows = _rows(keep, attention.width), _rows(keep_kv, attention.width)
     if attention.fused:
@@ -224,13 +224,13 @@ def _cut_inputs(layer: Any, rows: Tensor) -> None:
 def _cut_fused(attention: _Attention, rows: Tensor) -> None:
     """GPT-2's query, key and value in one layer; across sequences, key and value, with the query beside them."""
     total = attention.heads * attention.width
-    own = [(attention.k, attention.k.weight.shape[1] // total)]  # type: ignore[operator]
+    own: list[tuple[Any, int]] = [(attention.k, attention.k.weight.shape[1] // total)]
     own += [(attention.q, 1)] if attention.q is not attention.k else []
     for layer, parts in own:
         columns = torch.cat([rows + i * total for i in range(parts)])
-        _set(layer, "weight", layer.weight.detach()[:, columns])  # type: ignore[operator, index]
-        _set(layer, "bias", layer.bias.detach()[columns])  # type: ignore[operator, index]
-        layer.nf = len(columns)  # type: ignore[assignment]
+        _set(layer, "weight", layer.weight.detach()[:, columns])
+        _set(layer, "bias", layer.bias.detach()[columns])
+        layer.nf = len(columns)
 
 
 def _weight_in(layer: Any, heads: Sequence[int], width: int) -> Tensor:
