@@ -77,11 +77,12 @@ def head_importance(
         InterventionError: no such head, a grid that does not match the tokens, a model that is not deterministic.
 
     >>> import workbench
-    >>> wb = workbench.attach(torch.nn.TransformerEncoderLayer(16, 4, batch_first=True).eval())
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True)
+    >>> wb = workbench.attach(torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval())
     >>> batches = [{"src": torch.randn(3, 5, 16)}]
     >>> found = head_importance(wb, batches, metric=lambda y, batch: y.mean((1, 2)), progress=False)
     >>> found.score("zero").shape, len(found.ranking("gradient"))
-    (torch.Size([4]), 4)
+    (torch.Size([8]), 8)
     """
     measures = as_measures(metric)
     named = _methods(methods)
