@@ -32,7 +32,7 @@ class Prefix:
     def __init__(self, model: nn.Module, sites: Sites) -> None:
         self.model = model
         modules = dict(model.named_modules())
-        found = dict.fromkeys(block_of(model, sites, site.name) for site in sites)
+        found = dict.fromkeys(block_of(model, sites, site.name) or _numbered(site.name) for site in sites)
         lists = list(dict.fromkeys(name.rpartition(".")[0] for name in found if name))
         self.blocks = [
             f"{name}.{child}".lstrip(".")
@@ -170,6 +170,11 @@ def _copy(value: Any) -> Any:
         new = {key: _copy(item) for key, item in value.items()}
         return new if type(value) is dict else type(value)(**new)
     return value
+
+
+def _numbered(name: str) -> str:
+    """A module in a list, which is a block that attends itself; "" for others."""
+    return name if name.rpartition(".")[2].isdigit() else ""
 
 
 def _towers(lists: Sequence[str]) -> list[str]:
