@@ -56,8 +56,21 @@ def _head_atlas() -> View:
     return views.head_atlas(capture())
 
 
-VIEWS: dict[str, Callable[[], View]] = {"head_atlas": _head_atlas, "token_strip": _token_strip}
+def _attention_pattern(tokens: Sequence[str] = WORDS[:12]) -> View:
+    from workbench import views
+
+    return views.attention_pattern(capture(tokens=tuple(tokens)))
+
+
+VIEWS: dict[str, Callable[[], View]] = {
+    "attention_pattern": _attention_pattern,
+    "head_atlas": _head_atlas,
+    "token_strip": _token_strip,
+}
 """Kind of view -> one of it."""
 
-WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {"token_strip": _token_strip}
+WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
+    "attention_pattern": _attention_pattern,
+    "token_strip": _token_strip,
+}
 """Kinds of views that show tokens -> one of these tokens."""

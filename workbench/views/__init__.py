@@ -3,6 +3,7 @@
 Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and shares its selection with the others.
 """
 
+from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
@@ -11,11 +12,13 @@ from workbench.views.token_strip import TokenStrip, token_strip
 
 __all__ = [
     "SHARED",
+    "AttentionPattern",
     "HeadAtlas",
     "Selection",
     "SharedSelection",
     "TokenStrip",
     "View",
+    "attention_pattern",
     "head_atlas",
     "of",
     "token_strip",
