@@ -20,6 +20,8 @@ from workbench.errors import (
 
 if TYPE_CHECKING:
     from workbench import models, tasks
+    from workbench.analysis.conditioning.capacity import Capacity, capacity
+    from workbench.analysis.conditioning.experiments import Conditioning, conditioning
     from workbench.capture import Capture, load_capture
     from workbench.heads import KVGroup
     from workbench.report import Report
@@ -31,6 +33,10 @@ __version__ = "0.1.0"
 _LAZY = {
     "Workbench": "workbench.session",
     "attach": "workbench.session",
+    "Capacity": "workbench.analysis.conditioning.capacity",
+    "capacity": "workbench.analysis.conditioning.capacity",
+    "Conditioning": "workbench.analysis.conditioning.experiments",
+    "conditioning": "workbench.analysis.conditioning.experiments",
     "Capture": "workbench.capture",
     "SiteCapture": "workbench.site_capture",
     "load_capture": "workbench.capture",
@@ -41,8 +47,10 @@ _LAZY_MODULES = ("models", "tasks")
 
 __all__ = [
     "AttachError",
+    "Capacity",
     "Capture",
     "CaptureError",
+    "Conditioning",
     "FormatError",
     "InterventionError",
     "KVGroup",
@@ -53,6 +61,8 @@ __all__ = [
     "Workbench",
     "WorkbenchError",
     "attach",
+    "capacity",
+    "conditioning",
     "load_capture",
     "models",
     "tasks",

@@ -246,7 +246,17 @@ def capacity(
             hint="pass more batches, smaller sizes=, or a larger pool=",
         )
     plan = Plan(
-        chosen, tuple(rules), tuple(queries), options or {}, repeats, n_queries, noise, features, unit_keys, seed, memory
+        chosen,
+        tuple(rules),
+        tuple(queries),
+        options or {},
+        repeats,
+        n_queries,
+        noise,
+        features,
+        unit_keys,
+        seed,
+        memory,
     )
     held = {
         "criterion": list(criterion), "features": features, "unit_keys": unit_keys, "noise": noise, "repeats": repeats,
@@ -272,7 +282,9 @@ def summarise(
     parts = []
     for pairs in tqdm(found, desc="capacity", disable=not progress):
         sums = probe(pairs, plan)
-        parts.append((pairs, knees(sums, plan.sizes, *criterion, resamples=resamples, seed=plan.seed), _keys(pairs, plan)))
+        parts.append(
+            (pairs, knees(sums, plan.sizes, *criterion, resamples=resamples, seed=plan.seed), _keys(pairs, plan))
+        )
     per_head = [(pairs.site, h) for pairs, _, _ in parts for h in range(pairs.q.shape[0])]
     widest = max(spectrum.shape[-1] for *_, (_, spectrum, _) in parts)
 

@@ -120,7 +120,9 @@ def knees(
     )
 
 
-def _ordered(curves: Tensor, sizes: Sequence[int], measure: str, threshold: float) -> tuple[Tensor, Sequence[int], float]:
+def _ordered(
+    curves: Tensor, sizes: Sequence[int], measure: str, threshold: float
+) -> tuple[Tensor, Sequence[int], float]:
     values, level = quality(curves, measure, threshold)
     return values, sizes, level
 
