@@ -37,7 +37,7 @@ def mqar(
 
     >>> example = mqar(1, seed=0, pairs=2)[0]
     >>> example.prompt, example.answer
-    ('dragon spider hammer onion hammer', ' onion')
+    ('island whistle kettle monkey kettle', ' monkey')
     """
     check_common(n, "all")
     keys, values = list(dict.fromkeys(keys)), list(dict.fromkeys(values))

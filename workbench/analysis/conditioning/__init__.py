@@ -7,5 +7,6 @@ conditional stimuli, values unconditional ones, queries test what was associated
 from workbench.analysis.conditioning import theory
 from workbench.analysis.conditioning.features import FEATURES, feature_map
 from workbench.analysis.conditioning.memories import RULES, Memory, memory
+from workbench.analysis.conditioning.stacks import StackFailures, simulate_stack
 
-__all__ = ["FEATURES", "RULES", "Memory", "feature_map", "memory", "theory"]
+__all__ = ["FEATURES", "RULES", "Memory", "StackFailures", "feature_map", "memory", "simulate_stack", "theory"]

@@ -41,7 +41,7 @@ def correlations(
     known = scores.isfinite()
     y = scores[known]
     if len(y) < 3:
-        return {name: (0.0, -1.0, 1.0) for name in quantities}
+        return dict.fromkeys(quantities, (0.0, -1.0, 1.0))
     picked = torch.randint(len(y), (resamples, len(y)), generator=torch.Generator().manual_seed(seed))
     found = {}
     for name, values in quantities.items():

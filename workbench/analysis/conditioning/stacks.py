@@ -1,4 +1,4 @@
-"""Stacks of layers whose heads fail by chance, simulated, beside the formulas for them (arXiv 2508.08289, theorem 9)."""
+"""Stacks of layers whose heads fail by chance, simulated, beside the formulas (arXiv 2508.08289, theorem 9)."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def worst_capacity(d_k: Any, delta: Any = 1.0, epsilon: Any = 0.1) -> Any:
 
 
 def failure_bound(n: Any, d_k: Any, delta: Any = 1.0) -> Any:
-    """Upper bound on the chance that one item fails, (n − 1) / (δ d_k), by Markov's inequality; above 1 it says nothing.
+    """Upper bound on the chance that one item fails, (n − 1) / (δ d_k), by Markov; above 1 it says nothing.
 
     >>> failure_bound(5, 256)
     0.015625
