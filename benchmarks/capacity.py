@@ -71,7 +71,8 @@ def compare(read: Tensor, target: Tensor, v: Tensor) -> Tensor:
     product, power, length = ((a * b).sum(-1).double() for a, b in ((read, wanted), (read, read), (wanted, wanted)))
     likeness = read @ unit(v).transpose(1, 2)
     own = likeness.gather(-1, target[..., None])[..., 0]
-    hits = own >= likeness.amax(-1) - 1e-5 * power.sqrt()
+    best = likeness.amax(-1)
+    hits = (own >= best - 1e-5 * power.sqrt()) & (best > 0)
     each = (product, power, length, product / (power * length).sqrt(), hits.double(), torch.ones_like(product))
     return torch.stack([one.sum(-1) for one in each])
 

@@ -208,7 +208,7 @@ def capacity(
 
     Args:
         wb: an attached model. batches: a dict of model inputs, or several.
-        rules: names from `conditioning.RULES`. options: rule -> options of its memory, such as {"delta": {"rate": 0.5}}.
+        rules: names from `conditioning.RULES`. options: such as {"delta": {"rate": 0.5}}.
         sizes: numbers of pairs; up to 256, or to the fewest tokens that a site has seen, if None.
         queries: kinds among "stored", "noisy", "own".
         criterion: measure ("cosine", "relative_error", "top1", "snr_db") and threshold. At an SNR of 0 dB interference

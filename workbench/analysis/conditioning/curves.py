@@ -99,7 +99,7 @@ def check_criterion(measure: str, threshold: float) -> None:
 def knees(
     sums: Tensor, sizes: Sequence[int], measure: str, threshold: float, *, resamples: int = 200, seed: int = 0
 ) -> Knees:
-    """Curves and n* from sums [sum, head, ..., n, repeat]; repeats are drawn anew with replacement for the intervals."""
+    """Curves and n* from sums [sum, head, ..., n, repeat]; intervals draw repeats anew, with replacement."""
     curves = measures(sums.sum(-1))
     n_star, censored = crossing(*_ordered(curves, sizes, measure, threshold))
     generator = torch.Generator().manual_seed(seed)

@@ -71,7 +71,7 @@ def schedules(trials: int = 8) -> dict[str, Schedule]:
         return phases("A+") + (Trial((first,), "A"),) * trials
 
     listed = (
-        Schedule("acquisition", "A", phases("A+"), phases("C+"), 1, "a cue that was followed by the outcome predicts it"),
+        Schedule("acquisition", "A", phases("A+"), phases("C+"), 1, "a cue that the outcome followed predicts it"),
         Schedule(
             "extinction", "A", phases("A+", "A-"), phases("A+", "C-"), -1, "trials without the outcome undo it",
         ),
