@@ -127,7 +127,7 @@ def test_bad_input(encoder):
     with workbench.attach(encoder) as wb:
         with pytest.raises(CaptureError, match="11 pairs cannot be stored: the site has seen 10 tokens"):
             workbench.capacity(wb, batch, sizes=(1, 11), progress=False)
-        with pytest.raises(WorkbenchError, match="reaches 3.*below 2"):
+        with pytest.raises(WorkbenchError, match=r"reaches 3.* below 2"):
             workbench.capacity(wb, batch, options={"delta": {"rate": 3.0}}, progress=False)
         with pytest.raises(WorkbenchError, match='did you mean "delta"'):
             workbench.capacity(wb, batch, rules=("deltas",), progress=False)

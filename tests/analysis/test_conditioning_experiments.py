@@ -61,7 +61,7 @@ def test_in_context(tmp_path):
 def test_bad_experiments():
     with pytest.raises(WorkbenchError, match='did you mean "blocking"'):
         workbench.conditioning(experiments="bloking", progress=False)
-    with pytest.raises(WorkbenchError, match=r"reaches 2\.\d* and must stay below 2"):
+    with pytest.raises(WorkbenchError, match=r"reaches \d\.\d* and must stay below 2"):
         workbench.conditioning(
             experiments="blocking", rules=("delta",), options={"delta": {"rate": 1.2}}, progress=False
         )

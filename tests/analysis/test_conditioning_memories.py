@@ -67,7 +67,7 @@ def test_reading_after_each_write_is_linear_attention(rule, decay):
     wanted = lightning_attention(q, k, v, torch.tensor([decay], dtype=torch.float64))
     torch.testing.assert_close(torch.stack(out), wanted[0, 0], rtol=1e-12, atol=1e-12)
     away = torch.arange(33)[:, None] - torch.arange(33)
-    weights = (q[0, 0] @ k[0, 0].T * torch.tensor(decay).double() ** away.clamp(min=0)).tril()
+    weights = (q[0, 0] @ k[0, 0].T * torch.tensor(decay, dtype=torch.float64) ** away.clamp(min=0)).tril()
     torch.testing.assert_close(torch.stack(out), weights @ v[0, 0], rtol=1e-12, atol=1e-12)
 
 

@@ -108,13 +108,17 @@ def knees(
     weights = torch.zeros(resamples, repeats, dtype=torch.float64).scatter_add_(
         1, picked, torch.ones(resamples, repeats, dtype=torch.float64)
     )
-    lows, highs, n_lows, n_highs = [], [], [], []
+    lows: list[Tensor] = []
+    highs: list[Tensor] = []
+    n_lows: list[Tensor] = []
+    n_highs: list[Tensor] = []
     for head in range(sums.shape[1]):  # one at a time: all resamples of all heads at once would be large
         again = measures(torch.einsum("s...r,br->sb...", sums[:, head], weights))
         n, _ = crossing(*_ordered(again, sizes, measure, threshold))
         low, high = _quantiles(again.movedim(1, 0))
         n_low, n_high = _quantiles(n)
-        lows.append(low), highs.append(high), n_lows.append(n_low), n_highs.append(n_high)
+        for kept, bound in ((lows, low), (highs, high), (n_lows, n_low), (n_highs, n_high)):
+            kept.append(bound)
     return Knees(
         curves, torch.stack(lows, 1), torch.stack(highs, 1), n_star, torch.stack(n_lows), torch.stack(n_highs), censored
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from workbench.analysis.conditioning.correlation import pearson
 from workbench.analysis.conditioning.in_context import run_model, vocabulary
 from workbench.analysis.conditioning.memories import RULES
-from workbench.analysis.conditioning.schedules import Schedule, choose, run_rule
+from workbench.analysis.conditioning.schedules import Schedule, Trial, choose, run_rule
 from workbench.errors import WorkbenchError, nearest
 from workbench.result import Result
 
@@ -215,13 +215,14 @@ def _summarise(
         curves=means,
         low={name: b[0] for name, b in bounds.items()},
         high={name: b[1] for name, b in bounds.items()},
-        phases={
-            one.name: tuple(tuple("".join(t.cues) + t.outcome for t in g) for g in (one.experimental, one.control))
-            for one in chosen
-        },  # type: ignore[misc]
+        phases={one.name: (_words(one.experimental), _words(one.control)) for one in chosen},
         contrast=ends, contrast_low=low, contrast_high=high,
         effect=effect, agreement=agreement, correlation=correlation, limits=LIMITS, provenance=provenance,
     )  # fmt: skip
+
+
+def _words(trials: tuple[Trial, ...]) -> tuple[str, ...]:
+    return tuple("".join(trial.cues) + trial.outcome for trial in trials)
 
 
 def _bounds(samples: Tensor) -> tuple[Tensor, Tensor]:
