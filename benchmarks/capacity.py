@@ -114,9 +114,9 @@ def main() -> None:
     write_section(
         HEADING,
         f"""`python benchmarks/capacity.py`: how many of its own pairs each head can hold, for the rules
-{", ".join(RULES)}, asked with stored keys, noisy keys and the model's own queries. Time of a Python loop over heads and n (pairs written
-one at a time, all repeats at once) over that of the probe; largest relative difference of their numbers. Of all
-identifications (top-1), {changed} differ, where two values are equally near but for rounding.
+{", ".join(RULES)}, asked with stored keys, noisy keys and the model's own queries. Time of a Python loop over
+heads and n (pairs written one at a time, all repeats at once) over that of the probe; largest relative difference of
+their numbers. Of all identifications (top-1), {changed} differ, where two values are equally near but for rounding.
 
 {table(["heads", "pairs n to", "repeats", "loop / probe", "peak memory", "difference"], [row])}
 
