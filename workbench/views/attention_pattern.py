@@ -1,4 +1,4 @@
-"""Attention pattern: queries down, keys across; cell by cell for short inputs, a pyramid that keeps peaks for long ones."""
+"""Attention pattern: queries down, keys across; cell by cell, or in blocks that keep every peak for long inputs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class AttentionPattern(View):
         bar = figure.colorbar(
             image, label="weight, square-root scale" if site["weights"] == "normalised" else "|A| / Σ|A|"
         )
-        places = np.linspace(0, np.sqrt(high), 5)
+        places = np.linspace(0, np.sqrt(high), 5).tolist()
         bar.set_ticks(places, labels=[f"{p * p:.2g}" for p in places])
 
 
@@ -122,10 +122,10 @@ def attention_pattern(
 ) -> AttentionPattern:
     """What each query looks at, for one head or for all heads of a capture.
 
-    Up to 256 tokens the cells of a few heads are exact; up to 1024 they are kept in 8 bits; up to 4096 as an image with
-    exact largest weights per row; beyond, and where many heads share the budget, a cell is the largest weight in a block
-    of tokens and names the query and key it belongs to. In a notebook finer tiles are computed on demand. The view says
-    which it is, and the largest error.
+    Up to 256 tokens the cells of a few heads are exact; up to 4096 they are kept in 8 bits, with exact largest weights
+    per row; beyond, and where many heads share the budget, a cell is the largest weight in a block of tokens and names
+    the query and key it belongs to. In a notebook finer tiles are computed on demand. The view says which it is, and
+    the largest error.
 
     Args:
         source: a capture of one forward, a pattern, or weights [query, key] or [head, query, key].

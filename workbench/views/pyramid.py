@@ -1,7 +1,7 @@
-"""A pattern as small numbers for a page: blocks of tokens that keep every peak, exact largest weights, streamed in strips.
+"""A pattern as small numbers for a page: blocks of tokens that keep every peak, and exact largest weights.
 
-Byte 0 of a cell is a place that no query of the block may see; byte b > 0 is the weight ((b − 1) / 254)². The square root
-spends the levels where attention weights are: most of them are small.
+Byte 0 of a cell is a place that no query of the block may see; byte b > 0 is the weight ((b − 1) / 254)². The square
+root spends the levels where attention weights are: most of them are small.
 """
 
 from __future__ import annotations
@@ -91,20 +91,22 @@ def build(
     for at, head in enumerate(heads):
         for start in range(0, queries, step):
             strip = slice(start, min(start + step, queries))
-            weights = strip_of(pattern, batch, head, strip, slice(0, keys))
+            # Keys beyond those that any of these queries sees, half of a causal map, are not computed.
+            end = max(min(n_top, keys), pattern.mask.key_range(strip)[1])
+            weights = strip_of(pattern, batch, head, strip, slice(0, end))
             _fill_rows(weights, top_keys[at, strip], top[at, strip], first[at, strip])
             seen = torch.isfinite(weights)
             if bool(seen.any()):
                 first_key = min(first_key, int(seen.any(0).int().argmax()))
             pooled, place = _pool(weights, block)
             found = pooled.numpy()
-            where = slice(start // block, start // block + found.shape[0])
-            cells[at, where] = quantise(found)
+            where = slice(start // block, start // block + found.shape[0]), slice(0, found.shape[1])
+            cells[at][where] = quantise(found)
             if places is not None:
-                places[at, where] = place.numpy().astype(np.uint16)
+                places[at][where] = place.numpy().astype(np.uint16)
             if kept is not None:
-                kept[at, strip] = weights.numpy()
-            shown = dequantise(cells[at, where])
+                kept[at, strip, :end] = weights.numpy()
+            shown = dequantise(cells[at][where])
             error = max(error, float(np.nanmax(np.abs(shown - found), initial=0.0)))
     first_key = first_key if first_key < keys else 0
     return Pyramid(cells, places, block, error, top_keys, top, first, first_key, kept)
