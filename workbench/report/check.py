@@ -128,7 +128,11 @@ def _policy_problems(page: _Page) -> list[str]:
         problems.append("the policy does not say base-uri 'none'")
     for name, values in directives.items():
         loose = [
-            value for value in values if value != "'none'" and not re.fullmatch(r"'sha256-[\w+/]+=*'|data:", value)
+            value
+            for value in values
+            if value != "'none'"
+            and not re.fullmatch(r"'sha256-[\w+/]+=*'|data:", value)
+            and not (value == "blob:" and name in ("img-src", "media-src"))
         ]
         problems += [f"the policy allows {value} in {name}" for value in loose]
     for block in page.blocks:
@@ -142,7 +146,7 @@ def _policy_problems(page: _Page) -> list[str]:
 def _block_problems(blocks: list[_Block]) -> list[str]:
     problems = []
     data = [block for block in blocks if block.attributes.get("type", "").lower() == "application/json"]
-    if not any(block.attributes.get("id") == "data" for block in data):
+    if not any(block.attributes.get("id") == "provenance" for block in data):
         problems.append("the page holds no data: it was not written by Report")
     for block in data:
         name = block.attributes.get("id", "without a name")

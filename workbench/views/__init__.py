@@ -5,21 +5,26 @@ Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and share
 
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
+from workbench.views.compare import Compare, compare
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
+from workbench.views.overview import overview
 from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.token_strip import TokenStrip, token_strip
 
 __all__ = [
     "SHARED",
     "AttentionPattern",
+    "Compare",
     "HeadAtlas",
     "Selection",
     "SharedSelection",
     "TokenStrip",
     "View",
     "attention_pattern",
+    "compare",
     "head_atlas",
     "of",
+    "overview",
     "token_strip",
 ]

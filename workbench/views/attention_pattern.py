@@ -286,7 +286,7 @@ def _block(sources: Sequence[_Source], budget: float) -> int:
         if block > pyramid.MOST_BLOCK:
             asked = sum(_cells(each, pyramid.MOST_BLOCK) for each in sources)
             raise ReportError(
-                f"even in blocks of {pyramid.MOST_BLOCK} tokens the maps have {asked:,.0f} cells, the budget is {budget:,.0f}",
+                f"in blocks of {pyramid.MOST_BLOCK} tokens the maps still have {asked:,.0f} cells of {budget:,.0f}",
                 hint="show fewer sites or heads, or pass a larger budget=",
             )
     # Three bytes a cell, and no eye sees more: long maps come down to what a screen can show.
