@@ -15,6 +15,8 @@ from playwright.sync_api import Page
 
 from support.browser import WatchedPage
 from support.every_view import capture
+from support.tiny import family, make
+from workbench import attach
 from workbench.errors import CaptureError, ReportError
 from workbench.kernels.masks import causal
 from workbench.kernels.softmax import SoftmaxPattern
@@ -93,10 +95,17 @@ def test_a_budget_that_nothing_fits_is_refused() -> None:
 
 
 def test_signed_weights_are_shown_as_shares_and_said_to_be() -> None:
-    weights = torch.tensor([[1.0, -3.0], [0.5, 0.5]])
-    view = attention_pattern(weights)
-    np.testing.assert_allclose(view.spec.blocks["exact:0:0"][0], [[0.25, 0.75], [0.5, 0.5]])
+    found = family("mamba2")
+    model = make(found)
+    with attach(model) as wb, torch.no_grad(), wb.capture(["entropy"]) as cap:
+        model(**found.inputs())
+    view = attention_pattern(cap.calls[0])
+    site = view.spec.facts["sites"][0]
+    assert site["weights"] == "signed"
     assert "|A| / Σ|A|" in " ".join(view.spec.notes)
+    truth = cap.calls[0][0].pattern.dense()[0, 0].double().abs()
+    shown = dequantise(view.spec.blocks["cells:0:0"][0])
+    assert np.abs(shown - (truth / truth.sum(-1, keepdim=True)).numpy()).max() <= site["error"] + 1e-6
 
 
 @pytest.mark.parametrize(
@@ -206,7 +215,6 @@ def test_hover_tells_the_weight(page: WatchedPage, tmp_path: Path, heads: int) -
     tab = opened(page, view, tmp_path)
     for row, column in ((19, 3), (7, 7), (12, 0), (15, 9)):
         cell(tab, row, column)
-        tab.wait_for_function(f"document.querySelector('.status').textContent.includes('({row})') || true")
         text = said(tab)
         assert f"position {row} → position {column}" in text
         exact = "≈" not in text
@@ -229,7 +237,8 @@ def test_colours_give_the_weights_back(page: WatchedPage, tmp_path: Path) -> Non
       const canvas = document.querySelector('.matrix canvas'), { left, top, cell, height } = canvas.dataset;
       const dpr = window.devicePixelRatio;
       const at = (edge, i, size) => Math.round((Number(edge) + (i + 0.5) * Number(size)) * dpr);
-      return [...canvas.getContext('2d').getImageData(at(left, column, cell), at(top, row, height), 1, 1).data].slice(0, 3);
+      const pixel = canvas.getContext('2d').getImageData(at(left, column, cell), at(top, row, height), 1, 1);
+      return [...pixel.data].slice(0, 3);
     }"""
     import matplotlib as mpl
 
