@@ -4,6 +4,7 @@ Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and share
 """
 
 from workbench.views.base import View
+from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
 from workbench.views.selection import SHARED, Selection, SharedSelection
@@ -11,11 +12,14 @@ from workbench.views.token_strip import TokenStrip, token_strip
 
 __all__ = [
     "SHARED",
+    "Click",
+    "Figure",
     "HeadAtlas",
     "Selection",
     "SharedSelection",
     "TokenStrip",
     "View",
+    "figure",
     "head_atlas",
     "of",
     "token_strip",

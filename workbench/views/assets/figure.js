@@ -199,13 +199,13 @@ class Chart {
   sentence(trace, index) {
     const { x, y, z, error = "" } = this.about(trace, index);
     const full = this.full(trace);
-    const { _fullLayout: layout } = this.plot;
+    const { layout } = this.frame.facts.figure;
     const axis = (name) => layout[`${name[0]}axis${name.slice(1)}`];
     const said = (value) => (typeof value === "string" ? plain(value) : exactly(value ?? NaN));
     const shown = (name, value) => `${titleOf(axis(name)) || name[0]} ${said(value)}`;
     const where = `${shown(full.xaxis ?? "x", x)}, ${shown(full.yaxis ?? "y", y)}`;
     const which = this.data.length > 1 ? `${plain(this.data[trace].name ?? `trace ${trace}`)}: ` : "";
-    return which + where + error + (z === undefined ? "" : `: ${titleOf(full.colorbar) || "value"} ${said(z)}`);
+    return which + where + error + (z === undefined ? "" : `: ${titleOf(this.data[trace].colorbar) || "value"} ${said(z)}`);
   }
 
   key(event) {
