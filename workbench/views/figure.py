@@ -1,4 +1,4 @@
-"""Figure: the host of all charts. A plotly figure, live and on a page, whose points can be clicked and walked by keys."""
+"""Figure: the host of all charts. A plotly figure, live and on a page, with points to click and to walk by keys."""
 
 from __future__ import annotations
 

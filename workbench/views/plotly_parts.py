@@ -1,4 +1,4 @@
-"""A plotly figure taken apart: its JSON with the arrays as blocks, its points as a table, what a click on it chooses."""
+"""A plotly figure taken apart: its JSON with the arrays as blocks, its points as a table, what a click chooses."""
 
 from __future__ import annotations
 

@@ -178,6 +178,7 @@ class _Panel:
         put["label"](title_of(about))
         if about.get("type") == "log":
             put["scale"]("log")
+            getattr(self.axes, f"{which}axis").set_major_formatter(lambda value, _: f"{value:g}")
         if which in self.categories:
             names = [plain_text(name) for name in self.categories[which]]
             step = -(-len(names) // _MOST_LABELS)

@@ -68,6 +68,7 @@ class Chart {
   }
 
   close() {
+    clearTimeout(this.pointing);
     if (this.plotly) this.plotly.purge(this.plot);
     this.frame.close();
   }
@@ -104,12 +105,12 @@ class Chart {
         xaxis: { ...axis, ...flat },
         yaxis: { ...axis, ...flat },
         margin: { l: 56, r: 16, t: 20, b: 44 },
-        hoverlabel: { bgcolor: paper, bordercolor: edge, align: "left", font: { color: ink } },
+        hoverlabel: { bgcolor: paper, bordercolor: edge, align: "left", font: { color: ink, family: getComputedStyle(frame.root).fontFamily } },
         modebar: { bgcolor: "rgba(0,0,0,0)", color: muted, activecolor: ink },
         shapedefaults: { line: { color: muted, width: 1.5 } },
         annotationdefaults: { font: { color: ink }, arrowcolor: muted },
         coloraxis: { colorbar: bar },
-        legend: { bgcolor: "rgba(0,0,0,0)" },
+        legend: { bgcolor: "rgba(0,0,0,0)", traceorder: "normal" },
       },
       data: { heatmap: [{ colorbar: bar, hoverongaps: false }], contour: [{ colorbar: bar }] },
     };
@@ -139,7 +140,7 @@ class Chart {
     for (const svg of this.plot.querySelectorAll("svg")) svg.setAttribute("aria-hidden", "true"); // the table says it all
     if (first) {
       this.plot.on("plotly_click", ({ points }) => this.clicked(points[0]));
-      this.plot.on("plotly_hover", ({ points }) => this.hovered(points[0]));
+      this.plot.on("plotly_hover", () => (this.ring.hidden = true));
       this.finished();
     }
   }
@@ -250,15 +251,16 @@ class Chart {
   show(trace, index) {
     this.trace = trace;
     this.entered = true;
-    this.keyed = true;
     const full = this.full(trace);
     this.plotly.Fx.hover(this.plot, [{ curveNumber: trace, pointNumber: index }], `${full.xaxis ?? "x"}${full.yaxis ?? "y"}`);
     this.frame.say(this.sentence(trace, index));
+    clearTimeout(this.pointing);
+    this.pointing = setTimeout(() => this.encircle(), 80); // plotly shows no label sooner than 50 ms after the last
   }
 
-  hovered({ bbox }) {
-    this.ring.hidden = !this.keyed || !bbox;
-    this.keyed = false;
+  encircle() {
+    const bbox = this.plot._hoverdata?.[0]?.bbox;
+    this.ring.hidden = !bbox || !this.entered;
     if (this.ring.hidden) return;
     const [width, height] = [Math.max(14, bbox.x1 - bbox.x0 + 6), Math.max(14, bbox.y1 - bbox.y0 + 6)];
     Object.assign(this.ring.style, { width: `${width}px`, height: `${height}px`, left: `${(bbox.x0 + bbox.x1 - width) / 2}px`, top: `${(bbox.y0 + bbox.y1 - height) / 2}px` });
