@@ -7,6 +7,7 @@ from workbench.views.base import View
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
+from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.token_strip import TokenStrip, token_strip
 
@@ -15,6 +16,7 @@ __all__ = [
     "Click",
     "Figure",
     "HeadAtlas",
+    "RunTimeline",
     "Selection",
     "SharedSelection",
     "TokenStrip",
@@ -22,5 +24,6 @@ __all__ = [
     "figure",
     "head_atlas",
     "of",
+    "run_timeline",
     "token_strip",
 ]
