@@ -71,7 +71,25 @@ def _compare(tokens: Sequence[str] = WORDS[:12]) -> View:
     )
 
 
+def _figure() -> View:
+    import plotly.graph_objects as go
+
+    from workbench import views
+
+    lines = go.Figure(go.Scatter(x=[1, 2, 3], y=[0.5, 0.25, 0.2], name="loss"))
+    lines.data[0].update(customdata=[[0, 1], [1, 2], [1, 0]], meta={"select": ["layer", "heads"]})
+    return views.figure(lines, title="Loss", caption="Loss by epoch.")
+
+
+def _run_timeline() -> View:
+    from workbench import views
+
+    return views.run_timeline(capture())
+
+
 VIEWS: dict[str, Callable[[], View]] = {
+    "figure": _figure,
+    "run_timeline": _run_timeline,
     "compare": _compare,
     "attention_pattern": _attention_pattern,
     "head_atlas": _head_atlas,

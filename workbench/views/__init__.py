@@ -3,6 +3,9 @@
 Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and shares its selection with the others.
 """
 
+# These register the views of results.
+from workbench.views import conditioning as _conditioning  # noqa: F401
+from workbench.views import importance as _importance  # noqa: F401
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
 from workbench.views.compare import Compare, compare

@@ -75,7 +75,7 @@ class Figure(View):
         if not isinstance(number, int) or not 0 <= number < len(data):
             raise ReportError(f"there is no trace {number!r}")
         trace = data[number]
-        at = tuple(index) if isinstance(index, list) else index
+        at: Any = tuple(index) if isinstance(index, list) else index
         try:
             chosen = parts.selects(trace, at) if at is not None else {}
         except (IndexError, TypeError):

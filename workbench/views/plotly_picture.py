@@ -102,7 +102,7 @@ class _Panel:
         self.legend: list[tuple[Any, str]] = []
         for which, name in zip("xy", pair, strict=True):
             order = [str(c) for c in axis(layout, name).get("categoryarray", [])]
-            texts = [v for t in data if name in _pair(t) for v in (t.get(which) if t.get(which) is not None else [])]
+            texts = [v for t in data if name in _pair(t) and (values := t.get(which)) is not None for v in values]
             if axis(layout, name).get("type") == "category" or any(isinstance(v, str) for v in texts):
                 self.categories[which] = list(dict.fromkeys([*order, *map(str, texts)]))
 
@@ -292,7 +292,7 @@ def _bar(panel: _Panel, trace: Trace, colour: str, kind: str | None) -> None:
     which = "x" if lying else "y"
     found = errors_of(trace, which, len(at))
     if found is not None:
-        ends = (height + base, at) if lying else (at, height + base)
+        ends: tuple[Any, Any] = (height + base, at) if lying else (at, height + base)
         ink = panel.axes.xaxis.label.get_color()
         panel.axes.errorbar(*ends, fmt="none", ecolor=ink, elinewidth=1, capsize=2.5, **_lengths({which: found}))
     if not lying and not (panel.layout.get("shapes")):
@@ -318,8 +318,7 @@ def _map_of(colours: Any, kind: str | None) -> Any:
     else:
         stops = [(float(at), mpl.colors.to_rgba(colour_of(colour))) for at, colour in colours]
         made = LinearSegmentedColormap.from_list("own", stops)
-    made.set_bad(scales.unseen_colour())
-    return made
+    return made.with_extremes(bad=scales.unseen_colour())
 
 
 def _heatmap(panel: _Panel, trace: Trace, colour: str, kind: str | None) -> None:

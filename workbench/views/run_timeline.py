@@ -70,7 +70,8 @@ class RunTimeline(View):
         facts, blocks = self.spec.facts, self.spec.blocks
         events: list[dict[str, Any]] = []
         for thread in range(int(blocks["threads"].max()) + 1):
-            events.append({"ph": "M", "pid": 1, "tid": thread, "name": "thread_name", "args": {"name": f"thread {thread}"}})  # fmt: skip
+            named = {"ph": "M", "pid": 1, "tid": thread, "name": "thread_name"}
+            events.append({**named, "args": {"name": f"thread {thread}"}})
         for i, (start, end) in enumerate(blocks["spans"].T.tolist()):
             events.append(
                 _event(f"forward {facts['forwards'][i]}", "forward", int(blocks["threads"][i]), start, end, {})
@@ -166,7 +167,7 @@ def run_timeline(
         or f"{len(calls):,} attention calls of {len(sites):,} sites in {len(spans):,} forward{'s' * (len(spans) > 1)}, "
         f"{1e3 * total:,.1f} ms by the host's clock, {int(frame['bytes'].sum()):,} bytes kept.",
         facts={
-            "sites": [{"name": row.site, "layer": int(row.layer)} for row in sites.itertuples()],
+            "sites": [{"name": name, "layer": int(layer)} for name, layer in zip(sites["site"], sites["layer"], strict=True)],
             "kernels": shown,
             "colours": list(SERIES),
             "forwards": numbers,
