@@ -9,6 +9,7 @@ from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.selection import SHARED, Selection, SharedSelection
+from workbench.views.tensor_peek import TensorPeek, tensor_peek
 from workbench.views.token_strip import TokenStrip, token_strip
 
 __all__ = [
@@ -19,11 +20,13 @@ __all__ = [
     "RunTimeline",
     "Selection",
     "SharedSelection",
+    "TensorPeek",
     "TokenStrip",
     "View",
     "figure",
     "head_atlas",
     "of",
     "run_timeline",
+    "tensor_peek",
     "token_strip",
 ]

@@ -70,7 +70,8 @@ class RunTimeline(View):
         facts, blocks = self.spec.facts, self.spec.blocks
         events: list[dict[str, Any]] = []
         for thread in range(int(blocks["threads"].max()) + 1):
-            events.append({"ph": "M", "pid": 1, "tid": thread, "name": "thread_name", "args": {"name": f"thread {thread}"}})  # fmt: skip
+            name = {"name": f"thread {thread}"}
+            events.append({"ph": "M", "pid": 1, "tid": thread, "name": "thread_name", "args": name})
         for i, (start, end) in enumerate(blocks["spans"].T.tolist()):
             events.append(
                 _event(f"forward {facts['forwards'][i]}", "forward", int(blocks["threads"][i]), start, end, {})
