@@ -15,6 +15,7 @@ from workbench.views.of import of
 from workbench.views.overview import overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.selection import SHARED, Selection, SharedSelection
+from workbench.views.tensor_peek import TensorPeek, tensor_peek
 from workbench.views.token_strip import TokenStrip, token_strip
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "RunTimeline",
     "Selection",
     "SharedSelection",
+    "TensorPeek",
     "TokenStrip",
     "View",
     "attention_pattern",
@@ -36,5 +38,6 @@ __all__ = [
     "of",
     "overview",
     "run_timeline",
+    "tensor_peek",
     "token_strip",
 ]

@@ -72,6 +72,8 @@ class RunTimeline(View):
         for thread in range(int(blocks["threads"].max()) + 1):
             named = {"ph": "M", "pid": 1, "tid": thread, "name": "thread_name"}
             events.append({**named, "args": {"name": f"thread {thread}"}})
+            name = {"name": f"thread {thread}"}
+            events.append({"ph": "M", "pid": 1, "tid": thread, "name": "thread_name", "args": name})
         for i, (start, end) in enumerate(blocks["spans"].T.tolist()):
             events.append(
                 _event(f"forward {facts['forwards'][i]}", "forward", int(blocks["threads"][i]), start, end, {})
@@ -167,7 +169,9 @@ def run_timeline(
         or f"{len(calls):,} attention calls of {len(sites):,} sites in {len(spans):,} forward{'s' * (len(spans) > 1)}, "
         f"{1e3 * total:,.1f} ms by the host's clock, {int(frame['bytes'].sum()):,} bytes kept.",
         facts={
-            "sites": [{"name": name, "layer": int(layer)} for name, layer in zip(sites["site"], sites["layer"], strict=True)],
+            "sites": [
+                {"name": name, "layer": int(layer)} for name, layer in zip(sites["site"], sites["layer"], strict=True)
+            ],
             "kernels": shown,
             "colours": list(SERIES),
             "forwards": numbers,
