@@ -101,8 +101,9 @@ def tokenizer_hash(tokenizer: Any) -> str | None:
     >>> tokenizer_hash(object()) is None
     True
     """
-    for owner in (tokenizer, getattr(tokenizer, "tokenizer", None)):  # a processor holds one
-        backend = getattr(owner, "backend_tokenizer", None)
+    owners: list[Any] = [tokenizer, getattr(tokenizer, "tokenizer", None)]  # a processor holds one
+    for owner in owners:
+        backend: Any = getattr(owner, "backend_tokenizer", None)
         if hasattr(backend, "to_str"):
             settings = json.loads(backend.to_str())
             # Padding and truncation are those of the last call, and no part of the tokenizer.

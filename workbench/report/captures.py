@@ -126,8 +126,7 @@ def _facts(capture: Capture, call: Capture, batch: int) -> list[tuple[str, str]]
     sites = list(call)
     heads = sum(int(site.shape[1]) for site in sites)
     lengths = dict.fromkeys((f"{site.site.tower} {site.site.kind}".strip(), *site.shape[2:]) for site in sites)
-    sizes = {pair for _, *pair in ((name, (q, k)) for name, q, k in lengths) for pair in pair}
-    if len(sizes) == 1 and len(set(next(iter(sizes)))) == 1:
+    if len({size for _, q, k in lengths for size in (q, k)}) == 1:
         tokens = count(int(sites[0].shape[2]), "token")
     else:
         tokens = "; ".join(f"{visible(name)}: {q:,} queries × {k:,} keys" for name, q, k in lengths)

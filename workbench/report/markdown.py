@@ -33,7 +33,7 @@ def _parser() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    parser.validateLink = lambda address: bool(_LINKS.match(address))  # type: ignore[method-assign]
+    parser.validateLink = lambda url: bool(_LINKS.match(url))  # type: ignore[method-assign]
     parser.add_render_rule("image", _image)
     parser.add_render_rule("link_open", _link)
     parser.add_render_rule("heading_open", _heading)

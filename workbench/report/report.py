@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 from jinja2 import ChoiceLoader, FunctionLoader
 
@@ -185,7 +185,7 @@ class Report:
         return f"Report({title}, {', '.join(listed)})"
 
 
-def _is_capture(thing: Any) -> bool:
+def _is_capture(thing: Any) -> TypeGuard[Capture]:
     from workbench.capture import Capture
 
     return isinstance(thing, Capture)
