@@ -84,7 +84,7 @@ def section(
 def _figures(call: Capture, batch: int, budget: int, caption: str | None) -> list[ViewSpec]:
     made: list[views.View] = []
     if call.statistics and hasattr(views, "head_atlas"):
-        made.append(views.head_atlas(call, batch=batch))
+        made.append(views.head_atlas(call))
     if hasattr(views, "attention_pattern") and any(s.lazy is not None or s.weights is not None for s in call):
         made.append(views.attention_pattern(call, batch=batch, budget=budget))
     strip = _strip(call, batch)
