@@ -70,7 +70,7 @@ def projection_slices(module: nn.Module, n_heads: int, width: int) -> Tensor:
             shape=getattr(weight, "shape", None),
             hint="is it quantized? load the model in floating point",
         )
-    weight = weight.detach() if _is_conv1d(module) else weight.detach().T  # [head · width, d_model]
+    weight = weight.detach() if is_conv1d(module) else weight.detach().T  # [head · width, d_model]
     if weight.shape[0] != n_heads * width:
         raise CaptureError(f"a projection of {n_heads} heads of {width} has other inputs", shape=weight.shape)
     return weight.unflatten(0, (n_heads, width))
@@ -123,10 +123,10 @@ def _same(given: Tensor, merged: Tensor) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, whose weight is [inputs, outputs]; there is none unless `transformers` is loaded."""
     utils = sys.modules.get("transformers.pytorch_utils")
     return utils is not None and isinstance(module, utils.Conv1D)

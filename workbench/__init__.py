@@ -20,41 +20,72 @@ from workbench.errors import (
 
 if TYPE_CHECKING:
     from workbench import models, tasks, views
+    from workbench.analysis.conditioning.capacity import Capacity, capacity
+    from workbench.analysis.conditioning.experiments import Conditioning, conditioning
+    from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
+    from workbench.analysis.pruned import prune_heads
     from workbench.capture import Capture, load_capture
     from workbench.heads import KVGroup
     from workbench.report import Report
     from workbench.session import Workbench, attach
     from workbench.site_capture import SiteCapture
+    from workbench.sweep import run_sweep
+    from workbench.sweep_result import Sweep, SweepInterrupted
+    from workbench.variants import Variant
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Workbench": "workbench.session",
     "attach": "workbench.session",
+    "Capacity": "workbench.analysis.conditioning.capacity",
+    "capacity": "workbench.analysis.conditioning.capacity",
+    "Conditioning": "workbench.analysis.conditioning.experiments",
+    "conditioning": "workbench.analysis.conditioning.experiments",
     "Capture": "workbench.capture",
     "SiteCapture": "workbench.site_capture",
     "load_capture": "workbench.capture",
     "KVGroup": "workbench.heads",
     "Report": "workbench.report",
+    "HeadImportance": "workbench.analysis.importance",
+    "PruningCurve": "workbench.analysis.importance",
+    "head_importance": "workbench.analysis.importance",
+    "prune_heads": "workbench.analysis.pruned",
+    "Sweep": "workbench.sweep_result",
+    "SweepInterrupted": "workbench.sweep_result",
+    "Variant": "workbench.variants",
+    "run_sweep": "workbench.sweep",
 }
 _LAZY_MODULES = ("models", "tasks", "views")
 
 __all__ = [
     "AttachError",
+    "Capacity",
     "Capture",
     "CaptureError",
+    "Conditioning",
     "FormatError",
+    "HeadImportance",
     "InterventionError",
     "KVGroup",
+    "PruningCurve",
     "Report",
     "ReportError",
     "SiteCapture",
+    "Sweep",
+    "SweepInterrupted",
     "TaskError",
+    "Variant",
     "Workbench",
     "WorkbenchError",
     "attach",
+    "capacity",
+    "conditioning",
+    "head_importance",
     "load_capture",
     "models",
+    "prune_heads",
+    "run_sweep",
     "tasks",
     "views",
 ]

@@ -120,6 +120,11 @@ class Capture:
         return len(self.sites)
 
     @property
+    def forwards(self) -> tuple[Forward, ...]:
+        """The forwards with what is known of each besides its sites: tokens, thread, time."""
+        return tuple(self._forwards)
+
+    @property
     def statistics(self) -> tuple[str, ...]:
         """Names of the tensors that some site holds."""
         return tuple(dict.fromkeys(name for f in self._forwards for c in f.sites.values() for name in c.statistics))
@@ -228,6 +233,7 @@ class Capture:
                 **kept,
                 lazy=None,
                 held=[],
+                times=None,
             )
         for stream in first.ids:
             rows = [f.ids.get(stream) for f in self._forwards]
@@ -286,7 +292,9 @@ class Capture:
                 entries.append(entry)
                 tensors |= {f"{forward.index}/{name}/{key}": tensor for key, tensor in parts.items()}
             tensors |= {f"{forward.index}//{stream}": ids for stream, ids in forward.ids.items()}
-            where = {"index": forward.index, "thread": forward.thread}
+            where: dict[str, Any] = {"index": forward.index, "thread": forward.thread}
+            if forward.span is not None:
+                where["span"] = list(forward.span)
             forwards.append(where | {"sites": entries, "tokens": forward.tokens})
         model_sites = [asdict(site) for site in self.model_sites]
         header = {"provenance": self.provenance, "model_sites": model_sites, "forwards": forwards}
@@ -294,6 +302,13 @@ class Capture:
             header["settings"], asked = self.settings.parts()
             tensors |= {f"settings/{name}": tensor for name, tensor in asked.items()}
         return files.write(path, _FORMAT, header, tensors)
+
+    def show(self) -> None:
+        """Display what was captured in a notebook: the heads, and what they look at."""
+        import workbench
+
+        for view in workbench.views.overview(self):
+            view.show()
 
     def __repr__(self) -> str:
         lengths = {c.shape for f in self._forwards for c in f.sites.values()}
@@ -329,6 +344,8 @@ def load_capture(path: str | Path) -> Capture:
         ids = named.get(f"{index}/", {})
         by_name = {site.site.name: site for site in sites}
         forwards.append(Forward(index, by_name, ids, entry["tokens"], entry.get("thread", 0)))
+        if "span" in entry:
+            forwards[-1].span = (entry["span"][0], entry["span"][1])
     settings = None
     if "settings" in header:
         settings = Settings.rebuild(header["settings"], named.get("settings", {}))

@@ -147,9 +147,9 @@ def find_block(model: nn.Module, sites: Sites, layer: Any) -> str:
     if not _is_integer(layer):
         raise InterventionError(f"{layer!r} is no layer", hint='("resid", 3) is the output of block 3')
     at = [site for site in sites if site.layer == layer]
-    blocks = list(dict.fromkeys(_block_of(model, sites, site.name) for site in at))
+    blocks = list(dict.fromkeys(block_of(model, sites, site.name) for site in at))
     if not at:  # a layer without a site, between others that have one
-        lists = {_block_of(model, sites, site.name).rpartition(".")[0] for site in sites}
+        lists = {block_of(model, sites, site.name).rpartition(".")[0] for site in sites}
         blocks = [f"{name}.{layer}".lstrip(".") for name in lists]
         if layer < 0 or len(blocks) != 1 or blocks[0] not in dict(model.named_modules()):
             raise _no_layer(sites, operator.index(layer))
@@ -161,7 +161,8 @@ def find_block(model: nn.Module, sites: Sites, layer: Any) -> str:
     return blocks[0]
 
 
-def _block_of(model: nn.Module, sites: Sites, name: str) -> str:
+def block_of(model: nn.Module, sites: Sites, name: str) -> str:
+    """Name of the block that holds the module of this name; "" if it is in none."""
     parts = name.split(".")
     names = [site.name for site in sites]
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]

@@ -174,6 +174,7 @@ def _join_site(captures: Sequence[SiteCapture], ids: Tensor | None, settings: Se
         lazy=pattern,
         held=captures[0].held if cross else [],  # all else is new
         normalised=pattern.normalised,
+        times=None,
     )
 
 

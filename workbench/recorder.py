@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from workbench.errors import CaptureError
 from workbench.gradients import Deliver, GradientWatch
 from workbench.hooks.projections import ProjectionFinder
-from workbench.hooks.sites import Site, Sites, add_site, with_sizes
+from workbench.hooks.sites import Site, Sites, add_site, site_name, with_sizes
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, token_ids
@@ -25,6 +26,7 @@ from workbench.kernels.statistics import Options
 from workbench.past import Past
 from workbench.settings import Settings
 from workbench.site_capture import Forward, SiteCapture
+from workbench.timing import CallTimes
 
 _LARGE = 1 << 16  # bytes from which a kept tensor gets memory of its own
 SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
@@ -64,14 +66,22 @@ class Recorder:
     _threads: dict[int, int] = field(default_factory=dict)
     _past: Past = field(default_factory=Past)
     _checked: set[str] = field(default_factory=set)
+    _entered: dict[int, dict[str, float]] = field(default_factory=dict)
+    _began: float = field(default_factory=time.perf_counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def _now(self) -> float:
+        """Seconds of the host's clock since the capture began."""
+        return time.perf_counter() - self._began
 
     def on_start(self, name: str) -> None:
         """A forward begins in this thread."""
         with self._lock:
             thread = threading.get_ident()
             number = self._threads.setdefault(thread, len(self._threads))
-            forward = Forward(index=len(self.forwards), thread=number)
+            now = self._now()
+            forward = Forward(index=len(self.forwards), thread=number, span=(now, now))
+            self._entered[thread] = {}
             self.forwards.append(forward)
             self._running[thread] = forward
 
@@ -88,12 +98,15 @@ class Recorder:
         """The forward of this thread is over."""
         forward = self._running.pop(threading.get_ident(), None)
         self.projections.end()
+        if forward is not None and forward.span is not None:
+            forward.span = (forward.span[0], self._now())
         if forward is not None and self.settings.z:
             for name, capture in forward.sites.items():
                 forward.sites[name] = replace(capture, projection=self.projections.of(name.partition("#")[0]))
 
     def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module is about to run."""
+        self._entered.setdefault(threading.get_ident(), {})[site_name(name)] = self._now()
         self.projections.saw_module(name, module, args)
 
     def on_call(self, call: AttentionCall, edited: Tensor | None = None) -> None:
@@ -105,13 +118,17 @@ class Recorder:
         forward = self._running.get(threading.get_ident())
         if forward is None:  # the capture was opened while this thread was inside a forward
             return
+        seen = self._now()
         site = self._site(call, forward)
         if self.settings.sites is not None and site.name.partition("#")[0] not in self.settings.sites:
             return
         device, grad_is_on = call.v.device.type, torch.is_grad_enabled()
         # The user may run under inference_mode or autocast; the statistics must be ordinary tensors in full precision.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            forward.sites[site.name] = self._record(call, site, forward, edited, grad_is_on)
+            capture = self._record(call, site, forward, edited, grad_is_on)
+            entered = self._entered.get(threading.get_ident(), {}).pop(call.site, None)
+            times = CallTimes(entered, seen, self._now() - seen, capture.nbytes)
+            forward.sites[site.name] = replace(capture, times=times)
 
     def _site(self, call: AttentionCall, forward: Forward) -> Site:
         with self._lock:

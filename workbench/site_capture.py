@@ -16,6 +16,7 @@ from workbench.kernels.families import rebuild
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.patterns import DENSE_LIMIT, DensePattern, Pattern
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
+from workbench.timing import CallTimes
 
 _PATTERN = "pattern."  # starts the names of tensors that rebuild a pattern
 _KEPT = {"_z": "z", "_z_gradient": "z_gradient", "_result": "stored_result", "_weights": "weights"}  # in files: fields
@@ -38,6 +39,7 @@ class SiteCapture:
         stored_result: [batch, query, head, d_model], from a file that holds it.
         signed: whether weights may be negative. normalised: whether rows sum to one. Where one of them says that the
             rows are no distributions, statistics are those of |A| normalised per row.
+        times: when the call was seen; None for what several calls were joined to, and from older files.
     """
 
     site: Site
@@ -53,6 +55,7 @@ class SiteCapture:
     held: list[tuple[Tensor, int]] = field(default_factory=list)
     signed: bool = False
     normalised: bool = True
+    times: CallTimes | None = None
 
     @property
     def marks(self) -> str:
@@ -186,6 +189,7 @@ class Forward:
     Attributes:
         ids, tokens: by stream ("input", "decoder"): ids [batch, position], and their text.
         thread: number of the thread it ran in, in the order in which threads came.
+        span: when it began and ended, our statistics included, in seconds of the host's clock since the capture began.
     """
 
     index: int
@@ -193,6 +197,7 @@ class Forward:
     ids: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, list[list[str]]] = field(default_factory=dict)
     thread: int = 0
+    span: tuple[float, float] | None = None
 
     def stream(self, site: Site, axis: str) -> str:
         """Which token stream the queries or keys of a site are."""
@@ -214,6 +219,8 @@ def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[
     """
     entry: dict[str, Any] = {"site": asdict(capture.site), "shape": list(capture.shape), "kernel": capture.kernel,
                              "signed": capture.signed, "normalised": capture.normalised}  # fmt: skip
+    if capture.times is not None:
+        entry["times"] = capture.times.to_json()
     parts = dict(capture.statistics)
     if result and capture.stored_result is None:
         capture = replace(capture, stored_result=capture.result())
@@ -241,6 +248,7 @@ def unpack(entry: dict[str, Any], parts: dict[str, Tensor]) -> SiteCapture:
         kernel=entry["kernel"],
         signed=entry["signed"],
         normalised=entry["normalised"],
+        times=CallTimes.of(entry.get("times")),
         **kept,
         statistics=parts,
         lazy=lazy,

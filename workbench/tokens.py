@@ -7,6 +7,7 @@ to run from left to right, or to be valid Unicode.
 from __future__ import annotations
 
 import codecs
+import html
 import re
 import unicodedata
 from typing import Any
@@ -97,3 +98,28 @@ def _symbol(character: str, *, blank_is_fine: bool) -> str:
     if category in _INVISIBLE or (category == "Zs" and not (character == " " and blank_is_fine)):
         return f"⟨U+{ord(character):04X}⟩"
     return character
+
+
+_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+
+
+def plotly_text(token: str, longest: int = LONGEST_TOKEN) -> str:
+    """A token for any text of a plotly figure: tick labels, names, hover text, titles.
+
+    plotly reads such text as a little HTML, so that "<b>" would be a style and "<a>" a link. Whoever builds a figure
+    must pass every text from outside through here.
+
+    >>> plotly_text(" <b>")
+    '␣&lt;b&gt;'
+    """
+    return html.escape(visible(token, longest), quote=False)
+
+
+def plain_text(text: str) -> str:
+    """Text of a plotly figure as a reader sees it: without styles, and with characters in place of entities.
+
+    >>> plain_text("<i>p</i>(&lt;b&gt;)<br>mean")
+    'p(<b>) mean'
+    """
+    broken = re.sub(r"<br\s*/?>", " ", str(text))
+    return html.unescape(_TAG.sub("", broken))

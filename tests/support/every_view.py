@@ -50,8 +50,38 @@ def _token_strip(tokens: Sequence[str] = WORDS[:12]) -> View:
     return views.token_strip(tokens, {"received": ramp, "effect": [v - 0.4 for v in ramp]}, title="Token strip")
 
 
-VIEWS: dict[str, Callable[[], View]] = {"token_strip": _token_strip}
+def _head_atlas() -> View:
+    from workbench import views
+
+    return views.head_atlas(capture())
+
+
+def _attention_pattern(tokens: Sequence[str] = WORDS[:12]) -> View:
+    from workbench import views
+
+    return views.attention_pattern(capture(tokens=tuple(tokens)))
+
+
+def _compare(tokens: Sequence[str] = WORDS[:12]) -> View:
+    from workbench import views
+
+    found = capture(tokens=tuple(tokens))
+    return views.compare(
+        *(views.attention_pattern(found, site=0, heads=[head]) for head in (0, 1)), labels=("one", "two")
+    )
+
+
+VIEWS: dict[str, Callable[[], View]] = {
+    "compare": _compare,
+    "attention_pattern": _attention_pattern,
+    "head_atlas": _head_atlas,
+    "token_strip": _token_strip,
+}
 """Kind of view -> one of it."""
 
-WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {"token_strip": _token_strip}
+WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
+    "attention_pattern": _attention_pattern,
+    "compare": _compare,
+    "token_strip": _token_strip,
+}
 """Kinds of views that show tokens -> one of these tokens."""

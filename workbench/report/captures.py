@@ -55,7 +55,7 @@ def section(
     """The section of one batch row of the capture's first forward.
 
     Args:
-        budget: bytes that the attention pattern may take.
+        budget: most cells of the attention pattern's maps together.
     """
     call = first_call(capture)
     name = _model_name(call.provenance)
@@ -82,10 +82,8 @@ def section(
 
 
 def _figures(call: Capture, batch: int, budget: int, caption: str | None) -> list[ViewSpec]:
-    made: list[views.View] = []
-    if call.statistics and hasattr(views, "head_atlas"):
-        made.append(views.head_atlas(call))
-    if hasattr(views, "attention_pattern") and any(s.lazy is not None or s.weights is not None for s in call):
+    made: list[views.View] = [views.head_atlas(call)] if call.statistics else []
+    if any(site.lazy is not None or site.weights is not None for site in call):
         made.append(views.attention_pattern(call, batch=batch, budget=budget))
     strip = _strip(call, batch)
     if strip is not None:

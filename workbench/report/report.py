@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Addable = View | Result | Capture | str
 
 REFUSED_BYTES = 50_000_000
-PATTERN_BYTES = 7_000_000  # that the attention patterns of a page may take together
+PATTERN_CELLS = 3_000_000  # that the attention patterns of a page have together
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Report:
 
     def _sections(self) -> list[Section]:
         n_captures = sum(_is_capture(entry.thing) for entry in self._entries)
-        return [_section(entry, PATTERN_BYTES // max(1, n_captures)) for entry in self._entries]
+        return [_section(entry, PATTERN_CELLS // max(1, n_captures)) for entry in self._entries]
 
     def __repr__(self) -> str:
         title = repr(visible_text(self.title, 80))

@@ -15,8 +15,8 @@ from workbench.errors import ReportError
 from workbench.tokens import visible_text
 
 THEMES = {
-    "light": {"paper": "#ffffff", "ink": "#1c2127", "muted": "#59636e", "line": "#d8dde3", "unseen": "#e6e9ed"},
-    "dark": {"paper": "#14171b", "ink": "#e4e8ec", "muted": "#9aa5b1", "line": "#333a42", "unseen": "#2a2f36"},
+    "light": {"paper": "#ffffff", "ink": "#1c2127", "muted": "#59636e", "line": "#d8dde3"},
+    "dark": {"paper": "#14171b", "ink": "#e4e8ec", "muted": "#9aa5b1", "line": "#333a42"},
 }
 SERIES = ("#2f6fb7", "#d1662b", "#3a8f5c", "#b03a78", "#7a6bc9", "#8a6d1f")
 """Colours of lines and bars that are told apart: at most six."""
@@ -78,14 +78,6 @@ def png(picture: Callable[[Any], None], size: tuple[float, float], *, theme: str
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
             figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
-
-
-def unseen_colour() -> str:
-    """The colour of cells that stand for nothing: masked, or not known. For use inside `picture`."""
-    import matplotlib as mpl
-
-    dark = mpl.rcParams["figure.facecolor"] == THEMES["dark"]["paper"]
-    return THEMES["dark" if dark else "light"]["unseen"]
 
 
 _STILL = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string("""\

@@ -9,11 +9,9 @@ import numpy as np
 
 def diverging() -> Any:
     """The map for signed values; its middle is the background of the theme."""
-    import matplotlib as mpl
     from matplotlib.colors import LinearSegmentedColormap
 
-    dark = np.mean(mpl.colors.to_rgb(mpl.rcParams["figure.facecolor"])) < 0.5
-    return LinearSegmentedColormap.from_list("workbench", _DIVERGING["dark" if dark else "light"])
+    return LinearSegmentedColormap.from_list("workbench", _DIVERGING["dark" if _is_dark() else "light"])
 
 
 _STOPS = {
@@ -21,6 +19,17 @@ _STOPS = {
     "dark": "a6d4ff 6fb0ea 3f86c6 275a8f 1d3856 24262b 52261f 8c3b2b c25c3d ec9165 ffcba4",
 }
 _DIVERGING = {theme: [f"#{stop}" for stop in stops.split()] for theme, stops in _STOPS.items()}
+
+
+def unseen_colour() -> str:
+    """The colour of cells that stand for nothing: masked, or not known. For use inside `picture`."""
+    return "#2a2f36" if _is_dark() else "#e6e9ed"
+
+
+def _is_dark() -> bool:
+    import matplotlib as mpl
+
+    return bool(np.mean(mpl.colors.to_rgb(mpl.rcParams["figure.facecolor"])) < 0.5)
 
 
 def limits(values: Any, *, signed: bool) -> tuple[float, float]:
@@ -46,8 +55,6 @@ def ceiling(value: float) -> float:
 def colours(values: Any, *, signed: bool) -> list[str]:
     """A hex colour per value; what is not known is grey."""
     import matplotlib as mpl
-
-    from workbench.views.drawing import unseen_colour
 
     low, high = limits(values, signed=signed)
     scale = diverging() if signed else mpl.colormaps["viridis"]

@@ -252,5 +252,7 @@ class Frame {
     this.model.off("msg:custom", this.onMessage);
     this.model.off("change:selection", this.onKernel);
     for (const end of this.endings) end();
+    for (const { reject } of this.waiting.values()) reject(new Error("the view was closed"));
+    this.waiting.clear();
   }
 }
