@@ -292,9 +292,9 @@ def _bar(panel: _Panel, trace: Trace, colour: str, kind: str | None) -> None:
     which = "x" if lying else "y"
     found = errors_of(trace, which, len(at))
     if found is not None:
-        ends: tuple[Any, Any] = (height + base, at) if lying else (at, height + base)
+        tips = (height + base, at) if lying else (at, height + base)
         ink = panel.axes.xaxis.label.get_color()
-        panel.axes.errorbar(*ends, fmt="none", ecolor=ink, elinewidth=1, capsize=2.5, **_lengths({which: found}))
+        panel.axes.errorbar(*tips, fmt="none", ecolor=ink, elinewidth=1, capsize=2.5, **_lengths({which: found}))
     if not lying and not (panel.layout.get("shapes")):
         panel.axes.margins(x=0.02)
     panel.label(trace, handle)
