@@ -87,7 +87,14 @@ def _run_timeline() -> View:
     return views.run_timeline(capture())
 
 
+def _tensor_peek() -> View:
+    from workbench import views
+
+    return views.tensor_peek(torch.linspace(-1, 1, 60).reshape(3, 4, 5), title="Tensor peek")
+
+
 VIEWS: dict[str, Callable[[], View]] = {
+    "tensor_peek": _tensor_peek,
     "figure": _figure,
     "run_timeline": _run_timeline,
     "compare": _compare,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from workbench.analysis.importance import HeadImportance, PruningCurve
 from workbench.tokens import plotly_text
 from workbench.views.base import View
@@ -15,7 +17,7 @@ def _(importance: HeadImportance) -> View:
     """The head atlas, one metric per method and measure; intervals are over examples."""
     table = importance.table.rename(columns={"head": "label"})
     several = len(importance.measures) > 1
-    scores = {
+    scores: dict[str, Any] = {
         f"{method}, {measure}" if several else method: rows[["site", "layer", "number", "score", "low", "high"]].rename(
             columns={"number": "head", "score": "value"}
         )
@@ -66,7 +68,9 @@ def _(curve: PruningCurve) -> View:
     return figure(
         fig,
         title="Pruning",
-        caption=f"{', '.join(curve.measures)} as heads are pruned, by {curve.by} and at random, of {curve.n_heads:,}.{speed}",
+        caption=(
+            f"{', '.join(curve.measures)} as heads are pruned, by {curve.by} and at random, of {curve.n_heads:,}.{speed}"
+        ),
         table=table,
         notes=(f"No speed: {curve.reason}",) if curve.reason else (),
         provenance=curve.provenance,

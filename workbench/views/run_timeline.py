@@ -70,8 +70,6 @@ class RunTimeline(View):
         facts, blocks = self.spec.facts, self.spec.blocks
         events: list[dict[str, Any]] = []
         for thread in range(int(blocks["threads"].max()) + 1):
-            named = {"ph": "M", "pid": 1, "tid": thread, "name": "thread_name"}
-            events.append({**named, "args": {"name": f"thread {thread}"}})
             name = {"name": f"thread {thread}"}
             events.append({"ph": "M", "pid": 1, "tid": thread, "name": "thread_name", "args": name})
         for i, (start, end) in enumerate(blocks["spans"].T.tolist()):

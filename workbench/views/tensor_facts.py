@@ -139,7 +139,7 @@ def statistics(tensor: Tensor) -> dict[str, float]:
         "standard deviation": float(np.sqrt(square / n)) if n else np.nan,
     }
     every = max(1, -(-tensor.numel() // _FOR_QUANTILES))
-    some = np.concatenate([part for part in parts])[::every] if parts else np.zeros(0)
+    some = np.concatenate(parts)[::every] if parts else np.zeros(0)
     some = some[np.isfinite(some)]
     levels = np.quantile(some, QUANTILES) if some.size else [np.nan] * len(QUANTILES)
     found |= {f"{100 * q:g} %": float(level) for q, level in zip(QUANTILES, levels, strict=True)}

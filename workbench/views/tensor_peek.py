@@ -185,8 +185,8 @@ def _described(
             )
         if pooled != (1, 1):
             notes.append(
-                f"A slice of {named.name} is shown at most {LARGEST_SIDE} × {LARGEST_SIDE}: each cell is the value farthest "
-                f"from 0 of {pooled[0]} × {pooled[1]}."
+                f"A slice of {named.name} is shown at most {LARGEST_SIDE} × {LARGEST_SIDE}: each cell is the value "
+                f"farthest from 0 of {pooled[0]} × {pooled[1]}."
             )
     else:
         notes.append(f"{named.name} is empty.")
