@@ -146,7 +146,8 @@ def test_what_is_put_into_the_page_does_not_run(page: WatchedPage, report: Path)
             const script = document.createElement("script");
             script.textContent = "window.__pwn = 1";
             document.body.append(script);
-            document.body.insertAdjacentHTML("beforeend", "<img src='https://example.org/x.png' onerror='window.__pwn=2'>");
+            const picture = "<img src='https://example.org/x.png' onerror='window.__pwn=2'>";
+            document.body.insertAdjacentHTML("beforeend", picture);
         }"""
     )
     opened.wait_for_timeout(100)
