@@ -56,8 +56,41 @@ def _head_atlas() -> View:
     return views.head_atlas(capture())
 
 
-VIEWS: dict[str, Callable[[], View]] = {"head_atlas": _head_atlas, "token_strip": _token_strip}
+def _figure(tokens: Sequence[str] = WORDS[:12]) -> View:
+    import plotly.graph_objects as go
+
+    from workbench import views
+    from workbench.tokens import plotly_text
+
+    shown = [plotly_text(token) for token in tokens]
+    bars = go.Bar(x=shown, y=torch.linspace(0.1, 0.9, len(tokens)).tolist(), name="received")
+    axes = {"type": "category"}  # plotly would read some texts as numbers or dates
+    return views.figure(go.Figure(bars, {"xaxis": axes}), title="Figure", caption="A bar per token.")
+
+
+def _run_timeline() -> View:
+    from workbench import views
+
+    return views.run_timeline(capture())
+
+
+def _tensor_peek() -> View:
+    from workbench import views
+
+    return views.tensor_peek(torch.linspace(-1, 1, 60).reshape(3, 4, 5), title="Tensor peek")
+
+
+VIEWS: dict[str, Callable[[], View]] = {
+    "figure": _figure,
+    "head_atlas": _head_atlas,
+    "run_timeline": _run_timeline,
+    "tensor_peek": _tensor_peek,
+    "token_strip": _token_strip,
+}
 """Kind of view -> one of it."""
 
-WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {"token_strip": _token_strip}
+WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
+    "figure": _figure,
+    "token_strip": _token_strip,
+}
 """Kinds of views that show tokens -> one of these tokens."""

@@ -259,10 +259,10 @@ def test_a_click_on_a_cell_chooses_and_a_choice_moves_the_cursor(page: WatchedPa
     box = tab.locator(".nsewdrag").bounding_box()
     assert box
     tab.mouse.click(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.1)
-    tab.wait_for_function("location.hash === '#L0H3'")
+    tab.wait_for_function("() => location.hash === '#L0H3'")
     assert tab.locator(".status").inner_text() == "head 3, layer 0: effect -2"
     tab.evaluate("location.hash = '#L2H1'")
-    tab.wait_for_function("document.querySelector('.status').textContent === 'head 1, layer 2: effect 4'")
+    tab.wait_for_function("() => document.querySelector('.status').textContent === 'head 1, layer 2: effect 4'")
     tab.locator(".chart").press("ArrowUp")
     assert tab.locator(".status").inner_text() == "head 1, layer 1: effect 0"
     page.assert_clean()
@@ -273,11 +273,11 @@ def test_the_theme_reaches_the_chart(page: WatchedPage, tmp_path: Path) -> None:
     tab = _opened(page, figure(curve(), **PLAIN), tmp_path)
     for theme, ink in (("dark", "rgb(228, 232, 236)"), ("light", "rgb(28, 33, 39)")):
         tab.locator("#theme").select_option(theme)
-        tab.wait_for_function(f"getComputedStyle(document.querySelector('.xtick text')).fill === '{ink}'")
+        tab.wait_for_function(f"() => getComputedStyle(document.querySelector('.xtick text')).fill === '{ink}'")
     assert tab.locator(".main-svg").first.evaluate("svg => getComputedStyle(svg).backgroundColor") == "rgba(0, 0, 0, 0)"
     assert tab.locator("[data-title^='Share'], .plotlyjsicon").count() == 0
     tab.set_viewport_size({"width": 700, "height": 800})
-    tab.wait_for_function("document.querySelector('.main-svg').clientWidth <= 700")
+    tab.wait_for_function("() => document.querySelector('.main-svg').clientWidth <= 700")
     page.assert_clean()
 
 
@@ -298,13 +298,23 @@ LIVE = """
 globalThis.define = Object.assign(() => { throw new Error("an AMD loader took it"); }, { amd: {} });
 const bytes = Uint8Array.from(atob(BUNDLE), (c) => c.charCodeAt(0));
 globalThis.asked = [];
-globalThis.made = [0, 1].map((i) => {
+function fake() {
   const told = {};
   const values = { spec: SPEC(), selection: {}, still: [], live: true };
-  const model = { get: (n) => values[n], set: (n, v) => (values[n] = v), save_changes() {}, on: (n, f) => (told[n] = f), off() {},
-    send: (q) => { asked.push(q); queueMicrotask(() => told["msg:custom"]({ number: q.number }, q.ask === "plotly" ? [new DataView(bytes.buffer)] : [])); } };
-  return render({ model, el: document.body.appendChild(document.createElement("div")) });
-});
+  return {
+    get: (name) => values[name],
+    set: (name, value) => (values[name] = value),
+    save_changes() {},
+    on: (name, call) => (told[name] = call),
+    off() {},
+    send: (question) => {
+      asked.push(question);
+      const buffers = question.ask === "plotly" ? [new DataView(bytes.buffer)] : [];
+      queueMicrotask(() => told["msg:custom"]({ number: question.number }, buffers));
+    },
+  };
+}
+for (let i = 0; i < 2; i++) render({ model: fake(), el: document.body.appendChild(document.createElement("div")) });
 """
 
 
@@ -318,7 +328,7 @@ def test_live_charts_ask_once_for_plotly_and_leave_no_global(page: WatchedPage) 
     code = modules.live("figure").replace("export default { render };", "")
     script = f"const BUNDLE = '{bundle}'; const SPEC = () => ({spec}); {code}; {LIVE}"
     page.page.add_script_tag(content=f"(() => {{ {script} }})();")
-    page.page.wait_for_function("document.querySelectorAll('.main-svg').length >= 4")
+    page.page.wait_for_function("() => document.querySelectorAll('.main-svg').length >= 4")
     assert page.page.evaluate("asked.filter(q => q.ask === 'plotly').length") == 1
     assert page.page.evaluate("globalThis.Plotly === undefined")
     chart = page.page.locator(".chart").first

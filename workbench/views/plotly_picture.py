@@ -312,14 +312,13 @@ def _map_of(colours: Any, kind: str | None) -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     if kind == "diverging":
-        made = scales.diverging().copy()
+        made = scales.diverging()
     elif not isinstance(colours, list):
-        made = mpl.colormaps["viridis"].copy()
+        made = mpl.colormaps["viridis"]
     else:
         stops = [(float(at), mpl.colors.to_rgba(colour_of(colour))) for at, colour in colours]
         made = LinearSegmentedColormap.from_list("own", stops)
-    made.set_bad(scales.unseen_colour())
-    return made
+    return made.with_extremes(bad=scales.unseen_colour())
 
 
 def _heatmap(panel: _Panel, trace: Trace, colour: str, kind: str | None) -> None:

@@ -84,9 +84,8 @@ class TensorPeek(View):
 
 
 def _where(about: Mapping[str, Any], index: Sequence[int]) -> str:
-    fixed = [
-        f"{name} {at}" for i, (name, at) in enumerate(zip(about["axes"], index, strict=True)) if i not in about["shown"]
-    ]
+    pairs = enumerate(zip(about["axes"], index, strict=True))
+    fixed = [f"{name} {at}" for axis, (name, at) in pairs if axis not in about["shown"]]
     return ", ".join([about["name"], *fixed])
 
 
@@ -185,7 +184,7 @@ def _described(
             )
         if pooled != (1, 1):
             notes.append(
-                f"A slice of {named.name} is shown at most {LARGEST_SIDE} × {LARGEST_SIDE}: each cell is the value farthest "
+                f"A slice of {named.name} is shown with at most {LARGEST_SIDE} cells on a side: each is the value farthest "
                 f"from 0 of {pooled[0]} × {pooled[1]}."
             )
     else:
@@ -196,7 +195,8 @@ def _described(
         notes.append(f"{named.name} holds whole numbers beyond 2⁵³, which are shown rounded.")
     bad = int(found["NaN"] + found["+∞"] + found["−∞"])
     if bad:
-        notes.append(f"{bad:,} numbers of {named.name} are NaN or infinite: grey, and not in the statistics.")
+        said = f"{bad:,} number{'s' * (bad > 1)} of {named.name}"
+        notes.append(f"{said} NaN or infinite: grey, and left out of mean, deviation and quantiles.")
     blocks[f"slices:{i}"] = np.stack(slices) if slices else np.zeros((0, 0, 0))
     about = {
         "name": named.name,
