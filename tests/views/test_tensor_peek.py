@@ -177,8 +177,8 @@ def test_cells_are_said_and_chosen_by_keys(page: WatchedPage, tmp_path: Path) ->
     tile.press("ArrowDown")
     tile.press("End")
     assert status.inner_text() == "query 1, key 3: 7"
-    tab.get_by_label("head").fill("1")
-    tab.get_by_label("head").press("Enter")
+    tab.get_by_role("spinbutton", name="head").fill("1")
+    tab.get_by_role("spinbutton", name="head").press("Enter")
     tile.press("Enter")
     assert status.inner_text() == "query 1, key 3: 19"
     assert tab.evaluate("location.hash") == "#q=1,k=3"
@@ -200,8 +200,8 @@ def test_bars_are_said(page: WatchedPage, tmp_path: Path) -> None:
 @pytest.mark.browser
 def test_a_slice_that_is_not_there_is_said(page: WatchedPage, tmp_path: Path) -> None:
     tab = _opened(page, tensor_peek(_random(5, 4, 4), budget=1), tmp_path)
-    tab.get_by_label("axis 0").fill("3")
-    tab.get_by_label("axis 0").press("Enter")
+    tab.get_by_role("spinbutton", name="axis 0").fill("3")
+    tab.get_by_role("spinbutton", name="axis 0").press("Enter")
     assert "not on this page" in tab.locator(".where").first.inner_text()
     page.assert_clean()
 
@@ -216,7 +216,8 @@ def test_colours_are_those_of_the_values(page: WatchedPage, tmp_path: Path, them
     found = tab.evaluate(
         """() => {
             const canvas = document.querySelector(".tile");
-            const at = (x, y) => [...canvas.getContext("2d").getImageData(x * canvas.width, y * canvas.height, 1, 1).data];
+            const pen = canvas.getContext("2d");
+            const at = (x, y) => [...pen.getImageData(x * canvas.width, y * canvas.height, 1, 1).data];
             return [[1 / 6, 0.25], [0.5, 0.25], [5 / 6, 0.25], [1 / 6, 0.75]].map(([x, y]) => at(x, y).slice(0, 3));
         }"""
     )

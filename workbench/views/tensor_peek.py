@@ -184,7 +184,7 @@ def _described(
             )
         if pooled != (1, 1):
             notes.append(
-                f"A slice of {named.name} is shown with at most {LARGEST_SIDE} cells on a side: each is the value farthest "
+                f"A slice of {named.name} has at most {LARGEST_SIDE} cells on a side: each is the value farthest "
                 f"from 0 of {pooled[0]} × {pooled[1]}."
             )
     else:
