@@ -28,7 +28,7 @@ def test_statistics_are_those_of_the_finite_values() -> None:
     row = tensor_peek(values).data().iloc[0]
     known = values.double().numpy()
     known = known[np.isfinite(known)]
-    assert (row["numbers"], row["NaN"], row["+∞"], row["−∞"], row["zeros"]) == (255, 1, 1, 1, 2)
+    assert (row["numbers"], row["NaN"], row["∞"], row["minus ∞"], row["zeros"]) == (255, 1, 1, 1, 2)
     assert row["share of zeros"] == pytest.approx(2 / 255)
     for name, naive in (("minimum", np.min), ("maximum", np.max), ("mean", np.mean), ("standard deviation", np.std)):
         assert row[name] == pytest.approx(naive(known), rel=1e-12)

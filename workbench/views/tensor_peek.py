@@ -72,8 +72,9 @@ class TensorPeek(View):
             raise ReportError(f"there is no tensor {number!r}")
         named = self._tensors[number]
         shape = tuple(named.values.shape)
-        fits = isinstance(index, list) and len(index) == len(shape)
-        if not fits or not all(isinstance(i, int) and 0 <= i < n for i, n in zip(index or (), shape, strict=False)):
+        given = index if isinstance(index, list) else []
+        inside = all(isinstance(i, int) and 0 <= i < n for i, n in zip(given, shape, strict=False))
+        if not isinstance(index, list) or len(index) != len(shape) or not inside:
             raise ReportError(f"there is no slice {index!r}", shape=shape)
         shown = [axis for axis in (rows, columns) if axis is not None]
         if any(not isinstance(axis, int) or not 0 <= axis < len(shape) for axis in shown) or len({*shown}) < len(shown):
@@ -193,7 +194,7 @@ def _described(
         notes.append(f"Quantiles of {named.name} are those of every {-(-values.numel() // (1 << 22))}th number.")
     if not values.is_floating_point() and values.numel() and max(abs(found["minimum"]), abs(found["maximum"])) > 2**53:
         notes.append(f"{named.name} holds whole numbers beyond 2⁵³, which are shown rounded.")
-    bad = int(found["NaN"] + found["+∞"] + found["−∞"])
+    bad = int(found["NaN"] + found["∞"] + found["minus ∞"])
     if bad:
         said = f"{bad:,} number{'s' * (bad > 1)} of {named.name}"
         notes.append(f"{said} NaN or infinite: grey, and left out of mean, deviation and quantiles.")
