@@ -56,16 +56,16 @@ class Seen:
 
 @dataclass
 class Drawn:
-    """How to know that a tool has drawn, and where its tokens or cells are."""
+    """Selectors: what is there once a tool has drawn, and where its tokens or cells are."""
 
     ready: str
     target: str
 
 
 DRAWN = {
-    "workbench": Drawn("document.documentElement.dataset.ready === 'true'", ".workbench.attention_pattern canvas"),
-    "bertviz": Drawn("document.querySelectorAll('svg line').length > 0", "svg"),
-    "circuitsvis": Drawn("document.querySelectorAll('canvas, img, table').length > 1", "[id^=circuits-vis]"),
+    "workbench": Drawn("html[data-ready]", ".workbench.attention_pattern canvas"),
+    "bertviz": Drawn("svg line", "svg"),
+    "circuitsvis": Drawn(":is(canvas, img, table)", "[id^=circuits-vis]"),
 }
 
 
@@ -116,7 +116,7 @@ def opened(browser: Browser, path: Path, ready: str) -> Iterator[tuple[Page, flo
     page.set_default_timeout(1000 * PATIENCE)
     start = time.perf_counter()
     page.goto(path.as_uri(), wait_until="commit")
-    page.wait_for_function(ready)
+    page.wait_for_selector(ready, state="attached")
     page.evaluate(_FRAME)
     yield page, time.perf_counter() - start
     context.close()

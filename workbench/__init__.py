@@ -20,6 +20,8 @@ from workbench.errors import (
 
 if TYPE_CHECKING:
     from workbench import models, tasks, views
+    from workbench.analysis.conditioning.capacity import Capacity, capacity
+    from workbench.analysis.conditioning.experiments import Conditioning, conditioning
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
     from workbench.analysis.pruned import prune_heads
     from workbench.capture import Capture, load_capture
@@ -36,6 +38,10 @@ __version__ = "0.1.0"
 _LAZY = {
     "Workbench": "workbench.session",
     "attach": "workbench.session",
+    "Capacity": "workbench.analysis.conditioning.capacity",
+    "capacity": "workbench.analysis.conditioning.capacity",
+    "Conditioning": "workbench.analysis.conditioning.experiments",
+    "conditioning": "workbench.analysis.conditioning.experiments",
     "Capture": "workbench.capture",
     "SiteCapture": "workbench.site_capture",
     "load_capture": "workbench.capture",
@@ -54,8 +60,10 @@ _LAZY_MODULES = ("models", "tasks", "views")
 
 __all__ = [
     "AttachError",
+    "Capacity",
     "Capture",
     "CaptureError",
+    "Conditioning",
     "FormatError",
     "HeadImportance",
     "InterventionError",
@@ -71,6 +79,8 @@ __all__ = [
     "Workbench",
     "WorkbenchError",
     "attach",
+    "capacity",
+    "conditioning",
     "head_importance",
     "load_capture",
     "models",

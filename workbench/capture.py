@@ -303,6 +303,13 @@ class Capture:
             tensors |= {f"settings/{name}": tensor for name, tensor in asked.items()}
         return files.write(path, _FORMAT, header, tensors)
 
+    def show(self) -> None:
+        """Display what was captured in a notebook: the heads, and what they look at."""
+        import workbench
+
+        for view in workbench.views.overview(self):
+            view.show()
+
     def __repr__(self) -> str:
         lengths = {c.shape for f in self._forwards for c in f.sites.values()}
         shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")

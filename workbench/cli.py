@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,18 +61,28 @@ def demo(out: Annotated[Path, typer.Option(help="The page to write.")] = Path("d
     from workbench.report import Report
 
     model, tokenizer = models.load("demo-lm")
-    report = Report("The heads of demo-lm")
+    seed = 3
+    report = Report(
+        "The heads of demo-lm",
+        question="What does each attention head of the small language model that ships with the package look at?",
+        seeds=[seed],
+    )
     with attach(model, tokenizer) as wb:
-        for task, note in (
+        for title, task, note in (
             (
-                tasks.colored_objects(1, seed=3),
-                "Colored Objects: one solved example, then a question about a new scene.",
+                "Colored Objects",
+                tasks.colored_objects(1, seed=seed),
+                "One solved example, then a question about a new scene.",
             ),
-            (tasks.ioi(1, seed=3), "Indirect object identification: the name that is not repeated comes next."),
-            (tasks.induction(1, seed=3), "Induction: a random sequence, then its beginning again."),
+            (
+                "Indirect object identification",
+                tasks.ioi(1, seed=seed),
+                "The name that is not repeated comes next.",
+            ),
+            ("Induction", tasks.induction(1, seed=seed), "A random sequence, then its beginning again."),
         ):
             example = task[0]
-            _add(report, wb, example.prompt, f"{note} Expected next: {example.answer.strip()}.")
+            _add(report, wb, example.prompt, f"{note} Expected next: {example.answer.strip()}.", title)
     _write(report, out)
 
 
@@ -80,6 +91,7 @@ def report(
     model: Annotated[str, typer.Option(help="A shipped model, a Hugging Face folder, or a Hugging Face name.")],
     text: Annotated[str, typer.Option(help="The prompt; @FILE reads it from a file.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    allow_large: Annotated[bool, typer.Option("--allow-large", help="Write it even above 50 MB.")] = False,
 ) -> None:
     """Attach to a model, verify it, capture it on a text, and write one self-contained page."""
     from workbench import attach, models
@@ -90,7 +102,7 @@ def report(
     page = Report(f"The heads of {Path(model).name}")
     with attach(loaded, tokenizer) as wb:
         _add(page, wb, prompt, None)
-    _write(page, out)
+    _write(page, out, allow_large=allow_large)
 
 
 @app.command()
@@ -113,7 +125,7 @@ def verify(
 
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="A page that was written by a report.")]) -> None:
-    """Check an exported page: nothing is loaded from elsewhere, and its security policy fits its content."""
+    """Check an exported page: nothing is loaded from elsewhere, and it is as it was written."""
     from workbench.report import check as check_page
 
     problems = check_page(file)
@@ -145,7 +157,7 @@ def _inputs(wb: Workbench, text: str) -> dict[str, Any]:
     return inputs
 
 
-def _add(report: Report, wb: Workbench, text: str, note: str | None) -> None:
+def _add(report: Report, wb: Workbench, text: str, note: str | None, title: str | None = None) -> None:
     """Verify, capture and add one prompt."""
     import torch
 
@@ -155,9 +167,13 @@ def _add(report: Report, wb: Workbench, text: str, note: str | None) -> None:
         names = [*_STATISTICS, "induction"] if "decoder_input_ids" not in inputs else list(_STATISTICS)
         with wb.capture(names) as capture:
             wb.model(**inputs)
-    report.add(capture, text=text, verification=verification, note=note)
+    report.add(capture, title=title, text=text, verification=verification, note=note)
 
 
-def _write(report: Report, out: Path) -> None:
-    path = report.write(out)
+def _write(report: Report, out: Path, *, allow_large: bool = False) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        path = report.write(out, allow_large=allow_large)
+    for warning in said:
+        typer.secho(str(warning.message), fg=typer.colors.YELLOW, err=True)
     typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import platform
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -17,12 +24,19 @@ Provenance = dict[str, Any]
 _ROTARY = re.compile(r"[Rr]otary|RoPE|Rope(?![a-z])")
 
 
-def describe(model: nn.Module) -> Provenance:
+_PACKAGES = (
+    "attention-workbench", "torch", "triton", "transformers", "transformer-lens", "captum", "plotly", "timm", "numpy",
+)  # fmt: skip
+_EPOCH = "SOURCE_DATE_EPOCH"
+
+
+def describe(model: nn.Module, tokenizer: Any = None) -> Provenance:
     """What is known of a model and of the software that runs it, without reading its weights."""
     config = getattr(model, "config", None)
     parameters = list(model.parameters())
+    known = {} if tokenizer is None else {"tokenizer_sha256": tokenizer_hash(tokenizer)}
     return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": now(),
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
         "model_name": _name(getattr(config, "name_or_path", "")) or type(model).__name__,
         "parameters": sum(p.numel() for p in parameters),
@@ -32,7 +46,20 @@ def describe(model: nn.Module) -> Provenance:
         "training": model.training,
         "rotary": any(_ROTARY.search(type(module).__name__) for module in model.modules()),
         "versions": versions(),
+        **known,
     }
+
+
+def now() -> str:
+    """The time in UTC as text; that of SOURCE_DATE_EPOCH where it is set, so that a run can be repeated to the byte."""
+    fixed = os.environ.get(_EPOCH, "")
+    when = datetime.fromtimestamp(int(fixed), UTC) if fixed.isdecimal() else datetime.now(UTC)
+    return when.isoformat(timespec="seconds")
+
+
+def repeatable() -> bool:
+    """Whether SOURCE_DATE_EPOCH asks for the same bytes in every run."""
+    return os.environ.get(_EPOCH, "").isdecimal()
 
 
 def _name(name_or_path: str) -> str:
@@ -43,7 +70,7 @@ def _name(name_or_path: str) -> str:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on; absent packages are left out."""
     found = {"python": platform.python_version()}
-    for package in ("attention-workbench", "torch", "transformers", "transformer-lens", "timm"):
+    for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -66,6 +93,75 @@ def weights_hash(model: nn.Module) -> str:
             flat = tensor.detach().cpu().contiguous().flatten()
             digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """SHA-256 over a tokenizer: its fast form where it has one, else its vocabulary; None where it tells neither.
+
+    >>> tokenizer_hash(object()) is None
+    True
+    """
+    owners: list[Any] = [tokenizer, getattr(tokenizer, "tokenizer", None)]  # a processor holds one
+    for owner in owners:
+        backend: Any = getattr(owner, "backend_tokenizer", None)
+        if hasattr(backend, "to_str"):
+            settings = json.loads(backend.to_str())
+            # Padding and truncation are those of the last call, and no part of the tokenizer.
+            settings = {name: value for name, value in settings.items() if name not in ("padding", "truncation")}
+            text = json.dumps(settings, sort_keys=True)
+        elif hasattr(owner, "get_vocab"):
+            text = json.dumps([type(owner).__qualname__, sorted(owner.get_vocab().items())])
+        else:
+            continue
+        return hashlib.sha256(text.encode()).hexdigest()
+    return None
+
+
+@cache
+def commit() -> str | None:
+    """The git commit that this package is checked out at, "+ changes" where files differ from it; None elsewhere."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=5)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An environment may lie inside someone else's repository, which does not track it.
+    if git("ls-files", "--error-unmatch", "provenance.py") is None:
+        return None
+    found = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    return f"{found} + changes" if found and changed else found
+
+
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """The command that runs, paths cut to their base names: a page is passed on, and folders are nobody's business.
+
+    >>> command_line(["/home/me/bin/workbench", "report", "--text", "one two", "--out=/tmp/x/page.html"])
+    "workbench report --text 'one two' --out=page.html"
+    """
+    given = list(sys.argv if arguments is None else arguments)
+    if "ipykernel" in Path(given[0] if given else "").parts or "ipykernel_launcher" in "".join(given[:1]):
+        return "a notebook"
+    return " ".join(shlex.quote(_without_folder(argument)) for argument in given) or "python"
+
+
+def _without_folder(argument: str) -> str:
+    start, sign, value = argument.rpartition("=") if argument.startswith("-") else ("", "", argument)
+    mark = "@" if value.startswith("@") else ""
+    path = value.removeprefix("@")
+    if not path or any(c in path for c in "\r\n") or not ("/" in path or "\\" in path):
+        return argument
+    pure = PurePath(path.replace("\\", "/"))
+    rooted = path.startswith(("/", "~", "./", "../", "\\")) or re.match(r"[A-Za-z]:[/\\]", path)
+    try:
+        there = not any(c.isspace() for c in path) and Path(path).parent.is_dir()
+    except OSError:
+        there = False
+    return f"{start}{sign}{mark}{pure.name}" if rooted or there else argument
 
 
 def weights_version(model: nn.Module) -> int:

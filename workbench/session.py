@@ -165,7 +165,7 @@ class Workbench(Interventions):
         self._warn_of_dropout()
         recorder = Recorder(self.model, self.sites, settings, self._decode if self.tokenizer is not None else None)
         before = weights_version(self.model)
-        provenance = describe(self.model) | {"statistics": list(settings.statistics)}
+        provenance = describe(self.model, self.tokenizer) | {"statistics": list(settings.statistics)}
         capture = Capture(recorder.forwards, self.sites, provenance, lambda: self._weights_hash(before), settings)
         try:
             with self._live.recording(recorder):

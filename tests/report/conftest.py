@@ -11,10 +11,10 @@ from torch import Tensor
 from workbench.capture import Capture
 from workbench.hooks.sites import Site, Sites
 from workbench.kernels.patterns import DensePattern
-from workbench.report.collect import METRICS
 from workbench.site_capture import Forward, SiteCapture
 
 MakeCapture = Callable[..., Capture]
+METRICS = ("entropy", "effective_keys", "distance", "sink", "previous", "current", "induction", "peak", "received")
 
 
 def attention(heads: int, queries: int, keys: int, *, causal: bool, seed: int = 0, batch: int = 1) -> Tensor:
@@ -30,7 +30,11 @@ def site_capture(site: Site, weights: Tensor, statistics: Sequence[str], *, keep
     """A site capture whose pattern is `weights`."""
     batch, heads, queries, keys = weights.shape
     ids = torch.arange(keys).expand(batch, keys) % 5
-    names = [name for name in statistics if queries == keys or name in ("entropy", "effective_keys", "sink", "peak")]
+    names = [
+        name
+        for name in statistics
+        if queries == keys or name in ("entropy", "effective_keys", "sink", "peak", "received")
+    ]
     found = DensePattern(weights).statistics(names, tokens=ids) if names else {}
     shape = (batch, heads, queries, keys)
     return SiteCapture(site, shape, found, "flash_attention_for_cpu", weights=weights if keep else None)

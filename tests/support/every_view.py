@@ -56,7 +56,32 @@ def _head_atlas() -> View:
     return views.head_atlas(capture())
 
 
-def _figure(tokens: Sequence[str] = WORDS[:12]) -> View:
+def _attention_pattern(tokens: Sequence[str] = WORDS[:12]) -> View:
+    from workbench import views
+
+    return views.attention_pattern(capture(tokens=tuple(tokens)))
+
+
+def _compare(tokens: Sequence[str] = WORDS[:12]) -> View:
+    from workbench import views
+
+    found = capture(tokens=tuple(tokens))
+    return views.compare(
+        *(views.attention_pattern(found, site=0, heads=[head]) for head in (0, 1)), labels=("one", "two")
+    )
+
+
+def _figure() -> View:
+    import plotly.graph_objects as go
+
+    from workbench import views
+
+    lines = go.Figure(go.Scatter(x=[1, 2, 3], y=[0.5, 0.25, 0.2], name="loss"))
+    lines.data[0].update(customdata=[[0, 1], [1, 2], [1, 0]], meta={"select": ["layer", "heads"]})
+    return views.figure(lines, title="Loss", caption="Loss by epoch.")
+
+
+def _figure_of_tokens(tokens: Sequence[str]) -> View:
     import plotly.graph_objects as go
 
     from workbench import views
@@ -81,16 +106,20 @@ def _tensor_peek() -> View:
 
 
 VIEWS: dict[str, Callable[[], View]] = {
-    "figure": _figure,
-    "head_atlas": _head_atlas,
-    "run_timeline": _run_timeline,
     "tensor_peek": _tensor_peek,
+    "figure": _figure,
+    "run_timeline": _run_timeline,
+    "compare": _compare,
+    "attention_pattern": _attention_pattern,
+    "head_atlas": _head_atlas,
     "token_strip": _token_strip,
 }
 """Kind of view -> one of it."""
 
 WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
-    "figure": _figure,
+    "attention_pattern": _attention_pattern,
+    "compare": _compare,
+    "figure": _figure_of_tokens,
     "token_strip": _token_strip,
 }
 """Kinds of views that show tokens -> one of these tokens."""

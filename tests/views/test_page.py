@@ -102,18 +102,16 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     target = tmp_path / "page.html"
     pages.write(target, "old")
 
-    def full(self: Path, content: bytes) -> int:
-        with open(self, "wb") as file:
-            file.write(content[:1])
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def stopped(self: Path, content: bytes) -> int:
+    def stopped(descriptor: int) -> None:
         raise KeyboardInterrupt
 
     fails: list[tuple[Any, type[BaseException]]] = [(full, ReportError), (stopped, KeyboardInterrupt)]
     for fail, error in fails:
         with monkeypatch.context() as patched:
-            patched.setattr(Path, "write_bytes", fail)
+            patched.setattr(os, "fsync", fail)
             with pytest.raises(error):
                 pages.write(target, "new")
         assert target.read_text() == "old"

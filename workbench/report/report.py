@@ -1,174 +1,246 @@
-"""`Report`: gather captures, fit them into the size limit, write one HTML file."""
+"""`Report`: gather views, results, captures and words, and write them as one HTML file."""
 
 from __future__ import annotations
 
-import os
-import secrets
+import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
+
+from jinja2 import ChoiceLoader, FunctionLoader
 
 from workbench.errors import ReportError
-from workbench.report.collect import collect, single_call
-from workbench.report.encode import base64_size, pool
-from workbench.report.page import SectionData, render
+from workbench.report import captures, limits, markdown, origin
+from workbench.report.parts import Section, figure_id, table_of
+from workbench.result import Result
 from workbench.tokens import visible_text
+from workbench.views import View, of, page
+from workbench.views.spec import ViewSpec
 
 if TYPE_CHECKING:
     from workbench.capture import Capture
 
-LIMIT_BYTES = 6_000_000
-N_TOP = 8
-_SHARE_OF_EXACT = 0.4  # the part of the page that exact weights may take from the maps
-_COARSEST = 8 * 8  # cells per head below which a map says nothing
-_NAMES = 400  # characters of JSON around each map
+    Addable = View | Result | Capture | str
+
+REFUSED_BYTES = 50_000_000
+PATTERN_CELLS = 3_000_000  # that the attention patterns of a page have together
 
 
 @dataclass(frozen=True)
-class _Section:
-    capture: Capture
+class _Entry:
+    """One call of `add`."""
+
+    thing: Any
+    title: str | None
     text: str | None
+    caption: str | None
     verification: Any
     batch: int
     note: str | None
 
 
 class Report:
-    """One HTML file about captures; it works from disk with the network off.
+    """One HTML file that works from disk with the network off.
 
-    >>> Report("Heads of a small model")
-    Report('Heads of a small model', empty: add a capture)
+    Args:
+        title: its heading.
+        question: what it asks, one sentence. answer: what was found, Markdown.
+        seeds: the seeds of everything random in it, for the provenance.
+
+    >>> Report("Heads of a small model").add("Two heads copy *names*.")
+    Report('Heads of a small model', 1 text)
     """
 
-    def __init__(self, title: str) -> None:
+    def __init__(
+        self, title: str, question: str | None = None, answer: str | None = None, *, seeds: Any = None
+    ) -> None:
         if not isinstance(title, str) or not title.strip():
             raise ReportError(f"a report needs a title, not {title!r}", hint='write Report("Heads of my model")')
-        self.title = title
-        self._sections: list[_Section] = []
+        self.title, self.question, self.answer, self.seeds = title, question, answer, seeds
+        self._entries: list[_Entry] = []
+        self._started = time.monotonic()
 
     def add(
         self,
-        capture: Capture,
+        thing: Addable,
         *,
+        title: str | None = None,
         text: str | None = None,
+        caption: str | None = None,
         verification: Any = None,
         batch: int = 0,
         note: str | None = None,
-    ) -> Report:
-        """Add a section that shows one batch row of the capture's first forward call; returns the report.
+    ) -> Self:
+        """Add a section; returns the report.
 
         Args:
-            text: the prompt as the person wrote it.
-            verification: what `wb.verify(...)` returned for these inputs.
-            note: a sentence to stand above the section.
+            thing: a view, an analysis's result (its view and table), a capture (its facts, sites, head atlas, attention
+                pattern and tokens; of its first forward), or Markdown.
+            title: the section's heading. note: Markdown above it. caption: replaces that of the first figure.
+            text: the prompt of a capture as the person wrote it.
+            verification: what `wb.verify(...)` returned for the capture's inputs. batch: which of its batch rows.
 
-        Raises `ReportError` when this is no capture, it is empty, or it has no such batch row.
+        Raises:
+            ReportError: this is nothing of the kind, or it holds nothing to show.
         """
-        call, _ = single_call(capture)
-        if not call.sites:
-            raise ReportError("no site fired in this capture", hint="call the model inside `with wb.capture() as cap:`")
-        n_batch = int(call[call.sites[0].name].shape[0])
-        if not 0 <= batch < n_batch:
-            raise ReportError(f"the capture has batch rows 0 to {n_batch - 1}, not {batch}")
-        self._sections.append(_Section(capture, text, verification, batch, note))
+        if isinstance(thing, str):
+            if not thing.strip():
+                raise ReportError("the text is empty")
+        elif _is_capture(thing):
+            captures.check_batch(captures.first_call(thing), batch)
+        elif not isinstance(thing, (View, Result)):
+            raise ReportError(
+                f"a report shows views, results, captures and Markdown, not {type(thing).__name__}",
+                hint="pass the object that `with wb.capture() as cap` leaves behind, or what an analysis returned",
+            )
+        if not _is_capture(thing) and (verification is not None or batch or text is not None):
+            raise ReportError("text=, verification= and batch= belong to captures", hint="pass words as note=")
+        self._entries.append(_Entry(thing, title, text, caption, verification, batch, note))
         return self
 
-    def to_html(self, *, limit_bytes: int = LIMIT_BYTES) -> str:
-        """The page as text of at most `limit_bytes` in UTF-8; maps are max-pooled until it fits.
+    def to_html(self, *, allow_large: bool = False) -> str:
+        """The page as text.
 
-        Raises `ReportError` when the report is empty or cannot be made to fit.
+        Raises:
+            ReportError: the report is empty, or takes more than 50 MB and that is not asked for.
         """
-        if not self._sections:
+        if not self._entries:
             raise ReportError("the report is empty", hint="add a capture: Report(title).add(cap)")
-        n_top = _affordable_top(self._sections, limit_bytes)
-        sections = []
-        for section in self._sections:
-            call, n_calls = single_call(section.capture)
-            sections.append(
-                SectionData(
-                    sites=collect(call, section.batch, n_top),
-                    provenance=dict(call.provenance or {}),
-                    verification=section.verification,
-                    text=section.text,
-                    note=section.note,
-                    batch=section.batch,
-                    n_calls=n_calls,
-                    n_top=n_top,
-                )
-            )
-        _shrink(sections, limit_bytes - _size_without_maps(self.title, sections))
-        page = render(self.title, sections)
-        size = len(page.encode("utf-8"))
-        if size > limit_bytes:
+        sections = self._sections()
+        specs = [spec for section in sections for spec in section.figures]
+        figures = [
+            {"id": figure_id(n, spec), "kind": spec.kind, "title": visible_text(spec.title)}
+            for n, spec in enumerate(specs, 1)
+        ]
+        block = origin.build(
+            title=visible_text(self.title.strip()),
+            question=None if self.question is None else visible_text(self.question),
+            seeds=self.seeds,
+            wall_time=time.monotonic() - self._started,
+            sections=sections,
+            figures=figures,
+        )
+        html = page.render(
+            self.title,
+            specs,
+            template="report.html",
+            environment=_environment(),
+            provenance=block,
+            style=_asset("report.css"),
+            question=block["question"],
+            answer=None if self.answer is None else markdown.render(self.answer),
+            created=block["created"],
+            command_line=visible_text(block["command_line"]),
+            sections=_numbered(sections),
+            figures=figures,
+            limits=limits.limits(sections),
+            provenance_groups=origin.shown(block),
+        )
+        size = len(html.encode("utf-8"))
+        if size > REFUSED_BYTES and not allow_large:
             raise ReportError(
-                f"the page takes {size:,} bytes and the limit is {limit_bytes:,}",
-                hint="capture fewer sites, add fewer captures, or raise limit_bytes",
+                f"the report takes {size:,} bytes, and more than {REFUSED_BYTES:,} opens badly anywhere",
+                hint=f"leave out or cut its largest figures ({_largest(specs)}), or pass allow_large=True",
             )
-        return page
+        return html
 
-    def write(self, path: str | Path, *, limit_bytes: int = LIMIT_BYTES) -> Path:
+    def write(self, path: str | Path, *, allow_large: bool = False) -> Path:
         """Write the page and return its path; an older file there is replaced in one step or not at all.
 
-        Raises `ReportError` when the folder does not exist, cannot be written, or the page would be too large.
+        Raises:
+            ReportError: the folder does not exist or cannot be written, the disk is full, the report is empty or too
+                large.
         """
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise ReportError(f"there is no folder {target.parent}", hint="create it, or write somewhere else")
-        if target.is_dir():
-            raise ReportError(f"{target} is a folder", hint=f"write to {target / 'report.html'}")
-        page = self.to_html(limit_bytes=limit_bytes)
-        unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            unfinished.write_text(page, encoding="utf-8", newline="\n")
-            os.replace(unfinished, target)
-        except OSError as error:
-            raise ReportError(f"{target} cannot be written: {error.strerror or error}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return target
+        target = page.writable(path)
+        html = self.to_html(allow_large=allow_large)
+        size = len(html.encode("utf-8"))
+        if size > page.LARGE_BYTES:
+            message = f"the report takes {size / 1e6:.1f} MB: it may open slowly and be too large to send"
+            warnings.warn(message, stacklevel=2)
+        return page.write(target, html)
+
+    def _sections(self) -> list[Section]:
+        n_captures = sum(_is_capture(entry.thing) for entry in self._entries)
+        return [_section(entry, PATTERN_CELLS // max(1, n_captures)) for entry in self._entries]
 
     def __repr__(self) -> str:
         title = repr(visible_text(self.title, 80))
-        if not self._sections:
+        if not self._entries:
             return f"Report({title}, empty: add a capture)"
-        calls = [single_call(section.capture)[0] for section in self._sections]
-        sites = sum(len(call.sites) for call in calls)
-        heads = sum(int(call[site.name].shape[1]) for call in calls for site in call.sites)
-        captures = f"{len(calls)} capture{'s' if len(calls) > 1 else ''}"
-        return f"Report({title}, {captures}, {sites} sites, {heads} heads)"
+        kinds = [
+            "text"
+            if isinstance(entry.thing, str)
+            else "capture"
+            if _is_capture(entry.thing)
+            else "view"
+            if isinstance(entry.thing, View)
+            else "result"
+            for entry in self._entries
+        ]
+        listed = [f"{n} {kind}{'' if n == 1 else 's'}" for kind in dict.fromkeys(kinds) if (n := kinds.count(kind))]
+        return f"Report({title}, {', '.join(listed)})"
 
 
-def _affordable_top(sections: list[_Section], limit_bytes: int) -> int:
-    """How many exact weights per row the page can hold: 8 when they fit, else fewer, down to none."""
-    rows = 0
-    for section in sections:
-        call, _ = single_call(section.capture)
-        rows += sum(int(call[site.name].shape[1]) * int(call[site.name].shape[2]) for site in call.sites)
-    share = _SHARE_OF_EXACT * limit_bytes
-    return next((n for n in (N_TOP, 4, 2, 1) if base64_size((6 * n + 4) * rows) <= share), 0)
+def _is_capture(thing: Any) -> TypeGuard[Capture]:
+    from workbench.capture import Capture
+
+    return isinstance(thing, Capture)
 
 
-def _size_without_maps(title: str, sections: list[SectionData]) -> int:
-    """Bytes of everything else on the page."""
-    bare = [replace(section, sites=[replace(site, map=None) for site in section.sites]) for section in sections]
-    return len(render(title, bare).encode("utf-8"))
+def _section(entry: _Entry, budget: int) -> Section:
+    thing, title = entry.thing, None if entry.title is None else visible_text(entry.title, 200)
+    note = None if entry.note is None else markdown.render(entry.note)
+    if isinstance(thing, str):
+        return Section(heading=title, note=note, prose=markdown.render(thing))
+    if _is_capture(thing):
+        return captures.section(
+            thing,
+            title=entry.title,
+            text=entry.text,
+            verification=entry.verification,
+            batch=entry.batch,
+            note=entry.note,
+            caption=entry.caption,
+            budget=budget,
+        )
+    view = of(thing) if isinstance(thing, Result) else thing
+    spec = view.spec
+    spec = replace(spec, title=entry.title or spec.title, caption=entry.caption or spec.caption)
+    found = Section(heading=title or visible_text(spec.title, 200), note=note, figures=[spec])
+    found.origin = dict(thing.provenance or {}) if isinstance(thing, Result) else dict(spec.provenance)
+    if isinstance(thing, Result):
+        found.tables.append(table_of(thing.table, "All numbers"))
+    return found
 
 
-def _shrink(sections: list[SectionData], room: int) -> None:
-    """Halve the finest maps until all fit into `room` bytes, so that no site pays for another.
+def _numbered(sections: Sequence[Section]) -> list[tuple[str, Section, list[int]]]:
+    """Each section with its anchor and the indices of its figures."""
+    found, at = [], 0
+    for number, section in enumerate(sections, 1):
+        n = len(section.figures)
+        found.append((f"section-{number}", section, list(range(at, at + n))))
+        at += n
+    return found
 
-    Raises `ReportError` when they do not even as coarse maps.
-    """
-    maps = [site.map for section in sections for site in section.sites if site.map is not None]
-    room -= sum(each.extra_size() + _NAMES for each in maps)
-    while maps and sum(each.size() for each in maps) > room:
-        largest = max(each.coded[0].size for each in maps)
-        if largest <= _COARSEST:
-            raise ReportError(
-                f"the patterns of {len(maps)} sites take {sum(each.size() for each in maps):,} bytes even when pooled "
-                f"to {largest} cells a head, and the limit leaves them {max(room, 0):,}",
-                hint="capture fewer sites, add fewer captures, or raise limit_bytes",
-            )
-        for each in maps:
-            if each.coded[0].size == largest:
-                each.coded, each.block, each.first = pool(each.coded), each.block * 2, each.first // 2
+
+def _largest(specs: Sequence[ViewSpec], most: int = 3) -> str:
+    sizes = sorted(((len(str(spec.to_static())), n, spec) for n, spec in enumerate(specs, 1)), key=lambda x: -x[0])
+    return ", ".join(
+        f"figure {n} “{visible_text(spec.title, 60)}”, {size / 1e6:.1f} MB" for size, n, spec in sizes[:most]
+    )
+
+
+@cache
+def _asset(name: str) -> str:
+    # The policy hashes the text between the tags, and a browser reads \r\n there as \n.
+    return files("workbench.report").joinpath("assets", name).read_text(encoding="utf-8").replace("\r\n", "\n")
+
+
+@cache
+def _environment() -> Any:
+    ours = FunctionLoader(lambda name: _asset(name) if name == "report.html" else None)
+    return page.TEMPLATES.overlay(loader=ChoiceLoader([ours, page.TEMPLATES.loader]))  # type: ignore[list-item]

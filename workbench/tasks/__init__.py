@@ -12,6 +12,7 @@ from workbench.tasks.greater_than import greater_than
 from workbench.tasks.induction import induction
 from workbench.tasks.ioi import ioi
 from workbench.tasks.metrics import TaskBatch, correct, logit_diff
+from workbench.tasks.mqar import mqar, mqar_tokens
 from workbench.tasks.pieces import pieces, token_positions
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "induction",
     "ioi",
     "logit_diff",
+    "mqar",
+    "mqar_tokens",
     "pieces",
     "token_positions",
 ]

@@ -3,10 +3,16 @@
 Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and shares its selection with the others.
 """
 
+# These register the views of results.
+from workbench.views import conditioning as _conditioning  # noqa: F401
+from workbench.views import importance as _importance  # noqa: F401
+from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
+from workbench.views.compare import Compare, compare
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
+from workbench.views.overview import overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.tensor_peek import TensorPeek, tensor_peek
@@ -14,7 +20,9 @@ from workbench.views.token_strip import TokenStrip, token_strip
 
 __all__ = [
     "SHARED",
+    "AttentionPattern",
     "Click",
+    "Compare",
     "Figure",
     "HeadAtlas",
     "RunTimeline",
@@ -23,9 +31,12 @@ __all__ = [
     "TensorPeek",
     "TokenStrip",
     "View",
+    "attention_pattern",
+    "compare",
     "figure",
     "head_atlas",
     "of",
+    "overview",
     "run_timeline",
     "tensor_peek",
     "token_strip",

@@ -9,6 +9,7 @@ from importlib.resources import files
 
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./([\w-]+\.js)";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|class|let)\b)", re.MULTILINE)
+_BARE = re.compile(r"^\s*//.*\n|^\s*/\*\*[\s\S]*?\*/\n|^[ \t]+|^\n", re.MULTILINE)
 
 
 @cache
@@ -28,8 +29,10 @@ def _needed(names: Iterable[str], known: dict[str, None]) -> dict[str, None]:
     return known
 
 
+@cache
 def _inner(name: str) -> str:
-    return _EXPORT.sub("", _IMPORT.sub("", asset(name)))
+    """A file without its imports and exports, and without comments and indentation: a widget sends it each time."""
+    return _BARE.sub("", _EXPORT.sub("", _IMPORT.sub("", asset(name))))
 
 
 @cache

@@ -8,10 +8,27 @@ function still(spec) {
   return { get: (name) => values[name], set: (name, value) => (values[name] = value), save_changes() {}, on() {}, off() {}, send() {} };
 }
 
+// An address is a place on the page, a selection, or both: #fig-2-head-atlas,L5H1,q=12.
 const selected = sharedSelection();
 selected.select(fromAddress(location.hash));
-const anchors = new Set([...document.querySelectorAll("[id]")].map(({ id }) => `#${id}`));
-addEventListener("hashchange", () => anchors.has(location.hash) || selected.select(fromAddress(location.hash)));
+let place = null;
+
+function go() {
+  const [name] = location.hash.slice(1).split(",");
+  const found = /^[a-z][a-z0-9-]*$/.test(name) ? document.getElementById(name) : null;
+  if (found) place = name;
+  found?.scrollIntoView();
+}
+
+addEventListener("hashchange", () => {
+  selected.select(fromAddress(location.hash));
+  go();
+});
+
+// The figure that someone works with is the place that the address names.
+for (const event of ["pointerdown", "focusin"]) {
+  addEventListener(event, ({ target }) => (place = target.closest?.("figure[id]")?.id ?? place));
+}
 
 const themes = document.querySelector("#theme");
 themes?.addEventListener("change", () => {
@@ -29,7 +46,8 @@ async function draw() {
       console.error(error);
     }
   }
-  selected.follow((value) => history.replaceState(null, "", `#${toAddress(value)}`));
+  selected.follow((value) => history.replaceState(null, "", `#${[place, toAddress(value)].filter(Boolean).join(",")}`));
+  go();
   performance.mark("workbench:ready");
   document.documentElement.dataset.ready = "true";
 }

@@ -1,0 +1,231 @@
+"""Which learning rule conditions as a model does: classical experiments on every rule and in the model's context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.analysis.conditioning.correlation import pearson
+from workbench.analysis.conditioning.in_context import run_model, vocabulary
+from workbench.analysis.conditioning.memories import RULES
+from workbench.analysis.conditioning.schedules import Schedule, Trial, choose, run_rule
+from workbench.errors import WorkbenchError, nearest
+from workbench.result import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from workbench.session import Workbench
+
+MODEL = "model"
+_NONE = 0.02  # a contrast whose interval lies within this share of a full association counts as none
+LIMITS = (
+    "A rule's strength and a model's probability are different scales: what is compared is the direction of each "
+    "contrast and the shape of the curves, not their size.",
+    "In context, trials without an outcome end with a token of their own, which the cue may come to predict; and the "
+    "cues of a compound stand one after the other, so that the last of them has the outcome beside it.",
+    "Agreement with a rule says that the model behaves like it here, not that a head of it works so.",
+)
+
+
+@dataclass(frozen=True, repr=False)
+class Conditioning(Result):
+    """What `conditioning` measured.
+
+    Attributes:
+        experiments: names. subjects: the rules, then "model" where one was probed. tests: test cue of each experiment.
+        what: what animals do in each. silent: where the linear theory has no answer, "" elsewhere.
+        curves: experiment -> [subject, group, trial + 1] mean strength (rules) or probability (model) of the outcome
+            after the test cue; group 0 is the experimental one, 1 the control. low, high: 95 % intervals of the mean.
+        phases: experiment -> (group, for each) words of the trials, such as "AB+".
+        contrast, contrast_low, contrast_high: [experiment, subject], difference of the groups after the last trial,
+            above 0 where the subject shows the effect; for acquisition the control never saw the cue.
+        effect: [experiment, subject] +1, 0 or −1: the interval lies above zero, holds it (or is tiny), or lies below.
+        agreement: rule -> share of experiments in which its effect is the model's; empty without a model.
+        correlation: rule -> (r, low, high) of all its curves with the model's; empty without a model.
+        limits: what the numbers do not say.
+    """
+
+    form = "workbench.conditioning"
+
+    experiments: tuple[str, ...]
+    subjects: tuple[str, ...]
+    tests: tuple[str, ...]
+    what: tuple[str, ...]
+    silent: tuple[str, ...]
+    curves: dict[str, Tensor]
+    low: dict[str, Tensor]
+    high: dict[str, Tensor]
+    phases: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+    contrast: Float[Tensor, "experiment subject"]
+    contrast_low: Float[Tensor, "experiment subject"]
+    contrast_high: Float[Tensor, "experiment subject"]
+    effect: Tensor
+    agreement: dict[str, float]
+    correlation: dict[str, tuple[float, float, float]]
+    limits: tuple[str, ...]
+    provenance: dict[str, Any]
+
+    @property
+    def best(self) -> str | None:
+        """The rule whose curves go best with the model's; None without a model."""
+        return max(self.correlation, key=lambda rule: self.correlation[rule][0]) if self.correlation else None
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per experiment and subject."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "experiment": name, "subject": subject, "contrast": float(self.contrast[e, s]),
+                "low": float(self.contrast_low[e, s]), "high": float(self.contrast_high[e, s]),
+                "effect": int(self.effect[e, s]), "silent": self.silent[e],
+            }
+            for e, name in enumerate(self.experiments)
+            for s, subject in enumerate(self.subjects)
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"Conditioning({', '.join(self.experiments)}; {', '.join(self.subjects)})"
+
+
+def conditioning(
+    wb: Workbench | None = None,
+    *,
+    experiments: str | Sequence[str] | None = None,
+    rules: Sequence[str] = ("hebb", "decay", "delta", "gated_delta", "softmax"),
+    trials: int = 8,
+    cues: Sequence[int] | None = None,
+    outcomes: Sequence[int] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    d: int = 64,
+    repeats: int = 64,
+    resamples: int = 500,
+    batch: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> Conditioning:
+    """Run conditioning experiments on learning rules and, with a model, in its context (after arXiv 2508.08289).
+
+    Args:
+        wb: an attached causal language model; None for the rules alone.
+        experiments: names from `schedules.SCHEDULES`; all if None.
+        rules: names from `conditioning.RULES`. options: rule -> options of its memory.
+        trials: in each phase of an experiment.
+        cues, outcomes: token ids to draw from, such as the keys and values of `tasks.mqar`; all but the special ones if
+            None.
+        d: width of the random cues that the rules see.
+        repeats: random choices of cues. resamples: of the bootstrap over them. batch: rows in one forward.
+
+    Raises:
+        WorkbenchError: unknown experiment or rule, or a rate outside its stable range (with the bound).
+        CaptureError: too few tokens, a context that is too short, or a model that is no language model.
+
+    >>> found = conditioning(experiments="blocking", rules=("hebb", "delta"), progress=False)
+    >>> found.effect.tolist()
+    [[0, 1]]
+    """
+    for rule in rules:
+        if rule not in RULES:
+            raise WorkbenchError(f'there is no learning rule "{rule}"', hint=nearest(str(rule), list(RULES)))
+    if isinstance(rules, str) or not rules or repeats < 2 or resamples < 1 or batch < 1 or d < 1:
+        raise WorkbenchError(
+            f"rules={rules!r}, d={d}, repeats={repeats}, resamples={resamples}, batch={batch}: rules are a list of at "
+            "least one, repeats at least 2, the others at least 1"
+        )
+    chosen = choose(experiments, trials)
+    if wb is not None and (cues is None or outcomes is None):
+        known = vocabulary(wb)
+        cues, outcomes = known if cues is None else cues, known if outcomes is None else outcomes
+    from tqdm.auto import tqdm
+
+    samples: dict[str, Tensor] = {}  # [subject, group, repeat, trial + 1]
+    for one in tqdm(chosen, desc="conditioning", disable=not progress):
+        parts = []
+        for rule in rules:
+            given = (options or {}).get(rule)
+            settings: dict[str, Any] = {"d": d, "repeats": repeats, "readings": one.readings, "seed": seed}
+            groups = [run_rule(rule, t, one.test, options=given, **settings) for t in (one.experimental, one.control)]
+            parts.append(_stack(groups))
+        if wb is not None and cues is not None and outcomes is not None:
+            groups = [
+                run_model(wb, t, one.test, cues, outcomes, repeats=repeats, seed=seed, batch=batch)
+                for t in (one.experimental, one.control)
+            ]
+            parts.append(_stack(groups))
+        samples[one.name] = torch.stack(parts)
+    subjects = (*rules, *((MODEL,) if wb is not None else ()))
+    about = {"trials": trials, "d": d, "repeats": repeats, "resamples": resamples, "seed": seed,
+             "options": {rule: dict(given) for rule, given in (options or {}).items()}}  # fmt: skip
+    if wb is not None:
+        from workbench.provenance import describe
+
+        about = describe(wb.model) | about
+    return _summarise(chosen, subjects, samples, resamples, seed, about)
+
+
+def _stack(groups: list[Tensor]) -> Tensor:
+    """[group, repeat, trial + 1]; a shorter group stays at its last strength."""
+    longest = max(g.shape[-1] for g in groups)
+    return torch.stack([torch.cat([g, g[:, -1:].expand(-1, longest - g.shape[-1])], dim=-1) for g in groups])
+
+
+def _summarise(
+    chosen: list[Schedule],
+    subjects: tuple[str, ...],
+    samples: dict[str, Tensor],
+    resamples: int,
+    seed: int,
+    provenance: dict[str, Any],
+) -> Conditioning:
+    repeats = next(iter(samples.values())).shape[2]
+    picked = torch.randint(repeats, (resamples, repeats), generator=torch.Generator().manual_seed(seed))
+    weights = torch.zeros(resamples, repeats, dtype=torch.float64).scatter_add_(
+        1, picked, torch.full((resamples, repeats), 1 / repeats, dtype=torch.float64)
+    )
+    again = {name: torch.einsum("sgrt,br->bsgt", x, weights) for name, x in samples.items()}
+    signs = {one.name: one.sign for one in chosen}
+    means = {name: x.mean(2) for name, x in samples.items()}
+    ends = torch.stack([signs[name] * (m[:, 0, -1] - m[:, 1, -1]) for name, m in means.items()])
+    spread = torch.stack([signs[name] * (x[:, :, 0, -1] - x[:, :, 1, -1]) for name, x in again.items()], dim=1)
+    low, high = _bounds(spread)
+    tiny = (low > -_NONE) & (high < _NONE)
+    effect = torch.where(tiny, 0, (low > 0).int() - (high < 0).int())
+    correlation, agreement = {}, {}
+    if subjects[-1] == MODEL:
+        flat = torch.cat([m.flatten(1) for m in means.values()], dim=-1)  # [subject, all points]
+        flat_again = torch.cat([x.flatten(2) for x in again.values()], dim=-1)
+        for s, rule in enumerate(subjects[:-1]):
+            r_low, r_high = _bounds(pearson(flat_again[:, s], flat_again[:, -1]))
+            correlation[rule] = (float(pearson(flat[s], flat[-1])), float(r_low), float(r_high))
+            agreement[rule] = float((effect[:, s] == effect[:, -1]).double().mean())
+    bounds = {name: _bounds(x) for name, x in again.items()}
+    return Conditioning(
+        experiments=tuple(one.name for one in chosen),
+        subjects=subjects,
+        tests=tuple(one.test for one in chosen),
+        what=tuple(one.what for one in chosen),
+        silent=tuple(one.silent for one in chosen),
+        curves=means,
+        low={name: b[0] for name, b in bounds.items()},
+        high={name: b[1] for name, b in bounds.items()},
+        phases={one.name: (_words(one.experimental), _words(one.control)) for one in chosen},
+        contrast=ends, contrast_low=low, contrast_high=high,
+        effect=effect, agreement=agreement, correlation=correlation, limits=LIMITS, provenance=provenance,
+    )  # fmt: skip
+
+
+def _words(trials: tuple[Trial, ...]) -> tuple[str, ...]:
+    return tuple("".join(trial.cues) + trial.outcome for trial in trials)
+
+
+def _bounds(samples: Tensor) -> tuple[Tensor, Tensor]:
+    ordered = samples.sort(0).values
+    cut = int(0.025 * (len(ordered) - 1))
+    return ordered[cut], ordered[len(ordered) - 1 - cut]

@@ -1,0 +1,32 @@
+"""The limits of a report, made from facts: what was cut, pooled, not verified, or seen only once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from workbench.report.parts import TABLE_ROWS, Section, count
+from workbench.tokens import visible_text
+
+
+def limits(sections: Sequence[Section]) -> list[str]:
+    """One sentence each."""
+    found = []
+    captures = [section for section in sections if section.data is not None]
+    if captures:
+        n = count(len(captures), "prompt")
+        found.append(f"The captures are of {n}, one forward each: how much varies over other prompts is not shown.")
+    number = 0
+    for i, section in enumerate(sections, 1):
+        where = f"Section {i}" + (f", {section.heading}" if section.heading else "")
+        found += [f"{where}: {limit}." for limit in section.limits]
+        cut = [table for table in section.tables if len(table.rows) < table.n_rows]
+        found += [f"{where}: the table “{table.caption}” has {table.summary}." for table in cut]
+        for spec in section.figures:
+            number += 1
+            found += [f"Figure {number}: {visible_text(note)}" for note in spec.notes]
+            rows = len(next(iter(spec.table.values()), ()))
+            if rows > TABLE_ROWS:
+                found.append(
+                    f"Figure {number}: its table shows the first {TABLE_ROWS} of {rows:,} rows; the CSV has them all."
+                )
+    return found

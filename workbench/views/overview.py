@@ -1,0 +1,33 @@
+"""What a capture shows of itself: its heads, and what they look at."""
+
+from __future__ import annotations
+
+from workbench.capture import Capture
+from workbench.errors import WorkbenchError
+from workbench.views.attention_pattern import attention_pattern
+from workbench.views.base import View
+from workbench.views.head_atlas import head_atlas
+from workbench.views.selection import SharedSelection
+
+
+def overview(capture: Capture, *, batch: int = 0, selection: SharedSelection | None = None) -> list[View]:
+    """The views of a capture, linked: the head atlas, and the attention patterns where they were kept.
+
+    Several forwards share the atlas; the patterns are those of the first.
+
+    Raises:
+        ReportError: the capture is empty.
+    """
+    found: list[View] = [head_atlas(capture, selection=selection)]
+    first = capture.calls[0]
+    try:
+        for c in first:
+            c.pattern  # noqa: B018 (raises where no pattern was kept)
+    except WorkbenchError:
+        return found
+    title = (
+        "Attention pattern"
+        if len(capture.calls) == 1
+        else f"Attention pattern, the first of {len(capture.calls)} calls"
+    )
+    return [*found, attention_pattern(first, batch=batch, title=title, selection=selection)]
