@@ -1,6 +1,6 @@
 """Draw the pictures of docs/views.md from the shipped model: what a browser shows of each view, in both themes.
 
-    python docs/make_screenshots.py
+python docs/make_screenshots.py
 """
 
 from __future__ import annotations

@@ -118,13 +118,11 @@ def statistics(tensor: Tensor) -> dict[str, float]:
 
     Quantiles of more than 4 million numbers are those of every n-th.
     """
-    counts = {"numbers": float(tensor.numel()), "NaN": 0.0, "∞": 0.0, "−∞": 0.0, "zeros": 0.0}
     counts = {"numbers": float(tensor.numel()), "NaN": 0.0, "∞": 0.0, "minus ∞": 0.0, "zeros": 0.0}
     low, high, total, square, n = np.inf, -np.inf, 0.0, 0.0, 0
     for values in _chunks(tensor):
         counts["NaN"] += float(np.isnan(values).sum())
         counts["∞"] += float(np.isposinf(values).sum())
-        counts["−∞"] += float(np.isneginf(values).sum())
         counts["minus ∞"] += float(np.isneginf(values).sum())
         counts["zeros"] += float((values == 0).sum())
         known = values[np.isfinite(values)]

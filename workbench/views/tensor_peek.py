@@ -79,7 +79,7 @@ class TensorPeek(View):
         shown = [axis for axis in (rows, columns) if axis is not None]
         if any(not isinstance(axis, int) or not 0 <= axis < len(shape) for axis in shown) or len({*shown}) < len(shown):
             raise ReportError(f"axes {rows!r} and {columns!r} cannot be shown", shape=shape)
-        cells, pooled = slice_of(named.values, list(index or ()), rows, columns)
+        cells, pooled = slice_of(named.values, index, rows, columns)
         data = np.ascontiguousarray(cells, dtype="<f8").tobytes()
         return {"shape": list(cells.shape), "pooled": list(pooled)}, [data]
 
@@ -194,7 +194,6 @@ def _described(
         notes.append(f"Quantiles of {named.name} are those of every {-(-values.numel() // (1 << 22))}th number.")
     if not values.is_floating_point() and values.numel() and max(abs(found["minimum"]), abs(found["maximum"])) > 2**53:
         notes.append(f"{named.name} holds whole numbers beyond 2⁵³, which are shown rounded.")
-    bad = int(found["NaN"] + found["∞"] + found["−∞"])
     bad = int(found["NaN"] + found["∞"] + found["minus ∞"])
     if bad:
         said = f"{bad:,} number{'s' * (bad > 1)} of {named.name}"

@@ -74,7 +74,9 @@ def token_strip(
         ReportError: no token, or another number of values than of tokens.
 
     >>> token_strip([" a", "b"], [0.5, 1.0], label="received").data()
-      position token  received
+       position token  received
+    0         0    ␣a       0.5
+    1         1     b       1.0
     """
     channels = values if isinstance(values, Mapping) else {label: values}
     if not len(tokens):
