@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.hostile import HOSTILE
-from workbench.tokens import piece, visible, visible_text
+from workbench.tokens import piece, plain_text, plotly_text, visible, visible_text
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,10 @@ def test_parts_of_characters_are_shown_as_bytes() -> None:
 @pytest.mark.parametrize(("token", "shown"), HOSTILE.items(), ids=ascii)
 def test_hostile_tokens_come_out_as_agreed(token: str, shown: str) -> None:
     assert visible(token) == shown
+
+
+@pytest.mark.parametrize("token", HOSTILE)
+def test_text_of_plotly_reads_as_the_token_is_shown(token: str) -> None:
+    text = plotly_text(token)
+    assert not {"<", ">"} & set(text)
+    assert plain_text(text) == HOSTILE[token]

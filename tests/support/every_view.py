@@ -81,6 +81,18 @@ def _figure() -> View:
     return views.figure(lines, title="Loss", caption="Loss by epoch.")
 
 
+def _figure_of_tokens(tokens: Sequence[str]) -> View:
+    import plotly.graph_objects as go
+
+    from workbench import views
+    from workbench.tokens import plotly_text
+
+    shown = [plotly_text(token) for token in tokens]
+    bars = go.Bar(x=shown, y=torch.linspace(0.1, 0.9, len(tokens)).tolist(), name="received")
+    axes = {"type": "category"}  # plotly would read some texts as numbers or dates
+    return views.figure(go.Figure(bars, {"xaxis": axes}), title="Figure", caption="A bar per token.")
+
+
 def _run_timeline() -> View:
     from workbench import views
 
@@ -107,6 +119,7 @@ VIEWS: dict[str, Callable[[], View]] = {
 WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "attention_pattern": _attention_pattern,
     "compare": _compare,
+    "figure": _figure_of_tokens,
     "token_strip": _token_strip,
 }
 """Kinds of views that show tokens -> one of these tokens."""

@@ -76,8 +76,10 @@ class Figure(View):
             raise ReportError(f"there is no trace {number!r}")
         trace = data[number]
         at: Any = tuple(index) if isinstance(index, list) else index
+        if not all(isinstance(i, int) and i >= 0 for i in (at if isinstance(at, tuple) else (at,))):
+            raise ReportError(f"trace {number} has no point {index!r}")
         try:
-            chosen = parts.selects(trace, at) if at is not None else {}
+            chosen = parts.selects(trace, at)
         except (IndexError, TypeError):
             raise ReportError(f"trace {number} has no point {index!r}") from None
         return Click(number, trace.get("name", ""), at, question.get("x"), question.get("y"), chosen)

@@ -18,9 +18,9 @@ def _(importance: HeadImportance) -> View:
     table = importance.table.rename(columns={"head": "label"})
     several = len(importance.measures) > 1
     scores: dict[str, Any] = {
-        f"{method}, {measure}" if several else method: rows[["site", "layer", "number", "score", "low", "high"]].rename(
-            columns={"number": "head", "score": "value"}
-        )
+        f"{method}, {measure}" if several else str(method): rows[
+            ["site", "layer", "number", "score", "low", "high"]
+        ].rename(columns={"number": "head", "score": "value"})
         for (method, measure), rows in table.groupby(["method", "measure"], sort=False)
     }
     measured = ", ".join(importance.measures)
@@ -69,7 +69,8 @@ def _(curve: PruningCurve) -> View:
         fig,
         title="Pruning",
         caption=(
-            f"{', '.join(curve.measures)} as heads are pruned, by {curve.by} and at random, of {curve.n_heads:,}.{speed}"
+            f"{', '.join(curve.measures)} as heads are pruned, by {curve.by} and at random, of {curve.n_heads:,}."
+            f"{speed}"
         ),
         table=table,
         notes=(f"No speed: {curve.reason}",) if curve.reason else (),

@@ -102,7 +102,8 @@ class _Panel:
         self.legend: list[tuple[Any, str]] = []
         for which, name in zip("xy", pair, strict=True):
             order = [str(c) for c in axis(layout, name).get("categoryarray", [])]
-            texts = [v for t in data if name in _pair(t) and (values := t.get(which)) is not None for v in values]
+            given = [t[which] for t in data if name in _pair(t) and t.get(which) is not None]
+            texts = [value for values in given for value in values]
             if axis(layout, name).get("type") == "category" or any(isinstance(v, str) for v in texts):
                 self.categories[which] = list(dict.fromkeys([*order, *map(str, texts)]))
 
@@ -292,9 +293,9 @@ def _bar(panel: _Panel, trace: Trace, colour: str, kind: str | None) -> None:
     which = "x" if lying else "y"
     found = errors_of(trace, which, len(at))
     if found is not None:
-        ends: tuple[Any, Any] = (height + base, at) if lying else (at, height + base)
+        tips = (height + base, at) if lying else (at, height + base)
         ink = panel.axes.xaxis.label.get_color()
-        panel.axes.errorbar(*ends, fmt="none", ecolor=ink, elinewidth=1, capsize=2.5, **_lengths({which: found}))
+        panel.axes.errorbar(*tips, fmt="none", ecolor=ink, elinewidth=1, capsize=2.5, **_lengths({which: found}))
     if not lying and not (panel.layout.get("shapes")):
         panel.axes.margins(x=0.02)
     panel.label(trace, handle)
@@ -312,9 +313,9 @@ def _map_of(colours: Any, kind: str | None) -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     if kind == "diverging":
-        made = scales.diverging().copy()
+        made = scales.diverging()
     elif not isinstance(colours, list):
-        made = mpl.colormaps["viridis"].copy()
+        made = mpl.colormaps["viridis"]
     else:
         stops = [(float(at), mpl.colors.to_rgba(colour_of(colour))) for at, colour in colours]
         made = LinearSegmentedColormap.from_list("own", stops)

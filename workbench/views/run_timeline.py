@@ -167,9 +167,7 @@ def run_timeline(
         or f"{len(calls):,} attention calls of {len(sites):,} sites in {len(spans):,} forward{'s' * (len(spans) > 1)}, "
         f"{1e3 * total:,.1f} ms by the host's clock, {int(frame['bytes'].sum()):,} bytes kept.",
         facts={
-            "sites": [
-                {"name": name, "layer": int(layer)} for name, layer in zip(sites["site"], sites["layer"], strict=True)
-            ],
+            "sites": [{"name": name, "layer": layer} for name, layer in sites.to_numpy().tolist()],
             "kernels": shown,
             "colours": list(SERIES),
             "forwards": numbers,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +100,10 @@ def _parts(name: str, tensor: Tensor, axes: Sequence[str] | None) -> list[Named]
     return [Named(each, values, *about) for each, values in views.items()]
 
 
-def _chunks(tensor: Tensor) -> list[Tensor]:
-    return list(tensor.reshape(-1).split(_CHUNK))
+def _chunks(tensor: Tensor) -> Iterator[Array]:
+    """All numbers as float64, a part at a time."""
+    for part in tensor.reshape(-1).split(_CHUNK):
+        yield _double(part)
 
 
 def _double(tensor: Tensor) -> Array:
@@ -116,20 +118,21 @@ def statistics(tensor: Tensor) -> dict[str, float]:
 
     Quantiles of more than 4 million numbers are those of every n-th.
     """
-    counts = {"numbers": float(tensor.numel()), "NaN": 0.0, "+∞": 0.0, "−∞": 0.0, "zeros": 0.0}
+    counts = {"numbers": float(tensor.numel()), "NaN": 0.0, "∞": 0.0, "−∞": 0.0, "zeros": 0.0}
+    counts = {"numbers": float(tensor.numel()), "NaN": 0.0, "∞": 0.0, "minus ∞": 0.0, "zeros": 0.0}
     low, high, total, square, n = np.inf, -np.inf, 0.0, 0.0, 0
-    parts = [_double(part) for part in _chunks(tensor)]
-    for values in parts:
+    for values in _chunks(tensor):
         counts["NaN"] += float(np.isnan(values).sum())
-        counts["+∞"] += float(np.isposinf(values).sum())
+        counts["∞"] += float(np.isposinf(values).sum())
         counts["−∞"] += float(np.isneginf(values).sum())
+        counts["minus ∞"] += float(np.isneginf(values).sum())
         counts["zeros"] += float((values == 0).sum())
         known = values[np.isfinite(values)]
         if known.size:
             low, high = min(low, float(known.min())), max(high, float(known.max()))
             total, n = total + float(known.sum()), n + known.size
     mean = total / n if n else np.nan
-    for values in parts:
+    for values in _chunks(tensor):
         known = values[np.isfinite(values)]
         square += float(((known - mean) ** 2).sum())
     found = {
@@ -139,7 +142,7 @@ def statistics(tensor: Tensor) -> dict[str, float]:
         "standard deviation": float(np.sqrt(square / n)) if n else np.nan,
     }
     every = max(1, -(-tensor.numel() // _FOR_QUANTILES))
-    some = np.concatenate(parts)[::every] if parts else np.zeros(0)
+    some = _double(tensor.reshape(-1)[::every])
     some = some[np.isfinite(some)]
     levels = np.quantile(some, QUANTILES) if some.size else [np.nan] * len(QUANTILES)
     found |= {f"{100 * q:g} %": float(level) for q, level in zip(QUANTILES, levels, strict=True)}
@@ -156,8 +159,7 @@ def histogram(tensor: Tensor, low: float, high: float) -> tuple[Array, Array]:
         low, high = low - width, high + width
     edges = np.linspace(low, high, BINS + 1)
     counts = np.zeros(BINS)
-    for part in _chunks(tensor):
-        values = _double(part)
+    for values in _chunks(tensor):
         counts += np.histogram(values[np.isfinite(values)], bins=edges)[0]
     return counts, edges
 

@@ -72,21 +72,21 @@ class TensorPeek(View):
             raise ReportError(f"there is no tensor {number!r}")
         named = self._tensors[number]
         shape = tuple(named.values.shape)
-        fits = isinstance(index, list) and len(index) == len(shape)
-        if not fits or not all(isinstance(i, int) and 0 <= i < n for i, n in zip(index or (), shape, strict=False)):
+        given = index if isinstance(index, list) else []
+        inside = all(isinstance(i, int) and 0 <= i < n for i, n in zip(given, shape, strict=False))
+        if not isinstance(index, list) or len(index) != len(shape) or not inside:
             raise ReportError(f"there is no slice {index!r}", shape=shape)
         shown = [axis for axis in (rows, columns) if axis is not None]
         if any(not isinstance(axis, int) or not 0 <= axis < len(shape) for axis in shown) or len({*shown}) < len(shown):
             raise ReportError(f"axes {rows!r} and {columns!r} cannot be shown", shape=shape)
-        cells, pooled = slice_of(named.values, index, rows, columns)
+        cells, pooled = slice_of(named.values, list(index or ()), rows, columns)
         data = np.ascontiguousarray(cells, dtype="<f8").tobytes()
         return {"shape": list(cells.shape), "pooled": list(pooled)}, [data]
 
 
 def _where(about: Mapping[str, Any], index: Sequence[int]) -> str:
-    fixed = [
-        f"{name} {at}" for i, (name, at) in enumerate(zip(about["axes"], index, strict=True)) if i not in about["shown"]
-    ]
+    pairs = enumerate(zip(about["axes"], index, strict=True))
+    fixed = [f"{name} {at}" for axis, (name, at) in pairs if axis not in about["shown"]]
     return ", ".join([about["name"], *fixed])
 
 
@@ -185,8 +185,8 @@ def _described(
             )
         if pooled != (1, 1):
             notes.append(
-                f"A slice of {named.name} is shown at most {LARGEST_SIDE} × {LARGEST_SIDE}: each cell is the value "
-                f"farthest from 0 of {pooled[0]} × {pooled[1]}."
+                f"A slice of {named.name} has at most {LARGEST_SIDE} cells on a side: each is the value farthest "
+                f"from 0 of {pooled[0]} × {pooled[1]}."
             )
     else:
         notes.append(f"{named.name} is empty.")
@@ -194,9 +194,11 @@ def _described(
         notes.append(f"Quantiles of {named.name} are those of every {-(-values.numel() // (1 << 22))}th number.")
     if not values.is_floating_point() and values.numel() and max(abs(found["minimum"]), abs(found["maximum"])) > 2**53:
         notes.append(f"{named.name} holds whole numbers beyond 2⁵³, which are shown rounded.")
-    bad = int(found["NaN"] + found["+∞"] + found["−∞"])
+    bad = int(found["NaN"] + found["∞"] + found["−∞"])
+    bad = int(found["NaN"] + found["∞"] + found["minus ∞"])
     if bad:
-        notes.append(f"{bad:,} numbers of {named.name} are NaN or infinite: grey, and not in the statistics.")
+        said = f"{bad:,} number{'s' * (bad > 1)} of {named.name}"
+        notes.append(f"{said} NaN or infinite: grey, and left out of mean, deviation and quantiles.")
     blocks[f"slices:{i}"] = np.stack(slices) if slices else np.zeros((0, 0, 0))
     about = {
         "name": named.name,

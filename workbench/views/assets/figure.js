@@ -112,7 +112,7 @@ class Chart {
         coloraxis: { colorbar: bar },
         legend: { bgcolor: "rgba(0,0,0,0)", traceorder: "normal" },
       },
-      data: { heatmap: [{ colorbar: bar, hoverongaps: false }], contour: [{ colorbar: bar }] },
+      data: { heatmap: [{ colorbar: bar, hoverongaps: false }], contour: [{ colorbar: bar }], bar: [{ error_x: { color: ink }, error_y: { color: ink } }] },
     };
   }
 

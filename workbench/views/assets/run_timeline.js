@@ -102,8 +102,15 @@ class Timeline {
     this.draw();
   }
 
-  zoom(by, around = (this.view[0] + this.view[1]) / 2) {
+  zoom(by, around = this.middle()) {
     this.look(around - (around - this.view[0]) * by, around + (this.view[1] - around) * by);
+  }
+
+  /** The cursor's call where it is in view, else the middle. */
+  middle() {
+    const [from, to] = this.view;
+    const at = this.start(this.at);
+    return at > from && at < to ? at : (from + to) / 2;
   }
 
   pan(share) {

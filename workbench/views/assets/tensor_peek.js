@@ -98,7 +98,9 @@ class Peek {
 
   describe() {
     const { shape, dtype, device, statistics } = this.about;
-    const counts = new Set(["numbers", "NaN", "+∞", "−∞", "zeros"]);
+    const counts = new Set(["numbers", "NaN", "∞", "−∞", "zeros"]);
+
+const counts = new Set(["numbers", "NaN", "∞", "minus ∞", "zeros"]);
     const pairs = [["shape", shape.length ? shape.join(" × ") : "one number"], ["dtype", dtype], ["device", device]];
     for (const [name, value] of Object.entries(statistics)) {
       if (counts.has(name) && value === 0 && name !== "zeros") continue;

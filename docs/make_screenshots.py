@@ -1,0 +1,60 @@
+"""Draw the pictures of docs/views.md from the shipped model: what a browser shows of each view, in both themes.
+
+    python docs/make_screenshots.py
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from playwright.sync_api import sync_playwright
+
+import workbench
+from workbench import views
+
+FOLDER = Path(__file__).parent / "images"
+WIDTH, HEIGHT = 1280, 800
+
+
+def shown() -> dict[str, views.View]:
+    """One view of each kind that is worth a picture."""
+    model, tokenizer = workbench.models.load("demo-lm")
+    wb = workbench.attach(model, tokenizer)
+    inputs = wb.tokenize(workbench.tasks.ioi(1, seed=3)[0].prompt)
+    names = ["entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "induction"]
+    with torch.no_grad(), wb.capture(names) as cap:
+        model(**inputs)
+    pattern = views.attention_pattern(cap)
+    pair = [views.attention_pattern(cap, site=4, heads=[head]) for head in (1, 2)]
+    return {
+        "head-atlas": views.head_atlas(cap, metric="induction"),
+        "attention-pattern": pattern,
+        "compare": views.compare(*pair, labels=("L4H1", "L4H2")),
+    }
+
+
+def main() -> None:
+    """Write the pictures."""
+    FOLDER.mkdir(exist_ok=True)
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as there:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for name, view in shown().items():
+            page = Path(view.to_html(Path(there) / f"{name}.html"))
+            for theme in ("light", "dark"):
+                context = browser.new_context(
+                    offline=True, color_scheme=theme, viewport={"width": WIDTH, "height": HEIGHT}
+                )
+                tab = context.new_page()
+                tab.goto(f"{page.as_uri()}#L4H1,q=15")
+                tab.wait_for_selector("html[data-ready]")
+                tab.wait_for_timeout(200)
+                tab.screenshot(path=FOLDER / f"{name}-{theme}.png")
+                context.close()
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
