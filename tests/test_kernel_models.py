@@ -60,11 +60,12 @@ def test_the_page_shows_all_four_and_marks_their_weights():
     with torch.no_grad(), workbench.attach(model).capture(["entropy", "sink"]) as cap:
         model(ids)
     page = workbench.Report("Four kernels").add(cap).to_html()
-    data = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', page, re.DOTALL).group(1))
-    sites = data["sections"][0]["sites"]
+    found = re.findall(r'<script[^>]*id="view-\d+"[^>]*>(.*?)</script>', page, re.DOTALL)
+    (sites,) = [spec["facts"]["sites"] for spec in map(json.loads, found) if spec["kind"] == "attention_pattern"]
     marks = ["signed" if kernel in SIGNED else "normalised" for kernel in KERNELS]
     assert [site["weights"] for site in sites] == marks
-    assert all(site["map"] is not None and site["missing"] is None for site in sites)
+    assert all(site["mode"] != "missing" for site in sites)
+    assert "statistics and maps are of |A|" in page
     assert page.count("<td>signed</td>") == 1
     assert page.count("<td>normalised</td>") == 3
 
@@ -76,8 +77,7 @@ def test_the_mark_is_seen_beside_the_head(page, tmp_path):
         model(ids)
     opened = page.open(workbench.Report("Signed").add(cap).write(tmp_path / "page.html"))
     opened.wait_for_selector("canvas")
-    assert "layers.0 · signed, shown as |A| / Σ|A| per row" in opened.inner_text("h3 .site")
-    assert "|A| / Σ|A|" in opened.inner_text(".pattern .legend, .legend >> nth=1")
+    assert "signed: |A| / Σ|A|" in opened.locator(".attention_pattern .panel").first.inner_text()
     page.assert_clean()
 
 
@@ -124,12 +124,10 @@ def test_every_marked_function_is_known_to_the_sites():
 
 
 def test_what_a_layout_hides_from_a_head_is_not_a_small_weight():
-    from workbench.report.collect import collect
-
     model, ids = kernel_model("s2")
     with torch.no_grad(), workbench.attach(model).capture() as cap:
         model(ids)
-    shown = collect(cap, 0, 0)[0].map
+    cells = workbench.views.attention_pattern(cap, 0).spec.blocks["cells:0:0"]
     seen = cap["layers.0"].pattern.mask.visible(slice(0, 64), slice(0, 64), slice(0, 1), slice(0, 4))
     assert not torch.equal(seen[0], seen[1])  # heads differ in what they see
-    assert torch.equal(torch.from_numpy(shown.coded > 0), seen)
+    assert torch.equal(torch.from_numpy(cells > 0), seen)

@@ -15,6 +15,7 @@ def limits(sections: Sequence[Section]) -> list[str]:
     if captures:
         n = count(len(captures), "prompt")
         found.append(f"The captures are of {n}, one forward each: how much varies over other prompts is not shown.")
+    of_figures: dict[str, list[int]] = {}  # what several figures say is said once
     number = 0
     for i, section in enumerate(sections, 1):
         where = f"Section {i}" + (f", {section.heading}" if section.heading else "")
@@ -23,10 +24,13 @@ def limits(sections: Sequence[Section]) -> list[str]:
         found += [f"{where}: the table “{table.caption}” has {table.summary}." for table in cut]
         for spec in section.figures:
             number += 1
-            found += [f"Figure {number}: {visible_text(note)}" for note in spec.notes]
             rows = len(next(iter(spec.table.values()), ()))
+            said = [visible_text(note) for note in spec.notes]
             if rows > TABLE_ROWS:
-                found.append(
-                    f"Figure {number}: its table shows the first {TABLE_ROWS} of {rows:,} rows; the CSV has them all."
-                )
+                said.append(f"its table shows the first {TABLE_ROWS} of {rows:,} rows; the CSV has them all.")
+            for each in said:
+                of_figures.setdefault(each, []).append(number)
+    for said_once, numbers in of_figures.items():
+        which = f"Figure{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+        found.append(f"{which}: {said_once}")
     return found
