@@ -180,7 +180,8 @@ class Grid {
 
   draw() {
     const dpr = window.devicePixelRatio || 1;
-    const room = Math.max(160, (this.canvas.closest(".maps").clientWidth || 600) - 4);
+    const ranking = matchMedia("(max-width: 760px)").matches ? 0 : 270; // it stands beside the maps, or below them
+    const room = Math.max(160, (this.frame.body.clientWidth || 860) - ranking);
     const left = 34;
     const width = Math.max(3, Math.min(46, Math.floor((room - left) / this.columns)));
     const height = Math.max(6, Math.min(26, width, Math.floor(560 / this.rows)));
