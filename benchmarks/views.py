@@ -31,6 +31,7 @@ from shared.measuring import machine, peak_above, say, table, write_section
 
 import workbench
 from workbench import views
+from workbench.kernels.masks import causal
 from workbench.kernels.patterns import Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
@@ -69,7 +70,7 @@ DRAWN = {
 }
 
 
-def causal(heads: int, n: int) -> torch.Tensor:
+def peaked(heads: int, n: int) -> torch.Tensor:
     """[head, query, key] of peaked random rows that sum to 1."""
     scores = 3 * torch.randn(heads, n, n, generator=torch.Generator().manual_seed(0))
     return scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
@@ -160,7 +161,7 @@ def against_peers(browser: Browser, lengths: list[int], rounds: int, folder: Pat
     """The table of all tools at all lengths."""
     rows = []
     for n in lengths:
-        weights, tokens = causal(HEADS, n), [f"tok{i}" for i in range(n)]
+        weights, tokens = peaked(HEADS, n), [f"tok{i}" for i in range(n)]
         files = {tool: page_of(tool, weights, tokens, folder / f"{tool}-{n}.html") for tool in TOOLS}
         runs: dict[str, list[Seen | None]] = {tool: [] for tool in TOOLS}
         for turn in range(rounds):
@@ -185,7 +186,7 @@ def long_pattern(n: int) -> Pattern:
     """One causal head over n tokens from random queries and keys; never held whole."""
     made = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, n, 64, generator=made) for _ in range(2))
-    return SoftmaxPattern(2 * q, k, causal=True)
+    return SoftmaxPattern(2 * q, k, causal(n))
 
 
 def model_capture(n: int) -> Any:
