@@ -1,7 +1,7 @@
 """How long a click in JupyterLab takes to reach Python: from the browser's event to a callback in the kernel.
 
-A notebook with a head atlas runs in a JupyterLab of its own; heads are clicked, and the clocks of the browser and of the
-kernel, which are one machine's, are compared. Writes its section of docs/benchmarks.md.
+A notebook with a head atlas runs in a JupyterLab of its own; heads are clicked, and the clocks of the browser and of
+the kernel, which are one machine's, are compared. Writes its section of docs/benchmarks.md.
 
     python benchmarks/views_live.py [--clicks 50]
 """
@@ -81,8 +81,9 @@ def main() -> None:
     p95 = statistics.quantiles(took, n=20)[-1]
     write_section(
         HEADING,
-        f"""`python benchmarks/views_live.py`: {clicks} clicks on a head atlas; milliseconds from the click to a callback in
-Python: median {statistics.median(took):.0f}, 95th percentile {p95:.0f}. The goal is below 250.
+        f"""`python benchmarks/views_live.py`: {clicks} clicks on a head atlas; milliseconds from the click to a callback
+in Python: median {statistics.median(took):.0f}, 95th percentile {p95:.0f}. The goal is
+below 250.
 
 {machine("anywidget", "jupyterlab")}""",
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,37 +19,59 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PICTURED = 400  # tokens in the picture; the page has them all
-_PER_LINE = 110  # characters
+_PER_LINE = 105  # characters
+_FONT = 8  # points
+_CHARACTER, _LINE = 0.61 * _FONT / 72, 2.1 * _FONT / 72  # inches
 
 
 class TokenStrip(View):
     """See `token_strip`."""
 
     def picture(self, figure: Figure) -> None:
-        tokens, values = self.spec.facts["tokens"], self.spec.blocks["values"][0]
-        colours = scales.colours(values, signed=self.spec.facts["channels"][0]["signed"])
-        axes = figure.add_subplot()
+        from matplotlib.patches import Rectangle
+
+        tokens, about = self.spec.facts["tokens"][:_PICTURED], self.spec.facts["channels"][0]
+        values = self.spec.blocks["values"][0]
+        colours = scales.colours(values, signed=about["signed"])
+        places = list(_places([_columns(token) for token in tokens]))
+        lines = places[-1][1] + 1
+        figure.set_layout_engine("none")
+        figure.set_size_inches((_PER_LINE + 2) * _CHARACTER, (lines + 1.6) * _LINE)
+        axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        axes.set_xlim(0, _PER_LINE)
-        column, line = 0.0, 0
-        for token, colour in zip(tokens[:_PICTURED], colours, strict=False):
-            width = len(token) + 1.0
-            if column + width > _PER_LINE:
-                column, line = 0.0, line + 1
+        axes.set(xlim=(-1, _PER_LINE + 1), ylim=(lines + 0.2, -1.4))
+        rest = len(self.spec.facts["tokens"]) - len(tokens)
+        unit = f", {about['unit']}" if about["unit"] else ""
+        ends = " to ".join(f"{end:.3g}" for end in scales.limits(values, signed=about["signed"]))
+        more = f"; {rest:,} more tokens are not in the picture" if rest else ""
+        axes.text(0, -0.75, f"{about['label']}{unit}: colours run from {ends}{more}", fontsize=8, va="center")
+        for token, colour, (column, line) in zip(tokens, colours, places, strict=False):
+            axes.add_patch(Rectangle((column, line), _columns(token) - 0.3, 0.86, color=colour, linewidth=0))
             axes.text(
-                column,
-                -line,
+                column + (_columns(token) - 0.3) / 2,
+                line + 0.43,
                 token,
                 family="monospace",
-                fontsize=8,
+                fontsize=_FONT,
                 color=scales.ink_on(colour),
-                backgroundcolor=colour,
+                ha="center",
                 va="center",
             )
-            column += width
-        axes.set_ylim(-line - 0.7, 0.7)
-        if len(tokens) > _PICTURED:
-            axes.set_title(f"the first {_PICTURED} of {len(tokens):,} tokens")
+
+
+def _columns(token: str) -> float:
+    """Room for a token in characters of a line; wide characters take two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in token) + 1.3
+
+
+def _places(widths: Sequence[float]) -> Iterator[tuple[float, int]]:
+    """Where each token begins: column and line."""
+    column, line = 0.0, 0
+    for width in widths:
+        if column and column + width > _PER_LINE:
+            column, line = 0.0, line + 1
+        yield column, line
+        column += width
 
 
 def token_strip(
