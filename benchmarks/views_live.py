@@ -81,9 +81,8 @@ def main() -> None:
     p95 = statistics.quantiles(took, n=20)[-1]
     write_section(
         HEADING,
-        f"""`python benchmarks/views_live.py`: {clicks} clicks on a head atlas; milliseconds from the click to a callback
-in Python: median {statistics.median(took):.0f}, 95th percentile {p95:.0f}. The goal is
-below 250.
+        f"""`python benchmarks/views_live.py`: {clicks} clicks on a head atlas; milliseconds from the click to a
+callback in Python: median {statistics.median(took):.0f}, 95th percentile {p95:.0f}. The goal is below 250.
 
 {machine("anywidget", "jupyterlab")}""",
     )
