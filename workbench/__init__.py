@@ -20,6 +20,19 @@ from workbench.errors import (
 
 if TYPE_CHECKING:
     from workbench import models, tasks, views
+    from workbench.analysis.circuits.circuit import Circuit
+    from workbench.analysis.circuits.faithful import (
+        Faithfulness,
+        FaithfulnessCurve,
+        circuit_faithfulness,
+        faithfulness_curve,
+    )
+    from workbench.analysis.circuits.find import Stage, find_circuit
+    from workbench.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
+    from workbench.analysis.circuits.patching import HeadPatching, ablate_heads, patch_heads
+    from workbench.analysis.circuits.repair import Repair, repair
+    from workbench.analysis.circuits.roles import HeadRoles, head_roles
+    from workbench.analysis.circuits.stability import Stability, circuit_stability
     from workbench.analysis.conditioning.capacity import Capacity, capacity
     from workbench.analysis.conditioning.experiments import Conditioning, conditioning
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
@@ -40,6 +53,24 @@ _LAZY = {
     "attach": "workbench.session",
     "Capacity": "workbench.analysis.conditioning.capacity",
     "capacity": "workbench.analysis.conditioning.capacity",
+    "Circuit": "workbench.analysis.circuits.circuit",
+    "Faithfulness": "workbench.analysis.circuits.faithful",
+    "FaithfulnessCurve": "workbench.analysis.circuits.faithful",
+    "circuit_faithfulness": "workbench.analysis.circuits.faithful",
+    "faithfulness_curve": "workbench.analysis.circuits.faithful",
+    "Stage": "workbench.analysis.circuits.find",
+    "find_circuit": "workbench.analysis.circuits.find",
+    "CircuitOverlap": "workbench.analysis.circuits.overlap",
+    "circuit_overlap": "workbench.analysis.circuits.overlap",
+    "HeadPatching": "workbench.analysis.circuits.patching",
+    "ablate_heads": "workbench.analysis.circuits.patching",
+    "patch_heads": "workbench.analysis.circuits.patching",
+    "Repair": "workbench.analysis.circuits.repair",
+    "repair": "workbench.analysis.circuits.repair",
+    "HeadRoles": "workbench.analysis.circuits.roles",
+    "head_roles": "workbench.analysis.circuits.roles",
+    "Stability": "workbench.analysis.circuits.stability",
+    "circuit_stability": "workbench.analysis.circuits.stability",
     "Conditioning": "workbench.analysis.conditioning.experiments",
     "conditioning": "workbench.analysis.conditioning.experiments",
     "Capture": "workbench.capture",
@@ -63,28 +94,46 @@ __all__ = [
     "Capacity",
     "Capture",
     "CaptureError",
+    "Circuit",
+    "CircuitOverlap",
     "Conditioning",
+    "Faithfulness",
+    "FaithfulnessCurve",
     "FormatError",
     "HeadImportance",
+    "HeadPatching",
+    "HeadRoles",
     "InterventionError",
     "KVGroup",
     "PruningCurve",
+    "Repair",
     "Report",
     "ReportError",
     "SiteCapture",
+    "Stability",
+    "Stage",
     "Sweep",
     "SweepInterrupted",
     "TaskError",
     "Variant",
     "Workbench",
     "WorkbenchError",
+    "ablate_heads",
     "attach",
     "capacity",
+    "circuit_faithfulness",
+    "circuit_overlap",
+    "circuit_stability",
     "conditioning",
+    "faithfulness_curve",
+    "find_circuit",
     "head_importance",
+    "head_roles",
     "load_capture",
     "models",
+    "patch_heads",
     "prune_heads",
+    "repair",
     "run_sweep",
     "tasks",
     "views",

@@ -8,10 +8,12 @@
 
 from workbench.tasks.base import Example, Split, Task
 from workbench.tasks.colored_objects import colored_objects
+from workbench.tasks.custom import from_prompts
+from workbench.tasks.docstring import docstring
 from workbench.tasks.greater_than import greater_than
 from workbench.tasks.induction import induction
 from workbench.tasks.ioi import ioi
-from workbench.tasks.metrics import TaskBatch, correct, logit_diff
+from workbench.tasks.metrics import TaskBatch, correct, kl_divergence, logit_diff, normalised, probability
 from workbench.tasks.mqar import mqar, mqar_tokens
 from workbench.tasks.pieces import pieces, token_positions
 
@@ -22,12 +24,17 @@ __all__ = [
     "TaskBatch",
     "colored_objects",
     "correct",
+    "docstring",
+    "from_prompts",
     "greater_than",
     "induction",
     "ioi",
+    "kl_divergence",
     "logit_diff",
     "mqar",
     "mqar_tokens",
+    "normalised",
     "pieces",
+    "probability",
     "token_positions",
 ]

@@ -66,11 +66,47 @@ def logit_diff(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     tensor([3.])
     """
     known, logits = _with_answers(batch), last_logits(output, batch)
-    values = [
-        row[list(a)].logsumexp(0) - row[list(w)].logsumexp(0)
-        for row, a, w in zip(logits, known.answers, known.wrong, strict=True)
-    ]
-    return torch.stack(values)
+    return _log_sum(logits, known.answers) - _log_sum(logits, known.wrong)
+
+
+def probability(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Probability of the right answer at the last token, of all of them where there are several: [batch].
+
+    Raises:
+        TaskError: the batch does not come from `Task.batches`, so it does not know its answers.
+
+    >>> batch = TaskBatch({}, answers=[[1]], wrong=[[0]])
+    >>> probability(torch.zeros(1, 1, 4), batch)
+    tensor([0.2500])
+    """
+    known, logits = _with_answers(batch), last_logits(output, batch)
+    return (_log_sum(logits, known.answers) - logits.logsumexp(-1)).exp()
+
+
+def kl_divergence(output: Any, batch: Mapping[str, torch.Tensor], clean: Any) -> torch.Tensor:
+    """KL(clean ‖ edited) of the next-token distributions at the last token, in nats: [batch].
+
+    Args:
+        clean: what the unedited model gave for the batch.
+
+    >>> a = torch.tensor([[[0.0, 1.0]]])
+    >>> kl_divergence(a, {}, a)
+    tensor([0.])
+    """
+    edited, plain = (last_logits(one, batch).log_softmax(-1) for one in (output, clean))
+    return (plain.exp() * (plain - edited)).sum(-1)
+
+
+kl_divergence.against_clean = True  # type: ignore[attr-defined]
+
+
+def normalised(value: Any, clean: Any, corrupted: Any) -> Any:
+    """A metric on the scale where 0 is the corrupted and 1 the clean run.
+
+    >>> normalised(3.0, clean=4.0, corrupted=0.0)
+    0.75
+    """
+    return (value - corrupted) / (clean - corrupted)
 
 
 def correct(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -82,6 +118,15 @@ def correct(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     known, best = _with_answers(batch), last_logits(output, batch).argmax(-1).tolist()
     hits = [float(token in answers) for token, answers in zip(best, known.answers, strict=True)]
     return torch.tensor(hits)
+
+
+def _log_sum(logits: torch.Tensor, sets: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[batch] log-sum-exp of the logits [batch, vocab] of a set of tokens for each example."""
+    widest = max(map(len, sets))
+    index = torch.tensor([[*one, *[one[0]] * (widest - len(one))] for one in sets], device=logits.device)
+    real = torch.tensor([[i < len(one) for i in range(widest)] for one in sets], device=logits.device)
+    chosen = logits.gather(1, index)
+    return chosen[:, 0] if widest == 1 else chosen.masked_fill(~real, -torch.inf).logsumexp(1)
 
 
 def _with_answers(batch: Mapping[str, torch.Tensor]) -> TaskBatch:

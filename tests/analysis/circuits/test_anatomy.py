@@ -1,0 +1,103 @@
+"""The parts of models: found in every kind of block, and refused with a name where the stream is no sum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import workbench
+from support.circuits import SlotModel, tiny
+from support.tiny import family
+from workbench.analysis.circuits.anatomy import find_anatomy
+from workbench.analysis.circuits.graph import Graph, Layer
+from workbench.errors import AttachError, FormatError, InterventionError
+
+KINDS = {
+    "gpt2": (4, 4, False),
+    "llama-gqa": (6, 2, False),
+    "gpt-neox": (4, 4, True),
+    "falcon": (4, 1, True),
+    "qwen3": (6, 2, False),
+    "falcon-alibi-eager": (4, 1, True),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_parts_are_found_and_their_sum_is_the_stream(name: str) -> None:
+    heads, kv, parallel = KINDS[name]
+    with workbench.attach(tiny(name)) as wb:
+        found = find_anatomy(wb, family(name).inputs())
+    assert {(x.n_heads, x.n_kv_heads, x.parallel, x.mlp) for x in found.graph.layers} == {(heads, kv, parallel, True)}
+    assert found.error < 1e-12
+    assert found.head is not None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "gpt-neox", "qwen3"])
+def test_columns_are_those_of_each_head(name: str) -> None:
+    """Changing the columns of one head's queries, keys or values changes that head's output and no other's."""
+    model = tiny(name)
+    with workbench.attach(model) as wb:
+        inputs = family(name).inputs()
+        layer = find_anatomy(wb, inputs).layers[1]
+        for part in "qkv":
+            reader = layer.parts[part]
+            many = len(reader.columns)
+            group = layer.n_heads // many
+
+            def change(
+                module: object, args: object, output: torch.Tensor, columns: torch.Tensor = reader.columns[1]
+            ) -> torch.Tensor:
+                noise = torch.randn(columns.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
+                return output.index_add(-1, columns, noise.expand(*output.shape[:-1], -1))
+
+            with wb.capture(z=True) as before:
+                model(**inputs)
+            handle = reader.module.register_forward_hook(change)
+            with wb.capture(z=True) as after:
+                model(**inputs)
+            handle.remove()
+            moved = (before[layer.site.name].z != after[layer.site.name].z).any(-1).any(1).any(0)
+            assert moved.nonzero()[:, 0].tolist() == list(range(group, 2 * group))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gemma2", "neither its heads' output nor that of one module"),
+        ("deepseek-v3", "low-rank"),
+        ("t5", "several towers"),
+    ],
+)
+def test_models_whose_stream_is_no_sum_are_refused(name: str, says: str) -> None:
+    model = tiny(name, torch.float32)
+    with workbench.attach(model) as wb, pytest.raises(AttachError, match=says):
+        find_anatomy(wb, family(name).inputs())
+
+
+def test_a_scaled_stream_is_refused_by_name() -> None:
+    model = SlotModel()
+    model.blocks[0].register_forward_hook(lambda module, args, output: 2 * output)
+    with workbench.attach(model) as wb, pytest.raises(AttachError, match=r"blocks\.0"):
+        find_anatomy(wb, {"input_ids": torch.tensor([[1, 2, 3]])})
+
+
+def test_a_graph_prunes_what_leads_nowhere() -> None:
+    graph = Graph((Layer(2, 1), Layer(2, 1)), d_model=8)
+    chosen = torch.zeros(len(graph.senders), len(graph.receivers), dtype=torch.bool)
+    path = ["input->a0.kv0<v>", "a0.h1->m1", "m1->logits"]
+    for name in (*path, "input->a1.h0<q>", "m0->logits", "a0.h0->a1.kv0<k>"):
+        chosen[graph.edge(name)] = True
+    assert graph.edge_names(graph.pruned(chosen)) == path
+    assert graph.nodes_of(graph.pruned(chosen)) == ("input", "a0.h1", "m1", "a0.kv0", "logits")
+
+
+def test_names_that_are_none() -> None:
+    graph = Graph((Layer(4, 2),), d_model=8)
+    assert graph.receiver("L0H3", "k") == "a0.kv1<k>"
+    assert graph.head_name("0.3") == graph.head_name((0, 3)) == "a0.h3"
+    for bad in ("a0.h4", (1, 0), "banana"):
+        with pytest.raises(InterventionError, match="no node"):
+            graph.head_name(bad)
+    for edge in ("input", "a0.h1->a0.h2<q>", "logits->m0"):
+        with pytest.raises(FormatError, match="edge"):
+            graph.edge(edge)

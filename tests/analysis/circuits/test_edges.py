@@ -1,0 +1,165 @@
+"""Edges: attribution against the gradient of edge masks, integrated gradients, exact patching, pruning."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import workbench
+from support.circuits import INDUCTION_EDGES, Words, induction_model, random_task, tiny
+from workbench.analysis.circuits.acdc import prune_edges
+from workbench.analysis.circuits.attribution import attribute_edges
+from workbench.analysis.circuits.edges import _Patched, run_edges, run_nodes
+from workbench.analysis.circuits.find import Stage, find_circuit
+from workbench.analysis.circuits.stability import auroc
+from workbench.analysis.circuits.study import Study, open_study
+from workbench.errors import InterventionError
+
+NAMES = ["gpt2", "llama-gqa", "gpt-neox"]
+
+
+def mask_gradient(study: Study) -> torch.Tensor:
+    """[sender, receiver]: −∂(mean metric)/∂mask at masks of zero, by autograd through the exact patching of edges."""
+    total = torch.zeros(study.graph.exists.shape, dtype=torch.float64)
+    for pair in study.pairs:
+        logits, clean, twin = study.record(pair)
+        mask = torch.zeros(1, *study.graph.exists.shape, dtype=torch.float64, requires_grad=True)
+        run = _Patched(study, pair, clean, twin, mask, 0)
+        run._chosen = lambda first, n: list(range(first, first + n))  # type: ignore[method-assign]
+        out = study.stream.run(pair.clean, pair.last, run.hooks())
+        total -= torch.autograd.grad(study.metric(out, pair, logits).sum(), mask)[0][0]
+    return total / len(study.task)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_the_gradient_of_edge_masks(name: str) -> None:
+    with (
+        workbench.attach(tiny(name), Words()) as wb,
+        open_study(wb, random_task(4, 6, 60, lengths=2), batch_size=3) as study,
+    ):
+        found = attribute_edges(study, progress=False)
+        exists = study.graph.exists
+        assert bool(found.scores[~exists].isnan().all())
+        assert (found.scores - mask_gradient(study))[exists].abs().max() < (
+            1e-5 if name == "llama-gqa" else 1e-9
+        )  # whose norm is in float32
+        assert found.scores[exists].abs().max() > 1e-3
+        assert found.examples is not None
+        assert torch.allclose(found.examples.double().mean(0), found.scores[exists], atol=1e-5)
+        for path in ("inputs", "activations"):
+            one = attribute_edges(study, steps=1, path=path, progress=False)  # type: ignore[arg-type]
+            assert torch.equal(one.scores[exists], found.scores[exists])
+        study.memory = 1  # a position at a time
+        assert torch.allclose(attribute_edges(study, progress=False).scores[exists], found.scores[exists])
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_integrated_gradients_are_complete(direction: str) -> None:
+    with workbench.attach(tiny("gpt2"), Words()) as wb, open_study(wb, random_task(3, 6, 60)) as study:
+        errors = []
+        for steps in (8, 64):
+            found = attribute_edges(study, steps=steps, direction=direction, progress=False)
+            errors.append(float((found.input_total - (study.clean - study.corrupted)).abs().max()))
+        span = float((study.clean - study.corrupted).abs().max())
+        assert errors[1] < errors[0] / 3
+        assert errors[1] < 0.1 * span
+
+
+def test_along_activations_of_a_linear_reader_it_is_exact() -> None:
+    """Without norm the logits read the last heads linearly: scores of their edges are the exact effects of patching."""
+    model, task = induction_model()
+    with workbench.attach(model, Words()) as wb, open_study(wb, task) as study:
+        found = attribute_edges(study, steps=3, path="activations", progress=False)
+        kept = study.graph.exists.clone()
+        edge = study.graph.edge("a1.h2->logits")
+        kept[edge] = False
+        exact = study.clean.mean() - run_edges(study, kept[None], progress=False).mean()
+        assert float(found.scores[edge]) == pytest.approx(float(exact), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("how", ["counterfactual", "zero", "mean", "mean_positional", "resample"])
+def test_all_edges_of_a_node_patched_is_the_node_replaced(name: str, how: str) -> None:
+    with (
+        workbench.attach(tiny(name), Words()) as wb,
+        open_study(wb, random_task(4, 6, 60, lengths=2), batch_size=2) as study,
+    ):
+        study.measure_baselines()
+        graph = study.graph
+        names = ("a0.h1", "m0", "a1.h2", "m1", "input")
+        nodes = torch.ones(len(names) + 2, len(graph.senders), dtype=torch.bool)
+        edges = graph.exists.expand(len(names) + 2, -1, -1).clone()
+        for row, name_of in enumerate(names):
+            nodes[row, graph.sender_index[name_of]] = False
+            edges[row, graph.sender_index[name_of]] = False
+        nodes[-1], edges[-1] = False, False
+        by_node, by_edge = run_nodes(study, nodes, how, progress=False), run_edges(study, edges, how, progress=False)
+        assert (by_node - by_edge).abs().max() < 1e-9
+        assert (by_edge[-2] - study.clean).abs().max() < 1e-12
+        assert (by_edge[0] - study.clean).abs().max() > 1e-7
+        if how == "counterfactual":
+            assert (by_edge[-1] - study.corrupted).abs().max() < 1e-9
+
+
+def test_shared_keys_are_those_of_a_model_with_repeated_ones() -> None:
+    grouped = tiny("llama-gqa")
+    config = copy.deepcopy(grouped.config)
+    config.num_key_value_heads = config.num_attention_heads
+    repeated = type(grouped)(config).double().eval()
+    weights = dict(grouped.state_dict())
+    for name in list(weights):
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = weights[name].unflatten(0, (2, -1)).repeat_interleave(3, 0).flatten(0, 1)
+    repeated.load_state_dict(weights)
+    task, found = random_task(3, 6, 60), []
+    stages = (Stage("logits"), Stage("q", of=((1, 0), (1, 4))), Stage("kv", ("early", "end"), of=((1, 0),)))
+    for model in (grouped, repeated):
+        with workbench.attach(model, Words()) as wb:
+            edges = find_circuit(wb, task, "eap", progress=False)
+            found.append((edges, find_circuit(wb, task, fraction=0.2, stages=stages, progress=False)))
+    (few, paths), (many, other_paths) = found
+    for edge in few.graph.edges:
+        source, _, target = edge.partition("->")
+        if ".kv" in target:
+            layer, _, rest = target.partition(".kv")
+            heads = [f"{source}->{layer}.h{3 * int(rest[0]) + i}{rest[1:]}" for i in range(3)]
+            assert few.score_of(edge) == pytest.approx(sum(many.score_of(name) for name in heads), abs=1e-5)
+        else:
+            assert few.score_of(edge) == pytest.approx(many.score_of(edge), abs=1e-5)
+    for one, other in zip(paths.stages[:2], other_paths.stages[:2], strict=True):
+        assert torch.allclose(one["importance"], other["importance"], atol=1e-5, equal_nan=True)
+    assert paths.stages[2]["receivers"] == ("a1.kv0<k>", "a1.kv0<v>")
+    assert other_paths.stages[2]["receivers"] == ("a1.h0<k>", "a1.h0<v>")
+
+
+@pytest.mark.parametrize("method", ["eap", "eap_ig"])
+def test_a_planted_induction_circuit_is_found(method: str) -> None:
+    model, task = induction_model()
+    with workbench.attach(model, Words()) as wb:
+        assert task.accuracy(model, Words()) == 1
+        circuit = find_circuit(wb, task, method, n_edges=3, progress=False)
+        assert auroc(circuit, INDUCTION_EDGES) == 1
+        assert set(circuit.edges) == set(INDUCTION_EDGES)
+        assert circuit.nodes == ("input", "a0.h1", "a1.h2", "logits")
+        assert auroc(circuit, ["input", "L0H1", "L1H2"]) == 1
+
+
+def test_pruning_keeps_the_planted_edges_and_is_the_same_when_it_looks_ahead() -> None:
+    model, task = induction_model()
+    with workbench.attach(model, Words()) as wb, open_study(wb, task) as study:
+        study.measure_baselines()
+        found = [prune_edges(study, 0.05, ahead=ahead, progress=False) for ahead in (1, 5)]
+        for kept, _ in found:
+            assert set(study.graph.edge_names(kept)) == set(INDUCTION_EDGES)
+        assert torch.equal(found[0][1].isnan(), found[1][1].isnan())
+        assert torch.allclose(found[0][1].nan_to_num(), found[1][1].nan_to_num(), atol=1e-9)
+
+
+def test_metrics_without_a_gradient_are_refused() -> None:
+    with workbench.attach(tiny("gpt2"), Words()) as wb:
+        for metric in ("accuracy", "kl_divergence"):
+            with pytest.raises(InterventionError, match="gradient"):
+                find_circuit(wb, random_task(2, 5, 60), "eap", metric=metric, progress=False)
+        assert find_circuit(wb, random_task(2, 5, 60), "eap_ig", metric="kl_divergence", progress=False).n_edges > 0

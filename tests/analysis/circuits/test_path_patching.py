@@ -1,0 +1,157 @@
+"""Path patching against the algorithm written out with one forward per head, and its ground truths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import workbench
+from support.circuits import SlotModel, Words, mover_model, random_task, tiny
+from workbench.analysis.circuits.find import Stage, find_circuit
+from workbench.analysis.circuits.path_patching import Paths, run_paths
+from workbench.analysis.circuits.prompts import find_positions
+from workbench.analysis.circuits.stream import Kept
+from workbench.analysis.circuits.study import Study, open_study
+from workbench.errors import InterventionError
+
+NAMES = ["gpt2", "llama-gqa", "gpt-neox"]
+
+
+def by_hand(study: Study, paths: Paths) -> Tensor:
+    """[sender, example], one sender and two whole forwards at a time."""
+    found = torch.zeros(len(paths.senders), len(study.task), dtype=torch.float64)
+    layers = range(len(study.graph.layers))
+    for pair in study.pairs:
+        logits, clean, twin = study.record(pair)
+        where = find_positions(study.task, study.wb.tokenizer, pair, paths.positions)
+        for row, (sender,) in enumerate(paths.senders):
+            at, head = (int(x) for x in sender[1:].split(".h"))
+            seen, hooks = Kept(), {}
+
+            def put(old: Tensor, new: Tensor, index: Tensor | None = where) -> Tensor:
+                made = old.clone()
+                rows = torch.arange(len(old))[:, None]
+                where_to = torch.arange(old.shape[1])[None] if index is None else index
+                made[rows, where_to] = new[rows, where_to]
+                return made
+
+            for i in layers:
+                z = clean["z", i].clone()
+                if i == at:
+                    z[:, :, head] = twin["z", i][:, :, head]
+                hooks["z", i] = [lambda old, z=z: put(old, z)]
+                if paths.freeze_mlps:
+                    hooks["mlp", i] = [lambda old, new=clean["mlp", i]: put(old, new)]
+                for part in "qkv":
+                    hooks[part, i] = [seen.keep((part, i))]
+            hooks["final", 0] = [seen.keep(("final", 0))]
+            study.stream.run(pair.clean, pair.last, hooks)
+            second: dict[Any, Any] = {}
+            for name in paths.receivers:
+                if name == "logits":
+                    second["final", 0] = [lambda old, seen=seen: put(old, seen["final", 0])]
+                    continue
+                i, part = study.graph.layer_of(name), name[-2]
+                number = int(name.split(".")[1].strip("hkv<>q"))
+
+                def one(old: Tensor, new: Tensor = seen[part, i], number: int = number) -> Tensor:
+                    made = old.clone()
+                    made[:, :, number] = put(old, new)[:, :, number]
+                    return made
+
+                second.setdefault((part, i), []).append(one)
+            out = study.stream.run(pair.clean, pair.last, second)
+            found[row, study.rows(pair)] = study.measure(out, pair, logits)[0]
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("which", ["logits", "q", "kv"])
+def test_it_is_the_algorithm_written_out(name: str, freeze: bool, which: str) -> None:
+    with (
+        workbench.attach(tiny(name), Words()) as wb,
+        open_study(wb, random_task(5, 7, 60, lengths=2), batch_size=3) as study,
+    ):
+        graph = study.graph
+        heads = graph.heads()
+        receivers: tuple[str, ...] = ("logits",)
+        if which != "logits":
+            receivers = tuple(dict.fromkeys(graph.receiver((1, head), part) for head in (0, 3) for part in which))
+            heads = [head for head in heads if head[0] == 0]
+        where = "end" if which != "kv" else ("early", "end")
+        paths = Paths(receivers, tuple((graph.head_name(head),) for head in heads), where, freeze)
+        with torch.no_grad():
+            expected = by_hand(study, paths)
+        found = run_paths(study, paths, progress=False)
+        assert (found - expected).abs().max() < 1e-9
+        plain = torch.cat(
+            [study.measure(study.record(pair)[0], pair, study.record(pair)[0])[0] for pair in study.pairs]
+        )
+        assert (found - plain).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_of_everything_it_gives_one_and_of_nothing_zero(name: str) -> None:
+    with workbench.attach(tiny(name), Words()) as wb, open_study(wb, random_task(4, 6, 60)) as study:
+        study.measure_baselines()
+        everything = Paths(("logits",), (study.graph.senders,), None, freeze_mlps=True)
+        assert (run_paths(study, everything, progress=False)[0] - study.corrupted).abs().max() < 1e-9
+        record = study.record
+        study.record = lambda pair: (record(pair)[0], record(pair)[1], record(pair)[1])  # type: ignore[method-assign]
+        heads = tuple((study.graph.head_name(head),) for head in study.graph.heads())
+        same = run_paths(study, Paths(("logits",), heads), progress=False)
+        assert torch.equal(same, study.clean.expand_as(same))  # to the bit
+        upper = tuple(study.graph.receiver((1, head), "q") for head in range(2))
+        lower = tuple(unit for unit in heads if unit[0].startswith("a0"))
+        same = run_paths(study, Paths(upper, lower), progress=False)
+        assert torch.equal(same, study.clean.expand_as(same))
+
+
+def test_direct_effects_of_a_linear_layer_add_up() -> None:
+    model = SlotModel(layers=1, noise=0.3)
+    with workbench.attach(model, Words()) as wb, open_study(wb, random_task(5, 6, 12)) as study:
+        study.measure_baselines()
+        units = (("input",), *((name,) for name in study.graph.senders[1:]))
+        found = run_paths(study, Paths(("logits",), units), progress=False)
+        importance = (found - study.clean).mean(1) / (study.corrupted - study.clean).mean()
+        assert float(importance.sum()) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_planted_mover_and_the_head_before_it_come_first() -> None:
+    model, task = mover_model()
+    with workbench.attach(model, Words()) as wb:
+        stages = (Stage("logits", "end", name="logits"), Stage("q", "end", name="queries"))
+        circuit = find_circuit(wb, task, fraction=0.1, stages=stages, progress=False)
+        first, second = circuit.stages
+        assert first["chosen"] == ("a1.h0",)
+        assert second["chosen"] == ("a0.h2",)
+        index = circuit.graph.sender_index
+        assert float(first["importance"][index["a1.h0"]]) == pytest.approx(1, abs=0.05)
+        assert abs(float(first["importance"][index["a0.h2"]])) < 0.02
+        assert float(second["importance"][index["a0.h2"]]) == pytest.approx(1, abs=0.05)
+        assert circuit.heads == ("L0H2", "L1H0")
+        assert set(circuit.edges) == {"a0.h2->a1.h0<q>", "a1.h0->logits"}
+
+
+def test_receivers_before_their_senders_and_other_bad_input() -> None:
+    with workbench.attach(tiny("gpt2"), Words()) as wb, open_study(wb, random_task(2, 5, 60)) as study:
+        for paths, says in (
+            (Paths(("a0.h1<q>",), (("a1.h0",),)), "comes after the receivers"),
+            (Paths(("a0.h1<q>",), (("a0.h0",),)), "comes after the receivers"),
+            (Paths(("a9.h1<q>",), (("a0.h0",),)), "no receiver"),
+            (Paths(("logits",), (("logits",),)), "no sender"),
+            (Paths((), (("a0.h0",),)), "no receiver"),
+            (Paths(("logits",), (("a0.h0",),), "early"), "leave out"),
+        ):
+            with pytest.raises(InterventionError, match=says):
+                run_paths(study, paths, progress=False)
+    with workbench.attach(tiny("gpt2"), Words()) as wb:
+        stages = (Stage("q", "end", of=((0, 1),)),)
+        with pytest.raises(InterventionError, match="first layer"):
+            find_circuit(wb, random_task(2, 5, 60), stages=stages, progress=False)
+        with pytest.raises(InterventionError, match="comes first"):
+            find_circuit(wb, random_task(2, 5, 60), stages=(Stage("q"),), progress=False)

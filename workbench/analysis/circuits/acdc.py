@@ -1,0 +1,114 @@
+"""Greedy pruning of edges from the logits back (ACDC, Conmy et al. 2304.14997)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from workbench.analysis.circuits.ablation import Ablation
+from workbench.analysis.circuits.edges import patch_edges
+from workbench.analysis.circuits.stream import Kept
+from workbench.analysis.circuits.study import Study
+from workbench.errors import InterventionError
+
+
+def prune_edges(
+    study: Study, threshold: float, how: str = "counterfactual", ahead: int = 4, progress: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Try each edge in turn, from the logits back, and leave it out for good where the metric changes by less.
+
+    Several edges are tried ahead in one forward, each on top of those before it, as if all were left out; what comes
+    after the first that has to stay is tried again. The result is that of trying them one by one.
+
+    Args:
+        threshold: largest change of the metric's mean for which an edge is left out, on the scale where 1 is the
+            difference between prompts and twins.
+        how: what edges that are left out carry; see `Ablation`.
+        ahead: edges in one forward.
+
+    Returns:
+        [sender, receiver] bool: the edges that stay; and float64: by how much leaving each out lowered the metric when
+        it was tried (positive: it helps), NaN where it could not matter because its receiver led nowhere.
+
+    Raises:
+        InterventionError: a threshold that is no positive number.
+    """
+    if not threshold > 0:
+        raise InterventionError(f"the threshold is {threshold}, a positive number is needed")
+    graph = study.graph
+    kept = graph.exists.clone()
+    scores = torch.full(kept.shape, torch.nan, dtype=torch.float64)
+    ablation = Ablation(study, how)
+    seen: list[tuple[Tensor, Kept, Kept]] = []
+    span = float(study.clean.mean() - study.corrupted.mean())
+    present = float(study.clean.mean())
+    order = [(s, r) for r in reversed(range(len(graph.receivers))) for s in reversed(range(graph.reads[r]))]
+    bar = tqdm(total=len(order), disable=not progress, desc="pruning edges")
+    place = 0
+    with torch.no_grad():
+        while place < len(order):
+            waiting = _waiting(study, kept, order[place:], ahead)
+            if not waiting:
+                for s, r in order[place:]:
+                    kept[s, r] = False
+                bar.update(len(order) - place)
+                break
+            trial = kept.clone()
+            stack = []
+            for offset in range(waiting[-1] + 1):
+                trial[order[place + offset]] = False  # those between lead nowhere
+                if offset in waiting:
+                    stack.append(trial.clone())
+            values = _means(study, torch.stack(stack), ablation, seen)
+            for number, offset in enumerate(waiting):
+                lowered = (present - values[number]) / span
+                scores[order[place + offset]] = lowered
+                if abs(lowered) >= threshold:
+                    break
+                present = values[number]
+            stays = abs(lowered) >= threshold
+            for j in range(offset + 1):
+                kept[order[place + j]] = stays and j == offset
+            place += offset + 1
+            bar.update(offset + 1)
+    bar.close()
+    return kept, scores
+
+
+def _waiting(study: Study, kept: Tensor, order: list[tuple[int, int]], ahead: int) -> list[int]:
+    """Places in the order of the next edges whose receiver still leads to the logits."""
+    graph = study.graph
+    logits = len(graph.receivers) - 1
+    used: dict[int, bool] = {}
+    found: list[int] = []
+    for offset, (_, r) in enumerate(order):
+        if r not in used:
+            users = graph.feeds[:, r]
+            used[r] = r == logits or bool(kept[users].any())
+        if used[r]:
+            found.append(offset)
+            # The edges of a later receiver are of use only if this one's, still to be tried, stay.
+            if len(found) == ahead or (offset + 1 < len(order) and order[offset + 1][1] != r):
+                break
+    return found
+
+
+def _means(study: Study, kept: Tensor, ablation: Ablation, seen: list[tuple[Tensor, Kept, Kept]]) -> list[float]:
+    """Mean of the metric for each of several choices of edges."""
+    totals = torch.zeros(len(kept), dtype=torch.float64)
+    single = len(study.pairs) == 1
+    for pair in study.pairs:
+        if single and seen:
+            logits, clean, values = seen[0]
+        else:
+            logits, clean, twin = study.record(pair)
+            values = ablation.of(pair, clean, twin)
+            if single:
+                seen.append((logits, clean, values))
+        most = study.most(pair, parts=3 * len(study.graph.senders))
+        for first in range(0, len(kept), most):
+            patched = (~kept[first : first + most] & study.graph.exists).to(logits.dtype)
+            out = patch_edges(study, pair, clean, values, patched)
+            totals[first : first + most] += study.measure(out, pair, logits, len(patched)).sum(1)
+    return (totals / len(study.task)).tolist()

@@ -1,0 +1,225 @@
+"""`Circuit`: the nodes and edges that carry a task, their scores, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from workbench.analysis.circuits import mib
+from workbench.analysis.circuits.graph import Graph, head_of, label, same_graph
+from workbench.errors import InterventionError, WorkbenchError
+from workbench.result import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class Circuit(Result):
+    """Which nodes and edges of a model carry a task.
+
+    Attributes:
+        model: facts of the model's graph; see `graph`.
+        task, method, metric: names.
+        direction: "noising" (the twin's activations are put into the prompt's run) or "denoising" (the reverse).
+        sign: what a positive score means, in a sentence.
+        level: "node" or "edge", at which the circuit was chosen.
+        senders_in: [sender] bool. edges_in: [sender, receiver] bool.
+        node_scores: [sender], NaN where a node was not scored; of edge methods the sum of |score| over its outgoing
+            edges in the circuit.
+        edge_scores: [sender, receiver], NaN where there is no edge or it was not scored.
+        threshold: how the choice was made: "kind" and "value".
+        stages: of path patching, one dict each: name, receivers, positions, importance [sender], chosen.
+        examples: [example, scored item] for intervals, or None: senders of "node" circuits (of path patching, stages
+            one after another), edges of "edge" circuits in the order of `Graph.edges`.
+        clean, corrupted: [example] of the metric on prompts and twins.
+        settings: arguments of the method. provenance: model, task, versions.
+    """
+
+    form = "workbench.circuit"
+
+    model: dict[str, Any]
+    task: str
+    method: str
+    metric: str
+    direction: str
+    sign: str
+    level: str
+    senders_in: Tensor
+    edges_in: Tensor
+    node_scores: Tensor
+    edge_scores: Tensor
+    threshold: dict[str, Any]
+    stages: tuple[dict[str, Any], ...]
+    examples: Tensor | None
+    clean: Tensor
+    corrupted: Tensor
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @cached_property
+    def graph(self) -> Graph:
+        """Senders, receivers and edges of the model."""
+        return Graph.of(self.model)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the nodes in the circuit, in the order of the model."""
+        graph = self.graph
+        chosen = {graph.senders[i] for i in self.senders_in.nonzero()[:, 0].tolist()}
+        return graph.sort({*chosen, *graph.nodes_of(self.edges_in)})
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Labels of the query heads in the circuit, such as "L9H6"."""
+        return tuple(label(name) for name in self.nodes if head_of(name) is not None)
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """Names of the edges in the circuit, such as "a0.h1->a9.h9<q>"."""
+        return tuple(self.graph.edge_names(self.edges_in))
+
+    @property
+    def n_edges(self) -> int:
+        """How many edges are in the circuit."""
+        return int(self.edges_in.sum())
+
+    def score_of(self, name: str) -> float:
+        """Score of a node or edge, NaN if it has none.
+
+        Raises:
+            InterventionError, FormatError: the model has no such node or edge.
+        """
+        if "->" in name:
+            return float(self.edge_scores[self.graph.edge(name)])
+        node = self.graph.head_name(name) if name not in self.graph.sender_index else name
+        if node not in self.graph.sender_index:
+            raise InterventionError(f"{name!r} sends nothing, so it has no score")
+        return float(self.node_scores[self.graph.sender_index[node]])
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per scored edge, or node where nodes were scored, highest magnitude first."""
+        import pandas as pd
+
+        graph, rows = self.graph, []
+        if self.level == "edge":
+            for s, r in (~self.edge_scores.isnan()).nonzero().tolist():
+                sender, receiver = graph.senders[s], graph.receivers[r]
+                score = float(self.edge_scores[s, r])
+                rows.append((f"{sender}->{receiver}", sender, receiver, score, bool(self.edges_in[s, r])))
+            frame = pd.DataFrame(rows, columns=["edge", "sender", "receiver", "score", "in_circuit"])
+        else:
+            for stage in self.stages or ({"name": self.method, "importance": self.node_scores, "chosen": self.nodes},):
+                for i, score in enumerate(stage["importance"].tolist()):
+                    if score == score:  # scored in this stage
+                        name = graph.senders[i]
+                        rows.append((stage["name"], name, graph.layer_of(name), score, name in stage["chosen"]))
+            frame = pd.DataFrame(rows, columns=["stage", "node", "layer", "score", "in_circuit"])
+        return frame.sort_values("score", key=abs, ascending=False, kind="stable").reset_index(drop=True)
+
+    def top(self, n: int | float, *, absolute: bool = True, prune: bool = True) -> Circuit:
+        """The circuit of the highest scores.
+
+        Args:
+            n: how many edges or nodes; a float below 1 is a share of all that are scored.
+            absolute: by magnitude rather than by signed score.
+            prune: of edges, drop those that lie on no path from the input to the logits.
+
+        Raises:
+            InterventionError: more than there are, or less than none.
+        """
+        scores = self.edge_scores if self.level == "edge" else self.node_scores
+        scored = int((~scores.isnan()).sum())
+        wanted = int(n * scored) if isinstance(n, float) and n <= 1 else int(n)
+        if not 0 <= wanted <= scored:
+            raise InterventionError(f"a circuit of {n} cannot be cut out of {scored} scores")
+        order = (
+            (scores.abs() if absolute else scores)
+            .nan_to_num(-torch.inf)
+            .flatten()
+            .argsort(descending=True, stable=True)
+        )
+        chosen = torch.zeros(scores.numel(), dtype=torch.bool)
+        chosen[order[:wanted]] = True
+        threshold = {"kind": "top", "value": wanted, "absolute": absolute, "pruned": prune and self.level == "edge"}
+        if self.level == "edge":
+            edges = chosen.view(scores.shape)
+            return self.with_edges(self.graph.pruned(edges) if prune else edges & self.graph.exists, threshold)
+        return replace(self, senders_in=chosen, edges_in=torch.zeros_like(self.edges_in), threshold=threshold)
+
+    def above(self, value: float, *, absolute: bool = True, prune: bool = True) -> Circuit:
+        """The circuit of all scores of at least `value`."""
+        scores = (self.edge_scores if self.level == "edge" else self.node_scores).nan_to_num(-torch.inf)
+        scores = scores.abs().where(scores.isfinite(), scores) if absolute else scores
+        found = self.top(int((scores >= value).sum()), absolute=absolute, prune=prune)
+        return replace(found, threshold={"kind": "value", "value": value, "absolute": absolute, "pruned": prune})
+
+    def with_edges(self, edges: Tensor, threshold: dict[str, Any] | None = None) -> Circuit:
+        """The same scores with other edges in the circuit, [sender, receiver] bool."""
+        if edges.shape != self.edges_in.shape:
+            raise WorkbenchError("edges are [sender, receiver]", shape=edges.shape)
+        given = {"kind": "given", "value": None} if threshold is None else threshold
+        return replace(self, edges_in=edges, senders_in=edges.any(1), threshold=given)
+
+    def with_nodes(self, nodes: Sequence[Any]) -> Circuit:
+        """The same scores with other heads or nodes in the circuit; edges are left out."""
+        chosen = torch.zeros_like(self.senders_in)
+        for node in nodes:
+            name = node if node in self.graph.sender_index else self.graph.head_name(node)
+            chosen[self.graph.sender_index[name]] = True
+        return replace(
+            self, level="node", senders_in=chosen, edges_in=torch.zeros_like(self.edges_in),
+            threshold={"kind": "given", "value": None}, stages=(),
+        )  # fmt: skip
+
+    def check_model(self, graph: Graph) -> None:
+        """Refuse a model with another graph.
+
+        Raises:
+            InterventionError: says in what they differ.
+        """
+        differ = same_graph(self.graph, graph)
+        if differ:
+            raise InterventionError(f"the circuit is of another model: {differ}")
+
+    def check_not_empty(self) -> None:
+        """Refuse a circuit without nodes and edges."""
+        if not bool(self.senders_in.any()) and not bool(self.edges_in.any()):
+            raise InterventionError("the circuit is empty", hint="choose a lower threshold, or circuit.top(n)")
+
+    def to_mib(self, path: str | Path) -> Path:
+        """Write MIB's JSON: `cfg`, `nodes` and `edges`, each with score and `in_graph`."""
+        return mib.write(path, self.graph, self.senders_in, self.edges_in, self.node_scores, self.edge_scores)
+
+    @classmethod
+    def from_mib(cls, path: str | Path, like: Any = None) -> Circuit:
+        """Read MIB's JSON.
+
+        Args:
+            like: a Workbench's circuit or `Graph` whose model the file must be of; without one, the file's own `cfg`
+                says what the model is. Where heads share keys, edges into each head's k or v are summed over the group.
+
+        Raises:
+            FormatError: no such file, or that of another model.
+        """
+        graph = like.graph if isinstance(like, Circuit) else like
+        found = mib.read(path, graph)
+        empty = torch.zeros(0, dtype=torch.float64)
+        return cls(
+            model=found.graph.facts, task="", method="read from a file", metric="", direction="", sign="as in the file",
+            level="edge", senders_in=found.senders_in, edges_in=found.edges_in, node_scores=found.node_scores,
+            edge_scores=found.edge_scores, threshold={"kind": "file", "value": None}, stages=(), examples=None,
+            clean=empty, corrupted=empty, settings={}, provenance={"file": Path(path).name},
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        heads = ", ".join(self.heads[:8]) + (" …" if len(self.heads) > 8 else "")
+        edges = f", {self.n_edges} of {self.graph.n_edges} edges" if self.level == "edge" else ""
+        return f"Circuit({self.task or '?'} by {self.method}: {len(self.nodes)} nodes{edges}; {heads or 'no heads'})"

@@ -1,0 +1,139 @@
+"""MIB's JSON of a circuit: `{cfg, nodes: {name: {in_graph, score}}, edges: {name: {score, in_graph}}}`.
+
+Where query heads share keys and values, this package has one edge per group and writes it as `a0.h1->a9.kv2<k>`; files
+with one edge per head are read too, and their scores summed over the group, which is what linear scores add up to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.analysis.circuits.graph import Graph, Layer
+from workbench.errors import FormatError, WorkbenchError
+
+_KV = re.compile(r"(a\d+\.h\d+)<([kv])>")
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a file says."""
+
+    graph: Graph
+    senders_in: Tensor
+    edges_in: Tensor
+    node_scores: Tensor
+    edge_scores: Tensor
+
+
+def write(
+    path: str | Path, graph: Graph, senders_in: Tensor, edges_in: Tensor, node_scores: Tensor, edge_scores: Tensor
+) -> Path:
+    """Write a circuit; numbers that are missing are left out.
+
+    Raises:
+        WorkbenchError: its folder does not exist, or heads or parallel blocks differ between layers, which the form
+            cannot say.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise WorkbenchError(f"there is no folder {path.parent}", hint="make the folder first")
+    first = graph.layers[0]
+    if any(layer != first for layer in graph.layers) or not first.mlp:
+        raise WorkbenchError("MIB's form has the same heads and an MLP in every layer; this model has not")
+    cfg: dict[str, Any] = {
+        "n_layers": len(graph.layers), "n_heads": first.n_heads, "parallel_attn_mlp": first.parallel,
+        "d_model": graph.d_model,
+    }  # fmt: skip
+    if first.n_kv_heads != first.n_heads:
+        cfg["n_key_value_heads"] = first.n_kv_heads
+    inside = set(graph.nodes_of(edges_in)) | {graph.senders[i] for i in senders_in.nonzero()[:, 0].tolist()}
+    nodes: dict[str, Any] = {}
+    for name in graph.nodes:
+        nodes[name] = {"in_graph": name in inside or name == "logits"}
+        if name in graph.sender_index:
+            score = float(node_scores[graph.sender_index[name]])
+            nodes[name] |= {} if math.isnan(score) else {"score": score}
+    edges: dict[str, Any] = {}
+    for s, r in graph.exists.nonzero().tolist():
+        score = float(edge_scores[s, r])
+        edge: dict[str, Any] = {} if math.isnan(score) else {"score": score}
+        edges[f"{graph.senders[s]}->{graph.receivers[r]}"] = edge | {"in_graph": bool(edges_in[s, r])}
+    path.write_text(json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges}), encoding="utf-8")
+    return path
+
+
+def read(path: str | Path, graph: Graph | None = None) -> Read:
+    """Read a circuit.
+
+    Raises:
+        FormatError: it is no such JSON, or of another model than `graph`.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        cfg, nodes, edges = data["cfg"], data["nodes"], data["edges"]
+        own = _graph(cfg)
+    except OSError as error:
+        raise FormatError(f"{path.name} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path.name} is no circuit in MIB's form: {type(error).__name__} {error}") from None
+    if graph is None:
+        graph = own
+    elif (len(own.layers), own.layers[0].n_heads, own.d_model) != (
+        len(graph.layers), graph.layers[0].n_heads, graph.d_model,
+    ):  # fmt: skip
+        raise FormatError(
+            f"{path.name} is of another model: {len(own.layers)} layers of {own.layers[0].n_heads} heads, width "
+            f"{own.d_model}; this one has {len(graph.layers)} of {graph.layers[0].n_heads}, width {graph.d_model}"
+        )
+    shape = (len(graph.senders), len(graph.receivers))
+    edge_scores, edges_in = torch.full(shape, torch.nan, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
+    node_scores, senders_in = (
+        torch.full(shape[:1], torch.nan, dtype=torch.float64),
+        torch.zeros(shape[0], dtype=torch.bool),
+    )
+    for name, facts in edges.items():
+        s, r = graph.edge(_to_group(name, graph))
+        score = _number(facts.get("score"), name, path)
+        if score is not None:
+            edge_scores[s, r] = score if bool(edge_scores[s, r].isnan()) else edge_scores[s, r] + score
+        edges_in[s, r] |= bool(facts.get("in_graph", False))
+    for name, facts in nodes.items():
+        if name not in graph.nodes:
+            raise FormatError(f"{path.name} has the node {name!r}, which the model has not")
+        if name in graph.sender_index:
+            score = _number(facts.get("score"), name, path)
+            i = graph.sender_index[name]
+            node_scores[i] = torch.nan if score is None else score
+            senders_in[i] = bool(facts.get("in_graph", False))
+    return Read(graph, senders_in, edges_in, node_scores, edge_scores)
+
+
+def _graph(cfg: Any) -> Graph:
+    heads = int(cfg["n_heads"])
+    layer = Layer(heads, int(cfg.get("n_key_value_heads", heads)), True, bool(cfg.get("parallel_attn_mlp", False)))
+    return Graph((layer,) * int(cfg["n_layers"]), int(cfg["d_model"]))
+
+
+def _to_group(name: str, graph: Graph) -> str:
+    source, arrow, target = name.partition("->")
+    found = _KV.fullmatch(target)
+    if found is None or found[1] not in graph.sender_index:
+        return name
+    return source + arrow + graph.receiver(found[1], found[2])
+
+
+def _number(value: Any, name: str, path: Path) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise FormatError(f"the score of {name} in {path.name} is {value!r}, no number")
+    return float(value)

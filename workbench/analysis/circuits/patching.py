@@ -1,0 +1,290 @@
+"""Activation patching and ablation of single heads: which heads' z, queries, keys, values or patterns carry a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from workbench.analysis.circuits.ablation import ABLATIONS
+from workbench.analysis.circuits.edges import run_nodes
+from workbench.analysis.circuits.graph import label
+from workbench.analysis.circuits.prompts import Pair, Where, find_positions
+from workbench.analysis.circuits.stream import Hook, Kept, Key
+from workbench.analysis.circuits.study import DENOISING, NOISING, Study, open_study
+from workbench.errors import InterventionError, nearest
+from workbench.result import Result
+from workbench.session import Workbench
+from workbench.tasks.base import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ACTIVATIONS = ("z", "q", "k", "v", "pattern")
+
+
+@dataclass(frozen=True, repr=False)
+class HeadPatching(Result):
+    """What putting single heads' activations from one run into another does to a metric.
+
+    Attributes:
+        heads: labels, "L2KV1" for shared keys and values. layers, numbers: of each.
+        activation: "z", "q", "k", "v", "pattern", or "ablation".
+        places: names of the positions patched, one at a time; ("all",) for all at once.
+        direction: "noising" or "denoising". sign: what a positive effect means.
+        effects: [head, place, example] of the metric with the patch, minus without.
+        clean, corrupted: [example] of the metric on prompts and twins.
+    """
+
+    form = "workbench.head_patching"
+
+    heads: tuple[str, ...]
+    layers: tuple[int, ...]
+    numbers: tuple[int, ...]
+    activation: str
+    places: tuple[str, ...]
+    direction: str
+    sign: str
+    task: str
+    metric: str
+    effects: Tensor
+    clean: Tensor
+    corrupted: Tensor
+    provenance: dict[str, Any]
+
+    @property
+    def scores(self) -> Tensor:
+        """[head, place]: the mean effect, as a share of the difference between prompts and twins.
+
+        Noising: the share of the difference that is lost. Denoising: that is restored. Positive: the clean activation
+        helps the task.
+        """
+        span = self.clean.mean() - self.corrupted.mean()
+        return self.effects.mean(-1) * (-1 if self.direction == NOISING else 1) / span
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per head and place, highest magnitude first."""
+        import pandas as pd
+
+        scores, effects = self.scores, self.effects.mean(-1)
+        error = self.effects.std(-1) / max(self.effects.shape[-1], 1) ** 0.5
+        rows = [
+            (head, self.layers[i], self.numbers[i], place, *(float(t[i, j]) for t in (scores, effects, error)))
+            for i, head in enumerate(self.heads)
+            for j, place in enumerate(self.places)
+        ]
+        frame = pd.DataFrame(rows, columns=["head", "layer", "number", "position", "score", "effect", "standard_error"])
+        return frame.sort_values("score", key=abs, ascending=False, kind="stable").reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{row.head} {row.score:.2f}" for row in self.table.head(5).itertuples())
+        return f"HeadPatching({self.activation}, {self.direction}, {self.task}: {best})"
+
+
+def patch_heads(
+    wb: Workbench,
+    task: Task,
+    activation: str = "z",
+    *,
+    direction: str = DENOISING,
+    positions: Where | Sequence[Where] = None,
+    by_position: bool = False,
+    metric: Any = "logit_diff",
+    batch_size: int = 25,
+    memory: int = 1 << 30,
+    progress: bool = True,
+) -> HeadPatching:
+    """Activation patching over heads, and positions.
+
+    Args:
+        wb: the model, attached with its tokenizer. task: prompts with twins.
+        activation: what is put in: "z" (the head's output), "q", "k", "v" (k and v by kv group where heads share them),
+            or "pattern" (its attention weights over the values of the run it is put into).
+        direction: "denoising" puts the prompt's activation into the twin's run, "noising" the twin's into the prompt's.
+        positions: names ("S2") or numbers of tokens; None for all. by_position: patch them one at a time; with
+            `positions` None each token position is one, which needs prompts of one length.
+        metric: a name, or `metric(output, batch)` with the logits of the last token only.
+        batch_size, memory: examples in a batch, and bytes that repeats may take.
+
+    Raises:
+        TaskError: bad prompts or metric. InterventionError: unknown activation or direction.
+        AttachError: the model's residual stream cannot be taken apart.
+    """
+    if activation not in ACTIVATIONS:
+        raise InterventionError(f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS))
+    if direction not in (NOISING, DENOISING):
+        raise InterventionError(f'the direction is "noising" or "denoising", not {direction!r}')
+    with open_study(wb, task, metric, batch_size=batch_size, memory=memory) as study:
+        study.measure_baselines()
+        if activation == "pattern":
+            heads = [(i, head, f"L{i}H{head}") for i, head in study.graph.heads()]
+            where: list[Where] = [positions]  # type: ignore[list-item]
+            if by_position:
+                where = _places(study, positions)
+            effects = _pattern_effects(study, heads, where, direction, progress)
+        else:
+            heads = _heads(study, activation)
+            where = _places(study, positions) if by_position else [positions]  # type: ignore[list-item]
+            effects = _effects(study, heads, activation, where, direction, progress)
+        start = "prompt's into the twin's run" if direction == DENOISING else "twin's into the prompt's run"
+        return HeadPatching(
+            heads=tuple(name for *_, name in heads), layers=tuple(i for i, *_ in heads),
+            numbers=tuple(n for _, n, _ in heads), activation=activation,
+            places=tuple("all" if place is None else str(place) for place in where), direction=direction,
+            sign=f"{direction}: the {start}; a positive score means that the clean activation helps the task",
+            task=task.name, metric=study.metric.name, effects=effects, clean=study.clean, corrupted=study.corrupted,
+            provenance=study.provenance(),
+        )  # fmt: skip
+
+
+def ablate_heads(
+    wb: Workbench, task: Task, how: str = "mean", *, metric: Any = "logit_diff", batch_size: int = 25,
+    memory: int = 1 << 30, progress: bool = True,
+) -> HeadPatching:  # fmt: skip
+    """Ablate single heads at all positions: "zero", "mean", "mean_positional", "resample" or "counterfactual".
+
+    Raises:
+        TaskError, InterventionError, AttachError: as `patch_heads`.
+    """
+    with open_study(wb, task, metric, batch_size=batch_size, memory=memory) as study:
+        study.measure_baselines()
+        effects = ablation_effects(study, how, progress)
+        heads = study.graph.heads()
+        return HeadPatching(
+            heads=tuple(f"L{i}H{n}" for i, n in heads), layers=tuple(i for i, _ in heads),
+            numbers=tuple(n for _, n in heads), activation=f"{how} ablation", places=("all",), direction=NOISING,
+            sign="noising: the head's output is replaced; a positive score means that the head helps the task",
+            task=task.name, metric=study.metric.name, effects=effects[:, None], clean=study.clean,
+            corrupted=study.corrupted, provenance=study.provenance(),
+        )  # fmt: skip
+
+
+def ablation_effects(study: Study, how: str, progress: bool = True) -> Tensor:
+    """[head, example] of the metric with each head ablated, minus without."""
+    if how not in ABLATIONS:
+        raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), ABLATIONS))
+    graph = study.graph
+    kept = torch.ones(len(graph.heads()), len(graph.senders), dtype=torch.bool)
+    for row, head in enumerate(graph.heads()):
+        kept[row, graph.sender_index[graph.head_name(head)]] = False
+    return run_nodes(study, kept, how, progress, "ablating heads") - study.clean
+
+
+def _heads(study: Study, activation: str) -> list[tuple[int, int, str]]:
+    """(layer, number, label) of what has such an activation, by layer."""
+    found = []
+    for i, layer in enumerate(study.graph.layers):
+        shared = activation in "kv" and layer.n_kv_heads != layer.n_heads
+        many = layer.n_kv_heads if activation in "kv" else layer.n_heads
+        found += [(i, n, label(f"a{i}.{'kv' if shared else 'h'}{n}")) for n in range(many)]
+    return found
+
+
+def _places(study: Study, positions: Any) -> list[Where]:
+    if positions is not None:
+        return [positions] if isinstance(positions, (str, int)) else list(positions)
+    lengths = {int(n) for pair in study.pairs for n in pair.last.tolist()}
+    if len(lengths) != 1:
+        raise InterventionError(
+            f"prompts of {min(lengths) + 1} to {max(lengths) + 1} tokens have no common positions",
+            hint="name the positions: positions=[\"S2\", \"end\"]",
+        )  # fmt: skip
+    return list(range(lengths.pop() + 1))
+
+
+def _effects(
+    study: Study, heads: list[tuple[int, int, str]], what: str, where: list[Where], direction: str, progress: bool
+) -> Tensor:
+    """[head, place, example] of z, q, k or v."""
+    effects = torch.zeros(len(heads), len(where), len(study.task), dtype=torch.float64)
+    bar = tqdm(total=len(study.pairs) * len(heads) * len(where), disable=not progress, desc=f"patching {what}")
+    variants = [(h, w) for h in range(len(heads)) for w in range(len(where))]
+    layers = [heads[h][0] for h, _ in variants]
+    with torch.no_grad():
+        for pair in study.pairs:
+            run, source, from_logits, clean_logits = _two_runs(study, pair, what, direction)
+            base = study.measure(from_logits, pair, clean_logits)[0]
+            index = [find_positions(study.task, study.wb.tokenizer, pair, place) for place in where]
+            most = study.most(pair, parts=24)
+            for i in sorted(set(layers)):
+                group = [n for n, layer in enumerate(layers) if layer == i]
+                for first in range(0, len(group), most):
+                    chunk = group[first : first + most]
+                    chosen = [(heads[variants[n][0]][1], index[variants[n][1]]) for n in chunk]
+                    hook = _replacing(source[what, i], chosen, pair.size)
+                    out = study.stream.run(run, pair.last, {(what, i): [hook]}, times=len(chunk), start=i)
+                    values = study.measure(out, pair, clean_logits, len(chunk)) - base
+                    for row, n in enumerate(chunk):
+                        effects[variants[n][0], variants[n][1], study.rows(pair)] = values[row]
+                    bar.update(len(chunk))
+    bar.close()
+    return effects
+
+
+def _two_runs(study: Study, pair: Pair, what: str, direction: str) -> tuple[Any, Kept, Tensor, Tensor]:
+    """The batch that is run, the activations that are put in, and the logits of that batch and of the prompts."""
+    into, out_of = (pair.clean, pair.twin) if direction == NOISING else (pair.twin, pair.clean)
+    kept = Kept()
+    hooks: dict[Key, list[Hook]] = {}
+    if what in "qkv":
+        hooks = {(what, i): [kept.keep((what, i))] for i in range(len(study.graph.layers))}
+    source_logits, source = study.stream.record(out_of, pair.last, hooks, resume=False)
+    source.tensors.update(kept.tensors)
+    base_logits, _ = study.stream.record(into, pair.last)
+    return into, source, base_logits, base_logits if direction == NOISING else source_logits
+
+
+def _replacing(new: Tensor, chosen: list[tuple[int, Tensor | None]], size: int) -> Hook:
+    """Put `new` [batch, position, head, width] in place: in repeat n at the n-th of the chosen heads and positions."""
+
+    def hook(old: Tensor) -> Tensor:
+        made = old.clone().unflatten(0, (-1, size))
+        rows = torch.arange(size, device=old.device)[:, None]
+        for n, (head, index) in enumerate(chosen):
+            if index is None:
+                made[n, :, :, head] = new[:, :, head].to(old.dtype)
+            else:
+                made[n, rows, index, head] = new[rows, index, head].to(old.dtype)
+        return made.flatten(0, 1)
+
+    return hook
+
+
+def _pattern_effects(
+    study: Study, heads: list[tuple[int, int, str]], where: list[Where], direction: str, progress: bool
+) -> Tensor:
+    """[head, place, example]: z made of the other run's pattern and this run's values stands in for the head's own."""
+    wb = study.wb
+    effects = torch.zeros(len(heads), len(where), len(study.task), dtype=torch.float64)
+    with torch.no_grad():
+        for pair in tqdm(study.pairs, disable=not progress, desc="patching patterns"):
+            run, _, from_logits, clean_logits = _two_runs(study, pair, "z", direction)
+            base = study.measure(from_logits, pair, clean_logits)[0]
+            out_of = pair.twin if direction == NOISING else pair.clean
+            index = [find_positions(study.task, wb.tokenizer, pair, place) for place in where]
+            with wb.capture(statistics=(), pattern=True, queries_keys=False) as patterns:
+                wb.model(**out_of, **study.stream.extra)
+            with wb.capture(statistics=(), values=True) as own:
+                wb.model(**run, **study.stream.extra)
+            most = study.most(pair, parts=24)
+            for i in sorted({i for i, *_ in heads}):
+                site = study.stream.anatomy.layers[i].site.name
+                weights, values = patterns[site].pattern.dense(), own[site].pattern.values
+                if values is None:
+                    raise InterventionError("the values of this attention are not seen", site=site)
+                each = values.repeat_interleave(weights.shape[1] // values.shape[1], dim=1).to(weights.dtype)
+                z = (weights @ each).transpose(1, 2)
+                group = [(h, w) for h, head in enumerate(heads) if head[0] == i for w in range(len(where))]
+                for first in range(0, len(group), most):
+                    chunk = group[first : first + most]
+                    hook = _replacing(z, [(heads[h][1], index[w]) for h, w in chunk], pair.size)
+                    out = study.stream.run(run, pair.last, {("z", i): [hook]}, times=len(chunk), start=i)
+                    found = study.measure(out, pair, clean_logits, len(chunk)) - base
+                    for row, (h, w) in enumerate(chunk):
+                        effects[h, w, study.rows(pair)] = found[row]
+    return effects

@@ -1,0 +1,113 @@
+"""One forward of a model in which the input and output of every module are kept: what its parts are found from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import WorkbenchError
+from workbench.hooks.observer import Observer
+from workbench.hooks.projections import ProjectionFinder
+from workbench.hooks.tap import AttentionCall
+
+
+@dataclass
+class Recording:
+    """What modules were given and gave, in the order in which they ended, and the attention calls.
+
+    Attributes:
+        given, gave: copies of the first floating-point tensor of each module's inputs and outputs, by its name; copies,
+            because models write into their tensors.
+        live: the outputs themselves, with their autograd history.
+        order: names in the order in which they ended. times: how often each ran.
+        calls: attention calls by site. finder: knows the module that joins the heads of each site.
+    """
+
+    given: dict[str, Tensor] = field(default_factory=dict)
+    gave: dict[str, Tensor] = field(default_factory=dict)
+    live: dict[str, Tensor] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    times: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, list[AttentionCall]] = field(default_factory=dict)
+    finder: ProjectionFinder = field(default_factory=ProjectionFinder)
+    logits: Tensor | None = None
+
+
+def record(model: nn.Module, inputs: Mapping[str, Any], grad_from: str) -> Recording:
+    """Run the model once, with autograd from the input of the module `grad_from` on.
+
+    Raises:
+        WorkbenchError: the model gives no logits.
+    """
+    made = Recording()
+    names = {module: name for name, module in model.named_modules()}
+
+    def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first = first_float((*args, *kwargs.values()))
+        if first is None:
+            return None
+        if names[module] == grad_from:
+            leaf = first.detach().requires_grad_()
+            args = tuple(leaf if value is first else value for value in args)
+            kwargs = {key: leaf if value is first else value for key, value in kwargs.items()}
+            made.given[names[module]] = leaf.detach().clone()
+            return args, kwargs
+        made.given[names[module]] = first.detach().clone()
+        return None
+
+    def ends(module: nn.Module, args: Any, output: Any) -> None:
+        name = names[module]
+        made.times[name] = made.times.get(name, 0) + 1
+        made.order.append(name)
+        first = first_float((output,))
+        if first is not None:
+            made.gave[name], made.live[name] = first.detach().clone(), first
+
+    def saw(call: AttentionCall) -> None:
+        made.calls.setdefault(call.site, []).append(call)
+        if call.finish is None:
+            made.finder.saw_call(call.site, call.module, call.z().transpose(1, 2))
+
+    with ExitStack() as stack:
+        for module, name in names.items():
+            if name:
+                stack.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(ends).remove)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(Observer(model, saw, on_module=made.finder.saw_module))
+        output = model(**inputs)
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise WorkbenchError(
+            f"the model gives {type(output).__name__}, which has no logits [batch, position, vocab]",
+            hint="circuits need a language model with its head",
+        )
+    made.logits = logits
+    return made
+
+
+def first_float(values: Any) -> Tensor | None:
+    """The first floating-point tensor of at least three dimensions in a tree of tuples, lists and mappings."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.dim() >= 3:
+                return value
+        elif isinstance(value, Mapping):
+            found = first_float(value.values())
+            if found is not None:
+                return found
+        elif isinstance(value, (tuple, list)):
+            found = first_float(value)
+            if found is not None:
+                return found
+    return None
+
+
+def equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors hold the same numbers."""
+    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)

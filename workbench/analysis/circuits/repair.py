@@ -1,0 +1,223 @@
+"""Repairing a task by hand: heads look at given positions from the last token (Merullo et al. 2310.08744)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from workbench.analysis.circuits.graph import Graph, head_of, label
+from workbench.analysis.circuits.intervals import interval
+from workbench.analysis.circuits.prompts import Pair, find_positions
+from workbench.analysis.circuits.study import Study, open_study
+from workbench.errors import InterventionError
+from workbench.result import Result
+from workbench.session import Workbench
+from workbench.tasks.base import Task
+from workbench.tasks.metrics import correct
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class Repair(Result):
+    """What steering the attention of heads at the last token does to a task.
+
+    Attributes:
+        heads: labels. towards, but: names of the positions.
+        before: [example] 1 where the model is right. together: the same with all heads edited.
+        single: [head, example], with each head alone. random: [draw, example], with as many random other heads.
+        random_heads: labels of each draw.
+        movers: labels. attention_before, attention_after: [mover, 2, example] of the last token to the answer's
+            position, and summed over the edited positions.
+    """
+
+    form = "workbench.repair"
+
+    task: str
+    heads: tuple[str, ...]
+    towards: tuple[str, ...]
+    but: str
+    before: Tensor
+    together: Tensor
+    single: Tensor
+    random: Tensor
+    random_heads: tuple[tuple[str, ...], ...]
+    movers: tuple[str, ...]
+    attention_before: Tensor
+    attention_after: Tensor
+    provenance: dict[str, Any]
+
+    @property
+    def broken(self) -> float:
+        """Share of the prompts that were right and are wrong after the edit of all heads."""
+        return float(((self.before == 1) & (self.together == 0)).double().mean())
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Accuracies with 95 % intervals: before, together, each head, random heads; then the movers' attention."""
+        import pandas as pd
+
+        rows = [("before", "", *_accuracy(self.before)), ("together", " ".join(self.heads), *_accuracy(self.together))]
+        rows += [("single", head, *_accuracy(values)) for head, values in zip(self.heads, self.single, strict=True)]
+        if len(self.random):
+            means = self.random.mean(1)
+            low, high = float(means.min()), float(means.max())
+            rows.append(
+                ("random heads", f"{len(self.random)} draws, lowest and highest", float(means.mean()), low, high)
+            )
+        nan = float("nan")
+        for i, head in enumerate(self.movers):
+            shift = (self.attention_after[i] - self.attention_before[i]).mean(-1).tolist()
+            rows.append(("attention to the answer, change", head, shift[0], nan, nan))
+            rows.append(("attention to the edited positions, change", head, shift[1], nan, nan))
+        return pd.DataFrame(rows, columns=["quantity", "of", "value", "low", "high"])
+
+    def __repr__(self) -> str:
+        chance = f", random heads {float(self.random.mean()):.3f}" if len(self.random) else ""
+        return (
+            f"Repair({self.task}: accuracy {float(self.before.mean()):.3f} to {float(self.together.mean()):.3f} with "
+            f"{', '.join(self.heads)}{chance})"
+        )
+
+
+def repair(
+    wb: Workbench,
+    task: Task,
+    heads: Iterable[Any],
+    *,
+    towards: Sequence[str] | None = None,
+    but: str | None = None,
+    movers: Iterable[Any] = (),
+    n_random: int = 10,
+    seed: int = 0,
+    batch_size: int = 50,
+    progress: bool = True,
+) -> Repair:
+    """Put the last query row of heads evenly on given positions, and measure the task.
+
+    Only this row of these heads changes; all else runs as it is. The edit needs the right answer to know where to look,
+    so it is a causal probe and no fix that could be deployed.
+
+    Args:
+        heads: whose attention is edited.
+        towards: names of positions; `but`: the name of one that is left out, where it falls on one of them. By default
+            for Colored Objects the two colours of the query scene that are not the answer.
+        movers: heads whose attention at the last token is measured before and after.
+        n_random: draws of as many other heads, edited in the same way. seed: of the draws.
+
+    Raises:
+        InterventionError: no heads, no positions. TaskError: no such position.
+    """
+    if towards is None and task.name == "colored_objects":
+        towards, but = ("colour1", "colour2", "colour3"), "colour"
+    if not towards:
+        raise InterventionError(
+            f"task {task.name} has no known positions to look at", hint="towards=[names of positions]"
+        )
+    with open_study(wb, task, batch_size=batch_size) as study:
+        graph = study.graph
+        chosen = [graph.head_name(head) for head in heads]
+        if not chosen:
+            raise InterventionError("no head was chosen")
+        moving = [graph.head_name(head) for head in movers]
+        draws = _draws(graph, [*chosen, *moving], len(chosen), n_random, seed)
+        plans = [(), tuple(chosen), *((name,) for name in chosen), *draws]
+        right = torch.zeros(len(plans), len(task), dtype=torch.float64)
+        attention = torch.zeros(2, len(moving), 2, len(task), dtype=torch.float64)
+        bar = tqdm(total=len(plans) * len(study.pairs), disable=not progress, desc="repair")
+        for pair in study.pairs:
+            weights, answer = _target(study, pair, towards, but)
+            for number, plan in enumerate(plans):
+                right[number, study.rows(pair)] = _run(study, pair, plan, weights)
+                bar.update()
+            for after, plan in enumerate(plans[:2] if moving else ()):
+                attention[after, :, :, study.rows(pair)] = _attention(study, pair, plan, weights, answer, moving)
+        bar.close()
+        n = len(chosen)
+        return Repair(
+            task=task.name, heads=tuple(map(label, chosen)), towards=tuple(towards), but=but or "", before=right[0],
+            together=right[1], single=right[2 : 2 + n], random=right[2 + n :],
+            random_heads=tuple(tuple(map(label, draw)) for draw in draws), movers=tuple(map(label, moving)),
+            attention_before=attention[0], attention_after=attention[1], provenance=study.provenance() | {"seed": seed},
+        )  # fmt: skip
+
+
+def _draws(graph: Graph, taken: Sequence[str], size: int, n: int, seed: int) -> list[tuple[str, ...]]:
+    """Random heads that are not among those taken."""
+    free = [name for name in map(graph.head_name, graph.heads()) if name not in taken]
+    if n and len(free) < size:
+        raise InterventionError(f"there are only {len(free)} other heads to draw {size} from", hint="n_random=0")
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        tuple(free[i] for i in sorted(torch.randperm(len(free), generator=generator)[:size].tolist())) for _ in range(n)
+    ]
+
+
+def _target(study: Study, pair: Pair, towards: Sequence[str], but: str | None) -> tuple[Tensor, Tensor]:
+    """[example, key] weights of the new row, and [example] the position of the answer (the last one if unknown)."""
+    index = find_positions(study.task, study.wb.tokenizer, pair, towards)
+    assert index is not None
+    answer = pair.last if but is None else find_positions(study.task, study.wb.tokenizer, pair, but)
+    assert answer is not None
+    answer = answer.view(pair.size)
+    weights = torch.zeros(pair.size, pair.length, device=index.device).scatter(1, index, 1.0)
+    if but is not None:
+        weights.scatter_(1, answer[:, None], 0.0)
+    if bool((weights.sum(1) == 0).any()):
+        raise InterventionError(
+            f"no position is left to look at in example {pair.start + int((weights.sum(1) == 0).nonzero()[0])}"
+        )
+    return weights / weights.sum(1, keepdim=True), answer
+
+
+def last_row_on(weights: Tensor) -> Callable[[Tensor, Any, int], Tensor]:
+    """An edit for `Workbench.edit_pattern` that puts weights [example, key] in the place of each row."""
+
+    def edit(rows: Tensor, site: Any, head: int) -> Tensor:
+        return weights[:, None, : rows.shape[-1]].to(rows).expand_as(rows)
+
+    return edit
+
+
+def _edited(study: Study, stack: ExitStack, pair: Pair, plan: Sequence[str], weights: Tensor) -> None:
+    if plan:
+        queries = pair.last[:, None]
+        heads = [(study.stream.anatomy.layers[head[0]].site, head[1]) for name in plan if (head := head_of(name))]
+        stack.enter_context(study.wb.edit_pattern(heads, last_row_on(weights), queries=queries))
+
+
+def _run(study: Study, pair: Pair, plan: Sequence[str], weights: Tensor) -> Tensor:
+    """[example] 1 where the model is right with the heads of the plan edited."""
+    with torch.no_grad(), ExitStack() as stack:
+        _edited(study, stack, pair, plan, weights)
+        return correct(study.wb.model(**pair.clean, **study.stream.extra), pair.clean).double()
+
+
+def _attention(
+    study: Study, pair: Pair, plan: Sequence[str], weights: Tensor, answer: Tensor, movers: Sequence[str]
+) -> Tensor:
+    """[mover, 2, example] of the last token's attention to the answer and to the edited positions."""
+    rows = torch.arange(pair.size, device=answer.device)
+    with torch.no_grad(), ExitStack() as stack:
+        _edited(study, stack, pair, plan, weights)
+        cap = stack.enter_context(study.wb.capture(statistics=()))
+        study.wb.model(**pair.clean, **study.stream.extra)
+    found = []
+    for name in movers:
+        head = head_of(name)
+        assert head is not None
+        row = cap[study.stream.anatomy.layers[head[0]].site.name].pattern.dense(heads=[head[1]])[:, 0][rows, pair.last]
+        found.append(torch.stack([row[rows, answer], (row * (weights > 0)).sum(1)]))
+    return torch.stack(found).double().cpu()
+
+
+def _accuracy(values: Tensor) -> tuple[float, float, float]:
+    low, high = interval(lambda index: float(values[index].mean()), len(values))
+    return float(values.mean()), low, high

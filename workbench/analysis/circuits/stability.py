@@ -1,0 +1,153 @@
+"""How stable a circuit is over prompts, and how well its scores find a reference set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from workbench.analysis.circuits.circuit import Circuit
+from workbench.analysis.circuits.intervals import draws
+from workbench.errors import InterventionError
+from workbench.result import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class Stability(Result):
+    """How often each node or edge is in the circuit when prompts are drawn anew.
+
+    Attributes:
+        items: nodes or edges. frequency: [item] share of the draws in which it is in. inside: [item] bool, in the
+            circuit itself. jaccard: [draw] overlap of each draw's circuit with the circuit.
+        unit: what was drawn: "prompts", or "groups" of them.
+    """
+
+    form = "workbench.circuit_stability"
+
+    circuit: str
+    level: str
+    items: tuple[str, ...]
+    frequency: Tensor
+    inside: Tensor
+    jaccard: Tensor
+    unit: str
+    provenance: dict[str, Any]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per item that is ever in, most frequent first."""
+        import pandas as pd
+
+        frame = pd.DataFrame(
+            {"item": self.items, "frequency": self.frequency.tolist(), "in_circuit": self.inside.tolist()}
+        )
+        frame = frame[(frame["frequency"] > 0) | frame["in_circuit"]]
+        return frame.sort_values("frequency", ascending=False, kind="stable").reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        return f"Stability(mean Jaccard {float(self.jaccard.mean()):.2f} over draws of {self.unit}; {self.circuit})"
+
+
+def circuit_stability(
+    circuit: Circuit, *, n_bootstrap: int = 200, groups: Sequence[object] | None = None, seed: int = 0
+) -> Stability:
+    """Draw the prompts of a circuit anew, choose its nodes or edges again in the same number, and count.
+
+    Args:
+        circuit: with the scores of single examples.
+        groups: one label per prompt, such as its template; whole groups of paraphrases are then drawn.
+        seed: of the draws.
+
+    Raises:
+        InterventionError: the circuit kept no single scores, or there are not as many labels as prompts.
+    """
+    examples = circuit.examples
+    if examples is None:
+        raise InterventionError(
+            "the circuit kept no scores of single prompts",
+            hint='"acdc" has none, and of very large graphs they are not kept; find it on fewer prompts',
+        )
+    if groups is not None and len(groups) != len(examples):
+        raise InterventionError(f"there are {len(groups)} labels for {len(examples)} prompts")
+    absolute = bool(circuit.threshold.get("absolute", True))
+    if circuit.level == "edge":
+        names, own = tuple(circuit.graph.edges), circuit.edges_in[circuit.graph.exists]
+        sizes = [int(circuit.threshold["value"]) if circuit.threshold.get("kind") == "top" else int(own.sum())]
+        blocks = [slice(0, len(names))]
+    else:
+        names, own = circuit.graph.senders, circuit.senders_in
+        each = len(names)
+        blocks = [slice(i, i + each) for i in range(0, examples.shape[1], each)]
+        sizes = [len(stage["chosen"]) for stage in circuit.stages] or [int(own.sum())]
+    count, overlaps = torch.zeros(len(names), dtype=torch.float64), []
+    for index in draws(len(examples), n_bootstrap, seed, groups):
+        mean = examples[index].mean(0)
+        inside = torch.zeros(len(names), dtype=torch.bool)
+        for block, size in zip(blocks, sizes, strict=True):
+            scores = mean[block].abs() if absolute else mean[block]
+            best = scores.nan_to_num(-torch.inf).argsort(descending=True, stable=True)[:size]
+            inside[best] = True
+        if circuit.level == "edge" and circuit.threshold.get("pruned", True):
+            whole = torch.zeros_like(circuit.edges_in)
+            whole[circuit.graph.exists] = inside
+            inside = circuit.graph.pruned(whole)[circuit.graph.exists]
+        count += inside
+        union = int((inside | own).sum())
+        overlaps.append(int((inside & own).sum()) / union if union else 1.0)
+    return Stability(
+        circuit=repr(circuit), level=circuit.level, items=tuple(names), frequency=count / n_bootstrap, inside=own,
+        jaccard=torch.tensor(overlaps, dtype=torch.float64), unit="prompts" if groups is None else "groups",
+        provenance=circuit.provenance | {"n_bootstrap": n_bootstrap, "seed": seed},
+    )  # fmt: skip
+
+
+def auroc(circuit: Circuit, reference: Circuit | Iterable[Any], *, absolute: bool = True) -> float:
+    """Area under the ROC curve of a circuit's scores against a reference set: 1 where all of it is ranked first.
+
+    Args:
+        reference: another circuit of the same model; or names of edges, or of nodes (heads in any spelling). Nodes are
+            ranked by their own scores, in an edge circuit by the sum over their edges.
+
+    Raises:
+        InterventionError: a reference that is empty, or holds everything that is scored.
+    """
+    graph = circuit.graph
+    if isinstance(reference, Circuit):
+        reference.check_model(graph)
+        wanted: list[Any] = list(reference.edges if reference.level == "edge" else reference.nodes)
+    else:
+        wanted = list(reference)
+    of_edges = any(isinstance(one, str) and "->" in one for one in wanted)
+    scores = circuit.edge_scores if of_edges else circuit.node_scores
+    real = torch.zeros(scores.shape, dtype=torch.bool)
+    for one in wanted:
+        if of_edges:
+            real[graph.edge(one)] = True
+        elif one != "logits":
+            name = one if one in graph.sender_index else graph.head_name(one)
+            if name in graph.sender_index:
+                real[graph.sender_index[name]] = True
+    known = ~scores.isnan()
+    return rank_auroc(scores[known].abs() if absolute else scores[known], real[known])
+
+
+def rank_auroc(scores: Tensor, real: Tensor) -> float:
+    """Probability that a real item has a higher score than another one; ties count half.
+
+    >>> rank_auroc(torch.tensor([3.0, 2.0, 2.0, 1.0]), torch.tensor([True, True, False, False]))
+    0.875
+    """
+    positive, negative = scores[real], scores[~real]
+    if not len(positive) or not len(negative):
+        raise InterventionError(
+            f"the reference holds {len(positive)} of {len(scores)} scored items; some must be in and some out"
+        )
+    order = torch.searchsorted(negative.sort().values, positive)
+    ties = torch.searchsorted(negative.sort().values, positive, right=True) - order
+    return float((order + ties / 2).double().mean() / len(negative))
