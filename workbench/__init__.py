@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from workbench.analysis.conditioning.capacity import Capacity, capacity
     from workbench.analysis.conditioning.experiments import Conditioning, conditioning
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
+    from workbench.analysis.profile import AttentionProfile, attention_profile
     from workbench.analysis.pruned import prune_heads
     from workbench.capture import Capture, load_capture
     from workbench.heads import KVGroup
@@ -38,6 +39,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "Workbench": "workbench.session",
     "attach": "workbench.session",
+    "AttentionProfile": "workbench.analysis.profile",
+    "attention_profile": "workbench.analysis.profile",
     "Capacity": "workbench.analysis.conditioning.capacity",
     "capacity": "workbench.analysis.conditioning.capacity",
     "Conditioning": "workbench.analysis.conditioning.experiments",
@@ -60,6 +63,7 @@ _LAZY_MODULES = ("models", "tasks", "views")
 
 __all__ = [
     "AttachError",
+    "AttentionProfile",
     "Capacity",
     "Capture",
     "CaptureError",
@@ -79,6 +83,7 @@ __all__ = [
     "Workbench",
     "WorkbenchError",
     "attach",
+    "attention_profile",
     "capacity",
     "conditioning",
     "head_importance",
