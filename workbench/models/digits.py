@@ -49,7 +49,7 @@ def read_counts(path: Path | None = None) -> tuple[Tensor, Tensor]:
     """All images: counts [1797, 8, 8] uint8 and labels [1797].
 
     Args:
-        path: the data set's own file (optdigits.tes: 64 counts and the digit on each line); scikit-learn's copy if None.
+        path: the data set's own file (optdigits.tes: 64 counts and the digit on each line); None for scikit-learn's.
 
     Raises:
         WorkbenchError: scikit-learn is not installed, or the file is not the data set.

@@ -48,10 +48,11 @@ def new_model(seed: int, *, n_layer: int = 4, n_head: int = 4, d_model: int = 64
         n_layer: blocks. n_head: heads in a block. d_model: width; the MLPs are twice as wide.
     """
     config = ViTConfig(
-        image_size=SIDE, patch_size=2, num_channels=1, num_labels=10, hidden_size=d_model, num_hidden_layers=n_layer,
+        image_size=SIDE, patch_size=2, num_channels=1, hidden_size=d_model, num_hidden_layers=n_layer,
         num_attention_heads=n_head, intermediate_size=2 * d_model, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
+    config.num_labels = 10
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ViTForImageClassification._from_config(config, attn_implementation="sdpa")
@@ -169,10 +170,10 @@ def make_card(
         "data": "Optical Recognition of Handwritten Digits, test set (E. Alpaydin, C. Kaynak, UCI, CC BY 4.0), as "
         f"scikit-learn bundles it; this run read {source}",
         "accuracy": shares,
-        "accuracy_measured_on": f"{N_HELD_OUT} images held out at random (seed {SPLIT_SEED}), and the {1797 - N_HELD_OUT} "
-        "it was trained on, without changes, on the saved weights",
-        "notes": "an earlier setting of the training, weaker, had been measured on the same held-out images (96.2 %); the "
-        "present one was chosen on 200 of the training images",
+        "accuracy_measured_on": f"{N_HELD_OUT} images held out at random (seed {SPLIT_SEED}), and the "
+        f"{1797 - N_HELD_OUT} it was trained on, without changes, on the saved weights",
+        "notes": "an earlier setting of the training, weaker, had been measured on the same held-out images (96.2 %); "
+        "the present one was chosen on 200 of the training images",
         "loss_by_epoch": [round(loss, 4) for loss in losses],
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -201,8 +202,8 @@ Trained from scratch: {card["epochs"]} epochs in {card["minutes"]} minutes on {c
 Data: {card["data"]}. The writers are not told apart, so digits of one hand may be in both parts.
 
 `workbench.models.examples("demo-vit")` has 40 of the held-out images. Inputs are `pixel_values` [image, 1, 16, 16] from
-−1 (paper) to 1 (ink); `workbench.models.digits.to_pixels` makes them from the data set's 8 x 8 counts. Images other than
-single digits were not trained, so what it says of them means nothing.
+−1 (paper) to 1 (ink); `workbench.models.digits.to_pixels` makes them from the data set's 8 x 8 counts. Images other
+than single digits were not trained, so what it says of them means nothing.
 """
 
 

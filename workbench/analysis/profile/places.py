@@ -123,8 +123,8 @@ def find_places(
             raise WorkbenchError(
                 f"a grid of {rows} x {columns} patches{said} does not match {length} tokens",
                 site=site,
-                hint="give grid=(rows, columns) and prefix=, the number of tokens such as CLS before the patches, choose "
-                f'the sites of the image with sites=, or count distance in tokens with grid="{TOKENS}"',
+                hint="give grid=(rows, columns) and prefix=, the number of tokens such as CLS before the patches, "
+                f'choose the sites of the image with sites=, or count distance in tokens with grid="{TOKENS}"',
             )
     return Places(rows, columns, before)
 

@@ -33,8 +33,8 @@ class AttentionProfile(Result):
         bins: first and last hop of each bin.
         mass_examples: [example, row, bin] weight per query at these hops. density: [row, bin], mean weight of one pair.
         measures: names along the axis of `examples`, [example, row, measure]; NaN where one does not apply.
-        offsets: [row, 2·rows − 1, 2·columns − 1] weight per query on the key (dy, dx) away, a mean over examples; (0, 0)
-            is in the middle. Of text [row, 1, 2·r + 1], and only to r = 64 tokens.
+        offsets: [row, 2·rows − 1, 2·columns − 1] weight per query on the key (dy, dx) away, a mean over examples;
+            (0, 0) is in the middle. Of text [row, 1, 2·r + 1], and only to r = 64 tokens.
         seed, n_bootstrap, level: of the intervals over examples.
         skipped: sites without a distance (cross-attention, states), which have no rows.
         provenance: of the capture.

@@ -1,7 +1,7 @@
 """What a profile needs of one pattern, summed tile by tile: weight by offset, entropy, sink, spread over heads.
 
-Tiles are of `_QUERIES` x `_KEYS` cells; beside them only sums per row and per offset are held, so that memory grows with
-the number of tokens and not with its square.
+Tiles are of `_QUERIES` x `_KEYS` cells; beside them only sums per row and per offset are held, so that memory grows
+with the number of tokens and not with its square.
 """
 
 from __future__ import annotations
@@ -70,12 +70,13 @@ def _collect(pattern: Pattern, batch: slice, places: Places, sink: str) -> Sums:
     walk = _Walk(pattern, batch, places)
     b, h = batch.stop - batch.start, pattern.n_heads
     cells = places.map_shape[0] * places.map_shape[1]
-    found = Sums(
-        *(torch.zeros(b, h, cells, dtype=torch.float64) for _ in range(3)),
-        *(torch.zeros(b, h, dtype=torch.float64) for _ in range(8)),
-        diversity=torch.zeros(b, dtype=torch.float64),
-        cls_to_patches=torch.full((b, h), torch.nan, dtype=torch.float64),
-    )
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64)
+
+    sizes = {"whole": (b, h, cells), "counted": (b, h, cells), "pairs": (b, h, cells), "diversity": (b,)}
+    found = Sums(**{name: zeros(*sizes.get(name, (b, h))) for name in Sums.__dataclass_fields__})
+    found.cls_to_patches += torch.nan
     visible_cells = torch.zeros(b, dtype=torch.float64)
     for queries in walk.blocks():
         rows = _Rows(b, h, queries.stop - queries.start)
@@ -139,7 +140,7 @@ class _Rows:
             entropy, n = torch.where(kept, whole.log() - self.plogp_left / whole, 0.0), self.seen_left * kept
         else:
             entropy, n = -self.plogp, self.seen
-        found.rows += (n > 0).sum(-1)
+        found.rows += (self.seen > 0).sum(-1)
         found.entropy += entropy.sum(-1)
         found.share += torch.where(n > 1, entropy / n.clamp(min=2).log(), 0.0).sum(-1)
         found.shares += (n > 1).sum(-1)
