@@ -20,6 +20,7 @@ from workbench.errors import (
 
 if TYPE_CHECKING:
     from workbench import models, tasks, views
+    from workbench.analysis.atlas import PatternAtlas, pattern_atlas
     from workbench.analysis.conditioning.capacity import Capacity, capacity
     from workbench.analysis.conditioning.experiments import Conditioning, conditioning
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
@@ -41,6 +42,8 @@ _LAZY = {
     "attach": "workbench.session",
     "AttentionProfile": "workbench.analysis.profile",
     "attention_profile": "workbench.analysis.profile",
+    "PatternAtlas": "workbench.analysis.atlas",
+    "pattern_atlas": "workbench.analysis.atlas",
     "Capacity": "workbench.analysis.conditioning.capacity",
     "capacity": "workbench.analysis.conditioning.capacity",
     "Conditioning": "workbench.analysis.conditioning.experiments",
@@ -72,6 +75,7 @@ __all__ = [
     "HeadImportance",
     "InterventionError",
     "KVGroup",
+    "PatternAtlas",
     "PruningCurve",
     "Report",
     "ReportError",
@@ -89,6 +93,7 @@ __all__ = [
     "head_importance",
     "load_capture",
     "models",
+    "pattern_atlas",
     "prune_heads",
     "run_sweep",
     "tasks",

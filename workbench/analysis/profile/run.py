@@ -91,18 +91,8 @@ def attention_profile(
     if not 0 < level < 1 or n_bootstrap < 1:
         raise WorkbenchError("level lies between 0 and 1, n_bootstrap is at least 1")
     calls = cap.calls
-    chosen, skipped = _choose(cap, sites)
-    shapes = {(n, s.name): call[s].shape for n, call in enumerate(calls) for s in chosen if _has(call, s, n)}
-    for (_, name), shape in shapes.items():
-        if shape[2] != shape[3]:
-            raise CaptureError(
-                "a distance needs as many queries as keys",
-                site=name,
-                shape=shape,
-                hint="of a generation, profile cap.joined()",
-            )
-    lengths = [(name, shape[2]) for (_, name), shape in shapes.items()]
-    places = find_places(lengths, grid, prefix, cap.provenance.get("patches"))
+    chosen, skipped = choose_sites(cap, sites)
+    places = locate(cap, chosen, grid, prefix)
     if sink == "keep" and places.prefix:
         raise WorkbenchError("prefix tokens have no place on the grid", hint='use sink="separate" or "drop"')
 
@@ -113,14 +103,11 @@ def attention_profile(
         per_site.append([torch.cat([part[k] for part in parts]) for k in range(4)])
     mass, numbers, maps, densities = (torch.cat([found[k] for found in per_site], 1) for k in range(4))
     rows = [(s, h) for s, found in zip(chosen, per_site, strict=True) for h in range(found[0].shape[1])]
-    labels = tuple(f"L{s.layer}H{h}" for s, h in rows)
-    if len(set(labels)) < len(labels):
-        labels = tuple(f"{s.name}:H{h}" for s, h in rows)
     return AttentionProfile(
         sites=tuple(s.name for s, _ in rows),
         layers=tuple(s.layer for s, _ in rows),
         heads=tuple(h for _, h in rows),
-        labels=labels,
+        labels=labels_of(rows),
         kind="text" if places.text else "image",
         grid=(places.rows, places.columns),
         prefix=places.prefix,
@@ -139,8 +126,8 @@ def attention_profile(
     )
 
 
-def _choose(cap: Capture, sites: Sequence[str | int | Site] | None) -> tuple[list[Site], tuple[str, ...]]:
-    """The sites to profile, and the names of those that have no distance."""
+def choose_sites(cap: Capture, sites: Sequence[str | int | Site] | None) -> tuple[list[Site], tuple[str, ...]]:
+    """The sites of an analysis over distances, and the names of those that have no distance."""
     if sites is not None:
         asked = [sites] if isinstance(sites, (str, int, Site)) else list(sites)
         chosen = [cap.sites[s.name if isinstance(s, Site) else s] for s in asked]
@@ -156,10 +143,36 @@ def _choose(cap: Capture, sites: Sequence[str | int | Site] | None) -> tuple[lis
     return chosen, skipped
 
 
-def _has(call: Capture, site: Site, n: int) -> bool:
-    if site not in call.sites:
-        raise CaptureError(f"forward {n} has no such site", site=site.name, hint="profile such forwards one by one")
-    return True
+def locate(cap: Capture, chosen: Sequence[Site], grid: tuple[int, int] | str | None, prefix: int | None) -> Places:
+    """Where the tokens of these sites stand.
+
+    Raises:
+        CaptureError: a forward lacks one of them, or one has queries and keys of different length.
+        WorkbenchError: a grid that is none, or that does not match the tokens.
+    """
+    lengths = []
+    for n, call in enumerate(cap.calls):
+        for site in chosen:
+            if site not in call.sites:
+                raise CaptureError(
+                    f"forward {n} has no such site", site=site.name, hint="analyse such forwards one by one"
+                )
+            shape = call[site].shape
+            if shape[2] != shape[3]:
+                raise CaptureError(
+                    "a distance needs as many queries as keys",
+                    site=site.name,
+                    shape=shape,
+                    hint="of a generation, take cap.joined()",
+                )
+            lengths.append((site.name, shape[2]))
+    return find_places(lengths, grid, prefix, cap.provenance.get("patches"))
+
+
+def labels_of(rows: Sequence[tuple[Site, int]]) -> tuple[str, ...]:
+    """Short labels of heads; with the site's name where two sites would share one."""
+    short = tuple(f"L{site.layer}H{head}" for site, head in rows)
+    return short if len(set(short)) == len(short) else tuple(f"{site.name}:H{head}" for site, head in rows)
 
 
 def _examples(sums: Sums, places: Places, ranges: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

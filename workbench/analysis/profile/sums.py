@@ -59,15 +59,19 @@ def collect(pattern: Pattern, places: Places, sink: str) -> Sums:
     """
     pattern.check()
     pattern = pattern.magnitude() if pattern.by_magnitude else pattern
-    parts = []
-    step = max(1, _NUMBERS // (pattern.n_heads * min(_QUERIES, pattern.n_queries) * min(_KEYS, pattern.n_keys)))
-    for start in range(0, pattern.n_batch, step):
-        parts.append(_collect(pattern, slice(start, min(start + step, pattern.n_batch)), places, sink))
+    parts = [_collect(pattern, batch, places, sink) for batch in batches(pattern)]
     return Sums(**{name: torch.cat([getattr(part, name) for part in parts]) for name in Sums.__dataclass_fields__})
 
 
+def batches(pattern: Pattern) -> Iterator[slice]:
+    """Batch rows whose tiles are held at once."""
+    step = max(1, _NUMBERS // (pattern.n_heads * min(_QUERIES, pattern.n_queries) * min(_KEYS, pattern.n_keys)))
+    for start in range(0, pattern.n_batch, step):
+        yield slice(start, min(start + step, pattern.n_batch))
+
+
 def _collect(pattern: Pattern, batch: slice, places: Places, sink: str) -> Sums:
-    walk = _Walk(pattern, batch, places)
+    walk = Walk(pattern, batch, places)
     b, h = batch.stop - batch.start, pattern.n_heads
     cells = places.map_shape[0] * places.map_shape[1]
 
@@ -91,13 +95,13 @@ def _collect(pattern: Pattern, batch: slice, places: Places, sink: str) -> Sums:
         for keys in walk.keys(queries, patches=True):
             p, seen = walk.tile(queries, keys)
             index = places.offsets(queries, keys)
-            _spread(found.whole, p, index)
+            spread(found.whole, p, index)
             if sink != "keep":
                 away = ~walk.at_sink(keys)
                 p, seen = p * away, seen & away
             p = p if scale is None else p * scale[..., None]
-            _spread(found.counted, p, index)
-            _spread(found.pairs, seen.double(), index)
+            spread(found.counted, p, index)
+            spread(found.pairs, seen.double(), index)
         rows.close(found, sink)
     found.diversity /= visible_cells.clamp(min=1)
     if places.prefix:
@@ -106,7 +110,7 @@ def _collect(pattern: Pattern, batch: slice, places: Places, sink: str) -> Sums:
     return found
 
 
-def _spread(sums: Tensor, values: Tensor, index: Tensor) -> None:
+def spread(sums: Tensor, values: Tensor, index: Tensor) -> None:
     """Add [batch, head, query, key] to the cells [batch, head, offset] that `index` [query, key] names."""
     flat = sums.view(-1, sums.shape[-1])
     flat.index_add_(1, index.flatten(), values.reshape(flat.shape[0], -1))
@@ -149,7 +153,7 @@ class _Rows:
         found.squares += self.squares.sum(-1)
 
 
-class _Walk:
+class Walk:
     """Tiles of some batch rows of a pattern, in float64, with what may be seen."""
 
     def __init__(self, pattern: Pattern, batch: slice, places: Places) -> None:
