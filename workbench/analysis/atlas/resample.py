@@ -120,8 +120,8 @@ def _excess(share: Tensor, even: Tensor) -> Tensor:
 def overlaps(inside: Tensor, size: int) -> Tensor:
     """[batch, cell, token] the share of each token that lies in each cell; tokens that are not inside lie in none.
 
-    >>> overlaps(torch.tensor([[True, True, True]]), 2)[0].tolist()
-    [[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]]
+    >>> overlaps(torch.tensor([[True, True, True]]), 6)[0, :, 1].tolist()
+    [0.0, 0.0, 0.5, 0.5, 0.0, 0.0]
     """
     rank = inside.cumsum(-1).double() - 1
     wide = size / inside.sum(-1, keepdim=True).clamp(min=1).double()

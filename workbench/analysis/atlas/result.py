@@ -49,7 +49,7 @@ class PatternAtlas(Result):
         kind: "image" or "text". grid, prefix: rows and columns of patches, and tokens before them.
         size: side of the pooled patterns. patterns: [row, size, size] mean over examples; rows are queries.
         latents: [row, width] mean over examples. sample_latents: [example, row, width].
-        xy: [row, 2] on the map. sample_xy: [example, row, 2]. explained: [2] share of the latents' variance on each axis.
+        xy: [row, 2] on the map. sample_xy: [example, row, 2]. explained: [2] share of the latents' variance.
         clusters: [row]. sample_clusters: [example, row]. cluster_patterns: [cluster, size, size] mean over its heads.
         names: evidence's names. evidence: [row, name], NaN where a name does not apply. head_names: one per row.
         cluster_evidence: [cluster, name]. cluster_names: one per cluster, by its heads' mean evidence.

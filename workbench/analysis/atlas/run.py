@@ -53,13 +53,13 @@ def pattern_atlas(
     """Which patterns a model's heads have learned.
 
     Every head's pattern on every example is pooled to [size, size] (`workbench.analysis.atlas.resample.look`). A
-    convolutional autoencoder learns to draw them from `width` numbers. The principal components of these latents are the
-    map; k-means on each head's mean latents makes the clusters. Names are suggested by evidence that is measured on the
+    convolutional autoencoder learns to draw them from `width` numbers. The principal components of these latents are
+    the map; k-means on each head's mean latents makes the clusters. Names are suggested by evidence that is measured on the
     whole patterns, not on the latents (`workbench.analysis.atlas.names.suggest`), and content dependence is how much a
     head's pooled pattern varies over examples.
 
-    The latent space is learnt anew for each atlas: distances in one say nothing about another. Only heads whose patterns
-    differ after pooling can be told apart by clusters; the evidence sees single tokens.
+    The latent space is learnt anew for each atlas: distances in one say nothing about another. Only heads whose
+    patterns differ after pooling can be told apart by clusters; the evidence sees single tokens.
 
     Args:
         cap: any number of forwards; patterns must have been kept (queries_keys=True). More than one example is needed
