@@ -236,8 +236,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None or not peers.FOLDER.exists():
-        raise SystemExit("needs Chromium, npm, and the peers: `make bench` installs those")
+    if chromium is None or shutil.which("npm") is None or not peers.FOLDER.exists():
+        return say("left out: Chromium, npm or the peers are missing; `make bench` installs the peers")
     arguments = ["--no-sandbox", "--disable-gpu", "--enable-precise-memory-info"]
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as there:
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)

@@ -62,9 +62,8 @@ def _(curve: PruningCurve) -> View:
                 col=column,
             )
         fig.update_xaxes(title_text="heads pruned", row=1, col=column)
-    speed = (
-        "" if curve.reason else f" With all of them pruned the model runs {float(curve.speedup[-1]):.2f} times as fast."
-    )
+    most = f"{curve.counts[-1]:,} heads pruned the model runs {float(curve.speedup[-1]):.2f} times as fast"
+    speed = "" if curve.reason else f" With {most}."
     return figure(
         fig,
         title="Pruning",
