@@ -55,7 +55,7 @@ def pattern_atlas(
     Every head's pattern on every example is pooled to [size, size] (`workbench.analysis.atlas.resample.look`). A
     convolutional autoencoder learns to draw them from `width` numbers. The principal components of these latents are
     the map; k-means on each head's mean latents makes the clusters. Names are suggested by evidence that is measured on
-    the whole patterns, not on the latents (`workbench.analysis.atlas.names.suggest`), and content dependence is how much a
+    the whole patterns, not on the latents (`workbench.analysis.atlas.names.suggest`). Content dependence is how much a
     head's pooled pattern varies over examples.
 
     The latent space is learnt anew for each atlas: distances in one say nothing about another. Only heads whose
