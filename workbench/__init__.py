@@ -20,6 +20,7 @@ from workbench.errors import (
 
 if TYPE_CHECKING:
     from workbench import models, tasks, views
+    from workbench.analysis.atlas import PatternAtlas, pattern_atlas
     from workbench.analysis.circuits.circuit import Circuit
     from workbench.analysis.circuits.faithful import (
         Faithfulness,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from workbench.analysis.conditioning.capacity import Capacity, capacity
     from workbench.analysis.conditioning.experiments import Conditioning, conditioning
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
+    from workbench.analysis.profile import AttentionProfile, attention_profile
     from workbench.analysis.pruned import prune_heads
     from workbench.capture import Capture, load_capture
     from workbench.heads import KVGroup
@@ -51,6 +53,10 @@ __version__ = "0.1.0"
 _LAZY = {
     "Workbench": "workbench.session",
     "attach": "workbench.session",
+    "AttentionProfile": "workbench.analysis.profile",
+    "attention_profile": "workbench.analysis.profile",
+    "PatternAtlas": "workbench.analysis.atlas",
+    "pattern_atlas": "workbench.analysis.atlas",
     "Capacity": "workbench.analysis.conditioning.capacity",
     "capacity": "workbench.analysis.conditioning.capacity",
     "Circuit": "workbench.analysis.circuits.circuit",
@@ -91,6 +97,7 @@ _LAZY_MODULES = ("models", "tasks", "views")
 
 __all__ = [
     "AttachError",
+    "AttentionProfile",
     "Capacity",
     "Capture",
     "CaptureError",
@@ -105,6 +112,7 @@ __all__ = [
     "HeadRoles",
     "InterventionError",
     "KVGroup",
+    "PatternAtlas",
     "PruningCurve",
     "Repair",
     "Report",
@@ -120,6 +128,7 @@ __all__ = [
     "WorkbenchError",
     "ablate_heads",
     "attach",
+    "attention_profile",
     "capacity",
     "circuit_faithfulness",
     "circuit_overlap",
@@ -132,6 +141,7 @@ __all__ = [
     "load_capture",
     "models",
     "patch_heads",
+    "pattern_atlas",
     "prune_heads",
     "repair",
     "run_sweep",

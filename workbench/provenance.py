@@ -21,6 +21,9 @@ import torch
 from torch import nn
 
 Provenance = dict[str, Any]
+# Parameters that are tokens before the patches; registers are several.
+_PREFIX = ("cls_token", "class_token", "class_embedding", "distillation_token", "dist_token", "cls_embeddings")
+_REGISTERS = ("register_tokens", "reg_token")
 _ROTARY = re.compile(r"[Rr]otary|RoPE|Rope(?![a-z])")
 
 
@@ -44,6 +47,7 @@ def describe(model: nn.Module, tokenizer: Any = None) -> Provenance:
         "device": ", ".join(sorted({str(p.device) for p in parameters})),
         "attention_backend": getattr(config, "_attn_implementation", None) or "torch",
         "training": model.training,
+        "patches": find_patches(model),
         "rotary": any(_ROTARY.search(type(module).__name__) for module in model.modules()),
         "versions": versions(),
         **known,
@@ -60,6 +64,39 @@ def now() -> str:
 def repeatable() -> bool:
     """Whether SOURCE_DATE_EPOCH asks for the same bytes in every run."""
     return os.environ.get(_EPOCH, "").isdecimal()
+
+
+def find_patches(model: nn.Module) -> Provenance | None:
+    """The patches that a model cuts its images into: {"grid": [rows, columns], "prefix": tokens before them}.
+
+    Read from a config's image_size and patch_size, from timm's patch embedding, or from attributes of those names, and
+    from the parameters that are tokens. None where the model tells of no patches.
+    """
+    config = getattr(model, "config", None)
+    embedding = getattr(model, "patch_embed", None)
+    grid = getattr(embedding, "grid_size", None)
+    if grid is None:
+        for owner in (getattr(config, "vision_config", None), config, model):
+            image, patch = (_pair(getattr(owner, name, None)) for name in ("image_size", "patch_size"))
+            if image and patch:
+                grid = [size // step for size, step in zip(image, patch, strict=True)]
+                break
+    if grid is None or _pair(grid) is None:
+        return None
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if not isinstance(prefix, int):
+        shapes = {name.rpartition(".")[2]: p.shape for name, p in model.named_parameters()}
+        prefix = sum(name in _PREFIX for name in shapes)
+        prefix += sum(shape[-2] for name, shape in shapes.items() if name in _REGISTERS and len(shape) > 1)
+    return {"grid": _pair(grid), "prefix": prefix}
+
+
+def _pair(size: Any) -> list[int] | None:
+    """[height, width] of a size that is one number or two; None if it is neither."""
+    both = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(both) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in both):
+        return None
+    return list(both)
 
 
 def _name(name_or_path: str) -> str:

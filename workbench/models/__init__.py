@@ -6,6 +6,7 @@
 'GPT2LMHeadModel'
 """
 
+from workbench.models.digits import examples
 from workbench.models.loading import ModelError, available, card, load
 
-__all__ = ["ModelError", "available", "card", "load"]
+__all__ = ["ModelError", "available", "card", "examples", "load"]
