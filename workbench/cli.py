@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,16 +16,12 @@ from workbench.errors import CaptureError, ReportError, WorkbenchError
 
 if TYPE_CHECKING:
     from workbench.report import Report
-    from workbench.session import Workbench
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="Look at every attention head of a PyTorch model that stays on its fast kernel.",
 )
-
-_STATISTICS = ("entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "received")
-_NEW_TOKENS = 32
 
 
 def main() -> None:
@@ -56,34 +52,10 @@ def _root(
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="The page to write.")] = Path("demo.html")) -> None:
-    """Capture the language model that ships with the package on prompts it was trained for, and write a page."""
-    from workbench import attach, models, tasks
-    from workbench.report import Report
+    """Show on the small models that ship with the package what the workbench finds, and write a page."""
+    from workbench.demo import build
 
-    model, tokenizer = models.load("demo-lm")
-    seed = 3
-    report = Report(
-        "The heads of demo-lm",
-        question="What does each attention head of the small language model that ships with the package look at?",
-        seeds=[seed],
-    )
-    with attach(model, tokenizer) as wb:
-        for title, task, note in (
-            (
-                "Colored Objects",
-                tasks.colored_objects(1, seed=seed),
-                "One solved example, then a question about a new scene.",
-            ),
-            (
-                "Indirect object identification",
-                tasks.ioi(1, seed=seed),
-                "The name that is not repeated comes next.",
-            ),
-            ("Induction", tasks.induction(1, seed=seed), "A random sequence, then its beginning again."),
-        ):
-            example = task[0]
-            _add(report, wb, example.prompt, f"{note} Expected next: {example.answer.strip()}.", title)
-    _write(report, out)
+    _write(build(progress=True), out)
 
 
 @app.command()
@@ -96,12 +68,13 @@ def report(
     """Attach to a model, verify it, capture it on a text, and write one self-contained page."""
     from workbench import attach, models
     from workbench.report import Report
+    from workbench.report.prompt import add_prompt
 
     prompt = _prompt(text)
     loaded, tokenizer = models.load(model)
     page = Report(f"The heads of {Path(model).name}")
     with attach(loaded, tokenizer) as wb:
-        _add(page, wb, prompt, None)
+        add_prompt(page, wb, prompt)
     _write(page, out, allow_large=allow_large)
 
 
@@ -114,10 +87,11 @@ def verify(
     import torch
 
     from workbench import attach, models
+    from workbench.report.prompt import inputs
 
     loaded, tokenizer = models.load(model)
     with attach(loaded, tokenizer) as wb, torch.inference_mode():
-        found = wb.verify(**_inputs(wb, _prompt(text)))
+        found = wb.verify(**inputs(wb, _prompt(text)))
     typer.echo(found.table.to_string(index=False))
     typer.echo(repr(found))
     found.raise_if_failed()
@@ -143,31 +117,6 @@ def _prompt(text: str) -> str:
     if not path.is_file():
         raise CaptureError(f"there is no file {path}", hint="--text @FILE reads the prompt from a file")
     return path.read_text(encoding="utf-8")
-
-
-def _inputs(wb: Workbench, text: str) -> dict[str, Any]:
-    """Model inputs for a text; an encoder-decoder also gets the tokens that it generates itself."""
-    model: Any = wb.model
-    takes = getattr(model, "main_input_name", "input_ids")
-    if takes != "input_ids":
-        raise CaptureError(f"the model takes {takes}, not text", hint="attach and capture it from Python")
-    inputs: dict[str, Any] = dict(wb.tokenize(text))
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
-    return inputs
-
-
-def _add(report: Report, wb: Workbench, text: str, note: str | None, title: str | None = None) -> None:
-    """Verify, capture and add one prompt."""
-    import torch
-
-    with torch.inference_mode():
-        inputs = _inputs(wb, text)
-        verification = wb.verify(**inputs).raise_if_failed()
-        names = [*_STATISTICS, "induction"] if "decoder_input_ids" not in inputs else list(_STATISTICS)
-        with wb.capture(names) as capture:
-            wb.model(**inputs)
-    report.add(capture, title=title, text=text, verification=verification, note=note)
 
 
 def _write(report: Report, out: Path, *, allow_large: bool = False) -> None:
