@@ -41,7 +41,7 @@ def _(curve: FaithfulnessCurve) -> View:
     fig.update_yaxes(title_text="share of the effect")
     return figure(
         fig,
-        title=f"Faithfulness on {plotly_text(curve.task)}",
+        title=f"Faithfulness on {curve.task}",
         caption=(
             f"What the circuit keeps of {curve.metric} when everything else is ablated ({curve.ablation}); 1 is the "
             f"whole model. CPR {curve.cpr:.3f} (higher is better), CMD {curve.cmd:.3f} (0 is best)."
@@ -112,7 +112,7 @@ def _(overlap: CircuitOverlap) -> View:
     crossed = "" if overlap.cross else " Cross-faithfulness was not asked for (wb= and tasks=)."
     return figure(
         fig,
-        title=f"Overlap of {plotly_text(overlap.tasks[0])} and {plotly_text(overlap.tasks[1])}",
+        title=f"Overlap of {overlap.tasks[0]} and {overlap.tasks[1]}",
         caption=(
             f"{len(overlap.shared)} shared {overlap.unit}; Jaccard {own:.3f} [{low:.3f}, {high:.3f}], "
             f"{overlap.expected:.3f} by chance (p {overlap.p_value:.2g})."
@@ -216,9 +216,7 @@ def _bars(
     fig.update_yaxes(type="category", autorange="reversed")
     fig.update_xaxes(title_text=unit)
     fig.update_layout(height=140 + 24 * len(names), showlegend=False)
-    return figure(
-        fig, title=plotly_text(title), caption=caption, table=frame if table is None else table, provenance=provenance
-    )
+    return figure(fig, title=title, caption=caption, table=frame if table is None else table, provenance=provenance)
 
 
 def _band(x: list[float], low: Any, high: Any) -> Any:
