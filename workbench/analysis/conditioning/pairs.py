@@ -116,10 +116,11 @@ def collect(
         raise CaptureError("there is no batch to probe with", hint="pass dicts of model inputs, such as task.batches")
     if skipped and (sites is not None or not found):
         name, why = next(iter(skipped.items()))
+        none = f"none of the model's {len(skipped)} sites has them: probe what it stores with conditioning.memory"
         raise CaptureError(
             f"a capacity probe needs queries, keys and values of a softmax, which the site has not ({why})",
             site=name,
-            hint="choose softmax sites with sites=",
+            hint="choose softmax sites with sites=" if found or sites is not None else none,
         )
     return [_finish(one) for one in found.values()]
 
