@@ -255,8 +255,9 @@ def capacity(
     fewest = min(found, key=lambda one: one.n_tokens)
     chosen = default_sizes(min(256, fewest.n_tokens)) if sizes is None else tuple(sorted(set(sizes)))
     if chosen[-1] > fewest.n_tokens:
+        kept = f", of which the pool keeps {fewest.n_tokens}" if fewest.n_tokens < fewest.n_seen else ""
         raise CaptureError(
-            f"{chosen[-1]} pairs cannot be stored: the site has seen {fewest.n_tokens} tokens",
+            f"{chosen[-1]} pairs cannot be stored: the site has seen {fewest.n_seen} tokens{kept}",
             site=fewest.site.name,
             hint="pass more batches, smaller sizes=, or a larger pool=",
         )
