@@ -212,7 +212,8 @@ def capacity(
     Keys and values are captured on the batches and drawn at random from all their tokens. For growing n, n pairs are
     stored in memories of each rule, which are then asked with the stored keys, with noisy ones, and with the model's
     own queries (for the pair whose key scores highest). "softmax" is the head's own: its scale and softcap, keys as
-    they are. The linear rules store keys of length 1 after the feature map.
+    they are, and keys that ask at the mean length of its site's queries. The linear rules store keys of length 1 after
+    the feature map.
 
     Degenerate heads have limits, at the criterion of 0 dB: from keys that are all equal Hebb's rule and the softmax
     give back the sum and the mean of all values, and n* is 2 = 1 + dimension, as the theory has it; so it is under
