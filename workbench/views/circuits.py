@@ -56,7 +56,7 @@ def _(curve: FaithfulnessCurve) -> View:
 def _(found: Faithfulness) -> View:
     """Faithfulness, incompleteness and minimality as bars."""
     table = found.table
-    names = [" ".join(part for part in (row.quantity, row.of) if part) for row in table.itertuples()]
+    names = [f"{row.quantity} {row.of}".strip() for row in table.itertuples()]
     return _bars(
         names, table, "share", title=f"Faithfulness on {found.task}", provenance=found.provenance,
         caption=f"{found.circuit}: {found.value:.3f} of the effect is kept ({found.ablation} ablation).",
@@ -186,7 +186,7 @@ def _(fixed: Repair) -> View:
     """Accuracy before and after, head by head, and with random heads."""
     table = fixed.table
     accuracies = table[~table["quantity"].str.startswith("attention")]
-    names = [row.of if row.quantity == "single" else row.quantity for row in accuracies.itertuples()]
+    names = [str(row.of if row.quantity == "single" else row.quantity) for row in accuracies.itertuples()]
     before, after = float(fixed.before.mean()), float(fixed.together.mean())
     change = "rises" if after > before else "falls" if after < before else "stays"
     return _bars(
