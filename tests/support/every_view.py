@@ -105,7 +105,14 @@ def _tensor_peek() -> View:
     return views.tensor_peek(torch.linspace(-1, 1, 60).reshape(3, 4, 5), title="Tensor peek")
 
 
+def _what_if() -> View:
+    from workbench import views
+
+    return views.what_if(d_k=48, n=20, heads=4, needed=2)
+
+
 VIEWS: dict[str, Callable[[], View]] = {
+    "what_if": _what_if,
     "tensor_peek": _tensor_peek,
     "figure": _figure,
     "run_timeline": _run_timeline,

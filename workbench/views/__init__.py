@@ -17,6 +17,7 @@ from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.tensor_peek import TensorPeek, tensor_peek
 from workbench.views.token_strip import TokenStrip, token_strip
+from workbench.views.what_if import WhatIf, what_if
 
 __all__ = [
     "SHARED",
@@ -31,6 +32,7 @@ __all__ = [
     "TensorPeek",
     "TokenStrip",
     "View",
+    "WhatIf",
     "attention_pattern",
     "compare",
     "figure",
@@ -40,4 +42,5 @@ __all__ = [
     "run_timeline",
     "tensor_peek",
     "token_strip",
+    "what_if",
 ]
