@@ -4,11 +4,13 @@ Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and share
 """
 
 # These register the views of results.
-from workbench.views import conditioning as _conditioning  # noqa: F401
 from workbench.views import importance as _importance  # noqa: F401
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
+from workbench.views.capacity_curves import CapacityCurves, capacity_curves
 from workbench.views.compare import Compare, compare
+from workbench.views.conditioning import capacity_correlation
+from workbench.views.conditioning_curves import ConditioningCurves, conditioning_curves
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
@@ -22,8 +24,10 @@ from workbench.views.what_if import WhatIf, what_if
 __all__ = [
     "SHARED",
     "AttentionPattern",
+    "CapacityCurves",
     "Click",
     "Compare",
+    "ConditioningCurves",
     "Figure",
     "HeadAtlas",
     "RunTimeline",
@@ -34,7 +38,10 @@ __all__ = [
     "View",
     "WhatIf",
     "attention_pattern",
+    "capacity_correlation",
+    "capacity_curves",
     "compare",
+    "conditioning_curves",
     "figure",
     "head_atlas",
     "of",

@@ -20,7 +20,7 @@ const shortNumber = (value) => (Math.abs(value) >= 1e5 || (value !== 0 && Math.a
 /**
  * One chart. `show` takes {title, x, y, series, marks, levels, range, logarithmic, empty}: labels of the axes; series of
  * {name, xs, ys, low, high, colour, dash, dots, round}; marks {x, text, y, colour} (a line down, and a dot where y is known);
- * levels {y, text}; range [low, high] of y, or found; empty: words that stand there instead.
+ * levels {y, text}; range [low, high] of y, or found; doubling: x in powers of two; empty: words that stand there instead.
  */
 export class LineChart {
   constructor(frame, label) {
@@ -53,6 +53,18 @@ export class LineChart {
     return this.content.logarithmic ? Math.log10(y) : y;
   }
 
+  across(x) {
+    return this.content.doubling ? Math.log2(Math.max(x, this.box.from)) : x;
+  }
+
+  xTicks() {
+    const { from, to } = this.box;
+    const room = Math.max(2, Math.min(8, (this.width - CHART_LEFT) / 60));
+    if (!this.content.doubling) return roundTicks(from, to, room).filter((tick) => !this.content.whole || tick % 1 === 0);
+    const powers = Array.from({ length: 40 }, (_, i) => 2 ** i).filter((tick) => tick >= from && tick <= to);
+    return powers.filter((_, i) => i % Math.ceil(powers.length / (room + 2)) === 0);
+  }
+
   scale() {
     const { series, range, levels, logarithmic } = this.content;
     const xs = series.flatMap((one) => Array.from(one.xs));
@@ -68,8 +80,8 @@ export class LineChart {
   }
 
   x(value) {
-    const { from, to } = this.box;
-    return CHART_LEFT + ((value - from) / (to - from)) * (this.width - CHART_LEFT - 12);
+    const [from, to, at] = [this.box.from, this.box.to, value].map((one) => this.across(one));
+    return CHART_LEFT + ((at - from) / (to - from)) * (this.width - CHART_LEFT - 12);
   }
 
   y(value) {
@@ -121,7 +133,7 @@ export class LineChart {
 
   axes(pen) {
     const { frame, content, width } = this;
-    const { low, high, from, to } = this.box;
+    const { low, high } = this.box;
     const foot = CHART_HEIGHT - CHART_BOTTOM;
     pen.lineWidth = 1;
     pen.strokeStyle = frame.colour("line");
@@ -142,8 +154,7 @@ export class LineChart {
     }
     pen.textAlign = "center";
     pen.textBaseline = "top";
-    for (const tick of roundTicks(from, to, Math.max(2, Math.min(8, (width - CHART_LEFT) / 60)))) {
-      if (content.whole && tick % 1) continue;
+    for (const tick of this.xTicks()) {
       const x = Math.round(this.x(tick)) + 0.5;
       pen.strokeStyle = frame.colour("edge");
       pen.beginPath();
@@ -307,9 +318,10 @@ export class LineChart {
   hover(event) {
     if (this.content?.empty || !this.box) return;
     const bounds = this.canvas.getBoundingClientRect();
-    const { from, to } = this.box;
-    const x = from + ((event.clientX - bounds.left - CHART_LEFT) / (this.width - CHART_LEFT - 12)) * (to - from);
-    if (x < from - 0.05 * (to - from)) return this.leave();
+    const [from, to] = [this.box.from, this.box.to].map((one) => this.across(one));
+    const share = (event.clientX - bounds.left - CHART_LEFT) / (this.width - CHART_LEFT - 12);
+    if (share < -0.05) return this.leave();
+    const x = this.content.doubling ? 2 ** (from + share * (to - from)) : from + share * (to - from);
     const points = this.content.series.map(({ xs }) => nearestTo(xs, x));
     const far = this.content.series.map(({ ys }, i) => Math.abs(this.y(ys[points[i]]) - (event.clientY - bounds.top)));
     const series = far.indexOf(Math.min(...far.filter(Number.isFinite)));
