@@ -17,7 +17,12 @@ from workbench.views.spec import ViewSpec
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MEASURE_LABELS = {"cosine": "cosine", "relative_error": "relative error", "top1": "share identified", "snr_db": "SNR, dB"}
+MEASURE_LABELS = {
+    "cosine": "cosine",
+    "relative_error": "relative error",
+    "top1": "share identified",
+    "snr_db": "SNR, dB",
+}
 QUERY_LABELS = {"stored": "the stored keys", "noisy": "noisy keys", "own": "the model's own queries"}
 _SHOWN = 60.0  # dB: beyond it recall is exact, or there is none
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from workbench.analysis.conditioning.capacity import Capacity
-from workbench.analysis.conditioning.experiments import Conditioning
+from workbench.analysis.conditioning.experiments import MODEL, Conditioning
 from workbench.errors import ReportError
 from workbench.tokens import plotly_text
 from workbench.views.base import View
@@ -16,6 +17,8 @@ from workbench.views.drawing import SERIES
 from workbench.views.figure import Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
+
+_MOST = 1.5  # size of a contrast that the bars show: 1 is all that there is to learn
 
 
 @of.register
@@ -50,7 +53,9 @@ def _(capacity: Capacity) -> View:
         provenance=capacity.provenance,
     )
     censored = int(capacity.censored.any(-1).any(-1).sum())
-    said = f"{censored:,} heads still hold the largest number under some rule: their n* and head-room are at least that."
+    said = (
+        f"{censored:,} heads still hold the largest number under some rule: their n* and head-room are at least that."
+    )
     notes = (*view.spec.notes, *((said,) if censored else ()))
     return HeadAtlas(replace(view.spec, notes=notes))
 
@@ -69,20 +74,31 @@ def _(found: Conditioning) -> View:
                 y=value,
                 error_y={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
                 name=plotly_text(subject),
-                marker_color=SERIES[s % len(SERIES)] if subject != "model" else "#555e68",
+                marker_color=SERIES[s % len(SERIES)] if subject != MODEL else "#808890",
             )
         )
     fig.update_layout(barmode="group")
     fig.update_yaxes(title_text="experimental group minus control")
     fig.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, margin={"t": 60})
-    silent = [name for name, why in zip(found.experiments, found.silent, strict=True) if why]
-    notes = (f"The linear theory is silent about {', '.join(silent)}.",) if silent else ()
+    notes: list[str] = []
+    far = [(e, s) for e, s in np.argwhere(found.contrast.abs().numpy() > _MOST) if found.subjects[s] != MODEL]
+    if far:
+        fig.update_yaxes(range=[-_MOST, _MOST])
+        names = sorted({found.subjects[s] for _, s in far}, key=found.subjects.index)
+        top = float(found.contrast.abs().max())
+        notes.append(
+            f"Bars of {', '.join(names)} leave the chart, to {top:.3g} in the table: without error correction an "
+            "association grows with every trial. Double-click for the whole."
+        )
+    silent = [name.replace("_", " ") for name, why in zip(found.experiments, found.silent, strict=True) if why]
+    if silent:
+        notes.append(f"The linear theory is silent about {' and '.join(silent)}.")
     return figure(
         fig,
         title="Conditioning",
         caption="The effect that each experiment has on each learning rule, with 95 % intervals; above 0 it shows.",
         table=found.table,
-        notes=notes,
+        notes=(*notes, *found.limits),
         provenance=found.provenance,
     )
 

@@ -269,7 +269,9 @@ def _checked(values: dict[str, Any]) -> Settings:
         name = sorted(unknown)[0]
         raise ReportError(f'there is no setting "{name}"', hint=nearest(name, list(Settings.__dataclass_fields__)))
     if values["rule"] not in RULES:
-        raise ReportError(f'there is no learning rule "{values["rule"]}"', hint=nearest(str(values["rule"]), list(RULES)))
+        raise ReportError(
+            f'there is no learning rule "{values["rule"]}"', hint=nearest(str(values["rule"]), list(RULES))
+        )
     for name, _, label, _, low, high, step in _SLIDERS:
         value = values[name]
         if name == "failure" and value is None:
