@@ -21,7 +21,10 @@ SLIDERS = {slider["name"]: slider for slider in what_if().spec.facts["sliders"]}
 MOVE = """(moves) => {
   const root = document.querySelector('.workbench.what_if');
   const [rule, source] = root.querySelectorAll('select');
-  const turn = (element, value, event) => { element.value = value; element.dispatchEvent(new Event(event, {bubbles: true})); };
+  const turn = (element, value, event) => {
+    element.value = value;
+    element.dispatchEvent(new Event(event, {bubbles: true}));
+  };
   turn(rule, moves.rule, 'change');
   turn(source, 'given', 'change');
   const set = {};
@@ -38,7 +41,7 @@ MOVE = """(moves) => {
 
 
 def combinations() -> list[dict[str, Any]]:
-    """All rules with the ends of all sliders and with random places between; the failure rate given and from the bound."""
+    """All rules with the ends of all sliders and random places between; the failure rate given and from the bound."""
     rng = random.Random(0)
     made = []
     for rule, given in itertools.product(RULES, (True, False)):

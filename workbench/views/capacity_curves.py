@@ -24,6 +24,7 @@ MEASURE_LABELS = {
     "snr_db": "SNR, dB",
 }
 QUERY_LABELS = {"stored": "the stored keys", "noisy": "noisy keys", "own": "the model's own queries"}
+_TABLE = ("label", "rule", "query", "n_star", "n_low", "n_high", "censored", "load", "headroom", "excess")
 _SHOWN = 60.0  # dB: beyond it recall is exact, or there is none
 
 
@@ -113,8 +114,8 @@ def capacity_curves(
         kind="capacity_curves",
         title=title,
         caption=(
-            f"{len(labels):,} heads, n up to {capacity.sizes[-1]:,} pairs; bands are 95 % intervals over draws of pairs. "
-            f"n*: where {MEASURE_LABELS[measure]} falls past {threshold:g}."
+            f"{len(labels):,} heads, n up to {capacity.sizes[-1]:,} pairs; bands are 95 % intervals over draws of "
+            f"pairs. n*: where {MEASURE_LABELS[measure]} falls past {threshold:g}."
         ),
         facts={
             "heads": [
@@ -144,7 +145,7 @@ def capacity_curves(
         table={
             name: table[name].to_numpy() if name not in ("site", "label", "rule", "query", "censored") else
             [visible(str(value)) for value in table[name]]
-            for name in ("label", "rule", "query", "n_star", "n_low", "n_high", "censored", "load", "headroom", "excess")
+            for name in _TABLE
         },
         notes=capacity.limits,
         provenance=capacity.provenance,

@@ -87,8 +87,8 @@ def conditioning_curves(
         kind="conditioning_curves",
         title=title,
         caption=(
-            f"{len(found.experiments)} experiments; what {', '.join(map(visible, found.subjects))} expect after the test "
-            "cue, from 1 for certain down to 0. Bands are 95 % intervals over choices of cues."
+            f"{len(found.experiments)} experiments; what {', '.join(map(visible, found.subjects))} expect after the "
+            "test cue, from 1 for certain down to 0. Bands are 95 % intervals over choices of cues."
         ),
         facts={
             "subjects": [visible(subject) for subject in found.subjects],

@@ -64,12 +64,12 @@ _NUMBERS = (
     ("linear_range", "linear form holds far below", "pairs"),
 )
 _NOTES = (
-    "Assumed: keys and values are independent and uniform on unit spheres, the query is one of the stored keys, and d_v "
-    "drops out. Keys of real heads are not like that: put their effective dimension in the place of d_k.",
+    "Assumed: keys and values are independent and uniform on unit spheres, the query is one of the stored keys, and "
+    "d_v drops out. Keys of real heads are not like that: put their effective dimension in the place of d_k.",
     "One item's chance to fail is Markov's bound, that of any item a union over all: both lie far above what random "
     "keys show. A head is taken to fail as often as the bound allows, and 1 where it is above 1.",
-    "Heads and layers fail independently, one head that works carries its layer, and all layers must work. That a layer "
-    "needs several heads, and the bound for the n-th latest pair under decay, carry the paper's argument on.",
+    "Heads and layers fail independently, one head that works carries its layer, and all layers must work. That a "
+    "layer needs several heads, and the bound for the n-th latest pair under decay, carry the paper's argument on.",
     "Formulas: arXiv 2508.08289, v1, theorems 6 and 9; workbench.analysis.conditioning.theory has them one by one.",
 )
 
