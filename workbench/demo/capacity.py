@@ -1,4 +1,4 @@
-"""Section of the demo: how much the heads of demo-lm can hold, which rule they learn by, and what the theory expects."""
+"""Section of the demo: how much the heads of demo-lm can hold, and what the theory expects."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from workbench.report import Report
 from workbench.tasks.induction import WORDS
 
 _ABOUT = (
-    "Keys and values of each head are stored in memories of three rules and asked for again. `hebb` and `delta` are what "
-    "the head would hold if it were linear, `softmax` is the head as it is. A large n* is no large memory where the "
+    "Keys and values of each head are stored in memories of three rules and asked for again. `hebb` and `delta` are "
+    "what the head would hold if it were linear, `softmax` is the head as it is. A large n* is no large memory where the "
     "head's values point in one direction: the other measures of the curves tell."
 )
 _EXPERIMENTS = ("acquisition", "blocking", "overshadowing", "latent_inhibition")
