@@ -8,8 +8,8 @@ from workbench.tasks.induction import WORDS
 
 _ABOUT = (
     "Keys and values of each head are stored in memories of three rules and asked for again. `hebb` and `delta` are "
-    "what the head would hold if it were linear, `softmax` is the head as it is. A large n* is no large memory where the "
-    "head's values point in one direction: the other measures of the curves tell."
+    "what the head would hold if it were linear, `softmax` is the head as it is. A large n* is no large memory where "
+    "the head's values point in one direction: the other measures of the curves tell."
 )
 _EXPERIMENTS = ("acquisition", "blocking", "overshadowing", "latent_inhibition")
 

@@ -13,6 +13,7 @@ from workbench.analysis.conditioning.experiments import MODEL, Conditioning
 from workbench.errors import ReportError
 from workbench.tokens import plotly_text
 from workbench.views.base import View
+from workbench.views.capacity_curves import MEASURE_LABELS
 from workbench.views.drawing import SERIES
 from workbench.views.figure import Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
@@ -47,15 +48,13 @@ def _(capacity: Capacity) -> View:
         scores,
         title="Capacity of the heads",
         caption=(
-            f"n*: how many pairs a head's own keys and values hold until {measure} falls past {threshold:g}, up to "
+            f"n*: how many pairs a head's own keys and values hold until {MEASURE_LABELS[measure]} falls past {threshold:g}, up to "
             f"{capacity.sizes[-1]:,}; load: how many keys it really mixes; head-room: n* minus load."
         ),
         provenance=capacity.provenance,
     )
     censored = int(capacity.censored.any(-1).any(-1).sum())
-    said = (
-        f"{censored:,} heads still hold the largest number under some rule: their n* and head-room are at least that."
-    )
+    said = f"{censored:,} heads hold even the largest number, by some rule and query: there n* is at least that."
     notes = (*view.spec.notes, *((said,) if censored else ()))
     return HeadAtlas(replace(view.spec, notes=notes))
 

@@ -7,7 +7,7 @@ import { open } from "./frame.js";
 const COLOURS = ["#2f6fb7", "#d1662b", "#3a8f5c", "#b03a78", "#7a6bc9", "#8a6d1f"];
 const THEORY = [[6, 4], [2, 3], [8, 3, 2, 3], [1, 4], [10, 5]];
 
-const TOLD = "Dots on the threshold are the measured n*; a curve without one stays above it. Dashed and dotted: what the theory expects of Hebb's rule, for d_k and for the effective dimension.";
+const TOLD = "Dots on the threshold are the measured n*; a curve without one does not cross it. Dashed and dotted: what the theory expects of Hebb's rule, for d_k and for the effective dimension.";
 
 export async function render({ model, el }) {
   const frame = await open({ model, el });
