@@ -48,8 +48,8 @@ def _(capacity: Capacity) -> View:
         scores,
         title="Capacity of the heads",
         caption=(
-            f"n*: how many pairs a head's own keys and values hold until {MEASURE_LABELS[measure]} falls past {threshold:g}, up to "
-            f"{capacity.sizes[-1]:,}; load: how many keys it really mixes; head-room: n* minus load."
+            f"n*: how many pairs a head's own keys and values hold until {MEASURE_LABELS[measure]} falls past "
+            f"{threshold:g}, up to {capacity.sizes[-1]:,}; load: how many keys it really mixes; head-room: n* minus load."
         ),
         provenance=capacity.provenance,
     )
