@@ -49,7 +49,7 @@ def _(capacity: Capacity) -> View:
         title="Capacity of the heads",
         caption=(
             f"n*: how many pairs a head's own keys and values hold until {MEASURE_LABELS[measure]} falls past "
-            f"{threshold:g}, up to {capacity.sizes[-1]:,}; load: how many keys it really mixes; head-room: n* less load."
+            f"{threshold:g}, up to {capacity.sizes[-1]:,}; load: how many keys it really mixes; head-room: n* − load."
         ),
         provenance=capacity.provenance,
     )
