@@ -31,7 +31,7 @@ _SHOWN = 60.0  # dB: beyond it recall is exact, or there is none
 class CapacityCurves(View):
     """See `capacity_curves`."""
 
-    size = (10.5, 4.2)
+    size = (8.0, 3.4)
 
     def picture(self, figure: Figure) -> None:
         facts, blocks = self.spec.facts, self.spec.blocks

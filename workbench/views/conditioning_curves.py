@@ -27,7 +27,7 @@ class ConditioningCurves(View):
     def __init__(self, spec: ViewSpec, selection: SharedSelection | None = None) -> None:
         super().__init__(spec, selection)
         n = len(spec.facts["experiments"])
-        self.size = (2.9 * min(n, _COLUMNS) + 0.6, 2.6 * -(-n // _COLUMNS) + 0.6)
+        self.size = (2.0 * min(n, _COLUMNS) + 0.4, 1.8 * -(-n // _COLUMNS) + 0.6)
 
     def picture(self, figure: Figure) -> None:
         facts, blocks = self.spec.facts, self.spec.blocks
@@ -41,10 +41,11 @@ class ConditioningCurves(View):
                 for group, style in ((0, "-"), (1, ":")):
                     n = len(about["phases"][group]) + 1
                     name = subject if group == 0 and e == 0 else None
-                    panel.plot(blocks[f"curves {e}"][s, group, :n], style, color=colour, label=name, linewidth=1.4)
+                    panel.plot(blocks[f"curves {e}"][s, group, :n], style, color=colour, label=name, linewidth=1.1)
             panel.set_ylim(-0.35, 1.6)
-            silent = "\n(the theory is silent)" if about["silent"] else ""
-            panel.set_title(f"{about['name']}, cue {about['test']}{silent}", fontsize=9)
+            silent = "\n(theory is silent)" if about["silent"] else ""
+            panel.set_title(f"{about['name']}, cue {about['test']}{silent}", fontsize=8)
+            panel.tick_params(labelsize=7)
             panel.xaxis.get_major_locator().set_params(integer=True)
         for panel in panels[len(experiments) :]:
             panel.set_axis_off()

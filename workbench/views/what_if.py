@@ -37,9 +37,9 @@ _RULES = {
 _SLIDERS = (
     ("d_k", _MEMORY, "width of the keys, d_k", "", 1, 512, 1),
     ("n", _MEMORY, "load, n", "pairs", 1, 1024, 1),
-    ("decay", _MEMORY, "decay per write", "", 0.5, 0.999, 0.001),
+    ("decay", _MEMORY, "kept at each write, γ", "", 0.5, 0.999, 0.001),
     ("threshold", _CRITERION, "least SNR, as a ratio", "", 0.1, 10, 0.05),
-    ("delta", _CRITERION, "an item fails at noise over signal, δ", "", 0.05, 2, 0.05),
+    ("delta", _CRITERION, "noise over signal that fails, δ", "", 0.05, 2, 0.05),
     ("epsilon", _CRITERION, "chance that any item fails, ε", "", 0.01, 0.5, 0.01),
     ("heads", _STACK, "heads per layer, H", "heads", 1, 32, 1),
     ("depth", _STACK, "depth, L", "layers", 1, 64, 1),

@@ -3,7 +3,7 @@
 import { exactly, make } from "./dom.js";
 
 const CHART_HEIGHT = 280;
-const CHART_LEFT = 52;
+const CHART_LEFT = 66;
 const CHART_BOTTOM = 40;
 
 /** Round numbers from low to high, about `wanted` of them. */
@@ -171,7 +171,7 @@ export class LineChart {
     pen.fillStyle = frame.colour("muted");
     pen.fillText(content.x, CHART_LEFT + (width - CHART_LEFT - 8) / 2, foot + 22);
     pen.save();
-    pen.translate(12, 10 + (foot - 10) / 2);
+    pen.translate(9, 10 + (foot - 10) / 2);
     pen.rotate(-Math.PI / 2);
     pen.textBaseline = "middle";
     pen.fillText(content.y, 0, 0);

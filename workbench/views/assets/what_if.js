@@ -142,7 +142,7 @@ class WhatIf {
       if (name === "needed") input.max = settings.heads;
       const now = settings[name];
       if (now !== null) input.value = now;
-      value.textContent = now === null ? "from the bound" : `${exactly(now)}${unit ? ` ${unit}` : ""}`;
+      value.textContent = now === null ? "from the bound" : `${exactly(now)} ${now === 1 ? unit.replace(/s$/, "") : unit}`.trim();
       input.setAttribute("aria-valuetext", value.textContent);
       field.hidden = (name === "decay" && settings.rule !== "decay") || (name === "failure" && now === null);
     }
