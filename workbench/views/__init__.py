@@ -4,10 +4,12 @@ Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and share
 """
 
 # These register the views of results.
+from workbench.views import circuits as _circuits  # noqa: F401
 from workbench.views import importance as _importance  # noqa: F401
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
 from workbench.views.capacity_curves import CapacityCurves, capacity_curves
+from workbench.views.circuit_graph import circuit_graph
 from workbench.views.compare import Compare, compare
 from workbench.views.conditioning import capacity_correlation
 from workbench.views.conditioning_curves import ConditioningCurves, conditioning_curves
@@ -40,6 +42,7 @@ __all__ = [
     "attention_pattern",
     "capacity_correlation",
     "capacity_curves",
+    "circuit_graph",
     "compare",
     "conditioning_curves",
     "figure",
