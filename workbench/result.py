@@ -65,19 +65,25 @@ class Result(ABC):
         return cls(**held)
 
     def view(self) -> Any:
-        """The view that shows this result; `show`, `to_html` and `to_png` are its short forms."""
+        """The view that shows this result, and whose picture `to_png` makes. `workbench.views.all_of` gives all of them."""
         import workbench
 
         return workbench.views.of(self)
 
     def show(self) -> None:
-        """Display the view in a notebook."""
-        self.view().show()
+        """Display the views in a notebook, below each other."""
+        import workbench
+
+        for view in workbench.views.all_of(self):
+            view.show()
 
     def to_html(self, path: str | Path | None = None) -> str | Path:
-        """The view as one self-contained page: its text, or its path when one is given."""
-        html: str | Path = self.view().to_html(path)
-        return html
+        """The views as one self-contained page: its text, or its path when one is given."""
+        import workbench
+        from workbench.views import page
+
+        html = page.together([view.spec for view in workbench.views.all_of(self)])
+        return html if path is None else page.write(path, html)
 
     def to_png(self, path: str | Path | None = None) -> bytes | Path:
         """The view as a picture: its bytes, or its path when one is given."""

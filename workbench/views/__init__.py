@@ -11,7 +11,7 @@ from workbench.views.base import View
 from workbench.views.compare import Compare, compare
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
-from workbench.views.of import of
+from workbench.views.of import all_of, of
 from workbench.views.overview import overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.selection import SHARED, Selection, SharedSelection
@@ -31,6 +31,7 @@ __all__ = [
     "TensorPeek",
     "TokenStrip",
     "View",
+    "all_of",
     "attention_pattern",
     "compare",
     "figure",
