@@ -11,6 +11,8 @@ from workbench.views.base import View
 from workbench.views.compare import Compare, compare
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
+from workbench.views.head_gallery import HeadGallery, head_gallery
+from workbench.views.image_attention import ImageAttention, image_attention
 from workbench.views.of import all_of, of
 from workbench.views.overview import overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
@@ -25,6 +27,8 @@ __all__ = [
     "Compare",
     "Figure",
     "HeadAtlas",
+    "HeadGallery",
+    "ImageAttention",
     "RunTimeline",
     "Selection",
     "SharedSelection",
@@ -36,6 +40,8 @@ __all__ = [
     "compare",
     "figure",
     "head_atlas",
+    "head_gallery",
+    "image_attention",
     "of",
     "overview",
     "run_timeline",
