@@ -4,8 +4,10 @@ Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and share
 """
 
 # These register the views of results.
+from workbench.views import atlas as _atlas  # noqa: F401
 from workbench.views import conditioning as _conditioning  # noqa: F401
 from workbench.views import importance as _importance  # noqa: F401
+from workbench.views import profile as _profile  # noqa: F401
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
 from workbench.views.compare import Compare, compare
