@@ -105,6 +105,47 @@ def _tensor_peek() -> View:
     return views.tensor_peek(torch.linspace(-1, 1, 60).reshape(3, 4, 5), title="Tensor peek")
 
 
+@cache
+def image_capture(images: int = 3, heads: int = 2, side: int = 3) -> tuple[Capture, torch.Tensor]:
+    """A capture of a random ViT with CLS and side x side patches, and the images that it saw."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        num_hidden_layers=2, num_attention_heads=heads, hidden_size=8 * heads, intermediate_size=16,
+        image_size=4 * side, patch_size=4, num_channels=1,
+    )  # fmt: skip
+    model = ViTModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "query" in name or "key" in name or "q_proj" in name or "k_proj" in name:
+                parameter.mul_(30)  # patterns with peaks
+    pixels = torch.linspace(-1, 1, images * (4 * side) ** 2).reshape(images, 1, 4 * side, 4 * side)
+    with attach(model) as wb, torch.inference_mode(), wb.capture() as found:
+        model(pixel_values=pixels)
+    return found, pixels
+
+
+def _image_attention() -> View:
+    from workbench import views
+
+    return views.image_attention(*image_capture(), labels=("one", "two", "three"))
+
+
+def _head_gallery() -> View:
+    from workbench import views
+
+    maps = torch.linspace(0, 1, 6 * 25).reshape(6, 5, 5).sqrt()
+    return views.head_gallery(
+        maps,
+        [(layer, head) for layer in range(2) for head in range(3)],
+        axes=views.Axes("rows down", "columns to the right", -2, -2),
+        groups=[views.Group("first", [0, 2, 4], maps[2]), views.Group("second", [1, 3, 5])],
+        numbers={"distance": torch.arange(6.0)},
+        said=["near"] * 6,
+    )
+
+
 VIEWS: dict[str, Callable[[], View]] = {
     "tensor_peek": _tensor_peek,
     "figure": _figure,
@@ -112,6 +153,8 @@ VIEWS: dict[str, Callable[[], View]] = {
     "compare": _compare,
     "attention_pattern": _attention_pattern,
     "head_atlas": _head_atlas,
+    "head_gallery": _head_gallery,
+    "image_attention": _image_attention,
     "token_strip": _token_strip,
 }
 """Kind of view -> one of it."""

@@ -13,7 +13,7 @@ from workbench.views.base import View
 from workbench.views.compare import Compare, compare
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
-from workbench.views.head_gallery import HeadGallery, head_gallery
+from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.image_attention import ImageAttention, image_attention
 from workbench.views.of import all_of, of
 from workbench.views.overview import overview
@@ -25,9 +25,11 @@ from workbench.views.token_strip import TokenStrip, token_strip
 __all__ = [
     "SHARED",
     "AttentionPattern",
+    "Axes",
     "Click",
     "Compare",
     "Figure",
+    "Group",
     "HeadAtlas",
     "HeadGallery",
     "ImageAttention",

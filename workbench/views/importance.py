@@ -78,6 +78,7 @@ def _parts(importance: HeadImportance) -> View:
                 error_y={"type": "data", "symmetric": False, "array": ends[:, 1] - score,
                          "arrayminus": score - ends[:, 0], "thickness": 1, "width": 0},
                 name="whole head" if method == "zero" else plotly_text(method),
+                hovertemplate="%{x}: %{y:.3g}",
                 marker_color="#555e68" if method == "zero" else SERIES[(number - 1) % len(SERIES)],
                 customdata=chosen,
                 meta={"select": ["layer", "heads"]},
@@ -108,7 +109,9 @@ def _agreement(importance: HeadImportance) -> View:
 
     frame = importance.correlations
     one = len(importance.measures) == 1
-    names = [plotly_text(name.rpartition(", ")[0] if one else name) for name in frame.columns]
+    names = [
+        plotly_text((name.rpartition(", ")[0] if one else name).replace("_", " ")) for name in frame.columns
+    ]
     fig = go.Figure(
         go.Heatmap(z=frame.to_numpy(), x=names, y=names, zmid=0, zmin=-1, zmax=1, colorbar={"title": "correlation"})
     )

@@ -16,6 +16,7 @@ from workbench.views.head_atlas import head_atlas
 from workbench.views.head_gallery import Axes, head_gallery
 from workbench.views.of import more_of, of
 
+_EVEN = "uniform"
 _ROW = 17  # pixels of a head in the map of strength
 _LABELLED = 60  # heads with a label each
 _INDICATORS = {
@@ -51,6 +52,9 @@ def _(profile: AttentionProfile) -> View:
     labels = [profile.labels[i] for i in order]
     mass = profile.mass.numpy()[order]
     chosen = np.array([[profile.layers[i], profile.heads[i]] for i in order])
+    if profile.kind == "image":
+        labels, mass = [*labels, _EVEN], np.concatenate([mass, _uniform(profile)[None]])
+        chosen = np.concatenate([chosen, [[-1, -1]]])
     unit = "hops" if profile.kind == "image" else "tokens"
     fig = go.Figure(
         go.Heatmap(
@@ -63,7 +67,7 @@ def _(profile: AttentionProfile) -> View:
         )
     )
     fig.update_xaxes(title_text=f"distance in {unit}", type="category")
-    shown = labels if len(labels) <= _LABELLED else [name for i, name in enumerate(labels) if i % 8 == 0]
+    shown = labels if len(labels) <= _LABELLED else [name for i, name in enumerate(labels) if i % 8 == 0 or name == _EVEN]
     fig.update_yaxes(title_text="head", type="category", autorange="reversed", tickvals=shown)
     fig.update_layout(height=max(260, 90 + _ROW * len(labels)))
     return figure(
@@ -72,6 +76,7 @@ def _(profile: AttentionProfile) -> View:
         caption=(
             f"Weight that a query gives to the keys at each distance, a mean over {_where(profile)}; {_sink(profile)}. "
             "Within a layer, heads that look farther stand first."
+            + (" The last row is what uniform attention over the patches would give." if profile.kind == "image" else "")
         ),
         table=profile.table[["site", "layer", "head", "label", *(f"mass_{bin_name(b)}" for b in profile.bins)]],
         notes=_skipped(profile),
@@ -85,6 +90,14 @@ def _(profile: AttentionProfile) -> list[View]:
     return [_trend(profile), _offsets(profile), _indicators(profile)]
 
 
+def _uniform(profile: AttentionProfile) -> Any:
+    """[bin] weight at each hop if every patch looked at all alike: ordered pairs at that hop ÷ N²."""
+    rows, columns = profile.grid
+    down, right = (np.abs(np.subtract.outer(np.arange(n), np.arange(n))) for n in (rows, columns))
+    hops = np.maximum(down[:, None, :, None], right[None, :, None, :])
+    return np.array([((hops >= low) & (hops <= high)).mean() for low, high in profile.bins])
+
+
 def _trend(profile: AttentionProfile) -> View:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -95,14 +108,13 @@ def _trend(profile: AttentionProfile) -> View:
         "entropy, share of the largest": "normalised_entropy",
         f"weight on {_sink_name(profile)}": "sink",
     }
-    fig = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.09)
-    jitter = _jitter(profile)
-    for column, (label, measure) in enumerate(panels.items(), 1):
+    fig = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.08, subplot_titles=list(panels))
+    for column, measure in enumerate(panels.values(), 1):
         values, ends = profile.of(measure).numpy(), profile.interval(measure).numpy()
         known = np.isfinite(ends).all()
         fig.add_trace(
             go.Scatter(
-                x=np.array(profile.layers) + jitter,
+                x=np.array(profile.layers),
                 y=values,
                 error_y={"type": "data", "array": ends[:, 1] - values, "arrayminus": values - ends[:, 0],
                          "symmetric": False, "thickness": 1, "width": 0, "color": SERIES[0]} if known else None,
@@ -132,8 +144,8 @@ def _trend(profile: AttentionProfile) -> View:
             col=column,
         )
         fig.update_xaxes(title_text="layer", dtick=max(1, len(mean) // 8), row=1, col=column)
-        fig.update_yaxes(title_text=label, rangemode="tozero", row=1, col=column)
-    fig.update_layout(height=330, legend={"orientation": "h", "y": 1.14, "x": 0})
+        fig.update_yaxes(rangemode="tozero", row=1, col=column)
+    fig.update_layout(height=330, legend={"orientation": "h", "y": -0.2, "x": 0}, margin={"t": 30})
     interval = f"; bars are {profile.level:.0%} intervals over examples" if profile.n_examples > 1 else ""
     return figure(
         fig,
@@ -142,13 +154,6 @@ def _trend(profile: AttentionProfile) -> View:
         table=profile.trend,
         provenance=profile.provenance,
     )
-
-
-def _jitter(profile: AttentionProfile) -> Any:
-    """Heads of a layer beside each other, so that their bars do not cover each other."""
-    heads = np.array(profile.heads, dtype=float)
-    most = heads.max() if heads.max() > 0 else 1.0
-    return (heads / most - 0.5) * 0.5
 
 
 def _offsets(profile: AttentionProfile) -> View:
@@ -191,8 +196,8 @@ def _indicators(profile: AttentionProfile) -> View:
         scores,
         title="Indicators of heads",
         caption=(
-            f"Means over {_where(profile)} with {profile.level:.0%} intervals by {profile.n_bootstrap:,} bootstrap draws; "
-            "`workbench.attention_profile` defines them. Head diversity is one number per layer."
+            f"Means over {_where(profile)} with {profile.level:.0%} intervals by {profile.n_bootstrap:,} bootstrap draws, as "
+            "workbench.attention_profile defines them. Head diversity is one number per layer."
         ),
         signed=False,
         provenance=profile.provenance,
