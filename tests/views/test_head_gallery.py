@@ -84,7 +84,9 @@ def test_a_head_is_chosen_by_pointer_keys_and_from_elsewhere(page: WatchedPage, 
     tab.keyboard.press("Home")
     row, column = 1, 0
     value = f"{np.float32(given[3, row, column]):.6g}"
-    assert tab.locator(".status").inner_text() == f"L3H2, rows down 0, columns to the right -2: weight per query {value}"
+    assert (
+        tab.locator(".status").inner_text() == f"L3H2, rows down 0, columns to the right -2: weight per query {value}"
+    )
     tab.keyboard.press("Escape")
     assert tab.evaluate("location.hash") == ""
     page.assert_clean()

@@ -210,7 +210,9 @@ def _section(entry: _Entry, budget: int) -> Section:
     several = all_of(thing) if isinstance(thing, Result) else [thing]
     spec = several[0].spec
     spec = replace(spec, title=entry.title or spec.title, caption=entry.caption or spec.caption)
-    found = Section(heading=title or visible_text(spec.title, 200), note=note, figures=[spec, *(view.spec for view in several[1:])])
+    found = Section(
+        heading=title or visible_text(spec.title, 200), note=note, figures=[spec, *(view.spec for view in several[1:])]
+    )
     found.origin = dict(thing.provenance or {}) if isinstance(thing, Result) else dict(spec.provenance)
     if isinstance(thing, Result):
         found.tables.append(table_of(thing.table, "All numbers"))

@@ -172,9 +172,7 @@ def _bytes(images: Any) -> Array:
     return np.ascontiguousarray((scaled * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
-def _weights(
-    cap: Capture, chosen: Sequence[Any], places: Places, rows: slice
-) -> tuple[Array, Array, dict[str, Array]]:
+def _weights(cap: Capture, chosen: Sequence[Any], places: Places, rows: slice) -> tuple[Array, Array, dict[str, Array]]:
     """√ weights [image, head, row, key] in 8 bits, mean weight that keys receive from patches [image, head, key]."""
     weights, received, largest = [], [], []
     for call in cap.calls:

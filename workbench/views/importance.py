@@ -109,9 +109,7 @@ def _agreement(importance: HeadImportance) -> View:
 
     frame = importance.correlations
     one = len(importance.measures) == 1
-    names = [
-        plotly_text((name.rpartition(", ")[0] if one else name).replace("_", " ")) for name in frame.columns
-    ]
+    names = [plotly_text((name.rpartition(", ")[0] if one else name).replace("_", " ")) for name in frame.columns]
     fig = go.Figure(
         go.Heatmap(z=frame.to_numpy(), x=names, y=names, zmid=0, zmin=-1, zmax=1, colorbar={"title": "correlation"})
     )

@@ -67,7 +67,9 @@ def _(profile: AttentionProfile) -> View:
         )
     )
     fig.update_xaxes(title_text=f"distance in {unit}", type="category")
-    shown = labels if len(labels) <= _LABELLED else [name for i, name in enumerate(labels) if i % 8 == 0 or name == _EVEN]
+    shown = (
+        labels if len(labels) <= _LABELLED else [name for i, name in enumerate(labels) if i % 8 == 0 or name == _EVEN]
+    )
     fig.update_yaxes(title_text="head", type="category", autorange="reversed", tickvals=shown)
     fig.update_layout(height=max(260, 90 + _ROW * len(labels)))
     return figure(
@@ -76,7 +78,11 @@ def _(profile: AttentionProfile) -> View:
         caption=(
             f"Weight that a query gives to the keys at each distance, a mean over {_where(profile)}; {_sink(profile)}. "
             "Within a layer, heads that look farther stand first."
-            + (" The last row is what uniform attention over the patches would give." if profile.kind == "image" else "")
+            + (
+                " The last row is what uniform attention over the patches would give."
+                if profile.kind == "image"
+                else ""
+            )
         ),
         table=profile.table[["site", "layer", "head", "label", *(f"mass_{bin_name(b)}" for b in profile.bins)]],
         notes=_skipped(profile),

@@ -62,7 +62,9 @@ class Selection:
         parts = []
         if self.layer is not None:
             parts.append(f"L{self.layer}" + (f"H{'+'.join(map(str, self.heads))}" if self.heads else ""))
-        parts += [f"{name} {at}" for name in ("query", "key", "token", "example") if (at := getattr(self, name)) is not None]
+        parts += [
+            f"{name} {at}" for name in ("query", "key", "token", "example") if (at := getattr(self, name)) is not None
+        ]
         return ", ".join(parts) or "nothing selected"
 
 
