@@ -65,7 +65,7 @@ class Result(ABC):
         return cls(**held)
 
     def view(self) -> Any:
-        """The view that shows this result, and whose picture `to_png` makes. `workbench.views.all_of` gives all of them."""
+        """The main view of this result, whose picture `to_png` makes; `workbench.views.all_of` gives all of them."""
         import workbench
 
         return workbench.views.of(self)

@@ -29,8 +29,8 @@ def add(report: Report, seed: int) -> None:
     report.add(
         views.image_attention(cap, pixels, labels=labels.tolist()),
         title="A small ViT: what heads look at",
-        note="`demo-vit` reads handwritten digits of 8 x 8 patches. Choose an image to see all heads on it, a head to see "
-        "it on all images, a patch to look from there.",
+        note="`demo-vit` reads handwritten digits of 8 x 8 patches. Choose an image to see all heads on it, a head to "
+        "see it on all images, a patch to look from there.",
     )
     report.add(
         importance,

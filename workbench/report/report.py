@@ -78,8 +78,8 @@ class Report:
         """Add a section; returns the report.
 
         Args:
-            thing: a view, an analysis's result (its views and table), a capture (its facts, sites, head atlas, attention
-                pattern and tokens; of its first forward), or Markdown.
+            thing: a view, an analysis's result (its views and table), a capture (its facts, sites, head atlas,
+                attention pattern and tokens; of its first forward), or Markdown.
             title: the section's heading. note: Markdown above it. caption: replaces that of the first figure.
             text: the prompt of a capture as the person wrote it.
             verification: what `wb.verify(...)` returned for the capture's inputs. batch: which of its batch rows.

@@ -80,9 +80,9 @@ def _(atlas: PatternAtlas) -> View:
         fig,
         title="Map of patterns",
         caption=(
-            f"Each large point is a head at the mean of its patterns over {len(atlas.error):,} examples, each small one its "
-            "pattern on one of them, by the two main axes of what an autoencoder keeps. Numbers and colours are clusters, "
-            "named by the evidence that their heads share."
+            f"Each large point is a head at the mean of its patterns over {len(atlas.error):,} examples, each small "
+            "one its pattern on one of them, by the two main axes of what an autoencoder keeps. Numbers and colours are "
+            "clusters, named by the evidence that their heads share."
         ),
         table=atlas.table,
         notes=tuple(notes),
@@ -115,9 +115,9 @@ def _gallery(atlas: PatternAtlas) -> View:
         numbers={name: values for name, values in numbers.items() if np.isfinite(values).any()},
         title="Clusters of patterns",
         caption=(
-            f"Patterns of heads, means over {len(atlas.error):,} examples, pooled to {atlas.size} x {atlas.size} cells over "
-            f"{what}; the first of a cluster is the mean of its heads. Names follow from evidence measured on whole "
-            "patterns: 0 is what uniform attention has, 1 all that there can be; for “uniform” the entropy, and for "
+            f"Patterns of heads, means over {len(atlas.error):,} examples, pooled to {atlas.size} x {atlas.size} cells "
+            f"over {what}; the first of a cluster is the mean of its heads. Names follow from evidence measured on "
+            "whole patterns: 0 is what uniform attention has, 1 all that there can be; for “uniform” the entropy, and for "
             "“content” c / (1 + c), with c how much the pattern varies over examples."
         ),
         provenance=atlas.provenance,
@@ -140,8 +140,8 @@ def _evidence(atlas: PatternAtlas) -> View:
         scores,
         title="Evidence for names",
         caption=(
-            "Content dependence is the mean of ‖A − Ā‖ / ‖Ā‖ over examples, of pooled patterns: 0 for a head whose pattern "
-            "is the same on all of them. The others are the evidence for each name."
+            "Content dependence is the mean of ‖A − Ā‖ / ‖Ā‖ over examples, of pooled patterns: 0 for a head whose "
+            "pattern is the same on all of them. The others are the evidence for each name."
         ),
         signed=False,
         provenance=atlas.provenance,

@@ -137,10 +137,10 @@ def head_gallery(
     for name, column in {"labels": named, "sites": sites, "said": said}.items():
         if column is not None and len(column) != n:
             raise ReportError(f"there are {n} heads and {len(column)} {name}")
-    found = {visible(name): np.asarray(column, dtype=np.float64) for name, column in (numbers or {}).items()}
-    for name, column in found.items():
-        if column.shape != (n,):
-            raise ReportError(f"there are {n} heads, and another number of {name}", shape=column.shape)
+    found = {visible(name): np.asarray(given, dtype=np.float64) for name, given in (numbers or {}).items()}
+    for name, array in found.items():
+        if array.shape != (n,):
+            raise ReportError(f"there are {n} heads, and another number of {name}", shape=array.shape)
     if groups is None:
         layers = dict.fromkeys(layer for layer, _ in heads)
         groups = [Group(f"Layer {at}", [i for i, (layer, _) in enumerate(heads) if layer == at]) for at in layers]

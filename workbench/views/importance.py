@@ -93,9 +93,9 @@ def _parts(importance: HeadImportance) -> View:
         fig,
         title="Parts of heads",
         caption=(
-            f"How much worse the model is by {measure} when a head loses all of its output, or what the named part of it "
-            f"does: rows of queries, or what is read from keys up to k hops away (inside) or beyond (outside). Intervals at "
-            f"{importance.level:.0%} over {importance.n_examples:,} examples. Parts need not add up to the whole."
+            f"How much worse the model is by {measure} when a head loses all of its output, or what the named part of "
+            f"it does: rows of queries, or what is read from keys up to k hops away (inside) or beyond (outside). "
+            f"Intervals at {importance.level:.0%} over {importance.n_examples:,} examples. Parts need not add up to the whole."
         ),
         table=table,
         notes=(f"The {_PARTED} most important of {len(ranked):,} heads.",) if len(ranked) > _PARTED else (),

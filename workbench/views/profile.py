@@ -152,11 +152,11 @@ def _trend(profile: AttentionProfile) -> View:
         fig.update_xaxes(title_text="layer", dtick=max(1, len(mean) // 8), row=1, col=column)
         fig.update_yaxes(rangemode="tozero", row=1, col=column)
     fig.update_layout(height=330, legend={"orientation": "h", "y": -0.2, "x": 0}, margin={"t": 30})
-    interval = f"; bars are {profile.level:.0%} intervals over examples" if profile.n_examples > 1 else ""
+    bars = f"; bars are {profile.level:.0%} intervals over examples" if profile.n_examples > 1 else ""
     return figure(
         fig,
         title="Trend over layers",
-        caption=f"Each point is a head, a mean over {_where(profile)}{interval}; the line is the mean of a layer's heads.",
+        caption=f"Each point is a head, a mean over {_where(profile)}{bars}; the line is the mean of a layer's heads.",
         table=profile.trend,
         provenance=profile.provenance,
     )
@@ -202,8 +202,8 @@ def _indicators(profile: AttentionProfile) -> View:
         scores,
         title="Indicators of heads",
         caption=(
-            f"Means over {_where(profile)} with {profile.level:.0%} intervals by {profile.n_bootstrap:,} bootstrap draws, as "
-            "workbench.attention_profile defines them. Head diversity is one number per layer."
+            f"Means over {_where(profile)} with {profile.level:.0%} intervals by {profile.n_bootstrap:,} bootstrap "
+            "draws, as workbench.attention_profile defines them. Head diversity is one number per layer."
         ),
         signed=False,
         provenance=profile.provenance,

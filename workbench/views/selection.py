@@ -13,7 +13,7 @@ from workbench.errors import WorkbenchError
 
 @dataclass(frozen=True)
 class Selection:
-    """A layer, some of its heads, a query and a key of their pattern, a token of the text, an example. None: none chosen.
+    """A layer, some of its heads, a query and a key of their pattern, a token, an example. None: nothing chosen.
 
     Attributes:
         site: the site's name, where a model has several kinds of attention in a layer.

@@ -97,7 +97,7 @@ class AttentionProfile(Result):
         return self._interval(self.examples[..., self._index(measure), None])[:, 0]
 
     def _interval(self, values: Tensor) -> Tensor:
-        """[..., 2] from [example, ...]; the same examples are drawn for all heads. NaN where a measure does not apply."""
+        """[..., 2] from [example, ...]; the same examples are drawn for all heads. NaN where nothing applies."""
         n = len(values)
         if n < 2:
             return torch.full((*values.shape[1:], 2), torch.nan, dtype=values.dtype)
