@@ -81,8 +81,8 @@ def _(atlas: PatternAtlas) -> View:
         title="Map of patterns",
         caption=(
             f"Each large point is a head at the mean of its patterns over {len(atlas.error):,} examples, each small "
-            "one its pattern on one of them, by the two main axes of what an autoencoder keeps. Numbers and colours are "
-            "clusters, named by the evidence that their heads share."
+            "one its pattern on one of them, by the two main axes of what an autoencoder keeps. Numbers and colours "
+            "are clusters, named by the evidence that their heads share."
         ),
         table=atlas.table,
         notes=tuple(notes),
@@ -117,8 +117,8 @@ def _gallery(atlas: PatternAtlas) -> View:
         caption=(
             f"Patterns of heads, means over {len(atlas.error):,} examples, pooled to {atlas.size} x {atlas.size} cells "
             f"over {what}; the first of a cluster is the mean of its heads. Names follow from evidence measured on "
-            "whole patterns: 0 is what uniform attention has, 1 all that there can be; for “uniform” the entropy, and for "
-            "“content” c / (1 + c), with c how much the pattern varies over examples."
+            "whole patterns: 0 is what uniform attention has, 1 all that there can be; for “uniform” the entropy, and "
+            "for “content” c / (1 + c), with c how much the pattern varies over examples."
         ),
         provenance=atlas.provenance,
     )

@@ -85,7 +85,7 @@ def _parts(importance: HeadImportance) -> View:
             )
         )  # fmt: skip
     fig.update_layout(barmode="group", bargap=0.25, height=380, legend={"orientation": "h", "y": 1.12, "x": 0})
-    fig.update_xaxes(type="category")
+    fig.update_xaxes(type="category", title_text="head")
     fig.update_yaxes(title_text=f"effect on {plotly_text(measure)}")
     table = importance.table
     table = table[(table["measure"] == measure) & table["method"].isin(methods)].drop(columns="rank")
@@ -95,7 +95,8 @@ def _parts(importance: HeadImportance) -> View:
         caption=(
             f"How much worse the model is by {measure} when a head loses all of its output, or what the named part of "
             f"it does: rows of queries, or what is read from keys up to k hops away (inside) or beyond (outside). "
-            f"Intervals at {importance.level:.0%} over {importance.n_examples:,} examples. Parts need not add up to the whole."
+            f"Intervals at {importance.level:.0%} over {importance.n_examples:,} examples. Parts need not add up "
+            "to the whole."
         ),
         table=table,
         notes=(f"The {_PARTED} most important of {len(ranked):,} heads.",) if len(ranked) > _PARTED else (),

@@ -115,7 +115,7 @@ def _trend(profile: AttentionProfile) -> View:
         f"weight on {_sink_name(profile)}": "sink",
     }
     fig = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.08, subplot_titles=list(panels))
-    for column, measure in enumerate(panels.values(), 1):
+    for column, (label, measure) in enumerate(panels.items(), 1):
         values, ends = profile.of(measure).numpy(), profile.interval(measure).numpy()
         known = np.isfinite(ends).all()
         fig.add_trace(
@@ -126,10 +126,9 @@ def _trend(profile: AttentionProfile) -> View:
                          "symmetric": False, "thickness": 1, "width": 0, "color": SERIES[0]} if known else None,
                 mode="markers",
                 marker={"color": SERIES[0], "size": 7},
-                name="a head",
+                name=f"{label}, a head",
                 text=list(profile.labels),
                 hovertemplate="%{text}: %{y:.3g}<extra></extra>",
-                showlegend=column == 1,
                 customdata=np.array([profile.layers, profile.heads]).T,
                 meta={"select": ["layer", "heads"]},
             ),
@@ -143,15 +142,14 @@ def _trend(profile: AttentionProfile) -> View:
                 y=mean.to_numpy(),
                 mode="lines",
                 line={"color": SERIES[1], "width": 2},
-                name="mean of the layer",
-                showlegend=column == 1,
+                name=f"{label}, mean of the layer",
             ),
             row=1,
             col=column,
         )
         fig.update_xaxes(title_text="layer", dtick=max(1, len(mean) // 8), row=1, col=column)
         fig.update_yaxes(rangemode="tozero", row=1, col=column)
-    fig.update_layout(height=330, legend={"orientation": "h", "y": -0.2, "x": 0}, margin={"t": 30})
+    fig.update_layout(height=300, showlegend=False, margin={"t": 30})
     bars = f"; bars are {profile.level:.0%} intervals over examples" if profile.n_examples > 1 else ""
     return figure(
         fig,
