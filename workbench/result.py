@@ -80,10 +80,9 @@ class Result(ABC):
     def to_html(self, path: str | Path | None = None) -> str | Path:
         """The views as one self-contained page: its text, or its path when one is given."""
         import workbench
-        from workbench.views import page
 
-        html = page.together([view.spec for view in workbench.views.all_of(self)])
-        return html if path is None else page.write(path, html)
+        html: str | Path = workbench.views.page_of(self, path)
+        return html
 
     def to_png(self, path: str | Path | None = None) -> bytes | Path:
         """The view as a picture: its bytes, or its path when one is given."""

@@ -40,6 +40,9 @@ def test_maps_numbers_and_groups_are_those_given() -> None:
 def test_heads_stand_by_layer_unless_grouped_and_many_are_cut() -> None:
     spec = head_gallery(maps(), [(1, 0), (0, 0), (1, 1), (0, 1)], axes=AXES).spec
     assert [(g["label"], g["members"]) for g in spec.facts["groups"]] == [("Layer 1", [0, 2]), ("Layer 0", [1, 3])]
+    sites = ["encoder.0", "decoder.0", "encoder.0", "decoder.0"]
+    spec = head_gallery(maps(), [(0, 0), (0, 0), (0, 1), (0, 1)], sites=sites, axes=AXES).spec
+    assert [(g["label"], g["members"]) for g in spec.facts["groups"]] == [("encoder.0", [0, 2]), ("decoder.0", [1, 3])]
     n = MOST + 5
     spec = head_gallery(maps(n, 1, 2), [(i, 0) for i in range(n)], axes=AXES).spec
     assert len(spec.facts["heads"]) == MOST

@@ -123,9 +123,24 @@ def test_the_row_of_uniform_attention_is_its_profile_on_any_grid() -> None:
 def test_a_profile_of_text_has_a_map_of_one_row(tmp_path: Path) -> None:
     profile = workbench.attention_profile(capture(), n_bootstrap=20)
     views = all_of(profile)
-    assert views[2].spec.blocks["maps"].shape == (6, 1, 23)
+    assert views[2].spec.blocks["maps"].shape == (6, 1, 12)  # the model is causal: no key after the query
     assert views[2].spec.facts["axes"]["column0"] == -11
     assert "the first token" in views[0].spec.caption
+    shown(profile, tmp_path)
+
+
+def test_heads_of_two_towers_are_chosen_with_their_site(tmp_path: Path) -> None:
+    found = family("t5")
+    with workbench.attach(make(found)) as wb, torch.no_grad(), wb.capture() as cap:
+        wb.model(**found.inputs())
+    profile = workbench.attention_profile(cap, n_bootstrap=20)
+    strength, trend, offsets, _ = all_of(profile)
+    assert "EncDecAttention" in strength.spec.notes[0]
+    chosen = strength.spec.facts["figure"]["data"][0]["customdata"]
+    assert sorted(row[0][2] for row in chosen) == sorted(profile.sites)
+    assert trend.spec.facts["figure"]["data"][0]["meta"] == {"select": ["layer", "heads", "site"]}
+    assert [group["label"] for group in offsets.spec.facts["groups"]] == list(dict.fromkeys(profile.sites))
+    assert offsets.spec.blocks["maps"].shape[-1] > profile.grid[1]  # the encoder looks ahead
     shown(profile, tmp_path)
 
 

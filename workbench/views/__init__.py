@@ -15,7 +15,7 @@ from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.image_attention import ImageAttention, image_attention
-from workbench.views.of import all_of, of
+from workbench.views.of import all_of, of, page_of
 from workbench.views.overview import overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.selection import SHARED, Selection, SharedSelection
@@ -48,6 +48,7 @@ __all__ = [
     "image_attention",
     "of",
     "overview",
+    "page_of",
     "run_timeline",
     "tensor_peek",
     "token_strip",

@@ -120,7 +120,7 @@ def head_gallery(
         heads: layer and number of each. labels: such as "L3H5". sites: names of their sites, where a layer has several.
         axes: what rows and columns are.
         said: a few words about each head, such as its name.
-        groups: heads that stand together; by layer if None.
+        groups: heads that stand together; by layer or site if None.
         numbers: name -> [head]; shown of the chosen head, as bars up to the largest of all heads. NaN is not known.
 
     Raises:
@@ -142,8 +142,8 @@ def head_gallery(
         if array.shape != (n,):
             raise ReportError(f"there are {n} heads, and another number of {name}", shape=array.shape)
     if groups is None:
-        layers = dict.fromkeys(layer for layer, _ in heads)
-        groups = [Group(f"Layer {at}", [i for i, (layer, _) in enumerate(heads) if layer == at]) for at in layers]
+        owners = [f"Layer {layer}" for layer, _ in heads] if sites is None else list(sites)
+        groups = [Group(name, [i for i, own in enumerate(owners) if own == name]) for name in dict.fromkeys(owners)]
     kept = min(n, MOST)
     if kept < n:
         notes = (*notes, f"Shown are the first {MOST:,} of {n:,} heads; the table holds all.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import singledispatch
+from pathlib import Path
 from typing import Any
 
 from workbench.errors import ReportError
+from workbench.views import page
 from workbench.views.base import View
 
 
@@ -32,3 +34,13 @@ def all_of(thing: Any) -> list[View]:
         ReportError: nothing shows such a thing.
     """
     return [of(thing), *more_of(thing)]
+
+
+def page_of(thing: Any, path: str | Path | None = None) -> str | Path:
+    """All views of a thing on one self-contained page: its text, or its path when one is given.
+
+    Raises:
+        ReportError: nothing shows such a thing.
+    """
+    html = page.together([view.spec for view in all_of(thing)])
+    return html if path is None else page.write(path, html)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from workbench.analysis.profile import AttentionProfile
 from workbench.analysis.profile.result import bin_name
+from workbench.tokens import visible
 from workbench.views.base import View
 from workbench.views.drawing import SERIES
 from workbench.views.figure import figure
@@ -51,10 +52,11 @@ def _(profile: AttentionProfile) -> View:
     order = sorted(range(len(far)), key=lambda i: (profile.layers[i], -np.nan_to_num(far[i]), i))
     labels = [profile.labels[i] for i in order]
     mass = profile.mass.numpy()[order]
-    chosen = np.array([[profile.layers[i], profile.heads[i]] for i in order])
+    names, every = _selects(profile)
+    chosen = [every[i] for i in order]
     if profile.kind == "image":
         labels, mass = [*labels, _EVEN], np.concatenate([mass, _uniform(profile)[None]])
-        chosen = np.concatenate([chosen, [[-1, -1]]])
+        chosen.append([-1, -1, *[""] * (len(names) - 2)])
     unit = "hops" if profile.kind == "image" else "tokens"
     fig = go.Figure(
         go.Heatmap(
@@ -62,8 +64,8 @@ def _(profile: AttentionProfile) -> View:
             x=[bin_name(hops) for hops in profile.bins],
             y=labels,
             colorbar={"title": "weight"},
-            customdata=np.repeat(chosen[:, None], len(profile.bins), 1),
-            meta={"select": ["layer", "heads"]},
+            customdata=[[row] * len(profile.bins) for row in chosen],
+            meta={"select": names},
         )
     )
     fig.update_xaxes(title_text=f"distance in {unit}", type="category")
@@ -114,6 +116,7 @@ def _trend(profile: AttentionProfile) -> View:
         "entropy, share of the largest": "normalised_entropy",
         f"weight on {_sink_name(profile)}": "sink",
     }
+    names, every = _selects(profile)
     fig = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.08, subplot_titles=list(panels))
     for column, (label, measure) in enumerate(panels.items(), 1):
         values, ends = profile.of(measure).numpy(), profile.interval(measure).numpy()
@@ -129,8 +132,8 @@ def _trend(profile: AttentionProfile) -> View:
                 name=f"{label}, a head",
                 text=list(profile.labels),
                 hovertemplate="%{text}: %{y:.3g}<extra></extra>",
-                customdata=np.array([profile.layers, profile.heads]).T,
-                meta={"select": ["layer", "heads"]},
+                customdata=every,
+                meta={"select": names},
             ),
             row=1, col=column,
         )  # fmt: skip
@@ -164,11 +167,14 @@ def _offsets(profile: AttentionProfile) -> View:
     maps = profile.offsets.numpy()
     rows, columns = maps.shape[1:]
     image = profile.kind == "image"
+    middle = columns // 2
+    if not image and not maps[..., middle + 1 :].any():
+        maps = maps[..., : middle + 1]  # nobody looks ahead
     axes = Axes(
         rows="rows down",
         columns="columns to the right" if image else "tokens after the query",
         row0=-(rows // 2),
-        column0=-(columns // 2),
+        column0=-middle,
         value="weight per query",
     )
     where = "the key that lies so many rows and columns" if image else "the key so many tokens"
@@ -212,6 +218,14 @@ def _named(profile: AttentionProfile) -> dict[str, Any]:
     """Measures that apply, by their names for readers."""
     found = {name: profile.of(measure).numpy() for measure, name in _INDICATORS.items()}
     return {name: values for name, values in found.items() if np.isfinite(values).any()}
+
+
+def _selects(profile: AttentionProfile) -> tuple[list[str], list[list[Any]]]:
+    """What a click on a head selects: the names, and the values of each head."""
+    every: list[list[Any]] = [list(pair) for pair in zip(profile.layers, profile.heads, strict=True)]
+    if (sites := _sites(profile)) is None:
+        return ["layer", "heads"], every
+    return ["layer", "heads", "site"], [[*row, visible(site)] for row, site in zip(every, sites, strict=True)]
 
 
 def _sites(profile: AttentionProfile) -> list[str] | None:

@@ -55,7 +55,7 @@ class Gallery {
         const about = this.facts.heads[head];
         const canvas = make("canvas", { "aria-hidden": "true" });
         const pressed = button("", () => this.choose(head), { class: "tile", tabindex: "-1", "aria-label": `${about.label}${about.said ? `, ${about.said}` : ""}` });
-        pressed.append(canvas, make("span", {}, about.label));
+        pressed.append(canvas, make("span", {}, about.site === null ? about.label : `L${about.layer}H${about.head}`));
         box.append(pressed);
         this.tiles.push({ canvas, pressed, head, values: this.part("maps", head) });
       }

@@ -56,7 +56,7 @@ class Images {
     this.name = make("h3");
     this.large = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "image", "aria-label": "The chosen image, patch by patch. Arrow keys move over the patches, Enter looks from one." });
     this.scale = make("div");
-    this.headTiles = facts.heads.map(({ label }, i) => this.tile(label, () => this.chooseHead(i)));
+    this.headTiles = facts.heads.map(({ layer, head }, i) => this.tile(`L${layer}H${head}`, () => this.chooseHead(i)));
     this.imageTiles = facts.images.map((label, i) => this.tile(label, () => this.chooseImage(i)));
     this.headBox = make("div", { class: "heads" });
     for (const layer of new Set(facts.heads.map((head) => head.layer))) {
