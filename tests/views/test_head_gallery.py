@@ -93,3 +93,14 @@ def test_a_head_is_chosen_by_pointer_keys_and_from_elsewhere(page: WatchedPage, 
     tab.keyboard.press("Escape")
     assert tab.evaluate("location.hash") == ""
     page.assert_clean()
+
+
+def test_the_still_picture_of_many_heads_stays_small() -> None:
+    from matplotlib.figure import Figure
+
+    n = 400
+    view = head_gallery(maps(n, 1, 2), [(i // 2, i % 2) for i in range(n)], axes=AXES)
+    figure = Figure()
+    view.picture(figure)
+    assert figure.get_figheight() < 20
+    assert len(figure.axes) == 16 * 3

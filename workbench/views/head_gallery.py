@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MOST = 1200
 """Heads that a gallery shows."""
-_PICTURED = 12  # columns of the still picture
+_PICTURED, _ROWS = 12, 16  # columns and rows of the still picture
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,20 @@ class HeadGallery(View):
     def picture(self, figure: Figure) -> None:
         facts, maps, means = self.spec.facts, self.spec.blocks["maps"], self.spec.blocks["means"]
         groups = facts["groups"]
-        rows = sum(max(1, -(-len(self._tiles(group)) // _PICTURED)) for group in groups)
+        needed = sum(max(1, -(-len(self._tiles(group)) // _PICTURED)) for group in groups)
+        rows = min(_ROWS, needed)
         flat = maps.shape[1] == 1
         across = max(min(_PICTURED, len(self._tiles(group))) for group in groups)
         figure.set_size_inches(max(3.0, 0.85 * across + 1), max(1.2, rows * (0.75 if flat else 1.0)))
         panels = figure.subplots(rows, across + 1, squeeze=False)
         for panel in panels.ravel():
             panel.set_axis_off()
+        if needed > rows:
+            figure.supxlabel(f"{rows} of {needed:,} rows; the view has all", fontsize=8)
         row = 0
         for group in groups:
+            if row == rows:
+                break
             panels[row, 0].text(0, 0.5, _wrapped(group["label"]), ha="left", va="center", fontsize=8)
             tiles = self._tiles(group)
             for start in range(0, max(1, len(tiles)), _PICTURED):
@@ -77,6 +82,8 @@ class HeadGallery(View):
                     panel.set_title(facts["heads"][i]["label"] if kind == "head" else "mean", fontsize=7, pad=2)
                     self._draw(panel, maps[i] if kind == "head" else means[i])
                 row += 1
+                if row == rows:
+                    break
 
     def _tiles(self, group: Mapping[str, Any]) -> list[tuple[str, int]]:
         mean = [] if group["mean"] is None else [("mean", group["mean"])]
