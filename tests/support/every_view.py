@@ -126,23 +126,25 @@ def image_capture(images: int = 3, heads: int = 2, side: int = 3) -> tuple[Captu
     return found, pixels
 
 
-def _image_attention() -> View:
+def _image_attention(labels: Sequence[str] = ("one", "two", "three")) -> View:
     from workbench import views
 
-    return views.image_attention(*image_capture(), labels=("one", "two", "three"))
+    return views.image_attention(*image_capture(len(labels)), labels=labels)
 
 
-def _head_gallery() -> View:
+def _head_gallery(labels: Sequence[str] = WORDS[:6]) -> View:
     from workbench import views
 
-    maps = torch.linspace(0, 1, 6 * 25).reshape(6, 5, 5).sqrt()
+    n = len(labels)
+    maps = torch.linspace(0, 1, n * 25).reshape(n, 5, 5).sqrt()
     return views.head_gallery(
         maps,
-        [(layer, head) for layer in range(2) for head in range(3)],
+        [(i // 3, i % 3) for i in range(n)],
+        labels=labels,
         axes=views.Axes("rows down", "columns to the right", -2, -2),
-        groups=[views.Group("first", [0, 2, 4], maps[2]), views.Group("second", [1, 3, 5])],
-        numbers={"distance": torch.arange(6.0)},
-        said=["near"] * 6,
+        groups=[views.Group("first", range(0, n, 2), maps[2]), views.Group(labels[0], range(1, n, 2))],
+        numbers={"distance": torch.arange(float(n))},
+        said=labels,
     )
 
 
@@ -163,6 +165,8 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "attention_pattern": _attention_pattern,
     "compare": _compare,
     "figure": _figure_of_tokens,
+    "head_gallery": _head_gallery,
+    "image_attention": _image_attention,
     "token_strip": _token_strip,
 }
 """Kinds of views that show tokens -> one of these tokens."""
