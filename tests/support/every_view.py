@@ -138,6 +138,49 @@ def _conditioning_curves() -> View:
     )
 
 
+@cache
+def image_capture(images: int = 3, heads: int = 2, side: int = 3) -> tuple[Capture, torch.Tensor]:
+    """A capture of a random ViT with CLS and side x side patches, and the images that it saw."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        num_hidden_layers=2, num_attention_heads=heads, hidden_size=8 * heads, intermediate_size=16,
+        image_size=4 * side, patch_size=4, num_channels=1,
+    )  # fmt: skip
+    model = ViTModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "query" in name or "key" in name or "q_proj" in name or "k_proj" in name:
+                parameter.mul_(30)  # patterns with peaks
+    pixels = torch.linspace(-1, 1, images * (4 * side) ** 2).reshape(images, 1, 4 * side, 4 * side)
+    with attach(model) as wb, torch.inference_mode(), wb.capture() as found:
+        model(pixel_values=pixels)
+    return found, pixels
+
+
+def _image_attention(labels: Sequence[str] = ("one", "two", "three")) -> View:
+    from workbench import views
+
+    return views.image_attention(*image_capture(len(labels)), labels=labels)
+
+
+def _head_gallery(labels: Sequence[str] = WORDS[:6]) -> View:
+    from workbench import views
+
+    n = len(labels)
+    maps = torch.linspace(0, 1, n * 25).reshape(n, 5, 5).sqrt()
+    return views.head_gallery(
+        maps,
+        [(i // 3, i % 3) for i in range(n)],
+        labels=labels,
+        axes=views.Axes("rows down", "columns to the right", -2, -2),
+        groups=[views.Group("first", range(0, n, 2), maps[2]), views.Group(labels[0], range(1, n, 2))],
+        numbers={"distance": torch.arange(float(n))},
+        said=labels,
+    )
+
+
 VIEWS: dict[str, Callable[[], View]] = {
     "capacity_curves": _capacity_curves,
     "conditioning_curves": _conditioning_curves,
@@ -148,6 +191,8 @@ VIEWS: dict[str, Callable[[], View]] = {
     "compare": _compare,
     "attention_pattern": _attention_pattern,
     "head_atlas": _head_atlas,
+    "head_gallery": _head_gallery,
+    "image_attention": _image_attention,
     "token_strip": _token_strip,
 }
 """Kind of view -> one of it."""
@@ -156,6 +201,8 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "attention_pattern": _attention_pattern,
     "compare": _compare,
     "figure": _figure_of_tokens,
+    "head_gallery": _head_gallery,
+    "image_attention": _image_attention,
     "token_strip": _token_strip,
 }
 """Kinds of views that show tokens -> one of these tokens."""

@@ -4,8 +4,10 @@ Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and share
 """
 
 # These register the views of results.
+from workbench.views import atlas as _atlas  # noqa: F401
 from workbench.views import circuits as _circuits  # noqa: F401
 from workbench.views import importance as _importance  # noqa: F401
+from workbench.views import profile as _profile  # noqa: F401
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
 from workbench.views.capacity_curves import CapacityCurves, capacity_curves
@@ -15,7 +17,9 @@ from workbench.views.conditioning import capacity_correlation
 from workbench.views.conditioning_curves import ConditioningCurves, conditioning_curves
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
-from workbench.views.of import of
+from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
+from workbench.views.image_attention import ImageAttention, image_attention
+from workbench.views.of import all_of, of, page_of
 from workbench.views.overview import overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.selection import SHARED, Selection, SharedSelection
@@ -26,12 +30,16 @@ from workbench.views.what_if import WhatIf, what_if
 __all__ = [
     "SHARED",
     "AttentionPattern",
+    "Axes",
     "CapacityCurves",
     "Click",
     "Compare",
     "ConditioningCurves",
     "Figure",
+    "Group",
     "HeadAtlas",
+    "HeadGallery",
+    "ImageAttention",
     "RunTimeline",
     "Selection",
     "SharedSelection",
@@ -39,6 +47,7 @@ __all__ = [
     "TokenStrip",
     "View",
     "WhatIf",
+    "all_of",
     "attention_pattern",
     "capacity_correlation",
     "capacity_curves",
@@ -47,8 +56,11 @@ __all__ = [
     "conditioning_curves",
     "figure",
     "head_atlas",
+    "head_gallery",
+    "image_attention",
     "of",
     "overview",
+    "page_of",
     "run_timeline",
     "tensor_peek",
     "token_strip",
