@@ -17,9 +17,9 @@ from workbench.compiled import check_not_compiled
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.inputs import dropout_in_training
 from workbench.prefix import Prefix, tensors
-from workbench.provenance import describe, weights_hash
+from workbench.provenance import describe
 from workbench.session import Workbench
-from workbench.sweep_inputs import check_batches, check_resumed, identity, measured, size_of
+from workbench.sweep_inputs import check_batches, check_resumed, identity, logits_needed, measured, size_of
 from workbench.sweep_result import Sweep, SweepInterrupted
 from workbench.variants import OutputStack, Resolved, Stack, Variant, repeat, resolve, split
 
@@ -54,7 +54,9 @@ def run_sweep(
         variants: what to try; see `Variant`.
         batches: dicts of model inputs; those tensors whose first axis is the batch are repeated.
         metrics: `metric(output, batch)` gives one number per example [batch]; one, or several by name. A metric with an
-            attribute `against_clean` that is true is called `metric(output, batch, clean_output)`.
+            attribute `against_clean` that is true is called `metric(output, batch, clean_output)`. One with an attribute
+            `at_last_token` that is true reads logits at each example's last token alone, by counting from the end; if
+            all do, models that take `logits_to_keep` make no others. (It may be a function of the batch.)
         reference: where means and resampled examples come from, as in `Workbench.ablate`; the batches by default.
         base: edits that all variants have, and the model they are compared with.
         batched, resumed: False for one variant at a time, or for whole forwards.
@@ -130,6 +132,8 @@ class _Runner:
         self.done = torch.zeros(len(variants), len(batches), dtype=torch.bool)
         self.identity: dict[str, Any] = {}
         self.without_cache = _without_cache(wb.model)
+        self.fewer_logits = True
+        self.kept: tuple[int, Any] = (-1, None)  # number and output of the batch that the prefix is of
 
     def run(self, path: Path | None, reference: Any, seed: int | None, progress: bool) -> Sweep:
         with ExitStack() as stack:
@@ -182,8 +186,13 @@ class _Runner:
         self.stack.plan = plan
         self.stack.touched.clear()
         with self.prefix.resuming(start, times):
-            output = self.wb.model(**{**self.without_cache, **inputs})
+            output = self.wb.model(**{**self.without_cache, **self._fewer(batch), **inputs})
         return output
+
+    def _fewer(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """What to tell the model so that it makes only the logits that are read."""
+        needed = logits_needed(self.wb.model, self.metrics, batch) if self.fewer_logits else None
+        return {} if needed is None else {"logits_to_keep": needed}
 
     def _run_plan(self, batch: Mapping[str, Any], size: int, chosen: list[Resolved], start: str | None) -> list[Any]:
         """The model's output for each variant."""
@@ -198,8 +207,9 @@ class _Runner:
     def _try_out(self) -> None:
         """Find out, on the first batch, what this model allows."""
         batch, size = self.batches[0], self.sizes[0]
+        self._try_fewer_logits()
         plain = self._forward(batch, size, [self.edits], None)
-        recorded = self._record(batch, size) if self.resumed else self._forward(batch, size, [self.edits], None)
+        recorded = self._clean(0)
         if not _same(plain, recorded):
             if not self.resumed or not _same(plain, self._forward(batch, size, [self.edits], None)):
                 raise InterventionError(
@@ -225,6 +235,30 @@ class _Runner:
                 self.batched = False
                 warnings.warn(f"variants run one by one: {wrong}", UserWarning, stacklevel=4)
 
+    def _try_fewer_logits(self) -> None:
+        """Make all logits after all, if the metrics are not the same with those alone that they say they read."""
+        first = next((i for i, one in enumerate(self.batches) if self._fewer(one)), None)
+        if first is None:
+            return
+        batch, size = self.batches[first], self.sizes[first]
+        few = self._forward(batch, size, [self.edits], None)
+        self.fewer_logits = False
+        every = self._forward(batch, size, [self.edits], None)
+        for name, metric in self.metrics.items():
+            values = [
+                _check_value(_call(metric, output, batch, output), name, "the unedited model", slice(0, size))
+                for output in (every, few)
+            ]
+            if not torch.allclose(*values, rtol=_CLOSE, atol=_CLOSE):
+                warnings.warn(
+                    f'all logits are made: with those of the last tokens alone the metric "{name}" is another, though '
+                    "it says at_last_token",
+                    UserWarning,
+                    stacklevel=5,
+                )
+                return
+        self.fewer_logits = True
+
     def _repeats_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, start: str | None) -> str:
         """Why variants cannot run side by side; "" if they can."""
         try:
@@ -242,9 +276,16 @@ class _Runner:
         self.resumed, self.reason = False, reason
         warnings.warn(f"the sweep runs whole forwards: {reason}", UserWarning, stacklevel=5)
 
-    def _record(self, batch: Mapping[str, Any], size: int) -> Any:
-        with self.prefix.recording(size):
+    def _clean(self, number: int) -> Any:
+        """The unedited model's output on a batch; what its blocks give is kept to resume from."""
+        batch, size = self.batches[number], self.sizes[number]
+        if not self.resumed:
             return self._forward(batch, size, [self.edits], None)
+        if self.kept[0] != number:
+            self.kept = (-1, None)  # the old one's memory is free before the new one needs it
+            with self.prefix.recording(size):
+                self.kept = (number, self._forward(batch, size, [self.edits], None))
+        return self.kept[1]
 
     def _go_on(self, path: Path) -> None:
         if not path.exists():
@@ -263,7 +304,7 @@ class _Runner:
             first += size
             if bool(self.done[:, number].all()):
                 continue
-            clean = self._record(batch, size) if self.resumed else self._forward(batch, size, [self.edits], None)
+            clean = self._clean(number)
             self._measure(clean, clean, batch, None, rows)
             for start, chunk in self._chunks(clean):
                 if bool(self.done[chunk, number].all()):
@@ -296,8 +337,7 @@ class _Runner:
 
     def _measure(self, output: Any, clean: Any, batch: Mapping[str, Any], variant: int | None, rows: slice) -> None:
         for j, (name, metric) in enumerate(self.metrics.items()):
-            against = bool(getattr(metric, "against_clean", False))
-            value = metric(output, batch, clean) if against else metric(output, batch)
+            value = _call(metric, output, batch, clean)
             of = "the unedited model" if variant is None else self.variants[variant].label
             checked = _check_value(value, name, of, rows)
             if variant is None:
@@ -317,12 +357,15 @@ class _Runner:
             reason=self.reason,
             batched=self.batched,
             identity=self.identity,
-            provenance=describe(self.wb.model)
-            | {"weights": self.identity.get("model weights", weights_hash(self.wb.model))},
+            provenance=describe(self.wb.model) | {"weights": self.identity["model weights"]},
         )
         if path is not None:
             result.save(path)
         return result
+
+
+def _call(metric: Metric, output: Any, batch: Mapping[str, Any], clean: Any) -> Any:
+    return metric(output, batch, clean) if getattr(metric, "against_clean", False) else metric(output, batch)
 
 
 def _check_value(value: Any, name: str, of: str, rows: slice) -> Tensor:

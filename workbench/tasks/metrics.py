@@ -49,6 +49,8 @@ def last_logits(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return logits[:, -1]
     places = torch.arange(mask.shape[1], device=mask.device)
     last = (mask.to(places.dtype) * places).argmax(dim=1).to(logits.device)
+    if logits.shape[1] < mask.shape[1]:  # those of the last positions alone (`logits_to_keep`)
+        last = last + logits.shape[1] - mask.shape[1]
     return logits[torch.arange(len(last), device=logits.device), last]
 
 
@@ -118,6 +120,11 @@ def correct(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     known, best = _with_answers(batch), last_logits(output, batch).argmax(-1).tolist()
     hits = [float(token in answers) for token, answers in zip(best, known.answers, strict=True)]
     return torch.tensor(hits)
+
+
+# A sweep may spare the logits at all other positions.
+for _metric in (logit_diff, probability, kl_divergence, correct):
+    _metric.at_last_token = True  # type: ignore[attr-defined]
 
 
 def _log_sum(logits: torch.Tensor, sets: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,15 @@ class Measure:
         function: `function(output, batch)` gives [batch]; of a divergence, `function(output, batch, clean_output)`.
         higher: True if a better model has more of it, False if less; None for a divergence from the unedited model.
         differentiable: whether it has gradients, at the unedited model.
+        at_last_token: whether it reads logits at each example's last token alone, so that a sweep may spare the others;
+            or a function of the batch that says so.
     """
 
     name: str
     function: Callable[..., Tensor]
     higher: bool | None = True
     differentiable: bool = True
+    at_last_token: bool | Callable[[Mapping[str, Any]], bool] = False
 
     @property
     def against_clean(self) -> bool:
@@ -73,11 +76,12 @@ def _as_measure(value: Any, name: str | None) -> Measure:
             raise WorkbenchError(f'there is no metric "{value}"', hint=nearest(value, list(READY), "metric"))
         value = READY[value]
     if isinstance(value, Measure):
-        return Measure(name or value.name, value.function, value.higher, value.differentiable)
+        return replace(value, name=name or value.name)
     if not callable(value):
         raise WorkbenchError(f"a metric is a name or a function of output and batch, not {type(value).__name__}")
     own = getattr(value, "__name__", type(value).__name__)
-    return Measure(name or ("metric" if own == "<lambda>" else own), value)
+    at_last = getattr(value, "at_last_token", False)
+    return Measure(name or ("metric" if own == "<lambda>" else own), value, at_last_token=at_last)
 
 
 @dataclass
@@ -147,9 +151,14 @@ def _readout(output: Any, batch: Mapping[str, Any]) -> _Readout:
     return _Readout(logits, torch.ones(1, 1, dtype=torch.bool, device=logits.device))
 
 
+def _of_task(batch: Any) -> bool:
+    """Whether a batch knows its answers, which are looked for at the last token."""
+    return hasattr(batch, "answers") and hasattr(batch, "wrong")
+
+
 def _answers(output: Any, batch: Any) -> tuple[Tensor, list[list[int]], list[list[int]]] | None:
     """Logits at the last token [batch, class] with the right and the wrong answers, of a task's batch."""
-    if not hasattr(batch, "answers") or not hasattr(batch, "wrong"):
+    if not _of_task(batch):
         return None
     import workbench
 
@@ -273,11 +282,11 @@ def _last_hidden(output: Any) -> Tensor:
 
 
 READY = {
-    "loss": Measure("loss", loss, higher=False),
-    "logit_diff": Measure("logit_diff", logit_diff),
-    "probability": Measure("probability", probability),
-    "js_divergence": Measure("js_divergence", js_divergence, higher=None, differentiable=False),
-    "accuracy": Measure("accuracy", accuracy, differentiable=False),
+    "loss": Measure("loss", loss, higher=False, at_last_token=_of_task),
+    "logit_diff": Measure("logit_diff", logit_diff, at_last_token=_of_task),
+    "probability": Measure("probability", probability, at_last_token=_of_task),
+    "js_divergence": Measure("js_divergence", js_divergence, None, differentiable=False, at_last_token=_of_task),
+    "accuracy": Measure("accuracy", accuracy, differentiable=False, at_last_token=_of_task),
     "representation": representation(),
 }
 """The ready measures by name. Divergences have no gradient at the unedited model: it is their minimum."""
