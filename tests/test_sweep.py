@@ -470,3 +470,48 @@ def test_outputs_are_split_by_examples() -> None:
     assert [first["a"].tolist(), second["a"].tolist()] == [[0, 1, 2], [3, 4, 5]]
     assert second["b"][0].tolist() == list(range(6, 12))
     assert second["b"][1].shape == (1, 4)
+
+
+class LastToken:
+    """A metric that says it reads logits at the last token, and notes how many positions it was given."""
+
+    at_last_token = True
+
+    def __init__(self, place: int = -1) -> None:
+        self.place, self.seen = place, set[int]()
+
+    def __call__(self, output: Any, batch: Batch) -> Tensor:
+        self.seen.add(output.logits.shape[1])
+        return workbench.tasks.metrics.last_logits(output, batch)[:, :2].diff(dim=1)[:, 0] + (
+            output.logits[:, 0, 3] if self.place == 0 else 0
+        )
+
+
+@pytest.mark.parametrize(("name", "positions"), [("gpt2", 1), ("gpt2-left-padded", 1), ("gpt2-right-padded", None)])
+def test_only_the_logits_that_are_read_are_made(name: str, positions: int | None) -> None:
+    one = family(name)
+    batch = one.inputs()
+    if positions is None:  # up to the last token of the shortest
+        positions = batch["input_ids"].shape[1] - int(batch["attention_mask"].sum(1).min()) + 1
+        assert positions > 1
+    with workbench.attach(make(one)) as wb:
+        variants, metric = all_heads(wb), LastToken()
+        found = run_sweep(wb, variants, [batch], metric, progress=False)
+        assert metric.seen == {positions, batch["input_ids"].shape[1]}  # all of them once, to compare
+        metric.at_last_token = False
+        every = run_sweep(wb, variants, [batch], metric, progress=False)
+        metric.seen.clear()
+        metric.at_last_token = True
+        labelled = {**batch, "labels": batch["input_ids"]}
+        run_sweep(wb, variants[:1], [labelled], metric, progress=False)
+        assert metric.seen == {batch["input_ids"].shape[1]}
+    torch.testing.assert_close(found.values, every.values, rtol=1e-5, atol=1e-5)
+    assert found.effects.abs().amax((1, 2)).min() > 1e-3
+
+
+def test_a_metric_that_reads_more_than_it_says_gets_all_logits(wb: Workbench, batches: list[Batch]) -> None:
+    variants, metric = all_heads(wb)[:2], LastToken(0)
+    with pytest.warns(UserWarning, match="at_last_token"):
+        found = run_sweep(wb, variants, batches, metric, progress=False)
+    metric.at_last_token = False
+    assert torch.equal(found.values, run_sweep(wb, variants, batches, metric, progress=False).values)

@@ -54,9 +54,9 @@ def run_sweep(
         variants: what to try; see `Variant`.
         batches: dicts of model inputs; those tensors whose first axis is the batch are repeated.
         metrics: `metric(output, batch)` gives one number per example [batch]; one, or several by name. A metric with an
-            attribute `against_clean` that is true is called `metric(output, batch, clean_output)`. One with an attribute
-            `at_last_token` that is true reads logits at each example's last token alone, by counting from the end; if
-            all do, models that take `logits_to_keep` make no others. (It may be a function of the batch.)
+            attribute `against_clean` that is true is called `metric(output, batch, clean_output)`. One with a true
+            attribute `at_last_token`, or one that is so of the batch, reads logits at each example's last token alone,
+            counting from the end; if all do, models that take `logits_to_keep` make no others.
         reference: where means and resampled examples come from, as in `Workbench.ablate`; the batches by default.
         base: edits that all variants have, and the model they are compared with.
         batched, resumed: False for one variant at a time, or for whole forwards.
