@@ -207,8 +207,9 @@ class _Runner:
     def _try_out(self) -> None:
         """Find out, on the first batch, what this model allows."""
         batch, size = self.batches[0], self.sizes[0]
-        self._try_fewer_logits()
-        plain = self._forward(batch, size, [self.edits], None)
+        plain = self._try_fewer_logits()
+        if plain is None:
+            plain = self._forward(batch, size, [self.edits], None)
         recorded = self._clean(0)
         if not _same(plain, recorded):
             if not self.resumed or not _same(plain, self._forward(batch, size, [self.edits], None)):
@@ -235,11 +236,15 @@ class _Runner:
                 self.batched = False
                 warnings.warn(f"variants run one by one: {wrong}", UserWarning, stacklevel=4)
 
-    def _try_fewer_logits(self) -> None:
-        """Make all logits after all, if the metrics are not the same with those alone that they say they read."""
+    def _try_fewer_logits(self) -> Any:
+        """Make all logits after all, if the metrics are not the same with those alone that they say they read.
+
+        Returns:
+            The output on the first batch, where it has been made as it will be; else None.
+        """
         first = next((i for i, one in enumerate(self.batches) if self._fewer(one)), None)
         if first is None:
-            return
+            return None
         batch, size = self.batches[first], self.sizes[first]
         few = self._forward(batch, size, [self.edits], None)
         self.fewer_logits = False
@@ -256,8 +261,9 @@ class _Runner:
                     UserWarning,
                     stacklevel=5,
                 )
-                return
+                return every if first == 0 else None
         self.fewer_logits = True
+        return few if first == 0 else None
 
     def _repeats_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, start: str | None) -> str:
         """Why variants cannot run side by side; "" if they can."""
