@@ -1,12 +1,11 @@
 """How fast all heads are switched off in turn: our sweep, one forward per head, and a TransformerLens loop.
 
-A random model of the shape of GPT-2 small (12 layers, 12 heads of 64): each of its 144 heads is zero-ablated, and a
-metric is taken on every example: the difference of two logits at the last token, of which our sweep knows that the
-other positions' logits need not be made; or the loss over all tokens, which needs them all. All arms in one process,
-interleaved, on equal weights and the same tokens, with as many threads. Also the size and speed of copies that have
-really lost heads. Only ratios mean anything. Writes its section of docs/benchmarks.md.
+A random model of the shape of GPT-2 small (12 layers, 12 heads of 64): each of its 144 heads is zero-ablated, and the
+loss or a logit difference is measured; all arms in one process, interleaved, on equal weights and the same tokens. Also
+the size and speed of copies that have really lost heads. Only ratios mean anything. Writes its section of
+docs/benchmarks.md.
 
-    python benchmarks/sweep.py [--lengths 16 128] [--metrics last every] [--batch 1] [--rounds 5] [--quick]
+    python benchmarks/sweep.py [--lengths 16 128] [--batch 1] [--rounds 5] [--quick]
 """
 
 from __future__ import annotations
@@ -36,15 +35,14 @@ def loss(output: Any, batch: Any) -> torch.Tensor:
     return lost.mean(1)
 
 
-def difference(output: Any, batch: Any) -> torch.Tensor:
-    """[batch] logit of token 0 minus that of token 1 at the last position."""
+def logit_diff(output: Any, batch: Any) -> torch.Tensor:
+    """[batch] difference of two tokens' logits at the last position."""
     logits = output if isinstance(output, torch.Tensor) else output.logits
-    return logits[:, -1, 0] - logits[:, -1, 1]
+    return logits[:, -1, 10] - logits[:, -1, 20]
 
 
-difference.at_last_token = True  # type: ignore[attr-defined]
-METRICS = {"last": difference, "every": loss}
-NAMED = {"last": "at the last token", "every": "over every token"}
+logit_diff.reads = lambda batch: torch.tensor([batch["input_ids"].shape[1] - 1])  # type: ignore[attr-defined]
+METRICS: dict[str, Any] = {"loss": loss, "logit difference": logit_diff}
 
 
 def arms(config: GPT2Config, batch: int, length: int, metric: Any) -> dict[str, Callable[[], torch.Tensor]]:
@@ -92,19 +90,6 @@ def arms(config: GPT2Config, batch: int, length: int, metric: Any) -> dict[str, 
     return {"ours": sweep, "one by one": one_by_one, "lens": lens}
 
 
-def compared(config: GPT2Config, batch: int, length: int, metric: Any, rounds: int) -> list[str]:
-    """Of one row of the table: both ratios, both largest differences, and the metric's spread over heads."""
-    made = arms(config, batch, length, metric)
-    results = {name: run() for name, run in made.items()}
-    off = {name: float((results[name] - results["ours"]).abs().max()) for name in ("one by one", "lens")}
-    spread = float(results["ours"].std())
-    if max(off.values()) > 1e-3 * max(1.0, spread) or spread == 0:
-        raise SystemExit(f"the arms differ: {off}")
-    found = interleaved(made, rounds)
-    ratios = [f"{found[name] / found['ours']:.1f}" for name in ("one by one", "lens")]
-    return [*ratios, *(f"{off[name]:.1e}" for name in ("one by one", "lens")), f"{spread:.1e}"]
-
-
 def pruned(config: GPT2Config, batch: int, length: int, rounds: int) -> list[list[str]]:
     """Rows of the table of pruned copies: share of heads gone, parameters, speed, difference from the ablated model."""
     torch.manual_seed(0)
@@ -136,7 +121,6 @@ def main() -> None:
     """Measure, check and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 128])
-    parser.add_argument("--metrics", choices=list(METRICS), nargs="+", default=list(METRICS))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a small model, one round, nothing written: does it work?")
@@ -145,9 +129,25 @@ def main() -> None:
     rounds = 1 if options.quick else options.rounds
     small = {"n_layer": 3, "n_head": 4, "n_embd": 32, "vocab_size": 100} if options.quick else {}
     rows = []
-    for name, length in itertools.product(options.metrics, lengths):
+    for length, (name_of_metric, metric) in itertools.product(lengths, METRICS.items()):
         config = GPT2Config(n_positions=max(256, length), attn_implementation="sdpa", **small)
-        rows.append([NAMED[name], str(length), *compared(config, options.batch, length, METRICS[name], rounds)])
+        made = arms(config, options.batch, length, metric)
+        results = {name: run() for name, run in made.items()}
+        off = {name: float((results[name] - results["ours"]).abs().max()) for name in ("one by one", "lens")}
+        spread = float(results["ours"].std())
+        if max(off.values()) > 1e-3 * max(1.0, spread) or spread == 0:
+            raise SystemExit(f"the arms differ: {off}")
+        found = interleaved(made, rounds)
+        ratios = [f"{found[name] / found['ours']:.1f}" for name in ("one by one", "lens")]
+        rows.append(
+            [
+                str(length),
+                name_of_metric,
+                *ratios,
+                *(f"{off[name]:.1e}" for name in ("one by one", "lens")),
+                f"{spread:.1e}",
+            ]
+        )
         say(" ".join(rows[-1]))
     length = 64 if options.quick else 128
     config = GPT2Config(n_positions=256, attn_implementation="sdpa", **small)
@@ -157,8 +157,8 @@ def main() -> None:
     if options.quick:
         return
     header = [
-        "metric",
         "N",
+        "metric",
         "one forward per head / ours",
         "TransformerLens / ours",
         "largest difference",
@@ -169,11 +169,12 @@ def main() -> None:
     write_section(
         HEADING,
         f"""`python benchmarks/sweep.py`: each of the 144 heads of a random model of GPT-2 small's shape (float32) is
-zero-ablated and a metric taken, on {options.batch} sequence of N tokens: the difference of two logits at the last
-token, or the loss over every token, for which our arm too has to make all logits. Time of one forward per head
-(`wb.ablate`), and of a loop over TransformerLens' `run_with_hooks` (it forces eager attention), over that of
-`workbench.run_sweep`, whose time includes its checks. Differences are those of the metric from ours, beside its spread
-over heads.
+zero-ablated, and the loss of all tokens or the difference of two logits at the last one is measured, on {options.batch}
+sequence of N tokens. Where only the last token counts, the sweep leaves the other logits out. Time of one forward per
+head (`wb.ablate`), and of a loop over TransformerLens' `run_with_hooks` (it forces eager attention), over that of
+`workbench.run_sweep`,
+whose time includes its checks (the weights' hash of a session is computed once). Differences are those of the metric
+from ours, beside its spread over heads.
 
 {table(header, rows)}
 

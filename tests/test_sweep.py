@@ -156,6 +156,66 @@ def test_metrics_by_name_and_against_the_clean_output(wb: Workbench, batches: li
     assert "1 variants, 6 examples" in repr(found)
 
 
+def last_only(output: Any, batch: Batch) -> Tensor:
+    return output.logits[:, -1].double().sin().sum(-1)
+
+
+def says_last(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def metric(output: Any, batch: Batch) -> Tensor:
+        return function(output, batch)
+
+    metric.reads = lambda batch: torch.tensor([batch["input_ids"].shape[1] - 1])  # type: ignore[attr-defined]
+    return metric
+
+
+def test_logits_that_no_metric_reads_are_not_computed(wb: Workbench, batches: list[Batch]) -> None:
+    variants, places = all_heads(wb), []
+    handle = wb.model.lm_head.register_forward_hook(lambda module, given, output: places.append(output.shape[1]))
+    full = run_sweep(wb, variants, batches, last_only, progress=False)
+    assert set(places) == {9, 12}
+    places.clear()
+    few = run_sweep(wb, variants, batches, says_last(last_only), progress=False)
+    handle.remove()
+    assert places.count(1) == len(places) - 1  # all but the forward that they are compared with
+    assert few.mode == "resumed"
+    assert few.batched
+    assert torch.allclose(few.values, full.values, atol=1e-5)
+    assert torch.allclose(few.clean, full.clean, atol=1e-5)
+    both = run_sweep(wb, variants, batches, {"a": says_last(last_only), "b": weighed}, progress=False)
+    assert torch.allclose(both.values[:, 1], run_sweep(wb, variants, batches, weighed, progress=False).values[:, 0])
+
+
+def test_a_metric_that_reads_more_than_it_says_is_found_out(wb: Workbench, batches: list[Batch]) -> None:
+    with pytest.raises(WorkbenchError, match="nan"):
+        run_sweep(wb, all_heads(wb), batches, says_last(weighed), progress=False)
+
+
+def test_a_model_that_keeps_the_wrong_logits_computes_them_all(wb: Workbench, batches: list[Batch]) -> None:
+    variants = all_heads(wb)
+    expected = run_sweep(wb, variants, batches, last_only, progress=False)
+    forward = wb.model.forward
+
+    def wrong(*args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        return forward(*args, logits_to_keep=logits_to_keep * 0 if torch.is_tensor(logits_to_keep) else 0, **kwargs)
+
+    wb.model.forward = wrong
+    try:
+        with pytest.warns(UserWarning, match="all logits are computed"):
+            found = run_sweep(wb, variants, batches, says_last(last_only), progress=False)
+    finally:
+        del wb.model.forward
+    assert torch.equal(found.values, expected.values)
+
+
+def test_weights_that_were_changed_behind_autograd_s_back_have_another_hash(wb: Workbench) -> None:
+    before = wb.weights_hash()
+    assert wb.weights_hash() == before
+    weight = wb.model.transformer.h[0].mlp.c_fc.weight
+    weight.data[0, 0] += 1
+    assert wb.weights_hash() != before
+    weight.data[0, 0] -= 1
+
+
 def test_labels_leave_no_mixed_loss(wb: Workbench) -> None:
     """The loss of a repeated batch would be that of all variants."""
     tokens = ids(2, 9)
@@ -470,48 +530,3 @@ def test_outputs_are_split_by_examples() -> None:
     assert [first["a"].tolist(), second["a"].tolist()] == [[0, 1, 2], [3, 4, 5]]
     assert second["b"][0].tolist() == list(range(6, 12))
     assert second["b"][1].shape == (1, 4)
-
-
-class LastToken:
-    """A metric that says it reads logits at the last token, and notes how many positions it was given."""
-
-    at_last_token = True
-
-    def __init__(self, place: int = -1) -> None:
-        self.place, self.seen = place, set[int]()
-
-    def __call__(self, output: Any, batch: Batch) -> Tensor:
-        self.seen.add(output.logits.shape[1])
-        return workbench.tasks.metrics.last_logits(output, batch)[:, :2].diff(dim=1)[:, 0] + (
-            output.logits[:, 0, 3] if self.place == 0 else 0
-        )
-
-
-@pytest.mark.parametrize(("name", "positions"), [("gpt2", 1), ("gpt2-left-padded", 1), ("gpt2-right-padded", None)])
-def test_only_the_logits_that_are_read_are_made(name: str, positions: int | None) -> None:
-    one = family(name)
-    batch = one.inputs()
-    if positions is None:  # up to the last token of the shortest
-        positions = batch["input_ids"].shape[1] - int(batch["attention_mask"].sum(1).min()) + 1
-        assert positions > 1
-    with workbench.attach(make(one)) as wb:
-        variants, metric = all_heads(wb), LastToken()
-        found = run_sweep(wb, variants, [batch], metric, progress=False)
-        assert metric.seen == {positions, batch["input_ids"].shape[1]}  # all of them once, to compare
-        metric.at_last_token = False
-        every = run_sweep(wb, variants, [batch], metric, progress=False)
-        metric.seen.clear()
-        metric.at_last_token = True
-        labelled = {**batch, "labels": batch["input_ids"]}
-        run_sweep(wb, variants[:1], [labelled], metric, progress=False)
-        assert metric.seen == {batch["input_ids"].shape[1]}
-    torch.testing.assert_close(found.values, every.values, rtol=1e-5, atol=1e-5)
-    assert found.effects.abs().amax((1, 2)).min() > 1e-3
-
-
-def test_a_metric_that_reads_more_than_it_says_gets_all_logits(wb: Workbench, batches: list[Batch]) -> None:
-    variants, metric = all_heads(wb)[:2], LastToken(0)
-    with pytest.warns(UserWarning, match="at_last_token"):
-        found = run_sweep(wb, variants, batches, metric, progress=False)
-    metric.at_last_token = False
-    assert torch.equal(found.values, run_sweep(wb, variants, batches, metric, progress=False).values)

@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 from workbench.compiled import check_not_compiled
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.inputs import dropout_in_training
+from workbench.kept_logits import ARGUMENT, places_read, widened
 from workbench.prefix import Prefix, tensors
 from workbench.provenance import describe
 from workbench.session import Workbench
-from workbench.sweep_inputs import check_batches, check_resumed, identity, logits_needed, measured, size_of
+from workbench.sweep_inputs import check_batches, check_resumed, identity, measured, size_of
 from workbench.sweep_result import Sweep, SweepInterrupted
 from workbench.variants import OutputStack, Resolved, Stack, Variant, repeat, resolve, split
 
@@ -54,9 +55,8 @@ def run_sweep(
         variants: what to try; see `Variant`.
         batches: dicts of model inputs; those tensors whose first axis is the batch are repeated.
         metrics: `metric(output, batch)` gives one number per example [batch]; one, or several by name. A metric with an
-            attribute `against_clean` that is true is called `metric(output, batch, clean_output)`. One with a true
-            attribute `at_last_token`, or one that is so of the batch, reads logits at each example's last token alone,
-            counting from the end; if all do, models that take `logits_to_keep` make no others.
+            attribute `against_clean` that is true is called `metric(output, batch, clean_output)`. By its attribute
+            `reads` a metric says which logits it needs (see `workbench.kept_logits`); the tasks' metrics do.
         reference: where means and resampled examples come from, as in `Workbench.ablate`; the batches by default.
         base: edits that all variants have, and the model they are compared with.
         batched, resumed: False for one variant at a time, or for whole forwards.
@@ -132,8 +132,8 @@ class _Runner:
         self.done = torch.zeros(len(variants), len(batches), dtype=torch.bool)
         self.identity: dict[str, Any] = {}
         self.without_cache = _without_cache(wb.model)
-        self.fewer_logits = True
-        self.kept: tuple[int, Any] = (-1, None)  # number and output of the batch that the prefix is of
+        self.recorded: Any = None  # the output on the first batch, while what blocks gave in it is kept
+        self.sparse = True  # whether logits that no metric reads are left out
 
     def run(self, path: Path | None, reference: Any, seed: int | None, progress: bool) -> Sweep:
         with ExitStack() as stack:
@@ -142,7 +142,7 @@ class _Runner:
             stack.enter_context(self.prefix.open())
             self._try_out()
             self.identity = identity(
-                self.wb.model, self.variants, self.base, self.batches, self.metrics, reference, seed,
+                self.wb, self.variants, self.base, self.batches, self.metrics, reference, seed,
                 memory=self.memory, mode=self.mode, batched=self.batched,
             )  # fmt: skip
             if path is not None:
@@ -185,14 +185,16 @@ class _Runner:
         }
         self.stack.plan = plan
         self.stack.touched.clear()
+        places = self._places(batch)
+        if places is not None:
+            inputs[ARGUMENT] = places
         with self.prefix.resuming(start, times):
-            output = self.wb.model(**{**self.without_cache, **self._fewer(batch), **inputs})
-        return output
+            output = self.wb.model(**{**self.without_cache, **inputs})
+        return output if places is None else widened(output, places, batch["input_ids"].shape[1])
 
-    def _fewer(self, batch: Mapping[str, Any]) -> dict[str, int]:
-        """What to tell the model so that it makes only the logits that are read."""
-        needed = logits_needed(self.wb.model, self.metrics, batch) if self.fewer_logits else None
-        return {} if needed is None else {"logits_to_keep": needed}
+    def _places(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Where logits are needed; None for everywhere."""
+        return places_read(self.wb.model, self.metrics.values(), batch) if self.sparse else None
 
     def _run_plan(self, batch: Mapping[str, Any], size: int, chosen: list[Resolved], start: str | None) -> list[Any]:
         """The model's output for each variant."""
@@ -207,10 +209,8 @@ class _Runner:
     def _try_out(self) -> None:
         """Find out, on the first batch, what this model allows."""
         batch, size = self.batches[0], self.sizes[0]
-        plain = self._try_fewer_logits()
-        if plain is None:
-            plain = self._forward(batch, size, [self.edits], None)
-        recorded = self._clean(0)
+        plain = self._plain(batch, size)
+        recorded = self._record(batch, size) if self.resumed else self._forward(batch, size, [self.edits], None)
         if not _same(plain, recorded):
             if not self.resumed or not _same(plain, self._forward(batch, size, [self.edits], None)):
                 raise InterventionError(
@@ -219,6 +219,7 @@ class _Runner:
                     "try model.eval() or torch.use_deterministic_algorithms(True)",
                 )
             self._fall_back("a forward differs when its blocks are watched")
+        self.recorded = recorded if self.resumed else None
         starts = self.prefix.starts
         if self.resumed and not starts:
             self._fall_back(self.prefix.reason or "no block runs exactly once")
@@ -236,34 +237,25 @@ class _Runner:
                 self.batched = False
                 warnings.warn(f"variants run one by one: {wrong}", UserWarning, stacklevel=4)
 
-    def _try_fewer_logits(self) -> Any:
-        """Make all logits after all, if the metrics are not the same with those alone that they say they read.
-
-        Returns:
-            The output on the first batch, where it has been made as it will be; else None.
-        """
-        first = next((i for i, one in enumerate(self.batches) if self._fewer(one)), None)
-        if first is None:
-            return None
-        batch, size = self.batches[first], self.sizes[first]
-        few = self._forward(batch, size, [self.edits], None)
-        self.fewer_logits = False
-        every = self._forward(batch, size, [self.edits], None)
-        for name, metric in self.metrics.items():
-            values = [
-                _check_value(_call(metric, output, batch, output), name, "the unedited model", slice(0, size))
-                for output in (every, few)
-            ]
-            if not torch.allclose(*values, rtol=_CLOSE, atol=_CLOSE):
-                warnings.warn(
-                    f'all logits are made: with those of the last tokens alone the metric "{name}" is another, though '
-                    "it says at_last_token",
-                    UserWarning,
-                    stacklevel=5,
-                )
-                return every if first == 0 else None
-        self.fewer_logits = True
-        return few if first == 0 else None
+    def _plain(self, batch: Mapping[str, Any], size: int) -> Any:
+        """The unedited model's output; finds out whether logits are the same when only those that are read are made."""
+        found = self._forward(batch, size, [self.edits], None)
+        places = self._places(batch)
+        if places is None:
+            return found
+        self.sparse = False
+        whole = self._forward(batch, size, [self.edits], None)
+        few, all_of_them = (getattr(output, "logits", None) for output in (found, whole))
+        if (
+            few is None
+            or all_of_them is None
+            or few.shape != all_of_them.shape
+            or not _close(all_of_them[:, places], few[:, places])
+        ):
+            warnings.warn(f"all logits are computed: {ARGUMENT} changes those that are kept", UserWarning, stacklevel=5)
+            return whole
+        self.sparse = True
+        return found
 
     def _repeats_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, start: str | None) -> str:
         """Why variants cannot run side by side; "" if they can."""
@@ -282,16 +274,9 @@ class _Runner:
         self.resumed, self.reason = False, reason
         warnings.warn(f"the sweep runs whole forwards: {reason}", UserWarning, stacklevel=5)
 
-    def _clean(self, number: int) -> Any:
-        """The unedited model's output on a batch; what its blocks give is kept to resume from."""
-        batch, size = self.batches[number], self.sizes[number]
-        if not self.resumed:
+    def _record(self, batch: Mapping[str, Any], size: int) -> Any:
+        with self.prefix.recording(size):
             return self._forward(batch, size, [self.edits], None)
-        if self.kept[0] != number:
-            self.kept = (-1, None)  # the old one's memory is free before the new one needs it
-            with self.prefix.recording(size):
-                self.kept = (number, self._forward(batch, size, [self.edits], None))
-        return self.kept[1]
 
     def _go_on(self, path: Path) -> None:
         if not path.exists():
@@ -310,7 +295,9 @@ class _Runner:
             first += size
             if bool(self.done[:, number].all()):
                 continue
-            clean = self._clean(number)
+            clean, self.recorded = self.recorded if number == 0 else None, None
+            if clean is None or not self.resumed:
+                clean = self._record(batch, size) if self.resumed else self._forward(batch, size, [self.edits], None)
             self._measure(clean, clean, batch, None, rows)
             for start, chunk in self._chunks(clean):
                 if bool(self.done[chunk, number].all()):
@@ -343,7 +330,8 @@ class _Runner:
 
     def _measure(self, output: Any, clean: Any, batch: Mapping[str, Any], variant: int | None, rows: slice) -> None:
         for j, (name, metric) in enumerate(self.metrics.items()):
-            value = _call(metric, output, batch, clean)
+            against = bool(getattr(metric, "against_clean", False))
+            value = metric(output, batch, clean) if against else metric(output, batch)
             of = "the unedited model" if variant is None else self.variants[variant].label
             checked = _check_value(value, name, of, rows)
             if variant is None:
@@ -363,15 +351,12 @@ class _Runner:
             reason=self.reason,
             batched=self.batched,
             identity=self.identity,
-            provenance=describe(self.wb.model) | {"weights": self.identity["model weights"]},
+            provenance=describe(self.wb.model)
+            | {"weights": self.identity.get("model weights") or self.wb.weights_hash()},
         )
         if path is not None:
             result.save(path)
         return result
-
-
-def _call(metric: Metric, output: Any, batch: Mapping[str, Any], clean: Any) -> Any:
-    return metric(output, batch, clean) if getattr(metric, "against_clean", False) else metric(output, batch)
 
 
 def _check_value(value: Any, name: str, of: str, rows: slice) -> Tensor:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError, FormatError, WorkbenchError
 from workbench.inputs import check_inputs
-from workbench.provenance import weights_hash
+from workbench.session import Workbench
 from workbench.variants import Resolved, about
-
-_SETTLES = frozenset({"labels", "logits_to_keep", "decoder_input_ids"})
 
 
 def measured(metrics: Any) -> dict[str, Callable[..., Any]]:
@@ -82,31 +78,8 @@ def size_of(batch: Mapping[str, Any]) -> int:
     return 0 if 0 in first else max(first)
 
 
-def logits_needed(model: nn.Module, metrics: Mapping[str, Any], batch: Mapping[str, Any]) -> int | None:
-    """How many positions' logits, counted from the end, hold all that the metrics read of a batch.
-
-    None where all have to be made: a metric that does not say that it reads at the last token, a model that cannot be
-    told, labels, from which the model takes a loss, or a batch that settles it itself.
-    """
-    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
-    ids = batch.get("input_ids")
-    if not takes or not isinstance(ids, Tensor) or ids.dim() != 2 or _SETTLES & set(batch):
-        return None
-    for metric in metrics.values():
-        says = getattr(metric, "at_last_token", False)
-        if not (says(batch) if callable(says) else says):
-            return None
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return 1
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        return None
-    places = torch.arange(mask.shape[1], device=mask.device)
-    return int(mask.shape[1] - (mask.to(places.dtype) * places).amax(1).min())
-
-
 def identity(
-    model: nn.Module,
+    wb: Workbench,
     variants: Sequence[Resolved],
     base: Sequence[Resolved],
     batches: Sequence[Mapping[str, Any]],
@@ -117,8 +90,8 @@ def identity(
 ) -> dict[str, Any]:
     """What two sweeps must share for one to go on from the other's file; plain values."""
     return {
-        "model class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "model weights": weights_hash(model),
+        "model class": f"{type(wb.model).__module__}.{type(wb.model).__qualname__}",
+        "model weights": wb.weights_hash(),
         "variants": _digest([one.about for one in variants]),
         "number of variants": len(variants),
         "base": _digest([one.about for one in base]),

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from workbench import attach
+import workbench
+from workbench import Capacity, attach
 from workbench.capture import Capture
 from workbench.views import View
 
@@ -28,8 +30,6 @@ class _Words:
 @cache
 def capture(layers: int = 2, heads: int = 3, tokens: Sequence[str] = WORDS[:12], batch: int = 1) -> Capture:
     """A capture of a random GPT-2 over these tokens."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
     n = len(tokens)
     config = GPT2Config(n_layer=layers, n_head=heads, n_embd=8 * heads, vocab_size=max(n, 8), n_positions=max(n, 16))
@@ -105,7 +105,43 @@ def _tensor_peek() -> View:
     return views.tensor_peek(torch.linspace(-1, 1, 60).reshape(3, 4, 5), title="Tensor peek")
 
 
+def _what_if() -> View:
+    from workbench import views
+
+    return views.what_if(d_k=48, n=20, heads=4, needed=2)
+
+
+@cache
+def capacity() -> Capacity:
+    """A capacity probe of a random GPT-2."""
+    config = GPT2Config(n_layer=2, n_head=3, n_embd=24, vocab_size=32, n_positions=32)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    with attach(model) as wb:
+        importance = {(0, 0): 0.3, (0, 1): -0.1, (1, 0): 0.2, (1, 2): 0.5}
+        batch = {"input_ids": torch.arange(64).view(2, 32) % 32}
+        return workbench.capacity(wb, batch, repeats=4, resamples=20, importance=importance, progress=False)
+
+
+def _capacity_curves() -> View:
+    from workbench import views
+
+    return views.capacity_curves(capacity())
+
+
+def _conditioning_curves() -> View:
+    from workbench import views
+
+    some = {"experiments": ["blocking", "latent_inhibition"], "rules": ("hebb", "delta")}
+    return views.conditioning_curves(
+        workbench.conditioning(**some, trials=3, repeats=4, resamples=10, d=16, progress=False)
+    )
+
+
 VIEWS: dict[str, Callable[[], View]] = {
+    "capacity_curves": _capacity_curves,
+    "conditioning_curves": _conditioning_curves,
+    "what_if": _what_if,
     "tensor_peek": _tensor_peek,
     "figure": _figure,
     "run_timeline": _run_timeline,

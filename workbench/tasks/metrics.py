@@ -44,14 +44,23 @@ def last_logits(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         batch: the inputs; without an attention mask every row is taken to be full.
     """
     logits = output if isinstance(output, torch.Tensor) else output.logits
+    if batch.get("attention_mask") is None:
+        return logits[:, -1]
+    last = last_places(batch).to(logits.device)
+    return logits[torch.arange(len(last), device=logits.device), last]
+
+
+def last_places(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Position of each prompt's last token, [batch]; of a batch without a mask one number for all, [1].
+
+    >>> last_places({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
+    tensor([1, 2])
+    """
     mask = batch.get("attention_mask")
     if mask is None:
-        return logits[:, -1]
+        return torch.tensor([batch["input_ids"].shape[1] - 1])
     places = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask.to(places.dtype) * places).argmax(dim=1).to(logits.device)
-    if logits.shape[1] < mask.shape[1]:  # those of the last positions alone (`logits_to_keep`)
-        last = last + logits.shape[1] - mask.shape[1]
-    return logits[torch.arange(len(last), device=logits.device), last]
+    return (mask.to(places.dtype) * places).argmax(dim=1)
 
 
 def logit_diff(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -122,11 +131,6 @@ def correct(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.tensor(hits)
 
 
-# A sweep may spare the logits at all other positions.
-for _metric in (logit_diff, probability, kl_divergence, correct):
-    _metric.at_last_token = True  # type: ignore[attr-defined]
-
-
 def _log_sum(logits: torch.Tensor, sets: Sequence[Sequence[int]]) -> torch.Tensor:
     """[batch] log-sum-exp of the logits [batch, vocab] of a set of tokens for each example."""
     widest = max(map(len, sets))
@@ -143,3 +147,7 @@ def _with_answers(batch: Mapping[str, torch.Tensor]) -> TaskBatch:
             hint="use the batches of task.batches(tokenizer), and batch.to(device) to move them",
         )
     return batch
+
+
+for _metric in (logit_diff, probability, kl_divergence, correct):
+    setattr(_metric, "reads", last_places)  # noqa: B010

@@ -4,11 +4,15 @@ Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and share
 """
 
 # These register the views of results.
-from workbench.views import conditioning as _conditioning  # noqa: F401
+from workbench.views import circuits as _circuits  # noqa: F401
 from workbench.views import importance as _importance  # noqa: F401
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
+from workbench.views.capacity_curves import CapacityCurves, capacity_curves
+from workbench.views.circuit_graph import circuit_graph
 from workbench.views.compare import Compare, compare
+from workbench.views.conditioning import capacity_correlation
+from workbench.views.conditioning_curves import ConditioningCurves, conditioning_curves
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
@@ -17,12 +21,15 @@ from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.tensor_peek import TensorPeek, tensor_peek
 from workbench.views.token_strip import TokenStrip, token_strip
+from workbench.views.what_if import WhatIf, what_if
 
 __all__ = [
     "SHARED",
     "AttentionPattern",
+    "CapacityCurves",
     "Click",
     "Compare",
+    "ConditioningCurves",
     "Figure",
     "HeadAtlas",
     "RunTimeline",
@@ -31,8 +38,13 @@ __all__ = [
     "TensorPeek",
     "TokenStrip",
     "View",
+    "WhatIf",
     "attention_pattern",
+    "capacity_correlation",
+    "capacity_curves",
+    "circuit_graph",
     "compare",
+    "conditioning_curves",
     "figure",
     "head_atlas",
     "of",
@@ -40,4 +52,5 @@ __all__ = [
     "run_timeline",
     "tensor_peek",
     "token_strip",
+    "what_if",
 ]

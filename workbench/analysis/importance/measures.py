@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,15 +24,18 @@ class Measure:
         function: `function(output, batch)` gives [batch]; of a divergence, `function(output, batch, clean_output)`.
         higher: True if a better model has more of it, False if less; None for a divergence from the unedited model.
         differentiable: whether it has gradients, at the unedited model.
-        at_last_token: whether it reads logits at each example's last token alone, so that a sweep may spare the others;
-            or a function of the batch that says so.
     """
 
     name: str
     function: Callable[..., Tensor]
     higher: bool | None = True
     differentiable: bool = True
-    at_last_token: bool | Callable[[Mapping[str, Any]], bool] = False
+
+    def reads(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """The token positions whose logits it reads, None for all; of a function, what its attribute `reads` says."""
+        reads = getattr(self.function, "reads", None)
+        found: Tensor | None = None if reads is None else reads(batch)
+        return found
 
     @property
     def against_clean(self) -> bool:
@@ -76,12 +79,11 @@ def _as_measure(value: Any, name: str | None) -> Measure:
             raise WorkbenchError(f'there is no metric "{value}"', hint=nearest(value, list(READY), "metric"))
         value = READY[value]
     if isinstance(value, Measure):
-        return replace(value, name=name or value.name)
+        return Measure(name or value.name, value.function, value.higher, value.differentiable)
     if not callable(value):
         raise WorkbenchError(f"a metric is a name or a function of output and batch, not {type(value).__name__}")
     own = getattr(value, "__name__", type(value).__name__)
-    at_last = getattr(value, "at_last_token", False)
-    return Measure(name or ("metric" if own == "<lambda>" else own), value, at_last_token=at_last)
+    return Measure(name or ("metric" if own == "<lambda>" else own), value)
 
 
 @dataclass
@@ -151,14 +153,9 @@ def _readout(output: Any, batch: Mapping[str, Any]) -> _Readout:
     return _Readout(logits, torch.ones(1, 1, dtype=torch.bool, device=logits.device))
 
 
-def _of_task(batch: Any) -> bool:
-    """Whether a batch knows its answers, which are looked for at the last token."""
-    return hasattr(batch, "answers") and hasattr(batch, "wrong")
-
-
 def _answers(output: Any, batch: Any) -> tuple[Tensor, list[list[int]], list[list[int]]] | None:
     """Logits at the last token [batch, class] with the right and the wrong answers, of a task's batch."""
-    if not _of_task(batch):
+    if not hasattr(batch, "answers") or not hasattr(batch, "wrong"):
         return None
     import workbench
 
@@ -281,12 +278,25 @@ def _last_hidden(output: Any) -> Tensor:
     return found
 
 
+def _answers_at(batch: Any) -> Tensor | None:
+    """Where a task's batch is measured; None for other batches, of which all places count."""
+    if not hasattr(batch, "answers") or not hasattr(batch, "wrong"):
+        return None
+    import workbench
+
+    found: Tensor = workbench.tasks.metrics.last_places(batch)
+    return found
+
+
+for _function in (loss, logit_diff, probability, js_divergence, accuracy):
+    setattr(_function, "reads", _answers_at)  # noqa: B010
+
 READY = {
-    "loss": Measure("loss", loss, higher=False, at_last_token=_of_task),
-    "logit_diff": Measure("logit_diff", logit_diff, at_last_token=_of_task),
-    "probability": Measure("probability", probability, at_last_token=_of_task),
-    "js_divergence": Measure("js_divergence", js_divergence, None, differentiable=False, at_last_token=_of_task),
-    "accuracy": Measure("accuracy", accuracy, differentiable=False, at_last_token=_of_task),
+    "loss": Measure("loss", loss, higher=False),
+    "logit_diff": Measure("logit_diff", logit_diff),
+    "probability": Measure("probability", probability),
+    "js_divergence": Measure("js_divergence", js_divergence, higher=None, differentiable=False),
+    "accuracy": Measure("accuracy", accuracy, differentiable=False),
     "representation": representation(),
 }
 """The ready measures by name. Divergences have no gradient at the unedited model: it is their minimum."""
