@@ -101,8 +101,8 @@ def _check_order(attention: _Attention, before: Any, gone: Sequence[int]) -> Non
     Args:
         before: a copy of the module as it was, which is then like the ablated one.
     """
-    width, reads = attention.width, next(o for name in _OUT if _is_linear(o := getattr(before, name, None)))
-    reads.weight[:, _rows(gone, width)] = 0
+    reads: Any = next(o for name in _OUT if _is_linear(o := getattr(before, name, None)))
+    reads.weight[:, _rows(gone, attention.width)] = 0
     weight = attention.q.weight
     random = torch.randn(1, 5, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     training = attention.module.training
