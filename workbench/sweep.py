@@ -26,6 +26,7 @@ from workbench.variants import OutputStack, Resolved, Stack, Variant, repeat, re
 
 Metric = Callable[..., Tensor]
 _SAVE_EVERY = 30.0  # seconds
+_FEW_ROWS = 256  # vectors in a forward; with fewer, what a forward costs whatever its size weighs more than a block
 _CLOSE = 1e-3  # largest relative difference that repeating the batch may make
 
 
@@ -326,7 +327,25 @@ class _Runner:
             )
         each = 12 * self.prefix.widest + 3 * sum(t.nbytes for t in tensors(clean))
         most = max(1, (self.memory - kept) // max(each, 1)) if self.batched else 1
+        groups = self._paired(groups, order, most)
         return [(start, group[i : i + most]) for start, group in groups.items() for i in range(0, len(group), most)]
+
+    def _paired(
+        self, groups: dict[str | None, list[int]], order: Mapping[str, int], most: int
+    ) -> dict[str | None, list[int]]:
+        """Small groups with those that begin one block later: one more block costs these less than an own forward."""
+        rows = self.prefix.rows if self.resumed else 0
+        found: dict[str | None, list[int]] = {}
+        before: str | None = None
+        for start, group in groups.items():
+            next_to = before is not None and start is not None and order[start] == order[before] + 1
+            if next_to and len(found[before]) * rows < _FEW_ROWS and len(found[before]) + len(group) <= most:
+                found[before] = found[before] + group
+                before = None
+            else:
+                found[start] = group
+                before = start
+        return found
 
     def _measure(self, output: Any, clean: Any, batch: Mapping[str, Any], variant: int | None, rows: slice) -> None:
         for j, (name, metric) in enumerate(self.metrics.items()):

@@ -192,7 +192,7 @@ def _(fixed: Repair) -> View:
     return _bars(
         names, accuracies, "accuracy", title=f"Repair of {fixed.task}",
         caption=(
-            f"{', '.join(fixed.heads)} put on {' and '.join(fixed.towards)} from the last token: accuracy {change} "
+            f"{', '.join(fixed.heads)} put on {', '.join(fixed.towards)} (without {fixed.but}) from the last token: accuracy {change} "
             f"from {before:.3f} to {after:.3f}; {fixed.broken:.1%} of the prompts were right and are wrong after."
         ),
         table=table, provenance=fixed.provenance,
