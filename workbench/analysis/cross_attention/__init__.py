@@ -1,0 +1,6 @@
+"""Does cross-attention explain? Its maps, and how they compare with saliency."""
+
+from workbench.analysis.cross_attention.maps_result import CrossAttention
+from workbench.analysis.cross_attention.result import CrossAttentionSaliency
+
+__all__ = ["CrossAttention", "CrossAttentionSaliency"]
