@@ -79,10 +79,10 @@ class CrossAttentionSaliency(Result):
     hypotheses: tuple[str, ...]
     references: tuple[str | None, ...]
     orders: tuple[str, ...]
-    fractions: Float[Tensor, "step"]
+    fractions: Tensor
     scores: tuple[str, ...]
     curves: Float[Tensor, "utterance order curve step score"]
-    thresholds: Float[Tensor, "threshold"]
+    thresholds: Tensor
     sizes: Float[Tensor, "utterance order threshold"]
     maps: tuple[dict[str, Any], ...]
     alignments: tuple[dict[str, Any], ...]

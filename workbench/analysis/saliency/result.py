@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.saliency.normalising import paired_min_max, standardised
@@ -69,8 +69,8 @@ class Saliency(Result):
 
     form = "workbench.saliency"
 
-    scores: Float[Tensor, "token *position"]
-    standard_error: Float[Tensor, "token *position"]
+    scores: Float[Tensor, "token ..."]
+    standard_error: Float[Tensor, "token ..."]
     n_masks: int
     method: str
     at: str
@@ -86,12 +86,12 @@ class Saliency(Result):
     target_texts: tuple[str, ...]
     special: tuple[bool, ...]
     prompt_ids: tuple[int, ...]
-    picture: Float[Tensor, "..."] | None
+    picture: Tensor | None
     position_texts: tuple[str, ...]
     grid: tuple[int, int] | None
     length: int
     seconds_per_position: float | None
-    segments: tuple[Int[Tensor, "*position"], ...]
+    segments: tuple[Tensor, ...]
     token_scores: Float[Tensor, "token token"] | None
     token_error: Float[Tensor, "token token"] | None
     seed: int
