@@ -53,6 +53,7 @@ def cross_attention_saliency(
     time_axis: int | None = None,
     decoding: Mapping[str, Any] | None = None,
     baseline: Any = "zero",
+    encoder_baseline: Any = "zero",
     batch_size: int = 8,
     **options: Any,
 ) -> CrossAttentionSaliency:
@@ -80,6 +81,7 @@ def cross_attention_saliency(
             "random"; () for none.
         fractions: of cells removed or kept. decode_again: decode each perturbed input, for word error rates.
         keep: of how many examples the maps stay in the result.
+        baseline, encoder_baseline: what masked cells and masked encoder positions become.
         seed, n_bootstrap, level: of masks and random order, and of the intervals over examples.
         options: for `workbench.saliency`, such as granularities, precision, p.
 
@@ -113,7 +115,8 @@ def cross_attention_saliency(
         )  # fmt: skip
         name = str(one.get("name") or f"utterance {i}")
         if isinstance(saliency, str):
-            pair = _both(wb, one, reading, saliency, n_masks, encoder_masks or n_masks, masks | common)
+            theirs = {"n_masks": encoder_masks or n_masks, "baseline": encoder_baseline}
+            pair = _both(wb, one, reading, saliency, masks | common | {"n_masks": n_masks}, theirs)
         else:
             pair = saliency[i]
         attention = maps_of(
@@ -272,24 +275,16 @@ def _magnitude(found: Saliency) -> Tensor:
 
 
 def _both(
-    wb: Workbench,
-    one: Mapping[str, Any],
-    reading: Reading,
-    method: str,
-    n: int,
-    n_encoder: int,
-    options: dict[str, Any],
+    wb: Workbench, one: Mapping[str, Any], reading: Reading, method: str, options: dict[str, Any], own: dict[str, Any]
 ) -> tuple[Saliency, Saliency]:
-    """Saliency of the input and of the encoder's output."""
+    """Saliency of the input and of the encoder's output, for which `own` options hold."""
     ids = reading.targets.cpu()
     only_input = ("segments", "granularities", "compactness", "sigma", "window", "strides")
-    theirs = {name: value for name, value in options.items() if name not in only_input}
-    if isinstance(theirs["baseline"], Tensor) or theirs["baseline"] not in ("zero", "mean"):
-        theirs["baseline"] = "zero"
+    theirs = {name: value for name, value in options.items() if name not in only_input} | own
     second = "encoder_output" if method == "spes" else method
     return (
-        explain(wb, one, method, hypothesis=ids, n_masks=n, **options),
-        explain(wb, one, second, at="encoder", hypothesis=ids, n_masks=n_encoder, **theirs),
+        explain(wb, one, method, hypothesis=ids, **options),
+        explain(wb, one, second, at="encoder", hypothesis=ids, **theirs),
     )
 
 

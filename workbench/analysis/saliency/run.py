@@ -69,7 +69,8 @@ def saliency(
     "integrated_gradients", "gradient_x_input", "occlusion", "feature_ablation", "kernel_shap" are captum's, of the
     log-probability of each token; with at="encoder" on the encoder's output.
 
-    The masking estimators keep running sums only. Mask number m depends on `seed` and m alone, so that neither batches nor
+    The masking estimators keep running sums only. Inside `torch.autocast` all runs, the unperturbed one too, are in its
+    precision. Mask number m depends on `seed` and m alone, so that neither batches nor
     interruptions change the estimate but for rounding. Ctrl-C returns what there is. With at most 12 segments all masks
     are enumerated and the map is exact.
 
@@ -175,7 +176,12 @@ def saliency(
         token_scores=None if tokens[0] is None else tokens[0].float(),
         token_error=None if tokens[1] is None else tokens[1].float(),
         seed=seed,
-        details={"segments": counts, "seconds": time.monotonic() - began, "cached": score_of.cached},
+        details={
+            "segments": counts,
+            "seconds": time.monotonic() - began,
+            "cached": score_of.cached,
+            "autocast": _autocast(reading),
+        },
         state=sums.state() | {"identity": identity},
         **facts,
     )
@@ -292,7 +298,14 @@ def _identity(
         "exact": masks.exact,
         "score": score,
         "baseline": _hash(baseline) if isinstance(baseline, Tensor) else _said(baseline),
+        "autocast": _autocast(reading),
     }
+
+
+def _autocast(reading: Reading) -> str | None:
+    """The type that matrix products run in under the caller's `torch.autocast`, or None."""
+    device = reading.main.device.type
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if torch.is_autocast_enabled(device) else None
 
 
 def _resumed(resume: Saliency | str | Path, identity: dict[str, Any]) -> Sums:
