@@ -14,6 +14,7 @@ from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
 from workbench.views.overview import overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
+from workbench.views.saliency_map import SaliencyMap, saliency_map
 from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.tensor_peek import TensorPeek, tensor_peek
 from workbench.views.token_strip import TokenStrip, token_strip
@@ -26,6 +27,7 @@ __all__ = [
     "Figure",
     "HeadAtlas",
     "RunTimeline",
+    "SaliencyMap",
     "Selection",
     "SharedSelection",
     "TensorPeek",
@@ -38,6 +40,7 @@ __all__ = [
     "of",
     "overview",
     "run_timeline",
+    "saliency_map",
     "tensor_peek",
     "token_strip",
 ]
