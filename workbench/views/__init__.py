@@ -9,6 +9,7 @@ from workbench.views import importance as _importance  # noqa: F401
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
 from workbench.views.compare import Compare, compare
+from workbench.views.cross_attention import cross_attention
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.of import of
@@ -35,6 +36,7 @@ __all__ = [
     "View",
     "attention_pattern",
     "compare",
+    "cross_attention",
     "figure",
     "head_atlas",
     "of",

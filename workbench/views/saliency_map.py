@@ -140,7 +140,7 @@ def saliency_map(
     spec = ViewSpec(
         kind="saliency_map",
         title=title,
-        caption=caption or f"{', '.join(maps)} of {n} output tokens over {positions:,} positions.",
+        caption=caption or f"{n} output tokens over {positions:,} positions: {', '.join(maps)}.",
         facts=facts,
         blocks=blocks,
         table=_table(facts, blocks, {name: dict(spans or {})[name] for name in facts["spans"]}),

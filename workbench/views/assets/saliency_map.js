@@ -8,7 +8,8 @@ import { rgbOf, sound, standardise, correlated } from "./speech.js";
 
 const PICTURE = 190; // height of the spectrogram
 const TITLE = 22;
-const AXIS = 34;
+const AXIS = 28;
+const LANE = 19; // above the spectrogram, for what was said when
 const RIGHT = 58;
 
 export async function render({ model, el }) {
@@ -33,6 +34,9 @@ class SaliencyMap {
     frame.body.append(stage, this.box);
     if (this.facts.rate) this.addSound();
     frame.body.append(this.scales);
+    // Spans of no panel stand above the spectrogram.
+    const panels = ["attention", ...this.facts.maps.map(({ label }) => label)];
+    this.lane = this.facts.spans.map((name, s) => (panels.includes(name) ? -1 : s)).filter((s) => s >= 0);
     this.box.append(...this.facts.tokens.map((_, at) => make("span", { role: "option", class: "token", "data-at": at })));
     this.buildControls();
     this.listen();
@@ -191,9 +195,10 @@ class SaliencyMap {
     const row = Math.max(8, Math.min(18, Math.floor(170 / this.n)));
     let y = 2;
     const places = [];
+    const lane = this.lane.length ? LANE : 0;
     if (facts.picture) {
-      places.push({ top: y + TITLE, height: PICTURE });
-      y += TITLE + PICTURE + 8;
+      places.push({ top: y + TITLE + lane, height: PICTURE });
+      y += TITLE + lane + PICTURE + 8;
     }
     for (let i = 0; i < this.panels.length; i++) {
       places.push({ top: y + TITLE, height: row * this.n });
@@ -297,7 +302,8 @@ class SaliencyMap {
     const { step, label } = facts.picture;
     const [frames, bins] = frame.blocks.picture.shape;
     const who = this.token === null ? "mean over tokens" : `“${cut(facts.tokens[this.token])}”`;
-    this.title(ink, this.above ? `Spectrogram; coloured where ${this.above.label} is above its mean, ${who}` : "Spectrogram", top);
+    const title = this.above ? `Spectrogram; coloured where ${this.above.label} is above its mean, ${who}` : "Spectrogram";
+    this.title(ink, title, top - (this.lane.length ? LANE : 0));
     const width = (lay.width * frames * step) / this.end;
     ink.imageSmoothingEnabled = frames > lay.width;
     ink.drawImage(picture, lay.left, top, width, height);
@@ -315,39 +321,36 @@ class SaliencyMap {
     ink.restore();
     ink.strokeStyle = frame.colour("line");
     ink.strokeRect(lay.left - 0.5, top - 0.5, width + 1, height + 1);
-    this.drawSpans(ink, top, height);
+    this.drawSpans(ink, top);
   }
 
-  /** Brackets over the spectrogram: where tokens were said, and where the chosen one is aligned to. */
-  drawSpans(ink, top, height) {
+  /** Brackets above the spectrogram: where tokens were said. */
+  drawSpans(ink, top) {
     const { lay, frame, facts } = this;
-    if (!facts.spans.length) return;
-    const { data } = frame.blocks.spans;
-    const names = facts.maps.map(({ label }) => label);
-    facts.spans.forEach((name, s) => {
-      const ours = name === "attention" || names.includes(name);
-      if (ours) return;
+    for (const s of this.lane) {
+      const { data } = frame.blocks.spans;
       for (let token = 0; token < this.n; token++) {
         const [from, to] = [0, 1].map((end) => data[(s * this.n + token) * 2 + end]);
         if (!(to > from)) continue;
-        const [x, wide] = [this.x(from), this.x(to) - this.x(from)];
+        const [left, right] = [Math.round(this.x(from)) + 0.5, Math.round(this.x(to)) - 0.5];
         const chosen = token === this.token;
-        ink.fillStyle = ink.strokeStyle = frame.colour(chosen ? "accent" : "ink");
+        ink.fillStyle = ink.strokeStyle = frame.colour(chosen ? "accent" : "muted");
         ink.lineWidth = chosen ? 2 : 1;
         ink.beginPath();
-        ink.moveTo(x + 1, top + 12);
-        ink.lineTo(x + 1, top + 6);
-        ink.lineTo(x + wide - 1, top + 6);
-        ink.lineTo(x + wide - 1, top + 12);
+        ink.moveTo(left, top - 1);
+        ink.lineTo(left, top - 5);
+        ink.lineTo(right, top - 5);
+        ink.lineTo(right, top - 1);
         ink.stroke();
-        ink.font = lay.font;
+        ink.font = `${chosen ? "600 " : ""}${lay.font}`;
+        ink.fillStyle = frame.colour(chosen ? "accent" : "ink");
         ink.textAlign = "center";
-        ink.textBaseline = "top";
+        ink.textBaseline = "alphabetic";
         const text = cut(facts.tokens[token], 12);
-        if (ink.measureText(text).width < wide + 8) ink.fillText(text, x + wide / 2, top + 10);
+        if (ink.measureText(text).width < right - left + 16) ink.fillText(text, (left + right) / 2, top - 8);
       }
-      ink.lineWidth = 1;
-    });
+    }
+    ink.lineWidth = 1;
   }
 
   drawStrip(ink, panel, { top, height }, picture) {
@@ -411,7 +414,9 @@ class SaliencyMap {
       }
       return;
     }
-    const step = ceiling((this.end * 70) / lay.width);
+    const least = (this.end * 60) / lay.width;
+    const power = 10 ** Math.floor(Math.log10(least));
+    const step = power * [1, 2, 5, 10].find((times) => times * power >= least);
     ink.textAlign = "center";
     ink.textBaseline = "top";
     const whole = Math.floor(this.end / step + 1e-9);
