@@ -14,6 +14,7 @@ from workbench.analysis.cross_attention.faithfulness import curves, size, words
 from workbench.analysis.cross_attention.maps import maps_of
 from workbench.analysis.cross_attention.maps_result import CrossAttention
 from workbench.analysis.cross_attention.result import MEASURES, ORDERS, SCORES, CrossAttentionSaliency
+from workbench.analysis.saliency.audio import with_features
 from workbench.analysis.saliency.normalising import paired_min_max, pool, spread_out, standardised
 from workbench.analysis.saliency.reading import Reading, read
 from workbench.analysis.saliency.result import Saliency
@@ -89,7 +90,7 @@ def cross_attention_saliency(
         WorkbenchError: what `workbench.saliency` and `workbench.cross_attention` refuse, T' that does not divide T, or an
             unknown name.
     """
-    several = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    several = [with_features(wb.tokenizer, one) for one in ([inputs] if isinstance(inputs, Mapping) else inputs)]
     if not several:
         raise WorkbenchError("there is no utterance")
     unknown = [order for order in orders if order not in ORDERS]

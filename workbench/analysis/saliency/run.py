@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.saliency import gradients
+from workbench.analysis.saliency.audio import with_features
 from workbench.analysis.saliency.estimate import Budget, noise, run
 from workbench.analysis.saliency.masks import MOST_ENUMERATED, Masks
 from workbench.analysis.saliency.perturb import EncoderMasks, InputMasks
@@ -76,8 +77,9 @@ def saliency(
 
     Args:
         inputs: one example as the model takes it: `input_features`, `input_ids` or `pixel_values`, an `attention_mask`
-            where there is padding, and `decoder_input_ids` or `labels` for a given output. Entries "audio",
-            "sampling_rate", "seconds_per_frame", "name" and "reference" are carried along.
+            where there is padding, and `decoder_input_ids` or `labels` for a given output. Or "audio" [sample] and its
+            "sampling_rate", of which the attached processor's feature extractor makes features. Entries
+            "seconds_per_frame", "name" and "reference" are carried along.
         at: "input" or "encoder"; follows from the method if None.
         hypothesis: ids of the output to explain, behind the prompt; decoded if None.
         prompt: decoder ids before it that are not explained; the model's start token if None.
@@ -119,6 +121,7 @@ def saliency(
     if batch_size < 1:
         raise WorkbenchError(f"batch_size is at least 1, not {batch_size}")
     check_score(score)
+    inputs = with_features(wb.tokenizer, inputs)
     reading = read(
         wb.model, inputs, hypothesis=hypothesis, prompt=None if prompt is None else torch.as_tensor(prompt),
         frames=frames, time_axis=time_axis, **dict(decoding or {}),
