@@ -1,4 +1,4 @@
-"""Saliency of real architectures: against one forward per mask in plain code, and captum's methods against definitions."""
+"""Saliency of real architectures: against one plain forward per mask, and captum's methods against definitions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from transformers.modeling_outputs import BaseModelOutput
 import workbench
 from support.encoder_decoders import HYPOTHESIS, NAMES, encoder_decoder
 from workbench import Saliency, saliency
+from workbench.analysis.saliency.masks import Masks
 from workbench.analysis.saliency.segments import superpixels
-
-INPUT = {"whisper": "input_features", "captioner": "pixel_values"}
 
 
 def explained(name: str, method: str = "spes", **options: Any) -> tuple[Saliency, nn.Module, dict[str, Tensor]]:
     model, inputs = encoder_decoder(name)
     with workbench.attach(model) as wb:
-        found = saliency(wb, inputs, method, hypothesis=HYPOTHESIS, progress=False, **options)
+        found = saliency(
+            wb, inputs, method, **({"hypothesis": HYPOTHESIS, "progress": False, "batch_size": 32} | options)
+        )
     return found, model, inputs
 
 
@@ -82,8 +83,6 @@ def test_the_encoder_output_is_explained_without_running_the_encoder(name: str, 
     empty = torch.zeros_like(states[:, :1]) if baseline == "zero" else states.mean(1, keepdim=True)
     masks, scores = [], []
     for m in range(60):
-        from workbench.analysis.saliency.masks import Masks
-
         z = Masks((states.shape[1],), 0.5, 0).at(m).hidden[0]
         masks.append(z)
         hidden = torch.where(z[None, :, None], empty, states)
@@ -102,8 +101,6 @@ def test_spectrograms_pool_all_granularities() -> None:
     features = inputs["input_features"]
     maps = superpixels(features[0].T, (100, 200), sigma=0.0)
     assert all(torch.equal(a, b) for a, b in zip(maps, found.segments, strict=True))
-    from workbench.analysis.saliency.masks import Masks
-
     stream = Masks(tuple(int(one.max()) + 1 for one in maps), 0.5, 0)
     ids = decoder_ids(model)
     clean = model(**inputs, decoder_input_ids=ids).logits[0]
@@ -209,7 +206,7 @@ def test_captum_at_the_encoder_keeps_to_its_definitions(name: str) -> None:
 
 
 def test_kernel_shap_is_additive_and_states_its_spread() -> None:
-    found, model, inputs = explained("bart", "kernel_shap", n_masks=1200)
+    found, model, inputs = explained("bart", "kernel_shap", n_masks=240)
     assert found.standard_error.shape == found.scores.shape
     assert (found.standard_error > 0).all()
     ids = decoder_ids(model)

@@ -20,8 +20,8 @@ def with_features(processor: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         inputs: may hold "audio" [sample], from −1 to 1.
 
     Raises:
-        WorkbenchError: the recording is silent, too long, not finite, of another rate than the extractor's, or of unknown
-            rate; or there is no extractor.
+        WorkbenchError: the recording is silent, too long, not finite, of another rate than the extractor's, or of
+            unknown rate; or there is no extractor.
     """
     given = dict(inputs)
     extractor = getattr(processor, "feature_extractor", None)
@@ -45,11 +45,11 @@ def with_features(processor: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if rate is None:
         raise WorkbenchError("the audio's rate is not known", hint='pass "sampling_rate" with it')
     longest = getattr(extractor, "n_samples", None)
-    if longest is not None and len(audio) > longest:
+    if longest is not None and wanted is not None and len(audio) > longest:
         raise WorkbenchError(
             f"the audio lasts {len(audio) / wanted:.1f} s, the model takes {longest / wanted:g} s",
             shape=audio.shape,
             hint="cut it into shorter utterances",
         )
-    found = extractor(audio.numpy(), sampling_rate=wanted, return_tensors="pt", return_attention_mask=True)
+    found = extractor(audio.numpy(), sampling_rate=int(rate), return_tensors="pt", return_attention_mask=True)
     return given | {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}

@@ -59,11 +59,11 @@ def saliency(
 ) -> Saliency:
     """How much each output token depends on each part of the input, or of the encoder's output.
 
-    "spes" (Fucci et al. 2024, arXiv 2411.01710): segments are masked at random, each with probability p. The score of mask
-    m for token k is KL_k(m) = Σ_v P(v | y_<k, X) ln (P(v | y_<k, X) / P(v | y_<k, X_m)), all tokens from one forward by
-    teacher forcing. The map is the mean score of the masks that hide a cell: S_k = Σ_m Z_m KL_k(m) / Σ_m Z_m. Spectrograms
-    are cut into superpixels at three granularities; tokens and image patches are segments themselves. As published it
-    takes n_masks=20000 and `decoding={"num_beams": 5, "no_repeat_ngram_size": 5}`.
+    "spes" (Fucci et al. 2024, arXiv 2411.01710): segments are masked at random, each with probability p. The score of
+    mask m for token k is KL_k(m) = Σ_v P(v | y_<k, X) ln (P(v | y_<k, X) / P(v | y_<k, X_m)), all tokens from one
+    forward by teacher forcing. A cell's saliency is the mean score of the masks that hide it, S_k = Σ_m Z_m KL_k(m) / Σ_m Z_m.
+    Spectrograms are cut into superpixels at three granularities; tokens and image patches are segments themselves. As
+    published it takes n_masks=20000 and `decoding={"num_beams": 5, "no_repeat_ngram_size": 5}`.
 
     "encoder_output" is the same estimator with whole positions of the encoder's output masked: the decoder alone runs.
 
@@ -84,22 +84,22 @@ def saliency(
         hypothesis: ids of the output to explain, behind the prompt; decoded if None.
         prompt: decoder ids before it that are not explained; the model's start token if None.
         frames: input positions that are no padding. time_axis: of [1, a, b] features, where the model does not tell.
-        segments: maps of segment numbers over the explained positions, one per granularity; "slic" for superpixels of an
-            image; None for the method's own.
+        segments: maps of segment numbers over the explained positions, one per granularity; "slic" for superpixels of
+            an image; None for the method's own.
         granularities, compactness, sigma: of the superpixels.
         p: probability of masking a segment. p_tokens: of masking the embedding of a previous output token.
         score: "kl", "probability" or "log_probability" (drops of the token's own).
         baseline: what masked cells become: "zero", "mean", "min", a number or a tensor.
-        n_masks, seconds: the budget; n_masks counts a resumed run's too. precision: stop when the root mean square of the
-            standard errors of each token's map is at most this share of the map's standard deviation.
+        n_masks, seconds: the budget; n_masks counts a resumed run's too. precision: stop when the root mean square of
+            the standard errors of each token's map is at most this share of the map's standard deviation.
         exact: enumerate all masks; None for where it is possible.
         batch_size: masks per forward. resume: a partial result, or its file, to go on from.
         options: for captum's methods: n_steps, window, strides, n_segments, repeats.
 
     Raises:
         PrecisionError: the budget ended before `precision` was reached; the error holds the result.
-        WorkbenchError: no encoder-decoder, several examples, silence, an input that is too long, an empty hypothesis, an
-            unknown name, or a `resume` of another run.
+        WorkbenchError: no encoder-decoder, several examples, silence, an input that is too long, an empty hypothesis,
+            an unknown name, or a `resume` of another run.
 
     >>> import torch, workbench
     >>> from transformers import BartConfig, BartForConditionalGeneration
