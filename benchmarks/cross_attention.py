@@ -1,9 +1,9 @@
 """Does Whisper base's cross-attention explain? Attention against saliency, per head, per layer and averaged.
 
-Voice samples of Debian's alsa-utils and sentences spoken by espeak-ng are explained by SPES at the input and by the same
-estimator at the encoder's output; every attention map is compared with both. Deletion and insertion curves for attention,
-saliency and random order. The paper's figures, for its own Conformer models, stand beside. Prints; writes its section of
-docs/benchmarks.md with --write.
+Voice samples of Debian's alsa-utils and sentences spoken by espeak-ng are explained by SPES at the input and by the
+same estimator at the encoder's output; every attention map is compared with both. Deletion and insertion curves for
+attention, saliency and random order. The paper's figures, for its own Conformer models, stand beside. Prints; writes
+its section of docs/benchmarks.md with --write.
 
     python benchmarks/cross_attention.py [--masks 300] [--encoder-masks 2000] [--utterances 7] [--write]
 """
@@ -21,11 +21,12 @@ import workbench
 from workbench import CrossAttentionSaliency, Saliency
 
 HEADING = "Does Whisper base's cross-attention explain?"
-PAPER = """Papi et al. 2025 (arXiv 2509.18010) report for their own models (Conformer encoders, 20,000 masks, EuroParl-ST):
-Pearson with input saliency up to 0.588 for the base model (English ASR) and 0.639 for the multilingual ones, last decoder
-layers best, single heads weak, averages over heads and then layers better; with encoder-output saliency 0.03 to 0.18 more;
-52 to 75 % of encoder-output saliency covered; deletion (area under WER, base) 41.2 for attention, 57.04 for pooled and 91.3
-for full-resolution saliency. Neither model, data nor number of masks are the same here: the figures are no reproduction."""
+PAPER = """Papi et al. 2025 (arXiv 2509.18010) report for their own models (Conformer encoders, 20,000 masks,
+EuroParl-ST): Pearson with input saliency up to 0.588 for the base model (English ASR) and 0.639 for the multilingual
+ones, last decoder layers best, single heads weak, averages over heads and then layers better; with encoder-output
+saliency 0.03 to 0.18 more; 52 to 75 % of encoder-output saliency covered; deletion (area under WER, base) 41.2 for
+attention, 57.04 for pooled and 91.3 for full-resolution saliency. Neither model, data nor number of masks are the same
+here: the figures are no reproduction."""
 
 
 def bounds(mean: float | None, low: float | None, high: float | None) -> str:
@@ -119,7 +120,8 @@ def explain(wb: workbench.Workbench, one: dict[str, object], options: argparse.N
     )
     second = workbench.saliency(wb, one, "encoder_output", n_masks=options.encoder_masks, batch_size=16, **common)
     say(
-        f"{one['name']}: {''.join(first.target_texts)!r}, {first.positions} frames, segments {first.details['segments']}, "
+        f"{one['name']}: {''.join(first.target_texts)!r}, {first.positions} frames, "
+        f"segments {first.details['segments']}, "
         f"noise {first.noise.median():.2f} and {second.noise.median():.2f}, {time.perf_counter() - began:.0f} s"
     )
     return first, second
@@ -155,11 +157,11 @@ def main() -> None:
     seconds = found.maps[0]["seconds_per_position"] or 0.02
     coverage = found.coverage.set_index("aggregate")
     lines = [f"{i}. {n}: “{h}”" for i, (n, h) in enumerate(zip(found.utterances, found.hypotheses, strict=True), 1)]
-    text = f"""`python benchmarks/cross_attention.py`: {found.n_utterances} utterances, {arithmetic}; {options.masks} masks at the
-input (superpixel granularities {options.granularities}, baseline the mean of the spectrogram) and {options.encoder_masks} at
-the encoder's output (frames, zero). Median noise of the maps (standard error over spread): {noise[0]:.2f} and {noise[1]:.2f}.
-Mean over utterances with 95 % bootstrap intervals; maps standardised per token (“all”: over all cells); the end token and
-padding left out. Heard:
+    text = f"""`python benchmarks/cross_attention.py`: {found.n_utterances} utterances, {arithmetic}; {options.masks}
+masks at the input (superpixel granularities {options.granularities}, baseline the mean of the spectrogram) and
+{options.encoder_masks} at the encoder's output (frames, zero). Median noise of the maps (standard error over spread):
+{noise[0]:.2f} and {noise[1]:.2f}. Mean over utterances with 95 % bootstrap intervals; maps standardised per token
+(“all”: over all cells); the end token and padding left out. Heard:
 
 {chr(10).join(lines)}
 
@@ -173,14 +175,15 @@ Single heads against encoder-output saliency:
 
 {heads(found, "encoder_output")}
 
-Best single map: {found.best}. Averaged over all heads, {coverage.loc["all", "share"]:.2f} of the correlation with encoder-output
-saliency is left at the input (difference {coverage.loc["all", "difference"]:.2f}); input and encoder-output saliency correlate by
-{found.between[:, 0].nanmean():.2f}. Deletion and insertion, area under the mean curve (WER against the unperturbed
-hypothesis in percent; p the mean probability of its tokens), and size:
+Best single map: {found.best}. Averaged over all heads, {coverage.loc["all", "share"]:.2f} of the correlation with
+encoder-output saliency is left at the input (difference {coverage.loc["all", "difference"]:.2f}); input and
+encoder-output saliency correlate by {found.between[:, 0].nanmean():.2f}. Deletion and insertion, area under the mean
+curve (WER against the unperturbed hypothesis in percent; p the mean probability of its tokens), and size:
 
 {curves(found)}
 
-Alignments of tokens by attention (alignment heads) and by input saliency differ by {disagreement * seconds:.2f} s in the median.
+Alignments of tokens by attention (alignment heads) and by input saliency differ by {disagreement * seconds:.2f} s in
+the median.
 
 {PAPER}
 

@@ -31,11 +31,11 @@ _SENTENCES = (
 
 def whisper() -> tuple[Any, Any, Any]:
     """Whisper base, its tokenizer and its feature extractor."""
-    from support import whisper_base
-    from support.folders import model_folder
     from transformers import WhisperFeatureExtractor
 
     import workbench
+    from support import whisper_base
+    from support.folders import model_folder
 
     folder = model_folder(whisper_base)
     model, tokenizer = workbench.models.load(folder)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.cross_attention.maps_result import WEIGHTINGS, CrossAttention
+from workbench.analysis.saliency.audio import with_features
 from workbench.analysis.saliency.reading import Reading, grid_of, read, special_ids
 from workbench.analysis.saliency.run import describe_reading
 from workbench.capture import Capture
@@ -56,8 +57,10 @@ def cross_attention(
     Raises:
         WorkbenchError: no cross-attention, an unknown weighting, or whatever `workbench.saliency` refuses.
     """
+    inputs = with_features(wb.tokenizer, inputs)
     reading = read(
-        wb.model, inputs, hypothesis=hypothesis, prompt=None if prompt is None else torch.as_tensor(prompt),
+        wb.model,
+        inputs, hypothesis=hypothesis, prompt=None if prompt is None else torch.as_tensor(prompt),
         frames=frames, time_axis=time_axis, **dict(decoding or {}),
     )  # fmt: skip
     return maps_of(

@@ -27,7 +27,8 @@ class CrossAttentionSaliency(Result):
 
     Attributes:
         aggregates, kinds: of each compared attention map, its name ("L3H1", "L3", "H1", "all", "alignment heads") and
-            kind ("head", "layer", "head index", "all", "alignment heads"). layers, heads: their numbers, None for means.
+            kind ("head", "layer", "head index", "all", "alignment heads"). layers, heads: their numbers, None for
+            means.
         saliencies: what attention is compared with: "input" (saliency of the input, pooled to encoder positions) and
             "encoder_output".
         measures: names along the last axis of `correlations`: "pearson", "spearman".
@@ -41,11 +42,12 @@ class CrossAttentionSaliency(Result):
             where not given).
         orders: by what cells were ranked for deletion and insertion; names from `ORDERS`. Empty without curves.
         fractions: [step] share of cells removed or kept. scores: names along the last axis of `curves`.
-        curves: [utterance, order, 2, step, score]; the axis of 2 is (deletion, insertion). "log_probability" is the mean
-            over the hypothesis's tokens, "probability" the mean probability, "wer" the word error rate of decoding again
-            against the unperturbed hypothesis, in percent and at most 100; NaN where nothing was decoded again.
-        thresholds: [threshold]. sizes: [utterance, order, threshold] percent of cells whose normalised value is at least
-            the threshold.
+        curves: [utterance, order, 2, step, score]; the axis of 2 is (deletion, insertion). "log_probability" is the
+            mean over the hypothesis's tokens, "probability" the mean probability, "wer" the word error rate of
+            decoding again against the unperturbed hypothesis, in percent and at most 100; NaN where nothing was
+            decoded again.
+        thresholds: [threshold]. sizes: [utterance, order, threshold] percent of cells whose normalised value is at
+            least the threshold.
         maps: of the first utterances, what views draw; each a dict with "name", "target_texts", "special", "picture"
             ([time, frequency] or None), "kind", "position_texts", "input_saliency" [token, position...], "input_error",
             "pooled_input_saliency" [token, encoder position], "encoder_saliency", "encoder_error",
@@ -203,7 +205,7 @@ class CrossAttentionSaliency(Result):
 
     @property
     def size_table(self) -> pd.DataFrame:
-        """Compactness: the area under the share of cells (percent) over thresholds, per order; lower is more compact."""
+        """Compactness: area under the share of cells (percent) over thresholds, per order; lower is more compact."""
         import pandas as pd
 
         area = torch.trapezoid(self.sizes, self.thresholds.to(self.sizes), dim=2)

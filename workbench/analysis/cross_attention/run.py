@@ -1,4 +1,4 @@
-"""`cross_attention_saliency`: does cross-attention explain? Attention against saliency, over one or several examples."""
+"""`cross_attention_saliency`: attention against saliency, over one or several examples."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from workbench.analysis.cross_attention.faithfulness import curves, size, words
 from workbench.analysis.cross_attention.maps import maps_of
 from workbench.analysis.cross_attention.maps_result import CrossAttention
 from workbench.analysis.cross_attention.result import MEASURES, ORDERS, SCORES, CrossAttentionSaliency
+from workbench.analysis.saliency.audio import with_features
 from workbench.analysis.saliency.normalising import paired_min_max, pool, spread_out, standardised
 from workbench.analysis.saliency.reading import Reading, read
 from workbench.analysis.saliency.result import Saliency
@@ -57,7 +58,9 @@ def cross_attention_saliency(
     batch_size: int = 8,
     **options: Any,
 ) -> CrossAttentionSaliency:
-    """Compare what a decoder attends to with what its output depends on, head by head (Papi et al. 2025, arXiv 2509.18010).
+    """Compare what a decoder attends to with what its output depends on, head by head.
+
+    After Papi et al. 2025 (arXiv 2509.18010).
 
     Attention maps are those of single heads, of the heads of a layer, of a head index over layers, of all, and of the
     alignment heads, averaged in this order. Each is compared with the saliency of the input, pooled to the encoder's
@@ -86,10 +89,10 @@ def cross_attention_saliency(
         options: for `workbench.saliency`, such as granularities, precision, p.
 
     Raises:
-        WorkbenchError: what `workbench.saliency` and `workbench.cross_attention` refuse, T' that does not divide T, or an
-            unknown name.
+        WorkbenchError: what `workbench.saliency` and `workbench.cross_attention` refuse, T' that does not divide T, or
+            an unknown name.
     """
-    several = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    several = [with_features(wb.tokenizer, one) for one in ([inputs] if isinstance(inputs, Mapping) else inputs)]
     if not several:
         raise WorkbenchError("there is no utterance")
     unknown = [order for order in orders if order not in ORDERS]
@@ -218,14 +221,14 @@ class _Study:
         both = [torch.nan, torch.nan] if x is None or y is None else [correlation(x, y, m) for m in MEASURES]
         self.between.append(torch.tensor(both, dtype=torch.float64))
         guide = maps["alignment heads" if attention.alignment_heads else "all"]
-        a, b = align(guide[rows]), align(own[rows])
+        by_attention, by_saliency = align(guide[rows]), align(own[rows])
         self.alignments.append(
             {
                 "token": tuple(rows),
                 "token_text": tuple(attention.target_texts[i] for i in rows),
-                "attention": a,
-                "saliency": b,
-                "disagreement": disagreement(a, b),
+                "attention": by_attention,
+                "saliency": by_saliency,
+                "disagreement": disagreement(by_attention, by_saliency),
             }
         )
         return {"attention": maps["all"], "own": own, "theirs": theirs, "full": _magnitude(pair[0])}

@@ -44,10 +44,10 @@ class InputMasks:
 class EncoderMasks:
     """Scores of masks on the encoder's output; the encoder never runs again.
 
-    A masked frame's keys and values are those of the baseline's frame, because their projections are made frame by frame.
-    Both are taken from the decoder's cache once, and each mask chooses between them: the projections, most of the
-    decoder's work for long inputs, are not computed again. One mask is compared with plain decoding first; where they
-    differ, or the decoder keeps no such cache, every mask is decoded plainly and `cached` says so.
+    A masked frame's keys and values are those of the baseline's frame, because their projections are made frame by
+    frame. Both are taken from the decoder's cache once, and each mask chooses between them: the projections, most of
+    the decoder's work for long inputs, are not computed again. One mask is compared with plain decoding first; where
+    they differ, or the decoder keeps no such cache, every mask is decoded plainly and `cached` says so.
 
     Args:
         cells: per granularity [encoder position] the segment of each explained position.
@@ -119,7 +119,8 @@ class EncoderMasks:
         for i in range(0, len(filled), 2):
             cross.update(filled[i][:, :, :0], filled[i + 1][:, :, :0], i // 2)
             # Set by hand, since update would copy them.
-            cross.layers[i // 2].keys, cross.layers[i // 2].values = filled[i], filled[i + 1]
+            layer: Any = cross.layers[i // 2]
+            layer.keys, layer.values = filled[i], filled[i + 1]
         return EncoderDecoderCache(DynamicCache(), cross)
 
 

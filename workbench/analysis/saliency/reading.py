@@ -96,7 +96,7 @@ class Reading:
         return torch.where(whole, baseline, self.main)
 
     def baseline_of(self, baseline: str | float | Tensor) -> Tensor:
-        """What masked cells become: "zero", "mean" or "min" of the explained cells, a number, or a tensor like the input.
+        """What masked cells become: "zero", "mean" or "min" of the explained cells, a number, or a tensor.
 
         Raises:
             WorkbenchError: another name, or a tensor of another shape.
@@ -167,8 +167,8 @@ def read(
     """Read one example: its input, its hypothesis (decoded unless given), and the unperturbed model's probabilities.
 
     Args:
-        inputs: one example as the model takes it, [1, ...]; `EXTRAS` are left aside. Its `decoder_input_ids` or `labels`
-            are taken for the hypothesis.
+        inputs: one example as the model takes it, [1, ...]; `EXTRAS` are left aside. Its `decoder_input_ids` or
+            `labels` are taken for the hypothesis.
         hypothesis: ids [n] behind the prompt.
         prompt: decoder ids that are given and not explained; the start token if None.
         frames: positions along time that are no padding; those of the attention mask if None, else all.
@@ -287,9 +287,9 @@ def decode(
     rest = {name: value.expand(len(states), *value.shape[1:]) for name, value in reading.rest.items()}
     ids = reading.prompt[None].expand(len(states), -1)
     # Models with a generate of their own (Whisper's cuts audio into windows) want the input; here there is none.
-    found = GenerationMixin.generate(
-        model, encoder_outputs=encoded(states), decoder_input_ids=ids, generation_config=generation, **rest
-    )  # type: ignore[call-overload]
+    generate: Any = GenerationMixin.generate
+    given = {"decoder_input_ids": ids, "generation_config": generation, **rest}
+    found: Tensor = generate(model, encoder_outputs=encoded(states), **given)
     rows = []
     for row in found[:, len(reading.prompt) :]:
         stop = next((i + 1 for i, token in enumerate(row.tolist()) if token in ends), len(row))
@@ -310,7 +310,8 @@ def embedding_of(tower: nn.Module) -> nn.Module:
         for path, module in tower.named_modules():
             if path.rpartition(".")[2] == name:
                 return module
-    found = tower.get_input_embeddings() if hasattr(tower, "get_input_embeddings") else None
+    get: Any = getattr(tower, "get_input_embeddings", None)
+    found = None if get is None else get()
     if not isinstance(found, nn.Module):
         raise WorkbenchError(f"no table of token embeddings was found in {type(tower).__name__}")
     return found

@@ -38,8 +38,8 @@ class Saliency(Result):
     raster order], "image" [row, column].
 
     Attributes:
-        scores: [output token, position...]; of "spes" in nats of KL divergence. Only the first `positions` of the model's
-            input are explained, its padding is not.
+        scores: [output token, position...]; of "spes" in nats of KL divergence. Only the first `positions` of the
+            model's input are explained, its padding is not.
         standard_error: of each score, same shape; zeros for methods that draw nothing at random.
         n_masks: how many masks (or, for other methods, model evaluations) the estimate rests on.
         method: such as "spes" or "integrated_gradients". at: "input" or "encoder" (the encoder's output).
@@ -47,9 +47,10 @@ class Saliency(Result):
         score: what a mask is scored with: "kl", "probability", or "log_probability".
         baseline: what masked positions become. p: share masked; None where nothing is masked at random.
         exact: every mask was enumerated. signed: scores may be negative by construction.
-        partial: the run ended before its budget. stopped: "budget", "seconds", "precision", "interrupted", "enumerated",
-            or "computed" for methods without a budget.
-        target_ids, target_texts: [output token]. special: [output token], whether it is a special token (such as the end).
+        partial: the run ended before its budget. stopped: "budget", "seconds", "precision", "interrupted",
+            "enumerated", or "computed" for methods without a budget.
+        target_ids, target_texts: [output token]. special: [output token], whether it is a special token (such as the
+            end).
         prompt_ids: decoder tokens before the first explained one.
         picture: what was explained, to draw under the map: the spectrogram [time, frequency] or image [channel, row,
             column]; None for the rest.
@@ -140,7 +141,7 @@ class Saliency(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per output token and position along the first axis (spectrograms and images: the mean of the rest)."""
+        """One row per output token and position along the first axis, with the mean of other axes."""
         import pandas as pd
 
         mean = self.scores.flatten(2).mean(2) if self.scores.dim() > 2 else self.scores

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.saliency import gradients
+from workbench.analysis.saliency.audio import with_features
 from workbench.analysis.saliency.estimate import Budget, noise, run
 from workbench.analysis.saliency.masks import MOST_ENUMERATED, Masks
 from workbench.analysis.saliency.perturb import EncoderMasks, InputMasks
@@ -58,11 +59,11 @@ def saliency(
 ) -> Saliency:
     """How much each output token depends on each part of the input, or of the encoder's output.
 
-    "spes" (Fucci et al. 2024, arXiv 2411.01710): segments are masked at random, each with probability p. The score of mask
-    m for token k is KL_k(m) = Σ_v P(v | y_<k, X) ln (P(v | y_<k, X) / P(v | y_<k, X_m)), all tokens from one forward by
-    teacher forcing. The map is the mean score of the masks that hide a cell: S_k = Σ_m Z_m KL_k(m) / Σ_m Z_m. Spectrograms
-    are cut into superpixels at three granularities; tokens and image patches are segments themselves. As published it
-    takes n_masks=20000 and `decoding={"num_beams": 5, "no_repeat_ngram_size": 5}`.
+    "spes" (Fucci et al. 2024, arXiv 2411.01710): segments are masked at random, each with probability p. The score of
+    mask m for token k is KL_k(m) = Σ_v P(v | y_<k, X) ln (P(v | y_<k, X) / P(v | y_<k, X_m)), all tokens from one
+    forward by teacher forcing. A cell's saliency is the mean score of the masks that hide it, S_k = Σ_m Z_m KL_k(m) / Σ_m Z_m.
+    Spectrograms are cut into superpixels at three granularities; tokens and image patches are segments themselves. As
+    published it takes n_masks=20000 and `decoding={"num_beams": 5, "no_repeat_ngram_size": 5}`.
 
     "encoder_output" is the same estimator with whole positions of the encoder's output masked: the decoder alone runs.
 
@@ -76,28 +77,29 @@ def saliency(
 
     Args:
         inputs: one example as the model takes it: `input_features`, `input_ids` or `pixel_values`, an `attention_mask`
-            where there is padding, and `decoder_input_ids` or `labels` for a given output. Entries "audio",
-            "sampling_rate", "seconds_per_frame", "name" and "reference" are carried along.
+            where there is padding, and `decoder_input_ids` or `labels` for a given output. Or "audio" [sample] and its
+            "sampling_rate", of which the attached processor's feature extractor makes features. Entries
+            "seconds_per_frame", "name" and "reference" are carried along.
         at: "input" or "encoder"; follows from the method if None.
         hypothesis: ids of the output to explain, behind the prompt; decoded if None.
         prompt: decoder ids before it that are not explained; the model's start token if None.
         frames: input positions that are no padding. time_axis: of [1, a, b] features, where the model does not tell.
-        segments: maps of segment numbers over the explained positions, one per granularity; "slic" for superpixels of an
-            image; None for the method's own.
+        segments: maps of segment numbers over the explained positions, one per granularity; "slic" for superpixels of
+            an image; None for the method's own.
         granularities, compactness, sigma: of the superpixels.
         p: probability of masking a segment. p_tokens: of masking the embedding of a previous output token.
         score: "kl", "probability" or "log_probability" (drops of the token's own).
         baseline: what masked cells become: "zero", "mean", "min", a number or a tensor.
-        n_masks, seconds: the budget; n_masks counts a resumed run's too. precision: stop when the root mean square of the
-            standard errors of each token's map is at most this share of the map's standard deviation.
+        n_masks, seconds: the budget; n_masks counts a resumed run's too. precision: stop when the root mean square of
+            the standard errors of each token's map is at most this share of the map's standard deviation.
         exact: enumerate all masks; None for where it is possible.
         batch_size: masks per forward. resume: a partial result, or its file, to go on from.
         options: for captum's methods: n_steps, window, strides, n_segments, repeats.
 
     Raises:
         PrecisionError: the budget ended before `precision` was reached; the error holds the result.
-        WorkbenchError: no encoder-decoder, several examples, silence, an input that is too long, an empty hypothesis, an
-            unknown name, or a `resume` of another run.
+        WorkbenchError: no encoder-decoder, several examples, silence, an input that is too long, an empty hypothesis,
+            an unknown name, or a `resume` of another run.
 
     >>> import torch, workbench
     >>> from transformers import BartConfig, BartForConditionalGeneration
@@ -119,6 +121,7 @@ def saliency(
     if batch_size < 1:
         raise WorkbenchError(f"batch_size is at least 1, not {batch_size}")
     check_score(score)
+    inputs = with_features(wb.tokenizer, inputs)
     reading = read(
         wb.model, inputs, hypothesis=hypothesis, prompt=None if prompt is None else torch.as_tensor(prompt),
         frames=frames, time_axis=time_axis, **dict(decoding or {}),

@@ -47,9 +47,9 @@ class Sums:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Sums:
         """The sums that `state` took apart, as copies."""
-        lists = {name: [t.clone() for t in state[name]] for name in ("counts", "scores", "squares")}
-        tokens = {name: state[name].clone() for name in ("token_counts", "token_scores", "token_squares")}
-        return cls(**lists, **tokens, done=int(state["done"]))
+        counts, scores, squares = ([t.clone() for t in state[name]] for name in ("counts", "scores", "squares"))
+        tokens = (state[name].clone() for name in ("token_counts", "token_scores", "token_squares"))
+        return cls(counts, scores, squares, *tokens, done=int(state["done"]))
 
     def state(self) -> dict[str, Any]:
         """The sums as tensors and numbers."""
