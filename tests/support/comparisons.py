@@ -111,7 +111,7 @@ def comparison(utterances: int = 3, *, kind: str = "spectrogram", curves: bool =
     fractions = torch.linspace(0, 1, 5, dtype=torch.float64)
     orders = ORDERS if curves else ()
     falling = -4 * fractions[:, None] * torch.tensor([1.0, 0.1, float("nan")], dtype=torch.float64)
-    rates = torch.linspace(1, 0.5, max(1, len(orders)), dtype=torch.float64)[: len(orders), None, None, None]
+    rates = torch.linspace(1, 0.5, len(ORDERS), dtype=torch.float64)[: len(orders), None, None, None]
     return CrossAttentionSaliency(
         aggregates=tuple(names),
         kinds=("head",) * 4 + ("layer",) * 2 + ("all", "alignment heads"),
@@ -133,7 +133,7 @@ def comparison(utterances: int = 3, *, kind: str = "spectrogram", curves: bool =
         orders=orders,
         fractions=fractions,
         scores=SCORES,
-        curves=(rates * falling).expand(utterances, len(orders), 2, 5, 3) if curves else torch.zeros(utterances, 0, 2, 5, 3),
+        curves=(rates * falling).expand(utterances, len(orders), 2, 5, 3),
         thresholds=torch.linspace(0, 1, 21, dtype=torch.float64),
         sizes=torch.ones(utterances, len(orders), 21, dtype=torch.float64),
         maps=tuple(maps),

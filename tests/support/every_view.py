@@ -123,7 +123,10 @@ def _saliency_map(tokens: Sequence[str] = WORDS[:6]) -> View:
         alignment_heads=[(1, 0)],
         special=[False] * (n - 1) + [True],
         seconds=0.01,
-        spans={"attention": torch.cat([middles - 2, middles + 2], 1) * 0.02, "said": torch.cat([middles - 3, middles + 1], 1) * 0.02},
+        spans={
+            "attention": torch.cat([middles - 2, middles + 2], 1) * 0.02,
+            "said": torch.cat([middles - 3, middles + 1], 1) * 0.02,
+        },
         audio=torch.sin(torch.arange(6400) / 8),
         sampling_rate=8000,
         unit="nats",

@@ -48,8 +48,13 @@ def test_another_rate_is_resampled_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("samples", "said"),
-    [(np.zeros(8000), "silent"), (np.zeros(0), "no samples"), (tone(0.01), "too short"), (np.full(8000, np.nan), "finite")],
-)  # fmt: skip
+    [
+        (np.zeros(8000), "silent"),
+        (np.zeros(0), "no samples"),
+        (tone(0.01), "too short"),
+        (np.full(8000, np.nan), "finite"),
+    ],
+)
 def test_what_is_no_speech_is_refused(samples: np.ndarray, said: str, tmp_path: Path, extractor: Any) -> None:
     soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
     with pytest.raises(TaskError, match=said):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Locator, Page
 
 from support.browser import WatchedPage
 from support.comparisons import comparison
@@ -144,6 +144,10 @@ def page(browser: Browser, tmp_path: Path) -> Iterator[Page]:
     context.close()
 
 
+def chooser(page: Page, label: str) -> Locator:
+    return page.locator(".field", has=page.get_by_text(label, exact=True)).locator("select").first
+
+
 def cell(page: Page, panel: int, row: int, share: float) -> tuple[float, float]:
     """Where a row of a panel lies on the screen; panel 0 is the spectrogram."""
     box = page.locator(".stage canvas").bounding_box()
@@ -169,11 +173,11 @@ def test_hover_says_the_values_of_the_result(page: Page) -> None:
 @pytest.mark.browser
 @pytest.mark.parametrize(("choice", "aggregate"), [("all", 6), ("0", 4), ("1:0", 2), ("alignment", 7)])
 def test_the_correlation_is_that_of_the_result(page: Page, choice: str, aggregate: int) -> None:
-    page.get_by_label("Attention", exact=True).select_option(choice)
+    chooser(page, "Attention").select_option(choice)
     said = page.locator(".stage canvas").get_attribute("aria-label") or ""
     expected = float(comparison(1).correlations[0, aggregate, 0, 0])
     assert f"Pearson r {expected:.2f} without special tokens" in said
-    page.get_by_label("Compared with").select_option(label="encoder-output saliency")
+    chooser(page, "Compared with").select_option(label="encoder-output saliency")
     said = page.locator(".stage canvas").get_attribute("aria-label") or ""
     assert f"Pearson r {float(comparison(1).correlations[0, aggregate, 1, 0]):.2f} " in said
 
@@ -185,7 +189,7 @@ def test_heads_and_tokens_follow_the_shared_selection(page: Page) -> None:
     said = page.locator(".stage canvas").get_attribute("aria-label") or ""
     assert "L1H0" in said
     assert "over the spectrogram: two" in said
-    assert page.get_by_label("Attention", exact=True).input_value() == "1:0"
+    assert chooser(page, "Attention").input_value() == "1:0"
     page.evaluate("location.hash = '#L1H0,s=elsewhere'")
     page.wait_for_timeout(50)
     assert "mean of all heads" in (page.locator(".stage canvas").get_attribute("aria-label") or "")

@@ -1,4 +1,4 @@
-"""Utterances: audio from files, and the inputs that `workbench.saliency` takes, by the model's own feature extractor."""
+"""Utterances: audio from files, and inputs for `workbench.saliency` by the model's own feature extractor."""
 
 from __future__ import annotations
 

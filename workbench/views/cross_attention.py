@@ -82,9 +82,9 @@ def maps(
         unit="nats" if found.method == "spes" else "",
         title=f"Cross-attention beside saliency: {held['name']}",
         caption=(
-            f"“{found.hypotheses[utterance]}”: cross-attention, {found.method} saliency (pooled to encoder positions by "
-            f"{found.pooling}), and their difference, one row per output token. White frames: where dynamic time warping "
-            f"places each token by attention and by input saliency, {moved:.2g} {unit} apart on average.{words}"
+            f"“{found.hypotheses[utterance]}”: cross-attention, {found.method} saliency (pooled to encoder positions "
+            f"by {found.pooling}), and their difference, one row per output token. White frames: where dynamic time "
+            f"warping places each token by attention and by input saliency, {moved:.2g} {unit} apart on average.{words}"
         ),
         notes=_undefined(found),
         provenance=found.provenance,
@@ -97,8 +97,11 @@ def atlas(found: CrossAttentionSaliency, *, selection: SharedSelection | None = 
     table = found.table[found.table["kind"] == "head"].rename(columns={"mean": "value"})
     columns = ["layer", "head", "value", "low", "high"]
     scores = {
-        f"{measure.capitalize()} r, {_NAMES[saliency]}": rows[columns].astype(float)
-        for (saliency, measure), rows in table.groupby(["saliency", "measure"], sort=False)
+        f"{measure.capitalize()} r, {_NAMES[saliency]}": table[
+            (table["saliency"] == saliency) & (table["measure"] == measure)
+        ][columns].astype(float)
+        for saliency in found.saliencies
+        for measure in found.measures
     }
     marked = ", ".join(f"L{layer}H{head}" for layer, head in found.alignment_heads)
     return head_atlas(
@@ -143,8 +146,8 @@ def averages(found: CrossAttentionSaliency, *, selection: SharedSelection | None
         fig,
         title="Correlation of heads and of their averages",
         caption=(
-            f"Attention against saliency over {_utterances(found)}{_interval(found)}: single heads (LxHy), the mean of a "
-            "layer's heads (Lx), of all heads, and of the alignment heads where the model names some."
+            f"Attention against saliency over {_utterances(found)}{_interval(found)}: single heads (LxHy), the mean of "
+            "a layer's heads (Lx), of all heads, and of the alignment heads where the model names some."
         ),
         table=table,
         notes=_undefined(found),
@@ -206,8 +209,8 @@ def curves(
         fig,
         title="Deletion and insertion",
         caption=(
-            f"Mean over {_utterances(found)} as the cells of the input that each map ranks highest are removed, or alone "
-            f"kept. {better} in deletion, and {other} and fast in insertion, is more faithful."
+            f"Mean over {_utterances(found)} as the cells of the input that each map ranks highest are removed, or "
+            f"alone kept. {better} in deletion, and {other} and fast in insertion, is more faithful."
         ),
         table=rows,
         provenance=found.provenance,

@@ -12,7 +12,7 @@ import torch
 
 from workbench.capture import Capture
 from workbench.errors import ReportError, nearest
-from workbench.hooks.sites import Site
+from workbench.hooks.sites import Kind, Site
 from workbench.tokens import visible
 from workbench.views import scales
 from workbench.views.base import View
@@ -63,7 +63,7 @@ def head_atlas(
     caption: str | None = None,
     unit: str = "",
     signed: bool | None = None,
-    kind: str = "self",
+    kind: Kind = "self",
     provenance: Mapping[str, Any] | None = None,
     selection: SharedSelection | None = None,
 ) -> HeadAtlas:
@@ -168,7 +168,7 @@ def _per_entry(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _of_scores(
-    source: Any, unit: str, signed: bool | None, kind: str
+    source: Any, unit: str, signed: bool | None, kind: Kind
 ) -> tuple[list[Site], dict[str, Metric], Any, Any, Any]:
     given = source if isinstance(source, Mapping) else {"value": source}
     frames = {label: _frame(scores) for label, scores in given.items()}

@@ -59,13 +59,13 @@ def saliency_map(
         maps: {name: [token, position]}, or [token, time, frequency] over a spectrogram.
         tokens: texts of the output tokens.
         spectrogram: [time, frequency].
-        strips: of maps over time and frequency, how they look over encoder positions, [token, position]; the largest cell
-            of each position if not given.
+        strips: of maps over time and frequency, how they look over encoder positions, [token, position]; the largest
+            cell of each position if not given.
         errors: standard errors of the maps over positions, or of the strips: [token, position].
         attention: [layer, head, token, position] cross-attention. layers: their numbers. alignment_heads: (layer, head)
             pairs that are marked.
         special: [token] whether a token is special; such rows do not count in correlations.
-        seconds: duration of a frame of the spectrogram, or of a position where there is none; None: positions are counted.
+        seconds: duration of a frame of the spectrogram, or of a position where there is none. None: they are counted.
         position_texts: texts of input tokens.
         spans: {name: [token, 2]} begin and end of each token along the input in seconds (or positions), NaN where not
             known: of "attention", of one of the maps, or of anything else, which is drawn over the spectrogram.
@@ -98,9 +98,11 @@ def saliency_map(
     blocks: dict[str, Any] = {}
     about = []
     for i, (name, array) in enumerate(held.items()):
+        if array.ndim == 3 and picture is not None and array.shape[1:] != picture.shape:
+            raise ReportError(f"{name} does not fit the spectrogram of {list(picture.shape)}", shape=array.shape)
         fits = rows.get(name, array if array.ndim == 2 else None)
         strip = _largest(array, positions, per) if fits is None else fits
-        if strip.shape != (n, positions) or (array.ndim == 3 and array.shape[1:] != picture.shape):  # type: ignore[union-attr]
+        if strip.shape != (n, positions):
             raise ReportError(f"{name} does not fit {n} tokens and {positions} positions", shape=array.shape)
         blocks[f"strip{i}"] = strip.astype(np.float32)
         if name in bad:
@@ -187,8 +189,8 @@ def _positions(
 def _largest(array: np.ndarray, positions: int, per: int) -> np.ndarray:
     """[token, position] the largest cell of each position, from [token, time, frequency]."""
     best = array.max(2)
-    lacking = positions * per - best.shape[1]
-    wide = np.pad(best, ((0, 0), (0, lacking)), constant_values=-np.inf)
+    lacking = max(0, positions * per - best.shape[1])
+    wide = np.pad(best, ((0, 0), (0, lacking)), constant_values=-np.inf)[:, : positions * per]
     found: np.ndarray = wide.reshape(len(array), positions, per).max(2)
     return found
 
