@@ -176,10 +176,10 @@ def test_the_correlation_is_that_of_the_result(page: Page, choice: str, aggregat
     chooser(page, "Attention").select_option(choice)
     said = page.locator(".stage canvas").get_attribute("aria-label") or ""
     expected = float(comparison(1).correlations[0, aggregate, 0, 0])
-    assert f"Pearson r {expected:.2f} without special tokens" in said
+    assert f"; r {expected:.2f} without special tokens" in said
     chooser(page, "Compared with").select_option(label="encoder-output saliency")
     said = page.locator(".stage canvas").get_attribute("aria-label") or ""
-    assert f"Pearson r {float(comparison(1).correlations[0, aggregate, 1, 0]):.2f} " in said
+    assert f"; r {float(comparison(1).correlations[0, aggregate, 1, 0]):.2f} " in said
 
 
 @pytest.mark.browser

@@ -64,7 +64,7 @@ def resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
     if old < 1 or new < 1:
         raise TaskError(f"{old} and {new} are no rates")
     try:
-        from scipy.signal import resample_poly
+        from scipy.signal import resample_poly  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise TaskError("resampling needs scipy", hint='pip install "attention-workbench[speech]"') from error
     common = gcd(old, new)

@@ -20,6 +20,7 @@ from workbench.views.selection import SharedSelection
 
 _NAMES = {"input": "input saliency", "encoder_output": "encoder-output saliency"}
 _SHOWN = 12  # tokens of an image
+_MANY, _BEST = 16, 8  # heads above which only the best stand beside the averages
 
 
 def cross_attention(
@@ -119,24 +120,29 @@ def atlas(found: CrossAttentionSaliency, *, selection: SharedSelection | None = 
 
 
 def averages(found: CrossAttentionSaliency, *, selection: SharedSelection | None = None) -> Figure:
-    """Pearson's r of single heads, layers and all heads together, with either saliency."""
+    """Pearson's r of single heads (the best where they are many), layers and all heads, with either saliency."""
     import plotly.graph_objects as go
 
-    table = found.table
-    table = table[(table["measure"] == "pearson") & (table["kind"] != "head index")]
+    table = found.table[found.table["measure"] == "pearson"]
+    heads = table[(table["kind"] == "head") & (table["saliency"] == "input")]
+    best = heads.sort_values("mean", ascending=False)["aggregate"].head(_BEST) if len(heads) > _MANY else None
+    table = table[table["kind"] != "head index"]
+    if best is not None:
+        table = table[(table["kind"] != "head") | table["aggregate"].isin(best)]
+    which = "single heads" if best is None else f"of {len(heads)} heads the {_BEST} best with input saliency"
     fig = go.Figure()
-    for s, (saliency, rows) in enumerate(table.groupby("saliency", sort=False)):
+    for s, saliency in enumerate(found.saliencies):
+        rows = table[table["saliency"] == saliency]
         value, low, high = (rows[name].to_numpy(float) for name in ("mean", "low", "high"))
-        heads = [[-1 if layer != layer else int(layer), -1 if head != head else int(head)]
-                 for layer, head in zip(rows["layer"].astype(float), rows["head"].astype(float), strict=True)]  # fmt: skip
+        where = rows[["layer", "head"]].astype(float).fillna(-1).astype(int)
         fig.add_trace(
             go.Bar(
                 x=[plotly_text(name) for name in rows["aggregate"]],
                 y=value,
                 error_y={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
-                name=_NAMES[str(saliency)],
+                name=_NAMES[saliency],
                 marker_color=SERIES[s],
-                customdata=heads,
+                customdata=where.to_numpy().tolist(),
                 meta={"select": ["layer", "heads"]},
             )
         )
@@ -146,8 +152,8 @@ def averages(found: CrossAttentionSaliency, *, selection: SharedSelection | None
         fig,
         title="Correlation of heads and of their averages",
         caption=(
-            f"Attention against saliency over {_utterances(found)}{_interval(found)}: single heads (LxHy), the mean of "
-            "a layer's heads (Lx), of all heads, and of the alignment heads where the model names some."
+            f"Attention against saliency over {_utterances(found)}{_interval(found)}: {which} (LxHy), the mean of a "
+            "layer's heads (Lx), of all heads, and of the alignment heads where the model names some."
         ),
         table=table,
         notes=_undefined(found),

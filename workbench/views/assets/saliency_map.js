@@ -143,10 +143,10 @@ class SaliencyMap {
       const own = standardise(attention, this.n);
       const difference = own.map((value, i) => value - standard[i]);
       this.r = correlated(own, standard, this.n, facts.special);
-      const r = this.r.all === null ? "a map is constant: no correlation" : `Pearson r ${this.r.all.toFixed(2)}${facts.special.some(Boolean) ? " without special tokens" : ""}`;
+      const r = this.r.all === null ? "a map is constant: no correlation" : `r ${this.r.all.toFixed(2)}${facts.special.some(Boolean) ? " without special tokens" : ""}`;
       this.panels.push(this.panel("attention", `Cross-attention, ${this.heads.name}`, "weight", attention, own, facts.attention.signed));
       this.panels.push(this.panel(about.label, about.label, about.unit, saliency, standard, about.signed));
-      this.panels.push({ name: "difference", title: `Difference of the standardised rows, attention − ${about.label}; ${r}`, label: "difference", unit: "sd", values: difference, signed: true, tops: null, top: this.largest(difference) });
+      this.panels.push({ name: "difference", title: `Attention − ${about.label}, rows standardised; ${r}`, label: "difference", unit: "sd", values: difference, signed: true, tops: null, top: this.largest(difference) });
     } else this.panels.push(this.panel(about.label, about.label, about.unit, saliency, standard, about.signed));
   }
 
@@ -192,7 +192,7 @@ class SaliencyMap {
     const longest = Math.max(...facts.tokens.map((token) => ink.measureText(cut(token, 14)).width));
     const left = Math.round(Math.min(118, Math.max(46, longest + 14)));
     const width = Math.max(120, (frame.body.clientWidth || 800) - left - (facts.attention ? RIGHT : 12));
-    const row = Math.max(8, Math.min(18, Math.floor(170 / this.n)));
+    const row = Math.max(8, Math.min(24, Math.floor(168 / this.n)));
     let y = 2;
     const places = [];
     const lane = this.lane.length ? LANE : 0;
@@ -293,7 +293,7 @@ class SaliencyMap {
     ink.textAlign = "left";
     ink.textBaseline = "alphabetic";
     let shown = text;
-    while (shown.length > 8 && ink.measureText(shown).width > lay.width + 40) shown = `${shown.slice(0, -2).trimEnd()}…`.replace("……", "…");
+    while (shown.length > 8 && ink.measureText(shown).width > lay.width + 40) shown = `${shown.replace(/…$/, "").slice(0, -1).trimEnd()}…`;
     ink.fillText(shown, lay.left, top - 7);
   }
 
@@ -388,8 +388,12 @@ class SaliencyMap {
     const { data } = this.frame.blocks.spans;
     const [from, to] = [0, 1].map((end) => data[(span * this.n + token) * 2 + end]);
     if (!(to > from)) return;
-    ink.strokeStyle = "#ffffff";
-    ink.strokeRect(this.x(from) + 0.5, y + 0.5, Math.max(2, this.x(to) - this.x(from) - 1), this.lay.row - 1);
+    const box = [this.x(from) + 1, y + 1, Math.max(2, this.x(to) - this.x(from) - 2), this.lay.row - 2];
+    for (const [colour, width] of [["rgb(0 0 0 / 0.55)", 3], ["#ffffff", 1]]) {
+      ink.strokeStyle = colour;
+      ink.lineWidth = width;
+      ink.strokeRect(...box);
+    }
   }
 
   x(at) {
@@ -472,12 +476,12 @@ class SaliencyMap {
     const { theme } = this.frame;
     const found = [];
     const both = (top, text) => legend(gradient((t) => divergingAt(2 * t - 1, theme)), [[0, roughly(-top)], [0.5, "0"], [1, roughly(top)]], make("span", {}, text));
-    const one = (top, text) => legend(gradient(colourAt), [[0, "0"], [0.5, top === null ? "half" : roughly(top / 2)], [1, top === null ? "the token's largest" : roughly(top)]], make("span", {}, text));
+    const one = (top, text) => legend(gradient(colourAt), top === null ? [[0, "0"], [1, "the token's largest"]] : [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]], make("span", {}, text));
     const rows = this.panels.filter(({ tops }) => tops);
     if (rows.length) found.push(rows.some(({ signed }) => !signed) ? one(null, rows.filter(({ signed }) => !signed).map(({ label }) => label.split(", ")[0]).join(" and ")) : both(1, "share of the token's largest"));
     for (const { tops, signed, top, title, unit } of this.panels) {
       if (tops) continue;
-      const name = title.split(/[,;]/)[0];
+      const name = unit === "sd" ? title.split(",")[0] : title.split(/[,;]/)[0];
       const what = this.scale === "z" || unit === "sd" ? `${name}, standard deviations` : `${name}${unit ? `, ${unit}` : ""}`;
       found.push(signed ? both(top, what) : one(top, what));
     }
@@ -547,7 +551,8 @@ class SaliencyMap {
   /** The span of the chosen token, or everything. */
   play() {
     const { facts, frame } = this;
-    const span = this.token === null ? -1 : facts.spans.findIndex((_, s) => frame.blocks.spans.data[(s * this.n + this.token) * 2 + 1] > 0);
+    const known = (s) => frame.blocks.spans.data[(s * this.n + this.token) * 2 + 1] > 0;
+    const span = this.token === null ? -1 : ([...this.lane, ...facts.spans.keys()].find(known) ?? -1); // as it was said, where that is known
     const ends = span < 0 ? [0, Infinity] : [0, 1].map((end) => frame.blocks.spans.data[(span * this.n + this.token) * 2 + end]);
     this.player.play(...ends);
   }
