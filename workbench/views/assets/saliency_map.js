@@ -258,12 +258,14 @@ class SaliencyMap {
       const { data, shape } = frame.blocks.picture;
       const [frames, bins] = shape;
       const [paper, dark, warm] = ["paper", "ink", "cursor"].map((name) => rgbOf(frame.colour(name)));
+      const mixed = [0, 0, 0]; // one for all pixels: there are many
       found.push(image(frames, bins, (x, y) => {
         const bin = bins - 1 - y;
         const grey = (0.8 * data[x * bins + bin]) / 255;
         const z = this.above ? this.aboveAt(x, bin) : 0;
         const alpha = z > 0 ? 0.92 * Math.min(1, z / this.above.top) : 0;
-        return paper.map((c, k) => (c + (dark[k] - c) * grey) * (1 - alpha) + warm[k] * alpha);
+        for (let k = 0; k < 3; k++) mixed[k] = (paper[k] + (dark[k] - paper[k]) * grey) * (1 - alpha) + warm[k] * alpha;
+        return mixed;
       }));
     }
     const columns = facts.positions;
@@ -685,7 +687,11 @@ function image(width, height, colour) {
   const ink = made.getContext("2d");
   const pixels = ink.createImageData(width, height);
   for (let y = 0, i = 0; y < height; y++) {
-    for (let x = 0; x < width; x++, i += 4) pixels.data.set([...colour(x, y), 255], i);
+    for (let x = 0; x < width; x++, i += 4) {
+      const rgb = colour(x, y);
+      for (let k = 0; k < 3; k++) pixels.data[i + k] = rgb[k];
+      pixels.data[i + 3] = 255;
+    }
   }
   ink.putImageData(pixels, 0, 0);
   return made;
