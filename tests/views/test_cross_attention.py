@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from support.comparisons import comparison, saliency
 from workbench import Report, views
+from workbench.analysis.cross_attention import CrossAttention
 from workbench.errors import ReportError
 from workbench.report import check
 from workbench.views import of
@@ -28,6 +31,20 @@ def test_every_kind_of_saliency_has_a_view(kind: str, tmp_path: Path) -> None:
     if kind == "spectrogram":
         np.testing.assert_allclose(view.spec.blocks["strip0"], found.scores.amax(2), rtol=1e-6)
         np.testing.assert_allclose(view.spec.blocks["error0"], 0.1 * found.scores.amax(2), rtol=1e-5)
+
+
+def test_attention_alone_has_a_view() -> None:
+    held = comparison(1).maps[0]
+    found = CrossAttention(
+        maps=held["attention"], mass=torch.ones(2, 2, 3), sites=("a", "b"), layers=(4, 5), weighting="raw",
+        rollout=False, renormalised=False, target_ids=(1, 2, 3), target_texts=held["target_texts"],
+        special=held["special"], position_texts=(), kept_positions=tuple(range(20)), length=22,
+        seconds_per_position=0.02, alignment_heads=(), provenance={},
+    )  # fmt: skip
+    view = of(found)
+    assert view.spec.facts["attention"]["layers"] == [4, 5]
+    assert "2 positions of padding" in view.spec.caption
+    np.testing.assert_allclose(view.spec.blocks["strip0"], held["attention"].mean((0, 1)), rtol=1e-6)
 
 
 def test_an_image_of_many_tokens_is_cut_and_says_so() -> None:
@@ -79,6 +96,17 @@ def test_the_atlas_holds_every_head_with_its_interval() -> None:
         rtol=1e-6,
     )
     assert np.isfinite(view.spec.blocks["low"]).all()
+
+
+def test_of_many_heads_the_best_stand_beside_the_averages(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["workbench.views.cross_attention"]
+    monkeypatch.setattr(module, "_MANY", 3)
+    monkeypatch.setattr(module, "_BEST", 2)
+    found = comparison()
+    bars = averages(found)._whole["data"][0]["x"]
+    order = found.by_head().flatten().argsort(descending=True)[:2].tolist()
+    assert set(bars[:2]) == {("L0H0", "L0H1", "L1H0", "L1H1")[i] for i in order}
+    assert list(bars[2:]) == ["L0", "L1", "all", "alignment heads"]
 
 
 def test_averages_choose_their_head() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from workbench.analysis.cross_attention.maps_result import CrossAttention
 from workbench.analysis.cross_attention.result import CURVES, CrossAttentionSaliency
 from workbench.analysis.saliency.result import Saliency
 from workbench.errors import ReportError
@@ -83,7 +84,7 @@ def maps(
         unit="nats" if found.method == "spes" else "",
         title=f"Cross-attention beside saliency: {held['name']}",
         caption=(
-            f"“{found.hypotheses[utterance]}”: cross-attention, {found.method} saliency (pooled to encoder positions "
+            f"“{found.hypotheses[utterance]}”: cross-attention, {_method(found.method)} saliency (pooled to encoder positions "
             f"by {found.pooling}), and their difference, one row per output token. White frames: where dynamic time "
             f"warping places each token by attention and by input saliency, {moved:.2g} {unit} apart on average.{words}"
         ),
@@ -231,10 +232,31 @@ def _(found: CrossAttentionSaliency) -> View:
 
 
 @of.register
+def _(found: CrossAttention) -> View:
+    """Attention of any heads, beside the mean of all."""
+    n = len(found.kept_positions)
+    left = "" if n == found.length else f", {found.length - n:,} positions of padding or special tokens left out"
+    means = "rollout through the encoder" if found.rollout else f"{found.weighting.replace('_', ' ')} weights"
+    return saliency_map(
+        {"mean of all heads": found.mean()},
+        found.target_texts,
+        attention=found.maps,
+        layers=found.layers,
+        alignment_heads=found.alignment_heads,
+        special=found.special,
+        seconds=found.seconds_per_position,
+        position_texts=found.position_texts,
+        title="Cross-attention",
+        caption=f"Cross-attention by output token over {n:,} encoder positions, {means}{left}.",
+        provenance=found.provenance,
+    )
+
+
+@of.register
 def _(found: Saliency) -> View:
     """Rows of output tokens over positions, above them the spectrogram; of images a map per token."""
     said = (
-        f"{found.method} at the {'input' if found.at == 'input' else 'output of the encoder'}: "
+        f"{_method(found.method)} at the {'input' if found.at == 'input' else 'output of the encoder'}: "
         f"{'all masks' if found.exact else f'{found.n_masks:,} masks' if found.p is not None else 'no masks'}"
         f"{', ended early' if found.partial else ''}."
     )
@@ -310,6 +332,10 @@ def _spans(aligned: Any, name: str, n: int, width: float) -> np.ndarray:
 
 def _nan_mean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if values.size else float("nan")
+
+
+def _method(name: str) -> str:
+    return "SPES" if name == "spes" else name.replace("_", " ")
 
 
 def _utterances(found: CrossAttentionSaliency) -> str:

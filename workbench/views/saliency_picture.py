@@ -35,13 +35,14 @@ def draw(figure: Figure, facts: Mapping[str, Any], blocks: Mapping[str, Any]) ->
             title = f"Difference: attention − {about['label']}, rows standardised"
             _rows(axes, facts, rows, title, signed=True)
         elif name == "attention":
-            title = "Cross-attention, mean of all heads, each token to its largest"
-            _rows(axes, facts, _to_largest(mean), title)
+            title = "Cross-attention, mean of all heads, each token from least to largest"
+            signed = bool(facts["attention"]["signed"])
+            _rows(axes, facts, _scaled(mean, signed), title, signed=signed)
         else:
             label = f"{about['label'][:1].upper()}{about['label'][1:]}"
             unit = f" ({about['unit']})" if about["unit"] else ""
-            title = f"{label}{unit}, each token to its largest"
-            _rows(axes, facts, _to_largest(strip), title, signed=about["signed"])
+            title = f"{label}{unit}, each token from least to largest"
+            _rows(axes, facts, _scaled(strip, about["signed"]), title, signed=about["signed"])
         axes.set_xlim(0, end)
     if facts["names"] and facts["positions"] <= 60:
         panels[-1].set_xticks(np.arange(facts["positions"]) + 0.5, facts["names"], rotation=90, family="monospace")
@@ -54,9 +55,11 @@ def _standard(rows: Any) -> np.ndarray:
     return found
 
 
-def _to_largest(rows: Any) -> np.ndarray:
-    tops = np.abs(rows).max(1, keepdims=True)
-    found: np.ndarray = rows / np.where(tops > 0, tops, 1)
+def _scaled(rows: Any, signed: bool) -> np.ndarray:
+    """Each row from its least to its largest, as SPES scales them; signed ones by their largest size."""
+    low = 0.0 if signed else rows.min(1, keepdims=True)
+    width = (np.abs(rows) if signed else rows).max(1, keepdims=True) - low
+    found: np.ndarray = (rows - low) / np.where(width > 0, width, 1)
     return found
 
 

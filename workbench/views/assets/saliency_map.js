@@ -64,7 +64,7 @@ class SaliencyMap {
       });
       controls.append(compared.field);
     }
-    const scaled = selector("Colours", [["row", "each token to its largest"], ["all", "one scale for all tokens"], ["z", "standardised per token"]], (scale) => {
+    const scaled = selector("Colours", [["row", "each token, least to largest"], ["all", "one scale for all tokens"], ["z", "standardised per token"]], (scale) => {
       this.scale = scale;
       this.draw();
     });
@@ -154,7 +154,9 @@ class SaliencyMap {
     const z = this.scale === "z";
     const values = z ? standard : raw;
     const columns = raw.length / this.n;
-    const tops = this.scale === "row" ? Array.from({ length: this.n }, (_, row) => this.largest(values.subarray(row * columns, (row + 1) * columns)) || 1) : null;
+    const rows = Array.from({ length: this.n }, (_, row) => values.subarray(row * columns, (row + 1) * columns));
+    // Scores of masking have a floor: a row is coloured from its least to its largest, as SPES scales them.
+    const tops = this.scale !== "row" ? null : signed ? rows.map((part) => [0, this.largest(part) || 1]) : rows.map((part) => [Math.min(...part), Math.max(...part)]);
     return { name, title: `${label[0].toUpperCase()}${label.slice(1)}${z ? ", standardised per token" : ""}`, label, unit, raw, values, signed: signed || z, tops, top: z ? this.largest(values) : ceiling(this.largest(values)) };
   }
 
@@ -275,7 +277,8 @@ class SaliencyMap {
         const [from, to] = [Math.floor((x * columns) / wide), Math.max(Math.floor((x * columns) / wide) + 1, Math.floor(((x + 1) * columns) / wide))];
         let best = values[row * columns + from];
         for (let i = from + 1; i < to; i++) if (Math.abs(values[row * columns + i]) > Math.abs(best)) best = values[row * columns + i];
-        const t = best / (tops ? tops[row] : top || 1);
+        const [low, high] = tops ? tops[row] : [0, top];
+        const t = (best - low) / (high - low || 1);
         return signed ? divergingAt(t, frame.theme) : colourAt(t);
       }));
     }
@@ -478,7 +481,7 @@ class SaliencyMap {
     const { theme } = this.frame;
     const found = [];
     const both = (top, text) => legend(gradient((t) => divergingAt(2 * t - 1, theme)), [[0, roughly(-top)], [0.5, "0"], [1, roughly(top)]], make("span", {}, text));
-    const one = (top, text) => legend(gradient(colourAt), top === null ? [[0, "0"], [1, "the token's largest"]] : [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]], make("span", {}, text));
+    const one = (top, text) => legend(gradient(colourAt), top === null ? [[0, "the token's least"], [1, "its largest"]] : [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]], make("span", {}, text));
     const rows = this.panels.filter(({ tops }) => tops);
     if (rows.length) found.push(rows.some(({ signed }) => !signed) ? one(null, rows.filter(({ signed }) => !signed).map(({ label }) => label.split(", ")[0]).join(" and ")) : both(1, "share of the token's largest"));
     for (const { tops, signed, top, title, unit } of this.panels) {
