@@ -84,9 +84,10 @@ def maps(
         unit="nats" if found.method == "spes" else "",
         title=f"Cross-attention beside saliency: {held['name']}",
         caption=(
-            f"“{found.hypotheses[utterance]}”: cross-attention, {_method(found.method)} saliency (pooled to encoder positions "
-            f"by {found.pooling}), and their difference, one row per output token. White frames: where dynamic time "
-            f"warping places each token by attention and by input saliency, {moved:.2g} {unit} apart on average.{words}"
+            f"“{found.hypotheses[utterance]}”: cross-attention, {_method(found.method)} saliency (pooled to encoder "
+            f"positions by {found.pooling}), and their difference, one row per output token. White frames: where "
+            "dynamic time warping places each token by attention and by input saliency, "
+            f"{moved:.2g} {unit} apart on average.{words}"
         ),
         notes=_undefined(found),
         provenance=found.provenance,
