@@ -143,13 +143,14 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=6)
     parser.add_argument("--granularities", type=int, nargs="+", default=[80, 120, 160])
     parser.add_argument("--fractions", type=float, nargs="+", default=[0, 0.1, 0.25, 0.5, 0.75, 1])
+    parser.add_argument("--window", type=int, default=30, help="seconds that the encoder sees")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--float32", action="store_true", help="leave the model in float32, not in bfloat16 autocast")
     parser.add_argument("--keep", type=Path, help="a folder that keeps maps for later runs with the same options")
     parser.add_argument("--only", type=int, nargs="+", help="explain these utterances, keep their maps and stop")
     parser.add_argument("--write", action="store_true", help="write the section of docs/benchmarks.md")
     options = parser.parse_args()
-    model, tokenizer, extractor = whisper()
+    model, tokenizer, extractor = whisper(options.window)
     inputs = list(utterances(extractor))[: options.utterances]
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=not options.float32),
@@ -172,11 +173,11 @@ def main() -> None:
     seconds = found.maps[0]["seconds_per_position"] or 0.02
     coverage = found.coverage.set_index("aggregate")
     lines = [f"{i}. {n}: “{h}”" for i, (n, h) in enumerate(zip(found.utterances, found.hypotheses, strict=True), 1)]
-    text = f"""`python benchmarks/cross_attention.py`: {found.n_utterances} utterances, {arithmetic}; {options.masks}
-masks at the input (superpixel granularities {options.granularities}, baseline the mean of the spectrogram) and
-{options.encoder_masks} at the encoder's output (frames, zero). Median noise of the maps (standard error over spread):
-{noise[0]:.2f} and {noise[1]:.2f}. Mean over utterances with 95 % bootstrap intervals; maps standardised per token
-(“all”: over all cells); the end token and padding left out. Heard:
+    text = f"""`python benchmarks/cross_attention.py`: {found.n_utterances} utterances, {arithmetic}, an encoder window
+of {options.window} s; {options.masks} masks at the input (superpixel granularities {options.granularities}, baseline
+the mean of the spectrogram) and {options.encoder_masks} at the encoder's output (frames, zero). Median noise of the
+maps (standard error over spread): {noise[0]:.2f} and {noise[1]:.2f}. Mean over utterances with 95 % bootstrap
+intervals; maps standardised per token (“all”: over all cells); the end token and padding left out. Heard:
 
 {chr(10).join(lines)}
 
