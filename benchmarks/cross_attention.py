@@ -5,13 +5,14 @@ same estimator at the encoder's output; every attention map is compared with bot
 attention, saliency and random order. The paper's figures, for its own Conformer models, stand beside. Prints; writes
 its section of docs/benchmarks.md with --write.
 
-    python benchmarks/cross_attention.py [--masks 300] [--encoder-masks 2000] [--utterances 7] [--write]
+    python benchmarks/cross_attention.py [--masks 240] [--encoder-masks 2400] [--utterances 6] [--keep FOLDER] [--write]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from shared.measuring import machine, say, table, write_section
@@ -105,7 +106,12 @@ def curves(found: CrossAttentionSaliency) -> str:
 
 
 def explain(wb: workbench.Workbench, one: dict[str, object], options: argparse.Namespace) -> tuple[Saliency, Saliency]:
-    """Saliency of the input and of the encoder's output."""
+    """Saliency of the input and of the encoder's output; from the folder of `--keep` where it is there."""
+    stem = f"{one['name']}".split(":")[0].replace(" ", "-") + f"-{len(str(one['name']))}-{options.seed}"
+    files = [options.keep / f"{stem}-{n}.safetensors" for n in ("input", "encoder")] if options.keep else []
+    if files and all(file.exists() for file in files):
+        first, second = (Saliency.load(file) for file in files)
+        return first, second
     common = {"prompt": PROMPT, "seed": options.seed, "progress": False}
     began = time.perf_counter()
     first = workbench.saliency(
@@ -118,7 +124,9 @@ def explain(wb: workbench.Workbench, one: dict[str, object], options: argparse.N
         batch_size=4,
         **common,
     )
-    second = workbench.saliency(wb, one, "encoder_output", n_masks=options.encoder_masks, batch_size=16, **common)
+    second = workbench.saliency(wb, one, "encoder_output", n_masks=options.encoder_masks, batch_size=32, **common)
+    for file, found in zip(files, (first, second), strict=False):
+        found.save(file)
     say(
         f"{one['name']}: {''.join(first.target_texts)!r}, {first.positions} frames, "
         f"segments {first.details['segments']}, "
@@ -130,25 +138,33 @@ def explain(wb: workbench.Workbench, one: dict[str, object], options: argparse.N
 def main() -> None:
     """Explain, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--masks", type=int, default=300)
-    parser.add_argument("--encoder-masks", type=int, default=2000)
-    parser.add_argument("--utterances", type=int, default=7)
-    parser.add_argument("--granularities", type=int, nargs="+", default=[200, 300, 400])
+    parser.add_argument("--masks", type=int, default=240)
+    parser.add_argument("--encoder-masks", type=int, default=2400)
+    parser.add_argument("--utterances", type=int, default=6)
+    parser.add_argument("--granularities", type=int, nargs="+", default=[80, 120, 160])
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0, 0.1, 0.25, 0.5, 0.75, 1])
+    parser.add_argument("--window", type=int, default=30, help="seconds that the encoder sees")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--float32", action="store_true", help="leave the model in float32, not in bfloat16 autocast")
+    parser.add_argument("--keep", type=Path, help="a folder that keeps maps for later runs with the same options")
+    parser.add_argument("--only", type=int, nargs="+", help="explain these utterances, keep their maps and stop")
     parser.add_argument("--write", action="store_true", help="write the section of docs/benchmarks.md")
     options = parser.parse_args()
-    model, tokenizer, extractor = whisper()
+    model, tokenizer, extractor = whisper(options.window)
     inputs = list(utterances(extractor))[: options.utterances]
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=not options.float32),
         workbench.attach(model, tokenizer) as wb,
     ):
+        if options.only:
+            for i in options.only:
+                explain(wb, inputs[i], options)
+            return
         pairs = [explain(wb, one, options) for one in inputs]
         given = [one | {"labels": torch.tensor(pair[0].target_ids)} for one, pair in zip(inputs, pairs, strict=True)]
         common = {"prompt": PROMPT, "alignment_heads": ALIGNMENT_HEADS, "seed": options.seed}
         found = workbench.cross_attention_saliency(
-            wb, given, pairs, baseline="mean", fractions=(0, 0.1, 0.25, 0.5, 0.75, 1), batch_size=6, **common
+            wb, given, pairs, baseline="mean", fractions=options.fractions, batch_size=6, **common
         )
         other = workbench.cross_attention_saliency(wb, given, pairs, normalise="all", orders=(), **common)
     arithmetic = "float32" if options.float32 else "bfloat16 autocast"
@@ -157,11 +173,11 @@ def main() -> None:
     seconds = found.maps[0]["seconds_per_position"] or 0.02
     coverage = found.coverage.set_index("aggregate")
     lines = [f"{i}. {n}: “{h}”" for i, (n, h) in enumerate(zip(found.utterances, found.hypotheses, strict=True), 1)]
-    text = f"""`python benchmarks/cross_attention.py`: {found.n_utterances} utterances, {arithmetic}; {options.masks}
-masks at the input (superpixel granularities {options.granularities}, baseline the mean of the spectrogram) and
-{options.encoder_masks} at the encoder's output (frames, zero). Median noise of the maps (standard error over spread):
-{noise[0]:.2f} and {noise[1]:.2f}. Mean over utterances with 95 % bootstrap intervals; maps standardised per token
-(“all”: over all cells); the end token and padding left out. Heard:
+    text = f"""`python benchmarks/cross_attention.py`: {found.n_utterances} utterances, {arithmetic}, an encoder window
+of {options.window} s; {options.masks} masks at the input (superpixel granularities {options.granularities}, baseline
+the mean of the spectrogram) and {options.encoder_masks} at the encoder's output (frames, zero). Median noise of the
+maps (standard error over spread): {noise[0]:.2f} and {noise[1]:.2f}. Mean over utterances with 95 % bootstrap
+intervals; maps standardised per token (“all”: over all cells); the end token and padding left out. Heard:
 
 {chr(10).join(lines)}
 

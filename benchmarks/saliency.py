@@ -121,7 +121,7 @@ def speed(
 def errors(
     wb: workbench.Workbench, one: dict[str, Any], targets: Tensor, counts: list[int]
 ) -> tuple[list[list[str]], float]:
-    """Rows: masks, stated error, distance from a map of four times the largest number; and the exponent of the latter."""
+    """Rows: masks, distance from a map of many more, stated error, noise; and the exponent of the distance."""
     truth = ours(wb, one, targets, "encoder", 4 * counts[-1], 16, seed=1)()
     rows, distances = [], {}
     for n in counts:
@@ -165,10 +165,10 @@ def main() -> None:
         counts = [16, 64] if options.quick else [64, 256, 1024]
         accuracy, power = errors(wb, one, targets, counts)
         peaks = memory(wb, one, targets, counts)
-    text = f"""`python benchmarks/saliency.py`: Whisper base, the voice sample {one["name"]}, {len(targets)} output tokens. Time of
-a loop of one mask and one full forward over that of `workbench.saliency` with the same masks (4 at a time at the input, 16
-at the encoder's output), in float32 and inside `torch.autocast` with bfloat16; mean difference of the maps from the loop's,
-over their mean standard error.
+    text = f"""`python benchmarks/saliency.py`: Whisper base, the voice sample {one["name"]}, {len(targets)} tokens.
+Time of a loop of one mask and one full forward over that of `workbench.saliency` with the same masks (4 at a time at
+the input, 16 at the encoder's output), in float32 and inside `torch.autocast` with bfloat16; mean difference of the
+maps from the loop's, over their mean standard error.
 
 {table(["masks on", "masks", "naive masks a second", "ours", "ours, bfloat16", "difference", "bfloat16's"], rows)}
 

@@ -30,6 +30,7 @@ def test_models_and_inputs() -> None:
         saliency(wb, {"input_ids": torch.tensor([[3, 4]])})
     refused("silent", change=lambda inputs: {"input_features": torch.zeros(1, 8, 40)})
     refused("has 60 frames, the model takes 40", change=lambda inputs: {"input_features": torch.randn(1, 8, 60)})
+    refused("have 20 frames, the model wants 40", change=lambda inputs: {"input_features": torch.randn(1, 8, 20)})
     refused("one example", change=lambda inputs: {"input_features": torch.randn(2, 8, 40)})
     refused("which axis", change=lambda inputs: {"input_features": torch.randn(1, 9, 40)})
     refused("no input to explain", change=lambda inputs: {"mel": torch.randn(1, 8, 40)})

@@ -29,6 +29,7 @@ def correlate(a: Tensor, b: Tensor, *, normalise: str = "token", measure: str = 
     Raises:
         WorkbenchError: the shapes differ, or a map is constant and the correlation undefined.
 
+    >>> import torch
     >>> correlate(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[2.0, 4.0, 8.0]]))
     1.0
     """
@@ -54,6 +55,7 @@ def correlation(x: Tensor, y: Tensor, measure: str) -> float:
 def ranks(x: Tensor) -> Tensor:
     """Ranks of [cell], from 0; equal numbers share their mean rank. Takes n log n, unlike comparing all pairs.
 
+    >>> import torch
     >>> ranks(torch.tensor([3.0, 1.0, 3.0])).tolist()
     [1.5, 0.0, 1.5]
     """

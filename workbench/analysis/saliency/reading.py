@@ -217,6 +217,12 @@ def read(
                 shape=main.shape,
                 hint="cut it into shorter utterances",
             )
+        if limit is not None and main.shape[axis] < limit:
+            raise WorkbenchError(
+                f"the features have {main.shape[axis]} frames, the model wants {limit}, padding included",
+                shape=main.shape,
+                hint="let the model's feature extractor pad them, and pass its attention_mask",
+            )
         main = main.to(parameter.dtype)
         extent = _extent(frames, mask, main.shape[axis])
         cells = main[:, :extent] if axis == 1 else main[:, :, :extent]
@@ -357,6 +363,8 @@ def _time_axis(config: Any, main: Tensor) -> int:
     owners = (config, getattr(config, "encoder", None))
     bins = next((getattr(o, n) for o in owners for n in names if isinstance(getattr(o, n, None), int)), None)
     fits = [axis for axis in (1, 2) if main.shape[3 - axis] == bins]
+    if len(fits) == 2 and getattr(config, "model_type", "") == "whisper":
+        return 2
     if len(fits) != 1:
         raise WorkbenchError(
             f"which axis of the features is time cannot be told ({bins} mel bins)",

@@ -61,9 +61,10 @@ def saliency(
 
     "spes" (Fucci et al. 2024, arXiv 2411.01710): segments are masked at random, each with probability p. The score of
     mask m for token k is KL_k(m) = Σ_v P(v | y_<k, X) ln (P(v | y_<k, X) / P(v | y_<k, X_m)), all tokens from one
-    forward by teacher forcing. A cell's saliency is the mean score of the masks that hide it, S_k = Σ_m Z_m KL_k(m) / Σ_m Z_m.
-    Spectrograms are cut into superpixels at three granularities; tokens and image patches are segments themselves. As
-    published it takes n_masks=20000 and `decoding={"num_beams": 5, "no_repeat_ngram_size": 5}`.
+    forward by teacher forcing. A cell's saliency is the mean score of the masks that hide it,
+    S_k = Σ_m Z_m KL_k(m) / Σ_m Z_m. Spectrograms are cut into superpixels at three granularities; tokens and image
+    patches are segments themselves. As published it takes n_masks=20000 and
+    `decoding={"num_beams": 5, "no_repeat_ngram_size": 5}`.
 
     "encoder_output" is the same estimator with whole positions of the encoder's output masked: the decoder alone runs.
 

@@ -48,8 +48,8 @@ class Sums:
     def of(cls, state: dict[str, Any]) -> Sums:
         """The sums that `state` took apart, as copies."""
         counts, scores, squares = ([t.clone() for t in state[name]] for name in ("counts", "scores", "squares"))
-        tokens = (state[name].clone() for name in ("token_counts", "token_scores", "token_squares"))
-        return cls(counts, scores, squares, *tokens, done=int(state["done"]))
+        a, b, c = (state[name].clone() for name in ("token_counts", "token_scores", "token_squares"))
+        return cls(counts, scores, squares, a, b, c, int(state["done"]))
 
     def state(self) -> dict[str, Any]:
         """The sums as tensors and numbers."""
