@@ -319,7 +319,7 @@ class SaliencyMap {
     const every = Math.max(1, Math.ceil(bins / 4 / 5) * 5);
     for (let bin = 0; bin < bins; bin += every) ink.fillText(`${bin}`, lay.left - 6, Math.min(top + height - 5, top + height * (1 - (bin + 0.5) / bins)));
     ink.save();
-    ink.translate(11, top + height / 2);
+    ink.translate(Math.max(9, lay.left - 36), top + height / 2);
     ink.rotate(-Math.PI / 2);
     ink.textAlign = "center";
     ink.fillText(label, 0, 0);
