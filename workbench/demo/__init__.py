@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
-from workbench.demo import language
+from workbench.demo import language, speech
 from workbench.report import Report
 
 _SECTIONS: dict[str, Callable[[Report, int], None]] = {
     "language model": language.add,
+    "speech": speech.add,
 }
 
 

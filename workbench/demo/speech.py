@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from workbench import attach, cross_attention_saliency, models, views
+from workbench.models.speech import clips
 from workbench.report import Report
 from workbench.tasks import speech
 from workbench.tasks.spoken_digits import SECONDS
@@ -13,7 +14,7 @@ _CLIPS = 2
 def add(report: Report, seed: int) -> None:
     """Add the maps of a clip, the correlation of each head, and the deletion curves."""
     model, tokenizer = models.load("demo-s2t")
-    features, spoken = models.clips("demo-s2t")
+    features, spoken = clips("demo-s2t")
     inputs = [
         speech.from_features(one, seconds=SECONDS, audio=clip.waveform, name=clip.text, reference=clip.text)
         for one, clip in zip(features[:_CLIPS], spoken[:_CLIPS], strict=True)
