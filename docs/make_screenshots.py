@@ -14,7 +14,6 @@ from playwright.sync_api import sync_playwright
 
 import workbench
 from workbench import views
-from workbench.models.speech import clips
 from workbench.tasks.speech import from_features, spans_of
 from workbench.tasks.spoken_digits import SECONDS
 
@@ -45,7 +44,7 @@ def shown() -> dict[str, views.View]:
 def speech() -> views.View:
     """Cross-attention beside saliency, of a clip that ships with the speech model."""
     model, tokenizer = workbench.models.load("demo-s2t")
-    features, spoken = clips("demo-s2t")
+    features, spoken = workbench.models.clips("demo-s2t")
     first = from_features(
         features[0], seconds=SECONDS, audio=spoken[0].waveform, name=spoken[0].text, reference=spoken[0].text
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from workbench import attach, cross_attention_saliency, models, views
-from workbench.models.speech import clips
 from workbench.report import Report
 from workbench.tasks import speech
 from workbench.tasks.spoken_digits import SECONDS
@@ -14,7 +13,7 @@ _CLIPS = 2
 def add(report: Report, seed: int) -> None:
     """Add the maps of a clip, the correlation of each head, and the deletion curves."""
     model, tokenizer = models.load("demo-s2t")
-    features, spoken = clips("demo-s2t")
+    features, spoken = models.clips("demo-s2t")
     inputs = [
         speech.from_features(one, seconds=SECONDS, audio=clip.waveform, name=clip.text, reference=clip.text)
         for one, clip in zip(features[:_CLIPS], spoken[:_CLIPS], strict=True)
@@ -28,8 +27,8 @@ def add(report: Report, seed: int) -> None:
     shown = views.cross_attention(found, spans=None if said is None else {"said": said})
     attention, both = (float(found.of(saliency)[found.aggregates.index("all")]) for saliency in found.saliencies)
     notes = (
-        "A small Whisper writes down spoken digits, which a formula speaks. Does it look at what its output depends on? "
-        "Saliency: how far the prediction moves when a part of the spectrogram is hidden.",
+        "A small Whisper writes down spoken digits, which a formula speaks. Does it look at what its output depends "
+        "on? Saliency: how far the prediction moves when a part of the spectrogram is hidden.",
         f"Over {found.n_utterances} clips, attention averaged over all heads correlates with input saliency by "
         f"{attention:.2f}, with saliency of the encoder's output by {both:.2f}. So few clips show the method, no more.",
     )

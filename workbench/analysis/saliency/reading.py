@@ -279,9 +279,9 @@ def decode(
     model = reading.model
     ends = _ends(model)
     config = getattr(model, "config", None)
-    room = max_new_tokens or min(_decoder_limit(config) - len(reading.prompt), 128)
+    room = min(max_new_tokens or 128, _decoder_limit(config) - len(reading.prompt))
     generation = GenerationConfig(
-        max_new_tokens=room,
+        max_length=len(reading.prompt) + room,  # max_new_tokens would warn of the model's own max_length
         num_beams=num_beams,
         no_repeat_ngram_size=no_repeat_ngram_size,
         do_sample=False,
