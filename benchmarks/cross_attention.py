@@ -5,7 +5,7 @@ same estimator at the encoder's output; every attention map is compared with bot
 attention, saliency and random order. The paper's figures, for its own Conformer models, stand beside. Prints; writes
 its section of docs/benchmarks.md with --write.
 
-    python benchmarks/cross_attention.py [--masks 240] [--encoder-masks 2400] [--utterances 6] [--keep FOLDER] [--write]
+    python benchmarks/cross_attention.py [--masks 240] [--encoder-masks 2400] [--keep FOLDER] [--write]
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ def heads(found: CrossAttentionSaliency, saliency: str) -> str:
 def curves(found: CrossAttentionSaliency) -> str:
     """Areas under the curves, and the word error rate per fraction."""
     areas = found.areas
+    if not found.orders:
+        return "(left out)"
     rows = []
     for order in found.orders:
         cells = [order]
@@ -140,32 +142,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--masks", type=int, default=240)
     parser.add_argument("--encoder-masks", type=int, default=2400)
-    parser.add_argument("--utterances", type=int, default=6)
+    parser.add_argument("--utterances", type=int, nargs="+", default=list(range(6)), help="their numbers, 0 to 6")
     parser.add_argument("--granularities", type=int, nargs="+", default=[80, 120, 160])
     parser.add_argument("--fractions", type=float, nargs="+", default=[0, 0.1, 0.25, 0.5, 0.75, 1])
     parser.add_argument("--window", type=int, default=30, help="seconds that the encoder sees")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--float32", action="store_true", help="leave the model in float32, not in bfloat16 autocast")
     parser.add_argument("--keep", type=Path, help="a folder that keeps maps for later runs with the same options")
-    parser.add_argument("--only", type=int, nargs="+", help="explain these utterances, keep their maps and stop")
+    parser.add_argument("--explain-only", action="store_true", help="keep the maps, compare nothing")
+    parser.add_argument("--no-curves", action="store_true", help="leave out deletion and insertion")
     parser.add_argument("--write", action="store_true", help="write the section of docs/benchmarks.md")
     options = parser.parse_args()
     model, tokenizer, extractor = whisper(options.window)
-    inputs = list(utterances(extractor))[: options.utterances]
+    inputs = [one for i, one in enumerate(utterances(extractor)) if i in options.utterances]
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=not options.float32),
         workbench.attach(model, tokenizer) as wb,
     ):
-        if options.only:
-            for i in options.only:
-                explain(wb, inputs[i], options)
-            return
         pairs = [explain(wb, one, options) for one in inputs]
+        if options.explain_only:
+            return
         given = [one | {"labels": torch.tensor(pair[0].target_ids)} for one, pair in zip(inputs, pairs, strict=True)]
         common = {"prompt": PROMPT, "alignment_heads": ALIGNMENT_HEADS, "seed": options.seed}
-        found = workbench.cross_attention_saliency(
-            wb, given, pairs, baseline="mean", fractions=options.fractions, batch_size=6, **common
-        )
+        shown = {"orders": ()} if options.no_curves else {"fractions": options.fractions}
+        found = workbench.cross_attention_saliency(wb, given, pairs, baseline="mean", **shown, batch_size=6, **common)
         other = workbench.cross_attention_saliency(wb, given, pairs, normalise="all", orders=(), **common)
     arithmetic = "float32" if options.float32 else "bfloat16 autocast"
     noise = torch.cat([pair[0].noise for pair in pairs]).median(), torch.cat([pair[1].noise for pair in pairs]).median()

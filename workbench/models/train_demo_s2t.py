@@ -259,8 +259,8 @@ Data: {card["data"]}. Nobody's voice was recorded, and people's voices were not 
 nothing.
 
 `workbench.models.clips("demo-s2t")` has {N_CLIPS} of the held-out clips with their features, waveforms and the time of
-every word. Inputs are `input_features` [clip, {N_MELS}, {int(SECONDS * 100)}], made by the feature extractor in this folder;
-the decoder starts with `{START}` and ends with `{END}`.
+every word. Inputs are `input_features` [clip, {N_MELS}, {int(SECONDS * 100)}], made by the feature extractor in this
+folder; the decoder starts with `{START}` and ends with `{END}`.
 """
 
 

@@ -30,7 +30,7 @@ _BANDWIDTHS = (80.0, 110.0, 160.0)  # Hz, of the three formants
 
 
 class _Sound(NamedTuple):
-    """One speech sound: loudness of its voice and its noise, its formants, the band of its noise (Hz), its length (s)."""
+    """One speech sound: loudness of its voice and noise, its formants, the band of the noise (Hz), its length (s)."""
 
     voice: float
     noise: float

@@ -4,10 +4,12 @@ Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and share
 """
 
 # These register the views of results.
+from workbench.views import circuits as _circuits  # noqa: F401
 from workbench.views import conditioning as _conditioning  # noqa: F401
 from workbench.views import importance as _importance  # noqa: F401
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
+from workbench.views.circuit_graph import circuit_graph
 from workbench.views.compare import Compare, compare
 from workbench.views.cross_attention import cross_attention
 from workbench.views.figure import Click, Figure, figure
@@ -35,6 +37,7 @@ __all__ = [
     "TokenStrip",
     "View",
     "attention_pattern",
+    "circuit_graph",
     "compare",
     "cross_attention",
     "figure",
