@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from playwright.sync_api import sync_playwright
@@ -31,12 +32,16 @@ def shown() -> dict[str, views.View]:
     names = ["entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "induction"]
     with torch.no_grad(), wb.capture(names) as cap:
         model(**inputs)
+    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    held = workbench.capacity(wb, [ids, *_texts(tokenizer)], repeats=16, progress=False)
     pattern = views.attention_pattern(cap)
     pair = [views.attention_pattern(cap, site=4, heads=[head]) for head in (1, 2)]
     return {
         "head-atlas": views.head_atlas(cap, metric="induction"),
         "attention-pattern": pattern,
         "compare": views.compare(*pair, labels=("L4H1", "L4H2")),
+        "capacity-curves": views.capacity_curves(held),
+        "what-if": views.what_if(d_k=48, n=20, heads=4, needed=2),
         "saliency-map": speech(),
     }
 
@@ -53,6 +58,12 @@ def speech() -> views.View:
             wb, first, n_masks=1200, granularities=(60, 80, 100), orders=(), batch_size=25
         )
     return views.cross_attention(found, spans={"said": spans_of(spoken[0].spans, found.maps[0]["special"])})[0]
+
+
+def _texts(tokenizer: Any) -> list[dict[str, torch.Tensor]]:
+    """More to store than one prompt has."""
+    batches = workbench.tasks.induction(16, seed=0).batches(tokenizer)
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
 
 
 def main() -> None:

@@ -65,18 +65,23 @@ class Result(ABC):
         return cls(**held)
 
     def view(self) -> Any:
-        """The view that shows this result; `show`, `to_html` and `to_png` are its short forms."""
+        """The main view of this result, whose picture `to_png` makes; `workbench.views.all_of` gives all of them."""
         import workbench
 
         return workbench.views.of(self)
 
     def show(self) -> None:
-        """Display the view in a notebook."""
-        self.view().show()
+        """Display the views in a notebook, below each other."""
+        import workbench
+
+        for view in workbench.views.all_of(self):
+            view.show()
 
     def to_html(self, path: str | Path | None = None) -> str | Path:
-        """The view as one self-contained page: its text, or its path when one is given."""
-        html: str | Path = self.view().to_html(path)
+        """The views as one self-contained page: its text, or its path when one is given."""
+        import workbench
+
+        html: str | Path = workbench.views.page_of(self, path)
         return html
 
     def to_png(self, path: str | Path | None = None) -> bytes | Path:

@@ -246,7 +246,12 @@ class _Runner:
         self.sparse = False
         whole = self._forward(batch, size, [self.edits], None)
         few, all_of_them = (getattr(output, "logits", None) for output in (found, whole))
-        if few is None or few.shape != all_of_them.shape or not _close(all_of_them[:, places], few[:, places]):
+        if (
+            few is None
+            or all_of_them is None
+            or few.shape != all_of_them.shape
+            or not _close(all_of_them[:, places], few[:, places])
+        ):
             warnings.warn(f"all logits are computed: {ARGUMENT} changes those that are kept", UserWarning, stacklevel=5)
             return whole
         self.sparse = True

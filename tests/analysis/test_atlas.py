@@ -96,6 +96,24 @@ def test_clusters_and_heads_get_the_planted_names(atlas: tuple[PatternAtlas, lis
     assert max(range(5), key=lambda f: by_family[f]) == 4
 
 
+@pytest.mark.slow
+def test_all_names_of_images_are_told_apart_by_map_and_name() -> None:
+    random = torch.Generator().manual_seed(0)
+    base = {**kinds_of_image(8, 8), "content": torch.zeros(64, 64, dtype=torch.bool)}
+    heads, labels = [], []
+    for name, pairs in base.items():
+        for _ in range(3):
+            noise = (4.0 if name == "content" else 0.4) * torch.randn(3, 64, 64, generator=random, dtype=torch.float64)
+            raised = 0.0 if name == "uniform" else 5.0 * pairs.double()
+            heads.append((raised + noise).softmax(-1))
+            labels.append(name)
+    cap = captured(torch.stack(heads, 1))
+    found = pattern_atlas(cap, len(base), (8, 8), epochs=40, progress=False)
+    numbers = [list(base).index(name) for name in labels]
+    assert rand_index(numbers, found.clusters.tolist()) > 0.9
+    assert list(found.head_names) == labels
+
+
 def test_new_patterns_are_encoded_with_a_saved_atlas(atlas: tuple[PatternAtlas, list[int]], tmp_path: Path) -> None:
     found, labels = atlas
     loaded = PatternAtlas.load(found.save(tmp_path / "atlas"))
@@ -188,8 +206,7 @@ def test_padding_and_prefix_are_left_out_of_the_square() -> None:
 # Names
 
 
-def kinds_of_image() -> dict[str, Tensor]:
-    rows, columns = 4, 8
+def kinds_of_image(rows: int = 4, columns: int = 8) -> dict[str, Tensor]:
     n = rows * columns
     r, c = torch.arange(n) // columns, torch.arange(n) % columns
     i, j = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")

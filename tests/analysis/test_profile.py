@@ -183,6 +183,26 @@ def test_padded_text_agrees_with_the_definitions(sink: Any) -> None:
         torch.testing.assert_close(values["entropy"], counted.sum(-1) / length)
 
 
+def test_measures_that_do_not_apply_to_an_example_are_left_out_of_its_means() -> None:
+    n, lengths = 5, (5, 1, 4, 5)  # a text of one token has only its sink, and no token before it
+    seen = torch.ones(4, 1, n, n, dtype=torch.bool).tril()
+    for b, length in enumerate(lengths):
+        seen[b, :, :, : n - length] = False
+    weights = random_rows(4, 2, n, n) * seen
+    weights = torch.nan_to_num(weights / weights.sum(-1, keepdim=True))
+    found = attention_profile(captured(weights, Mask(n, n, tensor=seen)))
+    each = found.examples[..., found.measures.index("local_3")]
+    assert each.isnan()[:, 0].tolist() == [False, True, False, False]
+    known = each[[0, 2, 3]]
+    torch.testing.assert_close(found.of("local_3"), known.mean(0))
+    torch.testing.assert_close(found.spread("local_3"), known.std(0))
+    low, high = found.interval("local_3").T
+    assert (known.min(0).values <= low).all()
+    assert (low < known.mean(0)).all()
+    assert (known.mean(0) < high).all()
+    assert found.interval("cls_to_patches").isnan().all()
+
+
 def test_tiles_make_no_difference() -> None:
     n = _KEYS + 37
     assert n > 2 * _QUERIES

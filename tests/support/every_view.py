@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from workbench import attach
+import workbench
+from workbench import Capacity, attach
 from workbench.capture import Capture
 from workbench.views import View
 
@@ -28,8 +30,6 @@ class _Words:
 @cache
 def capture(layers: int = 2, heads: int = 3, tokens: Sequence[str] = WORDS[:12], batch: int = 1) -> Capture:
     """A capture of a random GPT-2 over these tokens."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
     n = len(tokens)
     config = GPT2Config(n_layer=layers, n_head=heads, n_embd=8 * heads, vocab_size=max(n, 8), n_positions=max(n, 16))
@@ -134,14 +134,95 @@ def _saliency_map(tokens: Sequence[str] = WORDS[:6]) -> View:
     )  # fmt: skip
 
 
+def _what_if() -> View:
+    from workbench import views
+
+    return views.what_if(d_k=48, n=20, heads=4, needed=2)
+
+
+@cache
+def capacity() -> Capacity:
+    """A capacity probe of a random GPT-2."""
+    config = GPT2Config(n_layer=2, n_head=3, n_embd=24, vocab_size=32, n_positions=32)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    with attach(model) as wb:
+        importance = {(0, 0): 0.3, (0, 1): -0.1, (1, 0): 0.2, (1, 2): 0.5}
+        batch = {"input_ids": torch.arange(64).view(2, 32) % 32}
+        return workbench.capacity(wb, batch, repeats=4, resamples=20, importance=importance, progress=False)
+
+
+def _capacity_curves() -> View:
+    from workbench import views
+
+    return views.capacity_curves(capacity())
+
+
+def _conditioning_curves() -> View:
+    from workbench import views
+
+    some = {"experiments": ["blocking", "latent_inhibition"], "rules": ("hebb", "delta")}
+    return views.conditioning_curves(
+        workbench.conditioning(**some, trials=3, repeats=4, resamples=10, d=16, progress=False)
+    )
+
+
+@cache
+def image_capture(images: int = 3, heads: int = 2, side: int = 3) -> tuple[Capture, torch.Tensor]:
+    """A capture of a random ViT with CLS and side x side patches, and the images that it saw."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        num_hidden_layers=2, num_attention_heads=heads, hidden_size=8 * heads, intermediate_size=16,
+        image_size=4 * side, patch_size=4, num_channels=1,
+    )  # fmt: skip
+    model = ViTModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "query" in name or "key" in name or "q_proj" in name or "k_proj" in name:
+                parameter.mul_(30)  # patterns with peaks
+    pixels = torch.linspace(-1, 1, images * (4 * side) ** 2).reshape(images, 1, 4 * side, 4 * side)
+    with attach(model) as wb, torch.inference_mode(), wb.capture() as found:
+        model(pixel_values=pixels)
+    return found, pixels
+
+
+def _image_attention(labels: Sequence[str] = ("one", "two", "three")) -> View:
+    from workbench import views
+
+    return views.image_attention(*image_capture(len(labels)), labels=labels)
+
+
+def _head_gallery(labels: Sequence[str] = WORDS[:6]) -> View:
+    from workbench import views
+
+    n = len(labels)
+    maps = torch.linspace(0, 1, n * 25).reshape(n, 5, 5).sqrt()
+    return views.head_gallery(
+        maps,
+        [(i // 3, i % 3) for i in range(n)],
+        labels=labels,
+        axes=views.Axes("rows down", "columns to the right", -2, -2),
+        groups=[views.Group("first", range(0, n, 2), maps[2]), views.Group(labels[0], range(1, n, 2))],
+        numbers={"distance": torch.arange(float(n))},
+        said=labels,
+    )
+
+
 VIEWS: dict[str, Callable[[], View]] = {
     "saliency_map": _saliency_map,
+    "capacity_curves": _capacity_curves,
+    "conditioning_curves": _conditioning_curves,
+    "what_if": _what_if,
     "tensor_peek": _tensor_peek,
     "figure": _figure,
     "run_timeline": _run_timeline,
     "compare": _compare,
     "attention_pattern": _attention_pattern,
     "head_atlas": _head_atlas,
+    "head_gallery": _head_gallery,
+    "image_attention": _image_attention,
     "token_strip": _token_strip,
 }
 """Kind of view -> one of it."""
@@ -151,6 +232,8 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "compare": _compare,
     "figure": _figure_of_tokens,
     "saliency_map": _saliency_map,
+    "head_gallery": _head_gallery,
+    "image_attention": _image_attention,
     "token_strip": _token_strip,
 }
 """Kinds of views that show tokens -> one of these tokens."""

@@ -66,6 +66,8 @@ def test_the_views_of_a_comparison() -> None:
     kinds = [view.spec.kind for view in views.cross_attention(found)]
     assert kinds == ["saliency_map", "head_atlas", "figure", "figure"]
     assert len(views.cross_attention(comparison(curves=False))) == 3
+    assert [view.spec.kind for view in views.all_of(found)] == kinds
+    assert [view.spec.kind for view in views.all_of(replace(found, maps=()))] == kinds[1:]
 
 
 def test_spans_are_where_the_alignment_lies() -> None:
@@ -143,9 +145,7 @@ def test_undefined_correlations_are_said() -> None:
 
 def test_a_report_takes_the_result_and_its_views(tmp_path: Path) -> None:
     found = comparison()
-    report = Report("Speech").add(found)
-    for view in views.cross_attention(found)[1:]:
-        report.add(view)
+    report = Report("Speech").add(found).add(views.cross_attention(found, utterance=1)[0])
     path = report.write(tmp_path / "speech.html")
     assert check(path) == []
     assert "media-src data: blob:" in path.read_text(encoding="utf-8")

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
-from workbench.demo import language, speech
+from workbench.demo import capacity, heads, language, speech
 from workbench.report import Report
 
 _SECTIONS: dict[str, Callable[[Report, int], None]] = {
     "language model": language.add,
+    "heads of a vision model": heads.add,
+    "capacity": capacity.add,
     "speech": speech.add,
 }
 

@@ -32,5 +32,6 @@ def add(report: Report, seed: int) -> None:
         f"Over {found.n_utterances} clips, attention averaged over all heads correlates with input saliency by "
         f"{attention:.2f}, with saliency of the encoder's output by {both:.2f}. So few clips show the method, no more.",
     )
-    for view, note in zip(shown, (*notes, None, None), strict=True):
-        report.add(view, note=note)
+    titles = ("A small Whisper: does cross-attention explain?", "A small Whisper: which heads agree with saliency")
+    for view, title, note in zip(shown, (*titles, None, None), (*notes, None, None), strict=True):
+        report.add(view, title=title, note=note)

@@ -18,7 +18,7 @@ from workbench.report import captures, limits, markdown, origin
 from workbench.report.parts import Section, figure_id, table_of
 from workbench.result import Result
 from workbench.tokens import visible_text
-from workbench.views import View, of, page
+from workbench.views import View, all_of, page
 from workbench.views.spec import ViewSpec
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class Report:
         """Add a section; returns the report.
 
         Args:
-            thing: a view, an analysis's result (its view and table), a capture (its facts, sites, head atlas, attention
-                pattern and tokens; of its first forward), or Markdown.
+            thing: a view, an analysis's result (its views and table), a capture (its facts, sites, head atlas,
+                attention pattern and tokens; of its first forward), or Markdown.
             title: the section's heading. note: Markdown above it. caption: replaces that of the first figure.
             text: the prompt of a capture as the person wrote it.
             verification: what `wb.verify(...)` returned for the capture's inputs. batch: which of its batch rows.
@@ -207,10 +207,12 @@ def _section(entry: _Entry, budget: int) -> Section:
             caption=entry.caption,
             budget=budget,
         )
-    view = of(thing) if isinstance(thing, Result) else thing
-    spec = view.spec
+    several = all_of(thing) if isinstance(thing, Result) else [thing]
+    spec = several[0].spec
     spec = replace(spec, title=entry.title or spec.title, caption=entry.caption or spec.caption)
-    found = Section(heading=title or visible_text(spec.title, 200), note=note, figures=[spec])
+    found = Section(
+        heading=title or visible_text(spec.title, 200), note=note, figures=[spec, *(view.spec for view in several[1:])]
+    )
     found.origin = dict(thing.provenance or {}) if isinstance(thing, Result) else dict(spec.provenance)
     if isinstance(thing, Result):
         found.tables.append(table_of(thing.table, "All numbers"))

@@ -150,4 +150,4 @@ def _with_answers(batch: Mapping[str, torch.Tensor]) -> TaskBatch:
 
 
 for _metric in (logit_diff, probability, kl_divergence, correct):
-    _metric.reads = last_places  # type: ignore[attr-defined]
+    setattr(_metric, "reads", last_places)  # noqa: B010

@@ -160,7 +160,7 @@ def say(digits: Sequence[int], voice: Voice, random: Generator, *, words: dict[i
     free = total - sum(map(len, made))
     shares = random.dirichlet(np.ones(len(made) + 1)) * (0.3 + 0.7 * random.random())
     pauses = (shares * max(0, free)).astype(int)
-    clip = np.zeros(total, np.float32)
+    clip: np.ndarray = np.zeros(total, np.float32)
     place, spans = 0, []
     for pause, spoken in zip(pauses, made, strict=False):
         place += int(pause)

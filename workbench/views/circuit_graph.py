@@ -9,6 +9,7 @@ import numpy as np
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.graph import Graph, head_of, label
+from workbench.errors import ReportError
 from workbench.views.base import View
 from workbench.views.figure import figure
 from workbench.views.of import of
@@ -34,10 +35,13 @@ def circuit_graph(circuit: Circuit, *, curve: FaithfulnessCurve | None = None, m
 
     Raises:
         InterventionError: the circuit is empty.
+        ReportError: the curve is of another circuit.
     """
     import plotly.graph_objects as go
 
     circuit.check_not_empty()
+    if curve is not None and (curve.task, curve.circuit) != (circuit.task, repr(circuit)):
+        raise ReportError(f"the curve is of {curve.circuit}, the graph of {circuit!r}", hint="make it for this circuit")
     places = _places(circuit.graph)
     fig = go.Figure()
     drawn, total = _add_edges(fig, circuit, places, most)
@@ -74,7 +78,8 @@ def _kept(circuit: Circuit, curve: FaithfulnessCurve) -> str:
     size = circuit.n_edges if curve.level == "edge" else len(circuit.nodes)
     nearest = int(np.abs(np.array(curve.kept_absolute) - size).argmin())
     share = curve.absolute[nearest]
-    return f"A circuit of {curve.kept_absolute[nearest]:,} keeps {share:.0%} of the effect ({curve.ablation} ablation)."
+    measured = curve.kept_absolute[nearest]
+    return f"The nearest measured size, {measured:,}, keeps {share:.0%} of the effect ({curve.ablation} ablation)."
 
 
 def _places(graph: Graph) -> dict[str, tuple[float, float]]:

@@ -41,7 +41,7 @@ def _(curve: FaithfulnessCurve) -> View:
     fig.update_yaxes(title_text="share of the effect")
     return figure(
         fig,
-        title=f"Faithfulness on {plotly_text(curve.task)}",
+        title=f"Faithfulness on {curve.task}",
         caption=(
             f"What the circuit keeps of {curve.metric} when everything else is ablated ({curve.ablation}); 1 is the "
             f"whole model. CPR {curve.cpr:.3f} (higher is better), CMD {curve.cmd:.3f} (0 is best)."
@@ -56,7 +56,7 @@ def _(curve: FaithfulnessCurve) -> View:
 def _(found: Faithfulness) -> View:
     """Faithfulness, incompleteness and minimality as bars."""
     table = found.table
-    names = [" ".join(part for part in (row.quantity, row.of) if part) for row in table.itertuples()]
+    names = [f"{row.quantity} {row.of}".strip() for row in table.itertuples()]
     return _bars(
         names, table, "share", title=f"Faithfulness on {found.task}", provenance=found.provenance,
         caption=f"{found.circuit}: {found.value:.3f} of the effect is kept ({found.ablation} ablation).",
@@ -112,7 +112,7 @@ def _(overlap: CircuitOverlap) -> View:
     crossed = "" if overlap.cross else " Cross-faithfulness was not asked for (wb= and tasks=)."
     return figure(
         fig,
-        title=f"Overlap of {plotly_text(overlap.tasks[0])} and {plotly_text(overlap.tasks[1])}",
+        title=f"Overlap of {overlap.tasks[0]} and {overlap.tasks[1]}",
         caption=(
             f"{len(overlap.shared)} shared {overlap.unit}; Jaccard {own:.3f} [{low:.3f}, {high:.3f}], "
             f"{overlap.expected:.3f} by chance (p {overlap.p_value:.2g})."
@@ -186,7 +186,7 @@ def _(fixed: Repair) -> View:
     """Accuracy before and after, head by head, and with random heads."""
     table = fixed.table
     accuracies = table[~table["quantity"].str.startswith("attention")]
-    names = [row.of if row.quantity == "single" else row.quantity for row in accuracies.itertuples()]
+    names = [str(row.of if row.quantity == "single" else row.quantity) for row in accuracies.itertuples()]
     before, after = float(fixed.before.mean()), float(fixed.together.mean())
     change = "rises" if after > before else "falls" if after < before else "stays"
     return _bars(
@@ -216,9 +216,7 @@ def _bars(
     fig.update_yaxes(type="category", autorange="reversed")
     fig.update_xaxes(title_text=unit)
     fig.update_layout(height=140 + 24 * len(names), showlegend=False)
-    return figure(
-        fig, title=plotly_text(title), caption=caption, table=frame if table is None else table, provenance=provenance
-    )
+    return figure(fig, title=title, caption=caption, table=frame if table is None else table, provenance=provenance)
 
 
 def _band(x: list[float], low: Any, high: Any) -> Any:

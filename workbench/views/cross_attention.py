@@ -15,7 +15,7 @@ from workbench.views.base import View
 from workbench.views.drawing import SERIES
 from workbench.views.figure import Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
-from workbench.views.of import of
+from workbench.views.of import more_of, of
 from workbench.views.saliency_map import SaliencyMap, saliency_map
 from workbench.views.selection import SharedSelection
 
@@ -39,8 +39,11 @@ def cross_attention(
     Raises:
         ReportError: the maps of this utterance were not kept.
     """
-    views: list[View] = [maps(found, utterance=utterance, spans=spans, selection=selection)]
-    views += [atlas(found, selection=selection), averages(found, selection=selection)]
+    return [maps(found, utterance=utterance, spans=spans, selection=selection), *_rest(found, selection)]
+
+
+def _rest(found: CrossAttentionSaliency, selection: SharedSelection | None = None) -> list[View]:
+    views: list[View] = [atlas(found, selection=selection), averages(found, selection=selection)]
     return [*views, curves(found, selection=selection)] if found.orders else views
 
 
@@ -228,8 +231,14 @@ def curves(
 
 @of.register
 def _(found: CrossAttentionSaliency) -> View:
-    """The maps of the first utterance; the heads where no maps were kept. `views.cross_attention` has all views."""
+    """The maps of the first utterance; the heads where no maps were kept."""
     return maps(found) if found.maps else atlas(found)
+
+
+@more_of.register
+def _(found: CrossAttentionSaliency) -> list[View]:
+    """The heads, averages of heads, and the curves."""
+    return _rest(found)[0 if found.maps else 1 :]
 
 
 @of.register

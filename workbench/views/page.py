@@ -41,7 +41,12 @@ TEMPLATES = Environment(
 
 def single(spec: ViewSpec) -> str:
     """A page with one view."""
-    return render(spec.title, [spec], provenance=spec.provenance)
+    return together([spec])
+
+
+def together(specs: Sequence[ViewSpec]) -> str:
+    """A page with views of one thing below each other; the first one names it."""
+    return render(specs[0].title, specs, provenance=specs[0].provenance)
 
 
 def render(

@@ -230,8 +230,14 @@ def _scatter(panel: _Panel, trace: Trace, colour: str, kind: str | None) -> None
         dots = panel.axes.scatter(x, y, s=area, alpha=trace.get("opacity"), zorder=3, **look)
         handle = dots if handle is None or handle is filled else handle
     if "text" in mode:
+        inside = trace.get("textposition") == "middle center"
+        place: dict[str, Any] = {"xytext": (0, 0), "ha": "center", "va": "center"} if inside else {"xytext": (3, 3)}
+        if isinstance(paint := trace.get("textfont", {}).get("color"), str):
+            place["color"] = colour_of(paint)
         for px, py, text in zip(x, y, trace.get("text", ()), strict=False):
-            panel.axes.annotate(plain_text(text), (px, py), xytext=(3, 3), textcoords="offset points", fontsize=8)
+            panel.axes.annotate(
+                plain_text(text), (px, py), textcoords="offset points", fontsize=7 if inside else 8, zorder=4, **place
+            )
     bars = {which: errors_of(trace, which, len(x)) for which in "xy"}
     if any(bars.values()):
         panel.axes.errorbar(x, y, fmt="none", ecolor=stroke, elinewidth=1, capsize=2.5, **_lengths(bars))

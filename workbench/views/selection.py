@@ -13,11 +13,12 @@ from workbench.errors import WorkbenchError
 
 @dataclass(frozen=True)
 class Selection:
-    """A layer, some of its heads, a query and a key of their pattern, a token of the text. None: nothing chosen.
+    """A layer, some of its heads, a query and a key of their pattern, a token, an example. None: nothing chosen.
 
     Attributes:
         site: the site's name, where a model has several kinds of attention in a layer.
         heads: in the order in which they were chosen; the first one leads.
+        example: which image or text of several.
 
     >>> print(Selection(layer=5, heads=(1, 3), query=12))
     L5H1+3, query 12
@@ -29,6 +30,7 @@ class Selection:
     key: int | None = None
     token: int | None = None
     site: str | None = None
+    example: int | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Selection:
@@ -40,7 +42,7 @@ class Selection:
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise WorkbenchError(
-                f"a selection has no {sorted(unknown)[0]!r}", hint="site, layer, heads, query, key, token"
+                f"a selection has no {sorted(unknown)[0]!r}", hint="site, layer, heads, query, key, token, example"
             )
         made: dict[str, Any] = {
             name: tuple(value or ()) if name == "heads" else value for name, value in values.items()
@@ -60,7 +62,9 @@ class Selection:
         parts = []
         if self.layer is not None:
             parts.append(f"L{self.layer}" + (f"H{'+'.join(map(str, self.heads))}" if self.heads else ""))
-        parts += [f"{name} {at}" for name in ("query", "key", "token") if (at := getattr(self, name)) is not None]
+        parts += [
+            f"{name} {at}" for name in ("query", "key", "token", "example") if (at := getattr(self, name)) is not None
+        ]
         return ", ".join(parts) or "nothing selected"
 
 

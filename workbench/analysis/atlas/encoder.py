@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 _WIDTHS = (16, 32, 64)
 _BATCH = 64
+_STEPS = 20  # of an epoch at least: where there are few patterns, batches are smaller
 _RATE = 2e-3
 
 
@@ -62,11 +63,12 @@ def fit(
         torch.manual_seed(seed)
         model = Autoencoder(images.shape[-1], width)
     losses = []
+    batch_size = max(4, min(_BATCH, min(most, len(images)) // _STEPS))
     with torch.enable_grad():
         optimizer = torch.optim.Adam(model.parameters(), _RATE)
         for _ in tqdm(range(epochs), desc="autoencoder", disable=not progress, leave=False):
             total, used = 0.0, 0
-            for rows in torch.randperm(len(images), generator=random)[:most].split(_BATCH):
+            for rows in torch.randperm(len(images), generator=random)[:most].split(batch_size):
                 batch = images[rows]
                 loss = mse_loss(model(batch), batch)
                 optimizer.zero_grad()

@@ -289,7 +289,7 @@ def _answers_at(batch: Any) -> Tensor | None:
 
 
 for _function in (loss, logit_diff, probability, js_divergence, accuracy):
-    _function.reads = _answers_at  # type: ignore[attr-defined]
+    setattr(_function, "reads", _answers_at)  # noqa: B010
 
 READY = {
     "loss": Measure("loss", loss, higher=False),

@@ -78,24 +78,26 @@ class AttentionProfile(Result):
         return self._interval(self.mass_examples)
 
     def of(self, measure: str) -> Tensor:
-        """[row] a measure's mean over examples.
+        """[row] a measure's mean over the examples that it applies to.
 
         Raises:
             WorkbenchError: there is no such measure.
         """
-        return self.examples[..., self._index(measure)].mean(0)
+        return self.examples[..., self._index(measure)].nanmean(0)
 
     def spread(self, measure: str) -> Tensor:
         """[row] a measure's standard deviation over examples; NaN with one example."""
         values = self.examples[..., self._index(measure)]
-        return values.std(0) if self.n_examples > 1 else torch.full_like(values[0], torch.nan)
+        count = values.isfinite().sum(0)
+        away = (values - values.nanmean(0)).square().nansum(0)
+        return torch.where(count > 1, (away / (count - 1).clamp(min=1)).sqrt(), torch.nan)
 
     def interval(self, measure: str) -> Tensor:
         """[row, 2] bootstrap interval of a measure's mean over examples, by percentiles; NaN with one example."""
         return self._interval(self.examples[..., self._index(measure), None])[:, 0]
 
     def _interval(self, values: Tensor) -> Tensor:
-        """[..., 2] from [example, ...]; the same examples are drawn for all heads."""
+        """[..., 2] from [example, ...]; the same examples are drawn for all heads. NaN where nothing applies."""
         n = len(values)
         if n < 2:
             return torch.full((*values.shape[1:], 2), torch.nan, dtype=values.dtype)
@@ -103,8 +105,11 @@ class AttentionProfile(Result):
         weights = torch.zeros(self.n_bootstrap, n, dtype=values.dtype)
         weights.scatter_add_(1, drawn, torch.full_like(weights, 1 / n))
         ends = torch.tensor([(1 - self.level) / 2, (1 + self.level) / 2], dtype=values.dtype)
-        means = weights @ values.flatten(1)
-        return torch.quantile(means, ends, dim=0).T.reshape(*values.shape[1:], 2)
+        known = values.isfinite().flatten(1)
+        means = (weights @ values.flatten(1).nan_to_num()) / (weights @ known.to(values.dtype))  # none drawn: 0 / 0
+        found = torch.nanquantile(means, ends, dim=0).T
+        found[known.sum(0) < 2] = torch.nan
+        return found.reshape(*values.shape[1:], 2)
 
     def _index(self, measure: str) -> int:
         if measure not in self.measures:
