@@ -176,7 +176,8 @@ def main() -> None:
 zero-ablated, and the loss of all tokens or the difference of two logits at the last one is measured, on
 {options.batches} batches of {options.batch} sequence of N tokens. Where only the last token counts, the sweep leaves
 the other logits out. Time of one forward per head (`wb.ablate`), and of a loop over TransformerLens' `run_with_hooks`
-(it forces eager attention), over that of `workbench.run_sweep`, whose time includes its checks (a session hashes its weights once). Differences are those of the metric from ours, beside its spread over heads.
+(it forces eager attention), over that of `workbench.run_sweep`, whose time includes its checks (a session hashes its
+weights once). Differences are those of the metric from ours, beside its spread over heads.
 
 {table(header, rows)}
 

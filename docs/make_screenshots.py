@@ -15,9 +15,13 @@ from playwright.sync_api import sync_playwright
 
 import workbench
 from workbench import views
+from workbench.tasks.speech import from_features, spans_of
+from workbench.tasks.spoken_digits import SECONDS
 
 FOLDER = Path(__file__).parent / "images"
 WIDTH, HEIGHT = 1280, 800
+ADDRESSES = {"saliency-map": "#L1H1,t=3"}
+"""What is selected, where it is not a head and a query of the language model."""
 
 
 def shown() -> dict[str, views.View]:
@@ -38,7 +42,22 @@ def shown() -> dict[str, views.View]:
         "compare": views.compare(*pair, labels=("L4H1", "L4H2")),
         "capacity-curves": views.capacity_curves(held),
         "what-if": views.what_if(d_k=48, n=20, heads=4, needed=2),
+        "saliency-map": speech(),
     }
+
+
+def speech() -> views.View:
+    """Cross-attention beside saliency, of a clip that ships with the speech model."""
+    model, tokenizer = workbench.models.load("demo-s2t")
+    features, spoken = workbench.models.clips("demo-s2t")
+    first = from_features(
+        features[0], seconds=SECONDS, audio=spoken[0].waveform, name=spoken[0].text, reference=spoken[0].text
+    )
+    with workbench.attach(model, tokenizer) as wb:
+        found = workbench.cross_attention_saliency(
+            wb, first, n_masks=1200, granularities=(60, 80, 100), orders=(), batch_size=25
+        )
+    return views.cross_attention(found, spans={"said": spans_of(spoken[0].spans, found.maps[0]["special"])})[0]
 
 
 def _texts(tokenizer: Any) -> list[dict[str, torch.Tensor]]:
@@ -59,7 +78,7 @@ def main() -> None:
                     offline=True, color_scheme=theme, viewport={"width": WIDTH, "height": HEIGHT}
                 )
                 tab = context.new_page()
-                tab.goto(f"{page.as_uri()}#L4H1,q=15")
+                tab.goto(f"{page.as_uri()}{ADDRESSES.get(name, '#L4H1,q=15')}")
                 tab.wait_for_selector("html[data-ready]")
                 tab.wait_for_timeout(200)
                 tab.screenshot(path=FOLDER / f"{name}-{theme}.png")

@@ -105,6 +105,35 @@ def _tensor_peek() -> View:
     return views.tensor_peek(torch.linspace(-1, 1, 60).reshape(3, 4, 5), title="Tensor peek")
 
 
+def _saliency_map(tokens: Sequence[str] = WORDS[:6]) -> View:
+    from workbench import views
+
+    random = torch.Generator().manual_seed(0)
+    n, frames, bins = len(tokens), 80, 16
+    middles = torch.linspace(6, 34, n)[:, None]
+    bumps = torch.exp(-((torch.arange(40) - middles) ** 2) / 8)
+    cells = bumps.repeat_interleave(2, 1)[..., None] * torch.rand(bins, generator=random)
+    noise = torch.rand(2, 3, n, 40, generator=random)
+    return views.saliency_map(
+        {"input saliency": cells + 0.2, "encoder-output saliency": bumps + 0.1},
+        tokens,
+        spectrogram=torch.rand(frames, bins, generator=random),
+        errors={"encoder-output saliency": torch.full((n, 40), 0.02)},
+        attention=(bumps + 0.4 * noise) / (bumps + 0.4 * noise).sum(-1, keepdim=True),
+        alignment_heads=[(1, 0)],
+        special=[False] * (n - 1) + [True],
+        seconds=0.01,
+        spans={
+            "attention": torch.cat([middles - 2, middles + 2], 1) * 0.02,
+            "said": torch.cat([middles - 3, middles + 1], 1) * 0.02,
+        },
+        audio=torch.sin(torch.arange(6400) / 8),
+        sampling_rate=8000,
+        unit="nats",
+        title="Saliency map",
+    )  # fmt: skip
+
+
 def _what_if() -> View:
     from workbench import views
 
@@ -182,6 +211,7 @@ def _head_gallery(labels: Sequence[str] = WORDS[:6]) -> View:
 
 
 VIEWS: dict[str, Callable[[], View]] = {
+    "saliency_map": _saliency_map,
     "capacity_curves": _capacity_curves,
     "conditioning_curves": _conditioning_curves,
     "what_if": _what_if,
@@ -201,6 +231,7 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "attention_pattern": _attention_pattern,
     "compare": _compare,
     "figure": _figure_of_tokens,
+    "saliency_map": _saliency_map,
     "head_gallery": _head_gallery,
     "image_attention": _image_attention,
     "token_strip": _token_strip,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
-from workbench.demo import capacity, circuits, heads, language
+from workbench.demo import capacity, circuits, heads, language, speech
 from workbench.report import Report
 
 _SECTIONS: dict[str, Callable[[Report, int], None]] = {
@@ -14,6 +14,7 @@ _SECTIONS: dict[str, Callable[[Report, int], None]] = {
     "heads of a vision model": heads.add,
     "circuit": circuits.add,
     "capacity": capacity.add,
+    "speech": speech.add,
 }
 
 

@@ -15,6 +15,7 @@ from workbench.views.circuit_graph import circuit_graph
 from workbench.views.compare import Compare, compare
 from workbench.views.conditioning import capacity_correlation
 from workbench.views.conditioning_curves import ConditioningCurves, conditioning_curves
+from workbench.views.cross_attention import cross_attention
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
@@ -22,6 +23,7 @@ from workbench.views.image_attention import ImageAttention, image_attention
 from workbench.views.of import all_of, of, page_of
 from workbench.views.overview import overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
+from workbench.views.saliency_map import SaliencyMap, saliency_map
 from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.tensor_peek import TensorPeek, tensor_peek
 from workbench.views.token_strip import TokenStrip, token_strip
@@ -41,6 +43,7 @@ __all__ = [
     "HeadGallery",
     "ImageAttention",
     "RunTimeline",
+    "SaliencyMap",
     "Selection",
     "SharedSelection",
     "TensorPeek",
@@ -54,6 +57,7 @@ __all__ = [
     "circuit_graph",
     "compare",
     "conditioning_curves",
+    "cross_attention",
     "figure",
     "head_atlas",
     "head_gallery",
@@ -62,6 +66,7 @@ __all__ = [
     "overview",
     "page_of",
     "run_timeline",
+    "saliency_map",
     "tensor_peek",
     "token_strip",
     "what_if",

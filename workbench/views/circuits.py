@@ -192,8 +192,9 @@ def _(fixed: Repair) -> View:
     return _bars(
         names, accuracies, "accuracy", title=f"Repair of {fixed.task}",
         caption=(
-            f"{', '.join(fixed.heads)} put on {', '.join(fixed.towards)} (without {fixed.but}) from the last token: accuracy {change} "
-            f"from {before:.3f} to {after:.3f}; {fixed.broken:.1%} of the prompts were right and are wrong after."
+            f"{', '.join(fixed.heads)} put on {', '.join(fixed.towards)} (without {fixed.but}) from the last token: "
+            f"accuracy {change} from {before:.3f} to {after:.3f}; {fixed.broken:.1%} of the prompts were right and are "
+            f"wrong after."
         ),
         table=table, provenance=fixed.provenance,
     )  # fmt: skip
