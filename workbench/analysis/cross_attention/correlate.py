@@ -30,7 +30,7 @@ def correlate(a: Tensor, b: Tensor, *, normalise: str = "token", measure: str = 
         WorkbenchError: the shapes differ, or a map is constant and the correlation undefined.
 
     >>> import torch
-    >>> correlate(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[2.0, 4.0, 8.0]]))
+    >>> round(correlate(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[2.0, 4.0, 8.0]])), 6)
     1.0
     """
     if a.shape != b.shape:
