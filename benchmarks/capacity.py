@@ -5,15 +5,17 @@ each head and each n by itself, writes the pairs into its memories one at a time
 at once), and measures the same. Its numbers must be ours to 1e-5. Memory: the peak of our probe above what the process
 held before, on Linux. Writes its section of docs/benchmarks.md.
 
-    python benchmarks/capacity.py [--quick] [--rounds 5]
+    python benchmarks/capacity.py [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 
 import torch
-from shared.measuring import interleaved, machine, peak_above, say, table, write_section
+from shared.measuring import machine, peak_above, say, table, write_section
 from torch import Tensor
 
 from workbench.analysis.conditioning.features import unit
@@ -91,22 +93,28 @@ def main() -> None:
     """Measure, check and write; `--quick` is small and writes nothing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2 layers of 2 heads, n to 64: shows that it works")
-    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    layers, heads, most, rounds = (2, 2, 64, 1) if options.quick else (12, 12, 256, options.rounds)
+    layers, heads, most = (2, 2, 64) if options.quick else (12, 12, 256)
     sites, plan = model(layers, heads), Plan(default_sizes(most), RULES)
     with torch.no_grad():
         peak, _ = peak_above(lambda: [probe(site, plan) for site in sites])
-        off, changed = difference(
-            torch.cat([probe(site, plan) for site in sites], 1), torch.cat([loop(site, plan) for site in sites], 1)
-        )
-        say(f"largest difference {off:.1e}, {changed} identifications differ, peak {peak / 2**20:.0f} MiB")
-        if off > 1e-5:
-            raise SystemExit(f"the loop's numbers are {off:.1e} off")
-        arms = {"probe": lambda: [probe(s, plan) for s in sites], "loop": lambda: [loop(s, plan) for s in sites]}
-        seconds = interleaved(arms, rounds)
-    ratio = seconds["loop"] / seconds["probe"]
-    say(f"the loop takes {ratio:.1f} times as long")
+        seconds: dict[str, list[float]] = {"probe": [], "loop": []}
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        for number, site in enumerate(sites):
+            work = {"probe": (probe, ours), "loop": (loop, theirs)}
+            for name in list(work) if number % 2 else list(work)[::-1]:
+                run, found = work[name]
+                start = time.perf_counter()
+                found.append(run(site, plan))
+                seconds[name].append(time.perf_counter() - start)
+        off, changed = difference(torch.cat(ours, 1), torch.cat(theirs, 1))
+    say(f"largest difference {off:.1e}, {changed} identifications differ, peak {peak / 2**20:.0f} MiB")
+    if off > 1e-5:
+        raise SystemExit(f"the loop's numbers are {off:.1e} off")
+    each = [slow / fast for slow, fast in zip(seconds["loop"], seconds["probe"], strict=True)]
+    ratio = statistics.median(each)
+    say(f"the loop takes {ratio:.1f} times as long ({min(each):.1f} to {max(each):.1f} over the layers)")
     if options.quick:
         return
     row = [f"{layers * heads}", f"{most} in {len(plan.sizes)} steps", f"{plan.repeats}", f"{ratio:.1f}",
@@ -120,7 +128,7 @@ their numbers. Of all identifications (top-1), {changed} differ, where two value
 
 {table(["heads", "pairs n to", "repeats", "loop / probe", "peak memory", "difference"], [row])}
 
-Median of {rounds} interleaved rounds. {machine("torch")}""",
+Median over the {layers} layers, each timed in turn ({min(each):.1f} to {max(each):.1f}). {machine("torch")}""",
     )
 
 

@@ -1,17 +1,18 @@
 """How fast all heads are switched off in turn: our sweep, one forward per head, and a TransformerLens loop.
 
 A random model of the shape of GPT-2 small (12 layers, 12 heads of 64): each of its 144 heads is zero-ablated, and the
-loss on every example is measured; all arms in one process, interleaved, on equal weights and the same tokens. Also the
-size and speed of copies that have really lost heads. Only ratios mean anything. Writes its section of
+loss or a logit difference is measured; all arms in one process, interleaved, on equal weights and the same tokens. Also
+the size and speed of copies that have really lost heads. Only ratios mean anything. Writes its section of
 docs/benchmarks.md.
 
-    python benchmarks/sweep.py [--lengths 16 128] [--batch 1] [--rounds 5] [--quick]
+    python benchmarks/sweep.py [--lengths 16 128] [--batches 4] [--batch 1] [--rounds 5] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +35,20 @@ def loss(output: Any, batch: Any) -> torch.Tensor:
     return lost.mean(1)
 
 
-def arms(config: GPT2Config, batch: int, length: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """One function per arm; all give the losses [head, example]."""
+def logit_diff(output: Any, batch: Any) -> torch.Tensor:
+    """[batch] difference of two tokens' logits at the last position."""
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    return logits[:, -1, 10] - logits[:, -1, 20]
+
+
+logit_diff.reads = lambda batch: torch.tensor([batch["input_ids"].shape[1] - 1])  # type: ignore[attr-defined]
+METRICS: dict[str, Any] = {"loss": loss, "logit difference": logit_diff}
+
+
+def arms(
+    config: GPT2Config, n_batches: int, batch: int, length: int, metric: Any
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """One function per arm; all give the metric [head, example]."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
@@ -45,23 +58,22 @@ def arms(config: GPT2Config, batch: int, length: int) -> dict[str, Callable[[], 
     twin = GPT2LMHeadModel._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     twin.load_state_dict(model.state_dict())
     bridge = peers.bridge(twin)
-    ids = torch.randint(0, config.vocab_size, (batch, length))
-    inputs = {"input_ids": ids}
+    batches = [{"input_ids": torch.randint(0, config.vocab_size, (batch, length))} for _ in range(n_batches)]
     wb = workbench.attach(model)
     heads = [(layer, head) for layer in range(config.n_layer) for head in range(config.n_head)]
     variants = [workbench.Variant(one) for one in heads]
 
     def sweep() -> torch.Tensor:
-        found = workbench.run_sweep(wb, variants, [inputs], loss, progress=False)
+        found = workbench.run_sweep(wb, variants, batches, metric, progress=False)
         if found.mode != "resumed" or not found.batched:
             raise SystemExit(f"the sweep did not run as it should: {found.reason}")
         return found.values[:, 0]
 
     def one_by_one() -> torch.Tensor:
         rows = []
-        for one in heads:
-            with wb.ablate(one):
-                rows.append(loss(model(**inputs, use_cache=False), inputs))
+        for head in heads:
+            with wb.ablate(head):
+                rows.append(torch.cat([metric(model(**one, use_cache=False), one) for one in batches]))
         return torch.stack(rows)
 
     def lens() -> torch.Tensor:
@@ -72,8 +84,10 @@ def arms(config: GPT2Config, batch: int, length: int) -> dict[str, Callable[[], 
                 z[:, :, head] = 0
                 return z
 
-            logits = bridge.run_with_hooks(ids, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", switch_off)])
-            rows.append(loss(logits, inputs))
+            hooks = [(f"blocks.{layer}.attn.hook_z", switch_off)]
+            rows.append(
+                torch.cat([metric(bridge.run_with_hooks(one["input_ids"], fwd_hooks=hooks), one) for one in batches])
+            )
         return torch.stack(rows)
 
     return {"ours": sweep, "one by one": one_by_one, "lens": lens}
@@ -111,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a small model, one round, nothing written: does it work?")
     options = parser.parse_args()
@@ -118,9 +133,9 @@ def main() -> None:
     rounds = 1 if options.quick else options.rounds
     small = {"n_layer": 3, "n_head": 4, "n_embd": 32, "vocab_size": 100} if options.quick else {}
     rows = []
-    for length in lengths:
+    for length, (name_of_metric, metric) in itertools.product(lengths, METRICS.items()):
         config = GPT2Config(n_positions=max(256, length), attn_implementation="sdpa", **small)
-        made = arms(config, options.batch, length)
+        made = arms(config, options.batches, options.batch, length, metric)
         results = {name: run() for name, run in made.items()}
         off = {name: float((results[name] - results["ours"]).abs().max()) for name in ("one by one", "lens")}
         spread = float(results["ours"].std())
@@ -128,7 +143,15 @@ def main() -> None:
             raise SystemExit(f"the arms differ: {off}")
         found = interleaved(made, rounds)
         ratios = [f"{found[name] / found['ours']:.1f}" for name in ("one by one", "lens")]
-        rows.append([str(length), *ratios, *(f"{off[name]:.1e}" for name in ("one by one", "lens")), f"{spread:.1e}"])
+        rows.append(
+            [
+                str(length),
+                name_of_metric,
+                *ratios,
+                *(f"{off[name]:.1e}" for name in ("one by one", "lens")),
+                f"{spread:.1e}",
+            ]
+        )
         say(" ".join(rows[-1]))
     length = 64 if options.quick else 128
     config = GPT2Config(n_positions=256, attn_implementation="sdpa", **small)
@@ -137,14 +160,24 @@ def main() -> None:
         say(" ".join(row))
     if options.quick:
         return
-    header = ["N", "one forward per head / ours", "TransformerLens / ours", "largest difference", "TL's", "spread"]
+    header = [
+        "N",
+        "metric",
+        "one forward per head / ours",
+        "TransformerLens / ours",
+        "largest difference",
+        "TL's",
+        "spread",
+    ]
     sizes = ["heads gone", "attention weights left", "all weights left", "speed-up", "largest relative difference"]
     write_section(
         HEADING,
         f"""`python benchmarks/sweep.py`: each of the 144 heads of a random model of GPT-2 small's shape (float32) is
-zero-ablated and the loss measured, on {options.batch} sequence of N tokens. Time of one forward per head (`wb.ablate`),
-and of a loop over TransformerLens' `run_with_hooks` (it forces eager attention), over that of `workbench.run_sweep`,
-whose time includes its checks. Differences are those of the losses from ours, beside the losses' spread over heads.
+zero-ablated, and the loss of all tokens or the difference of two logits at the last one is measured, on
+{options.batches} batches of {options.batch} sequence of N tokens. Where only the last token counts, the sweep leaves
+the other logits out. Time of one forward per head (`wb.ablate`), and of a loop over TransformerLens' `run_with_hooks`
+(it forces eager attention), over that of `workbench.run_sweep`, whose time includes its checks (a session hashes its
+weights once). Differences are those of the metric from ours, beside its spread over heads.
 
 {table(header, rows)}
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from playwright.sync_api import sync_playwright
 
 import workbench
 from workbench import views
+from workbench.tasks.speech import from_features, spans_of
+from workbench.tasks.spoken_digits import SECONDS
 
 FOLDER = Path(__file__).parent / "images"
 WIDTH, HEIGHT = 1280, 800
+ADDRESSES = {"saliency-map": "#L1H1,t=3"}
+"""What is selected, where it is not a head and a query of the language model."""
 
 
 def shown() -> dict[str, views.View]:
@@ -27,13 +32,38 @@ def shown() -> dict[str, views.View]:
     names = ["entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "induction"]
     with torch.no_grad(), wb.capture(names) as cap:
         model(**inputs)
+    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    held = workbench.capacity(wb, [ids, *_texts(tokenizer)], repeats=16, progress=False)
     pattern = views.attention_pattern(cap)
     pair = [views.attention_pattern(cap, site=4, heads=[head]) for head in (1, 2)]
     return {
         "head-atlas": views.head_atlas(cap, metric="induction"),
         "attention-pattern": pattern,
         "compare": views.compare(*pair, labels=("L4H1", "L4H2")),
+        "capacity-curves": views.capacity_curves(held),
+        "what-if": views.what_if(d_k=48, n=20, heads=4, needed=2),
+        "saliency-map": speech(),
     }
+
+
+def speech() -> views.View:
+    """Cross-attention beside saliency, of a clip that ships with the speech model."""
+    model, tokenizer = workbench.models.load("demo-s2t")
+    features, spoken = workbench.models.clips("demo-s2t")
+    first = from_features(
+        features[0], seconds=SECONDS, audio=spoken[0].waveform, name=spoken[0].text, reference=spoken[0].text
+    )
+    with workbench.attach(model, tokenizer) as wb:
+        found = workbench.cross_attention_saliency(
+            wb, first, n_masks=1200, granularities=(60, 80, 100), orders=(), batch_size=25
+        )
+    return views.cross_attention(found, spans={"said": spans_of(spoken[0].spans, found.maps[0]["special"])})[0]
+
+
+def _texts(tokenizer: Any) -> list[dict[str, torch.Tensor]]:
+    """More to store than one prompt has."""
+    batches = workbench.tasks.induction(16, seed=0).batches(tokenizer)
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
 
 
 def main() -> None:
@@ -48,7 +78,7 @@ def main() -> None:
                     offline=True, color_scheme=theme, viewport={"width": WIDTH, "height": HEIGHT}
                 )
                 tab = context.new_page()
-                tab.goto(f"{page.as_uri()}#L4H1,q=15")
+                tab.goto(f"{page.as_uri()}{ADDRESSES.get(name, '#L4H1,q=15')}")
                 tab.wait_for_selector("html[data-ready]")
                 tab.wait_for_timeout(200)
                 tab.screenshot(path=FOLDER / f"{name}-{theme}.png")

@@ -156,6 +156,66 @@ def test_metrics_by_name_and_against_the_clean_output(wb: Workbench, batches: li
     assert "1 variants, 6 examples" in repr(found)
 
 
+def last_only(output: Any, batch: Batch) -> Tensor:
+    return output.logits[:, -1].double().sin().sum(-1)
+
+
+def says_last(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def metric(output: Any, batch: Batch) -> Tensor:
+        return function(output, batch)
+
+    metric.reads = lambda batch: torch.tensor([batch["input_ids"].shape[1] - 1])  # type: ignore[attr-defined]
+    return metric
+
+
+def test_logits_that_no_metric_reads_are_not_computed(wb: Workbench, batches: list[Batch]) -> None:
+    variants, places = all_heads(wb), []
+    handle = wb.model.lm_head.register_forward_hook(lambda module, given, output: places.append(output.shape[1]))
+    full = run_sweep(wb, variants, batches, last_only, progress=False)
+    assert set(places) == {9, 12}
+    places.clear()
+    few = run_sweep(wb, variants, batches, says_last(last_only), progress=False)
+    handle.remove()
+    assert places.count(1) == len(places) - 1  # all but the forward that they are compared with
+    assert few.mode == "resumed"
+    assert few.batched
+    assert torch.allclose(few.values, full.values, atol=1e-5)
+    assert torch.allclose(few.clean, full.clean, atol=1e-5)
+    both = run_sweep(wb, variants, batches, {"a": says_last(last_only), "b": weighed}, progress=False)
+    assert torch.allclose(both.values[:, 1], run_sweep(wb, variants, batches, weighed, progress=False).values[:, 0])
+
+
+def test_a_metric_that_reads_more_than_it_says_is_found_out(wb: Workbench, batches: list[Batch]) -> None:
+    with pytest.raises(WorkbenchError, match="nan"):
+        run_sweep(wb, all_heads(wb), batches, says_last(weighed), progress=False)
+
+
+def test_a_model_that_keeps_the_wrong_logits_computes_them_all(wb: Workbench, batches: list[Batch]) -> None:
+    variants = all_heads(wb)
+    expected = run_sweep(wb, variants, batches, last_only, progress=False)
+    forward = wb.model.forward
+
+    def wrong(*args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        return forward(*args, logits_to_keep=logits_to_keep * 0 if torch.is_tensor(logits_to_keep) else 0, **kwargs)
+
+    wb.model.forward = wrong
+    try:
+        with pytest.warns(UserWarning, match="all logits are computed"):
+            found = run_sweep(wb, variants, batches, says_last(last_only), progress=False)
+    finally:
+        del wb.model.forward
+    assert torch.equal(found.values, expected.values)
+
+
+def test_weights_that_were_changed_behind_autograd_s_back_have_another_hash(wb: Workbench) -> None:
+    before = wb.weights_hash()
+    assert wb.weights_hash() == before
+    weight = wb.model.transformer.h[0].mlp.c_fc.weight
+    weight.data[0, 0] += 1
+    assert wb.weights_hash() != before
+    weight.data[0, 0] -= 1
+
+
 def test_labels_leave_no_mixed_loss(wb: Workbench) -> None:
     """The loss of a repeated batch would be that of all variants."""
     tokens = ids(2, 9)

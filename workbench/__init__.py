@@ -36,9 +36,16 @@ if TYPE_CHECKING:
     from workbench.analysis.circuits.stability import Stability, circuit_stability
     from workbench.analysis.conditioning.capacity import Capacity, capacity
     from workbench.analysis.conditioning.experiments import Conditioning, conditioning
+    from workbench.analysis.cross_attention import (
+        CrossAttention,
+        CrossAttentionSaliency,
+        cross_attention,
+        cross_attention_saliency,
+    )
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
     from workbench.analysis.profile import AttentionProfile, attention_profile
     from workbench.analysis.pruned import prune_heads
+    from workbench.analysis.saliency import PrecisionError, Saliency, saliency
     from workbench.capture import Capture, load_capture
     from workbench.heads import KVGroup
     from workbench.report import Report
@@ -79,6 +86,10 @@ _LAZY = {
     "circuit_stability": "workbench.analysis.circuits.stability",
     "Conditioning": "workbench.analysis.conditioning.experiments",
     "conditioning": "workbench.analysis.conditioning.experiments",
+    "CrossAttention": "workbench.analysis.cross_attention",
+    "CrossAttentionSaliency": "workbench.analysis.cross_attention",
+    "cross_attention": "workbench.analysis.cross_attention",
+    "cross_attention_saliency": "workbench.analysis.cross_attention",
     "Capture": "workbench.capture",
     "SiteCapture": "workbench.site_capture",
     "load_capture": "workbench.capture",
@@ -88,6 +99,9 @@ _LAZY = {
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
     "prune_heads": "workbench.analysis.pruned",
+    "PrecisionError": "workbench.analysis.saliency",
+    "Saliency": "workbench.analysis.saliency",
+    "saliency": "workbench.analysis.saliency",
     "Sweep": "workbench.sweep_result",
     "SweepInterrupted": "workbench.sweep_result",
     "Variant": "workbench.variants",
@@ -104,6 +118,8 @@ __all__ = [
     "Circuit",
     "CircuitOverlap",
     "Conditioning",
+    "CrossAttention",
+    "CrossAttentionSaliency",
     "Faithfulness",
     "FaithfulnessCurve",
     "FormatError",
@@ -113,10 +129,12 @@ __all__ = [
     "InterventionError",
     "KVGroup",
     "PatternAtlas",
+    "PrecisionError",
     "PruningCurve",
     "Repair",
     "Report",
     "ReportError",
+    "Saliency",
     "SiteCapture",
     "Stability",
     "Stage",
@@ -134,6 +152,8 @@ __all__ = [
     "circuit_overlap",
     "circuit_stability",
     "conditioning",
+    "cross_attention",
+    "cross_attention_saliency",
     "faithfulness_curve",
     "find_circuit",
     "head_importance",
@@ -145,6 +165,7 @@ __all__ = [
     "prune_heads",
     "repair",
     "run_sweep",
+    "saliency",
     "tasks",
     "views",
 ]

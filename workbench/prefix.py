@@ -121,6 +121,14 @@ class Prefix:
         sizes = [t.nbytes for name in self.blocks for t in tensors(self.outputs.get(name))]
         return max(sizes, default=0)
 
+    @property
+    def rows(self) -> int:
+        """The most vectors, examples times positions, in what a block gave."""
+        found = [
+            t.numel() // t.shape[-1] for name in self.blocks for t in tensors(self.outputs.get(name)) if t.dim() > 1
+        ]
+        return max(found, default=0)
+
     def _run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name in self._skipped:
             kept = self.outputs[name]

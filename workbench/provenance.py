@@ -201,6 +201,16 @@ def _without_folder(argument: str) -> str:
     return f"{start}{sign}{mark}{pure.name}" if rooted or there else argument
 
 
+def weights_fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    """What differs where weights differ, in a small part of the time of the hash: their versions, places and sums.
+
+    Changes that do not count as in place for autograd, such as those of `weight.data`, show in the sums.
+    """
+    tensors = [t.detach() for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta"]
+    sums = tuple(float(t.sum(dtype=torch.float64)) for t in tensors if not t.is_complex())
+    return weights_version(model), tuple(t.data_ptr() for t in tensors), sums
+
+
 def weights_version(model: nn.Module) -> int:
     """A number that grows whenever a weight is changed in place: tells cheaply whether the hash still holds."""
     return sum(0 if p.is_inference() else p._version for p in (*model.parameters(), *model.buffers()))

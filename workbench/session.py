@@ -22,7 +22,7 @@ from workbench.interventions import Interventions
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
 from workbench.live import Live
-from workbench.provenance import describe, weights_hash, weights_version
+from workbench.provenance import describe, weights_fingerprint, weights_hash, weights_version
 from workbench.recorder import Recorder, SiteChoice, choose
 from workbench.settings import Settings
 from workbench.tokens import piece
@@ -83,7 +83,7 @@ class Workbench(Interventions):
         self._open = True
         self._live = Live(model)
         self._warned = False
-        self._hash: tuple[int, str] | None = None
+        self._hash: tuple[Any, str] | None = None
         _attached[model] = weakref.ref(self)
 
     def detach(self) -> None:
@@ -278,9 +278,11 @@ class Workbench(Interventions):
 
     def _weights_hash(self, before: int) -> str | None:
         """Hash of the weights, computed when it is first read; None if they have changed since the capture began."""
-        now = weights_version(self.model)
-        if now != before:
-            return None
+        return self.weights_hash() if weights_version(self.model) == before else None
+
+    def weights_hash(self) -> str:
+        """SHA-256 over the model's parameters and buffers, computed anew only where they have changed."""
+        now = weights_fingerprint(self.model)
         if self._hash is None or self._hash[0] != now:
             self._hash = (now, weights_hash(self.model))
         return self._hash[1]

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from workbench.compiled import check_not_compiled
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.inputs import dropout_in_training
+from workbench.kept_logits import ARGUMENT, places_read, widened
 from workbench.prefix import Prefix, tensors
-from workbench.provenance import describe, weights_hash
+from workbench.provenance import describe
 from workbench.session import Workbench
 from workbench.sweep_inputs import check_batches, check_resumed, identity, measured, size_of
 from workbench.sweep_result import Sweep, SweepInterrupted
@@ -25,6 +26,7 @@ from workbench.variants import OutputStack, Resolved, Stack, Variant, repeat, re
 
 Metric = Callable[..., Tensor]
 _SAVE_EVERY = 30.0  # seconds
+_FEW_ROWS = 256  # vectors in a forward; with fewer, what a forward costs whatever its size weighs more than a block
 _CLOSE = 1e-3  # largest relative difference that repeating the batch may make
 
 
@@ -54,7 +56,8 @@ def run_sweep(
         variants: what to try; see `Variant`.
         batches: dicts of model inputs; those tensors whose first axis is the batch are repeated.
         metrics: `metric(output, batch)` gives one number per example [batch]; one, or several by name. A metric with an
-            attribute `against_clean` that is true is called `metric(output, batch, clean_output)`.
+            attribute `against_clean` that is true is called `metric(output, batch, clean_output)`. By its attribute
+            `reads` a metric says which logits it needs (see `workbench.kept_logits`); the tasks' metrics do.
         reference: where means and resampled examples come from, as in `Workbench.ablate`; the batches by default.
         base: edits that all variants have, and the model they are compared with.
         batched, resumed: False for one variant at a time, or for whole forwards.
@@ -130,6 +133,8 @@ class _Runner:
         self.done = torch.zeros(len(variants), len(batches), dtype=torch.bool)
         self.identity: dict[str, Any] = {}
         self.without_cache = _without_cache(wb.model)
+        self.recorded: Any = None  # the output on the first batch, while what blocks gave in it is kept
+        self.sparse = True  # whether logits that no metric reads are left out
 
     def run(self, path: Path | None, reference: Any, seed: int | None, progress: bool) -> Sweep:
         with ExitStack() as stack:
@@ -138,7 +143,7 @@ class _Runner:
             stack.enter_context(self.prefix.open())
             self._try_out()
             self.identity = identity(
-                self.wb.model, self.variants, self.base, self.batches, self.metrics, reference, seed,
+                self.wb, self.variants, self.base, self.batches, self.metrics, reference, seed,
                 memory=self.memory, mode=self.mode, batched=self.batched,
             )  # fmt: skip
             if path is not None:
@@ -181,9 +186,16 @@ class _Runner:
         }
         self.stack.plan = plan
         self.stack.touched.clear()
+        places = self._places(batch)
+        if places is not None:
+            inputs[ARGUMENT] = places
         with self.prefix.resuming(start, times):
             output = self.wb.model(**{**self.without_cache, **inputs})
-        return output
+        return output if places is None else widened(output, places, batch["input_ids"].shape[1])
+
+    def _places(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Where logits are needed; None for everywhere."""
+        return places_read(self.wb.model, self.metrics.values(), batch) if self.sparse else None
 
     def _run_plan(self, batch: Mapping[str, Any], size: int, chosen: list[Resolved], start: str | None) -> list[Any]:
         """The model's output for each variant."""
@@ -198,7 +210,7 @@ class _Runner:
     def _try_out(self) -> None:
         """Find out, on the first batch, what this model allows."""
         batch, size = self.batches[0], self.sizes[0]
-        plain = self._forward(batch, size, [self.edits], None)
+        plain = self._plain(batch, size)
         recorded = self._record(batch, size) if self.resumed else self._forward(batch, size, [self.edits], None)
         if not _same(plain, recorded):
             if not self.resumed or not _same(plain, self._forward(batch, size, [self.edits], None)):
@@ -208,6 +220,7 @@ class _Runner:
                     "try model.eval() or torch.use_deterministic_algorithms(True)",
                 )
             self._fall_back("a forward differs when its blocks are watched")
+        self.recorded = recorded if self.resumed else None
         starts = self.prefix.starts
         if self.resumed and not starts:
             self._fall_back(self.prefix.reason or "no block runs exactly once")
@@ -224,6 +237,26 @@ class _Runner:
             if wrong:
                 self.batched = False
                 warnings.warn(f"variants run one by one: {wrong}", UserWarning, stacklevel=4)
+
+    def _plain(self, batch: Mapping[str, Any], size: int) -> Any:
+        """The unedited model's output; finds out whether logits are the same when only those that are read are made."""
+        found = self._forward(batch, size, [self.edits], None)
+        places = self._places(batch)
+        if places is None:
+            return found
+        self.sparse = False
+        whole = self._forward(batch, size, [self.edits], None)
+        few, all_of_them = (getattr(output, "logits", None) for output in (found, whole))
+        if (
+            few is None
+            or all_of_them is None
+            or few.shape != all_of_them.shape
+            or not _close(all_of_them[:, places], few[:, places])
+        ):
+            warnings.warn(f"all logits are computed: {ARGUMENT} changes those that are kept", UserWarning, stacklevel=5)
+            return whole
+        self.sparse = True
+        return found
 
     def _repeats_wrongly(self, plain: Any, batch: Mapping[str, Any], size: int, start: str | None) -> str:
         """Why variants cannot run side by side; "" if they can."""
@@ -263,7 +296,9 @@ class _Runner:
             first += size
             if bool(self.done[:, number].all()):
                 continue
-            clean = self._record(batch, size) if self.resumed else self._forward(batch, size, [self.edits], None)
+            clean, self.recorded = self.recorded if number == 0 else None, None
+            if clean is None or not self.resumed:
+                clean = self._record(batch, size) if self.resumed else self._forward(batch, size, [self.edits], None)
             self._measure(clean, clean, batch, None, rows)
             for start, chunk in self._chunks(clean):
                 if bool(self.done[chunk, number].all()):
@@ -292,7 +327,25 @@ class _Runner:
             )
         each = 12 * self.prefix.widest + 3 * sum(t.nbytes for t in tensors(clean))
         most = max(1, (self.memory - kept) // max(each, 1)) if self.batched else 1
+        groups = self._paired(groups, order, most)
         return [(start, group[i : i + most]) for start, group in groups.items() for i in range(0, len(group), most)]
+
+    def _paired(
+        self, groups: dict[str | None, list[int]], order: Mapping[str, int], most: int
+    ) -> dict[str | None, list[int]]:
+        """Small groups with those that begin one block later: one more block costs these less than an own forward."""
+        rows = self.prefix.rows if self.resumed else 0
+        found: dict[str | None, list[int]] = {}
+        before: str | None = None
+        for start, group in groups.items():
+            next_to = before is not None and start is not None and order[start] == order[before] + 1
+            if next_to and len(found[before]) * rows < _FEW_ROWS and len(found[before]) + len(group) <= most:
+                found[before] = found[before] + group
+                before = None
+            else:
+                found[start] = group
+                before = start
+        return found
 
     def _measure(self, output: Any, clean: Any, batch: Mapping[str, Any], variant: int | None, rows: slice) -> None:
         for j, (name, metric) in enumerate(self.metrics.items()):
@@ -318,7 +371,7 @@ class _Runner:
             batched=self.batched,
             identity=self.identity,
             provenance=describe(self.wb.model)
-            | {"weights": self.identity.get("model weights", weights_hash(self.wb.model))},
+            | {"weights": self.identity.get("model weights") or self.wb.weights_hash()},
         )
         if path is not None:
             result.save(path)

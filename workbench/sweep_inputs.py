@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError, FormatError, WorkbenchError
 from workbench.inputs import check_inputs
-from workbench.provenance import weights_hash
+from workbench.session import Workbench
 from workbench.variants import Resolved, about
 
 
@@ -79,7 +79,7 @@ def size_of(batch: Mapping[str, Any]) -> int:
 
 
 def identity(
-    model: nn.Module,
+    wb: Workbench,
     variants: Sequence[Resolved],
     base: Sequence[Resolved],
     batches: Sequence[Mapping[str, Any]],
@@ -90,8 +90,8 @@ def identity(
 ) -> dict[str, Any]:
     """What two sweeps must share for one to go on from the other's file; plain values."""
     return {
-        "model class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "model weights": weights_hash(model),
+        "model class": f"{type(wb.model).__module__}.{type(wb.model).__qualname__}",
+        "model weights": wb.weights_hash(),
         "variants": _digest([one.about for one in variants]),
         "number of variants": len(variants),
         "base": _digest([one.about for one in base]),

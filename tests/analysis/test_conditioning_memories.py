@@ -71,10 +71,26 @@ def test_reading_after_each_write_is_linear_attention(rule, decay):
     torch.testing.assert_close(torch.stack(out), weights @ v[0, 0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["identity", "elu+1", "softmax"])
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm, torch.nn.RMSNorm])
+def test_a_hebbian_memory_with_a_norm_is_norm_attention(norm, name):
+    """Theorem 5: S_i = S_{i−1} + φ(k_i)ᵀ v_i and o_i = Norm(φ(q_i) S_i), to machine precision."""
+    k, v = pairs(21, d_k=6, d_v=5)
+    q, _ = pairs(21, d_k=6, d_v=5, seed=1)
+    phi, _ = feature_map(name, 6)
+    norm = norm(5, dtype=torch.float64)
+    held, out = make("hebb", 6, 5, features=name), []
+    for i in range(21):
+        held.write(k[i], v[i])
+        out.append(norm(held.read(q[i])))
+    torch.testing.assert_close(torch.stack(out), norm((phi(q) @ phi(k).T).tril() @ v), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [9, 16])
 @pytest.mark.parametrize("rule", ["hebb", "delta"])
-def test_orthonormal_keys_are_recalled_exactly(rule):
-    k = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0]
-    v = torch.randn(16, 5, dtype=torch.float64)
+def test_orthonormal_keys_are_recalled_exactly(rule, n):
+    k = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0][:n]
+    v = torch.randn(n, 5, dtype=torch.float64)
     held = make(rule, 16, 5, rate=1.0)
     held.write(k, v)
     torch.testing.assert_close(held.read(k), v, rtol=1e-12, atol=1e-12)
@@ -92,12 +108,16 @@ def test_delta_with_rate_one_recalls_the_last_pair_exactly():
         torch.testing.assert_close(moved, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_delta_converges_to_exact_recall_or_least_squares():
+@pytest.mark.parametrize("rate", [0.5, 1.0, 1.7])
+def test_delta_converges_to_exact_recall(rate):
     k, v = pairs(8, d_k=16, d_v=3)
-    held = make("delta", 16, 3, rate=1.0)
+    held = make("delta", 16, 3, rate=rate)
     for _ in range(400):
         held.write(k, v)
-    assert (held.read(k) - v).abs().max() < 1e-9
+    assert (held.read(k) - v).abs().max() < 20 * 8.9e-16
+
+
+def test_delta_converges_to_least_squares_where_keys_are_too_many():
     k, v = pairs(40, d_k=4, d_v=3)
     held = make("delta", 4, 3, rate=1e-3)
     for _ in range(3000):
@@ -114,6 +134,19 @@ def test_oja_settles_at_the_key_over_the_value():
     torch.testing.assert_close(held.state - torch.outer(k, 1 / v), first * (1 - 0.3 * v * v))
     held.write(k.expand(400, 2), v.expand(400, 2))
     torch.testing.assert_close(held.state, torch.outer(k, 1 / v))
+
+
+@pytest.mark.parametrize("drive", [0.5, 1.9])
+def test_oja_is_stable_up_to_its_bound(drive):
+    """The distance to the fixed point shrinks by 1 − αv² at each write: up to αv² = 2, where the rule is refused."""
+    k, v = torch.ones(1, dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64)
+    held, away = make("oja", 1, 1, rate=drive / 4), [-0.5]
+    for _ in range(5):
+        held.write(k, v)
+        away.append(held.state.item() - 0.5)
+    assert away == pytest.approx([-0.5 * (1 - drive) ** i for i in range(6)])
+    with pytest.raises(WorkbenchError, match=r"reaches 2 and must stay below 2[^.]*\n.*below 0\.5"):
+        make("oja", 1, 1, rate=0.5).write(k, v)
 
 
 def test_bcm_changes_sign_at_its_threshold():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -16,7 +18,9 @@ def sphere(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("d_v", [1, 16])
-@pytest.mark.parametrize(("d_k", "n", "power"), [(64, 33, 0.500), (128, 17, 0.125), (256, 128, 0.49609375)])
+@pytest.mark.parametrize(
+    ("d_k", "n", "power"), [(64, 33, 0.500), (128, 17, 0.125), (256, 128, 0.49609375), (1, 9, 8.0)]
+)
 def test_interference_power(d_k, n, power, d_v):
     assert theory.interference_power(n, d_k) == pytest.approx(power)
     k, v = sphere(400, n, d_k), sphere(400, n, d_v, seed=1)
@@ -70,6 +74,21 @@ def test_stacks_fail_as_the_formula_says(p, depth, heads):
     assert found.linear == pytest.approx(theory.stack_failure_linear(p, depth, heads))
     assert found.simulated == pytest.approx(found.exact, abs=4 * found.error)
     assert found.linear >= found.exact
+
+
+@pytest.mark.parametrize(("depth", "heads", "needed"), [(1, 3, 1), (3, 2, 1), (2, 4, 2), (4, 2, 2)])
+def test_the_formula_is_the_sum_over_all_outcomes(depth, heads, needed):
+    """No chance: every way in which the heads of a stack can fail, with its probability."""
+    for p in (0.0, 0.1, 0.5, 0.93, 1.0):
+        wanted = 0.0
+        for fails in itertools.product((0, 1), repeat=depth * heads):
+            layers = torch.tensor(fails).view(depth, heads)
+            if bool((heads - layers.sum(-1) < needed).any()):
+                wanted += p ** sum(fails) * (1 - p) ** (depth * heads - sum(fails))
+        assert theory.redundant_stack_failure(p, depth, heads, needed) == pytest.approx(wanted, abs=1e-12)
+        if needed == 1:
+            assert theory.stack_failure(p, depth, heads) == pytest.approx(wanted, abs=1e-12)
+            assert theory.stack_failure_linear(p, depth, heads) >= wanted - 1e-12  # Bernoulli's inequality
 
 
 def test_redundancy_and_measured_rates():

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from workbench import attach
+import workbench
+from workbench import Capacity, attach
 from workbench.capture import Capture
 from workbench.views import View
 
@@ -28,8 +30,6 @@ class _Words:
 @cache
 def capture(layers: int = 2, heads: int = 3, tokens: Sequence[str] = WORDS[:12], batch: int = 1) -> Capture:
     """A capture of a random GPT-2 over these tokens."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
     n = len(tokens)
     config = GPT2Config(n_layer=layers, n_head=heads, n_embd=8 * heads, vocab_size=max(n, 8), n_positions=max(n, 16))
@@ -105,6 +105,68 @@ def _tensor_peek() -> View:
     return views.tensor_peek(torch.linspace(-1, 1, 60).reshape(3, 4, 5), title="Tensor peek")
 
 
+def _saliency_map(tokens: Sequence[str] = WORDS[:6]) -> View:
+    from workbench import views
+
+    random = torch.Generator().manual_seed(0)
+    n, frames, bins = len(tokens), 80, 16
+    middles = torch.linspace(6, 34, n)[:, None]
+    bumps = torch.exp(-((torch.arange(40) - middles) ** 2) / 8)
+    cells = bumps.repeat_interleave(2, 1)[..., None] * torch.rand(bins, generator=random)
+    noise = torch.rand(2, 3, n, 40, generator=random)
+    return views.saliency_map(
+        {"input saliency": cells + 0.2, "encoder-output saliency": bumps + 0.1},
+        tokens,
+        spectrogram=torch.rand(frames, bins, generator=random),
+        errors={"encoder-output saliency": torch.full((n, 40), 0.02)},
+        attention=(bumps + 0.4 * noise) / (bumps + 0.4 * noise).sum(-1, keepdim=True),
+        alignment_heads=[(1, 0)],
+        special=[False] * (n - 1) + [True],
+        seconds=0.01,
+        spans={
+            "attention": torch.cat([middles - 2, middles + 2], 1) * 0.02,
+            "said": torch.cat([middles - 3, middles + 1], 1) * 0.02,
+        },
+        audio=torch.sin(torch.arange(6400) / 8),
+        sampling_rate=8000,
+        unit="nats",
+        title="Saliency map",
+    )  # fmt: skip
+
+
+def _what_if() -> View:
+    from workbench import views
+
+    return views.what_if(d_k=48, n=20, heads=4, needed=2)
+
+
+@cache
+def capacity() -> Capacity:
+    """A capacity probe of a random GPT-2."""
+    config = GPT2Config(n_layer=2, n_head=3, n_embd=24, vocab_size=32, n_positions=32)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    with attach(model) as wb:
+        importance = {(0, 0): 0.3, (0, 1): -0.1, (1, 0): 0.2, (1, 2): 0.5}
+        batch = {"input_ids": torch.arange(64).view(2, 32) % 32}
+        return workbench.capacity(wb, batch, repeats=4, resamples=20, importance=importance, progress=False)
+
+
+def _capacity_curves() -> View:
+    from workbench import views
+
+    return views.capacity_curves(capacity())
+
+
+def _conditioning_curves() -> View:
+    from workbench import views
+
+    some = {"experiments": ["blocking", "latent_inhibition"], "rules": ("hebb", "delta")}
+    return views.conditioning_curves(
+        workbench.conditioning(**some, trials=3, repeats=4, resamples=10, d=16, progress=False)
+    )
+
+
 @cache
 def image_capture(images: int = 3, heads: int = 2, side: int = 3) -> tuple[Capture, torch.Tensor]:
     """A capture of a random ViT with CLS and side x side patches, and the images that it saw."""
@@ -149,6 +211,10 @@ def _head_gallery(labels: Sequence[str] = WORDS[:6]) -> View:
 
 
 VIEWS: dict[str, Callable[[], View]] = {
+    "saliency_map": _saliency_map,
+    "capacity_curves": _capacity_curves,
+    "conditioning_curves": _conditioning_curves,
+    "what_if": _what_if,
     "tensor_peek": _tensor_peek,
     "figure": _figure,
     "run_timeline": _run_timeline,
@@ -165,6 +231,7 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "attention_pattern": _attention_pattern,
     "compare": _compare,
     "figure": _figure_of_tokens,
+    "saliency_map": _saliency_map,
     "head_gallery": _head_gallery,
     "image_attention": _image_attention,
     "token_strip": _token_strip,

@@ -19,8 +19,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Names of (query, key, value) beside each other in a module, and of what joins the heads, there or in its parent.
 _QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
-_OUT = ("o_proj", "out_proj", "o", "dense")
+_OUT = ("o_proj", "out_proj", "o", "dense", "proj")
+_FUSED = "qkv"  # timm's name of all three in one layer
 _WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_TOTALS = ("inner_dim", "all_head_size", "split_size", "attn_dim")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
@@ -29,7 +31,8 @@ class _Attention:
     """The parts of an attention module.
 
     Attributes:
-        fused: query, key and value are one GPT-2 layer. width: d_head. heads, kv_heads: how many there are.
+        fused: query, key and value are one layer, "conv" as in GPT-2 or "linear" as in timm; "" where they are not.
+        width: d_head. heads, kv_heads: how many there are.
     """
 
     site: Site
@@ -38,7 +41,7 @@ class _Attention:
     k: Any
     v: Any
     out: Any
-    fused: bool
+    fused: str
     width: int
     heads: int
     kv_heads: int
@@ -53,8 +56,8 @@ def prune_heads(model: Model, heads: Any) -> Model:
     Where several query heads share a kv head, a kv group goes as a whole; single query heads go only if all groups that
     stay keep as many. Of a site that loses all heads, one is left that gives nothing.
 
-    Works for attention written as in GPT-2, Llama, BERT, ViT, T5 and Whisper, and for all that name their projections
-    so and reshape by d_head or by a number of heads that the module holds.
+    Works for attention written as in GPT-2, Llama, BERT, ViT, T5, Whisper and timm's ViT, and for all that name their
+    projections so and reshape by d_head or by a number of heads that the module holds.
 
     Args:
         model: any such model; it is left as it is.
@@ -84,8 +87,34 @@ def prune_heads(model: Model, heads: Any) -> Model:
         bad = [head for head in gone if head >= attention.heads]
         if bad:
             raise InterventionError(f"there is no head {bad[0]}: the site has {attention.heads} heads", site=name)
+        before = copy.deepcopy(attention.module) if attention.fused == "linear" else None
         _prune(attention, gone)
+        if before is not None:
+            _check_order(attention, before, gone)
     return smaller
+
+
+@torch.no_grad()
+def _check_order(attention: _Attention, before: Any, gone: Sequence[int]) -> None:
+    """Refuse a layer of queries, keys and values in which heads lie in another order than was taken for granted.
+
+    Args:
+        before: a copy of the module as it was, which is then like the ablated one.
+    """
+    reads: Any = next(o for name in _OUT if _is_linear(o := getattr(before, name, None)))
+    reads.weight[:, _rows(gone, attention.width)] = 0
+    weight = attention.q.weight
+    random = torch.randn(1, 5, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    training = attention.module.training
+    try:
+        found, want = attention.module.eval()(random), before.eval()(random)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _unknown(attention.site, before, f"cut, it does not run ({type(error).__name__})") from error
+    finally:
+        attention.module.train(training)
+    limit = 1e3 * torch.finfo(weight.dtype).eps * float(want.abs().max())
+    if found.shape != want.shape or float((found - want).abs().max()) > limit:
+        raise _unknown(attention.site, before, f"its heads lie in {_FUSED} in an order that is not known")
 
 
 def _check_hooks(model: nn.Module) -> None:
@@ -105,10 +134,18 @@ def _parts(model: nn.Module, site: Site) -> _Attention:
     kv_heads = kv_heads_of(module) or heads
     width = next((w for name in _WIDTHS if isinstance(w := getattr(module, name, None), int)), None)
     names = next((names for names in _QKV if all(_is_linear(getattr(module, name, None)) for name in names)), None)
-    fused = names is None and is_conv1d(getattr(module, "c_attn", module))
+    fused = ""
+    if names is None:
+        linear = _is_linear(getattr(module, _FUSED, None))
+        fused = "conv" if is_conv1d(getattr(module, "c_attn", module)) else "linear" if linear else ""
     if heads is None or kv_heads is None or width is None or (names is None and not fused):
         raise _unknown(site, module, "its projections are not found")
-    if fused:
+    if fused == "linear":
+        q = k = v = getattr(module, _FUSED)
+        out = next((o for name in _OUT if _is_linear(o := getattr(module, name, None))), None)
+        if out is None or (_outputs(q), _inputs(out)) != (3 * heads * width, heads * width):
+            raise _unknown(site, module, f"its projections do not have the sizes of {heads} heads of {width}")
+    elif fused:
         across = getattr(module, "is_cross_attention", False)
         q = module.q_attn if across else module.c_attn
         k = v = module.c_attn
@@ -168,7 +205,10 @@ def _prune(attention: _Attention, gone: Sequence[int]) -> None:
             hint=f'prune it as a whole ("L{attention.site.layer}KV{cut}"), or as many heads of each',
         )
     rows, kv_rows = _rows(keep, attention.width), _rows(keep_kv, attention.width)
-    if attention.fused:
+    if attention.fused == "linear":
+        total = attention.heads * attention.width
+        _cut_outputs(attention.q, torch.cat([rows + i * total for i in range(3)]))
+    elif attention.fused:
         _cut_fused(attention, rows)
     else:
         _cut_outputs(attention.q, rows)
@@ -190,7 +230,7 @@ def _tell(attention: _Attention, keep: Sequence[int], n_kv: int) -> None:
         module.num_key_value_heads = n_kv
     if hasattr(module, "num_key_value_groups"):
         module.num_key_value_groups = len(keep) // n_kv
-    for name in ("inner_dim", "all_head_size", "split_size"):
+    for name in _TOTALS:
         if isinstance(vars(module).get(name), int):
             setattr(module, name, len(keep) * attention.width)
     if hasattr(module, "compute_bias"):

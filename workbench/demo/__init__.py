@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
-from workbench.demo import heads, language
+from workbench.demo import capacity, circuits, heads, language, speech
 from workbench.report import Report
 
 _SECTIONS: dict[str, Callable[[Report, int], None]] = {
     "language model": language.add,
     "heads of a vision model": heads.add,
+    "circuit": circuits.add,
+    "capacity": capacity.add,
+    "speech": speech.add,
 }
 
 

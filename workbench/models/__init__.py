@@ -8,5 +8,6 @@
 
 from workbench.models.digits import examples
 from workbench.models.loading import ModelError, available, card, load
+from workbench.models.speech import clips
 
-__all__ = ["ModelError", "available", "card", "examples", "load"]
+__all__ = ["ModelError", "available", "card", "clips", "examples", "load"]

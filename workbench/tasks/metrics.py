@@ -44,12 +44,23 @@ def last_logits(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         batch: the inputs; without an attention mask every row is taken to be full.
     """
     logits = output if isinstance(output, torch.Tensor) else output.logits
+    if batch.get("attention_mask") is None:
+        return logits[:, -1]
+    last = last_places(batch).to(logits.device)
+    return logits[torch.arange(len(last), device=logits.device), last]
+
+
+def last_places(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Position of each prompt's last token, [batch]; of a batch without a mask one number for all, [1].
+
+    >>> last_places({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
+    tensor([1, 2])
+    """
     mask = batch.get("attention_mask")
     if mask is None:
-        return logits[:, -1]
+        return torch.tensor([batch["input_ids"].shape[1] - 1])
     places = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask.to(places.dtype) * places).argmax(dim=1).to(logits.device)
-    return logits[torch.arange(len(last), device=logits.device), last]
+    return (mask.to(places.dtype) * places).argmax(dim=1)
 
 
 def logit_diff(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -136,3 +147,7 @@ def _with_answers(batch: Mapping[str, torch.Tensor]) -> TaskBatch:
             hint="use the batches of task.batches(tokenizer), and batch.to(device) to move them",
         )
     return batch
+
+
+for _metric in (logit_diff, probability, kl_divergence, correct):
+    setattr(_metric, "reads", last_places)  # noqa: B010

@@ -5,12 +5,17 @@ Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and share
 
 # These register the views of results.
 from workbench.views import atlas as _atlas  # noqa: F401
-from workbench.views import conditioning as _conditioning  # noqa: F401
+from workbench.views import circuits as _circuits  # noqa: F401
 from workbench.views import importance as _importance  # noqa: F401
 from workbench.views import profile as _profile  # noqa: F401
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
+from workbench.views.capacity_curves import CapacityCurves, capacity_curves
+from workbench.views.circuit_graph import circuit_graph
 from workbench.views.compare import Compare, compare
+from workbench.views.conditioning import capacity_correlation
+from workbench.views.conditioning_curves import ConditioningCurves, conditioning_curves
+from workbench.views.cross_attention import cross_attention
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
@@ -18,30 +23,41 @@ from workbench.views.image_attention import ImageAttention, image_attention
 from workbench.views.of import all_of, of, page_of
 from workbench.views.overview import overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
+from workbench.views.saliency_map import SaliencyMap, saliency_map
 from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.tensor_peek import TensorPeek, tensor_peek
 from workbench.views.token_strip import TokenStrip, token_strip
+from workbench.views.what_if import WhatIf, what_if
 
 __all__ = [
     "SHARED",
     "AttentionPattern",
     "Axes",
+    "CapacityCurves",
     "Click",
     "Compare",
+    "ConditioningCurves",
     "Figure",
     "Group",
     "HeadAtlas",
     "HeadGallery",
     "ImageAttention",
     "RunTimeline",
+    "SaliencyMap",
     "Selection",
     "SharedSelection",
     "TensorPeek",
     "TokenStrip",
     "View",
+    "WhatIf",
     "all_of",
     "attention_pattern",
+    "capacity_correlation",
+    "capacity_curves",
+    "circuit_graph",
     "compare",
+    "conditioning_curves",
+    "cross_attention",
     "figure",
     "head_atlas",
     "head_gallery",
@@ -50,6 +66,8 @@ __all__ = [
     "overview",
     "page_of",
     "run_timeline",
+    "saliency_map",
     "tensor_peek",
     "token_strip",
+    "what_if",
 ]

@@ -12,7 +12,7 @@ import torch
 
 from workbench.capture import Capture
 from workbench.errors import ReportError, nearest
-from workbench.hooks.sites import Site
+from workbench.hooks.sites import Kind, Site
 from workbench.tokens import visible
 from workbench.views import scales
 from workbench.views.base import View
@@ -63,6 +63,7 @@ def head_atlas(
     caption: str | None = None,
     unit: str = "",
     signed: bool | None = None,
+    kind: Kind = "self",
     provenance: Mapping[str, Any] | None = None,
     selection: SharedSelection | None = None,
 ) -> HeadAtlas:
@@ -75,6 +76,7 @@ def head_atlas(
             layer, head, value and, if known, low, high and site.
         metric: the statistic or label to begin with.
         unit, signed: of given scores; signed ones are coloured around 0, and are found out if None.
+        kind: of attention whose scores are given.
 
     Raises:
         ReportError: there is no head, or no such metric.
@@ -86,7 +88,7 @@ def head_atlas(
         sites, metrics, values, low, high, over = _of_capture(source)
         provenance = dict(source.provenance) if provenance is None else provenance
     else:
-        sites, metrics, values, low, high = _of_scores(source, unit, signed)
+        sites, metrics, values, low, high = _of_scores(source, unit, signed, kind)
         over = "Given scores"
     names = list(metrics)
     if metric is not None and metric not in names and metric not in [m.label for m in metrics.values()]:
@@ -165,7 +167,9 @@ def _per_entry(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dim() == 2 else tensor.nanmean(-1)
 
 
-def _of_scores(source: Any, unit: str, signed: bool | None) -> tuple[list[Site], dict[str, Metric], Any, Any, Any]:
+def _of_scores(
+    source: Any, unit: str, signed: bool | None, kind: Kind
+) -> tuple[list[Site], dict[str, Metric], Any, Any, Any]:
     given = source if isinstance(source, Mapping) else {"value": source}
     frames = {label: _frame(scores) for label, scores in given.items()}
     if not frames or any(frame.empty for frame in frames.values()):
@@ -178,7 +182,7 @@ def _of_scores(source: Any, unit: str, signed: bool | None) -> tuple[list[Site],
     for layer, name, head in zip(largest["layer"], largest["site"], largest["head"], strict=True):
         heads = int(head) + 1
         starts[int(layer), str(name)] = start
-        sites.append(Site(str(name), int(layer), "self", heads, None, None))
+        sites.append(Site(str(name), int(layer), kind, heads, None, None))
         start += heads
     values, low, high = (np.full((len(frames), start), np.nan) for _ in range(3))
     for i, frame in enumerate(frames.values()):

@@ -57,7 +57,6 @@ def render(
     environment: Environment = TEMPLATES,
     provenance: Any = None,
     style: str = "",
-    media: Iterable[str] = (),
     **context: Any,
 ) -> str:
     """A page from a template that has `views`: one element each, filled by the page's script.
@@ -68,7 +67,6 @@ def render(
         template: a template that extends "page.html", in `environment`.
         provenance: JSON values.
         style: CSS after the views' own.
-        media: kinds of embedded media besides images that the page plays, such as "media".
         context: what else the template wants.
     """
     kinds = [spec.kind for spec in specs]
@@ -83,7 +81,7 @@ def render(
             f"script-src {allowed}",
             f"style-src {styles}",
             "img-src data: blob:",
-            *(f"{kind}-src data: blob:" for kind in media),
+            *(["media-src data: blob:"] if any("audio" in spec.blocks for spec in specs) else []),
             "base-uri 'none'",
             "form-action 'none'",
         ]

@@ -37,7 +37,7 @@ class CircuitOverlap(Result):
             "rank_biased" of the rankings by |score|; "weighted" Σ min / Σ max of |scores| that add up to 1.
         intervals: 95 % by measure, drawing both tasks' prompts anew; NaN where a circuit kept no single scores.
         null: [draw] Jaccard overlap of random circuits that have as many items per layer as the two have.
-        p_value: share of those that overlap at least as much.
+        p_value: share of those, and the measured one, that overlap at least as much; never 0.
         stages: overlap stage by stage, where both have the same number: names and Jaccard.
         sizes: how many items are matched; curve: {"jaccard", "expected"} over them, `fraction` of all that are scored.
         cross: what is left of each task when each circuit is kept or ablated, one dict each: "do" ("keep" or "ablate"),
@@ -94,7 +94,7 @@ class CircuitOverlap(Result):
         return (
             f"CircuitOverlap({self.tasks[0]} and {self.tasks[1]}: {len(self.shared)} of {total} {self.unit} shared, "
             f"Jaccard {self.values['jaccard']:.3f} [{low:.3f}, {high:.3f}], chance {self.expected:.3f}, "
-            f"p {self.p_value:.3f})"
+            f"p {self.p_value:.2g})"
         )
 
 
@@ -158,7 +158,7 @@ def circuit_overlap(
         shared=_named(names, inside_a & inside_b), only_a=_named(names, inside_a & ~inside_b),
         only_b=_named(names, inside_b & ~inside_a), values=values,
         intervals=_intervals(a, b, unit, names, n_bootstrap, seed), null=null,
-        p_value=float((null >= own - 1e-12).double().mean()), stages=_stages(a, b), sizes=tuple(usable),
+        p_value=(1 + int((null >= own - 1e-12).sum())) / (1 + n_null), stages=_stages(a, b), sizes=tuple(usable),
         fractions=tuple(f for f in fractions if int(f * len(names)) > 0),
         curve={"jaccard": tuple(curve), "expected": tuple(chance)}, cross=cross, ablation=ablation,
         provenance={"a": a.provenance, "b": b.provenance, "n_null": n_null, "n_bootstrap": n_bootstrap, "seed": seed},

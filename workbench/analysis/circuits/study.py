@@ -14,7 +14,7 @@ from workbench.analysis.circuits.graph import Graph
 from workbench.analysis.circuits.prompts import Metric, Pair, as_metric, check_metric, make_pairs
 from workbench.analysis.circuits.stream import Kept, Stream
 from workbench.errors import WorkbenchError
-from workbench.provenance import describe, weights_hash
+from workbench.provenance import describe
 from workbench.session import Workbench
 from workbench.tasks.base import Task
 
@@ -100,7 +100,7 @@ class Study:
         """Where the numbers come from."""
         known = describe(self.wb.model, self.wb.tokenizer)
         task = {"name": self.task.name, "examples": len(self.task), "source": self.task.source}
-        return known | {"weights": weights_hash(self.wb.model), "task": {**task, "settings": dict(self.task.settings)}}
+        return known | {"weights": self.wb.weights_hash(), "task": {**task, "settings": dict(self.task.settings)}}
 
 
 @contextmanager

@@ -11,14 +11,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.analysis.conditioning import theory
-from workbench.analysis.conditioning.correlation import correlations
+from workbench.analysis.conditioning.correlation import correlations, scores_of
 from workbench.analysis.conditioning.curves import CEILING_DB, MEASURES, check_criterion, knees
 from workbench.analysis.conditioning.features import feature_map, unit
 from workbench.analysis.conditioning.geometry import DIMENSIONS, geometry
 from workbench.analysis.conditioning.memories import RULES
 from workbench.analysis.conditioning.pairs import SitePairs, collect
 from workbench.analysis.conditioning.probe import QUERIES, Plan, default_sizes, probe
+from workbench.analysis.importance.scores import HeadImportance
 from workbench.errors import CaptureError, WorkbenchError, nearest
+from workbench.provenance import describe
 from workbench.result import Result
 
 if TYPE_CHECKING:
@@ -30,12 +32,18 @@ THEORIES = ("d_k", *DIMENSIONS)
 """What stands for d_k in the theory's curves: the width of the keys, or one of their effective dimensions."""
 LIMITS = (
     "The theory stores independent, uniform keys and values by Hebb's rule. It has no term for values that share a "
-    "mean or lie in few directions, for keys that go with their values, for the other rules, or for a softmax.",
+    "mean or lie in few directions, for keys that go with their values, for the other rules, for a softmax, or for "
+    "queries that are not stored keys.",
+    "Values that share a mean raise the cosine and the SNR of whatever is retrieved, without one pair being told from "
+    "another: n* is then far above the theory's, and top-1 says what is really told apart.",
     "Pairs are drawn from all tokens that were seen, in random order: positional rules of the mask (causal, window) "
     "and biases that depend on position have no part in the retrieval.",
     "What the model's own queries ask for is not known. Their target here is the value of the stored key that scores "
-    "highest, so that a head which is meant to average looks poor.",
+    "highest, so that a head which is meant to average looks poor; and a linear rule whose product of query and key is "
+    "negative gives that value back with the wrong sign, even where it is the only one.",
     "Intervals are over draws of pairs from the same texts, not over texts.",
+    "A correlation with importance is one over heads, which differ in much else, such as their layer; heads whose n* "
+    "is censored share a rank.",
 )
 
 
@@ -192,7 +200,7 @@ def capacity(
     repeats: int = 32,
     n_queries: int = 8,
     sites: Any = None,
-    importance: Mapping[tuple[int, int], float] | None = None,
+    importance: HeadImportance | Mapping[tuple[int | str, int], float] | None = None,
     pool: int = 2048,
     resamples: int = 200,
     seed: int = 0,
@@ -204,7 +212,13 @@ def capacity(
     Keys and values are captured on the batches and drawn at random from all their tokens. For growing n, n pairs are
     stored in memories of each rule, which are then asked with the stored keys, with noisy ones, and with the model's
     own queries (for the pair whose key scores highest). "softmax" is the head's own: its scale and softcap, keys as
-    they are. The linear rules store keys of length 1 after the feature map.
+    they are, and keys that ask at the mean length of its site's queries. The linear rules store keys of length 1 after
+    the feature map.
+
+    Degenerate heads have limits, at the criterion of 0 dB: from keys that are all equal Hebb's rule and the softmax
+    give back the sum and the mean of all values, and n* is 2 = 1 + dimension, as the theory has it; so it is under
+    Hebb's rule where d_k = 1. Where all keys or all values are 0 a linear rule retrieves nothing: cosine and top-1 are
+    0, the relative error is 1, the SNR at its floor, and n* is 0.
 
     Args:
         wb: an attached model. batches: a dict of model inputs, or several.
@@ -217,14 +231,16 @@ def capacity(
         noise: length of the noise over that of the key, in a noisy key.
         repeats: draws of pairs. n_queries: questions to each memory, evenly over the order of storing.
         sites: names or Sites; all softmax sites if None.
-        importance: (layer, head) -> score, or (site name, head) -> score, to correlate with.
+        importance: what `head_importance` found (its first method and measure), or (layer, head) -> score, or
+            (site's name or alias, head) -> score, to correlate with.
         pool: most tokens to keep per site, an even sample of all.
         resamples: of the bootstrap. seed: of all draws.
         memory: bytes that one go may take, about; heads are split up to stay within it.
 
     Raises:
         CaptureError: no batch; a site without queries, keys and values of a softmax; more pairs than tokens.
-        WorkbenchError: unknown rule, feature map, measure or query; a rate outside its stable range (with the bound).
+        WorkbenchError: unknown rule, feature map, measure or query; a rate outside its stable range (with the bound);
+            importance of heads that were not probed, or by a layer that several sites have.
 
     >>> import workbench
     >>> model = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
@@ -240,8 +256,9 @@ def capacity(
     fewest = min(found, key=lambda one: one.n_tokens)
     chosen = default_sizes(min(256, fewest.n_tokens)) if sizes is None else tuple(sorted(set(sizes)))
     if chosen[-1] > fewest.n_tokens:
+        kept = f", of which the pool keeps {fewest.n_tokens}" if fewest.n_tokens < fewest.n_seen else ""
         raise CaptureError(
-            f"{chosen[-1]} pairs cannot be stored: the site has seen {fewest.n_tokens} tokens",
+            f"{chosen[-1]} pairs cannot be stored: the site has seen {fewest.n_seen} tokens{kept}",
             site=fewest.site.name,
             hint="pass more batches, smaller sizes=, or a larger pool=",
         )
@@ -263,14 +280,14 @@ def capacity(
         "n_queries": n_queries, "pool": pool, "resamples": resamples, "seed": seed,
         "options": {rule: dict(given) for rule, given in (options or {}).items()},
     }  # fmt: skip
-    return summarise(found, plan, criterion, importance, resamples, _provenance(wb) | held, progress=progress)
+    return summarise(found, plan, criterion, importance, resamples, describe(wb.model) | held, progress=progress)
 
 
 def summarise(
     found: Sequence[SitePairs],
     plan: Plan,
     criterion: tuple[str, float] = ("snr_db", 0.0),
-    importance: Mapping[Any, float] | None = None,
+    importance: HeadImportance | Mapping[Any, float] | None = None,
     resamples: int = 200,
     provenance: Mapping[str, Any] | None = None,
     *,
@@ -298,7 +315,7 @@ def summarise(
     d_k = torch.tensor([s.shape[-1] for *_, (_, s, _) in parts for _ in range(len(s))])
     load = torch.cat([pairs.load.double().cpu() for pairs, _, _ in parts])
     effective = torch.cat([d_k[:, None].double(), dimension], dim=1)
-    scores = _scores(per_head, importance)
+    scores = scores_of(per_head, importance)
     n_star = joined[3]
     quantities = {"effective dimension": dimension[:, 0], "load": load}
     for r, rule in enumerate(plan.rules):
@@ -359,17 +376,6 @@ def _expected_n(dimension: Tensor, criterion: tuple[str, float]) -> Tensor:
     return torch.where(dimension > 0, found, 0.0)
 
 
-def _scores(rows: Sequence[tuple[Any, int]], importance: Mapping[Any, float] | None) -> Tensor | None:
-    if importance is None:
-        return None
-    scores = [importance.get((site.layer, head), importance.get((site.name, head))) for site, head in rows]
-    if all(score is None for score in scores):
-        raise WorkbenchError(
-            "none of the importance scores is that of a probed head", hint="keys are (layer, head) or (site name, head)"
-        )
-    return torch.tensor([torch.nan if score is None else float(score) for score in scores], dtype=torch.float64)
-
-
 def _check(
     rules: Sequence[str],
     queries: Sequence[str],
@@ -393,9 +399,3 @@ def _check(
             raise WorkbenchError(f"{name} is {count}; it must be at least 1")
     if not 0 <= noise < float("inf"):
         raise WorkbenchError(f"noise is {noise}; it is a length, at least 0")
-
-
-def _provenance(wb: Workbench) -> dict[str, Any]:
-    from workbench.provenance import describe
-
-    return describe(wb.model)

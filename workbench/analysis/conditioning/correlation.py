@@ -1,11 +1,17 @@
-"""Rank correlation with a bootstrap interval, for quantities of heads and for curves."""
+"""Rank correlation of what was measured of heads with their importance, with a bootstrap interval."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from workbench.analysis.importance.scores import HeadImportance
+from workbench.errors import WorkbenchError
+from workbench.hooks.sites import Site
 
 
 def ranks(x: Tensor) -> Tensor:
@@ -50,3 +56,37 @@ def correlations(
         cut = int(0.025 * (resamples - 1))
         found[name] = (float(spearman(x, y)), float(again[cut]), float(again[resamples - 1 - cut]))
     return found
+
+
+def scores_of(
+    rows: Sequence[tuple[Site, int]], importance: HeadImportance | Mapping[Any, float] | None
+) -> Tensor | None:
+    """[row] the score of each head (its site and number), NaN without one; None if no scores were given.
+
+    Raises:
+        WorkbenchError: none of the scores is that of such a head, or one goes by a layer that several sites have.
+    """
+    if importance is None:
+        return None
+    if isinstance(importance, HeadImportance):
+        found = zip(importance.sites, importance.numbers, importance.score().tolist(), strict=True)
+        importance = {(site, number): score for site, number, score in found}
+    scores = [torch.nan] * len(rows)
+    for key, score in importance.items():
+        at = [i for i, (site, head) in enumerate(rows) if any(key == (name, head) for name in _names(site))]
+        if len(at) > 1:
+            raise WorkbenchError(
+                f"the importance of {key!r} could be that of {len(at)} heads",
+                hint=f"say which site: ({rows[at[0]][0].alias!r}, {rows[at[0]][1]})",
+            )
+        for i in at:
+            scores[i] = float(score)
+    if all(math.isnan(score) for score in scores):
+        raise WorkbenchError(
+            "none of the importance scores is that of a probed head", hint="keys are (layer, head) or (site name, head)"
+        )
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _names(site: Site) -> tuple[int | str, ...]:
+    return (site.layer, site.name, *site.aliases)

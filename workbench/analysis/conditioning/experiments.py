@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.conditioning.correlation import pearson
-from workbench.analysis.conditioning.in_context import run_model, vocabulary
+from workbench.analysis.conditioning.in_context import check_model, run_model, vocabulary
 from workbench.analysis.conditioning.memories import RULES
 from workbench.analysis.conditioning.schedules import Schedule, Trial, choose, run_rule
 from workbench.errors import WorkbenchError, nearest
@@ -46,8 +46,9 @@ class Conditioning(Result):
         contrast, contrast_low, contrast_high: [experiment, subject], difference of the groups after the last trial,
             above 0 where the subject shows the effect; for acquisition the control never saw the cue.
         effect: [experiment, subject] +1, 0 or −1: the interval lies above zero, holds it (or is tiny), or lies below.
-        agreement: rule -> share of experiments in which its effect is the model's; empty without a model.
-        correlation: rule -> (r, low, high) of all its curves with the model's; empty without a model.
+        agreement: rule -> share of experiments in which its effect is the model's; empty without a model. Only of those
+            where the theory is not silent, here and in the correlation: elsewhere a rule's curve is no prediction.
+        correlation: rule -> (r, low, high) of its curves with the model's; empty without a model.
         limits: what the numbers do not say.
     """
 
@@ -73,7 +74,7 @@ class Conditioning(Result):
 
     @property
     def best(self) -> str | None:
-        """The rule whose curves go best with the model's; None without a model."""
+        """The rule whose curves go best with the model's; None without a model, or where the theory is silent."""
         return max(self.correlation, key=lambda rule: self.correlation[rule][0]) if self.correlation else None
 
     @property
@@ -125,7 +126,7 @@ def conditioning(
 
     Raises:
         WorkbenchError: unknown experiment or rule, or a rate outside its stable range (with the bound).
-        CaptureError: too few tokens, a context that is too short, or a model that is no language model.
+        CaptureError: too few tokens, a context that is too short, or a model that is no causal language model.
 
     >>> found = conditioning(experiments="blocking", rules=("hebb", "delta"), progress=False)
     >>> found.effect.tolist()
@@ -143,6 +144,8 @@ def conditioning(
     if wb is not None and (cues is None or outcomes is None):
         known = vocabulary(wb)
         cues, outcomes = known if cues is None else cues, known if outcomes is None else outcomes
+    if wb is not None and cues is not None:
+        check_model(wb, cues)
     from tqdm.auto import tqdm
 
     samples: dict[str, Tensor] = {}  # [subject, group, repeat, trial + 1]
@@ -198,13 +201,14 @@ def _summarise(
     tiny = (low > -_NONE) & (high < _NONE)
     effect = torch.where(tiny, 0, (low > 0).int() - (high < 0).int())
     correlation, agreement = {}, {}
-    if subjects[-1] == MODEL:
-        flat = torch.cat([m.flatten(1) for m in means.values()], dim=-1)  # [subject, all points]
-        flat_again = torch.cat([x.flatten(2) for x in again.values()], dim=-1)
+    spoken = [e for e, one in enumerate(chosen) if not one.silent]
+    if subjects[-1] == MODEL and spoken:
+        flat = torch.cat([means[chosen[e].name].flatten(1) for e in spoken], dim=-1)  # [subject, all points]
+        flat_again = torch.cat([again[chosen[e].name].flatten(2) for e in spoken], dim=-1)
         for s, rule in enumerate(subjects[:-1]):
             r_low, r_high = _bounds(pearson(flat_again[:, s], flat_again[:, -1]))
             correlation[rule] = (float(pearson(flat[s], flat[-1])), float(r_low), float(r_high))
-            agreement[rule] = float((effect[:, s] == effect[:, -1]).double().mean())
+            agreement[rule] = float((effect[spoken, s] == effect[spoken, -1]).double().mean())
     bounds = {name: _bounds(x) for name, x in again.items()}
     return Conditioning(
         experiments=tuple(one.name for one in chosen),

@@ -74,18 +74,41 @@ def _pick(ids: Sequence[int], n: int, generator: torch.Generator) -> list[int]:
     return [known[i] for i in torch.randperm(len(known), generator=generator)[:n].tolist()]
 
 
+def check_model(wb: Workbench, cues: Sequence[int]) -> None:
+    """Refuse a model that is no causal language model.
+
+    Raises:
+        CaptureError: an encoder-decoder, an output without logits, or predictions that change with later tokens.
+    """
+    if getattr(getattr(wb.model, "config", None), "is_encoder_decoder", False):
+        raise CaptureError(
+            "experiments in context need a model that is a decoder alone: this one's encoder would be given nothing"
+        )
+    first, second, third, _ = _pick(cues, len(CUES), torch.Generator().manual_seed(0))
+    logits = _logits(wb, torch.tensor([[first, first, second], [first, first, third]]))
+    rounding = 32 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    if (logits[0, :2] - logits[1, :2]).abs().max() > rounding:
+        raise CaptureError(
+            "experiments in context need a causal language model: this one's predictions change with later tokens"
+        )
+
+
 def _probabilities(wb: Workbench, rows: list[list[int]], wanted: list[int]) -> Tensor:
     """[row] probability of a token after each row; rows are filled up on the right, which a causal model ignores."""
-    first = next(wb.model.parameters(), None)
-    device = torch.device("cpu") if first is None else first.device
     longest = max(map(len, rows))
-    ids = torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows], device=device)
-    with torch.no_grad():
-        output: Any = wb.model(input_ids=ids)
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if logits is None or logits.shape[:2] != ids.shape:
-        raise CaptureError("experiments in context need a language model, with logits [batch, position, token]")
-    index = torch.arange(len(rows), device=device)
-    last = torch.tensor([len(row) - 1 for row in rows], device=device)
+    logits = _logits(wb, torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows]))
+    index = torch.arange(len(rows), device=logits.device)
+    last = torch.tensor([len(row) - 1 for row in rows], device=logits.device)
     chance = logits[index, last].double().softmax(-1)
-    return chance[index, torch.tensor(wanted, device=device)].cpu()
+    return chance[index, torch.tensor(wanted, device=logits.device)].cpu()
+
+
+def _logits(wb: Workbench, ids: Tensor) -> Tensor:
+    """[row, position, token] for ids [row, position]."""
+    first = next(wb.model.parameters(), None)
+    with torch.no_grad():
+        output: Any = wb.model(input_ids=ids if first is None else ids.to(first.device))
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != ids.shape:
+        raise CaptureError("experiments in context need a language model, with logits [batch, position, token]")
+    return logits

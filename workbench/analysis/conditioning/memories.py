@@ -279,8 +279,22 @@ class Softmax(Memory):
         super().__init__(d_k, d_v, heads, **options)
         self.scale = _positive("scale", self.d_features**-0.5 if scale is None else scale)
         self.softcap = None if softcap is None else _positive("softcap", softcap)
-        empty = torch.zeros(*self.heads, 0, 1, dtype=self.dtype, device=self.device)
-        self._k, self._v = empty.expand(*self.heads, 0, self.d_features), empty.expand(*self.heads, 0, d_v)
+        self._n = 0
+        self._room_k, self._room_v = self._room(0)
+
+    def _room(self, n: int) -> tuple[Tensor, Tensor]:
+        made = [
+            torch.zeros(*self.heads, n, d, dtype=self.dtype, device=self.device) for d in (self.d_features, self.d_v)
+        ]
+        return made[0], made[1]
+
+    @property
+    def _k(self) -> Tensor:
+        return self._room_k[..., : self._n, :]
+
+    @property
+    def _v(self) -> Tensor:
+        return self._room_v[..., : self._n, :]
 
     @property
     def state(self) -> Tensor:
@@ -288,7 +302,13 @@ class Softmax(Memory):
         return torch.cat([self._k, self._v], dim=-1)
 
     def _write(self, k: Tensor, v: Tensor) -> None:
-        self._k, self._v = torch.cat([self._k, k], dim=-2), torch.cat([self._v, v], dim=-2)
+        n = self._n + k.shape[-2]
+        if n > self._room_k.shape[-2]:  # twice the room each time: pairs are copied once on average
+            room_k, room_v = self._room(max(n, 2 * self._n))
+            room_k[..., : self._n, :], room_v[..., : self._n, :] = self._k, self._v
+            self._room_k, self._room_v = room_k, room_v
+        self._room_k[..., self._n : n, :], self._room_v[..., self._n : n, :] = k, v
+        self._n = n
 
     def _read(self, q: Tensor) -> Tensor:
         scores = q @ self._k.transpose(-1, -2) * self.scale

@@ -24,6 +24,9 @@ class SitePairs:
 
     Attributes:
         k, v: [kv head, token, d_k] and [kv head, token, d_v]. q: [head, query, d_k], a sample of its own.
+            Where they are `collect`ed, queries are as long as keys on average over the site, and `scale` makes up for
+            it: some models scale their queries before the product and some after, and a key that stands in for a query
+            should ask as sharply as a query does.
         sink: [token] bool, the first key of each sequence.
         scale, softcap: of the head's softmax.
         load: [head] mean number of effective keys, 1/Σp², over all real queries.
@@ -116,10 +119,11 @@ def collect(
         raise CaptureError("there is no batch to probe with", hint="pass dicts of model inputs, such as task.batches")
     if skipped and (sites is not None or not found):
         name, why = next(iter(skipped.items()))
+        none = f"none of the model's {len(skipped)} sites has them: probe what it stores with conditioning.memory"
         raise CaptureError(
             f"a capacity probe needs queries, keys and values of a softmax, which the site has not ({why})",
             site=name,
-            hint="choose softmax sites with sites=",
+            hint="choose softmax sites with sites=" if found or sites is not None else none,
         )
     return [_finish(one) for one in found.values()]
 
@@ -163,4 +167,6 @@ def _finish(one: _Site) -> SitePairs:
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     k, v, q = (tensor.to(dtype) for tensor in (k, v, q))
     load = one.load / one.n_queries
-    return SitePairs(one.site, k, v, q, sink[:, 0], one.scale, one.softcap, load, one.keys.seen)
+    key, query = ((x.double() ** 2).sum(-1).mean().sqrt().item() for x in (k, q))
+    longer = query / key if key > 0 and query > 0 else 1.0
+    return SitePairs(one.site, k, v, q / longer, sink[:, 0], one.scale * longer, one.softcap, load, one.keys.seen)

@@ -93,14 +93,17 @@ def probe(pairs: SitePairs, plan: Plan) -> Tensor:
     for heads in _chunks(pairs, plan):
         kv = torch.arange(heads.start, heads.stop) // group
         store = _Store(pairs.k[kv], pairs.v[kv], pairs.q[heads], drawn, plan, pairs.scale)
-        for r, rule in enumerate(plan.rules):
-            held, previous = _empty(rule, store, plan, pairs), 0
-            for i, n in enumerate(plan.sizes):
-                held.write(store.keys(rule)[..., previous:n, :], store.v[..., previous:n, :])
-                previous = n
-                for j, kind in enumerate(plan.queries):
-                    queries, targets = store.questions(rule, kind, n)
-                    out[:, heads, r, j, i] = _compare(held.read(queries), targets, store, n).cpu()
+        held, previous = [_empty(rule, store, plan, pairs) for rule in plan.rules], 0
+        for i, n in enumerate(plan.sizes):
+            # The questions of all kinds to the memories of all rules are compared with the stored values in one go.
+            targets = store.targets(n)
+            asking = {softmax: store.questions(n, softmax) for softmax in {rule == "softmax" for rule in plan.rules}}
+            read = []
+            for rule, one in zip(plan.rules, held, strict=True):
+                one.write(store.keys(rule)[..., previous:n, :], store.v[..., previous:n, :])
+                read.append(one.read(asking[rule == "softmax"]))
+            previous = n
+            out[:, heads, :, :, i] = _compare(torch.cat(read, 2), targets, store, n).cpu()
     return out
 
 
@@ -127,7 +130,7 @@ class _Store:
 
     def __init__(self, k: Tensor, v: Tensor, q: Tensor, drawn: _Draw, plan: Plan, scale: float) -> None:
         device = k.device
-        self.n_queries = plan.n_queries
+        self.n_queries, self.kinds = plan.n_queries, plan.queries
         phi, _ = feature_map(plan.features, k.shape[-1])
 
         def linear(x: Tensor) -> Tensor:
@@ -135,6 +138,7 @@ class _Store:
 
         pairs, own = drawn.pairs.to(device), drawn.own.to(device)
         raw, self.v = k[:, pairs], v[:, pairs]
+        self.lengths = self.v.norm(dim=-1)
         self.directions = unit(self.v)
         self._k = {True: raw, False: linear(raw)}  # by whether the rule is softmax
         self._q: dict[tuple[str, bool], Tensor] = {}
@@ -151,28 +155,35 @@ class _Store:
         """[head, repeat, n, width] as the rule stores them."""
         return self._k[rule == "softmax"]
 
-    def questions(self, rule: str, kind: str, n: int) -> tuple[Tensor, Tensor]:
-        """Queries [head, repeat, query, width] and the pairs they ask for, [query] or [head, repeat, query]."""
-        if kind == "own":
-            return self._q[kind, rule == "softmax"], self._best[..., n - 1]
+    def questions(self, n: int, softmax: bool) -> Tensor:
+        """Queries of all kinds, one kind after the other: [head, repeat, question, width]."""
         which = asked(n, self.n_queries).to(self.v.device)
-        held = self.keys(rule) if kind == "stored" else self._q[kind, rule == "softmax"]
-        return held[:, :, which], which
+        stored = {"stored": self._k[softmax]} | {kind: q for (kind, of), q in self._q.items() if of == softmax}
+        return torch.cat(
+            [stored[kind] if kind == "own" else stored[kind].index_select(2, which) for kind in self.kinds], 2
+        )
+
+    def targets(self, n: int) -> list[Tensor]:
+        """The pairs that they ask for, [head, repeat, question], one tensor for each kind."""
+        which = asked(n, self.n_queries).to(self.v.device).expand(*self.v.shape[:2], -1)
+        return [self._best[..., n - 1] if kind == "own" else which for kind in self.kinds]
 
 
-def _compare(r: Tensor, targets: Tensor, store: _Store, n: int) -> Tensor:
-    """[sum, head, repeat] of `SUMS` for retrievals r [head, repeat, query, d_v]."""
-    index = targets.expand(*r.shape[:3])
-    v = store.v.gather(2, index[..., None].expand(*index.shape, r.shape[-1]))
-    product, power, length = (r * v).sum(-1).double(), (r * r).sum(-1).double(), (v * v).sum(-1).double()
-    both = (power * length).sqrt()
-    cosine = torch.where(both > 0, product / both.clamp(min=1e-300), 0.0).clamp(-1, 1)
+def _compare(r: Tensor, targets: list[Tensor], store: _Store, n: int) -> Tensor:
+    """[sum, head, rule, kind, repeat] of `SUMS` for retrievals r [head, repeat, rule · question, d_v]."""
+    index = torch.cat(targets, 2)
+    n_rules = r.shape[2] // index.shape[2]
     likeness = r @ store.directions[:, :, :n].transpose(-1, -2)
     best = likeness.amax(-1)
-    own = likeness.gather(-1, index[..., None])[..., 0]
-    hits = (own >= best - _TIE * power.sqrt()) & (best > 0)
-    each = (product, power, length, cosine, hits.double(), torch.ones_like(cosine))
-    return torch.stack([one.sum(-1) for one in each])
+    own = likeness.gather(-1, index.repeat(1, 1, n_rules)[..., None])[..., 0]  # r·v / ‖v‖
+    wanted = store.lengths.gather(2, index).double().repeat(1, 1, n_rules)
+    length = r.norm(dim=-1)
+    hits = (own >= best - _TIE * length) & (best > 0)
+    own, length = own.double(), length.double()
+    cosine = torch.where((length > 0) & (wanted > 0), own / length.clamp(min=1e-300), 0.0).clamp(-1, 1)
+    each = (own * wanted, length**2, wanted**2, cosine, hits.double(), torch.ones_like(own))
+    parts = torch.stack(each).unflatten(-1, (n_rules, -1)).split([kind.shape[2] for kind in targets], dim=-1)
+    return torch.stack([part.sum(-1) for part in parts], -1).permute(0, 1, 3, 4, 2)
 
 
 def default_sizes(limit: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 from workbench.kernels.gradients import attention_times_gradient
 from workbench.session import Workbench
+from workbench.sweep_inputs import size_of
 
 
 class Gates(Edit):
@@ -57,7 +58,7 @@ def gate_gradients(
     with torch.inference_mode(False), torch.enable_grad(), wb._editing(gates):
         output = wb.model(**batch)
         values = measure(output, batch)
-        if not isinstance(values, Tensor) or values.dim() != 1:
+        if not isinstance(values, Tensor) or values.shape != (size_of(batch),):
             raise WorkbenchError(
                 f'the metric "{measure.name}" gave {list(values.shape) if isinstance(values, Tensor) else values!r}, '
                 "expected one number for each example"

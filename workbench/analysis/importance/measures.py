@@ -31,6 +31,12 @@ class Measure:
     higher: bool | None = True
     differentiable: bool = True
 
+    def reads(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """The token positions whose logits it reads, None for all; of a function, what its attribute `reads` says."""
+        reads = getattr(self.function, "reads", None)
+        found: Tensor | None = None if reads is None else reads(batch)
+        return found
+
     @property
     def against_clean(self) -> bool:
         """Whether it compares with the unedited model's output."""
@@ -271,6 +277,19 @@ def _last_hidden(output: Any) -> Tensor:
         )
     return found
 
+
+def _answers_at(batch: Any) -> Tensor | None:
+    """Where a task's batch is measured; None for other batches, of which all places count."""
+    if not hasattr(batch, "answers") or not hasattr(batch, "wrong"):
+        return None
+    import workbench
+
+    found: Tensor = workbench.tasks.metrics.last_places(batch)
+    return found
+
+
+for _function in (loss, logit_diff, probability, js_divergence, accuracy):
+    setattr(_function, "reads", _answers_at)  # noqa: B010
 
 READY = {
     "loss": Measure("loss", loss, higher=False),

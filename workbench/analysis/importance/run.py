@@ -15,7 +15,7 @@ from workbench.analysis.importance.scores import GRADIENTS, HeadImportance
 from workbench.errors import InterventionError, WorkbenchError, nearest
 from workbench.heads import parse_heads
 from workbench.hooks.sites import Site
-from workbench.provenance import describe, weights_hash
+from workbench.provenance import describe
 from workbench.session import Workbench
 from workbench.sweep import run_sweep
 from workbench.sweep_inputs import check_batches, size_of
@@ -150,7 +150,7 @@ def head_importance(
         level=level,
         mode="" if swept is None else swept.mode,
         provenance=describe(wb.model)
-        | {"weights": weights_hash(wb.model), "examples": sum(map(size_of, several)), "batches": len(several)},
+        | {"weights": wb.weights_hash(), "examples": sum(map(size_of, several)), "batches": len(several)},
     )
 
 

@@ -1,0 +1,48 @@
+"""Tiny random encoder-decoders of four kinds: speech, text (twice), and an image captioner; one example for each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from support.tiny import VOCABULARY, family, make
+from support.zoo.family import ids
+
+HYPOTHESIS = torch.tensor([5, 6, 7, 2])
+"""What is explained: three words and the end token."""
+NAMES = ("whisper", "t5", "bart", "captioner")
+
+
+def captioner() -> nn.Module:
+    """A ViT encoder of 2 x 2 patches and a class token, and a GPT-2 decoder."""
+    torch.manual_seed(0)
+    encoder = hf.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=16, patch_size=8
+    )
+    decoder = hf.GPT2Config(
+        n_layer=2, n_head=4, n_embd=32, vocab_size=VOCABULARY, n_positions=64, add_cross_attention=True,
+        is_decoder=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        encoder, decoder, decoder_start_token_id=1, pad_token_id=0, eos_token_id=2
+    )
+    model = hf.VisionEncoderDecoderModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+def encoder_decoder(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model, and one example without its output."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Any] = {
+        "whisper": {"input_features": torch.randn(1, 8, 40, generator=generator)},
+        "captioner": {"pixel_values": torch.randn(1, 3, 16, 16, generator=generator)},
+    }
+    model = captioner() if name == "captioner" else make(family(name))
+    return model, inputs.get(name, {"input_ids": ids(1, 7, seed)})

@@ -1,0 +1,274 @@
+"""`CrossAttentionSaliency`: how far a decoder's cross-attention agrees with what its output depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.errors import WorkbenchError
+from workbench.result import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MEASURES = ("pearson", "spearman")
+CURVES = ("deletion", "insertion")
+SCORES = ("log_probability", "probability", "wer")
+ORDERS = ("attention", "input saliency", "pooled input saliency", "encoder-output saliency", "random")
+
+
+@dataclass(frozen=True, repr=False)
+class CrossAttentionSaliency(Result):
+    """What `workbench.cross_attention_saliency` found over one or several utterances (or texts, or images).
+
+    Attributes:
+        aggregates, kinds: of each compared attention map, its name ("L3H1", "L3", "H1", "all", "alignment heads") and
+            kind ("head", "layer", "head index", "all", "alignment heads"). layers, heads: their numbers, None for
+            means.
+        saliencies: what attention is compared with: "input" (saliency of the input, pooled to encoder positions) and
+            "encoder_output".
+        measures: names along the last axis of `correlations`: "pearson", "spearman".
+        correlations: [utterance, aggregate, saliency, measure]; NaN only where `undefined` says why.
+        pooled: [aggregate, saliency, measure] over the cells of all utterances together.
+        between: [utterance, measure] correlation of the two saliencies with each other.
+        undefined: sentences, one per correlation that does not exist because a map is constant.
+        pooling: how input saliency came to encoder positions. normalise: "token" or "all", over which cells maps were
+            standardised. special_tokens: whether special output tokens count.
+        method: of the saliency. utterances, hypotheses, references: names, what the model said, and what was said (None
+            where not given).
+        orders: by what cells were ranked for deletion and insertion; names from `ORDERS`. Empty without curves.
+        fractions: [step] share of cells removed or kept. scores: names along the last axis of `curves`.
+        curves: [utterance, order, 2, step, score]; the axis of 2 is (deletion, insertion). "log_probability" is the
+            mean over the hypothesis's tokens, "probability" the mean probability, "wer" the word error rate of
+            decoding again against the unperturbed hypothesis, in percent and at most 100; NaN where nothing was
+            decoded again.
+        thresholds: [threshold]. sizes: [utterance, order, threshold] percent of cells whose normalised value is at
+            least the threshold.
+        maps: of the first utterances, what views draw; each a dict with "name", "target_texts", "special", "picture"
+            ([time, frequency] or None), "kind", "position_texts", "input_saliency" [token, position...], "input_error",
+            "pooled_input_saliency" [token, encoder position], "encoder_saliency", "encoder_error",
+            "attention" [layer, head, token, encoder position], "layers", "seconds_per_position" (encoder),
+            "seconds_per_input_position", "alignment" (see `alignments`), "audio" (samples or None), "sampling_rate".
+        alignments: per utterance a dict: "attention" and "saliency" [token, 2] first and last encoder position of each
+            token by dynamic time warping, "disagreement" [token] distance of their middles in encoder positions, and
+            "token" the rows they belong to.
+        alignment_heads: (layer, head) pairs behind "alignment heads"; may be empty.
+        seed, n_bootstrap, level: of the intervals over utterances.
+        provenance: of the model and the inputs.
+    """
+
+    form = "workbench.cross_attention_saliency"
+
+    aggregates: tuple[str, ...]
+    kinds: tuple[str, ...]
+    layers: tuple[int | None, ...]
+    heads: tuple[int | None, ...]
+    saliencies: tuple[str, ...]
+    measures: tuple[str, ...]
+    correlations: Float[Tensor, "utterance aggregate saliency measure"]
+    pooled: Float[Tensor, "aggregate saliency measure"]
+    between: Float[Tensor, "utterance measure"]
+    undefined: tuple[str, ...]
+    pooling: str
+    normalise: str
+    special_tokens: bool
+    method: str
+    utterances: tuple[str, ...]
+    hypotheses: tuple[str, ...]
+    references: tuple[str | None, ...]
+    orders: tuple[str, ...]
+    fractions: Tensor
+    scores: tuple[str, ...]
+    curves: Float[Tensor, "utterance order curve step score"]
+    thresholds: Tensor
+    sizes: Float[Tensor, "utterance order threshold"]
+    maps: tuple[dict[str, Any], ...]
+    alignments: tuple[dict[str, Any], ...]
+    alignment_heads: tuple[tuple[int, int], ...]
+    seed: int
+    n_bootstrap: int
+    level: float
+    provenance: dict[str, Any]
+
+    @property
+    def n_utterances(self) -> int:
+        """Utterances."""
+        return len(self.utterances)
+
+    def of(self, saliency: str = "input", measure: str = "pearson") -> Tensor:
+        """[aggregate] mean correlation over the utterances where it is defined; NaN where it is in none."""
+        return self.correlations[:, :, self._saliency(saliency), self._measure(measure)].nanmean(0)
+
+    def interval(self, saliency: str = "input", measure: str = "pearson") -> Tensor:
+        """[aggregate, 2] bootstrap interval of `of` over utterances, by percentiles; NaN with one utterance."""
+        return self._interval(self.correlations[:, :, self._saliency(saliency), self._measure(measure)])
+
+    def by_head(self, saliency: str = "input", measure: str = "pearson") -> Tensor:
+        """[layer, head] of `of`, in the order of the layers."""
+        at = [i for i, kind in enumerate(self.kinds) if kind == "head"]
+        rows = len({self.layers[i] for i in at})
+        return self.of(saliency, measure)[at].view(rows, -1)
+
+    @property
+    def best(self) -> str:
+        """The aggregate that correlates best with input saliency."""
+        found = self.of("input")
+        if found.isnan().all():
+            raise WorkbenchError("no correlation is defined", hint="; ".join(self.undefined[:2]))
+        return self.aggregates[int(found.nan_to_num(-2).argmax())]
+
+    @property
+    def coverage(self) -> pd.DataFrame:
+        """Share of saliency covered: per aggregate, Pearson with either saliency and what encoder mixing takes away.
+
+        Columns aggregate, kind, input, encoder_output (mean correlations), difference (encoder_output − input), share
+        (input / encoder_output, where both are positive).
+        """
+        import pandas as pd
+
+        own, theirs = self.of("input"), self.of("encoder_output")
+        share = torch.where((own > 0) & (theirs > 0), own / theirs, torch.nan)
+        return pd.DataFrame(
+            {
+                "aggregate": self.aggregates,
+                "kind": self.kinds,
+                "input": own.tolist(),
+                "encoder_output": theirs.tolist(),
+                "difference": (theirs - own).tolist(),
+                "share": share.tolist(),
+            }
+        )
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per aggregate, saliency and measure.
+
+        Columns aggregate, kind, layer, head, alignment (whether the model names the head so), saliency, measure, mean
+        (over utterances), low, high (bootstrap), pooled, utterances (in which it is defined) and note.
+        """
+        import pandas as pd
+
+        rows = []
+        for s, saliency in enumerate(self.saliencies):
+            for m, measure in enumerate(self.measures):
+                mean, bounds = self.of(saliency, measure), self.interval(saliency, measure)
+                for a, name in enumerate(self.aggregates):
+                    defined = int((~self.correlations[:, a, s, m].isnan()).sum())
+                    lacking = self.n_utterances - defined
+                    rows.append(
+                        {
+                            "aggregate": name,
+                            "kind": self.kinds[a],
+                            "layer": self.layers[a],
+                            "head": self.heads[a],
+                            "alignment": (self.layers[a], self.heads[a]) in self.alignment_heads,
+                            "saliency": saliency,
+                            "measure": measure,
+                            "mean": _known(mean[a]),
+                            "low": _known(bounds[a, 0]),
+                            "high": _known(bounds[a, 1]),
+                            "pooled": _known(self.pooled[a, s, m]),
+                            "utterances": defined,
+                            "note": f"undefined in {lacking}: a map is constant" if lacking else "",
+                        }
+                    )
+        return pd.DataFrame(rows)
+
+    @property
+    def areas(self) -> pd.DataFrame:
+        """Area under each mean curve (trapezoid over the fractions), with bootstrap intervals over utterances.
+
+        Columns curve, order, score, area, low, high. Of "wer" the paper's scale: percent, higher is more faithful in
+        deletion. Of probabilities lower is more faithful in deletion, higher in insertion.
+        """
+        import pandas as pd
+
+        area = torch.trapezoid(self.curves, self.fractions.to(self.curves), dim=3)  # utterance, order, curve, score
+        rows = []
+        for s, score in enumerate(self.scores):
+            if self.curves.numel() == 0 or self.curves[..., s].isnan().all():
+                continue
+            for c, curve in enumerate(CURVES):
+                bounds = self._interval(area[:, :, c, s])
+                for o, order in enumerate(self.orders):
+                    found = {
+                        "area": float(area[:, o, c, s].mean()),
+                        "low": float(bounds[o, 0]),
+                        "high": float(bounds[o, 1]),
+                    }
+                    rows.append({"curve": curve, "order": order, "score": score, **found})
+        return pd.DataFrame(rows, columns=["curve", "order", "score", "area", "low", "high"])
+
+    @property
+    def size_table(self) -> pd.DataFrame:
+        """Compactness: area under the share of cells (percent) over thresholds, per order; lower is more compact."""
+        import pandas as pd
+
+        area = torch.trapezoid(self.sizes, self.thresholds.to(self.sizes), dim=2)
+        bounds = self._interval(area)
+        return pd.DataFrame(
+            {
+                "order": self.orders,
+                "size": area.mean(0).tolist(),
+                "low": bounds[:, 0].tolist(),
+                "high": bounds[:, 1].tolist(),
+            }
+        )
+
+    @property
+    def alignment_table(self) -> pd.DataFrame:
+        """One row per utterance and token: its encoder positions by attention and by saliency, and how far apart."""
+        import pandas as pd
+
+        rows = []
+        for name, found in zip(self.utterances, self.alignments, strict=True):
+            for i, token in enumerate(found["token"]):
+                (a, b), (c, d) = found["attention"][i].tolist(), found["saliency"][i].tolist()
+                rows.append(
+                    {
+                        "utterance": name,
+                        "token": token,
+                        "token_text": found["token_text"][i],
+                        "attention_first": a,
+                        "attention_last": b,
+                        "saliency_first": c,
+                        "saliency_last": d,
+                        "disagreement": float(found["disagreement"][i]),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def _saliency(self, name: str) -> int:
+        if name not in self.saliencies:
+            raise WorkbenchError(f"there is no saliency {name!r}", hint=f"there is {', '.join(self.saliencies)}")
+        return self.saliencies.index(name)
+
+    def _measure(self, name: str) -> int:
+        if name not in self.measures:
+            raise WorkbenchError(f"there is no measure {name!r}", hint=f"there is {', '.join(self.measures)}")
+        return self.measures.index(name)
+
+    def _interval(self, values: Tensor) -> Tensor:
+        """[..., 2] from [utterance, ...]; the same utterances are drawn for every column, undefined ones left out."""
+        n = len(values)
+        if n < 2:
+            return torch.full((*values.shape[1:], 2), torch.nan, dtype=values.dtype)
+        drawn = torch.randint(n, (self.n_bootstrap, n), generator=torch.Generator().manual_seed(self.seed))
+        means = values[drawn].nanmean(1)
+        levels = torch.tensor([(1 - self.level) / 2, (1 + self.level) / 2], dtype=values.dtype)
+        return torch.nanquantile(means, levels, dim=0).movedim(0, -1)
+
+    def __repr__(self) -> str:
+        return (
+            f"CrossAttentionSaliency({self.n_utterances} utterances, {len(self.aggregates)} attention maps against "
+            f"{' and '.join(self.saliencies)} saliency)"
+        )
+
+
+def _known(value: Tensor) -> float | None:
+    """A number, or None where there is none."""
+    return None if bool(value.isnan()) else float(value)

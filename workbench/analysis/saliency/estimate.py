@@ -1,0 +1,89 @@
+"""The loop over masks: any-time estimates, budgets, a stop at a precision, interruption, and going on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workbench.analysis.saliency.masks import Draw, Masks
+from workbench.analysis.saliency.sums import Sums
+
+_CHECK_EVERY = 64  # masks between two looks at the precision
+_FEWEST = 128  # masks before a standard error is believed
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop.
+
+    Attributes:
+        n_masks: masks in all, those of a resumed run with them. seconds: of this run; None for no limit.
+        precision: bound on `noise`; None for none.
+    """
+
+    n_masks: int
+    seconds: float | None = None
+    precision: float | None = None
+
+
+def run(
+    sums: Sums,
+    masks: Masks,
+    score: Callable[[Draw], Tensor],
+    segments: Sequence[Tensor],
+    budget: Budget,
+    *,
+    batch_size: int,
+    progress: bool,
+) -> str:
+    """Add masks to the sums until the budget ends; says why it stopped.
+
+    Returns:
+        "enumerated", "budget", "seconds", "precision" or "interrupted" (by Ctrl-C, after at least one batch).
+    """
+    from tqdm.auto import tqdm
+
+    total = masks.enumerated if masks.exact else budget.n_masks
+    began, start, looked = time.monotonic(), sums.done, sums.done
+    if budget.precision is not None and not masks.exact and precise(sums, segments, budget.precision):
+        return "precision"
+    with tqdm(total=total, initial=start, desc="masks", disable=not progress) as bar, torch.inference_mode():
+        try:
+            for draws in masks.chunks(start, total, batch_size):
+                scores = [score(draw) for draw in draws]  # all of a batch or nothing, should it be interrupted
+                for draw, found in zip(draws, scores, strict=True):
+                    sums.add(draw, found)
+                    bar.update(len(found))
+                if masks.exact or sums.done >= total:
+                    continue
+                if budget.seconds is not None and time.monotonic() - began >= budget.seconds:
+                    return "seconds"
+                if budget.precision is not None and sums.done - looked >= _CHECK_EVERY:
+                    looked = sums.done
+                    if precise(sums, segments, budget.precision):
+                        return "precision"
+        except KeyboardInterrupt:
+            if sums.done == start and not start:
+                raise
+            return "interrupted"
+    if budget.precision is not None and not masks.exact and precise(sums, segments, budget.precision):
+        return "precision"
+    return "enumerated" if masks.exact else "budget"
+
+
+def noise(mean: Tensor, error: Tensor) -> Tensor:
+    """[output token] root mean square of the standard error over the standard deviation of the map."""
+    spread = mean.flatten(1).std(1, correction=0)
+    size = error.flatten(1).square().mean(1).sqrt()
+    return torch.where(size == 0, 0.0, size / spread)
+
+
+def precise(sums: Sums, segments: Sequence[Tensor], precision: float) -> bool:
+    """Whether every output token's map is known to this precision; never before `_FEWEST` masks."""
+    if sums.done < _FEWEST:
+        return False
+    return bool((noise(*sums.maps(segments, exact=False)) <= precision).all())

@@ -1,0 +1,304 @@
+"""Attribution through captum, of each output token's log-probability, at the input or at the encoder's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.analysis.saliency.reading import Reading, grid_of
+from workbench.analysis.saliency.segments import checked, each, patches, runs, sizes, superpixels
+from workbench.errors import WorkbenchError
+
+METHODS = ("integrated_gradients", "gradient_x_input", "occlusion", "feature_ablation", "kernel_shap")
+_WITH_GRADIENTS = ("integrated_gradients", "gradient_x_input")
+
+
+class _Explained:
+    """Log-probabilities of the output tokens [batch, output token] as a function of the explained part of the input.
+
+    That part, `start`, is [1, time, frequency], [1, token, d_model], [1, channel, row, column], or at the encoder
+    [1, position, d_model]. `runs` counts the examples it was called with.
+    """
+
+    def __init__(self, reading: Reading, where: str) -> None:
+        self.reading, self.where, self.runs = reading, where, 0
+        if where == "encoder":
+            self.start = reading.states[:, : reading.encoder_extent].detach().clone()
+        elif reading.kind == "spectrogram":
+            self.start = reading._frames_first(reading.main)[:, : reading.extent].detach().clone()
+        else:
+            self.start = (
+                reading.main[:, : reading.extent].detach().clone() if reading.kind == "tokens" else reading.main
+            )
+
+    def __call__(self, part: Tensor) -> Tensor:
+        self.runs += len(part)
+        found = self._log_probs(part)
+        index = self.reading.targets[None, :, None].expand(len(part), -1, 1)
+        return found.gather(2, index)[..., 0]
+
+    def _log_probs(self, part: Tensor) -> Tensor:
+        reading = self.reading
+        if reading.kind == "image" and self.where == "input":
+            return reading.log_probs(part)
+        whole = reading.states if self.where == "encoder" else reading._frames_first(reading.main)
+        rest = whole[:, part.shape[1] :].expand(len(part), -1, -1)
+        joined = torch.cat([part, rest], 1)
+        if self.where == "encoder":
+            return reading.log_probs_of_states(joined)
+        return reading.log_probs(joined if reading.time_axis == 1 else joined.transpose(1, 2))
+
+
+class _LeastSquares:
+    """A weighted linear regression with an intercept, in the form that captum's Kernel SHAP calls."""
+
+    def fit(self, train_data: Iterable[tuple[Tensor, ...]], **_: Any) -> dict[str, float]:
+        """Fit (features, value, weight) batches."""
+        x, y, w = (torch.cat(parts).double() for parts in zip(*train_data, strict=True))
+        root = w.flatten().sqrt()[:, None]
+        rows = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        self.coefficients = torch.linalg.lstsq(rows * root, y.view(-1, 1) * root, driver="gelsd").solution[:, 0]
+        return {}
+
+    def representation(self) -> Tensor:
+        """[1, feature] coefficients."""
+        return self.coefficients[None, :-1].float()
+
+
+class _Replay:
+    """Remembers what a function gave, call by call, for methods that make the same calls for every output token."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function, self.at = function, -1
+        self.given: list[Tensor] = []
+
+    def rewind(self) -> None:
+        self.at = 0 if self.given else -1
+
+    def __call__(self, part: Tensor) -> Tensor:
+        if self.at < 0:
+            with torch.no_grad():
+                self.given.append(self.function(part))
+            return self.given[-1]
+        self.at += 1
+        return self.given[self.at - 1]
+
+
+def attribute(
+    reading: Reading,
+    method: str,
+    where: str,
+    *,
+    segments: Any = None,
+    baseline: Any = "zero",
+    n_masks: int = 2000,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+    n_steps: int = 32,
+    window: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+    n_segments: int = 100,
+    repeats: int = 4,
+) -> dict[str, Any]:
+    """The map of a captum method, as fields of a `Saliency`.
+
+    Perturbing methods run once for all output tokens: captum asks for one token at a time, and is given what the first
+    pass saw.
+
+    Args:
+        segments: for feature ablation and Kernel SHAP; superpixels or runs of about `n_segments` if None.
+        n_masks: samples of Kernel SHAP, over all `repeats`, whose spread is its standard error.
+        n_steps: of integrated gradients. window, strides: of occlusion over the explained positions.
+
+    Raises:
+        WorkbenchError: Kernel SHAP with fewer samples than segments.
+    """
+    explained = _Explained(reading, where)
+    start = explained.start
+    base = _baseline(reading, explained, baseline)
+    shown, cells, kind = _segments(reading, where, segments, n_segments, start)
+    details: dict[str, Any] = {"segments": sizes(shown)}
+    n = len(reading.targets)
+    if method in _WITH_GRADIENTS:
+        maps, more = _by_gradients(explained, method, base, n, n_steps, batch_size, progress)
+        details |= more
+        found, error = _reduced(maps, kind, cells, "sum"), None
+    elif method == "kernel_shap":
+        found, error = _kernel_shap(explained, base, cells, n, n_masks, repeats, batch_size, seed, kind)
+        details["repeats"] = repeats
+    else:
+        maps = _by_perturbing(explained, method, base, cells, n, window, strides, batch_size)
+        found, error = _reduced(maps, kind, cells, "mean"), None
+    details["evaluations"] = explained.runs
+    return {
+        "scores": found.float().cpu(),
+        "standard_error": torch.zeros_like(found).float().cpu() if error is None else error.float().cpu(),
+        "n_masks": explained.runs,
+        "kind": kind,
+        "signed": True,
+        "segments": shown,
+        "details": details,
+        "state": {},
+    }
+
+
+def _by_gradients(
+    explained: _Explained, method: str, base: Tensor, n: int, n_steps: int, batch_size: int, progress: bool
+) -> tuple[Tensor, dict[str, Any]]:
+    from captum.attr import InputXGradient, IntegratedGradients
+    from tqdm.auto import tqdm
+
+    maps, off = [], []
+    with torch.enable_grad():
+        for k in tqdm(range(n), desc=method.replace("_", " "), disable=not progress):
+            start = explained.start.clone().requires_grad_()
+            if method == "gradient_x_input":
+                maps.append(InputXGradient(explained).attribute(start, target=k).detach()[0])
+                continue
+            found, delta = IntegratedGradients(explained).attribute(
+                start, base, target=k, n_steps=n_steps, internal_batch_size=max(batch_size, 2),
+                return_convergence_delta=True,
+            )  # fmt: skip
+            maps.append(found.detach()[0])
+            off.append(float(delta.abs().max()))
+    return torch.stack(maps), {"convergence_delta": tuple(off)} if off else {}
+
+
+def _by_perturbing(
+    explained: _Explained, method: str, base: Tensor, cells: Tensor, n: int, window: Any, strides: Any, batch_size: int
+) -> Tensor:
+    from captum.attr import FeatureAblation, Occlusion
+
+    replay = _Replay(explained)
+    maps = []
+    for k in range(n):
+        replay.rewind()
+        common = {"baselines": base, "target": k, "perturbations_per_eval": batch_size}
+        if method == "feature_ablation":
+            mask = _like(cells, explained.start)
+            maps.append(FeatureAblation(replay).attribute(explained.start, feature_mask=mask, **common)[0])
+        else:
+            shape, steps = _window(explained, window, strides)
+            given = {"sliding_window_shapes": shape, "strides": steps}
+            maps.append(Occlusion(replay).attribute(explained.start, **given, **common)[0])
+    return torch.stack(maps).detach()
+
+
+def _kernel_shap(
+    explained: _Explained, base: Tensor, cells: Tensor, n: int, n_masks: int, repeats: int, batch_size: int, seed: int,
+    kind: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from captum.attr import KernelShap
+
+    replay = _Replay(explained)
+    shap = KernelShap(replay)
+    shap.interpretable_model = _LeastSquares()  # captum's own would need scikit-learn
+    features = int(cells.max()) + 1
+    samples = n_masks // max(repeats, 1)
+    if repeats < 2 or samples < features + 2:
+        raise WorkbenchError(
+            f"{n_masks} samples are too few for Kernel SHAP of {features} segments in {repeats} repeats",
+            hint=f"ask for n_masks={repeats * 2 * (features + 2)} or fewer segments",
+        )
+    mask = _like(cells, explained.start)
+    rounds = []
+    for turn in range(repeats):
+        replay.given, replay.at = [], -1
+        maps = []
+        for k in range(n):
+            replay.rewind()
+            with torch.random.fork_rng():
+                torch.manual_seed(seed * 1009 + turn)
+                maps.append(
+                    shap.attribute(
+                        explained.start, base, target=k, feature_mask=mask, n_samples=samples,
+                        perturbations_per_eval=batch_size,
+                    )[0]
+                )  # fmt: skip
+        rounds.append(_reduced(torch.stack(maps).detach(), kind, cells, "mean"))
+    several = torch.stack(rounds)
+    return several.mean(0), several.std(0) / repeats**0.5
+
+
+def _baseline(reading: Reading, explained: _Explained, baseline: Any) -> Tensor:
+    start = explained.start
+    if explained.where == "encoder":
+        if isinstance(baseline, Tensor):
+            return baseline.to(start).expand_as(start).contiguous()
+        if baseline not in ("zero", "mean"):
+            raise WorkbenchError(f"there is no baseline {baseline!r} for the encoder's output", hint="zero or mean")
+        return (
+            torch.zeros_like(start) if baseline == "zero" else start.mean(1, keepdim=True).expand_as(start).contiguous()
+        )
+    whole = reading.baseline_of(baseline)
+    if reading.kind == "spectrogram":
+        whole = reading._frames_first(whole)
+    return whole[:, : start.shape[1]].contiguous()
+
+
+def _segments(
+    reading: Reading, where: str, segments: Any, n_segments: int, start: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor, str]:
+    """Segments over the map's positions, one map over the cells that are perturbed, and what a position is."""
+    if where == "encoder" or reading.kind == "tokens":
+        n = start.shape[1]
+        if segments is not None:
+            found = checked(segments, (n,))
+        else:
+            found = each(n) if reading.kind == "tokens" or n <= n_segments else runs(n, n_segments)
+        return found[:1], found[0], "frames" if where == "encoder" else "tokens"
+    picture = reading.picture()
+    assert picture is not None
+    if reading.kind == "image" and segments is None:
+        rows, columns, _ = grid_of(reading)
+        return each(rows * columns), patches(rows, columns, *picture.shape[1:])[0], "patches"
+    if segments is None or isinstance(segments, str):
+        found = superpixels(picture, (n_segments,), by_length=False)
+    else:
+        found = checked(segments, tuple(picture.shape[-2:]))
+    return found[:1], found[0], "image" if reading.kind == "image" else "spectrogram"
+
+
+def _like(cells: Tensor, start: Tensor) -> Tensor:
+    """Segment numbers in the shape of the explained part."""
+    cells = cells.to(start.device)
+    if start.dim() == 4:
+        return cells[None, None].expand_as(start)
+    return (cells[None, :, None] if cells.dim() == 1 else cells[None]).expand_as(start)
+
+
+def _window(explained: _Explained, window: Any, strides: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Occlusion's window and steps, in the shape of the explained part without its batch."""
+    shape = explained.start.shape[1:]
+    if window is None:
+        if len(shape) == 3:
+            rows, columns, _ = grid_of(explained.reading)
+            window = (shape[1] // rows, shape[2] // columns)
+        elif explained.where == "encoder" or explained.reading.kind == "tokens":
+            window = (1,)
+        else:
+            window = (min(8, shape[0]), max(1, shape[1] // 4))
+    steps = strides if strides is not None else window
+    if len(shape) == 3:
+        return (shape[0], *window), (shape[0], *steps)
+    wide = (*window, *shape[len(window) :])
+    return wide, (*steps, *shape[len(steps) :])
+
+
+def _reduced(maps: Tensor, kind: str, cells: Tensor, how: str) -> Tensor:
+    """Maps over positions [output token, position...] from maps over the explained part [output token, ...]."""
+    if kind == "spectrogram":
+        return maps
+    if kind in ("frames", "tokens"):
+        return maps.sum(-1) if how == "sum" else maps.mean(-1)
+    pixels = maps.sum(1) if how == "sum" else maps.mean(1)
+    if kind == "image":
+        return pixels
+    flat, index = pixels.flatten(1), cells.flatten().to(pixels.device)
+    n = int(cells.max()) + 1
+    summed = flat.new_zeros(len(flat), n).index_add_(1, index, flat)
+    return summed if how == "sum" else summed / index.bincount(minlength=n)

@@ -1,0 +1,169 @@
+"""`Saliency`: what each output token depends on, position by position, with a standard error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.analysis.saliency.normalising import paired_min_max, standardised
+from workbench.errors import WorkbenchError
+from workbench.result import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KINDS = ("spectrogram", "frames", "tokens", "patches", "image")
+
+
+class PrecisionError(WorkbenchError):
+    """The budget ended before the asked precision was reached.
+
+    Attributes:
+        result: the estimate that there is; pass it as `resume=` to go on.
+    """
+
+    result: Saliency
+
+
+@dataclass(frozen=True, repr=False)
+class Saliency(Result):
+    """A map of one utterance (or text, or image): output tokens by input positions. Made by `workbench.saliency`.
+
+    Output tokens are those of the hypothesis behind the prompt, the end token with them. What a position is, `kind`
+    says: "spectrogram" [time, frequency], "frames" [encoder position], "tokens" [input token], "patches" [patch, in
+    raster order], "image" [row, column].
+
+    Attributes:
+        scores: [output token, position...]; of "spes" in nats of KL divergence. Only the first `positions` of the
+            model's input are explained, its padding is not.
+        standard_error: of each score, same shape; zeros for methods that draw nothing at random.
+        n_masks: how many masks (or, for other methods, model evaluations) the estimate rests on.
+        method: such as "spes" or "integrated_gradients". at: "input" or "encoder" (the encoder's output).
+        kind: see above.
+        score: what a mask is scored with: "kl", "probability", or "log_probability".
+        baseline: what masked positions become. p: share masked; None where nothing is masked at random.
+        exact: every mask was enumerated. signed: scores may be negative by construction.
+        partial: the run ended before its budget. stopped: "budget", "seconds", "precision", "interrupted",
+            "enumerated", or "computed" for methods without a budget.
+        target_ids, target_texts: [output token]. special: [output token], whether it is a special token (such as the
+            end).
+        prompt_ids: decoder tokens before the first explained one.
+        picture: what was explained, to draw under the map: the spectrogram [time, frequency] or image [channel, row,
+            column]; None for the rest.
+        position_texts: texts of input tokens; empty for other kinds.
+        grid: rows and columns of patches; None for other kinds.
+        length: positions of the model's whole input along time, its padding included.
+        seconds_per_position: duration of one position along time, where the feature extractor tells; else None.
+        segments: per granularity, [position...] the number of the segment each position belongs to.
+        token_scores, token_error: [output token, output token], how much a token depends on those before it (strictly
+            lower triangle); None unless `p_tokens` was given.
+        seed: of the masks.
+        details: numbers about the run: "segments", "seconds", "evaluations", "cached" (whether the decoder read cached
+            keys and values), and those of single methods.
+        state: running sums from which `resume=` goes on.
+        provenance: of the model, and of the inputs.
+    """
+
+    form = "workbench.saliency"
+
+    scores: Float[Tensor, "token ..."]
+    standard_error: Float[Tensor, "token ..."]
+    n_masks: int
+    method: str
+    at: str
+    kind: str
+    score: str
+    baseline: str
+    p: float | None
+    exact: bool
+    signed: bool
+    partial: bool
+    stopped: str
+    target_ids: tuple[int, ...]
+    target_texts: tuple[str, ...]
+    special: tuple[bool, ...]
+    prompt_ids: tuple[int, ...]
+    picture: Tensor | None
+    position_texts: tuple[str, ...]
+    grid: tuple[int, int] | None
+    length: int
+    seconds_per_position: float | None
+    segments: tuple[Tensor, ...]
+    token_scores: Float[Tensor, "token token"] | None
+    token_error: Float[Tensor, "token token"] | None
+    seed: int
+    details: dict[str, Any]
+    state: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def n_tokens(self) -> int:
+        """Output tokens."""
+        return self.scores.shape[0]
+
+    @property
+    def positions(self) -> int:
+        """Explained positions along the first axis: frames, tokens, patches, or rows of an image."""
+        return self.scores.shape[1]
+
+    @property
+    def noise(self) -> Tensor:
+        """[output token] root mean square of the standard error over the spread of the scores; what `precision` bounds.
+
+        0 for an exact map; inf for a constant one that is not exact.
+        """
+        error = self.standard_error.flatten(1).double().square().mean(1).sqrt()
+        spread = self.scores.flatten(1).double().std(1, correction=0)
+        return torch.where(error == 0, 0.0, error / spread)
+
+    def normalised(self) -> tuple[Tensor, Tensor | None]:
+        """The maps as SPES evaluates them: standardised per token, then a joint min-max of input and token map, 0 to 1.
+
+        Returns:
+            [output token, position...], and the token map [output token, output token] or None.
+        """
+        own = standardised(self.scores)
+        if self.token_scores is None:
+            return paired_min_max(own, None)
+        causal = torch.ones_like(self.token_scores, dtype=torch.bool).tril(-1)
+        return paired_min_max(own, standardised(self.token_scores, causal), causal)
+
+    def sentence(self, *, special: bool = True) -> Tensor:
+        """[position...] mean of the normalised maps over tokens; without special ones if `special` is False."""
+        kept = [i for i, odd in enumerate(self.special) if special or not odd]
+        if not kept:
+            raise WorkbenchError("every output token is special", hint="keep them with special=True")
+        return self.normalised()[0][kept].mean(0)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per output token and position along the first axis, with the mean of other axes."""
+        import pandas as pd
+
+        mean = self.scores.flatten(2).mean(2) if self.scores.dim() > 2 else self.scores
+        error = self.standard_error
+        # Cells of one segment share their masks: their errors do not average out.
+        error = error.flatten(2).mean(2) if error.dim() > 2 else error
+        n, m = mean.shape
+        names = self.position_texts or tuple("" for _ in range(m))
+        frame = pd.DataFrame(
+            {
+                "token": [i for i in range(n) for _ in range(m)],
+                "token_text": [self.target_texts[i] for i in range(n) for _ in range(m)],
+                "position": [j for _ in range(n) for j in range(m)],
+                "position_text": [names[j] for _ in range(n) for j in range(m)],
+                "score": mean.flatten().tolist(),
+                "standard_error": error.flatten().tolist(),
+            }
+        )
+        return frame if self.position_texts else frame.drop(columns="position_text")
+
+    def __repr__(self) -> str:
+        shape = " x ".join(str(n) for n in self.scores.shape[1:])
+        how = "exact" if self.exact else f"{self.n_masks:,} masks" if self.p is not None else f"{self.n_masks:,} runs"
+        marks = f", {self.stopped}" if self.partial else ""
+        return f"Saliency({self.method} at {self.at}: {self.n_tokens} tokens, {self.kind} {shape}, {how}{marks})"

@@ -1,0 +1,181 @@
+"""Utterances: audio from files, and inputs for `workbench.saliency` by the model's own feature extractor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.errors import TaskError
+
+RATE = 16_000
+"""Samples per second that speech models are trained on."""
+_SILENT = 1e-4  # of full scale; below it a recording holds nothing but the noise of a converter
+
+
+def load_audio(path: str | Path, *, rate: int = RATE, resample: bool = True) -> Float[Tensor, " sample"]:
+    """The samples of an audio file within ±1, several channels averaged, at `rate` samples per second.
+
+    Args:
+        rate: asked for. resample: change the rate where the file has another.
+
+    Raises:
+        TaskError: no such file, not audio, another rate with resample=False, no samples, silence, or soundfile is not
+            installed.
+    """
+    try:
+        import soundfile
+    except ModuleNotFoundError as error:
+        raise TaskError("reading audio needs soundfile", hint='pip install "attention-workbench[speech]"') from error
+    file = Path(path)
+    if not file.is_file():
+        raise TaskError(f"there is no file {file}")
+    try:
+        samples, found = soundfile.read(file, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise TaskError(f"{file.name} is no audio that soundfile reads: {error}") from error
+    mono = samples.mean(1)
+    if found != rate:
+        if not resample:
+            raise TaskError(
+                f"{file.name} has {found:,} samples per second, not {rate:,}", hint="pass resample=True, or its rate"
+            )
+        mono = resampled(mono, found, rate)
+    wave = torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
+    _check(wave, rate, file.name)
+    return wave
+
+
+def resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
+    """Samples at another rate, through a polyphase filter.
+
+    Raises:
+        TaskError: a rate that is none, or scipy is not installed.
+
+    >>> resampled(np.ones(4800), 48_000, 16_000).shape
+    (1600,)
+    """
+    if old < 1 or new < 1:
+        raise TaskError(f"{old} and {new} are no rates")
+    try:
+        from scipy.signal import resample_poly  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise TaskError("resampling needs scipy", hint='pip install "attention-workbench[speech]"') from error
+    common = gcd(old, new)
+    found: np.ndarray = resample_poly(samples, new // common, old // common)
+    return found
+
+
+def utterance(
+    audio: Float[Tensor, " sample"] | np.ndarray,
+    extractor: Any,
+    *,
+    rate: int = RATE,
+    name: str = "utterance",
+    reference: str | None = None,
+) -> dict[str, Any]:
+    """The inputs of one utterance, by the model's feature extractor; padding is masked.
+
+    Args:
+        audio: samples. extractor: such as transformers' `WhisperFeatureExtractor`.
+        rate: of the samples. name: for tables and views. reference: what is said.
+
+    Returns:
+        input_features, attention_mask, name, audio, sampling_rate, seconds_per_frame, and reference where given.
+
+    Raises:
+        TaskError: another rate than the extractor's, silence, values that are not finite, or longer than the extractor
+            takes (it would cut the rest off).
+    """
+    wave = torch.as_tensor(audio).float().flatten()
+    wanted = getattr(extractor, "sampling_rate", rate)
+    if rate != wanted:
+        raise TaskError(
+            f"{name} has {rate:,} samples per second, the model's features need {wanted:,}",
+            hint="load_audio(path, rate=...) changes the rate",
+        )
+    _check(wave, rate, name)
+    longest = getattr(extractor, "n_samples", None)
+    if isinstance(longest, int) and len(wave) > longest:
+        raise TaskError(
+            f"{name} lasts {len(wave) / rate:.1f} s, the model takes {longest / rate:g} s", shape=wave.shape,
+            hint="cut it into shorter utterances",
+        )  # fmt: skip
+    found = extractor(wave.numpy(), sampling_rate=rate, return_tensors="pt", return_attention_mask=True)
+    inputs = {
+        "input_features": found.input_features,
+        "attention_mask": found.attention_mask,
+        "name": name,
+        "audio": wave,
+        "sampling_rate": rate,
+        "seconds_per_frame": extractor.hop_length / rate,
+    }
+    return inputs if reference is None else inputs | {"reference": reference}
+
+
+def from_features(
+    features: Float[Tensor, "*batch frequency time"],
+    *,
+    seconds: float,
+    audio: Any = None,
+    rate: int = RATE,
+    name: str = "utterance",
+    reference: str | None = None,
+) -> dict[str, Any]:
+    """The inputs of one utterance whose features are there already, such as a clip that ships with a model.
+
+    Args:
+        features: as the model takes them, [frequency, time] or [1, frequency, time]. seconds: how long they last.
+        audio: samples to listen to. rate: of the samples.
+
+    Raises:
+        TaskError: features of several utterances, or of no duration.
+    """
+    one = features if features.dim() == 3 else features[None]
+    if one.dim() != 3 or len(one) != 1:
+        raise TaskError("the features should be those of one utterance", shape=features.shape)
+    if seconds <= 0:
+        raise TaskError(f"{seconds} seconds are no duration")
+    inputs: dict[str, Any] = {"input_features": one, "name": name, "seconds_per_frame": seconds / one.shape[-1]}
+    if audio is not None:
+        inputs |= {"audio": torch.as_tensor(audio).float().flatten(), "sampling_rate": rate}
+    return inputs if reference is None else inputs | {"reference": reference}
+
+
+def spans_of(spans: Sequence[tuple[float, float]], special: Sequence[bool]) -> np.ndarray | None:
+    """[token, 2] seconds in which each output token was said, NaN for special ones; None where their numbers differ.
+
+    Args:
+        spans: begin and end of each word. special: [token], as a result has it.
+
+    >>> spans_of([(0.5, 1.0)], [False, True]).tolist()
+    [[0.5, 1.0], [nan, nan]]
+    """
+    words = [i for i, odd in enumerate(special) if not odd]
+    if len(words) != len(spans):
+        return None
+    found = np.full((len(special), 2), np.nan)
+    if words:
+        found[words] = np.asarray(spans, dtype=float)
+    return found
+
+
+def _check(wave: Tensor, rate: int, name: str) -> None:
+    if not len(wave):
+        raise TaskError(f"{name} holds no samples")
+    if not wave.isfinite().all():
+        raise TaskError(f"{name} holds samples that are not finite", shape=wave.shape)
+    if float(wave.abs().max()) < _SILENT:
+        raise TaskError(f"{name} is silent: its loudest sample is {float(wave.abs().max()):.1e}", shape=wave.shape,
+                        hint="check the recording")  # fmt: skip
+    if len(wave) < rate // 50:
+        raise TaskError(f"{name} lasts {1000 * len(wave) / rate:.0f} ms, too short for speech", shape=wave.shape)
+
+
+__all__ = ["RATE", "from_features", "load_audio", "resampled", "spans_of", "utterance"]
