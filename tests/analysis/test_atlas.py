@@ -108,7 +108,7 @@ def test_all_names_of_images_are_told_apart_by_map_and_name() -> None:
             heads.append((raised + noise).softmax(-1))
             labels.append(name)
     cap = captured(torch.stack(heads, 1))
-    found = pattern_atlas(cap, len(base), (8, 8), epochs=40, progress=False)
+    found = pattern_atlas(cap, len(base), (8, 8), progress=False)
     numbers = [list(base).index(name) for name in labels]
     assert rand_index(numbers, found.clusters.tolist()) > 0.9
     assert list(found.head_names) == labels

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,19 @@ from tqdm.auto import tqdm
 
 _WIDTHS = (16, 32, 64)
 _BATCH = 64
-_STEPS = 20  # of an epoch at least: where there are few patterns, batches are smaller
+_STEPS = 16  # of an epoch at least: where there are few patterns, batches are smaller
 _RATE = 2e-3
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The same weights however many threads there are; on such small layers several mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Autoencoder(nn.Module):
@@ -64,7 +76,7 @@ def fit(
         model = Autoencoder(images.shape[-1], width)
     losses = []
     batch_size = max(4, min(_BATCH, min(most, len(images)) // _STEPS))
-    with torch.enable_grad():
+    with torch.enable_grad(), _one_thread():
         optimizer = torch.optim.Adam(model.parameters(), _RATE)
         for _ in tqdm(range(epochs), desc="autoencoder", disable=not progress, leave=False):
             total, used = 0.0, 0
@@ -84,7 +96,7 @@ def encode(images: Tensor, weights: Mapping[str, Tensor], width: int) -> tuple[T
     model = Autoencoder(images.shape[-1], width)
     model.load_state_dict(dict(weights))
     latents, errors = [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), _one_thread():
         for part in images.split(256):
             latent = model.encoder(part)
             latents.append(latent)
