@@ -280,6 +280,10 @@ class Workbench(Interventions):
         """Hash of the weights, computed when it is first read; None if they have changed since the capture began."""
         return self.weights_hash() if weights_version(self.model) == before else None
 
+    def provenance(self) -> dict[str, Any]:
+        """What a result says of the model and of the software that ran it, with the weights' hash: plain values."""
+        return describe(self.model, self.tokenizer) | {"weights_sha256": self.weights_hash()}
+
     def weights_hash(self) -> str:
         """SHA-256 over the model's parameters and buffers, computed anew only where they have changed."""
         now = weights_fingerprint(self.model)

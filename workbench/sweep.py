@@ -18,7 +18,6 @@ from workbench.errors import InterventionError, WorkbenchError
 from workbench.inputs import dropout_in_training
 from workbench.kept_logits import ARGUMENT, places_read, widened
 from workbench.prefix import Prefix, tensors
-from workbench.provenance import describe
 from workbench.session import Workbench
 from workbench.sweep_inputs import check_batches, check_resumed, identity, measured, size_of
 from workbench.sweep_result import Sweep, SweepInterrupted
@@ -370,8 +369,7 @@ class _Runner:
             reason=self.reason,
             batched=self.batched,
             identity=self.identity,
-            provenance=describe(self.wb.model)
-            | {"weights": self.identity.get("model weights") or self.wb.weights_hash()},
+            provenance=self.wb.provenance(),
         )
         if path is not None:
             result.save(path)

@@ -14,7 +14,6 @@ from workbench.analysis.circuits.graph import Graph
 from workbench.analysis.circuits.prompts import Metric, Pair, as_metric, check_metric, make_pairs
 from workbench.analysis.circuits.stream import Kept, Stream
 from workbench.errors import WorkbenchError
-from workbench.provenance import describe
 from workbench.session import Workbench
 from workbench.tasks.base import Task
 
@@ -98,9 +97,8 @@ class Study:
 
     def provenance(self) -> dict[str, Any]:
         """Where the numbers come from."""
-        known = describe(self.wb.model, self.wb.tokenizer)
         task = {"name": self.task.name, "examples": len(self.task), "source": self.task.source}
-        return known | {"weights": self.wb.weights_hash(), "task": {**task, "settings": dict(self.task.settings)}}
+        return self.wb.provenance() | {"task": {**task, "settings": dict(self.task.settings)}}
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from workbench.analysis.conditioning.pairs import SitePairs, collect
 from workbench.analysis.conditioning.probe import QUERIES, Plan, default_sizes, probe
 from workbench.analysis.importance.scores import HeadImportance
 from workbench.errors import CaptureError, WorkbenchError, nearest
-from workbench.provenance import describe
 from workbench.result import Result
 
 if TYPE_CHECKING:
@@ -280,7 +279,7 @@ def capacity(
         "n_queries": n_queries, "pool": pool, "resamples": resamples, "seed": seed,
         "options": {rule: dict(given) for rule, given in (options or {}).items()},
     }  # fmt: skip
-    return summarise(found, plan, criterion, importance, resamples, describe(wb.model) | held, progress=progress)
+    return summarise(found, plan, criterion, importance, resamples, wb.provenance() | held, progress=progress)
 
 
 def summarise(

@@ -167,9 +167,7 @@ def conditioning(
     about = {"trials": trials, "d": d, "repeats": repeats, "resamples": resamples, "seed": seed,
              "options": {rule: dict(given) for rule, given in (options or {}).items()}}  # fmt: skip
     if wb is not None:
-        from workbench.provenance import describe
-
-        about = describe(wb.model) | about
+        about = wb.provenance() | about
     return _summarise(chosen, subjects, samples, resamples, seed, about)
 
 

@@ -21,7 +21,6 @@ from workbench.analysis.saliency.result import Saliency
 from workbench.analysis.saliency.run import METHODS
 from workbench.analysis.saliency.run import saliency as explain
 from workbench.errors import WorkbenchError, nearest
-from workbench.provenance import describe
 from workbench.session import Workbench
 
 _FRACTIONS = tuple(i / 10 for i in range(11))
@@ -177,7 +176,7 @@ def cross_attention_saliency(
         seed=seed,
         n_bootstrap=n_bootstrap,
         level=level,
-        provenance=describe(wb.model, wb.tokenizer) | {"weighting": weighting, "rollout": rollout, "n_masks": n_masks},
+        provenance=wb.provenance() | {"weighting": weighting, "rollout": rollout, "n_masks": n_masks},
     )
 
 

@@ -15,7 +15,6 @@ from workbench.analysis.importance.measures import Measure, as_measures
 from workbench.analysis.importance.scores import HeadImportance
 from workbench.analysis.pruned import prune_heads
 from workbench.errors import InterventionError, WorkbenchError
-from workbench.provenance import describe
 from workbench.result import Result
 from workbench.session import Workbench
 from workbench.sweep import run_sweep
@@ -196,7 +195,7 @@ def prune_curve(
         parameters=timing.parameters,
         largest_difference=timing.largest_difference,
         reason=timing.reason if speed else "it was not asked for",
-        provenance=describe(wb.model) | {"weights": wb.weights_hash(), "seed": seed},
+        provenance=wb.provenance() | {"seed": seed},
     )
 
 

@@ -15,7 +15,6 @@ from workbench.analysis.importance.scores import GRADIENTS, HeadImportance
 from workbench.errors import InterventionError, WorkbenchError, nearest
 from workbench.heads import parse_heads
 from workbench.hooks.sites import Site
-from workbench.provenance import describe
 from workbench.session import Workbench
 from workbench.sweep import run_sweep
 from workbench.sweep_inputs import check_batches, size_of
@@ -149,8 +148,7 @@ def head_importance(
         n_bootstrap=n_bootstrap,
         level=level,
         mode="" if swept is None else swept.mode,
-        provenance=describe(wb.model)
-        | {"weights": wb.weights_hash(), "examples": sum(map(size_of, several)), "batches": len(several)},
+        provenance=wb.provenance() | {"examples": sum(map(size_of, several)), "batches": len(several)},
     )
 
 

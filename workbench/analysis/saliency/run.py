@@ -22,7 +22,6 @@ from workbench.analysis.saliency.scoring import check_score
 from workbench.analysis.saliency.segments import GRANULARITIES, checked, each, patches, runs, sizes, superpixels
 from workbench.analysis.saliency.sums import Sums
 from workbench.errors import WorkbenchError, nearest
-from workbench.provenance import describe, weights_hash
 from workbench.session import Workbench
 
 METHODS = ("spes", "encoder_output", *gradients.METHODS)
@@ -150,7 +149,7 @@ def saliency(
     n_masks = n_masks // len(counts) * len(counts)
     if not exact and n_masks < 2 * len(counts):
         raise WorkbenchError(f"{n_masks} masks are too few for a standard error", hint="ask for hundreds at least")
-    identity = _identity(reading, where, cells, masks, score, baseline) | {"weights": weights_hash(wb.model)}
+    identity = _identity(reading, where, cells, masks, score, baseline) | {"weights": wb.weights_hash()}
     sums = Sums.empty(len(reading.targets), counts) if resume is None else _resumed(resume, identity)
     score_of: InputMasks | EncoderMasks
     with torch.inference_mode():
@@ -227,7 +226,7 @@ def describe_reading(wb: Workbench, reading: Reading, inputs: Mapping[str, Any],
         "grid": grid,
         "length": length,
         "seconds_per_position": per_frame,
-        "provenance": describe(wb.model, wb.tokenizer) | {"input_sha256": _hash(reading.main)} | known,
+        "provenance": wb.provenance() | {"input_sha256": _hash(reading.main)} | known,
     }
 
 
