@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import transformers as hf
@@ -14,6 +16,15 @@ from workbench.analysis.conditioning.schedules import SCHEDULES, schedules
 from workbench.errors import CaptureError, TaskError, WorkbenchError
 from workbench.tasks import mqar, mqar_tokens
 from workbench.tasks.induction import WORDS
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Hundreds of small writes: on a busy machine several threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_delta_conditions_as_rescorla_and_wagner_say():
