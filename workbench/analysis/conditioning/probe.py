@@ -24,6 +24,9 @@ SUMS = ("product", "retrieved", "target", "cosine", "hits", "count")
 _TIE = 1e-5  # of the retrieval's length: targets this close to the best candidate are told apart by rounding only
 
 
+_NEAR = 1 << 26  # bytes: with more heads at once than this holds, a CPU fetches from memory what its caches had
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a probe does.
@@ -112,7 +115,8 @@ def _chunks(pairs: SitePairs, plan: Plan) -> Iterator[slice]:
     n, d_k, d_v = plan.sizes[-1], pairs.k.shape[-1], pairs.v.shape[-1]
     width = feature_map(plan.features, d_k)[1]
     per_head = pairs.k.element_size() * plan.repeats * (n * (4 * d_k + 4 * width + 3 * d_v) + 3 * width * d_v)
-    step = max(1, plan.memory // per_head)
+    memory = min(plan.memory, _NEAR) if pairs.k.device.type == "cpu" else plan.memory
+    step = max(1, memory // per_head)
     for start in range(0, pairs.q.shape[0], step):
         yield slice(start, min(start + step, pairs.q.shape[0]))
 
