@@ -27,19 +27,20 @@ def write_block(state: Tensor, k: Tensor, v: Tensor, rate: float, decay: float, 
     """
     for start in range(0, k.shape[-2], BLOCK):
         keys, values = k[..., start : start + BLOCK, :], v[..., start : start + BLOCK, :]
-        n = keys.shape[-2]
-        since, until = (_fades(decay, torch.arange(first, n + first), keys) for first in (1, 0))
+        n, forgets = keys.shape[-2], decay != 1
+        since, until = (_fades(decay, torch.arange(f, n + f), keys) if forgets else None for f in (1, 0))
         if erase:
-            away = torch.arange(n)[:, None] - torch.arange(n)[None, :]
-            faded = _fades(decay, away.clamp(min=0), keys)
-            system = (keys @ keys.transpose(-1, -2)).mul_(rate * faded)  # the solver reads below the diagonal only
+            system = (keys @ keys.transpose(-1, -2)).mul_(rate)  # the solver reads below the diagonal only
+            if forgets:
+                away = torch.arange(n)[:, None] - torch.arange(n)[None, :]
+                system *= _fades(decay, away.clamp(min=0), keys)
             known = keys @ state
-            values = values - (known if decay == 1 else since[:, None] * known)
+            values = values - (known if since is None else since[:, None] * known)
             values = torch.linalg.solve_triangular(system, values, upper=False, unitriangular=True)
-        faded_keys = keys if decay == 1 else keys * until.flip(0)[:, None]
+        faded_keys = keys if until is None else keys * until.flip(0)[:, None]
         if rate != 1:
             values = rate * values
-        state = state if decay == 1 else since[-1] * state
+        state = state if since is None else since[-1] * state
         lead = state.shape[:-2].numel()
         update = torch.baddbmm(
             state.reshape(lead, *state.shape[-2:]),
