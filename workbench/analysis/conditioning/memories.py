@@ -311,7 +311,7 @@ class Softmax(Memory):
         self._n = n
 
     def _read(self, q: Tensor) -> Tensor:
-        scores = q @ self._k.transpose(-1, -2) * self.scale
+        scores = (self.scale * q) @ self._k.transpose(-1, -2)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         return scores.softmax(-1) @ self._v  # an empty memory gives zeros, as the linear ones do

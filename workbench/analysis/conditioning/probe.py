@@ -180,14 +180,13 @@ def _compare(r: Tensor, targets: list[Tensor], store: _Store, n: int) -> Tensor:
     likeness = r @ store.directions[:, :, :n].transpose(-1, -2)
     best = likeness.amax(-1)
     own = likeness.gather(-1, index.repeat(1, 1, n_rules)[..., None])[..., 0]  # r·v / ‖v‖
-    wanted = store.lengths.gather(2, index).double().repeat(1, 1, n_rules)
+    wanted = store.lengths.gather(2, index).repeat(1, 1, n_rules)
     length = r.norm(dim=-1)
     hits = (own >= best - _TIE * length) & (best > 0)
-    own, length = own.double(), length.double()
-    cosine = torch.where((length > 0) & (wanted > 0), own / length.clamp(min=1e-300), 0.0).clamp(-1, 1)
-    each = (own * wanted, length**2, wanted**2, cosine, hits.double(), torch.ones_like(own))
+    cosine = torch.where((length > 0) & (wanted > 0), own / length, 0.0).clamp(-1, 1)
+    each = (own * wanted, length**2, wanted**2, cosine, hits.to(own.dtype), torch.ones_like(own))
     parts = torch.stack(each).unflatten(-1, (n_rules, -1)).split([kind.shape[2] for kind in targets], dim=-1)
-    return torch.stack([part.sum(-1) for part in parts], -1).permute(0, 1, 3, 4, 2)
+    return torch.stack([part.sum(-1) for part in parts], -1).double().permute(0, 1, 3, 4, 2)
 
 
 def default_sizes(limit: int) -> tuple[int, ...]:
