@@ -32,7 +32,7 @@ def load_audio(path: str | Path, *, rate: int = RATE, resample: bool = True) -> 
     try:
         import soundfile
     except ModuleNotFoundError as error:
-        raise TaskError("reading audio needs soundfile", hint='pip install "attention-workbench[speech]"') from error
+        raise TaskError("reading audio needs soundfile", hint="pip install soundfile") from error
     file = Path(path)
     if not file.is_file():
         raise TaskError(f"there is no file {file}")
@@ -66,7 +66,7 @@ def resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
     try:
         from scipy.signal import resample_poly  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
-        raise TaskError("resampling needs scipy", hint='pip install "attention-workbench[speech]"') from error
+        raise TaskError("resampling needs scipy", hint="pip install scipy") from error
     common = gcd(old, new)
     found: np.ndarray = resample_poly(samples, new // common, old // common)
     return found

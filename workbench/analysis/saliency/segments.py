@@ -37,9 +37,7 @@ def superpixels(
     try:
         from skimage.segmentation import slic
     except ModuleNotFoundError as error:
-        raise WorkbenchError(
-            "superpixels need scikit-image", hint='pip install "attention-workbench[speech]"'
-        ) from error
+        raise WorkbenchError("superpixels need scikit-image", hint="pip install scikit-image") from error
     if not granularities or min(granularities) < 1:
         raise WorkbenchError(f"granularities are numbers of segments, at least 1, not {list(granularities)}")
     values = picture.detach().double().cpu().numpy()
