@@ -24,7 +24,7 @@ SUMS = ("product", "retrieved", "target", "cosine", "hits", "count")
 _TIE = 1e-5  # of the retrieval's length: targets this close to the best candidate are told apart by rounding only
 
 
-_NEAR = 1 << 26  # bytes: with more heads at once than this holds, a CPU fetches from memory what its caches had
+_NEAR = 96 << 20  # bytes: with more heads at once than this holds, a CPU fetches from memory what its caches had
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _compare(r: Tensor, targets: list[Tensor], store: _Store, n: int) -> Tensor:
     wanted = store.lengths.gather(2, index).repeat(1, 1, n_rules)
     length = r.norm(dim=-1)
     hits = (own >= best - _TIE * length) & (best > 0)
-    cosine = torch.where((length > 0) & (wanted > 0), own / length, 0.0).clamp(-1, 1)
+    cosine = (own / length.clamp(min=torch.finfo(own.dtype).tiny)).clamp(-1, 1)  # 0 where either length is
     each = (own * wanted, length**2, wanted**2, cosine, hits.to(own.dtype), torch.ones_like(own))
     parts = torch.stack(each).unflatten(-1, (n_rules, -1)).split([kind.shape[2] for kind in targets], dim=-1)
     return torch.stack([part.sum(-1) for part in parts], -1).double().permute(0, 1, 3, 4, 2)
