@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.graph import Graph, head_of, label
+from workbench.analysis.circuits.graph import Graph
+from workbench.analysis.circuits.names import head_of, label
 from workbench.errors import ReportError
 from workbench.views.base import View
 from workbench.views.figure import figure

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.analysis.circuits.faithful import Faithfulness, FaithfulnessCurve
-from workbench.analysis.circuits.graph import head_of, label
+from workbench.analysis.circuits.names import head_of, label
 from workbench.analysis.circuits.overlap import CircuitOverlap
 from workbench.analysis.circuits.patching import HeadPatching
 from workbench.analysis.circuits.repair import Repair

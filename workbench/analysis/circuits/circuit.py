@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits import mib
-from workbench.analysis.circuits.graph import Graph, head_of, label, same_graph
+from workbench.analysis.circuits.graph import Graph, same_graph
+from workbench.analysis.circuits.names import head_of, label
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.result import Result
 
@@ -32,7 +33,7 @@ class Circuit(Result):
         level: "node" or "edge", at which the circuit was chosen.
         senders_in: [sender] bool. edges_in: [sender, receiver] bool.
         node_scores: [sender], NaN where a node was not scored; of edge methods the sum of |score| over its outgoing
-            edges in the circuit.
+            edges, in the circuit or not.
         edge_scores: [sender, receiver], NaN where there is no edge or it was not scored.
         threshold: how the choice was made: "kind" and "value".
         stages: of path patching, one dict each: name, receivers, positions, importance [sender], chosen.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.edges import run_edges, run_nodes
-from workbench.analysis.circuits.graph import head_of
 from workbench.analysis.circuits.intervals import interval
+from workbench.analysis.circuits.names import head_of
 from workbench.analysis.circuits.study import Study, open_study
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.result import Result
@@ -166,7 +166,8 @@ def kept_parts(circuit: Circuit, keep_mlps: bool | None) -> tuple[Tensor, list[s
     """What a circuit keeps, [sender] or [sender, receiver] bool, and the nodes that can be left out of it."""
     graph = circuit.graph
     if circuit.level == "edge":
-        return circuit.edges_in, [name for name in circuit.nodes if name in graph.sender_index and name != "input"]
+        inputs = {graph.senders[i] for i in graph.inputs}
+        return circuit.edges_in, [name for name in circuit.nodes if name in graph.sender_index and name not in inputs]
     kept = circuit.senders_in.clone()
     members = [graph.senders[i] for i in kept.nonzero()[:, 0].tolist()]
     if keep_mlps is None:

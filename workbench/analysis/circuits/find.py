@@ -74,7 +74,7 @@ def find_circuit(
     """Find the circuit of a task.
 
     Args:
-        wb: the model, attached with its tokenizer; a decoder whose residual stream is a sum.
+        wb: the model, attached with its tokenizer; a decoder, or an encoder-decoder, whose residual streams are sums.
         task: prompts with twins.
         method: "path_patching", stage by stage from the logits back (Merullo et al. 2310.08744);
             "eap", edge attribution patching (2310.10348); "eap_ig", with integrated gradients (2403.17806);
@@ -158,7 +158,7 @@ def _by_pruning(study: Study, threshold: float, how: str, progress: bool) -> Cir
 def _by_ablation(study: Study, how: str, fraction: float, absolute: bool, progress: bool) -> Circuit:
     effects = ablation_effects(study, how, progress)
     graph = study.graph
-    places = [graph.sender_index[graph.head_name(head)] for head in graph.heads()]
+    places = [graph.sender_index[name] for name in graph.head_names]
     span = study.clean.mean() - study.corrupted.mean()
     examples = torch.full((len(study.task), len(graph.senders)), torch.nan, dtype=torch.float64)
     examples[:, places] = -effects.T / span
@@ -187,10 +187,10 @@ def _by_paths(
     before: tuple[str, ...] = ()
     for number, stage in enumerate(stages):
         receivers = _receivers(study, stage, before)
-        reach = max(graph.reads[graph.receiver_index[name]] for name in receivers)
+        read = graph.exists[:, [graph.receiver_index[name] for name in receivers]].any(1)
         taken = {name.partition("<")[0] for name in receivers}
-        names = [graph.head_name(head) for head in graph.heads()]
-        senders = [n for n in names if graph.sender_index[n] < reach and n not in taken]
+        names = graph.head_names
+        senders = [n for n in names if bool(read[graph.sender_index[n]]) and n not in taken]
         if not senders and default and done:
             break  # the chain has come down to the first layer
         if not senders:
@@ -242,8 +242,7 @@ def _receivers(study: Study, stage: Stage, before: tuple[str, ...]) -> tuple[str
         return tuple(dict.fromkeys(graph.receiver(head, part) for head in heads for part in stage.receivers))
     several = (stage.receivers,) if isinstance(stage.receivers, str) else tuple(stage.receivers)
     for name in several:
-        if name not in graph.receiver_index:
-            raise InterventionError(f"{name!r} is no receiver", hint="logits, m3, or q, k or v of a head: a9.h6<q>")
+        graph.receiver_spot(name)
     return several
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.faithful import kept_parts, run_choices
-from workbench.analysis.circuits.graph import head_of
 from workbench.analysis.circuits.intervals import draws, interval
 from workbench.analysis.circuits.measures import jaccard, rank_biased, weighted_jaccard
+from workbench.analysis.circuits.names import head_of
 from workbench.analysis.circuits.study import open_study
 from workbench.errors import InterventionError
 from workbench.result import Result
