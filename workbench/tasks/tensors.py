@@ -43,6 +43,9 @@ class InputTask(Task):
             twin_inputs={name: value[index] for name, value in self.twin_inputs.items()},
         )  # fmt: skip
 
+    def __repr__(self) -> str:
+        return f"InputTask {self.name}: {len(self)} examples"
+
     def positions(self, name: str, tokenizer: Any = None) -> list[int]:
         """Index of a named position in every example.
 

@@ -143,6 +143,22 @@ def test_a_planted_mover_and_the_head_before_it_come_first() -> None:
         assert set(circuit.edges) == {"a0.h2->a1.h0<q>", "a1.h0->logits"}
 
 
+def test_senders_come_before_any_or_all_receivers() -> None:
+    model = SlotModel(layers=3, noise=0.3)
+    with workbench.attach(model, Words()) as wb:
+        scored = {}
+        for before in ("any", "all"):
+            stages = (Stage(("a1.h0<q>", "a2.h1<q>"), "end", before=before),)
+            circuit = find_circuit(wb, random_task(4, 6, 12), stages=stages, fraction=0.1, progress=False)
+            known = ~circuit.stages[0]["importance"].isnan()
+            scored[before] = {circuit.graph.senders[i] for i in known.nonzero()[:, 0].tolist()}
+        assert scored["all"] == {"a0.h0", "a0.h1", "a0.h2"}
+        assert scored["any"] == scored["all"] | {"a1.h1", "a1.h2"}
+        stages = (Stage(("a1.h0<q>",), before="banana"),)
+        with pytest.raises(InterventionError, match="banana"):
+            find_circuit(wb, random_task(4, 6, 12), stages=stages, progress=False)
+
+
 def test_receivers_before_their_senders_and_other_bad_input() -> None:
     with workbench.attach(tiny("gpt2"), Words()) as wb, open_study(wb, random_task(2, 5, 60)) as study:
         for paths, says in (

@@ -34,12 +34,14 @@ class Stage:
             names of receivers, such as ("a9.h6<q>",).
         positions: where activations are patched: names ("end", "S2") or numbers of tokens; None for all.
         of: heads whose q, k or v receive, in place of those chosen before.
+        before: senders come before "any" of the receivers, or before "all" of them, as in Merullo et al.
         name: for the result.
     """
 
     receivers: str | tuple[str, ...] = "logits"
     positions: Where = "end"
     of: tuple[Any, ...] | None = None
+    before: str = "any"
     name: str = ""
 
 
@@ -187,7 +189,10 @@ def _by_paths(
     before: tuple[str, ...] = ()
     for number, stage in enumerate(stages):
         receivers = _receivers(study, stage, before)
-        read = graph.exists[:, [graph.receiver_index[name] for name in receivers]].any(1)
+        if stage.before not in ("any", "all"):
+            raise InterventionError(f'senders come before "any" or "all" of the receivers, not {stage.before!r}')
+        read = graph.exists[:, [graph.receiver_index[name] for name in receivers]]
+        read = read.any(1) if stage.before == "any" else read.all(1)
         taken = {name.partition("<")[0] for name in receivers}
         names = graph.head_names
         senders = [n for n in names if bool(read[graph.sender_index[n]]) and n not in taken]
