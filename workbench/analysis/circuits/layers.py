@@ -132,12 +132,17 @@ class Chain:
             chain.insert(0, min(before, key=_depth))
 
     def _compare_mlp(self, chain: Sequence[str]) -> None:
-        made = self.seen.given[chain[0]]
+        """Run them on all positions but the first: they have to work on each position alone."""
+        made, gave = self.seen.given[chain[0]][:, 1:], self.seen.gave[chain[-1]][:, 1:]
         with torch.no_grad():
             for name in chain:
                 output = self.model.get_submodule(name).forward(made)
                 made = output if isinstance(output, Tensor) else output[0]
-        self._compare(made.double(), self.seen.gave[chain[-1]], f"the output of {chain[-1]}")
+        if _far(made, gave) > _TOLERANCE:
+            raise AttachError(
+                f"{', '.join(chain)} give something else when the first position is left out",
+                hint="circuits need MLPs that work on each position alone",
+            )
 
     def _part(self, site: Site, block: str, call: AttentionCall, part: str, before: Tensor) -> Part:
         """Which columns of which linear module the heads' queries, keys or values are, and what stream they read."""

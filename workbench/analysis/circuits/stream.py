@@ -19,6 +19,7 @@ from workbench.analysis.circuits.anatomy import Anatomy, find_anatomy
 from workbench.analysis.circuits.parts import LayerParts, Part
 from workbench.analysis.circuits.prompts import Pair
 from workbench.analysis.circuits.recording import first_float
+from workbench.analysis.circuits.shortcut import only_where_changed, put_back
 from workbench.compiled import check_not_compiled
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.inputs import check_inputs, dropout_in_training
@@ -27,6 +28,7 @@ from workbench.session import Workbench
 from workbench.variants import repeat
 
 _SHORT = 8  # tokens that are enough to find a model's parts
+_SEVERAL = 3  # repeats from which on it is worth computing again what projections gave on the batch itself
 # What a hook sees, and may give anew. In layer i, and in stream s (0, or 0 and 1: the encoder's and the decoder's):
 # ("input", s)          [batch, position, d_model] what the first block reads
 # ("read", i)           the same, what the queries of layer i read (and, but for cross-attention, keys and values); to
@@ -71,6 +73,7 @@ class Stream:
         self.blocks = [layer.block for layer in self.anatomy.layers]
         self._last_output: Any = None  # of the last block: how it hands on the stream
         self._prefix: Prefix | None = None
+        self._recorded: tuple[Any, Kept] | None = None  # the batch that later runs resume from, and what it showed
 
     @contextmanager
     def open(self) -> Iterator[Stream]:
@@ -81,7 +84,7 @@ class Stream:
             try:
                 yield self
             finally:
-                self._prefix = None
+                self._prefix = self._recorded = None
 
     def record(
         self, batch: Mapping[str, Tensor], last: Tensor, hooks: Hooks | None = None, *, resume: bool = True
@@ -101,6 +104,8 @@ class Stream:
             if self._prefix is not None and resume:
                 stack.enter_context(self._prefix.recording(last.shape[0]))
             kept.logits = self.run(batch, last, seen)
+        if self._prefix is not None and resume:
+            self._recorded = batch, kept
         return kept.logits, kept
 
     def keeping(self, kept: Kept) -> dict[Key, Hook]:
@@ -122,6 +127,8 @@ class Stream:
             batch: model inputs. last: [batch] index of each last token.
             times: how many repeats of the batch run side by side.
             start: the first layer that a hook changes; those before it are not run again where that is possible.
+
+        Where the batch was recorded, MLPs and projections run only at positions that have changed.
         """
         if start > 0 and self.resumed is None and self._prefix is not None:
             self._try_resuming(batch, last)
@@ -129,6 +136,8 @@ class Stream:
         inputs = {name: repeat(value, times, size) for name, value in {**self.extra, **batch}.items()}
         resume = self._prefix is not None and bool(self.resumed) and start > 0
         with ExitStack() as stack:
+            if hooks and self._recorded is not None and self._recorded[0] is batch and not torch.is_grad_enabled():
+                self._skip_unchanged(stack, self._recorded[1], start, times)
             self._register(stack, hooks or {})
             where = last.repeat(times)
             self._last_only(stack, where)
@@ -159,7 +168,7 @@ class Stream:
                 held = module.__dict__.get("forward")
                 new = self._passing(stream[:, None] if block == blocks[-1] else None)
                 module.__dict__["forward"] = new
-                stack.callback(_put_back, module, held)
+                stack.callback(put_back, module, held)
             output = self.model(**inputs, **self.extra)
         logits = output if isinstance(output, Tensor) else output.logits
         return logits[:, 0]
@@ -186,6 +195,22 @@ class Stream:
             return type(like)(stream if value is seen else value for value in like)
 
         return forward
+
+    def _skip_unchanged(self, stack: ExitStack, clean: Kept, start: int, times: int) -> None:
+        anatomy = self.anatomy
+        for i, layer in enumerate(anatomy.layers):
+            if i < start:
+                continue
+            if layer.mlp is not None:
+                given = anatomy.function(layer.mlp_norm)(clean["read_mlp", i])
+                modules = [anatomy.modules[name] for name in layer.mlp]
+                stack.enter_context(only_where_changed(modules, given, clean["mlp", i]))
+            if times < _SEVERAL:
+                continue
+            for name, part in {layer.parts[part].name: part for part in "qkv"}.items():
+                given = anatomy.function(layer.parts[part].norm)(clean[anatomy.read_at(i, part)])
+                stack.enter_context(only_where_changed([anatomy.modules[name]], given))
+            stack.enter_context(only_where_changed([layer.out_module], clean["z", i].flatten(-2)))
 
     def _last_only(self, stack: ExitStack, last: Tensor) -> None:
         """The head is given the last tokens alone: the logits of all others are the largest tensor of a forward."""
@@ -315,12 +340,6 @@ def _on_columns(function: Hook, part: Part) -> Hook:
         return value.index_copy(-1, columns.flatten().to(value.device), made.flatten(-2).to(value.dtype))
 
     return whole
-
-
-def _put_back(module: nn.Module, held: Any) -> None:
-    del module.__dict__["forward"]
-    if held is not None:
-        module.__dict__["forward"] = held
 
 
 def _beginning(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
