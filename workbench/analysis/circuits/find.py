@@ -200,8 +200,9 @@ def _by_paths(
             break  # the chain has come down to the first layer
         if not senders:
             raise InterventionError(
-                f"stage {number + 1} has no sender: its receivers {', '.join(receivers[:4])} lie in the first layer",
-                hint="stages=… with fewer stages, or a smaller fraction",
+                f"stage {number + 1} has no sender: no head writes before {stage.before} of its receivers "
+                f"{', '.join(receivers[:4])}, which reach down to the first layer",
+                hint="fewer stages, a smaller fraction" + (', or Stage(before="any")' if stage.before == "all" else ""),
             )
         paths = Paths(receivers, tuple((n,) for n in senders), stage.positions, freeze_mlps)
         values = run_paths(study, paths, progress, stage.name or f"stage {number + 1}")

@@ -62,22 +62,20 @@ class Repair(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """Accuracies with 95 % intervals: before, together, each head, random heads; then the movers' attention."""
+        """Accuracies before, together, of each head, and random heads; then the movers' attention. 95 % intervals."""
         import pandas as pd
 
-        rows = [("before", "", *_accuracy(self.before)), ("together", " ".join(self.heads), *_accuracy(self.together))]
-        rows += [("single", head, *_accuracy(values)) for head, values in zip(self.heads, self.single, strict=True)]
+        rows = [("before", "", *_mean(self.before)), ("together", " ".join(self.heads), *_mean(self.together))]
+        rows += [("single", head, *_mean(values)) for head, values in zip(self.heads, self.single, strict=True)]
         if len(self.random):
             means = self.random.mean(1)
             low, high = float(means.min()), float(means.max())
             rows.append(
                 ("random heads", f"{len(self.random)} draws, lowest and highest", float(means.mean()), low, high)
             )
-        nan = float("nan")
-        for i, head in enumerate(self.movers):
-            shift = (self.attention_after[i] - self.attention_before[i]).mean(-1).tolist()
-            rows.append(("attention to the answer, change", head, shift[0], nan, nan))
-            rows.append(("attention to the edited positions, change", head, shift[1], nan, nan))
+        for head, shift in zip(self.movers, self.attention_after - self.attention_before, strict=True):
+            for what, values in zip(("answer", "edited positions"), shift, strict=True):
+                rows.append((f"attention to the {what}, change", head, *_mean(values)))
         return pd.DataFrame(rows, columns=["quantity", "of", "value", "low", "high"])
 
     def __repr__(self) -> str:
@@ -236,6 +234,6 @@ def _attention(
     return torch.stack(found).double().cpu()
 
 
-def _accuracy(values: Tensor) -> tuple[float, float, float]:
+def _mean(values: Tensor) -> tuple[float, float, float]:
     low, high = interval(lambda index: float(values[index].mean()), len(values))
     return float(values.mean()), low, high
