@@ -59,10 +59,10 @@ def cross_faithfulness(
             values = run_choices(study, torch.stack([*choices, _nothing(circuits[0])]), ablation, progress)
             none, at = values[-1], 0
             for do, name, n in about:
-                rows.append(_row(do, name, task.name, values[at : at + 1], study.clean, none, seed))
-                if n > 1:
-                    drawn = values[at + 1 : at + n]
-                    rows.append(_row(do, f"random like {name}", task.name, drawn, study.clean, none, seed))
+                for random, edited in ((False, values[at : at + 1]), (True, values[at + 1 : at + n])):
+                    if len(edited):
+                        about_it = {"do": do, "circuit": name, "random": random, "task": task.name}
+                        rows.append(about_it | _left(edited, study.clean, none, random, seed))
                 at += n
     return tuple(rows)
 
@@ -123,19 +123,17 @@ def _edge_layers(graph: Graph) -> Tensor:
     return ((sending[:, None] + 1) * (len(graph.layers) + 2) + receiving)[graph.exists]
 
 
-def _row(do: str, circuit: str, task: str, edited: Tensor, full: Tensor, none: Tensor, seed: int) -> dict[str, Any]:
-    """`edited` is [draw, example]; with one draw the interval is over prompts."""
+def _left(edited: Tensor, full: Tensor, none: Tensor, random: bool, seed: int) -> dict[str, Any]:
+    """What is left of the metric with [draw, example] edits; of the circuit itself the interval is over prompts."""
 
     def share(values: Tensor, index: Tensor) -> float:
         return float((values[index].mean() - none[index].mean()) / (full[index].mean() - none[index].mean()))
 
     everything = torch.arange(len(full))
     shares = [share(values, everything) for values in edited]
-    if len(shares) == 1:
-        low, high = interval(lambda index: share(edited[0], index), len(full), seed=seed)
-    else:
+    if random:
         low, high = min(shares), max(shares)
-    return {
-        "do": do, "circuit": circuit, "task": task, "value": sum(shares) / len(shares), "interval": (low, high),
-        "examples": torch.stack([edited.mean(0), full, none]),
-    }  # fmt: skip
+    else:
+        low, high = interval(lambda index: share(edited[0], index), len(full), seed=seed)
+    examples = torch.stack([edited.mean(0), full, none])
+    return {"value": sum(shares) / len(shares), "interval": (low, high), "examples": examples}

@@ -43,8 +43,8 @@ class CircuitOverlap(Result):
         model: facts of the model's graph; see `Circuit`.
         cross: what is left of each task when each circuit is kept or ablated, one dict each: "do" ("keep" or "ablate"),
             "circuit", "task", "value" (share of clean minus all ablated), "interval", and "examples" [3, example]: the
-            metric with the edit, clean, and with all ablated. "random like …" are the mean, lowest and highest of
-            random circuits that have as much in every layer. Empty without a Workbench.
+            metric with the edit, clean, and with all ablated. Where "random", in place of the circuit random ones that
+            have as much in every layer: their mean, lowest and highest. Empty without a Workbench.
     """
 
     form = "workbench.circuit_overlap"
@@ -88,7 +88,8 @@ class CircuitOverlap(Result):
         for stage in self.stages:
             rows.append(("stage", stage["name"], stage["jaccard"], *stage.get("interval", (nan, nan))))
         for one in self.cross:
-            what = f"{one['do']} the circuit of {one['circuit']}, run {one['task']}"
+            circuit = f"random ones like {one['circuit']}'s" if one["random"] else f"{one['circuit']}'s circuit"
+            what = f"{one['do']} {circuit}, run {one['task']}"
             rows.append(("cross-faithfulness", what, one["value"], *one["interval"]))
         return pd.DataFrame(rows, columns=["kind", "what", "value", "low", "high"])
 
