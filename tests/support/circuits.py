@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MBartConfig, MBartForConditionalGeneration
 
+from support.encoder_decoders import captioner
 from support.tiny import VOCABULARY, family, make
 from workbench.tasks import Task, from_inputs, from_prompts
 
@@ -67,20 +68,36 @@ def random_clips(n: int, seed: int = 0) -> Task:
     )  # fmt: skip
 
 
-ENCODER_DECODERS = ("t5", "mbart", "whisper")
+def random_images(n: int, seed: int = 0) -> Task:
+    """Random images for the tiny captioner, whose upper half shows one thing or another, and two words written."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, 16, 16, generator=generator, dtype=torch.float64)
+    twins = images.clone()
+    one, other = 2 * torch.randn(2, 3, 8, 16, generator=generator, dtype=torch.float64)
+    images[:, :, :8] += one
+    twins[:, :, :8] += other
+    ids = torch.tensor([[1, 9, 5]]).repeat(n, 1)
+    return from_inputs(
+        {"pixel_values": images, "decoder_input_ids": ids}, {"pixel_values": twins, "decoder_input_ids": ids},
+        [7] * n, [20] * n, name="images", positions={"early": 1},
+    )  # fmt: skip
+
+
+ENCODER_DECODERS = ("t5", "mbart", "whisper", "captioner")
 
 
 def task_for(name: str, n: int, lengths: int = 1) -> Task:
     """A random task for a tiny model of that name."""
-    if name == "whisper":
-        return random_clips(n)
+    if name in ("whisper", "captioner"):
+        return random_clips(n) if name == "whisper" else random_images(n)
     return random_task(n, 6, 60, lengths=lengths, written=name in ENCODER_DECODERS)
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A tiny random model of the zoo, or mBART: BART with its norms before attention and MLP."""
-    model = (_mbart() if name == "mbart" else make(family(name))).to(dtype)
-    if name in ENCODER_DECODERS:  # large weights, so that what the encoder reads matters to the logits
+    """A tiny random model of the zoo; mBART, which is BART with its norms before attention and MLP; or a captioner."""
+    others = {"mbart": _mbart, "captioner": captioner}
+    model = (others[name]() if name in others else make(family(name))).to(dtype)
+    if name in ("t5", "mbart", "whisper"):  # large weights, so that what the encoder reads matters to the logits
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

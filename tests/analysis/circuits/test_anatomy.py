@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import workbench
-from support.circuits import ENCODER_DECODERS, SlotModel, tiny
+from support.circuits import ENCODER_DECODERS, SlotModel, task_for, tiny
 from support.tiny import family
 from support.zoo.family import ids
 from workbench.analysis.circuits.anatomy import find_anatomy
@@ -37,9 +37,9 @@ def test_parts_are_found_and_their_sum_is_the_stream(name: str) -> None:
 def test_an_encoder_decoder_has_two_streams(name: str) -> None:
     with workbench.attach(tiny(name)) as wb:
         given = {"input_ids": ids(2, 9), "decoder_input_ids": ids(2, 5)}
-        if name == "whisper":
-            given["input_features"] = torch.randn(2, 8, 40, dtype=torch.float64)
+        if name in ("whisper", "captioner"):
             del given["input_ids"]
+            given |= {name: value for name, value in task_for(name, 2).inputs.items() if name != "decoder_input_ids"}
         found = find_anatomy(wb, given)
     graph = found.graph
     assert found.error < 1e-12
@@ -50,7 +50,7 @@ def test_an_encoder_decoder_has_two_streams(name: str) -> None:
         ("decoder", "self", False), ("decoder", "cross", True),
     ]  # fmt: skip
     assert found.blocks(1)[1] == found.layers[4].block == found.layers[5].block
-    assert found.lengths == (20 if name == "whisper" else 9, 5)
+    assert found.lengths == ({"whisper": 20, "captioner": 5}.get(name, 9), 5)
     norm = found.layers[5].parts["k"].norm
     assert norm is not None
     assert "encoder" in norm

@@ -245,6 +245,7 @@ def _streams_of(seen: Recording, scope: str, reader: str, any_width: bool = Fals
     found: list[tuple[Tensor, str | None]] = [(given, None)]
     for name in seen.order:
         inside = name.startswith(scope) and not reader.startswith(f"{name}.") and name != reader
+        inside = inside and seen.times[name] == 1
         if not inside or not equal(seen.gave.get(name), given) or equal(seen.given.get(name), given):
             continue
         source = seen.given.get(name)
@@ -262,7 +263,7 @@ def _mlp(seen: Recording, site: Site, block: str, before: Tensor, rest: Tensor, 
     fitting = []
     for name in dict.fromkeys(seen.order):
         holds_attention = site.name.startswith(f"{name}.") or name == site.name or name.startswith(f"{site.name}.")
-        if not name.startswith(f"{block}.") or holds_attention or name == out:
+        if not name.startswith(f"{block}.") or holds_attention or name == out or seen.times[name] > 1:
             continue
         gave = seen.gave.get(name)
         if gave is not None and gave.shape == rest.shape and _far(gave, rest, size) <= _TOLERANCE:
