@@ -11,7 +11,7 @@ from workbench.views import profile as _profile  # noqa: F401
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
 from workbench.views.capacity_curves import CapacityCurves, capacity_curves
-from workbench.views.circuit_graph import circuit_graph
+from workbench.views.circuit_graph import CircuitGraph, circuit_graph
 from workbench.views.compare import Compare, compare
 from workbench.views.conditioning import capacity_correlation
 from workbench.views.conditioning_curves import ConditioningCurves, conditioning_curves
@@ -34,6 +34,7 @@ __all__ = [
     "AttentionPattern",
     "Axes",
     "CapacityCurves",
+    "CircuitGraph",
     "Click",
     "Compare",
     "ConditioningCurves",

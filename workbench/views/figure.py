@@ -130,7 +130,7 @@ def figure(
         if cut:
             said.append(f"The table holds the first {parts.TABLE_ROWS:,} points; the JSON download holds all.")
     else:
-        columns = _columns(table)
+        columns = columns_of_table(table)
     spec = ViewSpec(
         kind="figure",
         title=title,
@@ -144,7 +144,7 @@ def figure(
     return Figure(spec, selection)
 
 
-def _columns(table: pd.DataFrame | Mapping[str, Any]) -> dict[str, Any]:
+def columns_of_table(table: pd.DataFrame | Mapping[str, Any]) -> dict[str, Any]:
     """Numbers as arrays, everything else as text."""
     frame = table if isinstance(table, pd.DataFrame) else pd.DataFrame(dict(table))
     columns: dict[str, Any] = {}
