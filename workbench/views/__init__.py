@@ -21,6 +21,8 @@ from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.image_attention import ImageAttention, image_attention
 from workbench.views.of import all_of, of, page_of
+from workbench.views.overlap import OverlapGraph, overlap_chance, overlap_graph
+from workbench.views.overlap_matrix import OverlapMatrix, overlap_matrix
 from workbench.views.overview import overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.saliency_map import SaliencyMap, saliency_map
@@ -43,6 +45,8 @@ __all__ = [
     "HeadAtlas",
     "HeadGallery",
     "ImageAttention",
+    "OverlapGraph",
+    "OverlapMatrix",
     "RunTimeline",
     "SaliencyMap",
     "Selection",
@@ -64,6 +68,9 @@ __all__ = [
     "head_gallery",
     "image_attention",
     "of",
+    "overlap_chance",
+    "overlap_graph",
+    "overlap_matrix",
     "overview",
     "page_of",
     "run_timeline",

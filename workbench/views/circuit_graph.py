@@ -95,7 +95,10 @@ class CircuitGraph(PinnedView):
         pairs = inside.nonzero().tolist()
         weights = np.abs([float(shown.edge_scores[s, r].nan_to_num(0.0)) for s, r in pairs])
         largest = float(weights.max(initial=0.0)) or 1.0
-        ends = {"raise": mpl.colors.to_hex(scales.diverging()(0.85)), "lower": mpl.colors.to_hex(scales.diverging()(0.15))}
+        ends = {
+            "raise": mpl.colors.to_hex(scales.diverging()(0.85)),
+            "lower": mpl.colors.to_hex(scales.diverging()(0.15)),
+        }
         lines = []
         for (s, r), weight in zip(pairs, weights, strict=True):
             below = float(shown.edge_scores[s, r]) < 0

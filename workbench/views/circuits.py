@@ -1,17 +1,15 @@
-"""Views of what is measured of circuits: faithfulness, overlap, patching, roles, stability, repair."""
+"""Views of what is measured of circuits: faithfulness, patching, roles, stability, repair."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from workbench.analysis.circuits.faithful import Faithfulness, FaithfulnessCurve
-from workbench.analysis.circuits.graph import head_of, label
-from workbench.analysis.circuits.overlap import CircuitOverlap
+from workbench.analysis.circuits.graph import label
 from workbench.analysis.circuits.patching import HeadPatching
 from workbench.analysis.circuits.repair import Repair
 from workbench.analysis.circuits.roles import ROLES, HeadRoles
@@ -61,69 +59,6 @@ def _(found: Faithfulness) -> View:
         names, table, "share", title=f"Faithfulness on {found.task}", provenance=found.provenance,
         caption=f"{found.circuit}: {found.value:.3f} of the effect is kept ({found.ablation} ablation).",
     )  # fmt: skip
-
-
-@of.register
-def _(overlap: CircuitOverlap) -> View:
-    """What is shared by layer and head, random circuits beside the measured overlap, and overlap by size."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    fig = make_subplots(
-        rows=2, cols=2, specs=[[{"colspan": 2}, None], [{}, {}]], row_heights=[0.62, 0.38], vertical_spacing=0.16,
-        subplot_titles=[f"{overlap.unit} by where they begin", "random circuits", "at matched sizes"],
-    )  # fmt: skip
-    kinds = (("shared", overlap.shared, 0.0), (f"only {overlap.tasks[0]}", overlap.only_a, -0.24),
-             (f"only {overlap.tasks[1]}", overlap.only_b, 0.24))  # fmt: skip
-    widest = _widest((*overlap.shared, *overlap.only_a, *overlap.only_b))
-    for name, items, shift in kinds:
-        fig.add_trace(_items(name, items, shift, widest), row=1, col=1)
-    null = overlap.null.double().numpy()
-    counts, edges = np.histogram(null, bins=min(30, max(1, len(np.unique(null)))))
-    middles = (edges[:-1] + edges[1:]) / 2
-    bars = go.Bar(x=middles.tolist(), y=counts.tolist(), name="random", showlegend=False, marker={"color": "#9a9a9a"})
-    fig.add_trace(bars, row=2, col=1)
-    own = overlap.values["jaccard"]
-    top = [own, own], [0, int(counts.max())]
-    fig.add_trace(
-        go.Scatter(x=top[0], y=top[1], mode="lines", name="measured", line={"width": 3, "color": "#3b7dd8"}),
-        row=2, col=1,
-    )  # fmt: skip
-    for name, dash in (("jaccard", "solid"), ("expected", "dot")):
-        values = list(overlap.curve[name])
-        shown = "measured" if name == "jaccard" else "by chance"
-        lines = go.Scatter(
-            x=list(overlap.sizes), y=values, mode="lines+markers", name=shown, line={"dash": dash, "color": "#3b7dd8"},
-            showlegend=False,
-        )  # fmt: skip
-        fig.add_trace(lines, row=2, col=2)
-    layers = sorted({_place(item, widest)[1] for item in (*overlap.shared, *overlap.only_a, *overlap.only_b)})
-    ticks = ["input" if layer < 0 else f"L{layer}" for layer in layers]
-    fig.update_yaxes(tickvals=layers, ticktext=ticks, zeroline=False, row=1, col=1)
-    heads = list(range(widest))
-    fig.update_xaxes(
-        title_text="head", tickvals=[*heads, widest], ticktext=[*map(str, heads), "MLP"], zeroline=False, row=1, col=1
-    )
-    fig.update_xaxes(title_text="Jaccard overlap", row=2, col=1)
-    fig.update_yaxes(title_text="draws", row=2, col=1)
-    fig.update_xaxes(title_text=f"{overlap.unit} in each", type="log", row=2, col=2)
-    fig.update_layout(height=260 + 44 * len(layers) + 200)
-    low, high = overlap.intervals.get("jaccard", (float("nan"),) * 2)
-    crossed = "" if overlap.cross else " Cross-faithfulness was not asked for (wb= and tasks=)."
-    return figure(
-        fig,
-        title=f"Overlap of {overlap.tasks[0]} and {overlap.tasks[1]}",
-        caption=(
-            f"{len(overlap.shared)} shared {overlap.unit}; Jaccard {own:.3f} [{low:.3f}, {high:.3f}], "
-            f"{overlap.expected:.3f} by chance (p {overlap.p_value:.2g})."
-        ),
-        table=overlap.table,
-        notes=(
-            "The size of a marker is the number of items. Random circuits have as many items in each layer as these.",
-            f"Overlap alone does not say that shared parts do the same.{crossed}",
-        ),
-        provenance=overlap.provenance,
-    )
 
 
 @of.register
@@ -227,37 +162,3 @@ def _band(x: list[float], low: Any, high: Any) -> Any:
         x=[*x, *reversed(x)], y=[*high, *reversed(list(low))], fill="toself", fillcolor=_BAND, line={"width": 0},
         mode="lines", hoverinfo="skip", showlegend=False, name="interval",
     )  # fmt: skip
-
-
-def _items(name: str, items: tuple[str, ...], shift: float, widest: int) -> Any:
-    """One marker for each place where such items begin, larger for more."""
-    import plotly.graph_objects as go
-
-    counted = Counter(_place(item, widest) for item in items)
-    senders = {_place(item, widest): item.partition("->")[0] for item in items}
-    places = sorted(counted)
-    heads = [head_of(senders[place]) for place in places]
-    most = max(counted.values(), default=1)
-    return go.Scatter(
-        x=[place[0] + shift for place in places], y=[place[1] for place in places], mode="markers",
-        name=plotly_text(name),
-        text=[f"{label(senders[place])}: {counted[place]}" for place in places],
-        hovertemplate="%{text}<extra></extra>", marker={"size": [6 + 10 * (counted[p] / most) ** 0.5 for p in places]},
-        customdata=[[-1, -1] if head is None else list(head) for head in heads], meta={"select": ["layer", "heads"]},
-    )  # fmt: skip
-
-
-def _place(item: str, widest: int) -> tuple[float, int]:
-    """(x, layer) of a node, or of the node where an edge begins."""
-    sender = item.partition("->")[0]
-    head = head_of(sender)
-    if head is not None:
-        return float(head[1]), head[0]
-    if sender.startswith("m"):
-        return float(widest), int(sender[1:])
-    return (widest - 1) / 2, -1
-
-
-def _widest(items: tuple[str, ...]) -> int:
-    heads = [head for item in items if (head := head_of(item.partition("->")[0])) is not None]
-    return 1 + max((head for _, head in heads), default=0)

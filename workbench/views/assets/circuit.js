@@ -153,11 +153,11 @@ export class Circuit {
     return new Shown(this, this.facts.unit === "edges" ? this.ends(edges) : items, edges);
   }
 
-  counts(union) {
-    const found = { shared: 0, a: 0, b: 0 };
-    const kinds = this.facts.unit === "edges" ? union.map((edge) => this.edgeKind(edge)) : this.nodes.map((_, node) => this.nodeKind(node));
-    for (const kind of kinds) if (kind) found[kind]++;
-    return found;
+  /** How many items are shared, only in A, only in B. */
+  counts() {
+    const [a, b] = this.circuits;
+    const at = (x, y) => this.shared[x * this.largest.length + y];
+    return { shared: at(a, b), a: at(a, a) - at(a, b), b: at(b, b) - at(a, b) };
   }
 
   /**

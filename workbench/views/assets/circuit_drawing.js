@@ -71,17 +71,11 @@ export class GraphDrawing {
     const { nodes } = view.shown;
     const ink = this.pen(this.base);
     for (const { from, to, label } of made.columns) {
-      ink.fillStyle = frame.colour("panel");
+      ink.fillStyle = frame.colour(label ? "panel" : "paper");
       ink.fillRect(from + 4, 18, to - from - 8, made.height);
-      ink.fillStyle = frame.colour("muted");
-      ink.fillText(cut(label, Math.max(4, Math.floor((to - from) / 7))), from + 6, 8);
     }
-    for (const { y, label } of made.rows.filter((row) => row.label)) {
-      ink.fillStyle = frame.colour("line");
-      ink.fillRect(this.left - 6, y - 0.5, made.width - this.left, 1);
-      ink.fillStyle = frame.colour("muted");
-      ink.fillText(label, 4, y);
-    }
+    ink.fillStyle = frame.colour("line");
+    for (const { y, label } of made.rows) if (label) ink.fillRect(this.left - 6, y - 0.5, made.width - this.left, 1);
     ink.fillStyle = frame.colour("edge");
     for (const [node, { x, y }] of made.spots) if (!nodes.has(node)) ink.fillRect(x - 1.5, y - 1.5, 3, 3);
     // From the keys and values of a group to its heads.
@@ -106,13 +100,15 @@ export class GraphDrawing {
       const x = to.x + (SPREAD[circuit.receiver(edge).part] ?? 0);
       const [low, high] = [from.y - CHIP / 2, to.y + CHIP / 2];
       const bend = Math.max(16, Math.abs(high - low) * 0.45);
+      // Around the nodes between two that stand above each other.
+      const bow = Math.abs(x - from.x) < 8 && low - high > 60 ? CHIP + 0.1 * (low - high) : 0;
       ink.globalAlpha = weakest + more * weight ** 0.6;
       ink.strokeStyle = colour;
       ink.lineWidth = 0.7 + 4.3 * weight ** 0.7;
       ink.setLineDash(dash);
       ink.beginPath();
       ink.moveTo(from.x, low);
-      ink.bezierCurveTo(from.x, low - bend, x, high + bend, x, high);
+      ink.bezierCurveTo(from.x + bow, low - bend, x + bow, high + bend, x, high);
       ink.stroke();
     }
   }
@@ -190,10 +186,14 @@ export class GraphDrawing {
   light() {
     const { view } = this;
     const { shown, circuit } = view;
+    const ink = this.pen(this.over);
+    ink.fillStyle = this.frame.colour("muted");
+    for (const { y, label } of this.made.rows) ink.fillText(label, 4, y);
+    for (const { from, to, label } of this.made.columns) ink.fillText(cut(label, Math.max(4, Math.floor((to - from) / 7))), from + 6, 8);
     const lit = [...view.pins.keys(), view.current].filter((node) => shown.nodes.has(node));
     const edges = [...new Set(lit.flatMap((node) => [...shown.into(node), ...shown.out(node)]))];
     this.base.classList.toggle("faded", edges.length > 0);
-    this.lines(this.pen(this.over), edges, 0.45, 0.5);
+    this.lines(ink, edges, 0.45, 0.5);
     const near = circuit.ends(edges);
     for (const [node, { element }] of this.elements) element.classList.toggle("near", near.has(node) || node === view.current);
   }

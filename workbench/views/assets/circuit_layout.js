@@ -31,30 +31,30 @@ function byHead({ nodes, facts }, width, left) {
   return { spots, step, width: left + step * columns + 8, height, rows: facts.rows.map((label, i) => ({ y: y(i), label })), columns: [] };
 }
 
-/** Rows of shown nodes, the lowest first: in a layer the kv groups, the heads, and the MLP if it reads them. */
+/** Rows of shown nodes, the lowest first: in a layer the kv groups, then the others. */
 function rowsOf({ circuit, nodes }) {
   const found = new Map();
   for (const node of [...nodes].sort((x, y) => x - y)) {
-    const { layer, kind, raised } = circuit.nodes[node];
-    const at = 3 * layer + (kind === "kv" ? 0 : raised ? 2 : 1);
+    const { layer, kind } = circuit.nodes[node];
+    const at = 2 * layer + (kind === "kv" ? 0 : 1);
     found.set(at, [...(found.get(at) ?? []), node]);
   }
   return [...found].sort(([x], [y]) => x - y).map(([, members]) => members);
 }
 
-/** Rows side by side: one block for all nodes, or one for each position at which path patching patched. */
+/** Rows in blocks beside each other: one for all heads, or one for each position at which path patching patched; and MLPs. */
 function inRows(shown, positions, width, left) {
   const { circuit } = shown;
   const { facts, nodes } = circuit;
-  const names = positions ? [...facts.positions, "no position"] : [""];
-  const columnOf = (node) => (positions ? (nodes[node].position ?? names.length - 1) : 0);
+  const names = [...(positions ? [...facts.positions, "no position"] : [""]), ""];
+  const columnOf = (node) => (nodes[node].kind === "mlp" ? names.length - 1 : positions ? (nodes[node].position ?? names.length - 2) : 0);
   const rows = rowsOf(shown);
   const blocks = names.map((label, i) => ({ label, rows: rows.map((members) => members.filter((node) => columnOf(node) === i)) }));
   const used = blocks.filter((block) => block.rows.some(({ length }) => length));
   for (const block of used) block.size = Math.max(...block.rows.map(({ length }) => length)) + (positions ? 0.5 : 0);
   const total = used.reduce((sum, { size }) => sum + size, 0);
-  const step = between(LEAST, (width - left - 8) / total, positions ? 120 : 84);
-  const tall = between(40, 520 / rows.length, 66);
+  const step = between(LEAST, (width - left - 8) / total, positions ? 120 : 96);
+  const tall = between(46, 520 / rows.length, 72);
   const head = positions ? 24 : 0;
   const height = tall * rows.length + head + 8;
   const y = (row) => height - tall * (row + 0.5) - 4;
@@ -63,7 +63,7 @@ function inRows(shown, positions, width, left) {
   for (const block of used) {
     Object.assign(block, { from, to: from + step * block.size });
     const middle = (block.from + block.to) / 2;
-    block.place = () => block.rows.forEach((members, row) => members.forEach((node, i) => spots.set(node, { x: middle + step * (i - (members.length - 1) / 2), y: y(row) })));
+    block.place = () => block.rows.forEach((members, row) => members.forEach((node, i) => spots.set(node, { x: middle + step * (i - (members.length - 1) / 2), y: y(row) - (nodes[node].raised ? 14 : 0) })));
     block.place();
     from = block.to;
   }

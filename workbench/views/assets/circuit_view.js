@@ -81,7 +81,6 @@ export class CircuitView {
     const own = circuit.several ? this.most : (facts.found.n ?? facts.totals[0]);
     this.n = Number.isInteger(n) && (circuit.several || this.by !== "found") ? Math.max(1, Math.min(this.most, n)) : own;
     this.shown = circuit.several ? circuit.compare(union, this.n, this.hidden) : circuit.choose(this.by, this.n);
-    this.counts = circuit.counts(union);
     this.heaviest = this.shown.edges.reduce((most, edge) => Math.max(most, circuit.strength(edge)), 0) || 1;
     if (!this.shown.nodes.has(this.current)) this.current = null;
     if (!this.shown.nodes.has(this.held)) this.held = null;
@@ -132,8 +131,9 @@ export class CircuitView {
   }
 
   showSummary() {
-    const { circuit, facts, summary, shown, by, n, counts } = this;
+    const { circuit, facts, summary, shown, by, n } = this;
     if (circuit.several) {
+      const counts = circuit.counts();
       Object.assign(summary.dataset, counts);
       const drawn = facts.unit === "edges" && shown.edges.length < this.most ? ` ${counted(shown.edges.length, "edge")} drawn.` : "";
       summary.textContent = `${Object.keys(counts).map((kind) => `${grouped(counts[kind])} ${facts.unit} ${this.kindWords(kind)}`).join(", ")}.${drawn}`;
@@ -141,9 +141,10 @@ export class CircuitView {
     }
     const kept = circuit.kept(by, n);
     Object.assign(summary.dataset, { edges: shown.edges.length, nodes: shown.chosen, kept: kept.share ?? "", at: kept.at });
-    const chosen = by === "found" ? "The circuit as found" : `The ${grouped(n)} ${by === "signed" ? "highest" : "strongest"} of ${counted(facts.scored, facts.level)}`;
-    const pruned = facts.level === "edge" && by !== "found" && shown.edges.length < n ? " (without those that lead nowhere)" : "";
-    summary.textContent = `${chosen}${pruned}: ${counted(shown.edges.length, "edge")}, ${counted(shown.chosen, "node")}; ${this.keptWords(kept)}`;
+    const how = by === "found" ? facts.found.by : by;
+    const pruned = facts.level === "edge" && shown.edges.length < n ? " (without those that lead nowhere)" : "";
+    const size = how ? `the ${grouped(n)} ${how === "signed" ? "highest" : "strongest"} of ${counted(facts.scored, facts.level)}${pruned}` : "";
+    summary.textContent = `${[by === "found" ? "the circuit as found" : "", size].filter(Boolean).join(", ").replace("t", "T")}: ${counted(shown.edges.length, "edge")}, ${counted(shown.chosen, "node")}; ${this.keptWords(kept)}`;
   }
 
   keptWords({ at, share, low, high, sizes = [] }) {

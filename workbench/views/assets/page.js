@@ -40,10 +40,11 @@ class Still {
     if (JSON.stringify(state) !== JSON.stringify(this.values.state)) this.set("state", state);
   }
 
-  /** The state as a part of an address; "" while nothing was set. */
+  /** What was set as a part of an address; "" while nothing was. */
   address() {
-    const [state, first] = [this.values.state, this.values.spec.state].map((each) => JSON.stringify(each));
-    return state === first ? "" : `${this.name}=${encodeURIComponent(state)}`;
+    const first = this.values.spec.state;
+    const set = Object.entries(this.values.state).filter(([key, value]) => JSON.stringify(value) !== JSON.stringify(first[key]));
+    return set.length ? `${this.name}=${encodeURIComponent(JSON.stringify(Object.fromEntries(set)))}` : "";
   }
 }
 
