@@ -1,4 +1,4 @@
-"""What a circuit graph holds: nodes, the strongest edges, the orders in which they are chosen, and the measured curve."""
+"""What a circuit graph holds: nodes, the strongest edges, the orders to choose them in, and the measured curve."""
 
 from __future__ import annotations
 

@@ -172,10 +172,11 @@ def circuit_graph(
         node["position"] = column
     signed = bool((circuit.node_scores < 0).any())
     total = circuit.n_edges
+    size = total if circuit.level == "edge" else len(circuit.nodes)
     table = circuit.table
     facts |= {
         "level": circuit.level, "unit": "edges" if circuit.level == "edge" else "nodes",
-        "circuits": [visible(circuit.task or "circuit")], "totals": [total if circuit.level == "edge" else len(circuit.nodes)],
+        "circuits": [visible(circuit.task or "circuit")], "totals": [size],
         "positions": labels, "ranked": ranked, "scored": scored, "found": circuit_facts.found_as(circuit),
         "curve": None if curve is None else circuit_facts.curve_facts(curve),
         "meaning": circuit_facts.NODE_SCORE[circuit.level], "signed": signed,

@@ -90,7 +90,8 @@ def draw(
             text = mark.said if len(mark.said) <= _LONGEST else mark.said[: _LONGEST - 1] + "…"
             panel.annotate(
                 text, (x, y), xytext=(0, -11), textcoords="offset points", ha="center", va="top", fontsize=6,
-                zorder=5, parse_math=False, bbox={"boxstyle": "square,pad=0.1", "facecolor": paper, "edgecolor": "none"},
+                zorder=5, parse_math=False,
+                bbox={"boxstyle": "square,pad=0.1", "facecolor": paper, "edgecolor": "none"},
             )  # fmt: skip
     panel.set_yticks(range(len(rows) + 2), ["input", *rows, "logits"])
     panel.set_xticks([])

@@ -46,26 +46,23 @@ def places_of(graph: Graph) -> tuple[Place, ...]:
     found = []
     for name in graph.nodes:
         layer, said = graph.layer_of(name), label(name)
-        about = {"name": name, "label": said, "layer": layer}
         short = said if len(said) <= _SHORT else said.rpartition(".")[2]
         head = head_of(name)
-        fed = graph.feeds[:, columns[name]].any(1).nonzero()[:, 0].tolist() if columns[name] else []
+        kind, number, raised = "mlp", 0.0, False
+        feeds: tuple[str, ...] = ()
         if name not in graph.sender_index:
-            heads = [head_of(graph.senders[i]) for i in fed]
-            numbers = [each[1] for each in heads if each is not None]
-            if not numbers:
-                found.append(Place(**about, short=short, kind="logits"))
-                continue
+            fed = graph.feeds[:, columns[name]].any(1).nonzero()[:, 0].tolist()
             feeds = tuple(graph.senders[i] for i in fed)
-            found.append(Place(**about, short=short, kind="kv", number=sum(numbers) / len(numbers), feeds=feeds))
+            numbers = [each[1] for each in map(head_of, feeds) if each is not None]
+            kind, number = ("kv", sum(numbers) / len(numbers)) if numbers else ("logits", 0.0)
         elif not bool(graph.feeds[graph.sender_index[name]].any()):
-            found.append(Place(**about, short=short, kind="input"))
+            kind = "input"
         elif head is not None:
-            found.append(Place(**about, short=short, kind="head", number=float(head[1])))
+            kind, number = "head", float(head[1])
         else:
             own = first_head.get(layer)
             raised = own is not None and bool(graph.exists[own, columns[name]].any())
-            found.append(Place(**about, short=short, kind="mlp", raised=raised))
+        found.append(Place(name, said, short, kind, layer, number, feeds, raised))
     return tuple(found)
 
 

@@ -13,12 +13,12 @@ from workbench.analysis.circuits.overlap import CircuitOverlap
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views import circuit_facts
+from workbench.views.base import View
 from workbench.views.circuit_graph import PinnedView, pins_of
 from workbench.views.circuit_picture import Line, Mark, draw
 from workbench.views.circuit_places import graph_of, node_of
 from workbench.views.drawing import SERIES
 from workbench.views.figure import columns_of_table, figure
-from workbench.views.base import View
 from workbench.views.of import more_of, of
 from workbench.views.selection import SharedSelection
 from workbench.views.spec import ViewSpec
@@ -185,8 +185,9 @@ def overlap_chance(overlap: CircuitOverlap) -> View:
 
 def _caption(overlap: CircuitOverlap) -> str:
     low, high = overlap.intervals.get("jaccard", (float("nan"),) * 2)
+    own = overlap.values["jaccard"]
     return (
-        f"{len(overlap.shared)} shared {overlap.unit}; Jaccard {overlap.values['jaccard']:.3f} [{low:.3f}, {high:.3f}], "
+        f"{len(overlap.shared)} shared {overlap.unit}; Jaccard {own:.3f} [{low:.3f}, {high:.3f}], "
         f"{overlap.expected:.3f} by chance (p {overlap.p_value:.2g})."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import cast
 
 # A slash begins a regular expression where no value can stand before it.
 _TOKEN = re.compile(
@@ -22,7 +23,7 @@ _OPEN, _WORD = frozenset("{,;([\n"), re.compile(r"[\w$#]")
 def squeeze(source: str) -> str:
     """The module without comments, indentation, and blanks between symbols.
 
-    A line that ends a statement without a semicolon keeps its end. Templates stay as they are, but for the code in them.
+    A line that ends a statement without a semicolon keeps its end. The text of templates stays as it is.
 
     >>> squeeze("const a = 1; // one\\nreturn a / 2 + `a ${ a } b`;")
     'const a=1;return a/2+`a ${a} b`;'
@@ -41,10 +42,9 @@ def squeeze(source: str) -> str:
             made.append((" " if blank and _WORD.match(last) and source[at] == "`" else "") + source[at:end])
             at, blank = end, False
             continue
-        found = _TOKEN.match(source, at)
-        if source[at] == "/" and last in _BEFORE_EXPRESSION and found is not None and found.lastgroup == "other":
+        found = cast("re.Match[str]", _TOKEN.match(source, at))  # the last kind of token is anything
+        if source[at] == "/" and last in _BEFORE_EXPRESSION and found.lastgroup == "other":
             found = _EXPRESSION.match(source, at) or found
-        assert found is not None  # the last kind of token is anything
         token, kind = found[0], found.lastgroup
         at = found.end()
         if kind in ("comment", "blank"):
@@ -56,7 +56,8 @@ def squeeze(source: str) -> str:
             blank = False
             continue
         depth += (token == "{") - (token == "}")
-        if blank and (_WORD.match(last) and _WORD.match(token) or last == token and token in ("+", "-", "/")):
+        words = _WORD.match(last) and _WORD.match(token)
+        if blank and (words or (last == token and token in ("+", "-", "/"))):
             made.append(" ")
         made.append(token)
         blank = False
