@@ -240,7 +240,7 @@ def _circuit_graph(named: Sequence[str] = ("induction",)) -> View:
     from workbench import views
 
     graph = Graph((Layer(4, 2), Layer(4, 4), Layer(4, 2, parallel=True)), 8)
-    return views.circuit_graph(circuit(graph, 30).top(30), roles=_roles(named))
+    return views.circuit_graph(circuit(graph, 60, seed=2).top(60), roles=_roles(named))
 
 
 def _overlap_matrix(named: Sequence[str] = ("one", "two", "three")) -> View:

@@ -37,9 +37,11 @@ class View(ABC):
     Attributes:
         spec: what is shown, as data.
         size: width and height of the picture in inches.
+        colours: how many the picture keeps; None for all.
     """
 
     size: tuple[float, float] = (8.0, 4.5)
+    colours: int | None = None
 
     def __init__(self, spec: ViewSpec, selection: SharedSelection | None = None) -> None:
         self.spec = spec
@@ -123,7 +125,7 @@ class View(ABC):
         Args:
             theme: "light" or "dark".
         """
-        found = drawing.png(self.picture, self.size, theme=theme, dpi=dpi)
+        found = drawing.png(self.picture, self.size, theme=theme, dpi=dpi, colours=self.colours)
         return found if path is None else page.write(path, found)
 
     def _png(self) -> bytes:

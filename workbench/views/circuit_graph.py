@@ -13,7 +13,7 @@ from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views import circuit_facts, scales
 from workbench.views.base import View
-from workbench.views.circuit_picture import Line, Mark, draw
+from workbench.views.circuit_picture import WIDTH, Line, Mark, draw, height_of
 from workbench.views.figure import columns_of_table
 from workbench.views.of import of
 from workbench.views.selection import SharedSelection
@@ -34,6 +34,7 @@ class PinnedView(View):
     """A view of a graph whose nodes can be pinned and named, in Python and in the browser."""
 
     graph: Graph
+    colours = 64
 
     @property
     def pins(self) -> dict[str, str]:
@@ -63,7 +64,7 @@ class PinnedView(View):
 class CircuitGraph(PinnedView):
     """See `circuit_graph`."""
 
-    size = (9.0, 6.0)
+    size = (WIDTH, 5.0)
 
     def __init__(self, spec: ViewSpec, selection: SharedSelection | None, circuit: Circuit) -> None:
         super().__init__(spec, selection)
@@ -82,7 +83,7 @@ class CircuitGraph(PinnedView):
 
         facts, shown, graph = self.spec.facts, self.shown, self.graph
         nodes, index = facts["nodes"], {node["name"]: i for i, node in enumerate(facts["nodes"])}
-        figure.set_size_inches(9.0, 1.2 + 0.62 * (len(facts["rows"]) + 2))
+        figure.set_size_inches(WIDTH, height_of(facts["rows"]))
         panel = figure.subplots()
         scores = self.spec.blocks["node_scores"][0]
         inner = [s for s, node in zip(scores, nodes, strict=True) if node["kind"] != "input"]

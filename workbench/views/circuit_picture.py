@@ -13,7 +13,8 @@ from workbench.views import scales
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_LINES = 1500
+MOST_LINES = 250
+WIDTH = 7.5  # inches
 _POINTS = np.linspace(0, 1, 17)
 _LONGEST = 14  # letters of a name beside its node
 
@@ -57,6 +58,11 @@ def places(nodes: Sequence[Mapping[str, Any]], n_layers: int) -> list[tuple[floa
     return found
 
 
+def height_of(rows: Sequence[str]) -> float:
+    """Inches that so many layers take."""
+    return 0.9 + 0.46 * (len(rows) + 2)
+
+
 def draw(
     panel: Axes, nodes: Sequence[Mapping[str, Any]], rows: Sequence[str], marks: Mapping[int, Mark],
     lines: Sequence[Line],
@@ -67,13 +73,14 @@ def draw(
     spots = places(nodes, len(rows))
     drawn = sorted(lines, key=lambda line: line.weight)[-MOST_LINES:]
     curves = [_curve(spots[line.start], spots[line.end]) for line in drawn]
-    panel.add_collection(
-        LineCollection(
-            curves, colors=[line.colour for line in drawn], linestyles=[line.dash for line in drawn],
-            linewidths=[0.4 + 2.6 * line.weight**0.5 for line in drawn],
-            alpha=[0.15 + 0.65 * line.weight**0.5 for line in drawn], zorder=1,
-        )
-    )  # fmt: skip
+    if curves:
+        panel.add_collection(
+            LineCollection(
+                curves, colors=[line.colour for line in drawn], linestyles=[line.dash for line in drawn],
+                linewidths=[0.4 + 2.6 * line.weight**0.5 for line in drawn],
+                alpha=[0.15 + 0.65 * line.weight**0.5 for line in drawn], zorder=1,
+            )
+        )  # fmt: skip
     muted, paper = panel.xaxis.label.get_color(), panel.get_facecolor()
     for i, (x, y) in enumerate(spots):
         mark = marks.get(i)
@@ -81,7 +88,7 @@ def draw(
             panel.plot(x, y, ".", markersize=2, color=muted, alpha=0.4, zorder=2)
             continue
         face = mark.colour or paper
-        panel.plot(x, y, mark.shape, markersize=17, color=face, markeredgecolor=muted, markeredgewidth=0.7, zorder=3)
+        panel.plot(x, y, mark.shape, markersize=15, color=face, markeredgecolor=muted, markeredgewidth=0.7, zorder=3)
         ink = scales.ink_on(mark.colour) if mark.colour else muted
         panel.annotate(
             nodes[i]["short"], (x, y), ha="center", va="center", fontsize=5.5, color=ink, zorder=4, parse_math=False
@@ -89,7 +96,7 @@ def draw(
         if mark.said:
             text = mark.said if len(mark.said) <= _LONGEST else mark.said[: _LONGEST - 1] + "…"
             panel.annotate(
-                text, (x, y), xytext=(0, -11), textcoords="offset points", ha="center", va="top", fontsize=6,
+                text, (x, y), xytext=(0, -9), textcoords="offset points", ha="center", va="top", fontsize=6,
                 zorder=5, parse_math=False,
                 bbox={"boxstyle": "square,pad=0.1", "facecolor": paper, "edgecolor": "none"},
             )  # fmt: skip

@@ -15,7 +15,7 @@ from workbench.tokens import visible
 from workbench.views import circuit_facts
 from workbench.views.base import View
 from workbench.views.circuit_graph import PinnedView, pins_of
-from workbench.views.circuit_picture import Line, Mark, draw
+from workbench.views.circuit_picture import WIDTH, Line, Mark, draw, height_of
 from workbench.views.circuit_places import graph_of, node_of
 from workbench.views.drawing import SERIES
 from workbench.views.figure import columns_of_table, figure
@@ -35,7 +35,7 @@ _DASHES = {"shared": "solid", "a": "dashed", "b": "dotted"}
 class OverlapGraph(PinnedView):
     """See `overlap_graph`."""
 
-    size = (9.0, 6.0)
+    size = (WIDTH, 5.0)
 
     def __init__(self, spec: ViewSpec, selection: SharedSelection | None, graph: Graph) -> None:
         super().__init__(spec, selection)
@@ -47,7 +47,7 @@ class OverlapGraph(PinnedView):
         return int(first), int(second)
 
     def picture(self, figure: Figure) -> None:
-        figure.set_size_inches(9.0, 1.2 + 0.62 * (len(self.spec.facts["rows"]) + 2))
+        figure.set_size_inches(WIDTH, height_of(self.spec.facts["rows"]))
         self._draw_pair(figure.subplots())
 
     def _draw_pair(self, panel: Any) -> None:

@@ -14,6 +14,7 @@ from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views import scales
 from workbench.views.circuit_graph import pins_of
+from workbench.views.circuit_picture import WIDTH, height_of
 from workbench.views.overlap import MOST_EDGES, OverlapGraph, compared, unlike
 from workbench.views.selection import SharedSelection
 from workbench.views.spec import ViewSpec
@@ -33,15 +34,23 @@ _MEASURES = {
 class OverlapMatrix(OverlapGraph):
     """See `overlap_matrix`."""
 
+    def _put_state(self, state: Mapping[str, Any]) -> None:
+        n, pair = len(self.spec.facts["circuits"]), state.get("pair", (0, 1))
+        if not all(isinstance(i, int) and 0 <= i < n for i in pair) or len(set(pair)) != 2:
+            raise ReportError(f"there is no pair {pair} of {n} circuits")
+        if state.get("measure", "jaccard") not in _MEASURES:
+            raise ReportError(f"there is no measure {state['measure']!r}", hint=f"one of {', '.join(_MEASURES)}")
+        super()._put_state(state)
+
     def picture(self, figure: Figure) -> None:
         import matplotlib as mpl
 
         facts, values = self.spec.facts, self.spec.blocks["measures"]
         names = facts["circuits"]
         which = [each["name"] for each in facts["measures"]].index(self.spec.state.get("measure", "jaccard"))
-        tall = 1.2 + 0.62 * (len(facts["rows"]) + 2)
-        top = 0.8 + 0.4 * len(names)
-        figure.set_size_inches(9.0, tall + top)
+        tall = height_of(facts["rows"])
+        top = 0.7 + 0.28 * len(names)
+        figure.set_size_inches(WIDTH, tall + top)
         upper, lower = figure.subplots(2, 1, height_ratios=[top, tall])
         upper.imshow(values[which], vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for (i, j), value in np.ndenumerate(values[which]):

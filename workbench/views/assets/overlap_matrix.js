@@ -49,7 +49,8 @@ class OverlapMatrix {
   read() {
     const { pair, measure } = this.frame.state;
     const [i, j] = Array.isArray(pair) ? pair : [];
-    this.pair = this.names[i] !== undefined && this.names[j] !== undefined && i !== j ? [i, j] : [0, 1];
+    const there = (at) => Number.isInteger(at) && at >= 0 && at < this.n;
+    this.pair = there(i) && there(j) && i !== j ? [i, j] : [0, 1];
     this.measure = Math.max(0, this.measures.findIndex(({ name }) => name === measure));
   }
 
