@@ -13,7 +13,7 @@ from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views import circuit_facts, scales
 from workbench.views.base import View
-from workbench.views.circuit_picture import WIDTH, Line, Mark, draw, height_of
+from workbench.views.circuit_picture import MOST_LINES, WIDTH, Line, Mark, draw, height_of
 from workbench.views.figure import columns_of_table
 from workbench.views.of import of
 from workbench.views.selection import SharedSelection
@@ -34,7 +34,7 @@ class PinnedView(View):
     """A view of a graph whose nodes can be pinned and named, in Python and in the browser."""
 
     graph: Graph
-    colours = 64
+    colours = 256
 
     @property
     def pins(self) -> dict[str, str]:
@@ -112,7 +112,9 @@ class CircuitGraph(PinnedView):
             colour = "" if np.isnan(at) else mpl.colors.to_hex(scale(float(np.clip(at, 0, 1))))
             marks[i] = Mark(colour, "o" if nodes[i]["kind"] == "head" else "s", self.pins.get(name) or nodes[i]["role"])
         draw(panel, nodes, facts["rows"], marks, lines)
-        panel.set_title(f"{len(shown.nodes)} nodes, {len(lines):,} edges; solid raises, dashed lowers", fontsize=8)
+        cut = f" ({MOST_LINES} drawn)" if len(lines) > MOST_LINES else ""
+        what = f"{len(shown.nodes)} nodes, {len(lines):,} edges{cut}"
+        panel.set_title(f"{what}; solid: positive, dashed: negative", fontsize=8)
         bar = figure.colorbar(mpl.cm.ScalarMappable(mpl.colors.Normalize(low, high), scale), ax=panel, shrink=0.5)
         bar.set_label(facts["meaning"], fontsize=7)
 

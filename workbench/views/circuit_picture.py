@@ -91,7 +91,14 @@ def draw(
         panel.plot(x, y, mark.shape, markersize=15, color=face, markeredgecolor=muted, markeredgewidth=0.7, zorder=3)
         ink = scales.ink_on(mark.colour) if mark.colour else muted
         panel.annotate(
-            nodes[i]["short"], (x, y), ha="center", va="center", fontsize=5.5, color=ink, zorder=4, parse_math=False
+            nodes[i]["short"],
+            (x, y),
+            ha="center",
+            va="center",
+            fontsize=5.5 if len(nodes[i]["short"]) < 5 else 4.5,
+            color=ink,
+            zorder=4,
+            parse_math=False,
         )
         if mark.said:
             text = mark.said if len(mark.said) <= _LONGEST else mark.said[: _LONGEST - 1] + "…"

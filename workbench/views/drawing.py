@@ -91,7 +91,8 @@ def _fewer(picture: io.BytesIO, colours: int) -> bytes:
 
     out = io.BytesIO()
     with Image.open(picture) as image:
-        few = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        # Of the ways to choose colours this one keeps those of small areas, such as the end of a scale.
+        few = image.convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         few.save(out, format="png", optimize=True, dpi=image.info.get("dpi"))
     return out.getvalue()
 
