@@ -32,8 +32,7 @@ class HeadPatching(Result):
     """What putting single heads' activations from one run into another does to a metric.
 
     Attributes:
-        heads: labels, "L2KV1" for shared keys and values. layers, numbers: of each; layers are counted through an
-            encoder and a decoder, in which cross-attention is a layer of its own.
+        heads: labels, "L2KV1" for shared keys and values. layers, numbers: of each; of an encoder and a decoder apart.
         activation: "z", "q", "k", "v", "pattern", or "ablation".
         places: names of the positions patched, one at a time; ("all",) for all at once.
         direction: "noising" or "denoising". sign: what a positive effect means.
@@ -135,7 +134,7 @@ def patch_heads(
             effects = _effects(study, heads, activation, where, direction, progress)
         start = "prompt's into the twin's run" if direction == DENOISING else "twin's into the prompt's run"
         return HeadPatching(
-            heads=tuple(name for *_, name in heads), layers=tuple(i for i, *_ in heads),
+            heads=tuple(name for *_, name in heads), layers=tuple(study.graph.blocks[i] for i, *_ in heads),
             numbers=tuple(n for _, n, _ in heads), activation=activation,
             places=tuple("all" if place is None else str(place) for place in where), direction=direction,
             sign=f"{direction}: the {start}; a positive score means that the clean activation helps the task",
@@ -158,7 +157,7 @@ def ablate_heads(
         effects = ablation_effects(study, how, progress)
         heads = _heads(study, "z")
         return HeadPatching(
-            heads=tuple(name for *_, name in heads), layers=tuple(i for i, *_ in heads),
+            heads=tuple(name for *_, name in heads), layers=tuple(study.graph.blocks[i] for i, *_ in heads),
             numbers=tuple(n for _, n, _ in heads), activation=f"{how} ablation", places=("all",), direction=NOISING,
             sign="noising: the head's output is replaced; a positive score means that the head helps the task",
             task=task.name, metric=study.metric.name, effects=effects[:, None], clean=study.clean,
