@@ -12,7 +12,9 @@ import pytest
 import torch
 from playwright.sync_api import Page
 
+import workbench
 from support.browser import WatchedPage
+from support.circuits import Words, task_for, tiny
 from support.every_view import circuit
 from views.test_circuits import curve
 from views.test_results import shown
@@ -20,8 +22,8 @@ from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.graph import Graph, Layer
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.errors import InterventionError, ReportError, WorkbenchError
-from workbench.views import CircuitGraph, circuit_graph, of
-from workbench.views.circuit_places import graph_of, places_of
+from workbench.views import CircuitGraph, all_of, circuit_graph, of
+from workbench.views.circuit_places import places_of, rows_of
 from workbench.views.squeeze import squeeze
 
 SMALL = Graph.gpt2(2, 3, 8)
@@ -113,10 +115,33 @@ def test_kinds_and_places_come_from_the_graph() -> None:
     assert places["a0.kv1"].feeds == ("a0.h2", "a0.h3")
     assert places["m0"].raised
     assert not places["m2"].raised  # parallel: it reads what the heads read
-    known = graph_of(["input->a0.h1<q>", "m3->logits", "a2.kv1<k>"])
-    assert known is not None
-    assert {"m3", "a2.kv1", "a0.h1"} <= set(known.nodes)
-    assert graph_of(["foo->bar"]) is None
+
+
+def test_an_encoder_decoder_is_drawn_with_both_streams(tmp_path: Path) -> None:
+    with workbench.attach(tiny("mbart"), Words()) as wb:
+        task = task_for("mbart", 3)
+        found = workbench.find_circuit(wb, task, "eap", n_edges=0.5, progress=False)
+        other = workbench.find_circuit(wb, task_for("mbart", 2), "eap", n_edges=0.5, progress=False)
+        results = [
+            workbench.patch_heads(wb, task, progress=False), workbench.head_roles(wb, task, progress=False),
+            workbench.circuit_overlap(found, other, n_bootstrap=10),
+        ]  # fmt: skip
+    graph = found.graph
+    assert rows_of(graph) == [
+        "encoder.0.attn", "encoder.1.attn", "decoder.0.attn", "decoder.0.cross_attn", "decoder.1.attn",
+        "decoder.1.cross_attn",
+    ]  # fmt: skip
+    assert [place.name for place in places_of(graph) if place.kind == "input"] == ["encoder.input", "decoder.input"]
+    nodes = {node["name"]: node for node in circuit_graph(found).spec.facts["nodes"]}
+    assert nodes["decoder.x1.h2"]["site"] == "decoder.1.cross_attn"
+    assert nodes["decoder.x1.h2"]["head"] == [1, 2]
+    shown(found, tmp_path)
+    for result in results:
+        for view in all_of(result):
+            assert "decoder" in view.to_html() or view.spec.kind == "figure"
+    atlas = of(results[0]).data()
+    assert set(atlas["site"]) == set(rows_of(graph))
+    assert len(atlas) == len(graph.head_names)
 
 
 def test_edges_beyond_the_most_are_left_out_and_said() -> None:

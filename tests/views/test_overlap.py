@@ -60,7 +60,8 @@ def by_hand() -> CircuitOverlap:
         a="", b="", tasks=("ioi", HOSTILE), unit="edges", shared=("input->a0.h1<q>", "a0.h1->logits", "a0.h1->m0"),
         only_a=("m0->logits",), only_b=("a0.h0->m0",), values={"jaccard": 0.6}, intervals={"jaccard": (0.4, 0.8)},
         null=torch.tensor([0.1, 0.2, 0.2]), p_value=0.25, stages=(), sizes=(2, 4), fractions=(0.1, 0.2),
-        curve={"jaccard": (0.5, 0.6), "expected": (0.1, 0.2)}, cross=(), ablation="mean", provenance={},
+        curve={"jaccard": (0.5, 0.6), "expected": (0.1, 0.2), "low": (0.4, 0.5), "high": (0.6, 0.7)}, cross=(), ablation="mean",
+        model=Graph.gpt2(1, 2, 8).facts, provenance={},
     )  # fmt: skip
 
 
@@ -78,10 +79,9 @@ def test_an_overlap_is_a_graph_and_its_chance(tmp_path: Path) -> None:
     shown(found, tmp_path)
 
 
-def test_names_of_no_decoder_leave_chance_alone() -> None:
+def test_names_that_the_model_has_not_are_an_error() -> None:
     odd = CircuitOverlap(**{**vars(by_hand()), "shared": ("somewhere->else",), "only_a": (), "only_b": ()})
-    assert [view.spec.kind for view in all_of(odd)] == ["figure"]
-    with pytest.raises(ReportError, match="of which model"):
+    with pytest.raises(WorkbenchError, match="no edge"):
         overlap_graph(odd)
 
 

@@ -38,7 +38,8 @@ def skeleton(graph: Graph, roles: Mapping[str, str] | None = None) -> tuple[dict
         nodes.append({
             "name": place.name, "label": place.label, "short": place.short, "kind": place.kind, "layer": place.layer,
             "number": place.number, "raised": place.raised, "feeds": [index[name] for name in place.feeds],
-            "head": None if head is None else list(head), "site": site_of(place.label), "role": (roles or {}).get(place.name, ""),
+            "head": None if head is None else list(head), "site": site_of(place.label),
+            "role": (roles or {}).get(place.name, ""),
         })  # fmt: skip
     receivers = [{"node": index[node_of(name)], "part": part_of(name)} for name in graph.receivers]
     senders = np.array([index[name] for name in graph.senders])

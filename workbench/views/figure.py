@@ -85,6 +85,9 @@ class Figure(View):
         return Click(number, trace.get("name", ""), at, question.get("x"), question.get("y"), chosen)
 
 
+_BAND = "rgba(128, 128, 128, 0.25)"
+
+
 def figure(
     fig: go.Figure,
     *,
@@ -164,6 +167,6 @@ def band(x: list[float], low: Any, high: Any) -> Any:
     import plotly.graph_objects as go
 
     return go.Scatter(
-        x=[*x, *reversed(x)], y=[*high, *reversed(list(low))], fill="toself", fillcolor="rgba(128, 128, 128, 0.25)", line={"width": 0},
+        x=[*x, *reversed(x)], y=[*high, *reversed(list(low))], fill="toself", fillcolor=_BAND, line={"width": 0},
         mode="lines", hoverinfo="skip", showlegend=False, name="interval",
     )  # fmt: skip
