@@ -17,7 +17,7 @@ from views.test_results import shown
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.graph import Graph
 from workbench.analysis.circuits.overlap import CircuitOverlap
-from workbench.errors import InterventionError, ReportError
+from workbench.errors import InterventionError, ReportError, WorkbenchError
 from workbench.report import check
 from workbench.views import View, all_of, overlap_chance, overlap_graph, overlap_matrix
 
@@ -60,8 +60,8 @@ def by_hand() -> CircuitOverlap:
         a="", b="", tasks=("ioi", HOSTILE), unit="edges", shared=("input->a0.h1<q>", "a0.h1->logits", "a0.h1->m0"),
         only_a=("m0->logits",), only_b=("a0.h0->m0",), values={"jaccard": 0.6}, intervals={"jaccard": (0.4, 0.8)},
         null=torch.tensor([0.1, 0.2, 0.2]), p_value=0.25, stages=(), sizes=(2, 4), fractions=(0.1, 0.2),
-        curve={"jaccard": (0.5, 0.6), "expected": (0.1, 0.2), "low": (0.4, 0.5), "high": (0.6, 0.7)}, cross=(), ablation="mean",
-        model=Graph.gpt2(1, 2, 8).facts, provenance={},
+        curve={"jaccard": (0.5, 0.6), "expected": (0.1, 0.2), "low": (0.4, 0.5), "high": (0.6, 0.7)},
+        cross=(), ablation="mean", model=Graph.gpt2(1, 2, 8).facts, provenance={},
     )  # fmt: skip
 
 
