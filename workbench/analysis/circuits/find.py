@@ -88,7 +88,9 @@ def find_circuit(
             of those found then, as far as there are heads below.
         freeze_mlps: path patching freezes MLPs on the way to the receivers too.
         steps, path: of "eap_ig"; along "inputs" or "activations".
-        direction: of "eap" and "eap_ig": "noising" (gradients on the prompts) or "denoising" (on the twins).
+        direction: of "eap" and "eap_ig": "noising" (gradients on the prompts) or "denoising" (on the twins). Steps of
+            "eap_ig" along "inputs" are the same in both but for one end: "noising" leaves out the twin, "denoising" the
+            prompt, as MIB's code does.
         threshold: of "acdc", the share of clean minus corrupted below which an edge is left out.
         ablation: what stands in for heads ("ablation", by default "mean") or edges ("acdc", by default
             "counterfactual"): also "zero", "mean_positional", "resample".
