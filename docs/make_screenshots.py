@@ -40,10 +40,20 @@ def shown() -> dict[str, views.View]:
         "head-atlas": views.head_atlas(cap, metric="induction"),
         "attention-pattern": pattern,
         "compare": views.compare(*pair, labels=("L4H1", "L4H2")),
+        "circuit-graph": circuit(wb),
         "capacity-curves": views.capacity_curves(held),
         "what-if": views.what_if(d_k=48, n=20, heads=4, needed=2),
         "saliency-map": speech(),
     }
+
+
+def circuit(wb: workbench.Workbench) -> views.View:
+    """The circuit of indirect object identification, with what its sizes keep, and two nodes pinned."""
+    task = workbench.tasks.ioi(16, seed=3)
+    found = workbench.find_circuit(wb, task, method="eap_ig", progress=False)
+    curve = workbench.faithfulness_curve(wb, found, task, progress=False)
+    roles = workbench.head_roles(wb, task, progress=False)
+    return views.circuit_graph(found, curve=curve, roles=roles, names={"L4H1": "", "L3H4": ""})
 
 
 def speech() -> views.View:

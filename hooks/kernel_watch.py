@@ -5,7 +5,8 @@ The watch only looks: the operator runs with the arguments it was given, so the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,13 +29,28 @@ class KernelWatch(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with self:  # under inference_mode composite operators arrive here whole; their parts are what we look for
+        with _above_views(), self:  # under inference_mode composites arrive here whole; we look for their parts
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
         result = func(*args, **kwargs)
         self._on_operator(func, args, kwargs, result)
         return result
+
+
+@contextmanager
+def _above_views() -> Iterator[None]:
+    """What runs inside handles views as where the operator was called, above this watch.
+
+    There a view of a parameter needs a gradient, in inference mode too, and the product of a batch with such a view is
+    made by another kernel, with another rounding.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch._C._PreserveDispatchKeyGuard():
+        torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.ADInplaceOrView, False)
+        yield
 
 
 def kernel_name(op: OpOverload) -> str | None:

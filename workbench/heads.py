@@ -15,7 +15,8 @@ from workbench.hooks.edits import check_range
 from workbench.hooks.sites import Site, Sites
 
 _LABEL = re.compile(r"L(\d+)(H|KV)(\d+)")
-_HINT = 'a head is (layer, head), (site, head), "L9H6", "L2KV1" or KVGroup(layer, group)'
+_SITE_LABEL = re.compile(r"(.+)\.(H|KV)(\d+)")
+_HINT = 'a head is (layer, head), (site, head), "L9H6", "L2KV1", "decoder.0.cross_attn.H1" or KVGroup(layer, group)'
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ def parse_heads(sites: Sites, heads: Any) -> dict[str, list[int]]:
     """The chosen heads by name of their site, in the order of the sites and heads.
 
     Args:
-        heads: one or several of (layer, head), (site name or alias, head), "L9H6", "L2KV1", `KVGroup(layer, group)`.
-            A layer stands for its site where it has only one.
+        heads: one or several of (layer, head), (site name or alias, head), "L9H6", "L2KV1", a site's name or alias and
+            a head as in "decoder.0.cross_attn.H1", `KVGroup(layer, group)`. A layer stands for its site where it has
+            only one.
 
     Raises:
         InterventionError: no such site, layer, head or group; a layer with several sites (they are listed); a site
@@ -77,9 +79,10 @@ def find_heads(sites: Sites, one: Any) -> list[tuple[Site, int]]:
         InterventionError: as `parse_heads`.
     """
     where: int | str | Site
-    label = _LABEL.fullmatch(one) if isinstance(one, str) else None
+    label = (_LABEL.fullmatch(one) or _SITE_LABEL.fullmatch(one)) if isinstance(one, str) else None
     if label is not None:
-        where, number, is_group = int(label[1]), int(label[3]), label[2] == "KV"
+        where = int(label[1]) if label.re is _LABEL else label[1]
+        number, is_group = int(label[3]), label[2] == "KV"
     elif isinstance(one, KVGroup):
         where, number, is_group = one.layer_or_site, one.group, True
     elif isinstance(one, tuple) and len(one) == 2 and _is_integer(one[1]):

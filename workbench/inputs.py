@@ -51,6 +51,24 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             )
 
 
+def decoder_start(model: nn.Module) -> int | None:
+    """The id that the decoder of an encoder-decoder begins with; None for a model that is none.
+
+    Raises:
+        CaptureError: an encoder-decoder that does not tell.
+    """
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    owners = (config, getattr(config, "decoder", None))
+    names = ("decoder_start_token_id", "bos_token_id")
+    found = [getattr(owner, name, None) for name in names for owner in owners]
+    start = next((one for one in found if one is not None), None)
+    if start is None:
+        raise CaptureError("the model tells of no start token", hint="set model.config.decoder_start_token_id")
+    return int(start)
+
+
 def context_length(model: nn.Module) -> int | None:
     """How many positions a model has learned, or None when it has no table of positions (rotary, relative)."""
     tables = [

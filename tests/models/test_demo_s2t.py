@@ -9,7 +9,7 @@ import torch
 
 import workbench
 from workbench.errors import WorkbenchError
-from workbench.models import card, clips, load
+from workbench.models import card, clips, digit_pairs, load
 from workbench.models import loading as loading_module
 from workbench.models.train_demo_s2t import (
     build_features,
@@ -105,3 +105,30 @@ def test_cross_attention_of_the_last_layer_follows_the_words() -> None:
                 frames = torch.arange(len(weights)) * 0.02
                 inside.append(float(weights[(frames >= start - 0.05) & (frames <= end + 0.05)].sum()))
     assert sum(inside) / len(inside) > 0.6  # a tenth of the clip, so 0.1 by chance
+
+
+def test_the_circuit_of_a_digit_brings_it_over_by_the_last_cross_attention() -> None:
+    model, tokenizer = load("demo-s2t")
+    task = digit_pairs(12)
+    assert task.accuracy(model, tokenizer) == 1
+    with workbench.attach(model, tokenizer) as wb:
+        patched = workbench.patch_heads(wb, task, "z", progress=False)
+        best = patched.table["head"][:4].tolist()
+        assert {head.rpartition(".")[0] for head in best} == {"decoder.1.cross_attn"}
+        assert patched.scores[[patched.heads.index(head) for head in best]].sum() > 0.7
+        circuit = workbench.find_circuit(wb, task, "eap_ig", progress=False)
+        curve = workbench.faithfulness_curve(wb, circuit, task, fractions=(0.01, 0.1, 1.0), progress=False)
+    assert curve.absolute[1] > 0.8 > 0.3 > curve.absolute[0]
+    assert curve.absolute[2] == pytest.approx(1, abs=1e-5)
+    assert circuit.n_edges <= 0.1 * circuit.graph.n_edges
+
+
+def test_pairs_of_digits_stand_where_they_say() -> None:
+    task = digit_pairs(3, seed=4)
+    spoken = [clip for clip, _ in spoken_digits.pairs(3, seed=4)]
+    for example, clip in zip(task, spoken, strict=True):
+        start, end = clip.spans[1]
+        assert start / 0.02 - 1 <= example.positions["word"] <= end / 0.02
+    assert task[1:].positions("word") == task.positions("word")[1:]
+    with pytest.raises(WorkbenchError, match="no clips ship"):
+        digit_pairs(1, name="demo-lm")

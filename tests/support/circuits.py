@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MBartConfig, MBartForConditionalGeneration
 
-from support.tiny import family, make
-from workbench.tasks import Task, from_prompts
+from support.encoder_decoders import captioner
+from support.tiny import VOCABULARY, family, make
+from workbench.tasks import Task, from_inputs, from_prompts
 
 
 class Words:
@@ -26,8 +28,11 @@ class Words:
         return " ".join(f"w{i}" for i in ids)
 
 
-def random_task(n: int, length: int, vocabulary: int, seed: int = 0, lengths: int = 1) -> Task:
-    """Random words, twins with one or two of them replaced, random answers; `lengths` different lengths."""
+def random_task(n: int, length: int, vocabulary: int, seed: int = 0, lengths: int = 1, written: bool = False) -> Task:
+    """Random words, twins with one or two of them replaced, random answers; `lengths` different lengths.
+
+    With `written` a decoder has written one or two words.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(size: int) -> list[int]:
@@ -44,12 +49,70 @@ def random_task(n: int, length: int, vocabulary: int, seed: int = 0, lengths: in
         first = draw(1)[0]
         answers.append(f" w{first}")
         wrong.append(f" w{3 + (first - 2) % (vocabulary - 3)}")
-    return from_prompts(prompts, twins, answers, wrong, name="random", positions={"early": 1})
+    texts = ["w9 w8" if lengths > 1 and i % 2 else "w7" for i in range(n)] if written else None
+    return from_prompts(prompts, twins, answers, wrong, name="random", positions={"early": 1}, written=texts)
+
+
+def random_clips(n: int, seed: int = 0) -> Task:
+    """Random spectrograms for the tiny Whisper, in which one sound or another is heard, and two words written."""
+    generator = torch.Generator().manual_seed(seed)
+    clips = torch.randn(n, 8, 40, generator=generator, dtype=torch.float64)
+    twins = clips.clone()
+    one, other = 4 * torch.randn(2, 8, 12, generator=generator, dtype=torch.float64)
+    clips[:, :, 10:22] += one
+    twins[:, :, 10:22] += other
+    ids = torch.tensor([[3, 9, 5]]).repeat(n, 1)
+    return from_inputs(
+        {"input_features": clips, "decoder_input_ids": ids}, {"input_features": twins, "decoder_input_ids": ids},
+        [7] * n, [20] * n, name="clips", positions={"early": 6},
+    )  # fmt: skip
+
+
+def random_images(n: int, seed: int = 0) -> Task:
+    """Random images for the tiny captioner, whose upper half shows one thing or another, and two words written."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, 16, 16, generator=generator, dtype=torch.float64)
+    twins = images.clone()
+    one, other = 2 * torch.randn(2, 3, 8, 16, generator=generator, dtype=torch.float64)
+    images[:, :, :8] += one
+    twins[:, :, :8] += other
+    ids = torch.tensor([[1, 9, 5]]).repeat(n, 1)
+    return from_inputs(
+        {"pixel_values": images, "decoder_input_ids": ids}, {"pixel_values": twins, "decoder_input_ids": ids},
+        [7] * n, [20] * n, name="images", positions={"early": 1},
+    )  # fmt: skip
+
+
+ENCODER_DECODERS = ("t5", "mbart", "whisper", "captioner")
+
+
+def task_for(name: str, n: int, lengths: int = 1) -> Task:
+    """A random task for a tiny model of that name."""
+    if name in ("whisper", "captioner"):
+        return random_clips(n) if name == "whisper" else random_images(n)
+    return random_task(n, 6, 60, lengths=lengths, written=name in ENCODER_DECODERS)
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A tiny random model of the zoo."""
-    return make(family(name)).to(dtype)
+    """A tiny random model of the zoo; mBART, which is BART with its norms before attention and MLP; or a captioner."""
+    others = {"mbart": _mbart, "captioner": captioner}
+    model = (others[name]() if name in others else make(family(name))).to(dtype)
+    if name in ("t5", "mbart", "whisper"):  # large weights, so that what the encoder reads matters to the logits
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(3)
+    return model
+
+
+def _mbart() -> nn.Module:
+    torch.manual_seed(0)
+    config = MBartConfig(
+        encoder_layers=2, decoder_layers=2, d_model=32, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=2, init_std=0.1,
+    )  # fmt: skip
+    return MBartForConditionalGeneration(config).eval()
 
 
 class SlotAttention(nn.Module):

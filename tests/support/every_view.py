@@ -10,6 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import workbench
 from workbench import Capacity, attach
+from workbench.analysis.circuits.circuit import Circuit
+from workbench.analysis.circuits.graph import Graph, Layer
+from workbench.analysis.circuits.roles import HeadRoles
 from workbench.capture import Capture
 from workbench.views import View
 
@@ -210,6 +213,44 @@ def _head_gallery(labels: Sequence[str] = WORDS[:6]) -> View:
     )
 
 
+def circuit(graph: Graph, kept: int, level: str = "edge", *, task: str = "ioi", seed: int = 0) -> Circuit:
+    """A circuit of the `kept` strongest of edges with random scores, as they are: some may lead nowhere."""
+    scores = torch.randn(graph.exists.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scores[~graph.exists] = torch.nan
+    inside = torch.zeros_like(graph.exists)
+    order = scores.nan_to_num(0.0).abs().flatten().argsort(descending=True)[:kept]
+    inside.view(-1)[order] = True
+    senders = inside.any(1)
+    return Circuit(
+        model=graph.facts, task=task, method="eap", metric="logit_diff", direction="noising", sign="positive helps",
+        level=level, senders_in=senders, edges_in=inside if level == "edge" else torch.zeros_like(inside),
+        node_scores=scores.nan_to_num(0.0).abs().sum(1), edge_scores=scores, threshold={"kind": "top", "value": kept},
+        stages=(), examples=None, clean=torch.ones(3), corrupted=torch.zeros(3), settings={}, provenance={},
+    )  # fmt: skip
+
+
+def _roles(named: Sequence[str]) -> HeadRoles:
+    return HeadRoles(
+        heads=("L0H0", "L1H2"), roles=(tuple(named), ("mover",)), evidence={}, errors={}, threshold=0.3, task="ioi",
+        provenance={},
+    )  # fmt: skip
+
+
+def _circuit_graph(named: Sequence[str] = ("induction",)) -> View:
+    from workbench import views
+
+    graph = Graph((Layer(4, 2), Layer(4, 4), Layer(4, 2, parallel=True)), 8)
+    return views.circuit_graph(circuit(graph, 60, seed=2).top(60), roles=_roles(named))
+
+
+def _overlap_matrix(named: Sequence[str] = ("one", "two", "three")) -> View:
+    from workbench import views
+
+    graph = Graph.gpt2(3, 4, 8)
+    several = [circuit(graph, 20 + i % 5, seed=i) for i in range(len(named))]
+    return views.overlap_matrix(dict(zip(named, several, strict=True)), n_null=50)
+
+
 VIEWS: dict[str, Callable[[], View]] = {
     "saliency_map": _saliency_map,
     "capacity_curves": _capacity_curves,
@@ -224,6 +265,8 @@ VIEWS: dict[str, Callable[[], View]] = {
     "head_gallery": _head_gallery,
     "image_attention": _image_attention,
     "token_strip": _token_strip,
+    "circuit_graph": _circuit_graph,
+    "overlap_matrix": _overlap_matrix,
 }
 """Kind of view -> one of it."""
 
@@ -235,5 +278,6 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "head_gallery": _head_gallery,
     "image_attention": _image_attention,
     "token_strip": _token_strip,
+    "circuit_graph": _circuit_graph,
 }
 """Kinds of views that show tokens -> one of these tokens."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from workbench.errors import TaskError
-from workbench.tasks.spoken_digits import MOST, RATE, SECONDS, WORDS, Voice, clips, say, word
+from workbench.tasks.spoken_digits import MOST, RATE, SECONDS, WORDS, Voice, clips, pairs, say, word
 
 VOICE = Voice(pitch=120, tract=1.0, speed=1.0, breath=0.02)
 
@@ -71,3 +71,16 @@ def test_noise_is_where_the_fricatives_are() -> None:
 def test_bad_input_is_named(call: object, message: str) -> None:
     with pytest.raises(TaskError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_pairs_differ_in_one_word_only() -> None:
+    for clip, twin in pairs(4, seed=7):
+        assert [a == b for a, b in zip(clip.digits, twin.digits, strict=True)] == [True, False, True]
+        assert clip.spans == twin.spans
+        start, end = (int(second * RATE) for second in clip.spans[1])
+        same = clip.waveform == twin.waveform
+        assert same[:start].all()
+        assert same[end + 1 :].all()
+        assert not same[start:end].all()
+    with pytest.raises(TaskError, match="place 3"):
+        pairs(1, place=3)

@@ -17,13 +17,14 @@ from support.jupyterlab import command, jupyterlab, open_notebook, run_all
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 _KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
-_ASKS = "from workbench.views import SHARED; print('selected', SHARED.value)"
+_ASKS = "from workbench.views import SHARED; print('selected', SHARED.value, made['circuit_graph'].pins)"
+_SHOWS = "made[{0!r}] = VIEWS[{0!r}]()\nmade[{0!r}]"
 _LARGEST_STILL = 300_000
 
 
 def _notebook(folder: Path) -> Path:
-    cells = [nbformat.v4.new_code_cell("from support.every_view import VIEWS")]
-    cells += [nbformat.v4.new_code_cell(f"VIEWS[{kind!r}]()") for kind in VIEWS]
+    cells = [nbformat.v4.new_code_cell("from support.every_view import VIEWS\nmade = {}")]
+    cells += [nbformat.v4.new_code_cell(_SHOWS.format(kind)) for kind in VIEWS]
     cells.append(nbformat.v4.new_code_cell(_ASKS))
     path = folder / "views.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": _KERNEL}), path)
@@ -90,6 +91,22 @@ def test_a_click_reaches_python_and_every_other_view(run: tuple[Page, Watch]) ->
     page.locator(".workbench.token_strip [data-at='3']").click()
     page.wait_for_timeout(300)
     assert "token 3" in _selected(page)
+    assert not watch.errors
+
+
+def test_a_pin_and_its_name_reach_python(run: tuple[Page, Watch]) -> None:
+    page, watch = run
+    node = page.locator(".workbench.circuit_graph [data-node='a1.h2']")
+    node.click()
+    node.press("p")
+    node.press("n")
+    page.keyboard.type("mover <b>")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(500)
+    assert "{'a1.h2': 'mover <b>'}" in _selected(page)
+    assert "L1H2" in _selected(page)
+    tag = page.locator(".workbench.circuit_graph .tag.pinned")
+    assert tag.inner_text() == "mover <b>"
     assert not watch.errors
 
 

@@ -8,6 +8,6 @@
 
 from workbench.models.digits import examples
 from workbench.models.loading import ModelError, available, card, load
-from workbench.models.speech import clips
+from workbench.models.speech import clips, digit_pairs
 
-__all__ = ["ModelError", "available", "card", "clips", "examples", "load"]
+__all__ = ["ModelError", "available", "card", "clips", "digit_pairs", "examples", "load"]

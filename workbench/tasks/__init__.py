@@ -16,15 +16,18 @@ from workbench.tasks.ioi import ioi
 from workbench.tasks.metrics import TaskBatch, correct, kl_divergence, logit_diff, normalised, probability
 from workbench.tasks.mqar import mqar, mqar_tokens
 from workbench.tasks.pieces import pieces, token_positions
+from workbench.tasks.tensors import InputTask, from_inputs
 
 __all__ = [
     "Example",
+    "InputTask",
     "Split",
     "Task",
     "TaskBatch",
     "colored_objects",
     "correct",
     "docstring",
+    "from_inputs",
     "from_prompts",
     "greater_than",
     "induction",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, Literal, get_args, overload
+from typing import Any, ClassVar, Literal, get_args, overload
 
 import torch
 
 from workbench.errors import TaskError, nearest
+from workbench.inputs import decoder_start
 from workbench.tasks.metrics import TaskBatch, correct, logit_diff
 from workbench.tasks.pieces import piece_spans, pieces, single_token, token_positions
 
@@ -28,6 +29,7 @@ class Example:
         wrong: the continuations that the logit difference compares with (the twin's answer, or S for IOI).
         positions: piece indices by name, 0-based, the same in prompt and twin.
         changed: piece indices at which the twin differs.
+        written: what the decoder of an encoder-decoder has written when the answer comes, in prompt and twin.
     """
 
     prompt: str
@@ -36,6 +38,7 @@ class Example:
     wrong: tuple[str, ...]
     positions: Mapping[str, int]
     changed: tuple[int, ...]
+    written: str = ""
 
     @property
     def answer(self) -> str:
@@ -69,6 +72,8 @@ class Task(Sequence[Example]):
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    of_text: ClassVar[bool] = True  # whether batches are made by a tokenizer
+
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -78,7 +83,7 @@ class Task(Sequence[Example]):
     def __getitem__(self, index: slice) -> Task: ...
     def __getitem__(self, index: int | slice) -> Example | Task:
         if isinstance(index, slice):
-            return Task(self.name, self.examples[index], self.source, self.settings)
+            return replace(self, examples=self.examples[index])
         return self.examples[index]
 
     def __iter__(self) -> Iterator[Example]:
@@ -124,7 +129,13 @@ class Task(Sequence[Example]):
         return found
 
     def batches(
-        self, tokenizer: Any, size: int = 64, *, twins: bool = False, device: str | torch.device | None = None
+        self,
+        tokenizer: Any,
+        size: int = 64,
+        *,
+        twins: bool = False,
+        device: str | torch.device | None = None,
+        start_token: int | None = None,
     ) -> Iterator[TaskBatch]:
         """Model inputs in batches, padded on the right; each batch carries the answers for the metrics.
 
@@ -134,9 +145,12 @@ class Task(Sequence[Example]):
             twins: feed the twins instead. The answers stay those of the prompts, so that a clean and a corrupted run
                 are measured with the same pair.
             device: where to put the tensors.
+            start_token: of an encoder-decoder, the id that its decoder begins with; its encoder reads the prompts, and
+                the answer is what the decoder writes next. See `workbench.inputs.decoder_start`.
 
         Raises:
-            TaskError: a size below 1, or an answer that is not one token for this tokenizer.
+            TaskError: a size below 1, an answer that is not one token for this tokenizer, or no `start_token` where a
+                decoder has written something.
         """
         if size < 1:
             raise TaskError(f"a batch needs at least 1 example, not {size}")
@@ -144,12 +158,21 @@ class Task(Sequence[Example]):
         for start in range(0, len(self.examples), size):
             chunk = self.examples[start : start + size]
             rows = [tokenizer(example.twin if twins else example.prompt)["input_ids"] for example in chunk]
-            longest = max(map(len, rows))
-            ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
-            for i, row in enumerate(rows):
-                ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+            inputs = dict(zip(("input_ids", "attention_mask"), padded(rows), strict=True))
+            if start_token is not None:
+                texts = [example.written for example in chunk]
+                rows = [tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in texts]
+                ids, mask = padded([[start_token, *row] for row in rows])
+                inputs["decoder_input_ids"] = ids
+                if not bool(mask.all()):
+                    inputs["decoder_attention_mask"] = mask
+            elif any(example.written for example in chunk):
+                raise TaskError(
+                    f"example {start} goes on from what a decoder wrote, and this model is no encoder-decoder",
+                    hint="batches(..., start_token=decoder_start(model))",
+                )
             yield TaskBatch(
-                {"input_ids": ids.to(device), "attention_mask": mask.to(device)},
+                {name: value.to(device) for name, value in inputs.items()},
                 answers=[[token_of(answer) for answer in example.answers] for example in chunk],
                 wrong=[[token_of(answer) for answer in example.wrong] for example in chunk],
                 start=start,
@@ -179,10 +202,19 @@ class Task(Sequence[Example]):
     def _measure(self, metric: Any, model: torch.nn.Module, tokenizer: Any, size: int, *, twins: bool) -> torch.Tensor:
         if not self.examples:
             raise TaskError(f"task {self.name} has no examples", hint="make it with n >= 1")
-        device = next(model.parameters()).device
+        device, start = next(model.parameters()).device, decoder_start(model)
+        batches = self.batches(tokenizer, size, twins=twins, device=device, start_token=start)
         with torch.inference_mode():
-            parts = [metric(model(**b), b) for b in self.batches(tokenizer, size, twins=twins, device=device)]
+            parts = [metric(model(**batch), batch) for batch in batches]
         return torch.cat(parts).cpu()
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [row, position], padded on the right with 0, and 1 where there is one."""
+    ids, mask = torch.zeros(2, len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+    return ids, mask
 
 
 def check_common(n: int, split: str) -> None:

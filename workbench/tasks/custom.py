@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from workbench.errors import TaskError
@@ -18,6 +19,7 @@ def from_prompts(
     *,
     name: str = "custom",
     positions: Mapping[str, int | Sequence[int]] | None = None,
+    written: Sequence[str] | None = None,
     source: str = "given by the user",
 ) -> Task:
     """A task from prompts and counterfactual twins.
@@ -30,6 +32,8 @@ def from_prompts(
         name: of the task.
         positions: word indices by name (0-based, punctuation and newlines count, see `pieces`), for all prompts or one
             for each. "end" is known.
+        written: for encoder-decoders, what the decoder has written after each prompt when the answer comes; nothing by
+            default.
         source: where the prompts come from.
 
     Raises:
@@ -41,6 +45,7 @@ def from_prompts(
     ((0,), [0], [2])
     """
     lists: dict[str, Sequence[Any]] = {"prompts": prompts, "twins": twins, "answers": answers, "wrong": wrong}
+    lists |= {} if written is None else {"written": written}
     for what, given in lists.items():
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise TaskError(f"{what} is {type(given).__name__}, expected a list with one entry per prompt")
@@ -55,7 +60,8 @@ def from_prompts(
     made = []
     for i, (prompt, twin) in enumerate(zip(prompts, twins, strict=True)):
         own = {key: where if isinstance(where, int) else where[i] for key, where in places.items()}
-        made.append(_example(i, prompt, twin, _several(answers[i]), _several(wrong[i]), own))
+        example = _example(i, prompt, twin, _several(answers[i]), _several(wrong[i]), own)
+        made.append(example if written is None else replace(example, written=written[i]))
     return Task(name, tuple(made), source, {"prompts": len(prompts)})
 
 

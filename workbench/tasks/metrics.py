@@ -44,7 +44,7 @@ def last_logits(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         batch: the inputs; without an attention mask every row is taken to be full.
     """
     logits = output if isinstance(output, torch.Tensor) else output.logits
-    if batch.get("attention_mask") is None:
+    if batch.get(_names(batch)[1]) is None:
         return logits[:, -1]
     last = last_places(batch).to(logits.device)
     return logits[torch.arange(len(last), device=logits.device), last]
@@ -53,14 +53,23 @@ def last_logits(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def last_places(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Position of each prompt's last token, [batch]; of a batch without a mask one number for all, [1].
 
+    Of an encoder-decoder it is the last token that the decoder is given.
+
     >>> last_places({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
     tensor([1, 2])
     """
-    mask = batch.get("attention_mask")
+    ids, mask_name = _names(batch)
+    mask = batch.get(mask_name)
     if mask is None:
-        return torch.tensor([batch["input_ids"].shape[1] - 1])
+        return torch.tensor([batch[ids].shape[1] - 1])
     places = torch.arange(mask.shape[1], device=mask.device)
     return (mask.to(places.dtype) * places).argmax(dim=1)
+
+
+def _names(batch: Mapping[str, torch.Tensor]) -> tuple[str, str]:
+    """What the ids whose logits the model gives, and their mask, are called."""
+    prefix = "decoder_" if batch.get("decoder_input_ids") is not None else ""
+    return f"{prefix}input_ids", f"{prefix}attention_mask"
 
 
 def logit_diff(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

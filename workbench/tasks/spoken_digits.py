@@ -193,6 +193,40 @@ def clips(n: int, *, seed: int = 0, least: int = 3, most: int = MOST) -> list[Cl
     return made
 
 
+def pairs(n: int, *, seed: int = 0, place: int = 1, digits: int = 3) -> list[tuple[Clip, Clip]]:
+    """Clips with twins in which another digit is said at one place, by the same voice, at the same times.
+
+    Both words at the place are made as long as the longer one, by silence, so that everything else is equal to the
+    sample, the noise included.
+
+    Args:
+        place: which digit differs, from 0. digits: how many different ones are said.
+
+    Raises:
+        TaskError: a place that is none, or digits that do not fit.
+
+    >>> pairs(1, seed=5)
+    [(Clip('four nine zero', 4.0 s), Clip('four one zero', 4.0 s))]
+    """
+    if not 0 <= place < digits <= MOST:
+        raise TaskError(f"place {place} of {digits} digits; there are 1 to {MOST} in a clip")
+    made = []
+    for number in range(n):
+        random = np.random.default_rng([seed, number])
+        *said, other = random.choice(10, digits + 1, replace=False).tolist()
+        voice = Voice.draw(random)
+        words = {digit: word(digit, voice, random) for digit in (*said, other)}
+        longest = max(len(words[said[place]]), len(words[other]))
+        for digit in (said[place], other):
+            words[digit] = np.pad(words[digit], (0, longest - len(words[digit])))
+        twin = [*said[:place], other, *said[place + 1 :]]
+        clip, counterpart = (
+            say(one, voice, np.random.default_rng([seed, number, 1]), words=words) for one in (said, twin)
+        )
+        made.append((clip, counterpart))
+    return made
+
+
 def _voiced(
     sounds: list[_Sound], starts: np.ndarray, ends: np.ndarray, n: int, voice: Voice, random: Generator
 ) -> np.ndarray:

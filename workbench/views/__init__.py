@@ -11,7 +11,7 @@ from workbench.views import profile as _profile  # noqa: F401
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
 from workbench.views.base import View
 from workbench.views.capacity_curves import CapacityCurves, capacity_curves
-from workbench.views.circuit_graph import circuit_graph
+from workbench.views.circuit_graph import CircuitGraph, circuit_graph
 from workbench.views.compare import Compare, compare
 from workbench.views.conditioning import capacity_correlation
 from workbench.views.conditioning_curves import ConditioningCurves, conditioning_curves
@@ -21,6 +21,8 @@ from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.image_attention import ImageAttention, image_attention
 from workbench.views.of import all_of, of, page_of
+from workbench.views.overlap import OverlapGraph, overlap_chance, overlap_graph
+from workbench.views.overlap_matrix import OverlapMatrix, overlap_matrix
 from workbench.views.overview import overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.saliency_map import SaliencyMap, saliency_map
@@ -34,6 +36,7 @@ __all__ = [
     "AttentionPattern",
     "Axes",
     "CapacityCurves",
+    "CircuitGraph",
     "Click",
     "Compare",
     "ConditioningCurves",
@@ -42,6 +45,8 @@ __all__ = [
     "HeadAtlas",
     "HeadGallery",
     "ImageAttention",
+    "OverlapGraph",
+    "OverlapMatrix",
     "RunTimeline",
     "SaliencyMap",
     "Selection",
@@ -63,6 +68,9 @@ __all__ = [
     "head_gallery",
     "image_attention",
     "of",
+    "overlap_chance",
+    "overlap_graph",
+    "overlap_matrix",
     "overview",
     "page_of",
     "run_timeline",

@@ -6,6 +6,7 @@ import base64
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,6 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from workbench.errors import ReportError
+from workbench.json_text import finite
 from workbench.views import drawing, page
 from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.spec import ViewSpec
@@ -35,9 +37,11 @@ class View(ABC):
     Attributes:
         spec: what is shown, as data.
         size: width and height of the picture in inches.
+        colours: how many the picture keeps; None for all.
     """
 
     size: tuple[float, float] = (8.0, 4.5)
+    colours: int | None = None
 
     def __init__(self, spec: ViewSpec, selection: SharedSelection | None = None) -> None:
         self.spec = spec
@@ -64,6 +68,27 @@ class View(ABC):
     def on_select(self, callback: Callable[[Selection], object]) -> Callable[[], None]:
         """Call back with every new selection, from Python or from a click; what is returned ends that."""
         return self._shared.on_select(callback)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What has been set in this view alone, JSON values; a page or report that is made of the view keeps it."""
+        return dict(self.spec.state)
+
+    def set_state(self, **changes: Any) -> Self:
+        """Change some of the state, here and in the browser; returns the view.
+
+        Raises:
+            ReportError: the view has no such state.
+        """
+        self._put_state(finite({**self.spec.state, **changes}))
+        return self
+
+    def _put_state(self, state: Mapping[str, Any]) -> None:
+        if state == self.spec.state:
+            return
+        self.spec = replace(self.spec, state=state)
+        if "widget" in self.__dict__:
+            self.widget.state = dict(state)
 
     def data(self) -> pd.DataFrame:
         """The numbers that are shown, as a table."""
@@ -100,7 +125,7 @@ class View(ABC):
         Args:
             theme: "light" or "dark".
         """
-        found = drawing.png(self.picture, self.size, theme=theme, dpi=dpi)
+        found = drawing.png(self.picture, self.size, theme=theme, dpi=dpi, colours=self.colours)
         return found if path is None else page.write(path, found)
 
     def _png(self) -> bytes:

@@ -1,30 +1,26 @@
-"""Views of what is measured of circuits: faithfulness, overlap, patching, roles, stability, repair."""
+"""Views of what is measured of circuits: faithfulness, patching, roles, stability, repair."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from workbench.analysis.circuits.faithful import Faithfulness, FaithfulnessCurve
-from workbench.analysis.circuits.graph import head_of, label
-from workbench.analysis.circuits.overlap import CircuitOverlap
+from workbench.analysis.circuits.names import label, number_of, site_of
 from workbench.analysis.circuits.patching import HeadPatching
 from workbench.analysis.circuits.repair import Repair
 from workbench.analysis.circuits.roles import ROLES, HeadRoles
 from workbench.analysis.circuits.stability import Stability
 from workbench.tokens import plotly_text
 from workbench.views.base import View
-from workbench.views.figure import figure
+from workbench.views.figure import band, figure
 from workbench.views.head_atlas import head_atlas
 from workbench.views.of import of
 
-_BAND = "rgba(128, 128, 128, 0.25)"
 _MOST_BARS = 40
-_LABEL = re.compile(r"L(\d+)(?:H|KV)(\d+)")
 
 
 @of.register
@@ -33,7 +29,7 @@ def _(curve: FaithfulnessCurve) -> View:
     import plotly.graph_objects as go
 
     table, x = curve.table, list(curve.fractions)
-    fig = go.Figure(_band(x, table["low"], table["high"]))
+    fig = go.Figure(band(x, table["low"], table["high"]))
     for name, values, dash in (("by magnitude", curve.absolute, "solid"), ("by signed score", curve.signed, "dot")):
         fig.add_trace(go.Scatter(x=x, y=values, name=name, mode="lines+markers", line={"dash": dash, "width": 2}))
     fig.add_hline(y=1, line={"width": 1, "dash": "dash", "color": "#888888"})
@@ -64,79 +60,16 @@ def _(found: Faithfulness) -> View:
 
 
 @of.register
-def _(overlap: CircuitOverlap) -> View:
-    """What is shared by layer and head, random circuits beside the measured overlap, and overlap by size."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    fig = make_subplots(
-        rows=2, cols=2, specs=[[{"colspan": 2}, None], [{}, {}]], row_heights=[0.62, 0.38], vertical_spacing=0.16,
-        subplot_titles=[f"{overlap.unit} by where they begin", "random circuits", "at matched sizes"],
-    )  # fmt: skip
-    kinds = (("shared", overlap.shared, 0.0), (f"only {overlap.tasks[0]}", overlap.only_a, -0.24),
-             (f"only {overlap.tasks[1]}", overlap.only_b, 0.24))  # fmt: skip
-    widest = _widest((*overlap.shared, *overlap.only_a, *overlap.only_b))
-    for name, items, shift in kinds:
-        fig.add_trace(_items(name, items, shift, widest), row=1, col=1)
-    null = overlap.null.double().numpy()
-    counts, edges = np.histogram(null, bins=min(30, max(1, len(np.unique(null)))))
-    middles = (edges[:-1] + edges[1:]) / 2
-    bars = go.Bar(x=middles.tolist(), y=counts.tolist(), name="random", showlegend=False, marker={"color": "#9a9a9a"})
-    fig.add_trace(bars, row=2, col=1)
-    own = overlap.values["jaccard"]
-    top = [own, own], [0, int(counts.max())]
-    fig.add_trace(
-        go.Scatter(x=top[0], y=top[1], mode="lines", name="measured", line={"width": 3, "color": "#3b7dd8"}),
-        row=2, col=1,
-    )  # fmt: skip
-    for name, dash in (("jaccard", "solid"), ("expected", "dot")):
-        values = list(overlap.curve[name])
-        shown = "measured" if name == "jaccard" else "by chance"
-        lines = go.Scatter(
-            x=list(overlap.sizes), y=values, mode="lines+markers", name=shown, line={"dash": dash, "color": "#3b7dd8"},
-            showlegend=False,
-        )  # fmt: skip
-        fig.add_trace(lines, row=2, col=2)
-    layers = sorted({_place(item, widest)[1] for item in (*overlap.shared, *overlap.only_a, *overlap.only_b)})
-    ticks = ["input" if layer < 0 else f"L{layer}" for layer in layers]
-    fig.update_yaxes(tickvals=layers, ticktext=ticks, zeroline=False, row=1, col=1)
-    heads = list(range(widest))
-    fig.update_xaxes(
-        title_text="head", tickvals=[*heads, widest], ticktext=[*map(str, heads), "MLP"], zeroline=False, row=1, col=1
-    )
-    fig.update_xaxes(title_text="Jaccard overlap", row=2, col=1)
-    fig.update_yaxes(title_text="draws", row=2, col=1)
-    fig.update_xaxes(title_text=f"{overlap.unit} in each", type="log", row=2, col=2)
-    fig.update_layout(height=260 + 44 * len(layers) + 200)
-    low, high = overlap.intervals.get("jaccard", (float("nan"),) * 2)
-    crossed = "" if overlap.cross else " Cross-faithfulness was not asked for (wb= and tasks=)."
-    return figure(
-        fig,
-        title=f"Overlap of {overlap.tasks[0]} and {overlap.tasks[1]}",
-        caption=(
-            f"{len(overlap.shared)} shared {overlap.unit}; Jaccard {own:.3f} [{low:.3f}, {high:.3f}], "
-            f"{overlap.expected:.3f} by chance (p {overlap.p_value:.2g})."
-        ),
-        table=overlap.table,
-        notes=(
-            "The size of a marker is the number of items. Random circuits have as many items in each layer as these.",
-            f"Overlap alone does not say that shared parts do the same.{crossed}",
-        ),
-        provenance=overlap.provenance,
-    )
-
-
-@of.register
 def _(patching: HeadPatching) -> View:
     """The head atlas, one metric per place."""
     span = float((patching.clean.mean() - patching.corrupted.mean()).abs())
-    table = patching.table.rename(columns={"head": "label", "number": "head", "score": "value"})
+    table = patching.table.rename(columns={"score": "value"})
     half = 1.96 * table["standard_error"] / span
     table = table.assign(low=table["value"] - half, high=table["value"] + half)
-    scores: dict[str, Any] = {
-        str(place): table.loc[table["position"] == place, ["layer", "head", "value", "low", "high"]]
-        for place in patching.places
-    }
+    scores: dict[str, Any] = {}
+    for place in patching.places:
+        rows = table.loc[table["position"] == place].reset_index(drop=True)
+        scores[str(place)] = _placed(rows["head"]).join(rows[["value", "low", "high"]])
     return head_atlas(
         scores, title=f"Patching of {patching.activation}", signed=True, provenance=patching.provenance,
         caption=(
@@ -153,9 +86,7 @@ def _(roles: HeadRoles) -> View:
     for name, values in roles.evidence.items():
         if not bool(values.isfinite().any()):
             continue
-        places = [found for head in roles.heads if (found := _LABEL.fullmatch(head))]
-        frame = pd.DataFrame([(int(p[1]), int(p[2])) for p in places], columns=["layer", "head"])
-        scores[name] = frame.assign(value=values.tolist())
+        scores[name] = _placed(roles.heads).assign(value=values.tolist())
     named = [f"{role}: {', '.join(roles.of(role))}" for role in ROLES if roles.of(role)]
     return head_atlas(
         scores, title=f"Roles of heads on {roles.task}", provenance=roles.provenance,
@@ -200,6 +131,14 @@ def _(fixed: Repair) -> View:
     )  # fmt: skip
 
 
+def _placed(heads: Iterable[str]) -> pd.DataFrame:
+    """One row per head, by its label: layer, head, and its site where a layer has several."""
+    labels = list(heads)
+    rows = [(*(number_of(text) or (-1, -1)), site_of(text)) for text in labels]
+    frame = pd.DataFrame(rows, columns=["layer", "head", "site"])
+    return frame if frame["site"].notna().all() else frame.drop(columns="site")
+
+
 def _bars(
     names: list[str], frame: pd.DataFrame, unit: str, *, title: str, caption: str, provenance: Any,
     table: pd.DataFrame | None = None,
@@ -218,46 +157,3 @@ def _bars(
     fig.update_xaxes(title_text=unit)
     fig.update_layout(height=140 + 24 * len(names), showlegend=False)
     return figure(fig, title=title, caption=caption, table=frame if table is None else table, provenance=provenance)
-
-
-def _band(x: list[float], low: Any, high: Any) -> Any:
-    import plotly.graph_objects as go
-
-    return go.Scatter(
-        x=[*x, *reversed(x)], y=[*high, *reversed(list(low))], fill="toself", fillcolor=_BAND, line={"width": 0},
-        mode="lines", hoverinfo="skip", showlegend=False, name="interval",
-    )  # fmt: skip
-
-
-def _items(name: str, items: tuple[str, ...], shift: float, widest: int) -> Any:
-    """One marker for each place where such items begin, larger for more."""
-    import plotly.graph_objects as go
-
-    counted = Counter(_place(item, widest) for item in items)
-    senders = {_place(item, widest): item.partition("->")[0] for item in items}
-    places = sorted(counted)
-    heads = [head_of(senders[place]) for place in places]
-    most = max(counted.values(), default=1)
-    return go.Scatter(
-        x=[place[0] + shift for place in places], y=[place[1] for place in places], mode="markers",
-        name=plotly_text(name),
-        text=[f"{label(senders[place])}: {counted[place]}" for place in places],
-        hovertemplate="%{text}<extra></extra>", marker={"size": [6 + 10 * (counted[p] / most) ** 0.5 for p in places]},
-        customdata=[[-1, -1] if head is None else list(head) for head in heads], meta={"select": ["layer", "heads"]},
-    )  # fmt: skip
-
-
-def _place(item: str, widest: int) -> tuple[float, int]:
-    """(x, layer) of a node, or of the node where an edge begins."""
-    sender = item.partition("->")[0]
-    head = head_of(sender)
-    if head is not None:
-        return float(head[1]), head[0]
-    if sender.startswith("m"):
-        return float(widest), int(sender[1:])
-    return (widest - 1) / 2, -1
-
-
-def _widest(items: tuple[str, ...]) -> int:
-    heads = [head for item in items if (head := head_of(item.partition("->")[0])) is not None]
-    return 1 + max((head for _, head in heads), default=0)

@@ -63,8 +63,14 @@ def _style(theme: str) -> Any:
         yield colours
 
 
-def png(picture: Callable[[Any], None], size: tuple[float, float], *, theme: str, dpi: int) -> bytes:
-    """The PNG that `picture(figure)` draws; the same every time."""
+def png(
+    picture: Callable[[Any], None], size: tuple[float, float], *, theme: str, dpi: int, colours: int | None = None
+) -> bytes:
+    """The PNG that `picture(figure)` draws; the same every time.
+
+    Args:
+        colours: keep so many, which makes a picture of many faint lines several times smaller.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,6 +83,17 @@ def png(picture: Callable[[Any], None], size: tuple[float, float], *, theme: str
             # A script that no installed font has: the picture shows boxes, the page and the table the text.
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
             figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue() if colours is None else _fewer(out, colours)
+
+
+def _fewer(picture: io.BytesIO, colours: int) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    with Image.open(picture) as image:
+        # Of the ways to choose colours this one keeps those of small areas, such as the end of a scale.
+        few = image.convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(out, format="png", optimize=True, dpi=image.info.get("dpi"))
     return out.getvalue()
 
 

@@ -85,6 +85,9 @@ class Figure(View):
         return Click(number, trace.get("name", ""), at, question.get("x"), question.get("y"), chosen)
 
 
+_BAND = "rgba(128, 128, 128, 0.25)"
+
+
 def figure(
     fig: go.Figure,
     *,
@@ -130,7 +133,7 @@ def figure(
         if cut:
             said.append(f"The table holds the first {parts.TABLE_ROWS:,} points; the JSON download holds all.")
     else:
-        columns = _columns(table)
+        columns = columns_of_table(table)
     spec = ViewSpec(
         kind="figure",
         title=title,
@@ -144,7 +147,7 @@ def figure(
     return Figure(spec, selection)
 
 
-def _columns(table: pd.DataFrame | Mapping[str, Any]) -> dict[str, Any]:
+def columns_of_table(table: pd.DataFrame | Mapping[str, Any]) -> dict[str, Any]:
     """Numbers as arrays, everything else as text."""
     frame = table if isinstance(table, pd.DataFrame) else pd.DataFrame(dict(table))
     columns: dict[str, Any] = {}
@@ -157,3 +160,13 @@ def _columns(table: pd.DataFrame | Mapping[str, Any]) -> dict[str, Any]:
         else:
             columns[str(name)] = column.to_numpy(dtype="float64", na_value=float("nan"))
     return columns
+
+
+def band(x: list[float], low: Any, high: Any) -> Any:
+    """A grey band between two curves, such as an interval, as a plotly trace."""
+    import plotly.graph_objects as go
+
+    return go.Scatter(
+        x=[*x, *reversed(x)], y=[*high, *reversed(list(low))], fill="toself", fillcolor=_BAND, line={"width": 0},
+        mode="lines", hoverinfo="skip", showlegend=False, name="interval",
+    )  # fmt: skip

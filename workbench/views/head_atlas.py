@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from workbench.views.spec import ViewSpec
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_ALIAS = re.compile(r"(.+)\.\d+\.(attn|cross_attn)")
 _FEW = 5  # batch entries below which an interval says nothing
 Scores = Any  # {(layer, head): value}, an array [layer, head], or a frame with layer, head, value, (low, high, site)
 
@@ -182,7 +184,7 @@ def _of_scores(
     for layer, name, head in zip(largest["layer"], largest["site"], largest["head"], strict=True):
         heads = int(head) + 1
         starts[int(layer), str(name)] = start
-        sites.append(Site(str(name), int(layer), kind, heads, None, None))
+        sites.append(_site(str(name), int(layer), kind, heads))
         start += heads
     values, low, high = (np.full((len(frames), start), np.nan) for _ in range(3))
     for i, frame in enumerate(frames.values()):
@@ -197,6 +199,14 @@ def _of_scores(
         is_signed = bool(np.nanmin(values[i], initial=0) < 0) if signed is None else signed
         metrics[label] = Metric(label, unit, "", is_signed)
     return sites, metrics, values, low, high
+
+
+def _site(name: str, layer: int, kind: Kind, heads: int) -> Site:
+    """A site whose scores are given; an alias such as decoder.0.cross_attn tells its tower and kind."""
+    found = _ALIAS.fullmatch(name)
+    if found is None or found[1] == "blocks":
+        return Site(name, layer, kind, heads)
+    return Site(name, layer, "cross" if found[2] == "cross_attn" else kind, heads, tower=found[1])
 
 
 def _frame(scores: Scores) -> pd.DataFrame:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 
+from workbench.views.squeeze import squeeze
+
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./([\w-]+\.js)";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const|class|let)\b)", re.MULTILINE)
-_BARE = re.compile(r"^\s*//.*\n|^\s*/\*\*[\s\S]*?\*/\n|^[ \t]+|^\n", re.MULTILINE)
 
 
 @cache
@@ -31,8 +32,8 @@ def _needed(names: Iterable[str], known: dict[str, None]) -> dict[str, None]:
 
 @cache
 def _inner(name: str) -> str:
-    """A file without its imports and exports, and without comments and indentation: a widget sends it each time."""
-    return _BARE.sub("", _EXPORT.sub("", _IMPORT.sub("", asset(name))))
+    """A file without its imports and exports, comments and blanks: a widget sends it each time."""
+    return squeeze(_EXPORT.sub("", _IMPORT.sub("", asset(name))))
 
 
 @cache

@@ -39,6 +39,7 @@ class ViewSpec:
         table: columns of equal length, arrays or lists of text: what the data table shows and the CSV holds.
         notes: limits of what is shown, one sentence each: quantisation, rows left out, clipped values.
         selection: what is selected when nobody has selected anything.
+        state: what has been set in this view alone, JSON values: pins and their names, a threshold.
         provenance: JSON values.
     """
 
@@ -50,6 +51,7 @@ class ViewSpec:
     table: Table = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     selection: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class ViewSpec:
         # Facts are compared as JSON has them: tuples as lists, NaN as null.
         described = {
             "facts": finite(self.facts),
+            "state": finite(self.state),
             "blocks": {name: {"dtype": b.dtype.str[1:], "axes": b.ndim} for name, b in self.blocks.items()},
         }
         try:
@@ -101,6 +104,7 @@ class ViewSpec:
             "table": columns,
             "notes": list(self.notes),
             "selection": finite(self.selection),
+            "state": finite(self.state),
         }
 
     @property
@@ -115,7 +119,17 @@ def _schema(kind: str) -> dict[str, Any]:
     if not found.is_file():
         raise ReportError(f"there is no view {kind!r}")
     inner: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
-    return inner
+    return _extended(inner, _schema(inner["extends"])) if "extends" in inner else inner
+
+
+def _extended(inner: dict[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema that has all of another one's properties besides its own."""
+    made = dict(base) | {"title": inner["title"], "properties": dict(base["properties"])}
+    for name, more in inner["properties"].items():
+        old = base["properties"].get(name, {"properties": {}})
+        required = [*old.get("required", []), *more.get("required", [])]
+        made["properties"][name] = {**old, "properties": old["properties"] | more["properties"], "required": required}
+    return made
 
 
 def _little(block: Array) -> Array:

@@ -21,22 +21,27 @@ class ViewWidget(anywidget.AnyWidget):
 
     Attributes:
         spec: the view's spec, with arrays as binary buffers.
+        state: what has been set in the view alone, both ways.
         still: ids of the pictures that this widget stands in for.
     """
 
     _css = modules.asset(modules.STYLE)
     spec = traitlets.Dict().tag(sync=True)
     selection = traitlets.Dict().tag(sync=True)
+    state = traitlets.Dict().tag(sync=True)
     still = traitlets.List(traitlets.Unicode()).tag(sync=True)
     live = traitlets.Bool(True).tag(sync=True)
 
     @staticmethod
     def of(view: View, shared: SharedSelection) -> ViewWidget:
         """The widget of a view."""
-        widget = _widget_class(view.spec.kind)(spec=view.spec.to_live(), selection=shared.value.to_json())
+        state = dict(view.spec.state)
+        given = {"spec": view.spec.to_live(), "selection": shared.value.to_json(), "state": state}
+        widget = _widget_class(view.spec.kind)(**given)
         widget._view, widget._shared = view, shared
         widget.on_msg(widget._asked)
         widget.observe(widget._chosen, "selection")
+        widget.observe(widget._stated, "state")
         shared.on_select(widget._follow)
         return widget
 
@@ -45,6 +50,13 @@ class ViewWidget(anywidget.AnyWidget):
 
     def _chosen(self, change: Any) -> None:
         self._shared.value = Selection.of(change["new"])
+
+    def _stated(self, change: Any) -> None:
+        try:
+            self._view._put_state(change["new"])
+        except WorkbenchError:
+            self.state = dict(self._view.spec.state)  # what the browser keeps is what Python has
+            raise
 
     def _follow(self, selection: Selection) -> None:
         self.selection = selection.to_json()

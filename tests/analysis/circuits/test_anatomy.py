@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import workbench
-from support.circuits import SlotModel, tiny
+from support.circuits import ENCODER_DECODERS, SlotModel, task_for, tiny
 from support.tiny import family
+from support.zoo.family import ids
 from workbench.analysis.circuits.anatomy import find_anatomy
 from workbench.analysis.circuits.graph import Graph, Layer
 from workbench.errors import AttachError, FormatError, InterventionError
@@ -30,6 +31,60 @@ def test_parts_are_found_and_their_sum_is_the_stream(name: str) -> None:
     assert {(x.n_heads, x.n_kv_heads, x.parallel, x.mlp) for x in found.graph.layers} == {(heads, kv, parallel, True)}
     assert found.error < 1e-12
     assert found.head is not None
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_an_encoder_decoder_has_two_streams(name: str) -> None:
+    with workbench.attach(tiny(name)) as wb:
+        given = {"input_ids": ids(2, 9), "decoder_input_ids": ids(2, 5)}
+        if name in ("whisper", "captioner"):
+            del given["input_ids"]
+            given |= {name: value for name, value in task_for(name, 2).inputs.items() if name != "decoder_input_ids"}
+        found = find_anatomy(wb, given)
+    graph = found.graph
+    assert found.error < 1e-12
+    assert found.head is not None
+    assert graph.streams == ("encoder", "decoder")
+    assert [(x.stream, x.kind, x.mlp) for x in graph.layers] == [
+        ("encoder", "self", True), ("encoder", "self", True), ("decoder", "self", False), ("decoder", "cross", True),
+        ("decoder", "self", False), ("decoder", "cross", True),
+    ]  # fmt: skip
+    assert found.blocks(1)[1] == found.layers[4].block == found.layers[5].block
+    assert found.lengths == ({"whisper": 20, "captioner": 5}.get(name, 9), 5)
+    norm = found.layers[5].parts["k"].norm
+    assert norm is not None
+    assert "encoder" in norm
+    assert norm == found.layers[3].parts["v"].norm
+
+
+def test_two_towers_without_cross_attention_are_refused() -> None:
+    with workbench.attach(tiny("clip", torch.float32)) as wb, pytest.raises(AttachError, match="joined by cross-atten"):
+        find_anatomy(wb, family("clip").inputs())
+
+
+def test_names_in_two_streams() -> None:
+    layers = (
+        Layer(2, 2, stream="encoder"), Layer(4, 2, mlp=False, stream="decoder"),
+        Layer(4, 2, kind="cross", stream="decoder"),
+    )  # fmt: skip
+    graph = Graph(layers, d_model=8)
+    assert Graph.of(graph.facts) == graph
+    for given in (("decoder.0.cross_attn", 3), "decoder.0.cross_attn.H3", "decoder.x0.h3"):
+        assert graph.head_name(given) == "decoder.x0.h3"
+    assert graph.head_name("decoder.0.self_attn.H1") == "decoder.a0.h1"
+    assert graph.receiver("decoder.x0.h3", "k") == "decoder.x0.kv1<k>"
+    assert graph.layer_of("decoder.x0.kv1") == graph.layer_of("decoder.m0") == 2
+    with pytest.raises(InterventionError, match="no node"):
+        graph.head_name((0, 1))  # of which stream?
+    path = ["encoder.input->encoder.a0.h0<v>", "encoder.a0.h0->decoder.x0.kv1<v>", "decoder.x0.h2->logits"]
+    chosen = torch.zeros_like(graph.exists)
+    for name in (*path, "decoder.input->decoder.a0.h0<q>", "encoder.m0->decoder.x0.kv0<k>"):
+        chosen[graph.edge(name)] = True
+    assert graph.edge_names(graph.pruned(chosen)) == path
+    with pytest.raises(FormatError, match="does not read"):
+        graph.edge("encoder.a0.h0->decoder.x0.h0<q>")
+    with pytest.raises(FormatError, match="does not read"):
+        graph.edge("encoder.a0.h0->logits")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "gpt-neox", "qwen3"])
@@ -65,7 +120,7 @@ def test_columns_are_those_of_each_head(name: str) -> None:
     [
         ("gemma2", "neither its heads' output nor that of one module"),
         ("deepseek-v3", "low-rank"),
-        ("t5", "several towers"),
+        ("bart", "neither its heads' output nor that of one module"),
     ],
 )
 def test_models_whose_stream_is_no_sum_are_refused(name: str, says: str) -> None:

@@ -129,6 +129,16 @@ def test_a_planted_circuit_is_faithful_complete_and_minimal(found: Any) -> None:
     assert workbench.circuit_faithfulness(wb, nodes, task, progress=False).value == pytest.approx(1, abs=0.05)
 
 
+def test_every_share_has_an_interval(found: Any) -> None:
+    wb, task, circuit = found
+    measured = workbench.circuit_faithfulness(wb, circuit, task, n_subsets=2, minimality=True, progress=False)
+    table = measured.table
+    assert set(table["quantity"]) == {"faithfulness", "incompleteness", "minimality"}
+    assert bool((table["low"] <= table["high"]).all())
+    inside = (table["low"] <= table["value"] + 1e-9) & (table["value"] <= table["high"] + 1e-9)
+    assert bool(inside[table["quantity"] != "incompleteness"].all())  # a magnitude near 0 is mostly larger when drawn
+
+
 def test_curves_follow_mibs_definition(grouped: Any) -> None:
     wb, task, circuits = grouped
     circuit = circuits["eap"]

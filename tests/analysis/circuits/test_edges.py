@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import workbench
-from support.circuits import INDUCTION_EDGES, Words, induction_model, random_task, tiny
+from support.circuits import ENCODER_DECODERS, INDUCTION_EDGES, Words, induction_model, random_task, task_for, tiny
 from workbench.analysis.circuits.acdc import prune_edges
 from workbench.analysis.circuits.attribution import attribute_edges
 from workbench.analysis.circuits.edges import _Patched, run_edges, run_nodes
@@ -17,7 +17,7 @@ from workbench.analysis.circuits.stability import auroc
 from workbench.analysis.circuits.study import Study, open_study
 from workbench.errors import InterventionError
 
-NAMES = ["gpt2", "llama-gqa", "gpt-neox"]
+NAMES = ["gpt2", "llama-gqa", "gpt-neox", *ENCODER_DECODERS]
 
 
 def mask_gradient(study: Study) -> torch.Tensor:
@@ -27,7 +27,7 @@ def mask_gradient(study: Study) -> torch.Tensor:
         logits, clean, twin = study.record(pair)
         mask = torch.zeros(1, *study.graph.exists.shape, dtype=torch.float64, requires_grad=True)
         run = _Patched(study, pair, clean, twin, mask, 0)
-        run._chosen = lambda first, n: list(range(first, first + n))  # type: ignore[method-assign]
+        run._chosen = list  # type: ignore[method-assign,assignment]
         out = study.stream.run(pair.clean, pair.last, run.hooks())
         total -= torch.autograd.grad(study.metric(out, pair, logits).sum(), mask)[0][0]
     return total / len(study.task)
@@ -37,14 +37,14 @@ def mask_gradient(study: Study) -> torch.Tensor:
 def test_it_is_the_gradient_of_edge_masks(name: str) -> None:
     with (
         workbench.attach(tiny(name), Words()) as wb,
-        open_study(wb, random_task(4, 6, 60, lengths=2), batch_size=3) as study,
+        open_study(wb, task_for(name, 4, lengths=2), batch_size=3) as study,
     ):
         found = attribute_edges(study, progress=False)
         exists = study.graph.exists
         assert bool(found.scores[~exists].isnan().all())
         assert (found.scores - mask_gradient(study))[exists].abs().max() < (
-            1e-5 if name == "llama-gqa" else 1e-9
-        )  # whose norm is in float32
+            1e-5 if name in ("llama-gqa", "t5") else 1e-9
+        )  # whose norms are in float32
         assert found.scores[exists].abs().max() > 1e-3
         assert found.examples is not None
         assert torch.allclose(found.examples.double().mean(0), found.scores[exists], atol=1e-5)
@@ -56,8 +56,9 @@ def test_it_is_the_gradient_of_edge_masks(name: str) -> None:
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
-def test_integrated_gradients_are_complete(direction: str) -> None:
-    with workbench.attach(tiny("gpt2"), Words()) as wb, open_study(wb, random_task(3, 6, 60)) as study:
+@pytest.mark.parametrize("name", ["gpt2", "mbart"])
+def test_integrated_gradients_are_complete(name: str, direction: str) -> None:
+    with workbench.attach(tiny(name), Words()) as wb, open_study(wb, task_for(name, 3)) as study:
         errors = []
         for steps in (8, 64):
             found = attribute_edges(study, steps=steps, direction=direction, progress=False)
@@ -84,11 +85,13 @@ def test_along_activations_of_a_linear_reader_it_is_exact() -> None:
 def test_all_edges_of_a_node_patched_is_the_node_replaced(name: str, how: str) -> None:
     with (
         workbench.attach(tiny(name), Words()) as wb,
-        open_study(wb, random_task(4, 6, 60, lengths=2), batch_size=2) as study,
+        open_study(wb, task_for(name, 4, lengths=2), batch_size=2) as study,
     ):
         study.measure_baselines()
         graph = study.graph
-        names = ("a0.h1", "m0", "a1.h2", "m1", "input")
+        names: tuple[str, ...] = ("a0.h1", "m0", "a1.h2", "m1", "input")
+        if name in ENCODER_DECODERS:
+            names = ("decoder.x1.h1", "encoder.a0.h2", "decoder.a0.h1", "encoder.m1", "decoder.m1", "encoder.input")
         nodes = torch.ones(len(names) + 2, len(graph.senders), dtype=torch.bool)
         edges = graph.exists.expand(len(names) + 2, -1, -1).clone()
         for row, name_of in enumerate(names):

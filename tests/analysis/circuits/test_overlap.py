@@ -11,6 +11,7 @@ import torch
 import workbench
 from support.circuits import Words, induction_model, random_task, tiny
 from workbench import CircuitOverlap
+from workbench.analysis.circuits.cross import _edge_layers, _random_like
 from workbench.analysis.circuits.graph import Graph
 from workbench.analysis.circuits.measures import jaccard, rank_biased, weighted_jaccard
 from workbench.analysis.circuits.overlap import _null
@@ -81,8 +82,40 @@ def test_paths_overlap_stage_by_stage(two: Any) -> None:
     for stage, one, other in zip(found.stages, a.stages, b.stages, strict=True):
         x, y = set(one["chosen"]), set(other["chosen"])
         assert stage["jaccard"] == len(x & y) / len(x | y)
+        assert 0 <= stage["interval"][0] <= stage["interval"][1] <= 1
     low, high = found.intervals["jaccard"]
     assert 0 <= low <= high <= 1
+    assert all(0 <= low <= high <= 1 for low, high in zip(found.curve["low"], found.curve["high"], strict=True))
+
+
+def test_random_circuits_have_as_much_in_every_layer(two: Any) -> None:
+    _, _, circuits = two
+    for method in ("ablation", "eap"):
+        own = circuits[method][0]
+        for one in _random_like(own, 4, seed=0):
+            if method == "eap":
+                layers = _edge_layers(own.graph)
+                mine, other = (layers[c.edges_in[own.graph.exists]] for c in (own, one))
+            else:
+                mine, other = (torch.tensor([int(head[1]) for head in c.heads]) for c in (own, one))
+            assert torch.equal(mine.sort().values, other.sort().values)
+        drawn = {tuple(c.nodes if method == "ablation" else c.edges) for c in _random_like(own, 4, seed=0)}
+        assert len(drawn) > 1
+
+
+def test_redrawing_all_prompts_gives_the_circuit_again(two: Any) -> None:
+    wb, tasks, circuits = two
+    stages = (workbench.Stage("logits"), workbench.Stage("q"))
+    paths = workbench.find_circuit(wb, tasks[0], fraction=0.3, stages=stages, progress=False)
+    eap = circuits["eap"][0]
+    signed = eap.top(20, absolute=False, prune=False)
+    for own in (circuits["ablation"][0], eap, paths, signed, eap.above(float(eap.edge_scores.nanmean()))):
+        again = own.redrawn(torch.arange(len(tasks[0])))
+        assert again.nodes == own.nodes
+        assert again.edges == own.edges
+        assert torch.allclose(again.node_scores, own.node_scores, rtol=1e-5, equal_nan=True)
+        names = [name for name in own.nodes if name in own.graph.sender_index]
+        assert [own.graph.senders[i] for i in own.members.nonzero()[:, 0].tolist()] == names
 
 
 @pytest.mark.parametrize("method", ["ablation", "eap"])
@@ -90,15 +123,16 @@ def test_circuits_are_kept_and_ablated_on_both_tasks(two: Any, method: str, tmp_
     wb, tasks, circuits = two
     a, b = circuits[method]
     found = workbench.circuit_overlap(a, b, wb=wb, tasks=tasks, n_bootstrap=20, progress=False)
-    assert [(one["do"], one["circuit"], one["task"]) for one in found.cross[:2]] == [
-        ("keep", "random", "random"), ("ablate", "random", "random"),
+    assert [(one["do"], one["random"]) for one in found.cross[:4]] == [
+        ("keep", False), ("keep", True), ("ablate", False), ("ablate", True),
     ]  # fmt: skip
-    assert len(found.cross) == 8
+    assert len(found.cross) == 16
     kept = workbench.circuit_faithfulness(wb, a, tasks[0], progress=False)
     if method == "eap":
         assert found.unit == "edges"
         assert found.cross[0]["value"] == pytest.approx(kept.value)
-    assert found.cross[4]["interval"][0] <= found.cross[4]["value"] <= found.cross[4]["interval"][1]
+    for one in found.cross:
+        assert one["interval"][0] <= one["value"] <= one["interval"][1]
     again = CircuitOverlap.load(found.save(tmp_path / "o.safetensors"))
     assert again.table.equals(found.table)
     assert len(found.curve["jaccard"]) == len(found.sizes) == len(found.fractions)

@@ -9,29 +9,30 @@ import torch
 from torch import Tensor
 
 import workbench
-from support.circuits import SlotModel, Words, mover_model, random_task, tiny
+from support.circuits import ENCODER_DECODERS, SlotModel, Words, mover_model, random_task, task_for, tiny
 from workbench.analysis.circuits.find import Stage, find_circuit
 from workbench.analysis.circuits.path_patching import Paths, run_paths
-from workbench.analysis.circuits.prompts import find_positions
 from workbench.analysis.circuits.stream import Kept
 from workbench.analysis.circuits.study import Study, open_study
 from workbench.errors import InterventionError
 
-NAMES = ["gpt2", "llama-gqa", "gpt-neox"]
+NAMES = ["gpt2", "llama-gqa", "gpt-neox", *ENCODER_DECODERS]
 
 
 def by_hand(study: Study, paths: Paths) -> Tensor:
     """[sender, example], one sender and two whole forwards at a time."""
     found = torch.zeros(len(paths.senders), len(study.task), dtype=torch.float64)
-    layers = range(len(study.graph.layers))
+    layers, end = range(len(study.graph.layers)), study.stream.end
     for pair in study.pairs:
         logits, clean, twin = study.record(pair)
-        where = find_positions(study.task, study.wb.tokenizer, pair, paths.positions)
+        streams = {study.graph.receiver_spot(name).stream for name in paths.receivers}
+        where = {stream: study.positions(pair, paths.positions, stream) for stream in streams}
         for row, (sender,) in enumerate(paths.senders):
-            at, head = (int(x) for x in sender[1:].split(".h"))
+            at, _, head, *_ = study.graph.sender(sender)
             seen, hooks = Kept(), {}
 
-            def put(old: Tensor, new: Tensor, index: Tensor | None = where) -> Tensor:
+            def put(old: Tensor, new: Tensor, stream: int, where: dict[int, Tensor | None] = where) -> Tensor:
+                index = where.get(stream)
                 made = old.clone()
                 rows = torch.arange(len(old))[:, None]
                 where_to = torch.arange(old.shape[1])[None] if index is None else index
@@ -42,24 +43,24 @@ def by_hand(study: Study, paths: Paths) -> Tensor:
                 z = clean["z", i].clone()
                 if i == at:
                     z[:, :, head] = twin["z", i][:, :, head]
-                hooks["z", i] = [lambda old, z=z: put(old, z)]
-                if paths.freeze_mlps:
-                    hooks["mlp", i] = [lambda old, new=clean["mlp", i]: put(old, new)]
+                stream = study.graph.stream_of(i)
+                hooks["z", i] = [lambda old, z=z, stream=stream: put(old, z, stream)]
+                if paths.freeze_mlps and study.graph.layers[i].mlp:
+                    hooks["mlp", i] = [lambda old, new=clean["mlp", i], stream=stream: put(old, new, stream)]
                 for part in "qkv":
                     hooks[part, i] = [seen.keep((part, i))]
-            hooks["final", 0] = [seen.keep(("final", 0))]
+            hooks[end] = [seen.keep(end)]
             study.stream.run(pair.clean, pair.last, hooks)
             second: dict[Any, Any] = {}
             for name in paths.receivers:
                 if name == "logits":
-                    second["final", 0] = [lambda old, seen=seen: put(old, seen["final", 0])]
+                    second[end] = [lambda old, seen=seen: put(old, seen[end], end[1])]
                     continue
-                i, part = study.graph.layer_of(name), name[-2]
-                number = int(name.split(".")[1].strip("hkv<>q"))
+                i, _, number, part, stream = study.graph.receiver_spot(name)
 
-                def one(old: Tensor, new: Tensor = seen[part, i], number: int = number) -> Tensor:
+                def one(old: Tensor, new: Tensor = seen[part, i], number: int = number, stream: int = stream) -> Tensor:
                     made = old.clone()
-                    made[:, :, number] = put(old, new)[:, :, number]
+                    made[:, :, number] = put(old, new, stream)[:, :, number]
                     return made
 
                 second.setdefault((part, i), []).append(one)
@@ -74,16 +75,19 @@ def by_hand(study: Study, paths: Paths) -> Tensor:
 def test_it_is_the_algorithm_written_out(name: str, freeze: bool, which: str) -> None:
     with (
         workbench.attach(tiny(name), Words()) as wb,
-        open_study(wb, random_task(5, 7, 60, lengths=2), batch_size=3) as study,
+        open_study(wb, task_for(name, 5, lengths=2), batch_size=3) as study,
     ):
         graph = study.graph
-        heads = graph.heads()
         receivers: tuple[str, ...] = ("logits",)
+        where: Any = "end"
         if which != "logits":
-            receivers = tuple(dict.fromkeys(graph.receiver((1, head), part) for head in (0, 3) for part in which))
-            heads = [head for head in heads if head[0] == 0]
-        where = "end" if which != "kv" else ("early", "end")
-        paths = Paths(receivers, tuple((graph.head_name(head),) for head in heads), where, freeze)
+            at = ["decoder.x1.h0", "decoder.x1.h3"] if name in ENCODER_DECODERS else ["a1.h0", "a1.h3"]
+            receivers = tuple(dict.fromkeys(graph.receiver(head, part) for head in at for part in which))
+            where = "end" if which == "q" else ("early", "end")
+        read = graph.exists[:, [graph.receiver_index[receiver] for receiver in receivers]].any(1)
+        heads = [head for head in graph.head_names if read[graph.sender_index[head]]]
+        assert len(heads) >= 4
+        paths = Paths(receivers, tuple((head,) for head in heads), where, freeze)
         with torch.no_grad():
             expected = by_hand(study, paths)
         found = run_paths(study, paths, progress=False)
@@ -96,17 +100,19 @@ def test_it_is_the_algorithm_written_out(name: str, freeze: bool, which: str) ->
 
 @pytest.mark.parametrize("name", NAMES)
 def test_of_everything_it_gives_one_and_of_nothing_zero(name: str) -> None:
-    with workbench.attach(tiny(name), Words()) as wb, open_study(wb, random_task(4, 6, 60)) as study:
+    with workbench.attach(tiny(name), Words()) as wb, open_study(wb, task_for(name, 4)) as study:
         study.measure_baselines()
-        everything = Paths(("logits",), (study.graph.senders,), None, freeze_mlps=True)
+        to_logits = [s for s in study.graph.senders if study.graph.exists[study.graph.sender_index[s], -1]]
+        everything = Paths(("logits",), (tuple(to_logits),), None, freeze_mlps=True)
         assert (run_paths(study, everything, progress=False)[0] - study.corrupted).abs().max() < 1e-9
         record = study.record
         study.record = lambda pair: (record(pair)[0], record(pair)[1], record(pair)[1])  # type: ignore[method-assign]
-        heads = tuple((study.graph.head_name(head),) for head in study.graph.heads())
+        heads = tuple((head,) for head in study.graph.head_names if head in to_logits)
         same = run_paths(study, Paths(("logits",), heads), progress=False)
         assert torch.equal(same, study.clean.expand_as(same))  # to the bit
-        upper = tuple(study.graph.receiver((1, head), "q") for head in range(2))
-        lower = tuple(unit for unit in heads if unit[0].startswith("a0"))
+        last = len(study.graph.layers) - 1
+        upper = tuple(study.graph.receivers[column] for column in study.graph.columns(last, "q"))[:2]
+        lower = tuple(unit for unit in heads if study.graph.layer_of(unit[0]) < last)
         same = run_paths(study, Paths(upper, lower), progress=False)
         assert torch.equal(same, study.clean.expand_as(same))
 
@@ -135,6 +141,22 @@ def test_a_planted_mover_and_the_head_before_it_come_first() -> None:
         assert float(second["importance"][index["a0.h2"]]) == pytest.approx(1, abs=0.05)
         assert circuit.heads == ("L0H2", "L1H0")
         assert set(circuit.edges) == {"a0.h2->a1.h0<q>", "a1.h0->logits"}
+
+
+def test_senders_come_before_any_or_all_receivers() -> None:
+    model = SlotModel(layers=3, noise=0.3)
+    with workbench.attach(model, Words()) as wb:
+        scored = {}
+        for before in ("any", "all"):
+            stages = (Stage(("a1.h0<q>", "a2.h1<q>"), "end", before=before),)
+            circuit = find_circuit(wb, random_task(4, 6, 12), stages=stages, fraction=0.1, progress=False)
+            known = ~circuit.stages[0]["importance"].isnan()
+            scored[before] = {circuit.graph.senders[i] for i in known.nonzero()[:, 0].tolist()}
+        assert scored["all"] == {"a0.h0", "a0.h1", "a0.h2"}
+        assert scored["any"] == scored["all"] | {"a1.h1", "a1.h2"}
+        stages = (Stage(("a1.h0<q>",), before="banana"),)
+        with pytest.raises(InterventionError, match="banana"):
+            find_circuit(wb, random_task(4, 6, 12), stages=stages, progress=False)
 
 
 def test_receivers_before_their_senders_and_other_bad_input() -> None:

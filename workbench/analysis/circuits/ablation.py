@@ -50,39 +50,49 @@ class Ablation:
             elif self.how == "zero":
                 found.tensors[key] = torch.zeros_like(clean[key])
             else:
-                mean = self.means[key]
-                found.tensors[key] = (mean[:, : pair.length] if mean.shape[1] > 1 else mean).expand_as(clean[key])
+                mean, length = self.means[key], clean[key].shape[1]
+                found.tensors[key] = (mean[:, :length] if mean.shape[1] > 1 else mean).expand_as(clean[key])
         return found
 
     def _means(self) -> dict[Key, Tensor]:
         """[1, position or 1, …] for each place; padding does not count."""
-        longest = max(pair.length for pair in self.study.pairs)
+        study = self.study
+        streams = range(len(study.graph.streams))
+        longest = [max(study.length(pair, s) for pair in study.pairs) for s in streams]
         totals: dict[Key, Tensor] = {}
-        counts = torch.zeros(longest, dtype=torch.float64)
+        counts = [torch.zeros(n, dtype=torch.float64) for n in longest]
         with torch.no_grad():
-            for pair in self.study.pairs:
-                _, clean = self.study.stream.record(pair.clean, pair.last)
-                real = pair.clean["attention_mask"].double()
-                counts[: pair.length] += real.sum(0).cpu()
+            for pair in study.pairs:
+                _, clean = study.stream.record(pair.clean, pair.last)
+                real = [pair.mask(s, study.length(pair, s)).double() for s in streams]
+                for s in streams:
+                    counts[s][: real[s].shape[1]] += real[s].sum(0).cpu()
                 for key in self.keys():
-                    value = clean[key].double()
-                    value = (value * real.view(*real.shape, *[1] * (value.dim() - 2))).sum(0)
-                    total = totals.setdefault(key, value.new_zeros(longest, *value.shape[1:]))
-                    total[: pair.length] += value
+                    s, value = stream_of(study, key), clean[key].double()
+                    value = (value * real[s].view(*real[s].shape, *[1] * (value.dim() - 2))).sum(0)
+                    total = totals.setdefault(key, value.new_zeros(longest[s], *value.shape[1:]))
+                    total[: len(value)] += value
                 dtype = clean["input", 0].dtype
         made = {}
         for key, total in totals.items():
-            shape = (-1, *[1] * (total.dim() - 1))
-            by_place = total / counts.to(total.device).clamp(min=1).view(shape)
-            over_all = total.sum(0, keepdim=True) / counts.sum().item()
+            count = counts[stream_of(study, key)].to(total.device)
+            by_place = total / count.clamp(min=1).view(-1, *[1] * (total.dim() - 1))
+            over_all = total.sum(0, keepdim=True) / count.sum()
             made[key] = (by_place if self.how == "mean_positional" else over_all)[None].to(dtype)
         return made
 
 
 def sender_keys(study: Study) -> list[Key]:
-    """Places where senders write: the input, and heads and MLP of each layer."""
+    """Places where senders write: the inputs, and heads and MLP of each layer."""
     layers = enumerate(study.graph.layers)
-    return [("input", 0), *((what, i) for i, layer in layers for what in ("z", *(["mlp"] if layer.mlp else [])))]
+    inputs = [("input", s) for s in range(len(study.graph.streams))]
+    return [*inputs, *((what, i) for i, layer in layers for what in ("z", *(["mlp"] if layer.mlp else [])))]
+
+
+def stream_of(study: Study, key: Key) -> int:
+    """Index of the stream that the senders at a place write to."""
+    what, i = key
+    return i if what == "input" else study.graph.stream_of(i)
 
 
 def replaced_nodes(study: Study, kept: Tensor, values: Kept, size: int) -> Iterator[tuple[Key, Hook]]:
@@ -93,14 +103,15 @@ def replaced_nodes(study: Study, kept: Tensor, values: Kept, size: int) -> Itera
     """
     graph = study.graph
     for i, layer in enumerate(graph.layers):
-        first = graph.before(i)
+        first = graph.first_sender(i)
         heads = kept[:, first : first + layer.n_heads]
         if not bool(heads.all()):
             yield ("z", i), _mixed(heads[:, None, None, :, None], values["z", i], size)
         if layer.mlp and not bool(kept[:, first + layer.n_heads].all()):
             yield ("mlp", i), _mixed(kept[:, first + layer.n_heads][:, None, None, None], values["mlp", i], size)
-    if not bool(kept[:, 0].all()):
-        yield ("input", 0), _mixed(kept[:, 0][:, None, None, None], values["input", 0], size)
+    for s, row in enumerate(graph.inputs):
+        if not bool(kept[:, row].all()):
+            yield ("input", s), _mixed(kept[:, row][:, None, None, None], values["input", s], size)
 
 
 def _mixed(keep: Tensor, value: Tensor, size: int) -> Hook:

@@ -43,7 +43,7 @@ def prune_edges(
     seen: list[tuple[Tensor, Kept, Kept]] = []
     span = float(study.clean.mean() - study.corrupted.mean())
     present = float(study.clean.mean())
-    order = [(s, r) for r in reversed(range(len(graph.receivers))) for s in reversed(range(graph.reads[r]))]
+    order = [(s, r) for r in reversed(range(len(graph.receivers))) for s in reversed(graph.reads[r])]
     bar = tqdm(total=len(order), disable=not progress, desc="pruning edges")
     place = 0
     with torch.no_grad():

@@ -7,7 +7,7 @@ stream before its norm, for the queries, keys and values of each head apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.analysis.circuits.anatomy import Part, unchanged
+from workbench.analysis.circuits.parts import Part, unchanged
 from workbench.analysis.circuits.prompts import Pair
 from workbench.analysis.circuits.stream import Hook, Kept, Key
 from workbench.analysis.circuits.study import DENOISING, NOISING, Study
@@ -31,8 +31,8 @@ class EdgeScores:
     Attributes:
         scores: [sender, receiver], the mean over examples; NaN where there is no edge.
         examples: [example, edge] in the order of `Graph.edges`, or None.
-        input_total: [example] sum of (input_clean − input_twin) · ∂m/∂input, all paths together: by completeness it
-            goes to the difference of the metric as steps grow (along "inputs").
+        input_total: [example] sum of (input_clean − input_twin) · ∂m/∂input over the inputs of all streams, all paths
+            together: by completeness it goes to the difference of the metric as steps grow (along "inputs").
     """
 
     scores: Tensor
@@ -106,45 +106,51 @@ class _Batch:
             if self.direction == DENOISING or self.study.metric.against_clean:
                 _, self.clean = stream.record(pair.clean, pair.last, resume=False)
         # At its own end the path is the prompt (or the twin) itself, whichever sender is moved along it.
-        gradients = self._gradients(None, 0, 1.0 if self.direction == NOISING else 0.0)
-        difference = self.clean["input", 0] - self.twin["input", 0]
+        gradients = self._gradients((), 1.0 if self.direction == NOISING else 0.0)
+        inputs: list[Key] = [("input", s) for s in range(len(graph.streams))]
+        differences = {key: self.clean[key] - self.twin[key] for key in inputs}
 
-        def at_input() -> Tensor:
-            return (gradients["input", 0] * difference).flatten(1).sum(1).double().cpu()
+        def at_inputs() -> Tensor:
+            parts = [(gradients[key] * differences[key]).flatten(1).sum(1) for key in inputs]
+            return torch.stack(parts).sum(0).double().cpu()
 
-        self._dot(gradients, found, slice(0, len(graph.senders)))
-        total = at_input()
+        everything = range(len(graph.senders))
+        self._dot(gradients, found, everything)
+        total = at_inputs()
+        places = self._senders() if path == "activations" else [(tuple(inputs), everything)]
         for step in range(1, steps):
-            for what, i, rows in self._senders() if path == "activations" else [("input", 0, None)]:
-                gradients = self._gradients(what, i, step / steps)
-                self._dot(gradients, found, slice(0, len(graph.senders)) if rows is None else rows)
-                if what == "input":
-                    total += at_input()
+            for keys, rows in places:
+                gradients = self._gradients(keys, step / steps)
+                self._dot(gradients, found, rows)
+                if rows == everything:
+                    total += at_inputs()
         return found / steps, total / steps
 
-    def _senders(self) -> list[tuple[str, int, slice]]:
+    def _senders(self) -> list[tuple[tuple[Key, ...], range]]:
         """The places whose output goes from twin to prompt, one at a time, and the senders there."""
-        graph, places = self.study.graph, [("input", 0, slice(0, 1))]
+        graph = self.study.graph
+        places: list[tuple[tuple[Key, ...], range]] = [
+            ((("input", s),), range(row, row + 1)) for s, row in enumerate(graph.inputs)
+        ]
         for i, layer in enumerate(graph.layers):
-            first = graph.before(i)
-            places.append(("z", i, slice(first, first + layer.n_heads)))
+            first, last = graph.first_sender(i), graph.first_sender(i) + layer.n_heads
+            places.append(((("z", i),), range(first, last)))
             if layer.mlp:
-                places.append(("mlp", i, slice(first + layer.n_heads, first + layer.n_heads + 1)))
+                places.append(((("mlp", i),), range(last, last + 1)))
         return places
 
-    def _gradients(self, what: str | None, i: int, share: float) -> dict[Key, Tensor]:
-        """Gradients of the metric by what receivers make of the stream, with one sender between twin and prompt.
+    def _gradients(self, moved: tuple[Key, ...], share: float) -> dict[Key, Tensor]:
+        """Gradients of the metric by what receivers make of the stream, with some senders between twin and prompt.
 
         The rest of the model runs on the prompt (noising) or on the twin (denoising). With no sender this is that run
         itself, and what it shows is kept.
         """
-        own, kept = (self.clean, self.pair.clean) if self.direction == NOISING else (self.twin, self.pair.twin)
-        batch = self.pair.clean if what == "input" else kept
+        own, batch = (self.clean, self.pair.clean) if self.direction == NOISING else (self.twin, self.pair.twin)
+        end = self.study.stream.end
         watched: dict[Key, Tensor] = {}
-        hooks: dict[Key, list[Hook]] = {("input", 0): [_leaf]}
-        if what is not None:
-            between = torch.lerp(self.twin[what, i], self.clean[what, i], share)
-            hooks.setdefault((what, i), []).insert(0, lambda old: between)
+        hooks: dict[Key, list[Hook]] = {}
+        for key in moved:
+            hooks[key] = [_put(torch.lerp(self.twin[key], self.clean[key], share))]
 
         def watch(key: Key) -> Hook:
             def hook(tensor: Tensor) -> Tensor:
@@ -153,7 +159,10 @@ class _Batch:
 
             return hook
 
-        hooks[("input", 0)].append(watch(("input", 0)))
+        for s in range(len(self.study.graph.streams)):
+            hooks.setdefault(("input", s), []).extend([_leaf, watch(("input", s))])
+            if ("final", s) != end:  # to be looked at by the norm before cross-attention
+                hooks["final", s] = [_keep(watched, ("read_final", s))]
         for n, layer in enumerate(self.layers):
             for part in layer.parts:
                 hooks.setdefault((part, n), []).append(watch((part, n)))
@@ -161,13 +170,13 @@ class _Batch:
             if layer.mlp is not None:
                 hooks.setdefault(("read_mlp", n), []).append(_keep(watched, ("read_mlp", n)))
                 hooks.setdefault(("mlp_in", n), []).append(watch(("mlp_in", n)))
-        hooks.setdefault(("final", 0), []).append(watch(("final", 0)))
-        if what is None:
+        hooks.setdefault(end, []).append(watch(end))
+        if not moved:
             for key, hook in self.study.stream.keeping(own).items():
                 hooks.setdefault(key, []).append(hook)
         with torch.enable_grad():
             logits = self.study.stream.run(batch, self.pair.last, hooks)
-            if what is None:
+            if not moved:
                 own.logits = logits.detach()
             value = self.study.metric(logits, self.pair, self.clean.logits).sum()
             wanted = [key for key in watched if not key[0].startswith("read")]
@@ -178,49 +187,61 @@ class _Batch:
         reads = {key: tensor.detach() for key, tensor in watched.items() if key[0].startswith("read")}
         return {**found, **reads}
 
-    def _dot(self, gradients: dict[Key, Tensor], found: Tensor, rows: slice) -> None:
+    def _dot(self, gradients: dict[Key, Tensor], found: Tensor, rows: range) -> None:
         """Add senders' differences times receivers' gradients, layer by layer, some positions at a time."""
         graph, size = self.study.graph, self.pair.size
         widest = len(graph.senders) + max(layer.n_heads + 2 * layer.n_kv_heads for layer in graph.layers) * 3
         most = max(1, self.study.memory // (widest * size * graph.d_model * 4))
-        for first in range(0, self.pair.length, most):
-            at = slice(first, first + most)
-            senders = self._differences(at, rows)
-            column = 0
-            for i, layer in enumerate(self.layers):
-                readers = [self._before_norm(layer.parts[part], gradients, part, i, at) for part in "qkv"]
-                many = torch.cat(readers, dim=1)
-                self._product(senders, many, found, rows, column, graph.before(i))
-                column += many.shape[1]
-                if layer.mlp is not None:
-                    norm = self.study.stream.anatomy.function(layer.mlp_norm)
-                    cut = gradients["mlp_in", i][:, at][:, None]
-                    one = _back(norm, gradients["read_mlp", i][:, at], cut)
-                    self._product(senders, one, found, rows, column, graph.reads[column])
-                    column += 1
-            self._product(senders, gradients["final", 0][:, at][:, None], found, rows, column, len(graph.senders))
+        ends = (*graph.inputs[1:], len(graph.senders))
+        for stream, (start, stop) in enumerate(zip(graph.inputs, ends, strict=True)):
+            mine = range(max(rows.start, start), min(rows.stop, stop))
+            length = self.clean["input", stream].shape[1]
+            for first in range(0, length if len(mine) else 0, most):
+                at = slice(first, first + most)
+                senders = self._differences(at, mine, stream)
+                for columns, readers in self._readers(gradients, at, stream):
+                    self._product(senders, readers, found, mine, columns)
 
-    def _product(self, senders: Tensor, readers: Tensor, found: Tensor, rows: slice, column: int, reads: int) -> None:
+    def _readers(self, gradients: dict[Key, Tensor], at: slice, stream: int) -> Iterator[tuple[range, Tensor]]:
+        """Receivers of a stream that read the same senders: their indices, and the gradients by what they read.
+
+        Gradients are [batch, receiver, position, d_model].
+        """
+        graph, anatomy = self.study.graph, self.study.stream.anatomy
+        for i, layer in enumerate(self.layers):
+            for part in layer.parts:
+                columns = graph.columns(i, part)
+                if graph.receiver_spot(graph.receivers[columns.start]).stream == stream:
+                    yield columns, self._before_norm(layer.parts[part], gradients, part, i, at)
+            if layer.mlp is not None and graph.stream_of(i) == stream:
+                cut = gradients["mlp_in", i][:, at][:, None]
+                yield (
+                    graph.columns(i, "mlp"),
+                    _back(anatomy.function(layer.mlp_norm), gradients["read_mlp", i][:, at], cut),
+                )
+        if ("final", stream) == self.study.stream.end:
+            last = len(graph.receivers) - 1
+            yield range(last, last + 1), gradients["final", stream][:, at][:, None]
+
+    def _product(self, senders: Tensor, readers: Tensor, found: Tensor, rows: range, columns: range) -> None:
         """Senders [batch, sender, position, d_model] times readers [batch, receiver, position, d_model]."""
-        stop = min(rows.stop, reads)
+        stop = min(rows.stop, self.study.graph.reads[columns.start].stop)
         if stop <= rows.start:
             return
         product = senders[:, : stop - rows.start].flatten(2) @ readers.flatten(2).transpose(1, 2)
-        found[:, rows.start : stop, column : column + readers.shape[1]] += product.double().cpu()
+        found[:, rows.start : stop, columns.start : columns.stop] += product.double().cpu()
 
-    def _differences(self, at: slice, rows: slice) -> Tensor:
+    def _differences(self, at: slice, rows: range, stream: int) -> Tensor:
         """[batch, sender, position, d_model]: what senders write on the prompt minus what they write on the twin."""
         parts, graph = [], self.study.graph
-        if rows.start == 0:
-            parts.append((self.clean["input", 0] - self.twin["input", 0])[:, None, at])
+        if graph.inputs[stream] in rows:
+            parts.append((self.clean["input", stream] - self.twin["input", stream])[:, None, at])
         for i, layer in enumerate(self.layers):
-            first = graph.before(i)
-            if first + graph.layers[i].n_senders <= rows.start or first >= rows.stop:
-                continue
-            if rows.start <= first:
+            first = graph.first_sender(i)
+            if first in rows:
                 z = (self.clean["z", i] - self.twin["z", i])[:, at]
                 parts.append(torch.einsum("bthw,hwd->bhtd", z, layer.w_o.to(z.dtype)))
-            if layer.mlp is not None and rows.stop > first + layer.n_heads:
+            if layer.mlp is not None and first + layer.n_heads in rows:
                 parts.append((self.clean["mlp", i] - self.twin["mlp", i])[:, None, at])
         return torch.cat(parts, dim=1)
 
@@ -228,7 +249,9 @@ class _Batch:
         """[batch, head or group, position, d_model]: gradients by the stream that each head's part reads."""
         by_heads = gradients[name, i][:, at]
         behind = torch.einsum("bthw,hwd->bhtd", by_heads, part.weight.to(by_heads.dtype))
-        return _back(self.study.stream.anatomy.function(part.norm), gradients["read", i][:, at], behind)
+        what, index = self.study.stream.anatomy.read_at(i, name)
+        read = gradients["read_final" if what == "final" else what, index]
+        return _back(self.study.stream.anatomy.function(part.norm), read[:, at], behind)
 
 
 def _back(norm: Callable[[Tensor], Tensor], stream: Tensor, gradient: Tensor) -> Tensor:
@@ -243,6 +266,10 @@ def _back(norm: Callable[[Tensor], Tensor], stream: Tensor, gradient: Tensor) ->
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _put(new: Tensor) -> Hook:
+    return lambda old: new
 
 
 def _keep(into: dict[Key, Tensor], key: Key) -> Hook:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits import mib
-from workbench.analysis.circuits.graph import Graph, head_of, label, same_graph
+from workbench.analysis.circuits.graph import Graph, same_graph
+from workbench.analysis.circuits.names import head_of, label
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.result import Result
 
@@ -32,7 +33,7 @@ class Circuit(Result):
         level: "node" or "edge", at which the circuit was chosen.
         senders_in: [sender] bool. edges_in: [sender, receiver] bool.
         node_scores: [sender], NaN where a node was not scored; of edge methods the sum of |score| over its outgoing
-            edges in the circuit.
+            edges, in the circuit or not.
         edge_scores: [sender, receiver], NaN where there is no edge or it was not scored.
         threshold: how the choice was made: "kind" and "value".
         stages: of path patching, one dict each: name, receivers, positions, importance [sender], chosen.
@@ -179,6 +180,68 @@ class Circuit(Result):
             self, level="node", senders_in=chosen, edges_in=torch.zeros_like(self.edges_in),
             threshold={"kind": "given", "value": None}, stages=(),
         )  # fmt: skip
+
+    @property
+    def single_scores(self) -> Tensor:
+        """`examples`.
+
+        Raises:
+            InterventionError: they were not kept.
+        """
+        if self.examples is None:
+            raise InterventionError(
+                "the circuit kept no scores of single prompts",
+                hint='"acdc" has none, and of very large graphs they are not kept; find it on fewer prompts',
+            )
+        return self.examples
+
+    def redrawn(self, index: Tensor) -> Circuit:
+        """The circuit chosen again by the same rule, from the scores of some of its prompts.
+
+        Of path patching the receivers of each stage stay what they were.
+
+        Args:
+            index: [n] numbers of examples, with repetition where they are drawn so.
+
+        Raises:
+            InterventionError: the circuit kept no scores of single prompts.
+        """
+        mean, graph = self.single_scores[index].double().mean(0), self.graph
+        rule, absolute = self.threshold, bool(self.threshold.get("absolute", True))
+        if self.level == "edge":
+            scores = torch.full_like(self.edge_scores, torch.nan)
+            scores[graph.exists] = mean
+            again = replace(self, edge_scores=scores, node_scores=scores.nan_to_num(0.0).abs().sum(1))
+            pruned = bool(rule.get("pruned", True))
+            if rule.get("kind") == "value":
+                return again.above(rule["value"], absolute=absolute, prune=pruned)
+            n = int(rule["value"]) if rule.get("kind") == "top" else self.n_edges
+            return again.top(n, absolute=absolute, prune=pruned)
+        rows = mean.view(-1, len(graph.senders))  # of path patching one for each stage
+        largest = rows.gather(0, rows.nan_to_num(0.0).abs().argmax(0)[None])[0]
+        if not self.stages:
+            return replace(self, node_scores=largest).top(int(self.senders_in.sum()), absolute=absolute)
+        stages, inside, edges = [], torch.zeros_like(self.senders_in), torch.zeros_like(self.edges_in)
+        for stage, row in zip(self.stages, rows, strict=True):
+            chosen = replace(self, node_scores=row).top(len(stage["chosen"]), absolute=absolute).senders_in
+            inside |= chosen
+            for name in stage["receivers"]:
+                edges[:, graph.receiver_index[name]] |= chosen & graph.exists[:, graph.receiver_index[name]]
+            names = tuple(graph.senders[i] for i in chosen.nonzero()[:, 0].tolist())
+            stages.append({**stage, "importance": row, "chosen": names})
+        return replace(self, senders_in=inside, edges_in=edges, node_scores=largest, stages=tuple(stages))
+
+    @property
+    def members(self) -> Tensor:
+        """[sender] bool: the senders among `nodes`, those that only receive included."""
+        graph = self.graph
+        receiving = torch.zeros_like(self.senders_in)
+        read = self.edges_in.any(0)
+        for name, column in graph.receiver_index.items():
+            row = graph.sender_index.get(name.partition("<")[0])
+            if row is not None and bool(read[column]):
+                receiving[row] = True
+        return self.senders_in | self.edges_in.any(1) | receiving
 
     def check_model(self, graph: Graph) -> None:
         """Refuse a model with another graph.

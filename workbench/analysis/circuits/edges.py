@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.analysis.circuits.ablation import Ablation, replaced_nodes
+from workbench.analysis.circuits.ablation import Ablation, replaced_nodes, stream_of
 from workbench.analysis.circuits.prompts import Pair
 from workbench.analysis.circuits.stream import Hook, Kept, Key
 from workbench.analysis.circuits.study import Study
@@ -28,7 +28,7 @@ def run_edges(
     ablation = Ablation(study, how)
     found = torch.zeros(len(kept), len(study.task), dtype=torch.float64)
     widest = len(study.graph.senders) + 2 * max(
-        len(study.graph.receivers_of(i)) for i in range(len(study.graph.layers))
+        layer.n_heads + 2 * layer.n_kv_heads + layer.mlp for layer in study.graph.layers
     )
     bar = tqdm(total=len(kept) * len(study.pairs), disable=not progress, desc=note)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def run_nodes(
             for first in range(0, len(kept), most):
                 part = kept[first : first + most]
                 hooks = {key: [hook] for key, hook in replaced_nodes(study, part, values, pair.size)}
-                start = 0 if ("input", 0) in hooks else min((i for _, i in hooks), default=0)
+                start = 0 if any(what == "input" for what, _ in hooks) else min((i for _, i in hooks), default=0)
                 out = study.stream.run(pair.clean, pair.last, hooks, times=len(part), start=start)
                 found[first : first + most, study.rows(pair)] = study.measure(out, pair, logits, len(part))
                 bar.update(len(part))
@@ -93,41 +93,50 @@ class _Patched:
         self.study, self.pair, self.clean, self.values = study, pair, clean, values
         self.patched, self.start = patched.to(clean["input", 0].device), start
         self.times, self.layers = len(patched), study.stream.anatomy.layers
-        self.streams: dict[Key, Tensor] = {}
-        self.differences: list[Tensor] = []  # [variant, batch, sender, position, d_model], in the order of the graph
-        self._add(("input", 0), clean["input", 0].expand(self.times, *clean["input", 0].shape))
+        self.reading: dict[Key, Tensor] = {}
+        # By stream [variant, batch, sender, position, d_model], in the order of the graph.
+        self.differences: list[list[Tensor]] = [[] for _ in study.graph.streams]
+        for s in range(len(study.graph.streams)):
+            self._unchanged(("input", s))
+            if s < study.graph.stream_of(start):
+                self.reading["final", s] = clean["final", s].repeat(self.times, 1, 1)
         for i in range(start):
             for what in ("z", "mlp"):
                 if (what, i) in clean:
-                    self._add((what, i), clean[what, i].expand(self.times, *clean[what, i].shape))
+                    self._unchanged((what, i))
 
     def hooks(self) -> dict[Key, list[Hook]]:
         """For all layers from the start on."""
-        made: dict[Key, list[Hook]] = {("final", 0): [self._final]}
-        column = 0
+        graph = self.study.graph
+        made: dict[Key, list[Hook]] = {self.study.stream.end: [self._final]}
+        for s in range(graph.stream_of(self.start), len(graph.streams) - 1):
+            made["final", s] = [self._stash(("final", s))]
         for i, layer in enumerate(self.layers):
-            names = self.study.graph.receivers_of(i)
-            if i >= self.start:
-                made["read", i] = [self._stash(("read", i))]
-                for part in "qkv":
-                    own = [n for n, name in enumerate(names) if name.endswith(f"<{part}>")]
-                    made[part, i] = [self._heads(part, i, column + own[0], len(own))]
-                made["z", i] = [self._writes(("z", i))]
-                if layer.mlp is not None:
-                    made["read_mlp", i] = [self._stash(("read_mlp", i))]
-                    made["mlp_in", i] = [self._mlp(i, column + len(names) - 1)]
-                    made["mlp", i] = [self._writes(("mlp", i))]
-            column += len(names)
+            if i < self.start:
+                continue
+            made["read", i] = [self._stash(("read", i))]
+            for part in "qkv":
+                made[part, i] = [self._heads(part, i)]
+            made["z", i] = [self._writes(("z", i))]
+            if layer.mlp is not None:
+                made["read_mlp", i] = [self._stash(("read_mlp", i))]
+                made["mlp_in", i] = [self._mlp(i)]
+                made["mlp", i] = [self._writes(("mlp", i))]
         return made
+
+    def _unchanged(self, key: Key) -> None:
+        """Senders that write what they wrote on the prompt."""
+        self._add(key, self.clean[key].expand(self.times, *self.clean[key].shape))
 
     def _add(self, key: Key, now: Tensor) -> None:
         """Keep replacement minus present output of the senders at a place."""
         difference = self.values[key] - now
+        mine = self.differences[stream_of(self.study, key)]
         if key[0] == "z":
             w_o = self.layers[key[1]].w_o.to(difference.dtype)
-            self.differences.append(torch.einsum("nbthw,hwd->nbhtd", difference, w_o))
+            mine.append(torch.einsum("nbthw,hwd->nbhtd", difference, w_o))
         else:
-            self.differences.append(difference[:, :, None])
+            mine.append(difference[:, :, None])
 
     def _writes(self, key: Key) -> Hook:
         def hook(value: Tensor) -> None:
@@ -137,49 +146,56 @@ class _Patched:
 
     def _stash(self, key: Key) -> Hook:
         def hook(value: Tensor) -> None:
-            self.streams[key] = value.clone()
+            self.reading[key] = value.clone()
 
         return hook
 
     def _moved(self, stream: Tensor, columns: list[int]) -> Tensor:
-        """[variant · batch, receiver, position, d_model]: the streams of some receivers."""
-        reads = self.study.graph.reads[columns[0]]
-        senders = torch.cat(self.differences, dim=2)[:, :, :reads]
-        mask = self.patched[:, :reads, columns].to(senders.dtype)
+        """[variant · batch, receiver, position, d_model]: the streams of some receivers that read the same senders."""
+        graph = self.study.graph
+        reads, which = graph.reads[columns[0]], graph.receiver_spot(graph.receivers[columns[0]]).stream
+        senders = torch.cat(self.differences[which], dim=2)[:, :, : len(reads)]
+        mask = self.patched[:, reads.start : reads.stop, columns].to(senders.dtype)
         moved = torch.einsum("nsr,nbstd->nbrtd", mask, senders).flatten(0, 1)
         return stream[:, None] + moved
 
-    def _chosen(self, first: int, n: int) -> list[int]:
-        """Columns, of `n` from `first` on, in which anything is patched."""
-        any_edge = (self.patched[:, :, first : first + n].detach() != 0).flatten(0, 1).any(0)
-        return [first + j for j in any_edge.nonzero()[:, 0].tolist()]
+    def _chosen(self, columns: range) -> list[int]:
+        """Those of the columns in which anything is patched."""
+        any_edge = (self.patched[:, :, columns.start : columns.stop].detach() != 0).flatten(0, 1).any(0)
+        return [columns[j] for j in any_edge.nonzero()[:, 0].tolist()]
 
-    def _heads(self, part: str, i: int, first: int, n: int) -> Hook:
+    def _heads(self, part: str, i: int) -> Hook:
         """The projection of each head's own stream in the place of that of the common one."""
+        mine, anatomy = self.study.graph.columns(i, part), self.study.stream.anatomy
 
         def hook(old: Tensor) -> Tensor | None:
-            columns = self._chosen(first, n)
+            columns = self._chosen(mine)
             if not columns:
                 return None
             reader = self.layers[i].parts[part]
-            heads = [column - first for column in columns]
-            streams = self.study.stream.anatomy.function(reader.norm)(self._moved(self.streams["read", i], columns))
+            heads = [column - mine.start for column in columns]
+            read = self.reading[anatomy.read_at(i, part)]
+            streams = anatomy.function(reader.norm)(self._moved(read, columns))
             made = torch.einsum("brtd,rwd->btrw", streams, reader.weight[heads].to(streams.dtype))
             made = made if reader.bias is None else made + reader.bias[heads].to(made.dtype)
             return old.index_copy(2, torch.tensor(heads, device=old.device), made)
 
         return hook
 
-    def _mlp(self, i: int, column: int) -> Hook:
+    def _mlp(self, i: int) -> Hook:
+        mine = self.study.graph.columns(i, "mlp")
+
         def hook(old: Tensor) -> Tensor | None:
-            if not self._chosen(column, 1):
+            columns = self._chosen(mine)
+            if not columns:
                 return None
             norm = self.study.stream.anatomy.function(self.layers[i].mlp_norm)
-            made: Tensor = norm(self._moved(self.streams["read_mlp", i], [column])[:, 0])
+            made: Tensor = norm(self._moved(self.reading["read_mlp", i], columns)[:, 0])
             return made
 
         return hook
 
     def _final(self, old: Tensor) -> Tensor | None:
-        column = len(self.study.graph.receivers) - 1
-        return self._moved(old, [column])[:, 0] if self._chosen(column, 1) else None
+        last = len(self.study.graph.receivers) - 1
+        columns = self._chosen(range(last, last + 1))
+        return self._moved(old, columns)[:, 0] if columns else None

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.edges import run_edges, run_nodes
-from workbench.analysis.circuits.graph import head_of
 from workbench.analysis.circuits.intervals import interval
+from workbench.analysis.circuits.names import head_of
 from workbench.analysis.circuits.study import Study, open_study
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.result import Result
@@ -62,18 +62,13 @@ class Faithfulness(Result):
     @property
     def interval(self) -> tuple[float, float]:
         """95 % bootstrap interval of `value` over prompts."""
-        alone, full, none = self.alone, self.full, self.none
-
-        def share(index: Tensor) -> float:
-            return float((alone[index].mean() - none[index].mean()) / (full[index].mean() - none[index].mean()))
-
-        return interval(share, len(alone))
+        return self._interval(self.alone - self.none)
 
     @property
     def incompleteness(self) -> list[float]:
         """|F(circuit without K) − F(model without K)| for each subset K, as a share; 0 is complete."""
         span = float(self.full.mean() - self.none.mean())
-        return ((self.alone_without.mean(-1) - self.without.mean(-1)).abs() / span).tolist()
+        return ((self.alone_without.mean(-1) - self.without.mean(-1)) / span).abs().tolist()
 
     @property
     def minimality(self) -> dict[str, float]:
@@ -85,18 +80,25 @@ class Faithfulness(Result):
     def _share(self, values: Tensor) -> float:
         return float((values.mean() - self.none.mean()) / (self.full.mean() - self.none.mean()))
 
+    def _interval(self, differences: Tensor, absolute: bool = False) -> tuple[float, float]:
+        """95 % bootstrap interval over prompts of the mean of [example] differences, as a share."""
+
+        def share(index: Tensor) -> float:
+            mean = differences[index].mean() / (self.full[index].mean() - self.none[index].mean())
+            return float(mean.abs() if absolute else mean)
+
+        return interval(share, len(differences))
+
     @property
     def table(self) -> pd.DataFrame:
-        """One row per quantity."""
+        """One row per quantity, with 95 % bootstrap intervals over prompts."""
         import pandas as pd
 
-        low, high = self.interval
-        rows = [("faithfulness", "", self.value, low, high)]
-        nan = float("nan")
-        rows += [
-            ("incompleteness", " ".join(k), v, nan, nan) for k, v in zip(self.subsets, self.incompleteness, strict=True)
-        ]
-        rows += [("minimality", node, v, nan, nan) for node, v in self.minimality.items()]
+        rows = [("faithfulness", "", self.value, *self.interval)]
+        changes = zip(self.subsets, self.incompleteness, self.alone_without - self.without, strict=True)
+        rows += [("incompleteness", " ".join(k), v, *self._interval(d, absolute=True)) for k, v, d in changes]
+        falls = zip(self.minimality.items(), self.alone - self.minus_one, strict=False)
+        rows += [("minimality", node, v, *self._interval(d)) for (node, v), d in falls]
         return pd.DataFrame(rows, columns=["quantity", "of", "value", "low", "high"])
 
     def __repr__(self) -> str:
@@ -166,7 +168,8 @@ def kept_parts(circuit: Circuit, keep_mlps: bool | None) -> tuple[Tensor, list[s
     """What a circuit keeps, [sender] or [sender, receiver] bool, and the nodes that can be left out of it."""
     graph = circuit.graph
     if circuit.level == "edge":
-        return circuit.edges_in, [name for name in circuit.nodes if name in graph.sender_index and name != "input"]
+        inputs = {graph.senders[i] for i in graph.inputs}
+        return circuit.edges_in, [name for name in circuit.nodes if name in graph.sender_index and name not in inputs]
     kept = circuit.senders_in.clone()
     members = [graph.senders[i] for i in kept.nonzero()[:, 0].tolist()]
     if keep_mlps is None:

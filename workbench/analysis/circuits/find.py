@@ -34,12 +34,14 @@ class Stage:
             names of receivers, such as ("a9.h6<q>",).
         positions: where activations are patched: names ("end", "S2") or numbers of tokens; None for all.
         of: heads whose q, k or v receive, in place of those chosen before.
+        before: senders come before "any" of the receivers, or before "all" of them, as in Merullo et al.
         name: for the result.
     """
 
     receivers: str | tuple[str, ...] = "logits"
     positions: Where = "end"
     of: tuple[Any, ...] | None = None
+    before: str = "any"
     name: str = ""
 
 
@@ -74,7 +76,7 @@ def find_circuit(
     """Find the circuit of a task.
 
     Args:
-        wb: the model, attached with its tokenizer; a decoder whose residual stream is a sum.
+        wb: the model, attached with its tokenizer; a decoder, or an encoder-decoder, whose residual streams are sums.
         task: prompts with twins.
         method: "path_patching", stage by stage from the logits back (Merullo et al. 2310.08744);
             "eap", edge attribution patching (2310.10348); "eap_ig", with integrated gradients (2403.17806);
@@ -160,7 +162,7 @@ def _by_pruning(study: Study, threshold: float, how: str, progress: bool) -> Cir
 def _by_ablation(study: Study, how: str, fraction: float, absolute: bool, progress: bool) -> Circuit:
     effects = ablation_effects(study, how, progress)
     graph = study.graph
-    places = [graph.sender_index[graph.head_name(head)] for head in graph.heads()]
+    places = [graph.sender_index[name] for name in graph.head_names]
     span = study.clean.mean() - study.corrupted.mean()
     examples = torch.full((len(study.task), len(graph.senders)), torch.nan, dtype=torch.float64)
     examples[:, places] = -effects.T / span
@@ -189,16 +191,20 @@ def _by_paths(
     before: tuple[str, ...] = ()
     for number, stage in enumerate(stages):
         receivers = _receivers(study, stage, before)
-        reach = max(graph.reads[graph.receiver_index[name]] for name in receivers)
+        if stage.before not in ("any", "all"):
+            raise InterventionError(f'senders come before "any" or "all" of the receivers, not {stage.before!r}')
+        read = graph.exists[:, [graph.receiver_index[name] for name in receivers]]
+        read = read.any(1) if stage.before == "any" else read.all(1)
         taken = {name.partition("<")[0] for name in receivers}
-        names = [graph.head_name(head) for head in graph.heads()]
-        senders = [n for n in names if graph.sender_index[n] < reach and n not in taken]
+        names = graph.head_names
+        senders = [n for n in names if bool(read[graph.sender_index[n]]) and n not in taken]
         if not senders and default and done:
             break  # the chain has come down to the first layer
         if not senders:
             raise InterventionError(
-                f"stage {number + 1} has no sender: its receivers {', '.join(receivers[:4])} lie in the first layer",
-                hint="stages=… with fewer stages, or a smaller fraction",
+                f"stage {number + 1} has no sender: no head writes before {stage.before} of its receivers "
+                f"{', '.join(receivers[:4])}, which reach down to the first layer",
+                hint="fewer stages, a smaller fraction" + (', or Stage(before="any")' if stage.before == "all" else ""),
             )
         paths = Paths(receivers, tuple((n,) for n in senders), stage.positions, freeze_mlps)
         values = run_paths(study, paths, progress, stage.name or f"stage {number + 1}")
@@ -244,8 +250,7 @@ def _receivers(study: Study, stage: Stage, before: tuple[str, ...]) -> tuple[str
         return tuple(dict.fromkeys(graph.receiver(head, part) for head in heads for part in stage.receivers))
     several = (stage.receivers,) if isinstance(stage.receivers, str) else tuple(stage.receivers)
     for name in several:
-        if name not in graph.receiver_index:
-            raise InterventionError(f"{name!r} is no receiver", hint="logits, m3, or q, k or v of a head: a9.h6<q>")
+        graph.receiver_spot(name)
     return several
 
 

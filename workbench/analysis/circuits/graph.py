@@ -3,6 +3,10 @@
 Senders are the input (the embeddings), query heads and MLPs. Receivers are the queries of heads, the keys and values of
 kv groups, the inputs of MLPs, and the logits. Names are those of MIB and EAP-IG: `input`, `a9.h6`, `m3`, `logits`,
 `a9.h6<q>`; where several heads share keys and values, these belong to the group: `a9.kv2<k>`.
+
+An encoder-decoder has two streams, and their names stand before those of the nodes: `encoder.a0.h1`, `decoder.m2`. A
+block of the decoder is two layers here: its own attention, `decoder.a0`, and its cross-attention, `decoder.x0`, whose
+queries read the decoder's stream, and whose keys and values read what the encoder's stream is in the end.
 """
 
 from __future__ import annotations
@@ -11,30 +15,35 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from workbench.analysis.circuits.names import label
 from workbench.errors import FormatError, InterventionError, nearest
 
 _LABEL = re.compile(r"L(\d+)(H|KV)(\d+)")
-_NODE = re.compile(r"a(\d+)\.(h|kv)(\d+)(?:<([qkv])>)?|m(\d+)")
+_DOTTED = re.compile(r"(\d+)\.(\d+)")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one block of the model is made of.
+    """An attention, and the MLP behind it if there is one.
 
     Attributes:
-        n_heads, n_kv_heads: of its attention. mlp: whether it has one.
-        parallel: the MLP reads what the heads of its block read, not what they write.
+        n_heads, n_kv_heads: of the attention. mlp: whether there is one.
+        parallel: the MLP reads what the heads read, not what they write.
+        kind: "self", or "cross" where keys and values are read from the end of the stream before this one.
+        stream: the residual stream that it writes to, "encoder" or "decoder"; "" where there is only one.
     """
 
     n_heads: int
     n_kv_heads: int
     mlp: bool = True
     parallel: bool = False
+    kind: str = "self"
+    stream: str = ""
 
     @property
     def n_senders(self) -> int:
@@ -42,9 +51,29 @@ class Layer:
         return self.n_heads + self.mlp
 
 
+class Spot(NamedTuple):
+    """What a name stands for.
+
+    Attributes:
+        layer: index among the graph's layers; −1 for an input, the number of layers for the logits.
+        what: "input", "head", "group", "mlp" or "logits".
+        number: of the head or kv group.
+        part: "q", "k" or "v" of a receiver that is a part of a head or group.
+        stream: index of the residual stream that a sender writes to, or a receiver reads.
+    """
+
+    layer: int
+    what: str
+    number: int = 0
+    part: str = ""
+    stream: int = 0
+
+
 @dataclass(frozen=True)
 class Graph:
     """Senders and receivers of a model of these layers, in the order in which they write and read.
+
+    The layers of one stream follow each other, and those of an encoder come first.
 
     >>> graph = Graph((Layer(2, 1), Layer(2, 1)), d_model=8)
     >>> graph.senders
@@ -74,31 +103,80 @@ class Graph:
         return {"layers": [asdict(layer) for layer in self.layers], "d_model": self.d_model}
 
     @cached_property
-    def senders(self) -> tuple[str, ...]:
-        """Names of all that write to the residual stream, in the order in which they do."""
-        names = ["input"]
+    def streams(self) -> tuple[str, ...]:
+        """Names of the residual streams, in the order in which they run; the last one goes to the logits."""
+        return tuple(dict.fromkeys(layer.stream for layer in self.layers))
+
+    @cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """For each layer the number of its block in its stream: cross-attention is in that of the layer before."""
+        numbers: list[int] = []
         for i, layer in enumerate(self.layers):
-            names += [f"a{i}.h{head}" for head in range(layer.n_heads)]
-            names += [f"m{i}"] if layer.mlp else []
-        return tuple(names)
+            before = self.layers[i - 1] if i else None
+            if before is None or before.stream != layer.stream:
+                numbers.append(0)
+            else:
+                numbers.append(numbers[-1] + (layer.kind != "cross" or before.kind == "cross"))
+        return tuple(numbers)
+
+    @cached_property
+    def prefixes(self) -> tuple[str, ...]:
+        """What stands before the names of each stream's nodes: "", or such as "encoder."."""
+        return tuple(f"{stream}." if stream else "" for stream in self.streams)
+
+    def stream_of(self, i: int) -> int:
+        """Index of the stream that layer i writes to."""
+        return self.streams.index(self.layers[i].stream)
+
+    @cached_property
+    def _senders(self) -> dict[str, Spot]:
+        found: dict[str, Spot] = {}
+        for i, layer in enumerate(self.layers):
+            stream, prefix = self.stream_of(i), self.prefixes[self.stream_of(i)]
+            found.setdefault(f"{prefix}input", Spot(-1, "input", stream=stream))
+            for head in range(layer.n_heads):
+                found[f"{self.attention(i)}.h{head}"] = Spot(i, "head", head, stream=stream)
+            if layer.mlp:
+                found[f"{prefix}m{self.blocks[i]}"] = Spot(i, "mlp", stream=stream)
+        return found
+
+    @cached_property
+    def _receivers(self) -> dict[str, Spot]:
+        found: dict[str, Spot] = {}
+        for i, layer in enumerate(self.layers):
+            own = self.stream_of(i)
+            other = own - 1 if layer.kind == "cross" else own
+            shared = layer.n_kv_heads != layer.n_heads
+            for head in range(layer.n_heads):
+                found[f"{self.attention(i)}.h{head}<q>"] = Spot(i, "head", head, "q", own)
+            for part in "kv":
+                for group in range(layer.n_kv_heads):
+                    name = f"{self.attention(i)}.{'kv' if shared else 'h'}{group}<{part}>"
+                    found[name] = Spot(i, "group" if shared else "head", group, part, other)
+            if layer.mlp:
+                found[f"{self.prefixes[own]}m{self.blocks[i]}"] = Spot(i, "mlp", stream=own)
+        found["logits"] = Spot(len(self.layers), "logits", stream=len(self.streams) - 1)
+        return found
+
+    def attention(self, i: int) -> str:
+        """Name of the attention of layer i: "a3", or "decoder.x0"."""
+        letter = "x" if self.layers[i].kind == "cross" else "a"
+        return f"{self.prefixes[self.stream_of(i)]}{letter}{self.blocks[i]}"
+
+    @cached_property
+    def senders(self) -> tuple[str, ...]:
+        """Names of all that write to a residual stream, in the order in which they do."""
+        return tuple(self._senders)
 
     @cached_property
     def receivers(self) -> tuple[str, ...]:
-        """Names of all that read the residual stream."""
-        return (*(name for i in range(len(self.layers)) for name in self.receivers_of(i)), "logits")
-
-    def receivers_of(self, i: int) -> tuple[str, ...]:
-        """Receivers of one layer: q of each head, k and v of each group, the MLP."""
-        layer = self.layers[i]
-        kind = "h" if layer.n_kv_heads == layer.n_heads else "kv"
-        names = [f"a{i}.h{head}<q>" for head in range(layer.n_heads)]
-        names += [f"a{i}.{kind}{group}<{part}>" for part in "kv" for group in range(layer.n_kv_heads)]
-        return tuple(names + ([f"m{i}"] if layer.mlp else []))
+        """Names of all that read a residual stream: q of each head, k and v of each group, the MLP, layer by layer."""
+        return tuple(self._receivers)
 
     @cached_property
     def nodes(self) -> tuple[str, ...]:
         """All nodes: senders, kv groups that are shared, and the logits."""
-        groups = [name.partition("<")[0] for name in self.receivers if ".kv" in name and name.endswith("<k>")]
+        groups = [name[:-3] for name, spot in self._receivers.items() if spot.what == "group" and spot.part == "k"]
         return (*self.senders, *groups, "logits")
 
     @cached_property
@@ -111,29 +189,72 @@ class Graph:
         """Index of each receiver."""
         return {name: i for i, name in enumerate(self.receivers)}
 
-    def before(self, i: int) -> int:
-        """How many senders write before layer i."""
-        return 1 + sum(layer.n_senders for layer in self.layers[:i])
+    def sender(self, name: str) -> Spot:
+        """What a sender's name stands for.
+
+        Raises:
+            InterventionError: it is none.
+        """
+        if name not in self._senders:
+            raise InterventionError(f"{name!r} is no sender", hint=nearest(name, self.senders, "sender"))
+        return self._senders[name]
+
+    def receiver_spot(self, name: str) -> Spot:
+        """What a receiver's name stands for.
+
+        Raises:
+            InterventionError: it is none.
+        """
+        if name not in self._receivers:
+            raise InterventionError(f"{name!r} is no receiver", hint=nearest(name, self.receivers, "receiver"))
+        return self._receivers[name]
 
     @cached_property
-    def reads(self) -> tuple[int, ...]:
-        """For each receiver how many of the first senders it reads."""
-        counts: list[int] = []
-        for i, layer in enumerate(self.layers):
-            before = self.before(i)
-            counts += [before] * (layer.n_heads + 2 * layer.n_kv_heads)
-            counts += [before if layer.parallel else before + layer.n_heads] if layer.mlp else []
-        return (*counts, len(self.senders))
+    def inputs(self) -> tuple[int, ...]:
+        """Index among the senders of each stream's input."""
+        return tuple(self.sender_index[f"{prefix}input"] for prefix in self.prefixes)
+
+    def first_sender(self, i: int) -> int:
+        """Index of the first sender of layer i."""
+        return self.sender_index[f"{self.attention(i)}.h0"]
+
+    def columns(self, i: int, what: str) -> range:
+        """Indices of the receivers of layer i that are "q", "k", "v", or "mlp"."""
+        layer, first = self.layers[i], self.receiver_index[f"{self.attention(i)}.h0<q>"]
+        sizes = {"q": layer.n_heads, "k": layer.n_kv_heads, "v": layer.n_kv_heads, "mlp": int(layer.mlp)}
+        for name, size in sizes.items():
+            if name == what:
+                return range(first, first + size)
+            first += size
+        raise InterventionError(f"a layer has q, k, v and mlp, not {what!r}")
+
+    @cached_property
+    def reads(self) -> tuple[range, ...]:
+        """For each receiver the indices of the senders that it reads."""
+        ends = (*self.inputs[1:], len(self.senders))
+        found: list[range] = []
+        for name, spot in self._receivers.items():
+            first = self.inputs[spot.stream]
+            if name == "logits" or (spot.part in ("k", "v") and self.layers[spot.layer].kind == "cross"):
+                found.append(range(first, ends[spot.stream]))
+                continue
+            layer = self.layers[spot.layer]
+            behind = layer.n_heads if spot.what == "mlp" and not layer.parallel else 0
+            found.append(range(first, self.first_sender(spot.layer) + behind))
+        return tuple(found)
 
     @cached_property
     def exists(self) -> Tensor:
         """[sender, receiver] bool: whether there is such an edge."""
-        return torch.arange(len(self.senders))[:, None] < torch.tensor(self.reads)
+        found = torch.zeros(len(self.senders), len(self.receivers), dtype=torch.bool)
+        for column, reads in enumerate(self.reads):
+            found[reads.start : reads.stop, column] = True
+        return found
 
     @property
     def n_edges(self) -> int:
         """How many edges there are."""
-        return sum(self.reads)
+        return sum(map(len, self.reads))
 
     @property
     def edges(self) -> list[str]:
@@ -148,42 +269,48 @@ class Graph:
     def feeds(self) -> Tensor:
         """[sender, receiver] bool: whether the sender computes with what the receiver reads."""
         feeds = torch.zeros(len(self.senders), len(self.receivers), dtype=torch.bool)
-        for i, layer in enumerate(self.layers):
-            size = layer.n_heads // layer.n_kv_heads
-            for name in self.receivers_of(i):
-                column = self.receiver_index[name]
-                if name == f"m{i}":
-                    feeds[self.sender_index[name], column] = True
-                    continue
-                number = int(re.findall(r"\d+", name)[1])
-                heads = [number] if name.endswith("<q>") else range(number * size, (number + 1) * size)
-                for head in heads:
-                    feeds[self.sender_index[f"a{i}.h{head}"], column] = True
+        for column, (name, spot) in enumerate(self._receivers.items()):
+            if spot.what == "mlp":
+                feeds[self.sender_index[name], column] = True
+            elif spot.what != "logits":
+                layer = self.layers[spot.layer]
+                size = 1 if spot.part == "q" else layer.n_heads // layer.n_kv_heads
+                first = self.first_sender(spot.layer) + spot.number * size
+                feeds[first : first + size, column] = True
         return feeds
 
     def heads(self) -> list[tuple[int, int]]:
-        """(layer, head) of all query heads."""
+        """(index of the layer, head) of all query heads."""
         return [(i, head) for i, layer in enumerate(self.layers) for head in range(layer.n_heads)]
+
+    @cached_property
+    def head_names(self) -> tuple[str, ...]:
+        """Names of all query heads, in the order of `heads`."""
+        return tuple(name for name, spot in self._senders.items() if spot.what == "head")
 
     def head_name(self, head: Any) -> str:
         """The node of a head given as (layer, head), "L9H6", "9.6" or "a9.h6".
 
+        With several streams a site stands for the layer: ("decoder.0.cross_attn", 1), "decoder.0.cross_attn.H1".
+
         Raises:
-            InterventionError: there is none.
+            InterventionError: there is none, or it could be one of several.
         """
+        several = len(self.streams) > 1
+        name = text = str(head)
         if isinstance(head, tuple) and len(head) == 2:
-            name = f"a{head[0]}.h{head[1]}"
-        else:
-            text = str(head)
-            label = _LABEL.fullmatch(text)
-            dotted = re.fullmatch(r"(\d+)\.(\d+)", text)
-            name = text
-            if label is not None:
-                name = f"a{label[1]}.{'h' if label[2] == 'H' else 'kv'}{label[3]}"
-            elif dotted is not None:
-                name = f"a{dotted[1]}.h{dotted[2]}"
+            name = f"{head[0]}.H{head[1]}" if isinstance(head[0], str) else f"a{head[0]}.h{head[1]}"
+        elif found := _LABEL.fullmatch(text):
+            name = f"a{found[1]}.{found[2].lower()}{found[3]}"
+        elif found := _DOTTED.fullmatch(text):
+            name = f"a{found[1]}.h{found[2]}"
+        if several:
+            by_label = {label(node): node for node in self.nodes}
+            by_label |= {text.replace(".attn.", ".self_attn."): node for text, node in by_label.items()}
+            name = by_label.get(name, name)
         if name not in self.nodes:
-            raise InterventionError(f"the model has no node {head!r}", hint=nearest(name, self.nodes, "node"))
+            hint = nearest(name, [*map(label, self.nodes)] if several else self.nodes, "node")
+            raise InterventionError(f"the model has no node {head!r}", hint=hint)
         return name
 
     def receiver(self, head: Any, part: str) -> str:
@@ -195,25 +322,27 @@ class Graph:
         name = self.head_name(head)
         if part not in ("q", "k", "v"):
             raise InterventionError(f"a head has q, k and v, not {part!r}")
-        found = _NODE.fullmatch(name)
-        if found is None or found[1] is None:
-            raise InterventionError(f"{name} is no head")
-        i, number = int(found[1]), int(found[3])
-        layer = self.layers[i]
-        if found[2] == "h" and part != "q" and layer.n_kv_heads != layer.n_heads:
-            name = f"a{i}.kv{number // (layer.n_heads // layer.n_kv_heads)}"
+        spot = self._senders.get(name)
+        if spot is not None and spot.what == "head" and part != "q":
+            layer = self.layers[spot.layer]
+            if layer.n_kv_heads != layer.n_heads:
+                name = f"{self.attention(spot.layer)}.kv{spot.number // (layer.n_heads // layer.n_kv_heads)}"
+        if f"{name}<{part}>" not in self._receivers:
+            group = spot is None and name != "logits"
+            raise InterventionError(f"{name} has no {part}" if group else f"{name} is no head")
         return f"{name}<{part}>"
 
     def layer_of(self, name: str) -> int:
-        """Layer of a sender or receiver: −1 for the input, the number of layers for the logits."""
-        if name == "input":
-            return -1
-        if name == "logits":
-            return len(self.layers)
-        found = _NODE.fullmatch(name)
-        if found is None:
-            raise FormatError(f"{name!r} is no node", hint="nodes are input, a9.h6, a9.kv2, m3 and logits")
-        return int(found[1] or found[5])
+        """Index of the layer of a sender, receiver or node: −1 for an input, the number of layers for the logits.
+
+        Raises:
+            FormatError: the model has none of that name.
+        """
+        for known in (name, f"{name}<k>"):
+            for spots in (self._senders, self._receivers):
+                if known in spots:
+                    return spots[known].layer
+        raise FormatError(f"{name!r} is no node", hint=f"nodes are {', '.join(self.nodes[:3])} … and logits")
 
     def edge(self, name: str) -> tuple[int, int]:
         """Indices of the sender and receiver of an edge.
@@ -226,19 +355,19 @@ class Graph:
             raise FormatError(f"the model has no edge {name!r}", hint="edges are named like a0.h1->a9.h9<q>")
         s, r = self.sender_index[source], self.receiver_index[target]
         if not bool(self.exists[s, r]):
-            raise FormatError(f"there is no edge {name!r}: the receiver comes before the sender")
+            raise FormatError(f"there is no edge {name!r}: the receiver does not read what the sender writes")
         return s, r
 
     def pruned(self, chosen: Tensor) -> Tensor:
         """[sender, receiver] bool without the edges that lead nowhere or come from nowhere.
 
-        What remains lies on a path from the input to the logits, as in MIB.
+        What remains lies on a path from an input to the logits, as in MIB.
         """
         chosen = chosen & self.exists
         while True:
             out = chosen.any(1)
             into = (self.feeds & chosen.any(0)).any(1)
-            into[0] = True
+            into[list(self.inputs)] = True
             alive = out & into
             reading = (self.feeds & alive[:, None]).any(0)
             reading[-1] = True
@@ -257,21 +386,6 @@ class Graph:
         """Nodes in the order of the model, each once."""
         wanted = set(names)
         return tuple(name for name in self.nodes if name in wanted)
-
-
-def label(name: str) -> str:
-    """A head node as the label that interventions take: L9H6; other names as they are.
-
-    >>> label("a9.h6"), label("a9.kv2<k>"), label("m3")
-    ('L9H6', 'L9KV2<k>', 'm3')
-    """
-    return re.sub(r"^a(\d+)\.(h|kv)(\d+)", lambda m: f"L{m[1]}{m[2].upper()}{m[3]}", name)
-
-
-def head_of(name: str) -> tuple[int, int] | None:
-    """(layer, head) of a query head's node, else None."""
-    found = re.fullmatch(r"a(\d+)\.h(\d+)", name)
-    return (int(found[1]), int(found[2])) if found else None
 
 
 def same_graph(a: Graph, b: Graph) -> str:

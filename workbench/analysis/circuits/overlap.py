@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.faithful import kept_parts, run_choices
-from workbench.analysis.circuits.graph import head_of
-from workbench.analysis.circuits.intervals import draws, interval
+from workbench.analysis.circuits.cross import cross_faithfulness
+from workbench.analysis.circuits.intervals import draws
 from workbench.analysis.circuits.measures import jaccard, rank_biased, weighted_jaccard
-from workbench.analysis.circuits.study import open_study
+from workbench.analysis.circuits.names import head_of
 from workbench.errors import InterventionError
 from workbench.result import Result
 from workbench.session import Workbench
@@ -38,11 +37,14 @@ class CircuitOverlap(Result):
         intervals: 95 % by measure, drawing both tasks' prompts anew; NaN where a circuit kept no single scores.
         null: [draw] Jaccard overlap of random circuits that have as many items per layer as the two have.
         p_value: share of those, and the measured one, that overlap at least as much; never 0.
-        stages: overlap stage by stage, where both have the same number: names and Jaccard.
-        sizes: how many items are matched; curve: {"jaccard", "expected"} over them, `fraction` of all that are scored.
+        stages: overlap stage by stage, where both have the same number: names, Jaccard and its interval.
+        sizes: how many items are matched; curve: {"jaccard", "low", "high", "expected"} over them, `fraction` of all
+            that are scored; no "low" and "high" where there are no intervals.
+        model: facts of the model's graph; see `Circuit`.
         cross: what is left of each task when each circuit is kept or ablated, one dict each: "do" ("keep" or "ablate"),
             "circuit", "task", "value" (share of clean minus all ablated), "interval", and "examples" [3, example]: the
-            metric with the edit, clean, and with all ablated. Empty without a Workbench.
+            metric with the edit, clean, and with all ablated. Where "random", in place of the circuit random ones that
+            have as much in every layer: their mean, lowest and highest. Empty without a Workbench.
     """
 
     form = "workbench.circuit_overlap"
@@ -64,6 +66,7 @@ class CircuitOverlap(Result):
     curve: dict[str, tuple[float, ...]]
     cross: tuple[dict[str, Any], ...]
     ablation: str
+    model: dict[str, Any]
     provenance: dict[str, Any]
 
     @property
@@ -82,9 +85,11 @@ class CircuitOverlap(Result):
             rows.append(("overlap", name, value, *self.intervals.get(name, (nan, nan))))
         low, high = torch.quantile(self.null, torch.tensor([0.025, 0.975], dtype=self.null.dtype)).tolist()
         rows.append(("chance", "jaccard", self.expected, low, high))
-        rows += [("stage", stage["name"], stage["jaccard"], nan, nan) for stage in self.stages]
+        for stage in self.stages:
+            rows.append(("stage", stage["name"], stage["jaccard"], *stage.get("interval", (nan, nan))))
         for one in self.cross:
-            what = f"{one['do']} {one['circuit']}'s circuit, run {one['task']}"
+            circuit = f"random ones like {one['circuit']}'s" if one["random"] else f"{one['circuit']}'s circuit"
+            what = f"{one['do']} {circuit}, run {one['task']}"
             rows.append(("cross-faithfulness", what, one["value"], *one["interval"]))
         return pd.DataFrame(rows, columns=["kind", "what", "value", "low", "high"])
 
@@ -109,6 +114,7 @@ def circuit_overlap(
     metric: Any = "logit_diff",
     fractions: Sequence[float] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
     n_null: int = 2000,
+    n_random: int = 3,
     n_bootstrap: int = 500,
     seed: int = 0,
     batch_size: int = 25,
@@ -124,7 +130,8 @@ def circuit_overlap(
         unit: what is compared: "heads", "nodes", or "edges" (of two edge circuits, the default for these).
         ablation, metric: of cross-faithfulness, as in `circuit_faithfulness`.
         fractions: of all scored items, for the curve over matched sizes.
-        n_null: random circuits. n_bootstrap: of the intervals. seed: of both.
+        n_null: random circuits that overlap is compared with. n_random: random circuits that are kept and ablated
+            beside each circuit, for cross-faithfulness. n_bootstrap: of the intervals. seed: of all.
 
     Raises:
         InterventionError: circuits of two models, or an empty one; edges of a circuit that has none.
@@ -150,17 +157,28 @@ def circuit_overlap(
     chance = [n / (2 * len(names) - n) for n in usable]  # of sets of n: about n²/N shared
     cross: tuple[dict[str, Any], ...] = ()
     if wb is not None and tasks is not None:
-        cross = _cross(wb, (a, b), tasks, ablation, metric, seed, batch_size, memory, progress)
+        cross = cross_faithfulness(
+            wb, (a, b), tasks, ablation=ablation, metric=metric, n_random=n_random, seed=seed, batch_size=batch_size,
+            memory=memory, progress=progress,
+        )  # fmt: skip
     elif (wb is None) != (tasks is None):
         raise InterventionError("cross-faithfulness needs wb= and tasks=, both")
+    found = _intervals(a, b, unit, names, usable, n_bootstrap, seed)
+    curves = {"jaccard": tuple(curve), "expected": tuple(chance)}
+    if found.curve:
+        low, high = zip(*found.curve, strict=True)
+        curves |= {"low": low, "high": high}
+    stages = _stages(a, b)
+    for stage, interval in zip(stages, found.stages, strict=False):
+        stage["interval"] = interval
     return CircuitOverlap(
         a=repr(a), b=repr(b), tasks=(a.task, b.task), unit=unit,
         shared=_named(names, inside_a & inside_b), only_a=_named(names, inside_a & ~inside_b),
         only_b=_named(names, inside_b & ~inside_a), values=values,
-        intervals=_intervals(a, b, unit, names, n_bootstrap, seed), null=null,
-        p_value=(1 + int((null >= own - 1e-12).sum())) / (1 + n_null), stages=_stages(a, b), sizes=tuple(usable),
+        intervals=found.measures, null=null, p_value=(1 + int((null >= own - 1e-12).sum())) / (1 + n_null),
+        stages=tuple(stages), sizes=tuple(usable),
         fractions=tuple(f for f in fractions if int(f * len(names)) > 0),
-        curve={"jaccard": tuple(curve), "expected": tuple(chance)}, cross=cross, ablation=ablation,
+        curve=curves, cross=cross, ablation=ablation, model=a.model,
         provenance={"a": a.provenance, "b": b.provenance, "n_null": n_null, "n_bootstrap": n_bootstrap, "seed": seed},
     )  # fmt: skip
 
@@ -175,15 +193,13 @@ def _items(circuit: Circuit, unit: str) -> tuple[str, ...]:
 def _members(circuit: Circuit, unit: str, names: Sequence[str]) -> Tensor:
     if unit == "edges":
         return circuit.edges_in[circuit.graph.exists]
-    inside = set(circuit.nodes)
-    return torch.tensor([name in inside for name in names])
+    return circuit.members[[circuit.graph.sender_index[name] for name in names]]
 
 
-def _scores(circuit: Circuit, unit: str, names: Sequence[str], mean: Tensor | None = None) -> Tensor:
+def _scores(circuit: Circuit, unit: str, names: Sequence[str]) -> Tensor:
     """|score| of each item, 0 where it has none."""
     if unit == "edges":
-        scores = circuit.edge_scores[circuit.graph.exists] if mean is None else mean
-        return scores.nan_to_num(0.0).abs()
+        return circuit.edge_scores[circuit.graph.exists].nan_to_num(0.0).abs()
     nodes = circuit.node_scores
     index = torch.tensor([circuit.graph.sender_index[name] for name in names])
     return nodes[index].nan_to_num(0.0).abs()
@@ -231,116 +247,53 @@ def _null(inside_a: Tensor, inside_b: Tensor, layers: Tensor, n: int, seed: int)
     return torch.from_numpy(shared / union)
 
 
+@dataclass(frozen=True)
+class _Intervals:
+    """95 % intervals, by drawing the prompts of both tasks anew; empty where single scores were not kept."""
+
+    measures: dict[str, tuple[float, float]]
+    stages: list[tuple[float, float]]
+    curve: list[tuple[float, float]]
+
+
 def _intervals(
-    a: Circuit, b: Circuit, unit: str, names: Sequence[str], n: int, seed: int
-) -> dict[str, tuple[float, float]]:
+    a: Circuit, b: Circuit, unit: str, names: Sequence[str], sizes: Sequence[int], n: int, seed: int
+) -> _Intervals:
     """Bootstrap over the prompts of both tasks; circuits are chosen anew in each draw."""
     if a.examples is None or b.examples is None or n == 0:
-        return {}
-    found: dict[str, list[float]] = {name: [] for name in MEASURES}
-    several = [draws(len(one.examples), n, seed + i) for i, one in enumerate((a, b)) if one.examples is not None]
-    for index_a, index_b in zip(*several, strict=True):
-        inside, scores = zip(
-            *(_redrawn(one, index, unit, names) for one, index in ((a, index_a), (b, index_b))), strict=True
-        )
-        if not bool(inside[0].any()) or not bool(inside[1].any()):
-            continue
-        for name, value in _measure(*inside, *scores).items():
-            found[name].append(value)
-    made = {}
-    for name, values in found.items():
-        tensor = torch.tensor(values, dtype=torch.float64)
-        low, high = torch.quantile(tensor, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        made[name] = (low, high)
-    return made
+        return _Intervals({}, [], [])
+    measures: list[list[float]] = []
+    stages: list[list[float]] = []
+    curve: list[list[float]] = []
+    for index_a, index_b in zip(draws(len(a.examples), n, seed), draws(len(b.examples), n, seed + 1), strict=True):
+        one, two = a.redrawn(index_a), b.redrawn(index_b)
+        inside = _members(one, unit, names), _members(two, unit, names)
+        scores = _scores(one, unit, names), _scores(two, unit, names)
+        stages.append([stage["jaccard"] for stage in _stages(one, two)])
+        curve.append([jaccard(_top(scores[0], size), _top(scores[1], size)) for size in sizes])
+        if bool(inside[0].any()) and bool(inside[1].any()):
+            measures.append(list(_measure(*inside, *scores).values()))
+    return _Intervals(dict(zip(MEASURES, _quantiles(measures), strict=False)), _quantiles(stages), _quantiles(curve))
 
 
-def _redrawn(circuit: Circuit, index: Tensor, unit: str, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Membership and |scores| when the circuit is chosen again by the same rule on other prompts."""
-    assert circuit.examples is not None
-    mean = circuit.examples[index].mean(0).double()
-    graph = circuit.graph
-    if circuit.level == "edge":
-        edges = torch.full_like(circuit.edge_scores, torch.nan)
-        edges[graph.exists] = mean
-        size = int(circuit.threshold["value"]) if circuit.threshold.get("kind") == "top" else circuit.n_edges
-        best = edges.nan_to_num(0.0).abs().flatten().argsort(descending=True, stable=True)[:size]
-        chosen = torch.zeros(edges.numel(), dtype=torch.bool)
-        chosen[best] = True
-        inside = graph.pruned(chosen.view(edges.shape))
-        if unit == "edges":
-            return inside[graph.exists], mean.abs()
-        nodes, members = edges.nan_to_num(0.0).abs().sum(1), inside.any(1)
-    else:
-        each = len(graph.senders)
-        stacked = mean.view(-1, each)
-        members = torch.zeros(each, dtype=torch.bool)
-        sizes = [len(stage["chosen"]) for stage in circuit.stages] or [int(circuit.senders_in.sum())]
-        for scores, size in zip(stacked, sizes, strict=True):
-            members[scores.abs().nan_to_num(-1.0).argsort(descending=True, stable=True)[:size]] = True
-        nodes = stacked.abs().nan_to_num(0.0).max(0).values
-    places = torch.tensor([graph.sender_index[name] for name in names])
-    return members[places], nodes[places]
+def _quantiles(drawn: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """The middle 95 % of each column."""
+    if not drawn or not drawn[0]:
+        return []
+    table = torch.tensor(drawn, dtype=torch.float64)
+    low, high = torch.quantile(table, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
+    return list(zip(low, high, strict=True))
 
 
-def _stages(a: Circuit, b: Circuit) -> tuple[dict[str, Any], ...]:
+def _stages(a: Circuit, b: Circuit) -> list[dict[str, Any]]:
     """Overlap of what each stage chose, as in Merullo et al. (2310.08744)."""
     if not a.stages or len(a.stages) != len(b.stages):
-        return ()
+        return []
     found = []
     for one, two in zip(a.stages, b.stages, strict=True):
         x, y = set(one["chosen"]), set(two["chosen"])
         found.append({"name": one["name"], "jaccard": len(x & y) / max(1, len(x | y)), "shared": tuple(sorted(x & y))})
-    return tuple(found)
-
-
-def _cross(
-    wb: Workbench, circuits: tuple[Circuit, Circuit], tasks: tuple[Task, Task], ablation: str, metric: Any, seed: int,
-    batch_size: int, memory: int, progress: bool,
-) -> tuple[dict[str, Any], ...]:  # fmt: skip
-    """Both circuits kept and ablated on both tasks; beside them random circuits of A's and B's layers, ablated."""
-    rows: list[dict[str, Any]] = []
-    for task in tasks:
-        with open_study(wb, task, metric, batch_size=batch_size, memory=memory) as study:
-            circuits[0].check_model(study.graph)
-            study.measure_baselines()
-            choices, about = [], []
-            for circuit in circuits:
-                kept, members = kept_parts(circuit, None)
-                everything = torch.ones_like(kept) if kept.dim() == 1 else study.graph.exists
-                choices += [kept, everything & ~circuit.edges_in if kept.dim() == 2 else _less(circuit, members)]
-                about += [("keep", circuit.task), ("ablate", circuit.task)]
-            if choices[0].dim() != choices[2].dim():
-                raise InterventionError(
-                    "one circuit is of nodes and the other of edges; cross-faithfulness needs two of a kind",
-                    hint="find both by the same method",
-                )
-            empty = torch.zeros_like(choices[0])
-            if empty.dim() == 1:
-                empty = torch.tensor([head_of(name) is None for name in study.graph.senders])
-            values = run_choices(study, torch.stack([*choices, empty]), ablation, progress)
-            for (do, name), edited in zip(about, values[:-1], strict=True):
-                rows.append(_share(do, name, task.name, edited, study.clean, values[-1], seed))
-    return tuple(rows)
-
-
-def _less(circuit: Circuit, members: Sequence[str]) -> Tensor:
-    kept = torch.ones_like(circuit.senders_in)
-    for name in members:
-        if head_of(name) is not None:
-            kept[circuit.graph.sender_index[name]] = False
-    return kept
-
-
-def _share(do: str, circuit: str, task: str, edited: Tensor, full: Tensor, none: Tensor, seed: int) -> dict[str, Any]:
-    def share(index: Tensor) -> float:
-        return float((edited[index].mean() - none[index].mean()) / (full[index].mean() - none[index].mean()))
-
-    everything = torch.arange(len(edited))
-    return {
-        "do": do, "circuit": circuit, "task": task, "value": share(everything),
-        "interval": interval(share, len(edited), seed=seed), "examples": torch.stack([edited, full, none]),
-    }  # fmt: skip
+    return found
 
 
 def _named(names: Sequence[str], inside: Tensor) -> tuple[str, ...]:

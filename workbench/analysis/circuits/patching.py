@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from workbench.analysis.circuits.ablation import ABLATIONS
 from workbench.analysis.circuits.edges import run_nodes
-from workbench.analysis.circuits.graph import label
-from workbench.analysis.circuits.prompts import Pair, Where, find_positions
+from workbench.analysis.circuits.names import label
+from workbench.analysis.circuits.prompts import Pair, Where
 from workbench.analysis.circuits.stream import Hook, Kept, Key
 from workbench.analysis.circuits.study import DENOISING, NOISING, Study, open_study
 from workbench.errors import InterventionError, nearest
@@ -32,11 +32,12 @@ class HeadPatching(Result):
     """What putting single heads' activations from one run into another does to a metric.
 
     Attributes:
-        heads: labels, "L2KV1" for shared keys and values. layers, numbers: of each.
+        heads: labels, "L2KV1" for shared keys and values. layers, numbers: of each; of an encoder and a decoder apart.
         activation: "z", "q", "k", "v", "pattern", or "ablation".
         places: names of the positions patched, one at a time; ("all",) for all at once.
         direction: "noising" or "denoising". sign: what a positive effect means.
-        effects: [head, place, example] of the metric with the patch, minus without.
+        effects: [head, place, example] of the metric with the patch, minus without; NaN where a decoder's head has no
+            such place, because it is one in the prompt.
         clean, corrupted: [example] of the metric on prompts and twins.
     """
 
@@ -122,7 +123,7 @@ def patch_heads(
     with open_study(wb, task, metric, batch_size=batch_size, memory=memory) as study:
         study.measure_baselines()
         if activation == "pattern":
-            heads = [(i, head, f"L{i}H{head}") for i, head in study.graph.heads()]
+            heads = _heads(study, "z")
             where: list[Where] = [positions]  # type: ignore[list-item]
             if by_position:
                 where = _places(study, positions)
@@ -133,7 +134,7 @@ def patch_heads(
             effects = _effects(study, heads, activation, where, direction, progress)
         start = "prompt's into the twin's run" if direction == DENOISING else "twin's into the prompt's run"
         return HeadPatching(
-            heads=tuple(name for *_, name in heads), layers=tuple(i for i, *_ in heads),
+            heads=tuple(name for *_, name in heads), layers=tuple(study.graph.blocks[i] for i, *_ in heads),
             numbers=tuple(n for _, n, _ in heads), activation=activation,
             places=tuple("all" if place is None else str(place) for place in where), direction=direction,
             sign=f"{direction}: the {start}; a positive score means that the clean activation helps the task",
@@ -154,10 +155,10 @@ def ablate_heads(
     with open_study(wb, task, metric, batch_size=batch_size, memory=memory) as study:
         study.measure_baselines()
         effects = ablation_effects(study, how, progress)
-        heads = study.graph.heads()
+        heads = _heads(study, "z")
         return HeadPatching(
-            heads=tuple(f"L{i}H{n}" for i, n in heads), layers=tuple(i for i, _ in heads),
-            numbers=tuple(n for _, n in heads), activation=f"{how} ablation", places=("all",), direction=NOISING,
+            heads=tuple(name for *_, name in heads), layers=tuple(study.graph.blocks[i] for i, *_ in heads),
+            numbers=tuple(n for _, n, _ in heads), activation=f"{how} ablation", places=("all",), direction=NOISING,
             sign="noising: the head's output is replaced; a positive score means that the head helps the task",
             task=task.name, metric=study.metric.name, effects=effects[:, None], clean=study.clean,
             corrupted=study.corrupted, provenance=study.provenance(),
@@ -169,25 +170,49 @@ def ablation_effects(study: Study, how: str, progress: bool = True) -> Tensor:
     if how not in ABLATIONS:
         raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), ABLATIONS))
     graph = study.graph
-    kept = torch.ones(len(graph.heads()), len(graph.senders), dtype=torch.bool)
-    for row, head in enumerate(graph.heads()):
-        kept[row, graph.sender_index[graph.head_name(head)]] = False
+    kept = torch.ones(len(graph.head_names), len(graph.senders), dtype=torch.bool)
+    for row, name in enumerate(graph.head_names):
+        kept[row, graph.sender_index[name]] = False
     return run_nodes(study, kept, how, progress, "ablating heads") - study.clean
 
 
 def _heads(study: Study, activation: str) -> list[tuple[int, int, str]]:
     """(layer, number, label) of what has such an activation, by layer."""
-    found = []
-    for i, layer in enumerate(study.graph.layers):
-        shared = activation in "kv" and layer.n_kv_heads != layer.n_heads
-        many = layer.n_kv_heads if activation in "kv" else layer.n_heads
-        found += [(i, n, label(f"a{i}.{'kv' if shared else 'h'}{n}")) for n in range(many)]
+    graph, part = study.graph, activation if activation in "kv" else "q"
+    names = [graph.receivers[column] for i in range(len(graph.layers)) for column in graph.columns(i, part)]
+    return [(graph.receiver_spot(n).layer, graph.receiver_spot(n).number, label(n.partition("<")[0])) for n in names]
+
+
+def _stream(study: Study, what: str, i: int) -> int:
+    """The stream whose positions z, q, k or v of a layer has."""
+    own = study.graph.stream_of(i)
+    return own - 1 if what in "kv" and study.graph.layers[i].kind == "cross" else own
+
+
+def _indices(study: Study, pair: Pair, what: str, i: int, where: list[Where]) -> list[Tensor | None]:
+    """[batch, n] positions of each place for heads of layer i; empty where a decoder has no such place."""
+    stream = _stream(study, what, i)
+    found: list[Tensor | None] = []
+    for place in where:
+        names = {place} if isinstance(place, (str, int)) else set(place or ())
+        if stream and any(isinstance(name, str) and name != "end" for name in names):
+            found.append(torch.empty(pair.size, 0, dtype=torch.long))
+        else:
+            found.append(study.positions(pair, place, stream))
     return found
+
+
+def _unless_absent(values: Tensor, index: Tensor | None) -> Tensor:
+    return values if index is None or index.shape[1] else torch.full_like(values, torch.nan)
 
 
 def _places(study: Study, positions: Any) -> list[Where]:
     if positions is not None:
         return [positions] if isinstance(positions, (str, int)) else list(positions)
+    if len(study.graph.streams) > 1:
+        raise InterventionError(
+            "an encoder and a decoder have positions of their own", hint='name them: positions=["S2", "end"]'
+        )
     lengths = {int(n) for pair in study.pairs for n in pair.last.tolist()}
     if len(lengths) != 1:
         raise InterventionError(
@@ -209,9 +234,9 @@ def _effects(
         for pair in study.pairs:
             run, source, from_logits, clean_logits = _two_runs(study, pair, what, direction)
             base = study.measure(from_logits, pair, clean_logits)[0]
-            index = [find_positions(study.task, study.wb.tokenizer, pair, place) for place in where]
             most = study.most(pair, parts=24)
             for i in sorted(set(layers)):
+                index = _indices(study, pair, what, i, where)
                 group = [n for n, layer in enumerate(layers) if layer == i]
                 for first in range(0, len(group), most):
                     chunk = group[first : first + most]
@@ -220,7 +245,8 @@ def _effects(
                     out = study.stream.run(run, pair.last, {(what, i): [hook]}, times=len(chunk), start=i)
                     values = study.measure(out, pair, clean_logits, len(chunk)) - base
                     for row, n in enumerate(chunk):
-                        effects[variants[n][0], variants[n][1], study.rows(pair)] = values[row]
+                        h, w = variants[n]
+                        effects[h, w, study.rows(pair)] = _unless_absent(values[row], index[w])
                     bar.update(len(chunk))
     bar.close()
     return effects
@@ -266,7 +292,6 @@ def _pattern_effects(
             run, _, from_logits, clean_logits = _two_runs(study, pair, "z", direction)
             base = study.measure(from_logits, pair, clean_logits)[0]
             out_of = pair.twin if direction == NOISING else pair.clean
-            index = [find_positions(study.task, wb.tokenizer, pair, place) for place in where]
             with wb.capture(statistics=(), pattern=True, queries_keys=False) as patterns:
                 wb.model(**out_of, **study.stream.extra)
             with wb.capture(statistics=(), values=True) as own:
@@ -278,7 +303,7 @@ def _pattern_effects(
                 if values is None:
                     raise InterventionError("the values of this attention are not seen", site=site)
                 each = values.repeat_interleave(weights.shape[1] // values.shape[1], dim=1).to(weights.dtype)
-                z = (weights @ each).transpose(1, 2)
+                z, index = (weights @ each).transpose(1, 2), _indices(study, pair, "z", i, where)
                 group = [(h, w) for h, head in enumerate(heads) if head[0] == i for w in range(len(where))]
                 for first in range(0, len(group), most):
                     chunk = group[first : first + most]
@@ -286,5 +311,5 @@ def _pattern_effects(
                     out = study.stream.run(run, pair.last, {("z", i): [hook]}, times=len(chunk), start=i)
                     found = study.measure(out, pair, clean_logits, len(chunk)) - base
                     for row, (h, w) in enumerate(chunk):
-                        effects[h, w, study.rows(pair)] = found[row]
+                        effects[h, w, study.rows(pair)] = _unless_absent(found[row], index[w])
     return effects

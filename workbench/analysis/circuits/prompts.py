@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.errors import TaskError, nearest
 from workbench.hooks.positions import Positions
+from workbench.inputs import decoder_start
 from workbench.tasks.base import Task
-from workbench.tasks.metrics import TaskBatch, correct, kl_divergence, logit_diff, probability
+from workbench.tasks.metrics import TaskBatch, correct, kl_divergence, last_places, logit_diff, probability
 
 METRICS: dict[str, Callable[..., Tensor]] = {
     "logit_diff": logit_diff, "probability": probability, "kl_divergence": kl_divergence, "accuracy": correct,
@@ -39,9 +40,9 @@ class Metric:
 
     def __call__(self, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
         """[times, batch] from logits [times · batch, vocab]; `clean` are those of the unedited model [batch, vocab]."""
+        ids = {"input_ids": pair.clean["input_ids"][:, :1].repeat(times, 1)} if "input_ids" in pair.clean else {}
         batch = TaskBatch(
-            {"input_ids": pair.clean["input_ids"][:, :1].repeat(times, 1)},
-            answers=list(pair.clean.answers) * times, wrong=list(pair.clean.wrong) * times, start=pair.clean.start,
+            ids, answers=list(pair.clean.answers) * times, wrong=list(pair.clean.wrong) * times, start=pair.clean.start,
         )  # fmt: skip
         output = SimpleNamespace(logits=logits[:, None])
         extra = [SimpleNamespace(logits=clean.repeat(times, 1)[:, None])] if self.against_clean else []
@@ -80,23 +81,33 @@ class Pair:
     """A batch of prompts and the batch of their twins; both with the prompts' answers.
 
     Attributes:
-        last: [batch] index of each prompt's last token.
+        ends: for each residual stream [batch] the index of its last token; None where it has no tokens but frames or
+            patches. The last one is that whose logits are read.
         start: index in the task of the first example.
     """
 
     clean: TaskBatch
     twin: TaskBatch
-    last: Tensor
+    ends: tuple[Tensor | None, ...]
+
+    @property
+    def last(self) -> Tensor:
+        """[batch] index of the token whose logits are read."""
+        assert self.ends[-1] is not None
+        return self.ends[-1]
 
     @property
     def size(self) -> int:
         """How many examples."""
         return self.last.shape[0]
 
-    @property
-    def length(self) -> int:
-        """Tokens, padding included."""
-        return self.clean["input_ids"].shape[1]
+    def mask(self, stream: int, length: int) -> Tensor:
+        """[batch, position] 1 where a stream of that length holds no padding."""
+        names = ("attention_mask",) if len(self.ends) == 1 else ("attention_mask", "decoder_attention_mask")
+        mask = self.clean.get(names[stream])
+        if mask is None or mask.shape != (self.size, length):
+            return torch.ones(self.size, length, dtype=torch.long, device=self.last.device)
+        return mask
 
     @property
     def start(self) -> int:
@@ -104,8 +115,10 @@ class Pair:
         return self.clean.start
 
 
-def make_pairs(task: Task, tokenizer: Any, size: int, device: torch.device) -> list[Pair]:
+def make_pairs(task: Task, model: nn.Module, tokenizer: Any, size: int, device: torch.device) -> list[Pair]:
     """The prompts and twins of a task, in batches.
+
+    The encoder of an encoder-decoder reads the prompt; the answer is the next token of the decoder.
 
     Raises:
         TaskError: no task or tokenizer; an answer that is not one token; a twin of another length than its prompt, or
@@ -115,53 +128,80 @@ def make_pairs(task: Task, tokenizer: Any, size: int, device: torch.device) -> l
         raise TaskError(
             f"expected a Task, not {type(task).__name__}", hint="make one with workbench.tasks.from_prompts"
         )
-    if tokenizer is None:
+    if tokenizer is None and task.of_text:
         raise TaskError("a task needs a tokenizer", hint="workbench.attach(model, tokenizer)")
     if len(task) == 0:
         raise TaskError(f"task {task.name} has no examples", hint="make it with n >= 1")
     pairs = []
-    clean_batches = task.batches(tokenizer, size, device=device)
-    twin_batches = task.batches(tokenizer, size, twins=True, device=device)
+    start = decoder_start(model)
+    clean_batches = task.batches(tokenizer, size, device=device, start_token=start)
+    twin_batches = task.batches(tokenizer, size, twins=True, device=device, start_token=start)
     for clean, twin in zip(clean_batches, twin_batches, strict=True):
-        lengths, others = (batch["attention_mask"].sum(1) for batch in (clean, twin))
-        for i in (lengths != others).nonzero()[:, 0].tolist():
-            example = task[clean.start + i]
-            raise TaskError(
-                f"example {clean.start + i} has {int(lengths[i])} tokens, its twin {int(others[i])}: "
-                f"{example.prompt!r} and {example.twin!r}",
-                hint="a twin must have as many tokens as its prompt, so that positions correspond",
-            )
-        same = (clean["input_ids"] == twin["input_ids"]).all(1)
+        several = [_ends(batch, start is not None) for batch in (clean, twin)]
+        for lengths, others in zip(*several, strict=True):
+            if lengths is None or others is None:
+                continue
+            for i in (lengths != others).nonzero()[:, 0].tolist():
+                example = task[clean.start + i]
+                raise TaskError(
+                    f"example {clean.start + i} has {int(lengths[i]) + 1} tokens, its twin {int(others[i]) + 1}: "
+                    f"{example.prompt!r} and {example.twin!r}",
+                    hint="a twin must have as many tokens as its prompt, so that positions correspond",
+                )
+        same = torch.ones(len(clean.answers), dtype=torch.bool, device=device)
+        for name, value in clean.items():
+            if value.shape != twin[name].shape:
+                raise TaskError(f"{name} of the twins has another shape: {list(twin[name].shape)}", shape=value.shape)
+            same &= (value == twin[name]).flatten(1).all(1)
         if bool(same.any()):
             i = clean.start + int(same.nonzero()[0])
             raise TaskError(
-                f"the twin of example {i} does not differ from its prompt {task[i].prompt!r} for this tokenizer",
+                f"the twin of example {i} does not differ from its prompt {task[i].prompt!r} for this model",
                 hint="a twin changes at least one token",
             )
-        pairs.append(Pair(clean, twin, lengths - 1))
+        pairs.append(Pair(clean, twin, several[0]))
     return pairs
 
 
-def find_positions(task: Task, tokenizer: Any, pair: Pair, where: Where) -> Tensor | None:
-    """[batch, n] token positions of named ("end", "S2") or numbered places; None for all.
+def _ends(batch: TaskBatch, decodes: bool) -> tuple[Tensor | None, ...]:
+    """[batch] index of the last token of each stream."""
+    n = len(batch.answers)
+    read = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    last = last_places(read).expand(n) if "input_ids" in read else None
+    return (last, last_places(batch).to(batch["decoder_input_ids"].device).expand(n)) if decodes else (last,)
 
-    Names count in the prompt. "end" is the last token of every task.
+
+def find_positions(task: Task, tokenizer: Any, pair: Pair, where: Where, stream: int, length: int) -> Tensor | None:
+    """[batch, n] positions in a residual stream of named ("end", "S2") or numbered places; None for all.
+
+    "end" is the last token of every stream. Other names count in the prompt, which the first stream reads.
+
+    Args:
+        stream: index of the stream. length: its positions, padding included.
 
     Raises:
         TaskError: no position of that name. InterventionError: no such number.
     """
     if where is None:
         return None
+    end = pair.ends[stream]
+    device = pair.last.device
+    end = torch.full((pair.size,), length - 1, device=device) if end is None else end
     several = [where] if isinstance(where, (str, int)) else list(where)
     rows = task[pair.start : pair.start + pair.size]
     found = []
     for one in several:
         if one in ("end", -1):
-            found.append(pair.last)
+            found.append(end)
         elif isinstance(one, str):
-            found.append(torch.tensor(rows.positions(one, tokenizer), device=pair.last.device))
+            if stream > 0:
+                raise TaskError(
+                    f"{one!r} is a place in the prompt, which the encoder reads, and not in what the decoder wrote",
+                    hint='in the decoder there are "end" and numbers',
+                )
+            found.append(torch.tensor(rows.positions(one, tokenizer), device=device))
         else:
-            index = Positions(one).index(pair.size, pair.length, device=pair.last.device)
+            index = Positions(one).index(pair.size, length, device=device)
             found.append(index.expand(pair.size, 1)[:, 0])
     return torch.stack(found, dim=1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,8 +38,8 @@ class Recording:
     logits: Tensor | None = None
 
 
-def record(model: nn.Module, inputs: Mapping[str, Any], grad_from: str) -> Recording:
-    """Run the model once, with autograd from the input of the module `grad_from` on.
+def record(model: nn.Module, inputs: Mapping[str, Any], grad_from: Collection[str]) -> Recording:
+    """Run the model once, with autograd from the inputs of the modules `grad_from` on.
 
     Raises:
         WorkbenchError: the model gives no logits.
@@ -51,7 +51,7 @@ def record(model: nn.Module, inputs: Mapping[str, Any], grad_from: str) -> Recor
         first = first_float((*args, *kwargs.values()))
         if first is None:
             return None
-        if names[module] == grad_from:
+        if names[module] in grad_from:
             leaf = first.detach().requires_grad_()
             args = tuple(leaf if value is first else value for value in args)
             kwargs = {key: leaf if value is first else value for key, value in kwargs.items()}

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.analysis.circuits.graph import Graph, head_of, label
+from workbench.analysis.circuits.graph import Graph
 from workbench.analysis.circuits.intervals import interval
-from workbench.analysis.circuits.prompts import Pair, find_positions
+from workbench.analysis.circuits.names import label
+from workbench.analysis.circuits.prompts import Pair
 from workbench.analysis.circuits.study import Study, open_study
 from workbench.errors import InterventionError
 from workbench.result import Result
@@ -61,22 +62,20 @@ class Repair(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """Accuracies with 95 % intervals: before, together, each head, random heads; then the movers' attention."""
+        """Accuracies before, together, of each head, and random heads; then the movers' attention. 95 % intervals."""
         import pandas as pd
 
-        rows = [("before", "", *_accuracy(self.before)), ("together", " ".join(self.heads), *_accuracy(self.together))]
-        rows += [("single", head, *_accuracy(values)) for head, values in zip(self.heads, self.single, strict=True)]
+        rows = [("before", "", *_mean(self.before)), ("together", " ".join(self.heads), *_mean(self.together))]
+        rows += [("single", head, *_mean(values)) for head, values in zip(self.heads, self.single, strict=True)]
         if len(self.random):
             means = self.random.mean(1)
             low, high = float(means.min()), float(means.max())
             rows.append(
                 ("random heads", f"{len(self.random)} draws, lowest and highest", float(means.mean()), low, high)
             )
-        nan = float("nan")
-        for i, head in enumerate(self.movers):
-            shift = (self.attention_after[i] - self.attention_before[i]).mean(-1).tolist()
-            rows.append(("attention to the answer, change", head, shift[0], nan, nan))
-            rows.append(("attention to the edited positions, change", head, shift[1], nan, nan))
+        for head, shift in zip(self.movers, self.attention_after - self.attention_before, strict=True):
+            for what, values in zip(("answer", "edited positions"), shift, strict=True):
+                rows.append((f"attention to the {what}, change", head, *_mean(values)))
         return pd.DataFrame(rows, columns=["quantity", "of", "value", "low", "high"])
 
     def __repr__(self) -> str:
@@ -127,6 +126,7 @@ def repair(
         if not chosen:
             raise InterventionError("no head was chosen")
         moving = [graph.head_name(head) for head in movers]
+        _check_keys(graph, (*chosen, *moving))
         draws = _draws(graph, [*chosen, *moving], len(chosen), n_random, seed)
         plans = [(), tuple(chosen), *((name,) for name in chosen), *draws]
         right = torch.zeros(len(plans), len(task), dtype=torch.float64)
@@ -149,9 +149,24 @@ def repair(
         )  # fmt: skip
 
 
+def _sees_the_prompt(graph: Graph, name: str) -> bool:
+    """Whether the head's queries are where the logits are read, and its keys in the prompt."""
+    spot = graph.sender(name)
+    return len(graph.streams) == 1 or (spot.what == "head" and graph.layers[spot.layer].kind == "cross")
+
+
+def _check_keys(graph: Graph, names: Sequence[str]) -> None:
+    for name in names:
+        if not _sees_the_prompt(graph, name):
+            raise InterventionError(
+                f"{label(name)} does not look from where the answer is written into the prompt",
+                hint="of an encoder-decoder choose heads of cross-attention",
+            )
+
+
 def _draws(graph: Graph, taken: Sequence[str], size: int, n: int, seed: int) -> list[tuple[str, ...]]:
     """Random heads that are not among those taken."""
-    free = [name for name in map(graph.head_name, graph.heads()) if name not in taken]
+    free = [name for name in graph.head_names if name not in taken and _sees_the_prompt(graph, name)]
     if n and len(free) < size:
         raise InterventionError(f"there are only {len(free)} other heads to draw {size} from", hint="n_random=0")
     generator = torch.Generator().manual_seed(seed)
@@ -162,12 +177,12 @@ def _draws(graph: Graph, taken: Sequence[str], size: int, n: int, seed: int) -> 
 
 def _target(study: Study, pair: Pair, towards: Sequence[str], but: str | None) -> tuple[Tensor, Tensor]:
     """[example, key] weights of the new row, and [example] the position of the answer (the last one if unknown)."""
-    index = find_positions(study.task, study.wb.tokenizer, pair, towards)
+    index = study.positions(pair, towards, 0)
+    answer = study.positions(pair, "end" if but is None else but, 0)
     assert index is not None
-    answer = pair.last if but is None else find_positions(study.task, study.wb.tokenizer, pair, but)
     assert answer is not None
     answer = answer.view(pair.size)
-    weights = torch.zeros(pair.size, pair.length, device=index.device).scatter(1, index, 1.0)
+    weights = torch.zeros(pair.size, study.length(pair, 0), device=index.device).scatter(1, index, 1.0)
     if but is not None:
         weights.scatter_(1, answer[:, None], 0.0)
     if bool((weights.sum(1) == 0).any()):
@@ -189,7 +204,8 @@ def last_row_on(weights: Tensor) -> Callable[[Tensor, Any, int], Tensor]:
 def _edited(study: Study, stack: ExitStack, pair: Pair, plan: Sequence[str], weights: Tensor) -> None:
     if plan:
         queries = pair.last[:, None]
-        heads = [(study.stream.anatomy.layers[head[0]].site, head[1]) for name in plan if (head := head_of(name))]
+        spots = [study.graph.sender(name) for name in plan]
+        heads = [(study.stream.anatomy.layers[spot.layer].site, spot.number) for spot in spots]
         stack.enter_context(study.wb.edit_pattern(heads, last_row_on(weights), queries=queries))
 
 
@@ -211,13 +227,13 @@ def _attention(
         study.wb.model(**pair.clean, **study.stream.extra)
     found = []
     for name in movers:
-        head = head_of(name)
-        assert head is not None
-        row = cap[study.stream.anatomy.layers[head[0]].site.name].pattern.dense(heads=[head[1]])[:, 0][rows, pair.last]
+        spot = study.graph.sender(name)
+        pattern = cap[study.stream.anatomy.layers[spot.layer].site.name].pattern
+        row = pattern.dense(heads=[spot.number])[:, 0][rows, pair.last]
         found.append(torch.stack([row[rows, answer], (row * (weights > 0)).sum(1)]))
     return torch.stack(found).double().cpu()
 
 
-def _accuracy(values: Tensor) -> tuple[float, float, float]:
+def _mean(values: Tensor) -> tuple[float, float, float]:
     low, high = interval(lambda index: float(values[index].mean()), len(values))
     return float(values.mean()), low, high

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.graph import label
-from workbench.analysis.circuits.prompts import Pair, find_positions
+from workbench.analysis.circuits.names import label
+from workbench.analysis.circuits.prompts import Pair
 from workbench.analysis.circuits.study import Study, open_study
 from workbench.errors import TaskError
 from workbench.result import Result
@@ -113,13 +113,13 @@ def head_roles(
         if isinstance(heads, Circuit):
             heads.check_model(graph)
             heads = heads.heads
-        names = [graph.head_name(head) for head in (graph.heads() if heads is None else heads)]
+        names = list(graph.head_names if heads is None else map(graph.head_name, heads))
         found: dict[str, list[Tensor]] = {}
         for pair in tqdm(study.pairs, disable=not progress, desc="roles"):
             for key, value in {**_attention(study, pair, known), **_written(study, pair)}.items():
                 found.setdefault(key, []).append(value)
         each = {key: torch.cat(values) for key, values in found.items()}  # [example, head]
-        places_of = torch.tensor([graph.heads().index(_pair(name)) for name in names])
+        places_of = torch.tensor([graph.head_names.index(name) for name in names])
         mean = {key: value.nanmean(0)[places_of] for key, value in each.items()}
         errors = {
             key: (each[key].std(0) / len(task) ** 0.5)[places_of]
@@ -134,39 +134,51 @@ def head_roles(
         )  # fmt: skip
 
 
-def _pair(name: str) -> tuple[int, int]:
-    layer, _, head = name.removeprefix("a").partition(".h")
-    return int(layer), int(head)
-
-
 def _attention(study: Study, pair: Pair, places: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """[example, head] of mean attention, NaN where an example has no such query."""
-    wb, ids, real = study.wb, pair.clean["input_ids"], pair.clean["attention_mask"].bool()
-    with torch.no_grad(), wb.capture(statistics=("previous",), queries_keys=True) as cap:
+    """[example, head] of mean attention, NaN where an example has no such query, or a head cannot see the place."""
+    wb, graph = study.wb, study.graph
+    with torch.no_grad(), wb.capture(statistics=(), queries_keys=True) as cap:
         wb.model(**pair.clean, **study.stream.extra)
-    earlier = (ids[:, :, None] == ids[:, None, :]) & torch.ones_like(ids[0][:, None] == ids[0]).tril(-1)
+    rows = torch.arange(pair.size, device=pair.last.device)
+    at = {key: study.positions(pair, names, 0) for key, names in places.items()}
+    found: dict[str, list[Tensor]] = {}
+    for i, layer in enumerate(study.stream.anatomy.layers):
+        stream, cross = graph.stream_of(i), graph.layers[i].kind == "cross"
+        weights = cap[layer.site.name].pattern.dense()
+        absent = weights.new_full(weights.shape[:2], torch.nan).double().cpu()
+        for name, keys in _looked_for(study, pair, stream, cross).items():
+            seen = absent if keys is None else _mean((weights * keys[:, None]).sum(-1), keys.any(-1))
+            found.setdefault(name, []).append(seen)
+        end = study.positions(pair, "end", stream)
+        assert end is not None
+        last = weights[rows, :, end[:, 0]]  # [example, head, key]
+        for name, index in at.items():
+            onto = absent
+            if index is not None and (cross or stream == 0):
+                onto = last.gather(2, index[:, None].expand(-1, last.shape[1], -1)).sum(-1).double().cpu()
+            found.setdefault(f"to_{name}", []).append(onto)
+    return {name: torch.cat(values, dim=1) for name, values in found.items()}
+
+
+def _looked_for(study: Study, pair: Pair, stream: int, cross: bool) -> dict[str, Tensor | None]:
+    """[example, query, key] bool by role: which keys make it; None where a layer has no such keys."""
+    ids = pair.clean.get("decoder_input_ids" if stream else "input_ids")
+    length = study.length(pair, stream)
+    causal = len(study.graph.streams) == 1 or stream > 0
+    real = pair.mask(stream, length).bool()
+    if cross:
+        return dict.fromkeys(("previous", "duplicate", "induction"))
+    before = torch.ones(length, length, dtype=torch.bool, device=real.device)
+    before = before.tril(-1) if causal else before.fill_diagonal_(False)
+    both = real[:, :, None] & real[:, None, :]
+    previous = torch.eye(length, dtype=torch.bool, device=real.device).roll(1, 0).tril(-1) & both
+    if ids is None:  # frames are no tokens
+        return {"previous": previous, "duplicate": None, "induction": None}
+    earlier = (ids[:, :, None] == ids[:, None, :]) & before & both
     after = torch.zeros_like(earlier)
     after[:, :, 1:] = earlier[:, :, :-1]
-    after &= torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril(0)
-    queries = {"duplicate": earlier, "induction": after}
-    rows = torch.arange(pair.size, device=ids.device)
-    at = {key: find_positions(study.task, wb.tokenizer, pair, names) for key, names in places.items()}
-    found: dict[str, list[Tensor]] = {}
-    later = real.clone()
-    later[:, 0] = False
-    for layer in study.stream.anatomy.layers:
-        site = cap[layer.site.name]
-        found.setdefault("previous", []).append(_mean(site.statistics["previous"], later))
-        weights = site.pattern.dense()
-        for name, keys in queries.items():
-            mass = (weights * keys[:, None]).sum(-1)
-            found.setdefault(name, []).append(_mean(mass, keys.any(-1) & real))
-        last = weights[rows, :, pair.last]  # [example, head, key]
-        for name, index in at.items():
-            if index is not None:
-                onto = last.gather(2, index[:, None].expand(-1, last.shape[1], -1)).sum(-1)
-                found.setdefault(f"to_{name}", []).append(onto.double().cpu())
-    return {name: torch.cat(values, dim=1) for name, values in found.items()}
+    after &= both & (before | torch.eye(length, dtype=torch.bool, device=real.device))
+    return {"previous": previous, "duplicate": earlier, "induction": after}
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
@@ -181,9 +193,14 @@ def _written(study: Study, pair: Pair) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         _, clean = study.stream.record(pair.clean, pair.last)
-        final = clean["final", 0][rows, pair.last]
+        final = clean[study.stream.end][rows, pair.last]
         base = _answers(study.stream.unembed(final), pair, 1)
         for i, layer in enumerate(study.stream.anatomy.layers):
+            if study.graph.stream_of(i) != study.stream.end[1]:
+                nothing = base["logit_diff"].new_full((pair.size, layer.n_heads), torch.nan).double().cpu()
+                for name in base:
+                    found.setdefault(name, []).append(nothing)
+                continue
             z = clean["z", i][rows, pair.last]
             written = torch.einsum("bhw,hwd->hbd", z, layer.w_o.to(z.dtype))
             without = _answers(study.stream.unembed((final - written).flatten(0, 1)), pair, layer.n_heads)

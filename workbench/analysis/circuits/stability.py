@@ -67,36 +67,16 @@ def circuit_stability(
     Raises:
         InterventionError: the circuit kept no single scores, or there are not as many labels as prompts.
     """
-    examples = circuit.examples
-    if examples is None:
-        raise InterventionError(
-            "the circuit kept no scores of single prompts",
-            hint='"acdc" has none, and of very large graphs they are not kept; find it on fewer prompts',
-        )
-    if groups is not None and len(groups) != len(examples):
-        raise InterventionError(f"there are {len(groups)} labels for {len(examples)} prompts")
-    absolute = bool(circuit.threshold.get("absolute", True))
-    if circuit.level == "edge":
-        names, own = tuple(circuit.graph.edges), circuit.edges_in[circuit.graph.exists]
-        sizes = [int(circuit.threshold["value"]) if circuit.threshold.get("kind") == "top" else int(own.sum())]
-        blocks = [slice(0, len(names))]
-    else:
-        names, own = circuit.graph.senders, circuit.senders_in
-        each = len(names)
-        blocks = [slice(i, i + each) for i in range(0, examples.shape[1], each)]
-        sizes = [len(stage["chosen"]) for stage in circuit.stages] or [int(own.sum())]
+    n = len(circuit.single_scores)
+    if groups is not None and len(groups) != n:
+        raise InterventionError(f"there are {len(groups)} labels for {n} prompts")
+    edges, exists = circuit.level == "edge", circuit.graph.exists
+    names = tuple(circuit.graph.edges) if edges else circuit.graph.senders
+    own = circuit.edges_in[exists] if edges else circuit.senders_in
     count, overlaps = torch.zeros(len(names), dtype=torch.float64), []
-    for index in draws(len(examples), n_bootstrap, seed, groups):
-        mean = examples[index].mean(0)
-        inside = torch.zeros(len(names), dtype=torch.bool)
-        for block, size in zip(blocks, sizes, strict=True):
-            scores = mean[block].abs() if absolute else mean[block]
-            best = scores.nan_to_num(-torch.inf).argsort(descending=True, stable=True)[:size]
-            inside[best] = True
-        if circuit.level == "edge" and circuit.threshold.get("pruned", True):
-            whole = torch.zeros_like(circuit.edges_in)
-            whole[circuit.graph.exists] = inside
-            inside = circuit.graph.pruned(whole)[circuit.graph.exists]
+    for index in draws(n, n_bootstrap, seed, groups):
+        again = circuit.redrawn(index)
+        inside = again.edges_in[exists] if edges else again.senders_in
         count += inside
         union = int((inside | own).sum())
         overlaps.append(int((inside & own).sum()) / union if union else 1.0)

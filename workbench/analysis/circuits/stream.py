@@ -1,4 +1,4 @@
-"""Runs a model as a residual stream: its senders and receivers can be read and changed, side by side and in part.
+"""Runs a model as residual streams: their senders and receivers can be read and changed, side by side and in part.
 
 This is the one engine of the circuits. It uses plain hooks on the modules that `anatomy` found, so attention stays on
 its kernel, and the sweep's prefix, so that a forward begins at the first layer that is changed. It is not the sweep's
@@ -7,6 +7,7 @@ own runner because what is put into a model here belongs to single batches, and 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.anatomy import Anatomy, Part, find_anatomy
+from workbench.analysis.circuits.anatomy import Anatomy, find_anatomy
+from workbench.analysis.circuits.parts import LayerParts, Part
 from workbench.analysis.circuits.prompts import Pair
 from workbench.analysis.circuits.recording import first_float
+from workbench.analysis.circuits.shortcut import only_where_changed, put_back
 from workbench.compiled import check_not_compiled
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.inputs import check_inputs, dropout_in_training
@@ -25,15 +28,17 @@ from workbench.session import Workbench
 from workbench.variants import repeat
 
 _SHORT = 8  # tokens that are enough to find a model's parts
-# What a hook sees, and may give anew. In layer i:
-# ("input", 0)          [batch, position, d_model] what the first block reads
-# ("read", i)           the same, what the heads of layer i read; to look at only
+_SEVERAL = 3  # repeats from which on it is worth computing again what projections gave on the batch itself
+# What a hook sees, and may give anew. In layer i, and in stream s (0, or 0 and 1: the encoder's and the decoder's):
+# ("input", s)          [batch, position, d_model] what the first block reads
+# ("read", i)           the same, what the queries of layer i read (and, but for cross-attention, keys and values); to
+#                       look at only
 # ("read_mlp", i)       what its MLP reads; to look at only
 # ("q" | "k" | "v", i)  [batch, position, head or group, width]
 # ("z", i)              [batch, position, head, width]
 # ("mlp_in", i)         what the MLP itself is given, behind its norm
 # ("mlp", i)            what it writes
-# ("final", 0)          the stream after the last block
+# ("final", s)          the stream after the last block; what the keys and values of cross-attention read
 Key = tuple[str, int]
 Hook = Callable[[Tensor], Tensor | None]
 Hooks = Mapping[Key, Sequence[Hook]]
@@ -43,8 +48,8 @@ class Stream:
     """An attached model with its anatomy.
 
     Attributes:
-        anatomy, graph: what was found. resumed: whether forwards can begin at a later block, to the bit; None until it
-            was tried.
+        anatomy, graph: what was found. end: key of the stream that goes to the logits, at its end.
+        resumed: whether forwards can begin at a later block, to the bit; None until it was tried.
     """
 
     def __init__(self, wb: Workbench, pair: Pair) -> None:
@@ -60,13 +65,15 @@ class Stream:
         check_inputs(wb.model, (), pair.clean)
         self.wb, self.model = wb, wb.model
         self.extra = _extra(wb.model)
-        start = {name: value[:1, :_SHORT] for name, value in pair.clean.items()}
-        self.anatomy: Anatomy = find_anatomy(wb, {**self.extra, **start})
+        self._small = {**self.extra, **_beginning(pair.clean)}
+        self.anatomy: Anatomy = find_anatomy(wb, self._small)
         self.graph = self.anatomy.graph
+        self.end = ("final", len(self.graph.streams) - 1)
         self.resumed: bool | None = None
         self.blocks = [layer.block for layer in self.anatomy.layers]
         self._last_output: Any = None  # of the last block: how it hands on the stream
         self._prefix: Prefix | None = None
+        self._recorded: tuple[Any, Kept] | None = None  # the batch that later runs resume from, and what it showed
 
     @contextmanager
     def open(self) -> Iterator[Stream]:
@@ -77,7 +84,7 @@ class Stream:
             try:
                 yield self
             finally:
-                self._prefix = None
+                self._prefix = self._recorded = None
 
     def record(
         self, batch: Mapping[str, Tensor], last: Tensor, hooks: Hooks | None = None, *, resume: bool = True
@@ -97,11 +104,13 @@ class Stream:
             if self._prefix is not None and resume:
                 stack.enter_context(self._prefix.recording(last.shape[0]))
             kept.logits = self.run(batch, last, seen)
+        if self._prefix is not None and resume:
+            self._recorded = batch, kept
         return kept.logits, kept
 
     def keeping(self, kept: Kept) -> dict[Key, Hook]:
         """Hooks that keep what senders write and receivers read."""
-        keys: list[Key] = [("input", 0), ("final", 0)]
+        keys: list[Key] = [(what, s) for s in range(len(self.graph.streams)) for what in ("input", "final")]
         for i, layer in enumerate(self.anatomy.layers):
             keys += [("read", i), ("z", i), *([("read_mlp", i), ("mlp", i)] if layer.mlp else [])]
         return {key: kept.keep(key) for key in keys}
@@ -118,6 +127,8 @@ class Stream:
             batch: model inputs. last: [batch] index of each last token.
             times: how many repeats of the batch run side by side.
             start: the first layer that a hook changes; those before it are not run again where that is possible.
+
+        Where the batch was recorded, MLPs and projections run only at positions that have changed.
         """
         if start > 0 and self.resumed is None and self._prefix is not None:
             self._try_resuming(batch, last)
@@ -125,6 +136,8 @@ class Stream:
         inputs = {name: repeat(value, times, size) for name, value in {**self.extra, **batch}.items()}
         resume = self._prefix is not None and bool(self.resumed) and start > 0
         with ExitStack() as stack:
+            if hooks and self._recorded is not None and self._recorded[0] is batch and not torch.is_grad_enabled():
+                self._skip_unchanged(stack, self._recorded[1], start, times)
             self._register(stack, hooks or {})
             where = last.repeat(times)
             self._last_only(stack, where)
@@ -139,7 +152,8 @@ class Stream:
         self.resumed = True
         with torch.no_grad():
             whole = self.run(batch, last)
-            for start in {len(self.blocks) - 1, len(self.blocks) // 2} - {0}:
+            first = [self.blocks.index(self.anatomy.blocks(s)[-1]) for s in range(len(self.graph.streams))]
+            for start in {*first, len(self.blocks) - 1, len(self.blocks) // 2} - {0}:
                 self.resumed = self.resumed and torch.equal(whole, self.run(batch, last, start=start))
 
     def unembed(self, stream: Tensor) -> Tensor:
@@ -147,18 +161,27 @@ class Stream:
 
         The model runs on one token each, and its blocks are passed over.
         """
-        ids = torch.zeros(stream.shape[0], 1, dtype=torch.long, device=stream.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs, blocks = self._one_token(stream), self.anatomy.blocks(self.end[1])
         with ExitStack() as stack:
-            for i, block in enumerate(self.blocks):
+            for block in blocks:
                 module = self.anatomy.modules[block]
                 held = module.__dict__.get("forward")
-                new = self._passing(stream[:, None] if i == len(self.blocks) - 1 else None)
+                new = self._passing(stream[:, None] if block == blocks[-1] else None)
                 module.__dict__["forward"] = new
-                stack.callback(_put_back, module, held)
+                stack.callback(put_back, module, held)
             output = self.model(**inputs, **self.extra)
         logits = output if isinstance(output, Tensor) else output.logits
         return logits[:, 0]
+
+    def _one_token(self, stream: Tensor) -> dict[str, Any]:
+        """Inputs of one token for each vector of the stream, without work for an encoder where that is possible."""
+        n = stream.shape[0]
+        ids = torch.zeros(n, 1, dtype=torch.long, device=stream.device)
+        if self.end[1] == 0:
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "encoder_outputs" in inspect.signature(self.model.forward).parameters:
+            return {"encoder_outputs": (stream.new_zeros(n, 1, self.graph.d_model),), "decoder_input_ids": ids}
+        return {**repeat(self._small, n, 1), "decoder_input_ids": ids}
 
     def _passing(self, given: Tensor | None) -> Callable[..., Any]:
         """A block's forward that hands on its input, or `given`, as the last block does."""
@@ -172,6 +195,22 @@ class Stream:
             return type(like)(stream if value is seen else value for value in like)
 
         return forward
+
+    def _skip_unchanged(self, stack: ExitStack, clean: Kept, start: int, times: int) -> None:
+        anatomy = self.anatomy
+        for i, layer in enumerate(anatomy.layers):
+            if i < start:
+                continue
+            if layer.mlp is not None:
+                given = anatomy.function(layer.mlp_norm)(clean["read_mlp", i])
+                modules = [anatomy.modules[name] for name in layer.mlp]
+                stack.enter_context(only_where_changed(modules, given, clean["mlp", i]))
+            if times < _SEVERAL:
+                continue
+            for name, part in {layer.parts[part].name: part for part in "qkv"}.items():
+                given = anatomy.function(layer.parts[part].norm)(clean[anatomy.read_at(i, part)])
+                stack.enter_context(only_where_changed([anatomy.modules[name]], given))
+            stack.enter_context(only_where_changed([layer.out_module], clean["z", i].flatten(-2)))
 
     def _last_only(self, stack: ExitStack, last: Tensor) -> None:
         """The head is given the last tokens alone: the logits of all others are the largest tensor of a forward."""
@@ -192,22 +231,23 @@ class Stream:
                     stack.callback(handle.remove)
 
     def _hook(self, what: str, i: int, functions: list[Hook]) -> list[Any]:
-        anatomy, layer = self.anatomy, self.anatomy.layers[i]
+        anatomy = self.anatomy
         if what == "input":
-            return [_on_input(anatomy.modules[self.blocks[0]], functions)]
+            return [_on_input(anatomy.modules[anatomy.blocks(i)[0]], functions)]
         if what == "final":
-            return [_on_output(anatomy.modules[self.blocks[-1]], functions)]
+            return [_on_output(anatomy.modules[anatomy.blocks(i)[-1]], functions)]
+        layer = anatomy.layers[i]
         if what == "read":
             part = layer.parts["q"]
             return [_on_input(anatomy.modules[part.norm or part.name], functions, first_only=True)]
         if what == "read_mlp":
-            return [_on_input(anatomy.modules[layer.mlp_norm or str(layer.mlp)], functions, first_only=True)]
+            return [_on_input(anatomy.modules[layer.mlp_norm or _mlp(layer)[0]], functions, first_only=True)]
         if what == "z":
             return [_on_input(layer.out_module, [_cut(f, layer.n_heads) for f in functions])]
         if what == "mlp":
-            return [_on_output(anatomy.modules[str(layer.mlp)], functions)]
+            return [_on_output(anatomy.modules[_mlp(layer)[-1]], functions)]
         if what == "mlp_in":
-            return [_on_input(anatomy.modules[str(layer.mlp)], functions)]
+            return [_on_input(anatomy.modules[_mlp(layer)[0]], functions)]
         part = layer.parts[what]
         return [_on_output(part.module, [_on_columns(f, part) for f in functions])]
 
@@ -233,6 +273,12 @@ class Kept:
 
     def __contains__(self, key: Key) -> bool:
         return key in self.tensors
+
+
+def _mlp(layer: LayerParts) -> tuple[str, ...]:
+    if layer.mlp is None:
+        raise WorkbenchError(f"the layer of {layer.site.name} has no MLP")
+    return layer.mlp
 
 
 def _on_input(module: nn.Module, functions: Sequence[Hook], first_only: bool = False) -> Any:
@@ -296,15 +342,21 @@ def _on_columns(function: Hook, part: Part) -> Hook:
     return whole
 
 
-def _put_back(module: nn.Module, held: Any) -> None:
-    del module.__dict__["forward"]
-    if held is not None:
-        module.__dict__["forward"] = held
+def _beginning(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first example, cut to a few tokens; what a decoder has written is drawn out to as many."""
+    ids = batch.get("input_ids")
+    found = {}
+    for name, value in batch.items():
+        value = value[:1]
+        if name.startswith("decoder_") and value.dim() == 2:
+            value = value[:, torch.arange(_SHORT).clamp(max=value.shape[1] - 1)]
+        elif ids is not None and value.shape[1:] == ids.shape[1:]:
+            value = value[:, :_SHORT]
+        found[name] = value
+    return found
 
 
 def _extra(model: nn.Module) -> dict[str, Any]:
     """Keyword inputs that keep a model from collecting keys and values."""
-    import inspect
-
     takes = "use_cache" in inspect.signature(model.forward).parameters
     return {"use_cache": False} if takes else {}

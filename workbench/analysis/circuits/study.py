@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.graph import Graph
-from workbench.analysis.circuits.prompts import Metric, Pair, as_metric, check_metric, make_pairs
+from workbench.analysis.circuits.prompts import (
+    Metric,
+    Pair,
+    Where,
+    as_metric,
+    check_metric,
+    find_positions,
+    make_pairs,
+)
 from workbench.analysis.circuits.stream import Kept, Stream
 from workbench.errors import WorkbenchError
 from workbench.session import Workbench
@@ -90,9 +98,20 @@ class Study:
             )
         return value
 
+    def length(self, pair: Pair, stream: int) -> int:
+        """Positions of a stream, padding included."""
+        names = ("input_ids",) if len(pair.ends) == 1 else ("input_ids", "decoder_input_ids")
+        ids = pair.clean.get(names[stream])
+        return self.stream.anatomy.lengths[stream] if ids is None else ids.shape[1]
+
+    def positions(self, pair: Pair, where: Where, stream: int) -> Tensor | None:
+        """[batch, n] positions of places in a stream; see `find_positions`."""
+        return find_positions(self.task, self.wb.tokenizer, pair, where, stream, self.length(pair, stream))
+
     def most(self, pair: Pair, parts: int = 16) -> int:
-        """How many repeats of a batch fit into the memory, at `parts` tensors of the stream's size each."""
-        each = pair.size * pair.length * self.graph.d_model * 4 * parts
+        """How many repeats of a batch fit into the memory, at `parts` tensors of the longest stream's size each."""
+        longest = max(self.length(pair, stream) for stream in range(len(pair.ends)))
+        each = pair.size * longest * self.graph.d_model * 4 * parts
         return max(1, self.memory // each)
 
     def provenance(self) -> dict[str, Any]:
@@ -113,7 +132,7 @@ def open_study(
     device = next(wb.model.parameters()).device
     chosen = as_metric(metric)
     with torch.inference_mode(mode=False):  # the parts of a model are found from gradients
-        pairs = make_pairs(task, wb.tokenizer, batch_size, device)
+        pairs = make_pairs(task, wb.model, wb.tokenizer, batch_size, device)
         stream = Stream(wb, pairs[0])
     with torch.inference_mode(mode=False), stream.open():
         yield Study(wb, stream, task, pairs, chosen, memory)

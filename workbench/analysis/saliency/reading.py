@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.inputs import decoder_start
 from workbench.provenance import find_patches
 from workbench.tokens import piece
 
@@ -239,7 +240,7 @@ def read(
         extent = _extent(frames, rest["attention_mask"], main.shape[1])
     else:
         main, extent = main.to(parameter.dtype), main.shape[2]
-    reading = Reading(model, name, kind, main, rest, axis, extent, _prompt(config, prompt, parameter.device))
+    reading = Reading(model, name, kind, main, rest, axis, extent, _prompt(model, prompt, parameter.device))
     with torch.no_grad():
         if kind == "tokens":
             reading.main = embedding_of(model.get_encoder())(main)  # type: ignore[operator]
@@ -392,14 +393,11 @@ def _extent(frames: int | None, mask: Any, length: int) -> int:
     return extent
 
 
-def _prompt(config: Any, prompt: Tensor | list[int] | None, device: torch.device) -> Tensor:
+def _prompt(model: nn.Module, prompt: Tensor | list[int] | None, device: torch.device) -> Tensor:
     if prompt is None:
-        owners = (config, getattr(config, "decoder", None))
-        names = ("decoder_start_token_id", "bos_token_id")
-        start = next((getattr(o, n) for n in names for o in owners if getattr(o, n, None) is not None), None)
-        if start is None:
-            raise WorkbenchError("the model tells of no start token", hint="pass prompt=[id, ...]")
-        prompt = [int(start)]
+        start = decoder_start(model)
+        assert start is not None
+        prompt = [start]
     found = torch.as_tensor(prompt, device=device).long().flatten()
     if not len(found):
         raise WorkbenchError("the prompt is empty", hint="give the decoder's start token at least")

@@ -118,7 +118,7 @@ class Frame {
   plain() {
     const { blocks, ...rest } = this.spec;
     const arrays = Object.fromEntries(Object.keys(blocks).map((name) => [name, { shape: blocks[name].shape, values: Array.from(this.blocks[name].data) }]));
-    return { ...rest, blocks: arrays };
+    return { ...rest, state: this.state, blocks: arrays };
   }
 
   // What the pointer or the cursor is on.
@@ -174,6 +174,26 @@ class Frame {
     else if (!set) this.store.select(this.spec.selection);
     this.onKernel = () => this.store.select(this.model.get("selection"));
     this.model.on("change:selection", this.onKernel);
+  }
+
+  // What is set in this view alone: it reaches Python, or stands in the page's address.
+
+  get state() {
+    return this.model.get("state") ?? {};
+  }
+
+  /** Change some of the state; written after a pause, so that a slider does not chatter. */
+  keep(change) {
+    this.model.set("state", { ...this.state, ...change });
+    clearTimeout(this.keeping);
+    this.keeping = setTimeout(() => this.model.save_changes(), 150);
+  }
+
+  /** Be told of every change of the state, also of one's own. */
+  onState(told) {
+    const heard = () => told(this.state);
+    this.model.on("change:state", heard);
+    this.endings.push(() => this.model.off("change:state", heard));
   }
 
   // Theme and size.

@@ -114,7 +114,8 @@ class Atlas {
       bar.style.width = `${(100 * Math.abs(head.value)) / this.top}%`;
       bar.style.backgroundColor = css(this.colour(head.value));
       const choose = button("", () => this.choose(head.grid, head.row, head.column, false), { "aria-pressed": `${head.layer === layer && chosen.includes(head.column)}` });
-      choose.append(make("b", {}, head.grid.nameOf(head.row, head.column)), make("span", { class: "n" }, roughly(head.value)), make("span", { class: "length" }, bar));
+      const group = this.grids.length > 1 ? [make("small", {}, head.grid.group.label.replace(/[ -]attention$/, "").toLowerCase())] : [];
+      choose.append(make("b", {}, head.grid.nameOf(head.row, head.column), ...group), make("span", { class: "n" }, roughly(head.value)), make("span", { class: "length" }, bar));
       return make("li", {}, choose);
     });
     this.ranking.hidden = !rows.length;
