@@ -262,8 +262,8 @@ class Circuit(Result):
         """Write MIB's JSON: `cfg`, `nodes` and `edges`, each with score and `in_graph`.
 
         Args:
-            grouped: where heads share keys and values, write one edge for each group, as this package has them. MIB's own
-                code cannot read that; by default each head has one, with an equal share of the group's score.
+            grouped: where heads share keys and values, write one edge for each group, as this package has them. MIB's
+                own code cannot read that; by default each head has one, with an equal share of the group's score.
 
         Raises:
             WorkbenchError: there is no such folder, or the layers differ in their heads.

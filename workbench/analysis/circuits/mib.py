@@ -1,9 +1,9 @@
 """MIB's JSON of a circuit: `{cfg, nodes: {name: {in_graph, score}}, edges: {name: {score, in_graph}}}`.
 
 MIB's own reader wants an edge for each query head and a score for every edge. Where heads share keys and values, this
-package has one edge per group: it is written as one edge for each of its heads, all in the graph or none, with equal shares
-of the group's score, and read as their sum, which is what linear scores add up to. Edges that were not scored get the score
-0, which is what MIB's own graphs start from, and `"scored": false`, which MIB does not read and this package does.
+package has one edge per group: it is written as one edge for each of its heads, all in the graph or none, with equal
+shares of the group's score, and read as their sum, which is what linear scores add up to. Edges that were not scored
+get the score 0, as in MIB's own graphs, and `"scored": false`, which MIB does not read and this package does.
 """
 
 from __future__ import annotations
