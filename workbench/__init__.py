@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from workbench.analysis.circuits.find import Stage, find_circuit
     from workbench.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
     from workbench.analysis.circuits.patching import HeadPatching, ablate_heads, patch_heads
+    from workbench.analysis.circuits.pruning import Pruning, PruningInterrupted
     from workbench.analysis.circuits.repair import Repair, repair
     from workbench.analysis.circuits.roles import HeadRoles, head_roles
     from workbench.analysis.circuits.stability import Stability, circuit_stability
@@ -78,6 +79,8 @@ _LAZY = {
     "HeadPatching": "workbench.analysis.circuits.patching",
     "ablate_heads": "workbench.analysis.circuits.patching",
     "patch_heads": "workbench.analysis.circuits.patching",
+    "Pruning": "workbench.analysis.circuits.pruning",
+    "PruningInterrupted": "workbench.analysis.circuits.pruning",
     "Repair": "workbench.analysis.circuits.repair",
     "repair": "workbench.analysis.circuits.repair",
     "HeadRoles": "workbench.analysis.circuits.roles",
@@ -130,7 +133,9 @@ __all__ = [
     "KVGroup",
     "PatternAtlas",
     "PrecisionError",
+    "Pruning",
     "PruningCurve",
+    "PruningInterrupted",
     "Repair",
     "Report",
     "ReportError",

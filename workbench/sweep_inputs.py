@@ -92,38 +92,42 @@ def identity(
     return {
         "model class": f"{type(wb.model).__module__}.{type(wb.model).__qualname__}",
         "model weights": wb.weights_hash(),
-        "variants": _digest([one.about for one in variants]),
+        "variants": digest([one.about for one in variants]),
         "number of variants": len(variants),
-        "base": _digest([one.about for one in base]),
-        "data": _digest([_plain(batch) for batch in batches]),
+        "base": digest([one.about for one in base]),
+        "data": digest([plain(batch) for batch in batches]),
         "number of batches": len(batches),
-        "reference": _digest(_plain(reference)) if any("reference" in one.about for one in (*variants, *base)) else "",
+        "reference": digest(plain(reference)) if any("reference" in one.about for one in (*variants, *base)) else "",
         "metrics": [f"{name} {about(metric)}" for name, metric in metrics.items()],
         "seed": seed,
         **settings,
     }
 
 
-def check_resumed(held: Mapping[str, Any], now: Mapping[str, Any], name: str) -> None:
-    """Raise a FormatError that says in what the sweep of a file differs from this one."""
+def check_resumed(held: Mapping[str, Any], now: Mapping[str, Any], name: str, what: str = "sweep") -> None:
+    """Raise a FormatError that says in what the sweep (or other run) of a file differs from this one."""
     differ = [key for key in now if held.get(key) != now[key]]
     if not differ:
         return
     shown = [
-        f"{key} ({held.get(key)} there, {now[key]} here)" if isinstance(now[key], (int, bool)) or key == "mode" else key
+        f"{key} ({held.get(key)} there, {now[key]} here)"
+        if isinstance(now[key], (int, float)) or key in ("mode", "ablation", "task")
+        else key
         for key in differ
     ]
     raise FormatError(
-        f"{name} is of another sweep: it differs in {', '.join(shown)}",
-        hint="give a new file, or the model, variants, data and settings of the old one",
+        f"{name} is of another {what}: it differs in {', '.join(shown)}",
+        hint="give a new file, or the model, data and settings of the old one",
     )
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A text that differs where batches, or the answers that they carry, differ."""
     told = about(value)
     extra = [f"{key}={about(getattr(value, key))}" for key in ("answers", "wrong") if hasattr(value, key)]
     return " ".join([told, *extra])
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """SHA-256 of a value of JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A small GPT-2 whose weights are given by a formula, and prompts, for figures that MIB's own code has printed.
+"""Small models whose weights are given by a formula, and prompts, for figures that MIB's own code has printed.
 
 It stands alone, because MIB's code runs with older libraries; see `analysis/circuits/mib_figures.py`.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 VOCABULARY, LENGTH = 40, 7
-BATCH = 4
+BATCH, UNEVEN = 4, 5  # of 8 prompts
 STEPS = 5
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -23,15 +23,36 @@ def model() -> nn.Module:
             eos_token_id=2, tie_word_embeddings=False,
         )
     )  # fmt: skip
+    return _written(made)
+
+
+def grouped_model() -> nn.Module:
+    """Two layers of four query heads, two to a pair of keys and values; no position is embedded."""
+    made = Qwen2ForCausalLM(
+        Qwen2Config(
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=24, intermediate_size=36,
+            vocab_size=VOCABULARY, max_position_embeddings=16, bos_token_id=1, eos_token_id=2,
+            tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    return _written(made, 0.5)
+
+
+def _written(made: nn.Module, scale: float = 0.35) -> nn.Module:
     made = made.double().eval()
     with torch.no_grad():
         for number, (name, parameter) in enumerate(sorted(made.named_parameters())):
             place = torch.arange(parameter.numel(), dtype=torch.float64).view(parameter.shape)
-            size = 0.35 if parameter.dim() > 1 else 0.15
+            size = scale if parameter.dim() > 1 else 0.15
             value = size * torch.sin(1.7 * number + 12.9898 * place + 0.01 * place**1.5)
-            value = value + 1 if ".ln_" in name and name.endswith("weight") else value
+            value = value + 1 if parameter.dim() == 1 and name.endswith("weight") else value
             parameter.copy_(value.float())  # TransformerLens takes weights in single precision
     return made
+
+
+def chosen(sender: str, receiver: str) -> bool:
+    """A circuit that no score has chosen: two edges of three. A receiver that heads share is their group's."""
+    return (5 * sum(map(ord, sender)) + 7 * sum(map(ord, receiver))) % 3 != 0
 
 
 def prompts() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -77,6 +77,22 @@ def test_mib_is_written_and_read(grouped: Any, tmp_path: Path) -> None:
     assert again.edges == circuit.edges
     assert torch.equal(again.edge_scores.nan_to_num(), circuit.edge_scores.nan_to_num())
     assert Circuit.from_mib(path).nodes == circuit.nodes
+    by_groups = json.loads(circuit.to_mib(tmp_path / "g.json", grouped=True).read_text())
+    assert len(by_groups["edges"]) == circuit.graph.n_edges < len(data["edges"])
+    assert torch.equal(Circuit.from_mib(tmp_path / "g.json").edge_scores.nan_to_num(), again.edge_scores.nan_to_num())
+
+
+def test_curves_of_nodes_leave_out_mlps_that_are_scored(grouped: Any) -> None:
+    wb, task, circuits = grouped
+    scored = circuits["eap"].with_nodes(["m0"])  # from edges, so that the input and MLPs have scores too
+    how = {"ablation": "mean", "progress": False}  # with twins' activations the last token's stream would be its twin's
+    curve = workbench.faithfulness_curve(wb, scored, task, fractions=(0.2, 1.0), **how)
+    assert curve.sizes == (3, 15)
+    nothing = workbench.circuit_faithfulness(wb, scored, task, keep_mlps=False, **how).none
+    assert curve.none.tolist() == pytest.approx(nothing.tolist())
+    assert curve.absolute[-1] == pytest.approx(1)
+    heads = workbench.faithfulness_curve(wb, circuits["ablation"], task, fractions=(0.5, 1.0), **how)
+    assert float((heads.none - curve.none).abs().max()) > 1e-3  # only heads are scored: the rest is kept
 
 
 def test_mib_with_an_edge_for_each_head_is_summed(grouped: Any, tmp_path: Path) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench.analysis.circuits.ablation import Ablation
 from workbench.analysis.circuits.edges import patch_edges
+from workbench.analysis.circuits.pruning import Pruning, PruningInterrupted, start
 from workbench.analysis.circuits.stream import Kept
 from workbench.analysis.circuits.study import Study
 from workbench.errors import InterventionError
 
+_SAVE_EVERY = 30.0  # seconds
+
 
 def prune_edges(
-    study: Study, threshold: float, how: str = "counterfactual", ahead: int = 4, progress: bool = True
+    study: Study,
+    threshold: float,
+    how: str = "counterfactual",
+    ahead: int = 4,
+    progress: bool = True,
+    resume: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Try each edge in turn, from the logits back, and leave it out for good where the metric changes by less.
 
@@ -26,54 +38,78 @@ def prune_edges(
             difference between prompts and twins.
         how: what edges that are left out carry; see `Ablation`.
         ahead: edges in one forward.
+        resume: a file to go on from, if it is there, and to write to.
 
     Returns:
         [sender, receiver] bool: the edges that stay; and float64: by how much leaving each out lowered the metric when
         it was tried (positive: it helps), NaN where it could not matter because its receiver led nowhere.
 
     Raises:
-        InterventionError: a threshold that is no positive number.
+        InterventionError: a threshold that is no positive number. FormatError: the file is of another pruning.
+        PruningInterrupted: on Ctrl-C, with what is done.
     """
     if not threshold > 0:
         raise InterventionError(f"the threshold is {threshold}, a positive number is needed")
     graph = study.graph
-    kept = graph.exists.clone()
-    scores = torch.full(kept.shape, torch.nan, dtype=torch.float64)
+    now = start(study, resume, threshold=threshold, ablation=how, ahead=ahead)
     ablation = Ablation(study, how)
     seen: list[tuple[Tensor, Kept, Kept]] = []
-    span = float(study.clean.mean() - study.corrupted.mean())
-    present = float(study.clean.mean())
     order = [(s, r) for r in reversed(range(len(graph.receivers))) for s in reversed(graph.reads[r])]
-    bar = tqdm(total=len(order), disable=not progress, desc="pruning edges")
-    place = 0
-    with torch.no_grad():
-        while place < len(order):
-            waiting = _waiting(study, kept, order[place:], ahead)
-            if not waiting:
-                for s, r in order[place:]:
-                    kept[s, r] = False
-                bar.update(len(order) - place)
-                break
-            trial = kept.clone()
-            stack = []
-            for offset in range(waiting[-1] + 1):
-                trial[order[place + offset]] = False  # those between lead nowhere
-                if offset in waiting:
-                    stack.append(trial.clone())
-            values = _means(study, torch.stack(stack), ablation, seen)
-            for number, offset in enumerate(waiting):
-                lowered = (present - values[number]) / span
-                scores[order[place + offset]] = lowered
-                if abs(lowered) >= threshold:
-                    break
-                present = values[number]
-            stays = abs(lowered) >= threshold
-            for j in range(offset + 1):
-                kept[order[place + j]] = stays and j == offset
-            place += offset + 1
-            bar.update(offset + 1)
-    bar.close()
-    return kept, scores
+    bar = tqdm(total=len(order), initial=now.place, disable=not progress, desc="pruning edges")
+    saved = time.monotonic()
+    try:
+        with torch.no_grad():
+            while now.place < len(order):
+                # Whole steps only: an interrupt leaves what the last one made.
+                now = _step(study, now, order, threshold, ahead, ablation, seen)
+                bar.update(now.place - bar.n)
+                if resume is not None and time.monotonic() - saved > _SAVE_EVERY:
+                    now.save(resume)
+                    saved = time.monotonic()
+    except KeyboardInterrupt:
+        if resume is not None:
+            now.save(resume)
+        raise PruningInterrupted(now, resume) from None
+    except Exception as error:
+        if resume is not None:
+            now.save(resume)
+            error.add_note(f"What was done is in {resume}; resume= goes on from it.")
+        raise
+    finally:
+        bar.close()
+    if resume is not None:
+        now.save(resume)
+    return now.kept, now.scores
+
+
+def _step(
+    study: Study, now: Pruning, order: list[tuple[int, int]], threshold: float, ahead: int, ablation: Ablation,
+    seen: list[tuple[Tensor, Kept, Kept]],
+) -> Pruning:  # fmt: skip
+    """Decide the next edges."""
+    kept, scores, place, present = now.kept.clone(), now.scores.clone(), now.place, now.present
+    waiting = _waiting(study, kept, order[place:], ahead)
+    if not waiting:
+        for edge in order[place:]:
+            kept[edge] = False
+        return replace(now, kept=kept, place=len(order))
+    trial = kept.clone()
+    stack = []
+    for offset in range(waiting[-1] + 1):
+        trial[order[place + offset]] = False  # those between lead nowhere
+        if offset in waiting:
+            stack.append(trial.clone())
+    values = _means(study, torch.stack(stack), ablation, seen)
+    for number, offset in enumerate(waiting):
+        lowered = (present - values[number]) / now.span
+        scores[order[place + offset]] = lowered
+        if abs(lowered) >= threshold:
+            break
+        present = values[number]
+    stays = abs(lowered) >= threshold
+    for j in range(offset + 1):
+        kept[order[place + j]] = stays and j == offset
+    return replace(now, kept=kept, scores=scores, place=place + offset + 1, present=present)
 
 
 def _waiting(study: Study, kept: Tensor, order: list[tuple[int, int]], ahead: int) -> list[int]:

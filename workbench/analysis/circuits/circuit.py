@@ -130,7 +130,8 @@ class Circuit(Result):
 
         Args:
             n: how many edges or nodes; a float below 1 is a share of all that are scored.
-            absolute: by magnitude rather than by signed score.
+            absolute: by magnitude rather than by signed score. Of equal scores the earlier in the model comes first,
+                where MIB leaves it to the sorting.
             prune: of edges, drop those that lie on no path from the input to the logits.
 
         Raises:
@@ -257,9 +258,17 @@ class Circuit(Result):
         if not bool(self.senders_in.any()) and not bool(self.edges_in.any()):
             raise InterventionError("the circuit is empty", hint="choose a lower threshold, or circuit.top(n)")
 
-    def to_mib(self, path: str | Path) -> Path:
-        """Write MIB's JSON: `cfg`, `nodes` and `edges`, each with score and `in_graph`."""
-        return mib.write(path, self.graph, self.senders_in, self.edges_in, self.node_scores, self.edge_scores)
+    def to_mib(self, path: str | Path, *, grouped: bool = False) -> Path:
+        """Write MIB's JSON: `cfg`, `nodes` and `edges`, each with score and `in_graph`.
+
+        Args:
+            grouped: where heads share keys and values, write one edge for each group, as this package has them. MIB's
+                own code cannot read that; by default each head has one, with an equal share of the group's score.
+
+        Raises:
+            WorkbenchError: there is no such folder, or the layers differ in their heads.
+        """
+        return mib.write(path, self.graph, self.senders_in, self.edges_in, self.node_scores, self.edge_scores, grouped)
 
     @classmethod
     def from_mib(cls, path: str | Path, like: Any = None) -> Circuit:

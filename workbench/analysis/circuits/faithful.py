@@ -198,12 +198,16 @@ def _without(circuit: Circuit, kept: Tensor, members: Sequence[str], left_out: S
 
 @dataclass(frozen=True, repr=False)
 class FaithfulnessCurve(Result):
-    """Faithfulness of circuits of growing size, as MIB defines it.
+    """Faithfulness of circuits of growing size, as MIB defines it for edges; see docs/circuits.md.
+
+    f is a ratio of means over examples. Circuits of nodes differ from MIB's: there nothing means that all nodes are
+    ablated, here that all scored ones are.
 
     Attributes:
-        fractions: of all scored edges (or nodes). sizes: how many that is.
+        fractions: of all scored edges (or nodes). sizes: how many that is, rounded down.
         absolute, signed: [fraction] of f(C) when circuits are chosen by magnitude, or by signed score.
-        kept_absolute, kept_signed: how many edges remain after those that lead nowhere are dropped.
+        kept_absolute, kept_signed: how many edges remain after those that lead nowhere are dropped; MIB's weighted
+            counts can be higher, as they are taken after a first pass over these.
         examples: [2, fraction, example] of the metric, by magnitude first.
         full, none: [example] of the metric with the whole model, and with all ablated.
     """
@@ -291,7 +295,8 @@ def faithfulness_curve(
     """Faithfulness of the top edges (or nodes) of a circuit's scores, at several sizes; CPR and CMD.
 
     Args:
-        circuit: scores of this model. fractions: of all that are scored, rising.
+        circuit: scores of this model, positive where an edge helps. fractions: of all that are scored, rising.
+            Nodes that are not heads are kept at every size where they have no score.
         Others: as in `circuit_faithfulness`.
 
     Raises:
@@ -315,12 +320,13 @@ def faithfulness_curve(
         study.measure_baselines()
         sizes = [int(f * n) for f in several]
         choices, kept = [], []
+        unscored = torch.tensor([head_of(name) is None for name in circuit.graph.senders]) & circuit.node_scores.isnan()
         for absolute in (True, False):
             for size in sizes:
                 one = circuit.top(size, absolute=absolute)
-                choices.append(kept_parts(one, circuit.level == "node")[0])
+                choices.append(one.edges_in if circuit.level == "edge" else one.senders_in | unscored)
                 kept.append(one.n_edges if circuit.level == "edge" else size)
-        choices.append(torch.zeros_like(choices[0]) if circuit.level == "edge" else kept_parts(circuit.top(0), True)[0])
+        choices.append(torch.zeros_like(choices[0]) if circuit.level == "edge" else unscored)
         values = run_choices(study, torch.stack(choices), ablation, progress)
         return FaithfulnessCurve(
             circuit=repr(circuit), task=task.name, metric=study.metric.name, ablation=ablation, level=circuit.level,

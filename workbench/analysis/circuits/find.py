@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ def find_circuit(
     absolute: bool = True,
     batch_size: int = 25,
     memory: int = 1 << 30,
+    resume: str | Path | None = None,
     progress: bool = True,
 ) -> Circuit:
     """Find the circuit of a task.
@@ -90,29 +92,37 @@ def find_circuit(
             of those found then, as far as there are heads below.
         freeze_mlps: path patching freezes MLPs on the way to the receivers too.
         steps, path: of "eap_ig"; along "inputs" or "activations".
-        direction: of "eap" and "eap_ig": "noising" (gradients on the prompts) or "denoising" (on the twins).
+        direction: of "eap" and "eap_ig": "noising" (gradients on the prompts) or "denoising" (on the twins). Steps of
+            "eap_ig" along "inputs" are the same in both but for one end: "noising" leaves out the twin, "denoising" the
+            prompt, as MIB's code does.
         threshold: of "acdc", the share of clean minus corrupted below which an edge is left out.
         ablation: what stands in for heads ("ablation", by default "mean") or edges ("acdc", by default
             "counterfactual"): also "zero", "mean_positional", "resample".
         absolute: choose by magnitude, so that what works against the task is found too.
         batch_size: examples in one forward. memory: bytes that variants side by side may take.
+        resume: of "acdc", a file to go on from, if it is there, and to write to; the result is the same to the bit.
 
     Raises:
         TaskError: prompts and twins of unequal length, or that do not differ; answers of several tokens; a metric that
             is the same on both.
         InterventionError: unknown names, receivers before their senders. AttachError: the model cannot be taken apart.
+        FormatError: the file is truncated, or of another model, task or settings.
+        PruningInterrupted: on Ctrl-C during "acdc", with what is done.
     """
     if method not in METHODS:
         raise InterventionError(f"there is no method {method!r}", hint=nearest(str(method), METHODS, "method"))
     if not 0 < fraction <= 1:
         raise InterventionError(f"the fraction of heads is {fraction}, it lies above 0 and up to 1")
+    if resume is not None and method != "acdc":
+        raise InterventionError(f'"{method}" writes no file to resume from', hint='only "acdc" does; leave out resume=')
     with open_study(wb, task, metric, batch_size=batch_size, memory=memory) as study:
         if method in ("eap", "eap_ig"):
             several = steps if method == "eap_ig" else 1
             return _by_attribution(study, method, several, path, direction, n_edges, absolute, progress)
         study.measure_baselines()
         if method == "acdc":
-            return _by_pruning(study, threshold, ablation or "counterfactual", progress)
+            file = None if resume is None else Path(resume)
+            return _by_pruning(study, threshold, ablation or "counterfactual", progress, file)
         if method == "ablation":
             return _by_ablation(study, ablation or "mean", fraction, absolute, progress)
         given, default = (STAGES if stages is None else stages), stages is None
@@ -148,8 +158,8 @@ def _by_attribution(
     return scored.top(0.1 if n_edges is None else n_edges, absolute=absolute)
 
 
-def _by_pruning(study: Study, threshold: float, how: str, progress: bool) -> Circuit:
-    kept, scores = prune_edges(study, threshold, how, progress=progress)
+def _by_pruning(study: Study, threshold: float, how: str, progress: bool, resume: Path | None) -> Circuit:
+    kept, scores = prune_edges(study, threshold, how, progress=progress, resume=resume)
     sign = "noising: positive where leaving the edge out lowered the metric, as a share of clean minus corrupted"
     blank = _blank(study, "acdc", "edge", sign, {"ablation": how})
     of_nodes = scores.nan_to_num(0.0).abs().sum(1)

@@ -1,7 +1,9 @@
 """MIB's JSON of a circuit: `{cfg, nodes: {name: {in_graph, score}}, edges: {name: {score, in_graph}}}`.
 
-Where query heads share keys and values, this package has one edge per group and writes it as `a0.h1->a9.kv2<k>`; files
-with one edge per head are read too, and their scores summed over the group, which is what linear scores add up to.
+MIB's own reader wants an edge for each query head and a score for every edge. Where heads share keys and values, this
+package has one edge per group: it is written as one edge for each of its heads, all in the graph or none, with equal
+shares of the group's score, and read as their sum, which is what linear scores add up to. Edges that were not scored
+get the score 0, as in MIB's own graphs, and `"scored": false`, which MIB does not read and this package does.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from workbench.analysis.circuits.graph import Graph, Layer
 from workbench.errors import FormatError, WorkbenchError
 
 _KV = re.compile(r"(a\d+\.h\d+)<([kv])>")
+_GROUP = re.compile(r"a(\d+)\.kv(\d+)<([kv])>")
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,13 @@ class Read:
 
 
 def write(
-    path: str | Path, graph: Graph, senders_in: Tensor, edges_in: Tensor, node_scores: Tensor, edge_scores: Tensor
-) -> Path:
-    """Write a circuit; numbers that are missing are left out.
+    path: str | Path, graph: Graph, senders_in: Tensor, edges_in: Tensor, node_scores: Tensor, edge_scores: Tensor,
+    grouped: bool = False,
+) -> Path:  # fmt: skip
+    """Write a circuit. Nodes without a score are written without one.
+
+    Args:
+        grouped: write the edges of a kv group as they are here, `a0.h1->a9.kv2<k>`, which MIB's own code cannot read.
 
     Raises:
         WorkbenchError: its folder does not exist, or heads or parallel blocks differ between layers, which the form
@@ -57,6 +64,8 @@ def write(
     inside = set(graph.nodes_of(edges_in)) | {graph.senders[i] for i in senders_in.nonzero()[:, 0].tolist()}
     nodes: dict[str, Any] = {}
     for name in graph.nodes:
+        if ".kv" in name and not grouped:
+            continue  # MIB has no such node
         nodes[name] = {"in_graph": name in inside or name == "logits"}
         if name in graph.sender_index:
             score = float(node_scores[graph.sender_index[name]])
@@ -64,8 +73,10 @@ def write(
     edges: dict[str, Any] = {}
     for s, r in graph.exists.nonzero().tolist():
         score = float(edge_scores[s, r])
-        edge: dict[str, Any] = {} if math.isnan(score) else {"score": score}
-        edges[f"{graph.senders[s]}->{graph.receivers[r]}"] = edge | {"in_graph": bool(edges_in[s, r])}
+        facts = {"in_graph": bool(edges_in[s, r])} | ({"scored": False} if math.isnan(score) else {})
+        names = [graph.receivers[r]] if grouped else _of_heads(graph, graph.receivers[r])
+        for name, share in zip(names, _shares(0.0 if math.isnan(score) else score, len(names)), strict=True):
+            edges[f"{graph.senders[s]}->{name}"] = {"score": share, **facts}
     path.write_text(json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges}), encoding="utf-8")
     return path
 
@@ -103,7 +114,7 @@ def read(path: str | Path, graph: Graph | None = None) -> Read:
     for name, facts in edges.items():
         s, r = graph.edge(_to_group(name, graph))
         score = _number(facts.get("score"), name, path)
-        if score is not None:
+        if score is not None and facts.get("scored", True):
             edge_scores[s, r] = score if bool(edge_scores[s, r].isnan()) else edge_scores[s, r] + score
         edges_in[s, r] |= bool(facts.get("in_graph", False))
     for name, facts in nodes.items():
@@ -121,6 +132,22 @@ def _graph(cfg: Any) -> Graph:
     heads = int(cfg["n_heads"])
     layer = Layer(heads, int(cfg.get("n_key_value_heads", heads)), True, bool(cfg.get("parallel_attn_mlp", False)))
     return Graph((layer,) * int(cfg["n_layers"]), int(cfg["d_model"]))
+
+
+def _of_heads(graph: Graph, receiver: str) -> list[str]:
+    """The receiver as MIB has it: k or v of a group for each of its heads."""
+    found = _GROUP.fullmatch(receiver)
+    if found is None:
+        return [receiver]
+    layer = graph.layers[int(found[1])]
+    size = layer.n_heads // layer.n_kv_heads
+    return [f"a{found[1]}.h{int(found[2]) * size + i}<{found[3]}>" for i in range(size)]
+
+
+def _shares(score: float, n: int) -> list[float]:
+    """`n` equal parts, the last of which makes their sum in this order exact."""
+    parts = [score / n] * (n - 1)
+    return [*parts, score - sum(parts)]
 
 
 def _to_group(name: str, graph: Graph) -> str:
