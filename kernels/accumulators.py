@@ -13,7 +13,7 @@ what was collected on the new scale, and `normalise` divides by the denominator 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -124,33 +124,42 @@ class EffectiveKeys(RowSum):
 class Peak(Accumulator):
     """Largest weight of a row and its key; the first of equal ones.
 
-    Where the largest weight of a tile is, by a product, in a third of the time of an argmax: how many keys have it, and
-    the sum of their places. Only rows in which several keys share it need an argmax, of a tile made again.
+    Per tile only the largest weight of each row is found, and, place by place, the larger of the tile's weights and
+    those of the tiles before it. The first says in which tile the row's largest weight lies, the second at which place
+    of a tile. A product finds that place in a third of the time of an argmax: how many places hold the weight, and their
+    sum. Only rows in which several do need an argmax, of a tile made again.
     """
 
-    def __init__(self, space: Space, options: Options) -> None:
+    def __init__(self, space: Space, options: Options, width: int) -> None:
         super().__init__(space, options)
         self.best = space.per_query(-1.0)
         self.key = space.per_query(-1, torch.long)
-        place = torch.arange(space.n_keys, dtype=space.dtype, device=space.device)
+        place = torch.arange(width, dtype=space.dtype, device=space.device)
         self._places = torch.stack((torch.ones_like(place), place))
-        self._tiles: list[tuple[Tensor, Tensor, Tile]] = []
+        self._by_place = torch.empty(0, dtype=space.dtype, device=space.device)
+        self._tiles: list[tuple[Tensor, Tile]] = []
 
     def add(self, tile: Tile) -> None:
-        weight = tile.p.amax(-1)
-        here = torch.eq(tile.p, weight[..., None], out=tile.scratch()).flatten(0, -2)
-        self._tiles.append((weight, self._places[:, : here.shape[-1]] @ here.T, tile))
+        if not self._tiles:
+            if self._by_place.shape != tile.p.shape:
+                self._by_place = torch.empty_like(tile.p)
+            self._by_place.copy_(tile.p)
+        else:  # of a strip's tiles, only the last may be narrower
+            largest = self._by_place[..., : tile.p.shape[-1]]
+            torch.maximum(largest, tile.p, out=largest)
+        self._tiles.append((tile.p.amax(-1), tile))
 
     def close(self, rows: Rows) -> None:
         """The first tile with the row's largest weight, and the first key in it."""
         if not self._tiles:
             return
-        weights, places, tiles = zip(*self._tiles, strict=True)
+        weights, tiles = zip(*self._tiles, strict=True)
         self._tiles.clear()
         weight, which = torch.stack(weights).max(0)
-        count, key = torch.stack(places).gather(0, which.flatten().expand(1, 2, -1))[0].unflatten(1, which.shape)
+        here = self._by_place.eq_(weight[..., None])
+        count, place = (self._places[:, : here.shape[-1]] @ here.mT).unbind(-2)
         start = torch.tensor([tile.keys.start for tile in tiles], device=weight.device)
-        key = start.take(which).add_(key.long())
+        key = start.take(which).add_(place.long())
         best = self.best[rows]
         better = weight > best
         tied = better & (count != 1)
@@ -178,7 +187,8 @@ class Distance(Accumulator):
 
     Single-precision sums of squares of whole positions would lose the variance of a narrow row to rounding. Within a
     band of 64 keys the places are at most 32 from its middle; what the bands give is put together in float64. One
-    product per tile gives all of it.
+    product per tile gives all of it, head by head: as one product of all rows it would be too thin to be shared among
+    threads.
     """
 
     def __init__(self, space: Space, options: Options, width: int) -> None:
@@ -191,7 +201,8 @@ class Distance(Accumulator):
         member = (place // _BAND == band[:, None]).double()
         away = member * (place - self._middles[:, None])
         self._bands = torch.stack((member, away, away * away)).flatten(0, 1).to(space.dtype)
-        self._tiles: list[tuple[Tensor, int, int]] = []
+        self._behind: list[tuple[Tensor, int]] = []
+        self._ahead: list[tuple[Tensor, int]] = []
 
     def add(self, tile: Tile) -> None:
         low = tile.queries.start + tile.offset
@@ -200,35 +211,30 @@ class Distance(Accumulator):
         if not behind and not ahead:
             self._add_straddling(tile)
             return
-        moments = self._bands[:, : tile.p.shape[-1]] @ tile.p.flatten(0, -2).T  # [3 · band, row]
-        self._tiles.append((moments, tile.keys.start, 1 if behind else -1))
+        moments = self._bands[:, : tile.p.shape[-1]] @ tile.p.mT  # [b, h, 3 · band, q]
+        (self._behind if behind else self._ahead).append((moments, tile.keys.start))
 
     def close(self, rows: Rows) -> None:
-        """Moments about the middle of each band become moments about the strip's first query, then of the distance."""
-        if not self._tiles:
-            return
-        moments, starts, signs = zip(*self._tiles, strict=True)
-        self._tiles.clear()
-        away = self._position[rows[2]]
-        origin, away = away[0], away - away[0]
-        start, sign = torch.tensor((starts, signs), dtype=torch.float64, device=origin.device)
-        middle = (start[:, None] + self._middles - origin).flatten()
+        """Moments about the middle of each band become moments about key 0, then of the distance."""
+        i = self._position[rows[2]]
+        for sign, found in ((1, self._behind), (-1, self._ahead)):
+            if not found:
+                continue
+            moments, starts = zip(*found, strict=True)
+            found.clear()
+            joined = self._joined(starts) @ torch.cat(moments, dim=-2).double()
+            mass, place, square = joined.unbind(-2)
+            total, first, second = self.total[(slice(None), *rows)]
+            total += mass
+            first += sign * (i * mass - place)
+            second += i * (i * mass - 2 * place) + square
+
+    def _joined(self, starts: Sequence[int]) -> Tensor:
+        """[3, moment of a band of a tile]: what makes Σp, Σp·j and Σp·j² of the moments of tiles that start there."""
+        middle = torch.tensor(starts, dtype=torch.float64, device=self._middles.device)[:, None] + self._middles
         one, none = torch.ones_like(middle), torch.zeros_like(middle)
-        sign = sign.repeat_interleave(len(self._middles))
-        # [found, moment, band of the strip]; found: Σp, Σp·x, Σp·x², ±Σp, ±Σp·x, with x the key less the first query
-        joined = torch.stack([
-            one, none, none,
-            middle, one, none,
-            middle * middle, 2 * middle, one,
-            sign, none, none,
-            sign * middle, sign, none,
-        ])  # fmt: skip
-        bands = torch.stack(moments).unflatten(1, (3, -1)).transpose(0, 1).to(torch.float64)
-        found = joined.view(5, -1) @ bands.flatten(0, 2)
-        mass, place, square, signed_mass, signed_place = found.unflatten(-1, self.total[0][rows].shape)
-        first = away * signed_mass - signed_place
-        second = away * (away * mass - 2 * place) + square
-        self.total[(slice(None), *rows)].add_(torch.stack((mass, first, second)))
+        joined = torch.stack((one, none, none, middle, one, none, middle * middle, 2 * middle, one))
+        return joined.unflatten(0, (3, 3)).transpose(1, 2).flatten(1)  # [3, tile · moment · band]
 
     def _add_straddling(self, tile: Tile) -> None:
         """A tile with keys on both sides of its queries."""
@@ -411,7 +417,7 @@ def build(names: list[str], space: Space, options: Options, width: int) -> list[
         elif name == "effective_keys":
             wanted[name] = lambda: EffectiveKeys(space, options)
         elif name in ("peak", "peak_key"):
-            wanted["peak"] = lambda: Peak(space, options)
+            wanted["peak"] = lambda: Peak(space, options, width)
         elif name in ("distance", "distance_var"):
             wanted["distance"] = lambda: Distance(space, options, width)
         elif name == "sink" and options.sink_keys is not None:

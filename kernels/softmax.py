@@ -15,7 +15,7 @@ from workbench.kernels.masks import Mask, hidden_below
 from workbench.kernels.patterns import Maker, Pattern, RawMaker
 from workbench.kernels.plan import Pass
 from workbench.kernels.statistics import Options
-from workbench.kernels.tile import LOG_FLOOR
+from workbench.kernels.tile import LOG_FLOOR, exp
 from workbench.kernels.triton import launch as triton
 
 _HIDDEN = -1e30  # finite, so that differences of scores are never NaN
@@ -251,10 +251,10 @@ class SoftmaxPattern(Pattern):
             nonlocal buffer
             log_p = log_weights(queries, keys).clamp_(min=LOG_FLOOR[self.dtype])
             if not wants_log:
-                return log_p.exp_(), None
+                return exp(log_p, out=log_p), None
             if buffer.numel() < log_p.numel():
                 buffer = torch.empty_like(log_p).flatten()
-            return torch.exp(log_p, out=buffer[: log_p.numel()].view(log_p.shape)), log_p
+            return exp(log_p, out=buffer[: log_p.numel()].view(log_p.shape)), log_p
 
         return make
 

@@ -15,14 +15,14 @@ from workbench.kernels.accumulators import Accumulator
 from workbench.kernels.finishing import finish
 from workbench.kernels.plan import Pass, passes
 from workbench.kernels.statistics import VALUE_WEIGHTED, Options, check_names, output_names
-from workbench.kernels.tile import LOG_FLOOR, Online, Rows, Tile
+from workbench.kernels.tile import LOG_FLOOR, Online, Rows, Tile, exp
 
 if TYPE_CHECKING:
     from workbench.kernels.patterns import Maker, Pattern
 
 # One tile of all its heads should stay in the second-level cache: larger ones cost 2x to 15x in page faults.
-_TILE_NUMBERS = 12 * 192 * 192
-_TILE_QUERIES, _TILE_KEYS = 192, 192
+_TILE_NUMBERS = 12 * 128 * 256
+_TILE_QUERIES, _TILE_KEYS = 128, 256
 _NOTHING_YET = -1e20  # above the scores of hidden keys, below all others
 
 
@@ -103,7 +103,7 @@ def find_denominators(pattern: Pattern, collectors: Sequence[Accumulator] = ()) 
             log_p = _raise_lead(rows, raw, lead, mass, collectors).clamp_(min=LOG_FLOOR[pattern.dtype])
             if spare.numel() < raw.numel():
                 spare = torch.empty_like(raw).flatten()
-            p = torch.exp(log_p, out=spare[: raw.numel()].view(raw.shape))
+            p = exp(log_p, out=spare[: raw.numel()].view(raw.shape))
         else:
             signed[rows] += raw.sum(-1)
             p = raw.abs_()

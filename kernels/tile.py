@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,17 @@ from workbench.kernels.masks import MaskSummary
 LOG_FLOOR = {torch.float32: -43.0, torch.float64: -300.0}
 """ln p is not let below this in a tile. Weights and their squares then stay normal numbers: a CPU takes 10 to 100 times
 longer over subnormal ones. What it adds (2e-19 a key in float32) is far below the rounding of any statistic."""
+
+
+def exp(log: Tensor, out: Tensor) -> Tensor:
+    """e to the power of a tile, in `out`, which may be the tile itself.
+
+    By way of powers of two: of the exponentials that torch has on a CPU, that of base e takes three times as long.
+    """
+    return torch.exp2(torch.mul(log, _BITS, out=out), out=out)
+
+
+_BITS = 1 / math.log(2)
 
 
 @dataclass
