@@ -3,7 +3,7 @@
 Sums run in the pattern's dtype, over partial sums of one tile each; only what cancels (distances) runs in float64. What
 they give are raw sums; `finishing.py` makes statistics of them.
 
-Tiles come in strips: all that the same rows see. Per tile only its large operations run; what they give is put together
+Tiles come in strips: what the same rows see. Per tile only its large operations run; what they give is put together
 once per strip, in `close`, since a hundred operations on small tensors cost as much as the products.
 
 Where a row's denominator is not known yet, tiles hold exp(score − lead) with a lead that rises; `rescale` then puts
@@ -12,8 +12,9 @@ what was collected on the new scale, and `normalise` divides by the denominator 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -83,7 +84,13 @@ class Entropy(RowSum):
 
     def add(self, tile: Tile) -> None:
         assert tile.log_p is not None
-        self.parts.append(tile.log_p.mul_(tile.p).sum(-1).neg_())
+        self.parts.append(tile.log_p.mul_(tile.p).sum(-1))
+
+    def close(self, rows: Rows) -> None:
+        """The parts are bits, and negative."""
+        if self.parts:
+            self.total[rows].sub_(torch.stack(self.parts).sum(0), alpha=math.log(2))
+            self.parts.clear()
 
     def rescale(self, rows: Rows, online: Online) -> None:
         """Every ln p moves by the shift too."""
@@ -186,21 +193,16 @@ class Distance(Accumulator):
     """Mean and variance of |i−j|, from moments of the key's place within narrow bands of keys.
 
     Single-precision sums of squares of whole positions would lose the variance of a narrow row to rounding. Within a
-    band of 64 keys the places are at most 32 from its middle; what the bands give is put together in float64. One
-    product per tile gives all of it, head by head: as one product of all rows it would be too thin to be shared among
-    threads.
+    band of 64 keys the places are at most 32 from its middle; what the bands give is put together in float64. Their
+    moments are products head by head: as one product of all rows it would be too thin to be shared among threads.
     """
 
-    def __init__(self, space: Space, options: Options, width: int) -> None:
+    def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
         self.total = torch.stack([space.per_query(dtype=torch.float64)] * 3)  # mass, Σ p·|i−j|, Σ p·(i−j)²
-        self._position = torch.arange(space.n_queries, dtype=torch.float64, device=space.device) + space.offset
-        place = torch.arange(width, device=space.device)
-        band = torch.arange(-(-width // _BAND), device=space.device)
-        self._middles = band.double() * _BAND + _BAND // 2
-        member = (place // _BAND == band[:, None]).double()
-        away = member * (place - self._middles[:, None])
-        self._bands = torch.stack((member, away, away * away)).flatten(0, 1).to(space.dtype)
+        self._row = torch.arange(space.n_queries, dtype=torch.float64, device=space.device)
+        place = torch.arange(_BAND, dtype=space.dtype, device=space.device) - _BAND // 2
+        self._powers = torch.stack((torch.ones_like(place), place, place * place))
         self._behind: list[tuple[Tensor, int]] = []
         self._ahead: list[tuple[Tensor, int]] = []
 
@@ -211,30 +213,36 @@ class Distance(Accumulator):
         if not behind and not ahead:
             self._add_straddling(tile)
             return
-        moments = self._bands[:, : tile.p.shape[-1]] @ tile.p.mT  # [b, h, 3 · band, q]
-        (self._behind if behind else self._ahead).append((moments, tile.keys.start))
+        found = self._behind if behind else self._ahead
+        whole = tile.p.shape[-1] // _BAND * _BAND
+        if whole:
+            bands = tile.p[..., :whole].unflatten(-1, (-1, _BAND))  # [b, h, q, band, place]
+            moments = (self._powers @ bands.flatten(2, 3).mT).unflatten(-1, bands.shape[2:4])
+            found.append((moments, tile.keys.start))
+        if whole < tile.p.shape[-1]:
+            rest = tile.p[..., whole:]
+            moments = self._powers[:, : rest.shape[-1]] @ rest.mT
+            found.append((moments[..., None], tile.keys.start + whole))
 
     def close(self, rows: Rows) -> None:
-        """Moments about the middle of each band become moments about key 0, then of the distance."""
-        i = self._position[rows[2]]
+        """Moments about the middle of each band become moments about the first query, then of the distance."""
+        first_query = rows[2].start + self.space.offset
+        away = self._row[: rows[2].stop - rows[2].start]
         for sign, found in ((1, self._behind), (-1, self._ahead)):
             if not found:
                 continue
-            moments, starts = zip(*found, strict=True)
+            moments = torch.cat([each for each, _ in found], -1).double()  # [b, h, moment, q, band]
+            middle = moments.new_tensor(
+                [start + _BAND * i + _BAND // 2 - first_query for each, start in found for i in range(each.shape[-1])]
+            )
             found.clear()
-            joined = self._joined(starts) @ torch.cat(moments, dim=-2).double()
-            mass, place, square = joined.unbind(-2)
-            total, first, second = self.total[(slice(None), *rows)]
-            total += mass
-            first += sign * (i * mass - place)
-            second += i * (i * mass - 2 * place) + square
-
-    def _joined(self, starts: Sequence[int]) -> Tensor:
-        """[3, moment of a band of a tile]: what makes Σp, Σp·j and Σp·j² of the moments of tiles that start there."""
-        middle = torch.tensor(starts, dtype=torch.float64, device=self._middles.device)[:, None] + self._middles
-        one, none = torch.ones_like(middle), torch.zeros_like(middle)
-        joined = torch.stack((one, none, none, middle, one, none, middle * middle, 2 * middle, one))
-        return joined.unflatten(0, (3, 3)).transpose(1, 2).flatten(1)  # [3, tile · moment · band]
+            powers = torch.stack((torch.ones_like(middle), middle, middle * middle))
+            sums = (powers @ moments.flatten(0, -2).T).unflatten(-1, moments.shape[:-1])  # [power, b, h, moment, q]
+            one, first, second = sums.unbind(0)
+            mass, place = one[:, :, 0], first[:, :, 0] + one[:, :, 1]
+            square = second[:, :, 0] + 2 * first[:, :, 1] + one[:, :, 2]
+            distance = sign * (away * mass - place), away * (away * mass - 2 * place) + square
+            self.total[(slice(None), *rows)].add_(torch.stack((mass, *distance)))
 
     def _add_straddling(self, tile: Tile) -> None:
         """A tile with keys on both sides of its queries."""
@@ -419,7 +427,7 @@ def build(names: list[str], space: Space, options: Options, width: int) -> list[
         elif name in ("peak", "peak_key"):
             wanted["peak"] = lambda: Peak(space, options, width)
         elif name in ("distance", "distance_var"):
-            wanted["distance"] = lambda: Distance(space, options, width)
+            wanted["distance"] = lambda: Distance(space, options)
         elif name == "sink" and options.sink_keys is not None:
             wanted[name] = lambda: WeightOnSet(space, options)
         elif name == "sink":

@@ -99,12 +99,12 @@ class Pattern(ABC):
         return self.tile(queries, keys, heads)[batch]
 
     def maker(self, batch: slice, heads: slice, wants_log: bool) -> Maker:
-        """A function that makes (p, ln p or None) of a tile for these batch entries and heads."""
+        """A function that makes (p, log₂ p or None) of a tile for these batch entries and heads."""
         which = range(self.n_heads)[heads]
 
         def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
             p = self.tile_of(batch, queries, keys, which)
-            return p, p.log().clamp_(min=-1e30) if wants_log else None
+            return p, p.log2().clamp_(min=-1e30) if wants_log else None
 
         return make
 

@@ -15,7 +15,7 @@ from workbench.kernels.masks import Mask, hidden_below
 from workbench.kernels.patterns import Maker, Pattern, RawMaker
 from workbench.kernels.plan import Pass
 from workbench.kernels.statistics import Options
-from workbench.kernels.tile import LOG_FLOOR, exp
+from workbench.kernels.tile import BITS, LOG_FLOOR
 from workbench.kernels.triton import launch as triton
 
 _HIDDEN = -1e30  # finite, so that differences of scores are never NaN
@@ -206,11 +206,14 @@ class SoftmaxPattern(Pattern):
         return self._score_maker(batch, heads, None)
 
     def _score_maker(self, batch: slice, heads: slice, lse: Tensor | None) -> RawMaker:
-        """Tiles of masked scores, less `lse` [batch, head, query] where it is given."""
+        """Tiles of masked scores; of log₂ p where `lse` [batch, head, query] is given."""
         group = self.n_heads // self.n_kv_heads
         kv = slice(heads.start // group, -(-heads.stop // group))
         keys_t = self.k[batch, kv].to(self.dtype).transpose(-1, -2).flatten(0, 1)
         plain = self.softcap is None and self.key_bias is None and not self.mask.additive
+        factor = float(torch.tensor(self.scale * BITS, dtype=self.dtype))
+        # As much as `factor` was rounded, so that what is left where both are large is right.
+        rounded = BITS * (factor / (self.scale * BITS) if plain and factor else 1.0)
         buffer = self.q.new_empty(0, dtype=self.dtype)
         rows_of: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
@@ -223,7 +226,8 @@ class SoftmaxPattern(Pattern):
             at = (queries.start, queries.stop)
             if at not in rows_of:
                 rows_of.clear()
-                less = None if lse is None else grouped(lse[batch, heads, queries, None]).neg()
+                less = None if lse is None else grouped(lse[batch, heads, queries, None]).double().mul(-rounded)
+                less = None if less is None else less.to(self.dtype)
                 rows_of[at] = grouped(self.q[batch, heads, queries].to(self.dtype)), less
             q, less = rows_of[at]
             size = q.shape[0] * q.shape[1] * (keys.stop - keys.start)
@@ -233,12 +237,12 @@ class SoftmaxPattern(Pattern):
             scores = out.view(batch.stop - batch.start, heads.stop - heads.start, queries.stop - queries.start, -1)
             # Scaled after the product, as kernels do: scaling q first rounds differently, and their lse would not fit.
             if less is not None and plain:
-                torch.add(less, torch.bmm(q, keys_t[:, :, keys], out=out), alpha=self.scale, out=out)
+                torch.add(less, torch.bmm(q, keys_t[:, :, keys], out=out), alpha=factor, out=out)
                 self._shape_scores(scores, queries, keys, batch, heads)
                 return scores
             torch.bmm(q, keys_t[:, :, keys], out=out).mul_(self.scale)
             self._shape_scores(scores, queries, keys, batch, heads)
-            return scores if less is None else scores.add_(less.view(*scores.shape[:3], 1))
+            return scores if less is None else scores.mul_(BITS).add_(less.view(*scores.shape[:3], 1))
 
         return make
 
@@ -251,10 +255,10 @@ class SoftmaxPattern(Pattern):
             nonlocal buffer
             log_p = log_weights(queries, keys).clamp_(min=LOG_FLOOR[self.dtype])
             if not wants_log:
-                return exp(log_p, out=log_p), None
+                return log_p.exp2_(), None
             if buffer.numel() < log_p.numel():
                 buffer = torch.empty_like(log_p).flatten()
-            return exp(log_p, out=buffer[: log_p.numel()].view(log_p.shape)), log_p
+            return torch.exp2(log_p, out=buffer[: log_p.numel()].view(log_p.shape)), log_p
 
         return make
 

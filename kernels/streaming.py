@@ -15,14 +15,15 @@ from workbench.kernels.accumulators import Accumulator
 from workbench.kernels.finishing import finish
 from workbench.kernels.plan import Pass, passes
 from workbench.kernels.statistics import VALUE_WEIGHTED, Options, check_names, output_names
-from workbench.kernels.tile import LOG_FLOOR, Online, Rows, Tile, exp
+from workbench.kernels.tile import BITS, LOG_FLOOR, Online, Rows, Tile
 
 if TYPE_CHECKING:
     from workbench.kernels.patterns import Maker, Pattern
 
 # One tile of all its heads should stay in the second-level cache: larger ones cost 2x to 15x in page faults.
-_TILE_NUMBERS = 12 * 128 * 256
-_TILE_QUERIES, _TILE_KEYS = 128, 256
+_TILE_NUMBERS = 12 * 256 * 256
+_TILE_QUERIES, _TILE_KEYS = 256, 256
+_TILES_AT_ONCE = 16  # per strip; what accumulators keep of each until then stays small
 _NOTHING_YET = -1e20  # above the scores of hidden keys, below all others
 
 
@@ -81,15 +82,21 @@ def _pass(pattern: Pattern, each: Pass, options: Options) -> dict[str, Tensor]:
         find_denominators(pattern, collectors)
     else:
         for rows, strip in _strips(pattern, any(c.wants_log for c in collectors), edge):
-            for tile in strip:
+            for count, tile in enumerate(strip, 1):
                 for collector in collectors:
                     collector.add(tile)
-            for collector in collectors:
-                collector.close(rows)
+                if count % _TILES_AT_ONCE == 0:
+                    _close(collectors, rows)
+            _close(collectors, rows)
     raw: dict[str, Tensor] = {}
     for collector in collectors:
         raw |= collector.results()
     return raw
+
+
+def _close(collectors: Sequence[Accumulator], rows: Rows) -> None:
+    for collector in collectors:
+        collector.close(rows)
 
 
 def find_denominators(pattern: Pattern, collectors: Sequence[Accumulator] = ()) -> None:
@@ -100,19 +107,19 @@ def find_denominators(pattern: Pattern, collectors: Sequence[Accumulator] = ()) 
     spare = torch.empty(0, dtype=pattern.dtype, device=pattern.device)
     for rows, keys, raw in _raw_tiles(pattern):
         if pattern.has_scores:
-            log_p = _raise_lead(rows, raw, lead, mass, collectors).clamp_(min=LOG_FLOOR[pattern.dtype])
+            log_p = _raise_lead(rows, raw, lead, mass, collectors).mul_(BITS).clamp_(min=LOG_FLOOR[pattern.dtype])
             if spare.numel() < raw.numel():
                 spare = torch.empty_like(raw).flatten()
-            p = exp(log_p, out=spare[: raw.numel()].view(raw.shape))
+            p = torch.exp2(log_p, out=spare[: raw.numel()].view(raw.shape))
         else:
             signed[rows] += raw.sum(-1)
             p = raw.abs_()
-            log_p = p.log().clamp_(min=_NOTHING_YET)
+            log_p = p.log2().clamp_(min=_NOTHING_YET)
         mass[rows] += p.sum(-1)
         tile = Tile(p, log_p, *rows, keys, pattern.mask.offset, p.clone)
         for collector in collectors:
             collector.add(tile)
-            collector.close(rows)
+        _close(collectors, rows)
     denominator = mass.clone()
     if pattern.sinks is not None:
         denominator += (pattern.sinks[None, :, None] - lead).double().exp()
