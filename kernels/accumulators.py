@@ -133,8 +133,8 @@ class Peak(Accumulator):
 
     Per tile only the largest weight of each row is found, and, place by place, the larger of the tile's weights and
     those of the tiles before it. The first says in which tile the row's largest weight lies, the second at which place
-    of a tile. A product finds that place in a third of the time of an argmax: how many places hold the weight, and their
-    sum. Only rows in which several do need an argmax, of a tile made again.
+    of a tile. A product finds that place in a third of the time of an argmax: how many places hold the weight, and
+    their sum. Only rows in which several do need an argmax, of a tile made again.
     """
 
     def __init__(self, space: Space, options: Options, width: int) -> None:

@@ -15,7 +15,7 @@ from workbench.kernels.masks import Mask, hidden_below
 from workbench.kernels.patterns import Maker, Pattern, RawMaker
 from workbench.kernels.plan import Pass
 from workbench.kernels.statistics import Options
-from workbench.kernels.tile import BITS, LOG_FLOOR
+from workbench.kernels.tile import BITS, LOG_FLOOR, Buffers
 from workbench.kernels.triton import launch as triton
 
 _HIDDEN = -1e30  # finite, so that differences of scores are never NaN
@@ -203,10 +203,10 @@ class SoftmaxPattern(Pattern):
 
     def raw_maker(self, batch: slice, heads: slice) -> RawMaker:
         """A function that makes tiles [b, h, q, k] of masked scores in one reused buffer."""
-        return self._score_maker(batch, heads, None)
+        return self._score_maker(batch, heads, None, Buffers(1, self.dtype, self.device))
 
-    def _score_maker(self, batch: slice, heads: slice, lse: Tensor | None) -> RawMaker:
-        """Tiles of masked scores; of log₂ p where `lse` [batch, head, query] is given."""
+    def _score_maker(self, batch: slice, heads: slice, lse: Tensor | None, buffers: Buffers) -> RawMaker:
+        """Tiles of masked scores, in the first buffer; of log₂ p where `lse` [batch, head, query] is given."""
         group = self.n_heads // self.n_kv_heads
         kv = slice(heads.start // group, -(-heads.stop // group))
         keys_t = self.k[batch, kv].to(self.dtype).transpose(-1, -2).flatten(0, 1)
@@ -214,7 +214,6 @@ class SoftmaxPattern(Pattern):
         factor = float(torch.tensor(self.scale * BITS, dtype=self.dtype))
         # As much as `factor` was rounded, so that what is left where both are large is right.
         rounded = BITS * (factor / (self.scale * BITS) if plain and factor else 1.0)
-        buffer = self.q.new_empty(0, dtype=self.dtype)
         rows_of: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
         def grouped(part: Tensor) -> Tensor:
@@ -222,7 +221,6 @@ class SoftmaxPattern(Pattern):
             return part.unflatten(1, (-1, group)).flatten(0, 1).flatten(1, 2)
 
         def make(queries: slice, keys: slice) -> Tensor:
-            nonlocal buffer
             at = (queries.start, queries.stop)
             if at not in rows_of:
                 rows_of.clear()
@@ -230,10 +228,7 @@ class SoftmaxPattern(Pattern):
                 less = None if less is None else less.to(self.dtype)
                 rows_of[at] = grouped(self.q[batch, heads, queries].to(self.dtype)), less
             q, less = rows_of[at]
-            size = q.shape[0] * q.shape[1] * (keys.stop - keys.start)
-            if buffer.numel() < size:
-                buffer = torch.empty(size, dtype=self.dtype, device=self.device)
-            out = buffer[:size].view(q.shape[0], q.shape[1], -1)
+            out = buffers.views((*q.shape[:2], keys.stop - keys.start))[0]
             scores = out.view(batch.stop - batch.start, heads.stop - heads.start, queries.stop - queries.start, -1)
             # Scaled after the product, as kernels do: scaling q first rounds differently, and their lse would not fit.
             if less is not None and plain:
@@ -248,17 +243,14 @@ class SoftmaxPattern(Pattern):
 
     def maker(self, batch: slice, heads: slice, wants_log: bool) -> Maker:
         """Tiles of weights from tiles of scores, in two reused buffers."""
-        log_weights = self._score_maker(batch, heads, self._finite_lse)
-        buffer = self.q.new_empty(0, dtype=self.dtype)
+        buffers = Buffers(2 if wants_log else 1, self.dtype, self.device)
+        log_weights = self._score_maker(batch, heads, self._finite_lse, buffers)
 
         def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
-            nonlocal buffer
             log_p = log_weights(queries, keys).clamp_(min=LOG_FLOOR[self.dtype])
             if not wants_log:
                 return log_p.exp2_(), None
-            if buffer.numel() < log_p.numel():
-                buffer = torch.empty_like(log_p).flatten()
-            return torch.exp2(log_p, out=buffer[: log_p.numel()].view(log_p.shape)), log_p
+            return torch.exp2(log_p, out=buffers.views(log_p.shape)[1]), log_p
 
         return make
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,26 @@ from workbench.kernels.masks import MaskSummary
 BITS = 1 / math.log(2)
 """Tiles take logarithms to base 2: on a CPU torch's exp takes three times as long as its exp2."""
 LOG_FLOOR = {torch.float32: -62.0, torch.float64: -430.0}
-"""log₂ p is not let below this in a tile. Weights and their squares then stay normal numbers: a CPU takes 10 to 100 times
-longer over subnormal ones. What it adds (2e-19 a key in float32) is far below the rounding of any statistic."""
+"""log₂ p is not let below this in a tile. Weights and their squares then stay normal numbers: a CPU takes 10 to 100
+times longer over subnormal ones. What it adds (2e-19 a key in float32) is far below the rounding of any statistic."""
+
+
+class Buffers:
+    """Room for several tiles, used again and again, in one allocation.
+
+    What is given back in one large piece, the allocator keeps for the next pass; of several smaller ones it returns
+    some to the system, and the page faults of the next pass may then take as long as a tenth of it.
+    """
+
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._room = torch.empty(n, 0, dtype=dtype, device=device)
+
+    def views(self, shape: Sequence[int]) -> tuple[Tensor, ...]:
+        """A contiguous tensor of this shape in each."""
+        size = math.prod(shape)
+        if self._room.shape[1] < size:
+            self._room = self._room.new_empty(len(self._room), size)
+        return tuple(each[:size].view(*shape) for each in self._room)
 
 
 @dataclass
@@ -24,8 +42,8 @@ class Tile:
 
     Attributes:
         p: [b, h, q, k] weights; zero, or at the floor, where hidden.
-        log_p: same shape, log₂ p, at its floor where hidden; None unless asked for. The first accumulators (entropy) may
-            use it up; after them it is scratch space.
+        log_p: same shape, log₂ p, at its floor where hidden; None unless asked for. The first accumulators (entropy)
+            may use it up; after them it is scratch space.
         batch, heads, queries, keys: where the rectangle lies.
         offset: absolute position of query row 0.
         again: makes its `p` once more, to the bit, where the tile has been overwritten by a later one.
