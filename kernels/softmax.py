@@ -19,6 +19,7 @@ from workbench.kernels.tile import BITS, LOG_FLOOR, Buffers
 from workbench.kernels.triton import launch as triton
 
 _HIDDEN = -1e30  # finite, so that differences of scores are never NaN
+_LARGE = 64.0  # an lse from which on its product with log₂ e would be rounded too much
 
 
 class SoftmaxPattern(Pattern):
@@ -211,9 +212,11 @@ class SoftmaxPattern(Pattern):
         kv = slice(heads.start // group, -(-heads.stop // group))
         keys_t = self.k[batch, kv].to(self.dtype).transpose(-1, -2).flatten(0, 1)
         plain = self.softcap is None and self.key_bias is None and not self.mask.additive
+        less_lse = None if lse is None else lse[batch, heads, :, None].neg()
         factor = float(torch.tensor(self.scale * BITS, dtype=self.dtype))
-        # As much as `factor` was rounded, so that what is left where both are large is right.
-        rounded = BITS * (factor / (self.scale * BITS) if plain and factor else 1.0)
+        in_one_pass = plain and factor != 0 and less_lse is not None and bool((less_lse.abs() < _LARGE).all())
+        if in_one_pass and less_lse is not None:  # times log₂ e, rounded as it is in the factor
+            less_lse = (less_lse.double() * (factor / self.scale)).to(self.dtype)
         rows_of: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
         def grouped(part: Tensor) -> Tensor:
@@ -224,20 +227,19 @@ class SoftmaxPattern(Pattern):
             at = (queries.start, queries.stop)
             if at not in rows_of:
                 rows_of.clear()
-                less = None if lse is None else grouped(lse[batch, heads, queries, None]).double().mul(-rounded)
-                less = None if less is None else less.to(self.dtype)
+                less = None if less_lse is None else grouped(less_lse[:, :, queries])
                 rows_of[at] = grouped(self.q[batch, heads, queries].to(self.dtype)), less
             q, less = rows_of[at]
             out = buffers.views((*q.shape[:2], keys.stop - keys.start))[0]
             scores = out.view(batch.stop - batch.start, heads.stop - heads.start, queries.stop - queries.start, -1)
             # Scaled after the product, as kernels do: scaling q first rounds differently, and their lse would not fit.
-            if less is not None and plain:
+            if less is not None and in_one_pass:
                 torch.add(less, torch.bmm(q, keys_t[:, :, keys], out=out), alpha=factor, out=out)
                 self._shape_scores(scores, queries, keys, batch, heads)
                 return scores
             torch.bmm(q, keys_t[:, :, keys], out=out).mul_(self.scale)
             self._shape_scores(scores, queries, keys, batch, heads)
-            return scores if less is None else scores.mul_(BITS).add_(less.view(*scores.shape[:3], 1))
+            return scores if less is None else scores.add_(less.view(*scores.shape[:3], 1)).mul_(BITS)
 
         return make
 
