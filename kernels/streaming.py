@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from workbench.kernels.patterns import Maker, Pattern
 
 # One tile of all its heads should stay in the second-level cache: larger ones cost 2x to 15x in page faults.
-_TILE_NUMBERS = 12 * 256 * 256
-_TILE_QUERIES, _TILE_KEYS = 256, 256
+_TILE_NUMBERS = 12 * 192 * 192
+_TILE_QUERIES, _TILE_KEYS = 192, 192
 _TILES_AT_ONCE = 16  # per strip; what accumulators keep of each until then stays small
 _NOTHING_YET = -1e20  # above the scores of hidden keys, below all others
 
