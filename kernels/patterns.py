@@ -41,11 +41,13 @@ class Pattern(ABC):
         sinks: [head] logits that join the softmax's denominator only; None for none.
         values: [batch, kv head, key, width], for value-weighted statistics; None if they were not kept.
         dtype: of the tiles; float64 for float64 inputs, else float32.
+        tile_scale: how many times as large as others its tiles may be: 2 where making one takes no tensors of its size.
     """
 
     grade: Grade = "exact"
     signed: bool = False
     normalised: bool = True
+    tile_scale: int = 1
     n_kv_heads: int
     values: Tensor | None = None
     sinks: Tensor | None = None

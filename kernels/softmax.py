@@ -37,6 +37,8 @@ class SoftmaxPattern(Pattern):
         key_bias: [batch, head, key] added to the scores.
     """
 
+    tile_scale = 2
+
     def __init__(
         self,
         q: Tensor,

@@ -20,9 +20,9 @@ from workbench.kernels.tile import BITS, LOG_FLOOR, Online, Rows, Tile
 if TYPE_CHECKING:
     from workbench.kernels.patterns import Maker, Pattern
 
-# One tile of all its heads should stay in the second-level cache: larger ones cost 2x to 15x in page faults.
+# Smaller tiles lose time, since threads wait for each other after each operation; larger ones leave the caches.
 _TILE_NUMBERS = 12 * 192 * 192
-_TILE_QUERIES, _TILE_KEYS = 192, 192
+_TILE_QUERIES, _TILE_KEYS = 256, 256
 _TILES_AT_ONCE = 16  # per strip; what accumulators keep of each until then stays small
 _NOTHING_YET = -1e20  # above the scores of hidden keys, below all others
 
@@ -155,7 +155,7 @@ def _strips(pattern: Pattern, wants_log: bool = False, edge: int = 1) -> Iterato
     """
     n_rows = _round_up(min(_TILE_QUERIES, pattern.n_queries), edge)
     n_keys = _round_up(min(_TILE_KEYS, pattern.n_keys), edge)
-    for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.head_group, n_rows * n_keys):
+    for batch, heads in chunks(pattern, n_rows * n_keys):
         make = pattern.maker(batch, heads, wants_log)
         for queries in _rows(pattern.n_queries, n_rows):
             rows = (batch, heads, queries)
@@ -173,7 +173,7 @@ def _strip(make: Maker, rows: Rows, keys_seen: Iterable[slice], offset: int) -> 
 def _raw_tiles(pattern: Pattern) -> Iterator[tuple[Rows, slice, Tensor]]:
     """Every tile that may hold weight, of scores or of weights that are not normalised: (rows, keys, tile)."""
     n_rows, n_keys = min(_TILE_QUERIES, pattern.n_queries), min(_TILE_KEYS, pattern.n_keys)
-    for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.head_group, n_rows * n_keys):
+    for batch, heads in chunks(pattern, n_rows * n_keys):
         make = pattern.raw_maker(batch, heads)
         for queries in _rows(pattern.n_queries, n_rows):
             for keys in pattern.mask.key_tiles(queries, n_keys, heads):
@@ -185,9 +185,10 @@ def _rows(n_queries: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_queries))
 
 
-def chunks(n_batch: int, n_heads: int, group: int, tile_numbers: int) -> Iterator[tuple[slice, slice]]:
-    """Groups of batch entries and heads whose tiles together fit the cache; a `group` of heads is never cut."""
-    at_once = max(1, _TILE_NUMBERS // tile_numbers)
+def chunks(pattern: Pattern, tile_numbers: int) -> Iterator[tuple[slice, slice]]:
+    """Batch entries and heads whose tiles together fit the cache; a group of heads that share keys is never cut."""
+    n_batch, n_heads, group = pattern.n_batch, pattern.n_heads, pattern.head_group
+    at_once = max(1, pattern.tile_scale * _TILE_NUMBERS // tile_numbers)
     step_heads = min(n_heads, max(1, at_once // group) * group)
     step_batch = max(1, at_once // n_heads)
     for b in range(0, n_batch, step_batch):
