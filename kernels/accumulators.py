@@ -3,7 +3,7 @@
 Sums run in the pattern's dtype, over partial sums of one tile each; only what cancels (distances) runs in float64. What
 they give are raw sums; `finishing.py` makes statistics of them.
 
-Tiles come in strips: all that the same rows see. Per tile only its large operations run; what they give is put together
+Tiles come in strips: what the same rows see. Per tile only its large operations run; what they give is put together
 once per strip, in `close`, since a hundred operations on small tensors cost as much as the products.
 
 Where a row's denominator is not known yet, tiles hold exp(score − lead) with a lead that rises; `rescale` then puts
@@ -12,6 +12,7 @@ what was collected on the new scale, and `normalise` divides by the denominator 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -83,7 +84,13 @@ class Entropy(RowSum):
 
     def add(self, tile: Tile) -> None:
         assert tile.log_p is not None
-        self.parts.append(tile.log_p.mul_(tile.p).sum(-1).neg_())
+        self.parts.append(tile.log_p.mul_(tile.p).sum(-1))
+
+    def close(self, rows: Rows) -> None:
+        """The parts are bits, and negative."""
+        if self.parts:
+            self.total[rows].sub_(torch.stack(self.parts).sum(0), alpha=math.log(2))
+            self.parts.clear()
 
     def rescale(self, rows: Rows, online: Online) -> None:
         """Every ln p moves by the shift too."""
@@ -124,33 +131,42 @@ class EffectiveKeys(RowSum):
 class Peak(Accumulator):
     """Largest weight of a row and its key; the first of equal ones.
 
-    Where the largest weight of a tile is, by a product, in a third of the time of an argmax: how many keys have it, and
-    the sum of their places. Only rows in which several keys share it need an argmax, of a tile made again.
+    Per tile only the largest weight of each row is found, and, place by place, the larger of the tile's weights and
+    those of the tiles before it. The first says in which tile the row's largest weight lies, the second at which place
+    of a tile. A product finds that place in a third of the time of an argmax: how many places hold the weight, and
+    their sum. Only rows in which several do need an argmax, of a tile made again.
     """
 
-    def __init__(self, space: Space, options: Options) -> None:
+    def __init__(self, space: Space, options: Options, width: int) -> None:
         super().__init__(space, options)
         self.best = space.per_query(-1.0)
         self.key = space.per_query(-1, torch.long)
-        place = torch.arange(space.n_keys, dtype=space.dtype, device=space.device)
+        place = torch.arange(width, dtype=space.dtype, device=space.device)
         self._places = torch.stack((torch.ones_like(place), place))
-        self._tiles: list[tuple[Tensor, Tensor, Tile]] = []
+        self._by_place = torch.empty(0, dtype=space.dtype, device=space.device)
+        self._tiles: list[tuple[Tensor, Tile]] = []
 
     def add(self, tile: Tile) -> None:
-        weight = tile.p.amax(-1)
-        here = torch.eq(tile.p, weight[..., None], out=tile.scratch()).flatten(0, -2)
-        self._tiles.append((weight, self._places[:, : here.shape[-1]] @ here.T, tile))
+        if not self._tiles:
+            if self._by_place.shape != tile.p.shape:
+                self._by_place = torch.empty_like(tile.p)
+            self._by_place.copy_(tile.p)
+        else:  # of a strip's tiles, only the last may be narrower
+            largest = self._by_place[..., : tile.p.shape[-1]]
+            torch.maximum(largest, tile.p, out=largest)
+        self._tiles.append((tile.p.amax(-1), tile))
 
     def close(self, rows: Rows) -> None:
         """The first tile with the row's largest weight, and the first key in it."""
         if not self._tiles:
             return
-        weights, places, tiles = zip(*self._tiles, strict=True)
+        weights, tiles = zip(*self._tiles, strict=True)
         self._tiles.clear()
         weight, which = torch.stack(weights).max(0)
-        count, key = torch.stack(places).gather(0, which.flatten().expand(1, 2, -1))[0].unflatten(1, which.shape)
+        here = self._by_place.eq_(weight[..., None])
+        count, place = (self._places[:, : here.shape[-1]] @ here.mT).unbind(-2)
         start = torch.tensor([tile.keys.start for tile in tiles], device=weight.device)
-        key = start.take(which).add_(key.long())
+        key = start.take(which).add_(place.long())
         best = self.best[rows]
         better = weight > best
         tied = better & (count != 1)
@@ -177,21 +193,18 @@ class Distance(Accumulator):
     """Mean and variance of |i−j|, from moments of the key's place within narrow bands of keys.
 
     Single-precision sums of squares of whole positions would lose the variance of a narrow row to rounding. Within a
-    band of 64 keys the places are at most 32 from its middle; what the bands give is put together in float64. One
-    product per tile gives all of it.
+    band of 64 keys the places are at most 32 from its middle; what the bands give is put together in float64. Their
+    moments are products head by head: as one product of all rows it would be too thin to be shared among threads.
     """
 
-    def __init__(self, space: Space, options: Options, width: int) -> None:
+    def __init__(self, space: Space, options: Options) -> None:
         super().__init__(space, options)
         self.total = torch.stack([space.per_query(dtype=torch.float64)] * 3)  # mass, Σ p·|i−j|, Σ p·(i−j)²
-        self._position = torch.arange(space.n_queries, dtype=torch.float64, device=space.device) + space.offset
-        place = torch.arange(width, device=space.device)
-        band = torch.arange(-(-width // _BAND), device=space.device)
-        self._middles = band.double() * _BAND + _BAND // 2
-        member = (place // _BAND == band[:, None]).double()
-        away = member * (place - self._middles[:, None])
-        self._bands = torch.stack((member, away, away * away)).flatten(0, 1).to(space.dtype)
-        self._tiles: list[tuple[Tensor, int, int]] = []
+        self._row = torch.arange(space.n_queries, dtype=torch.float64, device=space.device)
+        place = torch.arange(_BAND, dtype=space.dtype, device=space.device) - _BAND // 2
+        self._powers = torch.stack((torch.ones_like(place), place, place * place))
+        self._behind: list[tuple[Tensor, int]] = []
+        self._ahead: list[tuple[Tensor, int]] = []
 
     def add(self, tile: Tile) -> None:
         low = tile.queries.start + tile.offset
@@ -200,35 +213,36 @@ class Distance(Accumulator):
         if not behind and not ahead:
             self._add_straddling(tile)
             return
-        moments = self._bands[:, : tile.p.shape[-1]] @ tile.p.flatten(0, -2).T  # [3 · band, row]
-        self._tiles.append((moments, tile.keys.start, 1 if behind else -1))
+        found = self._behind if behind else self._ahead
+        whole = tile.p.shape[-1] // _BAND * _BAND
+        if whole:
+            bands = tile.p[..., :whole].unflatten(-1, (-1, _BAND))  # [b, h, q, band, place]
+            moments = (self._powers @ bands.flatten(2, 3).mT).unflatten(-1, bands.shape[2:4])
+            found.append((moments, tile.keys.start))
+        if whole < tile.p.shape[-1]:
+            rest = tile.p[..., whole:]
+            moments = self._powers[:, : rest.shape[-1]] @ rest.mT
+            found.append((moments[..., None], tile.keys.start + whole))
 
     def close(self, rows: Rows) -> None:
-        """Moments about the middle of each band become moments about the strip's first query, then of the distance."""
-        if not self._tiles:
-            return
-        moments, starts, signs = zip(*self._tiles, strict=True)
-        self._tiles.clear()
-        away = self._position[rows[2]]
-        origin, away = away[0], away - away[0]
-        start, sign = torch.tensor((starts, signs), dtype=torch.float64, device=origin.device)
-        middle = (start[:, None] + self._middles - origin).flatten()
-        one, none = torch.ones_like(middle), torch.zeros_like(middle)
-        sign = sign.repeat_interleave(len(self._middles))
-        # [found, moment, band of the strip]; found: Σp, Σp·x, Σp·x², ±Σp, ±Σp·x, with x the key less the first query
-        joined = torch.stack([
-            one, none, none,
-            middle, one, none,
-            middle * middle, 2 * middle, one,
-            sign, none, none,
-            sign * middle, sign, none,
-        ])  # fmt: skip
-        bands = torch.stack(moments).unflatten(1, (3, -1)).transpose(0, 1).to(torch.float64)
-        found = joined.view(5, -1) @ bands.flatten(0, 2)
-        mass, place, square, signed_mass, signed_place = found.unflatten(-1, self.total[0][rows].shape)
-        first = away * signed_mass - signed_place
-        second = away * (away * mass - 2 * place) + square
-        self.total[(slice(None), *rows)].add_(torch.stack((mass, first, second)))
+        """Moments about the middle of each band become moments about the first query, then of the distance."""
+        first_query = rows[2].start + self.space.offset
+        away = self._row[: rows[2].stop - rows[2].start]
+        for sign, found in ((1, self._behind), (-1, self._ahead)):
+            if not found:
+                continue
+            moments = torch.cat([each for each, _ in found], -1).double()  # [b, h, moment, q, band]
+            middle = moments.new_tensor(
+                [start + _BAND * i + _BAND // 2 - first_query for each, start in found for i in range(each.shape[-1])]
+            )
+            found.clear()
+            powers = torch.stack((torch.ones_like(middle), middle, middle * middle))
+            sums = (powers @ moments.flatten(0, -2).T).unflatten(-1, moments.shape[:-1])  # [power, b, h, moment, q]
+            one, first, second = sums.unbind(0)
+            mass, place = one[:, :, 0], first[:, :, 0] + one[:, :, 1]
+            square = second[:, :, 0] + 2 * first[:, :, 1] + one[:, :, 2]
+            distance = sign * (away * mass - place), away * (away * mass - 2 * place) + square
+            self.total[(slice(None), *rows)].add_(torch.stack((mass, *distance)))
 
     def _add_straddling(self, tile: Tile) -> None:
         """A tile with keys on both sides of its queries."""
@@ -411,9 +425,9 @@ def build(names: list[str], space: Space, options: Options, width: int) -> list[
         elif name == "effective_keys":
             wanted[name] = lambda: EffectiveKeys(space, options)
         elif name in ("peak", "peak_key"):
-            wanted["peak"] = lambda: Peak(space, options)
+            wanted["peak"] = lambda: Peak(space, options, width)
         elif name in ("distance", "distance_var"):
-            wanted["distance"] = lambda: Distance(space, options, width)
+            wanted["distance"] = lambda: Distance(space, options)
         elif name == "sink" and options.sink_keys is not None:
             wanted[name] = lambda: WeightOnSet(space, options)
         elif name == "sink":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -48,4 +47,4 @@ def finish(raw: dict[str, Tensor], names: Sequence[str], space: Space, options: 
 
 def _without_floor(weight: Tensor, space: Space) -> Tensor:
     """Single weights, zero where they do not exceed the floor that tiles give to hidden keys."""
-    return torch.where(weight > 1.01 * math.exp(LOG_FLOOR[space.dtype]), weight, 0.0)
+    return torch.where(weight > 1.01 * 2.0 ** LOG_FLOOR[space.dtype], weight, 0.0)

@@ -41,11 +41,13 @@ class Pattern(ABC):
         sinks: [head] logits that join the softmax's denominator only; None for none.
         values: [batch, kv head, key, width], for value-weighted statistics; None if they were not kept.
         dtype: of the tiles; float64 for float64 inputs, else float32.
+        tile_scale: how many times as large as others its tiles may be: 2 where making one takes no tensors of its size.
     """
 
     grade: Grade = "exact"
     signed: bool = False
     normalised: bool = True
+    tile_scale: int = 1
     n_kv_heads: int
     values: Tensor | None = None
     sinks: Tensor | None = None
@@ -99,12 +101,12 @@ class Pattern(ABC):
         return self.tile(queries, keys, heads)[batch]
 
     def maker(self, batch: slice, heads: slice, wants_log: bool) -> Maker:
-        """A function that makes (p, ln p or None) of a tile for these batch entries and heads."""
+        """A function that makes (p, log₂ p or None) of a tile for these batch entries and heads."""
         which = range(self.n_heads)[heads]
 
         def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
             p = self.tile_of(batch, queries, keys, which)
-            return p, p.log().clamp_(min=-1e30) if wants_log else None
+            return p, p.log2().clamp_(min=-1e30) if wants_log else None
 
         return make
 

@@ -15,10 +15,11 @@ from workbench.kernels.masks import Mask, hidden_below
 from workbench.kernels.patterns import Maker, Pattern, RawMaker
 from workbench.kernels.plan import Pass
 from workbench.kernels.statistics import Options
-from workbench.kernels.tile import LOG_FLOOR
+from workbench.kernels.tile import BITS, LOG_FLOOR, Buffers
 from workbench.kernels.triton import launch as triton
 
 _HIDDEN = -1e30  # finite, so that differences of scores are never NaN
+_LARGE = 64.0  # an lse from which on its product with log₂ e would be rounded too much
 
 
 class SoftmaxPattern(Pattern):
@@ -35,6 +36,8 @@ class SoftmaxPattern(Pattern):
         sinks: [head] logits that join the denominator only, so that rows sum to less than one.
         key_bias: [batch, head, key] added to the scores.
     """
+
+    tile_scale = 2
 
     def __init__(
         self,
@@ -203,15 +206,19 @@ class SoftmaxPattern(Pattern):
 
     def raw_maker(self, batch: slice, heads: slice) -> RawMaker:
         """A function that makes tiles [b, h, q, k] of masked scores in one reused buffer."""
-        return self._score_maker(batch, heads, None)
+        return self._score_maker(batch, heads, None, Buffers(1, self.dtype, self.device))
 
-    def _score_maker(self, batch: slice, heads: slice, lse: Tensor | None) -> RawMaker:
-        """Tiles of masked scores, less `lse` [batch, head, query] where it is given."""
+    def _score_maker(self, batch: slice, heads: slice, lse: Tensor | None, buffers: Buffers) -> RawMaker:
+        """Tiles of masked scores, in the first buffer; of log₂ p where `lse` [batch, head, query] is given."""
         group = self.n_heads // self.n_kv_heads
         kv = slice(heads.start // group, -(-heads.stop // group))
         keys_t = self.k[batch, kv].to(self.dtype).transpose(-1, -2).flatten(0, 1)
         plain = self.softcap is None and self.key_bias is None and not self.mask.additive
-        buffer = self.q.new_empty(0, dtype=self.dtype)
+        less_lse = None if lse is None else lse[batch, heads, :, None].neg()
+        factor = float(torch.tensor(self.scale * BITS, dtype=self.dtype))
+        in_one_pass = plain and factor != 0 and less_lse is not None and bool((less_lse.abs() < _LARGE).all())
+        if in_one_pass and less_lse is not None:  # times log₂ e, rounded as it is in the factor
+            less_lse = (less_lse.double() * (factor / self.scale)).to(self.dtype)
         rows_of: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
         def grouped(part: Tensor) -> Tensor:
@@ -219,42 +226,35 @@ class SoftmaxPattern(Pattern):
             return part.unflatten(1, (-1, group)).flatten(0, 1).flatten(1, 2)
 
         def make(queries: slice, keys: slice) -> Tensor:
-            nonlocal buffer
             at = (queries.start, queries.stop)
             if at not in rows_of:
                 rows_of.clear()
-                less = None if lse is None else grouped(lse[batch, heads, queries, None]).neg()
+                less = None if less_lse is None else grouped(less_lse[:, :, queries])
                 rows_of[at] = grouped(self.q[batch, heads, queries].to(self.dtype)), less
             q, less = rows_of[at]
-            size = q.shape[0] * q.shape[1] * (keys.stop - keys.start)
-            if buffer.numel() < size:
-                buffer = torch.empty(size, dtype=self.dtype, device=self.device)
-            out = buffer[:size].view(q.shape[0], q.shape[1], -1)
+            out = buffers.views((*q.shape[:2], keys.stop - keys.start))[0]
             scores = out.view(batch.stop - batch.start, heads.stop - heads.start, queries.stop - queries.start, -1)
             # Scaled after the product, as kernels do: scaling q first rounds differently, and their lse would not fit.
-            if less is not None and plain:
-                torch.add(less, torch.bmm(q, keys_t[:, :, keys], out=out), alpha=self.scale, out=out)
+            if less is not None and in_one_pass:
+                torch.add(less, torch.bmm(q, keys_t[:, :, keys], out=out), alpha=factor, out=out)
                 self._shape_scores(scores, queries, keys, batch, heads)
                 return scores
             torch.bmm(q, keys_t[:, :, keys], out=out).mul_(self.scale)
             self._shape_scores(scores, queries, keys, batch, heads)
-            return scores if less is None else scores.add_(less.view(*scores.shape[:3], 1))
+            return scores if less is None else scores.add_(less.view(*scores.shape[:3], 1)).mul_(BITS)
 
         return make
 
     def maker(self, batch: slice, heads: slice, wants_log: bool) -> Maker:
         """Tiles of weights from tiles of scores, in two reused buffers."""
-        log_weights = self._score_maker(batch, heads, self._finite_lse)
-        buffer = self.q.new_empty(0, dtype=self.dtype)
+        buffers = Buffers(2 if wants_log else 1, self.dtype, self.device)
+        log_weights = self._score_maker(batch, heads, self._finite_lse, buffers)
 
         def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
-            nonlocal buffer
             log_p = log_weights(queries, keys).clamp_(min=LOG_FLOOR[self.dtype])
             if not wants_log:
-                return log_p.exp_(), None
-            if buffer.numel() < log_p.numel():
-                buffer = torch.empty_like(log_p).flatten()
-            return torch.exp(log_p, out=buffer[: log_p.numel()].view(log_p.shape)), log_p
+                return log_p.exp2_(), None
+            return torch.exp2(log_p, out=buffers.views(log_p.shape)[1]), log_p
 
         return make
 

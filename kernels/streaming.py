@@ -15,14 +15,15 @@ from workbench.kernels.accumulators import Accumulator
 from workbench.kernels.finishing import finish
 from workbench.kernels.plan import Pass, passes
 from workbench.kernels.statistics import VALUE_WEIGHTED, Options, check_names, output_names
-from workbench.kernels.tile import LOG_FLOOR, Online, Rows, Tile
+from workbench.kernels.tile import BITS, LOG_FLOOR, Online, Rows, Tile
 
 if TYPE_CHECKING:
     from workbench.kernels.patterns import Maker, Pattern
 
-# One tile of all its heads should stay in the second-level cache: larger ones cost 2x to 15x in page faults.
+# Smaller tiles lose time, since threads wait for each other after each operation; larger ones leave the caches.
 _TILE_NUMBERS = 12 * 192 * 192
-_TILE_QUERIES, _TILE_KEYS = 192, 192
+_TILE_QUERIES, _TILE_KEYS = 256, 256
+_TILES_AT_ONCE = 16  # per strip; what accumulators keep of each until then stays small
 _NOTHING_YET = -1e20  # above the scores of hidden keys, below all others
 
 
@@ -81,15 +82,21 @@ def _pass(pattern: Pattern, each: Pass, options: Options) -> dict[str, Tensor]:
         find_denominators(pattern, collectors)
     else:
         for rows, strip in _strips(pattern, any(c.wants_log for c in collectors), edge):
-            for tile in strip:
+            for count, tile in enumerate(strip, 1):
                 for collector in collectors:
                     collector.add(tile)
-            for collector in collectors:
-                collector.close(rows)
+                if count % _TILES_AT_ONCE == 0:
+                    _close(collectors, rows)
+            _close(collectors, rows)
     raw: dict[str, Tensor] = {}
     for collector in collectors:
         raw |= collector.results()
     return raw
+
+
+def _close(collectors: Sequence[Accumulator], rows: Rows) -> None:
+    for collector in collectors:
+        collector.close(rows)
 
 
 def find_denominators(pattern: Pattern, collectors: Sequence[Accumulator] = ()) -> None:
@@ -100,19 +107,19 @@ def find_denominators(pattern: Pattern, collectors: Sequence[Accumulator] = ()) 
     spare = torch.empty(0, dtype=pattern.dtype, device=pattern.device)
     for rows, keys, raw in _raw_tiles(pattern):
         if pattern.has_scores:
-            log_p = _raise_lead(rows, raw, lead, mass, collectors).clamp_(min=LOG_FLOOR[pattern.dtype])
+            log_p = _raise_lead(rows, raw, lead, mass, collectors).mul_(BITS).clamp_(min=LOG_FLOOR[pattern.dtype])
             if spare.numel() < raw.numel():
                 spare = torch.empty_like(raw).flatten()
-            p = torch.exp(log_p, out=spare[: raw.numel()].view(raw.shape))
+            p = torch.exp2(log_p, out=spare[: raw.numel()].view(raw.shape))
         else:
             signed[rows] += raw.sum(-1)
             p = raw.abs_()
-            log_p = p.log().clamp_(min=_NOTHING_YET)
+            log_p = p.log2().clamp_(min=_NOTHING_YET)
         mass[rows] += p.sum(-1)
         tile = Tile(p, log_p, *rows, keys, pattern.mask.offset, p.clone)
         for collector in collectors:
             collector.add(tile)
-            collector.close(rows)
+        _close(collectors, rows)
     denominator = mass.clone()
     if pattern.sinks is not None:
         denominator += (pattern.sinks[None, :, None] - lead).double().exp()
@@ -148,7 +155,7 @@ def _strips(pattern: Pattern, wants_log: bool = False, edge: int = 1) -> Iterato
     """
     n_rows = _round_up(min(_TILE_QUERIES, pattern.n_queries), edge)
     n_keys = _round_up(min(_TILE_KEYS, pattern.n_keys), edge)
-    for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.head_group, n_rows * n_keys):
+    for batch, heads in chunks(pattern, n_rows * n_keys):
         make = pattern.maker(batch, heads, wants_log)
         for queries in _rows(pattern.n_queries, n_rows):
             rows = (batch, heads, queries)
@@ -166,7 +173,7 @@ def _strip(make: Maker, rows: Rows, keys_seen: Iterable[slice], offset: int) -> 
 def _raw_tiles(pattern: Pattern) -> Iterator[tuple[Rows, slice, Tensor]]:
     """Every tile that may hold weight, of scores or of weights that are not normalised: (rows, keys, tile)."""
     n_rows, n_keys = min(_TILE_QUERIES, pattern.n_queries), min(_TILE_KEYS, pattern.n_keys)
-    for batch, heads in chunks(pattern.n_batch, pattern.n_heads, pattern.head_group, n_rows * n_keys):
+    for batch, heads in chunks(pattern, n_rows * n_keys):
         make = pattern.raw_maker(batch, heads)
         for queries in _rows(pattern.n_queries, n_rows):
             for keys in pattern.mask.key_tiles(queries, n_keys, heads):
@@ -178,9 +185,10 @@ def _rows(n_queries: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_queries))
 
 
-def chunks(n_batch: int, n_heads: int, group: int, tile_numbers: int) -> Iterator[tuple[slice, slice]]:
-    """Groups of batch entries and heads whose tiles together fit the cache; a `group` of heads is never cut."""
-    at_once = max(1, _TILE_NUMBERS // tile_numbers)
+def chunks(pattern: Pattern, tile_numbers: int) -> Iterator[tuple[slice, slice]]:
+    """Batch entries and heads whose tiles together fit the cache; a group of heads that share keys is never cut."""
+    n_batch, n_heads, group = pattern.n_batch, pattern.n_heads, pattern.head_group
+    at_once = max(1, pattern.tile_scale * _TILE_NUMBERS // tile_numbers)
     step_heads = min(n_heads, max(1, at_once // group) * group)
     step_batch = max(1, at_once // n_heads)
     for b in range(0, n_batch, step_batch):

@@ -31,6 +31,7 @@ def library() -> ctypes.CDLL | None:
     The environment variable `WORKBENCH_NATIVE=0` switches it off.
     """
     if os.environ.get("WORKBENCH_NATIVE") == "0":
+        _log.warning("WORKBENCH_NATIVE=0 switches the C++ statistics off; plain torch takes over, about twice as slow.")
         return None
     try:
         return ctypes.CDLL(str(_compiled()))

@@ -15,7 +15,7 @@ from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Maker, Pattern
 from workbench.kernels.scan.blocked import prefix_sums, suffix_sums
 from workbench.kernels.scan.operator import Sums
-from workbench.kernels.tile import LOG_FLOOR
+from workbench.kernels.tile import BITS, LOG_FLOOR
 
 _HIDDEN = -1e30
 _BLOCK = 128
@@ -114,8 +114,8 @@ class ScanPattern(Pattern):
         """Tiles of weights by outer differences of the scores and the prefixes' sums."""
 
         def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
-            log_p = self._log_tile(queries, keys, batch, heads).clamp_(min=LOG_FLOOR[self.dtype])
-            return (log_p.exp(), log_p) if wants_log else (log_p.exp_(), None)
+            log_p = self._log_tile(queries, keys, batch, heads).mul_(BITS).clamp_(min=LOG_FLOOR[self.dtype])
+            return (log_p.exp2(), log_p) if wants_log else (log_p.exp2_(), None)
 
         return make
 

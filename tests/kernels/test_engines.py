@@ -237,8 +237,8 @@ class Reads:
     def watch(self, monkeypatch) -> None:
         made = SoftmaxPattern._score_maker
 
-        def counted(pattern, batch, heads, lse):
-            make = made(pattern, batch, heads, lse)
+        def counted(pattern, *arguments):
+            make = made(pattern, *arguments)
 
             def loaded(queries, keys):
                 self.count[keys] += 1
@@ -304,6 +304,44 @@ def test_no_compiler_is_said_once_and_torch_takes_over(monkeypatch, caplog, tmp_
         assert "plain torch takes over" in caplog.text
     finally:
         build.library.cache_clear()
+
+
+def test_switched_off_is_said_once_and_torch_takes_over(monkeypatch, caplog):
+    monkeypatch.setenv("WORKBENCH_NATIVE", "0")
+    build.library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "workbench"):
+            for n in (20, 33):
+                q, k = random(n, n)
+                pattern = SoftmaxPattern(q, k, causal(n))
+                assert pattern.engine(["entropy"], Options()) == "torch"
+                agree(pattern, [*ROWS, *COLUMNS])
+        assert [record.getMessage().count("WORKBENCH_NATIVE=0") for record in caplog.records] == [1]
+        assert "plain torch takes over" in caplog.text
+    finally:
+        build.library.cache_clear()
+
+
+def test_equal_largest_weights_in_several_tiles(monkeypatch):
+    """The first of equal keys, whether they lie at one place of their tiles or at several, and in many tiles."""
+    monkeypatch.setattr(native, "unsupported", lambda pattern: "the tiles of plain torch are what is tested")
+    width = streaming._TILE_KEYS
+    n = 2 * width * (streaming._TILES_AT_ONCE + 1)
+    for keys in ([5, width + 5], [7, width + 3], [width + 9, 2 * width + 2], [3, 4, n - 1], [n - 2, n - 1], [n - 1]):
+        k = torch.zeros(1, 1, n, 2)
+        k[0, 0, keys, 0] = 1.0
+        got = SoftmaxPattern(torch.ones(1, 1, 3, 2), k, scale=4.0).statistics(["peak", "peak_key"])
+        assert got["peak_key"].unique().tolist() == [keys[0]]
+
+
+def test_a_long_row_in_plain_torch(monkeypatch):
+    """More tiles than are kept before they are put together, and a number of keys that no band divides."""
+    monkeypatch.setattr(native, "unsupported", lambda pattern: "the tiles of plain torch are what is tested")
+    n = streaming._TILE_KEYS * (streaming._TILES_AT_ONCE + 2) + 37
+    q, k = random(19, n, h=2, h_kv=1, b=1)
+    mask = causal(19, n)
+    lse = truth(SoftmaxPattern(q, k, mask))[1]
+    agree(SoftmaxPattern(q, k, mask, lse=lse), [*ROWS, *COLUMNS, "top_keys"])
 
 
 def test_a_folder_that_others_can_write_is_not_trusted(monkeypatch, tmp_path, caplog):
