@@ -206,7 +206,7 @@ def pairs(n: int, *, seed: int = 0, place: int = 1, digits: int = 3) -> list[tup
         TaskError: a place that is none, or digits that do not fit.
 
     >>> pairs(1, seed=5)
-    [(Clip('four nine zero', 4.0 s), Clip('four one zero', 4.0 s))]
+    [(Clip('four zero eight', 4.0 s), Clip('four six eight', 4.0 s))]
     """
     if not 0 <= place < digits <= MOST:
         raise TaskError(f"place {place} of {digits} digits; there are 1 to {MOST} in a clip")
