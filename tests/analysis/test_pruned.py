@@ -38,12 +38,11 @@ def doubled(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("all_of_first", [False, True])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=["32", "64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["32", "64"])
 @pytest.mark.parametrize("one", [*PRUNED, *TIMM], ids=lambda one: one.name)
 @torch.no_grad()
-def test_a_pruned_copy_gives_what_the_ablated_model_gives(
-    one: Family, dtype: torch.dtype, limit: float, all_of_first: bool
-) -> None:
+def test_a_pruned_copy_gives_what_the_ablated_model_gives(one: Family, dtype: torch.dtype, all_of_first: bool) -> None:
+    """To 1e-13 in double precision; in single precision as near to that as the ablated model itself is."""
     model, inputs = made(one), one.inputs()
     if dtype == torch.float64:
         model, inputs = model.double(), {name: doubled(value) for name, value in inputs.items()}
@@ -60,10 +59,20 @@ def test_a_pruned_copy_gives_what_the_ablated_model_gives(
     found = tensors(smaller(**inputs))
     assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
     assert any(not torch.equal(x, y) for x, y in zip(plain, ablated, strict=True))
-    same = [(x, y) for x, y in zip(ablated, found, strict=True) if x.shape == y.shape and x.is_floating_point()]
+    pairs = list(zip(ablated, found, strict=True))
+    alike = [i for i, (x, y) in enumerate(pairs) if x.shape == y.shape and x.is_floating_point()]
+    same = [pairs[i] for i in alike]
     assert same
-    for x, y in same:
-        assert (x - y).abs().max() <= limit * x.abs().max()
+    if dtype == torch.float64:
+        for x, y in same:
+            assert (x - y).abs().max() <= 1e-13 * x.abs().max()
+    else:
+        with workbench.attach(made(one).double()) as exact, exact.ablate(gone):
+            truth = tensors(exact.model(**{name: doubled(value) for name, value in inputs.items()}))
+        for (x, y), z in zip(same, [truth[i] for i in alike], strict=True):
+            rounding = max(float((x - z).abs().max()), torch.finfo(dtype).eps * float(z.abs().max()))
+            assert rounding <= 1e-5 * z.abs().max()
+            assert (y - z).abs().max() <= 3 * rounding
     with workbench.attach(smaller) as wb:
         checked = wb.verify(**inputs)
     if not all_of_first:  # else a head is left on purpose that changes nothing
