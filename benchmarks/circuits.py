@@ -161,7 +161,7 @@ def main() -> None:
         if off > 1e-3 * max(1.0, spread) or spread == 0:
             raise SystemExit(f"the arms differ by {off}, over heads the numbers spread by {spread}")
         found = interleaved({"ours": ours, "loop": loop, "forward": forward}, rounds)
-        memory = [f"{peak[0] / 2**20:.0f}" for peak in peaks]
+        memory = [f"{max(0, peak[0]) / 2**20:.0f}" for peak in peaks]
         ratios = [
             f"{found[arm] * times / found['ours']:.1f}" for arm, times in (("loop", 1), ("forward", len(several)))
         ]
