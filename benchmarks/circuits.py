@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import workbench
-from workbench.analysis.circuits.attribution import attribute_edges
-from workbench.analysis.circuits.path_patching import Paths, run_paths
-from workbench.analysis.circuits.study import open_study
+from workbench.analysis.circuits.engine.study import open_study
+from workbench.analysis.circuits.methods.attribution import attribute_edges
+from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.tasks import Task, from_prompts
 
 HEADING = "How fast circuits are found"

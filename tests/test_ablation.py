@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import workbench
 from support.tiny import FAMILIES, make
 from workbench.errors import InterventionError
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
 
 BY_NAME = {family.name: family for family in FAMILIES}
 HEAD = (1, 2)

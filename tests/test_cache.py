@@ -11,7 +11,7 @@ import workbench
 from support.autograd import loss_of
 from support.tiny import FAMILIES, Family, make
 from workbench import Capture, CaptureError
-from workbench.cache import Cache
+from workbench.capture.transformer_lens import Cache
 
 BY_NAME = {family.name: family for family in FAMILIES}
 GPT2, LLAMA, T5 = BY_NAME["gpt2"], BY_NAME["llama-gqa"], BY_NAME["t5"]

@@ -15,7 +15,7 @@ from support.unavailable import unavailable
 from support.zoo.decoders import DECODERS
 from support.zoo.refusals import REFUSALS, Refusal
 from support.zoo.twins import eager_outputs
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
 
 EVERYTHING = (*ROWS, *COLUMNS)
 families = pytest.mark.parametrize("family", ZOO, ids=lambda one: one.name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import workbench
 from support.by_hand import ByHand, by_hand, gradients
 from support.tiny import FAMILIES, make
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
 
 BY_NAME = {family.name: family for family in FAMILIES}
 CASES = [("gpt2", "blocks.1.attn", [0, 3]), ("llama-gqa", "blocks.0.attn", [1, 4]), ("t5", "decoder.1.cross_attn", [2])]

@@ -16,7 +16,7 @@ import workbench
 from support.kernel_models import KERNELS, kernel_model
 from support.tiny import FAMILIES, eager_twin, make
 from workbench.errors import AttachError, CaptureError, InterventionError
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
 
 GPT2 = FAMILIES[0]
 HEAD, WIDTH, LENGTH = (1, 2), 8, 17

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 import workbench
 from support.tiny import FAMILIES, make
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
 
 GPT2 = FAMILIES[0]
 INPUTS = GPT2.inputs()

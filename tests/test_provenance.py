@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from workbench.models import load
-from workbench.provenance import command_line, commit, now, tokenizer_hash
+from workbench.storage.provenance import command_line, commit, now, tokenizer_hash
 
 
 def test_paths_in_a_command_line_lose_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from workbench.errors import FormatError, WorkbenchError
-from workbench.result import Result
+from workbench.storage.result import Result
 
 
 @dataclass(frozen=True)

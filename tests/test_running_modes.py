@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import workbench
 from support.tiny import FAMILIES, make
 from workbench import Capture, CaptureError
-from workbench.compiled import check_not_compiled
+from workbench.hooks.compiled import check_not_compiled
 
 BY_NAME = {family.name: family for family in FAMILIES}
 GPT2, LLAMA, WHISPER = BY_NAME["gpt2"], BY_NAME["llama-gqa"], BY_NAME["whisper"]

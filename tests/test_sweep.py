@@ -16,8 +16,8 @@ from workbench import Sweep, SweepInterrupted, Variant, Workbench, run_sweep
 from workbench.errors import FormatError, InterventionError, WorkbenchError
 from workbench.hooks.edits import SteerOutput
 from workbench.hooks.positions import Positions
-from workbench.prefix import tensors
-from workbench.variants import split
+from workbench.sweep.prefix import tensors
+from workbench.sweep.variants import split
 
 Batch = Mapping[str, Any]
 

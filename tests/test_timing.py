@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import workbench
-from workbench import files
-from workbench.timing import CallTimes
+from workbench.capture.timing import CallTimes
+from workbench.storage import files
 
 
 class _Layers(nn.Module):

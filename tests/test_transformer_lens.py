@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import workbench
 from support.tiny import FAMILIES, SPECIAL, VOCABULARY, make
-from workbench.cache import Cache
+from workbench.capture.transformer_lens import Cache
 from workbench.kernels.gradients import GRADIENT_SUMS
 
 BY_NAME = {family.name: family for family in FAMILIES}

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
         faithfulness_curve,
     )
     from workbench.analysis.circuits.find import Stage, find_circuit
+    from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted
     from workbench.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
     from workbench.analysis.circuits.patching import HeadPatching, ablate_heads, patch_heads
-    from workbench.analysis.circuits.pruning import Pruning, PruningInterrupted
     from workbench.analysis.circuits.repair import Repair, repair
     from workbench.analysis.circuits.roles import HeadRoles, head_roles
     from workbench.analysis.circuits.stability import Stability, circuit_stability
@@ -45,22 +45,22 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
     from workbench.analysis.profile import AttentionProfile, attention_profile
-    from workbench.analysis.pruned import prune_heads
+    from workbench.analysis.pruning.prune import prune_heads
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
-    from workbench.capture import Capture, load_capture
-    from workbench.heads import KVGroup
+    from workbench.capture.capture import Capture, load_capture
+    from workbench.capture.site_capture import SiteCapture
+    from workbench.hooks.heads import KVGroup
     from workbench.report import Report
-    from workbench.session import Workbench, attach
-    from workbench.site_capture import SiteCapture
-    from workbench.sweep import run_sweep
-    from workbench.sweep_result import Sweep, SweepInterrupted
-    from workbench.variants import Variant
+    from workbench.session.workbench import Workbench, attach
+    from workbench.sweep.result import Sweep, SweepInterrupted
+    from workbench.sweep.run import run_sweep
+    from workbench.sweep.variants import Variant
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Workbench": "workbench.session",
-    "attach": "workbench.session",
+    "Workbench": "workbench.session.workbench",
+    "attach": "workbench.session.workbench",
     "AttentionProfile": "workbench.analysis.profile",
     "attention_profile": "workbench.analysis.profile",
     "PatternAtlas": "workbench.analysis.atlas",
@@ -79,8 +79,8 @@ _LAZY = {
     "HeadPatching": "workbench.analysis.circuits.patching",
     "ablate_heads": "workbench.analysis.circuits.patching",
     "patch_heads": "workbench.analysis.circuits.patching",
-    "Pruning": "workbench.analysis.circuits.pruning",
-    "PruningInterrupted": "workbench.analysis.circuits.pruning",
+    "Pruning": "workbench.analysis.circuits.methods.pruning",
+    "PruningInterrupted": "workbench.analysis.circuits.methods.pruning",
     "Repair": "workbench.analysis.circuits.repair",
     "repair": "workbench.analysis.circuits.repair",
     "HeadRoles": "workbench.analysis.circuits.roles",
@@ -93,22 +93,22 @@ _LAZY = {
     "CrossAttentionSaliency": "workbench.analysis.cross_attention",
     "cross_attention": "workbench.analysis.cross_attention",
     "cross_attention_saliency": "workbench.analysis.cross_attention",
-    "Capture": "workbench.capture",
-    "SiteCapture": "workbench.site_capture",
-    "load_capture": "workbench.capture",
-    "KVGroup": "workbench.heads",
+    "Capture": "workbench.capture.capture",
+    "SiteCapture": "workbench.capture.site_capture",
+    "load_capture": "workbench.capture.capture",
+    "KVGroup": "workbench.hooks.heads",
     "Report": "workbench.report",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
-    "prune_heads": "workbench.analysis.pruned",
+    "prune_heads": "workbench.analysis.pruning.prune",
     "PrecisionError": "workbench.analysis.saliency",
     "Saliency": "workbench.analysis.saliency",
     "saliency": "workbench.analysis.saliency",
-    "Sweep": "workbench.sweep_result",
-    "SweepInterrupted": "workbench.sweep_result",
-    "Variant": "workbench.variants",
-    "run_sweep": "workbench.sweep",
+    "Sweep": "workbench.sweep.result",
+    "SweepInterrupted": "workbench.sweep.result",
+    "Variant": "workbench.sweep.variants",
+    "run_sweep": "workbench.sweep.run",
 }
 _LAZY_MODULES = ("models", "tasks", "views")
 

@@ -17,13 +17,13 @@ from workbench.analysis.atlas.clusters import components, k_means
 from workbench.analysis.atlas.names import NAMES, dependence, suggest
 from workbench.analysis.atlas.resample import SCORES, look, overlaps
 from workbench.analysis.profile.places import Places
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
+from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.errors import FormatError, WorkbenchError
 from workbench.hooks.sites import Site, Sites
 from workbench.kernels.masks import Mask, causal
 from workbench.kernels.patterns import DensePattern
 from workbench.models import examples, load
-from workbench.site_capture import Forward, SiteCapture
 
 N = 40
 FAMILIES = ("diagonal", "stripe", "block", "uniform", "content")

@@ -11,10 +11,10 @@ import torch
 import workbench
 from support.tiny import family, make
 from workbench.analysis.conditioning.capacity import summarise
-from workbench.analysis.conditioning.correlation import correlations, scores_of, spearman
 from workbench.analysis.conditioning.curves import CEILING_DB
 from workbench.analysis.conditioning.pairs import SitePairs
 from workbench.analysis.conditioning.probe import Plan
+from workbench.analysis.statistics.correlation import correlations, scores_of, spearman
 from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.sites import Site
 

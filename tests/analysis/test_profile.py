@@ -17,12 +17,12 @@ from support.tiny import ZOO, make
 from workbench import AttentionProfile, attention_profile
 from workbench.analysis.profile.places import Places, bins
 from workbench.analysis.profile.sums import _KEYS, _QUERIES
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
+from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.sites import Site, Sites
 from workbench.kernels.masks import Mask, causal
 from workbench.kernels.patterns import DensePattern
-from workbench.site_capture import Forward, SiteCapture
 
 
 def captured(weights: Tensor, mask: Mask | None = None, kind: Any = "self", **provenance: Any) -> Capture:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
+from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.hooks.sites import Site, Sites
 from workbench.kernels.patterns import DensePattern
-from workbench.site_capture import Forward, SiteCapture
 
 MakeCapture = Callable[..., Capture]
 METRICS = ("entropy", "effective_keys", "distance", "sink", "previous", "current", "induction", "peak", "received")

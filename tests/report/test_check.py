@@ -10,8 +10,8 @@ import pytest
 
 from workbench import views
 from workbench.errors import ReportError
-from workbench.json_text import digest
 from workbench.report import Report, check
+from workbench.storage.json_text import digest
 from workbench.views import page as pages
 
 

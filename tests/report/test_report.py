@@ -18,7 +18,7 @@ from workbench import views
 from workbench.errors import ReportError
 from workbench.report import Report, check
 from workbench.report import report as writer
-from workbench.result import Result
+from workbench.storage.result import Result
 from workbench.views import page as pages
 
 

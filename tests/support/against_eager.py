@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
+from workbench.capture.site_capture import SiteCapture
 from workbench.kernels.masks import Mask
 from workbench.kernels.statistics import STATISTICS, Options, dense
-from workbench.site_capture import SiteCapture
 
 ROWS = ["entropy", "peak", "effective_keys", "distance", "distance_var", "sink", "current", "previous"]
 COLUMNS = ["received", "pooled_max", "pooled_mean"]

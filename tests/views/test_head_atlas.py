@@ -15,7 +15,7 @@ from support.browser import WatchedPage
 from support.every_view import capture
 from support.tiny import family, make
 from workbench import attach
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
 from workbench.errors import ReportError
 from workbench.views import head_atlas, of
 

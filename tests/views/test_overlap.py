@@ -15,7 +15,7 @@ from support.browser import WatchedPage
 from support.every_view import circuit
 from views.test_results import shown
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.graph import Graph
+from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.overlap import CircuitOverlap
 from workbench.errors import InterventionError, ReportError, WorkbenchError
 from workbench.report import check

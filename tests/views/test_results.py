@@ -14,11 +14,11 @@ from support.browser import WatchedPage
 from support.every_view import capture, image_capture
 from support.tiny import family, make
 from workbench.analysis.importance import HeadImportance, PruningCurve
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
+from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.hooks.sites import Site, Sites
 from workbench.report import check
-from workbench.result import Result
-from workbench.site_capture import Forward, SiteCapture
+from workbench.storage.result import Result
 from workbench.views import View, all_of, of
 from workbench.views.profile import _uniform
 

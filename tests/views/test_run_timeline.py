@@ -15,10 +15,10 @@ from playwright.sync_api import Page
 import workbench
 from support.browser import WatchedPage
 from support.every_view import capture
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
+from workbench.capture.site_capture import Forward
+from workbench.capture.timing import CallTimes
 from workbench.errors import ReportError
-from workbench.site_capture import Forward
-from workbench.timing import CallTimes
 from workbench.views import modules, run_timeline
 
 

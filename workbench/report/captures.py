@@ -15,7 +15,7 @@ from workbench.tokens import visible, visible_text
 from workbench.views.spec import ViewSpec
 
 if TYPE_CHECKING:
-    from workbench.capture import Capture
+    from workbench.capture.capture import Capture
 
 _MOST_TOKENS = 20_000  # in a strip of its own
 

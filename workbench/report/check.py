@@ -10,7 +10,7 @@ from pathlib import Path
 
 from workbench import __version__
 from workbench.errors import ReportError
-from workbench.json_text import digest
+from workbench.storage.json_text import digest
 from workbench.views import page
 
 LIMIT_BYTES = 50_000_000

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workbench.json_text import finite
-from workbench.provenance import command_line, commit, now, repeatable, versions
 from workbench.report.parts import Section, flat
+from workbench.storage.json_text import finite
+from workbench.storage.provenance import command_line, commit, now, repeatable, versions
 
 SCHEMA_VERSION = 1
 _PER_RUN = ("created",)  # keys in which runs of the same thing differ

@@ -10,7 +10,7 @@ from workbench.errors import CaptureError
 
 if TYPE_CHECKING:
     from workbench.report.report import Report
-    from workbench.session import Workbench
+    from workbench.session.workbench import Workbench
 
 _STATISTICS = ("entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "received")
 _NEW_TOKENS = 32

@@ -16,13 +16,13 @@ from jinja2 import ChoiceLoader, FunctionLoader
 from workbench.errors import ReportError
 from workbench.report import captures, limits, markdown, origin
 from workbench.report.parts import Section, figure_id, table_of
-from workbench.result import Result
+from workbench.storage.result import Result
 from workbench.tokens import visible_text
 from workbench.views import View, all_of, page
 from workbench.views.spec import ViewSpec
 
 if TYPE_CHECKING:
-    from workbench.capture import Capture
+    from workbench.capture.capture import Capture
 
     Addable = View | Result | Capture | str
 
@@ -186,7 +186,7 @@ class Report:
 
 
 def _is_capture(thing: Any) -> TypeGuard[Capture]:
-    from workbench.capture import Capture
+    from workbench.capture.capture import Capture
 
     return isinstance(thing, Capture)
 

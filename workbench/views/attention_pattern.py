@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
 from workbench.errors import CaptureError, ReportError, WorkbenchError
 from workbench.hooks.sites import Site
 from workbench.kernels.patterns import DensePattern, Pattern

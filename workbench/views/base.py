@@ -15,7 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from workbench.errors import ReportError
-from workbench.json_text import finite
+from workbench.storage.json_text import finite
 from workbench.views import drawing, page
 from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.spec import ViewSpec

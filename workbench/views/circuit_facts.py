@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.graph import Graph
-from workbench.analysis.circuits.names import head_of, site_of
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.names import head_of, site_of
 from workbench.tokens import visible
 from workbench.views.circuit_places import node_of, part_of, places_of, rows_of
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from workbench.analysis.circuits.faithful import FaithfulnessCurve
-    from workbench.analysis.circuits.graph import Graph
+    from workbench.analysis.circuits.model.graph import Graph
     from workbench.analysis.circuits.roles import HeadRoles
 
 MOST_EDGES = 5000

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from workbench.analysis.circuits.graph import Graph
-from workbench.analysis.circuits.names import head_of, label
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.names import head_of, label
 
 _SHORT = 6  # letters that fit on a node
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.analysis.circuits.faithful import Faithfulness, FaithfulnessCurve
-from workbench.analysis.circuits.names import label, number_of, site_of
+from workbench.analysis.circuits.model.names import label, number_of, site_of
 from workbench.analysis.circuits.patching import HeadPatching
 from workbench.analysis.circuits.repair import Repair
 from workbench.analysis.circuits.roles import ROLES, HeadRoles

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
 from workbench.errors import ReportError, nearest
 from workbench.hooks.sites import Kind, Site
 from workbench.tokens import visible

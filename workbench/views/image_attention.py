@@ -20,7 +20,7 @@ from workbench.views.spec import Array, ViewSpec
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from workbench.capture import Capture
+    from workbench.capture.capture import Capture
 
 CELLS = 3_000_000
 """Weights that a view holds; with more, only those of the prefix tokens are kept."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.graph import Graph
+from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.overlap import CircuitOverlap
 from workbench.errors import ReportError
 from workbench.tokens import visible

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
 from workbench.errors import WorkbenchError
 from workbench.views.attention_pattern import attention_pattern
 from workbench.views.base import View

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from workbench import __version__
 from workbench.errors import ReportError
-from workbench.json_text import digest, json_for_html
+from workbench.storage.json_text import digest, json_for_html
 from workbench.tokens import visible_text
 from workbench.views import modules
 from workbench.views.spec import ViewSpec

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
 from workbench.errors import ReportError
 from workbench.views.base import View
 from workbench.views.drawing import SERIES

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workbench.errors import ReportError
-from workbench.json_text import finite
+from workbench.storage.json_text import finite
 
 Array = NDArray[Any]
 Table = Mapping[str, "Array | Sequence[str]"]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.capture.site_capture import SiteCapture
 from workbench.errors import CaptureError, ReportError
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
-from workbench.site_capture import SiteCapture
 from workbench.views.spec import Array
 
 LARGEST_SIDE = 512

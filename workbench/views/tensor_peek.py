@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from workbench.capture.site_capture import SiteCapture
 from workbench.errors import ReportError
-from workbench.site_capture import SiteCapture
 from workbench.views import scales
 from workbench.views.base import View
 from workbench.views.of import of

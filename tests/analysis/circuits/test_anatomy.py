@@ -9,8 +9,8 @@ import workbench
 from support.circuits import ENCODER_DECODERS, SlotModel, task_for, tiny
 from support.tiny import family
 from support.zoo.family import ids
-from workbench.analysis.circuits.anatomy import find_anatomy
-from workbench.analysis.circuits.graph import Graph, Layer
+from workbench.analysis.circuits.model.anatomy import find_anatomy
+from workbench.analysis.circuits.model.graph import Graph, Layer
 from workbench.errors import AttachError, FormatError, InterventionError
 
 KINDS = {

@@ -9,12 +9,12 @@ import torch
 
 import workbench
 from support.circuits import ENCODER_DECODERS, INDUCTION_EDGES, Words, induction_model, random_task, task_for, tiny
-from workbench.analysis.circuits.acdc import prune_edges
-from workbench.analysis.circuits.attribution import attribute_edges
-from workbench.analysis.circuits.edges import _Patched, run_edges, run_nodes
+from workbench.analysis.circuits.engine.edges import _Patched, run_edges, run_nodes
+from workbench.analysis.circuits.engine.study import Study, open_study
 from workbench.analysis.circuits.find import Stage, find_circuit
+from workbench.analysis.circuits.methods.acdc import prune_edges
+from workbench.analysis.circuits.methods.attribution import attribute_edges
 from workbench.analysis.circuits.stability import auroc
-from workbench.analysis.circuits.study import Study, open_study
 from workbench.errors import InterventionError
 
 NAMES = ["gpt2", "llama-gqa", "gpt-neox", *ENCODER_DECODERS]

@@ -9,9 +9,9 @@ import torch
 
 import workbench
 from support.circuits import ENCODER_DECODERS, Words, task_for, tiny
+from workbench.analysis.circuits.engine.study import open_study
 from workbench.analysis.circuits.find import METHODS
-from workbench.analysis.circuits.path_patching import Paths, run_paths
-from workbench.analysis.circuits.study import open_study
+from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.errors import FormatError, InterventionError, TaskError, WorkbenchError
 from workbench.inputs import decoder_start
 from workbench.tasks import from_inputs, from_prompts

@@ -14,9 +14,9 @@ import torch
 import workbench
 from support import mib_case as case
 from workbench import Circuit
-from workbench.analysis.circuits.edges import run_edges
+from workbench.analysis.circuits.engine.edges import run_edges
+from workbench.analysis.circuits.engine.study import open_study
 from workbench.analysis.circuits.faithful import MIB_FRACTIONS
-from workbench.analysis.circuits.study import open_study
 from workbench.tasks import InputTask, from_inputs
 
 HERE = Path(__file__).parent

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import workbench
 from support.circuits import ENCODER_DECODERS, SlotModel, Words, mover_model, random_task, task_for, tiny
+from workbench.analysis.circuits.engine.stream import Kept
+from workbench.analysis.circuits.engine.study import Study, open_study
 from workbench.analysis.circuits.find import Stage, find_circuit
-from workbench.analysis.circuits.path_patching import Paths, run_paths
-from workbench.analysis.circuits.stream import Kept
-from workbench.analysis.circuits.study import Study, open_study
+from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.errors import InterventionError
 
 NAMES = ["gpt2", "llama-gqa", "gpt-neox", *ENCODER_DECODERS]

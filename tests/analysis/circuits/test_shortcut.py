@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import workbench
 from support.circuits import ENCODER_DECODERS, SlotModel, Words, task_for, tiny
-from workbench.analysis.circuits.anatomy import find_anatomy
-from workbench.analysis.circuits.shortcut import only_where_changed
-from workbench.analysis.circuits.study import open_study
+from workbench.analysis.circuits.engine.shortcut import only_where_changed
+from workbench.analysis.circuits.engine.study import open_study
+from workbench.analysis.circuits.model.anatomy import find_anatomy
 from workbench.errors import AttachError
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from workbench.analysis.atlas.clusters import assign
 from workbench.analysis.atlas.encoder import Autoencoder, encode, scaled
 from workbench.errors import WorkbenchError, nearest
-from workbench.result import Result
+from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.capture import Capture
+    from workbench.capture.capture import Capture
 
 
 class EncodedPatterns(NamedTuple):

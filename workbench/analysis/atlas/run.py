@@ -20,7 +20,7 @@ from workbench.errors import WorkbenchError
 from workbench.hooks.sites import Site
 
 if TYPE_CHECKING:
-    from workbench.capture import Capture
+    from workbench.capture.capture import Capture
 
 
 @dataclass

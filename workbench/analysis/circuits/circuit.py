@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits import mib
-from workbench.analysis.circuits.graph import Graph, same_graph
-from workbench.analysis.circuits.names import head_of, label
+from workbench.analysis.circuits.model.graph import Graph, same_graph
+from workbench.analysis.circuits.model.names import head_of, label
 from workbench.errors import InterventionError, WorkbenchError
-from workbench.result import Result
+from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd

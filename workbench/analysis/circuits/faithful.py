@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.edges import run_edges, run_nodes
-from workbench.analysis.circuits.intervals import interval
-from workbench.analysis.circuits.names import head_of
-from workbench.analysis.circuits.study import Study, open_study
+from workbench.analysis.circuits.engine.edges import run_edges, run_nodes
+from workbench.analysis.circuits.engine.study import Study, open_study
+from workbench.analysis.circuits.model.names import head_of
+from workbench.analysis.statistics.bootstrap import interval
 from workbench.errors import InterventionError, WorkbenchError
-from workbench.result import Result
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
+from workbench.storage.result import Result
 from workbench.tasks.base import Task
 
 if TYPE_CHECKING:

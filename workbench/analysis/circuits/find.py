@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.circuits.acdc import prune_edges
-from workbench.analysis.circuits.attribution import attribute_edges
 from workbench.analysis.circuits.circuit import Circuit
+from workbench.analysis.circuits.engine.prompts import Where
+from workbench.analysis.circuits.engine.study import DENOISING, NOISING, Study, open_study
+from workbench.analysis.circuits.methods.acdc import prune_edges
+from workbench.analysis.circuits.methods.attribution import attribute_edges
+from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.analysis.circuits.patching import ablation_effects
-from workbench.analysis.circuits.path_patching import Paths, run_paths
-from workbench.analysis.circuits.prompts import Where
-from workbench.analysis.circuits.study import DENOISING, NOISING, Study, open_study
 from workbench.errors import InterventionError, nearest
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
 
 METHODS = ("path_patching", "eap", "eap_ig", "ablation", "acdc")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.circuits.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph, Layer
 from workbench.errors import FormatError, WorkbenchError
 
 _KV = re.compile(r"(a\d+\.h\d+)<([kv])>")

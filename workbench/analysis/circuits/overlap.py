@@ -11,12 +11,12 @@ from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.cross import cross_faithfulness
-from workbench.analysis.circuits.intervals import draws
-from workbench.analysis.circuits.measures import jaccard, rank_biased, weighted_jaccard
-from workbench.analysis.circuits.names import head_of
+from workbench.analysis.circuits.model.names import head_of
+from workbench.analysis.statistics.bootstrap import draws
+from workbench.analysis.statistics.set_overlap import jaccard, rank_biased, weighted_jaccard
 from workbench.errors import InterventionError
-from workbench.result import Result
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
+from workbench.storage.result import Result
 from workbench.tasks.base import Task
 
 if TYPE_CHECKING:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.analysis.circuits.ablation import ABLATIONS
-from workbench.analysis.circuits.edges import run_nodes
-from workbench.analysis.circuits.names import label
-from workbench.analysis.circuits.prompts import Pair, Where
-from workbench.analysis.circuits.stream import Hook, Kept, Key
-from workbench.analysis.circuits.study import DENOISING, NOISING, Study, open_study
+from workbench.analysis.circuits.engine.ablation import ABLATIONS
+from workbench.analysis.circuits.engine.edges import run_nodes
+from workbench.analysis.circuits.engine.prompts import Pair, Where
+from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
+from workbench.analysis.circuits.engine.study import DENOISING, NOISING, Study, open_study
+from workbench.analysis.circuits.model.names import label
 from workbench.errors import InterventionError, nearest
-from workbench.result import Result
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
+from workbench.storage.result import Result
 from workbench.tasks.base import Task
 
 if TYPE_CHECKING:

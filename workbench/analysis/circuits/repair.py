@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.analysis.circuits.graph import Graph
-from workbench.analysis.circuits.intervals import interval
-from workbench.analysis.circuits.names import label
-from workbench.analysis.circuits.prompts import Pair
-from workbench.analysis.circuits.study import Study, open_study
+from workbench.analysis.circuits.engine.prompts import Pair
+from workbench.analysis.circuits.engine.study import Study, open_study
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.names import label
+from workbench.analysis.statistics.bootstrap import interval
 from workbench.errors import InterventionError
-from workbench.result import Result
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
+from workbench.storage.result import Result
 from workbench.tasks.base import Task
 from workbench.tasks.metrics import correct
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.names import label
-from workbench.analysis.circuits.prompts import Pair
-from workbench.analysis.circuits.study import Study, open_study
+from workbench.analysis.circuits.engine.prompts import Pair
+from workbench.analysis.circuits.engine.study import Study, open_study
+from workbench.analysis.circuits.model.names import label
 from workbench.errors import TaskError
-from workbench.result import Result
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
+from workbench.storage.result import Result
 from workbench.tasks.base import Task
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.intervals import draws
+from workbench.analysis.statistics.bootstrap import draws
 from workbench.errors import InterventionError
-from workbench.result import Result
+from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.analysis.conditioning import theory
-from workbench.analysis.conditioning.correlation import correlations, scores_of
 from workbench.analysis.conditioning.curves import CEILING_DB, MEASURES, check_criterion, knees
 from workbench.analysis.conditioning.features import feature_map, unit
 from workbench.analysis.conditioning.geometry import DIMENSIONS, geometry
@@ -19,13 +18,14 @@ from workbench.analysis.conditioning.memories import RULES
 from workbench.analysis.conditioning.pairs import SitePairs, collect
 from workbench.analysis.conditioning.probe import QUERIES, Plan, default_sizes, probe
 from workbench.analysis.importance.scores import HeadImportance
+from workbench.analysis.statistics.correlation import correlations, scores_of
 from workbench.errors import CaptureError, WorkbenchError, nearest
-from workbench.result import Result
+from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.session import Workbench
+    from workbench.session.workbench import Workbench
 
 THEORIES = ("d_k", *DIMENSIONS)
 """What stands for d_k in the theory's curves: the width of the keys, or one of their effective dimensions."""

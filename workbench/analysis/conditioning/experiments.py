@@ -10,17 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.analysis.conditioning.correlation import pearson
 from workbench.analysis.conditioning.in_context import check_model, run_model, vocabulary
 from workbench.analysis.conditioning.memories import RULES
 from workbench.analysis.conditioning.schedules import Schedule, Trial, choose, run_rule
+from workbench.analysis.statistics.correlation import pearson
 from workbench.errors import WorkbenchError, nearest
-from workbench.result import Result
+from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.session import Workbench
+    from workbench.session.workbench import Workbench
 
 MODEL = "model"
 _NONE = 0.02  # a contrast whose interval lies within this share of a full association counts as none

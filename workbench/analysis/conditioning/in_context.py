@@ -13,7 +13,7 @@ from workbench.errors import CaptureError
 from workbench.inputs import context_length
 
 if TYPE_CHECKING:
-    from workbench.session import Workbench
+    from workbench.session.workbench import Workbench
 
 
 def vocabulary(wb: Workbench) -> list[int]:

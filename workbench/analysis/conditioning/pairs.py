@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from workbench.capture.site_capture import SiteCapture
 from workbench.errors import CaptureError
 from workbench.hooks.sites import Site
 from workbench.kernels.softmax import SoftmaxPattern
-from workbench.site_capture import SiteCapture
 
 if TYPE_CHECKING:
-    from workbench.session import Workbench
+    from workbench.session.workbench import Workbench
 
 
 @dataclass

@@ -13,13 +13,13 @@ from workbench.analysis.cross_attention.maps_result import WEIGHTINGS, CrossAtte
 from workbench.analysis.saliency.audio import with_features
 from workbench.analysis.saliency.reading import Reading, grid_of, read, special_ids
 from workbench.analysis.saliency.run import describe_reading
-from workbench.capture import Capture
+from workbench.capture.capture import Capture
 from workbench.errors import WorkbenchError
 from workbench.hooks.sites import Site
 from workbench.kernels import streaming
 from workbench.kernels.patterns import Pattern
-from workbench.recorder import SiteChoice, choose
-from workbench.session import Workbench
+from workbench.session.recorder import SiteChoice, choose
+from workbench.session.workbench import Workbench
 
 
 def cross_attention(

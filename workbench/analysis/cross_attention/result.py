@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
-from workbench.result import Result
+from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -21,7 +21,7 @@ from workbench.analysis.saliency.result import Saliency
 from workbench.analysis.saliency.run import METHODS
 from workbench.analysis.saliency.run import saliency as explain
 from workbench.errors import WorkbenchError, nearest
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
 
 _FRACTIONS = tuple(i / 10 for i in range(11))
 _SALIENCIES = ("input", "encoder_output")

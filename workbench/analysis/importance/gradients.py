@@ -14,8 +14,8 @@ from workbench.hooks.edits import Edit
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 from workbench.kernels.gradients import attention_times_gradient
-from workbench.session import Workbench
-from workbench.sweep_inputs import size_of
+from workbench.session.workbench import Workbench
+from workbench.sweep.inputs import size_of
 
 
 class Gates(Edit):

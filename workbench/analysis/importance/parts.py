@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from workbench.errors import InterventionError
 from workbench.hooks.positions import Positions, Where
 from workbench.hooks.sites import Site
-from workbench.variants import Variant
+from workbench.sweep.variants import Variant
 
 Grid = tuple[int, int]
 _MOST_PREFIX = 16  # tokens before the patches that are taken for granted: CLS, distillation, registers

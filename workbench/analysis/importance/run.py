@@ -13,13 +13,13 @@ from workbench.analysis.importance.measures import Measure, as_measures
 from workbench.analysis.importance.parts import Grid, find_grid, named_parts, part_variants
 from workbench.analysis.importance.scores import GRADIENTS, HeadImportance
 from workbench.errors import InterventionError, WorkbenchError, nearest
-from workbench.heads import parse_heads
+from workbench.hooks.heads import parse_heads
 from workbench.hooks.sites import Site
-from workbench.session import Workbench
-from workbench.sweep import run_sweep
-from workbench.sweep_inputs import check_batches, size_of
-from workbench.sweep_result import Sweep
-from workbench.variants import Variant
+from workbench.session.workbench import Workbench
+from workbench.sweep.inputs import check_batches, size_of
+from workbench.sweep.result import Sweep
+from workbench.sweep.run import run_sweep
+from workbench.sweep.variants import Variant
 
 ABLATIONS = ("zero", "mean", "resample")
 METHODS = (*ABLATIONS, "keep_only", *GRADIENTS)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from workbench.errors import WorkbenchError, nearest
-from workbench.result import Result
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
+from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.analysis.importance.curve import PruningCurve
+    from workbench.analysis.pruning.curve import PruningCurve
 
 GRADIENTS = ("gradient", "gradient_magnitude", "attention_gradient")
 
@@ -165,7 +165,7 @@ class HeadImportance(Result):
         Args:
             by: the method whose order is taken; "greedy" to score anew after each step; the first method by default.
         """
-        from workbench.analysis.importance.curve import prune_curve
+        from workbench.analysis.pruning.curve import prune_curve
 
         return prune_curve(self, wb, batches, by, **options)
 

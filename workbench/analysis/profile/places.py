@@ -97,7 +97,7 @@ def find_places(
         lengths: (site, number of tokens) of all sites and forwards.
         grid: rows and columns of patches, "tokens", or None for what the model tells.
         prefix: tokens before the patches; None for what the model tells, else for all that are too many.
-        known: what the model tells, as `workbench.provenance.find_patches` gives it.
+        known: what the model tells, as `workbench.storage.provenance.find_patches` gives it.
 
     Raises:
         WorkbenchError: a grid that is none, or that does not match the tokens.

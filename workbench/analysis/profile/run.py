@@ -15,7 +15,7 @@ from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.sites import Site
 
 if TYPE_CHECKING:
-    from workbench.capture import Capture
+    from workbench.capture.capture import Capture
 
 _SINKS = ("separate", "keep", "drop")
 _NO_DISTANCE = ("cross", "state", "window", "channel", "memory")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
 from workbench.inputs import decoder_start
-from workbench.provenance import find_patches
+from workbench.storage.provenance import find_patches
 from workbench.tokens import piece
 
 EXTRAS = ("audio", "sampling_rate", "seconds_per_frame", "name", "reference")

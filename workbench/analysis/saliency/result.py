@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.analysis.saliency.normalising import paired_min_max, standardised
 from workbench.errors import WorkbenchError
-from workbench.result import Result
+from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd

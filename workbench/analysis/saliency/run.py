@@ -22,7 +22,7 @@ from workbench.analysis.saliency.scoring import check_score
 from workbench.analysis.saliency.segments import GRANULARITIES, checked, each, patches, runs, sizes, superpixels
 from workbench.analysis.saliency.sums import Sums
 from workbench.errors import WorkbenchError, nearest
-from workbench.session import Workbench
+from workbench.session.workbench import Workbench
 
 METHODS = ("spes", "encoder_output", *gradients.METHODS)
 

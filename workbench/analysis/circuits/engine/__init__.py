@@ -1,0 +1,1 @@
+"""Forwards in which parts of the residual stream are changed."""

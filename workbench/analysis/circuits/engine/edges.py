@@ -1,0 +1,201 @@
+"""Exact edge patching: forwards in which receivers read some senders as they are and others as something else.
+
+Every receiver gets a residual stream of its own: what is there, plus, for each of its patched edges, the replacement of
+the sender minus what the sender writes in this very forward. Several choices of edges run side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from workbench.analysis.circuits.engine.ablation import Ablation, replaced_nodes, stream_of
+from workbench.analysis.circuits.engine.prompts import Pair
+from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
+from workbench.analysis.circuits.engine.study import Study
+
+
+def run_edges(
+    study: Study, kept: Tensor, how: str = "counterfactual", progress: bool = True, note: str = "edges"
+) -> Tensor:
+    """[variant, example] of the metric when all edges but the kept ones are patched.
+
+    Args:
+        kept: [variant, sender, receiver] bool.
+        how: what patched edges carry; see `Ablation`.
+    """
+    ablation = Ablation(study, how)
+    found = torch.zeros(len(kept), len(study.task), dtype=torch.float64)
+    widest = len(study.graph.senders) + 2 * max(
+        layer.n_heads + 2 * layer.n_kv_heads + layer.mlp for layer in study.graph.layers
+    )
+    bar = tqdm(total=len(kept) * len(study.pairs), disable=not progress, desc=note)
+    with torch.no_grad():
+        for pair in study.pairs:
+            logits, clean, twin = study.record(pair)
+            values = ablation.of(pair, clean, twin)
+            most = study.most(pair, parts=widest + 16)
+            for first in range(0, len(kept), most):
+                patched = (~kept[first : first + most] & study.graph.exists).to(logits.dtype)
+                out = patch_edges(study, pair, clean, values, patched)
+                found[first : first + most, study.rows(pair)] = study.measure(out, pair, logits, len(patched))
+                bar.update(len(patched))
+    bar.close()
+    return found
+
+
+def run_nodes(
+    study: Study, kept: Tensor, how: str = "counterfactual", progress: bool = True, note: str = "nodes"
+) -> Tensor:
+    """[variant, example] of the metric when the output of all senders but the kept ones is replaced.
+
+    Args:
+        kept: [variant, sender] bool.
+        how: what replaces them; see `Ablation`.
+    """
+    ablation = Ablation(study, how)
+    found = torch.zeros(len(kept), len(study.task), dtype=torch.float64)
+    bar = tqdm(total=len(kept) * len(study.pairs), disable=not progress, desc=note)
+    with torch.no_grad():
+        for pair in study.pairs:
+            logits, clean, twin = study.record(pair)
+            values = ablation.of(pair, clean, twin)
+            most = study.most(pair, parts=24)
+            for first in range(0, len(kept), most):
+                part = kept[first : first + most]
+                hooks = {key: [hook] for key, hook in replaced_nodes(study, part, values, pair.size)}
+                start = 0 if any(what == "input" for what, _ in hooks) else min((i for _, i in hooks), default=0)
+                out = study.stream.run(pair.clean, pair.last, hooks, times=len(part), start=start)
+                found[first : first + most, study.rows(pair)] = study.measure(out, pair, logits, len(part))
+                bar.update(len(part))
+    bar.close()
+    return found
+
+
+def patch_edges(study: Study, pair: Pair, clean: Kept, values: Kept, patched: Tensor) -> Tensor:
+    """Logits [variant · batch, vocab] with edges patched by `patched` [variant, sender, receiver], 1 for wholly.
+
+    Gradients flow to `patched`. Layers below the first that has a patched edge are not run again.
+    """
+    touched = (patched.detach() != 0).flatten(0, 1).any(0)
+    graph = study.graph
+    layers = [graph.layer_of(graph.receivers[r]) for r in touched.nonzero()[:, 0].tolist()]
+    start = min([*layers, len(graph.layers) - 1])
+    run = _Patched(study, pair, clean, values, patched, start)
+    return study.stream.run(pair.clean, pair.last, run.hooks(), times=len(patched), start=start)
+
+
+class _Patched:
+    """One forward, in which the differences of the senders so far are kept."""
+
+    def __init__(self, study: Study, pair: Pair, clean: Kept, values: Kept, patched: Tensor, start: int) -> None:
+        self.study, self.pair, self.clean, self.values = study, pair, clean, values
+        self.patched, self.start = patched.to(clean["input", 0].device), start
+        self.times, self.layers = len(patched), study.stream.anatomy.layers
+        self.reading: dict[Key, Tensor] = {}
+        # By stream [variant, batch, sender, position, d_model], in the order of the graph.
+        self.differences: list[list[Tensor]] = [[] for _ in study.graph.streams]
+        for s in range(len(study.graph.streams)):
+            self._unchanged(("input", s))
+            if s < study.graph.stream_of(start):
+                self.reading["final", s] = clean["final", s].repeat(self.times, 1, 1)
+        for i in range(start):
+            for what in ("z", "mlp"):
+                if (what, i) in clean:
+                    self._unchanged((what, i))
+
+    def hooks(self) -> dict[Key, list[Hook]]:
+        """For all layers from the start on."""
+        graph = self.study.graph
+        made: dict[Key, list[Hook]] = {self.study.stream.end: [self._final]}
+        for s in range(graph.stream_of(self.start), len(graph.streams) - 1):
+            made["final", s] = [self._stash(("final", s))]
+        for i, layer in enumerate(self.layers):
+            if i < self.start:
+                continue
+            made["read", i] = [self._stash(("read", i))]
+            for part in "qkv":
+                made[part, i] = [self._heads(part, i)]
+            made["z", i] = [self._writes(("z", i))]
+            if layer.mlp is not None:
+                made["read_mlp", i] = [self._stash(("read_mlp", i))]
+                made["mlp_in", i] = [self._mlp(i)]
+                made["mlp", i] = [self._writes(("mlp", i))]
+        return made
+
+    def _unchanged(self, key: Key) -> None:
+        """Senders that write what they wrote on the prompt."""
+        self._add(key, self.clean[key].expand(self.times, *self.clean[key].shape))
+
+    def _add(self, key: Key, now: Tensor) -> None:
+        """Keep replacement minus present output of the senders at a place."""
+        difference = self.values[key] - now
+        mine = self.differences[stream_of(self.study, key)]
+        if key[0] == "z":
+            w_o = self.layers[key[1]].w_o.to(difference.dtype)
+            mine.append(torch.einsum("nbthw,hwd->nbhtd", difference, w_o))
+        else:
+            mine.append(difference[:, :, None])
+
+    def _writes(self, key: Key) -> Hook:
+        def hook(value: Tensor) -> None:
+            self._add(key, value.unflatten(0, (self.times, -1)))
+
+        return hook
+
+    def _stash(self, key: Key) -> Hook:
+        def hook(value: Tensor) -> None:
+            self.reading[key] = value.clone()
+
+        return hook
+
+    def _moved(self, stream: Tensor, columns: list[int]) -> Tensor:
+        """[variant · batch, receiver, position, d_model]: the streams of some receivers that read the same senders."""
+        graph = self.study.graph
+        reads, which = graph.reads[columns[0]], graph.receiver_spot(graph.receivers[columns[0]]).stream
+        senders = torch.cat(self.differences[which], dim=2)[:, :, : len(reads)]
+        mask = self.patched[:, reads.start : reads.stop, columns].to(senders.dtype)
+        moved = torch.einsum("nsr,nbstd->nbrtd", mask, senders).flatten(0, 1)
+        return stream[:, None] + moved
+
+    def _chosen(self, columns: range) -> list[int]:
+        """Those of the columns in which anything is patched."""
+        any_edge = (self.patched[:, :, columns.start : columns.stop].detach() != 0).flatten(0, 1).any(0)
+        return [columns[j] for j in any_edge.nonzero()[:, 0].tolist()]
+
+    def _heads(self, part: str, i: int) -> Hook:
+        """The projection of each head's own stream in the place of that of the common one."""
+        mine, anatomy = self.study.graph.columns(i, part), self.study.stream.anatomy
+
+        def hook(old: Tensor) -> Tensor | None:
+            columns = self._chosen(mine)
+            if not columns:
+                return None
+            reader = self.layers[i].parts[part]
+            heads = [column - mine.start for column in columns]
+            read = self.reading[anatomy.read_at(i, part)]
+            streams = anatomy.function(reader.norm)(self._moved(read, columns))
+            made = torch.einsum("brtd,rwd->btrw", streams, reader.weight[heads].to(streams.dtype))
+            made = made if reader.bias is None else made + reader.bias[heads].to(made.dtype)
+            return old.index_copy(2, torch.tensor(heads, device=old.device), made)
+
+        return hook
+
+    def _mlp(self, i: int) -> Hook:
+        mine = self.study.graph.columns(i, "mlp")
+
+        def hook(old: Tensor) -> Tensor | None:
+            columns = self._chosen(mine)
+            if not columns:
+                return None
+            norm = self.study.stream.anatomy.function(self.layers[i].mlp_norm)
+            made: Tensor = norm(self._moved(self.reading["read_mlp", i], columns)[:, 0])
+            return made
+
+        return hook
+
+    def _final(self, old: Tensor) -> Tensor | None:
+        last = len(self.study.graph.receivers) - 1
+        columns = self._chosen(range(last, last + 1))
+        return self._moved(old, columns)[:, 0] if columns else None

@@ -1,0 +1,362 @@
+"""Runs a model as residual streams: their senders and receivers can be read and changed, side by side and in part.
+
+This is the one engine of the circuits. It uses plain hooks on the modules that `anatomy` found, so attention stays on
+its kernel, and the sweep's prefix, so that a forward begins at the first layer that is changed. It is not the sweep's
+own runner because what is put into a model here belongs to single batches, and comes from an earlier forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.analysis.circuits.engine.prompts import Pair
+from workbench.analysis.circuits.engine.shortcut import only_where_changed, put_back
+from workbench.analysis.circuits.model.anatomy import Anatomy, find_anatomy
+from workbench.analysis.circuits.model.parts import LayerParts, Part
+from workbench.analysis.circuits.model.recording import first_float
+from workbench.errors import InterventionError, WorkbenchError
+from workbench.hooks.compiled import check_not_compiled
+from workbench.inputs import check_inputs, dropout_in_training
+from workbench.session.workbench import Workbench
+from workbench.sweep.prefix import Prefix
+from workbench.sweep.variants import repeat
+
+_SHORT = 8  # tokens that are enough to find a model's parts
+_SEVERAL = 3  # repeats from which on it is worth computing again what projections gave on the batch itself
+# What a hook sees, and may give anew. In layer i, and in stream s (0, or 0 and 1: the encoder's and the decoder's):
+# ("input", s)          [batch, position, d_model] what the first block reads
+# ("read", i)           the same, what the queries of layer i read (and, but for cross-attention, keys and values); to
+#                       look at only
+# ("read_mlp", i)       what its MLP reads; to look at only
+# ("q" | "k" | "v", i)  [batch, position, head or group, width]
+# ("z", i)              [batch, position, head, width]
+# ("mlp_in", i)         what the MLP itself is given, behind its norm
+# ("mlp", i)            what it writes
+# ("final", s)          the stream after the last block; what the keys and values of cross-attention read
+Key = tuple[str, int]
+Hook = Callable[[Tensor], Tensor | None]
+Hooks = Mapping[Key, Sequence[Hook]]
+
+
+class Stream:
+    """An attached model with its anatomy.
+
+    Attributes:
+        anatomy, graph: what was found. end: key of the stream that goes to the logits, at its end.
+        resumed: whether forwards can begin at a later block, to the bit; None until it was tried.
+    """
+
+    def __init__(self, wb: Workbench, pair: Pair) -> None:
+        wb._check_ready()
+        check_not_compiled(wb.model)
+        if wb._live.edits or wb._live.recorder is not None:
+            raise InterventionError("an intervention or a capture is open", hint="end it first")
+        dropping = dropout_in_training(wb.model)
+        if dropping:
+            raise InterventionError(
+                f"the model drops out at {len(dropping)} modules ({dropping[0]} …)", hint="call model.eval()"
+            )
+        check_inputs(wb.model, (), pair.clean)
+        self.wb, self.model = wb, wb.model
+        self.extra = _extra(wb.model)
+        self._small = {**self.extra, **_beginning(pair.clean)}
+        self.anatomy: Anatomy = find_anatomy(wb, self._small)
+        self.graph = self.anatomy.graph
+        self.end = ("final", len(self.graph.streams) - 1)
+        self.resumed: bool | None = None
+        self.blocks = [layer.block for layer in self.anatomy.layers]
+        self._last_output: Any = None  # of the last block: how it hands on the stream
+        self._prefix: Prefix | None = None
+        self._recorded: tuple[Any, Kept] | None = None  # the batch that later runs resume from, and what it showed
+
+    @contextmanager
+    def open(self) -> Iterator[Stream]:
+        """Blocks can be skipped inside."""
+        prefix = Prefix(self.model, self.wb.sites)
+        with prefix.open():
+            self._prefix = prefix
+            try:
+                yield self
+            finally:
+                self._prefix = self._recorded = None
+
+    def record(
+        self, batch: Mapping[str, Tensor], last: Tensor, hooks: Hooks | None = None, *, resume: bool = True
+    ) -> tuple[Tensor, Kept]:
+        """Logits at the last token [batch, vocab], and what senders wrote and receivers read.
+
+        Args:
+            batch: model inputs. last: [batch] index of each last token. hooks: as in `run`.
+            resume: later runs of this batch may resume from this one.
+        """
+        kept = Kept()
+        seen: dict[Key, list[Hook]] = {key: list(several) for key, several in (hooks or {}).items()}
+        for key, hook in self.keeping(kept).items():
+            seen.setdefault(key, []).append(hook)
+        with ExitStack() as stack:
+            stack.callback(self.anatomy.modules[self.blocks[-1]].register_forward_hook(self._saw_last).remove)
+            if self._prefix is not None and resume:
+                stack.enter_context(self._prefix.recording(last.shape[0]))
+            kept.logits = self.run(batch, last, seen)
+        if self._prefix is not None and resume:
+            self._recorded = batch, kept
+        return kept.logits, kept
+
+    def keeping(self, kept: Kept) -> dict[Key, Hook]:
+        """Hooks that keep what senders write and receivers read."""
+        keys: list[Key] = [(what, s) for s in range(len(self.graph.streams)) for what in ("input", "final")]
+        for i, layer in enumerate(self.anatomy.layers):
+            keys += [("read", i), ("z", i), *([("read_mlp", i), ("mlp", i)] if layer.mlp else [])]
+        return {key: kept.keep(key) for key in keys}
+
+    def _saw_last(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._last_output = None if isinstance(output, Tensor) else output
+
+    def run(
+        self, batch: Mapping[str, Tensor], last: Tensor, hooks: Hooks | None = None, *, times: int = 1, start: int = 0
+    ) -> Tensor:
+        """Logits at the last token [times · batch, vocab] of a forward with these hooks.
+
+        Args:
+            batch: model inputs. last: [batch] index of each last token.
+            times: how many repeats of the batch run side by side.
+            start: the first layer that a hook changes; those before it are not run again where that is possible.
+
+        Where the batch was recorded, MLPs and projections run only at positions that have changed.
+        """
+        if start > 0 and self.resumed is None and self._prefix is not None:
+            self._try_resuming(batch, last)
+        size = last.shape[0]
+        inputs = {name: repeat(value, times, size) for name, value in {**self.extra, **batch}.items()}
+        resume = self._prefix is not None and bool(self.resumed) and start > 0
+        with ExitStack() as stack:
+            if hooks and self._recorded is not None and self._recorded[0] is batch and not torch.is_grad_enabled():
+                self._skip_unchanged(stack, self._recorded[1], start, times)
+            self._register(stack, hooks or {})
+            where = last.repeat(times)
+            self._last_only(stack, where)
+            if resume and self._prefix is not None:
+                stack.enter_context(self._prefix.resuming(self.blocks[start], times))
+            output = self.model(**inputs)
+        logits = output if isinstance(output, Tensor) else output.logits
+        return logits[:, 0] if logits.shape[1] == 1 else logits[torch.arange(len(where)), where]
+
+    def _try_resuming(self, batch: Mapping[str, Tensor], last: Tensor) -> None:
+        """Find out, on a batch that was recorded, whether a forward that begins later gives the same numbers."""
+        self.resumed = True
+        with torch.no_grad():
+            whole = self.run(batch, last)
+            first = [self.blocks.index(self.anatomy.blocks(s)[-1]) for s in range(len(self.graph.streams))]
+            for start in {*first, len(self.blocks) - 1, len(self.blocks) // 2} - {0}:
+                self.resumed = self.resumed and torch.equal(whole, self.run(batch, last, start=start))
+
+    def unembed(self, stream: Tensor) -> Tensor:
+        """Logits [n, vocab] of vectors of the stream after the last block [n, d_model], by the model's own last part.
+
+        The model runs on one token each, and its blocks are passed over.
+        """
+        inputs, blocks = self._one_token(stream), self.anatomy.blocks(self.end[1])
+        with ExitStack() as stack:
+            for block in blocks:
+                module = self.anatomy.modules[block]
+                held = module.__dict__.get("forward")
+                new = self._passing(stream[:, None] if block == blocks[-1] else None)
+                module.__dict__["forward"] = new
+                stack.callback(put_back, module, held)
+            output = self.model(**inputs, **self.extra)
+        logits = output if isinstance(output, Tensor) else output.logits
+        return logits[:, 0]
+
+    def _one_token(self, stream: Tensor) -> dict[str, Any]:
+        """Inputs of one token for each vector of the stream, without work for an encoder where that is possible."""
+        n = stream.shape[0]
+        ids = torch.zeros(n, 1, dtype=torch.long, device=stream.device)
+        if self.end[1] == 0:
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "encoder_outputs" in inspect.signature(self.model.forward).parameters:
+            return {"encoder_outputs": (stream.new_zeros(n, 1, self.graph.d_model),), "decoder_input_ids": ids}
+        return {**repeat(self._small, n, 1), "decoder_input_ids": ids}
+
+    def _passing(self, given: Tensor | None) -> Callable[..., Any]:
+        """A block's forward that hands on its input, or `given`, as the last block does."""
+        like = self._last_output
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            stream = first_float((*args, *kwargs.values())) if given is None else given
+            if like is None:
+                return stream
+            seen = first_float((like,))
+            return type(like)(stream if value is seen else value for value in like)
+
+        return forward
+
+    def _skip_unchanged(self, stack: ExitStack, clean: Kept, start: int, times: int) -> None:
+        anatomy = self.anatomy
+        for i, layer in enumerate(anatomy.layers):
+            if i < start:
+                continue
+            if layer.mlp is not None:
+                given = anatomy.function(layer.mlp_norm)(clean["read_mlp", i])
+                modules = [anatomy.modules[name] for name in layer.mlp]
+                stack.enter_context(only_where_changed(modules, given, clean["mlp", i]))
+            if times < _SEVERAL:
+                continue
+            for name, part in {layer.parts[part].name: part for part in "qkv"}.items():
+                given = anatomy.function(layer.parts[part].norm)(clean[anatomy.read_at(i, part)])
+                stack.enter_context(only_where_changed([anatomy.modules[name]], given))
+            stack.enter_context(only_where_changed([layer.out_module], clean["z", i].flatten(-2)))
+
+    def _last_only(self, stack: ExitStack, last: Tensor) -> None:
+        """The head is given the last tokens alone: the logits of all others are the largest tensor of a forward."""
+        head = self.anatomy.head
+        if head is None:
+            return
+        rows = torch.arange(len(last), device=last.device)
+
+        def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0][rows, last][:, None], *args[1:])
+
+        stack.callback(self.anatomy.modules[head].register_forward_pre_hook(cut).remove)
+
+    def _register(self, stack: ExitStack, hooks: Hooks) -> None:
+        for (what, i), functions in hooks.items():
+            if functions:
+                for handle in self._hook(what, i, list(functions)):
+                    stack.callback(handle.remove)
+
+    def _hook(self, what: str, i: int, functions: list[Hook]) -> list[Any]:
+        anatomy = self.anatomy
+        if what == "input":
+            return [_on_input(anatomy.modules[anatomy.blocks(i)[0]], functions)]
+        if what == "final":
+            return [_on_output(anatomy.modules[anatomy.blocks(i)[-1]], functions)]
+        layer = anatomy.layers[i]
+        if what == "read":
+            part = layer.parts["q"]
+            return [_on_input(anatomy.modules[part.norm or part.name], functions, first_only=True)]
+        if what == "read_mlp":
+            return [_on_input(anatomy.modules[layer.mlp_norm or _mlp(layer)[0]], functions, first_only=True)]
+        if what == "z":
+            return [_on_input(layer.out_module, [_cut(f, layer.n_heads) for f in functions])]
+        if what == "mlp":
+            return [_on_output(anatomy.modules[_mlp(layer)[-1]], functions)]
+        if what == "mlp_in":
+            return [_on_input(anatomy.modules[_mlp(layer)[0]], functions)]
+        part = layer.parts[what]
+        return [_on_output(part.module, [_on_columns(f, part) for f in functions])]
+
+
+class Kept:
+    """What one forward of a batch showed, by key (see the top of this file), and its logits [batch, vocab]."""
+
+    logits: Tensor
+
+    def __init__(self) -> None:
+        self.tensors: dict[Key, Tensor] = {}
+
+    def keep(self, key: Key) -> Hook:
+        """A hook that keeps what it sees."""
+
+        def hook(tensor: Tensor) -> None:
+            self.tensors[key] = tensor.detach().clone()  # models add to their stream in place
+
+        return hook
+
+    def __getitem__(self, key: Key) -> Tensor:
+        return self.tensors[key]
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.tensors
+
+
+def _mlp(layer: LayerParts) -> tuple[str, ...]:
+    if layer.mlp is None:
+        raise WorkbenchError(f"the layer of {layer.site.name} has no MLP")
+    return layer.mlp
+
+
+def _on_input(module: nn.Module, functions: Sequence[Hook], first_only: bool = False) -> Any:
+    """Functions on the first tensor that a module is given."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        old = first_float((*args, *kwargs.values()))
+        if old is None:
+            raise WorkbenchError(f"{type(module).__name__} was given no tensor [batch, position, width]")
+        new = _apply(functions, old)
+        if first_only or new is old:
+            return None
+        swapped = {key: new if value is old else value for key, value in kwargs.items()}
+        return tuple(new if value is old else value for value in args), swapped
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _on_output(module: nn.Module, functions: Sequence[Hook]) -> Any:
+    """Functions on the first tensor that a module gives."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        old = first_float((output,))
+        if old is None:
+            raise WorkbenchError(f"{type(module).__name__} gave no tensor [batch, position, width]")
+        new = _apply(functions, old)
+        if new is old:
+            return None
+        return new if isinstance(output, Tensor) else type(output)(new if value is old else value for value in output)
+
+    return module.register_forward_hook(hook)
+
+
+def _apply(functions: Sequence[Hook], value: Tensor) -> Tensor:
+    for function in functions:
+        made = function(value)
+        value = value if made is None else made
+    return value
+
+
+def _cut(function: Hook, n_heads: int) -> Hook:
+    """A function on heads [batch, position, head, width], as one on them joined."""
+
+    def joined(value: Tensor) -> Tensor | None:
+        made = function(value.unflatten(-1, (n_heads, -1)))
+        return None if made is None else made.flatten(-2)
+
+    return joined
+
+
+def _on_columns(function: Hook, part: Part) -> Hook:
+    """A function on queries, keys or values [batch, position, head, width], as one on all columns."""
+    columns = part.columns
+
+    def whole(value: Tensor) -> Tensor | None:
+        made = function(value[..., columns])
+        if made is None:
+            return None
+        return value.index_copy(-1, columns.flatten().to(value.device), made.flatten(-2).to(value.dtype))
+
+    return whole
+
+
+def _beginning(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first example, cut to a few tokens; what a decoder has written is drawn out to as many."""
+    ids = batch.get("input_ids")
+    found = {}
+    for name, value in batch.items():
+        value = value[:1]
+        if name.startswith("decoder_") and value.dim() == 2:
+            value = value[:, torch.arange(_SHORT).clamp(max=value.shape[1] - 1)]
+        elif ids is not None and value.shape[1:] == ids.shape[1:]:
+            value = value[:, :_SHORT]
+        found[name] = value
+    return found
+
+
+def _extra(model: nn.Module) -> dict[str, Any]:
+    """Keyword inputs that keep a model from collecting keys and values."""
+    takes = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if takes else {}

@@ -1,0 +1,1 @@
+"""The ways to find a circuit, one file each."""

@@ -1,0 +1,279 @@
+"""Edge attribution patching (Syed et al. 2310.10348) and its integrated-gradients forms (Hanna et al. 2403.17806).
+
+The score of an edge u → v is (u_clean − u_twin) · ∂m/∂(what v reads), summed over positions: how much the metric falls,
+to first order, when v alone reads u from the twin. A positive edge thus helps the task. What v reads is the residual
+stream before its norm, for the queries, keys and values of each head apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from workbench.analysis.circuits.engine.prompts import Pair
+from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
+from workbench.analysis.circuits.engine.study import DENOISING, NOISING, Study
+from workbench.analysis.circuits.model.parts import Part, unchanged
+from workbench.errors import InterventionError
+
+Path = Literal["inputs", "activations"]
+
+
+@dataclass(frozen=True)
+class EdgeScores:
+    """What the attribution of edges gives.
+
+    Attributes:
+        scores: [sender, receiver], the mean over examples; NaN where there is no edge.
+        examples: [example, edge] in the order of `Graph.edges`, or None.
+        input_total: [example] sum of (input_clean − input_twin) · ∂m/∂input over the inputs of all streams, all paths
+            together: by completeness it goes to the difference of the metric as steps grow (along "inputs").
+    """
+
+    scores: Tensor
+    examples: Tensor | None
+    input_total: Tensor
+
+
+def attribute_edges(
+    study: Study,
+    *,
+    steps: int = 1,
+    path: Path = "inputs",
+    direction: str = NOISING,
+    keep_examples: bool | None = None,
+    progress: bool = True,
+) -> EdgeScores:
+    """Scores of all edges, and the study's baselines along with them.
+
+    Args:
+        steps: gradients per prompt. 1 is plain EAP; more are averaged between twin (left out) and prompt (included).
+        path: along which they are taken: the embeddings go from twin to prompt, or the output of one layer's heads, or
+            of one MLP, at a time, each for the edges that start there.
+        direction: "noising" takes gradients on the prompt, "denoising" on the twin; both are positive where the clean
+            value raises the metric.
+        keep_examples: keep the scores of single examples, for intervals; None: if they take less than 256 MiB.
+
+    Raises:
+        InterventionError: a metric without gradient, or that is smallest on the prompt.
+    """
+    if not study.metric.smooth or (study.metric.against_clean and steps == 1):
+        zero = "it is smallest on the prompts, so its gradient is zero there"
+        why = zero if study.metric.against_clean else "it has none"
+        raise InterventionError(f'edges cannot be scored by the gradient of "{study.metric.name}": {why}')
+    if steps < 1 or path not in ("inputs", "activations") or direction not in (NOISING, DENOISING):
+        raise InterventionError(f"steps are at least 1 along inputs or activations, not {steps} along {path!r}")
+    graph = study.graph
+    if keep_examples is None:
+        keep_examples = len(study.task) * graph.n_edges * 4 < 256 << 20
+    total = torch.zeros(len(graph.senders), len(graph.receivers), dtype=torch.float64)
+    kept: list[Tensor] = []
+    clean, corrupted, inputs = [], [], []
+    for pair in tqdm(study.pairs, disable=not progress, desc="edges"):
+        batch = _Batch(study, pair, direction)
+        found = batch.scores(steps, path)
+        clean.append(study.measure(batch.clean.logits, pair, batch.clean.logits)[0])
+        corrupted.append(study.measure(batch.twin.logits, pair, batch.clean.logits)[0])
+        inputs.append(found[1])
+        total += found[0].sum(0)
+        if keep_examples:
+            kept.append(found[0][:, graph.exists].float())
+    study.take_baselines(torch.cat(clean), torch.cat(corrupted))
+    scores = (total / len(study.task)).masked_fill(~graph.exists, torch.nan)
+    return EdgeScores(scores, torch.cat(kept) if keep_examples else None, torch.cat(inputs))
+
+
+class _Batch:
+    """The scores of one batch."""
+
+    def __init__(self, study: Study, pair: Pair, direction: str) -> None:
+        self.study, self.pair, self.direction = study, pair, direction
+        self.layers = study.stream.anatomy.layers
+        self.clean, self.twin = Kept(), Kept()
+
+    def scores(self, steps: int, path: Path) -> tuple[Tensor, Tensor]:
+        """[example, sender, receiver], and [example] the attribution of the input by all paths."""
+        graph, stream, pair = self.study.graph, self.study.stream, self.pair
+        found = torch.zeros(pair.size, len(graph.senders), len(graph.receivers), dtype=torch.float64)
+        with torch.no_grad():
+            if self.direction == NOISING:
+                _, self.twin = stream.record(pair.twin, pair.last, resume=False)
+            if self.direction == DENOISING or self.study.metric.against_clean:
+                _, self.clean = stream.record(pair.clean, pair.last, resume=False)
+        # At its own end the path is the prompt (or the twin) itself, whichever sender is moved along it.
+        gradients = self._gradients((), 1.0 if self.direction == NOISING else 0.0)
+        inputs: list[Key] = [("input", s) for s in range(len(graph.streams))]
+        differences = {key: self.clean[key] - self.twin[key] for key in inputs}
+
+        def at_inputs() -> Tensor:
+            parts = [(gradients[key] * differences[key]).flatten(1).sum(1) for key in inputs]
+            return torch.stack(parts).sum(0).double().cpu()
+
+        everything = range(len(graph.senders))
+        self._dot(gradients, found, everything)
+        total = at_inputs()
+        places = self._senders() if path == "activations" else [(tuple(inputs), everything)]
+        for step in range(1, steps):
+            for keys, rows in places:
+                gradients = self._gradients(keys, step / steps)
+                self._dot(gradients, found, rows)
+                if rows == everything:
+                    total += at_inputs()
+        return found / steps, total / steps
+
+    def _senders(self) -> list[tuple[tuple[Key, ...], range]]:
+        """The places whose output goes from twin to prompt, one at a time, and the senders there."""
+        graph = self.study.graph
+        places: list[tuple[tuple[Key, ...], range]] = [
+            ((("input", s),), range(row, row + 1)) for s, row in enumerate(graph.inputs)
+        ]
+        for i, layer in enumerate(graph.layers):
+            first, last = graph.first_sender(i), graph.first_sender(i) + layer.n_heads
+            places.append(((("z", i),), range(first, last)))
+            if layer.mlp:
+                places.append(((("mlp", i),), range(last, last + 1)))
+        return places
+
+    def _gradients(self, moved: tuple[Key, ...], share: float) -> dict[Key, Tensor]:
+        """Gradients of the metric by what receivers make of the stream, with some senders between twin and prompt.
+
+        The rest of the model runs on the prompt (noising) or on the twin (denoising). With no sender this is that run
+        itself, and what it shows is kept.
+        """
+        own, batch = (self.clean, self.pair.clean) if self.direction == NOISING else (self.twin, self.pair.twin)
+        end = self.study.stream.end
+        watched: dict[Key, Tensor] = {}
+        hooks: dict[Key, list[Hook]] = {}
+        for key in moved:
+            hooks[key] = [_put(torch.lerp(self.twin[key], self.clean[key], share))]
+
+        def watch(key: Key) -> Hook:
+            def hook(tensor: Tensor) -> Tensor:
+                watched[key] = tensor.clone() if key[0] in ("mlp_in", "final") else tensor  # apart from other readers
+                return tensor.clone() if key[0] == "input" else watched[key]  # models add to their stream in place
+
+            return hook
+
+        for s in range(len(self.study.graph.streams)):
+            hooks.setdefault(("input", s), []).extend([_leaf, watch(("input", s))])
+            if ("final", s) != end:  # to be looked at by the norm before cross-attention
+                hooks["final", s] = [_keep(watched, ("read_final", s))]
+        for n, layer in enumerate(self.layers):
+            for part in layer.parts:
+                hooks.setdefault((part, n), []).append(watch((part, n)))
+            hooks.setdefault(("read", n), []).append(_keep(watched, ("read", n)))
+            if layer.mlp is not None:
+                hooks.setdefault(("read_mlp", n), []).append(_keep(watched, ("read_mlp", n)))
+                hooks.setdefault(("mlp_in", n), []).append(watch(("mlp_in", n)))
+        hooks.setdefault(end, []).append(watch(end))
+        if not moved:
+            for key, hook in self.study.stream.keeping(own).items():
+                hooks.setdefault(key, []).append(hook)
+        with torch.enable_grad():
+            logits = self.study.stream.run(batch, self.pair.last, hooks)
+            if not moved:
+                own.logits = logits.detach()
+            value = self.study.metric(logits, self.pair, self.clean.logits).sum()
+            wanted = [key for key in watched if not key[0].startswith("read")]
+            gradients = torch.autograd.grad(value, [watched[key] for key in wanted], allow_unused=True)
+        found = {
+            key: torch.zeros_like(watched[key]) if g is None else g for key, g in zip(wanted, gradients, strict=True)
+        }
+        reads = {key: tensor.detach() for key, tensor in watched.items() if key[0].startswith("read")}
+        return {**found, **reads}
+
+    def _dot(self, gradients: dict[Key, Tensor], found: Tensor, rows: range) -> None:
+        """Add senders' differences times receivers' gradients, layer by layer, some positions at a time."""
+        graph, size = self.study.graph, self.pair.size
+        widest = len(graph.senders) + max(layer.n_heads + 2 * layer.n_kv_heads for layer in graph.layers) * 3
+        most = max(1, self.study.memory // (widest * size * graph.d_model * 4))
+        ends = (*graph.inputs[1:], len(graph.senders))
+        for stream, (start, stop) in enumerate(zip(graph.inputs, ends, strict=True)):
+            mine = range(max(rows.start, start), min(rows.stop, stop))
+            length = self.clean["input", stream].shape[1]
+            for first in range(0, length if len(mine) else 0, most):
+                at = slice(first, first + most)
+                senders = self._differences(at, mine, stream)
+                for columns, readers in self._readers(gradients, at, stream):
+                    self._product(senders, readers, found, mine, columns)
+
+    def _readers(self, gradients: dict[Key, Tensor], at: slice, stream: int) -> Iterator[tuple[range, Tensor]]:
+        """Receivers of a stream that read the same senders: their indices, and the gradients by what they read.
+
+        Gradients are [batch, receiver, position, d_model].
+        """
+        graph, anatomy = self.study.graph, self.study.stream.anatomy
+        for i, layer in enumerate(self.layers):
+            for part in layer.parts:
+                columns = graph.columns(i, part)
+                if graph.receiver_spot(graph.receivers[columns.start]).stream == stream:
+                    yield columns, self._before_norm(layer.parts[part], gradients, part, i, at)
+            if layer.mlp is not None and graph.stream_of(i) == stream:
+                cut = gradients["mlp_in", i][:, at][:, None]
+                yield (
+                    graph.columns(i, "mlp"),
+                    _back(anatomy.function(layer.mlp_norm), gradients["read_mlp", i][:, at], cut),
+                )
+        if ("final", stream) == self.study.stream.end:
+            last = len(graph.receivers) - 1
+            yield range(last, last + 1), gradients["final", stream][:, at][:, None]
+
+    def _product(self, senders: Tensor, readers: Tensor, found: Tensor, rows: range, columns: range) -> None:
+        """Senders [batch, sender, position, d_model] times readers [batch, receiver, position, d_model]."""
+        stop = min(rows.stop, self.study.graph.reads[columns.start].stop)
+        if stop <= rows.start:
+            return
+        product = senders[:, : stop - rows.start].flatten(2) @ readers.flatten(2).transpose(1, 2)
+        found[:, rows.start : stop, columns.start : columns.stop] += product.double().cpu()
+
+    def _differences(self, at: slice, rows: range, stream: int) -> Tensor:
+        """[batch, sender, position, d_model]: what senders write on the prompt minus what they write on the twin."""
+        parts, graph = [], self.study.graph
+        if graph.inputs[stream] in rows:
+            parts.append((self.clean["input", stream] - self.twin["input", stream])[:, None, at])
+        for i, layer in enumerate(self.layers):
+            first = graph.first_sender(i)
+            if first in rows:
+                z = (self.clean["z", i] - self.twin["z", i])[:, at]
+                parts.append(torch.einsum("bthw,hwd->bhtd", z, layer.w_o.to(z.dtype)))
+            if layer.mlp is not None and first + layer.n_heads in rows:
+                parts.append((self.clean["mlp", i] - self.twin["mlp", i])[:, None, at])
+        return torch.cat(parts, dim=1)
+
+    def _before_norm(self, part: Part, gradients: dict[Key, Tensor], name: str, i: int, at: slice) -> Tensor:
+        """[batch, head or group, position, d_model]: gradients by the stream that each head's part reads."""
+        by_heads = gradients[name, i][:, at]
+        behind = torch.einsum("bthw,hwd->bhtd", by_heads, part.weight.to(by_heads.dtype))
+        what, index = self.study.stream.anatomy.read_at(i, name)
+        read = gradients["read_final" if what == "final" else what, index]
+        return _back(self.study.stream.anatomy.function(part.norm), read[:, at], behind)
+
+
+def _back(norm: Callable[[Tensor], Tensor], stream: Tensor, gradient: Tensor) -> Tensor:
+    """Gradients [batch, n, position, d_model] behind a norm, as gradients by the stream [batch, position, d_model]."""
+    if norm is unchanged:
+        return gradient
+    with torch.enable_grad():
+        leaf = stream[:, None].expand_as(gradient).detach().requires_grad_()
+        (found,) = torch.autograd.grad(norm(leaf), leaf, gradient)
+    return found
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _put(new: Tensor) -> Hook:
+    return lambda old: new
+
+
+def _keep(into: dict[Key, Tensor], key: Key) -> Hook:
+    def hook(tensor: Tensor) -> None:
+        into[key] = tensor.detach().clone()
+
+    return hook

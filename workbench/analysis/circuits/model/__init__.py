@@ -1,0 +1,1 @@
+"""The graph of a model: its layers, senders and receivers."""

@@ -1,0 +1,133 @@
+"""The parts of a decoder or encoder-decoder: where heads and MLPs read the residual stream, and where they write to it.
+
+Everything is found by value in one small forward (see `layers`), and the sum of what all senders write is compared with
+the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.layers import Chain
+from workbench.analysis.circuits.model.parts import LayerParts, unchanged
+from workbench.analysis.circuits.model.recording import Recording, equal, record
+from workbench.errors import AttachError
+from workbench.hooks.heads import block_of
+from workbench.hooks.sites import Site
+from workbench.session.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The layers of a model, its graph, and its head.
+
+    Attributes:
+        head: name of the module that gives the logits from the last position's vector, if one does so alone.
+        error: largest difference between the stream and the sum of the senders, of the largest number in the stream.
+        lengths: positions of each stream in the input that the parts were found with.
+    """
+
+    graph: Graph
+    layers: tuple[LayerParts, ...]
+    head: str | None
+    error: float
+    lengths: tuple[int, ...]
+    modules: Mapping[str, nn.Module] = field(repr=False)
+
+    def blocks(self, stream: int) -> tuple[str, ...]:
+        """Names of the blocks of a stream, in the order in which they run."""
+        layers = enumerate(self.layers)
+        return tuple(dict.fromkeys(layer.block for i, layer in layers if self.graph.stream_of(i) == stream))
+
+    def read_at(self, i: int, part: str) -> tuple[str, int]:
+        """Where the stream that the queries, keys or values of layer i are made of is seen; see `stream`."""
+        if part != "q" and self.graph.layers[i].kind == "cross":
+            return "final", self.graph.stream_of(i) - 1
+        return "read", i
+
+    def function(self, name: str | None) -> Callable[..., Any]:
+        """What the module of that name computes, without its hooks; `unchanged` for None."""
+        return unchanged if name is None else self.modules[name].forward
+
+    def mlp(self, i: int, given: Tensor) -> Tensor:
+        """What the MLP of layer i makes of what it is given behind its norm, without hooks."""
+        for name in self.layers[i].mlp or ():
+            output = self.modules[name].forward(given)
+            given = output if isinstance(output, Tensor) else output[0]
+        return given
+
+
+def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
+    """The parts of an attached model, found with one small input.
+
+    Args:
+        inputs: model inputs; their first example is enough.
+
+    Raises:
+        AttachError: the residual stream of the model is not the sum of what heads and MLPs write, or something else
+            stands in the way; the module is named.
+    """
+    streams = _streams(wb)
+    sites = [site for several in streams.values() for site in several]
+    blocks = [block_of(wb.model, wb.sites, site.name) for site in sites]
+    for site, block in zip(sites, blocks, strict=True):
+        if not block:
+            raise AttachError("the attention is in no block of a list of blocks", site=site.name)
+    small = {
+        name: value[:1] if isinstance(value, Tensor) and value.dim() > 0 else value for name, value in inputs.items()
+    }
+    first = {name: blocks[sites.index(several[0])] for name, several in streams.items()}
+    seen = record(wb.model, small, set(first.values()))
+    layers: list[LayerParts] = []
+    shapes: list[Layer] = []
+    error, end = 0.0, None
+    for name, several in streams.items():
+        at = slice(len(layers), len(layers) + len(several))
+        chain = Chain(wb.model, seen, name, several, blocks[at], end)
+        chain.find()
+        layers += chain.layers
+        shapes += chain.shapes
+        error, end = max(error, chain.error), seen.gave[blocks[at][-1]]
+    modules = dict(wb.model.named_modules())
+    lengths = tuple(seen.given[block].shape[1] for block in first.values())
+    graph = Graph(tuple(shapes), d_model=seen.gave[blocks[-1]].shape[-1])
+    return Anatomy(graph, tuple(layers), _head(seen), error, lengths, modules)
+
+
+def _streams(wb: Workbench) -> dict[str, list[Site]]:
+    """The attention sites of each residual stream: one, or those of an encoder and of a decoder."""
+    for site in wb.sites:
+        if site.kind not in ("self", "window", "cross"):
+            raise AttachError(
+                f'circuits need attention, this site is of kind "{site.kind}"', site=site.name,
+                hint="a state-space or channel mixer has no queries and keys that read the stream",
+            )  # fmt: skip
+    towers: dict[str, list[Site]] = {}
+    for site in wb.sites:
+        towers.setdefault(site.tower, []).append(site)
+    crossing = [name for name, sites in towers.items() if any(site.kind == "cross" for site in sites)]
+    if len(towers) == 1 and not crossing:
+        return {"": list(wb.sites)}
+    if len(towers) == 2 and len(crossing) == 1:
+        decoder = crossing[0]
+        return {name: towers[name] for name in sorted(towers, key=lambda name: name == decoder)}
+    raise AttachError(
+        f"circuits are found in decoders, and in encoder-decoders that are joined by cross-attention; this model has "
+        f"the towers {', '.join(sorted(tower or 'blocks' for tower in towers))}, with cross-attention in "
+        f"{', '.join(crossing) or 'none'}",
+        hint="attach to one of them alone",
+    )
+
+
+def _head(seen: Recording) -> str | None:
+    """The last module whose output is the logits."""
+    for name in reversed(seen.order):
+        if equal(seen.gave.get(name), seen.logits) and seen.given[name].shape[:2] == seen.gave[name].shape[:2]:
+            return name
+    last = [n for n in seen.order if n in seen.gave and seen.gave[n].shape == getattr(seen.logits, "shape", None)]
+    return last[-1] if last else None

@@ -1,0 +1,290 @@
+"""Finds the layers of one residual stream in a recorded forward.
+
+By value: which columns of which linear module are the queries of a head (those with a gradient from its call), which
+module joins the heads, which one is added to the stream beside them, and which norm lies between the stream and each
+reader. A layer is one attention and the MLP behind it, if there is one: a block of a decoder with cross-attention is
+two layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from workbench.analysis.circuits.model.graph import Layer
+from workbench.analysis.circuits.model.parts import LayerParts, Part
+from workbench.analysis.circuits.model.recording import Recording, equal
+from workbench.errors import AttachError, CaptureError
+from workbench.hooks.projections import is_conv1d, projection_slices
+from workbench.hooks.sites import Site
+from workbench.hooks.tap import AttentionCall
+
+_TOLERANCE = 1e-4  # of the largest number in the stream
+
+
+class Chain:
+    """The layers of one stream, found one after another."""
+
+    def __init__(
+        self, model: nn.Module, seen: Recording, name: str, sites: Sequence[Site], blocks: Sequence[str],
+        source: Tensor | None,
+    ) -> None:  # fmt: skip
+        """`source` is what the stream before this one is in the end."""
+        self.model, self.seen, self.name = model, seen, name
+        self.sites, self.blocks, self.source = sites, blocks, source
+        self.layers: list[LayerParts] = []
+        self.shapes: list[Layer] = []
+        self.error = 0.0
+
+    def find(self) -> None:
+        """Fill `layers`, `shapes` and `error`."""
+        seen, blocks = self.seen, self.blocks
+        stream = seen.given[blocks[0]]  # as the model adds it up
+        total = stream.double()  # as the sum of what is written
+        for i, (site, block) in enumerate(zip(self.sites, blocks, strict=True)):
+            if i == 0 or block != blocks[i - 1]:
+                if block in blocks[:i]:
+                    raise AttachError(f"the block {block} ran again after others", site=site.name)
+                stream = seen.given[block]
+                self._compare(total, stream, f"the input of {block}")
+            elif self.layers[-1].mlp is not None or site.kind != "cross" or self.sites[i - 1].kind == "cross":
+                raise AttachError(f"the block {block} has two attention modules", site=site.name)
+            last = i + 1 == len(blocks) or blocks[i + 1] != block
+            after = None if not last else seen.given[blocks[i + 1]] if i + 1 < len(blocks) else seen.gave[block]
+            parts, shape = self._layer(site, block, stream, after)
+            self.layers.append(parts)
+            self.shapes.append(shape)
+            stream = stream + seen.gave[parts.out]
+            total = total + self._written(parts)
+            if parts.mlp is not None:
+                total = total + seen.gave[parts.mlp[-1]].double()
+        self._compare(total, seen.gave[blocks[-1]], f"the output of {blocks[-1]}")
+
+    def _written(self, layer: LayerParts) -> Tensor:
+        """What the heads write, from their z, compared with what their projection gave."""
+        z = _call(self.seen, layer.site).z().detach().transpose(1, 2).double()
+        written = torch.einsum("bqhw,hwd->bqd", z, layer.w_o.double())
+        bias = getattr(layer.out_module, "bias", None)
+        written = written if bias is None else written + bias.detach().double()
+        self._compare(written, self.seen.gave[layer.out], f"the output of {layer.out}")
+        return written
+
+    def _compare(self, total: Tensor, given: Tensor, where: str) -> None:
+        far = _far(given, total)
+        if far > _TOLERANCE:
+            raise AttachError(
+                f"{where} is not the sum of what was written to the residual stream: {far:.1e} of its largest number "
+                "off",
+                hint="a scale, a norm on the stream, or a module outside of the blocks changes it",
+            )
+        self.error = max(self.error, far)
+
+    def _layer(self, site: Site, block: str, before: Tensor, after: Tensor | None) -> tuple[LayerParts, Layer]:
+        """One layer; `before` is the stream that it reads, `after` that behind its MLP, None if it has none."""
+        seen = self.seen
+        call = _call(seen, site)
+        if seen.times.get(block, 0) != 1:
+            raise AttachError(f"the block {block} ran {seen.times.get(block, 0)} times in one forward", site=site.name)
+        projection = seen.finder.of(site.name)
+        if projection is None:
+            raise AttachError(
+                "the module that joins the heads was not found: something (a gate, a norm) lies between",
+                site=site.name,
+                hint="heads of this model have no linear part in the residual stream",
+            )
+        n_heads, width = call.sizes[0], call.z().shape[-1]
+        try:
+            projection_slices(projection.module, n_heads, width)
+        except CaptureError as error:
+            raise AttachError(error.message, site=site.name, hint=error.hint) from None
+        parts = {part: self._part(site, block, call, part, before) for part in "qkv"}
+        attention = seen.gave[projection.name]
+        last = None if after is None else _mlp(seen, site, block, before, after - before - attention, projection.name)
+        mlp, mlp_norm, parallel = None, None, False
+        if last is not None:
+            mlp, mlp_norm, read = self._mlp(site, block, last, (before + attention, before))
+            parallel = read == 1
+        n_kv = parts["k"].columns.shape[0]
+        found = LayerParts(block, site, parts, projection.name, projection.module, width, n_heads, mlp, mlp_norm)
+        kind = "cross" if site.kind == "cross" else "self"
+        return found, Layer(n_heads, n_kv, mlp is not None, parallel, kind, self.name)
+
+    def _mlp(
+        self, site: Site, block: str, last: str, streams: Sequence[Tensor]
+    ) -> tuple[tuple[str, ...], str | None, int]:
+        """The modules of an MLP from its last one back, the norm before them, and which of the streams it reads."""
+        seen, chain = self.seen, [last]
+        while True:
+            for given, norm in _streams_of(seen, f"{block}.", chain[0]):
+                for which, stream in enumerate(streams):
+                    if _far(given, stream) <= _TOLERANCE:
+                        self._compare_mlp(chain)
+                        return tuple(chain), norm, which
+            before = [name for given, name in _streams_of(seen, f"{block}.", chain[0], any_width=True)[1:] if name]
+            if not before or min(before, key=_depth) in chain:
+                raise AttachError(
+                    f"{chain[0]} reads neither the block's input nor that plus the heads' output",
+                    site=site.name,
+                    hint="is there a norm after the attention (Gemma 2), or does the MLP add the stream (BLOOM)?",
+                )
+            chain.insert(0, min(before, key=_depth))
+
+    def _compare_mlp(self, chain: Sequence[str]) -> None:
+        """Run them on all positions but the first: they have to work on each position alone."""
+        made, gave = self.seen.given[chain[0]][:, 1:], self.seen.gave[chain[-1]][:, 1:]
+        with torch.no_grad():
+            for name in chain:
+                output = self.model.get_submodule(name).forward(made)
+                made = output if isinstance(output, Tensor) else output[0]
+        if _far(made, gave) > _TOLERANCE:
+            raise AttachError(
+                f"{', '.join(chain)} give something else when the first position is left out",
+                hint="circuits need MLPs that work on each position alone",
+            )
+
+    def _part(self, site: Site, block: str, call: AttentionCall, part: str, before: Tensor) -> Part:
+        """Which columns of which linear module the heads' queries, keys or values are, and what stream they read."""
+        name, columns = _columns(self.model, self.seen, site, call, part)
+        scope, stream, source = f"{block}.", before, "the block's input"
+        if site.kind == "cross" and part != "q":
+            if self.source is None:
+                raise AttachError("there is no encoder whose stream the keys and values could read", site=site.name)
+            scope, stream, source = "", self.source, "what the encoder's blocks give"
+        norms = [norm for given, norm in _streams_of(self.seen, scope, name) if equal(given, stream)]
+        if not norms:
+            raise AttachError(
+                f"{name} does not read {source}, as it is or through one norm, for the {_SPELLED[part]}",
+                site=site.name,
+                hint="a norm after the attention (BERT, BART, OLMo 2), or another projection, stands in the way",
+            )
+        return Part(name, self.model.get_submodule(name), columns, norms[0])
+
+
+def _call(seen: Recording, site: Site) -> AttentionCall:
+    calls = seen.calls.get(site.name, [])
+    if len(calls) != 1:
+        raise AttachError(f"the site was called {len(calls)} times in one forward, once is needed", site=site.name)
+    call = calls[0]
+    if call.weights is None and (call.q is None or call.k is None or call.q.dim() != 4):
+        raise AttachError("queries and keys are not seen at this site", site=site.name)
+    return call
+
+
+def _columns(model: nn.Module, seen: Recording, site: Site, call: AttentionCall, part: str) -> tuple[str, Tensor]:
+    """The linear module that gives the heads' queries, keys or values, and [head or group, width] of its columns.
+
+    They are those that have a gradient from what the kernel was given.
+    """
+    modules = {name: model.get_submodule(name) for name in seen.gave if name.startswith(f"{site.name}.")}
+    linear = [n for n, module in modules.items() if isinstance(module, nn.Linear) or is_conv1d(module)]
+    linear = [name for name in linear if seen.live[name].requires_grad]
+    shown = call.v if part == "v" else call.weights if call.weights is not None else call.q if part == "q" else call.k
+    if not linear or shown is None or not shown.requires_grad:
+        raise AttachError(
+            f"no linear module inside the attention gives its {_SPELLED[part]}", site=site.name,
+            hint="PyTorch's own attention modules join their projections; there are no parts to be found",
+        )  # fmt: skip
+    rows_only = call.weights is not None and part != "v"
+    generator = torch.Generator().manual_seed(0)
+    chosen, name = [], ""
+    for head in range(shown.shape[1]):
+        with torch.enable_grad():
+            values = shown[:, head, -1] if rows_only else shown[:, head]
+            noise = torch.randn(values.shape, generator=generator, dtype=torch.float64)
+            loss = (values * noise.to(values)).sum()
+        gradients = torch.autograd.grad(loss, [seen.live[n] for n in linear], retain_graph=True, allow_unused=True)
+        touched = {}
+        for n, gradient in zip(linear, gradients, strict=True):
+            columns = torch.zeros(0) if gradient is None else _touched(gradient, part if rows_only else "")
+            if len(columns):
+                touched[n] = columns
+        if len(touched) != 1 or (name and name not in touched):
+            raise AttachError(
+                f"the {_SPELLED[part]} of head {head} come from {len(touched)} linear modules"
+                f" ({', '.join(touched) or 'none'}), one is needed",
+                site=site.name,
+                hint="low-rank projections are not supported",
+            )
+        name = next(iter(touched))
+        chosen.append(touched[name])
+    distinct: list[Tensor] = []
+    for columns in chosen:  # keys that were repeated for their heads before the call
+        if not any(torch.equal(columns, other) for other in distinct):
+            distinct.append(columns)
+    if part == "q" and len(distinct) != len(chosen):
+        raise AttachError("two heads share their queries", site=site.name)
+    if len({len(columns) for columns in distinct}) != 1 or len(torch.cat(distinct).unique()) != sum(map(len, distinct)):
+        raise AttachError(f"the {_SPELLED[part]} of {name} cannot be cut into heads", site=site.name)
+    return name, torch.stack(distinct)
+
+
+def _touched(gradient: Tensor, part: str) -> Tensor:
+    """Columns with a gradient [batch, position, column]; for a row of written-out weights, those of its q or k.
+
+    The query of the last row is that position's alone, its keys are those of all positions.
+    """
+    alive = gradient.flatten(0, -3) != 0 if gradient.dim() > 3 else gradient != 0
+    anywhere, before = alive.flatten(0, -2).any(0), alive[:, :-1].flatten(0, 1).any(0)
+    chosen = anywhere & ~before if part == "q" else before if part == "k" else anywhere
+    return chosen.nonzero()[:, 0]
+
+
+_SPELLED = {"q": "queries", "k": "keys", "v": "values"}
+
+
+def _streams_of(seen: Recording, scope: str, reader: str, any_width: bool = False) -> list[tuple[Tensor, str | None]]:
+    """What a module may be said to read: its input, and what modules whose names begin with `scope` made this from.
+
+    These leave the shape as it is, as norms do, unless `any_width`.
+    """
+    given = seen.given.get(reader)
+    if given is None:
+        raise AttachError(f"{reader} was given no tensor [batch, position, d_model]")
+    found: list[tuple[Tensor, str | None]] = [(given, None)]
+    for name in seen.order:
+        inside = name.startswith(scope) and not reader.startswith(f"{name}.") and name != reader
+        inside = inside and seen.times[name] == 1
+        if not inside or not equal(seen.gave.get(name), given) or equal(seen.given.get(name), given):
+            continue
+        source = seen.given.get(name)
+        if source is not None and (any_width or source.shape == given.shape):
+            found.append((source, name))
+    return found
+
+
+def _mlp(seen: Recording, site: Site, block: str, before: Tensor, rest: Tensor, out: str) -> str | None:
+    """The outermost module of a block whose output is what the heads do not add to the stream."""
+    scale = float(rest.abs().max())
+    size = max(float(before.abs().max()), 1e-12)
+    if scale <= _TOLERANCE * size:
+        return None
+    fitting = []
+    for name in dict.fromkeys(seen.order):
+        holds_attention = site.name.startswith(f"{name}.") or name == site.name or name.startswith(f"{site.name}.")
+        if not name.startswith(f"{block}.") or holds_attention or name == out or seen.times[name] > 1:
+            continue
+        gave = seen.gave.get(name)
+        if gave is not None and gave.shape == rest.shape and _far(gave, rest, size) <= _TOLERANCE:
+            fitting.append(name)
+    if not fitting:
+        raise AttachError(
+            f"the block {block} adds something to the residual stream that is neither its heads' output nor that of "
+            "one module",
+            site=site.name,
+            hint="a norm after the attention or MLP (Gemma 2, OLMo 2), a scale, or two MLPs: the stream is no sum",
+        )
+    return min(fitting, key=_depth)
+
+
+def _depth(name: str) -> int:
+    return name.count(".")
+
+
+def _far(a: Tensor, b: Tensor, size: float | None = None) -> float:
+    """Largest difference, relative to the largest number."""
+    if a.shape != b.shape:
+        return float("inf")
+    size = max(float(b.abs().max()), 1e-12) if size is None else size
+    return float((a.double() - b.double()).abs().max()) / size

@@ -1,0 +1,1 @@
+"""Heads taken out of a model, and the curve of what that costs."""

@@ -1,0 +1,1 @@
+"""Intervals, correlations and overlaps, one home for all analyses."""

@@ -1,0 +1,1 @@
+"""What a capture leaves behind, and the forms that it takes."""

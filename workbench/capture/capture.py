@@ -1,0 +1,353 @@
+"""What a capture leaves behind: per forward and per site, the statistics and the lazy pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from workbench.capture.joined import join
+from workbench.capture.settings import Settings
+from workbench.capture.site_capture import Forward, SiteCapture, pack, unpack
+from workbench.capture.transformer_lens import Cache
+from workbench.errors import CaptureError, nearest
+from workbench.hooks.sites import Site, Sites
+from workbench.kernels.patterns import DENSE_LIMIT
+from workbench.kernels.statistics import STATISTICS
+from workbench.storage import files
+from workbench.storage.provenance import Provenance
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_FORMAT = "workbench.capture"
+_PER_EXAMPLE = ("z", "z_gradient", "stored_result", "weights")  # what a site capture holds per batch entry, if it does
+
+
+class Capture:
+    """The forwards of one `with wb.capture()`, their sites and statistics.
+
+    With one forward, `cap["blocks.3.attn"]` is its site capture. With several, look at `cap.calls[i]`, or join them
+    with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
+
+    Attributes:
+        settings: what was asked for; None for a file that does not tell.
+    """
+
+    def __init__(
+        self,
+        forwards: list[Forward],
+        model_sites: Sites,
+        provenance: Provenance,
+        weights_hash: Callable[[], str | None] | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self._forwards, self.model_sites, self.settings = forwards, model_sites, settings
+        self._provenance, self._weights_hash = provenance, weights_hash
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the numbers come from; the first reading hashes the weights, None if they have changed since."""
+        if "weights_sha256" not in self._provenance and self._weights_hash is not None:
+            self._provenance["weights_sha256"] = self._weights_hash()
+        return self._provenance
+
+    def _with(self, forwards: list[Forward]) -> Capture:
+        return Capture(forwards, self.model_sites, self._provenance, self._weights_hash, self.settings)
+
+    @property
+    def calls(self) -> tuple[Capture, ...]:
+        """One capture per forward, in order."""
+        return tuple(self._with([forward]) for forward in self._forwards)
+
+    @property
+    def sites(self) -> Sites:
+        """The sites that fired."""
+        fired = {name: capture.site for f in self._forwards for name, capture in f.sites.items()}
+        order = {site.name: i for i, site in enumerate(self.model_sites)}
+        return Sites(sorted(fired.values(), key=lambda s: (order.get(s.name.partition("#")[0], len(order)), s.layer)))
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """Names of the model's sites that never fired in this capture."""
+        fired = {name.partition("#")[0] for f in self._forwards for name in f.sites}
+        return tuple(site.name for site in self.model_sites if site.name not in fired)
+
+    @property
+    def ledger(self) -> dict[str, int]:
+        """How often each site of the model was called: 0 for those that never fired.
+
+        >>> import torch, workbench
+        >>> model = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
+        >>> with workbench.attach(model) as wb, wb.capture() as cap:
+        ...     for _ in range(3):
+        ...         _ = model(torch.randn(1, 5, 16))
+        >>> cap.ledger
+        {'self_attn': 3}
+        """
+        counts = {site.name: 0 for site in self.model_sites}
+        for forward in self._forwards:
+            for name in forward.sites:
+                counts[name.partition("#")[0]] += 1
+        return counts
+
+    def _only(self) -> Forward:
+        if len(self._forwards) != 1:
+            raise CaptureError(
+                f"the capture holds {len(self._forwards)} forwards",
+                hint="choose one with cap.calls[i], or join them with cap.pool()",
+            )
+        return self._forwards[0]
+
+    def __getitem__(self, name: str | int | Site) -> SiteCapture:
+        forward = self._only()
+        if isinstance(name, Site):
+            name = name.name
+        return forward.sites[self.sites[name].name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sites
+
+    def __iter__(self) -> Iterator[SiteCapture]:
+        forward = self._only()
+        return iter([forward.sites[site.name] for site in self.sites])
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def forwards(self) -> tuple[Forward, ...]:
+        """The forwards with what is known of each besides its sites: tokens, thread, time."""
+        return tuple(self._forwards)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the tensors that some site holds."""
+        return tuple(dict.fromkeys(name for f in self._forwards for c in f.sites.values() for name in c.statistics))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all forwards."""
+        return sum(c.nbytes for f in self._forwards for c in f.sites.values())
+
+    def query_tokens(self, name: str) -> list[list[str]] | None:
+        """Text of the queries of a site, per batch entry; None when they are not known tokens."""
+        return self._tokens(name, "query")
+
+    def key_tokens(self, name: str) -> list[list[str]] | None:
+        """Text of the keys of a site, per batch entry; None when they are not known tokens."""
+        return self._tokens(name, "key")
+
+    def _tokens(self, name: str, axis: str) -> list[list[str]] | None:
+        capture = self[name]
+        forward = self._only()
+        tokens = forward.tokens.get(forward.stream(capture.site, axis))
+        length = capture.shape[2 if axis == "query" else 3]
+        return tokens if tokens is not None and all(len(row) == length for row in tokens) else None
+
+    def stack(self, statistic: str, kind: str | None = None) -> Tensor:
+        """One statistic of all sites (of a kind) as [site, batch, head, ...].
+
+        Raises:
+            CaptureError: the sites' shapes differ (the message says which), or none has the statistic.
+        """
+        chosen = [c for c in self if kind in (None, c.site.kind)]
+        if not chosen:
+            raise CaptureError(f'no site of kind "{kind}" fired', hint=nearest(str(kind), [c.site.kind for c in self]))
+        tensors = [getattr(c, statistic) for c in chosen]
+        shapes: dict[tuple[int, ...], list[str]] = {}
+        for c, tensor in zip(chosen, tensors, strict=True):
+            shapes.setdefault(tuple(tensor.shape), []).append(c.site.name)
+        if len(shapes) > 1:
+            listed = "; ".join(f"{list(shape)} at {', '.join(names[:3])}" for shape, names in shapes.items())
+            raise CaptureError(
+                f'"{statistic}" has different shapes: {listed}', hint='choose sites of one shape, e.g. kind="self"'
+            )
+        return torch.stack(tensors)
+
+    def table(self, statistic: str, per: str = "head") -> pd.DataFrame:
+        """A tidy frame of one statistic.
+
+        Args:
+            statistic: a captured per-query or per-key statistic.
+            per: "head" averages over positions (rows that see no key are left out); "position" keeps them.
+
+        Returns:
+            Columns call, site, layer, kind, batch, head, (position,) and the statistic.
+        """
+        import pandas as pd
+
+        if per not in ("head", "position"):
+            raise CaptureError(f'per is "head" or "position", not {per!r}')
+        frames = []
+        for forward in self._forwards:
+            for c in forward.sites.values():
+                if statistic not in c.statistics and STATISTICS.get(statistic) and STATISTICS[statistic].positional:
+                    continue  # cross-attention has none
+                values = getattr(c, statistic).double()
+                if values.dim() == 2 and per == "head":
+                    values = values[..., None]
+                if values.dim() != 3:
+                    raise CaptureError(f'"{statistic}" has no tidy table', shape=values.shape, hint="use the tensor")
+                values = values.nanmean(-1, keepdim=True) if per == "head" else values
+                b, h, n = (
+                    x.flatten().tolist() for x in torch.meshgrid(*map(torch.arange, values.shape), indexing="ij")
+                )
+                where = {"site": c.site.name, "layer": c.site.layer, "kind": c.site.kind}
+                measured = {"batch": b, "head": h, "position": n, statistic: values.flatten().tolist()}
+                frame = pd.DataFrame({"call": forward.index, **where, **measured})
+                frames.append(frame.drop(columns="position") if per == "head" else frame)
+        if not frames:
+            raise CaptureError(f'no site has "{statistic}"', hint=f"captured: {', '.join(self.statistics)}")
+        return pd.concat(frames, ignore_index=True)
+
+    def pool(self) -> Capture:
+        """All forwards as one, their batches joined; patterns are not joined.
+
+        Raises:
+            CaptureError: the forwards differ in sites or in a site's [head, query, key].
+        """
+        first = self._forwards[0]
+        joined = Forward(0)
+        for name, capture in first.sites.items():
+            parts = [f.sites.get(name) for f in self._forwards]
+            if any(p is None or p.shape[1:] != capture.shape[1:] for p in parts):
+                shapes = ["none" if p is None else str(list(p.shape)) for p in parts]
+                raise CaptureError(
+                    f"the forwards differ: {', '.join(shapes)}", site=name, hint="compare cap.calls one by one"
+                )
+            same = [p for p in parts if p is not None]
+            kept: dict[str, Any] = {field: _joined([getattr(p, field) for p in same]) for field in _PER_EXAMPLE}
+            joined.sites[name] = replace(
+                capture,
+                shape=(sum(p.shape[0] for p in same), *capture.shape[1:]),
+                statistics={
+                    s: torch.cat([p.statistics[s] for p in same])
+                    for s in capture.statistics
+                    if all(s in p.statistics for p in same)
+                },
+                **kept,
+                lazy=None,
+                held=[],
+                times=None,
+            )
+        for stream in first.ids:
+            rows = [f.ids.get(stream) for f in self._forwards]
+            if all(r is not None and r.shape[1] == first.ids[stream].shape[1] for r in rows):
+                joined.ids[stream] = torch.cat([r for r in rows if r is not None])
+                joined.tokens[stream] = [row for f in self._forwards for row in f.tokens.get(stream, [])]
+        return self._with([joined])
+
+    def joined(self) -> Capture:
+        """The capture of a generation as if each sequence had run in one forward: prompt and answer, without a cache.
+
+        A forward whose keys are more than its queries goes on with the sequence of the forward before it in the same
+        thread; any other begins one. The encoder of an encoder-decoder joins the decoding that follows. The result has
+        one forward per call of `generate()`, with rows at absolute positions, the statistics of this capture streamed
+        anew, and patterns of their own.
+
+        In `cap.calls[i]`, a single step, keys are counted from the oldest that the cache holds: with a cache that
+        forgets (a sliding window) only `joined()` knows their positions in the sequence. Without a cache
+        (`use_cache=False`) each step is a whole forward, and stays one.
+
+        Raises:
+            CaptureError: patterns were not kept (queries_keys=False) or are no softmax, a sequence began before the
+                capture, or the cache was changed between steps, as beam search and assisted generation do.
+        """
+        if self.settings is None:
+            raise CaptureError("the capture does not tell which statistics to stream", hint="capture again")
+        return self._with(join(self._forwards, self.settings))
+
+    def to_cache(self, forward: int = 0, *, limit: int | None = DENSE_LIMIT) -> Cache:
+        """One forward under TransformerLens' names: `cache["blocks.3.attn.hook_pattern"]`, `cache["pattern", 3]`.
+
+        Args:
+            forward: which forward.
+            limit: most bytes that a dense pattern or a result may take, 1 GiB by default; None for no limit.
+
+        Raises:
+            CaptureError: there is no such forward.
+        """
+        if not -len(self._forwards) <= forward < len(self._forwards):
+            raise CaptureError(f"the capture holds {len(self._forwards)} forwards, no forward {forward}")
+        rotary = bool(self._provenance.get("rotary", False))
+        return Cache(self._forwards[forward], self.model_sites, rotary=rotary, limit=limit)
+
+    def save(self, path: str | Path, *, pattern: bool = False, result: bool = False) -> Path:
+        """Write a safetensors file.
+
+        Args:
+            pattern: add what is needed to rebuild every pattern. result: add every head's result, which needs z=True.
+        """
+        tensors: dict[str, Tensor] = {}
+        forwards = []
+        for forward in self._forwards:
+            entries = []
+            for name, site in forward.sites.items():
+                entry, parts = pack(site, pattern=pattern, result=result)
+                entries.append(entry)
+                tensors |= {f"{forward.index}/{name}/{key}": tensor for key, tensor in parts.items()}
+            tensors |= {f"{forward.index}//{stream}": ids for stream, ids in forward.ids.items()}
+            where: dict[str, Any] = {"index": forward.index, "thread": forward.thread}
+            if forward.span is not None:
+                where["span"] = list(forward.span)
+            forwards.append(where | {"sites": entries, "tokens": forward.tokens})
+        model_sites = [asdict(site) for site in self.model_sites]
+        header = {"provenance": self.provenance, "model_sites": model_sites, "forwards": forwards}
+        if self.settings is not None:
+            header["settings"], asked = self.settings.parts()
+            tensors |= {f"settings/{name}": tensor for name, tensor in asked.items()}
+        return files.write(path, _FORMAT, header, tensors)
+
+    def show(self) -> None:
+        """Display what was captured in a notebook: the heads, and what they look at."""
+        import workbench
+
+        for view in workbench.views.overview(self):
+            view.show()
+
+    def __repr__(self) -> str:
+        lengths = {c.shape for f in self._forwards for c in f.sites.values()}
+        shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")
+        return (
+            f"Capture({self._provenance.get('model_name', 'model')}: {len(self._forwards)} forward(s), "
+            f"{len(self.sites)} sites, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Parts of a batch as one; None unless all are there."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
+
+
+def load_capture(path: str | Path) -> Capture:
+    """Read a capture that `Capture.save` wrote.
+
+    Raises:
+        FormatError: not such a file, truncated, or changed after it was written.
+    """
+    header, tensors = files.read(path, _FORMAT)
+    named: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, _, name = key.rpartition("/")
+        named.setdefault(owner, {})[name] = tensor
+    forwards = []
+    for entry in header["forwards"]:
+        index = entry["index"]
+        sites = [unpack(site, named.get(f"{index}/{site['site']['name']}", {})) for site in entry["sites"]]
+        ids = named.get(f"{index}/", {})
+        by_name = {site.site.name: site for site in sites}
+        forwards.append(Forward(index, by_name, ids, entry["tokens"], entry.get("thread", 0)))
+        if "span" in entry:
+            forwards[-1].span = (entry["span"][0], entry["span"][1])
+    settings = None
+    if "settings" in header:
+        settings = Settings.rebuild(header["settings"], named.get("settings", {}))
+    model_sites = Sites(Site(**site) for site in header["model_sites"])
+    return Capture(forwards, model_sites, header["provenance"], settings=settings)

@@ -1,0 +1,255 @@
+"""One site in one forward, and one forward: the parts of a capture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.capture.timing import CallTimes
+from workbench.errors import CaptureError, nearest
+from workbench.hooks.projections import Projection
+from workbench.hooks.sites import Site
+from workbench.kernels.families import rebuild
+from workbench.kernels.gradients import GRADIENT_SUMS
+from workbench.kernels.patterns import DENSE_LIMIT, DensePattern, Pattern
+from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
+
+_PATTERN = "pattern."  # starts the names of tensors that rebuild a pattern
+_KEPT = {"_z": "z", "_z_gradient": "z_gradient", "_result": "stored_result", "_weights": "weights"}  # in files: fields
+_GRADIENT_HINT = "capture with gradients=True and call loss.backward() inside the `with`"
+
+
+@dataclass(frozen=True, repr=False)
+class SiteCapture:
+    """One site in one forward. Statistics are attributes: `capture.entropy` is [batch, head, query].
+
+    Attributes:
+        site: the site, with the sizes that were seen.
+        shape: (batch, head, query, key).
+        statistics: name -> tensor; shapes in `workbench.kernels.statistics.STATISTICS`.
+        kernel: the kernel that the model ran.
+        z: [batch, query, head, d_head] output per head, if asked for.
+        z_gradient: ∂L/∂z, like z, if asked for; sums of A∘∂L/∂A are among the statistics, under the names of
+            `workbench.kernels.gradients.GRADIENT_SUMS`. Several backward passes add up, as in `.grad`.
+        projection: where z goes; None if it was not found or not looked for.
+        stored_result: [batch, query, head, d_model], from a file that holds it.
+        signed: whether weights may be negative. normalised: whether rows sum to one. Where one of them says that the
+            rows are no distributions, statistics are those of |A| normalised per row.
+        times: when the call was seen; None for what several calls were joined to, and from older files.
+    """
+
+    site: Site
+    shape: tuple[int, int, int, int]
+    statistics: dict[str, Tensor]
+    kernel: str
+    z: Tensor | None = None
+    z_gradient: Tensor | None = None
+    projection: Projection | None = None
+    stored_result: Tensor | None = None
+    weights: Tensor | None = None
+    lazy: Pattern | None = None
+    held: list[tuple[Tensor, int]] = field(default_factory=list)
+    signed: bool = False
+    normalised: bool = True
+    times: CallTimes | None = None
+
+    @property
+    def marks(self) -> str:
+        """What the weights are: "normalised", "signed" or "unnormalised"."""
+        return "signed" if self.signed else "normalised" if self.normalised else "unnormalised"
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern: `.rows(...)`, `.dense(heads=...)`, `.statistics(...)`; parts are computed when asked for.
+
+        Raises:
+            CaptureError: queries and keys were not kept, or the model has overwritten its mask since.
+        """
+        if self.lazy is not None:
+            if any(tensor._version != seen for tensor, seen in self.held):
+                raise CaptureError(
+                    "the model has overwritten a tensor that the pattern needs",
+                    site=self.site.name,
+                    hint="use the pattern before the next forward, or capture with pattern=True",
+                )
+            return self.lazy
+        if self.weights is not None:
+            return DensePattern(self.weights)
+        raise CaptureError(
+            "the pattern was not kept",
+            site=self.site.name,
+            hint="capture with queries_keys=True; save with pattern=True to keep it in a file",
+        )
+
+    @property
+    def has_result(self) -> bool:
+        """Whether `result` has what it needs."""
+        return self.stored_result is not None or (self.z is not None and self.projection is not None)
+
+    def result(self, heads: int | Sequence[int] | None = None, limit: int | None = DENSE_LIMIT) -> Tensor:
+        """z times each head's slice of W_O, [batch, query, head, d_model]: what it writes to the residual stream.
+
+        The sum over heads, plus the projection's bias, is the projection's output; a norm may follow in some models.
+
+        Args:
+            heads: which heads; all if None.
+            limit: most bytes it may take, 1 GiB by default; None for no limit.
+
+        Raises:
+            CaptureError: z was not kept, no projection is known or its weight has changed, or the limit is exceeded.
+        """
+        which = list(range(self.shape[1])) if heads is None else [heads] if isinstance(heads, int) else list(heads)
+        bad = [h for h in which if not -self.shape[1] <= h < self.shape[1]]
+        if bad:
+            raise CaptureError(f"there are {self.shape[1]} heads, no head {bad[0]}", site=self.site.name)
+        if self.stored_result is not None:
+            return self.stored_result[:, :, which]
+        z, slices = self._z_and_projection()
+        z = z[:, :, which]
+        z = z if z.dtype == torch.float64 else z.float()
+        size = z.shape[:3].numel() * slices.shape[-1] * z.element_size()
+        if limit is not None and size > limit:
+            raise CaptureError(
+                f"the result would take {size:,} bytes, the limit is {limit:,}",
+                site=self.site.name,
+                hint="ask for fewer heads, or pass a larger limit=",
+            )
+        return torch.einsum("bqhw,hwd->bqhd", z, slices[which].to(z))
+
+    def _z_and_projection(self) -> tuple[Tensor, Tensor]:
+        """z and [head, width, d_model], or the error that says which is missing."""
+        name = self.site.name
+        if self.z is None:
+            raise CaptureError("a result needs each head's output", site=name, hint="capture with z=True")
+        if self.projection is None:
+            raise CaptureError(
+                "the output projection of the site is not known",
+                site=name,
+                hint="no linear module was called with the heads' outputs as they are (a gate or a norm may lie "
+                "between), or the capture came from a file: save it with result=True",
+            )
+        try:
+            return self.z, self.projection.slices(*self.z.shape[2:])
+        except CaptureError as error:
+            raise CaptureError(error.message, site=name, shape=error.shape, hint=error.hint) from None
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__") or name in type(self).__dataclass_fields__:
+            raise AttributeError(name)
+        if name in self.statistics:
+            return self.statistics[name]
+        if name in GRADIENT_SUMS:
+            raise _NoAttribute(f'"{name}" was not captured', site=self.site.name, hint=_GRADIENT_HINT)
+        base = name.removeprefix(VALUE_WEIGHTED)
+        outputs = {out: s for s in STATISTICS for out in output_names(s)}
+        if base not in STATISTICS and base not in outputs:
+            # An AttributeError too, so that hasattr and completion work on names that are no statistics.
+            raise _NoAttribute(
+                f'a site capture has no "{name}"',
+                site=self.site.name,
+                hint=nearest(base, [*STATISTICS, *GRADIENT_SUMS]),
+            )
+        if STATISTICS[outputs.get(base, base)].positional and self.site.kind == "cross":
+            raise _NoAttribute(
+                f'"{name}" compares positions, which cross-attention does not share', site=self.site.name
+            )
+        raise _NoAttribute(
+            f'"{name}" was not captured', site=self.site.name, hint=f'capture with statistics=["{name}"]'
+        )
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self.statistics})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held; tensors that are shared with other sites count here too."""
+        pattern = 0 if self.lazy is None else self.lazy.nbytes
+        kept = (*self.statistics.values(), self.z, self.z_gradient, self.stored_result, self.weights)
+        return pattern + sum(t.nbytes for t in kept if t is not None)
+
+    def __repr__(self) -> str:
+        b, h, q, k = self.shape
+        names = ", ".join(self.statistics) or "no statistics"
+        marks = "" if self.marks == "normalised" else f", {self.marks}"
+        return f"SiteCapture({self.site.name}: batch {b}, heads {h}, queries {q}, keys {k}{marks}; {names})"
+
+
+class _NoAttribute(CaptureError, AttributeError):
+    """A statistic that a site capture does not have."""
+
+
+@dataclass
+class Forward:
+    """One forward of the model: its site captures by name, and the tokens that went in.
+
+    Attributes:
+        ids, tokens: by stream ("input", "decoder"): ids [batch, position], and their text.
+        thread: number of the thread it ran in, in the order in which threads came.
+        span: when it began and ended, our statistics included, in seconds of the host's clock since the capture began.
+    """
+
+    index: int
+    sites: dict[str, SiteCapture] = field(default_factory=dict)
+    ids: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, list[list[str]]] = field(default_factory=dict)
+    thread: int = 0
+    span: tuple[float, float] | None = None
+
+    def stream(self, site: Site, axis: str) -> str:
+        """Which token stream the queries or keys of a site are."""
+        if "decoder" not in self.ids:
+            return "input"
+        in_encoder = "encoder" in site.name.split(".") and site.kind != "cross"
+        return "input" if in_encoder or (site.kind == "cross" and axis == "key") else "decoder"
+
+    def ids_of(self, site: Site, axis: str) -> Tensor | None:
+        """[batch, position] ids of the queries or keys of a site; None when they are not tokens."""
+        return self.ids.get(self.stream(site, axis))
+
+
+def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A site capture as JSON facts and named tensors.
+
+    Args:
+        pattern: also what is needed to rebuild its pattern. result: also each head's result.
+    """
+    entry: dict[str, Any] = {"site": asdict(capture.site), "shape": list(capture.shape), "kernel": capture.kernel,
+                             "signed": capture.signed, "normalised": capture.normalised}  # fmt: skip
+    if capture.times is not None:
+        entry["times"] = capture.times.to_json()
+    parts = dict(capture.statistics)
+    if result and capture.stored_result is None:
+        capture = replace(capture, stored_result=capture.result())
+    kept = {key: getattr(capture, name) for key, name in _KEPT.items()}
+    parts |= {key: tensor for key, tensor in kept.items() if tensor is not None}
+    if pattern:
+        lazy = capture.pattern
+        facts, tensors = lazy.parts()
+        entry["pattern"] = {"family": type(lazy).__name__, **facts}
+        parts |= {_PATTERN + name: tensor for name, tensor in tensors.items()}
+    return entry, parts
+
+
+def unpack(entry: dict[str, Any], parts: dict[str, Tensor]) -> SiteCapture:
+    """The site capture that `pack` took apart; uses up `parts`."""
+    lazy = None
+    if "pattern" in entry:
+        facts = dict(entry["pattern"])
+        held = {name.removeprefix(_PATTERN): parts.pop(name) for name in list(parts) if name.startswith(_PATTERN)}
+        lazy = rebuild(facts.pop("family"), facts, held)
+    kept: dict[str, Any] = {name: parts.pop(key, None) for key, name in _KEPT.items()}
+    return SiteCapture(
+        site=Site(**entry["site"]),
+        shape=tuple(entry["shape"]),
+        kernel=entry["kernel"],
+        signed=entry["signed"],
+        normalised=entry["normalised"],
+        times=CallTimes.of(entry.get("times")),
+        **kept,
+        statistics=parts,
+        lazy=lazy,
+    )

@@ -1,0 +1,1 @@
+"""What one attaches: the workbench, its interventions, and what records while a model runs."""

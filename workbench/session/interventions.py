@@ -1,0 +1,240 @@
+"""Interventions on a running model: ablate heads, patch them, edit their patterns, steer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from workbench.capture.capture import Capture
+from workbench.errors import InterventionError, nearest
+from workbench.hooks.compiled import check_not_compiled
+from workbench.hooks.edits import (
+    Ablation,
+    Edit,
+    HeadFunction,
+    OutputEdit,
+    Patch,
+    PatternEdit,
+    Source,
+    Steer,
+    SteerOutput,
+    zero,
+)
+from workbench.hooks.heads import each_head, find_block, find_heads, find_module, parse_heads
+from workbench.hooks.positions import Positions, Where
+from workbench.hooks.sites import Site, Sites
+from workbench.session.live import Live
+from workbench.session.reference import Reference
+
+How = Literal["zero", "mean", "mean_positional", "resample"]
+_HOWS = ("zero", "mean", "mean_positional", "resample")
+
+
+class Interventions:
+    """The interventions of a `Workbench`: context managers that change what the model computes, and leave no trace.
+
+    They apply to every forward inside the `with`, nested ones in the order they were entered; a capture sees the edited
+    heads whichever was entered first. Heads are given one or several at a time, as `(layer, head)`, `(site, head)`,
+    "L9H6", or all query heads of a kv group as "L2KV1" or `KVGroup(layer, group)`. Positions count along the queries of
+    each call: None, an int, a slice, ints, or a bool or integer tensor (see `workbench.hooks.positions`).
+
+    All raise InterventionError: bad input; a head that a site does not have; and at the end of the `with`, if no other
+    exception is on its way, a site that never fired. A site that is called several times in a forward is edited at
+    each of its calls.
+    """
+
+    model: nn.Module
+    sites: Sites
+    _live: Live
+
+    def _check_open(self) -> None:
+        raise NotImplementedError
+
+    def _editing(self, edit: Edit | OutputEdit) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def _check_ready(self) -> None:
+        self._check_open()
+        check_not_compiled(self.model)
+
+    @contextmanager
+    def ablate(
+        self,
+        heads: Any,
+        how: How = "zero",
+        *,
+        reference: Mapping[str, Any] | Iterable[Mapping[str, Any]] | Capture | None = None,
+        positions: Where = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[None]:
+        """Replace the output z of heads by what does not depend on the input.
+
+        Args:
+            heads: which heads.
+            how: "zero"; "mean" of z over the reference's examples and positions; "mean_positional", over its examples
+                for each position; "resample", z of one reference example for each example of the input.
+            reference: what the means and examples come from: a dict of model inputs, several (each is run once, without
+                gradients, interventions or capture), or a Capture with z=True. Positions that an `attention_mask` (for
+                a decoder, `decoder_attention_mask`) of a dict, or the masks of a capture's self-attention, mark as
+                padding do not count in means. Examples may be longer than the input: their first positions are taken.
+            positions: where z is replaced.
+            generator: for "resample", chooses the examples at random; without it they are taken in turn. The choice
+                is made once: example i of every forward in the `with` gets the same one, in all heads.
+
+        >>> import workbench
+        >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
+        >>> x = torch.randn(2, 5, 16)
+        >>> with workbench.attach(model) as wb, wb.ablate({(0, 1), "L0H3"}, "mean", reference={"src": x}):
+        ...     y = model(x)
+        """
+        self._check_ready()
+        if how not in _HOWS:
+            raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), _HOWS))
+        chosen = self._heads(heads, positions)
+        source: Source = zero
+        if how != "zero":
+            if reference is None:
+                raise InterventionError(
+                    f'how="{how}" needs a reference',
+                    hint="reference= is a dict of model inputs, several, or a Capture with z=True",
+                )
+            found = Reference(chosen, how, generator)
+            if isinstance(reference, Capture):
+                found.read(reference)
+            else:
+                found.run(self._live, reference)
+            source = getattr(found, how)
+        with self._editing(Ablation(chosen, source, Positions(positions))):
+            yield
+
+    @contextmanager
+    def patch(
+        self, heads: Mapping[Any, Float[Tensor, "... d_head"] | HeadFunction], positions: Where = None
+    ) -> Iterator[None]:
+        """Replace the output z of heads by a tensor, or by what a function makes of it.
+
+        Args:
+            heads: for each head a tensor z [batch, position, d_head] of the model's dtype and device, or a function
+                `f(z, site, head)` that takes and gives such a tensor. A tensor may be [d_head] or [position, d_head],
+                and its batch and position may be 1; they stand for all. The position axis is that of the whole input,
+                also where `positions` chooses some of it.
+            positions: where z is replaced.
+
+        >>> import workbench
+        >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
+        >>> clean, corrupted = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+        >>> with workbench.attach(model) as wb:
+        ...     with wb.capture(z=True) as cap:
+        ...         _ = model(clean)
+        ...     with wb.patch({(0, 1): cap[0].z[:, :, 1]}, positions=-1):
+        ...         y = model(corrupted)
+        """
+        self._check_ready()
+        if not isinstance(heads, Mapping):
+            raise InterventionError(
+                f"patch takes a dict, not {type(heads).__name__}", hint="{(layer, head): tensor or function}"
+            )
+        given: dict[Site, dict[int, Tensor | HeadFunction]] = {}
+        for one in each_head(heads):
+            what = heads[one]
+            if not isinstance(what, Tensor) and not callable(what):
+                raise InterventionError(
+                    f"the patch of {one!r} is {type(what).__name__}, expected a tensor or a function f(z, site, head)"
+                )
+            for site, head in find_heads(self.sites, one):
+                if head in given.setdefault(site, {}):
+                    raise InterventionError(f"head {head} has two patches", site=site.name)
+                given[site][head] = what
+        _check_positions(given, positions)
+        with self._editing(Patch(given, Positions(positions))):
+            yield
+
+    @contextmanager
+    def edit_pattern(self, heads: Any, edit: HeadFunction, queries: Where = None) -> Iterator[None]:
+        """Let heads read their values through other rows of their pattern.
+
+        Only the chosen rows of the chosen heads are computed anew, as rows' · V; all else is what the fast kernel gave,
+        to the bit. Gradients flow to V through the new rows, and to queries and keys (and biases) through the rows that
+        `edit` is given: those of every softmax, and those that a model wrote out. Rows of the other kernels of
+        `workbench.kernels` are constants to it. In training the new rows are dropped out as the kernel drops its own.
+        A capture sees the heads' new output, while its pattern stays the one that queries and keys make.
+
+        Args:
+            heads: which heads.
+            edit: `edit(rows, site, head)` takes rows [batch, query, key] of one head, in float64 for float64 queries
+                and else in float32, and gives rows of the same shape and dtype; they need not sum to one. Of nested
+                edits the inner one is given the rows that the outer one made.
+            queries: the rows to edit; as many for each example.
+
+        >>> import workbench
+        >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
+        >>> with workbench.attach(model) as wb, wb.edit_pattern("L0H1", lambda rows, site, head: rows.roll(1, -1)):
+        ...     y = model(torch.randn(2, 5, 16))
+        """
+        self._check_ready()
+        if not callable(edit):
+            raise InterventionError(f"edit is {type(edit).__name__}, expected a function edit(rows, site, head)")
+        chosen = self._heads(heads, queries)
+        with self._editing(PatternEdit(chosen, edit, Positions(queries))):
+            yield
+
+    @contextmanager
+    def steer(
+        self, where: Any, direction: Float[Tensor, " width"], scale: float = 1.0, positions: Where = None
+    ) -> Iterator[None]:
+        """Add a direction to the output of heads, of a module, or to the residual stream.
+
+        Args:
+            where: one or several heads; or the path, site or alias of a module, of whose output (if it is a tuple, its
+                first tensor) [batch, position, d_model] is steered; or `("resid", 3)`, the output of block 3.
+            direction: [d_head] for heads, [d_model] for modules, in the model's dtype and on its device. Gradients flow
+                to it.
+            scale: factor on the direction.
+            positions: where it is added.
+
+        >>> import workbench
+        >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
+        >>> with workbench.attach(model) as wb, wb.steer("self_attn", torch.ones(16), scale=2.0, positions=-1):
+        ...     y = model(torch.randn(2, 5, 16))
+        """
+        self._check_ready()
+        if not isinstance(direction, Tensor) or direction.dim() != 1 or not direction.is_floating_point():
+            got = list(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
+            raise InterventionError(f"the direction is {got}, expected a floating-point tensor [width]")
+        if not bool(direction.detach().isfinite().all()) or not math.isfinite(scale):
+            raise InterventionError(f"the direction or its scale {scale} is not finite")
+        moved, at = direction * scale, Positions(positions)
+        edit: Edit | OutputEdit
+        if isinstance(where, tuple) and len(where) == 2 and where[0] == "resid":
+            edit = SteerOutput(find_block(self.model, self.sites, where[1]), moved, at)
+        elif isinstance(where, Site) or (isinstance(where, str) and self._is_module(where)):
+            edit = SteerOutput(find_module(self.model, self.sites, where), moved, at)
+        else:
+            edit = Steer(self._heads(where, positions), moved, at)
+        with self._editing(edit):
+            yield
+
+    def _is_module(self, where: str) -> bool:
+        """Whether a string names a module rather than a head; what names neither is reported as a module."""
+        try:
+            parse_heads(self.sites, where)
+        except InterventionError:
+            return not where.startswith("L") or where in dict(self.model.named_modules())
+        return False
+
+    def _heads(self, heads: Any, positions: Where) -> dict[Site, list[int]]:
+        found = {self.sites.find(name): chosen for name, chosen in parse_heads(self.sites, heads).items()}
+        _check_positions(found, positions)
+        return found
+
+
+def _check_positions(sites: Iterable[Site], positions: Where) -> None:
+    for site in sites:
+        if positions is not None and site.kind == "channel":
+            raise InterventionError("a channel site mixes channels, it has no token positions", site=site.name)

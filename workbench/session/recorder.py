@@ -1,0 +1,268 @@
+"""Turns attention calls into site captures while a model runs, within a byte limit."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.capture.settings import Settings
+from workbench.capture.site_capture import Forward, SiteCapture
+from workbench.capture.timing import CallTimes
+from workbench.errors import CaptureError
+from workbench.hooks.projections import ProjectionFinder
+from workbench.hooks.sites import Site, Sites, add_site, site_name, with_sizes
+from workbench.hooks.tap import AttentionCall
+from workbench.hooks.truth import check_last_row
+from workbench.inputs import check_inputs, token_ids
+from workbench.kernels import streaming
+from workbench.kernels.checks import check_finite
+from workbench.kernels.patterns import Pattern
+from workbench.kernels.statistics import Options
+from workbench.session.gradient_watch import Deliver, GradientWatch
+from workbench.session.past import Past
+
+_LARGE = 1 << 16  # bytes from which a kept tensor gets memory of its own
+SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
+
+
+def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
+    """Names of the wanted sites: a name, TransformerLens name, index, Site, test, or several; None for all."""
+    if wanted is None:
+        return None
+    if callable(wanted):
+        names = frozenset(site.name for site in sites if wanted(site))
+    else:
+        several = [wanted] if isinstance(wanted, (str, int, Site)) else list(wanted)
+        names = frozenset(one.name if isinstance(one, Site) else sites[one].name for one in several)
+    if not names:
+        raise CaptureError("no site was chosen", hint=f"the model has {len(sites)} sites; sites=None takes all")
+    return names
+
+
+@dataclass
+class Recorder:
+    """Collects the forwards of one capture; its methods are the observer's callbacks.
+
+    `engines` names what streamed the statistics: "torch", "native" (C++), "triton".
+    """
+
+    model: nn.Module
+    sites: Sites
+    settings: Settings
+    decode: Callable[[Tensor], list[list[str]]] | None = None
+    forwards: list[Forward] = field(default_factory=list)
+    nbytes: int = 0
+    engines: set[str] = field(default_factory=set)
+    gradients: GradientWatch = field(default_factory=GradientWatch)
+    projections: ProjectionFinder = field(default_factory=ProjectionFinder)
+    _running: dict[int, Forward] = field(default_factory=dict)
+    _threads: dict[int, int] = field(default_factory=dict)
+    _past: Past = field(default_factory=Past)
+    _checked: set[str] = field(default_factory=set)
+    _entered: dict[int, dict[str, float]] = field(default_factory=dict)
+    _began: float = field(default_factory=time.perf_counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def _now(self) -> float:
+        """Seconds of the host's clock since the capture began."""
+        return time.perf_counter() - self._began
+
+    def on_start(self, name: str) -> None:
+        """A forward begins in this thread."""
+        with self._lock:
+            thread = threading.get_ident()
+            number = self._threads.setdefault(thread, len(self._threads))
+            now = self._now()
+            forward = Forward(index=len(self.forwards), thread=number, span=(now, now))
+            self._entered[thread] = {}
+            self.forwards.append(forward)
+            self._running[thread] = forward
+
+    def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The model was called with these inputs."""
+        check_inputs(self.model, args, kwargs)
+        forward = self._running.get(threading.get_ident())
+        if forward is not None:
+            forward.ids = {name: ids.clone() for name, ids in token_ids(args, kwargs).items()}
+            if self.decode is not None:
+                forward.tokens = {name: self.decode(ids) for name, ids in forward.ids.items()}
+
+    def on_end(self) -> None:
+        """The forward of this thread is over."""
+        forward = self._running.pop(threading.get_ident(), None)
+        self.projections.end()
+        if forward is not None and forward.span is not None:
+            forward.span = (forward.span[0], self._now())
+        if forward is not None and self.settings.z:
+            for name, capture in forward.sites.items():
+                forward.sites[name] = replace(capture, projection=self.projections.of(name.partition("#")[0]))
+
+    def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module is about to run."""
+        self._entered.setdefault(threading.get_ident(), {})[site_name(name)] = self._now()
+        self.projections.saw_module(name, module, args)
+
+    def on_call(self, call: AttentionCall, edited: Tensor | None = None) -> None:
+        """Stream the statistics of one attention call and keep what was asked for.
+
+        Args:
+            edited: [batch, head, query, width] that an intervention has made of the heads' output.
+        """
+        forward = self._running.get(threading.get_ident())
+        if forward is None:  # the capture was opened while this thread was inside a forward
+            return
+        seen = self._now()
+        site = self._site(call, forward)
+        if self.settings.sites is not None and site.name.partition("#")[0] not in self.settings.sites:
+            return
+        device, grad_is_on = call.v.device.type, torch.is_grad_enabled()
+        # The user may run under inference_mode or autocast; the statistics must be ordinary tensors in full precision.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            capture = self._record(call, site, forward, edited, grad_is_on)
+            entered = self._entered.get(threading.get_ident(), {}).pop(call.site, None)
+            times = CallTimes(entered, seen, self._now() - seen, capture.nbytes)
+            forward.sites[site.name] = replace(capture, times=times)
+
+    def _site(self, call: AttentionCall, forward: Forward) -> Site:
+        with self._lock:
+            if all(site.name != call.site for site in self.sites):
+                self.sites = add_site(self.sites, call.site, call.module)
+            known = self.sites.find(call.site)
+            if (known.n_heads, known.n_kv_heads, known.d_head) != call.sizes:
+                self.sites = with_sizes(self.sites, call.site, *call.sizes)
+                known = self.sites.find(call.site)
+        repeats = sum(name.partition("#")[0] == call.site for name in forward.sites)
+        if not repeats:
+            return known
+        return Site(f"{known.name}#{repeats}", known.layer + repeats, known.kind, *call.sizes, known.tower)
+
+    def _record(
+        self, call: AttentionCall, site: Site, forward: Forward, edited: Tensor | None, grad_is_on: bool
+    ) -> SiteCapture:
+        settings, cross = self.settings, site.kind == "cross"
+        pattern = call.pattern(cross=cross)
+        self._check_limit(self._planned(call, pattern), site)
+        keeper = _Keeper()
+        if settings.queries_keys:
+            pattern = pattern.kept(keeper.keep)
+        names = settings.names_at(site)
+        try:
+            check_finite("v", call.v)
+            options = self._options(forward, site, pattern, names)
+            statistics = streaming.statistics(pattern, names, options)
+            if site.name not in self._checked:  # once per site: one row costs little, every row of every call does not
+                check_last_row(call, pattern)
+                self._checked.add(site.name)
+            self.engines |= streaming.engines(pattern, names, options)
+        except CaptureError as error:
+            raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
+        z = dense = None
+        if settings.z:
+            given = edited
+            if given is None:
+                given = call.z() if call.finish is None else pattern.apply(call.v)
+            z = _apart(given.detach().transpose(1, 2))
+            self.projections.saw_call(call.site, call.module, z)
+        if settings.gradients:
+            self.gradients.watch(call, edited, site, pattern, self._deliver(forward, site), grad_is_on=grad_is_on)
+        if settings.pattern:
+            dense = _apart(pattern.dense(limit=None))
+        pattern.values = keeper(pattern.values) if settings.values and pattern.values is not None else None
+        capture = SiteCapture(
+            site=site,
+            shape=pattern.shape,
+            statistics={name: _apart(value) for name, value in statistics.items()},
+            kernel=call.kernel,
+            z=z,
+            weights=dense,
+            lazy=pattern if settings.queries_keys else None,
+            held=keeper.held,
+            signed=pattern.signed,
+            normalised=pattern.normalised,
+        )
+        with self._lock:
+            self.nbytes += capture.nbytes + settings.gradient_bytes(pattern.shape, call.sizes[2], call.v.element_size())
+        return capture
+
+    def _planned(self, call: AttentionCall, pattern: Pattern) -> int:
+        """Bytes that a call will keep."""
+        sizes = (pattern.shape, pattern.n_kv_heads, call.sizes[2], call.v.element_size())
+        if not self.settings.queries_keys or (call.build is None and call.weights is None):
+            return self.settings.bytes_for(*sizes)
+        parts = pattern.parts()[1].items()  # what is kept of other patterns than softmax differs from one to the next
+        kept = sum(tensor.numel() * tensor.element_size() for name, tensor in parts if name != "values")
+        return replace(self.settings, queries_keys=False).bytes_for(*sizes) + kept
+
+    def _options(self, forward: Forward, site: Site, pattern: Pattern, names: Sequence[str]) -> Options:
+        ids, before = forward.ids_of(site, "query"), None
+        keys = getattr(pattern, "k", pattern.values)  # of weights that a model wrote out, only the values are known
+        if keys is not None and self.settings.tokens is None and any(name.endswith("induction") for name in names):
+            stream = forward.stream(site, "query")
+            ids, before = self._past.key_ids(forward, site.name, stream, pattern.n_queries, keys)
+        return self.settings.options(ids, before)
+
+    def _deliver(self, forward: Forward, site: Site) -> Deliver:
+        def deliver(z_gradient: Tensor, sums: dict[str, Tensor]) -> None:
+            capture = forward.sites[site.name]
+            statistics = capture.statistics | sums
+            forward.sites[site.name] = replace(capture, statistics=statistics, z_gradient=z_gradient)
+
+        return deliver
+
+    def _check_limit(self, planned: int, site: Site) -> None:
+        limit = self.settings.limit
+        if limit is not None and self.nbytes + planned > limit:
+            raise CaptureError(
+                f"the capture would keep {self.nbytes + planned:,} bytes or more, the limit is {limit:,}",
+                site=site.name,
+                hint="capture fewer sites, leave out pattern=True, z=True, values=True or gradients=True, pass "
+                "queries_keys=False, or raise limit=",
+            )
+
+
+class _Keeper:
+    """Decides how a tensor of the model is kept: as a copy, or by reference where that is safe and saves much."""
+
+    def __init__(self) -> None:
+        self.held: list[tuple[Tensor, int]] = []
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """Keep a part of a pattern; the values stay the model's own until it is clear whether they are wanted."""
+        if name == "values":
+            return tensor
+        return self.shared(tensor) if name == "mask" else self(tensor)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Keep a tensor that belongs to one call."""
+        part_of_more = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+        if tensor.device.type == "cpu" or part_of_more or tensor.is_inference():
+            # A slice would hold the whole packed projection or cache; an inference tensor cannot tell of changes.
+            return _apart(tensor)
+        return self.shared(tensor)
+
+    def shared(self, tensor: Tensor) -> Tensor:
+        """Keep a tensor that several calls may share, by reference, noting its version."""
+        if tensor.is_inference():
+            return tensor
+        self.held.append((tensor, tensor._version))
+        return tensor
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """A contiguous copy, outside the heap if it is large and on the CPU.
+
+    Kept tensors would lie scattered between the model's temporary ones, and the heap could not give back or use again
+    what is free between them: at 2048 tokens that took more memory than what was kept.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or size < _LARGE:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    own = torch.frombuffer(mmap.mmap(-1, size), dtype=tensor.dtype).view(tensor.shape)
+    return own.copy_(tensor)

@@ -1,0 +1,297 @@
+"""`attach` and what it gives: a `Workbench` on a model, which captures and verifies its attention."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.capture.capture import Capture
+from workbench.capture.settings import Settings
+from workbench.errors import AttachError, CaptureError
+from workbench.hooks.compiled import check_not_compiled
+from workbench.hooks.edits import Edit, OutputEdit
+from workbench.hooks.sites import Sites, find_sites
+from workbench.inputs import check_inputs, dropout_in_training, to_ids
+from workbench.kernels.patterns import DENSE_LIMIT
+from workbench.kernels.statistics import check_names
+from workbench.session.interventions import Interventions
+from workbench.session.live import Live
+from workbench.session.recorder import Recorder, SiteChoice, choose
+from workbench.session.verification import Verification, verify_model
+from workbench.storage.provenance import describe, weights_fingerprint, weights_hash, weights_version
+from workbench.tokens import piece
+
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Workbench]] = weakref.WeakKeyDictionary()
+
+
+def attach(model: nn.Module, tokenizer: Any = None, *, check: bool = True) -> Workbench:
+    """Attach to a model, so that its attention can be captured while it stays on its own kernel.
+
+    Args:
+        model: any `nn.Module` that calls scaled_dot_product_attention, a backend of Hugging Face's, PyTorch's attention
+            modules, or writes attention out as product, softmax, product.
+        tokenizer: a Hugging Face tokenizer, to take text and to label tokens; optional.
+        check: refuse a model in whose code no attention is found. Pass False for one that reaches its kernel in a way
+            that cannot be read from the code; its sites are then found when it runs.
+
+    Raises:
+        AttachError: no module, no attention in it, or attached already.
+
+    >>> wb = attach(nn.TransformerEncoderLayer(16, 4, batch_first=True).eval())
+    >>> with wb.capture() as cap:
+    ...     _ = wb.model(torch.randn(2, 5, 16))
+    >>> cap["self_attn"].entropy.shape
+    torch.Size([2, 4, 5])
+    >>> wb.detach()
+    """
+    if not isinstance(model, nn.Module):
+        inner = getattr(model, "model", None)
+        hint = "attach to its .model" if isinstance(inner, nn.Module) else "pass the nn.Module itself"
+        raise AttachError(f"cannot attach to a {type(model).__name__}", hint=hint)
+    other = _attached.get(model)
+    if other is not None and other() is not None:
+        raise AttachError(
+            f"{type(model).__name__} is attached already", hint="use that Workbench, or call its detach() first"
+        )
+    sites = find_sites(model)
+    if check and not sites:
+        raise AttachError(
+            f"no attention was found in {type(model).__name__}",
+            hint="nothing in the code of its modules calls an attention kernel or multiplies a softmax with values; "
+            "if it does so in a hidden way, attach with check=False",
+        )
+    return Workbench(model, tokenizer, sites)
+
+
+class Workbench(Interventions):
+    """A model under observation. Made by `attach`; a context manager that detaches at its end.
+
+    Attributes:
+        model, tokenizer: what was attached.
+        sites: where the model mixes tokens; prints as a table.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, sites: Sites) -> None:
+        self.model, self.tokenizer, self.sites = model, tokenizer, sites
+        self._open = True
+        self._live = Live(model)
+        self._warned = False
+        self._hash: tuple[Any, str] | None = None
+        _attached[model] = weakref.ref(self)
+
+    def detach(self) -> None:
+        """Let go of the model; nothing of ours is left on it. Calling it twice does no harm."""
+        self._open = False
+        _attached.pop(self.model, None)
+
+    def __enter__(self) -> Workbench:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise AttachError("this Workbench is detached", hint="call workbench.attach(model) again")
+
+    @contextmanager
+    def capture(
+        self,
+        statistics: Sequence[str] = ("entropy", "received"),
+        sites: SiteChoice = None,
+        *,
+        z: bool = False,
+        pattern: bool = False,
+        queries_keys: bool = True,
+        values: bool = False,
+        gradients: bool = False,
+        tokens: Any = None,
+        sink_keys: Sequence[int] | None = None,
+        n_top: int = 8,
+        block: int = 16,
+        limit: int | None = DENSE_LIMIT,
+    ) -> Iterator[Capture]:
+        """Capture the attention of every forward inside the `with`; the model's outputs stay the same to the bit.
+
+        Args:
+            statistics: names from `workbench.kernels.statistics.STATISTICS`, also as `value_weighted_<name>`.
+            sites: names, TransformerLens names, indices, Sites or a test on a Site; None for all.
+            z: keep each head's output [batch, query, head, d_head], from which `cap[site].result()` is had.
+            pattern: keep dense patterns [batch, head, query, key].
+            queries_keys: keep queries and keys, so that `cap[site].pattern` can give any part of the pattern later.
+            values: keep values too, for value-weighted statistics later.
+            gradients: keep ∂L/∂z as `z_gradient` [batch, query, head, d_head], and sums of A∘∂L/∂A (attention times
+                gradient) as `query_gradient`, `key_gradient`, `key_gradient_magnitude`, `head_gradient`; see
+                `workbench.kernels.gradients.GRADIENT_SUMS`. Call `loss.backward()` inside the `with`: they are there
+                after it, and a further backward adds to them. L is the tensor that backward was called on.
+            tokens: ids [batch, position] for `induction`; by default those the model is called with.
+            sink_keys: keys whose joint mass is `sink`; by default the first visible key of each row.
+            n_top: number of `top_keys`. block: edge of `pooled_*` blocks, in tokens.
+            limit: most bytes to keep, 1 GiB by default; None for no limit.
+
+        Yields:
+            The capture; it is filled as the model runs and complete at the end of the `with`.
+
+        Raises:
+            CaptureError: unknown statistic or site, limit exceeded, bad input, captures nested, nothing fired, or
+                gradients that were asked for did not arrive.
+        """
+        self._check_open()
+        check_not_compiled(self.model)
+        settings = Settings(
+            statistics=check_names(statistics),
+            sites=choose(self.sites, sites),
+            z=z,
+            pattern=pattern,
+            queries_keys=queries_keys,
+            values=values,
+            gradients=gradients,
+            tokens=None if tokens is None else to_ids(tokens),
+            sink_keys=None if sink_keys is None else tuple(sink_keys),
+            n_top=n_top,
+            block=block,
+            limit=limit,
+        )
+        self._warn_of_dropout()
+        recorder = Recorder(self.model, self.sites, settings, self._decode if self.tokenizer is not None else None)
+        before = weights_version(self.model)
+        provenance = describe(self.model, self.tokenizer) | {"statistics": list(settings.statistics)}
+        capture = Capture(recorder.forwards, self.sites, provenance, lambda: self._weights_hash(before), settings)
+        try:
+            with self._live.recording(recorder):
+                yield capture
+        finally:
+            self.sites = recorder.sites
+            capture.model_sites = self.sites
+            provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
+            recorder.gradients.close()
+        self._check_fired(capture, settings)
+        recorder.gradients.check(all_must_arrive=settings.sites is not None)
+
+    @contextmanager
+    def _editing(self, edit: Edit | OutputEdit) -> Iterator[None]:
+        """The edit applies to every forward inside the `with`."""
+        self._check_open()
+        with self._live.editing(edit):
+            yield
+
+    def _check_fired(self, capture: Capture, settings: Settings) -> None:
+        if not capture.calls:
+            raise CaptureError("the model did not run inside the capture", hint="call the model inside the `with`")
+        wanted = settings.sites or frozenset(site.name for site in self.sites)
+        silent = [name for name in capture.silent if name in wanted]
+        hint = "does the forward reach it? Seen are scaled_dot_product_attention, Hugging Face's backends, PyTorch's "
+        hint += "attention modules, and a softmax over the last axis whose result is multiplied with values"
+        if not capture.sites or (silent and settings.sites is not None):
+            names = ", ".join(silent[:5]) + (" …" if len(silent) > 5 else "")
+            raise CaptureError(f"no attention call was seen at {names or 'any site'}", hint=hint)
+        if silent:
+            warnings.warn(
+                f"{len(silent)} of {len(wanted)} sites did not fire: {', '.join(silent[:5])}", UserWarning, stacklevel=4
+            )
+
+    def _warn_of_dropout(self) -> None:
+        dropping = dropout_in_training(self.model)
+        if dropping and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the model is in train mode and drops out at {len(dropping)} modules ({', '.join(dropping[:3])} …); "
+                "patterns are those before dropout. Call model.eval() for the usual analysis.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def verify(self, *args: Any, **inputs: Any) -> Verification:
+        """Check that the taps tell the truth: run the model bare, observed, and with each site in turn switched off.
+
+        Every site must fire, the observed outputs must be the same to the bit, rows must sum to 1, A·V must equal what
+        the kernel gave, and switching off a site's heads must change the model's output.
+
+        Returns:
+            A report with `.ok`, `.table` and `.raise_if_failed()`.
+        """
+        self._check_open()
+        if self._live.recorder is not None:
+            raise CaptureError("this Workbench is capturing", hint="verify before or after the capture")
+        check_not_compiled(self.model)
+        check_inputs(self.model, args, inputs)
+        return verify_model(self.model, self.sites, args, inputs)
+
+    def estimate(
+        self,
+        batch: int,
+        queries: int,
+        keys: int | None = None,
+        statistics: Sequence[str] = ("entropy", "received"),
+        **keep: Any,
+    ) -> int:
+        """Bytes that one forward of this size would keep; `keep` is as in `capture` (z, pattern, queries_keys, values).
+
+        Raises:
+            CaptureError: sizes of a site are not known before the model has run once.
+        """
+        settings = Settings(statistics=check_names(statistics), **keep)
+        total = 0
+        for site in self.sites:
+            if site.n_heads is None or site.n_kv_heads is None or site.d_head is None:
+                raise CaptureError(
+                    "the sizes of a site are not known yet", site=site.name, hint="run one small capture"
+                )
+            shape = (batch, site.n_heads, queries, queries if keys is None else keys)
+            total += settings.bytes_for(shape, site.n_kv_heads, site.d_head, self._itemsize())
+        return total
+
+    def _itemsize(self) -> int:
+        return next((p.element_size() for p in self.model.parameters()), 4)
+
+    def tokenize(self, text: str | Sequence[str]) -> dict[str, Tensor]:
+        """Model inputs for a text or several, on the model's device.
+
+        Raises:
+            CaptureError: no tokenizer was attached, or a text is empty or too long for the model.
+        """
+        if self.tokenizer is None:
+            raise CaptureError("no tokenizer is attached", hint="attach(model, tokenizer), or pass ids yourself")
+        several = not isinstance(text, str)
+        encoded = dict(self.tokenizer(list(text) if several else [text], return_tensors="pt", padding=several))
+        first = next(self.model.parameters(), None)
+        device = torch.device("cpu") if first is None else first.device
+        inputs = {name: value.long().to(device) for name, value in encoded.items()}
+        check_inputs(self.model, (), inputs)
+        return inputs
+
+    def _decode(self, ids: Tensor) -> list[list[str]]:
+        known: dict[int, str] = {}
+        for i in ids.unique().tolist():
+            known[i] = piece(self.tokenizer, i)
+        return [[known[i] for i in row] for row in ids.tolist()]
+
+    def _weights_hash(self, before: int) -> str | None:
+        """Hash of the weights, computed when it is first read; None if they have changed since the capture began."""
+        return self.weights_hash() if weights_version(self.model) == before else None
+
+    def provenance(self) -> dict[str, Any]:
+        """What a result says of the model and of the software that ran it, with the weights' hash: plain values."""
+        return describe(self.model, self.tokenizer) | {"weights_sha256": self.weights_hash()}
+
+    def weights_hash(self) -> str:
+        """SHA-256 over the model's parameters and buffers, computed anew only where they have changed."""
+        now = weights_fingerprint(self.model)
+        if self._hash is None or self._hash[0] != now:
+            self._hash = (now, weights_hash(self.model))
+        return self._hash[1]
+
+    def __repr__(self) -> str:
+        state = "" if self._open else ", detached"
+        heads = sum(site.n_heads or 0 for site in self.sites)
+        return f"Workbench({type(self.model).__name__}: {len(self.sites)} sites, {heads} heads{state})"

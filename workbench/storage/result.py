@@ -1,0 +1,138 @@
+"""What an analysis returns: numbers that stay as they are, a table, where they come from, and a file form."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+
+from workbench.errors import FormatError, WorkbenchError
+from workbench.storage import files
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_TAGS = ("tuple", "tensor", "array", "items")
+
+
+class Result(ABC):
+    """Base of the analyses' results. A subclass is a frozen dataclass with a field `provenance`.
+
+    Fields may be numbers, text, None, tensors, NumPy arrays, and tuples, lists and dicts of these; `save` and `load`
+    keep them all, to the bit.
+
+    Attributes:
+        form: name of the file form, such as "workbench.head_importance".
+        provenance: JSON values: model, data, metric, seeds, versions.
+    """
+
+    form: ClassVar[str]
+    provenance: Any
+
+    @property
+    @abstractmethod
+    def table(self) -> pd.DataFrame:
+        """The numbers, tidy: one row per thing measured."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file.
+
+        Raises:
+            WorkbenchError: its folder does not exist, or a field cannot be kept.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        held = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        header = {"fields": {name: _take_apart(value, name, tensors) for name, value in held.items()}}
+        return files.write(path, self.form, header, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FormatError: not such a file, truncated, or changed after it was written.
+        """
+        header, tensors = files.read(path, cls.form)
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        held = {name: _put_together(value, tensors) for name, value in header["fields"].items()}
+        if set(held) != known:
+            odd = ", ".join(sorted(set(held) ^ known))
+            raise FormatError(f"{Path(path).name} does not fit this version: {odd}", hint="run the analysis again")
+        return cls(**held)
+
+    def view(self) -> Any:
+        """The main view of this result, whose picture `to_png` makes; `workbench.views.all_of` gives all of them."""
+        import workbench
+
+        return workbench.views.of(self)
+
+    def show(self) -> None:
+        """Display the views in a notebook, below each other."""
+        import workbench
+
+        for view in workbench.views.all_of(self):
+            view.show()
+
+    def to_html(self, path: str | Path | None = None) -> str | Path:
+        """The views as one self-contained page: its text, or its path when one is given."""
+        import workbench
+
+        html: str | Path = workbench.views.page_of(self, path)
+        return html
+
+    def to_png(self, path: str | Path | None = None) -> bytes | Path:
+        """The view as a picture: its bytes, or its path when one is given."""
+        png: bytes | Path = self.view().to_png(path)
+        return png
+
+    def _ipython_display_(self) -> None:
+        self.show()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        bundle: dict[str, Any] = self.view()._repr_mimebundle_(include, exclude)
+        return bundle
+
+
+def _take_apart(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """JSON for a field; its numbers in bulk go into `tensors`."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, np.ndarray):
+        tensors[name] = torch.from_numpy(np.ascontiguousarray(value))
+        return {"array": name}
+    if isinstance(value, (tuple, list)):
+        parts = [_take_apart(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
+        return {"tuple": parts} if isinstance(value, tuple) else parts
+    if isinstance(value, dict):
+        pairs = [
+            [_take_apart(key, f"{name}/{i}/key", tensors), _take_apart(item, f"{name}/{i}", tensors)]
+            for i, (key, item) in enumerate(value.items())
+        ]
+        return {"items": pairs}
+    if isinstance(value, np.generic):
+        return value.item()
+    raise WorkbenchError(f"{name} is a {type(value).__name__}, which a result cannot keep in a file")
+
+
+def _put_together(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_put_together(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    (tag, inner) = next(iter(value.items()))
+    if tag not in _TAGS:
+        raise FormatError(f"a field of the file has the unknown form {tag!r}")
+    if tag == "tensor":
+        return tensors[inner]
+    if tag == "array":
+        return tensors[inner].numpy()
+    if tag == "tuple":
+        return tuple(_put_together(item, tensors) for item in inner)
+    return {_put_together(key, tensors): _put_together(item, tensors) for key, item in inner}

@@ -1,0 +1,1 @@
+"""Many interventions over many inputs: one engine for importance, patching and circuits."""

@@ -1,0 +1,198 @@
+"""The part of a forward below an edited block: run once, kept, and put in place when the rest runs again.
+
+The model's own forward runs each time, only that modules which ended before the block began give what they gave before.
+Masks, positions and whatever else the model hands to its blocks are thus its own. Whether the result is the same is
+checked by whoever uses this; a block that does more than return its output shows there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from workbench.hooks.heads import block_of
+from workbench.hooks.sites import Sites
+from workbench.sweep.variants import repeat
+
+
+class Prefix:
+    """Keeps what blocks give in one forward, and hands it out in later ones.
+
+    Args:
+        model: the model. sites: its sites, from which the lists of blocks are found.
+
+    Attributes:
+        reason: why no forward can be resumed; "" if some can.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sites) -> None:
+        self.model = model
+        modules = dict(model.named_modules())
+        found = dict.fromkeys(block_of(model, sites, site.name) or _numbered(site.name) for site in sites)
+        lists = list(dict.fromkeys(name.rpartition(".")[0] for name in found if name))
+        self.blocks = [
+            f"{name}.{child}".lstrip(".")
+            for name in lists
+            for child, _ in modules[name].named_children()
+            if child.isdigit() or f"{name}.{child}".lstrip(".") in found
+        ]
+        self.units = list(dict.fromkeys([*self.blocks, *_towers(lists)]))
+        self.outputs: dict[str, Any] = {}
+        self.reason = "" if self.blocks else "no list of blocks was found in the model"
+        self._before: dict[str, list[str]] = {}
+        self._events: list[tuple[str, bool]] = []
+        self._batch = 1
+        self._recording = False
+        self._skipped: frozenset[str] = frozenset()
+        self._times = 1
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """The blocks' forwards go through here; at the end the model is as it was."""
+        modules = dict(self.model.named_modules())
+        held: list[tuple[nn.Module, Any]] = []
+        try:
+            for name in self.units:
+                module = modules[name]
+                held.append((module, module.__dict__.get("forward")))
+                # Not by setattr: a TransformerLens bridge hands that on to the module that it wraps.
+                module.__dict__["forward"] = partial(self._run, name, module.forward)
+            yield
+        finally:
+            for module, forward in reversed(held):
+                del module.__dict__["forward"]
+                if forward is not None:
+                    module.__dict__["forward"] = forward
+            self.outputs.clear()
+
+    @contextmanager
+    def recording(self, batch: int) -> Iterator[None]:
+        """The forward inside is the one that later ones resume from.
+
+        Args:
+            batch: its number of examples.
+        """
+        self.outputs.clear()
+        self._events.clear()
+        self._batch, self._recording = batch, True
+        try:
+            yield
+        finally:
+            self._recording = False
+        self._before = self._order()
+
+    @contextmanager
+    def resuming(self, block: str | None, times: int) -> Iterator[None]:
+        """The forward inside begins at a block, on `times` repeats of the batch."""
+        self._skipped, self._times = frozenset(self._before.get(block or "", ())), times
+        try:
+            yield
+        finally:
+            self._skipped = frozenset()
+
+    def start(self, sites: frozenset[str]) -> str | None:
+        """The first block that holds one of the modules, or None if one of them is in no block that runs once."""
+        holding: list[str] = []
+        for site in sites:
+            block = next((name for name in self.blocks if site == name or site.startswith(f"{name}.")), None)
+            if block is None or block not in self._before:
+                return None
+            holding.append(block)
+        order = {name: i for i, name in enumerate(self._before)}
+        return min(holding, key=order.__getitem__, default=None)
+
+    @property
+    def starts(self) -> list[str]:
+        """The blocks that a forward can begin at, in the order in which they run."""
+        return list(self._before)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(tensor.nbytes for output in self.outputs.values() for tensor in tensors(output))
+
+    @property
+    def widest(self) -> int:
+        """Bytes of the largest tensor that a block gave."""
+        sizes = [t.nbytes for name in self.blocks for t in tensors(self.outputs.get(name))]
+        return max(sizes, default=0)
+
+    @property
+    def rows(self) -> int:
+        """The most vectors, examples times positions, in what a block gave."""
+        found = [
+            t.numel() // t.shape[-1] for name in self.blocks for t in tensors(self.outputs.get(name)) if t.dim() > 1
+        ]
+        return max(found, default=0)
+
+    def _run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if name in self._skipped:
+            kept = self.outputs[name]
+            return repeat(kept, self._times, self._batch) if self._times > 1 else _copy(kept)
+        if not self._recording:
+            return forward(*args, **kwargs)
+        self._events.append((name, True))
+        output = forward(*args, **kwargs)
+        self._events.append((name, False))
+        self.outputs[name] = _copy(output)
+        return output
+
+    def _order(self) -> dict[str, list[str]]:
+        """For each block that runs once, in the order in which they run: what has ended before it begins."""
+        begun = [name for name, begins in self._events if begins]
+        once = {name for name in begun if begun.count(name) == 1}
+        twice = next((name for name in begun if name not in once), None)
+        if twice is not None:
+            self.reason = f"{twice} runs {begun.count(twice)} times in one forward"
+        before: dict[str, list[str]] = {}
+        ended: list[str] = []
+        for name, begins in self._events:
+            if not begins and name in once:
+                ended.append(name)
+            elif begins and name in once and name in self.blocks:
+                before[name] = list(ended)
+        return before
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return [value]
+    if hasattr(value, "values") and not isinstance(value, type):
+        value = list(value.values())
+    return [t for item in value for t in tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _copy(value: Any) -> Any:
+    """The same with copies of its tensors: the model may write into its own."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, (tuple, list)):
+        items = [_copy(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        new = {key: _copy(item) for key, item in value.items()}
+        return new if type(value) is dict else type(value)(**new)
+    return value
+
+
+def _numbered(name: str) -> str:
+    """A module in a list, which is a block that attends itself; "" for others."""
+    return name if name.rpartition(".")[2].isdigit() else ""
+
+
+def _towers(lists: Sequence[str]) -> list[str]:
+    """For each list of blocks, the largest module that holds it and no other list."""
+    found = []
+    for name in lists:
+        parts = name.split(".")
+        others = [other.split(".") for other in lists if other != name]
+        for end in range(1, len(parts)):
+            if all(other[:end] != parts[:end] for other in others):
+                found.append(".".join(parts[:end]))
+                break
+    return found if len(lists) > 1 else []
