@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from workbench.capture.capture import Capture, load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
+    from workbench.hooks.readers import Mixing, ModuleRun, reader
     from workbench.report import Report
     from workbench.session.workbench import Workbench, attach
     from workbench.sweep.result import Sweep, SweepInterrupted
@@ -97,6 +98,9 @@ _LAZY = {
     "SiteCapture": "workbench.capture.site_capture",
     "load_capture": "workbench.capture.capture",
     "KVGroup": "workbench.hooks.heads",
+    "Mixing": "workbench.hooks.readers",
+    "ModuleRun": "workbench.hooks.readers",
+    "reader": "workbench.hooks.readers",
     "Report": "workbench.report",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
@@ -131,6 +135,8 @@ __all__ = [
     "HeadRoles",
     "InterventionError",
     "KVGroup",
+    "Mixing",
+    "ModuleRun",
     "PatternAtlas",
     "PrecisionError",
     "Pruning",
@@ -168,6 +174,7 @@ __all__ = [
     "patch_heads",
     "pattern_atlas",
     "prune_heads",
+    "reader",
     "repair",
     "run_sweep",
     "saliency",

@@ -232,6 +232,7 @@ class Capture:
                 },
                 **kept,
                 lazy=None,
+                others={},
                 held=[],
                 times=None,
             )

@@ -55,7 +55,7 @@ def gate_gradients(
         WorkbenchError: the measure has no gradient.
     """
     gates = Gates(sites)
-    with torch.inference_mode(False), torch.enable_grad(), wb._editing(gates):
+    with torch.inference_mode(False), torch.enable_grad(), wb.editing(gates):
         output = wb.model(**batch)
         values = measure(output, batch)
         if not isinstance(values, Tensor) or values.shape != (size_of(batch),):
