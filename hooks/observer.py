@@ -77,10 +77,10 @@ class Observer:
         close_torn(trace)
         for state in list(self._threads.values()):
             state.tap.shut = True  # another thread may be in the middle of a forward
-        state = self._threads.get(threading.get_ident())
-        if state is not None:  # an interrupt skips the hooks that would have done this
-            state.stack.clear()
-            state.settle()
+        mine = self._threads.get(threading.get_ident())
+        if mine is not None:  # an interrupt skips the hooks that would have done this
+            mine.stack.clear()
+            mine.settle()
         self._threads.clear()
 
     def _wanted_hooks(self) -> Iterator[tuple[MutableMapping[int, Any], int, Any]]:

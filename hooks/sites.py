@@ -17,7 +17,7 @@ from torch import nn
 
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.readers import reader_of
-from workbench.hooks.tap import Kind
+from workbench.hooks.tap import Kind as Kind
 from workbench.kernels.functions import FUNCTIONS
 
 # A module that mentions one of these in its own code calls an attention kernel; one that mentions a softmax and a
