@@ -107,7 +107,9 @@ class Axes:
     def __str__(self) -> str:
         written = []
         for axis in self.parts:
-            open_alone = [f"{role}={size}" if role == "head" and size and len(axis) > 1 else role for role, size in axis]
+            open_alone = [
+                f"{role}={size}" if role == "head" and size and len(axis) > 1 else role for role, size in axis
+            ]
             written.append(open_alone[0] if len(axis) == 1 else f"({' '.join(open_alone)})")
         return " ".join(written)
 

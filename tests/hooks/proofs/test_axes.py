@@ -158,7 +158,9 @@ def test_random_layouts(data: Any) -> None:
     cut = data.draw(st.integers(1, 3))
     lead = [f"({' '.join(order[:cut])})", *order[cut:]]
     z = rearrange(heads, f"b w h q d -> {' '.join(lead)} q d")
-    p = rearrange(heads, f"b w h q d -> {data.draw(st.sampled_from(['b (w q) (h d)', '(b w) q (h d)', 'q b w (h d)']))}")
+    p = rearrange(
+        heads, f"b w h q d -> {data.draw(st.sampled_from(['b (w q) (h d)', '(b w) q (h d)', 'q b w (h d)']))}"
+    )
     proof = prove_axes(z, p, (-2,))
     assert proof is not None
     if proof.axes is None:
