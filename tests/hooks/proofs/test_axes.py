@@ -50,7 +50,8 @@ def test_every_layout_is_found(layout: str, merged: str, dtype: torch.dtype) -> 
     z, p = rearrange(heads, f"b h q d -> {layout}"), rearrange(heads, f"b h q d -> {merged}")
     axes = proved(z, p, (LAYOUTS[layout],), 0 if layout.startswith("d") else -1)
     bound = axes.bind(z.shape)
-    assert torch.equal(bound.heads(z), heads) and axes.over == "positions"
+    assert torch.equal(bound.heads(z), heads)
+    assert axes.over == "positions"
     assert torch.equal(bound.output(heads), z)
     more = random(5, H, 7, D)  # the same layout at other sizes
     z = rearrange(more, f"b h q d -> {layout}")
@@ -69,7 +70,8 @@ def test_windows_of_an_image_are_put_together_before_the_projection() -> None:
     heads = random(B, 2, 3, H, 16, D)
     p = rearrange(heads, "b y x h (v u) d -> b (y v) (x u) (h d)", v=4)
     axes = proved(z := heads.flatten(0, 2), p)
-    assert str(axes) == "batch head query width" and axes.is_plain
+    assert str(axes) == "batch head query width"
+    assert axes.is_plain
     assert torch.equal(axes.bind(z.shape).heads(z), z)
 
 
@@ -104,7 +106,9 @@ def test_a_softmax_over_channels_is_told() -> None:
 
 def test_a_gate_is_told() -> None:
     proof = prove_axes(random(B, Q, D), random(B, Q, D), mixed=())
-    assert proof is not None and proof.gate and proof.axes is None
+    assert proof is not None
+    assert proof.gate
+    assert proof.axes is None
 
 
 @pytest.mark.parametrize("case", ["half zeros", "padding", "equal examples", "one query", "one example", "nan rows"])
@@ -126,9 +130,13 @@ def test_hard_values(case: str) -> None:
 def test_equal_heads_are_ambiguous_and_zeros_say_nothing() -> None:
     one = random(1, 1, Q, D).expand(H, H, Q, D)
     proof = prove_axes(one, one.transpose(1, 2).flatten(2), (-2,))
-    assert proof is not None and proof.axes is None and "several layouts" in proof.reason
+    assert proof is not None
+    assert proof.axes is None
+    assert "several layouts" in proof.reason
     proof = prove_axes(torch.zeros(2, 2, 8, 8), torch.zeros(2, 8, 16), (-2,))
-    assert proof is not None and proof.axes is None and proof.reason
+    assert proof is not None
+    assert proof.axes is None
+    assert proof.reason
 
 
 def test_something_else_is_no_proof() -> None:
@@ -143,7 +151,9 @@ def test_heads_stay_as_many_in_later_calls() -> None:
     """With one example the place of the batch is not seen: more rows of the axis are no more heads."""
     heads = random(1, H, Q, D)
     axes = proved(heads[0], heads.transpose(1, 2).flatten(2))
-    assert axes.bind((H, Q, D)) is not None and axes.bind((2 * H, Q, D)) is None and axes.bind((1, H, Q, D)) is None
+    assert axes.bind((H, Q, D)) is not None
+    assert axes.bind((2 * H, Q, D)) is None
+    assert axes.bind((1, H, Q, D)) is None
 
 
 @given(st.data())
@@ -168,7 +178,8 @@ def test_random_layouts(data: Any) -> None:
         return
     bound = proof.axes.bind(z.shape)
     want = heads.flatten(0, 1) if sizes["h"] > 1 or bound.count("head") == 1 else None
-    assert want is not None and torch.equal(bound.heads(z), want)
+    assert want is not None
+    assert torch.equal(bound.heads(z), want)
 
 
 def test_layouts_are_stated_as_text() -> None:

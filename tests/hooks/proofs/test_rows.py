@@ -21,14 +21,17 @@ def merged(z: Tensor) -> Tensor:
 def test_one_call_explains_all_rows() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         found = account(merged(heads(dtype)), [heads(dtype)])
-        assert found.explained == found.n_rows == B * Q and str(found) == "16 of 16 rows"
+        assert found.explained == found.n_rows == B * Q
+        assert str(found) == "16 of 16 rows"
 
 
 def test_blocks_of_queries_add_up() -> None:
     z = heads()
     blocks = [z[:, :, i : i + 2] for i in range(0, Q, 2)]
     whole, part = account(merged(z), blocks), account(merged(z), blocks[:1])
-    assert whole.explained == B * Q and part.explained == 4 and str(part) == "4 of 16 rows"
+    assert whole.explained == B * Q
+    assert part.explained == 4
+    assert str(part) == "4 of 16 rows"
     assert whole.rows_of(1).tolist() == [2, 3, 10, 11]
     assert torch.equal(whole.owner[:, 0], torch.arange(4).repeat_interleave(2).repeat(B))
 
@@ -36,7 +39,9 @@ def test_blocks_of_queries_add_up() -> None:
 def test_half_of_the_heads() -> None:
     z = heads()
     found = account(merged(z), [z[:, :2]])
-    assert found.explained == 0 and found.touched == B * Q and found.slices == (2, 3)
+    assert found.explained == 0
+    assert found.touched == B * Q
+    assert found.slices == (2, 3)
     assert str(found) == "2 of 3 heads"
 
 

@@ -1,4 +1,4 @@
-"""Modules that mix tokens unread are found by what they do, and nothing else is; keys are told from what only looks so."""
+"""Modules that mix tokens unread are found by what they do; keys are told from what only looks like them."""
 
 from __future__ import annotations
 
@@ -161,7 +161,8 @@ def test_modules_with_a_state_are_named_as_not_tried() -> None:
             return x.cumsum(1) * self.seen
 
     found = unread(Model(Attention(), Stateful()))
-    assert [(one.name, one.proved) for one in found] == [("blocks.1", False)] and "state" in found[0].reason
+    assert [(one.name, one.proved) for one in found] == [("blocks.1", False)]
+    assert "state" in found[0].reason
 
 
 def test_dropout_in_training_is_no_mixing() -> None:
@@ -175,7 +176,9 @@ def test_nothing_stays_behind() -> None:
     model, x = Model(Attention(), Mixer(scan)).eval(), torch.randn(2, N, D)
     want, state, copy = model(x), torch.get_rng_state(), x.clone()
     unread(model, x)
-    assert torch.equal(model(x), want) and torch.equal(torch.get_rng_state(), state) and torch.equal(x, copy)
+    assert torch.equal(model(x), want)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, copy)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     with pytest.raises(CaptureError, match="more than 1,000 bytes"), replays(model, x, limit=1000):
         pass
