@@ -14,7 +14,7 @@ from workbench.kernels.masks import Mask, as_four, hidden_below
 from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
-Kind = Literal["self", "cross", "window", "channel", "memory", "state"]
+Kind = Literal["self", "cross", "window", "channel", "pooled", "memory", "state"]
 """What a site mixes."""
 
 

@@ -8,13 +8,12 @@ them held fixed too, so that each mixing is put down to the module that does it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from workbench.hooks.proofs.positions import moved, positions_of, reach, speaking
 from workbench.hooks.proofs.replay import ModuleCall, Replays, tensors
+from workbench.hooks.sites import Unread
 
 # Over the last axis, or element by element, by their definition. Where a model hands them its positions as features,
 # the module around them is found instead.
@@ -22,21 +21,6 @@ _POSITION_WISE = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Identity, nn.modules.dropout._DropoutNd, nn.GELU, nn.ReLU,
     nn.SiLU, nn.Tanh, nn.Sigmoid,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Unread:
-    """A module that mixes tokens and is no site.
-
-    Attributes:
-        name: its path. cls: its class. reason: why it stands here: what it does, or why nothing is known of it.
-        proved: it was seen to move other positions; False: it could not be tried.
-    """
-
-    name: str
-    cls: str
-    reason: str
-    proved: bool = True
 
 
 def find_unread(replays: Replays) -> list[Unread]:

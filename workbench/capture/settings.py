@@ -57,8 +57,8 @@ class Settings:
         return cls(**{**facts, **several}, tokens=tensors.get("tokens"))
 
     def names_at(self, site: Site) -> list[str]:
-        """The statistics that exist at a site: cross-attention has none that compare positions."""
-        return [name for name in self.statistics if site.kind != "cross" or not _statistic(name).positional]
+        """The statistics that exist at a site: none that compare positions where keys are no positions of the queries."""
+        return [name for name in self.statistics if site.positional or not _statistic(name).positional]
 
     def options(self, tokens: Tensor | None, token_before: Tensor | None = None) -> Options:
         """What the statistics need, with these ids unless others were given."""

@@ -172,9 +172,10 @@ class SiteCapture:
                 site=self.site.name,
                 hint=nearest(base, [*STATISTICS, *GRADIENT_SUMS]),
             )
-        if STATISTICS[outputs.get(base, base)].positional and self.site.kind == "cross":
+        if STATISTICS[outputs.get(base, base)].positional and not self.site.positional:
             raise _NoAttribute(
-                f'"{name}" compares positions, which cross-attention does not share', site=self.site.name
+                f'"{name}" compares positions, which queries and keys of kind "{self.site.kind}" do not share',
+                site=self.site.name,
             )
         raise _NoAttribute(
             f'"{name}" was not captured', site=self.site.name, hint=f'capture with statistics=["{name}"]'

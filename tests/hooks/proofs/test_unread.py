@@ -14,7 +14,8 @@ from workbench import CaptureError
 from workbench.hooks.observer import Observer
 from workbench.hooks.proofs.keys import probe_keys
 from workbench.hooks.proofs.replay import Replays
-from workbench.hooks.proofs.unread import Unread, find_unread
+from workbench.hooks.proofs.unread import find_unread
+from workbench.hooks.sites import Unread
 
 D, N = 12, 9
 

@@ -1,0 +1,331 @@
+"""What the axes of each site's kernel calls are: proved once, by where the heads' outputs enter a projection.
+
+A call comes from a tap as `Unplaced`. It is placed by what is known of the site, by what a user has stated, or by sizes
+where they leave only one way; else it waits until a linear function is given what the heads gave. What no value shows,
+and no size, is refused by name.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import CaptureError
+from workbench.hooks.proofs.axes import Axes, Bound, Proof, axes_by_size, prove_axes
+from workbench.hooks.proofs.rows import account
+from workbench.hooks.tap import AttentionCall
+
+By = Literal["contract", "values", "sizes", "stated"]
+_CANDIDATES = 8  # inputs of linear functions that are compared with one call
+_ATTEMPTS = 3  # forwards in which a site that sizes have placed is tried by value
+
+STATE_IT = 'state the layout: attach(model, layout={"%s": "(head=4 batch) query width"}), with the axes of what the '
+STATE_IT += "kernel gives"
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """A kernel call of which the axes are not known.
+
+    Attributes:
+        site, module: who made it. heads: how many heads the module says it has.
+        output: what the kernel gave.
+        mixed: the axes of the output that the values do not have; width: the axis that only they have.
+        under: makes the call, given what the axes are.
+    """
+
+    site: str
+    module: nn.Module
+    heads: int | None
+    output: Tensor
+    mixed: tuple[int, ...]
+    width: int
+    under: Callable[[Bound], AttentionCall]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a site's call: its axes and how they are known."""
+
+    axes: Axes
+    by: By
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A call whose proof has not come yet.
+
+    Attributes:
+        ordinal: the how manieth call of its site in the forward.
+        guess: what sizes say, by which the call has been told already; None: it has not been told.
+        output: what the kernel gave, or what an edit made of it.
+        tried: linear functions that it was compared with.
+        reason: why it was not proved.
+    """
+
+    call: Unplaced
+    ordinal: int
+    guess: Axes | None
+    output: Tensor
+    edited: bool = False
+    tried: int = 0
+    reason: str = "what its heads give enters no linear function as it is"
+
+
+@dataclass
+class _Run:
+    """One forward in one thread. `examples`: how many the model was given."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    waiting: list[_Waiting] = field(default_factory=list)
+    examples: int | None = None
+
+
+class Layouts:
+    """The layouts of a model's kernel calls, and what is waiting for a proof; one for each workbench.
+
+    Args:
+        stated: by site, what a user says of the axes.
+
+    Attributes:
+        refused: by site, why its calls are not shown.
+        gates: sites whose softmax weighs experts or branches for each position: no attention.
+    """
+
+    def __init__(self, stated: Mapping[str, str] | None = None) -> None:
+        self._stated = dict(stated or {})
+        self._known: dict[tuple[str, int], Known] = {}
+        self._attempts: Counter[tuple[str, int]] = Counter()
+        self._runs: dict[int, _Run] = {}
+        self.refused: dict[str, str] = {}
+        self.gates: set[str] = set()
+
+    # A forward.
+
+    def begin(self) -> None:
+        """A forward begins in this thread."""
+        self._runs[threading.get_ident()] = _Run()
+
+    def inputs(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+        """The model was called with these inputs."""
+        first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+        run = self._runs.get(threading.get_ident())
+        if run is not None and first is not None:
+            run.examples = first.shape[0]
+
+    def end(self, refuse: Callable[[str, str, bool], None]) -> None:
+        """The forward is over: what was not proved, and was not placed by sizes, is refused.
+
+        Args:
+            refuse: takes the site, the reason, and whether the call was edited.
+        """
+        run = self._runs.pop(threading.get_ident(), None)
+        for one in () if run is None else run.waiting:
+            key = one.call.site, one.ordinal
+            if one.guess is None:
+                self.refused[one.call.site] = one.reason
+                refuse(one.call.site, one.reason, one.edited)
+                continue
+            self._attempts[key] += 1
+            if self._attempts[key] >= _ATTEMPTS:
+                self._known[key] = Known(one.guess, "sizes")
+
+    # A call.
+
+    def place(self, call: Unplaced) -> tuple[AttentionCall | None, _Waiting | None]:
+        """The call, if its axes are known or sizes tell; and what waits for a proof.
+
+        Raises:
+            CaptureError: the layout that a user stated does not fit, or the heads that the module states are not there.
+        """
+        run = self._runs.setdefault(threading.get_ident(), _Run())
+        ordinal = run.counts[call.site]
+        run.counts[call.site] += 1
+        shape = tuple(call.output.shape)
+        stated = self._stated.get(call.site)
+        if stated is not None:
+            bound = Axes.parse(stated, call.heads).bind(shape)
+            if bound is None:
+                raise CaptureError(
+                    f'the layout "{stated}" is not that of what the kernel gave', site=call.site, shape=shape
+                )
+            return call.under(bound), None
+        known = self._known.get((call.site, ordinal))
+        if known is not None and (bound := known.axes.bind(shape)) is not None:
+            return call.under(bound), None
+        guess = axes_by_size(shape, call.mixed, call.width, call.heads, run.examples)
+        waiting = _Waiting(call, ordinal, guess, call.output)
+        run.waiting.append(waiting)
+        bound = None if guess is None else guess.bind(shape)
+        return None if bound is None else call.under(bound), waiting
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a call of this thread waits for its proof."""
+        run = self._runs.get(threading.get_ident())
+        return run is not None and bool(run.waiting)
+
+    def saw_linear(self, p: Tensor) -> list[tuple[_Waiting, AttentionCall | str]]:
+        """A linear function is about to be applied to `p` [..., feature].
+
+        Returns:
+            Calls that this settles, which had not been told yet, each with the call; and those that are refused, each
+            with the reason.
+
+        Raises:
+            CaptureError: a call that sizes had placed has other axes. They are known from now on.
+        """
+        run = self._runs.get(threading.get_ident())
+        if run is None or not p.is_floating_point():
+            return []
+        settled: list[tuple[_Waiting, AttentionCall | str]] = []
+        with torch.no_grad():
+            p = p.detach()
+            for one in list(run.waiting):
+                if one not in run.waiting or one.tried >= _CANDIDATES or p.numel() < one.output.numel():
+                    continue
+                one.tried += 1
+                proof = prove_axes(one.output, _part(p, one), one.call.mixed, one.call.width)
+                if proof is None:
+                    settled += self._account(run, one, p)
+                elif proof.gate or self._is_gate(proof, one, run):
+                    self.gates.add(one.call.site)
+                    run.waiting.remove(one)
+                    settled.append((one, ""))
+                elif proof.axes is None:
+                    one.reason = proof.reason
+                else:
+                    settled += self._proved(run, one, proof.axes)
+        return settled
+
+    def _is_gate(self, proof: Proof, one: _Waiting, run: _Run) -> bool:
+        """Whether each of several rows of an example reads values of its own, by a single query."""
+        bound = None if proof.axes is None else proof.axes.bind(tuple(one.output.shape))
+        if bound is None or run.examples is None or bound.axes.over != "positions":
+            return False
+        return bound.count("query") == 1 and bound.count("batch") > run.examples
+
+    def _proved(self, run: _Run, one: _Waiting, axes: Axes) -> list[tuple[_Waiting, AttentionCall | str]]:
+        run.waiting.remove(one)
+        self._known[one.call.site, one.ordinal] = Known(axes, "values")
+        self.refused.pop(one.call.site, None)
+        bound = axes.bind(tuple(one.output.shape))
+        assert bound is not None  # it was read from this shape
+        if one.guess is None:
+            return [(one, one.call.under(bound))]
+        told = one.guess.bind(tuple(one.output.shape))
+        if told is not None and not _agree(told, bound):
+            raise CaptureError(
+                f'its axes are "{axes}", where sizes said "{one.guess}"',
+                site=one.call.site,
+                shape=one.output.shape,
+                hint="run it again: the layout is known from now on",
+            )
+        return []
+
+    def _account(self, run: _Run, one: _Waiting, p: Tensor) -> list[tuple[_Waiting, AttentionCall | str]]:
+        """Whether the calls of the site are parts of what enters the projection, row by row."""
+        parts = [other for other in run.waiting if other.call.site == one.call.site]
+        if p.numel() == one.output.numel() and len(parts) == 1:
+            return []
+        found = account(p, [other.output.movedim(other.call.width, -1) for other in parts])
+        if found is None or not found.touched:
+            return []
+        if found.touched == found.n_rows and found.explained < found.n_rows:
+            return []  # heads of other kinds are in the same rows
+        run.waiting = [other for other in run.waiting if other not in parts]
+        reason = f"its calls account for {found.explained} of {found.n_rows} rows of what enters the projection"
+        if found.explained == found.n_rows:
+            reason = f"its rows come from {len(parts)} calls, each with keys of its own"
+        self.refused[one.call.site] = reason
+        return [(other, reason) for other in parts]
+
+    def known(self, site: str) -> Known | None:
+        """What is known of the first call of a site."""
+        if site in self._stated:
+            return Known(Axes.parse(self._stated[site]), "stated")
+        return self._known.get((site, 0))
+
+
+def _part(p: Tensor, one: _Waiting) -> Tensor:
+    """The features of p that a call fills in every row: all of them, or those of its own heads among others."""
+    numel, rows = one.output.numel(), p.numel() // p.shape[-1]
+    if numel == p.numel() or numel % rows:
+        return p
+    wide = numel // rows
+    found = account(p, [one.output.movedim(one.call.width, -1)])
+    if found is None or found.touched < found.n_rows:
+        return p
+    width = p.shape[-1] // found.owner.shape[1]
+    filled = ((found.owner >= 0) | found.empty).all(0).nonzero().flatten().tolist()
+    if len(filled) * width != wide or filled != list(range(filled[0], filled[-1] + 1)):
+        return p
+    return p[..., filled[0] * width : (filled[-1] + 1) * width].contiguous()
+
+
+def _agree(a: Bound, b: Bound) -> bool:
+    """Whether two readings put every number at the same place of [batch, head, query, width]."""
+    if a.axes.over != b.axes.over:
+        return False
+    n = 1
+    for sizes in a.sizes:
+        for size in sizes:
+            n *= size
+    shape = [1] * len(a.sizes)
+    for i, sizes in enumerate(a.sizes):
+        for size in sizes:
+            shape[i] *= size
+    numbers = torch.arange(n).view(shape)
+    x, y = a.heads(numbers), b.heads(numbers)
+    return x.shape == y.shape and torch.equal(x, y)
+
+
+def projected(func: Any, args: Sequence[Any]) -> Tensor | None:
+    """What a linear function is applied to, as [..., feature]; None for functions that are no projection.
+
+    Linear layers, products with a matrix, convolutions of one position, and einsum with a parameter.
+    """
+    if func in _LINEAR:
+        return args[0] if args and isinstance(args[0], Tensor) else None
+    if func in _MATRIX and len(args) > 1 and all(isinstance(t, Tensor) for t in args[:2]):
+        return args[0] if args[1].dim() == 2 and args[0].dim() > 1 else None
+    if func is torch.addmm and len(args) > 2 and isinstance(args[1], Tensor):
+        return args[1]
+    if func in _CONVOLUTIONS and len(args) > 1 and all(isinstance(t, Tensor) for t in args[:2]):
+        x, weight = args[:2]
+        return x.movedim(1, -1) if set(weight.shape[2:]) == {1} and x.dim() == weight.dim() else None
+    if func is torch.einsum:
+        return _einsum(args)
+    return None
+
+
+def _einsum(args: Sequence[Any]) -> Tensor | None:
+    """einsum("bqhd,hdm->bqm", z, parameter): its features are what is summed over."""
+    if len(args) != 3 or not isinstance(args[0], str) or not isinstance(args[2], nn.Parameter):
+        return None
+    terms, _, out = args[0].replace(" ", "").partition("->")
+    left, _, right = terms.partition(",")
+    summed = [letter for letter in left if letter in right and letter not in out]
+    rows = [letter for letter in left if letter in out and letter not in right]
+    if (
+        not isinstance(args[1], Tensor)
+        or not summed
+        or len(rows) + len(summed) != len(left)
+        or len(set(left)) != len(left)
+    ):
+        return None
+    summed.sort(key=right.index)
+    return args[1].permute([left.index(letter) for letter in (*rows, *summed)]).flatten(len(rows))
+
+
+_LINEAR = {torch.nn.functional.linear}
+_MATRIX = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+_CONVOLUTIONS = {torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d}
+LINEAR_FUNCTIONS = {*_LINEAR, *_MATRIX, *_CONVOLUTIONS, torch.addmm, torch.einsum}
+"""Functions of which `projected` may say what they project."""
