@@ -119,7 +119,7 @@ class Layouts:
         if run is not None and first is not None:
             run.examples = first.shape[0]
 
-    def end(self, refuse: Callable[[str, str, bool], None]) -> None:
+    def end(self, refuse: Callable[..., None]) -> None:
         """The forward is over: what was not proved, and was not placed by sizes, is refused.
 
         Args:
@@ -130,11 +130,15 @@ class Layouts:
             key = one.call.site, one.ordinal
             if one.guess is None:
                 self.refused[one.call.site] = one.reason
-                refuse(one.call.site, one.reason, one.edited)
+                refuse(one.call.site, one.reason, edited=one.edited)
                 continue
             self._attempts[key] += 1
             if self._attempts[key] >= _ATTEMPTS:
                 self._known[key] = Known(one.guess, "sizes")
+
+    def drop(self) -> None:
+        """The forward of this thread is over, also by an exception: what still waits is forgotten."""
+        self._runs.pop(threading.get_ident(), None)
 
     # A call.
 
@@ -144,6 +148,8 @@ class Layouts:
         Raises:
             CaptureError: the layout that a user stated does not fit, or the heads that the module states are not there.
         """
+        if not call.mixed or isinstance(call.module, nn.MultiheadAttention):
+            return self._by_contract(call), None
         run = self._runs.setdefault(threading.get_ident(), _Run())
         ordinal = run.counts[call.site]
         run.counts[call.site] += 1
@@ -164,6 +170,15 @@ class Layouts:
         run.waiting.append(waiting)
         bound = None if guess is None else guess.bind(shape)
         return None if bound is None else call.under(bound), waiting
+
+    def _by_contract(self, call: Unplaced) -> AttentionCall | None:
+        """PyTorch's own module has its examples before its heads. Values of each row's own are those of a gate."""
+        if not call.mixed:
+            self.gates.add(call.site)
+            return None
+        plain = Axes.plain("bhqd", call.heads) if call.output.dim() == 4 else Axes.parse("(batch head) query width", call.heads)
+        bound = plain.bind(tuple(call.output.shape))
+        return None if bound is None else call.under(bound)
 
     @property
     def is_waiting(self) -> bool:
@@ -197,7 +212,7 @@ class Layouts:
                 elif proof.gate or self._is_gate(proof, one, run):
                     self.gates.add(one.call.site)
                     run.waiting.remove(one)
-                    settled.append((one, ""))
+                    settled.append((one, "its softmax weighs experts or branches, each row has values of its own"))
                 elif proof.axes is None:
                     one.reason = proof.reason
                 else:

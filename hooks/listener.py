@@ -35,6 +35,18 @@ class Listener:
         """
         return None
 
+    def on_unplaced(self, site: str) -> None:
+        """A call was made of which the axes are not known; `on_call` is told once they are, when it is too late to
+        change what the heads give.
+        """
+
+    def on_refused(self, site: str, reason: str, *, edited: bool) -> None:
+        """Calls of a site are not what they were told to be, or cannot be told at all.
+
+        Args:
+            edited: one of them had been edited.
+        """
+
     def on_output(self, name: str, module: nn.Module, output: Any) -> Any:
         """A module has ended. What is given, if not None, takes the place of its output."""
         return None

@@ -164,7 +164,8 @@ class Bound:
         shape: list[int] = []
         place: dict[int, int] = {}  # part -> axis of the tensor taken apart
         rest: list[int] = []
-        for axis, n in zip(of, t.shape, strict=True):
+        for along, n in zip(of, t.shape, strict=True):
+            axis = None if along is None else along % len(self.sizes)
             if axis is None:
                 rest.append(len(shape))
                 shape.append(n)

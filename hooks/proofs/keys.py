@@ -37,8 +37,7 @@ class Keys:
 def probe_keys(replays: Replays, call: ModuleCall) -> list[Keys]:
     """For each kernel call that a recorded module call made itself, in order, what its keys are."""
     spots = positions_of(call, replays.batch)
-    before = _values(replays, call, None)
-    if not before:
+    if call.reads[0] == call.reads[1] or not (before := _values(replays, call, None)):
         return []
     seen: list[list[tuple[int, int, tuple[int, ...]]]] = [[] for _ in before]  # length, position, keys that moved
     for axis, length in spots:

@@ -8,6 +8,9 @@ them held fixed too, so that each mixing is put down to the module that does it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -53,11 +56,11 @@ class _Judge:
             self._overlapping(call)
             return
         spots = positions_of(call, self.replays.batch)
-        again = self.replays.run(call)
+        again = self._run(call)
         if not spots or not _same(again, call.output):
             self._judge_inner(call)
             if spots and not call.inner:
-                self._note(call, "it has a state of its own: run again, it gives something else", proved=False)
+                self._note(call, "it has a state of its own: run again alone, it gives something else or fails", proved=False)
             return
         cleared = [self._moves(call, axis, n, ()) for axis, n in spots]
         if all(one == "" for one in cleared):
@@ -93,14 +96,14 @@ class _Judge:
             return None
         for j in sorted({1, length // 2}):  # an early one, for causal modules, and one in the middle
             inputs = moved(call, axis, length, j)
-            got = reach(call.output, self.replays.run(call, inputs, frozen=frozen), which, length, batch, j)
+            got = reach(call.output, self._run(call, inputs, frozen), which, length, batch, j)
             if got is None:
                 return None
             others = [at for at in got if at != j]
             if others:
                 return _described(others, j, length)
             if not got and not tells:  # an attention module alone gives what its kernel gives
-                got = reach(call.output, self.replays.run(call, inputs), which, length, batch, j)
+                got = reach(call.output, self._run(call, inputs), which, length, batch, j)
             tells = tells or bool(got)
         return "" if tells else None
 
@@ -117,6 +120,13 @@ class _Judge:
         if any(span > stride for span, stride in zip(spans, module.stride, strict=True)):
             self._note(call, f"mixes neighbours: each position reads {' × '.join(map(str, spans))}")
             self._mixing.add(call)
+
+    def _run(self, call: ModuleCall, inputs: Any = None, frozen: Sequence[ModuleCall] | None = None) -> Any:
+        """What the module gives, or None: it may need what only its own model gives it, and in the order it came."""
+        try:
+            return self.replays.run(call, inputs, frozen=frozen)
+        except Exception:
+            return None
 
     def _note(self, call: ModuleCall, reason: str, *, proved: bool = True) -> None:
         self.found.setdefault(call.name, Unread(call.name, type(call.module).__name__, reason, proved))

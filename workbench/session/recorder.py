@@ -17,7 +17,7 @@ from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.capture.timing import CallTimes
 from workbench.errors import CaptureError
 from workbench.hooks.projections import ProjectionFinder
-from workbench.hooks.sites import Site, Sites, add_site, site_name, with_sizes
+from workbench.hooks.sites import Site, Sites, add_site, site_name, with_kind, with_sizes
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, token_ids
@@ -50,7 +50,8 @@ def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
 class Recorder:
     """Collects the forwards of one capture; its methods are the observer's callbacks.
 
-    `engines` names what streamed the statistics: "torch", "native" (C++), "triton".
+    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `refused` says, by site, why its
+    calls were not kept.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Recorder:
     forwards: list[Forward] = field(default_factory=list)
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
     gradients: GradientWatch = field(default_factory=GradientWatch)
     projections: ProjectionFinder = field(default_factory=ProjectionFinder)
     _running: dict[int, Forward] = field(default_factory=dict)
@@ -102,7 +104,7 @@ class Recorder:
             forward.span = (forward.span[0], self._now())
         if forward is not None and self.settings.z:
             for name, capture in forward.sites.items():
-                forward.sites[name] = replace(capture, projection=self.projections.of(name.partition("#")[0]))
+                forward.sites[name] = replace(capture, projection=self.projections.of(capture.site.path))
 
     def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module is about to run."""
@@ -120,7 +122,7 @@ class Recorder:
             return
         seen = self._now()
         site = self._site(call, forward)
-        if self.settings.sites is not None and site.name.partition("#")[0] not in self.settings.sites:
+        if self.settings.sites is not None and site.path not in self.settings.sites:
             return
         device, grad_is_on = call.v.device.type, torch.is_grad_enabled()
         # The user may run under inference_mode or autocast; the statistics must be ordinary tensors in full precision.
@@ -130,6 +132,13 @@ class Recorder:
             times = CallTimes(entered, seen, self._now() - seen, capture.nbytes)
             forward.sites[site.name] = replace(capture, times=times)
 
+    def on_refused(self, site: str, reason: str) -> None:
+        """Calls of a site are not what they were told to be: nothing of them is kept."""
+        self.refused[site] = reason
+        forward = self._running.get(threading.get_ident())
+        for name in [] if forward is None else [name for name, one in forward.sites.items() if one.site.path == site]:
+            self.nbytes -= forward.sites.pop(name).nbytes
+
     def _site(self, call: AttentionCall, forward: Forward) -> Site:
         with self._lock:
             if all(site.name != call.site for site in self.sites):
@@ -138,15 +147,15 @@ class Recorder:
             if (known.n_heads, known.n_kv_heads, known.d_head) != call.sizes:
                 self.sites = with_sizes(self.sites, call.site, *call.sizes)
                 known = self.sites.find(call.site)
-        repeats = sum(name.partition("#")[0] == call.site for name in forward.sites)
-        if not repeats:
-            return known
-        return Site(f"{known.name}#{repeats}", known.layer + repeats, known.kind, *call.sizes, known.tower)
+            if call.axes is not None and call.axes.axes.over == "features" and known.kind != "channel":
+                self.sites = with_kind(self.sites, call.site, "channel")
+                known = self.sites.find(call.site)
+        return known.at_call(sum(one.site.path == call.site for one in forward.sites.values()))
 
     def _record(
         self, call: AttentionCall, site: Site, forward: Forward, edited: Tensor | None, grad_is_on: bool
     ) -> SiteCapture:
-        settings, cross = self.settings, site.kind == "cross"
+        settings, cross = self.settings, not site.positional
         pattern = call.pattern(cross=cross)
         self._check_limit(self._planned(call, pattern), site)
         keeper = _Keeper()
