@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,6 +68,9 @@ class _Waiting:
         output: what the kernel gave, or what an edit made of it.
         tried: linear functions that it was compared with.
         reason: why it was not proved.
+        sample: some of the output as it was.
+        fits: something that entered a linear function has the rows and features of what the heads give, so that a gate
+            or a norm may lie between.
     """
 
     call: Unplaced
@@ -76,6 +80,21 @@ class _Waiting:
     edited: bool = False
     tried: int = 0
     reason: str = "what its heads give enters no linear function as it is"
+    sample: Tensor | None = None
+    fits: bool = False
+
+    def watch(self, output: Tensor) -> None:
+        """Follow this output, and remember some of it: models change outputs in place, their values and their shape."""
+        self.output = output.detach()
+        self.sample = _sampled(self.output).clone()
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the model has left the output as it was."""
+        same = self.sample is not None and torch.equal(_sampled(self.output).nan_to_num(), self.sample.nan_to_num())
+        if not same:
+            self.reason = "the model adds to what its kernel gives, or changes it in place"
+        return same
 
 
 @dataclass
@@ -103,6 +122,7 @@ class Layouts:
         self._known: dict[tuple[str, int], Known] = {}
         self._attempts: Counter[tuple[str, int]] = Counter()
         self._runs: dict[int, _Run] = {}
+        self._settled: set[int] = set()  # threads in which nothing is learned
         self.refused: dict[str, str] = {}
         self.gates: set[str] = set()
 
@@ -126,15 +146,24 @@ class Layouts:
             refuse: takes the site, the reason, and whether the call was edited.
         """
         run = self._runs.pop(threading.get_ident(), None)
-        for one in () if run is None else run.waiting:
+        for one in () if run is None or threading.get_ident() in self._settled else run.waiting:
             key = one.call.site, one.ordinal
-            if one.guess is None:
-                self.refused[one.call.site] = one.reason
+            if one.guess is None or not one.fits:
+                self.refused.setdefault(one.call.site, one.reason)
                 refuse(one.call.site, one.reason, edited=one.edited)
                 continue
             self._attempts[key] += 1
             if self._attempts[key] >= _ATTEMPTS:
                 self._known[key] = Known(one.guess, "sizes")
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Nothing is learned or refused in this thread: modules run alone, without what their heads enter."""
+        self._settled.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._settled.discard(threading.get_ident())
 
     def drop(self) -> None:
         """The forward of this thread is over, also by an exception: what still waits is forgotten."""
@@ -165,8 +194,13 @@ class Layouts:
         known = self._known.get((call.site, ordinal))
         if known is not None and (bound := known.axes.bind(shape)) is not None:
             return call.under(bound), None
+        if call.site in self.refused and threading.get_ident() in self._settled:
+            return None, None
         guess = axes_by_size(shape, call.mixed, call.width, call.heads, run.examples)
+        if call.site in self.refused:
+            guess = None  # it is told again when values prove it
         waiting = _Waiting(call, ordinal, guess, call.output)
+        waiting.watch(call.output)
         run.waiting.append(waiting)
         bound = None if guess is None else guess.bind(shape)
         return None if bound is None else call.under(bound), waiting
@@ -176,7 +210,11 @@ class Layouts:
         if not call.mixed:
             self.gates.add(call.site)
             return None
-        plain = Axes.plain("bhqd", call.heads) if call.output.dim() == 4 else Axes.parse("(batch head) query width", call.heads)
+        plain = (
+            Axes.plain("bhqd", call.heads)
+            if call.output.dim() == 4
+            else Axes.parse("(batch head) query width", call.heads)
+        )
         bound = plain.bind(tuple(call.output.shape))
         return None if bound is None else call.under(bound)
 
@@ -204,6 +242,9 @@ class Layouts:
             p = p.detach()
             for one in list(run.waiting):
                 if one not in run.waiting or one.tried >= _CANDIDATES or p.numel() < one.output.numel():
+                    continue
+                one.fits = one.fits or _fits(p, one)
+                if not one.unchanged:
                     continue
                 one.tried += 1
                 proof = prove_axes(one.output, _part(p, one), one.call.mixed, one.call.width)
@@ -246,7 +287,8 @@ class Layouts:
 
     def _account(self, run: _Run, one: _Waiting, p: Tensor) -> list[tuple[_Waiting, AttentionCall | str]]:
         """Whether the calls of the site are parts of what enters the projection, row by row."""
-        parts = [other for other in run.waiting if other.call.site == one.call.site]
+        own = [other for other in run.waiting if other.call.site == one.call.site]
+        parts = [other for other in own if other.unchanged]
         if p.numel() == one.output.numel() and len(parts) == 1:
             return []
         found = account(p, [other.output.movedim(other.call.width, -1) for other in parts])
@@ -254,18 +296,33 @@ class Layouts:
             return []
         if found.touched == found.n_rows and found.explained < found.n_rows:
             return []  # heads of other kinds are in the same rows
-        run.waiting = [other for other in run.waiting if other not in parts]
+        run.waiting = [other for other in run.waiting if other not in own]
         reason = f"its calls account for {found.explained} of {found.n_rows} rows of what enters the projection"
         if found.explained == found.n_rows:
             reason = f"its rows come from {len(parts)} calls, each with keys of its own"
         self.refused[one.call.site] = reason
-        return [(other, reason) for other in parts]
+        return [(other, reason) for other in own]
 
     def known(self, site: str) -> Known | None:
         """What is known of the first call of a site."""
         if site in self._stated:
             return Known(Axes.parse(self._stated[site]), "stated")
         return self._known.get((site, 0))
+
+
+def _fits(p: Tensor, one: _Waiting) -> bool:
+    bound = None if one.guess is None else one.guess.bind(tuple(one.output.shape))
+    return (
+        bound is not None
+        and p.numel() == one.output.numel()
+        and (p.shape[-1] == bound.count("head") * bound.count("width"))
+    )
+
+
+def _sampled(t: Tensor) -> Tensor:
+    """Sixteen elements from all over a tensor."""
+    flat = t.reshape(-1) if t.is_contiguous() else t.as_strided((min(16, t.shape[-1]),), (t.stride(-1),))
+    return flat[:: max(1, len(flat) // 16)]
 
 
 def _part(p: Tensor, one: _Waiting) -> Tensor:

@@ -261,7 +261,8 @@ class Observer:
                 return None
             output = call.as_output(z)
             if waiting is not None:
-                waiting.output, waiting.edited = output, True
+                waiting.watch(output)
+                waiting.edited = True
             return output
 
     def _tell_native(self, state: ThreadRun, call: AttentionCall) -> None:

@@ -173,4 +173,3 @@ class AttentionCall:
         pattern = DensePattern(weights, mask, normalised=normalised)
         pattern.values = self.v.detach()
         return pattern
-

@@ -60,7 +60,9 @@ class _Judge:
         if not spots or not _same(again, call.output):
             self._judge_inner(call)
             if spots and not call.inner:
-                self._note(call, "it has a state of its own: run again alone, it gives something else or fails", proved=False)
+                self._note(
+                    call, "it has a state of its own: run again alone, it gives something else or fails", proved=False
+                )
             return
         cleared = [self._moves(call, axis, n, ()) for axis, n in spots]
         if all(one == "" for one in cleared):

@@ -32,7 +32,8 @@ _PER_EXAMPLE = ("z", "z_gradient", "stored_result", "weights")  # what a site ca
 class Capture:
     """The forwards of one `with wb.capture()`, their sites and statistics.
 
-    With one forward, `cap["blocks.3.attn"]` is its site capture. With several, look at `cap.calls[i]`, or join them
+    With one forward, `cap["blocks.3.attn"]` is its site capture; of a site that is called several times in a forward it
+    is the first call, and `cap["blocks.3.attn", 1]` the second. With several forwards, look at `cap.calls[i]`, or join them
     with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
 
     Attributes:
@@ -70,12 +71,13 @@ class Capture:
         """The sites that fired."""
         fired = {name: capture.site for f in self._forwards for name, capture in f.sites.items()}
         order = {site.name: i for i, site in enumerate(self.model_sites)}
-        return Sites(sorted(fired.values(), key=lambda s: (order.get(s.name.partition("#")[0], len(order)), s.layer)))
+        ordered = sorted(fired.values(), key=lambda s: (order.get(s.path, len(order)), s.call))
+        return Sites(ordered, self.model_sites.unread, self.model_sites.looked)
 
     @property
     def silent(self) -> tuple[str, ...]:
         """Names of the model's sites that never fired in this capture."""
-        fired = {name.partition("#")[0] for f in self._forwards for name in f.sites}
+        fired = {c.site.path for f in self._forwards for c in f.sites.values()}
         return tuple(site.name for site in self.model_sites if site.name not in fired)
 
     @property
@@ -92,8 +94,8 @@ class Capture:
         """
         counts = {site.name: 0 for site in self.model_sites}
         for forward in self._forwards:
-            for name in forward.sites:
-                counts[name.partition("#")[0]] += 1
+            for one in forward.sites.values():
+                counts[one.site.path] = counts.get(one.site.path, 0) + 1
         return counts
 
     def _only(self) -> Forward:
@@ -104,11 +106,23 @@ class Capture:
             )
         return self._forwards[0]
 
-    def __getitem__(self, name: str | int | Site) -> SiteCapture:
+    def __getitem__(self, name: str | int | Site | tuple[str | int | Site, int]) -> SiteCapture:
         forward = self._only()
+        if isinstance(name, tuple):
+            return self._call(*name)
         if isinstance(name, Site):
             name = name.name
         return forward.sites[self.sites[name].name]
+
+    def _call(self, name: str | int | Site, call: int) -> SiteCapture:
+        """One of the calls of a site."""
+        first = self[name]
+        wanted = first.site.at_call(call if call >= 0 else first.n_calls + call).name
+        if wanted not in self._only().sites:
+            raise CaptureError(
+                f"there is no call {call}", site=first.site.path, hint=f"the site was called {first.n_calls} times"
+            )
+        return self._only().sites[wanted]
 
     def __contains__(self, name: object) -> bool:
         return name in self.sites
@@ -178,7 +192,8 @@ class Capture:
             per: "head" averages over positions (rows that see no key are left out); "position" keeps them.
 
         Returns:
-            Columns call, site, layer, kind, batch, head, (position,) and the statistic.
+            Columns forward, site, call, layer, kind, batch, head, (position,) and the statistic; `call` counts the
+            calls of a site in one forward.
         """
         import pandas as pd
 
@@ -198,9 +213,9 @@ class Capture:
                 b, h, n = (
                     x.flatten().tolist() for x in torch.meshgrid(*map(torch.arange, values.shape), indexing="ij")
                 )
-                where = {"site": c.site.name, "layer": c.site.layer, "kind": c.site.kind}
+                where = {"site": c.site.path, "call": c.site.call, "layer": c.site.layer, "kind": c.site.kind}
                 measured = {"batch": b, "head": h, "position": n, statistic: values.flatten().tolist()}
-                frame = pd.DataFrame({"call": forward.index, **where, **measured})
+                frame = pd.DataFrame({"forward": forward.index, **where, **measured})
                 frames.append(frame.drop(columns="position") if per == "head" else frame)
         if not frames:
             raise CaptureError(f'no site has "{statistic}"', hint=f"captured: {', '.join(self.statistics)}")

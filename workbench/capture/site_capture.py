@@ -40,6 +40,7 @@ class SiteCapture:
         lazy, others: the pattern and further maps by name, if they were kept; read them by `pattern` and `patterns`.
         signed: whether weights may be negative. normalised: whether rows sum to one. Where one of them says that the
             rows are no distributions, statistics are those of |A| normalised per row.
+        n_calls: how often the site was called in the forward; this is the call `site.call`.
         times: when the call was seen; None for what several calls were joined to, and from older files.
     """
 
@@ -58,6 +59,7 @@ class SiteCapture:
     normalised: bool = True
     times: CallTimes | None = None
     others: dict[str, Pattern] = field(default_factory=dict)
+    n_calls: int = 1
 
     @property
     def marks(self) -> str:
@@ -195,6 +197,9 @@ class SiteCapture:
         b, h, q, k = self.shape
         names = ", ".join(self.statistics) or "no statistics"
         marks = "" if self.marks == "normalised" else f", {self.marks}"
+        if self.n_calls > 1:
+            others = f'call {self.site.call} of {self.n_calls}: choose another with ["{self.site.path}", call]'
+            marks += f", {others}"
         return f"SiteCapture({self.site.name}: batch {b}, heads {h}, queries {q}, keys {k}{marks}; {names})"
 
 
@@ -239,6 +244,8 @@ def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[
     """
     entry: dict[str, Any] = {"site": asdict(capture.site), "shape": list(capture.shape), "kernel": capture.kernel,
                              "signed": capture.signed, "normalised": capture.normalised}  # fmt: skip
+    if capture.n_calls > 1:
+        entry["n_calls"] = capture.n_calls
     if capture.times is not None:
         entry["times"] = capture.times.to_json()
     parts = dict(capture.statistics)
@@ -268,6 +275,7 @@ def unpack(entry: dict[str, Any], parts: dict[str, Tensor]) -> SiteCapture:
         kernel=entry["kernel"],
         signed=entry["signed"],
         normalised=entry["normalised"],
+        n_calls=entry.get("n_calls", 1),
         times=CallTimes.of(entry.get("times")),
         **kept,
         statistics=parts,

@@ -37,7 +37,12 @@ class _Calls(Listener):
 
 
 def look_at(
-    model: nn.Module, sites: Sites, layouts: Layouts, args: tuple[Any, ...], inputs: Mapping[str, Any], limit: int = LIMIT
+    model: nn.Module,
+    sites: Sites,
+    layouts: Layouts,
+    args: tuple[Any, ...],
+    inputs: Mapping[str, Any],
+    limit: int = LIMIT,
 ) -> Sites:
     """The model's sites with their kinds, and all that mixes tokens and is none.
 
@@ -56,7 +61,7 @@ def look_at(
     with torch.random.fork_rng(devices), torch.no_grad(), observe(lambda call: None):
         given, named = copied((args, dict(inputs)))
         model(*given, **named)
-    with Replays(model, args, inputs, observe, limit) as replays:
+    with layouts.settled(), Replays(model, args, inputs, observe, limit) as replays:
         unread = {one.name: one for one in find_unread(replays)}
         for call in replays.calls:
             name = site_name(call.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -102,6 +103,11 @@ class Recorder:
         self.projections.end()
         if forward is not None and forward.span is not None:
             forward.span = (forward.span[0], self._now())
+        if forward is not None:
+            calls = Counter(capture.site.path for capture in forward.sites.values())
+            for name, capture in forward.sites.items():
+                if calls[capture.site.path] > 1:
+                    forward.sites[name] = replace(capture, n_calls=calls[capture.site.path])
         if forward is not None and self.settings.z:
             for name, capture in forward.sites.items():
                 forward.sites[name] = replace(capture, projection=self.projections.of(capture.site.path))
