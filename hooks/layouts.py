@@ -69,6 +69,7 @@ class _Waiting:
         tried: linear functions that it was compared with.
         reason: why it was not proved.
         sample: some of the output as it was.
+        seen: a linear function came after it.
         fits: something that entered a linear function has the rows and features of what the heads give, so that a gate
             or a norm may lie between.
     """
@@ -81,6 +82,7 @@ class _Waiting:
     tried: int = 0
     reason: str = "what its heads give enters no linear function as it is"
     sample: Tensor | None = None
+    seen: bool = False
     fits: bool = False
 
     def watch(self, output: Tensor) -> None:
@@ -148,7 +150,7 @@ class Layouts:
         run = self._runs.pop(threading.get_ident(), None)
         for one in () if run is None or threading.get_ident() in self._settled else run.waiting:
             key = one.call.site, one.ordinal
-            if one.guess is None or not one.fits:
+            if one.guess is None or (one.seen and not one.fits):
                 self.refused.setdefault(one.call.site, one.reason)
                 refuse(one.call.site, one.reason, edited=one.edited)
                 continue
@@ -241,6 +243,7 @@ class Layouts:
         with torch.no_grad():
             p = p.detach()
             for one in list(run.waiting):
+                one.seen = True
                 if one not in run.waiting or one.tried >= _CANDIDATES or p.numel() < one.output.numel():
                     continue
                 one.fits = one.fits or _fits(p, one)
@@ -258,6 +261,27 @@ class Layouts:
                     one.reason = proof.reason
                 else:
                     settled += self._proved(run, one, proof.axes)
+        return settled
+
+    def saw_output(self, module: nn.Module, output: Tensor) -> list[tuple[_Waiting, AttentionCall | str]]:
+        """A module has ended. Where it gives its heads merged, that shows their axes as a projection's input does.
+
+        Raises:
+            CaptureError: as `saw_linear`.
+        """
+        run = self._runs.get(threading.get_ident())
+        settled: list[tuple[_Waiting, AttentionCall | str]] = []
+        for one in [] if run is None else [one for one in run.waiting if one.call.module is module]:
+            if output.numel() != one.output.numel() or output.dim() < 2 or not one.unchanged:
+                continue
+            with torch.no_grad():
+                proof = prove_axes(one.output, output.detach(), one.call.mixed, one.call.width)
+            if proof is None or proof.axes is None or run is None:
+                continue
+            bound = proof.axes.bind(tuple(one.output.shape))
+            heads = 1 if bound is None else bound.count("head")
+            if heads == one.call.heads or (one.call.heads is None and heads > 1):  # else they are not merged yet
+                settled += self._proved(run, one, proof.axes)
         return settled
 
     def _is_gate(self, proof: Proof, one: _Waiting, run: _Run) -> bool:

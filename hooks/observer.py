@@ -162,6 +162,8 @@ class Observer:
         try:
             if len(rest) != 2 or rest[1] is None:
                 return None
+            if self._layouts.is_waiting and (given := first_tensor(rest[1])) is not None:
+                self._prove(given[0], module)
             if len(state.stack) == 1 and not state.replay:
                 self._layouts.end(self._listener.on_refused)
             mixed = self._saw_mixing(state, args, *rest) if module in self._readers else None
@@ -221,11 +223,14 @@ class Observer:
         if self._layouts.is_waiting and (p := projected(func, args)) is not None:
             self._prove(p)
 
-    def _prove(self, p: Tensor) -> None:
-        """Calls that have waited for a proof are told once it has come."""
+    def _prove(self, p: Tensor, module: nn.Module | None = None) -> None:
+        """Calls that have waited for a proof are told once it has come: with the input of a projection, or with what a
+        module gives.
+        """
         state = self._state(sys._getframe())
         with state.tap.inside():
-            for waiting, found in self._layouts.saw_linear(p):
+            settled = self._layouts.saw_linear(p) if module is None else self._layouts.saw_output(module, p)
+            for waiting, found in settled:
                 if isinstance(found, str):
                     self._listener.on_refused(waiting.call.site, found, edited=waiting.edited)
                 elif not state.replay:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import permutations
 from math import prod
 from typing import Literal, NamedTuple
@@ -113,10 +114,10 @@ class Axes:
             written.append(open_alone[0] if len(axis) == 1 else f"({' '.join(open_alone)})")
         return " ".join(written)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether the output is [batch, head, query, width] as it is."""
-        return self.order == (0, 1, 2, 3) and all(len(axis) == 1 for axis in self.parts)
+        return [tuple(part.role for part in axis) for axis in self.parts] == [(role,) for role in _ROLES]
 
     def bind(self, shape: Sequence[int]) -> Bound | None:
         """The axes of an output of that shape; None if it does not fit, and the proof has to be made anew."""

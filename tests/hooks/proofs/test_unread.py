@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench import CaptureError
-from workbench.hooks.observer import Observer
+from workbench.hooks.listener import Listener
+from workbench.hooks.observer import observed
 from workbench.hooks.proofs.keys import probe_keys
-from workbench.hooks.proofs.replay import Replays
+from workbench.hooks.proofs.replay import OnCall, Replays
 from workbench.hooks.proofs.unread import find_unread
 from workbench.hooks.sites import Unread
 
@@ -52,8 +53,18 @@ class Model(nn.Module):
         return x
 
 
+class Calls(Listener):
+    """Hands on the calls."""
+
+    def __init__(self, on_call: OnCall) -> None:
+        self.on_call = on_call  # type: ignore[method-assign]
+
+    def leaves_native_path(self) -> bool:
+        return True
+
+
 def replays(model: nn.Module, *args: Any, limit: int = 1 << 30) -> Replays:
-    return Replays(model.eval(), args, {}, lambda on_call: Observer(model, on_call, edits=lambda: True), limit)
+    return Replays(model.eval(), args, {}, lambda on_call: observed(model, Calls(on_call)), limit)
 
 
 def unread(model: nn.Module, x: Tensor | None = None) -> list[Unread]:
@@ -169,7 +180,7 @@ def test_modules_with_a_state_are_named_as_not_tried() -> None:
 def test_dropout_in_training_is_no_mixing() -> None:
     model = Model(Attention(), nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5)))
     model.train()
-    with Replays(model, (torch.randn(2, N, D),), {}, lambda f: Observer(model, f, edits=lambda: True), 1 << 30) as r:
+    with Replays(model, (torch.randn(2, N, D),), {}, lambda f: observed(model, Calls(f)), 1 << 30) as r:
         assert find_unread(r) == []
 
 
