@@ -48,7 +48,8 @@ def of_sdpa(owner: Owner, given: Mapping[str, Any], output: Tensor, watch: LseWa
             tap="sdpa",
         )
 
-    return Unplaced(*owner, heads_of(owner[1]), output, mixed=(-2,), width=-1, under=under)
+    made_of = tuple(given[name] for name in ("query", "key", "value", "attn_mask"))
+    return Unplaced(*owner, heads_of(owner[1]), output, mixed=(-2,), width=-1, under=under, tensors=made_of)
 
 
 def of_function(
@@ -91,7 +92,9 @@ def of_written_out(owner: Owner, found: WrittenOut) -> Unplaced:
             tap="written_out",
         )
 
-    return Unplaced(*owner, heads_of(owner[1]), found.output, found.mixed, found.width, under)
+    return Unplaced(
+        *owner, heads_of(owner[1]), found.output, found.mixed, found.width, under, (found.weights, found.values)
+    )
 
 
 def _axis(of_output: str, letter: str, width: str) -> int | None:

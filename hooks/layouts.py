@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
-from workbench.hooks.proofs.axes import Axes, Bound, Proof, axes_by_size, prove_axes
+from workbench.hooks.proofs.axes import Axes, Bound, Proof, axes_by_size, prove_axes, usual_axes
 from workbench.hooks.proofs.rows import account
 from workbench.hooks.tap import AttentionCall
 
@@ -26,8 +26,14 @@ By = Literal["contract", "values", "sizes", "stated"]
 _CANDIDATES = 8  # inputs of linear functions that are compared with one call
 _ATTEMPTS = 3  # forwards in which a site that sizes have placed is tried by value
 
+UNKNOWN = "which axis of its kernel's output is which is not known"
 STATE_IT = 'state the layout: attach(model, layout={"%s": "(head=4 batch) query width"}), with the axes of what the '
 STATE_IT += "kernel gives"
+
+
+def learn(site: str) -> str:
+    """How the axes of a site become known."""
+    return f"run wb.verify(**inputs) or one capture first, or {STATE_IT % site}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Unplaced:
         site, module: who made it. heads: how many heads the module says it has.
         output: what the kernel gave.
         mixed: the axes of the output that the values do not have; width: the axis that only they have.
-        under: makes the call, given what the axes are.
+        under: makes the call, given what the axes are. tensors: what it is made of.
     """
 
     site: str
@@ -48,6 +54,7 @@ class Unplaced:
     mixed: tuple[int, ...]
     width: int
     under: Callable[[Bound], AttentionCall]
+    tensors: tuple[Tensor | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,15 @@ class _Waiting:
 
     Attributes:
         ordinal: the how manieth call of its site in the forward.
-        guess: what sizes say, by which the call has been told already; None: it has not been told.
+        guess: what sizes say, if they leave only one way.
         output: what the kernel gave, or what an edit made of it.
         tried: linear functions that it was compared with.
         reason: why it was not proved.
         sample: some of the output as it was.
         seen: a linear function came after it.
+        told: it could not wait, and was told by the guess. assumed: by the usual axes: if they are not proved, that is an
+            error.
+        versions: of the tensors that the call is made of, when it was made.
         fits: something that entered a linear function has the rows and features of what the heads give, so that a gate
             or a norm may lie between.
     """
@@ -84,6 +94,9 @@ class _Waiting:
     sample: Tensor | None = None
     seen: bool = False
     fits: bool = False
+    told: bool = False
+    assumed: bool = False
+    versions: tuple[int, ...] = ()
 
     def watch(self, output: Tensor) -> None:
         """Follow this output, and remember some of it: models change outputs in place, their values and their shape."""
@@ -141,22 +154,31 @@ class Layouts:
         if run is not None and first is not None:
             run.examples = first.shape[0]
 
-    def end(self, refuse: Callable[..., None]) -> None:
-        """The forward is over: what was not proved, and was not placed by sizes, is refused.
-
-        Args:
-            refuse: takes the site, the reason, and whether the call was edited.
+    def end(self) -> list[tuple[_Waiting, AttentionCall | str]]:
+        """The forward is over. What was not proved is placed by sizes, where these leave one way and a gate or a norm may
+        have lain between, or refused; given are these calls, or the reasons.
         """
         run = self._runs.pop(threading.get_ident(), None)
+        settled: list[tuple[_Waiting, AttentionCall | str]] = []
         for one in () if run is None or threading.get_ident() in self._settled else run.waiting:
             key = one.call.site, one.ordinal
-            if one.guess is None or (one.seen and not one.fits):
+            bound = None if one.guess is None else one.guess.bind(tuple(one.output.shape))
+            if bound is None or one.assumed or (one.seen and not one.fits):
                 self.refused.setdefault(one.call.site, one.reason)
-                refuse(one.call.site, one.reason, edited=one.edited)
+                settled.append((one, one.reason))
                 continue
             self._attempts[key] += 1
-            if self._attempts[key] >= _ATTEMPTS:
+            if one.guess is not None and self._attempts[key] >= _ATTEMPTS:
                 self._known[key] = Known(one.guess, "sizes")
+            if not one.told:
+                settled.append((one, self._late(one, bound)))
+        return settled
+
+    @staticmethod
+    def _late(one: _Waiting, bound: Bound) -> AttentionCall | str:
+        if one.versions != _versions(one.call.tensors):
+            return "the model had overwritten its queries, keys or values when their axes became known; run again"
+        return one.call.under(bound)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -174,7 +196,7 @@ class Layouts:
     # A call.
 
     def place(self, call: Unplaced) -> tuple[AttentionCall | None, _Waiting | None]:
-        """The call, if its axes are known or sizes tell; and what waits for a proof.
+        """The call, if its axes are known; and what waits for a proof.
 
         Raises:
             CaptureError: the layout that a user stated does not fit, or the heads that the module states are not there.
@@ -203,9 +225,9 @@ class Layouts:
             guess = None  # it is told again when values prove it
         waiting = _Waiting(call, ordinal, guess, call.output)
         waiting.watch(call.output)
+        waiting.versions = _versions(call.tensors)
         run.waiting.append(waiting)
-        bound = None if guess is None else guess.bind(shape)
-        return None if bound is None else call.under(bound), waiting
+        return None, waiting
 
     def _by_contract(self, call: Unplaced) -> AttentionCall | None:
         """PyTorch's own module has its examples before its heads. Values of each row's own are those of a gate."""
@@ -219,6 +241,18 @@ class Layouts:
         )
         bound = plain.bind(tuple(call.output.shape))
         return None if bound is None else call.under(bound)
+
+    def assume(self, waiting: _Waiting) -> AttentionCall | None:
+        """The call by what sizes say, or by the axes that most models have, for those who cannot wait; None if it has
+        another shape.
+        """
+        call, shape = waiting.call, tuple(waiting.call.output.shape)
+        usual = waiting.guess or usual_axes(shape, call.mixed, call.width, call.heads)
+        bound = None if usual is None else usual.bind(shape)
+        if bound is None:
+            return None
+        waiting.assumed, waiting.told, waiting.guess = waiting.guess is None, True, usual
+        return call.under(bound)
 
     @property
     def is_waiting(self) -> bool:
@@ -297,12 +331,13 @@ class Layouts:
         self.refused.pop(one.call.site, None)
         bound = axes.bind(tuple(one.output.shape))
         assert bound is not None  # it was read from this shape
-        if one.guess is None:
-            return [(one, one.call.under(bound))]
+        if not one.told:
+            return [(one, self._late(one, bound))]
+        assert one.guess is not None  # it was told by it
         told = one.guess.bind(tuple(one.output.shape))
         if told is not None and not _agree(told, bound):
             raise CaptureError(
-                f'its axes are "{axes}", where sizes said "{one.guess}"',
+                f'its axes are "{axes}", where it was taken for "{one.guess}"',
                 site=one.call.site,
                 shape=one.output.shape,
                 hint="run it again: the layout is known from now on",
@@ -332,6 +367,10 @@ class Layouts:
         if site in self._stated:
             return Known(Axes.parse(self._stated[site]), "stated")
         return self._known.get((site, 0))
+
+
+def _versions(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
 
 
 def _fits(p: Tensor, one: _Waiting) -> bool:

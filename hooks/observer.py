@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from workbench.errors import InterventionError
 from workbench.hooks import bridges, calls, multihead, registry
 from workbench.hooks.kernel_watch import LseWatch
-from workbench.hooks.layouts import Layouts, Unplaced, projected
+from workbench.hooks.layouts import UNKNOWN, Layouts, Unplaced, learn, projected
 from workbench.hooks.listener import Listener
 from workbench.hooks.modes import close_torn
 from workbench.hooks.nested import first_tensor
@@ -165,7 +165,7 @@ class Observer:
             if self._layouts.is_waiting and (given := first_tensor(rest[1])) is not None:
                 self._prove(given[0], module)
             if len(state.stack) == 1 and not state.replay:
-                self._layouts.end(self._listener.on_refused)
+                self._settle(state, self._layouts.end())
             mixed = self._saw_mixing(state, args, *rest) if module in self._readers else None
             output = self._listener.on_output(state.stack[-1].name, module, rest[1] if mixed is None else mixed)
             return mixed if output is None else output
@@ -230,6 +230,11 @@ class Observer:
         state = self._state(sys._getframe())
         with state.tap.inside():
             settled = self._layouts.saw_linear(p) if module is None else self._layouts.saw_output(module, p)
+        self._settle(state, settled)
+
+    def _settle(self, state: ThreadRun, settled: Sequence[tuple[Any, AttentionCall | str]]) -> None:
+        """Tell of calls whose axes have become known, or will not."""
+        with state.tap.inside():
             for waiting, found in settled:
                 if isinstance(found, str):
                     self._listener.on_refused(waiting.call.site, found, edited=waiting.edited)
@@ -255,9 +260,11 @@ class Observer:
             call = make(owner)
             if isinstance(call, Unplaced):
                 call, waiting = self._layouts.place(call)
+            if call is None and waiting is not None and self._listener.cannot_wait(owner[0]):
+                call = self._layouts.assume(waiting)
+                if call is None:
+                    raise InterventionError(UNKNOWN, site=owner[0], shape=waiting.output.shape, hint=learn(owner[0]))
             if call is None:
-                if waiting is not None:
-                    self._listener.on_unplaced(owner[0])
                 return None
             if state.replay:
                 call = replace(call, replay=True)

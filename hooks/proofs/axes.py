@@ -266,15 +266,18 @@ def prove_axes(z: Tensor, p: Tensor, mixed: Sequence[int], width: int = -1) -> P
         return Proof(None, "nearly all of what the kernel gave is equal")
     if not found:
         return None
-    read = {_read(placement, tuple(z.shape), p.shape[-1], mixed, width % z.dim()) for placement in found}
+    read = {_read(placement, tuple(z.shape), tuple(p.shape), mixed, width % z.dim()) for placement in found}
     if len(read) == 1:
         return read.pop()
     listed = " or ".join(sorted(str(one.axes) for one in read if one.axes is not None))
     return Proof(None, f"the values fit several layouts: {listed}")
 
 
-def _read(placement: Placement, shape: tuple[int, ...], features: int, mixed: Sequence[int], width: int) -> Proof:
-    """The roles of a placement's factors, each cut where the rows of the projection's input end."""
+def _read(
+    placement: Placement, shape: tuple[int, ...], into: tuple[int, ...], mixed: Sequence[int], width: int
+) -> Proof:
+    """The roles of a placement's factors, each cut where the rows of the projection's input `into` end."""
+    features = into[-1]
     pieces: list[tuple[int, int, int]] = []  # axis, size, stride
     for axis, size, stride in placement.factors:
         inside = min(size, features // stride) if stride < features else 1
@@ -295,11 +298,18 @@ def _read(placement: Placement, shape: tuple[int, ...], features: int, mixed: Se
         return "head" if stride < features else "batch"
 
     roles = [(axis, Part(role(axis, stride), size), stride) for axis, size, stride in pieces]
+    with_queries = {_axis_of(stride, into) for _, part, stride in roles if part.role == "query"}
+
+    def place(part: Part, stride: int) -> tuple[int, bool, int]:
+        """Windows come after examples: their rows stand among those of the queries."""
+        window = part.role == "batch" and _axis_of(stride, into) in with_queries
+        return _ROLES.index(part.role), window, -stride
+
     parts: list[list[tuple[Part, int]]] = [[] for _ in shape]
     for axis, part, stride in roles:
         before = parts[axis][-1] if parts[axis] else None
         kept = part.role in ("query", "width")  # in the kernel's own order, which is that of its keys and masks
-        if before and before[0].role == part.role and (kept or before[1] > stride):
+        if before and before[0].role == part.role and (kept or place(*before) < place(part, stride)):
             parts[axis][-1] = Part(part.role, (before[0].size or 1) * (part.size or 1)), before[1]
         else:
             parts[axis].append((part, stride))
@@ -308,8 +318,18 @@ def _read(placement: Placement, shape: tuple[int, ...], features: int, mixed: Se
     flat = [(part, stride) for axis in parts for part, stride in axis]
     if not any(part.role == "query" for part, _ in flat):
         return Proof(None, "no axis of the call runs along the rows of the projection alone")
-    order = sorted(range(len(flat)), key=lambda i: (_ROLES.index(flat[i][0].role), -flat[i][1]))
+    order = sorted(range(len(flat)), key=lambda i: place(*flat[i]))
     return Proof(Axes(opened, tuple(order), "features" if features_mixed else "positions"))
+
+
+def _axis_of(stride: int, into: tuple[int, ...]) -> int:
+    """Which axis of a contiguous tensor a stride runs along."""
+    own = 1
+    for axis in range(len(into) - 1, -1, -1):
+        own *= into[axis]
+        if stride < own:
+            return axis
+    return 0
 
 
 def _opened(axis: list[tuple[Part, int]]) -> list[Part]:
@@ -333,6 +353,19 @@ def _name_ones(parts: list[list[tuple[Part, int]]], shape: Sequence[int], mixed:
         parts[axis] = [(Part(chosen, 1), 0)]
 
 
+def usual_axes(shape: Sequence[int], mixed: Sequence[int], width: int, heads: int | None) -> Axes | None:
+    """The axes that most models have, to be proved afterwards: [batch, head, query, width], or with the first two as one;
+    None for other shapes.
+    """
+    if tuple(axis % len(shape) for axis in (*mixed, width)) != (len(shape) - 2, len(shape) - 1):
+        return None
+    if len(shape) == 4:
+        return Axes.plain("bhqd", shape[1])
+    if len(shape) == 3 and heads and shape[0] % heads == 0:
+        return Axes.parse("(batch head) query width", heads)
+    return None
+
+
 def axes_by_size(
     shape: Sequence[int], mixed: Sequence[int], width: int, heads: int | None, examples: int | None
 ) -> Axes | None:
@@ -350,11 +383,11 @@ def axes_by_size(
     for roles in permutations(("b", "h"), len(free)):
         sizes = {role: shape[axis] for role, axis in zip(roles, free, strict=True)}
         stated = heads is None or sizes.get("h", 1) == heads
-        if stated and (examples is None or sizes.get("b", 1) % examples == 0):
+        if stated and examples in (None, sizes.get("b", 1)):  # the order of windows and examples is in no size
             fitting.append((roles, sizes))
-    if len(fitting) > 1 and heads is None:  # windows: several times as many as examples
-        fitting = [one for one in fitting if one[1].get("b", 1) == examples]
-    if len(fitting) != 1:
+    if len(fitting) > 1 and any(n > 1 for sizes in fitting for n in sizes[1].values()):
+        return None
+    if not fitting:
         return None
     roles, sizes = fitting[0]
     letters = ["?"] * len(shape)

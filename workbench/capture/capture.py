@@ -15,7 +15,7 @@ from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture, pack, unpack
 from workbench.capture.transformer_lens import Cache
 from workbench.errors import CaptureError, nearest
-from workbench.hooks.sites import Site, Sites
+from workbench.hooks.sites import Site, Sites, Unread
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS
 from workbench.storage import files
@@ -81,8 +81,8 @@ class Capture:
         return tuple(site.name for site in self.model_sites if site.name not in fired)
 
     @property
-    def ledger(self) -> dict[str, int]:
-        """How often each site of the model was called: 0 for those that never fired.
+    def ledger(self) -> dict[str, int | str]:
+        """How often each site of the model was called: 0 for those that never fired; and what is not read, with why.
 
         >>> import torch, workbench
         >>> model = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
@@ -92,11 +92,11 @@ class Capture:
         >>> cap.ledger
         {'self_attn': 3}
         """
-        counts = {site.name: 0 for site in self.model_sites}
+        counts: dict[str, int] = {site.name: 0 for site in self.model_sites}
         for forward in self._forwards:
             for one in forward.sites.values():
                 counts[one.site.path] = counts.get(one.site.path, 0) + 1
-        return counts
+        return counts | {one.name: f"unread: {one.reason}" for one in self.model_sites.unread}
 
     def _only(self) -> Forward:
         if len(self._forwards) != 1:
@@ -314,7 +314,13 @@ class Capture:
                 where["span"] = list(forward.span)
             forwards.append(where | {"sites": entries, "tokens": forward.tokens})
         model_sites = [asdict(site) for site in self.model_sites]
-        header = {"provenance": self.provenance, "model_sites": model_sites, "forwards": forwards}
+        header = {
+            "provenance": self.provenance,
+            "model_sites": model_sites,
+            "unread": [asdict(one) for one in self.model_sites.unread],
+            "looked": self.model_sites.looked,
+            "forwards": forwards,
+        }
         if self.settings is not None:
             header["settings"], asked = self.settings.parts()
             tensors |= {f"settings/{name}": tensor for name, tensor in asked.items()}
@@ -328,9 +334,10 @@ class Capture:
     def __repr__(self) -> str:
         lengths = {c.shape for f in self._forwards for c in f.sites.values()}
         shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")
+        unread = f", {len(self.model_sites.unread)} mixers unread" if self.model_sites.unread else ""
         return (
             f"Capture({self._provenance.get('model_name', 'model')}: {len(self._forwards)} forward(s), "
-            f"{len(self.sites)} sites, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
+            f"{len(self.sites)} sites{unread}, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
 
@@ -364,5 +371,6 @@ def load_capture(path: str | Path) -> Capture:
     settings = None
     if "settings" in header:
         settings = Settings.rebuild(header["settings"], named.get("settings", {}))
-    model_sites = Sites(Site(**site) for site in header["model_sites"])
+    unread = (Unread(**one) for one in header.get("unread", []))  # older files have none
+    model_sites = Sites((Site(**site) for site in header["model_sites"]), unread, header.get("looked"))
     return Capture(forwards, model_sites, header["provenance"], settings=settings)

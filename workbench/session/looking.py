@@ -18,6 +18,7 @@ from workbench.hooks.proofs.keys import probe_keys
 from workbench.hooks.proofs.replay import OnCall, Replays, copied
 from workbench.hooks.proofs.unread import find_unread
 from workbench.hooks.sites import Kind, Sites, Unread, site_name, with_kind, without
+from workbench.hooks.tap import AttentionCall
 
 LIMIT = 1 << 31
 """Most bytes of activations that a look keeps, 2 GiB."""
@@ -58,7 +59,12 @@ def look_at(
         return observed(model, _Calls(on_call), layouts)
 
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices), torch.no_grad(), observe(lambda call: None):
+
+    def note(call: AttentionCall) -> None:
+        fired.add(call.site)
+
+    fired: set[str] = set()
+    with torch.random.fork_rng(devices), torch.no_grad(), observe(note):
         given, named = copied((args, dict(inputs)))
         model(*given, **named)
     with layouts.settled(), Replays(model, args, inputs, observe, limit) as replays:
@@ -78,7 +84,9 @@ def look_at(
         unread[name] = Unread(name, type(module).__name__, reason, proved=name in unread)
     order = [name for name, _ in model.named_modules()]
     listed = sorted(unread.values(), key=lambda one: order.index(one.name))
-    return Sites(without(sites, {*layouts.refused, *layouts.gates}), listed, looked=True)
+    # What ran without a call, though its code speaks of attention, is no site: an unread mixer, or only around others.
+    phantoms = {site_name(call.name) for call in replays.calls} - fired
+    return Sites(without(sites, {*layouts.refused, *layouts.gates, *phantoms}), listed, looked=True)
 
 
 def _kind(kind: Kind, over: str) -> Kind:

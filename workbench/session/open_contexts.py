@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError, InterventionError
 from workbench.hooks.edits import Edit, OutputEdit, Threads
-from workbench.hooks.layouts import STATE_IT, Layouts
+from workbench.hooks.layouts import Layouts, learn
 from workbench.hooks.listener import Listener
 from workbench.hooks.observer import Observer
 from workbench.hooks.tap import AttentionCall
@@ -196,14 +196,9 @@ class OpenContexts(Listener):
             recorder.on_call(call, z)
         return z
 
-    def on_unplaced(self, site: str) -> None:
-        """What is not known cannot be edited."""
-        if any(isinstance(edit, Edit) and site in edit.sites for edit in self._mine()):
-            raise InterventionError(
-                "which axis of its kernel's output is which is not known yet",
-                site=site,
-                hint=f"run wb.verify(**inputs) or one capture first, or {STATE_IT % site}",
-            )
+    def cannot_wait(self, site: str) -> bool:
+        """Edits cannot."""
+        return any(isinstance(edit, Edit) and site in edit.sites for edit in self._mine())
 
     def on_refused(self, site: str, reason: str, *, edited: bool) -> None:
         """What the capture has of the site is taken back; an edit cannot be."""
@@ -211,7 +206,7 @@ class OpenContexts(Listener):
             recorder.on_refused(site, reason)
         if edited:
             raise InterventionError(
-                f"what was edited is no whole head: {reason}", site=site, hint="edit other sites, or whole modules"
+                f"what was edited cannot be shown to be heads: {reason}", site=site, hint=learn(site)
             )
 
     def on_output(self, name: str, module: nn.Module, output: Any) -> Any:

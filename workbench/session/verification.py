@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_COLUMNS = [
+    "site", "fired", "shape", "backend", "kernel", "row_sum_error", "output_error", "tolerance", "editable", "ok"
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Verification:
     """What a verification found.
@@ -58,7 +63,7 @@ class Verification:
         """The checks as a frame."""
         import pandas as pd
 
-        return pd.DataFrame(self.checks)
+        return pd.DataFrame(self.checks, columns=_COLUMNS)
 
     def raise_if_failed(self) -> Verification:
         """Itself if all holds, else an AttachError that names the first thing that does not."""

@@ -203,7 +203,8 @@ def test_sizes_tell_where_nothing_else_does() -> None:
     assert str(axes_by_size((2, 4, 5, 8), (2,), 3, heads=4, examples=2)) == "batch head query width"
     assert str(axes_by_size((4, 2, 5, 8), (2,), 3, heads=4, examples=2)) == "head batch query width"
     assert str(axes_by_size((2, 5, 4, 8), (1,), 3, heads=4, examples=None)) == "batch query head width"
-    assert str(axes_by_size((6, 4, 5, 8), (2,), 3, heads=4, examples=2)) == "batch head query width"
+    assert axes_by_size((6, 4, 5, 8), (2,), 3, heads=4, examples=2) is None, "of windows the order is not known"
+    assert str(axes_by_size((1, 1, 5, 8), (2,), 3, heads=None, examples=1)) == "batch head query width"
     assert axes_by_size((4, 4, 5, 8), (2,), 3, heads=4, examples=4) is None
     assert axes_by_size((2, 3, 5, 8), (2,), 3, heads=4, examples=2) is None, "the stated heads are not there"
     assert axes_by_size((8, 5, 8), (1,), 2, heads=4, examples=2) is None
