@@ -68,6 +68,7 @@ class Recorder:
     _running: dict[int, Forward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
     _cached: CachedTokens = field(default_factory=CachedTokens)
+    _refused_here: dict[int, set[str]] = field(default_factory=dict)  # by thread, in its present forward
     _checked: set[str] = field(default_factory=set)
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
@@ -85,6 +86,7 @@ class Recorder:
             now = self._now()
             forward = Forward(index=len(self.forwards), thread=number, span=(now, now))
             self._entered[thread] = {}
+            self._refused_here.pop(thread, None)
             self.forwards.append(forward)
             self._running[thread] = forward
 
@@ -126,6 +128,8 @@ class Recorder:
         forward = self._running.get(threading.get_ident())
         if forward is None:  # the capture was opened while this thread was inside a forward
             return
+        if call.site in self._refused_here.get(threading.get_ident(), ()):
+            return  # another of its calls in this forward cannot be shown
         seen = self._now()
         site = self._site(call, forward)
         if self.settings.sites is not None and site.path not in self.settings.sites:
@@ -141,6 +145,7 @@ class Recorder:
     def on_refused(self, site: str, reason: str) -> None:
         """Calls of a site are not what they were told to be: nothing of them is kept."""
         self.refused[site] = reason
+        self._refused_here.setdefault(threading.get_ident(), set()).add(site)
         forward = self._running.get(threading.get_ident())
         for name in [] if forward is None else [name for name, one in forward.sites.items() if one.site.path == site]:
             self.nbytes -= forward.sites.pop(name).nbytes
