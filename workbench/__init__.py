@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from workbench.capture.capture import Capture, load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
+    from workbench.kernels.functions import attention_function
+    from workbench.kernels.statistics import statistic
     from workbench.report import Report
     from workbench.session.workbench import Workbench, attach
     from workbench.sweep.result import Sweep, SweepInterrupted
@@ -97,6 +99,8 @@ _LAZY = {
     "SiteCapture": "workbench.capture.site_capture",
     "load_capture": "workbench.capture.capture",
     "KVGroup": "workbench.hooks.heads",
+    "attention_function": "workbench.kernels.functions",
+    "statistic": "workbench.kernels.statistics",
     "Report": "workbench.report",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
@@ -151,6 +155,7 @@ __all__ = [
     "WorkbenchError",
     "ablate_heads",
     "attach",
+    "attention_function",
     "attention_profile",
     "capacity",
     "circuit_faithfulness",
@@ -171,6 +176,7 @@ __all__ = [
     "repair",
     "run_sweep",
     "saliency",
+    "statistic",
     "tasks",
     "views",
 ]
