@@ -265,7 +265,7 @@ def _mentions(function: FunctionType, cls: type, depth: int, seen: set[CodeType]
     for code in codes:  # grows: nested functions are constants of their parent
         codes.extend(c for c in code.co_consts if isinstance(c, CodeType))
     names = {name for code in codes for name in (*code.co_names, *code.co_freevars)}
-    if names & _MARKS or mentions_function(names, function.__globals__):
+    if names & _MARKS or mentions_function(function, names):
         return True
     if names & _SOFTMAX and (names & _PRODUCTS or any(map(_multiplies, codes))):
         return True

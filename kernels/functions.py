@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -92,11 +92,21 @@ def _check(name: str, parameters: list[str], takes: Mapping[str, inspect.Paramet
         raise CaptureError(f"the pattern of {name} needs {missing[0]}, which {name} does not take")
 
 
-def mentions_function(names: Iterable[str], namespace: Mapping[str, Any]) -> bool:
-    """Whether code that uses these names, with this namespace around it, mentions an attention function."""
+def mentions_function(code: FunctionType, names: Iterable[str]) -> bool:
+    """Whether a function that uses these names mentions an attention function, by its name or under another one."""
     import_own_packages()
-    return any(_is_marked(namespace[name]) if name in namespace else name in FUNCTIONS for name in names)
+    cells = zip(code.__code__.co_freevars, code.__closure__ or (), strict=False)
+    known = code.__globals__ | {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+    return any(_is_marked(known[name]) if name in known else name in FUNCTIONS for name in names)
 
 
 def _is_marked(thing: Any) -> bool:
     return isinstance(thing, FunctionType) and hasattr(thing, "attention_kernel")
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

@@ -63,7 +63,7 @@ POOLED_MEAN = register(
         "mass",
         "mass on a block of keys, averaged over a block of queries",
         lambda rows: _averaged(_blocks(rows).sum((-1, -3)), rows.n_queries, rows.options.block),
-        formula=r"\frac{1}{|I|} \sum_{i \in I} \sum_{j \in J} p_{ij}",
+        formula=r"\frac{1}{\lvert I \rvert} \sum_{i \in I} \sum_{j \in J} p_{ij}",
         range=(0, 1),
         collect=Pooled,
         finish=_mean,

@@ -51,7 +51,7 @@ RECEIVED_MEAN = register(
         "mass",
         "received, divided by the number of queries that see the key",
         lambda rows: rows.p.sum(-2) / rows.seen.sum(-2),
-        formula=r"\sum_i p_{ij} \big/ |\{i : i \text{ sees } j\}|",
+        formula=r"\sum_i p_{ij} \big/ \lvert \{i : i \text{ sees } j\} \rvert",
         range=(0, 1),
         collect=Received,
         finish=_mean,

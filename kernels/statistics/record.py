@@ -37,7 +37,7 @@ class Statistic:
         meaning: one line of what it is.
         define: the definition, from `WholeRows` in float64; by output name where there are several.
         formula: the definition in LaTeX.
-        range: smallest and largest value, whatever the length.
+        range: smallest and largest value, whatever the length (of weights, where it has keys beside them).
         positional: whether it compares query and key positions, so that it exists for self-attention only.
         outputs: names of the tensors that it gives; its own name if empty.
         empty: what a row that sees no key has.

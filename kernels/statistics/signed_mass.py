@@ -21,7 +21,7 @@ SIGNED_MASS = register(
         "share",
         "Σ A / Σ |A|: 1 where no weight is negative",
         _define,
-        formula=r"\sum_j A_{ij} \big/ \sum_j |A_{ij}|",
+        formula=r"\sum_j A_{ij} \big/ \sum_j \lvert A_{ij} \rvert",
         range=(-1, 1),
         value_weighted=False,
         of_pattern=lambda pattern: pattern.signed_mass,
