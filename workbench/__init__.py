@@ -19,7 +19,7 @@ from workbench.errors import (
 )
 
 if TYPE_CHECKING:
-    from workbench import models, tasks, views
+    from workbench import metrics, models, tasks, views
     from workbench.analysis.atlas import PatternAtlas, pattern_atlas
     from workbench.analysis.circuits.circuit import Circuit
     from workbench.analysis.circuits.faithful import (
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from workbench.capture.capture import Capture, load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
+    from workbench.metrics import Metric
     from workbench.report import Report
     from workbench.session.workbench import Workbench, attach
     from workbench.sweep.result import Sweep, SweepInterrupted
@@ -97,6 +98,7 @@ _LAZY = {
     "SiteCapture": "workbench.capture.site_capture",
     "load_capture": "workbench.capture.capture",
     "KVGroup": "workbench.hooks.heads",
+    "Metric": "workbench.metrics",
     "Report": "workbench.report",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
@@ -110,7 +112,7 @@ _LAZY = {
     "Variant": "workbench.sweep.variants",
     "run_sweep": "workbench.sweep.run",
 }
-_LAZY_MODULES = ("models", "tasks", "views")
+_LAZY_MODULES = ("metrics", "models", "tasks", "views")
 
 __all__ = [
     "AttachError",
@@ -131,6 +133,7 @@ __all__ = [
     "HeadRoles",
     "InterventionError",
     "KVGroup",
+    "Metric",
     "PatternAtlas",
     "PrecisionError",
     "Pruning",
@@ -164,6 +167,7 @@ __all__ = [
     "head_importance",
     "head_roles",
     "load_capture",
+    "metrics",
     "models",
     "patch_heads",
     "pattern_atlas",

@@ -14,8 +14,8 @@ from workbench.analysis.circuits.find import METHODS
 from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.errors import FormatError, InterventionError, TaskError, WorkbenchError
 from workbench.inputs import decoder_start
+from workbench.metrics import logit_diff
 from workbench.tasks import from_inputs, from_prompts
-from workbench.tasks.metrics import logit_diff
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)

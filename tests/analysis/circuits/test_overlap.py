@@ -14,7 +14,7 @@ from workbench import CircuitOverlap
 from workbench.analysis.circuits.cross import _edge_layers, _random_like
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.overlap import _null
-from workbench.analysis.statistics.set_overlap import jaccard, rank_biased, weighted_jaccard
+from workbench.analysis.statistics.overlap import jaccard, rank_biased, weighted_jaccard
 from workbench.errors import InterventionError
 
 

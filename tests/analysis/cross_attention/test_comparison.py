@@ -15,9 +15,10 @@ from support.encoder_decoders import HYPOTHESIS, NAMES, encoder_decoder
 from support.toy_speech import ToySpeech, identity_speech
 from workbench import CrossAttentionSaliency, cross_attention_saliency, saliency
 from workbench.analysis.cross_attention.alignment import align, disagreement
-from workbench.analysis.cross_attention.correlate import correlate, ranks
+from workbench.analysis.cross_attention.correlate import correlate
 from workbench.analysis.cross_attention.faithfulness import curves, size, word_error_rate
 from workbench.analysis.saliency.reading import read
+from workbench.analysis.statistics.correlation import ranks
 from workbench.errors import WorkbenchError
 
 WORDS = torch.tensor([0, 2, 0, 0])

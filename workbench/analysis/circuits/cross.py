@@ -13,7 +13,7 @@ from workbench.analysis.circuits.engine.study import open_study
 from workbench.analysis.circuits.faithful import kept_parts, run_choices
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.names import head_of
-from workbench.analysis.statistics.bootstrap import interval
+from workbench.analysis.statistics.intervals import interval
 from workbench.errors import InterventionError
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task

@@ -13,7 +13,7 @@ from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.engine.edges import run_edges, run_nodes
 from workbench.analysis.circuits.engine.study import Study, open_study
 from workbench.analysis.circuits.model.names import head_of
-from workbench.analysis.statistics.bootstrap import interval
+from workbench.analysis.statistics.intervals import interval
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.analysis.circuits.engine.ablation import ABLATIONS
 from workbench.analysis.circuits.engine.edges import run_nodes
 from workbench.analysis.circuits.engine.prompts import Pair, Where
 from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
 from workbench.analysis.circuits.engine.study import DENOISING, NOISING, Study, open_study
 from workbench.analysis.circuits.model.names import label
 from workbench.errors import InterventionError, nearest
+from workbench.session.ablations import find_ablation
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
@@ -167,8 +167,7 @@ def ablate_heads(
 
 def ablation_effects(study: Study, how: str, progress: bool = True) -> Tensor:
     """[head, example] of the metric with each head ablated, minus without."""
-    if how not in ABLATIONS:
-        raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), ABLATIONS))
+    find_ablation(how, twins=True)
     graph = study.graph
     kept = torch.ones(len(graph.head_names), len(graph.senders), dtype=torch.bool)
     for row, name in enumerate(graph.head_names):

@@ -15,12 +15,12 @@ from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.study import Study, open_study
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.names import label
-from workbench.analysis.statistics.bootstrap import interval
+from workbench.analysis.statistics.intervals import mean_intervals
 from workbench.errors import InterventionError
+from workbench.metrics import accuracy
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
-from workbench.tasks.metrics import correct
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -213,7 +213,7 @@ def _run(study: Study, pair: Pair, plan: Sequence[str], weights: Tensor) -> Tens
     """[example] 1 where the model is right with the heads of the plan edited."""
     with torch.no_grad(), ExitStack() as stack:
         _edited(study, stack, pair, plan, weights)
-        return correct(study.wb.model(**pair.clean, **study.stream.extra), pair.clean).double()
+        return accuracy(study.wb.model(**pair.clean, **study.stream.extra), pair.clean).double()
 
 
 def _attention(
@@ -235,5 +235,5 @@ def _attention(
 
 
 def _mean(values: Tensor) -> tuple[float, float, float]:
-    low, high = interval(lambda index: float(values[index].mean()), len(values))
+    low, high = mean_intervals(values[:, None])[0].tolist()
     return float(values.mean()), low, high

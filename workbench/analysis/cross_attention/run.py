@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.cross_attention.alignment import align, disagreement
-from workbench.analysis.cross_attention.correlate import correlation, prepared
+from workbench.analysis.cross_attention.correlate import prepared
 from workbench.analysis.cross_attention.faithfulness import curves, size, words
 from workbench.analysis.cross_attention.maps import maps_of
 from workbench.analysis.cross_attention.maps_result import CrossAttention
@@ -20,6 +20,7 @@ from workbench.analysis.saliency.reading import Reading, read
 from workbench.analysis.saliency.result import Saliency
 from workbench.analysis.saliency.run import METHODS
 from workbench.analysis.saliency.run import saliency as explain
+from workbench.analysis.statistics.correlation import correlation
 from workbench.errors import WorkbenchError, nearest
 from workbench.session.workbench import Workbench
 

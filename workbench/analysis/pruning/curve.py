@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from workbench.analysis.importance.measures import Measure, as_measures
 from workbench.analysis.importance.scores import HeadImportance
 from workbench.analysis.pruning.prune import prune_heads
 from workbench.errors import InterventionError, WorkbenchError
+from workbench.metrics import Metric, as_metrics
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.sweep.inputs import check_batches
@@ -34,7 +34,7 @@ class PruningCurve(Result):
     Attributes:
         counts: how many heads are pruned, ascending from 0. n_heads: of the whole model.
         orders: name -> labels, the first pruned first: the scored order, and "random 1" and so on.
-        measures: names. higher: for each, True if a better model has more of it, False if less, None for a divergence.
+        measures: names. higher_is_better: for each, whether a better model has more of it.
         values: order -> [count, measure, example].
         seconds: [count, round] of one forward of the really pruned model on the first batch; NaN where not measured.
         seconds_full: [count, round] of the whole model, measured in turn with it.
@@ -49,7 +49,7 @@ class PruningCurve(Result):
     n_heads: int
     orders: dict[str, tuple[str, ...]]
     measures: tuple[str, ...]
-    higher: dict[str, bool | None]
+    higher_is_better: dict[str, bool]
     values: dict[str, Tensor]
     seconds: Tensor
     seconds_full: Tensor
@@ -156,7 +156,7 @@ def prune_curve(
     Raises:
         WorkbenchError: an unknown method or measure, counts that are out of range, bad batches or metrics.
     """
-    measures = as_measures("loss" if metric is None else metric)
+    measures = as_metrics("loss" if metric is None else metric)
     several = check_batches(wb.model, batches)
     points = _points(counts, len(scores.heads))
     name, order = _order(scores, by, score_measure)
@@ -188,7 +188,7 @@ def prune_curve(
         n_heads=len(scores.heads),
         orders=orders,
         measures=tuple(measures),
-        higher={each: measure.higher for each, measure in measures.items()},
+        higher_is_better={each: measure.higher_is_better for each, measure in measures.items()},
         values=values,
         seconds=timing.seconds,
         seconds_full=timing.seconds_full,
@@ -229,7 +229,7 @@ def _greedy(
     scores: HeadImportance,
     wb: Workbench,
     batches: Sequence[Mapping[str, Any]],
-    measure: Measure,
+    measure: Metric,
     enough: int,
     step: int,
     progress: bool,
@@ -271,7 +271,7 @@ class _Timing:
         wb: Workbench,
         batch: Mapping[str, Any],
         order: Sequence[str],
-        measures: Mapping[str, Measure],
+        measures: Mapping[str, Metric],
         ablated: Tensor,
         progress: bool,
     ) -> None:

@@ -10,9 +10,8 @@ from torch import Tensor
 from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
 from workbench.analysis.circuits.engine.study import Study
-from workbench.errors import InterventionError, nearest
-
-ABLATIONS = ("counterfactual", "zero", "mean", "mean_positional", "resample")
+from workbench.errors import InterventionError
+from workbench.session.ablations import find_ablation
 
 
 class Ablation:
@@ -26,8 +25,7 @@ class Ablation:
     """
 
     def __init__(self, study: Study, how: str) -> None:
-        if how not in ABLATIONS:
-            raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), ABLATIONS))
+        find_ablation(how, twins=True)
         if how == "resample" and any(pair.size == 1 for pair in study.pairs):
             raise InterventionError(
                 "there is a batch of one example, which has no other to resample from", hint="choose another batch_size"

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.engine.prompts import (
-    Metric,
     Pair,
     Where,
-    as_metric,
     check_metric,
     find_positions,
     make_pairs,
+    measure_last,
+    metric_of_logits,
 )
 from workbench.analysis.circuits.engine.stream import Kept, Stream
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.errors import WorkbenchError
+from workbench.metrics import Metric
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
 
@@ -89,7 +90,7 @@ class Study:
         Raises:
             WorkbenchError: it is not finite.
         """
-        value = self.metric(logits, pair, clean, times).detach().to("cpu", torch.float64)
+        value = measure_last(self.metric, logits, pair, clean, times).detach().to("cpu", torch.float64)
         if not bool(value.isfinite().all()):
             row = int((~value.isfinite()).any(0).nonzero()[0])
             raise WorkbenchError(
@@ -130,7 +131,7 @@ def open_study(
         TaskError: bad prompts or metric. AttachError: a model that is no sum of senders.
     """
     device = next(wb.model.parameters()).device
-    chosen = as_metric(metric)
+    chosen = metric_of_logits(metric)
     with torch.inference_mode(mode=False):  # the parts of a model are found from gradients
         pairs = make_pairs(task, wb.model, wb.tokenizer, batch_size, device)
         stream = Stream(wb, pairs[0])

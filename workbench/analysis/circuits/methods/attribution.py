@@ -62,7 +62,7 @@ def attribute_edges(
     Raises:
         InterventionError: a metric without gradient, or that is smallest on the prompt.
     """
-    if not study.metric.smooth or (study.metric.against_clean and steps == 1):
+    if not study.metric.differentiable or (study.metric.against_clean and steps == 1):
         zero = "it is smallest on the prompts, so its gradient is zero there"
         why = zero if study.metric.against_clean else "it has none"
         raise InterventionError(f'edges cannot be scored by the gradient of "{study.metric.name}": {why}')
