@@ -22,12 +22,8 @@ if TYPE_CHECKING:
     from workbench import metrics, models, tasks, views
     from workbench.analysis.atlas import PatternAtlas, pattern_atlas
     from workbench.analysis.circuits.circuit import Circuit
-    from workbench.analysis.circuits.faithful import (
-        Faithfulness,
-        FaithfulnessCurve,
-        circuit_faithfulness,
-        faithfulness_curve,
-    )
+    from workbench.analysis.circuits.faithfulness import Faithfulness, circuit_faithfulness
+    from workbench.analysis.circuits.faithfulness_curve import FaithfulnessCurve, faithfulness_curve
     from workbench.analysis.circuits.find import Stage, find_circuit
     from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted
     from workbench.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
@@ -69,10 +65,10 @@ _LAZY = {
     "Capacity": "workbench.analysis.conditioning.capacity",
     "capacity": "workbench.analysis.conditioning.capacity",
     "Circuit": "workbench.analysis.circuits.circuit",
-    "Faithfulness": "workbench.analysis.circuits.faithful",
-    "FaithfulnessCurve": "workbench.analysis.circuits.faithful",
-    "circuit_faithfulness": "workbench.analysis.circuits.faithful",
-    "faithfulness_curve": "workbench.analysis.circuits.faithful",
+    "Faithfulness": "workbench.analysis.circuits.faithfulness",
+    "FaithfulnessCurve": "workbench.analysis.circuits.faithfulness_curve",
+    "circuit_faithfulness": "workbench.analysis.circuits.faithfulness",
+    "faithfulness_curve": "workbench.analysis.circuits.faithfulness_curve",
     "Stage": "workbench.analysis.circuits.find",
     "find_circuit": "workbench.analysis.circuits.find",
     "CircuitOverlap": "workbench.analysis.circuits.overlap",

@@ -13,7 +13,7 @@ import torch
 import workbench
 from support.circuits import INDUCTION_EDGES, Words, induction_model, random_task, tiny
 from workbench import Circuit
-from workbench.analysis.circuits.faithful import MIB_FRACTIONS, area
+from workbench.analysis.circuits.faithfulness_curve import MIB_FRACTIONS, area
 from workbench.analysis.circuits.stability import auroc
 from workbench.analysis.statistics.correlation import rank_auroc
 from workbench.errors import FormatError, InterventionError, TaskError

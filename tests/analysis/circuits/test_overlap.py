@@ -11,7 +11,7 @@ import torch
 import workbench
 from support.circuits import Words, induction_model, random_task, tiny
 from workbench import CircuitOverlap
-from workbench.analysis.circuits.cross import _edge_layers, _random_like
+from workbench.analysis.circuits.cross_faithfulness import _edge_layers, _random_like
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.overlap import _null
 from workbench.analysis.statistics.overlap import jaccard, rank_biased, weighted_jaccard

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.cross import cross_faithfulness
+from workbench.analysis.circuits.cross_faithfulness import cross_faithfulness
 from workbench.analysis.circuits.model.names import head_of
 from workbench.analysis.statistics.intervals import draws, percentiles
 from workbench.analysis.statistics.overlap import jaccard, rank_biased, weighted_jaccard

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.importance.scores import HeadImportance
+from workbench.analysis.importance.result import HeadImportance
 from workbench.analysis.statistics.correlation import spearman
 from workbench.analysis.statistics.intervals import draws, percentiles
 from workbench.errors import WorkbenchError

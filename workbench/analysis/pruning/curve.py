@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from workbench.analysis.importance.scores import HeadImportance
 from workbench.analysis.pruning.prune import prune_heads
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.metrics import Metric, as_metrics
@@ -25,6 +24,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GREEDY, RANDOM = "greedy", "random"
+
+
+class Ranking(Protocol):
+    """Scored heads, as `HeadImportance` has them."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Labels."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of what scored them."""
+
+    def ranking(self, method: str | None = None, measure: str | None = None) -> list[str]:
+        """Labels, the most important first."""
+
+    def key(self, label: str) -> tuple[str, int]:
+        """The head of a label, as interventions take it."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,7 +137,7 @@ class PruningCurve(Result):
 
 
 def prune_curve(
-    scores: HeadImportance,
+    scores: Ranking,
     wb: Workbench,
     batches: Iterable[Mapping[str, Any]],
     by: str | Sequence[str] | None = None,
@@ -209,7 +226,7 @@ def _points(counts: Sequence[int] | None, n_heads: int) -> list[int]:
     return found
 
 
-def _order(scores: HeadImportance, by: Any, measure: str | None) -> tuple[str, tuple[str, ...]]:
+def _order(scores: Ranking, by: Any, measure: str | None) -> tuple[str, tuple[str, ...]]:
     """The name of an order, and its labels, the first to go first."""
     if by == GREEDY:
         return GREEDY, ()
@@ -226,7 +243,7 @@ def _order(scores: HeadImportance, by: Any, measure: str | None) -> tuple[str, t
 
 
 def _greedy(
-    scores: HeadImportance,
+    scores: Ranking,
     wb: Workbench,
     batches: Sequence[Mapping[str, Any]],
     measure: Metric,
@@ -267,7 +284,7 @@ class _Timing:
 
     def run(
         self,
-        scores: HeadImportance,
+        scores: Ranking,
         wb: Workbench,
         batch: Mapping[str, Any],
         order: Sequence[str],

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.importance.gradients import gate_gradients
-from workbench.analysis.importance.parts import Grid, find_grid, named_parts, part_variants
-from workbench.analysis.importance.scores import GRADIENTS, HeadImportance
+from workbench.analysis.importance.partial_pruning import Grid, find_grid, named_parts, part_variants
+from workbench.analysis.importance.result import GRADIENTS, HeadImportance
 from workbench.errors import InterventionError, WorkbenchError, nearest
 from workbench.hooks.heads import parse_heads
 from workbench.hooks.sites import Site

@@ -31,7 +31,7 @@ DENOISING = "denoising"
 
 
 @dataclass
-class Study:
+class Setup:
     """A task on a model while it is being looked at.
 
     Attributes:
@@ -109,10 +109,10 @@ class Study:
         """[batch, n] positions of places in a stream; see `find_positions`."""
         return find_positions(self.task, self.wb.tokenizer, pair, where, stream, self.length(pair, stream))
 
-    def most(self, pair: Pair, parts: int = 16) -> int:
-        """How many repeats of a batch fit into the memory, at `parts` tensors of the longest stream's size each."""
+    def most(self, pair: Pair, tensors: int = 16) -> int:
+        """How many repeats of a batch fit into the memory, at `tensors` of the longest stream's size each."""
         longest = max(self.length(pair, stream) for stream in range(len(pair.ends)))
-        each = pair.size * longest * self.graph.d_model * 4 * parts
+        each = pair.size * longest * self.graph.d_model * 4 * tensors
         return max(1, self.memory // each)
 
     def provenance(self) -> dict[str, Any]:
@@ -122,18 +122,18 @@ class Study:
 
 
 @contextmanager
-def open_study(
+def open_setup(
     wb: Workbench, task: Task, metric: Any = "logit_diff", *, batch_size: int = 25, memory: int = 1 << 30
-) -> Iterator[Study]:
-    """A study whose stream is open inside.
+) -> Iterator[Setup]:
+    """A setup whose stream is open inside.
 
     Raises:
         TaskError: bad prompts or metric. AttachError: a model that is no sum of senders.
     """
     device = next(wb.model.parameters()).device
     chosen = metric_of_logits(metric)
-    with torch.inference_mode(mode=False):  # the parts of a model are found from gradients
+    with torch.inference_mode(mode=False):  # a model's projections are found from gradients
         pairs = make_pairs(task, wb.model, wb.tokenizer, batch_size, device)
         stream = Stream(wb, pairs[0])
     with torch.inference_mode(mode=False), stream.open():
-        yield Study(wb, stream, task, pairs, chosen, memory)
+        yield Setup(wb, stream, task, pairs, chosen, memory)

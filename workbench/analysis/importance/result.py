@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from workbench.analysis.pruning.curve import PruningCurve, prune_curve
 from workbench.analysis.statistics.correlation import spearman
 from workbench.analysis.statistics.intervals import mean_intervals
 from workbench.errors import WorkbenchError, nearest
@@ -17,8 +18,6 @@ from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from workbench.analysis.pruning.curve import PruningCurve
 
 GRADIENTS = ("gradient", "gradient_magnitude", "attention_gradient")
 
@@ -163,8 +162,6 @@ class HeadImportance(Result):
         Args:
             by: the method whose order is taken; "greedy" to score anew after each step; the first method by default.
         """
-        from workbench.analysis.pruning.curve import prune_curve
-
         return prune_curve(self, wb, batches, by, **options)
 
     def _key(self, method: str | None, measure: str | None) -> tuple[str, str]:
