@@ -29,7 +29,7 @@ def mask_gradient(setup: Setup) -> torch.Tensor:
         run = _Patched(setup, pair, clean, twin, mask, 0)
         run._chosen = list  # type: ignore[method-assign,assignment]
         out = setup.stream.run(pair.clean, pair.last, run.hooks())
-        total -= torch.autograd.grad(setup.metric(out, pair, logits).sum(), mask)[0][0]
+        total -= torch.autograd.grad(setup.metric_of(out, pair, logits).sum(), mask)[0][0]
     return total / len(setup.task)
 
 

@@ -84,13 +84,17 @@ class Setup:
             logits, clean = self.stream.record(pair.clean, pair.last)
         return logits, clean, twin
 
+    def metric_of(self, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
+        """[times, batch] of the metric from logits at the last token, with their gradient; see `measure_last`."""
+        return measure_last(self.metric, logits, pair, clean, times)
+
     def measure(self, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
         """[times, batch] of the metric, in float64 on the CPU.
 
         Raises:
             WorkbenchError: it is not finite.
         """
-        value = measure_last(self.metric, logits, pair, clean, times).detach().to("cpu", torch.float64)
+        value = self.metric_of(logits, pair, clean, times).detach().to("cpu", torch.float64)
         if not bool(value.isfinite().all()):
             row = int((~value.isfinite()).any(0).nonzero()[0])
             raise WorkbenchError(

@@ -178,7 +178,7 @@ class _Batch:
             logits = self.setup.stream.run(batch, self.pair.last, hooks)
             if not moved:
                 own.logits = logits.detach()
-            value = self.setup.metric(logits, self.pair, self.clean.logits).sum()
+            value = self.setup.metric_of(logits, self.pair, self.clean.logits).sum()
             wanted = [key for key in watched if not key[0].startswith("read")]
             gradients = torch.autograd.grad(value, [watched[key] for key in wanted], allow_unused=True)
         found = {
