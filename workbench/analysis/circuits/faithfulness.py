@@ -123,7 +123,7 @@ def circuit_faithfulness(
     Args:
         wb: the model. circuit: of this model; its edges where it was chosen by edges, else its nodes.
         task: the circuit's or another.
-        ablation: what stands in for the rest: "counterfactual" (the twin), "zero", "mean", "mean_positional" or
+        ablation: what replaces the rest: "counterfactual" (the twin), "zero", "mean", "mean_positional" or
             "resample".
         metric: a name or a function, as in `find_circuit`.
         n_subsets: random halves of the circuit to test its completeness with (Wang et al. 2211.00593).

@@ -96,7 +96,7 @@ def find_circuit(
             "eap_ig" along "inputs" are the same in both but for one end: "noising" leaves out the twin, "denoising" the
             prompt, as MIB's code does.
         threshold: of "acdc", the share of clean minus corrupted below which an edge is left out.
-        ablation: what stands in for heads ("ablation", by default "mean") or edges ("acdc", by default
+        ablation: what replaces heads ("ablation", by default "mean") or edges ("acdc", by default
             "counterfactual"): also "zero", "mean_positional", "resample".
         absolute: choose by magnitude, so that what works against the task is found too.
         batch_size: examples in one forward. memory: bytes that variants side by side may take.

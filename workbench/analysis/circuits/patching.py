@@ -283,7 +283,7 @@ def _replacing(new: Tensor, chosen: list[tuple[int, Tensor | None]], size: int) 
 def _pattern_effects(
     setup: Setup, heads: list[tuple[int, int, str]], where: list[Where], direction: str, progress: bool
 ) -> Tensor:
-    """[head, place, example]: z made of the other run's pattern and this run's values stands in for the head's own."""
+    """[head, place, example]: the head's z is replaced by that of the other run's pattern and this run's values."""
     wb = setup.wb
     effects = torch.zeros(len(heads), len(where), len(setup.task), dtype=torch.float64)
     with torch.no_grad():

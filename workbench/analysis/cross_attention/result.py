@@ -97,7 +97,7 @@ class CrossAttentionSaliency(Result):
 
     @property
     def n_utterances(self) -> int:
-        """Utterances."""
+        """How many utterances (or other inputs) were compared."""
         return len(self.utterances)
 
     def of(self, saliency: str = "input", measure: str = "pearson") -> Tensor:

@@ -31,7 +31,7 @@ class Ranking(Protocol):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Labels."""
+        """Labels of the heads, such as "L3H1"."""
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -292,7 +292,7 @@ class _Timing:
         ablated: Tensor,
         progress: bool,
     ) -> None:
-        """Fill in what can be had; `ablated` is [count, measure, example] of the same order."""
+        """Time and measure the copies that can be made; `ablated` is [count, measure, example] of the same order."""
         differences = []
         with torch.no_grad():
             clean = wb.model(**batch)

@@ -1,4 +1,4 @@
-"""What stands in for nodes that are left out: nothing, a mean, another prompt's activations, or the twin's."""
+"""Replacements for nodes that are left out: zeros, a mean, another prompt's activations, or the twin's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ablation:
         return sender_keys(self.setup)
 
     def of(self, pair: Pair, clean: Kept, twin: Kept) -> Kept:
-        """What stands in for each sender of a batch; the tensors may be broadcast."""
+        """The replacement of each sender in a batch; the tensors may be broadcast."""
         found = Kept()
         for key in self.keys():
             if self.how == "counterfactual":

@@ -35,7 +35,7 @@ class Projection:
 
     @property
     def bias(self) -> Tensor | None:
-        """[head, width]."""
+        """[head, width]; None for a module without one."""
         bias = getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()[self.columns]
 
