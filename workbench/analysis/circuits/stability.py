@@ -96,7 +96,7 @@ def auroc(circuit: Circuit, reference: Circuit | Iterable[Any], *, absolute: boo
             ranked by their own scores, in an edge circuit by the sum over their edges.
 
     Raises:
-        WorkbenchError: a reference that is empty, or holds everything that is scored.
+        InterventionError: a reference that is empty, or holds everything that is scored.
     """
     graph = circuit.graph
     if isinstance(reference, Circuit):

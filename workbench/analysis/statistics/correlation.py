@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.errors import WorkbenchError
+from workbench.errors import InterventionError, WorkbenchError
 
 
 def ranks(x: Tensor) -> Tensor:
@@ -58,14 +58,14 @@ def rank_auroc(scores: Tensor, real: Tensor) -> float:
         scores: [item]. real: [item] bool.
 
     Raises:
-        WorkbenchError: all items are real, or none.
+        InterventionError: all items are real, or none.
 
     >>> rank_auroc(torch.tensor([3.0, 2.0, 2.0, 1.0]), torch.tensor([True, True, False, False]))
     0.875
     """
     n, others = int(real.sum()), int((~real).sum())
     if not n or not others:
-        raise WorkbenchError(
+        raise InterventionError(
             f"the reference holds {n} of {len(scores)} scored items; some must be in it and some not",
             hint="choose another reference, or a circuit that scores more",
         )
