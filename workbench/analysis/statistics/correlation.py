@@ -22,8 +22,8 @@ def ranks(x: Tensor) -> Tensor:
 def pearson(x: Tensor, y: Tensor) -> Tensor:
     """Correlation along the last axis, in float64; NaN where one of them does not vary.
 
-    >>> pearson(torch.tensor([[1.0, 2.0, 4.0], [1.0, 1.0, 1.0]]), torch.tensor([2.0, 4.0, 8.0])).tolist()
-    [1.0, nan]
+    >>> pearson(torch.tensor([[1.0, 2.0, 4.0], [1.0, 1.0, 1.0]]), torch.tensor([2.0, 4.0, 8.0]))
+    tensor([1.0000,    nan], dtype=torch.float64)
     """
     x, y = (given.double() - given.double().mean(-1, keepdim=True) for given in (x, y))
     varies = [given.norm(dim=-1) > 1e-12 * (1 + given.abs().amax(-1)) for given in (x, y)]
