@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from workbench.capture.capture import Capture, load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
+    from workbench.hooks.readers import Mixing, ModuleRun, reader
     from workbench.metrics import Metric
     from workbench.report import Report
     from workbench.session.workbench import Workbench, attach
@@ -96,6 +97,9 @@ _LAZY = {
     "load_capture": "workbench.capture.capture",
     "KVGroup": "workbench.hooks.heads",
     "Metric": "workbench.metrics",
+    "Mixing": "workbench.hooks.readers",
+    "ModuleRun": "workbench.hooks.readers",
+    "reader": "workbench.hooks.readers",
     "Report": "workbench.report",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
@@ -131,6 +135,8 @@ __all__ = [
     "InterventionError",
     "KVGroup",
     "Metric",
+    "Mixing",
+    "ModuleRun",
     "PatternAtlas",
     "PrecisionError",
     "Pruning",
@@ -169,6 +175,7 @@ __all__ = [
     "patch_heads",
     "pattern_atlas",
     "prune_heads",
+    "reader",
     "repair",
     "run_sweep",
     "saliency",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from workbench.errors import InterventionError, WorkbenchError
-from workbench.hooks.compiled import check_not_compiled
+from workbench.hooks.nested import tensors
 from workbench.inputs import dropout_in_training
 from workbench.metrics import Metric, as_metrics
 from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import check_batches, check_resumed, identity, size_of
 from workbench.sweep.kept_logits import ARGUMENT, places_read, widened
-from workbench.sweep.prefix import Prefix, tensors
+from workbench.sweep.prefix import Prefix
 from workbench.sweep.result import Sweep, SweepInterrupted
 from workbench.sweep.variants import OutputStack, Resolved, Stack, Variant, repeat, resolve, split
 
@@ -80,12 +80,8 @@ def run_sweep(
     >>> found.values.shape
     torch.Size([4, 1, 2])
     """
-    wb._check_ready()
-    check_not_compiled(wb.model)
-    if wb._live.edits or wb._live.recorder is not None:
-        raise InterventionError(
-            "an intervention or a capture is open", hint="end it first, or give the sweep its edits as base="
-        )
+    wb.check_ready()
+    wb.check_idle()
     dropping = dropout_in_training(wb.model)
     if dropping:
         raise InterventionError(
@@ -138,7 +134,8 @@ class _Runner:
     def run(self, path: Path | None, reference: Any, seed: int | None, progress: bool) -> Sweep:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(self._editing())
+            # Open for the whole sweep; which sites fire is checked at each forward.
+            stack.enter_context(self.wb.editing(self.stack, self.outputs, must_fire=False))
             stack.enter_context(self.prefix.open())
             self._try_out()
             self.identity = identity(
@@ -164,18 +161,6 @@ class _Runner:
     @property
     def mode(self) -> str:
         return "resumed" if self.resumed else "full"
-
-    @contextmanager
-    def _editing(self) -> Iterator[None]:
-        """Open for the whole sweep; which sites fire is checked at each forward."""
-        live = self.wb._live
-        live.edits += [self.stack, self.outputs]
-        try:
-            with live._observed():
-                yield
-        finally:
-            live.edits.remove(self.stack)
-            live.edits.remove(self.outputs)
 
     def _forward(self, batch: Mapping[str, Any], size: int, plan: Sequence[tuple[Any, ...]], start: str | None) -> Any:
         """The model's output with each of the plan's edits, side by side, begun at a block."""

@@ -55,7 +55,7 @@ def gate_gradients(
         WorkbenchError: the metric has no gradient.
     """
     gates = Gates(sites)
-    with torch.inference_mode(False), torch.enable_grad(), wb._editing(gates):
+    with torch.inference_mode(False), torch.enable_grad(), wb.editing(gates):
         output = wb.model(**batch)
         values = metric.examples(output, batch, size_of(batch))
         if not values.requires_grad:

@@ -87,7 +87,7 @@ def head_importance(
     measures = as_metrics(metric)
     named = _methods(methods)
     several = check_batches(wb.model, batches)
-    wb._check_ready()
+    wb.check_ready()
     chosen = _choose(wb, heads, several[0])
     labels = _labels(chosen)
     of_parts = named_parts(parts)

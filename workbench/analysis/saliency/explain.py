@@ -112,7 +112,7 @@ def saliency(
     >>> found
     Saliency(spes at input: 2 tokens, tokens 3, exact)
     """
-    wb._check_open()
+    wb.check_open()
     if method not in METHODS:
         raise WorkbenchError(f"there is no method {method!r}", hint=nearest(method, METHODS, "method"))
     where = at or ("encoder" if method == "encoder_output" else "input")

@@ -21,7 +21,6 @@ from workbench.analysis.circuits.model.anatomy import Anatomy, find_anatomy
 from workbench.analysis.circuits.model.modules import LayerModules, Projection
 from workbench.analysis.circuits.model.recording import first_float
 from workbench.errors import InterventionError, WorkbenchError
-from workbench.hooks.compiled import check_not_compiled
 from workbench.inputs import check_inputs, dropout_in_training
 from workbench.session.workbench import Workbench
 from workbench.sweep.prefix import Prefix
@@ -53,10 +52,8 @@ class Stream:
     """
 
     def __init__(self, wb: Workbench, pair: Pair) -> None:
-        wb._check_ready()
-        check_not_compiled(wb.model)
-        if wb._live.edits or wb._live.recorder is not None:
-            raise InterventionError("an intervention or a capture is open", hint="end it first")
+        wb.check_ready()
+        wb.check_idle()
         dropping = dropout_in_training(wb.model)
         if dropping:
             raise InterventionError(
