@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from workbench.capture.capture import Capture, load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
+    from workbench.hooks.readers import Mixing, ModuleRun, reader
     from workbench.kernels.functions import attention_function
     from workbench.kernels.statistics import statistic
-    from workbench.hooks.readers import Mixing, ModuleRun, reader
     from workbench.metrics import Metric
     from workbench.report import Report
     from workbench.session.workbench import Workbench, attach
