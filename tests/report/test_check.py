@@ -12,7 +12,7 @@ from workbench import views
 from workbench.errors import ReportError
 from workbench.report import Report, check
 from workbench.storage.json_text import digest
-from workbench.views import page as pages
+from workbench.views.base import page as pages
 
 
 @pytest.fixture(scope="module")
