@@ -1,7 +1,7 @@
 """Capacity curves: what one head holds as more pairs are stored, beside the theory."""
 
 from workbench.views.base.kinds import register_kind
-from workbench.views.capacity_curves.capacity_curves import MEASURE_LABELS, CapacityCurves, capacity_curves
+from workbench.views.capacity_curves.view import MEASURE_LABELS, CapacityCurves, capacity_curves
 
 __all__ = ["MEASURE_LABELS", "CapacityCurves", "capacity_curves"]
 

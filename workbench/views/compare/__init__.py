@@ -1,7 +1,7 @@
 """Compare: two patterns, atlases or matrices, and their difference."""
 
 from workbench.views.base.kinds import register_kind
-from workbench.views.compare.compare import Compare, compare
+from workbench.views.compare.view import Compare, compare
 
 __all__ = ["Compare", "compare"]
 

@@ -1,7 +1,7 @@
 """Head atlas: layers down, heads across, one number each."""
 
 from workbench.views.base.kinds import register_kind
-from workbench.views.head_atlas.head_atlas import HeadAtlas, group_label, head_atlas
+from workbench.views.head_atlas.view import HeadAtlas, group_label, head_atlas
 
 __all__ = ["HeadAtlas", "group_label", "head_atlas"]
 

@@ -1,7 +1,7 @@
 """Image attention: what heads look at, over the images."""
 
 from workbench.views.base.kinds import register_kind
-from workbench.views.image_attention.image_attention import ImageAttention, image_attention
+from workbench.views.image_attention.view import ImageAttention, image_attention
 
 __all__ = ["ImageAttention", "image_attention"]
 

@@ -9,7 +9,7 @@ from workbench.views.base.drawing import SERIES
 from workbench.views.base.registry import register
 from workbench.views.base.view import View
 from workbench.views.circuit_graph import overlap_graph
-from workbench.views.circuit_graph.overlap_graph import WARNING, caption_of
+from workbench.views.circuit_graph.overlap import WARNING, caption_of
 from workbench.views.figure import band, figure
 
 

@@ -1,7 +1,7 @@
 """Run timeline: what a run wrote in JSON lines, while it goes on."""
 
 from workbench.views.base.kinds import register_kind
-from workbench.views.run_timeline.run_timeline import RunTimeline, run_timeline
+from workbench.views.run_timeline.view import RunTimeline, run_timeline
 
 __all__ = ["RunTimeline", "run_timeline"]
 

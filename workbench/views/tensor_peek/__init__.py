@@ -1,7 +1,7 @@
 """Tensor peek: any tensor as a map with statistics."""
 
 from workbench.views.base.kinds import register_kind
-from workbench.views.tensor_peek.tensor_peek import TensorPeek, tensor_peek
+from workbench.views.tensor_peek.view import TensorPeek, tensor_peek
 
 __all__ = ["TensorPeek", "tensor_peek"]
 

@@ -1,7 +1,7 @@
 """Token strip: a text coloured by a value per token."""
 
 from workbench.views.base.kinds import register_kind
-from workbench.views.token_strip.token_strip import TokenStrip, token_strip
+from workbench.views.token_strip.view import TokenStrip, token_strip
 
 __all__ = ["TokenStrip", "token_strip"]
 

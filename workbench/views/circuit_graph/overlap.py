@@ -16,9 +16,9 @@ from workbench.views.base.drawing import SERIES
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import ViewSpec
 from workbench.views.circuit_graph import facts as circuit_facts
-from workbench.views.circuit_graph.circuit_graph import PinnedView, pins_of
 from workbench.views.circuit_graph.picture import WIDTH, Line, Mark, draw, height_of
 from workbench.views.circuit_graph.places import node_of
+from workbench.views.circuit_graph.view import PinnedView, pins_of
 from workbench.views.figure import columns_of_table
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from workbench.views.base import scales
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import ViewSpec
 from workbench.views.circuit_graph import pins_of
-from workbench.views.circuit_graph.overlap_graph import MOST_EDGES, OverlapGraph, compared, unlike
+from workbench.views.circuit_graph.overlap import MOST_EDGES, OverlapGraph, compared, unlike
 from workbench.views.circuit_graph.picture import WIDTH, height_of
 
 if TYPE_CHECKING:
