@@ -96,9 +96,12 @@ def test_nothing_is_loaded_from_elsewhere(joined: Callable[..., str], specifier:
     assert "workbench/shared/frame.js" in str(raised.value.hint)
 
 
-def test_what_is_not_there_and_circles_are_named(joined: Callable[..., str]) -> None:
+def test_a_file_that_is_not_there_is_named(joined: Callable[..., str]) -> None:
     with pytest.raises(ReportError, match=r'imports "\./gone\.js", which is not there'):
         joined(f'import {{ a }} from "./gone.js";\n{RENDER}')
+
+
+def test_a_circle_is_named(joined: Callable[..., str]) -> None:
     with pytest.raises(ReportError, match=r"circle: own:/own\.js → own:/a\.js → own:/b\.js → own:/a\.js"):
         joined(
             f'import {{ a }} from "./a.js";\n{RENDER}',

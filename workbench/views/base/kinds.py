@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -97,6 +97,7 @@ def kinds() -> tuple[str, ...]:
     return tuple(sorted(_KINDS))
 
 
+@cache
 def read(folder: Traversable, name: str) -> str:
     """The text of a file. A policy hashes the text between tags, where a browser reads \\r\\n as \\n: so do we."""
     return folder.joinpath(name).read_text(encoding="utf-8").replace("\r\n", "\n")
