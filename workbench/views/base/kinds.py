@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -97,10 +97,15 @@ def kinds() -> tuple[str, ...]:
     return tuple(sorted(_KINDS))
 
 
-@cache
+_TEXTS: dict[tuple[str, str], str] = {}
+
+
 def read(folder: Traversable, name: str) -> str:
-    """The text of a file. A policy hashes the text between tags, where a browser reads \\r\\n as \\n: so do we."""
-    return folder.joinpath(name).read_text(encoding="utf-8").replace("\r\n", "\n")
+    """The text of a file, read once. A policy hashes text between tags, where a browser reads CR LF as LF: so do we."""
+    where = str(folder), name
+    if where not in _TEXTS:
+        _TEXTS[where] = folder.joinpath(name).read_text(encoding="utf-8").replace("\r\n", "\n")
+    return _TEXTS[where]
 
 
 def _extended(inner: dict[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
