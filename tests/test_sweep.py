@@ -405,7 +405,8 @@ def test_bad_batches_are_named(wb: Workbench, batches: Any, message: str) -> Non
         (lambda output, batch: output.logits[:, 0], r"gave \[3, 60\]"),
         (lambda output, batch: 1.0, "gave float"),
         (lambda output, batch: weighed(output, batch) / 0, "is (-?inf|nan) on example 0"),
-        ("loss", "is str, expected a function"),
+        ("los", 'no metric "los"'),
+        (3, "is int, expected a name"),
         ({}, "there is no metric"),
     ],
 )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
-from workbench.errors import InterventionError, nearest
+from workbench.errors import InterventionError
 from workbench.hooks.compiled import check_not_compiled
 from workbench.hooks.edits import (
     Ablation,
@@ -30,11 +30,9 @@ from workbench.hooks.edits import (
 from workbench.hooks.heads import each_head, find_block, find_heads, find_module, parse_heads
 from workbench.hooks.positions import Positions, Where
 from workbench.hooks.sites import Site, Sites
+from workbench.session.ablations import find_ablation
 from workbench.session.open_contexts import OpenContexts
 from workbench.session.reference import Reference
-
-How = Literal["zero", "mean", "mean_positional", "resample"]
-_HOWS = ("zero", "mean", "mean_positional", "resample")
 
 
 class Interventions:
@@ -100,7 +98,7 @@ class Interventions:
     def ablate(
         self,
         heads: Any,
-        how: How = "zero",
+        how: str = "zero",
         *,
         reference: Mapping[str, Any] | Iterable[Mapping[str, Any]] | Capture | None = None,
         positions: Where = None,
@@ -128,11 +126,10 @@ class Interventions:
         ...     y = model(x)
         """
         self.check_ready()
-        if how not in _HOWS:
-            raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), _HOWS))
+        kind = find_ablation(how)
         chosen = self._heads(heads, positions)
         source: Source = zero
-        if how != "zero":
+        if kind.needs == "reference":
             if reference is None:
                 raise InterventionError(
                     f'how="{how}" needs a reference',

@@ -17,6 +17,7 @@ from workbench.hooks.edits import Edit, Threads, check_range
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 from workbench.inputs import check_inputs
+from workbench.session.ablations import ABLATIONS
 
 _NOT_OF_TEXT = re.compile("vis|image|pixel|patch", re.IGNORECASE)
 
@@ -67,14 +68,14 @@ class Reference:
 
     Args:
         heads: which heads, by site.
-        how: "mean", "mean_positional" or "resample"; for the last, every example is kept, otherwise their sums.
+        how: an ablation that needs a reference; every example is kept where it uses single ones, else their sums.
         generator: chooses examples at random; without it they are taken in turn.
     """
 
     def __init__(self, heads: Mapping[Site, Sequence[int]], how: str, generator: torch.Generator | None = None) -> None:
         self.chosen = heads
         self.known = {site.name: site for site in heads}
-        self.how = how
+        self.kind = ABLATIONS[how]
         self.heads = {site.name: _Heads() for site in heads}
         self._generator = generator
         self._order: list[int] = []  # which example stands for example i of a batch
@@ -137,10 +138,10 @@ class Reference:
         """Take in z [batch, head, position, width] of a site; `real` [batch or 1, position] is False at padding."""
         chosen = self.chosen[self.known[site]]
         check_range(chosen, z.shape[1], site)
-        if self.how != "mean":
+        if self.kind.by_position:
             self._check_whole(site, z.shape[2], n_keys, "in the reference, ")
         with torch.inference_mode(False), torch.no_grad():
-            self.heads[site].add(z[:, torch.tensor(chosen, device=z.device)].detach(), real, self.how == "resample")
+            self.heads[site].add(z[:, torch.tensor(chosen, device=z.device)].detach(), real, self.kind.singles)
 
     def mean(self, call: AttentionCall, old: Tensor) -> Tensor:
         """[1, head, 1, width]: mean over examples and positions."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from tqdm.auto import tqdm
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.hooks.nested import tensors
 from workbench.inputs import dropout_in_training
+from workbench.metrics import Metric, as_metrics
 from workbench.session.workbench import Workbench
-from workbench.sweep.inputs import check_batches, check_resumed, identity, measured, size_of
+from workbench.sweep.inputs import check_batches, check_resumed, identity, size_of
 from workbench.sweep.kept_logits import ARGUMENT, places_read, widened
 from workbench.sweep.prefix import Prefix
 from workbench.sweep.result import Sweep, SweepInterrupted
 from workbench.sweep.variants import OutputStack, Resolved, Stack, Variant, repeat, resolve, split
 
-Metric = Callable[..., Tensor]
 _SAVE_EVERY = 30.0  # seconds
 _FEW_ROWS = 256  # vectors in a forward; with fewer, what a forward costs whatever its size weighs more than a block
 _CLOSE = 1e-3  # largest relative difference that repeating the batch may make
@@ -33,7 +33,7 @@ def run_sweep(
     wb: Workbench,
     variants: Sequence[Variant],
     batches: Iterable[Mapping[str, Any]],
-    metrics: Metric | Mapping[str, Metric],
+    metrics: Any,
     *,
     reference: Any = None,
     base: Variant | None = None,
@@ -54,9 +54,9 @@ def run_sweep(
     Args:
         variants: what to try; see `Variant`.
         batches: dicts of model inputs; those tensors whose first axis is the batch are repeated.
-        metrics: `metric(output, batch)` gives one number per example [batch]; one, or several by name. A metric with an
-            attribute `against_clean` that is true is called `metric(output, batch, clean_output)`. By its attribute
-            `reads` a metric says which logits it needs (see `workbench.sweep.kept_logits`); the tasks' metrics do.
+        metrics: names of `workbench.metrics.METRICS`, `metric(output, batch)` that gives one number per example
+            [batch], or a `workbench.Metric`, which says what it compares with and which logits it reads (see
+            `workbench.sweep.kept_logits`); one, several, or a dict of them by name.
         reference: where means and resampled examples come from, as in `Workbench.ablate`; the batches by default.
         base: edits that all variants have, and the model they are compared with.
         batched, resumed: False for one variant at a time, or for whole forwards.
@@ -88,7 +88,7 @@ def run_sweep(
             f"the model drops out at {len(dropping)} modules ({dropping[0]} …), so that no two forwards are the same",
             hint="call model.eval()",
         )
-    named = measured(metrics)
+    named = as_metrics(metrics)
     several = check_batches(wb.model, batches)
     given = list(variants)
     if not given:
@@ -333,8 +333,7 @@ class _Runner:
 
     def _measure(self, output: Any, clean: Any, batch: Mapping[str, Any], variant: int | None, rows: slice) -> None:
         for j, (name, metric) in enumerate(self.metrics.items()):
-            against = bool(getattr(metric, "against_clean", False))
-            value = metric(output, batch, clean) if against else metric(output, batch)
+            value = metric(output, batch, clean)
             of = "the unedited model" if variant is None else self.variants[variant].label
             checked = _check_value(value, name, of, rows)
             if variant is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import InterventionError, nearest
+from workbench.errors import InterventionError
 from workbench.hooks.edits import Ablation, Edit, HeadFunction, OutputEdit, PatternEdit, Source, zero
 from workbench.hooks.heads import parse_heads
 from workbench.hooks.nested import items_of, map_tensors, rebuilt
@@ -18,10 +18,10 @@ from workbench.hooks.positions import Positions, Where
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 from workbench.kernels.patterns import Pattern
+from workbench.session.ablations import ABLATIONS, find_ablation
 from workbench.session.reference import Reference
 from workbench.session.workbench import Workbench
 
-_HOWS = ("zero", "mean", "mean_positional", "resample")
 AnyEdit = Edit | OutputEdit
 
 
@@ -70,9 +70,7 @@ def resolve(
     chosen = [_heads(wb, variant) for variant in variants]
     sources: dict[str, Reference] = {}
     for how in dict.fromkeys(v.how for v, heads in zip(variants, chosen, strict=True) if heads and v.edit is None):
-        if how not in _HOWS:
-            raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), _HOWS))
-        if how == "zero":
+        if find_ablation(how).needs == "nothing":
             continue
         if reference is None:
             raise InterventionError(f'how="{how}" needs a reference', hint="reference= is a dict of inputs, or several")
@@ -127,8 +125,9 @@ def _resolve_one(
             )
         edit: Edit = PatternEdit(heads, variant.edit, where)
         return Resolved(label, (edit,), f"{label} {listed} {about(variant.edit)} {about(where)}")
-    source = zero if variant.how == "zero" else _of_shared(sources[variant.how], variant.how, heads)
-    told = f"{label} {listed} {variant.how} {about(where)} {'' if variant.how == 'zero' else about_reference}"
+    shared = ABLATIONS[variant.how].needs == "reference"
+    source = _of_shared(sources[variant.how], variant.how, heads) if shared else zero
+    told = f"{label} {listed} {variant.how} {about(where)} {about_reference if shared else ''}"
     return Resolved(label, (Ablation(heads, source, where),), told)
 
 
@@ -249,7 +248,7 @@ def _scaled(tensor: Tensor, total: int, rows: slice) -> tuple[int, int]:
 def _refuse(call: AttentionCall) -> Callable[[], Pattern]:
     def build() -> Pattern:
         raise InterventionError(
-            f"the pattern of {call.kernel} cannot be had for a part of the batch",
+            f"{call.kernel} gives no pattern for a part of the batch",
             site=call.site,
             hint="run the sweep with batched=False",
         )

@@ -1,4 +1,4 @@
-"""One forward of a model in which the input and output of every module are kept: what its parts are found from."""
+"""One forward of a model in which the input and output of every module are kept: what its layers are found from."""
 
 from __future__ import annotations
 
