@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -171,7 +172,10 @@ class Layouts:
             if one.guess is not None and self._attempts[key] >= _ATTEMPTS:
                 self._known[key] = Known(one.guess, "sizes")
             if not one.told:
-                settled.append((one, self._late(one, bound)))
+                late = self._late(one, bound)
+                if isinstance(late, str) and one.guess is not None:
+                    self._known[key] = Known(one.guess, "sizes")  # so that it is right when it runs again
+                settled.append((one, late))
         return settled
 
     @staticmethod
@@ -227,6 +231,11 @@ class Layouts:
         waiting.watch(call.output)
         waiting.versions = _versions(call.tensors)
         run.waiting.append(waiting)
+        own = shape[call.width] * prod(shape[axis] for axis in call.mixed)
+        bound = None if guess is None else guess.bind(shape)
+        if bound is not None and own == call.output.numel():  # one head of one example can be taken in one way
+            waiting.told = True
+            return call.under(bound), waiting
         return None, waiting
 
     def _by_contract(self, call: Unplaced) -> AttentionCall | None:

@@ -288,7 +288,7 @@ def _read(
     if not mixed:
         return Proof(None, "each row has values of its own, as where a softmax weighs experts", gate=True)
     features_mixed = any(axis == width and stride >= features for axis, _, stride in pieces)
-    alone = len([axis for axis in mixed if shape[axis] > 1]) <= 1
+    alone = len(mixed) == 1
 
     def role(axis: int, stride: int) -> Role:
         if axis == width:
@@ -382,7 +382,7 @@ def axes_by_size(
     fitting = []
     for roles in permutations(("b", "h"), len(free)):
         sizes = {role: shape[axis] for role, axis in zip(roles, free, strict=True)}
-        stated = heads is None or sizes.get("h", 1) == heads
+        stated = roles == ("b", "h")[: len(free)] if heads is None else sizes.get("h", 1) == heads
         if stated and examples in (None, sizes.get("b", 1)):  # the order of windows and examples is in no size
             fitting.append((roles, sizes))
     if len(fitting) > 1 and any(n > 1 for sizes in fitting for n in sizes[1].values()):
