@@ -56,17 +56,15 @@ def resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
     """Samples at another rate, through a polyphase filter.
 
     Raises:
-        TaskError: a rate that is none, or scipy is not installed.
+        TaskError: a rate that is none.
 
     >>> resampled(np.ones(4800), 48_000, 16_000).shape
     (1600,)
     """
     if old < 1 or new < 1:
         raise TaskError(f"{old} and {new} are no rates")
-    try:
-        from scipy.signal import resample_poly  # type: ignore[import-untyped]
-    except ModuleNotFoundError as error:
-        raise TaskError("resampling needs scipy", hint="pip install scipy") from error
+    from scipy.signal import resample_poly
+
     common = gcd(old, new)
     found: np.ndarray = resample_poly(samples, new // common, old // common)
     return found

@@ -16,7 +16,7 @@ from workbench.tokens import visible
 from workbench.views.circuit_places import node_of, part_of, places_of, rows_of
 
 if TYPE_CHECKING:
-    from workbench.analysis.circuits.faithful import FaithfulnessCurve
+    from workbench.analysis.circuits.faithfulness_curve import FaithfulnessCurve
 
 NODE_SCORE = {
     "edge": "score: sum of |score| over a node's outgoing edges",

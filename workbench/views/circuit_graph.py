@@ -22,7 +22,7 @@ from workbench.views.spec import ViewSpec
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from workbench.analysis.circuits.faithful import FaithfulnessCurve
+    from workbench.analysis.circuits.faithfulness_curve import FaithfulnessCurve
     from workbench.analysis.circuits.model.graph import Graph
     from workbench.analysis.circuits.roles import HeadRoles
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.analysis.circuits.faithful import Faithfulness, FaithfulnessCurve
+from workbench.analysis.circuits.faithfulness import Faithfulness
+from workbench.analysis.circuits.faithfulness_curve import FaithfulnessCurve
 from workbench.analysis.circuits.model.names import label, number_of, site_of
 from workbench.analysis.circuits.patching import HeadPatching
 from workbench.analysis.circuits.repair import Repair

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workbench.analysis.profile.measuring import choose_sites, labels_of, locate
 from workbench.analysis.profile.places import Places
-from workbench.analysis.profile.run import choose_sites, labels_of, locate
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import View

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from workbench.analysis.importance import HeadImportance, PruningCurve
-from workbench.analysis.importance.run import METHODS
+from workbench.analysis.importance.scoring import METHODS
 from workbench.tokens import plotly_text
 from workbench.views.base import View
 from workbench.views.drawing import SERIES

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from workbench.analysis.cross_attention.correlate import correlation, prepared
+from workbench.analysis.cross_attention.correlate import prepared
+from workbench.analysis.statistics.correlation import correlation
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import View

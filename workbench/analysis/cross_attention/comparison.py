@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.cross_attention.alignment import align, disagreement
-from workbench.analysis.cross_attention.correlate import correlation, prepared
+from workbench.analysis.cross_attention.correlate import prepared
 from workbench.analysis.cross_attention.faithfulness import curves, size, words
 from workbench.analysis.cross_attention.maps import maps_of
 from workbench.analysis.cross_attention.maps_result import CrossAttention
 from workbench.analysis.cross_attention.result import MEASURES, ORDERS, SCORES, CrossAttentionSaliency
 from workbench.analysis.saliency.audio import with_features
+from workbench.analysis.saliency.explain import METHODS
+from workbench.analysis.saliency.explain import saliency as explain
+from workbench.analysis.saliency.explained_input import ExplainedInput
 from workbench.analysis.saliency.normalising import paired_min_max, pool, spread_out, standardised
-from workbench.analysis.saliency.reading import Reading, read
+from workbench.analysis.saliency.preparing import prepare_input
 from workbench.analysis.saliency.result import Saliency
-from workbench.analysis.saliency.run import METHODS
-from workbench.analysis.saliency.run import saliency as explain
+from workbench.analysis.statistics.correlation import correlation
 from workbench.errors import WorkbenchError, nearest
 from workbench.session.workbench import Workbench
 
@@ -106,36 +108,36 @@ def cross_attention_saliency(
         raise WorkbenchError("level lies between 0 and 1, n_bootstrap is at least 1")
     common = {"prompt": prompt, "time_axis": time_axis}
     masks = {"baseline": baseline, "batch_size": batch_size, "seed": seed, "progress": progress, **options}
-    study = _Study(pooling, normalise, special_tokens)
+    study = _Comparison(pooling, normalise, special_tokens)
     drawn, rows_of_curves, rows_of_sizes = [], [], []
     thresholds = torch.linspace(0, 1, 21, dtype=torch.float64)
     texts: list[tuple[str, str, str | None]] = []
     for i, one in enumerate(several):
-        reading = read(
+        subject = prepare_input(
             wb.model, one, prompt=None if prompt is None else torch.as_tensor(prompt), frames=options.get("frames"),
             time_axis=time_axis, **dict(decoding or {}),
         )  # fmt: skip
         name = str(one.get("name") or f"utterance {i}")
         if isinstance(saliency, str):
             theirs = {"n_masks": encoder_masks or n_masks, "baseline": encoder_baseline}
-            pair = _both(wb, one, reading, saliency, masks | common | {"n_masks": n_masks}, theirs)
+            pair = _both(wb, one, subject, saliency, masks | common | {"n_masks": n_masks}, theirs)
         else:
             pair = saliency[i]
         attention = maps_of(
-            wb, reading, one, weighting=weighting, rollout=rollout, renormalise=renormalise,
-            alignment_heads=alignment_heads, special_positions=reading.kind != "image",
+            wb, subject, one, weighting=weighting, rollout=rollout, renormalise=renormalise,
+            alignment_heads=alignment_heads, special_positions=subject.kind != "image",
         )  # fmt: skip
-        found = study.add(name, reading, attention, pair)
+        found = study.add(name, subject, attention, pair)
         tokenizer = getattr(wb.tokenizer, "tokenizer", None) or wb.tokenizer
-        texts.append((name, words(reading, reading.targets, tokenizer), _text(one.get("reference"))))
-        rankings = _rankings(reading, found, seed + i)
+        texts.append((name, words(subject, subject.targets, tokenizer), _text(one.get("reference"))))
+        rankings = _rankings(subject, found, seed + i)
         rows_of_sizes.append(torch.stack([size(rankings[order], thresholds) for order in orders]) if orders else None)
         if orders:
             rows_of_curves.append(
                 torch.stack(
                     [
                         curves(
-                            reading, rankings[order], fractions, baseline=baseline, decode_again=decode_again,
+                            subject, rankings[order], fractions, baseline=baseline, decode_again=decode_again,
                             decoding=dict(decoding or {}), tokenizer=tokenizer, batch_size=batch_size,
                         )
                         for order in orders
@@ -180,7 +182,7 @@ def cross_attention_saliency(
     )
 
 
-class _Study:
+class _Comparison:
     """Collects the correlations of one example after the other."""
 
     def __init__(self, pooling: str, normalise: str, special_tokens: bool) -> None:
@@ -194,10 +196,10 @@ class _Study:
         self._cells: list[tuple[list[Tensor | None], list[Tensor | None]]] = []
 
     def add(
-        self, name: str, reading: Reading, attention: CrossAttention, pair: tuple[Saliency, Saliency]
+        self, name: str, subject: ExplainedInput, attention: CrossAttention, pair: tuple[Saliency, Saliency]
     ) -> dict[str, Tensor]:
         """Compare one example; gives the maps that were compared, all output tokens of them."""
-        own, theirs = at_encoder(reading, attention, pair[0], self.pooling), _encoder_map(attention, pair[1])
+        own, theirs = at_encoder(subject, attention, pair[0], self.pooling), _encoder_map(attention, pair[1])
         rows = [i for i, odd in enumerate(attention.special) if self.special_tokens or not odd]
         self.names, self.alignment_heads = attention.aggregates(), attention.alignment_heads
         maps = {aggregate: attention.aggregate(aggregate) for aggregate in self.names}
@@ -245,7 +247,7 @@ class _Study:
         return found
 
 
-def at_encoder(reading: Reading, attention: CrossAttention, found: Saliency, pooling: str) -> Tensor:
+def at_encoder(subject: ExplainedInput, attention: CrossAttention, found: Saliency, pooling: str) -> Tensor:
     """Input saliency [token, encoder position] at the positions that the attention map holds.
 
     Raises:
@@ -253,7 +255,7 @@ def at_encoder(reading: Reading, attention: CrossAttention, found: Saliency, poo
     """
     scores, positions = _magnitude(found), len(attention.kept_positions)
     if found.kind == "spectrogram":
-        return pool(scores, positions, length=reading.length, out_length=reading.states.shape[1], how=pooling)
+        return pool(scores, positions, length=subject.length, out_length=subject.states.shape[1], how=pooling)
     if found.kind == "tokens" and scores.shape[1] > max(attention.kept_positions):
         scores = scores[:, list(attention.kept_positions)]
     if scores.dim() != 2 or scores.shape[1] != positions:
@@ -277,10 +279,15 @@ def _magnitude(found: Saliency) -> Tensor:
 
 
 def _both(
-    wb: Workbench, one: Mapping[str, Any], reading: Reading, method: str, options: dict[str, Any], own: dict[str, Any]
+    wb: Workbench,
+    one: Mapping[str, Any],
+    subject: ExplainedInput,
+    method: str,
+    options: dict[str, Any],
+    own: dict[str, Any],
 ) -> tuple[Saliency, Saliency]:
     """Saliency of the input and of the encoder's output, for which `own` options hold."""
-    ids = reading.targets.cpu()
+    ids = subject.targets.cpu()
     only_input = ("segments", "granularities", "compactness", "sigma", "window", "strides")
     theirs = {name: value for name, value in options.items() if name not in only_input} | own
     second = "encoder_output" if method == "spes" else method
@@ -290,17 +297,17 @@ def _both(
     )
 
 
-def _rankings(reading: Reading, found: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+def _rankings(subject: ExplainedInput, found: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """What cells of the input are ranked by: means over tokens of standardised maps."""
     full = found["full"]
     positions = tuple(full.shape[1:])
-    step = reading.length // reading.states.shape[1] if reading.kind == "spectrogram" else 1
+    step = subject.length // subject.states.shape[1] if subject.kind == "spectrogram" else 1
 
     def of(maps: Tensor) -> Tensor:
-        return _sentence(maps if reading.kind != "spectrogram" else spread_out(maps, positions, step))
+        return _sentence(maps if subject.kind != "spectrogram" else spread_out(maps, positions, step))
 
     random = torch.rand(positions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    if found["own"].shape[1:] != full.shape[1:] and reading.kind == "tokens":
+    if found["own"].shape[1:] != full.shape[1:] and subject.kind == "tokens":
         full = found["own"]
         random = random[: full.shape[1]]
     return {

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 from workbench.analysis.atlas.clusters import assign, components, k_means
 from workbench.analysis.atlas.encoder import encode, fit, scaled
+from workbench.analysis.atlas.gathering import gather
 from workbench.analysis.atlas.names import NAMES, content, dependence, suggest
-from workbench.analysis.atlas.resample import look
 from workbench.analysis.atlas.result import PatternAtlas
-from workbench.analysis.profile.places import Places
-from workbench.analysis.profile.run import choose_sites, labels_of, locate
 from workbench.errors import WorkbenchError
 from workbench.hooks.sites import Site
 
 if TYPE_CHECKING:
     from workbench.capture.capture import Capture
-
-
-@dataclass
-class Gathered:
-    """All patterns of a capture: heads of all sites beside each other, batch rows of all forwards below each other."""
-
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
-    labels: tuple[str, ...]
-    places: Places
-    maps: Tensor
-    scores: Tensor
 
 
 def pattern_atlas(
@@ -52,7 +35,7 @@ def pattern_atlas(
 ) -> PatternAtlas:
     """Which patterns a model's heads have learned.
 
-    Every head's pattern on every example is pooled to [size, size] (`workbench.analysis.atlas.resample.look`). A
+    Every head's pattern on every example is pooled to [size, size] (`workbench.analysis.atlas.pooling.pool`). A
     convolutional autoencoder learns to draw them from `width` numbers. The principal components of these latents are
     the map; k-means on each head's mean latents makes the clusters. Names are suggested by evidence that is measured on
     the whole patterns, not on the latents (`workbench.analysis.atlas.names.suggest`). Content dependence is how much a
@@ -134,29 +117,4 @@ def pattern_atlas(
         weights=weights,
         seed=seed,
         provenance=dict(cap.provenance),
-    )
-
-
-def gather(
-    cap: Capture,
-    size: int,
-    grid: tuple[int, int] | str | None,
-    prefix: int | None,
-    sites: Sequence[str | int | Site] | None,
-) -> Gathered:
-    """Pool and measure all patterns of a capture."""
-    chosen, _ = choose_sites(cap, sites)
-    places = locate(cap, chosen, grid, prefix)
-    seen = [[look(call[site].pattern, places, size) for call in cap.calls] for site in chosen]
-    maps = torch.cat([torch.cat([part.maps for part in parts]) for parts in seen], 1)
-    scores = torch.cat([torch.cat([part.scores for part in parts]) for parts in seen], 1)
-    rows = [(site, h) for site, parts in zip(chosen, seen, strict=True) for h in range(parts[0].maps.shape[1])]
-    return Gathered(
-        tuple(s.name for s, _ in rows),
-        tuple(s.layer for s, _ in rows),
-        tuple(h for _, h in rows),
-        labels_of(rows),
-        places,
-        maps,
-        scores,
     )

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.engine.prompts import (
-    Metric,
     Pair,
     Where,
-    as_metric,
     check_metric,
     find_positions,
     make_pairs,
+    measure_last,
+    metric_of_logits,
 )
 from workbench.analysis.circuits.engine.stream import Kept, Stream
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.errors import WorkbenchError
+from workbench.metrics import Metric
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
 
@@ -30,7 +31,7 @@ DENOISING = "denoising"
 
 
 @dataclass
-class Study:
+class Setup:
     """A task on a model while it is being looked at.
 
     Attributes:
@@ -83,13 +84,17 @@ class Study:
             logits, clean = self.stream.record(pair.clean, pair.last)
         return logits, clean, twin
 
+    def metric_of(self, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
+        """[times, batch] of the metric from logits at the last token, with their gradient; see `measure_last`."""
+        return measure_last(self.metric, logits, pair, clean, times)
+
     def measure(self, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
         """[times, batch] of the metric, in float64 on the CPU.
 
         Raises:
             WorkbenchError: it is not finite.
         """
-        value = self.metric(logits, pair, clean, times).detach().to("cpu", torch.float64)
+        value = self.metric_of(logits, pair, clean, times).detach().to("cpu", torch.float64)
         if not bool(value.isfinite().all()):
             row = int((~value.isfinite()).any(0).nonzero()[0])
             raise WorkbenchError(
@@ -108,10 +113,10 @@ class Study:
         """[batch, n] positions of places in a stream; see `find_positions`."""
         return find_positions(self.task, self.wb.tokenizer, pair, where, stream, self.length(pair, stream))
 
-    def most(self, pair: Pair, parts: int = 16) -> int:
-        """How many repeats of a batch fit into the memory, at `parts` tensors of the longest stream's size each."""
+    def most(self, pair: Pair, tensors: int = 16) -> int:
+        """How many repeats of a batch fit into the memory, at `tensors` of the longest stream's size each."""
         longest = max(self.length(pair, stream) for stream in range(len(pair.ends)))
-        each = pair.size * longest * self.graph.d_model * 4 * parts
+        each = pair.size * longest * self.graph.d_model * 4 * tensors
         return max(1, self.memory // each)
 
     def provenance(self) -> dict[str, Any]:
@@ -121,18 +126,18 @@ class Study:
 
 
 @contextmanager
-def open_study(
+def open_setup(
     wb: Workbench, task: Task, metric: Any = "logit_diff", *, batch_size: int = 25, memory: int = 1 << 30
-) -> Iterator[Study]:
-    """A study whose stream is open inside.
+) -> Iterator[Setup]:
+    """A setup whose stream is open inside.
 
     Raises:
         TaskError: bad prompts or metric. AttachError: a model that is no sum of senders.
     """
     device = next(wb.model.parameters()).device
-    chosen = as_metric(metric)
-    with torch.inference_mode(mode=False):  # the parts of a model are found from gradients
+    chosen = metric_of_logits(metric)
+    with torch.inference_mode(mode=False):  # a model's projections are found from gradients
         pairs = make_pairs(task, wb.model, wb.tokenizer, batch_size, device)
         stream = Stream(wb, pairs[0])
     with torch.inference_mode(mode=False), stream.open():
-        yield Study(wb, stream, task, pairs, chosen, memory)
+        yield Setup(wb, stream, task, pairs, chosen, memory)

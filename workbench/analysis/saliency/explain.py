@@ -13,10 +13,12 @@ from torch import Tensor
 
 from workbench.analysis.saliency import gradients
 from workbench.analysis.saliency.audio import with_features
+from workbench.analysis.saliency.decoding import special_ids, texts_of
 from workbench.analysis.saliency.estimate import Budget, noise, run
+from workbench.analysis.saliency.explained_input import ExplainedInput, grid_of
 from workbench.analysis.saliency.masks import MOST_ENUMERATED, Masks
 from workbench.analysis.saliency.perturb import EncoderMasks, InputMasks
-from workbench.analysis.saliency.reading import EXTRAS, Reading, grid_of, read, special_ids, texts_of
+from workbench.analysis.saliency.preparing import EXTRAS, prepare_input
 from workbench.analysis.saliency.result import PrecisionError, Saliency
 from workbench.analysis.saliency.scoring import check_score
 from workbench.analysis.saliency.segments import GRANULARITIES, checked, each, patches, runs, sizes, superpixels
@@ -110,7 +112,7 @@ def saliency(
     >>> found
     Saliency(spes at input: 2 tokens, tokens 3, exact)
     """
-    wb._check_open()
+    wb.check_open()
     if method not in METHODS:
         raise WorkbenchError(f"there is no method {method!r}", hint=nearest(method, METHODS, "method"))
     where = at or ("encoder" if method == "encoder_output" else "input")
@@ -122,15 +124,15 @@ def saliency(
         raise WorkbenchError(f"batch_size is at least 1, not {batch_size}")
     check_score(score)
     inputs = with_features(wb.tokenizer, inputs)
-    reading = read(
+    subject = prepare_input(
         wb.model, inputs, hypothesis=hypothesis, prompt=None if prompt is None else torch.as_tensor(prompt),
         frames=frames, time_axis=time_axis, **dict(decoding or {}),
     )  # fmt: skip
     began = time.monotonic()
-    facts = describe_reading(wb, reading, inputs, where)
+    facts = describe_reading(wb, subject, inputs, where)
     if method in gradients.METHODS:
         found = gradients.attribute(
-            reading, method, where, segments=segments, baseline=baseline, n_masks=n_masks, batch_size=batch_size,
+            subject, method, where, segments=segments, baseline=baseline, n_masks=n_masks, batch_size=batch_size,
             seed=seed, progress=progress, **options,
         )  # fmt: skip
         return Saliency(
@@ -141,22 +143,22 @@ def saliency(
     if options:
         raise WorkbenchError(f"{method} takes no {', '.join(options)}")
 
-    shown, cells, kind = _segments(reading, where, segments, granularities, compactness, sigma)
+    shown, cells, kind = _segments(subject, where, segments, granularities, compactness, sigma)
     counts = sizes(cells)
     if exact is None:
         exact = max(counts) <= MOST_ENUMERATED and not p_tokens and 0 < p < 1
-    masks = Masks(counts, p, seed, len(reading.targets), p_tokens, exact)
+    masks = Masks(counts, p, seed, len(subject.targets), p_tokens, exact)
     n_masks = n_masks // len(counts) * len(counts)
     if not exact and n_masks < 2 * len(counts):
         raise WorkbenchError(f"{n_masks} masks are too few for a standard error", hint="ask for hundreds at least")
-    identity = _identity(reading, where, cells, masks, score, baseline) | {"weights": wb.weights_hash()}
-    sums = Sums.empty(len(reading.targets), counts) if resume is None else _resumed(resume, identity)
+    identity = _identity(subject, where, cells, masks, score, baseline) | {"weights": wb.weights_hash()}
+    sums = Sums.empty(len(subject.targets), counts) if resume is None else _resumed(resume, identity)
     score_of: InputMasks | EncoderMasks
     with torch.inference_mode():
         if where == "input":
-            score_of = InputMasks(reading, cells, reading.baseline_of(baseline), score)
+            score_of = InputMasks(subject, cells, subject.baseline_of(baseline), score)
         else:
-            score_of = EncoderMasks(reading, cells, baseline, score)
+            score_of = EncoderMasks(subject, cells, baseline, score)
     budget = Budget(n_masks, seconds, precision)
     stopped = run(sums, masks, score_of, shown, budget, batch_size=batch_size, progress=progress)
     mean, error = sums.maps(shown, exact=exact)
@@ -183,7 +185,7 @@ def saliency(
             "segments": counts,
             "seconds": time.monotonic() - began,
             "cached": score_of.cached,
-            "autocast": _autocast(reading),
+            "autocast": _autocast(subject),
         },
         state=sums.state() | {"identity": identity},
         **facts,
@@ -199,34 +201,34 @@ def saliency(
     return result
 
 
-def describe_reading(wb: Workbench, reading: Reading, inputs: Mapping[str, Any], where: str) -> dict[str, Any]:
+def describe_reading(wb: Workbench, subject: ExplainedInput, inputs: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a result that say what was explained."""
     specials = special_ids(wb.model, _tokenizer(wb.tokenizer))
-    length = reading.length if where == "input" else reading.states.shape[1]
+    length = subject.length if where == "input" else subject.states.shape[1]
     per_frame = seconds_per_frame(wb.tokenizer, inputs)
     if per_frame is not None and where == "encoder":
-        per_frame *= reading.length / reading.states.shape[1]
+        per_frame *= subject.length / subject.states.shape[1]
     grid = None
-    if reading.kind == "image":
+    if subject.kind == "image":
         try:
-            grid = grid_of(reading)[:2]
+            grid = grid_of(subject)[:2]
         except WorkbenchError:
             grid = None
     texts: tuple[str, ...] = ()
-    if reading.kind == "tokens":
-        texts = texts_of(wb.tokenizer, torch.as_tensor(inputs["input_ids"]).flatten()[: reading.extent])
+    if subject.kind == "tokens":
+        texts = texts_of(wb.tokenizer, torch.as_tensor(inputs["input_ids"]).flatten()[: subject.extent])
     known = {name: inputs[name] for name in ("name", "reference") if isinstance(inputs.get(name), str)}
     return {
-        "target_ids": tuple(reading.targets.tolist()),
-        "target_texts": texts_of(wb.tokenizer, reading.targets),
-        "special": tuple(int(i) in specials for i in reading.targets),
-        "prompt_ids": tuple(reading.prompt.tolist()),
-        "picture": reading.picture(),
+        "target_ids": tuple(subject.targets.tolist()),
+        "target_texts": texts_of(wb.tokenizer, subject.targets),
+        "special": tuple(int(i) in specials for i in subject.targets),
+        "prompt_ids": tuple(subject.prompt.tolist()),
+        "picture": subject.picture(),
         "position_texts": texts,
         "grid": grid,
         "length": length,
         "seconds_per_position": per_frame,
-        "provenance": wb.provenance() | {"input_sha256": _hash(reading.main)} | known,
+        "provenance": wb.provenance() | {"input_sha256": _hash(subject.main)} | known,
     }
 
 
@@ -244,7 +246,7 @@ def _tokenizer(processor: Any) -> Any:
 
 
 def _segments(
-    reading: Reading,
+    subject: ExplainedInput,
     where: str,
     segments: str | Tensor | Sequence[Tensor] | None,
     granularities: Sequence[int],
@@ -253,22 +255,22 @@ def _segments(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], str]:
     """Segments over the map's positions, segments over the cells that are masked, and what a position is."""
     if where == "encoder":
-        n = reading.encoder_extent
+        n = subject.encoder_extent
         found = each(n) if segments is None else _own(segments, (n,))
         return found, found, "frames"
-    if reading.kind == "tokens":
-        found = each(reading.extent) if segments is None else _own(segments, (reading.extent,))
+    if subject.kind == "tokens":
+        found = each(subject.extent) if segments is None else _own(segments, (subject.extent,))
         return found, found, "tokens"
-    picture = reading.picture()
+    picture = subject.picture()
     assert picture is not None
-    if reading.kind == "image":
+    if subject.kind == "image":
         if isinstance(segments, str) and segments == "slic":
             found = superpixels(picture, granularities, compactness=compactness, sigma=sigma, by_length=False)
             return found, found, "image"
         if segments is not None:
             found = _own(segments, tuple(picture.shape[1:]))
             return found, found, "image"
-        rows, columns, _ = grid_of(reading)
+        rows, columns, _ = grid_of(subject)
         return each(rows * columns), patches(rows, columns, *picture.shape[1:]), "patches"
     if segments is None or (isinstance(segments, str) and segments == "slic"):
         found = superpixels(picture, granularities, compactness=compactness, sigma=sigma)
@@ -286,13 +288,13 @@ def _own(segments: str | Tensor | Sequence[Tensor], shape: tuple[int, ...]) -> t
 
 
 def _identity(
-    reading: Reading, where: str, cells: Sequence[Tensor], masks: Masks, score: str, baseline: Any
+    subject: ExplainedInput, where: str, cells: Sequence[Tensor], masks: Masks, score: str, baseline: Any
 ) -> dict[str, Any]:
     """What a run must share with the one that it goes on from."""
     return {
-        "input": _hash(reading.main),
-        "targets": tuple(reading.targets.tolist()),
-        "prompt": tuple(reading.prompt.tolist()),
+        "input": _hash(subject.main),
+        "targets": tuple(subject.targets.tolist()),
+        "prompt": tuple(subject.prompt.tolist()),
         "at": where,
         "segments": _hash(*cells),
         "p": float(masks.p),
@@ -301,13 +303,13 @@ def _identity(
         "exact": masks.exact,
         "score": score,
         "baseline": _hash(baseline) if isinstance(baseline, Tensor) else _said(baseline),
-        "autocast": _autocast(reading),
+        "autocast": _autocast(subject),
     }
 
 
-def _autocast(reading: Reading) -> str | None:
+def _autocast(subject: ExplainedInput) -> str | None:
     """The type that matrix products run in under the caller's `torch.autocast`, or None."""
-    device = reading.main.device.type
+    device = subject.main.device.type
     return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if torch.is_autocast_enabled(device) else None
 
 

@@ -27,8 +27,8 @@ class _Sequence:
 
 
 @dataclass
-class Past:
-    """The sequences that are being decoded, by thread and token stream."""
+class CachedTokens:
+    """The ids of what lies in caches, by thread and token stream."""
 
     _sequences: dict[tuple[int, str], _Sequence] = field(default_factory=dict)
     _known: dict[tuple[int, str], tuple[Forward, Tensor]] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from support.tiny import VOCABULARY
 from workbench.errors import CaptureError
-from workbench.hooks.mixers import is_mixer, mixer_call, resumes
+from workbench.hooks.readers import continues, read_module, reader_of
 from workbench.hooks.tap import AttentionCall
 from workbench.kernels.statistics import dense
 
@@ -135,13 +135,13 @@ def calls_of(model: nn.Module) -> Iterator[list[AttentionCall]]:
     handles = []
 
     def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        before[module] = resumes(module, args, kwargs)
+        before[module] = continues(module, args, kwargs)
 
     for site, module in model.named_modules():
-        if is_mixer(module):
+        if reader_of(module):
 
             def ends(module: nn.Module, args: Any, kwargs: Any, output: Any, site: str = site) -> None:
-                found.append(mixer_call(site, module, args, kwargs, output, resumed=before[module]))
+                found.append(read_module(site, module, args, kwargs, output, continued=before[module]))
 
             handles.append(module.register_forward_pre_hook(begins, with_kwargs=True))
             handles.append(module.register_forward_hook(ends, with_kwargs=True))
@@ -171,7 +171,7 @@ def test_the_map_gives_back_what_the_module_gave(name: str):
         model(input_ids=tokens(), use_cache=False)
     assert len(calls) == count
     for call in calls:
-        assert (call.kernel, call.tap, call.is_causal) == (kernel, "mixer", True)
+        assert (call.kernel, call.tap, call.is_causal) == (kernel, "reader", True)
         assert call.module is model.get_submodule(call.site)
         pattern = call.pattern()
         assert pattern.shape == (2, heads, 19, 19)
@@ -278,13 +278,13 @@ def test_gradients_flow_through_what_follows_the_scan(name: str):
 def test_no_mixer_looks_ahead(name: str):
     """The whole module's Jacobian has exact zeros above the diagonal, as its map has."""
     model = build(name)
-    module = next(module for module in model.modules() if is_mixer(module))
+    module = next(module for module in model.modules() if reader_of(module))
     hidden = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(0))
     jacobian = torch.autograd.functional.jacobian(lambda x: module(x)[0].sum(-1), hidden)[:, 0]  # [query, key, width]
     ahead = torch.ones(9, 9, dtype=torch.bool).triu(1)
     assert bool((jacobian[ahead] == 0).all())
     assert bool((jacobian[~ahead] != 0).any(-1).all())
-    call = mixer_call("mixer", module, (hidden,), {}, module(hidden))
+    call = read_module("mixer", module, (hidden,), {}, module(hidden))
     assert bool((call.pattern().dense()[..., ahead] == 0).all())
 
 
@@ -322,7 +322,7 @@ def test_statistics_of_a_mixer_are_those_of_its_dense_map():
 
 def test_only_mixers_are_mixers():
     model = build("jamba")
-    found = [site for site, module in model.named_modules() if is_mixer(module)]
+    found = [site for site, module in model.named_modules() if reader_of(module)]
     assert found == ["layers.0.mamba"]
 
     class MambaMixer(nn.Module):
@@ -331,14 +331,14 @@ def test_only_mixers_are_mixers():
     class Mine(type(model.layers[0].mamba)):
         """A class of one's own on top of a known one."""
 
-    assert not is_mixer(MambaMixer())
-    assert is_mixer(Mine(model.config, 0))
-    with pytest.raises(CaptureError, match="no state-space mixer"):
-        mixer_call("here", nn.Linear(2, 2), (torch.zeros(1, 2, 2),), {}, torch.zeros(1, 2, 2))
+    assert reader_of(MambaMixer()) is None
+    assert reader_of(Mine(model.config, 0)) is not None
+    with pytest.raises(CaptureError, match="has no reader"):
+        read_module("here", nn.Linear(2, 2), (torch.zeros(1, 2, 2),), {}, torch.zeros(1, 2, 2))
 
 
 def test_what_cannot_be_read_is_refused():
-    module = next(module for module in build("mamba").modules() if is_mixer(module))
+    module = next(module for module in build("mamba").modules() if reader_of(module))
     hidden = torch.randn(1, 4, 16)
     output = module(hidden)
     cases: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
@@ -348,11 +348,11 @@ def test_what_cannot_be_read_is_refused():
     ]
     for message, args, kwargs in cases:
         with pytest.raises(CaptureError, match=message) as caught:
-            mixer_call("a.site", module, args, kwargs, output)
+            read_module("a.site", module, args, kwargs, output)
         assert caught.value.site == "a.site"
         assert caught.value.hint
-    assert resumes(module, (hidden, SimpleNamespace()), {})  # a cache that does not tell
-    assert not resumes(module, (hidden, SimpleNamespace(has_previous_state=lambda layer: False)), {})
+    assert continues(module, (hidden, SimpleNamespace()), {})  # a cache that does not tell
+    assert not continues(module, (hidden, SimpleNamespace(has_previous_state=lambda layer: False)), {})
     del module.x_proj
     with pytest.raises(CaptureError, match="not built as those of transformers 5"):
-        mixer_call("a.site", module, (hidden,), {}, output)
+        read_module("a.site", module, (hidden,), {}, output)

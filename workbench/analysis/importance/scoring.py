@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.importance.gradients import gate_gradients
-from workbench.analysis.importance.measures import Measure, as_measures
-from workbench.analysis.importance.parts import Grid, find_grid, named_parts, part_variants
-from workbench.analysis.importance.scores import GRADIENTS, HeadImportance
+from workbench.analysis.importance.partial_pruning import Grid, find_grid, named_parts, part_variants
+from workbench.analysis.importance.result import GRADIENTS, HeadImportance
 from workbench.errors import InterventionError, WorkbenchError, nearest
 from workbench.hooks.heads import parse_heads
 from workbench.hooks.sites import Site
+from workbench.metrics import Metric, as_metrics
+from workbench.session.ablations import WITHOUT_TWINS
 from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import check_batches, size_of
 from workbench.sweep.result import Sweep
 from workbench.sweep.run import run_sweep
 from workbench.sweep.variants import Variant
 
-ABLATIONS = ("zero", "mean", "resample")
-METHODS = (*ABLATIONS, "keep_only", *GRADIENTS)
+METHODS = (*WITHOUT_TWINS, "keep_only", *GRADIENTS)
 _NONE = "none of"  # starts the label of a variant without any head of a site
 
 
@@ -51,10 +51,11 @@ def head_importance(
     Args:
         wb: the model.
         batches: dicts of model inputs; with `labels`, or a task's batches, where the measure needs the right answers.
-        metric: "loss", "logit_diff", "probability", "js_divergence", "accuracy", "representation", a
-            `metric(output, batch)` that gives [batch] and is higher for a better model, a `Measure`, or several.
+        metric: names of `workbench.metrics.METRICS` such as "loss", "logit_diff" or "kl_divergence", a
+            `metric(output, batch)` that gives [batch] and is higher for a better model, a `Metric`, or several.
         methods: what is done to a head.
-            "ablation" or "zero", "mean", "resample": its output is replaced; how much worse is the model?
+            "ablation" or "zero", "mean", "mean_positional", "resample": its output is replaced; how much worse is the
+                model?
             "keep_only": all other heads of its site are zeroed; how much better is that than zeroing them all?
             "gradient": ∂M/∂ξ of a gate ξ on the head at 1, the first-order estimate of "zero".
             "gradient_magnitude": its absolute value, averaged over examples (Michel et al. 2019, arXiv 1905.10650).
@@ -83,10 +84,10 @@ def head_importance(
     >>> found.score("zero").shape, len(found.ranking("gradient"))
     (torch.Size([8]), 8)
     """
-    measures = as_measures(metric)
+    measures = as_metrics(metric)
     named = _methods(methods)
     several = check_batches(wb.model, batches)
-    wb._check_ready()
+    wb.check_ready()
     chosen = _choose(wb, heads, several[0])
     labels = _labels(chosen)
     of_parts = named_parts(parts)
@@ -97,7 +98,7 @@ def head_importance(
     variants: dict[str, list[Variant]] = {}
     keyed = list(zip(labels, [(site.name, head) for site, head in chosen], strict=True))
     for method in named:
-        if method in ABLATIONS:
+        if method in WITHOUT_TWINS:
             variants[method] = [Variant(key, how=method, label=f"{method} {label}") for label, key in keyed]
         elif method == "keep_only":
             variants[method] = _keep_only(wb, chosen, labels)
@@ -119,7 +120,7 @@ def head_importance(
                 scores[method, name] = _scores(method, harms, j, chosen, labels)
     gradients = [method for method in named if method in GRADIENTS]
     for name, measure in measures.items():
-        if gradients and not measure.differentiable:
+        if gradients and (measure.against_clean or not measure.differentiable):
             why = "it is smallest at the unedited model" if measure.against_clean else "it has no gradient"
             skipped.update({(method, name): why for method in gradients})
         elif gradients:
@@ -141,7 +142,7 @@ def head_importance(
         scores={key: scores[key] for method in (*named, *of_parts) for key in scores if key[0] == method},
         clean=clean,
         skipped=skipped,
-        higher={name: measure.higher for name, measure in measures.items()},
+        higher_is_better={name: measure.higher_is_better for name, measure in measures.items()},
         normalised=normalise,
         grid=grid,
         seed=seed,
@@ -191,7 +192,7 @@ def _keep_only(wb: Workbench, chosen: Sequence[tuple[Site, int]], labels: Sequen
     return found
 
 
-def _harms(swept: Sweep, measures: Mapping[str, Measure]) -> dict[str, Tensor]:
+def _harms(swept: Sweep, measures: Mapping[str, Metric]) -> dict[str, Tensor]:
     """By variant, [measure, example] of how much worse it makes the model."""
     several = list(measures.values())
     return {
@@ -200,7 +201,7 @@ def _harms(swept: Sweep, measures: Mapping[str, Measure]) -> dict[str, Tensor]:
     }
 
 
-def _clean(values: Tensor, measure: Measure) -> Tensor:
+def _clean(values: Tensor, measure: Metric) -> Tensor:
     return torch.zeros_like(values) if measure.against_clean else values
 
 
@@ -222,7 +223,7 @@ def _gradients(
     wb: Workbench,
     chosen: Sequence[tuple[Site, int]],
     batches: Sequence[Mapping[str, Any]],
-    measure: Measure,
+    measure: Metric,
     methods: Sequence[str],
     progress: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -252,7 +253,5 @@ def _gradients(
                 parts[method].append(torch.stack([attention[site.name][:, head] for site, head in chosen]))
             else:
                 # Taking a head away lowers its gate by one: to first order M falls by ∂M/∂ξ.
-                parts[method].append(
-                    gate.abs() if method == "gradient_magnitude" else gate if measure.higher else -gate
-                )
+                parts[method].append(gate.abs() if method == "gradient_magnitude" else measure.sign * gate)
     return {method: torch.cat(found, 1) for method, found in parts.items()}, torch.cat(values)

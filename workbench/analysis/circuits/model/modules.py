@@ -13,7 +13,7 @@ from workbench.hooks.sites import Site
 
 
 @dataclass(frozen=True)
-class Part:
+class Projection:
     """The queries, keys or values of the heads of a layer: columns of a linear module's output.
 
     Attributes:
@@ -35,26 +35,26 @@ class Part:
 
     @property
     def bias(self) -> Tensor | None:
-        """[head, width]."""
+        """[head, width]; None for a module without one."""
         bias = getattr(self.module, "bias", None)
         return None if bias is None else bias.detach()[self.columns]
 
 
 @dataclass(frozen=True)
-class LayerParts:
+class LayerModules:
     """The modules of one layer.
 
     Attributes:
         block: name of the block; two layers may share one. site: the attention.
-        parts: "q", "k" and "v".
+        projections: of the queries "q", keys "k" and values "v".
         out: name of the module that joins the heads. width: of a head's output.
         mlp: name of the MLP, or those of the modules in a row that make it; None if there is none.
-        mlp_norm: as in `Part`.
+        mlp_norm: as in `Projection`.
     """
 
     block: str
     site: Site
-    parts: Mapping[str, Part]
+    projections: Mapping[str, Projection]
     out: str
     out_module: nn.Module
     width: int

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.engine.study import open_study
-from workbench.analysis.circuits.faithful import kept_parts, run_choices
+from workbench.analysis.circuits.engine.setup import open_setup
+from workbench.analysis.circuits.faithfulness import kept_and_members, run_choices
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.names import head_of
-from workbench.analysis.statistics.bootstrap import interval
+from workbench.analysis.statistics.intervals import interval
 from workbench.errors import InterventionError
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
@@ -41,35 +41,35 @@ def cross_faithfulness(
     Raises:
         InterventionError: a circuit of another model, or one of nodes beside one of edges.
     """
-    if len({kept_parts(circuit, None)[0].dim() for circuit in circuits}) > 1:
+    if len({kept_and_members(circuit, None)[0].dim() for circuit in circuits}) > 1:
         raise InterventionError(
             "one circuit is of nodes and the other of edges; cross-faithfulness needs two of a kind",
             hint="find both by the same method",
         )
     rows: list[dict[str, Any]] = []
     for task in tasks:
-        with open_study(wb, task, metric, batch_size=batch_size, memory=memory) as study:
-            circuits[0].check_model(study.graph)
-            study.measure_baselines()
+        with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+            circuits[0].check_model(setup.graph)
+            setup.measure_baselines()
             choices, about = [], []
             for number, circuit in enumerate(circuits):
                 several = [circuit, *_random_like(circuit, n_random, seed + number)]
                 choices += [_choice(one, do) for do in ("keep", "ablate") for one in several]
                 about += [(do, circuit.task, len(several)) for do in ("keep", "ablate")]
-            values = run_choices(study, torch.stack([*choices, _nothing(circuits[0])]), ablation, progress)
+            values = run_choices(setup, torch.stack([*choices, _nothing(circuits[0])]), ablation, progress)
             none, at = values[-1], 0
             for do, name, n in about:
                 for random, edited in ((False, values[at : at + 1]), (True, values[at + 1 : at + n])):
                     if len(edited):
                         about_it = {"do": do, "circuit": name, "random": random, "task": task.name}
-                        rows.append(about_it | _left(edited, study.clean, none, random, seed))
+                        rows.append(about_it | _left(edited, setup.clean, none, random, seed))
                 at += n
     return tuple(rows)
 
 
 def _choice(circuit: Circuit, do: str) -> Tensor:
     """What stays when a circuit is kept or ablated: [sender] or [sender, receiver] bool."""
-    kept, members = kept_parts(circuit, None)
+    kept, members = kept_and_members(circuit, None)
     if do == "keep":
         return kept
     if kept.dim() == 2:
@@ -82,7 +82,7 @@ def _choice(circuit: Circuit, do: str) -> Tensor:
 
 
 def _nothing(circuit: Circuit) -> Tensor:
-    if kept_parts(circuit, None)[0].dim() == 2:
+    if kept_and_members(circuit, None)[0].dim() == 2:
         return torch.zeros_like(circuit.edges_in)
     return torch.tensor([head_of(name) is None for name in circuit.graph.senders])
 

@@ -13,7 +13,7 @@ from workbench.kernels.patterns import Pattern
 
 
 @dataclass
-class Seen:
+class PooledPatterns:
     """What the atlas takes of one pattern, or of many beside each other. Prefix tokens of images take no part.
 
     Attributes:
@@ -26,10 +26,10 @@ class Seen:
 
 
 SCORES = ("self", "previous", "next", "row", "column", "block", "vertical stripe", "uniform")
-"""Names that one pattern alone can show, along the last axis of `Seen.scores`."""
+"""Names that one pattern alone can show, along the last axis of `PooledPatterns.scores`."""
 
 
-def look(pattern: Pattern, places: Places, size: int) -> Seen:
+def pool(pattern: Pattern, places: Places, size: int) -> PooledPatterns:
     """Pool every head's pattern to [size, size] and measure how much it is of each kind.
 
     A query or key takes an equal share of the square's side; one that crosses cells is split by length. Cell (I, J) is
@@ -48,11 +48,11 @@ def look(pattern: Pattern, places: Places, size: int) -> Seen:
     """
     pattern.check()
     pattern = pattern.magnitude() if pattern.by_magnitude else pattern
-    parts = [_look(pattern, batch, places, size) for batch in batches(pattern)]
-    return Seen(torch.cat([p.maps for p in parts]), torch.cat([p.scores for p in parts]))
+    parts = [_pool(pattern, batch, places, size) for batch in batches(pattern)]
+    return PooledPatterns(torch.cat([p.maps for p in parts]), torch.cat([p.scores for p in parts]))
 
 
-def _look(pattern: Pattern, batch: slice, places: Places, size: int) -> Seen:
+def _pool(pattern: Pattern, batch: slice, places: Places, size: int) -> PooledPatterns:
     walk = Walk(pattern, batch, places)
     b, h = walk.shape
     cells = places.map_shape[0] * places.map_shape[1]
@@ -99,7 +99,7 @@ def _look(pattern: Pattern, batch: slice, places: Places, size: int) -> Seen:
     scores["uniform"] = share / rows.clamp(min=1)
     nothing = torch.full((b, h), torch.nan, dtype=torch.float64)
     columns = [torch.where(some, scores.get(name, nothing), torch.nan) for name in SCORES]
-    return Seen(maps.float(), torch.stack(columns, -1))
+    return PooledPatterns(maps.float(), torch.stack(columns, -1))
 
 
 def kinds(places: Places) -> dict[str, Tensor]:

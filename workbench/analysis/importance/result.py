@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from workbench.analysis.pruning.curve import PruningCurve, prune_curve
+from workbench.analysis.statistics.correlation import spearman
+from workbench.analysis.statistics.intervals import mean_intervals
 from workbench.errors import WorkbenchError, nearest
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from workbench.analysis.pruning.curve import PruningCurve
 
 GRADIENTS = ("gradient", "gradient_magnitude", "attention_gradient")
 
@@ -37,7 +38,7 @@ class HeadImportance(Result):
         scores: (method, measure) -> [head, example], float64.
         clean: measure -> [example], of the unedited model; zeros for a divergence.
         skipped: (method, measure) -> why there is no such score.
-        higher: measure -> True if a better model has more of it, False if less, None for a divergence.
+        higher_is_better: measure -> whether a better model has more of it.
         normalised: whether each layer's scores of the gradient methods are divided by their Euclidean length.
         grid: rows and columns of patches, or None. seed: of the bootstrap. n_bootstrap, level: of its intervals.
         mode: how the sweep ran, "resumed" or "full"; "" if there was none.
@@ -55,7 +56,7 @@ class HeadImportance(Result):
     scores: dict[tuple[str, str], Tensor]
     clean: dict[str, Tensor]
     skipped: dict[tuple[str, str], str]
-    higher: dict[str, bool | None]
+    higher_is_better: dict[str, bool]
     normalised: bool
     grid: tuple[int, int] | None
     seed: int
@@ -94,15 +95,10 @@ class HeadImportance(Result):
         """[head, 2] bootstrap interval of the mean score over examples, at `level`, by percentiles.
 
         The same resampled examples stand for all heads. Lengths of layers are not drawn anew where scores are
-        normalised. With one example both ends are its score.
+        normalised. NaN with one example.
         """
-        found = self.examples(method, measure)
-        n = found.shape[1]
-        drawn = torch.randint(n, (self.n_bootstrap, n), generator=torch.Generator().manual_seed(self.seed))
-        weights = torch.zeros(self.n_bootstrap, n, dtype=torch.float64)
-        weights.scatter_add_(1, drawn, torch.full_like(weights, 1 / n))
-        ends = torch.tensor([(1 - self.level) / 2, (1 + self.level) / 2], dtype=torch.float64)
-        return torch.quantile(found @ weights.T, ends, dim=1).T
+        found = self.examples(method, measure).T
+        return mean_intervals(found, n_bootstrap=self.n_bootstrap, level=self.level, seed=self.seed)
 
     def ranking(self, method: str | None = None, measure: str | None = None, *, absolute: bool = False) -> list[str]:
         """Labels of the heads, the most important first; `absolute`: whether it helps or hurts."""
@@ -154,8 +150,9 @@ class HeadImportance(Result):
         """Spearman's rank correlation between the scores of all methods and measures; ties share their mean rank."""
         import pandas as pd
 
-        columns = {f"{method}, {measure}": self.score(method, measure).numpy() for method, measure in self.scores}
-        return pd.DataFrame(columns).rank().corr()
+        names = [f"{method}, {measure}" for method, measure in self.scores]
+        scores = torch.stack([self.score(method, measure) for method, measure in self.scores])
+        return pd.DataFrame(spearman(scores[:, None], scores[None]).numpy(), index=names, columns=names)
 
     def curve(
         self, wb: Workbench, batches: Iterable[Mapping[str, Any]], by: str | None = None, **options: Any
@@ -165,8 +162,6 @@ class HeadImportance(Result):
         Args:
             by: the method whose order is taken; "greedy" to score anew after each step; the first method by default.
         """
-        from workbench.analysis.pruning.curve import prune_curve
-
         return prune_curve(self, wb, batches, by, **options)
 
     def _key(self, method: str | None, measure: str | None) -> tuple[str, str]:
