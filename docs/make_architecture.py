@@ -39,7 +39,9 @@ def module_imports() -> dict[str, list[str]]:
         for source in [*(ROOT / "workbench").iterdir(), ROOT / "kernels", ROOT / "hooks"]:
             (package / source.name).symlink_to(source)
         command = [sys.executable, "-c", _PRINT_IMPORTS]
-        done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": folder}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | {"PYTHONPATH": folder}, capture_output=True, text=True
+        )
     if done.returncode:
         raise RuntimeError(done.stderr)
     found: dict[str, list[str]] = json.loads(done.stdout)
