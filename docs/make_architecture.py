@@ -1,7 +1,7 @@
-"""Draw the rooms of the package into docs/architecture.md, from the imports in the code: `python docs/make_architecture.py`.
+"""Draw the rooms of the package into docs/architecture.md: `python docs/make_architecture.py`.
 
-A room is a package directly under `workbench` or under `workbench.analysis`, or a module of the root. It stands one floor
-above the highest room that it imports, so that imports only go down; that needs a graph without circles.
+A room is a package directly under `workbench` or under `workbench.analysis`, or a module of the root. It stands one
+floor above the highest room that it imports, so that imports only go down; that needs a graph without circles.
 """
 
 from __future__ import annotations
