@@ -385,6 +385,8 @@ def axes_by_size(
         stated = roles == ("b", "h")[: len(free)] if heads is None else sizes.get("h", 1) == heads
         if stated and examples in (None, sizes.get("b", 1)):  # the order of windows and examples is in no size
             fitting.append((roles, sizes))
+    if heads is None and len(free) == 2 and shape[free[0]] == shape[free[1]] > 1:
+        return None
     if len(fitting) > 1 and any(n > 1 for sizes in fitting for n in sizes[1].values()):
         return None
     if not fitting:

@@ -9,7 +9,7 @@ import torch
 
 import workbench
 from support.drawn_attention import Drawn, Model
-from workbench.errors import CaptureError, WorkbenchError
+from workbench.errors import CaptureError
 
 PLAIN = ("linear", "function", "matrix", "einsum", "sequence first", "flat")
 
@@ -20,14 +20,16 @@ def captured(drawn: Drawn) -> str:
     x = model.inputs()
     with torch.no_grad(), workbench.attach(model, check=False) as wb:
         bare = model(x)
+        refusal = None
         try:
             with wb.capture([]) as cap:
                 y = model(x)
-        except WorkbenchError as error:
-            assert isinstance(error, CaptureError), error
-            assert error.hint, error
-            assert error.site == "attn" or "attn" in error.message or "no attention call" in error.message, error
-            return error.message
+        except CaptureError as error:
+            refusal = error
+    if refusal is not None:
+        assert refusal.hint
+        assert refusal.site == "attn" or "attn" in refusal.message
+        return refusal.message
     assert torch.equal(bare, y)
     assert [site.site.call for site in cap] == list(range(drawn.calls))
     for site, given in zip(cap, model.seen, strict=True):

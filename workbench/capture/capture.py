@@ -33,8 +33,8 @@ class Capture:
     """The forwards of one `with wb.capture()`, their sites and statistics.
 
     With one forward, `cap["blocks.3.attn"]` is its site capture; of a site that is called several times in a forward it
-    is the first call, and `cap["blocks.3.attn", 1]` the second. With several forwards, look at `cap.calls[i]`, or join them
-    with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
+    is the first call, and `cap["blocks.3.attn", 1]` the second. With several forwards, look at `cap.calls[i]`, or join
+    them with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
 
     Attributes:
         settings: what was asked for; None for a file that does not tell.
