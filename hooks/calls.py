@@ -26,7 +26,7 @@ def of_sdpa(owner: Owner, given: Mapping[str, Any], output: Tensor, watch: LseWa
 
     def under(axes: Bound) -> AttentionCall:
         q, k, v, mask, lse = given["query"], given["key"], given["value"], given["attn_mask"], watch.lse
-        plain = axes.axes.is_plain
+        plain = axes.axes.is_plain and axes.axes.over == "positions"
         if not plain:
             q, k, v = (axes.arrange(t, [*lead, *rest]) for t, rest in ((q, [-2, None]), (k, _OWN), (v, _OWN)))
             lse = axes.arrange(lse, [*lead, -2]) if lse is not None and lse.dim() == output.dim() - 1 else None
@@ -78,7 +78,7 @@ def of_written_out(owner: Owner, found: WrittenOut) -> Unplaced:
     def under(axes: Bound) -> AttentionCall:
         ordered = [x for x in of_values if x not in (key, width)] + [key, width]
         values = found.values.permute([of_values.index(x) for x in ordered])
-        plain = axes.axes.is_plain
+        plain = axes.axes.is_plain and axes.axes.over == "positions"
         return AttentionCall(
             *owner,
             q=None,

@@ -78,8 +78,8 @@ class _Waiting:
         reason: why it was not proved.
         sample: some of the output as it was.
         seen: a linear function came after it.
-        told: it could not wait, and was told by the guess. assumed: by the usual axes: if they are not proved, that is an
-            error.
+        told: it could not wait, and was told by the guess. assumed: by the usual axes: if they are not proved, that is
+            an error.
         versions: of the tensors that the call is made of, when it was made.
         fits: something that entered a linear function has the rows and features of what the heads give, so that a gate
             or a norm may lie between.
@@ -156,8 +156,8 @@ class Layouts:
             run.examples = first.shape[0]
 
     def end(self) -> list[tuple[_Waiting, AttentionCall | str]]:
-        """The forward is over. What was not proved is placed by sizes, where these leave one way and a gate or a norm may
-        have lain between, or refused; given are these calls, or the reasons.
+        """The forward is over. What was not proved is placed by sizes, where these leave one way and a gate or a norm
+        may have lain between, or refused; given are these calls, or the reasons.
         """
         run = self._runs.pop(threading.get_ident(), None)
         settled: list[tuple[_Waiting, AttentionCall | str]] = []

@@ -59,7 +59,7 @@ class WrittenOut:
     @property
     def width(self) -> int:
         """The axis of the output that only the values have."""
-        weights, values, output = self.letters
+        weights, _, output = self.letters
         return next(i for i, letter in enumerate(output) if letter not in weights)
 
 

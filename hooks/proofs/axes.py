@@ -354,8 +354,8 @@ def _name_ones(parts: list[list[tuple[Part, int]]], shape: Sequence[int], mixed:
 
 
 def usual_axes(shape: Sequence[int], mixed: Sequence[int], width: int, heads: int | None) -> Axes | None:
-    """The axes that most models have, to be proved afterwards: [batch, head, query, width], or with the first two as one;
-    None for other shapes.
+    """The axes that most models have, to be proved afterwards: [batch, head, query, width], or with the first two as
+    one; None for other shapes.
     """
     if tuple(axis % len(shape) for axis in (*mixed, width)) != (len(shape) - 2, len(shape) - 1):
         return None

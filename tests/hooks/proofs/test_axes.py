@@ -25,7 +25,8 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def proved(z: Tensor, p: Tensor, mixed: tuple[int, ...] = (-2,), width: int = -1) -> Axes:
     proof = prove_axes(z, p, mixed, width)
-    assert proof is not None and proof.axes is not None, proof
+    assert proof is not None
+    assert proof.axes is not None, proof
     return proof.axes
 
 
