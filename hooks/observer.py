@@ -257,9 +257,12 @@ class Observer:
             return None  # it is a part of what the reader tells
         waiting = None
         with state.tap.inside():  # an edit may itself take a softmax and multiply
-            call = make(owner)
-            if isinstance(call, Unplaced):
-                call, waiting = self._layouts.place(call)
+            made = make(owner)
+            call: AttentionCall | None
+            if isinstance(made, Unplaced):
+                call, waiting = self._layouts.place(made)
+            else:
+                call = made
             if call is None and waiting is not None and self._listener.cannot_wait(owner[0]):
                 call = self._layouts.assume(waiting)
                 if call is None:

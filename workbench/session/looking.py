@@ -71,7 +71,7 @@ def look_at(
         unread = {one.name: one for one in find_unread(replays)}
         for call in replays.calls:
             name = site_name(call.name)
-            if name not in sites or call.read_whole or sites[name].kind in ("state", "channel"):
+            if name not in {site.name for site in sites} or call.read_whole or sites[name].kind in ("state", "channel"):
                 continue
             for keys in probe_keys(replays, call)[:1]:
                 kind = _kind(sites[name].kind, keys.over)

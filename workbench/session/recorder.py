@@ -147,8 +147,9 @@ class Recorder:
         self.refused[site] = reason
         self._refused_here.setdefault(threading.get_ident(), set()).add(site)
         forward = self._running.get(threading.get_ident())
-        for name in [] if forward is None else [name for name, one in forward.sites.items() if one.site.path == site]:
-            self.nbytes -= forward.sites.pop(name).nbytes
+        if forward is not None:
+            for name in [name for name, one in forward.sites.items() if one.site.path == site]:
+                self.nbytes -= forward.sites.pop(name).nbytes
 
     def _site(self, call: AttentionCall, forward: Forward) -> Site:
         with self._lock:
