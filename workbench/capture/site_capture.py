@@ -13,13 +13,12 @@ from workbench.capture.timing import CallTimes
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.projections import Projection
 from workbench.hooks.sites import Site
-from workbench.kernels.families import rebuild
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.patterns import DENSE_LIMIT, DensePattern, Pattern
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
 
-_PATTERN = "pattern."  # starts the names of tensors that rebuild a pattern
-_KEPT = {"_z": "z", "_z_gradient": "z_gradient", "_result": "stored_result", "_weights": "weights"}  # in files: fields
+PATTERN = "pattern."  # starts the names of tensors that rebuild a pattern
+KEPT = {"_z": "z", "_z_gradient": "z_gradient", "_result": "stored_result", "_weights": "weights"}  # in files: fields
 _GRADIENT_HINT = "capture with gradients=True and call loss.backward() inside the `with`"
 
 
@@ -224,32 +223,11 @@ def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[
     parts = dict(capture.statistics)
     if result and capture.stored_result is None:
         capture = replace(capture, stored_result=capture.result())
-    kept = {key: getattr(capture, name) for key, name in _KEPT.items()}
+    kept = {key: getattr(capture, name) for key, name in KEPT.items()}
     parts |= {key: tensor for key, tensor in kept.items() if tensor is not None}
     if pattern:
         lazy = capture.pattern
         facts, tensors = lazy.parts()
         entry["pattern"] = {"family": type(lazy).__name__, **facts}
-        parts |= {_PATTERN + name: tensor for name, tensor in tensors.items()}
+        parts |= {PATTERN + name: tensor for name, tensor in tensors.items()}
     return entry, parts
-
-
-def unpack(entry: dict[str, Any], parts: dict[str, Tensor]) -> SiteCapture:
-    """The site capture that `pack` took apart; uses up `parts`."""
-    lazy = None
-    if "pattern" in entry:
-        facts = dict(entry["pattern"])
-        held = {name.removeprefix(_PATTERN): parts.pop(name) for name in list(parts) if name.startswith(_PATTERN)}
-        lazy = rebuild(facts.pop("family"), facts, held)
-    kept: dict[str, Any] = {name: parts.pop(key, None) for key, name in _KEPT.items()}
-    return SiteCapture(
-        site=Site(**entry["site"]),
-        shape=tuple(entry["shape"]),
-        kernel=entry["kernel"],
-        signed=entry["signed"],
-        normalised=entry["normalised"],
-        times=CallTimes.of(entry.get("times")),
-        **kept,
-        statistics=parts,
-        lazy=lazy,
-    )

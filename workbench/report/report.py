@@ -16,6 +16,7 @@ from jinja2 import ChoiceLoader, FunctionLoader
 from workbench.errors import ReportError
 from workbench.report import captures, limits, markdown, origin
 from workbench.report.parts import Section, figure_id, table_of
+from workbench.storage import disk
 from workbench.storage.result import Result
 from workbench.tokens import visible_text
 from workbench.views import View, all_of, page
@@ -152,16 +153,16 @@ class Report:
         """Write the page and return its path; an older file there is replaced in one step or not at all.
 
         Raises:
-            ReportError: the folder does not exist or cannot be written, the disk is full, the report is empty or too
-                large.
+            FileError: the folder does not exist or cannot be written, the disk is full. ReportError: the report is
+                empty or too large.
         """
-        target = page.writable(path)
+        target = disk.writable(path)
         html = self.to_html(allow_large=allow_large)
         size = len(html.encode("utf-8"))
         if size > page.LARGE_BYTES:
             message = f"the report takes {size / 1e6:.1f} MB: it may open slowly and be too large to send"
             warnings.warn(message, stacklevel=2)
-        return page.write(target, html)
+        return disk.write(target, html)
 
     def _sections(self) -> list[Section]:
         n_captures = sum(_is_capture(entry.thing) for entry in self._entries)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +10,6 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from workbench import __version__
-from workbench.errors import ReportError
 from workbench.storage.json_text import digest, json_for_html
 from workbench.tokens import visible_text
 from workbench.views import modules
@@ -177,39 +172,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, (float, np.floating)):
         return "–" if np.isnan(value) else f"{value:.6g}"
     return visible_text(str(value))
-
-
-def writable(path: str | Path) -> Path:
-    """The path, if a file can stand there.
-
-    Raises:
-        ReportError: its folder does not exist, or it is a folder itself.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ReportError(f"there is no folder {target.parent}", hint="create it, or write somewhere else")
-    if target.is_dir():
-        raise ReportError(f"{target} is a folder", hint=f"write to {target / 'report.html'}")
-    return target
-
-
-def write(path: str | Path, content: str | bytes) -> Path:
-    """Write a file in one step: an older one there stays whole until the new one is complete.
-
-    Raises:
-        ReportError: the folder does not exist or cannot be written, the disk is full.
-    """
-    target = writable(path)
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may show only here, and the old file must not go before
-        os.replace(unfinished, target)
-    except OSError as error:
-        hint = "free some space, or write somewhere else" if error.errno == errno.ENOSPC else None
-        raise ReportError(f"{target} cannot be written: {error.strerror or error}", hint=hint) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return target

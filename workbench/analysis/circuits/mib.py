@@ -20,6 +20,7 @@ from torch import Tensor
 
 from workbench.analysis.circuits.model.graph import Graph, Layer
 from workbench.errors import FormatError, WorkbenchError
+from workbench.storage import disk
 
 _KV = re.compile(r"(a\d+\.h\d+)<([kv])>")
 _GROUP = re.compile(r"a(\d+)\.kv(\d+)<([kv])>")
@@ -46,12 +47,10 @@ def write(
         grouped: write the edges of a kv group as they are here, `a0.h1->a9.kv2<k>`, which MIB's own code cannot read.
 
     Raises:
-        WorkbenchError: its folder does not exist, or heads or parallel blocks differ between layers, which the form
-            cannot say.
+        FileError: the file cannot be written. WorkbenchError: heads or parallel blocks differ between layers, which the
+            form cannot say.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise WorkbenchError(f"there is no folder {path.parent}", hint="make the folder first")
+    target = disk.writable(path)
     first = graph.layers[0]
     if any(layer != first for layer in graph.layers) or not first.mlp:
         raise WorkbenchError("MIB's form has the same heads and an MLP in every layer; this model has not")
@@ -77,8 +76,7 @@ def write(
         names = [graph.receivers[r]] if grouped else _of_heads(graph, graph.receivers[r])
         for name, share in zip(names, _shares(0.0 if math.isnan(score) else score, len(names)), strict=True):
             edges[f"{graph.senders[s]}->{name}"] = {"score": share, **facts}
-    path.write_text(json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges}), encoding="utf-8")
-    return path
+    return disk.write(target, json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges}))
 
 
 def read(path: str | Path, graph: Graph | None = None) -> Read:
