@@ -18,6 +18,7 @@ from workbench.errors import (
     TaskError,
     WorkbenchError,
 )
+from workbench.storage import rendering
 
 if TYPE_CHECKING:
     from workbench import models, tasks, views
@@ -177,6 +178,15 @@ __all__ = [
     "tasks",
     "views",
 ]
+
+
+def _views() -> rendering.Renderer:
+    from workbench import views
+
+    return views
+
+
+rendering.provide(_views)
 
 
 def __getattr__(name: str) -> Any:

@@ -44,9 +44,11 @@ class Scores(Result):
         return pd.DataFrame({"head": [f"L0H{i}" for i in range(len(self.values))], "score": self.values})
 
 
-@views.of.register
-def _(scores: Scores) -> views.TokenStrip:
+def _view_of_scores(scores: Scores) -> views.TokenStrip:
     return views.token_strip([f"L0H{i}" for i in range(len(scores.values))], scores.values, title="Scores")
+
+
+views.register(Scores, _view_of_scores)
 
 
 def test_a_page_has_everything_and_passes_its_check(make_capture: Any, verification: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files are whole or not there: full disks, limits, rights, interrupts, killed processes; and the umask decides the mode."""
+"""Files are whole or not there: full disks, rights, interrupts, killed processes; the umask decides the mode."""
 
 from __future__ import annotations
 

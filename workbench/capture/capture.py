@@ -20,6 +20,7 @@ from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS
 from workbench.storage import files
 from workbench.storage.provenance import Provenance
+from workbench.storage.rendering import renderer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -308,9 +309,7 @@ class Capture:
 
     def show(self) -> None:
         """Display what was captured in a notebook: the heads, and what they look at."""
-        import workbench
-
-        for view in workbench.views.overview(self):
+        for view in renderer().all_of(self):
             view.show()
 
     def __repr__(self) -> str:

@@ -83,7 +83,7 @@ def read(path: str | Path, form: str) -> tuple[Part, dict[str, Tensor]]:
 
 
 def _pieces(told: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a file, in an order that follows from the content alone: wide numbers first, so that all are aligned.
+    """The bytes of a file, in an order that follows from the content: wide numbers first, so that all are aligned.
 
     safetensors' own writer orders its metadata by chance.
     """

@@ -13,6 +13,7 @@ import torch
 from workbench.errors import FormatError, WorkbenchError
 from workbench.storage import files, typed
 from workbench.storage.parts import Part
+from workbench.storage.rendering import renderer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,23 +72,16 @@ class Result(ABC):
 
     def view(self) -> Any:
         """The main view of this result, whose picture `to_png` makes; `workbench.views.all_of` gives all of them."""
-        import workbench
-
-        return workbench.views.of(self)
+        return renderer().of(self)
 
     def show(self) -> None:
         """Display the views in a notebook, below each other."""
-        import workbench
-
-        for view in workbench.views.all_of(self):
+        for view in renderer().all_of(self):
             view.show()
 
     def to_html(self, path: str | Path | None = None) -> str | Path:
         """The views as one self-contained page: its text, or its path when one is given."""
-        import workbench
-
-        html: str | Path = workbench.views.page_of(self, path)
-        return html
+        return renderer().page_of(self, path)
 
     def to_png(self, path: str | Path | None = None) -> bytes | Path:
         """The view as a picture: its bytes, or its path when one is given."""

@@ -1,4 +1,4 @@
-"""Whether values that were read from a file are what a dataclass declares: types, dtypes, and shapes that fit each other."""
+"""Whether values from a file are what a dataclass declares: types, dtypes, and shapes that fit each other."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.image_attention import ImageAttention, image_attention
-from workbench.views.of import all_of, of, page_of
+from workbench.views.of import all_of, of, page_of, register
 from workbench.views.overlap import OverlapGraph, overlap_chance, overlap_graph
 from workbench.views.overlap_matrix import OverlapMatrix, overlap_matrix
 from workbench.views.overview import overview
@@ -73,6 +73,7 @@ __all__ = [
     "overlap_matrix",
     "overview",
     "page_of",
+    "register",
     "run_timeline",
     "saliency_map",
     "tensor_peek",

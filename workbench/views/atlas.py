@@ -13,14 +13,13 @@ from workbench.views.drawing import SERIES
 from workbench.views.figure import figure
 from workbench.views.head_atlas import head_atlas
 from workbench.views.head_gallery import Axes, Group, head_gallery
-from workbench.views.of import more_of, of
+from workbench.views.of import register
 
 _SAMPLES = 2000  # points of single examples on the map
 _COLOURS = (*SERIES, "#0f8a8a", "#a04545")
 
 
-@of.register
-def _(atlas: PatternAtlas) -> View:
+def _view_of_pattern_atlas(atlas: PatternAtlas) -> View:
     """The map: each head large, with the number of its cluster, and its pattern on each example small."""
     import plotly.graph_objects as go
 
@@ -90,8 +89,7 @@ def _(atlas: PatternAtlas) -> View:
     )
 
 
-@more_of.register
-def _(atlas: PatternAtlas) -> list[View]:
+def _more_of_pattern_atlas(atlas: PatternAtlas) -> list[View]:
     """The clusters with every head's pattern, and content dependence and the evidence as a head atlas."""
     return [_gallery(atlas), _evidence(atlas)]
 
@@ -157,3 +155,6 @@ def _sites(atlas: PatternAtlas) -> list[str] | None:
     """Names of sites, where the layer alone does not tell them."""
     several = len(set(atlas.sites)) > len(set(atlas.layers))
     return list(atlas.sites) if several else None
+
+
+register(PatternAtlas, _view_of_pattern_atlas, _more_of_pattern_atlas)

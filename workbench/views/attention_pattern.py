@@ -17,7 +17,7 @@ from workbench.tokens import visible, visible_text
 from workbench.views import pyramid, scales
 from workbench.views.base import View
 from workbench.views.head_atlas import group_label
-from workbench.views.of import of
+from workbench.views.of import register
 from workbench.views.pyramid import Pyramid
 from workbench.views.selection import SharedSelection
 from workbench.views.spec import ViewSpec
@@ -183,11 +183,6 @@ def attention_pattern(
         provenance=dict(source.provenance) if isinstance(source, Capture) else {},
     )
     return AttentionPattern(spec, selection, sources, batch)
-
-
-@of.register
-def _(pattern: Pattern) -> View:
-    return attention_pattern(pattern)
 
 
 class _Lists:
@@ -405,3 +400,6 @@ def _table(shown: Sequence[tuple[_Source, Pyramid]], lists: list[list[str]]) -> 
         table["key token"] = text("keys", key)
     table["weight"] = every[4].astype(np.float64)
     return table
+
+
+register(Pattern, attention_pattern)

@@ -15,7 +15,7 @@ from workbench.views import circuit_facts, scales
 from workbench.views.base import View
 from workbench.views.circuit_picture import MOST_LINES, WIDTH, Line, Mark, draw, height_of
 from workbench.views.figure import columns_of_table
-from workbench.views.of import of
+from workbench.views.of import register
 from workbench.views.selection import SharedSelection
 from workbench.views.spec import ViewSpec
 
@@ -200,12 +200,6 @@ def circuit_graph(
     return CircuitGraph(spec, selection, circuit)
 
 
-@of.register
-def _(circuit: Circuit) -> View:
-    """The circuit graph."""
-    return circuit_graph(circuit)
-
-
 def pins_of(graph: Graph, names: Mapping[Any, str]) -> dict[str, str]:
     """Names by node, as they are shown: every character to be seen, and not too many.
 
@@ -247,3 +241,6 @@ def _notes(
     if roles is not None:
         said.append(f"Roles are suggested from attention, from {roles.threshold:g} on, and are no more than that.")
     return tuple(said)
+
+
+register(Circuit, circuit_graph)

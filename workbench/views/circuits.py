@@ -18,13 +18,12 @@ from workbench.tokens import plotly_text
 from workbench.views.base import View
 from workbench.views.figure import band, figure
 from workbench.views.head_atlas import head_atlas
-from workbench.views.of import of
+from workbench.views.of import register
 
 _MOST_BARS = 40
 
 
-@of.register
-def _(curve: FaithfulnessCurve) -> View:
+def _view_of_faithfulness_curve(curve: FaithfulnessCurve) -> View:
     """The share of the effect that is kept, by the size of the circuit."""
     import plotly.graph_objects as go
 
@@ -48,8 +47,7 @@ def _(curve: FaithfulnessCurve) -> View:
     )
 
 
-@of.register
-def _(found: Faithfulness) -> View:
+def _view_of_faithfulness(found: Faithfulness) -> View:
     """Faithfulness, incompleteness and minimality as bars."""
     table = found.table
     names = [f"{row.quantity} {row.of}".strip() for row in table.itertuples()]
@@ -59,8 +57,7 @@ def _(found: Faithfulness) -> View:
     )  # fmt: skip
 
 
-@of.register
-def _(patching: HeadPatching) -> View:
+def _view_of_head_patching(patching: HeadPatching) -> View:
     """The head atlas, one metric per place."""
     span = float((patching.clean.mean() - patching.corrupted.mean()).abs())
     table = patching.table.rename(columns={"score": "value"})
@@ -79,8 +76,7 @@ def _(patching: HeadPatching) -> View:
     )  # fmt: skip
 
 
-@of.register
-def _(roles: HeadRoles) -> View:
+def _view_of_head_roles(roles: HeadRoles) -> View:
     """The head atlas, one metric per kind of evidence; the suggested roles in the caption."""
     scores: dict[str, Any] = {}
     for name, values in roles.evidence.items():
@@ -94,8 +90,7 @@ def _(roles: HeadRoles) -> View:
     )  # fmt: skip
 
 
-@of.register
-def _(stability: Stability) -> View:
+def _view_of_stability(stability: Stability) -> View:
     """How often each item is in the circuit, the most frequent ones."""
     table = stability.table
     shown = table.head(_MOST_BARS)
@@ -112,8 +107,7 @@ def _(stability: Stability) -> View:
     )  # fmt: skip
 
 
-@of.register
-def _(fixed: Repair) -> View:
+def _view_of_repair(fixed: Repair) -> View:
     """Accuracy before and after, head by head, and with random heads."""
     table = fixed.table
     accuracies = table[~table["quantity"].str.startswith("attention")]
@@ -157,3 +151,11 @@ def _bars(
     fig.update_xaxes(title_text=unit)
     fig.update_layout(height=140 + 24 * len(names), showlegend=False)
     return figure(fig, title=title, caption=caption, table=frame if table is None else table, provenance=provenance)
+
+
+register(FaithfulnessCurve, _view_of_faithfulness_curve)
+register(Faithfulness, _view_of_faithfulness)
+register(HeadPatching, _view_of_head_patching)
+register(HeadRoles, _view_of_head_roles)
+register(Stability, _view_of_stability)
+register(Repair, _view_of_repair)

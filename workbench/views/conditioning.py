@@ -17,13 +17,12 @@ from workbench.views.capacity_curves import MEASURE_LABELS
 from workbench.views.drawing import SERIES
 from workbench.views.figure import Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
-from workbench.views.of import of
+from workbench.views.of import register
 
 _MOST = 1.5  # size of a contrast that the bars show: 1 is all that there is to learn
 
 
-@of.register
-def _(capacity: Capacity) -> View:
+def _view_of_capacity(capacity: Capacity) -> View:
     """The heads with the number of pairs they hold per rule, head-room, load, and how their keys lie."""
     where = {"site": capacity.sites, "layer": capacity.layers, "head": capacity.heads}
 
@@ -59,8 +58,7 @@ def _(capacity: Capacity) -> View:
     return HeadAtlas(replace(view.spec, notes=notes))
 
 
-@of.register
-def _(found: Conditioning) -> View:
+def _view_of_conditioning(found: Conditioning) -> View:
     """The effect of each experiment on each rule, and on the model: bars with intervals."""
     import plotly.graph_objects as go
 
@@ -145,3 +143,7 @@ def capacity_correlation(capacity: Capacity) -> Figure:
         table={"quantity": names, "rho": value, "low": low, "high": high},
         provenance=capacity.provenance,
     )
+
+
+register(Capacity, _view_of_capacity)
+register(Conditioning, _view_of_conditioning)

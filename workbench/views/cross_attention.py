@@ -15,7 +15,7 @@ from workbench.views.base import View
 from workbench.views.drawing import SERIES
 from workbench.views.figure import Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
-from workbench.views.of import more_of, of
+from workbench.views.of import register
 from workbench.views.saliency_map import SaliencyMap, saliency_map
 from workbench.views.selection import SharedSelection
 
@@ -229,20 +229,17 @@ def curves(
     )
 
 
-@of.register
-def _(found: CrossAttentionSaliency) -> View:
+def _view_of_cross_attention_saliency(found: CrossAttentionSaliency) -> View:
     """The maps of the first utterance; the heads where no maps were kept."""
     return maps(found) if found.maps else atlas(found)
 
 
-@more_of.register
-def _(found: CrossAttentionSaliency) -> list[View]:
+def _more_of_cross_attention_saliency(found: CrossAttentionSaliency) -> list[View]:
     """The heads, averages of heads, and the curves."""
     return _rest(found)[0 if found.maps else 1 :]
 
 
-@of.register
-def _(found: CrossAttention) -> View:
+def _view_of_cross_attention(found: CrossAttention) -> View:
     """Attention of any heads, beside the mean of all."""
     n = len(found.kept_positions)
     left = "" if n == found.length else f", {found.length - n:,} positions of padding or special tokens left out"
@@ -262,8 +259,7 @@ def _(found: CrossAttention) -> View:
     )
 
 
-@of.register
-def _(found: Saliency) -> View:
+def _view_of_saliency(found: Saliency) -> View:
     """Rows of output tokens over positions, above them the spectrogram; of images a map per token."""
     said = (
         f"{_method(found.method)} at the {'input' if found.at == 'input' else 'output of the encoder'}: "
@@ -362,5 +358,9 @@ def _undefined(found: CrossAttentionSaliency) -> tuple[str, ...]:
     said = tuple(f"{text[:1].upper()}{text[1:]}." for text in found.undefined[:3])
     return (*said, f"{more} more correlations are undefined.") if more > 0 else said
 
+
+register(CrossAttentionSaliency, _view_of_cross_attention_saliency, _more_of_cross_attention_saliency)
+register(CrossAttention, _view_of_cross_attention)
+register(Saliency, _view_of_saliency)
 
 __all__ = ["atlas", "averages", "cross_attention", "curves", "maps"]

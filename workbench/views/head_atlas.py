@@ -18,7 +18,6 @@ from workbench.tokens import visible
 from workbench.views import scales
 from workbench.views.base import View
 from workbench.views.metrics import Metric, metric
-from workbench.views.of import of
 from workbench.views.selection import SharedSelection
 from workbench.views.spec import ViewSpec
 
@@ -119,11 +118,6 @@ def head_atlas(
         provenance=provenance or {},
     )
     return HeadAtlas(spec, selection)
-
-
-@of.register
-def _(capture: Capture) -> View:
-    return head_atlas(capture)
 
 
 def _of_capture(capture: Capture) -> tuple[list[Site], dict[str, Metric], Any, Any, Any, str]:

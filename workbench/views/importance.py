@@ -13,13 +13,12 @@ from workbench.views.base import View
 from workbench.views.drawing import SERIES
 from workbench.views.figure import figure
 from workbench.views.head_atlas import head_atlas
-from workbench.views.of import more_of, of
+from workbench.views.of import register
 
 _PARTED = 16  # heads whose parts are shown
 
 
-@of.register
-def _(importance: HeadImportance) -> View:
+def _view_of_head_importance(importance: HeadImportance) -> View:
     """The head atlas, one metric per method and measure; intervals are over examples."""
     table = importance.table.rename(columns={"head": "label"})
     several = len(importance.measures) > 1
@@ -45,8 +44,7 @@ def _(importance: HeadImportance) -> View:
     )
 
 
-@more_of.register
-def _(importance: HeadImportance) -> list[View]:
+def _more_of_head_importance(importance: HeadImportance) -> list[View]:
     """Parts of heads beside the whole, where parts were pruned, and how the methods rank the heads alike."""
     found = []
     if any(method not in METHODS for method, _ in importance.scores) and ("zero", importance.measures[0]) in (
@@ -124,8 +122,7 @@ def _agreement(importance: HeadImportance) -> View:
     )
 
 
-@of.register
-def _(curve: PruningCurve) -> View:
+def _view_of_pruning_curve(curve: PruningCurve) -> View:
     """Each measure against the number of heads pruned, in the scored order and at random."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -163,3 +160,7 @@ def _(curve: PruningCurve) -> View:
         notes=(f"No speed: {curve.reason}",) if curve.reason else (),
         provenance=curve.provenance,
     )
+
+
+register(HeadImportance, _view_of_head_importance, _more_of_head_importance)
+register(PruningCurve, _view_of_pruning_curve)

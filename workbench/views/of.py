@@ -1,7 +1,8 @@
-"""`of`: the view of a result, and `all_of`: it and those below it. The file of each view registers its results."""
+"""Which views show what: `register` them, `of` and `all_of` make them, `page_of` puts them on a page."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,37 @@ from workbench.views import page
 from workbench.views.base import View
 
 
-@singledispatch
+def register(
+    shown: type, main: Callable[[Any], View], more: Callable[[Any], Sequence[View]] = lambda thing: ()
+) -> None:
+    """Say which views show things of a class: `result.show()`, pages and reports then have them.
+
+    Subclasses are shown alike, unless they are registered themselves; the last registration of a class counts.
+
+    Args:
+        main: makes the first view, whose picture stands for the thing.
+        more: makes those that stand below it.
+    """
+    _main.register(shown, main)
+    _more.register(shown, more)
+
+
 def of(thing: Any) -> View:
-    """The view that shows a capture or an analysis's result.
+    """The main view of a capture, an analysis's result, or anything else that is registered.
 
     Raises:
         ReportError: nothing shows such a thing.
     """
-    raise ReportError(f"no view shows a {type(thing).__name__}", hint="pass a capture or the result of an analysis")
-
-
-@singledispatch
-def more_of(thing: Any) -> list[View]:
-    """Views that stand below the one that `of` gives; none for most results."""
-    return []
+    return _main(thing)
 
 
 def all_of(thing: Any) -> list[View]:
-    """All views of a capture or an analysis's result, the main one first; they share the selection.
+    """All views of a thing, the main one first; they share the selection.
 
     Raises:
         ReportError: nothing shows such a thing.
     """
-    return [of(thing), *more_of(thing)]
+    return [_main(thing), *_more(thing)]
 
 
 def page_of(thing: Any, path: str | Path | None = None) -> str | Path:
@@ -45,3 +54,16 @@ def page_of(thing: Any, path: str | Path | None = None) -> str | Path:
     """
     html = page.together([view.spec for view in all_of(thing)])
     return html if path is None else disk.write(path, html)
+
+
+@singledispatch
+def _main(thing: Any) -> View:
+    raise ReportError(
+        f"no view shows a {type(thing).__name__}",
+        hint="pass a capture or the result of an analysis, or register a view of it: workbench.views.register",
+    )
+
+
+@singledispatch
+def _more(thing: Any) -> Sequence[View]:
+    return ()

@@ -19,7 +19,7 @@ from workbench.views.circuit_picture import WIDTH, Line, Mark, draw, height_of
 from workbench.views.circuit_places import node_of
 from workbench.views.drawing import SERIES
 from workbench.views.figure import band, columns_of_table, figure
-from workbench.views.of import more_of, of
+from workbench.views.of import register
 from workbench.views.selection import SharedSelection
 from workbench.views.spec import ViewSpec
 
@@ -126,14 +126,12 @@ def overlap_graph(
     return OverlapGraph(spec, selection, graph)
 
 
-@of.register
-def _(overlap: CircuitOverlap) -> View:
+def _view_of_circuit_overlap(overlap: CircuitOverlap) -> View:
     """The graph of what is shared."""
     return overlap_graph(overlap)
 
 
-@more_of.register
-def _(overlap: CircuitOverlap) -> list[View]:
+def _more_of_circuit_overlap(overlap: CircuitOverlap) -> list[View]:
     """Random circuits beside the measured overlap, and overlap at matched sizes."""
     return [overlap_chance(overlap)]
 
@@ -246,3 +244,6 @@ def unlike(labels: Sequence[str]) -> list[str]:
     """The labels, with a number behind those that are equal."""
     alike = {label for label in labels if labels.count(label) > 1}
     return [f"{label} ({i})" if label in alike else label for i, label in enumerate(labels, 1)]
+
+
+register(CircuitOverlap, _view_of_circuit_overlap, _more_of_circuit_overlap)

@@ -7,6 +7,7 @@ from workbench.errors import WorkbenchError
 from workbench.views.attention_pattern import attention_pattern
 from workbench.views.base import View
 from workbench.views.head_atlas import head_atlas
+from workbench.views.of import register
 from workbench.views.selection import SharedSelection
 
 
@@ -18,16 +19,19 @@ def overview(capture: Capture, *, batch: int = 0, selection: SharedSelection | N
     Raises:
         ReportError: the capture is empty.
     """
-    found: list[View] = [head_atlas(capture, selection=selection)]
+    return [head_atlas(capture, selection=selection), *_patterns(capture, batch, selection)]
+
+
+def _patterns(capture: Capture, batch: int = 0, selection: SharedSelection | None = None) -> list[View]:
     first = capture.calls[0]
     try:
         for c in first:
             c.pattern  # noqa: B018 (raises where no pattern was kept)
     except WorkbenchError:
-        return found
-    title = (
-        "Attention pattern"
-        if len(capture.calls) == 1
-        else f"Attention pattern, the first of {len(capture.calls)} calls"
-    )
-    return [*found, attention_pattern(first, batch=batch, title=title, selection=selection)]
+        return []
+    n = len(capture.calls)
+    title = "Attention pattern" if n == 1 else f"Attention pattern, the first of {n} calls"
+    return [attention_pattern(first, batch=batch, title=title, selection=selection)]
+
+
+register(Capture, head_atlas, _patterns)

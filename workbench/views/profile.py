@@ -15,7 +15,7 @@ from workbench.views.drawing import SERIES
 from workbench.views.figure import figure
 from workbench.views.head_atlas import head_atlas
 from workbench.views.head_gallery import Axes, head_gallery
-from workbench.views.of import more_of, of
+from workbench.views.of import register
 
 _EVEN = "uniform"
 _ROW = 17  # pixels of a head in the map of strength
@@ -43,8 +43,7 @@ _SINKS = {
 }
 
 
-@of.register
-def _(profile: AttentionProfile) -> View:
+def _view_of_attention_profile(profile: AttentionProfile) -> View:
     """Heads down, hops across: the share of a head's weight at each distance."""
     import plotly.graph_objects as go
 
@@ -92,8 +91,7 @@ def _(profile: AttentionProfile) -> View:
     )
 
 
-@more_of.register
-def _(profile: AttentionProfile) -> list[View]:
+def _more_of_attention_profile(profile: AttentionProfile) -> list[View]:
     """The trend over layers, the offset map of each head, and the indicators as a head atlas."""
     return [_trend(profile), _offsets(profile), _indicators(profile)]
 
@@ -254,3 +252,6 @@ def _sink(profile: AttentionProfile) -> str:
 def _skipped(profile: AttentionProfile) -> tuple[str, ...]:
     names = ", ".join(profile.skipped)
     return (f"Not shown, since their tokens have no distance: {names}.",) if names else ()
+
+
+register(AttentionProfile, _view_of_attention_profile, _more_of_attention_profile)

@@ -12,7 +12,7 @@ from workbench.capture.site_capture import SiteCapture
 from workbench.errors import ReportError
 from workbench.views import scales
 from workbench.views.base import View
-from workbench.views.of import of
+from workbench.views.of import register
 from workbench.views.selection import SharedSelection
 from workbench.views.spec import ViewSpec
 from workbench.views.tensor_facts import LARGEST_SIDE, Named, gathered, histogram, slice_of, statistics
@@ -215,11 +215,5 @@ def _described(
     return about, found, notes
 
 
-@of.register(torch.Tensor)
-def _of_tensor(tensor: torch.Tensor) -> TensorPeek:
-    return tensor_peek(tensor)
-
-
-@of.register(np.ndarray)
-def _of_array(array: Any) -> TensorPeek:
-    return tensor_peek(array)
+register(torch.Tensor, tensor_peek)
+register(np.ndarray, tensor_peek)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import anywidget
 import traitlets
@@ -11,9 +12,18 @@ import traitlets
 from workbench.errors import WorkbenchError
 from workbench.views import modules
 from workbench.views.selection import Selection, SharedSelection
+from workbench.views.spec import ViewSpec
 
-if TYPE_CHECKING:
-    from workbench.views.base import View
+
+class Shown(Protocol):
+    """What a widget needs of its view."""
+
+    spec: ViewSpec
+
+    def answer(self, question: Mapping[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+        """JSON values and buffers for what the module asks."""
+
+    def _put_state(self, state: Mapping[str, Any]) -> None: ...
 
 
 class ViewWidget(anywidget.AnyWidget):
@@ -33,7 +43,7 @@ class ViewWidget(anywidget.AnyWidget):
     live = traitlets.Bool(True).tag(sync=True)
 
     @staticmethod
-    def of(view: View, shared: SharedSelection) -> ViewWidget:
+    def of(view: Shown, shared: SharedSelection) -> ViewWidget:
         """The widget of a view."""
         state = dict(view.spec.state)
         given = {"spec": view.spec.to_live(), "selection": shared.value.to_json(), "state": state}
@@ -45,7 +55,7 @@ class ViewWidget(anywidget.AnyWidget):
         shared.on_select(widget._follow)
         return widget
 
-    _view: View
+    _view: Shown
     _shared: SharedSelection
 
     def _chosen(self, change: Any) -> None:
@@ -72,7 +82,7 @@ class ViewWidget(anywidget.AnyWidget):
         self.send({"number": content.get("number"), **answer}, buffers=found)
 
 
-def answer_of(view: View, question: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+def answer_of(view: Shown, question: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
     """What any module may ask for, and else what the view answers."""
     if question["ask"] == "plotly":
         return {}, [modules.asset("plotly-cartesian.min.js").encode()]
