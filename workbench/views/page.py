@@ -1,8 +1,16 @@
-"""One self-contained HTML page with views: a policy that names its scripts, data with digests, nothing loaded."""
+"""One self-contained HTML page with views: a policy that names its scripts, data with digests, nothing loaded.
+
+A page is a function of the data in it: `render` puts data blocks together, and `made_of` makes the page of them, the
+same to the byte for whoever has the blocks. That is how `workbench check` knows a page of ours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,28 +18,62 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from workbench import __version__
-from workbench.storage.json_text import digest, json_for_html
+from workbench.errors import ReportError
+from workbench.storage.json_text import digest, finite, json_for_html
 from workbench.tokens import visible_text
 from workbench.views import modules
-from workbench.views.spec import ViewSpec
+from workbench.views.spec import KINDS, ViewSpec
 
 PLOTLY = "plotly-cartesian.min.js"
 NEEDS_PLOTLY = frozenset({"figure"})
 """Kinds of views whose module draws with plotly; a page holds its bundle only then."""
 LARGE_BYTES = 10_000_000
 """Above this a page says that it opens slowly."""
+WORDS, PROVENANCE = "words", "provenance"
+"""The data blocks of a page besides those of its views, `view-0` and on."""
 
 FALLBACK_ROWS = 12  # of a view's table, where no script runs
 # Filled in when the page is whole. No text of ours or of a user holds such characters: `visible_text` spells them out.
-_SIZE, _SEAL = "\ue000", "\ue001"
+_SIZE, _SEAL = Markup("\ue000"), Markup("\ue001")
+
+
+def _seen(value: Any) -> Any:
+    """Text with nothing in it that cannot be seen; what is HTML already stays as it is."""
+    return visible_text(value, len(value)) if type(value) is str and not value.isprintable() else value
+
 
 TEMPLATES = Environment(
     loader=FunctionLoader(modules.asset),
     autoescape=True,
     undefined=StrictUndefined,
+    finalize=_seen,
     trim_blocks=True,
     lstrip_blocks=True,
 )
+
+
+Spec = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of page.
+
+    Attributes:
+        template: one that extends "page.html", in `environment`.
+        style: CSS after the views' own.
+        context: what the template wants besides `title`, `views`, `sizes` (bytes of each view's data) and `size` (the
+            file's), made of the page's words and provenance and of the specs of its views.
+    """
+
+    template: str = "page.html"
+    environment: Environment = TEMPLATES
+    style: Callable[[], str] = str
+    context: Callable[[Spec, Spec, Sequence[Spec]], dict[str, Any]] = lambda words, provenance, specs: {}
+
+
+PLAIN = Form()
+"""Views below each other."""
 
 
 def single(spec: ViewSpec) -> str:
@@ -48,25 +90,37 @@ def render(
     title: str,
     specs: Sequence[ViewSpec],
     *,
-    template: str = "page.html",
-    environment: Environment = TEMPLATES,
+    form: Form = PLAIN,
+    words: Mapping[str, Any] | None = None,
     provenance: Any = None,
-    style: str = "",
-    **context: Any,
 ) -> str:
-    """A page from a template that has `views`: one element each, filled by the page's script.
-
-    The template may also use `sizes`, the bytes of each view's data, and `size`, the whole file's.
+    """A page of this form.
 
     Args:
-        template: a template that extends "page.html", in `environment`.
-        provenance: JSON values.
-        style: CSS after the views' own.
-        context: what else the template wants.
+        words: what the form's context is made of. provenance: both JSON values, kept in the page.
     """
-    kinds = [spec.kind for spec in specs]
+    blocks = {f"view-{i}": spec.to_static() for i, spec in enumerate(specs)}
+    blocks[WORDS] = {"form": form.template, "title": visible_text(title.strip()), **finite(words or {})}
+    blocks[PROVENANCE] = finite(provenance or {})
+    return made_of(blocks, form)
+
+
+def made_of(blocks: Mapping[str, Any], form: Form, texts: Mapping[str, str] | None = None) -> str:
+    """The page of these data blocks.
+
+    Args:
+        blocks: JSON values by the name of their block: those of the views in order, the words, and the provenance.
+        texts: the same as text, where that is known to be what `json_for_html` makes of them.
+
+    Raises:
+        ReportError: a view that does not exist or whose facts are not those of its kind.
+    """
+    texts = {name: json_for_html(value) for name, value in blocks.items()} if texts is None else texts
+    specs: list[Mapping[str, Any]] = [value for name, value in blocks.items() if name not in (WORDS, PROVENANCE)]
+    words, provenance = blocks[WORDS], blocks[PROVENANCE]
+    kinds = [str(spec["kind"]) for spec in specs]
     scripts = scripts_for(kinds)
-    css = f"{modules.asset(modules.STYLE)}\n{modules.asset('page.css')}\n{style}"
+    css = f"{modules.asset(modules.STYLE)}\n{modules.asset('page.css')}\n{form.style()}"
     # plotly writes style attributes, so a page with it cannot name its styles one by one.
     styles = "'unsafe-inline'" if NEEDS_PLOTLY.intersection(kinds) else f"'{digest(css)}'"
     allowed = " ".join(f"'{digest(script)}'" for script in scripts)
@@ -76,27 +130,24 @@ def render(
             f"script-src {allowed}",
             f"style-src {styles}",
             "img-src data: blob:",
-            *(["media-src data: blob:"] if any("audio" in spec.blocks for spec in specs) else []),
+            *(["media-src data: blob:"] if any("audio" in spec["blocks"] for spec in specs) else []),
             "base-uri 'none'",
             "form-action 'none'",
         ]
     )
-    blocks = {f"view-{i}": json_for_html(spec.to_static()) for i, spec in enumerate(specs)}
-    sizes = [len(text) for text in blocks.values()]
-    blocks["provenance"] = json_for_html(provenance or {})
-    html = environment.get_template(template).render(
-        title=visible_text(title.strip()),
+    html = form.environment.get_template(form.template).render(
+        title=words["title"],
         version=__version__,
         policy=Markup(policy),  # our own words and hashes; escaped, its quotes would be hard to read
         css=Markup(css),
         scripts=[Markup(script) for script in scripts],
-        blocks=[(name, Markup(text), digest(text)) for name, text in blocks.items()],
+        blocks=[(name, Markup(text), digest(text)) for name, text in texts.items()],
         views=[Markup(_VIEW.render(_fallback(spec), index=i)) for i, spec in enumerate(specs)],
         specs=specs,
-        sizes=sizes,
+        sizes=[len(texts[f"view-{i}"]) for i in range(len(specs))],
         size=_SIZE,
         seal=_SEAL,
-        **context,
+        **form.context(words, provenance, specs),
     )
     return _sealed(_sized(html))
 
@@ -109,7 +160,10 @@ def scripts_for(kinds: Iterable[str]) -> list[str]:
 
 
 def seal(html: str) -> str:
-    """The digest that a page carries of itself: of its text with that digest left out."""
+    """The digest that a page carries of itself: of its text with that digest left out.
+
+    It shows damage, not intent: whoever changes a page can make it anew.
+    """
     return digest(html)
 
 
@@ -154,18 +208,32 @@ _VIEW = TEMPLATES.from_string("""\
 """)
 
 
-def _fallback(spec: ViewSpec) -> dict[str, Any]:
+def _fallback(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What stands in a view's place until its script has drawn it, and where none runs."""
-    columns: Mapping[str, Any] = spec.table
-    n = len(next(iter(columns.values()), ()))
+    columns = {str(column["name"]): _first(column, spec["blocks"]) for column in spec["table"]}
+    n = max((n for n, _ in columns.values()), default=0)
     shown = min(n, FALLBACK_ROWS)
     return {
-        "caption": visible_text(spec.caption),
-        "notes": [visible_text(note) for note in spec.notes],
-        "columns": [visible_text(str(name)) for name in columns],
-        "rows": [[_cell(column[i]) for column in columns.values()] for i in range(shown)],
+        "caption": visible_text(spec["caption"]),
+        "notes": [visible_text(note) for note in spec["notes"]],
+        "columns": [visible_text(name) for name in columns],
+        "rows": [[_cell(values[i]) for _, values in columns.values()] for i in range(shown)],
         "shown": f"{n:,} rows" if shown == n else f"The first {shown} of {n:,} rows",
     }
+
+
+def _first(column: Mapping[str, Any], blocks: Mapping[str, Any]) -> tuple[int, Sequence[Any]]:
+    """The length of a column of a view's table, and its first values."""
+    if "text" in column:
+        return len(column["text"]), column["text"][:FALLBACK_ROWS]
+    block = blocks[column["block"]]
+    if block["dtype"] not in KINDS:
+        raise ReportError(f"a table holds {block['dtype']!r}, which no page can read")
+    dtype, n = np.dtype(f"<{block['dtype']}"), math.prod(block["shape"])
+    raw, wanted = base64.b64decode(block["base64"], validate=True), min(n, FALLBACK_ROWS) * dtype.itemsize
+    # No more than is shown: how much a few deflated bytes become is for their writer to say.
+    found = zlib.decompressobj().decompress(raw, wanted) if block["deflate"] and wanted else raw[:wanted]
+    return n, np.frombuffer(found, dtype)
 
 
 def _cell(value: Any) -> str:
