@@ -233,9 +233,9 @@ def test_what_goes_wrong_while_writing_leaves_the_old_file(
         raise broken
 
     monkeypatch.setattr(os, at, fail)
-    with pytest.raises((ReportError, KeyboardInterrupt)) as caught:
+    with pytest.raises((FileError, KeyboardInterrupt)) as caught:
         Report("t").add(strip()).write(path)
-    assert isinstance(caught.value, ReportError) == isinstance(broken, OSError)
+    assert isinstance(caught.value, FileError) == isinstance(broken, OSError)
     if isinstance(broken, OSError):
         assert "No space left on device" in str(caught.value)
     assert path.read_text() == "old"

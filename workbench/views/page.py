@@ -222,7 +222,7 @@ def _fallback(spec: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _first(column: Mapping[str, Any], blocks: Mapping[str, Any]) -> tuple[int, Sequence[Any]]:
+def _first(column: Mapping[str, Any], blocks: Mapping[str, Any]) -> tuple[int, Any]:
     """The length of a column of a view's table, and its first values."""
     if "text" in column:
         return len(column["text"]), column["text"][:FALLBACK_ROWS]
