@@ -1,4 +1,4 @@
-"""The study of "Circuit Component Reuse Across Tasks" (Merullo et al. 2310.08744) on a model that is at hand.
+"""The experiment of "Circuit Component Reuse Across Tasks" (Merullo et al. 2310.08744) on a model that is at hand.
 
 Finds the circuits of indirect object identification and Colored Objects by path patching, compares them, and steers the
 attention of heads of the first where the second fails. With gpt2-medium the paper's heads are used for this; other
@@ -43,7 +43,7 @@ def stages(task: str, before: str) -> tuple[workbench.Stage, ...]:
     )
 
 
-def study(name: str, n: int, fraction: float, before: str, seed: int) -> tuple[Any, Task, Task, float]:
+def experiment(name: str, n: int, fraction: float, before: str, seed: int) -> tuple[Any, Task, Task, float]:
     """The model, the tasks, and the overlap of their circuits, which are printed."""
     model, tokenizer = workbench.models.load(name)
     wb = workbench.attach(model.eval(), tokenizer)
@@ -130,7 +130,7 @@ def _cell(value: Any) -> str:
 
 
 def main() -> None:
-    """Run the study and print it."""
+    """Run the experiment and print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo-lm")
     parser.add_argument("--prompts", type=int, default=200)
@@ -143,7 +143,7 @@ def main() -> None:
     small = options.model.startswith("demo-lm")
     fraction = options.fraction or (0.1 if small else 0.02)
     before = options.before or ("any" if small else "all")
-    wb, first, second, overlap = study(options.model, options.prompts, fraction, before, options.seed)
+    wb, first, second, overlap = experiment(options.model, options.prompts, fraction, before, options.seed)
     for task in (first, second):
         curves(wb, task)
     wb.detach()

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import workbench
-from workbench.analysis.circuits.engine.study import open_study
+from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.analysis.circuits.methods.attribution import attribute_edges
 from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.tasks import Task, from_prompts
@@ -148,8 +148,8 @@ def main() -> None:
         paths = Paths(names, tuple((f"a{i}.h{h}",) for i, h in several))
 
         def ours(paths: Paths = paths) -> Tensor:
-            with open_study(wb, task, batch_size=options.prompts) as study:
-                return run_paths(study, paths, progress=False)
+            with open_setup(wb, task, batch_size=options.prompts) as setup:
+                return run_paths(setup, paths, progress=False)
 
         def loop(read: Any = read, several: Any = several) -> Tensor:
             with torch.no_grad():
@@ -175,8 +175,8 @@ def main() -> None:
 
     def edges(steps: int) -> Callable[[], Any]:
         def work() -> Any:
-            with open_study(wb, task, batch_size=options.prompts) as study:
-                return attribute_edges(study, steps=steps, progress=False)
+            with open_setup(wb, task, batch_size=options.prompts) as setup:
+                return attribute_edges(setup, steps=steps, progress=False)
 
         return work
 

@@ -6,16 +6,16 @@ positions that it does not touch to the bit.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from workbench.errors import InterventionError
+from workbench.hooks.nested import first_tensor
 from workbench.hooks.positions import Positions
 from workbench.hooks.rows import check_row, head_values, rows
 from workbench.hooks.sites import Site
@@ -23,6 +23,8 @@ from workbench.hooks.tap import AttentionCall
 
 Source = Callable[[AttentionCall, Tensor], Tensor]
 HeadFunction = Callable[[Tensor, Site, int], Tensor]
+Threads = Literal["all", "this"]
+"""Whose forwards an edit changes: those of all threads, or only those of the thread that opened it."""
 
 
 class _OnSites:
@@ -196,7 +198,10 @@ class SteerOutput(OutputEdit):
 
     def __call__(self, name: str, module: nn.Module, output: Any) -> Any:
         """The output, moved."""
-        hidden, put_back = _first_tensor(name, output)
+        found = first_tensor(output)
+        if found is None:
+            raise InterventionError(f"the module gives no tensor, or not first, but {type(output).__name__}", site=name)
+        hidden, put_back = found
         moved = hidden + check_direction(self.direction, hidden, "d_model", name)
         if not self.positions.everywhere:
             if hidden.dim() != 3:
@@ -208,28 +213,6 @@ class SteerOutput(OutputEdit):
             where = self.positions.mask(batch, length, name, hidden.device)[..., None]
             moved = torch.where(where.transpose(0, 1) if first else where, moved, hidden)
         return put_back(moved)
-
-
-def _first_tensor(name: str, output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """The first tensor of a module's output, and a function that puts another in its place."""
-    if isinstance(output, Tensor):
-        return output, lambda new: new
-    if isinstance(output, Mapping) and output and isinstance(first := next(iter(output.values())), Tensor):
-
-        def in_mapping(new: Tensor) -> Any:
-            changed: Any = copy.copy(output)
-            changed[next(iter(output))] = new
-            return changed
-
-        return first, in_mapping
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-
-        def in_sequence(new: Tensor) -> Any:
-            rest = (new, *output[1:])
-            return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
-
-        return output[0], in_sequence
-    raise InterventionError(f"the module gives no tensor, or not first, but {type(output).__name__}", site=name)
 
 
 def _positions_first(module: nn.Module) -> bool:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from workbench.hooks.modes import leave_dispatch_mode
 
 OnOperator = Callable[[OpOverload, Sequence[Any], Mapping[str, Any], Any], None]
 _PREFIX = "_scaled_dot_product_"
@@ -24,6 +26,11 @@ class KernelWatch(TorchDispatchMode):
     def __init__(self, on_operator: OnOperator) -> None:
         super().__init__()
         self._on_operator = on_operator
+
+    @property
+    def entered(self) -> bool:
+        """Whether it is on this thread's stack of modes."""
+        return any(mode is self for mode in _get_current_dispatch_mode_stack())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -93,8 +100,15 @@ class LseWatch:
             if name is not None:
                 self.kernel, self.lse = name, kernel_lse(result, n_queries)
 
-        with KernelWatch(look):
+        watch = KernelWatch(look)
+        try:
+            watch.__enter__()
             return function(*args, **kwargs)
+        finally:
+            try:
+                leave_dispatch_mode(watch)
+            finally:
+                leave_dispatch_mode(watch)  # again, for the interrupt that broke off the first
 
 
 SOFTMAX_OPERATORS = {torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default}

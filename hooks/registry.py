@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -40,41 +39,47 @@ class _Listeners(threading.local):
 
 
 _listeners = _Listeners()
-_lock = threading.Lock()
-_installed = 0
+_lock = threading.RLock()
+_installed: set[object] = set()
 _original: Callable[..., Any] | None = None
 
 
-@contextmanager
-def installed() -> Iterator[None]:
-    """The registry asks this module while at least one such context is open; does nothing without `transformers`."""
-    global _installed, _original
+def install(owner: object) -> None:
+    """From here on the registry asks this module; does nothing without `transformers`, and nothing when repeated."""
+    with _lock:
+        _installed.add(owner)
+        _settle()
+
+
+def uninstall(owner: object) -> None:
+    """The owner is done; with the last one the registry is as it was. Does nothing when repeated."""
+    with _lock:
+        _installed.discard(owner)
+        _settle()
+
+
+def _settle() -> None:
+    global _original
     interface = _interface()
     if interface is None:
-        yield
         return
-    with _lock:
-        if _installed == 0:
-            _original = interface.get_interface
-            interface.get_interface = _get_interface
-        _installed += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _installed -= 1
-            if _installed == 0:
-                interface.get_interface = _original
+    ours = interface.__dict__["get_interface"] is _get_interface
+    if _installed and not ours:
+        _original = interface.get_interface
+        interface.get_interface = _get_interface
+    elif not _installed and ours:
+        interface.get_interface = _original
 
 
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """In this thread, `listener` runs the backends."""
-    _listeners.stack.append(listener)
-    try:
-        yield
-    finally:
-        _listeners.stack.remove(listener)
+def listen(listener: Listener) -> None:
+    """From here on, in this thread, `listener` runs the backends; does nothing when repeated."""
+    if listener not in _listeners.stack:
+        _listeners.stack.append(listener)
+
+
+def stop_listening(listener: Listener) -> None:
+    """The listener no longer runs the backends of this thread; does nothing when repeated."""
+    _listeners.stack[:] = [other for other in _listeners.stack if other != listener]
 
 
 def _interface() -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.written_out import Follower, WrittenOut
@@ -54,6 +54,9 @@ class FunctionTap(TorchFunctionMode):
         on_written_out: takes an attention that the model wrote out.
 
     Each gives what takes the place of the output, or None. The call itself runs as the model made it.
+
+    Attributes:
+        shut: it reports nothing any more, wherever it may still be entered.
     """
 
     def __init__(
@@ -63,6 +66,12 @@ class FunctionTap(TorchFunctionMode):
         self._on_sdpa, self._on_kernel = on_sdpa, on_kernel
         self._follower = Follower(on_written_out)
         self._inner: LseWatch | None = None
+        self.shut = False
+
+    @property
+    def entered(self) -> bool:
+        """Whether it is on this thread's stack of modes."""
+        return any(mode is self for mode in _get_current_function_mode_stack())
 
     @contextmanager
     def inside(self) -> Iterator[LseWatch]:
@@ -77,6 +86,8 @@ class FunctionTap(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.shut:
+            return func(*args, **kwargs)
         if func is _SDPA:
             return self._sdpa(func, args, kwargs)
         if func is _COMPOSITE:

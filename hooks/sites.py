@@ -11,15 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import takewhile
 from types import CodeType, FunctionType
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 from torch import nn
 
 from workbench.errors import CaptureError, nearest
-from workbench.hooks.mixers import is_mixer
+from workbench.hooks.readers import reader_of
+from workbench.hooks.tap import Kind as Kind
 from workbench.kernels.functions import FUNCTIONS
-
-Kind = Literal["self", "cross", "window", "channel", "memory", "state"]
 
 # A module that mentions one of these in its own code calls an attention kernel; one that mentions a softmax and a
 # product writes attention out.
@@ -145,7 +144,11 @@ def find_sites(model: nn.Module) -> Sites:
     for path, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.Transformer)):
             continue  # their attention modules are sites of their own
-        if isinstance(module, nn.MultiheadAttention) or is_mixer(module) or _calls_attention(module.__class__):
+        if (
+            isinstance(module, nn.MultiheadAttention)
+            or reader_of(module) is not None
+            or _calls_attention(module.__class__)
+        ):
             name = site_name(path)
             found[name] = _describe(name, module)  # of a bridge and what it wraps, the latter knows its sizes
     return _number(list(found.values()))
@@ -195,8 +198,8 @@ def _describe(name: str, module: nn.Module) -> Site:
         total = _number_of(module, config, "embed_dim", "hidden_size", "d_model")
         width = None if total is None else total // heads
     cross = _CROSS.search(f"{name} {type(module).__name__}") or getattr(module, "is_cross_attention", False)
-    if is_mixer(module):
-        return Site(name, -1, "state")
+    if (reader := reader_of(module)) is not None:
+        return Site(name, -1, reader.kind)  # its sizes are what the reader says at its first call
     kind: Kind = "cross" if cross else "window" if _WINDOW.search(type(module).__name__) else "self"
     return Site(name, -1, kind, heads, heads if kv is None else kv, width)
 

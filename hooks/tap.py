@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from workbench.errors import CaptureError
 from workbench.kernels.masks import Mask, as_four, hidden_below
 from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
+
+Kind = Literal["self", "cross", "window", "channel", "memory", "state"]
+"""What a site mixes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class AttentionCall:
         layout: axes of `output`, of b, h, q and d; or "nqd", where n is batch · head.
         finish: maps A·V to `output`, for kernels that go on past A·V; None if `output` is A·V.
         build: makes the call's pattern, for kernels that are no softmax; None for those that are.
+        build_others: makes further maps of the call by name, such as the factors of a composed one.
         replay: the call happens again in a backward pass (gradient checkpointing).
     """
 
@@ -67,6 +72,7 @@ class AttentionCall:
     layout: str = "bhqd"
     finish: Callable[[Tensor], Tensor] | None = None
     build: Callable[[], Pattern] | None = None
+    build_others: Callable[[], dict[str, Pattern]] = dict
     replay: bool = False
 
     @property
@@ -75,7 +81,9 @@ class AttentionCall:
         if self.weights is not None:
             return self.weights.shape[1], self.v.shape[1], self.v.shape[-1]
         if self.q is None or self.k is None or self.q.dim() != 4:
-            return 1, 1, self.v.shape[-1]
+            if self.build is None:
+                return 1, 1, self.v.shape[-1]
+            return self.build().n_heads, self.v.shape[1], self.v.shape[-1]
         # A state-space mixer's queries and keys are shared by groups of heads; its values never are.
         return max(self.q.shape[1], self.v.shape[1]), self.k.shape[1], self.q.shape[-1]
 

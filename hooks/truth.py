@@ -14,20 +14,23 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, tor
 
 def tolerance(call: AttentionCall, like: Tensor) -> float:
     """How far A·V may be from a kernel's output in the call's dtype, for outputs of the size of `like`."""
-    dtype = call.v.dtype
+    dtype = max(call.v.dtype, call.output.dtype, key=lambda each: _TOLERANCE.get(each, 1e-4))
     if call.kernel == "eager" and dtype == torch.float64:
         dtype = torch.float32  # many of Hugging Face's eager functions say that the softmax is float32
     return _TOLERANCE.get(dtype, 1e-4) * max(1.0, like.abs().max().item() if like.numel() else 1.0)
 
 
 def check_last_row(call: AttentionCall, pattern: Pattern) -> None:
-    """Compare A·V of the last query in the first and last head with what the kernel gave.
+    """Compare A·V of the last query in the first and last head with what the kernel gave; of a reading, in all heads.
 
     A cheap proof that nothing was overlooked: scale, mask, biases and the order of heads all show in it.
 
     Raises:
         CaptureError: they differ, so that the call does something that the pattern does not know of.
     """
+    if call.tap == "reader":
+        _check_reading(call, pattern)
+        return
     if call.finish is not None or call.dropout > 0 or 0 in pattern.shape:
         return
     heads, last = sorted({0, pattern.n_heads - 1}), pattern.n_queries - 1
@@ -46,3 +49,40 @@ def check_last_row(call: AttentionCall, pattern: Pattern) -> None:
             shape=pattern.shape,
             hint="look at wb.verify(**inputs).table; attention of this kind is not supported yet",
         )
+
+
+def _check_reading(call: AttentionCall, pattern: Pattern) -> None:
+    """Compare `finish(A·V)` with what the module gave, for the last query where the module's output shows it.
+
+    What follows the mixing usually acts on each position alone, so that a row of A·V is enough. If the row does not
+    agree, all of them are compared.
+
+    Raises:
+        CaptureError: they differ.
+    """
+    if call.finish is None or 0 in pattern.shape:
+        return
+    want, last = call.output.detach(), pattern.n_queries - 1
+    allowed = tolerance(call, want)
+    if want.dim() == 3 and want.shape[1] == pattern.n_queries and pattern.n_queries > 1:
+        row = pattern.tile(slice(last, last + 1), slice(0, pattern.n_keys))  # [b, h, 1, key]
+        values = call.v.repeat_interleave(pattern.n_heads // call.v.shape[1], dim=1).to(row.dtype)
+        z = torch.cat((row.new_zeros(*row.shape[:2], last, values.shape[-1]), row @ values), dim=2)
+        given = call.finish(z)
+        if given.shape == want.shape and _off(given[:, last], want[:, last]) <= allowed:
+            return
+    given = call.finish(pattern.apply(call.v))
+    error = _off(given, want) if given.shape == want.shape else float("inf")
+    if not error <= allowed:
+        raise CaptureError(
+            f"what the reader of {type(call.module).__name__} gives is not what the module computes: "
+            f"finish(A·V) is {error:.1e} off",
+            site=call.site,
+            shape=pattern.shape,
+            hint="finish must map A·V [batch, head, query, width] to the module's output "
+            f"{list(want.shape)}; is it another class of the same name, or an input that the reader leaves out?",
+        )
+
+
+def _off(got: Tensor, want: Tensor) -> float:
+    return (got.to(want.dtype) - want).abs().max().item() if want.numel() else 0.0

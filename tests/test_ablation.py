@@ -190,7 +190,7 @@ def test_references_that_do_not_fit(wb: Workbench, how: Any, reference: Any, mes
             wb.model(input_ids=ids(2, 9))
         assert (message or "not int") in str(caught.value)
     assert torch.equal(wb.model(input_ids=ids(2, 9)).logits, bare)
-    assert wb._live.edits == []
+    wb.check_idle()
 
 
 def test_captures_that_do_not_fit(wb: Workbench) -> None:

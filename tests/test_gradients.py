@@ -136,7 +136,7 @@ def test_nothing_is_left_on_the_graph(model: nn.Module) -> None:
             return z
 
     with workbench.attach(model) as wb:
-        with wb._editing(Spy([wb.sites[0].name])), wb.capture([], gradients=True) as capture:
+        with wb.editing(Spy([wb.sites[0].name])), wb.capture([], gradients=True) as capture:
             loss = loss_of(model(**inputs), inputs)
             assert kept[0]._backward_hooks  # or what follows could not fail
             loss.backward(retain_graph=True)
@@ -155,7 +155,7 @@ def test_what_was_held_for_them_is_let_go(model: nn.Module) -> None:
             return z.clone()
 
     with workbench.attach(model) as wb:
-        with wb._editing(Spy([wb.sites[0].name])), wb.capture([], gradients=True) as capture:
+        with wb.editing(Spy([wb.sites[0].name])), wb.capture([], gradients=True) as capture:
             loss_of(model(**inputs), inputs).backward()
         gc.collect()
         assert capture[0].head_gradient.isfinite().all()
@@ -188,9 +188,9 @@ def test_what_an_edit_lets_through(model: nn.Module) -> None:
 
     name = "transformer.h.1.attn"
     with workbench.attach(model) as wb:
-        with wb._editing(Halve([name])), wb.capture([], gradients=True, z=True) as capture:
+        with wb.editing(Halve([name])), wb.capture([], gradients=True, z=True) as capture:
             loss_of(model(**inputs), inputs).backward()
-        with wb._editing(Cut([name])), wb.capture([], gradients=True) as cut:
+        with wb.editing(Cut([name])), wb.capture([], gradients=True) as cut:
             loss_of(model(**inputs), inputs).backward()
     site = capture[name]
     product = (site.z * site.z_gradient).sum((1, 3))

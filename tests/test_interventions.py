@@ -37,7 +37,7 @@ class Case:
         assert got_gradients.keys() == want_gradients.keys()
         for name, gradient in want_gradients.items():
             torch.testing.assert_close(got_gradients[name], gradient, atol=1e-9, rtol=1e-9, msg=name)
-        with self.wb._live.undisturbed(), torch.no_grad():
+        with self.wb.undisturbed(), torch.no_grad():
             assert (self.wb.model(**self.inputs).logits - got).abs().max() > 1e-3
 
     def change_heads(self, new: Callable[[Tensor, int], Tensor], where: Tensor | slice = slice(None)) -> None:

@@ -323,7 +323,7 @@ def test_bad_input_is_named(wb: Workbench, intervene: Callable[[Workbench], Any]
     with pytest.raises(expected) as caught, intervene(wb):
         wb.model(**inputs)
     assert message in str(caught.value)
-    assert wb._live.edits == []
+    wb.check_idle()
     assert torch.equal(wb.model(**inputs).logits, bare)
 
 

@@ -40,7 +40,7 @@ def model() -> nn.Module:
 def test_edits_apply_in_the_order_they_were_entered(model: nn.Module) -> None:
     inputs = GPT2.inputs()
     with workbench.attach(model) as wb:
-        with wb._editing(Apply(lambda z: z + 1)), wb._editing(Apply(lambda z: z * 2)), wb.capture(z=True) as edited:
+        with wb.editing(Apply(lambda z: z + 1)), wb.editing(Apply(lambda z: z * 2)), wb.capture(z=True) as edited:
             model(**inputs)
         with wb.capture(z=True) as plain:
             model(**inputs)
@@ -51,9 +51,9 @@ def test_edits_apply_in_the_order_they_were_entered(model: nn.Module) -> None:
 def test_a_capture_sees_the_edited_heads_whichever_was_entered_first(model: nn.Module) -> None:
     inputs = GPT2.inputs()
     with workbench.attach(model) as wb:
-        with wb.capture(z=True) as outside, wb._editing(Apply(torch.zeros_like)):
+        with wb.capture(z=True) as outside, wb.editing(Apply(torch.zeros_like)):
             one = model(**inputs).logits
-        with wb._editing(Apply(torch.zeros_like)), wb.capture(z=True) as inside:
+        with wb.editing(Apply(torch.zeros_like)), wb.capture(z=True) as inside:
             two = model(**inputs).logits
     assert torch.equal(one, two)
     assert not outside[0].z.any()
@@ -67,7 +67,7 @@ def test_an_edit_of_a_module_goes_on_into_the_model(model: nn.Module) -> None:
     handle = model.transformer.h[0].register_forward_hook(lambda module, args, out: AddToOutput([""])("", module, out))
     want = model(**inputs).logits
     handle.remove()
-    with workbench.attach(model) as wb, wb._editing(AddToOutput(["transformer.h.0"])):
+    with workbench.attach(model) as wb, wb.editing(AddToOutput(["transformer.h.0"])):
         assert torch.equal(model(**inputs).logits, want)
 
 
@@ -75,16 +75,16 @@ def test_an_edit_that_never_fires_raises_and_one_that_fails_restores(model: nn.M
     inputs = GPT2.inputs()
     with torch.no_grad(), workbench.attach(model) as wb:
         bare = model(**inputs).logits
-        with pytest.raises(InterventionError, match="never fired"), wb._editing(Apply(lambda z: z)):
+        with pytest.raises(InterventionError, match="never fired"), wb.editing(Apply(lambda z: z)):
             pass
 
         def fail(z: Tensor) -> Tensor:
             raise ZeroDivisionError
 
-        with pytest.raises(ZeroDivisionError), wb._editing(Apply(fail)):
+        with pytest.raises(ZeroDivisionError), wb.editing(Apply(fail)):
             model(**inputs)
         assert torch.equal(model(**inputs).logits, bare)
-        assert wb._live.edits == []
+        wb.check_idle()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -95,7 +95,7 @@ def test_checkpointed_layers_are_edited_again_in_the_backward_pass(model: nn.Mod
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     with workbench.attach(model) as wb:
-        with wb._editing(Apply(lambda z: z * 3)):
+        with wb.editing(Apply(lambda z: z * 3)):
             plain = gradients()
         model.train()
         for module in model.modules():
@@ -104,7 +104,7 @@ def test_checkpointed_layers_are_edited_again_in_the_backward_pass(model: nn.Mod
         for block in model.transformer.h:
             block.attn.attn_dropout.p = 0.0
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        with wb._editing(Apply(lambda z: z * 3)), wb.capture() as capture:
+        with wb.editing(Apply(lambda z: z * 3)), wb.capture() as capture:
             again = gradients()
     assert capture.ledger == {"transformer.h.0.attn": 1, "transformer.h.1.attn": 1}
     for a, b in zip(plain, again, strict=True):

@@ -100,8 +100,7 @@ def test_nothing_is_left_behind(steps: list[str]) -> None:
                 wb.verify(**INPUTS)
             else:
                 stack.enter_context(OPENERS[step](wb))
-    assert wb._live.edits == []
-    assert wb._live.recorder is None
+    wb.check_idle()
     wb.detach()
     assert state(model) == before
 

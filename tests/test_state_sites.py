@@ -81,11 +81,11 @@ def test_heads_of_a_state_site_can_be_edited_without_gradients(model: nn.Module)
         site = next(site.name for site in wb.sites if site.kind == "state")
         with torch.no_grad(), wb.capture(z=True, sites=site) as plain:
             bare = model(IDS, use_cache=False).logits
-        with torch.no_grad(), wb._editing(_Half([site])), wb.capture(z=True, sites=site) as edited:
+        with torch.no_grad(), wb.editing(_Half([site])), wb.capture(z=True, sites=site) as edited:
             changed = model(IDS, use_cache=False).logits
         torch.testing.assert_close(edited[site].z, plain[site].z / 2)
         assert not torch.equal(changed, bare)
-        with pytest.raises(InterventionError, match="gradients do not flow"), wb._editing(_Half([site])):
+        with pytest.raises(InterventionError, match="gradients do not flow"), wb.editing(_Half([site])):
             model(IDS, use_cache=False)
 
 

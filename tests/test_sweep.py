@@ -15,8 +15,8 @@ from support.tiny import FAMILIES, Family, family, make
 from workbench import Sweep, SweepInterrupted, Variant, Workbench, run_sweep
 from workbench.errors import FormatError, InterventionError, WorkbenchError
 from workbench.hooks.edits import SteerOutput
+from workbench.hooks.nested import tensors
 from workbench.hooks.positions import Positions
-from workbench.sweep.prefix import tensors
 from workbench.sweep.variants import split
 
 Batch = Mapping[str, Any]
@@ -40,7 +40,7 @@ def all_heads(wb: Workbench, **how: Any) -> list[Variant]:
 def wb() -> Iterator[Workbench]:
     with workbench.attach(make(family("gpt2"))) as wb:
         yield wb
-        assert not wb._live.edits
+        wb.check_idle()
         assert all("forward" not in module.__dict__ for module in wb.model.modules())
 
 
@@ -405,7 +405,8 @@ def test_bad_batches_are_named(wb: Workbench, batches: Any, message: str) -> Non
         (lambda output, batch: output.logits[:, 0], r"gave \[3, 60\]"),
         (lambda output, batch: 1.0, "gave float"),
         (lambda output, batch: weighed(output, batch) / 0, "is (-?inf|nan) on example 0"),
-        ("loss", "is str, expected a function"),
+        ("los", 'no metric "los"'),
+        (3, "is int, expected a name"),
         ({}, "there is no metric"),
     ],
 )

@@ -21,15 +21,11 @@ from workbench.errors import (
 from workbench.storage import rendering
 
 if TYPE_CHECKING:
-    from workbench import models, tasks, views
+    from workbench import metrics, models, tasks, views
     from workbench.analysis.atlas import PatternAtlas, pattern_atlas
     from workbench.analysis.circuits.circuit import Circuit
-    from workbench.analysis.circuits.faithful import (
-        Faithfulness,
-        FaithfulnessCurve,
-        circuit_faithfulness,
-        faithfulness_curve,
-    )
+    from workbench.analysis.circuits.faithfulness import Faithfulness, circuit_faithfulness
+    from workbench.analysis.circuits.faithfulness_curve import FaithfulnessCurve, faithfulness_curve
     from workbench.analysis.circuits.find import Stage, find_circuit
     from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted
     from workbench.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
@@ -53,6 +49,8 @@ if TYPE_CHECKING:
     from workbench.capture.reading import load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
+    from workbench.hooks.readers import Mixing, ModuleRun, reader
+    from workbench.metrics import Metric
     from workbench.report import Report
     from workbench.session.workbench import Workbench, attach
     from workbench.sweep.result import Sweep, SweepInterrupted
@@ -71,10 +69,10 @@ _LAZY = {
     "Capacity": "workbench.analysis.conditioning.capacity",
     "capacity": "workbench.analysis.conditioning.capacity",
     "Circuit": "workbench.analysis.circuits.circuit",
-    "Faithfulness": "workbench.analysis.circuits.faithful",
-    "FaithfulnessCurve": "workbench.analysis.circuits.faithful",
-    "circuit_faithfulness": "workbench.analysis.circuits.faithful",
-    "faithfulness_curve": "workbench.analysis.circuits.faithful",
+    "Faithfulness": "workbench.analysis.circuits.faithfulness",
+    "FaithfulnessCurve": "workbench.analysis.circuits.faithfulness_curve",
+    "circuit_faithfulness": "workbench.analysis.circuits.faithfulness",
+    "faithfulness_curve": "workbench.analysis.circuits.faithfulness_curve",
     "Stage": "workbench.analysis.circuits.find",
     "find_circuit": "workbench.analysis.circuits.find",
     "CircuitOverlap": "workbench.analysis.circuits.overlap",
@@ -100,6 +98,10 @@ _LAZY = {
     "SiteCapture": "workbench.capture.site_capture",
     "load_capture": "workbench.capture.reading",
     "KVGroup": "workbench.hooks.heads",
+    "Metric": "workbench.metrics",
+    "Mixing": "workbench.hooks.readers",
+    "ModuleRun": "workbench.hooks.readers",
+    "reader": "workbench.hooks.readers",
     "Report": "workbench.report",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
@@ -113,7 +115,7 @@ _LAZY = {
     "Variant": "workbench.sweep.variants",
     "run_sweep": "workbench.sweep.run",
 }
-_LAZY_MODULES = ("models", "tasks", "views")
+_LAZY_MODULES = ("metrics", "models", "tasks", "views")
 
 __all__ = [
     "AttachError",
@@ -135,6 +137,9 @@ __all__ = [
     "HeadRoles",
     "InterventionError",
     "KVGroup",
+    "Metric",
+    "Mixing",
+    "ModuleRun",
     "PatternAtlas",
     "PrecisionError",
     "Pruning",
@@ -168,10 +173,12 @@ __all__ = [
     "head_importance",
     "head_roles",
     "load_capture",
+    "metrics",
     "models",
     "patch_heads",
     "pattern_atlas",
     "prune_heads",
+    "reader",
     "repair",
     "run_sweep",
     "saliency",

@@ -15,7 +15,7 @@ import workbench
 from workbench import PatternAtlas, pattern_atlas
 from workbench.analysis.atlas.clusters import components, k_means
 from workbench.analysis.atlas.names import NAMES, dependence, suggest
-from workbench.analysis.atlas.resample import SCORES, look, overlaps
+from workbench.analysis.atlas.pooling import SCORES, overlaps, pool
 from workbench.analysis.profile.places import Places
 from workbench.capture.capture import Capture
 from workbench.capture.site_capture import Forward, SiteCapture
@@ -174,7 +174,7 @@ def test_shapes_and_table(atlas: tuple[PatternAtlas, list[int]]) -> None:
 def test_pooling_keeps_the_mass_of_rows(n: int) -> None:
     random = torch.Generator().manual_seed(1)
     weights = torch.randn(2, 2, n, n, generator=random, dtype=torch.float64).softmax(-1)
-    seen = look(DensePattern(weights), Places(1, n, text=True), 16)
+    seen = pool(DensePattern(weights), Places(1, n, text=True), 16)
     torch.testing.assert_close(seen.maps.sum(-1), torch.ones(2, 2, 16))
     if n == 16:
         torch.testing.assert_close(seen.maps, weights.float())
@@ -193,12 +193,12 @@ def test_padding_and_prefix_are_left_out_of_the_square() -> None:
     padded = torch.zeros(1, 1, n + 3, n + 3, dtype=torch.float64)
     padded[..., 3:, 3:] = weights
     mask = Mask(n + 3, n + 3, tensor=(torch.arange(n + 3) >= 3)[None, None, None])
-    wanted = look(DensePattern(weights), Places(1, n, text=True), 8)
-    found = look(DensePattern(padded, mask), Places(1, n + 3, text=True), 8)
+    wanted = pool(DensePattern(weights), Places(1, n, text=True), 8)
+    found = pool(DensePattern(padded, mask), Places(1, n + 3, text=True), 8)
     torch.testing.assert_close(found.maps, wanted.maps)
     names = [SCORES.index(name) for name in ("self", "previous", "next", "uniform", "vertical stripe")]
     torch.testing.assert_close(found.scores[..., names], wanted.scores[..., names])
-    image = look(DensePattern(padded), Places(2, 4, prefix=3), 8)
+    image = pool(DensePattern(padded), Places(2, 4, prefix=3), 8)
     torch.testing.assert_close(image.maps, wanted.maps)
     assert overlaps(torch.tensor([[False, True, True]]), 2)[0].tolist() == [[0, 1, 0], [0, 0, 1]]
 
@@ -227,7 +227,7 @@ def kinds_of_image(rows: int = 4, columns: int = 8) -> dict[str, Tensor]:
 def test_planted_kinds_of_images_are_named(name: str) -> None:
     weights = kinds_of_image()[name].double()
     weights = (weights / weights.sum(-1, keepdim=True)).expand(2, 1, -1, -1)
-    found = look(DensePattern(weights), Places(4, 8), 16)
+    found = pool(DensePattern(weights), Places(4, 8), 16)
     evidence = [*found.scores[0, 0].tolist(), dependence(found.maps).item()]
     assert evidence[-1] == 0
     assert suggest(evidence) == name
@@ -241,7 +241,7 @@ def test_planted_kinds_of_causal_text_are_named(name: str, back: int) -> None:
     i = torch.arange(n)
     weights = torch.zeros(1, 1, n, n)
     weights[0, 0, i, (i - back).clamp(min=0)] = 1
-    found = look(DensePattern(weights, causal(n)), Places(1, n, text=True), 8)
+    found = pool(DensePattern(weights, causal(n)), Places(1, n, text=True), 8)
     at = SCORES.index(name)
     assert found.scores[0, 0, at] == pytest.approx(1)
     assert found.scores[0, 0, SCORES.index("row")].isnan()
@@ -252,7 +252,7 @@ def test_causal_uniform_attention_is_uniform() -> None:
     n = 12
     weights = torch.ones(n, n, dtype=torch.float64).tril()
     weights = (weights / weights.sum(-1, keepdim=True))[None, None]
-    found = look(DensePattern(weights, causal(n)), Places(1, n, text=True), 8)
+    found = pool(DensePattern(weights, causal(n)), Places(1, n, text=True), 8)
     evidence = [*found.scores[0, 0].tolist(), 0.0]
     assert suggest(evidence) == "uniform"
     assert evidence[SCORES.index("vertical stripe")] == pytest.approx(0, abs=1e-12)

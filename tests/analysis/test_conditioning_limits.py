@@ -14,7 +14,8 @@ from workbench.analysis.conditioning.capacity import summarise
 from workbench.analysis.conditioning.curves import CEILING_DB
 from workbench.analysis.conditioning.pairs import SitePairs
 from workbench.analysis.conditioning.probe import Plan
-from workbench.analysis.statistics.correlation import correlations, scores_of, spearman
+from workbench.analysis.conditioning.with_importance import correlations, scores_of
+from workbench.analysis.statistics.correlation import spearman
 from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.sites import Site
 

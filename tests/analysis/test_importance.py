@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import workbench
 from support.tiny import family, make
 from workbench import HeadImportance, PruningCurve, head_importance
-from workbench.analysis.importance import METHODS, READY, Hops
+from workbench.analysis.importance import METHODS, Hops
 from workbench.errors import InterventionError, WorkbenchError
+from workbench.metrics import METRICS
 
 DEAD = (1, 2)
 
@@ -49,9 +50,9 @@ def test_a_head_without_output_scores_nothing_in_every_measure() -> None:
         output_weights(model)[DEAD[0]][:, DEAD[1] * 8 : (DEAD[1] + 1) * 8] = 0
     parts = ["cls", "patches", ("inside", 1), ("outside", 1)]
     with workbench.attach(model) as wb:
-        found = head_importance(wb, images(), list(READY), METHODS, parts=parts, progress=False)
+        found = head_importance(wb, images(), list(METRICS), METHODS, parts=parts, progress=False)
     dead = found.heads.index("L1H2")
-    assert len(found.scores) == 8 * 6 + 3 * 3
+    assert len(found.scores) == 9 * 7 + 3 * 3
     for key in found.scores:
         assert found.examples(*key)[dead].abs().max() < 2e-5, key
     assert found.score("zero", "loss").abs().max() > 1e-3

@@ -18,7 +18,7 @@ import workbench
 from support.tiny import Family, family, make
 from support.unavailable import unavailable
 from workbench.errors import InterventionError
-from workbench.sweep.prefix import tensors
+from workbench.hooks.nested import tensors
 
 PRUNED = [family(name) for name in ("gpt2", "llama-gqa", "bert", "vit", "t5", "whisper")]
 TIMM = [family(name) for name in ("timm-vit-fused", "timm-vit-unfused")]

@@ -29,11 +29,13 @@ def test_the_registry_is_as_before_after_a_capture_and_after_an_error() -> None:
 
 def test_a_second_listener_does_not_end_the_first() -> None:
     before = AttentionInterface.get_interface
-    with registry.installed():
-        with registry.installed():
-            pass
-        assert AttentionInterface.get_interface is not before
-    assert AttentionInterface.get_interface is before
+    registry.install("first")
+    registry.install("second")
+    registry.uninstall("second")
+    assert AttentionInterface.get_interface is not before
+    for _ in range(2):  # it may be repeated
+        registry.uninstall("first")
+        assert AttentionInterface.get_interface is before
 
 
 def test_only_the_listening_thread_is_heard() -> None:
@@ -43,12 +45,18 @@ def test_only_the_listening_thread_is_heard() -> None:
         heard.append(backend)
         return function(module, *args, **kwargs)
 
-    with registry.installed(), registry.listening(listener):
+    registry.install(heard.append)
+    registry.listen(listener)
+    try:
         other = threading.Thread(target=lambda: model(**GPT2.inputs()))
         other.start()
         other.join()
         assert heard == []
         model(**GPT2.inputs())
+    finally:
+        registry.stop_listening(listener)
+        registry.uninstall(heard.append)
+    model(**GPT2.inputs())
     assert heard == ["sdpa", "sdpa"]
 
 

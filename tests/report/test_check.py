@@ -14,7 +14,7 @@ from workbench import __version__, views
 from workbench.errors import ReportError
 from workbench.report import Report, check
 from workbench.storage.json_text import digest, json_for_html
-from workbench.views import page as pages
+from workbench.views.base import page as pages
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def policy_moved(page: str) -> str:
 REFRESH = 'http-equiv="refresh" content="0;url=https://x.y/"'
 CASES: dict[str, Callable[[str], str]] = {
     # What a page of ours never holds.
-    "script": replaced("const VIEWS", "const VIEWS2"),
+    "script": replaced("const modules", "const modules2"),
     "style": replaced("--paper: #ffffff", "--paper: #fffffe"),
     "added script": inserted(SCRIPT),
     "added script that the policy names": inserted(SCRIPT, scripts=(EVIL,)),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from workbench.errors import TaskError
-from workbench.tasks import TaskBatch, docstring, from_prompts, kl_divergence, logit_diff, pieces, probability
+from workbench.metrics import kl_divergence, logit_diff, probability
+from workbench.tasks import TaskBatch, docstring, from_prompts, pieces
 
 
 def test_docstrings_differ_in_one_token_and_name_their_positions() -> None:

@@ -12,16 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workbench.errors import TaskError
+from workbench.metrics import accuracy, logit_diff
 from workbench.models.training.vocabulary import build_tokenizer
 from workbench.tasks import (
     Task,
     TaskBatch,
     colored_objects,
-    correct,
     greater_than,
     induction,
     ioi,
-    logit_diff,
     pieces,
     token_positions,
 )
@@ -84,7 +83,7 @@ def test_last_position_is_found_with_padding_on_either_side() -> None:
     logits = torch.zeros(2, 3, 4)
     logits[0, 1, 2] = logits[1, 2, 3] = 5
     batch = TaskBatch({"attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1]])}, answers=[[2], [3]], wrong=[[0], [0]])
-    assert correct(logits, batch).tolist() == [1, 1]
+    assert accuracy(logits, batch).tolist() == [1, 1]
 
 
 def test_batches_keep_the_answers_of_the_prompts_for_the_twins(tokenizer: Any) -> None:
@@ -103,7 +102,7 @@ def test_batch_moves_with_its_answers(tokenizer: Any) -> None:
 
 def test_metric_refuses_a_plain_dict() -> None:
     with pytest.raises(TaskError, match=r"task\.batches"):
-        correct(torch.zeros(1, 1, 3), {"input_ids": torch.zeros(1, 1)})
+        accuracy(torch.zeros(1, 1, 3), {"input_ids": torch.zeros(1, 1)})
 
 
 def test_batches_refuse_size_zero(tokenizer: Any) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from views.test_results import shown
-from workbench.analysis.circuits.faithful import Faithfulness, FaithfulnessCurve
+from workbench.analysis.circuits.faithfulness import Faithfulness
+from workbench.analysis.circuits.faithfulness_curve import FaithfulnessCurve
 from workbench.analysis.circuits.patching import HeadPatching
 from workbench.analysis.circuits.repair import Repair
 from workbench.analysis.circuits.roles import HeadRoles

@@ -233,6 +233,7 @@ class Capture:
                 },
                 **kept,
                 lazy=None,
+                others={},
                 held=[],
                 times=None,
             )

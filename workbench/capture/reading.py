@@ -74,9 +74,7 @@ def _forward(entry: Part, named: Mapping[str, dict[str, Tensor]]) -> Forward:
 def _site_capture(entry: Part, site: Site, parts: dict[str, Tensor]) -> SiteCapture:
     batch, heads, queries, keys = (size.integer(0, _LONGEST) for size in entry["shape"].list(4, 4))
     shape = (batch, heads, queries, keys)
-    held = {name.removeprefix(PATTERN): parts.pop(name) for name in list(parts) if name.startswith(PATTERN)}
-    pattern = entry.get("pattern")
-    lazy = None if pattern is None else _pattern(pattern, held, shape)
+    patterns = _patterns(entry, parts, shape)
     kept: dict[str, Any] = {field: parts.pop(key, None) for key, field in KEPT.items()}
     for field, tensor in kept.items():
         wanted = (*shape, None) if field == "weights" else (batch, queries, heads, None)
@@ -95,8 +93,21 @@ def _site_capture(entry: Part, site: Site, parts: dict[str, Tensor]) -> SiteCapt
         times=None if times is None else typed.record(times, CallTimes),
         **kept,
         statistics=parts,
-        lazy=lazy,
+        lazy=patterns.pop("pattern", None),
+        others=patterns,
     )
+
+
+def _patterns(entry: Part, parts: dict[str, Tensor], shape: tuple[int, int, int, int]) -> dict[str, Pattern]:
+    """The patterns by name, their tensors taken out of `parts`; older files have only one, under another key."""
+    one, several = entry.get("pattern"), entry.get("patterns")
+    told = {"pattern": one} if one is not None else {} if several is None else several.items()
+    found = {}
+    for name, facts in told.items():
+        start = PATTERN if one is not None else f"{PATTERN}{name}."
+        held = {key.removeprefix(start): parts.pop(key) for key in list(parts) if key.startswith(start)}
+        found[name] = _pattern(facts, held, shape)
+    return found
 
 
 def _pattern(entry: Part, held: dict[str, Tensor], shape: tuple[int, int, int, int]) -> Pattern:

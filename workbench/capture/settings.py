@@ -21,7 +21,7 @@ class Settings:
         statistics: names to stream at every site.
         sites: which sites, or None for all.
         z: keep A·V per head. pattern: keep dense patterns. queries_keys: keep q and k, so that any part of the pattern
-            can be had later. values: keep v too.
+            can be computed later. values: keep v too.
         tokens: ids [batch, position] for `induction`; found in the inputs if None.
         gradients: keep ∂L/∂z and the sums of A∘∂L/∂A.
         sink_keys, n_top, block: see `workbench.kernels.statistics.Options`.

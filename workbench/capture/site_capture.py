@@ -36,6 +36,7 @@ class SiteCapture:
             `workbench.kernels.gradients.GRADIENT_SUMS`. Several backward passes add up, as in `.grad`.
         projection: where z goes; None if it was not found or not looked for.
         stored_result: [batch, query, head, d_model], from a file that holds it.
+        lazy, others: the pattern and further maps by name, if they were kept; read them by `pattern` and `patterns`.
         signed: whether weights may be negative. normalised: whether rows sum to one. Where one of them says that the
             rows are no distributions, statistics are those of |A| normalised per row.
         times: when the call was seen; None for what several calls were joined to, and from older files.
@@ -55,6 +56,7 @@ class SiteCapture:
     signed: bool = False
     normalised: bool = True
     times: CallTimes | None = None
+    others: dict[str, Pattern] = field(default_factory=dict)
 
     @property
     def marks(self) -> str:
@@ -69,12 +71,7 @@ class SiteCapture:
             CaptureError: queries and keys were not kept, or the model has overwritten its mask since.
         """
         if self.lazy is not None:
-            if any(tensor._version != seen for tensor, seen in self.held):
-                raise CaptureError(
-                    "the model has overwritten a tensor that the pattern needs",
-                    site=self.site.name,
-                    hint="use the pattern before the next forward, or capture with pattern=True",
-                )
+            self._check_held()
             return self.lazy
         if self.weights is not None:
             return DensePattern(self.weights)
@@ -83,6 +80,28 @@ class SiteCapture:
             site=self.site.name,
             hint="capture with queries_keys=True; save with pattern=True to keep it in a file",
         )
+
+    @property
+    def patterns(self) -> dict[str, Pattern]:
+        """All maps of the site by name: "pattern", which the statistics are of, and what a reader gives besides.
+
+        Such are the factors of a composed map; see `workbench.reader`.
+
+        >>> import workbench
+        >>> with workbench.attach(torch.nn.MultiheadAttention(8, 2).eval()) as wb, wb.capture() as cap:
+        ...     _ = wb.model(*[torch.randn(3, 1, 8)] * 3)
+        >>> list(cap[0].patterns)
+        ['pattern']
+        """
+        return {"pattern": self.pattern, **self.others}
+
+    def _check_held(self) -> None:
+        if any(tensor._version != seen for tensor, seen in self.held):
+            raise CaptureError(
+                "the model has overwritten a tensor that the pattern needs",
+                site=self.site.name,
+                hint="use the pattern before the next forward, or capture with pattern=True",
+            )
 
     @property
     def has_result(self) -> bool:
@@ -166,7 +185,7 @@ class SiteCapture:
     @property
     def nbytes(self) -> int:
         """Bytes held; tensors that are shared with other sites count here too."""
-        pattern = 0 if self.lazy is None else self.lazy.nbytes
+        pattern = sum(one.nbytes for one in (self.lazy, *self.others.values()) if one is not None)
         kept = (*self.statistics.values(), self.z, self.z_gradient, self.stored_result, self.weights)
         return pattern + sum(t.nbytes for t in kept if t is not None)
 
@@ -226,8 +245,8 @@ def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[
     kept = {key: getattr(capture, name) for key, name in KEPT.items()}
     parts |= {key: tensor for key, tensor in kept.items() if tensor is not None}
     if pattern:
-        lazy = capture.pattern
-        facts, tensors = lazy.parts()
-        entry["pattern"] = {"family": type(lazy).__name__, **facts}
-        parts |= {PATTERN + name: tensor for name, tensor in tensors.items()}
+        for name, one in capture.patterns.items():
+            facts, tensors = one.parts()
+            entry.setdefault("patterns", {})[name] = {"family": type(one).__name__, **facts}
+            parts |= {f"{PATTERN}{name}.{key}": tensor for key, tensor in tensors.items()}
     return entry, parts

@@ -168,7 +168,7 @@ def token_error(model: Any, made: Sequence[Clip], features: WhisperFeatureExtrac
 
 
 def _edits(said: Sequence[int], written: Sequence[int]) -> int:
-    """Levenshtein's distance."""
+    """Levenshtein distance: the fewest insertions, deletions and substitutions from one to the other."""
     row = list(range(len(written) + 1))
     for i, a in enumerate(said, 1):
         above, row = row, [i]

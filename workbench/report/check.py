@@ -20,8 +20,8 @@ from workbench.errors import ReportError
 from workbench.report.form import FORM
 from workbench.storage.json_text import digest, json_for_html
 from workbench.storage.parts import loads
-from workbench.views import page
-from workbench.views.spec import check_static
+from workbench.views.base import page
+from workbench.views.base.spec import check_static
 
 LIMIT_BYTES = 50_000_000
 PROVES = (
@@ -74,7 +74,9 @@ def check(path: str | Path, *, limit_bytes: int = LIMIT_BYTES) -> list[str]:
     if not {page.WORDS, page.PROVENANCE} <= texts.keys():
         return [*problems, "the page holds no data: it was not written by this package"]
     problems += _changed_blocks(text)
-    made = _made_anew(texts)
+    made = _made_anew(texts, minified=True)
+    if made != text and isinstance(made, str):
+        made = _made_anew(texts, minified=False)  # by a checkout, where this is a release
     if isinstance(made, list):
         problems += made
     elif made != text:
@@ -105,7 +107,7 @@ def _changed_blocks(text: str) -> list[str]:
     ]
 
 
-def _made_anew(texts: dict[str, str]) -> str | list[str]:
+def _made_anew(texts: dict[str, str], *, minified: bool) -> str | list[str]:
     """The page that this version makes of these data, or what keeps it from making one."""
     values: dict[str, Any] = {}
     for name, text in texts.items():
@@ -121,7 +123,7 @@ def _made_anew(texts: dict[str, str]) -> str | list[str]:
     try:
         for name in views:
             check_static(values[name])
-        return page.made_of(values, _FORMS[values[page.WORDS]["form"]], texts)
+        return page.made_of(values, _FORMS[values[page.WORDS]["form"]], texts, minified=minified)
     except ReportError as error:
         return [f"the data are not those of a page: {error.message}"]
     except Exception as error:  # values of any kind, where the makers of pages expect their own

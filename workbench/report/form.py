@@ -12,9 +12,9 @@ from markupsafe import Markup
 
 from workbench.errors import ReportError
 from workbench.report import markdown, origin
-from workbench.report.parts import figures_of
+from workbench.report.sections import figures_of
 from workbench.tokens import visible_text
-from workbench.views import page
+from workbench.views.base import page
 
 MOST_MARKDOWN = 300_000
 """Characters of Markdown on a page; some texts of a few thousand already take a second to read as Markdown."""
@@ -23,7 +23,7 @@ MOST_MARKDOWN = 300_000
 @cache
 def _asset(name: str) -> str:
     # The policy hashes the text between the tags, and a browser reads \r\n there as \n.
-    return files("workbench.report").joinpath("assets", name).read_text(encoding="utf-8").replace("\r\n", "\n")
+    return files("workbench.report").joinpath(name).read_text(encoding="utf-8").replace("\r\n", "\n")
 
 
 def _environment() -> Environment:

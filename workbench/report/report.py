@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeGuard
 from workbench.errors import ReportError
 from workbench.report import captures, limits, origin
 from workbench.report.form import FORM
-from workbench.report.parts import Section, figures_of, table_of
+from workbench.report.sections import Section, figures_of, table_of
 from workbench.storage import disk
 from workbench.storage.result import Result
 from workbench.tokens import visible_text
-from workbench.views import View, all_of, page
-from workbench.views.spec import ViewSpec
+from workbench.views import View, all_of
+from workbench.views.base import page
+from workbench.views.base.spec import ViewSpec
 
 if TYPE_CHECKING:
     from workbench.capture.capture import Capture

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
-from workbench.errors import InterventionError, nearest
+from workbench.errors import InterventionError
 from workbench.hooks.compiled import check_not_compiled
 from workbench.hooks.edits import (
     Ablation,
@@ -24,16 +24,15 @@ from workbench.hooks.edits import (
     Source,
     Steer,
     SteerOutput,
+    Threads,
     zero,
 )
 from workbench.hooks.heads import each_head, find_block, find_heads, find_module, parse_heads
 from workbench.hooks.positions import Positions, Where
 from workbench.hooks.sites import Site, Sites
-from workbench.session.live import Live
+from workbench.session.ablations import find_ablation
+from workbench.session.open_contexts import OpenContexts
 from workbench.session.reference import Reference
-
-How = Literal["zero", "mean", "mean_positional", "resample"]
-_HOWS = ("zero", "mean", "mean_positional", "resample")
 
 
 class Interventions:
@@ -47,31 +46,64 @@ class Interventions:
     All raise InterventionError: bad input; a head that a site does not have; and at the end of the `with`, if no other
     exception is on its way, a site that never fired. A site that is called several times in a forward is edited at
     each of its calls.
+
+    By default an edit acts on the forwards of every thread. On a server that answers several requests at once pass
+    `threads="this"`: then it acts only on what the thread that opened it runs.
     """
 
     model: nn.Module
     sites: Sites
-    _live: Live
+    _contexts: OpenContexts
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise an AttachError if the workbench is detached."""
         raise NotImplementedError
 
-    def _editing(self, edit: Edit | OutputEdit) -> AbstractContextManager[None]:
-        raise NotImplementedError
-
-    def _check_ready(self) -> None:
-        self._check_open()
+    def check_ready(self) -> None:
+        """Raise an error if the model cannot be edited: the workbench is detached, or the model compiled."""
+        self.check_open()
         check_not_compiled(self.model)
+
+    def check_idle(self) -> None:
+        """Raise an InterventionError if an intervention or a capture is open, for what runs the model on its own."""
+        if self._contexts.any:
+            raise InterventionError(
+                "an intervention or a capture is open", hint="end it first, or give a sweep its edits as base="
+            )
+
+    @contextmanager
+    def editing(self, *edits: Edit | OutputEdit, threads: Threads = "all", must_fire: bool = True) -> Iterator[None]:
+        """Edits of one's own (see `workbench.hooks.edits`) apply to every forward inside the `with`.
+
+        Args:
+            edits: in the order in which they apply.
+            threads: "this" keeps them to forwards of the thread that opens them.
+            must_fire: whether it is an error if a site of theirs was never reached.
+
+        Raises:
+            InterventionError: at the end, a site never fired.
+        """
+        self.check_ready()
+        with self._contexts.editing(*edits, threads=threads, must_fire=must_fire):
+            yield
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Interventions and captures that are open have no part in the forwards that this thread runs inside."""
+        self.check_open()
+        with self._contexts.undisturbed():
+            yield
 
     @contextmanager
     def ablate(
         self,
         heads: Any,
-        how: How = "zero",
+        how: str = "zero",
         *,
         reference: Mapping[str, Any] | Iterable[Mapping[str, Any]] | Capture | None = None,
         positions: Where = None,
         generator: torch.Generator | None = None,
+        threads: Threads = "all",
     ) -> Iterator[None]:
         """Replace the output z of heads by what does not depend on the input.
 
@@ -93,12 +125,11 @@ class Interventions:
         >>> with workbench.attach(model) as wb, wb.ablate({(0, 1), "L0H3"}, "mean", reference={"src": x}):
         ...     y = model(x)
         """
-        self._check_ready()
-        if how not in _HOWS:
-            raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), _HOWS))
+        self.check_ready()
+        kind = find_ablation(how)
         chosen = self._heads(heads, positions)
         source: Source = zero
-        if how != "zero":
+        if kind.needs == "reference":
             if reference is None:
                 raise InterventionError(
                     f'how="{how}" needs a reference',
@@ -108,14 +139,18 @@ class Interventions:
             if isinstance(reference, Capture):
                 found.read(reference)
             else:
-                found.run(self._live, reference)
+                found.run(self, reference)
             source = getattr(found, how)
-        with self._editing(Ablation(chosen, source, Positions(positions))):
+        with self.editing(Ablation(chosen, source, Positions(positions)), threads=threads):
             yield
 
     @contextmanager
     def patch(
-        self, heads: Mapping[Any, Float[Tensor, "... d_head"] | HeadFunction], positions: Where = None
+        self,
+        heads: Mapping[Any, Float[Tensor, "... d_head"] | HeadFunction],
+        positions: Where = None,
+        *,
+        threads: Threads = "all",
     ) -> Iterator[None]:
         """Replace the output z of heads by a tensor, or by what a function makes of it.
 
@@ -135,7 +170,7 @@ class Interventions:
         ...     with wb.patch({(0, 1): cap[0].z[:, :, 1]}, positions=-1):
         ...         y = model(corrupted)
         """
-        self._check_ready()
+        self.check_ready()
         if not isinstance(heads, Mapping):
             raise InterventionError(
                 f"patch takes a dict, not {type(heads).__name__}", hint="{(layer, head): tensor or function}"
@@ -152,11 +187,13 @@ class Interventions:
                     raise InterventionError(f"head {head} has two patches", site=site.name)
                 given[site][head] = what
         _check_positions(given, positions)
-        with self._editing(Patch(given, Positions(positions))):
+        with self.editing(Patch(given, Positions(positions)), threads=threads):
             yield
 
     @contextmanager
-    def edit_pattern(self, heads: Any, edit: HeadFunction, queries: Where = None) -> Iterator[None]:
+    def edit_pattern(
+        self, heads: Any, edit: HeadFunction, queries: Where = None, *, threads: Threads = "all"
+    ) -> Iterator[None]:
         """Let heads read their values through other rows of their pattern.
 
         Only the chosen rows of the chosen heads are computed anew, as rows' · V; all else is what the fast kernel gave,
@@ -177,16 +214,22 @@ class Interventions:
         >>> with workbench.attach(model) as wb, wb.edit_pattern("L0H1", lambda rows, site, head: rows.roll(1, -1)):
         ...     y = model(torch.randn(2, 5, 16))
         """
-        self._check_ready()
+        self.check_ready()
         if not callable(edit):
             raise InterventionError(f"edit is {type(edit).__name__}, expected a function edit(rows, site, head)")
         chosen = self._heads(heads, queries)
-        with self._editing(PatternEdit(chosen, edit, Positions(queries))):
+        with self.editing(PatternEdit(chosen, edit, Positions(queries)), threads=threads):
             yield
 
     @contextmanager
     def steer(
-        self, where: Any, direction: Float[Tensor, " width"], scale: float = 1.0, positions: Where = None
+        self,
+        where: Any,
+        direction: Float[Tensor, " width"],
+        scale: float = 1.0,
+        positions: Where = None,
+        *,
+        threads: Threads = "all",
     ) -> Iterator[None]:
         """Add a direction to the output of heads, of a module, or to the residual stream.
 
@@ -203,7 +246,7 @@ class Interventions:
         >>> with workbench.attach(model) as wb, wb.steer("self_attn", torch.ones(16), scale=2.0, positions=-1):
         ...     y = model(torch.randn(2, 5, 16))
         """
-        self._check_ready()
+        self.check_ready()
         if not isinstance(direction, Tensor) or direction.dim() != 1 or not direction.is_floating_point():
             got = list(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
             raise InterventionError(f"the direction is {got}, expected a floating-point tensor [width]")
@@ -217,7 +260,7 @@ class Interventions:
             edit = SteerOutput(find_module(self.model, self.sites, where), moved, at)
         else:
             edit = Steer(self._heads(where, positions), moved, at)
-        with self._editing(edit):
+        with self.editing(edit, threads=threads):
             yield
 
     def _is_module(self, where: str) -> bool:

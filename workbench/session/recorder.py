@@ -25,8 +25,8 @@ from workbench.kernels import streaming
 from workbench.kernels.checks import check_finite
 from workbench.kernels.patterns import Pattern
 from workbench.kernels.statistics import Options
+from workbench.session.cached_tokens import CachedTokens
 from workbench.session.gradient_watch import Deliver, GradientWatch
-from workbench.session.past import Past
 
 SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
 
@@ -64,7 +64,7 @@ class Recorder:
     arena: Arena = field(default_factory=Arena)
     _running: dict[int, Forward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
-    _past: Past = field(default_factory=Past)
+    _cached: CachedTokens = field(default_factory=CachedTokens)
     _checked: set[str] = field(default_factory=set)
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
@@ -150,8 +150,10 @@ class Recorder:
         pattern = call.pattern(cross=cross)
         self._check_limit(self._planned(call, pattern), site)
         keeper = _Keeper(self.arena)
+        others = call.build_others() if settings.queries_keys else {}
         if settings.queries_keys:
             pattern = pattern.kept(keeper.keep)
+            others = {name: other.kept(keeper.keep) for name, other in others.items()}
         names = settings.names_at(site)
         try:
             check_finite("v", call.v)
@@ -174,7 +176,8 @@ class Recorder:
             self.gradients.watch(call, edited, site, pattern, self._deliver(forward, site), grad_is_on=grad_is_on)
         if settings.pattern:
             dense = self.arena.copy(pattern.dense(limit=None))
-        pattern.values = keeper(pattern.values) if settings.values and pattern.values is not None else None
+        for kept in (pattern, *others.values()):
+            kept.values = keeper(kept.values) if settings.values and kept.values is not None else None
         capture = SiteCapture(
             site=site,
             shape=pattern.shape,
@@ -183,6 +186,7 @@ class Recorder:
             z=z,
             weights=dense,
             lazy=pattern if settings.queries_keys else None,
+            others=others,
             held=keeper.held,
             signed=pattern.signed,
             normalised=pattern.normalised,
@@ -196,7 +200,8 @@ class Recorder:
         sizes = (pattern.shape, pattern.n_kv_heads, call.sizes[2], call.v.element_size())
         if not self.settings.queries_keys or (call.build is None and call.weights is None):
             return self.settings.bytes_for(*sizes)
-        parts = pattern.parts()[1].items()  # what is kept of other patterns than softmax differs from one to the next
+        # What is kept of other patterns than softmax differs from one to the next.
+        parts = [part for one in (pattern, *call.build_others().values()) for part in one.parts()[1].items()]
         kept = sum(tensor.numel() * tensor.element_size() for name, tensor in parts if name != "values")
         return replace(self.settings, queries_keys=False).bytes_for(*sizes) + kept
 
@@ -205,7 +210,7 @@ class Recorder:
         keys = getattr(pattern, "k", pattern.values)  # of weights that a model wrote out, only the values are known
         if keys is not None and self.settings.tokens is None and any(name.endswith("induction") for name in names):
             stream = forward.stream(site, "query")
-            ids, before = self._past.key_ids(forward, site.name, stream, pattern.n_queries, keys)
+            ids, before = self._cached.key_ids(forward, site.name, stream, pattern.n_queries, keys)
         return self.settings.options(ids, before)
 
     def _deliver(self, forward: Forward, site: Site) -> Deliver:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
 from workbench.errors import CaptureError, InterventionError
-from workbench.hooks.edits import Edit, check_range
+from workbench.hooks.edits import Edit, Threads, check_range
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 from workbench.inputs import check_inputs
-from workbench.session.live import Live
+from workbench.session.ablations import ABLATIONS
 
 _NOT_OF_TEXT = re.compile("vis|image|pixel|patch", re.IGNORECASE)
 
@@ -52,25 +53,35 @@ class _Heads:
         self.counts = _plus(self.counts, counts.to(self.counts.device), axis=0)
 
 
+class Session(Protocol):
+    """What a reference needs of a workbench: its model, and a way to look at heads with nothing else open."""
+
+    model: nn.Module
+
+    def undisturbed(self) -> AbstractContextManager[None]: ...
+
+    def editing(self, *edits: Edit, threads: Threads) -> AbstractContextManager[None]: ...
+
+
 class Reference:
     """Output of chosen heads on reference examples, un-edited; each ablation is a `Source` of `hooks.edits.Ablation`.
 
     Args:
         heads: which heads, by site.
-        how: "mean", "mean_positional" or "resample"; for the last, every example is kept, otherwise their sums.
+        how: an ablation that needs a reference; every example is kept where it uses single ones, else their sums.
         generator: chooses examples at random; without it they are taken in turn.
     """
 
     def __init__(self, heads: Mapping[Site, Sequence[int]], how: str, generator: torch.Generator | None = None) -> None:
         self.chosen = heads
         self.known = {site.name: site for site in heads}
-        self.how = how
+        self.kind = ABLATIONS[how]
         self.heads = {site.name: _Heads() for site in heads}
         self._generator = generator
         self._order: list[int] = []  # which example stands for example i of a batch
 
-    def run(self, live: Live, batches: Mapping[str, Any] | Iterable[Any]) -> None:
-        """Run the model on each batch of inputs, without gradients, interventions or capture.
+    def run(self, session: Session, batches: Mapping[str, Any] | Iterable[Any]) -> None:
+        """Run the session's model on each batch of inputs, without gradients, interventions or capture.
 
         Raises:
             InterventionError: no batch, a batch that is no dict or does not fit the model, or a site that the model
@@ -85,15 +96,15 @@ class Reference:
                     f"a reference is a dict of model inputs, several, or a Capture, not {type(batch).__name__}"
                 )
             try:
-                check_inputs(live.model, (), batch)
+                check_inputs(session.model, (), batch)
             except CaptureError as error:
                 raise InterventionError(
                     f"in the reference, {error.message}", shape=error.shape, hint=error.hint
                 ) from None
         for batch in several:
-            collector = _Collector(self, live.model, batch)
-            with live.undisturbed(), torch.no_grad(), live.editing(collector):
-                live.model(**batch)
+            collector = _Collector(self, session.model, batch)
+            with session.undisturbed(), torch.no_grad(), session.editing(collector, threads="this"):
+                session.model(**batch)
                 silent = sorted(collector.sites - collector.fired)
                 collector.fired |= collector.sites
             if silent:
@@ -127,10 +138,10 @@ class Reference:
         """Take in z [batch, head, position, width] of a site; `real` [batch or 1, position] is False at padding."""
         chosen = self.chosen[self.known[site]]
         check_range(chosen, z.shape[1], site)
-        if self.how != "mean":
+        if self.kind.by_position:
             self._check_whole(site, z.shape[2], n_keys, "in the reference, ")
         with torch.inference_mode(False), torch.no_grad():
-            self.heads[site].add(z[:, torch.tensor(chosen, device=z.device)].detach(), real, self.how == "resample")
+            self.heads[site].add(z[:, torch.tensor(chosen, device=z.device)].detach(), real, self.kind.singles)
 
     def mean(self, call: AttentionCall, old: Tensor) -> Tensor:
         """[1, head, 1, width]: mean over examples and positions."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import AttachError
-from workbench.hooks.observer import Observer
+from workbench.hooks.listener import Listener
+from workbench.hooks.nested import tensors
+from workbench.hooks.observer import observed
 from workbench.hooks.sites import Sites
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.truth import tolerance
@@ -80,6 +81,20 @@ class Verification:
         )
 
 
+@dataclass(frozen=True)
+class _Calls(Listener):
+    """Hands on the calls; `edits` says whether it changes them."""
+
+    take: Callable[[AttentionCall], Tensor | None]
+    edits: bool
+
+    def on_call(self, call: AttentionCall) -> Tensor | None:
+        return self.take(call)
+
+    def leaves_native_path(self) -> bool:
+        return self.edits
+
+
 def verify_model(
     model: nn.Module, sites: Sites, args: tuple[Any, ...], inputs: Mapping[str, Any], edits: bool = True
 ) -> Verification:
@@ -97,11 +112,11 @@ def verify_model(
         with torch.random.fork_rng(devices):
             if on_call is None:
                 return model(*args, **inputs)
-            with Observer(model, on_call, edits=lambda: edits):
+            with observed(model, _Calls(on_call, edits)):
                 return model(*args, **inputs)
 
-    bare, observed = run(None), run(look)
-    pairs = list(zip(_tensors(bare), _tensors(observed), strict=False))
+    bare, watched = run(None), run(look)
+    pairs = list(zip(tensors(bare), tensors(watched), strict=False))
     identical = bool(pairs) and all(_same_bits(a, b) for a, b in pairs)
     fired = {check["site"] for check in checks}
     for name in sorted(fired) if edits else []:
@@ -130,7 +145,7 @@ def _switched_off(site: str, call: AttentionCall) -> Tensor | None:
 
 def _editable(bare: Any, edited: Any) -> bool:
     """Whether some output has changed by more than another order of the same sums would change it."""
-    for a, b in zip(_tensors(bare), _tensors(edited), strict=False):
+    for a, b in zip(tensors(bare), tensors(edited), strict=False):
         if a.shape != b.shape:
             return True
         if a.is_floating_point() and a.numel():
@@ -169,21 +184,6 @@ def _check(call: AttentionCall, cross: bool) -> dict[str, Any]:
         "editable": None,
         "ok": not row_error > allowed and (dropped or error <= allowed),
     }
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """Every tensor in a model's output, in order."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

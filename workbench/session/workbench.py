@@ -16,13 +16,12 @@ from workbench.capture.capture import Capture
 from workbench.capture.settings import Settings
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.compiled import check_not_compiled
-from workbench.hooks.edits import Edit, OutputEdit
 from workbench.hooks.sites import Sites, find_sites
 from workbench.inputs import check_inputs, dropout_in_training, to_ids
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
 from workbench.session.interventions import Interventions
-from workbench.session.live import Live
+from workbench.session.open_contexts import OpenContexts
 from workbench.session.recorder import Recorder, SiteChoice, choose
 from workbench.session.verification import Verification, verify_model
 from workbench.storage.provenance import describe, weights_fingerprint, weights_hash, weights_version
@@ -81,18 +80,19 @@ class Workbench(Interventions):
     def __init__(self, model: nn.Module, tokenizer: Any, sites: Sites) -> None:
         self.model, self.tokenizer, self.sites = model, tokenizer, sites
         self._open = True
-        self._live = Live(model)
+        self._contexts = OpenContexts(model)
         self._warned = False
         self._hash: tuple[Any, str] | None = None
         _attached[model] = weakref.ref(self)
 
     def detach(self) -> None:
-        """Let go of the model; nothing of ours is left on it. Calling it twice does no harm."""
+        """Let go of the model; nothing of ours is left on it, whatever was interrupted. It may be called twice."""
         self._open = False
+        self._contexts.close()
         _attached.pop(self.model, None)
 
     def __enter__(self) -> Workbench:
-        self._check_open()
+        self.check_open()
         return self
 
     def __exit__(
@@ -100,7 +100,8 @@ class Workbench(Interventions):
     ) -> None:
         self.detach()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise an AttachError if the workbench is detached."""
         if not self._open:
             raise AttachError("this Workbench is detached", hint="call workbench.attach(model) again")
 
@@ -126,7 +127,7 @@ class Workbench(Interventions):
         Args:
             statistics: names from `workbench.kernels.statistics.STATISTICS`, also as `value_weighted_<name>`.
             sites: names, TransformerLens names, indices, Sites or a test on a Site; None for all.
-            z: keep each head's output [batch, query, head, d_head], from which `cap[site].result()` is had.
+            z: keep each head's output [batch, query, head, d_head], which `cap[site].result()` is made from.
             pattern: keep dense patterns [batch, head, query, key].
             queries_keys: keep queries and keys, so that `cap[site].pattern` can give any part of the pattern later.
             values: keep values too, for value-weighted statistics later.
@@ -146,7 +147,7 @@ class Workbench(Interventions):
             CaptureError: unknown statistic or site, limit exceeded, bad input, captures nested, nothing fired, or
                 gradients that were asked for did not arrive.
         """
-        self._check_open()
+        self.check_open()
         check_not_compiled(self.model)
         settings = Settings(
             statistics=check_names(statistics),
@@ -168,7 +169,7 @@ class Workbench(Interventions):
         provenance = describe(self.model, self.tokenizer) | {"statistics": list(settings.statistics)}
         capture = Capture(recorder.forwards, self.sites, provenance, lambda: self._weights_hash(before), settings)
         try:
-            with self._live.recording(recorder):
+            with self._contexts.recording(recorder):
                 yield capture
         finally:
             self.sites = recorder.sites
@@ -177,13 +178,6 @@ class Workbench(Interventions):
             recorder.gradients.close()
         self._check_fired(capture, settings)
         recorder.gradients.check(all_must_arrive=settings.sites is not None)
-
-    @contextmanager
-    def _editing(self, edit: Edit | OutputEdit) -> Iterator[None]:
-        """The edit applies to every forward inside the `with`."""
-        self._check_open()
-        with self._live.editing(edit):
-            yield
 
     def _check_fired(self, capture: Capture, settings: Settings) -> None:
         if not capture.calls:
@@ -220,8 +214,8 @@ class Workbench(Interventions):
         Returns:
             A report with `.ok`, `.table` and `.raise_if_failed()`.
         """
-        self._check_open()
-        if self._live.recorder is not None:
+        self.check_open()
+        if self._contexts.capturing:
             raise CaptureError("this Workbench is capturing", hint="verify before or after the capture")
         check_not_compiled(self.model)
         check_inputs(self.model, args, inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,28 +13,6 @@ from workbench.errors import CaptureError, FormatError, WorkbenchError
 from workbench.inputs import check_inputs
 from workbench.session.workbench import Workbench
 from workbench.sweep.variants import Resolved, about
-
-
-def measured(metrics: Any) -> dict[str, Callable[..., Any]]:
-    """Metrics by name.
-
-    Raises:
-        WorkbenchError: there is none, or one is no function.
-    """
-    named = dict(metrics) if isinstance(metrics, Mapping) else {_name(metrics): metrics}
-    if not named:
-        raise WorkbenchError("there is no metric", hint="metric(output, batch) gives one number per example")
-    for name, metric in named.items():
-        if not callable(metric):
-            raise WorkbenchError(
-                f'the metric "{name}" is {type(metric).__name__}, expected a function of output and batch'
-            )
-    return named
-
-
-def _name(metric: Any) -> str:
-    name = getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__
-    return "metric" if name == "<lambda>" else str(name)
 
 
 def check_batches(model: nn.Module, batches: Any) -> list[Any]:

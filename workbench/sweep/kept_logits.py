@@ -1,6 +1,6 @@
 """Logits at the positions that the metrics read, and nowhere else: over a large vocabulary they cost as much as blocks.
 
-A metric says by its attribute `reads` what it needs: `reads(batch)` gives token positions, or None for all. Where every
+A `Metric` says by `reads` what it needs: `reads(batch)` gives token positions, or None for all. Where every
 metric does so and the model takes `logits_to_keep`, as those of transformers do, the others are never computed. They
 stand as NaN in the output, so that a metric which reads more than it said is found out.
 """
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.metrics import Metric
+
 ARGUMENT = "logits_to_keep"
 
 
-def places_read(model: nn.Module, metrics: Iterable[Any], batch: Mapping[str, Any]) -> Tensor | None:
+def places_read(model: nn.Module, metrics: Iterable[Metric], batch: Mapping[str, Any]) -> Tensor | None:
     """The token positions that the metrics read of a batch, in rising order; None if they may read all."""
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ARGUMENT in batch or "labels" in batch:
@@ -26,8 +28,7 @@ def places_read(model: nn.Module, metrics: Iterable[Any], batch: Mapping[str, An
         return None
     found = []
     for metric in metrics:
-        reads = getattr(metric, "reads", None)
-        places = None if reads is None else reads(batch)
+        places = None if metric.reads is None else metric.reads(batch)
         if places is None:
             return None
         found.append(torch.as_tensor(places).flatten())

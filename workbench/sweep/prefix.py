@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from workbench.hooks.heads import block_of
+from workbench.hooks.nested import map_tensors, tensors
 from workbench.hooks.sites import Sites
 from workbench.sweep.variants import repeat
 
@@ -54,20 +55,25 @@ class Prefix:
     def open(self) -> Iterator[None]:
         """The blocks' forwards go through here; at the end the model is as it was."""
         modules = dict(self.model.named_modules())
-        held: list[tuple[nn.Module, Any]] = []
+        before = [(modules[name], modules[name].__dict__.get("forward")) for name in self.units]
         try:
             for name in self.units:
-                module = modules[name]
-                held.append((module, module.__dict__.get("forward")))
                 # Not by setattr: a TransformerLens bridge hands that on to the module that it wraps.
-                module.__dict__["forward"] = partial(self._run, name, module.forward)
+                modules[name].__dict__["forward"] = partial(self._run, name, modules[name].forward)
             yield
         finally:
-            for module, forward in reversed(held):
-                del module.__dict__["forward"]
-                if forward is not None:
-                    module.__dict__["forward"] = forward
-            self.outputs.clear()
+            try:
+                self._close(before)
+            finally:
+                self._close(before)  # again, for the interrupt that broke off the first
+
+    def _close(self, before: Sequence[tuple[nn.Module, Any]]) -> None:
+        for module, forward in before:
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+        self.outputs.clear()
 
     @contextmanager
     def recording(self, batch: int) -> Iterator[None]:
@@ -158,26 +164,9 @@ class Prefix:
         return before
 
 
-def tensors(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        return [value]
-    if hasattr(value, "values") and not isinstance(value, type):
-        value = list(value.values())
-    return [t for item in value for t in tensors(item)] if isinstance(value, (tuple, list)) else []
-
-
 def _copy(value: Any) -> Any:
     """The same with copies of its tensors: the model may write into its own."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, (tuple, list)):
-        items = [_copy(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        new = {key: _copy(item) for key, item in value.items()}
-        return new if type(value) is dict else type(value)(**new)
-    return value
+    return map_tensors(lambda tensor: tensor.detach().clone(), value)
 
 
 def _numbered(name: str) -> str:

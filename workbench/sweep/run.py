@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from workbench.errors import InterventionError, WorkbenchError
-from workbench.hooks.compiled import check_not_compiled
+from workbench.hooks.nested import tensors
 from workbench.inputs import dropout_in_training
+from workbench.metrics import Metric, as_metrics
 from workbench.session.workbench import Workbench
-from workbench.sweep.inputs import check_batches, check_resumed, identity, measured, size_of
+from workbench.sweep.inputs import check_batches, check_resumed, identity, size_of
 from workbench.sweep.kept_logits import ARGUMENT, places_read, widened
-from workbench.sweep.prefix import Prefix, tensors
+from workbench.sweep.prefix import Prefix
 from workbench.sweep.result import Sweep, SweepInterrupted
 from workbench.sweep.variants import OutputStack, Resolved, Stack, Variant, repeat, resolve, split
 
-Metric = Callable[..., Tensor]
 _SAVE_EVERY = 30.0  # seconds
 _FEW_ROWS = 256  # vectors in a forward; with fewer, what a forward costs whatever its size weighs more than a block
 _CLOSE = 1e-3  # largest relative difference that repeating the batch may make
@@ -33,7 +33,7 @@ def run_sweep(
     wb: Workbench,
     variants: Sequence[Variant],
     batches: Iterable[Mapping[str, Any]],
-    metrics: Metric | Mapping[str, Metric],
+    metrics: Any,
     *,
     reference: Any = None,
     base: Variant | None = None,
@@ -54,9 +54,9 @@ def run_sweep(
     Args:
         variants: what to try; see `Variant`.
         batches: dicts of model inputs; those tensors whose first axis is the batch are repeated.
-        metrics: `metric(output, batch)` gives one number per example [batch]; one, or several by name. A metric with an
-            attribute `against_clean` that is true is called `metric(output, batch, clean_output)`. By its attribute
-            `reads` a metric says which logits it needs (see `workbench.sweep.kept_logits`); the tasks' metrics do.
+        metrics: names of `workbench.metrics.METRICS`, `metric(output, batch)` that gives one number per example
+            [batch], or a `workbench.Metric`, which says what it compares with and which logits it reads (see
+            `workbench.sweep.kept_logits`); one, several, or a dict of them by name.
         reference: where means and resampled examples come from, as in `Workbench.ablate`; the batches by default.
         base: edits that all variants have, and the model they are compared with.
         batched, resumed: False for one variant at a time, or for whole forwards.
@@ -80,19 +80,15 @@ def run_sweep(
     >>> found.values.shape
     torch.Size([4, 1, 2])
     """
-    wb._check_ready()
-    check_not_compiled(wb.model)
-    if wb._live.edits or wb._live.recorder is not None:
-        raise InterventionError(
-            "an intervention or a capture is open", hint="end it first, or give the sweep its edits as base="
-        )
+    wb.check_ready()
+    wb.check_idle()
     dropping = dropout_in_training(wb.model)
     if dropping:
         raise InterventionError(
             f"the model drops out at {len(dropping)} modules ({dropping[0]} …), so that no two forwards are the same",
             hint="call model.eval()",
         )
-    named = measured(metrics)
+    named = as_metrics(metrics)
     several = check_batches(wb.model, batches)
     given = list(variants)
     if not given:
@@ -138,7 +134,8 @@ class _Runner:
     def run(self, path: Path | None, reference: Any, seed: int | None, progress: bool) -> Sweep:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(self._editing())
+            # Open for the whole sweep; which sites fire is checked at each forward.
+            stack.enter_context(self.wb.editing(self.stack, self.outputs, must_fire=False))
             stack.enter_context(self.prefix.open())
             self._try_out()
             self.identity = identity(
@@ -164,18 +161,6 @@ class _Runner:
     @property
     def mode(self) -> str:
         return "resumed" if self.resumed else "full"
-
-    @contextmanager
-    def _editing(self) -> Iterator[None]:
-        """Open for the whole sweep; which sites fire is checked at each forward."""
-        live = self.wb._live
-        live.edits += [self.stack, self.outputs]
-        try:
-            with live._observed():
-                yield
-        finally:
-            live.edits.remove(self.stack)
-            live.edits.remove(self.outputs)
 
     def _forward(self, batch: Mapping[str, Any], size: int, plan: Sequence[tuple[Any, ...]], start: str | None) -> Any:
         """The model's output with each of the plan's edits, side by side, begun at a block."""
@@ -348,8 +333,7 @@ class _Runner:
 
     def _measure(self, output: Any, clean: Any, batch: Mapping[str, Any], variant: int | None, rows: slice) -> None:
         for j, (name, metric) in enumerate(self.metrics.items()):
-            against = bool(getattr(metric, "against_clean", False))
-            value = metric(output, batch, clean) if against else metric(output, batch)
+            value = metric(output, batch, clean)
             of = "the unedited model" if variant is None else self.variants[variant].label
             checked = _check_value(value, name, of, rows)
             if variant is None:

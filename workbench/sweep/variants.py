@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import InterventionError, nearest
+from workbench.errors import InterventionError
 from workbench.hooks.edits import Ablation, Edit, HeadFunction, OutputEdit, PatternEdit, Source, zero
 from workbench.hooks.heads import parse_heads
+from workbench.hooks.nested import items_of, map_tensors, rebuilt
 from workbench.hooks.positions import Positions, Where
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 from workbench.kernels.patterns import Pattern
+from workbench.session.ablations import ABLATIONS, find_ablation
 from workbench.session.reference import Reference
 from workbench.session.workbench import Workbench
 
-_HOWS = ("zero", "mean", "mean_positional", "resample")
 AnyEdit = Edit | OutputEdit
 
 
@@ -69,15 +70,13 @@ def resolve(
     chosen = [_heads(wb, variant) for variant in variants]
     sources: dict[str, Reference] = {}
     for how in dict.fromkeys(v.how for v, heads in zip(variants, chosen, strict=True) if heads and v.edit is None):
-        if how not in _HOWS:
-            raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), _HOWS))
-        if how == "zero":
+        if find_ablation(how).needs == "nothing":
             continue
         if reference is None:
             raise InterventionError(f'how="{how}" needs a reference', hint="reference= is a dict of inputs, or several")
         of_this = [h for v, h in zip(variants, chosen, strict=True) if h and v.edit is None and v.how == how]
         found = Reference(_union(of_this), how, generator)
-        found.run(wb._live, reference)
+        found.run(wb, reference)
         sources[how] = found
     return [
         _resolve_one(variant, heads, sources, about_reference) for variant, heads in zip(variants, chosen, strict=True)
@@ -126,8 +125,9 @@ def _resolve_one(
             )
         edit: Edit = PatternEdit(heads, variant.edit, where)
         return Resolved(label, (edit,), f"{label} {listed} {about(variant.edit)} {about(where)}")
-    source = zero if variant.how == "zero" else _of_shared(sources[variant.how], variant.how, heads)
-    told = f"{label} {listed} {variant.how} {about(where)} {'' if variant.how == 'zero' else about_reference}"
+    shared = ABLATIONS[variant.how].needs == "reference"
+    source = _of_shared(sources[variant.how], variant.how, heads) if shared else zero
+    told = f"{label} {listed} {variant.how} {about(where)} {about_reference if shared else ''}"
     return Resolved(label, (Ablation(heads, source, where),), told)
 
 
@@ -246,7 +246,7 @@ def _scaled(tensor: Tensor, total: int, rows: slice) -> tuple[int, int]:
 def _refuse(call: AttentionCall) -> Callable[[], Pattern]:
     def build() -> Pattern:
         raise InterventionError(
-            f"the pattern of {call.kernel} cannot be had for a part of the batch",
+            f"{call.kernel} gives no pattern for a part of the batch",
             site=call.site,
             hint="run the sweep with batched=False",
         )
@@ -268,16 +268,13 @@ def split(output: Any, parts: int, rows: int | None = None) -> list[Any]:
         if output.shape[0] == 0 or output.shape[0] % (rows or parts):
             return [output] * parts
         return list(output.tensor_split(parts))
+    items = items_of(output)
+    if items is None:
+        return [output] * parts
+    made = {key: split(item, parts, rows) for key, item in items.items()}
     if isinstance(output, Mapping):
-        made = {key: split(value, parts, rows) for key, value in output.items()}
-        return [
-            _like(output, {key: value[i] for key, value in made.items() if value[i] is not None}) for i in range(parts)
-        ]
-    if isinstance(output, (tuple, list)):
-        items = [split(item, parts, rows) for item in output]
-        each = [[item[i] for item in items] for i in range(parts)]
-        return [type(output)(*one) if hasattr(output, "_fields") else type(output)(one) for one in each]
-    return [output] * parts
+        return [rebuilt(output, {key: of[i] for key, of in made.items() if of[i] is not None}) for i in range(parts)]
+    return [rebuilt(output, {key: of[i] for key, of in made.items()}) for i in range(parts)]
 
 
 def join(parts: Sequence[Any]) -> Any:
@@ -285,27 +282,18 @@ def join(parts: Sequence[Any]) -> Any:
     first = parts[0]
     if isinstance(first, Tensor):
         return first if all(part is first for part in parts) else torch.cat(list(parts))
-    if isinstance(first, Mapping):
-        return _like(first, {key: join([part[key] for part in parts]) for key in first})
-    if isinstance(first, (tuple, list)):
-        items = [join(items) for items in zip(*parts, strict=True)]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-    return first
+    items = items_of(first)
+    if items is None:
+        return first
+    several = [items_of(part) or {} for part in parts]
+    return rebuilt(first, {key: join([one[key] for one in several]) for key in items})
 
 
 def repeat(value: Any, times: int, batch: int) -> Any:
-    """A tree of tensors with those that have `batch` rows repeated; the others hold for every example."""
-    if isinstance(value, Tensor):
-        mine = value.dim() > 0 and value.shape[0] == batch
-        return value.repeat(times, *[1] * (value.dim() - 1)) if mine and times > 1 else value
-    if isinstance(value, Mapping):
-        return _like(value, {key: repeat(item, times, batch) for key, item in value.items()})
-    if isinstance(value, (tuple, list)):
-        items = [repeat(item, times, batch) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    """A nested value with those tensors that have `batch` rows repeated; the others hold for every example."""
 
+    def repeated(tensor: Tensor) -> Tensor:
+        mine = tensor.dim() > 0 and tensor.shape[0] == batch
+        return tensor.repeat(times, *[1] * (tensor.dim() - 1)) if mine and times > 1 else tensor
 
-def _like(old: Mapping[Any, Any], new: dict[Any, Any]) -> Any:
-    """`new` in the mapping type of `old`; a ModelOutput is built from its fields."""
-    return new if type(old) is dict else type(old)(**new)
+    return map_tensors(repeated, value)

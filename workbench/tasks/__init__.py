@@ -1,4 +1,4 @@
-"""Prompt sets with counterfactual twins, the positions that matter, and a metric.
+"""Prompt sets with counterfactual twins and the positions that matter; `workbench.metrics` measures them.
 
 >>> from workbench.tasks import ioi
 >>> task = ioi(100, seed=0)
@@ -6,6 +6,7 @@
 (100, True)
 """
 
+from workbench.metrics import TaskBatch
 from workbench.tasks.base import Example, Split, Task
 from workbench.tasks.colored_objects import colored_objects
 from workbench.tasks.custom import from_prompts
@@ -13,7 +14,6 @@ from workbench.tasks.docstring import docstring
 from workbench.tasks.greater_than import greater_than
 from workbench.tasks.induction import induction
 from workbench.tasks.ioi import ioi
-from workbench.tasks.metrics import TaskBatch, correct, kl_divergence, logit_diff, normalised, probability
 from workbench.tasks.mqar import mqar, mqar_tokens
 from workbench.tasks.pieces import pieces, token_positions
 from workbench.tasks.tensors import InputTask, from_inputs
@@ -25,19 +25,14 @@ __all__ = [
     "Task",
     "TaskBatch",
     "colored_objects",
-    "correct",
     "docstring",
     "from_inputs",
     "from_prompts",
     "greater_than",
     "induction",
     "ioi",
-    "kl_divergence",
-    "logit_diff",
     "mqar",
     "mqar_tokens",
-    "normalised",
     "pieces",
-    "probability",
     "token_positions",
 ]

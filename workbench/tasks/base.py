@@ -12,7 +12,7 @@ import torch
 
 from workbench.errors import TaskError, nearest
 from workbench.inputs import decoder_start
-from workbench.tasks.metrics import TaskBatch, correct, logit_diff
+from workbench.metrics import METRICS, Metric, TaskBatch
 from workbench.tasks.pieces import piece_spans, pieces, single_token, token_positions
 
 Split = Literal["all", "train", "held_out"]
@@ -184,22 +184,24 @@ class Task(Sequence[Example]):
         Raises:
             TaskError: an empty task, or answers that are not single tokens.
         """
-        return float(self._measure(correct, model, tokenizer, size, twins=False).mean())
+        return float(self._measure(METRICS["accuracy"], model, tokenizer, size, twins=False).mean())
 
     def logit_diff(
         self, model: torch.nn.Module, tokenizer: Any, size: int = 64, *, twins: bool = False
     ) -> torch.Tensor:
         """Logit of the right answers minus logit of the wrong ones at the last token: [example], natural-log units.
 
-        See `workbench.tasks.logit_diff` for sets of answers. With `twins` the twins are run and the prompts' answers
+        See `workbench.metrics.logit_diff` for sets of answers. With `twins` the twins are run and the prompts' answers
         are compared, so a model that does the task is below zero there.
 
         Raises:
             TaskError: an empty task, or answers that are not single tokens.
         """
-        return self._measure(logit_diff, model, tokenizer, size, twins=twins)
+        return self._measure(METRICS["logit_diff"], model, tokenizer, size, twins=twins)
 
-    def _measure(self, metric: Any, model: torch.nn.Module, tokenizer: Any, size: int, *, twins: bool) -> torch.Tensor:
+    def _measure(
+        self, metric: Metric, model: torch.nn.Module, tokenizer: Any, size: int, *, twins: bool
+    ) -> torch.Tensor:
         if not self.examples:
             raise TaskError(f"task {self.name} has no examples", hint="make it with n >= 1")
         device, start = next(model.parameters()).device, decoder_start(model)

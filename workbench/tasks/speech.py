@@ -81,7 +81,7 @@ def resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
     """Samples at another rate, through a polyphase filter.
 
     Raises:
-        TaskError: a rate that no recording has, more samples than one may have, or scipy is not installed.
+        TaskError: a rate that no recording has, or more samples than one may have.
 
     >>> resampled(np.ones(4800), 48_000, 16_000).shape
     (1600,)
@@ -90,10 +90,8 @@ def resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
         _check_rate(rate, "a recording")
     if len(samples) * new > _MOST_SAMPLES * old:
         raise TaskError(f"{len(samples):,} samples become more than {_MOST_SAMPLES:,} at {new:,} per second")
-    try:
-        from scipy.signal import resample_poly  # type: ignore[import-untyped]
-    except ModuleNotFoundError as error:
-        raise TaskError("resampling needs scipy", hint="pip install scipy") from error
+    from scipy.signal import resample_poly
+
     common = gcd(old, new)
     found: np.ndarray = resample_poly(samples, new // common, old // common)
     return found
@@ -198,12 +196,13 @@ def _check(wave: Tensor, rate: int, name: str) -> None:
         raise TaskError(f"{name} holds no samples")
     if not wave.isfinite().all():
         raise TaskError(f"{name} holds samples that are not finite", shape=wave.shape)
-    if float(wave.abs().max()) < _SILENT:
-        raise TaskError(f"{name} is silent: its loudest sample is {float(wave.abs().max()):.1e}", shape=wave.shape,
-                        hint="check the recording")  # fmt: skip
-    if float(wave.abs().max()) > _LOUDEST:
-        raise TaskError(f"{name} has samples far outside ±1: its loudest is {float(wave.abs().max()):.3g}",
-                        shape=wave.shape, hint="divide by full scale, such as 32,768 for samples of 16 bits")  # fmt: skip
+    loudest = float(wave.abs().max())
+    if loudest < _SILENT:
+        hint = "check the recording"
+        raise TaskError(f"{name} is silent: its loudest sample is {loudest:.1e}", shape=wave.shape, hint=hint)
+    if loudest > _LOUDEST:
+        hint = "divide by full scale, such as 32,768 for samples of 16 bits"
+        raise TaskError(f"{name} goes far beyond ±1: its loudest sample is {loudest:.3g}", shape=wave.shape, hint=hint)
     if len(wave) < rate // 50:
         raise TaskError(f"{name} lasts {1000 * len(wave) / rate:.0f} ms, too short for speech", shape=wave.shape)
 

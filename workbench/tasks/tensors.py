@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from workbench.errors import TaskError
+from workbench.metrics import TaskBatch
 from workbench.tasks.base import Example, Task
-from workbench.tasks.metrics import TaskBatch
 
 
 @dataclass(frozen=True, repr=False)

@@ -15,7 +15,7 @@ from support.circuits import Words, random_task, tiny
 from workbench import Circuit, Pruning, PruningInterrupted, find_circuit
 from workbench.analysis.circuits import acdc
 from workbench.errors import FormatError, InterventionError, WorkbenchError
-from workbench.tasks.metrics import logit_diff
+from workbench.metrics import logit_diff
 
 TASK = random_task(5, 6, 60, lengths=2)
 HOW: dict[str, Any] = {"threshold": 0.05, "batch_size": 3, "progress": False}

@@ -51,10 +51,10 @@ def test_an_encoder_decoder_has_two_streams(name: str) -> None:
     ]  # fmt: skip
     assert found.blocks(1)[1] == found.layers[4].block == found.layers[5].block
     assert found.lengths == ({"whisper": 20, "captioner": 5}.get(name, 9), 5)
-    norm = found.layers[5].parts["k"].norm
+    norm = found.layers[5].projections["k"].norm
     assert norm is not None
     assert "encoder" in norm
-    assert norm == found.layers[3].parts["v"].norm
+    assert norm == found.layers[3].projections["v"].norm
 
 
 def test_two_towers_without_cross_attention_are_refused() -> None:
@@ -95,7 +95,7 @@ def test_columns_are_those_of_each_head(name: str) -> None:
         inputs = family(name).inputs()
         layer = find_anatomy(wb, inputs).layers[1]
         for part in "qkv":
-            reader = layer.parts[part]
+            reader = layer.projections[part]
             many = len(reader.columns)
             group = layer.n_heads // many
 

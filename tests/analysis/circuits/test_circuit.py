@@ -13,8 +13,9 @@ import torch
 import workbench
 from support.circuits import INDUCTION_EDGES, Words, induction_model, random_task, tiny
 from workbench import Circuit
-from workbench.analysis.circuits.faithful import MIB_FRACTIONS, area
-from workbench.analysis.circuits.stability import auroc, rank_auroc
+from workbench.analysis.circuits.faithfulness_curve import MIB_FRACTIONS, area
+from workbench.analysis.circuits.stability import auroc
+from workbench.analysis.statistics.correlation import rank_auroc
 from workbench.errors import FormatError, InterventionError, TaskError
 from workbench.tasks import from_prompts
 
@@ -223,7 +224,7 @@ def test_bad_tasks_are_named() -> None:
             find("w4 w4 w3", "w4 w5 w3", metric=lambda output, batch: torch.ones(1))
         with pytest.raises(TaskError, match="no metric"):
             find("w4 w4 w3", "w4 w5 w3", metric="banana")
-        with pytest.raises(TaskError, match="expected one number"):
+        with pytest.raises(TaskError, match="expected one real number"):
             find("w4 w4 w3", "w4 w5 w3", metric=lambda output, batch: torch.ones(3))
         with pytest.raises(InterventionError, match="no method"):
             workbench.find_circuit(wb, random_task(2, 5, 60), "banana")

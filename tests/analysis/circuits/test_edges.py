@@ -10,7 +10,7 @@ import torch
 import workbench
 from support.circuits import ENCODER_DECODERS, INDUCTION_EDGES, Words, induction_model, random_task, task_for, tiny
 from workbench.analysis.circuits.engine.edges import _Patched, run_edges, run_nodes
-from workbench.analysis.circuits.engine.study import Study, open_study
+from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.find import Stage, find_circuit
 from workbench.analysis.circuits.methods.acdc import prune_edges
 from workbench.analysis.circuits.methods.attribution import attribute_edges
@@ -20,50 +20,50 @@ from workbench.errors import InterventionError
 NAMES = ["gpt2", "llama-gqa", "gpt-neox", *ENCODER_DECODERS]
 
 
-def mask_gradient(study: Study) -> torch.Tensor:
+def mask_gradient(setup: Setup) -> torch.Tensor:
     """[sender, receiver]: −∂(mean metric)/∂mask at masks of zero, by autograd through the exact patching of edges."""
-    total = torch.zeros(study.graph.exists.shape, dtype=torch.float64)
-    for pair in study.pairs:
-        logits, clean, twin = study.record(pair)
-        mask = torch.zeros(1, *study.graph.exists.shape, dtype=torch.float64, requires_grad=True)
-        run = _Patched(study, pair, clean, twin, mask, 0)
+    total = torch.zeros(setup.graph.exists.shape, dtype=torch.float64)
+    for pair in setup.pairs:
+        logits, clean, twin = setup.record(pair)
+        mask = torch.zeros(1, *setup.graph.exists.shape, dtype=torch.float64, requires_grad=True)
+        run = _Patched(setup, pair, clean, twin, mask, 0)
         run._chosen = list  # type: ignore[method-assign,assignment]
-        out = study.stream.run(pair.clean, pair.last, run.hooks())
-        total -= torch.autograd.grad(study.metric(out, pair, logits).sum(), mask)[0][0]
-    return total / len(study.task)
+        out = setup.stream.run(pair.clean, pair.last, run.hooks())
+        total -= torch.autograd.grad(setup.metric_of(out, pair, logits).sum(), mask)[0][0]
+    return total / len(setup.task)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_the_gradient_of_edge_masks(name: str) -> None:
     with (
         workbench.attach(tiny(name), Words()) as wb,
-        open_study(wb, task_for(name, 4, lengths=2), batch_size=3) as study,
+        open_setup(wb, task_for(name, 4, lengths=2), batch_size=3) as setup,
     ):
-        found = attribute_edges(study, progress=False)
-        exists = study.graph.exists
+        found = attribute_edges(setup, progress=False)
+        exists = setup.graph.exists
         assert bool(found.scores[~exists].isnan().all())
-        assert (found.scores - mask_gradient(study))[exists].abs().max() < (
+        assert (found.scores - mask_gradient(setup))[exists].abs().max() < (
             1e-5 if name in ("llama-gqa", "t5") else 1e-9
         )  # whose norms are in float32
         assert found.scores[exists].abs().max() > 1e-3
         assert found.examples is not None
         assert torch.allclose(found.examples.double().mean(0), found.scores[exists], atol=1e-5)
         for path in ("inputs", "activations"):
-            one = attribute_edges(study, steps=1, path=path, progress=False)  # type: ignore[arg-type]
+            one = attribute_edges(setup, steps=1, path=path, progress=False)  # type: ignore[arg-type]
             assert torch.equal(one.scores[exists], found.scores[exists])
-        study.memory = 1  # a position at a time
-        assert torch.allclose(attribute_edges(study, progress=False).scores[exists], found.scores[exists])
+        setup.memory = 1  # a position at a time
+        assert torch.allclose(attribute_edges(setup, progress=False).scores[exists], found.scores[exists])
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 @pytest.mark.parametrize("name", ["gpt2", "mbart"])
 def test_integrated_gradients_are_complete(name: str, direction: str) -> None:
-    with workbench.attach(tiny(name), Words()) as wb, open_study(wb, task_for(name, 3)) as study:
+    with workbench.attach(tiny(name), Words()) as wb, open_setup(wb, task_for(name, 3)) as setup:
         errors = []
         for steps in (8, 64):
-            found = attribute_edges(study, steps=steps, direction=direction, progress=False)
-            errors.append(float((found.input_total - (study.clean - study.corrupted)).abs().max()))
-        span = float((study.clean - study.corrupted).abs().max())
+            found = attribute_edges(setup, steps=steps, direction=direction, progress=False)
+            errors.append(float((found.input_total - (setup.clean - setup.corrupted)).abs().max()))
+        span = float((setup.clean - setup.corrupted).abs().max())
         assert errors[1] < errors[0] / 3
         assert errors[1] < 0.1 * span
 
@@ -71,12 +71,12 @@ def test_integrated_gradients_are_complete(name: str, direction: str) -> None:
 def test_along_activations_of_a_linear_reader_it_is_exact() -> None:
     """Without norm the logits read the last heads linearly: scores of their edges are the exact effects of patching."""
     model, task = induction_model()
-    with workbench.attach(model, Words()) as wb, open_study(wb, task) as study:
-        found = attribute_edges(study, steps=3, path="activations", progress=False)
-        kept = study.graph.exists.clone()
-        edge = study.graph.edge("a1.h2->logits")
+    with workbench.attach(model, Words()) as wb, open_setup(wb, task) as setup:
+        found = attribute_edges(setup, steps=3, path="activations", progress=False)
+        kept = setup.graph.exists.clone()
+        edge = setup.graph.edge("a1.h2->logits")
         kept[edge] = False
-        exact = study.clean.mean() - run_edges(study, kept[None], progress=False).mean()
+        exact = setup.clean.mean() - run_edges(setup, kept[None], progress=False).mean()
         assert float(found.scores[edge]) == pytest.approx(float(exact), rel=1e-9)
 
 
@@ -85,10 +85,10 @@ def test_along_activations_of_a_linear_reader_it_is_exact() -> None:
 def test_all_edges_of_a_node_patched_is_the_node_replaced(name: str, how: str) -> None:
     with (
         workbench.attach(tiny(name), Words()) as wb,
-        open_study(wb, task_for(name, 4, lengths=2), batch_size=2) as study,
+        open_setup(wb, task_for(name, 4, lengths=2), batch_size=2) as setup,
     ):
-        study.measure_baselines()
-        graph = study.graph
+        setup.measure_baselines()
+        graph = setup.graph
         names: tuple[str, ...] = ("a0.h1", "m0", "a1.h2", "m1", "input")
         if name in ENCODER_DECODERS:
             names = ("decoder.x1.h1", "encoder.a0.h2", "decoder.a0.h1", "encoder.m1", "decoder.m1", "encoder.input")
@@ -98,12 +98,12 @@ def test_all_edges_of_a_node_patched_is_the_node_replaced(name: str, how: str) -
             nodes[row, graph.sender_index[name_of]] = False
             edges[row, graph.sender_index[name_of]] = False
         nodes[-1], edges[-1] = False, False
-        by_node, by_edge = run_nodes(study, nodes, how, progress=False), run_edges(study, edges, how, progress=False)
+        by_node, by_edge = run_nodes(setup, nodes, how, progress=False), run_edges(setup, edges, how, progress=False)
         assert (by_node - by_edge).abs().max() < 1e-9
-        assert (by_edge[-2] - study.clean).abs().max() < 1e-12
-        assert (by_edge[0] - study.clean).abs().max() > 1e-7
+        assert (by_edge[-2] - setup.clean).abs().max() < 1e-12
+        assert (by_edge[0] - setup.clean).abs().max() > 1e-7
         if how == "counterfactual":
-            assert (by_edge[-1] - study.corrupted).abs().max() < 1e-9
+            assert (by_edge[-1] - setup.corrupted).abs().max() < 1e-9
 
 
 def test_shared_keys_are_those_of_a_model_with_repeated_ones() -> None:
@@ -151,11 +151,11 @@ def test_a_planted_induction_circuit_is_found(method: str) -> None:
 
 def test_pruning_keeps_the_planted_edges_and_is_the_same_when_it_looks_ahead() -> None:
     model, task = induction_model()
-    with workbench.attach(model, Words()) as wb, open_study(wb, task) as study:
-        study.measure_baselines()
-        found = [prune_edges(study, 0.05, ahead=ahead, progress=False) for ahead in (1, 5)]
+    with workbench.attach(model, Words()) as wb, open_setup(wb, task) as setup:
+        setup.measure_baselines()
+        found = [prune_edges(setup, 0.05, ahead=ahead, progress=False) for ahead in (1, 5)]
         for kept, _ in found:
-            assert set(study.graph.edge_names(kept)) == set(INDUCTION_EDGES)
+            assert set(setup.graph.edge_names(kept)) == set(INDUCTION_EDGES)
         assert torch.equal(found[0][1].isnan(), found[1][1].isnan())
         assert torch.allclose(found[0][1].nan_to_num(), found[1][1].nan_to_num(), atol=1e-9)
 

@@ -9,13 +9,13 @@ import torch
 
 import workbench
 from support.circuits import ENCODER_DECODERS, Words, task_for, tiny
-from workbench.analysis.circuits.engine.study import open_study
+from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.analysis.circuits.find import METHODS
 from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.errors import FormatError, InterventionError, TaskError, WorkbenchError
 from workbench.inputs import decoder_start
+from workbench.metrics import logit_diff
 from workbench.tasks import from_inputs, from_prompts
-from workbench.tasks.metrics import logit_diff
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
@@ -117,8 +117,8 @@ def test_bad_input_is_named() -> None:
     with workbench.attach(tiny("gpt2"), Words()) as wb, pytest.raises(TaskError, match="no encoder-decoder"):
         workbench.find_circuit(wb, task_for("mbart", 2), "eap", progress=False)
     with workbench.attach(tiny("mbart"), Words()) as wb:
-        with open_study(wb, task_for("mbart", 2)) as study, pytest.raises(InterventionError, match="another stream"):
-            run_paths(study, Paths(("logits",), (("encoder.a0.h0",),)), progress=False)
+        with open_setup(wb, task_for("mbart", 2)) as setup, pytest.raises(InterventionError, match="another stream"):
+            run_paths(setup, Paths(("logits",), (("encoder.a0.h0",),)), progress=False)
         circuit = workbench.find_circuit(wb, task_for("mbart", 2), "eap", progress=False)
     with workbench.attach(tiny("gpt2"), Words()) as wb, pytest.raises(InterventionError, match="another model"):
         workbench.circuit_faithfulness(wb, circuit, task_for("gpt2", 2), progress=False)

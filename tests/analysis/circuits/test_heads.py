@@ -11,7 +11,7 @@ import workbench
 from support.circuits import Words, induction_model, mover_model, random_task, tiny
 from workbench.analysis.circuits.repair import last_row_on
 from workbench.errors import InterventionError, TaskError
-from workbench.tasks.metrics import logit_diff
+from workbench.metrics import logit_diff
 
 
 def runs(wb: Any, task: Any) -> tuple[Any, Any]:

@@ -15,8 +15,8 @@ import workbench
 from support import mib_case as case
 from workbench import Circuit
 from workbench.analysis.circuits.engine.edges import run_edges
-from workbench.analysis.circuits.engine.study import open_study
-from workbench.analysis.circuits.faithful import MIB_FRACTIONS
+from workbench.analysis.circuits.engine.setup import open_setup
+from workbench.analysis.circuits.faithfulness_curve import MIB_FRACTIONS
 from workbench.tasks import InputTask, from_inputs
 
 HERE = Path(__file__).parent
@@ -65,13 +65,13 @@ def test_scores(studied: Any, method: str) -> None:
 
 def by_rule(studied: Any, ablation: str) -> list[float]:
     """[example] of the metric with the circuit that their code was run with too, which no score has chosen."""
-    with open_study(*studied, batch_size=case.BATCH) as study:
-        study.measure_baselines()
-        graph = study.graph
+    with open_setup(*studied, batch_size=case.BATCH) as setup:
+        setup.measure_baselines()
+        graph = setup.graph
         rows = [[case.chosen(sender, receiver) for receiver in graph.receivers] for sender in graph.senders]
         kept = graph.pruned(torch.tensor(rows))
         assert 0 < int(kept.sum()) < graph.n_edges
-        return run_edges(study, kept[None], ablation, progress=False)[0].tolist()
+        return run_edges(setup, kept[None], ablation, progress=False)[0].tolist()
 
 
 def test_integrated_gradients_differ_by_the_end_that_is_left_out(studied: Any) -> None:

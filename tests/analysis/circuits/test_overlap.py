@@ -11,10 +11,10 @@ import torch
 import workbench
 from support.circuits import Words, induction_model, random_task, tiny
 from workbench import CircuitOverlap
-from workbench.analysis.circuits.cross import _edge_layers, _random_like
+from workbench.analysis.circuits.cross_faithfulness import _edge_layers, _random_like
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.overlap import _null
-from workbench.analysis.statistics.set_overlap import jaccard, rank_biased, weighted_jaccard
+from workbench.analysis.statistics.overlap import jaccard, rank_biased, weighted_jaccard
 from workbench.errors import InterventionError
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import workbench
 from support.circuits import ENCODER_DECODERS, SlotModel, Words, mover_model, random_task, task_for, tiny
+from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.engine.stream import Kept
-from workbench.analysis.circuits.engine.study import Study, open_study
 from workbench.analysis.circuits.find import Stage, find_circuit
 from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.errors import InterventionError
@@ -19,16 +19,16 @@ from workbench.errors import InterventionError
 NAMES = ["gpt2", "llama-gqa", "gpt-neox", *ENCODER_DECODERS]
 
 
-def by_hand(study: Study, paths: Paths) -> Tensor:
+def by_hand(setup: Setup, paths: Paths) -> Tensor:
     """[sender, example], one sender and two whole forwards at a time."""
-    found = torch.zeros(len(paths.senders), len(study.task), dtype=torch.float64)
-    layers, end = range(len(study.graph.layers)), study.stream.end
-    for pair in study.pairs:
-        logits, clean, twin = study.record(pair)
-        streams = {study.graph.receiver_spot(name).stream for name in paths.receivers}
-        where = {stream: study.positions(pair, paths.positions, stream) for stream in streams}
+    found = torch.zeros(len(paths.senders), len(setup.task), dtype=torch.float64)
+    layers, end = range(len(setup.graph.layers)), setup.stream.end
+    for pair in setup.pairs:
+        logits, clean, twin = setup.record(pair)
+        streams = {setup.graph.receiver_spot(name).stream for name in paths.receivers}
+        where = {stream: setup.positions(pair, paths.positions, stream) for stream in streams}
         for row, (sender,) in enumerate(paths.senders):
-            at, _, head, *_ = study.graph.sender(sender)
+            at, _, head, *_ = setup.graph.sender(sender)
             seen, hooks = Kept(), {}
 
             def put(old: Tensor, new: Tensor, stream: int, where: dict[int, Tensor | None] = where) -> Tensor:
@@ -43,20 +43,20 @@ def by_hand(study: Study, paths: Paths) -> Tensor:
                 z = clean["z", i].clone()
                 if i == at:
                     z[:, :, head] = twin["z", i][:, :, head]
-                stream = study.graph.stream_of(i)
+                stream = setup.graph.stream_of(i)
                 hooks["z", i] = [lambda old, z=z, stream=stream: put(old, z, stream)]
-                if paths.freeze_mlps and study.graph.layers[i].mlp:
+                if paths.freeze_mlps and setup.graph.layers[i].mlp:
                     hooks["mlp", i] = [lambda old, new=clean["mlp", i], stream=stream: put(old, new, stream)]
                 for part in "qkv":
                     hooks[part, i] = [seen.keep((part, i))]
             hooks[end] = [seen.keep(end)]
-            study.stream.run(pair.clean, pair.last, hooks)
+            setup.stream.run(pair.clean, pair.last, hooks)
             second: dict[Any, Any] = {}
             for name in paths.receivers:
                 if name == "logits":
                     second[end] = [lambda old, seen=seen: put(old, seen[end], end[1])]
                     continue
-                i, _, number, part, stream = study.graph.receiver_spot(name)
+                i, _, number, part, stream = setup.graph.receiver_spot(name)
 
                 def one(old: Tensor, new: Tensor = seen[part, i], number: int = number, stream: int = stream) -> Tensor:
                     made = old.clone()
@@ -64,8 +64,8 @@ def by_hand(study: Study, paths: Paths) -> Tensor:
                     return made
 
                 second.setdefault((part, i), []).append(one)
-            out = study.stream.run(pair.clean, pair.last, second)
-            found[row, study.rows(pair)] = study.measure(out, pair, logits)[0]
+            out = setup.stream.run(pair.clean, pair.last, second)
+            found[row, setup.rows(pair)] = setup.measure(out, pair, logits)[0]
     return found
 
 
@@ -75,9 +75,9 @@ def by_hand(study: Study, paths: Paths) -> Tensor:
 def test_it_is_the_algorithm_written_out(name: str, freeze: bool, which: str) -> None:
     with (
         workbench.attach(tiny(name), Words()) as wb,
-        open_study(wb, task_for(name, 5, lengths=2), batch_size=3) as study,
+        open_setup(wb, task_for(name, 5, lengths=2), batch_size=3) as setup,
     ):
-        graph = study.graph
+        graph = setup.graph
         receivers: tuple[str, ...] = ("logits",)
         where: Any = "end"
         if which != "logits":
@@ -89,41 +89,41 @@ def test_it_is_the_algorithm_written_out(name: str, freeze: bool, which: str) ->
         assert len(heads) >= 4
         paths = Paths(receivers, tuple((head,) for head in heads), where, freeze)
         with torch.no_grad():
-            expected = by_hand(study, paths)
-        found = run_paths(study, paths, progress=False)
+            expected = by_hand(setup, paths)
+        found = run_paths(setup, paths, progress=False)
         assert (found - expected).abs().max() < 1e-9
         plain = torch.cat(
-            [study.measure(study.record(pair)[0], pair, study.record(pair)[0])[0] for pair in study.pairs]
+            [setup.measure(setup.record(pair)[0], pair, setup.record(pair)[0])[0] for pair in setup.pairs]
         )
         assert (found - plain).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_of_everything_it_gives_one_and_of_nothing_zero(name: str) -> None:
-    with workbench.attach(tiny(name), Words()) as wb, open_study(wb, task_for(name, 4)) as study:
-        study.measure_baselines()
-        to_logits = [s for s in study.graph.senders if study.graph.exists[study.graph.sender_index[s], -1]]
+    with workbench.attach(tiny(name), Words()) as wb, open_setup(wb, task_for(name, 4)) as setup:
+        setup.measure_baselines()
+        to_logits = [s for s in setup.graph.senders if setup.graph.exists[setup.graph.sender_index[s], -1]]
         everything = Paths(("logits",), (tuple(to_logits),), None, freeze_mlps=True)
-        assert (run_paths(study, everything, progress=False)[0] - study.corrupted).abs().max() < 1e-9
-        record = study.record
-        study.record = lambda pair: (record(pair)[0], record(pair)[1], record(pair)[1])  # type: ignore[method-assign]
-        heads = tuple((head,) for head in study.graph.head_names if head in to_logits)
-        same = run_paths(study, Paths(("logits",), heads), progress=False)
-        assert torch.equal(same, study.clean.expand_as(same))  # to the bit
-        last = len(study.graph.layers) - 1
-        upper = tuple(study.graph.receivers[column] for column in study.graph.columns(last, "q"))[:2]
-        lower = tuple(unit for unit in heads if study.graph.layer_of(unit[0]) < last)
-        same = run_paths(study, Paths(upper, lower), progress=False)
-        assert torch.equal(same, study.clean.expand_as(same))
+        assert (run_paths(setup, everything, progress=False)[0] - setup.corrupted).abs().max() < 1e-9
+        record = setup.record
+        setup.record = lambda pair: (record(pair)[0], record(pair)[1], record(pair)[1])  # type: ignore[method-assign]
+        heads = tuple((head,) for head in setup.graph.head_names if head in to_logits)
+        same = run_paths(setup, Paths(("logits",), heads), progress=False)
+        assert torch.equal(same, setup.clean.expand_as(same))  # to the bit
+        last = len(setup.graph.layers) - 1
+        upper = tuple(setup.graph.receivers[column] for column in setup.graph.columns(last, "q"))[:2]
+        lower = tuple(unit for unit in heads if setup.graph.layer_of(unit[0]) < last)
+        same = run_paths(setup, Paths(upper, lower), progress=False)
+        assert torch.equal(same, setup.clean.expand_as(same))
 
 
 def test_direct_effects_of_a_linear_layer_add_up() -> None:
     model = SlotModel(layers=1, noise=0.3)
-    with workbench.attach(model, Words()) as wb, open_study(wb, random_task(5, 6, 12)) as study:
-        study.measure_baselines()
-        units = (("input",), *((name,) for name in study.graph.senders[1:]))
-        found = run_paths(study, Paths(("logits",), units), progress=False)
-        importance = (found - study.clean).mean(1) / (study.corrupted - study.clean).mean()
+    with workbench.attach(model, Words()) as wb, open_setup(wb, random_task(5, 6, 12)) as setup:
+        setup.measure_baselines()
+        units = (("input",), *((name,) for name in setup.graph.senders[1:]))
+        found = run_paths(setup, Paths(("logits",), units), progress=False)
+        importance = (found - setup.clean).mean(1) / (setup.corrupted - setup.clean).mean()
         assert float(importance.sum()) == pytest.approx(1, abs=1e-9)
 
 
@@ -160,7 +160,7 @@ def test_senders_come_before_any_or_all_receivers() -> None:
 
 
 def test_receivers_before_their_senders_and_other_bad_input() -> None:
-    with workbench.attach(tiny("gpt2"), Words()) as wb, open_study(wb, random_task(2, 5, 60)) as study:
+    with workbench.attach(tiny("gpt2"), Words()) as wb, open_setup(wb, random_task(2, 5, 60)) as setup:
         for paths, says in (
             (Paths(("a0.h1<q>",), (("a1.h0",),)), "comes after the receivers"),
             (Paths(("a0.h1<q>",), (("a0.h0",),)), "comes after the receivers"),
@@ -170,7 +170,7 @@ def test_receivers_before_their_senders_and_other_bad_input() -> None:
             (Paths(("logits",), (("a0.h0",),), "early"), "leave out"),
         ):
             with pytest.raises(InterventionError, match=says):
-                run_paths(study, paths, progress=False)
+                run_paths(setup, paths, progress=False)
     with workbench.attach(tiny("gpt2"), Words()) as wb:
         stages = (Stage("q", "end", of=((0, 1),)),)
         with pytest.raises(InterventionError, match="first layer"):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import workbench
 from support.circuits import ENCODER_DECODERS, SlotModel, Words, task_for, tiny
+from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.analysis.circuits.engine.shortcut import only_where_changed
-from workbench.analysis.circuits.engine.study import open_study
 from workbench.analysis.circuits.model.anatomy import find_anatomy
 from workbench.errors import AttachError
 
@@ -22,12 +22,12 @@ def test_it_is_the_whole_run(name: str, times: int, monkeypatch: pytest.MonkeyPa
     rows: list[int] = []
     with (
         workbench.attach(tiny(name), Words()) as wb,
-        open_study(wb, task_for(name, 3, lengths=2), batch_size=3) as study,
+        open_setup(wb, task_for(name, 3, lengths=2), batch_size=3) as setup,
         torch.no_grad(),
     ):
-        pair, stream = study.pairs[0], study.stream
-        logits, _, twin = study.record(pair)
-        last = len(study.graph.layers) - 1
+        pair, stream = setup.pairs[0], setup.stream
+        logits, _, twin = setup.record(pair)
+        last = len(setup.graph.layers) - 1
         module = stream.anatomy.modules[(stream.anatomy.layers[last].mlp or ("",))[0]]
         handle = module.register_forward_pre_hook(lambda module, args: rows.append(args[0].numel()))
         whole = module.forward

@@ -15,9 +15,10 @@ from support.encoder_decoders import HYPOTHESIS, NAMES, encoder_decoder
 from support.toy_speech import ToySpeech, identity_speech
 from workbench import CrossAttentionSaliency, cross_attention_saliency, saliency
 from workbench.analysis.cross_attention.alignment import align, disagreement
-from workbench.analysis.cross_attention.correlate import correlate, ranks
+from workbench.analysis.cross_attention.correlate import correlate
 from workbench.analysis.cross_attention.faithfulness import curves, size, word_error_rate
-from workbench.analysis.saliency.reading import read
+from workbench.analysis.saliency.preparing import prepare_input
+from workbench.analysis.statistics.correlation import ranks
 from workbench.errors import WorkbenchError
 
 WORDS = torch.tensor([0, 2, 0, 0])
@@ -84,12 +85,12 @@ def test_deletion_begins_unperturbed_ends_with_nothing_and_ranks_orders() -> Non
         rows = torch.arange(10)[:, None].expand(10, 10).contiguous()
         common: dict[str, Any] = {"hypothesis": said, "time_axis": 1, "progress": False, "batch_size": 128}
         found = saliency(wb, inputs, segments=rows, **common)
-    reading = read(model, inputs, hypothesis=said, time_axis=1)
+    subject = prepare_input(model, inputs, hypothesis=said, time_axis=1)
     fractions = [i / 10 for i in range(11)]
     oracle = found.sentence()
 
     def run(ranking: Tensor) -> Tensor:
-        return curves(reading, ranking, fractions, decode_again=False)
+        return curves(subject, ranking, fractions, decode_again=False)
 
     def log_p(features: Tensor) -> float:
         logits = model(features, decoder_input_ids=ids).logits[0]
@@ -204,9 +205,9 @@ def test_several_utterances_of_every_kind(name: str, tmp_path: Path) -> None:
 
 def test_decoding_again_is_compared_with_the_model_s_own_hypothesis() -> None:
     model, inputs = encoder_decoder("t5")
-    reading = read(model, inputs, max_new_tokens=4)
+    subject = prepare_input(model, inputs, max_new_tokens=4)
     limit = {"max_new_tokens": 4}
-    found = curves(reading, torch.arange(7.0), (0, 1), decoding=limit)
+    found = curves(subject, torch.arange(7.0), (0, 1), decoding=limit)
     assert float(found[0, 0, 2]) == float(found[1, 1, 2]) == 0
     assert float(found[0, 1, 2]) == float(found[1, 0, 2])
 

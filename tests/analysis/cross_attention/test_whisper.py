@@ -14,7 +14,7 @@ from torch import Tensor
 import workbench
 from support.unavailable import unavailable
 from workbench.analysis.cross_attention.faithfulness import curves
-from workbench.analysis.saliency.reading import read
+from workbench.analysis.saliency.preparing import prepare_input
 
 PROMPT = [50258, 50259, 50359, 50363]
 HEADS = ((3, 1), (4, 2), (4, 3), (4, 7), (5, 1), (5, 2), (5, 4), (5, 6))
@@ -69,9 +69,9 @@ def test_attention_and_saliency_put_the_words_in_their_order(heard: tuple[workbe
 def test_silence_in_place_of_the_voice_changes_what_is_heard(heard: tuple[workbench.Workbench, Any]) -> None:
     wb, inputs = heard
     with torch.no_grad():
-        reading = read(wb.model, inputs, prompt=torch.tensor(PROMPT))
+        subject = prepare_input(wb.model, inputs, prompt=torch.tensor(PROMPT))
     frames = torch.arange(143.0)[:, None].expand(143, 80)
-    found = curves(reading, frames, (0, 1), baseline="min", tokenizer=wb.tokenizer)
+    found = curves(subject, frames, (0, 1), baseline="min", tokenizer=wb.tokenizer)
     assert float(found[0, 0, 2]) == 0
     assert float(found[0, 1, 2]) == 100
     assert float(found[0, 0, 1]) > float(found[0, 1, 1])

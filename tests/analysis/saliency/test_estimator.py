@@ -156,7 +156,7 @@ def test_masks_depend_on_seed_and_number_alone() -> None:
 def test_interrupted_and_resumed_is_the_same_as_never_interrupted(tmp_path: Path) -> None:
     model, inputs = identity_speech(16, 3)
     whole = explained(model, inputs, "encoder_output", n_masks=60, batch_size=10)
-    model.fail_at = model.calls + 6  # reading takes two forwards, the search for a cache at most three
+    model.fail_at = model.calls + 6  # subject takes two forwards, the search for a cache at most three
     part = explained(model, inputs, "encoder_output", n_masks=60, batch_size=10)
     assert part.partial
     assert part.stopped == "interrupted"

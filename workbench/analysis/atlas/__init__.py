@@ -1,6 +1,6 @@
 """Which patterns heads have learned: an autoencoder's map of them, clusters, and names. `pattern_atlas`."""
 
+from workbench.analysis.atlas.fitting import pattern_atlas
 from workbench.analysis.atlas.result import EncodedPatterns, PatternAtlas
-from workbench.analysis.atlas.run import pattern_atlas
 
 __all__ = ["EncodedPatterns", "PatternAtlas", "pattern_atlas"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workbench.analysis.atlas.resample import SCORES
+from workbench.analysis.atlas.pooling import SCORES
 
 NAMES = (*SCORES, "content")
 """Names, along the last axis of the evidence: `look` defines all but content."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.atlas.clusters import assign
 from workbench.analysis.atlas.encoder import Autoencoder, encode, scaled
+from workbench.analysis.atlas.gathering import gather
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
 
@@ -134,8 +135,6 @@ class PatternAtlas(Result):
         Raises:
             WorkbenchError: an atlas of images and a capture of text, or the other way round.
         """
-        from workbench.analysis.atlas.run import gather
-
         found = gather(cap, self.size, grid, prefix, sites)
         kind = "text" if found.places.text else "image"
         if kind != self.kind:

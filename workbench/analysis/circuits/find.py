@@ -13,7 +13,7 @@ from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.engine.prompts import Where
-from workbench.analysis.circuits.engine.study import DENOISING, NOISING, Study, open_study
+from workbench.analysis.circuits.engine.setup import DENOISING, NOISING, Setup, open_setup
 from workbench.analysis.circuits.methods.acdc import prune_edges
 from workbench.analysis.circuits.methods.attribution import attribute_edges
 from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
@@ -96,7 +96,7 @@ def find_circuit(
             "eap_ig" along "inputs" are the same in both but for one end: "noising" leaves out the twin, "denoising" the
             prompt, as MIB's code does.
         threshold: of "acdc", the share of clean minus corrupted below which an edge is left out.
-        ablation: what stands in for heads ("ablation", by default "mean") or edges ("acdc", by default
+        ablation: what replaces heads ("ablation", by default "mean") or edges ("acdc", by default
             "counterfactual"): also "zero", "mean_positional", "resample".
         absolute: choose by magnitude, so that what works against the task is found too.
         batch_size: examples in one forward. memory: bytes that variants side by side may take.
@@ -115,67 +115,67 @@ def find_circuit(
         raise InterventionError(f"the fraction of heads is {fraction}, it lies above 0 and up to 1")
     if resume is not None and method != "acdc":
         raise InterventionError(f'"{method}" writes no file to resume from', hint='only "acdc" does; leave out resume=')
-    with open_study(wb, task, metric, batch_size=batch_size, memory=memory) as study:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
         if method in ("eap", "eap_ig"):
             several = steps if method == "eap_ig" else 1
-            return _by_attribution(study, method, several, path, direction, n_edges, absolute, progress)
-        study.measure_baselines()
+            return _by_attribution(setup, method, several, path, direction, n_edges, absolute, progress)
+        setup.measure_baselines()
         if method == "acdc":
             file = None if resume is None else Path(resume)
-            return _by_pruning(study, threshold, ablation or "counterfactual", progress, file)
+            return _by_pruning(setup, threshold, ablation or "counterfactual", progress, file)
         if method == "ablation":
-            return _by_ablation(study, ablation or "mean", fraction, absolute, progress)
+            return _by_ablation(setup, ablation or "mean", fraction, absolute, progress)
         given, default = (STAGES if stages is None else stages), stages is None
-        return _by_paths(study, given, fraction, freeze_mlps, absolute, progress, default)
+        return _by_paths(setup, given, fraction, freeze_mlps, absolute, progress, default)
 
 
-def _blank(study: Study, method: str, level: str, sign: str, settings: dict[str, Any]) -> Circuit:
-    graph = study.graph
+def _blank(setup: Setup, method: str, level: str, sign: str, settings: dict[str, Any]) -> Circuit:
+    graph = setup.graph
     shape = (len(graph.senders), len(graph.receivers))
     return Circuit(
-        model=graph.facts, task=study.task.name, method=method, metric=study.metric.name, direction=NOISING, sign=sign,
+        model=graph.facts, task=setup.task.name, method=method, metric=setup.metric.name, direction=NOISING, sign=sign,
         level=level, senders_in=torch.zeros(shape[0], dtype=torch.bool), edges_in=torch.zeros(shape, dtype=torch.bool),
         node_scores=torch.full(shape[:1], torch.nan, dtype=torch.float64),
         edge_scores=torch.full(shape, torch.nan, dtype=torch.float64), threshold={}, stages=(), examples=None,
-        clean=study.clean, corrupted=study.corrupted, settings=settings,
-        provenance=study.provenance() | {"anatomy_error": study.stream.anatomy.error},
+        clean=setup.clean, corrupted=setup.corrupted, settings=settings,
+        provenance=setup.provenance() | {"anatomy_error": setup.stream.anatomy.error},
     )  # fmt: skip
 
 
 def _by_attribution(
-    study: Study, method: str, steps: int, path: Any, direction: str, n_edges: int | float | None, absolute: bool,
+    setup: Setup, method: str, steps: int, path: Any, direction: str, n_edges: int | float | None, absolute: bool,
     progress: bool,
 ) -> Circuit:  # fmt: skip
-    found = attribute_edges(study, steps=steps, path=path, direction=direction, progress=progress)
+    found = attribute_edges(setup, steps=steps, path=path, direction=direction, progress=progress)
     sign = f"{direction}: positive where the clean value of the sender raises the metric, in the metric's units"
     settings = {
         "steps": steps, "path": path, "input_total": float(found.input_total.mean()),
         "kept_examples": found.examples is not None,
     }  # fmt: skip
-    blank = replace(_blank(study, method, "edge", sign, settings), direction=direction)
+    blank = replace(_blank(setup, method, "edge", sign, settings), direction=direction)
     of_nodes = found.scores.nan_to_num(0.0).abs().sum(1)
     scored = replace(blank, edge_scores=found.scores, node_scores=of_nodes, examples=found.examples)
     return scored.top(0.1 if n_edges is None else n_edges, absolute=absolute)
 
 
-def _by_pruning(study: Study, threshold: float, how: str, progress: bool, resume: Path | None) -> Circuit:
-    kept, scores = prune_edges(study, threshold, how, progress=progress, resume=resume)
+def _by_pruning(setup: Setup, threshold: float, how: str, progress: bool, resume: Path | None) -> Circuit:
+    kept, scores = prune_edges(setup, threshold, how, progress=progress, resume=resume)
     sign = "noising: positive where leaving the edge out lowered the metric, as a share of clean minus corrupted"
-    blank = _blank(study, "acdc", "edge", sign, {"ablation": how})
+    blank = _blank(setup, "acdc", "edge", sign, {"ablation": how})
     of_nodes = scores.nan_to_num(0.0).abs().sum(1)
-    scored = replace(blank, edge_scores=scores.masked_fill(~study.graph.exists, torch.nan), node_scores=of_nodes)
-    return scored.with_edges(study.graph.pruned(kept), {"kind": "acdc", "value": threshold})
+    scored = replace(blank, edge_scores=scores.masked_fill(~setup.graph.exists, torch.nan), node_scores=of_nodes)
+    return scored.with_edges(setup.graph.pruned(kept), {"kind": "acdc", "value": threshold})
 
 
-def _by_ablation(study: Study, how: str, fraction: float, absolute: bool, progress: bool) -> Circuit:
-    effects = ablation_effects(study, how, progress)
-    graph = study.graph
+def _by_ablation(setup: Setup, how: str, fraction: float, absolute: bool, progress: bool) -> Circuit:
+    effects = ablation_effects(setup, how, progress)
+    graph = setup.graph
     places = [graph.sender_index[name] for name in graph.head_names]
-    span = study.clean.mean() - study.corrupted.mean()
-    examples = torch.full((len(study.task), len(graph.senders)), torch.nan, dtype=torch.float64)
+    span = setup.clean.mean() - setup.corrupted.mean()
+    examples = torch.full((len(setup.task), len(graph.senders)), torch.nan, dtype=torch.float64)
     examples[:, places] = -effects.T / span
     scores = examples.mean(0)
-    blank = _blank(study, "ablation", "node", _SIGN, {"ablation": how})
+    blank = _blank(setup, "ablation", "node", _SIGN, {"ablation": how})
     chosen = _best(scores, math.ceil(fraction * len(places)), absolute)
     return replace(
         blank, node_scores=scores, senders_in=chosen, examples=examples,
@@ -184,21 +184,21 @@ def _by_ablation(study: Study, how: str, fraction: float, absolute: bool, progre
 
 
 def _by_paths(
-    study: Study, stages: Sequence[Stage], fraction: float, freeze_mlps: bool, absolute: bool, progress: bool,
+    setup: Setup, stages: Sequence[Stage], fraction: float, freeze_mlps: bool, absolute: bool, progress: bool,
     default: bool,
 ) -> Circuit:  # fmt: skip
     if not stages:
         raise InterventionError("there is no stage", hint='stages=[Stage("logits", "end"), Stage("q", "end")]')
-    graph = study.graph
-    circuit = _blank(study, "path_patching", "node", _SIGN, {"freeze_mlps": freeze_mlps})
+    graph = setup.graph
+    circuit = _blank(setup, "path_patching", "node", _SIGN, {"freeze_mlps": freeze_mlps})
     edges_in, edge_scores = circuit.edges_in.clone(), circuit.edge_scores.clone()
     inside = circuit.senders_in.clone()
     done: list[dict[str, Any]] = []
     examples: list[Tensor] = []
-    span = study.corrupted.mean() - study.clean.mean()
+    span = setup.corrupted.mean() - setup.clean.mean()
     before: tuple[str, ...] = ()
     for number, stage in enumerate(stages):
-        receivers = _receivers(study, stage, before)
+        receivers = _receivers(setup, stage, before)
         if stage.before not in ("any", "all"):
             raise InterventionError(f'senders come before "any" or "all" of the receivers, not {stage.before!r}')
         read = graph.exists[:, [graph.receiver_index[name] for name in receivers]]
@@ -215,9 +215,9 @@ def _by_paths(
                 hint="fewer stages, a smaller fraction" + (', or Stage(before="any")' if stage.before == "all" else ""),
             )
         paths = Paths(receivers, tuple((n,) for n in senders), stage.positions, freeze_mlps)
-        values = run_paths(study, paths, progress, stage.name or f"stage {number + 1}")
-        each = torch.full((len(study.task), len(graph.senders)), torch.nan, dtype=torch.float64)
-        each[:, [graph.sender_index[n] for n in senders]] = ((values - study.clean) / span).T
+        values = run_paths(setup, paths, progress, stage.name or f"stage {number + 1}")
+        each = torch.full((len(setup.task), len(graph.senders)), torch.nan, dtype=torch.float64)
+        each[:, [graph.sender_index[n] for n in senders]] = ((values - setup.clean) / span).T
         importance = each.mean(0)
         chosen = _best(importance, math.ceil(fraction * len(names)), absolute)
         for receiver in receivers:
@@ -243,9 +243,9 @@ def _by_paths(
     )  # fmt: skip
 
 
-def _receivers(study: Study, stage: Stage, before: tuple[str, ...]) -> tuple[str, ...]:
+def _receivers(setup: Setup, stage: Stage, before: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the receivers of a stage."""
-    graph = study.graph
+    graph = setup.graph
     if stage.receivers == "logits":
         return ("logits",)
     if isinstance(stage.receivers, str) and set(stage.receivers) <= set("qkv"):

@@ -135,11 +135,13 @@ def _graph(cfg: Part, n_told: int) -> Graph:
     groups = heads if given is None else given.integer(1, heads)
     if heads % groups:
         raise FormatError(f"{cfg.place} has {heads} heads, no multiple of its {groups} key and value heads")
-    # A file tells of every edge, of which there are more than half the square of the nodes, so that no graph is made that
-    # takes much more memory than its file.
+    # A file tells of every edge, of which there are more than half the square of the nodes: no graph is made that takes
+    # much more memory than its file.
     n_nodes = n_layers * (heads + 1)
     if n_nodes > _FEW and n_nodes**2 > 4 * n_told:
-        raise FormatError(f"{cfg.place} is of {n_layers:,} layers of {heads:,} heads, the file tells of {n_told:,} parts")
+        raise FormatError(
+            f"{cfg.place} is of {n_layers:,} layers of {heads:,} heads, the file tells of {n_told:,} parts"
+        )
     layer = Layer(heads, groups, True, parallel is not None and parallel.flag())
     return Graph((layer,) * n_layers, cfg["d_model"].integer(1, _MOST**2))
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.cross import cross_faithfulness
+from workbench.analysis.circuits.cross_faithfulness import cross_faithfulness
 from workbench.analysis.circuits.model.names import head_of
-from workbench.analysis.statistics.bootstrap import draws
-from workbench.analysis.statistics.set_overlap import jaccard, rank_biased, weighted_jaccard
+from workbench.analysis.statistics.intervals import draws, percentiles
+from workbench.analysis.statistics.overlap import jaccard, rank_biased, weighted_jaccard
 from workbench.errors import InterventionError
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -83,7 +83,7 @@ class CircuitOverlap(Result):
         rows: list[tuple[str, str, float, float, float]] = []
         for name, value in self.values.items():
             rows.append(("overlap", name, value, *self.intervals.get(name, (nan, nan))))
-        low, high = torch.quantile(self.null, torch.tensor([0.025, 0.975], dtype=self.null.dtype)).tolist()
+        low, high = map(float, percentiles(self.null))
         rows.append(("chance", "jaccard", self.expected, low, high))
         for stage in self.stages:
             rows.append(("stage", stage["name"], stage["jaccard"], *stage.get("interval", (nan, nan))))
@@ -280,9 +280,8 @@ def _quantiles(drawn: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
     """The middle 95 % of each column."""
     if not drawn or not drawn[0]:
         return []
-    table = torch.tensor(drawn, dtype=torch.float64)
-    low, high = torch.quantile(table, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
-    return list(zip(low, high, strict=True))
+    low, high = percentiles(torch.tensor(drawn, dtype=torch.float64))
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def _stages(a: Circuit, b: Circuit) -> list[dict[str, Any]]:

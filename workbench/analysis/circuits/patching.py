@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.analysis.circuits.engine.ablation import ABLATIONS
 from workbench.analysis.circuits.engine.edges import run_nodes
 from workbench.analysis.circuits.engine.prompts import Pair, Where
+from workbench.analysis.circuits.engine.setup import DENOISING, NOISING, Setup, open_setup
 from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
-from workbench.analysis.circuits.engine.study import DENOISING, NOISING, Study, open_study
 from workbench.analysis.circuits.model.names import label
 from workbench.errors import InterventionError, nearest
+from workbench.session.ablations import find_ablation
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
@@ -120,26 +120,26 @@ def patch_heads(
         raise InterventionError(f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS))
     if direction not in (NOISING, DENOISING):
         raise InterventionError(f'the direction is "noising" or "denoising", not {direction!r}')
-    with open_study(wb, task, metric, batch_size=batch_size, memory=memory) as study:
-        study.measure_baselines()
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+        setup.measure_baselines()
         if activation == "pattern":
-            heads = _heads(study, "z")
+            heads = _heads(setup, "z")
             where: list[Where] = [positions]  # type: ignore[list-item]
             if by_position:
-                where = _places(study, positions)
-            effects = _pattern_effects(study, heads, where, direction, progress)
+                where = _places(setup, positions)
+            effects = _pattern_effects(setup, heads, where, direction, progress)
         else:
-            heads = _heads(study, activation)
-            where = _places(study, positions) if by_position else [positions]  # type: ignore[list-item]
-            effects = _effects(study, heads, activation, where, direction, progress)
+            heads = _heads(setup, activation)
+            where = _places(setup, positions) if by_position else [positions]  # type: ignore[list-item]
+            effects = _effects(setup, heads, activation, where, direction, progress)
         start = "prompt's into the twin's run" if direction == DENOISING else "twin's into the prompt's run"
         return HeadPatching(
-            heads=tuple(name for *_, name in heads), layers=tuple(study.graph.blocks[i] for i, *_ in heads),
+            heads=tuple(name for *_, name in heads), layers=tuple(setup.graph.blocks[i] for i, *_ in heads),
             numbers=tuple(n for _, n, _ in heads), activation=activation,
             places=tuple("all" if place is None else str(place) for place in where), direction=direction,
             sign=f"{direction}: the {start}; a positive score means that the clean activation helps the task",
-            task=task.name, metric=study.metric.name, effects=effects, clean=study.clean, corrupted=study.corrupted,
-            provenance=study.provenance(),
+            task=task.name, metric=setup.metric.name, effects=effects, clean=setup.clean, corrupted=setup.corrupted,
+            provenance=setup.provenance(),
         )  # fmt: skip
 
 
@@ -152,53 +152,52 @@ def ablate_heads(
     Raises:
         TaskError, InterventionError, AttachError: as `patch_heads`.
     """
-    with open_study(wb, task, metric, batch_size=batch_size, memory=memory) as study:
-        study.measure_baselines()
-        effects = ablation_effects(study, how, progress)
-        heads = _heads(study, "z")
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+        setup.measure_baselines()
+        effects = ablation_effects(setup, how, progress)
+        heads = _heads(setup, "z")
         return HeadPatching(
-            heads=tuple(name for *_, name in heads), layers=tuple(study.graph.blocks[i] for i, *_ in heads),
+            heads=tuple(name for *_, name in heads), layers=tuple(setup.graph.blocks[i] for i, *_ in heads),
             numbers=tuple(n for _, n, _ in heads), activation=f"{how} ablation", places=("all",), direction=NOISING,
             sign="noising: the head's output is replaced; a positive score means that the head helps the task",
-            task=task.name, metric=study.metric.name, effects=effects[:, None], clean=study.clean,
-            corrupted=study.corrupted, provenance=study.provenance(),
+            task=task.name, metric=setup.metric.name, effects=effects[:, None], clean=setup.clean,
+            corrupted=setup.corrupted, provenance=setup.provenance(),
         )  # fmt: skip
 
 
-def ablation_effects(study: Study, how: str, progress: bool = True) -> Tensor:
+def ablation_effects(setup: Setup, how: str, progress: bool = True) -> Tensor:
     """[head, example] of the metric with each head ablated, minus without."""
-    if how not in ABLATIONS:
-        raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), ABLATIONS))
-    graph = study.graph
+    find_ablation(how, twins=True)
+    graph = setup.graph
     kept = torch.ones(len(graph.head_names), len(graph.senders), dtype=torch.bool)
     for row, name in enumerate(graph.head_names):
         kept[row, graph.sender_index[name]] = False
-    return run_nodes(study, kept, how, progress, "ablating heads") - study.clean
+    return run_nodes(setup, kept, how, progress, "ablating heads") - setup.clean
 
 
-def _heads(study: Study, activation: str) -> list[tuple[int, int, str]]:
+def _heads(setup: Setup, activation: str) -> list[tuple[int, int, str]]:
     """(layer, number, label) of what has such an activation, by layer."""
-    graph, part = study.graph, activation if activation in "kv" else "q"
+    graph, part = setup.graph, activation if activation in "kv" else "q"
     names = [graph.receivers[column] for i in range(len(graph.layers)) for column in graph.columns(i, part)]
     return [(graph.receiver_spot(n).layer, graph.receiver_spot(n).number, label(n.partition("<")[0])) for n in names]
 
 
-def _stream(study: Study, what: str, i: int) -> int:
+def _stream(setup: Setup, what: str, i: int) -> int:
     """The stream whose positions z, q, k or v of a layer has."""
-    own = study.graph.stream_of(i)
-    return own - 1 if what in "kv" and study.graph.layers[i].kind == "cross" else own
+    own = setup.graph.stream_of(i)
+    return own - 1 if what in "kv" and setup.graph.layers[i].kind == "cross" else own
 
 
-def _indices(study: Study, pair: Pair, what: str, i: int, where: list[Where]) -> list[Tensor | None]:
+def _indices(setup: Setup, pair: Pair, what: str, i: int, where: list[Where]) -> list[Tensor | None]:
     """[batch, n] positions of each place for heads of layer i; empty where a decoder has no such place."""
-    stream = _stream(study, what, i)
+    stream = _stream(setup, what, i)
     found: list[Tensor | None] = []
     for place in where:
         names = {place} if isinstance(place, (str, int)) else set(place or ())
         if stream and any(isinstance(name, str) and name != "end" for name in names):
             found.append(torch.empty(pair.size, 0, dtype=torch.long))
         else:
-            found.append(study.positions(pair, place, stream))
+            found.append(setup.positions(pair, place, stream))
     return found
 
 
@@ -206,14 +205,14 @@ def _unless_absent(values: Tensor, index: Tensor | None) -> Tensor:
     return values if index is None or index.shape[1] else torch.full_like(values, torch.nan)
 
 
-def _places(study: Study, positions: Any) -> list[Where]:
+def _places(setup: Setup, positions: Any) -> list[Where]:
     if positions is not None:
         return [positions] if isinstance(positions, (str, int)) else list(positions)
-    if len(study.graph.streams) > 1:
+    if len(setup.graph.streams) > 1:
         raise InterventionError(
             "an encoder and a decoder have positions of their own", hint='name them: positions=["S2", "end"]'
         )
-    lengths = {int(n) for pair in study.pairs for n in pair.last.tolist()}
+    lengths = {int(n) for pair in setup.pairs for n in pair.last.tolist()}
     if len(lengths) != 1:
         raise InterventionError(
             f"prompts of {min(lengths) + 1} to {max(lengths) + 1} tokens have no common positions",
@@ -223,45 +222,45 @@ def _places(study: Study, positions: Any) -> list[Where]:
 
 
 def _effects(
-    study: Study, heads: list[tuple[int, int, str]], what: str, where: list[Where], direction: str, progress: bool
+    setup: Setup, heads: list[tuple[int, int, str]], what: str, where: list[Where], direction: str, progress: bool
 ) -> Tensor:
     """[head, place, example] of z, q, k or v."""
-    effects = torch.zeros(len(heads), len(where), len(study.task), dtype=torch.float64)
-    bar = tqdm(total=len(study.pairs) * len(heads) * len(where), disable=not progress, desc=f"patching {what}")
+    effects = torch.zeros(len(heads), len(where), len(setup.task), dtype=torch.float64)
+    bar = tqdm(total=len(setup.pairs) * len(heads) * len(where), disable=not progress, desc=f"patching {what}")
     variants = [(h, w) for h in range(len(heads)) for w in range(len(where))]
     layers = [heads[h][0] for h, _ in variants]
     with torch.no_grad():
-        for pair in study.pairs:
-            run, source, from_logits, clean_logits = _two_runs(study, pair, what, direction)
-            base = study.measure(from_logits, pair, clean_logits)[0]
-            most = study.most(pair, parts=24)
+        for pair in setup.pairs:
+            run, source, from_logits, clean_logits = _two_runs(setup, pair, what, direction)
+            base = setup.measure(from_logits, pair, clean_logits)[0]
+            most = setup.most(pair, tensors=24)
             for i in sorted(set(layers)):
-                index = _indices(study, pair, what, i, where)
+                index = _indices(setup, pair, what, i, where)
                 group = [n for n, layer in enumerate(layers) if layer == i]
                 for first in range(0, len(group), most):
                     chunk = group[first : first + most]
                     chosen = [(heads[variants[n][0]][1], index[variants[n][1]]) for n in chunk]
                     hook = _replacing(source[what, i], chosen, pair.size)
-                    out = study.stream.run(run, pair.last, {(what, i): [hook]}, times=len(chunk), start=i)
-                    values = study.measure(out, pair, clean_logits, len(chunk)) - base
+                    out = setup.stream.run(run, pair.last, {(what, i): [hook]}, times=len(chunk), start=i)
+                    values = setup.measure(out, pair, clean_logits, len(chunk)) - base
                     for row, n in enumerate(chunk):
                         h, w = variants[n]
-                        effects[h, w, study.rows(pair)] = _unless_absent(values[row], index[w])
+                        effects[h, w, setup.rows(pair)] = _unless_absent(values[row], index[w])
                     bar.update(len(chunk))
     bar.close()
     return effects
 
 
-def _two_runs(study: Study, pair: Pair, what: str, direction: str) -> tuple[Any, Kept, Tensor, Tensor]:
+def _two_runs(setup: Setup, pair: Pair, what: str, direction: str) -> tuple[Any, Kept, Tensor, Tensor]:
     """The batch that is run, the activations that are put in, and the logits of that batch and of the prompts."""
     into, out_of = (pair.clean, pair.twin) if direction == NOISING else (pair.twin, pair.clean)
     kept = Kept()
     hooks: dict[Key, list[Hook]] = {}
     if what in "qkv":
-        hooks = {(what, i): [kept.keep((what, i))] for i in range(len(study.graph.layers))}
-    source_logits, source = study.stream.record(out_of, pair.last, hooks, resume=False)
+        hooks = {(what, i): [kept.keep((what, i))] for i in range(len(setup.graph.layers))}
+    source_logits, source = setup.stream.record(out_of, pair.last, hooks, resume=False)
     source.tensors.update(kept.tensors)
-    base_logits, _ = study.stream.record(into, pair.last)
+    base_logits, _ = setup.stream.record(into, pair.last)
     return into, source, base_logits, base_logits if direction == NOISING else source_logits
 
 
@@ -282,34 +281,34 @@ def _replacing(new: Tensor, chosen: list[tuple[int, Tensor | None]], size: int) 
 
 
 def _pattern_effects(
-    study: Study, heads: list[tuple[int, int, str]], where: list[Where], direction: str, progress: bool
+    setup: Setup, heads: list[tuple[int, int, str]], where: list[Where], direction: str, progress: bool
 ) -> Tensor:
-    """[head, place, example]: z made of the other run's pattern and this run's values stands in for the head's own."""
-    wb = study.wb
-    effects = torch.zeros(len(heads), len(where), len(study.task), dtype=torch.float64)
+    """[head, place, example]: the head's z is replaced by that of the other run's pattern and this run's values."""
+    wb = setup.wb
+    effects = torch.zeros(len(heads), len(where), len(setup.task), dtype=torch.float64)
     with torch.no_grad():
-        for pair in tqdm(study.pairs, disable=not progress, desc="patching patterns"):
-            run, _, from_logits, clean_logits = _two_runs(study, pair, "z", direction)
-            base = study.measure(from_logits, pair, clean_logits)[0]
+        for pair in tqdm(setup.pairs, disable=not progress, desc="patching patterns"):
+            run, _, from_logits, clean_logits = _two_runs(setup, pair, "z", direction)
+            base = setup.measure(from_logits, pair, clean_logits)[0]
             out_of = pair.twin if direction == NOISING else pair.clean
             with wb.capture(statistics=(), pattern=True, queries_keys=False) as patterns:
-                wb.model(**out_of, **study.stream.extra)
+                wb.model(**out_of, **setup.stream.extra)
             with wb.capture(statistics=(), values=True) as own:
-                wb.model(**run, **study.stream.extra)
-            most = study.most(pair, parts=24)
+                wb.model(**run, **setup.stream.extra)
+            most = setup.most(pair, tensors=24)
             for i in sorted({i for i, *_ in heads}):
-                site = study.stream.anatomy.layers[i].site.name
+                site = setup.stream.anatomy.layers[i].site.name
                 weights, values = patterns[site].pattern.dense(), own[site].pattern.values
                 if values is None:
                     raise InterventionError("the values of this attention are not seen", site=site)
                 each = values.repeat_interleave(weights.shape[1] // values.shape[1], dim=1).to(weights.dtype)
-                z, index = (weights @ each).transpose(1, 2), _indices(study, pair, "z", i, where)
+                z, index = (weights @ each).transpose(1, 2), _indices(setup, pair, "z", i, where)
                 group = [(h, w) for h, head in enumerate(heads) if head[0] == i for w in range(len(where))]
                 for first in range(0, len(group), most):
                     chunk = group[first : first + most]
                     hook = _replacing(z, [(heads[h][1], index[w]) for h, w in chunk], pair.size)
-                    out = study.stream.run(run, pair.last, {("z", i): [hook]}, times=len(chunk), start=i)
-                    found = study.measure(out, pair, clean_logits, len(chunk)) - base
+                    out = setup.stream.run(run, pair.last, {("z", i): [hook]}, times=len(chunk), start=i)
+                    found = setup.measure(out, pair, clean_logits, len(chunk)) - base
                     for row, (h, w) in enumerate(chunk):
-                        effects[h, w, study.rows(pair)] = _unless_absent(found[row], index[w])
+                        effects[h, w, setup.rows(pair)] = _unless_absent(found[row], index[w])
     return effects

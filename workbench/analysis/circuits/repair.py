@@ -12,15 +12,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench.analysis.circuits.engine.prompts import Pair
-from workbench.analysis.circuits.engine.study import Study, open_study
+from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.names import label
-from workbench.analysis.statistics.bootstrap import interval
+from workbench.analysis.statistics.intervals import mean_intervals
 from workbench.errors import InterventionError
+from workbench.metrics import accuracy
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
-from workbench.tasks.metrics import correct
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,8 +120,8 @@ def repair(
         raise InterventionError(
             f"task {task.name} has no known positions to look at", hint="towards=[names of positions]"
         )
-    with open_study(wb, task, batch_size=batch_size) as study:
-        graph = study.graph
+    with open_setup(wb, task, batch_size=batch_size) as setup:
+        graph = setup.graph
         chosen = [graph.head_name(head) for head in heads]
         if not chosen:
             raise InterventionError("no head was chosen")
@@ -131,21 +131,21 @@ def repair(
         plans = [(), tuple(chosen), *((name,) for name in chosen), *draws]
         right = torch.zeros(len(plans), len(task), dtype=torch.float64)
         attention = torch.zeros(2, len(moving), 2, len(task), dtype=torch.float64)
-        bar = tqdm(total=len(plans) * len(study.pairs), disable=not progress, desc="repair")
-        for pair in study.pairs:
-            weights, answer = _target(study, pair, towards, but)
+        bar = tqdm(total=len(plans) * len(setup.pairs), disable=not progress, desc="repair")
+        for pair in setup.pairs:
+            weights, answer = _target(setup, pair, towards, but)
             for number, plan in enumerate(plans):
-                right[number, study.rows(pair)] = _run(study, pair, plan, weights)
+                right[number, setup.rows(pair)] = _run(setup, pair, plan, weights)
                 bar.update()
             for after, plan in enumerate(plans[:2] if moving else ()):
-                attention[after, :, :, study.rows(pair)] = _attention(study, pair, plan, weights, answer, moving)
+                attention[after, :, :, setup.rows(pair)] = _attention(setup, pair, plan, weights, answer, moving)
         bar.close()
         n = len(chosen)
         return Repair(
             task=task.name, heads=tuple(map(label, chosen)), towards=tuple(towards), but=but or "", before=right[0],
             together=right[1], single=right[2 : 2 + n], random=right[2 + n :],
             random_heads=tuple(tuple(map(label, draw)) for draw in draws), movers=tuple(map(label, moving)),
-            attention_before=attention[0], attention_after=attention[1], provenance=study.provenance() | {"seed": seed},
+            attention_before=attention[0], attention_after=attention[1], provenance=setup.provenance() | {"seed": seed},
         )  # fmt: skip
 
 
@@ -175,14 +175,14 @@ def _draws(graph: Graph, taken: Sequence[str], size: int, n: int, seed: int) -> 
     ]
 
 
-def _target(study: Study, pair: Pair, towards: Sequence[str], but: str | None) -> tuple[Tensor, Tensor]:
+def _target(setup: Setup, pair: Pair, towards: Sequence[str], but: str | None) -> tuple[Tensor, Tensor]:
     """[example, key] weights of the new row, and [example] the position of the answer (the last one if unknown)."""
-    index = study.positions(pair, towards, 0)
-    answer = study.positions(pair, "end" if but is None else but, 0)
+    index = setup.positions(pair, towards, 0)
+    answer = setup.positions(pair, "end" if but is None else but, 0)
     assert index is not None
     assert answer is not None
     answer = answer.view(pair.size)
-    weights = torch.zeros(pair.size, study.length(pair, 0), device=index.device).scatter(1, index, 1.0)
+    weights = torch.zeros(pair.size, setup.length(pair, 0), device=index.device).scatter(1, index, 1.0)
     if but is not None:
         weights.scatter_(1, answer[:, None], 0.0)
     if bool((weights.sum(1) == 0).any()):
@@ -201,39 +201,39 @@ def last_row_on(weights: Tensor) -> Callable[[Tensor, Any, int], Tensor]:
     return edit
 
 
-def _edited(study: Study, stack: ExitStack, pair: Pair, plan: Sequence[str], weights: Tensor) -> None:
+def _edited(setup: Setup, stack: ExitStack, pair: Pair, plan: Sequence[str], weights: Tensor) -> None:
     if plan:
         queries = pair.last[:, None]
-        spots = [study.graph.sender(name) for name in plan]
-        heads = [(study.stream.anatomy.layers[spot.layer].site, spot.number) for spot in spots]
-        stack.enter_context(study.wb.edit_pattern(heads, last_row_on(weights), queries=queries))
+        spots = [setup.graph.sender(name) for name in plan]
+        heads = [(setup.stream.anatomy.layers[spot.layer].site, spot.number) for spot in spots]
+        stack.enter_context(setup.wb.edit_pattern(heads, last_row_on(weights), queries=queries))
 
 
-def _run(study: Study, pair: Pair, plan: Sequence[str], weights: Tensor) -> Tensor:
+def _run(setup: Setup, pair: Pair, plan: Sequence[str], weights: Tensor) -> Tensor:
     """[example] 1 where the model is right with the heads of the plan edited."""
     with torch.no_grad(), ExitStack() as stack:
-        _edited(study, stack, pair, plan, weights)
-        return correct(study.wb.model(**pair.clean, **study.stream.extra), pair.clean).double()
+        _edited(setup, stack, pair, plan, weights)
+        return accuracy(setup.wb.model(**pair.clean, **setup.stream.extra), pair.clean).double()
 
 
 def _attention(
-    study: Study, pair: Pair, plan: Sequence[str], weights: Tensor, answer: Tensor, movers: Sequence[str]
+    setup: Setup, pair: Pair, plan: Sequence[str], weights: Tensor, answer: Tensor, movers: Sequence[str]
 ) -> Tensor:
     """[mover, 2, example] of the last token's attention to the answer and to the edited positions."""
     rows = torch.arange(pair.size, device=answer.device)
     with torch.no_grad(), ExitStack() as stack:
-        _edited(study, stack, pair, plan, weights)
-        cap = stack.enter_context(study.wb.capture(statistics=()))
-        study.wb.model(**pair.clean, **study.stream.extra)
+        _edited(setup, stack, pair, plan, weights)
+        cap = stack.enter_context(setup.wb.capture(statistics=()))
+        setup.wb.model(**pair.clean, **setup.stream.extra)
     found = []
     for name in movers:
-        spot = study.graph.sender(name)
-        pattern = cap[study.stream.anatomy.layers[spot.layer].site.name].pattern
+        spot = setup.graph.sender(name)
+        pattern = cap[setup.stream.anatomy.layers[spot.layer].site.name].pattern
         row = pattern.dense(heads=[spot.number])[:, 0][rows, pair.last]
         found.append(torch.stack([row[rows, answer], (row * (weights > 0)).sum(1)]))
     return torch.stack(found).double().cpu()
 
 
 def _mean(values: Tensor) -> tuple[float, float, float]:
-    low, high = interval(lambda index: float(values[index].mean()), len(values))
+    low, high = mean_intervals(values[:, None])[0].tolist()
     return float(values.mean()), low, high

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.engine.prompts import Pair
-from workbench.analysis.circuits.engine.study import Study, open_study
+from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.model.names import label
 from workbench.errors import TaskError
 from workbench.session.workbench import Workbench
@@ -108,15 +108,15 @@ def head_roles(
         raise TaskError(
             f"there is no place {sorted(unknown)[0]!r}", hint="places are answer, wrong, repeated, question"
         )
-    with open_study(wb, task, batch_size=batch_size) as study:
-        graph = study.graph
+    with open_setup(wb, task, batch_size=batch_size) as setup:
+        graph = setup.graph
         if isinstance(heads, Circuit):
             heads.check_model(graph)
             heads = heads.heads
         names = list(graph.head_names if heads is None else map(graph.head_name, heads))
         found: dict[str, list[Tensor]] = {}
-        for pair in tqdm(study.pairs, disable=not progress, desc="roles"):
-            for key, value in {**_attention(study, pair, known), **_written(study, pair)}.items():
+        for pair in tqdm(setup.pairs, disable=not progress, desc="roles"):
+            for key, value in {**_attention(setup, pair, known), **_written(setup, pair)}.items():
                 found.setdefault(key, []).append(value)
         each = {key: torch.cat(values) for key, values in found.items()}  # [example, head]
         places_of = torch.tensor([graph.head_names.index(name) for name in names])
@@ -130,26 +130,26 @@ def head_roles(
         roles = tuple(_roles(evidence, errors, i, threshold) for i in range(len(names)))
         return HeadRoles(
             heads=tuple(label(name) for name in names), roles=roles, evidence=evidence, errors=errors,
-            threshold=threshold, task=task.name, provenance=study.provenance(),
+            threshold=threshold, task=task.name, provenance=setup.provenance(),
         )  # fmt: skip
 
 
-def _attention(study: Study, pair: Pair, places: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+def _attention(setup: Setup, pair: Pair, places: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
     """[example, head] of mean attention, NaN where an example has no such query, or a head cannot see the place."""
-    wb, graph = study.wb, study.graph
+    wb, graph = setup.wb, setup.graph
     with torch.no_grad(), wb.capture(statistics=(), queries_keys=True) as cap:
-        wb.model(**pair.clean, **study.stream.extra)
+        wb.model(**pair.clean, **setup.stream.extra)
     rows = torch.arange(pair.size, device=pair.last.device)
-    at = {key: study.positions(pair, names, 0) for key, names in places.items()}
+    at = {key: setup.positions(pair, names, 0) for key, names in places.items()}
     found: dict[str, list[Tensor]] = {}
-    for i, layer in enumerate(study.stream.anatomy.layers):
+    for i, layer in enumerate(setup.stream.anatomy.layers):
         stream, cross = graph.stream_of(i), graph.layers[i].kind == "cross"
         weights = cap[layer.site.name].pattern.dense()
         absent = weights.new_full(weights.shape[:2], torch.nan).double().cpu()
-        for name, keys in _looked_for(study, pair, stream, cross).items():
+        for name, keys in _looked_for(setup, pair, stream, cross).items():
             seen = absent if keys is None else _mean((weights * keys[:, None]).sum(-1), keys.any(-1))
             found.setdefault(name, []).append(seen)
-        end = study.positions(pair, "end", stream)
+        end = setup.positions(pair, "end", stream)
         assert end is not None
         last = weights[rows, :, end[:, 0]]  # [example, head, key]
         for name, index in at.items():
@@ -160,11 +160,11 @@ def _attention(study: Study, pair: Pair, places: Mapping[str, tuple[str, ...]]) 
     return {name: torch.cat(values, dim=1) for name, values in found.items()}
 
 
-def _looked_for(study: Study, pair: Pair, stream: int, cross: bool) -> dict[str, Tensor | None]:
+def _looked_for(setup: Setup, pair: Pair, stream: int, cross: bool) -> dict[str, Tensor | None]:
     """[example, query, key] bool by role: which keys make it; None where a layer has no such keys."""
     ids = pair.clean.get("decoder_input_ids" if stream else "input_ids")
-    length = study.length(pair, stream)
-    causal = len(study.graph.streams) == 1 or stream > 0
+    length = setup.length(pair, stream)
+    causal = len(setup.graph.streams) == 1 or stream > 0
     real = pair.mask(stream, length).bool()
     if cross:
         return dict.fromkeys(("previous", "duplicate", "induction"))
@@ -187,23 +187,23 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
     return (kept.sum(-1) / where.sum(-1).double()[:, None]).cpu()
 
 
-def _written(study: Study, pair: Pair) -> dict[str, Tensor]:
+def _written(setup: Setup, pair: Pair) -> dict[str, Tensor]:
     """[example, head]: logits at the end with what the head writes there, minus without it."""
     rows = torch.arange(pair.size, device=pair.last.device)
     found: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        _, clean = study.stream.record(pair.clean, pair.last)
-        final = clean[study.stream.end][rows, pair.last]
-        base = _answers(study.stream.unembed(final), pair, 1)
-        for i, layer in enumerate(study.stream.anatomy.layers):
-            if study.graph.stream_of(i) != study.stream.end[1]:
+        _, clean = setup.stream.record(pair.clean, pair.last)
+        final = clean[setup.stream.end][rows, pair.last]
+        base = _answers(setup.stream.unembed(final), pair, 1)
+        for i, layer in enumerate(setup.stream.anatomy.layers):
+            if setup.graph.stream_of(i) != setup.stream.end[1]:
                 nothing = base["logit_diff"].new_full((pair.size, layer.n_heads), torch.nan).double().cpu()
                 for name in base:
                     found.setdefault(name, []).append(nothing)
                 continue
             z = clean["z", i][rows, pair.last]
             written = torch.einsum("bhw,hwd->hbd", z, layer.w_o.to(z.dtype))
-            without = _answers(study.stream.unembed((final - written).flatten(0, 1)), pair, layer.n_heads)
+            without = _answers(setup.stream.unembed((final - written).flatten(0, 1)), pair, layer.n_heads)
             for name, value in without.items():
                 found.setdefault(name, []).append((base[name] - value).T.double().cpu())
     return {name: torch.cat(values, dim=1) for name, values in found.items()}

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.statistics.bootstrap import draws
+from workbench.analysis.statistics.correlation import rank_auroc
+from workbench.analysis.statistics.intervals import draws
+from workbench.analysis.statistics.overlap import jaccard
 from workbench.errors import InterventionError
 from workbench.storage.result import Result
 
@@ -78,8 +80,7 @@ def circuit_stability(
         again = circuit.redrawn(index)
         inside = again.edges_in[exists] if edges else again.senders_in
         count += inside
-        union = int((inside | own).sum())
-        overlaps.append(int((inside & own).sum()) / union if union else 1.0)
+        overlaps.append(jaccard(inside, own))
     return Stability(
         circuit=repr(circuit), level=circuit.level, items=tuple(names), frequency=count / n_bootstrap, inside=own,
         jaccard=torch.tensor(overlaps, dtype=torch.float64), unit="prompts" if groups is None else "groups",
@@ -115,19 +116,3 @@ def auroc(circuit: Circuit, reference: Circuit | Iterable[Any], *, absolute: boo
                 real[graph.sender_index[name]] = True
     known = ~scores.isnan()
     return rank_auroc(scores[known].abs() if absolute else scores[known], real[known])
-
-
-def rank_auroc(scores: Tensor, real: Tensor) -> float:
-    """Probability that a real item has a higher score than another one; ties count half.
-
-    >>> rank_auroc(torch.tensor([3.0, 2.0, 2.0, 1.0]), torch.tensor([True, True, False, False]))
-    0.875
-    """
-    positive, negative = scores[real], scores[~real]
-    if not len(positive) or not len(negative):
-        raise InterventionError(
-            f"the reference holds {len(positive)} of {len(scores)} scored items; some must be in and some out"
-        )
-    order = torch.searchsorted(negative.sort().values, positive)
-    ties = torch.searchsorted(negative.sort().values, positive, right=True) - order
-    return float((order + ties / 2).double().mean() / len(negative))

@@ -17,8 +17,8 @@ from workbench.analysis.conditioning.geometry import DIMENSIONS, geometry
 from workbench.analysis.conditioning.memories import RULES
 from workbench.analysis.conditioning.pairs import SitePairs, collect
 from workbench.analysis.conditioning.probe import QUERIES, Plan, default_sizes, probe
-from workbench.analysis.importance.scores import HeadImportance
-from workbench.analysis.statistics.correlation import correlations, scores_of
+from workbench.analysis.conditioning.with_importance import correlations, scores_of
+from workbench.analysis.importance.result import HeadImportance
 from workbench.errors import CaptureError, WorkbenchError, nearest
 from workbench.storage.result import Result
 

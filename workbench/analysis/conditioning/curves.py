@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from workbench.analysis.statistics.intervals import draw_weights, percentiles
 from workbench.errors import WorkbenchError, nearest
 
 MEASURES = ("cosine", "relative_error", "top1", "snr_db")
@@ -102,12 +103,8 @@ def knees(
     """Curves and n* from sums [sum, head, ..., n, repeat]; intervals draw repeats anew, with replacement."""
     curves = measures(sums.sum(-1))
     n_star, censored = crossing(*_ordered(curves, sizes, measure, threshold))
-    generator = torch.Generator().manual_seed(seed)
     repeats = sums.shape[-1]
-    picked = torch.randint(repeats, (resamples, repeats), generator=generator)
-    weights = torch.zeros(resamples, repeats, dtype=torch.float64).scatter_add_(
-        1, picked, torch.ones(resamples, repeats, dtype=torch.float64)
-    )
+    weights = repeats * draw_weights(repeats, resamples, seed)  # of sums, not means
     lows: list[Tensor] = []
     highs: list[Tensor] = []
     n_lows: list[Tensor] = []
@@ -115,8 +112,8 @@ def knees(
     for head in range(sums.shape[1]):  # one at a time: all resamples of all heads at once would be large
         again = measures(torch.einsum("s...r,br->sb...", sums[:, head], weights))
         n, _ = crossing(*_ordered(again, sizes, measure, threshold))
-        low, high = _quantiles(again.movedim(1, 0))
-        n_low, n_high = _quantiles(n)
+        low, high = percentiles(again.movedim(1, 0))
+        n_low, n_high = percentiles(n)
         for kept, bound in ((lows, low), (highs, high), (n_lows, n_low), (n_highs, n_high)):
             kept.append(bound)
     return Knees(
@@ -129,10 +126,3 @@ def _ordered(
 ) -> tuple[Tensor, Sequence[int], float]:
     values, level = quality(curves, measure, threshold)
     return values, sizes, level
-
-
-def _quantiles(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """2.5 % and 97.5 % over the first axis."""
-    ordered = samples.sort(0).values
-    last = len(ordered) - 1
-    return ordered[int(0.025 * last)], ordered[last - int(0.025 * last)]

@@ -14,6 +14,7 @@ from workbench.analysis.conditioning.in_context import check_model, run_model, v
 from workbench.analysis.conditioning.memories import RULES
 from workbench.analysis.conditioning.schedules import Schedule, Trial, choose, run_rule
 from workbench.analysis.statistics.correlation import pearson
+from workbench.analysis.statistics.intervals import draw_weights, percentiles
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
 
@@ -186,16 +187,13 @@ def _summarise(
     provenance: dict[str, Any],
 ) -> Conditioning:
     repeats = next(iter(samples.values())).shape[2]
-    picked = torch.randint(repeats, (resamples, repeats), generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(resamples, repeats, dtype=torch.float64).scatter_add_(
-        1, picked, torch.full((resamples, repeats), 1 / repeats, dtype=torch.float64)
-    )
+    weights = draw_weights(repeats, resamples, seed)
     again = {name: torch.einsum("sgrt,br->bsgt", x, weights) for name, x in samples.items()}
     signs = {one.name: one.sign for one in chosen}
     means = {name: x.mean(2) for name, x in samples.items()}
     ends = torch.stack([signs[name] * (m[:, 0, -1] - m[:, 1, -1]) for name, m in means.items()])
     spread = torch.stack([signs[name] * (x[:, :, 0, -1] - x[:, :, 1, -1]) for name, x in again.items()], dim=1)
-    low, high = _bounds(spread)
+    low, high = percentiles(spread)
     tiny = (low > -_NONE) & (high < _NONE)
     effect = torch.where(tiny, 0, (low > 0).int() - (high < 0).int())
     correlation, agreement = {}, {}
@@ -204,10 +202,10 @@ def _summarise(
         flat = torch.cat([means[chosen[e].name].flatten(1) for e in spoken], dim=-1)  # [subject, all points]
         flat_again = torch.cat([again[chosen[e].name].flatten(2) for e in spoken], dim=-1)
         for s, rule in enumerate(subjects[:-1]):
-            r_low, r_high = _bounds(pearson(flat_again[:, s], flat_again[:, -1]))
-            correlation[rule] = (float(pearson(flat[s], flat[-1])), float(r_low), float(r_high))
+            r_low, r_high = percentiles(pearson(flat_again[:, s], flat_again[:, -1]).nan_to_num(0.0))
+            correlation[rule] = (float(pearson(flat[s], flat[-1]).nan_to_num(0.0)), float(r_low), float(r_high))
             agreement[rule] = float((effect[spoken, s] == effect[spoken, -1]).double().mean())
-    bounds = {name: _bounds(x) for name, x in again.items()}
+    bounds = {name: percentiles(x) for name, x in again.items()}
     return Conditioning(
         experiments=tuple(one.name for one in chosen),
         subjects=subjects,
@@ -225,9 +223,3 @@ def _summarise(
 
 def _words(trials: tuple[Trial, ...]) -> tuple[str, ...]:
     return tuple("".join(trial.cues) + trial.outcome for trial in trials)
-
-
-def _bounds(samples: Tensor) -> tuple[Tensor, Tensor]:
-    ordered = samples.sort(0).values
-    cut = int(0.025 * (len(ordered) - 1))
-    return ordered[cut], ordered[len(ordered) - 1 - cut]

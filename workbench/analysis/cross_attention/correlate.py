@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from workbench.analysis.saliency.normalising import standardised
+from workbench.analysis.statistics.correlation import correlation
 from workbench.errors import WorkbenchError
 
 NORMALISE = ("token", "all")
@@ -40,25 +41,3 @@ def correlate(a: Tensor, b: Tensor, *, normalise: str = "token", measure: str = 
         which = "first" if x is None else "second"
         raise WorkbenchError(f"the {which} map is constant: its correlation is undefined")
     return correlation(x, y, measure)
-
-
-def correlation(x: Tensor, y: Tensor, measure: str) -> float:
-    """Of two prepared maps [cell]."""
-    if measure == "spearman":
-        x, y = ranks(x), ranks(y)
-    elif measure != "pearson":
-        raise WorkbenchError(f'measure is "pearson" or "spearman", not {measure!r}')
-    x, y = x - x.mean(), y - y.mean()
-    return float(((x @ y) / (x.norm() * y.norm())).clamp(-1, 1))
-
-
-def ranks(x: Tensor) -> Tensor:
-    """Ranks of [cell], from 0; equal numbers share their mean rank. Takes n log n, unlike comparing all pairs.
-
-    >>> import torch
-    >>> ranks(torch.tensor([3.0, 1.0, 3.0])).tolist()
-    [1.5, 0.0, 1.5]
-    """
-    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() + 1) / 2)[inverse]

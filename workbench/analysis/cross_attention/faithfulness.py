@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.saliency.reading import Reading, decode, grid_of, special_ids
+from workbench.analysis.saliency.decoding import decode, special_ids
+from workbench.analysis.saliency.explained_input import ExplainedInput, grid_of
 from workbench.analysis.saliency.segments import patches
 from workbench.errors import WorkbenchError
 
@@ -17,7 +18,7 @@ _WORD = re.compile(r"[^\w\s']")
 
 
 def curves(
-    reading: Reading,
+    subject: ExplainedInput,
     ranking: Tensor,
     fractions: Sequence[float],
     *,
@@ -52,24 +53,24 @@ def curves(
         hidden[len(fractions) + i] = True
         hidden[len(fractions) + i, highest] = False
     cells = hidden.view(-1, *ranking.shape)
-    picture = reading.picture()
-    if reading.kind == "image" and ranking.dim() == 1 and picture is not None:
-        rows, columns, _ = grid_of(reading)
+    picture = subject.picture()
+    if subject.kind == "image" and ranking.dim() == 1 and picture is not None:
+        rows, columns, _ = grid_of(subject)
         cells = hidden[:, patches(rows, columns, *picture.shape[1:])[0]]
-    start = reading.baseline_of(baseline)
-    said = words(reading, reading.targets, tokenizer)
+    start = subject.baseline_of(baseline)
+    said = words(subject, subject.targets, tokenizer)
     found = []
     with torch.inference_mode():
         for part in cells.split(batch_size):
-            states = reading.encode(reading.masked(part, start))
-            log_p = reading.log_probs_of_states(states)
-            index = reading.targets[None, :, None].expand(len(part), -1, 1)
+            states = subject.encode(subject.masked(part, start))
+            log_p = subject.log_probs_of_states(states)
+            index = subject.targets[None, :, None].expand(len(part), -1, 1)
             own = log_p.gather(2, index)[..., 0].double()
             rates = [float("nan")] * len(part)
             if decode_again:
-                limits = {"max_new_tokens": 2 * len(reading.targets) + 8} | dict(decoding or {})
+                limits = {"max_new_tokens": 2 * len(subject.targets) + 8} | dict(decoding or {})
                 rates = [
-                    word_error_rate(said, words(reading, row, tokenizer)) for row in decode(reading, states, **limits)
+                    word_error_rate(said, words(subject, row, tokenizer)) for row in decode(subject, states, **limits)
                 ]
             found.append(
                 torch.stack([own.mean(1), own.exp().mean(1), torch.tensor(rates, dtype=torch.float64)], 1).cpu()
@@ -77,9 +78,9 @@ def curves(
     return torch.cat(found).view(2, len(fractions), 3)
 
 
-def words(reading: Reading, ids: Tensor, tokenizer: Any) -> str:
+def words(subject: ExplainedInput, ids: Tensor, tokenizer: Any) -> str:
     """The text of a hypothesis without special tokens, in lower case and without punctuation."""
-    odd = special_ids(reading.model, tokenizer)
+    odd = special_ids(subject.model, tokenizer)
     plain = [int(i) for i in ids.tolist() if int(i) not in odd]
     if not hasattr(tokenizer, "decode"):
         return " ".join(str(i) for i in plain)

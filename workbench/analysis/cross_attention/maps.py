@@ -11,8 +11,10 @@ from torch import Tensor
 
 from workbench.analysis.cross_attention.maps_result import WEIGHTINGS, CrossAttention
 from workbench.analysis.saliency.audio import with_features
-from workbench.analysis.saliency.reading import Reading, grid_of, read, special_ids
-from workbench.analysis.saliency.run import describe_reading
+from workbench.analysis.saliency.decoding import special_ids
+from workbench.analysis.saliency.explain import describe_reading
+from workbench.analysis.saliency.explained_input import ExplainedInput, grid_of
+from workbench.analysis.saliency.preparing import prepare_input
 from workbench.capture.capture import Capture
 from workbench.errors import WorkbenchError
 from workbench.hooks.sites import Site
@@ -58,20 +60,20 @@ def cross_attention(
         WorkbenchError: no cross-attention, an unknown weighting, or whatever `workbench.saliency` refuses.
     """
     inputs = with_features(wb.tokenizer, inputs)
-    reading = read(
+    subject = prepare_input(
         wb.model,
         inputs, hypothesis=hypothesis, prompt=None if prompt is None else torch.as_tensor(prompt),
         frames=frames, time_axis=time_axis, **dict(decoding or {}),
     )  # fmt: skip
     return maps_of(
-        wb, reading, inputs, sites=sites, weighting=weighting, rollout=rollout, special_positions=special_positions,
+        wb, subject, inputs, sites=sites, weighting=weighting, rollout=rollout, special_positions=special_positions,
         renormalise=renormalise, alignment_heads=alignment_heads,
     )  # fmt: skip
 
 
 def maps_of(
     wb: Workbench,
-    reading: Reading,
+    subject: ExplainedInput,
     inputs: Mapping[str, Any],
     *,
     sites: SiteChoice = None,
@@ -96,17 +98,17 @@ def maps_of(
             odd = sorted(names - {site.name for site in wanted})
             raise WorkbenchError("the site is no cross-attention", site=odd[0])
     encoder = _encoder_sites(wb) if rollout else []
-    cap, gradients = _capture(wb, reading, [*wanted, *encoder], weighting)
-    rows = slice(len(reading.prompt) - 1, reading.decoder_ids.shape[1])
+    cap, gradients = _capture(wb, subject, [*wanted, *encoder], weighting)
+    rows = slice(len(subject.prompt) - 1, subject.decoder_ids.shape[1])
     maps = torch.stack([_rows(cap, site, rows, weighting, gradients) for site in wanted])
     if rollout:
         maps = carried(maps, [cap[site].pattern for site in encoder])
-    kept = _kept(wb, reading, inputs, special_positions)
+    kept = _kept(wb, subject, inputs, special_positions)
     held = maps[..., list(kept)]
     mass = held.sum(-1)
     if renormalise:
         held = torch.where(mass[..., None] > 0, held / mass[..., None].where(mass[..., None] > 0, 1.0), 0.0)
-    facts = describe_reading(wb, reading, inputs, "encoder")
+    facts = describe_reading(wb, subject, inputs, "encoder")
     texts = facts["position_texts"]
     return CrossAttention(
         maps=held.float().cpu(),
@@ -121,7 +123,7 @@ def maps_of(
         special=facts["special"],
         position_texts=tuple(texts[i] for i in kept) if texts else (),
         kept_positions=kept,
-        length=reading.states.shape[1],
+        length=subject.states.shape[1],
         seconds_per_position=facts["seconds_per_position"],
         alignment_heads=_alignment(wb, wanted, alignment_heads),
         provenance=dict(cap.provenance) | {"input_sha256": facts["provenance"]["input_sha256"]},
@@ -154,13 +156,13 @@ def carried(rows: Tensor, patterns: Sequence[Pattern]) -> Tensor:
 
 
 def _capture(
-    wb: Workbench, reading: Reading, sites: Sequence[Site], weighting: str
+    wb: Workbench, subject: ExplainedInput, sites: Sequence[Site], weighting: str
 ) -> tuple[Capture, dict[str, Tensor]]:
     """A capture of one teacher-forced forward, and ∂L/∂z [head, query, width] by site where gradients are asked for."""
-    name = "inputs_embeds" if reading.kind == "tokens" else reading.name
+    name = "inputs_embeds" if subject.kind == "tokens" else subject.name
     with_gradients = weighting == "gradient"
-    main = reading.main.detach().clone().requires_grad_(with_gradients)
-    given = {name: main, **reading.rest, "decoder_input_ids": reading.decoder_ids, "use_cache": False}
+    main = subject.main.detach().clone().requires_grad_(with_gradients)
+    given = {name: main, **subject.rest, "decoder_input_ids": subject.decoder_ids, "use_cache": False}
     wants = weighting != "raw"
     context = torch.enable_grad() if with_gradients else torch.no_grad()
     before = {p: p.requires_grad for p in wb.model.parameters()} if with_gradients else {}
@@ -172,9 +174,9 @@ def _capture(
             torch.inference_mode(False) if with_gradients else nullcontext(),
             wb.capture((), [site.name for site in sites], values=wants, gradients=with_gradients) as cap,
         ):
-            log_probs = reading._scored(wb.model(**given).logits)[0]
+            log_probs = subject._scored(wb.model(**given).logits)[0]
             if with_gradients:
-                log_probs.gather(1, reading.targets[:, None]).sum().backward()
+                log_probs.gather(1, subject.targets[:, None]).sum().backward()
     finally:
         for parameter, had in before.items():
             parameter.requires_grad_(had)
@@ -211,13 +213,13 @@ def _encoder_sites(wb: Workbench) -> list[Site]:
     return found
 
 
-def _kept(wb: Workbench, reading: Reading, inputs: Mapping[str, Any], special: bool) -> tuple[int, ...]:
+def _kept(wb: Workbench, subject: ExplainedInput, inputs: Mapping[str, Any], special: bool) -> tuple[int, ...]:
     """Encoder positions that count."""
-    positions = range(reading.encoder_extent)
-    if special or reading.kind == "spectrogram":
+    positions = range(subject.encoder_extent)
+    if special or subject.kind == "spectrogram":
         return tuple(positions)
-    if reading.kind == "image":
-        return tuple(positions)[grid_of(reading)[2] :]
+    if subject.kind == "image":
+        return tuple(positions)[grid_of(subject)[2] :]
     ids = torch.as_tensor(inputs["input_ids"]).flatten().tolist()
     odd = special_ids(wb.model, getattr(wb.tokenizer, "tokenizer", None) or wb.tokenizer)
     kept = tuple(i for i in positions if ids[i] not in odd)

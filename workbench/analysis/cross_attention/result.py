@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.analysis.statistics.intervals import mean_intervals
 from workbench.errors import WorkbenchError
 from workbench.storage.result import Result
 
@@ -96,7 +97,7 @@ class CrossAttentionSaliency(Result):
 
     @property
     def n_utterances(self) -> int:
-        """Utterances."""
+        """How many utterances (or other inputs) were compared."""
         return len(self.utterances)
 
     def of(self, saliency: str = "input", measure: str = "pearson") -> Tensor:
@@ -254,13 +255,7 @@ class CrossAttentionSaliency(Result):
 
     def _interval(self, values: Tensor) -> Tensor:
         """[..., 2] from [utterance, ...]; the same utterances are drawn for every column, undefined ones left out."""
-        n = len(values)
-        if n < 2:
-            return torch.full((*values.shape[1:], 2), torch.nan, dtype=values.dtype)
-        drawn = torch.randint(n, (self.n_bootstrap, n), generator=torch.Generator().manual_seed(self.seed))
-        means = values[drawn].nanmean(1)
-        levels = torch.tensor([(1 - self.level) / 2, (1 + self.level) / 2], dtype=values.dtype)
-        return torch.nanquantile(means, levels, dim=0).movedim(0, -1)
+        return mean_intervals(values, n_bootstrap=self.n_bootstrap, level=self.level, seed=self.seed)
 
     def __repr__(self) -> str:
         return (

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.importance.measures import Measure
 from workbench.errors import WorkbenchError
 from workbench.hooks.edits import Edit
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 from workbench.kernels.gradients import attention_times_gradient
+from workbench.metrics import Metric
 from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import size_of
 
@@ -39,33 +39,28 @@ class Gates(Edit):
 
 
 def gate_gradients(
-    wb: Workbench, sites: Sequence[Site], batch: Mapping[str, Any], measure: Measure, *, attention: bool
+    wb: Workbench, sites: Sequence[Site], batch: Mapping[str, Any], metric: Metric, *, attention: bool
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """The measure of each example and its gradients, of one batch; nothing is added to the `.grad` of weights.
+    """The metric of each example and its gradients, of one batch; nothing is added to the `.grad` of weights.
 
     Args:
         attention: also Σ_ij |A_ij ∂M/∂A_ij|, which needs the patterns.
 
     Returns:
-        The measure [batch]; by site, ∂M/∂ξ [batch, head] of a gate ξ on each head at ξ = 1, where M is the measure of
+        The metric [batch]; by site, ∂M/∂ξ [batch, head] of a gate ξ on each head at ξ = 1, where M is the metric of
         the example (Michel et al. 2019, arXiv 1905.10650, equation 3, there of the loss and with its absolute value);
         and by site Σ_ij |A_ij ∂M/∂A_ij| [batch, head]. Without the absolute value that sum is ∂M/∂ξ again.
 
     Raises:
-        WorkbenchError: the measure has no gradient.
+        WorkbenchError: the metric has no gradient.
     """
     gates = Gates(sites)
-    with torch.inference_mode(False), torch.enable_grad(), wb._editing(gates):
+    with torch.inference_mode(False), torch.enable_grad(), wb.editing(gates):
         output = wb.model(**batch)
-        values = measure(output, batch)
-        if not isinstance(values, Tensor) or values.shape != (size_of(batch),):
-            raise WorkbenchError(
-                f'the metric "{measure.name}" gave {list(values.shape) if isinstance(values, Tensor) else values!r}, '
-                "expected one number for each example"
-            )
+        values = metric.examples(output, batch, size_of(batch))
         if not values.requires_grad:
             raise WorkbenchError(
-                f'the metric "{measure.name}" has no gradient',
+                f'the metric "{metric.name}" has no gradient',
                 hint="is it computed under no_grad, detached, or a count? leave the gradient methods out",
             )
         arrived = torch.autograd.grad(values.sum(), [gated for _, _, gated in gates.calls], allow_unused=True)

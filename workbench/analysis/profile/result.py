@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.analysis.statistics.intervals import mean_intervals
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
 
@@ -98,18 +99,7 @@ class AttentionProfile(Result):
 
     def _interval(self, values: Tensor) -> Tensor:
         """[..., 2] from [example, ...]; the same examples are drawn for all heads. NaN where nothing applies."""
-        n = len(values)
-        if n < 2:
-            return torch.full((*values.shape[1:], 2), torch.nan, dtype=values.dtype)
-        drawn = torch.randint(n, (self.n_bootstrap, n), generator=torch.Generator().manual_seed(self.seed))
-        weights = torch.zeros(self.n_bootstrap, n, dtype=values.dtype)
-        weights.scatter_add_(1, drawn, torch.full_like(weights, 1 / n))
-        ends = torch.tensor([(1 - self.level) / 2, (1 + self.level) / 2], dtype=values.dtype)
-        known = values.isfinite().flatten(1)
-        means = (weights @ values.flatten(1).nan_to_num()) / (weights @ known.to(values.dtype))  # none drawn: 0 / 0
-        found = torch.nanquantile(means, ends, dim=0).T
-        found[known.sum(0) < 2] = torch.nan
-        return found.reshape(*values.shape[1:], 2)
+        return mean_intervals(values, n_bootstrap=self.n_bootstrap, level=self.level, seed=self.seed)
 
     def _index(self, measure: str) -> int:
         if measure not in self.measures:

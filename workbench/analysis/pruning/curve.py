@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from workbench.analysis.importance.measures import Measure, as_measures
-from workbench.analysis.importance.scores import HeadImportance
 from workbench.analysis.pruning.prune import prune_heads
 from workbench.errors import InterventionError, WorkbenchError
+from workbench.metrics import Metric, as_metrics
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.sweep.inputs import check_batches
@@ -27,6 +26,24 @@ if TYPE_CHECKING:
 GREEDY, RANDOM = "greedy", "random"
 
 
+class Ranking(Protocol):
+    """Scored heads, as `HeadImportance` has them."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Labels of the heads, such as "L3H1"."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of what scored them."""
+
+    def ranking(self, method: str | None = None, measure: str | None = None) -> list[str]:
+        """Labels, the most important first."""
+
+    def key(self, label: str) -> tuple[str, int]:
+        """The head of a label, as interventions take it."""
+
+
 @dataclass(frozen=True, repr=False)
 class PruningCurve(Result):
     """Measures and speed of a model against how many heads it has lost.
@@ -34,7 +51,7 @@ class PruningCurve(Result):
     Attributes:
         counts: how many heads are pruned, ascending from 0. n_heads: of the whole model.
         orders: name -> labels, the first pruned first: the scored order, and "random 1" and so on.
-        measures: names. higher: for each, True if a better model has more of it, False if less, None for a divergence.
+        measures: names. higher_is_better: for each, whether a better model has more of it.
         values: order -> [count, measure, example].
         seconds: [count, round] of one forward of the really pruned model on the first batch; NaN where not measured.
         seconds_full: [count, round] of the whole model, measured in turn with it.
@@ -49,7 +66,7 @@ class PruningCurve(Result):
     n_heads: int
     orders: dict[str, tuple[str, ...]]
     measures: tuple[str, ...]
-    higher: dict[str, bool | None]
+    higher_is_better: dict[str, bool]
     values: dict[str, Tensor]
     seconds: Tensor
     seconds_full: Tensor
@@ -120,7 +137,7 @@ class PruningCurve(Result):
 
 
 def prune_curve(
-    scores: HeadImportance,
+    scores: Ranking,
     wb: Workbench,
     batches: Iterable[Mapping[str, Any]],
     by: str | Sequence[str] | None = None,
@@ -156,7 +173,7 @@ def prune_curve(
     Raises:
         WorkbenchError: an unknown method or measure, counts that are out of range, bad batches or metrics.
     """
-    measures = as_measures("loss" if metric is None else metric)
+    measures = as_metrics("loss" if metric is None else metric)
     several = check_batches(wb.model, batches)
     points = _points(counts, len(scores.heads))
     name, order = _order(scores, by, score_measure)
@@ -188,7 +205,7 @@ def prune_curve(
         n_heads=len(scores.heads),
         orders=orders,
         measures=tuple(measures),
-        higher={each: measure.higher for each, measure in measures.items()},
+        higher_is_better={each: measure.higher_is_better for each, measure in measures.items()},
         values=values,
         seconds=timing.seconds,
         seconds_full=timing.seconds_full,
@@ -209,7 +226,7 @@ def _points(counts: Sequence[int] | None, n_heads: int) -> list[int]:
     return found
 
 
-def _order(scores: HeadImportance, by: Any, measure: str | None) -> tuple[str, tuple[str, ...]]:
+def _order(scores: Ranking, by: Any, measure: str | None) -> tuple[str, tuple[str, ...]]:
     """The name of an order, and its labels, the first to go first."""
     if by == GREEDY:
         return GREEDY, ()
@@ -226,10 +243,10 @@ def _order(scores: HeadImportance, by: Any, measure: str | None) -> tuple[str, t
 
 
 def _greedy(
-    scores: HeadImportance,
+    scores: Ranking,
     wb: Workbench,
     batches: Sequence[Mapping[str, Any]],
-    measure: Measure,
+    measure: Metric,
     enough: int,
     step: int,
     progress: bool,
@@ -267,15 +284,15 @@ class _Timing:
 
     def run(
         self,
-        scores: HeadImportance,
+        scores: Ranking,
         wb: Workbench,
         batch: Mapping[str, Any],
         order: Sequence[str],
-        measures: Mapping[str, Measure],
+        measures: Mapping[str, Metric],
         ablated: Tensor,
         progress: bool,
     ) -> None:
-        """Fill in what can be had; `ablated` is [count, measure, example] of the same order."""
+        """Time and measure the copies that can be made; `ablated` is [count, measure, example] of the same order."""
         differences = []
         with torch.no_grad():
             clean = wb.model(**batch)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.saliency.reading import Reading, grid_of
+from workbench.analysis.saliency.explained_input import ExplainedInput, grid_of
 from workbench.analysis.saliency.segments import checked, each, patches, runs, sizes, superpixels
 from workbench.errors import WorkbenchError
 
@@ -23,33 +23,33 @@ class _Explained:
     [1, position, d_model]. `runs` counts the examples it was called with.
     """
 
-    def __init__(self, reading: Reading, where: str) -> None:
-        self.reading, self.where, self.runs = reading, where, 0
+    def __init__(self, subject: ExplainedInput, where: str) -> None:
+        self.subject, self.where, self.runs = subject, where, 0
         if where == "encoder":
-            self.start = reading.states[:, : reading.encoder_extent].detach().clone()
-        elif reading.kind == "spectrogram":
-            self.start = reading._frames_first(reading.main)[:, : reading.extent].detach().clone()
+            self.start = subject.states[:, : subject.encoder_extent].detach().clone()
+        elif subject.kind == "spectrogram":
+            self.start = subject._frames_first(subject.main)[:, : subject.extent].detach().clone()
         else:
             self.start = (
-                reading.main[:, : reading.extent].detach().clone() if reading.kind == "tokens" else reading.main
+                subject.main[:, : subject.extent].detach().clone() if subject.kind == "tokens" else subject.main
             )
 
     def __call__(self, part: Tensor) -> Tensor:
         self.runs += len(part)
         found = self._log_probs(part)
-        index = self.reading.targets[None, :, None].expand(len(part), -1, 1)
+        index = self.subject.targets[None, :, None].expand(len(part), -1, 1)
         return found.gather(2, index)[..., 0]
 
     def _log_probs(self, part: Tensor) -> Tensor:
-        reading = self.reading
-        if reading.kind == "image" and self.where == "input":
-            return reading.log_probs(part)
-        whole = reading.states if self.where == "encoder" else reading._frames_first(reading.main)
+        subject = self.subject
+        if subject.kind == "image" and self.where == "input":
+            return subject.log_probs(part)
+        whole = subject.states if self.where == "encoder" else subject._frames_first(subject.main)
         rest = whole[:, part.shape[1] :].expand(len(part), -1, -1)
         joined = torch.cat([part, rest], 1)
         if self.where == "encoder":
-            return reading.log_probs_of_states(joined)
-        return reading.log_probs(joined if reading.time_axis == 1 else joined.transpose(1, 2))
+            return subject.log_probs_of_states(joined)
+        return subject.log_probs(joined if subject.time_axis == 1 else joined.transpose(1, 2))
 
 
 class _LeastSquares:
@@ -88,7 +88,7 @@ class _Replay:
 
 
 def attribute(
-    reading: Reading,
+    subject: ExplainedInput,
     method: str,
     where: str,
     *,
@@ -117,12 +117,12 @@ def attribute(
     Raises:
         WorkbenchError: Kernel SHAP with fewer samples than segments.
     """
-    explained = _Explained(reading, where)
+    explained = _Explained(subject, where)
     start = explained.start
-    base = _baseline(reading, explained, baseline)
-    shown, cells, kind = _segments(reading, where, segments, n_segments, start)
+    base = _baseline(subject, explained, baseline)
+    shown, cells, kind = _segments(subject, where, segments, n_segments, start)
     details: dict[str, Any] = {"segments": sizes(shown)}
-    n = len(reading.targets)
+    n = len(subject.targets)
     if method in _WITH_GRADIENTS:
         maps, more = _by_gradients(explained, method, base, n, n_steps, batch_size, progress)
         details |= more
@@ -224,7 +224,7 @@ def _kernel_shap(
     return several.mean(0), several.std(0) / repeats**0.5
 
 
-def _baseline(reading: Reading, explained: _Explained, baseline: Any) -> Tensor:
+def _baseline(subject: ExplainedInput, explained: _Explained, baseline: Any) -> Tensor:
     start = explained.start
     if explained.where == "encoder":
         if isinstance(baseline, Tensor):
@@ -234,33 +234,33 @@ def _baseline(reading: Reading, explained: _Explained, baseline: Any) -> Tensor:
         return (
             torch.zeros_like(start) if baseline == "zero" else start.mean(1, keepdim=True).expand_as(start).contiguous()
         )
-    whole = reading.baseline_of(baseline)
-    if reading.kind == "spectrogram":
-        whole = reading._frames_first(whole)
+    whole = subject.baseline_of(baseline)
+    if subject.kind == "spectrogram":
+        whole = subject._frames_first(whole)
     return whole[:, : start.shape[1]].contiguous()
 
 
 def _segments(
-    reading: Reading, where: str, segments: Any, n_segments: int, start: Tensor
+    subject: ExplainedInput, where: str, segments: Any, n_segments: int, start: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor, str]:
     """Segments over the map's positions, one map over the cells that are perturbed, and what a position is."""
-    if where == "encoder" or reading.kind == "tokens":
+    if where == "encoder" or subject.kind == "tokens":
         n = start.shape[1]
         if segments is not None:
             found = checked(segments, (n,))
         else:
-            found = each(n) if reading.kind == "tokens" or n <= n_segments else runs(n, n_segments)
+            found = each(n) if subject.kind == "tokens" or n <= n_segments else runs(n, n_segments)
         return found[:1], found[0], "frames" if where == "encoder" else "tokens"
-    picture = reading.picture()
+    picture = subject.picture()
     assert picture is not None
-    if reading.kind == "image" and segments is None:
-        rows, columns, _ = grid_of(reading)
+    if subject.kind == "image" and segments is None:
+        rows, columns, _ = grid_of(subject)
         return each(rows * columns), patches(rows, columns, *picture.shape[1:])[0], "patches"
     if segments is None or isinstance(segments, str):
         found = superpixels(picture, (n_segments,), by_length=False)
     else:
         found = checked(segments, tuple(picture.shape[-2:]))
-    return found[:1], found[0], "image" if reading.kind == "image" else "spectrogram"
+    return found[:1], found[0], "image" if subject.kind == "image" else "spectrogram"
 
 
 def _like(cells: Tensor, start: Tensor) -> Tensor:
@@ -276,9 +276,9 @@ def _window(explained: _Explained, window: Any, strides: Any) -> tuple[tuple[int
     shape = explained.start.shape[1:]
     if window is None:
         if len(shape) == 3:
-            rows, columns, _ = grid_of(explained.reading)
+            rows, columns, _ = grid_of(explained.subject)
             window = (shape[1] // rows, shape[2] // columns)
-        elif explained.where == "encoder" or explained.reading.kind == "tokens":
+        elif explained.where == "encoder" or explained.subject.kind == "tokens":
             window = (1,)
         else:
             window = (min(8, shape[0]), max(1, shape[1] // 4))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.analysis.saliency.explained_input import ExplainedInput, encoded
 from workbench.analysis.saliency.masks import Draw
-from workbench.analysis.saliency.reading import Reading, encoded
 from workbench.analysis.saliency.scoring import scored
 from workbench.errors import WorkbenchError
 
@@ -26,7 +26,7 @@ class InputMasks:
         baseline: what masked cells become.
     """
 
-    reading: Reading
+    subject: ExplainedInput
     cells: Sequence[Tensor]
     baseline: Tensor
     score: str
@@ -36,9 +36,9 @@ class InputMasks:
     def __call__(self, draw: Draw) -> Tensor:
         """[mask, output token]."""
         hidden = draw.hidden[:, self.cells[draw.granularity]]
-        main = self.reading.masked(hidden, self.baseline)
-        found = self.reading.log_probs(main, _decoder(self.reading, draw))
-        return scored(self.score, self.reading.reference, found, self.reading.targets)
+        main = self.subject.masked(hidden, self.baseline)
+        found = self.subject.log_probs(main, _decoder(self.subject, draw))
+        return scored(self.score, self.subject.reference, found, self.subject.targets)
 
 
 class EncoderMasks:
@@ -54,9 +54,9 @@ class EncoderMasks:
         baseline: "zero", "mean" (of the explained positions), or a vector [d_model].
     """
 
-    def __init__(self, reading: Reading, cells: Sequence[Tensor], baseline: Any, score: str) -> None:
-        self.reading, self.cells, self.score = reading, cells, score
-        self.frame = _frame(reading, baseline)
+    def __init__(self, subject: ExplainedInput, cells: Sequence[Tensor], baseline: Any, score: str) -> None:
+        self.subject, self.cells, self.score = subject, cells, score
+        self.frame = _frame(subject, baseline)
         self._own: list[tuple[Tensor, Tensor]] = []
         self._empty: list[tuple[Tensor, Tensor]] = []
         self._buffers: list[Tensor] = []
@@ -64,29 +64,29 @@ class EncoderMasks:
 
     def __call__(self, draw: Draw) -> Tensor:
         """[mask, output token]."""
-        found = self._run(self._hidden(draw), _decoder(self.reading, draw), cached=self.cached)
-        return scored(self.score, self.reading.reference, found, self.reading.targets)
+        found = self._run(self._hidden(draw), _decoder(self.subject, draw), cached=self.cached)
+        return scored(self.score, self.subject.reference, found, self.subject.targets)
 
     def _hidden(self, draw: Draw) -> Tensor:
         """[mask, encoder position], nothing of the padding."""
         cells = self.cells[draw.granularity]
-        hidden = torch.zeros(len(draw.hidden), self.reading.states.shape[1], dtype=torch.bool)
+        hidden = torch.zeros(len(draw.hidden), self.subject.states.shape[1], dtype=torch.bool)
         hidden[:, : len(cells)] = draw.hidden[:, cells]
-        return hidden.to(self.reading.states.device)
+        return hidden.to(self.subject.states.device)
 
     def _run(self, hidden: Tensor, decoder: Tensor | None, *, cached: bool) -> Tensor:
         if cached:
             # The decoder reads the cache; of the states only the shape matters.
-            states = self.reading.states.expand(len(hidden), -1, -1)
-            return self.reading.log_probs_of_states(states, self._cache(hidden), decoder)
-        states = torch.where(hidden[..., None], self.frame, self.reading.states)
-        return self.reading.log_probs_of_states(states, None, decoder)
+            states = self.subject.states.expand(len(hidden), -1, -1)
+            return self.subject.log_probs_of_states(states, self._cache(hidden), decoder)
+        states = torch.where(hidden[..., None], self.frame, self.subject.states)
+        return self.subject.log_probs_of_states(states, None, decoder)
 
     def _try_cache(self) -> bool:
         try:
-            self._own = self._cross(self.reading.states)
-            self._empty = self._cross(self.frame.expand_as(self.reading.states))
-            hidden = torch.zeros(1, self.reading.states.shape[1], dtype=torch.bool, device=self.reading.states.device)
+            self._own = self._cross(self.subject.states)
+            self._empty = self._cross(self.frame.expand_as(self.subject.states))
+            hidden = torch.zeros(1, self.subject.states.shape[1], dtype=torch.bool, device=self.subject.states.device)
             hidden[:, : len(self.cells[0]) : 2] = True
             fast, plain = (self._run(hidden, None, cached=cached) for cached in (True, False))
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError):
@@ -95,9 +95,9 @@ class EncoderMasks:
 
     def _cross(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [1, head, encoder position, d_head] of each cross-attention layer."""
-        ids = self.reading.prompt[None, :1]
-        output = self.reading.model(
-            encoder_outputs=encoded(states), **self.reading.rest, decoder_input_ids=ids, use_cache=True
+        ids = self.subject.prompt[None, :1]
+        output = self.subject.model(
+            encoder_outputs=encoded(states), **self.subject.rest, decoder_input_ids=ids, use_cache=True
         )
         return [(layer.keys, layer.values) for layer in output.past_key_values.cross_attention_cache.layers]
 
@@ -124,9 +124,9 @@ class EncoderMasks:
         return EncoderDecoderCache(DynamicCache(), cross)
 
 
-def _frame(reading: Reading, baseline: Any) -> Tensor:
+def _frame(subject: ExplainedInput, baseline: Any) -> Tensor:
     """[1, 1, d_model] what a masked encoder position becomes."""
-    states = reading.states
+    states = subject.states
     if isinstance(baseline, Tensor):
         if baseline.numel() != states.shape[2]:
             raise WorkbenchError(f"a baseline frame has {states.shape[2]} numbers", shape=baseline.shape)
@@ -134,17 +134,17 @@ def _frame(reading: Reading, baseline: Any) -> Tensor:
     if baseline == "zero":
         return torch.zeros_like(states[:, :1])
     if baseline == "mean":
-        return states[:, : reading.encoder_extent].mean(1, keepdim=True)
+        return states[:, : subject.encoder_extent].mean(1, keepdim=True)
     raise WorkbenchError(
         f"there is no baseline {baseline!r} for the encoder's output", hint="there is zero, mean, or a vector"
     )
 
 
-def _decoder(reading: Reading, draw: Draw) -> Tensor | None:
+def _decoder(subject: ExplainedInput, draw: Draw) -> Tensor | None:
     """[mask, position, d_model] decoder embeddings without the masked previous tokens; None if none are masked."""
     if draw.tokens is None:
         return None
-    embedded = reading.embedded_decoder()
+    embedded = subject.embedded_decoder()
     gone = torch.zeros(len(draw.tokens), embedded.shape[1], dtype=torch.bool)
-    gone[:, len(reading.prompt) :] = draw.tokens[:, : embedded.shape[1] - len(reading.prompt)]
+    gone[:, len(subject.prompt) :] = draw.tokens[:, : embedded.shape[1] - len(subject.prompt)]
     return embedded.masked_fill(gone[..., None].to(embedded.device), 0.0)

@@ -102,7 +102,7 @@ class Saliency(Result):
 
     @property
     def n_tokens(self) -> int:
-        """Output tokens."""
+        """How many output tokens are explained."""
         return self.scores.shape[0]
 
     @property

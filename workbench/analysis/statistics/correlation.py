@@ -1,92 +1,72 @@
-"""Rank correlation of what was measured of heads with their importance, with a bootstrap interval."""
+"""Correlation, by numbers and by ranks; and how well scores rank a reference set."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from workbench.analysis.importance.scores import HeadImportance
-from workbench.errors import WorkbenchError
-from workbench.hooks.sites import Site
+from workbench.errors import InterventionError, WorkbenchError
 
 
 def ranks(x: Tensor) -> Tensor:
     """Ranks along the last axis, from 0; equal numbers share their mean rank.
 
-    >>> ranks(torch.tensor([3.0, 1.0, 3.0]))
-    tensor([1.5000, 0.0000, 1.5000], dtype=torch.float64)
+    >>> ranks(torch.tensor([3.0, 1.0, 3.0])).tolist()
+    [1.5, 0.0, 1.5]
     """
-    below = (x[..., None, :] < x[..., :, None]).sum(-1)
-    equal = (x[..., None, :] == x[..., :, None]).sum(-1)
-    return below.double() + (equal.double() - 1) / 2
+    from scipy.stats import rankdata
+
+    return torch.from_numpy(rankdata(x.detach().cpu().numpy(), axis=-1)) - 1
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
-    """Correlation along the last axis; 0 where one of them does not vary, which is no evidence of a relation."""
-    x, y = x.double() - x.double().mean(-1, keepdim=True), y.double() - y.double().mean(-1, keepdim=True)
-    scale = ((x * x).sum(-1) * (y * y).sum(-1)).sqrt()
-    return torch.where(scale > 1e-12, (x * y).sum(-1) / scale.clamp(min=1e-300), 0.0)
+    """Correlation along the last axis, in float64; NaN where one of them does not vary.
+
+    >>> pearson(torch.tensor([[1.0, 2.0, 4.0], [1.0, 1.0, 1.0]]), torch.tensor([2.0, 4.0, 8.0]))
+    tensor([1.0000,    nan], dtype=torch.float64)
+    """
+    x, y = (given.double() - given.double().mean(-1, keepdim=True) for given in (x, y))
+    varies = [given.norm(dim=-1) > 1e-12 * (1 + given.abs().amax(-1)) for given in (x, y)]
+    scale = x.norm(dim=-1) * y.norm(dim=-1)
+    found = ((x * y).sum(-1) / scale.clamp_min(1e-300)).clamp(-1, 1)
+    return found.masked_fill(~(varies[0] & varies[1]), torch.nan)
 
 
 def spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Correlation of the ranks along the last axis."""
+    """Correlation of the ranks along the last axis; NaN where one of them does not vary."""
     return pearson(ranks(x), ranks(y))
 
 
-def correlations(
-    quantities: Mapping[str, Tensor], scores: Tensor, resamples: int, seed: int
-) -> dict[str, tuple[float, float, float]]:
-    """Spearman's ρ of each quantity [row] with the scores [row], and its 95 % interval over rows drawn anew.
+def correlation(x: Tensor, y: Tensor, measure: str) -> float:
+    """Of two [item]; NaN where one of them does not vary.
 
-    Rows without a score (NaN) are left out. With fewer than three rows there is no relation to speak of: (0, −1, 1).
-    """
-    known = scores.isfinite()
-    y = scores[known]
-    if len(y) < 3:
-        return dict.fromkeys(quantities, (0.0, -1.0, 1.0))
-    picked = torch.randint(len(y), (resamples, len(y)), generator=torch.Generator().manual_seed(seed))
-    found = {}
-    for name, values in quantities.items():
-        x = values.double()[known]
-        again = spearman(x[picked], y[picked]).sort().values
-        cut = int(0.025 * (resamples - 1))
-        found[name] = (float(spearman(x, y)), float(again[cut]), float(again[resamples - 1 - cut]))
-    return found
-
-
-def scores_of(
-    rows: Sequence[tuple[Site, int]], importance: HeadImportance | Mapping[Any, float] | None
-) -> Tensor | None:
-    """[row] the score of each head (its site and number), NaN without one; None if no scores were given.
+    Args:
+        measure: "pearson" or "spearman".
 
     Raises:
-        WorkbenchError: none of the scores is that of such a head, or one goes by a layer that several sites have.
+        WorkbenchError: another measure.
     """
-    if importance is None:
-        return None
-    if isinstance(importance, HeadImportance):
-        found = zip(importance.sites, importance.numbers, importance.score().tolist(), strict=True)
-        importance = {(site, number): score for site, number, score in found}
-    scores = [torch.nan] * len(rows)
-    for key, score in importance.items():
-        at = [i for i, (site, head) in enumerate(rows) if any(key == (name, head) for name in _names(site))]
-        if len(at) > 1:
-            raise WorkbenchError(
-                f"the importance of {key!r} could be that of {len(at)} heads",
-                hint=f"say which site: ({rows[at[0]][0].alias!r}, {rows[at[0]][1]})",
-            )
-        for i in at:
-            scores[i] = float(score)
-    if all(math.isnan(score) for score in scores):
-        raise WorkbenchError(
-            "none of the importance scores is that of a probed head", hint="keys are (layer, head) or (site name, head)"
+    if measure not in ("pearson", "spearman"):
+        raise WorkbenchError(f'measure is "pearson" or "spearman", not {measure!r}')
+    return float(pearson(x, y) if measure == "pearson" else spearman(x, y))
+
+
+def rank_auroc(scores: Tensor, real: Tensor) -> float:
+    """Area under the ROC curve: the probability that a real item scores higher than another one; ties count half.
+
+    Args:
+        scores: [item]. real: [item] bool.
+
+    Raises:
+        InterventionError: all items are real, or none.
+
+    >>> rank_auroc(torch.tensor([3.0, 2.0, 2.0, 1.0]), torch.tensor([True, True, False, False]))
+    0.875
+    """
+    n, others = int(real.sum()), int((~real).sum())
+    if not n or not others:
+        raise InterventionError(
+            f"the reference holds {n} of {len(scores)} scored items; some must be in it and some not",
+            hint="choose another reference, or a circuit that scores more",
         )
-    return torch.tensor(scores, dtype=torch.float64)
-
-
-def _names(site: Site) -> tuple[int | str, ...]:
-    return (site.layer, site.name, *site.aliases)
+    return float((ranks(scores)[real].sum() - n * (n - 1) / 2) / (n * others))

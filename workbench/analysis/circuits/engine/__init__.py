@@ -1,1 +1,1 @@
-"""Forwards in which parts of the residual stream are changed."""
+"""Forwards in which some of what is written to the residual stream is changed."""

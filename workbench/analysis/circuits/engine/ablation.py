@@ -1,4 +1,4 @@
-"""What stands in for nodes that are left out: nothing, a mean, another prompt's activations, or the twin's."""
+"""Replacements for nodes that are left out: zeros, a mean, another prompt's activations, or the twin's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.engine.prompts import Pair
+from workbench.analysis.circuits.engine.setup import Setup
 from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
-from workbench.analysis.circuits.engine.study import Study
-from workbench.errors import InterventionError, nearest
-
-ABLATIONS = ("counterfactual", "zero", "mean", "mean_positional", "resample")
+from workbench.errors import InterventionError
+from workbench.session.ablations import find_ablation
 
 
 class Ablation:
@@ -25,22 +24,21 @@ class Ablation:
         InterventionError: an unknown name; "resample" in batches of one.
     """
 
-    def __init__(self, study: Study, how: str) -> None:
-        if how not in ABLATIONS:
-            raise InterventionError(f'there is no ablation "{how}"', hint=nearest(str(how), ABLATIONS))
-        if how == "resample" and any(pair.size == 1 for pair in study.pairs):
+    def __init__(self, setup: Setup, how: str) -> None:
+        find_ablation(how, twins=True)
+        if how == "resample" and any(pair.size == 1 for pair in setup.pairs):
             raise InterventionError(
                 "there is a batch of one example, which has no other to resample from", hint="choose another batch_size"
             )
-        self.study, self.how = study, how
+        self.setup, self.how = setup, how
         self.means = self._means() if how.startswith("mean") else {}
 
     def keys(self) -> list[Key]:
         """Places where senders write."""
-        return sender_keys(self.study)
+        return sender_keys(self.setup)
 
     def of(self, pair: Pair, clean: Kept, twin: Kept) -> Kept:
-        """What stands in for each sender of a batch; the tensors may be broadcast."""
+        """The replacement of each sender in a batch; the tensors may be broadcast."""
         found = Kept()
         for key in self.keys():
             if self.how == "counterfactual":
@@ -56,52 +54,52 @@ class Ablation:
 
     def _means(self) -> dict[Key, Tensor]:
         """[1, position or 1, …] for each place; padding does not count."""
-        study = self.study
-        streams = range(len(study.graph.streams))
-        longest = [max(study.length(pair, s) for pair in study.pairs) for s in streams]
+        setup = self.setup
+        streams = range(len(setup.graph.streams))
+        longest = [max(setup.length(pair, s) for pair in setup.pairs) for s in streams]
         totals: dict[Key, Tensor] = {}
         counts = [torch.zeros(n, dtype=torch.float64) for n in longest]
         with torch.no_grad():
-            for pair in study.pairs:
-                _, clean = study.stream.record(pair.clean, pair.last)
-                real = [pair.mask(s, study.length(pair, s)).double() for s in streams]
+            for pair in setup.pairs:
+                _, clean = setup.stream.record(pair.clean, pair.last)
+                real = [pair.mask(s, setup.length(pair, s)).double() for s in streams]
                 for s in streams:
                     counts[s][: real[s].shape[1]] += real[s].sum(0).cpu()
                 for key in self.keys():
-                    s, value = stream_of(study, key), clean[key].double()
+                    s, value = stream_of(setup, key), clean[key].double()
                     value = (value * real[s].view(*real[s].shape, *[1] * (value.dim() - 2))).sum(0)
                     total = totals.setdefault(key, value.new_zeros(longest[s], *value.shape[1:]))
                     total[: len(value)] += value
                 dtype = clean["input", 0].dtype
         made = {}
         for key, total in totals.items():
-            count = counts[stream_of(study, key)].to(total.device)
+            count = counts[stream_of(setup, key)].to(total.device)
             by_place = total / count.clamp(min=1).view(-1, *[1] * (total.dim() - 1))
             over_all = total.sum(0, keepdim=True) / count.sum()
             made[key] = (by_place if self.how == "mean_positional" else over_all)[None].to(dtype)
         return made
 
 
-def sender_keys(study: Study) -> list[Key]:
+def sender_keys(setup: Setup) -> list[Key]:
     """Places where senders write: the inputs, and heads and MLP of each layer."""
-    layers = enumerate(study.graph.layers)
-    inputs = [("input", s) for s in range(len(study.graph.streams))]
+    layers = enumerate(setup.graph.layers)
+    inputs = [("input", s) for s in range(len(setup.graph.streams))]
     return [*inputs, *((what, i) for i, layer in layers for what in ("z", *(["mlp"] if layer.mlp else [])))]
 
 
-def stream_of(study: Study, key: Key) -> int:
+def stream_of(setup: Setup, key: Key) -> int:
     """Index of the stream that the senders at a place write to."""
     what, i = key
-    return i if what == "input" else study.graph.stream_of(i)
+    return i if what == "input" else setup.graph.stream_of(i)
 
 
-def replaced_nodes(study: Study, kept: Tensor, values: Kept, size: int) -> Iterator[tuple[Key, Hook]]:
+def replaced_nodes(setup: Setup, kept: Tensor, values: Kept, size: int) -> Iterator[tuple[Key, Hook]]:
     """Hooks that put `values` in the place of the senders that are not kept.
 
     Args:
         kept: [variant, sender] bool, for variants that run side by side. size: of one batch.
     """
-    graph = study.graph
+    graph = setup.graph
     for i, layer in enumerate(graph.layers):
         first = graph.first_sender(i)
         heads = kept[:, first : first + layer.n_heads]

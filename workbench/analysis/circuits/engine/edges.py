@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 
 from workbench.analysis.circuits.engine.ablation import Ablation, replaced_nodes, stream_of
 from workbench.analysis.circuits.engine.prompts import Pair
+from workbench.analysis.circuits.engine.setup import Setup
 from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
-from workbench.analysis.circuits.engine.study import Study
 
 
 def run_edges(
-    study: Study, kept: Tensor, how: str = "counterfactual", progress: bool = True, note: str = "edges"
+    setup: Setup, kept: Tensor, how: str = "counterfactual", progress: bool = True, note: str = "edges"
 ) -> Tensor:
     """[variant, example] of the metric when all edges but the kept ones are patched.
 
@@ -25,28 +25,28 @@ def run_edges(
         kept: [variant, sender, receiver] bool.
         how: what patched edges carry; see `Ablation`.
     """
-    ablation = Ablation(study, how)
-    found = torch.zeros(len(kept), len(study.task), dtype=torch.float64)
-    widest = len(study.graph.senders) + 2 * max(
-        layer.n_heads + 2 * layer.n_kv_heads + layer.mlp for layer in study.graph.layers
+    ablation = Ablation(setup, how)
+    found = torch.zeros(len(kept), len(setup.task), dtype=torch.float64)
+    widest = len(setup.graph.senders) + 2 * max(
+        layer.n_heads + 2 * layer.n_kv_heads + layer.mlp for layer in setup.graph.layers
     )
-    bar = tqdm(total=len(kept) * len(study.pairs), disable=not progress, desc=note)
+    bar = tqdm(total=len(kept) * len(setup.pairs), disable=not progress, desc=note)
     with torch.no_grad():
-        for pair in study.pairs:
-            logits, clean, twin = study.record(pair)
+        for pair in setup.pairs:
+            logits, clean, twin = setup.record(pair)
             values = ablation.of(pair, clean, twin)
-            most = study.most(pair, parts=widest + 16)
+            most = setup.most(pair, tensors=widest + 16)
             for first in range(0, len(kept), most):
-                patched = (~kept[first : first + most] & study.graph.exists).to(logits.dtype)
-                out = patch_edges(study, pair, clean, values, patched)
-                found[first : first + most, study.rows(pair)] = study.measure(out, pair, logits, len(patched))
+                patched = (~kept[first : first + most] & setup.graph.exists).to(logits.dtype)
+                out = patch_edges(setup, pair, clean, values, patched)
+                found[first : first + most, setup.rows(pair)] = setup.measure(out, pair, logits, len(patched))
                 bar.update(len(patched))
     bar.close()
     return found
 
 
 def run_nodes(
-    study: Study, kept: Tensor, how: str = "counterfactual", progress: bool = True, note: str = "nodes"
+    setup: Setup, kept: Tensor, how: str = "counterfactual", progress: bool = True, note: str = "nodes"
 ) -> Tensor:
     """[variant, example] of the metric when the output of all senders but the kept ones is replaced.
 
@@ -54,51 +54,51 @@ def run_nodes(
         kept: [variant, sender] bool.
         how: what replaces them; see `Ablation`.
     """
-    ablation = Ablation(study, how)
-    found = torch.zeros(len(kept), len(study.task), dtype=torch.float64)
-    bar = tqdm(total=len(kept) * len(study.pairs), disable=not progress, desc=note)
+    ablation = Ablation(setup, how)
+    found = torch.zeros(len(kept), len(setup.task), dtype=torch.float64)
+    bar = tqdm(total=len(kept) * len(setup.pairs), disable=not progress, desc=note)
     with torch.no_grad():
-        for pair in study.pairs:
-            logits, clean, twin = study.record(pair)
+        for pair in setup.pairs:
+            logits, clean, twin = setup.record(pair)
             values = ablation.of(pair, clean, twin)
-            most = study.most(pair, parts=24)
+            most = setup.most(pair, tensors=24)
             for first in range(0, len(kept), most):
                 part = kept[first : first + most]
-                hooks = {key: [hook] for key, hook in replaced_nodes(study, part, values, pair.size)}
+                hooks = {key: [hook] for key, hook in replaced_nodes(setup, part, values, pair.size)}
                 start = 0 if any(what == "input" for what, _ in hooks) else min((i for _, i in hooks), default=0)
-                out = study.stream.run(pair.clean, pair.last, hooks, times=len(part), start=start)
-                found[first : first + most, study.rows(pair)] = study.measure(out, pair, logits, len(part))
+                out = setup.stream.run(pair.clean, pair.last, hooks, times=len(part), start=start)
+                found[first : first + most, setup.rows(pair)] = setup.measure(out, pair, logits, len(part))
                 bar.update(len(part))
     bar.close()
     return found
 
 
-def patch_edges(study: Study, pair: Pair, clean: Kept, values: Kept, patched: Tensor) -> Tensor:
+def patch_edges(setup: Setup, pair: Pair, clean: Kept, values: Kept, patched: Tensor) -> Tensor:
     """Logits [variant · batch, vocab] with edges patched by `patched` [variant, sender, receiver], 1 for wholly.
 
     Gradients flow to `patched`. Layers below the first that has a patched edge are not run again.
     """
     touched = (patched.detach() != 0).flatten(0, 1).any(0)
-    graph = study.graph
+    graph = setup.graph
     layers = [graph.layer_of(graph.receivers[r]) for r in touched.nonzero()[:, 0].tolist()]
     start = min([*layers, len(graph.layers) - 1])
-    run = _Patched(study, pair, clean, values, patched, start)
-    return study.stream.run(pair.clean, pair.last, run.hooks(), times=len(patched), start=start)
+    run = _Patched(setup, pair, clean, values, patched, start)
+    return setup.stream.run(pair.clean, pair.last, run.hooks(), times=len(patched), start=start)
 
 
 class _Patched:
     """One forward, in which the differences of the senders so far are kept."""
 
-    def __init__(self, study: Study, pair: Pair, clean: Kept, values: Kept, patched: Tensor, start: int) -> None:
-        self.study, self.pair, self.clean, self.values = study, pair, clean, values
+    def __init__(self, setup: Setup, pair: Pair, clean: Kept, values: Kept, patched: Tensor, start: int) -> None:
+        self.setup, self.pair, self.clean, self.values = setup, pair, clean, values
         self.patched, self.start = patched.to(clean["input", 0].device), start
-        self.times, self.layers = len(patched), study.stream.anatomy.layers
+        self.times, self.layers = len(patched), setup.stream.anatomy.layers
         self.reading: dict[Key, Tensor] = {}
         # By stream [variant, batch, sender, position, d_model], in the order of the graph.
-        self.differences: list[list[Tensor]] = [[] for _ in study.graph.streams]
-        for s in range(len(study.graph.streams)):
+        self.differences: list[list[Tensor]] = [[] for _ in setup.graph.streams]
+        for s in range(len(setup.graph.streams)):
             self._unchanged(("input", s))
-            if s < study.graph.stream_of(start):
+            if s < setup.graph.stream_of(start):
                 self.reading["final", s] = clean["final", s].repeat(self.times, 1, 1)
         for i in range(start):
             for what in ("z", "mlp"):
@@ -107,8 +107,8 @@ class _Patched:
 
     def hooks(self) -> dict[Key, list[Hook]]:
         """For all layers from the start on."""
-        graph = self.study.graph
-        made: dict[Key, list[Hook]] = {self.study.stream.end: [self._final]}
+        graph = self.setup.graph
+        made: dict[Key, list[Hook]] = {self.setup.stream.end: [self._final]}
         for s in range(graph.stream_of(self.start), len(graph.streams) - 1):
             made["final", s] = [self._stash(("final", s))]
         for i, layer in enumerate(self.layers):
@@ -131,7 +131,7 @@ class _Patched:
     def _add(self, key: Key, now: Tensor) -> None:
         """Keep replacement minus present output of the senders at a place."""
         difference = self.values[key] - now
-        mine = self.differences[stream_of(self.study, key)]
+        mine = self.differences[stream_of(self.setup, key)]
         if key[0] == "z":
             w_o = self.layers[key[1]].w_o.to(difference.dtype)
             mine.append(torch.einsum("nbthw,hwd->nbhtd", difference, w_o))
@@ -152,7 +152,7 @@ class _Patched:
 
     def _moved(self, stream: Tensor, columns: list[int]) -> Tensor:
         """[variant · batch, receiver, position, d_model]: the streams of some receivers that read the same senders."""
-        graph = self.study.graph
+        graph = self.setup.graph
         reads, which = graph.reads[columns[0]], graph.receiver_spot(graph.receivers[columns[0]]).stream
         senders = torch.cat(self.differences[which], dim=2)[:, :, : len(reads)]
         mask = self.patched[:, reads.start : reads.stop, columns].to(senders.dtype)
@@ -166,13 +166,13 @@ class _Patched:
 
     def _heads(self, part: str, i: int) -> Hook:
         """The projection of each head's own stream in the place of that of the common one."""
-        mine, anatomy = self.study.graph.columns(i, part), self.study.stream.anatomy
+        mine, anatomy = self.setup.graph.columns(i, part), self.setup.stream.anatomy
 
         def hook(old: Tensor) -> Tensor | None:
             columns = self._chosen(mine)
             if not columns:
                 return None
-            reader = self.layers[i].parts[part]
+            reader = self.layers[i].projections[part]
             heads = [column - mine.start for column in columns]
             read = self.reading[anatomy.read_at(i, part)]
             streams = anatomy.function(reader.norm)(self._moved(read, columns))
@@ -183,19 +183,19 @@ class _Patched:
         return hook
 
     def _mlp(self, i: int) -> Hook:
-        mine = self.study.graph.columns(i, "mlp")
+        mine = self.setup.graph.columns(i, "mlp")
 
         def hook(old: Tensor) -> Tensor | None:
             columns = self._chosen(mine)
             if not columns:
                 return None
-            norm = self.study.stream.anatomy.function(self.layers[i].mlp_norm)
+            norm = self.setup.stream.anatomy.function(self.layers[i].mlp_norm)
             made: Tensor = norm(self._moved(self.reading["read_mlp", i], columns)[:, 0])
             return made
 
         return hook
 
     def _final(self, old: Tensor) -> Tensor | None:
-        last = len(self.study.graph.receivers) - 1
+        last = len(self.setup.graph.receivers) - 1
         columns = self._chosen(range(last, last + 1))
         return self._moved(old, columns)[:, 0] if columns else None

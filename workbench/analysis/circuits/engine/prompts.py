@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,70 +10,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import TaskError, nearest
+from workbench.errors import TaskError
 from workbench.hooks.positions import Positions
 from workbench.inputs import decoder_start
+from workbench.metrics import Metric, TaskBatch, as_metric, last_places
 from workbench.tasks.base import Task
-from workbench.tasks.metrics import TaskBatch, correct, kl_divergence, last_places, logit_diff, probability
 
-METRICS: dict[str, Callable[..., Tensor]] = {
-    "logit_diff": logit_diff, "probability": probability, "kl_divergence": kl_divergence, "accuracy": correct,
-}  # fmt: skip
 Where = str | int | Sequence[str | int] | None
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One number per example, from the logits at the last token.
+def measure_last(metric: Metric, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
+    """[times, batch] of a metric from logits at the last token.
 
-    Attributes:
-        name: for results.
-        function: `metric(output, batch)` with `output.logits` [batch, 1, vocab] and the task's batch; where
-            `against_clean`, `metric(output, batch, clean_output)`.
-        smooth: whether it has a gradient.
-    """
+    The metric sees them as `output.logits` [times · batch, 1, vocab], with a task's batch of one token each.
 
-    name: str
-    function: Callable[..., Tensor]
-    against_clean: bool = False
-    smooth: bool = True
-
-    def __call__(self, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
-        """[times, batch] from logits [times · batch, vocab]; `clean` are those of the unedited model [batch, vocab]."""
-        ids = {"input_ids": pair.clean["input_ids"][:, :1].repeat(times, 1)} if "input_ids" in pair.clean else {}
-        batch = TaskBatch(
-            ids, answers=list(pair.clean.answers) * times, wrong=list(pair.clean.wrong) * times, start=pair.clean.start,
-        )  # fmt: skip
-        output = SimpleNamespace(logits=logits[:, None])
-        extra = [SimpleNamespace(logits=clean.repeat(times, 1)[:, None])] if self.against_clean else []
-        value = self.function(output, batch, *extra)
-        if not isinstance(value, Tensor) or value.shape != (logits.shape[0],):
-            shape = value.shape if isinstance(value, Tensor) else None
-            raise TaskError(
-                f'the metric "{self.name}" gave {type(value).__name__}, expected one number for each example',
-                shape=shape,
-            )
-        return value.view(times, -1)
-
-
-def as_metric(given: Any) -> Metric:
-    """A metric from its name or a function.
+    Args:
+        logits: [times · batch, vocab]. clean: those of the unedited model [batch, vocab].
 
     Raises:
-        TaskError: an unknown name, or no function.
+        TaskError: it does not give one number for each example.
     """
-    if isinstance(given, Metric):
-        return given
-    if isinstance(given, str):
-        if given not in METRICS:
-            raise TaskError(f"there is no metric {given!r}", hint=nearest(given, list(METRICS), "metric"))
-        function = METRICS[given]
-    elif callable(given):
-        function = given
-    else:
-        raise TaskError(f"a metric is a name or a function of output and batch, not {type(given).__name__}")
-    name = given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
-    return Metric(name, function, bool(getattr(function, "against_clean", False)), function is not correct)
+    ids = {"input_ids": pair.clean["input_ids"][:, :1].repeat(times, 1)} if "input_ids" in pair.clean else {}
+    batch = TaskBatch(
+        ids, answers=list(pair.clean.answers) * times, wrong=list(pair.clean.wrong) * times, start=pair.clean.start,
+    )  # fmt: skip
+    output, unedited = (SimpleNamespace(logits=given[:, None]) for given in (logits, clean.repeat(times, 1)))
+    return metric.examples(output, batch, logits.shape[0], unedited).view(times, -1)
+
+
+def metric_of_logits(given: Any) -> Metric:
+    """A metric from its name or a function, that reads logits alone.
+
+    Raises:
+        TaskError: an unknown name, no function, or one that needs more than logits.
+    """
+    metric = as_metric(given)
+    if not metric.from_logits:
+        raise TaskError(
+            f'circuits are measured from logits, and "{metric.name}" reads more than these',
+            hint="such as logit_diff, or kl_divergence for how far the model moves",
+        )
+    return metric
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.shortcut import only_where_changed, put_back
 from workbench.analysis.circuits.model.anatomy import Anatomy, find_anatomy
-from workbench.analysis.circuits.model.parts import LayerParts, Part
+from workbench.analysis.circuits.model.modules import LayerModules, Projection
 from workbench.analysis.circuits.model.recording import first_float
 from workbench.errors import InterventionError, WorkbenchError
-from workbench.hooks.compiled import check_not_compiled
 from workbench.inputs import check_inputs, dropout_in_training
 from workbench.session.workbench import Workbench
 from workbench.sweep.prefix import Prefix
 from workbench.sweep.variants import repeat
 
-_SHORT = 8  # tokens that are enough to find a model's parts
+_SHORT = 8  # tokens that are enough to find a model's layers
 _SEVERAL = 3  # repeats from which on it is worth computing again what projections gave on the batch itself
 # What a hook sees, and may give anew. In layer i, and in stream s (0, or 0 and 1: the encoder's and the decoder's):
 # ("input", s)          [batch, position, d_model] what the first block reads
@@ -53,10 +52,8 @@ class Stream:
     """
 
     def __init__(self, wb: Workbench, pair: Pair) -> None:
-        wb._check_ready()
-        check_not_compiled(wb.model)
-        if wb._live.edits or wb._live.recorder is not None:
-            raise InterventionError("an intervention or a capture is open", hint="end it first")
+        wb.check_ready()
+        wb.check_idle()
         dropping = dropout_in_training(wb.model)
         if dropping:
             raise InterventionError(
@@ -207,8 +204,8 @@ class Stream:
                 stack.enter_context(only_where_changed(modules, given, clean["mlp", i]))
             if times < _SEVERAL:
                 continue
-            for name, part in {layer.parts[part].name: part for part in "qkv"}.items():
-                given = anatomy.function(layer.parts[part].norm)(clean[anatomy.read_at(i, part)])
+            for name, part in {layer.projections[part].name: part for part in "qkv"}.items():
+                given = anatomy.function(layer.projections[part].norm)(clean[anatomy.read_at(i, part)])
                 stack.enter_context(only_where_changed([anatomy.modules[name]], given))
             stack.enter_context(only_where_changed([layer.out_module], clean["z", i].flatten(-2)))
 
@@ -238,7 +235,7 @@ class Stream:
             return [_on_output(anatomy.modules[anatomy.blocks(i)[-1]], functions)]
         layer = anatomy.layers[i]
         if what == "read":
-            part = layer.parts["q"]
+            part = layer.projections["q"]
             return [_on_input(anatomy.modules[part.norm or part.name], functions, first_only=True)]
         if what == "read_mlp":
             return [_on_input(anatomy.modules[layer.mlp_norm or _mlp(layer)[0]], functions, first_only=True)]
@@ -248,7 +245,7 @@ class Stream:
             return [_on_output(anatomy.modules[_mlp(layer)[-1]], functions)]
         if what == "mlp_in":
             return [_on_input(anatomy.modules[_mlp(layer)[0]], functions)]
-        part = layer.parts[what]
+        part = layer.projections[what]
         return [_on_output(part.module, [_on_columns(f, part) for f in functions])]
 
 
@@ -275,7 +272,7 @@ class Kept:
         return key in self.tensors
 
 
-def _mlp(layer: LayerParts) -> tuple[str, ...]:
+def _mlp(layer: LayerModules) -> tuple[str, ...]:
     if layer.mlp is None:
         raise WorkbenchError(f"the layer of {layer.site.name} has no MLP")
     return layer.mlp
@@ -329,7 +326,7 @@ def _cut(function: Hook, n_heads: int) -> Hook:
     return joined
 
 
-def _on_columns(function: Hook, part: Part) -> Hook:
+def _on_columns(function: Hook, part: Projection) -> Hook:
     """A function on queries, keys or values [batch, position, head, width], as one on all columns."""
     columns = part.columns
 

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from workbench.analysis.circuits.engine.ablation import Ablation
 from workbench.analysis.circuits.engine.edges import patch_edges
+from workbench.analysis.circuits.engine.setup import Setup
 from workbench.analysis.circuits.engine.stream import Kept
-from workbench.analysis.circuits.engine.study import Study
 from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted, start
 from workbench.errors import InterventionError
 
@@ -21,7 +21,7 @@ _SAVE_EVERY = 30.0  # seconds
 
 
 def prune_edges(
-    study: Study,
+    setup: Setup,
     threshold: float,
     how: str = "counterfactual",
     ahead: int = 4,
@@ -50,9 +50,9 @@ def prune_edges(
     """
     if not threshold > 0:
         raise InterventionError(f"the threshold is {threshold}, a positive number is needed")
-    graph = study.graph
-    now = start(study, resume, threshold=threshold, ablation=how, ahead=ahead)
-    ablation = Ablation(study, how)
+    graph = setup.graph
+    now = start(setup, resume, threshold=threshold, ablation=how, ahead=ahead)
+    ablation = Ablation(setup, how)
     seen: list[tuple[Tensor, Kept, Kept]] = []
     order = [(s, r) for r in reversed(range(len(graph.receivers))) for s in reversed(graph.reads[r])]
     bar = tqdm(total=len(order), initial=now.place, disable=not progress, desc="pruning edges")
@@ -61,7 +61,7 @@ def prune_edges(
         with torch.no_grad():
             while now.place < len(order):
                 # Whole steps only: an interrupt leaves what the last one made.
-                now = _step(study, now, order, threshold, ahead, ablation, seen)
+                now = _step(setup, now, order, threshold, ahead, ablation, seen)
                 bar.update(now.place - bar.n)
                 if resume is not None and time.monotonic() - saved > _SAVE_EVERY:
                     now.save(resume)
@@ -83,12 +83,12 @@ def prune_edges(
 
 
 def _step(
-    study: Study, now: Pruning, order: list[tuple[int, int]], threshold: float, ahead: int, ablation: Ablation,
+    setup: Setup, now: Pruning, order: list[tuple[int, int]], threshold: float, ahead: int, ablation: Ablation,
     seen: list[tuple[Tensor, Kept, Kept]],
 ) -> Pruning:  # fmt: skip
     """Decide the next edges."""
     kept, scores, place, present = now.kept.clone(), now.scores.clone(), now.place, now.present
-    waiting = _waiting(study, kept, order[place:], ahead)
+    waiting = _waiting(setup, kept, order[place:], ahead)
     if not waiting:
         for edge in order[place:]:
             kept[edge] = False
@@ -99,7 +99,7 @@ def _step(
         trial[order[place + offset]] = False  # those between lead nowhere
         if offset in waiting:
             stack.append(trial.clone())
-    values = _means(study, torch.stack(stack), ablation, seen)
+    values = _means(setup, torch.stack(stack), ablation, seen)
     for number, offset in enumerate(waiting):
         lowered = (present - values[number]) / now.span
         scores[order[place + offset]] = lowered
@@ -112,9 +112,9 @@ def _step(
     return replace(now, kept=kept, scores=scores, place=place + offset + 1, present=present)
 
 
-def _waiting(study: Study, kept: Tensor, order: list[tuple[int, int]], ahead: int) -> list[int]:
+def _waiting(setup: Setup, kept: Tensor, order: list[tuple[int, int]], ahead: int) -> list[int]:
     """Places in the order of the next edges whose receiver still leads to the logits."""
-    graph = study.graph
+    graph = setup.graph
     logits = len(graph.receivers) - 1
     used: dict[int, bool] = {}
     found: list[int] = []
@@ -130,21 +130,21 @@ def _waiting(study: Study, kept: Tensor, order: list[tuple[int, int]], ahead: in
     return found
 
 
-def _means(study: Study, kept: Tensor, ablation: Ablation, seen: list[tuple[Tensor, Kept, Kept]]) -> list[float]:
+def _means(setup: Setup, kept: Tensor, ablation: Ablation, seen: list[tuple[Tensor, Kept, Kept]]) -> list[float]:
     """Mean of the metric for each of several choices of edges."""
     totals = torch.zeros(len(kept), dtype=torch.float64)
-    single = len(study.pairs) == 1
-    for pair in study.pairs:
+    single = len(setup.pairs) == 1
+    for pair in setup.pairs:
         if single and seen:
             logits, clean, values = seen[0]
         else:
-            logits, clean, twin = study.record(pair)
+            logits, clean, twin = setup.record(pair)
             values = ablation.of(pair, clean, twin)
             if single:
                 seen.append((logits, clean, values))
-        most = study.most(pair, parts=3 * len(study.graph.senders))
+        most = setup.most(pair, tensors=3 * len(setup.graph.senders))
         for first in range(0, len(kept), most):
-            patched = (~kept[first : first + most] & study.graph.exists).to(logits.dtype)
-            out = patch_edges(study, pair, clean, values, patched)
-            totals[first : first + most] += study.measure(out, pair, logits, len(patched)).sum(1)
-    return (totals / len(study.task)).tolist()
+            patched = (~kept[first : first + most] & setup.graph.exists).to(logits.dtype)
+            out = patch_edges(setup, pair, clean, values, patched)
+            totals[first : first + most] += setup.measure(out, pair, logits, len(patched)).sum(1)
+    return (totals / len(setup.task)).tolist()

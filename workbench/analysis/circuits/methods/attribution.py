@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench.analysis.circuits.engine.prompts import Pair
+from workbench.analysis.circuits.engine.setup import DENOISING, NOISING, Setup
 from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
-from workbench.analysis.circuits.engine.study import DENOISING, NOISING, Study
-from workbench.analysis.circuits.model.parts import Part, unchanged
+from workbench.analysis.circuits.model.modules import Projection, unchanged
 from workbench.errors import InterventionError
 
 Path = Literal["inputs", "activations"]
@@ -41,7 +41,7 @@ class EdgeScores:
 
 
 def attribute_edges(
-    study: Study,
+    setup: Setup,
     *,
     steps: int = 1,
     path: Path = "inputs",
@@ -49,7 +49,7 @@ def attribute_edges(
     keep_examples: bool | None = None,
     progress: bool = True,
 ) -> EdgeScores:
-    """Scores of all edges, and the study's baselines along with them.
+    """Scores of all edges, and the setup's baselines along with them.
 
     Args:
         steps: gradients per prompt. 1 is plain EAP; more are averaged between twin (left out) and prompt (included).
@@ -62,48 +62,48 @@ def attribute_edges(
     Raises:
         InterventionError: a metric without gradient, or that is smallest on the prompt.
     """
-    if not study.metric.smooth or (study.metric.against_clean and steps == 1):
+    if not setup.metric.differentiable or (setup.metric.against_clean and steps == 1):
         zero = "it is smallest on the prompts, so its gradient is zero there"
-        why = zero if study.metric.against_clean else "it has none"
-        raise InterventionError(f'edges cannot be scored by the gradient of "{study.metric.name}": {why}')
+        why = zero if setup.metric.against_clean else "it has none"
+        raise InterventionError(f'edges cannot be scored by the gradient of "{setup.metric.name}": {why}')
     if steps < 1 or path not in ("inputs", "activations") or direction not in (NOISING, DENOISING):
         raise InterventionError(f"steps are at least 1 along inputs or activations, not {steps} along {path!r}")
-    graph = study.graph
+    graph = setup.graph
     if keep_examples is None:
-        keep_examples = len(study.task) * graph.n_edges * 4 < 256 << 20
+        keep_examples = len(setup.task) * graph.n_edges * 4 < 256 << 20
     total = torch.zeros(len(graph.senders), len(graph.receivers), dtype=torch.float64)
     kept: list[Tensor] = []
     clean, corrupted, inputs = [], [], []
-    for pair in tqdm(study.pairs, disable=not progress, desc="edges"):
-        batch = _Batch(study, pair, direction)
+    for pair in tqdm(setup.pairs, disable=not progress, desc="edges"):
+        batch = _Batch(setup, pair, direction)
         found = batch.scores(steps, path)
-        clean.append(study.measure(batch.clean.logits, pair, batch.clean.logits)[0])
-        corrupted.append(study.measure(batch.twin.logits, pair, batch.clean.logits)[0])
+        clean.append(setup.measure(batch.clean.logits, pair, batch.clean.logits)[0])
+        corrupted.append(setup.measure(batch.twin.logits, pair, batch.clean.logits)[0])
         inputs.append(found[1])
         total += found[0].sum(0)
         if keep_examples:
             kept.append(found[0][:, graph.exists].float())
-    study.take_baselines(torch.cat(clean), torch.cat(corrupted))
-    scores = (total / len(study.task)).masked_fill(~graph.exists, torch.nan)
+    setup.take_baselines(torch.cat(clean), torch.cat(corrupted))
+    scores = (total / len(setup.task)).masked_fill(~graph.exists, torch.nan)
     return EdgeScores(scores, torch.cat(kept) if keep_examples else None, torch.cat(inputs))
 
 
 class _Batch:
     """The scores of one batch."""
 
-    def __init__(self, study: Study, pair: Pair, direction: str) -> None:
-        self.study, self.pair, self.direction = study, pair, direction
-        self.layers = study.stream.anatomy.layers
+    def __init__(self, setup: Setup, pair: Pair, direction: str) -> None:
+        self.setup, self.pair, self.direction = setup, pair, direction
+        self.layers = setup.stream.anatomy.layers
         self.clean, self.twin = Kept(), Kept()
 
     def scores(self, steps: int, path: Path) -> tuple[Tensor, Tensor]:
         """[example, sender, receiver], and [example] the attribution of the input by all paths."""
-        graph, stream, pair = self.study.graph, self.study.stream, self.pair
+        graph, stream, pair = self.setup.graph, self.setup.stream, self.pair
         found = torch.zeros(pair.size, len(graph.senders), len(graph.receivers), dtype=torch.float64)
         with torch.no_grad():
             if self.direction == NOISING:
                 _, self.twin = stream.record(pair.twin, pair.last, resume=False)
-            if self.direction == DENOISING or self.study.metric.against_clean:
+            if self.direction == DENOISING or self.setup.metric.against_clean:
                 _, self.clean = stream.record(pair.clean, pair.last, resume=False)
         # At its own end the path is the prompt (or the twin) itself, whichever sender is moved along it.
         gradients = self._gradients((), 1.0 if self.direction == NOISING else 0.0)
@@ -111,8 +111,8 @@ class _Batch:
         differences = {key: self.clean[key] - self.twin[key] for key in inputs}
 
         def at_inputs() -> Tensor:
-            parts = [(gradients[key] * differences[key]).flatten(1).sum(1) for key in inputs]
-            return torch.stack(parts).sum(0).double().cpu()
+            products = [(gradients[key] * differences[key]).flatten(1).sum(1) for key in inputs]
+            return torch.stack(products).sum(0).double().cpu()
 
         everything = range(len(graph.senders))
         self._dot(gradients, found, everything)
@@ -128,7 +128,7 @@ class _Batch:
 
     def _senders(self) -> list[tuple[tuple[Key, ...], range]]:
         """The places whose output goes from twin to prompt, one at a time, and the senders there."""
-        graph = self.study.graph
+        graph = self.setup.graph
         places: list[tuple[tuple[Key, ...], range]] = [
             ((("input", s),), range(row, row + 1)) for s, row in enumerate(graph.inputs)
         ]
@@ -146,7 +146,7 @@ class _Batch:
         itself, and what it shows is kept.
         """
         own, batch = (self.clean, self.pair.clean) if self.direction == NOISING else (self.twin, self.pair.twin)
-        end = self.study.stream.end
+        end = self.setup.stream.end
         watched: dict[Key, Tensor] = {}
         hooks: dict[Key, list[Hook]] = {}
         for key in moved:
@@ -159,12 +159,12 @@ class _Batch:
 
             return hook
 
-        for s in range(len(self.study.graph.streams)):
+        for s in range(len(self.setup.graph.streams)):
             hooks.setdefault(("input", s), []).extend([_leaf, watch(("input", s))])
             if ("final", s) != end:  # to be looked at by the norm before cross-attention
                 hooks["final", s] = [_keep(watched, ("read_final", s))]
         for n, layer in enumerate(self.layers):
-            for part in layer.parts:
+            for part in layer.projections:
                 hooks.setdefault((part, n), []).append(watch((part, n)))
             hooks.setdefault(("read", n), []).append(_keep(watched, ("read", n)))
             if layer.mlp is not None:
@@ -172,13 +172,13 @@ class _Batch:
                 hooks.setdefault(("mlp_in", n), []).append(watch(("mlp_in", n)))
         hooks.setdefault(end, []).append(watch(end))
         if not moved:
-            for key, hook in self.study.stream.keeping(own).items():
+            for key, hook in self.setup.stream.keeping(own).items():
                 hooks.setdefault(key, []).append(hook)
         with torch.enable_grad():
-            logits = self.study.stream.run(batch, self.pair.last, hooks)
+            logits = self.setup.stream.run(batch, self.pair.last, hooks)
             if not moved:
                 own.logits = logits.detach()
-            value = self.study.metric(logits, self.pair, self.clean.logits).sum()
+            value = self.setup.metric_of(logits, self.pair, self.clean.logits).sum()
             wanted = [key for key in watched if not key[0].startswith("read")]
             gradients = torch.autograd.grad(value, [watched[key] for key in wanted], allow_unused=True)
         found = {
@@ -189,9 +189,9 @@ class _Batch:
 
     def _dot(self, gradients: dict[Key, Tensor], found: Tensor, rows: range) -> None:
         """Add senders' differences times receivers' gradients, layer by layer, some positions at a time."""
-        graph, size = self.study.graph, self.pair.size
+        graph, size = self.setup.graph, self.pair.size
         widest = len(graph.senders) + max(layer.n_heads + 2 * layer.n_kv_heads for layer in graph.layers) * 3
-        most = max(1, self.study.memory // (widest * size * graph.d_model * 4))
+        most = max(1, self.setup.memory // (widest * size * graph.d_model * 4))
         ends = (*graph.inputs[1:], len(graph.senders))
         for stream, (start, stop) in enumerate(zip(graph.inputs, ends, strict=True)):
             mine = range(max(rows.start, start), min(rows.stop, stop))
@@ -207,25 +207,25 @@ class _Batch:
 
         Gradients are [batch, receiver, position, d_model].
         """
-        graph, anatomy = self.study.graph, self.study.stream.anatomy
+        graph, anatomy = self.setup.graph, self.setup.stream.anatomy
         for i, layer in enumerate(self.layers):
-            for part in layer.parts:
+            for part in layer.projections:
                 columns = graph.columns(i, part)
                 if graph.receiver_spot(graph.receivers[columns.start]).stream == stream:
-                    yield columns, self._before_norm(layer.parts[part], gradients, part, i, at)
+                    yield columns, self._before_norm(layer.projections[part], gradients, part, i, at)
             if layer.mlp is not None and graph.stream_of(i) == stream:
                 cut = gradients["mlp_in", i][:, at][:, None]
                 yield (
                     graph.columns(i, "mlp"),
                     _back(anatomy.function(layer.mlp_norm), gradients["read_mlp", i][:, at], cut),
                 )
-        if ("final", stream) == self.study.stream.end:
+        if ("final", stream) == self.setup.stream.end:
             last = len(graph.receivers) - 1
             yield range(last, last + 1), gradients["final", stream][:, at][:, None]
 
     def _product(self, senders: Tensor, readers: Tensor, found: Tensor, rows: range, columns: range) -> None:
         """Senders [batch, sender, position, d_model] times readers [batch, receiver, position, d_model]."""
-        stop = min(rows.stop, self.study.graph.reads[columns.start].stop)
+        stop = min(rows.stop, self.setup.graph.reads[columns.start].stop)
         if stop <= rows.start:
             return
         product = senders[:, : stop - rows.start].flatten(2) @ readers.flatten(2).transpose(1, 2)
@@ -233,25 +233,25 @@ class _Batch:
 
     def _differences(self, at: slice, rows: range, stream: int) -> Tensor:
         """[batch, sender, position, d_model]: what senders write on the prompt minus what they write on the twin."""
-        parts, graph = [], self.study.graph
+        several, graph = [], self.setup.graph
         if graph.inputs[stream] in rows:
-            parts.append((self.clean["input", stream] - self.twin["input", stream])[:, None, at])
+            several.append((self.clean["input", stream] - self.twin["input", stream])[:, None, at])
         for i, layer in enumerate(self.layers):
             first = graph.first_sender(i)
             if first in rows:
                 z = (self.clean["z", i] - self.twin["z", i])[:, at]
-                parts.append(torch.einsum("bthw,hwd->bhtd", z, layer.w_o.to(z.dtype)))
+                several.append(torch.einsum("bthw,hwd->bhtd", z, layer.w_o.to(z.dtype)))
             if layer.mlp is not None and first + layer.n_heads in rows:
-                parts.append((self.clean["mlp", i] - self.twin["mlp", i])[:, None, at])
-        return torch.cat(parts, dim=1)
+                several.append((self.clean["mlp", i] - self.twin["mlp", i])[:, None, at])
+        return torch.cat(several, dim=1)
 
-    def _before_norm(self, part: Part, gradients: dict[Key, Tensor], name: str, i: int, at: slice) -> Tensor:
+    def _before_norm(self, part: Projection, gradients: dict[Key, Tensor], name: str, i: int, at: slice) -> Tensor:
         """[batch, head or group, position, d_model]: gradients by the stream that each head's part reads."""
         by_heads = gradients[name, i][:, at]
         behind = torch.einsum("bthw,hwd->bhtd", by_heads, part.weight.to(by_heads.dtype))
-        what, index = self.study.stream.anatomy.read_at(i, name)
+        what, index = self.setup.stream.anatomy.read_at(i, name)
         read = gradients["read_final" if what == "final" else what, index]
-        return _back(self.study.stream.anatomy.function(part.norm), read[:, at], behind)
+        return _back(self.setup.stream.anatomy.function(part.norm), read[:, at], behind)
 
 
 def _back(norm: Callable[[Tensor], Tensor], stream: Tensor, gradient: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench.analysis.circuits.engine.prompts import Pair, Where
+from workbench.analysis.circuits.engine.setup import Setup
 from workbench.analysis.circuits.engine.stream import Hook, Hooks, Kept, Key
-from workbench.analysis.circuits.engine.study import Study
 from workbench.errors import InterventionError
 
 Unit = tuple[str, ...]
@@ -39,13 +39,13 @@ class Paths:
     freeze_mlps: bool = False
 
 
-def check_paths(study: Study, paths: Paths) -> None:
+def check_paths(setup: Setup, paths: Paths) -> None:
     """Refuse receivers that are none, and senders that come after every receiver.
 
     Raises:
         InterventionError: as said.
     """
-    graph = study.graph
+    graph = setup.graph
     if not paths.receivers or not paths.senders:
         raise InterventionError(f"there is no {'receiver' if not paths.receivers else 'sender'}")
     for name in paths.receivers:
@@ -62,20 +62,20 @@ def check_paths(study: Study, paths: Paths) -> None:
                 )
 
 
-def run_paths(study: Study, paths: Paths, progress: bool = True, note: str = "path patching") -> Tensor:
+def run_paths(setup: Setup, paths: Paths, progress: bool = True, note: str = "path patching") -> Tensor:
     """[sender, example] of the metric after patching each sender's paths."""
-    check_paths(study, paths)
-    streams = sorted({study.graph.receiver_spot(name).stream for name in paths.receivers})
-    found = torch.zeros(len(paths.senders), len(study.task), dtype=torch.float64)
-    bar = tqdm(total=len(study.pairs) * len(paths.senders), disable=not progress, desc=note)
+    check_paths(setup, paths)
+    streams = sorted({setup.graph.receiver_spot(name).stream for name in paths.receivers})
+    found = torch.zeros(len(paths.senders), len(setup.task), dtype=torch.float64)
+    bar = tqdm(total=len(setup.pairs) * len(paths.senders), disable=not progress, desc=note)
     with torch.no_grad():
-        for pair in study.pairs:
-            logits, clean, twin = study.record(pair)
-            index = {stream: _index(study, pair, paths, stream) for stream in streams}
-            share = max(index[stream].shape[1] / study.length(pair, stream) for stream in streams)
-            most = study.most(pair, parts=max(4, 4 + int(12 * share)))
-            later = study.most(pair, parts=24)
-            flows = [_Flow(study, clean, twin, index[stream], paths, stream) for stream in streams]
+        for pair in setup.pairs:
+            logits, clean, twin = setup.record(pair)
+            index = {stream: _index(setup, pair, paths, stream) for stream in streams}
+            share = max(index[stream].shape[1] / setup.length(pair, stream) for stream in streams)
+            most = setup.most(pair, tensors=max(4, 4 + int(12 * share)))
+            later = setup.most(pair, tensors=24)
+            flows = [_Flow(setup, clean, twin, index[stream], paths, stream) for stream in streams]
             for first in range(0, len(paths.senders), most):
                 units = paths.senders[first : first + most]
                 received: dict[str, Tensor] = {}
@@ -84,20 +84,20 @@ def run_paths(study: Study, paths: Paths, progress: bool = True, note: str = "pa
                     given, differs = flow.run(units)
                     received |= given
                     changed |= differs
-                values = _second(study, pair, logits, received, index, len(units), later)
-                plain = study.measure(logits, pair, logits)
-                found[first : first + len(units), study.rows(pair)] = torch.where(changed.cpu(), values, plain)
+                values = _second(setup, pair, logits, received, index, len(units), later)
+                plain = setup.measure(logits, pair, logits)
+                found[first : first + len(units), setup.rows(pair)] = torch.where(changed.cpu(), values, plain)
                 bar.update(len(units))
     bar.close()
     return found
 
 
-def _index(study: Study, pair: Pair, paths: Paths, stream: int) -> Tensor:
+def _index(setup: Setup, pair: Pair, paths: Paths, stream: int) -> Tensor:
     """[batch, n] the patched positions of a stream."""
-    where = study.positions(pair, paths.positions, stream)
+    where = setup.positions(pair, paths.positions, stream)
     if where is None:
-        return torch.arange(study.length(pair, stream), device=pair.last.device).expand(pair.size, -1)
-    end = stream == study.stream.end[1]
+        return torch.arange(setup.length(pair, stream), device=pair.last.device).expand(pair.size, -1)
+    end = stream == setup.stream.end[1]
     if end and "logits" in paths.receivers and not bool((where == pair.last[:, None]).any()):
         raise InterventionError(
             "the logits are read at the last token, which the positions leave out",
@@ -109,10 +109,10 @@ def _index(study: Study, pair: Pair, paths: Paths, stream: int) -> Tensor:
 class _Flow:
     """The first run: what the receivers of one stream read at the patched positions, for many senders at once."""
 
-    def __init__(self, study: Study, clean: Kept, twin: Kept, index: Tensor, paths: Paths, stream: int) -> None:
-        self.study, self.clean, self.twin, self.index, self.paths = study, clean, twin, index, paths
-        self.layers, self.stream = study.stream.anatomy.layers, stream
-        graph = study.graph
+    def __init__(self, setup: Setup, clean: Kept, twin: Kept, index: Tensor, paths: Paths, stream: int) -> None:
+        self.setup, self.clean, self.twin, self.index, self.paths = setup, clean, twin, index, paths
+        self.layers, self.stream = setup.stream.anatomy.layers, stream
+        graph = setup.graph
         self.here = [i for i in range(len(self.layers)) if graph.stream_of(i) == stream]
         spots = {name: graph.receiver_spot(name) for name in paths.receivers}
         # Receivers by the layer that they are in, and those that read what the stream is in the end.
@@ -121,7 +121,7 @@ class _Flow:
 
     def run(self, units: Sequence[Unit]) -> tuple[dict[str, Tensor], Tensor]:
         """What each receiver is given [unit, batch, n, …], and [unit, batch] bool: whether any differs from clean."""
-        anatomy, graph = self.study.stream.anatomy, self.study.graph
+        anatomy, graph = self.setup.stream.anatomy, self.setup.graph
         given: dict[str, Tensor] = {}
         start = self._at(self.clean["input", self.stream])
         delta = start.new_zeros(len(units), *start.shape)
@@ -165,14 +165,14 @@ class _Flow:
 
     def _inputs(self, delta: Tensor, units: Sequence[Unit]) -> None:
         """Add the twin's input where it is a sender."""
-        name = self.study.graph.senders[self.study.graph.inputs[self.stream]]
+        name = self.setup.graph.senders[self.setup.graph.inputs[self.stream]]
         for number, unit in enumerate(units):
             if name in unit:
                 delta[number] += self._difference("input", self.stream)
 
     def _heads(self, delta: Tensor, units: Sequence[Unit], i: int) -> None:
         """Add what the senders among the heads of a layer write anew."""
-        spots = [(n, self.study.graph.sender(name)) for n, unit in enumerate(units) for name in unit]
+        spots = [(n, self.setup.graph.sender(name)) for n, unit in enumerate(units) for name in unit]
         chosen = [(n, spot.number) for n, spot in spots if (spot.layer, spot.what) == (i, "head")]
         if not chosen:
             return
@@ -184,8 +184,8 @@ class _Flow:
 
     def _projected(self, name: str, delta: Tensor) -> Tensor:
         """Queries, keys or values [unit, batch, n, width] that a receiver makes of the changed stream."""
-        spot, anatomy = self.study.graph.receiver_spot(name), self.study.stream.anatomy
-        part = self.layers[spot.layer].parts[spot.part]
+        spot, anatomy = self.setup.graph.receiver_spot(name), self.setup.stream.anatomy
+        part = self.layers[spot.layer].projections[spot.part]
         stream = self._at(self.clean[anatomy.read_at(spot.layer, spot.part)])
         read = anatomy.function(part.norm)(stream + delta)
         bias = part.bias
@@ -194,7 +194,7 @@ class _Flow:
 
     def _mlp(self, i: int, reads: Tensor) -> Tensor:
         """What the MLP writes anew where what it reads has changed; exactly nothing elsewhere."""
-        layer, anatomy = self.layers[i], self.study.stream.anatomy
+        layer, anatomy = self.layers[i], self.setup.stream.anatomy
         moved = (reads != 0).flatten(2).any(-1)
         new = torch.zeros_like(reads)
         if bool(moved.any()):
@@ -205,7 +205,7 @@ class _Flow:
 
     def _replace_mlp(self, delta: Tensor, units: Sequence[Unit], i: int, reads: Tensor) -> Tensor:
         """Where the MLP is a sender it writes what it wrote on the twin, whatever it reads."""
-        spots = [[self.study.graph.sender(name) for name in unit] for unit in units]
+        spots = [[self.setup.graph.sender(name) for name in unit] for unit in units]
         mine = torch.tensor([any((s.layer, s.what) == (i, "mlp") for s in unit) for unit in spots], device=delta.device)
         if not bool(mine.any()):
             return delta
@@ -214,33 +214,33 @@ class _Flow:
 
 
 def _second(
-    study: Study, pair: Pair, logits: Tensor, received: dict[str, Tensor], index: dict[int, Tensor], n: int, most: int
+    setup: Setup, pair: Pair, logits: Tensor, received: dict[str, Tensor], index: dict[int, Tensor], n: int, most: int
 ) -> Tensor:
     """[unit, batch] of the metric when the receivers, and nothing else, are given what they received."""
-    graph, stream = study.graph, study.stream
+    graph, stream = setup.graph, setup.stream
     if set(received) == {"logits"}:
         place = (index[stream.end[1]] == pair.last[:, None]).float().argmax(1)
         rows = torch.arange(pair.size, device=place.device)
         final = received["logits"][:, rows, place].flatten(0, 1)
-        return study.measure(stream.unembed(final), pair, logits, n)
+        return setup.measure(stream.unembed(final), pair, logits, n)
     start = min(graph.layer_of(name) for name in received)
     values = []
     for first in range(0, n, most):
         chunk = {name: tensor[first : first + most] for name, tensor in received.items()}
         times = next(iter(chunk.values())).shape[0]
         out = stream.run(
-            pair.clean, pair.last, _hooks(study, chunk, index), times=times, start=min(start, len(stream.blocks) - 1)
+            pair.clean, pair.last, _hooks(setup, chunk, index), times=times, start=min(start, len(stream.blocks) - 1)
         )
-        values.append(study.measure(out, pair, logits, times))
+        values.append(setup.measure(out, pair, logits, times))
     return torch.cat(values)
 
 
-def _hooks(study: Study, received: dict[str, Tensor], index: dict[int, Tensor]) -> Hooks:
+def _hooks(setup: Setup, received: dict[str, Tensor], index: dict[int, Tensor]) -> Hooks:
     """Hooks that put what the receivers received in its place, at the patched positions."""
     hooks: dict[Key, list[Hook]] = {}
     for name, tensor in received.items():
-        spot = study.graph.receiver_spot(name)
-        whole = {"logits": study.stream.end, "mlp": ("mlp_in", spot.layer)}
+        spot = setup.graph.receiver_spot(name)
+        whole = {"logits": setup.stream.end, "mlp": ("mlp_in", spot.layer)}
         key = whole.get(spot.what, (spot.part, spot.layer))
         number = None if spot.what in whole else spot.number
         put = _put(tensor.flatten(0, 1), index[spot.stream], tensor.shape[0], number)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.circuits.engine.study import Study
+from workbench.analysis.circuits.engine.setup import Setup
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.errors import FormatError, WorkbenchError
 from workbench.storage.result import Result
@@ -78,7 +78,7 @@ class PruningInterrupted(KeyboardInterrupt):
         super().__init__(f"{done}; {where}, and go on with resume=path")
 
 
-def start(study: Study, path: Path | None, **settings: Any) -> Pruning:
+def start(setup: Setup, path: Path | None, **settings: Any) -> Pruning:
     """Where to begin: what a file holds if it is there, else nothing decided.
 
     Args:
@@ -88,17 +88,17 @@ def start(study: Study, path: Path | None, **settings: Any) -> Pruning:
         WorkbenchError: there is no folder for the file.
         FormatError: the file is no pruning, truncated, changed, or of another model, task or settings.
     """
-    graph, model, device = study.graph, study.wb.model, study.pairs[0].last.device.type
+    graph, model, device = setup.graph, setup.wb.model, setup.pairs[0].last.device.type
     identity = {
         "model class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "model weights": study.wb.weights_hash(),
+        "model weights": setup.wb.weights_hash(),
         "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "",
-        "task": study.task.name,
-        "prompts": digest([[plain(pair.clean), plain(pair.twin)] for pair in study.pairs]),
-        "number of prompts": len(study.task),
-        "number of batches": len(study.pairs),
-        "metric": f"{study.metric.name} {about(study.metric.function)}",
-        "memory": study.memory,
+        "task": setup.task.name,
+        "prompts": digest([[plain(pair.clean), plain(pair.twin)] for pair in setup.pairs]),
+        "number of prompts": len(setup.task),
+        "number of batches": len(setup.pairs),
+        "metric": f"{setup.metric.name} {about(setup.metric.function)}",
+        "memory": setup.memory,
         **settings,
     }
     if path is not None and path.exists():
@@ -112,6 +112,6 @@ def start(study: Study, path: Path | None, **settings: Any) -> Pruning:
     return Pruning(
         model=graph.facts, kept=graph.exists.clone(),
         scores=torch.full(graph.exists.shape, torch.nan, dtype=torch.float64), place=0,
-        present=float(study.clean.mean()), span=float(study.clean.mean() - study.corrupted.mean()), identity=identity,
-        provenance=study.provenance(),
+        present=float(setup.clean.mean()), span=float(setup.clean.mean() - setup.corrupted.mean()), identity=identity,
+        provenance=setup.provenance(),
     )  # fmt: skip

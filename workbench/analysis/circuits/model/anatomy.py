@@ -1,4 +1,4 @@
-"""The parts of a decoder or encoder-decoder: where heads and MLPs read the residual stream, and where they write to it.
+"""The layers of a decoder or encoder-decoder: where heads and MLPs read the residual stream, and where they write.
 
 Everything is found by value in one small forward (see `layers`), and the sum of what all senders write is compared with
 the stream.
@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.graph import Graph, Layer
-from workbench.analysis.circuits.model.layers import Chain
-from workbench.analysis.circuits.model.parts import LayerParts, unchanged
+from workbench.analysis.circuits.model.layers import LayerFinder
+from workbench.analysis.circuits.model.modules import LayerModules, unchanged
 from workbench.analysis.circuits.model.recording import Recording, equal, record
 from workbench.errors import AttachError
 from workbench.hooks.heads import block_of
@@ -29,11 +29,11 @@ class Anatomy:
     Attributes:
         head: name of the module that gives the logits from the last position's vector, if one does so alone.
         error: largest difference between the stream and the sum of the senders, of the largest number in the stream.
-        lengths: positions of each stream in the input that the parts were found with.
+        lengths: positions of each stream in the input that they were found with.
     """
 
     graph: Graph
-    layers: tuple[LayerParts, ...]
+    layers: tuple[LayerModules, ...]
     head: str | None
     error: float
     lengths: tuple[int, ...]
@@ -63,7 +63,7 @@ class Anatomy:
 
 
 def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
-    """The parts of an attached model, found with one small input.
+    """The layers of an attached model, found with one small input.
 
     Args:
         inputs: model inputs; their first example is enough.
@@ -83,12 +83,12 @@ def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
     }
     first = {name: blocks[sites.index(several[0])] for name, several in streams.items()}
     seen = record(wb.model, small, set(first.values()))
-    layers: list[LayerParts] = []
+    layers: list[LayerModules] = []
     shapes: list[Layer] = []
     error, end = 0.0, None
     for name, several in streams.items():
         at = slice(len(layers), len(layers) + len(several))
-        chain = Chain(wb.model, seen, name, several, blocks[at], end)
+        chain = LayerFinder(wb.model, seen, name, several, blocks[at], end)
         chain.find()
         layers += chain.layers
         shapes += chain.shapes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.graph import Layer
-from workbench.analysis.circuits.model.parts import LayerParts, Part
+from workbench.analysis.circuits.model.modules import LayerModules, Projection
 from workbench.analysis.circuits.model.recording import Recording, equal
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.projections import is_conv1d, projection_slices
@@ -24,7 +24,7 @@ from workbench.hooks.tap import AttentionCall
 _TOLERANCE = 1e-4  # of the largest number in the stream
 
 
-class Chain:
+class LayerFinder:
     """The layers of one stream, found one after another."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Chain:
         """`source` is what the stream before this one is in the end."""
         self.model, self.seen, self.name = model, seen, name
         self.sites, self.blocks, self.source = sites, blocks, source
-        self.layers: list[LayerParts] = []
+        self.layers: list[LayerModules] = []
         self.shapes: list[Layer] = []
         self.error = 0.0
 
@@ -53,16 +53,16 @@ class Chain:
                 raise AttachError(f"the block {block} has two attention modules", site=site.name)
             last = i + 1 == len(blocks) or blocks[i + 1] != block
             after = None if not last else seen.given[blocks[i + 1]] if i + 1 < len(blocks) else seen.gave[block]
-            parts, shape = self._layer(site, block, stream, after)
-            self.layers.append(parts)
+            modules, shape = self._layer(site, block, stream, after)
+            self.layers.append(modules)
             self.shapes.append(shape)
-            stream = stream + seen.gave[parts.out]
-            total = total + self._written(parts)
-            if parts.mlp is not None:
-                total = total + seen.gave[parts.mlp[-1]].double()
+            stream = stream + seen.gave[modules.out]
+            total = total + self._written(modules)
+            if modules.mlp is not None:
+                total = total + seen.gave[modules.mlp[-1]].double()
         self._compare(total, seen.gave[blocks[-1]], f"the output of {blocks[-1]}")
 
-    def _written(self, layer: LayerParts) -> Tensor:
+    def _written(self, layer: LayerModules) -> Tensor:
         """What the heads write, from their z, compared with what their projection gave."""
         z = _call(self.seen, layer.site).z().detach().transpose(1, 2).double()
         written = torch.einsum("bqhw,hwd->bqd", z, layer.w_o.double())
@@ -81,7 +81,7 @@ class Chain:
             )
         self.error = max(self.error, far)
 
-    def _layer(self, site: Site, block: str, before: Tensor, after: Tensor | None) -> tuple[LayerParts, Layer]:
+    def _layer(self, site: Site, block: str, before: Tensor, after: Tensor | None) -> tuple[LayerModules, Layer]:
         """One layer; `before` is the stream that it reads, `after` that behind its MLP, None if it has none."""
         seen = self.seen
         call = _call(seen, site)
@@ -99,15 +99,17 @@ class Chain:
             projection_slices(projection.module, n_heads, width)
         except CaptureError as error:
             raise AttachError(error.message, site=site.name, hint=error.hint) from None
-        parts = {part: self._part(site, block, call, part, before) for part in "qkv"}
+        projections = {part: self._projection(site, block, call, part, before) for part in "qkv"}
         attention = seen.gave[projection.name]
         last = None if after is None else _mlp(seen, site, block, before, after - before - attention, projection.name)
         mlp, mlp_norm, parallel = None, None, False
         if last is not None:
             mlp, mlp_norm, read = self._mlp(site, block, last, (before + attention, before))
             parallel = read == 1
-        n_kv = parts["k"].columns.shape[0]
-        found = LayerParts(block, site, parts, projection.name, projection.module, width, n_heads, mlp, mlp_norm)
+        n_kv = projections["k"].columns.shape[0]
+        found = LayerModules(
+            block, site, projections, projection.name, projection.module, width, n_heads, mlp, mlp_norm
+        )
         kind = "cross" if site.kind == "cross" else "self"
         return found, Layer(n_heads, n_kv, mlp is not None, parallel, kind, self.name)
 
@@ -144,7 +146,7 @@ class Chain:
                 hint="circuits need MLPs that work on each position alone",
             )
 
-    def _part(self, site: Site, block: str, call: AttentionCall, part: str, before: Tensor) -> Part:
+    def _projection(self, site: Site, block: str, call: AttentionCall, part: str, before: Tensor) -> Projection:
         """Which columns of which linear module the heads' queries, keys or values are, and what stream they read."""
         name, columns = _columns(self.model, self.seen, site, call, part)
         scope, stream, source = f"{block}.", before, "the block's input"
@@ -159,7 +161,7 @@ class Chain:
                 site=site.name,
                 hint="a norm after the attention (BERT, BART, OLMo 2), or another projection, stands in the way",
             )
-        return Part(name, self.model.get_submodule(name), columns, norms[0])
+        return Projection(name, self.model.get_submodule(name), columns, norms[0])
 
 
 def _call(seen: Recording, site: Site) -> AttentionCall:
@@ -184,7 +186,7 @@ def _columns(model: nn.Module, seen: Recording, site: Site, call: AttentionCall,
     if not linear or shown is None or not shown.requires_grad:
         raise AttachError(
             f"no linear module inside the attention gives its {_SPELLED[part]}", site=site.name,
-            hint="PyTorch's own attention modules join their projections; there are no parts to be found",
+            hint="PyTorch's own attention modules join their projections; these cannot be told apart",
         )  # fmt: skip
     rows_only = call.weights is not None and part != "v"
     generator = torch.Generator().manual_seed(0)

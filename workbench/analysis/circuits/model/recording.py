@@ -1,4 +1,4 @@
-"""One forward of a model in which the input and output of every module are kept: what its parts are found from."""
+"""One forward of a model in which the input and output of every module are kept: what its layers are found from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
-from workbench.hooks.observer import Observer
+from workbench.hooks.listener import Listener
+from workbench.hooks.observer import observed
 from workbench.hooks.projections import ProjectionFinder
 from workbench.hooks.tap import AttentionCall
 
@@ -36,6 +37,21 @@ class Recording:
     calls: dict[str, list[AttentionCall]] = field(default_factory=dict)
     finder: ProjectionFinder = field(default_factory=ProjectionFinder)
     logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Calls(Listener):
+    """Puts the attention calls into a recording."""
+
+    made: Recording
+
+    def on_call(self, call: AttentionCall) -> None:
+        self.made.calls.setdefault(call.site, []).append(call)
+        if call.finish is None:
+            self.made.finder.saw_call(call.site, call.module, call.z().transpose(1, 2))
+
+    def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.made.finder.saw_module(name, module, args)
 
 
 def record(model: nn.Module, inputs: Mapping[str, Any], grad_from: Collection[str]) -> Recording:
@@ -68,18 +84,13 @@ def record(model: nn.Module, inputs: Mapping[str, Any], grad_from: Collection[st
         if first is not None:
             made.gave[name], made.live[name] = first.detach().clone(), first
 
-    def saw(call: AttentionCall) -> None:
-        made.calls.setdefault(call.site, []).append(call)
-        if call.finish is None:
-            made.finder.saw_call(call.site, call.module, call.z().transpose(1, 2))
-
     with ExitStack() as stack:
         for module, name in names.items():
             if name:
                 stack.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(ends).remove)
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(Observer(model, saw, on_module=made.finder.saw_module))
+        stack.enter_context(observed(model, _Calls(made)))
         output = model(**inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:

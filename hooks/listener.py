@@ -1,0 +1,52 @@
+"""What may be told of a model while it runs, and asked: an `Observer` calls these methods, in the thread that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from workbench.hooks.tap import AttentionCall
+
+
+class Listener:
+    """Hears everything and wants nothing changed; a subclass overrides what it needs.
+
+    What runs again in a backward pass (gradient checkpointing) starts no forward, and its calls are marked `replay`.
+    What a method raises leaves through the model's forward.
+    """
+
+    def on_start(self, name: str) -> None:
+        """A forward begins in this thread; `name` is that of its outermost module."""
+
+    def on_end(self) -> None:
+        """The forward of this thread has ended, also by an exception."""
+
+    def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The model itself was called with these inputs, or its encoder alone; it has not run yet."""
+
+    def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module of the model is about to run; `args` are its positional inputs."""
+
+    def on_call(self, call: AttentionCall) -> Tensor | None:
+        """An attention call was made. What is given, if not None, is what the heads give instead [batch, head, query,
+        width], and the model goes on with it.
+        """
+        return None
+
+    def on_output(self, name: str, module: nn.Module, output: Any) -> Any:
+        """A module has ended. What is given, if not None, takes the place of its output."""
+        return None
+
+    def leaves_native_path(self) -> bool:
+        """Whether calls may be edited, or their gradients are wanted.
+
+        PyTorch's own attention modules then leave their native path, whose output per head does not exist: their
+        numbers change by rounding.
+        """
+        return False
+
+    def wants(self, site: str) -> bool:
+        """Whether a call at the site is to be told of if that takes work: a reader runs half of the module again."""
+        return True

@@ -1,0 +1,233 @@
+"""The door for modules that mix tokens in their own way: a reader says what attention call such a module amounts to."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from workbench.errors import CaptureError
+from workbench.hooks.nested import first_tensor
+from workbench.hooks.tap import AttentionCall, Kind
+from workbench.kernels.patterns import Pattern
+
+
+@dataclass(frozen=True)
+class ModuleRun:
+    """A module that has run, as its reader gets it.
+
+    Attributes:
+        site: the module's path. module: the module.
+        inputs: what its forward was called with, by parameter name, defaults included.
+        output: what it gave.
+        continued: whether it went on from the cached state of earlier positions; None if that is not known.
+    """
+
+    site: str
+    module: nn.Module
+    inputs: Mapping[str, Any]
+    output: Any
+    continued: bool | None = None
+
+
+def join_heads(z: Tensor) -> Tensor:
+    """[batch, head, position, width] -> [batch, position, head · width]."""
+    return z.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How a module has mixed its positions: `finish(pattern · values)` is what it gave.
+
+    Attributes:
+        pattern: the map [batch, head, query, key]; its own `grade`, `signed` and `normalised` say what it is.
+        values: what the map is applied to, [batch, kv head, key, width].
+        finish: maps A·V [batch, head, query, width] to the module's output (of several, to the first), through
+            whatever the module does after mixing: a skip, a gate, a norm, a projection.
+        kernel: a short name of the mechanism.
+        others: further maps by name, such as the factors of a composed map, or its local and global halves.
+        queries, keys: [batch, group, position, d], where something plays their part.
+    """
+
+    pattern: Pattern
+    values: Tensor
+    finish: Callable[[Tensor], Tensor] = join_heads
+    kernel: str = "module"
+    others: Mapping[str, Pattern] = field(default_factory=dict)
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+
+Read = Callable[[ModuleRun], Mixing]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A registered reader; see `reader`."""
+
+    read: Read
+    kind: Kind
+    when: Callable[[nn.Module], bool]
+
+    def __call__(self, run: ModuleRun) -> Mixing:
+        """What the module's mixing amounts to."""
+        return self.read(run)
+
+
+_readers: dict[type | str, Reader] = {}
+
+
+def reader(
+    *modules: type[nn.Module] | str, kind: Kind = "state", when: Callable[[nn.Module], bool] = lambda module: True
+) -> Callable[[Read], Reader]:
+    """Register a function that reads modules which mix tokens in their own way; a decorator.
+
+    Such a module is then a site: captured, verified, ablated, patched, saved like any attention. The reader runs
+    without gradients after the module has run, and may call the module's parts. What it gives is proved at the first
+    call of each capture: `finish(A·V)` must be what the module gave. Attention that the module itself calls belongs to
+    it and is not reported again; attention in modules inside it is.
+
+    Args:
+        modules: classes, or their names for packages that need not be imported: "package.module.Class", or "Class"
+            alone wherever it is defined. Subclasses are read too. A later reader takes the place of an earlier one.
+        kind: of the sites, one of those of `workbench.hooks.tap.Kind`.
+        when: whether an instance can be read, for classes that share a name.
+
+    >>> from workbench.kernels.patterns import DensePattern
+    >>> class Average(nn.Module):
+    ...     def forward(self, x):
+    ...         return x.mean(1, keepdim=True).expand_as(x)
+    >>> @reader(Average, kind="self")
+    ... def average(run):
+    ...     x = run.inputs["x"]
+    ...     weights = x.new_full((x.shape[0], 1, x.shape[1], x.shape[1]), 1 / x.shape[1])
+    ...     return Mixing(DensePattern(weights), values=x[:, None])
+    """
+    if not modules or not all(isinstance(one, str) or inspect.isclass(one) for one in modules):
+        raise CaptureError(f"a reader is for classes or their names, not {modules!r}", hint='reader("package.Class")')
+
+    def register(read: Read) -> Reader:
+        made = Reader(read.read if isinstance(read, Reader) else read, kind, when)
+        _readers.update(dict.fromkeys(modules, made))
+        _of_class.clear()
+        return made
+
+    return register
+
+
+_of_class: dict[type, Reader | None] = {}  # which reader a class has; asked for every module of a model
+
+
+def reader_of(module: nn.Module) -> Reader | None:
+    """The reader of a module; None if it has none.
+
+    >>> reader_of(nn.Linear(2, 2)) is None
+    True
+    """
+    cls = type(module)
+    if cls not in _of_class:
+        names = [
+            name for base in cls.__mro__ for name in (base, f"{base.__module__}.{base.__qualname__}", base.__name__)
+        ]
+        _of_class[cls] = next((_readers[name] for name in names if name in _readers), None)
+    found = _of_class[cls]
+    return found if found is not None and found.when(module) else None
+
+
+def bound_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's inputs by the names of the forward's parameters, defaults included."""
+    signature = inspect.signature(module.forward)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    return named
+
+
+def continues(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a module that is about to run goes on from the cached state of earlier positions.
+
+    To be asked before it runs: after that its cache holds a state in any case. A cache is an input with
+    `has_previous_state`, or one called `cache_params`; one that does not tell may hold a state.
+    """
+    inputs = bound_inputs(module, args, kwargs)
+    caches = [value for value in inputs.values() if hasattr(value, "has_previous_state")]
+    if not caches:
+        return inputs.get("cache_params") is not None
+    return any(_holds_state(cache, module) for cache in caches)
+
+
+def _holds_state(cache: Any, module: Any) -> bool:
+    known = cache.has_previous_state
+    return bool(known(module.layer_idx) if callable(known) else known)
+
+
+def read_module(
+    site: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Any,
+    *,
+    continued: bool | None = None,
+) -> AttentionCall:
+    """The call that a module which has run amounts to, by its reader.
+
+    Args:
+        site: the module's name.
+        args, kwargs: what the module was called with. output: what it gave.
+        continued: what `continues` said before it ran; needed only where it was given a cache.
+
+    Raises:
+        CaptureError: the module has no reader or gives no tensor; and what the reader raises.
+    """
+    found = reader_of(module)
+    if found is None:
+        raise CaptureError(f"{type(module).__name__} has no reader", site=site, hint="register one: workbench.reader")
+    given = first_tensor(output)
+    if given is None:
+        raise CaptureError(f"the module gives {type(output).__name__}, which begins with no tensor", site=site)
+    try:
+        mixing = found(ModuleRun(site, module, bound_inputs(module, args, kwargs), output, continued))
+    except CaptureError as error:
+        raise CaptureError(error.message, site=error.site or site, shape=error.shape, hint=error.hint) from error
+    _check(mixing, site)
+    others = dict(mixing.others)
+    return AttentionCall(
+        site=site,
+        module=module,
+        q=mixing.queries,
+        k=mixing.keys,
+        v=mixing.values,
+        output=given[0],
+        kernel=mixing.kernel,
+        tap="reader",
+        is_causal=mixing.pattern.mask.causal,
+        finish=mixing.finish,
+        build=lambda: copy.copy(mixing.pattern),
+        build_others=lambda: {name: copy.copy(pattern) for name, pattern in others.items()},
+    )
+
+
+def _check(mixing: Any, site: str) -> None:
+    if not isinstance(mixing, Mixing):
+        raise CaptureError(f"the reader gave {type(mixing).__name__}, expected a Mixing", site=site)
+    bad = next((name for name in mixing.others if not str(name).isidentifier() or name == "pattern"), None)
+    if bad is not None:
+        raise CaptureError(f'a map cannot be called "{bad}"', site=site, hint='a plain word other than "pattern"')
+    b, h, _, keys = mixing.pattern.shape
+    v = mixing.values
+    if v.dim() != 4 or v.shape[0] != b or v.shape[2] != keys or h % v.shape[1]:
+        raise CaptureError(
+            f"the reader's values are {list(v.shape)}, expected [{b}, kv head, {keys}, width] for a map of {h} heads",
+            site=site,
+            shape=v.shape,
+        )

@@ -1,0 +1,79 @@
+"""What the readers of state-space mixers share: their checks, and the steps that they take again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workbench.errors import CaptureError
+from workbench.hooks.readers.registered import ModuleRun
+
+
+def has_parts(module: nn.Module) -> bool:
+    """Whether a module has what the mixers of transformers have, rather than only the name of one."""
+    return all(hasattr(module, name) for name in ("in_proj", "conv1d", "A_log", "D"))
+
+
+def check_run(run: ModuleRun) -> None:
+    """Refuse a run whose map is not that of one whole sequence per batch entry.
+
+    Raises:
+        CaptureError: the mixer went on from a cached state, or it is not known whether; packed sequences.
+    """
+    if run.continued is None and run.inputs.get("cache_params") is not None:
+        raise CaptureError(
+            "whether the mixer's cache was empty cannot be told after it has run",
+            site=run.site,
+            hint="ask `continues` before the module runs, and pass what it says",
+        )
+    if run.continued:
+        raise CaptureError(
+            "the mixer goes on from a cached state: positions before this call act on it, and no map of the call shows "
+            "them",
+            site=run.site,
+            hint="capture one forward over the whole sequence, with use_cache=False or an empty cache, or attention "
+            'sites only: capture(sites=lambda site: site.kind != "state")',
+        )
+    if run.inputs.get("seq_idx") is not None:
+        raise CaptureError(
+            "the mixer runs on packed sequences (seq_idx), whose map ends where a sequence does",
+            site=run.site,
+            hint="capture one sequence per batch row",
+        )
+
+
+def foreign(run: ModuleRun, error: AttributeError) -> CaptureError:
+    """The error for a module that lacks what the mixers of its name have."""
+    return CaptureError(
+        f"this {type(run.module).__name__} is not built as those of transformers 5: {error}",
+        site=run.site,
+        hint="is it another class of the same name, or another release?",
+    )
+
+
+def unpadded(t: Tensor, mask: Tensor | None) -> Tensor:
+    """[batch, position, width] with zeros where the mask [batch, position] says that there is padding."""
+    return t if mask is None else (t * mask[:, :, None]).to(t.dtype)
+
+
+def convolved(module: Any, x: Tensor) -> Tensor:
+    """The module's causal convolution over positions and its activation: [batch, channel, n] -> [batch, n, channel]."""
+    conv = module.conv1d
+    out = F.conv1d(
+        x.to(conv.weight.dtype), conv.weight, conv.bias, padding=conv.weight.shape[-1] - 1, groups=x.shape[1]
+    )
+    found: Tensor = module.act.forward(out[..., : x.shape[-1]]).to(x.dtype)
+    return found.transpose(1, 2)
+
+
+def step_size(steps: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Δ: softplus of what is projected, plus a bias of that shape."""
+    return F.softplus(steps if bias is None else steps + bias.float().to(steps.dtype).view(shape))
+
+
+def rounded(t: Tensor) -> Tensor:
+    """In float32 where it was float64: what these modules' scans do with it."""
+    return t.float() if t.dtype == torch.float64 else t

@@ -1,0 +1,143 @@
+"""What every method of finding circuits starts from: an open stream, prompts with twins, a metric, its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.analysis.circuits.engine.prompts import (
+    Pair,
+    Where,
+    check_metric,
+    find_positions,
+    make_pairs,
+    measure_last,
+    metric_of_logits,
+)
+from workbench.analysis.circuits.engine.stream import Kept, Stream
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.errors import WorkbenchError
+from workbench.metrics import Metric
+from workbench.session.workbench import Workbench
+from workbench.tasks.base import Task
+
+NOISING = "noising"
+DENOISING = "denoising"
+
+
+@dataclass
+class Setup:
+    """A task on a model while it is being looked at.
+
+    Attributes:
+        pairs: the batches. clean, corrupted: [example] of the metric on prompts and twins.
+        memory: bytes that repeats may take, by a rough count.
+    """
+
+    wb: Workbench
+    stream: Stream
+    task: Task
+    pairs: list[Pair]
+    metric: Metric
+    memory: int
+    clean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    corrupted: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+
+    @property
+    def graph(self) -> Graph:
+        """The model's graph."""
+        return self.stream.graph
+
+    def rows(self, pair: Pair) -> slice:
+        """Where a batch's examples are among all."""
+        return slice(pair.start, pair.start + pair.size)
+
+    def measure_baselines(self) -> None:
+        """Run prompts and twins once.
+
+        Raises:
+            TaskError: the metric cannot tell them apart.
+        """
+        clean, corrupted = [], []
+        with torch.no_grad():
+            for pair in self.pairs:
+                plain = self.stream.run(pair.clean, pair.last)
+                other = self.stream.run(pair.twin, pair.last)
+                clean.append(self.measure(plain, pair, plain)[0])
+                corrupted.append(self.measure(other, pair, plain)[0])
+        self.take_baselines(torch.cat(clean), torch.cat(corrupted))
+
+    def take_baselines(self, clean: Tensor, corrupted: Tensor) -> None:
+        """Keep the metric on prompts and twins, if it can tell them apart."""
+        check_metric(self.metric.name, clean, corrupted)
+        self.clean, self.corrupted = clean, corrupted
+
+    def record(self, pair: Pair) -> tuple[Tensor, Kept, Kept]:
+        """Logits of the prompts, and what is in both streams; later runs resume from the prompts' forward."""
+        with torch.no_grad():
+            _, twin = self.stream.record(pair.twin, pair.last, resume=False)
+            logits, clean = self.stream.record(pair.clean, pair.last)
+        return logits, clean, twin
+
+    def metric_of(self, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
+        """[times, batch] of the metric from logits at the last token, with their gradient; see `measure_last`."""
+        return measure_last(self.metric, logits, pair, clean, times)
+
+    def measure(self, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
+        """[times, batch] of the metric, in float64 on the CPU.
+
+        Raises:
+            WorkbenchError: it is not finite.
+        """
+        value = self.metric_of(logits, pair, clean, times).detach().to("cpu", torch.float64)
+        if not bool(value.isfinite().all()):
+            row = int((~value.isfinite()).any(0).nonzero()[0])
+            raise WorkbenchError(
+                f'the metric "{self.metric.name}" is not finite on example {pair.start + row}',
+                hint="does the edited model overflow?",
+            )
+        return value
+
+    def length(self, pair: Pair, stream: int) -> int:
+        """Positions of a stream, padding included."""
+        names = ("input_ids",) if len(pair.ends) == 1 else ("input_ids", "decoder_input_ids")
+        ids = pair.clean.get(names[stream])
+        return self.stream.anatomy.lengths[stream] if ids is None else ids.shape[1]
+
+    def positions(self, pair: Pair, where: Where, stream: int) -> Tensor | None:
+        """[batch, n] positions of places in a stream; see `find_positions`."""
+        return find_positions(self.task, self.wb.tokenizer, pair, where, stream, self.length(pair, stream))
+
+    def most(self, pair: Pair, tensors: int = 16) -> int:
+        """How many repeats of a batch fit into the memory, at `tensors` of the longest stream's size each."""
+        longest = max(self.length(pair, stream) for stream in range(len(pair.ends)))
+        each = pair.size * longest * self.graph.d_model * 4 * tensors
+        return max(1, self.memory // each)
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the numbers come from."""
+        task = {"name": self.task.name, "examples": len(self.task), "source": self.task.source}
+        return self.wb.provenance() | {"task": {**task, "settings": dict(self.task.settings)}}
+
+
+@contextmanager
+def open_setup(
+    wb: Workbench, task: Task, metric: Any = "logit_diff", *, batch_size: int = 25, memory: int = 1 << 30
+) -> Iterator[Setup]:
+    """A setup whose stream is open inside.
+
+    Raises:
+        TaskError: bad prompts or metric. AttachError: a model that is no sum of senders.
+    """
+    device = next(wb.model.parameters()).device
+    chosen = metric_of_logits(metric)
+    with torch.inference_mode(mode=False):  # a model's projections are found from gradients
+        pairs = make_pairs(task, wb.model, wb.tokenizer, batch_size, device)
+        stream = Stream(wb, pairs[0])
+    with torch.inference_mode(mode=False), stream.open():
+        yield Setup(wb, stream, task, pairs, chosen, memory)

@@ -1,0 +1,73 @@
+"""The modules that a layer of a model is made of: where its heads and its MLP read the stream, and where they write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from workbench.hooks.projections import is_conv1d, projection_slices
+from workbench.hooks.sites import Site
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The queries, keys or values of the heads of a layer: columns of a linear module's output.
+
+    Attributes:
+        name: of the module. columns: [head or kv group, width].
+        norm: name of the module between the residual stream and it; None: it reads the stream itself.
+    """
+
+    name: str
+    module: nn.Module
+    columns: Tensor
+    norm: str | None
+
+    @property
+    def weight(self) -> Tensor:
+        """[head, width, d_model]."""
+        weight: Any = self.module.weight
+        chosen: Tensor = (weight.T if is_conv1d(self.module) else weight).detach()[self.columns]
+        return chosen
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[head, width]; None for a module without one."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias.detach()[self.columns]
+
+
+@dataclass(frozen=True)
+class LayerModules:
+    """The modules of one layer.
+
+    Attributes:
+        block: name of the block; two layers may share one. site: the attention.
+        projections: of the queries "q", keys "k" and values "v".
+        out: name of the module that joins the heads. width: of a head's output.
+        mlp: name of the MLP, or those of the modules in a row that make it; None if there is none.
+        mlp_norm: as in `Projection`.
+    """
+
+    block: str
+    site: Site
+    projections: Mapping[str, Projection]
+    out: str
+    out_module: nn.Module
+    width: int
+    n_heads: int
+    mlp: tuple[str, ...] | None
+    mlp_norm: str | None
+
+    @property
+    def w_o(self) -> Tensor:
+        """[head, width, d_model]."""
+        return projection_slices(self.out_module, self.n_heads, self.width)
+
+
+def unchanged(tensor: Tensor) -> Tensor:
+    """The tensor itself: what stands for a norm where there is none."""
+    return tensor

@@ -1,0 +1,217 @@
+"""The interventions and the capture that are open on a model, and what they make of each call while it runs."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from workbench.errors import CaptureError, InterventionError
+from workbench.hooks.edits import Edit, OutputEdit, Threads
+from workbench.hooks.listener import Listener
+from workbench.hooks.observer import Observer
+from workbench.hooks.tap import AttentionCall
+from workbench.session.recorder import Recorder
+
+
+@dataclass(frozen=True, eq=False)
+class _OpenEdit:
+    """An edit that is open; `thread` is the one it is kept to, None for all."""
+
+    edit: Edit | OutputEdit
+    thread: int | None
+
+
+class OpenContexts(Listener):
+    """One observer on a model for all that is open on it: it begins with the first, and ends with the last.
+
+    Edits apply in the order in which they were opened, and a capture sees what they have made of each head's output,
+    whichever of the two was opened first.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._edits: list[_OpenEdit] = []
+        self._recorder: Recorder | None = None
+        self._undisturbed: dict[int, tuple[_OpenEdit, ...]] = {}  # by thread: the edits that it does not see
+        self._users: set[object] = set()
+        self._observer: Observer | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def capturing(self) -> bool:
+        """Whether a capture is open."""
+        return self._recorder is not None
+
+    @property
+    def any(self) -> bool:
+        """Whether a capture or an intervention is open."""
+        return self._recorder is not None or bool(self._edits)
+
+    @contextmanager
+    def recording(self, recorder: Recorder) -> Iterator[None]:
+        """The recorder takes every call."""
+
+        def begin() -> None:
+            if self._recorder is not None:
+                raise CaptureError("this Workbench is capturing already", hint="end the outer capture first")
+            self._recorder = recorder
+
+        def end() -> None:
+            if self._recorder is recorder:
+                self._recorder = None
+
+        with self._observed(begin, end):
+            yield
+
+    @contextmanager
+    def editing(self, *edits: Edit | OutputEdit, threads: Threads = "all", must_fire: bool = True) -> Iterator[None]:
+        """The edits apply to every call; see `Workbench.editing`."""
+        if threads not in ("all", "this"):
+            raise InterventionError(f'threads is "all" or "this", not {threads!r}')
+        thread = threading.get_ident() if threads == "this" else None
+        mine = [_OpenEdit(edit, thread) for edit in edits]
+
+        def begin() -> None:
+            for edit in edits:
+                edit.fired.clear()
+            self._edits = [*self._edits, *mine]
+
+        def end() -> None:
+            self._edits = [one for one in self._edits if one not in mine]
+
+        with self._observed(begin, end):
+            yield
+        silent = sorted(site for edit in edits for site in edit.sites - edit.fired) if must_fire else []
+        if silent:
+            raise InterventionError(
+                f"the intervention never fired at {', '.join(silent[:5])}{' …' if len(silent) > 5 else ''}",
+                site=silent[0],
+                hint="call the model inside the `with`; does its forward reach the site?",
+            )
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """What is open so far has no part in the forwards that this thread runs inside."""
+        thread = threading.get_ident()
+        before = self._undisturbed.get(thread)
+        try:
+            self._undisturbed[thread] = tuple(self._edits)
+            yield
+        finally:
+            if before is None:
+                self._undisturbed.pop(thread, None)
+            else:
+                self._undisturbed[thread] = before
+
+    @contextmanager
+    def _observed(self, begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+        """The model is observed inside. Every step may be repeated, so that an interrupt can fall on any of them."""
+        user = object()
+        try:
+            with self._lock:
+                begin()
+                self._users.add(user)
+                if self._observer is None:
+                    self._observer = Observer(self.model, self)
+                    self._observer.__enter__()
+            yield
+        finally:
+            try:
+                self._leave(user, end)
+            finally:
+                self._leave(user, end)  # again, for the interrupt that broke off the first
+
+    def _leave(self, user: object, end: Callable[[], None]) -> None:
+        with self._lock:
+            end()
+            self._users.discard(user)
+            if not self._users:
+                self._stop()
+
+    def _stop(self) -> None:
+        if self._observer is not None:
+            self._observer.__exit__(None, None, sys.exc_info()[2])
+            self._observer = None
+
+    def close(self) -> None:
+        """End everything that is open, also what an interrupt has left half open."""
+        with self._lock:
+            self._edits, self._recorder = [], None
+            self._undisturbed.clear()
+            self._users.clear()
+            self._stop()
+
+    # What is open for the thread that asks.
+
+    def _mine(self) -> list[Edit | OutputEdit]:
+        if not self._edits:
+            return []
+        thread = threading.get_ident()
+        hidden = self._undisturbed.get(thread, ())
+        return [one.edit for one in self._edits if one.thread in (None, thread) and one not in hidden]
+
+    def _recording(self) -> Recorder | None:
+        return None if self._undisturbed and threading.get_ident() in self._undisturbed else self._recorder
+
+    # The observer's listener.
+
+    def on_start(self, name: str) -> None:
+        """The capture begins a forward."""
+        if (recorder := self._recording()) is not None:
+            recorder.on_start(name)
+
+    def on_end(self) -> None:
+        """The capture's forward is over."""
+        if (recorder := self._recording()) is not None:
+            recorder.on_end()
+
+    def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The capture takes the ids."""
+        if (recorder := self._recording()) is not None:
+            recorder.on_inputs(args, kwargs)
+
+    def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The capture looks for the modules that join heads."""
+        if (recorder := self._recording()) is not None:
+            recorder.on_module(name, module, args)
+
+    def on_call(self, call: AttentionCall) -> Tensor | None:
+        """The edits change what the heads give, then the capture takes it."""
+        z = None
+        for edit in self._mine():
+            if isinstance(edit, Edit) and call.site in edit.sites:
+                if z is None:
+                    z = call.z() if call.finish is None else call.pattern().apply(call.v)
+                z = edit(call, z)
+                edit.fired.add(call.site)
+        recorder = self._recording()
+        if recorder is not None and not call.replay:
+            recorder.on_call(call, z)
+        return z
+
+    def on_output(self, name: str, module: nn.Module, output: Any) -> Any:
+        """The edits change what a module gives."""
+        changed = None
+        for edit in self._mine():
+            if isinstance(edit, OutputEdit) and name in edit.sites:
+                changed = edit(name, module, output if changed is None else changed)
+                edit.fired.add(name)
+        return changed
+
+    def leaves_native_path(self) -> bool:
+        """Whether a head's output must be a tensor that the model itself goes on with, and every module must run."""
+        recorder = self._recording()
+        return (recorder is not None and recorder.settings.gradients) or bool(self._mine())
+
+    def wants(self, site: str) -> bool:
+        """Whether someone is to see the calls of a site."""
+        recorder = self._recording()
+        chosen = None if recorder is None else recorder.settings.sites
+        recorded = recorder is not None and (chosen is None or site in chosen)
+        return recorded or any(isinstance(edit, Edit) and site in edit.sites for edit in self._mine())
