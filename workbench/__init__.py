@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
     from workbench.hooks.readers import Mixing, ModuleRun, reader
+    from workbench.kernels.functions import attention_function
+    from workbench.kernels.statistics import statistic
     from workbench.metrics import Metric
     from workbench.report import Report
     from workbench.session.workbench import Workbench, attach
@@ -98,6 +100,8 @@ _LAZY = {
     "SiteCapture": "workbench.capture.site_capture",
     "load_capture": "workbench.capture.reading",
     "KVGroup": "workbench.hooks.heads",
+    "attention_function": "workbench.kernels.functions",
+    "statistic": "workbench.kernels.statistics",
     "Metric": "workbench.metrics",
     "Mixing": "workbench.hooks.readers",
     "ModuleRun": "workbench.hooks.readers",
@@ -160,6 +164,7 @@ __all__ = [
     "WorkbenchError",
     "ablate_heads",
     "attach",
+    "attention_function",
     "attention_profile",
     "capacity",
     "circuit_faithfulness",
@@ -182,6 +187,7 @@ __all__ = [
     "repair",
     "run_sweep",
     "saliency",
+    "statistic",
     "tasks",
     "views",
 ]
