@@ -15,7 +15,7 @@ from workbench.capture.site_capture import KEPT, PATTERN, Forward, SiteCapture
 from workbench.capture.timing import CallTimes
 from workbench.errors import FormatError, WorkbenchError
 from workbench.hooks.sites import Site, Sites
-from workbench.kernels.families import FAMILIES, rebuild
+from workbench.kernels.families import rebuild
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.patterns import Pattern
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
@@ -112,7 +112,7 @@ def _patterns(entry: Part, parts: dict[str, Tensor], shape: tuple[int, int, int,
 
 def _pattern(entry: Part, held: dict[str, Tensor], shape: tuple[int, int, int, int]) -> Pattern:
     facts = {name: part.value for name, part in entry.items().items()}
-    family = entry["family"].one_of(FAMILIES)
+    family = entry["family"].text()
     del facts["family"]
     try:
         made = rebuild(family, facts, held)

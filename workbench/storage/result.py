@@ -29,10 +29,13 @@ class Result(ABC):
 
     Attributes:
         form: name of the file form, such as "workbench.head_importance".
+        tuple_axes: which axis a tuple lies along, by the names that tensors' annotations have; files that do not fit
+            these, or the annotations, are refused.
         provenance: JSON values: model, data, metric, seeds, versions.
     """
 
     form: ClassVar[str]
+    tuple_axes: ClassVar[dict[str, str]] = {}
     provenance: Any
 
     @property
@@ -66,9 +69,15 @@ class Result(ABC):
             raise FormatError(f"{Path(path).name} does not fit this version: {odd}", hint="run the analysis again")
         typed.check(cls, held, Path(path).name)
         try:
-            return cls(**held)
+            found = cls(**held)
+            found.check_parts()
+            return found
         except WorkbenchError as error:
             raise FormatError(f"{Path(path).name} holds what does not fit together: {error.message}") from None
+
+    def check_parts(self) -> None:
+        """Raise a WorkbenchError if the parts, read from a file, do not fit each other in ways that no type tells."""
+        return
 
     def view(self) -> Any:
         """The main view of this result, whose picture `to_png` makes; `workbench.views.all_of` gives all of them."""

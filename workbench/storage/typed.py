@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import numpy as np
 import torch
-from jaxtyping import jaxtyped
 
 from workbench.errors import FormatError
 from workbench.storage.parts import Part
@@ -22,14 +21,30 @@ _MOST = 2**53  # whole numbers beyond it are not those of any result
 def check(owner: type, held: Mapping[str, Any], place: str) -> None:
     """Raise a FormatError that names the first field whose value is not of its declared type.
 
-    Axes that several fields name alike, as in `Float[Tensor, "row measure"]`, must have the same length in all.
+    Axes that several fields name alike must have the same length in all: those of tensors in their annotations, such
+    as `Float[Tensor, "row bin"]`, those of tuples in the class's `tuple_axes`.
     """
-    hints = _hints(owner)
-    with jaxtyped("context"):
-        for name, value in held.items():
-            if not _fits(value, hints[name]):
-                shape = tuple(value.shape) if isinstance(value, (torch.Tensor, np.ndarray)) else None
-                raise FormatError(f"{place} holds {name} that is no {_say(hints[name])}", shape=shape)
+    hints, axes = _hints(owner), getattr(owner, "tuple_axes", {})
+    known: dict[str, int] = {}
+    for name, value in held.items():
+        if not _fits(value, hints[name]):
+            shape = tuple(value.shape) if isinstance(value, (torch.Tensor, np.ndarray)) else None
+            raise FormatError(f"{place} holds {name} that is no {_say(hints[name])}", shape=shape)
+        named = axes[name] if name in axes else _axes_of(hints[name])
+        if value is None or named is None:
+            continue
+        sizes = (len(value),) if isinstance(value, (tuple, list, dict)) else tuple(value.shape)
+        for axis, size in zip(named.split(), sizes, strict=False):
+            if axis != "..." and known.setdefault(axis, int(axis) if axis.isdecimal() else size) != size:
+                raise FormatError(f"{place} holds {name} of {size} for {axis}, not {known[axis]} as elsewhere")
+
+
+def _axes_of(hint: Any) -> str | None:
+    """The axes that a hint for a tensor names; None for other hints."""
+    one = (
+        [each for each in get_args(hint) if each is not NoneType] if get_origin(hint) in (Union, UnionType) else [hint]
+    )
+    return getattr(one[0], "dim_str", None) if len(one) == 1 else None
 
 
 def record(part: Part, owner: type[_T]) -> _T:
