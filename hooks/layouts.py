@@ -136,6 +136,7 @@ class Layouts:
     def __init__(self, stated: Mapping[str, str] | None = None) -> None:
         self._stated = dict(stated or {})
         self._known: dict[tuple[str, int], Known] = {}
+        self._guessed: dict[tuple[str, int], Known] = {}  # by sizes, in the last forward
         self._attempts: Counter[tuple[str, int]] = Counter()
         self._runs: dict[int, _Run] = {}
         self._settled: set[int] = set()  # threads in which nothing is learned
@@ -169,8 +170,9 @@ class Layouts:
                 settled.append((one, one.reason))
                 continue
             self._attempts[key] += 1
-            if one.guess is not None and self._attempts[key] >= _ATTEMPTS:
-                self._known[key] = Known(one.guess, "sizes")
+            self._guessed[key] = Known(bound.axes, "sizes")
+            if self._attempts[key] >= _ATTEMPTS:
+                self._known[key] = self._guessed[key]
             if not one.told:
                 late = self._late(one, bound)
                 if isinstance(late, str) and one.guess is not None:
@@ -220,6 +222,8 @@ class Layouts:
                 )
             return call.under(bound), None
         known = self._known.get((call.site, ordinal))
+        if known is None and threading.get_ident() in self._settled:
+            known = self._guessed.get((call.site, ordinal))
         if known is not None and (bound := known.axes.bind(shape)) is not None:
             return call.under(bound), None
         if call.site in self.refused and threading.get_ident() in self._settled:

@@ -116,6 +116,10 @@ class _Calls(Listener):
         """Hand it on."""
         return self.take(call)
 
+    def cannot_wait(self, site: str) -> bool:
+        """Where heads are switched off."""
+        return self.edits
+
     def leaves_native_path(self) -> bool:
         return self.edits
 
