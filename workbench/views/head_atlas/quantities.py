@@ -30,7 +30,6 @@ _LABELS = {
     "lse": "Log-sum-exp",
     "previous": "Previous token",
 }
-_SIGNED = ("lse", "signed_mass")
 
 
 def metric(name: str) -> Metric | None:
@@ -44,9 +43,9 @@ def metric(name: str) -> Metric | None:
         return Metric(name.replace("_", " ").capitalize(), "", known.meaning, signed=True) if not known.axes else None
     base = name.removeprefix(VALUE_WEIGHTED)
     statistic = STATISTICS.get(base)
-    if statistic is None or statistic.axes != "query" or base == "peak_key":
+    if statistic is None or statistic.axes != "query" or statistic.unit == "position":
         return None
     label, meaning = _LABELS.get(base, base.replace("_", " ").capitalize()), statistic.meaning
     if base != name:
         label, meaning = f"{label}, value-weighted", f"{meaning}, with p·‖v‖ renormalised for p"
-    return Metric(label, statistic.unit, meaning, base in _SIGNED)
+    return Metric(label, statistic.unit, meaning, signed=statistic.range[0] < 0)

@@ -18,14 +18,18 @@ from workbench.kernels import streaming
 from workbench.kernels.checks import check_finite
 from workbench.kernels.masks import Mask, MaskSummary
 from workbench.kernels.plan import Pass
+from workbench.kernels.source import RawTileMaker, TileMaker
 from workbench.kernels.statistics import Options
+from workbench.kernels.streaming import Denominators
 from workbench.kernels.tile import Space
 
 Grade = Literal["exact", "frozen", "surrogate"]
-Maker = Callable[[slice, slice], tuple[Tensor, Tensor | None]]
-RawMaker = Callable[[slice, slice], Tensor]
 DENSE_LIMIT = 1 << 30
 """Bytes above which `dense` refuses unless told otherwise: 1 GiB."""
+
+
+FAMILIES: dict[str, dict[tuple[str, str], type[Pattern]]] = {}
+"""Every subclass of `Pattern` by its name, and by module and qualified name where several share one."""
 
 
 class Pattern(ABC):
@@ -52,6 +56,11 @@ class Pattern(ABC):
     values: Tensor | None = None
     sinks: Tensor | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.__name__.startswith("_"):
+            FAMILIES.setdefault(cls.__name__, {})[cls.__module__, cls.__qualname__] = cls
+
     def __init__(self, shape: Sequence[int], mask: Mask, dtype: torch.dtype, device: torch.device) -> None:
         self.n_batch, self.n_heads, self.n_queries, self.n_keys = shape
         self.n_kv_heads = self.n_heads
@@ -65,8 +74,7 @@ class Pattern(ABC):
     @property
     def head_group(self) -> int:
         """How many neighbouring heads share keys and layout, so that they are streamed together."""
-        layouts = 1 if self.mask.layout is None else self.mask.layout.n_layouts
-        return self.n_heads // max(self.n_kv_heads, layouts)
+        return self.mask.head_group(self.n_heads, self.n_kv_heads)
 
     @property
     def by_magnitude(self) -> bool:
@@ -100,7 +108,7 @@ class Pattern(ABC):
         """[b, h, q, k] for these batch entries; families whose tiles are dear make no others."""
         return self.tile(queries, keys, heads)[batch]
 
-    def maker(self, batch: slice, heads: slice, wants_log: bool) -> Maker:
+    def maker(self, batch: slice, heads: slice, wants_log: bool) -> TileMaker:
         """A function that makes (p, log₂ p or None) of a tile for these batch entries and heads."""
         which = range(self.n_heads)[heads]
 
@@ -110,7 +118,7 @@ class Pattern(ABC):
 
         return make
 
-    def raw_maker(self, batch: slice, heads: slice) -> RawMaker:
+    def raw_maker(self, batch: slice, heads: slice) -> RawTileMaker:
         """A function that makes tiles before normalisation: masked scores, or weights that may be negative."""
         raise CaptureError(f"{type(self).__name__} is normalised as it is")
 
@@ -119,17 +127,20 @@ class Pattern(ABC):
         """Whether tiles can be normalised without a pass that finds each row's denominator first."""
         return True
 
-    def found_denominators(self, denominators: Tensor, signed: Tensor) -> None:
-        """Take what a pass has found, [batch, head, query]: the lse of scores, or Σ |A| and Σ A."""
+    def found_denominators(self, found: Denominators) -> None:
+        """Take what a pass has found of each row."""
         raise CaptureError(f"{type(self).__name__} is normalised as it is")
 
-    def fused_pass(self, each: Pass, options: Options) -> dict[str, Tensor] | None:
-        """The raw sums of one pass from a kernel that is faster than plain torch; None if there is none."""
-        return None
+    def collect(self, each: Pass, options: Options) -> dict[str, Tensor]:
+        """The raw sums of one pass over the tiles."""
+        raw, found = streaming.collect(self, each, options)
+        if found is not None:
+            self.found_denominators(found)
+        return raw
 
-    def engine(self, names: Sequence[str], options: Options) -> str:
-        """What streams these statistics in one pass: "torch", "native" (C++) or "triton"."""
-        return "torch"
+    def engines(self, names: Sequence[str], options: Options) -> set[str]:
+        """Names of the engines that stream these statistics in one pass: "torch", "native" (C++), "triton" …"""
+        return {"torch"}
 
     @property
     def has_scores(self) -> bool:
@@ -149,8 +160,6 @@ class Pattern(ABC):
 
     def magnitude(self, key_weights: Tensor | None = None) -> Pattern:
         """|A|, times [batch, head, key] weights if given, normalised per row."""
-        from workbench.kernels.magnitude import MagnitudePattern
-
         return MagnitudePattern(self, key_weights)
 
     def value_weighted(self) -> Pattern:
@@ -174,14 +183,14 @@ class Pattern(ABC):
             return self.space().alive(self.space().per_query(1.0))
         return self.magnitude().signed_mass
 
-    @cached_property
+    @property
     def seen(self) -> MaskSummary:
         """What the mask lets through, counted per query and per key."""
         return self.mask.summary(self.device)
 
     def space(self) -> Space:
         """Sizes and mask counts, for the accumulators."""
-        return Space(*self.shape, self.mask.offset, self.device, self.dtype, self.seen, self.mask.causal)
+        return Space(*self.shape, self.mask, self.seen, self.device, self.dtype)
 
     def rows(self, queries: int | slice | Sequence[int], heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, len(queries), key]: whole rows, for one query, a slice or a list."""
@@ -242,6 +251,7 @@ class Pattern(ABC):
     ) -> dict[str, Tensor]:
         """Stream statistics of the pattern (see `workbench.kernels.statistics` for their definitions).
 
+        >>> from workbench.kernels.patterns import DensePattern
         >>> DensePattern(torch.eye(3).expand(1, 1, 3, 3)).statistics(["received"])["received"].tolist()
         [[[1.0, 1.0, 1.0]]]
         """
@@ -255,40 +265,77 @@ class Pattern(ABC):
         return f"{type(self).__name__}(batch={b}, heads={h}, queries={q}, keys={k}, {marks})"
 
 
-class DensePattern(Pattern):
-    """A pattern that is held whole, for weights that a model computed itself, and for tests.
+class MagnitudePattern(Pattern):
+    """|A| · w / Σ |A| · w, where w are weights of the keys.
 
     Args:
-        weights: [batch, head, query, key], at least zero.
-        mask: what may be seen; all of it if None.
-        normalised: whether rows sum to one. Statistics are those of the weights as they are, also where they do not.
+        base: the pattern A.
+        key_weights: [batch, head, key], at least zero; None for one.
     """
 
-    def __init__(self, weights: Tensor, mask: Mask | None = None, normalised: bool = True) -> None:
-        dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
-        mask = mask or Mask(weights.shape[-2], weights.shape[-1])
-        super().__init__(weights.shape, mask, dtype, weights.device)
-        self.weights, self.normalised = weights, normalised
-
-    @property
-    def by_magnitude(self) -> bool:
-        """False: what a row lacks of one means something."""
-        return False
+    def __init__(self, base: Pattern, key_weights: Tensor | None = None) -> None:
+        super().__init__(base.shape, base.mask, base.dtype, base.device)
+        self.base, self.key_weights = base, key_weights
+        self.n_kv_heads, self.grade, self.values = base.n_kv_heads, base.grade, base.values
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The weights, and the rules of the mask."""
-        facts, tensors = self.mask.parts()
-        held = tensors if self.values is None else tensors | {"values": self.values}
-        return {"mask": facts, "normalised": self.normalised}, {"weights": self.weights} | held
+        """None of its own."""
+        raise CaptureError("a pattern of magnitudes is made from another", hint="keep that one, and call magnitude()")
 
     @classmethod
-    def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> DensePattern:
-        """The pattern from its `parts`."""
-        pattern = cls(tensors["weights"], Mask.rebuild(facts["mask"], tensors), facts["normalised"])
-        pattern.values = tensors.get("values")
-        return pattern
+    def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> MagnitudePattern:
+        """Not possible: see `parts`."""
+        raise CaptureError("a pattern of magnitudes is made from another", hint="rebuild that one")
+
+    def _weighted(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:
+        tile = self.base.tile_of(batch, queries, keys, heads)
+        if self.key_weights is None:
+            return tile
+        return tile * self.key_weights[batch][:, list(heads), None, keys]
 
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
-        """[batch, head, q, k] of the stored weights."""
-        part = self.weights if heads is None else self.weights[:, list(heads)]
-        return part[:, :, queries, keys].to(self.dtype)
+        """[batch, head, q, k], not negative."""
+        return self.tile_of(slice(None), queries, keys, range(self.n_heads) if heads is None else heads)
+
+    def tile_of(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:
+        """[b, h, q, k], not negative."""
+        size = self._sums[0][batch][:, list(heads), queries, None]
+        return self._weighted(batch, queries, keys, heads).abs() / size.clamp(min=torch.finfo(self.dtype).tiny)
+
+    def raw_maker(self, batch: slice, heads: slice) -> RawTileMaker:
+        """Tiles A·w."""
+        which = range(self.n_heads)[heads]
+        return lambda queries, keys: self._weighted(batch, queries, keys, which)
+
+    @property
+    def denominators_known(self) -> bool:
+        """Whether the row sums were found already."""
+        return "_sums" in self.__dict__
+
+    def found_denominators(self, found: Denominators) -> None:
+        """Keep the row sums."""
+        self.__dict__["_sums"] = Denominators(*(each.to(self.dtype) for each in found))
+
+    @cached_property
+    def _sums(self) -> Denominators:
+        """Σ |A|·w and Σ A·w per row."""
+        return Denominators(*(each.to(self.dtype) for each in streaming.find_denominators(self)))
+
+    @property
+    def signed_mass(self) -> Tensor:
+        """[batch, head, query] Σ A·w / Σ |A|·w; NaN in rows without weight."""
+        size, signed = self._sums
+        return torch.where(size > 0, signed / size, torch.nan)
+
+    @property
+    def seen(self) -> MaskSummary:
+        """The base's counts; once the row sums are known, a row without weight counts as one that sees no key."""
+        seen = self.base.seen
+        if not self.denominators_known:
+            return seen
+        keys = torch.where(self._sums[0] > 0, seen.keys_per_query, 0)
+        return MaskSummary(keys, seen.queries_per_key, seen.first_key)
+
+    def check(self) -> None:
+        """As the base does."""
+        self.base.check()

@@ -1,27 +1,24 @@
-"""Statistics of a softmax pattern by the Triton kernels: what they support, and the call.
+"""The engine of the Triton kernels: what they support, and the calls.
 
-Not supported, and left to the torch path: mask tensors, softcap, key bias (hence value-weighted statistics), sink
-logits, given sink keys, induction, float64, and layouts that hide single tokens within a block.
+Not supported, and left to plain torch: mask tensors, softcap, key bias (hence value-weighted statistics), sink logits,
+given sink keys, induction, float64, and layouts that hide single tokens within a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.finishing import finish
+from workbench.kernels.checks import check_attention
+from workbench.kernels.engines import unknown
 from workbench.kernels.masks import Mask
-from workbench.kernels.statistics import STATISTICS, Options, check_names
-from workbench.kernels.triton.runs import AT, ROWS, Run
-
-if TYPE_CHECKING:
-    from workbench.kernels.patterns import Pattern
-    from workbench.kernels.softmax import SoftmaxPattern
+from workbench.kernels.softmax_problem import SoftmaxProblem
+from workbench.kernels.statistics import Options, check_names, finish
+from workbench.kernels.triton.call import AT, ROWS, Call
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDTH = 256
@@ -29,19 +26,31 @@ MAX_TOP = 16
 _ROWS = {"peak_key", *ROWS, *AT}
 _POOLED = {"pooled_mean", "pooled_max"}
 _COLUMNS = {"received", "received_mean", *_POOLED}
+_NAMES = {"lse", "signed_mass", "top_keys", *_ROWS, *_COLUMNS}
+_OPTIONS = ("tokens", "token_before", "sink_keys", "n_top", "block")  # the first two are those of a refused statistic
 
 
-def refusal(pattern: Pattern, names: Sequence[str], options: Options | None = None) -> str | None:
-    """Why the kernels cannot make these statistics of this pattern, or None if they can."""
-    from workbench.kernels.softmax import SoftmaxPattern
+class TritonEngine:
+    """Streams statistics by the Triton kernels."""
 
+    name = "triton"
+
+    def refusal(self, problem: SoftmaxProblem, names: Sequence[str], options: Options) -> str | None:
+        """Why the kernels cannot make these here; None if they can. On a CPU they run for tests alone."""
+        return "it runs on a GPU" if problem.device.type == "cpu" else refusal(problem, names, options)
+
+    def raw(self, problem: SoftmaxProblem, names: Sequence[str], options: Options) -> dict[str, Tensor]:
+        """The raw sums of one pass, in float32, and "lse" where the problem has none."""
+        return raw(problem, names, options)
+
+
+def refusal(problem: SoftmaxProblem, names: Sequence[str], options: Options | None = None) -> str | None:
+    """Why the kernels cannot make these statistics of this problem, or None if they can."""
     options = options or Options()
-    if not isinstance(pattern, SoftmaxPattern):
-        return f"a {type(pattern).__name__} is no softmax pattern"
-    unknown = [name for name in names if name not in STATISTICS or name == "induction"]
-    if unknown:
-        return f'the kernels have no "{unknown[0]}"'
-    extras = {"softcap": pattern.softcap, "sinks": pattern.sinks, "key_bias": pattern.key_bias}
+    why = unknown(names, options, _NAMES, _OPTIONS)
+    if why is not None:
+        return why
+    extras = {"softcap": problem.softcap, "sinks": problem.sinks, "key_bias": problem.key_bias}
     used = [name for name, value in extras.items() if value is not None]
     if used:
         return f"the kernels have no {used[0]}"
@@ -51,12 +60,7 @@ def refusal(pattern: Pattern, names: Sequence[str], options: Options | None = No
         return f"the kernels keep up to {MAX_TOP} top keys, not {options.n_top}"
     if not _POOLED.isdisjoint(names) and options.block & (options.block - 1):
         return f"the kernels pool blocks whose edge is a power of two, not {options.block}"
-    return _mask_refusal(pattern.mask) or _input_refusal(pattern.q, pattern.k) or _machine_refusal(pattern.q.device)
-
-
-def supports(pattern: Pattern, names: Sequence[str], options: Options | None = None) -> bool:
-    """Whether `statistics` can make these statistics here; `refusal` says why not."""
-    return refusal(pattern, names, options) is None
+    return _mask_refusal(problem.mask) or _input_refusal(problem.q, problem.k) or _machine_refusal(problem.device)
 
 
 def _mask_refusal(mask: Mask) -> str | None:
@@ -93,54 +97,43 @@ def _machine_refusal(device: torch.device) -> str | None:
     return None if device.type == "cpu" and interpreted() else f"the kernels run on a GPU, not on {device.type}"
 
 
-def raw(
-    pattern: SoftmaxPattern, names: Sequence[str], options: Options, lse: Tensor | None = None
-) -> dict[str, Tensor]:
-    """One pass, as `SoftmaxPattern.fused_pass` wants it: raw sums for `finishing.finish`, in float32.
-
-    Args:
-        names: statistics that `refusal` lets through; "lse" and "signed_mass" add nothing.
-        lse: [batch, head, query]; where it is None it is found first, and is in the result as "lse".
-    """
-    run = Run(pattern.q, pattern.k, pattern.mask, pattern.scale, pattern.space())
+def raw(problem: SoftmaxProblem, names: Sequence[str], options: Options) -> dict[str, Tensor]:
+    """The raw sums of one pass, in float32; where the problem has no lse it is found, and is among them as "lse"."""
+    call, lse = Call.of(problem), problem.lse
     found: dict[str, Tensor] = {}
-    with run.on_device():
+    with call.on_device():
         if not _ROWS.isdisjoint(names):
-            found |= run.rows([name for name in AT if name in names])
+            found |= call.rows([name for name in AT if name in names])
         elif lse is None:
-            found["lse"] = run.lse()
+            found["lse"] = call.lse()
         if lse is None:
             lse = found["lse"]
         else:
             found.pop("lse", None)
             lse = lse.to(torch.float32).contiguous()
         if not _COLUMNS.isdisjoint(names):
-            found |= run.columns(lse, None if _POOLED.isdisjoint(names) else options.block)
+            found |= call.columns(lse, None if _POOLED.isdisjoint(names) else options.block)
         if "top_keys" in names:
-            found |= run.top_keys(lse, options.n_top)
+            found |= call.top_keys(lse, options.n_top)
     return found
 
 
-def statistics(pattern: SoftmaxPattern, names: Sequence[str], options: Options | None = None) -> dict[str, Tensor]:
-    """The named statistics, as `workbench.kernels.streaming.statistics` gives them, in float32.
-
-    The pattern's lse is used where it is known; one that had to be found is left in the pattern for the next call.
+def statistics(problem: SoftmaxProblem, names: Sequence[str], options: Options | None = None) -> dict[str, Tensor]:
+    """The named statistics by these kernels alone, as `workbench.kernels.streaming.statistics` gives them.
 
     Raises:
-        CaptureError: an unknown statistic, or something the kernels do not support.
+        CaptureError: an unknown statistic, or something that the kernels do not support.
     """
     options, names = options or Options(), check_names(names)
-    why = refusal(pattern, names, options)
+    why = refusal(problem, names, options)
     if why is not None:
         raise CaptureError(why, hint="use workbench.kernels.streaming, which supports every pattern")
-    known = pattern.lse if pattern.denominators_known else None
-    found = raw(pattern, names, options, known)
-    if known is None:
-        pattern.found_denominators(found["lse"], torch.ones_like(found["lse"]))
-    found["lse"] = pattern.lse
+    found = raw(problem, names, options)
+    if problem.lse is not None:
+        found["lse"] = problem.lse
     if "signed_mass" in names:
-        found["signed_mass"] = pattern.signed_mass
-    return finish(found, names, pattern.space(), options)
+        found["signed_mass"] = torch.ones_like(found["lse"])
+    return finish(found, names, problem.space(), options)
 
 
 def attention(
@@ -158,17 +151,17 @@ def attention(
     Raises:
         CaptureError: something the kernels do not support.
     """
-    from workbench.kernels.softmax import SoftmaxPattern
-
-    pattern = SoftmaxPattern(q, k, mask, scale=scale)
-    why = refusal(pattern, AT)
+    check_attention(q, k)
+    mask = mask or Mask(q.shape[2], k.shape[2])
+    problem = SoftmaxProblem(q.detach(), k.detach(), mask, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    why = refusal(problem, AT)
     fits = v.dim() == 4 and v.shape[:3] == k.shape[:3] and v.dtype == q.dtype and v.device == q.device
     if why is None and (not fits or v.shape[-1] > MAX_WIDTH):
         why = f"values {list(v.shape)} {v.dtype} do not fit keys {list(k.shape)} {k.dtype}"
     if why is not None:
         raise CaptureError(why, hint="use torch's scaled_dot_product_attention and workbench.kernels.streaming")
-    run = Run(pattern.q, pattern.k, pattern.mask, pattern.scale, pattern.space())
-    with run.on_device():
-        found = run.rows(AT, v.detach())
+    call = Call.of(problem)
+    with call.on_device():
+        found = call.rows(AT, v.detach())
     output = found.pop("output")
-    return output, finish(found, tuple(found), pattern.space(), Options())
+    return output, finish(found, tuple(found), problem.space(), Options())

@@ -1,4 +1,4 @@
-"""The kernels on the tensors of one pattern: what is allocated, passed and put together afterwards."""
+"""The kernels on the tensors of one problem: what is allocated, passed and put together afterwards."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench.kernels.masks import Mask
+from workbench.kernels.softmax_problem import SoftmaxProblem
 from workbench.kernels.tile import Space
 from workbench.kernels.triton import tables
 
@@ -29,7 +30,7 @@ POOL_EDGE = 32  # divides the edges of every tile of columns_kernel
 
 
 @dataclass
-class Run:
+class Call:
     """One call's tensors and the arguments that its kernels share."""
 
     q: Tensor
@@ -37,6 +38,11 @@ class Run:
     mask: Mask
     scale: float
     space: Space
+
+    @classmethod
+    def of(cls, problem: SoftmaxProblem) -> Call:
+        """The call for a problem."""
+        return cls(problem.q, problem.k, problem.mask, problem.scale, problem.space())
 
     def __post_init__(self) -> None:
         self.q, self.k = _rows_contiguous(self.q), _rows_contiguous(self.k)

@@ -15,7 +15,7 @@ from workbench.kernels.masks import Mask
 
 
 @dataclass(frozen=True)
-class Runs:
+class LayoutRuns:
     """The runs of all strips.
 
     Attributes:
@@ -32,7 +32,7 @@ class Runs:
     words: Tensor
 
     @classmethod
-    def of(cls, mask: Mask, strip: int) -> Runs:
+    def of(cls, mask: Mask, strip: int) -> LayoutRuns:
         """The runs of a mask's layout, for strips of this many queries."""
         layout = mask.layout
         assert layout is not None
