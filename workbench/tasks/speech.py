@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import TaskError
+from workbench.inputs import check_recording
 
 RATE = 16_000
 """Samples per second that speech models are trained on."""
-_SILENT = 1e-4  # of full scale; below it a recording holds nothing but the noise of a converter
 
 
 def load_audio(path: str | Path, *, rate: int = RATE, resample: bool = True) -> Float[Tensor, " sample"]:
@@ -81,17 +81,17 @@ def utterance(
     """The inputs of one utterance, by the model's feature extractor; padding is masked.
 
     Args:
-        audio: samples. extractor: such as transformers' `WhisperFeatureExtractor`.
+        audio: samples within ±1. extractor: such as transformers' `WhisperFeatureExtractor`.
         rate: of the samples. name: for tables and views. reference: what is said.
 
     Returns:
         input_features, attention_mask, name, audio, sampling_rate, seconds_per_frame, and reference where given.
 
     Raises:
-        TaskError: another rate than the extractor's, silence, values that are not finite, or longer than the extractor
-            takes (it would cut the rest off).
+        TaskError: another rate than the extractor's, several channels, silence, samples that are not finite or not on
+            the scale of ±1, or longer than the extractor takes (it would cut the rest off).
     """
-    wave = torch.as_tensor(audio).float().flatten()
+    wave = torch.as_tensor(audio)
     wanted = getattr(extractor, "sampling_rate", rate)
     if rate != wanted:
         raise TaskError(
@@ -99,6 +99,7 @@ def utterance(
             hint="load_audio(path, rate=...) changes the rate",
         )
     _check(wave, rate, name)
+    wave = wave.float()
     longest = getattr(extractor, "n_samples", None)
     if isinstance(longest, int) and len(wave) > longest:
         raise TaskError(
@@ -165,13 +166,7 @@ def spans_of(spans: Sequence[tuple[float, float]], special: Sequence[bool]) -> n
 
 
 def _check(wave: Tensor, rate: int, name: str) -> None:
-    if not len(wave):
-        raise TaskError(f"{name} holds no samples")
-    if not wave.isfinite().all():
-        raise TaskError(f"{name} holds samples that are not finite", shape=wave.shape)
-    if float(wave.abs().max()) < _SILENT:
-        raise TaskError(f"{name} is silent: its loudest sample is {float(wave.abs().max()):.1e}", shape=wave.shape,
-                        hint="check the recording")  # fmt: skip
+    check_recording(wave, name, TaskError)
     if len(wave) < rate // 50:
         raise TaskError(f"{name} lasts {1000 * len(wave) / rate:.0f} ms, too short for speech", shape=wave.shape)
 
