@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from workbench.errors import CaptureError, WorkbenchError
 
 _SILENT = 1e-4  # of full scale; below it a recording holds nothing but the noise of a converter
-_LOUDEST = 2.0  # of full scale, which a resampled recording may overshoot a little
+_LOUDEST = 16.0  # times full scale; above it samples are on another scale
 
 
 def token_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -99,23 +99,28 @@ def check_recording(wave: Tensor, name: str, error: type[WorkbenchError] = Workb
     """Refuse samples that are no recording of one channel within ±1; `error` is the class that is raised.
 
     Raises:
-        WorkbenchError: several channels, no samples, samples that are not finite, of integers or on another scale than
-            ±1, or silence.
+        WorkbenchError: several channels, no samples, integers, samples that are not finite or far beyond ±1, silence.
     """
     if wave.dim() != 1:
         raise error(f"{name} is not one channel of samples", shape=wave.shape, hint="average the channels")
     if not len(wave):
         raise error(f"{name} holds no samples")
-    peak = float(wave.double().abs().max())
-    if not wave.is_floating_point() or peak > _LOUDEST:
-        what = "" if wave.is_floating_point() else f" and of type {str(wave.dtype).removeprefix('torch.')}"
+    if not wave.is_floating_point():
+        what = str(wave.dtype).removeprefix("torch.")
         raise error(
-            f"{name} has samples up to {peak:,.6g}{what}, where speech models take floats within ±1",
+            f"{name} has samples of type {what}, where floats within ±1 are taken",
             shape=wave.shape,
-            hint="divide 16-bit samples by 32768",
+            hint="divide them by full scale, such as 32,768 for samples of 16 bits",
         )
     if not bool(wave.isfinite().all()):
         raise error(f"{name} holds samples that are not finite", shape=wave.shape)
+    peak = float(wave.abs().max())
+    if peak > _LOUDEST:
+        raise error(
+            f"{name} goes far beyond ±1: its loudest sample is {peak:.3g}",
+            shape=wave.shape,
+            hint="divide by full scale, such as 32,768 for samples of 16 bits",
+        )
     if peak < _SILENT:
         raise error(
             f"{name} is silent: its loudest sample is {peak:.1e}",

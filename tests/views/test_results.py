@@ -20,7 +20,7 @@ from workbench.hooks.sites import Site, Sites
 from workbench.report import check
 from workbench.storage.result import Result
 from workbench.views import View, all_of, of
-from workbench.views.profile import _uniform
+from workbench.views.results.profile import _uniform
 
 
 def shown(result: Result, folder: Path) -> None:
@@ -45,7 +45,7 @@ def importance(scores: dict[tuple[str, str], torch.Tensor], **changes: Any) -> H
         "scores": scores,
         "clean": {"loss": torch.zeros(3)},
         "skipped": {},
-        "higher": {"loss": False},
+        "higher_is_better": {"loss": False},
         "normalised": False,
         "grid": None,
         "seed": 0,
@@ -183,7 +183,7 @@ def test_a_pruning_curve_is_lines_against_the_number_of_heads(tmp_path: Path) ->
         n_heads=4,
         orders={"zero": ("L0H0", "L0H1"), "random 1": ("L0H1", "L0H0")},
         measures=("loss",),
-        higher={"loss": False},
+        higher_is_better={"loss": False},
         values={"zero": values, "random 1": values + 1},
         seconds=torch.tensor([[2.0], [1.0]]),
         seconds_full=torch.tensor([[2.0], [2.0]]),

@@ -1,0 +1,287 @@
+// The frame around every view: title, caption, controls, what the pointer or cursor is on, notes, downloads, data table.
+
+import { decode } from "./blocks.js";
+import { button, download, make } from "./dom.js";
+import { sharedSelection } from "./selection.js";
+
+const TABLE_ROWS = 50;
+
+/** Decode a view's spec and build its frame in `el`; what a view's module works with. */
+export async function open({ model, el }) {
+  const spec = model.get("spec");
+  const names = Object.keys(spec.blocks);
+  const decoded = await Promise.all(names.map((name) => decode(spec.blocks[name])));
+  return new Frame(model, el, spec, Object.fromEntries(names.map((name, i) => [name, decoded[i]])));
+}
+
+export class Frame {
+  /**
+   * facts, blocks {name: {data, shape}}, selection: what to draw. controls, body: where to draw it.
+   * live: whether a kernel answers. theme: "light" or "dark".
+   */
+  constructor(model, el, spec, blocks) {
+    this.model = model;
+    this.el = el;
+    this.spec = spec;
+    this.blocks = blocks;
+    this.facts = spec.facts;
+    this.live = Boolean(model.get("live"));
+    this.number = 0;
+    this.waiting = new Map();
+    this.endings = [];
+    this.redraws = new Set();
+    this.store = sharedSelection();
+    this.build();
+    this.watchTheme();
+    this.watchSelection();
+    if (this.live) this.replaceStill();
+    this.onMessage = (content, buffers) => this.answered(content, buffers);
+    model.on("msg:custom", this.onMessage);
+  }
+
+  build() {
+    const { spec } = this;
+    this.controls = make("div", { class: "controls" });
+    this.body = make("div", { class: "body" });
+    this.status = make("p", { class: "status" });
+    this.spoken = make("p", { class: "spoken", "aria-live": "polite" });
+    const notes = spec.notes.map((note) => make("li", {}, note));
+    this.tools = make("div", { class: "tools" });
+    const title = make("h2", { class: "title" }, spec.title);
+    const caption = make("p", { class: "caption" }, spec.caption);
+    this.root = make("section", { class: `workbench ${spec.kind}`, "aria-label": spec.title }, title, caption, this.controls, this.body, this.status, this.spoken);
+    if (notes.length) this.root.append(make("ul", { class: "notes" }, ...notes));
+    this.root.append(this.tools);
+    if (spec.table.length) this.addTable();
+    this.tools.append(button("JSON", () => download(`${this.fileName()}.json`, "application/json", [JSON.stringify(this.plain(), null, 1)]), { title: "Download everything this view shows" }));
+    this.tip = make("div", { class: "tip", role: "tooltip", hidden: true });
+    this.root.append(this.tip);
+    this.el.replaceChildren(this.root);
+  }
+
+  /** Offer the picture that `canvas()` returns as a PNG. */
+  offerPicture(canvas) {
+    const save = () => canvas().toBlob((blob) => download(`${this.fileName()}.png`, "image/png", [blob]));
+    this.tools.prepend(button("PNG", save, { title: "Download the picture" }));
+  }
+
+  /** A list of keys, shown on demand and by "?": pairs of keys and what they do. */
+  offerKeys(pairs) {
+    const list = pairs.flatMap(([keys, does]) => [make("dt", {}, keys), make("dd", {}, does)]);
+    const keys = make("details", { class: "keys" }, make("summary", {}, "Keys"), make("dl", {}, ...list));
+    this.root.append(keys);
+    this.root.addEventListener("keydown", (event) => {
+      if (event.key !== "?" || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+      event.preventDefault();
+      keys.open = !keys.open;
+    });
+  }
+
+  fileName() {
+    return this.spec.title.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "").slice(0, 60) || this.spec.kind;
+  }
+
+  // The data table and its file.
+
+  column({ text, block }) {
+    return text ?? this.blocks[block].data;
+  }
+
+  addTable() {
+    const columns = this.spec.table;
+    const n = this.column(columns[0]).length;
+    const shown = Math.min(n, TABLE_ROWS);
+    const summary = make("summary", {}, n > shown ? `Table: the first ${shown} of ${n.toLocaleString("en")} rows` : `Table: ${n} rows`);
+    const details = make("details", { class: "data" }, summary);
+    details.addEventListener("toggle", () => {
+      if (details.open && details.children.length === 1) details.append(this.table(columns, shown));
+    });
+    this.root.append(details);
+    this.tools.append(button("CSV", () => download(`${this.fileName()}.csv`, "text/csv", ["\ufeff", this.csv()]), { title: `Download the table, ${n.toLocaleString("en")} rows` }));
+  }
+
+  table(columns, shown) {
+    const head = make("tr", {}, ...columns.map(({ name, text }) => make("th", { scope: "col", class: text ? null : "n" }, name)));
+    const cell = (column, i) => {
+      const value = this.column(column)[i];
+      return column.text ? make("td", {}, make("bdi", {}, value)) : make("td", { class: "n" }, Number.isNaN(value) ? "–" : `${Number(value.toPrecision(6))}`);
+    };
+    const rows = Array.from({ length: shown }, (_, i) => make("tr", {}, ...columns.map((column) => cell(column, i))));
+    return make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": `Table of ${this.spec.title}` }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
+  }
+
+  csv() {
+    const columns = this.spec.table;
+    const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+    // A spreadsheet would take such text for a formula.
+    const harmless = (text) => quoted(/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
+    const line = (i) => columns.map((column) => (column.text ? harmless(column.text[i]) : Number.isNaN(this.column(column)[i]) ? "" : `${this.column(column)[i]}`)).join(",");
+    const n = this.column(columns[0]).length;
+    const head = columns.map(({ name }) => harmless(name)).join(",");
+    return [head, ...Array.from({ length: n }, (_, i) => line(i)), ""].join("\r\n");
+  }
+
+  plain() {
+    const { blocks, ...rest } = this.spec;
+    const arrays = Object.fromEntries(Object.keys(blocks).map((name) => [name, { shape: blocks[name].shape, values: Array.from(this.blocks[name].data) }]));
+    return { ...rest, state: this.state, blocks: arrays };
+  }
+
+  // What the pointer or the cursor is on.
+
+  /** A line below the view that is also spoken, after a pause so that a moving pointer does not chatter. */
+  say(text) {
+    this.status.textContent = text;
+    clearTimeout(this.speaking);
+    this.speaking = setTimeout(() => {
+      this.spoken.textContent = text;
+    }, 400);
+  }
+
+  /** A tip near the pointer; `lines` are text. */
+  showTip(event, lines) {
+    this.tip.replaceChildren(...lines.map((line) => make("div", {}, line)));
+    this.tip.hidden = false;
+    const { width, height } = this.tip.getBoundingClientRect();
+    // Beside the pointer and inside the window, in the root's own coordinates: a notebook may move its cells about.
+    const root = this.root.getBoundingClientRect();
+    const left = Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 8));
+    const top = event.clientY + 18 + height > innerHeight ? Math.max(4, event.clientY - height - 12) : event.clientY + 18;
+    this.tip.style.left = `${left - root.left}px`;
+    this.tip.style.top = `${top - root.top}px`;
+  }
+
+  hideTip() {
+    this.tip.hidden = true;
+  }
+
+  // The shared selection.
+
+  get selection() {
+    return this.store.value;
+  }
+
+  select(change) {
+    this.store.select(change);
+    if (JSON.stringify(this.model.get("selection")) === JSON.stringify(this.store.value)) return;
+    this.model.set("selection", this.store.value);
+    this.model.save_changes();
+  }
+
+  /** Be told of every change of the selection, and once now. */
+  onSelect(told) {
+    this.endings.push(this.store.follow(told));
+    told(this.selection);
+  }
+
+  watchSelection() {
+    const set = Object.values(this.selection).some((value) => (Array.isArray(value) ? value.length : value !== null));
+    const known = this.live ? this.model.get("selection") : {};
+    const told = Object.values(known).some((value) => (Array.isArray(value) ? value.length : value !== null));
+    if (told) this.store.select(known);
+    else if (!set) this.store.select(this.spec.selection);
+    this.onKernel = () => this.store.select(this.model.get("selection"));
+    this.model.on("change:selection", this.onKernel);
+  }
+
+  // What is set in this view alone: it reaches Python, or stands in the page's address.
+
+  get state() {
+    return this.model.get("state") ?? {};
+  }
+
+  /** Change some of the state; written after a pause, so that a slider does not chatter. */
+  keep(change) {
+    this.model.set("state", { ...this.state, ...change });
+    clearTimeout(this.keeping);
+    this.keeping = setTimeout(() => this.model.save_changes(), 150);
+  }
+
+  /** Be told of every change of the state, also of one's own. */
+  onState(told) {
+    const heard = () => told(this.state);
+    this.model.on("change:state", heard);
+    this.endings.push(() => this.model.off("change:state", heard));
+  }
+
+  // Theme and size.
+
+  /** Draw again when the theme or the width changes, and once now. */
+  onRedraw(draw) {
+    this.redraws.add(draw);
+    draw();
+  }
+
+  redraw() {
+    for (const draw of this.redraws) draw();
+  }
+
+  watchTheme() {
+    const read = () => {
+      const forced = document.documentElement.dataset.theme ?? { true: "light", false: "dark" }[document.body.dataset.jpThemeLight];
+      const theme = matchMedia("print").matches ? "light" : (forced ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+      if (theme === this.theme) return;
+      this.theme = theme;
+      this.root.dataset.theme = theme;
+      this.redraw();
+    };
+    read();
+    const watcher = new MutationObserver(read);
+    watcher.observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
+    watcher.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
+    const media = ["(prefers-color-scheme: dark)", "print"].map((query) => matchMedia(query));
+    for (const one of media) one.addEventListener("change", read);
+    const sizes = new ResizeObserver(() => {
+      if (this.width === this.body.clientWidth) return;
+      this.width = this.body.clientWidth;
+      this.redraw();
+    });
+    sizes.observe(this.body);
+    this.endings.push(() => watcher.disconnect(), () => sizes.disconnect(), () => media.forEach((one) => one.removeEventListener("change", read)));
+  }
+
+  /** A colour of the style sheet by name: paper, ink, muted, line, accent, cursor, unseen. */
+  colour(name) {
+    return getComputedStyle(this.root).getPropertyValue(`--${name}`).trim();
+  }
+
+  // The kernel.
+
+  /** Ask the kernel; the answer has `buffers`. Rejects with the kernel's words, or at once where no kernel lives. */
+  ask(question) {
+    if (!this.live) return Promise.reject(new Error("no kernel is connected"));
+    const number = ++this.number;
+    return new Promise((resolve, reject) => {
+      this.waiting.set(number, { resolve, reject });
+      this.model.send({ ...question, number });
+    });
+  }
+
+  answered(content, buffers) {
+    const waiting = this.waiting.get(content.number);
+    if (!waiting) return;
+    this.waiting.delete(content.number);
+    if (content.error) waiting.reject(new Error(content.error));
+    else waiting.resolve({ ...content, buffers });
+  }
+
+  /** Hide the picture that stands for this view where nothing lives behind it. It may arrive after the view. */
+  replaceStill() {
+    const hide = () => this.model.get("still").forEach((id) => document.getElementById(id)?.setAttribute("hidden", ""));
+    hide();
+    const watcher = new MutationObserver(hide);
+    watcher.observe(document.body, { childList: true, subtree: true });
+    this.model.on("change:still", hide);
+    const tired = setTimeout(() => watcher.disconnect(), 20000);
+    this.endings.push(() => watcher.disconnect(), () => clearTimeout(tired));
+  }
+
+  close() {
+    clearTimeout(this.speaking);
+    this.model.off("msg:custom", this.onMessage);
+    this.model.off("change:selection", this.onKernel);
+    for (const end of this.endings) end();
+    for (const { reject } of this.waiting.values()) reject(new Error("the view was closed"));
+    this.waiting.clear();
+  }
+}
