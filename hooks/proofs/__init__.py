@@ -1,1 +1,1 @@
-"""Proofs by value of what a tap has read: its axes, its rows, its keys, and what nobody reads."""
+"""Proofs by value of what a tap has seen: which axis is which, and which rows a site accounts for."""

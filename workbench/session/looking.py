@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from workbench.errors import CaptureError
 from workbench.hooks.layouts import Layouts
 from workbench.hooks.listener import Listener
+from workbench.hooks.look.keys import probe_keys
+from workbench.hooks.look.replay import OnCall, Replays, copied
+from workbench.hooks.look.unread import find_unread
 from workbench.hooks.observer import observed
-from workbench.hooks.proofs.keys import probe_keys
-from workbench.hooks.proofs.replay import OnCall, Replays, copied
-from workbench.hooks.proofs.unread import find_unread
 from workbench.hooks.sites import Kind, Sites, Unread, site_name, with_kind, without
 from workbench.hooks.tap import AttentionCall
 

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from workbench import CaptureError
 from workbench.hooks.listener import Listener
+from workbench.hooks.look.keys import probe_keys
+from workbench.hooks.look.replay import OnCall, Replays
+from workbench.hooks.look.unread import find_unread
 from workbench.hooks.observer import observed
-from workbench.hooks.proofs.keys import probe_keys
-from workbench.hooks.proofs.replay import OnCall, Replays
-from workbench.hooks.proofs.unread import find_unread
 from workbench.hooks.sites import Unread
 
 D, N = 12, 9

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workbench.hooks.proofs.positions import moved, positions_of
-from workbench.hooks.proofs.replay import ModuleCall, Replays
+from workbench.hooks.look.positions import moved, positions_of
+from workbench.hooks.look.replay import ModuleCall, Replays
 
 Over = Literal["positions", "pooled", "summaries", "elsewhere", "unknown"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.hooks.proofs.positions import moved, positions_of, reach, speaking
-from workbench.hooks.proofs.replay import ModuleCall, Replays, tensors
+from workbench.hooks.look.positions import moved, positions_of, reach, speaking
+from workbench.hooks.look.replay import ModuleCall, Replays, tensors
 from workbench.hooks.sites import Unread
 
 # Over the last axis, or element by element, by their definition. Where a model hands them its positions as features,

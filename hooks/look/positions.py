@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.hooks.proofs.replay import ModuleCall, mapped, tensors
+from workbench.hooks.look.replay import ModuleCall, mapped, tensors
 
 
 def positions_of(call: ModuleCall, batch: int) -> list[tuple[int, int]]:
