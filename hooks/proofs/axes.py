@@ -357,7 +357,9 @@ def usual_axes(shape: Sequence[int], mixed: Sequence[int], width: int, heads: in
     """The axes that most models have, to be proved afterwards: [batch, head, query, width], or with the first two as
     one; None for other shapes.
     """
-    if tuple(axis % len(shape) for axis in (*mixed, width)) != (len(shape) - 2, len(shape) - 1):
+    last = len(shape) - 1
+    axes = {axis % len(shape) for axis in mixed}
+    if width % len(shape) != last or axes not in ({last - 1}, {1, last - 1}):  # heads may share their values
         return None
     if len(shape) == 4:
         return Axes.plain("bhqd", shape[1])
