@@ -81,6 +81,16 @@ def kernel_lse(result: Any, n_queries: int) -> Tensor | None:
     return lse[..., :n_queries]
 
 
+def as_multiplied(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype in which matrix products take them here: under autocast not the one that they have."""
+    return [
+        t.to(torch.get_autocast_dtype(t.device.type))
+        if t is not None and torch.is_autocast_enabled(t.device.type) and t.is_floating_point() and t.dtype != torch.double
+        else t
+        for t in tensors
+    ]
+
+
 class LseWatch:
     """Runs one SDPA call and tells which kernel ran and what log-sum-exp it gave; `called` says whether one ran."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
-from workbench.hooks.kernel_watch import LseWatch
+from workbench.hooks.kernel_watch import LseWatch, as_multiplied
 from workbench.kernels.masks import hidden_below
 
 Backend = Callable[..., tuple[Tensor, Any]]
@@ -117,7 +117,9 @@ def read(
         CaptureError: the backend takes its mask in a form that cannot be read.
     """
     given = dict(zip(("query", "key", "value", "attention_mask"), args, strict=False)) | kwargs
-    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attention_mask")
+    q, k, v = as_multiplied(*(given[name] for name in ("query", "key", "value")))
+    assert q is not None and k is not None and v is not None
+    mask = given.get("attention_mask")
     facts: dict[str, Any] = {
         "q": q,
         "k": k,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from workbench.hooks.kernel_watch import LseWatch
+from workbench.hooks.kernel_watch import LseWatch, as_multiplied
 from workbench.hooks.written_out import Follower, WrittenOut
 
 OnSdpa = Callable[[dict[str, Any], Tensor, LseWatch], Tensor | None]
@@ -43,6 +43,7 @@ def _sdpa(
 
 
 _SIGNATURE = inspect.signature(_sdpa)
+_TENSORS = ("query", "key", "value", "attn_mask")
 
 
 class FunctionTap(TorchFunctionMode):
@@ -110,5 +111,6 @@ class FunctionTap(TorchFunctionMode):
         output = watch.run(func, args, kwargs, bound.arguments["query"].shape[-2])
         if self._inner is not None:
             return output
-        replaced = self._on_sdpa(bound.arguments, output, watch)
+        taken = as_multiplied(*(bound.arguments[name] for name in _TENSORS))
+        replaced = self._on_sdpa(bound.arguments | dict(zip(_TENSORS, taken, strict=True)), output, watch)
         return output if replaced is None else replaced

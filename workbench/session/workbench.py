@@ -17,7 +17,7 @@ from workbench.capture.settings import Settings
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.compiled import check_not_compiled
 from workbench.hooks.sites import Sites, find_sites
-from workbench.inputs import check_inputs, dropout_in_training, to_ids
+from workbench.inputs import check_inputs, device_for_inputs, dropout_in_training, to_ids
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
 from workbench.session.interventions import Interventions
@@ -82,7 +82,7 @@ class Workbench(Interventions):
         self._open = True
         self._contexts = OpenContexts(model)
         self._warned = False
-        self._hash: tuple[Any, str] | None = None
+        self._hash: tuple[Any, str | None] | None = None
         _attached[model] = weakref.ref(self)
 
     def detach(self) -> None:
@@ -258,8 +258,7 @@ class Workbench(Interventions):
             raise CaptureError("no tokenizer is attached", hint="attach(model, tokenizer), or pass ids yourself")
         several = not isinstance(text, str)
         encoded = dict(self.tokenizer(list(text) if several else [text], return_tensors="pt", padding=several))
-        first = next(self.model.parameters(), None)
-        device = torch.device("cpu") if first is None else first.device
+        device = device_for_inputs(self.model)
         inputs = {name: value.long().to(device) for name, value in encoded.items()}
         check_inputs(self.model, (), inputs)
         return inputs
@@ -278,8 +277,13 @@ class Workbench(Interventions):
         """What a result says of the model and of the software that ran it, with the weights' hash: plain values."""
         return describe(self.model, self.tokenizer) | {"weights_sha256": self.weights_hash()}
 
-    def weights_hash(self) -> str:
-        """SHA-256 over the model's parameters and buffers, computed anew only where they have changed."""
+    def weights_hash(self) -> str | None:
+        """SHA-256 over the model's parameters and buffers, computed anew only where they have changed.
+
+        None if some are offloaded to where they cannot be read.
+        """
+        if any(p.device.type == "meta" for p in self.model.parameters()):  # nothing tells whether these have changed
+            return weights_hash(self.model)
         now = weights_fingerprint(self.model)
         if self._hash is None or self._hash[0] != now:
             self._hash = (now, weights_hash(self.model))
