@@ -44,6 +44,8 @@ def calls_attention(module: nn.Module, *, across_methods: bool = False) -> bool:
     >>> calls_attention(nn.Linear(2, 2))
     False
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return False  # see `scripted_attention`
     callables = _callables(module)
     key = (type(module), across_methods, *sorted((name, id(_code(each))) for name, each in callables.items()))
     if key not in _known:

@@ -98,9 +98,9 @@ class ProjectionFinder:
                 del awaited[site]
                 return
 
-    def end(self) -> None:
-        """The forward of this thread is over."""
-        self._awaited.pop(threading.get_ident(), None)
+    def end(self, thread: int) -> None:
+        """The forward of that thread is over."""
+        self._awaited.pop(thread, None)
 
     def of(self, site: str) -> Projection | None:
         """The projection of a site, if one was found."""

@@ -142,7 +142,7 @@ def read(
     if kind == "flash":
         return facts | _as_flash(site, module, q, k, mask, given)
     if kind == "flex":
-        return facts | {"mask": _from_block_mask(mask, q, k)}
+        return facts | {"mask": from_block_mask(mask, q, k)}
     # Written out: what is hidden stands in the mask alone.
     shown = None if mask is None else mask[..., : k.shape[-2]]
     return facts | {"mask": shown, "offset": _first_position(shown, q.shape[2], k.shape[2])}
@@ -229,7 +229,7 @@ def _restarts(position_ids: Tensor) -> bool:
     return position_ids.dim() == 2 and bool((position_ids.diff(dim=-1) < 0).any())
 
 
-def _from_block_mask(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
+def from_block_mask(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
     """A flex mask as a boolean tensor [batch or 1, head or 1, query, key]; a score mask stays as it is."""
     if mask is None or isinstance(mask, Tensor):
         return mask if mask is None else mask[..., : k.shape[-2]]

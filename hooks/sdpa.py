@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from workbench.hooks.flex import is_flex
 from workbench.hooks.kernel_watch import LseWatch, as_multiplied
 from workbench.hooks.written_out import Follower, WrittenOut
 
@@ -97,7 +98,7 @@ class FunctionTap(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self._inner is not None:
             return result
-        if hasattr(func, "attention_kernel"):
+        if hasattr(func, "attention_kernel") or is_flex(func):
             replaced = self._on_kernel(func, args, kwargs, result)
             if replaced is None:
                 return result

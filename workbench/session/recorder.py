@@ -94,10 +94,18 @@ class Recorder:
             if self.decode is not None:
                 forward.tokens = {name: self.decode(ids) for name, ids in forward.ids.items()}
 
+    def finish(self) -> None:
+        """The capture is over, and so is what has not told of its end."""
+        for thread in list(self._running):
+            self._end(thread)
+
     def on_end(self) -> None:
         """The forward of this thread is over."""
-        forward = self._running.pop(threading.get_ident(), None)
-        self.projections.end()
+        self._end(threading.get_ident())
+
+    def _end(self, thread: int) -> None:
+        forward = self._running.pop(thread, None)
+        self.projections.end(thread)
         if forward is not None and forward.span is not None:
             forward.span = (forward.span[0], self._now())
         if forward is not None and self.settings.z:
@@ -118,6 +126,14 @@ class Recorder:
         forward = self._running.get(threading.get_ident())
         if forward is None:  # the capture was opened while this thread was inside a forward
             return
+        if torch._C._functorch.is_functorch_wrapped_tensor(call.v):
+            raise CaptureError(
+                "the model runs inside a transform of torch.func, as vmap, grad and jacrev are, whose tensors stand for "
+                "others and cannot be read",
+                site=call.site,
+                hint="capture the plain forward: a batch in place of vmap, loss.backward() in place of grad; "
+                "or take the capture off for the transform",
+            )
         seen = self._now()
         site = self._site(call, forward)
         if self.settings.sites is not None and site.name.partition("#")[0] not in self.settings.sites:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from workbench.errors import AttachError
 from workbench.hooks.listener import Listener
-from workbench.hooks.nested import tensors
+from workbench.hooks.nested import fresh, tensors_within
 from workbench.hooks.observer import observed
 from workbench.hooks.sites import Sites
 from workbench.hooks.tap import AttentionCall
@@ -20,6 +20,11 @@ from workbench.hooks.truth import tolerance
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+_COLUMNS = (
+    "site", "fired", "shape", "backend", "kernel", "row_sum_error", "output_error", "tolerance", "editable", "ok",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,13 @@ class Verification:
             (largest |Σp − 1|, NaN for rows that need not sum to 1), output_error (largest |A·V − kernel output|),
             tolerance (for both, by dtype and size of the output), editable (whether the model's output changes when the
             site's heads give nothing; None if that was not tried), ok.
+        compared: the model's output has tensors; without any there is nothing to compare, nor to be changed.
     """
 
     model: str
     identical: bool
     checks: list[dict[str, Any]]
+    compared: bool = True
 
     @property
     def ok(self) -> bool:
@@ -48,7 +55,7 @@ class Verification:
         """The checks as a frame."""
         import pandas as pd
 
-        return pd.DataFrame(self.checks)
+        return pd.DataFrame(self.checks, columns=_COLUMNS)
 
     def raise_if_failed(self) -> Verification:
         """Itself if all holds, else an AttachError that names the first thing that does not."""
@@ -67,6 +74,11 @@ class Verification:
             what = "the model's output stays the same when its heads give nothing"
         raise AttachError(f"verification failed: {what}", site=bad["site"], hint="see the .table of the verification")
 
+    def _output(self) -> str:
+        if not self.compared:
+            return "without tensors to compare"
+        return "identical to the bit" if self.identical else "CHANGED"
+
     def __repr__(self) -> str:
         fired = sum(check["fired"] for check in self.checks)
         sums = [check["row_sum_error"] for check in self.checks if check["row_sum_error"] >= 0]  # NaN: no claim
@@ -76,7 +88,7 @@ class Verification:
         tried = f", {sum(editable)} of {len(editable)} change the output when switched off" if editable else ""
         return (
             f"Verification({'ok' if self.ok else 'FAILED'}: {self.model}, {fired}/{len(self.checks)} sites fired, "
-            f"output {'identical to the bit' if self.identical else 'CHANGED'}, rows sum to 1 within {rows:.1e}, "
+            f"output {self._output()}, rows sum to 1 within {rows:.1e}, "
             f"A·V equals the kernel's output within {out:.1e}{tried})"
         )
 
@@ -110,16 +122,17 @@ def verify_model(
 
     def run(on_call: Callable[[AttentionCall], Tensor | None] | None, edits: bool = False) -> Any:
         with torch.random.fork_rng(devices):
+            given, named = fresh(args), fresh(dict(inputs))  # a cache grows in each run
             if on_call is None:
-                return model(*args, **inputs)
+                return model(*given, **named)
             with observed(model, _Calls(on_call, edits)):
-                return model(*args, **inputs)
+                return model(*given, **named)
 
     bare, watched = run(None), run(look)
-    pairs = list(zip(tensors(bare), tensors(watched), strict=False))
-    identical = bool(pairs) and all(_same_bits(a, b) for a, b in pairs)
+    outputs = tensors_within(bare), tensors_within(watched)
+    identical = len(outputs[0]) == len(outputs[1]) and all(map(_same_bits, *outputs))
     fired = {check["site"] for check in checks}
-    for name in sorted(fired) if edits else []:
+    for name in sorted(fired) if edits and outputs[0] else []:
         found = _editable(bare, run(partial(_switched_off, name), True))
         for check in checks:
             if check["site"] == name:
@@ -131,7 +144,7 @@ def verify_model(
          "output_error": nan, "tolerance": nan, "editable": None, "ok": False}
         for site in sites if site.name not in fired
     ]  # fmt: skip
-    return Verification(type(model).__name__, identical, checks)
+    return Verification(type(model).__name__, identical, checks, bool(outputs[0]))
 
 
 def _switched_off(site: str, call: AttentionCall) -> Tensor | None:
@@ -145,7 +158,7 @@ def _switched_off(site: str, call: AttentionCall) -> Tensor | None:
 
 def _editable(bare: Any, edited: Any) -> bool:
     """Whether some output has changed by more than another order of the same sums would change it."""
-    for a, b in zip(tensors(bare), tensors(edited), strict=False):
+    for a, b in zip(tensors_within(bare), tensors_within(edited), strict=False):
         if a.shape != b.shape:
             return True
         if a.is_floating_point() and a.numel():

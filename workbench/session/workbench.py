@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from workbench.capture.capture import Capture
 from workbench.capture.settings import Settings
 from workbench.errors import AttachError, CaptureError
+from workbench.hooks.code import scripted_attention
 from workbench.hooks.compiled import check_not_compiled
 from workbench.hooks.sites import Sites, find_sites
 from workbench.inputs import check_inputs, device_for_inputs, dropout_in_training, to_ids
@@ -59,8 +60,15 @@ def attach(model: nn.Module, tokenizer: Any = None, *, check: bool = True) -> Wo
         raise AttachError(
             f"{type(model).__name__} is attached already", hint="use that Workbench, or call its detach() first"
         )
-    sites = find_sites(model)
-    if check and not sites:
+    sites, scripted = find_sites(model), scripted_attention(model)
+    if scripted:
+        warnings.warn(
+            f"attention in TorchScript cannot be seen, and is no site: {', '.join(scripted[:5])}; "
+            "attach to the model as it was before torch.jit.script or torch.jit.trace",
+            UserWarning,
+            stacklevel=2,
+        )
+    if check and not sites and not scripted:
         raise AttachError(
             f"no attention was found in {type(model).__name__}",
             hint="nothing in the code of its modules calls an attention kernel or multiplies a softmax with values; "
@@ -172,6 +180,7 @@ class Workbench(Interventions):
             with self._contexts.recording(recorder):
                 yield capture
         finally:
+            recorder.finish()
             self.sites = recorder.sites
             capture.model_sites = self.sites
             provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
