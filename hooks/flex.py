@@ -36,7 +36,7 @@ def _module() -> ModuleType | None:
 
 
 def namespaces(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
-    """Where the code of modules finds `flex_attention`: the globals of their classes' methods; empty for most models."""
+    """Where the code of modules finds `flex_attention`: the globals of their classes' methods."""
     flex = _module()
     if flex is None:
         return []

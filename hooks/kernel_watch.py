@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from workbench.hooks.modes import leave_dispatch_mode
 
 OnOperator = Callable[[OpOverload, Sequence[Any], Mapping[str, Any], Any], None]
+_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}  # what autocast casts; double stays
 _PREFIX = "_scaled_dot_product_"
 
 
@@ -81,14 +82,12 @@ def kernel_lse(result: Any, n_queries: int) -> Tensor | None:
     return lse[..., :n_queries]
 
 
-def as_multiplied(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the dtype in which matrix products take them here: under autocast not the one that they have."""
-    return [
-        t.to(torch.get_autocast_dtype(t.device.type))
-        if t is not None and torch.is_autocast_enabled(t.device.type) and t.is_floating_point() and t.dtype != torch.double
-        else t
-        for t in tensors
-    ]
+def as_multiplied(tensor: Tensor) -> Tensor:
+    """A tensor in the dtype in which matrix products take it here: under autocast not the one that it has."""
+    kind = tensor.device.type
+    if tensor.dtype in _AUTOCAST and torch.is_autocast_enabled(kind):
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
 
 
 class LseWatch:

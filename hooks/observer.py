@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from workbench.errors import InterventionError
 from workbench.hooks import bridges, calls, flex, multihead, registry
+from workbench.hooks.configs import read
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.listener import Listener
 from workbench.hooks.modes import close_torn
@@ -38,7 +39,6 @@ from workbench.hooks.sdpa import FunctionTap
 from workbench.hooks.sites import site_name
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.written_out import WrittenOut
-
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -334,7 +334,7 @@ def _calling_method(frame: FrameType | None, module: nn.Module, names: Mapping[n
 def _entries(model: Any) -> list[nn.Module]:
     """The model, and the encoder that Hugging Face's `generate` calls by itself; none that minds a hook."""
     entries = [model]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+    if read(read(model, "config"), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         entries.append(model.get_encoder())
     modules = [each for each in dict.fromkeys(entries) if isinstance(each, nn.Module)]
     # PyTorch's own attention modules change their path when they carry a hook.

@@ -117,8 +117,7 @@ def read(
         CaptureError: the backend takes its mask in a form that cannot be read.
     """
     given = dict(zip(("query", "key", "value", "attention_mask"), args, strict=False)) | kwargs
-    q, k, v = as_multiplied(*(given[name] for name in ("query", "key", "value")))
-    assert q is not None and k is not None and v is not None
+    q, k, v = (as_multiplied(given[name]) for name in ("query", "key", "value"))
     mask = given.get("attention_mask")
     facts: dict[str, Any] = {
         "q": q,

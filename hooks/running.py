@@ -47,8 +47,9 @@ class ThreadRun:
         replay: it runs in a backward pass.
         reading: a reader is at work, whose own use of the model is not the model's.
         stack: the modules that run, the innermost last.
-        scope: the frame of a method of the model's that calls its parts one by one, without the model itself; it goes on
-            while the stack is empty. entries: the parts that have run in it and made calls.
+        scope: the frame of a method of the model's that calls its parts one by one, without the model itself; what runs
+            in it goes on while the stack is empty.
+        entries: the parts that have run in it and made calls.
     """
 
     tap: FunctionTap

@@ -112,6 +112,7 @@ class FunctionTap(TorchFunctionMode):
         output = watch.run(func, args, kwargs, bound.arguments["query"].shape[-2])
         if self._inner is not None:
             return output
-        taken = as_multiplied(*(bound.arguments[name] for name in _TENSORS))
-        replaced = self._on_sdpa(bound.arguments | dict(zip(_TENSORS, taken, strict=True)), output, watch)
+        given = bound.arguments
+        taken = {name: as_multiplied(given[name]) for name in _TENSORS if given[name] is not None}
+        replaced = self._on_sdpa(given | taken, output, watch)
         return output if replaced is None else replaced

@@ -13,7 +13,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, tor
 
 
 def tolerance(call: AttentionCall, like: Tensor) -> float:
-    """How far A·V may be from a kernel's output, for outputs of the size of `like`: by the coarsest dtype of the call."""
+    """How far A·V may be from a kernel's output, by the coarsest dtype of the call and the size of `like`."""
     dtypes = [t.dtype for t in (call.q, call.k, call.v, call.output) if t is not None]
     dtype = max(dtypes, key=lambda each: _TOLERANCE.get(each, 1e-4))
     if call.kernel == "eager" and dtype == torch.float64:

@@ -96,7 +96,9 @@ def context_length(model: nn.Module) -> int | None:
     vocabulary = read(config, "vocab_size")
     limits = []
     for parent in model.modules():
-        tables = [(name, each.num_embeddings) for name, each in parent.named_children() if isinstance(each, nn.Embedding)]
+        tables = [
+            (name, each.num_embeddings) for name, each in parent.named_children() if isinstance(each, nn.Embedding)
+        ]
         positions = [size for name, size in tables if "position" in name or name == "wpe"]
         words = [size for name, size in tables if not ("position" in name or name == "wpe")]
         if positions and words and (not isinstance(vocabulary, int) or max(words) >= vocabulary):

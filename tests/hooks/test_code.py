@@ -1,7 +1,7 @@
 """Sites are found in code: through processors, dispatch functions, tables of backends and methods of one class."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def _twice(function: Any) -> Any:
 
 
 class Backends:
-    table = {"native": _twice(_native)}
+    table: ClassVar = {"native": _twice(_native)}
 
 
 def dispatch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

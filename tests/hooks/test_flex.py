@@ -88,8 +88,11 @@ def test_patterns_are_those_by_hand(attention: Attention) -> None:
             seen = model(x)
         with wb.ablate((0, 1)):
             edited = model(x)
-    assert verification.compared and torch.equal(bare, seen) and torch.equal(model(x), bare)
-    assert flex.flex_attention is flex_attention and Attention.attend.__globals__["flex_attention"] is flex_attention
+    assert verification.compared
+    assert torch.equal(bare, seen)
+    assert torch.equal(model(x), bare)
+    assert flex.flex_attention is flex_attention
+    assert Attention.attend.__globals__["flex_attention"] is flex_attention
     want = _by_hand(attention, x)
     torch.testing.assert_close(cap["0"].pattern.dense().double(), want, atol=1e-5, rtol=0)
     z = attention.attend(*attention.heads(x))
@@ -105,7 +108,8 @@ def test_a_call_by_another_way_runs_and_is_said_to_be_unseen() -> None:
         seen = []
         with pytest.raises(CaptureError, match="no attention call was seen"), wb.capture():
             seen.append(model(x))
-    assert torch.equal(bare, seen[0]) and torch.equal(bare, model(x))
+    assert torch.equal(bare, seen[0])
+    assert torch.equal(bare, model(x))
 
 
 def test_nothing_warns_where_nothing_is_captured() -> None:

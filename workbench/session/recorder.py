@@ -128,7 +128,7 @@ class Recorder:
             return
         if torch._C._functorch.is_functorch_wrapped_tensor(call.v):
             raise CaptureError(
-                "the model runs inside a transform of torch.func, as vmap, grad and jacrev are, whose tensors stand for "
+                "the model runs inside a transform of torch.func, as vmap, grad and jacrev are; its tensors stand for "
                 "others and cannot be read",
                 site=call.site,
                 hint="capture the plain forward: a batch in place of vmap, loss.backward() in place of grad; "

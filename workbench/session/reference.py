@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
 from workbench.errors import CaptureError, InterventionError
+from workbench.hooks.configs import read
 from workbench.hooks.edits import Edit, Threads, check_range
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
@@ -229,7 +230,7 @@ def _real_positions(model: nn.Module, site: Site, batch: Mapping[str, Any], z: T
     Raises:
         InterventionError: the mask of a model with one tower does not fit its queries.
     """
-    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "decoder_input_ids" in batch
+    decodes = read(read(model, "config"), "is_encoder_decoder", False) or "decoder_input_ids" in batch
     in_encoder = "encoder" in site.name.split(".") and site.kind != "cross"
     name = "decoder_attention_mask" if decodes and not in_encoder else "attention_mask"
     mask = batch.get(name)

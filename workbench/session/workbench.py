@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
@@ -44,6 +43,7 @@ def attach(model: nn.Module, tokenizer: Any = None, *, check: bool = True) -> Wo
     Raises:
         AttachError: no module, no attention in it, or attached already.
 
+    >>> import torch
     >>> wb = attach(nn.TransformerEncoderLayer(16, 4, batch_first=True).eval())
     >>> with wb.capture() as cap:
     ...     _ = wb.model(torch.randn(2, 5, 16))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from workbench.errors import InterventionError, WorkbenchError
+from workbench.hooks.configs import read
 from workbench.hooks.nested import tensors
 from workbench.inputs import dropout_in_training
 from workbench.metrics import Metric, as_metrics
@@ -390,7 +391,7 @@ def _without_cache(model: nn.Module) -> dict[str, Any]:
     import inspect
 
     takes = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False} if takes and getattr(getattr(model, "config", None), "use_cache", False) else {}
+    return {"use_cache": False} if takes and read(read(model, "config"), "use_cache", False) else {}
 
 
 def _same(a: Any, b: Any) -> bool:
