@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.kernels.functions import FUNCTIONS
+from workbench.kernels.functions import mentions_function
 
 # A module that mentions one of these calls an attention kernel; one that mentions a softmax and a product writes
 # attention out.
@@ -22,7 +22,6 @@ _MARKS = {
     "multi_head_attention_forward",
     "ALL_ATTENTION_FUNCTIONS",
     "flex_attention",
-    *FUNCTIONS,
 }
 _SOFTMAX = {"softmax", "Softmax"}
 _PRODUCTS = {"matmul", "bmm", "einsum"}
@@ -96,7 +95,7 @@ class _Reading:
         product = bool(names & _PRODUCTS) or any(map(_multiplies, codes))
         if cls is not None and self.across_methods:
             self.softmax, self.product = softmax, product = self.softmax or softmax, self.product or product
-        if names & _MARKS or (softmax and product):
+        if names & _MARKS or mentions_function(function, names) or (softmax and product):
             return True
         if depth == 0:
             return False

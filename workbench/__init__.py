@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import (
     AttachError,
     CaptureError,
+    FileError,
     FormatError,
     InterventionError,
     ReportError,
@@ -44,10 +45,13 @@ if TYPE_CHECKING:
     from workbench.analysis.profile import AttentionProfile, attention_profile
     from workbench.analysis.pruning.prune import prune_heads
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
-    from workbench.capture.capture import Capture, load_capture
+    from workbench.capture.capture import Capture
+    from workbench.capture.reading import load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
     from workbench.hooks.readers import Mixing, ModuleRun, reader
+    from workbench.kernels.functions import attention_function
+    from workbench.kernels.statistics import statistic
     from workbench.metrics import Metric
     from workbench.report import Report
     from workbench.session.workbench import Workbench, attach
@@ -94,8 +98,10 @@ _LAZY = {
     "cross_attention_saliency": "workbench.analysis.cross_attention",
     "Capture": "workbench.capture.capture",
     "SiteCapture": "workbench.capture.site_capture",
-    "load_capture": "workbench.capture.capture",
+    "load_capture": "workbench.capture.reading",
     "KVGroup": "workbench.hooks.heads",
+    "attention_function": "workbench.kernels.functions",
+    "statistic": "workbench.kernels.statistics",
     "Metric": "workbench.metrics",
     "Mixing": "workbench.hooks.readers",
     "ModuleRun": "workbench.hooks.readers",
@@ -128,6 +134,7 @@ __all__ = [
     "CrossAttentionSaliency",
     "Faithfulness",
     "FaithfulnessCurve",
+    "FileError",
     "FormatError",
     "HeadImportance",
     "HeadPatching",
@@ -157,6 +164,7 @@ __all__ = [
     "WorkbenchError",
     "ablate_heads",
     "attach",
+    "attention_function",
     "attention_profile",
     "capacity",
     "circuit_faithfulness",
@@ -179,6 +187,7 @@ __all__ = [
     "repair",
     "run_sweep",
     "saliency",
+    "statistic",
     "tasks",
     "views",
 ]
