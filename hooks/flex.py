@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import FunctionType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ _lock = threading.RLock()
 _installed: dict[object, list[dict[str, Any]]] = {}  # by owner: the namespaces that it wants changed
 _changed: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # by id: each namespace, and what stood in it
 
+_of_class: WeakKeyDictionary[type, list[dict[str, Any]]] = WeakKeyDictionary()
+
 
 def _module() -> ModuleType | None:
     return sys.modules.get("torch.nn.attention.flex_attention")
@@ -40,16 +43,23 @@ def namespaces(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
     flex = _module()
     if flex is None:
         return []
-    found = {}
-    for cls in {type(module) for module in modules}:
+    found = {id(space): space for cls in {type(module) for module in modules} for space in _globals(cls)}
+    original = flex.flex_attention
+    using = [space for space in found.values() if any(value is original or value is flex for value in space.values())]
+    return [*using, vars(flex)] if using else []
+
+
+def _globals(cls: type) -> list[dict[str, Any]]:
+    """The namespaces of a class's methods, PyTorch's own left out."""
+    if cls not in _of_class:
+        found = {}
         for base in cls.__mro__:
             for value in vars(base).values():
                 function = inspect.unwrap(value) if isinstance(value, FunctionType) else None
                 if isinstance(function, FunctionType) and function.__module__.partition(".")[0] != "torch":
                     found[id(function.__globals__)] = function.__globals__
-    original = flex.flex_attention
-    using = [space for space in found.values() if any(value is original or value is flex for value in space.values())]
-    return [*using, vars(flex)] if using else []
+        _of_class[cls] = list(found.values())
+    return _of_class[cls]
 
 
 def install(owner: object, spaces: list[dict[str, Any]]) -> None:

@@ -128,6 +128,11 @@ def _name(name_or_path: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on; absent packages are left out."""
+    return dict(_versions())
+
+
+@cache  # reading the packages' metadata takes longer than a short forward
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -162,6 +167,9 @@ def weights_hash(model: nn.Module) -> str | None:
 
 def weights_note(model: nn.Module) -> str | None:
     """What is to be said of the hash of a model's weights: why there is none, or what it leaves out; else None."""
+    kinds = {(type(t).__name__, t.device.type) for t in (*model.parameters(), *model.buffers())}
+    if not any(name == "DTensor" or device == "meta" for name, device in kinds):
+        return None  # soon, since every capture asks
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     lost = [name for name, value in state.items() if stored(model, name, value) is None]
     if lost:
