@@ -89,6 +89,7 @@ def test_weights_that_cannot_be_read_are_said(tmp_path: Path) -> None:
         model(torch.randn(1, 5, 8))
     assert cap.provenance["weights_sha256"] is None
     assert "2 weights are offloaded" in cap.provenance["weights_note"]
+    assert wb.weights_identity() != wb.weights_identity()  # nothing is taken up again by mistake
     with pytest.raises(CaptureError, match="offloaded"):
         projection_slices(model["lost"], 2, 4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -297,6 +298,10 @@ class Workbench(Interventions):
         if self._hash is None or self._hash[0] != now:
             self._hash = (now, weights_hash(self.model))
         return self._hash[1]
+
+    def weights_identity(self) -> str:
+        """What is the same for the same weights only: their hash, or where there is none what is never the same."""
+        return self.weights_hash() or f"unread {uuid.uuid4().hex}"
 
     def __repr__(self) -> str:
         state = "" if self._open else ", detached"

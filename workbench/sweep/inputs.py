@@ -69,7 +69,7 @@ def identity(
     """What two sweeps must share for one to go on from the other's file; plain values."""
     return {
         "model class": f"{type(wb.model).__module__}.{type(wb.model).__qualname__}",
-        "model weights": wb.weights_hash(),
+        "model weights": wb.weights_identity(),
         "variants": digest([one.about for one in variants]),
         "number of variants": len(variants),
         "base": digest([one.about for one in base]),

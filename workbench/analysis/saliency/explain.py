@@ -151,7 +151,7 @@ def saliency(
     n_masks = n_masks // len(counts) * len(counts)
     if not exact and n_masks < 2 * len(counts):
         raise WorkbenchError(f"{n_masks} masks are too few for a standard error", hint="ask for hundreds at least")
-    identity = _identity(subject, where, cells, masks, score, baseline) | {"weights": wb.weights_hash()}
+    identity = _identity(subject, where, cells, masks, score, baseline) | {"weights": wb.weights_identity()}
     sums = Sums.empty(len(subject.targets), counts) if resume is None else _resumed(resume, identity)
     score_of: InputMasks | EncoderMasks
     with torch.inference_mode():

@@ -96,7 +96,7 @@ def start(setup: Setup, path: Path | None, **settings: Any) -> Pruning:
     graph, model, device = setup.graph, setup.wb.model, setup.pairs[0].last.device.type
     identity = {
         "model class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "model weights": setup.wb.weights_hash(),
+        "model weights": setup.wb.weights_identity(),
         "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "",
         "task": setup.task.name,
         "prompts": digest([[plain(pair.clean), plain(pair.twin)] for pair in setup.pairs]),
