@@ -16,6 +16,7 @@ from workbench.hooks.code import calls_attention
 from workbench.hooks.configs import config_of, read
 from workbench.hooks.readers import reader_of
 from workbench.hooks.tap import Kind as Kind
+from workbench.tokens import visible_text
 
 _CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
 _WINDOW = re.compile(r"swin|window", re.IGNORECASE)
@@ -64,6 +65,11 @@ class Site:
         return f"L{self.layer}H{head}"
 
 
+def _seen(name: str) -> str:
+    """A name for a table: modules may be called anything."""
+    return visible_text(name).replace("\n", "⏎")
+
+
 class Sites(Sequence[Site]):
     """The sites of a model, in the order of its modules; indexed by position, name or TransformerLens name."""
 
@@ -106,7 +112,13 @@ class Sites(Sequence[Site]):
     def __repr__(self) -> str:
         header = ("site", "alias", "layer", "kind", "heads", "kv", "d_head")
         rows = [
-            (s.name, s.alias, s.layer, s.kind, *("?" if n is None else n for n in (s.n_heads, s.n_kv_heads, s.d_head)))
+            (
+                _seen(s.name),
+                _seen(s.alias),
+                s.layer,
+                s.kind,
+                *("?" if n is None else n for n in (s.n_heads, s.n_kv_heads, s.d_head)),
+            )
             for s in self._sites
         ]
         widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]

@@ -158,7 +158,7 @@ def weights_hash(model: nn.Module) -> str | None:
             if value is None:
                 return None
         for text, tensor in described(value):
-            digest.update(f"{name} {text}\n".encode())
+            digest.update(f"{name} {text}\n".encode("utf-8", "surrogatepass"))
             if tensor is not None and tensor.numel():
                 flat = tensor.cpu().contiguous().flatten()
                 digest.update(flat.view(torch.uint8).numpy().data)
