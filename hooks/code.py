@@ -61,7 +61,7 @@ def scripted_attention(model: nn.Module) -> list[str]:
             text = str(module.inlined_graph)
             if "scaled_dot_product_attention" in text or ("aten::softmax" in text and "matmul" in text):
                 found.append(name)
-    return [name or "the model itself" for name in found]
+    return found
 
 
 @dataclass

@@ -192,9 +192,14 @@ class TestTorchScript:
         model = nn.Sequential(Scriptable(), torch.jit.script(Scriptable()), torch.jit.trace(Scriptable(), x)).eval()
         with pytest.warns(UserWarning, match="TorchScript cannot be seen, and is no site: 1, 2"):
             wb = workbench.attach(model)
-        with wb, wb.capture() as cap:
-            model(x)
+        with wb:
+            assert [one.name for one in wb.sites.unread] == ["1", "2"]
+            verification = wb.verify(x).raise_if_failed()
+            with wb.capture() as cap:
+                model(x)
         assert [site.name for site in cap.sites] == ["0"]
+        assert not verification.complete
+        assert [one.name for one in verification.unread] == ["1", "2"]
 
     def test_a_whole_model(self) -> None:
         model = torch.jit.script(Scriptable())

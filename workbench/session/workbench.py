@@ -71,8 +71,9 @@ def attach(
         )
     sites, scripted = find_sites(model), scripted_attention(model)
     if scripted:
+        parts = ", ".join(name or "the model itself" for name in scripted[:5])
         warnings.warn(
-            f"attention in TorchScript cannot be seen, and is no site: {', '.join(scripted[:5])}; "
+            f"attention in TorchScript cannot be seen, and is no site: {parts}; "
             "attach to the model as it was before torch.jit.script or torch.jit.trace",
             UserWarning,
             stacklevel=2,
