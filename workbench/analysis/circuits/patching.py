@@ -38,7 +38,7 @@ class HeadPatching(Result):
         direction: "noising" or "denoising". sign: what a positive effect means.
         effects: [head, place, example] of the metric with the patch, minus without; NaN where a decoder's head has no
             such place, because it is one in the prompt.
-        clean, corrupted: [example] of the metric on prompts and twins.
+        clean, corrupted: [example] of the metric on prompts and twins. higher_is_better: of the metric.
     """
 
     form = "workbench.head_patching"
@@ -56,16 +56,17 @@ class HeadPatching(Result):
     clean: Tensor
     corrupted: Tensor
     provenance: dict[str, Any]
+    higher_is_better: bool = True
 
     @property
     def scores(self) -> Tensor:
         """[head, place]: the mean effect, as a share of the difference between prompts and twins.
 
         Noising: the share of the difference that is lost. Denoising: that is restored. Positive: the clean activation
-        helps the task.
+        helps the task, by a higher or a lower metric, whichever is better.
         """
-        span = self.clean.mean() - self.corrupted.mean()
-        return self.effects.mean(-1) * (-1 if self.direction == NOISING else 1) / span
+        sign = (1 if self.higher_is_better else -1) * (-1 if self.direction == NOISING else 1)
+        return sign * self.effects.mean(-1) / (self.clean.mean() - self.corrupted.mean()).abs()
 
     @property
     def table(self) -> pd.DataFrame:
@@ -139,7 +140,7 @@ def patch_heads(
             places=tuple("all" if place is None else str(place) for place in where), direction=direction,
             sign=f"{direction}: the {start}; a positive score means that the clean activation helps the task",
             task=task.name, metric=setup.metric.name, effects=effects, clean=setup.clean, corrupted=setup.corrupted,
-            provenance=setup.provenance(),
+            provenance=setup.provenance(), higher_is_better=setup.metric.higher_is_better,
         )  # fmt: skip
 
 
@@ -162,6 +163,7 @@ def ablate_heads(
             sign="noising: the head's output is replaced; a positive score means that the head helps the task",
             task=task.name, metric=setup.metric.name, effects=effects[:, None], clean=setup.clean,
             corrupted=setup.corrupted, provenance=setup.provenance(),
+            higher_is_better=setup.metric.higher_is_better,
         )  # fmt: skip
 
 

@@ -75,3 +75,46 @@ def mean_intervals(values: Tensor, *, n_bootstrap: int = 1000, level: float = 0.
     ends = torch.stack(percentiles(means, level), -1)
     ends[known.sum(0) < 2] = torch.nan
     return ends.reshape(*values.shape[1:], 2)
+
+
+def mean_t(values: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean of [example]; NaN with one example.
+
+    >>> mean_t(torch.tensor([1.0, 2.0, 3.0]))
+    (-0.48..., 4.48...)
+    """
+    n, mean = len(values), float(values.double().mean())
+    if n < 2:
+        return float("nan"), float("nan")
+    wide = _t(n, level) * float(values.double().std()) / n**0.5
+    return mean - wide, mean + wide
+
+
+def share_interval(part: Tensor, whole: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Fieller's interval of mean(part) / mean(whole) of [example] pairs: NaN where it is not bounded, or below two.
+
+    It holds each share f for which the mean of part − f · whole is within its t interval of 0, and is bounded exactly
+    where the t interval of the whole's mean does not hold 0.
+
+    >>> whole = torch.tensor([1.0, 2.0, 3.0, 2.0])
+    >>> low, high = share_interval(whole / 2, whole)
+    >>> round(low, 6), round(high, 6), share_interval(whole, whole - 2)
+    (0.5, 0.5, (nan, nan))
+    """
+    n, (a, d) = len(part), (given.double() for given in (part, whole))
+    nothing = (float("nan"), float("nan"))
+    if n < 2:
+        return nothing
+    (aa, ad), (_, dd) = (torch.cov(torch.stack([a, d])) / n).tolist()
+    t2, x, y = _t(n, level) ** 2, float(a.mean()), float(d.mean())
+    first, half, last = y * y - t2 * dd, x * y - t2 * ad, x * x - t2 * aa
+    if not first > 0:
+        return nothing
+    root = max(0.0, half * half - first * last) ** 0.5
+    return (half - root) / first, (half + root) / first
+
+
+def _t(n: int, level: float) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf((1 + level) / 2, n - 1))

@@ -77,6 +77,11 @@ class Setup:
         check_metric(self.metric.name, clean, corrupted)
         self.clean, self.corrupted = clean, corrupted
 
+    @property
+    def scale(self) -> float:
+        """Divides a change of the metric: it is then a share of clean minus corrupted, and positive for a gain."""
+        return self.metric.sign * float((self.clean.mean() - self.corrupted.mean()).abs())
+
     def record(self, pair: Pair) -> tuple[Tensor, Kept, Kept]:
         """Logits of the prompts, and what is in both streams; later runs resume from the prompts' forward."""
         with torch.no_grad():

@@ -41,8 +41,8 @@ def prune_edges(
         resume: a file to go on from, if it is there, and to write to.
 
     Returns:
-        [sender, receiver] bool: the edges that stay; and float64: by how much leaving each out lowered the metric when
-        it was tried (positive: it helps), NaN where it could not matter because its receiver led nowhere.
+        [sender, receiver] bool: the edges that stay; and float64: by how much leaving each out harmed the task when it
+        was tried (positive: it helps), NaN where it could not matter because its receiver led nowhere.
 
     Raises:
         InterventionError: a threshold that is no positive number. FormatError: the file is of another pruning.
@@ -101,12 +101,12 @@ def _step(
             stack.append(trial.clone())
     values = _means(setup, torch.stack(stack), ablation, seen)
     for number, offset in enumerate(waiting):
-        lowered = (present - values[number]) / now.span
-        scores[order[place + offset]] = lowered
-        if abs(lowered) >= threshold:
+        harm = (present - values[number]) / now.scale
+        scores[order[place + offset]] = harm
+        if abs(harm) >= threshold:
             break
         present = values[number]
-    stays = abs(lowered) >= threshold
+    stays = abs(harm) >= threshold
     for j in range(offset + 1):
         kept[order[place + j]] = stays and j == offset
     return replace(now, kept=kept, scores=scores, place=place + offset + 1, present=present)
