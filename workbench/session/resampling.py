@@ -25,18 +25,20 @@ class Content:
     """What an example is.
 
     Attributes:
-        tokens: its real tokens, frames or patches, as bytes. lengths: how many there are, in each stream.
+        digest: a hash of its real tokens, or of a spectrogram or image. lengths: real positions in each stream.
     """
 
-    tokens: bytes
+    digest: bytes
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, streams: Sequence[Tensor]) -> Content:
-        """From an example's real positions [position, ...] in each stream."""
-        held = [stream.detach().cpu().contiguous() for stream in streams]
-        parts = [f"{one.dtype}{list(one.shape)}".encode() + one.view(torch.uint8).numpy().tobytes() for one in held]
-        return cls(b"|".join(parts), tuple(len(stream) for stream in streams))
+    def of(cls, streams: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Content:
+        """From an example's real positions [position, ...] in each stream, and its other inputs."""
+        held = [one.detach().cpu().contiguous() for one in (*streams, *others)]
+        digest = blake2b(digest_size=16)
+        for one in held:
+            digest.update(f"{one.dtype}{list(one.shape)}".encode() + one.view(torch.uint8).numpy().tobytes())
+        return cls(digest.digest(), tuple(len(stream) for stream in streams))
 
 
 def choose_donors(
@@ -63,7 +65,7 @@ def choose_donors(
         gaps = sorted({_gap(own.lengths, lengths) for lengths in by_length})
         for gap in gaps:
             some = [j for lengths, js in by_length.items() if _gap(own.lengths, lengths) == gap for j in js]
-            others = [j for j in some if pool[j].tokens != own.tokens]
+            others = [j for j in some if pool[j].digest != own.digest]
             chosen += sorted(others, key=lambda j, own=own: _hash(seed, own, pool[j]))  # type: ignore[misc]
             if len(chosen) >= wanted:
                 break
@@ -81,10 +83,7 @@ def _gap(own: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 
 def _hash(seed: int, own: Content, other: Content) -> bytes:
-    digest = blake2b(str(seed).encode(), digest_size=16)
-    for one in (own, other):
-        digest.update(len(one.tokens).to_bytes(8, "little") + one.tokens)
-    return digest.digest()
+    return blake2b(str(seed).encode() + b":" + own.digest + other.digest, digest_size=16).digest()
 
 
 def aligned(real: Tensor, donors_real: Tensor) -> Tensor:

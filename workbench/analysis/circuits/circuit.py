@@ -297,4 +297,7 @@ class Circuit(Result):
     def __repr__(self) -> str:
         heads = ", ".join(self.heads[:8]) + (" …" if len(self.heads) > 8 else "")
         edges = f", {self.n_edges} of {self.graph.n_edges} edges" if self.level == "edge" else ""
-        return f"Circuit({self.task or '?'} by {self.method}: {len(self.nodes)} nodes{edges}; {heads or 'no heads'})"
+        precision = str(self.provenance.get("precision", ""))
+        coarse = f", in {precision}" if "16" in precision else ""
+        nodes = f"{len(self.nodes)} nodes{edges}{coarse}"
+        return f"Circuit({self.task or '?'} by {self.method}: {nodes}; {heads or 'no heads'})"

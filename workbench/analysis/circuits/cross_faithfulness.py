@@ -48,7 +48,7 @@ def cross_faithfulness(
         )
     rows: list[dict[str, Any]] = []
     for task in tasks:
-        with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+        with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
             circuits[0].check_model(setup.graph)
             setup.measure_baselines()
             choices, about = [], []

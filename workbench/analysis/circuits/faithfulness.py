@@ -149,7 +149,7 @@ def circuit_faithfulness(
         n_subsets: random halves of the circuit to test its completeness with (Wang et al. 2211.00593).
         minimality: leave out each node in turn.
         keep_mlps: whether a circuit of nodes keeps all MLPs, and the input; by default where it has none itself.
-        seed: of the subsets.
+        seed: of the subsets, and of "resample".
 
     Raises:
         InterventionError: an empty circuit, or one of another model. TaskError: bad prompts or metric.
@@ -158,7 +158,7 @@ def circuit_faithfulness(
         UserWarning: m(model) − m(nothing) may be 0 or is negative, so that no share is defined.
     """
     circuit.check_not_empty()
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
         circuit.check_model(setup.graph)
         setup.measure_baselines()
         kept, members = kept_and_members(circuit, keep_mlps)

@@ -124,6 +124,7 @@ def faithfulness_curve(
     fractions: Sequence[float] = MIB_FRACTIONS,
     ablation: str = "counterfactual",
     metric: Any = "logit_diff",
+    seed: int = 0,
     batch_size: int = 25,
     memory: int = 1 << 30,
     progress: bool = True,
@@ -154,7 +155,7 @@ def faithfulness_curve(
             f"only {scored} of {n} edges are scored, so circuits of every size cannot be chosen",
             hint='score all edges with method="eap" or "eap_ig"',
         )
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
         circuit.check_model(setup.graph)
         setup.measure_baselines()
         sizes = [int(f * n) for f in several]

@@ -73,6 +73,7 @@ def find_circuit(
     absolute: bool = True,
     batch_size: int = 25,
     memory: int = 1 << 30,
+    seed: int = 0,
     resume: str | Path | None = None,
     progress: bool = True,
 ) -> Circuit:
@@ -101,6 +102,7 @@ def find_circuit(
             "counterfactual"): also "zero", "mean_positional", "resample".
         absolute: choose by magnitude, so that what works against the task is found too.
         batch_size: examples in one forward. memory: bytes that variants side by side may take.
+        seed: of "resample", which replaces a prompt by others of the nearest length, several times.
         resume: of "acdc", a file to go on from, if it is there, and to write to; the result is the same to the bit.
 
     Raises:
@@ -119,7 +121,7 @@ def find_circuit(
         raise InterventionError(f"the fraction of heads is {fraction}, it lies above 0 and up to 1")
     if resume is not None and method != "acdc":
         raise InterventionError(f'"{method}" writes no file to resume from', hint='only "acdc" does; leave out resume=')
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
         if method in ("eap", "eap_ig"):
             several = steps if method == "eap_ig" else 1
             return _by_attribution(setup, method, several, path, direction, n_edges, absolute, progress)

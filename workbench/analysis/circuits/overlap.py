@@ -88,7 +88,8 @@ class CircuitOverlap(Result):
     def meaning(self) -> str:
         """What the p-values say, in a sentence each."""
         by = "" if self.statistic == "jaccard" else " by the mass of their scores"
-        said = f"With one circuit's heads renamed at random within layers, a share {self.p_value:.2g} overlaps as much{by}."
+        renamed = "With one circuit's heads renamed at random within layers"
+        said = f"{renamed}, a share {self.p_value:.2g} overlaps as much{by}."
         if self.p_beyond_nodes == self.p_beyond_nodes:
             said += f" Of more shared edges than the nodes' degrees explain, p is {self.p_beyond_nodes:.2g}."
         return said + " Heads that matter for every task count too: compare with an unrelated task."
@@ -156,8 +157,9 @@ def circuit_overlap(
         unit: what is compared: "heads", "nodes", or "edges" (of two edge circuits, the default for these).
         ablation, metric: of cross-faithfulness, as in `circuit_faithfulness`.
         fractions: of all scored items, for the curve over matched sizes.
-        n_null: renamings, and random circuits of given degrees, that overlap is compared with. n_random: random circuits that are kept and ablated
-            beside each circuit, for cross-faithfulness. n_bootstrap: of the intervals. seed: of all.
+        n_null: renamings, and random circuits of given degrees, that overlap is compared with. n_random: random
+            circuits that are kept and ablated beside each circuit, for cross-faithfulness. n_bootstrap: of the
+            intervals. seed: of all.
 
     Raises:
         InterventionError: circuits of two models, an empty one, or one that has none of what is compared.

@@ -146,14 +146,17 @@ def patch_heads(
 
 def ablate_heads(
     wb: Workbench, task: Task, how: str = "mean", *, metric: Any = "logit_diff", batch_size: int = 25,
-    memory: int = 1 << 30, progress: bool = True,
+    memory: int = 1 << 30, seed: int = 0, progress: bool = True,
 ) -> HeadPatching:  # fmt: skip
     """Ablate single heads at all positions: "zero", "mean", "mean_positional", "resample" or "counterfactual".
+
+    Args:
+        seed: of "resample", which replaces a prompt by others of the nearest length, several times.
 
     Raises:
         TaskError, InterventionError, AttachError: as `patch_heads`.
     """
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
         setup.measure_baselines()
         effects = ablation_effects(setup, how, progress)
         heads = _heads(setup, "z")

@@ -113,7 +113,7 @@ class _Batch:
         differences = {key: self.clean[key] - self.twin[key] for key in inputs}
 
         def at_inputs() -> Tensor:
-            products = [(gradients[key] * differences[key]).flatten(1).sum(1) for key in inputs]
+            products = [(_wide(gradients[key]) * _wide(differences[key])).flatten(1).sum(1) for key in inputs]
             return torch.stack(products).sum(0).double().cpu()
 
         everything = range(len(graph.senders))
@@ -230,7 +230,9 @@ class _Batch:
         stop = min(rows.stop, self.setup.graph.reads[columns.start].stop)
         if stop <= rows.start:
             return
-        product = senders[:, : stop - rows.start].flatten(2) @ readers.flatten(2).transpose(1, 2)
+        # In float32 at least: of half precision, sums over positions would lose most of their digits.
+        with torch.autocast(senders.device.type, enabled=False):
+            product = _wide(senders[:, : stop - rows.start].flatten(2)) @ _wide(readers.flatten(2)).transpose(1, 2)
         found[:, rows.start : stop, columns.start : columns.stop] += product.double().cpu()
 
     def _differences(self, at: slice, rows: range, stream: int) -> Tensor:
@@ -264,6 +266,10 @@ def _back(norm: Callable[[Tensor], Tensor], stream: Tensor, gradient: Tensor) ->
         leaf = stream[:, None].expand_as(gradient).detach().requires_grad_()
         (found,) = torch.autograd.grad(norm(leaf), leaf, gradient)
     return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _leaf(tensor: Tensor) -> Tensor:
