@@ -7,9 +7,10 @@ correspond by their rank among the real ones, stretched to the donor's length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from torch import Tensor
 from workbench.errors import InterventionError
 
 FEW, DRAWS, DRAWS_OF_FEW = 32, 4, 8
-"""By default an example gets `DRAWS` donors; `DRAWS_OF_FEW` where there are fewer than `FEW` examples."""
+"""An example gets `DRAWS` donors; `DRAWS_OF_FEW` where there are fewer than `FEW` examples to draw from."""
+_NO_CONTENT = ("attention_mask", "decoder_attention_mask", "position_ids", "decoder_position_ids", "labels")
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,41 @@ class Content:
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, streams: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Content:
+    def of(
+        cls, streams: Sequence[Tensor], others: Sequence[Tensor] = (), lengths: tuple[int, ...] | None = None
+    ) -> Content:
         """From an example's real positions [position, ...] in each stream, and its other inputs."""
         held = [one.detach().cpu().contiguous() for one in (*streams, *others)]
         digest = blake2b(digest_size=16)
         for one in held:
             digest.update(f"{one.dtype}{list(one.shape)}".encode() + one.view(torch.uint8).numpy().tobytes())
-        return cls(digest.digest(), tuple(len(stream) for stream in streams))
+        return cls(digest.digest(), tuple(map(len, streams)) if lengths is None else lengths)
+
+
+def contents_of(batch: Mapping[str, Any]) -> list[Content]:
+    """What each example of a batch of model inputs is: its inputs without padding, masks, positions and labels."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
+    size = max((value.shape[0] for value in tensors.values() if value.dim() > 1), default=0)
+    own = [name for name in sorted(tensors) if name not in _NO_CONTENT and len(tensors[name]) == size]
+    found = []
+    for i in range(size):
+        rows, lengths = [], {}
+        for name in own:
+            row, prefix = tensors[name][i], "decoder_" if name.startswith("decoder_") else ""
+            mask = tensors.get(f"{prefix}attention_mask")
+            if mask is not None and mask.shape == tensors[name].shape[:2]:
+                row = row[mask[i].bool()]
+            if name == f"{prefix}input_ids" or (prefix not in lengths and row.dim() > 0):
+                lengths[prefix] = len(row)
+            rows.append(row)
+        found.append(Content.of([], rows, tuple(lengths[prefix] for prefix in sorted(lengths))))
+    return found
+
+
+def n_draws(pool: Sequence[Content]) -> int:
+    """How often each example is resampled from a pool: as often as every one finds others in it."""
+    different = len({one.digest for one in pool})
+    return max(1, min(DRAWS_OF_FEW if len(pool) < FEW else DRAWS, different - 1))
 
 
 def choose_donors(
@@ -48,14 +78,12 @@ def choose_donors(
 
     Args:
         examples: that are ablated. pool: that activations come from; those of an example's own content are left out.
-        seed: of the hashes. draws: how many donors; see `DRAWS` for the default. Fewer where the pool has no more.
+        seed: of the hashes. draws: how many donors; `n_draws` by default.
 
     Raises:
         InterventionError: the pool has no example that differs.
     """
-    wanted = (DRAWS_OF_FEW if len(pool) < FEW else DRAWS) if draws is None else draws
-    if wanted < 1:
-        raise InterventionError(f"an example is resampled at least once, not {wanted} times")
+    wanted = n_draws(pool) if draws is None else draws
     by_length: dict[tuple[int, ...], list[int]] = {}
     for j, one in enumerate(pool):
         by_length.setdefault(one.lengths, []).append(j)
@@ -75,7 +103,7 @@ def choose_donors(
                 hint="give more examples, or a reference of others",
             )
         found.append(chosen[:wanted])
-    return [chosen[: min(map(len, found))] for chosen in found]
+    return found
 
 
 def _gap(own: tuple[int, ...], other: tuple[int, ...]) -> int:
@@ -99,8 +127,12 @@ def aligned(real: Tensor, donors_real: Tensor) -> Tensor:
     [[0, 0, 2, 4]]
     """
     own, other = real.sum(1, keepdim=True), donors_real.sum(1, keepdim=True)
-    rank = real.cumsum(1) - 1
-    stretched = ((2 * rank * (other - 1) + (own - 1)) // (2 * (own - 1)).clamp_min(1)).clamp(0)
-    wanted = torch.where(own > 1, stretched, other - 1)
+    wanted = stretched(real.cumsum(1) - 1, own, other)
     places = donors_real.long().argsort(dim=1, descending=True, stable=True)  # real positions first, in their order
     return places.gather(1, wanted.clamp(max=donors_real.shape[1] - 1)) * real
+
+
+def stretched(rank: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """Ranks in a sequence of `other` real positions that correspond to ranks in one of `own`."""
+    nearest = ((2 * rank * (other - 1) + (own - 1)) // (2 * (own - 1)).clamp_min(1)).clamp_min(0)
+    return torch.where(own > 1, nearest, other - 1)

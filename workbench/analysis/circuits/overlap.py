@@ -41,7 +41,8 @@ class CircuitOverlap(Result):
         null: [draw] Jaccard overlap when one circuit's heads are renamed at random within their layers (heads that
             share keys move with their group). Edges among inputs, MLPs and the logits keep their names: that both
             circuits have them is no evidence.
-        statistic: what the p-value compares: "jaccard" of edges, "weighted" of heads and nodes that have scores.
+        statistic: what the p-value compares: "jaccard" of edges, and of circuits that were not chosen by their scores;
+            "weighted" of other heads and nodes, since most heads are in most circuits.
         p_value: share of the renamings, the measured one included, that overlap at least as much; never 0.
         p_beyond_nodes: of edges, share of random circuits with the degrees of one circuit's nodes that overlap with the
             other at least as much, the larger of both directions; NaN of heads and nodes.
@@ -195,7 +196,8 @@ def circuit_overlap(
     values = _measure(inside_a, inside_b, scores_a.nan_to_num(0.0), scores_b.nan_to_num(0.0))
     usable = _sizes(scores_a, scores_b, fractions)
     chance = _by_chance(a.graph, unit, names, renamings, (inside_a, inside_b), (scores_a, scores_b), usable)
-    weighted = unit != "edges" and min(values["weighted"], float(scores_a.nansum()), float(scores_b.nansum())) > 0
+    by_scores = all(circuit.threshold.get("kind") not in ("given", "file") for circuit in (a, b))
+    weighted = unit != "edges" and by_scores and values["weighted"] > 0
     statistic = "weighted" if weighted else "jaccard"
     reached = int((chance[statistic] >= values[statistic] - 1e-12).sum())
     beyond = beyond_degrees(a.edges_in, b.edges_in, a.graph, n_null, seed) if unit == "edges" else float("nan")

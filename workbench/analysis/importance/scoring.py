@@ -149,7 +149,9 @@ def head_importance(
         n_bootstrap=n_bootstrap,
         level=level,
         mode="" if swept is None else swept.mode,
-        provenance=wb.provenance() | {"examples": sum(map(size_of, several)), "batches": len(several)},
+        provenance=wb.provenance()
+        | {"examples": sum(map(size_of, several)), "batches": len(several)}
+        | {key: value for key, value in (swept.provenance if swept else {}).items() if key == "resampling"},
     )
 
 
