@@ -200,7 +200,7 @@ class Reference:
         donors = self._now.donors
         if donors is None or len(donors) != old.shape[0]:
             raise InterventionError(
-                f"the heads see {old.shape[0]} examples, from the inputs {len(donors or ())} are known: which is which?",
+                f"the heads see {old.shape[0]} examples, and {len(donors or ())} are known from the inputs",
                 site=call.site,
                 hint="call the model itself with its whole inputs (PyTorch's own modules by position), or ablate with "
                 'how="mean" or "zero"',

@@ -144,7 +144,7 @@ def _resolve_one(
         edit: Edit = PatternEdit(heads, variant.edit, where)
         return Resolved(label, ((edit,),), f"{label} {listed} {about(variant.edit)} {about(where)}")
     shared = ABLATIONS[variant.how].needs == "reference"
-    each = [zero]
+    each: list[Source] = [zero]
     if shared:
         reference = sources[variant.how]
         each = [_of_shared(reference, variant.how, heads, draw) for draw in range(reference.draws)]

@@ -8,15 +8,43 @@ import torch
 from torch import Tensor
 
 
-def draws(n: int, n_bootstrap: int, seed: int, groups: Sequence[object] | None = None) -> list[Tensor]:
-    """Indices of examples drawn with replacement; whole groups (such as paraphrases of one template) where given."""
+def draws(
+    n: int, n_bootstrap: int, seed: int, groups: Sequence[object] | None = None, share: float = 1.0
+) -> list[Tensor]:
+    """Indices of examples drawn with replacement; whole groups (such as paraphrases of one template) where given.
+
+    Args:
+        share: how many are drawn, of all there are.
+    """
     generator = torch.Generator().manual_seed(seed)
     if groups is None:
-        return list(torch.randint(n, (n_bootstrap, n), generator=generator))
-    names = list(dict.fromkeys(groups))
-    members = [torch.tensor([i for i, group in enumerate(groups) if group == name]) for name in names]
-    several = torch.randint(len(names), (n_bootstrap, len(names)), generator=generator)
+        return list(torch.randint(n, (n_bootstrap, max(1, int(share * n))), generator=generator))
+    members = _members(n, groups)
+    size = max(1, int(share * len(members)))
+    several = torch.randint(len(members), (n_bootstrap, size), generator=generator)
     return [torch.cat([members[i] for i in one]) for one in several.tolist()]
+
+
+def halves(n: int, times: int, seed: int, groups: Sequence[object] | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Indices of two halves of the examples, or of the groups, that share none; anew each time."""
+    generator = torch.Generator().manual_seed(seed)
+    members = _members(n, groups)
+    half = len(members) // 2
+    orders = [torch.randperm(len(members), generator=generator).tolist() for _ in range(times if half else 0)]
+    return [
+        (torch.cat([members[i] for i in one[:half]]), torch.cat([members[i] for i in one[half : 2 * half]]))
+        for one in orders
+    ]
+
+
+def _members(n: int, groups: Sequence[object] | None) -> list[Tensor]:
+    """Indices of the examples of each group; of each alone without groups."""
+    names = range(n) if groups is None else list(dict.fromkeys(groups))
+    own = range(n) if groups is None else groups
+    places: dict[object, list[int]] = {name: [] for name in names}
+    for i, name in enumerate(own):
+        places[name].append(i)
+    return [torch.tensor(each) for each in places.values()]
 
 
 def draw_weights(n: int, n_bootstrap: int, seed: int) -> Tensor:
@@ -83,11 +111,50 @@ def mean_t(values: Tensor, level: float = 0.95) -> tuple[float, float]:
     >>> mean_t(torch.tensor([1.0, 2.0, 3.0]))
     (-0.48..., 4.48...)
     """
-    n, mean = len(values), float(values.double().mean())
+    low, high = means_t(values, level).tolist()
+    return low, high
+
+
+def means_t(values: Tensor, level: float = 0.95) -> Tensor:
+    """[..., 2] Student's t intervals of the means over the last axis of [..., example]; NaN of one example."""
+    n, values = values.shape[-1], values.double()
     if n < 2:
-        return float("nan"), float("nan")
-    wide = _t(n, level) * float(values.double().std()) / n**0.5
-    return mean - wide, mean + wide
+        return torch.full((*values.shape[:-1], 2), torch.nan, dtype=torch.float64)
+    mean, wide = values.mean(-1), _t(n, level) * values.std(-1) / n**0.5
+    return torch.stack([mean - wide, mean + wide], -1)
+
+
+def medians(values: Tensor, level: float = 0.95) -> Tensor:
+    """[..., 3] medians over the last axis of [..., example], and intervals by order statistics, whatever the tails.
+
+    The interval goes between the narrowest two examples, equally far from both ends, that hold the median with at least
+    this probability; NaN where there are too few examples for it.
+
+    >>> medians(torch.arange(9.0)).tolist()
+    [4.0, 1.0, 7.0]
+    """
+    from scipy.stats import binom
+
+    ordered = values.double().sort(-1).values
+    n = ordered.shape[-1]
+    cut = int(binom.ppf((1 - level) / 2, n, 0.5))  # as many examples lie below the lower end
+    if binom.cdf(cut - 1, n, 0.5) > (1 - level) / 2 or cut < 1:
+        ends = [torch.full_like(ordered[..., 0], torch.nan)] * 2
+    else:
+        ends = [ordered[..., cut - 1], ordered[..., n - cut]]
+    middle = (ordered[..., (n - 1) // 2] + ordered[..., n // 2]) / 2
+    return torch.stack([middle, *ends], -1)
+
+
+def effective_examples(values: Tensor) -> Tensor:
+    """[...] how many examples carry the sum over the last axis, (Σ|e|)² / Σe²: n where all weigh the same, 1 where one
+    is all of it; 0 where all are 0.
+
+    >>> effective_examples(torch.tensor([[1.0, -1.0], [5.0, 0.0], [0.0, 0.0]])).tolist()
+    [2.0, 1.0, 0.0]
+    """
+    sizes = values.double().abs()
+    return sizes.sum(-1) ** 2 / sizes.square().sum(-1).clamp_min(1e-300)
 
 
 def share_interval(part: Tensor, whole: Tensor, level: float = 0.95) -> tuple[float, float]:
