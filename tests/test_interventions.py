@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import workbench
 from support.by_hand import ByHand, by_hand, gradients
 from support.tiny import FAMILIES, make
+from workbench.session.resampling import choose_donors, contents_of
 from workbench.session.workbench import Workbench
 
 BY_NAME = {family.name: family for family in FAMILIES}
