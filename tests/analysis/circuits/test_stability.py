@@ -35,7 +35,7 @@ def test_new_prompts_lie_between_disjoint_halves_and_redrawn_ones() -> None:
 
 
 def test_halves_share_no_group_of_prompts() -> None:
-    with workbench.attach(tiny("gpt2"), Words()) as wb:
+    with workbench.attach(tiny("llama-gqa"), Words()) as wb:
         circuit = workbench.find_circuit(wb, random_task(6, 6, 60), "eap", progress=False)
     apart = workbench.circuit_stability(circuit, n_bootstrap=3, groups=[0, 0, 0, 0, 1, 1])
     same = {round(float(value), 9) for value in apart.halves}

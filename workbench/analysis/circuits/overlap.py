@@ -122,12 +122,13 @@ class CircuitOverlap(Result):
     def __repr__(self) -> str:
         low, high = self.intervals.get("jaccard", (float("nan"),) * 2)
         total = len(self.shared) + len(self.only_a) + len(self.only_b)
+        by_mass = f" by the mass of scores, {self.values['weighted']:.3f}" if self.statistic == "weighted" else ""
         known = self.p_beyond_nodes == self.p_beyond_nodes
         beyond = f", beyond the nodes' degrees p {self.p_beyond_nodes:.2g}" if known else ""
         return (
             f"CircuitOverlap({self.tasks[0]} and {self.tasks[1]}: {len(self.shared)} of {total} {self.unit} shared, "
             f"Jaccard {self.values['jaccard']:.3f} [{low:.3f}, {high:.3f}], chance {self.expected:.3f}, "
-            f"p {self.p_value:.2g}{beyond})"
+            f"p {self.p_value:.2g}{by_mass}{beyond})"
         )
 
 
