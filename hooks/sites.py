@@ -18,11 +18,11 @@ from torch import nn
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.readers import reader_of
 from workbench.hooks.tap import Kind as Kind
-from workbench.kernels.functions import FUNCTIONS
+from workbench.kernels.functions import mentions_function
 
 # A module that mentions one of these in its own code calls an attention kernel; one that mentions a softmax and a
 # product writes attention out.
-_MARKS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS", "flex_attention", *FUNCTIONS}
+_MARKS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS", "flex_attention"}
 _SOFTMAX = {"softmax", "Softmax"}
 _PRODUCTS = {"matmul", "bmm", "einsum"}
 _CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
@@ -268,7 +268,9 @@ def _mentions(function: FunctionType, cls: type, depth: int, seen: set[CodeType]
     for code in codes:  # grows: nested functions are constants of their parent
         codes.extend(c for c in code.co_consts if isinstance(c, CodeType))
     names = {name for code in codes for name in (*code.co_names, *code.co_freevars)}
-    if names & _MARKS or (names & _SOFTMAX and (names & _PRODUCTS or any(map(_multiplies, codes)))):
+    if names & _MARKS or mentions_function(function, names):
+        return True
+    if names & _SOFTMAX and (names & _PRODUCTS or any(map(_multiplies, codes))):
         return True
     if depth == 0:
         return False

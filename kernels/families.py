@@ -1,36 +1,55 @@
-"""The pattern families by name, for files that keep a pattern's parts; a family is imported when it is first needed."""
+"""Pattern families by name, for files that keep a pattern's state: a subclass of `Pattern` is one by being defined.
+
+A file says no module to import. Families of packages that are not imported yet are found through the entry points of
+the group "workbench.patterns", in which any installed package can name the module that defines one:
+
+    [project.entry-points."workbench.patterns"]
+    MyPattern = "my_package.patterns"
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import entry_points
+from typing import Any
 
 from torch import Tensor
 
 from workbench.errors import FormatError, nearest
+from workbench.kernels.own_packages import import_own_packages
+from workbench.kernels.patterns import Pattern
+from workbench.kernels.patterns.base import FAMILIES
 
-if TYPE_CHECKING:
-    from workbench.kernels.patterns import Pattern
-
-FAMILIES = {
-    "DensePattern": "workbench.kernels.patterns",
-    "SoftmaxPattern": "workbench.kernels.softmax",
-    "S2Pattern": "workbench.kernels.s2",
-    "NeighborhoodPattern": "workbench.kernels.neighborhood",
-    "LightningPattern": "workbench.kernels.lightning",
-    "ScanPattern": "workbench.kernels.scan",
-    "SelectivePattern": "workbench.kernels.state_space",
-    "DualPattern": "workbench.kernels.state_space",
-}
+GROUP = "workbench.patterns"
 
 
-def rebuild(family: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Pattern:
+def family(name: str) -> type[Pattern]:
+    """The class of a family.
+
+    Raises:
+        FormatError: there is no such family, or several modules define one.
+    """
+    if name not in FAMILIES:
+        import_own_packages()
+    if name not in FAMILIES:
+        for point in entry_points(group=GROUP, name=name):
+            import_module(point.module)
+    found = FAMILIES.get(name, {})
+    if not found:
+        raise FormatError(
+            f'there is no pattern family "{name}"',
+            hint=nearest(name, list(FAMILIES)) or "import the module that defines it, then load again",
+        )
+    if len(found) > 1:
+        where = " and ".join(sorted(f"{module}.{qualified}" for module, qualified in found))
+        raise FormatError(f'several pattern families are called "{name}": {where}', hint="rename one of them")
+    return next(iter(found.values()))
+
+
+def rebuild(name: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Pattern:
     """The pattern whose `parts()` these are.
 
     Raises:
         FormatError: there is no such family.
     """
-    if family not in FAMILIES:
-        raise FormatError(f'there is no pattern family "{family}"', hint=nearest(family, list(FAMILIES)))
-    made: Pattern = getattr(import_module(FAMILIES[family]), family).rebuild(facts, tensors)
-    return made
+    return family(name).rebuild(facts, tensors)

@@ -1,32 +1,63 @@
-"""What makes a function an attention kernel of ours: taps can see its calls, and it can tell its own pattern."""
+"""What makes a function an attention kernel: taps can see its calls, and it can tell its own pattern.
+
+Recipe for a mechanism of one's own, of which captures, statistics, views and files then know:
+
+    class MyPattern(Pattern):                        # defining it registers the family, so that files load
+        def __init__(self, q, k, decay): ...         # check shapes; super().__init__(shape, mask, dtype, device)
+        def tile(self, queries, keys, heads=None): ...       # [batch, head, q, k] of A, where out = A·V
+        def parts(self): return {"decay": self.decay}, {"q": self.q, "k": self.k}
+        @classmethod
+        def rebuild(cls, facts, tensors): return cls(tensors["q"], tensors["k"], facts["decay"])
+
+    @workbench.attention_function(pattern=MyPattern)  # takes q, k and those options of `attend` that it names
+    def attend(q, k, v, decay=0.9): ...               # [batch, head, query, width], or a tuple that begins with it
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from types import CellType, FunctionType
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-if TYPE_CHECKING:
-    from workbench.kernels.patterns import Pattern
+from workbench.errors import CaptureError
+from workbench.kernels.own_packages import import_own_packages
+from workbench.kernels.patterns import Pattern
 
-FUNCTIONS = ("s2_attention", "lightning_attention", "neighborhood_attention", "scan_attention")
-"""Names of the kernels that `attention_function` marks. Sites are found by them in the code of a model."""
+F = TypeVar("F", bound=Callable[..., Any])
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""The attention functions by name: whatever `attention_function` has marked."""
 
 
-def attention_function(pattern: Callable[..., Pattern]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def attention_function(pattern: Callable[..., Pattern]) -> Callable[[F], F]:
     """Mark `f(q, k, v, ...)` as an attention kernel whose pattern is `pattern(q, k, ...)`, with the same options.
 
     The call goes through PyTorch's own override protocol, so that a function mode sees it as it sees SDPA. Options of
     `f` that `pattern` does not take (such as a tile size) are left out.
-    """
-    takes = set(inspect.signature(pattern).parameters)
 
-    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+    Args:
+        pattern: makes the map A of a call, out = A·V; its parameters are called as those of `f`.
+
+    Raises:
+        CaptureError: the first parameters of `f` are not q, k and v, or `pattern` needs one that `f` does not have.
+
+    >>> import torch
+    >>> from workbench.kernels.patterns import DensePattern
+    >>> @attention_function(pattern=lambda q, k: DensePattern((q @ k.mT).softmax(-1)))
+    ... def unscaled_attention(q, k, v):
+    ...     return (q @ k.mT).softmax(-1) @ v
+    >>> unscaled_attention(*torch.zeros(3, 1, 1, 2, 4)).shape
+    torch.Size([1, 1, 2, 4])
+    """
+    takes = inspect.signature(pattern).parameters
+
+    def mark(function: F) -> F:
         signature = inspect.signature(function)
+        _check(function.__name__, list(signature.parameters), takes)
 
         @wraps(function)
         def call(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -36,13 +67,46 @@ def attention_function(pattern: Callable[..., Pattern]) -> Callable[[Callable[..
 
         def pattern_of(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Pattern:
             given = signature.bind(q, k, v, *args, **kwargs).arguments
-            options = {name: value for name, value in given.items() if name in takes}
-            made = pattern(**options)
+            made = pattern(**{name: value for name, value in given.items() if name in takes})
+            if not isinstance(made, Pattern):
+                raise CaptureError(f"the pattern of {function.__name__} is a {type(made).__name__}, no Pattern")
             made.values = v.detach()
             return made
 
         call.attention_kernel = function.__name__.removesuffix("_attention")  # type: ignore[attr-defined]
         call.pattern_of = pattern_of  # type: ignore[attr-defined]
-        return call
+        FUNCTIONS[function.__name__] = call
+        return call  # type: ignore[return-value]
 
     return mark
+
+
+def _check(name: str, parameters: list[str], takes: Mapping[str, inspect.Parameter]) -> None:
+    if parameters[:3] != ["q", "k", "v"]:
+        raise CaptureError(
+            f"{name} begins with the parameters {', '.join(parameters[:3]) or 'none'}", hint="call them q, k and v"
+        )
+    needed = [each.name for each in takes.values() if each.default is each.empty and each.kind < each.VAR_POSITIONAL]
+    missing = [each for each in needed if each not in parameters]
+    if missing:
+        raise CaptureError(f"the pattern of {name} needs {missing[0]}, which {name} does not take")
+
+
+def mentions_function(code: FunctionType, names: Iterable[str]) -> bool:
+    """Whether a function that uses these names mentions an attention function, by its name or under another one."""
+    import_own_packages()
+    cells = zip(code.__code__.co_freevars, code.__closure__ or (), strict=False)
+    known = code.__globals__ | {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+    return any(_is_marked(known[name]) if name in known else name in FUNCTIONS for name in names)
+
+
+def _is_marked(thing: Any) -> bool:
+    return isinstance(thing, FunctionType) and hasattr(thing, "attention_kernel")
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

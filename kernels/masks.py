@@ -155,8 +155,22 @@ class Mask:
             return self.layout.visible(queries, keys, torch.zeros(1, dtype=torch.long))
         return self.layout.visible(queries, keys, self.layout.for_heads(heads, self.n_heads))
 
+    def head_group(self, n_heads: int, n_kv_heads: int) -> int:
+        """How many neighbouring heads share keys and layout, so that they are streamed together."""
+        return n_heads // max(n_kv_heads, 1 if self.layout is None else self.layout.n_layouts)
+
     def summary(self, device: torch.device) -> MaskSummary:
-        """Counts per query and per key: from the rules alone where there is no tensor, else in blocks of rows."""
+        """Counts per query and per key, on a device; made once."""
+        if device not in self._summaries:
+            self._summaries[device] = self._summarised(device)
+        return self._summaries[device]
+
+    @cached_property
+    def _summaries(self) -> dict[torch.device, MaskSummary]:
+        return {}
+
+    def _summarised(self, device: torch.device) -> MaskSummary:
+        """From the rules alone where there is no tensor, else in blocks of rows."""
         if self.tensor is None and self.layout is None:
             return self._summary_of_rules(device)
         if self.tensor is None and self.window is None and self.layout is not None and self.layout.exact:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, check_names
+from workbench.kernels.statistics.record import VALUE_WEIGHTED, check_names, known
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,10 @@ def passes(statistics: Sequence[str], *, denominators_known: bool = False) -> Pl
     return Plan(_passes(plain, denominators_known), _passes(weighted, False))
 
 
-def _passes(names: list[str], known: bool) -> tuple[Pass, ...]:
-    if known:
-        streamed = tuple(name for name in names if name != "lse")
+def _passes(names: list[str], denominators_known: bool) -> tuple[Pass, ...]:
+    if denominators_known:
+        streamed = tuple(name for name in names if known(name).of_pattern is None)
         return (Pass(streamed, False),) if streamed else ()
-    rows = tuple(name for name in names if STATISTICS[name].axes in ("query", "query top"))
-    columns = tuple(name for name in names if name not in rows)
-    first = Pass(rows, True)
-    return (first, Pass(columns, False)) if columns else (first,) if rows else ()
+    second = tuple(name for name in names if known(name).needs_denominators)
+    first = Pass(tuple(name for name in names if name not in second), True)
+    return (first, Pass(second, False)) if second else (first,) if names else ()

@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from workbench.kernels import accumulators
-from workbench.kernels.accumulators import Accumulator
-from workbench.kernels.finishing import finish
 from workbench.kernels.plan import Pass, passes
-from workbench.kernels.statistics import VALUE_WEIGHTED, Options, check_names, output_names
-from workbench.kernels.tile import BITS, LOG_FLOOR, Online, Rows, Tile
-
-if TYPE_CHECKING:
-    from workbench.kernels.patterns import Maker, Pattern
+from workbench.kernels.source import Streamed, TileMaker, TileSource
+from workbench.kernels.statistics import VALUE_WEIGHTED, Accumulator, Options, check_names, finish, known, output_names
+from workbench.kernels.tile import BITS, LOG_FLOOR, Online, Rows, Space, Tile
 
 # Smaller tiles lose time, since threads wait for each other after each operation; larger ones leave the caches.
 _TILE_NUMBERS = 12 * 192 * 192
@@ -27,7 +22,7 @@ _TILES_AT_ONCE = 16  # per strip; what accumulators keep of each until then stay
 _NOTHING_YET = -1e20  # above the scores of hidden keys, below all others
 
 
-def statistics(pattern: Pattern, names: Sequence[str], options: Options | None = None) -> dict[str, Tensor]:
+def statistics(pattern: Streamed, names: Sequence[str], options: Options | None = None) -> dict[str, Tensor]:
     """Stream the named statistics of a pattern; `top_keys` gives `top_keys_index` and `top_keys_weight`.
 
     Returns:
@@ -50,48 +45,68 @@ def statistics(pattern: Pattern, names: Sequence[str], options: Options | None =
     return {out: found[out] for name in names for out in output_names(name)}
 
 
-def engines(pattern: Pattern, names: Sequence[str], options: Options) -> set[str]:
-    """What streams these statistics: "torch", "native" (C++), "triton"."""
+def engines(pattern: Streamed, names: Sequence[str], options: Options) -> set[str]:
+    """What streams these statistics: "torch", "native" (C++), "triton", or an engine that a user has registered."""
     plan = passes(names)
-    found = {pattern.engine(each.statistics, options) for each in plan.passes}
+    found = {engine for each in plan.passes for engine in pattern.engines(each.statistics, options)}
     if plan.weighted:
         by_value = pattern.value_weighted()
-        found |= {by_value.engine(each.statistics, options) for each in plan.weighted}
+        found |= {engine for each in plan.weighted for engine in by_value.engines(each.statistics, options)}
     return found
 
 
-def _stream(pattern: Pattern, names: list[str], options: Options) -> dict[str, Tensor]:
+def _stream(pattern: Streamed, names: list[str], options: Options) -> dict[str, Tensor]:
     """The passes of the plan, one after the other."""
     raw: dict[str, Tensor] = {}
     for each in passes(names, denominators_known=pattern.denominators_known).passes:
-        fused = pattern.fused_pass(each, options)
-        raw |= _pass(pattern, each, options) if fused is None else fused
-    if "lse" in names:
-        raw["lse"] = pattern.lse
-    if "signed_mass" in names:
-        raw["signed_mass"] = pattern.signed_mass
+        raw |= pattern.collect(each, options)
+    for name in names:
+        read = known(name).of_pattern
+        if read is not None:
+            raw[name] = read(pattern)
     return finish(raw, names, pattern.space(), options)
 
 
-def _pass(pattern: Pattern, each: Pass, options: Options) -> dict[str, Tensor]:
-    """One pass in plain torch."""
-    names = [name for name in each.statistics if name not in ("lse", "signed_mass")]
-    edge = options.block if any(name.startswith("pooled") for name in names) else 1
-    collectors = accumulators.build(names, pattern.space(), options, _round_up(_TILE_KEYS, edge))
+class Denominators(NamedTuple):
+    """What a pass over raw tiles finds of each row, [batch, head, query] in float64.
+
+    Attributes:
+        total: the log-sum-exp of scores, or Σ |A|. signed: Σ A; zero for scores.
+    """
+
+    total: Tensor
+    signed: Tensor
+
+
+def collect(source: TileSource, each: Pass, options: Options) -> tuple[dict[str, Tensor], Denominators | None]:
+    """One pass in plain torch: the raw sums, and the denominators where the pass finds them."""
+    edge = options.block if any(known(name).axes == "block" for name in each.statistics) else 1
+    collectors = _collectors(each.statistics, source.space(), options)
+    found = None
     if each.finds_denominators:
-        find_denominators(pattern, collectors)
+        found = find_denominators(source, collectors)
     else:
-        for rows, strip in _strips(pattern, any(c.wants_log for c in collectors), edge):
+        for rows, strip in _strips(source, any(c.wants_log for c in collectors), edge):
             for count, tile in enumerate(strip, 1):
                 for collector in collectors:
                     collector.add(tile)
                 if count % _TILES_AT_ONCE == 0:
                     _close(collectors, rows)
             _close(collectors, rows)
+            for collector in collectors:
+                collector.end_rows(rows)
     raw: dict[str, Tensor] = {}
     for collector in collectors:
         raw |= collector.results()
-    return raw
+    return raw, found
+
+
+def _collectors(names: Sequence[str], space: Space, options: Options) -> list[Accumulator]:
+    """What collects these statistics, once for those that share it; those that need log p first."""
+    records = [known(name) for name in names if known(name).of_pattern is None]
+    shared = {each.collect or each.name: each for each in records}
+    made = [each.collector(space, options) for each in shared.values()]
+    return sorted(made, key=lambda collector: not collector.wants_log)
 
 
 def _close(collectors: Sequence[Accumulator], rows: Rows) -> None:
@@ -99,15 +114,15 @@ def _close(collectors: Sequence[Accumulator], rows: Rows) -> None:
         collector.close(rows)
 
 
-def find_denominators(pattern: Pattern, collectors: Sequence[Accumulator] = ()) -> None:
+def find_denominators(source: TileSource, collectors: Sequence[Accumulator] = ()) -> Denominators:
     """One pass that collects row statistics on a running scale, finds the denominators, and divides by them."""
-    space = pattern.space()
-    lead = space.per_query(_NOTHING_YET) if pattern.sinks is None else space.per_query() + pattern.sinks[None, :, None]
+    space, sinks = source.space(), source.sinks
+    lead = space.per_query(_NOTHING_YET) if sinks is None else space.per_query() + sinks[None, :, None]
     mass, signed = space.per_query(dtype=torch.float64), space.per_query(dtype=torch.float64)
-    spare = torch.empty(0, dtype=pattern.dtype, device=pattern.device)
-    for rows, keys, raw in _raw_tiles(pattern):
-        if pattern.has_scores:
-            log_p = _raise_lead(rows, raw, lead, mass, collectors).mul_(BITS).clamp_(min=LOG_FLOOR[pattern.dtype])
+    spare = torch.empty(0, dtype=source.dtype, device=source.device)
+    for rows, keys, raw in _raw_tiles(source):
+        if source.has_scores:
+            log_p = _raise_lead(rows, raw, lead, mass, collectors).mul_(BITS).clamp_(min=LOG_FLOOR[source.dtype])
             if spare.numel() < raw.numel():
                 spare = torch.empty_like(raw).flatten()
             p = torch.exp2(log_p, out=spare[: raw.numel()].view(raw.shape))
@@ -116,16 +131,16 @@ def find_denominators(pattern: Pattern, collectors: Sequence[Accumulator] = ()) 
             p = raw.abs_()
             log_p = p.log2().clamp_(min=_NOTHING_YET)
         mass[rows] += p.sum(-1)
-        tile = Tile(p, log_p, *rows, keys, pattern.mask.offset, p.clone)
+        tile = Tile(p, log_p, *rows, keys, source.mask.offset, p.clone)
         for collector in collectors:
             collector.add(tile)
         _close(collectors, rows)
     denominator = mass.clone()
-    if pattern.sinks is not None:
-        denominator += (pattern.sinks[None, :, None] - lead).double().exp()
+    if sinks is not None:
+        denominator += (sinks[None, :, None] - lead).double().exp()
     for collector in collectors:
-        collector.normalise(denominator.to(pattern.dtype), mass.to(pattern.dtype))
-    pattern.found_denominators(lead + denominator.log() if pattern.has_scores else denominator, signed)
+        collector.normalise(denominator.to(source.dtype), mass.to(source.dtype))
+    return Denominators(lead + denominator.log() if source.has_scores else denominator, signed)
 
 
 def _raise_lead(rows: Rows, scores: Tensor, lead: Tensor, mass: Tensor, collectors: Sequence[Accumulator]) -> Tensor:
@@ -140,29 +155,30 @@ def _raise_lead(rows: Rows, scores: Tensor, lead: Tensor, mass: Tensor, collecto
     return scores.sub_(top[..., None])
 
 
-def tiles(pattern: Pattern) -> Iterator[Tile]:
+def tiles(source: TileSource) -> Iterator[Tile]:
     """Every tile of the pattern that may hold weight, once. Its tensors are reused: copy what should stay."""
-    for _, strip in _strips(pattern):
+    for _, strip in _strips(source):
         yield from strip
 
 
-def _strips(pattern: Pattern, wants_log: bool = False, edge: int = 1) -> Iterator[tuple[Rows, Iterator[Tile]]]:
+def _strips(source: TileSource, wants_log: bool = False, edge: int = 1) -> Iterator[tuple[Rows, Iterator[Tile]]]:
     """Some rows at a time, and the tiles of all that they may see.
 
     Args:
         wants_log: also fill `log_p`.
         edge: tiles start at multiples of this many queries and keys.
     """
-    n_rows = _round_up(min(_TILE_QUERIES, pattern.n_queries), edge)
-    n_keys = _round_up(min(_TILE_KEYS, pattern.n_keys), edge)
-    for batch, heads in chunks(pattern, n_rows * n_keys):
-        make = pattern.maker(batch, heads, wants_log)
-        for queries in _rows(pattern.n_queries, n_rows):
+    n_queries, n_keys = source.shape[2:]
+    n_rows = _round_up(min(_TILE_QUERIES, n_queries), edge)
+    n_columns = _round_up(min(_TILE_KEYS, n_keys), edge)
+    for batch, heads in chunks(source, n_rows * n_columns):
+        make = source.maker(batch, heads, wants_log)
+        for queries in _rows(n_queries, n_rows):
             rows = (batch, heads, queries)
-            yield rows, _strip(make, rows, pattern.mask.key_tiles(queries, n_keys, heads), pattern.mask.offset)
+            yield rows, _strip(make, rows, source.mask.key_tiles(queries, n_columns, heads), source.mask.offset)
 
 
-def _strip(make: Maker, rows: Rows, keys_seen: Iterable[slice], offset: int) -> Iterator[Tile]:
+def _strip(make: TileMaker, rows: Rows, keys_seen: Iterable[slice], offset: int) -> Iterator[Tile]:
     def weights(keys: slice) -> Tensor:
         return make(rows[2], keys)[0]
 
@@ -170,13 +186,14 @@ def _strip(make: Maker, rows: Rows, keys_seen: Iterable[slice], offset: int) -> 
         yield Tile(*make(rows[2], keys), *rows, keys, offset, partial(weights, keys))
 
 
-def _raw_tiles(pattern: Pattern) -> Iterator[tuple[Rows, slice, Tensor]]:
+def _raw_tiles(source: TileSource) -> Iterator[tuple[Rows, slice, Tensor]]:
     """Every tile that may hold weight, of scores or of weights that are not normalised: (rows, keys, tile)."""
-    n_rows, n_keys = min(_TILE_QUERIES, pattern.n_queries), min(_TILE_KEYS, pattern.n_keys)
-    for batch, heads in chunks(pattern, n_rows * n_keys):
-        make = pattern.raw_maker(batch, heads)
-        for queries in _rows(pattern.n_queries, n_rows):
-            for keys in pattern.mask.key_tiles(queries, n_keys, heads):
+    n_queries, n_keys = source.shape[2:]
+    n_rows, n_columns = min(_TILE_QUERIES, n_queries), min(_TILE_KEYS, n_keys)
+    for batch, heads in chunks(source, n_rows * n_columns):
+        make = source.raw_maker(batch, heads)
+        for queries in _rows(n_queries, n_rows):
+            for keys in source.mask.key_tiles(queries, n_columns, heads):
                 yield (batch, heads, queries), keys, make(queries, keys)
 
 
@@ -185,10 +202,10 @@ def _rows(n_queries: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_queries))
 
 
-def chunks(pattern: Pattern, tile_numbers: int) -> Iterator[tuple[slice, slice]]:
+def chunks(source: TileSource, tile_numbers: int) -> Iterator[tuple[slice, slice]]:
     """Batch entries and heads whose tiles together fit the cache; a group of heads that share keys is never cut."""
-    n_batch, n_heads, group = pattern.n_batch, pattern.n_heads, pattern.head_group
-    at_once = max(1, pattern.tile_scale * _TILE_NUMBERS // tile_numbers)
+    (n_batch, n_heads), group = source.shape[:2], source.head_group
+    at_once = max(1, source.tile_scale * _TILE_NUMBERS // tile_numbers)
     step_heads = min(n_heads, max(1, at_once // group) * group)
     step_batch = max(1, at_once // n_heads)
     for b in range(0, n_batch, step_batch):

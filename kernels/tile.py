@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.kernels.masks import MaskSummary
+from workbench.kernels.masks import Mask, MaskSummary
 
 BITS = 1 / math.log(2)
 """Tiles take logarithms to base 2: on a CPU torch's exp takes three times as long as its exp2."""
@@ -84,17 +84,26 @@ class Tile:
 
 @dataclass(frozen=True)
 class Space:
-    """The map that is streamed: its sizes, where its numbers live, what its mask lets through."""
+    """The map that is streamed: its sizes, its mask and what that lets through, where its numbers live."""
 
     n_batch: int
     n_heads: int
     n_queries: int
     n_keys: int
-    offset: int
+    mask: Mask
+    seen: MaskSummary
     device: torch.device
     dtype: torch.dtype
-    seen: MaskSummary
-    causal: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, head, query, key)."""
+        return self.n_batch, self.n_heads, self.n_queries, self.n_keys
+
+    @property
+    def offset(self) -> int:
+        """Absolute position of query row 0."""
+        return self.mask.offset
 
     def per_query(self, fill: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
         """A [batch, head, query] accumulator, in the pattern's dtype unless told otherwise."""
@@ -102,9 +111,17 @@ class Space:
         return torch.full(shape, fill, dtype=dtype or self.dtype, device=self.device)
 
     def alive(self, value: Tensor, dead: float = torch.nan) -> Tensor:
-        """The value in the pattern's dtype, `dead` in rows that see no key."""
-        value = value.to(self.dtype)
+        """The value in the pattern's dtype (integers stay), `dead` in rows that see no key."""
+        value = self.typed(value)
         return torch.where(self.seen.keys_per_query > 0, value, torch.full_like(value, dead))
+
+    def without_floor(self, weight: Tensor) -> Tensor:
+        """Single weights, zero where they do not exceed the floor that tiles give to hidden keys."""
+        return torch.where(weight > 1.01 * 2.0 ** LOG_FLOOR[self.dtype], weight, 0.0)
+
+    def typed(self, value: Tensor) -> Tensor:
+        """The value in the pattern's dtype; integers stay."""
+        return value.to(self.dtype) if value.is_floating_point() else value
 
 
 Rows = tuple[slice, slice, slice]

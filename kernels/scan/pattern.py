@@ -12,9 +12,10 @@ from torch import Tensor
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_attention
 from workbench.kernels.masks import Mask
-from workbench.kernels.patterns import Maker, Pattern
+from workbench.kernels.patterns import Pattern
 from workbench.kernels.scan.blocked import prefix_sums, suffix_sums
 from workbench.kernels.scan.operator import Sums
+from workbench.kernels.source import TileMaker
 from workbench.kernels.tile import BITS, LOG_FLOOR
 
 _HIDDEN = -1e30
@@ -110,7 +111,7 @@ class ScanPattern(Pattern):
         which = list(range(self.n_heads)) if heads is None else self._checked(heads)
         return self._log_tile(queries, keys, slice(None), which).exp_()
 
-    def maker(self, batch: slice, heads: slice, wants_log: bool) -> Maker:
+    def maker(self, batch: slice, heads: slice, wants_log: bool) -> TileMaker:
         """Tiles of weights by outer differences of the scores and the prefixes' sums."""
 
         def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:

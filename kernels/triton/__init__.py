@@ -1,1 +1,5 @@
-"""Fused Triton kernels for the statistics of softmax patterns on a GPU; `launch` imports triton when it is needed."""
+"""Fused Triton kernels for the statistics of a softmax on a GPU; triton itself is imported when it is needed."""
+
+from workbench.kernels.triton.engine import TritonEngine
+
+__all__ = ["TritonEngine"]

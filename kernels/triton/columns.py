@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workbench.kernels.triton.parts import HIDDEN, LENGTHS, LOWEST, key_tiles, query_tiles, seen
+from workbench.kernels.triton.positions import HIDDEN, LENGTHS, LOWEST, key_tiles, query_tiles, seen
 
 
 @triton.jit(do_not_specialize=LENGTHS)

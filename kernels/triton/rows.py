@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workbench.kernels.triton.parts import HIDDEN, LENGTHS, LOWEST, key_tiles, score_at, seen
+from workbench.kernels.triton.positions import HIDDEN, LENGTHS, LOWEST, key_tiles, score_at, seen
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -20,7 +20,7 @@ def rows_kernel(
     BD: tl.constexpr, BDV: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPARSE: tl.constexpr,
     STATS: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tile of BM queries of one head. See `launch` for the shapes.
+    """One tile of BM queries of one head. See `call` for the shapes.
 
     Sums are taken relative to the running maximum m and rescaled when it moves. The entropy sums p·(s−m) rather than
     p·s, which would cancel against the lse. Distances are taken from the distance of the row's heaviest key so far:

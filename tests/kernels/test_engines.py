@@ -13,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workbench.errors import CaptureError
-from workbench.kernels import native, passes, streaming
+from workbench.kernels import passes, streaming
 from workbench.kernels.layouts import Layout
 from workbench.kernels.masks import Mask, causal
-from workbench.kernels.native import build, launch
+from workbench.kernels.native import NativeEngine, build, call
+from workbench.kernels.native import engine as native_engine
 from workbench.kernels.softmax import SoftmaxPattern
+from workbench.kernels.softmax_tiles import SoftmaxTiles
 from workbench.kernels.statistics import Options, dense
 
 ROWS = [
@@ -40,7 +42,7 @@ ENGINES = ["torch", "native"]
 def engine(request, monkeypatch):
     """Runs the test once in plain torch and once in C++."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "unsupported", lambda pattern: "switched off for this test")
+        monkeypatch.setattr(NativeEngine, "refusal", lambda *asked: "switched off for this test")
     elif build.library() is None:
         pytest.fail("there is no C++ compiler, so that the native engine cannot be tested")
     return request.param
@@ -120,7 +122,7 @@ def test_every_statistic(engine, n_q, n_k, known):
     mask = causal(n_q, n_k)
     lse = truth(SoftmaxPattern(q, k, mask))[1] if known else None
     pattern = SoftmaxPattern(q, k, mask, lse=lse)
-    assert pattern.engine(["entropy"], Options()) == engine
+    assert pattern.engines(["entropy"], Options()) == {engine}
     names = [*ROWS, *COLUMNS, "top_keys"]
     options = Options(tokens=torch.randint(0, 5, (2, n_k)), block=16, n_top=5)
     agree(pattern, [*names, "induction"], options)
@@ -131,7 +133,7 @@ def test_induction_over_a_cache_that_has_forgotten_keys(engine):
     ids = torch.randint(0, 3, (2, 101))
     options = Options(tokens=ids[:, 1:], token_before=ids[:, 0])
     agree(SoftmaxPattern(q, k, causal(70, 100)), ["induction"], options)
-    assert SoftmaxPattern(q, k, causal(70, 100)).engine(["induction"], options) == engine
+    assert SoftmaxPattern(q, k, causal(70, 100)).engines(["induction"], options) == {engine}
 
 
 @pytest.mark.parametrize("block", [1, 7, 16, 50, 64])
@@ -235,10 +237,10 @@ class Reads:
         self.count = torch.zeros(n_keys, dtype=torch.long)
 
     def watch(self, monkeypatch) -> None:
-        made = SoftmaxPattern._score_maker
+        made = SoftmaxTiles._score_maker
 
-        def counted(pattern, *arguments):
-            make = made(pattern, *arguments)
+        def counted(tiles, *arguments):
+            make = made(tiles, *arguments)
 
             def loaded(queries, keys):
                 self.count[keys] += 1
@@ -246,13 +248,13 @@ class Reads:
 
             return loaded
 
-        monkeypatch.setattr(SoftmaxPattern, "_score_maker", counted)
+        monkeypatch.setattr(SoftmaxTiles, "_score_maker", counted)
 
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("names", [["entropy"], ["received"], ["lse"], ["entropy", "received"], [*ROWS, *COLUMNS]])
 def test_keys_are_read_as_often_as_the_plan_says(monkeypatch, names, known):
-    monkeypatch.setattr(native, "unsupported", lambda pattern: "the plain torch loop is what is counted")
+    monkeypatch.setattr(NativeEngine, "refusal", lambda *asked: "the plain torch loop is what is counted")
     n = 600
     q, k = random(n, n, h=2, h_kv=2, b=1)
     lse = truth(SoftmaxPattern(q, k))[1] if known else None
@@ -298,7 +300,7 @@ def test_no_compiler_is_said_once_and_torch_takes_over(monkeypatch, caplog, tmp_
         q, k = random(20, 20)
         with caplog.at_level(logging.WARNING, "workbench"):
             pattern = SoftmaxPattern(q, k, causal(20))
-            assert pattern.engine(["entropy"], Options()) == "torch"
+            assert pattern.engines(["entropy"], Options()) == {"torch"}
             agree(pattern, [*ROWS, *COLUMNS])
         assert len(caplog.records) == 1
         assert "plain torch takes over" in caplog.text
@@ -314,7 +316,7 @@ def test_switched_off_is_said_once_and_torch_takes_over(monkeypatch, caplog):
             for n in (20, 33):
                 q, k = random(n, n)
                 pattern = SoftmaxPattern(q, k, causal(n))
-                assert pattern.engine(["entropy"], Options()) == "torch"
+                assert pattern.engines(["entropy"], Options()) == {"torch"}
                 agree(pattern, [*ROWS, *COLUMNS])
         assert [record.getMessage().count("WORKBENCH_NATIVE=0") for record in caplog.records] == [1]
         assert "plain torch takes over" in caplog.text
@@ -324,7 +326,7 @@ def test_switched_off_is_said_once_and_torch_takes_over(monkeypatch, caplog):
 
 def test_equal_largest_weights_in_several_tiles(monkeypatch):
     """The first of equal keys, whether they lie at one place of their tiles or at several, and in many tiles."""
-    monkeypatch.setattr(native, "unsupported", lambda pattern: "the tiles of plain torch are what is tested")
+    monkeypatch.setattr(NativeEngine, "refusal", lambda *asked: "the tiles of plain torch are what is tested")
     width = streaming._TILE_KEYS
     n = 2 * width * (streaming._TILES_AT_ONCE + 1)
     for keys in ([5, width + 5], [7, width + 3], [width + 9, 2 * width + 2], [3, 4, n - 1], [n - 2, n - 1], [n - 1]):
@@ -336,7 +338,7 @@ def test_equal_largest_weights_in_several_tiles(monkeypatch):
 
 def test_a_long_row_in_plain_torch(monkeypatch):
     """More tiles than are kept before they are put together, and a number of keys that no band divides."""
-    monkeypatch.setattr(native, "unsupported", lambda pattern: "the tiles of plain torch are what is tested")
+    monkeypatch.setattr(NativeEngine, "refusal", lambda *asked: "the tiles of plain torch are what is tested")
     n = streaming._TILE_KEYS * (streaming._TILES_AT_ONCE + 2) + 37
     q, k = random(19, n, h=2, h_kv=1, b=1)
     mask = causal(19, n)
@@ -373,10 +375,10 @@ def test_any_number_of_threads_gives_the_same_bits(threads, monkeypatch):
     names = ["entropy", "peak_key", "top_keys", "distance_var"]
     want = SoftmaxPattern(q, k, causal(400)).statistics(names)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(launch, "_AT_ONCE", 1)  # many short calls instead of one
+    monkeypatch.setattr(call, "_AT_ONCE", 1)  # many short calls instead of one
     got = SoftmaxPattern(q, k, causal(400)).statistics(names)
     assert all(torch.equal(got[name], want[name]) for name in want)
-    monkeypatch.setattr(launch, "_gomp_parallel", lambda: None)  # threads of the library's own
+    monkeypatch.setattr(call, "_gomp_parallel", lambda: None)  # threads of the library's own
     got = SoftmaxPattern(q, k, causal(400)).statistics(names)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -391,10 +393,11 @@ def test_narrower_registers(processor, monkeypatch, tmp_path):
     source = files("workbench.kernels.native").joinpath("statistics.cpp").read_bytes()
     build.compile_source(build._compiler(), source, tmp_path / "library.so", f"-march={processor}")
     library = ctypes.CDLL(str(tmp_path / "library.so"))
-    monkeypatch.setattr(launch, "library", lambda: library)
-    launch._strip.cache_clear()
+    for module in (call, native_engine):
+        monkeypatch.setattr(module, "library", lambda: library)
+    call._strip.cache_clear()
     try:
-        assert launch._strip() == {"x86-64": 16, "x86-64-v3": 16, "x86-64-v4": 64}[processor]
+        assert call._strip() == {"x86-64": 16, "x86-64-v3": 16, "x86-64-v4": 64}[processor]
         q, k = random(130, 130)
         layout = Checkered(130, 130, 16, 2)
         mask = Mask(130, 130, causal=True, layout=layout, n_heads=4)
@@ -403,4 +406,4 @@ def test_narrower_registers(processor, monkeypatch, tmp_path):
             for lse in (None, truth(SoftmaxPattern(q, k, given))[1]):
                 agree(SoftmaxPattern(q, k, given, lse=lse), [*ROWS, *COLUMNS, "top_keys"])
     finally:
-        launch._strip.cache_clear()
+        call._strip.cache_clear()

@@ -12,7 +12,7 @@ from workbench import views
 from workbench.errors import ReportError
 from workbench.report import Report, check
 from workbench.storage.json_text import digest
-from workbench.views import page as pages
+from workbench.views.base import page as pages
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_page_of_one_view_is_fine(tmp_path: Path) -> None:
 
 
 SPOILED: list[tuple[str, Callable[[str], str], str]] = [
-    ("script", lambda p: p.replace("const VIEWS", "const VIEWS2", 1), "not the one that the policy names"),
+    ("script", lambda p: p.replace("const modules", "const modules2", 1), "not the one that the policy names"),
     ("style", lambda p: p.replace("--paper: #ffffff", "--paper: #fffffe", 1), "inline style is not the one"),
     ("added script", lambda p: p.replace("</main>", "<script>alert(1)</script></main>"), "inline script is not"),
     (

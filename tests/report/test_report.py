@@ -19,7 +19,7 @@ from workbench.errors import ReportError
 from workbench.report import Report, check
 from workbench.report import report as writer
 from workbench.storage.result import Result
-from workbench.views import page as pages
+from workbench.views.base import page as pages
 
 
 def block_of(page: str, name: str) -> Any:

@@ -21,7 +21,7 @@ from workbench.errors import CaptureError, ReportError
 from workbench.kernels.masks import causal
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.views import SharedSelection, attention_pattern, compare, head_atlas, overview
-from workbench.views.pyramid import build, dequantise, quantise
+from workbench.views.attention_pattern.pyramid import build, dequantise, quantise
 
 
 def softmax(n: int, heads: int = 1, seed: int = 0, keys: int | None = None) -> SoftmaxPattern:

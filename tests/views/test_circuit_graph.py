@@ -23,8 +23,7 @@ from workbench.analysis.circuits.model.graph import Graph, Layer
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.errors import InterventionError, ReportError, WorkbenchError
 from workbench.views import CircuitGraph, all_of, circuit_graph, of
-from workbench.views.circuit_places import places_of, rows_of
-from workbench.views.squeeze import squeeze
+from workbench.views.circuit_graph.places import places_of, rows_of
 
 SMALL = Graph.gpt2(2, 3, 8)
 GROUPED = Graph((Layer(4, 2), Layer(4, 4), Layer(4, 2, parallel=True)), 8)
@@ -198,14 +197,6 @@ def test_the_threshold_is_that_of_python_and_of_the_picture() -> None:
     assert view.shown.edges == found.top(5).edges
     assert view.to_png() != before
     assert circuit_graph(by_paths()).set_state(by="signed", n=3).to_png()
-
-
-def test_a_module_is_squeezed_without_a_change_of_meaning() -> None:
-    source = (
-        'const a = "x  // y"; // gone\n/** gone */\nfn( /a  b/.test(a) ? b + +c : d / 2 / e );\n'
-        "let x = `a  ${ { b : 1 }.b }  c`\n"
-    )
-    assert squeeze(source) == ('const a="x  // y";fn(/a  b/.test(a)?b+ +c:d/2/e);let x=`a  ${{b:1}.b}  c`\n')
 
 
 @pytest.mark.browser

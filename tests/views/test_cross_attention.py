@@ -16,7 +16,7 @@ from workbench.analysis.cross_attention import CrossAttention
 from workbench.errors import ReportError
 from workbench.report import check
 from workbench.views import of
-from workbench.views.cross_attention import atlas, averages, curves, maps
+from workbench.views.results.cross_attention import atlas, averages, curves, maps
 
 
 @pytest.mark.parametrize("kind", ["spectrogram", "frames", "tokens", "patches", "image"])
@@ -101,7 +101,7 @@ def test_the_atlas_holds_every_head_with_its_interval() -> None:
 
 
 def test_of_many_heads_the_best_stand_beside_the_averages(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["workbench.views.cross_attention"]
+    module = sys.modules["workbench.views.results.cross_attention"]
     monkeypatch.setattr(module, "_MANY", 3)
     monkeypatch.setattr(module, "_BEST", 2)
     found = comparison()

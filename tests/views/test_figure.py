@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from support.browser import WatchedPage
 from support.hostile import HOSTILE
 from workbench.errors import ReportError
 from workbench.tokens import plotly_text
-from workbench.views import SharedSelection, figure, modules
-from workbench.views.widget import answer_of
+from workbench.views import SharedSelection, figure
+from workbench.views.base import modules
+from workbench.views.base.widget import answer_of
 
 PLAIN = {"title": "Chart", "caption": "What it shows."}
 
@@ -55,7 +57,7 @@ def heat() -> go.Figure:
 
 
 def test_the_bundle_is_that_of_the_installed_plotly() -> None:
-    head = modules.asset("plotly-cartesian.min.js")[:200]
+    head = modules.plotly()[:200]
     found = re.search(r"v(\d+\.\d+\.\d+)", head)
     assert found
     assert found[1] == get_plotlyjs_version(), (
@@ -64,10 +66,10 @@ def test_the_bundle_is_that_of_the_installed_plotly() -> None:
 
 
 def test_the_bundle_cannot_end_its_script_element() -> None:
-    text = modules.asset("plotly-cartesian.min.js").lower()
+    text = modules.plotly().lower()
     assert "</script" not in text
     assert "<!--" not in text
-    assert "MIT" in modules.asset("plotly-cartesian.LICENSE.txt")
+    assert "MIT" in files("workbench.views.figure").joinpath("plotly-cartesian.LICENSE.txt").read_text()
 
 
 def test_numbers_travel_as_blocks_not_as_text() -> None:
@@ -77,6 +79,7 @@ def test_numbers_travel_as_blocks_not_as_text() -> None:
     assert len(json.dumps(view.spec.to_static())) < 4 / 3 * values.nbytes + 2000
 
 
+@pytest.mark.usefixtures("released")
 def test_the_module_is_small() -> None:
     assert len(modules.live("figure").encode()) < 50_000
 
@@ -322,10 +325,10 @@ for (let i = 0; i < 2; i++) render({ model: fake(), el: document.body.appendChil
 def test_live_charts_ask_once_for_plotly_and_leave_no_global(page: WatchedPage) -> None:
     import base64
 
-    bundle = base64.b64encode(modules.asset("plotly-cartesian.min.js").encode()).decode()
+    bundle = base64.b64encode(modules.plotly().encode()).decode()
     spec = json.dumps(figure(curve(), **PLAIN).spec.to_static())
     page.page.set_content("<!doctype html><html lang=en><title>live</title><body></body>")
-    code = modules.live("figure").replace("export default { render };", "")
+    code = modules.live("figure").replace("export default", "const { render } =")
     script = f"const BUNDLE = '{bundle}'; const SPEC = () => ({spec}); {code}; {LIVE}"
     page.page.add_script_tag(content=f"(() => {{ {script} }})();")
     page.page.wait_for_function("() => document.querySelectorAll('.main-svg').length >= 4")

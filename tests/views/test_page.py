@@ -12,8 +12,8 @@ from playwright.sync_api import Browser, Page
 
 from support.browser import WatchedPage
 from workbench.errors import ReportError
-from workbench.views import page as pages
 from workbench.views import token_strip
+from workbench.views.base import page as pages
 
 TOKENS = [f" w{i}" for i in range(9)]
 

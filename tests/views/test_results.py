@@ -20,7 +20,7 @@ from workbench.hooks.sites import Site, Sites
 from workbench.report import check
 from workbench.storage.result import Result
 from workbench.views import View, all_of, of
-from workbench.views.profile import _uniform
+from workbench.views.results.profile import _uniform
 
 
 def shown(result: Result, folder: Path) -> None:

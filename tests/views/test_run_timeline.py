@@ -19,7 +19,8 @@ from workbench.capture.capture import Capture
 from workbench.capture.site_capture import Forward
 from workbench.capture.timing import CallTimes
 from workbench.errors import ReportError
-from workbench.views import modules, run_timeline
+from workbench.views import run_timeline
+from workbench.views.base import modules
 
 
 def timed(kernels: tuple[str, ...] = ("flash", "math"), forwards: int = 2) -> Capture:
@@ -113,6 +114,7 @@ def test_threads_have_lanes_of_their_own() -> None:
     assert len(set(view.spec.blocks["threads"].tolist())) >= 2
 
 
+@pytest.mark.usefixtures("released")
 def test_the_module_is_small() -> None:
     assert len(modules.live("run_timeline").encode()) < 50_000
 

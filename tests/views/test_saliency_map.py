@@ -17,7 +17,7 @@ from support.comparisons import comparison
 from workbench.analysis.cross_attention.correlate import correlate
 from workbench.errors import ReportError
 from workbench.views import SaliencyMap, saliency_map
-from workbench.views.cross_attention import maps
+from workbench.views.results.cross_attention import maps
 
 BARE = ["a", "b"]
 
@@ -64,7 +64,7 @@ def test_an_odd_number_of_frames_fits_the_positions_that_cover_it() -> None:
 
 
 def test_too_many_cells_are_cut_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["workbench.views.saliency_map"], "CELLS", 20)
+    monkeypatch.setattr(sys.modules["workbench.views.saliency_map.view"], "CELLS", 20)
     view = small(attention=np.random.default_rng(0).random((1, 4, 2, 3)))
     assert view.spec.blocks["cells0"].shape == (2, 3, 3)
     assert view.spec.blocks["attention"].shape == (1, 1, 2, 3)

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from workbench.errors import ReportError, WorkbenchError
 from workbench.views import Selection, SharedSelection
-from workbench.views.spec import ViewSpec
+from workbench.views.base.spec import ViewSpec
 
 CHANNEL = {"label": "a", "unit": "", "signed": False}
 

@@ -13,8 +13,9 @@ from playwright.sync_api import Page
 from support.browser import WatchedPage
 from support.every_view import capture
 from workbench.errors import ReportError
-from workbench.views import modules, of, tensor_peek
-from workbench.views.widget import answer_of
+from workbench.views import of, tensor_peek
+from workbench.views.base import modules
+from workbench.views.base.widget import answer_of
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -157,6 +158,7 @@ def test_tensors_and_arrays_have_a_view() -> None:
     assert of(torch.eye(2)).spec.kind == of(np.eye(2)).spec.kind == "tensor_peek"
 
 
+@pytest.mark.usefixtures("released")
 def test_the_module_is_small() -> None:
     assert len(modules.live("tensor_peek").encode()) < 50_000
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.hooks.sites import Site
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.patterns import DENSE_LIMIT
-from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, Options, Statistic
+from workbench.kernels.statistics import Options, known
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Settings:
         statistics: names to stream at every site.
         sites: which sites, or None for all.
         z: keep A·V per head. pattern: keep dense patterns. queries_keys: keep q and k, so that any part of the pattern
-            can be had later. values: keep v too.
+            can be computed later. values: keep v too.
         tokens: ids [batch, position] for `induction`; found in the inputs if None.
         gradients: keep ∂L/∂z and the sums of A∘∂L/∂A.
         sink_keys, n_top, block: see `workbench.kernels.statistics.Options`.
@@ -58,7 +58,7 @@ class Settings:
 
     def names_at(self, site: Site) -> list[str]:
         """The statistics that exist at a site: cross-attention has none that compare positions."""
-        return [name for name in self.statistics if site.kind != "cross" or not _statistic(name).positional]
+        return [name for name in self.statistics if site.kind != "cross" or not known(name).positional]
 
     def options(self, tokens: Tensor | None, token_before: Tensor | None = None) -> Options:
         """What the statistics need, with these ids unless others were given."""
@@ -75,7 +75,7 @@ class Settings:
             "query top": q * self.n_top * 3,
             "block": -(-q // self.block) * -(-k // self.block),
         }
-        numbers = sum(sizes[_statistic(name).axes] for name in self.statistics) * b * h
+        numbers = sum(sizes[known(name).axes] for name in self.statistics) * b * h
         kept = numbers * max(4, itemsize)
         if self.queries_keys:
             kept += b * (h * q + n_kv_heads * k) * d_head * itemsize + b * h * q * max(4, itemsize)
@@ -89,7 +89,3 @@ class Settings:
         b, h, q, k = shape
         sums = sum({"query": q, "key": k, "": 1}[s.axes] for s in GRADIENT_SUMS.values())
         return b * h * (q * d_head + sums) * max(4, itemsize) if self.gradients else 0
-
-
-def _statistic(name: str) -> Statistic:
-    return STATISTICS[name.removeprefix(VALUE_WEIGHTED)]

@@ -10,9 +10,9 @@ import numpy as np
 from workbench import views
 from workbench.errors import ReportError
 from workbench.report import markdown, verdict
-from workbench.report.parts import Section, Table, count
+from workbench.report.sections import Section, Table, count
 from workbench.tokens import visible, visible_text
-from workbench.views.spec import ViewSpec
+from workbench.views.base.spec import ViewSpec
 
 if TYPE_CHECKING:
     from workbench.capture.capture import Capture

@@ -178,8 +178,8 @@ def _kinds(found: _Page) -> list[str]:
 def _known_scripts(found: _Page) -> set[str]:
     """The digests of the scripts that this version of the package puts on such a page."""
     try:
-        return {digest(script) for script in page.scripts_for(_kinds(found))}
-    except FileNotFoundError:  # a kind of view that this version does not know
+        return {digest(script) for script in page.known_scripts(_kinds(found))}
+    except ReportError:  # a kind of view that this version does not know
         return set()
 
 
@@ -212,10 +212,10 @@ def _policy_problems(found: _Page) -> list[str]:
         for name in ("default-src", "base-uri", "form-action")
         if directives.get(name) != ["'none'"]
     ]
-    plotly = page.NEEDS_PLOTLY.intersection(_kinds(found))
+    plotly = page.needs_plotly(_kinds(found))
     for name, values in directives.items():
         for value in values:
-            if not _allowed(name, value, styles_of_plotly=bool(plotly)):
+            if not _allowed(name, value, styles_of_plotly=plotly):
                 problems.append(f"the policy allows {value} in {name}")
     for block in found.blocks:
         if block.tag == "script" and block.attributes.get("type", "").lower() not in _RUNS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from workbench.report.parts import TABLE_ROWS, Section, count
+from workbench.report.sections import TABLE_ROWS, Section, count
 from workbench.tokens import visible_text
 
 

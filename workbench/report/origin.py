@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workbench.report.parts import Section, flat
+from workbench.report.sections import Section, flat
 from workbench.storage.json_text import finite
 from workbench.storage.provenance import command_line, commit, now, repeatable, versions
 

@@ -15,11 +15,12 @@ from jinja2 import ChoiceLoader, FunctionLoader
 
 from workbench.errors import ReportError
 from workbench.report import captures, limits, markdown, origin
-from workbench.report.parts import Section, figure_id, table_of
+from workbench.report.sections import Section, figure_id, table_of
 from workbench.storage.result import Result
 from workbench.tokens import visible_text
-from workbench.views import View, all_of, page
-from workbench.views.spec import ViewSpec
+from workbench.views import View, all_of
+from workbench.views.base import page
+from workbench.views.base.spec import ViewSpec
 
 if TYPE_CHECKING:
     from workbench.capture.capture import Capture
@@ -239,7 +240,7 @@ def _largest(specs: Sequence[ViewSpec], most: int = 3) -> str:
 @cache
 def _asset(name: str) -> str:
     # The policy hashes the text between the tags, and a browser reads \r\n there as \n.
-    return files("workbench.report").joinpath("assets", name).read_text(encoding="utf-8").replace("\r\n", "\n")
+    return files("workbench.report").joinpath(name).read_text(encoding="utf-8").replace("\r\n", "\n")
 
 
 @cache

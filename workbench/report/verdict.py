@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from workbench.report.parts import Table, count
+from workbench.report.sections import Table, count
 from workbench.tokens import visible, visible_text
 
 

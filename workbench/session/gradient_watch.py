@@ -101,7 +101,7 @@ class GradientWatch:
         """
         if call.finish is not None:
             raise CaptureError(
-                f"gradients of heads cannot be had from {call.kernel}, which gives no output per head",
+                f"{call.kernel} gives no output per head, and so no gradients of heads",
                 site=site.name,
                 hint='capture attention sites only: capture(sites=lambda site: site.kind != "state", gradients=True)',
             )

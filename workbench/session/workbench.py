@@ -127,7 +127,7 @@ class Workbench(Interventions):
         Args:
             statistics: names from `workbench.kernels.statistics.STATISTICS`, also as `value_weighted_<name>`.
             sites: names, TransformerLens names, indices, Sites or a test on a Site; None for all.
-            z: keep each head's output [batch, query, head, d_head], from which `cap[site].result()` is had.
+            z: keep each head's output [batch, query, head, d_head], which `cap[site].result()` is made from.
             pattern: keep dense patterns [batch, head, query, key].
             queries_keys: keep queries and keys, so that `cap[site].pattern` can give any part of the pattern later.
             values: keep values too, for value-weighted statistics later.

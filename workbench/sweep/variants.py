@@ -269,7 +269,7 @@ def _scaled(tensor: Tensor, total: int, rows: slice) -> tuple[int, int]:
 def _refuse(call: AttentionCall) -> Callable[[], Pattern]:
     def build() -> Pattern:
         raise InterventionError(
-            f"the pattern of {call.kernel} cannot be had for a part of the batch",
+            f"{call.kernel} gives no pattern for a part of the batch",
             site=call.site,
             hint="run the sweep with batched=False",
         )

@@ -3,30 +3,26 @@
 Each view has `.show()`, `.to_html(path)`, `.to_png(path)`, `.data()`, and shares its selection with the others.
 """
 
-# These register the views of results.
-from workbench.views import atlas as _atlas  # noqa: F401
-from workbench.views import circuits as _circuits  # noqa: F401
-from workbench.views import importance as _importance  # noqa: F401
-from workbench.views import profile as _profile  # noqa: F401
+from workbench.views import results as _results  # noqa: F401 (registers the views of results)
 from workbench.views.attention_pattern import AttentionPattern, attention_pattern
-from workbench.views.base import View
+from workbench.views.base import page as page
+from workbench.views.base.kinds import register_kind
+from workbench.views.base.registry import all_of, of, page_of, register
+from workbench.views.base.selection import SHARED, Selection, SharedSelection
+from workbench.views.base.spec import ViewSpec
+from workbench.views.base.view import View
 from workbench.views.capacity_curves import CapacityCurves, capacity_curves
-from workbench.views.circuit_graph import CircuitGraph, circuit_graph
+from workbench.views.circuit_graph import CircuitGraph, OverlapGraph, circuit_graph, overlap_graph
 from workbench.views.compare import Compare, compare
-from workbench.views.conditioning import capacity_correlation
 from workbench.views.conditioning_curves import ConditioningCurves, conditioning_curves
-from workbench.views.cross_attention import cross_attention
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.image_attention import ImageAttention, image_attention
-from workbench.views.of import all_of, of, page_of, register
-from workbench.views.overlap import OverlapGraph, overlap_chance, overlap_graph
 from workbench.views.overlap_matrix import OverlapMatrix, overlap_matrix
-from workbench.views.overview import overview
+from workbench.views.results import capacity_correlation, cross_attention, overlap_chance, overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.saliency_map import SaliencyMap, saliency_map
-from workbench.views.selection import SHARED, Selection, SharedSelection
 from workbench.views.tensor_peek import TensorPeek, tensor_peek
 from workbench.views.token_strip import TokenStrip, token_strip
 from workbench.views.what_if import WhatIf, what_if
@@ -54,6 +50,7 @@ __all__ = [
     "TensorPeek",
     "TokenStrip",
     "View",
+    "ViewSpec",
     "WhatIf",
     "all_of",
     "attention_pattern",
@@ -74,6 +71,7 @@ __all__ = [
     "overview",
     "page_of",
     "register",
+    "register_kind",
     "run_timeline",
     "saliency_map",
     "tensor_peek",

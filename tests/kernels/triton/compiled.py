@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton_targets import TARGETS, Build, builds
 
 from workbench.kernels.triton.columns import columns_kernel, top_kernel
-from workbench.kernels.triton.parts import LENGTHS
+from workbench.kernels.triton.positions import LENGTHS
 from workbench.kernels.triton.rows import rows_kernel
 
 KERNELS = {"rows": rows_kernel, "columns": columns_kernel, "top": top_kernel}

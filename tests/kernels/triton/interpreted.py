@@ -13,7 +13,7 @@ from triton_cases import CASES, compare
 
 from workbench.kernels.masks import Mask
 from workbench.kernels.softmax import SoftmaxPattern
-from workbench.kernels.triton import launch
+from workbench.kernels.triton import engine
 
 
 def far_rows() -> list[str]:
@@ -23,7 +23,7 @@ def far_rows() -> list[str]:
     wanted = torch.tensor([0.7, 0.2, 0.1, 1e-9]).double().log().float()
     q = torch.zeros(1, 1, 1, 32)
     q[..., :n_keys] = wanted * 32**0.5
-    got = launch.statistics(SoftmaxPattern(q, keys, Mask(1, n_keys, True, far)), ["distance", "distance_var"])
+    got = engine.statistics(SoftmaxPattern(q, keys, Mask(1, n_keys, True, far)).problem, ["distance", "distance_var"])
     p = torch.tensor([0.7, 0.2, 0.1]).double()
     j = torch.arange(3).double()
     mean = (p * j).sum()

@@ -13,7 +13,7 @@ from workbench.errors import CaptureError
 from workbench.kernels.masks import Mask, padding
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.statistics import Options
-from workbench.kernels.triton import launch
+from workbench.kernels.triton import engine
 from workbench.kernels.triton.tables import Tables, targets
 
 
@@ -68,27 +68,26 @@ REFUSED = [
 
 @pytest.mark.parametrize(("says", "pattern", "names", "options"), REFUSED, ids=[each[0] for each in REFUSED])
 def test_refusal(says: str, pattern: SoftmaxPattern, names: list[str], options: Options) -> None:
-    assert says in str(launch.refusal(pattern, names, options))
-    assert not launch.supports(pattern, names, options)
+    assert says in str(engine.refusal(pattern.problem, names, options))
     with pytest.raises(CaptureError, match=says) as caught:
-        launch.statistics(pattern, names, options)
+        engine.statistics(pattern.problem, names, options)
     assert caught.value.hint
 
 
 def test_refuses_a_cpu_outside_of_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton has no wheel for this system")
-    assert "on a GPU" in str(launch.refusal(_pattern(), ["entropy"]))
+    assert "on a GPU" in str(engine.refusal(_pattern().problem, ["entropy"]))
 
 
 def test_values_that_do_not_fit() -> None:
     q = torch.randn(1, 2, 8, 32)
     with pytest.raises(CaptureError):
-        launch.attention(q, q, q[:, :, :4])
+        engine.attention(q, q, q[:, :, :4])
 
 
 def test_importing_the_launcher_does_not_import_triton() -> None:
     code = (
-        "import sys, workbench.kernels.triton.launch, workbench.kernels.triton.configs; print('triton' in sys.modules)"
+        "import sys, workbench.kernels.triton.engine, workbench.kernels.triton.configs; print('triton' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -12,7 +12,7 @@ from workbench.kernels.layouts import Layout
 from workbench.kernels.masks import Mask
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.statistics import Options, dense
-from workbench.kernels.triton import launch
+from workbench.kernels.triton import engine
 
 DISTRIBUTION = ["lse", "entropy", "peak", "peak_key", "effective_keys", "distance", "distance_var"]
 ROWS = [*DISTRIBUTION, "sink", "current", "previous"]
@@ -120,15 +120,15 @@ def compare(
     want = dense(weights, [*ROWS, *COLUMNS], truth.mask, lse=truth.lse, options=options)
     given = truth.lse.to(device, torch.float32) if case.given_lse else None
     pattern = SoftmaxPattern(q, k, mask, lse=given)
-    why = launch.refusal(pattern, [*ROWS, *COLUMNS], options)
+    why = engine.refusal(pattern.problem, [*ROWS, *COLUMNS], options)
     if why is not None:
         yield f"refused: {why}"
         return
     # Errors of scores grow with the scores: those of float32 in the kernels with scores of hundreds.
     slack = tolerance * max(1.0, case.spread / 10)
-    got = launch.statistics(pattern, [*ROWS, *COLUMNS], options)
-    alone = launch.statistics(SoftmaxPattern(q, k, mask, lse=given), COLUMNS, options)
-    output, rows = launch.attention(q, k, v, mask)
+    got = engine.statistics(pattern.problem, [*ROWS, *COLUMNS], options)
+    alone = engine.statistics(SoftmaxPattern(q, k, mask, lse=given).problem, COLUMNS, options)
+    output, rows = engine.attention(q, k, v, mask)
     wanted_output = weights @ v.cpu().double().repeat_interleave(case.heads[0] // case.heads[1], dim=1)
     yield from _differ("output", output, wanted_output, slack)
     for name in want:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.profile.places import Places
-from workbench.kernels.patterns import Maker, Pattern
+from workbench.kernels.patterns import Pattern
+from workbench.kernels.source import TileMaker
 
 _QUERIES, _KEYS = 128, 256
 _NUMBERS = 1 << 21  # of a tile over all its heads and batch rows
@@ -159,7 +160,7 @@ class Walk:
     def __init__(self, pattern: Pattern, batch: slice, places: Places) -> None:
         self.pattern, self.batch, self.places = pattern, batch, places
         self.heads = slice(0, pattern.n_heads)
-        self.make: Maker = pattern.maker(batch, self.heads, False)
+        self.make: TileMaker = pattern.maker(batch, self.heads, False)
         self.shape = (batch.stop - batch.start, pattern.n_heads)
         asked = pattern.seen.queries_per_key.cpu()
         asked = asked if asked.shape[0] == 1 else asked[batch]

@@ -1,0 +1,341 @@
+"""Lazy attention patterns: maps A [batch, head, query, key] of which any part can be had, the whole only if asked.
+
+A mechanism is a subclass with a `tile`; statistics, views and analyses follow from it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from workbench.errors import CaptureError
+from workbench.kernels import streaming
+from workbench.kernels.checks import check_finite
+from workbench.kernels.masks import Mask, MaskSummary
+from workbench.kernels.plan import Pass
+from workbench.kernels.source import RawTileMaker, TileMaker
+from workbench.kernels.statistics import Options
+from workbench.kernels.streaming import Denominators
+from workbench.kernels.tile import Space
+
+Grade = Literal["exact", "frozen", "surrogate"]
+DENSE_LIMIT = 1 << 30
+"""Bytes above which `dense` refuses unless told otherwise: 1 GiB."""
+
+
+FAMILIES: dict[str, dict[tuple[str, str], type[Pattern]]] = {}
+"""Every subclass of `Pattern` by its name, and by module and qualified name where several share one."""
+
+
+class Pattern(ABC):
+    """A map A with out = A·V.
+
+    Attributes:
+        n_batch, n_heads, n_kv_heads, n_queries, n_keys: its sizes.
+        mask: which keys each query may see.
+        grade: "exact" (the model's own weights), "frozen" (exact at fixed gates) or "surrogate".
+        signed: whether entries may be negative.
+        normalised: whether rows sum to one.
+        by_magnitude: whether statistics are those of |A|, normalised per row: so for signed and unnormalised patterns.
+        sinks: [head] logits that join the softmax's denominator only; None for none.
+        values: [batch, kv head, key, width], for value-weighted statistics; None if they were not kept.
+        dtype: of the tiles; float64 for float64 inputs, else float32.
+        tile_scale: how many times as large as others its tiles may be: 2 where making one takes no tensors of its size.
+    """
+
+    grade: Grade = "exact"
+    signed: bool = False
+    normalised: bool = True
+    tile_scale: int = 1
+    n_kv_heads: int
+    values: Tensor | None = None
+    sinks: Tensor | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.__name__.startswith("_"):
+            FAMILIES.setdefault(cls.__name__, {})[cls.__module__, cls.__qualname__] = cls
+
+    def __init__(self, shape: Sequence[int], mask: Mask, dtype: torch.dtype, device: torch.device) -> None:
+        self.n_batch, self.n_heads, self.n_queries, self.n_keys = shape
+        self.n_kv_heads = self.n_heads
+        self.mask, self.dtype, self.device = mask, dtype, device
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, head, query, key)."""
+        return self.n_batch, self.n_heads, self.n_queries, self.n_keys
+
+    @property
+    def head_group(self) -> int:
+        """How many neighbouring heads share keys and layout, so that they are streamed together."""
+        return self.mask.head_group(self.n_heads, self.n_kv_heads)
+
+    @property
+    def by_magnitude(self) -> bool:
+        """Whether statistics are those of |A| normalised per row."""
+        return self.signed or not self.normalised
+
+    @abstractmethod
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON facts and named tensors from which `rebuild` makes the pattern again; "values" where they are kept."""
+
+    @classmethod
+    @abstractmethod
+    def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Pattern:
+        """The pattern from its `parts`."""
+
+    def kept(self, keep: Callable[[str, Tensor], Tensor]) -> Pattern:
+        """The same pattern on tensors that `keep(name, tensor)` made of its own."""
+        facts, tensors = self.parts()
+        return self.rebuild(facts, {name: keep(name, tensor) for name, tensor in tensors.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are held."""
+        return sum(t.untyped_storage().nbytes() for t in self.parts()[1].values())
+
+    @abstractmethod
+    def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
+        """[batch, head, q, k] of the pattern; all heads if None."""
+
+    def tile_of(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:
+        """[b, h, q, k] for these batch entries; families whose tiles are dear make no others."""
+        return self.tile(queries, keys, heads)[batch]
+
+    def maker(self, batch: slice, heads: slice, wants_log: bool) -> TileMaker:
+        """A function that makes (p, log₂ p or None) of a tile for these batch entries and heads."""
+        which = range(self.n_heads)[heads]
+
+        def make(queries: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
+            p = self.tile_of(batch, queries, keys, which)
+            return p, p.log2().clamp_(min=-1e30) if wants_log else None
+
+        return make
+
+    def raw_maker(self, batch: slice, heads: slice) -> RawTileMaker:
+        """A function that makes tiles before normalisation: masked scores, or weights that may be negative."""
+        raise CaptureError(f"{type(self).__name__} is normalised as it is")
+
+    @property
+    def denominators_known(self) -> bool:
+        """Whether tiles can be normalised without a pass that finds each row's denominator first."""
+        return True
+
+    def found_denominators(self, found: Denominators) -> None:
+        """Take what a pass has found of each row."""
+        raise CaptureError(f"{type(self).__name__} is normalised as it is")
+
+    def collect(self, each: Pass, options: Options) -> dict[str, Tensor]:
+        """The raw sums of one pass over the tiles."""
+        raw, found = streaming.collect(self, each, options)
+        if found is not None:
+            self.found_denominators(found)
+        return raw
+
+    def engines(self, names: Sequence[str], options: Options) -> set[str]:
+        """Names of the engines that stream these statistics in one pass: "torch", "native" (C++), "triton" …"""
+        return {"torch"}
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the pattern is a softmax of scores."""
+        return False
+
+    def check(self) -> None:
+        """Raise a CaptureError that names the first NaN or inf among the pattern's tensors."""
+        for name, tensor in self.parts()[1].items():
+            if name in ("q", "k", "weights"):
+                check_finite(name, tensor)
+
+    @property
+    def lse(self) -> Tensor:
+        """[batch, head, query] log of the softmax denominator; only softmax patterns have one."""
+        raise CaptureError(f"{type(self).__name__} has no scores, hence no lse")
+
+    def magnitude(self, key_weights: Tensor | None = None) -> Pattern:
+        """|A|, times [batch, head, key] weights if given, normalised per row."""
+        return MagnitudePattern(self, key_weights)
+
+    def value_weighted(self) -> Pattern:
+        """The pattern |A|·‖v‖, normalised per row (Kobayashi et al. 2020).
+
+        Raises:
+            CaptureError: the pattern was made without values.
+        """
+        return self.magnitude(self.value_norms())
+
+    def value_norms(self) -> Tensor:
+        """[batch, head, key] Euclidean norms of the values, in the pattern's dtype."""
+        if self.values is None:
+            raise CaptureError("value-weighted statistics need the values", hint="capture with values=True")
+        return self.values.to(self.dtype).norm(dim=-1).repeat_interleave(self.n_heads // self.values.shape[1], dim=1)
+
+    @property
+    def signed_mass(self) -> Tensor:
+        """[batch, head, query] Σ A / Σ |A|, from −1 to 1; NaN in rows without weight."""
+        if not self.by_magnitude:
+            return self.space().alive(self.space().per_query(1.0))
+        return self.magnitude().signed_mass
+
+    @property
+    def seen(self) -> MaskSummary:
+        """What the mask lets through, counted per query and per key."""
+        return self.mask.summary(self.device)
+
+    def space(self) -> Space:
+        """Sizes and mask counts, for the accumulators."""
+        return Space(*self.shape, self.mask, self.seen, self.device, self.dtype)
+
+    def rows(self, queries: int | slice | Sequence[int], heads: Sequence[int] | None = None) -> Tensor:
+        """[batch, head, len(queries), key]: whole rows, for one query, a slice or a list."""
+        if isinstance(queries, slice):
+            wanted: list[int] = list(range(*queries.indices(self.n_queries)))
+        else:
+            wanted = [queries] if isinstance(queries, int) else list(queries)
+        bad = [i for i in wanted if not -self.n_queries <= i < self.n_queries]
+        if bad:
+            raise CaptureError(f"there are {self.n_queries} queries, no query {bad[0]}")
+        parts = [self.tile(slice(i, i + 1), slice(0, self.n_keys), heads) for i in (i % self.n_queries for i in wanted)]
+        return torch.cat(parts, dim=2) if parts else self.tile(slice(0, 0), slice(0, self.n_keys), heads)
+
+    def dense(self, heads: Sequence[int] | None = None, limit: int | None = DENSE_LIMIT) -> Tensor:
+        """The whole map [batch, head, query, key] of some heads (all if None).
+
+        Raises:
+            CaptureError: it would hold more than `limit` bytes (None: no limit); the message says how many.
+        """
+        which = range(self.n_heads) if heads is None else self._checked(heads)
+        size = self.n_batch * len(which) * self.n_queries * self.n_keys * self.dtype.itemsize
+        if limit is not None and size > limit:
+            raise CaptureError(
+                f"the dense pattern would take {size:,} bytes, the limit is {limit:,}",
+                shape=(self.n_batch, len(which), self.n_queries, self.n_keys),
+                hint="ask for fewer heads, for rows(...), for a pooled statistic, or pass a larger limit=",
+            )
+        return self.tile(slice(0, self.n_queries), slice(0, self.n_keys), list(which))
+
+    def _checked(self, heads: Iterable[int]) -> list[int]:
+        heads = list(heads)
+        bad = [h for h in heads if not -self.n_heads <= h < self.n_heads]
+        if bad:
+            raise CaptureError(f"there are {self.n_heads} heads, no head {bad[0]}")
+        return [h % self.n_heads for h in heads]
+
+    def apply(self, values: Tensor) -> Tensor:
+        """A·V, [batch, head, query, width], for values [batch, head or kv head, key, width], tile by tile."""
+        fits = values.dim() == 4 and values.shape[0] == self.n_batch and values.shape[2] == self.n_keys
+        if not fits or self.n_heads % values.shape[1]:
+            raise CaptureError(
+                f"values must be [batch {self.n_batch}, head, key {self.n_keys}, width]", shape=values.shape
+            )
+        v = values.to(self.dtype).repeat_interleave(self.n_heads // values.shape[1], dim=1)
+        out = torch.zeros(*self.shape[:3], v.shape[-1], dtype=self.dtype, device=self.device)
+        for tile in streaming.tiles(self):
+            out[tile.rows] += tile.p @ v[tile.batch, tile.heads, tile.keys]
+        return out
+
+    def statistics(
+        self,
+        names: Sequence[str],
+        *,
+        tokens: Tensor | None = None,
+        sink_keys: Sequence[int] | None = None,
+        n_top: int = 8,
+        block: int = 16,
+    ) -> dict[str, Tensor]:
+        """Stream statistics of the pattern (see `workbench.kernels.statistics` for their definitions).
+
+        >>> from workbench.kernels.patterns import DensePattern
+        >>> DensePattern(torch.eye(3).expand(1, 1, 3, 3)).statistics(["received"])["received"].tolist()
+        [[[1.0, 1.0, 1.0]]]
+        """
+        keys = None if sink_keys is None else tuple(sink_keys)
+        return streaming.statistics(self, names, Options(tokens, keys, n_top, block))
+
+    def __repr__(self) -> str:
+        b, h, q, k = self.shape
+        kind = "signed" if self.signed else "normalised" if self.normalised else "unnormalised"
+        marks = f"{kind}, grade={self.grade!r}"
+        return f"{type(self).__name__}(batch={b}, heads={h}, queries={q}, keys={k}, {marks})"
+
+
+class MagnitudePattern(Pattern):
+    """|A| · w / Σ |A| · w, where w are weights of the keys.
+
+    Args:
+        base: the pattern A.
+        key_weights: [batch, head, key], at least zero; None for one.
+    """
+
+    def __init__(self, base: Pattern, key_weights: Tensor | None = None) -> None:
+        super().__init__(base.shape, base.mask, base.dtype, base.device)
+        self.base, self.key_weights = base, key_weights
+        self.n_kv_heads, self.grade, self.values = base.n_kv_heads, base.grade, base.values
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """None of its own."""
+        raise CaptureError("a pattern of magnitudes is made from another", hint="keep that one, and call magnitude()")
+
+    @classmethod
+    def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> MagnitudePattern:
+        """Not possible: see `parts`."""
+        raise CaptureError("a pattern of magnitudes is made from another", hint="rebuild that one")
+
+    def _weighted(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:
+        tile = self.base.tile_of(batch, queries, keys, heads)
+        if self.key_weights is None:
+            return tile
+        return tile * self.key_weights[batch][:, list(heads), None, keys]
+
+    def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
+        """[batch, head, q, k], not negative."""
+        return self.tile_of(slice(None), queries, keys, range(self.n_heads) if heads is None else heads)
+
+    def tile_of(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:
+        """[b, h, q, k], not negative."""
+        size = self._sums[0][batch][:, list(heads), queries, None]
+        return self._weighted(batch, queries, keys, heads).abs() / size.clamp(min=torch.finfo(self.dtype).tiny)
+
+    def raw_maker(self, batch: slice, heads: slice) -> RawTileMaker:
+        """Tiles A·w."""
+        which = range(self.n_heads)[heads]
+        return lambda queries, keys: self._weighted(batch, queries, keys, which)
+
+    @property
+    def denominators_known(self) -> bool:
+        """Whether the row sums were found already."""
+        return "_sums" in self.__dict__
+
+    def found_denominators(self, found: Denominators) -> None:
+        """Keep the row sums."""
+        self.__dict__["_sums"] = Denominators(*(each.to(self.dtype) for each in found))
+
+    @cached_property
+    def _sums(self) -> Denominators:
+        """Σ |A|·w and Σ A·w per row."""
+        return Denominators(*(each.to(self.dtype) for each in streaming.find_denominators(self)))
+
+    @property
+    def signed_mass(self) -> Tensor:
+        """[batch, head, query] Σ A·w / Σ |A|·w; NaN in rows without weight."""
+        size, signed = self._sums
+        return torch.where(size > 0, signed / size, torch.nan)
+
+    @property
+    def seen(self) -> MaskSummary:
+        """The base's counts; once the row sums are known, a row without weight counts as one that sees no key."""
+        seen = self.base.seen
+        if not self.denominators_known:
+            return seen
+        keys = torch.where(self._sums[0] > 0, seen.keys_per_query, 0)
+        return MaskSummary(keys, seen.queries_per_key, seen.first_key)
+
+    def check(self) -> None:
+        """As the base does."""
+        self.base.check()

@@ -1,0 +1,115 @@
+"""What a report is made of before it is a page: sections with words, facts, figures and limits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from workbench.tokens import visible_text
+from workbench.views.base.spec import ViewSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TABLE_ROWS = 50  # rows of a table on the page; the frame of a view shows as many
+
+
+@dataclass
+class Table:
+    """A table that stands on the page as HTML: its first rows, as text."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+    n_rows: int
+    numeric: list[bool]
+
+    @property
+    def summary(self) -> str:
+        """What is shown of how much."""
+        shown = len(self.rows)
+        return f"{self.n_rows:,} rows" if shown == self.n_rows else f"the first {shown} of {self.n_rows:,} rows"
+
+
+@dataclass
+class Section:
+    """One thing that was added.
+
+    Attributes:
+        heading: what the contents call it; None for words without a heading of their own.
+        note: rendered Markdown above everything else. prose: rendered Markdown that is the thing itself.
+        prompt: the text that a capture saw. facts: pairs to read.
+        verdict: what a verification said, see `verdict.py`; None where there is nothing to verify.
+        tables: tables on the page. figures: views, in order.
+        limits: sentences for the limits of the report.
+        origin: provenance of the section as JSON values. data: what went in, as JSON values.
+    """
+
+    heading: str | None = None
+    note: Markup | None = None
+    prose: Markup | None = None
+    prompt: str | None = None
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    verdict: dict[str, Any] | None = None
+    tables: list[Table] = field(default_factory=list)
+    figures: list[ViewSpec] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] | None = None
+
+
+def table_of(frame: pd.DataFrame, caption: str) -> Table:
+    """The head of a frame."""
+    head = frame.head(TABLE_ROWS)
+    return Table(
+        caption=visible_text(caption),
+        columns=[visible_text(str(name)) for name in frame.columns],
+        rows=[[_cell(value) for value in row] for row in head.itertuples(index=False)],
+        n_rows=len(frame),
+        numeric=[frame[name].dtype.kind in "iuf" for name in frame.columns],
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "–" if value != value else f"{value:.6g}"
+    return visible_text(str(value))
+
+
+def count(number: int, noun: str) -> str:
+    """A number and what it counts.
+
+    >>> count(1, "head"), count(1200, "head")
+    ('1 head', '1,200 heads')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested provenance as pairs to read.
+
+    >>> flat({"versions": {"torch": "2"}, "seeds": [1, 2]})
+    [('versions torch', '2'), ('seeds', '1, 2')]
+    """
+    if isinstance(value, Mapping):
+        return [pair for key, item in value.items() for pair in flat(item, f"{prefix} {key}".strip())]
+    if isinstance(value, str) or value is None:
+        text = "unknown" if value is None else value
+    elif isinstance(value, Sequence):
+        text = ", ".join(str(item) for item in value)
+    elif isinstance(value, bool):
+        text = "yes" if value else "no"
+    else:
+        text = f"{value:,}" if isinstance(value, int) and "seed" not in prefix else str(value)
+    return [(visible_text(prefix.replace("_", " ")), visible_text(text))]
+
+
+def figure_id(number: int, spec: ViewSpec) -> str:
+    """The anchor of a figure: "fig-2-head-atlas"; charts are called by their titles."""
+    words = spec.title if spec.kind == "figure" else spec.kind
+    slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:40].strip("-")
+    return f"fig-{number}-{slug or spec.kind}"

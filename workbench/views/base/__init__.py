@@ -1,0 +1,1 @@
+"""What all views stand on: the view and its spec, kinds, selection, widget, page, registry, still pictures."""

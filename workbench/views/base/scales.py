@@ -1,0 +1,73 @@
+"""Colour scales of the pictures, the same as those of `shared/colour.js`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def diverging() -> Any:
+    """The map for signed values; its middle is the background of the theme."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("workbench", _DIVERGING["dark" if _is_dark() else "light"])
+
+
+_STOPS = {
+    "light": "1b2f63 24509b 3b7cbf 7fb0d9 c2dcec f4f4f2 f6d0b4 e69b72 cc5f45 a12b33 681221",
+    "dark": "a6d4ff 6fb0ea 3f86c6 275a8f 1d3856 24262b 52261f 8c3b2b c25c3d ec9165 ffcba4",
+}
+_DIVERGING = {theme: [f"#{stop}" for stop in stops.split()] for theme, stops in _STOPS.items()}
+
+
+def unseen_colour() -> str:
+    """The colour of cells that stand for nothing: masked, or not known. For use inside `picture`."""
+    return "#2a2f36" if _is_dark() else "#e6e9ed"
+
+
+def _is_dark() -> bool:
+    import matplotlib as mpl
+
+    return bool(np.mean(mpl.colors.to_rgb(mpl.rcParams["figure.facecolor"])) < 0.5)
+
+
+def limits(values: Any, *, signed: bool) -> tuple[float, float]:
+    """The ends of a colour scale: 0 to a round top, or symmetric around 0."""
+    known = np.abs(np.asarray(values, dtype=float))
+    top = ceiling(float(np.nanmax(known, initial=0.0)))
+    return (-top, top) if signed else (0.0, top)
+
+
+def ceiling(value: float) -> float:
+    """The least round number that is not below the value.
+
+    >>> ceiling(0.137), ceiling(42), ceiling(0)
+    (0.15, 50.0, 1.0)
+    """
+    if not value > 0:
+        return 1.0
+    power = 10.0 ** np.floor(np.log10(value))
+    steps = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
+    return float(round(next(step for step in steps if step * power >= value * 0.9999) * power, 12))
+
+
+def colours(values: Any, *, signed: bool) -> list[str]:
+    """A hex colour per value; what is not known is grey."""
+    import matplotlib as mpl
+
+    low, high = limits(values, signed=signed)
+    scale = diverging() if signed else mpl.colormaps["viridis"]
+    places = (np.asarray(values, dtype=float) - low) / (high - low)
+    return [unseen_colour() if np.isnan(at) else mpl.colors.to_hex(scale(float(at))) for at in places]
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever is easier to read on a colour (WCAG's relative luminance).
+
+    >>> ink_on("#440154"), ink_on("#fde725")
+    ('#fff', '#000')
+    """
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return "#000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#fff"

@@ -1,0 +1,129 @@
+"""What a view shows, as data: facts, typed arrays, a table, a caption. The same spec is drawn live and on a page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jsonschema
+import numpy as np
+from numpy.typing import NDArray
+
+from workbench.errors import ReportError
+from workbench.storage.json_text import finite
+from workbench.views.base.kinds import kind_of
+
+Array = NDArray[Any]
+Table = Mapping[str, "Array | Sequence[str]"]
+
+_KINDS = {"u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"}
+_WORTH = 0.95  # a block is kept deflated when that makes it so much smaller
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One view as data.
+
+    Attributes:
+        kind: which view: a name that is registered, see `register_kind`.
+        title: a few words. caption: what is shown, over how much, in which unit, what was cut.
+        facts: what the view's module needs besides arrays: JSON values, token texts as `workbench.tokens.visible` has
+            them. The kind's schema says what must be there.
+        blocks: arrays of 1-, 2- or 4-byte integers or 4- or 8-byte floats. NaN is a value that is not known.
+        table: columns of equal length, arrays or lists of text: what the data table shows and the CSV holds.
+        notes: limits of what is shown, one sentence each: quantisation, rows left out, clipped values.
+        selection: what is selected when nobody has selected anything.
+        state: what has been set in this view alone, JSON values: pins and their names, a threshold.
+        provenance: JSON values.
+    """
+
+    kind: str
+    title: str
+    caption: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    blocks: Mapping[str, Array] = field(default_factory=dict)
+    table: Table = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = {len(column) for column in self.table.values()}
+        if len(lengths) > 1:
+            raise ReportError(f"the columns of the table of {self.title!r} have lengths {sorted(lengths)}")
+        for name, block in self.blocks.items():
+            if block.dtype.str[1:] not in _KINDS:
+                raise ReportError(f"the block {name} holds {block.dtype}, which no page can read", shape=block.shape)
+            block.flags.writeable = False
+        # Facts are compared as JSON has them: tuples as lists, NaN as null.
+        described = {
+            "facts": finite(self.facts),
+            "state": finite(self.state),
+            "blocks": {name: {"dtype": b.dtype.str[1:], "axes": b.ndim} for name, b in self.blocks.items()},
+        }
+        try:
+            jsonschema.validate(described, kind_of(self.kind).schema)
+        except jsonschema.ValidationError as error:
+            where = ".".join(map(str, error.absolute_path)) or "it"
+            raise ReportError(f"the spec of a {self.kind} view is wrong at {where}: {error.message[:300]}") from None
+
+    def to_live(self) -> dict[str, Any]:
+        """The spec for a widget: arrays as bytes, which travel as binary buffers."""
+        return self._as_dict(lambda block: {"data": _little(block).tobytes()})
+
+    def to_static(self) -> dict[str, Any]:
+        """The spec as JSON values: arrays in base64, deflated where that makes them smaller."""
+        return self._as_dict(_packed)
+
+    def _as_dict(self, pack: Any) -> dict[str, Any]:
+        columns: list[dict[str, Any]] = []
+        blocks = dict(self.blocks)
+        for name, column in self.table.items():
+            if isinstance(column, np.ndarray) and column.dtype.kind in "uif":
+                blocks[f"table:{name}"] = column
+                columns.append({"name": name, "block": f"table:{name}"})
+            else:
+                columns.append({"name": name, "text": [str(value) for value in column]})
+        return {
+            "version": 1,
+            "kind": self.kind,
+            "title": self.title,
+            "caption": self.caption,
+            "facts": finite(self.facts),
+            "blocks": {
+                name: {"dtype": _little(block).dtype.str[1:], "shape": list(block.shape), **pack(block)}
+                for name, block in blocks.items()
+            },
+            "table": columns,
+            "notes": list(self.notes),
+            "selection": finite(self.selection),
+            "state": finite(self.state),
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything that is shown."""
+        return hashlib.sha256(json.dumps(self.to_static(), sort_keys=True).encode()).hexdigest()
+
+
+def _little(block: Array) -> Array:
+    """The array in order, its numbers with the low byte first; whole numbers of 8 bytes take 4 where they fit."""
+    if block.dtype.kind in "ui" and block.dtype.itemsize == 8:
+        low, high = (int(block.min()), int(block.max())) if block.size else (0, 0)
+        if not -(2**31) <= low <= high < 2**31:
+            return np.ascontiguousarray(block, dtype="<f8")
+        return np.ascontiguousarray(block, dtype="<i4")
+    return np.ascontiguousarray(block, dtype=block.dtype.newbyteorder("<"))
+
+
+def _packed(block: Array) -> dict[str, Any]:
+    raw = _little(block).tobytes()
+    deflated = zlib.compress(raw, 9)
+    small = len(deflated) < _WORTH * len(raw)
+    return {"deflate": small, "base64": base64.b64encode(deflated if small else raw).decode("ascii")}

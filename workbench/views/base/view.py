@@ -1,0 +1,181 @@
+"""`View`: the base of all views. A spec, a picture of it, and the ways in which it is shown."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import pandas as pd
+from markupsafe import Markup
+
+from workbench.errors import ReportError
+from workbench.storage.json_text import finite
+from workbench.views.base import drawing, page
+from workbench.views.base.selection import SHARED, Selection, SharedSelection
+from workbench.views.base.spec import ViewSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from workbench.views.base.widget import ViewWidget
+
+TABLE_ROWS = 50  # rows of the table that stands below a picture
+
+
+class View(ABC):
+    """Something to look at: live in a notebook, as a page of its own, as a picture, as a table.
+
+    A subclass makes a `ViewSpec` of a kind that is registered (`register_kind`) and draws its `picture`. One that can
+    compute more on demand answers questions from the live module in `answer`.
+
+    Attributes:
+        spec: what is shown, as data.
+        size: width and height of the picture in inches.
+        colours: how many the picture keeps; None for all.
+    """
+
+    size: tuple[float, float] = (8.0, 4.5)
+    colours: int | None = None
+
+    def __init__(self, spec: ViewSpec, selection: SharedSelection | None = None) -> None:
+        self.spec = spec
+        self._shared = SHARED if selection is None else selection
+
+    @abstractmethod
+    def picture(self, figure: Figure) -> None:
+        """Draw what matters on an empty figure; colours and fonts are set."""
+
+    def answer(self, question: Mapping[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+        """Answer the live module: JSON values, and buffers of bytes. Errors of ours reach the module as text."""
+        raise ReportError(f"this view cannot answer {question.get('ask')!r}")
+
+    @property
+    def selection(self) -> Selection:
+        """What is selected in this view and in those that share its selection."""
+        return self._shared.value
+
+    def select(self, **changes: Any) -> Self:
+        """Change the shared selection: `view.select(layer=5, heads=(1,))`; returns the view."""
+        self._shared.select(**changes)
+        return self
+
+    def on_select(self, callback: Callable[[Selection], object]) -> Callable[[], None]:
+        """Call back with every new selection, from Python or from a click; what is returned ends that."""
+        return self._shared.on_select(callback)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What has been set in this view alone, JSON values; a page or report that is made of the view keeps it."""
+        return dict(self.spec.state)
+
+    def set_state(self, **changes: Any) -> Self:
+        """Change some of the state, here and in the browser; returns the view.
+
+        Raises:
+            ReportError: the view has no such state.
+        """
+        self._put_state(finite({**self.spec.state, **changes}))
+        return self
+
+    def _put_state(self, state: Mapping[str, Any]) -> None:
+        if state == self.spec.state:
+            return
+        self.spec = replace(self.spec, state=state)
+        if "widget" in self.__dict__:
+            self.widget.state = dict(state)
+
+    def data(self) -> pd.DataFrame:
+        """The numbers that are shown, as a table."""
+        return pd.DataFrame(dict(self.spec.table))
+
+    @cached_property
+    def widget(self) -> ViewWidget:
+        """The live widget; one per view, however often it is shown."""
+        from workbench.views.base.widget import ViewWidget
+
+        return ViewWidget.of(self, self._shared)
+
+    def show(self) -> None:
+        """Display the view in a notebook.
+
+        Raises:
+            ReportError: there is no notebook.
+        """
+        from IPython import get_ipython
+        from IPython.display import display
+
+        if get_ipython() is None:
+            raise ReportError("there is no notebook to show this in", hint="write a page: view.to_html('view.html')")
+        display(self)
+
+    def to_html(self, path: str | Path | None = None) -> str | Path:
+        """The view as one self-contained page: its text, or its path when one is given."""
+        html = page.single(self.spec)
+        return html if path is None else page.write(path, html)
+
+    def to_png(self, path: str | Path | None = None, *, theme: str = "light", dpi: int = 120) -> bytes | Path:
+        """The picture: its bytes, or its path when one is given.
+
+        Args:
+            theme: "light" or "dark".
+        """
+        found = drawing.png(self.picture, self.size, theme=theme, dpi=dpi, colours=self.colours)
+        return found if path is None else page.write(path, found)
+
+    def _png(self) -> bytes:
+        found = self.to_png()
+        return found if isinstance(found, bytes) else found.read_bytes()
+
+    def _still(self, identity: str) -> str:
+        """The picture and the table as HTML without scripts: what a notebook shows once nothing lives behind it."""
+        table = self.data().head(TABLE_ROWS)
+        return drawing.still(
+            identity,
+            title=self.spec.title,
+            caption=" ".join([self.spec.caption, *self.spec.notes]),
+            picture=base64.b64encode(self._png()).decode("ascii"),
+            table=table,
+            n_rows=len(self.data()),
+        )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        identity = f"workbench-{secrets.token_hex(6)}"
+        return {"text/html": self._still(identity), "image/png": self._png(), "text/plain": str(self)}
+
+    def _ipython_display_(self) -> None:
+        """Two outputs: the widget, and below it the picture, which the widget hides while it lives."""
+        from IPython import get_ipython
+        from IPython.display import display
+
+        shell = get_ipython()
+        if shell is None or getattr(shell, "kernel", None) is None:
+            display({"text/plain": str(self)}, raw=True)
+            return
+        identity = f"workbench-{secrets.token_hex(6)}"
+        self.widget.still = [*self.widget.still, identity]
+        live = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
+        display({"application/vnd.jupyter.widget-view+json": live, "text/plain": repr(self)}, raw=True)
+        picture = {"text/html": self._still(identity), "image/png": self._png(), "text/plain": str(self)}
+        display(picture, raw=True)
+
+    def __html__(self) -> Markup:
+        return Markup(self._still(f"workbench-{secrets.token_hex(6)}"))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.spec.title})"
+
+    def __str__(self) -> str:
+        """For a terminal: title, caption, and the head of the table."""
+        table = self.data()
+        lines = [self.spec.title, self.spec.caption, *self.spec.notes]
+        if len(table):
+            lines.append(table.head(10).to_string(index=False))
+        if len(table) > 10:
+            lines.append(f"… {len(table):,} rows; view.data() has them all")
+        return "\n".join(lines)

@@ -1,0 +1,217 @@
+"""Compare: two patterns, two atlases or two matrices of one shape, and the first minus the second."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from workbench.errors import ReportError
+from workbench.tokens import visible
+from workbench.views.attention_pattern import AttentionPattern, pyramid
+from workbench.views.base import scales
+from workbench.views.base.selection import SharedSelection
+from workbench.views.base.spec import ViewSpec
+from workbench.views.base.view import View
+from workbench.views.head_atlas import HeadAtlas
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LONGEST = 2048
+_ROWS_OF_TABLE = 1000
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Values [row, column] with their names; NaN where there is nothing."""
+
+    values: np.ndarray[Any, Any]
+    size: tuple[int, int]
+    block: int = 1
+    rows: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    titles: tuple[str, str] = ("row", "column")
+    unit: str = ""
+    selects: str = "none"
+    error: float = 0.0
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Compare(View):
+    """See `compare`."""
+
+    size = (10.5, 3.6)
+
+    def picture(self, figure: Figure) -> None:
+        facts, a, b = self.spec.facts, self.spec.blocks["a"], self.spec.blocks["b"]
+        labels = facts["labels"]
+        low, high = scales.limits(np.concatenate([a.ravel(), b.ravel()]), signed=facts["signed"])
+        ends = scales.limits(a - b, signed=True)
+        panels = figure.subplots(1, 3, sharex=True, sharey=True)
+        sequential = scales.diverging() if facts["signed"] else "viridis"
+        shown = [(a, labels[0], sequential, (low, high)), (b, labels[1], sequential, (low, high))]
+        shown.append((a - b, f"{labels[0]} − {labels[1]}", scales.diverging(), ends))
+        edges = (-0.5, facts["size"][1] - 0.5, facts["size"][0] - 0.5, -0.5)
+        for axes, (values, title, scale, (bottom, top)) in zip(panels, shown, strict=True):
+            axes.set_facecolor(scales.unseen_colour())
+            image = axes.imshow(values, cmap=scale, vmin=bottom, vmax=top, extent=edges, aspect="auto")
+            axes.set(title=title, xlabel=facts["columnTitle"])
+            figure.colorbar(image, ax=axes, label=facts["unit"])
+        panels[0].set_ylabel(facts["rowTitle"])
+
+
+def compare(
+    a: Any,
+    b: Any,
+    *,
+    labels: Sequence[str] = ("A", "B"),
+    title: str = "Comparison",
+    caption: str | None = None,
+    selection: SharedSelection | None = None,
+) -> Compare:
+    """Two things of one shape beside each other, and the first minus the second around zero.
+
+    Args:
+        a, b: two attention patterns (their leading heads), two head atlases (their first metrics), or two matrices.
+        labels: what to call them.
+
+    Raises:
+        ReportError: they are of different kinds or shapes, speak of other tokens, or are too large to compare cell by
+            cell.
+
+    >>> compare(np.eye(3), np.zeros((3, 3))).data()["difference"].tolist()[:2]
+    [1.0, 1.0]
+    """
+    first, second = _matrix(a), _matrix(b)
+    if first.values.shape != second.values.shape or first.size != second.size:
+        raise ReportError(
+            f"the two have shapes {list(first.size)} and {list(second.size)}",
+            hint="compare what has the same rows and columns",
+        )
+    for axis in ("rows", "columns"):
+        ours, theirs = getattr(first, axis), getattr(second, axis)
+        odd = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+        if odd is not None:
+            raise ReportError(f"the {axis} differ: {ours[odd]!r} and {theirs[odd]!r} at {odd}", hint="compare one text")
+    if len(labels) != 2:
+        raise ReportError(f"two labels are needed, not {len(labels)}")
+    values = np.stack([first.values, second.values]).astype(np.float32)
+    signed = bool(np.nanmin(values, initial=0) < 0)
+    shown = [visible(label) for label in labels]
+    spec = ViewSpec(
+        kind="compare",
+        title=title,
+        caption=caption
+        or f"{shown[0]}, {shown[1]}, and {shown[0]} minus {shown[1]}: {first.size[0]:,} × {first.size[1]:,}.",
+        facts={
+            "labels": shown,
+            "rows": list(first.rows),
+            "columns": list(first.columns),
+            "rowTitle": first.titles[0],
+            "columnTitle": first.titles[1],
+            "unit": first.unit,
+            "signed": signed,
+            "selects": first.selects,
+            "block": first.block,
+            "size": list(first.size),
+        },
+        blocks={"a": values[0], "b": values[1]},
+        table=_table(first, values),
+        notes=tuple(_notes(first, second)),
+        provenance={"a": dict(first.provenance), "b": dict(second.provenance)},
+    )
+    return Compare(spec, selection)
+
+
+def _matrix(thing: Any) -> _Matrix:
+    if isinstance(thing, AttentionPattern):
+        return _of_pattern(thing)
+    if isinstance(thing, HeadAtlas):
+        return _of_atlas(thing)
+    if isinstance(thing, View):
+        raise ReportError(f"a {type(thing).__name__} cannot be compared", hint="patterns, atlases and matrices can")
+    values = np.asarray(thing.detach().cpu().float() if isinstance(thing, torch.Tensor) else thing, dtype=float)
+    if values.ndim != 2 or 0 in values.shape:
+        raise ReportError("a matrix is [row, column]", shape=values.shape)
+    if max(values.shape) > LONGEST:
+        raise ReportError(f"the longest side may have {LONGEST:,} cells", shape=values.shape)
+    return _Matrix(values, (values.shape[0], values.shape[1]))
+
+
+def _of_pattern(view: AttentionPattern) -> _Matrix:
+    facts, blocks = view.spec.facts, view.spec.blocks
+    i, head = facts["first"]
+    site, at = facts["sites"][i], facts["sites"][i]["heads"].index(head)
+    exact = blocks.get(f"exact:0:{i}")
+    cells = blocks[f"cells:0:{i}"][at]
+    values = exact[at] if exact is not None else np.where(cells == 0, np.nan, pyramid.dequantise(cells))
+    if max(values.shape) > LONGEST:
+        raise ReportError(
+            f"the longest side may have {LONGEST:,} cells", shape=values.shape, hint="pass a smaller budget="
+        )
+    names = [[] if site[which] is None else facts["tokens"][site[which]] for which in ("queryTokens", "keyTokens")]
+    error = 0.0 if exact is not None else site["error"]
+    size = site["queries"], site["keys"]
+    return _Matrix(
+        values,
+        size,
+        site["block"],
+        names[0],
+        names[1],
+        ("query", "key"),
+        "weight",
+        "pattern",
+        error,
+        view.spec.provenance,
+    )
+
+
+def _of_atlas(view: HeadAtlas) -> _Matrix:
+    facts = view.spec.facts
+    sites = facts["groups"][0]["sites"]
+    if not facts["metrics"]:
+        raise ReportError("the atlas has no metric to compare")
+    shown = view.spec.blocks["values"][facts["first"]]
+    grid = np.full((len(sites), max(site["heads"] for site in sites)), np.nan)
+    for row, site in enumerate(sites):
+        grid[row, : site["heads"]] = shown[site["start"] : site["start"] + site["heads"]]
+    about = facts["metrics"][facts["first"]]
+    rows = [f"L{site['layer']}" for site in sites]
+    is_layer = [site["layer"] for site in sites] == list(range(len(sites)))
+    selects = "head" if is_layer else "none"
+    unit = about["unit"] or about["label"]
+    return _Matrix(
+        grid, (grid.shape[0], grid.shape[1]), 1, rows, (), ("layer", "head"), unit, selects, 0.0, view.spec.provenance
+    )
+
+
+def _table(first: _Matrix, values: Any) -> dict[str, Any]:
+    """The cells that differ most."""
+    difference = values[0].astype(np.float64) - values[1]
+    size = np.nan_to_num(np.abs(difference).ravel(), nan=-1.0)
+    best = np.argsort(-size, kind="stable")[:_ROWS_OF_TABLE]
+    best = best[size[best] >= 0]
+    row, column = np.unravel_index(best, difference.shape)
+    table: dict[str, Any] = {}
+    for title, at, names in ((first.titles[0], row, first.rows), (first.titles[1], column, first.columns)):
+        table[title] = (at * first.block).astype(np.int32)
+        if len(names):
+            table[f"{title} name"] = [names[i * first.block] for i in at]
+    a, b = (values[i].ravel()[best].astype(np.float64) for i in (0, 1))
+    return table | {"A": a, "B": b, "difference": difference.ravel()[best]}
+
+
+def _notes(first: _Matrix, second: _Matrix) -> list[str]:
+    notes = []
+    if first.block > 1:
+        notes.append(f"Pooled: cells are the largest weights in blocks of {first.block} × {first.block} tokens.")
+    if first.error or second.error:
+        notes.append(f"In 8 bits: A and B are off by at most {max(first.error, second.error)}, A − B by their sum.")
+    hidden = int(np.isnan(first.values).sum() != np.isnan(second.values).sum())
+    if hidden:
+        notes.append("Some cells exist in one of the two only; they have no difference.")
+    return notes

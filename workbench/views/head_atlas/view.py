@@ -1,0 +1,275 @@
+"""Head atlas: layers down, heads across, coloured by a number per head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.capture.capture import Capture
+from workbench.errors import ReportError, nearest
+from workbench.hooks.sites import Kind, Site
+from workbench.tokens import visible
+from workbench.views.base import scales
+from workbench.views.base.selection import SharedSelection
+from workbench.views.base.spec import ViewSpec
+from workbench.views.base.view import View
+from workbench.views.head_atlas.quantities import Metric, metric
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ALIAS = re.compile(r"(.+)\.\d+\.(attn|cross_attn)")
+_FEW = 5  # batch entries below which an interval says nothing
+Scores = Any  # {(layer, head): value}, an array [layer, head], or a frame with layer, head, value, (low, high, site)
+
+
+class HeadAtlas(View):
+    """See `head_atlas`."""
+
+    def picture(self, figure: Figure) -> None:
+        facts, values = self.spec.facts, self.spec.blocks["values"]
+        groups = facts["groups"]
+        rows = [len(group["sites"]) for group in groups]
+        figure.set_size_inches(6.5, sum(max(1.0, 0.24 * n) + 0.75 for n in rows))
+        panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[max(4, n) for n in rows])[:, 0]
+        shown = values[facts["first"]] if len(values) else np.full(_count(groups), np.nan)
+        about = facts["metrics"][facts["first"]] if len(values) else asdict(Metric("no statistic"))
+        low, high = scales.limits(shown, signed=about["signed"])
+        for panel, group in zip(panels, groups, strict=True):
+            grid = np.full((len(group["sites"]), max(site["heads"] for site in group["sites"])), np.nan)
+            for row, site in enumerate(group["sites"]):
+                grid[row, : site["heads"]] = shown[site["start"] : site["start"] + site["heads"]]
+            scale = scales.diverging() if about["signed"] else "viridis"
+            image = panel.imshow(grid, cmap=scale, vmin=low, vmax=high, aspect="auto")
+            panel.set_facecolor(scales.unseen_colour())
+            panel.set(title=group["label"], xlabel="head")
+            every = max(1, len(group["sites"]) // 16)
+            panel.set_yticks(range(0, len(group["sites"]), every), [f"L{s['layer']}" for s in group["sites"]][::every])
+            panel.xaxis.get_major_locator().set_params(integer=True)
+        unit = f" ({about['unit']})" if about["unit"] else ""
+        figure.colorbar(image, ax=list(panels), label=about["label"] + unit)
+
+
+def head_atlas(
+    source: Capture | Mapping[str, Scores] | pd.DataFrame,
+    *,
+    metric: str | None = None,
+    title: str = "Heads",
+    caption: str | None = None,
+    unit: str = "",
+    signed: bool | None = None,
+    kind: Kind = "self",
+    provenance: Mapping[str, Any] | None = None,
+    selection: SharedSelection | None = None,
+) -> HeadAtlas:
+    """All heads at once, coloured by a number each.
+
+    Args:
+        source: a capture: each statistic with a value per query makes a metric, averaged over queries, batch entries
+            and forwards, with the spread over entries (2.5 and 97.5 percent) where there are at least five. Or
+            {label: scores}, where scores are {(layer, head): value}, an array [layer, head], or a frame with columns
+            layer, head, value and, if known, low, high and site.
+        metric: the statistic or label to begin with.
+        unit, signed: of given scores; signed ones are coloured around 0, and are found out if None.
+        kind: of attention whose scores are given.
+
+    Raises:
+        ReportError: there is no head, or no such metric.
+
+    >>> head_atlas({"importance": {(0, 0): 0.5, (0, 1): -0.1}}).data()["importance"].tolist()
+    [0.5, -0.1]
+    """
+    if isinstance(source, Capture):
+        sites, metrics, values, low, high, over = _of_capture(source)
+        provenance = dict(source.provenance) if provenance is None else provenance
+    else:
+        sites, metrics, values, low, high = _of_scores(source, unit, signed, kind)
+        over = "Given scores"
+    names = list(metrics)
+    if metric is not None and metric not in names and metric not in [m.label for m in metrics.values()]:
+        raise ReportError(f'the atlas has no metric "{metric}"', hint=nearest(metric, names))
+    first = 0
+    if metric is not None:
+        first = names.index(metric) if metric in names else [m.label for m in metrics.values()].index(metric)
+    groups, order = _grouped(sites)
+    several = values[:, order], low[:, order], high[:, order]
+    spec = ViewSpec(
+        kind="head_atlas",
+        title=title,
+        caption=caption or f"{over}: {len(order):,} heads at {len(sites)} sites.",
+        facts={
+            "groups": groups,
+            "metrics": [
+                {**asdict(m), "interval": bool(np.isfinite(low[i]).any())} for i, m in enumerate(metrics.values())
+            ],
+            "first": first,
+        },
+        blocks={
+            name: np.asarray(block, np.float32) for name, block in zip(("values", "low", "high"), several, strict=True)
+        },
+        table=_table(groups, names, *several),
+        notes=_notes(sites, several[0], names),
+        provenance=provenance or {},
+    )
+    return HeadAtlas(spec, selection)
+
+
+def _of_capture(capture: Capture) -> tuple[list[Site], dict[str, Metric], Any, Any, Any, str]:
+    """Sites, metrics, and [metric, head] means and intervals over all batch entries of all forwards."""
+    calls = capture.calls
+    sites = {c.site.name: c.site for call in calls for c in call}
+    if not sites:
+        raise ReportError("the capture is empty", hint="call the model inside `with wb.capture() as cap:`")
+    n_heads: dict[str, int] = {}
+    for call in calls:
+        for c in call:
+            n_heads[c.site.name] = max(n_heads.get(c.site.name, 0), c.shape[1])
+    metrics = {name: m for name in capture.statistics if (m := metric(name)) is not None}
+    count = sum(n_heads.values())
+    values, low, high = (np.full((len(metrics), count), np.nan) for _ in range(3))
+    entries = 0
+    for i, name in enumerate(metrics):
+        start = 0
+        for site in sites:
+            found = [
+                _per_entry(c.statistics[name])
+                for call in calls
+                for c in call
+                if c.site.name == site and name in c.statistics
+            ]
+            if found:
+                each = torch.cat(found)  # [entry, head]
+                entries = max(entries, len(each))
+                place = slice(start, start + each.shape[1])
+                values[i, place] = each.nanmean(0).numpy()
+                if len(each) >= _FEW:
+                    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+                    low[i, place], high[i, place] = each.nanquantile(ends, dim=0).numpy()
+            start += n_heads[site]
+    resized = [replace(site, n_heads=n_heads[name]) for name, site in sites.items()]
+    over = f"Means over the queries of {entries} sequence{'' if entries == 1 else 's'}" if entries else "No statistics"
+    return resized, metrics, values, low, high, over
+
+
+def _per_entry(tensor: torch.Tensor) -> torch.Tensor:
+    """[entry, head] from [batch, head] or [batch, head, query]; queries that see no key do not count."""
+    tensor = tensor.detach().double().cpu()
+    return tensor if tensor.dim() == 2 else tensor.nanmean(-1)
+
+
+def _of_scores(
+    source: Any, unit: str, signed: bool | None, kind: Kind
+) -> tuple[list[Site], dict[str, Metric], Any, Any, Any]:
+    given = source if isinstance(source, Mapping) else {"value": source}
+    frames = {label: _frame(scores) for label, scores in given.items()}
+    if not frames or any(frame.empty for frame in frames.values()):
+        raise ReportError("there is no head to show", hint='pass {"importance": {(layer, head): value}}')
+    every = pd.concat(list(frames.values()))
+    sites: list[Site] = []
+    starts: dict[tuple[int, str], int] = {}
+    start = 0
+    largest = every.groupby(["layer", "site"], sort=True)["head"].max().reset_index()
+    for layer, name, head in zip(largest["layer"], largest["site"], largest["head"], strict=True):
+        heads = int(head) + 1
+        starts[int(layer), str(name)] = start
+        sites.append(_site(str(name), int(layer), kind, heads))
+        start += heads
+    values, low, high = (np.full((len(frames), start), np.nan) for _ in range(3))
+    for i, frame in enumerate(frames.values()):
+        at = [
+            starts[int(la), str(n)] + int(h)
+            for la, n, h in zip(frame["layer"], frame["site"], frame["head"], strict=True)
+        ]
+        for block, column in ((values, "value"), (low, "low"), (high, "high")):
+            block[i, at] = frame[column].to_numpy(float)
+    metrics = {}
+    for i, label in enumerate(frames):
+        is_signed = bool(np.nanmin(values[i], initial=0) < 0) if signed is None else signed
+        metrics[label] = Metric(label, unit, "", is_signed)
+    return sites, metrics, values, low, high
+
+
+def _site(name: str, layer: int, kind: Kind, heads: int) -> Site:
+    """A site whose scores are given; an alias such as decoder.0.cross_attn tells its tower and kind."""
+    found = _ALIAS.fullmatch(name)
+    if found is None or found[1] == "blocks":
+        return Site(name, layer, kind, heads)
+    return Site(name, layer, "cross" if found[2] == "cross_attn" else kind, heads, tower=found[1])
+
+
+def _frame(scores: Scores) -> pd.DataFrame:
+    """layer, head, site, value, low, high."""
+    if isinstance(scores, Mapping):
+        frame = pd.DataFrame(
+            [(*key, float(value)) for key, value in scores.items()], columns=["layer", "head", "value"]
+        )
+    elif isinstance(scores, pd.DataFrame):
+        missing = {"layer", "head", "value"} - set(scores.columns)
+        if missing:
+            raise ReportError(f"the scores have no column {sorted(missing)[0]!r}", hint="layer, head, value")
+        frame = scores
+    else:
+        array = np.asarray(scores.detach().cpu() if isinstance(scores, torch.Tensor) else scores, dtype=float)
+        if array.ndim != 2:
+            raise ReportError("scores as an array are [layer, head]", shape=array.shape)
+        layers, heads = np.indices(array.shape)
+        frame = pd.DataFrame({"layer": layers.ravel(), "head": heads.ravel(), "value": array.ravel()})
+    missing_columns = {
+        name: default for name, default in (("low", np.nan), ("high", np.nan), ("site", "")) if name not in frame
+    }
+    return frame.assign(**missing_columns)
+
+
+def _grouped(sites: Sequence[Site]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Groups of sites that make one map each, and the order of heads in which they stand."""
+    starts = np.cumsum([0, *(site.n_heads or 0 for site in sites)])
+    groups: dict[str, list[dict[str, Any]]] = {}
+    order: list[int] = []
+    labels = [group_label(site) for site in sites]
+    at = 0
+    for label in dict.fromkeys(labels):
+        for i, site in enumerate(sites):
+            if labels[i] != label:
+                continue
+            heads = int(site.n_heads or 0)
+            name = visible(site.name) if site.name else None
+            groups.setdefault(label, []).append({"name": name, "layer": int(site.layer), "heads": heads, "start": at})
+            order.extend(range(starts[i], starts[i] + heads))
+            at += heads
+    return [{"label": label, "sites": members} for label, members in groups.items()], order
+
+
+def group_label(site: Site) -> str:
+    """What kind of attention a site is, in words: "Encoder self-attention"."""
+    kind = f"{site.kind}-attention" if site.kind in ("self", "cross") else f"{site.kind} attention"
+    words = kind if site.kind == "cross" or not site.tower else f"{site.tower} {kind}"
+    return visible(words[:1].upper() + words[1:])
+
+
+def _count(groups: list[dict[str, Any]]) -> int:
+    return sum(site["heads"] for group in groups for site in group["sites"])
+
+
+def _table(groups: list[dict[str, Any]], names: list[str], values: Any, low: Any, high: Any) -> dict[str, Any]:
+    heads = [(site, head) for group in groups for site in group["sites"] for head in range(site["heads"])]
+    table: dict[str, Any] = {}
+    if any(site["name"] for site, _ in heads):
+        table["site"] = [site["name"] or "" for site, _ in heads]
+    table["layer"] = np.array([site["layer"] for site, _ in heads], np.int32)
+    table["head"] = np.array([head for _, head in heads], np.int32)
+    for i, name in enumerate(names):
+        table[name] = np.asarray(values[i], np.float64)
+        if np.isfinite(low[i]).any():
+            table[f"{name} low"], table[f"{name} high"] = np.asarray(low[i]), np.asarray(high[i])
+    return table
+
+
+def _notes(sites: Sequence[Site], values: Any, names: list[str]) -> tuple[str, ...]:
+    missing = [name for i, name in enumerate(names) if np.isnan(values[i]).any()]
+    return (f"Not known for every head, and grey there: {', '.join(missing)}.",) if missing else ()

@@ -1,0 +1,8 @@
+"""Image attention: what heads look at, over the images."""
+
+from workbench.views.base.kinds import register_kind
+from workbench.views.image_attention.view import ImageAttention, image_attention
+
+__all__ = ["ImageAttention", "image_attention"]
+
+register_kind("image_attention", __package__)

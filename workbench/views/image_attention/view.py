@@ -1,0 +1,193 @@
+"""Image attention: what heads look at, laid over the images: all heads on one image, one head on all images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workbench.analysis.profile.measuring import choose_sites, labels_of, locate
+from workbench.analysis.profile.places import Places
+from workbench.errors import ReportError
+from workbench.tokens import visible
+from workbench.views.base.selection import SharedSelection
+from workbench.views.base.spec import Array, ViewSpec
+from workbench.views.base.view import View
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from workbench.capture.capture import Capture
+
+CELLS = 3_000_000
+"""Weights that a view holds; with more, only those of the prefix tokens are kept."""
+_SIDE = 224  # pixels that an image keeps at most
+_PICTURED = 8  # images of the still picture
+
+
+class ImageAttention(View):
+    """See `image_attention`."""
+
+    def picture(self, figure: Figure) -> None:
+        facts, pixels = self.spec.facts, self.spec.blocks["pixels"]
+        chosen = self.selection
+        at = next(
+            (i for i, head in enumerate(facts["heads"])
+             if chosen.layer == head["layer"] and chosen.heads[:1] == (head["head"],)), facts["first"],
+        )  # fmt: skip
+        shown = range(min(_PICTURED, len(pixels)))
+        figure.set_size_inches(max(3.2, 1.15 * len(shown)), 2.9)
+        panels = figure.subplots(2, len(shown), squeeze=False)
+        for i in shown:
+            for panel in panels[:, i]:
+                panel.set_axis_off()
+            image = pixels[i] if pixels.shape[-1] == 3 else pixels[i, ..., 0]
+            height, width = image.shape[:2]
+            panels[0, i].imshow(image, cmap="gray", vmin=0, vmax=255)
+            panels[0, i].set_title(facts["images"][i], fontsize=8)
+            panels[1, i].imshow(self._map(i, at), extent=(0, width, height, 0), vmin=0)
+        row = "CLS" if facts["prefix"] else "all patches, received"
+        figure.supxlabel(f"{facts['heads'][at]['label']}: weight from {row}, each to its own largest", fontsize=9)
+
+    def _map(self, image: int, head: int) -> Array:
+        """[row, column] from the first prefix token; where there is none, what patches receive on average."""
+        facts = self.spec.facts
+        if facts["prefix"]:
+            weights = (self.spec.blocks["weights"][image, head, 0].astype(np.float64) / 255) ** 2
+        else:
+            weights = self.spec.blocks["received"][image, head].astype(np.float64)
+        return np.asarray(weights[facts["prefix"] :].reshape(facts["grid"]))
+
+
+def image_attention(
+    cap: Capture,
+    images: Any,
+    *,
+    labels: Sequence[Any] | None = None,
+    grid: tuple[int, int] | None = None,
+    prefix: int | None = None,
+    sites: Sequence[Any] | None = None,
+    title: str = "Attention over images",
+    caption: str | None = None,
+    selection: SharedSelection | None = None,
+) -> ImageAttention:
+    """Attention laid over the images that it was captured on.
+
+    All heads are shown on the chosen image, and the chosen head on all images: from CLS, from the chosen patch, or what
+    each patch receives from all others on average. The image, the head and the patch are part of the shared selection
+    (`example`, `layer` and `heads`, `query`).
+
+    Args:
+        cap: any number of forwards; patterns must have been kept (queries_keys=True).
+        images: what the model was given, in the order of forwards and batch rows: [image, channel, row, column] with
+            one or three channels, in any range, or [image, row, column].
+        labels: of the images, such as what they show.
+        grid, prefix, sites: as `workbench.attention_profile` takes them.
+
+    Raises:
+        ReportError: images that are none, or not as many as the capture has.
+        CaptureError, WorkbenchError: as `attention_profile`.
+
+    >>> import workbench
+    >>> from workbench.models import examples, load
+    >>> model, _ = load("demo-vit")
+    >>> pixels = examples().pixel_values[:2]
+    >>> with workbench.attach(model) as wb, torch.no_grad(), wb.capture() as cap:
+    ...     _ = model(pixel_values=pixels)
+    >>> view = image_attention(cap, pixels)
+    >>> len(view.spec.facts["heads"]), view.spec.facts["grid"]
+    (16, [8, 8])
+    """
+    chosen, _ = choose_sites(cap, sites)
+    places = locate(cap, chosen, grid, prefix)
+    if places.text:
+        raise ReportError("the model tells of no patches", hint="give grid=(rows, columns)")
+    pixels = _bytes(images)
+    n = sum(call[chosen[0]].shape[0] for call in cap.calls)
+    if len(pixels) != n:
+        raise ReportError(f"the capture holds {n} images, not {len(pixels)}", shape=pixels.shape)
+    if labels is not None and len(labels) != n:
+        raise ReportError(f"there are {n} images and {len(labels)} labels")
+    n_heads = sum(cap.calls[0][site].shape[1] for site in chosen)
+    every = n * n_heads * places.length**2 <= CELLS
+    if not every and n * n_heads * max(1, places.prefix) * places.length > CELLS:
+        raise ReportError(
+            f"{n} images, {n_heads} heads and {places.length} tokens are too much for one view",
+            hint="capture fewer images, or choose layers with sites=",
+        )
+    rows = slice(0, places.length if every else places.prefix)
+    weights, received, largest = _weights(cap, chosen, places, rows)
+    heads = [(site, h) for site in chosen for h in range(cap.calls[0][site].shape[1])]
+    named = [visible(str(label)) for label in (range(n) if labels is None else labels)]
+    several = len({site.layer for site, _ in heads}) < len(chosen)
+    notes = ["Weights are kept in 8 bits after a square root: the error is at most 0.004."]
+    if not every:
+        notes.append("Too many weights for one view: only those from the tokens before the patches are kept.")
+    spec = ViewSpec(
+        kind="image_attention",
+        title=title,
+        caption=caption
+        or f"{len(heads):,} heads on {n:,} images of {places.rows} x {places.columns} patches: weights of each query "
+        f"over all keys, of which those on patches are drawn.",
+        facts={
+            "grid": [places.rows, places.columns],
+            "prefix": places.prefix,
+            "every": every,
+            "images": named,
+            "heads": [
+                {"label": label, "layer": site.layer, "head": h, "site": visible(site.name) if several else None}
+                for label, (site, h) in zip(labels_of(heads), heads, strict=True)
+            ],
+            "first": len(heads) - cap.calls[0][chosen[-1]].shape[1],
+        },
+        blocks={"pixels": pixels, "weights": weights, "received": received},
+        table={
+            "image": [name for name in named for _ in heads],
+            "head": [label for _ in named for label in labels_of(heads)],
+            **{f"largest {name}": values.ravel() for name, values in largest.items()},
+        },
+        notes=tuple(notes),
+        provenance=dict(cap.provenance),
+    )
+    return ImageAttention(spec, selection)
+
+
+def _bytes(images: Any) -> Array:
+    """[image, row, column, channel] from 0 to 255, one range for all."""
+    found = torch.as_tensor(np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images)).double()
+    found = found[:, None] if found.dim() == 3 else found
+    if found.dim() != 4 or found.numel() == 0 or found.shape[1] not in (1, 3):
+        raise ReportError("images are [image, channel, row, column] with one or three channels", shape=found.shape)
+    if not bool(found.isfinite().all()):
+        raise ReportError("images hold a value that is not finite")
+    larger = max(found.shape[-2:]) / _SIDE
+    if larger > 1:
+        size = [max(1, round(side / larger)) for side in found.shape[-2:]]
+        found = torch.nn.functional.interpolate(found, size, mode="area")
+    low, high = found.min(), found.max()
+    scaled = (found - low) / (high - low).clamp(min=1e-12)
+    return np.ascontiguousarray((scaled * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+
+
+def _weights(cap: Capture, chosen: Sequence[Any], places: Places, rows: slice) -> tuple[Array, Array, dict[str, Array]]:
+    """√ weights [image, head, row, key] in 8 bits, mean weight that keys receive from patches [image, head, key]."""
+    weights, received, largest = [], [], []
+    for call in cap.calls:
+        kept, got = [], []
+        for site in chosen:
+            pattern = call[site].pattern
+            dense = (pattern.magnitude() if pattern.by_magnitude else pattern).dense().detach().float().cpu()
+            kept.append(dense[:, :, rows].clamp(min=0).sqrt())
+            got.append(dense[:, :, places.prefix :].mean(2))
+        weights.append((torch.cat(kept, 1) * 255).round().to(torch.uint8))
+        received.append(torch.cat(got, 1))
+        largest.append(weights[-1][:, :, : max(1, places.prefix)])
+    whole, by_key = torch.cat(weights).numpy(), torch.cat(received)
+    found = {"received": by_key[..., places.prefix :].amax(-1).double().numpy()}
+    if places.prefix:
+        top = torch.cat(largest)[:, :, 0, places.prefix :].amax(-1)
+        found = {"from CLS": ((top.double() / 255) ** 2).numpy()} | found
+    return whole, by_key.numpy(), found

@@ -1,0 +1,18 @@
+"""Views of captures and of what analyses return; each file registers those of one analysis."""
+
+from workbench.views.results import circuits, importance, pattern_atlas, profile
+from workbench.views.results.capture import overview
+from workbench.views.results.circuit_overlap import overlap_chance
+from workbench.views.results.conditioning import capacity_correlation
+from workbench.views.results.cross_attention import cross_attention
+
+__all__ = [
+    "capacity_correlation",
+    "circuits",
+    "cross_attention",
+    "importance",
+    "overlap_chance",
+    "overview",
+    "pattern_atlas",
+    "profile",
+]

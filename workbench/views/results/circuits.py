@@ -1,0 +1,162 @@
+"""Views of what is measured of circuits: faithfulness, patching, roles, stability, repair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from workbench.analysis.circuits.faithfulness import Faithfulness
+from workbench.analysis.circuits.faithfulness_curve import FaithfulnessCurve
+from workbench.analysis.circuits.model.names import label, number_of, site_of
+from workbench.analysis.circuits.patching import HeadPatching
+from workbench.analysis.circuits.repair import Repair
+from workbench.analysis.circuits.roles import ROLES, HeadRoles
+from workbench.analysis.circuits.stability import Stability
+from workbench.tokens import plotly_text
+from workbench.views.base.registry import register
+from workbench.views.base.view import View
+from workbench.views.figure import band, figure
+from workbench.views.head_atlas import head_atlas
+
+_MOST_BARS = 40
+
+
+def _view_of_faithfulness_curve(curve: FaithfulnessCurve) -> View:
+    """The share of the effect that is kept, by the size of the circuit."""
+    import plotly.graph_objects as go
+
+    table, x = curve.table, list(curve.fractions)
+    fig = go.Figure(band(x, table["low"], table["high"]))
+    for name, values, dash in (("by magnitude", curve.absolute, "solid"), ("by signed score", curve.signed, "dot")):
+        fig.add_trace(go.Scatter(x=x, y=values, name=name, mode="lines+markers", line={"dash": dash, "width": 2}))
+    fig.add_hline(y=1, line={"width": 1, "dash": "dash", "color": "#888888"})
+    fig.update_xaxes(title_text=f"share of the {curve.level}s kept", type="log")
+    fig.update_yaxes(title_text="share of the effect")
+    return figure(
+        fig,
+        title=f"Faithfulness on {curve.task}",
+        caption=(
+            f"What the circuit keeps of {curve.metric} when everything else is ablated ({curve.ablation}); 1 is the "
+            f"whole model. CPR {curve.cpr:.3f} (higher is better), CMD {curve.cmd:.3f} (0 is best)."
+        ),
+        table=table,
+        notes=("The band is a 95 % bootstrap interval over prompts.",),
+        provenance=curve.provenance,
+    )
+
+
+def _view_of_faithfulness(found: Faithfulness) -> View:
+    """Faithfulness, incompleteness and minimality as bars."""
+    table = found.table
+    names = [f"{row.quantity} {row.of}".strip() for row in table.itertuples()]
+    return _bars(
+        names, table, "share", title=f"Faithfulness on {found.task}", provenance=found.provenance,
+        caption=f"{found.circuit}: {found.value:.3f} of the effect is kept ({found.ablation} ablation).",
+    )  # fmt: skip
+
+
+def _view_of_head_patching(patching: HeadPatching) -> View:
+    """The head atlas, one metric per place."""
+    span = float((patching.clean.mean() - patching.corrupted.mean()).abs())
+    table = patching.table.rename(columns={"score": "value"})
+    half = 1.96 * table["standard_error"] / span
+    table = table.assign(low=table["value"] - half, high=table["value"] + half)
+    scores: dict[str, Any] = {}
+    for place in patching.places:
+        rows = table.loc[table["position"] == place].reset_index(drop=True)
+        scores[str(place)] = _placed(rows["head"]).join(rows[["value", "low", "high"]])
+    return head_atlas(
+        scores, title=f"Patching of {patching.activation}", signed=True, provenance=patching.provenance,
+        caption=(
+            f"{patching.activation} of each head, {patching.direction}, on {patching.task}: effect on "
+            f"{patching.metric} as a share of the difference between prompts and twins. {patching.sign}"
+        ),
+    )  # fmt: skip
+
+
+def _view_of_head_roles(roles: HeadRoles) -> View:
+    """The head atlas, one metric per kind of evidence; the suggested roles in the caption."""
+    scores: dict[str, Any] = {}
+    for name, values in roles.evidence.items():
+        if not bool(values.isfinite().any()):
+            continue
+        scores[name] = _placed(roles.heads).assign(value=values.tolist())
+    named = [f"{role}: {', '.join(roles.of(role))}" for role in ROLES if roles.of(role)]
+    return head_atlas(
+        scores, title=f"Roles of heads on {roles.task}", provenance=roles.provenance,
+        caption=f"Suggested where attention reaches {roles.threshold:g}. {'; '.join(named) or 'No head has a role'}.",
+    )  # fmt: skip
+
+
+def _view_of_stability(stability: Stability) -> View:
+    """How often each item is in the circuit, the most frequent ones."""
+    table = stability.table
+    shown = table.head(_MOST_BARS)
+    names = [label(item) for item in shown["item"]]
+    frame = pd.DataFrame({"value": shown["frequency"].to_numpy(), "low": np.nan, "high": np.nan})
+    cut = f" The first {len(shown)} of {len(table)} are drawn." if len(table) > len(shown) else ""
+    return _bars(
+        names, frame, f"share of draws of {stability.unit}", title="Stability of the circuit",
+        caption=(
+            f"How often each {stability.level} is in the circuit when {stability.unit} are drawn anew; mean Jaccard "
+            f"overlap with the circuit {float(stability.jaccard.mean()):.2f}.{cut}"
+        ),
+        table=table, provenance=stability.provenance,
+    )  # fmt: skip
+
+
+def _view_of_repair(fixed: Repair) -> View:
+    """Accuracy before and after, head by head, and with random heads."""
+    table = fixed.table
+    accuracies = table[~table["quantity"].str.startswith("attention")]
+    names = [str(row.of if row.quantity == "single" else row.quantity) for row in accuracies.itertuples()]
+    before, after = float(fixed.before.mean()), float(fixed.together.mean())
+    change = "rises" if after > before else "falls" if after < before else "stays"
+    return _bars(
+        names, accuracies, "accuracy", title=f"Repair of {fixed.task}",
+        caption=(
+            f"{', '.join(fixed.heads)} put on {', '.join(fixed.towards)} (without {fixed.but}) from the last token: "
+            f"accuracy {change} from {before:.3f} to {after:.3f}; {fixed.broken:.1%} of the prompts were right and are "
+            f"wrong after."
+        ),
+        table=table, provenance=fixed.provenance,
+    )  # fmt: skip
+
+
+def _placed(heads: Iterable[str]) -> pd.DataFrame:
+    """One row per head, by its label: layer, head, and its site where a layer has several."""
+    labels = list(heads)
+    rows = [(*(number_of(text) or (-1, -1)), site_of(text)) for text in labels]
+    frame = pd.DataFrame(rows, columns=["layer", "head", "site"])
+    return frame if frame["site"].notna().all() else frame.drop(columns="site")
+
+
+def _bars(
+    names: list[str], frame: pd.DataFrame, unit: str, *, title: str, caption: str, provenance: Any,
+    table: pd.DataFrame | None = None,
+) -> View:  # fmt: skip
+    """Horizontal bars with intervals, the first on top."""
+    import plotly.graph_objects as go
+
+    values, low, high = (frame[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
+    # A blank of its own per bar keeps equal names apart.
+    places = [plotly_text(name) + " " * i for i, name in enumerate(names)]
+    errors = {"array": (high - values).tolist(), "arrayminus": (values - low).tolist(), "type": "data"}
+    known = bool(np.isfinite(low).any())
+    bars = go.Bar(x=values.tolist(), y=places, orientation="h", name=unit, error_x=errors if known else None)
+    fig = go.Figure(bars)
+    fig.update_yaxes(type="category", autorange="reversed")
+    fig.update_xaxes(title_text=unit)
+    fig.update_layout(height=140 + 24 * len(names), showlegend=False)
+    return figure(fig, title=title, caption=caption, table=frame if table is None else table, provenance=provenance)
+
+
+register(FaithfulnessCurve, _view_of_faithfulness_curve)
+register(Faithfulness, _view_of_faithfulness)
+register(HeadPatching, _view_of_head_patching)
+register(HeadRoles, _view_of_head_roles)
+register(Stability, _view_of_stability)
+register(Repair, _view_of_repair)

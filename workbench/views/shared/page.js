@@ -1,0 +1,114 @@
+// A page: every view is drawn from its data block, the selection stands in the address, the theme can be chosen.
+
+import { fromAddress, sharedSelection, toAddress } from "./selection.js";
+
+/** What a view's module sees in place of a widget's model. */
+class Still {
+  constructor(spec, name) {
+    this.values = { spec, selection: {}, live: false, still: [] };
+    this.name = name;
+    this.followers = new Set();
+    this.read();
+  }
+
+  get(name) {
+    return this.values[name];
+  }
+
+  set(name, value) {
+    this.values[name] = value;
+    if (name === "state") for (const told of [...this.followers]) told();
+  }
+
+  on(event, told) {
+    if (event === "change:state") this.followers.add(told);
+  }
+
+  off(event, told) {
+    this.followers.delete(told);
+  }
+
+  save_changes() {
+    write();
+  }
+
+  send() {}
+
+  /** Take the state that the address gives this view. */
+  read() {
+    const state = { ...this.values.spec.state, ...stateIn(location.hash, this.name) };
+    if (JSON.stringify(state) !== JSON.stringify(this.values.state)) this.set("state", state);
+  }
+
+  /** What was set as a part of an address; "" while nothing was. */
+  address() {
+    const first = this.values.spec.state;
+    const set = Object.entries(this.values.state).filter(([key, value]) => JSON.stringify(value) !== JSON.stringify(first[key]));
+    return set.length ? `${this.name}=${encodeURIComponent(JSON.stringify(Object.fromEntries(set)))}` : "";
+  }
+}
+
+function stateIn(address, name) {
+  const part = address.replace(/^#/, "").split(",").find((each) => each.startsWith(`${name}=`));
+  try {
+    const found = part ? JSON.parse(decodeURIComponent(part.slice(name.length + 1))) : {};
+    return found && typeof found === "object" && !Array.isArray(found) ? found : {};
+  } catch {
+    return {}; // not an address that we wrote
+  }
+}
+
+// An address is a place on the page, a selection, what was set in single views, or several of these:
+// #fig-2-head-atlas,L5H1,q=12,view-0=%7B%7D.
+const selected = sharedSelection();
+selected.select(fromAddress(location.hash));
+const stills = [];
+let place = null;
+
+function write() {
+  const parts = [place, toAddress(selected.value), ...stills.map((each) => each.address())];
+  history.replaceState(null, "", `#${parts.filter(Boolean).join(",")}`);
+}
+
+function go() {
+  const [name] = location.hash.slice(1).split(",");
+  const found = /^[a-z][a-z0-9-]*$/.test(name) ? document.getElementById(name) : null;
+  if (found) place = name;
+  found?.scrollIntoView();
+}
+
+addEventListener("hashchange", () => {
+  selected.select(fromAddress(location.hash));
+  for (const each of stills) each.read();
+  go();
+});
+
+// The figure that someone works with is the place that the address names.
+for (const event of ["pointerdown", "focusin"]) {
+  addEventListener(event, ({ target }) => (place = target.closest?.("figure[id]")?.id ?? place));
+}
+
+const themes = document.querySelector("#theme");
+themes?.addEventListener("change", () => {
+  if (themes.value === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = themes.value;
+});
+
+/** Draw all views of the page. @param views for each kind its `render` */
+export async function draw(views) {
+  for (const el of document.querySelectorAll(".workbench-view")) {
+    const spec = JSON.parse(document.getElementById(el.dataset.view).textContent);
+    const model = new Still(spec, el.dataset.view);
+    stills.push(model);
+    try {
+      await views[spec.kind]({ model, el });
+    } catch (error) {
+      el.textContent = `This view could not be drawn: ${error.message}`;
+      console.error(error);
+    }
+  }
+  selected.follow(write);
+  go();
+  performance.mark("workbench:ready");
+  document.documentElement.dataset.ready = "true";
+}
