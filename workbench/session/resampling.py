@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def choose_donors(
 
 
 def _gap(own: tuple[int, ...], other: tuple[int, ...]) -> int:
-    return sum(abs(a - b) for a, b in zip(own, other, strict=True))
+    return sum(abs(a - b) for a, b in zip_longest(own, other, fillvalue=0))
 
 
 def _hash(seed: int, own: Content, other: Content) -> bytes:

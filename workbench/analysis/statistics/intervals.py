@@ -1,8 +1,8 @@
-"""Intervals of what is computed from examples: by drawing the examples anew, and by percentiles of any draws."""
+"""Intervals of what is computed from examples: by theory where there is one, else by drawing the examples anew."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,21 +69,6 @@ def percentiles(samples: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
     cut = ((1 - level) / 2 * last.clamp_min(0) + 1e-9).long()
     low, high = (ordered.gather(0, at.clamp_min(0)).squeeze(0) for at in (cut, last - cut))
     return low, high
-
-
-def interval(
-    statistic: Callable[[Tensor], float], n: int, *, n_bootstrap: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Bootstrap interval of a statistic of examples, given as `statistic(indices)`; NaN draws are left out.
-
-    >>> values = torch.arange(100.0)
-    >>> low, high = interval(lambda index: float(values[index].mean()), 100)
-    >>> low < 49.5 < high
-    True
-    """
-    found = torch.tensor([statistic(index) for index in draws(n, n_bootstrap, seed)], dtype=torch.float64)
-    low, high = percentiles(found, level)
-    return float(low), float(high)
 
 
 def mean_intervals(values: Tensor, *, n_bootstrap: int = 1000, level: float = 0.95, seed: int = 0) -> Tensor:
