@@ -122,6 +122,7 @@ class Interventions:
                 one of number `draw`, the same in every forward. A single draw says little; a sweep and the analyses
                 average over all.
 
+        >>> import torch
         >>> import workbench
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
         >>> x = torch.randn(2, 5, 16)
@@ -169,6 +170,7 @@ class Interventions:
                 also where `positions` chooses some of it.
             positions: where z is replaced.
 
+        >>> import torch
         >>> import workbench
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
         >>> clean, corrupted = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
@@ -217,6 +219,7 @@ class Interventions:
                 edits the inner one is given the rows that the outer one made.
             queries: the rows to edit; as many for each example.
 
+        >>> import torch
         >>> import workbench
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
         >>> with workbench.attach(model) as wb, wb.edit_pattern("L0H1", lambda rows, site, head: rows.roll(1, -1)):
@@ -249,6 +252,7 @@ class Interventions:
             scale: factor on the direction.
             positions: where it is added.
 
+        >>> import torch
         >>> import workbench
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
         >>> with workbench.attach(model) as wb, wb.steer("self_attn", torch.ones(16), scale=2.0, positions=-1):

@@ -113,9 +113,9 @@ def _one_direction(kept: Tensor, drawn: Tensor, graph: Graph, n: int, seed: int)
 def fitted_to_degrees(edges: Tensor, exists: Tensor) -> Tensor:
     """[sender, receiver] probability of each edge, such that nodes have the degrees of `edges` in the mean.
 
-    >>> exists = torch.ones(2, 2, dtype=torch.bool)
-    >>> fitted_to_degrees(torch.tensor([[True, False], [False, False]]), exists).sum(1).round(decimals=3).tolist()
-    [1.0, 0.0]
+    >>> exists = torch.ones(3, 3, dtype=torch.bool)
+    >>> fitted_to_degrees(torch.eye(3).bool(), exists).sum(1).round(decimals=3).tolist()
+    [1.0, 1.0, 1.0]
     """
     possible = exists.double()
     out, into = edges.sum(1).double(), edges.sum(0).double()
