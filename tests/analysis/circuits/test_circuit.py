@@ -150,7 +150,7 @@ def test_every_share_has_an_interval(found: Any) -> None:
     wb, task, circuit = found
     measured = workbench.circuit_faithfulness(wb, circuit, task, n_subsets=2, minimality=True, progress=False)
     table = measured.table
-    assert set(table["quantity"]) == {"faithfulness", "lost", "denominator", "incompleteness", "minimality"}
+    assert set(table["quantity"]) == {"faithfulness", "incompleteness", "minimality"}
     assert bool((table["low"] <= table["high"]).all())
     inside = (table["low"] <= table["value"] + 1e-9) & (table["value"] <= table["high"] + 1e-9)
     assert bool(inside[table["quantity"] != "incompleteness"].all())  # a magnitude near 0 is mostly larger when drawn

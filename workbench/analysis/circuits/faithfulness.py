@@ -97,18 +97,10 @@ class Faithfulness(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per quantity, with 95 % intervals over prompts: of shares Fieller's, of differences Student's.
-
-        "lost" is m(model) − m(circuit) and "denominator" m(model) − m(nothing), in the metric's unit.
-        """
+        """One row per quantity, all shares, with 95 % intervals over prompts; NaN where no share is defined."""
         import pandas as pd
 
-        divided_by = self.denominator
-        rows = [
-            ("faithfulness", "", self.value, *self.interval),
-            ("lost", "", *self.lost),
-            ("denominator", "", divided_by.value, divided_by.low, divided_by.high),
-        ]
+        rows = [("faithfulness", "", self.value, *self.interval)]
         changes = zip(self.subsets, self.incompleteness, self.alone_without - self.without, strict=True)
         rows += [("incompleteness", " ".join(k), v, *self._interval(d, absolute=True)) for k, v, d in changes]
         falls = zip(self.minimality.items(), self.alone - self.minus_one, strict=False)
@@ -118,9 +110,9 @@ class Faithfulness(Result):
     def __repr__(self) -> str:
         low, high = self.interval
         share = f"{self.value:.3f} [{low:.3f}, {high:.3f}]"
-        if not self.denominator.defined:
-            share = f"share undefined: {self.denominator}; lost " + "{:.3g} [{:.3g}, {:.3g}]".format(*self.lost)
-        return f"Faithfulness({share}, {self.ablation}; {self.circuit})"
+        share = share if self.denominator.defined else f"share undefined: {self.denominator}"
+        lost = "{:.3g} [{:.3g}, {:.3g}]".format(*self.lost)
+        return f"Faithfulness({share}, lost {lost} of {self.metric}, {self.ablation}; {self.circuit})"
 
 
 def circuit_faithfulness(
