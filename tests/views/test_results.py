@@ -182,7 +182,7 @@ def test_a_pruning_curve_is_lines_against_the_number_of_heads(tmp_path: Path) ->
         n_heads=4,
         orders={"zero": ("L0H0", "L0H1"), "random 1": ("L0H1", "L0H0")},
         measures=("loss",),
-        higher={"loss": False},
+        higher_is_better={"loss": False},
         values={"zero": values, "random 1": values + 1},
         seconds=torch.tensor([[2.0], [1.0]]),
         seconds_full=torch.tensor([[2.0], [2.0]]),

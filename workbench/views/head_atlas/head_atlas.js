@@ -1,8 +1,9 @@
 // Head atlas: layers down, heads across, one canvas per kind of attention, coloured by a number per head.
 
-import { ceiling, colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
+import { colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
 import { button, checkbox, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
+import { ceiling } from "workbench/shared/scales.js";
 
 const RANKED = 40;
 
@@ -150,7 +151,9 @@ class Atlas {
 /** One group of sites on a canvas. */
 class Grid {
   constructor(atlas, group, box, number) {
-    Object.assign(this, { atlas, group, frame: atlas.frame });
+    this.atlas = atlas;
+    this.group = group;
+    this.frame = atlas.frame;
     this.rows = group.sites.length;
     this.columns = Math.max(...group.sites.map(({ heads }) => heads));
     this.cursor = [0, 0];
@@ -186,7 +189,11 @@ class Grid {
     const left = 34;
     const width = Math.max(3, Math.min(46, Math.floor((room - left) / this.columns)));
     const height = Math.max(6, Math.min(26, width, Math.floor(560 / this.rows)));
-    Object.assign(this, { dpr, left, top: 18, width, height: Math.max(height, Math.min(width, 14)) });
+    this.dpr = dpr;
+    this.left = left;
+    this.top = 18;
+    this.width = width;
+    this.height = Math.max(height, Math.min(width, 14));
     this.canvas.width = (left + width * this.columns + 2) * dpr;
     this.canvas.height = (this.top + this.height * this.rows + 2) * dpr;
     this.canvas.style.width = `${this.canvas.width / dpr}px`;
@@ -305,7 +312,7 @@ class Grid {
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const also = { "[": "ArrowUp", "]": "ArrowDown", ",": "ArrowLeft", ".": "ArrowRight" };
-    const to = moved(also[event.key] ?? event.key, ...this.cursor, this.rows, this.columns);
+    const to = moved(also[event.key] ?? event.key, this.cursor, [this.rows, this.columns]);
     if (event.key === "Enter" || event.key === " ") this.atlas.choose(this, ...this.cursor, event.shiftKey);
     else if (event.key === "Escape") this.frame.select({ layer: null, heads: [], site: null });
     else if (to) this.point([to[0], Math.min(to[1], this.group.sites[to[0]].heads - 1)]);

@@ -14,13 +14,18 @@ export async function open({ model, el }) {
   return new Frame(model, el, spec, Object.fromEntries(names.map((name, i) => [name, decoded[i]])));
 }
 
-class Frame {
+export class Frame {
   /**
    * facts, blocks {name: {data, shape}}, selection: what to draw. controls, body: where to draw it.
    * live: whether a kernel answers. theme: "light" or "dark".
    */
   constructor(model, el, spec, blocks) {
-    Object.assign(this, { model, el, spec, blocks, facts: spec.facts, live: Boolean(model.get("live")) });
+    this.model = model;
+    this.el = el;
+    this.spec = spec;
+    this.blocks = blocks;
+    this.facts = spec.facts;
+    this.live = Boolean(model.get("live"));
     this.number = 0;
     this.waiting = new Map();
     this.endings = [];
@@ -112,7 +117,8 @@ class Frame {
     const harmless = (text) => quoted(/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
     const line = (i) => columns.map((column) => (column.text ? harmless(column.text[i]) : Number.isNaN(this.column(column)[i]) ? "" : `${this.column(column)[i]}`)).join(",");
     const n = this.column(columns[0]).length;
-    return [columns.map(({ name }) => harmless(name)).join(","), ...Array.from({ length: n }, (_, i) => line(i))].join("\r\n") + "\r\n";
+    const head = columns.map(({ name }) => harmless(name)).join(",");
+    return [head, ...Array.from({ length: n }, (_, i) => line(i)), ""].join("\r\n");
   }
 
   plain() {
@@ -127,7 +133,9 @@ class Frame {
   say(text) {
     this.status.textContent = text;
     clearTimeout(this.speaking);
-    this.speaking = setTimeout(() => (this.spoken.textContent = text), 400);
+    this.speaking = setTimeout(() => {
+      this.spoken.textContent = text;
+    }, 400);
   }
 
   /** A tip near the pointer; `lines` are text. */
@@ -213,7 +221,8 @@ class Frame {
       const forced = document.documentElement.dataset.theme ?? { true: "light", false: "dark" }[document.body.dataset.jpThemeLight];
       const theme = matchMedia("print").matches ? "light" : (forced ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
       if (theme === this.theme) return;
-      this.theme = this.root.dataset.theme = theme;
+      this.theme = theme;
+      this.root.dataset.theme = theme;
       this.redraw();
     };
     read();

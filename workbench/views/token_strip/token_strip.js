@@ -1,8 +1,9 @@
 // Token strip: a text whose tokens are coloured by a value each. Click or Enter chooses a token for all views.
 
-import { ceiling, colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
+import { colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
 import { button, cut, exactly, legend, make, named, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
+import { ceiling } from "workbench/shared/scales.js";
 
 const WINDOW = 1500; // tokens that are on the page at once
 
