@@ -19,6 +19,7 @@ from workbench.errors import CaptureError, nearest
 from workbench.hooks.readers import reader_of
 from workbench.hooks.tap import Kind as Kind
 from workbench.kernels.functions import mentions_function
+from workbench.tokens import visible_text
 
 # A module that mentions one of these in its own code calls an attention kernel; one that mentions a softmax and a
 # product writes attention out.
@@ -72,6 +73,11 @@ class Site:
         return f"L{self.layer}H{head}"
 
 
+def _seen(name: str) -> str:
+    """A name for a table: modules may be called anything."""
+    return visible_text(name).replace("\n", "⏎")
+
+
 class Sites(Sequence[Site]):
     """The sites of a model, in the order of its modules; indexed by position, name or TransformerLens name."""
 
@@ -114,7 +120,13 @@ class Sites(Sequence[Site]):
     def __repr__(self) -> str:
         header = ("site", "alias", "layer", "kind", "heads", "kv", "d_head")
         rows = [
-            (s.name, s.alias, s.layer, s.kind, *("?" if n is None else n for n in (s.n_heads, s.n_kv_heads, s.d_head)))
+            (
+                _seen(s.name),
+                _seen(s.alias),
+                s.layer,
+                s.kind,
+                *("?" if n is None else n for n in (s.n_heads, s.n_kv_heads, s.d_head)),
+            )
             for s in self._sites
         ]
         widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]

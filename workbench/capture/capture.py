@@ -21,6 +21,7 @@ from workbench.kernels.statistics import STATISTICS
 from workbench.storage import files
 from workbench.storage.provenance import Provenance
 from workbench.storage.rendering import renderer
+from workbench.tokens import visible_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -314,10 +315,11 @@ class Capture:
             view.show()
 
     def __repr__(self) -> str:
+        name = visible_text(str(self._provenance.get("model_name", "model")))
         lengths = {c.shape for f in self._forwards for c in f.sites.values()}
         shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")
         return (
-            f"Capture({self._provenance.get('model_name', 'model')}: {len(self._forwards)} forward(s), "
+            f"Capture({name}: {len(self._forwards)} forward(s), "
             f"{len(self.sites)} sites, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )

@@ -17,6 +17,7 @@ from workbench.errors import FormatError, WorkbenchError
 from workbench.hooks.sites import Site, Sites
 from workbench.kernels.families import rebuild
 from workbench.kernels.gradients import GRADIENT_SUMS
+from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
 from workbench.storage import files, typed
@@ -114,6 +115,7 @@ def _pattern(entry: Part, held: dict[str, Tensor], shape: tuple[int, int, int, i
     facts = {name: part.value for name, part in entry.items().items()}
     family = entry["family"].text()
     del facts["family"]
+    _check_facts(entry)
     try:
         made = rebuild(family, facts, held)
         fits = made.shape == shape and (made.mask.n_queries, made.mask.n_keys) == shape[2:]
@@ -123,6 +125,19 @@ def _pattern(entry: Part, held: dict[str, Tensor], shape: tuple[int, int, int, i
     if not fits:
         raise FormatError(f"{entry.place} has another shape than its site, {list(shape)}", shape=made.shape)
     return made
+
+
+def _check_facts(entry: Part) -> None:
+    """The facts that patterns share: how scores are scaled, and the rules of the mask."""
+    for name in ("scale", "softcap"):
+        number = entry.get(name)
+        if number is not None:
+            number.number()
+    if (rules := entry.get("mask")) is not None:
+        wanted = {"n_queries", "n_keys", "causal", "offset", "window"}
+        if rules.items().keys() != wanted:
+            raise rules.wrong(f"rules that tell of {', '.join(sorted(wanted))}")
+        typed.check(Mask, rules.value, rules.place)
 
 
 def _settings(entry: Part, tensors: Mapping[str, Tensor]) -> Settings:

@@ -16,6 +16,7 @@ from workbench.hooks.sites import Site
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.patterns import DENSE_LIMIT, DensePattern, Pattern
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
+from workbench.tokens import visible_text
 
 PATTERN = "pattern."  # starts the names of tensors that rebuild a pattern
 KEPT = {"_z": "z", "_z_gradient": "z_gradient", "_result": "stored_result", "_weights": "weights"}  # in files: fields
@@ -193,7 +194,8 @@ class SiteCapture:
         b, h, q, k = self.shape
         names = ", ".join(self.statistics) or "no statistics"
         marks = "" if self.marks == "normalised" else f", {self.marks}"
-        return f"SiteCapture({self.site.name}: batch {b}, heads {h}, queries {q}, keys {k}{marks}; {names})"
+        site = visible_text(self.site.name).replace("\n", "⏎")
+        return f"SiteCapture({site}: batch {b}, heads {h}, queries {q}, keys {k}{marks}; {names})"
 
 
 class _NoAttribute(CaptureError, AttributeError):
