@@ -309,5 +309,7 @@ class Circuit(Result):
         edges = f", {self.n_edges} of {self.graph.n_edges} edges" if self.level == "edge" else ""
         precision = str(self.provenance.get("precision", ""))
         coarse = f", in {precision}" if "16" in precision else ""
+        gap = self.settings.get("completeness_gap") if self.method == "eap_ig" else None
+        missed = "" if gap is None else f"; sums miss {gap:.0%} of the metric's change"
         nodes = f"{len(self.nodes)} nodes{edges}{coarse}"
-        return f"Circuit({self.task or '?'} by {self.method}: {nodes}; {heads or 'no heads'})"
+        return f"Circuit({self.task or '?'} by {self.method}: {nodes}; {heads or 'no heads'}{missed})"
