@@ -14,7 +14,7 @@ from workbench.capture.settings import Settings
 from workbench.capture.site_capture import KEPT, PATTERN, Forward, SiteCapture
 from workbench.capture.timing import CallTimes
 from workbench.errors import FormatError, WorkbenchError
-from workbench.hooks.sites import Site, Sites
+from workbench.hooks.sites import Site, Sites, Unread
 from workbench.kernels.families import rebuild
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.masks import Mask
@@ -45,7 +45,12 @@ def load_capture(path: str | Path) -> Capture:
         owner, _, name = key.rpartition("/")
         named.setdefault(owner, {})[name] = tensor
     forwards = [_forward(entry, named) for entry in header["forwards"].list()]
-    model_sites = Sites(typed.record(site, Site) for site in header["model_sites"].list())
+    unread, looked = header.get("unread"), header.get("looked")  # older files have neither
+    model_sites = Sites(
+        (typed.record(site, Site) for site in header["model_sites"].list()),
+        () if unread is None else [typed.record(one, Unread) for one in unread.list()],
+        None if looked is None else looked.flag(),
+    )
     provenance = header["provenance"]
     provenance.items()
     asked = header.get("settings")
@@ -84,13 +89,14 @@ def _site_capture(entry: Part, site: Site, parts: dict[str, Tensor]) -> SiteCapt
     for name, tensor in parts.items():
         if not _fits(tensor, _shape_of(name, tensor, shape)):
             raise FormatError(f"{entry.place} has a {name} that does not fit {list(shape)}", shape=tensor.shape)
-    times = entry.get("times")
+    times, n_calls = entry.get("times"), entry.get("n_calls")
     return SiteCapture(
         site=site,
         shape=shape,
         kernel=entry["kernel"].text(),
         signed=entry["signed"].flag(),
         normalised=entry["normalised"].flag(),
+        n_calls=1 if n_calls is None else n_calls.integer(1, _SMALL),
         times=None if times is None else typed.record(times, CallTimes),
         **kept,
         statistics=parts,
