@@ -63,7 +63,7 @@ def identity(
     batches: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
     reference: Any,
-    seed: int | None,
+    seed: int,
     **settings: Any,
 ) -> dict[str, Any]:
     """What two sweeps must share for one to go on from the other's file; plain values."""
