@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
+
 from workbench.errors import CaptureError
 from workbench.kernels.neighborhood.layout import NeighborhoodLayout
 
@@ -17,13 +19,14 @@ Tiling = Literal["static", "dynamic"]
 
 
 def visited_tiles(
-    layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int], tiling: Tiling = "dynamic"
+    layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int], tiling: Tiling = "static"
 ) -> tuple[int, int]:
-    """Key tiles visited by all query tiles, and how many there are to visit in dense attention.
+    """Key tiles visited by all query tiles, and how many there are to visit in dense attention, padding included.
 
     Args:
         query_tile, key_tile: tokens in each dimension.
-        tiling: "static" key tiles lie on a fixed grid, "dynamic" ones start where the window of the query tile starts.
+        tiling: "static" key tiles lie on a fixed grid, as in the kernels that are modelled; "dynamic" ones start where
+            the window of the query tile starts.
 
     >>> visited_tiles(NeighborhoodLayout((16,), 8, 8), (4,), (4,))
     (8, 16)
@@ -41,20 +44,34 @@ def visited_tiles(
 
 
 def simulated_speedup(
-    layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int], tiling: Tiling = "dynamic"
+    layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int], tiling: Tiling = "static"
 ) -> float:
-    """All tiles over visited tiles."""
-    visited, every = visited_tiles(layout, query_tile, key_tile, tiling)
-    return every / visited
+    """How many key tiles dense attention needs, those at the far edge in part, over those that are visited.
+
+    It is never above `flop_bound`: each tile of queries visits the windows of its queries at least.
+
+    >>> layout = NeighborhoodLayout((44,), 32, 8)
+    >>> simulated_speedup(layout, (8,), (8,), "dynamic") <= flop_bound(layout)
+    True
+    """
+    visited, _ = visited_tiles(layout, query_tile, key_tile, tiling)
+    rows = math.prod(len(axis.tiles(size)) for axis, size in zip(layout.axes, query_tile, strict=True))
+    return rows * layout.n_tokens / math.prod(key_tile) / visited
 
 
 def flop_bound(layout: NeighborhoodLayout) -> float:
-    """n_total / prod(window): the speed-up if nothing were computed beyond the windows.
+    """All pairs of tokens over those that see each other: the speed-up if nothing were computed beyond the windows.
+
+    Without causal dimensions, whose windows are cut at the start, it is n_total / prod(window).
 
     >>> round(flop_bound(NeighborhoodLayout((30, 48, 80), (18, 24, 24))), 1)  # HunyuanVideo
     11.1
     """
-    return layout.n_tokens / math.prod(axis.window for axis in layout.axes)
+    pairs = 1
+    for axis in layout.axes:
+        low, high = axis.bounds(torch.arange(axis.length))
+        pairs *= int((high - low + 1).sum())
+    return layout.n_tokens**2 / pairs
 
 
 def perfectly_block_sparse(layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int]) -> bool:
