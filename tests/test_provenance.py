@@ -25,6 +25,36 @@ def test_what_is_no_path_stays(argument: str, tmp_path: Path, monkeypatch: pytes
     assert argument in command_line(["workbench", argument])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--token", "S3CRET"], ["--token=S3CRET"], ["-token", "S3CRET"], ["--api-key", "S3CRET"], ["--apikey=S3CRET"],
+        ["--api_key", "S3CRET"], ["--API-KEY", "S3CRET"], ["HF_TOKEN=S3CRET"], ["--hf_token", "S3CRET"],
+        ["--password", "S3CRET"], ["--db-passwd=S3CRET"], ["--client-secret", "S3CRET"], ["--model.auth=S3CRET"],
+        ["--credentials", "S3CRET"], ["--secret=a=S3CRET"], ["--token", "-S3CRET!"], ["--cookie", "a=S3CRET; b"],
+        ["https://me:S3CRET@host/x"], ["--url=postgres://me:S3CRET@host/x"], ["https://host/x?token=S3CRET&a=1"],
+        ["hf_S3CRETabcdefghijklmnop"], ["--other", "sk-S3CRETabcdefghijklmnop"], ["AKIAS3CRETABCDEFGHIJ"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_secrets_are_left_out(arguments: list[str]) -> None:
+    told = command_line(["tool", *arguments, "--last"])
+    assert "S3CRET" not in told
+    assert "[left out]" in told
+    assert told.endswith("--last")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--tokenizer", "gpt2"], ["--max-tokens=5"], ["--tokens", "a b"], ["--keys", "3"], ["--monkey", "x1"],
+     ["--compass=north"], ["a=b"], ["--text", "the key is here"], ["--token", "--verbose"],
+     ["skeleton-of-a-longer-name"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_is_no_secret_stays(arguments: list[str]) -> None:
+    assert "[left out]" not in command_line(["tool", *arguments])
+
+
 def test_a_notebook_has_no_command_line() -> None:
     assert command_line(["/x/site-packages/ipykernel_launcher.py", "-f", "/root/kernel-1.json"]) == "a notebook"
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import workbench
 from workbench.capture.timing import CallTimes
-from workbench.storage import files
+from workbench.storage import files, typed
+from workbench.storage.parts import parse
 
 
 class _Layers(nn.Module):
@@ -69,7 +70,7 @@ def test_a_file_without_times_is_read(tmp_path: Path) -> None:
     forward.span = None
     forward.sites.update({name: replace(site, times=None) for name, site in forward.sites.items()})
     path = cap.save(tmp_path / "old.safetensors")
-    header, _ = files.read(path, "workbench.capture")
+    header = files.read(path, "workbench.capture")[0].value
     assert "span" not in header["forwards"][0]
     assert "times" not in header["forwards"][0]["sites"][0]
     loaded = workbench.load_capture(path)
@@ -83,4 +84,4 @@ def test_what_is_joined_has_no_times() -> None:
 
 def test_times_go_through_json() -> None:
     times = CallTimes(None, 1.5, 0.25, 100)
-    assert CallTimes.of(json.loads(json.dumps(times.to_json()))) == times
+    assert typed.record(parse(json.dumps(times.to_json()), "times"), CallTimes) == times

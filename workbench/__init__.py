@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import (
     AttachError,
     CaptureError,
+    FileError,
     FormatError,
     InterventionError,
     ReportError,
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
     from workbench.analysis.profile import AttentionProfile, attention_profile
     from workbench.analysis.pruning.prune import prune_heads
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
-    from workbench.capture.capture import Capture, load_capture
+    from workbench.capture.capture import Capture
+    from workbench.capture.reading import load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
     from workbench.hooks.readers import Mixing, ModuleRun, reader
@@ -96,7 +98,7 @@ _LAZY = {
     "cross_attention_saliency": "workbench.analysis.cross_attention",
     "Capture": "workbench.capture.capture",
     "SiteCapture": "workbench.capture.site_capture",
-    "load_capture": "workbench.capture.capture",
+    "load_capture": "workbench.capture.reading",
     "KVGroup": "workbench.hooks.heads",
     "attention_function": "workbench.kernels.functions",
     "statistic": "workbench.kernels.statistics",
@@ -132,6 +134,7 @@ __all__ = [
     "CrossAttentionSaliency",
     "Faithfulness",
     "FaithfulnessCurve",
+    "FileError",
     "FormatError",
     "HeadImportance",
     "HeadPatching",

@@ -99,15 +99,17 @@ def verify(
 
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="A page that was written by a report.")]) -> None:
-    """Check an exported page: nothing is loaded from elsewhere, and it is as it was written."""
-    from workbench.report import check as check_page
+    """Check an exported page: it is, to the byte, what this version of the package makes of the data in it."""
+    from workbench.report.check import PROVES, PROVES_NOT
+    from workbench.report.check import check as check_page
 
     problems = check_page(file)
     for problem in problems:
         typer.echo(problem)
     if problems:
-        raise ReportError(f"{file} has {len(problems)} problem(s)")
+        raise ReportError(f"{file} has {len(problems)} problem(s): it is not a page of this version as it was written")
     typer.echo(f"{file}: sound, {file.stat().st_size / 1e6:.2f} MB")
+    typer.echo(f"Shown: {PROVES}.\nNot shown: {PROVES_NOT}.")
 
 
 def _prompt(text: str) -> str:

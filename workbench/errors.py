@@ -55,6 +55,10 @@ class ReportError(WorkbenchError):
     """A report that cannot be written."""
 
 
+class FileError(WorkbenchError):
+    """A file that cannot be written: no such folder, no room, no right to."""
+
+
 class FormatError(WorkbenchError):
     """A file that is not ours, is truncated, or was changed after it was written."""
 

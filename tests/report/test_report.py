@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from workbench import views
-from workbench.errors import ReportError
+from workbench.errors import FileError, ReportError
 from workbench.report import Report, check
 from workbench.report import report as writer
 from workbench.storage.result import Result
@@ -207,9 +207,9 @@ def test_bad_input_is_named(make_capture: Any, tmp_path: Path) -> None:
         Report("t").add(strip(), batch=1)
     with pytest.raises(ReportError, match="report is empty"):
         Report("t").to_html()
-    with pytest.raises(ReportError, match="there is no folder"):
+    with pytest.raises(FileError, match="there is no folder"):
         Report("t").add(make_capture()).write(tmp_path / "none" / "report.html")
-    with pytest.raises(ReportError, match="is a folder"):
+    with pytest.raises(FileError, match="is a folder"):
         Report("t").add(make_capture()).write(tmp_path)
 
 
@@ -233,9 +233,9 @@ def test_what_goes_wrong_while_writing_leaves_the_old_file(
         raise broken
 
     monkeypatch.setattr(os, at, fail)
-    with pytest.raises((ReportError, KeyboardInterrupt)) as caught:
+    with pytest.raises((FileError, KeyboardInterrupt)) as caught:
         Report("t").add(strip()).write(path)
-    assert isinstance(caught.value, ReportError) == isinstance(broken, OSError)
+    assert isinstance(caught.value, FileError) == isinstance(broken, OSError)
     if isinstance(broken, OSError):
         assert "No space left on device" in str(caught.value)
     assert path.read_text() == "old"
@@ -246,8 +246,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(ReportError, match="cannot be written: Permission denied"):
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(FileError, match="cannot be written: Permission denied"):
         Report("t").add(strip()).write(tmp_path / "report.html")
 
 

@@ -1,9 +1,7 @@
-"""Pages of views: addresses, shared selection, themes, printing, no scripts; and files that are whole or not there."""
+"""Pages of views: addresses, shared selection, themes, printing, and no scripts."""
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,8 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from support.browser import WatchedPage
-from workbench.errors import ReportError
+from workbench.errors import FileError, ReportError
+from workbench.storage import disk
 from workbench.views import token_strip
 from workbench.views.base import page as pages
 
@@ -22,7 +21,7 @@ TOKENS = [f" w{i}" for i in range(9)]
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with two strips of the same tokens."""
     strips = [token_strip(TOKENS, range(9), title=title).spec for title in ("First", "Second")]
-    return pages.write(tmp_path_factory.mktemp("page") / "two.html", pages.render("Two strips", strips))
+    return disk.write(tmp_path_factory.mktemp("page") / "two.html", pages.render("Two strips", strips))
 
 
 def opened(watched: WatchedPage, file: Path, address: str = "") -> Page:
@@ -98,30 +97,10 @@ def test_without_scripts_the_page_says_so(browser: Browser, two: Path) -> None:
     context.close()
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "page.html"
-    pages.write(target, "old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def stopped(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    fails: list[tuple[Any, type[BaseException]]] = [(full, ReportError), (stopped, KeyboardInterrupt)]
-    for fail, error in fails:
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "fsync", fail)
-            with pytest.raises(error):
-                pages.write(target, "new")
-        assert target.read_text() == "old"
-        assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
-
-
 def test_a_wrong_path_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match="there is no folder"):
+    with pytest.raises(FileError, match="there is no folder"):
         token_strip(TOKENS, range(9)).to_html(tmp_path / "nowhere" / "page.html")
-    with pytest.raises(ReportError, match="is a folder"):
+    with pytest.raises(FileError, match="is a folder"):
         token_strip(TOKENS, range(9)).to_png(tmp_path)
 
 

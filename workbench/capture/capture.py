@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.capture.joined import join
 from workbench.capture.settings import Settings
-from workbench.capture.site_capture import Forward, SiteCapture, pack, unpack
+from workbench.capture.site_capture import Forward, SiteCapture, pack
 from workbench.capture.transformer_lens import Cache
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites
@@ -25,7 +25,7 @@ from workbench.storage.rendering import renderer
 if TYPE_CHECKING:
     import pandas as pd
 
-_FORMAT = "workbench.capture"
+FORM = "workbench.capture"
 _PER_EXAMPLE = ("z", "z_gradient", "stored_result", "weights")  # what a site capture holds per batch entry, if it does
 
 
@@ -284,6 +284,9 @@ class Capture:
 
         Args:
             pattern: add what is needed to rebuild every pattern. result: add every head's result, which needs z=True.
+
+        Raises:
+            FileError: the file cannot be written. CaptureError: what it should hold was not kept.
         """
         tensors: dict[str, Tensor] = {}
         forwards = []
@@ -303,7 +306,7 @@ class Capture:
         if self.settings is not None:
             header["settings"], asked = self.settings.parts()
             tensors |= {f"settings/{name}": tensor for name, tensor in asked.items()}
-        return files.write(path, _FORMAT, header, tensors)
+        return files.write(path, FORM, header, tensors)
 
     def show(self) -> None:
         """Display what was captured in a notebook: the heads, and what they look at."""
@@ -324,30 +327,3 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
     """Parts of a batch as one; None unless all are there."""
     there = [part for part in parts if part is not None]
     return torch.cat(there) if len(there) == len(parts) else None
-
-
-def load_capture(path: str | Path) -> Capture:
-    """Read a capture that `Capture.save` wrote.
-
-    Raises:
-        FormatError: not such a file, truncated, or changed after it was written.
-    """
-    header, tensors = files.read(path, _FORMAT)
-    named: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        owner, _, name = key.rpartition("/")
-        named.setdefault(owner, {})[name] = tensor
-    forwards = []
-    for entry in header["forwards"]:
-        index = entry["index"]
-        sites = [unpack(site, named.get(f"{index}/{site['site']['name']}", {})) for site in entry["sites"]]
-        ids = named.get(f"{index}/", {})
-        by_name = {site.site.name: site for site in sites}
-        forwards.append(Forward(index, by_name, ids, entry["tokens"], entry.get("thread", 0)))
-        if "span" in entry:
-            forwards[-1].span = (entry["span"][0], entry["span"][1])
-    settings = None
-    if "settings" in header:
-        settings = Settings.rebuild(header["settings"], named.get("settings", {}))
-    model_sites = Sites(Site(**site) for site in header["model_sites"])
-    return Capture(forwards, model_sites, header["provenance"], settings=settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -43,18 +42,10 @@ class Settings:
     limit: int | None = DENSE_LIMIT
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """JSON facts, and the ids (as "tokens") if they were given, from which `rebuild` makes the settings."""
+        """JSON facts, and the ids (as "tokens") if they were given, for a file."""
         facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
         facts["sites"] = None if self.sites is None else sorted(self.sites)
         return facts, {} if self.tokens is None else {"tokens": self.tokens}
-
-    @classmethod
-    def rebuild(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Settings:
-        """The settings from their `parts`."""
-        several: dict[str, Any] = {"statistics": tuple(facts["statistics"])}
-        several["sites"] = None if facts["sites"] is None else frozenset(facts["sites"])
-        several["sink_keys"] = None if facts["sink_keys"] is None else tuple(facts["sink_keys"])
-        return cls(**{**facts, **several}, tokens=tensors.get("tokens"))
 
     def names_at(self, site: Site) -> list[str]:
         """The statistics that exist at a site: cross-attention has none that compare positions."""

@@ -13,13 +13,12 @@ from workbench.capture.timing import CallTimes
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.projections import Projection
 from workbench.hooks.sites import Site
-from workbench.kernels.families import rebuild
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.patterns import DENSE_LIMIT, DensePattern, Pattern
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
 
-_PATTERN = "pattern."  # starts the names of tensors that rebuild a pattern
-_KEPT = {"_z": "z", "_z_gradient": "z_gradient", "_result": "stored_result", "_weights": "weights"}  # in files: fields
+PATTERN = "pattern."  # starts the names of tensors that rebuild a pattern
+KEPT = {"_z": "z", "_z_gradient": "z_gradient", "_result": "stored_result", "_weights": "weights"}  # in files: fields
 _GRADIENT_HINT = "capture with gradients=True and call loss.backward() inside the `with`"
 
 
@@ -243,38 +242,11 @@ def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[
     parts = dict(capture.statistics)
     if result and capture.stored_result is None:
         capture = replace(capture, stored_result=capture.result())
-    kept = {key: getattr(capture, name) for key, name in _KEPT.items()}
+    kept = {key: getattr(capture, name) for key, name in KEPT.items()}
     parts |= {key: tensor for key, tensor in kept.items() if tensor is not None}
     if pattern:
         for name, one in capture.patterns.items():
             facts, tensors = one.parts()
             entry.setdefault("patterns", {})[name] = {"family": type(one).__name__, **facts}
-            parts |= {f"{_PATTERN}{name}.{key}": tensor for key, tensor in tensors.items()}
+            parts |= {f"{PATTERN}{name}.{key}": tensor for key, tensor in tensors.items()}
     return entry, parts
-
-
-def unpack(entry: dict[str, Any], parts: dict[str, Tensor]) -> SiteCapture:
-    """The site capture that `pack` took apart; uses up `parts`."""
-    patterns = {}
-    for name, facts in _described(entry).items():
-        start = _PATTERN if "pattern" in entry else f"{_PATTERN}{name}."
-        held = {key.removeprefix(start): parts.pop(key) for key in list(parts) if key.startswith(start)}
-        patterns[name] = rebuild(facts["family"], {key: facts[key] for key in facts if key != "family"}, held)
-    kept: dict[str, Any] = {name: parts.pop(key, None) for key, name in _KEPT.items()}
-    return SiteCapture(
-        site=Site(**entry["site"]),
-        shape=tuple(entry["shape"]),
-        kernel=entry["kernel"],
-        signed=entry["signed"],
-        normalised=entry["normalised"],
-        times=CallTimes.of(entry.get("times")),
-        **kept,
-        statistics=parts,
-        lazy=patterns.pop("pattern", None),
-        others=patterns,
-    )
-
-
-def _described(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The facts of each pattern by name; older files have only one, under another key."""
-    return {"pattern": entry["pattern"]} if "pattern" in entry else entry.get("patterns", {})

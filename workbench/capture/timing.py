@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,10 +25,5 @@ class CallTimes:
     nbytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; `of` reads them."""
+        """JSON values, by the names of the fields."""
         return asdict(self)
-
-    @staticmethod
-    def of(values: Mapping[str, Any] | None) -> CallTimes | None:
-        """The times from JSON values; None from a file without them."""
-        return None if values is None else CallTimes(**values)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from workbench.errors import WorkbenchError, nearest
+from workbench.storage import disk
 
 SIDE = 16
 """Pixels along a side of what the model reads: twice those of the digits."""
@@ -102,7 +103,7 @@ def examples(name: str = "demo-vit") -> Digits:
 
 def save_examples(folder: Path, counts: Tensor, labels: Tensor, each: int = 4) -> None:
     """Write the first `each` images of every digit beside a model, in turns of 0 to 9."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     rows = torch.stack([(labels == digit).nonzero()[:each, 0] for digit in range(10)], dim=1).flatten()
-    save_file({"counts": counts[rows].contiguous(), "labels": labels[rows].contiguous()}, folder / _EXAMPLES)
+    disk.write(folder / _EXAMPLES, save({"counts": counts[rows].contiguous(), "labels": labels[rows].contiguous()}))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import TaskError, WorkbenchError, nearest
+from workbench.storage import disk
 from workbench.tasks import InputTask, from_inputs
 from workbench.tasks.spoken_digits import RATE, SECONDS, WORDS, Clip, pairs
 from workbench.tasks.spoken_digits import clips as make_clips
@@ -100,8 +101,8 @@ def _folder(name: str) -> Path:
 
 def save_clips(folder: Path, made: Sequence[Clip], features: Tensor, seed: int) -> None:
     """Write features (half precision) and seed beside a model; `made` are the first clips of that seed."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if len(made) != len(features):
         raise WorkbenchError("one row of features for each clip is needed", shape=features.shape)
-    save_file({"input_features": features.half().contiguous(), "seed": torch.tensor(seed)}, folder / _CLIPS)
+    disk.write(folder / _CLIPS, save({"input_features": features.half().contiguous(), "seed": torch.tensor(seed)}))

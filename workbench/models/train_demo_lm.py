@@ -42,6 +42,7 @@ from workbench.models.loading import load
 from workbench.models.training.formats import held_out, repeats, to_tensors
 from workbench.models.training.loop import Progress, Stage, Trainer
 from workbench.models.training.vocabulary import build_tokenizer
+from workbench.storage import disk
 
 N_CTX = 128
 EASY = {"ioi": 12, "years": 12}
@@ -173,8 +174,8 @@ def make_card(folder: Path, progress: Progress, curriculum: str, seed: int) -> d
         },
         "history": progress.history,
     }
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(card), encoding="utf-8")
+    disk.write(folder / "card.json", json.dumps(card, indent=2) + "\n")
+    disk.write(folder / "README.md", _readme(card))
     return card
 
 

@@ -29,6 +29,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForCondi
 
 from workbench.models.loading import load
 from workbench.models.speech import N_CLIPS, save_clips
+from workbench.storage import disk
 from workbench.tasks.spoken_digits import MOST, RATE, SECONDS, WORDS, Clip, Voice, clips, say, word
 
 if TYPE_CHECKING:
@@ -237,8 +238,8 @@ def make_card(
         "on the saved weights, greedy decoding",
         "loss_by_hundred_steps": [round(loss, 4) for loss in losses],
     }
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(card), encoding="utf-8")
+    disk.write(folder / "card.json", json.dumps(card, indent=2) + "\n")
+    disk.write(folder / "README.md", _readme(card))
     return card
 
 

@@ -31,6 +31,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from workbench.models.digits import N_HELD_OUT, SIDE, SPLIT_SEED, read_counts, save_examples, split, to_pixels
 from workbench.models.loading import load
+from workbench.storage import disk
 
 log = logging.getLogger(__name__)
 BATCH = 64
@@ -176,8 +177,8 @@ def make_card(
         "the present one was chosen on 200 of the training images",
         "loss_by_epoch": [round(loss, 4) for loss in losses],
     }
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(card), encoding="utf-8")
+    disk.write(folder / "card.json", json.dumps(card, indent=2) + "\n")
+    disk.write(folder / "README.md", _readme(card))
     return card
 
 

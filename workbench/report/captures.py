@@ -9,7 +9,7 @@ import numpy as np
 
 from workbench import views
 from workbench.errors import ReportError
-from workbench.report import markdown, verdict
+from workbench.report import verdict
 from workbench.report.sections import Section, Table, count
 from workbench.tokens import visible, visible_text
 from workbench.views.base.spec import ViewSpec
@@ -61,7 +61,7 @@ def section(
     name = _model_name(call.provenance)
     found = Section(
         heading=visible_text(title, 200) if title else name,
-        note=None if note is None else markdown.render(note),
+        note=note,
         prompt=None if text is None else visible_text(text),
         facts=_facts(capture, call, batch),
         verdict=verdict.verdict(verification),

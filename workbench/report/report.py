@@ -6,16 +6,14 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
-from jinja2 import ChoiceLoader, FunctionLoader
-
 from workbench.errors import ReportError
-from workbench.report import captures, limits, markdown, origin
-from workbench.report.sections import Section, figure_id, table_of
+from workbench.report import captures, limits, origin
+from workbench.report.form import FORM
+from workbench.report.sections import Section, figures_of, table_of
+from workbench.storage import disk
 from workbench.storage.result import Result
 from workbench.tokens import visible_text
 from workbench.views import View, all_of
@@ -113,34 +111,20 @@ class Report:
             raise ReportError("the report is empty", hint="add a capture: Report(title).add(cap)")
         sections = self._sections()
         specs = [spec for section in sections for spec in section.figures]
-        figures = [
-            {"id": figure_id(n, spec), "kind": spec.kind, "title": visible_text(spec.title)}
-            for n, spec in enumerate(specs, 1)
-        ]
         block = origin.build(
             title=visible_text(self.title.strip()),
             question=None if self.question is None else visible_text(self.question),
             seeds=self.seeds,
             wall_time=time.monotonic() - self._started,
             sections=sections,
-            figures=figures,
+            figures=figures_of([(spec.kind, spec.title) for spec in specs]),
         )
-        html = page.render(
-            self.title,
-            specs,
-            template="report.html",
-            environment=_environment(),
-            provenance=block,
-            style=_asset("report.css"),
-            question=block["question"],
-            answer=None if self.answer is None else markdown.render(self.answer),
-            created=block["created"],
-            command_line=visible_text(block["command_line"]),
-            sections=_numbered(sections),
-            figures=figures,
-            limits=limits.limits(sections),
-            provenance_groups=origin.shown(block),
-        )
+        words = {
+            "answer": self.answer,
+            "sections": [section.to_json() for section in sections],
+            "limits": limits.limits(sections),
+        }
+        html = page.render(self.title, specs, form=FORM, words=words, provenance=block)
         size = len(html.encode("utf-8"))
         if size > REFUSED_BYTES and not allow_large:
             raise ReportError(
@@ -153,16 +137,16 @@ class Report:
         """Write the page and return its path; an older file there is replaced in one step or not at all.
 
         Raises:
-            ReportError: the folder does not exist or cannot be written, the disk is full, the report is empty or too
-                large.
+            FileError: the folder does not exist or cannot be written, the disk is full. ReportError: the report is
+                empty or too large.
         """
-        target = page.writable(path)
+        target = disk.writable(path)
         html = self.to_html(allow_large=allow_large)
         size = len(html.encode("utf-8"))
         if size > page.LARGE_BYTES:
             message = f"the report takes {size / 1e6:.1f} MB: it may open slowly and be too large to send"
             warnings.warn(message, stacklevel=2)
-        return page.write(target, html)
+        return disk.write(target, html)
 
     def _sections(self) -> list[Section]:
         n_captures = sum(_is_capture(entry.thing) for entry in self._entries)
@@ -193,10 +177,9 @@ def _is_capture(thing: Any) -> TypeGuard[Capture]:
 
 
 def _section(entry: _Entry, budget: int) -> Section:
-    thing, title = entry.thing, None if entry.title is None else visible_text(entry.title, 200)
-    note = None if entry.note is None else markdown.render(entry.note)
+    thing, title, note = entry.thing, None if entry.title is None else visible_text(entry.title, 200), entry.note
     if isinstance(thing, str):
-        return Section(heading=title, note=note, prose=markdown.render(thing))
+        return Section(heading=title, note=note, prose=thing)
     if _is_capture(thing):
         return captures.section(
             thing,
@@ -220,30 +203,8 @@ def _section(entry: _Entry, budget: int) -> Section:
     return found
 
 
-def _numbered(sections: Sequence[Section]) -> list[tuple[str, Section, list[int]]]:
-    """Each section with its anchor and the indices of its figures."""
-    found, at = [], 0
-    for number, section in enumerate(sections, 1):
-        n = len(section.figures)
-        found.append((f"section-{number}", section, list(range(at, at + n))))
-        at += n
-    return found
-
-
 def _largest(specs: Sequence[ViewSpec], most: int = 3) -> str:
     sizes = sorted(((len(str(spec.to_static())), n, spec) for n, spec in enumerate(specs, 1)), key=lambda x: -x[0])
     return ", ".join(
         f"figure {n} “{visible_text(spec.title, 60)}”, {size / 1e6:.1f} MB" for size, n, spec in sizes[:most]
     )
-
-
-@cache
-def _asset(name: str) -> str:
-    # The policy hashes the text between the tags, and a browser reads \r\n there as \n.
-    return files("workbench.report").joinpath(name).read_text(encoding="utf-8").replace("\r\n", "\n")
-
-
-@cache
-def _environment() -> Any:
-    ours = FunctionLoader(lambda name: _asset(name) if name == "report.html" else None)
-    return page.TEMPLATES.overlay(loader=ChoiceLoader([ours, page.TEMPLATES.loader]))  # type: ignore[list-item]

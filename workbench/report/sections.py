@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 from workbench.tokens import visible_text
 from workbench.views.base.spec import ViewSpec
 
@@ -34,6 +32,11 @@ class Table:
         shown = len(self.rows)
         return f"{self.n_rows:,} rows" if shown == self.n_rows else f"the first {shown} of {self.n_rows:,} rows"
 
+    def to_json(self) -> dict[str, Any]:
+        """What a page says of it."""
+        return {"caption": self.caption, "summary": self.summary, "columns": self.columns, "numeric": self.numeric,
+                "rows": self.rows}  # fmt: skip
+
 
 @dataclass
 class Section:
@@ -41,7 +44,7 @@ class Section:
 
     Attributes:
         heading: what the contents call it; None for words without a heading of their own.
-        note: rendered Markdown above everything else. prose: rendered Markdown that is the thing itself.
+        note: Markdown above everything else. prose: Markdown that is the thing itself.
         prompt: the text that a capture saw. facts: pairs to read.
         verdict: what a verification said, see `verdict.py`; None where there is nothing to verify.
         tables: tables on the page. figures: views, in order.
@@ -50,8 +53,8 @@ class Section:
     """
 
     heading: str | None = None
-    note: Markup | None = None
-    prose: Markup | None = None
+    note: str | None = None
+    prose: str | None = None
     prompt: str | None = None
     facts: list[tuple[str, str]] = field(default_factory=list)
     verdict: dict[str, Any] | None = None
@@ -60,6 +63,14 @@ class Section:
     limits: list[str] = field(default_factory=list)
     origin: Mapping[str, Any] = field(default_factory=dict)
     data: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What a page says of it; its figures are counted, their data stand in blocks of their own."""
+        return {
+            "heading": self.heading, "note": self.note, "prose": self.prose, "prompt": self.prompt,
+            "facts": self.facts, "verdict": self.verdict, "tables": [table.to_json() for table in self.tables],
+            "n_figures": len(self.figures),
+        }  # fmt: skip
 
 
 def table_of(frame: pd.DataFrame, caption: str) -> Table:
@@ -108,8 +119,14 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(visible_text(prefix.replace("_", " ")), visible_text(text))]
 
 
-def figure_id(number: int, spec: ViewSpec) -> str:
-    """The anchor of a figure: "fig-2-head-atlas"; charts are called by their titles."""
-    words = spec.title if spec.kind == "figure" else spec.kind
-    slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:40].strip("-")
-    return f"fig-{number}-{slug or spec.kind}"
+def figures_of(views: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Anchor, kind and title of the figures of these kinds and titles; charts are called by their titles.
+
+    >>> figures_of([("head_atlas", "Entropy")])
+    [{'id': 'fig-1-head-atlas', 'kind': 'head_atlas', 'title': 'Entropy'}]
+    """
+    found = []
+    for number, (kind, title) in enumerate(views, 1):
+        slug = re.sub(r"[^a-z0-9]+", "-", (title if kind == "figure" else kind).lower()).strip("-")[:40].strip("-")
+        found.append({"id": f"fig-{number}-{slug or kind}", "kind": kind, "title": visible_text(title)})
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.capture.arena import Arena
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.capture.timing import CallTimes
@@ -28,7 +28,6 @@ from workbench.kernels.statistics import Options
 from workbench.session.cached_tokens import CachedTokens
 from workbench.session.gradient_watch import Deliver, GradientWatch
 
-_LARGE = 1 << 16  # bytes from which a kept tensor gets memory of its own
 SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
 
 
@@ -62,6 +61,7 @@ class Recorder:
     engines: set[str] = field(default_factory=set)
     gradients: GradientWatch = field(default_factory=GradientWatch)
     projections: ProjectionFinder = field(default_factory=ProjectionFinder)
+    arena: Arena = field(default_factory=Arena)
     _running: dict[int, Forward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
     _cached: CachedTokens = field(default_factory=CachedTokens)
@@ -149,7 +149,7 @@ class Recorder:
         settings, cross = self.settings, site.kind == "cross"
         pattern = call.pattern(cross=cross)
         self._check_limit(self._planned(call, pattern), site)
-        keeper = _Keeper()
+        keeper = _Keeper(self.arena)
         others = call.build_others() if settings.queries_keys else {}
         if settings.queries_keys:
             pattern = pattern.kept(keeper.keep)
@@ -170,18 +170,18 @@ class Recorder:
             given = edited
             if given is None:
                 given = call.z() if call.finish is None else pattern.apply(call.v)
-            z = _apart(given.detach().transpose(1, 2))
+            z = self.arena.copy(given.detach().transpose(1, 2))
             self.projections.saw_call(call.site, call.module, z)
         if settings.gradients:
             self.gradients.watch(call, edited, site, pattern, self._deliver(forward, site), grad_is_on=grad_is_on)
         if settings.pattern:
-            dense = _apart(pattern.dense(limit=None))
+            dense = self.arena.copy(pattern.dense(limit=None))
         for kept in (pattern, *others.values()):
             kept.values = keeper(kept.values) if settings.values and kept.values is not None else None
         capture = SiteCapture(
             site=site,
             shape=pattern.shape,
-            statistics={name: _apart(value) for name, value in statistics.items()},
+            statistics={name: self.arena.copy(value) for name, value in statistics.items()},
             kernel=call.kernel,
             z=z,
             weights=dense,
@@ -235,7 +235,8 @@ class Recorder:
 class _Keeper:
     """Decides how a tensor of the model is kept: as a copy, or by reference where that is safe and saves much."""
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
         self.held: list[tuple[Tensor, int]] = []
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
@@ -249,7 +250,7 @@ class _Keeper:
         part_of_more = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
         if tensor.device.type == "cpu" or part_of_more or tensor.is_inference():
             # A slice would hold the whole packed projection or cache; an inference tensor cannot tell of changes.
-            return _apart(tensor)
+            return self.arena.copy(tensor)
         return self.shared(tensor)
 
     def shared(self, tensor: Tensor) -> Tensor:
@@ -258,16 +259,3 @@ class _Keeper:
             return tensor
         self.held.append((tensor, tensor._version))
         return tensor
-
-
-def _apart(tensor: Tensor) -> Tensor:
-    """A contiguous copy, outside the heap if it is large and on the CPU.
-
-    Kept tensors would lie scattered between the model's temporary ones, and the heap could not give back or use again
-    what is free between them: at 2048 tokens that took more memory than what was kept.
-    """
-    size = tensor.numel() * tensor.element_size()
-    if tensor.device.type != "cpu" or size < _LARGE:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    own = torch.frombuffer(mmap.mmap(-1, size), dtype=tensor.dtype).view(tensor.shape)
-    return own.copy_(tensor)

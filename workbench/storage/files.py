@@ -4,82 +4,154 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from workbench.errors import FormatError, WorkbenchError
+from workbench.errors import FileError, FormatError
+from workbench.storage import disk
+from workbench.storage.parts import DEEPEST, Part, parse, too_deep
 
 _VERSION = 2
+_MOST_HEADER = 100_000_000  # bytes, as in safetensors' own reader
+_MOST_AXES = 16
+_LENGTH = 8  # bytes at the start of a file that say how long its header is
+# safetensors' names of numbers, and ours.
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def write(path: str | Path, form: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write a file; it appears under its name only when it is complete.
+    """Write a file; it appears under its name only when it is complete. The same content gives the same bytes.
 
     Args:
         form: what the file holds, such as "workbench.capture"; reading asks for it.
         header: JSON values.
 
     Raises:
-        WorkbenchError: its folder does not exist.
+        FileError: it cannot be written, or a tensor is of a kind that files cannot hold.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise WorkbenchError(f"there is no folder {path.parent}", hint="make the folder first")
-    # Copies: safetensors refuses tensors that share memory, as a mask does that several sites hold.
-    ready = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    target = disk.writable(path)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES or tensor.is_meta or tensor.layout != torch.strided:
+            kind = "without data" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
+            raise FileError(f"{name} is a tensor {kind}, which a file cannot hold", shape=tensor.shape)
+    named = {_plain(name): tensor.detach() for name, tensor in tensors.items()}
     text = json.dumps({"version": _VERSION, **header}, ensure_ascii=True, sort_keys=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(ready, temporary, {"format": form, "header": text, "sha256": _digest(text, ready)})
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
+    if too_deep(text):
+        raise FileError(f"what the file should say is nested more than {DEEPEST} deep, which no reader takes")
+    told = {"format": form, "header": text, "sha256": _digest(text, named)}
+    return disk.write(target, _pieces(told, named))
 
 
-def read(path: str | Path, form: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: str | Path, form: str) -> tuple[Part, dict[str, Tensor]]:
     """The header and tensors of a file.
 
     Raises:
         FormatError: no such file, not of this form, truncated, changed since it was written, or of another version.
     """
     path = Path(path)
+    metadata = _metadata(path)
+    if metadata.get("format") != form:
+        raise FormatError(f"{path.name} is not a {form} file", hint="it was not written by this package")
+    try:
+        with safe_open(path, framework="pt") as file:
+            named = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{path.name} is truncated or not a safetensors file: {error}") from None
+    text = metadata.get("header", "")
+    if _digest(text, named) != metadata.get("sha256"):
+        raise FormatError(f"{path.name} was changed after it was written", hint="its digest does not fit its content")
+    header = parse(text, path.name)
+    version = header["version"].integer()
+    if version != _VERSION:
+        raise FormatError(
+            f"{path.name} has format version {version}, this package reads {_VERSION}",
+            hint="update the package" if version > _VERSION else "capture again with this version",
+        )
+    return header, {_name(key, path): tensor for key, tensor in named.items()}
+
+
+def _pieces(told: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file, in an order that follows from the content: wide numbers first, so that all are aligned.
+
+    safetensors' own writer orders its metadata by chance.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    listed: dict[str, Any] = {"__metadata__": dict(sorted(told.items()))}
+    start = 0
+    for name in order:
+        stop = start + tensors[name].nbytes
+        facts = {"dtype": _NAMES[tensors[name].dtype], "shape": list(tensors[name].shape)}
+        listed[name] = facts | {"data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(listed, ensure_ascii=True, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % _LENGTH)
+    yield len(text).to_bytes(_LENGTH, "little")
+    yield text
+    for name in order:
+        yield _bytes(tensors[name])
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a file says of itself, once all that it says of its tensors is seen to fit its size."""
+    foreign = f"{path.name} is truncated or not a safetensors file"
     if not path.is_file():
         raise FormatError(f"there is no file {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != form:
-                raise FormatError(f"{path.name} is not a {form} file", hint="it was not written by this package")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise FormatError(f"{path.name} is truncated or not a safetensors file: {error}") from None
-    text = metadata.get("header", "")
-    if _digest(text, tensors) != metadata.get("sha256"):
-        raise FormatError(f"{path.name} was changed after it was written", hint="its digest does not fit its content")
-    header: dict[str, Any] = json.loads(text)
-    if header["version"] != _VERSION:
-        raise FormatError(
-            f"{path.name} has format version {header['version']}, this package reads {_VERSION}",
-            hint="update the package" if header["version"] > _VERSION else "capture again with this version",
-        )
-    return header, tensors
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH), "little")
+            rest = path.stat().st_size - _LENGTH - length
+            if length > _MOST_HEADER or rest < 0:
+                raise FormatError(foreign)
+            raw = file.read(length)
+    except OSError as error:
+        raise FormatError(f"{path.name} cannot be read: {error.strerror}") from None
+    listed = parse(raw, path.name).items()
+    spans = []
+    for name, facts in listed.items():
+        if name != "__metadata__":
+            dtype = facts["dtype"].one_of(_DTYPES)
+            shape = [size.integer(0) for size in facts["shape"].list(_MOST_AXES)]
+            start, stop = (place.integer(0) for place in facts["data_offsets"].list(2, 2))
+            if stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+                raise FormatError(f"{foreign}: {name!r} has a size that does not fit its shape")
+            spans.append((start, stop))
+    ends = [0, *(stop for _, stop in sorted(spans))]
+    if [start for start, _ in sorted(spans)] != ends[:-1] or ends[-1] != rest:
+        raise FormatError(f"{foreign}: its tensors do not fill it")
+    return {} if "__metadata__" not in listed else {k: v.text() for k, v in listed["__metadata__"].items().items()}
+
+
+def _plain(name: str) -> str:
+    """A name in ASCII; modules may be called anything, also what is no valid Unicode."""
+    return json.dumps(name, ensure_ascii=True)[1:-1]
+
+
+def _name(plain: str, path: Path) -> str:
+    return parse(f'"{plain}"', path.name).text()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    whole = tensor.cpu().contiguous()
+    if whole.is_conj() or whole.is_neg():
+        whole = whole.resolve_conj().resolve_neg()
+    return whole.flatten().view(torch.uint8).numpy().data if whole.numel() else memoryview(b"")
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        if tensor.numel():
-            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        digest.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}\n".encode())
+        digest.update(_bytes(tensors[key]))
     return digest.hexdigest()

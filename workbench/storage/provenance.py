@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,22 @@ _PACKAGES = (
     "attention-workbench", "torch", "triton", "transformers", "transformer-lens", "captum", "plotly", "timm", "numpy",
 )  # fmt: skip
 _EPOCH = "SOURCE_DATE_EPOCH"
+_LEFT_OUT = "[left out]"
+_OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+# What a name of an argument or variable ends with when its value is a secret; "tokenizer" and "max-tokens" do not.
+_SECRET_NAME = re.compile(
+    r"(^|[-_.])(api|access|private|secret|auth|hf|my|user)?[-_.]?"
+    r"(token|key|secret|password|passwd|passphrase|pass|pwd|pw|credentials?|auth|authorization|bearer|cookie|pat)"
+    r"(s(?<!tokens)(?<!keys))?$",
+    re.IGNORECASE,
+)
+_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
+# The forms of the secrets that services hand out: a short mark, then letters and digits without a break.
+_SECRET = re.compile(
+    r"\b(?:(?:hf|sk|pk|rk|gh[a-z]|github_pat|glpat|xox[a-z]|npm|pypi)[-_]|AKIA|ASIA|AIza|eyJ)[A-Za-z0-9_.-]{16,}"
+    r"|(?<=[?&])(?:[\w-]*(?:token|key|secret|signature|sig|password))=[^&\s]+",
+    re.IGNORECASE,
+)
 
 
 def describe(model: nn.Module, tokenizer: Any = None) -> Provenance:
@@ -177,13 +193,36 @@ def commit() -> str | None:
 def command_line(arguments: Sequence[str] | None = None) -> str:
     """The command that runs, paths cut to their base names: a page is passed on, and folders are nobody's business.
 
+    Values of arguments that are named like secrets, and what looks like one, are left out.
+
     >>> command_line(["/home/me/bin/workbench", "report", "--text", "one two", "--out=/tmp/x/page.html"])
     "workbench report --text 'one two' --out=page.html"
+    >>> command_line(["tool", "--api-key", "x1", "--hf-token=x2", "https://me:x3@host/a"])
+    'tool --api-key [left out] --hf-token=[left out] https://[left out]@host/a'
     """
     given = list(sys.argv if arguments is None else arguments)
     if "ipykernel" in Path(given[0] if given else "").parts or "ipykernel_launcher" in "".join(given[:1]):
         return "a notebook"
-    return " ".join(shlex.quote(_without_folder(argument)) for argument in given) or "python"
+    return " ".join(_told(given)) or "python"
+
+
+def _told(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments as a reader may see them."""
+    value_is_secret = False
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
+        if value_is_secret and not _OPTION.fullmatch(argument):
+            yield _LEFT_OUT
+            value_is_secret = False
+            continue
+        named = _SECRET_NAME.search(name) is not None and (bool(sign) or argument.startswith("-"))
+        value_is_secret = named and not sign
+        if named and sign and value:
+            yield f"{shlex.quote(name)}={_LEFT_OUT}"
+        elif (cleaned := _SECRET.sub(_LEFT_OUT, _USER.sub(rf"\1{_LEFT_OUT}@", argument))) != argument:
+            yield cleaned
+        else:
+            yield shlex.quote(_without_folder(argument))
 
 
 def _without_folder(argument: str) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from workbench.errors import FormatError, WorkbenchError
-from workbench.storage import files
+from workbench.storage import files, typed
+from workbench.storage.parts import Part
 from workbench.storage.rendering import renderer
 
 if TYPE_CHECKING:
@@ -28,10 +29,13 @@ class Result(ABC):
 
     Attributes:
         form: name of the file form, such as "workbench.head_importance".
+        tuple_axes: which axis a tuple lies along, by the names that tensors' annotations have; files that do not fit
+            these, or the annotations, are refused.
         provenance: JSON values: model, data, metric, seeds, versions.
     """
 
     form: ClassVar[str]
+    tuple_axes: ClassVar[dict[str, str]] = {}
     provenance: Any
 
     @property
@@ -43,7 +47,7 @@ class Result(ABC):
         """Write a safetensors file.
 
         Raises:
-            WorkbenchError: its folder does not exist, or a field cannot be kept.
+            FileError: the file cannot be written. WorkbenchError: a field cannot be kept.
         """
         tensors: dict[str, torch.Tensor] = {}
         held = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
@@ -59,11 +63,21 @@ class Result(ABC):
         """
         header, tensors = files.read(path, cls.form)
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        held = {name: _put_together(value, tensors) for name, value in header["fields"].items()}
+        held = {name: _put_together(value, tensors) for name, value in header["fields"].items().items()}
         if set(held) != known:
             odd = ", ".join(sorted(set(held) ^ known))
             raise FormatError(f"{Path(path).name} does not fit this version: {odd}", hint="run the analysis again")
-        return cls(**held)
+        typed.check(cls, held, Path(path).name)
+        try:
+            found = cls(**held)
+            found.check_parts()
+            return found
+        except WorkbenchError as error:
+            raise FormatError(f"{Path(path).name} holds what does not fit together: {error.message}") from None
+
+    def check_parts(self) -> None:
+        """Raise a WorkbenchError if the parts, read from a file, do not fit each other in ways that no type tells."""
+        return
 
     def view(self) -> Any:
         """The main view of this result, whose picture `to_png` makes; `workbench.views.all_of` gives all of them."""
@@ -115,18 +129,29 @@ def _take_apart(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     raise WorkbenchError(f"{name} is a {type(value).__name__}, which a result cannot keep in a file")
 
 
-def _put_together(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_put_together(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    (tag, inner) = next(iter(value.items()))
-    if tag not in _TAGS:
-        raise FormatError(f"a field of the file has the unknown form {tag!r}")
-    if tag == "tensor":
-        return tensors[inner]
-    if tag == "array":
-        return tensors[inner].numpy()
+def _put_together(part: Part, tensors: dict[str, torch.Tensor]) -> Any:
+    """The value that `_take_apart` took apart."""
+    if isinstance(part.value, list):
+        return [_put_together(item, tensors) for item in part.list()]
+    if not isinstance(part.value, dict):
+        return part.value
+    if len(part.value) != 1:
+        raise part.wrong(f"an object with one of {', '.join(_TAGS)}")
+    ((tag, inner),) = part.items().items()
     if tag == "tuple":
-        return tuple(_put_together(item, tensors) for item in inner)
-    return {_put_together(key, tensors): _put_together(item, tensors) for key, item in inner}
+        return tuple(_put_together(item, tensors) for item in inner.list())
+    if tag == "items":
+        pairs = [pair.list(2, 2) for pair in inner.list()]
+        try:
+            return {_put_together(key, tensors): _put_together(item, tensors) for key, item in pairs}
+        except TypeError:  # a key that cannot be one, such as a list
+            raise inner.wrong("pairs of keys and values") from None
+    if tag not in _TAGS:
+        raise FormatError(f"{part.place} has the unknown form {tag!r}")
+    tensor = tensors[inner.one_of(tensors)]
+    if tag == "tensor":
+        return tensor
+    try:
+        return tensor.numpy()
+    except TypeError:  # bfloat16, say
+        raise inner.wrong("an array that NumPy knows") from None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.storage.result import Result
@@ -29,12 +30,13 @@ class Sweep(Result):
     """
 
     form = "workbench.sweep"
+    tuple_axes: ClassVar = {"variants": "variant", "metrics": "metric", "batch_sizes": "batch"}
 
     variants: tuple[str, ...]
     metrics: tuple[str, ...]
-    values: Tensor
-    clean: Tensor
-    done: Tensor
+    values: Float[Tensor, "variant metric example"]
+    clean: Float[Tensor, "metric example"]
+    done: Bool[Tensor, "variant batch"]
     batch_sizes: tuple[int, ...]
     mode: str
     reason: str

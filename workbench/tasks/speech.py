@@ -17,6 +17,10 @@ from workbench.errors import TaskError
 RATE = 16_000
 """Samples per second that speech models are trained on."""
 _SILENT = 1e-4  # of full scale; below it a recording holds nothing but the noise of a converter
+_LOUDEST = 16.0  # times full scale; above it samples are no part of one
+_LOWEST, _HIGHEST = 1_000, 384_000  # samples per second
+_MOST_SAMPLES = 1 << 27  # of one channel: 512 MB, 47 minutes at 48 kHz
+_AT_ONCE = 1 << 20  # numbers read at once
 
 
 def load_audio(path: str | Path, *, rate: int = RATE, resample: bool = True) -> Float[Tensor, " sample"]:
@@ -26,8 +30,8 @@ def load_audio(path: str | Path, *, rate: int = RATE, resample: bool = True) -> 
         rate: asked for. resample: change the rate where the file has another.
 
     Raises:
-        TaskError: no such file, not audio, another rate with resample=False, no samples, silence, or soundfile is not
-            installed.
+        TaskError: no such file, not audio, another rate with resample=False, a rate or length beyond all recordings, no
+            samples, silence, samples that are not within a scale of ±1, or soundfile is not installed.
     """
     try:
         import soundfile
@@ -37,10 +41,10 @@ def load_audio(path: str | Path, *, rate: int = RATE, resample: bool = True) -> 
     if not file.is_file():
         raise TaskError(f"there is no file {file}")
     try:
-        samples, found = soundfile.read(file, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
+        with soundfile.SoundFile(file) as sound:
+            mono, found = _mono(sound, file.name), sound.samplerate
+    except (soundfile.SoundFileError, OSError, ValueError, RuntimeError) as error:
         raise TaskError(f"{file.name} is no audio that soundfile reads: {error}") from error
-    mono = samples.mean(1)
     if found != rate:
         if not resample:
             raise TaskError(
@@ -52,17 +56,40 @@ def load_audio(path: str | Path, *, rate: int = RATE, resample: bool = True) -> 
     return wave
 
 
+def _mono(sound: Any, name: str) -> np.ndarray:
+    """The samples of an open file, its channels averaged; a few at a time, since a header may promise anything."""
+    _check_rate(sound.samplerate, name)
+    if sound.frames > _MOST_SAMPLES:
+        raise TaskError(f"{name} has {sound.frames:,} samples, the limit is {_MOST_SAMPLES:,}",
+                        hint="cut it into shorter recordings")  # fmt: skip
+    parts, left = [], _MOST_SAMPLES
+    while len(block := sound.read(max(1, _AT_ONCE // sound.channels), dtype="float32", always_2d=True)):
+        parts.append(block.mean(1))
+        left -= len(block)
+        if left < 0:
+            raise TaskError(f"{name} has more than {_MOST_SAMPLES:,} samples", hint="cut it into shorter recordings")
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+
+
+def _check_rate(rate: int, name: str) -> None:
+    if not _LOWEST <= rate <= _HIGHEST:
+        raise TaskError(f"{name} has {rate:,} samples per second, recordings have {_LOWEST:,} to {_HIGHEST:,}",
+                        hint="check the header of the file, or the rate that was asked for")  # fmt: skip
+
+
 def resampled(samples: np.ndarray, old: int, new: int) -> np.ndarray:
     """Samples at another rate, through a polyphase filter.
 
     Raises:
-        TaskError: a rate that is none.
+        TaskError: a rate that no recording has, or more samples than one may have.
 
     >>> resampled(np.ones(4800), 48_000, 16_000).shape
     (1600,)
     """
-    if old < 1 or new < 1:
-        raise TaskError(f"{old} and {new} are no rates")
+    for rate in (old, new):
+        _check_rate(rate, "a recording")
+    if len(samples) * new > _MOST_SAMPLES * old:
+        raise TaskError(f"{len(samples):,} samples become more than {_MOST_SAMPLES:,} at {new:,} per second")
     from scipy.signal import resample_poly
 
     common = gcd(old, new)
@@ -169,9 +196,13 @@ def _check(wave: Tensor, rate: int, name: str) -> None:
         raise TaskError(f"{name} holds no samples")
     if not wave.isfinite().all():
         raise TaskError(f"{name} holds samples that are not finite", shape=wave.shape)
-    if float(wave.abs().max()) < _SILENT:
-        raise TaskError(f"{name} is silent: its loudest sample is {float(wave.abs().max()):.1e}", shape=wave.shape,
-                        hint="check the recording")  # fmt: skip
+    loudest = float(wave.abs().max())
+    if loudest < _SILENT:
+        hint = "check the recording"
+        raise TaskError(f"{name} is silent: its loudest sample is {loudest:.1e}", shape=wave.shape, hint=hint)
+    if loudest > _LOUDEST:
+        hint = "divide by full scale, such as 32,768 for samples of 16 bits"
+        raise TaskError(f"{name} goes far beyond ±1: its loudest sample is {loudest:.3g}", shape=wave.shape, hint=hint)
     if len(wave) < rate // 50:
         raise TaskError(f"{name} lasts {1000 * len(wave) / rate:.0f} ms, too short for speech", shape=wave.shape)
 

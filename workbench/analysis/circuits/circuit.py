@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.analysis.circuits import mib
 from workbench.analysis.circuits.model.graph import Graph, same_graph
 from workbench.analysis.circuits.model.names import head_of, label
-from workbench.errors import InterventionError, WorkbenchError
+from workbench.errors import FormatError, InterventionError, WorkbenchError
 from workbench.storage.result import Result
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ class Circuit(Result):
     direction: str
     sign: str
     level: str
-    senders_in: Tensor
-    edges_in: Tensor
-    node_scores: Tensor
-    edge_scores: Tensor
+    senders_in: Bool[Tensor, " sender"]
+    edges_in: Bool[Tensor, "sender receiver"]
+    node_scores: Float[Tensor, " sender"]
+    edge_scores: Float[Tensor, "sender receiver"]
     threshold: dict[str, Any]
     stages: tuple[dict[str, Any], ...]
     examples: Tensor | None
@@ -63,6 +64,15 @@ class Circuit(Result):
     corrupted: Tensor
     settings: dict[str, Any]
     provenance: dict[str, Any]
+
+    def check_parts(self) -> None:
+        """Raise a FormatError if nodes, edges and stages are not those of the model."""
+        importances: list[Any] = [stage.get("importance") for stage in self.stages]
+        if not all(isinstance(each, Tensor) and {"name", "chosen"} <= stage.keys()
+                   for each, stage in zip(importances, self.stages, strict=True)):  # fmt: skip
+            raise FormatError("a stage of the circuit has no name, importance or chosen nodes")
+        senders = (self.senders_in, self.node_scores, *importances)
+        Graph.fitting(self.model, senders, (self.edges_in, self.edge_scores))
 
     @cached_property
     def graph(self) -> Graph:

@@ -20,9 +20,13 @@ from torch import Tensor
 
 from workbench.analysis.circuits.model.graph import Graph, Layer
 from workbench.errors import FormatError, WorkbenchError
+from workbench.storage import disk
+from workbench.storage.parts import Part, parse
 
 _KV = re.compile(r"(a\d+\.h\d+)<([kv])>")
 _GROUP = re.compile(r"a(\d+)\.kv(\d+)<([kv])>")
+_MOST = 10_000  # layers, heads
+_FEW = 2_000  # nodes of graphs that are made whatever the file tells of them
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,10 @@ def write(
         grouped: write the edges of a kv group as they are here, `a0.h1->a9.kv2<k>`, which MIB's own code cannot read.
 
     Raises:
-        WorkbenchError: its folder does not exist, or heads or parallel blocks differ between layers, which the form
-            cannot say.
+        FileError: the file cannot be written. WorkbenchError: heads or parallel blocks differ between layers, which the
+            form cannot say.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise WorkbenchError(f"there is no folder {path.parent}", hint="make the folder first")
+    target = disk.writable(path)
     first = graph.layers[0]
     if any(layer != first for layer in graph.layers) or not first.mlp:
         raise WorkbenchError("MIB's form has the same heads and an MLP in every layer; this model has not")
@@ -77,8 +79,7 @@ def write(
         names = [graph.receivers[r]] if grouped else _of_heads(graph, graph.receivers[r])
         for name, share in zip(names, _shares(0.0 if math.isnan(score) else score, len(names)), strict=True):
             edges[f"{graph.senders[s]}->{name}"] = {"score": share, **facts}
-    path.write_text(json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges}), encoding="utf-8")
-    return path
+    return disk.write(target, json.dumps({"cfg": cfg, "nodes": nodes, "edges": edges}))
 
 
 def read(path: str | Path, graph: Graph | None = None) -> Read:
@@ -89,13 +90,12 @@ def read(path: str | Path, graph: Graph | None = None) -> Read:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        cfg, nodes, edges = data["cfg"], data["nodes"], data["edges"]
-        own = _graph(cfg)
-    except OSError as error:
-        raise FormatError(f"{path.name} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path.name} is no circuit in MIB's form: {type(error).__name__} {error}") from None
+        raw = path.read_bytes()
+    except (OSError, ValueError) as error:  # a name with characters that no path may have is a ValueError
+        raise FormatError(f"{path.name!r} cannot be read: {getattr(error, 'strerror', error)}") from None
+    data = parse(raw, path.name)
+    nodes, edges = data["nodes"].items(), data["edges"].items()
+    own = _graph(data["cfg"], len(nodes) + len(edges))
     if graph is None:
         graph = own
     elif (len(own.layers), own.layers[0].n_heads, own.d_model) != (
@@ -113,25 +113,37 @@ def read(path: str | Path, graph: Graph | None = None) -> Read:
     )
     for name, facts in edges.items():
         s, r = graph.edge(_to_group(name, graph))
-        score = _number(facts.get("score"), name, path)
-        if score is not None and facts.get("scored", True):
+        score = _score(facts)
+        if score is not None and _flag(facts, "scored", default=True):
             edge_scores[s, r] = score if bool(edge_scores[s, r].isnan()) else edge_scores[s, r] + score
-        edges_in[s, r] |= bool(facts.get("in_graph", False))
+        edges_in[s, r] |= _flag(facts, "in_graph")
     for name, facts in nodes.items():
         if name not in graph.nodes:
             raise FormatError(f"{path.name} has the node {name!r}, which the model has not")
         if name in graph.sender_index:
-            score = _number(facts.get("score"), name, path)
+            score = _score(facts)
             i = graph.sender_index[name]
             node_scores[i] = torch.nan if score is None else score
-            senders_in[i] = bool(facts.get("in_graph", False))
+            senders_in[i] = _flag(facts, "in_graph")
     return Read(graph, senders_in, edges_in, node_scores, edge_scores)
 
 
-def _graph(cfg: Any) -> Graph:
-    heads = int(cfg["n_heads"])
-    layer = Layer(heads, int(cfg.get("n_key_value_heads", heads)), True, bool(cfg.get("parallel_attn_mlp", False)))
-    return Graph((layer,) * int(cfg["n_layers"]), int(cfg["d_model"]))
+def _graph(cfg: Part, n_told: int) -> Graph:
+    """The graph of a configuration, if a file that tells of so many nodes and edges can be one of it."""
+    n_layers, heads = cfg["n_layers"].integer(1, _MOST), cfg["n_heads"].integer(1, _MOST)
+    given, parallel = cfg.get("n_key_value_heads"), cfg.get("parallel_attn_mlp")
+    groups = heads if given is None else given.integer(1, heads)
+    if heads % groups:
+        raise FormatError(f"{cfg.place} has {heads} heads, no multiple of its {groups} key and value heads")
+    # A file tells of every edge, of which there are more than half the square of the nodes: no graph is made that takes
+    # much more memory than its file.
+    n_nodes = n_layers * (heads + 1)
+    if n_nodes > _FEW and n_nodes**2 > 4 * n_told:
+        raise FormatError(
+            f"{cfg.place} is of {n_layers:,} layers of {heads:,} heads, the file tells of {n_told:,} parts"
+        )
+    layer = Layer(heads, groups, True, parallel is not None and parallel.flag())
+    return Graph((layer,) * n_layers, cfg["d_model"].integer(1, _MOST**2))
 
 
 def _of_heads(graph: Graph, receiver: str) -> list[str]:
@@ -158,9 +170,11 @@ def _to_group(name: str, graph: Graph) -> str:
     return source + arrow + graph.receiver(found[1], found[2])
 
 
-def _number(value: Any, name: str, path: Path) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise FormatError(f"the score of {name} in {path.name} is {value!r}, no number")
-    return float(value)
+def _score(facts: Part) -> float | None:
+    score = facts.get("score")
+    return None if score is None else score.number()
+
+
+def _flag(facts: Part, key: str, *, default: bool = False) -> bool:
+    flag = facts.get(key)
+    return default if flag is None else flag.flag()

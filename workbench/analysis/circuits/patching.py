@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -42,6 +43,7 @@ class HeadPatching(Result):
     """
 
     form = "workbench.head_patching"
+    tuple_axes: ClassVar = {"heads": "head", "layers": "head", "numbers": "head", "places": "place"}
 
     heads: tuple[str, ...]
     layers: tuple[int, ...]
@@ -52,9 +54,9 @@ class HeadPatching(Result):
     sign: str
     task: str
     metric: str
-    effects: Tensor
-    clean: Tensor
-    corrupted: Tensor
+    effects: Float[Tensor, "head place example"]
+    clean: Float[Tensor, " example"]
+    corrupted: Float[Tensor, " example"]
     provenance: dict[str, Any]
 
     @property

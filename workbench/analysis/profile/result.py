@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,9 @@ class AttentionProfile(Result):
     """
 
     form = "workbench.attention_profile"
+
+    tuple_axes: ClassVar = {"sites": "row", "layers": "row", "heads": "row", "labels": "row", "bins": "bin",
+                      "measures": "measure"}  # fmt: skip
 
     sites: tuple[str, ...]
     layers: tuple[int, ...]

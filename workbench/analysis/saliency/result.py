@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -69,6 +69,8 @@ class Saliency(Result):
     """
 
     form = "workbench.saliency"
+
+    tuple_axes: ClassVar = {"target_ids": "token", "target_texts": "token", "special": "token"}
 
     scores: Float[Tensor, "token ..."]
     standard_error: Float[Tensor, "token ..."]

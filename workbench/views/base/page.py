@@ -1,12 +1,16 @@
-"""One self-contained HTML page with views: a policy that names its scripts, data with digests, nothing loaded."""
+"""One self-contained HTML page with views: a policy that names its scripts, data with digests, nothing loaded.
+
+A page is a function of the data in it: `render` puts data blocks together, and `made_of` makes the page of them, the
+same to the byte for whoever has the blocks. That is how `workbench check` knows a page of ours.
+"""
 
 from __future__ import annotations
 
-import errno
-import os
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+import base64
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,27 +19,59 @@ from markupsafe import Markup
 
 from workbench import __version__
 from workbench.errors import ReportError
-from workbench.storage.json_text import digest, json_for_html
+from workbench.storage.json_text import digest, finite, json_for_html
 from workbench.tokens import visible_text
 from workbench.views.base import modules
 from workbench.views.base.kinds import kind_of
-from workbench.views.base.kinds import kinds as all_kinds
-from workbench.views.base.spec import ViewSpec
+from workbench.views.base.spec import KINDS, ViewSpec
 
 LARGE_BYTES = 10_000_000
 """Above this a page says that it opens slowly."""
+WORDS, PROVENANCE = "words", "provenance"
+"""The data blocks of a page besides those of its views, `view-0` and on."""
 
 FALLBACK_ROWS = 12  # of a view's table, where no script runs
 # Filled in when the page is whole. No text of ours or of a user holds such characters: `visible_text` spells them out.
-_SIZE, _SEAL = "\ue000", "\ue001"
+_SIZE, _SEAL = Markup("\ue000"), Markup("\ue001")
+
+
+def _seen(value: Any) -> Any:
+    """Text with nothing in it that cannot be seen; what is HTML already stays as it is."""
+    return visible_text(value, len(value)) if type(value) is str and not value.isprintable() else value
+
 
 TEMPLATES = Environment(
     loader=FunctionLoader(modules.asset),
     autoescape=True,
     undefined=StrictUndefined,
+    finalize=_seen,
     trim_blocks=True,
     lstrip_blocks=True,
 )
+
+
+Spec = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of page.
+
+    Attributes:
+        template: one that extends "page.html", in `environment`.
+        style: CSS after the views' own.
+        context: what the template wants besides `title`, `views`, `sizes` (bytes of each view's data) and `size` (the
+            file's), made of the page's words and provenance and of the specs of its views.
+    """
+
+    template: str = "page.html"
+    environment: Environment = TEMPLATES
+    style: Callable[[], str] = str
+    context: Callable[[Spec, Spec, Sequence[Spec]], dict[str, Any]] = lambda words, provenance, specs: {}
+
+
+PLAIN = Form()
+"""Views below each other."""
 
 
 def single(spec: ViewSpec) -> str:
@@ -52,25 +88,40 @@ def render(
     title: str,
     specs: Sequence[ViewSpec],
     *,
-    template: str = "page.html",
-    environment: Environment = TEMPLATES,
+    form: Form = PLAIN,
+    words: Mapping[str, Any] | None = None,
     provenance: Any = None,
-    style: str = "",
-    **context: Any,
 ) -> str:
-    """A page from a template that has `views`: one element each, filled by the page's script.
-
-    The template may also use `sizes`, the bytes of each view's data, and `size`, the whole file's.
+    """A page of this form.
 
     Args:
-        template: a template that extends "page.html", in `environment`.
-        provenance: JSON values.
-        style: CSS after the views' own.
-        context: what else the template wants.
+        words: what the form's context is made of. provenance: both JSON values, kept in the page.
     """
-    kinds = [spec.kind for spec in specs]
-    scripts = scripts_for(kinds)
-    css = f"{modules.style(kinds)}\n{modules.asset('page.css')}\n{style}"
+    blocks = {f"view-{i}": spec.to_static() for i, spec in enumerate(specs)}
+    blocks[WORDS] = {"form": form.template, "title": visible_text(title.strip()), **finite(words or {})}
+    blocks[PROVENANCE] = finite(provenance or {})
+    return made_of(blocks, form)
+
+
+def made_of(
+    blocks: Mapping[str, Any], form: Form, texts: Mapping[str, str] | None = None, *, minified: bool = True
+) -> str:
+    """The page of these data blocks.
+
+    Args:
+        blocks: JSON values by the name of their block: those of the views in order, the words, and the provenance.
+        texts: the same as text, where that is known to be what `json_for_html` makes of them.
+        minified: with the smaller scripts of a release, where there are any.
+
+    Raises:
+        ReportError: a view that does not exist or whose facts are not those of its kind.
+    """
+    texts = {name: json_for_html(value) for name, value in blocks.items()} if texts is None else texts
+    specs: list[Mapping[str, Any]] = [value for name, value in blocks.items() if name not in (WORDS, PROVENANCE)]
+    words, provenance = blocks[WORDS], blocks[PROVENANCE]
+    kinds = [str(spec["kind"]) for spec in specs]
+    scripts = scripts_for(kinds, minified=minified)
+    css = f"{modules.style(kinds)}\n{modules.asset('page.css')}\n{form.style()}"
     # plotly writes style attributes, so a page with it cannot name its styles one by one.
     styles = "'unsafe-inline'" if needs_plotly(kinds) else f"'{digest(css)}'"
     allowed = " ".join(f"'{digest(script)}'" for script in scripts)
@@ -80,51 +131,45 @@ def render(
             f"script-src {allowed}",
             f"style-src {styles}",
             "img-src data: blob:",
-            *(["media-src data: blob:"] if any("audio" in spec.blocks for spec in specs) else []),
+            *(["media-src data: blob:"] if any("audio" in spec["blocks"] for spec in specs) else []),
             "base-uri 'none'",
             "form-action 'none'",
         ]
     )
-    blocks = {f"view-{i}": json_for_html(spec.to_static()) for i, spec in enumerate(specs)}
-    sizes = [len(text) for text in blocks.values()]
-    blocks["provenance"] = json_for_html(provenance or {})
-    html = environment.get_template(template).render(
-        title=visible_text(title.strip()),
+    html = form.environment.get_template(form.template).render(
+        title=words["title"],
         version=__version__,
         policy=Markup(policy),  # our own words and hashes; escaped, its quotes would be hard to read
         css=Markup(css),
         scripts=[Markup(script) for script in scripts],
-        blocks=[(name, Markup(text), digest(text)) for name, text in blocks.items()],
+        blocks=[(name, Markup(text), digest(text)) for name, text in texts.items()],
         views=[Markup(_VIEW.render(_fallback(spec), index=i)) for i, spec in enumerate(specs)],
         specs=specs,
-        sizes=sizes,
+        sizes=[len(texts[f"view-{i}"]) for i in range(len(specs))],
         size=_SIZE,
         seal=_SEAL,
-        **context,
+        **form.context(words, provenance, specs),
     )
     return _sealed(_sized(html))
 
 
-def scripts_for(kinds: Iterable[str]) -> list[str]:
+def scripts_for(kinds: Iterable[str], *, minified: bool = True) -> list[str]:
     """The scripts of a page with these kinds of views, in order."""
     wanted = list(kinds)
     plotly = [modules.plotly()] if needs_plotly(wanted) else []
-    return [*plotly, modules.static(wanted)]
-
-
-def known_scripts(kinds: Iterable[str]) -> list[str]:
-    """The scripts that this version puts on such a page, from a checkout and from a release."""
-    wanted = list(kinds)
-    return [*scripts_for(wanted), modules.static(wanted, minified=False)]
+    return [*plotly, modules.static(wanted, minified=minified)]
 
 
 def needs_plotly(kinds: Iterable[str]) -> bool:
-    """Whether a page with these kinds of views holds plotly; kinds that this version does not know do not count."""
-    return any(kind_of(kind).plotly for kind in set(kinds).intersection(all_kinds()))
+    """Whether a page with these kinds of views holds plotly."""
+    return any(kind_of(kind).plotly for kind in set(kinds))
 
 
 def seal(html: str) -> str:
-    """The digest that a page carries of itself: of its text with that digest left out."""
+    """The digest that a page carries of itself: of its text with that digest left out.
+
+    It shows damage, not intent: whoever changes a page can make it anew.
+    """
     return digest(html)
 
 
@@ -169,57 +214,35 @@ _VIEW = TEMPLATES.from_string("""\
 """)
 
 
-def _fallback(spec: ViewSpec) -> dict[str, Any]:
+def _fallback(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What stands in a view's place until its script has drawn it, and where none runs."""
-    columns: Mapping[str, Any] = spec.table
-    n = len(next(iter(columns.values()), ()))
+    columns = {str(column["name"]): _first(column, spec["blocks"]) for column in spec["table"]}
+    n = max((n for n, _ in columns.values()), default=0)
     shown = min(n, FALLBACK_ROWS)
     return {
-        "caption": visible_text(spec.caption),
-        "notes": [visible_text(note) for note in spec.notes],
-        "columns": [visible_text(str(name)) for name in columns],
-        "rows": [[_cell(column[i]) for column in columns.values()] for i in range(shown)],
+        "caption": visible_text(spec["caption"]),
+        "notes": [visible_text(note) for note in spec["notes"]],
+        "columns": [visible_text(name) for name in columns],
+        "rows": [[_cell(values[i]) for _, values in columns.values()] for i in range(shown)],
         "shown": f"{n:,} rows" if shown == n else f"The first {shown} of {n:,} rows",
     }
+
+
+def _first(column: Mapping[str, Any], blocks: Mapping[str, Any]) -> tuple[int, Any]:
+    """The length of a column of a view's table, and its first values."""
+    if "text" in column:
+        return len(column["text"]), column["text"][:FALLBACK_ROWS]
+    block = blocks[column["block"]]
+    if block["dtype"] not in KINDS:
+        raise ReportError(f"a table holds {block['dtype']!r}, which no page can read")
+    dtype, n = np.dtype(f"<{block['dtype']}"), math.prod(block["shape"])
+    raw, wanted = base64.b64decode(block["base64"], validate=True), min(n, FALLBACK_ROWS) * dtype.itemsize
+    # No more than is shown: how much a few deflated bytes become is for their writer to say.
+    found = zlib.decompressobj().decompress(raw, wanted) if block["deflate"] and wanted else raw[:wanted]
+    return n, np.frombuffer(found, dtype)
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, (float, np.floating)):
         return "–" if np.isnan(value) else f"{value:.6g}"
     return visible_text(str(value))
-
-
-def writable(path: str | Path) -> Path:
-    """The path, if a file can stand there.
-
-    Raises:
-        ReportError: its folder does not exist, or it is a folder itself.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ReportError(f"there is no folder {target.parent}", hint="create it, or write somewhere else")
-    if target.is_dir():
-        raise ReportError(f"{target} is a folder", hint=f"write to {target / 'report.html'}")
-    return target
-
-
-def write(path: str | Path, content: str | bytes) -> Path:
-    """Write a file in one step: an older one there stays whole until the new one is complete.
-
-    Raises:
-        ReportError: the folder does not exist or cannot be written, the disk is full.
-    """
-    target = writable(path)
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may show only here, and the old file must not go before
-        os.replace(unfinished, target)
-    except OSError as error:
-        hint = "free some space, or write somewhere else" if error.errno == errno.ENOSPC else None
-        raise ReportError(f"{target} cannot be written: {error.strerror or error}", hint=hint) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return target

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import ReportError
+from workbench.storage import disk
 from workbench.views.base import page
 from workbench.views.base.view import View
 
@@ -49,10 +50,10 @@ def page_of(thing: Any, path: str | Path | None = None) -> str | Path:
     """All views of a thing on one self-contained page: its text, or its path when one is given.
 
     Raises:
-        ReportError: nothing shows such a thing.
+        ReportError: nothing shows such a thing. FileError: the file cannot be written.
     """
     html = page.together([view.spec for view in all_of(thing)])
-    return html if path is None else page.write(path, html)
+    return html if path is None else disk.write(path, html)
 
 
 @singledispatch

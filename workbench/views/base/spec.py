@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import jsonschema
@@ -16,12 +17,15 @@ from numpy.typing import NDArray
 
 from workbench.errors import ReportError
 from workbench.storage.json_text import finite
-from workbench.views.base.kinds import kind_of
+from workbench.views.base.kinds import Kind, kind_of
 
 Array = NDArray[Any]
 Table = Mapping[str, "Array | Sequence[str]"]
 
-_KINDS = {"u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"}
+KINDS = {"u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"}
+_STATIC = {"version": int, "kind": str, "title": str, "caption": str, "facts": dict, "blocks": dict, "table": list,
+           "notes": list, "selection": dict, "state": dict}  # fmt: skip
+_MOST_AXES = 8
 _WORTH = 0.95  # a block is kept deflated when that makes it so much smaller
 
 
@@ -58,20 +62,12 @@ class ViewSpec:
         if len(lengths) > 1:
             raise ReportError(f"the columns of the table of {self.title!r} have lengths {sorted(lengths)}")
         for name, block in self.blocks.items():
-            if block.dtype.str[1:] not in _KINDS:
+            if block.dtype.str[1:] not in KINDS:
                 raise ReportError(f"the block {name} holds {block.dtype}, which no page can read", shape=block.shape)
             block.flags.writeable = False
         # Facts are compared as JSON has them: tuples as lists, NaN as null.
-        described = {
-            "facts": finite(self.facts),
-            "state": finite(self.state),
-            "blocks": {name: {"dtype": b.dtype.str[1:], "axes": b.ndim} for name, b in self.blocks.items()},
-        }
-        try:
-            jsonschema.validate(described, kind_of(self.kind).schema)
-        except jsonschema.ValidationError as error:
-            where = ".".join(map(str, error.absolute_path)) or "it"
-            raise ReportError(f"the spec of a {self.kind} view is wrong at {where}: {error.message[:300]}") from None
+        axes = {name: {"dtype": b.dtype.str[1:], "axes": b.ndim} for name, b in self.blocks.items()}
+        _check(self.kind, finite(self.facts), finite(self.state), axes)
 
     def to_live(self) -> dict[str, Any]:
         """The spec for a widget: arrays as bytes, which travel as binary buffers."""
@@ -110,6 +106,41 @@ class ViewSpec:
     def digest(self) -> str:
         """SHA-256 over everything that is shown."""
         return hashlib.sha256(json.dumps(self.to_static(), sort_keys=True).encode()).hexdigest()
+
+
+def check_static(spec: Mapping[str, Any]) -> None:
+    """Check what `to_static` made, from a page that may hold anything.
+
+    Raises:
+        ReportError: there is no such view, or the spec is not one of it.
+    """
+    odd = next((name for name, wanted in _STATIC.items() if not isinstance(spec.get(name), wanted)), None)
+    if odd is not None or len(spec) != len(_STATIC) or spec["version"] != 1:
+        raise ReportError(f"the spec of a view is wrong at {odd or 'its version'}")
+    axes = {}
+    for name, block in spec["blocks"].items():
+        shape = block["shape"]
+        if len(shape) > _MOST_AXES or not all(type(n) is int and 0 <= n < 2**53 for n in shape):
+            raise ReportError(f"the spec of a view is wrong at the shape of {name!r}")
+        if not name.startswith("table:"):
+            axes[name] = {"dtype": block["dtype"], "axes": len(shape)}
+    _check(spec["kind"], spec["facts"], spec["state"], axes)
+
+
+def _check(kind: str, facts: Any, state: Any, blocks: Mapping[str, Any]) -> None:
+    error = jsonschema.exceptions.best_match(
+        _validator(kind_of(kind)).iter_errors({"facts": facts, "state": state, "blocks": blocks})
+    )
+    if error is not None:
+        where = ".".join(map(str, error.absolute_path)) or "it"
+        raise ReportError(f"the spec of a {kind} view is wrong at {where}: {error.message[:300]}")
+
+
+@cache
+def _validator(kind: Kind) -> Any:
+    found = jsonschema.validators.validator_for(kind.schema)
+    found.check_schema(kind.schema)
+    return found(kind.schema)
 
 
 def _little(block: Array) -> Array:

@@ -15,6 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from workbench.errors import ReportError
+from workbench.storage import disk
 from workbench.storage.json_text import finite
 from workbench.views.base import drawing, page
 from workbench.views.base.selection import SHARED, Selection, SharedSelection
@@ -115,18 +116,25 @@ class View(ABC):
         display(self)
 
     def to_html(self, path: str | Path | None = None) -> str | Path:
-        """The view as one self-contained page: its text, or its path when one is given."""
+        """The view as one self-contained page: its text, or its path when one is given.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
         html = page.single(self.spec)
-        return html if path is None else page.write(path, html)
+        return html if path is None else disk.write(path, html)
 
     def to_png(self, path: str | Path | None = None, *, theme: str = "light", dpi: int = 120) -> bytes | Path:
         """The picture: its bytes, or its path when one is given.
 
         Args:
             theme: "light" or "dark".
+
+        Raises:
+            FileError: the file cannot be written.
         """
         found = drawing.png(self.picture, self.size, theme=theme, dpi=dpi, colours=self.colours)
-        return found if path is None else page.write(path, found)
+        return found if path is None else disk.write(path, found)
 
     def _png(self) -> bytes:
         found = self.to_png()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.analysis.circuits.engine.setup import Setup
@@ -37,13 +38,17 @@ class Pruning(Result):
     form = "workbench.pruning"
 
     model: dict[str, Any]
-    kept: Tensor
-    scores: Tensor
+    kept: Bool[Tensor, "sender receiver"]
+    scores: Float[Tensor, "sender receiver"]
     place: int
     present: float
     span: float
     identity: dict[str, Any]
     provenance: dict[str, Any]
+
+    def check_parts(self) -> None:
+        """Raise a FormatError if the edges are not those of the model."""
+        Graph.fitting(self.model, (), (self.kept, self.scores))
 
     @property
     def complete(self) -> bool:

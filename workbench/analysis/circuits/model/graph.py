@@ -12,7 +12,7 @@ queries read the decoder's stream, and whose keys and values read what the encod
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from workbench.analysis.circuits.model.names import label
 from workbench.errors import FormatError, InterventionError, nearest
+from workbench.storage import typed
+from workbench.storage.parts import Part
 
 _LABEL = re.compile(r"L(\d+)(H|KV)(\d+)")
 _DOTTED = re.compile(r"(\d+)\.(\d+)")
@@ -94,8 +96,38 @@ class Graph:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Graph:
-        """The inverse of `facts`."""
-        return cls(tuple(Layer(**layer) for layer in facts["layers"]), facts["d_model"])
+        """The inverse of `facts`.
+
+        Raises:
+            FormatError: they are no facts of a graph.
+        """
+        told = Part(facts, "the graph")
+        layers = tuple(typed.record(layer, Layer) for layer in told["layers"].list())
+        for layer in layers:
+            if not 1 <= layer.n_kv_heads <= layer.n_heads or layer.n_heads % layer.n_kv_heads:
+                raise FormatError(f"{layer.n_heads} heads cannot share {layer.n_kv_heads} keys and values")
+        if not layers:
+            raise FormatError("the graph has no layers")
+        return cls(layers, told["d_model"].integer(1))
+
+    @classmethod
+    def fitting(cls, facts: Mapping[str, Any], senders: Sequence[Tensor], edges: Sequence[Tensor]) -> Graph:
+        """The graph of facts from a file, if tensors from the same file are [sender] and [sender, receiver] of it.
+
+        Raises:
+            FormatError: they are not.
+        """
+        layers = [typed.record(layer, Layer) for layer in Part(facts, "the graph")["layers"].list()]
+        told = sum(max(layer.n_senders, 1) for layer in layers)
+        held = max(len(each) for each in (*senders, *edges) if each.dim())
+        # Before it is made: a graph takes memory by the square of what its facts say.
+        if told > held:
+            raise FormatError(f"the graph tells of {told:,} heads and MLPs, the scores of {held:,}")
+        graph = cls.of(facts)
+        shape = (len(graph.senders), len(graph.receivers))
+        if any(tuple(each.shape) != shape[:1] for each in senders) or any(tuple(each.shape) != shape for each in edges):
+            raise FormatError(f"the scores do not fit a graph of {shape[0]:,} senders and {shape[1]:,} receivers")
+        return graph
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -1,0 +1,217 @@
+"""Files are whole or not there: full disks, rights, interrupts, killed processes; the umask decides the mode."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import workbench
+from workbench.analysis.circuits import mib
+from workbench.analysis.circuits.circuit import Circuit
+from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.errors import FileError, WorkbenchError
+from workbench.storage import disk
+from workbench.views import token_strip
+
+Write = Callable[[Path], Any]
+posix = pytest.mark.skipif(os.name != "posix", reason="POSIX's file modes and limits")
+
+
+@pytest.fixture(scope="module")
+def writers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Write]:
+    """Everything of the package that writes a file."""
+    model = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
+    with workbench.attach(model) as wb, torch.no_grad(), wb.capture(z=True) as cap:
+        model(torch.randn(1, 40, 16))
+    view = token_strip(["a", "b"], [0.1, 0.2])
+    graph = Graph((Layer(2, 1), Layer(2, 1)), 8)
+    n, edges = len(graph.senders), (len(graph.senders), len(graph.receivers))
+    made = tmp_path_factory.mktemp("mib") / "circuit.json"
+    mib.write(made, graph, torch.ones(n).bool(), graph.exists, torch.randn(n).double(), torch.randn(edges).double())
+    circuit = Circuit.from_mib(made)
+    return {
+        "capture": lambda path: cap.save(path, pattern=True),
+        "result": circuit.save,
+        "mib": circuit.to_mib,
+        "report": workbench.Report("t").add(cap).write,
+        "page": view.to_html,
+        "picture": view.to_png,
+    }
+
+
+NAMES = ["capture", "result", "mib", "report", "page", "picture"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("said", [errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EIO])
+def test_every_writer_leaves_the_old_file_whole(
+    writers: dict[str, Write], name: str, said: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(said, os.strerror(said))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(FileError, match="cannot be written: "):
+        writers[name](target)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@posix
+def test_a_real_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    """In a process of its own, where the kernel refuses what is above the limit in the middle of a file."""
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+    script = (
+        "import resource, signal, sys\n"
+        "from workbench.errors import FileError\n"
+        "from workbench.storage import disk\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try: disk.write(sys.argv[1], (bytes(3000) for _ in range(20)))\n"
+        "except FileError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True, text=True, cwd=tmp_path)
+    assert "File too large" in done.stdout, done.stderr
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
+    target = disk.write(tmp_path / "file", "old")
+
+    def pieces() -> Iterator[bytes]:
+        yield b"new"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        disk.write(target, pieces())
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@posix
+def test_what_a_killed_process_left_is_removed_and_what_another_one_writes_is_not(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\n"
+        "from workbench.storage import disk\n"
+        "def pieces():\n"
+        "    yield b'begun'\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(600)\n"
+        "disk.write(sys.argv[1], pieces())\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "theirs")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "begun\n"
+        (unfinished,) = tmp_path.iterdir()
+        assert unfinished.suffix == ".part"
+        disk.write(tmp_path / "ours", "x")
+        assert unfinished.exists()
+        other.send_signal(signal.SIGKILL)
+    mine = tmp_path / "mine.part"
+    mine.write_text("a file of the user's")
+    disk.write(tmp_path / "ours", "y")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.part", "ours"]
+
+
+@posix
+@pytest.mark.parametrize("name", NAMES)
+def test_the_umask_decides_the_mode_of_a_new_file(writers: dict[str, Write], name: str, tmp_path: Path) -> None:
+    for mask, mode in [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)]:
+        before = os.umask(mask)
+        try:
+            path = tmp_path / f"file{mask}"
+            writers[name](path)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+@posix
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
+    path = disk.write(tmp_path / "file", "old")
+    path.chmod(0o600)
+    disk.write(path, "new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@posix
+def test_links_are_followed_and_devices_refused(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("real/file")
+    disk.write(link, "through")
+    assert link.is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "through"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path(os.devnull), tmp_path / "pipe"):
+        with pytest.raises(FileError, match="a device or a pipe"):
+            disk.write(path, "x")
+    assert not Path(os.devnull).is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nowhere/file", "there is no folder"),
+        ("folder", "is a folder"),
+        ("file/inside", "there is no folder"),
+        ("a\x00b", "cannot be written: embedded null byte"),
+        ("x" * 300, "cannot be written: File name too long"),
+        ("\ud800", "cannot be written: "),
+    ],
+)
+def test_a_wrong_path_is_one_error(writers: dict[str, Write], name: str, path: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileError, match=said) as found:
+        writers[name](tmp_path / path)
+    assert found.value.hint
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    name = "x" * 255
+    assert disk.write(tmp_path / name, "x").name == name
+
+
+def test_the_error_is_one_of_ours() -> None:
+    assert issubclass(FileError, WorkbenchError)
+    assert workbench.FileError is FileError
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_content_gives_the_same_bytes(
+    writers: dict[str, Write], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    made = set()
+    for i in range(8):
+        path = tmp_path / str(i)
+        writers[name](path)
+        made.add(path.read_bytes())
+    assert len(made) == 1
+
+
+def test_a_capture_saved_again_from_its_file_is_the_same_file(writers: dict[str, Write], tmp_path: Path) -> None:
+    writers["capture"](tmp_path / "a")
+    workbench.load_capture(tmp_path / "a").save(tmp_path / "b", pattern=True)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    writers["mib"](tmp_path / "c")
+    assert json.loads((tmp_path / "c").read_text())

@@ -1,0 +1,156 @@
+"""Captures from files: every part is checked against the others before anything is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from workbench.capture.capture import FORM, Capture
+from workbench.capture.settings import Settings
+from workbench.capture.site_capture import KEPT, PATTERN, Forward, SiteCapture
+from workbench.capture.timing import CallTimes
+from workbench.errors import FormatError, WorkbenchError
+from workbench.hooks.sites import Site, Sites
+from workbench.kernels.families import rebuild
+from workbench.kernels.gradients import GRADIENT_SUMS
+from workbench.kernels.patterns import Pattern
+from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
+from workbench.storage import files, typed
+from workbench.storage.parts import Part, each_text
+
+_LONGEST = 2**40  # of any axis
+_SMALL = 2**20  # of what options count
+# What a constructor of a pattern raises when its parts are not those of any pattern.
+_REFUSALS = (WorkbenchError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
+_AXES = {
+    **{out: s.axes for s in STATISTICS.values() for out in output_names(s.name)},
+    **{name: each.axes for name, each in GRADIENT_SUMS.items()},
+}
+
+
+def load_capture(path: str | Path) -> Capture:
+    """Read a capture that `Capture.save` wrote.
+
+    Raises:
+        FormatError: not such a file, truncated, or changed after it was written.
+    """
+    header, tensors = files.read(path, FORM)
+    named: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        owner, _, name = key.rpartition("/")
+        named.setdefault(owner, {})[name] = tensor
+    forwards = [_forward(entry, named) for entry in header["forwards"].list()]
+    model_sites = Sites(typed.record(site, Site) for site in header["model_sites"].list())
+    provenance = header["provenance"]
+    provenance.items()
+    asked = header.get("settings")
+    settings = None if asked is None else _settings(asked, named.get("settings", {}))
+    return Capture(forwards, model_sites, provenance.value, settings=settings)
+
+
+def _forward(entry: Part, named: Mapping[str, dict[str, Tensor]]) -> Forward:
+    index = entry["index"].integer(0)
+    sites = {}
+    for each in entry["sites"].list():
+        site = typed.record(each["site"], Site)
+        sites[site.name] = _site_capture(each, site, dict(named.get(f"{index}/{site.name}", {})))
+    tokens = {stream: [each_text(row) for row in rows.list()] for stream, rows in entry["tokens"].items().items()}
+    ids = dict(named.get(f"{index}/", {}))
+    for stream, tensor in ids.items():
+        if tensor.dim() != 2 or tensor.is_floating_point() or tensor.is_complex():
+            raise FormatError(f"{entry.place} has no ids [batch, position] as {stream!r}", shape=tensor.shape)
+    thread, span = entry.get("thread"), entry.get("span")
+    forward = Forward(index, sites, ids, tokens, 0 if thread is None else thread.integer(0))
+    if span is not None:
+        began, ended = (time.number() for time in span.list(2, 2))
+        forward.span = (began, ended)
+    return forward
+
+
+def _site_capture(entry: Part, site: Site, parts: dict[str, Tensor]) -> SiteCapture:
+    batch, heads, queries, keys = (size.integer(0, _LONGEST) for size in entry["shape"].list(4, 4))
+    shape = (batch, heads, queries, keys)
+    patterns = _patterns(entry, parts, shape)
+    kept: dict[str, Any] = {field: parts.pop(key, None) for key, field in KEPT.items()}
+    for field, tensor in kept.items():
+        wanted = (*shape, None) if field == "weights" else (batch, queries, heads, None)
+        if tensor is not None and not (_fits(tensor, wanted[:4]) and tensor.is_floating_point()):
+            raise FormatError(f"{entry.place} has a {field} that does not fit {list(shape)}", shape=tensor.shape)
+    for name, tensor in parts.items():
+        if not _fits(tensor, _shape_of(name, tensor, shape)):
+            raise FormatError(f"{entry.place} has a {name} that does not fit {list(shape)}", shape=tensor.shape)
+    times = entry.get("times")
+    return SiteCapture(
+        site=site,
+        shape=shape,
+        kernel=entry["kernel"].text(),
+        signed=entry["signed"].flag(),
+        normalised=entry["normalised"].flag(),
+        times=None if times is None else typed.record(times, CallTimes),
+        **kept,
+        statistics=parts,
+        lazy=patterns.pop("pattern", None),
+        others=patterns,
+    )
+
+
+def _patterns(entry: Part, parts: dict[str, Tensor], shape: tuple[int, int, int, int]) -> dict[str, Pattern]:
+    """The patterns by name, their tensors taken out of `parts`; older files have only one, under another key."""
+    one, several = entry.get("pattern"), entry.get("patterns")
+    told = {"pattern": one} if one is not None else {} if several is None else several.items()
+    found = {}
+    for name, facts in told.items():
+        start = PATTERN if one is not None else f"{PATTERN}{name}."
+        held = {key.removeprefix(start): parts.pop(key) for key in list(parts) if key.startswith(start)}
+        found[name] = _pattern(facts, held, shape)
+    return found
+
+
+def _pattern(entry: Part, held: dict[str, Tensor], shape: tuple[int, int, int, int]) -> Pattern:
+    facts = {name: part.value for name, part in entry.items().items()}
+    family = entry["family"].text()
+    del facts["family"]
+    try:
+        made = rebuild(family, facts, held)
+        fits = made.shape == shape and (made.mask.n_queries, made.mask.n_keys) == shape[2:]
+    except _REFUSALS as error:
+        said = error.message if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {error}"
+        raise FormatError(f"{entry.place} is no {family}: {said}") from None
+    if not fits:
+        raise FormatError(f"{entry.place} has another shape than its site, {list(shape)}", shape=made.shape)
+    return made
+
+
+def _settings(entry: Part, tensors: Mapping[str, Tensor]) -> Settings:
+    values: dict[str, Any] = {name: part.value for name, part in entry.items().items()}
+    known = {field.name for field in fields(Settings)} - {"tokens"}
+    if values.keys() != known:
+        raise FormatError(f"{entry.place} does not fit this version: {', '.join(sorted(values.keys() ^ known))}")
+    values["statistics"] = tuple(each_text(entry["statistics"]))
+    unknown = [name for name in values["statistics"] if name.removeprefix(VALUE_WEIGHTED) not in STATISTICS]
+    if unknown:
+        raise FormatError(f"{entry.place} asks for {unknown[0]!r}, which this version does not know")
+    sites, sinks = entry.get("sites"), entry.get("sink_keys")
+    values["sites"] = None if sites is None else frozenset(each_text(sites))
+    values["sink_keys"] = None if sinks is None else tuple(key.integer(0, _LONGEST) for key in sinks.list())
+    for name in ("n_top", "block"):
+        entry[name].integer(1, _SMALL)
+    values["tokens"] = tensors.get("tokens")
+    typed.check(Settings, values, entry.place)
+    return Settings(**values)
+
+
+def _shape_of(name: str, tensor: Tensor, shape: tuple[int, int, int, int]) -> tuple[int | None, ...]:
+    """What the shape of a statistic has to be; None where an axis may have any length."""
+    batch, heads, queries, keys = shape
+    axes: str | None = _AXES.get(name.removeprefix(VALUE_WEIGHTED))
+    last = {"query": (queries,), "key": (keys,), "query top": (queries, None), "block": (None, None), "": ()}
+    return (batch, heads, *(last[axes] if axes is not None else (None,) * (tensor.dim() - 2)))
+
+
+def _fits(tensor: Tensor, wanted: tuple[int | None, ...]) -> bool:
+    return tensor.dim() == len(wanted) and all(n in (None, size) for n, size in zip(wanted, tensor.shape, strict=True))

@@ -1,0 +1,156 @@
+"""The one way by which files reach the disk: whole or not at all, and under the user's own file mode."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from workbench.errors import FileError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where an open file cannot be removed anyway
+    fcntl = None  # type: ignore[assignment]
+
+_UNFINISHED = re.compile(r"\.workbench-[0-9a-f]{16}\.part")
+_HINTS = {
+    errno.ENOSPC: "free some space, or write somewhere else",
+    errno.EDQUOT: "free some space, or write somewhere else",
+    errno.EFBIG: "write where larger files are allowed",
+    errno.EROFS: "write to a folder that you may write to",
+    errno.EACCES: "write to a folder that you may write to",
+    errno.EPERM: "write to a folder that you may write to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def writable(path: str | Path) -> Path:
+    """The path, if a file can stand there; of a symbolic link, where it leads.
+
+    Raises:
+        FileError: its folder does not exist, it is a folder itself, or something else that is no file.
+    """
+    try:
+        target = Path(path)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.lstat()  # names what is wrong with a path, which the questions below would only answer with no
+        if target.is_symlink():
+            target = Path(os.path.realpath(target))
+        if not target.parent.is_dir():
+            raise FileError(
+                f"there is no folder {target.parent}", hint="make the folder first, or write somewhere else"
+            )
+        if target.is_dir():
+            raise FileError(f"{target} is a folder", hint="add the name of a file")
+        if target.exists() and not target.is_file():
+            raise FileError(f"{target} is a device or a pipe, which a file would replace", hint="write to a file")
+    except (OSError, ValueError) as error:  # too long, or with characters that no path may have
+        raise _failed(path, error) from None
+    return target
+
+
+def write(path: str | Path, content: str | bytes | Iterable[bytes | memoryview]) -> Path:
+    """Write a file in one step: an older one there stays whole until the new one is complete and on the disk.
+
+    Of a new file the umask decides who may read it, an older one keeps its mode. What killed processes left unfinished
+    in the same folder is removed.
+
+    Args:
+        content: text (written as UTF-8), bytes, or several pieces of bytes, which need not be in memory at once.
+
+    Raises:
+        FileError: the folder does not exist or cannot be written, the disk is full.
+    """
+    target = writable(path)
+    pieces = (
+        [content.encode("utf-8")] if isinstance(content, str) else [content] if isinstance(content, bytes) else content
+    )
+    try:
+        _sweep(target.parent)
+        name, descriptor = _unfinished(target.parent)
+        try:
+            with open(descriptor, "wb") as file:  # closed before it is removed, as some systems want it
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                with suppress(FileNotFoundError):
+                    os.chmod(name, stat.S_IMODE(target.stat().st_mode))
+                os.fsync(file.fileno())  # a full disk may show only here, and the old file must not go before
+            os.replace(name, target)
+        finally:
+            name.unlink(missing_ok=True)
+    except OSError as error:
+        raise _failed(path, error) from error
+    _flush_folder(target.parent)
+    return target
+
+
+def _unfinished(folder: Path) -> tuple[Path, int]:
+    """A new file for this process alone, which holds a lock on it for as long as it is open."""
+    while True:
+        # Its length does not follow the target's, whose name may be as long as names can be.
+        name = folder / f".workbench-{secrets.token_hex(8)}.part"
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        if fcntl is None:
+            return name, descriptor
+        try:
+            if _locked(descriptor) and os.fstat(descriptor).st_nlink:
+                return name, descriptor
+        except BaseException:
+            os.close(descriptor)
+            name.unlink(missing_ok=True)
+            raise
+        os.close(descriptor)  # another process swept between our two steps
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what nobody writes any more: a process that ends, in whatever way, loses its locks."""
+    with suppress(OSError):  # a folder may be open to writing and closed to reading
+        for name in filter(_UNFINISHED.fullmatch, os.listdir(folder)):
+            with suppress(OSError):  # another one's, or gone
+                _remove_if_left(folder / name)
+
+
+def _remove_if_left(path: Path) -> None:
+    if fcntl is None:
+        path.unlink()
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if _locked(descriptor):
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether this process now holds the file's lock; also where the file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        return error.errno in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
+    return True
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the new name on the disk too; where folders cannot be opened, the system sees to it."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _failed(path: str | Path, error: OSError | ValueError) -> FileError:
+    why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    hint = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else "choose a path of plain characters"
+    return FileError(f"{os.fspath(path)!r} cannot be written: {why}", hint=hint)
