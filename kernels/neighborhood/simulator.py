@@ -6,13 +6,14 @@ shapes take no time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from workbench.errors import CaptureError
+from workbench.kernels.neighborhood.axis import Axis
 from workbench.kernels.neighborhood.layout import NeighborhoodLayout
 
 Tiling = Literal["static", "dynamic"]
@@ -31,14 +32,10 @@ def visited_tiles(
     >>> visited_tiles(NeighborhoodLayout((16,), 8, 8), (4,), (4,))
     (8, 16)
     """
-    _check(layout, query_tile, key_tile)
-    if tiling not in ("static", "dynamic"):
-        raise CaptureError(f'tiling is "static" or "dynamic", not {tiling!r}')
+    _check(layout, query_tile, key_tile, tiling)
     visited, every = 1, 1
     for axis, rows, columns in zip(layout.axes, query_tile, key_tile, strict=True):
-        low, high = axis.spans(rows)
-        count = (high // columns - low // columns if tiling == "static" else (high - low) // columns) + 1
-        visited *= int(count.sum())
+        visited *= int(_visited(axis, rows, columns, tiling)[1].sum())
         every *= -(-axis.length // rows) * -(-axis.length // columns)
     return visited, every
 
@@ -46,17 +43,30 @@ def visited_tiles(
 def simulated_speedup(
     layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int], tiling: Tiling = "static"
 ) -> float:
-    """How many key tiles dense attention needs, those at the far edge in part, over those that are visited.
+    """Pairs of query tile and key in dense attention, over those in visited tiles.
 
-    It is never above `flop_bound`: each tile of queries visits the windows of its queries at least.
+    Of tiles at the far edge, what lies inside counts: padding is work to neither. So it is never above `flop_bound`.
 
     >>> layout = NeighborhoodLayout((44,), 32, 8)
     >>> simulated_speedup(layout, (8,), (8,), "dynamic") <= flop_bound(layout)
     True
     """
-    visited, _ = visited_tiles(layout, query_tile, key_tile, tiling)
-    rows = math.prod(len(axis.tiles(size)) for axis, size in zip(layout.axes, query_tile, strict=True))
-    return rows * layout.n_tokens / math.prod(key_tile) / visited
+    _check(layout, query_tile, key_tile, tiling)
+    dense, visited = 1, 1
+    for axis, rows, columns in zip(layout.axes, query_tile, key_tile, strict=True):
+        low, count = _visited(axis, rows, columns, tiling)
+        first = axis.tiles(rows)[:, 0]
+        in_class = axis.length // axis.dilation + (first % axis.dilation < axis.length % axis.dilation).long()
+        visited *= int((torch.minimum(low + count * columns, in_class) - low).sum())
+        dense *= len(low) * axis.length
+    return dense / visited
+
+
+def _visited(axis: Axis, rows: int, columns: int, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    """For each tile of queries, where in its class the first visited key tile starts, and how many are visited."""
+    low, high = axis.spans(rows)
+    start = low // columns * columns if tiling == "static" else low
+    return start, (high - start) // columns + 1
 
 
 def flop_bound(layout: NeighborhoodLayout) -> float:
@@ -118,7 +128,11 @@ def end_to_end(speedup: float, share: float, dense_steps: int = 0, steps: int = 
     return 1 / (1 - share + share * (dense + (1 - dense) / speedup))
 
 
-def _check(layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int]) -> None:
+def _check(
+    layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int], tiling: Tiling = "static"
+) -> None:
+    if tiling not in ("static", "dynamic"):
+        raise CaptureError(f'tiling is "static" or "dynamic", not {tiling!r}')
     for name, tile in (("query_tile", query_tile), ("key_tile", key_tile)):
         if len(tile) != len(layout.shape) or min(tile) < 1:
             raise CaptureError(f"{name}={list(tile)} does not fit the shape {list(layout.shape)}")

@@ -260,7 +260,7 @@ with workbench.attach(Model().eval()) as wb, torch.no_grad(), wb.capture() as ca
     wb.model(torch.randn(1, 64, 8))
 cap.save("run.safetensors", pattern=True)
 header, tensors = files.read("run.safetensors", "workbench.capture")
-header.pop("version")
+header = {{name: value for name, value in header.value.items() if name != "version"}}
 key = next(name for name in tensors if name.endswith(("pattern.q", "pattern.pattern.q"))).removesuffix("q")
 def find(thing):
     inner = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ()
