@@ -18,7 +18,7 @@ BIN = $(VENV)/bin
 TREE = .cache/tree
 
 .PHONY: demo test lab bench clean tree release-assets
-.PHONY: check check-format check-lint check-types check-layers check-doctests
+.PHONY: check check-format check-lint check-types check-layers check-doctests check-javascript
 
 demo: $(VENV)/.ready
 	$(BIN)/workbench demo --out demo.html
@@ -26,7 +26,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev .cache/vision/.ready .cache/node/.ready
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-check: check-format check-lint check-types check-layers check-doctests
+check: check-format check-lint check-types check-layers check-doctests check-javascript
 
 check-format: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
@@ -43,6 +43,9 @@ check-layers: $(VENV)/.ready-dev tree
 check-doctests: $(VENV)/.ready-dev tree
 	cd $(TREE) && ../../$(BIN)/python -m pytest -c ../../pyproject.toml --rootdir . -p no:cacheprovider \
 		--import-mode=prepend --doctest-modules --doctest-ignore-import-errors -q workbench
+
+check-javascript: .cache/node/.ready
+	@if [ -e .cache/node/.ready ]; then npm run --silent check; fi
 
 lab: $(VENV)/.ready-dev
 	$(BIN)/jupyter lab --notebook-dir=notebooks

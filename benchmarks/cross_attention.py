@@ -194,7 +194,8 @@ Single heads against encoder-output saliency:
 Best single map: {found.best}. Averaged over all heads, {coverage.loc["all", "share"]:.2f} of the correlation with
 encoder-output saliency is left at the input (difference {coverage.loc["all", "difference"]:.2f}); input and
 encoder-output saliency correlate by {found.between[:, 0].nanmean():.2f}. Deletion and insertion, area under the mean
-curve (WER against the unperturbed hypothesis in percent; p the mean probability of its tokens), and size:
+curve (WER against the unperturbed hypothesis in percent, a mean over utterances; p the mean probability of its tokens),
+and size (of the cells of all tokens' maps):
 
 {curves(found)}
 

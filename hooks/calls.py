@@ -9,31 +9,47 @@ from torch import Tensor, nn
 
 from workbench.hooks import registry
 from workbench.hooks.kernel_watch import LseWatch
+from workbench.hooks.layouts import Unplaced
+from workbench.hooks.proofs.axes import Bound
 from workbench.hooks.sites import heads_of, kv_heads_of
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.written_out import WrittenOut, ungrouped
 
 Owner = tuple[str, nn.Module]
 """Name of the site, and the module, that made a call."""
+_OWN = [None, None]  # axes of keys and values that the output does not have: the key, and the width
 
 
-def of_sdpa(owner: Owner, given: Mapping[str, Any], output: Tensor, watch: LseWatch) -> AttentionCall:
+def of_sdpa(owner: Owner, given: Mapping[str, Any], output: Tensor, watch: LseWatch) -> Unplaced:
     """A call of scaled_dot_product_attention, from its arguments by name and what was seen of its kernel."""
-    return AttentionCall(
-        *owner,
-        q=given["query"],
-        k=given["key"],
-        v=given["value"],
-        mask=given["attn_mask"],
-        is_causal=given["is_causal"],
-        scale=given["scale"],
-        dropout=given["dropout_p"],
-        output=output,
-        layout="bhqd" if output.dim() == 4 else "nqd",
-        lse=watch.lse,
-        kernel=watch.kernel,
-        tap="sdpa",
-    )
+    lead = list(range(output.dim() - 2))
+
+    def under(axes: Bound) -> AttentionCall:
+        q, k, v, mask, lse = given["query"], given["key"], given["value"], given["attn_mask"], watch.lse
+        plain = axes.axes.is_plain and axes.axes.over == "positions"
+        if not plain:
+            q, k, v = (axes.arrange(t, [*lead, *rest]) for t, rest in ((q, [-2, None]), (k, _OWN), (v, _OWN)))
+            lse = axes.arrange(lse, [*lead, -2]) if lse is not None and lse.dim() == output.dim() - 1 else None
+            if mask is not None:
+                mask = axes.arrange(mask, [*lead, -2, None][-mask.dim() :], whole_batch=False)
+        return AttentionCall(
+            *owner,
+            q=q,
+            k=k,
+            v=v,
+            mask=mask,
+            is_causal=given["is_causal"],
+            scale=given["scale"],
+            dropout=given["dropout_p"],
+            output=output,
+            axes=None if plain else axes,
+            lse=lse,
+            kernel=watch.kernel,
+            tap="sdpa",
+        )
+
+    made_of = tuple(given[name] for name in ("query", "key", "value", "attn_mask"))
+    return Unplaced(*owner, heads_of(owner[1]), output, mixed=(-2,), width=-1, under=under, tensors=made_of)
 
 
 def of_function(
@@ -53,25 +69,37 @@ def of_function(
     )
 
 
-def of_written_out(owner: Owner, found: WrittenOut) -> AttentionCall:
+def of_written_out(owner: Owner, found: WrittenOut) -> Unplaced:
     """An attention that the model wrote out as product, softmax, product."""
-    weights, values = found.weights, found.values
-    if weights.dim() == 3:
-        heads = heads_of(owner[1]) or 1
-        heads = heads if weights.shape[0] % heads == 0 else 1
-        weights, values = (t.unflatten(0, (-1, heads)) for t in (weights, values))
-    return AttentionCall(
-        *owner,
-        q=None,
-        k=None,
-        v=ungrouped(values, kv_heads_of(owner[1])),
-        weights=weights,
-        output=found.output,
-        layout=found.layout,
-        dropout=found.dropout,
-        kernel="written out",
-        tap="written_out",
+    of_weights, of_values, of_output = found.letters
+    key = of_weights[-1]
+    width = of_output[found.width]
+
+    def under(axes: Bound) -> AttentionCall:
+        ordered = [x for x in of_values if x not in (key, width)] + [key, width]
+        values = found.values.permute([of_values.index(x) for x in ordered])
+        plain = axes.axes.is_plain and axes.axes.over == "positions"
+        return AttentionCall(
+            *owner,
+            q=None,
+            k=None,
+            v=ungrouped(axes.arrange(values, [_axis(of_output, x, width) for x in ordered]), kv_heads_of(owner[1])),
+            weights=axes.arrange(found.weights, [_axis(of_output, x, width) for x in of_weights]),
+            output=found.output,
+            axes=None if plain else axes,
+            dropout=found.dropout,
+            kernel="written out",
+            tap="written_out",
+        )
+
+    return Unplaced(
+        *owner, heads_of(owner[1]), found.output, found.mixed, found.width, under, (found.weights, found.values)
     )
+
+
+def _axis(of_output: str, letter: str, width: str) -> int | None:
+    """The axis of the output that a letter stands for; None for the key and the width."""
+    return of_output.index(letter) if letter in of_output and letter != width else None
 
 
 def of_backend(

@@ -134,6 +134,8 @@ def _only(sites: Sites, found: Sequence[Site], layer: int) -> Site:
 
 def _no_layer(sites: Sites, layer: int) -> InterventionError:
     layers = sorted({site.layer for site in sites})
+    if not layers:
+        return InterventionError("the model has no site whose heads are known", hint="look at wb.sites.unread")
     known = f"{layers[0]} to {layers[-1]}" if layers == list(range(len(layers))) else ", ".join(map(str, layers))
     return InterventionError(f"there is no layer {layer}: the model has {known or 'none'}")
 

@@ -35,6 +35,20 @@ class Listener:
         """
         return None
 
+    def cannot_wait(self, site: str) -> bool:
+        """A call was made of which the axes are not known. Whether it is to be told at once, by those that most models
+        have, to change what the heads give; that they are not so is then an error. Else `on_call` is told once they are
+        known.
+        """
+        return False
+
+    def on_refused(self, site: str, reason: str, *, edited: bool) -> None:
+        """Calls of a site are not what they were told to be, or cannot be told at all.
+
+        Args:
+            edited: one of them had been edited.
+        """
+
     def on_output(self, name: str, module: nn.Module, output: Any) -> Any:
         """A module has ended. What is given, if not None, takes the place of its output."""
         return None

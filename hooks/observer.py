@@ -28,9 +28,11 @@ from torch.utils.hooks import RemovableHandle
 from workbench.errors import InterventionError
 from workbench.hooks import bridges, calls, multihead, registry
 from workbench.hooks.kernel_watch import LseWatch
+from workbench.hooks.layouts import UNKNOWN, Layouts, Unplaced, learn, projected
 from workbench.hooks.listener import Listener
 from workbench.hooks.modes import close_torn
 from workbench.hooks.nested import first_tensor
+from workbench.hooks.projections import is_linear
 from workbench.hooks.readers import Reader, continues, read_module, reader_of
 from workbench.hooks.running import Running, ThreadRun
 from workbench.hooks.sdpa import FunctionTap
@@ -47,10 +49,12 @@ class Observer:
     Args:
         model: the module to watch; calls outside it are ignored.
         listener: is told of each call, in the thread that made it.
+        layouts: what is known of the axes of its kernel calls, and is added to; by default nothing.
     """
 
-    def __init__(self, model: nn.Module, listener: Listener) -> None:
+    def __init__(self, model: nn.Module, listener: Listener, layouts: Layouts | None = None) -> None:
         self._model, self._listener = model, listener
+        self._layouts = Layouts() if layouts is None else layouts
         self._names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
         found = ((module, reader_of(module)) for module in self._names)
         self._readers: dict[nn.Module, Reader] = {module: reader for module, reader in found if reader is not None}
@@ -110,7 +114,7 @@ class Observer:
             known = None
         if known is not None:
             return known
-        tap = FunctionTap(self._saw_sdpa, self._saw_function, self._saw_written_out)
+        tap = FunctionTap(self._saw_sdpa, self._saw_function, self._saw_written_out, self._saw_linear)
         state = self._threads[thread] = ThreadRun(tap, self._saw_backend)
         return state
 
@@ -138,6 +142,10 @@ class Observer:
             state.replay = torch._C._current_graph_task_id() != -1
         if first or running.native:
             state.settle()
+        if first:
+            self._layouts.begin()
+        elif self._layouts.is_waiting and is_linear(module) and args and isinstance(args[0], Tensor):
+            self._prove(args[0])  # before the listener is told of the module
         if state.replay:
             return
         if first:
@@ -154,6 +162,10 @@ class Observer:
         try:
             if len(rest) != 2 or rest[1] is None:
                 return None
+            if self._layouts.is_waiting and (given := first_tensor(rest[1])) is not None:
+                self._prove(given[0], module)
+            if len(state.stack) == 1 and not state.replay:
+                self._settle(state, self._layouts.end())
             mixed = self._saw_mixing(state, args, *rest) if module in self._readers else None
             output = self._listener.on_output(state.stack[-1].name, module, rest[1] if mixed is None else mixed)
             return mixed if output is None else output
@@ -169,12 +181,14 @@ class Observer:
 
     def _end(self, state: ThreadRun) -> None:
         self._threads.pop(threading.get_ident(), None)
+        self._layouts.drop()
         if not state.replay:
             self._listener.on_end()
 
     def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         state = self._threads.get(threading.get_ident())
         if state is not None and not state.replay and not state.reading and len(state.stack) == 1:
+            self._layouts.inputs(args, kwargs)
             self._listener.on_inputs(args, kwargs)
 
     # What the taps see: each gives what the model goes on with, or None for what it has.
@@ -205,7 +219,31 @@ class Observer:
         )
         return result if replaced is None else (replaced, *result[1:])
 
-    def _tell(self, make: Callable[[calls.Owner], AttentionCall], owner: calls.Owner | None = None) -> Tensor | None:
+    def _saw_linear(self, func: Any, args: Sequence[Any]) -> None:
+        if self._layouts.is_waiting and (p := projected(func, args)) is not None:
+            self._prove(p)
+
+    def _prove(self, p: Tensor, module: nn.Module | None = None) -> None:
+        """Calls that have waited for a proof are told once it has come: with the input of a projection, or with what a
+        module gives.
+        """
+        state = self._state(sys._getframe())
+        with state.tap.inside():
+            settled = self._layouts.saw_linear(p) if module is None else self._layouts.saw_output(module, p)
+        self._settle(state, settled)
+
+    def _settle(self, state: ThreadRun, settled: Sequence[tuple[Any, AttentionCall | str]]) -> None:
+        """Tell of calls whose axes have become known, or will not."""
+        with state.tap.inside():
+            for waiting, found in settled:
+                if isinstance(found, str):
+                    self._listener.on_refused(waiting.call.site, found, edited=waiting.edited)
+                elif not state.replay:
+                    self._listener.on_call(found)
+
+    def _tell(
+        self, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner | None = None
+    ) -> Tensor | None:
         """Hand a call to the listener, and give the new output of the kernel, or None.
 
         Args:
@@ -217,12 +255,30 @@ class Observer:
         owner = owner or state.owner
         if owner[1] in self._readers:
             return None  # it is a part of what the reader tells
-        call = make(owner)
-        if state.replay:
-            call = replace(call, replay=True)
+        waiting = None
         with state.tap.inside():  # an edit may itself take a softmax and multiply
+            made = make(owner)
+            call: AttentionCall | None
+            if isinstance(made, Unplaced):
+                call, waiting = self._layouts.place(made)
+            else:
+                call = made
+            if call is None and waiting is not None and self._listener.cannot_wait(owner[0]):
+                call = self._layouts.assume(waiting)
+                if call is None:
+                    raise InterventionError(UNKNOWN, site=owner[0], shape=waiting.output.shape, hint=learn(owner[0]))
+            if call is None:
+                return None
+            if state.replay:
+                call = replace(call, replay=True)
             z = self._listener.on_call(call)
-        return None if z is None else call.as_output(z)
+            if z is None:
+                return None
+            output = call.as_output(z)
+            if waiting is not None:
+                waiting.watch(output)
+                waiting.edited = True
+            return output
 
     def _tell_native(self, state: ThreadRun, call: AttentionCall) -> None:
         """On a native path there is nothing to put in the place of what the heads give."""
@@ -261,9 +317,9 @@ class Observer:
 
 
 @contextmanager
-def observed(model: nn.Module, listener: Listener) -> Iterator[None]:
+def observed(model: nn.Module, listener: Listener, layouts: Layouts | None = None) -> Iterator[None]:
     """The listener is told of what runs inside; nothing is left after it, whatever happens."""
-    observer = Observer(model, listener)
+    observer = Observer(model, listener, layouts)
     try:
         observer.__enter__()
         yield

@@ -95,7 +95,7 @@ class ProjectionFinder:
     def saw_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module of the model is about to run on `args`."""
         awaited = self._awaited.get(threading.get_ident())
-        if not awaited or not _is_linear(module) or not args or not isinstance(args[0], Tensor):
+        if not awaited or not is_linear(module) or not args or not isinstance(args[0], Tensor):
             return
         for site, merged in awaited.items():
             if _same(args[0], merged):
@@ -122,7 +122,8 @@ def _same(given: Tensor, merged: Tensor) -> bool:
     return torch.equal(flat, merged) or (swapped and torch.equal(given.detach().transpose(0, 1), merged))
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with a weight."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 

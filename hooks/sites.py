@@ -19,6 +19,7 @@ from workbench.errors import CaptureError, nearest
 from workbench.hooks.readers import reader_of
 from workbench.hooks.tap import Kind as Kind
 from workbench.kernels.functions import mentions_function
+from workbench.tokens import visible_text
 
 # A module that mentions one of these in its own code calls an attention kernel; one that mentions a softmax and a
 # product writes attention out.
@@ -38,9 +39,12 @@ class Site:
     Attributes:
         name: path of the module in the model.
         layer: position among the sites of the same tower and kind, from 0.
-        kind: what it mixes.
+        kind: what it mixes: "self" and "window": positions of one sequence; "cross": those of another; "channel":
+            features; "pooled": summaries of several positions (slots, experts, pooled keys); "memory": keys that are
+            learned; "state": a recurrence.
         n_heads, n_kv_heads, d_head: its sizes; None until a call has shown them.
         tower: "" for a model with one stack of layers, else such as "encoder".
+        call: which of its calls in one forward; of a site of the model 0. The name of a later one ends in "#1", "#2".
     """
 
     name: str
@@ -50,18 +54,43 @@ class Site:
     n_kv_heads: int | None = None
     d_head: int | None = None
     tower: str = ""
+    call: int = 0
+
+    @property
+    def path(self) -> str:
+        """Name of the module, whichever of its calls this is."""
+        return self.name.removesuffix(self._suffix)
+
+    @property
+    def positional(self) -> bool:
+        """Whether its keys are positions of the queries' own sequence, so that the two can be compared."""
+        return self.kind not in ("cross", "channel", "pooled", "memory")
+
+    @property
+    def _suffix(self) -> str:
+        return f"#{self.call}" if self.call else ""
+
+    def at_call(self, call: int) -> Site:
+        """The site as its call of that number is named.
+
+        >>> Site("h.9.attn", 9, "self").at_call(1).label(6)
+        'L9H6#1'
+        """
+        return replace(self, name=f"{self.path}#{call}" if call else self.path, call=call)
 
     @property
     def alias(self) -> str:
         """TransformerLens' spelling: blocks.3.attn, or decoder.3.cross_attn in a model with several towers."""
         part = {"cross": "cross_attn", "state": "mixer"}.get(self.kind, "attn")
-        return f"{self.tower or 'blocks'}.{self.layer}.{part}"
+        return f"{self.tower or 'blocks'}.{self.layer}.{part}{self._suffix}"
 
     @property
     def aliases(self) -> tuple[str, ...]:
         """The alias, and how it is also spelled: decoder.3.self_attn for decoder.3.attn."""
         several = self.kind not in ("cross", "state")
-        return (self.alias, self.alias.removesuffix("attn") + "self_attn") if several else (self.alias,)
+        if not several:
+            return (self.alias,)
+        return self.alias, f"{self.alias.removesuffix(self._suffix).removesuffix('attn')}self_attn{self._suffix}"
 
     def label(self, head: int) -> str:
         """Short name of a head: L9H6.
@@ -69,14 +98,39 @@ class Site:
         >>> Site("h.9.attn", 9, "self").label(6)
         'L9H6'
         """
-        return f"L{self.layer}H{head}"
+        return f"L{self.layer}H{head}{self._suffix}"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A module that mixes tokens and is no site.
+
+    Attributes:
+        name: its path. cls: its class. reason: why it stands here: what it does, or why nothing is known of it.
+        proved: it was seen to move other positions; False: it was not tried, or could not be.
+    """
+
+    name: str
+    cls: str
+    reason: str
+    proved: bool = True
+
+
+def _seen(name: str) -> str:
+    """A name for a table: modules may be called anything."""
+    return visible_text(name).replace("\n", "⏎")
 
 
 class Sites(Sequence[Site]):
-    """The sites of a model, in the order of its modules; indexed by position, name or TransformerLens name."""
+    """The sites of a model, in the order of its modules; indexed by position, name or TransformerLens name.
 
-    def __init__(self, sites: Iterable[Site]) -> None:
-        self._sites = tuple(sites)
+    Attributes:
+        unread: modules that mix tokens and are no sites.
+        looked: whether every module was looked at, so that `unread` is complete; None where nobody asks.
+    """
+
+    def __init__(self, sites: Iterable[Site], unread: Iterable[Unread] = (), looked: bool | None = None) -> None:
+        self._sites, self.unread, self.looked = tuple(sites), tuple(unread), looked
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -90,7 +144,7 @@ class Sites(Sequence[Site]):
     def __getitem__(self, key: slice) -> Sites: ...
     def __getitem__(self, key: int | str | slice) -> Site | Sites:
         if isinstance(key, slice):
-            return Sites(self._sites[key])
+            return Sites(self._sites[key], self.unread, self.looked)
         if isinstance(key, str):
             return self.find(key)
         return self._sites[key]
@@ -114,23 +168,42 @@ class Sites(Sequence[Site]):
     def __repr__(self) -> str:
         header = ("site", "alias", "layer", "kind", "heads", "kv", "d_head")
         rows = [
-            (s.name, s.alias, s.layer, s.kind, *("?" if n is None else n for n in (s.n_heads, s.n_kv_heads, s.d_head)))
+            (
+                _seen(s.name),
+                _seen(s.alias),
+                s.layer,
+                s.kind,
+                *("?" if n is None else n for n in (s.n_heads, s.n_kv_heads, s.d_head)),
+            )
             for s in self._sites
         ]
         widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-        return "\n".join(
-            "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        lines = [
+            "  ".join(str(cell).ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in [header, *rows]
-        )
+        ]
+        return "\n".join([*lines, *self._of_unread()])
+
+    def _of_unread(self) -> list[str]:
+        """What is to be said of modules that mix tokens and are no sites."""
+        lines = [f"  {one.name}  {one.cls}: {one.reason}" for one in self.unread]
+        if lines:
+            lines.insert(0, f"unread: {len(lines)} modules mix tokens, or may do so, and are no sites")
+        if self.looked is False:
+            lines.append("other mixers were not looked for yet: wb.verify(**inputs) or wb.look(**inputs) does")
+        return lines
 
     def _repr_html_(self) -> str:
+        import html
+
         import pandas as pd
 
         frame = pd.DataFrame(
             [(s.name, s.alias, s.layer, s.kind, s.n_heads, s.n_kv_heads, s.d_head) for s in self._sites]
         )
         frame.columns = pd.Index(["site", "alias", "layer", "kind", "heads", "kv", "d_head"])
-        return frame.to_html(index=False, na_rep="?")
+        unread = "".join(f"<p>{html.escape(line.strip())}</p>" for line in self._of_unread())
+        return frame.to_html(index=False, na_rep="?") + unread
 
 
 def find_sites(model: nn.Module) -> Sites:
@@ -167,14 +240,26 @@ def site_name(path: str) -> str:
 
 def add_site(sites: Sites, name: str, module: nn.Module) -> Sites:
     """The sites with one more, which a call has shown."""
-    return _number([*sites, _describe(name, module)])
+    more = _number([*sites, _describe(name, module)])
+    return Sites(more, sites.unread, sites.looked)
+
+
+def without(sites: Sites, names: Iterable[str]) -> Sites:
+    """The sites but those, with the numbers that they have."""
+    gone = frozenset(names)
+    return Sites((site for site in sites if site.name not in gone), sites.unread, sites.looked)
+
+
+def with_kind(sites: Sites, name: str, kind: Kind) -> Sites:
+    """The sites with a kind that a call, or a look, has shown; layers stay."""
+    changed = (replace(site, kind=kind) if site.name == name else site for site in sites)
+    return Sites(changed, sites.unread, sites.looked)
 
 
 def with_sizes(sites: Sites, name: str, n_heads: int, n_kv_heads: int, d_head: int) -> Sites:
     """The sites with the sizes that a call has shown."""
-    return Sites(
-        replace(s, n_heads=n_heads, n_kv_heads=n_kv_heads, d_head=d_head) if s.name == name else s for s in sites
-    )
+    sized = (replace(s, n_heads=n_heads, n_kv_heads=n_kv_heads, d_head=d_head) if s.name == name else s for s in sites)
+    return Sites(sized, sites.unread, sites.looked)
 
 
 def heads_of(module: nn.Module) -> int | None:

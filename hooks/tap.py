@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.proofs.axes import Bound
 from workbench.kernels.masks import Mask, as_four, hidden_below
 from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
-Kind = Literal["self", "cross", "window", "channel", "memory", "state"]
+Kind = Literal["self", "cross", "window", "channel", "pooled", "memory", "state"]
 """What a site mixes."""
 
 
@@ -42,7 +43,8 @@ class AttentionCall:
         dropout: probability with which the kernel dropped weights.
         lse: [batch, head, query] natural log of the softmax denominator, if the kernel gave it.
         weights: [batch, head, query, key] that the model computed itself, before dropout, with their autograd history.
-        layout: axes of `output`, of b, h, q and d; or "nqd", where n is batch · head.
+        layout: axes of `output`, of b, h, q and d.
+        axes: what the axes of `output` are made of, where no such order says it; None for `layout`.
         finish: maps A·V to `output`, for kernels that go on past A·V; None if `output` is A·V.
         build: makes the call's pattern, for kernels that are no softmax; None for those that are.
         build_others: makes further maps of the call by name, such as the factors of a composed one.
@@ -70,6 +72,7 @@ class AttentionCall:
     lse: Tensor | None = None
     weights: Tensor | None = None
     layout: str = "bhqd"
+    axes: Bound | None = None
     finish: Callable[[Tensor], Tensor] | None = None
     build: Callable[[], Pattern] | None = None
     build_others: Callable[[], dict[str, Pattern]] = dict
@@ -95,14 +98,20 @@ class AttentionCall:
         """
         if self.finish is not None:
             raise CaptureError(f"the kernel {self.kernel} does not give A·V", site=self.site)
-        return per_head(self.output, self.layout, self.sizes[0])
+        return self.heads_of(self.output)
+
+    def heads_of(self, output: Tensor) -> Tensor:
+        """An output of the kernel, or its gradient, as [batch, head, query, width]; a view where there is one."""
+        if self.axes is not None:
+            return self.axes.heads(output)
+        return output.permute([self.layout.index(axis) for axis in "bhqd"])
 
     def as_output(self, z: Tensor) -> Tensor:
         """What the kernel gives when its heads give `z` [batch, head, query, width]."""
         if self.finish is not None:
             return self.finish(z)
-        if self.layout == "nqd":
-            return z.flatten(0, 1)
+        if self.axes is not None:
+            return self.axes.output(z)
         return z.permute(["bhqd".index(axis) for axis in self.layout])
 
     def pattern(self, *, cross: bool = False) -> Pattern:
@@ -115,10 +124,10 @@ class AttentionCall:
             return self.build()
         if self.weights is not None:
             return self._written_out(cross)
-        if self.q is None or self.k is None or self.q.dim() not in (3, 4):
+        if self.q is None or self.k is None or self.q.dim() != 4:
             shape = None if self.q is None else self.q.shape
-            raise CaptureError("queries are not [batch, (head,) query, d]", site=self.site, shape=shape)
-        q, k, v = (t.unsqueeze(1) if t.dim() == 3 else t for t in (self.q, self.k, self.v))
+            raise CaptureError("queries are not [batch, head, query, d]", site=self.site, shape=shape)
+        q, k, v = self.q, self.k, self.v
         n_q, n_k = q.shape[2], k.shape[2]
         mask = Mask(
             n_q,
@@ -143,8 +152,7 @@ class AttentionCall:
         """Mask and bias as one tensor of four dimensions."""
         if self.mask is None:
             return None if self.bias is None else self.bias.detach()
-        three = self.mask.dim() == 3 and self.q is not None and self.q.dim() == 3
-        mask = self.mask.detach().unsqueeze(1) if three else as_four(self.mask.detach())
+        mask = as_four(self.mask.detach())
         if self.bias is None:
             return mask
         bias = self.bias.detach()
@@ -165,10 +173,3 @@ class AttentionCall:
         pattern = DensePattern(weights, mask, normalised=normalised)
         pattern.values = self.v.detach()
         return pattern
-
-
-def per_head(output: Tensor, layout: str, n_heads: int) -> Tensor:
-    """A kernel's output, or its gradient, as a view [batch, head, query, width]; `layout` as in `AttentionCall`."""
-    if layout == "nqd":
-        return output.unflatten(0, (-1, n_heads))
-    return output.permute([layout.index(axis) for axis in "bhqd"])

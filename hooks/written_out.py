@@ -1,7 +1,8 @@
 """Recognises attention that a model writes out itself: a softmax over the last axis, then a product with values.
 
 The weights are followed from the softmax through what models do with them on the way (dropout, casts, reshaping,
-slicing, masking) to the product. Dropout is not followed: the weights are those before it.
+slicing, masking) to the product. Dropout is not followed: the weights are those before it. What each axis means is not
+asked here; only which axes weights, values and product share.
 """
 
 from __future__ import annotations
@@ -37,18 +38,29 @@ class WrittenOut:
     """One attention that a model wrote out.
 
     Attributes:
-        weights: [batch, head, query, key], or [batch · head, query, key], before dropout.
-        values: [batch, head, key, width], or [batch · head, key, width].
-        output: the product, its axes as `layout` says.
-        layout: as in `AttentionCall`.
+        weights: [..., key], before dropout. values, output: with any axes.
+        letters: of the axes of the three, as in einsum: what weights and values share and the output lacks is the key,
+            what only values and output have is the width.
         dropout: probability with which weights were dropped.
     """
 
     weights: Tensor
     values: Tensor
     output: Tensor
-    layout: str
+    letters: tuple[str, str, str]
     dropout: float
+
+    @property
+    def mixed(self) -> tuple[int, ...]:
+        """The axes of the output that the values do not have: queries, and heads that share their values."""
+        weights, values, output = self.letters
+        return tuple(i for i, letter in enumerate(output) if letter in weights and letter not in values)
+
+    @property
+    def width(self) -> int:
+        """The axis of the output that only the values have."""
+        weights, _, output = self.letters
+        return next(i for i, letter in enumerate(output) if letter not in weights)
 
 
 class Follower:
@@ -102,34 +114,53 @@ class Follower:
             self._weights[result] = None, 0.0
 
     def _product(self, weights: Tensor, dropout: float, values: Any, result: Tensor) -> Any:
-        fits = isinstance(values, Tensor) and values.dim() == weights.dim() == result.dim()
-        if not fits or weights.dim() not in (3, 4) or values.shape[-2] != weights.shape[-1]:
+        """weights [..., query, key] @ values [..., key, width], where axes of one index stand for all."""
+        if not isinstance(values, Tensor) or not 3 <= values.dim() <= weights.dim() == result.dim():
             return result
-        layout = "bhqd" if weights.dim() == 4 else "nqd"
-        return self._report(WrittenOut(weights, values, result, layout, dropout))
+        if values.shape[-2] != weights.shape[-1]:
+            return result
+        lead = "abcefghij"[: result.dim() - 2]
+        own = lead[len(lead) - values.dim() + 2 :]
+        values_letters = "".join(x for x, n in zip(own, values.shape, strict=False) if n > 1 or _one(result, lead, x))
+        kept = [n for x, n in zip(own, values.shape, strict=False) if x in values_letters]
+        values = values.reshape(*kept, *values.shape[-2:])
+        if any(n not in (1, m) for n, m in zip(weights.shape[:-2], result.shape[:-2], strict=True)):
+            return result
+        weights = weights.expand(*result.shape[:-2], *weights.shape[-2:])
+        return self._report(
+            WrittenOut(weights, values, result, (f"{lead}qk", f"{values_letters}kd", f"{lead}qd"), dropout)
+        )
 
     def _einsum(self, args: Sequence[Any], result: Tensor) -> Any:
-        """einsum("bhqk,bkhd->bqhd", weights, values) and its like."""
+        """einsum("bhqk,bkhd->bqhd", weights, values) and its like, in any letters and either order."""
         if len(args) == 2 and isinstance(args[1], (list, tuple)):
             args = (args[0], *args[1])
-        if len(args) != 3 or not isinstance(args[0], str) or args[1] not in self._weights:
+        if len(args) != 3 or not isinstance(args[0], str) or not all(isinstance(t, Tensor) for t in args[1:]):
             return result
-        weights, dropout = self._of(args[1])
         terms, _, out = args[0].replace(" ", "").partition("->")
         left, _, right = terms.partition(",")
-        if len(left) != 4 or len(set(left)) != 4 or sorted(out) != sorted({*left[:3], *out}) or len(out) != 4:
+        operands = [(left, args[1]), (right, args[2])]
+        if args[1] not in self._weights:
+            operands.reverse()
+        (w, weights_given), (v, values) = operands
+        if weights_given not in self._weights or any(len(set(x)) != len(x) or "." in x for x in (w, v, out)):
             return result
-        b, h, q, k = (left[i] for i in range(4))
-        width = next((letter for letter in out if letter not in left), None)
-        if width is None or set(right) != {b, h, k, width} or len(right) != 4:
+        weights, dropout = self._of(weights_given)
+        summed, width = [x for x in w if x not in out], [x for x in v if x not in w]
+        if len(w) < 3 or summed != [w[-1]] or w[-1] not in v or len(width) != 1 or width[0] not in out:
             return result
-        values = args[2].permute([right.index(letter) for letter in (b, h, k, width)])
-        layout = "".join("bhqd"[(b, h, q, width).index(letter)] for letter in out)
-        return self._report(WrittenOut(weights, values, result, layout, dropout))
+        if set(out) - {*w, *v} or set(w[:-1]) - set(out):
+            return result
+        return self._report(WrittenOut(weights, values, result, (w, v, out), dropout))
 
     def _report(self, found: WrittenOut) -> Tensor:
         replaced = self._on_attention(found)
         return found.output if replaced is None else replaced
+
+
+def _one(result: Tensor, lead: str, letter: str) -> bool:
+    """Whether the product too has a single index along an axis."""
+    return result.shape[lead.index(letter)] == 1
 
 
 def _dropout(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float, bool]:

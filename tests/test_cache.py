@@ -163,7 +163,9 @@ def test_a_module_that_runs_twice() -> None:
     with workbench.attach(model) as wb, torch.no_grad(), wb.capture([], z=True) as capture:
         model(torch.randn(2, 5, 16))
     cache = capture.to_cache()
-    assert torch.equal(cache["z", 1], capture["attn#1"].z)
+    assert torch.equal(cache["z", 0], capture["attn"].z)
+    assert torch.equal(cache["blocks.0.attn#1.hook_z"], capture["attn", 1].z)
+    assert "blocks.1.attn.hook_z" not in cache
 
 
 def test_from_a_file(capture: Capture, tmp_path: Path) -> None:

@@ -329,16 +329,23 @@ def test_bad_input_is_named(wb: Workbench, intervene: Callable[[Workbench], Any]
 
 def test_a_head_of_unknown_range_is_checked_when_the_site_fires() -> None:
     class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.o = nn.Linear(8, 8)
+
         def forward(self, x: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(x, x, x)
+            return self.o(F.scaled_dot_product_attention(x, x, x).transpose(1, 2).flatten(2))
 
     model, x = nn.ModuleList([Hidden()]), torch.randn(1, 2, 3, 4)
+    seen: list[Tensor] = []
+    model[0].o.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with workbench.attach(model) as wb:
         assert wb.sites[0].n_heads is None
         with pytest.raises(InterventionError, match="no head 2: the site has 2 heads, 0 to 1"), wb.ablate((0, 2)):
             model[0](x)
         with wb.ablate((0, 1)):
-            assert model[0](x)[:, 1].count_nonzero() == 0
+            model[0](x)
+    assert seen[-1].unflatten(-1, (2, 4))[:, :, 1].count_nonzero() == 0
 
 
 INTERVENTIONS: list[Callable[[Workbench], Any]] = [

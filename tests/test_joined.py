@@ -191,7 +191,7 @@ def test_each_call_of_generate_is_a_forward() -> None:
     assert len(joined.calls) == 3
     for call, out in zip(joined.calls, outs, strict=True):
         assert_same(call, _captured(model, lambda m, out=out: m(out[:, :-1]))[0])
-    assert joined.table("entropy").call.unique().tolist() == [0, 1, 2]
+    assert joined.table("entropy").forward.unique().tolist() == [0, 1, 2]
 
 
 def test_a_conversation_goes_on_with_its_cache() -> None:

@@ -1,4 +1,4 @@
-"""Checks on what a user feeds a model, and the token ids found in it."""
+"""Checks on what a user feeds a model, recordings among it, and the token ids found in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import CaptureError
+from workbench.errors import CaptureError, WorkbenchError
+
+_SILENT = 1e-4  # of full scale; below it a recording holds nothing but the noise of a converter
+_LOUDEST = 16.0  # times full scale; above it samples are on another scale
 
 
 def token_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -90,6 +93,40 @@ def dropout_in_training(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
     ]
+
+
+def check_recording(wave: Tensor, name: str, error: type[WorkbenchError] = WorkbenchError) -> None:
+    """Refuse samples that are no recording of one channel within ±1; `error` is the class that is raised.
+
+    Raises:
+        WorkbenchError: several channels, no samples, integers, samples that are not finite or far beyond ±1, silence.
+    """
+    if wave.dim() != 1:
+        raise error(f"{name} is not one channel of samples", shape=wave.shape, hint="average the channels")
+    if not len(wave):
+        raise error(f"{name} holds no samples")
+    if not wave.is_floating_point():
+        what = str(wave.dtype).removeprefix("torch.")
+        raise error(
+            f"{name} has samples of type {what}, where floats within ±1 are taken",
+            shape=wave.shape,
+            hint="divide them by full scale, such as 32,768 for samples of 16 bits",
+        )
+    if not bool(wave.isfinite().all()):
+        raise error(f"{name} holds samples that are not finite", shape=wave.shape)
+    peak = float(wave.abs().max())
+    if peak > _LOUDEST:
+        raise error(
+            f"{name} goes far beyond ±1: its loudest sample is {peak:.3g}",
+            shape=wave.shape,
+            hint="divide by full scale, such as 32,768 for samples of 16 bits",
+        )
+    if peak < _SILENT:
+        raise error(
+            f"{name} is silent: its loudest sample is {peak:.1e}",
+            shape=wave.shape,
+            hint="check the recording and its scale",
+        )
 
 
 def to_ids(tokens: Any) -> Tensor:

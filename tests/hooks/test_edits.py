@@ -72,13 +72,6 @@ def test_rows_of_a_row_that_an_additive_mask_hides_are_what_softmax_makes_of_it(
     torch.testing.assert_close(rows(call, 0, torch.tensor([[0]])), torch.full((B, 1, K), 1 / K).double())
 
 
-def test_rows_of_three_dimensional_queries() -> None:
-    q, k, v = _normal(3, Q, D), _normal(3, K, D, seed=1), _normal(3, K, D, seed=2)
-    mask = torch.rand(3, Q, K, generator=torch.Generator().manual_seed(2)) < 0.7
-    call = call_with(q=q, k=k, v=v, mask=mask, layout="nqd", output=torch.zeros(3, Q, D))
-    torch.testing.assert_close(rows(call, 0, torch.arange(Q)[None]), call.pattern().dense()[:, 0])
-
-
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "written out"])
 def test_rows_have_the_right_gradients(name: str) -> None:
     facts = dict(CALLS[name])

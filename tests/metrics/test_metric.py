@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
+from transformers.modeling_outputs import MaskedLMOutput
 
 import workbench
 from support.circuits import Words, random_task, tiny
+from support.tiny import family, make
 from workbench.analysis.circuits.engine.edges import run_nodes
 from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.errors import TaskError
@@ -96,6 +99,38 @@ def test_batches_without_targets_are_refused() -> None:
         METRICS["loss"](
             logits, {"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
         )
+
+
+def _masked_lm() -> hf.BertForMaskedLM:
+    config = hf.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        initializer_range=0.5,
+    )  # fmt: skip
+    return hf.BertForMaskedLM(config).eval()
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "t5", "bart"])
+def test_losses_of_labelled_tokens_are_the_model_s_own(name: str) -> None:
+    """Masked language models and encoder-decoders say tokens at their own place, even where labels repeat the input."""
+    model = _masked_lm() if name == "bert" else make(family(name))
+    ids = torch.randint(5, 30, (3, 7), generator=torch.Generator().manual_seed(0))
+    some = ids.masked_fill(torch.arange(7) % 3 != 1, -100)
+    for labels in (ids, some):
+        batch = {"input_ids": ids, "labels": labels}
+        with torch.no_grad():
+            output = model(**batch)
+        torch.testing.assert_close(METRICS["loss"](output, batch).mean(), output.loss, atol=1e-5, rtol=1e-5)
+
+
+def test_masked_language_models_need_labels_and_take_no_prompts_to_go_on_from() -> None:
+    ids, now, clean = torch.tensor([[5, 6, 7]]), *(MaskedLMOutput(logits=torch.randn(1, 3, 9)) for _ in range(2))
+    with pytest.raises(TaskError, match="predicts tokens in their place: put the masked tokens into labels"):
+        METRICS["loss"](now, {"input_ids": ids})
+    by_hand = kullback_leibler(now.logits, clean.logits).mean(-1)
+    torch.testing.assert_close(METRICS["kl_divergence"](now, {"input_ids": ids}, clean), by_hand)
+    batch = TaskBatch({"input_ids": ids}, answers=[[2]], wrong=[[3]], continued=True)
+    with pytest.raises(TaskError, match="predicts the tokens it is given"):
+        METRICS["logit_diff"](now, batch)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from support.tiny import family, make
 from workbench.errors import TaskError
-from workbench.metrics import kl_divergence, logit_diff, probability
+from workbench.metrics import kl_divergence, last_places, logit_diff, probability
 from workbench.tasks import TaskBatch, docstring, from_prompts, pieces
 
 
@@ -78,3 +79,49 @@ def test_metrics_follow_their_definitions() -> None:
     expected = (q * (q / p).log()).sum(-1)
     assert torch.allclose(kl_divergence(logits, batch, clean), expected)
     assert bool((kl_divergence(clean, batch, clean).abs() < 1e-12).all())
+
+
+WORDS = ["the", "cat", "dog", "sat", "ran", "on", "mat", "rug"]
+
+
+def _tokenizer(template: str) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    made = Tokenizer(models.WordLevel(special | {word: i + 4 for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [(name, special[name]) for name in ("<s>", "</s>")]
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize(("template", "before"), [("$A", 0), ("<s> $A", 1), ("$A </s>", 0), ("<s> <s> $A </s>", 2)])
+def test_prompts_end_where_they_are_gone_on_from(template: str, before: int) -> None:
+    """An end token that a tokenizer puts behind each text is not where the answer comes."""
+    tokenizer = _tokenizer(template)
+    task = from_prompts(
+        ["the cat sat on", "the dog ran on the"], ["the dog sat on", "the cat ran on the"], [" mat", " rug"],
+        [" rug", " mat"], positions={"animal": 1},
+    )  # fmt: skip
+    batch = next(task.batches(tokenizer))
+    ends = [row[place] for row, place in zip(batch["input_ids"].tolist(), last_places(batch).tolist(), strict=True)]
+    assert tokenizer.convert_ids_to_tokens(ends) == ["on", "the"]
+    assert task.positions("animal", tokenizer) == [1 + before] * 2
+    encoder = next(task.batches(tokenizer, start_token=2))["input_ids"]  # an encoder reads all of it
+    assert encoder[1].tolist() == tokenizer("the dog ran on the")["input_ids"]
+    model = make(family("llama-gqa"))
+    plain = _tokenizer("<s> " * before + "$A" if before else "$A")
+    assert torch.equal(task.logit_diff(model, tokenizer), task.logit_diff(model, plain))
+
+
+def test_a_tokenizer_that_hides_where_a_text_ends_is_refused() -> None:
+    class Odd:
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [5, 6] if add_special_tokens else [7]}
+
+    task = from_prompts(["a b"], ["a c"], [" d"], [" e"])
+    with pytest.raises(TaskError, match="its end cannot be told"):
+        next(task.batches(Odd()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,42 @@ def test_whisper_base_reads_a_voice_of_alsa_utils(whisper_base: Path) -> None:
     inputs = speech.utterance(speech.load_audio(file), WhisperFeatureExtractor.from_pretrained(whisper_base))
     ids = model.generate(inputs["input_features"], decoder_input_ids=torch.tensor([[50258, 50259, 50359, 50363]]))
     assert "front center" in tokenizer.decode(ids[0], skip_special_tokens=True).lower()
+
+
+def _wav(rate: int = 16_000, n: int = 2000, channels: int = 1, declared: int | None = None) -> bytes:
+    data = (np.sin(np.arange(n * channels) / 9) * 9000).astype("<i2").tobytes()
+    width = 2 * channels
+    head = struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * width & 0xFFFFFFFF, width & 0xFFFF, 16)
+    size = struct.pack("<I", len(data) if declared is None else declared)
+    return b"RIFF" + struct.pack("<I", 36 + len(data)) + b"WAVEfmt " + head + b"data" + size + data
+
+
+@pytest.mark.parametrize("rate", [1, 7, 999, 384_001, 10**7 + 19, 2**31 - 1])
+def test_rates_that_no_recording_has_are_refused(rate: int, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(_wav(rate))
+    with pytest.raises(TaskError, match="samples per second, recordings have"):
+        speech.load_audio(tmp_path / "a.wav")
+    with pytest.raises(TaskError, match="samples per second, recordings have"):
+        speech.resampled(np.ones(100), rate, 16_000)
+
+
+def test_a_length_that_a_header_promises_is_not_taken_on_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.wav").write_bytes(_wav(declared=2**32 - 1))
+    assert speech.load_audio(tmp_path / "a.wav").shape == (2000,)
+    monkeypatch.setattr(speech, "_MOST_SAMPLES", 1000)
+    with pytest.raises(TaskError, match="2,000 samples, the limit is 1,000"):
+        speech.load_audio(tmp_path / "a.wav")
+    with pytest.raises(TaskError, match="become more than 1,000"):
+        speech.resampled(np.ones(900), 8_000, 16_000)
+
+
+def test_channels_are_averaged_a_few_samples_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.wav").write_bytes(_wav(channels=3))
+    whole = speech.load_audio(tmp_path / "a.wav")
+    monkeypatch.setattr(speech, "_AT_ONCE", 100)
+    assert whole.equal(speech.load_audio(tmp_path / "a.wav"))
+
+
+def test_samples_far_beyond_full_scale_are_refused() -> None:
+    with pytest.raises(TaskError, match="goes far beyond ±1"):
+        speech._check(torch.full((2000,), 9000.0), 16_000, "a")

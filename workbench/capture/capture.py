@@ -21,6 +21,7 @@ from workbench.kernels.statistics import STATISTICS
 from workbench.storage import files
 from workbench.storage.provenance import Provenance
 from workbench.storage.rendering import renderer
+from workbench.tokens import visible_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,8 +33,9 @@ _PER_EXAMPLE = ("z", "z_gradient", "stored_result", "weights")  # what a site ca
 class Capture:
     """The forwards of one `with wb.capture()`, their sites and statistics.
 
-    With one forward, `cap["blocks.3.attn"]` is its site capture. With several, look at `cap.calls[i]`, or join them
-    with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
+    With one forward, `cap["blocks.3.attn"]` is its site capture; of a site that is called several times in a forward it
+    is the first call, and `cap["blocks.3.attn", 1]` the second. With several forwards, look at `cap.calls[i]`, or join
+    them with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
 
     Attributes:
         settings: what was asked for; None for a file that does not tell.
@@ -70,17 +72,18 @@ class Capture:
         """The sites that fired."""
         fired = {name: capture.site for f in self._forwards for name, capture in f.sites.items()}
         order = {site.name: i for i, site in enumerate(self.model_sites)}
-        return Sites(sorted(fired.values(), key=lambda s: (order.get(s.name.partition("#")[0], len(order)), s.layer)))
+        ordered = sorted(fired.values(), key=lambda s: (order.get(s.path, len(order)), s.call))
+        return Sites(ordered, self.model_sites.unread, self.model_sites.looked)
 
     @property
     def silent(self) -> tuple[str, ...]:
         """Names of the model's sites that never fired in this capture."""
-        fired = {name.partition("#")[0] for f in self._forwards for name in f.sites}
+        fired = {c.site.path for f in self._forwards for c in f.sites.values()}
         return tuple(site.name for site in self.model_sites if site.name not in fired)
 
     @property
-    def ledger(self) -> dict[str, int]:
-        """How often each site of the model was called: 0 for those that never fired.
+    def ledger(self) -> dict[str, int | str]:
+        """How often each site of the model was called: 0 for those that never fired; and what is not read, with why.
 
         >>> import torch, workbench
         >>> model = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
@@ -90,11 +93,11 @@ class Capture:
         >>> cap.ledger
         {'self_attn': 3}
         """
-        counts = {site.name: 0 for site in self.model_sites}
+        counts: dict[str, int] = {site.name: 0 for site in self.model_sites}
         for forward in self._forwards:
-            for name in forward.sites:
-                counts[name.partition("#")[0]] += 1
-        return counts
+            for one in forward.sites.values():
+                counts[one.site.path] = counts.get(one.site.path, 0) + 1
+        return counts | {one.name: f"unread: {one.reason}" for one in self.model_sites.unread}
 
     def _only(self) -> Forward:
         if len(self._forwards) != 1:
@@ -104,11 +107,23 @@ class Capture:
             )
         return self._forwards[0]
 
-    def __getitem__(self, name: str | int | Site) -> SiteCapture:
+    def __getitem__(self, name: str | int | Site | tuple[str | int | Site, int]) -> SiteCapture:
         forward = self._only()
+        if isinstance(name, tuple):
+            return self._call(*name)
         if isinstance(name, Site):
             name = name.name
         return forward.sites[self.sites[name].name]
+
+    def _call(self, name: str | int | Site, call: int) -> SiteCapture:
+        """One of the calls of a site."""
+        first = self[name]
+        wanted = first.site.at_call(call if call >= 0 else first.n_calls + call).name
+        if wanted not in self._only().sites:
+            raise CaptureError(
+                f"there is no call {call}", site=first.site.path, hint=f"the site was called {first.n_calls} times"
+            )
+        return self._only().sites[wanted]
 
     def __contains__(self, name: object) -> bool:
         return name in self.sites
@@ -178,7 +193,8 @@ class Capture:
             per: "head" averages over positions (rows that see no key are left out); "position" keeps them.
 
         Returns:
-            Columns call, site, layer, kind, batch, head, (position,) and the statistic.
+            Columns forward, site, call, layer, kind, batch, head, (position,) and the statistic; `call` counts the
+            calls of a site in one forward.
         """
         import pandas as pd
 
@@ -198,9 +214,9 @@ class Capture:
                 b, h, n = (
                     x.flatten().tolist() for x in torch.meshgrid(*map(torch.arange, values.shape), indexing="ij")
                 )
-                where = {"site": c.site.name, "layer": c.site.layer, "kind": c.site.kind}
+                where = {"site": c.site.path, "call": c.site.call, "layer": c.site.layer, "kind": c.site.kind}
                 measured = {"batch": b, "head": h, "position": n, statistic: values.flatten().tolist()}
-                frame = pd.DataFrame({"call": forward.index, **where, **measured})
+                frame = pd.DataFrame({"forward": forward.index, **where, **measured})
                 frames.append(frame.drop(columns="position") if per == "head" else frame)
         if not frames:
             raise CaptureError(f'no site has "{statistic}"', hint=f"captured: {', '.join(self.statistics)}")
@@ -302,7 +318,13 @@ class Capture:
                 where["span"] = list(forward.span)
             forwards.append(where | {"sites": entries, "tokens": forward.tokens})
         model_sites = [asdict(site) for site in self.model_sites]
-        header = {"provenance": self.provenance, "model_sites": model_sites, "forwards": forwards}
+        header = {
+            "provenance": self.provenance,
+            "model_sites": model_sites,
+            "unread": [asdict(one) for one in self.model_sites.unread],
+            "looked": self.model_sites.looked,
+            "forwards": forwards,
+        }
         if self.settings is not None:
             header["settings"], asked = self.settings.parts()
             tensors |= {f"settings/{name}": tensor for name, tensor in asked.items()}
@@ -314,11 +336,13 @@ class Capture:
             view.show()
 
     def __repr__(self) -> str:
+        name = visible_text(str(self._provenance.get("model_name", "model")))
         lengths = {c.shape for f in self._forwards for c in f.sites.values()}
         shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")
+        unread = f", {len(self.model_sites.unread)} mixers unread" if self.model_sites.unread else ""
         return (
-            f"Capture({self._provenance.get('model_name', 'model')}: {len(self._forwards)} forward(s), "
-            f"{len(self.sites)} sites, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
+            f"Capture({name}: {len(self._forwards)} forward(s), "
+            f"{len(self.sites)} sites{unread}, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
 

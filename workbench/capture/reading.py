@@ -14,9 +14,10 @@ from workbench.capture.settings import Settings
 from workbench.capture.site_capture import KEPT, PATTERN, Forward, SiteCapture
 from workbench.capture.timing import CallTimes
 from workbench.errors import FormatError, WorkbenchError
-from workbench.hooks.sites import Site, Sites
+from workbench.hooks.sites import Site, Sites, Unread
 from workbench.kernels.families import rebuild
 from workbench.kernels.gradients import GRADIENT_SUMS
+from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
 from workbench.storage import files, typed
@@ -44,7 +45,12 @@ def load_capture(path: str | Path) -> Capture:
         owner, _, name = key.rpartition("/")
         named.setdefault(owner, {})[name] = tensor
     forwards = [_forward(entry, named) for entry in header["forwards"].list()]
-    model_sites = Sites(typed.record(site, Site) for site in header["model_sites"].list())
+    unread, looked = header.get("unread"), header.get("looked")  # older files have neither
+    model_sites = Sites(
+        (typed.record(site, Site) for site in header["model_sites"].list()),
+        () if unread is None else [typed.record(one, Unread) for one in unread.list()],
+        None if looked is None else looked.flag(),
+    )
     provenance = header["provenance"]
     provenance.items()
     asked = header.get("settings")
@@ -83,13 +89,14 @@ def _site_capture(entry: Part, site: Site, parts: dict[str, Tensor]) -> SiteCapt
     for name, tensor in parts.items():
         if not _fits(tensor, _shape_of(name, tensor, shape)):
             raise FormatError(f"{entry.place} has a {name} that does not fit {list(shape)}", shape=tensor.shape)
-    times = entry.get("times")
+    times, n_calls = entry.get("times"), entry.get("n_calls")
     return SiteCapture(
         site=site,
         shape=shape,
         kernel=entry["kernel"].text(),
         signed=entry["signed"].flag(),
         normalised=entry["normalised"].flag(),
+        n_calls=1 if n_calls is None else n_calls.integer(1, _SMALL),
         times=None if times is None else typed.record(times, CallTimes),
         **kept,
         statistics=parts,
@@ -114,6 +121,7 @@ def _pattern(entry: Part, held: dict[str, Tensor], shape: tuple[int, int, int, i
     facts = {name: part.value for name, part in entry.items().items()}
     family = entry["family"].text()
     del facts["family"]
+    _check_facts(entry)
     try:
         made = rebuild(family, facts, held)
         fits = made.shape == shape and (made.mask.n_queries, made.mask.n_keys) == shape[2:]
@@ -123,6 +131,19 @@ def _pattern(entry: Part, held: dict[str, Tensor], shape: tuple[int, int, int, i
     if not fits:
         raise FormatError(f"{entry.place} has another shape than its site, {list(shape)}", shape=made.shape)
     return made
+
+
+def _check_facts(entry: Part) -> None:
+    """The facts that patterns share: how scores are scaled, and the rules of the mask."""
+    for name in ("scale", "softcap"):
+        number = entry.get(name)
+        if number is not None:
+            number.number()
+    if (rules := entry.get("mask")) is not None:
+        wanted = {"n_queries", "n_keys", "causal", "offset", "window"}
+        if rules.items().keys() != wanted:
+            raise rules.wrong(f"rules that tell of {', '.join(sorted(wanted))}")
+        typed.check(Mask, rules.value, rules.place)
 
 
 def _settings(entry: Part, tensors: Mapping[str, Tensor]) -> Settings:

@@ -48,8 +48,8 @@ class Settings:
         return facts, {} if self.tokens is None else {"tokens": self.tokens}
 
     def names_at(self, site: Site) -> list[str]:
-        """The statistics that exist at a site: cross-attention has none that compare positions."""
-        return [name for name in self.statistics if site.kind != "cross" or not known(name).positional]
+        """The statistics that exist at a site: none that compares positions where keys are none of the queries'."""
+        return [name for name in self.statistics if site.positional or not known(name).positional]
 
     def options(self, tokens: Tensor | None, token_before: Tensor | None = None) -> Options:
         """What the statistics need, with these ids unless others were given."""

@@ -16,6 +16,7 @@ from workbench.hooks.sites import Site
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.patterns import DENSE_LIMIT, DensePattern, Pattern
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
+from workbench.tokens import visible_text
 
 PATTERN = "pattern."  # starts the names of tensors that rebuild a pattern
 KEPT = {"_z": "z", "_z_gradient": "z_gradient", "_result": "stored_result", "_weights": "weights"}  # in files: fields
@@ -39,6 +40,7 @@ class SiteCapture:
         lazy, others: the pattern and further maps by name, if they were kept; read them by `pattern` and `patterns`.
         signed: whether weights may be negative. normalised: whether rows sum to one. Where one of them says that the
             rows are no distributions, statistics are those of |A| normalised per row.
+        n_calls: how often the site was called in the forward; this is the call `site.call`.
         times: when the call was seen; None for what several calls were joined to, and from older files.
     """
 
@@ -57,6 +59,7 @@ class SiteCapture:
     normalised: bool = True
     times: CallTimes | None = None
     others: dict[str, Pattern] = field(default_factory=dict)
+    n_calls: int = 1
 
     @property
     def marks(self) -> str:
@@ -171,9 +174,10 @@ class SiteCapture:
                 site=self.site.name,
                 hint=nearest(base, [*STATISTICS, *GRADIENT_SUMS]),
             )
-        if STATISTICS[outputs.get(base, base)].positional and self.site.kind == "cross":
+        if STATISTICS[outputs.get(base, base)].positional and not self.site.positional:
             raise _NoAttribute(
-                f'"{name}" compares positions, which cross-attention does not share', site=self.site.name
+                f'"{name}" compares positions, which queries and keys of kind "{self.site.kind}" do not share',
+                site=self.site.name,
             )
         raise _NoAttribute(
             f'"{name}" was not captured', site=self.site.name, hint=f'capture with statistics=["{name}"]'
@@ -193,7 +197,13 @@ class SiteCapture:
         b, h, q, k = self.shape
         names = ", ".join(self.statistics) or "no statistics"
         marks = "" if self.marks == "normalised" else f", {self.marks}"
-        return f"SiteCapture({self.site.name}: batch {b}, heads {h}, queries {q}, keys {k}{marks}; {names})"
+        site = visible_text(self.site.name).replace("\n", "⏎")
+        if self.n_calls > 1:
+            others = (
+                f'call {self.site.call} of {self.n_calls}: choose another with ["{visible_text(self.site.path)}", call]'
+            )
+            marks += f", {others}"
+        return f"SiteCapture({site}: batch {b}, heads {h}, queries {q}, keys {k}{marks}; {names})"
 
 
 class _NoAttribute(CaptureError, AttributeError):
@@ -237,6 +247,8 @@ def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[
     """
     entry: dict[str, Any] = {"site": asdict(capture.site), "shape": list(capture.shape), "kernel": capture.kernel,
                              "signed": capture.signed, "normalised": capture.normalised}  # fmt: skip
+    if capture.n_calls > 1:
+        entry["n_calls"] = capture.n_calls
     if capture.times is not None:
         entry["times"] = capture.times.to_json()
     parts = dict(capture.statistics)

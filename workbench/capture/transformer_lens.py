@@ -28,7 +28,8 @@ class Cache(Mapping[str, Tensor]):
     A key exists where the capture kept what it needs. In a model with several towers names begin with the tower:
     `decoder.3.cross_attn.hook_pattern`. `cache["pattern", 3]` is short for the first form, `cache["pattern", -1]`
     counts from the last layer, and `cache["pattern", 3, "decoder.cross_attn"]` names tower and kind where they are not
-    the only ones. The model's own module path may stand in a name's place.
+    the only ones. The model's own module path may stand in a name's place. Where a site is called several times in a
+    forward, these are its first call; that of a later one is `blocks.3.attn#1.hook_pattern`.
     """
 
     def __init__(self, forward: Forward, model_sites: Sites, *, rotary: bool, limit: int | None) -> None:
@@ -91,7 +92,7 @@ class Cache(Mapping[str, Tensor]):
             raise _NoKey(f"a key is a name or (hook, layer), not {key!r}")
         hook, layer = key[0].removeprefix("hook_"), key[1]
         stack = self._stack(key)
-        layers = {site.layer: site for site in self._stacks[stack]}
+        layers = {site.layer: site for site in reversed(self._stacks[stack]) if not site.call}
         wanted = layer if layer >= 0 else max(layers) + 1 + layer
         if wanted not in layers:
             raise _NoKey(f"{stack} has the layers {', '.join(map(str, sorted(layers)))}, no layer {layer}")
@@ -132,4 +133,4 @@ def _itself(tensor: Tensor) -> Tensor:
 
 def _stack(site: Site) -> str:
     """Tower and kind of a site, as its alias spells them: "blocks.attn", "decoder.cross_attn"."""
-    return f"{site.tower or 'blocks'}.{site.alias.rpartition('.')[2]}"
+    return f"{site.tower or 'blocks'}.{site.at_call(0).alias.rpartition('.')[2]}"

@@ -21,7 +21,7 @@ def add(report: Report, seed: int) -> None:
     with attach(model, tokenizer) as wb:
         found = cross_attention_saliency(
             wb, inputs, n_masks=600, granularities=(60, 80, 100), batch_size=25, decode_again=False, seed=seed,
-            progress=False,
+            fractions=[i / 10 for i in range(11)], progress=False,
         )  # fmt: skip
     said = speech.spans_of(spoken[0].spans, found.maps[0]["special"])
     shown = views.cross_attention(found, spans=None if said is None else {"said": said})

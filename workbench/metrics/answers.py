@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.metrics.logits import logits_of
+from workbench.errors import TaskError
+from workbench.metrics.logits import logits_of, reads_in_place
 
 
 class TaskBatch(dict[str, Tensor]):
@@ -18,6 +19,7 @@ class TaskBatch(dict[str, Tensor]):
         answers: token ids of the right answers, one list per example.
         wrong: token ids of the wrong answers, one list per example.
         start: index in the task of the first example.
+        continued: whether the answers are what comes after the last token, as in tasks of text.
     """
 
     def __init__(
@@ -27,14 +29,15 @@ class TaskBatch(dict[str, Tensor]):
         answers: Sequence[Sequence[int]],
         wrong: Sequence[Sequence[int]],
         start: int = 0,
+        continued: bool = False,
     ) -> None:
         super().__init__(inputs)
-        self.answers, self.wrong, self.start = answers, wrong, start
+        self.answers, self.wrong, self.start, self.continued = answers, wrong, start, continued
 
     def to(self, device: str | torch.device) -> TaskBatch:
         """The same batch with its tensors on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.items()}
-        return TaskBatch(moved, answers=self.answers, wrong=self.wrong, start=self.start)
+        return TaskBatch(moved, answers=self.answers, wrong=self.wrong, start=self.start, continued=self.continued)
 
 
 def last_logits(output: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -43,8 +46,16 @@ def last_logits(output: Any, batch: Mapping[str, Any]) -> Tensor:
     Args:
         output: what the model returned, or its logits [batch, position, vocab].
         batch: the inputs; without an attention mask every row is taken to be full.
+
+    Raises:
+        TaskError: a model that predicts tokens in their place, and a task whose answers come after the prompt.
     """
     logits = logits_of(output)
+    if reads_in_place(output) and getattr(batch, "continued", False):
+        raise TaskError(
+            f"{type(output).__name__}: this model predicts the tokens it is given, not the one after a prompt",
+            hint="give batches with [MASK] in input_ids, and labels that hold the answer there and -100 elsewhere",
+        )
     if batch.get(_names(batch)[1]) is None:
         return logits[:, -1]
     last = last_places(batch).to(logits.device)

@@ -12,6 +12,8 @@ from torch import Tensor
 from workbench.errors import TaskError, WorkbenchError
 
 _IGNORED = -100  # a label that does not count, as in PyTorch's cross-entropy
+_IN_PLACE = ("MaskedLM", "TokenClassifier")  # outputs of transformers whose logits are of the token at their own place
+_MASKED = "this model predicts tokens in their place: put the masked tokens into labels, and -100 elsewhere"
 
 
 def logits_of(output: Any) -> Tensor:
@@ -41,6 +43,7 @@ class Readout:
     logits: Tensor
     counts: Tensor
     targets: Tensor | None = None
+    hint: str = "put labels into the batches, use those of task.batches(tokenizer), or give a metric of your own"
 
     def mean(self, values: Tensor) -> Tensor:
         """[batch]: the mean over the places that count.
@@ -54,7 +57,7 @@ class Readout:
             example = int((number == 0).nonzero()[0])
             raise TaskError(
                 f"example {example} has no place to measure at: no token follows another, or no label counts",
-                hint="put labels into the batches, use those of task.batches(tokenizer), or give a metric of your own",
+                hint=self.hint,
             )
         return values.masked_fill(~counts, 0.0).sum(-1) / number
 
@@ -65,16 +68,22 @@ class Readout:
             TaskError: they are not known.
         """
         if self.targets is None:
-            raise TaskError(
-                "what the right class is cannot be told from the batch",
-                hint="put labels into the batches, use those of task.batches(tokenizer), or give a metric of your own",
-            )
+            raise TaskError("what the right class is cannot be told from the batch", hint=self.hint)
         return self.targets.clamp_min(0)[..., None]
 
 
+def reads_in_place(output: Any) -> bool:
+    """Whether logits are of the token at their own place, as masked language models give them, and not of the next."""
+    return any(word in type(output).__name__ for word in _IN_PLACE)
+
+
 def readout(output: Any, batch: Mapping[str, Any]) -> Readout:
-    """Where the model says its classes. Labels [batch] are classes; labels [batch, position] tokens, those of the next
-    position where they repeat the input; without labels, the next tokens of the input are the targets."""
+    """Where the model says its classes, as the losses of transformers' models have it.
+
+    Labels [batch] are classes. Labels [batch, position] are tokens: of masked language models, token classifiers and
+    encoder-decoders at their own place, of other outputs of the next position where they repeat the input. Without
+    labels the next tokens of the input are the targets; masked language models, which see these, then have none.
+    """
     logits = logits_of(output)
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     if logits.dim() == 2:
@@ -84,13 +93,17 @@ def readout(output: Any, batch: Mapping[str, Any]) -> Readout:
     ids = batch.get("decoder_input_ids", batch.get("input_ids"))
     if "decoder_input_ids" in batch:
         mask = batch.get("decoder_attention_mask")
+    decodes = getattr(output, "encoder_last_hidden_state", None) is not None
+    in_place = reads_in_place(output)
     if isinstance(labels, Tensor) and labels.shape == logits.shape[:2]:
         counted = labels != _IGNORED
         repeats = isinstance(ids, Tensor) and ids.shape == labels.shape and bool(((ids == labels) | ~counted).all())
-        if not repeats:
+        if in_place or decodes or not repeats:
             return Readout(logits, counted, labels)
         return Readout(logits[:, :-1], counted[:, 1:], labels[:, 1:])
     if isinstance(ids, Tensor) and ids.shape == logits.shape[:2]:
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        if in_place:
+            return Readout(logits, real, hint=_MASKED)
         return Readout(logits[:, :-1], real[:, 1:] & real[:, :-1], ids[:, 1:])
     return Readout(logits, torch.ones(1, 1, dtype=torch.bool, device=logits.device))

@@ -181,6 +181,13 @@ def _limits(capture: Capture, call: Capture) -> list[str]:
     if call.silent:
         listed = ", ".join(visible(name) for name in call.silent[:5])
         found.append(f"{count(len(call.silent), 'site')} never fired: {listed}{' …' if len(call.silent) > 5 else ''}")
+    unread = call.model_sites.unread
+    if unread:
+        listed = ", ".join(visible(f"{one.name} ({one.cls})") for one in unread[:5])
+        found.append(
+            f"{count(len(unread), 'module')} that mix tokens, or may do so, are not read: "
+            f"{listed}{' …' if len(unread) > 5 else ''}"
+        )
     if call.provenance.get("training"):
         found.append("the model was in training mode, so dropout may have acted")
     if not call.provenance.get("weights_sha256"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.hooks.sites import Site
-from workbench.hooks.tap import AttentionCall, per_head
+from workbench.hooks.tap import AttentionCall
 from workbench.kernels.gradients import attention_times_gradient
 from workbench.kernels.patterns import Pattern
 
@@ -120,8 +120,8 @@ class GradientWatch:
                 hint="call model.eval(); it does not stop gradients",
             )
         kernel_arrived = awaited.z_arrived if edited is None else awaited.kernel_arrived
-        layout, heads = call.layout, call.sizes[0]
-        _hook(call.output, lambda g: kernel_arrived(per_head(g, layout, heads)), awaited.handles)
+        heads_of = call.heads_of
+        _hook(call.output, lambda g: kernel_arrived(heads_of(g)), awaited.handles)
         if edited is not None:
             _hook(edited, awaited.z_arrived, awaited.handles)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError, InterventionError
 from workbench.hooks.edits import Edit, OutputEdit, Threads
+from workbench.hooks.layouts import Layouts, learn
 from workbench.hooks.listener import Listener
 from workbench.hooks.observer import Observer
 from workbench.hooks.tap import AttentionCall
@@ -34,8 +35,8 @@ class OpenContexts(Listener):
     whichever of the two was opened first.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, layouts: Layouts) -> None:
+        self.model, self.layouts = model, layouts
         self._edits: list[_OpenEdit] = []
         self._recorder: Recorder | None = None
         self._undisturbed: dict[int, tuple[_OpenEdit, ...]] = {}  # by thread: the edits that it does not see
@@ -118,7 +119,7 @@ class OpenContexts(Listener):
                 begin()
                 self._users.add(user)
                 if self._observer is None:
-                    self._observer = Observer(self.model, self)
+                    self._observer = Observer(self.model, self, self.layouts)
                     self._observer.__enter__()
             yield
         finally:
@@ -194,6 +195,19 @@ class OpenContexts(Listener):
         if recorder is not None and not call.replay:
             recorder.on_call(call, z)
         return z
+
+    def cannot_wait(self, site: str) -> bool:
+        """Edits cannot."""
+        return any(isinstance(edit, Edit) and site in edit.sites for edit in self._mine())
+
+    def on_refused(self, site: str, reason: str, *, edited: bool) -> None:
+        """What the capture has of the site is taken back; an edit cannot be."""
+        if (recorder := self._recording()) is not None:
+            recorder.on_refused(site, reason)
+        if edited:
+            raise InterventionError(
+                f"what was edited cannot be shown to be heads: {reason}", site=site, hint=learn(site)
+            )
 
     def on_output(self, name: str, module: nn.Module, output: Any) -> Any:
         """The edits change what a module gives."""

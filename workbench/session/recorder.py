@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.capture.timing import CallTimes
 from workbench.errors import CaptureError
 from workbench.hooks.projections import ProjectionFinder
-from workbench.hooks.sites import Site, Sites, add_site, site_name, with_sizes
+from workbench.hooks.sites import Site, Sites, add_site, site_name, with_kind, with_sizes
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, token_ids
@@ -49,7 +50,8 @@ def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
 class Recorder:
     """Collects the forwards of one capture; its methods are the observer's callbacks.
 
-    `engines` names what streamed the statistics: "torch", "native" (C++), "triton".
+    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `refused` says, by site, why its
+    calls were not kept.
     """
 
     model: nn.Module
@@ -59,12 +61,14 @@ class Recorder:
     forwards: list[Forward] = field(default_factory=list)
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
     gradients: GradientWatch = field(default_factory=GradientWatch)
     projections: ProjectionFinder = field(default_factory=ProjectionFinder)
     arena: Arena = field(default_factory=Arena)
     _running: dict[int, Forward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
     _cached: CachedTokens = field(default_factory=CachedTokens)
+    _refused_here: dict[int, set[str]] = field(default_factory=dict)  # by thread, in its present forward
     _checked: set[str] = field(default_factory=set)
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
@@ -82,6 +86,7 @@ class Recorder:
             now = self._now()
             forward = Forward(index=len(self.forwards), thread=number, span=(now, now))
             self._entered[thread] = {}
+            self._refused_here.pop(thread, None)
             self.forwards.append(forward)
             self._running[thread] = forward
 
@@ -100,9 +105,14 @@ class Recorder:
         self.projections.end()
         if forward is not None and forward.span is not None:
             forward.span = (forward.span[0], self._now())
+        if forward is not None:
+            calls = Counter(capture.site.path for capture in forward.sites.values())
+            for name, capture in forward.sites.items():
+                if calls[capture.site.path] > 1:
+                    forward.sites[name] = replace(capture, n_calls=calls[capture.site.path])
         if forward is not None and self.settings.z:
             for name, capture in forward.sites.items():
-                forward.sites[name] = replace(capture, projection=self.projections.of(name.partition("#")[0]))
+                forward.sites[name] = replace(capture, projection=self.projections.of(capture.site.path))
 
     def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module is about to run."""
@@ -118,9 +128,11 @@ class Recorder:
         forward = self._running.get(threading.get_ident())
         if forward is None:  # the capture was opened while this thread was inside a forward
             return
+        if call.site in self._refused_here.get(threading.get_ident(), ()):
+            return  # another of its calls in this forward cannot be shown
         seen = self._now()
         site = self._site(call, forward)
-        if self.settings.sites is not None and site.name.partition("#")[0] not in self.settings.sites:
+        if self.settings.sites is not None and site.path not in self.settings.sites:
             return
         device, grad_is_on = call.v.device.type, torch.is_grad_enabled()
         # The user may run under inference_mode or autocast; the statistics must be ordinary tensors in full precision.
@@ -130,6 +142,15 @@ class Recorder:
             times = CallTimes(entered, seen, self._now() - seen, capture.nbytes)
             forward.sites[site.name] = replace(capture, times=times)
 
+    def on_refused(self, site: str, reason: str) -> None:
+        """Calls of a site are not what they were told to be: nothing of them is kept."""
+        self.refused[site] = reason
+        self._refused_here.setdefault(threading.get_ident(), set()).add(site)
+        forward = self._running.get(threading.get_ident())
+        if forward is not None:
+            for name in [name for name, one in forward.sites.items() if one.site.path == site]:
+                self.nbytes -= forward.sites.pop(name).nbytes
+
     def _site(self, call: AttentionCall, forward: Forward) -> Site:
         with self._lock:
             if all(site.name != call.site for site in self.sites):
@@ -138,15 +159,15 @@ class Recorder:
             if (known.n_heads, known.n_kv_heads, known.d_head) != call.sizes:
                 self.sites = with_sizes(self.sites, call.site, *call.sizes)
                 known = self.sites.find(call.site)
-        repeats = sum(name.partition("#")[0] == call.site for name in forward.sites)
-        if not repeats:
-            return known
-        return Site(f"{known.name}#{repeats}", known.layer + repeats, known.kind, *call.sizes, known.tower)
+            if call.axes is not None and call.axes.axes.over == "features" and known.kind != "channel":
+                self.sites = with_kind(self.sites, call.site, "channel")
+                known = self.sites.find(call.site)
+        return known.at_call(sum(one.site.path == call.site for one in forward.sites.values()))
 
     def _record(
         self, call: AttentionCall, site: Site, forward: Forward, edited: Tensor | None, grad_is_on: bool
     ) -> SiteCapture:
-        settings, cross = self.settings, site.kind == "cross"
+        settings, cross = self.settings, not site.positional
         pattern = call.pattern(cross=cross)
         self._check_limit(self._planned(call, pattern), site)
         keeper = _Keeper(self.arena)

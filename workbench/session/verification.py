@@ -11,15 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import AttachError
+from workbench.hooks.layouts import Layouts
 from workbench.hooks.listener import Listener
 from workbench.hooks.nested import tensors
 from workbench.hooks.observer import observed
-from workbench.hooks.sites import Sites
+from workbench.hooks.sites import Sites, Unread
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.truth import tolerance
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+_COLUMNS = [
+    "site", "fired", "shape", "backend", "kernel", "row_sum_error", "output_error", "tolerance", "editable", "ok"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,15 +38,24 @@ class Verification:
             (largest |Σp − 1|, NaN for rows that need not sum to 1), output_error (largest |A·V − kernel output|),
             tolerance (for both, by dtype and size of the output), editable (whether the model's output changes when the
             site's heads give nothing; None if that was not tried), ok.
+        unread: modules that mix tokens and are no site, so that nothing of this is about them. looked: whether that
+            list is complete.
     """
 
     model: str
     identical: bool
     checks: list[dict[str, Any]]
+    unread: tuple[Unread, ...] = ()
+    looked: bool = True
+
+    @property
+    def complete(self) -> bool:
+        """Whether every module that mixes tokens is a site."""
+        return self.looked and not self.unread
 
     @property
     def ok(self) -> bool:
-        """Whether everything holds."""
+        """Whether everything holds of the sites that there are; `complete` says whether they are all there is."""
         return self.identical and bool(self.checks) and all(check["ok"] for check in self.checks)
 
     @property
@@ -48,7 +63,7 @@ class Verification:
         """The checks as a frame."""
         import pandas as pd
 
-        return pd.DataFrame(self.checks)
+        return pd.DataFrame(self.checks, columns=_COLUMNS)
 
     def raise_if_failed(self) -> Verification:
         """Itself if all holds, else an AttachError that names the first thing that does not."""
@@ -60,6 +75,9 @@ class Verification:
                 hint="is the model deterministic? run it twice and compare",
             )
         bad = next((check for check in self.checks if not check["ok"]), None)
+        if bad is None and self.unread:
+            first = self.unread[0]
+            raise AttachError(f"no mixer of tokens could be read: {first.reason}", site=first.name)
         if bad is None:
             raise AttachError("no site was seen at all", hint="does the forward reach the attention?")
         what = "its A·V is not the kernel's output" if bad["fired"] else "it never fired"
@@ -74,8 +92,14 @@ class Verification:
         out = max((check["output_error"] for check in self.checks if check["fired"]), default=float("nan"))
         editable = [check["editable"] for check in self.checks if check["editable"] is not None]
         tried = f", {sum(editable)} of {len(editable)} change the output when switched off" if editable else ""
+        state = "ok" if self.ok else "FAILED"
+        if self.unread:
+            mixers = len({check["site"] for check in self.checks} | {one.name for one in self.unread})
+            state = f"{len(self.unread)} of {mixers} mixers unread, " + ("the others ok" if self.ok else state)
+        elif self.ok and not self.looked:
+            state = "ok, not all modules were looked at"
         return (
-            f"Verification({'ok' if self.ok else 'FAILED'}: {self.model}, {fired}/{len(self.checks)} sites fired, "
+            f"Verification({state}: {self.model}, {fired}/{len(self.checks)} sites fired, "
             f"output {'identical to the bit' if self.identical else 'CHANGED'}, rows sum to 1 within {rows:.1e}, "
             f"A·V equals the kernel's output within {out:.1e}{tried})"
         )
@@ -89,18 +113,28 @@ class _Calls(Listener):
     edits: bool
 
     def on_call(self, call: AttentionCall) -> Tensor | None:
+        """Hand it on."""
         return self.take(call)
+
+    def cannot_wait(self, site: str) -> bool:
+        """Where heads are switched off."""
+        return self.edits
 
     def leaves_native_path(self) -> bool:
         return self.edits
 
 
 def verify_model(
-    model: nn.Module, sites: Sites, args: tuple[Any, ...], inputs: Mapping[str, Any], edits: bool = True
+    model: nn.Module,
+    sites: Sites,
+    layouts: Layouts,
+    args: tuple[Any, ...],
+    inputs: Mapping[str, Any],
+    edits: bool = True,
 ) -> Verification:
     """Run the model from one random state: bare, observed, and once per site with that site's heads switched off."""
     checks: list[dict[str, Any]] = []
-    cross = {site.name for site in sites if site.kind == "cross"}
+    cross = {site.name for site in sites if not site.positional}
 
     def look(call: AttentionCall) -> None:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(call.v.device.type, enabled=False):
@@ -112,10 +146,11 @@ def verify_model(
         with torch.random.fork_rng(devices):
             if on_call is None:
                 return model(*args, **inputs)
-            with observed(model, _Calls(on_call, edits)):
+            with observed(model, _Calls(on_call, edits), layouts):
                 return model(*args, **inputs)
 
     bare, watched = run(None), run(look)
+    checks = [check for check in checks if check["site"] not in layouts.refused | dict.fromkeys(layouts.gates, "")]
     pairs = list(zip(tensors(bare), tensors(watched), strict=False))
     identical = bool(pairs) and all(_same_bits(a, b) for a, b in pairs)
     fired = {check["site"] for check in checks}
@@ -131,7 +166,7 @@ def verify_model(
          "output_error": nan, "tolerance": nan, "editable": None, "ok": False}
         for site in sites if site.name not in fired
     ]  # fmt: skip
-    return Verification(type(model).__name__, identical, checks)
+    return Verification(type(model).__name__, identical, checks, sites.unread, bool(sites.looked))
 
 
 def _switched_off(site: str, call: AttentionCall) -> Tensor | None:

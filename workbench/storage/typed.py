@@ -24,27 +24,12 @@ def check(owner: type, held: Mapping[str, Any], place: str) -> None:
     Axes that several fields name alike must have the same length in all: those of tensors in their annotations, such
     as `Float[Tensor, "row bin"]`, those of tuples in the class's `tuple_axes`.
     """
-    hints, axes = _hints(owner), getattr(owner, "tuple_axes", {})
-    known: dict[str, int] = {}
+    hints, along = _hints(owner), getattr(owner, "tuple_axes", {})
+    axes: dict[str, int] = {}
     for name, value in held.items():
-        if not _fits(value, hints[name]):
+        if not _fits(value, hints[name], axes) or (name in along and not _bound(along[name], (len(value),), axes)):
             shape = tuple(value.shape) if isinstance(value, (torch.Tensor, np.ndarray)) else None
-            raise FormatError(f"{place} holds {name} that is no {_say(hints[name])}", shape=shape)
-        named = axes[name] if name in axes else _axes_of(hints[name])
-        if value is None or named is None:
-            continue
-        sizes = (len(value),) if isinstance(value, (tuple, list, dict)) else tuple(value.shape)
-        for axis, size in zip(named.split(), sizes, strict=False):
-            if axis != "..." and known.setdefault(axis, int(axis) if axis.isdecimal() else size) != size:
-                raise FormatError(f"{place} holds {name} of {size} for {axis}, not {known[axis]} as elsewhere")
-
-
-def _axes_of(hint: Any) -> str | None:
-    """The axes that a hint for a tensor names; None for other hints."""
-    one = (
-        [each for each in get_args(hint) if each is not NoneType] if get_origin(hint) in (Union, UnionType) else [hint]
-    )
-    return getattr(one[0], "dim_str", None) if len(one) == 1 else None
+            raise FormatError(f"{place} holds {name} that is no {_say(hints[name])} like the rest of it", shape=shape)
 
 
 def record(part: Part, owner: type[_T]) -> _T:
@@ -75,14 +60,15 @@ def _say(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: Any, hint: Any, axes: dict[str, int]) -> bool:
+    """Whether a value is of a type; the lengths of its named axes are added to those that are known."""
     if hint is Any:
         return True
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in inner and type(value) in map(type, inner)
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(_fits(value, one, axes) for one in inner)
     if hint in (None, NoneType):
         return value is None
     if hint in (bool, str):
@@ -92,11 +78,25 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return type(value) is float or (type(value) is int and abs(value) <= _MOST)
     if origin is tuple and inner[-1:] != (...,):
-        return type(value) is tuple and len(value) == len(inner) and all(map(_fits, value, inner))
+        parts = type(value) is tuple and len(value) == len(inner)
+        return parts and all(_fits(one, each, axes) for one, each in zip(value, inner, strict=True))
     if origin in (tuple, list, frozenset):
-        return type(value) is origin and all(_fits(one, inner[0]) for one in value)
+        return type(value) is origin and all(_fits(one, inner[0], axes) for one in value)
     if origin is dict:
-        return type(value) is dict and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+        pairs = value.items() if type(value) is dict else None
+        return pairs is not None and all(_fits(k, inner[0], axes) and _fits(v, inner[1], axes) for k, v in pairs)
     if isinstance(hint, type):
-        return isinstance(value, hint)
+        named: str | None = getattr(hint, "dim_str", None)
+        shape = () if named is None else tuple(getattr(value, "shape", ()))
+        return isinstance(value, hint) and (named is None or _bound(named, shape, axes))
     raise TypeError(f"a field of a result is declared as {hint}, which no file can be checked against")
+
+
+def _bound(names: str, sizes: tuple[int, ...], axes: dict[str, int]) -> bool:
+    """Whether axes have the lengths that are known of them; those that are not are known from now on."""
+    for name, size in zip(names.split(), sizes, strict=False):
+        if name == "...":
+            break
+        if axes.setdefault(name, int(name) if name.isdecimal() else size) != size:
+            return False
+    return True

@@ -226,7 +226,9 @@ def _part(call: AttentionCall, total: int, rows: slice) -> AttentionCall:
         whole = tensor is None or tensor.dim() < 3 or tensor.shape[0] != total
         return tensor if whole else tensor[rows]  # type: ignore[index]
 
-    axis = 0 if call.layout == "nqd" or call.finish is not None else call.layout.index("b")
+    if call.axes is not None:
+        call = replace(call, output=call.z(), axes=None, layout="bhqd")
+    axis = 0 if call.finish is not None else call.layout.index("b")
     each = call.output.shape[axis] // total
     output = call.output.narrow(axis, rows.start * each, (rows.stop - rows.start) * each)
     q, k, v = (None if t is None else t.narrow(0, *_scaled(t, total, rows)) for t in (call.q, call.k, call.v))

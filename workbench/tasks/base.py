@@ -13,7 +13,7 @@ import torch
 from workbench.errors import TaskError, nearest
 from workbench.inputs import decoder_start
 from workbench.metrics import METRICS, Metric, TaskBatch
-from workbench.tasks.pieces import piece_spans, pieces, single_token, token_positions
+from workbench.tasks.pieces import piece_spans, pieces, prompt_ids, single_token, token_positions
 
 Split = Literal["all", "train", "held_out"]
 
@@ -139,6 +139,8 @@ class Task(Sequence[Example]):
     ) -> Iterator[TaskBatch]:
         """Model inputs in batches, padded on the right; each batch carries the answers for the metrics.
 
+        What a tokenizer puts behind a text, such as an end token, is left out where a decoder goes on from the prompt.
+
         Args:
             tokenizer: a Hugging Face tokenizer.
             size: examples in a batch.
@@ -149,15 +151,16 @@ class Task(Sequence[Example]):
                 the answer is what the decoder writes next. See `workbench.inputs.decoder_start`.
 
         Raises:
-            TaskError: a size below 1, an answer that is not one token for this tokenizer, or no `start_token` where a
-                decoder has written something.
+            TaskError: a size below 1, an answer that is not one token for this tokenizer, a tokenizer that hides where
+                a prompt ends, or no `start_token` where a decoder has written something.
         """
         if size < 1:
             raise TaskError(f"a batch needs at least 1 example, not {size}")
         token_of = cache(partial(single_token, tokenizer))  # sets of answers repeat from one example to the next
         for start in range(0, len(self.examples), size):
             chunk = self.examples[start : start + size]
-            rows = [tokenizer(example.twin if twins else example.prompt)["input_ids"] for example in chunk]
+            texts = [example.twin if twins else example.prompt for example in chunk]
+            rows = [prompt_ids(tokenizer, text, continued=start_token is None) for text in texts]
             inputs = dict(zip(("input_ids", "attention_mask"), padded(rows), strict=True))
             if start_token is not None:
                 texts = [example.written for example in chunk]
@@ -176,6 +179,7 @@ class Task(Sequence[Example]):
                 answers=[[token_of(answer) for answer in example.answers] for example in chunk],
                 wrong=[[token_of(answer) for answer in example.wrong] for example in chunk],
                 start=start,
+                continued=True,
             )
 
     def accuracy(self, model: torch.nn.Module, tokenizer: Any, size: int = 64) -> float:

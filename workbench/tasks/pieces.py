@@ -50,8 +50,9 @@ def token_positions(tokenizer: Any, text: str, indices: Sequence[int]) -> list[i
         if not 0 <= index < len(spans):
             raise TaskError(f"piece {index} is outside the prompt, which has {len(spans)} pieces: {text!r}")
     if not getattr(tokenizer, "is_fast", False):
-        if len(tokenizer(text)["input_ids"]) == len(spans):
-            return list(indices)
+        first, last = _own_tokens(tokenizer, text, tokenizer(text)["input_ids"])
+        if last - first == len(spans):
+            return [first + index for index in indices]
         raise TaskError(
             "this tokenizer does not say which characters a token covers, so positions cannot be found",
             hint="load the fast version of the tokenizer (use_fast=True)",
@@ -65,6 +66,31 @@ def token_positions(tokenizer: Any, text: str, indices: Sequence[int]) -> list[i
             raise TaskError(f"no token covers {text[start:end]!r} in {text!r}")
         found.append(touching[-1])
     return found
+
+
+def prompt_ids(tokenizer: Any, text: str, *, continued: bool) -> list[int]:
+    """Token ids of a prompt, with what the tokenizer puts before it.
+
+    Args:
+        continued: leave out what it puts behind, such as an end token: the model is to go on from the text.
+
+    Raises:
+        TaskError: where the text ends cannot be told.
+    """
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids[: _own_tokens(tokenizer, text, ids)[1]] if continued else ids
+
+
+def _own_tokens(tokenizer: Any, text: str, ids: list[int]) -> tuple[int, int]:
+    """Where, among the ids of a text, those of the text itself begin and end; the rest the tokenizer has put there."""
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for start in range(len(ids) - len(plain) + 1):
+        if ids[start : start + len(plain)] == plain:
+            return start, start + len(plain)
+    raise TaskError(
+        f"the tokens of {text!r} are others with special tokens than without, so that its end cannot be told",
+        hint="make a task of token ids with workbench.tasks.from_inputs",
+    )
 
 
 def single_token(tokenizer: Any, answer: str) -> int:

@@ -13,11 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import TaskError
+from workbench.inputs import check_recording
 
 RATE = 16_000
 """Samples per second that speech models are trained on."""
-_SILENT = 1e-4  # of full scale; below it a recording holds nothing but the noise of a converter
-_LOUDEST = 16.0  # times full scale; above it samples are no part of one
 _LOWEST, _HIGHEST = 1_000, 384_000  # samples per second
 _MOST_SAMPLES = 1 << 27  # of one channel: 512 MB, 47 minutes at 48 kHz
 _AT_ONCE = 1 << 20  # numbers read at once
@@ -108,17 +107,17 @@ def utterance(
     """The inputs of one utterance, by the model's feature extractor; padding is masked.
 
     Args:
-        audio: samples. extractor: such as transformers' `WhisperFeatureExtractor`.
+        audio: samples within ±1. extractor: such as transformers' `WhisperFeatureExtractor`.
         rate: of the samples. name: for tables and views. reference: what is said.
 
     Returns:
         input_features, attention_mask, name, audio, sampling_rate, seconds_per_frame, and reference where given.
 
     Raises:
-        TaskError: another rate than the extractor's, silence, values that are not finite, or longer than the extractor
-            takes (it would cut the rest off).
+        TaskError: another rate than the extractor's, several channels, silence, samples that are not finite or not on
+            the scale of ±1, or longer than the extractor takes (it would cut the rest off).
     """
-    wave = torch.as_tensor(audio).float().flatten()
+    wave = torch.as_tensor(audio)
     wanted = getattr(extractor, "sampling_rate", rate)
     if rate != wanted:
         raise TaskError(
@@ -126,6 +125,7 @@ def utterance(
             hint="load_audio(path, rate=...) changes the rate",
         )
     _check(wave, rate, name)
+    wave = wave.float()
     longest = getattr(extractor, "n_samples", None)
     if isinstance(longest, int) and len(wave) > longest:
         raise TaskError(
@@ -192,17 +192,7 @@ def spans_of(spans: Sequence[tuple[float, float]], special: Sequence[bool]) -> n
 
 
 def _check(wave: Tensor, rate: int, name: str) -> None:
-    if not len(wave):
-        raise TaskError(f"{name} holds no samples")
-    if not wave.isfinite().all():
-        raise TaskError(f"{name} holds samples that are not finite", shape=wave.shape)
-    loudest = float(wave.abs().max())
-    if loudest < _SILENT:
-        hint = "check the recording"
-        raise TaskError(f"{name} is silent: its loudest sample is {loudest:.1e}", shape=wave.shape, hint=hint)
-    if loudest > _LOUDEST:
-        hint = "divide by full scale, such as 32,768 for samples of 16 bits"
-        raise TaskError(f"{name} goes far beyond ±1: its loudest sample is {loudest:.3g}", shape=wave.shape, hint=hint)
+    check_recording(wave, name, TaskError)
     if len(wave) < rate // 50:
         raise TaskError(f"{name} lasts {1000 * len(wave) / rate:.0f} ms, too short for speech", shape=wave.shape)
 

@@ -118,7 +118,7 @@ def test_mib_with_an_edge_for_each_head_is_summed(grouped: Any, tmp_path: Path) 
         (
             '{"cfg": {"n_layers": 2, "n_heads": 6, "d_model": 48}, "nodes": {}, '
             '"edges": {"input->m0": {"score": "x"}}}',
-            "no number",
+            "not a number",
         ),
     ],
 )

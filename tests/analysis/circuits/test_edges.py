@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -66,6 +67,28 @@ def test_integrated_gradients_are_complete(name: str, direction: str) -> None:
         span = float((setup.clean - setup.corrupted).abs().max())
         assert errors[1] < errors[0] / 3
         assert errors[1] < 0.1 * span
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "t5"])
+def test_a_circuit_says_how_far_its_integrated_gradients_are_from_complete(name: str) -> None:
+    """Between twin and prompt the T5's metric, behind norms of large weights, moves more than its ends differ."""
+    steps = 64
+    with workbench.attach(tiny(name), Words()) as wb, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        task = task_for(name, 3)
+        with open_setup(wb, task) as setup:
+            found = attribute_edges(setup, steps=steps, progress=False)
+            change = float((setup.clean - setup.corrupted).mean())
+        gap = abs(float(found.input_total.mean()) - change) / abs(change)
+        assert found.completeness_gap == pytest.approx(gap)
+        assert (gap > 1) == (name == "t5")
+        assert len(said) == (gap > 1)
+        if said:
+            assert f"in {steps} steps sum to {float(found.input_total.mean()):.3g}" in str(said[0].message)
+        circuit = find_circuit(wb, task, "eap_ig", steps=steps, progress=False)
+        assert circuit.settings["completeness_gap"] == pytest.approx(gap)
+        assert f"sums miss {gap:.0%} of the metric's change" in repr(circuit)
+        assert "sums miss" not in repr(find_circuit(wb, task, "eap_ig", path="activations", progress=False))
 
 
 def test_along_activations_of_a_linear_reader_it_is_exact() -> None:

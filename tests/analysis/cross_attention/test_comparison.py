@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,12 +15,16 @@ import workbench
 from support.encoder_decoders import HYPOTHESIS, NAMES, encoder_decoder
 from support.toy_speech import ToySpeech, identity_speech
 from workbench import CrossAttentionSaliency, cross_attention_saliency, saliency
+from workbench.analysis.cross_attention import comparison, progress
 from workbench.analysis.cross_attention.alignment import align, disagreement
 from workbench.analysis.cross_attention.correlate import correlate
-from workbench.analysis.cross_attention.faithfulness import curves, size, word_error_rate
+from workbench.analysis.cross_attention.faithfulness import curves, plain_text, size, word_error_rate, word_errors
+from workbench.analysis.cross_attention.progress import ComparisonInterrupted
+from workbench.analysis.saliency import estimate
+from workbench.analysis.saliency.normalising import paired_min_max, standardised
 from workbench.analysis.saliency.preparing import prepare_input
 from workbench.analysis.statistics.correlation import ranks
-from workbench.errors import WorkbenchError
+from workbench.errors import FormatError, WorkbenchError
 
 WORDS = torch.tensor([0, 2, 0, 0])
 
@@ -114,22 +119,151 @@ def test_deletion_begins_unperturbed_ends_with_nothing_and_ranks_orders() -> Non
     assert areas[0] > areas[1] > areas[2]
 
 
-def test_size_counts_cells() -> None:
-    thresholds = torch.linspace(0, 1, 21)
-    spike = torch.zeros(4, 5)
-    spike[1, 2] = 3.0
+def test_size_counts_the_cells_of_every_token_s_map() -> None:
+    thresholds = torch.linspace(0, 1, 21, dtype=torch.float64)
+    spike = torch.zeros(2, 4, 5)
+    spike[0, 1, 2] = spike[1, 3, 3] = 1.0
     found = size(spike, thresholds)
     assert float(found[0]) == 100
     assert found[1:].tolist() == pytest.approx([100 / 20] * 20)
-    constant = size(torch.full((4, 5), 2.0), thresholds)
-    assert float(constant[0]) == 100
-    assert not constant[1:].any()
+    assert not size(torch.zeros(2, 4, 5), thresholds)[1:].any()
+    below = torch.tensor([[9.0, 9.0], [1.0, 9.0]])  # only the strictly lower triangle is there
+    assert size(spike, thresholds, below)[1:].tolist() == pytest.approx([100 * 3 / 41] * 20)
+
+
+def test_compact_maps_of_different_tokens_stay_compact_together() -> None:
+    """Eight tokens with a peak each at a place of its own: small one by one, however wide their mean is."""
+    thresholds = torch.linspace(0, 1, 21, dtype=torch.float64)
+    maps = 0.05 * torch.rand(8, 40, 10, generator=torch.Generator().manual_seed(0))
+    for k in range(8):
+        maps[k, 5 * k : 5 * k + 5] += 1
+    scaled = paired_min_max(standardised(maps), None)[0].double()
+    by_hand = torch.tensor([float((scaled >= t).double().mean()) * 100 for t in thresholds], dtype=torch.float64)
+    area = float(torch.trapezoid(size(scaled, thresholds), thresholds))
+    assert area == pytest.approx(float(torch.trapezoid(by_hand, thresholds)))
+    assert 13 < area < 16
 
 
 def test_word_error_rates() -> None:
     assert word_error_rate("one two three four", "one two four") == pytest.approx(25)
     assert word_error_rate("one", "a b c d") == 100
     assert word_error_rate("", "") == 0
+    assert word_errors("one two three four", "one too four five") == 3
+    assert word_errors("", "one two") == 2
+    assert plain_text("  It's FIVE,\n o'clock.") == "it's five o'clock"
+
+
+class Digits:
+    """A tokenizer that writes ids as numbers, and calls those from 36 on special."""
+
+    all_special_ids: ClassVar[list[int]] = [0, 1, 2, 36, 37, 38]
+    added_tokens_decoder: ClassVar[dict[int, str]] = {39: "<|0.40|>", 38: "<|nospeech|>"}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
+
+    def convert_ids_to_tokens(self, index: int) -> str:
+        return str(index)
+
+
+def several(name: str, hypotheses: list[list[int]], **more: Any) -> list[dict[str, Any]]:
+    return [
+        encoder_decoder(name, seed)[1] | {"labels": torch.tensor([ids]), "name": f"u{seed}"} | more
+        for seed, ids in enumerate(hypotheses)
+    ]
+
+
+QUICK: dict[str, Any] = {"n_masks": 20, "orders": (), "progress": False, "granularities": (100,)}
+
+
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+def test_an_utterance_without_a_word_is_left_out_before_any_mask_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = encoder_decoder(name)
+    ran = []
+    explain = comparison.explain
+    monkeypatch.setattr(comparison, "explain", lambda *given, **how: (ran.append(1), explain(*given, **how))[1])
+    with workbench.attach(model, Digits()) as wb:
+        words = several(name, [[7, 9, 11], [38, 39, 2], [5, 6, 2]])
+        with pytest.warns(UserWarning, match="1 of 3 utterances are left out: u1: the hypothesis is empty"):
+            found = cross_attention_saliency(wb, words, **QUICK)
+        assert found.utterances == ("u0", "u2")
+        assert len(found.skipped) == 1
+        assert "1 left out" in repr(found)
+        ran.clear()
+        with pytest.raises(WorkbenchError, match="holds no word"):
+            cross_attention_saliency(wb, words[1:2], **QUICK)
+        assert not ran
+
+
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+def test_a_comparison_goes_on_from_its_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = encoder_decoder(name)
+    path = tmp_path / "study.safetensors"
+    how = QUICK | {"n_masks": 40, "batch_size": 4, "orders": ("attention",), "fractions": (0, 1), "decode_again": False}
+    monkeypatch.setattr(progress, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(estimate, "_SAVE_EVERY", 0.0)
+    calls, stop_at = [0], [-1]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == stop_at[0]:
+            raise KeyboardInterrupt
+
+    with workbench.attach(model) as wb:
+        words = several(name, [[7, 9, 11], [5, 6, 2]])
+        whole = cross_attention_saliency(wb, words, **how)
+        hook = model.register_forward_pre_hook(count)
+        cross_attention_saliency(wb, words, **how)
+        in_all = calls[0]
+        for share in (0.2, 0.7):
+            calls[0], stop_at[0] = 0, int(share * in_all)
+            with pytest.raises(ComparisonInterrupted, match=r"of 2 utterances are done; .* resume=path") as stopped:
+                cross_attention_saliency(wb, words, resume=path, **how)
+            stop_at[0] = -1
+        assert stopped.value.partial is not None
+        assert stopped.value.partial.utterances == ("u0",)
+        calls[0] = 0
+        again = cross_attention_saliency(wb, words, resume=path, **how)
+        assert calls[0] < in_all / 2
+        hook.remove()
+        for field in ("correlations", "curves", "sizes", "pooled", "between"):
+            torch.testing.assert_close(getattr(again, field), getattr(whole, field), rtol=0, atol=0, equal_nan=True)
+        assert [one.name for one in tmp_path.iterdir()] == [path.name]
+        calls[0] = 0
+        with pytest.raises(FormatError, match="another comparison: it differs in saliency"):
+            cross_attention_saliency(wb, words, resume=path, **(how | {"n_masks": 60}))
+        with pytest.raises(WorkbenchError, match="no folder"):
+            cross_attention_saliency(wb, words, resume=tmp_path / "none" / "a", **how)
+
+
+def test_the_corpus_s_error_rate_is_that_of_all_words_against_the_references() -> None:
+    model, _ = encoder_decoder("bart")
+    how = QUICK | {"orders": ("attention", "random"), "decoding": {"max_new_tokens": 6}, "n_bootstrap": 40}
+    with workbench.attach(model, Digits()) as wb:
+        words = several("bart", [[7, 9, 11], [5, 6, 2]])
+        words[0]["reference"], words[1]["reference"] = "7 9, 11!", "Five six seven eight nine ten"
+        found = cross_attention_saliency(wb, words, **how)
+        assert len(found.fractions) == 21
+        assert found.reference_words.tolist() == [3, 6]
+        table = found.corpus_areas
+        errors = found.reference_errors[:, 0, 0].numpy()
+        rates = [min(100.0, 100 * errors[:, step].sum() / 9) for step in range(21)]
+        by_hand = sum((a + b) / 2 * 5 for a, b in pairwise(rates)) / 100  # percent times percent
+        row = table.set_index(["curve", "order"]).loc[("deletion", "attention")]
+        assert row["area"] == pytest.approx(by_hand)
+        assert row["words"] == 9
+        assert row["low"] <= row["area"] + 1e-9
+        assert row["area"] <= row["high"] + 1e-9
+        plain = [{key: one[key] for key in ("input_ids", "labels")} for one in words]
+        for given, options, says in (
+            (plain, {"fractions": (0, 1)}, "other steps"),
+            (plain, {"orders": ()}, "no curves"),
+            (words, {"decode_again": False}, "no utterance has a reference"),
+        ):
+            with pytest.raises(WorkbenchError, match=says):
+                _ = cross_attention_saliency(wb, given, **(how | options)).corpus_areas
 
 
 def brute_force(cost: Tensor) -> float:
@@ -220,7 +354,7 @@ def test_precomputed_saliency_and_refusals() -> None:
             saliency(wb, given, "occlusion", progress=False),
             saliency(wb, given, "occlusion", at="encoder", progress=False),
         )
-        found = cross_attention_saliency(wb, given, [pair], orders=())
+        found = cross_attention_saliency(wb, given, [pair], orders=(), progress=False)
         assert found.method == "occlusion"
         assert found.interval().isnan().all()
         direct = cross_attention_saliency(wb, given, "occlusion", orders=(), progress=False)
@@ -234,6 +368,9 @@ def test_precomputed_saliency_and_refusals() -> None:
             ([given, [pair[::-1]]], {}, "encoder's output"),
             ([given, [pair]], {"level": 1.0}, "level lies"),
             ([given, [pair]], {"fractions": (0, 2)}, "fractions lie"),
+            ([given | {"labels": HYPOTHESIS.flip(0)}, [pair]], {}, "explains .* and the model says"),
+            ([given, [pair]], {"pooling": "maxx"}, 'did you mean "max"'),
+            ([given, [pair]], {"weighting": "none"}, "no weighting"),
         ):
             with pytest.raises(WorkbenchError, match=words):
-                cross_attention_saliency(wb, *arguments, **options)
+                cross_attention_saliency(wb, *arguments, **({"progress": False} | options))

@@ -53,7 +53,7 @@ def test_arguments() -> None:
     refused("a probability", p=1.5)
     refused("no baseline 'median'", baseline="median")
     refused("no baseline 'min' for the encoder", method="encoder_output", baseline="min")
-    refused("for tokens there is zero", "bart", baseline="mean")
+    refused("for tokens there is zero, mean, pad", "bart", baseline="min")
     refused("batch_size", batch_size=0)
     refused("takes no window", window=(1, 1))
     refused("at is", method="encoder_output", at="input")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -263,6 +263,100 @@ def test_processors_make_features_and_look_at_recordings() -> None:
             ({"audio": torch.zeros(8000), "sampling_rate": 16_000}, "silent"),
             ({"audio": audio.repeat(3), "sampling_rate": 16_000}, "lasts 1.5 s, the model takes 1 s"),
             ({"audio": audio[None], "sampling_rate": 16_000}, "one channel"),
+            ({"audio": audio * 32768, "sampling_rate": 16_000}, "goes far beyond ±1: its loudest sample is 9.83e"),
+            ({"audio": (audio * 32768).short(), "sampling_rate": 16_000}, "of type int16"),
+            ({"audio": audio / audio, "sampling_rate": 16_000}, "not finite"),
         ):
             with pytest.raises(workbench.WorkbenchError, match=words):
                 run(**inputs)
+
+
+def test_a_spectrogram_that_ends_in_padding_needs_its_mask() -> None:
+    model, inputs = encoder_decoder("whisper")
+    features = inputs["input_features"].clone()
+    features[..., 23:] = features.min()
+    how: dict[str, Any] = {"hypothesis": HYPOTHESIS, "n_masks": 10, "progress": False}
+    with workbench.attach(model) as wb:
+        with pytest.raises(workbench.WorkbenchError, match=r"last 17 of 40 frames.*\n?.*frames=: 23 without them, 40"):
+            saliency(wb, {"input_features": features}, "encoder_output", **how)
+        mask = (torch.arange(40) < 23).long()[None]
+        by_mask = saliency(wb, {"input_features": features, "attention_mask": mask}, "encoder_output", **how)
+        by_number = saliency(wb, {"input_features": features}, "encoder_output", frames=23, **how)
+        assert torch.equal(by_mask.scores, by_number.scores)
+        assert by_mask.positions == 12
+        assert saliency(wb, {"input_features": features}, "encoder_output", frames=40, **how).positions == 20
+
+
+def test_time_stamps_are_no_words() -> None:
+    class Tokenizer:
+        all_special_ids: ClassVar[list[int]] = [0, 1, 2]
+        added_tokens_decoder: ClassVar[dict[int, str]] = {50: "<|0.00|>", 52: "<|1.40|>"}  # not special, as Whisper's
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return " ".join(map(str, ids))
+
+        def convert_ids_to_tokens(self, index: int) -> str:
+            return str(index)
+
+    model, inputs = encoder_decoder("whisper")
+    with workbench.attach(model, Tokenizer()) as wb:
+        said = torch.tensor([50, 7, 9, 52, 2])
+        found = saliency(wb, inputs, "encoder_output", hypothesis=said, n_masks=10, progress=False)
+        assert found.special == (True, False, False, True, True)
+    model.generation_config.no_timestamps_token_id = 49  # what Whisper's own configuration says
+    with workbench.attach(model) as wb:
+        found = saliency(wb, inputs, "encoder_output", hypothesis=said, n_masks=10, progress=False)
+        assert found.special == (True, False, False, True, True)
+
+
+def _with_norms(kind: str) -> nn.Module:
+    """A T5 and a T5Gemma (shared keys), whose RMS norms take embeddings of zero and those near it for very different
+    ones; and a BART, whose layer norms and positions do not."""
+    torch.manual_seed(0)
+    if kind == "t5":
+        model: nn.Module = hf.T5ForConditionalGeneration(
+            hf.T5Config(vocab_size=40, d_model=16, d_kv=8, num_layers=2, num_heads=2, d_ff=32, decoder_start_token_id=0)
+        )
+    elif kind == "t5gemma":
+        side = {
+            "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8,
+        }  # fmt: skip
+        config = hf.T5GemmaConfig(encoder=dict(side), decoder=dict(side), vocab_size=40)
+        config.decoder_start_token_id, config.pad_token_id = 1, 0
+        model = hf.T5GemmaForConditionalGeneration(config)
+    else:
+        return encoder_decoder("bart")[0]
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["t5", "t5gemma", "bart"])
+def test_integrated_gradients_say_how_far_they_are_from_complete(kind: str) -> None:
+    model, ids = _with_norms(kind), torch.tensor([[5, 9, 13, 7, 21, 30]])
+    with workbench.attach(model) as wb:
+        how: dict[str, Any] = {"hypothesis": torch.tensor([8, 11, 4, 17]), "progress": False, "batch_size": 32}
+
+        def run(method: str = "integrated_gradients", **options: Any) -> Saliency:
+            return saliency(wb, {"input_ids": ids}, method, **(how | options))
+
+        if kind == "bart":
+            zero = run()
+            assert zero.details["completeness_gap"] < 0.05
+        else:
+            with pytest.warns(UserWarning, match=r'miss \d+% of what they should sum to.*baseline="pad"'):
+                zero = run()
+            assert zero.details["completeness_gap"] > 0.5
+        change, off = (torch.tensor(zero.details[name]) for name in ("change", "convergence_delta"))
+        torch.testing.assert_close(zero.scores.sum(1), change + off, atol=1e-4, rtol=1e-4)
+        assert f"sums miss {zero.details['completeness_gap']:.1%}" in repr(zero)
+        for baseline in ("pad", "mean"):
+            found = run(baseline=baseline, n_steps=128)  # warns of nothing
+            assert found.details["completeness_gap"] < 0.03
+        embeddings = model.get_input_embeddings().weight
+        tensor = embeddings[model.config.pad_token_id].expand(1, 6, -1) if kind == "t5" else None
+        if tensor is not None:
+            given = run(baseline=tensor.detach(), n_steps=128)
+            torch.testing.assert_close(given.scores, run(baseline="pad", n_steps=128).scores)
+        assert "completeness_gap" in run("gradient_x_input").details

@@ -95,7 +95,8 @@ REFUSALS = [
             "Hugging Face's registry. On their other backends they are captured.",
             lambda: _falcon(True), AttachError, "no attention was found in FalconForCausalLM"),
     Refusal("falcon-flash-unchecked", "The same with `attach(model, check=False)`.",
-            lambda: _falcon(False), CaptureError, "no attention call was seen at any site"),
+            lambda: _falcon(False), CaptureError,
+            "what its kernel gives could not be placed: its rows come from 2 calls"),
     Refusal("sinks-left-out", "A model with sink logits on a flash kernel that knows of none: `transformers` leaves "
             "them out without a word, and the model then computes something else.",
             _sinks_left_out, CaptureError,

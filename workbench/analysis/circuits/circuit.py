@@ -304,4 +304,7 @@ class Circuit(Result):
     def __repr__(self) -> str:
         heads = ", ".join(self.heads[:8]) + (" …" if len(self.heads) > 8 else "")
         edges = f", {self.n_edges} of {self.graph.n_edges} edges" if self.level == "edge" else ""
-        return f"Circuit({self.task or '?'} by {self.method}: {len(self.nodes)} nodes{edges}; {heads or 'no heads'})"
+        gap = self.settings.get("completeness_gap") if self.method == "eap_ig" else None
+        missed = "" if gap is None else f"; sums miss {gap:.0%} of the metric's change"
+        nodes = f"{len(self.nodes)} nodes{edges}"
+        return f"Circuit({self.task or '?'} by {self.method}: {nodes}; {heads or 'no heads'}{missed})"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
@@ -41,9 +42,9 @@ class Faithfulness(Result):
     task: str
     metric: str
     ablation: str
-    alone: Tensor
-    full: Tensor
-    none: Tensor
+    alone: Float[Tensor, " example"]
+    full: Float[Tensor, " example"]
+    none: Float[Tensor, " example"]
     subsets: tuple[tuple[str, ...], ...]
     without: Tensor
     alone_without: Tensor

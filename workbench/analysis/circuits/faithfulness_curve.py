@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
@@ -14,7 +15,7 @@ from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.analysis.circuits.faithfulness import run_choices
 from workbench.analysis.circuits.model.names import head_of
 from workbench.analysis.statistics.intervals import interval
-from workbench.errors import InterventionError, WorkbenchError
+from workbench.errors import FormatError, InterventionError, WorkbenchError
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
@@ -42,6 +43,8 @@ class FaithfulnessCurve(Result):
     """
 
     form = "workbench.faithfulness_curve"
+    tuple_axes: ClassVar = {"fractions": "fraction", "sizes": "fraction", "kept_absolute": "fraction",
+                            "kept_signed": "fraction"}  # fmt: skip
 
     circuit: str
     task: str
@@ -52,10 +55,15 @@ class FaithfulnessCurve(Result):
     sizes: tuple[int, ...]
     kept_absolute: tuple[int, ...]
     kept_signed: tuple[int, ...]
-    examples: Tensor
-    full: Tensor
-    none: Tensor
+    examples: Float[Tensor, "2 fraction example"]
+    full: Float[Tensor, " example"]
+    none: Float[Tensor, " example"]
     provenance: dict[str, Any]
+
+    def check_parts(self) -> None:
+        """Raise a FormatError if there are no examples or no fractions."""
+        if not self.examples.numel():
+            raise FormatError("the curve has no examples or no fractions", shape=self.examples.shape)
 
     @property
     def absolute(self) -> list[float]:

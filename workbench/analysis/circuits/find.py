@@ -91,7 +91,8 @@ def find_circuit(
         stages: of path patching. By default the logits, the queries of the heads found there, and the keys and values
             of those found then, as far as there are heads below.
         freeze_mlps: path patching freezes MLPs on the way to the receivers too.
-        steps, path: of "eap_ig"; along "inputs" or "activations".
+        steps, path: of "eap_ig"; along "inputs" or "activations". Along "inputs" the scores of the input's edges should
+            sum to the change of the metric; by how much they miss it, `Circuit.settings["completeness_gap"]` tells.
         direction: of "eap" and "eap_ig": "noising" (gradients on the prompts) or "denoising" (on the twins). Steps of
             "eap_ig" along "inputs" are the same in both but for one end: "noising" leaves out the twin, "denoising" the
             prompt, as MIB's code does.
@@ -150,7 +151,7 @@ def _by_attribution(
     sign = f"{direction}: positive where the clean value of the sender raises the metric, in the metric's units"
     settings = {
         "steps": steps, "path": path, "input_total": float(found.input_total.mean()),
-        "kept_examples": found.examples is not None,
+        "kept_examples": found.examples is not None, "completeness_gap": found.completeness_gap,
     }  # fmt: skip
     blank = replace(_blank(setup, method, "edge", sign, settings), direction=direction)
     of_nodes = found.scores.nan_to_num(0.0).abs().sum(1)

@@ -93,9 +93,12 @@ def read(path: str | Path, graph: Graph | None = None) -> Read:
         raw = path.read_bytes()
     except (OSError, ValueError) as error:  # a name with characters that no path may have is a ValueError
         raise FormatError(f"{path.name!r} cannot be read: {getattr(error, 'strerror', error)}") from None
-    data = parse(raw, path.name)
-    nodes, edges = data["nodes"].items(), data["edges"].items()
-    own = _graph(data["cfg"], len(nodes) + len(edges))
+    try:
+        data = parse(raw, path.name)
+        nodes, edges = data["nodes"].items(), data["edges"].items()
+        own = _graph(data["cfg"], len(nodes) + len(edges))
+    except FormatError as error:
+        raise FormatError(f"{path.name} is no circuit in MIB's form: {error.message}") from None
     if graph is None:
         graph = own
     elif (len(own.layers), own.layers[0].n_heads, own.d_model) != (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -51,11 +52,12 @@ class HeadRoles(Result):
     """
 
     form = "workbench.head_roles"
+    tuple_axes: ClassVar = {"heads": "head", "roles": "head"}
 
     heads: tuple[str, ...]
     roles: tuple[tuple[str, ...], ...]
-    evidence: dict[str, Tensor]
-    errors: dict[str, Tensor]
+    evidence: dict[str, Float[Tensor, " head"]]
+    errors: dict[str, Float[Tensor, " head"]]
     threshold: float
     task: str
     provenance: dict[str, Any]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
@@ -31,13 +32,14 @@ class Stability(Result):
     """
 
     form = "workbench.circuit_stability"
+    tuple_axes: ClassVar = {"items": "item"}
 
     circuit: str
     level: str
     items: tuple[str, ...]
-    frequency: Tensor
-    inside: Tensor
-    jaccard: Tensor
+    frequency: Float[Tensor, " item"]
+    inside: Bool[Tensor, " item"]
+    jaccard: Float[Tensor, " draw"]
     unit: str
     provenance: dict[str, Any]
 

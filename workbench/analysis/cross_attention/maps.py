@@ -63,7 +63,7 @@ def cross_attention(
     subject = prepare_input(
         wb.model,
         inputs, hypothesis=hypothesis, prompt=None if prompt is None else torch.as_tensor(prompt),
-        frames=frames, time_axis=time_axis, **dict(decoding or {}),
+        frames=frames, time_axis=time_axis, tokenizer=wb.tokenizer, **dict(decoding or {}),
     )  # fmt: skip
     return maps_of(
         wb, subject, inputs, sites=sites, weighting=weighting, rollout=rollout, special_positions=special_positions,
@@ -221,7 +221,7 @@ def _kept(wb: Workbench, subject: ExplainedInput, inputs: Mapping[str, Any], spe
     if subject.kind == "image":
         return tuple(positions)[grid_of(subject)[2] :]
     ids = torch.as_tensor(inputs["input_ids"]).flatten().tolist()
-    odd = special_ids(wb.model, getattr(wb.tokenizer, "tokenizer", None) or wb.tokenizer)
+    odd = special_ids(wb.model, wb.tokenizer)
     kept = tuple(i for i in positions if ids[i] not in odd)
     if not kept:
         raise WorkbenchError("every input token is special", hint="keep them with special_positions=True")

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.analysis.statistics.intervals import mean_intervals
+from workbench.analysis.statistics.intervals import draw_weights, mean_intervals, percentiles
 from workbench.errors import WorkbenchError
 from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
 
+SALIENCIES = ("input", "encoder_output")
 MEASURES = ("pearson", "spearman")
 CURVES = ("deletion", "insertion")
 SCORES = ("log_probability", "probability", "wer")
@@ -37,6 +38,7 @@ class CrossAttentionSaliency(Result):
         pooled: [aggregate, saliency, measure] over the cells of all utterances together.
         between: [utterance, measure] correlation of the two saliencies with each other.
         undefined: sentences, one per correlation that does not exist because a map is constant.
+        skipped: sentences, one per example that was given and could not be explained.
         pooling: how input saliency came to encoder positions. normalise: "token" or "all", over which cells maps were
             standardised. special_tokens: whether special output tokens count.
         method: of the saliency. utterances, hypotheses, references: names, what the model said, and what was said (None
@@ -47,8 +49,10 @@ class CrossAttentionSaliency(Result):
             mean over the hypothesis's tokens, "probability" the mean probability, "wer" the word error rate of
             decoding again against the unperturbed hypothesis, in percent and at most 100; NaN where nothing was
             decoded again.
-        thresholds: [threshold]. sizes: [utterance, order, threshold] percent of cells whose normalised value is at
-            least the threshold.
+        reference_errors: [utterance, order, 2, step] words put in, left out or replaced between the reference and what
+            is decoded; NaN without a reference. reference_words: [utterance] words of the reference, 0 without one.
+        thresholds: [threshold]. sizes: [utterance, order, threshold] percent of cells, of the normalised maps of all
+            output tokens together, whose value is at least the threshold.
         maps: of the first utterances, what views draw; each a dict with "name", "target_texts", "special", "picture"
             ([time, frequency] or None), "kind", "position_texts", "input_saliency" [token, position...], "input_error",
             "pooled_input_saliency" [token, encoder position], "encoder_saliency", "encoder_error",
@@ -74,6 +78,7 @@ class CrossAttentionSaliency(Result):
     pooled: Float[Tensor, "aggregate saliency measure"]
     between: Float[Tensor, "utterance measure"]
     undefined: tuple[str, ...]
+    skipped: tuple[str, ...]
     pooling: str
     normalise: str
     special_tokens: bool
@@ -85,6 +90,8 @@ class CrossAttentionSaliency(Result):
     fractions: Tensor
     scores: tuple[str, ...]
     curves: Float[Tensor, "utterance order curve step score"]
+    reference_errors: Float[Tensor, "utterance order curve step"]
+    reference_words: Tensor
     thresholds: Tensor
     sizes: Float[Tensor, "utterance order threshold"]
     maps: tuple[dict[str, Any], ...]
@@ -183,8 +190,9 @@ class CrossAttentionSaliency(Result):
     def areas(self) -> pd.DataFrame:
         """Area under each mean curve (trapezoid over the fractions), with bootstrap intervals over utterances.
 
-        Columns curve, order, score, area, low, high. Of "wer" the paper's scale: percent, higher is more faithful in
-        deletion. Of probabilities lower is more faithful in deletion, higher in insertion.
+        Columns curve, order, score, area, low, high. "wer" is the mean over utterances of the word error rate against
+        the unperturbed hypothesis, in percent: what perturbing changes, and not the authors' quantity, which is in
+        `corpus_areas`. Higher is more faithful in deletion; of probabilities lower is, and higher in insertion.
         """
         import pandas as pd
 
@@ -205,8 +213,64 @@ class CrossAttentionSaliency(Result):
         return pd.DataFrame(rows, columns=["curve", "order", "score", "area", "low", "high"])
 
     @property
+    def corpus_areas(self) -> pd.DataFrame:
+        """Area under the corpus's word error rate against the references, as SPES and the study measure deletion.
+
+        At each step of 5 % of the cells, 100 · Σ errors / Σ reference words over the utterances that have a reference,
+        at most 100; the trapezoid over the share of cells, so that 100 is the most. Columns curve, order, area, low,
+        high (bootstrap over utterances, of the ratio), utterances and words. The authors put cells to zero and decode
+        with 5 beams and no repeated 5-grams; which baseline and decoding these curves had, the arguments said. Words
+        are compared in lower case without punctuation, where the study takes Whisper's normaliser.
+
+        Raises:
+            WorkbenchError: no curves, other steps, nothing decoded again, or no references.
+        """
+        import pandas as pd
+
+        have = (self.reference_words > 0) & self.reference_errors.flatten(1).isfinite().all(1)
+        steps = torch.linspace(0, 1, 21, dtype=torch.float64)
+        in_fives = self.fractions.shape == steps.shape and torch.allclose(self.fractions, steps)
+        lacks = ""
+        if not self.orders:
+            lacks = "there are no curves"
+        elif not in_fives:
+            lacks = "the curves have other steps than 5 %"
+        elif not bool(have.any()):
+            lacks = "no utterance has a reference that was compared with"
+        if lacks:
+            raise WorkbenchError(
+                f"the corpus's word error rate is not known: {lacks}",
+                hint='give each example its "reference", attach the model with its tokenizer, and leave fractions= and '
+                "decode_again= as they are",
+            )
+        errors, words = self.reference_errors[have].double(), self.reference_words[have].double()
+        n = len(words)
+        whole = _areas(torch.full((1, n), 1 / n, dtype=torch.float64), errors, words, steps)[0]
+        bounds = torch.full((*whole.shape, 2), torch.nan, dtype=torch.float64)
+        if n > 1:
+            drawn = _areas(draw_weights(n, self.n_bootstrap, self.seed), errors, words, steps)
+            bounds = torch.stack(percentiles(drawn, self.level), -1)
+        rows = [
+            {
+                "curve": curve,
+                "order": order,
+                "area": float(whole[o, c]),
+                "low": float(bounds[o, c, 0]),
+                "high": float(bounds[o, c, 1]),
+                "utterances": n,
+                "words": int(words.sum()),
+            }
+            for c, curve in enumerate(CURVES)
+            for o, order in enumerate(self.orders)
+        ]
+        return pd.DataFrame(rows)
+
+    @property
     def size_table(self) -> pd.DataFrame:
-        """Compactness: area under the share of cells (percent) over thresholds, per order; lower is more compact."""
+        """Compactness: area under the share of cells (percent) over thresholds, per order; lower is more compact.
+
+        Cells are those of the normalised maps of all output tokens, as in SPES; a mean over utterances.
+        """
         import pandas as pd
 
         area = torch.trapezoid(self.sizes, self.thresholds.to(self.sizes), dim=2)
@@ -258,10 +322,17 @@ class CrossAttentionSaliency(Result):
         return mean_intervals(values, n_bootstrap=self.n_bootstrap, level=self.level, seed=self.seed)
 
     def __repr__(self) -> str:
+        less = f", {len(self.skipped)} left out" if self.skipped else ""
         return (
-            f"CrossAttentionSaliency({self.n_utterances} utterances, {len(self.aggregates)} attention maps against "
-            f"{' and '.join(self.saliencies)} saliency)"
+            f"CrossAttentionSaliency({self.n_utterances} utterances{less}, {len(self.aggregates)} attention maps "
+            f"against {' and '.join(self.saliencies)} saliency)"
         )
+
+
+def _areas(weights: Tensor, errors: Tensor, words: Tensor, steps: Tensor) -> Tensor:
+    """[draw, order, curve] areas of a corpus that holds utterances as often as `weights` [draw, utterance] say."""
+    rates = torch.tensordot(weights, errors, 1) / (weights @ words)[:, None, None, None]
+    return torch.trapezoid((100 * rates).clamp(max=100), steps, dim=3)
 
 
 def _known(value: Tensor) -> float | None:

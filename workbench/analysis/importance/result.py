@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.pruning.curve import PruningCurve, prune_curve
@@ -45,6 +46,7 @@ class HeadImportance(Result):
     """
 
     form = "workbench.head_importance"
+    tuple_axes: ClassVar = {"heads": "head", "sites": "head", "layers": "head", "numbers": "head", "kinds": "head"}
 
     heads: tuple[str, ...]
     sites: tuple[str, ...]
@@ -53,8 +55,8 @@ class HeadImportance(Result):
     kinds: tuple[str, ...]
     methods: tuple[str, ...]
     measures: tuple[str, ...]
-    scores: dict[tuple[str, str], Tensor]
-    clean: dict[str, Tensor]
+    scores: dict[tuple[str, str], Float[Tensor, "head example"]]
+    clean: dict[str, Float[Tensor, " example"]]
     skipped: dict[tuple[str, str], str]
     higher_is_better: dict[str, bool]
     normalised: bool

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from workbench.errors import WorkbenchError
-
-_QUIET = 1e-4  # of full scale; no recording of speech has so small a peak
+from workbench.inputs import check_recording
 
 
 def with_features(processor: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,8 +19,8 @@ def with_features(processor: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         inputs: may hold "audio" [sample], from −1 to 1.
 
     Raises:
-        WorkbenchError: the recording is silent, too long, not finite, of another rate than the extractor's, or of
-            unknown rate; or there is no extractor.
+        WorkbenchError: the recording is silent, too long, not finite, of several channels, of another scale than ±1, of
+            another rate than the extractor's, or of unknown rate; or there is no extractor.
     """
     given = dict(inputs)
     extractor = getattr(processor, "feature_extractor", None)
@@ -33,11 +32,8 @@ def with_features(processor: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         )
     if given.get("audio") is None or any(name.startswith(("input_", "pixel_")) for name in given):
         return given
-    audio = torch.as_tensor(given["audio"]).float()
-    if audio.dim() != 1 or not audio.numel() or not audio.isfinite().all():
-        raise WorkbenchError("audio is one channel of finite samples", shape=audio.shape, hint="average the channels")
-    if float(audio.abs().max()) < _QUIET:
-        raise WorkbenchError("the audio is silent", shape=audio.shape, hint="check the recording and its scale")
+    audio = torch.as_tensor(given["audio"])
+    check_recording(audio, "the audio")
     if extractor is None:
         raise WorkbenchError(
             "features need a feature extractor", hint="attach the model with its processor, or pass input_features"
@@ -51,5 +47,5 @@ def with_features(processor: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
             shape=audio.shape,
             hint="cut it into shorter utterances",
         )
-    found = extractor(audio.numpy(), sampling_rate=int(rate), return_tensors="pt", return_attention_mask=True)
+    found = extractor(audio.float().numpy(), sampling_rate=int(rate), return_tensors="pt", return_attention_mask=True)
     return given | {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
 
 from workbench.analysis.saliency.explained_input import ExplainedInput, encoded
 from workbench.tokens import piece
+
+_MARKER = re.compile(r"<\|[^|\s]+\|>")
 
 
 def decode(
@@ -52,15 +55,23 @@ def decode(
 
 
 def special_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Ids of special tokens, as tokenizer and generation config tell."""
-    known = set(getattr(tokenizer, "all_special_ids", ()) or ())
-    for index, token in (getattr(tokenizer, "added_tokens_decoder", None) or {}).items():
-        if getattr(token, "special", False):
+    """Ids of tokens that are no text: special ones and, of speech models, markers such as time stamps.
+
+    They come from the tokenizer (or the processor's), the configurations, and the shape of added tokens: Whisper's
+    time stamps "<|1.40|>" are not called special.
+    """
+    own = getattr(tokenizer, "tokenizer", None) or tokenizer
+    known = set(getattr(own, "all_special_ids", ()) or ())
+    for index, token in (getattr(own, "added_tokens_decoder", None) or {}).items():
+        if getattr(token, "special", False) or _MARKER.fullmatch(str(token)):
             known.add(int(index))
     for owner in (getattr(model, "config", None), getattr(model, "generation_config", None)):
         for name in ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"):
             value = getattr(owner, name, None)
             known |= {int(v) for v in (value if isinstance(value, (list, tuple)) else [value]) if v is not None}
+    before_times = getattr(getattr(model, "generation_config", None), "no_timestamps_token_id", None)
+    if before_times is not None:  # Whisper's time stamps are its last ids
+        known |= set(range(int(before_times), int(model.config.vocab_size)))  # type: ignore[union-attr, arg-type]
     return known
 
 

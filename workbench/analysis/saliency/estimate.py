@@ -12,6 +12,7 @@ from torch import Tensor
 from workbench.analysis.saliency.masks import Draw, Masks
 from workbench.analysis.saliency.sums import Sums
 
+_SAVE_EVERY = 30.0  # seconds
 _CHECK_EVERY = 64  # masks between two looks at the precision
 _FEWEST = 128  # masks before a standard error is believed
 
@@ -39,8 +40,12 @@ def run(
     *,
     batch_size: int,
     progress: bool,
+    save: Callable[[], object] | None = None,
 ) -> str:
     """Add masks to the sums until the budget ends; says why it stopped.
+
+    Args:
+        save: called now and then, and before an error goes on.
 
     Returns:
         "enumerated", "budget", "seconds", "precision" or "interrupted" (by Ctrl-C, after at least one batch).
@@ -49,6 +54,7 @@ def run(
 
     total = masks.enumerated if masks.exact else budget.n_masks
     began, start, looked = time.monotonic(), sums.done, sums.done
+    saved = began
     if budget.precision is not None and not masks.exact and precise(sums, segments, budget.precision):
         return "precision"
     with tqdm(total=total, initial=start, desc="masks", disable=not progress) as bar, torch.inference_mode():
@@ -58,6 +64,9 @@ def run(
                 for draw, found in zip(draws, scores, strict=True):
                     sums.add(draw, found)
                     bar.update(len(found))
+                if save is not None and time.monotonic() - saved > _SAVE_EVERY:
+                    save()
+                    saved = time.monotonic()
                 if masks.exact or sums.done >= total:
                     continue
                 if budget.seconds is not None and time.monotonic() - began >= budget.seconds:
@@ -70,6 +79,10 @@ def run(
             if sums.done == start and not start:
                 raise
             return "interrupted"
+        except Exception:
+            if save is not None and sums.done:
+                save()
+            raise
     if budget.precision is not None and not masks.exact and precise(sums, segments, budget.precision):
         return "precision"
     return "enumerated" if masks.exact else "budget"

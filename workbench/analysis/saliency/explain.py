@@ -95,7 +95,8 @@ def saliency(
         n_masks, seconds: the budget; n_masks counts a resumed run's too. precision: stop when the root mean square of
             the standard errors of each token's map is at most this share of the map's standard deviation.
         exact: enumerate all masks; None for where it is possible.
-        batch_size: masks per forward. resume: a partial result, or its file, to go on from.
+        batch_size: masks per forward. resume: a partial result to go on from; or a file to go on from, if it is there,
+            and to write to now and then.
         options: for captum's methods: n_steps, window, strides, n_segments, repeats.
 
     Raises:
@@ -126,11 +127,13 @@ def saliency(
     inputs = with_features(wb.tokenizer, inputs)
     subject = prepare_input(
         wb.model, inputs, hypothesis=hypothesis, prompt=None if prompt is None else torch.as_tensor(prompt),
-        frames=frames, time_axis=time_axis, **dict(decoding or {}),
+        frames=frames, time_axis=time_axis, tokenizer=wb.tokenizer, **dict(decoding or {}),
     )  # fmt: skip
     began = time.monotonic()
     facts = describe_reading(wb, subject, inputs, where)
     if method in gradients.METHODS:
+        if resume is not None:
+            raise WorkbenchError(f"{method} has no masks to go on from", hint="leave out resume=")
         found = gradients.attribute(
             subject, method, where, segments=segments, baseline=baseline, n_masks=n_masks, batch_size=batch_size,
             seed=seed, progress=progress, **options,
@@ -152,46 +155,57 @@ def saliency(
     if not exact and n_masks < 2 * len(counts):
         raise WorkbenchError(f"{n_masks} masks are too few for a standard error", hint="ask for hundreds at least")
     identity = _identity(subject, where, cells, masks, score, baseline) | {"weights": wb.weights_hash()}
-    sums = Sums.empty(len(subject.targets), counts) if resume is None else _resumed(resume, identity)
+    file = Path(resume) if isinstance(resume, (str, Path)) else None
+    if file is not None and not file.parent.is_dir():
+        raise WorkbenchError(f"there is no folder {file.parent}", hint="make the folder first")
+    begins = resume is None or (file is not None and not file.exists())
+    sums = Sums.empty(len(subject.targets), counts) if begins else _resumed(file or resume, identity)
     score_of: InputMasks | EncoderMasks
     with torch.inference_mode():
         if where == "input":
             score_of = InputMasks(subject, cells, subject.baseline_of(baseline), score)
         else:
             score_of = EncoderMasks(subject, cells, baseline, score)
+
+    def so_far(stopped: str) -> Saliency:
+        mean, error = sums.maps(shown, exact=exact)
+        tokens = sums.token_maps() if p_tokens else (None, None)
+        return Saliency(
+            scores=mean.float(),
+            standard_error=error.float(),
+            n_masks=sums.done,
+            method=method,
+            at=where,
+            kind=kind,
+            score=score,
+            baseline=_said(baseline),
+            p=p,
+            exact=exact,
+            signed=score != "kl",
+            partial=stopped in ("interrupted", "seconds") and sums.done < (masks.enumerated if exact else n_masks),
+            stopped=stopped,
+            segments=shown,
+            token_scores=None if tokens[0] is None else tokens[0].float(),
+            token_error=None if tokens[1] is None else tokens[1].float(),
+            seed=seed,
+            details={
+                "segments": counts,
+                "seconds": time.monotonic() - began,
+                "cached": score_of.cached,
+                "autocast": _autocast(subject),
+            },
+            state=sums.state() | {"identity": identity},
+            **facts,
+        )
+
+    save = None if file is None else lambda: so_far("interrupted").save(file)
     budget = Budget(n_masks, seconds, precision)
-    stopped = run(sums, masks, score_of, shown, budget, batch_size=batch_size, progress=progress)
-    mean, error = sums.maps(shown, exact=exact)
-    tokens = sums.token_maps() if p_tokens else (None, None)
-    result = Saliency(
-        scores=mean.float(),
-        standard_error=error.float(),
-        n_masks=sums.done,
-        method=method,
-        at=where,
-        kind=kind,
-        score=score,
-        baseline=_said(baseline),
-        p=p,
-        exact=exact,
-        signed=score != "kl",
-        partial=stopped in ("interrupted", "seconds") and sums.done < (masks.enumerated if exact else n_masks),
-        stopped=stopped,
-        segments=shown,
-        token_scores=None if tokens[0] is None else tokens[0].float(),
-        token_error=None if tokens[1] is None else tokens[1].float(),
-        seed=seed,
-        details={
-            "segments": counts,
-            "seconds": time.monotonic() - began,
-            "cached": score_of.cached,
-            "autocast": _autocast(subject),
-        },
-        state=sums.state() | {"identity": identity},
-        **facts,
-    )
+    stopped = run(sums, masks, score_of, shown, budget, batch_size=batch_size, progress=progress, save=save)
+    result = so_far(stopped)
+    if file is not None:
+        result.save(file)
     if precision is not None and not exact and stopped in ("budget", "seconds"):
-        reached = float(noise(mean, error).max())
+        reached = float(noise(*sums.maps(shown, exact=False)).max())
         failed = PrecisionError(
             f"{sums.done:,} masks are too few for a precision of {precision:g}: {reached:.3g} was reached",
             hint="raise n_masks (the error falls with its root) and pass resume=error.result",
@@ -203,7 +217,7 @@ def saliency(
 
 def describe_reading(wb: Workbench, subject: ExplainedInput, inputs: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a result that say what was explained."""
-    specials = special_ids(wb.model, _tokenizer(wb.tokenizer))
+    specials = special_ids(wb.model, wb.tokenizer)
     length = subject.length if where == "input" else subject.states.shape[1]
     per_frame = seconds_per_frame(wb.tokenizer, inputs)
     if per_frame is not None and where == "encoder":
@@ -239,10 +253,6 @@ def seconds_per_frame(processor: Any, inputs: Mapping[str, Any]) -> float | None
     extractor = getattr(processor, "feature_extractor", processor)
     hop, rate = getattr(extractor, "hop_length", None), getattr(extractor, "sampling_rate", None)
     return hop / rate if isinstance(hop, int) and isinstance(rate, int) and rate else None
-
-
-def _tokenizer(processor: Any) -> Any:
-    return getattr(processor, "tokenizer", None) or processor
 
 
 def _segments(
@@ -313,8 +323,8 @@ def _autocast(subject: ExplainedInput) -> str | None:
     return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if torch.is_autocast_enabled(device) else None
 
 
-def _resumed(resume: Saliency | str | Path, identity: dict[str, Any]) -> Sums:
-    before = resume if isinstance(resume, Saliency) else Saliency.load(resume)
+def _resumed(resume: Saliency | str | Path | None, identity: dict[str, Any]) -> Sums:
+    before = resume if isinstance(resume, Saliency) else Saliency.load(str(resume))
     held = before.state.get("identity")
     if not isinstance(held, dict):
         raise WorkbenchError(f"a result of {before.method!r} cannot be resumed: it holds no running sums")

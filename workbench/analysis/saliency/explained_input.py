@@ -85,8 +85,10 @@ class ExplainedInput:
     def baseline_of(self, baseline: str | float | Tensor) -> Tensor:
         """What masked cells become: "zero", "mean" or "min" of the explained cells, a number, or a tensor.
 
+        Of tokens "zero", "mean" (of the explained embeddings), or "pad" (the padding token's embedding).
+
         Raises:
-            WorkbenchError: another name, or a tensor of another shape.
+            WorkbenchError: another name, a tensor of another shape, or no padding token.
         """
         if isinstance(baseline, Tensor):
             if baseline.shape not in (self.main.shape, self.main.shape[1:]):
@@ -94,12 +96,28 @@ class ExplainedInput:
             return baseline.to(self.main).expand_as(self.main)
         if isinstance(baseline, (int, float)):
             return torch.full_like(self.main, float(baseline))
+        names = ("zero", "mean", "pad") if self.kind == "tokens" else ("zero", "mean", "min")
+        if baseline not in names:
+            what = "for tokens there is" if self.kind == "tokens" else "there is"
+            raise WorkbenchError(
+                f"there is no baseline {baseline!r}", hint=f"{what} {', '.join(names)}, a number, or a tensor"
+            )
+        if baseline == "zero":
+            return torch.zeros_like(self.main)
+        if self.kind == "tokens":
+            one = self._pad_embedding() if baseline == "pad" else self.main[:, : self.extent].mean(1)
+            return one.to(self.main).view(1, 1, -1).expand_as(self.main)
         cells = self._frames_first(self.main)[:, : self.extent] if self.kind == "spectrogram" else self.main
-        known = {"zero": 0.0, "mean": float(cells.float().mean()), "min": float(cells.float().min())}
-        if baseline not in known or (self.kind == "tokens" and baseline != "zero"):
-            hint = "for tokens there is zero" if self.kind == "tokens" else f"there is {', '.join(known)}, or a number"
-            raise WorkbenchError(f"there is no baseline {baseline!r}", hint=hint)
-        return torch.full_like(self.main, known[baseline])
+        one = cells.float().mean() if baseline == "mean" else cells.float().min()
+        return torch.full_like(self.main, float(one))
+
+    def _pad_embedding(self) -> Tensor:
+        """[1, d_model]"""
+        pad = getattr(self.model.config, "pad_token_id", None)
+        if pad is None:
+            raise WorkbenchError("the model tells of no padding token", hint='set model.config.pad_token_id, or "mean"')
+        found: Tensor = embedding_of(self.model.get_encoder())(torch.tensor([pad], device=self.main.device))  # type: ignore[operator]
+        return found
 
     def log_probs(self, main: Tensor, decoder: Tensor | None = None) -> Tensor:
         """[batch, output token, vocabulary] from inputs like `main`, through encoder and decoder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from workbench.errors import WorkbenchError
 
 METHODS = ("integrated_gradients", "gradient_x_input", "occlusion", "feature_ablation", "kernel_shap")
 _WITH_GRADIENTS = ("integrated_gradients", "gradient_x_input")
+_GAP = 0.05  # share of what is to be explained by which integrated gradients may miss it without a warning
 
 
 class _Explained:
@@ -106,6 +108,10 @@ def attribute(
 ) -> dict[str, Any]:
     """The map of a captum method, as fields of a `Saliency`.
 
+    Integrated gradients should sum to the change of the log-probability between baseline and input (completeness); by
+    what share of it they miss it in sum over output tokens is "completeness_gap" in `details`, beside
+    "convergence_delta" (sum minus change) and "change" of each token; gradient times input is held against zeros.
+
     Perturbing methods run once for all output tokens: captum asks for one token at a time, and is given what the first
     pass saw.
 
@@ -126,6 +132,8 @@ def attribute(
     if method in _WITH_GRADIENTS:
         maps, more = _by_gradients(explained, method, base, n, n_steps, batch_size, progress)
         details |= more
+        if method == "integrated_gradients":
+            _warn_of_gap(details, subject, where, n_steps)
         found, error = _reduced(maps, kind, cells, "sum"), None
     elif method == "kernel_shap":
         found, error = _kernel_shap(explained, base, cells, n, n_masks, repeats, batch_size, seed, kind)
@@ -152,20 +160,45 @@ def _by_gradients(
     from captum.attr import InputXGradient, IntegratedGradients
     from tqdm.auto import tqdm
 
-    maps, off = [], []
+    maps = []
     with torch.enable_grad():
         for k in tqdm(range(n), desc=method.replace("_", " "), disable=not progress):
             start = explained.start.clone().requires_grad_()
             if method == "gradient_x_input":
-                maps.append(InputXGradient(explained).attribute(start, target=k).detach()[0])
-                continue
-            found, delta = IntegratedGradients(explained).attribute(
-                start, base, target=k, n_steps=n_steps, internal_batch_size=max(batch_size, 2),
-                return_convergence_delta=True,
-            )  # fmt: skip
+                found = InputXGradient(explained).attribute(start, target=k)
+            else:
+                found = IntegratedGradients(explained).attribute(
+                    start, base, target=k, n_steps=n_steps, internal_batch_size=max(batch_size, 2)
+                )
             maps.append(found.detach()[0])
-            off.append(float(delta.abs().max()))
-    return torch.stack(maps), {"convergence_delta": tuple(off)} if off else {}
+    if method == "gradient_x_input":
+        base = torch.zeros_like(explained.start)
+    with torch.no_grad():
+        change = (explained(explained.start) - explained(base))[0].double()
+    several = torch.stack(maps)
+    delta = several.double().flatten(1).sum(1) - change
+    return several, {
+        "convergence_delta": tuple(delta.tolist()),
+        "change": tuple(change.tolist()),
+        "completeness_gap": float(delta.abs().sum() / change.abs().sum()),
+    }
+
+
+def _warn_of_gap(details: dict[str, Any], subject: ExplainedInput, where: str, n_steps: int) -> None:
+    gap = details["completeness_gap"]
+    if gap <= _GAP:
+        return
+    worst = max(range(len(details["change"])), key=lambda k: abs(details["convergence_delta"][k]))
+    change = details["change"][worst]
+    other = "mean" if where == "encoder" or subject.kind != "tokens" else "pad"
+    warnings.warn(
+        f"integrated gradients miss {gap:.0%} of what they should sum to: of output token {worst} "
+        f"{change + details['convergence_delta'][worst]:.3g} for a change of {change:.3g} in log-probability. The path "
+        f"from a baseline of zeros through a norm such as RMSNorm changes all at its first step: try "
+        f'baseline="{other}", or more than n_steps={n_steps}',
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def _by_perturbing(

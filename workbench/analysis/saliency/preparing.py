@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.saliency.decoding import decode, special_ids
+from workbench.analysis.saliency.decoding import decode, special_ids, texts_of
 from workbench.analysis.saliency.explained_input import ExplainedInput, embedding_of
 from workbench.errors import WorkbenchError
 from workbench.inputs import decoder_start
@@ -33,6 +33,7 @@ def prepare_input(
     prompt: Tensor | list[int] | None = None,
     frames: int | None = None,
     time_axis: int | None = None,
+    tokenizer: Any = None,
     **decoding: Any,
 ) -> ExplainedInput:
     """Read one example: its input, its hypothesis (decoded unless given), and the unperturbed model's probabilities.
@@ -44,11 +45,12 @@ def prepare_input(
         prompt: decoder ids that are given and not explained; the start token if None.
         frames: positions along time that are no padding; those of the attention mask if None, else all.
         time_axis: axis of time in a spectrogram [1, a, b], 1 or 2; found from the model's number of mel bins if None.
+        tokenizer: of the model, or its processor: it knows which tokens of a hypothesis are no text.
         decoding: for `decode`.
 
     Raises:
         WorkbenchError: no encoder-decoder with cross-attention, no or several examples, an input that is too long or
-            silent, or an empty hypothesis.
+            silent, a spectrogram that ends in padding of which nothing tells, or a hypothesis without a word.
     """
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
@@ -96,6 +98,8 @@ def prepare_input(
             )
         main = main.to(parameter.dtype)
         extent = _extent(frames, mask, main.shape[axis])
+        if frames is None and mask is None:
+            _check_unpadded(main if axis == 1 else main.transpose(1, 2))
         cells = main[:, :extent] if axis == 1 else main[:, :, :extent]
         if float(cells.float().std(correction=0)) < _QUIET:
             raise WorkbenchError(
@@ -119,11 +123,12 @@ def prepare_input(
         if targets is None:
             targets = decode(subject, subject.states, **decoding)[0]
         subject.targets = targets.to(parameter.device).long().flatten()
-        specials = special_ids(model, None)
+        specials = special_ids(model, tokenizer)
         if not len(subject.targets) or all(int(i) in specials for i in subject.targets):
+            what = " ".join(texts_of(tokenizer, subject.targets)) or "nothing"
             raise WorkbenchError(
-                "the hypothesis is empty: the model says nothing about this input",
-                hint="pass hypothesis= to explain a text of your own",
+                f"the hypothesis is empty: the model says {what[:80]}, which holds no word, about this input",
+                hint="pass hypothesis= to explain a text of your own, or leave this input out",
             )
         subject.reference = subject.log_probs(subject.main)[0]
         if kind == "tokens":
@@ -166,6 +171,22 @@ def _extent(frames: int | None, mask: Any, length: int) -> int:
     if not 1 <= extent <= length:
         raise WorkbenchError(f"{extent} of {length} positions cannot be explained", hint="check frames= and the mask")
     return extent
+
+
+def _check_unpadded(spectrogram: Tensor) -> None:
+    """Refuse a spectrogram [1, time, frequency] that ends in equal frames, as padding is, when no mask tells of it."""
+    frames = spectrogram[0]
+    other = (frames != frames[-1]).any(1).nonzero()
+    sound = int(other.max()) + 1 if len(other) else 0
+    padding = len(frames) - sound
+    if sound and padding > 1:
+        raise WorkbenchError(
+            f"the last {padding:,} of {len(frames):,} frames are all the same, as padding is, and no mask tells which "
+            "hold sound",
+            shape=spectrogram.shape,
+            hint="let the feature extractor return_attention_mask=True and pass it, or say frames=: "
+            f"{sound} without them, {len(frames)} with them",
+        )
 
 
 def _prompt(model: nn.Module, prompt: Tensor | list[int] | None, device: torch.device) -> Tensor:

@@ -63,7 +63,8 @@ class Saliency(Result):
             lower triangle); None unless `p_tokens` was given.
         seed: of the masks.
         details: numbers about the run: "segments", "seconds", "evaluations", "cached" (whether the decoder read cached
-            keys and values), and those of single methods.
+            keys and values), and those of single methods, such as "completeness_gap" of gradients: the sum over output
+            tokens of how far their maps' sums are from the change in log-probability, as a share of these changes.
         state: running sums from which `resume=` goes on.
         provenance: of the model, and of the inputs.
     """
@@ -168,4 +169,6 @@ class Saliency(Result):
         shape = " x ".join(str(n) for n in self.scores.shape[1:])
         how = "exact" if self.exact else f"{self.n_masks:,} masks" if self.p is not None else f"{self.n_masks:,} runs"
         marks = f", {self.stopped}" if self.partial else ""
+        if "completeness_gap" in self.details:
+            marks += f", sums miss {self.details['completeness_gap']:.1%} of the change from the baseline"
         return f"Saliency({self.method} at {self.at}: {self.n_tokens} tokens, {self.kind} {shape}, {how}{marks})"

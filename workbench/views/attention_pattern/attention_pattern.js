@@ -1,14 +1,16 @@
 // Attention pattern: one or several heads side by side, tokens on both edges, and what the chosen query looks at.
 
 import { arrayOf } from "workbench/shared/blocks.js";
-import { ceiling, colourAt, css, gradient, inkOn } from "workbench/shared/colour.js";
-import { button, checkbox, cut, exactly, legend, make, named, roughly, selector } from "workbench/shared/dom.js";
+import { colourAt, gradient, rgbOf } from "workbench/shared/colour.js";
+import { button, checkbox, exactly, legend, make, named, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { Matrix } from "workbench/shared/matrix.js";
+import { ceiling } from "workbench/shared/scales.js";
+import { mapOf, rowOf } from "./export.js";
+import { QueryRow } from "./row.js";
+import { Strips } from "./strips.js";
 
 const AT_ONCE = 6; // heads side by side
-const STRIP = 1200; // tokens in the strip
-const EDGES = 10;
 const LOWEST = 1e-4; // where the logarithmic scale begins
 
 /** Byte 0: a place that no query sees. Byte b: weight ((b - 1) / 254) squared. */
@@ -23,17 +25,26 @@ export async function render({ model, el }) {
 
 class Patterns {
   constructor(frame) {
-    Object.assign(this, { frame, facts: frame.facts, scale: "sqrt", range: "shared", variant: 0, hide: false, tiles: new Map() });
+    this.frame = frame;
+    this.facts = frame.facts;
+    this.scale = "sqrt";
+    this.range = "shared";
+    this.variant = 0;
+    this.hide = false;
+    this.tiles = new Map();
     [this.index, this.head] = this.facts.first;
     this.heads = [this.head];
     this.panels = make("div", { class: "panels" });
     this.missing = make("p", { class: "caption", hidden: true });
     this.scaleBox = make("div");
-    this.row = make("div", { class: "row" });
-    this.strips = make("div", { class: "strips" });
-    frame.body.append(this.missing, this.strips, make("div", { class: "columns" }, make("div", {}, this.panels, this.scaleBox), this.row));
+    this.row = new QueryRow(this);
+    this.strips = new Strips(this);
+    frame.body.append(this.missing, this.strips.element, make("div", { class: "columns" }, make("div", {}, this.panels, this.scaleBox), this.row.element));
     this.buildControls();
     frame.offerPicture(() => this.maps[0].canvas);
+    const chosen = () => this.query ?? this.site.queries - 1;
+    frame.offerRows("Row CSV", () => `${this.label()}-query-${chosen()}`, "Download all weights of the chosen query", () => rowOf(this, this.head, chosen()));
+    frame.offerRows("Map CSV", () => this.label(), "Download the whole map of the chosen head", () => mapOf(this, this.head));
     frame.offerKeys([
       ["← → ↑ ↓, Home, End", "move over the cells"], ["Enter", "choose the query and the key in every view"], ["Esc", "choose none"],
       ["[ ] , .", "layer and head up or down"], ["+ − 0", "zoom in, out, all"], ["Ctrl + wheel, drag", "zoom, and move when zoomed"],
@@ -48,6 +59,11 @@ class Patterns {
 
   get site() {
     return this.facts.sites[this.index];
+  }
+
+  /** The head, for the name of a file. */
+  label() {
+    return this.site.name === null ? `head-${this.head}` : `L${this.site.layer}H${this.head}`;
   }
 
   block(name) {
@@ -90,7 +106,9 @@ class Patterns {
   }
 
   adopt(index, heads) {
-    Object.assign(this, { index, heads, head: heads[0] });
+    this.index = index;
+    this.heads = heads;
+    this.head = heads[0];
     this.show();
   }
 
@@ -115,7 +133,7 @@ class Patterns {
     this.missing.hidden = site.mode !== "missing";
     this.missing.textContent = `No pattern of this site is here. ${site.missing ?? ""}`;
     const there = site.mode !== "missing";
-    for (const part of [this.panels, this.row, this.strips, this.scaleBox]) part.hidden = !there;
+    for (const part of [this.panels, this.row.element, this.strips.element, this.scaleBox]) part.hidden = !there;
     if (this.sitePicker) this.sitePicker.select.value = this.index;
     if (this.headPicker) {
       this.headPicker.select.replaceChildren(...site.heads.map((head) => make("option", { value: head }, `${head}`)));
@@ -126,7 +144,7 @@ class Patterns {
     this.maps = shown.map((head) => this.mapOf(head));
     this.panels.replaceChildren(...this.maps.map((map, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.nameOf(shown[i])), map.element)));
     this.panels.dataset.count = this.maps.length;
-    this.buildStrip();
+    this.strips.build();
     this.colour();
     this.mark();
   }
@@ -151,7 +169,7 @@ class Patterns {
       choose: (row, column) => this.choose(map, row, column),
       clear: () => this.frame.select({ query: null, key: null }),
       more: (event) => this.step(event),
-      moved: (moved) => this.zoomed(moved, head),
+      moved: (moved) => this.zoomed(moved),
     });
     map.head = head;
     map.setCells(cells, rows, columns, site.block, site.queries, site.keys);
@@ -197,7 +215,7 @@ class Patterns {
     const tops = this.maps.map((map) => this.largest(map));
     if (this.range !== "own") tops.fill(Math.min(1, Math.max(...tops)));
     this.top = tops[0];
-    const unseen = this.frame.colour("unseen").match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
+    const unseen = rgbOf(this.frame.colour("unseen"));
     this.maps.forEach((map, i) => {
       const table = Array.from({ length: 256 }, (_, byte) => (byte ? colourAt(this.place(weightOf(byte), tops[i])) : unseen));
       map.setColours(table, this.hide ? Math.floor(this.site.firstKey / this.site.block) : -1);
@@ -308,136 +326,8 @@ class Patterns {
       map.chosen = { row: query, column: key };
       map.compose();
     }
-    this.shade(query ?? this.site.queries - 1);
-    this.list(query ?? this.site.queries - 1, key);
-  }
-
-  // The text as a strip, shaded by what the query looks at.
-
-  buildStrip() {
-    const { site } = this;
-    const made = `${site.queryTokens} ${site.keyTokens} ${site.keys} ${site.queries}`;
-    if (this.strip === made) return;
-    this.strip = made;
-    const fill = (n, token, label, choose) => {
-      if (n > STRIP) return [];
-      const box = make("div", { class: "strip", role: "listbox", "aria-label": label });
-      box.append(...Array.from({ length: n }, (_, i) => make("span", { class: "token", role: "option", "data-at": i, tabindex: -1 }, cut(token(i) ?? `${i}`, 18))));
-      box.addEventListener("click", (event) => event.target.dataset.at && choose(Number(event.target.dataset.at)));
-      box.addEventListener("keydown", (event) => this.stripKey(event, box, n, choose));
-      box.addEventListener("pointermove", (event) => (event.target.dataset.at ? this.frame.showTip(event, this.sentence(this.head, this.query ?? site.queries - 1, Number(event.target.dataset.at))) : this.frame.hideTip()));
-      box.addEventListener("pointerleave", () => this.frame.hideTip());
-      return [box];
-    };
-    const query = (at) => this.frame.select(this.same ? { query: at, token: at } : { query: at });
-    this.queryStrip = this.same ? [] : fill(site.queries, (i) => this.queryToken(i), "Queries: choose one", query);
-    this.keyStrip = fill(site.keys, (i) => this.keyToken(i), this.same ? "Tokens: choose the query" : "Keys", this.same ? query : (at) => this.frame.select({ key: at }));
-    this.strips.replaceChildren(...this.queryStrip, ...this.keyStrip);
-  }
-
-  stripKey(event, box, n, choose) {
-    const steps = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, Home: -Infinity, End: Infinity };
-    if (event.key === "Escape") return this.frame.select({ query: null, key: null });
-    const from = Number(event.target.dataset.at ?? 0);
-    if (event.key === "Enter" || event.key === " ") choose(from);
-    else if (event.key in steps) {
-      const at = Math.max(0, Math.min(n - 1, from + steps[event.key]));
-      choose(at);
-      box.children[at].focus();
-    } else return;
-    event.preventDefault();
-  }
-
-  shade(query) {
-    const [box] = this.keyStrip ?? [];
-    const chosen = this.same ? query : this.key;
-    if (box) {
-      const exact = new Map(this.topOf(this.head, query).map(({ key, weight }) => [key, weight]));
-      for (const span of box.children) {
-        const key = Number(span.dataset.at);
-        const weight = exact.get(key) ?? (this.site.block > 1 ? 0 : this.cell(this.head, query, key).weight);
-        const put = this.hide && key === this.site.firstKey;
-        const rgb = Number.isNaN(weight) || put ? null : colourAt(this.place(weight, this.top));
-        span.style.backgroundColor = rgb ? css(rgb) : this.frame.colour("unseen");
-        span.style.color = rgb ? inkOn(rgb) : this.frame.colour("ink");
-        span.setAttribute("aria-selected", `${key === chosen}`);
-        span.tabIndex = key === (chosen ?? 0) ? 0 : -1;
-      }
-      this.reveal(box, box.children[chosen ?? 0]);
-    }
-    for (const span of this.queryStrip?.[0]?.children ?? []) {
-      const at = Number(span.dataset.at);
-      span.setAttribute("aria-selected", `${at === query}`);
-      span.tabIndex = at === query ? 0 : -1;
-    }
-    this.reveal(this.queryStrip?.[0], this.queryStrip?.[0]?.children[query]);
-  }
-
-  /** Scroll the strip, not the page. */
-  reveal(box, span) {
-    if (!box || !span) return;
-    const at = span.offsetTop - box.offsetTop;
-    if (at < box.scrollTop || at + span.offsetHeight > box.scrollTop + box.clientHeight) box.scrollTop = at - box.clientHeight / 2;
-  }
-
-  // The chosen query: its edges, and its largest weights as numbers.
-
-  list(query, key) {
-    const top = this.topOf(this.head, query);
-    const title = make("h3", {}, `Query ${named(this.queryToken(query), query, 20)}`);
-    const shown = top.filter((each) => !(this.hide && each.key === this.site.firstKey)).slice(0, EDGES);
-    const rows = shown.map((each) => {
-      const bar = make("i");
-      bar.style.width = `${(100 * each.weight).toFixed(2)}%`;
-      bar.style.backgroundColor = css(colourAt(this.place(each.weight, this.top)));
-      const name = make("bdi", {}, cut(this.keyToken(each.key) ?? "–", 16));
-      const line = make("tr", { class: each.key === key ? "chosen" : null }, make("td", { class: "n" }, `${each.key}`), make("td", {}, name), make("td", { class: "n" }, exactly(each.weight)), make("td", { class: "length" }, bar));
-      return line;
-    });
-    const head = make("tr", {}, make("th", { scope: "col", class: "n" }, "Key"), make("th", { scope: "col" }, "Token"), make("th", { scope: "col", class: "n" }, "Weight"), make("td"));
-    const sum = top.reduce((a, { weight }) => a + weight, 0);
-    const onFirst = this.block("first").data[this.site.heads.indexOf(this.head) * this.site.queries + query];
-    const rest = top.length ? `Together ${roughly(sum)}; all other keys ${roughly(Math.max(0, 1 - sum))}.` : "No exact weights are kept for so many rows.";
-    const hidden = this.hide && !Number.isNaN(onFirst) ? ` The hidden first key holds ${exactly(onFirst)} of this row.` : "";
-    this.row.replaceChildren(title, this.edges(query, shown), make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)), make("p", { class: "caption" }, rest + hidden));
-    this.drawEdges?.();
-  }
-
-  /** Lines from the query to the keys it looks at, thicker with weight; only of this query. */
-  edges(query, shown) {
-    const canvas = make("canvas", { class: "edges", role: "img", "aria-label": `Lines from query ${query} to ${shown.length} keys; the table below has the numbers` });
-    const keys = [...shown].sort((a, b) => a.key - b.key);
-    this.drawEdges = () => {
-      const dpr = window.devicePixelRatio || 1;
-      const [width, height] = [Math.max(180, this.row.clientWidth - 4), 18 * Math.max(keys.length, 1) + 10];
-      canvas.width = width * dpr;
-      canvas.height = height * dpr;
-      canvas.style.width = `${width}px`;
-      canvas.style.height = `${height}px`;
-      const ink = canvas.getContext("2d");
-      ink.setTransform(dpr, 0, 0, dpr, 0, 0);
-      ink.font = `12px ${this.frame.colour("mono")}`;
-      ink.textBaseline = "middle";
-      ink.direction = "ltr";
-      const name = (token, at) => cut(token ?? `${at}`, 12);
-      const [from, to] = [100, width - 100];
-      keys.forEach(({ key, weight }, i) => {
-        const y = 14 + 18 * i;
-        ink.lineWidth = 0.5 + 8 * weight;
-        ink.strokeStyle = css(colourAt(this.place(weight, this.top)));
-        ink.beginPath();
-        ink.moveTo(from, y);
-        ink.bezierCurveTo((from + to) / 2, y, (from + to) / 2, height / 2, to, height / 2);
-        ink.stroke();
-        ink.fillStyle = this.frame.colour(key === this.key ? "accent" : "ink");
-        ink.textAlign = "right";
-        ink.fillText(name(this.keyToken(key), key), from - 5, y);
-      });
-      ink.fillStyle = this.frame.colour("accent");
-      ink.textAlign = "left";
-      ink.fillText(name(this.queryToken(query), query), to + 5, height / 2);
-    };
-    return canvas;
+    this.strips.shade(query ?? this.site.queries - 1);
+    this.row.show(query ?? this.site.queries - 1, key);
   }
 
   // Zoom: all heads alike, and finer cells from the kernel where there is one.

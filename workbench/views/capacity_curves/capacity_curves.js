@@ -17,7 +17,11 @@ export async function render({ model, el }) {
 
 class Curves {
   constructor(frame) {
-    Object.assign(this, { frame, facts: frame.facts, row: 0, measure: 0, query: 0 });
+    this.frame = frame;
+    this.facts = frame.facts;
+    this.row = 0;
+    this.measure = 0;
+    this.query = 0;
     this.measure = Math.max(0, this.facts.measures.indexOf(this.facts.criterion.measure));
     this.row = this.facts.first;
     this.words = make("p", { class: "sums" });

@@ -3,7 +3,11 @@
 /** What a choice shows: `nodes` and `edges` of the graph, and how many nodes were `chosen`. */
 class Shown {
   constructor(circuit, nodes, edges, chosen = nodes.size) {
-    Object.assign(this, { circuit, nodes, edges, chosen, ends: [new Map(), new Map()] });
+    this.circuit = circuit;
+    this.nodes = nodes;
+    this.edges = edges;
+    this.chosen = chosen;
+    this.ends = [new Map(), new Map()];
     const add = (map, node, edge) => (map.has(node) ? map.get(node).push(edge) : map.set(node, [edge]));
     for (const edge of edges) {
       add(this.ends[0], circuit.start(edge), edge);
@@ -34,10 +38,27 @@ class Shown {
   }
 }
 
+const NONE = new Uint32Array(0);
+
 export class Circuit {
+  // The blocks of a spec, by their names.
+  senders = NONE;
+  receivers = NONE;
+  feeds = NONE;
+  rank = NONE;
+  signed_rank = NONE;
+  members = NONE;
+  node_members = NONE;
+  shared = NONE;
+  scores = new Float64Array(0);
+  node_scores = new Float64Array(0);
+
   /** circuits: which of them are looked at, one or two. */
   constructor({ facts, blocks }, circuits) {
-    Object.assign(this, { facts, circuits, nodes: facts.nodes, several: facts.circuits.length > 1 });
+    this.facts = facts;
+    this.circuits = circuits;
+    this.nodes = facts.nodes;
+    this.several = facts.circuits.length > 1;
     for (const [name, { data }] of Object.entries(blocks)) this[name] = data;
     this.edges = Array.from(this.senders, (_, edge) => edge);
     this.fed = facts.receivers.map(() => []);

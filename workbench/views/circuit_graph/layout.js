@@ -49,7 +49,7 @@ function inRows(shown, positions, width, left) {
   const names = [...(positions ? [...facts.positions, "no position"] : [""]), ""];
   const columnOf = (node) => (nodes[node].kind === "mlp" ? names.length - 1 : positions ? (nodes[node].position ?? names.length - 2) : 0);
   const rows = rowsOf(shown);
-  const blocks = names.map((label, i) => ({ label, rows: rows.map((members) => members.filter((node) => columnOf(node) === i)) }));
+  const blocks = names.map((label, i) => ({ label, size: 0, from: 0, to: 0, place() {}, rows: rows.map((members) => members.filter((node) => columnOf(node) === i)) }));
   const used = blocks.filter((block) => block.rows.some(({ length }) => length));
   for (const block of used) block.size = Math.max(...block.rows.map(({ length }) => length)) + (positions ? 0.5 : 0);
   const total = used.reduce((sum, { size }) => sum + size, 0);

@@ -44,7 +44,8 @@ export class NodePanel {
   show() {
     const { view } = this;
     const { shown, pins, circuit } = view;
-    const node = (this.node = view.current);
+    const node = view.current;
+    this.node = node;
     this.controls.hidden = node === null;
     if (node === null) {
       this.title.textContent = pins.size ? "Pinned" : "";

@@ -3,8 +3,9 @@
 import { Circuit } from "./circuit.js";
 import { GraphDrawing } from "./drawing.js";
 import { markOf, NodePanel, readable } from "./panel.js";
-import { ceiling, colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
+import { colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
 import { checkbox, exactly, legend, make, roughly, selector } from "workbench/shared/dom.js";
+import { ceiling } from "workbench/shared/scales.js";
 
 const PAIR = { light: { shared: [28, 33, 39], a: [47, 111, 183], b: [209, 102, 43] }, dark: { shared: [228, 232, 236], a: [111, 176, 234], b: [236, 145, 101] } };
 const DASHES = { shared: [], a: [7, 4], b: [1.5, 3] };
@@ -24,7 +25,11 @@ function stopsTo(most, marks) {
 export class CircuitView {
   /** circuits: two to compare, or the only one. */
   constructor(frame, circuits) {
-    Object.assign(this, { frame, facts: frame.facts, circuit: new Circuit(frame, circuits), current: null, held: null });
+    this.frame = frame;
+    this.facts = frame.facts;
+    this.circuit = new Circuit(frame, circuits);
+    this.current = null;
+    this.held = null;
     this.panel = new NodePanel(this);
     this.drawing = new GraphDrawing(this);
     this.summary = make("p", { class: "summary" });
@@ -163,7 +168,7 @@ export class CircuitView {
   // Colours.
 
   paint(node) {
-    const { circuit, frame, facts } = this;
+    const { circuit, frame } = this;
     const score = circuit.nodeScore(node);
     const kind = circuit.several ? (circuit.nodeKind(node) ?? this.kindOfEnds(node)) : null;
     if (circuit.several ? !kind : Number.isNaN(score)) return { background: frame.colour("paper"), ink: frame.colour("ink"), shape: "dashed" };

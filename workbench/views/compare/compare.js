@@ -1,9 +1,10 @@
 // Compare: two matrices and their difference, with one cursor and one zoom for all three.
 
-import { ceiling, colourAt, divergingAt, gradient } from "workbench/shared/colour.js";
+import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.js";
 import { button, exactly, legend, make, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { Matrix } from "workbench/shared/matrix.js";
+import { ceiling, greatest } from "workbench/shared/scales.js";
 
 export async function render({ model, el }) {
   const frame = await open({ model, el });
@@ -12,8 +13,13 @@ export async function render({ model, el }) {
 }
 
 class Compare {
+  rows = 0;
+  columns = 0;
+
   constructor(frame) {
-    Object.assign(this, { frame, facts: frame.facts, scale: "sqrt" });
+    this.frame = frame;
+    this.facts = frame.facts;
+    this.scale = "sqrt";
     const { a, b } = frame.blocks;
     [this.rows, this.columns] = a.shape;
     this.values = [a.data, b.data, Float32Array.from(a.data, (value, i) => value - b.data[i])];
@@ -53,10 +59,9 @@ class Compare {
   }
 
   draw() {
-    const largest = (values) => values.reduce((top, value) => Math.max(top, Math.abs(value) || 0), 0);
-    const shared = ceiling(Math.max(largest(this.values[0]), largest(this.values[1])));
-    const tops = [shared, shared, ceiling(largest(this.values[2]))];
-    const unseen = this.frame.colour("unseen").match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
+    const shared = ceiling(Math.max(greatest(this.values[0]), greatest(this.values[1])));
+    const tops = [shared, shared, ceiling(greatest(this.values[2]))];
+    const unseen = rgbOf(this.frame.colour("unseen"));
     const bend = (share) => (this.scale === "sqrt" ? Math.sign(share) * Math.sqrt(Math.abs(share)) : share);
     this.maps.forEach((map, i) => {
       const signed = this.facts.signed || i === 2;

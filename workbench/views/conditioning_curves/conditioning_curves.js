@@ -15,7 +15,9 @@ export async function render({ model, el }) {
 
 class Experiments {
   constructor(frame) {
-    Object.assign(this, { frame, facts: frame.facts, at: 0 });
+    this.frame = frame;
+    this.facts = frame.facts;
+    this.at = 0;
     this.shown = new Set(this.facts.subjects.keys());
     this.words = make("p", { class: "sums" });
     this.silent = make("p", { class: "about warning" });

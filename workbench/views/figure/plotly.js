@@ -6,7 +6,8 @@ const PLOTLY_KEY = Symbol.for("workbench.plotly");
 export async function plotlyFor(frame) {
   for (;;) {
     const asked = globalThis[PLOTLY_KEY] === undefined;
-    const shared = (globalThis[PLOTLY_KEY] ??= loadPlotly(frame));
+    globalThis[PLOTLY_KEY] ??= loadPlotly(frame);
+    const shared = globalThis[PLOTLY_KEY];
     try {
       return await shared;
     } catch (error) {

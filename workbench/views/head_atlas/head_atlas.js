@@ -1,8 +1,9 @@
 // Head atlas: layers down, heads across, one canvas per kind of attention, coloured by a number per head.
 
-import { ceiling, colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
+import { colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
 import { button, checkbox, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
+import { ceiling, greatest } from "workbench/shared/scales.js";
 
 const RANKED = 40;
 
@@ -86,8 +87,7 @@ class Atlas {
   }
 
   draw() {
-    let top = 0;
-    for (let i = 0; i < this.count; i++) top = Math.max(top, Math.abs(this.at("values", i)) || 0);
+    const top = greatest(Array.from({ length: this.count }, (_, i) => this.at("values", i)));
     this.top = this.about?.unit === "mass" ? Math.min(1, ceiling(top)) : ceiling(top);
     this.meaning.textContent = this.about ? `${this.about.label}: ${this.about.meaning || "one number per head"}.` : "No statistic was captured: the atlas shows where the heads are.";
     for (const grid of this.grids) grid.draw();
@@ -111,7 +111,7 @@ class Atlas {
     const { layer, heads: chosen } = this.frame.selection;
     const rows = known.slice(0, RANKED).map((head) => {
       const bar = make("i");
-      bar.style.width = `${(100 * Math.abs(head.value)) / this.top}%`;
+      bar.style.width = `${Math.min(100, (100 * Math.abs(head.value)) / this.top)}%`;
       bar.style.backgroundColor = css(this.colour(head.value));
       const choose = button("", () => this.choose(head.grid, head.row, head.column, false), { "aria-pressed": `${head.layer === layer && chosen.includes(head.column)}` });
       const group = this.grids.length > 1 ? [make("small", {}, head.grid.group.label.replace(/[ -]attention$/, "").toLowerCase())] : [];
@@ -150,7 +150,9 @@ class Atlas {
 /** One group of sites on a canvas. */
 class Grid {
   constructor(atlas, group, box, number) {
-    Object.assign(this, { atlas, group, frame: atlas.frame });
+    this.atlas = atlas;
+    this.group = group;
+    this.frame = atlas.frame;
     this.rows = group.sites.length;
     this.columns = Math.max(...group.sites.map(({ heads }) => heads));
     this.cursor = [0, 0];
@@ -186,7 +188,11 @@ class Grid {
     const left = 34;
     const width = Math.max(3, Math.min(46, Math.floor((room - left) / this.columns)));
     const height = Math.max(6, Math.min(26, width, Math.floor(560 / this.rows)));
-    Object.assign(this, { dpr, left, top: 18, width, height: Math.max(height, Math.min(width, 14)) });
+    this.dpr = dpr;
+    this.left = left;
+    this.top = 18;
+    this.width = width;
+    this.height = Math.max(height, Math.min(width, 14));
     this.canvas.width = (left + width * this.columns + 2) * dpr;
     this.canvas.height = (this.top + this.height * this.rows + 2) * dpr;
     this.canvas.style.width = `${this.canvas.width / dpr}px`;
@@ -305,7 +311,7 @@ class Grid {
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const also = { "[": "ArrowUp", "]": "ArrowDown", ",": "ArrowLeft", ".": "ArrowRight" };
-    const to = moved(also[event.key] ?? event.key, ...this.cursor, this.rows, this.columns);
+    const to = moved(also[event.key] ?? event.key, this.cursor, [this.rows, this.columns]);
     if (event.key === "Enter" || event.key === " ") this.atlas.choose(this, ...this.cursor, event.shiftKey);
     else if (event.key === "Escape") this.frame.select({ layer: null, heads: [], site: null });
     else if (to) this.point([to[0], Math.min(to[1], this.group.sites[to[0]].heads - 1)]);

@@ -1,9 +1,10 @@
 // Head gallery: a small map for each head, in groups, and the chosen head's large with its numbers.
 
+import { prepare } from "workbench/shared/canvas.js";
 import { colourAt, gradient } from "workbench/shared/colour.js";
 import { button, checkbox, exactly, legend, make, moved, roughly } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
-import { beside, drawMap, largestOf, outline, prepare, tileWidth } from "workbench/shared/maps.js";
+import { beside, drawMap, largestOf, outline, tileWidth } from "workbench/shared/maps.js";
 
 const LARGE = 320;
 
@@ -14,6 +15,9 @@ export async function render({ model, el }) {
 }
 
 class Gallery {
+  rows = 0;
+  columns = 0;
+
   constructor(frame) {
     this.frame = frame;
     this.facts = frame.facts;
@@ -146,7 +150,7 @@ class Gallery {
 
   largeKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const to = moved(event.key, ...this.cell, this.rows, this.columns);
+    const to = moved(event.key, this.cell, [this.rows, this.columns]);
     if (to) this.point(to);
     else if (event.key === "Enter" || event.key === " ") this.choose(this.head);
     else if (!this.common(event)) return;
@@ -235,6 +239,7 @@ class Gallery {
     ink.fillStyle = this.frame.colour("muted");
     ink.font = `11px ${this.frame.colour("sans")}`;
     ink.textBaseline = "middle";
+    /** @type {(n: number, first: number) => [number, string][]} */
     const ticks = (n, first) => [...new Set(first < 0 ? [0, (n - 1) / 2, n - 1] : [0, n - 1])].map((i) => [i, `${first + i}`.replace("-", "−")]);
     ink.textAlign = "center";
     for (const [i, text] of ticks(this.columns, column0)) ink.fillText(text, x + ((i + 0.5) * width) / this.columns, y + height + 10);

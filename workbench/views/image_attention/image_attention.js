@@ -1,9 +1,10 @@
 // Image attention: all heads on the chosen image, the chosen head on all images, and one of them large.
 
+import { prepare } from "workbench/shared/canvas.js";
 import { colourAt, css, gradient } from "workbench/shared/colour.js";
 import { button, checkbox, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
-import { beside, largestOf, outline, prepare, tileWidth } from "workbench/shared/maps.js";
+import { beside, largestOf, outline, tileWidth } from "workbench/shared/maps.js";
 
 const LARGE = 320;
 const DIMMED = "rgb(20 22 26 / 0.45)"; // over the image, so that weights are brighter than anything in it
@@ -16,14 +17,25 @@ export async function render({ model, el }) {
 }
 
 class Images {
+  rows = 0;
+  columns = 0;
+  height = 0;
+  width = 0;
+  channels = 0;
+
   constructor(frame) {
     this.frame = frame;
     this.facts = frame.facts;
     [this.rows, this.columns] = this.facts.grid;
     this.keys = this.facts.prefix + this.rows * this.columns;
     [, this.height, this.width, this.channels] = frame.blocks.pixels.shape;
-    Object.assign(this, { head: this.facts.first, image: 0, cell: [this.rows >> 1, this.columns >> 1], origin: [this.rows >> 1, this.columns >> 1] });
-    Object.assign(this, { source: this.facts.prefix ? "cls" : "received", over: "both", shared: false });
+    this.head = this.facts.first;
+    this.image = 0;
+    this.cell = [this.rows >> 1, this.columns >> 1];
+    this.origin = [this.rows >> 1, this.columns >> 1];
+    this.source = this.facts.prefix ? "cls" : "received";
+    this.over = "both";
+    this.shared = false;
     this.sheets = this.facts.images.map((_, i) => this.sheet(i));
     this.build();
     this.listen();
@@ -135,7 +147,7 @@ class Images {
     return this.weights(image, head).subarray(this.facts.prefix);
   }
 
-  queryOf([row, column]) {
+  queryOf(/** @type {number[]} */ [row, column]) {
     return this.facts.prefix + row * this.columns + column;
   }
 
@@ -214,7 +226,7 @@ class Images {
 
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const to = moved(event.key, ...this.cell, this.rows, this.columns);
+    const to = moved(event.key, this.cell, [this.rows, this.columns]);
     if (to) this.point(to);
     else if (event.key === "Enter" || event.key === " ") this.choosePatch(this.cell);
     else if (!this.turn(event.key)) return;
@@ -321,7 +333,7 @@ class Images {
     const height = Math.round((width * this.height) / this.width);
     const ink = prepare(this.large, width, height);
     this.paint(ink, this.image, this.head, width, height);
-    const box = ([row, column]) => ({ x: (column * width) / this.columns, y: (row * height) / this.rows, width: width / this.columns, height: height / this.rows });
+    const box = (/** @type {number[]} */ [row, column]) => ({ x: (column * width) / this.columns, y: (row * height) / this.rows, width: width / this.columns, height: height / this.rows });
     if (this.source === "patch") outline(ink, this.frame, box(this.origin), "cursor");
     const focused = document.activeElement === this.large || this.large.getRootNode().activeElement === this.large;
     if (this.pointed || focused) outline(ink, this.frame, box(this.cell), "ink", 1);

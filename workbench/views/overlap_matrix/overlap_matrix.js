@@ -13,7 +13,9 @@ export async function render({ model, el }) {
 
 class OverlapMatrix {
   constructor(frame) {
-    Object.assign(this, { frame, names: frame.facts.circuits, measures: frame.facts.measures });
+    this.frame = frame;
+    this.names = frame.facts.circuits;
+    this.measures = frame.facts.measures;
     this.n = this.names.length;
     this.about = make("p", { class: "about" });
     this.picker = selector("Measure", this.measures.map(({ name, label }) => [name, label]), (measure) => frame.keep({ measure }));
@@ -37,11 +39,11 @@ class OverlapMatrix {
 
   key(event) {
     const row = this.cells.findIndex((cells) => cells.includes(event.target));
-    let to = moved(event.key, row, this.cells[row]?.indexOf(event.target), this.n, this.n);
+    let to = moved(event.key, [row, this.cells[row]?.indexOf(event.target)], [this.n, this.n]);
     if (!to) return;
     event.preventDefault();
     // On over the diagonal, which has no cell.
-    if (to[0] === to[1]) to = moved(event.key, ...to, this.n, this.n);
+    if (to[0] === to[1]) to = moved(event.key, to, [this.n, this.n]);
     this.cells[to[0]][to[1]]?.focus();
   }
 

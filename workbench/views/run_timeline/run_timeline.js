@@ -2,6 +2,8 @@
 
 import { button, download, exactly, make } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
+import { prepare } from "workbench/shared/canvas.js";
+import { roundUp } from "workbench/shared/scales.js";
 
 const LANE = { top: 24, height: 74, forward: [2, 12], call: [18, 26], ours: [48, 14] };
 const LEFT = 64;
@@ -15,7 +17,17 @@ export async function render({ model, el }) {
 const duration = (seconds) => (Math.abs(seconds) >= 1 ? `${exactly(seconds)} s` : Math.abs(seconds) >= 1e-3 ? `${exactly(1e3 * seconds)} ms` : `${exactly(1e6 * seconds)} µs`);
 const size = (bytes) => (bytes < 1024 ? `${bytes} bytes` : bytes < 2 ** 20 ? `${(bytes / 1024).toFixed(1)} KiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`);
 
+const NONE = new Float64Array(0);
+
 class Timeline {
+  /** In seconds, for each call: when its module began, when it was seen to return, how long recording took. */
+  entered = NONE;
+  seen = NONE;
+  took = NONE;
+  /** In seconds, for each forward. */
+  begun = NONE;
+  ended = NONE;
+
   constructor(frame) {
     this.frame = frame;
     const { times, spans, site } = frame.blocks;
@@ -121,12 +133,8 @@ class Timeline {
   // Drawing.
 
   draw() {
-    const ratio = devicePixelRatio || 1;
     const height = LANE.top + this.lanes * LANE.height;
-    Object.assign(this.canvas, { width: this.width * ratio, height: height * ratio });
-    Object.assign(this.canvas.style, { width: `${this.width}px`, height: `${height}px` });
-    const pen = this.canvas.getContext("2d");
-    pen.scale(ratio, ratio);
+    const pen = prepare(this.canvas, this.width, height);
     pen.fillStyle = this.frame.colour("paper");
     pen.fillRect(0, 0, this.width, height);
     pen.font = `12px ${getComputedStyle(this.frame.root).fontFamily}`;
@@ -146,14 +154,13 @@ class Timeline {
 
   drawTicks(pen, height) {
     const span = this.view[1] - this.view[0];
-    const power = 10 ** Math.floor(Math.log10((span * 110) / this.width));
-    const step = power * [1, 2, 5, 10].find((times) => times * power >= (span * 110) / this.width);
-    const unit = step >= 1 ? [1, "s"] : step >= 1e-3 ? [1e3, "ms"] : [1e6, "µs"];
+    const step = roundUp((span * 110) / this.width);
+    const [times, unit] = step >= 1 ? /** @type {const} */ ([1, "s"]) : step >= 1e-3 ? /** @type {const} */ ([1e3, "ms"]) : /** @type {const} */ ([1e6, "µs"]);
     for (let tick = Math.ceil(this.view[0] / step); tick * step <= this.view[1]; tick++) {
       const x = this.x(tick * step);
       pen.fillStyle = this.frame.colour("line");
       pen.fillRect(Math.round(x), LANE.top - 4, 1, height);
-      const text = `${Number((tick * step * unit[0]).toPrecision(7))} ${unit[1]}`;
+      const text = `${Number((tick * step * times).toPrecision(7))} ${unit}`;
       pen.fillStyle = this.frame.colour("muted");
       if (x + pen.measureText(text).width / 2 < this.width && x - pen.measureText(text).width / 2 > LEFT - 20) {
         pen.textAlign = "center";
@@ -163,7 +170,7 @@ class Timeline {
     pen.textAlign = "left";
   }
 
-  place(lane, [top, height]) {
+  place(lane, /** @type {number[]} */ [top, height]) {
     return [LANE.top + lane * LANE.height + top, height];
   }
 

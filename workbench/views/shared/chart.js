@@ -1,21 +1,12 @@
 // Line charts on a canvas: bands, marks, levels, a legend, a cursor for pointer and keys.
 
+import { prepare } from "./canvas.js";
 import { exactly, make } from "./dom.js";
+import { nearestTo, roundTicks, shortNumber } from "./scales.js";
 
 const CHART_HEIGHT = 280;
 const CHART_LEFT = 66;
 const CHART_BOTTOM = 40;
-
-/** Round numbers from low to high, about `wanted` of them. */
-export function roundTicks(low, high, wanted = 5) {
-  const span = high - low || 1;
-  const power = 10 ** Math.floor(Math.log10(span / wanted));
-  const step = power * [1, 2, 2.5, 5, 10].find((one) => span / (one * power) <= wanted);
-  const first = Math.ceil(low / step - 1e-9);
-  return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => Number(((first + i) * step).toPrecision(12)));
-}
-
-const shortNumber = (value) => (Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3) ? value.toExponential(0) : `${Number(value.toPrecision(4))}`);
 
 /**
  * One chart. `show` takes {title, x, y, series, marks, levels, range, logarithmic, empty}: labels of the axes; series of
@@ -24,7 +15,9 @@ const shortNumber = (value) => (Math.abs(value) >= 1e5 || (value !== 0 && Math.a
  */
 export class LineChart {
   constructor(frame, label) {
-    Object.assign(this, { frame, label, at: null });
+    this.frame = frame;
+    this.label = label;
+    this.at = null;
     this.heading = make("figcaption");
     this.legend = make("div", { class: "legend lines" });
     this.canvas = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "chart", "aria-label": `${label}. Arrow keys move over the values.` });
@@ -96,11 +89,7 @@ export class LineChart {
     const width = this.element.clientWidth;
     if (!this.content || !width) return;
     this.width = width;
-    const ratio = devicePixelRatio || 1;
-    Object.assign(this.canvas, { width: width * ratio, height: CHART_HEIGHT * ratio });
-    Object.assign(this.canvas.style, { width: `${width}px`, height: `${CHART_HEIGHT}px` });
-    const pen = this.canvas.getContext("2d");
-    pen.scale(ratio, ratio);
+    const pen = prepare(this.canvas, width, CHART_HEIGHT);
     pen.fillStyle = this.frame.colour("paper");
     pen.fillRect(0, 0, width, CHART_HEIGHT);
     pen.font = `12px ${this.frame.colour("sans")}`;
@@ -338,12 +327,6 @@ export class LineChart {
     this.at = null;
     this.draw();
   }
-}
-
-function nearestTo(xs, x) {
-  let best = 0;
-  for (let i = 1; i < xs.length; i++) if (Math.abs(xs[i] - x) < Math.abs(xs[best] - x)) best = i;
-  return best;
 }
 
 /** Charts beside each other as one picture. */

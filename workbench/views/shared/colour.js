@@ -1,5 +1,6 @@
-// Colour: sequential and diverging scales, readable ink on them, and round ends.
+// Colour: sequential and diverging scales, and readable ink on them.
 
+/** @param {string} stops */
 function tableOf(stops) {
   const rgb = stops.split(" ").map((hex) => [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16)));
   return Array.from({ length: 256 }, (_, i) => {
@@ -10,31 +11,60 @@ function tableOf(stops) {
 }
 
 const VIRIDIS = tableOf("440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1f9f88 27ad81 3dbc74 5cc863 81d34d aadc32 d5e21a fde725");
+/** @type {Record<string, number[][]>} */
 const DIVERGING = {
   light: tableOf("1b2f63 24509b 3b7cbf 7fb0d9 c2dcec f4f4f2 f6d0b4 e69b72 cc5f45 a12b33 681221"),
   dark: tableOf("a6d4ff 6fb0ea 3f86c6 275a8f 1d3856 24262b 52261f 8c3b2b c25c3d ec9165 ffcba4"),
 };
 
-/** [red, green, blue] of the sequential scale, from 0 to 1. */
+/**
+ * [red, green, blue] of the sequential scale, from 0 to 1.
+ * @param {number} t
+ */
 export const colourAt = (t) => VIRIDIS[Math.round(255 * Math.min(1, Math.max(0, t)))];
 
-/** [red, green, blue] of the diverging scale, from −1 to 1; the middle is the background of the theme. */
+/**
+ * [red, green, blue] of the diverging scale, from −1 to 1; the middle is the background of the theme.
+ * @param {number} t
+ * @param {string} theme
+ */
 export const divergingAt = (t, theme) => DIVERGING[theme][Math.round(127.5 + 127.5 * Math.min(1, Math.max(-1, t)))];
 
+/** @type {Map<string, number[]>} */
+const READ = new Map();
+/** @type {CanvasRenderingContext2D | null} */
+let pen = null;
+
+/**
+ * [red, green, blue] of a colour as a browser reads it: "white", "#111", "rgb(1 2 3)". What it cannot read is black.
+ * @param {string} colour
+ * @returns {number[]}
+ */
+export function rgbOf(colour) {
+  if (!READ.has(colour)) {
+    pen ??= /** @type {CanvasRenderingContext2D} */ (document.createElement("canvas").getContext("2d", { willReadFrequently: true }));
+    pen.fillStyle = "#000";
+    pen.fillStyle = colour;
+    pen.fillRect(0, 0, 1, 1);
+    READ.set(colour, [...pen.getImageData(0, 0, 1, 1).data.subarray(0, 3)]);
+  }
+  return READ.get(colour) ?? [0, 0, 0];
+}
+
+/** @param {number[]} rgb */
 export const css = (rgb) => `rgb(${rgb.join(" ")})`;
 
-/** Black or white, whichever is easier to read on a colour. */
+/**
+ * Black or white, whichever is easier to read on a colour.
+ * @param {number[]} rgb
+ */
 export function inkOn(rgb) {
   const [r, g, b] = rgb.map((c) => (c <= 10.31 ? c / 3294.6 : ((c / 255 + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
 }
 
-/** The least round number that is not below the value. */
-export function ceiling(value) {
-  if (!(value > 0)) return 1;
-  const power = 10 ** Math.floor(Math.log10(value));
-  return power * [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10].find((step) => step * power >= value * 0.9999);
-}
-
-/** A CSS gradient of a scale from `at(0)` to `at(1)`. */
+/**
+ * A CSS gradient of a scale from `at(0)` to `at(1)`.
+ * @param {(t: number) => number[]} at
+ */
 export const gradient = (at) => `linear-gradient(to right, ${Array.from({ length: 33 }, (_, i) => css(at(i / 32))).join(", ")})`;

@@ -1,42 +1,72 @@
 // Small helpers. Text from a spec reaches the page through text nodes and attributes only.
 
-/** An element with attributes and children; strings become text nodes. */
+/**
+ * An element with attributes and children; strings become text nodes.
+ * @template {keyof HTMLElementTagNameMap} Tag
+ * @param {Tag} tag
+ * @param {Record<string, unknown>} attributes null and false: not there; true: there without a value
+ * @param {(Node | string)[]} children
+ * @returns {any} the element, with whatever a view hangs on it
+ */
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+    if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : `${value}`);
   }
   element.append(...children);
   return element;
 }
 
-/** The text, or its beginning and an ellipsis. */
+/**
+ * The text, or its beginning and an ellipsis.
+ * @param {string} text
+ */
 export function cut(text, longest = 24) {
   const letters = Array.from(text);
-  return letters.length > longest ? letters.slice(0, longest - 1).join("") + "…" : text;
+  return letters.length > longest ? `${letters.slice(0, longest - 1).join("")}…` : text;
 }
 
-/** A token with its position, for sentences: “␣the” (4). */
+/**
+ * A token with its position, for sentences: “␣the” (4).
+ * @param {string | null | undefined} token
+ * @param {number} at
+ */
 export const named = (token, at, longest = 40) => (token === null || token === undefined ? `position ${at}` : `“${cut(token, longest)}” (${at})`);
 
-/** A number with six digits, in powers of ten when it is very small or large. */
+/**
+ * A number with six digits, in powers of ten when it is very small or large.
+ * @param {number | null} value
+ */
 export function exactly(value) {
   if (value === null || Number.isNaN(value)) return "not known";
   const size = Math.abs(value);
   return size === 0 || (size >= 1e-4 && size < 1e6) ? `${Number(value.toPrecision(6))}` : value.toExponential(3);
 }
 
-/** A number to read at a glance: three digits. */
+/**
+ * A number to read at a glance: three digits.
+ * @param {number} value
+ */
 export const roughly = (value) => (Number.isFinite(value) ? `${Number(value.toPrecision(3))}` : "–");
 
-/** A labelled select; `choose` is called with the value. */
+/**
+ * A labelled select; `choose` is called with the value.
+ * @param {string} label
+ * @param {(string | number)[][]} options values and their texts
+ * @param {(value: string) => void} choose
+ */
 export function selector(label, options, choose) {
-  const select = make("select", {}, ...options.map(([value, text]) => make("option", { value }, text)));
+  const select = make("select", {}, ...options.map(([value, text]) => make("option", { value }, `${text}`)));
   select.addEventListener("change", () => choose(select.value));
   return { select, field: make("label", { class: "field" }, make("span", {}, label), select) };
 }
 
-/** A labelled check box; `choose` is called with true or false. */
+/**
+ * A labelled check box; `choose` is called with true or false.
+ * @param {string} label
+ * @param {boolean} checked
+ * @param {(checked: boolean) => void} choose
+ */
 export function checkbox(label, checked, choose) {
   const box = make("input", { type: "checkbox", checked });
   const text = make("span", {}, label);
@@ -44,26 +74,38 @@ export function checkbox(label, checked, choose) {
   return { box, text, field: make("label", { class: "field check" }, box, text) };
 }
 
+/** @param {string} text @param {(event: MouseEvent) => void} press @param {Record<string, unknown>} attributes */
 export function button(text, press, attributes = {}) {
   const made = make("button", { type: "button", ...attributes }, text);
   made.addEventListener("click", press);
   return made;
 }
 
-/** A colour bar. `ticks` are [place 0 to 1, text]; `at` gives the colour of a place. */
+/**
+ * A colour bar. `ticks` are [place 0 to 1, text]; `at` gives the colour of a place.
+ * @param {string} gradient
+ * @param {(number | string)[][]} ticks
+ * @param {(Node | string)[]} more
+ */
 export function legend(gradient, ticks, ...more) {
   const bar = make("div", { class: "bar" });
   bar.style.backgroundImage = gradient;
   const marks = ticks.map(([at, text]) => {
-    const mark = make("span", {}, text);
-    mark.style.left = `${100 * at}%`;
+    const mark = make("span", {}, `${text}`);
+    mark.style.left = `${100 * Number(at)}%`;
     return mark;
   });
   return make("div", { class: "legend" }, make("div", { class: "scale" }, bar, make("div", { class: "ticks" }, ...marks)), ...more);
 }
 
-/** Move by arrow keys, Home and End within rows x columns; null for other keys. */
-export function moved(key, row, column, rows, columns) {
+/**
+ * Move by arrow keys, Home and End within rows x columns; null for other keys.
+ * @param {string} key
+ * @param {number[]} from row and column
+ * @param {number[]} shape rows and columns
+ */
+export function moved(key, [row, column], [rows, columns]) {
+  /** @type {Record<string, number[]>} */
   const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   if (key === "Home") return [row, 0];
   if (key === "End") return [row, columns - 1];
@@ -72,7 +114,12 @@ export function moved(key, row, column, rows, columns) {
   return [Math.min(rows - 1, Math.max(0, row + down)), Math.min(columns - 1, Math.max(0, column + right))];
 }
 
-/** Hand a file to the person who asked for it. */
+/**
+ * Hand a file to the person who asked for it.
+ * @param {string} name
+ * @param {string} type
+ * @param {BlobPart[]} parts
+ */
 export function download(name, type, parts) {
   const url = URL.createObjectURL(new Blob(parts, { type }));
   const link = make("a", { href: url, download: name });

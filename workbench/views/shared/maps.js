@@ -26,18 +26,6 @@ export function drawMap(ink, values, rows, columns, top, { x, y, width, height }
   }
 }
 
-/** Give a canvas its size on the page and sharp pixels; its context. */
-export function prepare(canvas, width, height) {
-  const dpr = window.devicePixelRatio || 1;
-  canvas.width = width * dpr;
-  canvas.height = height * dpr;
-  canvas.style.width = `${width}px`;
-  canvas.style.height = `${height}px`;
-  const ink = canvas.getContext("2d");
-  ink.setTransform(dpr, 0, 0, dpr, 0, 0);
-  return ink;
-}
-
 /** A frame around a box, on paper so that it shows on every colour. */
 export function outline(ink, frame, box, colour, width = 2) {
   ink.lineWidth = width + 2;

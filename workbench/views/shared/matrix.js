@@ -19,13 +19,28 @@ function halved({ cells, rows, columns }, size) {
   return { cells: found, rows: h, columns: w };
 }
 
+/**
+ * @typedef {object} Options
+ * @property {() => string} label
+ * @property {(i: number) => string} rowName
+ * @property {(i: number) => string} columnName
+ * @property {(row: number, column: number) => string[]} read lines of text
+ * @property {(row: number, column: number) => void} choose
+ * @property {() => void} clear
+ * @property {(byte: number) => number} [size] for pooling: the byte itself where there is none
+ * @property {(event: KeyboardEvent) => void} [more] keys that the matrix does not know
+ * @property {(map: Matrix) => void} [moved] after a zoom
+ * @property {(cell: number[] | null) => void} [pointed]
+ */
+
 export class Matrix {
-  /**
-   * options: label, rowName(i), columnName(i), read(row, column) -> lines of text, choose(row, column), clear(),
-   * rowTitle, columnTitle, size(byte) for pooling (the byte itself by default).
-   */
+  /** @param {import("./frame.js").Frame} frame @param {Options} options */
   constructor(frame, options) {
-    Object.assign(this, { frame, size: (byte) => byte, ...options });
+    this.frame = frame;
+    this.options = options;
+    /** @type {(byte: number) => number} */
+    this.size = options.size ?? ((byte) => byte);
+    this.head = 0;
     this.canvas = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "matrix" });
     this.element = make("div", { class: "matrix" }, this.canvas);
     this.cursor = null;
@@ -44,7 +59,11 @@ export class Matrix {
   /** New cells: bytes rows x columns, each `block` x `block` positions of `height` x `width`; byte 0 stands for nothing. */
   setCells(cells, rows, columns, block, height, width) {
     this.levels = [{ cells, rows, columns }];
-    Object.assign(this, { rows, columns, block, height, width });
+    this.rows = rows;
+    this.columns = columns;
+    this.block = block;
+    this.height = height;
+    this.width = width;
     if (!this.view || this.view.height !== height || this.view.width !== width) this.whole();
   }
 
@@ -80,7 +99,7 @@ export class Matrix {
     this.view = view;
     this.overlay = null;
     this.draw();
-    this.moved?.(this);
+    this.options.moved?.(this);
   }
 
   // Drawing.
@@ -102,7 +121,8 @@ export class Matrix {
     const hidden = this.hiddenColumn < 0 ? -1 : this.hiddenColumn >> l;
     if (hidden >= 0 && l === 0) for (let row = 0; row < rows; row++) packed[row * columns + hidden] = colours[0];
     ink.putImageData(image, 0, 0);
-    return (this.images[l] = made);
+    this.images[l] = made;
+    return made;
   }
 
   edgeWidth(ink, names) {
@@ -117,8 +137,8 @@ export class Matrix {
     const ink = this.canvas.getContext("2d");
     const { rows, columns, top, left } = this.view;
     const some = (n, start, name) => Array.from({ length: Math.min(n, 200) }, (_, i) => cut(name(start + Math.floor((i * n) / Math.min(n, 200))), 14));
-    const leftEdge = this.edgeWidth(ink, some(rows, top, this.rowName));
-    const topEdge = this.edgeWidth(ink, some(columns, left, this.columnName));
+    const leftEdge = this.edgeWidth(ink, some(rows, top, this.options.rowName));
+    const topEdge = this.edgeWidth(ink, some(columns, left, this.options.columnName));
     let w = (room - leftEdge - 4) / columns;
     let h = Math.min(TALLEST, room) / rows;
     const square = rows / columns > 0.34 && rows / columns < 3;
@@ -131,14 +151,15 @@ export class Matrix {
 
   draw() {
     if (!this.table || !this.element.isConnected) return;
-    const at = (this.at = this.layout());
+    const at = this.layout();
+    this.at = at;
     const { rows, columns } = this.view;
     this.canvas.width = Math.ceil((at.left + at.w * columns + 3) * at.dpr);
     this.canvas.height = Math.ceil((at.top + at.h * rows + 3) * at.dpr);
     this.canvas.style.width = `${this.canvas.width / at.dpr}px`;
     this.canvas.style.height = `${this.canvas.height / at.dpr}px`;
     Object.assign(this.canvas.dataset, { left: at.left, top: at.top, cell: at.w, height: at.h });
-    this.canvas.setAttribute("aria-label", this.label());
+    this.canvas.setAttribute("aria-label", this.options.label());
     this.compose();
   }
 
@@ -188,7 +209,7 @@ export class Matrix {
       if (across) ink.rotate(-Math.PI / 2);
       ink.font = `${loud ? "600 " : ""}${font}px ${frame.colour("mono")}`;
       ink.fillStyle = frame.colour(loud ? "accent" : "ink");
-      ink.fillText(this.fitted(ink, (across ? this.columnName : this.rowName)(start + i), edge - 3), 0, 0);
+      ink.fillText(this.fitted(ink, (across ? this.options.columnName : this.options.rowName)(start + i), edge - 3), 0, 0);
       ink.restore();
     }
     ink.restore();
@@ -256,7 +277,7 @@ export class Matrix {
     if (this.grip && this.zoomed) return this.drag(event);
     const cell = this.cellAt(event);
     this.point(cell);
-    if (cell) this.frame.showTip(event, this.read(...cell));
+    if (cell) this.frame.showTip(event, this.options.read(cell[0], cell[1]));
     else this.frame.hideTip();
   }
 
@@ -281,7 +302,7 @@ export class Matrix {
     const { grip } = this;
     this.grip = null;
     const cell = this.cellAt(event);
-    if (grip && !grip.far && cell) this.choose(...cell);
+    if (grip && !grip.far && cell) this.options.choose(cell[0], cell[1]);
   }
 
   wheel(event) {
@@ -294,15 +315,15 @@ export class Matrix {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const { view, block } = this;
     const start = this.cursor ?? [Math.max(view.top, Math.min(this.chosen.row ?? view.top, view.top + view.rows - 1)), Math.max(view.left, Math.min(this.chosen.column ?? view.left, view.left + view.columns - 1))];
-    if (event.key === "Enter" || event.key === " ") this.choose(...start);
-    else if (event.key === "Escape") this.clear();
+    if (event.key === "Enter" || event.key === " ") this.options.choose(start[0], start[1]);
+    else if (event.key === "Escape") this.options.clear();
     else if (event.key === "+" || event.key === "=") this.zoom(0.5, start);
     else if (event.key === "-") this.zoom(2, start);
     else if (event.key === "0") this.show({ ...view, top: 0, left: 0, rows: this.height, columns: this.width });
     else {
       const [row, column] = start.map((i) => Math.floor(i / block));
-      const to = moved(event.key, row, column, this.rows, this.columns)?.map((i) => i * block);
-      if (!to) return this.more?.(event);
+      const to = moved(event.key, [row, column], [this.rows, this.columns])?.map((i) => i * block);
+      if (!to) return this.options.more?.(event);
       const into = (i, first, n, most) => (i < first ? i : i >= first + n ? Math.min(most - n, i - n + block) : first);
       const [top, left] = [into(to[0], view.top, view.rows, this.height), into(to[1], view.left, view.columns, this.width)];
       if (top !== view.top || left !== view.left) this.show({ ...view, top, left });
@@ -314,8 +335,8 @@ export class Matrix {
   point(cell) {
     if (`${cell}` === `${this.cursor}`) return;
     this.cursor = cell;
-    if (cell) this.frame.say(this.read(...cell).join(" · "));
-    this.pointed?.(cell);
+    if (cell) this.frame.say(this.options.read(cell[0], cell[1]).join(" · "));
+    this.options.pointed?.(cell);
     requestAnimationFrame(() => this.compose());
   }
 }

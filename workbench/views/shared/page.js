@@ -24,7 +24,7 @@ class Still {
     if (event === "change:state") this.followers.add(told);
   }
 
-  off(event, told) {
+  off(_event, told) {
     this.followers.delete(told);
   }
 
@@ -85,9 +85,12 @@ addEventListener("hashchange", () => {
 
 // The figure that someone works with is the place that the address names.
 for (const event of ["pointerdown", "focusin"]) {
-  addEventListener(event, ({ target }) => (place = target.closest?.("figure[id]")?.id ?? place));
+  addEventListener(event, ({ target }) => {
+    if (target instanceof Element) place = target.closest("figure[id]")?.id ?? place;
+  });
 }
 
+/** @type {HTMLSelectElement | null} */
 const themes = document.querySelector("#theme");
 themes?.addEventListener("change", () => {
   if (themes.value === "auto") delete document.documentElement.dataset.theme;
@@ -96,7 +99,9 @@ themes?.addEventListener("change", () => {
 
 /** Draw all views of the page. @param views for each kind its `render` */
 export async function draw(views) {
-  for (const el of document.querySelectorAll(".workbench-view")) {
+  /** @type {NodeListOf<HTMLElement>} */
+  const places = document.querySelectorAll(".workbench-view");
+  for (const el of places) {
     const spec = JSON.parse(document.getElementById(el.dataset.view).textContent);
     const model = new Still(spec, el.dataset.view);
     stills.push(model);

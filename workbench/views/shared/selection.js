@@ -2,9 +2,12 @@
 
 const NOTHING = { layer: null, heads: [], query: null, key: null, token: null, site: null, example: null };
 
+const STORE = Symbol.for("workbench.selection");
+
 /** One store per document, however many modules ask for it. */
 export function sharedSelection() {
-  return (globalThis[Symbol.for("workbench.selection")] ??= new Store());
+  globalThis[STORE] ??= new Store();
+  return globalThis[STORE];
 }
 
 class Store {
@@ -47,7 +50,7 @@ export function fromAddress(text) {
       try {
         change.site = decodeURIComponent(part.slice(2));
       } catch {
-        continue; // not an address that we wrote
+        // not an address that we wrote
       }
     }
   }

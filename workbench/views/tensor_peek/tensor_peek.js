@@ -1,9 +1,11 @@
 // Tensor peek: statistics, a histogram, and slices of tensors. Other slices come from the kernel where one lives.
 
 import { arrayOf } from "workbench/shared/blocks.js";
-import { ceiling, colourAt, divergingAt, gradient } from "workbench/shared/colour.js";
+import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.js";
 import { cut, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
+import { ceiling, greatest } from "workbench/shared/scales.js";
+import { prepare } from "workbench/shared/canvas.js";
 
 const CHOSEN = { layer: "layer", query: "query", key: "key", token: "token" }; // names of axes that are a selection's
 const BARS = { width: 420, height: 130, left: 46, bottom: 22 };
@@ -15,6 +17,9 @@ export async function render({ model, el }) {
 }
 
 class Peek {
+  rows = 0;
+  columns = 0;
+
   constructor(frame) {
     this.frame = frame;
     this.cell = [0, 0];
@@ -120,7 +125,8 @@ class Peek {
 
   async load() {
     const { blocks, live } = this.frame;
-    const asked = (this.asked = (this.asked ?? 0) + 1);
+    const asked = (this.asked ?? 0) + 1;
+    this.asked = asked;
     const number = this.held();
     if (number !== null) {
       const { data, shape } = blocks[`slices:${this.number}`];
@@ -171,14 +177,10 @@ class Peek {
     this.across = columns > room ? room / columns : Math.max(1, Math.min(28, Math.floor(room / columns)));
     this.down = rows > 512 ? 1 : Math.max(1, Math.min(28, Math.floor(room / Math.max(rows, columns)), Math.floor(420 / rows) || 1));
     if (rows === 1) this.down = 28;
-    const ratio = devicePixelRatio || 1;
     const [width, height] = [columns * this.across, rows * this.down];
-    Object.assign(this.tile, { width: Math.ceil(width * ratio), height: Math.ceil(height * ratio) });
-    Object.assign(this.tile.style, { width: `${width}px`, height: `${height}px` });
-    const pen = this.tile.getContext("2d");
+    const pen = prepare(this.tile, width, height);
     pen.imageSmoothingEnabled = false;
-    pen.scale(ratio, ratio);
-    this.top = ceiling(this.slice.data.reduce((top, value) => (Number.isFinite(value) ? Math.max(top, Math.abs(value)) : top), 0));
+    this.top = ceiling(greatest(this.slice.data));
     const image = this.image(rows, columns);
     pen.drawImage(image, 0, 0, width, height);
     if (this.entered) {
@@ -198,7 +200,7 @@ class Peek {
     const canvas = make("canvas", { width: columns, height: rows });
     const pen = canvas.getContext("2d");
     const pixels = pen.createImageData(columns, rows);
-    const unseen = [1, 3, 5].map((i) => parseInt(this.frame.colour("unseen").slice(i, i + 2), 16));
+    const unseen = rgbOf(this.frame.colour("unseen"));
     const at = this.colours();
     this.slice.data.forEach((value, i) => pixels.data.set([...(Number.isFinite(value) ? at(value / this.top) : unseen), 255], 4 * i));
     pen.putImageData(pixels, 0, 0);
@@ -232,12 +234,8 @@ class Peek {
     const { counts, edges } = this;
     this.bars.hidden = this.heading.hidden = !counts.length;
     if (!counts.length) return;
-    const ratio = devicePixelRatio || 1;
-    Object.assign(this.bars, { width: width * ratio, height: (height + bottom) * ratio });
-    Object.assign(this.bars.style, { width: `${width}px` });
+    const pen = prepare(this.bars, width, height + bottom);
     this.bars.setAttribute("aria-label", `${this.heading.textContent}, ${counts.length} bars. Arrow keys move over them.`);
-    const pen = this.bars.getContext("2d");
-    pen.scale(ratio, ratio);
     pen.font = `11px ${getComputedStyle(this.frame.root).fontFamily}`;
     const top = Math.max(...counts);
     const step = (width - left - 4) / counts.length;
@@ -324,7 +322,7 @@ class Peek {
 
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || !this.slice) return;
-    const next = moved(event.key, ...this.cell, ...this.slice.shape);
+    const next = moved(event.key, this.cell, this.slice.shape);
     if (next) this.go(this.entered ? next : this.cell, false);
     else if (event.key === "Enter" || event.key === " ") this.go(this.cell, true);
     else if (event.key === "Escape") {
@@ -358,7 +356,7 @@ class Peek {
   }
 
   barKey(event) {
-    const next = moved(event.key, 0, this.bin, 1, this.counts.length);
+    const next = moved(event.key, [0, this.bin], [1, this.counts.length]);
     if (!next || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     this.bin = this.onBars ? next[1] : this.bin;

@@ -76,7 +76,10 @@ function outlook(s) {
 
 class WhatIf {
   constructor(frame) {
-    Object.assign(this, { frame, facts: frame.facts, sliders: {}, values: {} });
+    this.frame = frame;
+    this.facts = frame.facts;
+    this.sliders = {};
+    this.values = {};
     this.settings = { ...frame.facts.start };
     this.about = make("p", { class: "about" });
     this.warning = make("p", { class: "about warning" });

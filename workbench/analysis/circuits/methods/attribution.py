@@ -7,6 +7,7 @@ stream before its norm, for the queries, keys and values of each head apart.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,7 @@ from workbench.analysis.circuits.model.modules import Projection, unchanged
 from workbench.errors import InterventionError
 
 Path = Literal["inputs", "activations"]
+_GAP = 1.0  # share of the metric's difference by which integrated gradients may miss it without a warning
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,14 @@ class EdgeScores:
         examples: [example, edge] in the order of `Graph.edges`, or None.
         input_total: [example] sum of (input_clean − input_twin) · ∂m/∂input over the inputs of all streams, all paths
             together: by completeness it goes to the difference of the metric as steps grow (along "inputs").
+        completeness_gap: how far the mean of `input_total` is from the mean difference of the metric between prompts
+            and twins, as a share of that difference; None along "activations", whose sums are of single places.
     """
 
     scores: Tensor
     examples: Tensor | None
     input_total: Tensor
+    completeness_gap: float | None
 
 
 def attribute_edges(
@@ -61,6 +66,9 @@ def attribute_edges(
 
     Raises:
         InterventionError: a metric without gradient, or that is smallest on the prompt.
+
+    Warns:
+        UserWarning: several steps miss completeness by more than the whole difference of the metric.
     """
     if not setup.metric.differentiable or (setup.metric.against_clean and steps == 1):
         zero = "it is smallest on the prompts, so its gradient is zero there"
@@ -85,7 +93,27 @@ def attribute_edges(
             kept.append(found[0][:, graph.exists].float())
     setup.take_baselines(torch.cat(clean), torch.cat(corrupted))
     scores = (total / len(setup.task)).masked_fill(~graph.exists, torch.nan)
-    return EdgeScores(scores, torch.cat(kept) if keep_examples else None, torch.cat(inputs))
+    gap = _completeness_gap(setup, torch.cat(inputs), steps) if path == "inputs" else None
+    return EdgeScores(scores, torch.cat(kept) if keep_examples else None, torch.cat(inputs), gap)
+
+
+def _completeness_gap(setup: Setup, input_total: Tensor, steps: int) -> float:
+    """How far attributions of the input are from what they should sum to; warns where it is more than the whole.
+
+    Circuits rank edges, for which a few steps do; sums that are off by more than the difference itself say that the
+    metric moves between the steps.
+    """
+    change, found = float((setup.clean - setup.corrupted).mean()), float(input_total.mean())
+    gap = abs(found - change) / abs(change)
+    if steps > 1 and gap > _GAP:
+        warnings.warn(
+            f"integrated gradients in {steps} steps sum to {found:.3g} where {setup.metric.name} changes by "
+            f"{change:.3g} between twins and prompts ({gap:.0%} off): the metric moves between the steps; "
+            "raise steps=, such as to 64",
+            UserWarning,
+            stacklevel=5,
+        )
+    return gap
 
 
 class _Batch:

@@ -1,0 +1,103 @@
+"""Where the token positions of a module's inputs are, how one of them is changed, and what that moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.hooks.look.replay import ModuleCall, mapped, tensors
+
+
+def positions_of(call: ModuleCall, batch: int) -> list[tuple[int, int]]:
+    """(axis, length) of the positions of a call's inputs, once for each length: sequences of another length are others.
+
+    Ids are [batch, position]; features are the last axis, or after the batch where a convolution reads the input; where
+    nothing inside tells, positions are as many as around the module.
+    """
+    spots: dict[int, int] = {}
+    around = [n for _, n in positions_of(call.outer, batch)[:1]] if call.outer else []
+    given = list(tensors([call.args, call.kwargs]))
+    width = given[0].shape[1 if call.features == 1 else -1] if given and given[0].dim() >= 3 else None
+    for t in given:
+        axis = _axis(t, call.features, batch, around)
+        if axis is None or t.shape[axis] < 2 or (t is not given[0] and t.shape[axis] == width):
+            continue  # a state [batch, feature, ...] has as many rows as there are features
+        spots.setdefault(t.shape[axis], axis)
+    return [(axis, n) for n, axis in spots.items()]
+
+
+def _axis(t: Tensor, features: int | None, batch: int, around: list[int]) -> int | None:
+    if t.dim() == 2 and t.dtype == torch.long:
+        return 1 if t.shape[0] == batch else None
+    if not t.is_floating_point() or t.dim() < 2 or _is_mask(t):
+        return None
+    if t.dim() == 2:
+        return 0 if t.shape[0] > batch else None
+    if t.dim() == 3 and t.shape[1] == batch != t.shape[0]:
+        return 0  # positions first
+    if t.dim() == 3 and features is None and [n in around for n in t.shape].count(True) == 1:
+        return [n in around for n in t.shape].index(True)
+    return t.dim() - (1 if features == 1 else 2)
+
+
+def moved(call: ModuleCall, axis: int, length: int, j: int) -> Any:
+    """A call's (args, kwargs) with position j of every tensor of that length changed; ids are swapped for others."""
+
+    def one(t: Tensor) -> Tensor:
+        if t.dim() <= axis or t.shape[axis] != length or _is_mask(t):
+            return t
+        t, noise = t.clone(), torch.Generator().manual_seed(j)
+        part = t.select(axis, j)
+        if t.is_floating_point():
+            spread = torch.nan_to_num(t.float().std(correction=0)) + 1e-6
+            part += (torch.randn(part.shape, generator=noise).to(t.device) * spread).to(t.dtype)
+        elif t.dtype == torch.long and t.dim() == 2 and not _counts_or_marks(t):
+            part.copy_(t.flatten()[(part * 7 + 3) % t.numel()])
+        return t
+
+    return mapped(one, (call.args, call.kwargs))
+
+
+def _counts_or_marks(ids: Tensor) -> bool:
+    """Whether integers are a list of positions, or a mask, rather than ids of tokens."""
+    return not bool(ids[0].diff().ne(1).any()) or ids.unique().numel() <= 2
+
+
+def _is_mask(t: Tensor) -> bool:
+    """An additive mask; square images have its shape, but not its values."""
+    return t.dim() == 4 and t.is_floating_point() and bool(((t == 0) | (t < -1e4)).all())
+
+
+def speaking(output: Any, length: int, batch: int) -> int | None:
+    """Number of the first tensor of an output that has positions; others are weights, caches, logits of routers."""
+    for i, t in enumerate(tensors(output)):
+        flat = t.dim() == 2 and t.shape[0] == length * batch
+        if t.is_floating_point() and t.dim() >= 2 and (length in t.shape or flat):
+            return i
+    return None
+
+
+def reach(before: Any, after: Any, which: int, length: int, batch: int, j: int) -> tuple[int, ...] | None:
+    """Which positions of an output differ, along the axis where the fewest do; None: the output has changed its shape.
+
+    Rounding does not count: less than 64 units in the last place of the largest number.
+    """
+    if len(list(tensors(after))) <= which:
+        return None
+    a, b = (list(tensors(x))[which] for x in (before, after))
+    if a.shape != b.shape:
+        return None
+    a, b = a.double().nan_to_num(posinf=0, neginf=0), b.double().nan_to_num(posinf=0, neginf=0)
+    eps = torch.finfo(list(tensors(before))[which].dtype).eps
+    change = (a - b).abs() > 64 * eps * a.abs().max()
+    ways = []
+    for axis, size in enumerate(change.shape):
+        at = change.movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
+        if size == length:
+            ways.append(at)
+        elif axis == 0 and change.dim() == 2 and size == length * batch:
+            ways += [at % length, at // batch]
+    found = [tuple(sorted(set(at.tolist()))) for at in ways]
+    return min(found, key=lambda at: (len(set(at) - {j}), len(at)), default=())

@@ -1,0 +1,273 @@
+"""Files with something changed in them: damaged ones are noticed, those made to fit are read or refused, never more.
+
+A file that someone changed and signed again may be read, if it still is one; all else is a `FormatError`. The mutations
+are drawn from fixed seeds, so that a failure can be found again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import workbench
+from workbench.analysis.circuits import mib
+from workbench.analysis.circuits.circuit import Circuit
+from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.errors import FormatError
+from workbench.storage import files
+from workbench.storage.parts import loads
+from workbench.sweep.result import Sweep
+
+NASTY: list[Any] = [
+    None, True, 0, -1, 10**30, 1e308, float("nan"), float("inf"), "", "x" * 10_000, "\ud800", "\u202e", "../../x", [],
+    {}, [[]], {"tensor": "nope"}, {"tensor": None}, {"tensor": ["a"]}, {"array": "nope"}, {"tuple": 5},
+    {"items": [[1]]}, {"items": [[[], 1]]}, {"items": 5}, {"": 1}, 2**63, "\x00", [None] * 50,
+]  # fmt: skip
+Change = Callable[[Any, dict[str, Tensor], random.Random], str | None]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield from places(item, (*path, key))
+
+
+def owner_of(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path[:-1]:
+        value = value[key]
+    return value
+
+
+def put(header: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
+    path = draw.choice([path for path in places(header) if path])
+    owner_of(header, path)[path[-1]] = draw.choice(NASTY)
+
+
+def removed(header: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
+    path = draw.choice([path for path in places(header) if path])
+    del owner_of(header, path)[path[-1]]
+
+
+def added(header: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
+    path = draw.choice([path for path in places(header) if isinstance(owner_of(header, (*path, 0)), dict)])
+    owner_of(header, (*path, 0))[draw.choice(["zzz", "__class__", "tensor", "tuple", "site"])] = draw.choice(NASTY)
+
+
+def deep(header: Any, tensors: dict[str, Tensor], draw: random.Random) -> str:
+    path = draw.choice([path for path in places(header) if path])
+    owner_of(header, path)[path[-1]] = "@"
+    n = draw.choice([100, 1000, 100_000])
+    return json.dumps(header).replace('"@"', "[" * n + "]" * n, 1)
+
+
+def doubled(header: Any, tensors: dict[str, Tensor], draw: random.Random) -> str:
+    return json.dumps(header)[:-1] + f", {json.dumps(draw.choice(list(header)))}: {json.dumps(draw.choice(NASTY))}}}"
+
+
+def raw(header: Any, tensors: dict[str, Tensor], draw: random.Random) -> str:
+    return draw.choice(["", "null", "[]", "5", "{", "NaN", "{}", '{"version": 2}', '{"version": null}',
+                        '{"version": [2]}', '{"version": 2, "fields": 5}', "\ufeff{}", "1" * 5000])  # fmt: skip
+
+
+def reshaped(header: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
+    name = draw.choice(sorted(tensors))
+    one = tensors[name]
+    tensors[name] = draw.choice([one.flatten(), one[None], one.flatten()[:1], one.flatten()[:0], one.reshape(-1, 1)])
+
+
+def recast(header: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
+    name = draw.choice(sorted(tensors))
+    dtypes = [torch.float64, torch.float16, torch.int64, torch.bool, torch.uint8, torch.bfloat16]
+    tensors[name] = tensors[name].to(draw.choice(dtypes))
+
+
+def swapped(header: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
+    a, b = draw.choice(sorted(tensors)), draw.choice(sorted(tensors))
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+def lost(header: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
+    del tensors[draw.choice(sorted(tensors))]
+
+
+CHANGES: list[Change] = [put, put, put, removed, added, deep, doubled, raw, reshaped, recast, swapped, lost]
+
+
+def changed(path: Path, target: Path, draw: random.Random) -> None:
+    """One change, signed as one who knows the format would."""
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata()
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    header = json.loads(told["header"])
+    text = draw.choice(CHANGES)(header, tensors, draw)
+    text = json.dumps(header) if text is None else text
+    tensors = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    save_file(tensors, target, told | {"header": text, "sha256": files._digest(text, tensors)})
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
+    """A small file of each kind, and what reads it and uses what was read."""
+    folder = tmp_path_factory.mktemp("written")
+    model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
+    names = ("entropy", "received", "top_keys", "pooled_max")
+    with workbench.attach(model) as wb, torch.no_grad(), wb.capture(names, z=True, values=True) as cap:
+        model(torch.randn(1, 7, 16))
+    graph = Graph((Layer(2, 1), Layer(2, 1)), 8)
+    n, edges = len(graph.senders), (len(graph.senders), len(graph.receivers))
+    torch.manual_seed(0)
+    made = (torch.ones(n).bool(), graph.exists, torch.randn(n).double(), torch.randn(edges).double())
+    circuit = Circuit.from_mib(mib.write(folder / "circuit.json", graph, *made))
+    sweep = Sweep(
+        variants=("a", "b"), metrics=("m",), values=torch.randn(2, 1, 3).double(), clean=torch.randn(1, 3).double(),
+        done=torch.ones(2, 2).bool(), batch_sizes=(2, 1), mode="full", reason="", batched=True, identity={"a": [1]},
+        provenance={},
+    )  # fmt: skip
+
+    def captured(path: Path) -> None:
+        found = workbench.load_capture(path)
+        repr(found)
+        for site in [site for call in found.calls for site in call]:
+            repr(site)
+
+    def circuited(path: Path) -> None:
+        found = Circuit.load(path)
+        repr(found)
+        assert found.table is not None
+
+    def swept(path: Path) -> None:
+        found = Sweep.load(path)
+        repr(found)
+        assert found.table is not None
+
+    def read_mib(path: Path) -> None:
+        found = Circuit.from_mib(path)
+        repr(found)
+        assert found.table is not None
+
+    return {
+        "capture": (cap.save(folder / "capture", pattern=True), captured),
+        "circuit": (circuit.save(folder / "circuit"), circuited),
+        "sweep": (sweep.save(folder / "sweep"), swept),
+        "mib": (folder / "circuit.json", read_mib),
+    }
+
+
+@pytest.mark.parametrize("kind", ["capture", "circuit", "sweep"])
+def test_what_was_made_to_fit_is_read_or_refused(
+    written: dict[str, tuple[Path, Callable[[Path], Any]]], kind: str, tmp_path: Path
+) -> None:
+    path, use = written[kind]
+    use(path)
+    refused = 0
+    for seed in range(150):
+        changed(path, tmp_path / "file", random.Random(seed))
+        try:
+            use(tmp_path / "file")
+        except FormatError:
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"seed {seed} gives a {type(error).__name__}") from error
+    assert refused > 75
+
+
+@pytest.mark.parametrize("kind", ["capture", "circuit", "sweep"])
+def test_what_was_damaged_is_noticed(
+    written: dict[str, tuple[Path, Callable[[Path], Any]]], kind: str, tmp_path: Path
+) -> None:
+    path, use = written[kind]
+    whole = path.read_bytes()
+    for seed in range(150):
+        draw = random.Random(seed)
+        data = bytearray(whole)
+        if draw.random() < 0.2:
+            data = data[: draw.randrange(len(data))]
+        else:
+            for _ in range(draw.choice([1, 2, 5])):
+                data[draw.randrange(len(data) if draw.random() < 0.5 else 300)] ^= 1 << draw.randrange(8)
+        (tmp_path / "file").write_bytes(data)
+        try:
+            use(tmp_path / "file")
+        except FormatError:
+            continue
+        except Exception as error:
+            raise AssertionError(f"seed {seed} gives a {type(error).__name__}") from error
+        assert files.read(tmp_path / "file", f"workbench.{kind}")[0] == files.read(path, f"workbench.{kind}")[0]
+
+
+def test_mib_files_of_any_kind_are_read_or_refused(
+    written: dict[str, tuple[Path, Callable[[Path], Any]]], tmp_path: Path
+) -> None:
+    path, use = written["mib"]
+    text = path.read_text()
+    odd = [b"", b"null", b"[]", b"5", b"\xff", b"\xef\xbb\xbf" + text.encode(),
+           b'{"cfg": {}, "nodes": {}, "edges": {}}',
+           b'{"cfg": ' + b"[" * 100_000, b"1" * 5000]  # fmt: skip
+    for key in ("n_layers", "n_heads", "d_model", "n_key_value_heads", "parallel_attn_mlp"):
+        for value in (*NASTY, 3, 7, 1000, 20_000, 10**5, 2.5, "2", 10**400):
+            data = json.loads(text)
+            data["cfg"][key] = value
+            odd.append(json.dumps(data).encode("utf-8", "surrogatepass"))
+    for seed in range(200):
+        data, draw = json.loads(text), random.Random(seed)
+        made = draw.choice([put, put, removed, added, deep, doubled])(data, {}, draw)
+        odd.append((json.dumps(data) if made is None else made).encode("utf-8", "surrogatepass"))
+    for i, raw_text in enumerate(odd):
+        (tmp_path / "file").write_bytes(raw_text)
+        try:
+            use(tmp_path / "file")
+        except FormatError:
+            continue
+        except Exception as error:
+            raise AssertionError(f"file {i}, {raw_text[:80]!r}, gives a {type(error).__name__}") from error
+
+
+def test_modules_of_any_name_can_be_kept(tmp_path: Path) -> None:
+    names = ["\ud800", "é/ü", 'quote"d', "back\\slash", "\u202eback", "new\nline"]
+    odd = nn.ModuleDict()
+    for name in names:
+        odd._modules[name] = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.odd = odd
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.odd._modules.values():
+                x = layer(x)
+            return x
+
+    with workbench.attach(Outer().eval()) as wb, torch.no_grad(), wb.capture() as cap:
+        wb.model(torch.randn(1, 5, 16))
+    again = workbench.load_capture(cap.save(tmp_path / "file"))
+    assert [site.site.name for site in again] == [site.site.name for site in cap]
+    for before, after in zip(cap, again, strict=True):
+        assert torch.equal(before.entropy, after.entropy)
+    for shown in (repr(again), repr(again.sites), *(repr(site) for site in again)):
+        assert shown.isprintable() or all(line.isprintable() for line in shown.split("\n"))
+        shown.encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[" * 65 + "]" * 65, "nested"), ('{"a": 1, "a": 2}', "twice"), ("9" * 5000, "digit"),
+     ('"\\' * 50_000, "JSON|Unterminated"),
+     ('["' + "[" * 1000 + '"]', None), ("[" * 64 + "]" * 64, None)],
+)  # fmt: skip
+def test_json_has_bounds(text: str, said: str | None) -> None:
+    if said is None:
+        assert loads(text) == json.loads(text)
+    else:
+        with pytest.raises(ValueError, match=said):
+            loads(text)

@@ -1,0 +1,366 @@
+"""Models whose calls are easily taken for what they are not: shown right, or refused and listed, never in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import workbench
+from workbench import CaptureError, InterventionError
+
+B, N, D, H = 2, 10, 24, 4
+W = D // H
+
+
+def split(t: Tensor) -> Tensor:
+    return t.unflatten(-1, (H, W)).transpose(1, 2)
+
+
+def merge(z: Tensor) -> Tensor:
+    return z.transpose(1, 2).flatten(2)
+
+
+class Projected(nn.Module):
+    """Queries, keys and values [batch, head, position, width], a function of the three, and an output projection."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.num_heads, self.attend = H, attend
+        self.qkv, self.o = nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(merge(self.attend(*map(split, self.qkv(x).chunk(3, -1)))))
+
+    def by_hand(self, x: Tensor, without: int | None = None) -> tuple[Tensor, Tensor]:
+        """The pattern in float64, and the output without a head."""
+        q, k, v = map(split, self.qkv(x).chunk(3, -1))
+        weights = (q.double() @ k.double().transpose(-1, -2) / W**0.5).softmax(-1)
+        z = weights @ v.double()
+        if without is not None:
+            z[:, without] = 0
+        return weights, self.o(merge(z).float())
+
+
+def heads_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, v))
+    return ((q @ k.transpose(1, 2) / W**0.5).softmax(2) @ v).unflatten(0, (H, -1)).transpose(0, 1)
+
+
+def merged_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(t.flatten(0, 1) for t in (q, k, v))).unflatten(0, (-1, H))
+
+
+def heads_axis_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (q, k, v))).transpose(0, 1)
+
+
+def any_letters(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (torch.einsum("xyuz,xyvz->yuxv", q, k) / W**0.5).softmax(-1)
+    return torch.einsum("yuxv,xyvz->uxzy", weights, v).permute(1, 3, 0, 2)
+
+
+def queries_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(3, 2)], 2)
+
+
+def first_rows_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([F.scaled_dot_product_attention(q[:, :, :4], k, v), v[:, :, 4:]], 2)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(B, N, D)
+
+
+def attached(module: nn.Module, **options: Any) -> workbench.Workbench:
+    return workbench.attach(nn.Sequential(module).eval(), check=False, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attend", [heads_first, merged_sdpa, heads_axis_first, any_letters])
+def test_heads_are_those_of_the_projection_in_any_layout(attend: Any, x: Tensor) -> None:
+    module = Projected(attend)
+    want, without = module.by_hand(x, without=1)
+    with attached(module) as wb:
+        with wb.capture(z=True) as cap:
+            wb.model(x)
+        torch.testing.assert_close(cap[0].pattern.dense().double(), want, atol=1e-5, rtol=1e-4)
+        assert (cap[0].site.n_heads, cap[0].entropy.shape) == (H, (B, H, N))
+        torch.testing.assert_close(cap[0].result().sum(2) + module.o.bias, module(x), atol=1e-5, rtol=1e-4)
+        with wb.ablate((0, 1)):
+            torch.testing.assert_close(wb.model(x), without, atol=1e-5, rtol=1e-4)
+        assert wb.verify(x).ok
+
+
+@torch.no_grad()
+def test_an_edit_before_any_proof_is_right_or_an_error(x: Tensor) -> None:
+    class Merged(Projected):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (split(t).flatten(0, 1) for t in self.qkv(x).chunk(3, -1))
+            return self.o(merge(F.scaled_dot_product_attention(q, k, v).unflatten(0, (-1, H))))
+
+    class HeadsFirst(Projected):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (split(t).transpose(0, 1).flatten(0, 1) for t in self.qkv(x).chunk(3, -1))
+            z = F.scaled_dot_product_attention(q, k, v)
+            return self.o(merge(z.unflatten(0, (H, -1)).transpose(0, 1)))
+
+    module = Merged(merged_sdpa)
+    with attached(module) as wb, wb.ablate((0, 1)):
+        torch.testing.assert_close(wb.model(x), module.by_hand(x, without=1)[1], atol=1e-5, rtol=1e-4)
+    with attached(HeadsFirst(heads_first)) as wb:
+        with pytest.raises(WORKBENCH_ERRORS, match=r"its axes are .*head=4 batch"), wb.ablate((0, 1)):
+            wb.model(x)
+        with wb.ablate((0, 1)):
+            torch.testing.assert_close(wb.model(x), wb.model[0].by_hand(x, without=1)[1], atol=1e-5, rtol=1e-4)
+
+
+WORKBENCH_ERRORS = (CaptureError, InterventionError)
+
+
+@torch.no_grad()
+def test_a_layout_can_be_stated(x: Tensor) -> None:
+    def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(q) * heads_first(q, k, v)
+
+    module = Projected(gated)
+    with attached(module) as wb, pytest.raises(CaptureError, match="could not be placed") as caught, wb.capture():
+        wb.model(x)
+    assert "layout=" in str(caught.value.hint)
+    with attached(module, layout={"0": "(head batch) query width"}) as wb:
+        with wb.capture() as cap:
+            wb.model(x)
+        want = module.by_hand(x)[0]
+        torch.testing.assert_close(cap[0].pattern.dense().double(), want, atol=1e-5, rtol=1e-4)
+    with pytest.raises(CaptureError, match="is no layout"):
+        attached(module, layout={"0": "b; h"})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("attend", "share"), [(first_rows_only, "8 of 20 rows"), (queries_in_blocks, "its rows come from 4 calls")]
+)
+def test_parts_of_heads_are_refused_with_their_share(attend: Any, share: str, x: Tensor) -> None:
+    with attached(Projected(attend)) as wb:
+        with pytest.raises(CaptureError, match=share), wb.capture():
+            wb.model(x)
+        with pytest.raises(WORKBENCH_ERRORS), wb.ablate((0, 1)):
+            wb.model(x)
+        assert [one.name for one in wb.sites.unread] == ["0"]
+        assert share in wb.sites.unread[0].reason
+
+
+@torch.no_grad()
+def test_block_sparse_attention_is_refused_with_its_share() -> None:
+    torch.manual_seed(0)
+    config = transformers.BigBirdConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=99, block_size=16,
+        num_random_blocks=1, max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    model, ids = transformers.BigBirdModel(config).eval(), torch.randint(3, 99, (1, 256))
+    with workbench.attach(model) as wb:
+        with pytest.raises(CaptureError, match="64 of 256 rows"), wb.capture():
+            model(ids)
+        assert not wb.verify(ids).ok
+
+
+class Shared(nn.Module):
+    """Three blocks that run several times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.blocks, self.times = nn.ModuleList(Projected(F.scaled_dot_product_attention) for _ in range(3)), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            for block in self.blocks:
+                x = x + block(x)
+        return x
+
+
+@torch.no_grad()
+def test_calls_belong_to_their_site(x: Tensor, tmp_path: Path) -> None:
+    model = Shared(2).eval()
+    with workbench.attach(model, check=False) as wb, wb.capture() as cap:
+        model(x)
+    assert [site.name for site in cap.sites] == [f"blocks.{i}{call}" for i in range(3) for call in ("", "#1")]
+    assert cap["blocks.1.attn"] is cap["blocks.1"]
+    assert cap["blocks.1"].site.layer == cap["blocks.1", 1].site.layer == 1
+    assert cap["blocks.1", -1].site.label(2) == "L1H2#1"
+    assert cap["blocks.1.attn#1"] is cap["blocks.1", 1]
+    assert 'choose another with ["blocks.1", call]' in repr(cap["blocks.1"])
+    with pytest.raises(CaptureError, match="there is no call 2"):
+        _ = cap["blocks.1", 2]
+    table = cap.table("entropy")
+    assert table.groupby("layer").site.unique().map(list).to_dict() == {i: [f"blocks.{i}"] for i in range(3)}
+    assert sorted(table.call.unique()) == [0, 1]
+    cache = cap.to_cache()
+    assert torch.equal(cache["pattern", 1], cap["blocks.1"].pattern.dense())
+    assert torch.equal(cache["blocks.1.attn#1.hook_pattern"], cap["blocks.1", 1].pattern.dense())
+    again = workbench.load_capture(cap.save(tmp_path / "run.safetensors"))
+    assert torch.equal(again["blocks.1", 1].entropy, cap["blocks.1", 1].entropy)
+    assert cap.ledger == {f"blocks.{i}": 2 for i in range(3)}
+
+
+@torch.no_grad()
+def test_two_calls_of_one_module() -> None:
+    config = transformers.DiffLlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=99,
+    )  # fmt: skip
+    model = transformers.DiffLlamaForCausalLM(config).eval()
+    with workbench.attach(model) as wb, wb.capture() as cap:
+        model(torch.randint(3, 99, (1, 12)))
+    for layer in range(3):
+        assert cap[f"blocks.{layer}.attn"].site.name == f"model.layers.{layer}.self_attn"
+    assert cap.table("entropy").groupby("layer").site.nunique().to_dict() == {0: 1, 1: 1, 2: 1}
+
+
+class OverChannels(nn.Module):
+    """Cross-covariance attention: the softmax runs over the channels of each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split(t).transpose(-1, -2) for t in self.qkv(x).chunk(3, -1))
+        return self.o(merge(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(-1, -2)))
+
+
+class Efficient(nn.Module):
+    """Linear attention whose keys are normalised over positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split(t).transpose(-1, -2) for t in self.qkv(x).chunk(3, -1))
+        context = torch.einsum("bhdn,bhen->bhde", k.softmax(-1), v)
+        return self.o(merge(torch.einsum("bhde,bhdn->bhne", context, q.softmax(-2))))
+
+
+class Slots(nn.Module):
+    """Soft mixture of experts: what the tokens read are slots, each a sum over all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phi, self.w, self.o = nn.Parameter(torch.randn(D, 6)), nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = x @ self.phi
+        return self.o(logits.softmax(-1) @ self.w(logits.softmax(1).transpose(1, 2) @ x))
+
+
+class Experts(nn.Module):
+    """A softmax that gates experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts, self.o = nn.Linear(D, 3), nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts = self.experts(x).unflatten(-1, (3, D))
+        return self.o(torch.einsum("bne,bned->bnd", self.gate(x).softmax(-1), experts))
+
+
+@torch.no_grad()
+def test_attention_over_channels_says_so(x: Tensor) -> None:
+    with attached(OverChannels()) as wb:
+        with wb.capture(("entropy", "distance")) as cap:
+            wb.model(x)
+        assert cap[0].site.kind == "channel"
+        assert cap[0].shape == (B, H, W, W)
+        with pytest.raises(CaptureError, match='kind "channel"'):
+            _ = cap[0].distance
+        with pytest.raises(InterventionError, match="no token positions"), wb.ablate((0, 1), positions=0):
+            wb.model(x)
+
+
+@torch.no_grad()
+def test_linear_attention_is_no_site_but_unread(x: Tensor) -> None:
+    with attached(Efficient()) as wb:
+        with pytest.raises(CaptureError, match="could not be placed"), wb.capture():
+            wb.model(x)
+        found = wb.verify(x)
+        assert not found.ok
+        assert "1 of 1 mixers unread" in repr(found)
+        assert [one.name for one in wb.sites.unread] == ["0"]
+
+
+@torch.no_grad()
+def test_slots_are_no_positions(x: Tensor) -> None:
+    with attached(Slots()) as wb:
+        wb.look(x)
+        assert [(one.name, one.proved) for one in wb.sites.unread] == [("0", True)]
+        with wb.capture(("entropy",)) as cap:
+            wb.model(x)
+        assert cap[0].site.kind == "pooled"
+
+
+@torch.no_grad()
+def test_gates_are_no_sites(x: Tensor) -> None:
+    model = nn.Sequential(Projected(F.scaled_dot_product_attention), Experts()).eval()
+    with workbench.attach(model) as wb:
+        with wb.capture() as cap:
+            model(x)
+        assert [site.name for site in cap.sites] == ["0"]
+        assert wb.verify(x).complete
+        assert [site.name for site in wb.sites] == ["0"]
+
+
+HYBRID: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+HYBRIDS: dict[str, Callable[[], nn.Module]] = {
+    "short convolutions": lambda: transformers.Lfm2ForCausalLM(
+        transformers.Lfm2Config(**HYBRID, layer_types=["conv", "conv", "conv", "full_attention"])
+    ),
+    "gated delta rule": lambda: transformers.Qwen3_5ForCausalLM(
+        transformers.Qwen3_5TextConfig(
+            **HYBRID, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+            linear_num_value_heads=4,
+        )
+    ),
+    "real-gated recurrence": lambda: transformers.RecurrentGemmaForCausalLM(
+        transformers.RecurrentGemmaConfig(
+            **HYBRID | {"num_hidden_layers": 3}, lru_width=32, attention_window_size=8, head_dim=8
+        )
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_every_layer_of_a_hybrid_is_a_site_or_listed(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = HYBRIDS[name]().eval(), torch.randint(3, 60, (2, 13))
+    with workbench.attach(model) as wb:
+        assert not wb.sites.looked
+        found = wb.verify(input_ids=ids)
+        with wb.capture() as cap:
+            model(ids)
+        sites = wb.sites
+    assert found.ok
+    assert sites.looked
+    layers = model.config.num_hidden_layers
+    mixing = {one.name for one in sites.unread if one.proved} | {site.name for site in sites}
+    assert all(any(f".layers.{i}." in one for one in mixing) for i in range(layers)), mixing
+    for text in (repr(sites), sites._repr_html_(), repr(list(cap.ledger.items()))):
+        assert all(one.name in text for one in sites.unread)
+    if sites.unread:
+        assert f"{len(sites.unread)} of " in repr(found)
+        assert not found.complete
+        assert f"{len(sites.unread)} mixers unread" in repr(cap)
+    again = workbench.load_capture(cap.save(tmp_path / "run.safetensors"))
+    assert again.model_sites.unread == sites.unread
