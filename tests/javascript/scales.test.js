@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { ceiling, nearestTo, roundTicks, roundUp, shortNumber } from "workbench/shared/scales.js";
+import { ceiling, greatest, nearestTo, roundTicks, roundUp, shortNumber } from "workbench/shared/scales.js";
 
 test("a round number is the least that is not below the value", () => {
   for (const [value, round] of [[0.137, 0.15], [42, 50], [1, 1], [0.0021, 0.0025], [9.9, 10], [1.2e6, 1.5e6]]) {
@@ -31,4 +31,10 @@ test("the nearest value is found, the first of equal ones", () => {
   assert.equal(nearestTo([1, 2, 4, 8], 5.5), 2);
   assert.equal(nearestTo([1, 3], 2), 0);
   assert.equal(nearestTo([7], -1), 0);
+});
+
+test("what is not finite does not make a scale", () => {
+  assert.equal(greatest([1, NaN, -3, Infinity, -Infinity]), 3);
+  assert.equal(greatest([NaN, Infinity]), 0);
+  assert.equal(greatest([]), 0);
 });

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from playwright.sync_api import Page
 from support.browser import WatchedPage
 from support.every_view import capture
 from support.tiny import family, make
-from workbench import attach
+from workbench import Report, attach
 from workbench.errors import CaptureError, ReportError
 from workbench.kernels.masks import causal
 from workbench.kernels.softmax import SoftmaxPattern
@@ -309,4 +311,113 @@ def test_several_heads_stand_side_by_side(page: WatchedPage, tmp_path: Path) -> 
     assert tab.locator(".panel figcaption").all_inner_texts() == ["Head 1", "Head 3"]
     spec = json.loads(tab.evaluate("document.getElementById('view-0').textContent"))
     assert spec["facts"]["sites"][0]["heads"] == [0, 1, 2, 3]
+    page.assert_clean()
+
+
+def downloaded(tab: Page, name: str) -> list[list[str]]:
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name=name).click()
+    text = Path(download.value.path()).read_text(encoding="utf-8-sig")
+    return list(csv.reader(io.StringIO(text)))
+
+
+@pytest.mark.browser
+def test_the_chosen_row_and_the_whole_map_are_files(page: WatchedPage, tmp_path: Path) -> None:
+    weights = torch.randn(3, 7, 9, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
+    tokens = ["=1+1", ' "quoted", two', *(f" t{i}" for i in range(7))]
+    view = attention_pattern(weights, tokens=tokens[:7], key_tokens=tokens)
+    page.open(Path(view.to_html(tmp_path / "pattern.html"))).wait_for_selector("html[data-ready]")
+    tab = page.page
+    tab.locator("label.field", has=tab.get_by_text("Head", exact=True)).locator("select").select_option("2")
+    tab.evaluate("location.hash = '#q=3'")
+    tab.wait_for_timeout(50)
+    header, *rows = downloaded(tab, "Row CSV")
+    assert header == ["key", "token", "weight", "exact"]
+    assert [row[0] for row in rows] == [str(i) for i in range(9)]
+    assert rows[0][1] == "'=1+1"  # no formula
+    assert torch.allclose(torch.tensor([float(row[2]) for row in rows]), weights[2, 3], atol=1e-6)
+    assert {row[3] for row in rows} == {"yes"}
+    header, *rows = downloaded(tab, "Map CSV")
+    assert header[0] == "query by key: weight"
+    assert len(header) == 10
+    found = torch.tensor([[float(value) for value in row[1:]] for row in rows])
+    assert torch.allclose(found, weights[2], atol=1e-6)
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_files_of_a_pooled_map_say_what_its_cells_are(page: WatchedPage, tmp_path: Path) -> None:
+    weights = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    view = attention_pattern(weights, budget=80, n_top=0)
+    page.open(Path(view.to_html(tmp_path / "pattern.html"))).wait_for_selector("html[data-ready]")
+    block = view.spec.facts["sites"][0]["block"]
+    assert block > 1
+    header, *rows = downloaded(page.page, "Map CSV")
+    assert header[0] == f"query by key: largest weight in {block} x {block} tokens"
+    pooled = torch.nn.functional.max_pool2d(weights[:1], block, ceil_mode=True)[0]
+    found = torch.tensor([[float(value) for value in row[1:]] for row in rows])
+    assert found.shape == pooled.shape
+    assert torch.allclose(found, pooled, atol=0.005)
+    assert {row[3] if len(row) > 3 else row[2] for row in downloaded(page.page, "Row CSV")[1:]} == {"no"}
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_a_table_says_what_it_leaves_out(page: WatchedPage, tmp_path: Path) -> None:
+    view = attention_pattern(torch.randn(4, 40, 40).softmax(-1))
+    every = 4 * 40 * 8
+    assert len(view.data()) + view.spec.left_out == every > len(view.data())
+    assert f"of {every:,} rows" in view._repr_mimebundle_()["text/html"]
+    assert f"the first of {every:,}" in str(view)
+    path = Report("Pattern").add(view).write(tmp_path / "report.html")
+    tab = page.open(path)
+    tab.wait_for_selector("html[data-ready]")
+    said = f"{view.spec.left_out:,}"
+    assert f"{said} more are left out" in tab.locator(".data > summary").inner_text()
+    assert f"leaves out {said}." in tab.locator("body").inner_text()
+    page.assert_clean()
+
+
+FAKE_KERNEL = """
+const told = {};
+const values = { spec: SPEC, selection: {}, still: [], live: true, state: {} };
+const model = {
+  get: (name) => values[name], set() {}, save_changes() {}, off() {}, on: (name, call) => (told[name] = call),
+  send: async (question) => {
+    const { shape, numbers } = await answer(question);
+    told["msg:custom"]({ number: question.number, shape }, [new DataView(Float32Array.from(numbers).buffer)]);
+  },
+};
+render({ model, el: document.body });
+"""
+
+
+@pytest.mark.browser
+def test_with_a_kernel_files_are_exact_also_of_a_pooled_map(page: WatchedPage) -> None:
+    pattern = softmax(530)
+    view = attention_pattern(pattern, budget=20_000)
+    assert view.spec.facts["sites"][0]["block"] > 1
+
+    def answer(question: dict[str, Any]) -> dict[str, Any]:
+        said, (buffer,) = view.answer(question)
+        return {**said, "numbers": np.nan_to_num(np.frombuffer(buffer, np.float32), nan=-1).tolist()}
+
+    tab = page.page
+    tab.expose_function("answer", answer)
+    tab.set_content("<!doctype html><html lang=en><title>live</title><body></body>")
+    code = view.widget._esm.replace("export default", "const { render } =")
+    spec = json.dumps(view.spec.to_static()).replace("<", "\\u003c")
+    tab.add_script_tag(content=f"(() => {{ {code}\n{FAKE_KERNEL.replace('SPEC', spec, 1)} }})();")
+    tab.locator(".workbench .matrix canvas").wait_for()
+    want = np.nan_to_num(dense(pattern), nan=-1)
+    header, *rows = downloaded(tab, "Map CSV")
+    assert header[0] == "query by key: weight"
+    found = np.array([[float(value) for value in row[1:]] for row in rows])
+    assert found.shape == (530, 530)
+    seen = found >= 0  # what a query does not see is -1 from this kernel
+    assert np.array_equal(seen, np.tri(530, dtype=bool))
+    assert np.allclose(found[seen], want[seen], atol=1e-6)
+    rows = downloaded(tab, "Row CSV")[1:]
+    assert {row[-1] for row in rows} == {"yes"}
+    assert np.allclose([float(row[-2]) for row in rows], found[-1], atol=1e-7)
     page.assert_clean()

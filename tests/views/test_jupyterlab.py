@@ -110,6 +110,29 @@ def test_a_pin_and_its_name_reach_python(run: tuple[Page, Watch]) -> None:
     assert not watch.errors
 
 
+def test_jupyterlabs_own_styles_stay_outside(run: tuple[Page, Watch]) -> None:
+    page, _ = run
+    lists = "[...document.querySelectorAll('.workbench :is(dl, dt, dd)')]"
+    assert page.evaluate(f"{lists}.length") > 20
+    assert page.evaluate(f"{lists}.filter((each) => getComputedStyle(each).float !== 'none').length") == 0
+    overlaps = """[...document.querySelectorAll('.workbench.what_if .numbers')].flatMap((list) => [...list.children])
+        .filter((each) => each.querySelector('dt').offsetTop + each.querySelector('dt').offsetHeight
+                          > each.querySelector('dd').offsetTop + 1).length"""
+    assert page.evaluate(overlaps) == 0
+
+
+def test_keys_that_a_view_gets_are_not_jupyterlabs(run: tuple[Page, Watch]) -> None:
+    page, watch = run
+    count = "window.jupyterapp.shell.currentWidget.content.widgets.length"
+    before = page.evaluate(count)
+    page.locator(".workbench.token_strip [data-at='2']").focus()
+    for key in ("d", "d", "a", "b", "x"):
+        page.keyboard.press(key)
+        page.wait_for_timeout(50)
+    assert page.evaluate(count) == before
+    assert not watch.errors
+
+
 def test_views_follow_the_theme(run: tuple[Page, Watch]) -> None:
     page, watch = run
     dark = "[...document.querySelectorAll('.workbench')].every(view => view.dataset.theme === '{}')"

@@ -27,7 +27,9 @@ def limits(sections: Sequence[Section]) -> list[str]:
             rows = len(next(iter(spec.table.values()), ()))
             said = [visible_text(note) for note in spec.notes]
             if rows > TABLE_ROWS:
-                said.append(f"its table shows the first {TABLE_ROWS} of {rows:,} rows; the CSV has them all.")
+                left = spec.left_out
+                has = f"those {rows:,} and leaves out {left:,}" if left else "them all"
+                said.append(f"its table shows the first {TABLE_ROWS} of {rows:,} rows; the CSV has {has}.")
             for each in said:
                 of_figures.setdefault(each, []).append(number)
     for said_once, numbers in of_figures.items():

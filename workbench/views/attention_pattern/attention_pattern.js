@@ -6,6 +6,7 @@ import { button, checkbox, exactly, legend, make, named, roughly, selector } fro
 import { open } from "workbench/shared/frame.js";
 import { Matrix } from "workbench/shared/matrix.js";
 import { ceiling } from "workbench/shared/scales.js";
+import { mapOf, rowOf } from "./export.js";
 import { QueryRow } from "./row.js";
 import { Strips } from "./strips.js";
 
@@ -41,6 +42,9 @@ class Patterns {
     frame.body.append(this.missing, this.strips.element, make("div", { class: "columns" }, make("div", {}, this.panels, this.scaleBox), this.row.element));
     this.buildControls();
     frame.offerPicture(() => this.maps[0].canvas);
+    const chosen = () => this.query ?? this.site.queries - 1;
+    frame.offerRows("Row CSV", () => `${this.label()}-query-${chosen()}`, "Download all weights of the chosen query", () => rowOf(this, this.head, chosen()));
+    frame.offerRows("Map CSV", () => this.label(), "Download the whole map of the chosen head", () => mapOf(this, this.head));
     frame.offerKeys([
       ["← → ↑ ↓, Home, End", "move over the cells"], ["Enter", "choose the query and the key in every view"], ["Esc", "choose none"],
       ["[ ] , .", "layer and head up or down"], ["+ − 0", "zoom in, out, all"], ["Ctrl + wheel, drag", "zoom, and move when zoomed"],
@@ -55,6 +59,11 @@ class Patterns {
 
   get site() {
     return this.facts.sites[this.index];
+  }
+
+  /** The head, for the name of a file. */
+  label() {
+    return this.site.name === null ? `head-${this.head}` : `L${this.site.layer}H${this.head}`;
   }
 
   block(name) {

@@ -180,6 +180,7 @@ def attention_pattern(
         facts={"tokens": lists.rows, "variants": variants, "sites": facts, "first": [first, leading["heads"][0]]},
         blocks=blocks,
         table=_table(shown, lists.rows),
+        left_out=max(0, sum(int((made.top_keys >= 0).sum()) for _, made in shown) - _ROWS_OF_TABLE),
         notes=tuple(_notes(facts, shown, n_top)),
         provenance=dict(source.provenance) if isinstance(source, Capture) else {},
     )

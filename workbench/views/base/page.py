@@ -218,13 +218,13 @@ def _fallback(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What stands in a view's place until its script has drawn it, and where none runs."""
     columns = {str(column["name"]): _first(column, spec["blocks"]) for column in spec["table"]}
     n = max((n for n, _ in columns.values()), default=0)
-    shown = min(n, FALLBACK_ROWS)
+    shown, whole = min(n, FALLBACK_ROWS), n + spec["left_out"]
     return {
         "caption": visible_text(spec["caption"]),
         "notes": [visible_text(note) for note in spec["notes"]],
         "columns": [visible_text(name) for name in columns],
         "rows": [[_cell(values[i]) for _, values in columns.values()] for i in range(shown)],
-        "shown": f"{n:,} rows" if shown == n else f"The first {shown} of {n:,} rows",
+        "shown": f"{n:,} rows" if shown == whole else f"The first {shown} of {whole:,} rows",
     }
 
 

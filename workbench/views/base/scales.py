@@ -33,9 +33,9 @@ def _is_dark() -> bool:
 
 
 def limits(values: Any, *, signed: bool) -> tuple[float, float]:
-    """The ends of a colour scale: 0 to a round top, or symmetric around 0."""
+    """The ends of a colour scale: 0 to a round top, or symmetric around 0; what is not finite lies beyond them."""
     known = np.abs(np.asarray(values, dtype=float))
-    top = ceiling(float(np.nanmax(known, initial=0.0)))
+    top = ceiling(float(known[np.isfinite(known)].max(initial=0.0)))
     return (-top, top) if signed else (0.0, top)
 
 

@@ -24,7 +24,7 @@ Table = Mapping[str, "Array | Sequence[str]"]
 
 KINDS = {"u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"}
 _STATIC = {"version": int, "kind": str, "title": str, "caption": str, "facts": dict, "blocks": dict, "table": list,
-           "notes": list, "selection": dict, "state": dict}  # fmt: skip
+           "left_out": int, "notes": list, "selection": dict, "state": dict}  # fmt: skip
 _MOST_AXES = 8
 _WORTH = 0.95  # a block is kept deflated when that makes it so much smaller
 
@@ -40,6 +40,7 @@ class ViewSpec:
             them. The kind's schema says what must be there.
         blocks: arrays of 1-, 2- or 4-byte integers or 4- or 8-byte floats. NaN is a value that is not known.
         table: columns of equal length, arrays or lists of text: what the data table shows and the CSV holds.
+        left_out: how many rows the table leaves out.
         notes: limits of what is shown, one sentence each: quantisation, rows left out, clipped values.
         selection: what is selected when nobody has selected anything.
         state: what has been set in this view alone, JSON values: pins and their names, a threshold.
@@ -52,6 +53,7 @@ class ViewSpec:
     facts: Mapping[str, Any] = field(default_factory=dict)
     blocks: Mapping[str, Array] = field(default_factory=dict)
     table: Table = field(default_factory=dict)
+    left_out: int = 0
     notes: tuple[str, ...] = ()
     selection: Mapping[str, Any] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
@@ -97,6 +99,7 @@ class ViewSpec:
                 for name, block in blocks.items()
             },
             "table": columns,
+            "left_out": self.left_out,
             "notes": list(self.notes),
             "selection": finite(self.selection),
             "state": finite(self.state),

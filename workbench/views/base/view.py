@@ -149,7 +149,7 @@ class View(ABC):
             caption=" ".join([self.spec.caption, *self.spec.notes]),
             picture=base64.b64encode(self._png()).decode("ascii"),
             table=table,
-            n_rows=len(self.data()),
+            n_rows=len(self.data()) + self.spec.left_out,
         )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
@@ -185,5 +185,7 @@ class View(ABC):
         if len(table):
             lines.append(table.head(10).to_string(index=False))
         if len(table) > 10:
-            lines.append(f"… {len(table):,} rows; view.data() has them all")
+            left = self.spec.left_out
+            has = f"the first of {len(table) + left:,}" if left else "them all"
+            lines.append(f"… {len(table):,} rows; view.data() has {has}")
         return "\n".join(lines)

@@ -4,7 +4,7 @@ import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.
 import { button, exactly, legend, make, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { Matrix } from "workbench/shared/matrix.js";
-import { ceiling } from "workbench/shared/scales.js";
+import { ceiling, greatest } from "workbench/shared/scales.js";
 
 export async function render({ model, el }) {
   const frame = await open({ model, el });
@@ -59,9 +59,8 @@ class Compare {
   }
 
   draw() {
-    const largest = (values) => values.reduce((top, value) => Math.max(top, Math.abs(value) || 0), 0);
-    const shared = ceiling(Math.max(largest(this.values[0]), largest(this.values[1])));
-    const tops = [shared, shared, ceiling(largest(this.values[2]))];
+    const shared = ceiling(Math.max(greatest(this.values[0]), greatest(this.values[1])));
+    const tops = [shared, shared, ceiling(greatest(this.values[2]))];
     const unseen = rgbOf(this.frame.colour("unseen"));
     const bend = (share) => (this.scale === "sqrt" ? Math.sign(share) * Math.sqrt(Math.abs(share)) : share);
     this.maps.forEach((map, i) => {

@@ -3,7 +3,7 @@
 import { colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
 import { button, checkbox, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
-import { ceiling } from "workbench/shared/scales.js";
+import { ceiling, greatest } from "workbench/shared/scales.js";
 
 const RANKED = 40;
 
@@ -87,8 +87,7 @@ class Atlas {
   }
 
   draw() {
-    let top = 0;
-    for (let i = 0; i < this.count; i++) top = Math.max(top, Math.abs(this.at("values", i)) || 0);
+    const top = greatest(Array.from({ length: this.count }, (_, i) => this.at("values", i)));
     this.top = this.about?.unit === "mass" ? Math.min(1, ceiling(top)) : ceiling(top);
     this.meaning.textContent = this.about ? `${this.about.label}: ${this.about.meaning || "one number per head"}.` : "No statistic was captured: the atlas shows where the heads are.";
     for (const grid of this.grids) grid.draw();
@@ -112,7 +111,7 @@ class Atlas {
     const { layer, heads: chosen } = this.frame.selection;
     const rows = known.slice(0, RANKED).map((head) => {
       const bar = make("i");
-      bar.style.width = `${(100 * Math.abs(head.value)) / this.top}%`;
+      bar.style.width = `${Math.min(100, (100 * Math.abs(head.value)) / this.top)}%`;
       bar.style.backgroundColor = css(this.colour(head.value));
       const choose = button("", () => this.choose(head.grid, head.row, head.column, false), { "aria-pressed": `${head.layer === layer && chosen.includes(head.column)}` });
       const group = this.grids.length > 1 ? [make("small", {}, head.grid.group.label.replace(/[ -]attention$/, "").toLowerCase())] : [];

@@ -1,14 +1,7 @@
 // The numbers of a saliency map: which heads are averaged, what each strip shows, what lies over the spectrogram.
 
-import { ceiling } from "workbench/shared/scales.js";
+import { ceiling, greatest } from "workbench/shared/scales.js";
 import { correlated, standardise } from "./rows.js";
-
-/** The largest magnitude. */
-function largest(values) {
-  let top = 0;
-  for (const value of values) top = Math.max(top, Math.abs(value));
-  return top;
-}
 
 export class Numbers {
   constructor({ facts, blocks }) {
@@ -58,8 +51,8 @@ export class Numbers {
     const columns = raw.length / this.n;
     const rows = Array.from({ length: this.n }, (_, row) => values.subarray(row * columns, (row + 1) * columns));
     // Scores of masking have a floor: a row is coloured from its least to its largest, as SPES scales them.
-    const tops = scale !== "row" ? null : signed ? rows.map((part) => [0, largest(part) || 1]) : rows.map((part) => [Math.min(...part), Math.max(...part)]);
-    return { name, title: `${label[0].toUpperCase()}${label.slice(1)}${z ? ", standardised per token" : ""}`, label, unit, raw, values, signed: signed || z, tops, top: z ? largest(values) : ceiling(largest(values)) };
+    const tops = scale !== "row" ? null : signed ? rows.map((part) => [0, greatest(part) || 1]) : rows.map((part) => [Math.min(...part), Math.max(...part)]);
+    return { name, title: `${label[0].toUpperCase()}${label.slice(1)}${z ? ", standardised per token" : ""}`, label, unit, raw, values, signed: signed || z, tops, top: z ? greatest(values) : ceiling(greatest(values)) };
   }
 
   /**
@@ -78,7 +71,7 @@ export class Numbers {
     const difference = rows.map((value, i) => value - standard[i]);
     const r = correlated(rows, standard, n, facts.special);
     const said = r.all === null ? "a map is constant: no correlation" : `r ${r.all.toFixed(2)}${facts.special.some(Boolean) ? " without special tokens" : ""}`;
-    const between = { name: "difference", title: `Attention − ${about.label}, rows standardised; ${said}`, label: "difference", unit: "sd", raw: null, values: difference, signed: true, tops: null, top: largest(difference) };
+    const between = { name: "difference", title: `Attention − ${about.label}, rows standardised; ${said}`, label: "difference", unit: "sd", raw: null, values: difference, signed: true, tops: null, top: greatest(difference) };
     const looked = this.panel("attention", `Cross-attention, ${heads.name}`, "weight", attention, rows, facts.attention.signed, scale);
     return { panels: [looked, own, between], r };
   }

@@ -1,6 +1,7 @@
 // The frame around every view: title, caption, controls, what the pointer or cursor is on, notes, downloads, data table.
 
 import { decode } from "./blocks.js";
+import { csvOf } from "./csv.js";
 import { button, download, make } from "./dom.js";
 import { sharedSelection } from "./selection.js";
 
@@ -49,7 +50,8 @@ export class Frame {
     this.tools = make("div", { class: "tools" });
     const title = make("h2", { class: "title" }, spec.title);
     const caption = make("p", { class: "caption" }, spec.caption);
-    this.root = make("section", { class: `workbench ${spec.kind}`, "aria-label": spec.title }, title, caption, this.controls, this.body, this.status, this.spoken);
+    // JupyterLab's own keys rest while the view has the focus: a typed "d d" would delete the cell.
+    this.root = make("section", { class: `workbench ${spec.kind}`, "aria-label": spec.title, "data-lm-suppress-shortcuts": true }, title, caption, this.controls, this.body, this.status, this.spoken);
     if (notes.length) this.root.append(make("ul", { class: "notes" }, ...notes));
     this.root.append(this.tools);
     if (spec.table.length) this.addTable();
@@ -77,6 +79,18 @@ export class Frame {
     });
   }
 
+  /** Offer more numbers as a file: `rows()` gives texts and numbers, or a promise of them. */
+  offerRows(text, name, title, rows) {
+    const save = async () => {
+      try {
+        download(`${this.fileName()}-${name()}.csv`, "text/csv", ["\ufeff", csvOf(await rows())]);
+      } catch (error) {
+        this.say(`The file could not be made: ${error.message}`);
+      }
+    };
+    this.tools.append(button(text, save, { title }));
+  }
+
   fileName() {
     return this.spec.title.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "").slice(0, 60) || this.spec.kind;
   }
@@ -91,13 +105,15 @@ export class Frame {
     const columns = this.spec.table;
     const n = this.column(columns[0]).length;
     const shown = Math.min(n, TABLE_ROWS);
-    const summary = make("summary", {}, n > shown ? `Table: the first ${shown} of ${n.toLocaleString("en")} rows` : `Table: ${n} rows`);
+    const left = this.spec.left_out;
+    const cut = left ? ` (${left.toLocaleString("en")} more are left out)` : "";
+    const summary = make("summary", {}, n > shown ? `Table: the first ${shown} of ${n.toLocaleString("en")} rows${cut}` : `Table: ${n} rows${cut}`);
     const details = make("details", { class: "data" }, summary);
     details.addEventListener("toggle", () => {
       if (details.open && details.children.length === 1) details.append(this.table(columns, shown));
     });
     this.root.append(details);
-    this.tools.append(button("CSV", () => download(`${this.fileName()}.csv`, "text/csv", ["\ufeff", this.csv()]), { title: `Download the table, ${n.toLocaleString("en")} rows` }));
+    this.tools.append(button("CSV", () => download(`${this.fileName()}.csv`, "text/csv", ["\ufeff", this.csv()]), { title: `Download the table, ${n.toLocaleString("en")} rows${cut}` }));
   }
 
   table(columns, shown) {
@@ -112,13 +128,8 @@ export class Frame {
 
   csv() {
     const columns = this.spec.table;
-    const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-    // A spreadsheet would take such text for a formula.
-    const harmless = (text) => quoted(/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
-    const line = (i) => columns.map((column) => (column.text ? harmless(column.text[i]) : Number.isNaN(this.column(column)[i]) ? "" : `${this.column(column)[i]}`)).join(",");
     const n = this.column(columns[0]).length;
-    const head = columns.map(({ name }) => harmless(name)).join(",");
-    return [head, ...Array.from({ length: n }, (_, i) => line(i)), ""].join("\r\n");
+    return csvOf([columns.map(({ name }) => name), ...Array.from({ length: n }, (_, i) => columns.map((column) => this.column(column)[i]))]);
   }
 
   plain() {

@@ -17,6 +17,16 @@ export function roundUp(value, steps = [1, 2, 5, 10]) {
 export const ceiling = (value) => (value > 0 ? roundUp(value, [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]) : 1);
 
 /**
+ * The largest magnitude that a scale can end at: values that are not finite lie beyond its ends.
+ * @param {Iterable<number>} values
+ */
+export function greatest(values) {
+  let top = 0;
+  for (const value of values) if (Number.isFinite(value)) top = Math.max(top, Math.abs(value));
+  return top;
+}
+
+/**
  * Round numbers from low to high, about `wanted` of them.
  * @param {number} low
  * @param {number} high

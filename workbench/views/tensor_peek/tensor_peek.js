@@ -4,7 +4,7 @@ import { arrayOf } from "workbench/shared/blocks.js";
 import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.js";
 import { cut, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
-import { ceiling } from "workbench/shared/scales.js";
+import { ceiling, greatest } from "workbench/shared/scales.js";
 import { prepare } from "workbench/shared/canvas.js";
 
 const CHOSEN = { layer: "layer", query: "query", key: "key", token: "token" }; // names of axes that are a selection's
@@ -180,7 +180,7 @@ class Peek {
     const [width, height] = [columns * this.across, rows * this.down];
     const pen = prepare(this.tile, width, height);
     pen.imageSmoothingEnabled = false;
-    this.top = ceiling(this.slice.data.reduce((top, value) => (Number.isFinite(value) ? Math.max(top, Math.abs(value)) : top), 0));
+    this.top = ceiling(greatest(this.slice.data));
     const image = this.image(rows, columns);
     pen.drawImage(image, 0, 0, width, height);
     if (this.entered) {

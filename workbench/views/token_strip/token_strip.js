@@ -3,7 +3,7 @@
 import { colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
 import { button, cut, exactly, legend, make, named, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
-import { ceiling } from "workbench/shared/scales.js";
+import { ceiling, greatest } from "workbench/shared/scales.js";
 
 const WINDOW = 1500; // tokens that are on the page at once
 
@@ -95,9 +95,7 @@ class Strip {
 
   draw() {
     const n = Math.min(WINDOW, this.tokens.length - this.start);
-    let top = 0;
-    for (let at = 0; at < this.tokens.length; at++) top = Math.max(top, Math.abs(this.value(at)) || 0);
-    this.top = ceiling(top);
+    this.top = ceiling(greatest(this.tokens.map((_, at) => this.value(at))));
     if (this.box.children.length !== n || this.drawn !== this.start) {
       this.box.replaceChildren(...Array.from({ length: n }, () => make("span", { role: "option", class: "token" })));
       this.drawn = this.start;

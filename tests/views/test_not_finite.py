@@ -1,0 +1,45 @@
+"""Numbers that are not finite: unknown ones are grey, infinite ones have the colour at the end of the scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.browser import WatchedPage
+from workbench.views import head_atlas, token_strip
+from workbench.views import page as pages
+from workbench.views.base import scales
+
+INF, NAN = torch.inf, torch.nan
+
+
+@pytest.mark.browser
+def test_infinite_values_leave_the_scale_to_the_others(page: WatchedPage, tmp_path: Path) -> None:
+    strip = token_strip(["a", "b", "c", "d"], torch.tensor([1.0, NAN, INF, 0.0]))
+    atlas = head_atlas(torch.tensor([[1.0, NAN, 3.0], [INF, 2.0, -1.0]]))
+    path = pages.write(tmp_path / "page.html", pages.render("Not finite", [strip.spec, atlas.spec]))
+    tab = page.open(path)
+    tab.wait_for_selector("html[data-ready]")
+    colours = tab.locator(".strip .token").evaluate_all("each => each.map((one) => one.style.backgroundColor)")
+    lowest, highest = "rgb(68, 1, 84)", "rgb(253, 231, 37)"
+    assert [colours[0], colours[2], colours[3]] == [highest, highest, lowest]
+    assert colours[1] not in ("", lowest, highest)
+    ticks = tab.locator(".legend .ticks").all_inner_texts()
+    assert len(ticks) == 2
+    assert not [text for text in ticks if "NaN" in text or "Infinity" in text or "–" in text]
+    ink = """() => {
+      const canvas = document.querySelector('.head_atlas canvas');
+      const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+      return new Set(Array.from({ length: data.length / 4 }, (_, i) => data.slice(4 * i, 4 * i + 3).join())).size;
+    }"""
+    assert tab.evaluate(ink) > 5  # six heads of several colours
+    page.assert_clean()
+
+
+def test_pictures_have_finite_scales() -> None:
+    assert scales.limits([1.0, NAN, INF, -INF], signed=False) == (0.0, 1.0)
+    assert scales.limits([NAN, INF], signed=True) == (-1.0, 1.0)
+    assert token_strip(["a", "b"], torch.tensor([INF, 1.0])).to_png()
+    assert head_atlas(torch.tensor([[INF, 1.0]])).to_png()
