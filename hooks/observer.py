@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from workbench.errors import InterventionError
-from workbench.hooks import bridges, calls, multihead, registry
+from workbench.errors import CaptureError, InterventionError
+from workbench.hooks import bridges, calls, flex, multihead, registry
+from workbench.hooks.configs import read
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.layouts import UNKNOWN, Layouts, Unplaced, learn, projected
 from workbench.hooks.listener import Listener
@@ -39,6 +41,8 @@ from workbench.hooks.sdpa import FunctionTap
 from workbench.hooks.sites import site_name
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.written_out import WrittenOut
+
+_TORCH = str(Path(torch.__file__).parent)
 
 
 class Observer:
@@ -60,12 +64,14 @@ class Observer:
         self._readers: dict[nn.Module, Reader] = {module: reader for module, reader in found if reader is not None}
         self._threads: dict[int, ThreadRun] = {}
         self._hooks: list[tuple[MutableMapping[int, Any], int, Any]] = []  # where each hook goes, its key, the hook
+        self._flex = flex.namespaces(self._names)
         self._bridge = bridges.Whole(model, self._is_running)
 
     def __enter__(self) -> Observer:
         if not self._hooks:
             self._hooks = list(self._wanted_hooks())
         registry.install(self)
+        flex.install(self, self._flex)
         self._bridge.open()
         for where, key, hook in self._hooks:
             where[key] = hook
@@ -78,6 +84,7 @@ class Observer:
             where.pop(key, None)
         self._bridge.close()
         registry.uninstall(self)
+        flex.uninstall(self)
         close_torn(trace)
         for state in list(self._threads.values()):
             state.tap.shut = True  # another thread may be in the middle of a forward
@@ -109,7 +116,7 @@ class Observer:
         """What runs in this thread, as seen from a frame; a new one if nothing does."""
         thread = threading.get_ident()
         known = self._threads.get(thread)
-        if known is not None and known.drop_ended(frame) and not known.stack:
+        if known is not None and known.drop_ended(frame) and not known.stack and known.scope is None:
             self._end(known)
             known = None
         if known is not None:
@@ -132,15 +139,15 @@ class Observer:
         state = self._state(frame)
         if state.reading:
             return
-        first = not state.stack
+        first = not state.stack and not self._goes_on(state, name, module, frame)
         running = Running(name, module, frame)
         if isinstance(module, multihead.MODULES) and not state.native and not self._listener.leaves_native_path():
             running.native = True  # it would leave its native path under a function mode
             state.watch = multihead.watch(lambda: state.owner, lambda call: self._tell_native(state, call))
         state.stack.append(running)
-        if first:
+        if len(state.stack) == 1:
             state.replay = torch._C._current_graph_task_id() != -1
-        if first or running.native:
+        if len(state.stack) == 1 or running.native:
             state.settle()
         if first:
             self._layouts.begin()
@@ -151,6 +158,20 @@ class Observer:
         if first:
             self._listener.on_start(name)
         self._listener.on_module(name, module, args)
+
+    def _goes_on(self, state: ThreadRun, name: str, module: nn.Module, frame: FrameType) -> bool:
+        """Whether a module that begins while none runs belongs to the forward that ran before.
+
+        It does where a method of the model, such as `forward_features`, calls one part after the other. A part that
+        has mixed tokens and runs again begins a new forward, as a step of generation does.
+        """
+        scope = None if module is self._model else _calling_method(frame, module, self._names)
+        if scope is not None and scope is state.scope and name not in state.entries:
+            return True
+        if state.scope is not None and not state.replay:
+            self._listener.on_end()
+        state.scope, state.entries = scope, set()
+        return False
 
     def _finish(self, module: nn.Module, args: Any, *rest: Any) -> Any:
         """`rest` is (keyword inputs, output); after an exception PyTorch leaves out the first."""
@@ -176,7 +197,7 @@ class Observer:
         ended = state.stack.pop()
         if ended.native or not state.stack:
             state.settle()
-        if not state.stack:
+        if not state.stack and state.scope is None:
             self._end(state)
 
     def _end(self, state: ThreadRun) -> None:
@@ -255,9 +276,11 @@ class Observer:
         owner = owner or state.owner
         if owner[1] in self._readers:
             return None  # it is a part of what the reader tells
+        state.entries.add(state.stack[0].name)
         waiting = None
         with state.tap.inside():  # an edit may itself take a softmax and multiply
             made = make(owner)
+            _check_plain(made.output, owner[0])
             call: AttentionCall | None
             if isinstance(made, Unplaced):
                 call, waiting = self._layouts.place(made)
@@ -345,10 +368,42 @@ class _InputsHook:
         return _InputsHook, ()
 
 
+def _check_plain(output: Tensor, site: str) -> None:
+    """Raise if a tensor is one of those in whose place torch.func runs a model for many."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(output):
+        raise CaptureError(
+            "the model runs inside a transform of torch.func, as vmap, grad and jacrev are; its tensors stand for "
+            "others and cannot be read",
+            site=site,
+            hint="observe the plain forward: a batch in place of vmap, loss.backward() in place of grad; "
+            "or close the `with` before the transform",
+        )
+
+
+def _calling_method(frame: FrameType | None, module: nn.Module, names: Mapping[nn.Module, str]) -> FrameType | None:
+    """The frame of the method of one of the model's modules that calls `module`, a part of it.
+
+    Of several methods of the same that call each other it is the outermost.
+    """
+    found: tuple[nn.Module, FrameType] | None = None
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith(_TORCH):  # whose frames call modules of the model, or decorate methods
+            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            if found is not None and owner is not found[0]:
+                break
+            if isinstance(owner, nn.Module) and owner in names:
+                if owner is module or not names[module].startswith(f"{names[owner]}.".lstrip(".")):
+                    break
+                found = owner, frame
+        frame = frame.f_back
+    return None if found is None else found[1]
+
+
 def _entries(model: Any) -> list[nn.Module]:
     """The model, and the encoder that Hugging Face's `generate` calls by itself; none that minds a hook."""
     entries = [model]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+    if read(read(model, "config"), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         entries.append(model.get_encoder())
     modules = [each for each in dict.fromkeys(entries) if isinstance(each, nn.Module)]
     # PyTorch's own attention modules change their path when they carry a hook.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.weights import matrix
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Projection:
 
 
 def projection_slices(module: nn.Module, n_heads: int, width: int) -> Tensor:
-    """Each head's part of W_O, [head, width, d_model], so that out = Σ_h z_h @ slice_h + bias; a view of the weight.
+    """Each head's part of W_O, [head, width, d_model], so that out = Σ_h z_h @ slice_h + bias; a view of the weight
+    where that is a plain tensor.
 
     Raises:
         CaptureError: the weight is not a floating-point matrix of n_heads · width inputs.
@@ -63,14 +65,7 @@ def projection_slices(module: nn.Module, n_heads: int, width: int) -> Tensor:
     >>> projection_slices(nn.Linear(6, 4), n_heads=3, width=2).shape
     torch.Size([3, 2, 4])
     """
-    weight = module.weight
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        raise CaptureError(
-            f"the weight of {type(module).__name__} cannot be cut into heads",
-            shape=getattr(weight, "shape", None),
-            hint="is it quantized? load the model in floating point",
-        )
-    weight = weight.detach() if is_conv1d(module) else weight.detach().T  # [head · width, d_model]
+    weight = matrix(module) if is_conv1d(module) else matrix(module).T  # [head · width, d_model]
     if weight.shape[0] != n_heads * width:
         raise CaptureError(f"a projection of {n_heads} heads of {width} has other inputs", shape=weight.shape)
     return weight.unflatten(0, (n_heads, width))
@@ -103,9 +98,9 @@ class ProjectionFinder:
                 del awaited[site]
                 return
 
-    def end(self) -> None:
-        """The forward of this thread is over."""
-        self._awaited.pop(threading.get_ident(), None)
+    def end(self, thread: int) -> None:
+        """The forward of that thread is over."""
+        self._awaited.pop(thread, None)
 
     def of(self, site: str) -> Projection | None:
         """The projection of a site, if one was found."""

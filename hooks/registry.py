@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
-from workbench.hooks.kernel_watch import LseWatch
+from workbench.hooks.kernel_watch import LseWatch, as_multiplied
 from workbench.kernels.masks import hidden_below
 
 Backend = Callable[..., tuple[Tensor, Any]]
@@ -117,7 +117,8 @@ def read(
         CaptureError: the backend takes its mask in a form that cannot be read.
     """
     given = dict(zip(("query", "key", "value", "attention_mask"), args, strict=False)) | kwargs
-    q, k, v, mask = given["query"], given["key"], given["value"], given.get("attention_mask")
+    q, k, v = (as_multiplied(given[name]) for name in ("query", "key", "value"))
+    mask = given.get("attention_mask")
     facts: dict[str, Any] = {
         "q": q,
         "k": k,
@@ -140,7 +141,7 @@ def read(
     if kind == "flash":
         return facts | _as_flash(site, module, q, k, mask, given)
     if kind == "flex":
-        return facts | {"mask": _from_block_mask(mask, q, k)}
+        return facts | {"mask": from_block_mask(mask, q, k)}
     # Written out: what is hidden stands in the mask alone.
     shown = None if mask is None else mask[..., : k.shape[-2]]
     return facts | {"mask": shown, "offset": _first_position(shown, q.shape[2], k.shape[2])}
@@ -227,7 +228,7 @@ def _restarts(position_ids: Tensor) -> bool:
     return position_ids.dim() == 2 and bool((position_ids.diff(dim=-1) < 0).any())
 
 
-def _from_block_mask(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
+def from_block_mask(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:
     """A flex mask as a boolean tensor [batch or 1, head or 1, query, key]; a score mask stays as it is."""
     if mask is None or isinstance(mask, Tensor):
         return mask if mask is None else mask[..., : k.shape[-2]]

@@ -47,6 +47,9 @@ class ThreadRun:
         replay: it runs in a backward pass.
         reading: a reader is at work, whose own use of the model is not the model's.
         stack: the modules that run, the innermost last.
+        scope: the frame of a method of the model's that calls its parts one by one, without the model itself; what runs
+            in it goes on while the stack is empty.
+        entries: the parts that have run in it and made calls.
     """
 
     tap: FunctionTap
@@ -55,6 +58,8 @@ class ThreadRun:
     reading: bool = False
     watch: KernelWatch | None = None
     stack: list[Running] = field(default_factory=list)
+    scope: FrameType | None = None
+    entries: set[str] = field(default_factory=set)
 
     @property
     def native(self) -> bool:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from workbench.hooks.kernel_watch import LseWatch
+from workbench.hooks.flex import is_flex
+from workbench.hooks.kernel_watch import LseWatch, as_multiplied
 from workbench.hooks.layouts import LINEAR_FUNCTIONS
 from workbench.hooks.written_out import Follower, WrittenOut
 
@@ -45,6 +46,7 @@ def _sdpa(
 
 
 _SIGNATURE = inspect.signature(_sdpa)
+_TENSORS = ("query", "key", "value", "attn_mask")
 
 
 class FunctionTap(TorchFunctionMode):
@@ -105,7 +107,7 @@ class FunctionTap(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self._inner is not None:
             return result
-        if hasattr(func, "attention_kernel"):
+        if hasattr(func, "attention_kernel") or is_flex(func):
             replaced = self._on_kernel(func, args, kwargs, result)
             if replaced is None:
                 return result
@@ -119,5 +121,7 @@ class FunctionTap(TorchFunctionMode):
         output = watch.run(func, args, kwargs, bound.arguments["query"].shape[-2])
         if self._inner is not None:
             return output
-        replaced = self._on_sdpa(bound.arguments, output, watch)
+        given = bound.arguments
+        taken = {name: as_multiplied(given[name]) for name in _TENSORS if given[name] is not None}
+        replaced = self._on_sdpa(given | taken, output, watch)
         return output if replaced is None else replaced

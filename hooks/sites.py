@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import dis
-import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import takewhile
-from types import CodeType, FunctionType
 from typing import Any, overload
 
 from torch import nn
 
 from workbench.errors import CaptureError, nearest
+from workbench.hooks.code import calls_attention
+from workbench.hooks.configs import config_of, read
 from workbench.hooks.readers import reader_of
 from workbench.hooks.tap import Kind as Kind
-from workbench.kernels.functions import mentions_function
 from workbench.tokens import visible_text
 
-# A module that mentions one of these in its own code calls an attention kernel; one that mentions a softmax and a
-# product writes attention out.
-_MARKS = {"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS", "flex_attention"}
-_SOFTMAX = {"softmax", "Softmax"}
-_PRODUCTS = {"matmul", "bmm", "einsum"}
 _CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
 _WINDOW = re.compile(r"swin|window", re.IGNORECASE)
 _WRAPPED = "._original_component"
@@ -214,16 +206,17 @@ def find_sites(model: nn.Module) -> Sites:
     self_attn  blocks.0.attn  0      self  4      4   4
     """
     found: dict[str, Site] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.TransformerEncoderLayer, nn.Transformer)):
-            continue  # their attention modules are sites of their own
-        if (
-            isinstance(module, nn.MultiheadAttention)
-            or reader_of(module) is not None
-            or _calls_attention(module.__class__)
-        ):
-            name = site_name(path)
-            found[name] = _describe(name, module)  # of a bridge and what it wraps, the latter knows its sizes
+    for across_methods in (False, True):  # the second is a guess that is needed only where nothing else is found
+        for path, module in model.named_modules() if not found else ():
+            if isinstance(module, (nn.TransformerEncoderLayer, nn.Transformer)):
+                continue  # their attention modules are sites of their own
+            if (
+                isinstance(module, nn.MultiheadAttention)
+                or reader_of(module) is not None
+                or calls_attention(module, across_methods=across_methods)
+            ):
+                name = site_name(path)
+                found[name] = _describe(name, module)  # of a bridge and what it wraps, the latter knows its sizes
     return _number(list(found.values()))
 
 
@@ -264,18 +257,17 @@ def with_sizes(sites: Sites, name: str, n_heads: int, n_kv_heads: int, d_head: i
 
 def heads_of(module: nn.Module) -> int | None:
     """How many heads a module says it has."""
-    config = getattr(module, "config", None)
-    return _number_of(module, config, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+    return _number_of(module, config_of(module), "num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
 
 def kv_heads_of(module: nn.Module) -> int | None:
     """How many heads of keys and values a module says it has."""
     names = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_key_value_heads")
-    return _number_of(module, getattr(module, "config", None), *names)
+    return _number_of(module, config_of(module), *names)
 
 
 def _describe(name: str, module: nn.Module) -> Site:
-    config = getattr(module, "config", None)
+    config = config_of(module)
     heads = heads_of(module)
     kv = kv_heads_of(module)
     width = _number_of(module, config, "head_dim", "attention_head_size", "d_head", "key_value_proj_dim")
@@ -292,7 +284,7 @@ def _describe(name: str, module: nn.Module) -> Site:
 def _number_of(module: nn.Module, config: Any, *names: str) -> int | None:
     for owner in (module, config):
         for name in names:
-            value = getattr(owner, name, None)
+            value = read(owner, name)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
@@ -336,40 +328,3 @@ def _towers(stems: set[str]) -> dict[str, str]:
         end = next((n for n in ends if all(other[:n] != own[:n] for other in others)), len(own))
         towers[stem] = ".".join(own[first:end]) or ("blocks" if stem else "")
     return towers
-
-
-@cache
-def _calls_attention(cls: type[nn.Module]) -> bool:
-    """Whether the class's own forward, or a function that it calls by name, mentions an attention kernel."""
-    forward = inspect.unwrap(cls.forward)
-    return isinstance(forward, FunctionType) and _mentions(forward, cls, depth=3, seen=set())
-
-
-def _mentions(function: FunctionType, cls: type, depth: int, seen: set[CodeType]) -> bool:
-    if function.__code__ in seen:
-        return False
-    seen.add(function.__code__)
-    codes = [function.__code__]
-    for code in codes:  # grows: nested functions are constants of their parent
-        codes.extend(c for c in code.co_consts if isinstance(c, CodeType))
-    names = {name for code in codes for name in (*code.co_names, *code.co_freevars)}
-    if names & _MARKS or mentions_function(function, names):
-        return True
-    if names & _SOFTMAX and (names & _PRODUCTS or any(map(_multiplies, codes))):
-        return True
-    if depth == 0:
-        return False
-    for name in names:
-        called = function.__globals__.get(name, getattr(cls, name, None))
-        if (
-            isinstance(called, FunctionType)
-            and called.__module__ == function.__module__
-            and _mentions(called, cls, depth - 1, seen)
-        ):
-            return True
-    return False
-
-
-def _multiplies(code: CodeType) -> bool:
-    """Whether the code uses the operator @."""
-    return any(step.opname == "BINARY_OP" and step.argrepr.startswith("@") for step in dis.get_instructions(code))

@@ -13,8 +13,9 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, tor
 
 
 def tolerance(call: AttentionCall, like: Tensor) -> float:
-    """How far A·V may be from a kernel's output in the call's dtype, for outputs of the size of `like`."""
-    dtype = max(call.v.dtype, call.output.dtype, key=lambda each: _TOLERANCE.get(each, 1e-4))
+    """How far A·V may be from a kernel's output, by the coarsest dtype of the call and the size of `like`."""
+    dtypes = [t.dtype for t in (call.q, call.k, call.v, call.output) if t is not None]
+    dtype = max(dtypes, key=lambda each: _TOLERANCE.get(each, 1e-4))
     if call.kernel == "eager" and dtype == torch.float64:
         dtype = torch.float32  # many of Hugging Face's eager functions say that the softmax is float32
     return _TOLERANCE.get(dtype, 1e-4) * max(1.0, like.abs().max().item() if like.numel() else 1.0)

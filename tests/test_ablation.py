@@ -80,18 +80,16 @@ def test_one_batch_and_examples_of_several_lengths(wb: Workbench) -> None:
     torch.testing.assert_close(found[5:], (each[1][0, 5:] + each[1][1, 5:]) / 2)
     with wb.ablate(HEAD, "resample", reference=batches):
         found = z_of(wb, {"input_ids": ids(5, 4)})
-    order = [each[0][0], each[1][0], each[1][1]]
-    torch.testing.assert_close(found, torch.stack([order[i % 3][:4] for i in range(5)]))
+    torch.testing.assert_close(found, each[0][0, [0, 1, 3, 4]].expand(5, -1, -1))  # the nearest length, stretched
 
 
 def test_resampled_heads_come_from_one_example_and_stay_with_it(wb: Workbench) -> None:
     reference = {"input_ids": ids(7, 6, seed=4)}
-    inputs = {"input_ids": ids(4, 6)}
+    inputs = {"input_ids": torch.cat((ids(3, 6), reference["input_ids"][5:6]))}
     first, second = z_of(wb, reference, (0, 1)), z_of(wb, reference, HEAD)
 
-    def run(seed: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        with wb.ablate([(0, 1), HEAD], "resample", reference=reference, generator=generator):
+    def run(seed: int, draw: int = 0) -> list[int]:
+        with wb.ablate([(0, 1), HEAD], "resample", reference=reference, seed=seed, draw=draw):
             once, twice = (z_of(wb, inputs, (0, 1)) for _ in range(2))
             other = z_of(wb, inputs, HEAD)
         assert torch.equal(once, twice)
@@ -102,6 +100,24 @@ def test_resampled_heads_come_from_one_example_and_stay_with_it(wb: Workbench) -
     orders = [run(seed) for seed in range(6)]
     assert orders[0] == run(0)
     assert len({tuple(order) for order in orders}) > 1
+    assert all(order[3] != 5 for order in orders)  # itself
+    draws = [run(0, draw) for draw in range(6)]
+    assert sorted(draw[0] for draw in draws) != sorted([draws[0][0]] * 6)
+    assert all(len({draw[i] for draw in draws}) == 6 for i in range(4))
+    with pytest.raises(InterventionError, match="has 6 donors, there is no draw 6"):
+        run(0, 6)
+
+
+def test_resampling_needs_another_example_and_the_models_inputs(wb: Workbench) -> None:
+    one = {"input_ids": ids(1, 6)}
+    with pytest.raises(InterventionError, match="no other that differs"), wb.ablate(HEAD, "resample", reference=one):
+        wb.model(**one)
+    with wb.ablate(HEAD, "resample", reference=one):
+        wb.model(input_ids=ids(2, 6, seed=1))
+    with torch.no_grad(), wb.capture(z=True) as capture:
+        wb.model(**one)
+    with pytest.raises(InterventionError, match="does not say which examples"):
+        wb.ablate(HEAD, "resample", reference=capture).__enter__()
 
 
 @pytest.mark.parametrize("how", REFERENCED)
@@ -172,23 +188,16 @@ def with_position_padded() -> dict[str, Tensor]:
         ("mean", {"input_ids": ids(1, 3).to("meta")}, "in the reference, an input is on meta"),
         ("mean", {"input_ids": ids(1, 3), "attention_mask": torch.zeros(1, 3)}, "nothing but padding"),
         ("mean_positional", {"input_ids": ids(2, 4)}, "the reference has 4 positions, the input 9"),
-        ("resample", [{"input_ids": ids(2, 9)}, {"input_ids": ids(2, 8)}], None),
-        ("resample", {"input_ids": ids(2, 8)}, "the reference has 8 positions, the input 9"),
+        ("resample", {"input_ids": ids(1, 9)}, "example 0 cannot be resampled: among 1 there is no other that differs"),
         ("mean_positional", with_position_padded(), "position 8 is padding in every reference example"),
     ],
     ids=str,
 )
 def test_references_that_do_not_fit(wb: Workbench, how: Any, reference: Any, message: str | None) -> None:
     bare = wb.model(input_ids=ids(2, 9)).logits
-    if message is None and isinstance(reference, list):  # the short examples are not reached by a batch of two
-        with wb.ablate(HEAD, how, reference=reference):
-            wb.model(input_ids=ids(2, 9))
-        with pytest.raises(InterventionError, match="8 positions"), wb.ablate(HEAD, how, reference=reference):
-            wb.model(input_ids=ids(3, 9))
-    else:
-        with pytest.raises(InterventionError) as caught, wb.ablate(HEAD, how, reference=reference):
-            wb.model(input_ids=ids(2, 9))
-        assert (message or "not int") in str(caught.value)
+    with pytest.raises(InterventionError) as caught, wb.ablate(HEAD, how, reference=reference):
+        wb.model(input_ids=ids(2, 9))
+    assert (message or "not int") in str(caught.value)
     assert torch.equal(wb.model(input_ids=ids(2, 9)).logits, bare)
     wb.check_idle()
 
@@ -220,7 +229,8 @@ def test_a_cache_shifts_positions(wb: Workbench) -> None:
             wb.ablate(HEAD, how, reference={"input_ids": ids(2, 12)}),
         ):
             wb.model(last, past_key_values=past)
-        with pytest.raises(InterventionError, match="in the reference, 1 queries"):
+        says = "does not say which examples" if how == "resample" else "in the reference, 1 queries"
+        with pytest.raises(InterventionError, match=says):
             wb.ablate(HEAD, how, reference=steps).__enter__()
     with wb.ablate(HEAD, "mean", reference=steps), wb.capture(z=True) as capture:
         wb.model(last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import workbench
 from support.by_hand import ByHand, by_hand, gradients
 from support.tiny import FAMILIES, make
+from workbench.session.resampling import choose_donors, contents_of
 from workbench.session.workbench import Workbench
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -105,13 +107,22 @@ def test_mean(case: Case) -> None:
         case.assert_equal_by_hand()
 
 
+def real_inputs(case: Case) -> Tensor:
+    """[batch, position] bool: where the inputs of the site are no padding."""
+    decodes = "decoder_input_ids" in case.inputs
+    ids = case.inputs["decoder_input_ids" if decodes else "input_ids"]
+    mask = case.inputs.get("decoder_attention_mask" if decodes else "attention_mask")
+    return torch.ones_like(ids).bool() if mask is None else mask.bool()
+
+
 def test_mean_positional(case: Case) -> None:
     examples = examples_by_hand(case)
+    ranks = (real_inputs(case).cumsum(1) - 1).clamp_min(0)
 
     def mean(z: Tensor, head: int) -> Tensor:
-        return torch.stack([
-            torch.stack([e[head, i] for e, real in examples if real[i]]).mean(0) for i in range(z.shape[1])
-        ])  # fmt: skip
+        by_rank = [torch.stack([e[head][real][i] for e, real in examples if real.sum() > i]).mean(0)
+                   for i in range(int(ranks.max()) + 1)]  # fmt: skip
+        return torch.stack(by_rank)[ranks]
 
     case.change_heads(mean)
     heads = [(case.site, head) for head in case.heads]
@@ -119,24 +130,23 @@ def test_mean_positional(case: Case) -> None:
         case.assert_equal_by_hand()
 
 
-def test_resample_in_turn(case: Case) -> None:
-    last = references(case)[1]  # 2 examples
-    case.inputs = {name: torch.cat((t, t[:1])) for name, t in case.inputs.items()}  # 3 examples
-    with torch.no_grad():
-        case.twin.model(**last)
-    z_last = case.twin.seen[case.site]
-    case.change_heads(lambda z, head: torch.stack([z_last[i % 2, head, : z.shape[1]] for i in range(3)]))
-    with case.wb.ablate([(case.site, head) for head in case.heads], "resample", reference=last):
-        case.assert_equal_by_hand()
+@pytest.mark.parametrize("draw", [0, 2])
+def test_resample(case: Case, draw: int) -> None:
+    """Real position p of n takes that of ⌊p (m − 1) / (n − 1) + ½⌋ among the donor's m."""
+    examples, pool = examples_by_hand(case), [one for batch in references(case) for one in contents_of(batch)]
+    donors = choose_donors(contents_of(case.inputs), pool, seed=3)
 
+    def taken(z: Tensor, head: int) -> Tensor:
+        new = torch.zeros_like(z)
+        for i, real in enumerate(real_inputs(case)):
+            given, n = examples[donors[i][draw]][0][head][examples[donors[i][draw]][1]], int(real.sum())
+            places = [math.floor(p * (len(given) - 1) / (n - 1) + 0.5) for p in range(n)]
+            new[i, real] = given[places]
+        return new
 
-def test_resample_at_random(case: Case) -> None:
-    examples = examples_by_hand(case)
-    generator = torch.Generator().manual_seed(3)
-    order = torch.randint(5, (5,), generator=generator.clone_state())
-    case.change_heads(lambda z, head: torch.stack([examples[order[i]][0][head, : z.shape[1]] for i in range(2)]))
+    case.change_heads(taken)
     heads = [(case.site, head) for head in case.heads]
-    with case.wb.ablate(heads, "resample", reference=references(case), generator=generator):
+    with case.wb.ablate(heads, "resample", reference=references(case), seed=3, draw=draw):
         case.assert_equal_by_hand()
 
 

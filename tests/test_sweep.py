@@ -53,8 +53,11 @@ def batches() -> list[Batch]:
 def one_by_one(wb: Workbench, variants: list[Variant], batches: list[Batch], **more: Any) -> Tensor:
     rows = []
     for variant in variants:
-        with wb.ablate(variant.heads, variant.how, positions=variant.positions, **more):  # type: ignore[arg-type]
-            rows.append(torch.cat([weighed(wb.model(**batch), batch) for batch in batches]))
+        each = []
+        for draw in range(3 if variant.how == "resample" else 1):  # of a reference of four examples
+            with wb.ablate(variant.heads, variant.how, positions=variant.positions, draw=draw, **more):
+                each.append(torch.cat([weighed(wb.model(**batch), batch) for batch in batches]))
+        rows.append(torch.stack(each).mean(0))
     return torch.stack(rows)
 
 
@@ -82,6 +85,21 @@ def test_ablations_are_those_of_ablate(wb: Workbench, batches: list[Batch], how:
     found = run_sweep(wb, variants, batches, weighed, reference=reference, progress=False)
     more = {} if how == "zero" else {"reference": reference}
     torch.testing.assert_close(found.values[:, 0], one_by_one(wb, variants, batches, **more), rtol=1e-5, atol=1e-5)
+
+
+def test_resampling_takes_other_examples_whatever_the_batches(wb: Workbench) -> None:
+    rows = ids(6, 9)
+    variants, one = all_heads(wb, how="resample"), [{"input_ids": rows[:1]}]
+    batched = [[{"input_ids": part} for part in rows.split(size)] for size in (6, 4, 1)]
+    found = [run_sweep(wb, variants, several, weighed, seed=1, progress=False) for several in batched]
+    assert found[0].effects.abs().amax((1, 2)).min() > 1e-3
+    for other in found[1:]:
+        torch.testing.assert_close(other.values, found[0].values, rtol=1e-4, atol=1e-4)
+    assert found[0].provenance["resampling"] == {"draws": 5, "seed": 1}
+    with pytest.raises(InterventionError, match="no other that differs"):
+        run_sweep(wb, variants, one, weighed, progress=False)
+    with pytest.raises(InterventionError, match="base= cannot resample"):
+        run_sweep(wb, all_heads(wb), batched[0], weighed, base=variants[0], progress=False)
 
 
 def test_pattern_edits_and_edits_of_modules_run_side_by_side(wb: Workbench, batches: list[Batch]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError, WorkbenchError
+from workbench.hooks.configs import read
 
 _SILENT = 1e-4  # of full scale; below it a recording holds nothing but the noise of a converter
 _LOUDEST = 16.0  # times full scale; above it samples are on another scale
@@ -34,7 +35,7 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     """
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     first = next(model.parameters(), None)
-    if first is not None and not hasattr(model, "hf_device_map"):
+    if first is not None and first.device.type != "meta" and not hasattr(model, "hf_device_map"):
         for tensor in tensors:
             if tensor.device != first.device:
                 raise CaptureError(
@@ -60,30 +61,54 @@ def decoder_start(model: nn.Module) -> int | None:
     Raises:
         CaptureError: an encoder-decoder that does not tell.
     """
-    config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
+    config = read(model, "config")
+    if not read(config, "is_encoder_decoder", False):
         return None
-    owners = (config, getattr(config, "decoder", None))
+    owners = (config, read(config, "decoder"))
     names = ("decoder_start_token_id", "bos_token_id")
-    found = [getattr(owner, name, None) for name in names for owner in owners]
+    found = [read(owner, name) for name in names for owner in owners]
     start = next((one for one in found if one is not None), None)
     if start is None:
         raise CaptureError("the model tells of no start token", hint="set model.config.decoder_start_token_id")
     return int(start)
 
 
+def device_for_inputs(model: nn.Module) -> torch.device:
+    """Where a model wants its inputs: with its first parameter, or where it runs if that is offloaded."""
+    first = next(model.parameters(), None)
+    if first is None:
+        return torch.device("cpu")
+    if first.device.type != "meta":
+        return first.device
+    hook = read(model, "_hf_hook")
+    for each in (hook, *read(hook, "hooks", ())):
+        if (runs_on := read(each, "execution_device")) is not None:
+            return torch.device(runs_on)
+    return torch.device("cpu")
+
+
 def context_length(model: nn.Module) -> int | None:
-    """How many positions a model has learned, or None when it has no table of positions (rotary, relative)."""
-    tables = [
-        module.num_embeddings
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
-    ]
-    config = getattr(model, "config", None)
-    stated = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if not tables or not isinstance(stated, int):
+    """How many positions of tokens a model has learned, or None when it has no table of them (rotary, relative).
+
+    Tables that stand beside no table of the vocabulary are those of images or sounds, and limit no prompt.
+    """
+    config = read(model, "config")
+    stated = read(config, "max_position_embeddings") or read(config, "n_positions")
+    if not isinstance(stated, int):
         return None
-    return min(stated, *tables)  # some tables are longer than the context by an offset
+    vocabulary = read(config, "vocab_size")
+    limits = []
+    for parent in model.modules():
+        tables = [
+            (name, each.num_embeddings) for name, each in parent.named_children() if isinstance(each, nn.Embedding)
+        ]
+        positions = [size for name, size in tables if "position" in name or name == "wpe"]
+        words = [size for name, size in tables if not ("position" in name or name == "wpe")]
+        if positions and words and (not isinstance(vocabulary, int) or max(words) >= vocabulary):
+            limits.append(max(positions))  # smaller ones beside it are those of coordinates
+    if not limits:
+        return None
+    return min(stated, *limits)  # some tables are longer than the context by an offset
 
 
 def dropout_in_training(model: nn.Module) -> list[str]:

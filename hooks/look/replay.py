@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.nested import tensors_within
 from workbench.hooks.tap import AttentionCall
 
 OnCall = Callable[[AttentionCall], Tensor | None]
@@ -89,6 +90,8 @@ class Replays:
             self._devices = devices
             stack.enter_context(torch.no_grad())
             for module in self._names:
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # it takes no hooks; what it mixes shows in what holds it
                 stack.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._end, with_kwargs=True).remove)
             stack.enter_context(self._observe(self._on_call))
@@ -230,8 +233,8 @@ def mapped(f: Callable[[Tensor], Tensor], x: Any) -> Any:
         return made
     if callable(x):
         return x
-    with torch.inference_mode(False):
-        return copy.deepcopy(x)
+    with torch.inference_mode(False):  # tensors first: a deep copy refuses those that are part of a graph
+        return copy.deepcopy(x, {id(t): t.detach().clone() for t in tensors_within(x)})
 
 
 def copied(x: Any) -> Any:

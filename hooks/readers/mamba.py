@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from workbench.hooks.configs import read
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
 from workbench.hooks.readers.state_space import check_run, convolved, foreign, has_parts, rounded, step_size, unpadded
 from workbench.kernels.state_space import SelectivePattern
@@ -50,7 +51,7 @@ def _selective(module: Any, hidden: Tensor, mask: Tensor | None) -> Mixing:
             norm.forward(t)
             for norm, t in ((module.dt_layernorm, low), (module.b_layernorm, B), (module.c_layernorm, C))
         )
-    if hasattr(getattr(module, "config", None), "_is_quantized"):  # then the weight is no plain matrix
+    if read(read(module, "config"), "_is_quantized") is not None:  # then the weight is no plain matrix
         steps = (module.dt_proj.forward(low) - module.dt_proj.bias).transpose(1, 2)
     else:
         steps = module.dt_proj.weight @ low.transpose(1, 2)

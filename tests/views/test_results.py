@@ -49,7 +49,6 @@ def importance(scores: dict[tuple[str, str], torch.Tensor], **changes: Any) -> H
         "normalised": False,
         "grid": None,
         "seed": 0,
-        "n_bootstrap": 100,
         "level": 0.95,
         "mode": "full",
         "provenance": {},

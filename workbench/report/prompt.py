@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.errors import CaptureError
+from workbench.hooks.configs import read
 
 if TYPE_CHECKING:
     from workbench.report.report import Report
@@ -27,7 +28,7 @@ def inputs(wb: Workbench, text: str) -> dict[str, Any]:
     if takes != "input_ids":
         raise CaptureError(f"the model takes {takes}, not text", hint="attach and capture it from Python")
     found: dict[str, Any] = dict(wb.tokenize(text))
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if read(read(model, "config"), "is_encoder_decoder", False):
         found["decoder_input_ids"] = model.generate(**found, max_new_tokens=_NEW_TOKENS, do_sample=False)
     return found
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -102,23 +102,27 @@ class Interventions:
         *,
         reference: Mapping[str, Any] | Iterable[Mapping[str, Any]] | Capture | None = None,
         positions: Where = None,
-        generator: torch.Generator | None = None,
+        seed: int = 0,
+        draw: int = 0,
         threads: Threads = "all",
     ) -> Iterator[None]:
         """Replace the output z of heads by what does not depend on the input.
 
         Args:
             heads: which heads.
-            how: "zero"; "mean" of z over the reference's examples and positions; "mean_positional", over its examples
-                for each position; "resample", z of one reference example for each example of the input.
+            how: "zero"; "mean" of z over the reference's examples and real positions; "mean_positional", over its
+                examples for each real position; "resample", z of another reference example of the nearest length for
+                each example of the input, aligned on real positions (see `workbench.session.resampling`).
             reference: what the means and examples come from: a dict of model inputs, several (each is run once, without
                 gradients, interventions or capture), or a Capture with z=True. Positions that an `attention_mask` (for
                 a decoder, `decoder_attention_mask`) of a dict, or the masks of a capture's self-attention, mark as
-                padding do not count in means. Examples may be longer than the input: their first positions are taken.
+                padding do not count. A capture does not say which examples it holds, so that none is resampled from it.
             positions: where z is replaced.
-            generator: for "resample", chooses the examples at random; without it they are taken in turn. The choice
-                is made once: example i of every forward in the `with` gets the same one, in all heads.
+            seed, draw: for "resample", choose the examples: an example has several donors, of which all heads take the
+                one of number `draw`, the same in every forward. A single draw says little; a sweep and the analyses
+                average over all.
 
+        >>> import torch
         >>> import workbench
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
         >>> x = torch.randn(2, 5, 16)
@@ -129,19 +133,24 @@ class Interventions:
         kind = find_ablation(how)
         chosen = self._heads(heads, positions)
         source: Source = zero
+        begin = None
         if kind.needs == "reference":
             if reference is None:
                 raise InterventionError(
                     f'how="{how}" needs a reference',
                     hint="reference= is a dict of model inputs, several, or a Capture with z=True",
                 )
-            found = Reference(chosen, how, generator)
+            found = Reference(chosen, how, seed)
             if isinstance(reference, Capture):
                 found.read(reference)
             else:
                 found.run(self, reference)
-            source = getattr(found, how)
-        with self.editing(Ablation(chosen, source, Positions(positions)), threads=threads):
+            begin, source = found.begin, getattr(found, how)
+            if kind.singles:
+                if not 0 <= draw < found.draws:
+                    raise InterventionError(f"each example has {found.draws} donors, there is no draw {draw}")
+                source = partial(found.resample, draw=draw)
+        with self.editing(Ablation(chosen, source, Positions(positions), begin), threads=threads):
             yield
 
     @contextmanager
@@ -161,6 +170,7 @@ class Interventions:
                 also where `positions` chooses some of it.
             positions: where z is replaced.
 
+        >>> import torch
         >>> import workbench
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
         >>> clean, corrupted = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
@@ -209,6 +219,7 @@ class Interventions:
                 edits the inner one is given the rows that the outer one made.
             queries: the rows to edit; as many for each example.
 
+        >>> import torch
         >>> import workbench
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
         >>> with workbench.attach(model) as wb, wb.edit_pattern("L0H1", lambda rows, site, head: rows.roll(1, -1)):
@@ -241,6 +252,7 @@ class Interventions:
             scale: factor on the direction.
             positions: where it is added.
 
+        >>> import torch
         >>> import workbench
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
         >>> with workbench.attach(model) as wb, wb.steer("self_attn", torch.ones(16), scale=2.0, positions=-1):

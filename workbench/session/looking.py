@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.code import scripted_attention
 from workbench.hooks.layouts import Layouts
 from workbench.hooks.listener import Listener
 from workbench.hooks.look.keys import probe_keys
@@ -79,6 +80,7 @@ def look_at(
                 if keys.over == "summaries":
                     reason = "its keys are no positions, each sums up all of them: what mixes tokens comes before"
                     unread.setdefault(name, Unread(name, type(call.module).__name__, reason))
+    unread |= {one.name: one for one in _scripted(model)}
     for name, reason in layouts.refused.items():
         module = model.get_submodule(name)
         unread[name] = Unread(name, type(module).__name__, reason, proved=name in unread)
@@ -101,9 +103,16 @@ def unlooked(sites: Sites, error: CaptureError) -> Sites:
     return Sites(sites, [*known, Unread("", "", f"{error.message}; {error.hint}", proved=False)], looked=False)
 
 
+def _scripted(model: nn.Module) -> list[Unread]:
+    reason = "compiled code that calls attention, which runs where nothing sees it"
+    return [Unread(name, "TorchScript", reason, proved=False) for name in scripted_attention(model)]
+
+
 def nominated(model: nn.Module, sites: Sites) -> list[Unread]:
-    """Blocks without a site whose neighbours of the same class have one: they mix tokens in another way, it seems."""
-    found = []
+    """What seems to mix tokens and is no site: parts in TorchScript whose code calls attention, and blocks without a
+    site whose neighbours of the same class have one.
+    """
+    found = _scripted(model)
     names = [site.name for site in sites]
     for path, parent in model.named_modules():
         if not isinstance(parent, nn.ModuleList):

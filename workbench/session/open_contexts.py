@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from workbench.errors import CaptureError, InterventionError
 from workbench.hooks.edits import Edit, OutputEdit, Threads
 from workbench.hooks.layouts import Layouts, learn
 from workbench.hooks.listener import Listener
+from workbench.hooks.multihead import MODULES
 from workbench.hooks.observer import Observer
 from workbench.hooks.tap import AttentionCall
 from workbench.session.recorder import Recorder
@@ -157,13 +159,20 @@ class OpenContexts(Listener):
         hidden = self._undisturbed.get(thread, ())
         return [one.edit for one in self._edits if one.thread in (None, thread) and one not in hidden]
 
+    def _tell_edits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        edits = [edit for edit in self._mine() if isinstance(edit, Edit)]
+        named = _named(self.model, args, kwargs) if edits else {}
+        for edit in edits:
+            edit.on_inputs(named)
+
     def _recording(self) -> Recorder | None:
         return None if self._undisturbed and threading.get_ident() in self._undisturbed else self._recorder
 
     # The observer's listener.
 
     def on_start(self, name: str) -> None:
-        """The capture begins a forward."""
+        """The capture begins a forward, of which edits know no inputs yet."""
+        self._tell_edits((), {})
         if (recorder := self._recording()) is not None:
             recorder.on_start(name)
 
@@ -173,12 +182,15 @@ class OpenContexts(Listener):
             recorder.on_end()
 
     def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The capture takes the ids."""
+        """Edits are told, and the capture takes the ids."""
+        self._tell_edits(args, kwargs)
         if (recorder := self._recording()) is not None:
             recorder.on_inputs(args, kwargs)
 
     def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The capture looks for the modules that join heads."""
+        if module is self.model and isinstance(module, MODULES):  # these carry no hook that sees their inputs
+            self._tell_edits(args, {})
         if (recorder := self._recording()) is not None:
             recorder.on_module(name, module, args)
 
@@ -229,3 +241,14 @@ class OpenContexts(Listener):
         chosen = None if recorder is None else recorder.settings.sites
         recorded = recorder is not None and (chosen is None or site in chosen)
         return recorded or any(isinstance(edit, Edit) and site in edit.sites for edit in self._mine())
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs by the names of the forward's arguments; positional ones that it has no name for, by their number."""
+    names = [
+        name
+        for name, one in inspect.signature(model.forward).parameters.items()
+        if one.kind <= one.POSITIONAL_OR_KEYWORD
+    ]
+    names += [str(number) for number in range(len(names), len(args))]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -99,10 +99,18 @@ class Recorder:
             if self.decode is not None:
                 forward.tokens = {name: self.decode(ids) for name, ids in forward.ids.items()}
 
+    def finish(self) -> None:
+        """The capture is over, and so is what has not told of its end."""
+        for thread in list(self._running):
+            self._end(thread)
+
     def on_end(self) -> None:
         """The forward of this thread is over."""
-        forward = self._running.pop(threading.get_ident(), None)
-        self.projections.end()
+        self._end(threading.get_ident())
+
+    def _end(self, thread: int) -> None:
+        forward = self._running.pop(thread, None)
+        self.projections.end(thread)
         if forward is not None and forward.span is not None:
             forward.span = (forward.span[0], self._now())
         if forward is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
 from workbench.errors import CaptureError, InterventionError
+from workbench.hooks.configs import read
 from workbench.hooks.edits import Edit, Threads, check_range
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 from workbench.inputs import check_inputs
 from workbench.session.ablations import ABLATIONS
+from workbench.session.resampling import Content, choose_donors, contents_of, n_draws, stretched
 
 _NOT_OF_TEXT = re.compile("vis|image|pixel|patch", re.IGNORECASE)
 
@@ -27,8 +30,9 @@ class _Heads:
     """The chosen heads of one site over the reference examples.
 
     Attributes:
-        sums: [head, position, width] sums over examples; counts: [position] examples that have a token there.
-        examples: [head, position, width] of each example, if they are kept.
+        sums: [head, rank, width] sums over examples, by the rank of a position among the real ones; counts: [rank]
+            examples that have as many.
+        examples: [head, rank, width] of each example, if they are kept.
     """
 
     sums: Tensor | None = None
@@ -37,15 +41,15 @@ class _Heads:
 
     def add(self, z: Tensor, real: Tensor | None, keep: bool) -> None:
         """Take in a batch z [batch, head, position, width]; `real` [batch or 1, position] is False at padding."""
+        real = _everywhere(z) if real is None else real.to(z.device).expand(z.shape[0], -1)
         if keep:
-            self.examples.extend(z.unbind(0))
+            self.examples.extend(each[:, mask] for each, mask in zip(z, real, strict=True))
             return
         exact = z.to(torch.float32 if z.device.type == "mps" else torch.float64)
-        if real is None:
-            real = torch.ones(1, z.shape[2], dtype=torch.bool, device=z.device)
-        # Padding may hold anything, NaN too, so that it is filled rather than multiplied by zero.
-        sums = exact.masked_fill(~real[:, None, :, None], 0.0).sum(0)
-        counts = real.expand(z.shape[0], -1).sum(0)
+        rank = (real.cumsum(1) - 1)[real]
+        # Padding may hold anything, NaN too, so that it is left out rather than multiplied by zero.
+        sums = exact.new_zeros(z.shape[2], z.shape[1], z.shape[3]).index_add_(0, rank, exact.transpose(1, 2)[real])
+        sums, counts = sums.transpose(0, 1), torch.bincount(rank, minlength=z.shape[2])
         if self.sums is None or self.counts is None:
             self.sums, self.counts = sums, counts
             return
@@ -69,19 +73,26 @@ class Reference:
     Args:
         heads: which heads, by site.
         how: an ablation that needs a reference; every example is kept where it uses single ones, else their sums.
-        generator: chooses examples at random; without it they are taken in turn.
+        seed: chooses each example's donors; see `workbench.session.resampling`.
     """
 
-    def __init__(self, heads: Mapping[Site, Sequence[int]], how: str, generator: torch.Generator | None = None) -> None:
+    def __init__(self, heads: Mapping[Site, Sequence[int]], how: str, seed: int = 0) -> None:
         self.chosen = heads
         self.known = {site.name: site for site in heads}
         self.kind = ABLATIONS[how]
         self.heads = {site.name: _Heads() for site in heads}
-        self._generator = generator
-        self._order: list[int] = []  # which example stands for example i of a batch
+        self.seed, self.draws = seed, 1
+        self._pool: list[Content] = []  # what the reference's examples are, where single ones are used
+        self._model: nn.Module | None = None
+        self._now = _Running()
 
-    def run(self, session: Session, batches: Mapping[str, Any] | Iterable[Any]) -> None:
+    def run(
+        self, session: Session, batches: Mapping[str, Any] | Iterable[Any], inputs: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
         """Run the session's model on each batch of inputs, without gradients, interventions or capture.
+
+        Args:
+            inputs: batches that will be ablated, as far as they are known: whether they can be is found out before.
 
         Raises:
             InterventionError: no batch, a batch that is no dict or does not fit the model, or a site that the model
@@ -101,6 +112,12 @@ class Reference:
                 raise InterventionError(
                     f"in the reference, {error.message}", shape=error.shape, hint=error.hint
                 ) from None
+        if self.kind.singles:
+            self._pool = [content for batch in several for content in contents_of(batch)]
+            self.draws = n_draws(self._pool)
+            for batch in inputs:
+                self._donors(batch)
+        self._model = session.model
         for batch in several:
             collector = _Collector(self, session.model, batch)
             with session.undisturbed(), torch.no_grad(), session.editing(collector, threads="this"):
@@ -118,6 +135,11 @@ class Reference:
         """
         if not capture.calls:
             raise InterventionError("the reference capture holds no forward")
+        if self.kind.singles:
+            raise InterventionError(
+                "a capture does not say which examples it holds, so that one could be resampled from itself",
+                hint="pass the inputs themselves as reference=",
+            )
         for call in capture.calls:
             for name in self.heads:
                 if name not in call:
@@ -150,38 +172,66 @@ class Reference:
         return (sums.sum(1) / counts.sum())[None, :, None]
 
     def mean_positional(self, call: AttentionCall, old: Tensor) -> Tensor:
-        """[1, head, query, width]: mean over examples, for each position."""
+        """[batch, head, query, width]: mean over examples, for each real position."""
         sums, counts = self._sums(call.site)
         self._check_width(call, old, sums)
-        length = old.shape[2]
-        self._check_whole(call.site, length, call.v.shape[-2])
-        if sums.shape[1] < length:
-            raise _shorter(call.site, sums.shape[1], length)
-        empty = (counts[:length] == 0).nonzero()
+        self._check_whole(call.site, old.shape[2], call.v.shape[-2])
+        rank = (self._real(call.site, old).cumsum(1) - 1).clamp_min(0).to(sums.device)
+        longest = int(rank.max()) + 1
+        if len(counts) < longest:
+            raise InterventionError(
+                f"the reference has {len(counts)} positions, the input {longest}", site=call.site,
+                hint="pass a reference as long as the input",
+            )  # fmt: skip
+        empty = (counts[:longest] == 0).nonzero()
         if empty.numel():
             raise InterventionError(f"position {int(empty[0])} is padding in every reference example", site=call.site)
-        return (sums[:, :length] / counts[:length, None])[None]
+        means = sums[:, :longest] / counts[:longest, None]
+        return means[:, rank].transpose(0, 1)
 
-    def resample(self, call: AttentionCall, old: Tensor) -> Tensor:
-        """[batch, head, query, width]: each example of the batch gets the heads of one reference example."""
+    def resample(self, call: AttentionCall, old: Tensor, draw: int = 0, places: Sequence[int] | None = None) -> Tensor:
+        """[batch, head, query, width]: each example gets the heads of one of its donors, at its real positions.
+
+        Args:
+            draw: which donor. places: which of the site's heads that are held; all by default.
+        """
         examples = self.heads[call.site].examples
         self._check_width(call, old, examples[0])
-        length = old.shape[2]
-        self._check_whole(call.site, length, call.v.shape[-2])
-        while len(self._order) < old.shape[0]:
-            self._order.extend(self._more())
-        picked = [examples[self._order[i]] for i in range(old.shape[0])]
-        short = next((z for z in picked if z.shape[1] < length), None)
-        if short is not None:
-            raise _shorter(call.site, short.shape[1], length)
-        return torch.stack([z[:, :length].to(old.device) for z in picked])
+        self._check_whole(call.site, old.shape[2], call.v.shape[-2])
+        donors = self._now.donors
+        if donors is None or len(donors) != old.shape[0]:
+            raise InterventionError(
+                f"the heads see {old.shape[0]} examples, and {len(donors or ())} are known from the inputs",
+                site=call.site,
+                hint="call the model itself with its whole inputs (PyTorch's own modules by position), or ablate with "
+                'how="mean" or "zero"',
+            )
+        new = torch.zeros_like(old)
+        for i, (chosen, mask) in enumerate(zip(donors, self._real(call.site, old), strict=True)):
+            given, n = examples[chosen[draw]], int(mask.sum())
+            length = given.shape[1]
+            index = stretched(torch.arange(n), torch.tensor(n), torch.tensor(length)).expand(n)
+            taken = given if places is None else given[list(places)]
+            new[i, :, mask] = taken[:, index.to(given.device)].to(new)
+        return new
 
-    def _more(self) -> list[int]:
-        n = min(len(found.examples) for found in self.heads.values())
-        if self._generator is None:
-            return list(range(n))
-        picked = torch.randint(n, (n,), generator=self._generator, device=self._generator.device)
-        return [int(i) for i in picked.tolist()]
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """The model is about to run on these inputs, in this thread.
+
+        Raises:
+            InterventionError: an example of theirs has none to be resampled from.
+        """
+        self._now.batch, self._now.donors = batch, self._donors(batch) if self.kind.singles else None
+
+    def _donors(self, batch: Mapping[str, Any]) -> list[list[int]]:
+        return choose_donors(contents_of(batch), self._pool, self.seed, self.draws)
+
+    def _real(self, site: str, old: Tensor) -> Tensor:
+        """[batch, query] bool: where the inputs are no padding."""
+        real = None
+        if self._model is not None and self._now.batch is not None:
+            real = real_positions(self._model, self.known[site], self._now.batch, old, "the input's")
+        return _everywhere(old) if real is None else real.to(old.device)
 
     def _sums(self, site: str) -> tuple[Tensor, Tensor]:
         found = self.heads[site]
@@ -207,6 +257,18 @@ class Reference:
             )
 
 
+class _Running(threading.local):
+    """What the model runs on, in each thread."""
+
+    batch: Mapping[str, Any] | None = None
+    donors: list[list[int]] | None = None
+
+
+def _everywhere(z: Tensor) -> Tensor:
+    """[batch, position] of z [batch, head, position, width]: all real."""
+    return torch.ones(z.shape[0], z.shape[2], dtype=torch.bool, device=z.device)
+
+
 class _Collector(Edit):
     """Looks at the heads' output of one batch, and changes nothing."""
 
@@ -219,17 +281,19 @@ class _Collector(Edit):
         if call.site in self.fired:
             raise _several(call.site)
         site = self.reference.known[call.site]
-        self.reference.add(call.site, z, _real_positions(self.model, site, self.batch, z), call.v.shape[-2])
+        self.reference.add(call.site, z, real_positions(self.model, site, self.batch, z), call.v.shape[-2])
         return z
 
 
-def _real_positions(model: nn.Module, site: Site, batch: Mapping[str, Any], z: Tensor) -> Tensor | None:
+def real_positions(
+    model: nn.Module, site: Site, batch: Mapping[str, Any], z: Tensor, whose: str = "the reference's"
+) -> Tensor | None:
     """[batch, position] bool, False where the queries of a site are padding; None if no mask speaks of them.
 
     Raises:
         InterventionError: the mask of a model with one tower does not fit its queries.
     """
-    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "decoder_input_ids" in batch
+    decodes = read(read(model, "config"), "is_encoder_decoder", False) or "decoder_input_ids" in batch
     in_encoder = "encoder" in site.name.split(".") and site.kind != "cross"
     name = "decoder_attention_mask" if decodes and not in_encoder else "attention_mask"
     mask = batch.get(name)
@@ -240,7 +304,7 @@ def _real_positions(model: nn.Module, site: Site, batch: Mapping[str, Any], z: T
     if site.tower:  # it may be the mask of another tower
         return None
     raise InterventionError(
-        f"the reference's {name} {list(mask.shape)} does not fit its {z.shape[0]} examples of {z.shape[2]} positions",
+        f"{whose} {name} {list(mask.shape)} does not fit its {z.shape[0]} examples of {z.shape[2]} positions",
         site=site.name,
         hint="pass a mask [batch, position], or none",
     )
@@ -260,10 +324,4 @@ def _several(site: str) -> InterventionError:
         "the site is called several times in one forward, so that it has no single reference",
         site=site,
         hint='ablate it with how="zero", or patch it with a function',
-    )
-
-
-def _shorter(site: str, has: int, needs: int) -> InterventionError:
-    return InterventionError(
-        f"the reference has {has} positions, the input {needs}", site=site, hint="pass a reference as long as the input"
     )

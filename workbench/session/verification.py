@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from workbench.errors import AttachError
 from workbench.hooks.layouts import Layouts
 from workbench.hooks.listener import Listener
-from workbench.hooks.nested import tensors
+from workbench.hooks.nested import fresh, tensors_within
 from workbench.hooks.observer import observed
 from workbench.hooks.sites import Sites, Unread
 from workbench.hooks.tap import AttentionCall
@@ -40,6 +40,7 @@ class Verification:
             site's heads give nothing; None if that was not tried), ok.
         unread: modules that mix tokens and are no site, so that nothing of this is about them. looked: whether that
             list is complete.
+        compared: the model's output has tensors; without any there is nothing to compare, nor to be changed.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Verification:
     checks: list[dict[str, Any]]
     unread: tuple[Unread, ...] = ()
     looked: bool = True
+    compared: bool = True
 
     @property
     def complete(self) -> bool:
@@ -85,6 +87,11 @@ class Verification:
             what = "the model's output stays the same when its heads give nothing"
         raise AttachError(f"verification failed: {what}", site=bad["site"], hint="see the .table of the verification")
 
+    def _output(self) -> str:
+        if not self.compared:
+            return "without tensors to compare"
+        return "identical to the bit" if self.identical else "CHANGED"
+
     def __repr__(self) -> str:
         fired = sum(check["fired"] for check in self.checks)
         sums = [check["row_sum_error"] for check in self.checks if check["row_sum_error"] >= 0]  # NaN: no claim
@@ -100,7 +107,7 @@ class Verification:
             state = "ok, not all modules were looked at"
         return (
             f"Verification({state}: {self.model}, {fired}/{len(self.checks)} sites fired, "
-            f"output {'identical to the bit' if self.identical else 'CHANGED'}, rows sum to 1 within {rows:.1e}, "
+            f"output {self._output()}, rows sum to 1 within {rows:.1e}, "
             f"A·V equals the kernel's output within {out:.1e}{tried})"
         )
 
@@ -144,17 +151,18 @@ def verify_model(
 
     def run(on_call: Callable[[AttentionCall], Tensor | None] | None, edits: bool = False) -> Any:
         with torch.random.fork_rng(devices):
+            given, named = fresh(args), fresh(dict(inputs))  # a cache grows in each run
             if on_call is None:
-                return model(*args, **inputs)
+                return model(*given, **named)
             with observed(model, _Calls(on_call, edits), layouts):
-                return model(*args, **inputs)
+                return model(*given, **named)
 
     bare, watched = run(None), run(look)
     checks = [check for check in checks if check["site"] not in layouts.refused | dict.fromkeys(layouts.gates, "")]
-    pairs = list(zip(tensors(bare), tensors(watched), strict=False))
-    identical = bool(pairs) and all(_same_bits(a, b) for a, b in pairs)
+    outputs = tensors_within(bare), tensors_within(watched)
+    identical = len(outputs[0]) == len(outputs[1]) and all(map(_same_bits, *outputs))
     fired = {check["site"] for check in checks}
-    for name in sorted(fired) if edits else []:
+    for name in sorted(fired) if edits and outputs[0] else []:
         found = _editable(bare, run(partial(_switched_off, name), True))
         for check in checks:
             if check["site"] == name:
@@ -166,7 +174,7 @@ def verify_model(
          "output_error": nan, "tolerance": nan, "editable": None, "ok": False}
         for site in sites if site.name not in fired
     ]  # fmt: skip
-    return Verification(type(model).__name__, identical, checks, sites.unread, bool(sites.looked))
+    return Verification(type(model).__name__, identical, checks, sites.unread, bool(sites.looked), bool(outputs[0]))
 
 
 def _switched_off(site: str, call: AttentionCall) -> Tensor | None:
@@ -180,7 +188,7 @@ def _switched_off(site: str, call: AttentionCall) -> Tensor | None:
 
 def _editable(bare: Any, edited: Any) -> bool:
     """Whether some output has changed by more than another order of the same sums would change it."""
-    for a, b in zip(tensors(bare), tensors(edited), strict=False):
+    for a, b in zip(tensors_within(bare), tensors_within(edited), strict=False):
         if a.shape != b.shape:
             return True
         if a.is_floating_point() and a.numel():

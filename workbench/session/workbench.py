@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,17 +10,17 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
 from workbench.capture.settings import Settings
 from workbench.errors import AttachError, CaptureError
+from workbench.hooks.code import scripted_attention
 from workbench.hooks.compiled import check_not_compiled
 from workbench.hooks.layouts import STATE_IT, Layouts
 from workbench.hooks.proofs.axes import Axes
 from workbench.hooks.sites import Sites, Unread, find_sites, without
-from workbench.inputs import check_inputs, dropout_in_training, to_ids
+from workbench.inputs import check_inputs, device_for_inputs, dropout_in_training, to_ids
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
 from workbench.session.interventions import Interventions
@@ -51,6 +52,7 @@ def attach(
         AttachError: no module, no attention in it, or attached already.
         CaptureError: a layout of a site that there is not, or that cannot be read.
 
+    >>> import torch
     >>> wb = attach(nn.TransformerEncoderLayer(16, 4, batch_first=True).eval())
     >>> with wb.capture() as cap:
     ...     _ = wb.model(torch.randn(2, 5, 16))
@@ -67,8 +69,16 @@ def attach(
         raise AttachError(
             f"{type(model).__name__} is attached already", hint="use that Workbench, or call its detach() first"
         )
-    sites = find_sites(model)
-    if check and not sites:
+    sites, scripted = find_sites(model), scripted_attention(model)
+    if scripted:
+        parts = ", ".join(name or "the model itself" for name in scripted[:5])
+        warnings.warn(
+            f"attention in TorchScript cannot be seen, and is no site: {parts}; "
+            "attach to the model as it was before torch.jit.script or torch.jit.trace",
+            UserWarning,
+            stacklevel=2,
+        )
+    if check and not sites and not scripted:
         raise AttachError(
             f"no attention was found in {type(model).__name__}",
             hint="nothing in the code of its modules calls an attention kernel or multiplies a softmax with values; "
@@ -95,7 +105,7 @@ class Workbench(Interventions):
         self._open = True
         self._contexts = OpenContexts(model, layouts)
         self._warned = False
-        self._hash: tuple[Any, str] | None = None
+        self._hash: tuple[Any, str | None] | None = None
         _attached[model] = weakref.ref(self)
 
     def detach(self) -> None:
@@ -185,6 +195,7 @@ class Workbench(Interventions):
             with self._contexts.recording(recorder):
                 yield capture
         finally:
+            recorder.finish()
             self.sites = capture.model_sites = self._told(recorder.sites)
             provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
             recorder.gradients.close()
@@ -321,8 +332,7 @@ class Workbench(Interventions):
             raise CaptureError("no tokenizer is attached", hint="attach(model, tokenizer), or pass ids yourself")
         several = not isinstance(text, str)
         encoded = dict(self.tokenizer(list(text) if several else [text], return_tensors="pt", padding=several))
-        first = next(self.model.parameters(), None)
-        device = torch.device("cpu") if first is None else first.device
+        device = device_for_inputs(self.model)
         inputs = {name: value.long().to(device) for name, value in encoded.items()}
         check_inputs(self.model, (), inputs)
         return inputs
@@ -341,12 +351,21 @@ class Workbench(Interventions):
         """What a result says of the model and of the software that ran it, with the weights' hash: plain values."""
         return describe(self.model, self.tokenizer) | {"weights_sha256": self.weights_hash()}
 
-    def weights_hash(self) -> str:
-        """SHA-256 over the model's parameters and buffers, computed anew only where they have changed."""
+    def weights_hash(self) -> str | None:
+        """SHA-256 over the model's parameters and buffers, computed anew only where they have changed.
+
+        None if some are offloaded to where they cannot be read.
+        """
+        if any(p.device.type == "meta" for p in self.model.parameters()):  # nothing tells whether these have changed
+            return weights_hash(self.model)
         now = weights_fingerprint(self.model)
         if self._hash is None or self._hash[0] != now:
             self._hash = (now, weights_hash(self.model))
         return self._hash[1]
+
+    def weights_identity(self) -> str:
+        """What is the same for the same weights only: their hash, or where there is none what is never the same."""
+        return self.weights_hash() or f"unread {uuid.uuid4().hex}"
 
     def __repr__(self) -> str:
         state = "" if self._open else ", detached"

@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from workbench.hooks.configs import read
+from workbench.hooks.weights import described, stored
+
 Provenance = dict[str, Any]
 # Parameters that are tokens before the patches; registers are several.
 _PREFIX = ("cls_token", "class_token", "class_embedding", "distillation_token", "dist_token", "cls_embeddings")
@@ -51,17 +54,20 @@ _SECRET = re.compile(
 
 def describe(model: nn.Module, tokenizer: Any = None) -> Provenance:
     """What is known of a model and of the software that runs it, without reading its weights."""
-    config = getattr(model, "config", None)
+    config = read(model, "config")
     parameters = list(model.parameters())
     known = {} if tokenizer is None else {"tokenizer_sha256": tokenizer_hash(tokenizer)}
+    note = weights_note(model)
+    if note is not None:
+        known["weights_note"] = note
     return {
         "created": now(),
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "model_name": _name(getattr(config, "name_or_path", "")) or type(model).__name__,
+        "model_name": _name(read(config, "name_or_path", "")) or type(model).__name__,
         "parameters": sum(p.numel() for p in parameters),
         "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
         "device": ", ".join(sorted({str(p.device) for p in parameters})),
-        "attention_backend": getattr(config, "_attn_implementation", None) or "torch",
+        "attention_backend": read(config, "_attn_implementation") or "torch",
         "training": model.training,
         "patches": find_patches(model),
         "rotary": any(_ROTARY.search(type(module).__name__) for module in model.modules()),
@@ -88,12 +94,12 @@ def find_patches(model: nn.Module) -> Provenance | None:
     Read from a config's image_size and patch_size, from timm's patch embedding, or from attributes of those names, and
     from the parameters that are tokens. None where the model tells of no patches.
     """
-    config = getattr(model, "config", None)
+    config = read(model, "config")
     embedding = getattr(model, "patch_embed", None)
     grid = getattr(embedding, "grid_size", None)
     if grid is None:
-        for owner in (getattr(config, "vision_config", None), config, model):
-            image, patch = (_pair(getattr(owner, name, None)) for name in ("image_size", "patch_size"))
+        for owner in (read(config, "vision_config"), config, model):
+            image, patch = (_pair(read(owner, name)) for name in ("image_size", "patch_size"))
             if image and patch:
                 grid = [size // step for size, step in zip(image, patch, strict=True)]
                 break
@@ -122,6 +128,11 @@ def _name(name_or_path: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on; absent packages are left out."""
+    return dict(_versions())
+
+
+@cache  # reading the packages' metadata takes longer than a short forward
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -131,21 +142,41 @@ def versions() -> dict[str, str]:
     return found
 
 
-def weights_hash(model: nn.Module) -> str:
+def weights_hash(model: nn.Module) -> str | None:
     """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, in order of their names.
+
+    Offloaded weights are read from where they are kept; None if one cannot be read (`weights_note` says which). Tensors
+    of several parts, as quantized ones are, count with all their parts, and a sharded one with the shard of this rank.
 
     >>> weights_hash(nn.Identity())[:8]
     'e3b0c442'
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode("utf-8", "surrogatepass"))
-        if tensor.device.type != "meta":
-            flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            value = stored(model, name, value)
+            if value is None:
+                return None
+        for text, tensor in described(value):
+            digest.update(f"{name} {text}\n".encode("utf-8", "surrogatepass"))
+            if tensor is not None and tensor.numel():
+                flat = tensor.cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weights_note(model: nn.Module) -> str | None:
+    """What is to be said of the hash of a model's weights: why there is none, or what it leaves out; else None."""
+    kinds = {(type(t).__name__, t.device.type) for t in (*model.parameters(), *model.buffers())}
+    if not any(name == "DTensor" or device == "meta" for name, device in kinds):
+        return None  # soon, since every capture asks
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    lost = [name for name, value in state.items() if stored(model, name, value) is None]
+    if lost:
+        return f"no hash: {len(lost)} weights are offloaded to where they cannot be read, the first is {lost[0]}"
+    if any(type(value).__name__ == "DTensor" for value in state.values()):
+        return "the hash is that of this rank's shards"
+    return None
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:
@@ -243,9 +274,11 @@ def _without_folder(argument: str) -> str:
 def weights_fingerprint(model: nn.Module) -> tuple[Any, ...]:
     """What differs where weights differ, in a small part of the time of the hash: their versions, places and sums.
 
-    Changes that do not count as in place for autograd, such as those of `weight.data`, show in the sums.
+    Changes that do not count as in place for autograd, such as those of `weight.data`, show in the sums. Those of
+    offloaded weights show in neither.
     """
-    tensors = [t.detach() for t in (*model.parameters(), *model.buffers()) if t.device.type != "meta"]
+    parts = [part for t in (*model.parameters(), *model.buffers()) for _, part in described(t)]
+    tensors = [t for t in parts if t is not None and t.device.type != "meta"]
     sums = tuple(float(t.sum(dtype=torch.float64)) for t in tensors if not t.is_complex())
     return weights_version(model), tuple(t.data_ptr() for t in tensors), sums
 

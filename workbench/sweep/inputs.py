@@ -63,13 +63,13 @@ def identity(
     batches: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
     reference: Any,
-    seed: int | None,
+    seed: int,
     **settings: Any,
 ) -> dict[str, Any]:
     """What two sweeps must share for one to go on from the other's file; plain values."""
     return {
         "model class": f"{type(wb.model).__module__}.{type(wb.model).__qualname__}",
-        "model weights": wb.weights_hash(),
+        "model weights": wb.weights_identity(),
         "variants": digest([one.about for one in variants]),
         "number of variants": len(variants),
         "base": digest([one.about for one in base]),

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from workbench.errors import InterventionError, WorkbenchError
+from workbench.hooks.configs import read
 from workbench.hooks.nested import tensors
 from workbench.inputs import dropout_in_training
 from workbench.metrics import Metric, as_metrics
+from workbench.session.reference import Reference
 from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import check_batches, check_resumed, identity, size_of
 from workbench.sweep.kept_logits import ARGUMENT, places_read, widened
@@ -41,7 +43,7 @@ def run_sweep(
     resumed: bool = True,
     memory: int = 2 << 30,
     resume: str | Path | None = None,
-    seed: int | None = None,
+    seed: int = 0,
     progress: bool = True,
 ) -> Sweep:
     """Measure variants of a model on batches; the same numbers as one forward for each, up to rounding.
@@ -62,7 +64,8 @@ def run_sweep(
         batched, resumed: False for one variant at a time, or for whole forwards.
         memory: bytes that kept blocks and repeats may take, by a rough count.
         resume: a file to go on from, if it is there, and to write to.
-        seed: for resampling, chooses the reference's examples at random; without it they are taken in turn.
+        seed: for "resample", which replaces each example by several others of the reference, of the nearest length and
+            on real positions, and averages the metrics over them (see `workbench.session.resampling`).
         progress: show a bar.
 
     Raises:
@@ -94,10 +97,11 @@ def run_sweep(
     if not given:
         raise InterventionError("there is no variant to try")
     of_reference = several if reference is None else reference
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    all_variants = resolve(wb, [*given, *([base] if base else [])], of_reference, "reference", generator)
-    found, under = all_variants[: len(given)], all_variants[len(given) :]
-    runner = _Runner(wb, found, under, several, named, memory, batched, resumed)
+    every, references = resolve(wb, [*given, *([base] if base else [])], of_reference, "reference", seed, several)
+    found, under = every[: len(given)], every[len(given) :]
+    if under and len(under[0].draws) > 1:
+        raise InterventionError("base= cannot resample, which takes several draws", hint='how="mean", or "zero"')
+    runner = _Runner(wb, found, under, references, several, named, memory, batched, resumed)
     return runner.run(Path(resume) if resume is not None else None, of_reference, seed, progress)
 
 
@@ -109,6 +113,7 @@ class _Runner:
         wb: Workbench,
         variants: list[Resolved],
         base: list[Resolved],
+        references: list[Reference],
         batches: list[dict[str, Any]],
         metrics: dict[str, Metric],
         memory: int,
@@ -118,6 +123,7 @@ class _Runner:
         self.wb, self.variants, self.base, self.batches, self.metrics = wb, variants, base, batches, metrics
         self.memory, self.batched, self.resumed, self.reason = memory, batched, resumed, ""
         self.edits = tuple(edit for one in base for edit in one.edits)
+        self.references = references
         sites = frozenset().union(*(one.sites for one in (*variants, *base)))
         self.stack = Stack(sites)
         self.outputs = OutputStack(sites, self.stack)
@@ -131,7 +137,7 @@ class _Runner:
         self.recorded: Any = None  # the output on the first batch, while what blocks gave in it is kept
         self.sparse = True  # whether logits that no metric reads are left out
 
-    def run(self, path: Path | None, reference: Any, seed: int | None, progress: bool) -> Sweep:
+    def run(self, path: Path | None, reference: Any, seed: int, progress: bool) -> Sweep:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             # Open for the whole sweep; which sites fire is checked at each forward.
@@ -159,12 +165,20 @@ class _Runner:
         return self._save(path)
 
     @property
+    def resampling(self) -> dict[str, Any]:
+        """How examples were resampled, if they were."""
+        drawn = [reference for reference in self.references if reference.kind.singles]
+        return {"resampling": {"draws": drawn[0].draws, "seed": drawn[0].seed}} if drawn else {}
+
+    @property
     def mode(self) -> str:
         return "resumed" if self.resumed else "full"
 
     def _forward(self, batch: Mapping[str, Any], size: int, plan: Sequence[tuple[Any, ...]], start: str | None) -> Any:
         """The model's output with each of the plan's edits, side by side, begun at a block."""
         times = len(plan)
+        for reference in self.references:
+            reference.begin(batch)
         inputs = {
             name: value if name == "cache_position" else repeat(value, times, size) for name, value in batch.items()
         }
@@ -181,10 +195,12 @@ class _Runner:
         """Where logits are needed; None for everywhere."""
         return places_read(self.wb.model, self.metrics.values(), batch) if self.sparse else None
 
-    def _run_plan(self, batch: Mapping[str, Any], size: int, chosen: list[Resolved], start: str | None) -> list[Any]:
-        """The model's output for each variant."""
-        output = self._forward(batch, size, [(*self.edits, *one.edits) for one in chosen], start)
-        silent = sorted(frozenset().union(*(one.sites for one in chosen)) - self.stack.touched)
+    def _run_plan(
+        self, batch: Mapping[str, Any], size: int, chosen: Sequence[tuple[Any, ...]], start: str | None
+    ) -> list[Any]:
+        """The model's output with each of the chosen edits."""
+        output = self._forward(batch, size, [(*self.edits, *edits) for edits in chosen], start)
+        silent = sorted(frozenset().union(*(edit.sites for edits in chosen for edit in edits)) - self.stack.touched)
         if silent:
             raise InterventionError(
                 "the intervention never fired at the site", site=silent[0], hint="does the model's forward reach it?"
@@ -283,13 +299,18 @@ class _Runner:
             clean, self.recorded = self.recorded if number == 0 else None, None
             if clean is None or not self.resumed:
                 clean = self._record(batch, size) if self.resumed else self._forward(batch, size, [self.edits], None)
-            self._measure(clean, clean, batch, None, rows)
+            self.clean[:, rows] = self._measured(clean, clean, batch, "the unedited model", rows)
             for start, chunk in self._chunks(clean):
                 if bool(self.done[chunk, number].all()):
                     continue
-                outputs = self._run_plan(batch, size, [self.variants[i] for i in chunk], start)
-                for i, output in zip(chunk, outputs, strict=True):
-                    self._measure(output, clean, batch, i, rows)
+                totals = torch.zeros(len(chunk), len(self.metrics), size, dtype=torch.float64)
+                draws = [(k, edits) for k, i in enumerate(chunk) for edits in self.variants[i].draws]
+                for some in (draws[at : at + len(chunk)] for at in range(0, len(draws), len(chunk))):
+                    outputs = self._run_plan(batch, size, [edits for _, edits in some], start)
+                    for (k, _), output in zip(some, outputs, strict=True):
+                        one = self.variants[chunk[k]]
+                        totals[k] += self._measured(output, clean, batch, one.label, rows) / len(one.draws)
+                self.values[chunk, :, rows] = totals
                 self.done[chunk, number] = True
                 bar.update(len(chunk))
                 if path is not None and time.monotonic() - saved > _SAVE_EVERY:
@@ -331,15 +352,10 @@ class _Runner:
                 before = start
         return found
 
-    def _measure(self, output: Any, clean: Any, batch: Mapping[str, Any], variant: int | None, rows: slice) -> None:
-        for j, (name, metric) in enumerate(self.metrics.items()):
-            value = metric(output, batch, clean)
-            of = "the unedited model" if variant is None else self.variants[variant].label
-            checked = _check_value(value, name, of, rows)
-            if variant is None:
-                self.clean[j, rows] = checked
-            else:
-                self.values[variant, j, rows] = checked
+    def _measured(self, output: Any, clean: Any, batch: Mapping[str, Any], of: str, rows: slice) -> Tensor:
+        """[metric, example of the batch]."""
+        values = [(name, metric(output, batch, clean)) for name, metric in self.metrics.items()]
+        return torch.stack([_check_value(value, name, of, rows) for name, value in values])
 
     def _save(self, path: Path | None) -> Sweep:
         result = Sweep(
@@ -353,7 +369,7 @@ class _Runner:
             reason=self.reason,
             batched=self.batched,
             identity=self.identity,
-            provenance=self.wb.provenance(),
+            provenance=self.wb.provenance() | self.resampling,
         )
         if path is not None:
             result.save(path)
@@ -390,7 +406,7 @@ def _without_cache(model: nn.Module) -> dict[str, Any]:
     import inspect
 
     takes = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False} if takes and getattr(getattr(model, "config", None), "use_cache", False) else {}
+    return {"use_cache": False} if takes and read(read(model, "config"), "use_cache", False) else {}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -47,11 +47,20 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A variant for one model: its edits, and a text that tells it from every other."""
+    """A variant for one model, and a text that tells it from every other.
+
+    Attributes:
+        draws: its edits; several where it is resampled several times, over which metrics are averaged.
+    """
 
     label: str
-    edits: tuple[AnyEdit, ...]
+    draws: tuple[tuple[AnyEdit, ...], ...]
     about: str
+
+    @property
+    def edits(self) -> tuple[AnyEdit, ...]:
+        """The edits of the first draw."""
+        return self.draws[0]
 
     @property
     def sites(self) -> frozenset[str]:
@@ -60,9 +69,17 @@ class Resolved:
 
 
 def resolve(
-    wb: Workbench, variants: Sequence[Variant], reference: Any, about_reference: str, generator: torch.Generator | None
-) -> list[Resolved]:
-    """The edits of variants. The reference is run once for all of them.
+    wb: Workbench,
+    variants: Sequence[Variant],
+    reference: Any,
+    about_reference: str,
+    seed: int,
+    batches: Sequence[Mapping[str, Any]],
+) -> tuple[list[Resolved], list[Reference]]:
+    """The edits of variants, and the references that they use, which are run once for all of them.
+
+    Args:
+        seed: of resampling. batches: that are to be ablated.
 
     Raises:
         InterventionError: a variant that is none, heads that are none, an unknown `how`, a missing reference.
@@ -75,12 +92,13 @@ def resolve(
         if reference is None:
             raise InterventionError(f'how="{how}" needs a reference', hint="reference= is a dict of inputs, or several")
         of_this = [h for v, h in zip(variants, chosen, strict=True) if h and v.edit is None and v.how == how]
-        found = Reference(_union(of_this), how, generator)
-        found.run(wb, reference)
+        found = Reference(_union(of_this), how, seed)
+        found.run(wb, reference, batches)
         sources[how] = found
-    return [
+    resolved = [
         _resolve_one(variant, heads, sources, about_reference) for variant, heads in zip(variants, chosen, strict=True)
     ]
+    return resolved, list(sources.values())
 
 
 def _heads(wb: Workbench, variant: Variant) -> dict[Site, list[int]]:
@@ -116,7 +134,7 @@ def _resolve_one(
                 hint="Variant(heads), or Variant(edit=…)",
             )
         own = tuple(edit for edit in edits if isinstance(edit, (Edit, OutputEdit)))
-        return Resolved(label or " ".join(type(edit).__name__ for edit in own), own, f"{label} {about(own)}")
+        return Resolved(label or " ".join(type(edit).__name__ for edit in own), (own,), f"{label} {about(own)}")
     where = Positions(variant.positions)
     if variant.edit is not None:
         if not callable(variant.edit) or isinstance(variant.edit, (Edit, OutputEdit)):
@@ -124,19 +142,24 @@ def _resolve_one(
                 f"edit is {type(variant.edit).__name__}, expected a function edit(rows, site, head)"
             )
         edit: Edit = PatternEdit(heads, variant.edit, where)
-        return Resolved(label, (edit,), f"{label} {listed} {about(variant.edit)} {about(where)}")
+        return Resolved(label, ((edit,),), f"{label} {listed} {about(variant.edit)} {about(where)}")
     shared = ABLATIONS[variant.how].needs == "reference"
-    source = _of_shared(sources[variant.how], variant.how, heads) if shared else zero
+    each: list[Source] = [zero]
+    if shared:
+        reference = sources[variant.how]
+        each = [_of_shared(reference, variant.how, heads, draw) for draw in range(reference.draws)]
     told = f"{label} {listed} {variant.how} {about(where)} {about_reference if shared else ''}"
-    return Resolved(label, (Ablation(heads, source, where),), told)
+    return Resolved(label, tuple((Ablation(heads, source, where),) for source in each), told)
 
 
-def _of_shared(reference: Reference, how: str, heads: Mapping[Site, Sequence[int]]) -> Source:
+def _of_shared(reference: Reference, how: str, heads: Mapping[Site, Sequence[int]], draw: int) -> Source:
     """Of a reference that holds the heads of many variants, those of one."""
     places = {site.name: [reference.chosen[site].index(head) for head in chosen] for site, chosen in heads.items()}
     make: Source = getattr(reference, how)
 
     def source(call: AttentionCall, old: Tensor) -> Tensor:
+        if reference.kind.singles:
+            return reference.resample(call, old, draw, places[call.site])
         return make(call, old)[:, places[call.site]]
 
     return source

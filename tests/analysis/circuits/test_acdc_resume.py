@@ -13,7 +13,7 @@ from torch import Tensor
 import workbench
 from support.circuits import Words, random_task, tiny
 from workbench import Circuit, Pruning, PruningInterrupted, find_circuit
-from workbench.analysis.circuits import acdc
+from workbench.analysis.circuits.methods import acdc
 from workbench.errors import FormatError, InterventionError, WorkbenchError
 from workbench.metrics import logit_diff
 

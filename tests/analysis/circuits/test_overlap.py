@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,9 +12,9 @@ import workbench
 from support.circuits import Words, induction_model, random_task, tiny
 from workbench import CircuitOverlap
 from workbench.analysis.circuits.cross_faithfulness import _edge_layers, _random_like
-from workbench.analysis.circuits.model.graph import Graph
-from workbench.analysis.circuits.overlap import _null
-from workbench.analysis.statistics.overlap import jaccard, rank_biased, weighted_jaccard
+from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.overlap_null import Renamings, fitted_to_degrees
+from workbench.analysis.statistics.overlap import jaccard, rank_biased, top_weights, weighted_jaccard
 from workbench.errors import InterventionError
 
 
@@ -45,18 +45,106 @@ def test_of_equal_sets_it_is_one_and_of_disjoint_ones_zero(two: Any) -> None:
     assert apart.p_value == 1
 
 
-def test_chance_is_that_of_random_heads_within_layers() -> None:
-    """8 of the 16 heads of one layer, and random 8 of 384 heads: 64/384 shared in the mean."""
-    generator = torch.Generator().manual_seed(0)
-    inside = torch.zeros(384, dtype=torch.bool)
-    inside[torch.randperm(384, generator=generator)[:8]] = True
-    null = _null(inside, inside, torch.zeros(384), 40000, seed=0)
-    shared = (16 * null / (1 + null)).mean()  # of J = s / (16 − s)
-    assert float(shared) == pytest.approx(64 / 384, abs=0.01)
-    layers = torch.arange(24).repeat_interleave(16)
-    by_layer = _null(inside, inside, layers, 40000, seed=0)
-    count = np.bincount(layers[inside].numpy(), minlength=24)
-    assert float((16 * by_layer / (1 + by_layer)).mean()) == pytest.approx(float((count**2 / 16).sum()), abs=0.01)
+def test_renaming_moves_groups_whole_and_keeps_the_graph() -> None:
+    layers = (Layer(4, 2, stream="encoder"), Layer(2, 2, stream="decoder"), Layer(4, 2, kind="cross", stream="decoder"))
+    graph = Graph(layers, d_model=8)
+    renamed = Renamings.draw(graph, 50, seed=0)
+    assert renamed.n_different == 2 * 2**2 * 2 * 2 * 2**2
+    s, r = graph.exists.nonzero().T
+    edges = torch.cat(list(renamed.of_edges()))
+    for senders, receivers, index in zip(renamed.senders, renamed.receivers, edges, strict=True):
+        assert sorted(index.tolist()) == list(range(graph.n_edges))
+        assert torch.equal(s[index], senders[s])
+        assert torch.equal(r[index], receivers[r])
+        for i, layer in enumerate(graph.layers):
+            first, size = graph.first_sender(i), layer.n_heads // layer.n_kv_heads
+            groups = (senders[first : first + layer.n_heads] - first) // size
+            assert torch.equal(
+                groups, (receivers[graph.columns(i, "k")] - graph.columns(i, "k").start).repeat_interleave(size)
+            )
+        fixed = [k for k, name in enumerate(graph.senders) if ".h" not in name]
+        assert torch.equal(senders[fixed], torch.tensor(fixed))
+    assert len({tuple(one) for one in renamed.senders.tolist()}) > 20
+
+
+def circuit_of(scores: torch.Tensor, like: Any, share: float = 0.1) -> Any:
+    own = scores.masked_fill(~like.graph.exists, torch.nan)
+    return replace(like, edge_scores=own, node_scores=own.nan_to_num(0.0).sum(1), examples=None).top(share, prune=False)
+
+
+@pytest.mark.parametrize("kind", ["node effects", "strong MLPs"])
+def test_p_values_hold_their_level_where_circuits_cluster(two: Any, kind: str) -> None:
+    """Independent scores, multiplied by effects of their nodes, or stronger at MLPs in both circuits."""
+    like = two[2]["eap"][0]
+    graph, generator = like.graph, torch.Generator().manual_seed(0)
+    mlps = torch.tensor([name.startswith("m") for name in graph.senders])
+
+    def draw() -> Any:
+        scores = torch.randn(graph.exists.shape, generator=generator, dtype=torch.float64).abs()
+        if kind == "strong MLPs":
+            return circuit_of(torch.where(mlps[:, None], 3.0, 1.0) * scores, like)
+        effects = (torch.randn(n, generator=generator, dtype=torch.float64) for n in graph.exists.shape)
+        sending, receiving = (effect.exp() for effect in effects)
+        return circuit_of(scores * sending[:, None] * receiving, like)
+
+    found = [workbench.circuit_overlap(draw(), draw(), n_null=99, n_bootstrap=0, seed=i) for i in range(80)]
+    for values in ([one.p_value for one in found], [one.p_beyond_nodes for one in found]):
+        assert sum(p <= 0.05 for p in values) <= 10  # of 80: more have a probability of 0.003
+    assert "renamed at random within layers" in found[0].meaning
+    assert "degrees explain" in found[0].meaning
+
+
+def test_shared_edges_are_found_and_what_nodes_explain_is_not(two: Any) -> None:
+    like = two[2]["eap"][0]
+    graph, generator = like.graph, torch.Generator().manual_seed(1)
+    one = torch.randn(graph.exists.shape, generator=generator, dtype=torch.float64).abs()
+    other = torch.where(torch.rand(one.shape, generator=generator) < 0.5, one, one.flatten().flip(0).view(one.shape))
+    found = workbench.circuit_overlap(circuit_of(one, like), circuit_of(other, like), n_null=199, n_bootstrap=0)
+    assert found.p_value <= 0.05
+    assert found.p_beyond_nodes <= 0.05
+    sending = (2 * torch.randn(len(graph.senders), generator=generator, dtype=torch.float64)).exp()
+    noise = [torch.rand(one.shape, generator=generator, dtype=torch.float64) + 0.5 for _ in range(2)]
+    same_nodes = workbench.circuit_overlap(
+        *(circuit_of(sending[:, None] * x, like) for x in noise), n_null=199, n_bootstrap=0
+    )
+    assert same_nodes.p_beyond_nodes > 0.05
+
+
+def test_probabilities_fitted_to_degrees_have_them(two: Any) -> None:
+    circuit = two[2]["eap"][0]
+    chances = fitted_to_degrees(circuit.edges_in, circuit.graph.exists)
+    for axis in (0, 1):
+        torch.testing.assert_close(chances.sum(axis), circuit.edges_in.sum(axis).double(), atol=0.02, rtol=0.01)
+    assert (chances[~circuit.graph.exists] == 0).all()
+
+
+def test_equal_scores_share_what_is_left_and_unscored_edges_are_counted(two: Any) -> None:
+    like = two[2]["eap"][0]
+    graph, n, k = like.graph, like.graph.n_edges, 6
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    scores = [torch.zeros(n, dtype=torch.float64) for _ in range(2)]
+    scores[0][order[:k]] = 1 + torch.rand(k, dtype=torch.float64)
+    scores[1][order[k : 2 * k]] = 1 + torch.rand(k, dtype=torch.float64)
+    tables = [torch.full(graph.exists.shape, torch.nan, dtype=torch.float64) for _ in scores]
+    for table, own in zip(tables, scores, strict=True):
+        table[graph.exists] = own
+    tables[1][tuple(graph.exists.nonzero()[order[-1]])] = torch.nan
+    a, b = (replace(like, edge_scores=table, examples=None).top(k, prune=False) for table in tables)
+    found = workbench.circuit_overlap(a, b, n_null=50, n_bootstrap=0, fractions=(k / n + 1e-9, 0.5))
+    assert found.sizes == (k,)  # beyond it all are equal
+    assert found.curve["jaccard"] == (0.0,)
+    assert found.unscored == 1
+    assert 0 <= found.curve["expected_low"][0] <= found.curve["expected"][0] <= found.curve["expected_high"][0] <= 1
+    assert top_weights(torch.tensor([1.0, 0.0, 0.0, 0.0]), 3).tolist() == pytest.approx([1, 2 / 3, 2 / 3, 2 / 3])
+
+
+def test_a_model_of_few_heads_says_that_no_p_value_is_small(two: Any) -> None:
+    graph = Graph((Layer(2, 2), Layer(2, 1)), d_model=8)
+    small = replace(two[2]["eap"][0], model=graph.facts, senders_in=torch.zeros(len(graph.senders), dtype=torch.bool),
+                    edges_in=torch.zeros_like(graph.exists))  # fmt: skip
+    found = circuit_of(torch.rand(graph.exists.shape, dtype=torch.float64), small)
+    with pytest.warns(UserWarning, match="in only 4 ways"):
+        workbench.circuit_overlap(found, found, n_null=10, n_bootstrap=0)
 
 
 def test_measures_are_those_of_definitions() -> None:
@@ -132,7 +220,7 @@ def test_circuits_are_kept_and_ablated_on_both_tasks(two: Any, method: str, tmp_
         assert found.unit == "edges"
         assert found.cross[0]["value"] == pytest.approx(kept.value)
     for one in found.cross:
-        assert one["interval"][0] <= one["value"] <= one["interval"][1]
+        assert one["interval"][0] <= one["value"] <= one["interval"][1] or not one["defined"]
     again = CircuitOverlap.load(found.save(tmp_path / "o.safetensors"))
     assert again.table.equals(found.table)
     assert len(found.curve["jaccard"]) == len(found.sizes) == len(found.fractions)

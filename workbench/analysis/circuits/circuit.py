@@ -139,17 +139,20 @@ class Circuit(Result):
         """The circuit of the highest scores.
 
         Args:
-            n: how many edges or nodes; a float below 1 is a share of all that are scored.
+            n: how many edges or nodes; or, as a float from 0 to 1, a share of all that are scored, so that 1 is one and
+                1.0 is all of them.
             absolute: by magnitude rather than by signed score. Of equal scores the earlier in the model comes first,
                 where MIB leaves it to the sorting.
             prune: of edges, drop those that lie on no path from the input to the logits.
 
         Raises:
-            InterventionError: more than there are, or less than none.
+            InterventionError: more than there are, or less than none; a float above 1.
         """
         scores = self.edge_scores if self.level == "edge" else self.node_scores
         scored = int((~scores.isnan()).sum())
-        wanted = int(n * scored) if isinstance(n, float) and n <= 1 else int(n)
+        if isinstance(n, bool) or (isinstance(n, float) and not 0 <= n <= 1):
+            raise InterventionError(f"a share of all scores lies between 0 and 1, not {n}", hint="a number is an int")
+        wanted = int(n * scored) if isinstance(n, float) else int(n)
         if not 0 <= wanted <= scored:
             raise InterventionError(f"a circuit of {n} cannot be cut out of {scored} scores")
         order = (
@@ -304,7 +307,9 @@ class Circuit(Result):
     def __repr__(self) -> str:
         heads = ", ".join(self.heads[:8]) + (" …" if len(self.heads) > 8 else "")
         edges = f", {self.n_edges} of {self.graph.n_edges} edges" if self.level == "edge" else ""
+        precision = str(self.provenance.get("precision", ""))
+        coarse = f", in {precision}" if "16" in precision else ""
         gap = self.settings.get("completeness_gap") if self.method == "eap_ig" else None
         missed = "" if gap is None else f"; sums miss {gap:.0%} of the metric's change"
-        nodes = f"{len(self.nodes)} nodes{edges}"
+        nodes = f"{len(self.nodes)} nodes{edges}{coarse}"
         return f"Circuit({self.task or '?'} by {self.method}: {nodes}; {heads or 'no heads'}{missed})"

@@ -13,7 +13,7 @@ from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.analysis.circuits.faithfulness import kept_and_members, run_choices
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.names import head_of
-from workbench.analysis.statistics.intervals import interval
+from workbench.analysis.circuits.shares import Denominator
 from workbench.errors import InterventionError
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
@@ -48,7 +48,7 @@ def cross_faithfulness(
         )
     rows: list[dict[str, Any]] = []
     for task in tasks:
-        with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+        with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
             circuits[0].check_model(setup.graph)
             setup.measure_baselines()
             choices, about = [], []
@@ -57,12 +57,14 @@ def cross_faithfulness(
                 choices += [_choice(one, do) for do in ("keep", "ablate") for one in several]
                 about += [(do, circuit.task, len(several)) for do in ("keep", "ablate")]
             values = run_choices(setup, torch.stack([*choices, _nothing(circuits[0])]), ablation, progress)
+            whole = Denominator.of(setup.clean, values[-1], setup.metric.sign)
+            whole.warn(f"the cross-faithfulness of {setup.metric.name} on {task.name}", stacklevel=4)
             none, at = values[-1], 0
             for do, name, n in about:
                 for random, edited in ((False, values[at : at + 1]), (True, values[at + 1 : at + n])):
                     if len(edited):
                         about_it = {"do": do, "circuit": name, "random": random, "task": task.name}
-                        rows.append(about_it | _left(edited, setup.clean, none, random, seed))
+                        rows.append(about_it | _left(edited, setup.clean, none, random, whole))
                 at += n
     return tuple(rows)
 
@@ -123,17 +125,9 @@ def _edge_layers(graph: Graph) -> Tensor:
     return ((sending[:, None] + 1) * (len(graph.layers) + 2) + receiving)[graph.exists]
 
 
-def _left(edited: Tensor, full: Tensor, none: Tensor, random: bool, seed: int) -> dict[str, Any]:
+def _left(edited: Tensor, full: Tensor, none: Tensor, random: bool, whole: Denominator) -> dict[str, Any]:
     """What is left of the metric with [draw, example] edits; of the circuit itself the interval is over prompts."""
-
-    def share(values: Tensor, index: Tensor) -> float:
-        return float((values[index].mean() - none[index].mean()) / (full[index].mean() - none[index].mean()))
-
-    everything = torch.arange(len(full))
-    shares = [share(values, everything) for values in edited]
-    if random:
-        low, high = min(shares), max(shares)
-    else:
-        low, high = interval(lambda index: share(edited[0], index), len(full), seed=seed)
+    shares = ((edited.mean(1) - none.mean()) / whole.value).tolist()
+    ends = (min(shares), max(shares)) if random else whole.interval(edited[0] - none, full, none)
     examples = torch.stack([edited.mean(0), full, none])
-    return {"value": sum(shares) / len(shares), "interval": (low, high), "examples": examples}
+    return {"value": sum(shares) / len(shares), "interval": ends, "examples": examples, "defined": whole.defined}

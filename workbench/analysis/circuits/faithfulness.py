@@ -14,7 +14,8 @@ from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.engine.edges import run_edges, run_nodes
 from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.model.names import head_of
-from workbench.analysis.statistics.intervals import interval
+from workbench.analysis.circuits.shares import Denominator
+from workbench.analysis.statistics.intervals import mean_t
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
@@ -28,7 +29,7 @@ class Faithfulness(Result):
     """What is left of a task when everything outside of a circuit is ablated.
 
     Attributes:
-        circuit: its short description. task, metric, ablation: names.
+        circuit: its short description. task, metric, ablation: names. higher_is_better: of the metric.
         alone: [example] of the metric with the circuit alone. full, none: with the whole model, and with all ablated.
         without: [subset, example] of the whole model with only a subset of the circuit ablated; `alone_without`: of
             the circuit alone without that subset too. subsets: their nodes. Empty unless completeness was asked for.
@@ -51,45 +52,53 @@ class Faithfulness(Result):
     members: tuple[str, ...]
     minus_one: Tensor
     provenance: dict[str, Any]
+    higher_is_better: bool = True
 
     @property
     def value(self) -> float:
-        """(m(circuit) − m(nothing)) / (m(model) − m(nothing)); 1 is perfect, and it can lie above."""
-        return self._share(self.alone)
+        """(m(circuit) − m(nothing)) / (m(model) − m(nothing)); 1 is perfect, and it can lie above.
+
+        It means nothing where the `denominator` may be 0 or is negative.
+        """
+        return float((self.alone.mean() - self.none.mean()) / self.denominator.value)
+
+    @property
+    def denominator(self) -> Denominator:
+        """m(model) − m(nothing), its interval, and whether it is surely on the good side of 0."""
+        return Denominator.of(self.full, self.none, 1 if self.higher_is_better else -1)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval of `value` over prompts."""
+        """95 % interval of `value` over prompts (Fieller's); NaN where the share is undefined, or of one prompt."""
         return self._interval(self.alone - self.none)
+
+    @property
+    def lost(self) -> tuple[float, float, float]:
+        """m(model) − m(circuit) in the metric's unit, and the ends of its 95 % t interval over prompts."""
+        return float((self.full - self.alone).mean()), *mean_t(self.full - self.alone)
 
     @property
     def incompleteness(self) -> list[float]:
         """|F(circuit without K) − F(model without K)| for each subset K, as a share; 0 is complete."""
-        span = float(self.full.mean() - self.none.mean())
-        return ((self.alone_without.mean(-1) - self.without.mean(-1)) / span).abs().tolist()
+        return ((self.alone_without.mean(-1) - self.without.mean(-1)) / self.denominator.value).abs().tolist()
 
     @property
     def minimality(self) -> dict[str, float]:
         """By how much the circuit alone falls when one node is left out, as a share; near 0: it is not needed."""
-        span = float(self.full.mean() - self.none.mean())
-        fall = ((self.alone.mean() - self.minus_one.mean(-1)) / span).tolist() if self.members else []
+        falls = (self.alone.mean() - self.minus_one.mean(-1)) / self.denominator.value
+        fall = falls.tolist() if self.members else []
         return dict(zip(self.members, fall, strict=True))
 
-    def _share(self, values: Tensor) -> float:
-        return float((values.mean() - self.none.mean()) / (self.full.mean() - self.none.mean()))
-
     def _interval(self, differences: Tensor, absolute: bool = False) -> tuple[float, float]:
-        """95 % bootstrap interval over prompts of the mean of [example] differences, as a share."""
-
-        def share(index: Tensor) -> float:
-            mean = differences[index].mean() / (self.full[index].mean() - self.none[index].mean())
-            return float(mean.abs() if absolute else mean)
-
-        return interval(share, len(differences))
+        """95 % interval over prompts of the mean of [example] differences, as a share."""
+        low, high = self.denominator.interval(differences, self.full, self.none)
+        if not absolute:
+            return low, high
+        return 0.0 if low < 0 < high else min(abs(low), abs(high)), max(abs(low), abs(high))
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per quantity, with 95 % bootstrap intervals over prompts."""
+        """One row per quantity, all shares, with 95 % intervals over prompts; NaN where no share is defined."""
         import pandas as pd
 
         rows = [("faithfulness", "", self.value, *self.interval)]
@@ -101,7 +110,10 @@ class Faithfulness(Result):
 
     def __repr__(self) -> str:
         low, high = self.interval
-        return f"Faithfulness({self.value:.3f} [{low:.3f}, {high:.3f}], {self.ablation}; {self.circuit})"
+        share = f"{self.value:.3f} [{low:.3f}, {high:.3f}]"
+        share = share if self.denominator.defined else f"share undefined: {self.denominator}"
+        lost = "{:.3g} [{:.3g}, {:.3g}]".format(*self.lost)
+        return f"Faithfulness({share}, lost {lost} of {self.metric}, {self.ablation}; {self.circuit})"
 
 
 def circuit_faithfulness(
@@ -130,17 +142,20 @@ def circuit_faithfulness(
         n_subsets: random halves of the circuit to test its completeness with (Wang et al. 2211.00593).
         minimality: leave out each node in turn.
         keep_mlps: whether a circuit of nodes keeps all MLPs, and the input; by default where it has none itself.
-        seed: of the subsets.
+        seed: of the subsets, and of "resample".
 
     Raises:
         InterventionError: an empty circuit, or one of another model. TaskError: bad prompts or metric.
+
+    Warns:
+        UserWarning: m(model) − m(nothing) may be 0 or is negative, so that no share is defined.
     """
     circuit.check_not_empty()
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
         circuit.check_model(setup.graph)
         setup.measure_baselines()
         kept, members = kept_and_members(circuit, keep_mlps)
-        nothing = _without(circuit, kept, members, members)
+        nothing = torch.zeros_like(kept) if kept.dim() == 2 else _without(circuit, kept, members)
         generator = torch.Generator().manual_seed(seed)
         subsets = []
         for _ in range(n_subsets):
@@ -148,18 +163,21 @@ def circuit_faithfulness(
             subsets.append(tuple(members[i] for i in sorted(order[: max(1, len(members) // 2)])))
         everything = torch.ones_like(kept) if kept.dim() == 1 else setup.graph.exists
         choices = [kept, nothing]
-        choices += [_without(circuit, everything, members, k) for k in subsets]
-        choices += [_without(circuit, kept, members, k) for k in subsets]
-        choices += [_without(circuit, kept, members, (node,)) for node in members if minimality]
+        choices += [_without(circuit, everything, k) for k in subsets]
+        choices += [_without(circuit, kept, k) for k in subsets]
+        choices += [_without(circuit, kept, (node,)) for node in members if minimality]
         values = run_choices(setup, torch.stack(choices), ablation, progress)
         n = len(subsets)
-        return Faithfulness(
+        found = Faithfulness(
             circuit=repr(circuit), task=task.name, metric=setup.metric.name, ablation=ablation,
+            higher_is_better=setup.metric.higher_is_better,
             alone=values[0], full=setup.clean, none=values[1], subsets=tuple(subsets),
             without=values[2 : 2 + n], alone_without=values[2 + n : 2 + 2 * n],
             members=tuple(members) if minimality else (), minus_one=values[2 + 2 * n :],
             provenance=setup.provenance() | {"circuit": circuit.provenance.get("task", {})},
         )  # fmt: skip
+    found.denominator.warn(f"the faithfulness of {found.metric}")
+    return found
 
 
 def kept_and_members(circuit: Circuit, keep_mlps: bool | None) -> tuple[Tensor, list[str]]:
@@ -183,12 +201,9 @@ def run_choices(setup: Setup, choices: Tensor, ablation: str, progress: bool) ->
     return run(setup, choices, ablation, progress, "keeping circuits")
 
 
-def _without(circuit: Circuit, kept: Tensor, members: Sequence[str], left_out: Sequence[str]) -> Tensor:
-    """What is kept when some nodes are left out: their output, and all that they would read."""
-    graph = circuit.graph
-    if kept.dim() == 2 and len(left_out) == len(members):
-        return torch.zeros_like(kept)
+def _without(circuit: Circuit, kept: Tensor, left_out: Sequence[str]) -> Tensor:
+    """What is kept when the output of some nodes is left out."""
     made = kept.clone()
     for name in left_out:
-        made[graph.sender_index[name]] = False
+        made[circuit.graph.sender_index[name]] = False
     return made

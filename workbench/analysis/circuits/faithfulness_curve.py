@@ -14,7 +14,7 @@ from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.analysis.circuits.faithfulness import run_choices
 from workbench.analysis.circuits.model.names import head_of
-from workbench.analysis.statistics.intervals import interval
+from workbench.analysis.circuits.shares import Denominator
 from workbench.errors import FormatError, InterventionError, WorkbenchError
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -30,15 +30,15 @@ MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 class FaithfulnessCurve(Result):
     """Faithfulness of circuits of growing size, as MIB defines it for edges; see docs/circuits.md.
 
-    f is a ratio of means over examples. Circuits of nodes differ from MIB's: there nothing means that all nodes are
-    ablated, here that all scored ones are.
+    f is a ratio of means over examples, which means nothing where the `denominator` may be 0 or is negative. Circuits
+    of nodes differ from MIB's: there nothing means that all nodes are ablated, here that all scored ones are.
 
     Attributes:
         fractions: of all scored edges (or nodes). sizes: how many that is, rounded down.
         absolute, signed: [fraction] of f(C) when circuits are chosen by magnitude, or by signed score.
         kept_absolute, kept_signed: how many edges remain after those that lead nowhere are dropped; MIB's weighted
             counts can be higher, as they are taken after a first pass over these.
-        examples: [2, fraction, example] of the metric, by magnitude first.
+        higher_is_better: of the metric. examples: [2, fraction, example] of the metric, by magnitude first.
         full, none: [example] of the metric with the whole model, and with all ablated.
     """
 
@@ -59,6 +59,7 @@ class FaithfulnessCurve(Result):
     full: Float[Tensor, " example"]
     none: Float[Tensor, " example"]
     provenance: dict[str, Any]
+    higher_is_better: bool = True
 
     def check_parts(self) -> None:
         """Raise a FormatError if there are no examples or no fractions."""
@@ -76,8 +77,12 @@ class FaithfulnessCurve(Result):
         return self._shares(1)
 
     def _shares(self, which: int) -> list[float]:
-        none = self.none.mean()
-        return ((self.examples[which].mean(-1) - none) / (self.full.mean() - none)).tolist()
+        return ((self.examples[which].mean(-1) - self.none.mean()) / self.denominator.value).tolist()
+
+    @property
+    def denominator(self) -> Denominator:
+        """m(model) − m(nothing), its interval, and whether it is surely on the good side of 0."""
+        return Denominator.of(self.full, self.none, 1 if self.higher_is_better else -1)
 
     @property
     def cpr(self) -> float:
@@ -85,21 +90,21 @@ class FaithfulnessCurve(Result):
         return area(self.fractions, self.signed)
 
     @property
+    def cpr_interval(self) -> tuple[float, float]:
+        """95 % interval of `cpr` over prompts (Fieller's); NaN where shares are undefined."""
+        steps = torch.tensor(self.fractions, dtype=torch.float64).diff()
+        gains = self.examples[1] - self.none
+        under = (steps[:, None] * (gains[1:] + gains[:-1]) / 2).sum(0)
+        return self.denominator.interval(under, self.full, self.none)
+
+    @property
     def cmd(self) -> float:
         """Area between f and 1, circuits by magnitude; 0 is best."""
         return area(self.fractions, [abs(1 - f) for f in self.absolute])
 
     def intervals(self, which: int = 0) -> list[tuple[float, float]]:
-        """95 % bootstrap intervals over prompts of f at each fraction; 0 by magnitude, 1 signed."""
-        found = []
-        for values in self.examples[which]:
-
-            def share(index: Tensor, values: Tensor = values) -> float:
-                none = self.none[index].mean()
-                return float((values[index].mean() - none) / (self.full[index].mean() - none))
-
-            found.append(interval(share, len(self.full), n_bootstrap=400))
-        return found
+        """95 % intervals over prompts (Fieller's) of f at each fraction; 0 by magnitude, 1 signed."""
+        return [self.denominator.interval(each - self.none, self.full, self.none) for each in self.examples[which]]
 
     @property
     def table(self) -> pd.DataFrame:
@@ -114,6 +119,8 @@ class FaithfulnessCurve(Result):
         return pd.DataFrame(columns)
 
     def __repr__(self) -> str:
+        if not self.denominator.defined:
+            return f"FaithfulnessCurve(shares undefined: {self.denominator}, {self.ablation}; {self.circuit})"
         return f"FaithfulnessCurve(CPR {self.cpr:.3f}, CMD {self.cmd:.3f}, {self.ablation}; {self.circuit})"
 
 
@@ -125,6 +132,7 @@ def faithfulness_curve(
     fractions: Sequence[float] = MIB_FRACTIONS,
     ablation: str = "counterfactual",
     metric: Any = "logit_diff",
+    seed: int = 0,
     batch_size: int = 25,
     memory: int = 1 << 30,
     progress: bool = True,
@@ -138,6 +146,9 @@ def faithfulness_curve(
 
     Raises:
         InterventionError: a circuit of another model, without scores; fractions that do not rise from 0 to 1.
+
+    Warns:
+        UserWarning: m(model) − m(nothing) may be 0 or is negative, so that no share is defined.
     """
     several = tuple(float(f) for f in fractions)
     if not several or list(several) != sorted(set(several)) or not 0 < several[0] <= several[-1] <= 1:
@@ -152,7 +163,7 @@ def faithfulness_curve(
             f"only {scored} of {n} edges are scored, so circuits of every size cannot be chosen",
             hint='score all edges with method="eap" or "eap_ig"',
         )
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
         circuit.check_model(setup.graph)
         setup.measure_baselines()
         sizes = [int(f * n) for f in several]
@@ -165,12 +176,15 @@ def faithfulness_curve(
                 kept.append(one.n_edges if circuit.level == "edge" else size)
         choices.append(torch.zeros_like(choices[0]) if circuit.level == "edge" else unscored)
         values = run_choices(setup, torch.stack(choices), ablation, progress)
-        return FaithfulnessCurve(
+        found = FaithfulnessCurve(
             circuit=repr(circuit), task=task.name, metric=setup.metric.name, ablation=ablation, level=circuit.level,
-            fractions=several, sizes=tuple(sizes), kept_absolute=tuple(kept[: len(sizes)]),
+            higher_is_better=setup.metric.higher_is_better, fractions=several,
+            sizes=tuple(sizes), kept_absolute=tuple(kept[: len(sizes)]),
             kept_signed=tuple(kept[len(sizes) :]), examples=values[:-1].view(2, len(sizes), -1), full=setup.clean,
             none=values[-1], provenance=setup.provenance(),
         )  # fmt: skip
+    found.denominator.warn(f"the faithfulness of {found.metric}")
+    return found
 
 
 def area(x: Sequence[float], y: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
 
 METHODS = ("path_patching", "eap", "eap_ig", "ablation", "acdc")
-_SIGN = "noising: positive where the clean value raises the metric, as a share of clean minus corrupted"
+_SIGN = "noising: positive where the clean value improves the metric, as a share of clean minus corrupted"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def find_circuit(
     absolute: bool = True,
     batch_size: int = 25,
     memory: int = 1 << 30,
+    seed: int = 0,
     resume: str | Path | None = None,
     progress: bool = True,
 ) -> Circuit:
@@ -101,6 +103,7 @@ def find_circuit(
             "counterfactual"): also "zero", "mean_positional", "resample".
         absolute: choose by magnitude, so that what works against the task is found too.
         batch_size: examples in one forward. memory: bytes that variants side by side may take.
+        seed: of "resample", which replaces a prompt by others of the nearest length, several times.
         resume: of "acdc", a file to go on from, if it is there, and to write to; the result is the same to the bit.
 
     Raises:
@@ -109,6 +112,9 @@ def find_circuit(
         InterventionError: unknown names, receivers before their senders. AttachError: the model cannot be taken apart.
         FormatError: the file is truncated, or of another model, task or settings.
         PruningInterrupted: on Ctrl-C during "acdc", with what is done.
+
+    Warns:
+        UserWarning: none of the chosen edges lies on a path from an input to the logits.
     """
     if method not in METHODS:
         raise InterventionError(f"there is no method {method!r}", hint=nearest(str(method), METHODS, "method"))
@@ -116,7 +122,7 @@ def find_circuit(
         raise InterventionError(f"the fraction of heads is {fraction}, it lies above 0 and up to 1")
     if resume is not None and method != "acdc":
         raise InterventionError(f'"{method}" writes no file to resume from', hint='only "acdc" does; leave out resume=')
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
         if method in ("eap", "eap_ig"):
             several = steps if method == "eap_ig" else 1
             return _by_attribution(setup, method, several, path, direction, n_edges, absolute, progress)
@@ -148,7 +154,7 @@ def _by_attribution(
     progress: bool,
 ) -> Circuit:  # fmt: skip
     found = attribute_edges(setup, steps=steps, path=path, direction=direction, progress=progress)
-    sign = f"{direction}: positive where the clean value of the sender raises the metric, in the metric's units"
+    sign = f"{direction}: positive where the clean value of the sender improves the metric, in the metric's units"
     settings = {
         "steps": steps, "path": path, "input_total": float(found.input_total.mean()),
         "kept_examples": found.examples is not None, "completeness_gap": found.completeness_gap,
@@ -156,25 +162,36 @@ def _by_attribution(
     blank = replace(_blank(setup, method, "edge", sign, settings), direction=direction)
     of_nodes = found.scores.nan_to_num(0.0).abs().sum(1)
     scored = replace(blank, edge_scores=found.scores, node_scores=of_nodes, examples=found.examples)
-    return scored.top(0.1 if n_edges is None else n_edges, absolute=absolute)
+    return _not_empty(scored.top(0.1 if n_edges is None else n_edges, absolute=absolute))
 
 
 def _by_pruning(setup: Setup, threshold: float, how: str, progress: bool, resume: Path | None) -> Circuit:
     kept, scores = prune_edges(setup, threshold, how, progress=progress, resume=resume)
-    sign = "noising: positive where leaving the edge out lowered the metric, as a share of clean minus corrupted"
+    sign = "noising: positive where leaving the edge out worsened the metric, as a share of clean minus corrupted"
     blank = _blank(setup, "acdc", "edge", sign, {"ablation": how})
     of_nodes = scores.nan_to_num(0.0).abs().sum(1)
     scored = replace(blank, edge_scores=scores.masked_fill(~setup.graph.exists, torch.nan), node_scores=of_nodes)
-    return scored.with_edges(setup.graph.pruned(kept), {"kind": "acdc", "value": threshold})
+    return _not_empty(scored.with_edges(setup.graph.pruned(kept), {"kind": "acdc", "value": threshold}))
+
+
+def _not_empty(circuit: Circuit) -> Circuit:
+    """The circuit itself, with a warning if nothing is left of it."""
+    if not circuit.n_edges:
+        warnings.warn(
+            "the circuit is empty: none of the chosen edges lies on a path from an input to the logits; the scores are "
+            "kept, and circuit.top(n) chooses more of them",
+            UserWarning,
+            stacklevel=4,
+        )
+    return circuit
 
 
 def _by_ablation(setup: Setup, how: str, fraction: float, absolute: bool, progress: bool) -> Circuit:
     effects = ablation_effects(setup, how, progress)
     graph = setup.graph
     places = [graph.sender_index[name] for name in graph.head_names]
-    span = setup.clean.mean() - setup.corrupted.mean()
     examples = torch.full((len(setup.task), len(graph.senders)), torch.nan, dtype=torch.float64)
-    examples[:, places] = -effects.T / span
+    examples[:, places] = -effects.T / setup.scale
     scores = examples.mean(0)
     blank = _blank(setup, "ablation", "node", _SIGN, {"ablation": how})
     chosen = _best(scores, math.ceil(fraction * len(places)), absolute)
@@ -196,7 +213,6 @@ def _by_paths(
     inside = circuit.senders_in.clone()
     done: list[dict[str, Any]] = []
     examples: list[Tensor] = []
-    span = setup.corrupted.mean() - setup.clean.mean()
     before: tuple[str, ...] = ()
     for number, stage in enumerate(stages):
         receivers = _receivers(setup, stage, before)
@@ -218,7 +234,7 @@ def _by_paths(
         paths = Paths(receivers, tuple((n,) for n in senders), stage.positions, freeze_mlps)
         values = run_paths(setup, paths, progress, stage.name or f"stage {number + 1}")
         each = torch.full((len(setup.task), len(graph.senders)), torch.nan, dtype=torch.float64)
-        each[:, [graph.sender_index[n] for n in senders]] = ((values - setup.clean) / span).T
+        each[:, [graph.sender_index[n] for n in senders]] = ((setup.clean - values) / setup.scale).T
         importance = each.mean(0)
         chosen = _best(importance, math.ceil(fraction * len(names)), absolute)
         for receiver in receivers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.cross_faithfulness import cross_faithfulness
+from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.names import head_of
+from workbench.analysis.circuits.overlap_null import FEW_RENAMINGS, Renamings, beyond_degrees
 from workbench.analysis.statistics.intervals import draws, percentiles
-from workbench.analysis.statistics.overlap import jaccard, rank_biased, weighted_jaccard
+from workbench.analysis.statistics.overlap import jaccard, rank_biased, top_weights, weighted_jaccard
 from workbench.errors import InterventionError
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -35,16 +38,26 @@ class CircuitOverlap(Result):
         values: measures by name: "jaccard" |A∩B| / |A∪B|; "of_a", "of_b": the share of one that the other has;
             "rank_biased" of the rankings by |score|; "weighted" Σ min / Σ max of |scores| that add up to 1.
         intervals: 95 % by measure, drawing both tasks' prompts anew; NaN where a circuit kept no single scores.
-        null: [draw] Jaccard overlap of random circuits that have as many items per layer as the two have.
-        p_value: share of those, and the measured one, that overlap at least as much; never 0.
+        null: [draw] Jaccard overlap when one circuit's heads are renamed at random within their layers (heads that
+            share keys move with their group). Edges among inputs, MLPs and the logits keep their names: that both
+            circuits have them is no evidence.
+        statistic: what the p-value compares: "jaccard" of edges, and of circuits that were not chosen by their scores;
+            "weighted" of other heads and nodes, since most heads are in most circuits.
+        p_value: share of the renamings, the measured one included, that overlap at least as much; never 0.
+        p_beyond_nodes: of edges, share of random circuits with the degrees of one circuit's nodes that overlap with the
+            other at least as much, the larger of both directions; NaN of heads and nodes.
         stages: overlap stage by stage, where both have the same number: names, Jaccard and its interval.
-        sizes: how many items are matched; curve: {"jaccard", "low", "high", "expected"} over them, `fraction` of all
-            that are scored; no "low" and "high" where there are no intervals.
+        sizes: how many of the highest scores are matched, as far as both have scores that are not 0; fractions: of all
+            items. curve: {"jaccard", "low", "high", "expected", "expected_low", "expected_high"} over them; expected is
+            that of renamings, with the middle 95 %; no "low" and "high" where there are no intervals. Equal scores at
+            the border share the places that are left.
+        unscored: items that have no score in one of the two, which the curve leaves out.
         model: facts of the model's graph; see `Circuit`.
         cross: what is left of each task when each circuit is kept or ablated, one dict each: "do" ("keep" or "ablate"),
-            "circuit", "task", "value" (share of clean minus all ablated), "interval", and "examples" [3, example]: the
-            metric with the edit, clean, and with all ablated. Where "random", in place of the circuit random ones that
-            have as much in every layer: their mean, lowest and highest. Empty without a Workbench.
+            "circuit", "task", "value" (share of clean minus all ablated), "interval", "defined" (whether such shares
+            are), and "examples" [3, example]: the metric with the edit, clean, and with all ablated. Where "random", in
+            place of the circuit random ones that have as much in every layer: their mean, lowest and highest. Empty
+            without a Workbench.
     """
 
     form = "workbench.circuit_overlap"
@@ -68,10 +81,23 @@ class CircuitOverlap(Result):
     ablation: str
     model: dict[str, Any]
     provenance: dict[str, Any]
+    statistic: str = "jaccard"
+    p_beyond_nodes: float = float("nan")
+    unscored: int = 0
+
+    @property
+    def meaning(self) -> str:
+        """What the p-values say, in a sentence each."""
+        by = "" if self.statistic == "jaccard" else " by the mass of their scores"
+        renamed = "With one circuit's heads renamed at random within layers"
+        said = f"{renamed}, a share {self.p_value:.2g} overlaps as much{by}."
+        if self.p_beyond_nodes == self.p_beyond_nodes:
+            said += f" Of more shared edges than the nodes' degrees explain, p is {self.p_beyond_nodes:.2g}."
+        return said + " Heads that matter for every task count too: compare with an unrelated task."
 
     @property
     def expected(self) -> float:
-        """Mean Jaccard overlap of the random circuits."""
+        """Mean Jaccard overlap with one circuit's heads renamed."""
         return float(self.null.mean())
 
     @property
@@ -96,10 +122,13 @@ class CircuitOverlap(Result):
     def __repr__(self) -> str:
         low, high = self.intervals.get("jaccard", (float("nan"),) * 2)
         total = len(self.shared) + len(self.only_a) + len(self.only_b)
+        by_mass = f" by the mass of scores, {self.values['weighted']:.3f}" if self.statistic == "weighted" else ""
+        known = self.p_beyond_nodes == self.p_beyond_nodes
+        beyond = f", beyond the nodes' degrees p {self.p_beyond_nodes:.2g}" if known else ""
         return (
             f"CircuitOverlap({self.tasks[0]} and {self.tasks[1]}: {len(self.shared)} of {total} {self.unit} shared, "
             f"Jaccard {self.values['jaccard']:.3f} [{low:.3f}, {high:.3f}], chance {self.expected:.3f}, "
-            f"p {self.p_value:.2g})"
+            f"p {self.p_value:.2g}{by_mass}{beyond})"
         )
 
 
@@ -130,11 +159,15 @@ def circuit_overlap(
         unit: what is compared: "heads", "nodes", or "edges" (of two edge circuits, the default for these).
         ablation, metric: of cross-faithfulness, as in `circuit_faithfulness`.
         fractions: of all scored items, for the curve over matched sizes.
-        n_null: random circuits that overlap is compared with. n_random: random circuits that are kept and ablated
-            beside each circuit, for cross-faithfulness. n_bootstrap: of the intervals. seed: of all.
+        n_null: renamings, and random circuits of given degrees, that overlap is compared with. n_random: random
+            circuits that are kept and ablated beside each circuit, for cross-faithfulness. n_bootstrap: of the
+            intervals. seed: of all.
 
     Raises:
-        InterventionError: circuits of two models, or an empty one; edges of a circuit that has none.
+        InterventionError: circuits of two models, an empty one, or one that has none of what is compared.
+
+    Warns:
+        UserWarning: the model has so few heads that hardly any renaming differs.
     """
     a.check_model(b.graph)
     a.check_not_empty()
@@ -148,13 +181,27 @@ def circuit_overlap(
     names = _items(a, unit)
     inside_a, inside_b = _members(a, unit, names), _members(b, unit, names)
     scores_a, scores_b = _scores(a, unit, names), _scores(b, unit, names)
-    layers = torch.tensor([_layer(a, name) for name in names])
-    null = _null(inside_a, inside_b, layers, n_null, seed)
-    own = jaccard(inside_a, inside_b)
-    values = _measure(inside_a, inside_b, scores_a, scores_b)
-    usable = [int(f * len(names)) for f in fractions if int(f * len(names)) > 0]
-    curve = [jaccard(_top(scores_a, n), _top(scores_b, n)) for n in usable]
-    chance = [n / (2 * len(names) - n) for n in usable]  # of sets of n: about n²/N shared
+    for circuit, inside in ((a, inside_a), (b, inside_b)):
+        if not bool(inside.any()):
+            raise InterventionError(
+                f"{circuit!r} has no {unit} to compare", hint='unit="nodes" or "edges", or a larger circuit'
+            )
+    renamings = Renamings.draw(a.graph, n_null, seed)
+    if renamings.n_different < FEW_RENAMINGS:
+        warnings.warn(
+            f"the model's heads can be renamed within their layers in only {renamings.n_different:.0f} ways, so that "
+            "no p-value can be small",
+            UserWarning,
+            stacklevel=2,
+        )
+    values = _measure(inside_a, inside_b, scores_a.nan_to_num(0.0), scores_b.nan_to_num(0.0))
+    usable = _sizes(scores_a, scores_b, fractions)
+    chance = _by_chance(a.graph, unit, names, renamings, (inside_a, inside_b), (scores_a, scores_b), usable)
+    by_scores = all(circuit.threshold.get("kind") not in ("given", "file") for circuit in (a, b))
+    weighted = unit != "edges" and by_scores and values["weighted"] > 0
+    statistic = "weighted" if weighted else "jaccard"
+    reached = int((chance[statistic] >= values[statistic] - 1e-12).sum())
+    beyond = beyond_degrees(a.edges_in, b.edges_in, a.graph, n_null, seed) if unit == "edges" else float("nan")
     cross: tuple[dict[str, Any], ...] = ()
     if wb is not None and tasks is not None:
         cross = cross_faithfulness(
@@ -164,7 +211,10 @@ def circuit_overlap(
     elif (wb is None) != (tasks is None):
         raise InterventionError("cross-faithfulness needs wb= and tasks=, both")
     found = _intervals(a, b, unit, names, usable, n_bootstrap, seed)
-    curves = {"jaccard": tuple(curve), "expected": tuple(chance)}
+    ends = percentiles(chance["curve"])
+    curves = {"jaccard": tuple(_matched(scores_a, scores_b, n) for n in usable)}
+    curves |= {"expected": tuple(chance["curve"].mean(0).tolist())}
+    curves |= {f"expected_{name}": tuple(end.tolist()) for name, end in zip(("low", "high"), ends, strict=True)}
     if found.curve:
         low, high = zip(*found.curve, strict=True)
         curves |= {"low": low, "high": high}
@@ -175,9 +225,9 @@ def circuit_overlap(
         a=repr(a), b=repr(b), tasks=(a.task, b.task), unit=unit,
         shared=_named(names, inside_a & inside_b), only_a=_named(names, inside_a & ~inside_b),
         only_b=_named(names, inside_b & ~inside_a), values=values,
-        intervals=found.measures, null=null, p_value=(1 + int((null >= own - 1e-12).sum())) / (1 + n_null),
-        stages=tuple(stages), sizes=tuple(usable),
-        fractions=tuple(f for f in fractions if int(f * len(names)) > 0),
+        intervals=found.measures, null=chance["jaccard"], p_value=(1 + reached) / (1 + n_null),
+        stages=tuple(stages), sizes=tuple(usable), fractions=tuple(usable.values()), statistic=statistic,
+        p_beyond_nodes=beyond, unscored=int((scores_a.isnan() | scores_b.isnan()).sum()),
         curve=curves, cross=cross, ablation=ablation, model=a.model,
         provenance={"a": a.provenance, "b": b.provenance, "n_null": n_null, "n_bootstrap": n_bootstrap, "seed": seed},
     )  # fmt: skip
@@ -197,21 +247,52 @@ def _members(circuit: Circuit, unit: str, names: Sequence[str]) -> Tensor:
 
 
 def _scores(circuit: Circuit, unit: str, names: Sequence[str]) -> Tensor:
-    """|score| of each item, 0 where it has none."""
+    """|score| of each item, NaN where it has none."""
     if unit == "edges":
-        return circuit.edge_scores[circuit.graph.exists].nan_to_num(0.0).abs()
-    nodes = circuit.node_scores
-    index = torch.tensor([circuit.graph.sender_index[name] for name in names])
-    return nodes[index].nan_to_num(0.0).abs()
+        return circuit.edge_scores[circuit.graph.exists].abs()
+    return circuit.node_scores[[circuit.graph.sender_index[name] for name in names]].abs()
 
 
-def _layer(circuit: Circuit, name: str) -> int:
-    """The layer of a node; of an edge one number for both ends' layers."""
-    graph = circuit.graph
-    if "->" not in name:
-        return graph.layer_of(name)
-    source, _, target = name.partition("->")
-    return (graph.layer_of(source) + 1) * (len(graph.layers) + 2) + graph.layer_of(target)
+def _sizes(scores_a: Tensor, scores_b: Tensor, fractions: Sequence[float]) -> dict[int, float]:
+    """How many items are matched at each fraction of all: as many as both have scores for that are not 0."""
+    known = ~scores_a.isnan() & ~scores_b.isnan()
+    most = min(int((scores[known] > 0).sum()) for scores in (scores_a, scores_b))
+    return {int(f * len(known)): f for f in fractions if 0 < int(f * len(known)) <= most}
+
+
+def _matched(scores_a: Tensor, scores_b: Tensor, n: int) -> float:
+    """Jaccard overlap of the n highest scores among the items that have one in both; ties share membership."""
+    known = ~scores_a.isnan() & ~scores_b.isnan()
+    if int(known.sum()) < n:
+        return float("nan")
+    shared = float((top_weights(scores_a[known], n) * top_weights(scores_b[known], n)).sum())
+    return shared / (2 * n - shared)
+
+
+def _by_chance(
+    graph: Graph, unit: str, names: Sequence[str], renamings: Renamings, inside: tuple[Tensor, Tensor],
+    scores: tuple[Tensor, Tensor], sizes: Iterable[int],
+) -> dict[str, Tensor]:  # fmt: skip
+    """[draw] "jaccard" and "weighted" and [draw, size] "curve", with the second circuit's heads renamed."""
+    known = ~scores[0].isnan() & ~scores[1].isnan()
+    tops = [[torch.zeros(len(known), dtype=torch.float64) for _ in sizes] for _ in scores]
+    for each, own in zip(tops, scores, strict=True):
+        for weights, n in zip(each, sizes, strict=True):
+            weights[known] = top_weights(own[known], n)
+    mass = [own.nan_to_num(0.0) / own.nansum().clamp_min(1e-300) for own in scores]
+    found: dict[str, list[Tensor]] = {"jaccard": [], "weighted": [], "curve": []}
+    edges = unit == "edges"
+    items = torch.tensor([] if edges else [graph.sender_index[name] for name in names], dtype=torch.long)
+    for index in renamings.of_edges() if edges else renamings.of_senders(items):
+        other = inside[1][index]
+        both, either = (inside[0] & other).sum(1), (inside[0] | other).sum(1)
+        found["jaccard"].append(both.double() / either)
+        moved = mass[1][index]
+        found["weighted"].append(torch.minimum(mass[0], moved).sum(1) / torch.maximum(mass[0], moved).sum(1))
+        shared = [(top_a * top_b[index]).sum(1) / n for top_a, top_b, n in zip(*tops, sizes, strict=True)]
+        each = [one / (2 - one) for one in shared]
+        found["curve"].append(torch.stack(each, 1) if each else torch.zeros(len(index), 0, dtype=torch.float64))
+    return {name: torch.cat(several) for name, several in found.items()}
 
 
 def _measure(inside_a: Tensor, inside_b: Tensor, scores_a: Tensor, scores_b: Tensor) -> dict[str, float]:
@@ -221,30 +302,6 @@ def _measure(inside_a: Tensor, inside_b: Tensor, scores_a: Tensor, scores_b: Ten
         "of_a": both / float(inside_a.sum()), "of_b": both / float(inside_b.sum()),
         "rank_biased": rank_biased(scores_a, scores_b), "weighted": weighted_jaccard(scores_a, scores_b),
     }  # fmt: skip
-
-
-def _top(scores: Tensor, n: int) -> Tensor:
-    chosen = torch.zeros(len(scores), dtype=torch.bool)
-    chosen[scores.argsort(descending=True, stable=True)[:n]] = True
-    return chosen
-
-
-def _null(inside_a: Tensor, inside_b: Tensor, layers: Tensor, n: int, seed: int) -> Tensor:
-    """[draw] Jaccard overlap when the items of both are drawn at random within their layers.
-
-    Within a layer of N items the number that two random sets of a and b share is hypergeometric.
-    """
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    shared = np.zeros(n)
-    for layer in layers.unique().tolist():
-        here = layers == layer
-        total, of_a, of_b = int(here.sum()), int(inside_a[here].sum()), int(inside_b[here].sum())
-        if of_a and of_b:
-            shared += rng.hypergeometric(of_a, total - of_a, of_b, size=n)
-    union = float(inside_a.sum() + inside_b.sum()) - shared
-    return torch.from_numpy(shared / union)
 
 
 @dataclass(frozen=True)
@@ -257,7 +314,7 @@ class _Intervals:
 
 
 def _intervals(
-    a: Circuit, b: Circuit, unit: str, names: Sequence[str], sizes: Sequence[int], n: int, seed: int
+    a: Circuit, b: Circuit, unit: str, names: Sequence[str], sizes: Iterable[int], n: int, seed: int
 ) -> _Intervals:
     """Bootstrap over the prompts of both tasks; circuits are chosen anew in each draw."""
     if a.examples is None or b.examples is None or n == 0:
@@ -270,9 +327,9 @@ def _intervals(
         inside = _members(one, unit, names), _members(two, unit, names)
         scores = _scores(one, unit, names), _scores(two, unit, names)
         stages.append([stage["jaccard"] for stage in _stages(one, two)])
-        curve.append([jaccard(_top(scores[0], size), _top(scores[1], size)) for size in sizes])
+        curve.append([_matched(*scores, size) for size in sizes])
         if bool(inside[0].any()) and bool(inside[1].any()):
-            measures.append(list(_measure(*inside, *scores).values()))
+            measures.append(list(_measure(*inside, *(each.nan_to_num(0.0) for each in scores)).values()))
     return _Intervals(dict(zip(MEASURES, _quantiles(measures), strict=False)), _quantiles(stages), _quantiles(curve))
 
 

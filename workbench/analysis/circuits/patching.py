@@ -39,7 +39,7 @@ class HeadPatching(Result):
         direction: "noising" or "denoising". sign: what a positive effect means.
         effects: [head, place, example] of the metric with the patch, minus without; NaN where a decoder's head has no
             such place, because it is one in the prompt.
-        clean, corrupted: [example] of the metric on prompts and twins.
+        clean, corrupted: [example] of the metric on prompts and twins. higher_is_better: of the metric.
     """
 
     form = "workbench.head_patching"
@@ -58,16 +58,17 @@ class HeadPatching(Result):
     clean: Float[Tensor, " example"]
     corrupted: Float[Tensor, " example"]
     provenance: dict[str, Any]
+    higher_is_better: bool = True
 
     @property
     def scores(self) -> Tensor:
         """[head, place]: the mean effect, as a share of the difference between prompts and twins.
 
         Noising: the share of the difference that is lost. Denoising: that is restored. Positive: the clean activation
-        helps the task.
+        helps the task, by a higher or a lower metric, whichever is better.
         """
-        span = self.clean.mean() - self.corrupted.mean()
-        return self.effects.mean(-1) * (-1 if self.direction == NOISING else 1) / span
+        sign = (1 if self.higher_is_better else -1) * (-1 if self.direction == NOISING else 1)
+        return sign * self.effects.mean(-1) / (self.clean.mean() - self.corrupted.mean()).abs()
 
     @property
     def table(self) -> pd.DataFrame:
@@ -141,20 +142,23 @@ def patch_heads(
             places=tuple("all" if place is None else str(place) for place in where), direction=direction,
             sign=f"{direction}: the {start}; a positive score means that the clean activation helps the task",
             task=task.name, metric=setup.metric.name, effects=effects, clean=setup.clean, corrupted=setup.corrupted,
-            provenance=setup.provenance(),
+            provenance=setup.provenance(), higher_is_better=setup.metric.higher_is_better,
         )  # fmt: skip
 
 
 def ablate_heads(
     wb: Workbench, task: Task, how: str = "mean", *, metric: Any = "logit_diff", batch_size: int = 25,
-    memory: int = 1 << 30, progress: bool = True,
+    memory: int = 1 << 30, seed: int = 0, progress: bool = True,
 ) -> HeadPatching:  # fmt: skip
     """Ablate single heads at all positions: "zero", "mean", "mean_positional", "resample" or "counterfactual".
+
+    Args:
+        seed: of "resample", which replaces a prompt by others of the nearest length, several times.
 
     Raises:
         TaskError, InterventionError, AttachError: as `patch_heads`.
     """
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
         setup.measure_baselines()
         effects = ablation_effects(setup, how, progress)
         heads = _heads(setup, "z")
@@ -164,6 +168,7 @@ def ablate_heads(
             sign="noising: the head's output is replaced; a positive score means that the head helps the task",
             task=task.name, metric=setup.metric.name, effects=effects[:, None], clean=setup.clean,
             corrupted=setup.corrupted, provenance=setup.provenance(),
+            higher_is_better=setup.metric.higher_is_better,
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.statistics.correlation import rank_auroc
-from workbench.analysis.statistics.intervals import draws
+from workbench.analysis.statistics.intervals import draws, halves
 from workbench.analysis.statistics.overlap import jaccard
 from workbench.errors import InterventionError
 from workbench.storage.result import Result
@@ -25,9 +25,14 @@ if TYPE_CHECKING:
 class Stability(Result):
     """How often each node or edge is in the circuit when prompts are drawn anew.
 
+    Draws are of half as many prompts, with replacement: such a draw differs from the circuit by as much noise as the
+    circuit of as many new prompts does. Since the circuit was chosen by its own noise too, `jaccard` still lies above
+    what new prompts give; `halves`, of circuits that have no prompt in common and half as many each, lies below.
+
     Attributes:
         items: nodes or edges. frequency: [item] share of the draws in which it is in. inside: [item] bool, in the
             circuit itself. jaccard: [draw] overlap of each draw's circuit with the circuit.
+        halves: [draw] overlap of two circuits from two halves of the prompts; empty of one prompt.
         unit: what was drawn: "prompts", or "groups" of them.
     """
 
@@ -42,6 +47,7 @@ class Stability(Result):
     jaccard: Float[Tensor, " draw"]
     unit: str
     provenance: dict[str, Any]
+    halves: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     @property
     def table(self) -> pd.DataFrame:
@@ -55,13 +61,15 @@ class Stability(Result):
         return frame.sort_values("frequency", ascending=False, kind="stable").reset_index(drop=True)
 
     def __repr__(self) -> str:
-        return f"Stability(mean Jaccard {float(self.jaccard.mean()):.2f} over draws of {self.unit}; {self.circuit})"
+        below = f"{float(self.halves.mean()):.2f}" if len(self.halves) else "none"
+        drawn = f"{float(self.jaccard.mean()):.2f} of redrawn {self.unit}"
+        return f"Stability(mean Jaccard between {below} of disjoint halves and {drawn}; {self.circuit})"
 
 
 def circuit_stability(
     circuit: Circuit, *, n_bootstrap: int = 200, groups: Sequence[object] | None = None, seed: int = 0
 ) -> Stability:
-    """Draw the prompts of a circuit anew, choose its nodes or edges again in the same number, and count.
+    """Draw the prompts of a circuit anew, half as many, choose its nodes or edges again in the same number, and count.
 
     Args:
         circuit: with the scores of single examples.
@@ -78,15 +86,21 @@ def circuit_stability(
     names = tuple(circuit.graph.edges) if edges else circuit.graph.senders
     own = circuit.edges_in[exists] if edges else circuit.senders_in
     count, overlaps = torch.zeros(len(names), dtype=torch.float64), []
-    for index in draws(n, n_bootstrap, seed, groups):
+
+    def chosen(index: Tensor) -> Tensor:
         again = circuit.redrawn(index)
-        inside = again.edges_in[exists] if edges else again.senders_in
+        return again.edges_in[exists] if edges else again.senders_in
+
+    for index in draws(n, n_bootstrap, seed, groups, share=0.5):
+        inside = chosen(index)
         count += inside
         overlaps.append(jaccard(inside, own))
+    apart = [jaccard(chosen(one), chosen(other)) for one, other in halves(n, n_bootstrap, seed, groups)]
     return Stability(
         circuit=repr(circuit), level=circuit.level, items=tuple(names), frequency=count / n_bootstrap, inside=own,
         jaccard=torch.tensor(overlaps, dtype=torch.float64), unit="prompts" if groups is None else "groups",
         provenance=circuit.provenance | {"n_bootstrap": n_bootstrap, "seed": seed},
+        halves=torch.tensor(apart, dtype=torch.float64),
     )  # fmt: skip
 
 

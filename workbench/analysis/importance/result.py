@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.pruning.curve import PruningCurve, prune_curve
 from workbench.analysis.statistics.correlation import spearman
-from workbench.analysis.statistics.intervals import mean_intervals
+from workbench.analysis.statistics.intervals import effective_examples, means_t, medians
 from workbench.errors import WorkbenchError, nearest
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GRADIENTS = ("gradient", "gradient_magnitude", "attention_gradient")
+FEWEST = 0.1  # of all examples have to carry a mean, for its interval
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,7 +42,7 @@ class HeadImportance(Result):
         skipped: (method, measure) -> why there is no such score.
         higher_is_better: measure -> whether a better model has more of it.
         normalised: whether each layer's scores of the gradient methods are divided by their Euclidean length.
-        grid: rows and columns of patches, or None. seed: of the bootstrap. n_bootstrap, level: of its intervals.
+        grid: rows and columns of patches, or None. seed: of resampling. level: of the intervals.
         mode: how the sweep ran, "resumed" or "full"; "" if there was none.
     """
 
@@ -62,7 +63,6 @@ class HeadImportance(Result):
     normalised: bool
     grid: tuple[int, int] | None
     seed: int
-    n_bootstrap: int
     level: float
     mode: str
     provenance: dict[str, Any]
@@ -94,13 +94,23 @@ class HeadImportance(Result):
         return self.examples(method, measure).mean(1)
 
     def interval(self, method: str | None = None, measure: str | None = None) -> Tensor:
-        """[head, 2] bootstrap interval of the mean score over examples, at `level`, by percentiles.
+        """[head, 2] Student's t interval of the mean score over examples, at `level`.
 
-        The same resampled examples stand for all heads. Lengths of layers are not drawn anew where scores are
-        normalised. NaN with one example.
+        It is of the mean over prompts like these. NaN with one example; and where fewer than a tenth of the examples
+        carry the mean (`effective`), as of a loss that is nearly 0 on most: there no interval of a mean holds what it
+        promises, and `median` says more. The lengths of layers count as known where scores are normalised.
         """
-        found = self.examples(method, measure).T
-        return mean_intervals(found, n_bootstrap=self.n_bootstrap, level=self.level, seed=self.seed)
+        found = self.examples(method, measure)
+        few = self.effective(method, measure) < self.n_examples * FEWEST
+        return means_t(found, self.level).masked_fill(few[:, None], torch.nan)
+
+    def effective(self, method: str | None = None, measure: str | None = None) -> Tensor:
+        """[head] how many examples carry the mean score: (Σ|e|)² / Σe²."""
+        return effective_examples(self.examples(method, measure))
+
+    def median(self, method: str | None = None, measure: str | None = None) -> Tensor:
+        """[head, 3] the median score over examples, and the ends of its interval at `level`, by order statistics."""
+        return medians(self.examples(method, measure), self.level)
 
     def ranking(self, method: str | None = None, measure: str | None = None, *, absolute: bool = False) -> list[str]:
         """Labels of the heads, the most important first; `absolute`: whether it helps or hurts."""
@@ -121,13 +131,15 @@ class HeadImportance(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per head, method and measure: mean score, its interval, standard deviation, and rank."""
+        """One row per head, method and measure: mean score with its interval, standard deviation, and rank; median
+        with its interval; how many examples carry the mean, and the share of the one that carries most of it, by its
+        number."""
         import pandas as pd
 
         frames = []
         for method, measure in self.scores:
             found, ends = self.examples(method, measure), self.interval(method, measure)
-            score = found.mean(1)
+            score, middle, largest = found.mean(1), self.median(method, measure), found.abs().max(1)
             frame = pd.DataFrame(
                 {
                     "head": self.heads,
@@ -142,6 +154,12 @@ class HeadImportance(Result):
                     "high": ends[:, 1].numpy(),
                     "std": found.std(1, correction=0).numpy(),
                     "rank": (-score).argsort(stable=True).argsort(stable=True).numpy() + 1,
+                    "median": middle[:, 0].numpy(),
+                    "median_low": middle[:, 1].numpy(),
+                    "median_high": middle[:, 2].numpy(),
+                    "effective_examples": self.effective(method, measure).numpy(),
+                    "largest_share": (largest.values / found.abs().sum(1).clamp_min(1e-300)).numpy(),
+                    "largest_example": largest.indices.numpy(),
                 }
             )
             frames.append(frame)
@@ -187,6 +205,8 @@ class HeadImportance(Result):
                 f"{self.heads[i]} {float(score[i]):.3g} [{float(ends[i, 0]):.3g}, {float(ends[i, 1]):.3g}]"
                 for i in best
             )
-            lines.append(f"  {method}, {measure}: {shown}")
+            few = int((self.effective(method, measure) < self.n_examples * FEWEST).sum())
+            said = f" (no interval of {few}: few examples carry the mean, see the median)" if few else ""
+            lines.append(f"  {method}, {measure}: {shown}{said}")
         lines += [f"  {method}, {measure}: none; {why}" for (method, measure), why in self.skipped.items()]
         return "\n".join(lines)

@@ -40,7 +40,6 @@ def head_importance(
     reference: Any = None,
     normalise: bool = False,
     seed: int = 0,
-    n_bootstrap: int = 1000,
     level: float = 0.95,
     resume: Any = None,
     progress: bool = True,
@@ -69,7 +68,7 @@ def head_importance(
         renormalise: whether hops that stay take over the weight of those that go.
         reference: where means and resampled outputs come from; the batches by default.
         normalise: divide each layer's gradient scores by their Euclidean length, as Michel et al. do.
-        seed: of resampling and of the bootstrap. n_bootstrap, level: of its intervals.
+        seed: of resampling. level: of the intervals of means and medians over examples.
         resume, progress, **sweep: as in `workbench.run_sweep`.
 
     Raises:
@@ -146,10 +145,11 @@ def head_importance(
         normalised=normalise,
         grid=grid,
         seed=seed,
-        n_bootstrap=n_bootstrap,
         level=level,
         mode="" if swept is None else swept.mode,
-        provenance=wb.provenance() | {"examples": sum(map(size_of, several)), "batches": len(several)},
+        provenance=wb.provenance()
+        | {"examples": sum(map(size_of, several)), "batches": len(several)}
+        | {key: value for key, value in (swept.provenance if swept else {}).items() if key == "resampling"},
     )
 
 

@@ -49,3 +49,14 @@ def weighted_jaccard(a: Tensor, b: Tensor) -> float:
         return 0.0
     x, y = a / a.sum(), b / b.sum()
     return float(torch.minimum(x, y).sum() / torch.maximum(x, y).sum())
+
+
+def top_weights(scores: Tensor, n: int) -> Tensor:
+    """[item] membership of the `n` highest of [item] scores, which equal scores at the border share.
+
+    >>> top_weights(torch.tensor([3.0, 1.0, 1.0, 0.0]), 2).tolist()
+    [1.0, 0.5, 0.5, 0.0]
+    """
+    border = scores.sort(descending=True).values[n - 1]
+    above, tied = scores > border, scores == border
+    return above.double() + tied.double() * (n - int(above.sum())) / int(tied.sum())

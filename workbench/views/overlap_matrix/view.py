@@ -27,7 +27,7 @@ _MEASURES = {
     "jaccard": ("Jaccard", "items in both of those in either"),
     "weighted": ("weighted", "smaller of larger shares of |score|, over all that is scored"),
     "share": ("share of the row's", "of the items of the row, those that the column has too"),
-    "chance": ("Jaccard by chance", "mean of random circuits with as many items in each layer"),
+    "chance": ("Jaccard by chance", "mean with one circuit's heads renamed at random"),
 }
 
 
@@ -80,7 +80,7 @@ def overlap_matrix(
         circuits: at least two of one model, by name; in a list they are called by their tasks.
         unit: "edges", "heads" or "nodes", as in `circuit_overlap`; edges if all are circuits of edges.
         names: of nodes to pin, as in `circuit_graph`.
-        n_null, seed: of random circuits, per pair.
+        n_null, seed: of renamings of heads, per pair.
         most: edges that the page holds.
 
     Raises:
@@ -113,7 +113,7 @@ def overlap_matrix(
         table=_table(labels, pairs),
         notes=(
             *notes,
-            f"p: share of {n_null:,} random circuits, with as many items in each layer, that overlap at least as much.",
+            f"p: share of {n_null:,} renamings of one circuit's heads within layers that overlap at least as much.",
             "Overlap alone does not say that shared parts do the same.",
         ),
         state={"pins": pins_of(several[0].graph, names or {})},

@@ -18,7 +18,7 @@ def overlap_chance(overlap: CircuitOverlap) -> View:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    fig = make_subplots(rows=1, cols=2, subplot_titles=["random circuits", "at matched sizes"])
+    fig = make_subplots(rows=1, cols=2, subplot_titles=["heads renamed at random", "at matched sizes"])
     null = overlap.null.double().numpy()
     counts, edges = np.histogram(null, bins=min(30, max(1, len(np.unique(null)))))
     middles = (edges[:-1] + edges[1:]) / 2

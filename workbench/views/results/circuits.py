@@ -43,7 +43,7 @@ def _view_of_faithfulness_curve(curve: FaithfulnessCurve) -> View:
             f"whole model. CPR {curve.cpr:.3f} (higher is better), CMD {curve.cmd:.3f} (0 is best)."
         ),
         table=table,
-        notes=("The band is a 95 % bootstrap interval over prompts.",),
+        notes=("The band is a 95 % interval over prompts.",),
         provenance=curve.provenance,
     )
 

@@ -37,7 +37,7 @@ def _view_of_head_importance(importance: HeadImportance) -> View:
         title="Head importance",
         caption=(
             f"How much worse the model is without each head, by {measured}, over {importance.n_examples:,} examples; "
-            f"intervals of the mean at {importance.level:.0%} by {importance.n_bootstrap:,} bootstrap draws."
+            f"t intervals of the mean at {importance.level:.0%}, none where few examples carry it."
         ),
         signed=True,
         provenance=importance.provenance,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.analysis.circuits.engine.ablation import Ablation, replaced_nodes, stream_of
 from workbench.analysis.circuits.engine.prompts import Pair
+from workbench.analysis.circuits.engine.replacements import Replacements, replaced_nodes, stream_of
 from workbench.analysis.circuits.engine.setup import Setup
 from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
 
@@ -23,24 +23,26 @@ def run_edges(
 
     Args:
         kept: [variant, sender, receiver] bool.
-        how: what patched edges carry; see `Ablation`.
+        how: what patched edges carry; see `Replacements`.
     """
-    ablation = Ablation(setup, how)
+    replacements = Replacements(setup, how)
+    draws = replacements.draws
     found = torch.zeros(len(kept), len(setup.task), dtype=torch.float64)
     widest = len(setup.graph.senders) + 2 * max(
         layer.n_heads + 2 * layer.n_kv_heads + layer.mlp for layer in setup.graph.layers
     )
-    bar = tqdm(total=len(kept) * len(setup.pairs), disable=not progress, desc=note)
+    bar = tqdm(total=len(kept) * len(setup.pairs) * draws, disable=not progress, desc=note)
     with torch.no_grad():
         for pair in setup.pairs:
             logits, clean, twin = setup.record(pair)
-            values = ablation.of(pair, clean, twin)
             most = setup.most(pair, tensors=widest + 16)
-            for first in range(0, len(kept), most):
-                patched = (~kept[first : first + most] & setup.graph.exists).to(logits.dtype)
-                out = patch_edges(setup, pair, clean, values, patched)
-                found[first : first + most, setup.rows(pair)] = setup.measure(out, pair, logits, len(patched))
-                bar.update(len(patched))
+            for values in replacements.several(pair, clean, twin):
+                for first in range(0, len(kept), most):
+                    patched = (~kept[first : first + most] & setup.graph.exists).to(logits.dtype)
+                    out = patch_edges(setup, pair, clean, values, patched)
+                    measured = setup.measure(out, pair, logits, len(patched))
+                    found[first : first + most, setup.rows(pair)] += measured / draws
+                    bar.update(len(patched))
     bar.close()
     return found
 
@@ -52,23 +54,25 @@ def run_nodes(
 
     Args:
         kept: [variant, sender] bool.
-        how: what replaces them; see `Ablation`.
+        how: what replaces them; see `Replacements`.
     """
-    ablation = Ablation(setup, how)
+    replacements = Replacements(setup, how)
+    draws = replacements.draws
     found = torch.zeros(len(kept), len(setup.task), dtype=torch.float64)
-    bar = tqdm(total=len(kept) * len(setup.pairs), disable=not progress, desc=note)
+    bar = tqdm(total=len(kept) * len(setup.pairs) * draws, disable=not progress, desc=note)
     with torch.no_grad():
         for pair in setup.pairs:
             logits, clean, twin = setup.record(pair)
-            values = ablation.of(pair, clean, twin)
             most = setup.most(pair, tensors=24)
-            for first in range(0, len(kept), most):
-                part = kept[first : first + most]
-                hooks = {key: [hook] for key, hook in replaced_nodes(setup, part, values, pair.size)}
-                start = 0 if any(what == "input" for what, _ in hooks) else min((i for _, i in hooks), default=0)
-                out = setup.stream.run(pair.clean, pair.last, hooks, times=len(part), start=start)
-                found[first : first + most, setup.rows(pair)] = setup.measure(out, pair, logits, len(part))
-                bar.update(len(part))
+            for values in replacements.several(pair, clean, twin):
+                for first in range(0, len(kept), most):
+                    some = kept[first : first + most]
+                    hooks = {key: [hook] for key, hook in replaced_nodes(setup, some, values, pair.size)}
+                    start = 0 if any(what == "input" for what, _ in hooks) else min((i for _, i in hooks), default=0)
+                    out = setup.stream.run(pair.clean, pair.last, hooks, times=len(some), start=start)
+                    measured = setup.measure(out, pair, logits, len(some))
+                    found[first : first + most, setup.rows(pair)] += measured / draws
+                    bar.update(len(some))
     bar.close()
     return found
 
@@ -157,7 +161,7 @@ class _Patched:
         senders = torch.cat(self.differences[which], dim=2)[:, :, : len(reads)]
         mask = self.patched[:, reads.start : reads.stop, columns].to(senders.dtype)
         moved = torch.einsum("nsr,nbstd->nbrtd", mask, senders).flatten(0, 1)
-        return stream[:, None] + moved
+        return stream[:, None] + moved.to(stream.dtype)
 
     def _chosen(self, columns: range) -> list[int]:
         """Those of the columns in which anything is patched."""
@@ -178,7 +182,7 @@ class _Patched:
             streams = anatomy.function(reader.norm)(self._moved(read, columns))
             made = torch.einsum("brtd,rwd->btrw", streams, reader.weight[heads].to(streams.dtype))
             made = made if reader.bias is None else made + reader.bias[heads].to(made.dtype)
-            return old.index_copy(2, torch.tensor(heads, device=old.device), made)
+            return old.index_copy(2, torch.tensor(heads, device=old.device), made.to(old.dtype))
 
         return hook
 

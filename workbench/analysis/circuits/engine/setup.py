@@ -37,6 +37,7 @@ class Setup:
     Attributes:
         pairs: the batches. clean, corrupted: [example] of the metric on prompts and twins.
         memory: bytes that repeats may take, by a rough count.
+        seed: of resampling. drawn: how prompts were resampled, if they were: "draws" and "seed".
     """
 
     wb: Workbench
@@ -45,8 +46,10 @@ class Setup:
     pairs: list[Pair]
     metric: Metric
     memory: int
+    seed: int = 0
     clean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     corrupted: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    drawn: dict[str, int] = field(default_factory=dict)
 
     @property
     def graph(self) -> Graph:
@@ -76,6 +79,11 @@ class Setup:
         """Keep the metric on prompts and twins, if it can tell them apart."""
         check_metric(self.metric.name, clean, corrupted)
         self.clean, self.corrupted = clean, corrupted
+
+    @property
+    def scale(self) -> float:
+        """Divides a change of the metric: it is then a share of clean minus corrupted, and positive for a gain."""
+        return self.metric.sign * float((self.clean.mean() - self.corrupted.mean()).abs())
 
     def record(self, pair: Pair) -> tuple[Tensor, Kept, Kept]:
         """Logits of the prompts, and what is in both streams; later runs resume from the prompts' forward."""
@@ -109,6 +117,10 @@ class Setup:
         ids = pair.clean.get(names[stream])
         return self.stream.anatomy.lengths[stream] if ids is None else ids.shape[1]
 
+    def real(self, pair: Pair, stream: int) -> Tensor:
+        """[batch, position] bool: where a stream holds no padding."""
+        return pair.mask(stream, self.length(pair, stream)).bool()
+
     def positions(self, pair: Pair, where: Where, stream: int) -> Tensor | None:
         """[batch, n] positions of places in a stream; see `find_positions`."""
         return find_positions(self.task, self.wb.tokenizer, pair, where, stream, self.length(pair, stream))
@@ -122,12 +134,20 @@ class Setup:
     def provenance(self) -> dict[str, Any]:
         """Where the numbers come from."""
         task = {"name": self.task.name, "examples": len(self.task), "source": self.task.source}
-        return self.wb.provenance() | {"task": {**task, "settings": dict(self.task.settings)}}
+        found = self.wb.provenance() | {"precision": self.stream.anatomy.precision}
+        found |= {"resampling": self.drawn} if self.drawn else {}
+        return found | {"task": {**task, "settings": dict(self.task.settings)}}
 
 
 @contextmanager
 def open_setup(
-    wb: Workbench, task: Task, metric: Any = "logit_diff", *, batch_size: int = 25, memory: int = 1 << 30
+    wb: Workbench,
+    task: Task,
+    metric: Any = "logit_diff",
+    *,
+    batch_size: int = 25,
+    memory: int = 1 << 30,
+    seed: int = 0,
 ) -> Iterator[Setup]:
     """A setup whose stream is open inside.
 
@@ -140,4 +160,4 @@ def open_setup(
         pairs = make_pairs(task, wb.model, wb.tokenizer, batch_size, device)
         stream = Stream(wb, pairs[0])
     with torch.inference_mode(mode=False), stream.open():
-        yield Setup(wb, stream, task, pairs, chosen, memory)
+        yield Setup(wb, stream, task, pairs, chosen, memory, seed)

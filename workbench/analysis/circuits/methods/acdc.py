@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.analysis.circuits.engine.ablation import Ablation
 from workbench.analysis.circuits.engine.edges import patch_edges
+from workbench.analysis.circuits.engine.replacements import Replacements
 from workbench.analysis.circuits.engine.setup import Setup
 from workbench.analysis.circuits.engine.stream import Kept
 from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted, start
@@ -36,13 +36,13 @@ def prune_edges(
     Args:
         threshold: largest change of the metric's mean for which an edge is left out, on the scale where 1 is the
             difference between prompts and twins.
-        how: what edges that are left out carry; see `Ablation`.
+        how: what edges that are left out carry; see `Replacements`.
         ahead: edges in one forward.
         resume: a file to go on from, if it is there, and to write to.
 
     Returns:
-        [sender, receiver] bool: the edges that stay; and float64: by how much leaving each out lowered the metric when
-        it was tried (positive: it helps), NaN where it could not matter because its receiver led nowhere.
+        [sender, receiver] bool: the edges that stay; and float64: by how much leaving each out harmed the task when it
+        was tried (positive: it helps), NaN where it could not matter because its receiver led nowhere.
 
     Raises:
         InterventionError: a threshold that is no positive number. FormatError: the file is of another pruning.
@@ -52,8 +52,8 @@ def prune_edges(
         raise InterventionError(f"the threshold is {threshold}, a positive number is needed")
     graph = setup.graph
     now = start(setup, resume, threshold=threshold, ablation=how, ahead=ahead)
-    ablation = Ablation(setup, how)
-    seen: list[tuple[Tensor, Kept, Kept]] = []
+    replacements = Replacements(setup, how)
+    seen: list[tuple[Tensor, Kept, list[Kept]]] = []
     order = [(s, r) for r in reversed(range(len(graph.receivers))) for s in reversed(graph.reads[r])]
     bar = tqdm(total=len(order), initial=now.place, disable=not progress, desc="pruning edges")
     saved = time.monotonic()
@@ -61,7 +61,7 @@ def prune_edges(
         with torch.no_grad():
             while now.place < len(order):
                 # Whole steps only: an interrupt leaves what the last one made.
-                now = _step(setup, now, order, threshold, ahead, ablation, seen)
+                now = _step(setup, now, order, threshold, ahead, replacements, seen)
                 bar.update(now.place - bar.n)
                 if resume is not None and time.monotonic() - saved > _SAVE_EVERY:
                     now.save(resume)
@@ -83,8 +83,8 @@ def prune_edges(
 
 
 def _step(
-    setup: Setup, now: Pruning, order: list[tuple[int, int]], threshold: float, ahead: int, ablation: Ablation,
-    seen: list[tuple[Tensor, Kept, Kept]],
+    setup: Setup, now: Pruning, order: list[tuple[int, int]], threshold: float, ahead: int, replacements: Replacements,
+    seen: list[tuple[Tensor, Kept, list[Kept]]],
 ) -> Pruning:  # fmt: skip
     """Decide the next edges."""
     kept, scores, place, present = now.kept.clone(), now.scores.clone(), now.place, now.present
@@ -99,14 +99,14 @@ def _step(
         trial[order[place + offset]] = False  # those between lead nowhere
         if offset in waiting:
             stack.append(trial.clone())
-    values = _means(setup, torch.stack(stack), ablation, seen)
+    values = _means(setup, torch.stack(stack), replacements, seen)
     for number, offset in enumerate(waiting):
-        lowered = (present - values[number]) / now.span
-        scores[order[place + offset]] = lowered
-        if abs(lowered) >= threshold:
+        harm = (present - values[number]) / now.scale
+        scores[order[place + offset]] = harm
+        if abs(harm) >= threshold:
             break
         present = values[number]
-    stays = abs(lowered) >= threshold
+    stays = abs(harm) >= threshold
     for j in range(offset + 1):
         kept[order[place + j]] = stays and j == offset
     return replace(now, kept=kept, scores=scores, place=place + offset + 1, present=present)
@@ -130,21 +130,24 @@ def _waiting(setup: Setup, kept: Tensor, order: list[tuple[int, int]], ahead: in
     return found
 
 
-def _means(setup: Setup, kept: Tensor, ablation: Ablation, seen: list[tuple[Tensor, Kept, Kept]]) -> list[float]:
+def _means(
+    setup: Setup, kept: Tensor, replacements: Replacements, seen: list[tuple[Tensor, Kept, list[Kept]]]
+) -> list[float]:
     """Mean of the metric for each of several choices of edges."""
     totals = torch.zeros(len(kept), dtype=torch.float64)
     single = len(setup.pairs) == 1
     for pair in setup.pairs:
         if single and seen:
-            logits, clean, values = seen[0]
+            logits, clean, several = seen[0]
         else:
             logits, clean, twin = setup.record(pair)
-            values = ablation.of(pair, clean, twin)
+            several = replacements.several(pair, clean, twin)
             if single:
-                seen.append((logits, clean, values))
+                seen.append((logits, clean, several))
         most = setup.most(pair, tensors=3 * len(setup.graph.senders))
-        for first in range(0, len(kept), most):
-            patched = (~kept[first : first + most] & setup.graph.exists).to(logits.dtype)
-            out = patch_edges(setup, pair, clean, values, patched)
-            totals[first : first + most] += setup.measure(out, pair, logits, len(patched)).sum(1)
+        for values in several:
+            for first in range(0, len(kept), most):
+                patched = (~kept[first : first + most] & setup.graph.exists).to(logits.dtype)
+                out = patch_edges(setup, pair, clean, values, patched)
+                totals[first : first + most] += setup.measure(out, pair, logits, len(patched)).sum(1) / len(several)
     return (totals / len(setup.task)).tolist()

@@ -1,8 +1,9 @@
 """Edge attribution patching (Syed et al. 2310.10348) and its integrated-gradients forms (Hanna et al. 2403.17806).
 
 The score of an edge u → v is (u_clean − u_twin) · ∂m/∂(what v reads), summed over positions: how much the metric falls,
-to first order, when v alone reads u from the twin. A positive edge thus helps the task. What v reads is the residual
-stream before its norm, for the queries, keys and values of each head apart.
+to first order, when v alone reads u from the twin; where a lower metric is better, how much it rises. A positive edge
+thus helps the task. What v reads is the residual stream before its norm, for the queries, keys and values of each head
+apart.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class EdgeScores:
         scores: [sender, receiver], the mean over examples; NaN where there is no edge.
         examples: [example, edge] in the order of `Graph.edges`, or None.
         input_total: [example] sum of (input_clean − input_twin) · ∂m/∂input over the inputs of all streams, all paths
-            together: by completeness it goes to the difference of the metric as steps grow (along "inputs").
+            together, in the metric's own direction: by completeness it goes to the difference of the metric as steps
+            grow (along "inputs").
         completeness_gap: how far the mean of `input_total` is from the mean difference of the metric between prompts
             and twins, as a share of that difference; None along "activations", whose sums are of single places.
     """
@@ -61,7 +63,7 @@ def attribute_edges(
         path: along which they are taken: the embeddings go from twin to prompt, or the output of one layer's heads, or
             of one MLP, at a time, each for the edges that start there.
         direction: "noising" takes gradients on the prompt, "denoising" on the twin; both are positive where the clean
-            value raises the metric.
+            value improves the metric.
         keep_examples: keep the scores of single examples, for intervals; None: if they take less than 256 MiB.
 
     Raises:
@@ -139,7 +141,7 @@ class _Batch:
         differences = {key: self.clean[key] - self.twin[key] for key in inputs}
 
         def at_inputs() -> Tensor:
-            products = [(gradients[key] * differences[key]).flatten(1).sum(1) for key in inputs]
+            products = [(_wide(gradients[key]) * _wide(differences[key])).flatten(1).sum(1) for key in inputs]
             return torch.stack(products).sum(0).double().cpu()
 
         everything = range(len(graph.senders))
@@ -152,7 +154,7 @@ class _Batch:
                 self._dot(gradients, found, rows)
                 if rows == everything:
                     total += at_inputs()
-        return found / steps, total / steps
+        return found / steps, self.setup.metric.sign * total / steps
 
     def _senders(self) -> list[tuple[tuple[Key, ...], range]]:
         """The places whose output goes from twin to prompt, one at a time, and the senders there."""
@@ -206,7 +208,7 @@ class _Batch:
             logits = self.setup.stream.run(batch, self.pair.last, hooks)
             if not moved:
                 own.logits = logits.detach()
-            value = self.setup.metric_of(logits, self.pair, self.clean.logits).sum()
+            value = self.setup.metric.sign * self.setup.metric_of(logits, self.pair, self.clean.logits).sum()
             wanted = [key for key in watched if not key[0].startswith("read")]
             gradients = torch.autograd.grad(value, [watched[key] for key in wanted], allow_unused=True)
         found = {
@@ -256,7 +258,9 @@ class _Batch:
         stop = min(rows.stop, self.setup.graph.reads[columns.start].stop)
         if stop <= rows.start:
             return
-        product = senders[:, : stop - rows.start].flatten(2) @ readers.flatten(2).transpose(1, 2)
+        # In float32 at least: of half precision, sums over positions would lose most of their digits.
+        with torch.autocast(senders.device.type, enabled=False):
+            product = _wide(senders[:, : stop - rows.start].flatten(2)) @ _wide(readers.flatten(2)).transpose(1, 2)
         found[:, rows.start : stop, columns.start : columns.stop] += product.double().cpu()
 
     def _differences(self, at: slice, rows: range, stream: int) -> Tensor:
@@ -290,6 +294,10 @@ def _back(norm: Callable[[Tensor], Tensor], stream: Tensor, gradient: Tensor) ->
         leaf = stream[:, None].expand_as(gradient).detach().requires_grad_()
         (found,) = torch.autograd.grad(norm(leaf), leaf, gradient)
     return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _leaf(tensor: Tensor) -> Tensor:

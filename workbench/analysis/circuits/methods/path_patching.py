@@ -200,7 +200,8 @@ class _Flow:
         if bool(moved.any()):
             clean = self._at(self.clean["read_mlp", i]).expand_as(reads)
             out = anatomy.mlp(i, anatomy.function(layer.mlp_norm)((clean + reads)[moved]))
-            new[moved] = out.reshape_as(new[moved]) - self._at(self.clean["mlp", i]).expand_as(reads)[moved]
+            change = out.reshape_as(new[moved]) - self._at(self.clean["mlp", i]).expand_as(reads)[moved]
+            new[moved] = change.to(new.dtype)
         return new
 
     def _replace_mlp(self, delta: Tensor, units: Sequence[Unit], i: int, reads: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ class Pruning(Result):
     Attributes:
         model: facts of the model's graph.
         kept: [sender, receiver] bool, the edges that are not left out so far.
-        scores: [sender, receiver], by how much leaving an edge out lowered the metric when it was tried, as a share of
+        scores: [sender, receiver], by how much leaving an edge out harmed the task when it was tried, as a share of
             clean minus corrupted; NaN where it was not, or could not matter.
         place: how many edges are decided, from the logits back.
-        present: mean of the metric with `kept`. span: mean on the prompts minus mean on their twins.
+        present: mean of the metric with `kept`. scale: see `Setup.scale`.
         identity: what a file must share to be gone on from.
     """
 
@@ -42,7 +42,7 @@ class Pruning(Result):
     scores: Float[Tensor, "sender receiver"]
     place: int
     present: float
-    span: float
+    scale: float
     identity: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -96,7 +96,7 @@ def start(setup: Setup, path: Path | None, **settings: Any) -> Pruning:
     graph, model, device = setup.graph, setup.wb.model, setup.pairs[0].last.device.type
     identity = {
         "model class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "model weights": setup.wb.weights_hash(),
+        "model weights": setup.wb.weights_identity(),
         "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "",
         "task": setup.task.name,
         "prompts": digest([[plain(pair.clean), plain(pair.twin)] for pair in setup.pairs]),
@@ -117,6 +117,6 @@ def start(setup: Setup, path: Path | None, **settings: Any) -> Pruning:
     return Pruning(
         model=graph.facts, kept=graph.exists.clone(),
         scores=torch.full(graph.exists.shape, torch.nan, dtype=torch.float64), place=0,
-        present=float(setup.clean.mean()), span=float(setup.clean.mean() - setup.corrupted.mean()), identity=identity,
+        present=float(setup.clean.mean()), scale=setup.scale, identity=identity,
         provenance=setup.provenance(),
     )  # fmt: skip

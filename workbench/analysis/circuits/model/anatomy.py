@@ -29,6 +29,7 @@ class Anatomy:
     Attributes:
         head: name of the module that gives the logits from the last position's vector, if one does so alone.
         error: largest difference between the stream and the sum of the senders, of the largest number in the stream.
+        precision: dtypes of what modules gave.
         lengths: positions of each stream in the input that they were found with.
     """
 
@@ -37,6 +38,7 @@ class Anatomy:
     head: str | None
     error: float
     lengths: tuple[int, ...]
+    precision: str
     modules: Mapping[str, nn.Module] = field(repr=False)
 
     def blocks(self, stream: int) -> tuple[str, ...]:
@@ -96,7 +98,7 @@ def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
     modules = dict(wb.model.named_modules())
     lengths = tuple(seen.given[block].shape[1] for block in first.values())
     graph = Graph(tuple(shapes), d_model=seen.gave[blocks[-1]].shape[-1])
-    return Anatomy(graph, tuple(layers), _head(seen), error, lengths, modules)
+    return Anatomy(graph, tuple(layers), _head(seen), error, lengths, seen.precision, modules)
 
 
 def _streams(wb: Workbench) -> dict[str, list[Site]]:

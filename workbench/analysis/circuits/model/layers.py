@@ -21,7 +21,8 @@ from workbench.hooks.projections import is_conv1d, projection_slices
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 
-_TOLERANCE = 1e-4  # of the largest number in the stream
+_SUM = 1e-5  # by how much a sum may be off, number by number, of what is added up; at least two roundings
+_PRODUCT = 1e-4  # by how much a product may be off, of its length at each position; at least four roundings
 
 
 class LayerFinder:
@@ -41,14 +42,19 @@ class LayerFinder:
     def find(self) -> None:
         """Fill `layers`, `shapes` and `error`."""
         seen, blocks = self.seen, self.blocks
-        stream = seen.given[blocks[0]]  # as the model adds it up
-        total = stream.double()  # as the sum of what is written
+        stream = seen.given[blocks[0]]
+        # What the stream should be, as the model adds it up, and how large what was added is, number by number. Each
+        # block is compared for itself, so that roundings do not add up over many.
+        total = size = torch.zeros_like(stream)
+        whole = stream.double()  # the sum of all senders
         for i, (site, block) in enumerate(zip(self.sites, blocks, strict=True)):
             if i == 0 or block != blocks[i - 1]:
                 if block in blocks[:i]:
                     raise AttachError(f"the block {block} ran again after others", site=site.name)
-                stream = seen.given[block]
-                self._compare(total, stream, f"the input of {block}")
+                if i:
+                    self._compare_sum(total, seen.given[block], size, f"the input of {block}")
+                stream = total = seen.given[block]
+                size = stream.abs()
             elif self.layers[-1].mlp is not None or site.kind != "cross" or self.sites[i - 1].kind == "cross":
                 raise AttachError(f"the block {block} has two attention modules", site=site.name)
             last = i + 1 == len(blocks) or blocks[i + 1] != block
@@ -56,30 +62,34 @@ class LayerFinder:
             modules, shape = self._layer(site, block, stream, after)
             self.layers.append(modules)
             self.shapes.append(shape)
+            self._check_written(modules)
             stream = stream + seen.gave[modules.out]
-            total = total + self._written(modules)
-            if modules.mlp is not None:
-                total = total + seen.gave[modules.mlp[-1]].double()
-        self._compare(total, seen.gave[blocks[-1]], f"the output of {blocks[-1]}")
+            written = [seen.gave[name] for name in (modules.out, *(modules.mlp or ())[-1:])]
+            for each in written:
+                total, size, whole = total + each, size + each.abs(), whole + each.double()
+        self._compare_sum(total, seen.gave[blocks[-1]], size, f"the output of {blocks[-1]}")
+        self.error = _far(whole, seen.gave[blocks[-1]])
 
-    def _written(self, layer: LayerModules) -> Tensor:
-        """What the heads write, from their z, compared with what their projection gave."""
+    def _check_written(self, layer: LayerModules) -> None:
+        """Refuse heads whose z does not give what their projection gave."""
         z = _call(self.seen, layer.site).z().detach().transpose(1, 2).double()
         written = torch.einsum("bqhw,hwd->bqd", z, layer.w_o.double())
         bias = getattr(layer.out_module, "bias", None)
         written = written if bias is None else written + bias.detach().double()
-        self._compare(written, self.seen.gave[layer.out], f"the output of {layer.out}")
-        return written
-
-    def _compare(self, total: Tensor, given: Tensor, where: str) -> None:
-        far = _far(given, total)
-        if far > _TOLERANCE:
+        if not same_product(self.seen.gave[layer.out], written, self.seen.eps):
             raise AttachError(
-                f"{where} is not the sum of what was written to the residual stream: {far:.1e} of its largest number "
-                "off",
+                f"the output of {layer.out} is not the sum of what its heads write",
+                site=layer.site.name,
+                hint="does something happen to the heads' output before it is projected?",
+            )
+
+    def _compare_sum(self, total: Tensor, given: Tensor, size: Tensor, where: str) -> None:
+        if not same_sum(given, total, size, self.seen.eps):
+            raise AttachError(
+                f"{where} is not the sum of what was written to the residual stream: {_far(given, total):.1e} of its "
+                f"largest number off, in {self.seen.precision}",
                 hint="a scale, a norm on the stream, or a module outside of the blocks changes it",
             )
-        self.error = max(self.error, far)
 
     def _layer(self, site: Site, block: str, before: Tensor, after: Tensor | None) -> tuple[LayerModules, Layer]:
         """One layer; `before` is the stream that it reads, `after` that behind its MLP, None if it has none."""
@@ -101,7 +111,7 @@ class LayerFinder:
             raise AttachError(error.message, site=site.name, hint=error.hint) from None
         projections = {part: self._projection(site, block, call, part, before) for part in "qkv"}
         attention = seen.gave[projection.name]
-        last = None if after is None else _mlp(seen, site, block, before, after - before - attention, projection.name)
+        last = None if after is None else _mlp(seen, site, block, before, attention, after, projection.name)
         mlp, mlp_norm, parallel = None, None, False
         if last is not None:
             mlp, mlp_norm, read = self._mlp(site, block, last, (before + attention, before))
@@ -121,7 +131,7 @@ class LayerFinder:
         while True:
             for given, norm in _streams_of(seen, f"{block}.", chain[0]):
                 for which, stream in enumerate(streams):
-                    if _far(given, stream) <= _TOLERANCE:
+                    if same_sum(given, stream, stream.abs(), seen.eps):
                         self._compare_mlp(chain)
                         return tuple(chain), norm, which
             before = [name for given, name in _streams_of(seen, f"{block}.", chain[0], any_width=True)[1:] if name]
@@ -140,7 +150,7 @@ class LayerFinder:
             for name in chain:
                 output = self.model.get_submodule(name).forward(made)
                 made = output if isinstance(output, Tensor) else output[0]
-        if _far(made, gave) > _TOLERANCE:
+        if not same_product(gave, made, self.seen.eps):
             raise AttachError(
                 f"{', '.join(chain)} give something else when the first position is left out",
                 hint="circuits need MLPs that work on each position alone",
@@ -256,11 +266,12 @@ def _streams_of(seen: Recording, scope: str, reader: str, any_width: bool = Fals
     return found
 
 
-def _mlp(seen: Recording, site: Site, block: str, before: Tensor, rest: Tensor, out: str) -> str | None:
+def _mlp(
+    seen: Recording, site: Site, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str
+) -> str | None:
     """The outermost module of a block whose output is what the heads do not add to the stream."""
-    scale = float(rest.abs().max())
-    size = max(float(before.abs().max()), 1e-12)
-    if scale <= _TOLERANCE * size:
+    stream, size = before + attention, before.abs() + attention.abs()
+    if same_sum(after, stream, size, seen.eps):
         return None
     fitting = []
     for name in dict.fromkeys(seen.order):
@@ -268,12 +279,16 @@ def _mlp(seen: Recording, site: Site, block: str, before: Tensor, rest: Tensor, 
         if not name.startswith(f"{block}.") or holds_attention or name == out or seen.times[name] > 1:
             continue
         gave = seen.gave.get(name)
-        if gave is not None and gave.shape == rest.shape and _far(gave, rest, size) <= _TOLERANCE:
+        if (
+            gave is not None
+            and gave.shape == after.shape
+            and same_sum(after, stream + gave, size + gave.abs(), seen.eps)
+        ):
             fitting.append(name)
     if not fitting:
         raise AttachError(
             f"the block {block} adds something to the residual stream that is neither its heads' output nor that of "
-            "one module",
+            f"one module, in {seen.precision}",
             site=site.name,
             hint="a norm after the attention or MLP (Gemma 2, OLMo 2), a scale, or two MLPs: the stream is no sum",
         )
@@ -284,9 +299,28 @@ def _depth(name: str) -> int:
     return name.count(".")
 
 
-def _far(a: Tensor, b: Tensor, size: float | None = None) -> float:
+def _far(a: Tensor, b: Tensor) -> float:
     """Largest difference, relative to the largest number."""
     if a.shape != b.shape:
         return float("inf")
-    size = max(float(b.abs().max()), 1e-12) if size is None else size
-    return float((a.double() - b.double()).abs().max()) / size
+    return float((a.double() - b.double()).abs().max()) / max(float(b.abs().max()), 1e-12)
+
+
+def same_sum(a: Tensor, b: Tensor, size: Tensor, eps: float) -> bool:
+    """Whether two sums are equal up to roundings.
+
+    Args:
+        size: what was added up, without its sign, number by number. eps: of the coarsest dtype in which it was.
+    """
+    if a.shape != b.shape:
+        return False
+    off = (a.double() - b.double()).abs()
+    return bool((off <= max(_SUM, 2 * eps) * size.double() + 1e-12 * size.double().amax()).all())
+
+
+def same_product(a: Tensor, b: Tensor, eps: float) -> bool:
+    """Whether two outputs [..., width] of a product are equal up to roundings, as vectors at each position."""
+    if a.shape != b.shape:
+        return False
+    off, length = (a.double() - b.double()).norm(dim=-1), b.double().norm(dim=-1)
+    return bool((off <= max(_PRODUCT, 4 * eps) * (length + 1e-6 * length.amax())).all())

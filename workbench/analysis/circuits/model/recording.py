@@ -38,6 +38,21 @@ class Recording:
     finder: ProjectionFinder = field(default_factory=ProjectionFinder)
     logits: Tensor | None = None
 
+    @property
+    def coarsest(self) -> torch.dtype:
+        """The coarsest dtype in which a module gave its output: that of the model, or of autocast."""
+        return max({gave.dtype for gave in self.gave.values()}, key=lambda dtype: torch.finfo(dtype).eps)
+
+    @property
+    def eps(self) -> float:
+        """By how much one rounding changes a number, relatively, in the coarsest dtype."""
+        return float(torch.finfo(self.coarsest).eps)
+
+    @property
+    def precision(self) -> str:
+        """The dtypes of the modules' outputs, such as "bfloat16", or "bfloat16 and float32" under autocast."""
+        return " and ".join(sorted({str(gave.dtype).removeprefix("torch.") for gave in self.gave.values()}))
+
 
 @dataclass(frozen=True)
 class _Calls(Listener):

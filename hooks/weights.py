@@ -1,0 +1,103 @@
+"""A model's weights as they are, however they are kept: offloaded, quantized, or in a tensor of several parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from workbench.errors import CaptureError
+from workbench.hooks.configs import read
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def stored(model: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
+    """The tensor of that name with its numbers; None if they are nowhere to be had.
+
+    An offloaded weight is on the "meta" device until its module runs. Whoever brings it then keeps it in the
+    `weights_map` of a hook, on the module itself or on one that holds it, as `accelerate` does.
+    """
+    if tensor.device.type != "meta":
+        return tensor
+    parts = name.split(".")
+    for at in reversed(range(len(parts))):
+        hook = read(model.get_submodule(".".join(parts[:at])), "_hf_hook")
+        for each in (hook, *read(hook, "hooks", ())):
+            weights = read(each, "weights_map")
+            try:
+                found = None if weights is None else weights[".".join(parts[at:])]
+            except KeyError:
+                continue
+            if isinstance(found, Tensor) and found.device.type != "meta":
+                return found
+    return None
+
+
+def described(value: Any) -> Iterator[tuple[str, Tensor | None]]:
+    """What a value of a state dict consists of: texts, each with the plain tensor that it describes, or with None.
+
+    >>> [text for text, _ in described(torch.zeros(2, 3))]
+    ['torch.float32 [2, 3]']
+    """
+    if isinstance(value, (tuple, list)):
+        for one in value:
+            yield from described(one)
+    elif not isinstance(value, Tensor):
+        yield _ADDRESS.sub("", repr(value)), None
+    elif is_traceable_wrapper_subclass(value):
+        names, settings = value.__tensor_flatten__()
+        yield _ADDRESS.sub("", f"{type(value).__name__} {value.dtype} {list(value.shape)} {settings}"), None
+        for name in names:
+            for text, tensor in described(getattr(value, name)):
+                yield f"{name} {text}", tensor
+    elif value.is_quantized:
+        per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+        yield f"{value.dtype} {list(value.shape)} {value.qscheme()}", value.int_repr()
+        if per_channel:
+            yield "scales", value.q_per_channel_scales()
+            yield "zero points", value.q_per_channel_zero_points()
+        else:
+            yield f"{value.q_scale()!r} {value.q_zero_point()}", None
+    else:
+        yield f"{value.dtype} {list(value.shape)}", value.detach()
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear module as a plain floating-point matrix, without gradients; a view where it can be one.
+
+    Raises:
+        CaptureError: it is not there, or cannot be had in floating point.
+    """
+    given: Any = module.weight
+    hint = "is it quantized? load the model in floating point"
+    weight = given.detach() if isinstance(given, Tensor) else given
+    if isinstance(weight, Tensor) and weight.device.type == "meta":
+        found = stored(module, "weight", weight)
+        if found is None:
+            raise CaptureError(
+                f"the weight of {type(module).__name__} is offloaded, and who offloaded it does not tell where to",
+                shape=weight.shape,
+                hint="compute results with the model in memory",
+            )
+        weight = found.detach()
+    if is_traceable_wrapper_subclass(weight) or (isinstance(weight, Tensor) and weight.is_quantized):
+        hint = f"a {type(weight).__name__} cannot be turned into one; load the model in floating point"
+        convert = getattr(weight, "dequantize", None)
+        try:
+            weight = None if convert is None else convert()
+        except (NotImplementedError, RuntimeError, TypeError):
+            weight = None
+        if is_traceable_wrapper_subclass(weight):  # such as a shard of a larger tensor
+            weight = None
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        raise CaptureError(
+            f"the weight of {type(module).__name__} is no matrix of floating-point numbers",
+            shape=getattr(given, "shape", None),
+            hint=hint,
+        )
+    return weight

@@ -1,0 +1,200 @@
+"""Weights that are kept elsewhere or in another form: offloaded, quantized, in tensors of several parts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+import workbench
+from support.judges import judges, missing
+from workbench import CaptureError
+from workbench.hooks.projections import projection_slices
+from workbench.storage.provenance import weights_hash
+
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+def llama(scale: float = 1.0) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 99}
+    config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.model.layers[1].self_attn.q_proj.weight.data *= scale
+    return model
+
+
+def _to_disk(model: Any, folder: Path) -> Any:
+    parts = ("embed_tokens", "rotary_emb", "layers.0", "norm")
+    places = {f"model.{part}": "cpu" for part in parts} | {"model.layers.1": "disk", "lm_head": "cpu"}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder))
+
+
+def _to_cpu(model: Any, folder: Path) -> Any:
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def _all_to_disk(model: Any, folder: Path) -> Any:
+    return accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+
+
+def _one_block_to_cpu(model: Any, folder: Path) -> Any:
+    accelerate.cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
+    return model
+
+
+OFFLOADS = [_to_disk, _to_cpu, _all_to_disk, _one_block_to_cpu]
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@torch.no_grad()
+def test_an_offloaded_model_is_as_the_same_in_memory(offload: Callable[[Any, Path], Any], tmp_path: Path) -> None:
+    plain, model = llama(), offload(llama(), tmp_path)
+    assert any(p.device.type == "meta" for p in model.parameters())
+    want, found = [], []
+    for each, into in ((plain, want), (model, found)):
+        with workbench.attach(each) as wb:
+            wb.verify(IDS).raise_if_failed()
+            with wb.capture(z=True) as cap:
+                logits = each(IDS).logits
+            with wb.ablate((1, 2)):
+                edited = each(IDS).logits
+            assert wb.provenance()["weights_sha256"] == cap.provenance["weights_sha256"]
+        results = [site.result() for site in cap]
+        into.extend((logits, edited, cap.provenance["weights_sha256"], *results))
+        cap.save(tmp_path / f"{len(want)}.safetensors")
+    assert want[2] == found[2] is not None
+    for a, b in zip(want, found, strict=True):
+        assert a == b if isinstance(a, str) else torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_the_hash_sees_offloaded_weights(tmp_path: Path) -> None:
+    hashes = {weights_hash(_to_disk(llama(scale), tmp_path / str(scale))) for scale in (1.0, 2.0)}
+    assert len(hashes) == 2
+    assert None not in hashes
+
+
+@torch.no_grad()
+def test_weights_that_cannot_be_read_are_said(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True), "lost": nn.Linear(8, 8)}).eval()
+    model["lost"].to("meta")
+    model.forward = lambda x: model["attn"](x, x, x)[0]  # type: ignore[assignment]
+    with workbench.attach(model) as wb, wb.capture(z=True) as cap:
+        model(torch.randn(1, 5, 8))
+    assert cap.provenance["weights_sha256"] is None
+    assert "2 weights are offloaded" in cap.provenance["weights_note"]
+    assert wb.weights_identity() != wb.weights_identity()  # nothing is taken up again by mistake
+    with pytest.raises(CaptureError, match="offloaded"):
+        projection_slices(model["lost"], 2, 4)
+
+
+class Halves(Tensor):
+    """A weight in two parts, as quantized tensors are: small numbers and a scale for each row."""
+
+    small: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, small: Tensor, scale: Tensor) -> "Halves":
+        return Tensor._make_wrapper_subclass(cls, small.shape, dtype=scale.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, small: Tensor, scale: Tensor) -> None:
+        self.small, self.scale = small, scale
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Halves":
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return cls((weight / scale).round().to(torch.int8), scale)
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        return self.small * self.scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        return ["small", "scale"], {}
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, Tensor], settings: Any, size: Any, stride: Any) -> "Halves":
+        return cls(**parts)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default):
+            return return_and_correct_aliasing(func, args, kwargs or {}, cls(args[0].small, args[0].scale))
+        plain = [arg.dequantize() if isinstance(arg, Halves) else arg for arg in args]
+        if func is torch.ops.aten.t.default or func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            return func(*plain, **(kwargs or {}))
+        raise NotImplementedError(f"Halves does not know {func}")
+
+
+class Sealed(Halves):
+    """One that does not tell its numbers."""
+
+    def dequantize(self) -> Tensor:
+        raise NotImplementedError
+
+
+def _wrap(model: Any, cls: type[Halves]) -> Any:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(cls.of(module.weight.detach()), requires_grad=False)
+    return model
+
+
+def _check_quantized(model: Any, other: Any, folder: Path) -> None:
+    """Captured, saved, told from another, and results are those of the dequantized weight."""
+    with torch.no_grad(), workbench.attach(model) as wb:
+        wb.verify(IDS).raise_if_failed()
+        with wb.capture(z=True) as cap:
+            model(IDS)
+    cap.save(folder / "run.safetensors")
+    assert len(cap.provenance["weights_sha256"]) == 64
+    assert cap.provenance["weights_sha256"] not in (weights_hash(other), None)
+    projection = model.model.layers[1].self_attn.o_proj
+    want = torch.einsum("bqhw,dhw->bqhd", cap["blocks.1.attn"].z, projection.weight.dequantize().unflatten(1, (4, 8)))
+    torch.testing.assert_close(cap["blocks.1.attn"].result(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_of_several_parts(tmp_path: Path) -> None:
+    _check_quantized(_wrap(llama(), Halves), _wrap(llama(2.0), Halves), tmp_path)
+
+
+def test_a_weight_that_does_not_tell_its_numbers() -> None:
+    module = nn.Linear(32, 32)
+    module.weight = nn.Parameter(Sealed.of(module.weight.detach()), requires_grad=False)
+    with pytest.raises(CaptureError, match=r"no matrix of floating-point numbers.*\n.*a Sealed"):
+        projection_slices(module, 4, 8)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@torch.no_grad()
+def test_pytorchs_own_quantized_layers(tmp_path: Path) -> None:
+    hashes = []
+    for scale in (1.0, 2.0, 1.0):
+        model = torch.ao.quantization.quantize_dynamic(llama(scale), {nn.Linear}, dtype=torch.qint8)
+        with workbench.attach(model) as wb, wb.capture(z=True) as cap:
+            model(IDS)
+        cap.save(tmp_path / "run.safetensors")
+        hashes.append(cap.provenance["weights_sha256"])
+    assert hashes[0] == hashes[2] != hashes[1]
+    with pytest.raises(CaptureError):  # its projection is no nn.Linear
+        cap["blocks.1.attn"].result()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchao(tmp_path: Path) -> None:
+    with judges():
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ModuleNotFoundError as error:
+            missing(error)
+        models = []
+        for scale in (1.0, 2.0):
+            models.append(llama(scale))
+            quantize_(models[-1], Int8WeightOnlyConfig())
+        _check_quantized(*models, tmp_path)
