@@ -14,19 +14,21 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from shared.measuring import interleaved, machine, say, table, write_section
 from torch import Tensor
 
-from workbench.kernels.blocked import block_mask
-from workbench.kernels.neighborhood import NeighborhoodLayout, neighborhood_attention, token_permutation
+from workbench.kernels.flex import FlexPlan
+from workbench.kernels.neighborhood import NeighborhoodLayout, neighborhood_attention
+from workbench.kernels.neighborhood.flex import flex_plan as neighborhood_plan
 from workbench.kernels.s2 import S2Layout, s2_attention
+from workbench.kernels.s2.flex import flex_plan as s2_plan
 
 HEADS, WIDTH = 12, 64
 BLOCK = 64
-TILE = (8, 16)
 HEADING = "Sparse kernels"
 
 
@@ -87,22 +89,20 @@ def _flex_arms(
     length = q.shape[2]
     compiled = torch.compile(flex_attention, dynamic=False)  # a second length would compile for any, and fail
     layout = S2Layout(length, length, HEADS, HEADS, **s2_options(length))
-    s2_mask = block_mask(layout, layout.mask_mod(), HEADS, length, length)
-    near = NeighborhoodLayout(**neighborhood_options(length), tile=TILE, block=math.prod(TILE))
-    near_mask = block_mask(near, near.mask_mod(), HEADS, length, length)
-    order, inverse = token_permutation(near.shape, TILE)
-
-    def permuted() -> Tensor:
-        out: Tensor = compiled(q[:, :, order], k[:, :, order], v[:, :, order], block_mask=near_mask)
-        return out[:, :, inverse]
-
-    found: dict[str, Callable[[], Tensor]] = {
-        "flex s2": lambda: compiled(q, k, v, block_mask=s2_mask),
-        "flex neighborhood": permuted,
+    near = NeighborhoodLayout(**neighborhood_options(length))
+    plans = {
+        "flex s2": s2_plan(layout, q.device),
+        "flex neighborhood": neighborhood_plan(near, HEADS, q.device),
     }
+
+    def call(plan: FlexPlan) -> Tensor:
+        k_at, v_at = plan.keys_at_places(k), plan.keys_at_places(v)
+        return plan.at_queries(compiled(plan.queries_at_places(q), k_at, v_at, block_mask=plan.mask))
+
+    found: dict[str, Callable[[], Tensor]] = {name: partial(call, plan) for name, plan in plans.items()}
     try:
-        for name, call in found.items():
-            torch.testing.assert_close(call(), ours[name.removeprefix("flex ")](), rtol=1e-3, atol=1e-4)
+        for name, run in found.items():
+            torch.testing.assert_close(run(), ours[name.removeprefix("flex ")](), rtol=1e-3, atol=1e-4)
     except RuntimeError as error:  # no C++ compiler, or one that Inductor cannot use
         say(f"FlexAttention is left out: {str(error).splitlines()[0]}")
         return {}

@@ -2,14 +2,13 @@
 
 A `Plan` names, for each tile of queries, the keys that it visits. On the CPU the keys of a tile are gathered into one
 contiguous buffer, so that a tile is a small dense attention; the backward recomputes its weights from the saved
-log-sum-exp. On CUDA, `flex_attend` hands a layout to FlexAttention instead.
+log-sum-exp. On CUDA, `flex.py` hands a layout to FlexAttention instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,11 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from workbench.kernels.layouts import Layout
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _KEYS_AT_ONCE = 8192  # keys gathered at once: 2 MiB of each of k and v at width 64, about a second-level cache
-_FLEX_BLOCK = 128  # FlexAttention's kernels work in tiles of up to 128; finer blocks would not be skipped anyway
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,55 +208,3 @@ def _tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
     lse = scores.logsumexp(-1)
     p = scores.sub_(torch.where(lse.isneginf(), 0.0, lse)[..., None]).exp_()
     return (p @ v.to(sums)).to(q.dtype), lse
-
-
-def block_mask(layout: Layout, mask_mod: MaskMod, n_heads: int, n_queries: int, n_keys: int) -> Any:
-    """A FlexAttention `BlockMask` from the blocks of a layout, without trying every (query, key) pair.
-
-    Blocks finer than 128 tokens are joined to blocks of 128. All are listed as partial: `mask_mod` has the last word.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    joined = max(1, _FLEX_BLOCK // layout.block)
-    blocks = layout.blocks()
-    blocks = F.pad(blocks, (0, -blocks.shape[-1] % joined, 0, -blocks.shape[-2] % joined))
-    blocks = blocks.unflatten(-1, (-1, joined)).unflatten(-3, (-1, joined)).any(-1).any(-2)
-    if layout.n_layouts > 1:
-        blocks = blocks[layout.for_heads(slice(None), n_heads)]
-    counts = blocks.sum(-1, dtype=torch.int32)
-    listed = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return BlockMask.from_kv_blocks(
-        counts[None].contiguous(),
-        listed[None].contiguous(),
-        BLOCK_SIZE=layout.block * joined,
-        mask_mod=mask_mod,
-        seq_lengths=(n_queries, n_keys),
-    )
-
-
-def flex_attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None = None, compiled: bool = True
-) -> tuple[Tensor, Tensor]:
-    """As `attend`, on FlexAttention with a `block_mask` on the device of q; for CUDA.
-
-    Args:
-        compiled: False for FlexAttention's eager mode, which builds the whole map: for tests. On the CPU its compiled
-            mode does not give the log-sum-exp.
-    """
-    out: tuple[Tensor, Tensor] = _flex(compiled)(q, k, v, mask, scale, q.shape[1] != k.shape[1])
-    return out
-
-
-@lru_cache(maxsize=2)
-def _flex(compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    from torch.nn.attention import flex_attention as flex
-
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, gqa: bool) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": gqa}
-        if hasattr(flex, "AuxRequest"):  # the newer way to ask for the log-sum-exp; the older one warns there
-            out, aux = flex.flex_attention(q, k, v, return_aux=flex.AuxRequest(lse=True), **options)
-            return out, aux.lse
-        found: tuple[Tensor, Tensor] = flex.flex_attention(q, k, v, return_lse=True, **options)
-        return found
-
-    return torch.compile(call) if compiled else call

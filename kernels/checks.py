@@ -2,9 +2,52 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
+
+LARGEST = (1 << 31) - 1
+"""Positions have 31 bits in every kernel."""
+
+
+def check_range(name: str, value: object, least: int, most: int | None, hint: str | None = None) -> None:
+    """Raise a CaptureError unless a value, as from a file, is a whole number from `least` to `most` (None: any)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CaptureError(f"{name} is a whole number, not {value!r}", hint=hint)
+    if value < least or (most is not None and value > most):
+        upper = "up" if most is None else f"to {most}"
+        raise CaptureError(f"{name}={value} is not one of {least} {upper}", hint=hint)
+
+
+def check_sizes(**sizes: object) -> None:
+    """Raise a CaptureError unless all are whole numbers from 0 on that fit 31 bits."""
+    for name, value in sizes.items():
+        check_range(name, value, 0, LARGEST)
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], axes: str, device: torch.device) -> None:
+    """Raise a CaptureError unless a tensor is floating point, of this shape and on this device."""
+    if tuple(tensor.shape) != shape:
+        raise CaptureError(f"{name} must be [{axes}] = {list(shape)}", shape=tensor.shape)
+    if not tensor.is_floating_point():
+        raise CaptureError(f"{name} must be floating point, not {tensor.dtype}", shape=tensor.shape)
+    if tensor.device != device:
+        raise CaptureError(f"{name} is on {tensor.device}, and the queries on {device}", hint="move them together")
+
+
+def check_number(name: str, value: object, *, above_zero: bool = False) -> float:
+    """The value as a finite float.
+
+    Raises:
+        CaptureError: it is no number, NaN or infinite, or not above zero where it has to be.
+    """
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or (above_zero and number <= 0):
+        raise CaptureError(f"{name} is a finite number{' above 0' if above_zero else ''}, not {value!r}")
+    return number
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
@@ -26,17 +69,24 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
             raise CaptureError(f"q is {q.dtype} and {name} is {tensor.dtype}", hint="cast them to one dtype")
         if tensor.device != q.device:
             raise CaptureError(f"q is on {q.device} and {name} on {tensor.device}", hint="move them to one device")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise CaptureError(
-            f"queries {list(q.shape)} and keys {list(k.shape)} do not fit [batch, head, position, d]",
-            hint="batch and d must be equal, the heads of q a multiple of those of k",
-        )
+    check_heads(q, k)
     if v is not None and v.shape[:3] != k.shape[:3]:
         raise CaptureError(f"keys {list(k.shape)} and values {list(v.shape)} differ in batch, heads or length")
     if k.shape[2] == 0:
         raise CaptureError("there are no keys", shape=k.shape, hint="attention needs a key for every query")
     for name, tensor in named.items():
         check_finite(name, tensor)
+
+
+def check_heads(q: Tensor, k: Tensor) -> None:
+    """Check that queries and keys, both with four dimensions, have a batch, heads and a width that can meet."""
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise CaptureError(
+            f"queries {list(q.shape)} and keys {list(k.shape)} do not fit [batch, head, position, d]",
+            hint="batch and d must be equal, the heads of q a multiple of those of k",
+        )
+    if q.shape[1] == 0 or q.shape[3] == 0:
+        raise CaptureError("there are no heads, or they have no width", shape=q.shape)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from workbench.errors import FormatError, nearest
+from workbench.errors import FormatError, WorkbenchError, nearest
 from workbench.kernels.own_packages import import_own_packages
 from workbench.kernels.patterns import Pattern
 from workbench.kernels.patterns.base import FAMILIES
@@ -50,6 +50,14 @@ def rebuild(name: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Pat
     """The pattern whose `parts()` these are.
 
     Raises:
-        FormatError: there is no such family.
+        FormatError: there is no such family, or these do not make one.
     """
-    return family(name).rebuild(facts, tensors)
+    made = family(name)
+    try:
+        return made.rebuild(facts, tensors)
+    except FormatError:
+        raise
+    except WorkbenchError as error:
+        raise FormatError(f"a {name} in the file does not fit: {error.message}", shape=error.shape) from error
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise FormatError(f"the file does not hold a {name}: {type(error).__name__}: {error}") from error

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
+from workbench.kernels.checks import LARGEST, check_range, check_sizes
 from workbench.kernels.layouts import Layout
+
+_WIDEST = 1 << 40  # positions: a window that hides nothing, however large it is
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class Mask:
     n_heads: int = 1
 
     def __post_init__(self) -> None:
+        check_sizes(n_queries=self.n_queries, n_keys=self.n_keys)
+        check_range("offset", self.offset, 1 - LARGEST, LARGEST)
+        check_range("n_heads", self.n_heads, 1, LARGEST)
+        if not isinstance(self.causal, bool):
+            raise CaptureError(f"causal is True or False, not {self.causal!r}")
+        if self.window is not None:
+            check_range("window", self.window, 1, None, hint="1 is the query's own position, None is no window")
+            object.__setattr__(self, "window", min(self.window, _WIDEST))
         if self.tensor is None:
             return
         if self.tensor.dim() != 4:
@@ -62,6 +73,55 @@ class Mask:
     def additive(self) -> bool:
         """Whether the tensor is added to the scores rather than switching keys on and off."""
         return self.tensor is not None and self.tensor.is_floating_point()
+
+    @property
+    def farthest(self) -> int:
+        """No query and key are farther apart than this."""
+        return abs(self.offset) + self.n_queries + self.n_keys
+
+    def check_fits(self, shape: Sequence[int], device: torch.device) -> None:
+        """Check that this can be the mask of a [batch, head, query, key] map whose tensors are on a device.
+
+        Raises:
+            CaptureError: other sizes, a tensor that does not broadcast to them, or one on another device.
+        """
+        b, h, n_queries, n_keys = shape
+        if (self.n_queries, self.n_keys) != (n_queries, n_keys):
+            raise CaptureError(
+                f"the mask is for {self.n_queries} queries and {self.n_keys} keys, not for {n_queries} and {n_keys}"
+            )
+        if self.layout is not None and (self.n_heads != h or h % self.layout.n_layouts):
+            raise CaptureError(f"the mask's layout is for {self.n_heads} heads, not for {h}")
+        if self.tensor is None:
+            return
+        if self.tensor.shape[0] not in (1, b) or self.tensor.shape[1] not in (1, h):
+            raise CaptureError(
+                f"the mask does not fit a map of batch {b} and {h} heads",
+                shape=self.tensor.shape,
+                hint="its first two dimensions must be (batch, head), or 1 to broadcast",
+            )
+        if self.tensor.device != device:
+            raise CaptureError(
+                f"the mask is on {self.tensor.device} and the queries on {device}", hint="move them to one device"
+            )
+
+    def check_numbers(self) -> None:
+        """Raise a CaptureError that names a NaN or +inf that would be added to the scores."""
+        if self.additive and self.tensor is not None and not self._adds_numbers:
+            bad = (self.tensor.isnan() | self.tensor.isposinf()).nonzero()[0].tolist()
+            raise CaptureError(
+                f"the mask holds {self.tensor[tuple(bad)].item()} at {bad}",
+                shape=self.tensor.shape,
+                hint="−inf hides a key; a row of −inf less −inf is NaN",
+            )
+
+    @cached_property
+    def _adds_numbers(self) -> bool:
+        assert self.tensor is not None
+        if self.tensor.numel() == 0:
+            return True
+        low, high = self.tensor.aminmax()  # both are NaN if one number is
+        return bool((high < torch.inf) & ~low.isnan())
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON facts and the tensor (as "mask") from which `rebuild` makes the mask; a layout is not among them."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels import engines
+from workbench.kernels.checks import check_finite, check_heads, check_number, check_tensor
 from workbench.kernels.masks import Mask
 from workbench.kernels.native import NativeEngine
 from workbench.kernels.patterns import Pattern
@@ -37,9 +38,12 @@ class SoftmaxPattern(Pattern):
         scale: factor on q kᵀ; 1/√d_head if None.
         lse: [batch, head, query], natural log, from the kernel; streamed on first use if None.
         values: [batch, kv head, key, width], kept for `value_weighted`; optional.
-        softcap: scores become softcap · tanh(score / softcap).
+        softcap: scores become softcap · tanh(score / softcap); None, or 0, for none.
         sinks: [head] logits that join the denominator only, so that rows sum to less than one.
         key_bias: [batch, head, key] added to the scores.
+
+    Raises:
+        CaptureError: sizes, types or devices that do not fit, or a scale, softcap, sink or bias that is not finite.
     """
 
     tile_scale = SoftmaxTiles.tile_scale
@@ -57,23 +61,23 @@ class SoftmaxPattern(Pattern):
         sinks: Tensor | None = None,
         key_bias: Tensor | None = None,
     ) -> None:
-        if (
-            q.dim() != 4
-            or k.dim() != 4
-            or q.shape[0] != k.shape[0]
-            or q.shape[1] % k.shape[1]
-            or q.shape[3] != k.shape[3]
-        ):
-            raise CaptureError(
-                f"queries {list(q.shape)} and keys {list(k.shape)} do not fit [batch, head, position, d]"
-            )
-        mask = mask or Mask(q.shape[2], k.shape[2])
+        _check_queries_and_keys(q, k)
+        b, h, n_queries, n_keys = shape = (*q.shape[:3], k.shape[2])
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        super().__init__((*q.shape[:3], k.shape[2]), mask, dtype, q.device)
+        super().__init__(shape, mask or Mask(n_queries, n_keys), dtype, q.device)
+        if lse is not None:
+            check_tensor("lse", lse, (b, h, n_queries), "batch, head, query", q.device)
+        if sinks is not None:
+            check_tensor("sinks", sinks, (h,), "head", q.device)
+            check_finite("sinks", sinks)
+        if key_bias is not None:
+            check_tensor("key_bias", key_bias, (b, h, n_keys), "batch, head, key", q.device)
+            check_finite("key_bias", key_bias)
         self.n_kv_heads = k.shape[1]
         self.q, self.k, self.values = q.detach(), k.detach(), None if values is None else values.detach()
-        self.scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        self.softcap, self.sinks, self.key_bias = softcap, sinks, key_bias
+        self.scale = q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
+        self.softcap = check_number("softcap", softcap, above_zero=True) if softcap else None
+        self.sinks, self.key_bias = sinks, key_bias
         self.normalised = sinks is None
         self._kernel_lse = None if lse is None else lse.detach()
 
@@ -111,7 +115,21 @@ class SoftmaxPattern(Pattern):
         known = self._kernel_lse
         assert known is not None
         known = known.to(self.dtype).contiguous()
+        self._check_denominators(known)
         return self.space().alive(known, -torch.inf) if self._may_have_dead_rows else known
+
+    def _check_denominators(self, lse: Tensor) -> None:
+        """Raise a CaptureError where a row that sees keys has a denominator that is no number."""
+        if bool(lse.sum().isfinite()):
+            return
+        bad = ~lse.isfinite() & (self.seen.keys_per_query > 0)
+        if bool(bad.any()):
+            where = bad.nonzero()[0].tolist()
+            raise CaptureError(
+                f"the log-sum-exp of a row is {lse[tuple(where)].item()} at [batch, head, query] {where}",
+                shape=lse.shape,
+                hint=f"its scores overflow {self.dtype}: is the scale right, or does an earlier layer overflow?",
+            )
 
     @property
     def _may_have_dead_rows(self) -> bool:
@@ -178,3 +196,16 @@ class SoftmaxPattern(Pattern):
         return SoftmaxPattern(
             self.q, self.k, self.mask, scale=self.scale, values=self.values, softcap=self.softcap, key_bias=bias
         )
+
+
+def _check_queries_and_keys(q: Tensor, k: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.dim() != 4:
+            raise CaptureError(f"{name} must be [batch, head, position, d]", shape=tensor.shape)
+        if not tensor.is_floating_point():
+            raise CaptureError(f"{name} must be floating point, not {tensor.dtype}", shape=tensor.shape)
+    check_heads(q, k)
+    if k.shape[2] == 0:
+        raise CaptureError("there are no keys", shape=k.shape, hint="attention needs a key for every query")
+    if q.device != k.device:
+        raise CaptureError(f"q is on {q.device} and k on {k.device}", hint="move them to one device")

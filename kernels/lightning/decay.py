@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
+
+Schedule = Literal["transnormer", "minimax"]
+_SMALL = 1e-5  # keeps the last layer from never forgetting
 
 
 def slopes(n_heads: int) -> Tensor:
@@ -29,13 +34,46 @@ def slopes(n_heads: int) -> Tensor:
     return torch.tensor(regular(whole) + more, dtype=torch.float64)
 
 
-def decays(n_heads: int) -> Tensor:
-    """[head] float64 decays λ = exp(−slope), as the released Lightning Attention models set them.
+def decays(
+    n_heads: int, layer: int | None = None, n_layers: int | None = None, schedule: Schedule = "transnormer"
+) -> Tensor:
+    """[head] float64 decays λ = exp(−slope), as the released models with lightning attention set them.
+
+    Heads forget more slowly the deeper their layer lies: the last one hardly at all.
+
+    Args:
+        layer: position of the layer, from 0, among all of the model's, softmax layers included; None for the slopes
+            alone, as the paper's kernels take them.
+        n_layers: how many there are; needed with `layer`.
+        schedule: "transnormer" multiplies `slopes` by 1 − layer / (n_layers − 1) + 10⁻⁵, as the released code of
+            TransNormerLLM (arXiv 2307.14995) does. "minimax" is that of MiniMax (arXiv 2501.08313) in transformers:
+            2^(−8(h+1)/H) for every H, times 1 − layer / (n_layers − 1 + 10⁻⁵) + 10⁻⁵.
+
+    Raises:
+        CaptureError: no such layer, or no such schedule.
 
     >>> [round(rate, 4) for rate in decays(2).tolist()]
     [0.9394, 0.9961]
+    >>> [round(rate, 4) for rate in decays(2, layer=2, n_layers=4).tolist()]
+    [0.9794, 0.9987]
     """
-    return torch.exp(-slopes(n_heads))
+    if schedule not in ("transnormer", "minimax"):
+        raise CaptureError(f'there is no schedule "{schedule}"', hint='take "transnormer" or "minimax"')
+    if (layer is None) != (n_layers is None):
+        raise CaptureError("a layer's decays follow from its place and the number of layers", hint="give both")
+    found = slopes(n_heads) if schedule == "transnormer" else _plain_slopes(n_heads)
+    if layer is None or n_layers is None:
+        return torch.exp(-found)
+    if not 0 <= layer < n_layers:
+        raise CaptureError(f"there is no layer {layer} of {n_layers}", hint="the first layer is 0")
+    last = n_layers - 1 if schedule == "transnormer" else n_layers - 1 + _SMALL
+    return torch.exp(-found * (1 - (layer / last if layer else 0.0) + _SMALL))
+
+
+def _plain_slopes(n_heads: int) -> Tensor:
+    """[head] float64: 2^(−8(h+1)/H), also where H is no power of two."""
+    slopes(n_heads)  # the check
+    return 2.0 ** (-8 * torch.arange(1, n_heads + 1, dtype=torch.float64) / n_heads)
 
 
 def check_decay(decay: Tensor | None, n_heads: int) -> Tensor:
@@ -46,6 +84,8 @@ def check_decay(decay: Tensor | None, n_heads: int) -> Tensor:
     """
     if decay is None:
         return decays(n_heads)
+    if not decay.is_floating_point():
+        raise CaptureError(f"decay must be floating point, not {decay.dtype}", hint="pass λ itself, from 0 to 1")
     if decay.dim() != 1 or len(decay) != n_heads:
         raise CaptureError(
             f"decay must be [head], one number for each of {n_heads} heads",

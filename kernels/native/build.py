@@ -1,7 +1,7 @@
 """Compile `statistics.cpp` for this machine's own processor, once, and keep the library in the user's cache folder.
 
 A wheel would have to settle for the oldest processor; compiling here takes about two seconds and needs no dependency
-but a C++ compiler. Where there is none, plain torch does the work.
+but a C++ compiler. Where there is none, plain torch does the work. What is loaded was checked before: see `cached.py`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
-import stat
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+
+from workbench.kernels.native import cached
 
 _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 _log = logging.getLogger("workbench")
@@ -34,19 +36,25 @@ def library() -> ctypes.CDLL | None:
         _log.warning("WORKBENCH_NATIVE=0 switches the C++ statistics off; plain torch takes over, about twice as slow.")
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
-        reason = error.stderr.strip()[-500:] if isinstance(error, subprocess.CalledProcessError) else error
+        return cached.load(_compiled())
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         _log.warning(
             "the C++ statistics cannot be built here (%s); plain torch takes over, about twice as slow. "
             "Install g++ or clang++ to have them.",
-            reason,
+            _reason(error),
         )
         return None
 
 
+def _reason(error: Exception) -> str:
+    """What went wrong, in characters that every terminal shows."""
+    said = error.stderr if isinstance(error, subprocess.CalledProcessError) else None
+    text = said.decode(errors="replace") if isinstance(said, bytes) else said or str(error)
+    return text.strip()[-500:].encode("ascii", "backslashreplace").decode()
+
+
 def _compiled() -> Path:
-    """Path of the library, compiled if it is not in the cache yet.
+    """Path of the library, compiled if it is not in the cache yet, or is damaged there.
 
     Raises:
         OSError: no compiler, or no folder that is safe to load a library from.
@@ -55,34 +63,48 @@ def _compiled() -> Path:
     source = files("workbench.kernels.native").joinpath("statistics.cpp").read_bytes()
     compiler = _compiler()
     key = hashlib.sha256()
-    for part in (source, " ".join(_FLAGS).encode(), compiler.encode(), _processor()):
+    for part in (source, *(os.fsencode(word) for word in (*_FLAGS, *compiler)), _processor()):
         key.update(part + b"\0")
     folder = _folder()
-    target = folder / f"statistics-{key.hexdigest()[:24]}.so"
-    if not target.exists():
-        native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
-        compile_source(compiler, source, target, native)
-    _check_owner(target)
-    return target
+    name = f"statistics-{key.hexdigest()[:24]}"
+    found = cached.find(folder, name)
+    if found is not None:
+        return found
+    native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
+    with cached.building(folder) as work:
+        compile_source(compiler, source, work / "statistics.so", native)
+        return cached.keep(work / "statistics.so", folder, name)
 
 
-def compile_source(compiler: str, source: bytes, target: Path, processor: str) -> None:
-    """Compile the source for a processor (such as "-march=native") to a library that appears when it is complete."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as work:
-        code, made = Path(work) / "statistics.cpp", Path(work) / "statistics.so"
-        code.write_bytes(source)
-        command = [compiler, *_FLAGS, processor, str(code), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        os.replace(made, target)  # in one step: other processes see all of it or nothing
+def compile_source(compiler: Sequence[str], source: bytes, target: Path, processor: str) -> None:
+    """Compile the source for a processor (such as "-march=native") to a library."""
+    code = target.with_suffix(".cpp")
+    code.write_bytes(source)
+    command = [*compiler, *_FLAGS, processor, str(code), "-o", str(target)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
 
 
-def _compiler() -> str:
-    wanted = os.environ.get("CXX")
-    for name in (wanted.split()[0],) if wanted else ("c++", "g++", "clang++"):
-        found = shutil.which(name)
-        if found:
-            return found
-    raise OSError("no C++ compiler was found")
+def _compiler() -> list[str]:
+    """The compiler and its arguments: `CXX`, as a path or as a shell would read it, or the first that is there.
+
+    Raises:
+        OSError: there is none.
+    """
+    wanted = os.environ.get("CXX", "").strip()
+    if not wanted:
+        for name in ("c++", "g++", "clang++"):
+            if found := shutil.which(name):
+                return [found]
+        raise OSError("no C++ compiler was found")
+    if found := shutil.which(wanted):  # a path with blanks in it
+        return [found]
+    try:
+        words = shlex.split(wanted)
+    except ValueError as error:
+        raise OSError(f"CXX={wanted!r} cannot be read: {error}") from None
+    if words and (found := shutil.which(words[0])):
+        return [found, *words[1:]]
+    raise OSError(f"CXX={wanted!r} is no compiler that can be run")
 
 
 def _processor() -> bytes:
@@ -98,17 +120,9 @@ def _processor() -> bytes:
 
 
 def _folder() -> Path:
+    """The cache folder, made for its user alone."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "attention-workbench"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _check_owner(folder)
+    cached.check_owner(folder, folder.stat())
     return folder
-
-
-def _check_owner(path: Path) -> None:
-    """Code is loaded only from files that nobody else can have written."""
-    if not hasattr(os, "getuid"):
-        return
-    found = path.stat()
-    if found.st_uid not in (os.getuid(), 0) or found.st_mode & stat.S_IWOTH:
-        raise OSError(f"{path} belongs to somebody else or can be written by everybody")

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from workbench.kernels.checks import LARGEST
 from workbench.kernels.masks import hidden_below
 from workbench.kernels.native.build import library
 from workbench.kernels.native.layout_runs import LayoutRuns
@@ -87,7 +88,7 @@ class Call:
         job.batch, job.heads, job.n_queries, job.n_keys = problem.shape
         job.kv_heads, job.d = problem.n_kv_heads, problem.q.shape[-1]
         job.scale, job.softcap = problem.scale, problem.softcap or 0.0
-        job.causal, job.offset, job.window = mask.causal, mask.offset, mask.window or 0
+        job.causal, job.offset, job.window = mask.causal, mask.offset, min(mask.window or 0, LARGEST)
         job.threads = torch.get_num_threads()
         groups = job.batch * job.heads
         job.segments = max(1, min(-(-3 * job.threads // max(1, groups)), -(-job.n_queries // 64)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
+from workbench.kernels.checks import LARGEST
 from workbench.kernels.engines import unknown
 from workbench.kernels.native.build import library
 from workbench.kernels.native.call import Call, Flag
@@ -74,7 +75,7 @@ class NativeEngine:
         mask = problem.mask
         if mask.additive and mask.tensor is not None and mask.tensor.dtype != torch.float32:
             return "it adds float32 masks only"
-        if max(problem.shape) >= 1 << 31:
+        if mask.farthest > LARGEST:
             return "its positions have 31 bits"
         why = unknown(names, options, _NAMES, _OPTIONS)
         return why or (None if library() is not None else "there is no compiler")

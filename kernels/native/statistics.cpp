@@ -371,7 +371,7 @@ class Worker {
         for (int r = 0; r < n; r++) {
             const vf x = p[r][v] - lead, weight = exponential(x);
             mass += weight;
-            entropy += weight * x;
+            entropy += weight * max(x, splat(FLOOR));  // x is -inf where a product overflows
             squares += weight * weight;
             p[r][v] = weight;
         }

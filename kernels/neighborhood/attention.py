@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.blocked import attend, block_mask, flex_attend
+from workbench.kernels.blocked import attend
 from workbench.kernels.checks import check_attention
+from workbench.kernels.flex import flex_attend
 from workbench.kernels.functions import attention_function
 from workbench.kernels.masks import Mask
-from workbench.kernels.neighborhood.layout import NeighborhoodLayout, token_permutation
+from workbench.kernels.neighborhood.flex import flex_plan
+from workbench.kernels.neighborhood.layout import NeighborhoodLayout
 from workbench.kernels.neighborhood.tiles import plan
 from workbench.kernels.softmax import SoftmaxPattern
 
-_FLEX_TILES = {1: (128,), 2: (8, 16), 3: (2, 8, 8)}  # 128 tokens, a block of FlexAttention
+_LEAST_BLOCK = 16  # smaller ones would be more numbers than the layout saves
 
 
 class NeighborhoodPattern(SoftmaxPattern):
@@ -42,6 +40,13 @@ class NeighborhoodPattern(SoftmaxPattern):
         lse: Tensor | None = None,
         values: Tensor | None = None,
     ) -> None:
+        check_attention(q, k)
+        _check_sizes(layout, q, k)
+        if layout.tile is not None or layout.block < _LEAST_BLOCK:
+            raise CaptureError(
+                f"the layout of a pattern is row-major, in blocks of {_LEAST_BLOCK} or more, "
+                f"not tile={layout.tile} and block={layout.block}"
+            )
         mask = Mask(q.shape[2], k.shape[2], layout=layout, n_heads=q.shape[1])
         super().__init__(q, k, mask, scale=scale, lse=lse, values=values)
         self.layout = layout
@@ -129,26 +134,8 @@ def neighborhood_attention(
 def permuted_flex(
     q: Tensor, k: Tensor, v: Tensor, layout: NeighborhoodLayout, scale: float | None = None, compiled: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """On FlexAttention, with tokens in an order in which boxes of 128 are its blocks; outputs in row-major order."""
-    mask, order, inverse = _flex_mask(layout, q.shape[1], q.device)
-    n = layout.n_tokens
-
-    def permuted(x: Tensor) -> Tensor:
-        tokens = x[:, :, :n].index_select(2, order)
-        return tokens if x.shape[2] == n else torch.cat([tokens, x[:, :, n:]], dim=2)
-
-    out, lse = flex_attend(permuted(q), permuted(k), permuted(v), mask, scale, compiled)
-    return out.index_select(2, inverse), lse.index_select(2, inverse)
-
-
-@lru_cache(maxsize=16)
-def _flex_mask(layout: NeighborhoodLayout, n_heads: int, device: torch.device) -> tuple[Any, Tensor, Tensor]:
-    """The `BlockMask` of the layout in tiles, the order of its tokens, and the inverse."""
-    tile = _FLEX_TILES[len(layout.shape)]
-    inner = replace(layout, tile=tile, block=math.prod(tile))
-    order, inverse = token_permutation(layout.shape, tile, layout.dilation)
-    mask = block_mask(inner, inner.mask_mod(device), n_heads, layout.n_tokens, layout.n_keys)
-    return mask.to(device), order.to(device), inverse.to(device)
+    """On FlexAttention, with tokens in an order in which boxes are its blocks; outputs in row-major order."""
+    return flex_attend(q, k, v, flex_plan(layout, q.shape[1], q.device), scale, compiled)
 
 
 def _layout(
@@ -164,14 +151,18 @@ def _layout(
     given: dict[str, Any] = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
     given = {name: tuple(value) if isinstance(value, Sequence) else value for name, value in given.items()}
     layout = NeighborhoodLayout(tuple(shape), extra_keys=extra_keys, **given)
+    _check_sizes(layout, q, k)
+    return layout
+
+
+def _check_sizes(layout: NeighborhoodLayout, q: Tensor, k: Tensor) -> None:
     for name, tensor, wanted in (("queries", q, layout.n_tokens), ("keys", k, layout.n_keys)):
         if tensor.shape[2] != wanted:
             raise CaptureError(
-                f"there are {tensor.shape[2]} {name}, and shape={list(layout.shape)} with extra_keys={extra_keys} "
-                f"makes {wanted}",
+                f"there are {tensor.shape[2]} {name}, and shape={list(layout.shape)} with "
+                f"extra_keys={layout.extra_keys} makes {wanted}",
                 shape=tensor.shape,
             )
-    return layout
 
 
 def _checked_tile(tile: Sequence[int], layout: NeighborhoodLayout) -> tuple[int, ...]:

@@ -116,3 +116,22 @@ class Axis:
         low, high = self.spans(size)
         at = low[:, None] + torch.arange(int((high - low).max()) + 1)
         return torch.where(at <= high[:, None], at * self.dilation + self.tiles(size)[:, :1] % self.dilation, -1)
+
+    def meets(self, size: int) -> tuple[Tensor, Tensor]:
+        """[tile, tile] bool for the `tiles`: whether some query of one sees some key of the other; whether all see all.
+
+        >>> some, every = Axis(4, 2, 2).meets(2)
+        >>> torch.equal(some, torch.eye(2) > 0), torch.equal(every, some)
+        (True, True)
+        """
+        tiles = self.tiles(size)
+        real, at = tiles >= 0, tiles // self.dilation
+        low, high = self.bounds(tiles.clamp(min=0))
+        alike = tiles[:, :1] % self.dilation == tiles[:, 0] % self.dilation
+        lowest, highest = self.spans(size)
+        first, last = at[:, 0], at.masked_fill(~real, -1).amax(1)
+        some = alike & (first <= highest[:, None]) & (last >= lowest[:, None])
+        latest = low.masked_fill(~real, -1).amax(1)
+        earliest = high.masked_fill(~real, self.length).amin(1)
+        every = alike & (first >= latest[:, None]) & (last <= earliest[:, None]) & real.all(1)
+        return some, every

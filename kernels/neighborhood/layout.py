@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.blocked import MaskMod
+from workbench.kernels.checks import LARGEST, check_range
 from workbench.kernels.layouts import Layout
 from workbench.kernels.neighborhood.axis import Axis
 
@@ -55,6 +55,12 @@ class NeighborhoodLayout(Layout):
                 raise CaptureError(f"{name}={list(values)} does not fit the {len(self.shape)} dimensions of shape")
             if given is not None:
                 object.__setattr__(self, name, values)
+        whole = [*self.shape, *(n for each in (self.window, self.stride, self.dilation) for n in each), self.extra_keys]  # type: ignore[union-attr]
+        for value in (*whole, self.block, *(self.tile or ())):
+            check_range("a size", value, -LARGEST, LARGEST)
+        if not all(isinstance(value, bool) for value in self.causal):  # type: ignore[union-attr]
+            raise CaptureError(f"causal is True or False in each dimension, not {self.causal}")
+        check_range("the number of tokens", math.prod(self.shape) + self.extra_keys, -LARGEST, LARGEST)
         if self.extra_keys < 0:
             raise CaptureError(f"extra_keys={self.extra_keys} is negative")
         if self.block < 1 or (self.tile is not None and min(self.tile) < 1):
@@ -136,15 +142,6 @@ class NeighborhoodLayout(Layout):
         for more in leading[1:]:
             rows = (rows[:, :, None] * more[:, None]).flatten(1)
         return (rows.mT @ last > 0).flatten()  # the number of queries whose window holds the token
-
-    def mask_mod(self, device: torch.device | str = "cpu") -> MaskMod:
-        """The layout as a `mask_mod(b, h, q_idx, kv_idx)` of FlexAttention, for indices on this device."""
-        order = None if self.order is None else self.order.to(device)
-
-        def seen(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return self.sees(q_idx, kv_idx, order)
-
-        return seen
 
 
 @lru_cache(maxsize=16)

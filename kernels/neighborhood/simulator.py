@@ -6,55 +6,82 @@ shapes take no time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from workbench.errors import CaptureError
+from workbench.kernels.neighborhood.axis import Axis
 from workbench.kernels.neighborhood.layout import NeighborhoodLayout
 
 Tiling = Literal["static", "dynamic"]
 
 
 def visited_tiles(
-    layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int], tiling: Tiling = "dynamic"
+    layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int], tiling: Tiling = "static"
 ) -> tuple[int, int]:
-    """Key tiles visited by all query tiles, and how many there are to visit in dense attention.
+    """Key tiles visited by all query tiles, and how many there are to visit in dense attention, padding included.
 
     Args:
         query_tile, key_tile: tokens in each dimension.
-        tiling: "static" key tiles lie on a fixed grid, "dynamic" ones start where the window of the query tile starts.
+        tiling: "static" key tiles lie on a fixed grid, as in the kernels that are modelled; "dynamic" ones start where
+            the window of the query tile starts.
 
     >>> visited_tiles(NeighborhoodLayout((16,), 8, 8), (4,), (4,))
     (8, 16)
     """
-    _check(layout, query_tile, key_tile)
-    if tiling not in ("static", "dynamic"):
-        raise CaptureError(f'tiling is "static" or "dynamic", not {tiling!r}')
+    _check(layout, query_tile, key_tile, tiling)
     visited, every = 1, 1
     for axis, rows, columns in zip(layout.axes, query_tile, key_tile, strict=True):
-        low, high = axis.spans(rows)
-        count = (high // columns - low // columns if tiling == "static" else (high - low) // columns) + 1
-        visited *= int(count.sum())
+        visited *= int(_visited(axis, rows, columns, tiling)[1].sum())
         every *= -(-axis.length // rows) * -(-axis.length // columns)
     return visited, every
 
 
 def simulated_speedup(
-    layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int], tiling: Tiling = "dynamic"
+    layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int], tiling: Tiling = "static"
 ) -> float:
-    """All tiles over visited tiles."""
-    visited, every = visited_tiles(layout, query_tile, key_tile, tiling)
-    return every / visited
+    """Pairs of query tile and key in dense attention, over those in visited tiles.
+
+    Of tiles at the far edge, what lies inside counts: padding is work to neither. So it is never above `flop_bound`.
+
+    >>> layout = NeighborhoodLayout((44,), 32, 8)
+    >>> simulated_speedup(layout, (8,), (8,), "dynamic") <= flop_bound(layout)
+    True
+    """
+    _check(layout, query_tile, key_tile, tiling)
+    dense, visited = 1, 1
+    for axis, rows, columns in zip(layout.axes, query_tile, key_tile, strict=True):
+        low, count = _visited(axis, rows, columns, tiling)
+        first = axis.tiles(rows)[:, 0]
+        in_class = axis.length // axis.dilation + (first % axis.dilation < axis.length % axis.dilation).long()
+        visited *= int((torch.minimum(low + count * columns, in_class) - low).sum())
+        dense *= len(low) * axis.length
+    return dense / visited
+
+
+def _visited(axis: Axis, rows: int, columns: int, tiling: Tiling) -> tuple[Tensor, Tensor]:
+    """For each tile of queries, where in its class the first visited key tile starts, and how many are visited."""
+    low, high = axis.spans(rows)
+    start = low // columns * columns if tiling == "static" else low
+    return start, (high - start) // columns + 1
 
 
 def flop_bound(layout: NeighborhoodLayout) -> float:
-    """n_total / prod(window): the speed-up if nothing were computed beyond the windows.
+    """All pairs of tokens over those that see each other: the speed-up if nothing were computed beyond the windows.
+
+    Without causal dimensions, whose windows are cut at the start, it is n_total / prod(window).
 
     >>> round(flop_bound(NeighborhoodLayout((30, 48, 80), (18, 24, 24))), 1)  # HunyuanVideo
     11.1
     """
-    return layout.n_tokens / math.prod(axis.window for axis in layout.axes)
+    pairs = 1
+    for axis in layout.axes:
+        low, high = axis.bounds(torch.arange(axis.length))
+        pairs *= int((high - low + 1).sum())
+    return layout.n_tokens**2 / pairs
 
 
 def perfectly_block_sparse(layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int]) -> bool:
@@ -101,7 +128,11 @@ def end_to_end(speedup: float, share: float, dense_steps: int = 0, steps: int = 
     return 1 / (1 - share + share * (dense + (1 - dense) / speedup))
 
 
-def _check(layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int]) -> None:
+def _check(
+    layout: NeighborhoodLayout, query_tile: Sequence[int], key_tile: Sequence[int], tiling: Tiling = "static"
+) -> None:
+    if tiling not in ("static", "dynamic"):
+        raise CaptureError(f'tiling is "static" or "dynamic", not {tiling!r}')
     for name, tile in (("query_tile", query_tile), ("key_tile", key_tile)):
         if len(tile) != len(layout.shape) or min(tile) < 1:
             raise CaptureError(f"{name}={list(tile)} does not fit the shape {list(layout.shape)}")

@@ -53,7 +53,6 @@ class Pattern(ABC):
     normalised: bool = True
     tile_scale: int = 1
     n_kv_heads: int
-    values: Tensor | None = None
     sinks: Tensor | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -64,7 +63,30 @@ class Pattern(ABC):
     def __init__(self, shape: Sequence[int], mask: Mask, dtype: torch.dtype, device: torch.device) -> None:
         self.n_batch, self.n_heads, self.n_queries, self.n_keys = shape
         self.n_kv_heads = self.n_heads
+        if self.n_heads < 1 or self.n_keys < 1:
+            raise CaptureError("a map needs at least one head and one key", shape=self.shape)
         self.mask, self.dtype, self.device = mask, dtype, device
+        self._values: Tensor | None = None
+        mask.check_fits(self.shape, device)
+
+    @property
+    def values(self) -> Tensor | None:
+        """[batch, kv head, key, width], for value-weighted statistics; None if they were not kept."""
+        return self._values
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        if values is not None:
+            b, h, n_keys = self.n_batch, self.n_heads, self.n_keys
+            fits = values.dim() == 4 and values.shape[0] == b and values.shape[2] == n_keys and values.shape[3] > 0
+            if not fits or values.shape[1] == 0 or h % values.shape[1]:
+                raise CaptureError(
+                    f"values must be [batch {b}, kv head, key {n_keys}, width], their heads a divisor of {h}",
+                    shape=values.shape,
+                )
+            if values.device != self.device:
+                raise CaptureError(f"the values are on {values.device}, and the pattern on {self.device}")
+        self._values = values
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -149,6 +171,7 @@ class Pattern(ABC):
 
     def check(self) -> None:
         """Raise a CaptureError that names the first NaN or inf among the pattern's tensors."""
+        self.mask.check_numbers()
         for name, tensor in self.parts()[1].items():
             if name in ("q", "k", "weights"):
                 check_finite(name, tensor)

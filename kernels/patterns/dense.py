@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.errors import CaptureError
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns.base import Pattern
 
@@ -22,9 +23,15 @@ class DensePattern(Pattern):
     """
 
     def __init__(self, weights: Tensor, mask: Mask | None = None, normalised: bool = True) -> None:
+        if weights.dim() != 4 or not weights.is_floating_point():
+            raise CaptureError(
+                f"weights must be [batch, head, query, key] in floating point, not {weights.dtype}", shape=weights.shape
+            )
         dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
         mask = mask or Mask(weights.shape[-2], weights.shape[-1])
         super().__init__(weights.shape, mask, dtype, weights.device)
+        if not isinstance(normalised, bool):
+            raise CaptureError(f"normalised is True or False, not {normalised!r}")
         self.weights, self.normalised = weights, normalised
 
     @property

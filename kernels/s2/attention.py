@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.blocked import Group, Plan, attend, block_mask, flex_attend
+from workbench.kernels.blocked import Group, Plan, attend
 from workbench.kernels.checks import check_attention
+from workbench.kernels.flex import flex_attend
 from workbench.kernels.functions import attention_function
 from workbench.kernels.masks import Mask
+from workbench.kernels.s2.flex import flex_plan
 from workbench.kernels.s2.layout import S2Layout
 from workbench.kernels.s2.lists import check_union
 from workbench.kernels.softmax import SoftmaxPattern
@@ -41,6 +43,13 @@ class S2Pattern(SoftmaxPattern):
         lse: Tensor | None = None,
         values: Tensor | None = None,
     ) -> None:
+        check_attention(q, k)
+        sizes = (layout.n_queries, layout.n_keys, layout.n_heads, layout.n_kv_heads)
+        if sizes != (q.shape[2], k.shape[2], q.shape[1], k.shape[1]):
+            raise CaptureError(
+                f"the layout is for {sizes[0]} queries, {sizes[1]} keys and {sizes[2]} heads on {sizes[3]} kv heads",
+                shape=q.shape,
+            )
         mask = Mask(
             q.shape[2], k.shape[2], causal=layout.causal, offset=layout.offset, layout=layout, n_heads=q.shape[1]
         )
@@ -123,7 +132,7 @@ def s2_attention(
     layout = _layout(q, k, block, local_blocks, vert_stride, head_step, head_offset, n_dense_heads, homogeneous, causal)
     _warn_of_holes(layout)
     if q.is_cuda:
-        out, lse = flex_attend(q, k, v, flex_mask(layout, q.device), scale)
+        out, lse = flex_attend(q, k, v, flex_plan(layout, q.device), scale)
     else:
         out, lse = attend(q, k, v, plan(layout), scale)
     return (out, lse) if return_lse else out
@@ -166,12 +175,6 @@ def _frames_to_the_caller() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").startswith(_PASSED_BY):
         frame, level = frame.f_back, level + 1
     return max(level, 1)
-
-
-@lru_cache(maxsize=16)
-def flex_mask(layout: S2Layout, device: torch.device) -> Any:
-    """The `BlockMask` of a layout for FlexAttention."""
-    return block_mask(layout, layout.mask_mod(), layout.n_heads, layout.n_queries, layout.n_keys).to(device)
 
 
 @lru_cache(maxsize=16)

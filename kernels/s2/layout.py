@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.blocked import MaskMod
+from workbench.kernels.checks import LARGEST, check_range
 from workbench.kernels.layouts import Layout
 
 
@@ -59,6 +59,13 @@ class S2Layout(Layout):
     causal: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("n_queries", "n_keys", "n_heads", "n_kv_heads", "block", "vert_stride", "head_offset"):
+            check_range(name, getattr(self, name), -LARGEST, LARGEST)
+        for name, value in (("head_step", self.head_step or 0), ("n_dense_heads", self.n_dense_heads)):
+            check_range(name, value, -LARGEST, LARGEST)
+        for name in ("homogeneous", "causal"):
+            if not isinstance(getattr(self, name), bool):
+                raise CaptureError(f"{name} is True or False, not {getattr(self, name)!r}")
         if self.block < 16 or self.block & (self.block - 1):
             raise CaptureError(f"block={self.block} is not a power of two from 16 up", hint="64 is a good start")
         if isinstance(self.local_blocks, Sequence):
@@ -68,6 +75,8 @@ class S2Layout(Layout):
                     f"local_blocks={list(self.local_blocks)} is (left, right) of the bidirectional form",
                     hint="pass one number, or causal=False",
                 )
+        for value in self.local_sides:
+            check_range("local_blocks", value, -LARGEST, LARGEST)
         if min(self.local_sides) < 1:
             raise CaptureError(f"local_blocks={self.local_blocks} is below 1", hint="1 is the query's own block")
         if self.vert_stride < 1:
@@ -152,14 +161,3 @@ class S2Layout(Layout):
         j = torch.arange(keys.start, keys.stop)
         found = self.sees(layouts[:, None, None], i // self.block, j // self.block)
         return (found & (i >= j) if self.causal else found).expand(len(layouts), -1, -1)
-
-    def mask_mod(self) -> MaskMod:
-        """The layout as a `mask_mod(b, h, q_idx, kv_idx)` of FlexAttention, with h a query head."""
-        shared = self.n_heads // self.n_layouts
-
-        def seen(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            i = q_idx + self.offset
-            found = self.sees(h // shared, i // self.block, kv_idx // self.block)
-            return found & (i >= kv_idx) if self.causal else found
-
-        return seen

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.checks import check_attention
+from workbench.kernels.checks import check_attention, check_number
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
 from workbench.kernels.scan.blocked import prefix_sums, suffix_sums
@@ -70,7 +70,7 @@ class ScanPattern(Pattern):
         super().__init__((k.shape[0], q.shape[1], n, n), Mask(n, n, causal=True), dtype, k.device)
         self.n_kv_heads = k.shape[1]
         self.q, self.k, self.values = q.detach(), k.detach(), None if values is None else values.detach()
-        self.scale = wide.shape[-1] ** -0.5 if scale is None else float(scale)
+        self.scale = wide.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The scale; q and k, and the values where they are kept."""

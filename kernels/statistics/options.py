@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
+from workbench.kernels.checks import LARGEST, check_range
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Options:
     token_before: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.n_top < 1 or self.block < 1:
-            raise CaptureError(f"n_top and block are at least 1, not {self.n_top} and {self.block}")
+        for name in ("n_top", "block"):
+            check_range(name, getattr(self, name), 1, LARGEST)
 
     def ids(self, n_batch: int, n_queries: int, n_keys: int, offset: int) -> Tensor:
         """The ids [batch, 1 + key] of the token before each key and of the last key, for queries from `offset` on.
@@ -51,7 +52,8 @@ class Options:
                 shape=self.tokens.shape,
                 hint="pass one row of ids per batch entry, as long as the keys",
             )
-        no_token = (self.tokens.min() - 1).expand(n_batch)
+        least = self.tokens.min() if self.tokens.numel() else self.tokens.new_zeros(())
+        no_token = (least - 1).expand(n_batch)
         before = no_token if self.token_before is None else self.token_before.to(self.tokens)
         return torch.cat((before[:, None], self.tokens), dim=1)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from workbench.kernels.checks import LARGEST
 from workbench.kernels.masks import Mask
 from workbench.kernels.softmax_problem import SoftmaxProblem
 from workbench.kernels.tile import Space
@@ -145,7 +146,7 @@ class Call:
             "n_queries": n_queries,
             "n_keys": n_keys,
             "offset": mask.offset,
-            "window": mask.window or 0,
+            "window": min(mask.window or 0, LARGEST),
             "heads_per_kv": n_heads // self.k.shape[1],
             "scale": self.scale,
             "D": d,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.checks import check_attention
+from workbench.kernels.checks import LARGEST, check_attention
 from workbench.kernels.engines import unknown
 from workbench.kernels.masks import Mask
 from workbench.kernels.softmax_problem import SoftmaxProblem
@@ -65,6 +65,8 @@ def refusal(problem: SoftmaxProblem, names: Sequence[str], options: Options | No
 
 def _mask_refusal(mask: Mask) -> str | None:
     layout = mask.layout
+    if mask.farthest > LARGEST:
+        return "the kernels' positions have 31 bits"
     if mask.tensor is not None:
         return "the kernels know causal, windowed and block-sparse masks, not mask tensors"
     if layout is None:

@@ -4,11 +4,8 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from workbench.kernels.blocked import Group, Plan, attend, block_mask, merge
-from workbench.kernels.neighborhood import NeighborhoodLayout
-from workbench.kernels.s2 import S2Layout
+from workbench.kernels.blocked import Group, Plan, attend, merge
 
 
 def dense(q, k, v, seen, scale):
@@ -116,25 +113,3 @@ def test_merged_parts_equal_one_pass():
     expected, expected_lse = dense(q, k, v, seen, 8**-0.5)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("layout", [
-    S2Layout(300, 300, 4, 2, 16, 2, 4, head_step=1),
-    S2Layout(150, 300, 4, 2, 64, 1, 3, n_dense_heads=1),
-    S2Layout(300, 300, 4, 2, 256, 1, 2, head_step=1),
-    NeighborhoodLayout((17, 20), (4, 5), (3, 1), (1, 2), tile=(8, 16), block=128),
-])  # fmt: skip
-def test_block_mask_lists_the_blocks_with_something_visible(layout):
-    # FlexAttention's eager mode looks at the mask_mod alone, so that a wrong list would not show there.
-    n_q, n_k = (layout.n_queries, layout.n_keys) if isinstance(layout, S2Layout) else (340, 340)
-    seen = layout.visible(slice(0, n_q), slice(0, n_k), torch.arange(layout.n_layouts))
-    edge = max(128, layout.block)
-    blocks = F.pad(seen, (0, -n_k % edge, 0, -n_q % edge)).unflatten(-1, (-1, edge)).unflatten(-3, (-1, edge))
-    wanted = blocks.any(-1).any(-2)
-    if layout.n_layouts > 1:
-        wanted = wanted.repeat_interleave(4 // layout.n_layouts, 0)
-    mask = block_mask(layout, layout.mask_mod(), 4, n_q, n_k)
-    assert mask.seq_lengths == (n_q, n_k)
-    assert (edge, edge) == mask.BLOCK_SIZE
-    assert torch.equal(mask.to_dense()[0].bool(), wanted)
-    assert torch.equal(mask.kv_num_blocks[0], wanted.sum(-1, dtype=torch.int32))

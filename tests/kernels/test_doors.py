@@ -23,7 +23,7 @@ from workbench.kernels.patterns.base import FAMILIES
 from workbench.kernels.s2 import S2Layout
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.statistics import STATISTICS, Accumulator, Options, RowSum, dense, unregister
-from workbench.views.metrics import metric
+from workbench.views.head_atlas.quantities import metric
 
 
 @pytest.fixture(autouse=True)

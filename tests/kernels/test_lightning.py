@@ -316,3 +316,41 @@ def test_bad_input_is_named():
         assert caught.value.hint
     with pytest.raises(CaptureError, match="n_heads is 0"):
         slopes(0)
+
+
+@pytest.mark.parametrize("n_heads", [1, 4, 6, 12])
+@pytest.mark.parametrize("n_layers", [2, 7])
+def test_the_schedule_of_minimax_is_that_of_its_model(n_heads, n_layers):
+    modeling = pytest.importorskip("transformers.models.minimax.modeling_minimax")
+    from transformers import MiniMaxConfig
+
+    config = MiniMaxConfig(
+        hidden_size=8 * n_heads, num_attention_heads=n_heads, num_key_value_heads=n_heads, head_dim=8, block_size=4,
+        num_hidden_layers=n_layers, layer_types=["linear_attention"] * n_layers,
+    )  # fmt: skip
+    for layer in range(n_layers):
+        slopes_there = modeling.MiniMaxLightningAttention(config, layer).slope_rate.flatten().double()
+        torch.testing.assert_close(
+            decays(n_heads, layer, n_layers, "minimax"), torch.exp(-slopes_there), atol=1e-7, rtol=1e-6
+        )
+
+
+def test_deeper_layers_forget_more_slowly():
+    of_layers = torch.stack([decays(6, layer, 5) for layer in range(5)])
+    assert (of_layers.diff(dim=0) > 0).all()
+    assert (of_layers < 1).all()
+    torch.testing.assert_close(of_layers[2], torch.exp(-slopes(6) * (0.5 + 1e-5)))
+    torch.testing.assert_close(decays(3, 0, 1), torch.exp(-slopes(3) * (1 + 1e-5)))
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ((4, 3, 3), "no layer 3 of 3"),
+    ((4, -1, 3), "no layer -1"),
+    ((4, 1), "its place and the number of layers"),
+    ((4, None, 3), "its place and the number of layers"),
+    ((4, 0, 3, "linear"), 'no schedule "linear"'),
+    ((0, 0, 3, "minimax"), "n_heads is 0"),
+])  # fmt: skip
+def test_layers_that_are_not_there(arguments, says):
+    with pytest.raises(CaptureError, match=says):
+        decays(*arguments)

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from workbench.errors import CaptureError
 from workbench.kernels import families, s2
-from workbench.kernels.blocked import attend, flex_attend, merge
+from workbench.kernels.blocked import attend, merge
+from workbench.kernels.flex import flex_attend
 from workbench.kernels.s2 import S2Cache, S2Layout, check_union, csr, kv_efficient, merged_csr, s2_attention, s2_naive
-from workbench.kernels.s2.attention import flex_mask, plan
+from workbench.kernels.s2.attention import plan
+from workbench.kernels.s2.flex import flex_plan
 from workbench.kernels.statistics import dense
 
 QUIET = pytest.mark.filterwarnings("ignore:no head sees")
@@ -246,7 +248,7 @@ def test_low_precision(dtype):
 ])  # fmt: skip
 def test_flex_attention_with_our_mask_mod(layout):
     q, k, v = inputs(300, n_q=layout.n_queries, dtype=torch.float32)
-    found = flex_attend(q, k, v, flex_mask(layout, q.device), compiled=False)
+    found = flex_attend(q, k, v, flex_plan(layout, q.device), compiled=False)
     for x, y in zip(found, attend(q, k, v, plan(layout)), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 

@@ -19,7 +19,7 @@ from workbench.kernels.families import rebuild
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
-from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
+from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED
 from workbench.storage import files, typed
 from workbench.storage.parts import Part, each_text
 
@@ -27,10 +27,7 @@ _LONGEST = 2**40  # of any axis
 _SMALL = 2**20  # of what options count
 # What a constructor of a pattern raises when its parts are not those of any pattern.
 _REFUSALS = (WorkbenchError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
-_AXES = {
-    **{out: s.axes for s in STATISTICS.values() for out in output_names(s.name)},
-    **{name: each.axes for name, each in GRADIENT_SUMS.items()},
-}
+_STREAMS = ("input", "decoder")  # whose ids lie where the tensors of a site without a name do
 
 
 def load_capture(path: str | Path) -> Capture:
@@ -63,9 +60,12 @@ def _forward(entry: Part, named: Mapping[str, dict[str, Tensor]]) -> Forward:
     sites = {}
     for each in entry["sites"].list():
         site = typed.record(each["site"], Site)
-        sites[site.name] = _site_capture(each, site, dict(named.get(f"{index}/{site.name}", {})))
+        held = named.get(f"{index}/{site.name}", {})
+        own = {name: tensor for name, tensor in held.items() if site.name or name not in _STREAMS}
+        sites[site.name] = _site_capture(each, site, own)
     tokens = {stream: [each_text(row) for row in rows.list()] for stream, rows in entry["tokens"].items().items()}
-    ids = dict(named.get(f"{index}/", {}))
+    unnamed = named.get(f"{index}/", {})
+    ids = {name: tensor for name, tensor in unnamed.items() if "" not in sites or name in _STREAMS}
     for stream, tensor in ids.items():
         if tensor.dim() != 2 or tensor.is_floating_point() or tensor.is_complex():
             raise FormatError(f"{entry.place} has no ids [batch, position] as {stream!r}", shape=tensor.shape)
@@ -152,9 +152,6 @@ def _settings(entry: Part, tensors: Mapping[str, Tensor]) -> Settings:
     if values.keys() != known:
         raise FormatError(f"{entry.place} does not fit this version: {', '.join(sorted(values.keys() ^ known))}")
     values["statistics"] = tuple(each_text(entry["statistics"]))
-    unknown = [name for name in values["statistics"] if name.removeprefix(VALUE_WEIGHTED) not in STATISTICS]
-    if unknown:
-        raise FormatError(f"{entry.place} asks for {unknown[0]!r}, which this version does not know")
     sites, sinks = entry.get("sites"), entry.get("sink_keys")
     values["sites"] = None if sites is None else frozenset(each_text(sites))
     values["sink_keys"] = None if sinks is None else tuple(key.integer(0, _LONGEST) for key in sinks.list())
@@ -168,7 +165,9 @@ def _settings(entry: Part, tensors: Mapping[str, Tensor]) -> Settings:
 def _shape_of(name: str, tensor: Tensor, shape: tuple[int, int, int, int]) -> tuple[int | None, ...]:
     """What the shape of a statistic has to be; None where an axis may have any length."""
     batch, heads, queries, keys = shape
-    axes: str | None = _AXES.get(name.removeprefix(VALUE_WEIGHTED))
+    base = name.removeprefix(VALUE_WEIGHTED)
+    known = {out: each.axes for each in STATISTICS.values() for out in each.outputs}
+    axes: str | None = GRADIENT_SUMS[base].axes if base in GRADIENT_SUMS else known.get(base)
     last = {"query": (queries,), "key": (keys,), "query top": (queries, None), "block": (None, None), "": ()}
     return (batch, heads, *(last[axes] if axes is not None else (None,) * (tensor.dim() - 2)))
 

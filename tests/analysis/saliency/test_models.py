@@ -303,6 +303,16 @@ def test_time_stamps_are_no_words() -> None:
         said = torch.tensor([50, 7, 9, 52, 2])
         found = saliency(wb, inputs, "encoder_output", hypothesis=said, n_masks=10, progress=False)
         assert found.special == (True, False, False, True, True)
+
+    class Short(Tokenizer):
+        added_tokens_decoder: ClassVar[dict[int, str]] = {}
+
+        def __len__(self) -> int:
+            return 50  # it has no time stamps
+
+    with workbench.attach(model, Short()) as wb:
+        found = saliency(wb, inputs, "encoder_output", hypothesis=said, n_masks=10, progress=False)
+        assert found.special == (True, False, False, True, True)
     model.generation_config.no_timestamps_token_id = 49  # what Whisper's own configuration says
     with workbench.attach(model) as wb:
         found = saliency(wb, inputs, "encoder_output", hypothesis=said, n_masks=10, progress=False)

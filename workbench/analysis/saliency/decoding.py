@@ -58,7 +58,7 @@ def special_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     """Ids of tokens that are no text: special ones and, of speech models, markers such as time stamps.
 
     They come from the tokenizer (or the processor's), the configurations, and the shape of added tokens: Whisper's
-    time stamps "<|1.40|>" are not called special.
+    time stamps "<|1.40|>" are not called special, and some of its tokenizers lack them.
     """
     own = getattr(tokenizer, "tokenizer", None) or tokenizer
     known = set(getattr(own, "all_special_ids", ()) or ())
@@ -69,9 +69,12 @@ def special_ids(model: nn.Module, tokenizer: Any) -> set[int]:
         for name in ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"):
             value = getattr(owner, name, None)
             known |= {int(v) for v in (value if isinstance(value, (list, tuple)) else [value]) if v is not None}
-    before_times = getattr(getattr(model, "generation_config", None), "no_timestamps_token_id", None)
-    if before_times is not None:  # Whisper's time stamps are its last ids
-        known |= set(range(int(before_times), int(model.config.vocab_size)))  # type: ignore[union-attr, arg-type]
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    times = getattr(getattr(model, "generation_config", None), "no_timestamps_token_id", None)
+    beyond = len(own) if hasattr(own, "__len__") else None  # ids that the tokenizer has no text for
+    for first in (times, beyond):  # Whisper's time stamps are its last ids
+        if isinstance(size, int) and isinstance(first, int) and first > 0:
+            known |= set(range(first, size))
     return known
 
 

@@ -1,0 +1,125 @@
+"""Softmax attention over listed blocks on FlexAttention, for CUDA: tokens in an order in which whole blocks are seen.
+
+What is hidden is said by tensors alone, never by Python numbers, so that layouts and lengths share one compiled
+kernel. Blocks of 128 tokens that are seen as a whole are listed apart: for these no mask is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Tokens in a block: FlexAttention's kernels work in tiles of up to 128; finer blocks would not be skipped anyway."""
+
+
+@dataclass(frozen=True, eq=False)
+class FlexPlan:
+    """An order of tokens and the blocks that are visited in it.
+
+    Attributes:
+        mask: a FlexAttention `BlockMask` over places.
+        queries: [place] the query at each place, −1 for padding; None if all are where they were.
+        keys: [layout, place] the key at each place, −1 for padding; kv heads are split evenly among the layouts. None
+            if all are where they were.
+        places: [query] where each query lies; None as for `queries`.
+    """
+
+    mask: Any
+    queries: Tensor | None
+    keys: Tensor | None
+    places: Tensor | None
+
+    @property
+    def n_visited(self) -> int:
+        """Blocks of 128 queries and 128 keys that are visited, over all layouts."""
+        full = self.mask.full_kv_num_blocks
+        return int(self.mask.kv_num_blocks.sum() + (0 if full is None else full.sum()))
+
+    def queries_at_places(self, q: Tensor) -> Tensor:
+        """[batch, head, place, d] of [batch, head, query, d]; padding holds any query."""
+        return q if self.queries is None else q.index_select(2, self.queries.clamp(min=0))
+
+    def keys_at_places(self, x: Tensor) -> Tensor:
+        """[batch, kv head, place, d] of keys or values [batch, kv head, key, d]; padding holds any key."""
+        if self.keys is None:
+            return x
+        index = self.keys.clamp(min=0)
+        if len(index) == 1:
+            return x.index_select(2, index[0])
+        index = index.repeat_interleave(x.shape[1] // len(index), dim=0)
+        return x.gather(2, index[None, :, :, None].expand(len(x), -1, -1, x.shape[-1]))
+
+    def at_queries(self, found: Tensor) -> Tensor:
+        """[batch, head, query, ...] of what was found for each place."""
+        return found if self.places is None else found.index_select(2, self.places)
+
+    def to(self, device: torch.device) -> FlexPlan:
+        """The plan with its tensors on a device; those of the mask's function have to be there already."""
+        moved = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
+        return replace(self, **moved)
+
+
+def listed(seen: Tensor, whole: Tensor, mask_mod: Callable[..., Tensor], lengths: tuple[int, int]) -> Any:
+    """A `BlockMask` of blocks [head, query block, key block]: those seen in part, and those seen as a whole.
+
+    Args:
+        seen: bool, whether some query of the block sees some key of it; whole: whether every one sees all.
+        mask_mod: which places see which, `f(batch, head, query, key)`.
+        lengths: places of queries and of keys.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    return BlockMask.from_kv_blocks(
+        *_lists(seen & ~whole), *_lists(whole), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths
+    )
+
+
+def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block has, and which, [1, head, query block(, key block)]."""
+    counts = blocks.sum(-1, dtype=torch.int32)
+    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return counts[None].contiguous(), order[None].contiguous()
+
+
+def flex_attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, scale: float | None = None, compiled: bool = True
+) -> tuple[Tensor, Tensor]:
+    """As `blocked.attend`, on FlexAttention, with a plan on the device of q.
+
+    Args:
+        compiled: False for FlexAttention's eager mode, which builds the whole map: for tests. On the CPU its compiled
+            mode does not give the log-sum-exp.
+    """
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    attend = _attend(compiled, q.dtype, q.shape[-1], v.shape[-1], q.shape[1] != k.shape[1], scale, learns)
+    out, lse = attend(plan.queries_at_places(q), plan.keys_at_places(k), plan.keys_at_places(v), plan.mask)
+    return plan.at_queries(out), plan.at_queries(lse)
+
+
+@lru_cache(maxsize=32)
+def _attend(
+    compiled: bool, dtype: torch.dtype, d: int, width: int, grouped: bool, scale: float | None, learns: bool
+) -> Callable[..., Any]:
+    """FlexAttention for what its kernel is compiled for; all lengths, heads and layouts share one."""
+    from torch.nn.attention import flex_attention as flex
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": grouped}
+        if hasattr(flex, "AuxRequest"):  # the newer way to ask for the log-sum-exp; the older one warns there
+            out, aux = flex.flex_attention(q, k, v, return_aux=flex.AuxRequest(lse=True), **options)
+            return out, aux.lse
+        found: tuple[Tensor, Tensor] = flex.flex_attention(q, k, v, return_lse=True, **options)
+        return found
+
+    if not compiled:
+        return call
+    # Code of its own, since the compiler counts its attempts by code object: at the eighth it would go on eagerly.
+    own = FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
+    return torch.compile(own)
