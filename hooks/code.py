@@ -110,9 +110,11 @@ class _Reading:
     ) -> Iterator[tuple[FunctionType, type | None]]:
         """The functions that a name in a function's code may stand for, each with the class whose method it is."""
         if cls is not None:
-            method = _function(inspect.getattr_static(cls, name, None))
-            if method is not None and _same_package(method, function):
-                yield method, cls
+            inherits = "super" in function.__code__.co_names  # then overridden methods run too
+            for base in cls.__mro__ if inherits else (cls,):
+                method = _function(vars(base).get(name) if inherits else inspect.getattr_static(base, name, None))
+                if method is not None and _same_package(method, function):
+                    yield method, cls
             carried = self.callables.get(name)
             if carried is not None and name != "forward":
                 called = _function(carried)

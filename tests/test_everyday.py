@@ -276,3 +276,34 @@ class TestTransforms:
                 block(x)
         assert len(cap.calls) == 1
         assert torch.equal(runs[transform](), bare)
+
+
+class OnlyInTheWhole(Block):
+    """Runs only while the whole model does, as a module does whose weights are brought in for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.inside:
+            raise RuntimeError("the weights are not here")
+        return super().forward(x)
+
+
+class Bringing(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        self[0].inside = True
+        try:
+            return super().forward(x)
+        finally:
+            self[0].inside = False
+
+
+def test_modules_that_cannot_run_alone_are_verified_and_said_to_be_unlooked_at() -> None:
+    with workbench.attach(Bringing(OnlyInTheWhole()).eval()) as wb:
+        verification = wb.verify(torch.randn(2, 7, 24)).raise_if_failed()
+    assert not verification.looked
+    assert "cannot be run again by itself" in verification.unread[0].reason
+
+
+def test_a_verification_without_sites_has_its_columns() -> None:
+    with workbench.attach(nn.Sequential(nn.Linear(3, 3)), check=False) as wb:
+        table = wb.verify(torch.randn(2, 3)).table
+    assert list(table[~table.ok].site) == []

@@ -100,6 +100,11 @@ class WithFunction(Projections):
         return self.join(self.attend(*self.split(x)))
 
 
+class Inheriting(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
 class Swapped(nn.Module):
     """Its processor is exchanged for one that is no attention."""
 
@@ -113,6 +118,7 @@ class Swapped(nn.Module):
 
 MODULES = [
     WithProcessor(Processor()), WithProcessor(WrittenOutProcessor()), Functional(), AcrossMethods(), WithFunction(),
+    Inheriting(),
 ]  # fmt: skip
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import CaptureError
+from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.code import scripted_attention
 from workbench.hooks.layouts import Layouts
 from workbench.hooks.listener import Listener
@@ -68,7 +68,7 @@ def look_at(
     with torch.random.fork_rng(devices), torch.no_grad(), observe(note):
         given, named = copied((args, dict(inputs)))
         model(*given, **named)
-    with layouts.settled(), Replays(model, args, inputs, observe, limit) as replays:
+    with layouts.settled(), _alone(), Replays(model, args, inputs, observe, limit) as replays:
         unread = {one.name: one for one in find_unread(replays)}
         for call in replays.calls:
             name = site_name(call.name)
@@ -89,6 +89,23 @@ def look_at(
     # What ran without a call, though its code speaks of attention, is no site: an unread mixer, or only around others.
     phantoms = {site_name(call.name) for call in replays.calls} - fired
     return Sites(without(sites, {*layouts.refused, *layouts.gates, *phantoms}), listed, looked=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Where a module fails when it is run again by itself, nothing can be said of it.
+
+    Its weights may be there only while the whole model runs, as those that FSDP brings in are.
+    """
+    try:
+        yield
+    except WorkbenchError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"a module cannot be run again by itself: {type(error).__name__}: {str(error)[:120]}",
+            hint="the sites are as good; what else mixes tokens is not known",
+        ) from error
 
 
 def _kind(kind: Kind, over: str) -> Kind:

@@ -65,7 +65,7 @@ class Verification:
         """The checks as a frame."""
         import pandas as pd
 
-        return pd.DataFrame(self.checks, columns=_COLUMNS)
+        return pd.DataFrame(self.checks, columns=_COLUMNS).astype({"fired": bool, "ok": bool})
 
     def raise_if_failed(self) -> Verification:
         """Itself if all holds, else an AttachError that names the first thing that does not."""
