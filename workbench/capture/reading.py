@@ -113,26 +113,23 @@ def _patterns(entry: Part, parts: dict[str, Tensor], shape: tuple[int, int, int,
     for name, facts in told.items():
         start = PATTERN if one is not None else f"{PATTERN}{name}."
         held = {key.removeprefix(start): parts.pop(key) for key in list(parts) if key.startswith(start)}
-        found[name] = _pattern(facts, held, shape if name == "pattern" else None)
+        found[name] = made = _pattern(facts, held)
+        # What a reader gives besides has the examples and heads of the site, and queries and keys of its own.
+        if made.shape != shape if name == "pattern" else made.shape[:2] != shape[:2]:
+            raise FormatError(f"{facts.place} has another shape than its site, {list(shape)}", shape=made.shape)
     return found
 
 
-def _pattern(entry: Part, held: dict[str, Tensor], shape: tuple[int, int, int, int] | None) -> Pattern:
-    """A pattern; the site's own has the site's shape, and further maps, such as factors of it, have others."""
+def _pattern(entry: Part, held: dict[str, Tensor]) -> Pattern:
     facts = {name: part.value for name, part in entry.items().items()}
     family = entry["family"].text()
     del facts["family"]
     _check_facts(entry)
     try:
-        made = rebuild(family, facts, held)
-        fits = shape in (None, made.shape) and (made.mask.n_queries, made.mask.n_keys) == made.shape[2:]
+        return rebuild(family, facts, held)
     except _REFUSALS as error:
         said = error.message if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {error}"
         raise FormatError(f"{entry.place} is no {family}: {said}") from None
-    if not fits:
-        wanted = "its mask" if shape is None else f"its site, {list(shape)}"
-        raise FormatError(f"{entry.place} has another shape than {wanted}", shape=made.shape)
-    return made
 
 
 def _check_facts(entry: Part) -> None:
