@@ -2,7 +2,7 @@
 
 Overlap: pairs of circuits from independent random scores on the graph of a model of 6 layers and 8 heads, in which
 nodes have effects or kinds of edges differ, pruned or not; and pairs that share a part of their edges. Intervals: of
-means, medians and shares of samples from known distributions. Writes docs/statistics.md.
+means, medians and shares of samples from known distributions. Writes docs/simulations.md.
 
     python benchmarks/simulations.py [--pairs 400] [--quick]
 """
@@ -22,7 +22,7 @@ from workbench.analysis.circuits.shares import Denominator
 from workbench.analysis.statistics.intervals import means_t, medians, share_interval
 from workbench.analysis.statistics.overlap import jaccard
 
-PAGE = Path(__file__).parents[1] / "docs" / "statistics.md"
+PAGE = Path(__file__).parents[1] / "docs" / "simulations.md"
 GRAPH = Graph.gpt2(6, 8, 64)
 DRAWS = 199
 
