@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -111,6 +111,13 @@ class _Waiting:
         if not same:
             self.reason = "the model adds to what its kernel gives, or changes it in place"
         return same
+
+
+def _kept(call: Unplaced) -> Unplaced:
+    """The call with the output as it is now: models change outputs in place before the axes are known."""
+    with torch.no_grad():
+        output = call.output.detach().clone()
+    return replace(call, under=lambda bound: replace(call.under(bound), output=output))
 
 
 @dataclass
@@ -240,6 +247,7 @@ class Layouts:
         if bound is not None and own == call.output.numel():  # one head of one example can be taken in one way
             waiting.told = True
             return call.under(bound), waiting
+        waiting.call = _kept(call)
         return None, waiting
 
     def _by_contract(self, call: Unplaced) -> AttentionCall | None:

@@ -121,7 +121,8 @@ class Replays:
         for device, state in zip(self._devices, call.rng[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
         try:
-            return call.module(*args, **kwargs)
+            # A class may change what its modules are called with in a `__call__` of its own: hooks have seen the rest.
+            return nn.Module.__call__(call.module, *args, **kwargs)
         finally:
             self._next, self._frozen = None, {}
 
