@@ -51,7 +51,7 @@ def probe_keys(replays: Replays, call: ModuleCall) -> list[Keys]:
 
 
 def _values(replays: Replays, call: ModuleCall, change: tuple[int, int, int] | None) -> list[Tensor]:
-    """The values [batch, kv head, key, width] of each kernel call of the module's own; none if it does not run alone."""
+    """The values [batch, kv head, key, width] of each kernel call of the module; none if it does not run alone."""
     with replays.watched() as calls:
         try:
             replays.run(call, None if change is None else moved(call, *change))

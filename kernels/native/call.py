@@ -150,14 +150,15 @@ class Call:
         b, h, n_q, n_k = self.problem.shape
         row, top = (b, h, n_q), (b, h, n_q, job.n_top)
         blocks = (b, h, -(-n_q // block), -(-n_k // block))
-        made = {} if self.problem.lse is not None else {"lse_out": torch.zeros(row)}
-        made |= {name: torch.zeros(row, dtype=dtype) for flag, name, dtype in _ROW_OUTPUTS if flags & flag}
+        # The library writes every number of these, and adds to those of blocks.
+        made = {} if self.problem.lse is not None else {"lse_out": torch.empty(row)}
+        made |= {name: torch.empty(row, dtype=dtype) for flag, name, dtype in _ROW_OUTPUTS if flags & flag}
         if flags & Flag.TARGETS:
-            made["at_target"] = torch.zeros(job.n_targets, *row)
+            made["at_target"] = torch.empty(job.n_targets, *row)
         if flags & Flag.TOP:
-            made |= {"top_weight": torch.zeros(top), "top_key": torch.zeros(top, dtype=torch.int32)}
+            made |= {"top_weight": torch.empty(top), "top_key": torch.empty(top, dtype=torch.int32)}
         if flags & Flag.RECEIVED:
-            made["received"] = torch.zeros(job.segments, b, h, n_k, dtype=torch.float64)
+            made["received"] = torch.empty(job.segments, b, h, n_k, dtype=torch.float64)
         if flags & Flag.POOLED:
             made |= {"pool_sum": torch.zeros(blocks), "pool_max": torch.zeros(blocks)}
         for name, tensor in made.items():

@@ -118,6 +118,7 @@ def neighborhood_attention(
     Raises:
         CaptureError: wrong tensors, a shape that is not theirs, or an option out of range.
 
+    >>> import torch
     >>> q = k = v = torch.ones(1, 2, 24, 8)
     >>> neighborhood_attention(q, k, v, shape=(4, 6), window=3).shape
     torch.Size([1, 2, 24, 8])
