@@ -1,6 +1,6 @@
-"""Writes docs/attention-statistics.md from the records of the statistics.
+"""Writes docs/statistics.md from the records of the statistics.
 
-python docs/make_attention_statistics.py
+python docs/make_statistics.py
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, Statistic
 
-PAGE = Path(__file__).parent / "attention-statistics.md"
+PAGE = Path(__file__).parent / "statistics.md"
 AXES = {"query": "query", "key": "key", "query top": "query, n", "block": "query block, key block"}
 _HEAD = """# Statistics
 
