@@ -191,7 +191,8 @@ class Layouts:
     def _late(one: _Waiting, bound: Bound) -> AttentionCall | str:
         if one.versions != _versions(one.call.tensors):
             return "the model had overwritten its queries, keys or values when their axes became known; run again"
-        return one.call.under(bound)
+        with torch.enable_grad():  # what the model gave keeps its history
+            return one.call.under(bound)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
