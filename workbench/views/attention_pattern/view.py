@@ -223,6 +223,8 @@ def _sources(
         weights = source.detach()
         if weights.dim() not in (2, 3, 4):
             raise ReportError("weights are [query, key] or [head, query, key]", shape=weights.shape)
+        if 0 in weights.shape:
+            raise ReportError("there are no weights to show", shape=weights.shape)
         weights = weights.reshape(-1, *weights.shape[-3:]) if weights.dim() > 2 else weights[None, None]
         normalised = bool(torch.allclose(weights.double().sum(-1), torch.ones((), dtype=torch.float64), atol=1e-3))
         source = DensePattern(weights.float(), normalised=normalised)
