@@ -62,6 +62,8 @@ def run(lab: tuple[str, Path], browser: Browser) -> Iterator[tuple[Page, Watch]]
     run_all(page)
     for kind in VIEWS:
         page.wait_for_selector(f".jp-OutputArea .workbench.{kind}", timeout=60_000)
+    pictures = f"() => document.querySelectorAll('.workbench-still').length === {len(VIEWS)}"
+    page.wait_for_function(pictures, timeout=60_000)  # they come after the widgets
     yield page, watch
     page.close()
 

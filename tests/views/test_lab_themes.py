@@ -12,6 +12,7 @@ from playwright.sync_api import Browser
 
 from support.browser import WatchedPage
 from support.every_view import VIEWS
+from workbench.storage import disk
 from workbench.views import page as pages
 
 THEMES = Path(sys.prefix) / "share" / "jupyter" / "lab" / "themes" / "@jupyterlab"
@@ -42,7 +43,7 @@ def test_colours_are_read_however_the_theme_writes_them(
     """Views are drawn alike with the theme's `white` or `#111`, and with the same colour as six digits."""
     style = (THEMES / f"theme-{theme}-extension" / "index.css").read_text(encoding="utf-8")
     specs = [made().spec for made in VIEWS.values()]
-    path = pages.write(tmp_path / "all.html", pages.render("Every view", specs))
+    path = disk.write(tmp_path / "all.html", pages.render("Every view", specs))
 
     def drawn(style: str) -> tuple[str, dict[str, Any]]:
         context = browser.new_context(offline=True, bypass_csp=True, viewport={"width": 1100, "height": 800})

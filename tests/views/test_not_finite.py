@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from support.browser import WatchedPage
+from workbench.storage import disk
 from workbench.views import head_atlas, token_strip
 from workbench.views import page as pages
 from workbench.views.base import scales
@@ -19,7 +20,7 @@ INF, NAN = torch.inf, torch.nan
 def test_infinite_values_leave_the_scale_to_the_others(page: WatchedPage, tmp_path: Path) -> None:
     strip = token_strip(["a", "b", "c", "d"], torch.tensor([1.0, NAN, INF, 0.0]))
     atlas = head_atlas(torch.tensor([[1.0, NAN, 3.0], [INF, 2.0, -1.0]]))
-    path = pages.write(tmp_path / "page.html", pages.render("Not finite", [strip.spec, atlas.spec]))
+    path = disk.write(tmp_path / "page.html", pages.render("Not finite", [strip.spec, atlas.spec]))
     tab = page.open(path)
     tab.wait_for_selector("html[data-ready]")
     colours = tab.locator(".strip .token").evaluate_all("each => each.map((one) => one.style.backgroundColor)")
