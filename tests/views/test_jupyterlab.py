@@ -125,13 +125,14 @@ def test_jupyterlabs_own_styles_stay_outside(run: tuple[Page, Watch]) -> None:
 
 def test_keys_that_a_view_gets_are_not_jupyterlabs(run: tuple[Page, Watch]) -> None:
     page, watch = run
-    count = "window.jupyterapp.shell.currentWidget.content.widgets.length"
-    before = page.evaluate(count)
-    page.locator(".workbench.token_strip [data-at='2']").focus()
+    cells = "window.jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model.sharedModel.getSource())"
+    before = page.evaluate(cells)
+    page.locator(".workbench.token_strip [data-at='3']").click()
+    assert page.evaluate("document.activeElement.closest('.workbench') !== null")
     for key in ("d", "d", "a", "b", "x"):
         page.keyboard.press(key)
         page.wait_for_timeout(50)
-    assert page.evaluate(count) == before
+    assert page.evaluate(cells) == before
     assert not watch.errors
 
 

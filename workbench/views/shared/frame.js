@@ -72,6 +72,10 @@ export class Frame {
     const list = pairs.flatMap(([keys, does]) => [make("dt", {}, keys), make("dd", {}, does)]);
     const keys = make("details", { class: "keys" }, make("summary", {}, "Keys"), make("dl", {}, ...list));
     this.root.append(keys);
+    // JupyterLab asks the focused element itself first whether its shortcuts are to be left alone.
+    this.root.addEventListener("focusin", ({ target }) => {
+      if (target instanceof Element) target.setAttribute("data-lm-suppress-shortcuts", "true");
+    });
     this.root.addEventListener("keydown", (event) => {
       if (event.key !== "?" || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
       event.preventDefault();
