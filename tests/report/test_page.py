@@ -227,24 +227,23 @@ def _brightness(page: Page, selector: str) -> float:
 def test_themes_follow_the_system_the_choice_and_paper(page: WatchedPage, report: Path) -> None:
     opened = _open(page, report)
 
-    def settled() -> tuple[bool, bool, bool]:
-        # The page hears of it when it is next drawn.
-        opened.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    def light() -> tuple[bool, bool, bool]:
+        settled(opened)
         return (
             _brightness(opened, "html") > 128,
             _brightness(opened, ".contents") > 128,
             _brightness(opened, ".workbench") > 128,
         )
 
-    assert settled() == (True, True, True)
+    assert light() == (True, True, True)
     opened.emulate_media(color_scheme="dark")
-    assert settled() == (False, False, False)
+    assert light() == (False, False, False)
     opened.emulate_media(media="print", color_scheme="dark")
-    assert settled() == (True, True, True)
+    assert light() == (True, True, True)
     assert not opened.locator(".theme").is_visible()
     opened.emulate_media(media="screen", color_scheme="light")
     opened.get_by_label("Theme").select_option("dark")
-    assert settled() == (False, False, False)
+    assert light() == (False, False, False)
     page.assert_clean()
 
 
