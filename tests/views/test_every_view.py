@@ -23,7 +23,7 @@ from workbench.views.base import modules
 
 LARGEST_MODULE = 50_000
 MOST_NODES = 5_000
-NOTHING_TO_CHOOSE: frozenset[str] = frozenset()
+NOTHING_TO_CHOOSE = frozenset({"capacity_curves", "conditioning_curves", "tensor_peek", "what_if"})
 """Kinds of views in which Enter selects nothing."""
 
 
@@ -136,8 +136,9 @@ def test_keys_alone_reach_what_the_pointer_does(view: View, file: Path, watched:
         for key in ("ArrowRight", "ArrowDown", "Home", "End"):
             page.keyboard.press(key)
             seen |= {page.evaluate("document.querySelector('.workbench .status').textContent")} - {""}
-        page.keyboard.press("Enter")
-        chosen = chosen or page.evaluate("location.hash") != before
+            if not chosen:
+                page.keyboard.press("Enter")
+                chosen = page.evaluate("location.hash") != before
     assert len(seen) >= 2, "arrow keys tell no values"
     assert chosen or not selects, "Enter does nothing"
 
