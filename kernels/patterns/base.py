@@ -1,4 +1,4 @@
-"""Lazy attention patterns: maps A [batch, head, query, key] of which any part can be had, the whole only if asked.
+"""Lazy attention patterns: maps A [batch, head, query, key] any part of which can be computed, the whole only if asked.
 
 A mechanism is a subclass with a `tile`; statistics, views and analyses follow from it.
 """
@@ -127,7 +127,7 @@ class Pattern(ABC):
         """[batch, head, q, k] of the pattern; all heads if None."""
 
     def tile_of(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:
-        """[b, h, q, k] for these batch entries; families whose tiles are dear make no others."""
+        """[b, h, q, k] for these batch entries; families with costly tiles make no others."""
         return self.tile(queries, keys, heads)[batch]
 
     def maker(self, batch: slice, heads: slice, wants_log: bool) -> TileMaker:

@@ -152,7 +152,7 @@ def _layout(q: Tensor, k: Tensor, block: int, *options: Any) -> S2Layout:
 
 
 def _warn_of_holes(layout: S2Layout) -> None:
-    if not layout.causal:  # there the heads are alike by definition: nothing that other options would mend
+    if not layout.causal:  # there all heads are the same by definition: other options change nothing
         return
     beyond = -(-layout.n_keys // layout.block) - layout.local_sides[0]  # blocks that are not local to the last one
     holes = [r for r in check_union(layout) if r < beyond]

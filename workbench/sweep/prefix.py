@@ -1,7 +1,7 @@
 """The part of a forward below an edited block: run once, kept, and put in place when the rest runs again.
 
 The model's own forward runs each time, only that modules which ended before the block began give what they gave before.
-Masks, positions and whatever else the model hands to its blocks are thus its own. Whether the result is the same is
+Masks, positions and whatever else the model hands to its blocks are its own. Whether the result is the same is
 checked by whoever uses this; a block that does more than return its output shows there.
 """
 
