@@ -40,8 +40,8 @@ other models of `transformers` share it. `wb.verify(**inputs)` says whether a ca
 
 - **Sites**: kinds of the places where tokens mix.
 - **Pattern**: where the weights come from. *Rebuilt from q and k*: exact, any part on demand, in memory that grows with
-  the length alone. *The model's own weights*: the model writes its attention out, and what it computed is kept.
-  *Rebuilt from the scan*: of a state-space layer; *frozen* says that it is exact with the gates that this input gave, *signed*
+  the length alone. *The model's own weights*: the model writes its attention out, and that is kept. *Rebuilt
+  from the scan*: of a state-space layer; *frozen* says that it is exact with the gates that this input gave, *signed*
   that weights may be negative, so that statistics are those of |A| normalised per row. *Unnormalised*: rows do not sum
   to one.
 - **Backends**: of Hugging Face's `attn_implementation`. *Flex* runs on the CPU in these tests. *Flash 2*, *flash 3* and
