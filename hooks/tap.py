@@ -19,6 +19,10 @@ Kind = Literal["self", "cross", "window", "channel", "pooled", "memory", "state"
 """What a site mixes."""
 
 
+class Unshown(CaptureError):
+    """A call of which no map can show what it does: a capture goes on without it, and lists it."""
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One call of an attention kernel, at the kernel's boundary; the tensors are the model's own.

@@ -13,6 +13,7 @@ from workbench.capture.capture import FORM, Capture
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import KEPT, PATTERN, Forward, SiteCapture
 from workbench.capture.timing import CallTimes
+from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import FormatError, WorkbenchError
 from workbench.hooks.sites import Site, Sites, Unread
 from workbench.kernels.families import rebuild
@@ -52,7 +53,11 @@ def load_capture(path: str | Path) -> Capture:
     provenance.items()
     asked = header.get("settings")
     settings = None if asked is None else _settings(asked, named.get("settings", {}))
-    return Capture(forwards, model_sites, provenance.value, settings=settings)
+    missed = header.get("unrecorded")
+    unrecorded = [] if missed is None else [typed.record(one, Unrecorded) for one in missed.list()]
+    return Capture(
+        forwards, model_sites, provenance.value, settings=settings, unrecorded={one.site: one for one in unrecorded}
+    )
 
 
 def _forward(entry: Part, named: Mapping[str, dict[str, Tensor]]) -> Forward:

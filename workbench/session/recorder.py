@@ -16,10 +16,11 @@ from workbench.capture.arena import Arena
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.capture.timing import CallTimes
-from workbench.errors import CaptureError
+from workbench.capture.unrecorded import Unrecorded
+from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.projections import ProjectionFinder
 from workbench.hooks.sites import Site, Sites, add_site, site_name, with_kind, with_sizes
-from workbench.hooks.tap import AttentionCall
+from workbench.hooks.tap import AttentionCall, Unshown
 from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, token_ids
 from workbench.kernels import streaming
@@ -50,8 +51,8 @@ def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
 class Recorder:
     """Collects the forwards of one capture; its methods are the observer's callbacks.
 
-    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `refused` says, by site, why its
-    calls were not kept.
+    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `refused` says, by site, why none
+    of its calls were kept, `unrecorded` how many were not, and why.
     """
 
     model: nn.Module
@@ -62,9 +63,11 @@ class Recorder:
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
+    unrecorded: dict[str, Unrecorded] = field(default_factory=dict)
     gradients: GradientWatch = field(default_factory=GradientWatch)
     projections: ProjectionFinder = field(default_factory=ProjectionFinder)
     arena: Arena = field(default_factory=Arena)
+    _opened_in: int = field(default_factory=threading.get_ident)
     _running: dict[int, Forward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
     _cached: CachedTokens = field(default_factory=CachedTokens)
@@ -153,6 +156,28 @@ class Recorder:
     def on_refused(self, site: str, reason: str) -> None:
         """Calls of a site are not what they were told to be: nothing of them is kept."""
         self.refused[site] = reason
+        self._take_back(site)
+
+    def on_failed(self, site: str, error: Exception) -> bool:
+        """A call was not recorded, for this error; "" where the model's inputs could not be taken.
+
+        Returns:
+            Whether the forward goes on without it: always in a thread that did not open the capture, whose requests
+            are no business of ours; in that thread where no map can show the call, or nobody asked for the site.
+        """
+        wanted = not site or self.settings.sites is None or site in self.settings.sites
+        if wanted and threading.get_ident() == self._opened_in and not isinstance(error, Unshown):
+            return False
+        if wanted:
+            reason = error.message if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {error}"
+            with self._lock:
+                before = self.unrecorded.get(site)
+                self.unrecorded[site] = Unrecorded(site, 1, reason) if before is None else before.once_more()
+        self._take_back(site)
+        return True
+
+    def _take_back(self, site: str) -> None:
+        """Nothing of a site is kept in the forward of this thread."""
         self._refused_here.setdefault(threading.get_ident(), set()).add(site)
         forward = self._running.get(threading.get_ident())
         if forward is not None:
@@ -244,7 +269,9 @@ class Recorder:
 
     def _deliver(self, forward: Forward, site: Site) -> Deliver:
         def deliver(z_gradient: Tensor, sums: dict[str, Tensor]) -> None:
-            capture = forward.sites[site.name]
+            capture = forward.sites.get(site.name)
+            if capture is None:  # it was taken back
+                return
             statistics = capture.statistics | sums
             forward.sites[site.name] = replace(capture, statistics=statistics, z_gradient=z_gradient)
 
