@@ -34,6 +34,7 @@ from workbench.hooks.layouts import UNKNOWN, Layouts, Unplaced, learn, projected
 from workbench.hooks.listener import Listener
 from workbench.hooks.modes import close_torn
 from workbench.hooks.nested import first_tensor
+from workbench.hooks.paged import PagedKeys
 from workbench.hooks.projections import is_linear
 from workbench.hooks.readers import Reader, continues, read_module, reader_of
 from workbench.hooks.running import Running, ThreadRun
@@ -232,11 +233,12 @@ class Observer:
         state = self._state(sys._getframe())
         if not state.stack:
             return function(module, *args, **kwargs)
+        paged = PagedKeys.within(kwargs)
         with state.tap.inside() as inner:
-            result = function(module, *args, **kwargs)
+            result = function(module, *args, **(kwargs if paged is None else kwargs | {"cache": paged.cache}))
         name = self._names.get(module)
         replaced = self._tell(
-            lambda owner: calls.of_backend(owner, backend, module, args, kwargs, result[0], inner),
+            lambda owner: calls.of_backend(owner, backend, module, args, kwargs, result[0], inner, paged),
             None if name is None else (site_name(name), module),
         )
         return result if replaced is None else (replaced, *result[1:])

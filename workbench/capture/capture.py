@@ -34,7 +34,8 @@ _PER_EXAMPLE = ("z", "z_gradient", "stored_result", "weights")  # what a site ca
 class Capture:
     """The forwards of one `with wb.capture()`, their sites and statistics.
 
-    With one forward, `cap["blocks.3.attn"]` is its site capture; of a site that is called several times in a forward it
+    A row that holds several sequences (packed or continuous batches) counts as a forward for each, with positions from
+    the sequence's own start. With one forward, `cap["blocks.3.attn"]` is its site capture; of a site that is called several times in a forward it
     is the first call, and `cap["blocks.3.attn", 1]` the second. With several forwards, look at `cap.calls[i]`, or join
     them with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
 
@@ -112,8 +113,9 @@ class Capture:
 
     def _only(self) -> Forward:
         if len(self._forwards) != 1:
+            several = "forwards" if all(f.packed is None for f in self._forwards) else "sequences of packed rows"
             raise CaptureError(
-                f"the capture holds {len(self._forwards)} forwards",
+                f"the capture holds {len(self._forwards)} {several}",
                 hint="choose one with cap.calls[i], or join them with cap.pool()",
             )
         return self._forwards[0]
@@ -326,6 +328,8 @@ class Capture:
                 tensors |= {f"{forward.index}/{name}/{key}": tensor for key, tensor in parts.items()}
             tensors |= {f"{forward.index}//{stream}": ids for stream, ids in forward.ids.items()}
             where: dict[str, Any] = {"index": forward.index, "thread": forward.thread}
+            if forward.packed is not None:
+                where["packed"] = list(forward.packed)
             if forward.span is not None:
                 where["span"] = list(forward.span)
             forwards.append(where | {"sites": entries, "tokens": forward.tokens})
@@ -355,8 +359,10 @@ class Capture:
         unread = f", {len(self.model_sites.unread)} mixers unread" if self.model_sites.unread else ""
         if self.unrecorded:
             unread += f", {sum(one.calls for one in self.unrecorded.values())} calls not recorded"
+        packed = sum(f.packed is not None for f in self._forwards)
+        of_rows = f", {packed} of them sequences of packed rows" if packed else ""
         return (
-            f"Capture({name}: {len(self._forwards)} forward(s), "
+            f"Capture({name}: {len(self._forwards)} forward(s){of_rows}, "
             f"{len(self.sites)} sites{unread}, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )

@@ -48,12 +48,33 @@ def _sequences(forwards: Sequence[Forward]) -> list[list[Forward]]:
     """The forwards of each sequence, in the order in which sequences begin."""
     found: list[list[Forward]] = []
     latest: dict[int, list[Forward]] = {}  # by thread
+    packed: dict[int, list[list[Forward]]] = {}
     for forward in forwards:
+        if forward.packed is not None:
+            several = packed.setdefault(forward.thread, [])
+            sequence = next((one for one in several if _goes_on_in(one[-1], forward)), None)
+            if sequence is None:
+                several.append(sequence := [])
+                found.append(sequence)
+            sequence.append(forward)
+            continue
         if not _continues(latest.get(forward.thread, []), forward):
             latest[forward.thread] = []
             found.append(latest[forward.thread])
         latest[forward.thread].append(forward)
     return found
+
+
+def _goes_on_in(before: Forward, forward: Forward) -> bool:
+    """Whether a packed sequence goes on with what one before it has put into the cache: its last keys are the same."""
+    name = next((name for name, one in forward.sites.items() if one.site.kind != "cross"), None)
+    if name is None or name not in before.sites or before.span == forward.span:  # sequences of one forward are others
+        return False
+    old, new = (_joinable([each.sites[name]])[0] for each in (before, forward))
+    cached = _keys(new)[:, :, : _filled(new) - new.n_queries]
+    there = _keys(old)[:, :, : _filled(old)]
+    n = min(cached.shape[2], there.shape[2])
+    return n > 0 and torch.equal(cached[:, :, cached.shape[2] - n :], there[:, :, there.shape[2] - n :])
 
 
 def _continues(earlier: Sequence[Forward], forward: Forward) -> bool:

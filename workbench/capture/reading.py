@@ -74,11 +74,14 @@ def _forward(entry: Part, named: Mapping[str, dict[str, Tensor]]) -> Forward:
     for stream, tensor in ids.items():
         if tensor.dim() != 2 or tensor.is_floating_point() or tensor.is_complex():
             raise FormatError(f"{entry.place} has no ids [batch, position] as {stream!r}", shape=tensor.shape)
-    thread, span = entry.get("thread"), entry.get("span")
+    thread, span, packed = entry.get("thread"), entry.get("span"), entry.get("packed")
     forward = Forward(index, sites, ids, tokens, 0 if thread is None else thread.integer(0))
     if span is not None:
         began, ended = (time.number() for time in span.list(2, 2))
         forward.span = (began, ended)
+    if packed is not None:
+        row, start, stop = (number.integer(0, _LONGEST) for number in packed.list(3, 3))
+        forward.packed = (row, start, stop)
     return forward
 
 
