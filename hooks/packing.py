@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,8 +102,8 @@ def block_mask(
     """Boolean [1, 1, query, key]: each sequence of the first row sees its own keys."""
     shown = torch.zeros(n_queries, n_keys, dtype=torch.bool, device=device)
     for one in segments:
-        size = one.stop - one.start, one.key_stop - one.key_start
-        shown[one.start : one.stop, one.key_start : one.key_stop] = _by_position(*size, causal, window, device)
+        n, m = one.stop - one.start, one.key_stop - one.key_start
+        shown[one.start : one.stop, one.key_start : one.key_stop] = _by_position(n, m, causal, window, device)
     return shown[None, None]
 
 
@@ -128,7 +129,9 @@ def rules(mask: Tensor | None, segments: Sequence[Segment]) -> list[Rule] | None
     inside = (owner >= 0)[:, None, :, None]
     if bool((shown & inside & (owner[:, :, None] != keys[:, None, :])[:, None]).any()):
         return None
-    return [_rule(mask[one.row if len(mask) > 1 else 0], shown[one.row if len(mask) > 1 else 0], one) for one in segments]
+    return [
+        _rule(mask[one.row if len(mask) > 1 else 0], shown[one.row if len(mask) > 1 else 0], one) for one in segments
+    ]
 
 
 def apart(weights: Tensor, segments: Sequence[Segment]) -> bool:
@@ -149,7 +152,7 @@ def _rule(mask: Tensor, shown: Tensor, one: Segment) -> Rule:
         return Rule(causal=False, window=None, mask=None)
     widest = int(seen[0, -1].sum())
     for window in (None, widest) if plain and widest else ():
-        if bool((seen == _by_position(*seen.shape[-2:], True, window, seen.device)).all()):
+        if bool((seen == _by_position(seen.shape[1], seen.shape[2], True, window, seen.device)).all()):
             return Rule(causal=True, window=window, mask=None)
     return Rule(causal=False, window=None, mask=own[None].clone())  # models write their masks anew at each step
 
@@ -180,4 +183,4 @@ def _blocks(mask: Tensor) -> tuple[Segment, ...]:
 
 
 def _pairs(borders: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(borders[:-1], borders[1:], strict=True))
+    return list(pairwise(borders))

@@ -227,8 +227,8 @@ def _as_flash(
         facts["segments"] = packing.between(given["cu_seq_lens_q"], given["cu_seq_lens_k"])
     elif mask is None and q.shape[0] == 1 and isinstance(position_ids, Tensor) and position_ids.dim() == 2:
         # Without lengths, flash backends begin a sequence at each position 0 if positions start again.
-        if bool(packing.restarts(position_ids)[:, 1:].any()):
-            facts["segments"] = packing.at_starts(position_ids == 0)
+        start_again = bool(packing.restarts(position_ids)[:, 1:].any())
+        facts["segments"] = packing.at_starts(position_ids == 0) if start_again else ()
     return facts
 
 

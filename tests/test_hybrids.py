@@ -10,12 +10,12 @@ import transformers as hf
 
 import workbench
 
-COMMON = dict(vocab_size=60, hidden_size=32, intermediate_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-              num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+COMMON = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 32, "pad_token_id": 0, "bos_token_id": 1,
+          "eos_token_id": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 SSM = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 4, "mamba_chunk_size": 8}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-GATED = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
-             layer_types=["linear_attention", "full_attention"], head_dim=8)  # fmt: skip
+GATED = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+             "layer_types": ["linear_attention", "full_attention"], "head_dim": 8}  # fmt: skip
 
 HYBRIDS: dict[str, Callable[[], Any]] = {
     "jamba": lambda: hf.JambaForCausalLM(hf.JambaConfig(
@@ -53,7 +53,7 @@ def test_generation_goes_on_under_a_capture(name: str) -> None:
     torch.manual_seed(0)
     model = HYBRIDS[name]().eval()
     ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(0))
-    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     bare = model.generate(ids, **options)
     with workbench.attach(model) as wb, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -61,13 +61,13 @@ def test_capture_leaves_the_output_and_marks_state_sites(model: nn.Module) -> No
 
 @torch.no_grad()
 def test_a_capture_goes_on_where_a_state_does(model: nn.Module) -> None:
-    inputs = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=2, pad_token_id=0)
+    inputs = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 2, "pad_token_id": 0}
     bare = model.generate(IDS, **inputs)
     with workbench.attach(model) as wb:
         states = [site.name for site in wb.sites if site.kind == "state"]
-        with pytest.warns(UserWarning, match=f"{len(states)} calls of {len(states)} sites were not recorded"):
-            with wb.capture() as capture:
-                assert torch.equal(model.generate(IDS, **inputs), bare)
+        missing = f"{len(states)} calls of {len(states)} sites were not recorded"
+        with pytest.warns(UserWarning, match=missing), wb.capture() as capture:
+            assert torch.equal(model.generate(IDS, **inputs), bare)
         assert len(capture.calls) == 2
         for name in states:
             assert str(capture.ledger[name]).startswith("1 recorded, 1 call not recorded: the mixer goes on from a")
@@ -89,9 +89,9 @@ def test_a_site_that_was_asked_for_must_be_recorded_and_verify_names_what_cannot
         assert f"{len(states)} sites not recorded" in repr(verified)
         with pytest.raises(AttachError, match="goes on from a cached state"):
             verified.raise_if_failed()
-        with pytest.raises(CaptureError, match="nothing could be recorded: the mixer goes on from a cached state"):
-            with wb.capture(sites=lambda site: site.kind == "state"):
-                model(**step)
+        missing = "nothing could be recorded: the mixer goes on from a cached state"
+        with pytest.raises(CaptureError, match=missing), wb.capture(sites=lambda site: site.kind == "state"):
+            model(**step)
 
 
 class _Half(Edit):

@@ -34,10 +34,10 @@ _PER_EXAMPLE = ("z", "z_gradient", "stored_result", "weights")  # what a site ca
 class Capture:
     """The forwards of one `with wb.capture()`, their sites and statistics.
 
-    A row that holds several sequences (packed or continuous batches) counts as a forward for each, with positions from
-    the sequence's own start. With one forward, `cap["blocks.3.attn"]` is its site capture; of a site that is called several times in a forward it
+    With one forward, `cap["blocks.3.attn"]` is its site capture; of a site that is called several times in a forward it
     is the first call, and `cap["blocks.3.attn", 1]` the second. With several forwards, look at `cap.calls[i]`, or join
-    them with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
+    them with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation). A row that holds several sequences
+    (packed or continuous batches) gives a forward for each, with positions from the sequence's own start.
 
     Attributes:
         settings: what was asked for; None for a file that does not tell.
@@ -65,9 +65,7 @@ class Capture:
         return self._provenance
 
     def _with(self, forwards: list[Forward]) -> Capture:
-        return Capture(
-            forwards, self.model_sites, self._provenance, self._weights_hash, self.settings, self.unrecorded
-        )
+        return Capture(forwards, self.model_sites, self._provenance, self._weights_hash, self.settings, self.unrecorded)
 
     @property
     def calls(self) -> tuple[Capture, ...]:
@@ -107,8 +105,8 @@ class Capture:
             for one in forward.sites.values():
                 counts[one.site.path] = counts.get(one.site.path, 0) + 1
         told: dict[str, int | str] = {**counts}
-        for site, one in self.unrecorded.items():
-            told[site] = f"{counts[site]} recorded, {one}" if site in counts else str(one)
+        for site, missed in self.unrecorded.items():
+            told[site] = f"{counts[site]} recorded, {missed}" if site in counts else str(missed)
         return told | {one.name: f"unread: {one.reason}" for one in self.model_sites.unread}
 
     def _only(self) -> Forward:

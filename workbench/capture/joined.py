@@ -26,9 +26,7 @@ from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
 
-def join(
-    forwards: Sequence[Forward], settings: Settings, unrecorded: Collection[str] = frozenset()
-) -> list[Forward]:
+def join(forwards: Sequence[Forward], settings: Settings, unrecorded: Collection[str] = frozenset()) -> list[Forward]:
     """One forward per sequence: each prompt with the cached steps that follow it in the same thread.
 
     Args:

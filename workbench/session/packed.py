@@ -49,7 +49,7 @@ class RunningForward:
         ]
 
     def parts(self, call: AttentionCall) -> list[tuple[Forward, AttentionCall]]:
-        """The call of each sequence, with the forward that it belongs to; the whole call if it does not keep them apart.
+        """The call of each sequence, with the forward that it belongs to; the whole call if it mixes them.
 
         A kernel that is told of other sequences than the model's (the images of a vision tower) makes a call for each.
         """
@@ -59,9 +59,7 @@ class RunningForward:
             return [(self.whole, call)]
         own = [one.where for one in segments] == [one.where for one in self.segments]
         owners = self.sequences if own else [self.whole] * len(segments)
-        return [
-            (owner, call.of_sequence(one, rule)) for owner, one, rule in zip(owners, segments, found, strict=True)
-        ]
+        return [(owner, call.of_sequence(one, rule)) for owner, one, rule in zip(owners, segments, found, strict=True)]
 
     def _apart(self, call: AttentionCall, segments: tuple[Segment, ...]) -> list[Rule] | None:
         """What is hidden inside of each sequence; None if the call mixes them, or cannot be cut."""
@@ -87,7 +85,10 @@ class RunningForward:
 
 
 def _within(q: Tensor, k: Tensor, segments: Sequence[Segment]) -> bool:
-    return all(
-        one.row < q.shape[0] and one.stop <= q.shape[2] and one.row < k.shape[0] and one.key_stop <= k.shape[2]
-        for one in segments
-    ) and max(one.key_stop for one in segments) == k.shape[2]
+    return (
+        all(
+            one.row < q.shape[0] and one.stop <= q.shape[2] and one.row < k.shape[0] and one.key_stop <= k.shape[2]
+            for one in segments
+        )
+        and max(one.key_stop for one in segments) == k.shape[2]
+    )

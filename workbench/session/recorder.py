@@ -104,8 +104,9 @@ class Recorder:
         running.whole.ids = {name: ids.clone() for name, ids in token_ids(args, kwargs).items()}
         if segments:
             running.pack(segments)
-        for forward in running.forwards if self.decode is not None else ():
-            forward.tokens = {name: self.decode(ids) for name, ids in forward.ids.items()}
+        if self.decode is not None:
+            for forward in running.forwards:
+                forward.tokens = {name: self.decode(ids) for name, ids in forward.ids.items()}
 
     def finish(self) -> None:
         """The capture is over, and so is what has not told of its end."""
@@ -245,10 +246,9 @@ class Recorder:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
         z = dense = None
         if settings.z:
-            if edited is None:
+            given = None if edited is None else call.own(edited)
+            if given is None:
                 given = call.z() if call.finish is None else pattern.apply(call.v)
-            else:
-                given = call.own(edited)
             z = self.arena.copy(given.detach().transpose(1, 2))
             if call.part is None:
                 self.projections.saw_call(call.site, call.module, z)
