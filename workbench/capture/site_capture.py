@@ -106,6 +106,11 @@ class SiteCapture:
                 hint="use the pattern before the next forward, or capture with pattern=True",
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: what they hold is their own, and what the model has overwritten stays so."""
+        stale = any(tensor._version != seen for tensor, seen in self.held)
+        return {**self.__dict__, "held": [(torch.empty(0), -1)] if stale else []}
+
     @property
     def has_result(self) -> bool:
         """Whether `result` has what it needs."""

@@ -284,7 +284,7 @@ class _Keeper:
 
     def shared(self, tensor: Tensor) -> Tensor:
         """Keep a tensor that several calls may share, by reference, noting its version."""
-        if tensor.is_inference():
-            return tensor
-        self.held.append((tensor, tensor._version))
+        tensor = tensor.detach()  # its history would hold on to the model's weights
+        if not tensor.is_inference():
+            self.held.append((tensor, tensor._version))
         return tensor
