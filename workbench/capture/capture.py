@@ -334,7 +334,7 @@ class Capture:
             "forwards": forwards,
         }
         if self.settings is not None:
-            header["settings"], asked = self.settings.parts()
+            header["settings"], asked = self.settings.state()
             tensors |= {f"settings/{name}": tensor for name, tensor in asked.items()}
         return files.write(path, FORM, header, tensors)
 

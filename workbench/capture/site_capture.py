@@ -263,7 +263,7 @@ def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[
     parts |= {key: tensor for key, tensor in kept.items() if tensor is not None}
     if pattern:
         for name, one in capture.patterns.items():
-            facts, tensors = one.parts()
+            facts, tensors = one.state()
             entry.setdefault("patterns", {})[name] = {"family": type(one).__name__, **facts}
             parts |= {f"{PATTERN}{name}.{key}": tensor for key, tensor in tensors.items()}
     return entry, parts
