@@ -19,8 +19,8 @@ from workbench.hooks.packing import Segment
 NAMES = ("entropy", "received", "distance", "previous", "sink", "induction", "top_keys")
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": None,
-    "eos_token_id": None,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 TWO_ROWS = ((0, 0, 7), (0, 7, 19), (1, 0, 4), (1, 4, 5), (1, 5, 19))  # of 19 positions: more than the context
 MODELS = {
