@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from workbench.hooks import flex, registry
 from workbench.hooks.kernel_watch import LseWatch
-from workbench.hooks.layouts import Unplaced
 from workbench.hooks.proofs.axes import Bound
 from workbench.hooks.sites import heads_of, kv_heads_of
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.waiting import Unplaced
 from workbench.hooks.written_out import WrittenOut, ungrouped
 
 Owner = tuple[str, nn.Module]

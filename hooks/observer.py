@@ -17,7 +17,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -28,9 +27,10 @@ from torch.utils.hooks import RemovableHandle
 
 from workbench.errors import CaptureError, InterventionError
 from workbench.hooks import bridges, calls, flex, multihead, registry
-from workbench.hooks.configs import read
+from workbench.hooks.forwards import InputsHook, calling_method, entries_of
 from workbench.hooks.kernel_watch import LseWatch
-from workbench.hooks.layouts import UNKNOWN, Layouts, Unplaced, learn, projected
+from workbench.hooks.layouts import UNKNOWN, Layouts, learn
+from workbench.hooks.linear import projected
 from workbench.hooks.listener import Listener
 from workbench.hooks.modes import close_torn
 from workbench.hooks.nested import first_tensor
@@ -40,9 +40,8 @@ from workbench.hooks.running import Running, ThreadRun
 from workbench.hooks.sdpa import FunctionTap
 from workbench.hooks.sites import site_name
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.waiting import Unplaced, Waiting
 from workbench.hooks.written_out import WrittenOut
-
-_TORCH = str(Path(torch.__file__).parent)
 
 
 class Observer:
@@ -104,13 +103,13 @@ class Observer:
         yield torch_module._global_forward_hooks_always_called, key, True
         yield torch_module._global_forward_pre_hooks, key, self._begin
         yield torch_module._global_forward_hooks, key, self._finish
-        told: dict[nn.Module, list[Callable[..., None]]] = {entry: [self._inputs] for entry in _entries(self._model)}
+        told: dict[nn.Module, list[Callable[..., None]]] = {entry: [self._inputs] for entry in entries_of(self._model)}
         for module in self._readers:
             told.setdefault(module, []).append(self._before_reading)
         key = RemovableHandle(OrderedDict()).id
         for module, tell in told.items():
             yield module._forward_pre_hooks_with_kwargs, key, True
-            yield module._forward_pre_hooks, key, _InputsHook(tell)
+            yield module._forward_pre_hooks, key, InputsHook(tell)
 
     def _state(self, frame: FrameType | None) -> ThreadRun:
         """What runs in this thread, as seen from a frame; a new one if nothing does."""
@@ -165,7 +164,7 @@ class Observer:
         It does where a method of the model, such as `forward_features`, calls one part after the other. A part that
         has mixed tokens and runs again begins a new forward, as a step of generation does.
         """
-        scope = None if module is self._model else _calling_method(frame, module, self._names)
+        scope = None if module is self._model else calling_method(frame, module, self._names)
         if scope is not None and scope is state.scope and name not in state.entries:
             return True
         if state.scope is not None and not state.replay:
@@ -253,7 +252,7 @@ class Observer:
             settled = self._layouts.saw_linear(p) if module is None else self._layouts.saw_output(module, p)
         self._settle(state, settled)
 
-    def _settle(self, state: ThreadRun, settled: Sequence[tuple[Any, AttentionCall | str]]) -> None:
+    def _settle(self, state: ThreadRun, settled: Sequence[tuple[Waiting, AttentionCall | str]]) -> None:
         """Tell of calls whose axes have become known, or will not."""
         with state.tap.inside():
             for waiting, found in settled:
@@ -354,20 +353,6 @@ def observed(model: nn.Module, listener: Listener, layouts: Layouts | None = Non
             observer.__exit__(None, None, trace)  # again, for the interrupt that broke off the first
 
 
-class _InputsHook:
-    """The one hook that a module carries. In a copy of the module, or a pickle, it does nothing."""
-
-    def __init__(self, tell: Sequence[Callable[..., None]] = ()) -> None:
-        self._tell = tell
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        for tell in self._tell:
-            tell(module, args, kwargs)
-
-    def __reduce__(self) -> tuple[type[_InputsHook], tuple[()]]:
-        return _InputsHook, ()
-
-
 def _check_plain(output: Tensor, site: str) -> None:
     """Raise if a tensor is one of those in whose place torch.func runs a model for many."""
     if torch._C._functorch.is_functorch_wrapped_tensor(output):
@@ -378,33 +363,3 @@ def _check_plain(output: Tensor, site: str) -> None:
             hint="observe the plain forward: a batch in place of vmap, loss.backward() in place of grad; "
             "or close the `with` before the transform",
         )
-
-
-def _calling_method(frame: FrameType | None, module: nn.Module, names: Mapping[nn.Module, str]) -> FrameType | None:
-    """The frame of the method of one of the model's modules that calls `module`, a part of it.
-
-    Of several methods of the same that call each other it is the outermost.
-    """
-    found: tuple[nn.Module, FrameType] | None = None
-    while frame is not None:
-        code = frame.f_code
-        if not code.co_filename.startswith(_TORCH):  # whose frames call modules of the model, or decorate methods
-            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            if found is not None and owner is not found[0]:
-                break
-            if isinstance(owner, nn.Module) and owner in names:
-                if owner is module or not names[module].startswith(f"{names[owner]}.".lstrip(".")):
-                    break
-                found = owner, frame
-        frame = frame.f_back
-    return None if found is None else found[1]
-
-
-def _entries(model: Any) -> list[nn.Module]:
-    """The model, and the encoder that Hugging Face's `generate` calls by itself; none that minds a hook."""
-    entries = [model]
-    if read(read(model, "config"), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-        entries.append(model.get_encoder())
-    modules = [each for each in dict.fromkeys(entries) if isinstance(each, nn.Module)]
-    # PyTorch's own attention modules change their path when they carry a hook.
-    return [each for each in modules if not isinstance(each, multihead.MODULES)]

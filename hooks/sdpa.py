@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from workbench.hooks.flex import is_flex
 from workbench.hooks.kernel_watch import LseWatch, as_multiplied
-from workbench.hooks.layouts import LINEAR_FUNCTIONS
+from workbench.hooks.linear import LINEAR_FUNCTIONS
 from workbench.hooks.written_out import Follower, WrittenOut
 
 OnSdpa = Callable[[dict[str, Any], Tensor, LseWatch], Tensor | None]
