@@ -48,8 +48,9 @@ def of_sdpa(owner: Owner, given: Mapping[str, Any], output: Tensor, watch: LseWa
             tap="sdpa",
         )
 
-    made_of = tuple(given[name] for name in ("query", "key", "value", "attn_mask"))
-    return Unplaced(*owner, heads_of(owner[1]), output, mixed=(-2,), width=-1, under=under, tensors=made_of)
+    made_of, v = tuple(given[name] for name in ("query", "key", "value", "attn_mask")), given["value"]
+    values = v if v.shape[:-2] == output.shape[:-2] else None
+    return Unplaced(*owner, heads_of(owner[1]), output, (-2,), -1, under, made_of, values)
 
 
 def of_function(
@@ -96,9 +97,8 @@ def of_written_out(owner: Owner, found: WrittenOut) -> Unplaced:
             tap="written_out",
         )
 
-    return Unplaced(
-        *owner, heads_of(owner[1]), found.output, found.mixed, found.width, under, (found.weights, found.values)
-    )
+    made_of, heads = (found.weights, found.values), heads_of(owner[1])
+    return Unplaced(*owner, heads, found.output, found.mixed, found.width, under, made_of, found.values_like_output)
 
 
 def _axis(of_output: str, letter: str, width: str) -> int | None:

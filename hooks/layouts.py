@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.blocks import Blocks, find_blocks
 from workbench.hooks.proofs.axes import Axes, Bound
 from workbench.hooks.proofs.by_size import axes_by_size, usual_axes
 from workbench.hooks.proofs.by_value import Proof, prove_axes
-from workbench.hooks.proofs.rows import account, own_features
+from workbench.hooks.proofs.rows import Account, account, own_features
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Run, Unplaced, Waiting, fits, kept, versions
 
@@ -57,6 +58,7 @@ class Layouts:
     Attributes:
         refused: by site, why its calls are not shown.
         gates: sites whose softmax weighs experts or branches for each position: no attention.
+        learning: what linear functions give is asked for, as it may show axes.
     """
 
     def __init__(self, stated: Mapping[str, str] | None = None) -> None:
@@ -66,6 +68,8 @@ class Layouts:
         self._attempts: Counter[tuple[str, int]] = Counter()
         self._runs: dict[int, Run] = {}
         self._settled: set[int] = set()  # threads in which nothing is learned
+        self._blocks: dict[str, Blocks] = {}
+        self.learning = True
         self.refused: dict[str, str] = {}
         self.gates: set[str] = set()
 
@@ -88,6 +92,8 @@ class Layouts:
         """
         run = self._runs.pop(threading.get_ident(), None)
         settled: list[tuple[Waiting, AttentionCall | str]] = []
+        if run is not None:
+            self.learning = bool(run.waiting or self._blocks or self.refused)
         for one in () if run is None or threading.get_ident() in self._settled else run.waiting:
             key = one.call.site, one.ordinal
             bound = None if one.guess is None else one.guess.bind(tuple(one.output.shape))
@@ -97,7 +103,7 @@ class Layouts:
                 continue
             self._attempts[key] += 1
             self._guessed[key] = Known(bound.axes, "sizes")
-            if self._attempts[key] >= _ATTEMPTS:
+            if one.compared or self._attempts[key] >= _ATTEMPTS:
                 self._known[key] = self._guessed[key]
             if not one.told:
                 late = self._late(one, bound)
@@ -128,8 +134,12 @@ class Layouts:
 
     # A call.
 
-    def place(self, call: Unplaced) -> tuple[AttentionCall | None, Waiting | None]:
+    def place(self, call: Unplaced, *, blocks: bool = False) -> tuple[AttentionCall | None, Waiting | None]:
         """The call, if its axes are known; and what waits for a proof.
+
+        Args:
+            blocks: the model runs on the inputs of the forward before, so that blocks of a map lie where they did. In
+                all other forwards that is shown anew: longer inputs have more blocks of the same sizes.
 
         Raises:
             CaptureError: the layout that a user stated does not fit, or the heads that the module states are not there.
@@ -148,6 +158,8 @@ class Layouts:
                     f'the layout "{stated}" is not that of what the kernel gave', site=call.site, shape=shape
                 )
             return call.under(bound), None
+        if blocks and call.site in self._blocks and (found := self._blocks[call.site].of(ordinal, shape)) is not None:
+            return replace(call.under(found[1]), block=found[0]), None
         known = self._known.get((call.site, ordinal))
         if known is None and threading.get_ident() in self._settled:
             known = self._guessed.get((call.site, ordinal))
@@ -156,6 +168,8 @@ class Layouts:
         if call.site in self.refused and threading.get_ident() in self._settled:
             return None, None
         guess = axes_by_size(shape, call.mixed, call.width, call.heads, run.examples)
+        if guess is None:
+            guess = _axes_of_values(call, run)
         if call.site in self.refused:
             guess = None  # it is told again when values prove it
         waiting = Waiting(call, ordinal, guess, call.output)
@@ -194,6 +208,12 @@ class Layouts:
             return None
         waiting.assumed, waiting.told, waiting.guess = waiting.guess is None, True, usual
         return call.under(bound)
+
+    def saw_made(self, given: Tensor) -> None:
+        """A linear function gave this, of which values may be a part."""
+        run = self._runs.get(threading.get_ident())
+        if run is not None and given.is_floating_point() and given.dim() > 1:
+            run.made.append(given.detach())
 
     @property
     def is_waiting(self) -> bool:
@@ -299,14 +319,62 @@ class Layouts:
         if found.touched == found.n_rows and found.explained < found.n_rows:
             return []  # heads of other kinds are in the same rows
         run.waiting = [other for other in run.waiting if other not in own]
+        if found.explained == found.n_rows and (composed := self._compose(run, own, found)) is not None:
+            return composed
         reason = f"its calls account for {found.explained} of {found.n_rows} rows of what enters the projection"
-        if found.explained == found.n_rows:
-            reason = f"its rows come from {len(parts)} calls, each with keys of its own"
-        self.refused[one.call.site] = reason
+        if any(other.edited for other in own):
+            reason = f"its rows come from {len(own)} calls; a part of a head is not edited as if it were the head"
+        elif found.explained == found.n_rows:
+            reason = f"its rows come from {len(own)} calls, of which it cannot be shown where their keys lie"
+        if not any(other.edited for other in own):
+            self.refused[one.call.site] = reason
+        for key in [key for key in self._known if key[0] == one.call.site]:
+            del self._known[key]  # of shorter inputs, which take one call: with these all calls wait for each other
         return [(other, reason) for other in own]
+
+    def _compose(
+        self, run: Run, own: list[Waiting], found: Account
+    ) -> list[tuple[Waiting, AttentionCall | str]] | None:
+        """The calls as blocks of one map, if that is what they are."""
+        bounds: list[Bound] = []
+        for one in own:
+            shape = tuple(one.output.shape)
+            guess = one.guess or axes_by_size(shape, one.call.mixed, one.call.width, one.call.heads, run.examples)
+            bound = None if guess is None else guess.bind(shape)
+            if bound is None or one.told or one.edited or not one.unchanged:
+                return None
+            bounds.append(bound)
+        calls = [self._late(one, bound) for one, bound in zip(own, bounds, strict=True)]
+        made = [call for call in calls if isinstance(call, AttentionCall)]
+        if len(made) < len(calls):
+            return None
+        blocks = find_blocks(made, bounds, [one.call.width for one in own], found, run.made)
+        if blocks is None:
+            return None
+        self._blocks[own[0].call.site] = blocks
+        self.refused.pop(own[0].call.site, None)
+        return [(one, replace(call, block=block)) for one, call, block in zip(own, made, blocks.blocks, strict=True)]
 
     def known(self, site: str) -> Known | None:
         """What is known of the first call of a site."""
         if site in self._stated:
             return Known(Axes.parse(self._stated[site]), "stated")
         return self._known.get((site, 0))
+
+
+def _axes_of_values(call: Unplaced, run: Run) -> Axes | None:
+    """The axes by where the values lie in what a linear function gave: heads among the features of one position.
+
+    They are the output's own, where the values have keys in the place of queries and all else alike.
+    """
+    if call.values is None or len(call.mixed) != 1:
+        return None
+    for made in reversed(run.made):
+        if made.numel() < call.values.numel():
+            continue
+        own = own_features(made, call.values, call.width)
+        proof = prove_axes(call.values, own, call.mixed, call.width)
+        if proof is not None and proof.axes is not None and proof.axes.over == "positions":
+            bound = proof.axes.bind(tuple(call.output.shape))
+            return None if bound is None or bound.count("head") != (call.heads or bound.count("head")) else proof.axes
+    return None

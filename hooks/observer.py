@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from workbench.errors import CaptureError, InterventionError
 from workbench.hooks import bridges, calls, flex, multihead, registry
+from workbench.hooks.blocks import gather
 from workbench.hooks.forwards import InputsHook, calling_method, entries_of
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.layouts import UNKNOWN, Layouts, learn
@@ -120,7 +121,9 @@ class Observer:
             known = None
         if known is not None:
             return known
-        tap = FunctionTap(self._saw_sdpa, self._saw_function, self._saw_written_out, self._saw_linear)
+        tap = FunctionTap(
+            self._saw_sdpa, self._saw_function, self._saw_written_out, self._saw_linear, self._layouts.saw_made
+        )
         state = self._threads[thread] = ThreadRun(tap, self._saw_backend)
         return state
 
@@ -239,9 +242,12 @@ class Observer:
         )
         return result if replaced is None else (replaced, *result[1:])
 
-    def _saw_linear(self, func: Any, args: Sequence[Any]) -> None:
-        if self._layouts.is_waiting and (p := projected(func, args)) is not None:
+    def _saw_linear(self, func: Any, args: Sequence[Any]) -> bool:
+        waiting, learning = self._layouts.is_waiting, self._layouts.learning
+        p = projected(func, args) if waiting or learning else None
+        if waiting and p is not None:
             self._prove(p)
+        return learning and p is not None
 
     def _prove(self, p: Tensor, module: nn.Module | None = None) -> None:
         """Calls that have waited for a proof are told once it has come: with the input of a projection, or with what a
@@ -258,8 +264,8 @@ class Observer:
             for waiting, found in settled:
                 if isinstance(found, str):
                     self._listener.on_refused(waiting.call.site, found, edited=waiting.edited)
-                elif not state.replay:
-                    self._listener.on_call(found)
+                elif not state.replay and (call := self._whole(state, found)) is not None:
+                    self._listener.on_call(call)
 
     def _tell(
         self, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner | None = None
@@ -282,7 +288,7 @@ class Observer:
             _check_plain(made.output, owner[0])
             call: AttentionCall | None
             if isinstance(made, Unplaced):
-                call, waiting = self._layouts.place(made)
+                call, waiting = self._layouts.place(made, blocks=self._listener.takes_blocks())
             else:
                 call = made
             if call is None and waiting is not None and self._listener.cannot_wait(owner[0]):
@@ -293,7 +299,8 @@ class Observer:
                 return None
             if state.replay:
                 call = replace(call, replay=True)
-            z = self._listener.on_call(call)
+            whole = self._whole(state, call)
+            z = None if whole is None else self._listener.on_call(whole)
             if z is None:
                 return None
             output = call.as_output(z)
@@ -301,6 +308,12 @@ class Observer:
                 waiting.watch(output)
                 waiting.edited = True
             return output
+
+    def _whole(self, state: ThreadRun, call: AttentionCall) -> AttentionCall | None:
+        """The call, or where it is one of several blocks, all of them as one call once they are there."""
+        if call.block is None or self._listener.takes_blocks():
+            return call
+        return gather(state.blocks, call, call.block)
 
     def _tell_native(self, state: ThreadRun, call: AttentionCall) -> None:
         """On a native path there is nothing to put in the place of what the heads give."""

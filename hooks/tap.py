@@ -20,6 +20,21 @@ Kind = Literal["self", "cross", "window", "channel", "pooled", "memory", "state"
 
 
 @dataclass(frozen=True)
+class Block:
+    """Which part of its site's map a call is, where several calls of one site make one map.
+
+    Attributes:
+        number, of: which of how many. queries, keys: positions of its rows and keys. n_keys: of the whole map.
+    """
+
+    number: int
+    of: int
+    queries: slice
+    keys: slice
+    n_keys: int
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """One call of an attention kernel, at the kernel's boundary; the tensors are the model's own.
 
@@ -49,6 +64,7 @@ class AttentionCall:
         build: makes the call's pattern, for kernels that are no softmax; None for those that are.
         build_others: makes further maps of the call by name, such as the factors of a composed one.
         replay: the call happens again in a backward pass (gradient checkpointing).
+        block: it is a part of its site's map only; None if it is all of it. joined: how many calls it was made of.
     """
 
     site: str
@@ -77,6 +93,8 @@ class AttentionCall:
     build: Callable[[], Pattern] | None = None
     build_others: Callable[[], dict[str, Pattern]] = dict
     replay: bool = False
+    block: Block | None = None
+    joined: int = 1
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +22,7 @@ class Unplaced:
         output: what the kernel gave.
         mixed: the axes of the output that the values do not have; width: the axis that only they have.
         under: makes the call, given what the axes are. tensors: what it is made of.
+        values: with the axes of the output, keys in the place of queries; None where they have other axes.
     """
 
     site: str
@@ -32,6 +33,7 @@ class Unplaced:
     width: int
     under: Callable[[Bound], AttentionCall]
     tensors: tuple[Tensor | None, ...] = ()
+    values: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -73,6 +75,11 @@ class Waiting:
         self.sample = sampled(self.output).clone()
 
     @property
+    def compared(self) -> bool:
+        """Whether something that has the heads' rows and features was compared with it, and is something else."""
+        return self.fits and self.tried > 0 and self.reason == Waiting.reason
+
+    @property
     def unchanged(self) -> bool:
         """Whether the model has left the output as it was."""
         same = self.sample is not None and torch.equal(sampled(self.output).nan_to_num(), self.sample.nan_to_num())
@@ -96,11 +103,12 @@ def kept(call: Unplaced) -> Unplaced:
 
 @dataclass
 class Run:
-    """One forward in one thread. `examples`: how many the model was given."""
+    """One forward in one thread. `examples`: how many the model was given; `made`: what linear functions gave."""
 
     counts: Counter[str] = field(default_factory=Counter)
     waiting: list[Waiting] = field(default_factory=list)
     examples: int | None = None
+    made: deque[Tensor] = field(default_factory=lambda: deque(maxlen=8))
 
 
 def versions(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:

@@ -57,6 +57,17 @@ class WrittenOut:
         return tuple(i for i, letter in enumerate(output) if letter in weights and letter not in values)
 
     @property
+    def values_like_output(self) -> Tensor | None:
+        """The values with the axes of the output, keys in the place of queries; None if they have other axes."""
+        of_weights, of_values, of_output = self.letters
+        if len(self.mixed) != 1:
+            return None
+        wanted = [of_weights[-1] if i in self.mixed else letter for i, letter in enumerate(of_output)]
+        if sorted(wanted) != sorted(of_values):
+            return None
+        return self.values.permute([of_values.index(letter) for letter in wanted])
+
+    @property
     def width(self) -> int:
         """The axis of the output that only the values have."""
         weights, _, output = self.letters

@@ -123,6 +123,6 @@ def own_features(p: Tensor, output: Tensor, axis: int) -> Tensor:
         return p
     width = p.shape[-1] // found.owner.shape[1]
     filled = ((found.owner >= 0) | found.empty).all(0).nonzero().flatten().tolist()
-    if len(filled) * width != wide or filled != list(range(filled[0], filled[-1] + 1)):
+    if len(filled) * width != wide:
         return p
-    return p[..., filled[0] * width : (filled[-1] + 1) * width].contiguous()
+    return p.unflatten(-1, (-1, width))[..., filled, :].flatten(-2)

@@ -37,6 +37,9 @@ class _Calls(Listener):
     def leaves_native_path(self) -> bool:
         return True
 
+    def takes_blocks(self) -> bool:
+        return True
+
 
 def look_at(
     model: nn.Module,

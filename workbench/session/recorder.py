@@ -138,6 +138,12 @@ class Recorder:
             return
         if call.site in self._refused_here.get(threading.get_ident(), ()):
             return  # another of its calls in this forward cannot be shown
+        if call.joined > 1 and self.settings.gradients:
+            raise CaptureError(
+                f"its map comes from {call.joined} calls, whose gradients are not read",
+                site=call.site,
+                hint="leave the site out: sites=, or capture without gradients=True",
+            )
         seen = self._now()
         site = self._site(call, forward)
         if self.settings.sites is not None and site.path not in self.settings.sites:

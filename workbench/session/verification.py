@@ -130,6 +130,10 @@ class _Calls(Listener):
     def leaves_native_path(self) -> bool:
         return self.edits
 
+    def takes_blocks(self) -> bool:
+        """Each is switched off by itself."""
+        return self.edits
+
 
 def verify_model(
     model: nn.Module,
