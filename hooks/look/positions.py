@@ -9,6 +9,9 @@ from torch import Tensor
 
 from workbench.hooks.look.replay import ModuleCall, mapped, tensors
 
+ROUNDING = 64
+"""Units in the last place of the largest number that do not count as a change."""
+
 
 def positions_of(call: ModuleCall, batch: int) -> list[tuple[int, int]]:
     """(axis, length) of the positions of a call's inputs, once for each length: sequences of another length are others.
@@ -82,7 +85,7 @@ def speaking(output: Any, length: int, batch: int) -> int | None:
 def reach(before: Any, after: Any, which: int, length: int, batch: int, j: int) -> tuple[int, ...] | None:
     """Which positions of an output differ, along the axis where the fewest do; None: the output has changed its shape.
 
-    Rounding does not count: less than 64 units in the last place of the largest number.
+    Rounding does not count.
     """
     if len(list(tensors(after))) <= which:
         return None
@@ -91,7 +94,7 @@ def reach(before: Any, after: Any, which: int, length: int, batch: int, j: int) 
         return None
     a, b = a.double().nan_to_num(posinf=0, neginf=0), b.double().nan_to_num(posinf=0, neginf=0)
     eps = torch.finfo(list(tensors(before))[which].dtype).eps
-    change = (a - b).abs() > 64 * eps * a.abs().max()
+    change = (a - b).abs() > ROUNDING * eps * a.abs().max()
     ways = []
     for axis, size in enumerate(change.shape):
         at = change.movedim(axis, 0).flatten(1).any(1).nonzero().flatten()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import transformers as hf
 
-from support.survey.surveyed import GROUPED, TEXT, Surveyed, tokens, uncached
+from support.survey.surveyed import GROUPED, TEXT, Surveyed, uncached
 
 _STATE = {"mamba_d_state": 6, "mamba_d_head": 8, "mamba_n_heads": 8, "mamba_n_groups": 1, "mamba_expand": 2}
 _DELTA = {
@@ -45,8 +45,7 @@ HYBRIDS = [
         **{**GROUPED, "num_hidden_layers": 3}, layers_block_type=["mamba", "attention", "mlp"], ssm_state_size=6,
         mamba_num_heads=8, mamba_head_dim=8, n_groups=1, head_dim=8)), uncached),
     Surveyed("Kimi Linear", lambda: hf.KimiLinearModel(hf.KimiLinearConfig(
-        **GROUPED, num_experts=2)), uncached),
-    Surveyed("xLSTM", lambda: hf.xLSTMModel(hf.xLSTMConfig(
-        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_blocks=2, num_heads=4, chunk_size=17,
-        embedding_dim=32)), tokens),
+        **GROUPED, num_experts=4, num_experts_per_token=2,
+        moe_intermediate_size=24, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+        linear_head_dim=8, linear_num_heads=4, layer_types=["linear_attention", "full_attention"])), uncached),
 ]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -16,8 +15,10 @@ from support.survey.surveyed import LENGTH, Surveyed, normal
 from support.zoo.family import ids
 
 
-def _from(module: str) -> Any:
-    with judges():
+def _from(module: str, *absent: str) -> Any:
+    """A module. `absent`: packages that it imports for other purposes than its models; they may be missing."""
+    stand_ins = {name: mock.MagicMock(__spec__=None) for name in absent if name not in sys.modules}
+    with judges(), mock.patch.dict(sys.modules, stand_ins):
         return import_module(module)
 
 
@@ -75,11 +76,7 @@ def _routing() -> nn.Module:
 
 
 def _whisper() -> nn.Module:
-    # Its tools for audio files import these two; the model itself does not use them.
-    absent = {name: ModuleType(name) for name in ("numba", "tiktoken") if name not in sys.modules}
-    absent.get("numba", ModuleType("")).__dict__["jit"] = lambda *given, **named: lambda function: function
-    with mock.patch.dict(sys.modules, absent):
-        whisper = _from("whisper.model")
+    whisper = _from("whisper.model", "numba", "tiktoken")
     sizes = whisper.ModelDimensions(
         n_mels=6, n_audio_ctx=22, n_audio_state=32, n_audio_head=4, n_audio_layer=1, n_vocab=60, n_text_ctx=32,
         n_text_state=32, n_text_head=4, n_text_layer=1,
@@ -89,7 +86,7 @@ def _whisper() -> nn.Module:
 
 
 def _vit(module: str, cls: str, **sizes: Any) -> nn.Module:
-    made: nn.Module = getattr(_from(f"vit_pytorch.{module}"), cls)(num_classes=5, **sizes)
+    made: nn.Module = getattr(_from(f"vit_pytorch.{module}", "torchvision"), cls)(num_classes=5, **sizes)
     return made
 
 
@@ -97,6 +94,14 @@ def _timm(name: str, **sizes: Any) -> nn.Module:
     from support.vision import timm
 
     model: nn.Module = timm().create_model(name, num_classes=5, **sizes)
+    return model
+
+
+def _mixer() -> nn.Module:
+    from support.vision import timm
+
+    sizes = {"img_size": 96, "patch_size": 32, "embed_dim": 32, "num_blocks": 1}
+    model: nn.Module = timm().models.mlp_mixer.MlpMixer(num_classes=5, **sizes)
     return model
 
 
@@ -146,9 +151,9 @@ PACKAGES = [
              block_repeats=(1, 1)), lambda: {"img": normal(2, 3, 36, 36)}, (36, 12, 6), "vit-pytorch"),
     Surveyed("DaViT", lambda: _timm("davit_tiny", depths=(1, 1), embed_dims=(16, 32), num_heads=(2, 4),
              window_size=3), lambda: {"x": normal(2, 3, 48, 48)}, (12, 6, 144, 36, 9), "timm"),
-    Surveyed("MaxViT", lambda: _timm("maxvit_rmlp_pico_rw_256", img_size=64, embed_dim=(16, 32), depths=(1, 1)),
+    Surveyed("MaxViT", lambda: _timm("maxvit_rmlp_pico_rw_256", img_size=64, embed_dim=(32, 64), depths=(1, 1)),
              lambda: {"x": normal(2, 3, 64, 64)}, (16, 8, 64), "timm"),
-    Surveyed("MLP-Mixer", lambda: _timm("mixer_s32_224", img_size=96, embed_dim=32, num_blocks=1),
+    Surveyed("MLP-Mixer", _mixer,
              lambda: {"x": normal(2, 3, 96, 96)}, (9,), "timm"),
     Surveyed("Gated linear attention", lambda: nn.Sequential(_GatedLinear()),
              lambda: {"input": normal(2, LENGTH, 32)}, library="fla"),

@@ -12,7 +12,7 @@ from support.zoo.family import ids
 
 _SOUND = {
     **TOWER, "conv_dim": [16, 16], "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 6, "num_conv_pos_embedding_groups": 2,
+    "num_conv_pos_embeddings": 5, "num_conv_pos_embedding_groups": 2,
 }  # fmt: skip
 
 
@@ -56,7 +56,8 @@ SENSES = [
         **TOWER, image_size=24, patch_size=8, use_relative_position_bias=True)), image(24), (10,)),
     Surveyed("CvT", lambda: hf.CvtModel(hf.CvtConfig(
         embed_dim=[16, 32], num_heads=[2, 4], depth=[1, 1], patch_sizes=[7, 3], patch_stride=[4, 2],
-        patch_padding=[2, 1], mlp_ratio=[2, 2], attention_drop_rate=[0, 0], drop_rate=[0, 0], drop_path_rate=[0, 0],
+        patch_padding=[2, 1], mlp_ratio=[2.0, 2.0], attention_drop_rate=[0.0, 0.0], drop_rate=[0.0, 0.0], drop_path_rate=[0.0, 0.0],
+        num_stages=2,
         qkv_bias=[True, True], cls_token=[False, True], qkv_projection_method=["dw_bn"] * 2, kernel_qkv=[3, 3],
         padding_kv=[1, 1], stride_kv=[2, 2], padding_q=[1, 1], stride_q=[1, 1])), image(56), (196, 49, 50, 14, 7)),
     Surveyed("SAM", lambda: hf.SamVisionModel(hf.SamVisionConfig(
