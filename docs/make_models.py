@@ -39,8 +39,8 @@ and that `wb.verify` holds. A row stands for its architecture: other sizes and c
 other models of `transformers` share it. `wb.verify(**inputs)` says whether a capture of your model tells the truth.
 
 - **Sites**: kinds of the places where tokens mix.
-- **Pattern**: how the weights are had. *Rebuilt from q and k*: exact, any part on demand, in memory that grows with the
-  length alone. *The model's own weights*: the model writes its attention out, and what it computed is kept. *Rebuilt
+- **Pattern**: where the weights come from. *Rebuilt from q and k*: exact, any part on demand, in memory that grows with
+  the length alone. *The model's own weights*: the model writes its attention out, and that is kept. *Rebuilt
   from the scan*: of a state-space layer; *frozen* says that it is exact with the gates that this input gave, *signed*
   that weights may be negative, so that statistics are those of |A| normalised per row. *Unnormalised*: rows do not sum
   to one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from workbench.kernels.statistics import STATISTICS
 from workbench.storage import files
 from workbench.storage.provenance import Provenance
 from workbench.storage.rendering import renderer
+from workbench.storage.weights import WeightsThen
 from workbench.tokens import visible_text
 
 if TYPE_CHECKING:
@@ -46,21 +47,28 @@ class Capture:
         forwards: list[Forward],
         model_sites: Sites,
         provenance: Provenance,
-        weights_hash: Callable[[], str | None] | None = None,
+        weights: WeightsThen | None = None,
         settings: Settings | None = None,
     ) -> None:
         self._forwards, self.model_sites, self.settings = forwards, model_sites, settings
-        self._provenance, self._weights_hash = provenance, weights_hash
+        self._provenance, self._weights = provenance, weights
 
     @property
     def provenance(self) -> Provenance:
-        """Where the numbers come from; the first reading hashes the weights, None if they have changed since."""
-        if "weights_sha256" not in self._provenance and self._weights_hash is not None:
-            self._provenance["weights_sha256"] = self._weights_hash()
+        """Where the numbers come from; the first reading hashes the weights, while the model is there and unchanged.
+
+        A capture does not keep its model alive. Where there is no hash, "weights_note" says why.
+        """
+        if "weights_sha256" not in self._provenance and self._weights is not None:
+            self._provenance |= self._weights.facts()
         return self._provenance
 
     def _with(self, forwards: list[Forward]) -> Capture:
-        return Capture(forwards, self.model_sites, self._provenance, self._weights_hash, self.settings)
+        return Capture(forwards, self.model_sites, self._provenance, self._weights, self.settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which are captures like those from files: with the hash, and without the model."""
+        return {**self.__dict__, "_provenance": dict(self.provenance), "_weights": None}
 
     @property
     def calls(self) -> tuple[Capture, ...]:
@@ -326,7 +334,7 @@ class Capture:
             "forwards": forwards,
         }
         if self.settings is not None:
-            header["settings"], asked = self.settings.parts()
+            header["settings"], asked = self.settings.state()
             tensors |= {f"settings/{name}": tensor for name, tensor in asked.items()}
         return files.write(path, FORM, header, tensors)
 

@@ -106,6 +106,11 @@ class SiteCapture:
                 hint="use the pattern before the next forward, or capture with pattern=True",
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: what they hold is their own, and what the model has overwritten stays so."""
+        stale = any(tensor._version != seen for tensor, seen in self.held)
+        return {**self.__dict__, "held": [(torch.empty(0), -1)] if stale else []}
+
     @property
     def has_result(self) -> bool:
         """Whether `result` has what it needs."""
@@ -258,7 +263,7 @@ def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[
     parts |= {key: tensor for key, tensor in kept.items() if tensor is not None}
     if pattern:
         for name, one in capture.patterns.items():
-            facts, tensors = one.parts()
+            facts, tensors = one.state()
             entry.setdefault("patterns", {})[name] = {"family": type(one).__name__, **facts}
             parts |= {f"{PATTERN}{name}.{key}": tensor for key, tensor in tensors.items()}
     return entry, parts

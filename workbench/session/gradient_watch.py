@@ -107,7 +107,7 @@ class GradientWatch:
             )
         self._grad_was_on |= grad_is_on
         values = call.v if pattern.values is None else pattern.values
-        tensors = [t for t in (values, *pattern.parts()[1].values()) if not t.is_inference()]
+        tensors = [t for t in (values, *pattern.state()[1].values()) if not t.is_inference()]
         versions = [(t, t._version) for t in tensors]
         awaited = _Awaited(site, pattern, values.detach(), deliver, versions, edited is not None)
         self._awaited.append(awaited)

@@ -236,8 +236,8 @@ class Recorder:
         if not self.settings.queries_keys or (call.build is None and call.weights is None):
             return self.settings.bytes_for(*sizes)
         # What is kept of other patterns than softmax differs from one to the next.
-        parts = [part for one in (pattern, *call.build_others().values()) for part in one.parts()[1].items()]
-        kept = sum(tensor.numel() * tensor.element_size() for name, tensor in parts if name != "values")
+        held = [item for one in (pattern, *call.build_others().values()) for item in one.state()[1].items()]
+        kept = sum(tensor.numel() * tensor.element_size() for name, tensor in held if name != "values")
         return replace(self.settings, queries_keys=False).bytes_for(*sizes) + kept
 
     def _options(self, forward: Forward, site: Site, pattern: Pattern, names: Sequence[str]) -> Options:
@@ -290,7 +290,7 @@ class _Keeper:
 
     def shared(self, tensor: Tensor) -> Tensor:
         """Keep a tensor that several calls may share, by reference, noting its version."""
-        if tensor.is_inference():
-            return tensor
-        self.held.append((tensor, tensor._version))
+        tensor = tensor.detach()  # its history would hold on to the model's weights
+        if not tensor.is_inference():
+            self.held.append((tensor, tensor._version))
         return tensor

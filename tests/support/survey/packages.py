@@ -149,6 +149,8 @@ PACKAGES = [
              lambda: {"img": normal(2, 3, 32, 32)}, (16, 17), "vit-pytorch"),
     Surveyed("NesT", lambda: _vit("nest", "NesT", image_size=36, patch_size=3, dim=16, heads=2, num_hierarchies=2,
              block_repeats=(1, 1)), lambda: {"img": normal(2, 3, 36, 36)}, (36, 12, 6), "vit-pytorch"),
+    Surveyed("timm ViT", lambda: _timm("vit_tiny_patch16_224", img_size=48, embed_dim=32, depth=2, num_heads=4),
+             lambda: {"x": normal(2, 3, 48, 48)}, (10, 48), "timm"),
     Surveyed("DaViT", lambda: _timm("davit_tiny", depths=(1, 1), embed_dims=(16, 32), num_heads=(2, 4),
              window_size=3), lambda: {"x": normal(2, 3, 48, 48)}, (12, 6, 144, 36, 9), "timm"),
     Surveyed("MaxViT", lambda: _timm("maxvit_rmlp_pico_rw_256", img_size=64, embed_dim=(32, 64), depths=(1, 1)),

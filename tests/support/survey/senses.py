@@ -38,7 +38,13 @@ _FORECAST = {
     "decoder_ffn_dim": 48, "lags_sequence": [1, 2],
 }  # fmt: skip
 
+_VISION = {**TOWER, "image_size": 24, "patch_size": 8}
+
 SENSES = [
+    Surveyed("ViT", lambda: hf.ViTModel(hf.ViTConfig(**_VISION)), image(24), (10, 24)),
+    Surveyed("CLIP", lambda: hf.CLIPModel(hf.CLIPConfig(
+        text_config={**TOWER, **TEXT, "max_position_embeddings": 20}, vision_config=_VISION, projection_dim=16)),
+        _seen_and_read, (17, 10, 24)),
     Surveyed("SegFormer", lambda: hf.SegformerModel(hf.SegformerConfig(
         num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], num_attention_heads=[2, 4],
         patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2])), image(56), (196, 49, 14, 7)),
@@ -56,8 +62,8 @@ SENSES = [
         **TOWER, image_size=24, patch_size=8, use_relative_position_bias=True)), image(24), (10,)),
     Surveyed("CvT", lambda: hf.CvtModel(hf.CvtConfig(
         embed_dim=[16, 32], num_heads=[2, 4], depth=[1, 1], patch_sizes=[7, 3], patch_stride=[4, 2],
-        patch_padding=[2, 1], mlp_ratio=[2.0, 2.0], attention_drop_rate=[0.0, 0.0], drop_rate=[0.0, 0.0], drop_path_rate=[0.0, 0.0],
-        num_stages=2,
+        patch_padding=[2, 1], mlp_ratio=[2.0, 2.0], attention_drop_rate=[0.0, 0.0], drop_rate=[0.0, 0.0],
+        drop_path_rate=[0.0, 0.0], num_stages=2,
         qkv_bias=[True, True], cls_token=[False, True], qkv_projection_method=["dw_bn"] * 2, kernel_qkv=[3, 3],
         padding_kv=[1, 1], stride_kv=[2, 2], padding_q=[1, 1], stride_q=[1, 1])), image(56), (196, 49, 50, 14, 7)),
     Surveyed("SAM", lambda: hf.SamVisionModel(hf.SamVisionConfig(
