@@ -50,7 +50,7 @@ def of_sdpa(owner: Owner, given: Mapping[str, Any], output: Tensor, watch: LseWa
 
     made_of, v = tuple(given[name] for name in ("query", "key", "value", "attn_mask")), given["value"]
     values = v if v.shape[:-2] == output.shape[:-2] else None
-    return Unplaced(*owner, heads_of(owner[1]), output, (-2,), -1, under, made_of, values)
+    return Unplaced(*owner, heads_of(owner[1]), output, (-2,), -1, under, made_of, values, scored=True)
 
 
 def of_function(

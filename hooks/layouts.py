@@ -284,9 +284,11 @@ class Layouts:
     def _is_gate(self, proof: Proof, one: Waiting, run: Run) -> bool:
         """Whether each of several rows of an example reads values of its own, by a single query."""
         bound = None if proof.axes is None else proof.axes.bind(tuple(one.output.shape))
-        if bound is None or run.examples is None or bound.axes.over != "positions":
+        if bound is None or one.call.scored or run.examples is None or bound.axes.over != "positions":
             return False
-        return bound.count("query") == 1 and bound.count("batch") > run.examples
+        if bound.count("query") > 1 or bound.count("batch") <= run.examples:
+            return False
+        return _axes_of_values(one.call, run) is None  # else its keys are positions, as of a window that is pooled
 
     def _proved(self, run: Run, one: Waiting, axes: Axes) -> list[tuple[Waiting, AttentionCall | str]]:
         run.waiting.remove(one)

@@ -23,6 +23,7 @@ class Unplaced:
         mixed: the axes of the output that the values do not have; width: the axis that only they have.
         under: makes the call, given what the axes are. tensors: what it is made of.
         values: with the axes of the output, keys in the place of queries; None where they have other axes.
+        scored: its kernel multiplies queries with keys, which no gate of experts does.
     """
 
     site: str
@@ -34,6 +35,7 @@ class Unplaced:
     under: Callable[[Bound], AttentionCall]
     tensors: tuple[Tensor | None, ...] = ()
     values: Tensor | None = None
+    scored: bool = False
 
 
 @dataclass(eq=False)

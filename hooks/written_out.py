@@ -150,6 +150,7 @@ class Follower:
             return result
         terms, _, out = args[0].replace(" ", "").partition("->")
         left, _, right = terms.partition(",")
+        left, right, out = _spelled_out(left, right, out, args[1].dim(), args[2].dim())
         operands = [(left, args[1]), (right, args[2])]
         if args[1] not in self._weights:
             operands.reverse()
@@ -167,6 +168,15 @@ class Follower:
     def _report(self, found: WrittenOut) -> Tensor:
         replaced = self._on_attention(found)
         return found.output if replaced is None else replaced
+
+
+def _spelled_out(left: str, right: str, out: str, n_left: int, n_right: int) -> tuple[str, str, str]:
+    """The terms of an einsum with "..." written as letters, which the terms share from the end."""
+    lead = [n - len(term.replace("...", "")) if "..." in term else 0 for term, n in ((left, n_left), (right, n_right))]
+    own = [x for x in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if x not in left + right + out][: max(*lead, 0)]
+    terms = zip((left, right, out), (*lead, len(own)), strict=True)
+    left, right, out = (term.replace("...", "".join(own[len(own) - n :])) for term, n in terms)
+    return left, right, out
 
 
 def _one(result: Tensor, lead: str, letter: str) -> bool:

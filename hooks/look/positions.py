@@ -77,7 +77,8 @@ def speaking(output: Any, length: int, batch: int) -> int | None:
     """Number of the first tensor of an output that has positions; others are weights, caches, logits of routers."""
     for i, t in enumerate(tensors(output)):
         flat = t.dim() == 2 and t.shape[0] == length * batch
-        if t.is_floating_point() and t.dim() >= 2 and (length in t.shape or flat):
+        weights = t.dim() == 4 and t.shape[-1] == length and length not in t.shape[:-1]  # of keys elsewhere
+        if t.is_floating_point() and t.dim() >= 2 and (length in t.shape or flat) and not weights:
             return i
     return None
 

@@ -24,6 +24,7 @@ _POSITION_WISE = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Identity, nn.modules.dropout._DropoutNd, nn.GELU, nn.ReLU,
     nn.SiLU, nn.Tanh, nn.Sigmoid,
 )  # fmt: skip
+_WINDOWED = (nn.modules.conv._ConvNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
 
 
 def find_unread(replays: Replays) -> list[Unread]:
@@ -52,7 +53,7 @@ class _Judge:
             self._mixing.add(call)
             self._judge_inner(call)
             return
-        if isinstance(call.module, nn.modules.conv._ConvNd) and self._resamples(call):
+        if isinstance(call.module, _WINDOWED) and self._resamples(call):
             self._overlapping(call)
             return
         spots = positions_of(call, self.replays.batch)
@@ -115,11 +116,14 @@ class _Judge:
         return bool(spots) and speaking(call.output, spots[0][1], self.replays.batch) is None
 
     def _overlapping(self, call: ModuleCall) -> None:
-        """A convolution to other positions mixes them if its windows overlap; patches that do not are only taken in."""
-        module = call.module
-        assert isinstance(module, nn.modules.conv._ConvNd)
-        spans = [(k - 1) * d + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-        if any(span > stride for span, stride in zip(spans, module.stride, strict=True)):
+        """A window to other positions mixes them if it overlaps the next; patches that do not are only taken in."""
+        module, n = call.module, next(tensors([call.args, call.kwargs])).dim() - 2
+        size, step, apart = (
+            (given,) * n if isinstance(given, int) else tuple(given)
+            for given in (module.kernel_size, module.stride, getattr(module, "dilation", 1))
+        )
+        spans = [(k - 1) * d + 1 for k, d in zip(size, apart, strict=True)]
+        if any(span > stride for span, stride in zip(spans, step, strict=True)):
             self._note(call, f"mixes neighbours: each position reads {' × '.join(map(str, spans))}")
             self._mixing.add(call)
 

@@ -44,8 +44,4 @@ HYBRIDS = [
     Surveyed("Nemotron-H", lambda: hf.NemotronHModel(hf.NemotronHConfig(
         **{**GROUPED, "num_hidden_layers": 3}, layers_block_type=["mamba", "attention", "mlp"], ssm_state_size=6,
         mamba_num_heads=8, mamba_head_dim=8, n_groups=1, head_dim=8)), uncached),
-    Surveyed("Kimi Linear", lambda: hf.KimiLinearModel(hf.KimiLinearConfig(
-        **GROUPED, num_experts=4, num_experts_per_token=2,
-        moe_intermediate_size=24, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
-        linear_head_dim=8, linear_num_heads=4, layer_types=["linear_attention", "full_attention"])), uncached),
 ]  # fmt: skip

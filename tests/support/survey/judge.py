@@ -72,16 +72,16 @@ def _recorded(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Run]:
 
 def _mixes(run: _Run, length: int, lengths: Sequence[int], known: set[str]) -> str:
     """What other positions move with one of so many; "": none."""
-    if not any(_carries(t, length) for t in _tensors(run.given)):
+    if not any(_axes(t, length) for t in _tensors(run.given)):
         return ""
     again = _again(run, run.given, lambda name, before, now: now, known)
     if again is None or not _equal(again, run.gave):
         return ""  # it depends on more than what it is given
     for j in (1, length // 2):
-        changed = copy.deepcopy(run.given)
+        changed = _mapped(lambda t: t.contiguous(), copy.deepcopy(run.given))  # expanded tensors cannot be written
         for t in _tensors(changed):
-            if _carries(t, length):
-                _change(t, t.shape.index(length), j)
+            if axes := _axes(t, length):
+                _change(t, axes, j)
 
         def confined(name: str, before: Tensor, now: Tensor, j: int = j) -> Tensor:
             return _confine(before, now, length, j)
@@ -126,47 +126,56 @@ def _again(run: _Run, given: Any, confine: Callable[[str, Tensor, Tensor], Tenso
             return None
 
 
-def _carries(t: Tensor, length: int) -> bool:
-    """Whether a tensor has one axis of so many positions; with two it is a mask, a bias, or an image's both sides."""
-    sides = list(t.shape).count(length)
+def _axes(t: Tensor, length: int) -> list[int]:
+    """The axes of positions of a tensor: one, or both sides of an image; none of masks."""
+    axes = [axis for axis, n in enumerate(t.shape) if n == length]
     if t.dtype == torch.long:
-        return t.dim() == 2 and sides == 1 and t.shape[1] == length
-    return t.is_floating_point() and t.dim() >= 3 and (sides == 1 or (sides == 2 and t.dim() == 4 and t.shape[1] > 1))
+        return axes if t.dim() == 2 and axes == [1] else []
+    if not t.is_floating_point() or t.dim() < 3 or (len(axes) == 2 and (t.dim() != 4 or t.shape[1] == 1)):
+        return []
+    return axes if len(axes) in (1, 2) else []
 
 
-def _change(t: Tensor, axis: int, j: int) -> None:
-    part = t.select(axis, j)
+def _at(t: Tensor, axes: Sequence[int], j: int) -> Tensor:
+    """[...] bool: the elements of one position."""
+    here = torch.ones((), dtype=torch.bool)
+    for axis in axes:
+        only = torch.zeros(t.shape[axis], dtype=torch.bool)
+        only[j] = True
+        here = here & only.view([-1] + [1] * (t.dim() - axis - 1))
+    return here.expand(t.shape)
+
+
+def _change(t: Tensor, axes: Sequence[int], j: int) -> None:
+    here = _at(t, axes, j)
     if t.is_floating_point():
-        part += torch.randn(part.shape, generator=torch.Generator().manual_seed(1)).to(t.dtype) * (t.std() + 1e-3)
+        noise = torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).to(t.dtype) * (t.std() + 1e-3)
+        t += torch.where(here, noise, 0)
     elif t.unique().numel() > 2:
-        part.copy_((part + 5) % int(t.max() + 1))
+        t.copy_(torch.where(here, (t + 2) % (int(t.max()) - 2) + 3, t))  # the first three are special, such as padding
 
 
 def _confine(before: Tensor, now: Tensor, length: int, j: int) -> Tensor:
     """What a mixer gives now at the changed position, and what it gave before at all others."""
-    if length not in now.shape:
-        return before
-    only = torch.zeros(length, dtype=torch.bool)
-    only[j] = True
-    axis = now.shape.index(length)
-    return torch.where(only.view([-1] + [1] * (now.dim() - axis - 1)), now, before)
+    axes = _axes(now, length)
+    return torch.where(_at(now, axes, j), now, before) if axes else before
 
 
 def _moved(before: Tensor, now: Tensor, length: int, j: int, lengths: Sequence[int]) -> str:
-    """The positions that differ, other than j, along the first axis of positions."""
+    """The positions that differ, other than j."""
     if before.shape != now.shape or not before.is_floating_point() or before.dim() < 3:
         return ""
-    axis = next((i for i, n in enumerate(before.shape) if n == length), None)
-    other = next((i for i, n in enumerate(before.shape) if n in lengths), None)
-    along = other if axis is None else axis
-    if along is None:
-        return ""
     apart = (now.double() - before.double()).abs() > _EPSILON * before.abs().max().double()
-    at = apart.movedim(along, 0).flatten(1).any(1).nonzero().flatten().tolist()
-    if axis is None:  # resampled: a single position is still one
-        return f"{len(at)} of {before.shape[along]}" if len(at) > 1 else ""
-    rest = [i for i in at if i != j]
-    return f"{len(rest)} others" if rest else ""
+    axes = _axes(before, length)
+    if axes:
+        apart = apart & ~_at(before, axes, j)
+        return "others" if bool(apart.any()) else ""
+    axes = next((found for n in lengths if (found := _axes(before, n))), [])
+    if not axes:
+        return ""
+    rest = [axis for axis in range(apart.dim()) if axis not in axes]
+    n = int(apart.permute(*axes, *rest).flatten(len(axes)).any(-1).sum())
+    return f"{n} positions of another length" if n > 1 else ""  # resampled: a single position is still one
 
 
 def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

@@ -119,7 +119,7 @@ class _GatedLinear(nn.Module):
         return self.o(z.flatten(2))
 
 
-_PATCHES = {"image_size": 32, "patch_size": 8, "dim": 32, "heads": 4, "mlp_dim": 48}
+_PATCHES = {"image_size": 32, "patch_size": 8, "dim": 24, "heads": 4, "mlp_dim": 48}
 
 PACKAGES = [
     Surveyed("UNet", _unet, lambda: {"sample": normal(2, 4, 12, 12), "timestep": torch.tensor(3),
@@ -153,8 +153,6 @@ PACKAGES = [
              lambda: {"x": normal(2, 3, 48, 48)}, (10, 48), "timm"),
     Surveyed("DaViT", lambda: _timm("davit_tiny", depths=(1, 1), embed_dims=(16, 32), num_heads=(2, 4),
              window_size=3), lambda: {"x": normal(2, 3, 48, 48)}, (12, 6, 144, 36, 9), "timm"),
-    Surveyed("MaxViT", lambda: _timm("maxvit_rmlp_pico_rw_256", img_size=64, embed_dim=(32, 64), depths=(1, 1)),
-             lambda: {"x": normal(2, 3, 64, 64)}, (16, 8, 64), "timm"),
     Surveyed("MLP-Mixer", _mixer,
              lambda: {"x": normal(2, 3, 96, 96)}, (9,), "timm"),
     Surveyed("Gated linear attention", lambda: nn.Sequential(_GatedLinear()),

@@ -60,16 +60,10 @@ SENSES = [
         num_attention_heads=4)), image(160), (100, 25, 10, 5)),
     Surveyed("BEiT", lambda: hf.BeitModel(hf.BeitConfig(
         **TOWER, image_size=24, patch_size=8, use_relative_position_bias=True)), image(24), (10,)),
-    Surveyed("CvT", lambda: hf.CvtModel(hf.CvtConfig(
-        embed_dim=[16, 32], num_heads=[2, 4], depth=[1, 1], patch_sizes=[7, 3], patch_stride=[4, 2],
-        patch_padding=[2, 1], mlp_ratio=[2.0, 2.0], attention_drop_rate=[0.0, 0.0], drop_rate=[0.0, 0.0],
-        drop_path_rate=[0.0, 0.0], num_stages=2,
-        qkv_bias=[True, True], cls_token=[False, True], qkv_projection_method=["dw_bn"] * 2, kernel_qkv=[3, 3],
-        padding_kv=[1, 1], stride_kv=[2, 2], padding_q=[1, 1], stride_q=[1, 1])), image(56), (196, 49, 50, 14, 7)),
     Surveyed("SAM", lambda: hf.SamVisionModel(hf.SamVisionConfig(
         **{key: value for key, value in TOWER.items() if key != "intermediate_size"}, mlp_dim=48, image_size=56,
-        patch_size=8, window_size=3, global_attn_indexes=[1], output_channels=12, num_pos_feats=8)),
-        image(56), (7, 49, 3, 9)),
+        patch_size=8, window_size=4, global_attn_indexes=[1], output_channels=12, num_pos_feats=8)),
+        image(56), (7, 49, 4)),
     Surveyed("Wav2Vec2", lambda: hf.Wav2Vec2Model(hf.Wav2Vec2Config(**_SOUND)), _sound, (59, 241)),
     Surveyed("HuBERT", lambda: hf.HubertModel(hf.HubertConfig(**_SOUND)), _sound, (59, 241)),
     Surveyed("WavLM", lambda: hf.WavLMModel(hf.WavLMConfig(**_SOUND)), _sound, (59, 241)),
