@@ -56,7 +56,7 @@ EVERY_MIXER = """
 ## Every mixer of tokens
 
 What `wb.look(**inputs)` says of tiny random models of more architectures: how many places are read, by kind, and which
-modules mix tokens and are not read. Both stand in `wb.sites`. A test compares this with a judge of its own, which changes
+modules mix tokens and are not read. Both stand in `wb.sites`. A test has a judge of its own, which changes
 one position of what each module is given, and fails where a module that mixes tokens is neither. `attach` needs
 `check=False` where nothing is read.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from workbench.hooks.look.positions import ROUNDING, moved, positions_of, reach, speaking
 from workbench.hooks.look.replay import ModuleCall, Replays, tensors
@@ -47,8 +48,8 @@ class _Judge:
 
     def judge(self, call: ModuleCall) -> None:
         """Judge one call, and those inside it where that is needed."""
-        if type(call.module) in _POSITION_WISE and not call.inner:
-            return
+        if (type(call.module) in _POSITION_WISE and not call.inner) or isinstance(call.module, ParametrizationList):
+            return  # the latter makes weights
         if call.read_whole:
             self._mixing.add(call)
             self._judge_inner(call)
@@ -96,7 +97,7 @@ class _Judge:
         batch, tells = self.replays.batch, False
         which = speaking(call.output, length, batch)
         if which is None:
-            return None
+            return self._reads_others(call, axis, length, frozen)
         for j in sorted({1, length // 2}):  # an early one, for causal modules, and one in the middle
             inputs = moved(call, axis, length, j)
             got = reach(call.output, self._run(call, inputs, frozen), which, length, batch, j)
@@ -109,6 +110,24 @@ class _Judge:
                 got = reach(call.output, self._run(call, inputs), which, length, batch, j)
             tells = tells or bool(got)
         return "" if tells else None
+
+    def _reads_others(
+        self, call: ModuleCall, axis: int, length: int, frozen: tuple[ModuleCall, ...] | list[ModuleCall]
+    ) -> str | None:
+        """What moves where positions of another input than the first do, as a class token's keys, and all the output
+        may depend on them.
+        """
+        given, gave = (next(tensors(x), None) for x in ([call.args, call.kwargs], call.output))
+        if given is None or gave is None or gave.dim() < 3 or given.shape != gave.shape or length in given.shape:
+            return None
+        inputs = moved(call, axis, length, length // 2)
+        for held in (frozen, None):
+            now = next(tensors(self._run(call, inputs, held)), None)
+            if now is None or now.shape != gave.shape:
+                return None
+            if not _close(now, gave):
+                return "" if held is None else f"mixes tokens: reads {length} positions of another input"
+        return None
 
     def _resamples(self, call: ModuleCall) -> bool:
         """Whether it gives other positions than it takes."""

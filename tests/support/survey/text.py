@@ -65,8 +65,8 @@ TEXTS = [
     Surveyed("Pegasus-X", lambda: hf.PegasusXModel(hf.PegasusXConfig(
         **_SIDES, block_size=6, num_global_tokens=3, max_position_embeddings=64)), seq2seq(18), (18, 9)),
     Surveyed("Switch", lambda: hf.SwitchTransformersModel(hf.SwitchTransformersConfig(
-        **_T5, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=3, expert_capacity=6)),
-        seq2seq(), (17, 9)),
+        **_T5, num_decoder_layers=1, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=3,
+        expert_capacity=6)), seq2seq(), (17, 9)),
     Surveyed("Marian", lambda: hf.MarianModel(hf.MarianConfig(**_SIDES)), seq2seq(), (17, 9)),
     Surveyed("M2M-100", lambda: hf.M2M100Model(hf.M2M100Config(**_SIDES)), seq2seq(), (17, 9)),
 ]  # fmt: skip
