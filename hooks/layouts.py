@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,12 +79,11 @@ class Layouts:
         """A forward begins in this thread."""
         self._runs[threading.get_ident()] = Run()
 
-    def inputs(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-        """The model was called with these inputs."""
-        first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+    def inputs(self, examples: int | None) -> None:
+        """The model was called with so many examples."""
         run = self._runs.get(threading.get_ident())
-        if run is not None and first is not None:
-            run.examples = first.shape[0]
+        if run is not None:
+            run.examples = examples
 
     def end(self) -> list[tuple[Waiting, AttentionCall | str]]:
         """The forward is over. What was not proved is placed by sizes, where these leave one way and a gate or a norm

@@ -211,7 +211,9 @@ class Observer:
     def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         state = self._threads.get(threading.get_ident())
         if state is not None and not state.replay and not state.reading and len(state.stack) == 1:
-            self._layouts.inputs(args, kwargs)
+            first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+            state.examples = None if first is None else first.shape[0]
+            self._layouts.inputs(state.examples)
             self._listener.on_inputs(args, kwargs)
 
     # What the taps see: each gives what the model goes on with, or None for what it has.
@@ -311,6 +313,8 @@ class Observer:
 
     def _whole(self, state: ThreadRun, call: AttentionCall) -> AttentionCall | None:
         """The call, or where it is one of several blocks, all of them as one call once they are there."""
+        if state.examples and call.v.shape[0] > state.examples and call.v.shape[0] % state.examples == 0:
+            call = replace(call, windows=call.v.shape[0] // state.examples)
         if call.block is None or self._listener.takes_blocks():
             return call
         return gather(state.blocks, call, call.block)

@@ -48,6 +48,7 @@ class ThreadRun:
         replay: it runs in a backward pass.
         reading: a reader is at work, whose own use of the model is not the model's.
         stack: the modules that run, the innermost last.
+        examples: how many the model was given; None if it was not itself called.
         scope: the frame of a method of the model's that calls its parts one by one, without the model itself; what runs
             in it goes on while the stack is empty.
         entries: the parts that have run in it and made calls.
@@ -58,6 +59,7 @@ class ThreadRun:
     backend: registry.Listener
     replay: bool = False
     reading: bool = False
+    examples: int | None = None
     watch: KernelWatch | None = None
     stack: list[Running] = field(default_factory=list)
     scope: FrameType | None = None

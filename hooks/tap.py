@@ -15,7 +15,7 @@ from workbench.kernels.masks import Mask, as_four, hidden_below
 from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
-Kind = Literal["self", "cross", "window", "channel", "pooled", "memory", "state"]
+Kind = Literal["self", "cross", "window", "halo", "channel", "pooled", "memory", "state"]
 """What a site mixes."""
 
 
@@ -64,6 +64,7 @@ class AttentionCall:
         build: makes the call's pattern, for kernels that are no softmax; None for those that are.
         build_others: makes further maps of the call by name, such as the factors of a composed one.
         replay: the call happens again in a backward pass (gradient checkpointing).
+        windows: how many entries of its batch each of the model's examples has, such as windows of an image.
         block: it is a part of its site's map only; None if it is all of it. joined: how many calls it was made of.
     """
 
@@ -93,8 +94,16 @@ class AttentionCall:
     build: Callable[[], Pattern] | None = None
     build_others: Callable[[], dict[str, Pattern]] = dict
     replay: bool = False
+    windows: int = 1
     block: Block | None = None
     joined: int = 1
+
+    @property
+    def has_halo(self) -> bool:
+        """Whether its windows read keys beyond their own queries, so that the two are numbered apart."""
+        n_queries, n_keys = self.heads_of(self.output).shape[2] if self.finish is None else 1, self.v.shape[-2]
+        apart = self.windows > 1 and n_queries != n_keys and (n_queries > 1 or self.axes is not None)
+        return apart and self.tap in ("sdpa", "written_out") and not self.is_causal
 
     @property
     def sizes(self) -> tuple[int, int, int]:

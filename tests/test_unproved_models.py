@@ -280,6 +280,58 @@ def test_attention_over_channels_says_so(x: Tensor) -> None:
             wb.model(x)
 
 
+class Windows(nn.Module):
+    """Windows of five positions that also read `halo` positions on either side."""
+
+    def __init__(self, halo: int) -> None:
+        super().__init__()
+        self.num_heads, self.halo = H, halo
+        self.q, self.kv, self.o = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = F.pad(x, (0, 0, self.halo, self.halo)).unfold(1, 5 + 2 * self.halo, 5).transpose(-1, -2).flatten(0, 1)
+        q, k, v = map(split, (self.q(x.reshape(-1, 5, D)), *self.kv(around).chunk(2, -1)))
+        weights = torch.softmax(torch.einsum("...id,...jd->...ij", q, k), -1)
+        return self.o(merge(torch.einsum("...ij,...jd->...id", weights, v))).reshape(x.shape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("halo", "kind"), [(0, "self"), (2, "halo")])
+def test_windows_are_counted_and_their_surroundings_have_no_distance(halo: int, kind: str, x: Tensor) -> None:
+    with attached(Windows(halo)) as wb:
+        with wb.capture(("entropy", "distance")) as cap:
+            wb.model(x)
+        assert cap[0].shape == (2 * B, H, 5, 5 + 2 * halo)
+        assert (cap[0].site.windows, cap[0].site.kind) == (2, kind)
+        assert f"{kind} × 2" in repr(wb.sites)
+        if halo:
+            with pytest.raises(CaptureError, match='kind "halo"'):
+                _ = cap[0].distance
+        else:
+            assert cap[0].distance.shape == (2 * B, H, 5)
+        assert wb.verify(x).ok
+
+
+@torch.no_grad()
+def test_one_query_that_pools_its_window_is_no_gate(x: Tensor) -> None:
+    class Pooled(Projected):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.reshape(B, 2, 5, H, W).permute(0, 3, 1, 2, 4) for t in self.qkv(x).chunk(3, -1))
+            weights = torch.softmax(q.amax(3, keepdim=True) @ k.transpose(-1, -2), -1)
+            return self.o((weights @ v).permute(0, 2, 3, 1, 4).reshape(B, 2, D))
+
+    with attached(Pooled(heads_first)) as wb, wb.capture() as cap:
+        wb.model(x)
+    assert [(one.site.kind, one.shape) for one in cap] == [("halo", (2 * B, H, 1, 5))]
+
+
+@torch.no_grad()
+def test_sites_that_only_a_run_shows_are_sites_after_a_look(x: Tensor) -> None:
+    with attached(Projected(any_letters)) as wb:
+        assert [site.name for site in wb.look(x)] == ["0"]
+        assert (wb.sites[0].n_heads, wb.sites.unread) == (H, ())
+
+
 @torch.no_grad()
 def test_linear_attention_is_no_site_but_unread(x: Tensor) -> None:
     with attached(Efficient()) as wb:

@@ -18,7 +18,7 @@ from workbench.hooks.look.keys import probe_keys
 from workbench.hooks.look.replay import OnCall, Replays, copied
 from workbench.hooks.look.unread import find_unread
 from workbench.hooks.observer import observed
-from workbench.hooks.sites import Kind, Sites, Unread, add_site, site_name, with_kind, with_sizes, without
+from workbench.hooks.sites import Kind, Sites, Unread, site_name, with_call, with_kind, without
 from workbench.hooks.tap import AttentionCall
 
 LIMIT = 1 << 31
@@ -96,12 +96,9 @@ def look_at(
 
 
 def _with_fired(sites: Sites, fired: Mapping[str, AttentionCall]) -> Sites:
-    """The sites with those that only their calls have shown."""
-    for name, call in fired.items():
-        if all(site.name != name for site in sites):
-            sites = with_sizes(add_site(sites, name, call.module), name, *call.sizes)
-        if call.axes is not None and call.axes.axes.over == "features":
-            sites = with_kind(sites, name, "channel")
+    """The sites with what their calls have shown, also those that only these show."""
+    for call in fired.values():
+        sites = with_call(sites, call)
     return sites
 
 

@@ -18,7 +18,7 @@ from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.capture.timing import CallTimes
 from workbench.errors import CaptureError
 from workbench.hooks.projections import ProjectionFinder
-from workbench.hooks.sites import Site, Sites, add_site, site_name, with_kind, with_sizes
+from workbench.hooks.sites import Site, Sites, site_name, with_call
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, token_ids
@@ -167,15 +167,8 @@ class Recorder:
 
     def _site(self, call: AttentionCall, forward: Forward) -> Site:
         with self._lock:
-            if all(site.name != call.site for site in self.sites):
-                self.sites = add_site(self.sites, call.site, call.module)
+            self.sites = with_call(self.sites, call)
             known = self.sites.find(call.site)
-            if (known.n_heads, known.n_kv_heads, known.d_head) != call.sizes:
-                self.sites = with_sizes(self.sites, call.site, *call.sizes)
-                known = self.sites.find(call.site)
-            if call.axes is not None and call.axes.axes.over == "features" and known.kind != "channel":
-                self.sites = with_kind(self.sites, call.site, "channel")
-                known = self.sites.find(call.site)
         return known.at_call(sum(one.site.path == call.site for one in forward.sites.values()))
 
     def _record(
