@@ -22,14 +22,14 @@ from workbench.kernels.masks import Mask
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a site, in the order of its calls. `shapes`: of what its kernel gave in each."""
+    """The blocks of a site, in the order of its calls. `bounds`: the axes of what its kernel gave in each."""
 
     blocks: tuple[Block, ...]
     bounds: tuple[Bound, ...]
 
     def of(self, ordinal: int, shape: Sequence[int]) -> tuple[Block, Bound] | None:
         """The block that a call of that number is; None if its sizes are others than they were."""
-        block, known = (each[ordinal % len(self.blocks)] for each in (self.blocks, self.bounds))
+        block, known = self.blocks[ordinal % len(self.blocks)], self.bounds[ordinal % len(self.blocks)]
         bound = known.axes.bind(shape)
         return (block, bound) if bound is not None and bound.sizes == known.sizes else None
 

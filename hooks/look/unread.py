@@ -136,7 +136,8 @@ class _Judge:
 
     def _overlapping(self, call: ModuleCall) -> None:
         """A window to other positions mixes them if it overlaps the next; patches that do not are only taken in."""
-        module, n = call.module, next(tensors([call.args, call.kwargs])).dim() - 2
+        module: Any = call.module
+        n = next(tensors([call.args, call.kwargs])).dim() - 2
         size, step, apart = (
             (given,) * n if isinstance(given, int) else tuple(given)
             for given in (module.kernel_size, module.stride, getattr(module, "dilation", 1))
