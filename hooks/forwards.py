@@ -1,4 +1,4 @@
-"""Where a forward of a model begins: its entries, the hook on them, and methods that call its parts one by one."""
+"""Where a forward of a model begins: its entries, the hook on them, its inputs, and methods that call its parts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from workbench.errors import CaptureError
 from workbench.hooks import multihead
 from workbench.hooks.configs import read
 
@@ -58,3 +59,21 @@ def entries_of(model: Any) -> list[nn.Module]:
     modules = [each for each in dict.fromkeys(entries) if isinstance(each, nn.Module)]
     # PyTorch's own attention modules change their path when they carry a hook.
     return [each for each in modules if not isinstance(each, multihead.MODULES)]
+
+
+def examples_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """How many examples the model is given: the length of its first tensor."""
+    first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+    return None if first is None else first.shape[0]
+
+
+def check_plain(output: Tensor, site: str) -> None:
+    """Raise if a tensor is one of those in whose place torch.func runs a model for many."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(output):
+        raise CaptureError(
+            "the model runs inside a transform of torch.func, as vmap, grad and jacrev are; its tensors stand for "
+            "others and cannot be read",
+            site=site,
+            hint="observe the plain forward: a batch in place of vmap, loss.backward() in place of grad; "
+            "or close the `with` before the transform",
+        )

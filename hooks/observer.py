@@ -25,16 +25,17 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from workbench.errors import CaptureError, InterventionError
+from workbench.errors import InterventionError
 from workbench.hooks import bridges, calls, flex, multihead, registry
 from workbench.hooks.blocks import gather
-from workbench.hooks.forwards import InputsHook, calling_method, entries_of
+from workbench.hooks.forwards import InputsHook, calling_method, check_plain, entries_of, examples_of
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.layouts import UNKNOWN, Layouts, learn
 from workbench.hooks.linear import projected
 from workbench.hooks.listener import Listener
 from workbench.hooks.modes import close_torn
 from workbench.hooks.nested import first_tensor
+from workbench.hooks.paged import PagedKeys
 from workbench.hooks.projections import is_linear
 from workbench.hooks.readers import Reader, continues, read_module, reader_of
 from workbench.hooks.running import Running, ThreadRun
@@ -43,6 +44,8 @@ from workbench.hooks.sites import site_name
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Unplaced, Waiting
 from workbench.hooks.written_out import WrittenOut
+
+Settled = Sequence[tuple[Waiting, AttentionCall | str]]
 
 
 class Observer:
@@ -188,7 +191,7 @@ class Observer:
             if self._layouts.is_waiting and (given := first_tensor(rest[1])) is not None:
                 self._prove(given[0], module)
             if len(state.stack) == 1 and not state.replay:
-                self._settle(state, self._layouts.end())
+                self._learn(state, self._layouts.end)
             mixed = self._saw_mixing(state, args, *rest) if module in self._readers else None
             output = self._listener.on_output(state.stack[-1].name, module, rest[1] if mixed is None else mixed)
             return mixed if output is None else output
@@ -211,8 +214,7 @@ class Observer:
     def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         state = self._threads.get(threading.get_ident())
         if state is not None and not state.replay and not state.reading and len(state.stack) == 1:
-            first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
-            state.examples = None if first is None else first.shape[0]
+            state.examples = examples_of(args, kwargs)
             self._layouts.inputs(state.examples)
             self._listener.on_inputs(args, kwargs)
 
@@ -235,11 +237,12 @@ class Observer:
         state = self._state(sys._getframe())
         if not state.stack:
             return function(module, *args, **kwargs)
+        paged = PagedKeys.within(kwargs)
         with state.tap.inside() as inner:
-            result = function(module, *args, **kwargs)
+            result = function(module, *args, **(kwargs if paged is None else kwargs | {"cache": paged.cache}))
         name = self._names.get(module)
         replaced = self._tell(
-            lambda owner: calls.of_backend(owner, backend, module, args, kwargs, result[0], inner),
+            lambda owner: calls.of_backend(owner, backend, module, args, kwargs, result[0], inner, paged),
             None if name is None else (site_name(name), module),
         )
         return result if replaced is None else (replaced, *result[1:])
@@ -255,12 +258,19 @@ class Observer:
         """Calls that have waited for a proof are told once it has come: with the input of a projection, or with what a
         module gives.
         """
-        state = self._state(sys._getframe())
-        with state.tap.inside():
-            settled = self._layouts.saw_linear(p) if module is None else self._layouts.saw_output(module, p)
-        self._settle(state, settled)
+        layouts, state = self._layouts, self._state(sys._getframe())
+        self._learn(state, lambda: layouts.saw_linear(p) if module is None else layouts.saw_output(module, p))
 
-    def _settle(self, state: ThreadRun, settled: Sequence[tuple[Waiting, AttentionCall | str]]) -> None:
+    def _learn(self, state: ThreadRun, learn: Callable[[], Settled]) -> None:
+        try:
+            with state.tap.inside():
+                settled = learn()
+            self._settle(state, settled)
+        except Exception as error:
+            if not self._listener.on_failed(getattr(error, "site", None) or state.owner[0], error):
+                raise
+
+    def _settle(self, state: ThreadRun, settled: Settled) -> None:
         """Tell of calls whose axes have become known, or will not."""
         with state.tap.inside():
             for waiting, found in settled:
@@ -284,10 +294,20 @@ class Observer:
         if owner[1] in self._readers:
             return None  # it is a part of what the reader tells
         state.entries.add(state.stack[0].name)
+        try:
+            return self._make_and_tell(state, make, owner)
+        except Exception as error:
+            if not self._listener.on_failed(owner[0], error):
+                raise
+            return None
+
+    def _make_and_tell(
+        self, state: ThreadRun, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner
+    ) -> Tensor | None:
         waiting = None
         with state.tap.inside():  # an edit may itself take a softmax and multiply
             made = make(owner)
-            _check_plain(made.output, owner[0])
+            check_plain(made.output, owner[0])
             call: AttentionCall | None
             if isinstance(made, Unplaced):
                 call, waiting = self._layouts.place(made, blocks=self._listener.takes_blocks())
@@ -327,13 +347,26 @@ class Observer:
         """Whether a module goes on from a cached state can only be told before it runs."""
         state = self._threads.get(threading.get_ident())
         if state is not None and state.stack and not state.reading and self._listener.wants(state.owner[0]):
-            state.stack[-1].continued = continues(module, args, kwargs)
+            try:
+                state.stack[-1].continued = continues(module, args, kwargs)
+            except Exception as error:
+                if not self._listener.on_failed(state.owner[0], error):
+                    raise
 
     def _saw_mixing(self, state: ThreadRun, args: Any, kwargs: Any, output: Any) -> Any:
         """A module that has a reader has run; its new output, or None."""
-        name, module = state.owner
+        name = state.owner[0]
         if not self._listener.wants(name):
             return None
+        try:
+            return self._read_and_tell(state, args, kwargs, output)
+        except Exception as error:
+            if not self._listener.on_failed(name, error):
+                raise
+            return None
+
+    def _read_and_tell(self, state: ThreadRun, args: Any, kwargs: Any, output: Any) -> Any:
+        name, module = state.owner
         state.reading = True
         try:
             with state.tap.inside(), torch.no_grad():
@@ -368,15 +401,3 @@ def observed(model: nn.Module, listener: Listener, layouts: Layouts | None = Non
             observer.__exit__(None, None, trace)
         finally:
             observer.__exit__(None, None, trace)  # again, for the interrupt that broke off the first
-
-
-def _check_plain(output: Tensor, site: str) -> None:
-    """Raise if a tensor is one of those in whose place torch.func runs a model for many."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(output):
-        raise CaptureError(
-            "the model runs inside a transform of torch.func, as vmap, grad and jacrev are; its tensors stand for "
-            "others and cannot be read",
-            site=site,
-            hint="observe the plain forward: a batch in place of vmap, loss.backward() in place of grad; "
-            "or close the `with` before the transform",
-        )
