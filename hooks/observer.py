@@ -304,15 +304,11 @@ class Observer:
     def _make_and_tell(
         self, state: ThreadRun, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner
     ) -> Tensor | None:
-        waiting = None
         with state.tap.inside():  # an edit may itself take a softmax and multiply
             made = make(owner)
             check_plain(made.output, owner[0])
-            call: AttentionCall | None
-            if isinstance(made, Unplaced):
-                call, waiting = self._layouts.place(made, blocks=self._listener.takes_blocks())
-            else:
-                call = made
+            blocks = self._listener.takes_blocks()
+            call, waiting = self._layouts.place(made, blocks=blocks) if isinstance(made, Unplaced) else (made, None)
             if call is None and waiting is not None and self._listener.cannot_wait(owner[0]):
                 call = self._layouts.assume(waiting)
                 if call is None:
