@@ -67,10 +67,10 @@ The capture shows what the model computes, also where that depends on the backen
 
 ## Split over processes
 
-With `tp_plan="auto"` on two processes, the tests compare Llama, GPT-NeoX, Gemma 2 and Qwen3 with the unsplit models: every
-statistic, output and result of a head, every kind of intervention, sweeps and the importance of heads, and captures of
-`generate()`. The same holds of attention that is split by hand with PyTorch's `parallelize_module`. FSDP and `accelerate`'s
-offloading leave heads whole.
+With `tp_plan="auto"` on two processes, the tests compare Llama, GPT-NeoX, Gemma 2 and Qwen3 with the unsplit models:
+every statistic, output and result of a head, every kind of intervention, sweeps and the importance of heads, and
+captures of `generate()`. The same holds of attention that is split by hand with PyTorch's `parallelize_module`. FSDP
+and `accelerate`'s offloading leave heads whole.
 
 ## What cannot be captured
 

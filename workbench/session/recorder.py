@@ -236,9 +236,9 @@ class Recorder:
     def _planned(self, call: AttentionCall, pattern: Pattern) -> int:
         """Bytes that a call will keep."""
         if call.shard is not None:  # of heads that are elsewhere, rows of NaN
-            b, h, *rest = pattern.shape
+            b, h, q, k = pattern.shape
             empty = replace(self.settings, queries_keys=False, values=False)
-            more = empty.bytes_for((b, call.shard.n_heads - h, *rest), 0, call.sizes[2], call.v.element_size())
+            more = empty.bytes_for((b, call.shard.n_heads - h, q, k), 0, call.sizes[2], call.v.element_size())
             return more + self._planned(replace(call, shard=None), pattern)
         sizes = (pattern.shape, pattern.n_kv_heads, call.sizes[2], call.v.element_size())
         if not self.settings.queries_keys or (call.build is None and call.weights is None):
