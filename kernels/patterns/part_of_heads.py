@@ -56,15 +56,15 @@ class PartOfHeads(Pattern):
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Those of the heads that are here."""
         facts, tensors = self.here.state()
-        mine = {"first": self.first, "n_heads": self.n_heads, "family": type(self.here).__name__, "here": facts}
+        mine = {"first": self.first, "n_heads": self.n_heads, "of": type(self.here).__name__, "here": facts}
         return mine, {f"here.{name}": tensor for name, tensor in tensors.items()}
 
     @classmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> PartOfHeads:
         """The pattern from its `state`."""
-        families = FAMILIES.get(facts["family"], {})
+        families = FAMILIES.get(facts["of"], {})
         if len(families) != 1 or cls in families.values():
-            raise CaptureError(f'there is no single pattern family "{facts["family"]}"')
+            raise CaptureError(f'there is no single pattern family "{facts["of"]}"')
         held = {name.removeprefix("here."): tensor for name, tensor in tensors.items()}
         return cls(next(iter(families.values())).rebuild(facts["here"], held), facts["first"], facts["n_heads"])
 

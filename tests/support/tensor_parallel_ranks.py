@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -191,7 +192,14 @@ def what_is_elsewhere_is_said(pair: Pair) -> None:
         assert "of this rank's shards" in cap.provenance["weights_note"]
         fails(lambda: cap[0].pattern.dense(), CaptureError, "cap.gathered()")
         fails(lambda: wb.ablate((0, 4)).__enter__(), WorkbenchError, "4 heads, 0 to 3")
-    fails(lambda: pickle.loads(pickle.dumps(cap)).gathered(), CaptureError, "before a capture is saved or pickled")
+    copied = pickle.loads(pickle.dumps(cap))
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = workbench.load_capture(cap.save(Path(folder) / "part.safetensors", pattern=True))
+    for again in (copied, loaded):
+        assert repr(again) == repr(cap)
+        assert again.ledger == cap.ledger
+        assert torch.equal(again[1].pattern.dense(heads=pair.here), cap[1].pattern.dense(heads=pair.here))
+        fails(again.gathered, CaptureError, "saved")
 
 
 def fails(act: Callable[[], Any], kind: type[Exception], text: str) -> None:
