@@ -55,6 +55,8 @@ def split(made: AttentionCall) -> AttentionCall:
     found = _cuts(made.module)
     into = [cut for cut in found["inputs"] if cut.length == n_here * made.v.shape[-1]]
     stated = heads_of(made.module)
+    if stated == n_here and n_here * made.v.shape[-1] in _uncut_inputs(made.module):
+        return made  # it is another part of the module that is cut, such as an MLP
     if into:  # what the heads give enters a weight of which others have the rest
         cut, width = into[0], made.v.shape[-1]
         n_heads, first = cut.whole // width, cut.start // width
@@ -105,6 +107,13 @@ def _cuts(module: nn.Module) -> dict[str, list[_Cut]]:
             start = min(_rank(cut) * step, whole)
             found["inputs" if axis == of_inputs else "outputs"].append(replace(cut, start=start))
     return found
+
+
+def _uncut_inputs(module: nn.Module) -> set[int]:
+    """How many inputs those linear layers in a module have that are whole."""
+    parts = [part for part in module.modules() if is_linear(part) and isinstance(part.weight, Tensor)]
+    whole = [part for part in parts if not _is_distributed(part.weight) or not any(_axes(part.weight))]
+    return {part.weight.shape[0 if is_conv1d(part) else 1] for part in whole if part.weight.dim() == 2}  # type: ignore
 
 
 def _axes(weight: Any) -> Iterator[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,12 @@ class PartOfHeads(Pattern):
         self.here, self.first = here, first
         self.n_batch, self.n_heads, self.n_queries, self.n_keys = here.n_batch, n_heads, here.n_queries, here.n_keys
         self.n_kv_heads = max(1, here.n_kv_heads * n_heads // here.n_heads)
-        self.mask, self.dtype, self.device, self._values = here.mask, here.dtype, here.device, None
+        self.dtype, self.device, self._values, self.mask = here.dtype, here.device, None, here.mask
+        shown = here.mask.tensor
+        if shown is not None and shown.shape[1] > 1:
+            shown = in_whole(shown, first, n_heads)
+            hidden = shown if shown.dtype == torch.bool else shown.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+            self.mask = replace(here.mask, tensor=hidden)
         self.grade, self.signed, self.normalised = here.grade, here.signed, here.normalised
 
     @property

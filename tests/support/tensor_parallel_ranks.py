@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import workbench
 from workbench import Capture, CaptureError, Variant, WorkbenchError
 from workbench.kernels.statistics import STATISTICS
+from workbench.storage.rendering import renderer
 
 RANKS = 2
 IDS = torch.randint(3, 60, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -74,6 +75,18 @@ class Written(Attention):
         return self.wo((weights @ v).transpose(1, 2).flatten(2))
 
 
+class Block(Attention):
+    """Attention and an MLP in one module, of which only the MLP is split; its part is as wide as all heads together."""
+
+    def __init__(self, n_heads: int = 4) -> None:
+        super().__init__(n_heads)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + super().forward(x)
+        return self.down(self.up(x).relu())
+
+
 class Stack(nn.Module):
     """Two blocks of attention."""
 
@@ -99,7 +112,8 @@ def by_hand(kind: type[Attention], *, counts_its_own: bool) -> tuple[nn.Module, 
     whole = Stack(kind).eval()
     part = copy.deepcopy(whole)
     mesh = init_device_mesh("cpu", (RANKS,))
-    plan = {name: ColwiseParallel() for name in ("wq", "wk", "wv")} | {"wo": RowwiseParallel()}
+    plan: dict[str, Any] = {name: ColwiseParallel() for name in ("wq", "wk", "wv")} | {"wo": RowwiseParallel()}
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()} if kind is Block else plan
     for block in part.blocks:
         parallelize_module(block, mesh, plan)
         block.n_heads //= RANKS if counts_its_own else 1
@@ -191,6 +205,7 @@ def what_is_elsewhere_is_said(pair: Pair) -> None:
         assert any(f"heads {text} of 4 here" in line for line in cap.ledger)
         assert "of this rank's shards" in cap.provenance["weights_note"]
         fails(lambda: cap[0].pattern.dense(), CaptureError, "cap.gathered()")
+        assert len([view.to_html() for view in renderer().all_of(cap)]) >= 2  # the heads here, and what they look at
         fails(lambda: wb.ablate((0, 4)).__enter__(), WorkbenchError, "4 heads, 0 to 3")
     copied = pickle.loads(pickle.dumps(cap))
     with tempfile.TemporaryDirectory() as folder:
@@ -347,6 +362,11 @@ def stored_in_parts(pair: Pair) -> None:
     close(cap[0].result(), whole[0].result())
 
 
+def no_heads_are_elsewhere(pair: Pair) -> None:
+    """Only the MLP is split."""
+    same(captured(pair.part), captured(pair.whole))
+
+
 def different_captures_are_not_gathered(pair: Pair) -> None:
     """Every process learns of it."""
     names = ("entropy",) if pair.rank == 0 else ("entropy", "peak")
@@ -361,14 +381,19 @@ SCENARIOS = {
     for scenario in (
         each_heads_own_numbers, what_is_elsewhere_is_said, gathered_is_the_whole, generations_are_joined,
         gradients_are_gathered, interventions_are_those_of_the_whole, analyses_are_those_of_the_whole, verified,
-        one_process_may_capture_alone, different_captures_are_not_gathered, stored_in_parts,
+        one_process_may_capture_alone, different_captures_are_not_gathered, stored_in_parts, no_heads_are_elsewhere,
     )
 }  # fmt: skip
-BY_HAND = {"states the whole": (Attention, False), "states its own": (Attention, True), "written out": (Written, True)}
+BY_HAND = {
+    "states the whole": (Attention, False),
+    "states its own": (Attention, True),
+    "written out": (Written, True),
+    "only the MLP": (Block, False),
+}
 CASES = [
     f"{name}: {scenario}"
     for name, scenarios in {
-        "llama": list(SCENARIOS),
+        "llama": [name for name in SCENARIOS if name != "no_heads_are_elsewhere"],
         "neox": ["each_heads_own_numbers", "gathered_is_the_whole", "interventions_are_those_of_the_whole"],
         "gemma2": ["each_heads_own_numbers", "gathered_is_the_whole", "verified"],
         "qwen3": ["each_heads_own_numbers", "interventions_are_those_of_the_whole"],
@@ -377,6 +402,7 @@ CASES = [
             for name in BY_HAND
         },
         "written out": ["each_heads_own_numbers", "gathered_is_the_whole"],
+        "only the MLP": ["no_heads_are_elsewhere"],
     }.items()
     for scenario in scenarios
 ]

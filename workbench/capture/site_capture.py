@@ -174,7 +174,7 @@ class SiteCapture:
                 "the output projection of the site is not known",
                 site=name,
                 hint="no linear module was called with the heads' outputs as they are (a gate or a norm may lie "
-                "between), or the capture came from a file: save it with result=True",
+                "between), or the capture was loaded or gathered: save or gather it with result=True",
             )
         try:
             z = self.z if self.site.here is None else self.z[:, :, slice(self.site.here.start, self.site.here.stop)]
