@@ -64,6 +64,10 @@ The capture shows what the model computes, also where that depends on the backen
   the CPU. GPT-2 on flash fails in `transformers` in float32; in bfloat16 the tests check it with `wb.verify`.
 - Swin hides what a shifted window must not see with −100 on the scores, not with −∞; such keys count as visible, with
   weights near zero.
+- Rows that hold several sequences are captured one by one on every backend; so are the requests of `generate_batch`.
+- `generate()` runs on under a plain capture of every hybrid that the tests have: Jamba, Bamba, Zamba2, Falcon-H1,
+  Granite 4, Nemotron-H, LFM2, Qwen3-Next, Qwen3.5, RecurrentGemma. Their attention is joined; state-space mixers have
+  a map of the prompt, and their later steps stand in the ledger.
 
 ## Split over processes
 

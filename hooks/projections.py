@@ -101,6 +101,10 @@ class ProjectionFinder:
         self._found: dict[str, tuple[str, nn.Module]] = {}
         self._awaited: dict[int, dict[str, Tensor]] = {}  # by thread and site: [batch, query, head · width]
 
+    def knows(self, site: str) -> bool:
+        """Whether the projection of a site was found."""
+        return site in self._found
+
     def saw_call(self, site: str, module: nn.Module, z: Tensor) -> None:
         """An attention call gave z [batch, query, head, width], in memory that stays as it is."""
         if site in self._found:

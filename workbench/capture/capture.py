@@ -15,6 +15,7 @@ from workbench.capture.joined import join
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture, pack
 from workbench.capture.transformer_lens import Cache
+from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites, all_here
 from workbench.kernels.patterns import DENSE_LIMIT
@@ -37,10 +38,12 @@ class Capture:
 
     With one forward, `cap["blocks.3.attn"]` is its site capture; of a site that is called several times in a forward it
     is the first call, and `cap["blocks.3.attn", 1]` the second. With several forwards, look at `cap.calls[i]`, or join
-    them with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
+    them with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation). A row that holds several sequences
+    (packed or continuous batches) gives a forward for each, with positions from the sequence's own start.
 
     Attributes:
         settings: what was asked for; None for a file that does not tell.
+        unrecorded: by site, the calls that it had to go on without, and why.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class Capture:
         provenance: Provenance,
         weights: WeightsThen | None = None,
         settings: Settings | None = None,
+        unrecorded: dict[str, Unrecorded] | None = None,
     ) -> None:
         self._forwards, self.model_sites, self.settings = forwards, model_sites, settings
+        self.unrecorded = {} if unrecorded is None else unrecorded
         self._provenance, self._weights = provenance, weights
 
     @property
@@ -65,7 +70,7 @@ class Capture:
         return self._provenance
 
     def _with(self, forwards: list[Forward]) -> Capture:
-        return Capture(forwards, self.model_sites, self._provenance, self._weights, self.settings)
+        return Capture(forwards, self.model_sites, self._provenance, self._weights, self.settings, self.unrecorded)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which are captures like those from files: with the hash, and without the model."""
@@ -95,6 +100,7 @@ class Capture:
         """How often each site of the model was called: 0 for those that never fired; and what is not read, with why.
 
         Where other processes hold some of a site's heads, it says which are here.
+        Where calls were not recorded, a text says how many and why, in place of the number.
 
         >>> import torch, workbench
         >>> model = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
@@ -111,12 +117,16 @@ class Capture:
         split = {
             f"{site.name} ({site.elsewhere})": "others in other processes" for site in self.sites if site.elsewhere
         }
-        return counts | split | {one.name: f"unread: {one.reason}" for one in self.model_sites.unread}
+        told: dict[str, int | str] = {**counts}
+        for site, missed in self.unrecorded.items():
+            told[site] = f"{counts[site]} recorded, {missed}" if site in counts else str(missed)
+        return told | split | {one.name: f"unread: {one.reason}" for one in self.model_sites.unread}
 
     def _only(self) -> Forward:
         if len(self._forwards) != 1:
+            several = "forwards" if all(f.packed is None for f in self._forwards) else "sequences of packed rows"
             raise CaptureError(
-                f"the capture holds {len(self._forwards)} forwards",
+                f"the capture holds {len(self._forwards)} {several}",
                 hint="choose one with cap.calls[i], or join them with cap.pool()",
             )
         return self._forwards[0]
@@ -286,7 +296,8 @@ class Capture:
 
         In `cap.calls[i]`, a single step, keys are counted from the oldest that the cache holds: with a cache that
         forgets (a sliding window) only `joined()` knows their positions in the sequence. Without a cache
-        (`use_cache=False`) each step is a whole forward, and stays one.
+        (`use_cache=False`) each step is a whole forward, and stays one. A site that could not be recorded at some steps
+        is left out; the ledger names it.
 
         Raises:
             CaptureError: patterns were not kept (queries_keys=False) or are no softmax, a sequence began before the
@@ -294,7 +305,7 @@ class Capture:
         """
         if self.settings is None:
             raise CaptureError("the capture does not tell which statistics to stream", hint="capture again")
-        return self._with(join(self._forwards, self.settings))
+        return self._with(join(self._forwards, self.settings, self.unrecorded))
 
     def gathered(self, *, result: bool = False) -> Capture:
         """The capture with the heads that other processes hold, of a model under tensor parallelism: that of the whole
@@ -351,6 +362,8 @@ class Capture:
                 tensors |= {f"{forward.index}/{name}/{key}": tensor for key, tensor in parts.items()}
             tensors |= {f"{forward.index}//{stream}": ids for stream, ids in forward.ids.items()}
             where: dict[str, Any] = {"index": forward.index, "thread": forward.thread}
+            if forward.packed is not None:
+                where["packed"] = list(forward.packed)
             if forward.span is not None:
                 where["span"] = list(forward.span)
             forwards.append(where | {"sites": entries, "tokens": forward.tokens})
@@ -360,6 +373,7 @@ class Capture:
             "model_sites": model_sites,
             "unread": [asdict(one) for one in self.model_sites.unread],
             "looked": self.model_sites.looked,
+            "unrecorded": [asdict(one) for one in self.unrecorded.values()],
             "forwards": forwards,
         }
         if self.settings is not None:
@@ -378,8 +392,12 @@ class Capture:
         shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")
         unread = f", {len(self.model_sites.unread)} mixers unread" if self.model_sites.unread else ""
         here = next((f", {site.elsewhere}" for site in self.sites if site.elsewhere), "")
+        if self.unrecorded:
+            unread += f", {sum(one.calls for one in self.unrecorded.values())} calls not recorded"
+        packed = sum(f.packed is not None for f in self._forwards)
+        of_rows = f", {packed} of them sequences of packed rows" if packed else ""
         return (
-            f"Capture({name}: {len(self._forwards)} forward(s), "
+            f"Capture({name}: {len(self._forwards)} forward(s){of_rows}, "
             f"{len(self.sites)} sites{unread}{here}, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )

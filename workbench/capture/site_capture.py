@@ -243,6 +243,7 @@ class Forward:
         ids, tokens: by stream ("input", "decoder"): ids [batch, position], and their text.
         thread: number of the thread it ran in, in the order in which threads came.
         span: when it began and ended, our statistics included, in seconds of the host's clock since the capture began.
+        packed: where a row held several sequences, which this one is: (row, start, stop) of its queries there.
     """
 
     index: int
@@ -251,6 +252,7 @@ class Forward:
     tokens: dict[str, list[list[str]]] = field(default_factory=dict)
     thread: int = 0
     span: tuple[float, float] | None = None
+    packed: tuple[int, int, int] | None = None
 
     def stream(self, site: Site, axis: str) -> str:
         """Which token stream the queries or keys of a site are."""

@@ -123,7 +123,7 @@ class GradientWatch:
         heads_of = call.heads_of
         _hook(call.output, lambda g: kernel_arrived(heads_of(g)), awaited.handles)
         if edited is not None:
-            _hook(edited, awaited.z_arrived, awaited.handles)
+            _hook(edited, lambda g: awaited.z_arrived(call.own(g)), awaited.handles)
 
     def check(self, *, all_must_arrive: bool) -> None:
         """Complain of gradients that never came; called at the end of the capture.

@@ -190,7 +190,7 @@ class Workbench(Interventions):
         recorder = Recorder(self.model, self.sites, settings, self._decode if self.tokenizer is not None else None)
         weights = WeightsThen(self.model)
         provenance = describe(self.model, self.tokenizer) | {"statistics": list(settings.statistics)}
-        capture = Capture(recorder.forwards, self.sites, provenance, weights, settings)
+        capture = Capture(recorder.forwards, self.sites, provenance, weights, settings, recorder.unrecorded)
         try:
             with self._contexts.recording(recorder):
                 yield capture
@@ -214,8 +214,9 @@ class Workbench(Interventions):
         if not capture.calls:
             raise CaptureError("the model did not run inside the capture", hint="call the model inside the `with`")
         self._check_refused(capture, settings, refused)
+        self._check_recorded(capture, settings)
         wanted = settings.sites or frozenset(site.name for site in self.sites)
-        silent = [name for name in capture.silent if name in wanted]
+        silent = [name for name in capture.silent if name in wanted and name not in capture.unrecorded]
         hint = "does the forward reach it? Seen are scaled_dot_product_attention, Hugging Face's backends, PyTorch's "
         hint += "attention modules, and a softmax over the last axis whose result is multiplied with values"
         if not capture.sites or (silent and settings.sites is not None):
@@ -236,6 +237,23 @@ class Workbench(Interventions):
             raise CaptureError(f"what its kernel gives could not be placed: {reason}", site=name, hint=hint)
         warnings.warn(
             f"{len(refused)} sites were not captured, they stand in sites.unread: {name}: {reason}",
+            UserWarning,
+            stacklevel=5,
+        )
+
+    @staticmethod
+    def _check_recorded(capture: Capture, settings: Settings) -> None:
+        """Calls that were left out: an error where nothing is left of what was asked for."""
+        if not capture.unrecorded:
+            return
+        gone = [name for name in capture.unrecorded if name in capture.silent or not capture.sites]
+        for name in gone if settings.sites is not None or not capture.sites else []:
+            raise CaptureError(f"nothing could be recorded: {capture.unrecorded[name].reason}", site=name or None)
+        name, first = next(iter(capture.unrecorded.items()))
+        n_calls = sum(one.calls for one in capture.unrecorded.values())
+        warnings.warn(
+            f"{n_calls} calls of {len(capture.unrecorded)} sites were not recorded, the ledger lists them: "
+            f"{name or 'the model'}: {first}",
             UserWarning,
             stacklevel=5,
         )
