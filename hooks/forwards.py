@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
-from workbench.hooks import multihead
+from workbench.hooks import cut_weights, multihead
 from workbench.hooks.configs import read
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -76,4 +76,10 @@ def check_plain(output: Tensor, site: str) -> None:
             site=site,
             hint="observe the plain forward: a batch in place of vmap, loss.backward() in place of grad; "
             "or close the `with` before the transform",
+        )
+    if cut_weights.here(output) is not output:
+        raise CaptureError(
+            "its heads are tensors of several processes (DTensor), of which this one cannot read its part alone",
+            site=site,
+            hint="let the projections give local tensors: use_local_output=True in the plan of the parallel model",
         )

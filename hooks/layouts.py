@@ -24,6 +24,7 @@ from workbench.hooks.proofs.axes import Axes, Bound
 from workbench.hooks.proofs.by_size import axes_by_size, usual_axes
 from workbench.hooks.proofs.by_value import Proof, prove_axes
 from workbench.hooks.proofs.rows import Account, account, own_features
+from workbench.hooks.sites import stated_heads
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Run, Unplaced, Waiting, fits, kept, versions
 
@@ -244,9 +245,8 @@ class Layouts:
                 if not one.unchanged:
                     continue
                 one.tried += 1
-                proof = prove_axes(
-                    one.output, own_features(p, one.output, one.call.width), one.call.mixed, one.call.width
-                )
+                part = own_features(p, one.output, one.call.width)
+                proof = prove_axes(one.output, part, one.call.mixed, one.call.width)
                 if proof is None:
                     settled += self._account(run, one, p)
                 elif proof.gate or self._is_gate(proof, one, run):
@@ -256,7 +256,7 @@ class Layouts:
                 elif proof.axes is None:
                     one.reason = proof.reason
                 else:
-                    settled += self._proved(run, one, proof.axes)
+                    settled += self._proved(run, one, proof.axes, alone=part is p)
         return settled
 
     def saw_output(self, module: nn.Module, output: Tensor) -> list[tuple[Waiting, AttentionCall | str]]:
@@ -289,12 +289,20 @@ class Layouts:
             return False
         return _axes_of_values(one.call, run) is None  # else its keys are positions, as of a window that is pooled
 
-    def _proved(self, run: Run, one: Waiting, axes: Axes) -> list[tuple[Waiting, AttentionCall | str]]:
+    def _proved(
+        self, run: Run, one: Waiting, axes: Axes, *, alone: bool = True
+    ) -> list[tuple[Waiting, AttentionCall | str]]:
+        """`alone`: the call fills what enters the projection, so that its heads are all that the module has."""
         run.waiting.remove(one)
-        self._known[one.call.site, one.ordinal] = Known(axes, "values")
-        self.refused.pop(one.call.site, None)
         bound = axes.bind(tuple(one.output.shape))
         assert bound is not None  # it was read from this shape
+        stated, heads = stated_heads(one.call.module), bound.count("head")
+        if alone and stated is not None and heads not in (stated, one.call.heads):
+            reason = f"the module states {stated} heads, and its call has {heads}"
+            self.refused[one.call.site] = reason
+            return [(one, reason)]
+        self._known[one.call.site, one.ordinal] = Known(axes, "values")
+        self.refused.pop(one.call.site, None)
         if not one.told:
             return [(one, self._late(one, bound))]
         assert one.guess is not None  # it was told by it

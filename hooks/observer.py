@@ -26,7 +26,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from workbench.errors import InterventionError
-from workbench.hooks import bridges, calls, flex, multihead, registry
+from workbench.hooks import bridges, calls, cut_weights, flex, multihead, registry
 from workbench.hooks.blocks import gather
 from workbench.hooks.forwards import InputsHook, calling_method, check_plain, entries_of, examples_of
 from workbench.hooks.kernel_watch import LseWatch
@@ -37,7 +37,7 @@ from workbench.hooks.modes import close_torn
 from workbench.hooks.nested import first_tensor
 from workbench.hooks.paged import PagedKeys
 from workbench.hooks.projections import is_linear
-from workbench.hooks.readers import Reader, continues, read_module, reader_of
+from workbench.hooks.readers import Reader, continues, in_place_of, read_module, reader_of
 from workbench.hooks.running import Running, ThreadRun
 from workbench.hooks.sdpa import FunctionTap
 from workbench.hooks.sites import site_name
@@ -68,6 +68,7 @@ class Observer:
         self._threads: dict[int, ThreadRun] = {}
         self._hooks: list[tuple[MutableMapping[int, Any], int, Any]] = []  # where each hook goes, its key, the hook
         self._flex = flex.namespaces(self._names)
+        self._cut = cut_weights.is_cut(model)
         self._bridge = bridges.Whole(model, self._is_running)
 
     def __enter__(self) -> Observer:
@@ -258,6 +259,7 @@ class Observer:
         """Calls that have waited for a proof are told once it has come: with the input of a projection, or with what a
         module gives.
         """
+        p = cut_weights.here(p)
         layouts, state = self._layouts, self._state(sys._getframe())
         self._learn(state, lambda: layouts.saw_linear(p) if module is None else layouts.saw_output(module, p))
 
@@ -276,8 +278,10 @@ class Observer:
             for waiting, found in settled:
                 if isinstance(found, str):
                     self._listener.on_refused(waiting.call.site, found, edited=waiting.edited)
-                elif not state.replay and (call := self._whole(state, found)) is not None:
-                    self._listener.on_call(call)
+                elif not state.replay:
+                    split = cut_weights.split(found) if self._cut else found
+                    if (call := self._whole(state, split)) is not None:
+                        self._listener.on_call(call)
 
     def _tell(
         self, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner | None = None
@@ -307,14 +311,20 @@ class Observer:
         with state.tap.inside():  # an edit may itself take a softmax and multiply
             made = make(owner)
             check_plain(made.output, owner[0])
-            blocks = self._listener.takes_blocks()
-            call, waiting = self._layouts.place(made, blocks=blocks) if isinstance(made, Unplaced) else (made, None)
+            waiting = None
+            if isinstance(made, Unplaced):
+                made = cut_weights.with_heads_here(made) if self._cut else made
+                call, waiting = self._layouts.place(made, blocks=self._listener.takes_blocks())
+            else:
+                call = made
             if call is None and waiting is not None and self._listener.cannot_wait(owner[0]):
                 call = self._layouts.assume(waiting)
                 if call is None:
                     raise InterventionError(UNKNOWN, site=owner[0], shape=waiting.output.shape, hint=learn(owner[0]))
             if call is None:
                 return None
+            if self._cut:
+                call = cut_weights.split(call)
             if state.replay:
                 call = replace(call, replay=True)
             whole = self._whole(state, call)
@@ -363,6 +373,8 @@ class Observer:
 
     def _read_and_tell(self, state: ThreadRun, args: Any, kwargs: Any, output: Any) -> Any:
         name, module = state.owner
+        if self._cut:
+            cut_weights.check_whole(module, name)
         state.reading = True
         try:
             with state.tap.inside(), torch.no_grad():
@@ -371,17 +383,7 @@ class Observer:
                 edited = None if z is None else call.as_output(z)
         finally:
             state.reading = False
-        if edited is None:
-            return None
-        if torch.is_grad_enabled() and call.output.requires_grad:
-            raise InterventionError(
-                f"gradients do not flow through a {type(module).__name__} whose heads are edited",
-                site=name,
-                hint="run the model under torch.no_grad(), or edit attention sites",
-            )
-        given = first_tensor(output)
-        assert given is not None  # or it could not have been read
-        return given[1](edited)
+        return None if edited is None else in_place_of(call, edited, output)
 
 
 @contextmanager
