@@ -311,12 +311,10 @@ class Observer:
         with state.tap.inside():  # an edit may itself take a softmax and multiply
             made = make(owner)
             check_plain(made.output, owner[0])
-            waiting = None
-            if isinstance(made, Unplaced):
-                made = cut_weights.with_heads_here(made) if self._cut else made
-                call, waiting = self._layouts.place(made, blocks=self._listener.takes_blocks())
-            else:
-                call = made
+            if isinstance(made, Unplaced) and self._cut:
+                made = cut_weights.with_heads_here(made)
+            blocks = self._listener.takes_blocks()
+            call, waiting = self._layouts.place(made, blocks=blocks) if isinstance(made, Unplaced) else (made, None)
             if call is None and waiting is not None and self._listener.cannot_wait(owner[0]):
                 call = self._layouts.assume(waiting)
                 if call is None:
