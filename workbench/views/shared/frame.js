@@ -4,6 +4,7 @@ import { decode } from "./blocks.js";
 import { csvOf } from "./csv.js";
 import { button, download, make } from "./dom.js";
 import { sharedSelection } from "./selection.js";
+import { Settings } from "./settings.js";
 
 const TABLE_ROWS = 50;
 
@@ -31,7 +32,8 @@ export class Frame {
     this.waiting = new Map();
     this.endings = [];
     this.redraws = new Set();
-    this.store = sharedSelection();
+    this.settings = new Settings(this);
+    this.store = sharedSelection().of(spec.scope);
     this.build();
     this.watchTheme();
     this.watchSelection();
@@ -190,11 +192,8 @@ export class Frame {
   }
 
   watchSelection() {
-    const set = Object.values(this.selection).some((value) => (Array.isArray(value) ? value.length : value !== null));
-    const known = this.live ? this.model.get("selection") : {};
-    const told = Object.values(known).some((value) => (Array.isArray(value) ? value.length : value !== null));
-    if (told) this.store.select(known);
-    else if (!set) this.store.select(this.spec.selection);
+    if (this.live) this.store.begin(this.model.get("selection"), true);
+    this.store.begin(this.spec.selection);
     this.onKernel = () => this.store.select(this.model.get("selection"));
     this.model.on("change:selection", this.onKernel);
   }
@@ -234,9 +233,11 @@ export class Frame {
   watchTheme() {
     const read = () => {
       const forced = document.documentElement.dataset.theme ?? { true: "light", false: "dark" }[document.body.dataset.jpThemeLight];
-      const theme = matchMedia("print").matches ? "light" : (forced ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
-      if (theme === this.theme) return;
+      const printing = matchMedia("print").matches;
+      const theme = printing ? "light" : (forced ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+      if (theme === this.theme && printing === this.printing) return;
       this.theme = theme;
+      this.printing = printing;
       this.root.dataset.theme = theme;
       this.redraw();
     };
@@ -280,15 +281,14 @@ export class Frame {
     else waiting.resolve({ ...content, buffers });
   }
 
-  /** Hide the picture that stands for this view where nothing lives behind it. It may arrive after the view. */
+  /** Hide the picture that stands for this view where nothing lives behind it; it comes after the view, and anew with it. */
   replaceStill() {
     const hide = () => this.model.get("still").forEach((id) => document.getElementById(id)?.setAttribute("hidden", ""));
     hide();
     const watcher = new MutationObserver(hide);
     watcher.observe(document.body, { childList: true, subtree: true });
     this.model.on("change:still", hide);
-    const tired = setTimeout(() => watcher.disconnect(), 20000);
-    this.endings.push(() => watcher.disconnect(), () => clearTimeout(tired));
+    this.endings.push(() => watcher.disconnect());
   }
 
   close() {
