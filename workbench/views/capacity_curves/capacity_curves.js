@@ -32,7 +32,7 @@ class Curves {
     frame.root.addEventListener("keydown", (event) => this.key(event));
     this.show();
     frame.onSelect((selection) => this.follow(selection));
-    frame.onRedraw(() => this.charts.forEach((chart) => chart.draw()));
+    frame.onRedraw(() => this.show()); // some lines have the theme's colours
   }
 
   build() {
