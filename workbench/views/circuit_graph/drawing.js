@@ -195,7 +195,7 @@ export class GraphDrawing {
   /** Show what goes in and out of the node that is pointed at, and of the pinned ones. */
   light() {
     const { view } = this;
-    const { shown, circuit } = view;
+    const { circuit } = view;
     // On paper a canvas hides what lies below it: there is one then.
     const { printing } = this.frame;
     const ink = printing ? this.base.getContext("2d") : this.pen(this.over);

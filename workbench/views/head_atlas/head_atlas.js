@@ -1,7 +1,7 @@
 // Head atlas: layers down, heads across, one canvas per kind of attention, coloured by a number per head.
 
 import { colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
-import { button, exactly, legend, make, moved, roughly } from "workbench/shared/dom.js";
+import { button, exactly, legend, make, moved, roughly, roving } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { ceiling, greatest } from "workbench/shared/scales.js";
 
@@ -22,6 +22,7 @@ class Atlas {
     this.meaning = make("p", { class: "caption" });
     this.scale = make("div");
     this.ranking = make("ol", { class: "ranking", "aria-label": "Heads by value, highest first" });
+    roving(this.ranking);
     const maps = make("div", { class: "maps" });
     this.grids = this.facts.groups.map((group, i) => new Grid(this, group, maps, i));
     const left = make("div", {}, maps, this.scale);

@@ -147,9 +147,7 @@ def _of_capture(capture: Capture) -> tuple[list[Site], dict[str, Quantity], Any,
         start = 0
         counted: set[tuple[int, int]] = set()
         for site in sites:
-            kept = [
-                c.statistics[name] for call in calls for c in call if c.site.name == site and name in c.statistics
-            ]
+            kept = [c.statistics[name] for call in calls for c in call if c.site.name == site and name in c.statistics]
             if kept:
                 each = torch.cat([_per_entry(tensor) for tensor in kept])  # [entry, head]
                 counted.add(_counted(kept))

@@ -2,7 +2,7 @@
 
 import { decode } from "./blocks.js";
 import { csvOf } from "./csv.js";
-import { button, download, make } from "./dom.js";
+import { button, download, make, roving } from "./dom.js";
 import { sharedSelection } from "./selection.js";
 import { Settings } from "./settings.js";
 
@@ -49,17 +49,20 @@ export class Frame {
     this.status = make("p", { class: "status" });
     this.spoken = make("p", { class: "spoken", "aria-live": "polite" });
     const notes = spec.notes.map((note) => make("li", {}, note));
-    this.tools = make("div", { class: "tools" });
+    this.tools = make("div", { class: "tools", role: "toolbar", "aria-label": "Files" });
+    roving(this.tools);
+    const end = make("span", { class: "spoken", tabindex: "-1" });
+    const skip = button("Skip this view", () => end.focus(), { class: "skip" });
     const title = make("h2", { class: "title" }, spec.title);
     const caption = make("p", { class: "caption" }, spec.caption);
     // JupyterLab's own keys rest while the view has the focus: a typed "d d" would delete the cell.
-    this.root = make("section", { class: `workbench ${spec.kind}`, "aria-label": spec.title, "data-lm-suppress-shortcuts": true }, title, caption, this.controls, this.body, this.status, this.spoken);
+    this.root = make("section", { class: `workbench ${spec.kind}`, "aria-label": spec.title, "data-lm-suppress-shortcuts": true }, skip, title, caption, this.controls, this.body, this.status, this.spoken);
     if (notes.length) this.root.append(make("ul", { class: "notes" }, ...notes));
     this.root.append(this.tools);
     if (spec.table.length) this.addTable();
     this.tools.append(button("JSON", () => download(`${this.fileName()}.json`, "application/json", [JSON.stringify(this.plain(), null, 1)]), { title: "Download everything this view shows" }));
     this.tip = make("div", { class: "tip", role: "tooltip", hidden: true });
-    this.root.append(this.tip);
+    this.root.append(this.tip, end);
     this.el.replaceChildren(this.root);
   }
 
@@ -73,7 +76,7 @@ export class Frame {
   offerKeys(pairs) {
     const list = pairs.flatMap(([keys, does]) => [make("dt", {}, keys), make("dd", {}, does)]);
     const keys = make("details", { class: "keys" }, make("summary", {}, "Keys"), make("dl", {}, ...list));
-    this.root.append(keys);
+    this.tip.before(keys);
     // JupyterLab asks the focused element itself first whether its shortcuts are to be left alone.
     this.root.addEventListener("focusin", ({ target }) => {
       if (target instanceof Element) target.setAttribute("data-lm-suppress-shortcuts", "true");
