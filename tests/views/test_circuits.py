@@ -93,7 +93,7 @@ def test_stability_and_repair_are_bars(tmp_path: Path) -> None:
     assert "1 of 2 are in every draw; the others are drawn" in of(stable).spec.caption
     full = replace(stable, frequency=torch.ones(2), items=("m0->logits", "m0->logits"))
     assert "2 of 2 are in every draw." in of(full).spec.caption
-    assert lines(of(full))[0]["y"] == ["m0 → logits", "m0 → logits (2)"]  # labels without blanks, which shift them
+    assert lines(of(full))[0]["y"] == ["m0-&gt;logits", "m0-&gt;logits (2)"]  # labels without blanks, which shift them
     shown(stable, tmp_path)
     repaired = Repair(
         task="colored_objects", heads=("L1H1",), towards=("wrong_colour",), but="colour",
