@@ -29,13 +29,13 @@ class Result(ABC):
 
     Attributes:
         form: name of the file form, such as "workbench.head_importance".
-        tuple_axes: which axis a tuple lies along, by the names that tensors' annotations have; files that do not fit
-            these, or the annotations, are refused.
+        filled: axes and fields that must hold something. Files that do not fit the annotations, in which
+            `storage.typed` reads what lies along what, are refused.
         provenance: JSON values: model, data, metric, seeds, versions.
     """
 
     form: ClassVar[str]
-    tuple_axes: ClassVar[dict[str, str]] = {}
+    filled: ClassVar[tuple[str, ...]] = ()
     provenance: Any
 
     @property
@@ -76,7 +76,7 @@ class Result(ABC):
             raise FormatError(f"{Path(path).name} holds what does not fit together: {error.message}") from None
 
     def check_parts(self) -> None:
-        """Raise a WorkbenchError if the parts, read from a file, do not fit each other in ways that no type tells."""
+        """Raise a WorkbenchError if the parts, read from a file, do not fit each other in ways no annotation tells."""
         return
 
     def view(self) -> Any:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.analysis.statistics.intervals import mean_intervals
+from workbench.analysis.statistics.intervals import MOST_DRAWS, mean_intervals
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
+from workbench.storage.typed import Between
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,26 +44,23 @@ class AttentionProfile(Result):
 
     form = "workbench.attention_profile"
 
-    tuple_axes: ClassVar = {"sites": "row", "layers": "row", "heads": "row", "labels": "row", "bins": "bin",
-                      "measures": "measure"}  # fmt: skip
-
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
-    labels: tuple[str, ...]
+    sites: Annotated[tuple[str, ...], "row"]
+    layers: Annotated[tuple[int, ...], "row"]
+    heads: Annotated[tuple[int, ...], "row"]
+    labels: Annotated[tuple[str, ...], "row"]
     kind: str
     grid: tuple[int, int]
     prefix: int
     sink: str
-    bins: tuple[tuple[int, int], ...]
+    bins: Annotated[tuple[tuple[int, int], ...], "bin"]
     mass_examples: Float[Tensor, "example row bin"]
     density: Float[Tensor, "row bin"]
-    measures: tuple[str, ...]
+    measures: Annotated[tuple[str, ...], "measure"]
     examples: Float[Tensor, "example row measure"]
     offsets: Float[Tensor, "row dy dx"]
     seed: int
-    n_bootstrap: int
-    level: float
+    n_bootstrap: Annotated[int, Between(0, MOST_DRAWS)]
+    level: Annotated[float, Between(0, 1)]
     skipped: tuple[str, ...]
     provenance: dict[str, Any]
 

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MOST_DRAWS = 1_000_000
+"""Of a bootstrap, that a result's file may ask for."""
+
 
 def draws(
     n: int, n_bootstrap: int, seed: int, groups: Sequence[object] | None = None, share: float = 1.0

@@ -96,7 +96,7 @@ def _made(
     _entry(batch, shape[0])
     if 0 in shape:
         raise ReportError("there are no weights to show", site=site.name or None, shape=shape)
-    which = list(range(shape[1])) if heads is None else list(heads)
+    which = list(site.here or range(shape[1])) if heads is None else list(heads)
     bad = [head for head in which if not 0 <= head < shape[1]]
     if bad or not which:
         raise CaptureError(

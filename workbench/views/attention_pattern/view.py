@@ -133,7 +133,7 @@ def attention_pattern(
                 blocks = {name: array for name, array in blocks.items() if not name.endswith(f":{i}")}
         facts.append(_site_facts(each, made, missing, lists))
     if not shown:
-        raise ReportError(f"no pattern was kept: {sources[0].missing}", hint="capture with queries_keys=True")
+        raise ReportError(f"no pattern was kept: {facts[0]['missing']}", hint="capture with queries_keys=True")
     first = next(i for i, each in enumerate(facts) if each["mode"] != "missing")
     leading = facts[first]
     spec = ViewSpec(
