@@ -290,7 +290,7 @@ def test_text_model_with_several_forwards_of_different_length() -> None:
     with workbench.attach(model) as wb, wb.capture() as cap:
         model(torch.randint(40, (2, 9)))
         model(torch.randint(40, (1, 20)))
-    found = attention_profile(cap, n_bootstrap=50)
+    found = attention_profile(cap)
     assert found.examples.shape[:2] == (3, 4)
     assert found.grid == (1, 20)
     dense = [call[1].pattern.dense().double() for call in cap.calls]

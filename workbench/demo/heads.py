@@ -22,7 +22,7 @@ def add(report: Report, seed: int) -> None:
             wb,
             [{"pixel_values": pixels, "labels": labels}],
             methods=("zero", "gradient_magnitude"),
-            parts=["cls", "patches", ("inside", 1), ("outside", 1)],
+            partial_pruning=["cls", "patches", ("inside", 1), ("outside", 1)],
             seed=seed,
             progress=False,
         )

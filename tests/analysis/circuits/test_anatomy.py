@@ -118,9 +118,10 @@ def test_columns_are_those_of_each_head(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("gemma2", "neither its heads' output nor that of one module"),
+        ("gemma2", r"goes through model\.layers\.0\.post_attention_layernorm first(?s:.*)wb\.patch"),
+        ("olmo2", r"same columns of model\.layers\.0\.self_attn\.q_proj: a norm over all heads"),
         ("deepseek-v3", "low-rank"),
-        ("bart", "neither its heads' output nor that of one module"),
+        ("bart", r"the stream itself goes through model\.encoder\.layers\.0\.final_layer_norm"),
     ],
 )
 def test_models_whose_stream_is_no_sum_are_refused(name: str, says: str) -> None:
