@@ -3,7 +3,7 @@
 Every interval and p-value that the package prints, and who prints it (benchmarks/simulated/printed.py), is simulated,
 with seeds. Writes docs/simulations.md.
 
-    python benchmarks/simulations.py [--pairs 400] [--samples 1000] [--keep FOLDER] [--quick]
+    python benchmarks/simulations.py [--pairs 400] [--samples 400] [--keep FOLDER] [--quick]
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
     """Simulate, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=400)
-    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--circuits", type=int, default=200, help="pairs for each interval of an overlap")
     parser.add_argument(
         "--keep", type=Path, help="a folder that keeps what is done, to go on from with the same numbers"
@@ -111,12 +111,13 @@ Made by `python benchmarks/simulations.py`, with its seeds. What the words mean 
 
 ## p-values of overlap
 
-{n} pairs of circuits for each row (a quarter of them for degrees), {overlap.DRAWS} draws for each p, on the graph of
-a model of 6 layers of 8 heads ({overlap.GRAPH.n_edges:,} edges). Scores are independent in all rows but the two that share some, so that p should be
-at most .05 in .05 of the pairs, at most .5 in half of them, and so on: p-values of renamed heads are uniform, those by
-degrees err on the safe side. Node effects are log-normal factors on all edges of a sender and of a receiver, of the
-spread that is given, drawn anew for each circuit. Where a share of the edges is the same in both, it should be found.
-The last column is how often the measured overlap lies in the middle 95 % of what chance gives.
+{n} pairs of circuits for each row (an eighth of them for degrees), {overlap.DRAWS} draws for each p, on the graph of
+a model of 6 layers of 8 heads ({overlap.GRAPH.n_edges:,} edges). Scores are independent in all rows but the two that
+share some, so that p should be at most .05 in .05 of the pairs, at most .5 in half of them, and so on: p-values of
+renamed heads are uniform, those by degrees err on the safe side. Node effects are log-normal factors on all edges of a
+sender and of a receiver, of the spread that is given, drawn anew for each circuit. Where a share of the edges is the
+same in both, it should be found. The last column is how often the measured overlap lies in the middle 95 % of what
+chance gives.
 
 {chance}
 

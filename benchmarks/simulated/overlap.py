@@ -20,7 +20,7 @@ from workbench.analysis.statistics.p_values import among_draws
 
 GRAPH = Graph.gpt2(6, 8, 64)
 SMALL = Graph.gpt2(4, 6, 64)  # for what draws hundreds of circuits for each interval
-DRAWS, SETS = 199, 40
+DRAWS, SETS = 199, 20
 LEVELS = (0.01, 0.05, 0.2, 0.5)
 STRONG = "MLP edges three times as strong in both"
 
@@ -96,7 +96,7 @@ def p_row(number: int, n: int) -> dict[str, list[str]]:
     kind, share, pruned = P_ROWS[number]
     found = list(pairs(kind, share, pruned, n, number))
     by_names = [renamed(a, b, i) for i, (a, b) in enumerate(found)]
-    by_degrees = [beyond_degrees(a, b, GRAPH, DRAWS, i) for i, (a, b) in enumerate(found[: max(1, n // 4)])]
+    by_degrees = [beyond_degrees(a, b, GRAPH, DRAWS, i) for i, (a, b) in enumerate(found[: max(1, n // 8)])]
     start = [kind, f"{share:.0%}", "yes" if pruned else "no"]
     inside = sum(held for _, held in by_names) / n
     return {
@@ -184,21 +184,20 @@ def interval_rows(level: str, samples: int) -> list[list[str]]:
     """How often `CircuitOverlap`'s intervals hold the mean overlap of circuits from as many new prompts."""
     rows, size = [], 6 if level == "node" else 40
     several = 10  # true circuits in each row
-    for seed, (n, shared, noise) in enumerate(
-        ((12, 0.5, 2.0), (24, 0.0, 2.0), (24, 0.5, 2.0), (24, 1.0, 2.0), (64, 0.5, 4.0))
-    ):
+    cases = ((12, 0.5, 2.0), (24, 0.0, 2.0), (24, 1.0, 2.0), (64, 0.5, 4.0))
+    for seed, (n, shared, noise) in enumerate(cases if level == "node" else cases[:1] + cases[2:3]):
         generator = torch.Generator().manual_seed(seed)
         held: dict[str, list[bool]] = {"jaccard": [], "weighted": [], "curve": []}
         settings: dict[str, Any] = {"n_null": 1, "fractions": (0.2,)}
         for _ in range(several):
             truths, _ = _truths(level, shared, generator)
             new = []
-            for _ in range(60):
+            for _ in range(50 if level == "node" else 25):
                 means = [_seen(each, noise / n**0.5, 1, generator) for each in truths]
                 found = circuit_overlap(*(circuit(level, each, size) for each in means), n_bootstrap=0, **settings)
                 new.append((found.values["jaccard"], found.values["weighted"], *found.curve["jaccard"]))
             wanted = torch.tensor(new, dtype=torch.float64).mean(0).tolist()
-            for _ in range(samples // several):
+            for _ in range(max(1, samples // several)):
                 one, other = (circuit(level, _seen(each, noise, n, generator), size) for each in truths)
                 found = circuit_overlap(one, other, n_bootstrap=40, seed=len(held["jaccard"]), **settings)
                 ends = [

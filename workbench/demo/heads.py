@@ -39,7 +39,7 @@ def add(report: Report, seed: int) -> None:
         "patches read within one hop or beyond.",
     )
     report.add(
-        attention_profile(cap, seed=seed),
+        attention_profile(cap),
         title="A small ViT: how far heads look",
         note="Hops are rings of patches around the query.",
     )

@@ -40,7 +40,8 @@ class CircuitOverlap(Result):
             "rank_biased" of the rankings by |score|; "weighted" Σ min / Σ max of |scores| that add up to 1.
         intervals: 95 % by measure, of the mean overlap of circuits that are found with as many new prompts of both
             tasks, by how much the overlap varies when prompts are drawn anew; none where a circuit kept no single
-            scores. Circuits found with more prompts overlap more, if the tasks share what they use.
+            scores, or was given node by node. Circuits found with more prompts overlap more, if the tasks share what
+            they use.
         null: [draw] Jaccard overlap when one circuit's heads are renamed at random within their layers (heads that
             share keys move with their group). Edges among inputs, MLPs and the logits keep their names: that both
             circuits have them is no evidence.
@@ -216,7 +217,7 @@ def circuit_overlap(
         )  # fmt: skip
     elif (wb is None) != (tasks is None):
         raise InterventionError("cross-faithfulness needs wb= and tasks=, both")
-    found = _intervals(a, b, unit, names, usable, n_bootstrap, seed)
+    found = _intervals(a, b, unit, names, usable, n_bootstrap if by_scores else 0, seed)
     ends = middle(chance["curve"])
     curves = {"jaccard": tuple(_matched(scores_a, scores_b, n) for n in usable)}
     curves |= {"expected": tuple(chance["curve"].mean(0).tolist())}

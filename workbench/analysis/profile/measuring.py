@@ -29,8 +29,6 @@ def attention_profile(
     *,
     prefix: int | None = None,
     sites: Sequence[str | int | Site] | None = None,
-    seed: int = 0,
-    n_bootstrap: int = 1000,
     level: float = 0.95,
 ) -> AttentionProfile:
     """Profile every head: weight by hop, mean distance, entropy, CLS and sink, offset maps, and indicators.
