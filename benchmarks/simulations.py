@@ -59,13 +59,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--samples", type=int, default=400)
-    parser.add_argument("--circuits", type=int, default=200, help="pairs for each interval of an overlap")
     parser.add_argument(
         "--keep", type=Path, help="a folder that keeps what is done, to go on from with the same numbers"
     )
     parser.add_argument("--quick", action="store_true", help="few of each, and nothing is written")
     options = parser.parse_args()
-    n, samples, circuits = (10, 200, 20) if options.quick else (options.pairs, options.samples, options.circuits)
+    n, samples = (10, 200) if options.quick else (options.pairs, options.samples)
     kept = Kept(None if options.quick else options.keep)
     p_rows: dict[str, list[list[str]]] = {"edges: renamed": [], "edges: degrees": []}
     for number in range(len(overlap.P_ROWS)):
@@ -76,12 +75,12 @@ def main() -> None:
     for name, made in INTERVALS.items():
         found = kept.of(f"{name.replace(' ', '-')}-{samples}", lambda made=made: list(made(samples)))
         rows += [[name, BY[name], *row] for row in found]
-    for name, level, some in (("overlap of heads", "node", circuits), ("overlap of edges", "edge", circuits // 4)):
-        found = kept.of(f"{name.replace(' ', '-')}-{some}", partial(overlap.interval_rows, level, some))
+    for name, items, size in (("overlap of heads", 48, 12), ("overlap of edges", 1000, 100)):
+        found = kept.of(f"{name.replace(' ', '-')}-{samples}", partial(overlap.interval_rows, items, size, samples))
         rows += [[name, BY[name], *row] for row in found]
-    found = kept.of(f"stability-{circuits}", partial(overlap.stability_rows, circuits))
+    found = kept.of(f"stability-{n}", partial(overlap.stability_rows, n // 4))
     rows += [["stability", BY["stability"], *row] for row in found]
-    text = page(n, samples, circuits, p_rows, rows)
+    text = page(n, samples, p_rows, rows)
     if options.quick:
         print(text)
         return
@@ -89,7 +88,7 @@ def main() -> None:
     print(f"wrote {PAGE}")
 
 
-def page(n: int, samples: int, circuits: int, p_rows: dict[str, list[list[str]]], rows: list[list[str]]) -> str:
+def page(n: int, samples: int, p_rows: dict[str, list[list[str]]], rows: list[list[str]]) -> str:
     """The whole page."""
     levels = [f"p ≤ {level:g}" for level in overlap.LEVELS]
     chance = written(
@@ -111,7 +110,7 @@ Made by `python benchmarks/simulations.py`, with its seeds. What the words mean 
 
 ## p-values of overlap
 
-{n} pairs of circuits for each row (an eighth of them for degrees), {overlap.DRAWS} draws for each p, on the graph of
+{n} pairs of circuits for each row (a tenth of them for degrees), {overlap.DRAWS} draws for each p, on the graph of
 a model of 6 layers of 8 heads ({overlap.GRAPH.n_edges:,} edges). Scores are independent in all rows but the two that
 share some, so that p should be at most .05 in .05 of the pairs, at most .5 in half of them, and so on: p-values of
 renamed heads are uniform, those by degrees err on the safe side. Node effects are log-normal factors on all edges of a
@@ -123,12 +122,12 @@ chance gives.
 
 ## Intervals at 95 %
 
-{samples} samples for most rows, {circuits} pairs for the overlap of heads and {circuits // 4} for that of edges.
-Coverage is of the samples in which there is an interval. Shares have the true value .7 and a denominator whose mean is
-as many standard errors above 0 as is given; there is none where the denominator's own holds 0. A top-1 that all draws
-of pairs agree on has an interval of no width, so that it holds less near 1. Intervals of an overlap are of the mean
-overlap of circuits that are found with as many new prompts; those of circuits that overlap in the same way in nearly
-every draw have no width either. Of stability the three means are given: new prompts lie between.
+{samples} samples for most rows. Coverage is of the samples in which there is an interval. Shares have the true value .7
+and a denominator whose mean is as many standard errors above 0 as is given; there is none where the denominator's own
+holds 0. A top-1 that all draws of pairs agree on has an interval of no width, so that it holds less near 1. Intervals
+of an overlap are of the mean overlap of circuits that are found with as many new prompts; those of circuits that
+overlap in the same way in nearly every draw have no width either. Of stability the three means are given, of {n // 4}
+circuits: new prompts lie between.
 
 {covered}
 

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.model.graph import Graph
-from workbench.analysis.circuits.overlap import circuit_overlap
 from workbench.analysis.circuits.overlap_null import Renamings, beyond_degrees
 from workbench.analysis.circuits.stability import circuit_stability
-from workbench.analysis.statistics.intervals import middle
+from workbench.analysis.statistics.intervals import drawn_t, middle
 from workbench.analysis.statistics.overlap import jaccard, weighted_jaccard
 from workbench.analysis.statistics.p_values import among_draws
 
 GRAPH = Graph.gpt2(6, 8, 64)
-SMALL = Graph.gpt2(4, 6, 64)  # for what draws hundreds of circuits for each interval
+SMALL = Graph.gpt2(4, 6, 64)
 DRAWS, SETS = 199, 20
 LEVELS = (0.01, 0.05, 0.2, 0.5)
 STRONG = "MLP edges three times as strong in both"
@@ -96,7 +95,7 @@ def p_row(number: int, n: int) -> dict[str, list[str]]:
     kind, share, pruned = P_ROWS[number]
     found = list(pairs(kind, share, pruned, n, number))
     by_names = [renamed(a, b, i) for i, (a, b) in enumerate(found)]
-    by_degrees = [beyond_degrees(a, b, GRAPH, DRAWS, i) for i, (a, b) in enumerate(found[: max(1, n // 8)])]
+    by_degrees = [beyond_degrees(a, b, GRAPH, DRAWS, i) for i, (a, b) in enumerate(found[: max(1, n // 10)])]
     start = [kind, f"{share:.0%}", "yes" if pruned else "no"]
     inside = sum(held for _, held in by_names) / n
     return {
@@ -141,76 +140,63 @@ def _rates(found: list[float]) -> list[str]:
     return [f"{float((p <= level + 1e-12).double().mean()):.3f}" for level in LEVELS]
 
 
-def circuit(level: str, examples: Tensor, size: int) -> Circuit:
-    """The circuit of the `size` highest means of [example, item] scores."""
-    mean, graph = examples.mean(0), SMALL
-    nan = torch.full(graph.exists.shape, torch.nan, dtype=torch.float64)
-    nodes = torch.full((len(graph.senders),), torch.nan, dtype=torch.float64)
-    if level == "edge":
-        nan[graph.exists] = mean
-        nodes = nan.nan_to_num(0.0).abs().sum(1)
-    else:
-        nodes = mean
-    nothing: Any = torch.zeros(0, dtype=torch.float64)
-    return Circuit(
-        model=graph.facts, task="simulated", method="eap", metric="", direction="", sign="", level=level,
-        senders_in=torch.zeros(len(graph.senders), dtype=torch.bool), edges_in=torch.zeros_like(graph.exists),
-        node_scores=nodes, edge_scores=nan, threshold={}, stages=(), examples=examples, clean=nothing,
-        corrupted=nothing, settings={}, provenance={},
-    ).top(size, prune=False)  # fmt: skip
+def _truths(items: int, shared: float, generator: torch.Generator) -> Tensor:
+    """[circuit, item] true scores of two circuits, with heavy tails, this share of them the same."""
+    normal, tails = torch.randn(2, 2, items, generator=generator, dtype=torch.float64)
+    one, other = normal * (1.2 * tails).exp()
+    return torch.stack([one, torch.where(torch.rand(items, generator=generator) < shared, one, other)])
 
 
-def _truths(level: str, shared: float, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
-    """True scores of two circuits, with heavy tails, this share of them the same; and which are heads."""
-    n = SMALL.n_edges if level == "edge" else len(SMALL.senders)
-    one, other = (
-        torch.randn(n, generator=generator, dtype=torch.float64)
-        * (1.2 * torch.randn(n, generator=generator, dtype=torch.float64)).exp()
-        for _ in range(2)
-    )
-    same = torch.rand(n, generator=generator) < shared
-    heads = torch.tensor([".h" in name for name in SMALL.senders])
-    both = [one, torch.where(same, one, other)]
-    return ([torch.where(heads, each, torch.nan) for each in both] if level == "node" else both), heads
+def _overlaps(scores: Tensor, size: int) -> dict[str, Tensor]:
+    """By measure [...] of circuits of the highest |scores| [circuit, ..., item], as `circuit_overlap` measures them."""
+    sizes = scores.abs()
+    chosen = torch.zeros(sizes.shape, dtype=torch.bool).scatter_(-1, sizes.topk(size).indices, True)
+    mass = sizes / sizes.sum(-1, keepdim=True)
+    return {
+        "Jaccard": (chosen[0] & chosen[1]).sum(-1) / (chosen[0] | chosen[1]).sum(-1).double(),
+        "weighted": torch.minimum(*mass).sum(-1) / torch.maximum(*mass).sum(-1),
+    }
 
 
-def _seen(truth: Tensor, noise: float, n: int, generator: torch.Generator) -> Tensor:
-    """[example, item] scores with the noise of single prompts."""
-    scale = noise * truth.nan_to_num(0.0).abs().mean()
-    return truth + scale * torch.randn(n, len(truth), generator=generator, dtype=torch.float64)
-
-
-def interval_rows(level: str, samples: int) -> list[list[str]]:
-    """How often `CircuitOverlap`'s intervals hold the mean overlap of circuits from as many new prompts."""
-    rows, size = [], 6 if level == "node" else 40
-    several = 10  # true circuits in each row
-    cases = ((12, 0.5, 2.0), (24, 0.0, 2.0), (24, 1.0, 2.0), (64, 0.5, 4.0))
-    for seed, (n, shared, noise) in enumerate(cases if level == "node" else cases[:1] + cases[2:3]):
+def interval_rows(items: int, size: int, samples: int) -> list[list[str]]:
+    """How often intervals hold the mean overlap of circuits of `size` items from as many new prompts."""
+    rows, several, n_draws = [], 20, 100  # true circuits in each row; draws for each interval
+    for seed, (n, shared, noise) in enumerate(((12, 0.5, 2.0), (24, 0.0, 2.0), (24, 1.0, 2.0), (64, 0.5, 4.0))):
         generator = torch.Generator().manual_seed(seed)
-        held: dict[str, list[bool]] = {"jaccard": [], "weighted": [], "curve": []}
-        settings: dict[str, Any] = {"n_null": 1, "fractions": (0.2,)}
+        ends: dict[str, list[Tensor]] = {}
         for _ in range(several):
-            truths, _ = _truths(level, shared, generator)
-            new = []
-            for _ in range(50 if level == "node" else 25):
-                means = [_seen(each, noise / n**0.5, 1, generator) for each in truths]
-                found = circuit_overlap(*(circuit(level, each, size) for each in means), n_bootstrap=0, **settings)
-                new.append((found.values["jaccard"], found.values["weighted"], *found.curve["jaccard"]))
-            wanted = torch.tensor(new, dtype=torch.float64).mean(0).tolist()
-            for _ in range(max(1, samples // several)):
-                one, other = (circuit(level, _seen(each, noise, n, generator), size) for each in truths)
-                found = circuit_overlap(one, other, n_bootstrap=40, seed=len(held["jaccard"]), **settings)
-                ends = [
-                    found.intervals["jaccard"],
-                    found.intervals["weighted"],
-                    (found.curve["low"][0], found.curve["high"][0]),
-                ]
-                for name, (low, high), truth in zip(held, ends, wanted, strict=True):
-                    held[name].append(low - 1e-9 <= truth <= high + 1e-9)
-        for name, each in held.items():
-            of = f"{name}; {shared:.0%} of the true scores shared, noise {noise:g}"
-            rows.append([of, str(n), f"{sum(each) / len(each):.3f}", "1.00"])
+            truth = _truths(items, shared, generator)
+            scale = noise * truth.abs().mean()
+            new = torch.randn(2, 400, items, generator=generator, dtype=torch.float64)
+            wanted = _overlaps(truth[:, None] + scale * n**-0.5 * new, size)
+            for _ in range(samples // several):
+                seen = truth[:, None] + scale * torch.randn(2, n, items, generator=generator, dtype=torch.float64)
+                index = torch.randint(n, (2, n_draws, n), generator=generator)
+                weights = torch.zeros(2, n_draws, n, dtype=torch.float64).scatter_add_(
+                    2, index, torch.full(index.shape, 1 / n, dtype=torch.float64)
+                )
+                found, drawn = _overlaps(seen.mean(1), size), _overlaps(weights @ seen, size)
+                for name, truth_of in wanted.items():
+                    each = drawn_t(found[name], drawn[name], n) - truth_of.mean()
+                    ends.setdefault(name, []).append(each)
+        for name, each in ends.items():
+            low, high = torch.stack(each).T
+            held = float(((low <= 1e-9) & (high >= -1e-9)).double().mean())
+            of = f"{name}, {size} of {items}; {shared:.0%} of the true scores shared, noise {noise:g}"
+            rows.append([of, str(n), f"{held:.3f}", "1.00"])
     return rows
+
+
+def circuit(examples: Tensor, size: int) -> Circuit:
+    """The circuit of the `size` highest means of [example, sender] scores."""
+    none: Any = torch.zeros(0, dtype=torch.float64)
+    edges = torch.zeros_like(SMALL.exists)
+    return Circuit(
+        model=SMALL.facts, task="simulated", method="ablation", metric="", direction="", sign="", level="node",
+        senders_in=edges.any(1), edges_in=edges, node_scores=examples.mean(0),
+        edge_scores=torch.full(edges.shape, torch.nan, dtype=torch.float64), threshold={}, stages=(),
+        examples=examples, clean=none, corrupted=none, settings={}, provenance={},
+    ).top(size)  # fmt: skip
 
 
 def stability_rows(samples: int) -> list[list[str]]:
@@ -220,8 +206,10 @@ def stability_rows(samples: int) -> list[list[str]]:
         generator = torch.Generator().manual_seed(50 + seed)
         below, new, above = [], [], []
         for i in range(samples):
-            (truth, _), _ = _truths("node", 1.0, generator)
-            one, other = (circuit("node", _seen(truth, noise, n, generator), 6) for _ in range(2))
+            truth = _truths(len(SMALL.senders), 1.0, generator)[0]
+            scale = noise * truth.abs().mean()
+            noises = torch.randn(2, n, len(truth), generator=generator, dtype=torch.float64)
+            one, other = (circuit(truth + scale * each, 6) for each in noises)
             found = circuit_stability(one, n_bootstrap=20, seed=i)
             below.append(float(found.halves.mean()))
             above.append(float(found.jaccard.mean()))

@@ -353,8 +353,8 @@ def _around(found: Sequence[float], drawn: Sequence[Sequence[float]], n: int) ->
     """95 % intervals of each column of draws around what was found, within 0 and 1."""
     if not drawn or not found:
         return []
-    ends = drawn_t(*(torch.tensor(each, dtype=torch.float64) for each in (found, drawn)), n).clamp(0, 1)
-    return [(low, high) for low, high in ends.tolist()]
+    whole, several = (torch.tensor(each, dtype=torch.float64) for each in (found, drawn))
+    return [(low, high) for low, high in drawn_t(whole, several, n).clamp(0, 1).tolist()]
 
 
 def _stages(a: Circuit, b: Circuit) -> list[dict[str, Any]]:
