@@ -147,7 +147,7 @@ def whole_text(parts: dict[str, str]) -> str:
 
 {meaning}
 
-`eager` and `lens` keep every pattern whole; ours keeps queries and keys, from which any part of a pattern can be had.
+`eager` and `lens` keep every pattern whole; ours keeps queries and keys, from which any part of a map can be computed.
 
 {joined}"""
 

@@ -49,7 +49,7 @@ def module_imports() -> dict[str, list[str]]:
 
 
 def room_of(module: str) -> str | None:
-    """The room that a module is in; None for the root, through which the public names of all rooms are had."""
+    """The room that a module is in; None for the root, which offers the public names of all rooms."""
     parts = module.split(".")
     depth = 3 if ".".join(parts[:2]) in _UNFOLDED else 2
     return ".".join(parts[:depth]) if len(parts) > 1 else None

@@ -39,8 +39,8 @@ and that `wb.verify` holds. A row stands for its architecture: other sizes and c
 other models of `transformers` share it. `wb.verify(**inputs)` says whether a capture of your model tells the truth.
 
 - **Sites**: kinds of the places where tokens mix.
-- **Pattern**: how the weights are had. *Rebuilt from q and k*: exact, any part on demand, in memory that grows with the
-  length alone. *The model's own weights*: the model writes its attention out, and what it computed is kept. *Rebuilt
+- **Pattern**: where the weights come from. *Rebuilt from q and k*: exact, any part on demand, in memory that grows with
+  the length alone. *The model's own weights*: the model writes its attention out, and that is kept. *Rebuilt
   from the scan*: of a state-space layer; *frozen* says that it is exact with the gates that this input gave, *signed*
   that weights may be negative, so that statistics are those of |A| normalised per row. *Unnormalised*: rows do not sum
   to one.
@@ -64,6 +64,10 @@ The capture shows what the model computes, also where that depends on the backen
   the CPU. GPT-2 on flash fails in `transformers` in float32; in bfloat16 the tests check it with `wb.verify`.
 - Swin hides what a shifted window must not see with −100 on the scores, not with −∞; such keys count as visible, with
   weights near zero.
+- Rows that hold several sequences are captured one by one on every backend; so are the requests of `generate_batch`.
+- `generate()` runs on under a plain capture of every hybrid that the tests have: Jamba, Bamba, Zamba2, Falcon-H1,
+  Granite 4, Nemotron-H, LFM2, Qwen3-Next, Qwen3.5, RecurrentGemma. Their attention is joined; state-space mixers have
+  a map of the prompt, and their later steps stand in the ledger.
 
 ## What cannot be captured
 

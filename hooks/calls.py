@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from workbench.hooks import flex, registry
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.layouts import Unplaced
+from workbench.hooks.paged import PagedKeys
 from workbench.hooks.proofs.axes import Bound
 from workbench.hooks.sites import heads_of, kv_heads_of
 from workbench.hooks.tap import AttentionCall
@@ -108,8 +109,8 @@ def _axis(of_output: str, letter: str, width: str) -> int | None:
 
 def of_backend(
     owner: Owner, backend: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor,
-    inner: LseWatch,
+    inner: LseWatch, paged: PagedKeys | None = None,
 ) -> AttentionCall:  # fmt: skip
-    """A call of a backend of Hugging Face's registry; `inner` is what was seen of SDPA in it."""
-    facts = registry.read(owner[0], backend, module, args, kwargs, inner)
+    """A call of a backend of Hugging Face's registry; `inner` is what was seen of SDPA in it, `paged` of its cache."""
+    facts = registry.read(owner[0], backend, module, args, kwargs, inner, paged)
     return AttentionCall(*owner, output=output, tap="registry", **facts)

@@ -14,7 +14,8 @@ class Listener:
     """Hears everything and wants nothing changed; a subclass overrides what it needs.
 
     What runs again in a backward pass (gradient checkpointing) starts no forward, and its calls are marked `replay`.
-    What a method raises leaves through the model's forward.
+    What a method raises leaves through the model's forward; so does what goes wrong where a call is read, unless
+    `on_failed` says otherwise.
     """
 
     def on_start(self, name: str) -> None:
@@ -48,6 +49,10 @@ class Listener:
         Args:
             edited: one of them had been edited.
         """
+
+    def on_failed(self, site: str, error: Exception) -> bool:
+        """A call of the site could not be told. Whether the forward goes on all the same; else the error is raised."""
+        return False
 
     def on_output(self, name: str, module: nn.Module, output: Any) -> Any:
         """A module has ended. What is given, if not None, takes the place of its output."""

@@ -34,6 +34,7 @@ from workbench.hooks.layouts import UNKNOWN, Layouts, Unplaced, learn, projected
 from workbench.hooks.listener import Listener
 from workbench.hooks.modes import close_torn
 from workbench.hooks.nested import first_tensor
+from workbench.hooks.paged import PagedKeys
 from workbench.hooks.projections import is_linear
 from workbench.hooks.readers import Reader, continues, read_module, reader_of
 from workbench.hooks.running import Running, ThreadRun
@@ -43,6 +44,7 @@ from workbench.hooks.tap import AttentionCall
 from workbench.hooks.written_out import WrittenOut
 
 _TORCH = str(Path(torch.__file__).parent)
+Settled = Sequence[tuple[Any, AttentionCall | str]]
 
 
 class Observer:
@@ -186,7 +188,7 @@ class Observer:
             if self._layouts.is_waiting and (given := first_tensor(rest[1])) is not None:
                 self._prove(given[0], module)
             if len(state.stack) == 1 and not state.replay:
-                self._settle(state, self._layouts.end())
+                self._learn(state, self._layouts.end)
             mixed = self._saw_mixing(state, args, *rest) if module in self._readers else None
             output = self._listener.on_output(state.stack[-1].name, module, rest[1] if mixed is None else mixed)
             return mixed if output is None else output
@@ -231,11 +233,12 @@ class Observer:
         state = self._state(sys._getframe())
         if not state.stack:
             return function(module, *args, **kwargs)
+        paged = PagedKeys.within(kwargs)
         with state.tap.inside() as inner:
-            result = function(module, *args, **kwargs)
+            result = function(module, *args, **(kwargs if paged is None else kwargs | {"cache": paged.cache}))
         name = self._names.get(module)
         replaced = self._tell(
-            lambda owner: calls.of_backend(owner, backend, module, args, kwargs, result[0], inner),
+            lambda owner: calls.of_backend(owner, backend, module, args, kwargs, result[0], inner, paged),
             None if name is None else (site_name(name), module),
         )
         return result if replaced is None else (replaced, *result[1:])
@@ -248,12 +251,19 @@ class Observer:
         """Calls that have waited for a proof are told once it has come: with the input of a projection, or with what a
         module gives.
         """
-        state = self._state(sys._getframe())
-        with state.tap.inside():
-            settled = self._layouts.saw_linear(p) if module is None else self._layouts.saw_output(module, p)
-        self._settle(state, settled)
+        layouts, state = self._layouts, self._state(sys._getframe())
+        self._learn(state, lambda: layouts.saw_linear(p) if module is None else layouts.saw_output(module, p))
 
-    def _settle(self, state: ThreadRun, settled: Sequence[tuple[Any, AttentionCall | str]]) -> None:
+    def _learn(self, state: ThreadRun, learn: Callable[[], Settled]) -> None:
+        try:
+            with state.tap.inside():
+                settled = learn()
+            self._settle(state, settled)
+        except Exception as error:
+            if not self._listener.on_failed(getattr(error, "site", None) or state.owner[0], error):
+                raise
+
+    def _settle(self, state: ThreadRun, settled: Settled) -> None:
         """Tell of calls whose axes have become known, or will not."""
         with state.tap.inside():
             for waiting, found in settled:
@@ -277,6 +287,16 @@ class Observer:
         if owner[1] in self._readers:
             return None  # it is a part of what the reader tells
         state.entries.add(state.stack[0].name)
+        try:
+            return self._make_and_tell(state, make, owner)
+        except Exception as error:
+            if not self._listener.on_failed(owner[0], error):
+                raise
+            return None
+
+    def _make_and_tell(
+        self, state: ThreadRun, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner
+    ) -> Tensor | None:
         waiting = None
         with state.tap.inside():  # an edit may itself take a softmax and multiply
             made = make(owner)
@@ -311,13 +331,26 @@ class Observer:
         """Whether a module goes on from a cached state can only be told before it runs."""
         state = self._threads.get(threading.get_ident())
         if state is not None and state.stack and not state.reading and self._listener.wants(state.owner[0]):
-            state.stack[-1].continued = continues(module, args, kwargs)
+            try:
+                state.stack[-1].continued = continues(module, args, kwargs)
+            except Exception as error:
+                if not self._listener.on_failed(state.owner[0], error):
+                    raise
 
     def _saw_mixing(self, state: ThreadRun, args: Any, kwargs: Any, output: Any) -> Any:
         """A module that has a reader has run; its new output, or None."""
-        name, module = state.owner
+        name = state.owner[0]
         if not self._listener.wants(name):
             return None
+        try:
+            return self._read_and_tell(state, args, kwargs, output)
+        except Exception as error:
+            if not self._listener.on_failed(name, error):
+                raise
+            return None
+
+    def _read_and_tell(self, state: ThreadRun, args: Any, kwargs: Any, output: Any) -> Any:
+        name, module = state.owner
         state.reading = True
         try:
             with state.tap.inside(), torch.no_grad():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,21 +21,42 @@ from workbench.hooks.weights import matrix
 
 @dataclass(frozen=True)
 class Projection:
-    """The output projection of a site.
+    """The output projection of a site. It does not keep the model alive, and a pickle of it is without the module.
 
     Attributes:
-        name: path of the module in the model. module: that module.
+        name: path of the module in the model.
         version: of its weight when the capture was made.
     """
 
     name: str
-    module: nn.Module
     version: int | None
+    _module: weakref.ref[nn.Module] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> Projection:
         """The projection as it is now."""
-        return cls(name, module, _version(module.weight))
+        return cls(name, _version(module.weight), weakref.ref(module))
+
+    @property
+    def module(self) -> nn.Module:
+        """The linear module.
+
+        Raises:
+            CaptureError: the model is gone.
+        """
+        found = None if self._module is None else self._module()
+        if found is None:
+            raise CaptureError(
+                f"the model is gone, and {self.name} with it",
+                hint="compute results while the model is there, or keep them: save(path, result=True)",
+            )
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "version": self.version, "_module": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Projection:
+        return self
 
     def slices(self, n_heads: int, width: int) -> Tensor:
         """[head, width, d_model], as `projection_slices` gives them.
@@ -42,7 +64,8 @@ class Projection:
         Raises:
             CaptureError: the weight has changed since the capture, or cannot be cut into heads.
         """
-        if _version(self.module.weight) != self.version:
+        module = self.module
+        if _version(module.weight) != self.version:
             raise CaptureError(
                 f"the weight of {self.name} has changed since the capture",
                 hint="compute results before the next step of training, or capture again",
@@ -52,7 +75,7 @@ class Projection:
                 f"{self.name} is only a part of its projection: an adapter adds to it",
                 hint="merge the adapter into the model first",
             )
-        return projection_slices(self.module, n_heads, width)
+        return projection_slices(module, n_heads, width)
 
 
 def projection_slices(module: nn.Module, n_heads: int, width: int) -> Tensor:
@@ -77,6 +100,10 @@ class ProjectionFinder:
     def __init__(self) -> None:
         self._found: dict[str, tuple[str, nn.Module]] = {}
         self._awaited: dict[int, dict[str, Tensor]] = {}  # by thread and site: [batch, query, head · width]
+
+    def knows(self, site: str) -> bool:
+        """Whether the projection of a site was found."""
+        return site in self._found
 
     def saw_call(self, site: str, module: nn.Module, z: Tensor) -> None:
         """An attention call gave z [batch, query, head, width], in memory that stays as it is."""

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks import packing
 from workbench.hooks.kernel_watch import LseWatch, as_multiplied
+from workbench.hooks.paged import PagedKeys
 from workbench.kernels.masks import hidden_below
 
 Backend = Callable[..., tuple[Tensor, Any]]
@@ -107,11 +109,13 @@ def read(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     inner: LseWatch,
+    paged: PagedKeys | None = None,
 ) -> dict[str, Any]:
     """The facts of an `AttentionCall` in a call `function(module, query, key, value, attention_mask, ...)`.
 
     Args:
         inner: what was seen of SDPA inside the backend.
+        paged: the keys and values that a paged cache gave it.
 
     Raises:
         CaptureError: the backend takes its mask in a form that cannot be read.
@@ -130,16 +134,18 @@ def read(
         "backend": backend,
         "layout": "bqhd",
     }
-    if given.get("cu_seq_lens_q") is not None:
-        raise CaptureError(
-            "several sequences are packed into one", site=site, shape=q.shape, hint="run them as a padded batch"
-        )
+    of_pages: dict[str, Any] = {}
+    if paged is not None:
+        keys, values, ends = paged.read(site)
+        k, v = as_multiplied(keys), as_multiplied(values)
+        of_pages = {"k": k, "v": v, "segments": packing.between(given["cu_seq_lens_q"], ends)}
+        facts |= of_pages
     kind = _kind(backend, mask)
     if kind == "sdpa":
         return facts | _as_sdpa(module, q, k, v, mask, given, inner)
     facts |= {"softcap": given.get("softcap"), "sinks": given.get("s_aux")}
     if kind == "flash":
-        return facts | _as_flash(site, module, q, k, mask, given)
+        return facts | _as_flash(site, module, q, k, mask, given) | of_pages
     if kind == "flex":
         return facts | {"mask": from_block_mask(mask, q, k)}
     # Written out: what is hidden stands in the mask alone.
@@ -217,15 +223,13 @@ def _as_flash(
         if n_q > 1:  # rows of padding are not computed
             facts["mask"] = facts["mask"] & shown[:, None, -n_q:, None]
     position_ids = given.get("position_ids")
-    if mask is None and position_ids is not None and q.shape[0] == 1 and _restarts(position_ids):
-        raise CaptureError(
-            "several sequences are packed into one", site=site, shape=q.shape, hint="run them as a padded batch"
-        )
+    if given.get("cu_seq_lens_q") is not None and given.get("cu_seq_lens_k") is not None:
+        facts["segments"] = packing.between(given["cu_seq_lens_q"], given["cu_seq_lens_k"])
+    elif mask is None and q.shape[0] == 1 and isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+        # Without lengths, flash backends begin a sequence at each position 0 if positions start again.
+        start_again = bool(packing.restarts(position_ids)[:, 1:].any())
+        facts["segments"] = packing.at_starts(position_ids == 0) if start_again else ()
     return facts
-
-
-def _restarts(position_ids: Tensor) -> bool:
-    return position_ids.dim() == 2 and bool((position_ids.diff(dim=-1) < 0).any())
 
 
 def from_block_mask(mask: Any, q: Tensor, k: Tensor) -> Tensor | None:

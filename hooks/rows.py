@@ -105,9 +105,10 @@ def _softmax_rows(call: AttentionCall, pattern: Pattern, head: int, index: Tenso
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if call.bias is not None:
         scores = scores + _pick(_of_head(call.bias, head), index).to(dtype)
-    if call.mask is not None:
-        three = call.mask.dim() == 3 and call.q.dim() == 3
-        part = _pick(_of_head(call.mask.unsqueeze(1) if three else as_four(call.mask), head), index)
+    hiding = call.hiding
+    if hiding is not None:
+        three = hiding.dim() == 3 and call.q.dim() == 3
+        part = _pick(_of_head(hiding.unsqueeze(1) if three else as_four(hiding), head), index)
         scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.to(dtype)
     mask = pattern.mask
     i = index[..., None] + mask.offset

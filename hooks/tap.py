@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.packing import Rule, Segment, block_mask
 from workbench.hooks.proofs.axes import Bound
 from workbench.kernels.masks import Mask, as_four, hidden_below
 from workbench.kernels.patterns import DensePattern, Pattern
@@ -17,6 +18,10 @@ from workbench.kernels.softmax import SoftmaxPattern
 
 Kind = Literal["self", "cross", "window", "channel", "pooled", "memory", "state"]
 """What a site mixes."""
+
+
+class Unshown(CaptureError):
+    """A call of which no map can show what it does: a capture goes on without it, and lists it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class AttentionCall:
         build: makes the call's pattern, for kernels that are no softmax; None for those that are.
         build_others: makes further maps of the call by name, such as the factors of a composed one.
         replay: the call happens again in a backward pass (gradient checkpointing).
+        segments: where the kernel was told that the first row holds several sequences, which.
+        part: of a call on packed rows, the sequence that this one is; only `output` is still that of all.
     """
 
     site: str
@@ -77,6 +84,8 @@ class AttentionCall:
     build: Callable[[], Pattern] | None = None
     build_others: Callable[[], dict[str, Pattern]] = dict
     replay: bool = False
+    segments: tuple[Segment, ...] = ()
+    part: Segment | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -103,8 +112,39 @@ class AttentionCall:
     def heads_of(self, output: Tensor) -> Tensor:
         """An output of the kernel, or its gradient, as [batch, head, query, width]; a view where there is one."""
         if self.axes is not None:
-            return self.axes.heads(output)
-        return output.permute([self.layout.index(axis) for axis in "bhqd"])
+            return self.own(self.axes.heads(output))
+        return self.own(output.permute([self.layout.index(axis) for axis in "bhqd"]))
+
+    def own(self, heads: Tensor) -> Tensor:
+        """Of what all heads give [batch, head, query, ...] the part that this call is; a view."""
+        part = self.part
+        return heads if part is None else heads[part.row : part.row + 1, :, part.start : part.stop]
+
+    def of_sequence(self, one: Segment, rule: Rule) -> AttentionCall:
+        """The call as if one of the sequences that its rows hold had been alone."""
+        row, queries = slice(one.row, one.row + 1), slice(one.start, one.stop)
+        keys = slice(one.key_start, one.key_stop)
+
+        def cut(tensor: Tensor | None, *along: slice) -> Tensor | None:
+            return None if tensor is None else tensor[(row if len(tensor) > 1 else slice(None), slice(None), *along)]
+
+        values, bias = cut(self.v, keys), None if self.bias is None else as_four(self.bias)
+        assert values is not None
+        return replace(
+            self,
+            q=cut(self.q, queries),
+            k=cut(self.k, keys),
+            v=values,
+            weights=cut(self.weights, queries, keys),
+            lse=cut(self.lse, queries),
+            bias=cut(bias, queries if bias is not None and bias.shape[2] > 1 else slice(None), keys),
+            mask=rule.mask,
+            is_causal=rule.causal,
+            window=rule.window,
+            offset=(one.key_stop - one.key_start) - (one.stop - one.start),
+            segments=(),
+            part=one,
+        )
 
     def as_output(self, z: Tensor) -> Tensor:
         """What the kernel gives when its heads give `z` [batch, head, query, width]."""
@@ -129,17 +169,28 @@ class AttentionCall:
             raise CaptureError("queries are not [batch, head, query, d]", site=self.site, shape=shape)
         q, k, v = self.q, self.k, self.v
         n_q, n_k = q.shape[2], k.shape[2]
+        apart = bool(self.segments) and self.mask is None  # then the tensor has the rules of each sequence in it
         mask = Mask(
             n_q,
             n_k,
-            causal=self.is_causal,
+            causal=self.is_causal and not apart,
             offset=self._offset(n_q, n_k, cross),
-            window=self.window,
+            window=None if apart else self.window,
             tensor=self._mask_tensor(),
         )
         return SoftmaxPattern(
             q, k, mask, scale=self.scale, lse=self.lse, values=v.detach(), softcap=self.softcap, sinks=self.sinks
         )
+
+    @property
+    def hiding(self) -> Tensor | None:
+        """The mask; where sequences are packed without one, what keeps them apart [1, 1, query, key]."""
+        if self.mask is not None or not self.segments or self.q is None or self.k is None:
+            return self.mask
+        return block_mask(
+            self.segments, self.q.shape[2], self.k.shape[2],
+            causal=self.is_causal, window=self.window, device=self.q.device,
+        )  # fmt: skip
 
     def _offset(self, n_queries: int, n_keys: int, cross: bool) -> int:
         if cross and not self.is_causal:
@@ -150,9 +201,10 @@ class AttentionCall:
 
     def _mask_tensor(self) -> Tensor | None:
         """Mask and bias as one tensor of four dimensions."""
-        if self.mask is None:
+        given = self.hiding
+        if given is None:
             return None if self.bias is None else self.bias.detach()
-        mask = as_four(self.mask.detach())
+        mask = as_four(given.detach())
         if self.bias is None:
             return mask
         bias = self.bias.detach()

@@ -17,7 +17,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def stored(model: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
-    """The tensor of that name with its numbers; None if they are nowhere to be had.
+    """The tensor of that name with its numbers; None if they are nowhere.
 
     An offloaded weight is on the "meta" device until its module runs. Whoever brings it then keeps it in the
     `weights_map` of a hook, on the module itself or on one that holds it, as `accelerate` does.
@@ -71,7 +71,7 @@ def matrix(module: nn.Module) -> Tensor:
     """The weight of a linear module as a plain floating-point matrix, without gradients; a view where it can be one.
 
     Raises:
-        CaptureError: it is not there, or cannot be had in floating point.
+        CaptureError: it is not there, or has no floating-point form.
     """
     given: Any = module.weight
     hint = "is it quantized? load the model in floating point"

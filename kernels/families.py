@@ -47,7 +47,7 @@ def family(name: str) -> type[Pattern]:
 
 
 def rebuild(name: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Pattern:
-    """The pattern whose `parts()` these are.
+    """The pattern whose `state()` these are.
 
     Raises:
         FormatError: there is no such family, or these do not make one.

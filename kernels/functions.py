@@ -5,7 +5,7 @@ Recipe for a mechanism of one's own, of which captures, statistics, views and fi
     class MyPattern(Pattern):                        # defining it registers the family, so that files load
         def __init__(self, q, k, decay): ...         # check shapes; super().__init__(shape, mask, dtype, device)
         def tile(self, queries, keys, heads=None): ...       # [batch, head, q, k] of A, where out = A·V
-        def parts(self): return {"decay": self.decay}, {"q": self.q, "k": self.k}
+        def state(self): return {"decay": self.decay}, {"q": self.q, "k": self.k}
         @classmethod
         def rebuild(cls, facts, tensors): return cls(tensors["q"], tensors["k"], facts["decay"])
 

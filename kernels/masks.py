@@ -123,7 +123,7 @@ class Mask:
         low, high = self.tensor.aminmax()  # both are NaN if one number is
         return bool((high < torch.inf) & ~low.isnan())
 
-    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON facts and the tensor (as "mask") from which `rebuild` makes the mask; a layout is not among them."""
         facts = {"n_queries": self.n_queries, "n_keys": self.n_keys, "causal": self.causal, "offset": self.offset,
                  "window": self.window}  # fmt: skip
@@ -131,7 +131,7 @@ class Mask:
 
     @classmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Mask:
-        """The mask from its `parts`."""
+        """The mask from its `state`."""
         return cls(**facts, tensor=tensors.get("mask"))
 
     def key_range(self, queries: slice) -> tuple[int, int]:

@@ -86,9 +86,9 @@ class SoftmaxPattern(Pattern):
         """False: with sink logits rows sum to less than one, and what is missing means something."""
         return False
 
-    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Scale, softcap and the rules of the mask; q, k, what is known of lse, and the optional tensors."""
-        facts, mask = self.mask.parts()
+        facts, mask = self.mask.state()
         held = {"q": self.q, "k": self.k, "lse": self.__dict__.get("lse", self._kernel_lse), "values": self.values,
                 "sinks": self.sinks, "key_bias": self.key_bias}  # fmt: skip
         tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
@@ -96,7 +96,7 @@ class SoftmaxPattern(Pattern):
 
     @classmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> SoftmaxPattern:
-        """The pattern from its `parts`."""
+        """The pattern from its `state`."""
         held = {name: tensors.get(name) for name in ("lse", "values", "sinks", "key_bias")}
         mask = Mask.rebuild(facts["mask"], tensors)
         return cls(tensors["q"], tensors["k"], mask, scale=facts["scale"], softcap=facts["softcap"], **held)

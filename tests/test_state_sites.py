@@ -8,7 +8,7 @@ import transformers as hf
 from torch import nn
 
 import workbench
-from workbench.errors import CaptureError, InterventionError
+from workbench.errors import AttachError, CaptureError, InterventionError
 from workbench.hooks.edits import Edit
 
 IDS = torch.randint(3, 60, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -60,15 +60,38 @@ def test_capture_leaves_the_output_and_marks_state_sites(model: nn.Module) -> No
 
 
 @torch.no_grad()
-def test_a_cached_state_is_refused_by_name_and_other_sites_are_not(model: nn.Module) -> None:
-    mask = torch.ones_like(IDS)
+def test_a_capture_goes_on_where_a_state_does(model: nn.Module) -> None:
+    inputs = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 2, "pad_token_id": 0}
+    bare = model.generate(IDS, **inputs)
     with workbench.attach(model) as wb:
-        with pytest.raises(CaptureError, match="cached state"), wb.capture():
-            model.generate(IDS, attention_mask=mask, max_new_tokens=2, pad_token_id=0)
+        states = [site.name for site in wb.sites if site.kind == "state"]
+        missing = f"{len(states)} calls of {len(states)} sites were not recorded"
+        with pytest.warns(UserWarning, match=missing), wb.capture() as capture:
+            assert torch.equal(model.generate(IDS, **inputs), bare)
+        assert len(capture.calls) == 2
+        for name in states:
+            assert str(capture.ledger[name]).startswith("1 recorded, 1 call not recorded: the mixer goes on from a")
         if any(site.kind == "self" for site in wb.sites):
             with wb.capture(sites=lambda site: site.kind == "self") as capture:
-                model.generate(IDS, attention_mask=mask, max_new_tokens=2, pad_token_id=0)
+                model.generate(IDS, **inputs)
             assert capture.joined()[0].shape[2:] == (18, 18)
+
+
+@torch.no_grad()
+def test_a_site_that_was_asked_for_must_be_recorded_and_verify_names_what_cannot(model: nn.Module) -> None:
+    cache = "past_key_values" if isinstance(model, hf.JambaForCausalLM) else "cache_params"
+    begun = {cache: getattr(model(IDS, use_cache=True), cache)}
+    step = {"input_ids": IDS[:, :1], "use_cache": True, **begun}
+    with workbench.attach(model) as wb:
+        states = {site.name for site in wb.sites if site.kind == "state"}
+        verified = wb.verify(**step)
+        assert verified.unrecorded.keys() == states
+        assert f"{len(states)} sites not recorded" in repr(verified)
+        with pytest.raises(AttachError, match="goes on from a cached state"):
+            verified.raise_if_failed()
+        missing = "nothing could be recorded: the mixer goes on from a cached state"
+        with pytest.raises(CaptureError, match=missing), wb.capture(sites=lambda site: site.kind == "state"):
+            model(**step)
 
 
 class _Half(Edit):

@@ -15,7 +15,7 @@ import workbench
 from support.judges import judges, missing
 from workbench import CaptureError
 from workbench.hooks.projections import projection_slices
-from workbench.storage.provenance import weights_hash
+from workbench.storage.weights import weights_hash
 
 IDS = torch.arange(3, 27).view(2, 12)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.configs import read
+from workbench.hooks.packing import Segment, of_inputs
 
 _SILENT = 1e-4  # of full scale; below it a recording holds nothing but the noise of a converter
 _LOUDEST = 16.0  # times full scale; above it samples are on another scale
@@ -27,8 +29,23 @@ def token_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Ten
     }
 
 
-def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def packed_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Segment, ...]:
+    """The sequences that the rows of a model's inputs hold; () where each row is one."""
+    named = dict(kwargs)
+    if len(args) > 1:
+        names = list(inspect.signature(model.forward).parameters)
+        named = {**dict(zip(names, args, strict=False)), **named}
+    first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 1), None)
+    return of_inputs(named, 1 if first is None else first.shape[0])
+
+
+def check_inputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], packed: Sequence[Segment] = ()
+) -> None:
     """Refuse inputs that would fail deep inside the model, or give an empty result.
+
+    Args:
+        packed: the sequences that rows hold: no row as a whole has to fit into the model's context.
 
     Raises:
         CaptureError: tensors on another device than the model, an empty prompt, a prompt longer than the context.
@@ -47,9 +64,10 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     for name, ids in token_ids(args, kwargs).items():
         if ids.numel() == 0:
             raise CaptureError(f"the {name} prompt is empty", shape=ids.shape, hint="give at least one token")
-        if limit is not None and ids.shape[1] > limit:
+        longest = max((one.stop - one.start for one in packed), default=ids.shape[1])
+        if limit is not None and longest > limit:
             raise CaptureError(
-                f"the {name} prompt has {ids.shape[1]} tokens, the model's context {limit}",
+                f"the {name} prompt has {longest} tokens, the model's context {limit}",
                 shape=ids.shape,
                 hint=f"shorten it to {limit} tokens",
             )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.changes import Changes
 from workbench.hooks.nested import tensors_within
 from workbench.hooks.tap import AttentionCall
 
@@ -89,11 +90,12 @@ class Replays:
             stack.enter_context(torch.random.fork_rng(devices))
             self._devices = devices
             stack.enter_context(torch.no_grad())
+            changes = stack.enter_context(Changes())
             for module in self._names:
                 if isinstance(module, torch.jit.ScriptModule):
                     continue  # it takes no hooks; what it mixes shows in what holds it
-                stack.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(self._end, with_kwargs=True).remove)
+                changes.before(module, self._begin, with_kwargs=True)
+                changes.after(module, self._end, with_kwargs=True)
             stack.enter_context(self._observe(self._on_call))
             self._recording = True
             args, kwargs = copied(self._given)

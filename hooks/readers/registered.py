@@ -198,7 +198,7 @@ def read_module(
     try:
         mixing = found(ModuleRun(site, module, bound_inputs(module, args, kwargs), output, continued))
     except CaptureError as error:
-        raise CaptureError(error.message, site=error.site or site, shape=error.shape, hint=error.hint) from error
+        raise type(error)(error.message, site=error.site or site, shape=error.shape, hint=error.hint) from error
     _check(mixing, site)
     others = dict(mixing.others)
     return AttentionCall(

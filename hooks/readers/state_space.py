@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError
 from workbench.hooks.readers.registered import ModuleRun
+from workbench.hooks.tap import Unshown
 
 
 def has_parts(module: nn.Module) -> bool:
@@ -21,7 +22,8 @@ def check_run(run: ModuleRun) -> None:
     """Refuse a run whose map is not that of one whole sequence per batch entry.
 
     Raises:
-        CaptureError: the mixer went on from a cached state, or it is not known whether; packed sequences.
+        Unshown: the mixer went on from a cached state, or runs on packed sequences.
+        CaptureError: it is not known whether it went on from one.
     """
     if run.continued is None and run.inputs.get("cache_params") is not None:
         raise CaptureError(
@@ -30,7 +32,7 @@ def check_run(run: ModuleRun) -> None:
             hint="ask `continues` before the module runs, and pass what it says",
         )
     if run.continued:
-        raise CaptureError(
+        raise Unshown(
             "the mixer goes on from a cached state: positions before this call act on it, and no map of the call shows "
             "them",
             site=run.site,
@@ -38,7 +40,7 @@ def check_run(run: ModuleRun) -> None:
             'sites only: capture(sites=lambda site: site.kind != "state")',
         )
     if run.inputs.get("seq_idx") is not None:
-        raise CaptureError(
+        raise Unshown(
             "the mixer runs on packed sequences (seq_idx), whose map ends where a sequence does",
             site=run.site,
             hint="capture one sequence per batch row",

@@ -51,14 +51,14 @@ class LightningPattern(Pattern):
         self.q, self.k, self.values = q.detach(), k.detach(), None if values is None else values.detach()
         self.decay = check_decay(decay, q.shape[1])
 
-    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """No facts; q, k and decay, and the values where they are kept."""
         tensors = {"q": self.q, "k": self.k, "decay": self.decay}
         return {}, tensors if self.values is None else tensors | {"values": self.values}
 
     @classmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> LightningPattern:
-        """The pattern from its `parts`."""
+        """The pattern from its `state`."""
         return cls(tensors["q"], tensors["k"], tensors["decay"], values=tensors.get("values"))
 
     @property

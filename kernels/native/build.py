@@ -28,7 +28,7 @@ _log = logging.getLogger("workbench")
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library; None where it cannot be had, which is logged once.
+    """The compiled library; None where it cannot be built, which is logged once.
 
     The environment variable `WORKBENCH_NATIVE=0` switches it off.
     """

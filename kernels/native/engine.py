@@ -21,7 +21,7 @@ Outputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class _Line:
-    """How one statistic is had: the flag that asks for it, and its raw sums out of the library's outputs."""
+    """How one statistic is computed: the flag that asks for it, and its raw sums out of the library's outputs."""
 
     flag: Flag
     raw: Callable[[Outputs], dict[str, Tensor]]

@@ -51,14 +51,14 @@ class NeighborhoodPattern(SoftmaxPattern):
         super().__init__(q, k, mask, scale=scale, lse=lse, values=values)
         self.layout = layout
 
-    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The facts of the layout and the scale; q, k and what is known of lse and values."""
-        _, tensors = super().parts()
+        _, tensors = super().state()
         return {"scale": self.scale, "layout": self.layout.facts()}, tensors
 
     @classmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> NeighborhoodPattern:
-        """The pattern from its `parts`."""
+        """The pattern from its `state`."""
         held = {name: tensors.get(name) for name in ("lse", "values")}
         layout = NeighborhoodLayout(**facts["layout"])
         return cls(tensors["q"], tensors["k"], layout, scale=facts["scale"], **held)

@@ -1,4 +1,4 @@
-"""Lazy attention patterns: maps A [batch, head, query, key] of which any part can be had, the whole only if asked.
+"""Lazy attention patterns: maps A [batch, head, query, key] any part of which can be computed, the whole only if asked.
 
 A mechanism is a subclass with a `tile`; statistics, views and analyses follow from it.
 """
@@ -104,30 +104,30 @@ class Pattern(ABC):
         return self.signed or not self.normalised
 
     @abstractmethod
-    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON facts and named tensors from which `rebuild` makes the pattern again; "values" where they are kept."""
 
     @classmethod
     @abstractmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Pattern:
-        """The pattern from its `parts`."""
+        """The pattern from its `state`."""
 
     def kept(self, keep: Callable[[str, Tensor], Tensor]) -> Pattern:
         """The same pattern on tensors that `keep(name, tensor)` made of its own."""
-        facts, tensors = self.parts()
+        facts, tensors = self.state()
         return self.rebuild(facts, {name: keep(name, tensor) for name, tensor in tensors.items()})
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that are held."""
-        return sum(t.untyped_storage().nbytes() for t in self.parts()[1].values())
+        return sum(t.untyped_storage().nbytes() for t in self.state()[1].values())
 
     @abstractmethod
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, q, k] of the pattern; all heads if None."""
 
     def tile_of(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:
-        """[b, h, q, k] for these batch entries; families whose tiles are dear make no others."""
+        """[b, h, q, k] for these batch entries; families with costly tiles make no others."""
         return self.tile(queries, keys, heads)[batch]
 
     def maker(self, batch: slice, heads: slice, wants_log: bool) -> TileMaker:
@@ -172,7 +172,7 @@ class Pattern(ABC):
     def check(self) -> None:
         """Raise a CaptureError that names the first NaN or inf among the pattern's tensors."""
         self.mask.check_numbers()
-        for name, tensor in self.parts()[1].items():
+        for name, tensor in self.state()[1].items():
             if name in ("q", "k", "weights"):
                 check_finite(name, tensor)
 
@@ -301,13 +301,13 @@ class MagnitudePattern(Pattern):
         self.base, self.key_weights = base, key_weights
         self.n_kv_heads, self.grade, self.values = base.n_kv_heads, base.grade, base.values
 
-    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """None of its own."""
         raise CaptureError("a pattern of magnitudes is made from another", hint="keep that one, and call magnitude()")
 
     @classmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> MagnitudePattern:
-        """Not possible: see `parts`."""
+        """Not possible: see `state`."""
         raise CaptureError("a pattern of magnitudes is made from another", hint="rebuild that one")
 
     def _weighted(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:

@@ -39,15 +39,15 @@ class DensePattern(Pattern):
         """False: what a row lacks of one means something."""
         return False
 
-    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The weights, and the rules of the mask."""
-        facts, tensors = self.mask.parts()
+        facts, tensors = self.mask.state()
         held = tensors if self.values is None else tensors | {"values": self.values}
         return {"mask": facts, "normalised": self.normalised}, {"weights": self.weights} | held
 
     @classmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> DensePattern:
-        """The pattern from its `parts`."""
+        """The pattern from its `state`."""
         pattern = cls(tensors["weights"], Mask.rebuild(facts["mask"], tensors), facts["normalised"])
         pattern.values = tensors.get("values")
         return pattern

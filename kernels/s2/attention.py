@@ -56,14 +56,14 @@ class S2Pattern(SoftmaxPattern):
         super().__init__(q, k, mask, scale=scale, lse=lse, values=values)
         self.layout = layout
 
-    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The facts of the layout and the scale; q, k and what is known of lse and values."""
-        _, tensors = super().parts()
+        _, tensors = super().state()
         return {"scale": self.scale, "layout": self.layout.facts()}, tensors
 
     @classmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> S2Pattern:
-        """The pattern from its `parts`."""
+        """The pattern from its `state`."""
         held = {name: tensors.get(name) for name in ("lse", "values")}
         return cls(tensors["q"], tensors["k"], S2Layout(**facts["layout"]), scale=facts["scale"], **held)
 
@@ -152,7 +152,7 @@ def _layout(q: Tensor, k: Tensor, block: int, *options: Any) -> S2Layout:
 
 
 def _warn_of_holes(layout: S2Layout) -> None:
-    if not layout.causal:  # there the heads are alike by definition: nothing that other options would mend
+    if not layout.causal:  # there all heads are the same by definition: other options change nothing
         return
     beyond = -(-layout.n_keys // layout.block) - layout.local_sides[0]  # blocks that are not local to the last one
     holes = [r for r in check_union(layout) if r < beyond]

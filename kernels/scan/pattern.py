@@ -72,14 +72,14 @@ class ScanPattern(Pattern):
         self.q, self.k, self.values = q.detach(), k.detach(), None if values is None else values.detach()
         self.scale = wide.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
 
-    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The scale; q and k, and the values where they are kept."""
         tensors = {"q": self.q, "k": self.k}
         return {"scale": self.scale}, tensors if self.values is None else tensors | {"values": self.values}
 
     @classmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> ScanPattern:
-        """The pattern from its `parts`."""
+        """The pattern from its `state`."""
         return cls(tensors["q"], tensors["k"], facts["scale"], values=tensors.get("values"))
 
     @cached_property

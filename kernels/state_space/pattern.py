@@ -42,14 +42,14 @@ class _StatePattern(Pattern):
         self.delta, self.A, self.B, self.C = delta.detach(), A.detach(), B.detach(), C.detach()
         self.values = None if values is None else values.detach()
 
-    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """No facts; delta, A, B and C, and the values where they are kept."""
         tensors = {"delta": self.delta, "A": self.A, "B": self.B, "C": self.C}
         return {}, tensors if self.values is None else tensors | {"values": self.values}
 
     @classmethod
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        """The pattern from its `parts`."""
+        """The pattern from its `state`."""
         return cls(*(tensors[name] for name in ("delta", "A", "B", "C")), values=tensors.get("values"))
 
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:

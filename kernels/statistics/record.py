@@ -43,7 +43,7 @@ class Statistic:
         empty: what a row that sees no key has.
         value_weighted: whether it exists as `value_weighted_<name>` too: of p·‖v‖ renormalised per row.
         collect: makes what collects its raw sums from tiles; None to apply the definition to whole rows.
-        needs_denominators: whether `collect` needs normalised weights, hence a second pass where the kernel gave no
+        needs_denominators: whether `collect` needs normalised weights, and so a second pass where the kernel gave no
             log-sum-exp; so it is for column statistics and for definitions.
         finish: makes the value of the raw sums, in `space.dtype`; None if one of them is the value. Row statistics
             get `empty` afterwards.

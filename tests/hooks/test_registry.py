@@ -92,14 +92,17 @@ def test_two_models_made_from_one_config_keep_their_own_backends() -> None:
     assert first.config._attn_implementation == second.config._attn_implementation == "sdpa"
 
 
-def test_sequences_packed_into_one_are_refused() -> None:
+def test_flash_backends_are_told_of_packed_sequences_by_lengths_or_positions() -> None:
     module = torch.nn.Identity()
     q = torch.randn(1, 2, 6, 4)
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    with pytest.raises(workbench.WorkbenchError, match="packed into one"):
-        registry.read(
-            "layer", "flash_attention_2", module, (q, q, q, None), {"position_ids": positions}, registry.LseWatch()
-        )
+    ends = torch.tensor([0, 2, 6])
+    for how, want in (
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, [(0, 0, 3), (0, 3, 6)]),
+        ({"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}, [(0, 0, 2), (0, 2, 6)]),
+        ({"position_ids": torch.arange(6)[None]}, []),
+    ):
+        facts = registry.read("layer", "flash_attention_2", module, (q, q, q, None), how, registry.LseWatch())
+        assert [one.where for one in facts.get("segments", ())] == want
 
 
 def test_a_cache_of_fixed_size_leaves_queries_at_their_own_positions() -> None:

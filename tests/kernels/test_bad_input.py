@@ -68,7 +68,7 @@ WRONG_SHAPES = {
 @pytest.mark.parametrize("wrong", WRONG_SHAPES)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_tensors_of_a_file_that_do_not_fit(name: str, wrong: str) -> None:
-    facts, tensors = PATTERNS[name].parts()
+    facts, tensors = PATTERNS[name].state()
     facts = json.loads(json.dumps(facts))
     assert torch.equal(families.rebuild(name, facts, dict(tensors)).dense(), PATTERNS[name].dense())
     for which, tensor in tensors.items():
@@ -98,10 +98,10 @@ def changes(facts: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name, pattern in PATTERNS.items() if pattern.parts()[0]])
+@pytest.mark.parametrize("name", [name for name, pattern in PATTERNS.items() if pattern.state()[0]])
 def test_facts_of_a_file_that_do_not_fit(name: str) -> None:
     """They are refused at once, or the pattern works: nothing is read out of bounds, and no other error comes."""
-    facts, tensors = PATTERNS[name].parts()
+    facts, tensors = PATTERNS[name].state()
     refused = 0
     for _, changed in changes(facts):
         try:

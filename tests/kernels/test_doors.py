@@ -23,7 +23,7 @@ from workbench.kernels.patterns.base import FAMILIES
 from workbench.kernels.s2 import S2Layout
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.statistics import STATISTICS, Accumulator, Options, RowSum, dense, unregister
-from workbench.views.head_atlas.quantities import metric
+from workbench.views.head_atlas.quantities import quantity
 
 
 @pytest.fixture(autouse=True)
@@ -260,7 +260,7 @@ def test_a_statistic_goes_through_a_capture_and_its_file(tmp_path):
     torch.testing.assert_close(site.renyi2.double(), want, atol=1e-5, rtol=1e-5)
     assert list(cap.table("renyi2").columns)[-1] == "renyi2"
     assert len(cap.table("value_weighted_renyi2")) == 4
-    label = metric("renyi2")
+    label = quantity("renyi2")
     assert label is not None
     assert (label.label, label.unit, label.signed) == ("Renyi2", "nats", False)
     path = tmp_path / "run.safetensors"
@@ -329,7 +329,7 @@ class GatedPattern(Pattern):
         rows = (self.q[:, :, queries] @ self.k.mT).softmax(-1)[..., keys] * self.gate
         return rows if heads is None else rows[:, list(heads)]
 
-    def parts(self):
+    def state(self):
         return {"gate": self.gate}, {"q": self.q, "k": self.k}
 
     @classmethod
@@ -391,7 +391,7 @@ def test_two_families_of_one_name_are_not_mixed_up():
         return type("TwicePattern", (GatedPattern,), {"__module__": module})
 
     define("first"), define("first")  # a cell that ran twice
-    facts, tensors = GatedPattern(*torch.zeros(2, 1, 1, 3, 4)).parts()
+    facts, tensors = GatedPattern(*torch.zeros(2, 1, 1, 3, 4)).state()
     assert type(families.rebuild("TwicePattern", facts, tensors)).__module__ == "first"
     define("second")
     with pytest.raises(FormatError, match=r"first\.TwicePattern and second\.TwicePattern"):
@@ -418,7 +418,7 @@ def test_families_of_other_packages_are_found_by_their_entry_point(tmp_path, mon
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[workbench.patterns]\nElsewherePattern = elsewhere_patterns\n")
     monkeypatch.syspath_prepend(tmp_path)
-    facts, tensors = DensePattern(torch.eye(3)[None, None]).parts()
+    facts, tensors = DensePattern(torch.eye(3)[None, None]).state()
     found = families.rebuild("ElsewherePattern", facts, tensors)
     assert type(found).__module__ == "elsewhere_patterns"
     with pytest.raises(FormatError, match="no pattern family"):

@@ -238,7 +238,7 @@ def test_statistics_are_those_of_magnitudes(n: int):
 def test_parts_and_back():
     q, k, v = inputs(17)
     pattern = LightningPattern(q, k, rates(3), values=v)
-    again = families.rebuild("LightningPattern", *pattern.parts())
+    again = families.rebuild("LightningPattern", *pattern.state())
     torch.testing.assert_close(again.dense(), pattern.dense(), atol=0, rtol=0)
     torch.testing.assert_close(again.values, v, atol=0, rtol=0)
     kept = LightningPattern(q, k).kept(lambda name, tensor: tensor.clone())

@@ -206,7 +206,7 @@ def test_pattern(options, extra):
     found = pattern.statistics(names)
     for name, value in dense(weights, names, pattern.mask, lse=lse).items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-10, equal_nan=True)
-    facts, tensors = pattern.parts()
+    facts, tensors = pattern.state()
     again = families.rebuild("NeighborhoodPattern", json.loads(json.dumps(facts)), tensors)
     assert again.layout == pattern.layout
     assert torch.equal(again.dense(), pattern.dense())

@@ -270,7 +270,7 @@ def test_pattern(options, n_q):
     found = pattern.statistics(names)
     for name, value in dense(weights, names, pattern.mask, lse=lse).items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-10, equal_nan=True)
-    facts, tensors = pattern.parts()
+    facts, tensors = pattern.state()
     assert torch.equal(tensors["values"], v)
     again = families.rebuild("S2Pattern", json.loads(json.dumps(facts)), tensors)
     assert again.layout == pattern.layout

@@ -244,7 +244,7 @@ def test_any_tile_is_a_part_of_the_whole(n: int, data: st.DataObject):
 def test_parts_and_back():
     q, k, v = inputs(17)
     pattern = ScanPattern(q, k, 0.3, values=v)
-    again = families.rebuild("ScanPattern", *pattern.parts())
+    again = families.rebuild("ScanPattern", *pattern.state())
     torch.testing.assert_close(again.dense(), pattern.dense(), atol=0, rtol=0)
     torch.testing.assert_close(again.values, v, atol=0, rtol=0)
     assert ScanPattern(q, k).kept(lambda name, tensor: tensor.clone()).values is None

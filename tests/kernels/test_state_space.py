@@ -255,7 +255,7 @@ def test_parts_and_back(kind: str):
     given = inputs(kind, 17)
     v = torch.randn(2, 4, 17, 2, dtype=torch.float64)
     pattern = KINDS[kind](**given, values=v)
-    again = families.rebuild(type(pattern).__name__, *pattern.parts())
+    again = families.rebuild(type(pattern).__name__, *pattern.state())
     torch.testing.assert_close(again.dense(), pattern.dense(), atol=0, rtol=0)
     torch.testing.assert_close(again.values, v, atol=0, rtol=0)
     kept = KINDS[kind](**given).kept(lambda name, tensor: tensor.clone())

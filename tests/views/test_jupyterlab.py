@@ -173,10 +173,8 @@ def test_a_notebook_opened_again_untrusted_shows_pictures_and_tables(
     page = browser.new_page(viewport={"width": 1280, "height": 9000})
     open_notebook(page, lab[0], "again.ipynb")
     assert not page.evaluate("window.jupyterapp.shell.currentWidget.content.model.cells.get(1).trusted")
-    pictures = page.locator(".jp-OutputArea img")
-    pictures.first.wait_for(timeout=30_000)
-    assert pictures.count() >= len(VIEWS)
-    assert page.evaluate("[...document.querySelectorAll('.jp-OutputArea img')].every(i => i.naturalWidth > 100)")
+    drawn = "[...document.querySelectorAll('.jp-OutputArea img')].filter(i => i.naturalWidth > 100).length"
+    page.wait_for_function(f"{drawn} >= {len(VIEWS)}", timeout=60_000)
     assert page.locator(".jp-OutputArea table").count() >= 1
     assert page.locator(".workbench").count() == 0
     page.close()
@@ -205,5 +203,5 @@ def test_nbconvert_shows_pictures(saved: Any, lab: tuple[str, Path], browser: Br
     page = context.new_page()
     page.goto(source.with_suffix(".html").as_uri(), wait_until="domcontentloaded")
     shown = "[...document.querySelectorAll('.workbench-still img')].filter(i => i.offsetWidth > 100).length"
-    assert page.evaluate(shown) == len(VIEWS)
+    page.wait_for_function(f"{shown} === {len(VIEWS)}", timeout=60_000)
     context.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from workbench.capture.joined import join
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture, pack
 from workbench.capture.transformer_lens import Cache
+from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites
 from workbench.kernels.patterns import DENSE_LIMIT
@@ -21,6 +22,7 @@ from workbench.kernels.statistics import STATISTICS
 from workbench.storage import files
 from workbench.storage.provenance import Provenance
 from workbench.storage.rendering import renderer
+from workbench.storage.weights import WeightsThen
 from workbench.tokens import visible_text
 
 if TYPE_CHECKING:
@@ -35,10 +37,12 @@ class Capture:
 
     With one forward, `cap["blocks.3.attn"]` is its site capture; of a site that is called several times in a forward it
     is the first call, and `cap["blocks.3.attn", 1]` the second. With several forwards, look at `cap.calls[i]`, or join
-    them with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation).
+    them with `cap.pool()` (batches) or `cap.joined()` (the steps of a generation). A row that holds several sequences
+    (packed or continuous batches) gives a forward for each, with positions from the sequence's own start.
 
     Attributes:
         settings: what was asked for; None for a file that does not tell.
+        unrecorded: by site, the calls that it had to go on without, and why.
     """
 
     def __init__(
@@ -46,21 +50,30 @@ class Capture:
         forwards: list[Forward],
         model_sites: Sites,
         provenance: Provenance,
-        weights_hash: Callable[[], str | None] | None = None,
+        weights: WeightsThen | None = None,
         settings: Settings | None = None,
+        unrecorded: dict[str, Unrecorded] | None = None,
     ) -> None:
         self._forwards, self.model_sites, self.settings = forwards, model_sites, settings
-        self._provenance, self._weights_hash = provenance, weights_hash
+        self.unrecorded = {} if unrecorded is None else unrecorded
+        self._provenance, self._weights = provenance, weights
 
     @property
     def provenance(self) -> Provenance:
-        """Where the numbers come from; the first reading hashes the weights, None if they have changed since."""
-        if "weights_sha256" not in self._provenance and self._weights_hash is not None:
-            self._provenance["weights_sha256"] = self._weights_hash()
+        """Where the numbers come from; the first reading hashes the weights, while the model is there and unchanged.
+
+        A capture does not keep its model alive. Where there is no hash, "weights_note" says why.
+        """
+        if "weights_sha256" not in self._provenance and self._weights is not None:
+            self._provenance |= self._weights.facts()
         return self._provenance
 
     def _with(self, forwards: list[Forward]) -> Capture:
-        return Capture(forwards, self.model_sites, self._provenance, self._weights_hash, self.settings)
+        return Capture(forwards, self.model_sites, self._provenance, self._weights, self.settings, self.unrecorded)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which are captures like those from files: with the hash, and without the model."""
+        return {**self.__dict__, "_provenance": dict(self.provenance), "_weights": None}
 
     @property
     def calls(self) -> tuple[Capture, ...]:
@@ -85,6 +98,8 @@ class Capture:
     def ledger(self) -> dict[str, int | str]:
         """How often each site of the model was called: 0 for those that never fired; and what is not read, with why.
 
+        Where calls were not recorded, a text says how many and why, in place of the number.
+
         >>> import torch, workbench
         >>> model = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
         >>> with workbench.attach(model) as wb, wb.capture() as cap:
@@ -97,12 +112,16 @@ class Capture:
         for forward in self._forwards:
             for one in forward.sites.values():
                 counts[one.site.path] = counts.get(one.site.path, 0) + 1
-        return counts | {one.name: f"unread: {one.reason}" for one in self.model_sites.unread}
+        told: dict[str, int | str] = {**counts}
+        for site, missed in self.unrecorded.items():
+            told[site] = f"{counts[site]} recorded, {missed}" if site in counts else str(missed)
+        return told | {one.name: f"unread: {one.reason}" for one in self.model_sites.unread}
 
     def _only(self) -> Forward:
         if len(self._forwards) != 1:
+            several = "forwards" if all(f.packed is None for f in self._forwards) else "sequences of packed rows"
             raise CaptureError(
-                f"the capture holds {len(self._forwards)} forwards",
+                f"the capture holds {len(self._forwards)} {several}",
                 hint="choose one with cap.calls[i], or join them with cap.pool()",
             )
         return self._forwards[0]
@@ -270,7 +289,8 @@ class Capture:
 
         In `cap.calls[i]`, a single step, keys are counted from the oldest that the cache holds: with a cache that
         forgets (a sliding window) only `joined()` knows their positions in the sequence. Without a cache
-        (`use_cache=False`) each step is a whole forward, and stays one.
+        (`use_cache=False`) each step is a whole forward, and stays one. A site that could not be recorded at some steps
+        is left out; the ledger names it.
 
         Raises:
             CaptureError: patterns were not kept (queries_keys=False) or are no softmax, a sequence began before the
@@ -278,7 +298,7 @@ class Capture:
         """
         if self.settings is None:
             raise CaptureError("the capture does not tell which statistics to stream", hint="capture again")
-        return self._with(join(self._forwards, self.settings))
+        return self._with(join(self._forwards, self.settings, self.unrecorded))
 
     def to_cache(self, forward: int = 0, *, limit: int | None = DENSE_LIMIT) -> Cache:
         """One forward under TransformerLens' names: `cache["blocks.3.attn.hook_pattern"]`, `cache["pattern", 3]`.
@@ -314,6 +334,8 @@ class Capture:
                 tensors |= {f"{forward.index}/{name}/{key}": tensor for key, tensor in parts.items()}
             tensors |= {f"{forward.index}//{stream}": ids for stream, ids in forward.ids.items()}
             where: dict[str, Any] = {"index": forward.index, "thread": forward.thread}
+            if forward.packed is not None:
+                where["packed"] = list(forward.packed)
             if forward.span is not None:
                 where["span"] = list(forward.span)
             forwards.append(where | {"sites": entries, "tokens": forward.tokens})
@@ -323,10 +345,11 @@ class Capture:
             "model_sites": model_sites,
             "unread": [asdict(one) for one in self.model_sites.unread],
             "looked": self.model_sites.looked,
+            "unrecorded": [asdict(one) for one in self.unrecorded.values()],
             "forwards": forwards,
         }
         if self.settings is not None:
-            header["settings"], asked = self.settings.parts()
+            header["settings"], asked = self.settings.state()
             tensors |= {f"settings/{name}": tensor for name, tensor in asked.items()}
         return files.write(path, FORM, header, tensors)
 
@@ -340,8 +363,12 @@ class Capture:
         lengths = {c.shape for f in self._forwards for c in f.sites.values()}
         shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")
         unread = f", {len(self.model_sites.unread)} mixers unread" if self.model_sites.unread else ""
+        if self.unrecorded:
+            unread += f", {sum(one.calls for one in self.unrecorded.values())} calls not recorded"
+        packed = sum(f.packed is not None for f in self._forwards)
+        of_rows = f", {packed} of them sequences of packed rows" if packed else ""
         return (
-            f"Capture({name}: {len(self._forwards)} forward(s), "
+            f"Capture({name}: {len(self._forwards)} forward(s){of_rows}, "
             f"{len(self.sites)} sites{unread}, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )

@@ -9,7 +9,7 @@ before it put there, to the bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -26,28 +26,53 @@ from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
 
-def join(forwards: Sequence[Forward], settings: Settings) -> list[Forward]:
+def join(forwards: Sequence[Forward], settings: Settings, unrecorded: Collection[str] = frozenset()) -> list[Forward]:
     """One forward per sequence: each prompt with the cached steps that follow it in the same thread.
+
+    Args:
+        unrecorded: sites of which calls are known to be missing; in a sequence where they are, they are left out.
 
     Raises:
         CaptureError: patterns were not kept or are no softmax, a sequence begins before the capture, the cache was
             changed between steps, or the limit of the capture is exceeded.
     """
-    found = [part for part in _sequences(forwards) if any(forward.sites for forward in part)]
+    forwards = [forward for forward in forwards if forward.sites]  # at the others nothing was recorded
+    found = _sequences(forwards)
     budget = _Budget(settings.limit)
-    return [_join_sequence(index, part, settings, budget) for index, part in enumerate(found)]
+    return [_join_sequence(index, part, settings, budget, unrecorded) for index, part in enumerate(found)]
 
 
 def _sequences(forwards: Sequence[Forward]) -> list[list[Forward]]:
     """The forwards of each sequence, in the order in which sequences begin."""
     found: list[list[Forward]] = []
     latest: dict[int, list[Forward]] = {}  # by thread
+    packed: dict[int, list[list[Forward]]] = {}
     for forward in forwards:
+        if forward.packed is not None:
+            several = packed.setdefault(forward.thread, [])
+            sequence = next((one for one in several if _goes_on_in(one[-1], forward)), None)
+            if sequence is None:
+                several.append(sequence := [])
+                found.append(sequence)
+            sequence.append(forward)
+            continue
         if not _continues(latest.get(forward.thread, []), forward):
             latest[forward.thread] = []
             found.append(latest[forward.thread])
         latest[forward.thread].append(forward)
     return found
+
+
+def _goes_on_in(before: Forward, forward: Forward) -> bool:
+    """Whether a packed sequence goes on with what one before it has put into the cache: its last keys are the same."""
+    name = next((name for name, one in forward.sites.items() if one.site.kind != "cross"), None)
+    if name is None or name not in before.sites or before.span == forward.span:  # sequences of one forward are others
+        return False
+    old, new = (_joinable([each.sites[name]])[0] for each in (before, forward))
+    cached = _keys(new)[:, :, : _filled(new) - new.n_queries]
+    there = _keys(old)[:, :, : _filled(old)]
+    n = min(cached.shape[2], there.shape[2])
+    return n > 0 and torch.equal(cached[:, :, cached.shape[2] - n :], there[:, :, there.shape[2] - n :])
 
 
 def _continues(earlier: Sequence[Forward], forward: Forward) -> bool:
@@ -85,12 +110,16 @@ class _Budget:
             )
 
 
-def _join_sequence(index: int, part: Sequence[Forward], settings: Settings, budget: _Budget) -> Forward:
+def _join_sequence(
+    index: int, part: Sequence[Forward], settings: Settings, budget: _Budget, unrecorded: Collection[str]
+) -> Forward:
     joined = Forward(index, thread=part[0].thread)
     _join_tokens(joined, part)
     for name in dict.fromkeys(name for forward in part for name in forward.sites):
         fired = [i for i, forward in enumerate(part) if name in forward.sites]
         captures = [part[i].sites[name] for i in fired]
+        if len(fired) < len(part) - fired[0] and captures[0].site.path in unrecorded:
+            continue
         if len(fired) > 1 and len(fired) < len(part) - fired[0]:
             raise CaptureError(
                 f"it fired in {len(fired)} of {len(part) - fired[0]} steps of a sequence",

@@ -13,6 +13,7 @@ from workbench.capture.capture import FORM, Capture
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import KEPT, PATTERN, Forward, SiteCapture
 from workbench.capture.timing import CallTimes
+from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import FormatError, WorkbenchError
 from workbench.hooks.sites import Site, Sites, Unread
 from workbench.kernels.families import rebuild
@@ -52,7 +53,11 @@ def load_capture(path: str | Path) -> Capture:
     provenance.items()
     asked = header.get("settings")
     settings = None if asked is None else _settings(asked, named.get("settings", {}))
-    return Capture(forwards, model_sites, provenance.value, settings=settings)
+    missed = header.get("unrecorded")
+    unrecorded = [] if missed is None else [typed.record(one, Unrecorded) for one in missed.list()]
+    return Capture(
+        forwards, model_sites, provenance.value, settings=settings, unrecorded={one.site: one for one in unrecorded}
+    )
 
 
 def _forward(entry: Part, named: Mapping[str, dict[str, Tensor]]) -> Forward:
@@ -69,11 +74,14 @@ def _forward(entry: Part, named: Mapping[str, dict[str, Tensor]]) -> Forward:
     for stream, tensor in ids.items():
         if tensor.dim() != 2 or tensor.is_floating_point() or tensor.is_complex():
             raise FormatError(f"{entry.place} has no ids [batch, position] as {stream!r}", shape=tensor.shape)
-    thread, span = entry.get("thread"), entry.get("span")
+    thread, span, packed = entry.get("thread"), entry.get("span"), entry.get("packed")
     forward = Forward(index, sites, ids, tokens, 0 if thread is None else thread.integer(0))
     if span is not None:
         began, ended = (time.number() for time in span.list(2, 2))
         forward.span = (began, ended)
+    if packed is not None:
+        row, start, stop = (number.integer(0, _LONGEST) for number in packed.list(3, 3))
+        forward.packed = (row, start, stop)
     return forward
 
 

@@ -41,7 +41,7 @@ class Settings:
     block: int = 16
     limit: int | None = DENSE_LIMIT
 
-    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON facts, and the ids (as "tokens") if they were given, for a file."""
         facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
         facts["sites"] = None if self.sites is None else sorted(self.sites)

@@ -106,6 +106,11 @@ class SiteCapture:
                 hint="use the pattern before the next forward, or capture with pattern=True",
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: what they hold is their own, and what the model has overwritten stays so."""
+        stale = any(tensor._version != seen for tensor, seen in self.held)
+        return {**self.__dict__, "held": [(torch.empty(0), -1)] if stale else []}
+
     @property
     def has_result(self) -> bool:
         """Whether `result` has what it needs."""
@@ -218,6 +223,7 @@ class Forward:
         ids, tokens: by stream ("input", "decoder"): ids [batch, position], and their text.
         thread: number of the thread it ran in, in the order in which threads came.
         span: when it began and ended, our statistics included, in seconds of the host's clock since the capture began.
+        packed: where a row held several sequences, which this one is: (row, start, stop) of its queries there.
     """
 
     index: int
@@ -226,6 +232,7 @@ class Forward:
     tokens: dict[str, list[list[str]]] = field(default_factory=dict)
     thread: int = 0
     span: tuple[float, float] | None = None
+    packed: tuple[int, int, int] | None = None
 
     def stream(self, site: Site, axis: str) -> str:
         """Which token stream the queries or keys of a site are."""
@@ -258,7 +265,7 @@ def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[
     parts |= {key: tensor for key, tensor in kept.items() if tensor is not None}
     if pattern:
         for name, one in capture.patterns.items():
-            facts, tensors = one.parts()
+            facts, tensors = one.state()
             entry.setdefault("patterns", {})[name] = {"family": type(one).__name__, **facts}
             parts |= {f"{PATTERN}{name}.{key}": tensor for key, tensor in tensors.items()}
     return entry, parts

@@ -55,10 +55,10 @@ class Cache(Mapping[str, Tensor]):
         hooks: dict[str, Callable[[], Tensor]] = {}
         if capture.lazy is not None or capture.weights is not None:
             hooks["hook_pattern"] = lambda: capture.pattern.dense(limit=self._limit)
-        parts = {} if capture.lazy is None else capture.lazy.parts()[1]
-        for name, part in (("q", f"{turned}q"), ("k", f"{turned}k"), ("values", "v")):
-            if name in parts and parts[name].dim() == 4:
-                hooks[f"hook_{part}"] = _part(capture, name)
+        held = {} if capture.lazy is None else capture.lazy.state()[1]
+        for name, hook in (("q", f"{turned}q"), ("k", f"{turned}k"), ("values", "v")):
+            if name in held and held[name].dim() == 4:
+                hooks[f"hook_{hook}"] = _held(capture, name)
         for name, tensor in (("z", capture.z), ("z_grad", capture.z_gradient)):
             if tensor is not None:
                 hooks[f"hook_{name}"] = partial(_itself, tensor)
@@ -122,9 +122,9 @@ class _NoKey(CaptureError, KeyError):
     __str__ = Exception.__str__  # a KeyError would quote its message
 
 
-def _part(capture: SiteCapture, name: str) -> Callable[[], Tensor]:
+def _held(capture: SiteCapture, name: str) -> Callable[[], Tensor]:
     """[batch, position, head, d_head] of a tensor that the pattern is made of."""
-    return lambda: capture.pattern.parts()[1][name].transpose(1, 2)
+    return lambda: capture.pattern.state()[1][name].transpose(1, 2)
 
 
 def _itself(tensor: Tensor) -> Tensor:

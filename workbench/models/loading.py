@@ -20,7 +20,7 @@ _TOKENIZER_FILES = (
     "vocab.txt", "vocab.json",
 )  # fmt: skip
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-# Short names of TransformerLens for models that the hub keeps under another name; the rest are spelled alike.
+# Short names of TransformerLens for models that the hub keeps under another name; the rest have the same spelling.
 _ALIASES = {
     "gpt2-small": "gpt2",
     **{f"pythia-{size}": f"EleutherAI/pythia-{size}" for size in ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b")},
@@ -75,7 +75,7 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
         None where it has neither, as for a model that was saved without one.
 
     Raises:
-        ModelError: the name is neither shipped nor a folder nor to be had from the hub.
+        ModelError: the name is not shipped, no folder, and not on the hub.
 
     >>> model, tokenizer = load("demo-lm")
     >>> model.training, tokenizer.decode(tokenizer("Then, Mary and John")["input_ids"])

@@ -188,6 +188,10 @@ def _limits(capture: Capture, call: Capture) -> list[str]:
             f"{count(len(unread), 'module')} that mix tokens, or may do so, are not read: "
             f"{listed}{' …' if len(unread) > 5 else ''}"
         )
+    for name, missed in list(call.unrecorded.items())[:5]:
+        found.append(visible(f"{name or 'the model'}: {missed}"))
+    if len(call.unrecorded) > 5:
+        found.append(f"calls of {count(len(call.unrecorded) - 5, 'more site')} were not recorded")
     if call.provenance.get("training"):
         found.append("the model was in training mode, so dropout may have acted")
     if not call.provenance.get("weights_sha256"):

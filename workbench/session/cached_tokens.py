@@ -28,10 +28,10 @@ class _Sequence:
 
 @dataclass
 class CachedTokens:
-    """The ids of what lies in caches, by thread and token stream."""
+    """The ids of what lies in caches, by thread and token stream: one batch of sequences, or many that are packed."""
 
-    _sequences: dict[tuple[int, str], _Sequence] = field(default_factory=dict)
-    _known: dict[tuple[int, str], tuple[Forward, Tensor]] = field(default_factory=dict)
+    _sequences: dict[tuple[int, str], list[_Sequence]] = field(default_factory=dict)
+    _known: dict[tuple[object, ...], tuple[Forward, Tensor]] = field(default_factory=dict)
 
     def key_ids(
         self, forward: Forward, site: str, stream: str, queries: int, keys: Tensor
@@ -54,10 +54,14 @@ class CachedTokens:
         if own is None or own.shape[1] != queries:
             return own, None
         where = threading.get_ident(), stream
-        found = self._known.get(where)
+        found = self._known.get((*where, forward.packed))
         if found is None or found[0] is not forward:
-            ids = own if keys.shape[2] == queries else self._with_earlier(where, site, own, keys)
-            self._known[where], self._sequences[where] = (forward, ids), _Sequence(ids, site, keys)
+            earlier = self._sequences.setdefault(where, [])
+            ids = own if keys.shape[2] == queries else self._with_earlier(earlier, site, own, keys)
+            if forward.packed is None:
+                earlier.clear()
+            earlier.append(_Sequence(ids, site, keys))
+            self._known[*where, forward.packed] = forward, ids
         else:
             ids = found[1]
         n_keys = keys.shape[2]
@@ -66,17 +70,17 @@ class CachedTokens:
         before = None if n_keys == ids.shape[1] else ids[:, -n_keys - 1]
         return ids[:, -n_keys:], before
 
-    def _with_earlier(self, where: tuple[int, str], site: str, own: Tensor, keys: Tensor) -> Tensor:
-        past = self._sequences.get(where)
-        if past is None or past.site != site:
-            raise _unknown(site)
+    def _with_earlier(self, earlier: list[_Sequence], site: str, own: Tensor, keys: Tensor) -> Tensor:
+        """The ids of the sequence that is gone on with, which is taken out of the earlier ones."""
         cached = keys[:, :, : keys.shape[2] - own.shape[1]]
-        length = past.ids.shape[1]
-        # What was cut back shows in a cache that forgets nothing: it is shorter than the sequence.
-        for dropped in dict.fromkeys((0, max(0, length - cached.shape[2]))):
-            rows = _rows(past.keys[:, :, : past.keys.shape[2] - dropped], cached)
-            if rows is not None:
-                return torch.cat((past.ids[rows, : length - dropped], own), dim=1)
+        for past in [past for past in earlier if past.site == site]:
+            length = past.ids.shape[1]
+            # What was cut back shows in a cache that forgets nothing: it is shorter than the sequence.
+            for dropped in dict.fromkeys((0, max(0, length - cached.shape[2]))):
+                rows = _rows(past.keys[:, :, : past.keys.shape[2] - dropped], cached)
+                if rows is not None:
+                    earlier[:] = [other for other in earlier if other is not past]
+                    return torch.cat((past.ids[rows, : length - dropped], own), dim=1)
         raise _unknown(site)
 
 

@@ -107,7 +107,7 @@ class GradientWatch:
             )
         self._grad_was_on |= grad_is_on
         values = call.v if pattern.values is None else pattern.values
-        tensors = [t for t in (values, *pattern.parts()[1].values()) if not t.is_inference()]
+        tensors = [t for t in (values, *pattern.state()[1].values()) if not t.is_inference()]
         versions = [(t, t._version) for t in tensors]
         awaited = _Awaited(site, pattern, values.detach(), deliver, versions, edited is not None)
         self._awaited.append(awaited)
@@ -123,7 +123,7 @@ class GradientWatch:
         heads_of = call.heads_of
         _hook(call.output, lambda g: kernel_arrived(heads_of(g)), awaited.handles)
         if edited is not None:
-            _hook(edited, awaited.z_arrived, awaited.handles)
+            _hook(edited, lambda g: awaited.z_arrived(call.own(g)), awaited.handles)
 
     def check(self, *, all_must_arrive: bool) -> None:
         """Complain of gradients that never came; called at the end of the capture.

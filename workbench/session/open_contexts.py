@@ -185,14 +185,22 @@ class OpenContexts(Listener):
         """Edits are told, and the capture takes the ids."""
         self._tell_edits(args, kwargs)
         if (recorder := self._recording()) is not None:
-            recorder.on_inputs(args, kwargs)
+            try:
+                recorder.on_inputs(args, kwargs)
+            except Exception as error:
+                if not recorder.on_failed("", error):
+                    raise
 
     def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The capture looks for the modules that join heads."""
         if module is self.model and isinstance(module, MODULES):  # these carry no hook that sees their inputs
             self._tell_edits(args, {})
         if (recorder := self._recording()) is not None:
-            recorder.on_module(name, module, args)
+            try:
+                recorder.on_module(name, module, args)
+            except Exception as error:
+                if not recorder.on_failed("", error):
+                    raise
 
     def on_call(self, call: AttentionCall) -> Tensor | None:
         """The edits change what the heads give, then the capture takes it."""
@@ -205,7 +213,11 @@ class OpenContexts(Listener):
                 edit.fired.add(call.site)
         recorder = self._recording()
         if recorder is not None and not call.replay:
-            recorder.on_call(call, z)
+            try:
+                recorder.on_call(call, z)
+            except Exception as error:
+                if not recorder.on_failed(call.site, error):
+                    raise
         return z
 
     def cannot_wait(self, site: str) -> bool:
@@ -220,6 +232,13 @@ class OpenContexts(Listener):
             raise InterventionError(
                 f"what was edited cannot be shown to be heads: {reason}", site=site, hint=learn(site)
             )
+
+    def on_failed(self, site: str, error: Exception) -> bool:
+        """What edits cannot do is an error; what the capture cannot record, it decides."""
+        recorder = self._recording()
+        if recorder is None or isinstance(error, InterventionError) or self.cannot_wait(site):
+            return False
+        return recorder.on_failed(site, error)
 
     def on_output(self, name: str, module: nn.Module, output: Any) -> Any:
         """The edits change what a module gives."""

@@ -16,18 +16,20 @@ from workbench.capture.arena import Arena
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.capture.timing import CallTimes
-from workbench.errors import CaptureError
+from workbench.capture.unrecorded import Unrecorded
+from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.projections import ProjectionFinder
 from workbench.hooks.sites import Site, Sites, add_site, site_name, with_kind, with_sizes
-from workbench.hooks.tap import AttentionCall
+from workbench.hooks.tap import AttentionCall, Unshown
 from workbench.hooks.truth import check_last_row
-from workbench.inputs import check_inputs, token_ids
+from workbench.inputs import check_inputs, packed_sequences, token_ids
 from workbench.kernels import streaming
 from workbench.kernels.checks import check_finite
 from workbench.kernels.patterns import Pattern
 from workbench.kernels.statistics import Options
 from workbench.session.cached_tokens import CachedTokens
 from workbench.session.gradient_watch import Deliver, GradientWatch
+from workbench.session.packed import RunningForward
 
 SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
 
@@ -50,8 +52,8 @@ def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
 class Recorder:
     """Collects the forwards of one capture; its methods are the observer's callbacks.
 
-    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `refused` says, by site, why its
-    calls were not kept.
+    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `refused` says, by site, why none
+    of its calls were kept, `unrecorded` how many were not, and why.
     """
 
     model: nn.Module
@@ -62,10 +64,12 @@ class Recorder:
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
+    unrecorded: dict[str, Unrecorded] = field(default_factory=dict)
     gradients: GradientWatch = field(default_factory=GradientWatch)
     projections: ProjectionFinder = field(default_factory=ProjectionFinder)
     arena: Arena = field(default_factory=Arena)
-    _running: dict[int, Forward] = field(default_factory=dict)
+    _opened_in: int = field(default_factory=threading.get_ident)
+    _running: dict[int, RunningForward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
     _cached: CachedTokens = field(default_factory=CachedTokens)
     _refused_here: dict[int, set[str]] = field(default_factory=dict)  # by thread, in its present forward
@@ -88,15 +92,20 @@ class Recorder:
             self._entered[thread] = {}
             self._refused_here.pop(thread, None)
             self.forwards.append(forward)
-            self._running[thread] = forward
+            self._running[thread] = RunningForward(forward)
 
     def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model was called with these inputs."""
-        check_inputs(self.model, args, kwargs)
-        forward = self._running.get(threading.get_ident())
-        if forward is not None:
-            forward.ids = {name: ids.clone() for name, ids in token_ids(args, kwargs).items()}
-            if self.decode is not None:
+        segments = packed_sequences(self.model, args, kwargs)
+        check_inputs(self.model, args, kwargs, segments)
+        running = self._running.get(threading.get_ident())
+        if running is None:
+            return
+        running.whole.ids = {name: ids.clone() for name, ids in token_ids(args, kwargs).items()}
+        if segments:
+            running.pack(segments)
+        if self.decode is not None:
+            for forward in running.forwards:
                 forward.tokens = {name: self.decode(ids) for name, ids in forward.ids.items()}
 
     def finish(self) -> None:
@@ -109,18 +118,31 @@ class Recorder:
         self._end(threading.get_ident())
 
     def _end(self, thread: int) -> None:
-        forward = self._running.pop(thread, None)
+        running = self._running.pop(thread, None)
         self.projections.end(thread)
-        if forward is not None and forward.span is not None:
-            forward.span = (forward.span[0], self._now())
-        if forward is not None:
+        if running is None:
+            return
+        now = self._now()
+        for forward in running.forwards:
+            if forward.span is not None:
+                forward.span = (forward.span[0], now)
             calls = Counter(capture.site.path for capture in forward.sites.values())
             for name, capture in forward.sites.items():
                 if calls[capture.site.path] > 1:
                     forward.sites[name] = replace(capture, n_calls=calls[capture.site.path])
-        if forward is not None and self.settings.z:
-            for name, capture in forward.sites.items():
-                forward.sites[name] = replace(capture, projection=self.projections.of(capture.site.path))
+            if self.settings.z:
+                for name, capture in forward.sites.items():
+                    forward.sites[name] = replace(capture, projection=self.projections.of(capture.site.path))
+        if running.sequences:
+            self._put(running)
+
+    def _put(self, running: RunningForward) -> None:
+        """The sequences of a forward take its place among the others."""
+        with self._lock:
+            at = next(i for i in reversed(range(len(self.forwards))) if self.forwards[i] is running.whole)
+            self.forwards[at : at + 1] = running.ended()
+            for i in range(at, len(self.forwards)):
+                self.forwards[i].index = i
 
     def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module is about to run."""
@@ -133,33 +155,62 @@ class Recorder:
         Args:
             edited: [batch, head, query, width] that an intervention has made of the heads' output.
         """
-        forward = self._running.get(threading.get_ident())
-        if forward is None:  # the capture was opened while this thread was inside a forward
+        thread = threading.get_ident()
+        running = self._running.get(thread)
+        if running is None:  # the capture was opened while this thread was inside a forward
             return
-        if call.site in self._refused_here.get(threading.get_ident(), ()):
+        if call.site in self._refused_here.get(thread, ()):
             return  # another of its calls in this forward cannot be shown
         seen = self._now()
-        site = self._site(call, forward)
-        if self.settings.sites is not None and site.path not in self.settings.sites:
+        known = self._site(call)
+        if self.settings.sites is not None and known.path not in self.settings.sites:
             return
         device, grad_is_on = call.v.device.type, torch.is_grad_enabled()
+        entered = self._entered.get(thread, {}).pop(call.site, None)
         # The user may run under inference_mode or autocast; the statistics must be ordinary tensors in full precision.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            capture = self._record(call, site, forward, edited, grad_is_on)
-            entered = self._entered.get(threading.get_ident(), {}).pop(call.site, None)
-            times = CallTimes(entered, seen, self._now() - seen, capture.nbytes)
-            forward.sites[site.name] = replace(capture, times=times)
+            unchecked = set()
+            for forward, part in running.parts(call):
+                site = known.at_call(sum(one.site.path == call.site for one in forward.sites.values()))
+                if site.name not in self._checked:  # once per site: one row costs little, every row of every call not
+                    unchecked.add(site.name)
+                capture = self._record(part, site, forward, edited, grad_is_on, check=site.name in unchecked)
+                times = CallTimes(entered, seen, self._now() - seen, capture.nbytes)
+                forward.sites[site.name] = replace(capture, times=times)
+            self._checked |= unchecked
 
     def on_refused(self, site: str, reason: str) -> None:
         """Calls of a site are not what they were told to be: nothing of them is kept."""
         self.refused[site] = reason
+        self._take_back(site)
+
+    def on_failed(self, site: str, error: Exception) -> bool:
+        """A call was not recorded, for this error; "" where the model's inputs could not be taken.
+
+        Returns:
+            Whether the forward goes on without it: always in a thread that did not open the capture, whose requests
+            are no business of ours; in that thread where no map can show the call, or nobody asked for the site.
+        """
+        wanted = not site or self.settings.sites is None or site in self.settings.sites
+        if wanted and threading.get_ident() == self._opened_in and not isinstance(error, Unshown):
+            return False
+        if wanted:
+            reason = error.message if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {error}"
+            with self._lock:
+                before = self.unrecorded.get(site)
+                self.unrecorded[site] = Unrecorded(site, 1, reason) if before is None else before.once_more()
+        self._take_back(site)
+        return True
+
+    def _take_back(self, site: str) -> None:
+        """Nothing of a site is kept in the forward of this thread."""
         self._refused_here.setdefault(threading.get_ident(), set()).add(site)
-        forward = self._running.get(threading.get_ident())
-        if forward is not None:
+        running = self._running.get(threading.get_ident())
+        for forward in () if running is None else running.forwards:
             for name in [name for name, one in forward.sites.items() if one.site.path == site]:
                 self.nbytes -= forward.sites.pop(name).nbytes
 
-    def _site(self, call: AttentionCall, forward: Forward) -> Site:
+    def _site(self, call: AttentionCall) -> Site:
         with self._lock:
             if all(site.name != call.site for site in self.sites):
                 self.sites = add_site(self.sites, call.site, call.module)
@@ -170,10 +221,10 @@ class Recorder:
             if call.axes is not None and call.axes.axes.over == "features" and known.kind != "channel":
                 self.sites = with_kind(self.sites, call.site, "channel")
                 known = self.sites.find(call.site)
-        return known.at_call(sum(one.site.path == call.site for one in forward.sites.values()))
+        return known
 
     def _record(
-        self, call: AttentionCall, site: Site, forward: Forward, edited: Tensor | None, grad_is_on: bool
+        self, call: AttentionCall, site: Site, forward: Forward, edited: Tensor | None, grad_is_on: bool, check: bool
     ) -> SiteCapture:
         settings, cross = self.settings, not site.positional
         pattern = call.pattern(cross=cross)
@@ -188,19 +239,22 @@ class Recorder:
             check_finite("v", call.v)
             options = self._options(forward, site, pattern, names)
             statistics = streaming.statistics(pattern, names, options)
-            if site.name not in self._checked:  # once per site: one row costs little, every row of every call does not
+            if check:
                 check_last_row(call, pattern)
-                self._checked.add(site.name)
             self.engines |= streaming.engines(pattern, names, options)
         except CaptureError as error:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
         z = dense = None
         if settings.z:
-            given = edited
+            given = None if edited is None else call.own(edited)
             if given is None:
                 given = call.z() if call.finish is None else pattern.apply(call.v)
             z = self.arena.copy(given.detach().transpose(1, 2))
-            self.projections.saw_call(call.site, call.module, z)
+            if call.part is None:
+                self.projections.saw_call(call.site, call.module, z)
+            elif not self.projections.knows(call.site):
+                whole = replace(call, part=None).z() if edited is None else edited
+                self.projections.saw_call(call.site, call.module, whole.detach().transpose(1, 2).clone())
         if settings.gradients:
             self.gradients.watch(call, edited, site, pattern, self._deliver(forward, site), grad_is_on=grad_is_on)
         if settings.pattern:
@@ -230,8 +284,8 @@ class Recorder:
         if not self.settings.queries_keys or (call.build is None and call.weights is None):
             return self.settings.bytes_for(*sizes)
         # What is kept of other patterns than softmax differs from one to the next.
-        parts = [part for one in (pattern, *call.build_others().values()) for part in one.parts()[1].items()]
-        kept = sum(tensor.numel() * tensor.element_size() for name, tensor in parts if name != "values")
+        held = [item for one in (pattern, *call.build_others().values()) for item in one.state()[1].items()]
+        kept = sum(tensor.numel() * tensor.element_size() for name, tensor in held if name != "values")
         return replace(self.settings, queries_keys=False).bytes_for(*sizes) + kept
 
     def _options(self, forward: Forward, site: Site, pattern: Pattern, names: Sequence[str]) -> Options:
@@ -244,7 +298,9 @@ class Recorder:
 
     def _deliver(self, forward: Forward, site: Site) -> Deliver:
         def deliver(z_gradient: Tensor, sums: dict[str, Tensor]) -> None:
-            capture = forward.sites[site.name]
+            capture = forward.sites.get(site.name)
+            if capture is None:  # it was taken back
+                return
             statistics = capture.statistics | sums
             forward.sites[site.name] = replace(capture, statistics=statistics, z_gradient=z_gradient)
 
@@ -284,7 +340,7 @@ class _Keeper:
 
     def shared(self, tensor: Tensor) -> Tensor:
         """Keep a tensor that several calls may share, by reference, noting its version."""
-        if tensor.is_inference():
-            return tensor
-        self.held.append((tensor, tensor._version))
+        tensor = tensor.detach()  # its history would hold on to the model's weights
+        if not tensor.is_inference():
+            self.held.append((tensor, tensor._version))
         return tensor

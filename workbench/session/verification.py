@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from workbench.hooks.listener import Listener
 from workbench.hooks.nested import fresh, tensors_within
 from workbench.hooks.observer import observed
 from workbench.hooks.sites import Sites, Unread
-from workbench.hooks.tap import AttentionCall
+from workbench.hooks.tap import AttentionCall, Unshown
 from workbench.hooks.truth import tolerance
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Verification:
         unread: modules that mix tokens and are no site, so that nothing of this is about them. looked: whether that
             list is complete.
         compared: the model's output has tensors; without any there is nothing to compare, nor to be changed.
+        unrecorded: by site, why no map shows what it does on these inputs.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Verification:
     unread: tuple[Unread, ...] = ()
     looked: bool = True
     compared: bool = True
+    unrecorded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -83,6 +85,8 @@ class Verification:
         if bad is None:
             raise AttachError("no site was seen at all", hint="does the forward reach the attention?")
         what = "its A·V is not the kernel's output" if bad["fired"] else "it never fired"
+        if bad["site"] in self.unrecorded:
+            what = self.unrecorded[bad["site"]]
         if bad["editable"] is False:
             what = "the model's output stays the same when its heads give nothing"
         raise AttachError(f"verification failed: {what}", site=bad["site"], hint="see the .table of the verification")
@@ -105,6 +109,9 @@ class Verification:
             state = f"{len(self.unread)} of {mixers} mixers unread, " + ("the others ok" if self.ok else state)
         elif self.ok and not self.looked:
             state = "ok, not all modules were looked at"
+        if self.unrecorded:
+            name, reason = next(iter(self.unrecorded.items()))
+            state += f", {len(self.unrecorded)} sites not recorded: {name}: {reason}"
         return (
             f"Verification({state}: {self.model}, {fired}/{len(self.checks)} sites fired, "
             f"output {self._output()}, rows sum to 1 within {rows:.1e}, "
@@ -114,14 +121,21 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Calls(Listener):
-    """Hands on the calls; `edits` says whether it changes them."""
+    """Hands on the calls; `edits` says whether it changes them, `unrecorded` is given those that no map shows."""
 
     take: Callable[[AttentionCall], Tensor | None]
     edits: bool
+    unrecorded: dict[str, str]
 
     def on_call(self, call: AttentionCall) -> Tensor | None:
         """Hand it on."""
         return self.take(call)
+
+    def on_failed(self, site: str, error: Exception) -> bool:
+        """The others are verified."""
+        if isinstance(error, Unshown):
+            self.unrecorded[site] = error.message
+        return isinstance(error, Unshown)
 
     def cannot_wait(self, site: str) -> bool:
         """Where heads are switched off."""
@@ -141,6 +155,7 @@ def verify_model(
 ) -> Verification:
     """Run the model from one random state: bare, observed, and once per site with that site's heads switched off."""
     checks: list[dict[str, Any]] = []
+    unrecorded: dict[str, str] = {}
     cross = {site.name for site in sites if not site.positional}
 
     def look(call: AttentionCall) -> None:
@@ -154,7 +169,7 @@ def verify_model(
             given, named = fresh(args), fresh(dict(inputs))  # a cache grows in each run
             if on_call is None:
                 return model(*given, **named)
-            with observed(model, _Calls(on_call, edits), layouts):
+            with observed(model, _Calls(on_call, edits, unrecorded), layouts):
                 return model(*given, **named)
 
     bare, watched = run(None), run(look)
@@ -174,7 +189,9 @@ def verify_model(
          "output_error": nan, "tolerance": nan, "editable": None, "ok": False}
         for site in sites if site.name not in fired
     ]  # fmt: skip
-    return Verification(type(model).__name__, identical, checks, sites.unread, bool(sites.looked), bool(outputs[0]))
+    return Verification(
+        type(model).__name__, identical, checks, sites.unread, bool(sites.looked), bool(outputs[0]), unrecorded
+    )
 
 
 def _switched_off(site: str, call: AttentionCall) -> Tensor | None:

@@ -28,7 +28,8 @@ from workbench.session.looking import LIMIT, look_at, nominated, unlooked
 from workbench.session.open_contexts import OpenContexts
 from workbench.session.recorder import Recorder, SiteChoice, choose
 from workbench.session.verification import Verification, verify_model
-from workbench.storage.provenance import describe, weights_fingerprint, weights_hash, weights_version
+from workbench.storage.provenance import describe
+from workbench.storage.weights import WeightsThen, latest_hash
 from workbench.tokens import piece
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Workbench]] = weakref.WeakKeyDictionary()
@@ -105,7 +106,6 @@ class Workbench(Interventions):
         self._open = True
         self._contexts = OpenContexts(model, layouts)
         self._warned = False
-        self._hash: tuple[Any, str | None] | None = None
         _attached[model] = weakref.ref(self)
 
     def detach(self) -> None:
@@ -188,9 +188,9 @@ class Workbench(Interventions):
         )
         self._warn_of_dropout()
         recorder = Recorder(self.model, self.sites, settings, self._decode if self.tokenizer is not None else None)
-        before = weights_version(self.model)
+        weights = WeightsThen(self.model)
         provenance = describe(self.model, self.tokenizer) | {"statistics": list(settings.statistics)}
-        capture = Capture(recorder.forwards, self.sites, provenance, lambda: self._weights_hash(before), settings)
+        capture = Capture(recorder.forwards, self.sites, provenance, weights, settings, recorder.unrecorded)
         try:
             with self._contexts.recording(recorder):
                 yield capture
@@ -214,8 +214,9 @@ class Workbench(Interventions):
         if not capture.calls:
             raise CaptureError("the model did not run inside the capture", hint="call the model inside the `with`")
         self._check_refused(capture, settings, refused)
+        self._check_recorded(capture, settings)
         wanted = settings.sites or frozenset(site.name for site in self.sites)
-        silent = [name for name in capture.silent if name in wanted]
+        silent = [name for name in capture.silent if name in wanted and name not in capture.unrecorded]
         hint = "does the forward reach it? Seen are scaled_dot_product_attention, Hugging Face's backends, PyTorch's "
         hint += "attention modules, and a softmax over the last axis whose result is multiplied with values"
         if not capture.sites or (silent and settings.sites is not None):
@@ -236,6 +237,23 @@ class Workbench(Interventions):
             raise CaptureError(f"what its kernel gives could not be placed: {reason}", site=name, hint=hint)
         warnings.warn(
             f"{len(refused)} sites were not captured, they stand in sites.unread: {name}: {reason}",
+            UserWarning,
+            stacklevel=5,
+        )
+
+    @staticmethod
+    def _check_recorded(capture: Capture, settings: Settings) -> None:
+        """Calls that were left out: an error where nothing is left of what was asked for."""
+        if not capture.unrecorded:
+            return
+        gone = [name for name in capture.unrecorded if name in capture.silent or not capture.sites]
+        for name in gone if settings.sites is not None or not capture.sites else []:
+            raise CaptureError(f"nothing could be recorded: {capture.unrecorded[name].reason}", site=name or None)
+        name, first = next(iter(capture.unrecorded.items()))
+        n_calls = sum(one.calls for one in capture.unrecorded.values())
+        warnings.warn(
+            f"{n_calls} calls of {len(capture.unrecorded)} sites were not recorded, the ledger lists them: "
+            f"{name or 'the model'}: {first}",
             UserWarning,
             stacklevel=5,
         )
@@ -343,10 +361,6 @@ class Workbench(Interventions):
             known[i] = piece(self.tokenizer, i)
         return [[known[i] for i in row] for row in ids.tolist()]
 
-    def _weights_hash(self, before: int) -> str | None:
-        """Hash of the weights, computed when it is first read; None if they have changed since the capture began."""
-        return self.weights_hash() if weights_version(self.model) == before else None
-
     def provenance(self) -> dict[str, Any]:
         """What a result says of the model and of the software that ran it, with the weights' hash: plain values."""
         return describe(self.model, self.tokenizer) | {"weights_sha256": self.weights_hash()}
@@ -356,12 +370,7 @@ class Workbench(Interventions):
 
         None if some are offloaded to where they cannot be read.
         """
-        if any(p.device.type == "meta" for p in self.model.parameters()):  # nothing tells whether these have changed
-            return weights_hash(self.model)
-        now = weights_fingerprint(self.model)
-        if self._hash is None or self._hash[0] != now:
-            self._hash = (now, weights_hash(self.model))
-        return self._hash[1]
+        return latest_hash(self.model)
 
     def weights_identity(self) -> str:
         """What is the same for the same weights only: their hash, or where there is none what is never the same."""

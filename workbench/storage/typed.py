@@ -21,8 +21,8 @@ _MOST = 2**53  # whole numbers beyond it are not those of any result
 def check(owner: type, held: Mapping[str, Any], place: str) -> None:
     """Raise a FormatError that names the first field whose value is not of its declared type.
 
-    Axes that several fields name alike must have the same length in all: those of tensors in their annotations, such
-    as `Float[Tensor, "row bin"]`, those of tuples in the class's `tuple_axes`.
+    Axes of the same name must have the same length in all fields: those of tensors in their annotations, such as
+    `Float[Tensor, "row bin"]`, those of tuples in the class's `tuple_axes`.
     """
     hints, along = _hints(owner), getattr(owner, "tuple_axes", {})
     axes: dict[str, int] = {}

@@ -1,7 +1,7 @@
 """The part of a forward below an edited block: run once, kept, and put in place when the rest runs again.
 
 The model's own forward runs each time, only that modules which ended before the block began give what they gave before.
-Masks, positions and whatever else the model hands to its blocks are thus its own. Whether the result is the same is
+Masks, positions and whatever else the model hands to its blocks are its own. Whether the result is the same is
 checked by whoever uses this; a block that does more than return its output shows there.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from workbench.hooks.changes import Changes
 from workbench.hooks.heads import block_of
 from workbench.hooks.nested import map_tensors, tensors
 from workbench.hooks.sites import Sites
@@ -55,25 +56,13 @@ class Prefix:
     def open(self) -> Iterator[None]:
         """The blocks' forwards go through here; at the end the model is as it was."""
         modules = dict(self.model.named_modules())
-        before = [(modules[name], modules[name].__dict__.get("forward")) for name in self.units]
         try:
-            for name in self.units:
-                # Not by setattr: a TransformerLens bridge hands that on to the module that it wraps.
-                modules[name].__dict__["forward"] = partial(self._run, name, modules[name].forward)
-            yield
+            with Changes() as changes:
+                for name in self.units:
+                    changes.forward(modules[name], partial(self._run, name, modules[name].forward))
+                yield
         finally:
-            try:
-                self._close(before)
-            finally:
-                self._close(before)  # again, for the interrupt that broke off the first
-
-    def _close(self, before: Sequence[tuple[nn.Module, Any]]) -> None:
-        for module, forward in before:
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
-        self.outputs.clear()
+            self.outputs.clear()
 
     @contextmanager
     def recording(self, batch: int) -> Iterator[None]:

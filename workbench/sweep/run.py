@@ -22,13 +22,13 @@ from workbench.session.reference import Reference
 from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import check_batches, check_resumed, identity, size_of
 from workbench.sweep.kept_logits import ARGUMENT, places_read, widened
+from workbench.sweep.outputs import check_value, close, same
 from workbench.sweep.prefix import Prefix
 from workbench.sweep.result import Sweep, SweepInterrupted
 from workbench.sweep.variants import OutputStack, Resolved, Stack, Variant, repeat, resolve, split
 
 _SAVE_EVERY = 30.0  # seconds
 _FEW_ROWS = 256  # vectors in a forward; with fewer, what a forward costs whatever its size weighs more than a block
-_CLOSE = 1e-3  # largest relative difference that repeating the batch may make
 
 
 def run_sweep(
@@ -212,8 +212,8 @@ class _Runner:
         batch, size = self.batches[0], self.sizes[0]
         plain = self._plain(batch, size)
         recorded = self._record(batch, size) if self.resumed else self._forward(batch, size, [self.edits], None)
-        if not _same(plain, recorded):
-            if not self.resumed or not _same(plain, self._forward(batch, size, [self.edits], None)):
+        if not same(plain, recorded):
+            if not self.resumed or not same(plain, self._forward(batch, size, [self.edits], None)):
                 raise InterventionError(
                     "the model is not deterministic: two forwards on the first batch differ",
                     hint="does it drop out, sample, or use atomic additions? "
@@ -228,7 +228,7 @@ class _Runner:
             if self.prefix.reason:
                 warnings.warn(f"some variants run whole forwards: {self.prefix.reason}", UserWarning, stacklevel=4)
             for start in dict.fromkeys((starts[-1], starts[len(starts) // 2])):
-                if not _same(plain, self._forward(batch, size, [self.edits], start)):
+                if not same(plain, self._forward(batch, size, [self.edits], start)):
                     self._fall_back(f"a forward resumed at {start} does not give the same numbers")
                     break
         if self.batched and len(self.variants) > 1:
@@ -251,7 +251,7 @@ class _Runner:
             few is None
             or all_of_them is None
             or few.shape != all_of_them.shape
-            or not _close(all_of_them[:, places], few[:, places])
+            or not close(all_of_them[:, places], few[:, places])
         ):
             warnings.warn(f"all logits are computed: {ARGUMENT} changes those that are kept", UserWarning, stacklevel=5)
             return whole
@@ -267,7 +267,7 @@ class _Runner:
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             return f"the model does not take a repeated batch ({type(error).__name__}: {error})"
         for part in parts:
-            if not _close(plain, part):
+            if not close(plain, part):
                 return "a repeated batch gives other numbers, so that its examples act on one another"
         return ""
 
@@ -355,7 +355,7 @@ class _Runner:
     def _measured(self, output: Any, clean: Any, batch: Mapping[str, Any], of: str, rows: slice) -> Tensor:
         """[metric, example of the batch]."""
         values = [(name, metric(output, batch, clean)) for name, metric in self.metrics.items()]
-        return torch.stack([_check_value(value, name, of, rows) for name, value in values])
+        return torch.stack([check_value(value, name, of, rows) for name, value in values])
 
     def _save(self, path: Path | None) -> Sweep:
         result = Sweep(
@@ -376,62 +376,9 @@ class _Runner:
         return result
 
 
-def _check_value(value: Any, name: str, of: str, rows: slice) -> Tensor:
-    """A metric's numbers, if they are one finite number per example.
-
-    Raises:
-        WorkbenchError: they are not.
-    """
-    size = rows.stop - rows.start
-    if not isinstance(value, Tensor) or value.shape != (size,) or value.is_complex():
-        shape = value.shape if isinstance(value, Tensor) else None
-        raise WorkbenchError(
-            f'the metric "{name}" gave {type(value).__name__ if shape is None else list(shape)}, '
-            f"expected one real number for each of the {size} examples",
-            shape=shape,
-        )
-    found = value.detach().to("cpu", torch.float64)
-    bad = (~found.isfinite()).nonzero()
-    if bad.numel():
-        which = int(bad[0])
-        raise WorkbenchError(
-            f'the metric "{name}" is {float(found[which])} on example {rows.start + which} for {of}',
-            hint="does the edited model overflow, or the metric divide by zero?",
-        )
-    return found
-
-
 def _without_cache(model: nn.Module) -> dict[str, Any]:
     """What to tell a model so that it keeps no keys and values."""
     import inspect
 
     takes = "use_cache" in inspect.signature(model.forward).parameters
     return {"use_cache": False} if takes and read(read(model, "config"), "use_cache", False) else {}
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two outputs are equal to the bit."""
-    pairs = list(zip(tensors(a), tensors(b), strict=False))
-    equal = len(tensors(a)) == len(tensors(b)) > 0
-    return equal and all(x.shape == y.shape and _bits_equal(x, y) for x, y in pairs)
-
-
-def _bits_equal(x: Tensor, y: Tensor) -> bool:
-    return bool(((x == y) | ((x != x) & (y != y))).all())
-
-
-def _close(whole: Any, part: Any) -> bool:
-    """Whether an output is that of a part of a repeated batch, up to rounding; single numbers are left out of it."""
-    mine, other = [t for t in tensors(whole) if t.dim()], [t for t in tensors(part) if t.dim()]
-    if len(mine) != len(other) or not mine:
-        return False
-    for x, y in zip(mine, other, strict=True):
-        if x.shape != y.shape:
-            return False
-        if not x.is_floating_point():
-            continue
-        limit = _CLOSE * float(x[x.isfinite()].abs().max()) if bool(x.isfinite().any()) else 0.0
-        off = (x - y).abs()
-        if float(off[off.isfinite()].max() if bool(off.isfinite().any()) else 0.0) > limit:
-            return False
-    return True

@@ -14,6 +14,7 @@ from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.analysis.circuits.engine.shortcut import only_where_changed
 from workbench.analysis.circuits.model.anatomy import find_anatomy
 from workbench.errors import AttachError
+from workbench.hooks.changes import Changes
 
 
 @pytest.mark.parametrize("times", [1, 4])
@@ -60,7 +61,8 @@ def test_where_nothing_changes_it_gives_what_was_given_to_the_bit() -> None:
     chain = [nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6)]
     given = torch.randn(2, 5, 6)
     gave = nn.Sequential(*chain)(given).detach()
-    with torch.no_grad(), only_where_changed(chain, given, gave):
+    with torch.no_grad(), Changes() as changes:
+        only_where_changed(changes, chain, given, gave)
         same = nn.Sequential(*chain)(given.repeat(3, 1, 1))
         other = given.repeat(3, 1, 1)
         other[4, 2] += 1

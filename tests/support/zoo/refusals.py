@@ -56,14 +56,6 @@ def _sinks_left_out() -> None:
         _capture(on_backend(make(family("gpt-oss")), "flash_attention_3"), **family("gpt-oss").inputs())
 
 
-def _packed() -> None:
-    one = family("llama-gqa")
-    ids = one.inputs()["input_ids"][:1]
-    positions = torch.cat((torch.arange(9), torch.arange(8)))[None]
-    with flash_packages():
-        _capture(on_backend(make(one), "flash_attention_2"), input_ids=ids, position_ids=positions)
-
-
 def _longformer() -> None:
     config = hf.LongformerConfig(
         num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=16, attention_window=4,
@@ -101,8 +93,6 @@ REFUSALS = [
             "them out without a word, and the model then computes something else.",
             _sinks_left_out, CaptureError,
             "the pattern rebuilt for the backend flash_attention_3 is not what it computes"),
-    Refusal("packed", "Several sequences packed into one row, on a flash backend.",
-            _packed, CaptureError, "several sequences are packed into one"),
     Refusal("longformer", "Longformer: its windows are written out as shifted chunks.",
             _longformer, CaptureError, "no attention call was seen at"),
     Refusal("fnet", "Models without attention, such as FNet.",

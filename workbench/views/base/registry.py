@@ -18,7 +18,7 @@ def register(
 ) -> None:
     """Say which views show things of a class: `result.show()`, pages and reports then have them.
 
-    Subclasses are shown alike, unless they are registered themselves; the last registration of a class counts.
+    Subclasses are shown in the same way, unless they are registered themselves; the last registration counts.
 
     Args:
         main: makes the first view, whose picture stands for the thing.

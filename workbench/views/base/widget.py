@@ -32,7 +32,7 @@ class ViewWidget(anywidget.AnyWidget):
     Attributes:
         spec: the view's spec, with arrays as binary buffers.
         state: what has been set in the view alone, both ways.
-        still: ids of the pictures that this widget stands in for.
+        still: ids of the pictures that this widget replaces.
     """
 
     spec = traitlets.Dict().tag(sync=True)

@@ -9,7 +9,7 @@ from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED
 
 
 @dataclass(frozen=True)
-class Metric:
+class Quantity:
     """A number per head.
 
     Attributes:
@@ -32,15 +32,15 @@ _LABELS = {
 }
 
 
-def metric(name: str) -> Metric | None:
-    """The metric that a captured tensor makes when it is averaged over queries; None if it makes none.
+def quantity(name: str) -> Quantity | None:
+    """The quantity that a captured tensor gives when it is averaged over queries; None if it makes none.
 
-    >>> metric("value_weighted_sink").label, metric("received")
+    >>> quantity("value_weighted_sink").label, quantity("received")
     ('Sink, value-weighted', None)
     """
     if name in GRADIENT_SUMS:
         known = GRADIENT_SUMS[name]
-        return Metric(name.replace("_", " ").capitalize(), "", known.meaning, signed=True) if not known.axes else None
+        return Quantity(name.replace("_", " ").capitalize(), "", known.meaning, signed=True) if not known.axes else None
     base = name.removeprefix(VALUE_WEIGHTED)
     statistic = STATISTICS.get(base)
     if statistic is None or statistic.axes != "query" or statistic.unit == "position":
@@ -48,4 +48,4 @@ def metric(name: str) -> Metric | None:
     label, meaning = _LABELS.get(base, base.replace("_", " ").capitalize()), statistic.meaning
     if base != name:
         label, meaning = f"{label}, value-weighted", f"{meaning}, with p·‖v‖ renormalised for p"
-    return Metric(label, statistic.unit, meaning, signed=statistic.range[0] < 0)
+    return Quantity(label, statistic.unit, meaning, signed=statistic.range[0] < 0)

@@ -20,7 +20,7 @@ from workbench.views.base import scales
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
-from workbench.views.head_atlas.quantities import Metric, metric
+from workbench.views.head_atlas.quantities import Quantity, quantity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ class HeadAtlas(View):
         figure.set_size_inches(6.5, sum(max(1.0, 0.24 * n) + 0.75 for n in rows))
         panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[max(4, n) for n in rows])[:, 0]
         shown = values[facts["first"]] if len(values) else np.full(_count(groups), np.nan)
-        about = facts["metrics"][facts["first"]] if len(values) else asdict(Metric("no statistic"))
+        about = facts["metrics"][facts["first"]] if len(values) else asdict(Quantity("no statistic"))
         low, high = scales.limits(shown, signed=about["signed"])
         for panel, group in zip(panels, groups, strict=True):
             grid = np.full((len(group["sites"]), max(site["heads"] for site in group["sites"])), np.nan)
@@ -121,7 +121,7 @@ def head_atlas(
     return HeadAtlas(spec, selection)
 
 
-def _of_capture(capture: Capture) -> tuple[list[Site], dict[str, Metric], Any, Any, Any, str]:
+def _of_capture(capture: Capture) -> tuple[list[Site], dict[str, Quantity], Any, Any, Any, str]:
     """Sites, metrics, and [metric, head] means and intervals over all batch entries of all forwards."""
     calls = capture.calls
     sites = {c.site.name: c.site for call in calls for c in call}
@@ -131,7 +131,7 @@ def _of_capture(capture: Capture) -> tuple[list[Site], dict[str, Metric], Any, A
     for call in calls:
         for c in call:
             n_heads[c.site.name] = max(n_heads.get(c.site.name, 0), c.shape[1])
-    metrics = {name: m for name in capture.statistics if (m := metric(name)) is not None}
+    metrics = {name: m for name in capture.statistics if (m := quantity(name)) is not None}
     count = sum(n_heads.values())
     values, low, high = (np.full((len(metrics), count), np.nan) for _ in range(3))
     entries = 0
@@ -165,7 +165,7 @@ def _per_entry(tensor: torch.Tensor) -> torch.Tensor:
 
 def _of_scores(
     source: Any, unit: str, signed: bool | None, kind: Kind
-) -> tuple[list[Site], dict[str, Metric], Any, Any, Any]:
+) -> tuple[list[Site], dict[str, Quantity], Any, Any, Any]:
     given = source if isinstance(source, Mapping) else {"value": source}
     frames = {label: _frame(scores) for label, scores in given.items()}
     if not frames or any(frame.empty for frame in frames.values()):
@@ -191,7 +191,7 @@ def _of_scores(
     metrics = {}
     for i, label in enumerate(frames):
         is_signed = bool(np.nanmin(values[i], initial=0) < 0) if signed is None else signed
-        metrics[label] = Metric(label, unit, "", is_signed)
+        metrics[label] = Quantity(label, unit, "", is_signed)
     return sites, metrics, values, low, high
 
 

@@ -6,35 +6,34 @@ projections, which are most of a forward, work on each position alone, so everyw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workbench.hooks.changes import Changes
+
 _MOST = 0.8  # share of changed positions above which the whole MLP is faster
 _ROUNDING = 8.0  # units in the last place: batches of other sizes are added up in another order
 
 
-@contextmanager
-def only_where_changed(modules: Sequence[nn.Module], given: Tensor, gave: Tensor | None = None) -> Iterator[None]:
-    """Inside, modules in a row skip the positions at which the first one is given what it was given before.
+def only_where_changed(
+    changes: Changes, modules: Sequence[nn.Module], given: Tensor, gave: Tensor | None = None
+) -> None:
+    """From here on, modules in a row skip the positions at which the first one is given what it was given before.
 
     Args:
+        changes: ends it.
         modules: each works on each position alone, and is given what the one before it gave.
-        given: [batch, position, width] what the first one was given before. The forward inside may be of several
+        given: [batch, position, width] what the first one was given before. The forward to come may be of several
             repeats of that batch, side by side.
         gave: what the last one gave then; if it is not known, it is computed again.
     """
     skip = _Skip(given, gave, [module.forward for module in modules])
-    with ExitStack() as stack:
-        for number, module in enumerate(modules):
-            held = module.__dict__.get("forward")
-            first, last = number == 0, number == len(modules) - 1
-            module.__dict__["forward"] = skip.around(module.forward, first, last)
-            stack.callback(put_back, module, held)
-        yield
+    for number, module in enumerate(modules):
+        first, last = number == 0, number == len(modules) - 1
+        changes.forward(module, skip.around(module.forward, first, last))
 
 
 class _Skip:
@@ -79,10 +78,3 @@ class _Skip:
 def _first(output: Any) -> Tensor:
     first: Tensor = output if isinstance(output, Tensor) else output[0]
     return first
-
-
-def put_back(module: nn.Module, held: Any) -> None:
-    """End what stood in for a module's forward; `held` is what its own dictionary had before, or None."""
-    del module.__dict__["forward"]
-    if held is not None:
-        module.__dict__["forward"] = held

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.engine.prompts import Pair
-from workbench.analysis.circuits.engine.shortcut import only_where_changed, put_back
+from workbench.analysis.circuits.engine.shortcut import only_where_changed
 from workbench.analysis.circuits.model.anatomy import Anatomy, find_anatomy
 from workbench.analysis.circuits.model.modules import LayerModules, Projection
 from workbench.analysis.circuits.model.recording import first_float
 from workbench.errors import InterventionError, WorkbenchError
+from workbench.hooks.changes import Changes
 from workbench.inputs import check_inputs, dropout_in_training
 from workbench.session.workbench import Workbench
 from workbench.sweep.prefix import Prefix
@@ -96,10 +97,9 @@ class Stream:
         seen: dict[Key, list[Hook]] = {key: list(several) for key, several in (hooks or {}).items()}
         for key, hook in self.keeping(kept).items():
             seen.setdefault(key, []).append(hook)
-        with ExitStack() as stack:
-            stack.callback(self.anatomy.modules[self.blocks[-1]].register_forward_hook(self._saw_last).remove)
-            if self._prefix is not None and resume:
-                stack.enter_context(self._prefix.recording(last.shape[0]))
+        recording = self._prefix.recording(last.shape[0]) if self._prefix is not None and resume else nullcontext()
+        with Changes() as changes, recording:
+            changes.after(self.anatomy.modules[self.blocks[-1]], self._saw_last)
             kept.logits = self.run(batch, last, seen)
         if self._prefix is not None and resume:
             self._recorded = batch, kept
@@ -131,16 +131,15 @@ class Stream:
             self._try_resuming(batch, last)
         size = last.shape[0]
         inputs = {name: repeat(value, times, size) for name, value in {**self.extra, **batch}.items()}
-        resume = self._prefix is not None and bool(self.resumed) and start > 0
-        with ExitStack() as stack:
+        prefix = self._prefix if self.resumed and start > 0 else None
+        with Changes() as changes:
             if hooks and self._recorded is not None and self._recorded[0] is batch and not torch.is_grad_enabled():
-                self._skip_unchanged(stack, self._recorded[1], start, times)
-            self._register(stack, hooks or {})
+                self._skip_unchanged(changes, self._recorded[1], start, times)
+            self._register(changes, hooks or {})
             where = last.repeat(times)
-            self._last_only(stack, where)
-            if resume and self._prefix is not None:
-                stack.enter_context(self._prefix.resuming(self.blocks[start], times))
-            output = self.model(**inputs)
+            self._last_only(changes, where)
+            with nullcontext() if prefix is None else prefix.resuming(self.blocks[start], times):
+                output = self.model(**inputs)
         logits = output if isinstance(output, Tensor) else output.logits
         return logits[:, 0] if logits.shape[1] == 1 else logits[torch.arange(len(where)), where]
 
@@ -159,13 +158,10 @@ class Stream:
         The model runs on one token each, and its blocks are passed over.
         """
         inputs, blocks = self._one_token(stream), self.anatomy.blocks(self.end[1])
-        with ExitStack() as stack:
+        with Changes() as changes:
             for block in blocks:
-                module = self.anatomy.modules[block]
-                held = module.__dict__.get("forward")
-                new = self._passing(stream[:, None] if block == blocks[-1] else None)
-                module.__dict__["forward"] = new
-                stack.callback(put_back, module, held)
+                passing = self._passing(stream[:, None] if block == blocks[-1] else None)
+                changes.forward(self.anatomy.modules[block], passing)
             output = self.model(**inputs, **self.extra)
         logits = output if isinstance(output, Tensor) else output.logits
         return logits[:, 0]
@@ -188,12 +184,12 @@ class Stream:
             stream = first_float((*args, *kwargs.values())) if given is None else given
             if like is None:
                 return stream
-            seen = first_float((like,))
+            seen = first_float(like)
             return type(like)(stream if value is seen else value for value in like)
 
         return forward
 
-    def _skip_unchanged(self, stack: ExitStack, clean: Kept, start: int, times: int) -> None:
+    def _skip_unchanged(self, changes: Changes, clean: Kept, start: int, times: int) -> None:
         anatomy = self.anatomy
         for i, layer in enumerate(anatomy.layers):
             if i < start:
@@ -201,15 +197,15 @@ class Stream:
             if layer.mlp is not None:
                 given = anatomy.function(layer.mlp_norm)(clean["read_mlp", i])
                 modules = [anatomy.modules[name] for name in layer.mlp]
-                stack.enter_context(only_where_changed(modules, given, clean["mlp", i]))
+                only_where_changed(changes, modules, given, clean["mlp", i])
             if times < _SEVERAL:
                 continue
             for name, part in {layer.projections[part].name: part for part in "qkv"}.items():
                 given = anatomy.function(layer.projections[part].norm)(clean[anatomy.read_at(i, part)])
-                stack.enter_context(only_where_changed([anatomy.modules[name]], given))
-            stack.enter_context(only_where_changed([layer.out_module], clean["z", i].flatten(-2)))
+                only_where_changed(changes, [anatomy.modules[name]], given)
+            only_where_changed(changes, [layer.out_module], clean["z", i].flatten(-2))
 
-    def _last_only(self, stack: ExitStack, last: Tensor) -> None:
+    def _last_only(self, changes: Changes, last: Tensor) -> None:
         """The head is given the last tokens alone: the logits of all others are the largest tensor of a forward."""
         head = self.anatomy.head
         if head is None:
@@ -219,34 +215,37 @@ class Stream:
         def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0][rows, last][:, None], *args[1:])
 
-        stack.callback(self.anatomy.modules[head].register_forward_pre_hook(cut).remove)
+        changes.before(self.anatomy.modules[head], cut)
 
-    def _register(self, stack: ExitStack, hooks: Hooks) -> None:
+    def _register(self, changes: Changes, hooks: Hooks) -> None:
         for (what, i), functions in hooks.items():
             if functions:
-                for handle in self._hook(what, i, list(functions)):
-                    stack.callback(handle.remove)
+                self._hook(changes, what, i, list(functions))
 
-    def _hook(self, what: str, i: int, functions: list[Hook]) -> list[Any]:
+    def _hook(self, changes: Changes, what: str, i: int, functions: list[Hook]) -> None:
         anatomy = self.anatomy
-        if what == "input":
-            return [_on_input(anatomy.modules[anatomy.blocks(i)[0]], functions)]
-        if what == "final":
-            return [_on_output(anatomy.modules[anatomy.blocks(i)[-1]], functions)]
+        if what in ("input", "final"):
+            blocks = anatomy.blocks(i)
+            if what == "input":
+                _on_input(changes, anatomy.modules[blocks[0]], functions)
+            else:
+                _on_output(changes, anatomy.modules[blocks[-1]], functions)
+            return
         layer = anatomy.layers[i]
         if what == "read":
             part = layer.projections["q"]
-            return [_on_input(anatomy.modules[part.norm or part.name], functions, first_only=True)]
-        if what == "read_mlp":
-            return [_on_input(anatomy.modules[layer.mlp_norm or _mlp(layer)[0]], functions, first_only=True)]
-        if what == "z":
-            return [_on_input(layer.out_module, [_cut(f, layer.n_heads) for f in functions])]
-        if what == "mlp":
-            return [_on_output(anatomy.modules[_mlp(layer)[-1]], functions)]
-        if what == "mlp_in":
-            return [_on_input(anatomy.modules[_mlp(layer)[0]], functions)]
-        part = layer.projections[what]
-        return [_on_output(part.module, [_on_columns(f, part) for f in functions])]
+            _on_input(changes, anatomy.modules[part.norm or part.name], functions, first_only=True)
+        elif what == "read_mlp":
+            _on_input(changes, anatomy.modules[layer.mlp_norm or _mlp(layer)[0]], functions, first_only=True)
+        elif what == "z":
+            _on_input(changes, layer.out_module, [_cut(f, layer.n_heads) for f in functions])
+        elif what == "mlp":
+            _on_output(changes, anatomy.modules[_mlp(layer)[-1]], functions)
+        elif what == "mlp_in":
+            _on_input(changes, anatomy.modules[_mlp(layer)[0]], functions)
+        else:
+            part = layer.projections[what]
+            _on_output(changes, part.module, [_on_columns(f, part) for f in functions])
 
 
 class Kept:
@@ -278,7 +277,7 @@ def _mlp(layer: LayerModules) -> tuple[str, ...]:
     return layer.mlp
 
 
-def _on_input(module: nn.Module, functions: Sequence[Hook], first_only: bool = False) -> Any:
+def _on_input(changes: Changes, module: nn.Module, functions: Sequence[Hook], first_only: bool = False) -> None:
     """Functions on the first tensor that a module is given."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -291,14 +290,14 @@ def _on_input(module: nn.Module, functions: Sequence[Hook], first_only: bool = F
         swapped = {key: new if value is old else value for key, value in kwargs.items()}
         return tuple(new if value is old else value for value in args), swapped
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    changes.before(module, hook, with_kwargs=True)
 
 
-def _on_output(module: nn.Module, functions: Sequence[Hook]) -> Any:
+def _on_output(changes: Changes, module: nn.Module, functions: Sequence[Hook]) -> None:
     """Functions on the first tensor that a module gives."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        old = first_float((output,))
+        old = first_float(output)
         if old is None:
             raise WorkbenchError(f"{type(module).__name__} gave no tensor [batch, position, width]")
         new = _apply(functions, old)
@@ -306,7 +305,7 @@ def _on_output(module: nn.Module, functions: Sequence[Hook]) -> Any:
             return None
         return new if isinstance(output, Tensor) else type(output)(new if value is old else value for value in output)
 
-    return module.register_forward_hook(hook)
+    changes.after(module, hook)
 
 
 def _apply(functions: Sequence[Hook], value: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.hooks.changes import Changes
 from workbench.hooks.listener import Listener
+from workbench.hooks.nested import walk
 from workbench.hooks.observer import observed
 from workbench.hooks.projections import ProjectionFinder
 from workbench.hooks.tap import AttentionCall
@@ -95,18 +96,17 @@ def record(model: nn.Module, inputs: Mapping[str, Any], grad_from: Collection[st
         name = names[module]
         made.times[name] = made.times.get(name, 0) + 1
         made.order.append(name)
-        first = first_float((output,))
+        first = first_float(output)
         if first is not None:
             made.gave[name], made.live[name] = first.detach().clone(), first
 
-    with ExitStack() as stack:
+    with Changes() as changes:
         for module, name in names.items():
             if name:
-                stack.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(ends).remove)
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(observed(model, _Calls(made)))
-        output = model(**inputs)
+                changes.before(module, begins, with_kwargs=True)
+                changes.after(module, ends)
+        with torch.enable_grad(), observed(model, _Calls(made)):
+            output = model(**inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise WorkbenchError(
@@ -118,20 +118,8 @@ def record(model: nn.Module, inputs: Mapping[str, Any], grad_from: Collection[st
 
 
 def first_float(values: Any) -> Tensor | None:
-    """The first floating-point tensor of at least three dimensions in a tree of tuples, lists and mappings."""
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.is_floating_point() and value.dim() >= 3:
-                return value
-        elif isinstance(value, Mapping):
-            found = first_float(value.values())
-            if found is not None:
-                return found
-        elif isinstance(value, (tuple, list)):
-            found = first_float(value)
-            if found is not None:
-                return found
-    return None
+    """The first floating-point tensor of at least three dimensions in what a module was given or gave."""
+    return next((each for each in walk(values) if each.is_floating_point() and each.dim() >= 3), None)
 
 
 def equal(a: Tensor | None, b: Tensor | None) -> bool:

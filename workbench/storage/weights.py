@@ -1,0 +1,97 @@
+"""The hash of a model's weights: what tells whether two numbers come from the same model, and at which moment."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from workbench.hooks.weights import described, stored
+
+_latest: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = weakref.WeakKeyDictionary()
+
+
+def weights_hash(model: nn.Module) -> str | None:
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, in order of their names.
+
+    Offloaded weights are read from where they are kept; None if one cannot be read (`weights_note` says which). Tensors
+    of several parts, as quantized ones are, count with all their parts, and a sharded one with the shard of this rank.
+
+    >>> weights_hash(nn.Identity())[:8]
+    'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            value = stored(model, name, value)
+            if value is None:
+                return None
+        for text, tensor in described(value):
+            digest.update(f"{name} {text}\n".encode("utf-8", "surrogatepass"))
+            if tensor is not None and tensor.numel():
+                flat = tensor.cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def weights_note(model: nn.Module) -> str | None:
+    """What is to be said of the hash of a model's weights: why there is none, or what it leaves out; else None."""
+    kinds = {(type(t).__name__, t.device.type) for t in (*model.parameters(), *model.buffers())}
+    if not any(name == "DTensor" or device == "meta" for name, device in kinds):
+        return None  # soon, since every capture asks
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    lost = [name for name, value in state.items() if stored(model, name, value) is None]
+    if lost:
+        return f"no hash: {len(lost)} weights are offloaded to where they cannot be read, the first is {lost[0]}"
+    if any(type(value).__name__ == "DTensor" for value in state.values()):
+        return "the hash is that of this rank's shards"
+    return None
+
+
+def weights_fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    """What differs where weights differ, in a small part of the time of the hash: their versions, places and sums.
+
+    Changes that do not count as in place for autograd, such as those of `weight.data`, show in the sums. Those of
+    offloaded weights show in neither.
+    """
+    parts = [part for t in (*model.parameters(), *model.buffers()) for _, part in described(t)]
+    tensors = [t for t in parts if t is not None and t.device.type != "meta"]
+    sums = tuple(float(t.sum(dtype=torch.float64)) for t in tensors if not t.is_complex())
+    return weights_version(model), tuple(t.data_ptr() for t in tensors), sums
+
+
+def weights_version(model: nn.Module) -> int:
+    """A number that grows whenever a weight is changed in place: tells cheaply whether the hash still holds."""
+    return sum(0 if p.is_inference() else p._version for p in (*model.parameters(), *model.buffers()))
+
+
+def latest_hash(model: nn.Module) -> str | None:
+    """The hash of the weights as they are, computed anew only where they have changed."""
+    if any(p.device.type == "meta" for p in model.parameters()):  # nothing tells whether these have changed
+        return weights_hash(model)
+    now = weights_fingerprint(model)
+    known = _latest.get(model)
+    if known is None or known[0] != now:
+        known = _latest[model] = (now, weights_hash(model))
+    return known[1]
+
+
+class WeightsThen:
+    """The weights of a model at one moment. The model is not kept alive for them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._version = weakref.ref(model), weights_version(model)
+
+    def facts(self) -> dict[str, str | None]:
+        """Their hash, for a provenance; None, with the reason, if they are there no more."""
+        model = self._model()
+        if model is None:
+            lost = "the model was gone before it was asked for: read cap.provenance, or save, while the model is there"
+        elif weights_version(model) != self._version:
+            lost = "the weights have changed since the capture began"
+        else:
+            return {"weights_sha256": latest_hash(model)}
+        return {"weights_sha256": None, "weights_note": f"no hash: {lost}"}
