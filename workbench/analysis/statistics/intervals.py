@@ -149,7 +149,7 @@ def rank_correlation(rho: float, n: int, level: float = 0.95) -> tuple[float, fl
         return -1.0, 1.0
     z, wide = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho))), float(norm.ppf((1 + level) / 2))
     wide *= ((1 + rho * rho / 2) / (n - 3)) ** 0.5
-    return math.tanh(z - wide), math.tanh(z + wide)
+    return min(rho, math.tanh(z - wide)), max(rho, math.tanh(z + wide))
 
 
 def medians(values: Tensor, level: float = 0.95) -> Tensor:
