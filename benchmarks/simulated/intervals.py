@@ -99,7 +99,7 @@ def size_of_a_share(samples: int) -> Rows:
     """|F(circuit without K) − F(model without K)|, as `Faithfulness.table` has it."""
     for truth in (0.0, 0.3):
         ends = []
-        for i in range(samples // 4):
+        for i in range(samples):
             z = normal(4, 24, seed=i)
             full = 1 + 0.5 * z[0]
             found = Faithfulness(
@@ -119,7 +119,7 @@ def area_under_shares(samples: int) -> Rows:
     truth = float((steps * (rising[1:] + rising[:-1]) / 2).sum())
     for n in SIZES:
         areas, points = [], []
-        for i in range(samples // 4):
+        for i in range(samples):
             full = 1 + 0.5 * normal(n, seed=1000 * n + i)
             each = rising[:, None] * full + 0.2 * normal(2, len(rising), n, seed=i)
             found = FaithfulnessCurve(
