@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,31 @@ def test_streaming_equals_the_definition(kind, sizes, heads, batch, d, dtype, bl
     values = torch.randn(batch, heads[1], n_k, 5, generator=gen)
     want = truth @ values.double().repeat_interleave(heads[0] // heads[1], dim=1)
     torch.testing.assert_close(pattern.apply(values).double(), want, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", ["causal", "window", "left", "bool", "additive", "dead"])
+def test_rows_whose_values_are_all_zero_have_no_value_weighted_distribution(kind, dtype):
+    gen = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 2, 2, 17, 8, generator=gen, dtype=dtype)
+    mask = make_mask(kind, 2, 2, 17, 17, dtype, gen)
+    mask = replace(mask, causal=True)  # so that the first rows see the first keys only
+    values = torch.randn(2, 2, 17, 5, generator=gen, dtype=dtype)
+    values[:, :, :3] = 0
+    values[:, 1, 9] = 0
+    truth, _ = naive(q, k, mask, 8**-0.5)
+    weighted = truth * values.double().norm(dim=-1)[:, :, None]
+    mass = weighted.sum(-1, keepdim=True)
+    shown = mask.visible(slice(0, 17), slice(0, 17), slice(None), slice(None)) & (mass > 0)
+    assert (mass[:, :, 3:] > 0).any()
+    assert (mass[:, :, :3] == 0).all()
+    names = ["entropy", "peak", "effective_keys", "distance", "current", "received", "received_mean", "pooled_mean"]
+    got = SoftmaxPattern(q, k, mask, values=values).statistics([f"value_weighted_{name}" for name in names], block=4)
+    seen = Mask(17, 17, tensor=shown)
+    want = dense((weighted / mass).nan_to_num(0.0), names, seen, options=Options(block=4))
+    for name, value in want.items():
+        found = got[f"value_weighted_{name}"].double()
+        torch.testing.assert_close(found, value, atol=1e-4, rtol=1e-4, equal_nan=True, msg=name)
 
 
 def test_induction_over_a_cache_that_has_forgotten_keys():

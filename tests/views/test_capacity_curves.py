@@ -101,7 +101,7 @@ def test_the_selection_chooses_the_head(page: WatchedPage, tmp_path: Path) -> No
     tab = opened(page, views.capacity_curves(capacity()), tmp_path / "curves.html")
     tab.evaluate("location.hash = '#L1H2'")
     words = tab.locator(".sums")
-    words.filter(has_text="L1H2").wait_for(timeout=5000)
+    words.filter(has_text="L1H2").wait_for()
     tab.get_by_label("Head").select_option(label="L0H1")
     assert words.inner_text().startswith("L0H1: d_k 8")
     assert "L0H1" in tab.url

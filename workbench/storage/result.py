@@ -29,15 +29,15 @@ class Result(ABC):
 
     Attributes:
         form: name of the file form, such as "workbench.head_importance".
-        tuple_axes: which axis a tuple lies along, by the names that tensors' annotations have; files that do not fit
-            these, or the annotations, are refused.
+        filled: axes and fields that must hold something. Files that do not fit the annotations, in which
+            `storage.typed` reads what lies along what, are refused.
         file_keys: what fields are called in files, where that is not their name. former: what older files have besides,
             and are read without.
         provenance: JSON values: model, data, metric, seeds, versions.
     """
 
     form: ClassVar[str]
-    tuple_axes: ClassVar[dict[str, str]] = {}
+    filled: ClassVar[tuple[str, ...]] = ()
     file_keys: ClassVar[dict[str, str]] = {}
     former: ClassVar[tuple[str, ...]] = ()
     provenance: Any
@@ -81,7 +81,7 @@ class Result(ABC):
             raise FormatError(f"{Path(path).name} holds what does not fit together: {error.message}") from None
 
     def check_parts(self) -> None:
-        """Raise a WorkbenchError if the parts, read from a file, do not fit each other in ways that no type tells."""
+        """Raise a WorkbenchError if the parts, read from a file, do not fit each other in ways no annotation tells."""
         return
 
     def view(self) -> Any:

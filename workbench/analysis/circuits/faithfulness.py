@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,7 @@ class Faithfulness(Result):
     """
 
     form = "workbench.faithfulness"
+    filled: ClassVar = ("example",)
 
     circuit: str
     task: str
@@ -46,11 +47,11 @@ class Faithfulness(Result):
     alone: Float[Tensor, " example"]
     full: Float[Tensor, " example"]
     none: Float[Tensor, " example"]
-    subsets: tuple[tuple[str, ...], ...]
-    without: Tensor
-    alone_without: Tensor
-    members: tuple[str, ...]
-    minus_one: Tensor
+    subsets: Annotated[tuple[tuple[str, ...], ...], "subset _"]
+    without: Float[Tensor, "subset example"]
+    alone_without: Float[Tensor, "subset example"]
+    members: Annotated[tuple[str, ...], "member"]
+    minus_one: Float[Tensor, "member example"]
     provenance: dict[str, Any]
     higher_is_better: bool = True
 

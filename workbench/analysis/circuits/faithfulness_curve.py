@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from workbench.analysis.circuits.faithfulness import run_choices
 from workbench.analysis.circuits.model.names import head_of
 from workbench.analysis.circuits.shares import Denominator
 from workbench.analysis.statistics.intervals import means_t
-from workbench.errors import FormatError, InterventionError, WorkbenchError
+from workbench.errors import InterventionError, WorkbenchError
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
@@ -44,28 +44,22 @@ class FaithfulnessCurve(Result):
     """
 
     form = "workbench.faithfulness_curve"
-    tuple_axes: ClassVar = {"fractions": "fraction", "sizes": "fraction", "kept_absolute": "fraction",
-                            "kept_signed": "fraction"}  # fmt: skip
+    filled: ClassVar = ("fraction", "example")
 
     circuit: str
     task: str
     metric: str
     ablation: str
     level: str
-    fractions: tuple[float, ...]
-    sizes: tuple[int, ...]
-    kept_absolute: tuple[int, ...]
-    kept_signed: tuple[int, ...]
+    fractions: Annotated[tuple[float, ...], "fraction"]
+    sizes: Annotated[tuple[int, ...], "fraction"]
+    kept_absolute: Annotated[tuple[int, ...], "fraction"]
+    kept_signed: Annotated[tuple[int, ...], "fraction"]
     examples: Float[Tensor, "2 fraction example"]
     full: Float[Tensor, " example"]
     none: Float[Tensor, " example"]
     provenance: dict[str, Any]
     higher_is_better: bool = True
-
-    def check_parts(self) -> None:
-        """Raise a FormatError if there are no examples or no fractions."""
-        if not self.examples.numel():
-            raise FormatError("the curve has no examples or no fractions", shape=self.examples.shape)
 
     @property
     def absolute(self) -> list[float]:

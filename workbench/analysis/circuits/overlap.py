@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
@@ -21,12 +22,53 @@ from workbench.analysis.statistics.p_values import among_draws
 from workbench.errors import InterventionError
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
+from workbench.storage.typed import Keys
 from workbench.tasks.base import Task
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MEASURES = ("jaccard", "of_a", "of_b", "rank_biased", "weighted")
+
+
+_Pair = tuple[float, float]
+_Points = tuple[float, ...]
+
+
+class _Values(TypedDict):
+    jaccard: float
+    of_a: float
+    of_b: float
+    rank_biased: float
+    weighted: float
+
+
+class _Curve(TypedDict):
+    jaccard: _Points
+    expected: _Points
+    expected_low: _Points
+    expected_high: _Points
+
+
+class _Shared(TypedDict):
+    name: str
+    jaccard: float
+    shared: tuple[str, ...]
+
+
+class _Stage(_Shared, total=False):
+    interval: _Pair
+
+
+class _Left(TypedDict):
+    do: str
+    circuit: str
+    random: bool
+    task: str
+    value: float
+    interval: _Pair
+    defined: bool
+    examples: Float[Tensor, "3 prompt"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,6 +108,7 @@ class CircuitOverlap(Result):
 
     form = "workbench.circuit_overlap"
     file_keys: ClassVar = {"cross_faithfulness": "cross"}
+    filled: ClassVar = ("draw",)
 
     a: str
     b: str
@@ -74,15 +117,15 @@ class CircuitOverlap(Result):
     shared: tuple[str, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
-    values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    null: Tensor
+    values: Annotated[dict[str, float], _Values]
+    intervals: Annotated[dict[str, _Pair], Keys("values", some=True)]
+    null: Float[Tensor, " draw"]
     p_value: float
-    stages: tuple[dict[str, Any], ...]
-    sizes: tuple[int, ...]
-    fractions: tuple[float, ...]
-    curve: dict[str, tuple[float, ...]]
-    cross_faithfulness: tuple[dict[str, Any], ...]
+    stages: tuple[Annotated[dict[str, Any], _Stage], ...]
+    sizes: Annotated[tuple[int, ...], "size"]
+    fractions: Annotated[tuple[float, ...], "size"]
+    curve: Annotated[dict[str, _Points], "size", _Curve]
+    cross_faithfulness: tuple[Annotated[dict[str, Any], _Left], ...]
     ablation: str
     model: dict[str, Any]
     provenance: dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -44,13 +44,12 @@ class HeadPatching(Result):
     """
 
     form = "workbench.head_patching"
-    tuple_axes: ClassVar = {"heads": "head", "layers": "head", "numbers": "head", "places": "place"}
 
-    heads: tuple[str, ...]
-    layers: tuple[int, ...]
-    numbers: tuple[int, ...]
+    heads: Annotated[tuple[str, ...], "head"]
+    layers: Annotated[tuple[int, ...], "head"]
+    numbers: Annotated[tuple[int, ...], "head"]
     activation: str
-    places: tuple[str, ...]
+    places: Annotated[tuple[str, ...], "place"]
     direction: str
     sign: str
     task: str

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -40,19 +41,20 @@ class Repair(Result):
     """
 
     form = "workbench.repair"
+    filled: ClassVar = ("example",)
 
     task: str
-    heads: tuple[str, ...]
+    heads: Annotated[tuple[str, ...], "head"]
     towards: tuple[str, ...]
     but: str
-    before: Tensor
-    together: Tensor
-    single: Tensor
-    random: Tensor
-    random_heads: tuple[tuple[str, ...], ...]
-    movers: tuple[str, ...]
-    attention_before: Tensor
-    attention_after: Tensor
+    before: Float[Tensor, " example"]
+    together: Float[Tensor, " example"]
+    single: Float[Tensor, "head example"]
+    random: Float[Tensor, "draw example"]
+    random_heads: Annotated[tuple[tuple[str, ...], ...], "draw _"]
+    movers: Annotated[tuple[str, ...], "mover"]
+    attention_before: Float[Tensor, "mover 2 example"]
+    attention_after: Float[Tensor, "mover 2 example"]
     provenance: dict[str, Any]
 
     @property

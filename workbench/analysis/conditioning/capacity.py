@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.analysis.conditioning import theory
@@ -74,14 +74,15 @@ class Capacity(Result):
     """
 
     form = "workbench.capacity"
+    filled: ClassVar = ("n",)
 
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
-    sizes: tuple[int, ...]
-    rules: tuple[str, ...]
-    queries: tuple[str, ...]
-    measures: tuple[str, ...]
+    sites: Annotated[tuple[str, ...], "row"]
+    layers: Annotated[tuple[int, ...], "row"]
+    heads: Annotated[tuple[int, ...], "row"]
+    sizes: Annotated[tuple[int, ...], "n"]
+    rules: Annotated[tuple[str, ...], "rule"]
+    queries: Annotated[tuple[str, ...], "query"]
+    measures: Annotated[tuple[str, ...], "measure"]
     curves: Float[Tensor, "measure row rule query n"]
     low: Float[Tensor, "measure row rule query n"]
     high: Float[Tensor, "measure row rule query n"]
@@ -90,17 +91,17 @@ class Capacity(Result):
     n_low: Float[Tensor, "row rule query"]
     n_high: Float[Tensor, "row rule query"]
     censored: Bool[Tensor, "row rule query"]
-    d_k: Tensor
-    d_v: Tensor
-    dimensions: tuple[str, ...]
+    d_k: Int[Tensor, " row"]
+    d_v: Int[Tensor, " row"]
+    dimensions: Annotated[tuple[str, ...], "dimension"]
     dimension: Float[Tensor, "row dimension"]
     overlap: Float[Tensor, " row"]
     spectrum: Float[Tensor, "row d"]
-    theories: tuple[str, ...]
+    theories: Annotated[tuple[str, ...], "theory"]
     theory_snr_db: Float[Tensor, "row theory n"]
     theory_n_star: Float[Tensor, "row theory"]
     effective_keys: Float[Tensor, " row"]
-    n_tokens: Tensor
+    n_tokens: Int[Tensor, " row"]
     importance: Float[Tensor, " row"] | None
     correlation: dict[str, tuple[float, float, float]]
     limits: tuple[str, ...]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.analysis.conditioning.in_context import check_model, run_model, vocabulary
@@ -15,8 +15,9 @@ from workbench.analysis.conditioning.memories import RULES
 from workbench.analysis.conditioning.schedules import Schedule, Trial, choose, run_rule
 from workbench.analysis.statistics.correlation import pearson
 from workbench.analysis.statistics.intervals import jackknife_t, means_t
-from workbench.errors import WorkbenchError, nearest
+from workbench.errors import FormatError, WorkbenchError, nearest
 from workbench.storage.result import Result
+from workbench.storage.typed import Keys
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,23 +59,29 @@ class Conditioning(Result):
 
     form = "workbench.conditioning"
 
-    experiments: tuple[str, ...]
-    subjects: tuple[str, ...]
-    tests: tuple[str, ...]
-    what: tuple[str, ...]
-    silent: tuple[str, ...]
-    curves: dict[str, Tensor]
-    low: dict[str, Tensor]
-    high: dict[str, Tensor]
-    phases: dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+    experiments: Annotated[tuple[str, ...], "experiment"]
+    subjects: Annotated[tuple[str, ...], "subject"]
+    tests: Annotated[tuple[str, ...], "experiment"]
+    what: Annotated[tuple[str, ...], "experiment"]
+    silent: Annotated[tuple[str, ...], "experiment"]
+    curves: Annotated[dict[str, Float[Tensor, "subject 2 _"]], Keys("experiments")]
+    low: Annotated[dict[str, Float[Tensor, "subject 2 _"]], Keys("experiments")]
+    high: Annotated[dict[str, Float[Tensor, "subject 2 _"]], Keys("experiments")]
+    phases: Annotated[dict[str, tuple[tuple[str, ...], tuple[str, ...]]], Keys("experiments")]
     contrast: Float[Tensor, "experiment subject"]
     contrast_low: Float[Tensor, "experiment subject"]
     contrast_high: Float[Tensor, "experiment subject"]
-    effect: Tensor
-    agreement: dict[str, float]
-    correlation: dict[str, tuple[float, float, float]]
+    effect: Int[Tensor, "experiment subject"]
+    agreement: Annotated[dict[str, float], Keys("subjects", some=True)]
+    correlation: Annotated[dict[str, tuple[float, float, float]], Keys("subjects", some=True)]
     limits: tuple[str, ...]
     provenance: dict[str, Any]
+
+    def check_parts(self) -> None:
+        """Raise a FormatError if the interval of a curve has other points than the curve."""
+        for name, curve in self.curves.items():
+            if not curve.shape == self.low[name].shape == self.high[name].shape:
+                raise FormatError(f"the curve of {name} and its interval have other points", shape=curve.shape)
 
     @property
     def best(self) -> str | None:

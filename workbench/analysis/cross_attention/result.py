@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from workbench.analysis.statistics.intervals import jackknife_t, means_t
 from workbench.errors import WorkbenchError
 from workbench.storage.result import Result
+from workbench.storage.typed import Between
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +22,40 @@ MEASURES = ("pearson", "spearman")
 CURVES = ("deletion", "insertion")
 SCORES = ("log_probability", "probability", "wer")
 ORDERS = ("attention", "input saliency", "pooled input saliency", "encoder-output saliency", "random")
+
+
+class Drawn(TypedDict):
+    """What views draw of one example; see `CrossAttentionSaliency.maps`."""
+
+    name: str
+    target_texts: Annotated[tuple[str, ...], "word"]
+    special: Annotated[tuple[bool, ...], "word"]
+    picture: Shaped[Tensor, "*picture"] | None
+    kind: str
+    grid: tuple[int, int] | None
+    position_texts: Annotated[tuple[str, ...], "?position"]
+    input_saliency: Float[Tensor, " word *cell"]
+    input_error: Float[Tensor, " word *cell"]
+    pooled_input_saliency: Float[Tensor, "word position"]
+    encoder_saliency: Float[Tensor, "word position"]
+    encoder_error: Float[Tensor, "word position"]
+    attention: Float[Tensor, "depth head word position"]
+    layers: Annotated[tuple[int, ...], "depth"]
+    seconds_per_position: float | None
+    seconds_per_input_position: float | None
+    n_masks: tuple[int, int]
+    audio: Float[Tensor, " sample"] | None
+    sampling_rate: int | None
+
+
+class Alignment(TypedDict):
+    """Where output tokens lie; see `CrossAttentionSaliency.alignments`."""
+
+    token: Annotated[tuple[int, ...], "word"]
+    token_text: Annotated[tuple[str, ...], "word"]
+    attention: Int[Tensor, "word 2"]
+    saliency: Int[Tensor, "word 2"]
+    disagreement: Float[Tensor, " word"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,13 +103,14 @@ class CrossAttentionSaliency(Result):
 
     form = "workbench.cross_attention_saliency"
     former: ClassVar = ("n_bootstrap",)
+    filled: ClassVar = ("utterance",)
 
-    aggregates: tuple[str, ...]
-    kinds: tuple[str, ...]
-    layers: tuple[int | None, ...]
-    heads: tuple[int | None, ...]
-    saliencies: tuple[str, ...]
-    measures: tuple[str, ...]
+    aggregates: Annotated[tuple[str, ...], "aggregate"]
+    kinds: Annotated[tuple[str, ...], "aggregate"]
+    layers: Annotated[tuple[int | None, ...], "aggregate"]
+    heads: Annotated[tuple[int | None, ...], "aggregate"]
+    saliencies: Annotated[tuple[str, ...], "saliency"]
+    measures: Annotated[tuple[str, ...], "measure"]
     correlations: Float[Tensor, "utterance aggregate saliency measure"]
     pooled: Float[Tensor, "aggregate saliency measure"]
     between: Float[Tensor, "utterance measure"]
@@ -84,22 +120,22 @@ class CrossAttentionSaliency(Result):
     normalise: str
     special_tokens: bool
     method: str
-    utterances: tuple[str, ...]
-    hypotheses: tuple[str, ...]
-    references: tuple[str | None, ...]
-    orders: tuple[str, ...]
-    fractions: Tensor
-    scores: tuple[str, ...]
-    curves: Float[Tensor, "utterance order curve step score"]
-    reference_errors: Float[Tensor, "utterance order curve step"]
-    reference_words: Tensor
-    thresholds: Tensor
+    utterances: Annotated[tuple[str, ...], "utterance"]
+    hypotheses: Annotated[tuple[str, ...], "utterance"]
+    references: Annotated[tuple[str | None, ...], "utterance"]
+    orders: Annotated[tuple[str, ...], "order"]
+    fractions: Float[Tensor, " step"]
+    scores: Annotated[tuple[str, ...], "score"]
+    curves: Float[Tensor, "utterance order 2 step score"]
+    reference_errors: Float[Tensor, "utterance order 2 step"]
+    reference_words: Int[Tensor, " utterance"]
+    thresholds: Float[Tensor, " threshold"]
     sizes: Float[Tensor, "utterance order threshold"]
-    maps: tuple[dict[str, Any], ...]
-    alignments: tuple[dict[str, Any], ...]
+    maps: tuple[Annotated[dict[str, Any], Drawn], ...]
+    alignments: Annotated[tuple[Annotated[dict[str, Any], Alignment], ...], "utterance"]
     alignment_heads: tuple[tuple[int, int], ...]
     seed: int
-    level: float
+    level: Annotated[float, Between(0, 1)]
     provenance: dict[str, Any]
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor
 from workbench.analysis.statistics.intervals import means_t
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
+from workbench.storage.typed import Between
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,24 +45,21 @@ class AttentionProfile(Result):
     form = "workbench.attention_profile"
     former: ClassVar = ("seed", "n_bootstrap")
 
-    tuple_axes: ClassVar = {"sites": "row", "layers": "row", "heads": "row", "labels": "row", "bins": "bin",
-                      "measures": "measure"}  # fmt: skip
-
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
-    labels: tuple[str, ...]
+    sites: Annotated[tuple[str, ...], "row"]
+    layers: Annotated[tuple[int, ...], "row"]
+    heads: Annotated[tuple[int, ...], "row"]
+    labels: Annotated[tuple[str, ...], "row"]
     kind: str
     grid: tuple[int, int]
     prefix: int
     sink: str
-    bins: tuple[tuple[int, int], ...]
+    bins: Annotated[tuple[tuple[int, int], ...], "bin"]
     mass_examples: Float[Tensor, "example row bin"]
     density: Float[Tensor, "row bin"]
-    measures: tuple[str, ...]
+    measures: Annotated[tuple[str, ...], "measure"]
     examples: Float[Tensor, "example row measure"]
     offsets: Float[Tensor, "row dy dx"]
-    level: float
+    level: Annotated[float, Between(0, 1)]
     skipped: tuple[str, ...]
     provenance: dict[str, Any]
 

@@ -108,6 +108,12 @@ class LayerFinder:
                 site=site.name,
                 hint="heads of this model have no linear part in the residual stream",
             )
+        if call.shard is not None:
+            raise AttachError(
+                f"circuits need all heads in one process, and {site.elsewhere or 'some are in others'}",
+                site=site.name,
+                hint="load the model without tensor parallelism",
+            )
         n_heads, width = call.sizes[0], call.z().shape[-1]
         try:
             projection_slices(projection.module, n_heads, width)
