@@ -69,6 +69,13 @@ The capture shows what the model computes, also where that depends on the backen
   Granite 4, Nemotron-H, LFM2, Qwen3-Next, Qwen3.5, RecurrentGemma. Their attention is joined; state-space mixers have
   a map of the prompt, and their later steps stand in the ledger.
 
+## Split over processes
+
+With `tp_plan="auto"` on two processes, the tests compare Llama, GPT-NeoX, Gemma 2 and Qwen3 with the unsplit models:
+every statistic, output and result of a head, every kind of intervention, sweeps and the importance of heads, and
+captures of `generate()`. The same holds of attention that is split by hand with PyTorch's `parallelize_module`. FSDP
+and `accelerate`'s offloading leave heads whole.
+
 ## What cannot be captured
 
 Nothing is captured wrongly or as empty: what follows ends in an error.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from workbench.errors import CaptureError
 from workbench.hooks.proofs.axes import Axes, Bound, Proof, axes_by_size, prove_axes, usual_axes
 from workbench.hooks.proofs.rows import account
+from workbench.hooks.sites import stated_heads
 from workbench.hooks.tap import AttentionCall
 
 By = Literal["contract", "values", "sizes", "stated"]
@@ -312,7 +313,8 @@ class Layouts:
                 if not one.unchanged:
                     continue
                 one.tried += 1
-                proof = prove_axes(one.output, _part(p, one), one.call.mixed, one.call.width)
+                part = _part(p, one)
+                proof = prove_axes(one.output, part, one.call.mixed, one.call.width)
                 if proof is None:
                     settled += self._account(run, one, p)
                 elif proof.gate or self._is_gate(proof, one, run):
@@ -322,7 +324,7 @@ class Layouts:
                 elif proof.axes is None:
                     one.reason = proof.reason
                 else:
-                    settled += self._proved(run, one, proof.axes)
+                    settled += self._proved(run, one, proof.axes, alone=part is p)
         return settled
 
     def saw_output(self, module: nn.Module, output: Tensor) -> list[tuple[_Waiting, AttentionCall | str]]:
@@ -353,12 +355,20 @@ class Layouts:
             return False
         return bound.count("query") == 1 and bound.count("batch") > run.examples
 
-    def _proved(self, run: _Run, one: _Waiting, axes: Axes) -> list[tuple[_Waiting, AttentionCall | str]]:
+    def _proved(
+        self, run: _Run, one: _Waiting, axes: Axes, *, alone: bool = True
+    ) -> list[tuple[_Waiting, AttentionCall | str]]:
+        """`alone`: the call fills what enters the projection, so that its heads are all that the module has."""
         run.waiting.remove(one)
-        self._known[one.call.site, one.ordinal] = Known(axes, "values")
-        self.refused.pop(one.call.site, None)
         bound = axes.bind(tuple(one.output.shape))
         assert bound is not None  # it was read from this shape
+        stated, heads = stated_heads(one.call.module), bound.count("head")
+        if alone and stated is not None and heads not in (stated, one.call.heads):
+            reason = f"the module states {stated} heads, and its call has {heads}"
+            self.refused[one.call.site] = reason
+            return [(one, reason)]
+        self._known[one.call.site, one.ordinal] = Known(axes, "values")
+        self.refused.pop(one.call.site, None)
         if not one.told:
             return [(one, self._late(one, bound))]
         assert one.guess is not None  # it was told by it

@@ -27,7 +27,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from workbench.errors import CaptureError, InterventionError
-from workbench.hooks import bridges, calls, flex, multihead, registry
+from workbench.hooks import bridges, calls, cut_weights, flex, multihead, registry
 from workbench.hooks.configs import read
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.layouts import UNKNOWN, Layouts, Unplaced, learn, projected
@@ -67,6 +67,7 @@ class Observer:
         self._threads: dict[int, ThreadRun] = {}
         self._hooks: list[tuple[MutableMapping[int, Any], int, Any]] = []  # where each hook goes, its key, the hook
         self._flex = flex.namespaces(self._names)
+        self._cut = cut_weights.is_cut(model)
         self._bridge = bridges.Whole(model, self._is_running)
 
     def __enter__(self) -> Observer:
@@ -251,6 +252,7 @@ class Observer:
         """Calls that have waited for a proof are told once it has come: with the input of a projection, or with what a
         module gives.
         """
+        p = cut_weights.here(p)
         layouts, state = self._layouts, self._state(sys._getframe())
         self._learn(state, lambda: layouts.saw_linear(p) if module is None else layouts.saw_output(module, p))
 
@@ -270,7 +272,7 @@ class Observer:
                 if isinstance(found, str):
                     self._listener.on_refused(waiting.call.site, found, edited=waiting.edited)
                 elif not state.replay:
-                    self._listener.on_call(found)
+                    self._listener.on_call(cut_weights.split(found) if self._cut else found)
 
     def _tell(
         self, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner | None = None
@@ -303,6 +305,7 @@ class Observer:
             _check_plain(made.output, owner[0])
             call: AttentionCall | None
             if isinstance(made, Unplaced):
+                made = cut_weights.with_heads_here(made) if self._cut else made
                 call, waiting = self._layouts.place(made)
             else:
                 call = made
@@ -312,6 +315,8 @@ class Observer:
                     raise InterventionError(UNKNOWN, site=owner[0], shape=waiting.output.shape, hint=learn(owner[0]))
             if call is None:
                 return None
+            if self._cut:
+                call = cut_weights.split(call)
             if state.replay:
                 call = replace(call, replay=True)
             z = self._listener.on_call(call)
@@ -351,6 +356,12 @@ class Observer:
 
     def _read_and_tell(self, state: ThreadRun, args: Any, kwargs: Any, output: Any) -> Any:
         name, module = state.owner
+        if self._cut and cut_weights.is_cut(module):
+            raise CaptureError(
+                f"a {type(module).__name__} cannot be read from weights of which other processes hold a part",
+                site=name,
+                hint="leave it out with sites=, or run the model in one process",
+            )
         state.reading = True
         try:
             with state.tap.inside(), torch.no_grad():
@@ -410,6 +421,12 @@ def _check_plain(output: Tensor, site: str) -> None:
             site=site,
             hint="observe the plain forward: a batch in place of vmap, loss.backward() in place of grad; "
             "or close the `with` before the transform",
+        )
+    if cut_weights.here(output) is not output:
+        raise CaptureError(
+            "its heads are tensors of several processes (DTensor), of which this one cannot read its part alone",
+            site=site,
+            hint="let the projections give local tensors: use_local_output=True in the plan of the parallel model",
         )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.code import calls_attention
 from workbench.hooks.configs import config_of, read
+from workbench.hooks.head_shards import HeadShard
 from workbench.hooks.readers import reader_of
 from workbench.hooks.tap import Kind as Kind
 from workbench.tokens import visible_text
@@ -37,6 +38,7 @@ class Site:
         n_heads, n_kv_heads, d_head: its sizes; None until a call has shown them.
         tower: "" for a model with one stack of layers, else such as "encoder".
         call: which of its calls in one forward; of a site of the model 0. The name of a later one ends in "#1", "#2".
+        first_head, n_heads_here: which heads this process holds, where tensor parallelism splits them; else 0, None.
     """
 
     name: str
@@ -47,6 +49,19 @@ class Site:
     d_head: int | None = None
     tower: str = ""
     call: int = 0
+    first_head: int = 0
+    n_heads_here: int | None = None
+
+    @property
+    def here(self) -> range | None:
+        """The numbers of the heads that this process holds; None for all."""
+        return None if self.n_heads_here is None else range(self.first_head, self.first_head + self.n_heads_here)
+
+    @property
+    def elsewhere(self) -> str:
+        """What is to be said of heads that other processes hold: "heads 0 to 1 of 4 here"; "" if there are none."""
+        here = self.here
+        return "" if here is None else f"heads {here.start} to {here.stop - 1} of {self.n_heads} here"
 
     @property
     def path(self) -> str:
@@ -158,7 +173,10 @@ class Sites(Sequence[Site]):
         raise CaptureError(f'there is no site "{name}"', site=name, hint=nearest(wanted, known, "site"))
 
     def __repr__(self) -> str:
-        header = ("site", "alias", "layer", "kind", "heads", "kv", "d_head")
+        header: tuple[str, ...] = ("site", "alias", "layer", "kind", "heads", "kv", "d_head")
+        split = any(s.here is not None for s in self._sites)
+        if split:
+            header += ("here",)
         rows = [
             (
                 _seen(s.name),
@@ -166,6 +184,7 @@ class Sites(Sequence[Site]):
                 s.layer,
                 s.kind,
                 *("?" if n is None else n for n in (s.n_heads, s.n_kv_heads, s.d_head)),
+                *([f"{s.here.start} to {s.here.stop - 1}" if s.here else "all"] if split else []),
             )
             for s in self._sites
         ]
@@ -194,6 +213,8 @@ class Sites(Sequence[Site]):
             [(s.name, s.alias, s.layer, s.kind, s.n_heads, s.n_kv_heads, s.d_head) for s in self._sites]
         )
         frame.columns = pd.Index(["site", "alias", "layer", "kind", "heads", "kv", "d_head"])
+        if any(s.here is not None for s in self._sites):
+            frame["here"] = [f"{s.here.start} to {s.here.stop - 1}" if s.here else "all" for s in self._sites]
         unread = "".join(f"<p>{html.escape(line.strip())}</p>" for line in self._of_unread())
         return frame.to_html(index=False, na_rep="?") + unread
 
@@ -249,15 +270,32 @@ def with_kind(sites: Sites, name: str, kind: Kind) -> Sites:
     return Sites(changed, sites.unread, sites.looked)
 
 
-def with_sizes(sites: Sites, name: str, n_heads: int, n_kv_heads: int, d_head: int) -> Sites:
-    """The sites with the sizes that a call has shown."""
-    sized = (replace(s, n_heads=n_heads, n_kv_heads=n_kv_heads, d_head=d_head) if s.name == name else s for s in sites)
-    return Sites(sized, sites.unread, sites.looked)
+def with_sizes(
+    sites: Sites, name: str, n_heads: int, n_kv_heads: int, d_head: int, shard: HeadShard | None = None
+) -> Sites:
+    """The sites with the sizes that a call has shown, and which heads are here."""
+    first, here = (0, None) if shard is None else (shard.first, shard.n_here)
+    sizes: dict[str, Any] = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head}
+    sizes |= {"first_head": first, "n_heads_here": here}
+    return Sites((replace(s, **sizes) if s.name == name else s for s in sites), sites.unread, sites.looked)
+
+
+def all_here(site: Site) -> Site:
+    """The site with all its heads in this process."""
+    return replace(site, first_head=0, n_heads_here=None)
+
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
 
 def heads_of(module: nn.Module) -> int | None:
-    """How many heads a module says it has."""
-    return _number_of(module, config_of(module), "num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+    """How many heads a module, or the config that it has, says it has."""
+    return _number_of(module, config_of(module), *_HEADS)
+
+
+def stated_heads(module: nn.Module) -> int | None:
+    """How many heads a module itself says it has: a config may speak of other parts, or of the model before pruning."""
+    return _number_of(module, None, *_HEADS)
 
 
 def kv_heads_of(module: nn.Module) -> int | None:

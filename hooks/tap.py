@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.head_shards import HeadShard
 from workbench.hooks.packing import Rule, Segment, block_mask
 from workbench.hooks.proofs.axes import Bound
 from workbench.kernels.masks import Mask, as_four, hidden_below
@@ -54,6 +55,7 @@ class AttentionCall:
         build: makes the call's pattern, for kernels that are no softmax; None for those that are.
         build_others: makes further maps of the call by name, such as the factors of a composed one.
         replay: the call happens again in a backward pass (gradient checkpointing).
+        shard: which heads of the whole model these are, where other processes hold the rest; None: all of them.
         segments: where the kernel was told that the first row holds several sequences, which.
         part: of a call on packed rows, the sequence that this one is; only `output` is still that of all.
     """
@@ -84,6 +86,7 @@ class AttentionCall:
     build: Callable[[], Pattern] | None = None
     build_others: Callable[[], dict[str, Pattern]] = dict
     replay: bool = False
+    shard: HeadShard | None = None
     segments: tuple[Segment, ...] = ()
     part: Segment | None = None
 
@@ -98,6 +101,13 @@ class AttentionCall:
             return self.build().n_heads, self.v.shape[1], self.v.shape[-1]
         # A state-space mixer's queries and keys are shared by groups of heads; its values never are.
         return max(self.q.shape[1], self.v.shape[1]), self.k.shape[1], self.q.shape[-1]
+
+    @property
+    def sizes_of_all(self) -> tuple[int, int, int]:
+        """The sizes, with the heads that other processes hold."""
+        if self.shard is None:
+            return self.sizes
+        return self.shard.n_heads, self.shard.n_kv_heads, self.sizes[2]
 
     def z(self) -> Tensor:
         """Each head's output A·V [batch, head, query, width]: a view of `output`, with its autograd history.

@@ -25,7 +25,7 @@ from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, packed_sequences, token_ids
 from workbench.kernels import streaming
 from workbench.kernels.checks import check_finite
-from workbench.kernels.patterns import Pattern
+from workbench.kernels.patterns import PartOfHeads, Pattern
 from workbench.kernels.statistics import Options
 from workbench.session.cached_tokens import CachedTokens
 from workbench.session.gradient_watch import Deliver, GradientWatch
@@ -215,8 +215,9 @@ class Recorder:
             if all(site.name != call.site for site in self.sites):
                 self.sites = add_site(self.sites, call.site, call.module)
             known = self.sites.find(call.site)
-            if (known.n_heads, known.n_kv_heads, known.d_head) != call.sizes:
-                self.sites = with_sizes(self.sites, call.site, *call.sizes)
+            held = None if call.shard is None else call.shard.here
+            if (known.n_heads, known.n_kv_heads, known.d_head, known.here) != (*call.sizes_of_all, held):
+                self.sites = with_sizes(self.sites, call.site, *call.sizes_of_all, call.shard)
                 known = self.sites.find(call.site)
             if call.axes is not None and call.axes.axes.over == "features" and known.kind != "channel":
                 self.sites = with_kind(self.sites, call.site, "channel")
@@ -244,6 +245,7 @@ class Recorder:
             self.engines |= streaming.engines(pattern, names, options)
         except CaptureError as error:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
+        widen = _itself if call.shard is None else call.shard.widened  # heads that are elsewhere are NaN
         z = dense = None
         if settings.z:
             given = None if edited is None else call.own(edited)
@@ -255,16 +257,22 @@ class Recorder:
             elif not self.projections.knows(call.site):
                 whole = replace(call, part=None).z() if edited is None else edited
                 self.projections.saw_call(call.site, call.module, whole.detach().transpose(1, 2).clone())
+            z = widen(z, 2)
         if settings.gradients:
-            self.gradients.watch(call, edited, site, pattern, self._deliver(forward, site), grad_is_on=grad_is_on)
+            self.gradients.watch(
+                call, edited, site, pattern, self._deliver(forward, site, widen), grad_is_on=grad_is_on
+            )
         if settings.pattern:
-            dense = self.arena.copy(pattern.dense(limit=None))
+            dense = self.arena.copy(widen(pattern.dense(limit=None), 1))
         for kept in (pattern, *others.values()):
             kept.values = keeper(kept.values) if settings.values and kept.values is not None else None
+        if call.shard is not None:
+            pattern = PartOfHeads(pattern, call.shard.first, call.shard.n_heads)
+            others = {name: PartOfHeads(one, call.shard.first, call.shard.n_heads) for name, one in others.items()}
         capture = SiteCapture(
             site=site,
             shape=pattern.shape,
-            statistics={name: self.arena.copy(value) for name, value in statistics.items()},
+            statistics={name: self.arena.copy(widen(value, 1)) for name, value in statistics.items()},
             kernel=call.kernel,
             z=z,
             weights=dense,
@@ -273,6 +281,7 @@ class Recorder:
             held=keeper.held,
             signed=pattern.signed,
             normalised=pattern.normalised,
+            shard=call.shard,
         )
         with self._lock:
             self.nbytes += capture.nbytes + settings.gradient_bytes(pattern.shape, call.sizes[2], call.v.element_size())
@@ -280,6 +289,11 @@ class Recorder:
 
     def _planned(self, call: AttentionCall, pattern: Pattern) -> int:
         """Bytes that a call will keep."""
+        if call.shard is not None:  # of heads that are elsewhere, rows of NaN
+            b, h, q, k = pattern.shape
+            empty = replace(self.settings, queries_keys=False, values=False)
+            more = empty.bytes_for((b, call.shard.n_heads - h, q, k), 0, call.sizes[2], call.v.element_size())
+            return more + self._planned(replace(call, shard=None), pattern)
         sizes = (pattern.shape, pattern.n_kv_heads, call.sizes[2], call.v.element_size())
         if not self.settings.queries_keys or (call.build is None and call.weights is None):
             return self.settings.bytes_for(*sizes)
@@ -296,13 +310,13 @@ class Recorder:
             ids, before = self._cached.key_ids(forward, site.name, stream, pattern.n_queries, keys)
         return self.settings.options(ids, before)
 
-    def _deliver(self, forward: Forward, site: Site) -> Deliver:
+    def _deliver(self, forward: Forward, site: Site, widen: Callable[[Tensor, int], Tensor]) -> Deliver:
         def deliver(z_gradient: Tensor, sums: dict[str, Tensor]) -> None:
             capture = forward.sites.get(site.name)
             if capture is None:  # it was taken back
                 return
-            statistics = capture.statistics | sums
-            forward.sites[site.name] = replace(capture, statistics=statistics, z_gradient=z_gradient)
+            statistics = capture.statistics | {name: widen(each, 1) for name, each in sums.items()}
+            forward.sites[site.name] = replace(capture, statistics=statistics, z_gradient=widen(z_gradient, 2))
 
         return deliver
 
@@ -315,6 +329,10 @@ class Recorder:
                 hint="capture fewer sites, leave out pattern=True, z=True, values=True or gradients=True, pass "
                 "queries_keys=False, or raise limit=",
             )
+
+
+def _itself(tensor: Tensor, axis: int) -> Tensor:
+    return tensor
 
 
 class _Keeper:

@@ -34,7 +34,8 @@ class Verification:
 
     Attributes:
         identical: the observed model's outputs equal the bare model's to the bit.
-        checks: one dict per call: site, fired, shape ([batch, head, query, key]), backend, kernel, row_sum_error
+        checks: one dict per call: site, fired, shape ([batch, head, query, key], of which this process checks the heads
+            that it holds), backend, kernel, row_sum_error
             (largest |Σp − 1|, NaN for rows that need not sum to 1), output_error (largest |A·V − kernel output|),
             tolerance (for both, by dtype and size of the output), editable (whether the model's output changes when the
             site's heads give nothing; None if that was not tried), ok.
@@ -235,7 +236,7 @@ def _check(call: AttentionCall, cross: bool) -> dict[str, Any]:
     return {
         "site": call.site,
         "fired": True,
-        "shape": pattern.shape,
+        "shape": (pattern.n_batch, call.sizes_of_all[0], pattern.n_queries, pattern.n_keys),
         "backend": call.backend or call.tap,
         "kernel": call.kernel,
         "row_sum_error": row_error,

@@ -170,7 +170,7 @@ def attention_pattern(
                 blocks = {name: array for name, array in blocks.items() if not name.endswith(f":{i}")}
         facts.append(_site_facts(each, made, missing, lists))
     if not shown:
-        raise ReportError(f"no pattern was kept: {sources[0].missing}", hint="capture with queries_keys=True")
+        raise ReportError(f"no pattern was kept: {facts[0]['missing']}", hint="capture with queries_keys=True")
     first = next(i for i, each in enumerate(facts) if each["mode"] != "missing")
     leading = facts[first]
     spec = ViewSpec(
@@ -260,7 +260,7 @@ def _made(
     _entry(batch, shape[0])
     if 0 in shape:
         raise ReportError("there are no weights to show", site=site.name or None, shape=shape)
-    which = list(range(shape[1])) if heads is None else list(heads)
+    which = list(site.here or range(shape[1])) if heads is None else list(heads)
     bad = [head for head in which if not 0 <= head < shape[1]]
     if bad or not which:
         raise CaptureError(
