@@ -86,6 +86,9 @@ def test_five_entries_make_an_interval() -> None:
     low, value, high = (view.spec.blocks[name] for name in ("low", "values", "high"))
     assert (low <= value + 1e-6).all()
     assert (value <= high + 1e-6).all()
+    cap = capture(batch=5)
+    each = torch.cat([call[0].entropy for call in cap.calls]).double().mean(-1)[:, 0]  # of the first head
+    assert float(high[0, 0] - low[0, 0]) == pytest.approx(2 * 2.776 * float(each.std()) / 5**0.5, rel=1e-3)
     assert not head_atlas(capture(batch=4)).spec.facts["metrics"][0]["interval"]
 
 

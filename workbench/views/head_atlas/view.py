@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from workbench.analysis.statistics.intervals import means_t
 from workbench.capture.capture import Capture
 from workbench.errors import ReportError, nearest
 from workbench.hooks.sites import Kind, Site
@@ -81,7 +82,7 @@ def head_atlas(
 
     Args:
         source: a capture: each statistic with a value per query makes a metric, averaged over queries, batch entries
-            and forwards, with the spread over entries (2.5 and 97.5 percent) where there are at least five. Or
+            and forwards, with 95 % t intervals over entries where there are at least five. Or
             {label: scores}, where scores are {(layer, head): value}, an array [layer, head], or a frame with columns
             layer, head, value and, if known, low, high and site.
         metric: the statistic or label to begin with.
@@ -155,8 +156,7 @@ def _of_capture(capture: Capture) -> tuple[list[Site], dict[str, Quantity], Any,
                 place = slice(start, start + each.shape[1])
                 values[i, place] = each.nanmean(0).numpy()
                 if len(each) >= _FEW:
-                    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-                    low[i, place], high[i, place] = each.nanquantile(ends, dim=0).numpy()
+                    low[i, place], high[i, place] = means_t(each.T).T.numpy()
             start += n_heads[site]
         metrics[name] = replace(metrics[name], meaning=metrics[name].meaning + _over(counted))
     resized = [replace(site, n_heads=n_heads[name]) for name, site in sites.items()]
