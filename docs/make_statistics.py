@@ -23,8 +23,9 @@ definitions run in float64 in `kernels/statistics/`, one file each; `workbench.s
 | --- | --- | --- | --- | --- | --- |
 """
 _TAIL = f"""
-All but those marked ¹ also exist as `{VALUE_WEIGHTED}<name>`: of p·‖v‖ renormalised per row (arXiv 2004.10102). Those
-marked ² compare positions of queries and keys, so that cross-attention has none of them.
+All but those marked ¹ also exist as `{VALUE_WEIGHTED}<name>`: of p·‖v‖ renormalised per row (arXiv 2004.10102); a
+row all of whose values are zero is as one that sees no key. Those marked ² compare positions of queries and keys, so
+that cross-attention has none of them.
 """
 
 

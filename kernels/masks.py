@@ -7,7 +7,7 @@ tensor (True: may see) and an additive tensor. It answers for any tile without b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -104,6 +104,13 @@ class Mask:
             raise CaptureError(
                 f"the mask is on {self.tensor.device} and the queries on {device}", hint="move them to one device"
             )
+
+    def without_rows(self, rows: Tensor) -> Mask:
+        """The mask that lets these rows, [batch, head, query] bool, see no key."""
+        kept = ~rows[..., None]
+        if self.tensor is None:
+            return replace(self, tensor=kept)
+        return replace(self, tensor=self.tensor.where(kept, -torch.inf if self.additive else False))
 
     def check_numbers(self) -> None:
         """Raise a CaptureError that names a NaN or +inf that would be added to the scores."""

@@ -24,6 +24,8 @@ from workbench.kernels.statistics import Options
 from workbench.kernels.torch_engine import TorchEngine
 from workbench.kernels.triton import TritonEngine
 
+_WEIGHTLESS = HIDDEN / 1e3  # the logarithm of nothing
+
 for _engine in (TorchEngine(), TritonEngine(), NativeEngine()):  # the last is asked first
     engines.register(_engine)
 
@@ -188,14 +190,22 @@ class SoftmaxPattern(Pattern):
     def value_weighted(self) -> SoftmaxPattern:
         """p·‖v‖ renormalised per row: the same softmax with ln ‖v‖ added to each key's score (Kobayashi et al. 2020).
 
+        A row all of whose values are zero has nothing to share out: it is as one that sees no key.
+
         Raises:
             CaptureError: the pattern was made without values.
         """
-        bias = self.value_norms().log().clamp(min=HIDDEN / 1e3)
+        norms = self.value_norms()
+        bias = norms.log().clamp(min=_WEIGHTLESS)
         bias = bias if self.key_bias is None else self.key_bias + bias
-        return SoftmaxPattern(
-            self.q, self.k, self.mask, scale=self.scale, values=self.values, softcap=self.softcap, key_bias=bias
-        )
+        how: dict[str, Any] = {"scale": self.scale, "values": self.values, "softcap": self.softcap, "key_bias": bias}
+        made = SoftmaxPattern(self.q, self.k, self.mask, **how)
+        if bool(norms.all()):
+            return made
+        made.collect(Pass((), finds_denominators=True), Options())
+        assert made._kernel_lse is not None
+        empty = made._kernel_lse < -1e19  # where an engine begins, below all that scores add up to
+        return SoftmaxPattern(self.q, self.k, self.mask.without_rows(empty), **how) if bool(empty.any()) else made
 
 
 def _check_queries_and_keys(q: Tensor, k: Tensor) -> None:

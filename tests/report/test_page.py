@@ -16,7 +16,7 @@ from workbench.report import Report, check
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-    from support.browser import WatchedPage
+    from support.browser import WatchedPage, settled
 
 pytestmark = pytest.mark.browser
 
@@ -100,7 +100,7 @@ def test_an_address_restores_place_and_selection(page: WatchedPage, report: Path
     opened.wait_for_function("document.querySelector('.attention_pattern .row h3').innerText.includes('(2)')")
     assert _shown_head(opened).startswith("L1H0")
     opened.evaluate("location.hash = 'section-1'")
-    opened.wait_for_timeout(50)
+    settled(opened)
     assert _shown_head(opened).startswith("L1H0")
     page.assert_clean()
 
@@ -141,20 +141,21 @@ def test_hostile_tokens_are_text_and_nothing_more(page: WatchedPage, make_captur
 
 def test_what_is_put_into_the_page_does_not_run(page: WatchedPage, report: Path) -> None:
     opened = _open(page, report)
-    opened.evaluate(
-        """() => {
-            const script = document.createElement("script");
-            script.textContent = "window.__pwn = 1";
-            document.body.append(script);
-            const picture = "<img src='https://example.org/x.png' onerror='window.__pwn=2'>";
-            document.body.insertAdjacentHTML("beforeend", picture);
-        }"""
-    )
-    opened.wait_for_timeout(100)
+    with opened.expect_event("console", lambda _: len(page.errors) == 3):  # the script, the handler, the picture
+        opened.evaluate(
+            """() => {
+                const script = document.createElement("script");
+                script.textContent = "window.__pwn = 1";
+                document.body.append(script);
+                const picture = "<img src='https://example.org/x.png' onerror='window.__pwn=2'>";
+                document.body.insertAdjacentHTML("beforeend", picture);
+            }"""
+        )
+    settled(opened)
     assert opened.evaluate("window.__pwn") is None
     assert opened.evaluate("document.querySelector('img').naturalWidth") == 0
     blocked = [error for error in page.errors if "Content Security Policy" in error]
-    assert len(blocked) == len(page.errors) == 3  # the script, the handler, the picture
+    assert len(blocked) == len(page.errors) == 3
 
 
 def test_towers_and_cross_attention_are_there(page: WatchedPage, translation_capture: Any, tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_nothing_sticks_out_of_the_page(page: WatchedPage, report: Path, width: 
     opened = _open(page, report)
     for details in opened.locator("details").all():
         details.evaluate("each => { each.open = true; }")
-    opened.wait_for_timeout(50)
+    settled(opened)
     assert opened.evaluate("document.documentElement.scrollWidth") == width
     page.assert_clean()
 
@@ -226,24 +227,23 @@ def _brightness(page: Page, selector: str) -> float:
 def test_themes_follow_the_system_the_choice_and_paper(page: WatchedPage, report: Path) -> None:
     opened = _open(page, report)
 
-    def settled() -> tuple[bool, bool, bool]:
-        # The page hears of it when it is next drawn.
-        opened.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    def light() -> tuple[bool, bool, bool]:
+        settled(opened)
         return (
             _brightness(opened, "html") > 128,
             _brightness(opened, ".contents") > 128,
             _brightness(opened, ".workbench") > 128,
         )
 
-    assert settled() == (True, True, True)
+    assert light() == (True, True, True)
     opened.emulate_media(color_scheme="dark")
-    assert settled() == (False, False, False)
+    assert light() == (False, False, False)
     opened.emulate_media(media="print", color_scheme="dark")
-    assert settled() == (True, True, True)
+    assert light() == (True, True, True)
     assert not opened.locator(".theme").is_visible()
     opened.emulate_media(media="screen", color_scheme="light")
     opened.get_by_label("Theme").select_option("dark")
-    assert settled() == (False, False, False)
+    assert light() == (False, False, False)
     page.assert_clean()
 
 

@@ -18,12 +18,21 @@ ARGUMENTS = (
     "--no-first-run",
 )
 _LOCAL = ("file:", "data:", "blob:", "about:")
+PATIENCE = 600
+"""Seconds that what has to come may take: a loaded machine is slow, and only what fails waits to the end."""
 
 
 def chromium() -> str | None:
     """The path of an installed Chromium or Chrome. Playwright's own download is not used."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     return next((path for path in map(shutil.which, names) if path), None)
+
+
+def settled(page: Page) -> None:
+    """Return when the page has drawn what it was told until now, and nothing is on its way."""
+    page.evaluate(
+        "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
+    )
 
 
 @dataclass
@@ -35,6 +44,7 @@ class WatchedPage:
     requests: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.page.set_default_timeout(1000 * PATIENCE)
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self._record(request.url))

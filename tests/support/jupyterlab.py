@@ -15,7 +15,8 @@ from pathlib import Path
 
 from playwright.sync_api import Page
 
-_PATIENCE = 90  # seconds that a loaded machine may take
+from support.browser import PATIENCE
+
 _IDLE = "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
 
@@ -45,11 +46,11 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
             yield _answering(f"http://127.0.0.1:{port}", server, home / "log.txt")
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(PATIENCE)
 
 
 def _answering(address: str, server: subprocess.Popen[bytes], log: Path) -> str:
-    for _ in range(4 * _PATIENCE):
+    for _ in range(4 * PATIENCE):
         if server.poll() is not None:
             break
         try:
@@ -62,9 +63,10 @@ def _answering(address: str, server: subprocess.Popen[bytes], log: Path) -> str:
 
 def open_notebook(page: Page, address: str, name: str) -> None:
     """Open a notebook and wait for its kernel."""
+    page.set_default_timeout(1000 * PATIENCE)
     page.goto(f"{address}/lab/tree/{name}?reset")
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=1000 * _PATIENCE)
-    page.wait_for_function(f"window.jupyterapp && {_IDLE}", timeout=1000 * _PATIENCE)
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    page.wait_for_function(f"window.jupyterapp && {_IDLE}")
 
 
 def command(page: Page, name: str, **arguments: object) -> None:
@@ -75,4 +77,4 @@ def command(page: Page, name: str, **arguments: object) -> None:
 def run_all(page: Page) -> None:
     """Run all cells, and wait until the kernel has nothing left to do."""
     command(page, "notebook:run-all-cells")
-    page.wait_for_function(f"window.jupyterapp && {_IDLE}", timeout=1000 * _PATIENCE)
+    page.wait_for_function(f"window.jupyterapp && {_IDLE}")

@@ -73,7 +73,7 @@ def test_the_correlation_is_points_with_intervals() -> None:
 
 def test_conditioning_bars_say_what_leaves_the_chart() -> None:
     found = workbench.conditioning(
-        experiments=["acquisition", "latent_inhibition"], rules=("hebb", "delta"), repeats=4, resamples=10, d=16,
+        experiments=["acquisition", "latent_inhibition"], rules=("hebb", "delta"), repeats=4, d=16,
         progress=False,
     )  # fmt: skip
     notes = " ".join(views.of(found).spec.notes)
@@ -101,7 +101,7 @@ def test_the_selection_chooses_the_head(page: WatchedPage, tmp_path: Path) -> No
     tab = opened(page, views.capacity_curves(capacity()), tmp_path / "curves.html")
     tab.evaluate("location.hash = '#L1H2'")
     words = tab.locator(".sums")
-    words.filter(has_text="L1H2").wait_for(timeout=5000)
+    words.filter(has_text="L1H2").wait_for()
     tab.get_by_label("Head").select_option(label="L0H1")
     assert words.inner_text().startswith("L0H1: d_k 8")
     assert "L0H1" in tab.url

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser
 
-from support.browser import WatchedPage
+from support.browser import WatchedPage, settled
 from support.every_view import VIEWS
 from workbench.storage import disk
 from workbench.views import page as pages
@@ -51,7 +51,7 @@ def test_colours_are_read_however_the_theme_writes_them(
         watched.page.add_init_script(f"({INTO_LAB})({json.dumps(style)}, {json.dumps(str(theme == 'light').lower())})")
         page = watched.open(path)
         page.wait_for_selector("html[data-ready]")
-        page.wait_for_timeout(300)
+        settled(page)
         found = page.evaluate(PAPER), page.evaluate(PIXELS)
         watched.assert_clean()
         context.close()

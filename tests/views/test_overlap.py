@@ -61,7 +61,7 @@ def by_hand() -> CircuitOverlap:
         only_a=("m0->logits",), only_b=("a0.h0->m0",), values={"jaccard": 0.6}, intervals={"jaccard": (0.4, 0.8)},
         null=torch.tensor([0.1, 0.2, 0.2]), p_value=0.25, stages=(), sizes=(2, 4), fractions=(0.1, 0.2),
         curve={"jaccard": (0.5, 0.6), "expected": (0.1, 0.2), "low": (0.4, 0.5), "high": (0.6, 0.7)},
-        cross=(), ablation="mean", model=Graph.gpt2(1, 2, 8).facts, provenance={},
+        cross_faithfulness=(), ablation="mean", model=Graph.gpt2(1, 2, 8).facts, provenance={},
     )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def test_a_cell_shows_what_its_pair_shares(page: WatchedPage, tmp_path: Path) ->
     tab.get_by_label("Measure").select_option("share")
     share = overlap_matrix(circuits, n_null=50).spec.blocks["measures"][2]
     assert tab.locator("[data-pair='1,0']").inner_text() == f"{share[1, 0]:.2f}"
-    tab.wait_for_timeout(300)  # the address is written after a pause
+    tab.wait_for_function("decodeURIComponent(location.hash).includes('share')")  # it is written after a pause
     tab.reload()
     tab.wait_for_selector("html[data-ready]")
     assert tab.locator(".overlaps [aria-pressed=true]").get_attribute("data-pair") == "1,2"

@@ -185,14 +185,14 @@ def test_the_correlation_is_that_of_the_result(page: Page, choice: str, aggregat
 @pytest.mark.browser
 def test_heads_and_tokens_follow_the_shared_selection(page: Page) -> None:
     page.evaluate("location.hash = '#L1H0,t=1'")
-    page.wait_for_timeout(50)
+    page.wait_for_function("document.querySelector('.stage canvas').getAttribute('aria-label').includes('L1H0')")
     said = page.locator(".stage canvas").get_attribute("aria-label") or ""
     assert "L1H0" in said
     assert "over the spectrogram: two" in said
     assert chooser(page, "Attention").input_value() == "1:0"
     page.evaluate("location.hash = '#L1H0,s=elsewhere'")
-    page.wait_for_timeout(50)
-    assert "mean of all heads" in (page.locator(".stage canvas").get_attribute("aria-label") or "")
+    mean = "document.querySelector('.stage canvas').getAttribute('aria-label').includes('mean of all heads')"
+    page.wait_for_function(mean)
 
 
 @pytest.mark.browser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -30,14 +30,13 @@ class Sweep(Result):
     """
 
     form = "workbench.sweep"
-    tuple_axes: ClassVar = {"variants": "variant", "metrics": "metric", "batch_sizes": "batch"}
 
-    variants: tuple[str, ...]
-    metrics: tuple[str, ...]
+    variants: Annotated[tuple[str, ...], "variant"]
+    metrics: Annotated[tuple[str, ...], "metric"]
     values: Float[Tensor, "variant metric example"]
     clean: Float[Tensor, "metric example"]
     done: Bool[Tensor, "variant batch"]
-    batch_sizes: tuple[int, ...]
+    batch_sizes: Annotated[tuple[int, ...], "batch"]
     mode: str
     reason: str
     batched: bool

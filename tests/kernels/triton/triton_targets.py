@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workbench.kernels.triton.configs import Choice, Kind, choices
+from workbench.kernels.triton.configs import WIDTHS, Choice, Kind, choices
 
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 166_912),
@@ -31,14 +31,18 @@ class Build:
 
 
 def builds(target: str) -> list[Build]:
-    """Every tile of every kernel; float16 compiles to what bfloat16 does, so that two widths do for it."""
+    """Every tile of every kernel, at the widest heads that it is for.
+
+    float16 compiles to what bfloat16 does, so that one width does for it; and what everything fits with, a part of it
+    fits with, so that the plain kernel is compiled at one width too.
+    """
     backend, arch, _ = TARGETS[target]
     found = []
-    for dtype, widths in (("bf16", (32, 64, 128, 256)), ("fp16", (64, 128)), ("fp32", (32, 64, 128, 256))):
+    for dtype, widths in (("bf16", WIDTHS), ("fp16", (64,)), ("fp32", WIDTHS)):
         for kind in ("rows", "columns", "top"):
             for width in widths:
                 for choice in choices(kind, backend, arch, dtype != "fp32", width):
                     found.append(Build(kind, dtype, width, choice, False))
-                    if kind == "rows" and dtype != "fp16":
+                    if kind == "rows" and width == 128:
                         found.append(Build(kind, dtype, width, choice, True))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,8 +13,9 @@ from torch import Tensor
 from workbench.analysis.atlas.clusters import assign
 from workbench.analysis.atlas.encoder import Autoencoder, encode, scaled
 from workbench.analysis.atlas.gathering import gather
-from workbench.errors import WorkbenchError, nearest
+from workbench.errors import FormatError, WorkbenchError, nearest
 from workbench.storage.result import Result
+from workbench.storage.typed import Places
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,37 +63,44 @@ class PatternAtlas(Result):
 
     form = "workbench.pattern_atlas"
 
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
-    labels: tuple[str, ...]
+    sites: Annotated[tuple[str, ...], "row"]
+    layers: Annotated[tuple[int, ...], "row"]
+    heads: Annotated[tuple[int, ...], "row"]
+    labels: Annotated[tuple[str, ...], "row"]
     kind: str
     grid: tuple[int, int]
     prefix: int
-    size: int
+    size: Annotated[int, "query", "key"]
     patterns: Float[Tensor, "row query key"]
     latents: Float[Tensor, "row width"]
     sample_latents: Float[Tensor, "example row width"]
     xy: Float[Tensor, "row 2"]
     sample_xy: Float[Tensor, "example row 2"]
     explained: Float[Tensor, " 2"]
-    clusters: Int[Tensor, " row"]
-    sample_clusters: Int[Tensor, "example row"]
+    clusters: Annotated[Int[Tensor, " row"], Places("cluster")]
+    sample_clusters: Annotated[Int[Tensor, "example row"], Places("cluster")]
     cluster_patterns: Float[Tensor, "cluster query key"]
-    names: tuple[str, ...]
+    names: Annotated[tuple[str, ...], "name"]
     evidence: Float[Tensor, "row name"]
-    head_names: tuple[str, ...]
+    head_names: Annotated[tuple[str, ...], "row"]
     cluster_evidence: Float[Tensor, "cluster name"]
-    cluster_names: tuple[str, ...]
+    cluster_names: Annotated[tuple[str, ...], "cluster"]
     content_dependence: Float[Tensor, " row"]
     error: Float[Tensor, "example row"]
     losses: tuple[float, ...]
     centres: Float[Tensor, "cluster width"]
     mean: Float[Tensor, " width"]
     axes: Float[Tensor, "2 width"]
-    weights: dict[str, Tensor]
+    weights: dict[str, Float[Tensor, "_ ..."]]
     seed: int
     provenance: dict[str, Any]
+
+    def check_parts(self) -> None:
+        """Raise a FormatError if the weights are not those of an autoencoder of this size and width."""
+        with torch.device("meta"):
+            wanted = Autoencoder(self.size, self.latents.shape[-1]).state_dict()
+        if {k: t.shape for k, t in wanted.items()} != {k: t.shape for k, t in self.weights.items()}:
+            raise FormatError(f"its weights are not of an autoencoder of {self.size} x {self.size} patterns")
 
     @property
     def n_clusters(self) -> int:

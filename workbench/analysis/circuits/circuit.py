@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,11 +15,22 @@ from torch import Tensor
 from workbench.analysis.circuits import mib
 from workbench.analysis.circuits.model.graph import Graph, same_graph
 from workbench.analysis.circuits.model.names import head_of, label
-from workbench.errors import FormatError, InterventionError, WorkbenchError
+from workbench.errors import InterventionError, WorkbenchError
 from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class _Stage(TypedDict):
+    name: str
+    receivers: tuple[str, ...]
+    importance: Float[Tensor, " sender"]
+    chosen: tuple[str, ...]
+
+
+class _Settings(TypedDict, total=False):
+    completeness_gap: float | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,21 +69,16 @@ class Circuit(Result):
     node_scores: Float[Tensor, " sender"]
     edge_scores: Float[Tensor, "sender receiver"]
     threshold: dict[str, Any]
-    stages: tuple[dict[str, Any], ...]
-    examples: Tensor | None
-    clean: Tensor
-    corrupted: Tensor
-    settings: dict[str, Any]
+    stages: tuple[Annotated[dict[str, Any], _Stage], ...]
+    examples: Float[Tensor, "example item"] | None
+    clean: Float[Tensor, " example"]
+    corrupted: Float[Tensor, " example"]
+    settings: Annotated[dict[str, Any], _Settings]
     provenance: dict[str, Any]
 
     def check_parts(self) -> None:
-        """Raise a FormatError if nodes, edges and stages are not those of the model."""
-        importances: list[Any] = [stage.get("importance") for stage in self.stages]
-        if not all(isinstance(each, Tensor) and {"name", "chosen"} <= stage.keys()
-                   for each, stage in zip(importances, self.stages, strict=True)):  # fmt: skip
-            raise FormatError("a stage of the circuit has no name, importance or chosen nodes")
-        senders = (self.senders_in, self.node_scores, *importances)
-        Graph.fitting(self.model, senders, (self.edges_in, self.edge_scores))
+        """Raise a FormatError if nodes and edges are not those of the model."""
+        Graph.fitting(self.model, (self.senders_in, self.node_scores), (self.edges_in, self.edge_scores))
 
     @cached_property
     def graph(self) -> Graph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,7 @@ class Faithfulness(Result):
     """
 
     form = "workbench.faithfulness"
+    filled: ClassVar = ("example",)
 
     circuit: str
     task: str
@@ -46,11 +47,11 @@ class Faithfulness(Result):
     alone: Float[Tensor, " example"]
     full: Float[Tensor, " example"]
     none: Float[Tensor, " example"]
-    subsets: tuple[tuple[str, ...], ...]
-    without: Tensor
-    alone_without: Tensor
-    members: tuple[str, ...]
-    minus_one: Tensor
+    subsets: Annotated[tuple[tuple[str, ...], ...], "subset _"]
+    without: Float[Tensor, "subset example"]
+    alone_without: Float[Tensor, "subset example"]
+    members: Annotated[tuple[str, ...], "member"]
+    minus_one: Float[Tensor, "member example"]
     provenance: dict[str, Any]
     higher_is_better: bool = True
 
@@ -98,7 +99,7 @@ class Faithfulness(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per quantity, all shares, with 95 % intervals over prompts; NaN where no share is defined."""
+        """One row per quantity, all shares, with 95 % intervals over prompts; all NaN where no share is defined."""
         import pandas as pd
 
         rows = [("faithfulness", "", self.value, *self.interval)]
@@ -106,7 +107,17 @@ class Faithfulness(Result):
         rows += [("incompleteness", " ".join(k), v, *self._interval(d, absolute=True)) for k, v, d in changes]
         falls = zip(self.minimality.items(), self.alone - self.minus_one, strict=False)
         rows += [("minimality", node, v, *self._interval(d)) for (node, v), d in falls]
-        return pd.DataFrame(rows, columns=["quantity", "of", "value", "low", "high"])
+        frame = pd.DataFrame(rows, columns=["quantity", "of", "value", "low", "high"])
+        return frame if self.denominator.defined else frame.assign(value=float("nan"))
+
+    @property
+    def in_metric(self) -> pd.DataFrame:
+        """The metric itself of the whole model, the circuit alone, and with all ablated, with 95 % t intervals."""
+        import pandas as pd
+
+        several = {"whole model": self.full, "circuit alone": self.alone, "all ablated": self.none}
+        rows = [(name, float(values.mean()), *mean_t(values)) for name, values in several.items()]
+        return pd.DataFrame(rows, columns=["of", "value", "low", "high"])
 
     def __repr__(self) -> str:
         low, high = self.interval

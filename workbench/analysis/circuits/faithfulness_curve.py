@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,8 @@ from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.analysis.circuits.faithfulness import run_choices
 from workbench.analysis.circuits.model.names import head_of
 from workbench.analysis.circuits.shares import Denominator
-from workbench.errors import FormatError, InterventionError, WorkbenchError
+from workbench.analysis.statistics.intervals import means_t
+from workbench.errors import InterventionError, WorkbenchError
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
@@ -43,28 +44,22 @@ class FaithfulnessCurve(Result):
     """
 
     form = "workbench.faithfulness_curve"
-    tuple_axes: ClassVar = {"fractions": "fraction", "sizes": "fraction", "kept_absolute": "fraction",
-                            "kept_signed": "fraction"}  # fmt: skip
+    filled: ClassVar = ("fraction", "example")
 
     circuit: str
     task: str
     metric: str
     ablation: str
     level: str
-    fractions: tuple[float, ...]
-    sizes: tuple[int, ...]
-    kept_absolute: tuple[int, ...]
-    kept_signed: tuple[int, ...]
+    fractions: Annotated[tuple[float, ...], "fraction"]
+    sizes: Annotated[tuple[int, ...], "fraction"]
+    kept_absolute: Annotated[tuple[int, ...], "fraction"]
+    kept_signed: Annotated[tuple[int, ...], "fraction"]
     examples: Float[Tensor, "2 fraction example"]
     full: Float[Tensor, " example"]
     none: Float[Tensor, " example"]
     provenance: dict[str, Any]
     higher_is_better: bool = True
-
-    def check_parts(self) -> None:
-        """Raise a FormatError if there are no examples or no fractions."""
-        if not self.examples.numel():
-            raise FormatError("the curve has no examples or no fractions", shape=self.examples.shape)
 
     @property
     def absolute(self) -> list[float]:
@@ -108,13 +103,26 @@ class FaithfulnessCurve(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per size."""
+        """One row per size: shares with 95 % intervals over prompts, all NaN where no share is defined."""
         import pandas as pd
 
         low, high = zip(*self.intervals(0), strict=True)
         columns = {
             "fraction": self.fractions, "size": self.sizes, "kept": self.kept_absolute, "absolute": self.absolute,
             "low": low, "high": high, "kept_signed": self.kept_signed, "signed": self.signed,
+        }  # fmt: skip
+        frame = pd.DataFrame(columns)
+        return frame if self.denominator.defined else frame.assign(absolute=float("nan"), signed=float("nan"))
+
+    @property
+    def in_metric(self) -> pd.DataFrame:
+        """One row per size: the metric itself, with 95 % t intervals over prompts of circuits by magnitude."""
+        import pandas as pd
+
+        low, high = means_t(self.examples[0]).T.tolist()
+        columns = {
+            "fraction": self.fractions, "size": self.sizes, "absolute": self.examples[0].mean(-1).tolist(), "low": low,
+            "high": high, "signed": self.examples[1].mean(-1).tolist(),
         }  # fmt: skip
         return pd.DataFrame(columns)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -52,10 +52,9 @@ class HeadRoles(Result):
     """
 
     form = "workbench.head_roles"
-    tuple_axes: ClassVar = {"heads": "head", "roles": "head"}
 
-    heads: tuple[str, ...]
-    roles: tuple[tuple[str, ...], ...]
+    heads: Annotated[tuple[str, ...], "head"]
+    roles: Annotated[tuple[tuple[str, ...], ...], "head _"]
     evidence: dict[str, Float[Tensor, " head"]]
     errors: dict[str, Float[Tensor, " head"]]
     threshold: float

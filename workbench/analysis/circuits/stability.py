@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,17 +37,16 @@ class Stability(Result):
     """
 
     form = "workbench.circuit_stability"
-    tuple_axes: ClassVar = {"items": "item"}
 
     circuit: str
     level: str
-    items: tuple[str, ...]
+    items: Annotated[tuple[str, ...], "item"]
     frequency: Float[Tensor, " item"]
     inside: Bool[Tensor, " item"]
     jaccard: Float[Tensor, " draw"]
     unit: str
     provenance: dict[str, Any]
-    halves: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    halves: Float[Tensor, " half"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     @property
     def table(self) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -41,19 +41,20 @@ class CrossAttention(Result):
     """
 
     form = "workbench.cross_attention"
+    filled: ClassVar = ("position",)
 
     maps: Float[Tensor, "layer head token position"]
     mass: Float[Tensor, "layer head token"]
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
+    sites: Annotated[tuple[str, ...], "layer"]
+    layers: Annotated[tuple[int, ...], "layer"]
     weighting: str
     rollout: bool
     renormalised: bool
-    target_ids: tuple[int, ...]
-    target_texts: tuple[str, ...]
-    special: tuple[bool, ...]
-    position_texts: tuple[str, ...]
-    kept_positions: tuple[int, ...]
+    target_ids: Annotated[tuple[int, ...], "token"]
+    target_texts: Annotated[tuple[str, ...], "token"]
+    special: Annotated[tuple[bool, ...], "token"]
+    position_texts: Annotated[tuple[str, ...], "?position"]
+    kept_positions: Annotated[tuple[int, ...], "position"]
     length: int
     seconds_per_position: float | None
     alignment_heads: tuple[tuple[int, int], ...]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from workbench.analysis.cross_attention.result import CrossAttentionSaliency
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.analysis.cross_attention.result import Alignment, CrossAttentionSaliency, Drawn
 from workbench.errors import WorkbenchError
 from workbench.storage.result import Result
 from workbench.sweep.inputs import check_resumed
@@ -31,6 +34,24 @@ class ComparisonInterrupted(KeyboardInterrupt):
         super().__init__(f"{partial.n_utterances if partial else 0} of {total} utterances are done; {where}")
 
 
+class _Example(TypedDict):
+    name: str
+    hypothesis: str
+    reference: str | None
+    reference_words: int
+    aggregates: dict[str, tuple[str, int | None, int | None]]
+    alignment_heads: tuple[tuple[int, int], ...]
+    attention_cells: tuple[Float[Tensor, " cell"] | None, ...]
+    saliency_cells: tuple[Float[Tensor, " cell"] | None, ...]
+    correlations: Float[Tensor, "aggregate saliency measure"]
+    between: Float[Tensor, " measure"]
+    undefined: tuple[str, ...]
+    alignment: Annotated[dict[str, Any], Alignment]
+    curves: Float[Tensor, "order 2 step score"]
+    sizes: Float[Tensor, "order threshold"]
+    drawn: Annotated[dict[str, Any], Drawn] | None
+
+
 @dataclass(frozen=True, repr=False)
 class ComparisonProgress(Result):
     """What is done of a comparison.
@@ -44,7 +65,7 @@ class ComparisonProgress(Result):
     form = "workbench.cross_attention_progress"
 
     identity: dict[str, Any]
-    examples: tuple[dict[str, Any], ...]
+    examples: tuple[Annotated[dict[str, Any], _Example], ...]
     provenance: dict[str, Any]
 
     @property

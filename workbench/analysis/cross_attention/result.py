@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from workbench.analysis.statistics.intervals import draw_weights, mean_intervals, percentiles
+from workbench.analysis.statistics.intervals import jackknife_t, means_t
 from workbench.errors import WorkbenchError
 from workbench.storage.result import Result
+from workbench.storage.typed import Between
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +22,40 @@ MEASURES = ("pearson", "spearman")
 CURVES = ("deletion", "insertion")
 SCORES = ("log_probability", "probability", "wer")
 ORDERS = ("attention", "input saliency", "pooled input saliency", "encoder-output saliency", "random")
+
+
+class Drawn(TypedDict):
+    """What views draw of one example; see `CrossAttentionSaliency.maps`."""
+
+    name: str
+    target_texts: Annotated[tuple[str, ...], "word"]
+    special: Annotated[tuple[bool, ...], "word"]
+    picture: Shaped[Tensor, "*picture"] | None
+    kind: str
+    grid: tuple[int, int] | None
+    position_texts: Annotated[tuple[str, ...], "?position"]
+    input_saliency: Float[Tensor, " word *cell"]
+    input_error: Float[Tensor, " word *cell"]
+    pooled_input_saliency: Float[Tensor, "word position"]
+    encoder_saliency: Float[Tensor, "word position"]
+    encoder_error: Float[Tensor, "word position"]
+    attention: Float[Tensor, "depth head word position"]
+    layers: Annotated[tuple[int, ...], "depth"]
+    seconds_per_position: float | None
+    seconds_per_input_position: float | None
+    n_masks: tuple[int, int]
+    audio: Float[Tensor, " sample"] | None
+    sampling_rate: int | None
+
+
+class Alignment(TypedDict):
+    """Where output tokens lie; see `CrossAttentionSaliency.alignments`."""
+
+    token: Annotated[tuple[int, ...], "word"]
+    token_text: Annotated[tuple[str, ...], "word"]
+    attention: Int[Tensor, "word 2"]
+    saliency: Int[Tensor, "word 2"]
+    disagreement: Float[Tensor, " word"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,18 +97,20 @@ class CrossAttentionSaliency(Result):
             token by dynamic time warping, "disagreement" [token] distance of their middles in encoder positions, and
             "token" the rows they belong to.
         alignment_heads: (layer, head) pairs behind "alignment heads"; may be empty.
-        seed, n_bootstrap, level: of the intervals over utterances.
+        seed: of masks and random order. level: of the intervals over utterances.
         provenance: of the model and the inputs.
     """
 
     form = "workbench.cross_attention_saliency"
+    former: ClassVar = ("n_bootstrap",)
+    filled: ClassVar = ("utterance",)
 
-    aggregates: tuple[str, ...]
-    kinds: tuple[str, ...]
-    layers: tuple[int | None, ...]
-    heads: tuple[int | None, ...]
-    saliencies: tuple[str, ...]
-    measures: tuple[str, ...]
+    aggregates: Annotated[tuple[str, ...], "aggregate"]
+    kinds: Annotated[tuple[str, ...], "aggregate"]
+    layers: Annotated[tuple[int | None, ...], "aggregate"]
+    heads: Annotated[tuple[int | None, ...], "aggregate"]
+    saliencies: Annotated[tuple[str, ...], "saliency"]
+    measures: Annotated[tuple[str, ...], "measure"]
     correlations: Float[Tensor, "utterance aggregate saliency measure"]
     pooled: Float[Tensor, "aggregate saliency measure"]
     between: Float[Tensor, "utterance measure"]
@@ -83,23 +120,22 @@ class CrossAttentionSaliency(Result):
     normalise: str
     special_tokens: bool
     method: str
-    utterances: tuple[str, ...]
-    hypotheses: tuple[str, ...]
-    references: tuple[str | None, ...]
-    orders: tuple[str, ...]
-    fractions: Tensor
-    scores: tuple[str, ...]
-    curves: Float[Tensor, "utterance order curve step score"]
-    reference_errors: Float[Tensor, "utterance order curve step"]
-    reference_words: Tensor
-    thresholds: Tensor
+    utterances: Annotated[tuple[str, ...], "utterance"]
+    hypotheses: Annotated[tuple[str, ...], "utterance"]
+    references: Annotated[tuple[str | None, ...], "utterance"]
+    orders: Annotated[tuple[str, ...], "order"]
+    fractions: Float[Tensor, " step"]
+    scores: Annotated[tuple[str, ...], "score"]
+    curves: Float[Tensor, "utterance order 2 step score"]
+    reference_errors: Float[Tensor, "utterance order 2 step"]
+    reference_words: Int[Tensor, " utterance"]
+    thresholds: Float[Tensor, " threshold"]
     sizes: Float[Tensor, "utterance order threshold"]
-    maps: tuple[dict[str, Any], ...]
-    alignments: tuple[dict[str, Any], ...]
+    maps: tuple[Annotated[dict[str, Any], Drawn], ...]
+    alignments: Annotated[tuple[Annotated[dict[str, Any], Alignment], ...], "utterance"]
     alignment_heads: tuple[tuple[int, int], ...]
     seed: int
-    n_bootstrap: int
-    level: float
+    level: Annotated[float, Between(0, 1)]
     provenance: dict[str, Any]
 
     @property
@@ -112,7 +148,7 @@ class CrossAttentionSaliency(Result):
         return self.correlations[:, :, self._saliency(saliency), self._measure(measure)].nanmean(0)
 
     def interval(self, saliency: str = "input", measure: str = "pearson") -> Tensor:
-        """[aggregate, 2] bootstrap interval of `of` over utterances, by percentiles; NaN with one utterance."""
+        """[aggregate, 2] Student's t interval of `of` over utterances; NaN where it is defined in fewer than two."""
         return self._interval(self.correlations[:, :, self._saliency(saliency), self._measure(measure)])
 
     def by_head(self, saliency: str = "input", measure: str = "pearson") -> Tensor:
@@ -156,7 +192,7 @@ class CrossAttentionSaliency(Result):
         """One row per aggregate, saliency and measure.
 
         Columns aggregate, kind, layer, head, alignment (whether the model names the head so), saliency, measure, mean
-        (over utterances), low, high (bootstrap), pooled, utterances (in which it is defined) and note.
+        (over utterances), low, high (of the mean), pooled, utterances (in which it is defined) and note.
         """
         import pandas as pd
 
@@ -188,7 +224,7 @@ class CrossAttentionSaliency(Result):
 
     @property
     def areas(self) -> pd.DataFrame:
-        """Area under each mean curve (trapezoid over the fractions), with bootstrap intervals over utterances.
+        """Area under each mean curve (trapezoid over the fractions), with t intervals over utterances.
 
         Columns curve, order, score, area, low, high. "wer" is the mean over utterances of the word error rate against
         the unperturbed hypothesis, in percent: what perturbing changes, and not the authors' quantity, which is in
@@ -218,9 +254,9 @@ class CrossAttentionSaliency(Result):
 
         At each step of 5 % of the cells, 100 · Σ errors / Σ reference words over the utterances that have a reference,
         at most 100; the trapezoid over the share of cells, so that 100 is the most. Columns curve, order, area, low,
-        high (bootstrap over utterances, of the ratio), utterances and words. The authors put cells to zero and decode
-        with 5 beams and no repeated 5-grams; which baseline and decoding these curves had, the arguments said. Words
-        are compared in lower case without punctuation, where the study takes Whisper's normaliser.
+        high (of the area, by leaving out each utterance in turn), utterances and words. The authors put cells to zero
+        and decode with 5 beams and no repeated 5-grams; which baseline and decoding these curves had, the arguments
+        said. Words are compared in lower case without punctuation, where the study takes Whisper's normaliser.
 
         Raises:
             WorkbenchError: no curves, other steps, nothing decoded again, or no references.
@@ -245,11 +281,7 @@ class CrossAttentionSaliency(Result):
             )
         errors, words = self.reference_errors[have].double(), self.reference_words[have].double()
         n = len(words)
-        whole = _areas(torch.full((1, n), 1 / n, dtype=torch.float64), errors, words, steps)[0]
-        bounds = torch.full((*whole.shape, 2), torch.nan, dtype=torch.float64)
-        if n > 1:
-            drawn = _areas(draw_weights(n, self.n_bootstrap, self.seed), errors, words, steps)
-            bounds = torch.stack(percentiles(drawn, self.level), -1)
+        whole, bounds = corpus_area(errors, words, steps, self.level)
         rows = [
             {
                 "curve": curve,
@@ -318,8 +350,8 @@ class CrossAttentionSaliency(Result):
         return self.measures.index(name)
 
     def _interval(self, values: Tensor) -> Tensor:
-        """[..., 2] from [utterance, ...]; the same utterances are drawn for every column, undefined ones left out."""
-        return mean_intervals(values, n_bootstrap=self.n_bootstrap, level=self.level, seed=self.seed)
+        """[..., 2] t intervals of means from [utterance, ...], undefined ones left out."""
+        return means_t(values.movedim(0, -1), self.level)
 
     def __repr__(self) -> str:
         less = f", {len(self.skipped)} left out" if self.skipped else ""
@@ -327,6 +359,19 @@ class CrossAttentionSaliency(Result):
             f"CrossAttentionSaliency({self.n_utterances} utterances{less}, {len(self.aggregates)} attention maps "
             f"against {' and '.join(self.saliencies)} saliency)"
         )
+
+
+def corpus_area(errors: Tensor, words: Tensor, steps: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """[order, curve] areas under the word error rate of all utterances together, and [order, curve, 2] their intervals.
+
+    Args:
+        errors: [utterance, order, curve, step] wrong words. words: [utterance] of the reference. steps: [step] shares.
+    """
+    n = len(words)
+    every = torch.ones(1, n, dtype=torch.float64)
+    found = _areas(every, errors, words, steps)[0]
+    without = _areas(every - torch.eye(n, dtype=torch.float64), errors, words, steps) if n > 1 else found[None]
+    return found, jackknife_t(found, without.movedim(0, -1), level).clamp(0, 100)
 
 
 def _areas(weights: Tensor, errors: Tensor, words: Tensor, steps: Tensor) -> Tensor:

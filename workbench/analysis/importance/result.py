@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from workbench.analysis.statistics.intervals import effective_examples, means_t,
 from workbench.errors import WorkbenchError, nearest
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
+from workbench.storage.typed import Between, Keys
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,23 +48,23 @@ class HeadImportance(Result):
     """
 
     form = "workbench.head_importance"
-    tuple_axes: ClassVar = {"heads": "head", "sites": "head", "layers": "head", "numbers": "head", "kinds": "head"}
+    filled: ClassVar = ("measure", "example")
 
-    heads: tuple[str, ...]
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    numbers: tuple[int, ...]
-    kinds: tuple[str, ...]
+    heads: Annotated[tuple[str, ...], "head"]
+    sites: Annotated[tuple[str, ...], "head"]
+    layers: Annotated[tuple[int, ...], "head"]
+    numbers: Annotated[tuple[int, ...], "head"]
+    kinds: Annotated[tuple[str, ...], "head"]
     methods: tuple[str, ...]
-    measures: tuple[str, ...]
-    scores: dict[tuple[str, str], Float[Tensor, "head example"]]
-    clean: dict[str, Float[Tensor, " example"]]
-    skipped: dict[tuple[str, str], str]
-    higher_is_better: dict[str, bool]
+    measures: Annotated[tuple[str, ...], "measure"]
+    scores: Annotated[dict[tuple[str, str], Float[Tensor, "head example"]], Keys("methods measures", some=True)]
+    clean: Annotated[dict[str, Float[Tensor, " example"]], Keys("measures")]
+    skipped: Annotated[dict[tuple[str, str], str], Keys("methods measures", some=True)]
+    higher_is_better: Annotated[dict[str, bool], Keys("measures")]
     normalised: bool
     grid: tuple[int, int] | None
     seed: int
-    level: float
+    level: Annotated[float, Between(0, 1)]
     mode: str
     provenance: dict[str, Any]
 
@@ -163,7 +164,7 @@ class HeadImportance(Result):
                 }
             )
             frames.append(frame)
-        return pd.concat(frames, ignore_index=True)
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     @property
     def correlations(self) -> pd.DataFrame:
@@ -201,12 +202,15 @@ class HeadImportance(Result):
         for method, measure in self.scores:
             score, ends = self.score(method, measure), self.interval(method, measure)
             best = [self.heads.index(label) for label in self.ranking(method, measure)[:3]]
+            spans = [
+                f" [{float(low):.3g}, {float(high):.3g}]" if bool(low.isfinite()) else "" for low, high in ends[best]
+            ]
             shown = ", ".join(
-                f"{self.heads[i]} {float(score[i]):.3g} [{float(ends[i, 0]):.3g}, {float(ends[i, 1]):.3g}]"
-                for i in best
+                f"{self.heads[i]} {float(score[i]):.3g}{span}" for i, span in zip(best, spans, strict=True)
             )
             few = int((self.effective(method, measure) < self.n_examples * FEWEST).sum())
             said = f" (no interval of {few}: few examples carry the mean, see the median)" if few else ""
+            said = " (no interval from one example)" if self.n_examples == 1 else said
             lines.append(f"  {method}, {measure}: {shown}{said}")
         lines += [f"  {method}, {measure}: none; {why}" for (method, measure), why in self.skipped.items()]
         return "\n".join(lines)

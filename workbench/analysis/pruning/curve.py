@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -16,6 +17,7 @@ from workbench.errors import InterventionError, WorkbenchError
 from workbench.metrics import Metric, as_metrics
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
+from workbench.storage.typed import Between, Keys, Places
 from workbench.sweep.inputs import check_batches
 from workbench.sweep.run import run_sweep
 from workbench.sweep.variants import Variant
@@ -61,16 +63,17 @@ class PruningCurve(Result):
     """
 
     form = "workbench.pruning_curve"
+    filled: ClassVar = ("orders", "count", "round")
 
-    counts: tuple[int, ...]
-    n_heads: int
-    orders: dict[str, tuple[str, ...]]
-    measures: tuple[str, ...]
-    higher_is_better: dict[str, bool]
-    values: dict[str, Tensor]
-    seconds: Tensor
-    seconds_full: Tensor
-    parameters: Tensor
+    counts: Annotated[tuple[int, ...], "count", Places("head", end=True)]
+    n_heads: Annotated[int, "head", Between(1)]
+    orders: Annotated[dict[str, tuple[str, ...]], "head"]
+    measures: Annotated[tuple[str, ...], "measure"]
+    higher_is_better: Annotated[dict[str, bool], Keys("measures")]
+    values: Annotated[dict[str, Float[Tensor, "count measure example"]], Keys("orders")]
+    seconds: Float[Tensor, "count round"]
+    seconds_full: Float[Tensor, "count round"]
+    parameters: Float[Tensor, " count"]
     largest_difference: float
     reason: str
     provenance: dict[str, Any]
@@ -121,7 +124,7 @@ class PruningCurve(Result):
     def __repr__(self) -> str:
         lines = [f"PruningCurve: {self.n_heads} heads, by {self.by}"]
         for measure in self.measures:
-            names = [self.by, RANDOM] if len(self.orders) > 1 else [self.by]
+            names = [self.by, *([RANDOM] if any(name.startswith(f"{RANDOM} ") for name in self.orders) else [])]
             for name in names:
                 shown = ", ".join(
                     f"{count}: {float(mean):.3g}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from workbench.analysis.saliency.normalising import paired_min_max, standardised
@@ -27,6 +27,10 @@ class PrecisionError(WorkbenchError):
     """
 
     result: Saliency
+
+
+class _Details(TypedDict, total=False):
+    completeness_gap: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,10 +75,8 @@ class Saliency(Result):
 
     form = "workbench.saliency"
 
-    tuple_axes: ClassVar = {"target_ids": "token", "target_texts": "token", "special": "token"}
-
-    scores: Float[Tensor, "token ..."]
-    standard_error: Float[Tensor, "token ..."]
+    scores: Float[Tensor, "token position *rest"]
+    standard_error: Float[Tensor, "token position *rest"]
     n_masks: int
     method: str
     at: str
@@ -86,20 +88,20 @@ class Saliency(Result):
     signed: bool
     partial: bool
     stopped: str
-    target_ids: tuple[int, ...]
-    target_texts: tuple[str, ...]
-    special: tuple[bool, ...]
+    target_ids: Annotated[tuple[int, ...], "token"]
+    target_texts: Annotated[tuple[str, ...], "token"]
+    special: Annotated[tuple[bool, ...], "token"]
     prompt_ids: tuple[int, ...]
-    picture: Tensor | None
-    position_texts: tuple[str, ...]
+    picture: Shaped[Tensor, "*picture"] | None
+    position_texts: Annotated[tuple[str, ...], "?position"]
     grid: tuple[int, int] | None
     length: int
     seconds_per_position: float | None
-    segments: tuple[Tensor, ...]
+    segments: tuple[Int[Tensor, "*segmented"], ...]
     token_scores: Float[Tensor, "token token"] | None
     token_error: Float[Tensor, "token token"] | None
     seed: int
-    details: dict[str, Any]
+    details: Annotated[dict[str, Any], _Details]
     state: dict[str, Any]
     provenance: dict[str, Any]
 
