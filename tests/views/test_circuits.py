@@ -115,7 +115,11 @@ def test_stability_and_repair_are_bars(tmp_path: Path) -> None:
         circuit="", level="edge", items=("a0.h1->logits", "m0->logits"), frequency=torch.tensor([0.5, 1.0]),
         inside=torch.tensor([True, True]), jaccard=torch.tensor([0.8]), unit="prompts", provenance={},
     )  # fmt: skip
-    np.testing.assert_allclose(np.asarray(lines(of(stable))[0]["x"]), [1.0, 0.5])
+    np.testing.assert_allclose(np.asarray(lines(of(stable))[0]["x"]), [0.5])  # full bars say nothing
+    assert "1 of 2 are in every draw; the others are drawn" in of(stable).spec.caption
+    full = replace(stable, frequency=torch.ones(2), items=("m0->logits", "m0->logits"))
+    assert "2 of 2 are in every draw." in of(full).spec.caption
+    assert lines(of(full))[0]["y"] == ["m0-&gt;logits", "m0-&gt;logits (2)"]  # labels without blanks, which shift them
     shown(stable, tmp_path)
     repaired = Repair(
         task="colored_objects", heads=("L1H1",), towards=("wrong_colour",), but="colour",

@@ -214,11 +214,12 @@ class Capture:
 
         Args:
             statistic: a captured per-query or per-key statistic.
-            per: "head" averages over positions (rows that see no key are left out); "position" keeps them.
+            per: "head" averages over positions (rows that see no key, or have none of what is asked for, are left out);
+                "position" keeps them.
 
         Returns:
             Columns forward, site, call, layer, kind, batch, head, (position,) and the statistic; `call` counts the
-            calls of a site in one forward.
+            calls of a site in one forward. Averages come with `n`, over how many positions they are.
         """
         import pandas as pd
 
@@ -234,6 +235,7 @@ class Capture:
                     values = values[..., None]
                 if values.dim() != 3:
                     raise CaptureError(f'"{statistic}" has no tidy table', shape=values.shape, hint="use the tensor")
+                counts = (~values.isnan()).sum(-1)
                 values = values.nanmean(-1, keepdim=True) if per == "head" else values
                 b, h, n = (
                     x.flatten().tolist() for x in torch.meshgrid(*map(torch.arange, values.shape), indexing="ij")
@@ -241,9 +243,9 @@ class Capture:
                 where = {"site": c.site.path, "call": c.site.call, "layer": c.site.layer, "kind": c.site.kind}
                 measured = {"batch": b, "head": h, "position": n, statistic: values.flatten().tolist()}
                 frame = pd.DataFrame({"forward": forward.index, **where, **measured})
-                if c.site.here is not None:
-                    frame = frame[frame["head"].isin(c.site.here)]
-                frames.append(frame.drop(columns="position") if per == "head" else frame)
+                if per == "head":
+                    frame = frame.drop(columns="position").assign(n=counts.flatten())
+                frames.append(frame if c.site.here is None else frame[frame["head"].isin(c.site.here)])
         if not frames:
             raise CaptureError(f'no site has "{statistic}"', hint=f"captured: {', '.join(self.statistics)}")
         return pd.concat(frames, ignore_index=True)

@@ -19,7 +19,7 @@ from workbench.capture.timing import CallTimes
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.projections import ProjectionFinder
-from workbench.hooks.sites import Site, Sites, add_site, site_name, with_kind, with_sizes
+from workbench.hooks.sites import Site, Sites, site_name, with_call
 from workbench.hooks.tap import AttentionCall, Unshown
 from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, packed_sequences, token_ids
@@ -161,6 +161,12 @@ class Recorder:
             return
         if call.site in self._refused_here.get(thread, ()):
             return  # another of its calls in this forward cannot be shown
+        if call.joined > 1 and self.settings.gradients:
+            raise CaptureError(
+                f"its map comes from {call.joined} calls, whose gradients are not read",
+                site=call.site,
+                hint="leave the site out: sites=, or capture without gradients=True",
+            )
         seen = self._now()
         known = self._site(call)
         if self.settings.sites is not None and known.path not in self.settings.sites:
@@ -212,16 +218,8 @@ class Recorder:
 
     def _site(self, call: AttentionCall) -> Site:
         with self._lock:
-            if all(site.name != call.site for site in self.sites):
-                self.sites = add_site(self.sites, call.site, call.module)
+            self.sites = with_call(self.sites, call)
             known = self.sites.find(call.site)
-            held = None if call.shard is None else call.shard.here
-            if (known.n_heads, known.n_kv_heads, known.d_head, known.here) != (*call.sizes_of_all, held):
-                self.sites = with_sizes(self.sites, call.site, *call.sizes_of_all, call.shard)
-                known = self.sites.find(call.site)
-            if call.axes is not None and call.axes.axes.over == "features" and known.kind != "channel":
-                self.sites = with_kind(self.sites, call.site, "channel")
-                known = self.sites.find(call.site)
         return known
 
     def _record(

@@ -2,7 +2,7 @@
 
 import { arrayOf } from "workbench/shared/blocks.js";
 import { colourAt, gradient, rgbOf } from "workbench/shared/colour.js";
-import { button, checkbox, exactly, legend, make, named, roughly, selector } from "workbench/shared/dom.js";
+import { button, exactly, legend, make, named, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { Matrix } from "workbench/shared/matrix.js";
 import { ceiling } from "workbench/shared/scales.js";
@@ -27,10 +27,6 @@ class Patterns {
   constructor(frame) {
     this.frame = frame;
     this.facts = frame.facts;
-    this.scale = "sqrt";
-    this.range = "shared";
-    this.variant = 0;
-    this.hide = false;
     this.tiles = new Map();
     [this.index, this.head] = this.facts.first;
     this.heads = [this.head];
@@ -71,7 +67,7 @@ class Patterns {
   }
 
   buildControls() {
-    const { controls } = this.frame;
+    const { controls, settings } = this.frame;
     const { sites, variants } = this.facts;
     if (sites.length > 1) {
       this.sitePicker = selector("Site", sites.map((site, i) => [i, `${site.label}, layer ${site.layer}${site.mode === "missing" ? " (no pattern)" : ""}`]), (i) => this.go(Number(i), this.head));
@@ -81,13 +77,17 @@ class Patterns {
       this.headPicker = selector("Head", [], (head) => this.go(this.index, Number(head)));
       controls.append(this.headPicker.field);
     }
-    if (variants.length > 1) controls.append(selector("Weights", variants.map((name, i) => [i, name]), (i) => this.set({ variant: Number(i) })).field);
+    const weights = settings.pick("weights", "Weights", variants.map((name) => [name, name]), variants[0], (name) => this.set({ variant: variants.indexOf(name) }));
+    this.variant = variants.indexOf(weights.value);
     const scales = [["sqrt", "square root"], ["linear", "linear"], ["log", "logarithmic"]];
-    controls.append(selector("Scale", scales, (scale) => this.set({ scale })).field);
+    const scale = settings.pick("scale", "Scale", scales, "sqrt", (name) => this.set({ scale: name }));
+    this.scale = scale.value;
     const ranges = [["shared", "to the largest shown"], ["own", "each head its own"], ["one", "0 to 1"]];
-    controls.append(selector("Colours run", ranges, (range) => this.set({ range })).field);
-    this.hider = checkbox("", false, (hide) => this.set({ hide }));
-    controls.append(this.hider.field);
+    const range = settings.pick("range", "Colours run", ranges, "shared", (name) => this.set({ range: name }));
+    this.range = range.value;
+    this.hider = settings.mark("hide", "", false, (hide) => this.set({ hide }));
+    this.hide = this.hider.value;
+    controls.append(...(variants.length > 1 ? [weights.field] : []), scale.field, range.field, this.hider.field);
     const zoom = (factor) => () => this.maps.forEach((map) => (factor ? map.zoom(factor) : map.show({ ...map.view, top: 0, left: 0, rows: map.height, columns: map.width })));
     controls.append(make("span", { class: "tools" }, button("+", zoom(0.5), { "aria-label": "Zoom in" }), button("−", zoom(2), { "aria-label": "Zoom out" }), button("All", zoom(0), { "aria-label": "Show everything" })));
   }

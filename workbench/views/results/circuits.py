@@ -112,10 +112,18 @@ def _view_of_head_roles(roles: HeadRoles) -> View:
 def _view_of_stability(stability: Stability) -> View:
     """How often each item is in the circuit, the most frequent ones."""
     table = stability.table
-    shown = table.head(_MOST_BARS)
-    names = [label(item) for item in shown["item"]]
+    always = table["frequency"] >= 1
+    # Full bars say nothing: those that come and go are drawn, if any do.
+    some = table if always.all() else table[~always]
+    shown = some.head(_MOST_BARS)
+    names = [
+        label(item) + ("" if inside else " (not in it)")
+        for item, inside in zip(shown["item"], shown["in_circuit"], strict=True)
+    ]
     frame = pd.DataFrame({"value": shown["frequency"].to_numpy(), "low": np.nan, "high": np.nan})
-    cut = f" The first {len(shown)} of {len(table)} are drawn." if len(table) > len(shown) else ""
+    cut = f" {int(always.sum()):,} of {len(table):,} are in every draw"
+    rest = "" if len(some) == len(shown) else f", the first {len(shown)} of them"
+    cut += "." if always.all() else f"; the others are drawn, the most frequent first{rest}."
     return _bars(
         names, frame, f"share of draws of {stability.unit}", title="Stability of the circuit",
         caption=(
@@ -160,8 +168,8 @@ def _bars(
     import plotly.graph_objects as go
 
     values, low, high = (frame[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
-    # A blank of its own per bar keeps equal names apart.
-    places = [plotly_text(name) + " " * i for i, name in enumerate(names)]
+    again = [names[:i].count(name) for i, name in enumerate(names)]
+    places = [plotly_text(name) + (f" ({n + 1})" if n else "") for name, n in zip(names, again, strict=True)]
     errors = {"array": (high - values).tolist(), "arrayminus": (values - low).tolist(), "type": "data"}
     known = bool(np.isfinite(low).any())
     bars = go.Bar(x=values.tolist(), y=places, orientation="h", name=unit, error_x=errors if known else None)
