@@ -265,7 +265,7 @@ class Observer:
 
     def _learn(self, state: ThreadRun, learn: Callable[[], Settled]) -> None:
         try:
-            with state.tap.inside():
+            with state.tap.away():
                 settled = learn()
             self._settle(state, settled)
         except Exception as error:
@@ -274,7 +274,7 @@ class Observer:
 
     def _settle(self, state: ThreadRun, settled: Settled) -> None:
         """Tell of calls whose axes have become known, or will not."""
-        with state.tap.inside():
+        with state.tap.away():
             for waiting, found in settled:
                 if isinstance(found, str):
                     self._listener.on_refused(waiting.call.site, found, edited=waiting.edited)
@@ -308,7 +308,7 @@ class Observer:
     def _make_and_tell(
         self, state: ThreadRun, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner
     ) -> Tensor | None:
-        with state.tap.inside():  # an edit may itself take a softmax and multiply
+        with state.tap.away():  # an edit may itself take a softmax and multiply
             made = make(owner)
             check_plain(made.output, owner[0])
             if isinstance(made, Unplaced) and self._cut:
@@ -375,7 +375,7 @@ class Observer:
             cut_weights.check_whole(module, name)
         state.reading = True
         try:
-            with state.tap.inside(), torch.no_grad():
+            with state.tap.away(), torch.no_grad():
                 call = read_module(name, module, args, kwargs, output, continued=state.stack[-1].continued)
                 z = self._listener.on_call(replace(call, replay=state.replay))
                 edited = None if z is None else call.as_output(z)
