@@ -57,5 +57,7 @@ def dense(
     found: dict[str, Tensor] = {}
     for name in names:
         statistic = known(name)
-        found |= statistic.existing(statistic.defined(rows), Rows(mask, tuple(p.shape), p.device), rows.options)
+        found |= statistic.existing(
+            statistic.defined(rows), Rows(mask, (n_batch, n_heads, n_queries, n_keys), p.device), rows.options
+        )
     return found
