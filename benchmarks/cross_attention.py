@@ -176,7 +176,7 @@ def main() -> None:
     text = f"""`python benchmarks/cross_attention.py`: {found.n_utterances} utterances, {arithmetic}, an encoder window
 of {options.window} s; {options.masks} masks at the input (superpixel granularities {options.granularities}, baseline
 the mean of the spectrogram) and {options.encoder_masks} at the encoder's output (frames, zero). Median noise of the
-maps (standard error over spread): {noise[0]:.2f} and {noise[1]:.2f}. Mean over utterances with 95 % bootstrap
+maps (standard error over spread): {noise[0]:.2f} and {noise[1]:.2f}. Mean over utterances with 95 % t
 intervals; maps standardised per token (“all”: over all cells); the end token and padding left out. Heard:
 
 {chr(10).join(lines)}

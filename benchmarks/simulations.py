@@ -1,121 +1,33 @@
 """Whether p-values are uniform and intervals hold what they promise, where the truth is known.
 
-Overlap: pairs of circuits from independent random scores on the graph of a model of 6 layers and 8 heads, in which
-nodes have effects or kinds of edges differ, pruned or not; and pairs that share a part of their edges. Intervals: of
-means, medians and shares of samples from known distributions. Writes docs/simulations.md.
+Every interval and p-value that the package prints, and who prints it (benchmarks/simulated/printed.py), is simulated,
+with seeds. Writes docs/simulations.md.
 
-    python benchmarks/simulations.py [--pairs 400] [--quick]
+    python benchmarks/simulations.py [--pairs 400] [--samples 400] [--keep FOLDER] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from workbench.analysis.circuits.model.graph import Graph
-from workbench.analysis.circuits.overlap_null import Renamings, beyond_degrees
-from workbench.analysis.circuits.shares import Denominator
-from workbench.analysis.statistics.intervals import means_t, medians, share_interval
-from workbench.analysis.statistics.overlap import jaccard
+from simulated import overlap
+from simulated.intervals import INTERVALS
+from simulated.printed import OTHERS, PRINTED
 
 PAGE = Path(__file__).parents[1] / "docs" / "simulations.md"
-GRAPH = Graph.gpt2(6, 8, 64)
-DRAWS = 199
-
-
-def scores(kind: str, generator: torch.Generator) -> Tensor:
-    """[sender, receiver] sizes of independent random scores."""
-    found = torch.randn(GRAPH.exists.shape, generator=generator, dtype=torch.float64).abs()
-    if kind == "MLP edges three times as strong in both":
-        mlps = torch.tensor([name.startswith("m") for name in GRAPH.senders])
-        return torch.where(mlps[:, None], 3.0, 1.0) * found
-    spread = float(kind.rpartition(" ")[2])
-    sending, receiving = (
-        (spread * torch.randn(n, generator=generator, dtype=torch.float64)).exp() for n in GRAPH.exists.shape
-    )
-    return found * sending[:, None] * receiving
-
-
-def top(found: Tensor, share: float, pruned: bool) -> Tensor:
-    """[sender, receiver] bool: the edges of the highest scores."""
-    flat = found.masked_fill(~GRAPH.exists, -1).flatten()
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[flat.argsort(descending=True)[: int(share * GRAPH.n_edges)]] = True
-    edges = chosen.view(found.shape)
-    return GRAPH.pruned(edges) if pruned else edges
-
-
-def renamed_p(a: Tensor, b: Tensor, seed: int) -> float:
-    """As `circuit_overlap` gives it."""
-    exists = GRAPH.exists
-    mine, other, own = a[exists], b[exists], jaccard(a[exists], b[exists])
-    reached = 0
-    for index in Renamings.draw(GRAPH, DRAWS, seed).of_edges():
-        moved = other[index]
-        reached += int(((mine & moved).sum(1) / (mine | moved).sum(1) >= own - 1e-12).sum())
-    return (1 + reached) / (1 + DRAWS)
-
-
-def pairs(kind: str, share: float, pruned: bool, n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of circuits; of "shared x" with this share of their edges in common."""
-    generator = torch.Generator().manual_seed(seed)
-    while n:
-        if kind.startswith("shared"):
-            one, two = (scores("node effects 0.0", generator) for _ in range(2))
-            common = torch.rand(one.shape, generator=generator) < float(kind.rpartition(" ")[2])
-            two = torch.where(common, one, two)
-        else:
-            one, two = scores(kind, generator), scores(kind, generator)
-        a, b = top(one, share, pruned), top(two, share, pruned)
-        if bool(a.any()) and bool(b.any()):
-            n -= 1
-            yield a, b
-
-
-def overlap_rows(n: int) -> list[list[str]]:
-    """How often p is at most 0.05 and 0.01."""
-    rows = []
-    kinds = ["node effects 0.0", "node effects 0.5", "node effects 1.0", "MLP edges three times as strong in both"]
-    for seed, (kind, share, pruned) in enumerate(
-        [*((kind, share, False) for kind in kinds for share in (0.05, 0.1)), *((kind, 0.1, True) for kind in kinds),
-         ("shared 0.2", 0.05, False), ("shared 0.4", 0.05, False)]
-    ):  # fmt: skip
-        found = list(pairs(kind, share, pruned, n, seed))
-        renamed = torch.tensor([renamed_p(a, b, i) for i, (a, b) in enumerate(found)])
-        degrees = torch.tensor([beyond_degrees(a, b, GRAPH, DRAWS, i) for i, (a, b) in enumerate(found)])
-        cells = [f"{float((p <= limit).double().mean()):.3f}" for p in (renamed, degrees) for limit in (0.05, 0.01)]
-        rows.append([kind, f"{share:.0%}", "yes" if pruned else "no", *cells])
-    return rows
-
-
-def interval_rows(n: int) -> list[list[str]]:
-    """How often 95 % intervals hold the truth, and how often there is one."""
-    rows, generator = [], torch.Generator().manual_seed(0)
-    for size in (8, 24, 64):
-        normal = torch.randn(n, size, generator=generator, dtype=torch.float64)
-        low, high = means_t(normal).T
-        rows.append(["mean, Student's t", "normal", str(size), _covers(low, high, 0.0), "1.00"])
-        heavy = (3 * normal).exp()
-        _, low, high = medians(heavy).T
-        rows.append(["median, order statistics", "lognormal, σ = 3", str(size), _covers(low, high, 1.0), "1.00"])
-        for times in (2, 3, 10):
-            spread = size**0.5 / times
-            whole = 1 + spread * torch.randn(n, size, generator=generator, dtype=torch.float64)
-            part = 0.7 * whole + 0.5 * torch.randn(n, size, generator=generator, dtype=torch.float64)
-            ends = torch.tensor([share_interval(a, b) for a, b in zip(part, whole, strict=True)])
-            defined = torch.tensor([Denominator.of(b, torch.zeros_like(b), 1).defined for b in whole])
-            covered = _covers(*ends[defined].T, 0.7)
-            rows.append(["share, Fieller", f"denominator {times} standard errors", str(size), covered,
-                         f"{float(defined.double().mean()):.2f}"])  # fmt: skip
-    return rows
-
-
-def _covers(low: Tensor, high: Tensor, truth: float) -> str:
-    return f"{float(((low <= truth) & (truth <= high)).double().mean()):.3f}"
+BY = {
+    "mean": "Student's t", "median": "order statistics", "proportion": "Clopper and Pearson", "share": "Fieller",
+    "size of a share": "Fieller", "area under shares": "Fieller", "corpus area": "jackknife, t",
+    "capacity curve": "jackknife, t", "n*": "jackknife, t", "correlation of curves": "jackknife of z, t",
+    "rank correlation": "z, Bonett and Wright", "standard error": "± 1.96 standard errors",
+    "overlap of heads": "spread of redrawn prompts, t", "overlap of edges": "spread of redrawn prompts, t",
+    "stability": "means",
+}  # fmt: skip
 
 
 def written(heads: list[str], rows: list[list[str]]) -> str:
@@ -124,44 +36,106 @@ def written(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+class Kept:
+    """What has been simulated, in a folder to go on from; nothing is kept without one."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def of(self, name: str, made: Callable[[], Any]) -> Any:
+        """What is there under this name, or is made now."""
+        file = self.folder / f"{name}.json" if self.folder else None
+        if file is not None and file.exists():
+            return json.loads(file.read_text())
+        found = made()
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found))
+        return found
+
+
 def main() -> None:
     """Simulate, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=400)
-    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument(
+        "--keep", type=Path, help="a folder that keeps what is done, to go on from with the same numbers"
+    )
     parser.add_argument("--quick", action="store_true", help="few of each, and nothing is written")
     options = parser.parse_args()
-    n, samples = (10, 50) if options.quick else (options.pairs, options.samples)
-    overlap = written(
-        ["scores", "size", "pruned", "renamed: p ≤ .05", "p ≤ .01", "degrees: p ≤ .05", "p ≤ .01"], overlap_rows(n)
-    )
-    covered = written(["interval", "of", "n", "holds the truth", "there is one"], interval_rows(samples))
-    text = f"""# Simulations
-
-Made by `python benchmarks/simulations.py`, with its seeds. What the words mean is in [circuits.md](circuits.md).
-
-## p-values of overlap
-
-{n} pairs of circuits for each row, {DRAWS} draws for each p, on the graph of a model of 6 layers of 8 heads
-({GRAPH.n_edges:,} edges). Scores are independent in all rows but the last two, so that a p-value should be at most
-.05 in .05 of the pairs; node effects are log-normal factors on all edges of a sender and of a receiver, of the spread
-that is given, drawn anew for each circuit. In the last two rows a share of the edges is the same in both, which should
-be found.
-
-{overlap}
-
-## Intervals at 95 %
-
-{samples} samples for each row. Shares have the true value .7, and a denominator whose mean is as many standard errors
-above 0 as is given; coverage is of the samples in which there is an interval: the denominator's own does not hold 0.
-
-{covered}
-"""
+    n, samples = (10, 200) if options.quick else (options.pairs, options.samples)
+    kept = Kept(None if options.quick else options.keep)
+    p_rows: dict[str, list[list[str]]] = {"edges: renamed": [], "edges: degrees": []}
+    for number in range(len(overlap.P_ROWS)):
+        for name, row in kept.of(f"p-{n}-{number}", partial(overlap.p_row, number, n)).items():
+            p_rows[name].append(row)
+    p_rows |= kept.of(f"mass-{n}", partial(overlap.mass_rows, n))
+    rows: list[list[str]] = []
+    for name, made in INTERVALS.items():
+        found = kept.of(f"{name.replace(' ', '-')}-{samples}", lambda made=made: list(made(samples)))
+        rows += [[name, BY[name], *row] for row in found]
+    for name, items, size in (("overlap of heads", 48, 12), ("overlap of edges", 1000, 100)):
+        found = kept.of(f"{name.replace(' ', '-')}-{samples}", partial(overlap.interval_rows, items, size, samples))
+        rows += [[name, BY[name], *row] for row in found]
+    found = kept.of(f"stability-{n}", partial(overlap.stability_rows, n // 4))
+    rows += [["stability", BY["stability"], *row] for row in found]
+    text = page(n, samples, p_rows, rows)
     if options.quick:
         print(text)
         return
     PAGE.write_text(text)
     print(f"wrote {PAGE}")
+
+
+def page(n: int, samples: int, p_rows: dict[str, list[list[str]]], rows: list[list[str]]) -> str:
+    """The whole page."""
+    levels = [f"p ≤ {level:g}" for level in overlap.LEVELS]
+    chance = written(
+        ["p-value", "scores", "size", "pruned", *levels, "in the middle 95 %"],
+        [[name, *row] for name, several in p_rows.items() for row in several],
+    )
+    covered = written(["interval", "by", "of", "n", "holds the truth", "there is one"], rows)
+    by_row: dict[str, list[str]] = {}
+    for (function, module), (what, names) in PRINTED.items():
+        for name in names:
+            by_row.setdefault(name, []).append(f"{what} (`{module}`, `{function}`)")
+    for what, names in OTHERS.items():
+        for name in names:
+            by_row.setdefault(name, []).append(what)
+    places = written(["row", "who prints it"], [[name, "; ".join(several)] for name, several in by_row.items()])
+    return f"""# Simulations
+
+Made by `python benchmarks/simulations.py`, with its seeds. What the words mean is in [circuits.md](circuits.md).
+
+## p-values of overlap
+
+{n} pairs of circuits for each row (a tenth of them for degrees), {overlap.DRAWS} draws for each p, on the graph of a
+model of 6 layers of 8 heads ({overlap.GRAPH.n_edges:,} edges). Scores are independent in all rows but the two that
+share some, so that p should be at most .05 in .05 of the pairs, at most .5 in half of them, and so on. By renamed heads
+it is; where circuits were pruned, and by degrees, p errs on the safe side. Node effects are log-normal factors on all
+edges of a sender and of a receiver, of the spread that is given, drawn anew for each circuit. Where a share of the
+edges is the same in both, it should be found. The last column is how often the measured overlap lies in the middle 95 %
+of what chance gives.
+
+{chance}
+
+## Intervals at 95 %
+
+{samples} samples for most rows. Coverage is of the samples in which there is an interval. Shares have the true value .7
+and a denominator whose mean is as many standard errors above 0 as is given; there is none where the denominator's own
+holds 0. A top-1 that all draws of pairs agree on has an interval of no width, so that it holds less near 1. Intervals
+of an overlap are of the mean overlap of circuits that are found with as many new prompts; those of circuits that
+overlap in the same way in nearly every draw have no width either; those of "of_a", "of_b" and "rank_biased" are made
+in the same way and are not simulated. Of stability the three means are given, of {n // 4} circuits: new prompts lie
+between halves and redrawn ones, or at their upper end.
+
+{covered}
+
+## Who prints them
+
+{places}
+"""
 
 
 if __name__ == "__main__":

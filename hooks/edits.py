@@ -40,7 +40,10 @@ class Edit(_OnSites, ABC):
 
     @abstractmethod
     def __call__(self, call: AttentionCall, z: Tensor) -> Tensor:
-        """The heads' new output [batch, head, query, width], from the present one; never in place."""
+        """The heads' new output [batch, head, query, width], from the present one; never in place.
+
+        Where other processes hold some of the heads (`call.shard`), these are NaN, and what is made of them is dropped.
+        """
 
     def on_inputs(self, inputs: Mapping[str, Any]) -> None:
         """The model is about to run on these inputs, by the names of its forward's arguments."""
@@ -127,6 +130,9 @@ class Patch(HeadEdit):
         parts = []
         for number, head in enumerate(self.heads[call.site]):
             now, given = old[:, number], self.given[call.site][head]
+            if call.shard is not None and head not in call.shard.here:
+                parts.append(now)
+                continue
             if isinstance(given, Tensor):
                 what = f"the patch of head {head}"
             else:
@@ -173,9 +179,14 @@ class PatternEdit(HeadEdit):
 
     def _head(self, call: AttentionCall, site: Site, head: int, index: Tensor, old: Tensor) -> Tensor:
         """[batch, query, width] of one head."""
-        present = rows(call, head, index, cross=site.kind == "cross")
+        here = head
+        if call.shard is not None:
+            if head not in call.shard.here:
+                return old
+            here = head - call.shard.first
+        present = rows(call, here, index, cross=site.kind == "cross")
         if (call.site, head) not in self._checked:  # once: a row costs little, but a GPU has to be waited for
-            check_row(call, head, index, present)
+            check_row(call, here, index, present)
             self._checked.add((call.site, head))
         edited_before = _edited_rows.setdefault(call, {}).setdefault(head, [])
         for at, made in edited_before:
@@ -189,7 +200,7 @@ class PatternEdit(HeadEdit):
             )
         edited_before.append((index, new))
         weights = nn.functional.dropout(new, call.dropout) if call.dropout > 0 else new
-        z = weights @ head_values(call, head, call.sizes[0]).to(new.dtype)
+        z = weights @ head_values(call, here, call.sizes[0]).to(new.dtype)
         return old.scatter(1, index[..., None].expand(*z.shape), z.to(old.dtype))
 
 

@@ -10,18 +10,34 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.head_shards import HeadShard
 from workbench.hooks.packing import Rule, Segment, block_mask
 from workbench.hooks.proofs.axes import Bound
 from workbench.kernels.masks import Mask, as_four, hidden_below
 from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
-Kind = Literal["self", "cross", "window", "channel", "pooled", "memory", "state"]
+Kind = Literal["self", "cross", "window", "halo", "channel", "pooled", "memory", "state"]
 """What a site mixes."""
 
 
 class Unshown(CaptureError):
     """A call of which no map can show what it does: a capture goes on without it, and lists it."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Which part of its site's map a call is, where several calls of one site make one map.
+
+    Attributes:
+        number, of: which of how many. queries, keys: positions of its rows and keys. n_keys: of the whole map.
+    """
+
+    number: int
+    of: int
+    queries: slice
+    keys: slice
+    n_keys: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,9 @@ class AttentionCall:
         build: makes the call's pattern, for kernels that are no softmax; None for those that are.
         build_others: makes further maps of the call by name, such as the factors of a composed one.
         replay: the call happens again in a backward pass (gradient checkpointing).
+        windows: how many entries of its batch each of the model's examples has, such as windows of an image.
+        block: it is a part of its site's map only; None if it is all of it. joined: how many calls it was made of.
+        shard: which heads of the whole model these are, where other processes hold the rest; None: all of them.
         segments: where the kernel was told that the first row holds several sequences, which.
         part: of a call on packed rows, the sequence that this one is; only `output` is still that of all.
     """
@@ -84,8 +103,19 @@ class AttentionCall:
     build: Callable[[], Pattern] | None = None
     build_others: Callable[[], dict[str, Pattern]] = dict
     replay: bool = False
+    shard: HeadShard | None = None
     segments: tuple[Segment, ...] = ()
     part: Segment | None = None
+    windows: int = 1
+    block: Block | None = None
+    joined: int = 1
+
+    @property
+    def has_halo(self) -> bool:
+        """Whether its windows read keys beyond their own queries, so that the two are numbered apart."""
+        n_queries, n_keys = self.heads_of(self.output).shape[2] if self.finish is None else 1, self.v.shape[-2]
+        apart = self.windows > 1 and n_queries != n_keys and (n_queries > 1 or self.axes is not None)
+        return apart and self.tap in ("sdpa", "written_out") and not self.is_causal
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -98,6 +128,13 @@ class AttentionCall:
             return self.build().n_heads, self.v.shape[1], self.v.shape[-1]
         # A state-space mixer's queries and keys are shared by groups of heads; its values never are.
         return max(self.q.shape[1], self.v.shape[1]), self.k.shape[1], self.q.shape[-1]
+
+    @property
+    def sizes_of_all(self) -> tuple[int, int, int]:
+        """The sizes, with the heads that other processes hold."""
+        if self.shard is None:
+            return self.sizes
+        return self.shard.n_heads, self.shard.n_kv_heads, self.sizes[2]
 
     def z(self) -> Tensor:
         """Each head's output A·V [batch, head, query, width]: a view of `output`, with its autograd history.

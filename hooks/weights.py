@@ -85,6 +85,8 @@ def matrix(module: nn.Module) -> Tensor:
                 hint="compute results with the model in memory",
             )
         weight = found.detach()
+    if type(weight).__name__ == "DTensor":
+        weight = _columns_here(module, weight)
     if is_traceable_wrapper_subclass(weight) or (isinstance(weight, Tensor) and weight.is_quantized):
         hint = f"a {type(weight).__name__} cannot be turned into one; load the model in floating point"
         convert = getattr(weight, "dequantize", None)
@@ -101,3 +103,17 @@ def matrix(module: nn.Module) -> Tensor:
             hint=hint,
         )
     return weight
+
+
+def _columns_here(module: nn.Module, weight: Any) -> Tensor:
+    """Of a weight that is cut over processes along its inputs, this process's part: the columns of its own heads."""
+    of_inputs = 1 if isinstance(module, nn.Linear) else 0
+    cut = {place.dim % weight.dim() for place in weight.placements if place.is_shard()}
+    if not cut <= {of_inputs} or any(place.is_partial() for place in weight.placements):
+        raise CaptureError(
+            f"the weight of {type(module).__name__} is cut over processes across its outputs",
+            shape=tuple(weight.shape),
+            hint="with FSDP, call unshard() on the model first, and reshard() after it",
+        )
+    part: Tensor = weight.to_local().detach()
+    return part

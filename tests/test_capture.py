@@ -79,7 +79,7 @@ def test_stack(capture: Capture, speech: Capture) -> None:
 
 def test_table(capture: Capture, speech: Capture) -> None:
     frame = capture.table("entropy")
-    assert list(frame.columns) == ["forward", "site", "call", "layer", "kind", "batch", "head", "entropy"]
+    assert list(frame.columns) == ["forward", "site", "call", "layer", "kind", "batch", "head", "entropy", "n"]
     assert len(frame) == 2 * 2 * 4
     row = frame[(frame.layer == 1) & (frame.batch == 0) & (frame["head"] == 2)].iloc[0]
     assert row.entropy == pytest.approx(capture[1].entropy[0, 2].mean().item(), abs=1e-6)
@@ -132,7 +132,7 @@ def test_induction_needs_ids(model: nn.Module) -> None:
             model(inputs_embeds=embedded)
         with wb.capture(["induction"]) as found:
             model(**GPT2.inputs())
-    assert torch.equal(given.stack("induction"), found.stack("induction"))
+    torch.testing.assert_close(given.stack("induction"), found.stack("induction"), rtol=0, atol=0, equal_nan=True)
 
 
 def test_value_weighted(model: nn.Module) -> None:
@@ -153,7 +153,7 @@ def test_a_file_gives_back_everything(capture: Capture, tmp_path: Path, pattern:
         assert old.site == new.site
         assert old.statistics.keys() == new.statistics.keys()
         for name in old.statistics:
-            assert torch.equal(old.statistics[name], new.statistics[name])
+            torch.testing.assert_close(old.statistics[name], new.statistics[name], rtol=0, atol=0, equal_nan=True)
         assert torch.equal(old.z, new.z)
         if pattern:
             assert torch.equal(old.pattern.dense(), new.pattern.dense())

@@ -2,5 +2,6 @@
 
 from workbench.kernels.patterns.base import DENSE_LIMIT, Grade, MagnitudePattern, Pattern
 from workbench.kernels.patterns.dense import DensePattern
+from workbench.kernels.patterns.part_of_heads import PartOfHeads, in_whole
 
-__all__ = ["DENSE_LIMIT", "DensePattern", "Grade", "MagnitudePattern", "Pattern"]
+__all__ = ["DENSE_LIMIT", "DensePattern", "Grade", "MagnitudePattern", "PartOfHeads", "Pattern", "in_whole"]

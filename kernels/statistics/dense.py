@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.kernels.masks import Mask
+from workbench.kernels.statistics.existing import Rows
 from workbench.kernels.statistics.options import Options
 from workbench.kernels.statistics.record import known
 from workbench.kernels.statistics.whole_rows import WholeRows
@@ -55,5 +56,8 @@ def dense(
     )
     found: dict[str, Tensor] = {}
     for name in names:
-        found |= known(name).defined(rows)
+        statistic = known(name)
+        found |= statistic.existing(
+            statistic.defined(rows), Rows(mask, (n_batch, n_heads, n_queries, n_keys), p.device), rows.options
+        )
     return found

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from workbench.kernels.statistics.accumulator import RowSum
+from workbench.kernels.statistics.existing import Rows
 from workbench.kernels.statistics.options import Options
 from workbench.kernels.statistics.record import Statistic, register
 from workbench.kernels.tile import Space, Tile
@@ -32,6 +34,13 @@ class OnDiagonal(RowSum):
         return {self.name: self.total}
 
 
+def _sees_the_one_before(rows: Rows, options: Options) -> Tensor:
+    if rows.by_rules:
+        return rows.reach(rows.i - 1)
+    keys = torch.arange(rows.shape[3], device=rows.device)
+    return rows.that_see(lambda queries: (rows.i[queries, None] - 1 == keys)[None])
+
+
 CURRENT = register(
     Statistic(
         "current",
@@ -51,12 +60,13 @@ PREVIOUS = register(
         "previous",
         "query",
         "mass",
-        "weight on the position before",
+        "weight on the position before, where it is seen",
         lambda rows: (rows.p * (rows.i - 1 == rows.j)).sum(-1),
         formula=r"p_{i,\,i-1}",
         range=(0, 1),
         positional=True,
         collect=partial(OnDiagonal, name="previous", back=1),
-        merge=lambda shards: shards.alive(shards.mean(shards.of("previous"))),
+        exists=_sees_the_one_before,
+        merge=lambda shards: shards.existing("previous"),
     )
 )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from workbench.kernels.statistics.accumulator import RowSum
+from workbench.kernels.statistics.existing import Rows
 from workbench.kernels.statistics.options import Options
 from workbench.kernels.statistics.record import Statistic, register
 from workbench.kernels.statistics.whole_rows import WholeRows
@@ -51,17 +52,33 @@ def _define(rows: WholeRows) -> Tensor:
     return (rows.p * copies[:, None]).sum(-1)
 
 
+def _follows_a_copy(rows: Rows, options: Options) -> Tensor:
+    """[batch, head or 1, query]: whether a key that the query sees follows an earlier copy of its token."""
+    n_batch, _, n_queries, n_keys = rows.shape
+    ids = options.ids(n_batch, n_queries, n_keys, rows.mask.offset).to(rows.device)
+    if not rows.by_rules:
+        return rows.that_see(lambda queries: previous_copies(ids, queries, slice(0, n_keys), rows.mask.offset))
+    # The nearest copy is the one that a window hides last. Equal ids stand together, in order, in a stable sorting.
+    order = ids.argsort(dim=1, stable=True)
+    found = ids.gather(1, order)
+    same = torch.nn.functional.pad(found[:, 1:] == found[:, :-1], (1, 0))
+    before = torch.where(same, torch.nn.functional.pad(order[:, :-1], (1, 0)), -1)
+    nearest = torch.empty_like(order).scatter_(1, order, before)
+    return rows.reach(nearest[:, 1 + rows.i])[:, None]
+
+
 INDUCTION = register(
     Statistic(
         "induction",
         "query",
         "mass",
-        "weight on keys that follow an earlier copy of the token",
+        "weight on keys that follow an earlier copy of the token, where one is seen",
         _define,
         formula=r"\sum_{j \le i,\; t_{j-1} = t_i} p_{ij}",
         range=(0, 1),
         positional=True,
         collect=Induction,
-        merge=lambda shards: shards.alive(shards.mean(shards.of("induction"))),
+        exists=_follows_a_copy,
+        merge=lambda shards: shards.existing("induction"),
     )
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from workbench.errors import CaptureError, nearest
 from workbench.kernels.statistics.accumulator import Accumulator
 from workbench.kernels.statistics.by_definition import ByDefinition, defined
+from workbench.kernels.statistics.existing import Rows
 from workbench.kernels.statistics.options import Options
 from workbench.kernels.statistics.shards import Shards
 from workbench.kernels.statistics.whole_rows import WholeRows
@@ -41,6 +42,8 @@ class Statistic:
         positional: whether it compares query and key positions, so that it exists for self-attention only.
         outputs: names of the tensors that it gives; its own name if empty.
         empty: what a row that sees no key has.
+        exists: which rows of a map can have one, bool that broadcasts to [batch, head, query]; the others are NaN, so
+            that means over rows leave them out. None: every row that sees a key.
         value_weighted: whether it exists as `value_weighted_<name>` too: of p·‖v‖ renormalised per row.
         collect: makes what collects its raw sums from tiles; None to apply the definition to whole rows.
         needs_denominators: whether `collect` needs normalised weights, and so a second pass where the kernel gave no
@@ -62,6 +65,7 @@ class Statistic:
     positional: bool = False
     outputs: tuple[str, ...] = ()
     empty: float = math.nan
+    exists: Callable[[Rows, Options], Tensor] | None = None
     value_weighted: bool = True
     collect: Callable[[Space, Options], Accumulator] | None = None
     needs_denominators: bool = False
@@ -105,13 +109,22 @@ class Statistic:
     def finished(self, raw: Raw, space: Space, options: Options) -> dict[str, Tensor]:
         """Its outputs in the pattern's dtype, from the raw sums that an engine collected."""
         if self.finish is not None:
-            found = self.finish(raw, space, options)
-            outputs = found if isinstance(found, dict) else {self.name: found}
+            made = self.finish(raw, space, options)
+            outputs = made if isinstance(made, dict) else {self.name: made}
         else:
             outputs = {name: raw[name] for name in self.outputs}
         if self.axes == "query":
-            return {name: space.alive(value, self._empty_of(value)) for name, value in outputs.items()}
-        return {name: space.typed(value) for name, value in outputs.items()}
+            found = {name: space.alive(value, self._empty_of(value)) for name, value in outputs.items()}
+        else:
+            found = {name: space.typed(value) for name, value in outputs.items()}
+        return self.existing(found, Rows(space.mask, space.shape, space.device), options)
+
+    def existing(self, found: dict[str, Tensor], rows: Rows, options: Options) -> dict[str, Tensor]:
+        """Its outputs, NaN in rows that cannot have it."""
+        if self.exists is None:
+            return found
+        there = self.exists(rows, options)
+        return {name: value.masked_fill(~there, math.nan) for name, value in found.items()}
 
     def _empty_of(self, value: Tensor) -> float:
         if math.isnan(self.empty) and not value.is_floating_point():

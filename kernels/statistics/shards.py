@@ -37,6 +37,11 @@ class Shards:
         """Mean over shards by their mass."""
         return (self.weight * values).sum(0)
 
+    def existing(self, name: str) -> Tensor:
+        """The mean of a statistic over shards; NaN in rows that have it in none."""
+        nowhere = torch.stack([shard[name] for shard in self._shards]).isnan().all(0)
+        return self.mean(self.of(name)).masked_fill(nowhere, torch.nan)
+
     def alive(self, value: Tensor, dead: float = torch.nan) -> Tensor:
         """The value, `dead` in rows that see no key."""
         return value.masked_fill(self.dead, dead)

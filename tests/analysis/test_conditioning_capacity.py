@@ -30,7 +30,7 @@ def random_keys(heads: int, tokens: int, d: int) -> torch.Tensor:
 
 def test_random_keys_have_the_capacity_of_the_theory():
     plan = Plan((1, 9, 17, 25, 33, 41, 60), ("hebb", "delta"), ("stored",), repeats=64)
-    found = summarise([site(random_keys(2, 600, 32))], plan, ("snr_db", 0.0), resamples=50)
+    found = summarise([site(random_keys(2, 600, 32))], plan, ("snr_db", 0.0))
     assert found.theory_n_star[:, 0].tolist() == [33.0, 33.0]
     assert found.n_star[:, 0, 0].tolist() == pytest.approx([33, 33], rel=0.15)
     assert bool((found.n_low <= found.n_star).all() and (found.n_star <= found.n_high).all())
@@ -43,7 +43,7 @@ def test_random_keys_have_the_capacity_of_the_theory():
 def test_orthonormal_keys_never_fail():
     k = torch.linalg.qr(random_keys(1, 24, 24)[0])[0][None]
     plan = Plan((1, 12, 24), ("hebb", "delta"), ("stored",), repeats=4)
-    found = summarise([site(k)], plan, resamples=10)
+    found = summarise([site(k)], plan)
     assert found.censored.all()
     assert (found.n_star == 24).all()
     assert found.curve("snr_db", "hebb")[0].min() >= CEILING_DB - 1
@@ -69,7 +69,7 @@ def test_degenerate_heads_give_limits(kind):
     if kind == "zero values":
         v = torch.zeros(1, 30, 4, dtype=torch.float64)
     plan = Plan((1, 4, 16), tuple(RULES), options={"oja": {"rate": 0.01}}, repeats=16)
-    found = summarise([site(k, v)], plan, resamples=10)
+    found = summarise([site(k, v)], plan)
     for name in ("curves", "low", "high", "n_star", "n_low", "n_high", "dimension", "overlap", "theory_snr_db"):
         assert getattr(found, name).isfinite().all(), name
     hebb = {measure: found.curve(measure, "hebb")[0][0] for measure in found.measures}
@@ -105,7 +105,7 @@ def test_a_model_in_one_call(encoder, tmp_path):
     scores = {(layer, head): float(layer + head) for layer in range(2) for head in range(4)}
     batches = [{"src": torch.randn(2, 15, 16)}, {"src": torch.randn(1, 9, 16)}]
     with workbench.attach(encoder) as wb:
-        found = workbench.capacity(wb, batches, importance=scores, repeats=5, resamples=20, progress=False)
+        found = workbench.capacity(wb, batches, importance=scores, repeats=5, progress=False)
         with wb.capture(("effective_keys",)) as cap:
             encoder(**batches[0])
             encoder(**batches[1])

@@ -101,7 +101,7 @@ def test_in_context_is_the_probability_after_each_trial_by_itself():
 
 
 def test_agreement_is_over_what_the_theory_speaks_of():
-    settings = {"rules": ("hebb", "delta"), "trials": 2, "repeats": 4, "resamples": 20, "progress": False}
+    settings = {"rules": ("hebb", "delta"), "trials": 2, "repeats": 4, "progress": False}
     cues = {"cues": range(3, 30), "outcomes": range(30, 60)}
     with workbench.attach(_gpt2()) as wb:
         spoken = workbench.conditioning(wb, experiments=["acquisition", "blocking"], **cues, **settings)

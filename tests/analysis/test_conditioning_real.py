@@ -86,7 +86,7 @@ def assert_a_map(found: Capacity, n_heads: int) -> None:
     assert top1[:, -1].median() > found.curve("top1", "hebb")[0][:, -1].median()
 
 
-SETTINGS = {"rules": ("hebb", "delta", "softmax"), "repeats": 2, "resamples": 5, "progress": False}
+SETTINGS = {"rules": ("hebb", "delta", "softmax"), "repeats": 2, "progress": False}
 
 
 def test_minilm(minilm) -> None:

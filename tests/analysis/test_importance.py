@@ -50,7 +50,7 @@ def test_a_head_without_output_scores_nothing_in_every_measure() -> None:
         output_weights(model)[DEAD[0]][:, DEAD[1] * 8 : (DEAD[1] + 1) * 8] = 0
     parts = ["cls", "patches", ("inside", 1), ("outside", 1)]
     with workbench.attach(model) as wb:
-        found = head_importance(wb, images(), list(METRICS), METHODS, parts=parts, progress=False)
+        found = head_importance(wb, images(), list(METRICS), METHODS, partial_pruning=parts, progress=False)
     dead = found.heads.index("L1H2")
     assert len(found.scores) == 9 * 7 + 3 * 3
     for key in found.scores:

@@ -46,3 +46,14 @@ test("no two nodes stand in one place, and layers go upwards", () => {
     }
   }
 });
+
+test("what is kept is measured, lies between what was measured, or is undefined", () => {
+  const sizes = { sizes: [2, 8], shares: [0.25, 0.75], low: [0.2, 0.7], high: [0.3, 0.8] };
+  const of = (curve) => new Circuit({ facts: { ...facts, curve, found: { n: null, by: null } }, blocks }, [0]);
+  const known = of({ undefined: "", absolute: sizes });
+  assert.deepEqual(known.kept("absolute", 8), { at: "measured", share: 0.75, low: 0.7, high: 0.8 });
+  assert.deepEqual(known.kept("absolute", 4), { at: "between", share: 0.5, sizes: [2, 8] });
+  assert.deepEqual(known.kept("absolute", 1), { at: "outside", sizes: [2, 8] });
+  assert.deepEqual(of({ undefined: "m(model) is 0", absolute: { ...sizes, shares: [] } }).kept("absolute", 8), { at: "undefined" });
+  assert.deepEqual(of(null).kept("absolute", 8), { at: "never" });
+});

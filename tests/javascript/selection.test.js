@@ -1,33 +1,89 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { fromAddress, sharedSelection, toAddress } from "workbench/shared/selection.js";
+import { sharedSelection } from "workbench/shared/selection.js";
 
 const NOTHING = { layer: null, heads: [], query: null, key: null, token: null, site: null, example: null };
+const UNKNOWN = { model: null, inputs: null };
+
+/** A store of its own, as a document has one. */
+function fresh() {
+  delete globalThis[Symbol.for("workbench.selection")];
+  return sharedSelection();
+}
 
 test("an address gives back the selection that it was made of", () => {
   const all = { layer: 5, heads: [1, 3], query: 12, key: 4, token: 7, site: "decoder.0,1#=+", example: 2 };
   for (const selection of [all, { ...NOTHING, layer: 0 }, { ...NOTHING, site: "ü ☃" }, { ...NOTHING, query: 0 }]) {
-    assert.deepEqual({ ...NOTHING, ...fromAddress(`#${toAddress(selection)}`) }, selection);
+    const made = fresh();
+    made.select(UNKNOWN, selection);
+    const address = made.address();
+    const read = fresh();
+    read.read(`#${address}`);
+    assert.deepEqual(read.of(UNKNOWN).value, selection, address);
   }
-  assert.equal(toAddress(NOTHING), "");
+  assert.equal(fresh().address(), "");
 });
 
 test("what an address says wrongly is left out", () => {
-  for (const wrong of ["#L1H", "#t=-1,q=x", "#s=%E0%A4", "#<script>", "#q=1e9", "#__proto__=1", "#t=9999999999"]) {
-    assert.deepEqual(fromAddress(wrong), {}, wrong);
+  for (const wrong of ["#L1H", "#t=-1,q=x", "#s=%E0%A4", "#<script>", "#q=1e9", "#__proto__=1", "#t=9999999999", "#9.q=1", "#0.q=1", "#2.L1"]) {
+    const store = fresh();
+    store.read(wrong);
+    assert.deepEqual(store.of(UNKNOWN).value, NOTHING, wrong);
   }
-  assert.deepEqual(fromAddress("#nonsense,q=3"), { query: 3 });
+  const store = fresh();
+  store.read("#nonsense,q=3");
+  assert.equal(store.of(UNKNOWN).value.query, 3);
 });
 
 test("all views share one store, and are told of changes alone", () => {
-  const store = sharedSelection();
+  const store = fresh();
   assert.equal(sharedSelection(), store);
   const told = [];
-  const end = store.follow((value) => told.push(value.token));
-  store.select({ token: 3 });
-  store.select({ token: 3 });
-  store.select({ token: null });
+  const shared = store.of(UNKNOWN);
+  const end = shared.follow((value) => told.push(value.token));
+  shared.select({ token: 3 });
+  shared.select({ token: 3 });
+  shared.select({ token: null });
   end();
-  store.select({ token: 4 });
+  shared.select({ token: 4 });
   assert.deepEqual(told, [3, null]);
+});
+
+test("heads are chosen in a model, positions in its inputs", () => {
+  const store = fresh();
+  const [one, other, same] = [store.of({ model: "a", inputs: "x" }), store.of({ model: "b", inputs: "y" }), store.of({ model: "b", inputs: "x" })];
+  one.select({ layer: 1, heads: [2], query: 3 });
+  other.select({ layer: 5, heads: [0] });
+  assert.deepEqual(one.value, { ...NOTHING, layer: 1, heads: [2], query: 3 });
+  assert.deepEqual(other.value, { ...NOTHING, layer: 5, heads: [0] });
+  assert.deepEqual(same.value, { ...NOTHING, layer: 5, heads: [0], query: 3 });
+  const address = store.address();
+  assert.equal(address, "L1H2,q=3,2.L5H0");
+  const again = fresh();
+  for (const scope of [one.scope, other.scope]) again.join(scope);
+  again.read(address);
+  assert.deepEqual(again.value(other.scope), other.value);
+  assert.deepEqual(again.value(one.scope), one.value);
+});
+
+test("a view that does not know its model follows the only one", () => {
+  const store = fresh();
+  const unknown = store.of(UNKNOWN);
+  const known = store.of({ model: "a", inputs: null });
+  known.select({ layer: 1 });
+  assert.equal(unknown.value.layer, 1);
+  const told = [];
+  unknown.follow(({ layer }) => told.push(layer));
+  store.join({ model: "b", inputs: null });
+  assert.deepEqual(told, [null]);
+});
+
+test("what a view begins with gives way to what is chosen already", () => {
+  const store = fresh();
+  const shared = store.of({ model: "a", inputs: "x" });
+  shared.select({ query: 2 });
+  shared.begin({ layer: 3, heads: [1], query: 7, key: null });
+  assert.deepEqual(shared.value, { ...NOTHING, layer: 3, heads: [1], query: 2 });
+  shared.begin({ query: 7 }, true);
+  assert.equal(shared.value.query, 7);
 });

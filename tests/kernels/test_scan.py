@@ -212,7 +212,7 @@ def test_statistics_in_linear_time_are_the_streamed_ones(n: int):
         truth * v.norm(dim=-1)[:, :, None], ["received"], pattern.mask, by_magnitude=True
     )["received"]
     for name, value in want.items():
-        torch.testing.assert_close(got[name], value, **TIGHT, msg=f"{name} differs")
+        torch.testing.assert_close(got[name], value, **TIGHT, equal_nan=True, msg=f"{name} differs")
     torch.testing.assert_close(pattern.received(), got["received"], **TIGHT)
     torch.testing.assert_close(pattern.entropy(), got["entropy"], **TIGHT)
 

@@ -235,7 +235,9 @@ def test_statistics_in_float32(kind: str):
     want = dense(naive(kind, **given), names, KINDS[kind](**given).mask, by_magnitude=True)
     for name in names:
         atol = 2e-6 * max(1.0, float(want[name].abs().max()))
-        torch.testing.assert_close(got[name].double(), want[name], atol=atol, rtol=2e-5, msg=f"{name} differs")
+        torch.testing.assert_close(
+            got[name].double(), want[name], atol=atol, rtol=2e-5, equal_nan=True, msg=f"{name} differs"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

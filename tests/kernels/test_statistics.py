@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workbench.errors import CaptureError
-from workbench.kernels import masks
+from workbench.kernels import masks, streaming
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
 from workbench.kernels.softmax import SoftmaxPattern
@@ -172,9 +172,33 @@ def test_induction_over_a_cache_that_has_forgotten_keys():
     got = dense(p, ["induction"], mask, options=Options(ids, token_before=before))["induction"]
     for b, h, i in itertools.product(range(2), range(3), range(4)):
         now = whole[b][1 + 5 + i]
-        want = sum(p[b, h, i, j].item() for j in range(9) if whole[b][j] == now and j <= 5 + i)
-        assert got[b, h, i].item() == pytest.approx(want)
+        after = [p[b, h, i, j].item() for j in range(9) if whole[b][j] == now and j <= 5 + i]
+        assert got[b, h, i].item() == pytest.approx(sum(after) if after else math.nan, nan_ok=True)
     with_first = dense(p, ["induction"], mask, options=Options(ids))["induction"]
-    assert (got - with_first).abs().max() > 0.01
+    assert (got.nan_to_num() - with_first.nan_to_num()).abs().max() > 0.01
     with pytest.raises(CaptureError, match="4 queries from 6 on of 9 keys"):
         dense(p, ["induction"], Mask(4, 9, offset=6), options=Options(ids))
+
+
+@pytest.mark.parametrize(("n_keys", "offset"), [(6, 0), (9, 0), (9, 3)])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("rule", ["causal", "both", "causal and tensor"])
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_rows_that_cannot_have_a_statistic_are_unknown(n_keys, offset, window, rule, forgotten):
+    """Induction of a token without an earlier copy, or one that a mask hides; the previous token of the first one."""
+    gen = torch.Generator().manual_seed(n_keys + offset)
+    tensor = torch.rand(2, 1, 6, n_keys, generator=gen) > 0.4 if "tensor" in rule else None
+    mask = Mask(6, n_keys, causal="causal" in rule, offset=offset, window=window, tensor=tensor)
+    ids = torch.randint(0, 4, (2, n_keys), generator=gen)
+    options = Options(ids, token_before=torch.tensor([1, 2]) if forgotten else None)
+    q, k = torch.randn(2, 3, 6, 4, generator=gen), torch.randn(2, 3, n_keys, 4, generator=gen)
+    found = streaming.statistics(SoftmaxPattern(q, k, mask), ["induction", "previous"], options)
+    seen = mask.visible(slice(0, 6), slice(0, n_keys), slice(0, 2), slice(0, 3))
+    seen = torch.ones(1, dtype=torch.bool) if seen is None else seen
+    seen = seen.expand(2, 3, 6, n_keys)
+    before = options.ids(2, 6, n_keys, offset)
+    for b, h, i in itertools.product(range(2), range(3), range(6)):
+        now = i + offset
+        after = [j for j in range(now + 1) if seen[b, h, i, j] and before[b, j] == before[b, 1 + now]]
+        assert found["induction"][b, h, i].isnan() == (not after)
+        assert found["previous"][b, h, i].isnan() == (now == 0 or not seen[b, h, i, now - 1])

@@ -143,7 +143,6 @@ def comparison(utterances: int = 3, *, kind: str = "spectrogram", curves: bool =
         alignments=tuple(aligned),
         alignment_heads=((1, 0),),
         seed=0,
-        n_bootstrap=50,
         level=0.95,
         provenance={"model_name": "small"},
     )  # fmt: skip

@@ -152,7 +152,7 @@ def capacity() -> Capacity:
     with attach(model) as wb:
         importance = {(0, 0): 0.3, (0, 1): -0.1, (1, 0): 0.2, (1, 2): 0.5}
         batch = {"input_ids": torch.arange(64).view(2, 32) % 32}
-        return workbench.capacity(wb, batch, repeats=4, resamples=20, importance=importance, progress=False)
+        return workbench.capacity(wb, batch, repeats=4, importance=importance, progress=False)
 
 
 def _capacity_curves() -> View:
@@ -165,9 +165,7 @@ def _conditioning_curves() -> View:
     from workbench import views
 
     some = {"experiments": ["blocking", "latent_inhibition"], "rules": ("hebb", "delta")}
-    return views.conditioning_curves(
-        workbench.conditioning(**some, trials=3, repeats=4, resamples=10, d=16, progress=False)
-    )
+    return views.conditioning_curves(workbench.conditioning(**some, trials=3, repeats=4, d=16, progress=False))
 
 
 @cache

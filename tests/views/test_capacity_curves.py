@@ -73,7 +73,7 @@ def test_the_correlation_is_points_with_intervals() -> None:
 
 def test_conditioning_bars_say_what_leaves_the_chart() -> None:
     found = workbench.conditioning(
-        experiments=["acquisition", "latent_inhibition"], rules=("hebb", "delta"), repeats=4, resamples=10, d=16,
+        experiments=["acquisition", "latent_inhibition"], rules=("hebb", "delta"), repeats=4, d=16,
         progress=False,
     )  # fmt: skip
     notes = " ".join(views.of(found).spec.notes)

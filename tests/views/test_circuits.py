@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from workbench.analysis.circuits.repair import Repair
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.analysis.circuits.stability import Stability
 from workbench.views import of
+from workbench.views.circuit_graph.facts import curve_facts
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -42,6 +44,31 @@ def test_a_curve_shows_both_orders_and_both_areas(tmp_path: Path) -> None:
     assert f"CMD {found.cmd:.3f}" in view.spec.caption
     assert HOSTILE in view.spec.title  # the page escapes it, once
     shown(found, tmp_path)
+
+
+def test_undefined_shares_are_not_drawn_but_what_they_are_between(tmp_path: Path) -> None:
+    """The metric of the whole model and with all ablated may be the same: both are said, and the metric is drawn."""
+    found = replace(curve((2, 4, 8)), full=torch.tensor([3.0, -1.0]).double(), none=torch.tensor([0.0, 0.5]).double())
+    view = of(found)
+    drawn = {trace["name"]: np.asarray(trace["y"]) for trace in lines(view)}
+    np.testing.assert_allclose(drawn["by magnitude"], found.examples[0].mean(-1))
+    assert "Shares of the effect are undefined: m(model) − m(all ablated) is 0.75" in view.spec.caption
+    assert "logit_diff itself, 1 of the whole model and 0.25 with all ablated" in view.spec.caption
+    assert "CPR" not in view.spec.caption
+    shown(found, tmp_path)
+    facts = curve_facts(found)
+    assert facts["undefined"].startswith("m(model)")
+    assert facts["absolute"]["shares"] == []
+    assert not curve_facts(curve((2, 4, 8)))["undefined"]
+    values = torch.tensor([[0.5, 0.5], [3.0, -1.0], [0.0, 0.5]]).double()
+    empty = torch.zeros(0, 2).double()
+    one = Faithfulness(
+        circuit="a circuit", task="ioi", metric="logit_diff", ablation="mean", alone=values[0], full=values[1],
+        none=values[2], subsets=(), without=empty, alone_without=empty, members=(), minus_one=empty, provenance={},
+    )  # fmt: skip
+    np.testing.assert_allclose(np.asarray(lines(of(one))[0]["x"]), [1.0, 0.5, 0.25])
+    assert "undefined" in of(one).spec.caption
+    shown(one, tmp_path)
 
 
 def test_faithfulness_is_bars(tmp_path: Path) -> None:
@@ -88,7 +115,11 @@ def test_stability_and_repair_are_bars(tmp_path: Path) -> None:
         circuit="", level="edge", items=("a0.h1->logits", "m0->logits"), frequency=torch.tensor([0.5, 1.0]),
         inside=torch.tensor([True, True]), jaccard=torch.tensor([0.8]), unit="prompts", provenance={},
     )  # fmt: skip
-    np.testing.assert_allclose(np.asarray(lines(of(stable))[0]["x"]), [1.0, 0.5])
+    np.testing.assert_allclose(np.asarray(lines(of(stable))[0]["x"]), [0.5])  # full bars say nothing
+    assert "1 of 2 are in every draw; the others are drawn" in of(stable).spec.caption
+    full = replace(stable, frequency=torch.ones(2), items=("m0->logits", "m0->logits"))
+    assert "2 of 2 are in every draw." in of(full).spec.caption
+    assert lines(of(full))[0]["y"] == ["m0-&gt;logits", "m0-&gt;logits (2)"]  # labels without blanks, which shift them
     shown(stable, tmp_path)
     repaired = Repair(
         task="colored_objects", heads=("L1H1",), towards=("wrong_colour",), but="colour",

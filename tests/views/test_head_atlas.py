@@ -59,12 +59,36 @@ def test_several_forwards_and_batches_are_averaged() -> None:
         assert row.entropy == pytest.approx(each.mean().item(), rel=1e-6)
 
 
+def test_a_mean_is_over_the_queries_that_can_have_it_and_says_so() -> None:
+    """Induction: of tokens with an earlier copy. The first token has none before it."""
+    found = family("gpt2")
+    ids = torch.tensor([[5, 6, 7, 5, 6, 8, 9]])
+    with attach(make(found)) as wb, torch.no_grad(), wb.capture(["induction", "previous", "entropy"]) as cap:
+        wb.model(ids)
+    pattern = cap[0].pattern.dense().double()[0]
+    view = head_atlas(cap)
+    rows = view.data().groupby("layer").get_group(0)
+    assert rows["induction"].to_numpy() == pytest.approx(((pattern[:, 3, 1] + pattern[:, 4, 2]) / 2).numpy(), rel=1e-5)
+    before = torch.stack([pattern[:, i, i - 1] for i in range(1, 7)]).mean(0)
+    assert rows["previous"].to_numpy() == pytest.approx(before.numpy(), rel=1e-5)
+    meanings = {each["label"]: each["meaning"] for each in view.spec.facts["metrics"]}
+    assert "over 2 of 7 queries" in meanings["Induction"]
+    assert "over 6 of 7 queries" in meanings["Previous token"]
+    assert "queries" not in meanings["Entropy"]
+    table = cap.table("induction")
+    assert (table["n"] == 2).all()
+    assert table.loc[table["layer"] == 0, "induction"].to_numpy() == pytest.approx(rows["induction"].to_numpy())
+
+
 def test_five_entries_make_an_interval() -> None:
     view = head_atlas(capture(batch=5))
     assert view.spec.facts["metrics"][0]["interval"]
     low, value, high = (view.spec.blocks[name] for name in ("low", "values", "high"))
     assert (low <= value + 1e-6).all()
     assert (value <= high + 1e-6).all()
+    cap = capture(batch=5)
+    each = torch.cat([call[0].entropy for call in cap.calls]).double().mean(-1)[:, 0]  # of the first head
+    assert float(high[0, 0] - low[0, 0]) == pytest.approx(2 * 2.776 * float(each.std()) / 5**0.5, rel=1e-3)
     assert not head_atlas(capture(batch=4)).spec.facts["metrics"][0]["interval"]
 
 

@@ -61,7 +61,7 @@ def by_hand() -> CircuitOverlap:
         only_a=("m0->logits",), only_b=("a0.h0->m0",), values={"jaccard": 0.6}, intervals={"jaccard": (0.4, 0.8)},
         null=torch.tensor([0.1, 0.2, 0.2]), p_value=0.25, stages=(), sizes=(2, 4), fractions=(0.1, 0.2),
         curve={"jaccard": (0.5, 0.6), "expected": (0.1, 0.2), "low": (0.4, 0.5), "high": (0.6, 0.7)},
-        cross=(), ablation="mean", model=Graph.gpt2(1, 2, 8).facts, provenance={},
+        cross_faithfulness=(), ablation="mean", model=Graph.gpt2(1, 2, 8).facts, provenance={},
     )  # fmt: skip
 
 

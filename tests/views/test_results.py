@@ -90,7 +90,7 @@ def test_parts_of_heads_stand_beside_the_whole(tmp_path: Path) -> None:
 
 def test_an_attention_profile_is_strength_trend_offsets_and_indicators(tmp_path: Path) -> None:
     cap, _ = image_capture()
-    profile = workbench.attention_profile(cap, n_bootstrap=20)
+    profile = workbench.attention_profile(cap)
     views = all_of(profile)
     assert titles(views) == [
         "How far heads look",
@@ -115,12 +115,12 @@ def test_the_row_of_uniform_attention_is_its_profile_on_any_grid() -> None:
     even = torch.full((1, 1, 12, 12), 1 / 12, dtype=torch.float64)
     held = SiteCapture(site, tuple(even.shape), {}, "none", weights=even)
     cap = Capture([Forward(0, {"attn": held})], Sites([site]), {})
-    profile = workbench.attention_profile(cap, (3, 4), n_bootstrap=2)
+    profile = workbench.attention_profile(cap, (3, 4))
     np.testing.assert_allclose(_uniform(profile), profile.mass[0])
 
 
 def test_a_profile_of_text_has_a_map_of_one_row(tmp_path: Path) -> None:
-    profile = workbench.attention_profile(capture(), n_bootstrap=20)
+    profile = workbench.attention_profile(capture())
     views = all_of(profile)
     assert views[2].spec.blocks["maps"].shape == (6, 1, 12)  # the model is causal: no key after the query
     assert views[2].spec.facts["axes"]["column0"] == -11
@@ -132,7 +132,7 @@ def test_heads_of_two_towers_are_chosen_with_their_site(tmp_path: Path) -> None:
     found = family("t5")
     with workbench.attach(make(found)) as wb, torch.no_grad(), wb.capture() as cap:
         wb.model(**found.inputs())
-    profile = workbench.attention_profile(cap, n_bootstrap=20)
+    profile = workbench.attention_profile(cap)
     strength, trend, offsets, _ = all_of(profile)
     assert "EncDecAttention" in strength.spec.notes[0]
     chosen = strength.spec.facts["figure"]["data"][0]["customdata"]
@@ -163,7 +163,7 @@ def test_a_pattern_atlas_is_a_map_clusters_and_evidence(tmp_path: Path) -> None:
 
 @pytest.mark.browser
 def test_a_head_chosen_in_one_view_of_a_result_is_chosen_in_all(page: WatchedPage, tmp_path: Path) -> None:
-    profile = workbench.attention_profile(image_capture()[0], n_bootstrap=20)
+    profile = workbench.attention_profile(image_capture()[0])
     tab = page.open(Path(profile.to_html(tmp_path / "profile.html")))
     tab.wait_for_selector("html[data-ready]")
     tab.get_by_role("button", name="L1H0").first.click()
@@ -202,7 +202,7 @@ def test_capacity_is_an_atlas_of_what_heads_hold(tmp_path: Path) -> None:
     found = family("gpt2")
     model = make(found)
     with workbench.attach(model) as wb:
-        capacity = workbench.capacity(wb, [found.inputs()], repeats=3, resamples=10, progress=False)
+        capacity = workbench.capacity(wb, [found.inputs()], repeats=3, progress=False)
     view = of(capacity)
     table = view.data()
     rule, query = capacity.rules[0], capacity.queries[0]
@@ -213,7 +213,7 @@ def test_capacity_is_an_atlas_of_what_heads_hold(tmp_path: Path) -> None:
 
 def test_conditioning_is_bars_of_effects(tmp_path: Path) -> None:
     found = workbench.conditioning(
-        experiments=["blocking", "acquisition"], rules=("hebb", "delta"), repeats=8, resamples=20, progress=False
+        experiments=["blocking", "acquisition"], rules=("hebb", "delta"), repeats=8, progress=False
     )
     view = of(found)
     table = view.data()

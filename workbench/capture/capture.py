@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from workbench.capture.gathering import gather
 from workbench.capture.joined import join
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture, pack
 from workbench.capture.transformer_lens import Cache
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, nearest
-from workbench.hooks.sites import Site, Sites
+from workbench.hooks.sites import Site, Sites, all_here
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS
 from workbench.storage import files
@@ -98,6 +99,7 @@ class Capture:
     def ledger(self) -> dict[str, int | str]:
         """How often each site of the model was called: 0 for those that never fired; and what is not read, with why.
 
+        Where other processes hold some of a site's heads, it says which are here.
         Where calls were not recorded, a text says how many and why, in place of the number.
 
         >>> import torch, workbench
@@ -112,10 +114,13 @@ class Capture:
         for forward in self._forwards:
             for one in forward.sites.values():
                 counts[one.site.path] = counts.get(one.site.path, 0) + 1
+        split = {
+            f"{site.name} ({site.elsewhere})": "others in other processes" for site in self.sites if site.elsewhere
+        }
         told: dict[str, int | str] = {**counts}
         for site, missed in self.unrecorded.items():
             told[site] = f"{counts[site]} recorded, {missed}" if site in counts else str(missed)
-        return told | {one.name: f"unread: {one.reason}" for one in self.model_sites.unread}
+        return told | split | {one.name: f"unread: {one.reason}" for one in self.model_sites.unread}
 
     def _only(self) -> Forward:
         if len(self._forwards) != 1:
@@ -209,11 +214,12 @@ class Capture:
 
         Args:
             statistic: a captured per-query or per-key statistic.
-            per: "head" averages over positions (rows that see no key are left out); "position" keeps them.
+            per: "head" averages over positions (rows that see no key, or have none of what is asked for, are left out);
+                "position" keeps them.
 
         Returns:
             Columns forward, site, call, layer, kind, batch, head, (position,) and the statistic; `call` counts the
-            calls of a site in one forward.
+            calls of a site in one forward. Averages come with `n`, over how many positions they are.
         """
         import pandas as pd
 
@@ -229,6 +235,7 @@ class Capture:
                     values = values[..., None]
                 if values.dim() != 3:
                     raise CaptureError(f'"{statistic}" has no tidy table', shape=values.shape, hint="use the tensor")
+                counts = (~values.isnan()).sum(-1)
                 values = values.nanmean(-1, keepdim=True) if per == "head" else values
                 b, h, n = (
                     x.flatten().tolist() for x in torch.meshgrid(*map(torch.arange, values.shape), indexing="ij")
@@ -236,7 +243,9 @@ class Capture:
                 where = {"site": c.site.path, "call": c.site.call, "layer": c.site.layer, "kind": c.site.kind}
                 measured = {"batch": b, "head": h, "position": n, statistic: values.flatten().tolist()}
                 frame = pd.DataFrame({"forward": forward.index, **where, **measured})
-                frames.append(frame.drop(columns="position") if per == "head" else frame)
+                if per == "head":
+                    frame = frame.drop(columns="position").assign(n=counts.flatten())
+                frames.append(frame if c.site.here is None else frame[frame["head"].isin(c.site.here)])
         if not frames:
             raise CaptureError(f'no site has "{statistic}"', hint=f"captured: {', '.join(self.statistics)}")
         return pd.concat(frames, ignore_index=True)
@@ -299,6 +308,27 @@ class Capture:
         if self.settings is None:
             raise CaptureError("the capture does not tell which statistics to stream", hint="capture again")
         return self._with(join(self._forwards, self.settings, self.unrecorded))
+
+    def gathered(self, *, result: bool = False) -> Capture:
+        """The capture with the heads that other processes hold, of a model under tensor parallelism: that of the whole
+        model. It sends what each process holds to all of them, so that every process of the group has to call it, with
+        a capture of the same forwards. Where all heads are here, it is this capture.
+
+        Each process captures for itself, and nothing is sent for it: heads have the numbers of the whole model, and
+        those that are elsewhere are NaN. `cap.ledger` and `wb.sites` say which are here.
+
+        Args:
+            result: also every head's result, which needs z=True; afterwards no process has the whole projection.
+
+        Raises:
+            CaptureError: the processes captured different things, the capture comes from a file or a pickle, or the
+                model is gone.
+        """
+        if all(site.here is None for site in self.sites):
+            return self
+        made = self._with(gather(self._forwards, result=result))
+        made.model_sites = Sites(map(all_here, self.model_sites), self.model_sites.unread, self.model_sites.looked)
+        return made
 
     def to_cache(self, forward: int = 0, *, limit: int | None = DENSE_LIMIT) -> Cache:
         """One forward under TransformerLens' names: `cache["blocks.3.attn.hook_pattern"]`, `cache["pattern", 3]`.
@@ -363,13 +393,14 @@ class Capture:
         lengths = {c.shape for f in self._forwards for c in f.sites.values()}
         shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")
         unread = f", {len(self.model_sites.unread)} mixers unread" if self.model_sites.unread else ""
+        here = next((f", {site.elsewhere}" for site in self.sites if site.elsewhere), "")
         if self.unrecorded:
             unread += f", {sum(one.calls for one in self.unrecorded.values())} calls not recorded"
         packed = sum(f.packed is not None for f in self._forwards)
         of_rows = f", {packed} of them sequences of packed rows" if packed else ""
         return (
             f"Capture({name}: {len(self._forwards)} forward(s){of_rows}, "
-            f"{len(self.sites)} sites{unread}, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
+            f"{len(self.sites)} sites{unread}{here}, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
 

@@ -22,7 +22,7 @@ from workbench.errors import CaptureError
 from workbench.hooks.sites import Site
 from workbench.kernels import streaming
 from workbench.kernels.masks import Mask
-from workbench.kernels.patterns import DensePattern, Pattern
+from workbench.kernels.patterns import DensePattern, PartOfHeads, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
 
@@ -178,6 +178,7 @@ def _join_site(captures: Sequence[SiteCapture], ids: Tensor | None, settings: Se
     n_queries = sum(pattern.n_queries for pattern in patterns)
     n_keys = first.n_keys if cross else n_queries
     shape = (first.n_batch, first.n_heads, n_queries, n_keys)
+    shard = captures[0].shard
     keys = _keys(first)
     budget.take(settings.bytes_for(shape, first.n_kv_heads, keys.shape[-1], keys.element_size()), site)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(keys.device.type, enabled=False):
@@ -191,11 +192,16 @@ def _join_site(captures: Sequence[SiteCapture], ids: Tensor | None, settings: Se
         except CaptureError as error:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
         kept = [capture.weights for capture in captures if capture.weights is not None]
-        weights = _placed(kept, steps, shape) if len(kept) == len(captures) else None
+        weights = None
+        if len(kept) == len(captures):
+            weights = _placed(kept, steps, (shape[0], kept[0].shape[1], *shape[2:]))
+        if shard is not None:
+            statistics = {name: shard.widened(value) for name, value in statistics.items()}
+            pattern = PartOfHeads(pattern, shard.first, shard.n_heads)
     z = [capture.z for capture in captures if capture.z is not None]
     return replace(
         captures[0],
-        shape=shape,
+        shape=pattern.shape,
         statistics=statistics,
         kernel=", ".join(dict.fromkeys(capture.kernel for capture in captures)),
         z=torch.cat(z, dim=1) if len(z) == len(captures) else None,
@@ -211,6 +217,7 @@ def _joinable(captures: Sequence[SiteCapture]) -> list[Pattern]:
     """The kept patterns, if they are such as can be joined with each other."""
     site = captures[0].site
     patterns = [capture.pattern for capture in captures]
+    patterns = [pattern.here if isinstance(pattern, PartOfHeads) else pattern for pattern in patterns]
     for pattern in patterns:
         dense = type(pattern) is DensePattern and pattern.values is not None
         if type(pattern) is not SoftmaxPattern and not dense:

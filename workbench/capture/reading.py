@@ -88,6 +88,8 @@ def _forward(entry: Part, named: Mapping[str, dict[str, Tensor]]) -> Forward:
 def _site_capture(entry: Part, site: Site, parts: dict[str, Tensor]) -> SiteCapture:
     batch, heads, queries, keys = (size.integer(0, _LONGEST) for size in entry["shape"].list(4, 4))
     shape = (batch, heads, queries, keys)
+    if site.n_heads_here is not None and not 0 <= site.first_head < site.first_head + site.n_heads_here <= heads:
+        raise FormatError(f"{entry.place} holds heads that are none of its {heads}", shape=shape)
     patterns = _patterns(entry, parts, shape)
     kept: dict[str, Any] = {field: parts.pop(key, None) for key, field in KEPT.items()}
     for field, tensor in kept.items():
@@ -146,6 +148,8 @@ def _check_facts(entry: Part) -> None:
         number = entry.get(name)
         if number is not None:
             number.number()
+    if (here := entry.get("here")) is not None:  # of the heads that a process has of a pattern
+        _check_facts(here)
     if (rules := entry.get("mask")) is not None:
         wanted = {"n_queries", "n_keys", "causal", "offset", "window"}
         if rules.items().keys() != wanted:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.capture.timing import CallTimes
 from workbench.errors import CaptureError, nearest
+from workbench.hooks.head_shards import HeadShard
 from workbench.hooks.projections import Projection
 from workbench.hooks.sites import Site
 from workbench.kernels.gradients import GRADIENT_SUMS
@@ -40,6 +41,8 @@ class SiteCapture:
         lazy, others: the pattern and further maps by name, if they were kept; read them by `pattern` and `patterns`.
         signed: whether weights may be negative. normalised: whether rows sum to one. Where one of them says that the
             rows are no distributions, statistics are those of |A| normalised per row.
+        shard: which of the site's heads this process holds, where tensor parallelism splits them; the others are NaN
+            (of integers −1), and `Capture.gathered` gives them. None: all are here.
         n_calls: how often the site was called in the forward; this is the call `site.call`.
         times: when the call was seen; None for what several calls were joined to, and from older files.
     """
@@ -60,6 +63,7 @@ class SiteCapture:
     times: CallTimes | None = None
     others: dict[str, Pattern] = field(default_factory=dict)
     n_calls: int = 1
+    shard: HeadShard | None = None
 
     @property
     def marks(self) -> str:
@@ -135,6 +139,11 @@ class SiteCapture:
         if self.stored_result is not None:
             return self.stored_result[:, :, which]
         z, slices = self._z_and_projection()
+        first = self.site.first_head
+        if self.site.here is not None and all(h % self.shape[1] in self.site.here for h in which):
+            which = [h % self.shape[1] - first for h in which]
+        elif self.site.here is not None:
+            return self._result_in_part(which, limit)
         z = z[:, :, which]
         z = z if z.dtype == torch.float64 else z.float()
         size = z.shape[:3].numel() * slices.shape[-1] * z.element_size()
@@ -146,6 +155,15 @@ class SiteCapture:
             )
         return torch.einsum("bqhw,hwd->bqhd", z, slices[which].to(z))
 
+    def _result_in_part(self, which: Sequence[int], limit: int | None) -> Tensor:
+        """The result with NaN for the heads that other processes hold."""
+        here = self.site.here or range(0)
+        held = [i for i, h in enumerate(which) if h % self.shape[1] in here]
+        part = self.result([which[i] for i in held] or [here.start], limit)
+        whole = part.new_full((*part.shape[:2], len(which), part.shape[-1]), torch.nan)
+        whole[:, :, held] = part[:, :, : len(held)]
+        return whole
+
     def _z_and_projection(self) -> tuple[Tensor, Tensor]:
         """z and [head, width, d_model], or the error that says which is missing."""
         name = self.site.name
@@ -156,10 +174,11 @@ class SiteCapture:
                 "the output projection of the site is not known",
                 site=name,
                 hint="no linear module was called with the heads' outputs as they are (a gate or a norm may lie "
-                "between), or the capture came from a file: save it with result=True",
+                "between), or the capture was loaded or gathered: save or gather it with result=True",
             )
         try:
-            return self.z, self.projection.slices(*self.z.shape[2:])
+            z = self.z if self.site.here is None else self.z[:, :, slice(self.site.here.start, self.site.here.stop)]
+            return z, self.projection.slices(*z.shape[2:])
         except CaptureError as error:
             raise CaptureError(error.message, site=name, shape=error.shape, hint=error.hint) from None
 
@@ -203,6 +222,7 @@ class SiteCapture:
         names = ", ".join(self.statistics) or "no statistics"
         marks = "" if self.marks == "normalised" else f", {self.marks}"
         site = visible_text(self.site.name).replace("\n", "⏎")
+        marks += f", {self.site.elsewhere}" if self.site.elsewhere else ""
         if self.n_calls > 1:
             others = (
                 f'call {self.site.call} of {self.n_calls}: choose another with ["{visible_text(self.site.path)}", call]'

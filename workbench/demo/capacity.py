@@ -21,13 +21,11 @@ def add(report: Report, seed: int) -> None:
         chosen = [tasks.ioi(8, seed=seed), tasks.induction(8, seed=seed), tasks.mqar(8, seed=seed, pairs=8)]
         given = [batch for task in chosen for batch in task.batches(tokenizer)]
         batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in given]
-        held = capacity(
-            wb, batches, sizes=(1, 2, 4, 8, 16, 32, 64, 128), repeats=8, resamples=60, seed=seed, progress=False
-        )
+        held = capacity(wb, batches, sizes=(1, 2, 4, 8, 16, 32, 64, 128), repeats=8, seed=seed, progress=False)
         ids = [tokenizer(f" {word}")["input_ids"][-1] for word in WORDS]
         found = conditioning(
             wb, experiments=_EXPERIMENTS, rules=("hebb", "delta", "softmax"), cues=ids[:36], outcomes=ids[36:],
-            trials=6, repeats=16, resamples=200, seed=seed, progress=False,
+            trials=6, repeats=16, seed=seed, progress=False,
         )  # fmt: skip
     report.add(held, title="How much a head can hold", note=_ABOUT)
     report.add(views.capacity_curves(held))

@@ -22,7 +22,7 @@ def add(report: Report, seed: int) -> None:
             wb,
             [{"pixel_values": pixels, "labels": labels}],
             methods=("zero", "gradient_magnitude"),
-            parts=["cls", "patches", ("inside", 1), ("outside", 1)],
+            partial_pruning=["cls", "patches", ("inside", 1), ("outside", 1)],
             seed=seed,
             progress=False,
         )
@@ -39,7 +39,7 @@ def add(report: Report, seed: int) -> None:
         "patches read within one hop or beyond.",
     )
     report.add(
-        attention_profile(cap, seed=seed),
+        attention_profile(cap),
         title="A small ViT: how far heads look",
         note="Hops are rings of patches around the query.",
     )

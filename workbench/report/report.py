@@ -16,7 +16,7 @@ from workbench.report.sections import Section, figures_of, table_of
 from workbench.storage import disk
 from workbench.storage.result import Result
 from workbench.tokens import visible_text
-from workbench.views import View, all_of
+from workbench.views import SHARED, SharedSelection, View, all_of
 from workbench.views.base import page
 from workbench.views.base.spec import ViewSpec
 
@@ -40,6 +40,7 @@ class _Entry:
     verification: Any
     batch: int
     note: str | None
+    selected: SharedSelection  # as it was when the thing was added
 
 
 class Report:
@@ -76,6 +77,8 @@ class Report:
     ) -> Self:
         """Add a section; returns the report.
 
+        It shows what is selected and set at this moment.
+
         Args:
             thing: a view, an analysis's result (its views and table), a capture (its facts, sites, head atlas,
                 attention pattern and tokens; of its first forward), or Markdown.
@@ -98,7 +101,9 @@ class Report:
             )
         if not _is_capture(thing) and (verification is not None or batch or text is not None):
             raise ReportError("text=, verification= and batch= belong to captures", hint="pass words as note=")
-        self._entries.append(_Entry(thing, title, text, caption, verification, batch, note))
+        # A view is added as it is now; what is selected or set in it later is for another report.
+        held = thing.current if isinstance(thing, View) else thing
+        self._entries.append(_Entry(held, title, text, caption, verification, batch, note, SHARED.copy()))
         return self
 
     def to_html(self, *, allow_large: bool = False) -> str:
@@ -150,7 +155,11 @@ class Report:
 
     def _sections(self) -> list[Section]:
         n_captures = sum(_is_capture(entry.thing) for entry in self._entries)
-        return [_section(entry, PATTERN_CELLS // max(1, n_captures)) for entry in self._entries]
+        sections = [_section(entry, PATTERN_CELLS // max(1, n_captures)) for entry in self._entries]
+        for entry, section in zip(self._entries, sections, strict=True):
+            if not isinstance(entry.thing, ViewSpec):
+                section.figures = [spec.choosing(entry.selected) for spec in section.figures]
+        return sections
 
     def __repr__(self) -> str:
         title = repr(visible_text(self.title, 80))
@@ -162,7 +171,7 @@ class Report:
             else "capture"
             if _is_capture(entry.thing)
             else "view"
-            if isinstance(entry.thing, View)
+            if isinstance(entry.thing, ViewSpec)
             else "result"
             for entry in self._entries
         ]
@@ -191,12 +200,9 @@ def _section(entry: _Entry, budget: int) -> Section:
             caption=entry.caption,
             budget=budget,
         )
-    several = all_of(thing) if isinstance(thing, Result) else [thing]
-    spec = several[0].spec
+    spec, *more = [view.spec for view in all_of(thing)] if isinstance(thing, Result) else [thing]
     spec = replace(spec, title=entry.title or spec.title, caption=entry.caption or spec.caption)
-    found = Section(
-        heading=title or visible_text(spec.title, 200), note=note, figures=[spec, *(view.spec for view in several[1:])]
-    )
+    found = Section(heading=title or visible_text(spec.title, 200), note=note, figures=[spec, *more])
     found.origin = dict(thing.provenance or {}) if isinstance(thing, Result) else dict(spec.provenance)
     if isinstance(thing, Result):
         found.tables.append(table_of(thing.table, "All numbers"))

@@ -209,8 +209,11 @@ class OpenContexts(Listener):
             if isinstance(edit, Edit) and call.site in edit.sites:
                 if z is None:
                     z = call.z() if call.finish is None else call.pattern().apply(call.v)
+                    z = z if call.shard is None else call.shard.widened(z)
                 z = edit(call, z)
                 edit.fired.add(call.site)
+        if z is not None and call.shard is not None:
+            z = call.shard.narrowed(z)
         recorder = self._recording()
         if recorder is not None and not call.replay:
             try:

@@ -34,7 +34,8 @@ class Verification:
 
     Attributes:
         identical: the observed model's outputs equal the bare model's to the bit.
-        checks: one dict per call: site, fired, shape ([batch, head, query, key]), backend, kernel, row_sum_error
+        checks: one dict per call: site, fired, shape ([batch, head, query, key], of which this process checks the heads
+            that it holds), backend, kernel, row_sum_error
             (largest |Σp − 1|, NaN for rows that need not sum to 1), output_error (largest |A·V − kernel output|),
             tolerance (for both, by dtype and size of the output), editable (whether the model's output changes when the
             site's heads give nothing; None if that was not tried), ok.
@@ -121,10 +122,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Calls(Listener):
-    """Hands on the calls; `edits` says whether it changes them, `unrecorded` is given those that no map shows."""
+    """Hands on the calls. `edits`: the site at which it changes them; `unrecorded` is given those that no map shows."""
 
     take: Callable[[AttentionCall], Tensor | None]
-    edits: bool
+    edits: str | None
     unrecorded: dict[str, str]
 
     def on_call(self, call: AttentionCall) -> Tensor | None:
@@ -139,10 +140,14 @@ class _Calls(Listener):
 
     def cannot_wait(self, site: str) -> bool:
         """Where heads are switched off."""
-        return self.edits
+        return site == self.edits
 
     def leaves_native_path(self) -> bool:
-        return self.edits
+        return self.edits is not None
+
+    def takes_blocks(self) -> bool:
+        """Each is switched off by itself."""
+        return self.edits is not None
 
 
 def verify_model(
@@ -164,7 +169,7 @@ def verify_model(
 
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
 
-    def run(on_call: Callable[[AttentionCall], Tensor | None] | None, edits: bool = False) -> Any:
+    def run(on_call: Callable[[AttentionCall], Tensor | None] | None, edits: str | None = None) -> Any:
         with torch.random.fork_rng(devices):
             given, named = fresh(args), fresh(dict(inputs))  # a cache grows in each run
             if on_call is None:
@@ -178,7 +183,7 @@ def verify_model(
     identical = len(outputs[0]) == len(outputs[1]) and all(map(_same_bits, *outputs))
     fired = {check["site"] for check in checks}
     for name in sorted(fired) if edits and outputs[0] else []:
-        found = _editable(bare, run(partial(_switched_off, name), True))
+        found = _editable(bare, run(partial(_switched_off, name), name))
         for check in checks:
             if check["site"] == name:
                 check["editable"] = found
@@ -235,7 +240,7 @@ def _check(call: AttentionCall, cross: bool) -> dict[str, Any]:
     return {
         "site": call.site,
         "fired": True,
-        "shape": pattern.shape,
+        "shape": (pattern.n_batch, call.sizes_of_all[0], pattern.n_queries, pattern.n_keys),
         "backend": call.backend or call.tap,
         "kernel": call.kernel,
         "row_sum_error": row_error,

@@ -31,11 +31,15 @@ class Result(ABC):
         form: name of the file form, such as "workbench.head_importance".
         filled: axes and fields that must hold something. Files that do not fit the annotations, in which
             `storage.typed` reads what lies along what, are refused.
+        file_keys: what fields are called in files, where that is not their name. former: what older files have besides,
+            and are read without.
         provenance: JSON values: model, data, metric, seeds, versions.
     """
 
     form: ClassVar[str]
     filled: ClassVar[tuple[str, ...]] = ()
+    file_keys: ClassVar[dict[str, str]] = {}
+    former: ClassVar[tuple[str, ...]] = ()
     provenance: Any
 
     @property
@@ -50,8 +54,8 @@ class Result(ABC):
             FileError: the file cannot be written. WorkbenchError: a field cannot be kept.
         """
         tensors: dict[str, torch.Tensor] = {}
-        held = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        header = {"fields": {name: _take_apart(value, name, tensors) for name, value in held.items()}}
+        names = {field.name: self.file_keys.get(field.name, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        header = {"fields": {key: _take_apart(getattr(self, name), key, tensors) for name, key in names.items()}}
         return files.write(path, self.form, header, tensors)
 
     @classmethod
@@ -62,11 +66,12 @@ class Result(ABC):
             FormatError: not such a file, truncated, or changed after it was written.
         """
         header, tensors = files.read(path, cls.form)
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        held = {name: _put_together(value, tensors) for name, value in header["fields"].items().items()}
-        if set(held) != known:
-            odd = ", ".join(sorted(set(held) ^ known))
+        names = {cls.file_keys.get(field.name, field.name): field.name for field in fields(cls)}  # type: ignore[arg-type]
+        parts = {key: part for key, part in header["fields"].items().items() if key not in cls.former}
+        if set(parts) != set(names):
+            odd = ", ".join(sorted(set(parts) ^ set(names)))
             raise FormatError(f"{Path(path).name} does not fit this version: {odd}", hint="run the analysis again")
+        held = {names[key]: _put_together(part, tensors) for key, part in parts.items()}
         typed.check(cls, held, Path(path).name)
         try:
             found = cls(**held)

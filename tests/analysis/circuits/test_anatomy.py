@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 
 import workbench
 from support.circuits import ENCODER_DECODERS, SlotModel, task_for, tiny
@@ -118,15 +119,27 @@ def test_columns_are_those_of_each_head(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("gemma2", "neither its heads' output nor that of one module"),
+        ("gemma2", r"goes through model\.layers\.0\.post_attention_layernorm first(?s:.*)wb\.patch"),
         ("deepseek-v3", "low-rank"),
-        ("bart", "neither its heads' output nor that of one module"),
+        ("bart", r"the stream itself goes through model\.encoder\.layers\.0\.final_layer_norm"),
     ],
 )
 def test_models_whose_stream_is_no_sum_are_refused(name: str, says: str) -> None:
     model = tiny(name, torch.float32)
     with workbench.attach(model) as wb, pytest.raises(AttachError, match=says):
         find_anatomy(wb, family(name).inputs())
+
+
+def test_a_norm_over_all_heads_is_refused_by_name() -> None:
+    config = hf.Olmo2Config(
+        vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    says = r"same columns of model\.layers\.0\.self_attn\.q_proj: a norm over all heads"
+    for dtype in (torch.float32, torch.bfloat16):
+        model = hf.Olmo2ForCausalLM(config).eval().to(dtype)
+        with workbench.attach(model) as wb, pytest.raises(AttachError, match=says):
+            find_anatomy(wb, {"input_ids": torch.tensor([[5, 9, 3, 8]])})
 
 
 def test_a_scaled_stream_is_refused_by_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from workbench.analysis.circuits.model.graph import Graph, Layer
 from workbench.analysis.circuits.overlap_null import Renamings, fitted_to_degrees
 from workbench.analysis.statistics.overlap import jaccard, rank_biased, top_weights, weighted_jaccard
 from workbench.errors import InterventionError
+from workbench.storage import files
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,38 @@ def test_equal_scores_share_what_is_left_and_unscored_edges_are_counted(two: Any
     assert top_weights(torch.tensor([1.0, 0.0, 0.0, 0.0]), 3).tolist() == pytest.approx([1, 2 / 3, 2 / 3, 2 / 3])
 
 
+@pytest.mark.parametrize("kind", ["shared keys", "encoder and decoder"])
+def test_p_values_hold_their_level_in_other_graphs(two: Any, kind: str) -> None:
+    layers = {
+        "shared keys": (Layer(4, 2),) * 4,
+        "encoder and decoder": (Layer(4, 4, stream="encoder"),) * 2
+        + (Layer(4, 4, mlp=False, stream="decoder"), Layer(4, 4, kind="cross", stream="decoder")) * 2,
+    }
+    graph, generator = Graph(layers[kind], d_model=8), torch.Generator().manual_seed(0)
+    none = torch.zeros(len(graph.senders), dtype=torch.bool)
+    like = replace(two[2]["eap"][0], model=graph.facts, senders_in=none, edges_in=torch.zeros_like(graph.exists))
+
+    def draw() -> Any:
+        effects = [torch.randn(n, generator=generator, dtype=torch.float64).exp() for n in graph.exists.shape]
+        noise = torch.randn(graph.exists.shape, generator=generator, dtype=torch.float64).abs()
+        return circuit_of(noise * effects[0][:, None] * effects[1], like)
+
+    p = [workbench.circuit_overlap(draw(), draw(), n_null=99, n_bootstrap=0, fractions=()).p_value for _ in range(40)]
+    assert sum(one <= 0.05 for one in p) <= 6  # of 40: more have a probability of 0.003
+    assert sum(one <= 0.5 for one in p) > 9
+
+
+def test_files_from_before_load_and_keep_their_keys(two: Any, tmp_path: Path) -> None:
+    a, b = two[2]["eap"]
+    found = workbench.circuit_overlap(a, b, n_null=10, n_bootstrap=0)
+    header, _ = files.read(found.save(tmp_path / "overlap"), found.form)
+    assert "cross" in header["fields"].items()
+    assert "cross_faithfulness" not in header["fields"].items()
+    loaded = CircuitOverlap.load(tmp_path / "overlap")
+    assert loaded.cross_faithfulness == found.cross_faithfulness
+    assert loaded.values == found.values
+
+
 def test_a_model_of_few_heads_says_that_no_p_value_is_small(two: Any) -> None:
     graph = Graph((Layer(2, 2), Layer(2, 1)), d_model=8)
     small = replace(two[2]["eap"][0], model=graph.facts, senders_in=torch.zeros(len(graph.senders), dtype=torch.bool),
@@ -211,15 +245,15 @@ def test_circuits_are_kept_and_ablated_on_both_tasks(two: Any, method: str, tmp_
     wb, tasks, circuits = two
     a, b = circuits[method]
     found = workbench.circuit_overlap(a, b, wb=wb, tasks=tasks, n_bootstrap=20, progress=False)
-    assert [(one["do"], one["random"]) for one in found.cross[:4]] == [
+    assert [(one["do"], one["random"]) for one in found.cross_faithfulness[:4]] == [
         ("keep", False), ("keep", True), ("ablate", False), ("ablate", True),
     ]  # fmt: skip
-    assert len(found.cross) == 16
+    assert len(found.cross_faithfulness) == 16
     kept = workbench.circuit_faithfulness(wb, a, tasks[0], progress=False)
     if method == "eap":
         assert found.unit == "edges"
-        assert found.cross[0]["value"] == pytest.approx(kept.value)
-    for one in found.cross:
+        assert found.cross_faithfulness[0]["value"] == pytest.approx(kept.value)
+    for one in found.cross_faithfulness:
         assert one["interval"][0] <= one["value"] <= one["interval"][1] or not one["defined"]
     again = CircuitOverlap.load(found.save(tmp_path / "o.safetensors"))
     assert again.table.equals(found.table)

@@ -73,6 +73,10 @@ def test_models_that_do_no_better_than_ablated_are_told(name: str) -> None:
                 assert "undefined" in repr(curve)
                 assert f"{one.denominator.value:.3g}" in str(seen[0].message)
                 assert all(end != end for end in (*one.interval, *curve.cpr_interval, *curve.intervals()[0]))
+                assert one.table["value"].isna().all()
+                assert curve.table[["absolute", "signed", "low", "high"]].isna().all(axis=None)
+                assert one.in_metric["value"].tolist() == [float(x.mean()) for x in (one.full, one.alone, one.none)]
+                assert curve.in_metric["absolute"].tolist() == curve.examples[0].mean(-1).tolist()
             low, high = one.lost[1:]
             assert low <= one.lost[0] <= high
             assert f"lost {one.lost[0]:.3g}" in repr(one)
@@ -80,17 +84,20 @@ def test_models_that_do_no_better_than_ablated_are_told(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the faithfulness of")
-def test_completeness_of_a_single_member_leaves_the_rest_of_the_model() -> None:
-    with workbench.attach(tiny("llama-gqa"), Words()) as wb:
-        task = task_for("llama-gqa", 3)
+@pytest.mark.parametrize("name", ["llama-gqa", "mbart"])
+def test_completeness_of_a_single_member_leaves_the_rest_of_the_model(name: str) -> None:
+    with workbench.attach(tiny(name), Words()) as wb:
+        task = task_for(name, 3)
         found = workbench.find_circuit(wb, task, "eap", progress=False)
         edges = torch.zeros_like(found.edges_in)
-        for edge in ("input->m0", "m0->logits"):
+        inputs = [found.graph.senders[i] for i in found.graph.inputs]
+        mlp = [node for node in found.graph.senders if node not in inputs and ".h" not in node][-1]
+        for edge in (f"{inputs[-1]}->{mlp}", f"{mlp}->logits"):
             edges[found.graph.edge(edge)] = True
         one = workbench.circuit_faithfulness(wb, found.with_edges(edges), task, n_subsets=1, progress=False)
-        assert one.subsets == (("m0",),)
+        assert one.subsets == ((mlp,),)
         rest = found.graph.exists.clone()
-        rest[found.graph.sender_index["m0"]] = False
+        rest[found.graph.sender_index[mlp]] = False
         kept = workbench.circuit_faithfulness(wb, found.with_edges(rest), task, progress=False)
         torch.testing.assert_close(one.without[0], kept.alone)
         with pytest.raises(InterventionError, match="has no heads to compare"):

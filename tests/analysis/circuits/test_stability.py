@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 import workbench
-from support.circuits import Words, random_task, tiny
+from support.circuits import Words, random_task, task_for, tiny
 from workbench.analysis.statistics.overlap import jaccard
 
 
-def test_new_prompts_lie_between_disjoint_halves_and_redrawn_ones() -> None:
+@pytest.mark.parametrize("name", ["llama-gqa", "mbart"])
+def test_new_prompts_lie_between_disjoint_halves_and_redrawn_ones(name: str) -> None:
     """Circuits of 24 prompts, whose edges have a signal of the size of the noise of their means."""
-    with workbench.attach(tiny("llama-gqa"), Words()) as wb:
-        like = workbench.find_circuit(wb, random_task(3, 6, 60), "eap", progress=False)
+    with workbench.attach(tiny(name), Words()) as wb:
+        like = workbench.find_circuit(wb, task_for(name, 3), "eap", progress=False)
     exists, generator = like.graph.exists, torch.Generator().manual_seed(0)
     signal = torch.randn(like.graph.n_edges, generator=generator, dtype=torch.float64) / 24**0.5
 

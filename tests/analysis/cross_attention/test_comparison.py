@@ -176,7 +176,7 @@ def several(name: str, hypotheses: list[list[int]], **more: Any) -> list[dict[st
 QUICK: dict[str, Any] = {"n_masks": 20, "orders": (), "progress": False, "granularities": (100,)}
 
 
-@pytest.mark.parametrize("name", ["bart", "whisper"])
+@pytest.mark.parametrize("name", ["bart", "whisper", "t5gemma"])
 def test_an_utterance_without_a_word_is_left_out_before_any_mask_runs(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +240,7 @@ def test_a_comparison_goes_on_from_its_file(name: str, tmp_path: Path, monkeypat
 
 def test_the_corpus_s_error_rate_is_that_of_all_words_against_the_references() -> None:
     model, _ = encoder_decoder("bart")
-    how = QUICK | {"orders": ("attention", "random"), "decoding": {"max_new_tokens": 6}, "n_bootstrap": 40}
+    how = QUICK | {"orders": ("attention", "random"), "decoding": {"max_new_tokens": 6}}
     with workbench.attach(model, Digits()) as wb:
         words = several("bart", [[7, 9, 11], [5, 6, 2]])
         words[0]["reference"], words[1]["reference"] = "7 9, 11!", "Five six seven eight nine ten"
@@ -309,7 +309,7 @@ def test_several_utterances_of_every_kind(name: str, tmp_path: Path) -> None:
     with workbench.attach(model) as wb:
         found = cross_attention_saliency(
             wb, inputs, n_masks=30, granularities=(100,), fractions=(0, 0.5, 1), keep=2, alignment_heads=[(1, 0)],
-            n_bootstrap=50, progress=False,
+            progress=False,
             orders=("attention", "pooled input saliency"), batch_size=32,
         )  # fmt: skip
     assert found.utterances == ("u0", "u1", "u2")

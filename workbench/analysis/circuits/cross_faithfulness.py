@@ -35,8 +35,8 @@ def cross_faithfulness(
     """Keep and ablate each circuit on each task, and random circuits that have as much in every layer.
 
     Returns:
-        One dict for each, as `CircuitOverlap.cross` has them. Of random circuits the value is the mean over the draws,
-        and the interval goes from the lowest to the highest.
+        One dict for each, as `CircuitOverlap.cross_faithfulness` has them. Of random circuits the value is the mean
+        over the draws, and the interval goes from the lowest to the highest.
 
     Raises:
         InterventionError: a circuit of another model, or one of nodes beside one of edges.

@@ -99,7 +99,7 @@ class Faithfulness(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per quantity, all shares, with 95 % intervals over prompts; NaN where no share is defined."""
+        """One row per quantity, all shares, with 95 % intervals over prompts; all NaN where no share is defined."""
         import pandas as pd
 
         rows = [("faithfulness", "", self.value, *self.interval)]
@@ -107,7 +107,17 @@ class Faithfulness(Result):
         rows += [("incompleteness", " ".join(k), v, *self._interval(d, absolute=True)) for k, v, d in changes]
         falls = zip(self.minimality.items(), self.alone - self.minus_one, strict=False)
         rows += [("minimality", node, v, *self._interval(d)) for (node, v), d in falls]
-        return pd.DataFrame(rows, columns=["quantity", "of", "value", "low", "high"])
+        frame = pd.DataFrame(rows, columns=["quantity", "of", "value", "low", "high"])
+        return frame if self.denominator.defined else frame.assign(value=float("nan"))
+
+    @property
+    def in_metric(self) -> pd.DataFrame:
+        """The metric itself of the whole model, the circuit alone, and with all ablated, with 95 % t intervals."""
+        import pandas as pd
+
+        several = {"whole model": self.full, "circuit alone": self.alone, "all ablated": self.none}
+        rows = [(name, float(values.mean()), *mean_t(values)) for name, values in several.items()]
+        return pd.DataFrame(rows, columns=["of", "value", "low", "high"])
 
     def __repr__(self) -> str:
         low, high = self.interval

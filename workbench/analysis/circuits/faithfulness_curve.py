@@ -15,6 +15,7 @@ from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.analysis.circuits.faithfulness import run_choices
 from workbench.analysis.circuits.model.names import head_of
 from workbench.analysis.circuits.shares import Denominator
+from workbench.analysis.statistics.intervals import means_t
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -102,13 +103,26 @@ class FaithfulnessCurve(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per size."""
+        """One row per size: shares with 95 % intervals over prompts, all NaN where no share is defined."""
         import pandas as pd
 
         low, high = zip(*self.intervals(0), strict=True)
         columns = {
             "fraction": self.fractions, "size": self.sizes, "kept": self.kept_absolute, "absolute": self.absolute,
             "low": low, "high": high, "kept_signed": self.kept_signed, "signed": self.signed,
+        }  # fmt: skip
+        frame = pd.DataFrame(columns)
+        return frame if self.denominator.defined else frame.assign(absolute=float("nan"), signed=float("nan"))
+
+    @property
+    def in_metric(self) -> pd.DataFrame:
+        """One row per size: the metric itself, with 95 % t intervals over prompts of circuits by magnitude."""
+        import pandas as pd
+
+        low, high = means_t(self.examples[0]).T.tolist()
+        columns = {
+            "fraction": self.fractions, "size": self.sizes, "absolute": self.examples[0].mean(-1).tolist(), "low": low,
+            "high": high, "signed": self.examples[1].mean(-1).tolist(),
         }  # fmt: skip
         return pd.DataFrame(columns)
 

@@ -16,8 +16,9 @@ from workbench.analysis.circuits.cross_faithfulness import cross_faithfulness
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.names import head_of
 from workbench.analysis.circuits.overlap_null import FEW_RENAMINGS, Renamings, beyond_degrees
-from workbench.analysis.statistics.intervals import draws, percentiles
+from workbench.analysis.statistics.intervals import drawn_t, draws, middle
 from workbench.analysis.statistics.overlap import jaccard, rank_biased, top_weights, weighted_jaccard
+from workbench.analysis.statistics.p_values import among_draws
 from workbench.errors import InterventionError
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -79,7 +80,10 @@ class CircuitOverlap(Result):
         shared, only_a, only_b: names, in the order of the model.
         values: measures by name: "jaccard" |A∩B| / |A∪B|; "of_a", "of_b": the share of one that the other has;
             "rank_biased" of the rankings by |score|; "weighted" Σ min / Σ max of |scores| that add up to 1.
-        intervals: 95 % by measure, drawing both tasks' prompts anew; NaN where a circuit kept no single scores.
+        intervals: 95 % by measure, of the mean overlap of circuits that are found with as many new prompts of both
+            tasks, by how much the overlap varies when prompts are drawn anew; none where a circuit kept no single
+            scores, or was given node by node. Circuits found with more prompts overlap more, if the tasks share what
+            they use.
         null: [draw] Jaccard overlap when one circuit's heads are renamed at random within their layers (heads that
             share keys move with their group). Edges among inputs, MLPs and the logits keep their names: that both
             circuits have them is no evidence.
@@ -95,14 +99,15 @@ class CircuitOverlap(Result):
             the border share the places that are left.
         unscored: items that have no score in one of the two, which the curve leaves out.
         model: facts of the model's graph; see `Circuit`.
-        cross: what is left of each task when each circuit is kept or ablated, one dict each: "do" ("keep" or "ablate"),
-            "circuit", "task", "value" (share of clean minus all ablated), "interval", "defined" (whether such shares
-            are), and "examples" [3, example]: the metric with the edit, clean, and with all ablated. Where "random", in
-            place of the circuit random ones that have as much in every layer: their mean, lowest and highest. Empty
-            without a Workbench.
+        cross_faithfulness: what is left of each task when each circuit is kept or ablated, one dict each: "do" ("keep"
+            or "ablate"), "circuit", "task", "value" (share of clean minus all ablated), "interval", "defined" (whether
+            such shares are), and "examples" [3, example]: the metric with the edit, clean, and with all ablated. Where
+            "random", in place of the circuit random ones that have as much in every layer: their mean, lowest and
+            highest. Empty without a Workbench.
     """
 
     form = "workbench.circuit_overlap"
+    file_keys: ClassVar = {"cross_faithfulness": "cross"}
     filled: ClassVar = ("draw",)
 
     a: str
@@ -120,7 +125,7 @@ class CircuitOverlap(Result):
     sizes: Annotated[tuple[int, ...], "size"]
     fractions: Annotated[tuple[float, ...], "size"]
     curve: Annotated[dict[str, _Points], "size", _Curve]
-    cross: tuple[Annotated[dict[str, Any], _Left], ...]
+    cross_faithfulness: tuple[Annotated[dict[str, Any], _Left], ...]
     ablation: str
     model: dict[str, Any]
     provenance: dict[str, Any]
@@ -145,21 +150,24 @@ class CircuitOverlap(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per measure, stage and cross-faithfulness."""
+        """One row per measure, stage and cross-faithfulness, which is NaN where it is undefined as a share."""
         import pandas as pd
 
         nan = float("nan")
         rows: list[tuple[str, str, float, float, float]] = []
         for name, value in self.values.items():
             rows.append(("overlap", name, value, *self.intervals.get(name, (nan, nan))))
-        low, high = map(float, percentiles(self.null))
+        low, high = map(float, middle(self.null))
         rows.append(("chance", "jaccard", self.expected, low, high))
         for stage in self.stages:
             rows.append(("stage", stage["name"], stage["jaccard"], *stage.get("interval", (nan, nan))))
-        for one in self.cross:
+        for one in self.cross_faithfulness:
             circuit = f"random ones like {one['circuit']}'s" if one["random"] else f"{one['circuit']}'s circuit"
-            what = f"{one['do']} {circuit}, run {one['task']}"
-            rows.append(("cross-faithfulness", what, one["value"], *one["interval"]))
+            what, value = f"{one['do']} {circuit}, run {one['task']}", one["value"]
+            if not one["defined"]:
+                _, full, none = one["examples"].mean(-1).tolist()
+                what, value = f"{what} (no share: {full:.3g} whole, {none:.3g} with all ablated)", nan
+            rows.append(("cross-faithfulness", what, value, *(one["interval"] if one["defined"] else (nan, nan))))
         return pd.DataFrame(rows, columns=["kind", "what", "value", "low", "high"])
 
     def __repr__(self) -> str:
@@ -243,7 +251,6 @@ def circuit_overlap(
     by_scores = all(circuit.threshold.get("kind") not in ("given", "file") for circuit in (a, b))
     weighted = unit != "edges" and by_scores and values["weighted"] > 0
     statistic = "weighted" if weighted else "jaccard"
-    reached = int((chance[statistic] >= values[statistic] - 1e-12).sum())
     beyond = beyond_degrees(a.edges_in, b.edges_in, a.graph, n_null, seed) if unit == "edges" else float("nan")
     cross: tuple[dict[str, Any], ...] = ()
     if wb is not None and tasks is not None:
@@ -253,8 +260,8 @@ def circuit_overlap(
         )  # fmt: skip
     elif (wb is None) != (tasks is None):
         raise InterventionError("cross-faithfulness needs wb= and tasks=, both")
-    found = _intervals(a, b, unit, names, usable, n_bootstrap, seed)
-    ends = percentiles(chance["curve"])
+    found = _intervals(a, b, unit, names, usable, n_bootstrap if by_scores else 0, seed)
+    ends = middle(chance["curve"])
     curves = {"jaccard": tuple(_matched(scores_a, scores_b, n) for n in usable)}
     curves |= {"expected": tuple(chance["curve"].mean(0).tolist())}
     curves |= {f"expected_{name}": tuple(end.tolist()) for name, end in zip(("low", "high"), ends, strict=True)}
@@ -268,10 +275,10 @@ def circuit_overlap(
         a=repr(a), b=repr(b), tasks=(a.task, b.task), unit=unit,
         shared=_named(names, inside_a & inside_b), only_a=_named(names, inside_a & ~inside_b),
         only_b=_named(names, inside_b & ~inside_a), values=values,
-        intervals=found.measures, null=chance["jaccard"], p_value=(1 + reached) / (1 + n_null),
+        intervals=found.measures, null=chance["jaccard"], p_value=among_draws(chance[statistic], values[statistic]),
         stages=tuple(stages), sizes=tuple(usable), fractions=tuple(usable.values()), statistic=statistic,
         p_beyond_nodes=beyond, unscored=int((scores_a.isnan() | scores_b.isnan()).sum()),
-        curve=curves, cross=cross, ablation=ablation, model=a.model,
+        curve=curves, cross_faithfulness=cross, ablation=ablation, model=a.model,
         provenance={"a": a.provenance, "b": b.provenance, "n_null": n_null, "n_bootstrap": n_bootstrap, "seed": seed},
     )  # fmt: skip
 
@@ -349,7 +356,7 @@ def _measure(inside_a: Tensor, inside_b: Tensor, scores_a: Tensor, scores_b: Ten
 
 @dataclass(frozen=True)
 class _Intervals:
-    """95 % intervals, by drawing the prompts of both tasks anew; empty where single scores were not kept."""
+    """95 % intervals of the mean overlap of circuits from as many new prompts; empty where no scores were kept."""
 
     measures: dict[str, tuple[float, float]]
     stages: list[tuple[float, float]]
@@ -359,7 +366,7 @@ class _Intervals:
 def _intervals(
     a: Circuit, b: Circuit, unit: str, names: Sequence[str], sizes: Iterable[int], n: int, seed: int
 ) -> _Intervals:
-    """Bootstrap over the prompts of both tasks; circuits are chosen anew in each draw."""
+    """Draw the prompts of both tasks anew, and choose the circuits again in each draw."""
     if a.examples is None or b.examples is None or n == 0:
         return _Intervals({}, [], [])
     measures: list[list[float]] = []
@@ -373,15 +380,24 @@ def _intervals(
         curve.append([_matched(*scores, size) for size in sizes])
         if bool(inside[0].any()) and bool(inside[1].any()):
             measures.append(list(_measure(*inside, *(each.nan_to_num(0.0) for each in scores)).values()))
-    return _Intervals(dict(zip(MEASURES, _quantiles(measures), strict=False)), _quantiles(stages), _quantiles(curve))
+    n_prompts = min(len(a.examples), len(b.examples))
+    whole = [
+        _measure(_members(a, unit, names), _members(b, unit, names), *(
+            _scores(one, unit, names).nan_to_num(0.0) for one in (a, b)
+        )).values(),
+        [stage["jaccard"] for stage in _stages(a, b)],
+        [_matched(_scores(a, unit, names), _scores(b, unit, names), size) for size in sizes],
+    ]  # fmt: skip
+    ends = [_around(list(one), drawn, n_prompts) for one, drawn in zip(whole, (measures, stages, curve), strict=True)]
+    return _Intervals(dict(zip(MEASURES, ends[0], strict=False)), ends[1], ends[2])
 
 
-def _quantiles(drawn: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """The middle 95 % of each column."""
-    if not drawn or not drawn[0]:
+def _around(found: Sequence[float], drawn: Sequence[Sequence[float]], n: int) -> list[tuple[float, float]]:
+    """95 % intervals of each column of draws around what was found, within 0 and 1."""
+    if not drawn or not found:
         return []
-    low, high = percentiles(torch.tensor(drawn, dtype=torch.float64))
-    return list(zip(low.tolist(), high.tolist(), strict=True))
+    whole, several = (torch.tensor(each, dtype=torch.float64) for each in (found, drawn))
+    return [(low, high) for low, high in drawn_t(whole, several, n).clamp(0, 1).tolist()]
 
 
 def _stages(a: Circuit, b: Circuit) -> list[dict[str, Any]]:

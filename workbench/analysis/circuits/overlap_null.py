@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.statistics.overlap import jaccard
+from workbench.analysis.statistics.p_values import among_draws
 
 FEW_RENAMINGS = 20  # below this many different ones, no p-value is small
 _CHUNK = 1 << 22  # numbers held at once
@@ -100,14 +101,14 @@ def _one_direction(kept: Tensor, drawn: Tensor, graph: Graph, n: int, seed: int)
     chances = fitted_to_degrees(drawn, exists)[exists]
     mine, own = kept[exists], jaccard(kept[exists], drawn[exists])
     generator = torch.Generator().manual_seed(seed)
-    step, reached = max(1, _CHUNK // max(1, len(mine))), 0
+    step, found = max(1, _CHUNK // max(1, len(mine))), []
     for first in range(0, n, step):
         size = min(step, n - first)
         some = torch.rand(size, len(mine), generator=generator, dtype=torch.float64) < chances
         shared = (some & mine).sum(1).double()
         union = some.sum(1) + int(mine.sum()) - shared
-        reached += int((torch.where(union > 0, shared / union.clamp_min(1), 1.0) >= own - 1e-12).sum())
-    return (1 + reached) / (1 + n)
+        found.append(torch.where(union > 0, shared / union.clamp_min(1), 1.0))
+    return among_draws(torch.cat(found), own)
 
 
 def fitted_to_degrees(edges: Tensor, exists: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from workbench.analysis.circuits.engine.prompts import Pair, Where
 from workbench.analysis.circuits.engine.setup import DENOISING, NOISING, Setup, open_setup
 from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
 from workbench.analysis.circuits.model.names import label
+from workbench.analysis.statistics.intervals import share_intervals
 from workbench.errors import InterventionError, nearest
 from workbench.session.ablations import find_ablation
 from workbench.session.workbench import Workbench
@@ -70,18 +71,28 @@ class HeadPatching(Result):
         return sign * self.effects.mean(-1) / (self.clean.mean() - self.corrupted.mean()).abs()
 
     @property
+    def interval(self) -> Tensor:
+        """[head, place, 2] 95 % intervals (Fieller's) of `scores` over prompts; NaN where prompts and twins may not
+        differ, or of one prompt."""
+        gap = self.clean - self.corrupted
+        sign = (1 if self.higher_is_better else -1) * (-1 if self.direction == NOISING else 1)
+        return share_intervals(sign * self.effects, gap * gap.mean().sign())
+
+    @property
     def table(self) -> pd.DataFrame:
-        """One row per head and place, highest magnitude first."""
+        """One row per head and place, highest magnitude first: the score with its interval, and the mean effect."""
         import pandas as pd
 
-        scores, effects = self.scores, self.effects.mean(-1)
+        scores, effects, ends = self.scores, self.effects.mean(-1), self.interval
         error = self.effects.std(-1) / max(self.effects.shape[-1], 1) ** 0.5
         rows = [
-            (head, self.layers[i], self.numbers[i], place, *(float(t[i, j]) for t in (scores, effects, error)))
+            (head, self.layers[i], self.numbers[i], place, float(scores[i, j]), *ends[i, j].tolist(),
+             float(effects[i, j]), float(error[i, j]))
             for i, head in enumerate(self.heads)
             for j, place in enumerate(self.places)
-        ]
-        frame = pd.DataFrame(rows, columns=["head", "layer", "number", "position", "score", "effect", "standard_error"])
+        ]  # fmt: skip
+        columns = ["head", "layer", "number", "position", "score", "low", "high", "effect", "standard_error"]
+        frame = pd.DataFrame(rows, columns=columns)
         return frame.sort_values("score", key=abs, ascending=False, kind="stable").reset_index(drop=True)
 
     def __repr__(self) -> str:

@@ -16,7 +16,7 @@ from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.names import label
-from workbench.analysis.statistics.intervals import mean_intervals
+from workbench.analysis.statistics.intervals import mean_t, proportions
 from workbench.errors import InterventionError
 from workbench.metrics import accuracy
 from workbench.session.workbench import Workbench
@@ -64,11 +64,15 @@ class Repair(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """Accuracies before, together, of each head, and random heads; then the movers' attention. 95 % intervals."""
+        """Accuracies before, together, of each head, and random heads; then the change of the movers' attention.
+
+        The 95 % intervals are over prompts: exact ones (Clopper and Pearson) of accuracies, Student's t of the changes;
+        of random heads low and high are the lowest and the highest draw.
+        """
         import pandas as pd
 
-        rows = [("before", "", *_mean(self.before)), ("together", " ".join(self.heads), *_mean(self.together))]
-        rows += [("single", head, *_mean(values)) for head, values in zip(self.heads, self.single, strict=True)]
+        rows = [("before", "", *_accuracy(self.before)), ("together", " ".join(self.heads), *_accuracy(self.together))]
+        rows += [("single", head, *_accuracy(values)) for head, values in zip(self.heads, self.single, strict=True)]
         if len(self.random):
             means = self.random.mean(1)
             low, high = float(means.min()), float(means.max())
@@ -77,7 +81,7 @@ class Repair(Result):
             )
         for head, shift in zip(self.movers, self.attention_after - self.attention_before, strict=True):
             for what, values in zip(("answer", "edited positions"), shift, strict=True):
-                rows.append((f"attention to the {what}, change", head, *_mean(values)))
+                rows.append((f"attention to the {what}, change", head, float(values.mean()), *mean_t(values)))
         return pd.DataFrame(rows, columns=["quantity", "of", "value", "low", "high"])
 
     def __repr__(self) -> str:
@@ -236,6 +240,6 @@ def _attention(
     return torch.stack(found).double().cpu()
 
 
-def _mean(values: Tensor) -> tuple[float, float, float]:
-    low, high = mean_intervals(values[:, None])[0].tolist()
-    return float(values.mean()), low, high
+def _accuracy(right: Tensor) -> tuple[float, float, float]:
+    low, high = proportions(right).tolist()
+    return float(right.mean()), low, high

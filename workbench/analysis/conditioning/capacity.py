@@ -53,7 +53,8 @@ class Capacity(Result):
     Attributes:
         sites, layers, heads: of each row, its site's name, layer and head. labels: such as "L3H5".
         sizes: numbers of stored pairs n. rules, queries, measures: names along the axes of `curves`.
-        curves, low, high: [measure, row, rule, query, n]; the bounds are those of 95 % bootstrap intervals.
+        curves, low, high: [measure, row, rule, query, n]; low and high are 95 % intervals over the draws of
+            pairs, of no width where all draws agree, such as a top-1 of 1.
         criterion: measure and threshold that say what still counts as held.
         n_star, n_low, n_high: [row, rule, query], n at which the criterion is lost, with its interval; 0 if even the
             smallest n fails it. censored: [row, rule, query], it still held at the largest n, and n* is at least that.
@@ -202,7 +203,6 @@ def capacity(
     sites: Any = None,
     importance: HeadImportance | Mapping[tuple[int | str, int], float] | None = None,
     pool: int = 2048,
-    resamples: int = 200,
     seed: int = 0,
     memory: int = 1 << 29,
     progress: bool = True,
@@ -234,7 +234,7 @@ def capacity(
         importance: what `head_importance` found (its first method and measure), or (layer, head) -> score, or
             (site's name or alias, head) -> score, to correlate with.
         pool: most tokens to keep per site, an even sample of all.
-        resamples: of the bootstrap. seed: of all draws.
+        seed: of all draws.
         memory: bytes that one go may take, about; heads are split up to stay within it.
 
     Raises:
@@ -249,7 +249,7 @@ def capacity(
     >>> found
     Capacity(4 heads, n to 40; hebb, delta, softmax; n* at snr_db 0)
     """
-    _check(rules, queries, sizes, repeats, n_queries, resamples, noise, pool)
+    _check(rules, queries, sizes, repeats, n_queries, noise, pool)
     check_criterion(*criterion)
     feature_map(features, 1)
     found = collect(wb, batches, sites, pool=pool, seed=seed, progress=progress)
@@ -277,10 +277,10 @@ def capacity(
     )
     held = {
         "criterion": list(criterion), "features": features, "unit_keys": unit_keys, "noise": noise, "repeats": repeats,
-        "n_queries": n_queries, "pool": pool, "resamples": resamples, "seed": seed,
+        "n_queries": n_queries, "pool": pool, "seed": seed,
         "options": {rule: dict(given) for rule, given in (options or {}).items()},
     }  # fmt: skip
-    return summarise(found, plan, criterion, importance, resamples, wb.provenance() | held, progress=progress)
+    return summarise(found, plan, criterion, importance, wb.provenance() | held, progress=progress)
 
 
 def summarise(
@@ -288,7 +288,6 @@ def summarise(
     plan: Plan,
     criterion: tuple[str, float] = ("snr_db", 0.0),
     importance: HeadImportance | Mapping[Any, float] | None = None,
-    resamples: int = 200,
     provenance: Mapping[str, Any] | None = None,
     *,
     progress: bool = False,
@@ -299,9 +298,7 @@ def summarise(
     parts = []
     for pairs in tqdm(found, desc="capacity", disable=not progress):
         sums = probe(pairs, plan)
-        parts.append(
-            (pairs, knees(sums, plan.sizes, *criterion, resamples=resamples, seed=plan.seed), _keys(pairs, plan))
-        )
+        parts.append((pairs, knees(sums, plan.sizes, *criterion), _keys(pairs, plan)))
     per_head = [(pairs.site, h) for pairs, _, _ in parts for h in range(pairs.q.shape[0])]
     widest = max(spectrum.shape[-1] for *_, (_, spectrum, _) in parts)
 
@@ -344,7 +341,7 @@ def summarise(
         effective_keys=load,
         n_tokens=per_row(lambda pairs: pairs.n_tokens),
         importance=scores,
-        correlation={} if scores is None else correlations(quantities, scores, resamples, plan.seed),
+        correlation={} if scores is None else correlations(quantities, scores),
         limits=LIMITS,
         provenance=dict(provenance or {}),
     )  # fmt: skip
@@ -382,7 +379,6 @@ def _check(
     sizes: Sequence[int] | None,
     repeats: int,
     n_queries: int,
-    resamples: int,
     noise: float,
     pool: int,
 ) -> None:
@@ -394,7 +390,7 @@ def _check(
                 raise WorkbenchError(f'there is no {what} "{name}"', hint=nearest(name, known))
     if sizes is not None and (not sizes or min(sizes) < 1):
         raise WorkbenchError(f"sizes are numbers of pairs from 1 on, not {list(sizes)}")
-    for name, count in (("repeats", repeats), ("n_queries", n_queries), ("resamples", resamples), ("pool", pool)):
+    for name, count in (("repeats", repeats), ("n_queries", n_queries), ("pool", pool)):
         if count < 1:
             raise WorkbenchError(f"{name} is {count}; it must be at least 1")
     if not 0 <= noise < float("inf"):

@@ -1,4 +1,4 @@
-"""From sums per repeat to curves, their bootstrap intervals, and the number of pairs at which a criterion is lost."""
+"""From sums per repeat to curves, their intervals, and the number of pairs at which a criterion is lost."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from workbench.analysis.statistics.intervals import draw_weights, percentiles
+from workbench.analysis.statistics.intervals import jackknife_t
 from workbench.errors import WorkbenchError, nearest
 
 MEASURES = ("cosine", "relative_error", "top1", "snr_db")
 """Cosine of retrieval and target; RMS error over RMS target; share of targets identified; SNR in decibel."""
 CEILING_DB = 120.0
 """SNRs are told within ± this: beyond it there is only rounding."""
+_ENDS = ((-1.0, 1.0), (0.0, None), (0.0, 1.0), (-CEILING_DB, CEILING_DB))  # of each measure
 
 
 class Knees(NamedTuple):
-    """Curves and n*; `low` and `high` are the bounds of 95 % bootstrap intervals over repeats.
+    """Curves and n*; `low` and `high` are the bounds of 95 % intervals over repeats, NaN of one repeat.
 
     Attributes:
         curves, low, high: [measure, ..., n].
@@ -97,28 +98,22 @@ def check_criterion(measure: str, threshold: float) -> None:
         raise WorkbenchError(f"the threshold is {threshold}; it must be a finite number")
 
 
-def knees(
-    sums: Tensor, sizes: Sequence[int], measure: str, threshold: float, *, resamples: int = 200, seed: int = 0
-) -> Knees:
-    """Curves and n* from sums [sum, head, ..., n, repeat]; intervals draw repeats anew, with replacement."""
-    curves = measures(sums.sum(-1))
+def knees(sums: Tensor, sizes: Sequence[int], measure: str, threshold: float) -> Knees:
+    """Curves and n* from sums [sum, head, ..., n, repeat]; intervals leave out each repeat in turn."""
+    whole = sums.sum(-1)
+    curves = measures(whole)
     n_star, censored = crossing(*_ordered(curves, sizes, measure, threshold))
-    repeats = sums.shape[-1]
-    weights = repeats * draw_weights(repeats, resamples, seed)  # of sums, not means
-    lows: list[Tensor] = []
-    highs: list[Tensor] = []
-    n_lows: list[Tensor] = []
-    n_highs: list[Tensor] = []
-    for head in range(sums.shape[1]):  # one at a time: all resamples of all heads at once would be large
-        again = measures(torch.einsum("s...r,br->sb...", sums[:, head], weights))
-        n, _ = crossing(*_ordered(again, sizes, measure, threshold))
-        low, high = percentiles(again.movedim(1, 0))
-        n_low, n_high = percentiles(n)
-        for kept, bound in ((lows, low), (highs, high), (n_lows, n_low), (n_highs, n_high)):
-            kept.append(bound)
-    return Knees(
-        curves, torch.stack(lows, 1), torch.stack(highs, 1), n_star, torch.stack(n_lows), torch.stack(n_highs), censored
-    )
+    bounds, n_bounds = [], []
+    for head in range(sums.shape[1]):  # one at a time: all repeats of all heads at once would be large
+        without = measures(whole[:, head, ..., None] - sums[:, head])  # [measure, ..., n, repeat]
+        bounds.append(jackknife_t(curves[:, head], without))
+        n, _ = crossing(*_ordered(without.movedim(-1, 1), sizes, measure, threshold))
+        n_bounds.append(jackknife_t(n_star[head], n.movedim(0, -1)).clamp(0, sizes[-1]))
+    ends = torch.stack(bounds, 1)
+    for each, (least, most) in zip(ends, _ENDS, strict=True):
+        each.clamp_(least, most)
+    of_n = torch.stack(n_bounds)
+    return Knees(curves, ends[..., 0], ends[..., 1], n_star, of_n[..., 0], of_n[..., 1], censored)
 
 
 def _ordered(

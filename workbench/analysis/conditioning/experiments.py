@@ -14,7 +14,7 @@ from workbench.analysis.conditioning.in_context import check_model, run_model, v
 from workbench.analysis.conditioning.memories import RULES
 from workbench.analysis.conditioning.schedules import Schedule, Trial, choose, run_rule
 from workbench.analysis.statistics.correlation import pearson
-from workbench.analysis.statistics.intervals import draw_weights, percentiles
+from workbench.analysis.statistics.intervals import jackknife_t, means_t
 from workbench.errors import FormatError, WorkbenchError, nearest
 from workbench.storage.result import Result
 from workbench.storage.typed import Keys
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from workbench.session.workbench import Workbench
 
 MODEL = "model"
+_SAME = 1 - 1e-9  # curves that correlate more are the same
 _NONE = 0.02  # a contrast whose interval lies within this share of a full association counts as none
 LIMITS = (
     "A rule's strength and a model's probability are different scales: what is compared is the direction of each "
@@ -43,14 +44,16 @@ class Conditioning(Result):
         experiments: names. subjects: the rules, then "model" where one was probed. tests: test cue of each experiment.
         what: what animals do in each. silent: where the linear theory has no answer, "" elsewhere.
         curves: experiment -> [subject, group, trial + 1] mean strength (rules) or probability (model) of the outcome
-            after the test cue; group 0 is the experimental one, 1 the control. low, high: 95 % intervals of the mean.
+            after the test cue; group 0 is the experimental one, 1 the control. low, high: 95 % t intervals of the mean
+            over choices of cues.
         phases: experiment -> (group, for each) words of the trials, such as "AB+".
         contrast, contrast_low, contrast_high: [experiment, subject], difference of the groups after the last trial,
             above 0 where the subject shows the effect; for acquisition the control never saw the cue.
         effect: [experiment, subject] +1, 0 or −1: the interval lies above zero, holds it (or is tiny), or lies below.
         agreement: rule -> share of experiments in which its effect is the model's; empty without a model. Only of those
             where the theory is not silent, here and in the correlation: elsewhere a rule's curve is no prediction.
-        correlation: rule -> (r, low, high) of its curves with the model's; empty without a model.
+        correlation: rule -> (r, low, high) of its mean curves with the model's, 95 % over choices of cues; empty
+            without a model.
         limits: what the numbers do not say.
     """
 
@@ -115,7 +118,6 @@ def conditioning(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     d: int = 64,
     repeats: int = 64,
-    resamples: int = 500,
     batch: int = 64,
     seed: int = 0,
     progress: bool = True,
@@ -130,7 +132,7 @@ def conditioning(
         cues, outcomes: token ids to draw from, such as the keys and values of `tasks.mqar`; all but the special ones if
             None.
         d: width of the random cues that the rules see.
-        repeats: random choices of cues. resamples: of the bootstrap over them. batch: rows in one forward.
+        repeats: random choices of cues. batch: rows in one forward.
 
     Raises:
         WorkbenchError: unknown experiment or rule, or a rate outside its stable range (with the bound).
@@ -143,9 +145,9 @@ def conditioning(
     for rule in rules:
         if rule not in RULES:
             raise WorkbenchError(f'there is no learning rule "{rule}"', hint=nearest(str(rule), list(RULES)))
-    if isinstance(rules, str) or not rules or repeats < 2 or resamples < 1 or batch < 1 or d < 1:
+    if isinstance(rules, str) or not rules or repeats < 2 or batch < 1 or d < 1:
         raise WorkbenchError(
-            f"rules={rules!r}, d={d}, repeats={repeats}, resamples={resamples}, batch={batch}: rules are a list of at "
+            f"rules={rules!r}, d={d}, repeats={repeats}, batch={batch}: rules are a list of at "
             "least one, repeats at least 2, the others at least 1"
         )
     chosen = choose(experiments, trials)
@@ -172,11 +174,11 @@ def conditioning(
             parts.append(_stack(groups))
         samples[one.name] = torch.stack(parts)
     subjects = (*rules, *((MODEL,) if wb is not None else ()))
-    about = {"trials": trials, "d": d, "repeats": repeats, "resamples": resamples, "seed": seed,
+    about = {"trials": trials, "d": d, "repeats": repeats, "seed": seed,
              "options": {rule: dict(given) for rule, given in (options or {}).items()}}  # fmt: skip
     if wb is not None:
         about = wb.provenance() | about
-    return _summarise(chosen, subjects, samples, resamples, seed, about)
+    return _summarise(chosen, subjects, samples, about)
 
 
 def _stack(groups: list[Tensor]) -> Tensor:
@@ -189,30 +191,23 @@ def _summarise(
     chosen: list[Schedule],
     subjects: tuple[str, ...],
     samples: dict[str, Tensor],
-    resamples: int,
-    seed: int,
     provenance: dict[str, Any],
 ) -> Conditioning:
-    repeats = next(iter(samples.values())).shape[2]
-    weights = draw_weights(repeats, resamples, seed)
-    again = {name: torch.einsum("sgrt,br->bsgt", x, weights) for name, x in samples.items()}
     signs = {one.name: one.sign for one in chosen}
     means = {name: x.mean(2) for name, x in samples.items()}
-    ends = torch.stack([signs[name] * (m[:, 0, -1] - m[:, 1, -1]) for name, m in means.items()])
-    spread = torch.stack([signs[name] * (x[:, :, 0, -1] - x[:, :, 1, -1]) for name, x in again.items()], dim=1)
-    low, high = percentiles(spread)
+    apart = torch.stack([signs[name] * (x[:, 0, :, -1] - x[:, 1, :, -1]) for name, x in samples.items()])
+    ends, (low, high) = apart.mean(-1), means_t(apart).unbind(-1)  # the same cues in both groups: differences in pairs
     tiny = (low > -_NONE) & (high < _NONE)
     effect = torch.where(tiny, 0, (low > 0).int() - (high < 0).int())
     correlation, agreement = {}, {}
     spoken = [e for e, one in enumerate(chosen) if not one.silent]
     if subjects[-1] == MODEL and spoken:
-        flat = torch.cat([means[chosen[e].name].flatten(1) for e in spoken], dim=-1)  # [subject, all points]
-        flat_again = torch.cat([again[chosen[e].name].flatten(2) for e in spoken], dim=-1)
+        flat = [samples[chosen[e].name].movedim(2, -1).flatten(1, 2) for e in spoken]
+        points = torch.cat(flat, dim=1)  # [subject, all points, repeat]
         for s, rule in enumerate(subjects[:-1]):
-            r_low, r_high = percentiles(pearson(flat_again[:, s], flat_again[:, -1]).nan_to_num(0.0))
-            correlation[rule] = (float(pearson(flat[s], flat[-1]).nan_to_num(0.0)), float(r_low), float(r_high))
+            correlation[rule] = curves_alike(points[s], points[-1])
             agreement[rule] = float((effect[spoken, s] == effect[spoken, -1]).double().mean())
-    bounds = {name: percentiles(x) for name, x in again.items()}
+    bounds = {name: means_t(x.movedim(2, -1)) for name, x in samples.items()}
     return Conditioning(
         experiments=tuple(one.name for one in chosen),
         subjects=subjects,
@@ -220,12 +215,30 @@ def _summarise(
         what=tuple(one.what for one in chosen),
         silent=tuple(one.silent for one in chosen),
         curves=means,
-        low={name: b[0] for name, b in bounds.items()},
-        high={name: b[1] for name, b in bounds.items()},
+        low={name: b[..., 0] for name, b in bounds.items()},
+        high={name: b[..., 1] for name, b in bounds.items()},
         phases={one.name: (_words(one.experimental), _words(one.control)) for one in chosen},
         contrast=ends, contrast_low=low, contrast_high=high,
         effect=effect, agreement=agreement, correlation=correlation, limits=LIMITS, provenance=provenance,
     )  # fmt: skip
+
+
+def curves_alike(one: Tensor, other: Tensor) -> tuple[float, float, float]:
+    """Correlation of two mean curves from [point, repeat] each, and its interval over repeats, by Fisher's z.
+
+    Noise of the means draws a correlation towards 0, the more the fewer the repeats; what leaving out each in turn adds
+    to that is taken off (the jackknife's correction). 0 where a mean curve does not vary.
+    """
+    n = one.shape[-1]
+
+    def z(a: Tensor, b: Tensor) -> Tensor:
+        return pearson(a, b).nan_to_num(0.0).clamp(-_SAME, _SAME).atanh()
+
+    without = [(each.sum(-1, keepdim=True) - each).T / (n - 1) for each in (one, other)]  # [repeat, point]
+    less = z(*without)
+    found = n * z(one.mean(-1), other.mean(-1)) - (n - 1) * less.mean()
+    low, high = jackknife_t(found, less).tanh().tolist()
+    return float(found.tanh()), low, high
 
 
 def _words(trials: tuple[Trial, ...]) -> tuple[str, ...]:

@@ -11,29 +11,23 @@ from torch import Tensor
 
 from workbench.analysis.importance.result import HeadImportance
 from workbench.analysis.statistics.correlation import spearman
-from workbench.analysis.statistics.intervals import draws, percentiles
+from workbench.analysis.statistics.intervals import rank_correlation
 from workbench.errors import WorkbenchError
 from workbench.hooks.sites import Site
 
 
-def correlations(
-    quantities: Mapping[str, Tensor], scores: Tensor, resamples: int, seed: int
-) -> dict[str, tuple[float, float, float]]:
-    """Spearman's ρ of each quantity [row] with the scores [row], and its 95 % interval over rows drawn anew.
+def correlations(quantities: Mapping[str, Tensor], scores: Tensor) -> dict[str, tuple[float, float, float]]:
+    """Spearman's ρ of each quantity [row] with the scores [row], and its 95 % interval, by Fisher's z.
 
-    Rows without a score (NaN) are left out. With fewer than three rows there is no relation to speak of: (0, −1, 1).
-    Where one of the two does not vary ρ is 0, which is no evidence of a relation.
+    Rows without a score (NaN) are left out. With fewer than four rows there is no relation to speak of: (0, −1, 1); nor
+    where one of the two does not vary.
     """
     known = scores.isfinite()
     y = scores[known]
-    if len(y) < 3:
-        return dict.fromkeys(quantities, (0.0, -1.0, 1.0))
-    picked = torch.stack(draws(len(y), resamples, seed))
     found = {}
     for name, values in quantities.items():
-        x = values.double()[known]
-        low, high = percentiles(spearman(x[picked], y[picked]).nan_to_num(0.0))
-        found[name] = (float(spearman(x, y).nan_to_num(0.0)), float(low), float(high))
+        rho = float(spearman(values.double()[known], y)) if len(y) > 3 else math.nan
+        found[name] = (0.0, -1.0, 1.0) if math.isnan(rho) else (rho, *rank_correlation(rho, len(y)))
     return found
 
 

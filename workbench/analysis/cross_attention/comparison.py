@@ -52,7 +52,6 @@ def cross_attention_saliency(
     decode_again: bool = True,
     keep: int = 4,
     seed: int = 0,
-    n_bootstrap: int = 1000,
     level: float = 0.95,
     progress: bool = True,
     prompt: Tensor | Sequence[int] | None = None,
@@ -96,7 +95,7 @@ def cross_attention_saliency(
             against that.
         keep: of how many examples the maps stay in the result.
         baseline, encoder_baseline: what masked cells and masked encoder positions become.
-        seed, n_bootstrap, level: of masks and random order, and of the intervals over examples.
+        seed, level: of masks and random order, and of the t intervals over examples.
         resume: a file to go on from, if it is there, and to write to. Examples that are done are kept in it; masks of
             the one under way in files beside it.
         options: for `workbench.saliency`, such as granularities, precision, p.
@@ -124,8 +123,8 @@ def cross_attention_saliency(
             raise WorkbenchError(f"there is no method {saliency!r}", hint=nearest(saliency, METHODS, "method"))
     elif len(saliency) != len(given):
         raise WorkbenchError(f"there are {len(saliency)} pairs of saliency for {len(given)} utterances")
-    if not 0 < level < 1 or n_bootstrap < 1:
-        raise WorkbenchError("level lies between 0 and 1, n_bootstrap is at least 1")
+    if not 0 < level < 1:
+        raise WorkbenchError(f"level lies between 0 and 1, and is not {level}")
     if orders:
         check_curves(fractions, decode_again)
     reading = _Reading(wb, prompt, time_axis, options.get("frames"), dict(decoding or {}))
@@ -190,7 +189,6 @@ def cross_attention_saliency(
             alignments=tuple(one["alignment"] for one in done),
             alignment_heads=done[0]["alignment_heads"],
             seed=seed,
-            n_bootstrap=n_bootstrap,
             level=level,
             provenance=wb.provenance() | {"weighting": weighting, "rollout": rollout, "n_masks": n_masks},
         )

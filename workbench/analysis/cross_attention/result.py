@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from workbench.analysis.statistics.intervals import MOST_DRAWS, draw_weights, mean_intervals, percentiles
+from workbench.analysis.statistics.intervals import jackknife_t, means_t
 from workbench.errors import WorkbenchError
 from workbench.storage.result import Result
 from workbench.storage.typed import Between
@@ -97,11 +97,12 @@ class CrossAttentionSaliency(Result):
             token by dynamic time warping, "disagreement" [token] distance of their middles in encoder positions, and
             "token" the rows they belong to.
         alignment_heads: (layer, head) pairs behind "alignment heads"; may be empty.
-        seed, n_bootstrap, level: of the intervals over utterances.
+        seed: of masks and random order. level: of the intervals over utterances.
         provenance: of the model and the inputs.
     """
 
     form = "workbench.cross_attention_saliency"
+    former: ClassVar = ("n_bootstrap",)
     filled: ClassVar = ("utterance",)
 
     aggregates: Annotated[tuple[str, ...], "aggregate"]
@@ -134,7 +135,6 @@ class CrossAttentionSaliency(Result):
     alignments: Annotated[tuple[Annotated[dict[str, Any], Alignment], ...], "utterance"]
     alignment_heads: tuple[tuple[int, int], ...]
     seed: int
-    n_bootstrap: Annotated[int, Between(0, MOST_DRAWS)]
     level: Annotated[float, Between(0, 1)]
     provenance: dict[str, Any]
 
@@ -148,7 +148,7 @@ class CrossAttentionSaliency(Result):
         return self.correlations[:, :, self._saliency(saliency), self._measure(measure)].nanmean(0)
 
     def interval(self, saliency: str = "input", measure: str = "pearson") -> Tensor:
-        """[aggregate, 2] bootstrap interval of `of` over utterances, by percentiles; NaN with one utterance."""
+        """[aggregate, 2] Student's t interval of `of` over utterances; NaN where it is defined in fewer than two."""
         return self._interval(self.correlations[:, :, self._saliency(saliency), self._measure(measure)])
 
     def by_head(self, saliency: str = "input", measure: str = "pearson") -> Tensor:
@@ -192,7 +192,7 @@ class CrossAttentionSaliency(Result):
         """One row per aggregate, saliency and measure.
 
         Columns aggregate, kind, layer, head, alignment (whether the model names the head so), saliency, measure, mean
-        (over utterances), low, high (bootstrap), pooled, utterances (in which it is defined) and note.
+        (over utterances), low, high (of the mean), pooled, utterances (in which it is defined) and note.
         """
         import pandas as pd
 
@@ -224,7 +224,7 @@ class CrossAttentionSaliency(Result):
 
     @property
     def areas(self) -> pd.DataFrame:
-        """Area under each mean curve (trapezoid over the fractions), with bootstrap intervals over utterances.
+        """Area under each mean curve (trapezoid over the fractions), with t intervals over utterances.
 
         Columns curve, order, score, area, low, high. "wer" is the mean over utterances of the word error rate against
         the unperturbed hypothesis, in percent: what perturbing changes, and not the authors' quantity, which is in
@@ -254,9 +254,9 @@ class CrossAttentionSaliency(Result):
 
         At each step of 5 % of the cells, 100 · Σ errors / Σ reference words over the utterances that have a reference,
         at most 100; the trapezoid over the share of cells, so that 100 is the most. Columns curve, order, area, low,
-        high (bootstrap over utterances, of the ratio), utterances and words. The authors put cells to zero and decode
-        with 5 beams and no repeated 5-grams; which baseline and decoding these curves had, the arguments said. Words
-        are compared in lower case without punctuation, where the study takes Whisper's normaliser.
+        high (of the area, by leaving out each utterance in turn), utterances and words. The authors put cells to zero
+        and decode with 5 beams and no repeated 5-grams; which baseline and decoding these curves had, the arguments
+        said. Words are compared in lower case without punctuation, where the study takes Whisper's normaliser.
 
         Raises:
             WorkbenchError: no curves, other steps, nothing decoded again, or no references.
@@ -281,11 +281,7 @@ class CrossAttentionSaliency(Result):
             )
         errors, words = self.reference_errors[have].double(), self.reference_words[have].double()
         n = len(words)
-        whole = _areas(torch.full((1, n), 1 / n, dtype=torch.float64), errors, words, steps)[0]
-        bounds = torch.full((*whole.shape, 2), torch.nan, dtype=torch.float64)
-        if n > 1:
-            drawn = _areas(draw_weights(n, self.n_bootstrap, self.seed), errors, words, steps)
-            bounds = torch.stack(percentiles(drawn, self.level), -1)
+        whole, bounds = corpus_area(errors, words, steps, self.level)
         rows = [
             {
                 "curve": curve,
@@ -354,8 +350,8 @@ class CrossAttentionSaliency(Result):
         return self.measures.index(name)
 
     def _interval(self, values: Tensor) -> Tensor:
-        """[..., 2] from [utterance, ...]; the same utterances are drawn for every column, undefined ones left out."""
-        return mean_intervals(values, n_bootstrap=self.n_bootstrap, level=self.level, seed=self.seed)
+        """[..., 2] t intervals of means from [utterance, ...], undefined ones left out."""
+        return means_t(values.movedim(0, -1), self.level)
 
     def __repr__(self) -> str:
         less = f", {len(self.skipped)} left out" if self.skipped else ""
@@ -363,6 +359,19 @@ class CrossAttentionSaliency(Result):
             f"CrossAttentionSaliency({self.n_utterances} utterances{less}, {len(self.aggregates)} attention maps "
             f"against {' and '.join(self.saliencies)} saliency)"
         )
+
+
+def corpus_area(errors: Tensor, words: Tensor, steps: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """[order, curve] areas under the word error rate of all utterances together, and [order, curve, 2] their intervals.
+
+    Args:
+        errors: [utterance, order, curve, step] wrong words. words: [utterance] of the reference. steps: [step] shares.
+    """
+    n = len(words)
+    every = torch.ones(1, n, dtype=torch.float64)
+    found = _areas(every, errors, words, steps)[0]
+    without = _areas(every - torch.eye(n, dtype=torch.float64), errors, words, steps) if n > 1 else found[None]
+    return found, jackknife_t(found, without.movedim(0, -1), level).clamp(0, 100)
 
 
 def _areas(weights: Tensor, errors: Tensor, words: Tensor, steps: Tensor) -> Tensor:

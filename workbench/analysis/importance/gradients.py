@@ -69,14 +69,18 @@ def gate_gradients(
     kinds = {site.name: site.kind for site in sites}
     for (call, z, _), gradient in zip(gates.calls, arrived, strict=True):
         gradient = torch.zeros_like(z) if gradient is None else gradient
-        _add(by_gate, call.site, (z.double() * gradient.double()).sum((2, 3)))
+        _add(by_gate, call, (z.double() * gradient.double()).sum((2, 3)))
         if attention:
             pattern = call.pattern(cross=kinds[call.site] == "cross")
             values_of = call.v.detach() if call.v.dim() == 4 else call.v.detach().unsqueeze(1)
-            sums = attention_times_gradient(pattern, gradient.to(pattern.dtype), values_of)
-            _add(by_attention, call.site, sums["key_gradient_magnitude"].double().sum(-1))
+            here = gradient if call.shard is None else call.shard.narrowed(gradient)
+            sums = attention_times_gradient(pattern, here.to(pattern.dtype), values_of)["key_gradient_magnitude"]
+            _add(by_attention, call, (sums if call.shard is None else call.shard.widened(sums)).double().sum(-1))
     return values.detach().double().cpu(), by_gate, by_attention
 
 
-def _add(held: dict[str, Tensor], site: str, found: Tensor) -> None:
-    held[site] = held[site] + found.cpu() if site in held else found.cpu()
+def _add(held: dict[str, Tensor], call: AttentionCall, found: Tensor) -> None:
+    """Add what was found [batch, head]; of heads in other processes, which run the same, it comes from them."""
+    if call.shard is not None:
+        found = call.shard.gathered(call.shard.narrowed(found))
+    held[call.site] = held[call.site] + found.cpu() if call.site in held else found.cpu()

@@ -202,12 +202,15 @@ class HeadImportance(Result):
         for method, measure in self.scores:
             score, ends = self.score(method, measure), self.interval(method, measure)
             best = [self.heads.index(label) for label in self.ranking(method, measure)[:3]]
+            spans = [
+                f" [{float(low):.3g}, {float(high):.3g}]" if bool(low.isfinite()) else "" for low, high in ends[best]
+            ]
             shown = ", ".join(
-                f"{self.heads[i]} {float(score[i]):.3g} [{float(ends[i, 0]):.3g}, {float(ends[i, 1]):.3g}]"
-                for i in best
+                f"{self.heads[i]} {float(score[i]):.3g}{span}" for i, span in zip(best, spans, strict=True)
             )
             few = int((self.effective(method, measure) < self.n_examples * FEWEST).sum())
             said = f" (no interval of {few}: few examples carry the mean, see the median)" if few else ""
+            said = " (no interval from one example)" if self.n_examples == 1 else said
             lines.append(f"  {method}, {measure}: {shown}{said}")
         lines += [f"  {method}, {measure}: none; {why}" for (method, measure), why in self.skipped.items()]
         return "\n".join(lines)

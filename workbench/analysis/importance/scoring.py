@@ -33,7 +33,7 @@ def head_importance(
     methods: str | Sequence[str] = ("ablation", "gradient"),
     *,
     heads: Any = None,
-    parts: Any = None,
+    partial_pruning: Any = None,
     grid: Grid | None = None,
     prefix: int | None = None,
     renormalise: bool = False,
@@ -60,9 +60,9 @@ def head_importance(
             "gradient_magnitude": its absolute value, averaged over examples (Michel et al. 2019, arXiv 1905.10650).
             "attention_gradient": Σ_ij |A_ij ∂M/∂A_ij|.
         heads: which heads; all by default.
-        parts: partial pruning: "cls" or "patches", the query rows of either; ("inside", k) or ("outside", k), what the
-            head reads from keys up to k hops away or beyond; or query positions. A list of these, or a dict by name;
-            each is a further method.
+        partial_pruning: what a head loses in place of all of it: "cls" or "patches", the query rows of either;
+            ("inside", k) or ("outside", k), what it reads from keys up to k hops away or beyond; or query positions. A
+            list of these, or a dict by name; each is a further method.
         grid: rows and columns of patches for hops; found from the model and its images by default.
         prefix: tokens before the patches; as many as there are more than patches by default.
         renormalise: whether hops that stay take over the weight of those that go.
@@ -89,7 +89,7 @@ def head_importance(
     wb.check_ready()
     chosen = _choose(wb, heads, several[0])
     labels = _labels(chosen)
-    of_parts = named_parts(parts)
+    of_parts = named_parts(partial_pruning)
     for name in of_parts:
         if name in METHODS:
             raise WorkbenchError(f'a part cannot be called "{name}", which is a method')

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workbench.capture.capture import Capture
 
 _SINKS = ("separate", "keep", "drop")
-_NO_DISTANCE = ("cross", "state", "window", "channel", "memory")
+_NO_DISTANCE = ("cross", "state", "window", "halo", "channel", "pooled", "memory")
 _SHOWN = 64  # tokens on either side in the offset map of text
 
 
@@ -29,8 +29,6 @@ def attention_profile(
     *,
     prefix: int | None = None,
     sites: Sequence[str | int | Site] | None = None,
-    seed: int = 0,
-    n_bootstrap: int = 1000,
     level: float = 0.95,
 ) -> AttentionProfile:
     """Profile every head: weight by hop, mean distance, entropy, CLS and sink, offset maps, and indicators.
@@ -62,7 +60,7 @@ def attention_profile(
 
     Patterns that are no distributions are profiled as |A| normalised per row, as their statistics are. They are walked
     in tiles; memory grows with the number of tokens. All numbers are first taken per example, that is per batch row of
-    every forward; means, spread and bootstrap intervals are over examples.
+    every forward; means, spread and intervals are over examples.
 
     Args:
         cap: any number of forwards; patterns must have been kept (queries_keys=True).
@@ -71,7 +69,7 @@ def attention_profile(
         sink: see above.
         prefix: number of tokens before the patches; None for as many as the model has, or as there are too many.
         sites: sites to profile, all with tokens or patches of one kind; None for all self-attention.
-        seed, n_bootstrap, level: of the bootstrap intervals.
+        level: of the t intervals of means over examples.
 
     Raises:
         CaptureError: no self-attention, patterns that were not kept, or queries and keys of different length, as in the
@@ -88,8 +86,8 @@ def attention_profile(
     """
     if sink not in _SINKS:
         raise WorkbenchError(f"sink is one of {', '.join(_SINKS)}, not {sink!r}")
-    if not 0 < level < 1 or n_bootstrap < 1:
-        raise WorkbenchError("level lies between 0 and 1, n_bootstrap is at least 1")
+    if not 0 < level < 1:
+        raise WorkbenchError(f"level lies between 0 and 1, and is not {level}")
     calls = cap.calls
     chosen, skipped = choose_sites(cap, sites)
     places = locate(cap, chosen, grid, prefix)
@@ -118,8 +116,6 @@ def attention_profile(
         measures=MEASURES,
         examples=numbers,
         offsets=maps.mean(0),
-        seed=seed,
-        n_bootstrap=n_bootstrap,
         level=level,
         skipped=skipped,
         provenance=dict(cap.provenance),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.analysis.statistics.intervals import MOST_DRAWS, mean_intervals
+from workbench.analysis.statistics.intervals import means_t
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
 from workbench.storage.typed import Between
@@ -37,12 +37,13 @@ class AttentionProfile(Result):
         measures: names along the axis of `examples`, [example, row, measure]; NaN where one does not apply.
         offsets: [row, 2·rows − 1, 2·columns − 1] weight per query on the key (dy, dx) away, a mean over examples;
             (0, 0) is in the middle. Of text [row, 1, 2·r + 1], and only to r = 64 tokens.
-        seed, n_bootstrap, level: of the intervals over examples.
+        level: of the intervals over examples.
         skipped: sites without a distance (cross-attention, states), which have no rows.
         provenance: of the capture.
     """
 
     form = "workbench.attention_profile"
+    former: ClassVar = ("seed", "n_bootstrap")
 
     sites: Annotated[tuple[str, ...], "row"]
     layers: Annotated[tuple[int, ...], "row"]
@@ -58,8 +59,6 @@ class AttentionProfile(Result):
     measures: Annotated[tuple[str, ...], "measure"]
     examples: Float[Tensor, "example row measure"]
     offsets: Float[Tensor, "row dy dx"]
-    seed: int
-    n_bootstrap: Annotated[int, Between(0, MOST_DRAWS)]
     level: Annotated[float, Between(0, 1)]
     skipped: tuple[str, ...]
     provenance: dict[str, Any]
@@ -76,8 +75,8 @@ class AttentionProfile(Result):
 
     @property
     def mass_interval(self) -> Tensor:
-        """[row, bin, 2] interval of `mass`."""
-        return self._interval(self.mass_examples)
+        """[row, bin, 2] Student's t interval of `mass`, the mean over examples; NaN with one example."""
+        return means_t(self.mass_examples.movedim(0, -1), self.level)
 
     def of(self, measure: str) -> Tensor:
         """[row] a measure's mean over the examples that it applies to.
@@ -95,12 +94,8 @@ class AttentionProfile(Result):
         return torch.where(count > 1, (away / (count - 1).clamp(min=1)).sqrt(), torch.nan)
 
     def interval(self, measure: str) -> Tensor:
-        """[row, 2] bootstrap interval of a measure's mean over examples, by percentiles; NaN with one example."""
-        return self._interval(self.examples[..., self._index(measure), None])[:, 0]
-
-    def _interval(self, values: Tensor) -> Tensor:
-        """[..., 2] from [example, ...]; the same examples are drawn for all heads. NaN where nothing applies."""
-        return mean_intervals(values, n_bootstrap=self.n_bootstrap, level=self.level, seed=self.seed)
+        """[row, 2] Student's t interval of a measure's mean over the examples it applies to; NaN of fewer than two."""
+        return means_t(self.examples[..., self._index(measure)].T, self.level)
 
     def _index(self, measure: str) -> int:
         if measure not in self.measures:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import AttachError, InterventionError
+from workbench.hooks.cut_weights import is_cut
 from workbench.hooks.heads import parse_heads
 from workbench.hooks.projections import is_conv1d
 from workbench.hooks.sites import Site, find_sites, heads_of, kv_heads_of
@@ -76,6 +77,10 @@ def prune_heads(model: Model, heads: Any) -> Model:
     if not sites:
         raise AttachError(f"no attention was found in {type(model).__name__}")
     chosen = parse_heads(sites, heads)
+    if is_cut(model):
+        raise InterventionError(
+            "the weights are cut over several processes", hint="prune the model in one process, and split it afterwards"
+        )
     _check_hooks(model)
     smaller = copy.deepcopy(model)
     done: set[nn.Module] = set()

@@ -1,14 +1,17 @@
-"""Intervals of what is computed from examples: by theory where there is one, else by drawing the examples anew."""
+"""Intervals of what is computed from examples, one home for all analyses.
+
+docs/simulations.md shows how often each holds what it is of; benchmarks/simulations.py has a row for each, and for
+each place that prints one.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
-
-MOST_DRAWS = 1_000_000
-"""Of a bootstrap, that a result's file may ask for."""
 
 
 def draws(
@@ -50,49 +53,6 @@ def _members(n: int, groups: Sequence[object] | None) -> list[Tensor]:
     return [torch.tensor(each) for each in places.values()]
 
 
-def draw_weights(n: int, n_bootstrap: int, seed: int) -> Tensor:
-    """[draw, example] how often each example is in each draw, over n: a mean over a draw is a product with these."""
-    index = torch.stack(draws(n, n_bootstrap, seed))
-    return torch.zeros(n_bootstrap, n, dtype=torch.float64).scatter_add_(
-        1, index, torch.full(index.shape, 1 / n, dtype=torch.float64)
-    )
-
-
-def percentiles(samples: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """The middle `level` of samples [draw, ...], as order statistics; NaN draws are left out, NaN where all are.
-
-    Order statistics, and not numbers between them, because samples may be infinite.
-
-    >>> low, high = percentiles(torch.arange(101.0))
-    >>> float(low), float(high)
-    (2.0, 98.0)
-    """
-    ordered = samples.sort(0).values  # NaN comes last
-    last = (~samples.isnan()).sum(0, keepdim=True) - 1
-    cut = ((1 - level) / 2 * last.clamp_min(0) + 1e-9).long()
-    low, high = (ordered.gather(0, at.clamp_min(0)).squeeze(0) for at in (cut, last - cut))
-    return low, high
-
-
-def mean_intervals(values: Tensor, *, n_bootstrap: int = 1000, level: float = 0.95, seed: int = 0) -> Tensor:
-    """[..., 2] bootstrap intervals of means over the examples of [example, ...], where NaN is left out.
-
-    The same examples are drawn for every column. NaN where fewer than two examples have a number.
-
-    >>> mean_intervals(torch.tensor([[1.0, 2.0], [1.0, torch.nan]])).tolist()
-    [[1.0, 1.0], [nan, nan]]
-    """
-    flat = values.double().flatten(1)
-    known = flat.isfinite()
-    if len(values) < 2:
-        return torch.full((*values.shape[1:], 2), torch.nan, dtype=torch.float64)
-    weights = draw_weights(len(values), n_bootstrap, seed)
-    means = (weights @ flat.masked_fill(~known, 0.0)) / (weights @ known.double())  # of a draw without any, 0 / 0
-    ends = torch.stack(percentiles(means, level), -1)
-    ends[known.sum(0) < 2] = torch.nan
-    return ends.reshape(*values.shape[1:], 2)
-
-
 def mean_t(values: Tensor, level: float = 0.95) -> tuple[float, float]:
     """Student's t interval of the mean of [example]; NaN with one example.
 
@@ -104,12 +64,92 @@ def mean_t(values: Tensor, level: float = 0.95) -> tuple[float, float]:
 
 
 def means_t(values: Tensor, level: float = 0.95) -> Tensor:
-    """[..., 2] Student's t intervals of the means over the last axis of [..., example]; NaN of one example."""
-    n, values = values.shape[-1], values.double()
-    if n < 2:
-        return torch.full((*values.shape[:-1], 2), torch.nan, dtype=torch.float64)
-    mean, wide = values.mean(-1), _t(n, level) * values.std(-1) / n**0.5
+    """[..., 2] Student's t intervals of the means over the last axis of [..., example], where NaN is left out.
+
+    NaN where fewer than two examples have a number.
+
+    >>> means_t(torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, torch.nan], [1.0, torch.nan, torch.nan]])).tolist()
+    [[-0.48..., 4.48...], [1.0, 1.0], [nan, nan]]
+    """
+    known, values = values.isfinite(), values.double()
+    n = known.sum(-1)
+    mean = values.masked_fill(~known, 0.0).sum(-1) / n
+    square = (values - mean[..., None]).masked_fill(~known, 0.0).square().sum(-1)
+    wide = _t(n, level) * (square / (n - 1).clamp_min(1) / n).sqrt()
     return torch.stack([mean - wide, mean + wide], -1)
+
+
+def proportions(right: Tensor, level: float = 0.95) -> Tensor:
+    """[..., 2] intervals of the chance of a 1, from [..., example] of 0 and 1: exact (Clopper and Pearson), so never
+    narrower than promised.
+
+    >>> proportions(torch.ones(10)).tolist()
+    [0.69..., 1.0]
+    """
+    from scipy.stats import beta
+
+    n, hits = right.shape[-1], right.double().sum(-1).numpy()
+    low = torch.as_tensor(beta.ppf((1 - level) / 2, hits, n - hits + 1)).nan_to_num(0.0)
+    high = torch.as_tensor(beta.ppf((1 + level) / 2, hits + 1, n - hits)).nan_to_num(1.0)
+    return torch.stack([low, high], -1)
+
+
+def jackknife_t(found: Tensor, without: Tensor, level: float = 0.95) -> Tensor:
+    """[..., 2] intervals of a smooth function of examples, by what it is without each of them.
+
+    Args:
+        found: [...] of all examples. without: [..., example] of all but one.
+
+    >>> x = torch.tensor([1.0, 2.0, 6.0])
+    >>> torch.equal(jackknife_t(x.mean(), (x.sum() - x) / 2), means_t(x))
+    True
+    """
+    n, found, without = without.shape[-1], found.double(), without.double()
+    if n < 2:
+        return torch.full((*found.shape, 2), torch.nan, dtype=torch.float64)
+    spread = (without - without.mean(-1, keepdim=True)).square().sum(-1)
+    wide = _t(n, level) * (spread * (n - 1) / n).sqrt()
+    return torch.stack([found - wide, found + wide], -1)
+
+
+def drawn_t(found: Tensor, drawn: Tensor, n: int, level: float = 0.95) -> Tensor:
+    """[..., 2] t intervals around what was found, as wide as draws of the examples spread; NaN draws are left out.
+
+    Of what depends on which items are chosen, such as the overlap of two circuits, neither the draws' own percentiles
+    nor their mirror image hold what all examples there could be would give: draws choose with more noise. The interval
+    is of the mean of what is found with as many new examples, around which `found` lies.
+
+    Args:
+        found: [...]. drawn: [draw, ...] with the examples drawn anew. n: how many examples there are.
+    """
+    wide = _t(n, level) * _spread(drawn.double())
+    return torch.stack([found.double() - wide, found.double() + wide], -1)
+
+
+def _spread(drawn: Tensor) -> Tensor:
+    """[...] standard deviation over the first axis, NaN left out."""
+    known = drawn.isfinite()
+    n = known.sum(0)
+    mean = drawn.masked_fill(~known, 0.0).sum(0) / n
+    square = (drawn - mean).masked_fill(~known, 0.0).square().sum(0)
+    return torch.where(n > 1, (square / (n - 1).clamp_min(1)).sqrt(), torch.nan)
+
+
+def rank_correlation(rho: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of Spearman's ρ of n pairs, by Fisher's z with the error of Bonett and Wright (2000).
+
+    (−1, 1) of fewer than four pairs, which say nothing.
+
+    >>> rank_correlation(0.0, 3), [round(end, 3) for end in rank_correlation(0.5, 30)]
+    ((-1.0, 1.0), [0.148, 0.74])
+    """
+    from scipy.stats import norm
+
+    if n < 4:
+        return -1.0, 1.0
+    z, wide = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho))), float(norm.ppf((1 + level) / 2))
+    wide *= ((1 + rho * rho / 2) / (n - 3)) ** 0.5
+    return min(rho, math.tanh(z - wide)), max(rho, math.tanh(z + wide))
 
 
 def medians(values: Tensor, level: float = 0.95) -> Tensor:
@@ -146,30 +186,66 @@ def effective_examples(values: Tensor) -> Tensor:
 
 
 def share_interval(part: Tensor, whole: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Fieller's interval of mean(part) / mean(whole) of [example] pairs: NaN where it is not bounded, or below two.
-
-    It holds each share f for which the mean of part − f · whole is within its t interval of 0, and is bounded exactly
-    where the t interval of the whole's mean does not hold 0.
+    """`share_intervals` of one [example].
 
     >>> whole = torch.tensor([1.0, 2.0, 3.0, 2.0])
     >>> low, high = share_interval(whole / 2, whole)
     >>> round(low, 6), round(high, 6), share_interval(whole, whole - 2)
     (0.5, 0.5, (nan, nan))
     """
-    n, (a, d) = len(part), (given.double() for given in (part, whole))
-    nothing = (float("nan"), float("nan"))
+    low, high = share_intervals(part, whole, level).tolist()
+    return low, high
+
+
+def share_intervals(part: Tensor, whole: Tensor, level: float = 0.95) -> Tensor:
+    """[..., 2] Fieller's intervals of mean(part) / mean(whole), of [..., example] and [example] of the same examples.
+
+    NaN where one is not bounded, or of fewer than two. It holds each share f for which the mean of part − f · whole is
+    within its t interval of 0, and is bounded exactly where the t interval of the whole's mean does not hold 0.
+    """
+    n, (a, d) = part.shape[-1], (given.double() for given in (part, whole))
     if n < 2:
-        return nothing
-    (aa, ad), (_, dd) = (torch.cov(torch.stack([a, d])) / n).tolist()
-    t2, x, y = _t(n, level) ** 2, float(a.mean()), float(d.mean())
+        return torch.full((*part.shape[:-1], 2), torch.nan, dtype=torch.float64)
+    x, y = a.mean(-1), d.mean()
+    over_a, over_d = a - x[..., None], d - y
+    aa, ad, dd = ((one * other).sum(-1) / (n * (n - 1)) for one, other in (
+        (over_a, over_a), (over_a, over_d), (over_d, over_d)
+    ))  # fmt: skip
+    t2 = _t(n, level) ** 2
     first, half, last = y * y - t2 * dd, x * y - t2 * ad, x * x - t2 * aa
-    if not first > 0:
-        return nothing
-    root = max(0.0, half * half - first * last) ** 0.5
-    return (half - root) / first, (half + root) / first
+    root = (half * half - first * last).clamp_min(0).sqrt()
+    ends = torch.stack([(half - root) / first, (half + root) / first], -1)
+    return ends if bool(first > 0) else torch.full_like(ends, torch.nan)
 
 
-def _t(n: int, level: float) -> float:
+def middle(drawn: Tensor, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    """The ends between which the middle of draws [draw, ...] lies, of what chance gives: not of something measured.
+
+    As order statistics; NaN draws are left out, NaN where all are.
+
+    >>> low, high = middle(torch.arange(101.0))
+    >>> float(low), float(high)
+    (2.0, 98.0)
+    """
+    ordered = drawn.sort(0).values  # NaN comes last
+    last = (~drawn.isnan()).sum(0, keepdim=True) - 1
+    cut = ((1 - level) / 2 * last.clamp_min(0) + 1e-9).long()
+    low, high = (ordered.gather(0, at.clamp_min(0)).squeeze(0) for at in (cut, last - cut))
+    return low, high
+
+
+@overload
+def _t(n: int, level: float) -> float: ...
+
+
+@overload
+def _t(n: Tensor, level: float) -> Tensor: ...
+
+
+def _t(n: int | Tensor, level: float) -> float | Tensor:
+    """Student's t of n examples at which `level` lies between −t and t; NaN of fewer than two."""
     from scipy.stats import t
 
+    if isinstance(n, Tensor):
+        return torch.as_tensor(t.ppf((1 + level) / 2, n.numpy() - 1.0))
     return float(t.ppf((1 + level) / 2, n - 1))

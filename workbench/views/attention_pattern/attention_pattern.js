@@ -2,7 +2,7 @@
 
 import { arrayOf } from "workbench/shared/blocks.js";
 import { colourAt, gradient, rgbOf } from "workbench/shared/colour.js";
-import { button, checkbox, exactly, legend, make, named, roughly, selector } from "workbench/shared/dom.js";
+import { button, exactly, legend, make, named, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { Matrix } from "workbench/shared/matrix.js";
 import { ceiling } from "workbench/shared/scales.js";
@@ -27,10 +27,6 @@ class Patterns {
   constructor(frame) {
     this.frame = frame;
     this.facts = frame.facts;
-    this.scale = "sqrt";
-    this.range = "shared";
-    this.variant = 0;
-    this.hide = false;
     this.tiles = new Map();
     [this.index, this.head] = this.facts.first;
     this.heads = [this.head];
@@ -71,7 +67,7 @@ class Patterns {
   }
 
   buildControls() {
-    const { controls } = this.frame;
+    const { controls, settings } = this.frame;
     const { sites, variants } = this.facts;
     if (sites.length > 1) {
       this.sitePicker = selector("Site", sites.map((site, i) => [i, `${site.label}, layer ${site.layer}${site.mode === "missing" ? " (no pattern)" : ""}`]), (i) => this.go(Number(i), this.head));
@@ -81,13 +77,17 @@ class Patterns {
       this.headPicker = selector("Head", [], (head) => this.go(this.index, Number(head)));
       controls.append(this.headPicker.field);
     }
-    if (variants.length > 1) controls.append(selector("Weights", variants.map((name, i) => [i, name]), (i) => this.set({ variant: Number(i) })).field);
+    const weights = settings.pick("weights", "Weights", variants.map((name) => [name, name]), variants[0], (name) => this.set({ variant: variants.indexOf(name) }));
+    this.variant = variants.indexOf(weights.value);
     const scales = [["sqrt", "square root"], ["linear", "linear"], ["log", "logarithmic"]];
-    controls.append(selector("Scale", scales, (scale) => this.set({ scale })).field);
+    const scale = settings.pick("scale", "Scale", scales, "sqrt", (name) => this.set({ scale: name }));
+    this.scale = scale.value;
     const ranges = [["shared", "to the largest shown"], ["own", "each head its own"], ["one", "0 to 1"]];
-    controls.append(selector("Colours run", ranges, (range) => this.set({ range })).field);
-    this.hider = checkbox("", false, (hide) => this.set({ hide }));
-    controls.append(this.hider.field);
+    const range = settings.pick("range", "Colours run", ranges, "shared", (name) => this.set({ range: name }));
+    this.range = range.value;
+    this.hider = settings.mark("hide", "", false, (hide) => this.set({ hide }));
+    this.hide = this.hider.value;
+    controls.append(...(variants.length > 1 ? [weights.field] : []), scale.field, range.field, this.hider.field);
     const zoom = (factor) => () => this.maps.forEach((map) => (factor ? map.zoom(factor) : map.show({ ...map.view, top: 0, left: 0, rows: map.height, columns: map.width })));
     controls.append(make("span", { class: "tools" }, button("+", zoom(0.5), { "aria-label": "Zoom in" }), button("−", zoom(2), { "aria-label": "Zoom out" }), button("All", zoom(0), { "aria-label": "Show everything" })));
   }
@@ -142,7 +142,7 @@ class Patterns {
     if (!there) return;
     const shown = this.heads.slice(0, AT_ONCE);
     this.maps = shown.map((head) => this.mapOf(head));
-    this.panels.replaceChildren(...this.maps.map((map, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.nameOf(shown[i])), map.element)));
+    this.panels.replaceChildren(...this.maps.map((map, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.nameOf(shown[i]), make("small", { class: "axes" }, "queries ↓ keys →")), map.element)));
     this.panels.dataset.count = this.maps.length;
     this.strips.build();
     this.colour();
@@ -230,11 +230,16 @@ class Patterns {
     this.mark();
   }
 
+  /** Weights to stand below the colours, which are round where the top is. */
+  ticks(top) {
+    if (this.scale === "log") return [LOWEST, 0.001, 0.01, 0.1].filter((weight) => weight < 0.7 * top).concat(top);
+    return (this.scale === "sqrt" ? [0, 0.05, 0.2, 0.5, 1] : [0, 0.2, 0.4, 0.6, 0.8, 1]).map((share) => share * top);
+  }
+
   describe(tops) {
     const { site } = this;
-    const value = { linear: (t) => t * this.top, sqrt: (t) => t * t * this.top, log: (t) => LOWEST * (this.top / LOWEST) ** t }[this.scale];
     const own = this.range === "own" && new Set(tops).size > 1;
-    const ticks = [0, 0.25, 0.5, 0.75, 1].map((t) => [t, own ? `${100 * t} %` : roughly(value(t))]);
+    const ticks = this.ticks(own ? 1 : this.top).map((weight) => [this.place(weight, own ? 1 : this.top), own ? `${roughly(100 * weight)} %` : roughly(weight)]);
     const what = site.weights === "normalised" ? (this.facts.variants[this.variant] === "raw" ? "weight" : "weight × ‖v‖, per row") : "|A| / Σ|A|";
     const scaled = { linear: "", sqrt: ", square-root scale", log: `, logarithmic from ${LOWEST}` }[this.scale];
     const notes = [make("span", {}, `${what}${scaled}${own ? ", of each head's own largest" : ""}`), make("span", { class: "swatch" }, "not visible to the query")];

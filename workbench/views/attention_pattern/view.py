@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from workbench.capture.capture import Capture
-from workbench.errors import CaptureError, ReportError, WorkbenchError
+from workbench.errors import CaptureError, ReportError
 from workbench.hooks.sites import Site
-from workbench.kernels.patterns import DensePattern, Pattern
+from workbench.kernels.patterns import Pattern
 from workbench.tokens import visible, visible_text
 from workbench.views.attention_pattern import pyramid
+from workbench.views.attention_pattern.picture import draw
 from workbench.views.attention_pattern.pyramid import Pyramid
-from workbench.views.base import scales
+from workbench.views.attention_pattern.sources import (
+    EXACT,
+    QUANTISED,
+    Source,
+    affordable_top,
+    block_for,
+    sources_of,
+)
 from workbench.views.base.registry import register
-from workbench.views.base.selection import SharedSelection
+from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
 from workbench.views.head_atlas import group_label
@@ -26,34 +33,17 @@ from workbench.views.head_atlas import group_label
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-EXACT = 256  # up to so many tokens, cells of few heads are kept as they are
-QUANTISED = 1024
-IMAGE = 4096
 _FEW_HEADS = 8
 _CELLS_OF_FEW, _CELLS_OF_MANY = 9_000_000, 3_000_000  # cells of all maps that a page holds by default
 _TILE = 512  # most tokens along an edge of a tile that a kernel computes
 _ROWS_OF_TABLE = 1000
 
 
-@dataclass(frozen=True)
-class _Source:
-    """One site to show: its pattern, or why there is none."""
-
-    site: Site
-    pattern: Pattern | None
-    missing: str | None
-    heads: list[int]
-    shape: tuple[int, int, int, int]
-    queries: list[str] | None
-    keys: list[str] | None
-    marks: str
-
-
 class AttentionPattern(View):
     """See `attention_pattern`."""
 
     def __init__(
-        self, spec: ViewSpec, selection: SharedSelection | None, sources: Sequence[_Source], batch: int
+        self, spec: ViewSpec, selection: SharedSelection | None, sources: Sequence[Source], batch: int
     ) -> None:
         super().__init__(spec, selection)
         self._sources, self._batch = sources, batch
@@ -76,34 +66,7 @@ class AttentionPattern(View):
         return {"shape": list(tile.shape)}, [tile.contiguous().numpy().tobytes()]
 
     def picture(self, figure: Figure) -> None:
-        facts, blocks = self.spec.facts, self.spec.blocks
-        i, head = facts["first"]
-        site = facts["sites"][i]
-        figure.set_size_inches(6.4, 5.6)
-        axes = figure.add_subplot()
-        if site["mode"] == "missing":
-            axes.set_axis_off()
-            axes.text(0, 0.5, visible_text(str(site["missing"]), 300), wrap=True)
-            return
-        cells = blocks[f"cells:0:{i}"][site["heads"].index(head)]
-        weights = np.where(cells == 0, np.nan, pyramid.dequantise(cells))
-        _, high = scales.limits(weights, signed=False)
-        axes.set_facecolor(scales.unseen_colour())
-        edges = (-0.5, site["keys"] - 0.5, site["queries"] - 0.5, -0.5)
-        image = axes.imshow(
-            np.sqrt(weights), vmin=0, vmax=np.sqrt(high), extent=edges, interpolation="nearest", aspect="auto"
-        )
-        axes.set(title=_name(site, head), xlabel="key", ylabel="query")
-        for axis, which, n in ((axes.xaxis, "keyTokens", site["keys"]), (axes.yaxis, "queryTokens", site["queries"])):
-            at = range(0, n, max(1, -(-n // 32)))
-            tokens = None if site[which] is None else facts["tokens"][site[which]]
-            names = [str(p) if tokens is None or n > EXACT else _short(tokens[p]) for p in at]
-            axis.set_ticks(list(at), names, fontsize=7, rotation=90 if axis is axes.xaxis else 0)
-        bar = figure.colorbar(
-            image, label="weight, square-root scale" if site["weights"] == "normalised" else "|A| / Σ|A|"
-        )
-        places = np.linspace(0, np.sqrt(high), 5).tolist()
-        bar.set_ticks(places, labels=[f"{p * p:.2g}" for p in places])
+        draw(figure, self.spec, self.chosen)
 
 
 def attention_pattern(
@@ -144,16 +107,16 @@ def attention_pattern(
     >>> attention_pattern(torch.eye(3), tokens=["a", "b", "c"])
     AttentionPattern(Attention pattern)
     """
-    sources = list(_sources(source, site, heads, batch, tokens, key_tokens))
+    sources = list(sources_of(source, site, heads, batch, tokens, key_tokens))
     found = [each for each in sources if each.pattern is not None]
     variants = ["raw", "value-weighted"] if value_weighted else ["raw"]
     n_heads = sum(len(each.heads) for each in found) * len(variants)
     budget = (_CELLS_OF_FEW if n_heads <= _FEW_HEADS else _CELLS_OF_MANY) if budget is None else budget
-    block, n_top = _block(found, budget / len(variants)), _affordable_top(found, n_top, budget / len(variants))
+    block, n_top = block_for(found, budget / len(variants)), affordable_top(found, n_top, budget / len(variants))
     lists = _Lists()
     facts: list[dict[str, Any]] = []
     blocks: dict[str, Any] = {}
-    shown: list[tuple[_Source, Pyramid]] = []
+    shown: list[tuple[Source, Pyramid]] = []
     for i, each in enumerate(sources):
         missing, made = each.missing, None
         exact = block == 1 and n_heads <= _FEW_HEADS and max(each.shape[2:]) <= EXACT
@@ -170,7 +133,7 @@ def attention_pattern(
                 blocks = {name: array for name, array in blocks.items() if not name.endswith(f":{i}")}
         facts.append(_site_facts(each, made, missing, lists))
     if not shown:
-        raise ReportError(f"no pattern was kept: {sources[0].missing}", hint="capture with queries_keys=True")
+        raise ReportError(f"no pattern was kept: {facts[0]['missing']}", hint="capture with queries_keys=True")
     first = next(i for i, each in enumerate(facts) if each["mode"] != "missing")
     leading = facts[first]
     spec = ViewSpec(
@@ -181,8 +144,9 @@ def attention_pattern(
         blocks=blocks,
         table=_table(shown, lists.rows),
         left_out=max(0, sum(int((made.top_keys >= 0).sum()) for _, made in shown) - _ROWS_OF_TABLE),
-        notes=tuple(_notes(facts, shown, n_top)),
+        notes=(*_of_batch(shown[0][0].shape[0], batch), *_notes(facts, shown, n_top)),
         provenance=dict(source.provenance) if isinstance(source, Capture) else {},
+        inputs=inputs_of(lists.rows[0]) if lists.rows else None,
     )
     return AttentionPattern(spec, selection, sources, batch)
 
@@ -202,103 +166,6 @@ class _Lists:
         return self.rows.index(shown)
 
 
-def _sources(
-    source: Any, site: Any, heads: Sequence[int] | None, batch: int, tokens: Any, key_tokens: Any
-) -> Iterator[_Source]:
-    if isinstance(source, Capture):
-        if not len(source.calls) or not len(source.sites):
-            raise ReportError("the capture is empty", hint="call the model inside `with wb.capture() as cap:`")
-        chosen = list(source.sites) if site is None else [source[site].site]
-        for each in chosen:
-            record = source[each.name]
-            try:
-                pattern, missing = record.pattern, None
-            except WorkbenchError as error:
-                pattern, missing = None, str(error)
-            known = source.query_tokens(each.name), source.key_tokens(each.name)
-            texts = [None if rows is None else list(rows[_entry(batch, record.shape[0])]) for rows in known]
-            yield _made(each, pattern, missing, heads, record.shape, texts[0], texts[1], record.marks, batch)
-        return
-    if isinstance(source, torch.Tensor):
-        weights = source.detach()
-        if weights.dim() not in (2, 3, 4):
-            raise ReportError("weights are [query, key] or [head, query, key]", shape=weights.shape)
-        if 0 in weights.shape:
-            raise ReportError("there are no weights to show", shape=weights.shape)
-        weights = weights.reshape(-1, *weights.shape[-3:]) if weights.dim() > 2 else weights[None, None]
-        normalised = bool(torch.allclose(weights.double().sum(-1), torch.ones((), dtype=torch.float64), atol=1e-3))
-        source = DensePattern(weights.float(), normalised=normalised)
-    if not isinstance(source, Pattern):
-        raise ReportError(f"a {type(source).__name__} has no pattern", hint="pass a capture, a pattern or a tensor")
-    for name, texts, n in (("tokens", tokens, source.n_queries), ("key_tokens", key_tokens, source.n_keys)):
-        if texts is not None and len(texts) != n:
-            raise ReportError(f"there are {len(texts)} {name} for {n} positions")
-    if key_tokens is None and source.n_keys == source.n_queries:
-        key_tokens = tokens
-    marks = "signed" if source.signed else "normalised" if source.normalised else "unnormalised"
-    one = Site("", 0, "self", source.n_heads, None, None)
-    yield _made(one, source, None, heads, source.shape, tokens, key_tokens, marks, batch)
-
-
-def _entry(batch: int, n: int) -> int:
-    if not 0 <= batch < n:
-        raise ReportError(f"there are batch entries 0 to {n - 1}, no entry {batch}")
-    return batch
-
-
-def _made(
-    site: Site,
-    pattern: Pattern | None,
-    missing: str | None,
-    heads: Any,
-    shape: Any,
-    queries: Any,
-    keys: Any,
-    marks: str,
-    batch: int,
-) -> _Source:
-    _entry(batch, shape[0])
-    if 0 in shape:
-        raise ReportError("there are no weights to show", site=site.name or None, shape=shape)
-    which = list(range(shape[1])) if heads is None else list(heads)
-    bad = [head for head in which if not 0 <= head < shape[1]]
-    if bad or not which:
-        raise CaptureError(
-            f"there are {shape[1]} heads, no head {bad[0] if bad else '(none given)'}", site=site.name or None
-        )
-    return _Source(site, pattern, missing, which, tuple(shape), queries, keys, marks)
-
-
-def _cells(source: _Source, block: int) -> float:
-    """Cells of a site's maps that cost something: half of a causal map deflates to nothing."""
-    _, _, queries, keys = source.shape
-    half = 0.5 if source.pattern is not None and source.pattern.mask.causal and queries == keys else 1.0
-    return len(source.heads) * -(-queries // block) * -(-keys // block) * half
-
-
-def _block(sources: Sequence[_Source], budget: float) -> int:
-    block = 1
-    while sum(_cells(each, block) for each in sources) > budget or any(
-        max(s.shape[2:]) > IMAGE * block for s in sources
-    ):
-        block *= 2
-        if block > pyramid.MOST_BLOCK:
-            asked = sum(_cells(each, pyramid.MOST_BLOCK) for each in sources)
-            raise ReportError(
-                f"in blocks of {pyramid.MOST_BLOCK} tokens the maps still have {asked:,.0f} cells of {budget:,.0f}",
-                hint="show fewer sites or heads, or pass a larger budget=",
-            )
-    # Three bytes a cell, and no eye sees more: long maps come down to what a screen can show.
-    while any(max(s.shape[2:]) > IMAGE and max(s.shape[2:]) > QUANTISED * block for s in sources):
-        block *= 2
-    return min(block, pyramid.MOST_BLOCK)
-
-
-def _affordable_top(sources: Sequence[_Source], n_top: int, budget: float) -> int:
-    rows = sum(len(each.heads) * each.shape[2] for each in sources)
-    return next((n for n in (n_top, 4, 2, 1) if n <= n_top and 8 * n * rows <= max(budget, 2_500_000)), 0)
-
-
 def _arrays(made: Pyramid) -> dict[str, Any]:
     arrays = {"cells": made.cells, "top_keys": made.top_keys, "top": made.top, "first": made.first}
     if made.places is not None:
@@ -308,7 +175,7 @@ def _arrays(made: Pyramid) -> dict[str, Any]:
     return arrays
 
 
-def _site_facts(source: _Source, made: Pyramid | None, missing: str | None, lists: _Lists) -> dict[str, Any]:
+def _site_facts(source: Source, made: Pyramid | None, missing: str | None, lists: _Lists) -> dict[str, Any]:
     longest = max(source.shape[2:])
     mode = "missing" if made is None else "pyramid"
     if made is not None and made.block == 1:
@@ -331,19 +198,15 @@ def _site_facts(source: _Source, made: Pyramid | None, missing: str | None, list
     }
 
 
-def _name(site: dict[str, Any], head: int) -> str:
-    return f"L{site['layer']}H{head}, {site['name']}" if site["name"] else f"Head {head}"
-
-
-def _short(token: str) -> str:
-    return token if len(token) <= 12 else token[:11] + "…"
-
-
 def _caption(facts: Sequence[dict[str, Any]]) -> str:
     heads = sum(len(site["heads"]) for site in facts if site["mode"] != "missing")
     sizes = {(site["queries"], site["keys"]) for site in facts}
     size = f"{min(sizes)[0]:,} queries and {min(sizes)[1]:,} keys" if len(sizes) == 1 else "sites of several sizes"
     return f"{heads:,} head{'' if heads == 1 else 's'} over {size}: a row is what its query looks at."
+
+
+def _of_batch(n: int, batch: int) -> list[str]:
+    return [f"Entry {batch} of a batch of {n:,} is shown; batch= chooses another."] if n > 1 else []
 
 
 def _notes(facts: Sequence[dict[str, Any]], shown: Any, n_top: int) -> Iterator[str]:
@@ -372,7 +235,7 @@ def _notes(facts: Sequence[dict[str, Any]], shown: Any, n_top: int) -> Iterator[
         yield f"No pattern: {', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}. {facts[-1]['missing'] or ''}"
 
 
-def _table(shown: Sequence[tuple[_Source, Pyramid]], lists: list[list[str]]) -> dict[str, Any]:
+def _table(shown: Sequence[tuple[Source, Pyramid]], lists: list[list[str]]) -> dict[str, Any]:
     """The largest exact weights of all heads that are shown."""
     parts = []
     for i, (source, made) in enumerate(shown):

@@ -195,12 +195,13 @@ def _sealed(html: str) -> str:
 _VIEW = TEMPLATES.from_string("""\
 <div class="workbench-view" data-view="view-{{ index }}">
 <div class="scriptless">
-<p>This view needs JavaScript, which does not run here.</p>
+<noscript><p>This view needs JavaScript, which does not run here.</p></noscript>
 <p>{{ caption }}</p>
 {% for note in notes %}
 <p>{{ note }}</p>
 {% endfor %}
 {% if rows %}
+<p>Not drawn; in numbers:</p>
 <div class="wide"><table><thead><tr>{% for name in columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}

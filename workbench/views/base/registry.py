@@ -52,7 +52,7 @@ def page_of(thing: Any, path: str | Path | None = None) -> str | Path:
     Raises:
         ReportError: nothing shows such a thing. FileError: the file cannot be written.
     """
-    html = page.together([view.spec for view in all_of(thing)])
+    html = page.together([view.current for view in all_of(thing)])
     return html if path is None else disk.write(path, html)
 
 

@@ -26,10 +26,37 @@ def unseen_colour() -> str:
     return "#2a2f36" if _is_dark() else "#e6e9ed"
 
 
+def accent() -> str:
+    """The colour of what is chosen. For use inside `picture`."""
+    return "#ff9a7d" if _is_dark() else "#b5321c"
+
+
+def frame_of(x: float, y: float, width: float = 1.0, height: float = 1.0) -> Any:
+    """A frame around a chosen cell, to add to axes. For use inside `picture`."""
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height, fill=False, edgecolor=accent(), linewidth=2, zorder=3)
+
+
 def _is_dark() -> bool:
     import matplotlib as mpl
 
     return bool(np.mean(mpl.colors.to_rgb(mpl.rcParams["figure.facecolor"])) < 0.5)
+
+
+def norm(low: float, high: float, *, roots: bool) -> Any:
+    """Places of values between two ends, or of the square roots of their sizes."""
+    from matplotlib.colors import FuncNorm, Normalize
+
+    if not roots:
+        return Normalize(low, high)
+    there, back = (lambda v: np.sign(v) * np.sqrt(np.abs(v))), (lambda v: np.sign(v) * np.square(v))
+    return FuncNorm((there, back), low, high)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """The ends of a scale and what lies between them."""
+    return [low, low / 2, 0.0, high / 2, high] if low < 0 else [low, (low + high) / 4, (low + high) / 2, high]
 
 
 def limits(values: Any, *, signed: bool) -> tuple[float, float]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-import traitlets
-
 from workbench.errors import WorkbenchError
+
+_PARTS = {"model": ("layer", "heads", "site"), "inputs": ("query", "key", "token", "example")}
+_MODEL = ("model_class", "model_name", "parameters")  # checkpoints of one model have the same heads
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,21 @@ class Selection:
         """JSON values; `of` reads them."""
         return {**asdict(self), "heads": list(self.heads)}
 
+    def has(self, layer: int | None, head: int, site: str | None = None) -> bool:
+        """Whether a head is chosen; without a site it is known by its layer alone."""
+        return layer == self.layer and head in self.heads and (None in (site, self.site) or site == self.site)
+
+    def __bool__(self) -> bool:
+        return self != Selection()
+
+    def over(self, first: Selection) -> Selection:
+        """This selection, with the heads or the positions of the first one where none of its own are chosen."""
+        nothing, made = Selection(), self
+        for names in _PARTS.values():
+            if all(getattr(self, name) == getattr(nothing, name) for name in names):
+                made = replace(made, **{name: getattr(first, name) for name in names})
+        return made
+
     def __str__(self) -> str:
         parts = []
         if self.layer is not None:
@@ -68,8 +87,41 @@ class Selection:
         return ", ".join(parts) or "nothing selected"
 
 
-class SharedSelection(traitlets.HasTraits):
-    """A selection that several views follow. `value` may be read, set and observed.
+@dataclass(frozen=True)
+class Scope:
+    """What a view's selection is a selection from: views of another model, or of other inputs, have one of their own.
+
+    Attributes:
+        model: whose heads. None: not known; then those of the only model that is shown, if there is but one.
+        inputs: whose tokens and examples. None likewise.
+    """
+
+    model: str | None = None
+    inputs: str | None = None
+
+    @classmethod
+    def of(cls, provenance: Mapping[str, Any], inputs: str | None = None) -> Scope:
+        """The scope of what has this provenance; one with several models in it is of none of them."""
+        several = [provenance, *(value for value in provenance.values() if isinstance(value, Mapping))]
+        models = {tuple(str(each.get(name)) for name in _MODEL) for each in several if "model_class" in each}
+        return cls(_short(models.pop()) if len(models) == 1 else None, inputs)
+
+
+def inputs_of(tokens: Sequence[str]) -> str:
+    """A short name of inputs by their tokens, the same for all views of them.
+
+    >>> inputs_of(["a", "b"]) == inputs_of(("a", "b")) != inputs_of(["ab"])
+    True
+    """
+    return _short(tokens)
+
+
+def _short(parts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:12]
+
+
+class SharedSelection:
+    """A selection that several views follow, each within its scope. `value` is what was selected last.
 
     >>> shared = SharedSelection()
     >>> shared.select(layer=2, heads=(7,))
@@ -77,23 +129,102 @@ class SharedSelection(traitlets.HasTraits):
     2
     """
 
-    value = traitlets.Instance(Selection, args=())
+    def __init__(self) -> None:
+        self._last = Selection()
+        self._everywhere: dict[str, Any] = {}
+        # For the scopes of each part, by their name: what was selected there.
+        self._chosen: dict[str, dict[str, dict[str, Any]]] = {part: {} for part in _PARTS}
+        self._known: dict[str, set[str]] = {part: set() for part in _PARTS}
+        self._followers: list[_Follower] = []
 
-    def select(self, **changes: Any) -> None:
-        """Change some of the selection: `select(layer=5, heads=(1,))`."""
-        self.value = Selection.of({**self.value.to_json(), **changes})
+    @property
+    def value(self) -> Selection:
+        """What was selected last; what is set here is selected in every scope."""
+        return self._last
 
-    def on_select(self, callback: Callable[[Selection], object]) -> Callable[[], None]:
-        """Call back with every new selection; what is returned ends that."""
+    @value.setter
+    def value(self, selection: Selection) -> None:
+        self.select(**selection.to_json())
 
-        def told(change: Any) -> None:
-            callback(change["new"])
+    def of(self, scope: Scope) -> Selection:
+        """What is selected in a scope."""
+        found = dict(self._everywhere)
+        for part, chosen in self._chosen.items():
+            found |= chosen.get(self._name(part, scope), {})
+        return Selection(**found)
 
-        self.observe(told, "value")
-        return lambda: self.unobserve(told, "value")
+    def select(self, scope: Scope | None = None, **changes: Any) -> None:
+        """Change some of the selection, in a scope or in every one: `select(layer=5, heads=(1,))`.
+
+        Raises:
+            WorkbenchError: an unknown name, or a value that is no position.
+        """
+        given = Selection.of(changes)
+        for part, names in _PARTS.items():
+            made = {name: getattr(given, name) for name in names if name in changes}
+            if scope is not None and made:
+                self._chosen[part].setdefault(self._name(part, scope), {}).update(made)
+            elif scope is None:
+                self._everywhere |= made
+                self._chosen[part] = {
+                    name: {key: value for key, value in chosen.items() if key not in made}
+                    for name, chosen in self._chosen[part].items()
+                }
+        self._last = replace(self._last, **{name: getattr(given, name) for name in changes})
+        if scope is not None:
+            self._last = self.of(scope)
+        self._tell()
+
+    def on_select(self, callback: Callable[[Selection], object], scope: Scope | None = None) -> Callable[[], None]:
+        """Call back with every new selection, of one scope or of any; what is returned ends that."""
+        follower = _Follower(callback, scope, self._seen(scope))
+        self._followers.append(follower)
+
+        def end() -> None:
+            if follower in self._followers:
+                self._followers.remove(follower)
+
+        return end
+
+    def join(self, scope: Scope) -> None:
+        """Make a scope known: views that do not know theirs share that of the only one."""
+        for part, known in self._known.items():
+            if (name := getattr(scope, part)) is not None:
+                known.add(name)
+
+    def copy(self) -> SharedSelection:
+        """What is selected now, for later; nobody follows it."""
+        made = SharedSelection()
+        made._last, made._everywhere = self._last, dict(self._everywhere)
+        made._chosen, made._known = deepcopy((self._chosen, self._known))
+        return made
+
+    def _name(self, part: str, scope: Scope) -> str:
+        given: str | None = getattr(scope, part)
+        known = self._known[part]
+        return given if given is not None else next(iter(known)) if len(known) == 1 else ""
+
+    def _seen(self, scope: Scope | None) -> Selection:
+        return self._last if scope is None else self.of(scope)
+
+    def _tell(self) -> None:
+        for follower in list(self._followers):
+            now = self._seen(follower.scope)
+            if now != follower.told:
+                follower.told = now
+                follower.callback(now)
 
     def __repr__(self) -> str:
         return f"SharedSelection({self.value})"
+
+
+@dataclass(eq=False)
+class _Follower:
+    """Who is told of what is selected in a scope, and what they were told last."""
+
+    callback: Callable[[Selection], object]
+    scope: Scope | None
+    told: Selection
 
 
 SHARED = SharedSelection()

@@ -7,7 +7,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from workbench.errors import ReportError
 from workbench.storage.json_text import finite
 from workbench.views.base.kinds import Kind, kind_of
+from workbench.views.base.selection import Scope, Selection, SharedSelection
 
 Array = NDArray[Any]
 Table = Mapping[str, "Array | Sequence[str]"]
 
 KINDS = {"u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"}
 _STATIC = {"version": int, "kind": str, "title": str, "caption": str, "facts": dict, "blocks": dict, "table": list,
-           "left_out": int, "notes": list, "selection": dict, "state": dict}  # fmt: skip
+           "left_out": int, "notes": list, "scope": dict, "selection": dict, "state": dict}  # fmt: skip
 _MOST_AXES = 8
 _WORTH = 0.95  # a block is kept deflated when that makes it so much smaller
 
@@ -45,6 +46,7 @@ class ViewSpec:
         selection: what is selected when nobody has selected anything.
         state: what has been set in this view alone, JSON values: pins and their names, a threshold.
         provenance: JSON values.
+        inputs: which inputs its positions belong to, see `inputs_of`; None: not known.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class ViewSpec:
     selection: Mapping[str, Any] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    inputs: str | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(column) for column in self.table.values()}
@@ -70,6 +73,16 @@ class ViewSpec:
         # Facts are compared as JSON has them: tuples as lists, NaN as null.
         axes = {name: {"dtype": b.dtype.str[1:], "axes": b.ndim} for name, b in self.blocks.items()}
         _check(self.kind, finite(self.facts), finite(self.state), axes)
+
+    @property
+    def scope(self) -> Scope:
+        """What its selection is a selection from."""
+        return Scope.of(self.provenance, self.inputs)
+
+    def choosing(self, shared: SharedSelection) -> ViewSpec:
+        """The spec that begins with what is selected now, where anything is."""
+        now = shared.of(self.scope)
+        return replace(self, selection=now.over(Selection.of(self.selection)).to_json()) if now else self
 
     def to_live(self) -> dict[str, Any]:
         """The spec for a widget: arrays as bytes, which travel as binary buffers."""
@@ -101,6 +114,7 @@ class ViewSpec:
             "table": columns,
             "left_out": self.left_out,
             "notes": list(self.notes),
+            "scope": asdict(self.scope),
             "selection": finite(self.selection),
             "state": finite(self.state),
         }

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, Self
 import pandas as pd
 from markupsafe import Markup
 
+from workbench import __version__
 from workbench.errors import ReportError
 from workbench.storage import disk
 from workbench.storage.json_text import finite
+from workbench.tokens import visible_text
 from workbench.views.base import drawing, page
 from workbench.views.base.selection import SHARED, Selection, SharedSelection
 from workbench.views.base.spec import ViewSpec
+from workbench.views.base.stills import Stills
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from workbench.views.base.widget import ViewWidget
 
 TABLE_ROWS = 50  # rows of the table that stands below a picture
+DPI = 120
 
 
 class View(ABC):
@@ -47,10 +51,11 @@ class View(ABC):
     def __init__(self, spec: ViewSpec, selection: SharedSelection | None = None) -> None:
         self.spec = spec
         self._shared = SHARED if selection is None else selection
+        self._stills: Stills | None = None
 
     @abstractmethod
     def picture(self, figure: Figure) -> None:
-        """Draw what matters on an empty figure; colours and fonts are set."""
+        """Draw what matters of what is `chosen` and of the `state`, on an empty figure; colours and fonts are set."""
 
     def answer(self, question: Mapping[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
         """Answer the live module: JSON values, and buffers of bytes. Errors of ours reach the module as text."""
@@ -58,17 +63,27 @@ class View(ABC):
 
     @property
     def selection(self) -> Selection:
-        """What is selected in this view and in those that share its selection."""
-        return self._shared.value
+        """What is selected in this view and in those that show the same model, or the same inputs."""
+        return self._shared.of(self.spec.scope)
+
+    @property
+    def chosen(self) -> Selection:
+        """What the view shows as chosen: the selection, or where nothing is selected what its spec begins with."""
+        return self.selection.over(Selection.of(self.spec.selection))
+
+    @property
+    def current(self) -> ViewSpec:
+        """The spec as it stands now: pages and reports of the view open with what is selected and set in it."""
+        return self.spec.choosing(self._shared)
 
     def select(self, **changes: Any) -> Self:
         """Change the shared selection: `view.select(layer=5, heads=(1,))`; returns the view."""
-        self._shared.select(**changes)
+        self._shared.select(self.spec.scope, **changes)
         return self
 
     def on_select(self, callback: Callable[[Selection], object]) -> Callable[[], None]:
         """Call back with every new selection, from Python or from a click; what is returned ends that."""
-        return self._shared.on_select(callback)
+        return self._shared.on_select(callback, self.spec.scope)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -90,6 +105,8 @@ class View(ABC):
         self.spec = replace(self.spec, state=state)
         if "widget" in self.__dict__:
             self.widget.state = dict(state)
+        if self._stills is not None:
+            self._stills.outdate()
 
     def data(self) -> pd.DataFrame:
         """The numbers that are shown, as a table."""
@@ -121,40 +138,79 @@ class View(ABC):
         Raises:
             FileError: the file cannot be written.
         """
-        html = page.single(self.spec)
+        html = page.single(self.current)
         return html if path is None else disk.write(path, html)
 
-    def to_png(self, path: str | Path | None = None, *, theme: str = "light", dpi: int = 120) -> bytes | Path:
+    def to_png(
+        self,
+        path: str | Path | None = None,
+        *,
+        theme: str = "light",
+        dpi: int = DPI,
+        words: bool = False,
+        transparent: bool = False,
+    ) -> bytes | Path:
         """The picture: its bytes, or its path when one is given.
 
         Args:
             theme: "light" or "dark".
+            words: with the title above it, and the caption and a line of provenance below it.
+            transparent: without a background.
 
         Raises:
             FileError: the file cannot be written.
         """
+        if words or transparent:
+            return self._drawn("png", path, theme=theme, dpi=dpi, words=words, transparent=transparent)
         found = drawing.png(self.picture, self.size, theme=theme, dpi=dpi, colours=self.colours)
         return found if path is None else disk.write(path, found)
 
-    def _png(self) -> bytes:
-        found = self.to_png()
-        return found if isinstance(found, bytes) else found.read_bytes()
+    def to_svg(
+        self, path: str | Path | None = None, *, theme: str = "light", words: bool = True, transparent: bool = False
+    ) -> bytes | Path:
+        """The picture for a paper or a talk, as SVG; arguments as those of `to_png`.
 
-    def _still(self, identity: str) -> str:
+        Raises:
+            FileError: the file cannot be written.
+        """
+        return self._drawn("svg", path, theme=theme, dpi=DPI, words=words, transparent=transparent)
+
+    def to_pdf(
+        self, path: str | Path | None = None, *, theme: str = "light", words: bool = True, transparent: bool = False
+    ) -> bytes | Path:
+        """The picture for a paper, as PDF; arguments as those of `to_png`.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        return self._drawn("pdf", path, theme=theme, dpi=DPI, words=words, transparent=transparent)
+
+    def _drawn(self, form: str, path: str | Path | None, *, words: bool, **how: Any) -> bytes | Path:
+        around = None
+        if words:
+            caption = visible_text(" ".join([self.spec.caption, *self.spec.notes]))
+            around = drawing.Words(visible_text(self.spec.title), caption, origin_line(self.spec.provenance))
+        found = drawing.drawn(self.picture, self.size, form, words=around, **how)
+        return found if path is None else disk.write(path, found)
+
+    def _still(self, identity: str, picture: bytes) -> str:
         """The picture and the table as HTML without scripts: what a notebook shows once nothing lives behind it."""
         table = self.data().head(TABLE_ROWS)
         return drawing.still(
             identity,
             title=self.spec.title,
             caption=" ".join([self.spec.caption, *self.spec.notes]),
-            picture=base64.b64encode(self._png()).decode("ascii"),
+            picture=base64.b64encode(picture).decode("ascii"),
             table=table,
             n_rows=len(self.data()) + self.spec.left_out,
         )
 
+    def _bundle(self, identity: str) -> dict[str, Any]:
+        picture = drawing.png(self.picture, self.size, theme="light", dpi=DPI, colours=self.colours)
+        return {"text/html": self._still(identity, picture), "image/png": picture, "text/plain": str(self)}
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        identity = f"workbench-{secrets.token_hex(6)}"
-        return {"text/html": self._still(identity), "image/png": self._png(), "text/plain": str(self)}
+        return self._bundle(_identity())
 
     def _ipython_display_(self) -> None:
         """Two outputs: the widget, and below it the picture, which the widget hides while it lives."""
@@ -165,15 +221,17 @@ class View(ABC):
         if shell is None or getattr(shell, "kernel", None) is None:
             display({"text/plain": str(self)}, raw=True)
             return
-        identity = f"workbench-{secrets.token_hex(6)}"
+        identity = _identity()
         self.widget.still = [*self.widget.still, identity]
         live = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
         display({"application/vnd.jupyter.widget-view+json": live, "text/plain": repr(self)}, raw=True)
-        picture = {"text/html": self._still(identity), "image/png": self._png(), "text/plain": str(self)}
-        display(picture, raw=True)
+        if self._stills is None:
+            self._stills = Stills(shell, self._bundle)
+            self.on_select(self._stills.outdate)
+        self._stills.show(identity)
 
     def __html__(self) -> Markup:
-        return Markup(self._still(f"workbench-{secrets.token_hex(6)}"))
+        return Markup(self._bundle(_identity())["text/html"])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec.title})"
@@ -189,3 +247,22 @@ class View(ABC):
             has = f"the first of {len(table) + left:,}" if left else "them all"
             lines.append(f"… {len(table):,} rows; view.data() has {has}")
         return "\n".join(lines)
+
+
+def origin_line(provenance: Mapping[str, Any]) -> str:
+    """Where numbers come from, in a line: the models with their weights, this package's version.
+
+    >>> origin_line({"model_name": "gpt2", "weights_sha256": "0123456789abcdef"})
+    'gpt2, weights 0123456789ab; attention-workbench 0.1.0'
+    """
+    several = [provenance, *(value for value in provenance.values() if isinstance(value, Mapping))]
+    models = []
+    for each in several:
+        if "model_name" in each:
+            weights = each.get("weights_sha256")
+            models.append(f"{each['model_name']}" + (f", weights {str(weights)[:12]}" if weights else ""))
+    return visible_text("; ".join([*dict.fromkeys(models), f"attention-workbench {__version__}"]))
+
+
+def _identity() -> str:
+    return f"workbench-{secrets.token_hex(6)}"

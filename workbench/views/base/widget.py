@@ -45,20 +45,21 @@ class ViewWidget(anywidget.AnyWidget):
     def of(view: Shown, shared: SharedSelection) -> ViewWidget:
         """The widget of a view."""
         state = dict(view.spec.state)
-        given = {"spec": view.spec.to_live(), "selection": shared.value.to_json(), "state": state}
+        shared.join(view.spec.scope)
+        given = {"spec": view.spec.to_live(), "selection": shared.of(view.spec.scope).to_json(), "state": state}
         widget = _widget_class(view.spec.kind)(**given)
         widget._view, widget._shared = view, shared
         widget.on_msg(widget._asked)
         widget.observe(widget._chosen, "selection")
         widget.observe(widget._stated, "state")
-        shared.on_select(widget._follow)
+        shared.on_select(widget._follow, view.spec.scope)
         return widget
 
     _view: Shown
     _shared: SharedSelection
 
     def _chosen(self, change: Any) -> None:
-        self._shared.value = Selection.of(change["new"])
+        self._shared.select(self._view.spec.scope, **change["new"])
 
     def _stated(self, change: Any) -> None:
         try:

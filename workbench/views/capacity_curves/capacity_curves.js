@@ -19,10 +19,8 @@ class Curves {
   constructor(frame) {
     this.frame = frame;
     this.facts = frame.facts;
-    this.row = 0;
     this.measure = 0;
     this.query = 0;
-    this.measure = Math.max(0, this.facts.measures.indexOf(this.facts.criterion.measure));
     this.row = this.facts.first;
     this.words = make("p", { class: "sums" });
     this.silent = make("p", { class: "about" });
@@ -34,15 +32,19 @@ class Curves {
     frame.root.addEventListener("keydown", (event) => this.key(event));
     this.show();
     frame.onSelect((selection) => this.follow(selection));
-    frame.onRedraw(() => this.charts.forEach((chart) => chart.draw()));
+    frame.onRedraw(() => this.show()); // some lines have the theme's colours
   }
 
   build() {
     const { heads, measures, queries } = this.facts;
     this.picker = selector("Head", heads.map(({ label }, i) => [i, label]), (row) => this.choose(Number(row)));
-    const measure = selector("Measure", measures.map((name, i) => [i, name]), (i) => this.set({ measure: Number(i) }));
-    const query = selector("Asked with", queries.map((name, i) => [i, name]), (i) => this.set({ query: Number(i) }));
-    measure.select.value = this.measure;
+    const named = (names) => names.map((name) => [name, name]);
+    const { settings } = this.frame;
+    const first = measures[Math.max(0, measures.indexOf(this.facts.criterion.measure))];
+    const measure = settings.pick("measure", "Measure", named(measures), first, (name) => this.set({ measure: measures.indexOf(name) }));
+    const query = settings.pick("query", "Asked with", named(queries), queries[0], (name) => this.set({ query: queries.indexOf(name) }));
+    this.measure = measures.indexOf(measure.value);
+    this.query = queries.indexOf(query.value);
     this.frame.controls.append(this.picker.field, measure.field, query.field);
   }
 

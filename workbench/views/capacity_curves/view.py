@@ -35,30 +35,39 @@ class CapacityCurves(View):
 
     def picture(self, figure: Figure) -> None:
         facts, blocks = self.spec.facts, self.spec.blocks
-        row, measure = facts["first"], facts["measures"].index(facts["criterion"]["measure"])
+        chosen = [i for i, h in enumerate(facts["heads"]) if self.chosen.has(h["layer"], h["head"], h["site"])]
+        row = chosen[0] if chosen else facts["first"]
+        names = [self.state.get("measure"), facts["criterion"]["measure"]]
+        measure = next(facts["measures"].index(name) for name in names if name in facts["measures"])
+        asked = self.state.get("query")
+        query = facts["queries"].index(asked) if asked in facts["queries"] else 0
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
         sizes, level = facts["sizes"], facts["criterion"]["at"]
+        decisive = facts["measures"][measure] == facts["criterion"]["measure"]
+        told = facts["queries"][query] == facts["stored"] and "hebb" in facts["rules"]
         for r, rule in enumerate(facts["rules"]):
             colour = SERIES[r % len(SERIES)]
-            ys, low, high = (blocks[name][measure, row, r, 0] for name in ("curves", "low", "high"))
-            n, *_, censored = blocks["knees"][row, r, 0]
+            ys, low, high = (blocks[name][measure, row, r, query] for name in ("curves", "low", "high"))
+            n, *_, censored = blocks["knees"][row, r, query]
             left.plot(sizes, ys, color=colour, label=f"{rule}, n* {'≥ ' if censored else ''}{n:.3g}")
             left.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)
-            if n > 0 and not censored:
+            if n > 0 and not censored and decisive:
                 left.plot([n], [level], "o", color=colour)
         muted = left.xaxis.label.get_color()
         if facts["measures"][measure] == facts["snr"]:
-            for t, theory in enumerate(facts["theories"][:2]):
+            for t, theory in enumerate(facts["theories"][: 2 if told else 0]):
                 style = "--" if t == 0 else ":"
                 left.plot(sizes, blocks["theory"][row, t], style, color=muted, label=f"theory for Hebb, {theory}")
-            known = blocks["curves"][measure, row, :, 0]
+            known = blocks["curves"][measure, row, :, query]
             known = np.concatenate([known[np.abs(known) <= _SHOWN].ravel(), [level]])
             left.set_ylim(float(known.min()) - 2, float(known.max()) + 4)
-        left.axhline(level, color=muted, linewidth=0.8, linestyle="--")
+        if decisive:
+            left.axhline(level, color=muted, linewidth=0.8, linestyle="--")
         left.axvline(blocks["about"][row, 1], color=muted, linewidth=0.8, label=f"load {blocks['about'][row, 1]:.3g}")
         left.set_xscale("log", base=2)
         left.xaxis.set_major_formatter("{x:g}")
-        left.set(title=facts["heads"][row]["label"], xlabel="stored pairs n", ylabel=facts["measures"][measure])
+        title = f"{facts['heads'][row]['label']}, asked with {facts['queries'][query]}"
+        left.set(title=title, xlabel="stored pairs n", ylabel=facts["measures"][measure])
         left.legend(fontsize=8)
         width = int(blocks["about"][row, 0])
         shares = blocks["spectrum"][row, :width]

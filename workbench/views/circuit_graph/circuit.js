@@ -183,12 +183,13 @@ export class Circuit {
 
   /**
    * What the n highest keep of the effect: {at: "measured", share, low, high}; {at: "between", share, sizes}, on a straight
-   * line over the logarithm of the size; {at: "outside", sizes}; {at: "unknown"} of a choice that has no size; or {at: "never"}.
+   * line over the logarithm of the size; {at: "outside", sizes}; {at: "unknown"} of a choice that has no size; or {at: "undefined"}, {at: "never"}.
    */
   kept(by, n) {
     const { curve, found } = this.facts;
     if (!curve) return { at: "never" };
     if (by === "found") return found.n === null ? { at: "unknown" } : this.kept(found.by, found.n);
+    if (curve.undefined) return { at: "undefined" };
     const { sizes, shares, low, high } = curve[by];
     const i = sizes.findIndex((size) => size >= n);
     if (sizes[i] === n) return { at: "measured", share: shares[i], low: low[i], high: high[i] };

@@ -4,6 +4,7 @@ import { arrange, CHIP } from "./layout.js";
 import { cut, make } from "workbench/shared/dom.js";
 
 const BESIDE = 16; // letters beside a node
+const FADED = 0.28; // how strong edges are beside those of a node that is pointed at
 const SPREAD = { q: -5, k: 0, v: 5 }; // where on a head an edge arrives
 
 export class GraphDrawing {
@@ -88,7 +89,8 @@ export class GraphDrawing {
       }
     }
     ink.stroke();
-    this.lines(ink, view.shown.edges, 0.1, 0.75);
+    const faint = frame.printing && this.lit().length ? FADED : 1;
+    this.lines(ink, view.shown.edges, 0.1 * faint, 0.75 * faint);
   }
 
   /** Draw edges, faint ones first; the weakest and the strongest are so opaque. */
@@ -183,17 +185,25 @@ export class GraphDrawing {
     }
   }
 
+  /** Edges in and out of the node that is pointed at, and of the pinned ones. */
+  lit() {
+    const { shown, pins, current } = this.view;
+    const nodes = [...pins.keys(), current].filter((node) => shown.nodes.has(node));
+    return [...new Set(nodes.flatMap((node) => [...shown.into(node), ...shown.out(node)]))];
+  }
+
   /** Show what goes in and out of the node that is pointed at, and of the pinned ones. */
   light() {
     const { view } = this;
-    const { shown, circuit } = view;
-    const ink = this.pen(this.over);
+    const { circuit } = view;
+    // On paper a canvas hides what lies below it: there is one then.
+    const { printing } = this.frame;
+    const ink = printing ? this.base.getContext("2d") : this.pen(this.over);
     ink.fillStyle = this.frame.colour("muted");
     for (const { y, label } of this.made.rows) ink.fillText(label, 4, y);
     for (const { from, to, label } of this.made.columns) ink.fillText(cut(label, Math.max(4, Math.floor((to - from) / 7))), from + 6, 8);
-    const lit = [...view.pins.keys(), view.current].filter((node) => shown.nodes.has(node));
-    const edges = [...new Set(lit.flatMap((node) => [...shown.into(node), ...shown.out(node)]))];
-    this.base.classList.toggle("faded", edges.length > 0);
+    const edges = this.lit();
+    this.base.classList.toggle("faded", edges.length > 0 && !printing);
     this.lines(ink, edges, 0.45, 0.5);
     const near = circuit.ends(edges);
     for (const [node, { element }] of this.elements) element.classList.toggle("near", near.has(node) || node === view.current);
@@ -216,7 +226,7 @@ export class GraphDrawing {
     ink.fillStyle = frame.colour("paper");
     ink.fillRect(0, 0, canvas.width, canvas.height);
     ink.textAlign = "center";
-    for (const [layer, alpha] of [[base, base.matches(".faded") ? 0.28 : 1], [over, 1]]) {
+    for (const [layer, alpha] of [[base, base.matches(".faded") ? FADED : 1], [over, 1]]) {
       ink.globalAlpha = alpha;
       ink.drawImage(layer, 0, 0, this.made.width, this.made.height);
     }

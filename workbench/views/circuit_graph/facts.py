@@ -131,12 +131,13 @@ def curve_facts(curve: FaithfulnessCurve) -> dict[str, Any]:
         at = {size: i for i, size in enumerate(curve.sizes) if size > 0}  # equal sizes are the same choice
         return {
             "sizes": list(at),
-            "shares": [shares[i] for i in at.values()],
+            "shares": [shares[i] for i in at.values()] if curve.denominator.defined else [],
             "low": [intervals[i][0] for i in at.values()],
             "high": [intervals[i][1] for i in at.values()],
         }
 
     return {
+        "undefined": "" if curve.denominator.defined else visible(str(curve.denominator)),
         "ablation": visible(curve.ablation),
         "metric": visible(curve.metric),
         "absolute": one(curve.absolute, curve.intervals(0)),

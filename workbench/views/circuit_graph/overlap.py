@@ -117,7 +117,10 @@ def overlap_graph(
         facts=facts,
         blocks=blocks,
         table=columns_of_table(overlap.table),
-        notes=(*notes, WARNING + ("" if overlap.cross else " Cross-faithfulness was not asked for (wb= and tasks=).")),
+        notes=(
+            *notes,
+            WARNING + ("" if overlap.cross_faithfulness else " Cross-faithfulness was not asked for (wb= and tasks=)."),
+        ),
         state={"pins": pins_of(graph, names or {})},
         provenance=overlap.provenance,
     )

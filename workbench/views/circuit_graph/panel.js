@@ -1,6 +1,6 @@
 // Beside a circuit graph: the node that is pointed at, its pin and its name, and what goes in and out, strongest first.
 
-import { button, cut, exactly, make, roughly } from "workbench/shared/dom.js";
+import { button, cut, exactly, make, roughly, roving } from "workbench/shared/dom.js";
 
 const LISTED = 10;
 const LONGEST = 60;
@@ -33,6 +33,7 @@ export class NodePanel {
     });
     this.controls = make("div", { class: "pinning" }, this.pinning, this.name);
     this.lists = make("div");
+    roving(this.lists);
     this.element = make("div", { class: "side", role: "region", "aria-label": "The node that is pointed at" }, this.title, this.about, this.controls, this.lists);
   }
 

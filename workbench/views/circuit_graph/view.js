@@ -161,6 +161,7 @@ export class CircuitView {
       between: `keeps about ${percent(share)} ${of}: not measured, but between the measured sizes ${from} and ${to}.`,
       outside: `what it keeps of the effect was not measured; measured are ${from} to ${to}.`,
       unknown: "what it keeps of the effect was not measured: the curve is of the strongest only.",
+      undefined: `what it keeps of the effect is undefined as a share: ${curve?.undefined}.`,
       never: "what it keeps of the effect was not measured: curve=workbench.faithfulness_curve(wb, circuit, task) does it.",
     }[at];
   }

@@ -223,6 +223,8 @@ def _roles_of(graph: Graph, roles: HeadRoles | None) -> dict[str, str]:
 
 def _kept(circuit: Circuit, curve: FaithfulnessCurve) -> str:
     size = circuit.n_edges if curve.level == "edge" else len(circuit.nodes)
+    if not curve.denominator.defined:
+        return f"What circuits keep is undefined as a share: {curve.denominator}."
     nearest = int(np.abs(np.array(curve.kept_absolute) - size).argmin())
     share = curve.absolute[nearest]
     measured = curve.kept_absolute[nearest]

@@ -1,7 +1,7 @@
 // Compare: two matrices and their difference, with one cursor and one zoom for all three.
 
 import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.js";
-import { button, exactly, legend, make, roughly, selector } from "workbench/shared/dom.js";
+import { button, exactly, legend, make, roughly } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { Matrix } from "workbench/shared/matrix.js";
 import { ceiling, greatest } from "workbench/shared/scales.js";
@@ -19,7 +19,6 @@ class Compare {
   constructor(frame) {
     this.frame = frame;
     this.facts = frame.facts;
-    this.scale = "sqrt";
     const { a, b } = frame.blocks;
     [this.rows, this.columns] = a.shape;
     this.values = [a.data, b.data, Float32Array.from(a.data, (value, i) => value - b.data[i])];
@@ -28,7 +27,9 @@ class Compare {
     this.maps = this.names.map((name) => this.map(name));
     const panels = this.maps.map((map, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.names[i]), map.element, this.legends[i]));
     frame.body.append(make("div", { class: "panels", "data-count": "3" }, ...panels));
-    frame.controls.append(selector("Scale", [["sqrt", "square root"], ["linear", "linear"]], (scale) => this.set(scale)).field);
+    const scale = frame.settings.pick("scale", "Scale", [["sqrt", "square root"], ["linear", "linear"]], "sqrt", (name) => this.set(name));
+    this.scale = scale.value;
+    frame.controls.append(scale.field);
     const zoom = (factor) => () => (factor ? this.maps[0].zoom(factor) : this.maps[0].show({ ...this.maps[0].view, top: 0, left: 0, rows: this.maps[0].height, columns: this.maps[0].width }));
     frame.controls.append(make("span", { class: "tools" }, button("+", zoom(0.5), { "aria-label": "Zoom in" }), button("−", zoom(2), { "aria-label": "Zoom out" }), button("All", zoom(0), { "aria-label": "Show everything" })));
     frame.offerPicture(() => this.maps[2].canvas);

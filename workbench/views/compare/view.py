@@ -38,6 +38,7 @@ class _Matrix:
     unit: str = ""
     selects: str = "none"
     error: float = 0.0
+    inputs: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -58,10 +59,23 @@ class Compare(View):
         edges = (-0.5, facts["size"][1] - 0.5, facts["size"][0] - 0.5, -0.5)
         for axes, (values, title, scale, (bottom, top)) in zip(panels, shown, strict=True):
             axes.set_facecolor(scales.unseen_colour())
-            image = axes.imshow(values, cmap=scale, vmin=bottom, vmax=top, extent=edges, aspect="auto")
+            # The view's own scale: square roots of sizes, unless linear was chosen.
+            norm = scales.norm(bottom, top, roots=self.state.get("scale", "sqrt") == "sqrt")
+            image = axes.imshow(values, cmap=scale, norm=norm, extent=edges, aspect="auto")
             axes.set(title=title, xlabel=facts["columnTitle"])
-            figure.colorbar(image, ax=axes, label=facts["unit"])
+            figure.colorbar(image, ax=axes, label=facts["unit"], ticks=scales.ticks(bottom, top))
+            self._mark(axes)
         panels[0].set_ylabel(facts["rowTitle"])
+
+    def _mark(self, axes: Any) -> None:
+        """A frame around the chosen cell."""
+        facts, chosen = self.spec.facts, self.chosen
+        places = {"pattern": (chosen.query, chosen.key), "head": (chosen.layer, next(iter(chosen.heads), None))}
+        row, column = places.get(facts["selects"], (None, None))
+        if row is not None and column is not None and row < facts["size"][0] and column < facts["size"][1]:
+            block = facts["block"]
+            at = (column // block * block - 0.5, row // block * block - 0.5)
+            axes.add_patch(scales.frame_of(*at, block, block))
 
 
 def compare(
@@ -123,6 +137,7 @@ def compare(
         table=_table(first, values),
         notes=tuple(_notes(first, second)),
         provenance={"a": dict(first.provenance), "b": dict(second.provenance)},
+        inputs=first.inputs if first.inputs == second.inputs else None,
     )
     return Compare(spec, selection)
 
@@ -157,17 +172,9 @@ def _of_pattern(view: AttentionPattern) -> _Matrix:
     error = 0.0 if exact is not None else site["error"]
     size = site["queries"], site["keys"]
     return _Matrix(
-        values,
-        size,
-        site["block"],
-        names[0],
-        names[1],
-        ("query", "key"),
-        "weight",
-        "pattern",
-        error,
-        view.spec.provenance,
-    )
+        values, size, site["block"], names[0], names[1], ("query", "key"), "weight", "pattern", error,
+        view.spec.inputs, view.spec.provenance,
+    )  # fmt: skip
 
 
 def _of_atlas(view: HeadAtlas) -> _Matrix:
@@ -185,8 +192,9 @@ def _of_atlas(view: HeadAtlas) -> _Matrix:
     selects = "head" if is_layer else "none"
     unit = about["unit"] or about["label"]
     return _Matrix(
-        grid, (grid.shape[0], grid.shape[1]), 1, rows, (), ("layer", "head"), unit, selects, 0.0, view.spec.provenance
-    )
+        grid, (grid.shape[0], grid.shape[1]), 1, rows, (), ("layer", "head"), unit, selects,
+        provenance=view.spec.provenance,
+    )  # fmt: skip
 
 
 def _table(first: _Matrix, values: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 // Conditioning curves: one experiment at a time, trial by trial, for every learning rule and for the model.
 
 import { besideEachOther, LineChart } from "workbench/shared/chart.js";
-import { checkbox, make, roughly, selector } from "workbench/shared/dom.js";
+import { checkbox, make, roughly } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 
 const COLOURS = ["#2f6fb7", "#d1662b", "#3a8f5c", "#b03a78", "#7a6bc9", "#8a6d1f"];
@@ -17,21 +17,22 @@ class Experiments {
   constructor(frame) {
     this.frame = frame;
     this.facts = frame.facts;
-    this.at = 0;
-    this.shown = new Set(this.facts.subjects.keys());
     this.words = make("p", { class: "sums" });
     this.silent = make("p", { class: "about warning" });
     this.effects = make("div", { class: "wide effects", tabindex: "0", role: "region", "aria-label": "Effects" });
     this.charts = ["Experimental group", "Control group"].map((label) => new LineChart(frame, label));
     frame.body.append(this.words, this.silent, make("div", { class: "charts" }, ...this.charts.map(({ element }) => element)), this.effects);
     const { experiments, subjects } = this.facts;
-    this.picker = selector("Experiment", experiments.map(({ name }, i) => [i, name]), (i) => this.choose(Number(i)));
-    const boxes = subjects.map((name, s) => checkbox(name, true, (on) => {
-      if (on) this.shown.add(s);
-      else this.shown.delete(s);
+    const named = (name) => experiments.findIndex((each) => each.name === name);
+    const picker = frame.settings.pick("experiment", "Experiment", experiments.map(({ name }) => [name, name]), experiments[0].name, (name) => {
+      this.at = named(name);
       this.show();
-    }));
-    frame.controls.append(this.picker.field, ...boxes.map(({ field }) => field));
+    });
+    this.at = named(picker.value);
+    const boxes = subjects.map((name) => checkbox(name, true, (on) => frame.keep({ off: on ? this.off.filter((each) => each !== name) : [...this.off, name] })));
+    const offs = (off) => Array.isArray(off) && off.every((name) => subjects.includes(name));
+    this.off = frame.settings.follow("off", offs, [], (off) => this.switch(off), (off) => boxes.forEach(({ box }, s) => (box.checked = !off.includes(subjects[s]))));
+    frame.controls.append(picker.field, ...boxes.map(({ field }) => field));
     frame.offerPicture(() => besideEachOther(frame, this.charts));
     frame.offerKeys([["← →, Home, End", "move over the trials"], ["↑ ↓", "change the line"], ["[ ]", "change the experiment"], ["Esc", "leave the line"]]);
     frame.root.addEventListener("keydown", (event) => this.key(event));
@@ -40,7 +41,11 @@ class Experiments {
   }
 
   choose(at) {
-    this.at = at;
+    this.frame.keep({ experiment: this.facts.experiments[at].name });
+  }
+
+  switch(off) {
+    this.off = off;
     this.show();
   }
 
@@ -50,6 +55,10 @@ class Experiments {
     event.preventDefault();
     this.choose((this.at + by + this.facts.experiments.length) % this.facts.experiments.length);
     this.frame.say(this.words.textContent);
+  }
+
+  isOn(subject) {
+    return !this.off.includes(this.facts.subjects[subject]);
   }
 
   colour(subject) {
@@ -65,11 +74,10 @@ class Experiments {
   show() {
     const { facts } = this;
     const about = facts.experiments[this.at];
-    this.picker.select.value = this.at;
     this.words.textContent = `${about.name}: ${about.what}. Asked for: cue ${about.test}, before the first trial and after each.${this.outside()}`;
     this.silent.textContent = `Where the theory is silent: ${about.silent}.`;
     this.silent.hidden = !about.silent;
-    const subjects = Array.from(facts.subjects.keys()).filter((s) => this.shown.has(s));
+    const subjects = Array.from(facts.subjects.keys()).filter((s) => this.isOn(s));
     const all = subjects.flatMap((s) => [0, 1].flatMap((group) => Array.from(this.line("curves", s, group))));
     const [low, high] = [Math.max(LEAST, Math.min(0, ...all)), Math.min(MOST, Math.max(1, ...all))];
     const room = 0.06 * (high - low);
@@ -90,7 +98,7 @@ class Experiments {
     const far = this.facts.subjects.flatMap((name, s) => {
       const ys = [0, 1].flatMap((group) => Array.from(this.line("curves", s, group)));
       const most = Math.abs(Math.min(...ys)) > Math.max(...ys) ? Math.min(...ys) : Math.max(...ys);
-      return this.shown.has(s) && (most > MOST || most < LEAST) ? [`${name} (to ${roughly(most)})`] : [];
+      return this.isOn(s) && (most > MOST || most < LEAST) ? [`${name} (to ${roughly(most)})`] : [];
     });
     return far.length ? ` Beyond the charts: ${far.join(", ")}.` : "";
   }

@@ -31,16 +31,24 @@ class ConditioningCurves(View):
 
     def picture(self, figure: Figure) -> None:
         facts, blocks = self.spec.facts, self.spec.blocks
-        experiments, subjects = facts["experiments"], facts["subjects"]
+        off, chosen = self.state.get("off", []), self.state.get("experiment")
+        numbered = list(enumerate(facts["experiments"]))
+        # All of them, until one is chosen.
+        experiments = [(e, about) for e, about in numbered if about["name"] == chosen] or numbered
+        subjects = facts["subjects"]
         columns = min(len(experiments), _COLUMNS)
+        if len(experiments) < len(numbered):
+            figure.set_size_inches(5.4, 3.4)
         panels = figure.subplots(-(-len(experiments) // columns), columns, squeeze=False, sharey=True).ravel()
-        for panel, about, e in zip(panels, experiments, range(len(experiments)), strict=False):
+        for panel, (e, about) in zip(panels, experiments, strict=False):
             ink = panel.xaxis.label.get_color()
             for s, subject in enumerate(subjects):
+                if subject in off:
+                    continue
                 colour = ink if subject == facts["model"] else SERIES[s % len(SERIES)]
                 for group, style in ((0, "-"), (1, ":")):
                     n = len(about["phases"][group]) + 1
-                    name = subject if group == 0 and e == 0 else None
+                    name = subject if group == 0 and e == experiments[0][0] else None
                     panel.plot(blocks[f"curves {e}"][s, group, :n], style, color=colour, label=name, linewidth=1.1)
             panel.set_ylim(-0.35, 1.6)
             silent = "\n(theory is silent)" if about["silent"] else ""

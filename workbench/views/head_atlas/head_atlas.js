@@ -1,7 +1,7 @@
 // Head atlas: layers down, heads across, one canvas per kind of attention, coloured by a number per head.
 
 import { colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
-import { button, checkbox, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
+import { button, exactly, legend, make, moved, roughly, roving } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { ceiling, greatest } from "workbench/shared/scales.js";
 
@@ -17,13 +17,12 @@ class Atlas {
   constructor(frame) {
     this.frame = frame;
     this.facts = frame.facts;
-    this.metric = this.facts.first;
-    this.onlyCertain = false;
     this.count = frame.blocks.values.shape[1];
     this.layerNames();
     this.meaning = make("p", { class: "caption" });
     this.scale = make("div");
     this.ranking = make("ol", { class: "ranking", "aria-label": "Heads by value, highest first" });
+    roving(this.ranking);
     const maps = make("div", { class: "maps" });
     this.grids = this.facts.groups.map((group, i) => new Grid(this, group, maps, i));
     const left = make("div", {}, maps, this.scale);
@@ -46,26 +45,27 @@ class Atlas {
   }
 
   buildControls() {
-    const { controls } = this.frame;
-    const { metrics } = this.facts;
+    const { controls, settings } = this.frame;
+    const { metrics, first } = this.facts;
+    this.metric = first;
+    this.onlyCertain = false;
     if (metrics.length > 1) {
-      const choices = metrics.map(({ label, unit }, i) => [i, unit ? `${label} (${unit})` : label]);
-      this.picker = selector("Colour by", choices, (i) => this.setMetric(Number(i)));
-      this.picker.select.value = this.metric;
-      controls.append(this.picker.field);
+      const choices = metrics.map(({ label, unit }) => [label, unit ? `${label} (${unit})` : label]);
+      const picked = settings.pick("metric", "Colour by", choices, metrics[this.metric].label, (label) => {
+        this.metric = metrics.findIndex((each) => each.label === label);
+        this.draw();
+      });
+      this.metric = metrics.findIndex(({ label }) => label === picked.value);
+      controls.append(picked.field);
     }
     if (metrics.some(({ interval }) => interval)) {
-      const hide = checkbox("Hide heads whose interval crosses 0", false, (on) => {
+      const hide = settings.mark("certain", "Hide heads whose interval crosses 0", false, (on) => {
         this.onlyCertain = on;
         this.draw();
       });
+      this.onlyCertain = hide.value;
       controls.append(hide.field);
     }
-  }
-
-  setMetric(metric) {
-    this.metric = metric;
-    this.draw();
   }
 
   get about() {

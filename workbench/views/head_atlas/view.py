@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from workbench.analysis.statistics.intervals import means_t
 from workbench.capture.capture import Capture
 from workbench.errors import ReportError, nearest
 from workbench.hooks.sites import Kind, Site
@@ -38,8 +39,13 @@ class HeadAtlas(View):
         rows = [len(group["sites"]) for group in groups]
         figure.set_size_inches(6.5, sum(max(1.0, 0.24 * n) + 0.75 for n in rows))
         panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[max(4, n) for n in rows])[:, 0]
-        shown = values[facts["first"]] if len(values) else np.full(_count(groups), np.nan)
-        about = facts["metrics"][facts["first"]] if len(values) else asdict(Quantity("no statistic"))
+        labels = [each["label"] for each in facts["metrics"]]
+        at = labels.index(self.state["metric"]) if self.state.get("metric") in labels else facts["first"]
+        shown = values[at] if len(values) else np.full(_count(groups), np.nan)
+        about = facts["metrics"][at] if len(values) else asdict(Quantity("no statistic"))
+        if self.state.get("certain") and about["interval"]:
+            ends = self.spec.blocks["low"][at], self.spec.blocks["high"][at]
+            shown = np.where((ends[0] <= 0) & (ends[1] >= 0), np.nan, shown)
         low, high = scales.limits(shown, signed=about["signed"])
         for panel, group in zip(panels, groups, strict=True):
             grid = np.full((len(group["sites"]), max(site["heads"] for site in group["sites"])), np.nan)
@@ -49,6 +55,10 @@ class HeadAtlas(View):
             image = panel.imshow(grid, cmap=scale, vmin=low, vmax=high, aspect="auto")
             panel.set_facecolor(scales.unseen_colour())
             panel.set(title=group["label"], xlabel="head")
+            for row, site in enumerate(group["sites"]):
+                for head in range(site["heads"]):
+                    if self.chosen.has(site["layer"], head, site["name"]):
+                        panel.add_patch(scales.frame_of(head - 0.5, row - 0.5))
             every = max(1, len(group["sites"]) // 16)
             panel.set_yticks(range(0, len(group["sites"]), every), [f"L{s['layer']}" for s in group["sites"]][::every])
             panel.xaxis.get_major_locator().set_params(integer=True)
@@ -72,7 +82,7 @@ def head_atlas(
 
     Args:
         source: a capture: each statistic with a value per query makes a metric, averaged over queries, batch entries
-            and forwards, with the spread over entries (2.5 and 97.5 percent) where there are at least five. Or
+            and forwards, with 95 % t intervals over entries where there are at least five. Or
             {label: scores}, where scores are {(layer, head): value}, an array [layer, head], or a frame with columns
             layer, head, value and, if known, low, high and site.
         metric: the statistic or label to begin with.
@@ -136,29 +146,41 @@ def _of_capture(capture: Capture) -> tuple[list[Site], dict[str, Quantity], Any,
     entries = 0
     for i, name in enumerate(metrics):
         start = 0
+        counted: set[tuple[int, int]] = set()
         for site in sites:
-            found = [
-                _per_entry(c.statistics[name])
-                for call in calls
-                for c in call
-                if c.site.name == site and name in c.statistics
-            ]
-            if found:
-                each = torch.cat(found)  # [entry, head]
+            kept = [c.statistics[name] for call in calls for c in call if c.site.name == site and name in c.statistics]
+            if kept:
+                each = torch.cat([_per_entry(tensor) for tensor in kept])  # [entry, head]
+                counted.add(_counted(kept))
                 entries = max(entries, len(each))
                 place = slice(start, start + each.shape[1])
                 values[i, place] = each.nanmean(0).numpy()
                 if len(each) >= _FEW:
-                    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-                    low[i, place], high[i, place] = each.nanquantile(ends, dim=0).numpy()
+                    low[i, place], high[i, place] = means_t(each.T).T.numpy()
             start += n_heads[site]
+        metrics[name] = replace(metrics[name], meaning=metrics[name].meaning + _over(counted))
     resized = [replace(site, n_heads=n_heads[name]) for name, site in sites.items()]
     over = f"Means over the queries of {entries} sequence{'' if entries == 1 else 's'}" if entries else "No statistics"
     return resized, metrics, values, low, high, over
 
 
+def _counted(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """How many queries have a statistic, and how many there are; one for each entry where there are no queries."""
+    known = [tensor.isfinite().any(1).flatten() for tensor in tensors]
+    return sum(int(each.sum()) for each in known), sum(len(each) for each in known)
+
+
+def _over(counted: set[tuple[int, int]]) -> str:
+    """How many queries a mean is over, where some do not have what is averaged."""
+    if all(some == every for some, every in counted):
+        return ""
+    fewest, most = min(counted), max(counted)
+    some = f"{fewest[0]:,}" if fewest[0] == most[0] else f"{fewest[0]:,} to {most[0]:,}"
+    return f"; the mean is over {some} of {most[1]:,} queries, since the others have none"
+
+
 def _per_entry(tensor: torch.Tensor) -> torch.Tensor:
-    """[entry, head] from [batch, head] or [batch, head, query]; queries that see no key do not count."""
+    """[entry, head] from [batch, head] or [batch, head, query]; queries without one do not count."""
     tensor = tensor.detach().double().cpu()
     return tensor if tensor.dim() == 2 else tensor.nanmean(-1)
 

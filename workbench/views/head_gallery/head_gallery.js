@@ -2,7 +2,7 @@
 
 import { prepare } from "workbench/shared/canvas.js";
 import { colourAt, gradient } from "workbench/shared/colour.js";
-import { button, checkbox, exactly, legend, make, moved, roughly } from "workbench/shared/dom.js";
+import { button, exactly, legend, make, moved, roughly } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { beside, drawMap, largestOf, outline, tileWidth } from "workbench/shared/maps.js";
 
@@ -22,7 +22,6 @@ class Gallery {
     this.frame = frame;
     this.facts = frame.facts;
     [, this.rows, this.columns] = frame.blocks.maps.shape;
-    this.shared = false;
     this.head = 0;
     this.cell = [Math.floor(this.rows / 2), Math.floor(this.columns / 2)];
     this.tiles = [];
@@ -34,10 +33,12 @@ class Gallery {
     this.list = make("dl", { class: "numbers" });
     frame.body.append(make("div", { class: "split" }, this.small, make("div", { class: "detail" }, this.name, this.said, this.large, this.scale, this.list)));
     this.addTiles();
-    frame.controls.append(checkbox("One scale for all heads", false, (on) => {
+    const shared = frame.settings.mark("shared", "One scale for all heads", false, (on) => {
       this.shared = on;
       this.draw();
-    }).field);
+    });
+    this.shared = shared.value;
+    frame.controls.append(shared.field);
     this.listen();
     frame.offerPicture(() => this.large);
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the heads, or over the large map"], ["Enter", "choose the head in every view"], ["[ ]", "the head before or after"], ["Esc", "choose none"]]);

@@ -68,6 +68,7 @@ class HeadGallery(View):
             panel.set_axis_off()
         if needed > rows:
             figure.supxlabel(f"{rows} of {needed:,} rows; the view has all", fontsize=8)
+        top = float(np.nanmax(maps, initial=0)) if self.state.get("shared") else None
         row = 0
         for group in groups:
             if row == rows:
@@ -80,7 +81,10 @@ class HeadGallery(View):
                     panel.set_axis_on()
                     panel.set(xticks=[], yticks=[])
                     panel.set_title(facts["heads"][i]["label"] if kind == "head" else "mean", fontsize=7, pad=2)
-                    self._draw(panel, maps[i] if kind == "head" else means[i])
+                    self._draw(panel, maps[i] if kind == "head" else means[i], top)
+                    about = facts["heads"][i]
+                    if kind == "head" and self.chosen.has(about["layer"], about["head"], about["site"]):
+                        panel.spines[:].set(edgecolor=scales.accent(), linewidth=2, visible=True)
                 row += 1
                 if row == rows:
                     break
@@ -89,12 +93,13 @@ class HeadGallery(View):
         mean = [] if group["mean"] is None else [("mean", group["mean"])]
         return [*mean, *(("head", i) for i in group["members"])]
 
-    def _draw(self, panel: Any, values: Array) -> None:
+    def _draw(self, panel: Any, values: Array, top: float | None) -> None:
         if values.shape[0] == 1:
             panel.fill_between(range(values.shape[1]), np.nan_to_num(values[0]), step="mid", linewidth=0)
-            panel.set_ylim(0, None)
+            panel.set_ylim(0, top)
             return
-        panel.imshow(values, vmin=0, vmax=float(np.nanmax(values, initial=0)) or 1, aspect="equal")
+        most = float(np.nanmax(values, initial=0)) if top is None else top
+        panel.imshow(values, vmin=0, vmax=most or 1, aspect="equal")
         panel.set_facecolor(scales.unseen_colour())
 
 

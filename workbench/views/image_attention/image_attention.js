@@ -2,7 +2,7 @@
 
 import { prepare } from "workbench/shared/canvas.js";
 import { colourAt, css, gradient } from "workbench/shared/colour.js";
-import { button, checkbox, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
+import { button, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { beside, largestOf, outline, tileWidth } from "workbench/shared/maps.js";
 
@@ -33,9 +33,7 @@ class Images {
     this.image = 0;
     this.cell = [this.rows >> 1, this.columns >> 1];
     this.origin = [this.rows >> 1, this.columns >> 1];
-    this.source = this.facts.prefix ? "cls" : "received";
-    this.over = "both";
-    this.shared = false;
+    this.source = this.facts.prefix && !frame.state.received ? "cls" : "received";
     this.sheets = this.facts.images.map((_, i) => this.sheet(i));
     this.build();
     this.listen();
@@ -83,16 +81,17 @@ class Images {
     frame.body.append(make("div", { class: "split" }, detail, make("div", {}, heads, images)));
     const sources = [...(facts.prefix ? [["cls", "CLS"]] : []), ...(facts.every ? [["patch", "the chosen patch"]] : []), ["received", "all patches, on average"]];
     this.picker = selector("Weights from", sources, (source) => this.look(source));
-    this.picker.select.value = this.source;
-    frame.controls.append(this.picker.field);
-    frame.controls.append(selector("Show", [["both", "weights over the image"], ["weights", "weights"], ["image", "image"]], (over) => {
-      this.over = over;
+    const over = frame.settings.pick("show", "Show", [["both", "weights over the image"], ["weights", "weights"], ["image", "image"]], "both", (shown) => {
+      this.over = shown;
       this.draw();
-    }).field);
-    frame.controls.append(checkbox("One scale for all", false, (on) => {
+    });
+    this.over = over.value;
+    const shared = frame.settings.mark("shared", "One scale for all", false, (on) => {
       this.shared = on;
       this.draw();
-    }).field);
+    });
+    this.shared = shared.value;
+    frame.controls.append(this.picker.field, over.field, shared.field);
   }
 
   tile(label, choose) {
@@ -178,6 +177,7 @@ class Images {
     this.source = source;
     this.draw();
     this.frame.select({ query: source === "cls" ? 0 : source === "patch" ? this.queryOf(this.origin) : null });
+    if (source === "received" || this.frame.state.received) this.frame.keep({ received: source === "received" });
     this.frame.say(this.sentence());
   }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,8 @@ from workbench.analysis.profile.measuring import choose_sites, labels_of, locate
 from workbench.analysis.profile.places import Places
 from workbench.errors import ReportError
 from workbench.tokens import visible
-from workbench.views.base.selection import SharedSelection
+from workbench.views.base import scales
+from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View
 
@@ -33,32 +36,50 @@ class ImageAttention(View):
 
     def picture(self, figure: Figure) -> None:
         facts, pixels = self.spec.facts, self.spec.blocks["pixels"]
-        chosen = self.selection
+        chosen, state = self.chosen, self.state
+        heads = facts["heads"]
+        leads = [i for i, head in enumerate(heads) if chosen.heads[:1] == (head["head"],)]
         at = next(
-            (i for i, head in enumerate(facts["heads"])
-             if chosen.layer == head["layer"] and chosen.heads[:1] == (head["head"],)), facts["first"],
-        )  # fmt: skip
-        shown = range(min(_PICTURED, len(pixels)))
+            (i for i in leads if chosen.has(heads[i]["layer"], heads[i]["head"], heads[i]["site"])), facts["first"]
+        )
+        start = 0 if chosen.example is None or chosen.example >= len(pixels) else chosen.example
+        start = max(0, min(start, len(pixels) - _PICTURED))  # the chosen image is among those that are pictured
+        shown = range(start, min(len(pixels), start + _PICTURED))
+        maps = [self._map(i, at) for i in shown]
+        top = max(float(each.max()) for each in maps) if state.get("shared") else None
         figure.set_size_inches(max(3.2, 1.15 * len(shown)), 2.9)
         panels = figure.subplots(2, len(shown), squeeze=False)
-        for i in shown:
-            for panel in panels[:, i]:
+        for column, i in enumerate(shown):
+            for panel in panels[:, column]:
                 panel.set_axis_off()
             image = pixels[i] if pixels.shape[-1] == 3 else pixels[i, ..., 0]
             height, width = image.shape[:2]
-            panels[0, i].imshow(image, cmap="gray", vmin=0, vmax=255)
-            panels[0, i].set_title(facts["images"][i], fontsize=8)
-            panels[1, i].imshow(self._map(i, at), extent=(0, width, height, 0), vmin=0)
-        row = "CLS" if facts["prefix"] else "all patches, received"
-        figure.supxlabel(f"{facts['heads'][at]['label']}: weight from {row}, each to its own largest", fontsize=9)
+            panels[0, column].imshow(image, cmap="gray", vmin=0, vmax=255)
+            panels[0, column].set_title(facts["images"][i], fontsize=8)
+            panels[1, column].imshow(maps[column], extent=(0, width, height, 0), vmin=0, vmax=top)
+            if i == chosen.example:
+                panels[0, column].add_patch(scales.frame_of(0, 0, width, height))
+        each = "all to the largest of them" if state.get("shared") else "each to its own largest"
+        figure.supxlabel(f"{heads[at]['label']}: weight from {self._source()[1]}, {each}", fontsize=9)
+
+    def _source(self) -> tuple[int | None, str]:
+        """The query whose weights are shown, None for what patches receive, and what to call it."""
+        facts, query = self.spec.facts, self.chosen.query
+        prefix, columns = facts["prefix"], facts["grid"][1]
+        if query is not None and query < prefix:
+            return 0, "CLS"
+        if query is not None and facts["every"] and query < prefix + math.prod(facts["grid"]):
+            row, column = divmod(query - prefix, columns)
+            return query, f"the patch in row {row}, column {column}"
+        return (0, "CLS") if prefix and not self.state.get("received") else (None, "all patches, received")
 
     def _map(self, image: int, head: int) -> Array:
-        """[row, column] from the first prefix token; where there is none, what patches receive on average."""
-        facts = self.spec.facts
-        if facts["prefix"]:
-            weights = (self.spec.blocks["weights"][image, head, 0].astype(np.float64) / 255) ** 2
-        else:
+        """[row, column] from the chosen source."""
+        facts, query = self.spec.facts, self._source()[0]
+        if query is None:
             weights = self.spec.blocks["received"][image, head].astype(np.float64)
+        else:
+            weights = (self.spec.blocks["weights"][image, head, query].astype(np.float64) / 255) ** 2
         return np.asarray(weights[facts["prefix"] :].reshape(facts["grid"]))
 
 
@@ -151,6 +172,7 @@ def image_attention(
         },
         notes=tuple(notes),
         provenance=dict(cap.provenance),
+        inputs=inputs_of([hashlib.sha256(image).hexdigest() for image in pixels]),
     )
     return ImageAttention(spec, selection)
 

@@ -49,8 +49,8 @@ def overlap_chance(overlap: CircuitOverlap) -> View:
         caption=caption_of(overlap),
         table=overlap.table,
         notes=(
-            "Random circuits have as many items in each layer as these.",
-            "The band is a 95 % bootstrap interval over prompts.",
+            "By chance: one circuit with its heads renamed at random within their layers.",
+            "The band is a 95 % interval of the mean overlap of circuits from as many new prompts.",
             WARNING,
         ),
         provenance=overlap.provenance,

@@ -14,6 +14,7 @@ from workbench.analysis.circuits.model.names import label, number_of, site_of
 from workbench.analysis.circuits.patching import HeadPatching
 from workbench.analysis.circuits.repair import Repair
 from workbench.analysis.circuits.roles import ROLES, HeadRoles
+from workbench.analysis.circuits.shares import Denominator
 from workbench.analysis.circuits.stability import Stability
 from workbench.tokens import plotly_text
 from workbench.views.base.registry import register
@@ -25,23 +26,29 @@ _MOST_BARS = 40
 
 
 def _view_of_faithfulness_curve(curve: FaithfulnessCurve) -> View:
-    """The share of the effect that is kept, by the size of the circuit."""
+    """The share of the effect that is kept, by the size of the circuit; the metric itself where no share is defined."""
     import plotly.graph_objects as go
 
-    table, x = curve.table, list(curve.fractions)
+    shares = curve.denominator.defined
+    table, x = curve.table if shares else curve.in_metric, list(curve.fractions)
     fig = go.Figure(band(x, table["low"], table["high"]))
-    for name, values, dash in (("by magnitude", curve.absolute, "solid"), ("by signed score", curve.signed, "dot")):
-        fig.add_trace(go.Scatter(x=x, y=values, name=name, mode="lines+markers", line={"dash": dash, "width": 2}))
-    fig.add_hline(y=1, line={"width": 1, "dash": "dash", "color": "#888888"})
+    for name, column, dash in (("by magnitude", "absolute", "solid"), ("by signed score", "signed", "dot")):
+        fig.add_trace(
+            go.Scatter(x=x, y=list(table[column]), name=name, mode="lines+markers", line={"dash": dash, "width": 2})
+        )
+    full, none = float(curve.full.mean()), float(curve.none.mean())
+    for level, said in ((1.0, ""),) if shares else ((full, "whole model"), (none, "all ablated")):
+        fig.add_hline(y=level, line={"width": 1, "dash": "dash", "color": "#888888"}, annotation_text=said)
     fig.update_xaxes(title_text=f"share of the {curve.level}s kept", type="log")
-    fig.update_yaxes(title_text="share of the effect")
+    fig.update_yaxes(title_text="share of the effect" if shares else plotly_text(curve.metric))
+    kept = (
+        f"What the circuit keeps of {curve.metric} when everything else is ablated ({curve.ablation}); 1 is the whole "
+        f"model. CPR {curve.cpr:.3f} (higher is better), CMD {curve.cmd:.3f} (0 is best)."
+    )
     return figure(
         fig,
         title=f"Faithfulness on {curve.task}",
-        caption=(
-            f"What the circuit keeps of {curve.metric} when everything else is ablated ({curve.ablation}); 1 is the "
-            f"whole model. CPR {curve.cpr:.3f} (higher is better), CMD {curve.cmd:.3f} (0 is best)."
-        ),
+        caption=kept if shares else _undefined(curve.denominator, curve.metric, curve.ablation, full, none),
         table=table,
         notes=("The band is a 95 % interval over prompts.",),
         provenance=curve.provenance,
@@ -49,7 +56,13 @@ def _view_of_faithfulness_curve(curve: FaithfulnessCurve) -> View:
 
 
 def _view_of_faithfulness(found: Faithfulness) -> View:
-    """Faithfulness, incompleteness and minimality as bars."""
+    """Faithfulness, incompleteness and minimality as bars; the metric itself where no share is defined."""
+    if not found.denominator.defined:
+        frame, full, none = found.in_metric, float(found.full.mean()), float(found.none.mean())
+        return _bars(
+            list(frame["of"]), frame, found.metric, title=f"Faithfulness on {found.task}", provenance=found.provenance,
+            caption=f"{found.circuit}. {_undefined(found.denominator, found.metric, found.ablation, full, none)}",
+        )  # fmt: skip
     table = found.table
     names = [f"{row.quantity} {row.of}".strip() for row in table.itertuples()]
     return _bars(
@@ -58,12 +71,17 @@ def _view_of_faithfulness(found: Faithfulness) -> View:
     )  # fmt: skip
 
 
+def _undefined(whole: Denominator, metric: str, ablation: str, full: float, none: float) -> str:
+    """Why no share is drawn, with both values that it would be between."""
+    return (
+        f"Shares of the effect are undefined: {whole}. Drawn is {metric} itself, {full:.3g} of the whole model and "
+        f"{none:.3g} with all ablated ({ablation})."
+    )
+
+
 def _view_of_head_patching(patching: HeadPatching) -> View:
     """The head atlas, one metric per place."""
-    span = float((patching.clean.mean() - patching.corrupted.mean()).abs())
     table = patching.table.rename(columns={"score": "value"})
-    half = 1.96 * table["standard_error"] / span
-    table = table.assign(low=table["value"] - half, high=table["value"] + half)
     scores: dict[str, Any] = {}
     for place in patching.places:
         rows = table.loc[table["position"] == place].reset_index(drop=True)
@@ -94,10 +112,18 @@ def _view_of_head_roles(roles: HeadRoles) -> View:
 def _view_of_stability(stability: Stability) -> View:
     """How often each item is in the circuit, the most frequent ones."""
     table = stability.table
-    shown = table.head(_MOST_BARS)
-    names = [label(item) for item in shown["item"]]
+    always = table["frequency"] >= 1
+    # Full bars say nothing: those that come and go are drawn, if any do.
+    some = table if always.all() else table[~always]
+    shown = some.head(_MOST_BARS)
+    names = [
+        label(item) + ("" if inside else " (not in it)")
+        for item, inside in zip(shown["item"], shown["in_circuit"], strict=True)
+    ]
     frame = pd.DataFrame({"value": shown["frequency"].to_numpy(), "low": np.nan, "high": np.nan})
-    cut = f" The first {len(shown)} of {len(table)} are drawn." if len(table) > len(shown) else ""
+    cut = f" {int(always.sum()):,} of {len(table):,} are in every draw"
+    rest = "" if len(some) == len(shown) else f", the first {len(shown)} of them"
+    cut += "." if always.all() else f"; the others are drawn, the most frequent first{rest}."
     return _bars(
         names, frame, f"share of draws of {stability.unit}", title="Stability of the circuit",
         caption=(
@@ -142,14 +168,14 @@ def _bars(
     import plotly.graph_objects as go
 
     values, low, high = (frame[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
-    # A blank of its own per bar keeps equal names apart.
-    places = [plotly_text(name) + " " * i for i, name in enumerate(names)]
+    again = [names[:i].count(name) for i, name in enumerate(names)]
+    places = [plotly_text(name) + (f" ({n + 1})" if n else "") for name, n in zip(names, again, strict=True)]
     errors = {"array": (high - values).tolist(), "arrayminus": (values - low).tolist(), "type": "data"}
     known = bool(np.isfinite(low).any())
     bars = go.Bar(x=values.tolist(), y=places, orientation="h", name=unit, error_x=errors if known else None)
     fig = go.Figure(bars)
     fig.update_yaxes(type="category", autorange="reversed")
-    fig.update_xaxes(title_text=unit)
+    fig.update_xaxes(title_text=plotly_text(unit))
     fig.update_layout(height=140 + 24 * len(names), showlegend=False)
     return figure(fig, title=title, caption=caption, table=frame if table is None else table, provenance=provenance)
 

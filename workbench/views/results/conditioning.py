@@ -137,8 +137,8 @@ def capacity_correlation(capacity: Capacity) -> Figure:
         fig,
         title="Capacity and importance",
         caption=(
-            f"Rank correlation over {known:,} heads; bars are 95 % intervals over heads drawn anew. A bar that crosses "
-            "0 is no evidence of a relation."
+            f"Rank correlation over {known:,} heads; bars are 95 % intervals, as if heads were drawn at random. A bar "
+            "that crosses 0 is no evidence of a relation."
         ),
         table={"quantity": names, "rho": value, "low": low, "high": high},
         provenance=capacity.provenance,

@@ -349,7 +349,7 @@ def _utterances(found: CrossAttentionSaliency) -> str:
 
 
 def _interval(found: CrossAttentionSaliency) -> str:
-    return f", bootstrap intervals at {found.level:.0%}" if found.n_utterances > 1 else ""
+    return f", t intervals at {found.level:.0%}" if found.n_utterances > 1 else ""
 
 
 def _undefined(found: CrossAttentionSaliency) -> tuple[str, ...]:

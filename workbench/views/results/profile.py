@@ -204,8 +204,8 @@ def _indicators(profile: AttentionProfile) -> View:
         scores,
         title="Indicators of heads",
         caption=(
-            f"Means over {_where(profile)} with {profile.level:.0%} intervals by {profile.n_bootstrap:,} bootstrap "
-            "draws, as workbench.attention_profile defines them. Head diversity is one number per layer."
+            f"Means over {_where(profile)} with {profile.level:.0%} t intervals, "
+            "as workbench.attention_profile defines them. Head diversity is one number per layer."
         ),
         signed=False,
         provenance=profile.provenance,

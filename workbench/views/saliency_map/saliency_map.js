@@ -35,8 +35,7 @@ class SaliencyMap {
       r: null,
       above: null,
     };
-    this.scale = "row";
-    this.mode = null; // "alignment": those heads are averaged
+    this.mode = frame.state.heads === "alignment" ? "alignment" : null; // those heads are averaged
     this.at = 0; // the token that Tab reaches
     this.drawing = new Drawing(frame, this.numbers, this.state);
     this.words = new Words(frame, this.numbers, this.state);
@@ -57,32 +56,35 @@ class SaliencyMap {
   }
 
   buildControls() {
-    const { controls } = this.frame;
+    const { controls, settings } = this.frame;
     const { maps, attention, picture } = this.facts;
     if (attention) {
       this.picker = selector("Attention", this.choices(), (value) => this.pick(value));
       controls.append(this.picker.field);
     }
-    const names = maps.map(({ label }, i) => [i, label]);
-    if (maps.length > 1) {
-      const compared = selector(attention ? "Compared with" : "Show", names, (i) => {
-        this.state.map = Number(i);
-        this.draw();
-      });
-      controls.append(compared.field);
-    }
-    const scaled = selector("Colours", [["row", "each token, least to largest"], ["all", "one scale for all tokens"], ["z", "standardised per token"]], (scale) => {
+    const names = maps.map(({ label }) => [label, label]);
+    const at = (name) => maps.findIndex(({ label }) => label === name);
+    const compared = settings.pick("map", attention ? "Compared with" : "Show", names, names[0][0], (name) => {
+      this.state.map = at(name);
+      this.draw();
+    });
+    this.state.map = at(compared.value);
+    if (maps.length > 1) controls.append(compared.field);
+    const scales = [["row", "each token, least to largest"], ["all", "one scale for all tokens"], ["z", "standardised per token"]];
+    const scaled = settings.pick("scale", "Colours", scales, "row", (scale) => {
       this.scale = scale;
       this.draw();
     });
+    this.scale = scaled.value;
     controls.append(scaled.field);
     if (picture) {
       const more = attention ? [["attention", "attention"]] : [];
-      const over = selector("Over the spectrogram", [...names, ...more, ["", "nothing"]], (value) => {
-        this.state.over = value === "" ? null : value === "attention" ? value : Number(value);
+      const meant = (name) => (name === "" ? null : at(name) < 0 ? name : at(name));
+      const over = settings.pick("over", "Over the spectrogram", [...names, ...more, ["", "nothing"]], maps[this.state.over].label, (name) => {
+        this.state.over = meant(name);
         this.draw();
       });
-      over.select.value = `${this.state.over}`;
+      this.state.over = meant(over.value);
       controls.append(over.field);
     }
   }
@@ -100,6 +102,7 @@ class SaliencyMap {
   /** A choice of heads: those of a layer are chosen in every view. */
   pick(value) {
     this.mode = value === "alignment" ? value : null;
+    this.frame.keep({ heads: this.mode });
     const [layer, head] = value.split(":").map(Number);
     if (Number.isNaN(layer)) this.frame.select({ layer: null, heads: [], site: null });
     else this.frame.select({ layer, heads: head === undefined ? [] : [head], site: null });

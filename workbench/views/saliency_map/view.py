@@ -12,7 +12,7 @@ from workbench.analysis.cross_attention.correlate import prepared
 from workbench.analysis.statistics.correlation import correlation
 from workbench.errors import ReportError
 from workbench.tokens import visible
-from workbench.views.base.selection import SharedSelection
+from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
 from workbench.views.saliency_map.picture import draw
@@ -27,7 +27,7 @@ class SaliencyMap(View):
     """See `saliency_map`."""
 
     def picture(self, figure: Figure) -> None:
-        draw(figure, self.spec.facts, self.spec.blocks)
+        draw(figure, self.spec, self.chosen)
 
 
 def saliency_map(
@@ -149,6 +149,7 @@ def saliency_map(
         table=_table(facts, blocks, {name: dict(spans or {})[name] for name in facts["spans"]}),
         notes=tuple(said),
         provenance=provenance or {},
+        inputs=inputs_of(facts["tokens"]),
     )
     view = SaliencyMap(spec, selection)
     view.size = (9.0, (2.2 if picture is not None else 0.3) + len(_panels(facts)) * (0.5 + max(0.35, 0.16 * n)) + 0.5)

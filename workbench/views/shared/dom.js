@@ -115,6 +115,44 @@ export function moved(key, [row, column], [rows, columns]) {
 }
 
 /**
+ * One tab stop for all buttons in a box: arrow keys, Home and End move among them. Buttons may come and go.
+ * @param {HTMLElement} box
+ */
+export function roving(box) {
+  let at = 0;
+  let inside = false;
+  /** @returns {HTMLButtonElement[]} */
+  const all = () => Array.from(box.querySelectorAll("button:not(:disabled)"));
+  const focused = () => /** @type {Document | ShadowRoot} */ (box.getRootNode()).activeElement;
+  const set = () => {
+    const buttons = all();
+    at = Math.max(0, Math.min(at, buttons.length - 1));
+    buttons.forEach((each, i) => (each.tabIndex = i === at ? 0 : -1));
+    // Whoever was on a button that was made anew stays at its place.
+    if (inside && !box.contains(focused())) buttons[at]?.focus();
+  };
+  box.addEventListener("focusin", ({ target }) => {
+    const found = all().indexOf(/** @type {HTMLButtonElement} */ (target));
+    if (found < 0) return;
+    inside = true;
+    at = found;
+    set();
+  });
+  box.addEventListener("focusout", ({ target, relatedTarget }) => {
+    if (target instanceof Node && target.isConnected && !(relatedTarget instanceof Node && box.contains(relatedTarget))) inside = false;
+  });
+  box.addEventListener("keydown", (event) => {
+    const buttons = all();
+    const steps = { ArrowUp: at - 1, ArrowLeft: at - 1, ArrowDown: at + 1, ArrowRight: at + 1, Home: 0, End: buttons.length - 1 };
+    if (!(event.key in steps) || !buttons.some((each) => each === event.target)) return;
+    event.preventDefault();
+    buttons[Math.max(0, Math.min(buttons.length - 1, steps[/** @type {keyof typeof steps} */ (event.key)]))]?.focus();
+  });
+  new MutationObserver(set).observe(box, { childList: true, subtree: true });
+  set();
+}
+
+/**
  * Hand a file to the person who asked for it.
  * @param {string} name
  * @param {string} type

@@ -2,8 +2,9 @@
 
 import { decode } from "./blocks.js";
 import { csvOf } from "./csv.js";
-import { button, download, make } from "./dom.js";
+import { button, download, make, roving } from "./dom.js";
 import { sharedSelection } from "./selection.js";
+import { Settings } from "./settings.js";
 
 const TABLE_ROWS = 50;
 
@@ -31,7 +32,8 @@ export class Frame {
     this.waiting = new Map();
     this.endings = [];
     this.redraws = new Set();
-    this.store = sharedSelection();
+    this.settings = new Settings(this);
+    this.store = sharedSelection().of(spec.scope);
     this.build();
     this.watchTheme();
     this.watchSelection();
@@ -47,17 +49,20 @@ export class Frame {
     this.status = make("p", { class: "status" });
     this.spoken = make("p", { class: "spoken", "aria-live": "polite" });
     const notes = spec.notes.map((note) => make("li", {}, note));
-    this.tools = make("div", { class: "tools" });
+    this.tools = make("div", { class: "tools", role: "toolbar", "aria-label": "Files" });
+    roving(this.tools);
+    const end = make("span", { class: "spoken", tabindex: "-1" });
+    const skip = button("Skip this view", () => end.focus(), { class: "skip" });
     const title = make("h2", { class: "title" }, spec.title);
     const caption = make("p", { class: "caption" }, spec.caption);
     // JupyterLab's own keys rest while the view has the focus: a typed "d d" would delete the cell.
-    this.root = make("section", { class: `workbench ${spec.kind}`, "aria-label": spec.title, "data-lm-suppress-shortcuts": true }, title, caption, this.controls, this.body, this.status, this.spoken);
+    this.root = make("section", { class: `workbench ${spec.kind}`, "aria-label": spec.title, "data-lm-suppress-shortcuts": true }, skip, title, caption, this.controls, this.body, this.status, this.spoken);
     if (notes.length) this.root.append(make("ul", { class: "notes" }, ...notes));
     this.root.append(this.tools);
     if (spec.table.length) this.addTable();
     this.tools.append(button("JSON", () => download(`${this.fileName()}.json`, "application/json", [JSON.stringify(this.plain(), null, 1)]), { title: "Download everything this view shows" }));
     this.tip = make("div", { class: "tip", role: "tooltip", hidden: true });
-    this.root.append(this.tip);
+    this.root.append(this.tip, end);
     this.el.replaceChildren(this.root);
   }
 
@@ -71,7 +76,7 @@ export class Frame {
   offerKeys(pairs) {
     const list = pairs.flatMap(([keys, does]) => [make("dt", {}, keys), make("dd", {}, does)]);
     const keys = make("details", { class: "keys" }, make("summary", {}, "Keys"), make("dl", {}, ...list));
-    this.root.append(keys);
+    this.tip.before(keys);
     // JupyterLab asks the focused element itself first whether its shortcuts are to be left alone.
     this.root.addEventListener("focusin", ({ target }) => {
       if (target instanceof Element) target.setAttribute("data-lm-suppress-shortcuts", "true");
@@ -190,11 +195,8 @@ export class Frame {
   }
 
   watchSelection() {
-    const set = Object.values(this.selection).some((value) => (Array.isArray(value) ? value.length : value !== null));
-    const known = this.live ? this.model.get("selection") : {};
-    const told = Object.values(known).some((value) => (Array.isArray(value) ? value.length : value !== null));
-    if (told) this.store.select(known);
-    else if (!set) this.store.select(this.spec.selection);
+    if (this.live) this.store.begin(this.model.get("selection"), true);
+    this.store.begin(this.spec.selection);
     this.onKernel = () => this.store.select(this.model.get("selection"));
     this.model.on("change:selection", this.onKernel);
   }
@@ -234,9 +236,11 @@ export class Frame {
   watchTheme() {
     const read = () => {
       const forced = document.documentElement.dataset.theme ?? { true: "light", false: "dark" }[document.body.dataset.jpThemeLight];
-      const theme = matchMedia("print").matches ? "light" : (forced ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
-      if (theme === this.theme) return;
+      const printing = matchMedia("print").matches;
+      const theme = printing ? "light" : (forced ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+      if (theme === this.theme && printing === this.printing) return;
       this.theme = theme;
+      this.printing = printing;
       this.root.dataset.theme = theme;
       this.redraw();
     };
@@ -280,15 +284,14 @@ export class Frame {
     else waiting.resolve({ ...content, buffers });
   }
 
-  /** Hide the picture that stands for this view where nothing lives behind it. It may arrive after the view. */
+  /** Hide the picture that stands for this view where nothing lives behind it; it comes after the view, and anew with it. */
   replaceStill() {
     const hide = () => this.model.get("still").forEach((id) => document.getElementById(id)?.setAttribute("hidden", ""));
     hide();
     const watcher = new MutationObserver(hide);
     watcher.observe(document.body, { childList: true, subtree: true });
     this.model.on("change:still", hide);
-    const tired = setTimeout(() => watcher.disconnect(), 20000);
-    this.endings.push(() => watcher.disconnect(), () => clearTimeout(tired));
+    this.endings.push(() => watcher.disconnect());
   }
 
   close() {

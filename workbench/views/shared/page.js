@@ -1,6 +1,6 @@
 // A page: every view is drawn from its data block, the selection stands in the address, the theme can be chosen.
 
-import { fromAddress, sharedSelection, toAddress } from "./selection.js";
+import { sharedSelection } from "./selection.js";
 
 /** What a view's module sees in place of a widget's model. */
 class Still {
@@ -43,7 +43,8 @@ class Still {
   /** What was set as a part of an address; "" while nothing was. */
   address() {
     const first = this.values.spec.state;
-    const set = Object.entries(this.values.state).filter(([key, value]) => JSON.stringify(value) !== JSON.stringify(first[key]));
+    const same = (a, b) => JSON.stringify(a ?? null) === JSON.stringify(b ?? null);
+    const set = Object.entries(this.values.state).filter(([key, value]) => !same(value, first[key]));
     return set.length ? `${this.name}=${encodeURIComponent(JSON.stringify(Object.fromEntries(set)))}` : "";
   }
 }
@@ -61,12 +62,11 @@ function stateIn(address, name) {
 // An address is a place on the page, a selection, what was set in single views, or several of these:
 // #fig-2-head-atlas,L5H1,q=12,view-0=%7B%7D.
 const selected = sharedSelection();
-selected.select(fromAddress(location.hash));
 const stills = [];
 let place = null;
 
 function write() {
-  const parts = [place, toAddress(selected.value), ...stills.map((each) => each.address())];
+  const parts = [place, selected.address(), ...stills.map((each) => each.address())];
   history.replaceState(null, "", `#${parts.filter(Boolean).join(",")}`);
 }
 
@@ -78,7 +78,7 @@ function go() {
 }
 
 addEventListener("hashchange", () => {
-  selected.select(fromAddress(location.hash));
+  selected.read(location.hash);
   for (const each of stills) each.read();
   go();
 });
@@ -99,20 +99,22 @@ themes?.addEventListener("change", () => {
 
 /** Draw all views of the page. @param views for each kind its `render` */
 export async function draw(views) {
-  /** @type {NodeListOf<HTMLElement>} */
-  const places = document.querySelectorAll(".workbench-view");
-  for (const el of places) {
-    const spec = JSON.parse(document.getElementById(el.dataset.view).textContent);
-    const model = new Still(spec, el.dataset.view);
-    stills.push(model);
+  /** @type {HTMLElement[]} */
+  const places = Array.from(document.querySelectorAll(".workbench-view"));
+  stills.push(...places.map((el) => new Still(JSON.parse(document.getElementById(el.dataset.view).textContent), el.dataset.view)));
+  // Whose heads and positions an address names depends on all views of the page.
+  for (const model of stills) selected.join(model.get("spec").scope);
+  selected.read(location.hash);
+  for (const [i, el] of places.entries()) {
+    const model = stills[i];
     try {
-      await views[spec.kind]({ model, el });
+      await views[model.get("spec").kind]({ model, el });
     } catch (error) {
       el.textContent = `This view could not be drawn: ${error.message}`;
       console.error(error);
     }
   }
-  selected.follow(write);
+  selected.changed = write;
   go();
   performance.mark("workbench:ready");
   document.documentElement.dataset.ready = "true";

@@ -1,6 +1,9 @@
-// The selection that all views of a document share: on a page through this store, in a notebook through the kernel too.
+// What is selected, which all views of a document share that show the same model or the same inputs: on a page through
+// this store, in a notebook through the kernel too.
 
 const NOTHING = { layer: null, heads: [], query: null, key: null, token: null, site: null, example: null };
+/** @type {[string, string[]][]} what is chosen in a model, and what in its inputs */
+const PARTS = [["model", ["layer", "heads", "site"]], ["inputs", ["query", "key", "token", "example"]]];
 
 const STORE = Symbol.for("workbench.selection");
 
@@ -10,49 +13,137 @@ export function sharedSelection() {
   return globalThis[STORE];
 }
 
+/** A scope says which model's heads and which inputs' positions are chosen; null: those of the only one there is. */
 class Store {
   constructor() {
-    this.value = NOTHING;
+    this.chosen = { model: new Map(), inputs: new Map() };
+    this.known = { model: [], inputs: [] };
     this.followers = new Set();
+    /** @type {() => void} called after every change of what is selected anywhere */
+    this.changed = () => {};
+    this.last = "";
+  }
+
+  /** Make a scope known, in order of appearance. */
+  join(scope) {
+    for (const [part] of PARTS) if (scope[part] !== null && !this.known[part].includes(scope[part])) this.known[part].push(scope[part]);
+    this.tell();
+  }
+
+  /** What a view selects from and follows. */
+  of(scope) {
+    this.join(scope);
+    return new Scoped(this, scope);
+  }
+
+  name(part, scope) {
+    return scope[part] ?? (this.known[part].length === 1 ? this.known[part][0] : "");
+  }
+
+  /** All names of scopes, the last one for views that do not know theirs. */
+  names(part) {
+    return this.known[part].length === 1 ? this.known[part] : [...this.known[part], ""];
+  }
+
+  value(scope) {
+    return { ...NOTHING, ...this.chosen.model.get(this.name("model", scope)), ...this.chosen.inputs.get(this.name("inputs", scope)) };
+  }
+
+  select(scope, change) {
+    for (const [part, names] of PARTS) {
+      const own = Object.fromEntries(Object.entries(change).filter(([name]) => names.includes(name)));
+      const name = this.name(part, scope);
+      if (Object.keys(own).length) this.chosen[part].set(name, { ...this.chosen[part].get(name), ...own });
+    }
+    this.tell();
+  }
+
+  /** Tell everyone for whom something changed. */
+  tell() {
+    for (const follower of [...this.followers]) {
+      const value = this.value(follower.scope);
+      if (JSON.stringify(value) === JSON.stringify(follower.value)) continue;
+      follower.value = value;
+      follower.told(value);
+    }
+    const address = this.address();
+    if (address === this.last) return;
+    this.last = address;
+    this.changed();
+  }
+
+  /** What is selected as the part of an address after #: L5H1+3,q=12 of the first scopes, 2.L0H3 of the second model. */
+  address() {
+    const most = Math.max(...PARTS.map(([part]) => this.names(part).length));
+    const parts = Array.from({ length: most }, (_, at) => {
+      const chosen = { ...NOTHING, ...this.chosen.model.get(this.names("model")[at]), ...this.chosen.inputs.get(this.names("inputs")[at]) };
+      return toAddress(chosen).map((each) => (at ? `${at + 1}.${each}` : each));
+    });
+    return parts.flat().join(",");
+  }
+
+  /** Take the selections that an address gives; what it says wrongly is left out. */
+  read(text) {
+    for (const part of text.replace(/^#/, "").split(",")) {
+      const [, number, rest] = /^(?:(\d{1,3})\.)?(.*)$/s.exec(part);
+      const at = number ? Number(number) - 1 : 0;
+      const scope = Object.fromEntries(PARTS.map(([of]) => [of, this.names(of)[at]]));
+      const change = Object.fromEntries(Object.entries(fromAddress(rest)).filter(([name]) => scope[PARTS.find(([, names]) => names.includes(name))[0]] !== undefined));
+      if (Object.keys(change).length) this.select({ model: scope.model ?? null, inputs: scope.inputs ?? null }, change);
+    }
+  }
+}
+
+/** The selection of one scope. */
+class Scoped {
+  constructor(store, scope) {
+    this.store = store;
+    this.scope = scope;
+  }
+
+  get value() {
+    return this.store.value(this.scope);
   }
 
   /** Change some of the selection; everyone who follows is told, unless nothing changed. */
   select(change) {
-    const value = { ...this.value, ...change };
-    if (JSON.stringify(value) === JSON.stringify(this.value)) return;
-    this.value = value;
-    for (const follower of [...this.followers]) follower(value);
+    this.store.select(this.scope, change);
+  }
+
+  /** What a view begins with: its heads, and its positions, where none are chosen yet, or in place of those that are. */
+  begin(first, instead = false) {
+    const { value } = this;
+    const isSet = (selection, name) => name in selection && JSON.stringify(selection[name]) !== JSON.stringify(NOTHING[name]);
+    for (const [, names] of PARTS) {
+      if (!names.some((name) => isSet(first, name)) || (!instead && names.some((name) => isSet(value, name)))) continue;
+      this.select(Object.fromEntries(names.filter((name) => name in first).map((name) => [name, first[name]])));
+    }
   }
 
   /** Be told of every change; returns what ends that. */
   follow(told) {
-    this.followers.add(told);
-    return () => this.followers.delete(told);
+    const follower = { scope: this.scope, told, value: this.value };
+    this.store.followers.add(follower);
+    return () => this.store.followers.delete(follower);
   }
 }
 
-/** The selection as the part of an address after #: L5H1+3,q=12,k=4,t=7,s=site,x=2. */
-export function toAddress({ layer, heads, query, key, token, site, example }) {
+/** A selection as parts of an address: L5H1+3, q=12, k=4, t=7, s=site, x=2. */
+function toAddress({ layer, heads, query, key, token, site, example }) {
   const where = layer === null ? [] : [`L${layer}${heads.length ? `H${heads.join("+")}` : ""}`];
   const pairs = [["q", query], ["k", key], ["t", token], ["s", site], ["x", example]].filter(([, value]) => value !== null);
-  return [...where, ...pairs.map(([name, value]) => `${name}=${encodeURIComponent(value)}`)].join(",");
+  return [...where, ...pairs.map(([name, value]) => `${name}=${encodeURIComponent(value)}`)];
 }
 
-/** The change of selection that an address asks for; what it says wrongly is left out. */
-export function fromAddress(text) {
-  const change = {};
-  for (const part of text.replace(/^#/, "").split(",")) {
-    const where = /^L(\d{1,6})(?:H(\d{1,6}(?:\+\d{1,6})*))?$/.exec(part);
-    const pair = /^([qktx])=(\d{1,9})$/.exec(part);
-    if (where) Object.assign(change, { layer: Number(where[1]), heads: where[2] ? where[2].split("+").map(Number) : [] });
-    else if (pair) change[{ q: "query", k: "key", t: "token", x: "example" }[pair[1]]] = Number(pair[2]);
-    else if (part.startsWith("s=")) {
-      try {
-        change.site = decodeURIComponent(part.slice(2));
-      } catch {
-        // not an address that we wrote
-      }
-    }
+/** The change of selection that a part of an address asks for. */
+function fromAddress(part) {
+  const where = /^L(\d{1,6})(?:H(\d{1,6}(?:\+\d{1,6})*))?$/.exec(part);
+  const pair = /^([qktx])=(\d{1,9})$/.exec(part);
+  if (where) return { layer: Number(where[1]), heads: where[2] ? where[2].split("+").map(Number) : [] };
+  if (pair) return { [{ q: "query", k: "key", t: "token", x: "example" }[pair[1]]]: Number(pair[2]) };
+  try {
+    return part.startsWith("s=") ? { site: decodeURIComponent(part.slice(2)) } : {};
+  } catch {
+    return {}; // not an address that we wrote
   }
-  return change;
 }

@@ -22,9 +22,10 @@ class Peek {
 
   constructor(frame) {
     this.frame = frame;
+    this.number = -1;
+    this.about = null;
     this.cell = [0, 0];
     this.bin = 0;
-    this.log = false;
     this.facts = make("dl", { class: "facts" });
     this.tile = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "tile", class: "tile" });
     this.where = make("p", { class: "where" });
@@ -40,29 +41,44 @@ class Peek {
       ["Enter", "choose the head, query, key, layer or token of the cell in every view"],
       ["Esc", "hide the cursor"],
     ]);
-    this.open(0);
+    this.read();
+    frame.onState(() => this.read());
     frame.onRedraw(() => this.draw());
   }
 
-  open(number) {
-    this.number = number;
-    this.about = this.frame.facts.tensors[number];
-    this.index = [...this.about.index];
-    [this.rows, this.columns] = this.about.shown;
-    this.cell = [0, 0];
-    this.bin = 0;
-    this.entered = false;
-    this.controls();
-    this.describe();
-    this.load();
+  /** Show what the state says: which tensor, which slice of it, and how bars count. Where it says nothing, or wrongly, the first. */
+  read() {
+    const { state, facts } = this.frame;
+    const number = facts.tensors[state.tensor] ? state.tensor : 0;
+    const about = facts.tensors[number];
+    const inside = (index) => index?.length === about.shape.length && index.every((at, axis) => Number.isInteger(at) && at >= 0 && at < about.shape[axis]);
+    const two = (axes) => axes?.length === 2 && axes[0] !== axes[1] && axes.every((axis) => Number.isInteger(axis) && axis >= 0 && axis < about.shape.length);
+    this.log = state.counts === "log";
+    if (this.number !== number) Object.assign(this, { number, about, cell: [0, 0], bin: 0, entered: false });
+    const before = JSON.stringify([this.index, this.controlled]);
+    this.index = inside(state.index) ? [...state.index] : [...about.index];
+    [this.rows, this.columns] = two(state.axes) ? state.axes : about.shown;
+    const controlled = [number, this.rows, this.columns];
+    // Made anew only where there are others: the one that has the focus stays.
+    if (JSON.stringify(controlled) !== JSON.stringify(this.controlled)) {
+      this.controlled = controlled;
+      this.controls();
+      this.describe();
+    }
+    for (const [axis, picker] of this.pickers) picker.value = this.index[axis];
+    this.counter.value = this.log ? "log" : "linear";
+    if (JSON.stringify([this.index, controlled]) === before) this.drawBars();
+    else this.load();
   }
 
   controls() {
     const { tensors } = this.frame.facts;
     const { controls } = this.frame;
     controls.replaceChildren();
+    /** @type {Map<number, HTMLInputElement>} */
+    this.pickers = new Map();
     if (tensors.length > 1) {
-      const choice = selector("Tensor", tensors.map(({ name }, i) => [i, name]), (i) => this.open(Number(i)));
+      const choice = selector("Tensor", tensors.map(({ name }, i) => [i, name]), (i) => this.frame.keep({ tensor: Number(i), index: null, axes: null }));
       choice.select.value = this.number;
       controls.append(choice.field);
     }
@@ -78,27 +94,25 @@ class Peek {
       if (axis === this.rows || axis === this.columns || shape[axis] < 2) return;
       const picker = make("input", { type: "number", min: 0, max: shape[axis] - 1, value: this.index[axis] });
       picker.addEventListener("change", () => {
-        this.index[axis] = Math.min(shape[axis] - 1, Math.max(0, Math.round(Number(picker.value)) || 0));
-        picker.value = this.index[axis];
-        this.load();
+        const at = Math.min(shape[axis] - 1, Math.max(0, Math.round(Number(picker.value)) || 0));
+        picker.value = at;
+        this.frame.keep({ index: this.index.with(axis, at) });
       });
+      this.pickers.set(axis, picker);
       controls.append(make("label", { class: "field" }, make("span", {}, `${name} (0 to ${shape[axis] - 1})`), picker));
     });
-    const counts = selector("Counts", [["linear", "linear"], ["log", "log"]], (how) => {
-      this.log = how === "log";
-      this.drawBars();
-    });
-    counts.select.value = this.log ? "log" : "linear";
+    const counts = selector("Counts", [["linear", "linear"], ["log", "log"]], (counts) => this.frame.keep({ counts }));
+    this.counter = counts.select;
     controls.append(counts.field);
   }
 
   /** Show another axis; if it is the other side's, they change places. */
   turn(side, axis) {
-    const other = side === "rows" ? "columns" : "rows";
-    if (this[other] === axis) this[other] = this[side];
-    this[side] = axis;
-    this.controls();
-    this.load();
+    const axes = [this.rows, this.columns];
+    const at = side === "rows" ? 0 : 1;
+    if (axes[1 - at] === axis) axes[1 - at] = axes[at];
+    axes[at] = axis;
+    this.frame.keep({ axes });
   }
 
   describe() {

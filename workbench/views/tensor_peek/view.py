@@ -32,17 +32,19 @@ class TensorPeek(View):
         self.size = (9.0, 3.8)
 
     def picture(self, figure: Figure) -> None:
-        about = self.spec.facts["tensors"][0]
+        number = self.state.get("tensor", 0)
+        number = number if number < len(self._tensors) else 0
+        about = self.spec.facts["tensors"][number]
         left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
         if not about["held"]:
             for axes in (left, right):
                 axes.set_axis_off()
             left.text(0, 0.5, f"{about['name']} is empty: shape {about['shape']}")
             return
-        cells = self.spec.blocks["slices:0"][0]
+        index, (rows, columns) = self._index(about), self._axes(about)
+        cells, (down, across) = slice_of(self._tensors[number].values, index, rows, columns)
         low, high = scales.limits(np.where(np.isfinite(cells), cells, np.nan), signed=about["signed"])
         colours: Any = scales.diverging() if about["signed"] else "viridis"
-        down, across = about["pooled"]
         shape = (cells.shape[1] * across - 0.5, cells.shape[0] * down - 0.5)
         left.set_facecolor(scales.unseen_colour())
         extent = (-0.5, shape[0], shape[1], -0.5)
@@ -50,18 +52,30 @@ class TensorPeek(View):
             np.ma.masked_invalid(cells), cmap=colours, vmin=low, vmax=high, aspect="auto", extent=extent
         )
         figure.colorbar(drawn, ax=left).outline.set_visible(False)
-        rows, columns = about["shown"]
         left.set_xlabel(about["axes"][columns] if columns is not None else "")
         left.set_ylabel(about["axes"][rows] if rows is not None else "")
-        left.set_title(_where(about, about["index"]))
+        left.set_title(_where(about, index, rows, columns))
         if rows is None:
             left.set_yticks([])
-        counts, edges = self.spec.blocks["counts:0"], self.spec.blocks["edges:0"]
+        counts, edges = self.spec.blocks[f"counts:{number}"], self.spec.blocks[f"edges:{number}"]
         if len(counts):
-            right.bar(edges[:-1], counts, np.diff(edges), align="edge")
+            right.bar(edges[:-1], counts, np.diff(edges), align="edge", log=self.state.get("counts") == "log")
         right.set_xlabel("value")
         right.set_ylabel("numbers")
         right.set_title("Histogram of all finite values")
+
+    def _index(self, about: Mapping[str, Any]) -> Sequence[int]:
+        """The slice that the state asks for, where the tensor has it."""
+        index: Sequence[int] = self.state.get("index") or about["index"]
+        inside = len(index) == len(about["shape"]) and all(i < n for i, n in zip(index, about["shape"], strict=True))
+        return index if inside else list(about["index"])
+
+    def _axes(self, about: Mapping[str, Any]) -> tuple[int | None, int | None]:
+        rows, columns = self.state.get("axes") or about["shown"]
+        n = len(about["shape"])
+        fits = all(axis is None or axis < n for axis in (rows, columns)) and (rows != columns or rows is None)
+        rows, columns = (rows, columns) if fits else about["shown"]
+        return rows, columns
 
     def answer(self, question: Mapping[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
         if question.get("ask") != "slice":
@@ -84,9 +98,9 @@ class TensorPeek(View):
         return {"shape": list(cells.shape), "pooled": list(pooled)}, [data]
 
 
-def _where(about: Mapping[str, Any], index: Sequence[int]) -> str:
+def _where(about: Mapping[str, Any], index: Sequence[int], rows: int | None, columns: int | None) -> str:
     pairs = enumerate(zip(about["axes"], index, strict=True))
-    fixed = [f"{name} {at}" for axis, (name, at) in pairs if axis not in about["shown"]]
+    fixed = [f"{name} {at}" for axis, (name, at) in pairs if axis not in (rows, columns)]
     return ", ".join([about["name"], *fixed])
 
 

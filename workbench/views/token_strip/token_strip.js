@@ -1,7 +1,7 @@
 // Token strip: a text whose tokens are coloured by a value each. Click or Enter chooses a token for all views.
 
 import { colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
-import { button, cut, exactly, legend, make, named, roughly, selector } from "workbench/shared/dom.js";
+import { button, cut, exactly, legend, make, named, roughly } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { ceiling, greatest } from "workbench/shared/scales.js";
 
@@ -17,7 +17,6 @@ class Strip {
   constructor(frame) {
     this.frame = frame;
     this.tokens = frame.facts.tokens;
-    this.channel = 0;
     this.start = 0;
     this.at = 0;
     this.box = make("div", { class: "strip", role: "listbox", "aria-label": `${frame.spec.title}: tokens` });
@@ -35,11 +34,12 @@ class Strip {
   }
 
   buildControls() {
-    const { controls, facts } = this.frame;
-    if (facts.channels.length > 1) {
-      const choices = facts.channels.map(({ label, unit }, i) => [i, unit ? `${label} (${unit})` : label]);
-      controls.append(selector("Show", choices, (i) => this.setChannel(Number(i))).field);
-    }
+    const { controls, facts, settings } = this.frame;
+    const at = (name) => facts.channels.findIndex(({ label }) => label === name);
+    const choices = facts.channels.map(({ label, unit }) => [label, unit ? `${label} (${unit})` : label]);
+    const channel = settings.pick("channel", "Show", choices, choices[0][0], (name) => this.setChannel(at(name)));
+    this.channel = at(channel.value);
+    if (choices.length > 1) controls.append(channel.field);
     const search = make("input", { type: "search", size: 14, autocomplete: "off" });
     search.addEventListener("keydown", (event) => event.key === "Enter" && this.find(search.value));
     controls.append(make("label", { class: "field" }, make("span", {}, "Find"), search));

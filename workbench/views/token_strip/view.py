@@ -11,7 +11,7 @@ import numpy as np
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import scales
-from workbench.views.base.selection import SharedSelection
+from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
 
@@ -30,9 +30,14 @@ class TokenStrip(View):
     def picture(self, figure: Figure) -> None:
         from matplotlib.patches import Rectangle
 
-        tokens, about = self.spec.facts["tokens"][:_PICTURED], self.spec.facts["channels"][0]
-        values = self.spec.blocks["values"][0]
-        colours = scales.colours(values, signed=about["signed"])
+        every, channels = self.spec.facts["tokens"], self.spec.facts["channels"]
+        labels = [each["label"] for each in channels]
+        channel = labels.index(self.state["channel"]) if self.state.get("channel") in labels else 0
+        about, values = channels[channel], self.spec.blocks["values"][channel]
+        chosen = self.chosen.token
+        start = 0 if chosen is None or not _PICTURED <= chosen < len(every) else chosen - _PICTURED // 2
+        tokens = every[start : start + _PICTURED]
+        colours = scales.colours(values, signed=about["signed"])[start : start + _PICTURED]
         places = list(_places([_columns(token) for token in tokens]))
         lines = places[-1][1] + 1
         figure.set_layout_engine("none")
@@ -40,13 +45,15 @@ class TokenStrip(View):
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.set(xlim=(-1, _PER_LINE + 1), ylim=(lines + 0.2, -1.4))
-        rest = len(self.spec.facts["tokens"]) - len(tokens)
+        rest = len(every) - len(tokens)
         unit = f", {about['unit']}" if about["unit"] else ""
         ends = " to ".join(f"{end:.3g}" for end in scales.limits(values, signed=about["signed"]))
         more = f"; {rest:,} more tokens are not in the picture" if rest else ""
         axes.text(0, -0.75, f"{about['label']}{unit}: colours run from {ends}{more}", fontsize=8, va="center")
-        for token, colour, (column, line) in zip(tokens, colours, places, strict=False):
+        for i, (token, colour, (column, line)) in enumerate(zip(tokens, colours, places, strict=True), start):
             axes.add_patch(Rectangle((column, line), _columns(token) - 0.3, 0.86, color=colour, linewidth=0))
+            if i == chosen:
+                axes.add_patch(scales.frame_of(column, line, _columns(token) - 0.3, 0.86))
             axes.text(
                 column + (_columns(token) - 0.3) / 2,
                 line + 0.43,
@@ -126,5 +133,6 @@ def token_strip(
         table={"position": np.arange(len(tokens), dtype=np.int32), "token": shown, **found},
         notes=(f"{missing:,} values are not known and grey.",) if missing else (),
         provenance=provenance or {},
+        inputs=inputs_of(shown),
     )
     return TokenStrip(spec, selection)

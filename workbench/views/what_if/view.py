@@ -98,7 +98,15 @@ class WhatIf(View):
 
     def __init__(self, spec: ViewSpec, selection: SharedSelection | None = None) -> None:
         super().__init__(spec, selection)
-        self.settings = Settings(**spec.facts["start"])
+
+    @property
+    def settings(self) -> Settings:
+        """Where the sliders stand now.
+
+        Raises:
+            ReportError: they were set to what no slider can be set to.
+        """
+        return _checked({**self.spec.facts["start"], **(self.state.get("settings") or {})})
 
     def numbers(self, **changes: Any) -> dict[str, float | None]:
         """What the sliders' numbers are with these settings changed; None where the theory is silent.

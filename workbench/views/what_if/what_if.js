@@ -80,7 +80,7 @@ class WhatIf {
     this.facts = frame.facts;
     this.sliders = {};
     this.values = {};
-    this.settings = { ...frame.facts.start };
+    this.settings = this.stated();
     this.about = make("p", { class: "about" });
     this.warning = make("p", { class: "about warning" });
     this.charts = [new LineChart(frame, "Signal and interference"), new LineChart(frame, "Failure of a stack over its depth")];
@@ -89,6 +89,12 @@ class WhatIf {
     frame.offerPicture(() => besideEachOther(frame, this.charts));
     frame.offerKeys([["Tab", "move from slider to slider, and to the charts"], ["← →, Page Up, Page Down, Home, End", "move a slider"], ["← → ↑ ↓, Home, End", "in a chart: move over its values, change the line"]]);
     this.update(false);
+    frame.onState(() => {
+      const stated = this.stated();
+      if (JSON.stringify(stated) === JSON.stringify(this.settings)) return;
+      this.settings = stated;
+      this.update();
+    });
     frame.onRedraw(() => this.charts.forEach((chart) => chart.draw()));
   }
 
@@ -105,7 +111,7 @@ class WhatIf {
     });
     const reset = button("Start again", () => {
       this.settings = { ...this.facts.start };
-      this.update();
+      this.keep();
     });
     return make("form", { class: "sliders" }, ...made, reset);
   }
@@ -122,6 +128,26 @@ class WhatIf {
   set(name, value) {
     this.settings[name] = value;
     if (name === "heads") this.settings.needed = Math.min(this.settings.needed, value);
+    this.keep();
+  }
+
+  /** Where the sliders stand by the state; what no slider can be set to is left out. */
+  stated() {
+    const { start, rules, sliders } = this.facts;
+    const found = { ...start };
+    for (const [name, value] of Object.entries(this.frame.state.settings ?? {})) {
+      const about = sliders.find((each) => each.name === name);
+      const fits = about && Number.isFinite(value) && value >= about.low && value <= about.high && (!Number.isInteger(about.step) || Number.isInteger(value));
+      if (fits || (name === "rule" && rules.some((rule) => rule.name === value)) || (name === "failure" && value === null)) found[name] = value;
+    }
+    found.needed = Math.min(found.needed, found.heads);
+    return found;
+  }
+
+  keep() {
+    const { start } = this.facts;
+    const changed = Object.entries(this.settings).filter(([name, value]) => value !== start[name]);
+    this.frame.keep({ settings: changed.length ? Object.fromEntries(changed) : null });
     this.update();
   }
 

@@ -23,6 +23,10 @@ from workbench.hooks.tap import AttentionCall
 
 _SUM = 1e-5  # by how much a sum may be off, number by number, of what is added up; at least two roundings
 _PRODUCT = 1e-4  # by how much a product may be off, of its length at each position; at least four roundings
+_INSTEAD = (
+    "circuits need a stream that is a sum over heads and MLPs; head_importance, run_sweep, wb.ablate and wb.patch "
+    "measure and change heads of any model"
+)
 
 
 class LayerFinder:
@@ -104,6 +108,12 @@ class LayerFinder:
                 site=site.name,
                 hint="heads of this model have no linear part in the residual stream",
             )
+        if call.shard is not None:
+            raise AttachError(
+                f"circuits need all heads in one process, and {site.elsewhere or 'some are in others'}",
+                site=site.name,
+                hint="load the model without tensor parallelism",
+            )
         n_heads, width = call.sizes[0], call.z().shape[-1]
         try:
             projection_slices(projection.module, n_heads, width)
@@ -139,7 +149,7 @@ class LayerFinder:
                 raise AttachError(
                     f"{chain[0]} reads neither the block's input nor that plus the heads' output",
                     site=site.name,
-                    hint="is there a norm after the attention (Gemma 2), or does the MLP add the stream (BLOOM)?",
+                    hint=f"is there a norm after the attention, or does the MLP add the stream (BLOOM)? {_INSTEAD}",
                 )
             chain.insert(0, min(before, key=_depth))
 
@@ -169,7 +179,7 @@ class LayerFinder:
             raise AttachError(
                 f"{name} does not read {source}, as it is or through one norm, for the {_SPELLED[part]}",
                 site=site.name,
-                hint="a norm after the attention (BERT, BART, OLMo 2), or another projection, stands in the way",
+                hint=f"a norm after the attention, or another projection, stands in the way; {_INSTEAD}",
             )
         return Projection(name, self.model.get_submodule(name), columns, norms[0])
 
@@ -226,7 +236,11 @@ def _columns(model: nn.Module, seen: Recording, site: Site, call: AttentionCall,
         if not any(torch.equal(columns, other) for other in distinct):
             distinct.append(columns)
     if part == "q" and len(distinct) != len(chosen):
-        raise AttachError("two heads share their queries", site=site.name)
+        raise AttachError(
+            f"the queries of several heads come from the same columns of {name}: a norm over all heads (OLMo 2), say, "
+            "so that no head's queries are its own",
+            site=site.name, hint=_INSTEAD,
+        )  # fmt: skip
     if len({len(columns) for columns in distinct}) != 1 or len(torch.cat(distinct).unique()) != sum(map(len, distinct)):
         raise AttachError(f"the {_SPELLED[part]} of {name} cannot be cut into heads", site=site.name)
     return name, torch.stack(distinct)
@@ -288,11 +302,26 @@ def _mlp(
     if not fitting:
         raise AttachError(
             f"the block {block} adds something to the residual stream that is neither its heads' output nor that of "
-            f"one module, in {seen.precision}",
+            f"one module, in {seen.precision}: {_why_no_sum(seen, site, block, attention, after, out)}",
             site=site.name,
-            hint="a norm after the attention or MLP (Gemma 2, OLMo 2), a scale, or two MLPs: the stream is no sum",
+            hint=_INSTEAD,
         )
     return min(fitting, key=_depth)
+
+
+def _why_no_sum(seen: Recording, site: Site, block: str, attention: Tensor, after: Tensor, out: str) -> str:
+    """What stands between the heads and the stream, where it can be named."""
+    for name in dict.fromkeys(seen.order):
+        if not name.startswith(f"{block}.") or site.name.startswith(f"{name}.") or name == out:
+            continue
+        gave, given = seen.gave.get(name), seen.given.get(name)
+        if gave is None or given is None or gave.shape != after.shape or equal(gave, given):
+            continue
+        if equal(given, attention):
+            return f"what they write goes through {name} first, and is no sum over heads behind a norm"
+        if equal(gave, after) and not site.name.startswith(name):
+            return f"the stream itself goes through {name}, and is no sum of what was written behind a norm"
+    return "a scale, or two MLPs?"
 
 
 def _depth(name: str) -> int:

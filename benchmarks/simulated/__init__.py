@@ -1,0 +1,1 @@
+"""What benchmarks/simulations.py simulates: overlap, intervals, and a list of who prints them."""

@@ -1,0 +1,80 @@
+"""A module that states another number of heads than its call has is refused, with both numbers."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import workbench
+from workbench import CaptureError, InterventionError
+
+X = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Part(nn.Module):
+    """One process's part of attention with four heads that was split by hand: it has two of them."""
+
+    def __init__(self, written: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.written = 4, written
+        self.q, self.k, self.v = (nn.Linear(16, 8) for _ in range(3))
+        self.out = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        if self.written:
+            z = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
+        else:
+            z = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(z.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    """Attention of a kind that states its heads rightly, and one that does not."""
+
+    def __init__(self, written: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.right, self.wrong = Part(written), Part(written)
+        self.right.num_heads = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wrong(self.right(x))
+
+
+@pytest.mark.parametrize("written", [False, True])
+@torch.no_grad()
+def test_a_capture_refuses_it_and_keeps_the_rest(written: bool) -> None:
+    model = Model(written)
+    bare = model(X)
+    with workbench.attach(model) as wb:
+        with (
+            pytest.warns(UserWarning, match="wrong: the module states 4 heads, and its call has 2"),
+            wb.capture() as cap,
+        ):
+            assert torch.equal(model(X), bare)
+        assert list(cap.ledger) == ["right", "wrong"]
+        assert "states 4 heads, and its call has 2" in str(cap.ledger["wrong"])
+    wanted = r"the module states 4 heads, and its call has 2 \(site wrong\)\n.*layout="
+    with workbench.attach(model) as wb, pytest.raises(CaptureError, match=wanted), wb.capture(sites="wrong"):
+        model(X)
+
+
+@torch.no_grad()
+def test_an_edit_refuses_it() -> None:
+    model = Model()
+    with workbench.attach(model) as wb:
+        with (
+            pytest.raises(InterventionError, match=r"states 4 heads, and its call has 2 \(site wrong\)\n.*layout="),
+            wb.ablate(("wrong", 1)),
+        ):
+            model(X)
+        with wb.ablate(("right", 1)):
+            model(X)
+
+
+@torch.no_grad()
+def test_a_stated_layout_settles_it() -> None:
+    model = Model()
+    with workbench.attach(model, layout={"wrong": "batch head=2 query width"}) as wb, wb.capture() as cap:
+        model(X)
+    assert cap["wrong"].shape == (3, 2, 7, 7)

@@ -1,0 +1,81 @@
+"""The blocks of README and how-to run in a folder of their own, one after the other, as a reader would run them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+README, HOW_TO = ROOT / "README.md", ROOT / "docs" / "how-to.md"
+
+
+def blocks(page: Path) -> list[str]:
+    """The page's blocks of Python."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+HUB = re.findall(r"^name = \"(.+)\"$", "".join(blocks(README)), flags=re.MULTILINE)
+
+
+def _shaped_like_it(folder: Path) -> None:
+    """A tiny random model at a path that reads like its name on the hub, which is not asked."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", "The", "fox", "dog"])}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
+    config = GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, vocab_size=4, n_positions=32, bos_token_id=None, eos_token_id=None
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+def _run(page: Path, folder: Path) -> str:
+    """What all of its blocks print, in one fresh process."""
+    (folder / "blocks.py").write_text("\n".join(blocks(page)), encoding="utf-8")
+    command = [sys.executable, "-W", "error:::workbench", "blocks.py"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
+    assert len(blocks(README)) == 4
+    assert len(HUB) == 1
+    _shaped_like_it(tmp_path / HUB[0])
+    said = _run(README, tmp_path)
+    assert "Verification(ok" in said
+    assert "torch.Size([1, 8, 29])" in said
+    for name in ("L1H6.png", "induction.html", "importance.safetensors"):
+        assert (tmp_path / name).stat().st_size > 1000, name
+
+
+def test_every_block_of_the_how_to_runs(tmp_path: Path) -> None:
+    assert len(blocks(HOW_TO)) > 20
+    said = _run(HOW_TO, tmp_path)
+    assert "Verification(ok" in said
+    for name in ("head.png", "page.html", "prompt.safetensors", "sweep.safetensors"):
+        assert (tmp_path / name).stat().st_size > 1000, name
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
+        assert link.startswith(("https://", "http://")) or (page.parent / link).exists(), link
+
+
+def test_the_head_that_it_shows_is_the_one_that_copies_most() -> None:
+    import torch
+
+    import workbench
+
+    model, tokenizer = workbench.models.load("demo-lm")
+    with workbench.attach(model, tokenizer) as wb, torch.no_grad(), wb.capture(["induction"]) as cap:
+        model(**wb.tokenize(workbench.tasks.induction(1, seed=0)[0].prompt))
+    last = cap.stack("induction")[:, 0, :, -1]
+    assert divmod(int(last.argmax()), last.shape[1]) == (1, 6)

@@ -1,0 +1,250 @@
+"""What is chosen and set in a view goes wherever the view goes: pictures, pages, reports; and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from copy import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page
+
+import workbench
+from support.browser import WatchedPage
+from support.every_view import VIEWS, capture, image_capture
+from workbench import views
+from workbench.errors import ReportError
+from workbench.storage import disk
+from workbench.views import SHARED, Selection, SharedSelection, View
+from workbench.views.base import page as pages
+from workbench.views.base.selection import Scope
+from workbench.views.base.spec import ViewSpec
+
+CHOOSING: dict[str, dict[str, Any]] = {
+    "saliency_map": {"layer": 1, "heads": (2,), "token": 3},
+    "capacity_curves": {"layer": 1, "heads": (2,)},
+    "compare": {"query": 4, "key": 2},
+    "attention_pattern": {"layer": 1, "heads": (2,), "query": 5},
+    "head_atlas": {"layer": 1, "heads": (2,)},
+    "head_gallery": {"layer": 1, "heads": (2,)},
+    "image_attention": {"layer": 1, "heads": (1,), "query": 3, "example": 1},
+    "token_strip": {"token": 6},
+}
+"""Kind of view -> what can be chosen in it, other than what it begins with."""
+
+SETTING: dict[str, dict[str, Any]] = {
+    "saliency_map": {"map": "encoder-output saliency", "over": "attention", "scale": "z", "heads": "alignment"},
+    "capacity_curves": {"query": "noisy keys"},
+    "conditioning_curves": {"experiment": "latent inhibition", "off": ["hebb"]},
+    "what_if": {"settings": {"n": 40, "heads": 2}},
+    "tensor_peek": {"index": [2, 0, 0], "counts": "log"},
+    "compare": {"scale": "linear"},
+    "attention_pattern": {"scale": "log", "range": "one", "hide": True},
+    "head_atlas": {"metric": "Sink"},
+    "head_gallery": {"shared": True},
+    "image_attention": {"received": True, "shared": True},
+    "token_strip": {"channel": "effect"},
+    "circuit_graph": {"by": "absolute", "n": 7},
+    "overlap_matrix": {"measure": "share", "pair": [1, 2]},
+}
+"""Kind of view -> what can be set in it."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_selected() -> Iterator[None]:
+    yield
+    SHARED.value = Selection()
+
+
+@cache
+def _made(kind: str) -> View:
+    return VIEWS[kind]()
+
+
+def alone(kind: str) -> View:
+    """A view with a selection of its own."""
+    view = copy(_made(kind))
+    view._shared = SharedSelection()
+    return view
+
+
+def held(html: str) -> list[dict[str, Any]]:
+    """The specs of a page."""
+    found = re.findall(r'<script type="application/json" id="view-\d+"[^>]*>([^<]*)</script>', html)
+    return [json.loads(text) for text in found]
+
+
+@pytest.mark.parametrize("kind", CHOOSING)
+def test_pictures_and_pages_show_what_is_chosen(kind: str) -> None:
+    view = alone(kind)
+    before, page = view.to_png(), view.to_html()
+    view.select(**CHOOSING[kind])
+    assert view.to_png() != before
+    assert view._bundle("one")["image/png"] == view.to_png()
+    assert view.to_html() != page
+    selection = held(str(view.to_html()))[0]["selection"]
+    assert {name: selection[name] for name in CHOOSING[kind]} == json.loads(json.dumps(CHOOSING[kind]))
+
+
+@pytest.mark.parametrize("kind", SETTING)
+def test_pictures_and_pages_show_what_is_set(kind: str) -> None:
+    view = alone(kind)
+    before = view.to_png()
+    view.set_state(**SETTING[kind])
+    assert view.to_png() != before
+    assert SETTING[kind].items() <= held(str(view.to_html()))[0]["state"].items()
+
+
+@pytest.mark.parametrize("kind", SETTING)
+def test_what_cannot_be_set_is_refused(kind: str) -> None:
+    with pytest.raises(ReportError, match="state"):
+        alone(kind).set_state(nonsense=3)
+
+
+@pytest.mark.parametrize("kind", CHOOSING)
+def test_what_is_not_there_leaves_the_picture_as_it_was(kind: str) -> None:
+    view = alone(kind)
+    before = view.to_png()
+    view.select(layer=77, heads=(99,), query=10_000, key=10_000, token=10_000, example=10_000)
+    assert view.to_png() == before
+
+
+def test_a_report_keeps_what_was_chosen_when_a_view_was_added() -> None:
+    cap = capture()
+    view = views.attention_pattern(cap)
+    view.select(layer=1, heads=(2,), query=5).set_state(scale="linear")
+    report = workbench.Report("Heads").add(view).add(cap)
+    view.select(layer=0, heads=(0,), query=1).set_state(scale="log")
+    report.add(view)
+    specs = held(report.to_html())
+    patterns = [spec for spec in specs if spec["kind"] == "attention_pattern"]
+    assert [(spec["selection"]["heads"], spec["selection"]["query"]) for spec in patterns] == [
+        ([2], 5),
+        ([2], 5),
+        ([0], 1),
+    ]
+    assert [spec["state"] for spec in patterns] == [{"scale": "linear"}, {}, {"scale": "log"}]
+    atlas = next(spec for spec in specs if spec["kind"] == "head_atlas")
+    assert atlas["selection"]["heads"] == [2]
+
+
+def test_the_page_of_a_result_keeps_what_is_chosen() -> None:
+    views.head_atlas(capture()).select(layer=1, heads=(2,))
+    found = held(str(views.page_of(capture())))
+    assert [spec["selection"]["heads"] for spec in found] == [[2]] * len(found)
+
+
+# One selection for each model and for each of its inputs.
+
+
+def test_heads_are_chosen_in_a_model_and_positions_in_its_inputs() -> None:
+    shared = SharedSelection()
+    one, other, same_inputs = Scope("a", "x"), Scope("b", "y"), Scope("b", "x")
+    shared.select(one, layer=1, heads=(2,), query=3)
+    assert shared.of(one) == Selection(layer=1, heads=(2,), query=3)
+    assert shared.of(other) == Selection()
+    assert shared.of(same_inputs) == Selection(query=3)
+    shared.select(layer=4)
+    assert [shared.of(scope).layer for scope in (one, other)] == [4, 4]
+    kept = shared.copy()
+    shared.select(one, layer=0)
+    assert kept.of(one).layer == 4
+
+
+def test_views_are_told_of_their_own_scope() -> None:
+    text, image = views.head_atlas(capture()), views.image_attention(*image_capture())
+    told: list[Selection] = []
+    end = image.on_select(told.append)
+    text.select(layer=1, heads=(1,), query=2)
+    assert (told, image.selection) == ([], Selection())
+    image.select(example=1)
+    assert told == [Selection(example=1)]
+    end()
+
+
+def test_views_that_do_not_know_their_model_follow_the_only_one() -> None:
+    shared = SharedSelection()
+    unknown = Scope()
+    shared.join(Scope("a"))
+    shared.select(Scope("a"), layer=1)
+    assert shared.of(unknown).layer == 1
+    shared.join(Scope("b"))
+    assert shared.of(unknown).layer is None
+
+
+def test_a_comparison_of_two_models_is_of_none() -> None:
+    model = {"model_class": "a", "model_name": "b", "parameters": 3}
+    other = model | {"parameters": 4}
+    assert Scope.of({"a": model, "b": model}) == Scope.of(model) != Scope.of(other)
+    assert Scope.of({"a": model, "b": other}) == Scope()
+
+
+@pytest.fixture(scope="module")
+def all_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with every kind that has settings, all set."""
+    specs: list[ViewSpec] = []
+    for kind, state in SETTING.items():
+        view = alone(kind).set_state(**state)
+        specs.append(view.select(**CHOOSING.get(kind, {})).current)
+    return disk.write(tmp_path_factory.mktemp("page") / "set.html", pages.render("Set", specs))
+
+
+def opened(watched: WatchedPage, file: Path, address: str = "") -> Page:
+    watched.page.goto(file.as_uri() + address)
+    watched.page.wait_for_selector("html[data-ready]")
+    return watched.page
+
+
+@pytest.mark.browser
+def test_a_page_opens_as_the_view_was_left(page: WatchedPage, all_set: Path) -> None:
+    tab = opened(page, all_set)
+    shown = tab.evaluate(
+        """Object.fromEntries([...document.querySelectorAll('.workbench')].map((view) => [view.className.split(' ')[1],
+             [...view.querySelectorAll('.controls .field, .sliders .slider')].map((field) => [
+               field.querySelector('span').textContent,
+               field.querySelector('select')?.selectedOptions[0].textContent ?? field.querySelector('input').value,
+               field.querySelector('input')?.checked ?? null])]))"""
+    )
+    wanted = {
+        "saliency_map": {"encoder-output saliency", "attention", "standardised per token", "L1H2"},
+        "capacity_curves": {"noisy keys", "L1H2"},
+        "conditioning_curves": {"latent inhibition"},
+        "what_if": {"40", "2"},
+        "tensor_peek": {"2", "log"},
+        "compare": {"linear"},
+        "attention_pattern": {"logarithmic", "0 to 1", "2"},
+        "head_atlas": {"Sink"},
+        "token_strip": {"effect"},
+    }
+    for kind, values in wanted.items():
+        told = {value.partition(" (")[0] for _, value, _ in shown[kind]}
+        assert values <= told, kind
+    assert [on for name, _, on in shown["attention_pattern"] if name.startswith("Hid")] == [True]
+    assert [on for name, _, on in shown["conditioning_curves"] if name == "hebb"] == [False]
+    assert tab.locator(".head_gallery h3", has_text="word5").count() == 1
+    assert "L1H1 on image two, from the patch" in tab.locator(".image_attention h3").first.inner_text()
+    assert tab.evaluate("location.hash") == ""
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_a_choice_in_one_model_leaves_another_alone(page: WatchedPage, tmp_path: Path) -> None:
+    text, image = views.attention_pattern(capture()), views.image_attention(*image_capture())
+    both = disk.write(tmp_path / "both.html", pages.render("Two models", [text.spec, image.spec]))
+    tab = opened(page, both)
+    before = tab.locator(".image_attention h3").first.inner_text()
+    tab.locator(".attention_pattern .field", has_text="Site").locator("select").select_option("1")
+    tab.locator(".attention_pattern .controls select").nth(1).select_option("1")
+    assert tab.locator(".image_attention h3").first.inner_text() == before
+    tab.locator(".image_attention .tiles button", has_text="L0H1").first.click()
+    assert tab.locator(".image_attention h3").first.inner_text() != before
+    address = tab.evaluate("location.hash")
+    assert re.match(r"#L1H1,s=.*,2\.L0H1", address), address
+    again = opened(page, both, address)
+    assert "L0H1" in again.locator(".image_attention h3").first.inner_text()
+    assert again.locator(".attention_pattern .controls select").nth(1).input_value() == "1"
+    page.assert_clean()
