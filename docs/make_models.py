@@ -1,6 +1,7 @@
 """Write docs/models.md from the models of the tests: `python docs/make_models.py`."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
 
 import workbench  # noqa: E402
+from support.survey.models import SURVEY  # noqa: E402
 from support.tiny import ZOO, Family, make  # noqa: E402
 from support.zoo.refusals import REFUSALS  # noqa: E402
 
@@ -48,6 +50,18 @@ other models of `transformers` share it. `wb.verify(**inputs)` says whether a ca
   *hub* (a kernel from the hub, registered under its name) need a GPU; the tests put a float64 stand-in with the
   package's signature in its place, so that all of `transformers`' own path runs. *Own*: the model has no choice of
   backends.
+"""
+
+EVERY_MIXER = """
+## Every mixer of tokens
+
+What `wb.look(**inputs)` says of tiny random models of more architectures: how many places are read, by kind, and which
+modules mix tokens and are not read. Both stand in `wb.sites`. A test has a judge of its own, which changes
+one position of what each module is given, and fails where a module that mixes tokens is neither. `attach` needs
+`check=False` where nothing is read.
+
+| Model | Package | Sites | Unread |
+| --- | --- | --- | --- |
 """
 
 NOTES = """
@@ -115,6 +129,19 @@ def found(members: list[Family]) -> tuple[list[str], list[str]]:
     return list(kinds), list(patterns)
 
 
+def mixers() -> Iterator[str]:
+    """A line for each model of the survey: its sites, and its unread mixers by class."""
+    for one in SURVEY:
+        model = one.make()
+        with torch.no_grad(), workbench.attach(model, check=False) as wb:
+            sites = wb.look(**one.inputs())
+        kinds = Counter(site.kind for site in sites)
+        classes = Counter(each.cls for each in sites.unread)
+        read = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none"
+        unread = ", ".join(name if n == 1 else f"{n} {name}" for name, n in classes.items())
+        yield f"| {one.label} | {one.library} | {read} | {unread} |"
+
+
 def refused() -> Iterator[str]:
     """A line for each case that is refused, with the error."""
     for refusal in REFUSALS:
@@ -123,7 +150,8 @@ def refused() -> Iterator[str]:
 
 def page() -> str:
     """The text of docs/models.md."""
-    return "\n".join((HEAD, *rows())) + "\n" + NOTES + "\n".join(refused()) + "\n"
+    read = "\n".join((HEAD, *rows()))
+    return read + "\n" + EVERY_MIXER + "\n".join(mixers()) + "\n" + NOTES + "\n".join(refused()) + "\n"
 
 
 if __name__ == "__main__":

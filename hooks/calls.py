@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from workbench.hooks import flex, registry
 from workbench.hooks.kernel_watch import LseWatch
-from workbench.hooks.layouts import Unplaced
 from workbench.hooks.paged import PagedKeys
 from workbench.hooks.proofs.axes import Bound
 from workbench.hooks.sites import heads_of, kv_heads_of
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.waiting import Unplaced
 from workbench.hooks.written_out import WrittenOut, ungrouped
 
 Owner = tuple[str, nn.Module]
@@ -49,8 +49,9 @@ def of_sdpa(owner: Owner, given: Mapping[str, Any], output: Tensor, watch: LseWa
             tap="sdpa",
         )
 
-    made_of = tuple(given[name] for name in ("query", "key", "value", "attn_mask"))
-    return Unplaced(*owner, heads_of(owner[1]), output, mixed=(-2,), width=-1, under=under, tensors=made_of)
+    made_of, v = tuple(given[name] for name in ("query", "key", "value", "attn_mask")), given["value"]
+    values = v if v.shape[:-2] == output.shape[:-2] else None
+    return Unplaced(*owner, heads_of(owner[1]), output, (-2,), -1, under, made_of, values, scored=True)
 
 
 def of_function(
@@ -97,9 +98,8 @@ def of_written_out(owner: Owner, found: WrittenOut) -> Unplaced:
             tap="written_out",
         )
 
-    return Unplaced(
-        *owner, heads_of(owner[1]), found.output, found.mixed, found.width, under, (found.weights, found.values)
-    )
+    made_of, heads = (found.weights, found.values), heads_of(owner[1])
+    return Unplaced(*owner, heads, found.output, found.mixed, found.width, under, made_of, found.values_like_output)
 
 
 def _axis(of_output: str, letter: str, width: str) -> int | None:

@@ -46,9 +46,15 @@ def calls_attention(module: nn.Module, *, across_methods: bool = False) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return False  # see `scripted_attention`
     callables = _callables(module)
-    key = (type(module), across_methods, *sorted((name, id(_code(each))) for name, each in callables.items()))
+    softmaxes = frozenset(name for name, part in module.named_children() if isinstance(part, nn.Softmax))
+    key = (
+        type(module),
+        across_methods,
+        softmaxes,
+        *sorted((name, id(_code(each))) for name, each in callables.items()),
+    )
     if key not in _known:
-        _known[key] = _Reading(callables, across_methods).finds_attention(type(module))
+        _known[key] = _Reading(callables, across_methods, softmaxes).finds_attention(type(module))
     return _known[key]
 
 
@@ -71,10 +77,12 @@ class _Reading:
     Attributes:
         callables: what the module carries and can be called, by name.
         across_methods: see `calls_attention`.
+        softmaxes: names of the modules in it that are a softmax.
     """
 
     callables: Mapping[str, Any]
     across_methods: bool
+    softmaxes: frozenset[str] = frozenset()
     seen: set[CodeType] = field(default_factory=set)
     softmax: bool = False
     product: bool = False
@@ -91,7 +99,7 @@ class _Reading:
         for code in codes:  # grows: nested functions are constants of their parent
             codes.extend(c for c in code.co_consts if isinstance(c, CodeType))
         names = {name for code in codes for name in (*code.co_names, *code.co_freevars)}
-        softmax = bool(names & _SOFTMAX)
+        softmax = bool(names & (_SOFTMAX | self.softmaxes))
         product = bool(names & _PRODUCTS) or any(map(_multiplies, codes))
         if cls is not None and self.across_methods:
             self.softmax, self.product = softmax, product = self.softmax or softmax, self.product or product

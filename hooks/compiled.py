@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -43,14 +44,14 @@ def check_not_compiled(model: nn.Module) -> None:
         if module._compiled_call_impl is not None:
             raise _compiled("the model" if module is model else "a module", name, f"{_EAGER}, or leave out .compile()")
         if cls not in functions:
-            names, found = set[str](), None
+            names, found = {"forward"}, None
             for function, called_as in _functions(inspect.getattr_static(cls, "forward", None), cls, _DEPTH):
                 found = called_as if _is_compiled(function) and found is None else found
                 names |= set(_names(function))
             functions[cls] = names, found
         names, found = functions[cls]
         own = vars(module)
-        found = next((each for each in ("forward", *sorted(names)) if _is_compiled(own.get(each))), found)
+        found = next((each for each in sorted(own.keys() & names) if _is_compiled(own[each])), found)
         if found is not None:
             raise _compiled(f"{found}(), which {cls.__name__} runs,", name, f"{_EAGER}, or call what was compiled")
 
@@ -97,10 +98,15 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def _names(function: Any) -> Iterator[str]:
+def _names(function: Any) -> tuple[str, ...]:
     """The names that a function's code mentions, those in functions inside it included."""
-    codes = [function.__code__] if isinstance(function, FunctionType) else []
-    for code in codes:  # grows
-        codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
-        yield from code.co_names
-        yield from code.co_freevars
+    return _names_in(function.__code__) if isinstance(function, FunctionType) else ()
+
+
+@lru_cache(maxsize=4096)  # asked for at each capture; code never changes
+def _names_in(code: CodeType) -> tuple[str, ...]:
+    codes, found = [code], dict[str, None]()
+    for one in codes:  # grows
+        codes.extend(constant for constant in one.co_consts if isinstance(constant, CodeType))
+        found |= dict.fromkeys((*one.co_names, *one.co_freevars))
+    return tuple(found)

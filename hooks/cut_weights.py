@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError
 from workbench.hooks.head_shards import HeadShard
-from workbench.hooks.layouts import Unplaced
 from workbench.hooks.projections import is_conv1d, is_linear
 from workbench.hooks.sites import heads_of, kv_heads_of
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.waiting import Unplaced
 
 
 @dataclass(frozen=True)
@@ -132,3 +132,13 @@ def _is_distributed(tensor: Any) -> bool:
     """Whether a tensor is a DTensor; there is none unless their module is loaded."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def check_whole(module: nn.Module, site: str) -> None:
+    """Raise a CaptureError if other processes hold a part of the weights that a module is read from."""
+    if is_cut(module):
+        raise CaptureError(
+            f"a {type(module).__name__} cannot be read from weights of which other processes hold a part",
+            site=site,
+            hint="leave it out with sites=, or run the model in one process",
+        )

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
-from workbench.hooks.proofs.axes import Axes, Bound, Proof, axes_by_size, prove_axes, usual_axes
-from workbench.hooks.proofs.rows import account
+from workbench.hooks.blocks import Blocks, find_blocks
+from workbench.hooks.proofs.axes import Axes, Bound
+from workbench.hooks.proofs.by_size import axes_by_size, usual_axes
+from workbench.hooks.proofs.by_value import Proof, prove_axes
+from workbench.hooks.proofs.rows import Account, account, own_features
 from workbench.hooks.sites import stated_heads
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.waiting import Run, Unplaced, Waiting, fits, kept, versions
 
 By = Literal["contract", "values", "sizes", "stated"]
 _CANDIDATES = 8  # inputs of linear functions that are compared with one call
@@ -39,101 +43,11 @@ def learn(site: str) -> str:
 
 
 @dataclass(frozen=True)
-class Unplaced:
-    """A kernel call of which the axes are not known.
-
-    Attributes:
-        site, module: who made it. heads: how many heads the module says it has.
-        output: what the kernel gave.
-        mixed: the axes of the output that the values do not have; width: the axis that only they have.
-        under: makes the call, given what the axes are. tensors: what it is made of.
-    """
-
-    site: str
-    module: nn.Module
-    heads: int | None
-    output: Tensor
-    mixed: tuple[int, ...]
-    width: int
-    under: Callable[[Bound], AttentionCall]
-    tensors: tuple[Tensor | None, ...] = ()
-
-
-@dataclass(frozen=True)
 class Known:
     """What is known of a site's call: its axes and how they are known."""
 
     axes: Axes
     by: By
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A call whose proof has not come yet.
-
-    Attributes:
-        ordinal: the how manieth call of its site in the forward.
-        guess: what sizes say, if they leave only one way.
-        output: what the kernel gave, or what an edit made of it.
-        tried: linear functions that it was compared with.
-        reason: why it was not proved.
-        sample: some of the output as it was.
-        seen: a linear function came after it.
-        told: it could not wait, and was told by the guess. assumed: by the usual axes: if they are not proved, that is
-            an error.
-        versions: of the tensors that the call is made of, when it was made.
-        fits: something that entered a linear function has the rows and features of what the heads give, so that a gate
-            or a norm may lie between.
-    """
-
-    call: Unplaced
-    ordinal: int
-    guess: Axes | None
-    output: Tensor
-    edited: bool = False
-    tried: int = 0
-    reason: str = "what its heads give enters no linear function as it is"
-    sample: Tensor | None = None
-    seen: bool = False
-    fits: bool = False
-    told: bool = False
-    assumed: bool = False
-    versions: tuple[int, ...] = ()
-
-    def watch(self, output: Tensor) -> None:
-        """Follow this output, and remember some of it: models change outputs in place, their values and their shape."""
-        self.output = output.detach()
-        self.sample = _sampled(self.output).clone()
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether the model has left the output as it was."""
-        same = self.sample is not None and torch.equal(_sampled(self.output).nan_to_num(), self.sample.nan_to_num())
-        if not same:
-            self.reason = "the model adds to what its kernel gives, or changes it in place"
-        return same
-
-
-def _kept(call: Unplaced) -> Unplaced:
-    """The call with the output as it is now: models change outputs in place before the axes are known."""
-    with torch.no_grad():
-        before = call.output.detach().clone()
-
-    def under(bound: Bound) -> AttentionCall:
-        made, now = call.under(bound), call.output.detach()
-        same = now.shape == before.shape and torch.equal(now.nan_to_num(), before.nan_to_num())
-        return made if same else replace(made, output=before)
-
-    return replace(call, under=under)
-
-
-@dataclass
-class _Run:
-    """One forward in one thread. `examples`: how many the model was given."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    waiting: list[_Waiting] = field(default_factory=list)
-    examples: int | None = None
 
 
 class Layouts:
@@ -145,6 +59,7 @@ class Layouts:
     Attributes:
         refused: by site, why its calls are not shown.
         gates: sites whose softmax weighs experts or branches for each position: no attention.
+        learning: what linear functions give is asked for, as it may show axes.
     """
 
     def __init__(self, stated: Mapping[str, str] | None = None) -> None:
@@ -152,8 +67,10 @@ class Layouts:
         self._known: dict[tuple[str, int], Known] = {}
         self._guessed: dict[tuple[str, int], Known] = {}  # by sizes, in the last forward
         self._attempts: Counter[tuple[str, int]] = Counter()
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[int, Run] = {}
         self._settled: set[int] = set()  # threads in which nothing is learned
+        self._blocks: dict[str, Blocks] = {}
+        self.learning = True
         self.refused: dict[str, str] = {}
         self.gates: set[str] = set()
 
@@ -161,21 +78,22 @@ class Layouts:
 
     def begin(self) -> None:
         """A forward begins in this thread."""
-        self._runs[threading.get_ident()] = _Run()
+        self._runs[threading.get_ident()] = Run()
 
-    def inputs(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-        """The model was called with these inputs."""
-        first = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()), None)
+    def inputs(self, examples: int | None) -> None:
+        """The model was called with so many examples."""
         run = self._runs.get(threading.get_ident())
-        if run is not None and first is not None:
-            run.examples = first.shape[0]
+        if run is not None:
+            run.examples = examples
 
-    def end(self) -> list[tuple[_Waiting, AttentionCall | str]]:
+    def end(self) -> list[tuple[Waiting, AttentionCall | str]]:
         """The forward is over. What was not proved is placed by sizes, where these leave one way and a gate or a norm
         may have lain between, or refused; given are these calls, or the reasons.
         """
         run = self._runs.pop(threading.get_ident(), None)
-        settled: list[tuple[_Waiting, AttentionCall | str]] = []
+        settled: list[tuple[Waiting, AttentionCall | str]] = []
+        if run is not None:
+            self.learning = bool(run.waiting or self._blocks or self.refused)
         for one in () if run is None or threading.get_ident() in self._settled else run.waiting:
             key = one.call.site, one.ordinal
             bound = None if one.guess is None else one.guess.bind(tuple(one.output.shape))
@@ -185,7 +103,7 @@ class Layouts:
                 continue
             self._attempts[key] += 1
             self._guessed[key] = Known(bound.axes, "sizes")
-            if self._attempts[key] >= _ATTEMPTS:
+            if one.compared or self._attempts[key] >= _ATTEMPTS:
                 self._known[key] = self._guessed[key]
             if not one.told:
                 late = self._late(one, bound)
@@ -195,8 +113,8 @@ class Layouts:
         return settled
 
     @staticmethod
-    def _late(one: _Waiting, bound: Bound) -> AttentionCall | str:
-        if one.versions != _versions(one.call.tensors):
+    def _late(one: Waiting, bound: Bound) -> AttentionCall | str:
+        if one.versions != versions(one.call.tensors):
             return "the model had overwritten its queries, keys or values when their axes became known; run again"
         with torch.enable_grad():  # what the model gave keeps its history
             return one.call.under(bound)
@@ -216,15 +134,19 @@ class Layouts:
 
     # A call.
 
-    def place(self, call: Unplaced) -> tuple[AttentionCall | None, _Waiting | None]:
+    def place(self, call: Unplaced, *, blocks: bool = False) -> tuple[AttentionCall | None, Waiting | None]:
         """The call, if its axes are known; and what waits for a proof.
+
+        Args:
+            blocks: the model runs on the inputs of the forward before, so that blocks of a map lie where they did. In
+                all other forwards that is shown anew: longer inputs have more blocks of the same sizes.
 
         Raises:
             CaptureError: the layout that a user stated does not fit, or the heads that the module states are not there.
         """
         if not call.mixed or isinstance(call.module, nn.MultiheadAttention):
             return self._by_contract(call), None
-        run = self._runs.setdefault(threading.get_ident(), _Run())
+        run = self._runs.setdefault(threading.get_ident(), Run())
         ordinal = run.counts[call.site]
         run.counts[call.site] += 1
         shape = tuple(call.output.shape)
@@ -236,6 +158,8 @@ class Layouts:
                     f'the layout "{stated}" is not that of what the kernel gave', site=call.site, shape=shape
                 )
             return call.under(bound), None
+        if blocks and call.site in self._blocks and (found := self._blocks[call.site].of(ordinal, shape)) is not None:
+            return replace(call.under(found[1]), block=found[0]), None
         known = self._known.get((call.site, ordinal))
         if known is None and threading.get_ident() in self._settled:
             known = self._guessed.get((call.site, ordinal))
@@ -244,18 +168,20 @@ class Layouts:
         if call.site in self.refused and threading.get_ident() in self._settled:
             return None, None
         guess = axes_by_size(shape, call.mixed, call.width, call.heads, run.examples)
+        if guess is None:
+            guess = _axes_of_values(call, run)
         if call.site in self.refused:
             guess = None  # it is told again when values prove it
-        waiting = _Waiting(call, ordinal, guess, call.output)
+        waiting = Waiting(call, ordinal, guess, call.output)
         waiting.watch(call.output)
-        waiting.versions = _versions(call.tensors)
+        waiting.versions = versions(call.tensors)
         run.waiting.append(waiting)
         own = shape[call.width] * prod(shape[axis] for axis in call.mixed)
         bound = None if guess is None else guess.bind(shape)
         if bound is not None and own == call.output.numel():  # one head of one example can be taken in one way
             waiting.told = True
             return call.under(bound), waiting
-        waiting.call = _kept(call)
+        waiting.call = kept(call)
         return None, waiting
 
     def _by_contract(self, call: Unplaced) -> AttentionCall | None:
@@ -271,7 +197,7 @@ class Layouts:
         bound = plain.bind(tuple(call.output.shape))
         return None if bound is None else call.under(bound)
 
-    def assume(self, waiting: _Waiting) -> AttentionCall | None:
+    def assume(self, waiting: Waiting) -> AttentionCall | None:
         """The call by what sizes say, or by the axes that most models have, for those who cannot wait; None if it has
         another shape.
         """
@@ -283,13 +209,19 @@ class Layouts:
         waiting.assumed, waiting.told, waiting.guess = waiting.guess is None, True, usual
         return call.under(bound)
 
+    def saw_made(self, given: Tensor) -> None:
+        """A linear function gave this, of which values may be a part."""
+        run = self._runs.get(threading.get_ident())
+        if run is not None and given.is_floating_point() and given.dim() > 1:
+            run.made.append(given.detach())
+
     @property
     def is_waiting(self) -> bool:
         """Whether a call of this thread waits for its proof."""
         run = self._runs.get(threading.get_ident())
         return run is not None and bool(run.waiting)
 
-    def saw_linear(self, p: Tensor) -> list[tuple[_Waiting, AttentionCall | str]]:
+    def saw_linear(self, p: Tensor) -> list[tuple[Waiting, AttentionCall | str]]:
         """A linear function is about to be applied to `p` [..., feature].
 
         Returns:
@@ -302,18 +234,18 @@ class Layouts:
         run = self._runs.get(threading.get_ident())
         if run is None or not p.is_floating_point():
             return []
-        settled: list[tuple[_Waiting, AttentionCall | str]] = []
+        settled: list[tuple[Waiting, AttentionCall | str]] = []
         with torch.no_grad():
             p = p.detach()
             for one in list(run.waiting):
                 one.seen = True
                 if one not in run.waiting or one.tried >= _CANDIDATES or p.numel() < one.output.numel():
                     continue
-                one.fits = one.fits or _fits(p, one)
+                one.fits = one.fits or fits(p, one)
                 if not one.unchanged:
                     continue
                 one.tried += 1
-                part = _part(p, one)
+                part = own_features(p, one.output, one.call.width)
                 proof = prove_axes(one.output, part, one.call.mixed, one.call.width)
                 if proof is None:
                     settled += self._account(run, one, p)
@@ -327,14 +259,14 @@ class Layouts:
                     settled += self._proved(run, one, proof.axes, alone=part is p)
         return settled
 
-    def saw_output(self, module: nn.Module, output: Tensor) -> list[tuple[_Waiting, AttentionCall | str]]:
+    def saw_output(self, module: nn.Module, output: Tensor) -> list[tuple[Waiting, AttentionCall | str]]:
         """A module has ended. Where it gives its heads merged, that shows their axes as a projection's input does.
 
         Raises:
             CaptureError: as `saw_linear`.
         """
         run = self._runs.get(threading.get_ident())
-        settled: list[tuple[_Waiting, AttentionCall | str]] = []
+        settled: list[tuple[Waiting, AttentionCall | str]] = []
         for one in [] if run is None else [one for one in run.waiting if one.call.module is module]:
             if output.numel() != one.output.numel() or output.dim() < 2 or not one.unchanged:
                 continue
@@ -348,16 +280,18 @@ class Layouts:
                 settled += self._proved(run, one, proof.axes)
         return settled
 
-    def _is_gate(self, proof: Proof, one: _Waiting, run: _Run) -> bool:
+    def _is_gate(self, proof: Proof, one: Waiting, run: Run) -> bool:
         """Whether each of several rows of an example reads values of its own, by a single query."""
         bound = None if proof.axes is None else proof.axes.bind(tuple(one.output.shape))
-        if bound is None or run.examples is None or bound.axes.over != "positions":
+        if bound is None or one.call.scored or run.examples is None or bound.axes.over != "positions":
             return False
-        return bound.count("query") == 1 and bound.count("batch") > run.examples
+        if bound.count("query") > 1 or bound.count("batch") <= run.examples:
+            return False
+        return _axes_of_values(one.call, run) is None  # else its keys are positions, as of a window that is pooled
 
     def _proved(
-        self, run: _Run, one: _Waiting, axes: Axes, *, alone: bool = True
-    ) -> list[tuple[_Waiting, AttentionCall | str]]:
+        self, run: Run, one: Waiting, axes: Axes, *, alone: bool = True
+    ) -> list[tuple[Waiting, AttentionCall | str]]:
         """`alone`: the call fills what enters the projection, so that its heads are all that the module has."""
         run.waiting.remove(one)
         bound = axes.bind(tuple(one.output.shape))
@@ -373,7 +307,7 @@ class Layouts:
             return [(one, self._late(one, bound))]
         assert one.guess is not None  # it was told by it
         told = one.guess.bind(tuple(one.output.shape))
-        if told is not None and not _agree(told, bound):
+        if told is not None and not told.agrees(bound):
             raise CaptureError(
                 f'its axes are "{axes}", where it was taken for "{one.guess}"',
                 site=one.call.site,
@@ -382,7 +316,7 @@ class Layouts:
             )
         return []
 
-    def _account(self, run: _Run, one: _Waiting, p: Tensor) -> list[tuple[_Waiting, AttentionCall | str]]:
+    def _account(self, run: Run, one: Waiting, p: Tensor) -> list[tuple[Waiting, AttentionCall | str]]:
         """Whether the calls of the site are parts of what enters the projection, row by row."""
         own = [other for other in run.waiting if other.call.site == one.call.site]
         parts = [other for other in own if other.unchanged]
@@ -394,11 +328,41 @@ class Layouts:
         if found.touched == found.n_rows and found.explained < found.n_rows:
             return []  # heads of other kinds are in the same rows
         run.waiting = [other for other in run.waiting if other not in own]
+        if found.explained == found.n_rows and (composed := self._compose(run, own, found)) is not None:
+            return composed
         reason = f"its calls account for {found.explained} of {found.n_rows} rows of what enters the projection"
-        if found.explained == found.n_rows:
-            reason = f"its rows come from {len(parts)} calls, each with keys of its own"
-        self.refused[one.call.site] = reason
+        if any(other.edited for other in own):
+            reason = f"its rows come from {len(own)} calls; a part of a head is not edited as if it were the head"
+        elif found.explained == found.n_rows:
+            reason = f"its rows come from {len(own)} calls, of which it cannot be shown where their keys lie"
+        if not any(other.edited for other in own):
+            self.refused[one.call.site] = reason
+        for key in [key for key in self._known if key[0] == one.call.site]:
+            del self._known[key]  # of shorter inputs, which take one call: with these all calls wait for each other
         return [(other, reason) for other in own]
+
+    def _compose(
+        self, run: Run, own: list[Waiting], found: Account
+    ) -> list[tuple[Waiting, AttentionCall | str]] | None:
+        """The calls as blocks of one map, if that is what they are."""
+        bounds: list[Bound] = []
+        for one in own:
+            shape = tuple(one.output.shape)
+            guess = one.guess or axes_by_size(shape, one.call.mixed, one.call.width, one.call.heads, run.examples)
+            bound = None if guess is None else guess.bind(shape)
+            if bound is None or one.told or one.edited or not one.unchanged:
+                return None
+            bounds.append(bound)
+        calls = [self._late(one, bound) for one, bound in zip(own, bounds, strict=True)]
+        made = [call for call in calls if isinstance(call, AttentionCall)]
+        if len(made) < len(calls):
+            return None
+        blocks = find_blocks(made, bounds, [one.call.width for one in own], found, run.made)
+        if blocks is None:
+            return None
+        self._blocks[own[0].call.site] = blocks
+        self.refused.pop(own[0].call.site, None)
+        return [(one, replace(call, block=block)) for one, call, block in zip(own, made, blocks.blocks, strict=True)]
 
     def known(self, site: str) -> Known | None:
         """What is known of the first call of a site."""
@@ -407,98 +371,19 @@ class Layouts:
         return self._known.get((site, 0))
 
 
-def _versions(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
-    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
+def _axes_of_values(call: Unplaced, run: Run) -> Axes | None:
+    """The axes by where the values lie in what a linear function gave: heads among the features of one position.
 
-
-def _fits(p: Tensor, one: _Waiting) -> bool:
-    bound = None if one.guess is None else one.guess.bind(tuple(one.output.shape))
-    return (
-        bound is not None
-        and p.numel() == one.output.numel()
-        and (p.shape[-1] == bound.count("head") * bound.count("width"))
-    )
-
-
-def _sampled(t: Tensor) -> Tensor:
-    """Sixteen elements from all over a tensor."""
-    flat = t.reshape(-1) if t.is_contiguous() else t.as_strided((min(16, t.shape[-1]),), (t.stride(-1),))
-    return flat[:: max(1, len(flat) // 16)]
-
-
-def _part(p: Tensor, one: _Waiting) -> Tensor:
-    """The features of p that a call fills in every row: all of them, or those of its own heads among others."""
-    numel, rows = one.output.numel(), p.numel() // p.shape[-1]
-    if numel == p.numel() or numel % rows:
-        return p
-    wide = numel // rows
-    found = account(p, [one.output.movedim(one.call.width, -1)])
-    if found is None or found.touched < found.n_rows:
-        return p
-    width = p.shape[-1] // found.owner.shape[1]
-    filled = ((found.owner >= 0) | found.empty).all(0).nonzero().flatten().tolist()
-    if len(filled) * width != wide or filled != list(range(filled[0], filled[-1] + 1)):
-        return p
-    return p[..., filled[0] * width : (filled[-1] + 1) * width].contiguous()
-
-
-def _agree(a: Bound, b: Bound) -> bool:
-    """Whether two readings put every number at the same place of [batch, head, query, width]."""
-    if a.axes.over != b.axes.over:
-        return False
-    n = 1
-    for sizes in a.sizes:
-        for size in sizes:
-            n *= size
-    shape = [1] * len(a.sizes)
-    for i, sizes in enumerate(a.sizes):
-        for size in sizes:
-            shape[i] *= size
-    numbers = torch.arange(n).view(shape)
-    x, y = a.heads(numbers), b.heads(numbers)
-    return x.shape == y.shape and torch.equal(x, y)
-
-
-def projected(func: Any, args: Sequence[Any]) -> Tensor | None:
-    """What a linear function is applied to, as [..., feature]; None for functions that are no projection.
-
-    Linear layers, products with a matrix, convolutions of one position, and einsum with a parameter.
+    They are the output's own, where the values have keys in the place of queries and all else alike.
     """
-    if func in _LINEAR:
-        return args[0] if args and isinstance(args[0], Tensor) else None
-    if func in _MATRIX and len(args) > 1 and all(isinstance(t, Tensor) for t in args[:2]):
-        return args[0] if args[1].dim() == 2 and args[0].dim() > 1 else None
-    if func is torch.addmm and len(args) > 2 and isinstance(args[1], Tensor):
-        return args[1]
-    if func in _CONVOLUTIONS and len(args) > 1 and all(isinstance(t, Tensor) for t in args[:2]):
-        x, weight = args[:2]
-        return x.movedim(1, -1) if set(weight.shape[2:]) == {1} and x.dim() == weight.dim() else None
-    if func is torch.einsum:
-        return _einsum(args)
+    if call.values is None or len(call.mixed) != 1:
+        return None
+    for made in reversed(run.made):
+        if made.numel() < call.values.numel():
+            continue
+        own = own_features(made, call.values, call.width)
+        proof = prove_axes(call.values, own, call.mixed, call.width)
+        if proof is not None and proof.axes is not None and proof.axes.over == "positions":
+            bound = proof.axes.bind(tuple(call.output.shape))
+            return None if bound is None or bound.count("head") != (call.heads or bound.count("head")) else proof.axes
     return None
-
-
-def _einsum(args: Sequence[Any]) -> Tensor | None:
-    """einsum("bqhd,hdm->bqm", z, parameter): its features are what is summed over."""
-    if len(args) != 3 or not isinstance(args[0], str) or not isinstance(args[2], nn.Parameter):
-        return None
-    terms, _, out = args[0].replace(" ", "").partition("->")
-    left, _, right = terms.partition(",")
-    summed = [letter for letter in left if letter in right and letter not in out]
-    rows = [letter for letter in left if letter in out and letter not in right]
-    if (
-        not isinstance(args[1], Tensor)
-        or not summed
-        or len(rows) + len(summed) != len(left)
-        or len(set(left)) != len(left)
-    ):
-        return None
-    summed.sort(key=right.index)
-    return args[1].permute([left.index(letter) for letter in (*rows, *summed)]).flatten(len(rows))
-
-
-_LINEAR = {torch.nn.functional.linear}
-_MATRIX = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
-_CONVOLUTIONS = {torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d}
-LINEAR_FUNCTIONS = {*_LINEAR, *_MATRIX, *_CONVOLUTIONS, torch.addmm, torch.einsum}
-"""Functions of which `projected` may say what they project."""

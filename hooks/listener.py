@@ -43,6 +43,13 @@ class Listener:
         """
         return False
 
+    def takes_blocks(self) -> bool:
+        """Whether calls that make a site's map together are told one by one, each with its `block`, by one who runs the
+        model on the inputs of an earlier forward. Else they are told as one call with the whole map, which nothing can
+        be edited in.
+        """
+        return False
+
     def on_refused(self, site: str, reason: str, *, edited: bool) -> None:
         """Calls of a site are not what they were told to be, or cannot be told at all.
 

@@ -17,7 +17,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -26,25 +25,27 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from workbench.errors import CaptureError, InterventionError
+from workbench.errors import InterventionError
 from workbench.hooks import bridges, calls, cut_weights, flex, multihead, registry
-from workbench.hooks.configs import read
+from workbench.hooks.blocks import gather
+from workbench.hooks.forwards import InputsHook, calling_method, check_plain, entries_of, examples_of
 from workbench.hooks.kernel_watch import LseWatch
-from workbench.hooks.layouts import UNKNOWN, Layouts, Unplaced, learn, projected
+from workbench.hooks.layouts import UNKNOWN, Layouts, learn
+from workbench.hooks.linear import projected
 from workbench.hooks.listener import Listener
 from workbench.hooks.modes import close_torn
 from workbench.hooks.nested import first_tensor
 from workbench.hooks.paged import PagedKeys
 from workbench.hooks.projections import is_linear
-from workbench.hooks.readers import Reader, continues, read_module, reader_of
+from workbench.hooks.readers import Reader, continues, in_place_of, read_module, reader_of
 from workbench.hooks.running import Running, ThreadRun
 from workbench.hooks.sdpa import FunctionTap
 from workbench.hooks.sites import site_name
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.waiting import Unplaced, Waiting
 from workbench.hooks.written_out import WrittenOut
 
-_TORCH = str(Path(torch.__file__).parent)
-Settled = Sequence[tuple[Any, AttentionCall | str]]
+Settled = Sequence[tuple[Waiting, AttentionCall | str]]
 
 
 class Observer:
@@ -107,13 +108,13 @@ class Observer:
         yield torch_module._global_forward_hooks_always_called, key, True
         yield torch_module._global_forward_pre_hooks, key, self._begin
         yield torch_module._global_forward_hooks, key, self._finish
-        told: dict[nn.Module, list[Callable[..., None]]] = {entry: [self._inputs] for entry in _entries(self._model)}
+        told: dict[nn.Module, list[Callable[..., None]]] = {entry: [self._inputs] for entry in entries_of(self._model)}
         for module in self._readers:
             told.setdefault(module, []).append(self._before_reading)
         key = RemovableHandle(OrderedDict()).id
         for module, tell in told.items():
             yield module._forward_pre_hooks_with_kwargs, key, True
-            yield module._forward_pre_hooks, key, _InputsHook(tell)
+            yield module._forward_pre_hooks, key, InputsHook(tell)
 
     def _state(self, frame: FrameType | None) -> ThreadRun:
         """What runs in this thread, as seen from a frame; a new one if nothing does."""
@@ -124,7 +125,9 @@ class Observer:
             known = None
         if known is not None:
             return known
-        tap = FunctionTap(self._saw_sdpa, self._saw_function, self._saw_written_out, self._saw_linear)
+        tap = FunctionTap(
+            self._saw_sdpa, self._saw_function, self._saw_written_out, self._saw_linear, self._layouts.saw_made
+        )
         state = self._threads[thread] = ThreadRun(tap, self._saw_backend)
         return state
 
@@ -168,7 +171,7 @@ class Observer:
         It does where a method of the model, such as `forward_features`, calls one part after the other. A part that
         has mixed tokens and runs again begins a new forward, as a step of generation does.
         """
-        scope = None if module is self._model else _calling_method(frame, module, self._names)
+        scope = None if module is self._model else calling_method(frame, module, self._names)
         if scope is not None and scope is state.scope and name not in state.entries:
             return True
         if state.scope is not None and not state.replay:
@@ -212,7 +215,8 @@ class Observer:
     def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         state = self._threads.get(threading.get_ident())
         if state is not None and not state.replay and not state.reading and len(state.stack) == 1:
-            self._layouts.inputs(args, kwargs)
+            state.examples = examples_of(args, kwargs)
+            self._layouts.inputs(state.examples)
             self._listener.on_inputs(args, kwargs)
 
     # What the taps see: each gives what the model goes on with, or None for what it has.
@@ -244,9 +248,12 @@ class Observer:
         )
         return result if replaced is None else (replaced, *result[1:])
 
-    def _saw_linear(self, func: Any, args: Sequence[Any]) -> None:
-        if self._layouts.is_waiting and (p := projected(func, args)) is not None:
+    def _saw_linear(self, func: Any, args: Sequence[Any]) -> bool:
+        waiting, learning = self._layouts.is_waiting, self._layouts.learning
+        p = projected(func, args) if waiting or learning else None
+        if waiting and p is not None:
             self._prove(p)
+        return learning and p is not None
 
     def _prove(self, p: Tensor, module: nn.Module | None = None) -> None:
         """Calls that have waited for a proof are told once it has come: with the input of a projection, or with what a
@@ -258,7 +265,7 @@ class Observer:
 
     def _learn(self, state: ThreadRun, learn: Callable[[], Settled]) -> None:
         try:
-            with state.tap.inside():
+            with state.tap.away():
                 settled = learn()
             self._settle(state, settled)
         except Exception as error:
@@ -267,12 +274,14 @@ class Observer:
 
     def _settle(self, state: ThreadRun, settled: Settled) -> None:
         """Tell of calls whose axes have become known, or will not."""
-        with state.tap.inside():
+        with state.tap.away():
             for waiting, found in settled:
                 if isinstance(found, str):
                     self._listener.on_refused(waiting.call.site, found, edited=waiting.edited)
                 elif not state.replay:
-                    self._listener.on_call(cut_weights.split(found) if self._cut else found)
+                    split = cut_weights.split(found) if self._cut else found
+                    if (call := self._whole(state, split)) is not None:
+                        self._listener.on_call(call)
 
     def _tell(
         self, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner | None = None
@@ -299,16 +308,13 @@ class Observer:
     def _make_and_tell(
         self, state: ThreadRun, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner
     ) -> Tensor | None:
-        waiting = None
-        with state.tap.inside():  # an edit may itself take a softmax and multiply
+        with state.tap.away():  # an edit may itself take a softmax and multiply
             made = make(owner)
-            _check_plain(made.output, owner[0])
-            call: AttentionCall | None
-            if isinstance(made, Unplaced):
-                made = cut_weights.with_heads_here(made) if self._cut else made
-                call, waiting = self._layouts.place(made)
-            else:
-                call = made
+            check_plain(made.output, owner[0])
+            if isinstance(made, Unplaced) and self._cut:
+                made = cut_weights.with_heads_here(made)
+            blocks = self._listener.takes_blocks()
+            call, waiting = self._layouts.place(made, blocks=blocks) if isinstance(made, Unplaced) else (made, None)
             if call is None and waiting is not None and self._listener.cannot_wait(owner[0]):
                 call = self._layouts.assume(waiting)
                 if call is None:
@@ -319,7 +325,8 @@ class Observer:
                 call = cut_weights.split(call)
             if state.replay:
                 call = replace(call, replay=True)
-            z = self._listener.on_call(call)
+            whole = self._whole(state, call)
+            z = None if whole is None else self._listener.on_call(whole)
             if z is None:
                 return None
             output = call.as_output(z)
@@ -327,6 +334,14 @@ class Observer:
                 waiting.watch(output)
                 waiting.edited = True
             return output
+
+    def _whole(self, state: ThreadRun, call: AttentionCall) -> AttentionCall | None:
+        """The call, or where it is one of several blocks, all of them as one call once they are there."""
+        if state.examples and call.v.shape[0] > state.examples and call.v.shape[0] % state.examples == 0:
+            call = replace(call, windows=call.v.shape[0] // state.examples)
+        if call.block is None or self._listener.takes_blocks():
+            return call
+        return gather(state.blocks, call, call.block)
 
     def _tell_native(self, state: ThreadRun, call: AttentionCall) -> None:
         """On a native path there is nothing to put in the place of what the heads give."""
@@ -356,31 +371,17 @@ class Observer:
 
     def _read_and_tell(self, state: ThreadRun, args: Any, kwargs: Any, output: Any) -> Any:
         name, module = state.owner
-        if self._cut and cut_weights.is_cut(module):
-            raise CaptureError(
-                f"a {type(module).__name__} cannot be read from weights of which other processes hold a part",
-                site=name,
-                hint="leave it out with sites=, or run the model in one process",
-            )
+        if self._cut:
+            cut_weights.check_whole(module, name)
         state.reading = True
         try:
-            with state.tap.inside(), torch.no_grad():
+            with state.tap.away(), torch.no_grad():
                 call = read_module(name, module, args, kwargs, output, continued=state.stack[-1].continued)
                 z = self._listener.on_call(replace(call, replay=state.replay))
                 edited = None if z is None else call.as_output(z)
         finally:
             state.reading = False
-        if edited is None:
-            return None
-        if torch.is_grad_enabled() and call.output.requires_grad:
-            raise InterventionError(
-                f"gradients do not flow through a {type(module).__name__} whose heads are edited",
-                site=name,
-                hint="run the model under torch.no_grad(), or edit attention sites",
-            )
-        given = first_tensor(output)
-        assert given is not None  # or it could not have been read
-        return given[1](edited)
+        return None if edited is None else in_place_of(call, edited, output)
 
 
 @contextmanager
@@ -396,65 +397,3 @@ def observed(model: nn.Module, listener: Listener, layouts: Layouts | None = Non
             observer.__exit__(None, None, trace)
         finally:
             observer.__exit__(None, None, trace)  # again, for the interrupt that broke off the first
-
-
-class _InputsHook:
-    """The one hook that a module carries. In a copy of the module, or a pickle, it does nothing."""
-
-    def __init__(self, tell: Sequence[Callable[..., None]] = ()) -> None:
-        self._tell = tell
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        for tell in self._tell:
-            tell(module, args, kwargs)
-
-    def __reduce__(self) -> tuple[type[_InputsHook], tuple[()]]:
-        return _InputsHook, ()
-
-
-def _check_plain(output: Tensor, site: str) -> None:
-    """Raise if a tensor is one of those in whose place torch.func runs a model for many."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(output):
-        raise CaptureError(
-            "the model runs inside a transform of torch.func, as vmap, grad and jacrev are; its tensors stand for "
-            "others and cannot be read",
-            site=site,
-            hint="observe the plain forward: a batch in place of vmap, loss.backward() in place of grad; "
-            "or close the `with` before the transform",
-        )
-    if cut_weights.here(output) is not output:
-        raise CaptureError(
-            "its heads are tensors of several processes (DTensor), of which this one cannot read its part alone",
-            site=site,
-            hint="let the projections give local tensors: use_local_output=True in the plan of the parallel model",
-        )
-
-
-def _calling_method(frame: FrameType | None, module: nn.Module, names: Mapping[nn.Module, str]) -> FrameType | None:
-    """The frame of the method of one of the model's modules that calls `module`, a part of it.
-
-    Of several methods of the same that call each other it is the outermost.
-    """
-    found: tuple[nn.Module, FrameType] | None = None
-    while frame is not None:
-        code = frame.f_code
-        if not code.co_filename.startswith(_TORCH):  # whose frames call modules of the model, or decorate methods
-            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            if found is not None and owner is not found[0]:
-                break
-            if isinstance(owner, nn.Module) and owner in names:
-                if owner is module or not names[module].startswith(f"{names[owner]}.".lstrip(".")):
-                    break
-                found = owner, frame
-        frame = frame.f_back
-    return None if found is None else found[1]
-
-
-def _entries(model: Any) -> list[nn.Module]:
-    """The model, and the encoder that Hugging Face's `generate` calls by itself; none that minds a hook."""
-    entries = [model]
-    if read(read(model, "config"), "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-        entries.append(model.get_encoder())
-    modules = [each for each in dict.fromkeys(entries) if isinstance(each, nn.Module)]
-    # PyTorch's own attention modules change their path when they carry a hook.
-    return [each for each in modules if not isinstance(each, multihead.MODULES)]

@@ -18,6 +18,7 @@ from workbench.hooks.kernel_watch import KernelWatch
 from workbench.hooks.modes import leave_dispatch_mode, leave_function_mode
 from workbench.hooks.sdpa import FunctionTap
 from workbench.hooks.sites import site_name
+from workbench.hooks.tap import AttentionCall
 
 
 @dataclass(eq=False, slots=True)
@@ -47,19 +48,23 @@ class ThreadRun:
         replay: it runs in a backward pass.
         reading: a reader is at work, whose own use of the model is not the model's.
         stack: the modules that run, the innermost last.
+        examples: how many the model was given; None if it was not itself called.
         scope: the frame of a method of the model's that calls its parts one by one, without the model itself; what runs
             in it goes on while the stack is empty.
         entries: the parts that have run in it and made calls.
+        blocks: by site, calls that wait for the others of their map.
     """
 
     tap: FunctionTap
     backend: registry.Listener
     replay: bool = False
     reading: bool = False
+    examples: int | None = None
     watch: KernelWatch | None = None
     stack: list[Running] = field(default_factory=list)
     scope: FrameType | None = None
     entries: set[str] = field(default_factory=set)
+    blocks: dict[str, list[AttentionCall]] = field(default_factory=dict)
 
     @property
     def native(self) -> bool:

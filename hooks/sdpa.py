@@ -14,12 +14,12 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from workbench.hooks.flex import is_flex
 from workbench.hooks.kernel_watch import LseWatch, as_multiplied
-from workbench.hooks.layouts import LINEAR_FUNCTIONS
+from workbench.hooks.linear import LINEAR_FUNCTIONS
 from workbench.hooks.written_out import Follower, WrittenOut
 
 OnSdpa = Callable[[dict[str, Any], Tensor, LseWatch], Tensor | None]
 OnKernel = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], Tensor | None]
-OnLinear = Callable[[Any, Sequence[Any]], None]
+OnLinear = Callable[[Any, Sequence[Any]], bool]
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _COMPOSITE = torch.nn.functional.multi_head_attention_forward
@@ -56,7 +56,8 @@ class FunctionTap(TorchFunctionMode):
         on_sdpa: takes an SDPA call's arguments, output, and what was seen of its kernel.
         on_kernel: takes a kernel of ours (see `workbench.kernels.functions`), its arguments and its result.
         on_written_out: takes an attention that the model wrote out.
-        on_linear: takes a function that may be a projection, and its arguments, before it runs.
+        on_linear: takes a function that may be a projection, and its arguments, before it runs; says whether its result
+            is wanted too. on_made: takes that.
 
     The first three give what takes the place of the output, or None. The call itself runs as the model made it.
 
@@ -70,9 +71,10 @@ class FunctionTap(TorchFunctionMode):
         on_kernel: OnKernel,
         on_written_out: Callable[[WrittenOut], Tensor | None],
         on_linear: OnLinear,
+        on_made: Callable[[Tensor], None],
     ) -> None:
         super().__init__()
-        self._on_sdpa, self._on_kernel, self._on_linear = on_sdpa, on_kernel, on_linear
+        self._on_sdpa, self._on_kernel, self._on_linear, self._on_made = on_sdpa, on_kernel, on_linear, on_made
         self._follower = Follower(on_written_out)
         self._inner: LseWatch | None = None
         self.shut = False
@@ -91,6 +93,21 @@ class FunctionTap(TorchFunctionMode):
         finally:
             self._inner = outer
 
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Nothing inside is the model's own: it is off the stack where it is on top, and each function costs less."""
+        stack = _get_current_function_mode_stack()
+        if not stack or stack[-1] is not self:
+            with self.inside():
+                yield
+            return
+        try:
+            torch._C._pop_torch_function_stack()
+            yield
+        finally:
+            if not self.entered and not self.shut:
+                torch._C._push_on_torch_function_stack(self)
+
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -103,8 +120,12 @@ class FunctionTap(TorchFunctionMode):
             with self:  # a handler runs outside its own mode, and what we look for is inside this function
                 return _COMPOSITE_CODE(*args, **kwargs)
         if func in LINEAR_FUNCTIONS and self._inner is None:
-            self._on_linear(func, args)
-        result = func(*args, **kwargs)
+            wanted = self._on_linear(func, args)
+            result = func(*args, **kwargs)
+            if wanted and isinstance(result, Tensor):
+                self._on_made(result)
+        else:
+            result = func(*args, **kwargs)
         if self._inner is not None:
             return result
         if hasattr(func, "attention_kernel") or is_flex(func):

@@ -14,8 +14,8 @@ from torch import nn
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.code import calls_attention
 from workbench.hooks.configs import config_of, read
-from workbench.hooks.head_shards import HeadShard
 from workbench.hooks.readers import reader_of
+from workbench.hooks.tap import AttentionCall
 from workbench.hooks.tap import Kind as Kind
 from workbench.tokens import visible_text
 
@@ -32,11 +32,12 @@ class Site:
     Attributes:
         name: path of the module in the model.
         layer: position among the sites of the same tower and kind, from 0.
-        kind: what it mixes: "self" and "window": positions of one sequence; "cross": those of another; "channel":
-            features; "pooled": summaries of several positions (slots, experts, pooled keys); "memory": keys that are
-            learned; "state": a recurrence.
+        kind: what it mixes: "self" and "window": positions of one sequence; "halo": those of a window and around it;
+            "cross": those of another sequence; "channel": features; "pooled": summaries of several positions (slots,
+            experts, pooled keys); "memory": keys that are learned; "state": a recurrence.
         n_heads, n_kv_heads, d_head: its sizes; None until a call has shown them.
         tower: "" for a model with one stack of layers, else such as "encoder".
+        windows: how many entries its batch has for each example of the model, [example, window] in one axis.
         call: which of its calls in one forward; of a site of the model 0. The name of a later one ends in "#1", "#2".
         first_head, n_heads_here: which heads this process holds, where tensor parallelism splits them; else 0, None.
     """
@@ -49,6 +50,7 @@ class Site:
     d_head: int | None = None
     tower: str = ""
     call: int = 0
+    windows: int = 1
     first_head: int = 0
     n_heads_here: int | None = None
 
@@ -71,7 +73,7 @@ class Site:
     @property
     def positional(self) -> bool:
         """Whether its keys are positions of the queries' own sequence, so that the two can be compared."""
-        return self.kind not in ("cross", "channel", "pooled", "memory")
+        return self.kind not in ("cross", "halo", "channel", "pooled", "memory")
 
     @property
     def _suffix(self) -> str:
@@ -182,7 +184,7 @@ class Sites(Sequence[Site]):
                 _seen(s.name),
                 _seen(s.alias),
                 s.layer,
-                s.kind,
+                f"{s.kind} × {s.windows}" if s.windows > 1 else s.kind,
                 *("?" if n is None else n for n in (s.n_heads, s.n_kv_heads, s.d_head)),
                 *([f"{s.here.start} to {s.here.stop - 1}" if s.here else "all"] if split else []),
             )
@@ -270,14 +272,23 @@ def with_kind(sites: Sites, name: str, kind: Kind) -> Sites:
     return Sites(changed, sites.unread, sites.looked)
 
 
-def with_sizes(
-    sites: Sites, name: str, n_heads: int, n_kv_heads: int, d_head: int, shard: HeadShard | None = None
-) -> Sites:
-    """The sites with the sizes that a call has shown, and which heads are here."""
-    first, here = (0, None) if shard is None else (shard.first, shard.n_here)
-    sizes: dict[str, Any] = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": d_head}
-    sizes |= {"first_head": first, "n_heads_here": here}
-    return Sites((replace(s, **sizes) if s.name == name else s for s in sites), sites.unread, sites.looked)
+def with_call(sites: Sites, call: AttentionCall) -> Sites:
+    """The sites with what a call has shown: one more, or its sizes, which heads are here, its windows and kind."""
+    if all(site.name != call.site for site in sites):
+        sites = add_site(sites, call.site, call.module)
+    known = next(site for site in sites if site.name == call.site)
+    heads, kv_heads, width = call.sizes_of_all
+    first, here = (0, None) if call.shard is None else (call.shard.first, call.shard.n_here)
+    kind = known.kind
+    if call.axes is not None and call.axes.axes.over == "features":
+        kind = "channel"
+    elif kind in ("self", "window") and call.has_halo:
+        kind = "halo"
+    found = replace(known, n_heads=heads, n_kv_heads=kv_heads, d_head=width, kind=kind, windows=call.windows)
+    found = replace(found, first_head=first, n_heads_here=here)
+    if found == known:
+        return sites
+    return Sites((found if site is known else site for site in sites), sites.unread, sites.looked)
 
 
 def all_here(site: Site) -> Site:

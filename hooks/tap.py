@@ -17,12 +17,27 @@ from workbench.kernels.masks import Mask, as_four, hidden_below
 from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
-Kind = Literal["self", "cross", "window", "channel", "pooled", "memory", "state"]
+Kind = Literal["self", "cross", "window", "halo", "channel", "pooled", "memory", "state"]
 """What a site mixes."""
 
 
 class Unshown(CaptureError):
     """A call of which no map can show what it does: a capture goes on without it, and lists it."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Which part of its site's map a call is, where several calls of one site make one map.
+
+    Attributes:
+        number, of: which of how many. queries, keys: positions of its rows and keys. n_keys: of the whole map.
+    """
+
+    number: int
+    of: int
+    queries: slice
+    keys: slice
+    n_keys: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,8 @@ class AttentionCall:
         build: makes the call's pattern, for kernels that are no softmax; None for those that are.
         build_others: makes further maps of the call by name, such as the factors of a composed one.
         replay: the call happens again in a backward pass (gradient checkpointing).
+        windows: how many entries of its batch each of the model's examples has, such as windows of an image.
+        block: it is a part of its site's map only; None if it is all of it. joined: how many calls it was made of.
         shard: which heads of the whole model these are, where other processes hold the rest; None: all of them.
         segments: where the kernel was told that the first row holds several sequences, which.
         part: of a call on packed rows, the sequence that this one is; only `output` is still that of all.
@@ -89,6 +106,16 @@ class AttentionCall:
     shard: HeadShard | None = None
     segments: tuple[Segment, ...] = ()
     part: Segment | None = None
+    windows: int = 1
+    block: Block | None = None
+    joined: int = 1
+
+    @property
+    def has_halo(self) -> bool:
+        """Whether its windows read keys beyond their own queries, so that the two are numbered apart."""
+        n_queries, n_keys = self.heads_of(self.output).shape[2] if self.finish is None else 1, self.v.shape[-2]
+        apart = self.windows > 1 and n_queries != n_keys and (n_queries > 1 or self.axes is not None)
+        return apart and self.tap in ("sdpa", "written_out") and not self.is_causal
 
     @property
     def sizes(self) -> tuple[int, int, int]:

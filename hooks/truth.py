@@ -34,15 +34,19 @@ def check_last_row(call: AttentionCall, pattern: Pattern) -> None:
         return
     if call.finish is not None or call.dropout > 0 or 0 in pattern.shape:
         return
-    heads, last = sorted({0, pattern.n_heads - 1}), pattern.n_queries - 1
+    both, last = slice(None, None, max(1, pattern.n_heads - 1)), pattern.n_queries - 1
+    heads = list(range(pattern.n_heads))[both]
     rows = pattern.tile(slice(last, last + 1), slice(0, pattern.n_keys), heads)
     values = call.v.unsqueeze(1) if call.v.dim() == 3 else call.v
     group = pattern.n_heads // values.shape[1]
     got = (rows @ values[:, [head // group for head in heads]].to(rows.dtype)).squeeze(2)  # [b, head, width]
-    want = call.z()[:, heads, last].to(got.dtype)
-    alive = (pattern.seen.keys_per_query[:, :, last] > 0).expand(pattern.shape[:2])[:, heads]
-    error = torch.where(alive[..., None], (got - want).abs(), 0.0).max().item()
-    if error > tolerance(call, want):
+    want = call.z()[:, both, last].to(got.dtype)
+    off = (got - want).abs_()
+    error, allowed = off.max().item(), tolerance(call, want)
+    if not error <= allowed:  # kernels differ in what they give for a row that sees no key
+        alive = (pattern.seen.keys_per_query[:, :, last] > 0).expand(pattern.shape[:2])[:, both]
+        error = torch.where(alive[..., None], off, 0.0).max().item()
+    if not error <= allowed:
         raise CaptureError(
             f"the pattern rebuilt for the backend {call.backend or call.kernel} is not what it computes: "
             f"its last row gives an output that is {error:.1e} off",

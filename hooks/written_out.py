@@ -57,6 +57,17 @@ class WrittenOut:
         return tuple(i for i, letter in enumerate(output) if letter in weights and letter not in values)
 
     @property
+    def values_like_output(self) -> Tensor | None:
+        """The values with the axes of the output, keys in the place of queries; None if they have other axes."""
+        of_weights, of_values, of_output = self.letters
+        if len(self.mixed) != 1:
+            return None
+        wanted = [of_weights[-1] if i in self.mixed else letter for i, letter in enumerate(of_output)]
+        if sorted(wanted) != sorted(of_values):
+            return None
+        return self.values.permute([of_values.index(letter) for letter in wanted])
+
+    @property
     def width(self) -> int:
         """The axis of the output that only the values have."""
         weights, _, output = self.letters
@@ -139,6 +150,7 @@ class Follower:
             return result
         terms, _, out = args[0].replace(" ", "").partition("->")
         left, _, right = terms.partition(",")
+        left, right, out = _spelled_out(left, right, out, args[1].dim(), args[2].dim())
         operands = [(left, args[1]), (right, args[2])]
         if args[1] not in self._weights:
             operands.reverse()
@@ -156,6 +168,15 @@ class Follower:
     def _report(self, found: WrittenOut) -> Tensor:
         replaced = self._on_attention(found)
         return found.output if replaced is None else replaced
+
+
+def _spelled_out(left: str, right: str, out: str, n_left: int, n_right: int) -> tuple[str, str, str]:
+    """The terms of an einsum with "..." written as letters, which the terms share from the end."""
+    lead = [n - len(term.replace("...", "")) if "..." in term else 0 for term, n in ((left, n_left), (right, n_right))]
+    own = [x for x in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if x not in left + right + out][: max(*lead, 0)]
+    terms = zip((left, right, out), (*lead, len(own)), strict=True)
+    left, right, out = (term.replace("...", "".join(own[len(own) - n :])) for term, n in terms)
+    return left, right, out
 
 
 def _one(result: Tensor, lead: str, letter: str) -> bool:

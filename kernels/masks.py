@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -239,7 +239,8 @@ class Mask:
     def _summarised(self, device: torch.device) -> MaskSummary:
         """From the rules alone where there is no tensor, else in blocks of rows."""
         if self.tensor is None and self.layout is None:
-            return self._summary_of_rules(device)
+            window = self.n_queries + self.n_keys + abs(self.offset) if self.window is None else self.window
+            return _summary_of_rules(self.n_queries, self.n_keys, self.causal, self.offset, window, device)
         if self.tensor is None and self.window is None and self.layout is not None and self.layout.exact:
             return self._summary_of_blocks(device)
         b, h = (1, 1) if self.tensor is None else self.tensor.shape[:2]
@@ -284,20 +285,6 @@ class Mask:
         counts = (torch.stack(several) for several in zip(*found, strict=True))
         return MaskSummary(*(t.repeat_interleave(repeat, dim=0)[None].to(device) for t in counts))
 
-    def _summary_of_rules(self, device: torch.device) -> MaskSummary:
-        i = torch.arange(self.n_queries, device=device) + self.offset
-        j = torch.arange(self.n_keys, device=device)
-        window = self.window if self.window is not None else self.n_queries + self.n_keys + abs(self.offset)
-        first = (i - window + 1).clamp(min=0)
-        last = (i if self.causal else i + window - 1).clamp(max=self.n_keys - 1)
-        oldest = j if self.causal else j - window + 1  # absolute positions of the queries that see key j
-        newest = j + window - 1
-        low = oldest.clamp(min=self.offset)
-        high = newest.clamp(max=self.offset + self.n_queries - 1)
-        keys, queries = (last - first + 1).clamp(min=0), (high - low + 1).clamp(min=0)
-        first = torch.where(keys > 0, first, 0)
-        return MaskSummary(keys[None, None], queries[None, None], first[None, None])
-
 
 @dataclass(frozen=True)
 class MaskSummary:
@@ -312,6 +299,26 @@ class MaskSummary:
     keys_per_query: Tensor
     queries_per_key: Tensor
     first_key: Tensor
+
+
+@lru_cache(
+    maxsize=16
+)  # all layers of a model have the same few rules; it takes as long as the statistics of a short call
+def _summary_of_rules(
+    n_queries: int, n_keys: int, causal: bool, offset: int, window: int, device: torch.device
+) -> MaskSummary:
+    with torch.inference_mode(False):  # it is kept
+        i = torch.arange(n_queries, device=device) + offset
+        j = torch.arange(n_keys, device=device)
+        first = (i - window + 1).clamp(min=0)
+        last = (i if causal else i + window - 1).clamp(max=n_keys - 1)
+        oldest = j if causal else j - window + 1  # absolute positions of the queries that see key j
+        newest = j + window - 1
+        low = oldest.clamp(min=offset)
+        high = newest.clamp(max=offset + n_queries - 1)
+        keys, queries = (last - first + 1).clamp(min=0), (high - low + 1).clamp(min=0)
+        first = torch.where(keys > 0, first, 0)
+    return MaskSummary(keys[None, None], queries[None, None], first[None, None])
 
 
 def hidden_below(dtype: torch.dtype) -> float:

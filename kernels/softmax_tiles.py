@@ -69,13 +69,20 @@ class SoftmaxTiles:
         """[batch, head, q, k] of the weights of some heads, in a fresh tensor."""
         problem = self.problem
         group = problem.shape[1] // problem.n_kv_heads
-        index = torch.tensor(heads, dtype=torch.long, device=self.device)
+        index = self._index(heads)
         q = problem.q[:, index][:, :, queries].to(self.dtype)
-        k = problem.k[:, index // group][:, :, keys].to(self.dtype)
+        k = problem.k[:, self._index([head // group for head in heads])][:, :, keys].to(self.dtype)
         scores = (q @ k.transpose(-1, -2)).mul_(problem.scale)
         everything = slice(0, problem.shape[0])
         self._shape_scores(scores, queries, keys, everything, index)
         return scores.sub_(self._lse[:, index][:, :, queries, None]).exp_()
+
+    def _index(self, heads: list[int]) -> slice | Tensor:
+        """Heads as a slice where they are evenly spaced, which makes a view; a layout is asked for by numbers."""
+        step = heads[1] - heads[0] if len(heads) > 1 else 1
+        if self.mask.layout is None and step > 0 and heads == list(range(heads[0], heads[-1] + 1, step)):
+            return slice(heads[0], heads[-1] + 1, step)
+        return torch.tensor(heads, dtype=torch.long, device=self.device)
 
     def _shape_scores(self, scores: Tensor, queries: slice, keys: slice, batch: slice, heads: slice | Tensor) -> None:
         """Softcap, biases and mask on scaled products [b, h, q, k], in place; hidden keys become very negative."""

@@ -66,10 +66,6 @@ def any_letters(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("yuxv,xyvz->uxzy", weights, v).permute(1, 3, 0, 2)
 
 
-def queries_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(3, 2)], 2)
-
-
 def first_rows_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([F.scaled_dot_product_attention(q[:, :, :4], k, v), v[:, :, 4:]], 2)
 
@@ -108,19 +104,26 @@ def test_an_edit_before_any_proof_is_right_or_an_error(x: Tensor) -> None:
             return self.o(merge(F.scaled_dot_product_attention(q, k, v).unflatten(0, (-1, H))))
 
     class HeadsFirst(Projected):
+        scale = 1
+
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = (split(t).transpose(0, 1).flatten(0, 1) for t in self.qkv(x).chunk(3, -1))
-            z = F.scaled_dot_product_attention(q, k, v)
+            z = F.scaled_dot_product_attention(q, k, v * self.scale if self.scale > 1 else v)
             return self.o(merge(z.unflatten(0, (H, -1)).transpose(0, 1)))
 
-    module = Merged(merged_sdpa)
-    with attached(module) as wb, wb.ablate((0, 1)):
-        torch.testing.assert_close(wb.model(x), module.by_hand(x, without=1)[1], atol=1e-5, rtol=1e-4)
-    with attached(HeadsFirst(heads_first)) as wb:
+    class Scaled(HeadsFirst):
+        scale = 2  # no linear function gave its values, so that these do not show the axes
+
+    for module in (Merged(merged_sdpa), HeadsFirst(heads_first)):
+        with attached(module) as wb, wb.ablate((0, 1)):
+            torch.testing.assert_close(wb.model(x), module.by_hand(x, without=1)[1], atol=1e-5, rtol=1e-4)
+    module = Scaled(heads_first)
+    with attached(module) as wb:
         with pytest.raises(WORKBENCH_ERRORS, match=r"its axes are .*head=4 batch"), wb.ablate((0, 1)):
             wb.model(x)
+        want = 2 * module.by_hand(x, without=1)[1] - module.o.bias
         with wb.ablate((0, 1)):
-            torch.testing.assert_close(wb.model(x), wb.model[0].by_hand(x, without=1)[1], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(wb.model(x), want, atol=1e-5, rtol=1e-4)
 
 
 WORKBENCH_ERRORS = (CaptureError, InterventionError)
@@ -129,7 +132,7 @@ WORKBENCH_ERRORS = (CaptureError, InterventionError)
 @torch.no_grad()
 def test_a_layout_can_be_stated(x: Tensor) -> None:
     def gated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.sigmoid(q) * heads_first(q, k, v)
+        return torch.sigmoid(q) * heads_first(q, k, v.tanh())  # the values too show nothing
 
     module = Projected(gated)
     with attached(module) as wb, pytest.raises(CaptureError, match="could not be placed") as caught, wb.capture():
@@ -145,9 +148,7 @@ def test_a_layout_can_be_stated(x: Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("attend", "share"), [(first_rows_only, "8 of 20 rows"), (queries_in_blocks, "its rows come from 4 calls")]
-)
+@pytest.mark.parametrize(("attend", "share"), [(first_rows_only, "8 of 20 rows")])
 def test_parts_of_heads_are_refused_with_their_share(attend: Any, share: str, x: Tensor) -> None:
     with attached(Projected(attend)) as wb:
         with pytest.raises(CaptureError, match=share), wb.capture():
@@ -284,6 +285,58 @@ def test_attention_over_channels_says_so(x: Tensor) -> None:
             _ = cap[0].distance
         with pytest.raises(InterventionError, match="no token positions"), wb.ablate((0, 1), positions=0):
             wb.model(x)
+
+
+class Windows(nn.Module):
+    """Windows of five positions that also read `halo` positions on either side."""
+
+    def __init__(self, halo: int) -> None:
+        super().__init__()
+        self.num_heads, self.halo = H, halo
+        self.q, self.kv, self.o = nn.Linear(D, D), nn.Linear(D, 2 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = F.pad(x, (0, 0, self.halo, self.halo)).unfold(1, 5 + 2 * self.halo, 5).transpose(-1, -2).flatten(0, 1)
+        q, k, v = map(split, (self.q(x.reshape(-1, 5, D)), *self.kv(around).chunk(2, -1)))
+        weights = torch.softmax(torch.einsum("...id,...jd->...ij", q, k), -1)
+        return self.o(merge(torch.einsum("...ij,...jd->...id", weights, v))).reshape(x.shape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("halo", "kind"), [(0, "window"), (2, "halo")])
+def test_windows_are_counted_and_their_surroundings_have_no_distance(halo: int, kind: str, x: Tensor) -> None:
+    with attached(Windows(halo)) as wb:
+        with wb.capture(("entropy", "distance")) as cap:
+            wb.model(x)
+        assert cap[0].shape == (2 * B, H, 5, 5 + 2 * halo)
+        assert (cap[0].site.windows, cap[0].site.kind) == (2, kind)
+        assert f"{kind} × 2" in repr(wb.sites)
+        if halo:
+            with pytest.raises(CaptureError, match='kind "halo"'):
+                _ = cap[0].distance
+        else:
+            assert cap[0].distance.shape == (2 * B, H, 5)
+        assert wb.verify(x).ok
+
+
+@torch.no_grad()
+def test_one_query_that_pools_its_window_is_no_gate(x: Tensor) -> None:
+    class Pooled(Projected):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.reshape(B, 2, 5, H, W).permute(0, 3, 1, 2, 4) for t in self.qkv(x).chunk(3, -1))
+            weights = torch.softmax(q.amax(3, keepdim=True) @ k.transpose(-1, -2), -1)
+            return self.o((weights @ v).permute(0, 2, 3, 1, 4).reshape(B, 2, D))
+
+    with attached(Pooled(heads_first)) as wb, wb.capture() as cap:
+        wb.model(x)
+    assert [(one.site.kind, one.shape) for one in cap] == [("halo", (2 * B, H, 1, 5))]
+
+
+@torch.no_grad()
+def test_sites_that_only_a_run_shows_are_sites_after_a_look(x: Tensor) -> None:
+    with attached(Projected(any_letters)) as wb:
+        assert [site.name for site in wb.look(x)] == ["0"]
+        assert (wb.sites[0].n_heads, wb.sites.unread) == (H, ())
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,12 +40,17 @@ def packed_sequences(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def check_inputs(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], packed: Sequence[Segment] = ()
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    packed: Sequence[Segment] = (),
+    context: Callable[[], int | None] | None = None,
 ) -> None:
     """Refuse inputs that would fail deep inside the model, or give an empty result.
 
     Args:
         packed: the sequences that rows hold: no row as a whole has to fit into the model's context.
+        context: gives the context's length, where that is known already.
 
     Raises:
         CaptureError: tensors on another device than the model, an empty prompt, a prompt longer than the context.
@@ -60,7 +65,7 @@ def check_inputs(
                     shape=tensor.shape,
                     hint=f'move the inputs with .to("{first.device}")',
                 )
-    limit = context_length(model)
+    limit = context_length(model) if context is None else context()
     for name, ids in token_ids(args, kwargs).items():
         if ids.numel() == 0:
             raise CaptureError(f"the {name} prompt is empty", shape=ids.shape, hint="give at least one token")

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workbench.hooks.look.positions import moved, positions_of
+from workbench.hooks.look.positions import ROUNDING, moved, positions_of
 from workbench.hooks.look.replay import ModuleCall, Replays
 
 Over = Literal["positions", "pooled", "summaries", "elsewhere", "unknown"]
@@ -59,7 +59,7 @@ def _values(replays: Replays, call: ModuleCall, change: tuple[int, int, int] | N
 
 def _rows(a: Tensor, b: Tensor) -> tuple[int, ...]:
     eps = torch.finfo(a.dtype).eps
-    change = (a.double() - b.double()).abs() > 64 * eps * b.double().abs().max()
+    change = (a.double() - b.double()).abs() > ROUNDING * eps * b.double().abs().max()
     return tuple(change.any(3).any(1).any(0).nonzero().flatten().tolist())
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from workbench.hooks.look.replay import ModuleCall, mapped, tensors
 
+ROUNDING = 64
+"""Units in the last place of the largest number that do not count as a change."""
+
 
 def positions_of(call: ModuleCall, batch: int) -> list[tuple[int, int]]:
     """(axis, length) of the positions of a call's inputs, once for each length: sequences of another length are others.
@@ -74,7 +77,8 @@ def speaking(output: Any, length: int, batch: int) -> int | None:
     """Number of the first tensor of an output that has positions; others are weights, caches, logits of routers."""
     for i, t in enumerate(tensors(output)):
         flat = t.dim() == 2 and t.shape[0] == length * batch
-        if t.is_floating_point() and t.dim() >= 2 and (length in t.shape or flat):
+        weights = t.dim() == 4 and t.shape[-1] == length and length not in t.shape[:-1]  # of keys elsewhere
+        if t.is_floating_point() and t.dim() >= 2 and (length in t.shape or flat) and not weights:
             return i
     return None
 
@@ -82,7 +86,7 @@ def speaking(output: Any, length: int, batch: int) -> int | None:
 def reach(before: Any, after: Any, which: int, length: int, batch: int, j: int) -> tuple[int, ...] | None:
     """Which positions of an output differ, along the axis where the fewest do; None: the output has changed its shape.
 
-    Rounding does not count: less than 64 units in the last place of the largest number.
+    Rounding does not count.
     """
     if len(list(tensors(after))) <= which:
         return None
@@ -91,7 +95,7 @@ def reach(before: Any, after: Any, which: int, length: int, batch: int, j: int) 
         return None
     a, b = a.double().nan_to_num(posinf=0, neginf=0), b.double().nan_to_num(posinf=0, neginf=0)
     eps = torch.finfo(list(tensors(before))[which].dtype).eps
-    change = (a - b).abs() > 64 * eps * a.abs().max()
+    change = (a - b).abs() > ROUNDING * eps * a.abs().max()
     ways = []
     for axis, size in enumerate(change.shape):
         at = change.movedim(axis, 0).flatten(1).any(1).nonzero().flatten()

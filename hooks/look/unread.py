@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from workbench.hooks.look.positions import moved, positions_of, reach, speaking
+from workbench.hooks.look.positions import ROUNDING, moved, positions_of, reach, speaking
 from workbench.hooks.look.replay import ModuleCall, Replays, tensors
 from workbench.hooks.sites import Unread
 
@@ -24,6 +25,7 @@ _POSITION_WISE = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Identity, nn.modules.dropout._DropoutNd, nn.GELU, nn.ReLU,
     nn.SiLU, nn.Tanh, nn.Sigmoid,
 )  # fmt: skip
+_WINDOWED = (nn.modules.conv._ConvNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
 
 
 def find_unread(replays: Replays) -> list[Unread]:
@@ -46,13 +48,13 @@ class _Judge:
 
     def judge(self, call: ModuleCall) -> None:
         """Judge one call, and those inside it where that is needed."""
-        if type(call.module) in _POSITION_WISE and not call.inner:
-            return
+        if (type(call.module) in _POSITION_WISE and not call.inner) or isinstance(call.module, ParametrizationList):
+            return  # the latter makes weights
         if call.read_whole:
             self._mixing.add(call)
             self._judge_inner(call)
             return
-        if isinstance(call.module, nn.modules.conv._ConvNd) and self._resamples(call):
+        if isinstance(call.module, _WINDOWED) and self._resamples(call):
             self._overlapping(call)
             return
         spots = positions_of(call, self.replays.batch)
@@ -95,7 +97,7 @@ class _Judge:
         batch, tells = self.replays.batch, False
         which = speaking(call.output, length, batch)
         if which is None:
-            return None
+            return self._reads_others(call, axis, length, frozen)
         for j in sorted({1, length // 2}):  # an early one, for causal modules, and one in the middle
             inputs = moved(call, axis, length, j)
             got = reach(call.output, self._run(call, inputs, frozen), which, length, batch, j)
@@ -109,17 +111,39 @@ class _Judge:
             tells = tells or bool(got)
         return "" if tells else None
 
+    def _reads_others(
+        self, call: ModuleCall, axis: int, length: int, frozen: tuple[ModuleCall, ...] | list[ModuleCall]
+    ) -> str | None:
+        """What moves where positions of another input than the first do, as a class token's keys, and all the output
+        may depend on them.
+        """
+        given, gave = (next(tensors(x), None) for x in ([call.args, call.kwargs], call.output))
+        if given is None or gave is None or gave.dim() < 3 or given.shape != gave.shape or length in given.shape:
+            return None
+        inputs = moved(call, axis, length, length // 2)
+        for held in (frozen, None):
+            now = next(tensors(self._run(call, inputs, held)), None)
+            if now is None or now.shape != gave.shape:
+                return None
+            if not _close(now, gave):
+                return "" if held is None else f"mixes tokens: reads {length} positions of another input"
+        return None
+
     def _resamples(self, call: ModuleCall) -> bool:
         """Whether it gives other positions than it takes."""
         spots = positions_of(call, self.replays.batch)
         return bool(spots) and speaking(call.output, spots[0][1], self.replays.batch) is None
 
     def _overlapping(self, call: ModuleCall) -> None:
-        """A convolution to other positions mixes them if its windows overlap; patches that do not are only taken in."""
-        module = call.module
-        assert isinstance(module, nn.modules.conv._ConvNd)
-        spans = [(k - 1) * d + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-        if any(span > stride for span, stride in zip(spans, module.stride, strict=True)):
+        """A window to other positions mixes them if it overlaps the next; patches that do not are only taken in."""
+        module: Any = call.module
+        n = next(tensors([call.args, call.kwargs])).dim() - 2
+        size, step, apart = (
+            (given,) * n if isinstance(given, int) else tuple(given)
+            for given in (module.kernel_size, module.stride, getattr(module, "dilation", 1))
+        )
+        spans = [(k - 1) * d + 1 for k, d in zip(size, apart, strict=True)]
+        if any(span > stride for span, stride in zip(spans, step, strict=True)):
             self._note(call, f"mixes neighbours: each position reads {' × '.join(map(str, spans))}")
             self._mixing.add(call)
 
@@ -144,7 +168,16 @@ def _described(others: list[int], j: int, length: int) -> str:
 
 
 def _same(again: object, before: object) -> bool:
+    """Within rounding: a copy of a part of a tensor lies closer together, and kernels round by how their input lies."""
     a, b = list(tensors(again)), list(tensors(before))
-    return len(a) == len(b) and all(
-        x.shape == y.shape and torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True)
-    )
+    return len(a) == len(b) and all(x.shape == y.shape and _close(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if torch.equal(a.nan_to_num(), b.nan_to_num()):
+        return True
+    if not a.is_floating_point() or a.dtype != b.dtype or not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    finite, eps = a.isfinite(), torch.finfo(a.dtype).eps
+    a, b = a[finite].double(), b[finite].double()
+    return bool((a - b).abs().max() <= ROUNDING * eps * a.abs().max())

@@ -1,8 +1,6 @@
-"""Which axis of a kernel call is batch, head and query.
+"""Which axis of a kernel call is batch, head and query: how that is written down, and applied to the call's tensors.
 
-A tap sees tensors; what their axes mean is shown by where the kernel's output turns up in the input of the output
-projection. What lies among the features of one row are heads, what lies among the rows are examples, windows and
-queries: queries are what the values do not have. Where the width lies among the rows, the softmax runs over features.
+A tap sees tensors; what their axes mean is shown by value (`by_value`), left to sizes (`by_size`) or stated.
 """
 
 from __future__ import annotations
@@ -11,19 +9,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import permutations
 from math import prod
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.hooks.proofs.placements import Placement, placements
 
 Role = Literal["batch", "head", "query", "width"]
-_ROLES: tuple[Role, ...] = ("batch", "head", "query", "width")
+ROLES: tuple[Role, ...] = ("batch", "head", "query", "width")
 _SPELLED: Mapping[str, Role] = {
-    **{role: role for role in _ROLES},
+    **{role: role for role in ROLES},
     "window": "batch",
     "group": "head",
     "b": "batch",
@@ -62,7 +59,7 @@ class Axes:
         """One part per axis, from a letter each: b, h, q and d."""
         roles = [_SPELLED[letter] for letter in layout]
         parts = tuple((Part(role, heads if role == "head" else None),) for role in roles)
-        return cls(parts, tuple(sorted(range(len(roles)), key=lambda i: _ROLES.index(roles[i]))))
+        return cls(parts, tuple(sorted(range(len(roles)), key=lambda i: ROLES.index(roles[i]))))
 
     @classmethod
     def parse(cls, text: str, heads: int | None = None) -> Axes:
@@ -94,7 +91,7 @@ class Axes:
             name, _, size = token.partition("=")
             role = _SPELLED.get(name.rstrip("0123456789"))
             if role is None:
-                raise CaptureError(f'a layout has no "{name}"', hint=f"names are {', '.join(_ROLES)} and window")
+                raise CaptureError(f'a layout has no "{name}"', hint=f"names are {', '.join(ROLES)} and window")
             part = Part(role, int(size) if size else heads if role == "head" else None)
             parts.append([part]) if not inside else parts[-1].append(part)
         flat = [part for axis in parts for part in axis]
@@ -102,7 +99,7 @@ class Axes:
             raise CaptureError(f'the layout "{text}" needs a query and one width', hint=hint)
         if any(len(axis) > 1 and sum(part.size is None for part in axis) > 1 for axis in parts):
             raise CaptureError(f'the layout "{text}" leaves the sizes of an axis open', hint=hint)
-        order = sorted(range(len(flat)), key=lambda i: _ROLES.index(flat[i].role))
+        order = sorted(range(len(flat)), key=lambda i: ROLES.index(flat[i].role))
         return cls(tuple(map(tuple, parts)), tuple(order))
 
     def __str__(self) -> str:
@@ -117,7 +114,7 @@ class Axes:
     @cached_property
     def is_plain(self) -> bool:
         """Whether the output is [batch, head, query, width] as it is."""
-        return [tuple(part.role for part in axis) for axis in self.parts] == [(role,) for role in _ROLES]
+        return [tuple(part.role for part in axis) for axis in self.parts] == [(role,) for role in ROLES]
 
     def bind(self, shape: Sequence[int]) -> Bound | None:
         """The axes of an output of that shape; None if it does not fit, and the proof has to be made anew."""
@@ -221,7 +218,7 @@ class Bound:
     def _flattened(self, t: Tensor) -> Tensor:
         flat = [part.role for axis in self.axes.parts for part in axis]
         roles = [flat[i] for i in self.axes.order]
-        shape = [prod(n for n, one in zip(t.shape, roles, strict=True) if one == role) for role in _ROLES]
+        shape = [prod(n for n, one in zip(t.shape, roles, strict=True) if one == role) for role in ROLES]
         return t.reshape(shape)
 
     def output(self, z: Tensor) -> Tensor:
@@ -233,169 +230,11 @@ class Bound:
         back = sorted(range(len(full)), key=lambda i: self.axes.order[i])
         return t.permute(back).reshape([prod(sizes) for sizes in self.sizes])
 
-
-@dataclass(frozen=True)
-class Proof:
-    """What the values say of a call's axes.
-
-    Attributes:
-        axes: what they are, or None.
-        reason: why they are not known; "" if they are.
-        gate: each row has values of its own: a softmax that weighs experts or branches, no attention.
-    """
-
-    axes: Axes | None
-    reason: str = ""
-    gate: bool = False
-
-
-def prove_axes(z: Tensor, p: Tensor, mixed: Sequence[int], width: int = -1) -> Proof | None:
-    """What the axes of a kernel's output are, from where it lies in the input of a projection.
-
-    Args:
-        z: the kernel's output, with any axes.
-        p: [..., feature], the input of the projection, as many elements.
-        mixed: the axes of z that the values do not have: queries, and heads that share their values.
-        width: the axis that only the values have.
-
-    Returns:
-        None if p is not z in another order.
-    """
-    found = placements(z, p, most=4)
-    if found is None:
-        return Proof(None, "nearly all of what the kernel gave is equal")
-    if not found:
-        return None
-    read = {_read(placement, tuple(z.shape), tuple(p.shape), mixed, width % z.dim()) for placement in found}
-    if len(read) == 1:
-        return read.pop()
-    listed = " or ".join(sorted(str(one.axes) for one in read if one.axes is not None))
-    return Proof(None, f"the values fit several layouts: {listed}")
-
-
-def _read(
-    placement: Placement, shape: tuple[int, ...], into: tuple[int, ...], mixed: Sequence[int], width: int
-) -> Proof:
-    """The roles of a placement's factors, each cut where the rows of the projection's input `into` end."""
-    features = into[-1]
-    pieces: list[tuple[int, int, int]] = []  # axis, size, stride
-    for axis, size, stride in placement.factors:
-        inside = min(size, features // stride) if stride < features else 1
-        if size % inside or (1 < inside < size and stride * inside != features):
-            return Proof(None, "what the kernel gave lies across the rows of the projection")
-        pieces += [(axis, n, s) for n, s in ((size // inside, stride * inside), (inside, stride)) if n > 1]
-    mixed = [axis % len(shape) for axis in mixed]
-    if not mixed:
-        return Proof(None, "each row has values of its own, as where a softmax weighs experts", gate=True)
-    features_mixed = any(axis == width and stride >= features for axis, _, stride in pieces)
-    alone = len(mixed) == 1
-
-    def role(axis: int, stride: int) -> Role:
-        if axis == width:
-            return "width"
-        if axis in mixed:
-            return "query" if alone or features_mixed or stride >= features else "head"
-        return "head" if stride < features else "batch"
-
-    roles = [(axis, Part(role(axis, stride), size), stride) for axis, size, stride in pieces]
-    with_queries = {_axis_of(stride, into) for _, part, stride in roles if part.role == "query"}
-
-    def place(part: Part, stride: int) -> tuple[int, bool, int]:
-        """Windows come after examples: their rows stand among those of the queries."""
-        window = part.role == "batch" and _axis_of(stride, into) in with_queries
-        return _ROLES.index(part.role), window, -stride
-
-    parts: list[list[tuple[Part, int]]] = [[] for _ in shape]
-    for axis, part, stride in roles:
-        before = parts[axis][-1] if parts[axis] else None
-        kept = part.role in ("query", "width")  # in the kernel's own order, which is that of its keys and masks
-        if before and before[0].role == part.role and (kept or place(*before) < place(part, stride)):
-            parts[axis][-1] = Part(part.role, (before[0].size or 1) * (part.size or 1)), before[1]
-        else:
-            parts[axis].append((part, stride))
-    _name_ones(parts, shape, mixed, width)
-    opened = tuple(tuple(_opened(axis)) for axis in parts)
-    flat = [(part, stride) for axis in parts for part, stride in axis]
-    if not any(part.role == "query" for part, _ in flat):
-        return Proof(None, "no axis of the call runs along the rows of the projection alone")
-    order = sorted(range(len(flat)), key=lambda i: place(*flat[i]))
-    return Proof(Axes(opened, tuple(order), "features" if features_mixed else "positions"))
-
-
-def _axis_of(stride: int, into: tuple[int, ...]) -> int:
-    """Which axis of a contiguous tensor a stride runs along."""
-    own = 1
-    for axis in range(len(into) - 1, -1, -1):
-        own *= into[axis]
-        if stride < own:
-            return axis
-    return 0
-
-
-def _opened(axis: list[tuple[Part, int]]) -> list[Part]:
-    """Parts without the size that changes from call to call; an axis with several such parts keeps all sizes."""
-    alone = sum(part.role != "head" for part, _ in axis) == 1
-    return [Part(part.role, None) if alone and part.role != "head" else part for part, _ in axis]
-
-
-def _name_ones(parts: list[list[tuple[Part, int]]], shape: Sequence[int], mixed: Sequence[int], width: int) -> None:
-    """Axes of a single index, of which no value tells: the values' axis is the width, then examples, then heads."""
-    for axis, n in enumerate(shape):
-        if n > 1:
-            continue
-        have = {part.role for several in parts for part, _ in several}
-        if axis == width:
-            chosen: Role = "width"
-        elif axis in mixed:
-            chosen = "head" if "query" in have else "query"
-        else:
-            chosen = "batch" if "batch" not in have or "head" in have else "head"
-        parts[axis] = [(Part(chosen, 1), 0)]
-
-
-def usual_axes(shape: Sequence[int], mixed: Sequence[int], width: int, heads: int | None) -> Axes | None:
-    """The axes that most models have, to be proved afterwards: [batch, head, query, width], or with the first two as
-    one; None for other shapes.
-    """
-    last = len(shape) - 1
-    axes = {axis % len(shape) for axis in mixed}
-    if width % len(shape) != last or axes not in ({last - 1}, {1, last - 1}):  # heads may share their values
-        return None
-    if len(shape) == 4:
-        return Axes.plain("bhqd", shape[1])
-    if len(shape) == 3 and heads and shape[0] % heads == 0:
-        return Axes.parse("(batch head) query width", heads)
-    return None
-
-
-def axes_by_size(
-    shape: Sequence[int], mixed: Sequence[int], width: int, heads: int | None, examples: int | None
-) -> Axes | None:
-    """The axes where only sizes can tell: the one assignment with the heads that the module states; None if several.
-
-    Args:
-        shape: of the kernel's output. mixed, width: as in `prove_axes`.
-        heads: how many the module says it has. examples: how many the model was given.
-    """
-    free = [i for i in range(len(shape)) if i not in [m % len(shape) for m in mixed] and i != width % len(shape)]
-    queries = [m % len(shape) for m in mixed]
-    if len(queries) != 1 or len(free) > 2 or (heads is None and examples is None):
-        return None
-    fitting = []
-    for roles in permutations(("b", "h"), len(free)):
-        sizes = {role: shape[axis] for role, axis in zip(roles, free, strict=True)}
-        stated = roles == ("b", "h")[: len(free)] if heads is None else sizes.get("h", 1) == heads
-        if stated and examples in (None, sizes.get("b", 1)):  # the order of windows and examples is in no size
-            fitting.append((roles, sizes))
-    if heads is None and len(free) == 2 and shape[free[0]] == shape[free[1]] > 1:
-        return None
-    if len(fitting) > 1 and any(n > 1 for sizes in fitting for n in sizes[1].values()):
-        return None
-    if not fitting:
-        return None
-    roles, sizes = fitting[0]
-    letters = ["?"] * len(shape)
-    for role, axis in zip(roles, free, strict=True):
-        letters[axis] = role
-    letters[queries[0]], letters[width % len(shape)] = "q", "d"
-    return Axes.plain("".join(letters), sizes.get("h", 1))
+    def agrees(self, other: Bound) -> bool:
+        """Whether both put every number at the same place of [batch, head, query, width]."""
+        if self.axes.over != other.axes.over:
+            return False
+        shape = [prod(sizes) for sizes in self.sizes]
+        numbers = torch.arange(prod(shape)).view(shape)
+        x, y = self.heads(numbers), other.heads(numbers)
+        return x.shape == y.shape and torch.equal(x, y)

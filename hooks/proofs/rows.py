@@ -106,3 +106,23 @@ def account(p: Tensor, calls: Sequence[Tensor]) -> Account | None:
             at = mine.nonzero()[wrong]
             owner[at[:, 0], at[:, 1]] = row[at[:, 0], at[:, 1]] = -1
     return Account(owner, row, empty)
+
+
+def own_features(p: Tensor, output: Tensor, axis: int) -> Tensor:
+    """The features of p [..., feature] that a call fills in every row: all, or those of its own heads among others.
+
+    Args:
+        output: what the kernel gave; axis: its width.
+    """
+    numel, rows = output.numel(), p.numel() // p.shape[-1]
+    if numel == p.numel() or numel % rows:
+        return p
+    wide = numel // rows
+    found = account(p, [output.movedim(axis, -1)])
+    if found is None or found.touched < found.n_rows:
+        return p
+    width = p.shape[-1] // found.owner.shape[1]
+    filled = ((found.owner >= 0) | found.empty).all(0).nonzero().flatten().tolist()
+    if len(filled) * width != wide:
+        return p
+    return p.unflatten(-1, (-1, width))[..., filled, :].flatten(-2)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from workbench.errors import CaptureError
+from workbench.errors import CaptureError, InterventionError
 from workbench.hooks.nested import first_tensor
 from workbench.hooks.tap import AttentionCall, Kind
 from workbench.kernels.patterns import Pattern
@@ -231,3 +232,20 @@ def _check(mixing: Any, site: str) -> None:
             site=site,
             shape=v.shape,
         )
+
+
+def in_place_of(call: AttentionCall, edited: Tensor, output: Any) -> Any:
+    """What a module gives, with an edited tensor in the place of its own.
+
+    Raises:
+        InterventionError: gradients are wanted.
+    """
+    if torch.is_grad_enabled() and call.output.requires_grad:
+        raise InterventionError(
+            f"gradients do not flow through a {type(call.module).__name__} whose heads are edited",
+            site=call.site,
+            hint="run the model under torch.no_grad(), or edit attention sites",
+        )
+    given = first_tensor(output)
+    assert given is not None  # or it could not have been read
+    return given[1](edited)

@@ -49,5 +49,8 @@ def test_drawn_modules(block: int) -> None:
         outcome = captured(drawn)
         found["right" if outcome == "right" else "refused"] += 1
         if drawn.followed in PLAIN:
-            assert outcome == "right" or "several layouts" in outcome, (drawn, outcome)
+            assert outcome == "right" or "several layouts" in outcome or drawn.rows, (drawn, outcome)
+        if drawn.rows and drawn.followed in PLAIN and drawn.stated and drawn.heads != drawn.batch:
+            found["in blocks"] += outcome == "right"
     assert found["right"] > 40, found
+    assert found["in blocks"], found

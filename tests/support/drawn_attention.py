@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -39,7 +39,9 @@ FOLLOWED = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """One drawn module. `stated`: it says how many heads it has. `shared`: one head of keys and values for all."""
+    """One drawn module. `stated`: it says how many heads it has. `shared`: one head of keys and values for all.
+    `rows`: how many queries each call of its kernel has; 0: all.
+    """
 
     layout: str
     kernel: str
@@ -54,6 +56,7 @@ class Drawn:
     shared: bool
     causal: bool
     calls: int
+    rows: int
     seed: int
 
     @classmethod
@@ -62,7 +65,7 @@ class Drawn:
         pick = random.Random(seed)
         layout = pick.choice(list(LAYOUTS))
         shared = pick.random() < 0.2 and layout in ("b h n d", "h b n d")
-        return cls(
+        drawn = cls(
             layout=layout,
             kernel=pick.choice(["sdpa", "matmul", "bmm", "einsum", "einsum", "baddbmm scores"]),
             followed=pick.choice(FOLLOWED),
@@ -76,8 +79,10 @@ class Drawn:
             shared=shared,
             causal=pick.random() < 0.3,
             calls=pick.choice([1, 1, 1, 2]),
+            rows=pick.choice([0, 0, 2, 3]),
             seed=seed,
         )
+        return drawn if layout == "b h n d" and not drawn.causal else replace(drawn, rows=0)
 
 
 class Attention(nn.Module):
@@ -118,7 +123,7 @@ class Attention(nn.Module):
             k, v = (t[:, None] if to.startswith("b") else t[None] for t in kv)
         else:
             k, v = (rearrange(self.split(t, drawn.heads), into) for t in kv)
-        z = self.kernel(q, k, v)
+        z = torch.cat([self.kernel(part, k, v) for part in q.split(drawn.rows or drawn.length, -2)], -2)
         sizes = {"b": drawn.batch, "h": drawn.heads}
         whole = f"{to} -> b w h n d" if drawn.windows > 1 else f"{to} -> b 1 h n d"
         z = rearrange(z, whole, **{name: n for name, n in sizes.items() if name in to})

@@ -37,6 +37,21 @@ def captioner() -> nn.Module:
     return model
 
 
+def t5gemma() -> nn.Module:
+    """An encoder and a decoder whose heads share keys, with RMS norms before and after everything."""
+    torch.manual_seed(0)
+    side = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8,
+    }  # fmt: skip
+    config = hf.T5GemmaConfig(encoder=dict(side), decoder=dict(side), vocab_size=40)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    model = hf.T5GemmaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
 def encoder_decoder(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model, and one example without its output."""
     generator = torch.Generator().manual_seed(seed)
@@ -44,5 +59,6 @@ def encoder_decoder(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tens
         "whisper": {"input_features": torch.randn(1, 8, 40, generator=generator)},
         "captioner": {"pixel_values": torch.randn(1, 3, 16, 16, generator=generator)},
     }
-    model = captioner() if name == "captioner" else make(family(name))
-    return model, inputs.get(name, {"input_ids": ids(1, 7, seed)})
+    made = {"captioner": captioner, "t5gemma": t5gemma}
+    model = made[name]() if name in made else make(family(name))
+    return model, inputs.get(name, {"input_ids": ids(1, 7, seed) % 40 if name == "t5gemma" else ids(1, 7, seed)})

@@ -374,6 +374,11 @@ def different_captures_are_not_gathered(pair: Pair) -> None:
     fails(cap.gathered, CaptureError, "captured something else")
     cap = captured(pair.part, lambda model: model(IDS + pair.rank))
     fails(cap.gathered, CaptureError, "captured something else")
+    cap = captured(pair.part)
+    if pair.rank == 1:
+        with torch.no_grad():
+            pair.part.model.layers[0].self_attn.o_proj.weight.mul_(1.0)
+    fails(lambda: cap.gathered(result=True), CaptureError, "in process 1 of the group, the weight of")
 
 
 SCENARIOS = {

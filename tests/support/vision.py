@@ -22,15 +22,14 @@ _kept: list[object] = []  # a torch.library.Library takes its definitions along 
 
 
 @cache
-def vision_transformer() -> ModuleType:
-    """The module `timm.models.vision_transformer`.
+def timm() -> ModuleType:
+    """The package `timm`.
 
     Raises:
-        ModuleNotFoundError: timm is not installed, neither in the environment nor in the folder.
+        ModuleNotFoundError: it is not installed, neither in the environment nor in the folder.
     """
-    name = "timm.models.vision_transformer"
     if find_spec("timm") is not None:
-        return import_module(name)
+        return import_module("timm")
     if not (FOLDER / "timm").exists():
         raise ModuleNotFoundError(f"timm: {INSTALL}", name="timm")
     library = torch.library.Library("torchvision", "DEF")
@@ -40,9 +39,15 @@ def vision_transformer() -> ModuleType:
     _kept.append(library)
     sys.path.append(str(FOLDER))
     try:
-        return import_module(name)
+        return import_module("timm")
     finally:
         sys.path.remove(str(FOLDER))
         for loaded in list(sys.modules):
             if loaded.partition(".")[0] in ("timm", "torchvision"):
                 _kept.append(sys.modules.pop(loaded))
+
+
+def vision_transformer() -> ModuleType:
+    """The module `timm.models.vision_transformer`; raises as `timm`."""
+    module: ModuleType = timm().models.vision_transformer
+    return module

@@ -28,16 +28,24 @@ _HEADS = {
 
 def gather(forwards: Sequence[Forward], *, result: bool) -> list[Forward]:
     """The forwards with all heads; see `Capture.gathered`."""
-    if result:
-        forwards = [_with_results(forward) for forward in forwards]
     shard = next(c.shard for f in forwards for c in f.sites.values() if c.site.here is not None)
     if shard is None:
         raise CaptureError(
             "a capture from a file does not know the processes that hold its other heads",
             hint="gather before it is saved",
         )
-    every = shard.told([_described(forward) for forward in forwards])
-    differing = [rank for rank, told in enumerate(every) if told != every[0]]
+    failed = ""
+    try:
+        forwards = [_with_results(forward) for forward in forwards] if result else forwards
+        described = [_described(forward) for forward in forwards]
+    except CaptureError as error:  # the others wait to be told
+        failed, described = str(error), []
+    told = shard.told((failed, described))
+    broken = [f"in process {rank} of the group, {reason}" for rank, (reason, _) in enumerate(told) if reason]
+    if broken:
+        raise CaptureError(broken[0])
+    every = [captured for _, captured in told]
+    differing = [rank for rank, captured in enumerate(every) if captured != every[0]]
     if differing:
         raise CaptureError(
             f"process {differing[0]} of the group has captured something else than process 0: "
@@ -62,14 +70,14 @@ def _described(forward: Forward) -> dict[str, Any]:
     }
     for name, capture in forward.sites.items():
         tensors = {key: (tuple(t.shape), str(t.dtype)) for key, t in _tensors(capture).items()}
-        told[name] = (capture.shape, capture.kernel, tensors, _facts(capture.lazy))
+        told[name] = (capture.shape, capture.kernel, tensors, None if capture.lazy is None else _facts(capture.pattern))
     return told
 
 
-def _facts(pattern: Pattern | None) -> Any:
+def _facts(pattern: Pattern) -> Any:
     """The pattern's family and facts, and the shapes of its tensors; heads may differ in number."""
     if not isinstance(pattern, PartOfHeads):
-        return None if pattern is None else type(pattern).__name__
+        return type(pattern).__name__
     facts, tensors = pattern.here.state()
     axes = _HEADS.get(type(pattern.here).__name__, {})
     shapes = {

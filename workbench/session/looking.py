@@ -18,7 +18,7 @@ from workbench.hooks.look.keys import probe_keys
 from workbench.hooks.look.replay import OnCall, Replays, copied
 from workbench.hooks.look.unread import find_unread
 from workbench.hooks.observer import observed
-from workbench.hooks.sites import Kind, Sites, Unread, site_name, with_kind, without
+from workbench.hooks.sites import Kind, Sites, Unread, site_name, with_call, with_kind, without
 from workbench.hooks.tap import AttentionCall
 
 LIMIT = 1 << 31
@@ -35,6 +35,9 @@ class _Calls(Listener):
         return self.take(call)
 
     def leaves_native_path(self) -> bool:
+        return True
+
+    def takes_blocks(self) -> bool:
         return True
 
 
@@ -62,12 +65,13 @@ def look_at(
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
 
     def note(call: AttentionCall) -> None:
-        fired.add(call.site)
+        fired.setdefault(call.site, call)
 
-    fired: set[str] = set()
+    fired: dict[str, AttentionCall] = {}
     with torch.random.fork_rng(devices), torch.no_grad(), observe(note):
         given, named = copied((args, dict(inputs)))
         model(*given, **named)
+    sites = _with_fired(sites, fired)
     with layouts.settled(), _alone(), Replays(model, args, inputs, observe, limit) as replays:
         unread = {one.name: one for one in find_unread(replays)}
         for call in replays.calls:
@@ -87,8 +91,15 @@ def look_at(
     order = [name for name, _ in model.named_modules()]
     listed = sorted(unread.values(), key=lambda one: order.index(one.name))
     # What ran without a call, though its code speaks of attention, is no site: an unread mixer, or only around others.
-    phantoms = {site_name(call.name) for call in replays.calls} - fired
+    phantoms = {site_name(call.name) for call in replays.calls} - set(fired)
     return Sites(without(sites, {*layouts.refused, *layouts.gates, *phantoms}), listed, looked=True)
+
+
+def _with_fired(sites: Sites, fired: Mapping[str, AttentionCall]) -> Sites:
+    """The sites with what their calls have shown, also those that only these show."""
+    for call in fired.values():
+        sites = with_call(sites, call)
+    return sites
 
 
 @contextmanager

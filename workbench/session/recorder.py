@@ -19,10 +19,10 @@ from workbench.capture.timing import CallTimes
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.projections import ProjectionFinder
-from workbench.hooks.sites import Site, Sites, add_site, site_name, with_kind, with_sizes
+from workbench.hooks.sites import Site, Sites, site_name, with_call
 from workbench.hooks.tap import AttentionCall, Unshown
 from workbench.hooks.truth import check_last_row
-from workbench.inputs import check_inputs, packed_sequences, token_ids
+from workbench.inputs import check_inputs, context_length, packed_sequences, token_ids
 from workbench.kernels import streaming
 from workbench.kernels.checks import check_finite
 from workbench.kernels.patterns import PartOfHeads, Pattern
@@ -74,9 +74,17 @@ class Recorder:
     _cached: CachedTokens = field(default_factory=CachedTokens)
     _refused_here: dict[int, set[str]] = field(default_factory=dict)  # by thread, in its present forward
     _checked: set[str] = field(default_factory=set)
+    _contexts: list[int | None] = field(default_factory=list)
+    _streamed: set[tuple[object, ...]] = field(default_factory=set)  # kinds of calls of which the engines are known
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def _context(self) -> int | None:
+        """The length of the model's context, looked up once: it takes a walk over all modules."""
+        if not self._contexts:
+            self._contexts.append(context_length(self.model))
+        return self._contexts[0]
 
     def _now(self) -> float:
         """Seconds of the host's clock since the capture began."""
@@ -97,7 +105,7 @@ class Recorder:
     def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model was called with these inputs."""
         segments = packed_sequences(self.model, args, kwargs)
-        check_inputs(self.model, args, kwargs, segments)
+        check_inputs(self.model, args, kwargs, segments, self._context)
         running = self._running.get(threading.get_ident())
         if running is None:
             return
@@ -161,6 +169,12 @@ class Recorder:
             return
         if call.site in self._refused_here.get(thread, ()):
             return  # another of its calls in this forward cannot be shown
+        if call.joined > 1 and self.settings.gradients:
+            raise CaptureError(
+                f"its map comes from {call.joined} calls, whose gradients are not read",
+                site=call.site,
+                hint="leave the site out: sites=, or capture without gradients=True",
+            )
         seen = self._now()
         known = self._site(call)
         if self.settings.sites is not None and known.path not in self.settings.sites:
@@ -174,8 +188,8 @@ class Recorder:
                 site = known.at_call(sum(one.site.path == call.site for one in forward.sites.values()))
                 if site.name not in self._checked:  # once per site: one row costs little, every row of every call not
                     unchecked.add(site.name)
-                capture = self._record(part, site, forward, edited, grad_is_on, check=site.name in unchecked)
-                times = CallTimes(entered, seen, self._now() - seen, capture.nbytes)
+                capture, size = self._record(part, site, forward, edited, grad_is_on, check=site.name in unchecked)
+                times = CallTimes(entered, seen, self._now() - seen, size)
                 forward.sites[site.name] = replace(capture, times=times)
             self._checked |= unchecked
 
@@ -212,21 +226,14 @@ class Recorder:
 
     def _site(self, call: AttentionCall) -> Site:
         with self._lock:
-            if all(site.name != call.site for site in self.sites):
-                self.sites = add_site(self.sites, call.site, call.module)
+            self.sites = with_call(self.sites, call)
             known = self.sites.find(call.site)
-            held = None if call.shard is None else call.shard.here
-            if (known.n_heads, known.n_kv_heads, known.d_head, known.here) != (*call.sizes_of_all, held):
-                self.sites = with_sizes(self.sites, call.site, *call.sizes_of_all, call.shard)
-                known = self.sites.find(call.site)
-            if call.axes is not None and call.axes.axes.over == "features" and known.kind != "channel":
-                self.sites = with_kind(self.sites, call.site, "channel")
-                known = self.sites.find(call.site)
         return known
 
     def _record(
         self, call: AttentionCall, site: Site, forward: Forward, edited: Tensor | None, grad_is_on: bool, check: bool
-    ) -> SiteCapture:
+    ) -> tuple[SiteCapture, int]:
+        """What is kept of a call, and its bytes."""
         settings, cross = self.settings, not site.positional
         pattern = call.pattern(cross=cross)
         self._check_limit(self._planned(call, pattern), site)
@@ -242,7 +249,10 @@ class Recorder:
             statistics = streaming.statistics(pattern, names, options)
             if check:
                 check_last_row(call, pattern)
-            self.engines |= streaming.engines(pattern, names, options)
+            kind = _kind(pattern, names)
+            if kind not in self._streamed:
+                self.engines |= streaming.engines(pattern, names, options)
+                self._streamed.add(kind)
         except CaptureError as error:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
         widen = _itself if call.shard is None else call.shard.widened  # heads that are elsewhere are NaN
@@ -283,9 +293,10 @@ class Recorder:
             normalised=pattern.normalised,
             shard=call.shard,
         )
+        size = capture.nbytes
         with self._lock:
-            self.nbytes += capture.nbytes + settings.gradient_bytes(pattern.shape, call.sizes[2], call.v.element_size())
-        return capture
+            self.nbytes += size + settings.gradient_bytes(pattern.shape, call.sizes[2], call.v.element_size())
+        return capture, size
 
     def _planned(self, call: AttentionCall, pattern: Pattern) -> int:
         """Bytes that a call will keep."""
@@ -329,6 +340,14 @@ class Recorder:
                 hint="capture fewer sites, leave out pattern=True, z=True, values=True or gradients=True, pass "
                 "queries_keys=False, or raise limit=",
             )
+
+
+def _kind(pattern: Pattern, names: Sequence[str]) -> tuple[object, ...]:
+    """What may decide who can stream a pattern's statistics."""
+    mask = pattern.mask
+    of_mask = mask.offset, mask.window, None if mask.tensor is None else mask.tensor.dtype, type(mask.layout)
+    sizes = (*pattern.shape, pattern.n_kv_heads, None if pattern.values is None else pattern.values.shape[-1])
+    return type(pattern), type(getattr(pattern, "here", None)), sizes, pattern.dtype, pattern.device, *of_mask, *names
 
 
 def _itself(tensor: Tensor, axis: int) -> Tensor:

@@ -122,10 +122,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Calls(Listener):
-    """Hands on the calls; `edits` says whether it changes them, `unrecorded` is given those that no map shows."""
+    """Hands on the calls. `edits`: the site at which it changes them; `unrecorded` is given those that no map shows."""
 
     take: Callable[[AttentionCall], Tensor | None]
-    edits: bool
+    edits: str | None
     unrecorded: dict[str, str]
 
     def on_call(self, call: AttentionCall) -> Tensor | None:
@@ -140,10 +140,14 @@ class _Calls(Listener):
 
     def cannot_wait(self, site: str) -> bool:
         """Where heads are switched off."""
-        return self.edits
+        return site == self.edits
 
     def leaves_native_path(self) -> bool:
-        return self.edits
+        return self.edits is not None
+
+    def takes_blocks(self) -> bool:
+        """Each is switched off by itself."""
+        return self.edits is not None
 
 
 def verify_model(
@@ -165,7 +169,7 @@ def verify_model(
 
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
 
-    def run(on_call: Callable[[AttentionCall], Tensor | None] | None, edits: bool = False) -> Any:
+    def run(on_call: Callable[[AttentionCall], Tensor | None] | None, edits: str | None = None) -> Any:
         with torch.random.fork_rng(devices):
             given, named = fresh(args), fresh(dict(inputs))  # a cache grows in each run
             if on_call is None:
@@ -179,7 +183,7 @@ def verify_model(
     identical = len(outputs[0]) == len(outputs[1]) and all(map(_same_bits, *outputs))
     fired = {check["site"] for check in checks}
     for name in sorted(fired) if edits and outputs[0] else []:
-        found = _editable(bare, run(partial(_switched_off, name), True))
+        found = _editable(bare, run(partial(_switched_off, name), name))
         for check in checks:
             if check["site"] == name:
                 check["editable"] = found

@@ -122,7 +122,7 @@ def _pair(size: Any) -> list[int] | None:
 
 def _name(name_or_path: str) -> str:
     """A hub name as it is; of a local folder only its own name, since pages are passed on."""
-    return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
+    return Path(name_or_path).name if name_or_path and Path(name_or_path).is_dir() else name_or_path
 
 
 def versions() -> dict[str, str]:

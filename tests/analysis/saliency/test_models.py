@@ -327,16 +327,8 @@ def _with_norms(kind: str) -> nn.Module:
         model: nn.Module = hf.T5ForConditionalGeneration(
             hf.T5Config(vocab_size=40, d_model=16, d_kv=8, num_layers=2, num_heads=2, d_ff=32, decoder_start_token_id=0)
         )
-    elif kind == "t5gemma":
-        side = {
-            "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8,
-        }  # fmt: skip
-        config = hf.T5GemmaConfig(encoder=dict(side), decoder=dict(side), vocab_size=40)
-        config.decoder_start_token_id, config.pad_token_id = 1, 0
-        model = hf.T5GemmaForConditionalGeneration(config)
     else:
-        return encoder_decoder("bart")[0]
+        return encoder_decoder(kind)[0]
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workbench import CaptureError
-from workbench.hooks.proofs.axes import Axes, axes_by_size, prove_axes
+from workbench.hooks.proofs.axes import Axes
+from workbench.hooks.proofs.by_size import axes_by_size
+from workbench.hooks.proofs.by_value import prove_axes
 from workbench.hooks.proofs.placements import placements
 
 B, H, Q, D = 2, 3, 5, 4

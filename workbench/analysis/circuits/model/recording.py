@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import WorkbenchError
+from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.changes import Changes
 from workbench.hooks.listener import Listener
 from workbench.hooks.nested import walk
@@ -61,7 +61,17 @@ class _Calls(Listener):
 
     made: Recording
 
+    def takes_blocks(self) -> bool:
+        """So that they can be refused."""
+        return True
+
     def on_call(self, call: AttentionCall) -> None:
+        if call.block is not None:
+            raise CaptureError(
+                f"the map of this site comes from {call.block.of} calls, in which no head is whole",
+                site=call.site,
+                hint="circuits are found in models whose sites are one call each",
+            )
         self.made.calls.setdefault(call.site, []).append(call)
         if call.finish is None:
             self.made.finder.saw_call(call.site, call.module, call.z().transpose(1, 2))
