@@ -113,7 +113,7 @@ def verify(
     from workbench import attach
     from workbench.report.example import inputs
 
-    if text is image is audio is None:
+    if text is None and image is None and audio is None:
         text = "The cat sat on the mat ."
     example = _example(model, text, image, audio)
     loaded, tokenizer = _load(model, device, dtype)

@@ -117,7 +117,7 @@ def processor(name: str | Path, reads: str) -> Any:
     from transformers import AutoFeatureExtractor, AutoImageProcessor
 
     where = str(name)
-    kind = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor}[reads]
+    kind: Any = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor}[reads]
     if where not in available():
         try:
             return kind.from_pretrained(_ALIASES.get(where, where))
@@ -138,16 +138,17 @@ def place(model: PreTrainedModel, device: str | None, dtype: str | None) -> PreT
         ModelError: there is no such device or dtype.
     """
     import torch
+    from torch import nn
 
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if dtype is not None and dtype not in kinds:
         raise ModelError(f"no dtype is called {dtype!r}", hint=nearest(dtype, list(kinds), "dtype"))
     try:
-        moved: PreTrainedModel = model.to(device=device, dtype=None if dtype is None else kinds[dtype])
+        nn.Module.to(model, device=device, dtype=None if dtype is None else kinds[dtype])
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = "cuda" if torch.cuda.is_available() else "cpu"
         raise ModelError(f"the model cannot be put on {device!r}: {_first_line(error)}", hint=f'"{there}"') from error
-    return moved
+    return model
 
 
 def _cards() -> list[Path]:
