@@ -85,3 +85,21 @@ def test_text_of_plotly_reads_as_the_token_is_shown(token: str) -> None:
     text = plotly_text(token)
     assert not {"<", ">"} & set(text)
     assert plain_text(text) == HOSTILE[token]
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [
+        ("\U0001f469\u200d\U0001f680", "\U0001f469\u200d\U0001f680"),  # one emoji of two
+        ("\u2764\ufe0f\u200d\U0001f525", "\u2764\ufe0f\u200d\U0001f525"),
+        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),  # Persian
+        ("\u0915\u094d\u200d\u0937", "\u0915\u094d\u200d\u0937"),  # Devanagari
+        ("pass\u200dword", "pass⟨U+200D⟩word"),
+        ("a\u200cb", "a⟨U+200C⟩b"),
+        ("\u200d", "⟨U+200D⟩"),
+        ("\u0645\u200d", "\u0645⟨U+200D⟩"),
+        ("\U0001f469\u200c\U0001f680", "\U0001f469⟨U+200C⟩\U0001f680"),
+    ],
+)
+def test_joiners_stay_where_writing_needs_them(token: str, shown: str) -> None:
+    assert visible(token) == visible_text(token) == shown

@@ -20,6 +20,12 @@ _SYMBOLS = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽"}
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
+_JOINERS = "\u200c\u200d"
+# Beginnings of the names of letters that change their form where a joiner stands between two of them.
+_JOINED = (
+    "ARABIC", "SYRIAC", "NKO", "MANDAIC", "MONGOLIAN", "DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA",
+    "TAMIL", "TELUGU", "KANNADA", "MALAYALAM", "SINHALA", "MYANMAR", "KHMER", "TIBETAN",
+)  # fmt: skip
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -74,7 +80,7 @@ def visible(token: str, longest: int = LONGEST_TOKEN) -> str:
     core = head.strip(" ")
     start = len(head) - len(head.lstrip(" "))
     end = len(head) - len(core) - start
-    shown = "␣" * start + "".join(_symbol(character, blank_is_fine=True) for character in core) + "␣" * end
+    shown = "␣" * start + _symbols(core) + "␣" * end
     if unicodedata.category(shown[0]).startswith("M"):
         shown = "◌" + shown  # a mark on its own would sit on whatever stands before it on the page
     return shown + (f"… ({len(token):,} characters)" if len(token) > longest else "")
@@ -87,8 +93,31 @@ def visible_text(text: str, longest: int = LONGEST_TEXT) -> str:
     'two\\nlines⟨U+0000⟩'
     """
     lines = text[:longest].replace("\r\n", "\n")
-    shown = "".join(c if c in "\n\t" else _symbol(c, blank_is_fine=True) for c in lines)
+    shown = _symbols(lines, kept="\n\t")
     return shown + (f"… ({len(text):,} characters)" if len(text) > longest else "")
+
+
+def _symbols(text: str, kept: str = "") -> str:
+    """Every character to be seen; joiners stay where writing needs them, since they are seen in what they join."""
+    return "".join(
+        c if c in kept or (c in _JOINERS and _joins(text, i)) else _symbol(c, blank_is_fine=True)
+        for i, c in enumerate(text)
+    )
+
+
+def _joins(text: str, at: int) -> bool:
+    """Whether a joiner stands between two emoji, or between letters of a script that joins them.
+
+    >>> [_joins(text, 1) for text in ("\u0645\u200c\u06cc", "a\u200db", "\U0001f469\u200d\U0001f680")]
+    [True, False, True]
+    """
+    before, after = text[:at].rstrip("\ufe0f"), text[at + 1 :]
+    if not before or not after:
+        return False
+    sides = before[-1], after[0]
+    if text[at] == "\u200d" and all(unicodedata.category(c) in ("So", "Sk") for c in sides):
+        return True
+    return all(unicodedata.name(c, "").startswith(_JOINED) for c in sides)
 
 
 def _symbol(character: str, *, blank_is_fine: bool) -> str:

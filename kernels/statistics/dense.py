@@ -54,9 +54,10 @@ def dense(
         size=size,
         by_magnitude=by_magnitude,
     )
-    held = Rows(mask, (n_batch, n_heads, n_queries, n_keys), p.device)
     found: dict[str, Tensor] = {}
     for name in names:
         statistic = known(name)
-        found |= statistic.existing(statistic.defined(rows), held, rows.options)
+        found |= statistic.existing(
+            statistic.defined(rows), Rows(mask, (n_batch, n_heads, n_queries, n_keys), p.device), rows.options
+        )
     return found

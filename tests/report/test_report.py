@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from workbench import views
+from support.tiny import family, make
+from workbench import attach, views
 from workbench.errors import FileError, ReportError
 from workbench.report import Report, check
 from workbench.report import report as writer
@@ -49,6 +50,21 @@ def _view_of_scores(scores: Scores) -> views.TokenStrip:
 
 
 views.register(Scores, _view_of_scores)
+
+
+class _Letters:
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(chr(97 + int(i) % 26) for i in ids)
+
+
+@pytest.mark.parametrize(("name", "causal"), [("gpt2", True), ("bert", False)])
+def test_a_causal_mask_is_spoken_of_where_there_is_one(name: str, causal: bool) -> None:
+    found = family(name)
+    with attach(make(found), _Letters()) as wb, torch.no_grad(), wb.capture(["received"]) as cap:
+        wb.model(**found.inputs())
+    page = Report("A model").add(cap).to_html()
+    assert "Attention received by each token" in page
+    assert ("causal mask" in page) == causal
 
 
 def test_a_page_has_everything_and_passes_its_check(make_capture: Any, verification: Any, tmp_path: Path) -> None:

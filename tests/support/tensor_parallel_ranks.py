@@ -207,6 +207,7 @@ def what_is_elsewhere_is_said(pair: Pair) -> None:
         fails(lambda: cap[0].pattern.dense(), CaptureError, "cap.gathered()")
         assert len([view.to_html() for view in renderer().all_of(cap)]) >= 2  # the heads here, and what they look at
         fails(lambda: wb.ablate((0, 4)).__enter__(), WorkbenchError, "4 heads, 0 to 3")
+        fails(lambda: workbench.prune_heads(pair.part, "L0H1"), WorkbenchError, "cut over several processes")
     copied = pickle.loads(pickle.dumps(cap))
     with tempfile.TemporaryDirectory() as folder:
         loaded = workbench.load_capture(cap.save(Path(folder) / "part.safetensors", pattern=True))

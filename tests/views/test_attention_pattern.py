@@ -130,6 +130,12 @@ def test_bad_input_is_named(source: Any, more: dict[str, Any], error: type[Excep
         attention_pattern(source, **more)
 
 
+def test_of_a_batch_the_entry_is_said() -> None:
+    weights = torch.rand(3, 2, 4, 4).softmax(-1)
+    assert attention_pattern(weights, batch=1).spec.notes[0].startswith("Entry 1 of a batch of 3")
+    assert not any("batch" in note for note in attention_pattern(weights[:1]).spec.notes)
+
+
 def test_one_token_and_one_head_are_enough() -> None:
     view = attention_pattern(torch.ones(1, 1), tokens=["a"])
     assert view.data()["weight"].tolist() == [1.0]

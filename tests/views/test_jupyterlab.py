@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from base64 import b64decode
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from support.jupyterlab import command, jupyterlab, open_notebook, run_all
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 _KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
-_ASKS = "from workbench.views import SHARED; print('selected', SHARED.value, made['circuit_graph'].pins)"
+_ASKS = """from hashlib import sha256
+from workbench.views import SHARED
+print('selected', SHARED.value, made['circuit_graph'].pins)
+print('picture', sha256(made['token_strip'].to_png()).hexdigest())"""
 _SHOWS = "made[{0!r}] = VIEWS[{0!r}]()\nmade[{0!r}]"
 _LARGEST_STILL = 300_000
 
@@ -93,6 +98,21 @@ def test_a_click_reaches_python_and_every_other_view(run: tuple[Page, Watch]) ->
     page.locator(".workbench.token_strip [data-at='3']").click()
     page.wait_for_timeout(300)
     assert "token 3" in _selected(page)
+    assert not watch.errors
+
+
+def test_pictures_follow_what_is_chosen(run: tuple[Page, Watch], lab: tuple[str, Path]) -> None:
+    """What is saved after a click is what Python would draw now, and it stays hidden while the view lives."""
+    page, watch = run
+    page.locator(".workbench.token_strip [data-at='5']").click()
+    wanted = _selected(page).partition("picture ")[2].strip()
+    page.wait_for_function("[...document.querySelectorAll('.workbench-still')].every(still => still.hidden)")
+    command(page, "docmanager:save")
+    page.wait_for_timeout(500)
+    at = 1 + list(VIEWS).index("token_strip")
+    outputs = nbformat.read(lab[1] / "views.ipynb", as_version=4).cells[at].outputs
+    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert [sha256(b64decode(picture)).hexdigest() for picture in pictures] == [wanted]
     assert not watch.errors
 
 

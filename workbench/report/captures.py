@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from workbench import views
-from workbench.errors import ReportError
+from workbench.errors import ReportError, WorkbenchError
 from workbench.report import verdict
 from workbench.report.sections import Section, Table, count
 from workbench.tokens import visible, visible_text
@@ -16,6 +17,7 @@ from workbench.views.base.spec import ViewSpec
 
 if TYPE_CHECKING:
     from workbench.capture.capture import Capture
+    from workbench.capture.site_capture import SiteCapture
 
 _MOST_TOKENS = 20_000  # in a strip of its own
 
@@ -110,9 +112,20 @@ def _strip(call: Capture, batch: int) -> views.View | None:
         unit="weight, summed over queries",
         title="Attention received by each token",
         caption=f"The weight that each of {n:,} tokens receives, summed over the queries and averaged over the heads "
-        f"of {count(len(same), 'site')}. Under a causal mask early tokens can be seen by more queries.",
+        f"of {count(len(same), 'site')}.{_of_early(same)}",
         provenance=call.provenance,
     )
+
+
+def _of_early(sites: Sequence[SiteCapture]) -> str:
+    """What a causal mask does to the sums, where there is one."""
+    for site in sites:
+        try:
+            if site.pattern.mask.causal:
+                return " Under the causal mask early tokens can be seen by more queries."
+        except WorkbenchError:
+            continue  # the pattern was not kept
+    return ""
 
 
 def _all_tokens(call: Capture, batch: int) -> dict[str, list[str]]:

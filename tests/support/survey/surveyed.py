@@ -41,7 +41,11 @@ class Surveyed:
         model = self.build().eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.is_floating_point() and parameter.numel() > parameter.shape[0] and parameter.std() < 0.1:
+                if (
+                    parameter.is_floating_point()
+                    and min(parameter.numel(), parameter.dim()) > 1
+                    and parameter.std() < 0.1
+                ):
                     parameter.normal_(std=0.2)
                 elif parameter.is_floating_point() and not parameter.any():
                     parameter.normal_(std=0.1)

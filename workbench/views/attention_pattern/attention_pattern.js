@@ -142,7 +142,7 @@ class Patterns {
     if (!there) return;
     const shown = this.heads.slice(0, AT_ONCE);
     this.maps = shown.map((head) => this.mapOf(head));
-    this.panels.replaceChildren(...this.maps.map((map, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.nameOf(shown[i])), map.element)));
+    this.panels.replaceChildren(...this.maps.map((map, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.nameOf(shown[i]), make("small", { class: "axes" }, "queries ↓ keys →")), map.element)));
     this.panels.dataset.count = this.maps.length;
     this.strips.build();
     this.colour();
@@ -230,11 +230,16 @@ class Patterns {
     this.mark();
   }
 
+  /** Weights to stand below the colours, which are round where the top is. */
+  ticks(top) {
+    if (this.scale === "log") return [LOWEST, 0.001, 0.01, 0.1].filter((weight) => weight < 0.7 * top).concat(top);
+    return (this.scale === "sqrt" ? [0, 0.05, 0.2, 0.5, 1] : [0, 0.2, 0.4, 0.6, 0.8, 1]).map((share) => share * top);
+  }
+
   describe(tops) {
     const { site } = this;
-    const value = { linear: (t) => t * this.top, sqrt: (t) => t * t * this.top, log: (t) => LOWEST * (this.top / LOWEST) ** t }[this.scale];
     const own = this.range === "own" && new Set(tops).size > 1;
-    const ticks = [0, 0.25, 0.5, 0.75, 1].map((t) => [t, own ? `${100 * t} %` : roughly(value(t))]);
+    const ticks = this.ticks(own ? 1 : this.top).map((weight) => [this.place(weight, own ? 1 : this.top), own ? `${roughly(100 * weight)} %` : roughly(weight)]);
     const what = site.weights === "normalised" ? (this.facts.variants[this.variant] === "raw" ? "weight" : "weight × ‖v‖, per row") : "|A| / Σ|A|";
     const scaled = { linear: "", sqrt: ", square-root scale", log: `, logarithmic from ${LOWEST}` }[this.scale];
     const notes = [make("span", {}, `${what}${scaled}${own ? ", of each head's own largest" : ""}`), make("span", { class: "swatch" }, "not visible to the query")];

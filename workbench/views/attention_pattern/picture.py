@@ -58,8 +58,9 @@ def draw(figure: Figure, spec: ViewSpec, chosen: Selection) -> None:
             label = what if site["weights"] == "normalised" else "|A| / Σ|A|"
             beside = axes if ranged == "own" or len(heads) == 1 else list(panels[: len(heads)])
             bar = figure.colorbar(image, ax=beside, label=label + said)
-            places = np.linspace(0, 1, 5)
-            bar.set_ticks(places.tolist(), labels=[f"{_value(place, top, scale):.2g}" for place in places])
+            weights = _ticks(top, scale)
+            places = [float(_place(np.array(weight), top, scale)) for weight in weights]
+            bar.set_ticks(places, labels=[f"{weight:.3g}" for weight in weights])
 
 
 def _heads(facts: Mapping[str, Any], chosen: Selection) -> tuple[int, list[int]]:
@@ -101,10 +102,13 @@ def _place(weights: Any, top: float, scale: str) -> Any:
     return np.log(np.clip(weights, low, top) / low) / np.log(top / low)
 
 
-def _value(place: float, top: float, scale: str) -> float:
-    """The weight at a place of the colour scale."""
-    low = min(_LOWEST, top / 2)
-    return {"linear": place * top, "sqrt": place**2 * top}.get(scale, low * (top / low) ** place)
+def _ticks(top: float, scale: str) -> list[float]:
+    """Weights to stand beside the colours, which are round where the top is."""
+    if scale == "log":
+        return [*(weight for weight in (_LOWEST, 0.001, 0.01, 0.1) if weight < 0.7 * top), top]
+    return [
+        share * top for share in ((0.0, 0.05, 0.2, 0.5, 1.0) if scale == "sqrt" else (0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
+    ]
 
 
 def _names(axes: Axes, facts: Mapping[str, Any], site: Mapping[str, Any]) -> None:

@@ -144,7 +144,7 @@ def attention_pattern(
         blocks=blocks,
         table=_table(shown, lists.rows),
         left_out=max(0, sum(int((made.top_keys >= 0).sum()) for _, made in shown) - _ROWS_OF_TABLE),
-        notes=tuple(_notes(facts, shown, n_top)),
+        notes=(*_of_batch(shown[0][0].shape[0], batch), *_notes(facts, shown, n_top)),
         provenance=dict(source.provenance) if isinstance(source, Capture) else {},
         inputs=inputs_of(lists.rows[0]) if lists.rows else None,
     )
@@ -203,6 +203,10 @@ def _caption(facts: Sequence[dict[str, Any]]) -> str:
     sizes = {(site["queries"], site["keys"]) for site in facts}
     size = f"{min(sizes)[0]:,} queries and {min(sizes)[1]:,} keys" if len(sizes) == 1 else "sites of several sizes"
     return f"{heads:,} head{'' if heads == 1 else 's'} over {size}: a row is what its query looks at."
+
+
+def _of_batch(n: int, batch: int) -> list[str]:
+    return [f"Entry {batch} of a batch of {n:,} is shown; batch= chooses another."] if n > 1 else []
 
 
 def _notes(facts: Sequence[dict[str, Any]], shown: Any, n_top: int) -> Iterator[str]:

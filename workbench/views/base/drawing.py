@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -58,9 +60,19 @@ def _style(theme: str) -> Any:
         "image.cmap": "viridis",
         "image.interpolation": "nearest",
         "svg.hashsalt": "workbench",
+        "pdf.fonttype": 42,  # TrueType, which journals ask for
     }
     with mpl.rc_context(settings):
         yield colours
+
+
+@dataclass(frozen=True)
+class Words:
+    """What stands around a picture that goes into a paper: its title, its caption, and where its numbers come from."""
+
+    title: str
+    caption: str
+    origin: str
 
 
 def png(
@@ -71,19 +83,57 @@ def png(
     Args:
         colours: keep so many, which makes a picture of many faint lines several times smaller.
     """
+    found = drawn(picture, size, "png", theme=theme, dpi=dpi)
+    return found if colours is None else _fewer(io.BytesIO(found), colours)
+
+
+def drawn(
+    picture: Callable[[Any], None],
+    size: tuple[float, float],
+    form: str,
+    *,
+    theme: str,
+    dpi: int,
+    words: Words | None = None,
+    transparent: bool = False,
+) -> bytes:
+    """What `picture(figure)` draws as a file; the same every time.
+
+    Args:
+        form: "png", "svg" or "pdf".
+        words: to stand around the picture, which grows by them. transparent: without a background.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with _style(theme):
+    dates = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+    metadata: dict[str, Any] = dates.get(form, {"CreationDate": None, "Producer": None, "Creator": None})
+    with _style(theme) as colours:
         figure = Figure(figsize=size, dpi=dpi, layout="constrained")
         FigureCanvasAgg(figure)
         picture(figure)
+        around: dict[str, Any] = {}
+        if words is not None:
+            _surround(figure, words, colours)
+            around = {"bbox_inches": "tight", "pad_inches": 0.1}
         out = io.BytesIO()
         with warnings.catch_warnings():
             # A script that no installed font has: the picture shows boxes, the page and the table the text.
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-            figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue() if colours is None else _fewer(out, colours)
+            figure.savefig(out, format=form, metadata=metadata, transparent=transparent, **around)
+    return out.getvalue()
+
+
+def _surround(figure: Any, words: Words, colours: dict[str, str]) -> None:
+    """The title above the figure, the caption and the line of provenance below it."""
+    width, height = figure.get_size_inches()
+    figure.text(0.0, 1 + 0.08 / height, words.title, fontsize=12, fontweight="bold", va="bottom", ha="left")
+    below = -0.1
+    for text, size, colour in ((words.caption, 9, colours["ink"]), (words.origin, 7.5, colours["muted"])):
+        lines = textwrap.wrap(text, max(20, int(width * 72 / (0.53 * size))))
+        if lines:
+            figure.text(0.0, below / height, "\n".join(lines), fontsize=size, color=colour, va="top", ha="left")
+        below -= (1.3 * size * len(lines) + 4) / 72
 
 
 def _fewer(picture: io.BytesIO, colours: int) -> bytes:

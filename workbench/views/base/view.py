@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Self
 import pandas as pd
 from markupsafe import Markup
 
+from workbench import __version__
 from workbench.errors import ReportError
 from workbench.storage import disk
 from workbench.storage.json_text import finite
+from workbench.tokens import visible_text
 from workbench.views.base import drawing, page
 from workbench.views.base.selection import SHARED, Selection, SharedSelection
 from workbench.views.base.spec import ViewSpec
@@ -139,16 +141,56 @@ class View(ABC):
         html = page.single(self.current)
         return html if path is None else disk.write(path, html)
 
-    def to_png(self, path: str | Path | None = None, *, theme: str = "light", dpi: int = DPI) -> bytes | Path:
+    def to_png(
+        self,
+        path: str | Path | None = None,
+        *,
+        theme: str = "light",
+        dpi: int = DPI,
+        words: bool = False,
+        transparent: bool = False,
+    ) -> bytes | Path:
         """The picture: its bytes, or its path when one is given.
 
         Args:
             theme: "light" or "dark".
+            words: with the title above it, and the caption and a line of provenance below it.
+            transparent: without a background.
 
         Raises:
             FileError: the file cannot be written.
         """
+        if words or transparent:
+            return self._drawn("png", path, theme=theme, dpi=dpi, words=words, transparent=transparent)
         found = drawing.png(self.picture, self.size, theme=theme, dpi=dpi, colours=self.colours)
+        return found if path is None else disk.write(path, found)
+
+    def to_svg(
+        self, path: str | Path | None = None, *, theme: str = "light", words: bool = True, transparent: bool = False
+    ) -> bytes | Path:
+        """The picture for a paper or a talk, as SVG; arguments as those of `to_png`.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        return self._drawn("svg", path, theme=theme, dpi=DPI, words=words, transparent=transparent)
+
+    def to_pdf(
+        self, path: str | Path | None = None, *, theme: str = "light", words: bool = True, transparent: bool = False
+    ) -> bytes | Path:
+        """The picture for a paper, as PDF; arguments as those of `to_png`.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        return self._drawn("pdf", path, theme=theme, dpi=DPI, words=words, transparent=transparent)
+
+    def _drawn(self, form: str, path: str | Path | None, *, words: bool, **how: Any) -> bytes | Path:
+        around = None
+        if words:
+            caption = visible_text(" ".join([self.spec.caption, *self.spec.notes]))
+            around = drawing.Words(visible_text(self.spec.title), caption, origin_line(self.spec.provenance))
+        found = drawing.drawn(self.picture, self.size, form, words=around, **how)
         return found if path is None else disk.write(path, found)
 
     def _still(self, identity: str, picture: bytes) -> str:
@@ -205,6 +247,21 @@ class View(ABC):
             has = f"the first of {len(table) + left:,}" if left else "them all"
             lines.append(f"… {len(table):,} rows; view.data() has {has}")
         return "\n".join(lines)
+
+
+def origin_line(provenance: Mapping[str, Any]) -> str:
+    """Where numbers come from, in a line: the models with their weights, this package's version.
+
+    >>> origin_line({"model_name": "gpt2", "weights_sha256": "0123456789abcdef"})
+    'gpt2, weights 0123456789ab; attention-workbench 0.1.0'
+    """
+    several = [provenance, *(value for value in provenance.values() if isinstance(value, Mapping))]
+    models = []
+    for each in several:
+        if "model_name" in each:
+            weights = each.get("weights_sha256")
+            models.append(f"{each['model_name']}" + (f", weights {str(weights)[:12]}" if weights else ""))
+    return visible_text("; ".join([*dict.fromkeys(models), f"attention-workbench {__version__}"]))
 
 
 def _identity() -> str:

@@ -4,7 +4,7 @@
 import { cut, make, moved } from "./dom.js";
 
 const EDGE = { least: 44, most: 104 };
-const TALLEST = 560;
+const TALLEST = 720;
 
 /** The largest of each 2 x 2 block by `size` of a byte. */
 function halved({ cells, rows, columns }, size) {
