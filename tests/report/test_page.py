@@ -98,7 +98,7 @@ def test_an_address_restores_place_and_selection(page: WatchedPage, report: Path
     assert "(3)" in opened.locator(".attention_pattern .row h3").inner_text()
     assert abs(opened.locator("#fig-2-attention-pattern").evaluate("f => f.getBoundingClientRect().top")) < 30
     opened.evaluate("location.hash = 'L1H0,q=2'")
-    opened.wait_for_function("document.querySelector('.attention_pattern .row h3').innerText.includes('(2)')")
+    opened.wait_for_function("() => document.querySelector('.attention_pattern .row h3').innerText.includes('(2)')")
     assert _shown_head(opened).startswith("L1H0")
     opened.evaluate("location.hash = 'section-1'")
     settled(opened)
@@ -193,7 +193,7 @@ def test_two_captures_follow_one_selection(page: WatchedPage, make_capture: Any,
     opened = _open(page, path, "#L0H2,q=1")
     assert [_shown_head(opened, i)[:4] for i in range(2)] == ["L0H2", "L0H2"]
     opened.evaluate("location.hash = 'L1H1'")  # which the second has not
-    opened.wait_for_function("document.querySelector('.panel figcaption').innerText.startsWith('L1H1')")
+    opened.wait_for_function("() => document.querySelector('.panel figcaption').innerText.startsWith('L1H1')")
     assert _shown_head(opened, 1).startswith("L0")
     page.assert_clean()
 

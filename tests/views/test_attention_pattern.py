@@ -337,7 +337,7 @@ def test_the_chosen_row_and_the_whole_map_are_files(page: WatchedPage, tmp_path:
     tab = page.page
     tab.locator("label.field", has=tab.get_by_text("Head", exact=True)).locator("select").select_option("2")
     tab.evaluate("location.hash = '#q=3'")
-    tab.wait_for_function("document.querySelector('.attention_pattern .row h3')?.innerText.includes('(3)')")
+    tab.wait_for_function("() => document.querySelector('.attention_pattern .row h3')?.innerText.includes('(3)')")
     header, *rows = downloaded(tab, "Row CSV")
     assert header == ["key", "token", "weight", "exact"]
     assert [row[0] for row in rows] == [str(i) for i in range(9)]

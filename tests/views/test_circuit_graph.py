@@ -348,7 +348,7 @@ def test_a_pin_and_its_name_stand_in_the_address(page: WatchedPage, tmp_path: Pa
     tab.keyboard.type(f" mover {HOSTILE}")
     tab.keyboard.press("Enter")
     assert focused(tab) == "a1.h1"
-    tab.wait_for_function("location.hash.includes('mover')")  # it is written after a pause
+    tab.wait_for_function("() => location.hash.includes('mover')")  # it is written after a pause
     tab.reload()
     tab.wait_for_selector("html[data-ready]")
     assert "named mover <script>" in (node.get_attribute("aria-label") or "")
@@ -360,7 +360,7 @@ def test_a_pin_and_its_name_stand_in_the_address(page: WatchedPage, tmp_path: Pa
     assert tab.evaluate("window.__pwn") is None
     assert tab.locator(".workbench script").count() == 0
     node.press("p")
-    tab.wait_for_function("!location.hash.includes('mover')")
+    tab.wait_for_function("() => !location.hash.includes('mover')")
     page.assert_clean()
 
 

@@ -107,7 +107,7 @@ def test_the_page_draws_without_a_network(file: Path, watched: WatchedPage, sche
 def test_the_page_fits_a_narrow_window(file: Path, watched: WatchedPage) -> None:
     page = opened(watched, file)
     page.set_viewport_size({"width": 640, "height": 800})
-    page.wait_for_function("document.documentElement.scrollWidth <= 640")
+    page.wait_for_function("() => document.documentElement.scrollWidth <= 640")
 
 
 @pytest.mark.browser

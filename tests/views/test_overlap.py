@@ -210,7 +210,7 @@ def test_a_cell_shows_what_its_pair_shares(page: WatchedPage, tmp_path: Path) ->
     tab.get_by_label("Measure").select_option("share")
     share = overlap_matrix(circuits, n_null=50).spec.blocks["measures"][2]
     assert tab.locator("[data-pair='1,0']").inner_text() == f"{share[1, 0]:.2f}"
-    tab.wait_for_function("decodeURIComponent(location.hash).includes('share')")  # it is written after a pause
+    tab.wait_for_function("() => decodeURIComponent(location.hash).includes('share')")  # it is written after a pause
     tab.reload()
     tab.wait_for_selector("html[data-ready]")
     assert tab.locator(".overlaps [aria-pressed=true]").get_attribute("data-pair") == "1,2"

@@ -53,7 +53,7 @@ def test_an_address_restores_the_choice(page: WatchedPage, two: Path) -> None:
     tab.locator("[data-at='7']").first.press("Escape")
     assert tab.evaluate("location.hash") == "#L5H1+3,q=12,k=4,s=decoder.0%2C1"
     tab.evaluate("location.hash = '#t=2'")
-    tab.wait_for_function("document.querySelector('[aria-selected=\"true\"]')?.dataset.at === '2'")
+    tab.wait_for_function("() => document.querySelector('[aria-selected=\"true\"]')?.dataset.at === '2'")
     page.assert_clean()
 
 

@@ -185,14 +185,14 @@ def test_the_correlation_is_that_of_the_result(page: Page, choice: str, aggregat
 @pytest.mark.browser
 def test_heads_and_tokens_follow_the_shared_selection(page: Page) -> None:
     page.evaluate("location.hash = '#L1H0,t=1'")
-    page.wait_for_function("document.querySelector('.stage canvas').getAttribute('aria-label').includes('L1H0')")
+    page.wait_for_function("() => document.querySelector('.stage canvas').getAttribute('aria-label').includes('L1H0')")
     said = page.locator(".stage canvas").get_attribute("aria-label") or ""
     assert "L1H0" in said
     assert "over the spectrogram: two" in said
     assert chooser(page, "Attention").input_value() == "1:0"
     page.evaluate("location.hash = '#L1H0,s=elsewhere'")
     mean = "document.querySelector('.stage canvas').getAttribute('aria-label').includes('mean of all heads')"
-    page.wait_for_function(mean)
+    page.wait_for_function(f"() => {mean}")
 
 
 @pytest.mark.browser
@@ -218,13 +218,13 @@ def test_keys_reach_the_spectrogram(page: Page) -> None:
 
 @pytest.mark.browser
 def test_the_sound_is_as_long_as_its_samples(page: Page) -> None:
-    page.wait_for_function("document.querySelector('audio').readyState >= 1")
+    page.wait_for_function("() => document.querySelector('audio').readyState >= 1")
     assert page.evaluate("document.querySelector('audio').duration") == pytest.approx(0.4)
 
 
 @pytest.mark.browser
 def test_play_begins_at_the_chosen_token(page: Page) -> None:
-    page.wait_for_function("document.querySelector('audio').readyState >= 1")
+    page.wait_for_function("() => document.querySelector('audio').readyState >= 1")
     page.evaluate("HTMLMediaElement.prototype.play = function () { window.began = this.currentTime; }")
     page.get_by_role("option", name="two").click()
     page.get_by_role("button", name="Play “two”").click()
