@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from support.axe import axe_violations
+from support.browser import settled
 from support.hostile import HOSTILE
 from workbench import views
 from workbench.report import Report, check
@@ -16,7 +17,7 @@ from workbench.report import Report, check
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-    from support.browser import WatchedPage, settled
+    from support.browser import WatchedPage
 
 pytestmark = pytest.mark.browser
 
