@@ -1,8 +1,20 @@
 """The command line, as a user types it."""
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+from PIL import Image
+from transformers import (
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
 from workbench import __version__
 from workbench.cli import main
@@ -46,6 +58,90 @@ def test_report_on_a_local_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "verify", "--model", "demo-lm", "--text", "When Mary and John went to the store") == 0
     assert "6/6 sites fired, output identical to the bit" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random ViT, its image processor, and a picture."""
+    folder = tmp_path_factory.mktemp("vit")
+    size = {"height": 32, "width": 32}
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size=size).save_pretrained(folder)
+    Image.effect_mandelbrot((48, 40), (-2, -1, 1, 1), 20).save(folder / "picture.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random Whisper, its feature extractor, and a sound."""
+    folder = tmp_path_factory.mktemp("whisper")
+    config = WhisperConfig(
+        vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_source_positions=50, num_mel_bins=8,
+        max_target_positions=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        suppress_tokens=[], begin_suppress_tokens=[],
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config.update(pad_token_id=0, eos_token_id=2, decoder_start_token_id=1, max_length=None)
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(folder)
+    soundfile.write(folder / "voice.wav", 0.5 * np.sin(np.arange(12_000) / 9), 16_000)
+    return folder
+
+
+def test_report_on_an_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vit: Path) -> None:
+    page = tmp_path / "vit.html"
+    chosen = ["--layers", "0,2", "--statistics", "entropy, distance", "--dtype", "float64"]
+    given = ["--model", vit, "--image", vit / "picture.png", "--out", page]
+    assert run(monkeypatch, "report", *given, *chosen) == 0
+    assert check(page) == []
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r'"layer": ?(\d)', text)) == {"0", "2"}
+    assert "Effective keys" not in text
+
+
+def test_verify_on_a_sound(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], whisper: Path) -> None:
+    assert run(monkeypatch, "verify", "--model", whisper, "--audio", whisper / "voice.wav") == 0
+    assert "3/3 sites fired, output identical to the bit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "a cat"], "takes pixel_values, not text"),
+        (["--image", "config.json"], "config.json is no image"),
+        (["--image", "absent.png"], "there is no file"),
+        (["--image", "picture.png", "--text", "a cat"], "there is text and image"),
+        (["--image", "picture.png", "--dtype", "bfloat61"], 'did you mean "bfloat16"'),
+        (["--image", "picture.png", "--device", "cupboard"], "cannot be put on 'cupboard'"),
+        (["--image", "picture.png", "--layers", "3"], "there is no layer 3"),
+        (["--image", "picture.png", "--layers", "first"], "are no layers"),
+        (["--image", "picture.png", "--statistics", "entropi"], 'did you mean "entropy"'),
+    ],
+    ids=["text", "no-image", "absent", "two", "dtype", "device", "layer", "layers", "statistic"],
+)
+def test_what_a_model_cannot_take_is_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    vit: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(vit)
+    assert run(monkeypatch, "report", "--model", vit, *arguments) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Hint" in shown or "there is no file" in shown or "no image" in shown
+    assert not (vit / "report.html").exists()
+
+
+def test_every_command_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("demo", "report", "verify", "check"):
+        assert run(monkeypatch, command, "--help") == 0
+        assert capsys.readouterr().out.count(f"workbench {command}") > 1
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,19 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert link.startswith(("https://", "http://")) or (page.parent / link).exists(), link
 
 
+def test_troubleshooting_has_every_error_and_no_stale_message() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    files = [file for folder in ("workbench", "hooks", "kernels") for file in (ROOT / folder).rglob("*.py")]
+    source = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    errors = re.findall(r"^class ([A-Z]\w+)\((?:WorkbenchError|KeyboardInterrupt)\)", source, flags=re.MULTILINE)
+    assert len(errors) >= 12
+    for name in errors:
+        assert f"## {name}\n" in page or f"`{name}`" in page, name
+    said = re.sub(r'"\s*\n\s*f?"', "", source)  # texts that go on in the next line
+    for message in re.findall(r"^\| `(.+?)` \|", page, flags=re.MULTILINE):
+        assert message in said, message
+
+
 def test_the_head_that_it_shows_is_the_one_that_copies_most() -> None:
     import torch
 

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,10 @@ from workbench import __version__
 from workbench.errors import CaptureError, ReportError, WorkbenchError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from workbench.report import Report
+    from workbench.report.example import Example
 
 app = typer.Typer(
     add_completion=False,
@@ -50,7 +53,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(epilog="workbench demo --out demo.html")
 def demo(out: Annotated[Path, typer.Option(help="The page to write.")] = Path("demo.html")) -> None:
     """Show on the small models that ship with the package what the workbench finds, and write a page."""
     from workbench.demo import build
@@ -58,46 +61,70 @@ def demo(out: Annotated[Path, typer.Option(help="The page to write.")] = Path("d
     _write(build(progress=True), out)
 
 
-@app.command()
+_Model = Annotated[str, typer.Option(help="A shipped model, a Hugging Face folder, or a Hugging Face name.")]
+_Text = Annotated[str | None, typer.Option(help="A prompt; @FILE reads it from a file.")]
+_Image = Annotated[Path | None, typer.Option(help="An image file, for a model that reads images.")]
+_Audio = Annotated[Path | None, typer.Option(help="An audio file, for a model that listens.")]
+_Device = Annotated[str | None, typer.Option(help="Where the model runs, such as cuda.")]
+_Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; as it is stored by default.")]
+
+
+@app.command(
+    epilog="workbench report --model demo-lm --text 'Then, Mary and John went to the park.'\n\n"
+    "workbench report --model ./my-vit --image cat.png --layers 0,1 --statistics entropy,distance --out cat.html"
+)
 def report(
-    model: Annotated[str, typer.Option(help="A shipped model, a Hugging Face folder, or a Hugging Face name.")],
-    text: Annotated[str, typer.Option(help="The prompt; @FILE reads it from a file.")],
+    model: _Model,
+    text: _Text = None,
+    image: _Image = None,
+    audio: _Audio = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    statistics: Annotated[str, typer.Option(help="Names apart by commas; the usual ones by default.")] = "",
+    layers: Annotated[str, typer.Option(help="Numbers apart by commas; all by default.")] = "",
+    device: _Device = None,
+    dtype: _Dtype = None,
     allow_large: Annotated[bool, typer.Option("--allow-large", help="Write it even above 50 MB.")] = False,
 ) -> None:
-    """Attach to a model, verify it, capture it on a text, and write one self-contained page."""
-    from workbench import attach, models
+    """Attach to a model, verify it, capture it on a text, an image or a sound, and write one self-contained page."""
+    from workbench import attach
     from workbench.report import Report
-    from workbench.report.prompt import add_prompt
+    from workbench.report.example import add_example
 
-    prompt = _prompt(text)
-    loaded, tokenizer = models.load(model)
+    example, chosen = _example(model, text, image, audio), _numbers(layers)
+    loaded, tokenizer = _load(model, device, dtype)
     page = Report(f"The heads of {Path(model).name}")
     with attach(loaded, tokenizer) as wb:
-        add_prompt(page, wb, prompt)
+        add_example(page, wb, example, statistics=_names(statistics), layers=chosen)
     _write(page, out, allow_large=allow_large)
 
 
-@app.command()
+@app.command(epilog="workbench verify --model demo-lm\n\nworkbench verify --model ./my-whisper --audio voice.wav")
 def verify(
-    model: Annotated[str, typer.Option(help="A shipped model, a Hugging Face folder, or a Hugging Face name.")],
-    text: Annotated[str, typer.Option(help="The prompt; @FILE reads it from a file.")] = "The cat sat on the mat .",
+    model: _Model,
+    text: _Text = None,
+    image: _Image = None,
+    audio: _Audio = None,
+    device: _Device = None,
+    dtype: _Dtype = None,
 ) -> None:
-    """Check on a text that every site fires, outputs stay the same to the bit, and A·V is the kernel's output."""
+    """Check on an example that every site fires, outputs stay the same to the bit, and A·V is the kernel's output."""
     import torch
 
-    from workbench import attach, models
-    from workbench.report.prompt import inputs
+    from workbench import attach
+    from workbench.report.example import inputs
 
-    loaded, tokenizer = models.load(model)
+    if text is None and image is None and audio is None:
+        text = "The cat sat on the mat ."
+    example = _example(model, text, image, audio)
+    loaded, tokenizer = _load(model, device, dtype)
     with attach(loaded, tokenizer) as wb, torch.inference_mode():
-        found = wb.verify(**inputs(wb, _prompt(text)))
+        found = wb.verify(**inputs(wb, example))
     typer.echo(found.table.to_string(index=False))
     typer.echo(repr(found))
     found.raise_if_failed()
 
 
-@app.command()
+@app.command(epilog="workbench check demo.html")
 def check(file: Annotated[Path, typer.Argument(help="A page that was written by a report.")]) -> None:
     """Check an exported page: it is, to the byte, what this version of the package makes of the data in it."""
     from workbench.report.check import PROVES, PROVES_NOT
@@ -112,13 +139,35 @@ def check(file: Annotated[Path, typer.Argument(help="A page that was written by 
     typer.echo(f"Shown: {PROVES}.\nNot shown: {PROVES_NOT}.")
 
 
-def _prompt(text: str) -> str:
-    if not text.startswith("@"):
-        return text
-    path = Path(text[1:])
-    if not path.is_file():
-        raise CaptureError(f"there is no file {path}", hint="--text @FILE reads the prompt from a file")
-    return path.read_text(encoding="utf-8")
+def _example(model: str, text: str | None, image: Path | None, audio: Path | None) -> Example:
+    from workbench.report.example import Example
+
+    if text is not None and text.startswith("@"):
+        path = Path(text[1:])
+        if not path.is_file():
+            raise CaptureError(f"there is no file {path}", hint="--text @FILE reads the prompt from a file")
+        text = path.read_text(encoding="utf-8")
+    example = Example(text, image, audio, model)
+    _ = example.kind  # an error, before the model is loaded
+    return example
+
+
+def _load(model: str, device: str | None, dtype: str | None) -> tuple[PreTrainedModel, Any]:
+    from workbench.models.loading import load, place
+
+    loaded, tokenizer = load(model)
+    return place(loaded, device, dtype), tokenizer
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int] | None:
+    names = _names(text)
+    if not all(name.isdecimal() for name in names):
+        raise CaptureError(f"{text!r} are no layers", hint="--layers 0,1,2")
+    return [int(name) for name in names] or None
 
 
 def _write(report: Report, out: Path, *, allow_large: bool = False) -> None:

@@ -171,7 +171,7 @@ def test_layouts_and_lengths_share_a_compiled_kernel(monkeypatch: pytest.MonkeyP
     flex._attend.cache_clear()
     try:
         q = torch.randn(1, 2, 256, 16)
-        options = [(w, s, d, c) for w in (3, 4, 5, 7) for s in (1, 2) for d in (1, 2) for c in (False, True)]
+        options = [(w, s, d, c) for w in (3, 5, 7) for s in (1, 2) for d in (1, 2) for c in (False, True)]
         for window, stride, dilation, causal in options:
             layout = NeighborhoodLayout((16, 16), window, stride, dilation, causal)
             flex_attend(q, q, q, neighborhood_plan(layout, 2, CPU))
@@ -182,15 +182,15 @@ def test_layouts_and_lengths_share_a_compiled_kernel(monkeypatch: pytest.MonkeyP
             flex_attend(x, x, x, neighborhood_plan(layout, 2, CPU))
         assert counter.frame_count <= 5
         before = counter.frame_count
-        for n in (200, 300, 513, 700, 900):
+        for n in (200, 513, 900):
             for stride in (2, 3, 4):
                 s2 = S2Layout(n, n, 4, 2, block=16, local_blocks=2, vert_stride=stride)
                 q, k = torch.randn(1, 4, n, 16), torch.randn(1, 2, n, 16)
                 flex_attend(q, k, k, s2_plan(s2, CPU))
         assert counter.frame_count <= before + 4
         before = counter.frame_count
-        for scale in range(1, 12):
+        for scale in range(1, 10):
             flex_attend(q, k, k, s2_plan(s2, CPU), scale=scale / 7)
-        assert counter.frame_count <= before + 11
+        assert counter.frame_count <= before + 9
     finally:
         flex._attend.cache_clear()

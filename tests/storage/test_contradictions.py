@@ -194,6 +194,22 @@ def test_parts_that_contradict_each_other_are_refused(owner: type[Result], tmp_p
     assert tried or owner.__name__ == "ComparisonProgress"
 
 
+def coarse(value: Any) -> Any:
+    """The same in bfloat16, which NumPy does not know."""
+    if isinstance(value, dict):
+        return {key: coarse(one) for key, one in value.items()}
+    return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("owner", RESULTS, ids=lambda one: one.__name__)
+def test_numbers_of_any_width_are_shown(owner: type[Result], tmp_path: Path) -> None:
+    whole = made(owner)
+    changed = {field.name: coarse(getattr(whole, field.name)) for field in fields(whole)}  # type: ignore[arg-type]
+    again = owner.load(replace(whole, **changed).save(tmp_path / "coarse"))
+    assert repr(again)
+    assert isinstance(again.table, pd.DataFrame)
+
+
 @pytest.mark.parametrize("owner", RESULTS, ids=lambda one: one.__name__)
 def test_every_tensor_says_what_its_axes_are(owner: type[Result]) -> None:
     def bare(hint: Any) -> bool:

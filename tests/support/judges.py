@@ -21,6 +21,6 @@ def judges() -> Iterator[None]:
         sys.path.remove(str(FOLDER))
 
 
-def missing(error: ModuleNotFoundError) -> NoReturn:
+def missing(error: Exception) -> NoReturn:
     """Skip the test, since one of them is not installed; with CI=true fail it."""
     unavailable(f"{error}: make .cache/judges/.ready")

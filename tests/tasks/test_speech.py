@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
+from support.unavailable import unavailable
 from workbench.errors import TaskError
 from workbench.tasks import speech
 
@@ -126,7 +127,7 @@ def test_whisper_base_reads_a_voice_of_alsa_utils(whisper_base: Path) -> None:
 
     file = ALSA / "Front_Center.wav"
     if not file.is_file():
-        pytest.skip("Debian's alsa-utils is not installed: its voice samples are read here")
+        unavailable(f"{file} is not there: install Debian's alsa-utils")
     model, tokenizer = load(whisper_base)
     inputs = speech.utterance(speech.load_audio(file), WhisperFeatureExtractor.from_pretrained(whisper_base))
     ids = model.generate(inputs["input_features"], decoder_input_ids=torch.tensor([[50258, 50259, 50359, 50363]]))

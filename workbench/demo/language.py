@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from workbench import attach, models, tasks
 from workbench.report import Report
-from workbench.report.prompt import add_prompt
+from workbench.report.example import Example, add_example
 
 
 def add(report: Report, seed: int) -> None:
@@ -26,4 +26,4 @@ def add(report: Report, seed: int) -> None:
         ):
             example = task[0]
             expected = f"{note} Expected next: {example.answer.strip()}."
-            add_prompt(report, wb, example.prompt, title=title, note=expected)
+            add_example(report, wb, Example(text=example.prompt), title=title, note=expected)

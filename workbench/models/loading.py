@@ -102,6 +102,55 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
     return _load_from_hub(name)
 
 
+def processor(name: str | Path, reads: str) -> Any:
+    """What makes a model's inputs of images or sounds.
+
+    Args:
+        name: as for `load`. reads: "image" or "audio".
+
+    Returns:
+        Its image processor, or its feature extractor.
+
+    Raises:
+        ModelError: the model comes without one.
+    """
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    where = str(name)
+    kind: Any = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor}[reads]
+    if where not in available():
+        try:
+            return kind.from_pretrained(_ALIASES.get(where, where))
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            said = f": {_first_line(error)}"
+    else:
+        said = ", as it is shipped"
+    raise ModelError(
+        f"no {reads} processor comes with {where!r}{said}",
+        hint="save one beside the model with save_pretrained, or capture it from Python with inputs of your own",
+    )
+
+
+def place(model: PreTrainedModel, device: str | None, dtype: str | None) -> PreTrainedModel:
+    """The model on a device, such as "cuda", and in a floating-point dtype, such as "bfloat16"; None for as it is.
+
+    Raises:
+        ModelError: there is no such device or dtype.
+    """
+    import torch
+    from torch import nn
+
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if dtype is not None and dtype not in kinds:
+        raise ModelError(f"no dtype is called {dtype!r}", hint=nearest(dtype, list(kinds), "dtype"))
+    try:
+        nn.Module.to(model, device=device, dtype=None if dtype is None else kinds[dtype])
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = "cuda" if torch.cuda.is_available() else "cpu"
+        raise ModelError(f"the model cannot be put on {device!r}: {_first_line(error)}", hint=f'"{there}"') from error
+    return model
+
+
 def _cards() -> list[Path]:
     return sorted(_SHIPPED.glob("*/card.json"))
 

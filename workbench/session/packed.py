@@ -65,6 +65,8 @@ class RunningForward:
         """What is hidden inside of each sequence; None if the call mixes them, or cannot be cut."""
         if call.build is not None or call.finish is not None or call.v.dim() != 4:
             return None
+        if call.block is not None or call.windows > 1:  # its rows are not those of the model's inputs
+            return None
         if call.weights is not None:
             return [Rule(False, None, None)] * len(segments) if apart(call.weights, segments) else None
         if call.q is None or call.k is None or call.q.dim() != 4 or not _within(call.q, call.k, segments):

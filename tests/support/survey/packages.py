@@ -81,8 +81,10 @@ def _whisper() -> nn.Module:
         n_mels=6, n_audio_ctx=22, n_audio_state=32, n_audio_head=4, n_audio_layer=1, n_vocab=60, n_text_ctx=32,
         n_text_state=32, n_text_head=4, n_text_layer=1,
     )  # fmt: skip
-    model: nn.Module = whisper.Whisper(sizes)
-    return model
+    model = whisper.Whisper(sizes)
+    nn.init.normal_(model.decoder.positional_embedding)  # it is made of whatever lies in memory
+    made: nn.Module = model
+    return made
 
 
 def _vit(module: str, cls: str, **sizes: Any) -> nn.Module:

@@ -55,9 +55,6 @@ SENSES = [
     Surveyed("Hiera", lambda: hf.HieraModel(hf.HieraConfig(
         image_size=[56, 56], embed_dim=16, depths=[1, 1], num_heads=[2, 4], num_query_pool=1, query_stride=[2, 2],
         masked_unit_size=[2, 2], masked_unit_attention=[True, False])), image(56), (196, 49, 14, 7)),
-    Surveyed("MobileViT", lambda: hf.MobileViTModel(hf.MobileViTConfig(
-        image_size=64, hidden_sizes=[24, 32, 48], neck_hidden_sizes=[8, 8, 12, 20, 24, 28, 40],
-        num_attention_heads=4)), image(160), (100, 25, 10, 5)),
     Surveyed("BEiT", lambda: hf.BeitModel(hf.BeitConfig(
         **TOWER, image_size=24, patch_size=8, use_relative_position_bias=True)), image(24), (10,)),
     Surveyed("SAM", lambda: hf.SamVisionModel(hf.SamVisionConfig(

@@ -40,11 +40,14 @@ class Surveyed:
         torch.manual_seed(0)
         model = self.build().eval()
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.is_floating_point() and parameter.numel() > parameter.shape[0] and parameter.std() < 0.1:
-                    parameter.normal_(std=0.2)
-                elif parameter.is_floating_point() and not parameter.any():
-                    parameter.normal_(std=0.1)
+            for weight in (one for one in model.parameters() if one.is_floating_point()):
+                small = min(weight.dim(), weight.numel()) > 1 and weight.std() < 0.1
+                if small and weight.dim() == 4:  # of a convolution: what goes through many must not grow
+                    weight.normal_(std=weight[0].numel() ** -0.5)
+                elif small:
+                    weight.normal_(std=0.2)
+                elif not weight.any():
+                    weight.normal_(std=0.1)
         return model
 
 

@@ -80,7 +80,7 @@ class HeadImportance(Result):
             WorkbenchError: there are none, and why.
         """
         method, measure = self._key(method, measure)
-        found = self.scores[method, measure]
+        found = self.scores[method, measure].double()
         if not self.normalised or method not in GRADIENTS:
             return found
         means, scaled = found.mean(1), found.clone()

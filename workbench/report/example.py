@@ -1,0 +1,147 @@
+"""One example, a text, an image file or an audio file, as a model's inputs and as a section of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from workbench.errors import CaptureError
+from workbench.hooks.configs import read
+
+if TYPE_CHECKING:
+    from workbench.report.report import Report
+    from workbench.session.workbench import Workbench
+
+_STATISTICS = ("entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "received")
+_NEW_TOKENS = 32
+_READS = {"input_ids": "text", "pixel_values": "image", "input_features": "audio", "input_values": "audio"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a model is run on: one of these.
+
+    Attributes:
+        text: a prompt. image, audio: files.
+        source: name or folder of the model, whose processor reads images and audio.
+    """
+
+    text: str | None = None
+    image: Path | None = None
+    audio: Path | None = None
+    source: str = ""
+
+    @property
+    def kind(self) -> str:
+        """ "text", "image" or "audio".
+
+        Raises:
+            CaptureError: there is none of them, or several.
+        """
+        given = [kind for kind in ("text", "image", "audio") if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise CaptureError(
+                f"one example is needed, there is {' and '.join(given) or 'none'}",
+                hint="a text, an image file, or an audio file",
+            )
+        return given[0]
+
+
+def inputs(wb: Workbench, example: Example) -> dict[str, Any]:
+    """Model inputs for an example; an encoder-decoder also gets the tokens that it generates itself.
+
+    Raises:
+        CaptureError: the model does not take what the example is, or the file is no image.
+        ModelError: no processor comes with the model. TaskError: the file is no audio, or too long.
+    """
+    model: Any = wb.model
+    takes = getattr(model, "main_input_name", "input_ids")
+    wanted = _READS.get(takes)
+    if wanted is None:
+        raise CaptureError(f"the model takes {takes}", hint="attach and capture it from Python")
+    if example.kind != wanted:
+        raise CaptureError(f"the model takes {takes}, not {example.kind}", hint=f"give it --{wanted}")
+    found = _READERS[wanted](wb, example, takes)
+    if read(read(model, "config"), "is_encoder_decoder", False):
+        found["decoder_input_ids"] = model.generate(**found, max_new_tokens=_NEW_TOKENS, do_sample=False)
+    return found
+
+
+def _text(wb: Workbench, example: Example, takes: str) -> dict[str, Any]:
+    return dict(wb.tokenize(example.text or ""))
+
+
+def _image(wb: Workbench, example: Example, takes: str) -> dict[str, Any]:
+    from PIL import Image, UnidentifiedImageError
+
+    from workbench.models.loading import processor
+
+    reads = processor(example.source, "image")
+    file = Path(example.image or "")
+    if not file.is_file():
+        raise CaptureError(f"there is no file {file}")
+    try:
+        with Image.open(file) as image:
+            pixels = reads(images=image.convert("RGB"), return_tensors="pt")[takes]
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise CaptureError(f"{file.name} is no image that can be read: {error}") from error
+    return {takes: _placed(wb, pixels)}
+
+
+def _audio(wb: Workbench, example: Example, takes: str) -> dict[str, Any]:
+    from workbench.models.loading import processor
+    from workbench.tasks.speech import load_audio
+
+    reads = processor(example.source, "audio")
+    rate = int(reads.sampling_rate)
+    wave = load_audio(example.audio or "", rate=rate)
+    features = reads(wave.numpy(), sampling_rate=rate, return_tensors="pt")
+    return {takes: _placed(wb, features[takes])}
+
+
+def _placed(wb: Workbench, tensor: torch.Tensor) -> torch.Tensor:
+    """On the model's device, in its dtype."""
+    weight = next(p for p in wb.model.parameters() if p.is_floating_point())
+    return tensor.to(weight.device, weight.dtype)
+
+
+def _in_layers(wb: Workbench, layers: Sequence[int]) -> list[str]:
+    known = {site.layer for site in wb.sites}
+    lost = [layer for layer in layers if layer not in known]
+    if lost:
+        raise CaptureError(f"there is no layer {lost[0]}", hint=f"the model has {min(known)} to {max(known)}")
+    return [site.name for site in wb.sites if site.layer in layers]
+
+
+_READERS = {"text": _text, "image": _image, "audio": _audio}
+
+
+def add_example(
+    report: Report,
+    wb: Workbench,
+    example: Example,
+    *,
+    statistics: Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    title: str | None = None,
+    note: str | None = None,
+) -> None:
+    """Verify the model on an example, capture it there, and add the capture to the report.
+
+    Args:
+        statistics: which to capture; the usual ones by default. layers: which; all by default.
+
+    Raises:
+        CaptureError: the model does not take such an example, or a check failed.
+    """
+    with torch.inference_mode():
+        given = inputs(wb, example)
+        verification = wb.verify(**given).raise_if_failed()
+        usual = (*_STATISTICS, "induction") if set(given) <= {"input_ids", "attention_mask"} else _STATISTICS
+        with wb.capture(list(statistics or usual), sites=None if layers is None else _in_layers(wb, layers)) as capture:
+            wb.model(**given)
+    report.add(capture, title=title, text=example.text, verification=verification, note=note)
