@@ -138,14 +138,19 @@ def test_results_keep_in_a_file_and_rank_with_intervals(tmp_path: Path) -> None:
         ({"metric": lambda output, batch: output.logits[:, 0] / 0, "methods": "gradient"}, "is not finite"),
         ({"metric": lambda output, batch: output.logits[:, 0].detach(), "methods": "gradient"}, "has no gradient"),
         ({"metric": "accuracy", "methods": "gradient"}, "no method has a score"),
-        ({"parts": "middle", "methods": ()}, 'no part "middle"'),
-        ({"parts": [("inside", 1)], "grid": (4, 4), "methods": ()}, "4 x 4 patches does not match 10 tokens"),
-        ({"parts": [("inside", 1)], "grid": (3, 3), "prefix": 2, "methods": ()}, "does not match 10 tokens"),
+        ({"partial_pruning": "middle", "methods": ()}, 'no part "middle"'),
+        ({"partial_pruning": [("inside", 1)], "grid": (4, 4), "methods": ()}, "4 x 4 patches does not match 10 tokens"),
+        ({"partial_pruning": [("inside", 1)], "grid": (3, 3), "prefix": 2, "methods": ()}, "does not match 10 tokens"),
     ],
 )
 def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
     with workbench.attach(vit()) as wb, pytest.raises(WorkbenchError, match=message):
         head_importance(wb, images(), progress=False, **options)
+
+
+def test_an_option_that_there_is_not_is_refused_whatever_the_methods() -> None:
+    with workbench.attach(vit()) as wb, pytest.raises(TypeError, match="parts"):
+        head_importance(wb, images(), methods="gradient", parts=["cls"], progress=False)  # type: ignore[call-arg]
 
 
 def test_hops_on_a_grid_and_in_text() -> None:

@@ -315,6 +315,7 @@ def test_several_heads_stand_side_by_side(page: WatchedPage, tmp_path: Path) -> 
     view = attention_pattern(softmax(12, heads=4), selection=SharedSelection())
     tab = opened(page, view, tmp_path, "#L0H1+3")
     assert tab.locator(".panel figcaption").all_inner_texts() == ["Head 1", "Head 3"]
+    assert tab.locator(".panel .axes").all_inner_texts() == ["queries ↓, keys →"] * 2
     spec = json.loads(tab.evaluate("document.getElementById('view-0').textContent"))
     assert spec["facts"]["sites"][0]["heads"] == [0, 1, 2, 3]
     page.assert_clean()

@@ -32,15 +32,6 @@ def opened(watched: WatchedPage, file: Path) -> Page:
     return tab
 
 
-def until(tab: Page, expression: str) -> None:
-    """Wait for what is redrawn; a page's policy keeps `wait_for_function` from asking."""
-    for _ in range(100):
-        if tab.evaluate(expression):
-            return
-        tab.wait_for_timeout(50)
-    raise AssertionError(f"not so: {expression}")
-
-
 @pytest.mark.browser
 def test_pages_fit_a_phone(page: WatchedPage, every_view: Path, tmp_path: Path) -> None:
     page.page.set_viewport_size({"width": 390, "height": 844})
@@ -49,7 +40,7 @@ def test_pages_fit_a_phone(page: WatchedPage, every_view: Path, tmp_path: Path) 
         tab = opened(page, file)
         for width in (390, 360):
             tab.set_viewport_size({"width": width, "height": 844})
-            until(tab, "document.documentElement.scrollWidth <= innerWidth")
+            tab.wait_for_function("() => document.documentElement.scrollWidth <= innerWidth")
     page.assert_clean()
 
 
@@ -80,8 +71,8 @@ def test_a_list_of_heads_is_one_stop(page: WatchedPage, tmp_path: Path) -> None:
         assert tab.evaluate("[...document.querySelectorAll('.ranking button')].indexOf(document.activeElement)") == at
         assert tab.evaluate("document.querySelectorAll('.ranking button[tabindex=\"0\"]').length") == 1
     tab.keyboard.press("Enter")  # the list is made anew, and the focus stays
-    until(tab, "location.hash === '#L0H1'")
-    until(tab, "document.activeElement === document.querySelectorAll('.ranking button')[1]")
+    tab.wait_for_function("() => location.hash === '#L0H1'")
+    tab.wait_for_function("() => document.activeElement === document.querySelectorAll('.ranking button')[1]")
     page.assert_clean()
 
 

@@ -26,13 +26,12 @@ def test_every_view_is_a_drawing_with_words_around_it(kind: str, tmp_path: Path)
     bare, worded = view.to_svg(words=False), view.to_svg()
     assert isinstance(bare, bytes)
     assert isinstance(worded, bytes)
-    assert view.to_svg() == worded
+    assert view.to_svg(words=False) == bare
     assert b"<script" not in worded
     assert sized(worded)[1] > sized(bare)[1] + 20
     file = view.to_pdf(tmp_path / "figure.pdf")
     assert isinstance(file, Path)
     assert file.read_bytes().startswith(b"%PDF")
-    assert view.to_pdf() == file.read_bytes()
 
 
 def test_the_background_can_be_left_out() -> None:

@@ -33,7 +33,8 @@ def printed(browser: Browser, file: Path, scheme: str, backgrounds: bool) -> lis
     watched.assert_clean()
     context.close()
     streams = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", found, re.DOTALL)
-    return [zlib.decompress(stream) if stream[:1] == b"x" else stream for stream in streams]
+    # The last byte of a stream may look like the end of its line: a decompressor that waits for more does not mind.
+    return [zlib.decompressobj().decompress(stream) if stream[:1] == b"x" else stream for stream in streams]
 
 
 @pytest.mark.browser
@@ -79,8 +80,13 @@ def test_headings_stay_with_what_they_name(page: WatchedPage, tmp_path: Path) ->
     page.assert_clean()
 
 
-def test_only_where_no_script_runs_a_page_says_so(every_view: Path) -> None:
-    text = every_view.read_text(encoding="utf-8")
-    assert len(re.findall("<noscript>[^/]*needs JavaScript", text)) == len(VIEWS)
-    body = text[: text.index("<script")]
-    assert "needs JavaScript" not in re.sub("<noscript>.*?</noscript>", "", body)
+@pytest.mark.browser
+def test_only_where_no_script_runs_a_page_says_so(browser: Browser, every_view: Path) -> None:
+    context = browser.new_context(offline=True)
+    page = context.new_page()
+    page.add_init_script("Promise.all = () => new Promise(() => undefined)")  # the views are never drawn
+    page.goto(every_view.as_uri())
+    claims = page.get_by_text("needs JavaScript")
+    assert claims.count() == len(VIEWS)
+    assert not any(claim.is_visible() for claim in claims.all())
+    context.close()

@@ -191,8 +191,8 @@ def test_heads_and_tokens_follow_the_shared_selection(page: Page) -> None:
     assert "over the spectrogram: two" in said
     assert chooser(page, "Attention").input_value() == "1:0"
     page.evaluate("location.hash = '#L1H0,s=elsewhere'")
-    mean = "() => document.querySelector('.stage canvas').getAttribute('aria-label').includes('mean of all heads')"
-    page.wait_for_function(mean)
+    mean = "document.querySelector('.stage canvas').getAttribute('aria-label').includes('mean of all heads')"
+    page.wait_for_function(f"() => {mean}")
 
 
 @pytest.mark.browser

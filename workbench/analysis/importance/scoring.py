@@ -42,8 +42,10 @@ def head_importance(
     seed: int = 0,
     level: float = 0.95,
     resume: Any = None,
+    batched: bool = True,
+    resumed: bool = True,
+    memory: int = 2 << 30,
     progress: bool = True,
-    **sweep: Any,
 ) -> HeadImportance:
     """How much a model needs each of its heads, example by example.
 
@@ -69,7 +71,7 @@ def head_importance(
         reference: where means and resampled outputs come from; the batches by default.
         normalise: divide each layer's gradient scores by their Euclidean length, as Michel et al. do.
         seed: of resampling. level: of the intervals of means and medians over examples.
-        resume, progress, **sweep: as in `workbench.run_sweep`.
+        resume, batched, resumed, memory, progress: as in `workbench.run_sweep`.
 
     Raises:
         WorkbenchError: bad batches or metrics, an unknown method, no method that has a score.
@@ -110,8 +112,9 @@ def head_importance(
     if variants:
         flat = [variant for several_variants in variants.values() for variant in several_variants]
         swept = run_sweep(
-            wb, flat, several, measures, reference=reference, seed=seed, resume=resume, progress=progress, **sweep
-        )
+            wb, flat, several, measures, reference=reference, batched=batched, resumed=resumed, memory=memory,
+            resume=resume, seed=seed, progress=progress,
+        )  # fmt: skip
         harms = _harms(swept, measures)
         clean = {name: _clean(swept.clean[j], measures[name]) for j, name in enumerate(swept.metrics)}
         for method in variants:

@@ -142,7 +142,7 @@ class Patterns {
     if (!there) return;
     const shown = this.heads.slice(0, AT_ONCE);
     this.maps = shown.map((head) => this.mapOf(head));
-    this.panels.replaceChildren(...this.maps.map((map, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.nameOf(shown[i]), make("small", { class: "axes" }, "queries ↓ keys →")), map.element)));
+    this.panels.replaceChildren(...this.maps.map((map, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.nameOf(shown[i])), make("div", { class: "axes" }, "queries ↓, keys →"), map.element)));
     this.panels.dataset.count = this.maps.length;
     this.strips.build();
     this.colour();

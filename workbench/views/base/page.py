@@ -195,7 +195,7 @@ def _sealed(html: str) -> str:
 _VIEW = TEMPLATES.from_string("""\
 <div class="workbench-view" data-view="view-{{ index }}">
 <div class="scriptless">
-<noscript><p>This view needs JavaScript, which does not run here.</p></noscript>
+<p class="claim">This view needs JavaScript, which does not run here.</p>
 <p>{{ caption }}</p>
 {% for note in notes %}
 <p>{{ note }}</p>

@@ -138,8 +138,11 @@ export function roving(box) {
     at = found;
     set();
   });
-  box.addEventListener("focusout", ({ target, relatedTarget }) => {
-    if (target instanceof Node && target.isConnected && !(relatedTarget instanceof Node && box.contains(relatedTarget))) inside = false;
+  // A button that is taken away loses the focus too: whether it has gone elsewhere is seen after those that follow.
+  box.addEventListener("focusout", () => {
+    setTimeout(() => {
+      inside &&= box.contains(focused());
+    });
   });
   box.addEventListener("keydown", (event) => {
     const buttons = all();

@@ -2,6 +2,9 @@
 
 import { sharedSelection } from "./selection.js";
 
+// From here on scripts do run here: nothing says otherwise while views are still being drawn.
+document.documentElement.dataset.scripts = "run";
+
 /** What a view's module sees in place of a widget's model. */
 class Still {
   constructor(spec, name) {
