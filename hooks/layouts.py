@@ -26,7 +26,7 @@ from workbench.hooks.proofs.by_value import Proof, prove_axes
 from workbench.hooks.proofs.rows import Account, account, own_features
 from workbench.hooks.sites import stated_heads
 from workbench.hooks.tap import AttentionCall
-from workbench.hooks.waiting import Run, Unplaced, Waiting, fits, kept, versions
+from workbench.hooks.waiting import Run, Unplaced, Waiting, fits, kept, parts_of_maps, versions
 
 By = Literal["contract", "values", "sizes", "stated"]
 _CANDIDATES = 8  # inputs of linear functions that are compared with one call
@@ -94,9 +94,15 @@ class Layouts:
         settled: list[tuple[Waiting, AttentionCall | str]] = []
         if run is not None:
             self.learning = bool(run.waiting or self._blocks or self.refused)
+        parts = Counter[str]() if run is None else parts_of_maps(run.waiting)
         for one in () if run is None or threading.get_ident() in self._settled else run.waiting:
             key = one.call.site, one.ordinal
             bound = None if one.guess is None else one.guess.bind(tuple(one.output.shape))
+            if one.call.site in parts:
+                one.reason = (
+                    f"its rows come from {parts[one.call.site]} calls, of which it cannot be shown where they lie"
+                )
+                bound = None
             if bound is None or one.assumed or (one.seen and not one.fits):
                 self.refused.setdefault(one.call.site, one.reason)
                 settled.append((one, one.reason))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -124,6 +124,22 @@ def fits(p: Tensor, one: Waiting) -> bool:
         and p.numel() == one.output.numel()
         and (p.shape[-1] == bound.count("head") * bound.count("width"))
     )
+
+
+def parts_of_maps(waiting: Sequence[Waiting]) -> Counter[str]:
+    """How many calls make the map of a site, for sites of which several read the same values, each by fewer rows."""
+    found: Counter[str] = Counter()
+    for site, n in Counter(one.call.site for one in waiting).items():
+        calls = [one.call for one in waiting if one.call.site == site] if n > 1 else []
+        values = [call.values for call in calls if call.values is not None and len(call.mixed) == 1]
+        if len(values) < 2 or len(values) < len(calls):
+            continue
+        fewer = all(
+            call.output.shape[call.mixed[0]] < v.shape[call.mixed[0]] for call, v in zip(calls, values, strict=True)
+        )
+        if fewer and all(v.shape == values[0].shape and torch.equal(v, values[0]) for v in values):
+            found[site] = n
+    return found
 
 
 def sampled(t: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def test_blocks_make_one_map(attend: Attend, sees: Any, positions_first: bool, t
             torch.testing.assert_close(cap[0].received.double(), want.sum(2), atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(cap[0].result().sum(2) + module.o.bias, y, atol=1e-5, rtol=1e-4)
         again = workbench.load_capture(cap.save(tmp_path / "run.safetensors", pattern=True))
-        assert torch.equal(again[0].pattern.dense(), cap[0].pattern.dense())
+        torch.testing.assert_close(again[0].pattern.dense(), cap[0].pattern.dense())
         found = wb.verify(x)
         assert found.ok, found.table
         assert found.complete

@@ -215,7 +215,8 @@ def test_weights_that_cannot_be_cut() -> None:
 
 
 def test_a_file_holds_results_only_when_asked(tmp_path: Path) -> None:
-    capture = capture_of(make(BY_NAME["gpt2"]), **decoder_inputs())
+    model = make(BY_NAME["gpt2"])
+    capture = capture_of(model, **decoder_inputs())
     with_results = workbench.load_capture(capture.save(tmp_path / "a", result=True))
     without = workbench.load_capture(capture.save(tmp_path / "b"))
     assert torch.equal(with_results[1].result([3, 0]), capture[1].result([3, 0]))

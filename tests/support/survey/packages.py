@@ -18,8 +18,13 @@ from support.zoo.family import ids
 def _from(module: str, *absent: str) -> Any:
     """A module. `absent`: packages that it imports for other purposes than its models; they may be missing."""
     stand_ins = {name: mock.MagicMock(__spec__=None) for name in absent if name not in sys.modules}
-    with judges(), mock.patch.dict(sys.modules, stand_ins):
-        return import_module(module)
+    sys.modules.update(stand_ins)
+    try:
+        with judges():
+            return import_module(module)
+    finally:  # what else was imported stays: parts of PyTorch cannot be imported twice
+        for name in stand_ins:
+            sys.modules.pop(name, None)
 
 
 def _diffusers(name: str, **sizes: Any) -> nn.Module:
