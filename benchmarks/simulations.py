@@ -110,10 +110,10 @@ Made by `python benchmarks/simulations.py`, with its seeds. What the words mean 
 
 ## p-values of overlap
 
-{n} pairs of circuits for each row (a tenth of them for degrees), {overlap.DRAWS} draws for each p, on the graph of a
-model of 6 layers of 8 heads ({overlap.GRAPH.n_edges:,} edges). Scores are independent in all rows but the two that
-share some, so that p should be at most .05 in .05 of the pairs, at most .5 in half of them, and so on. By renamed heads
-it is; where circuits were pruned, and by degrees, p errs on the safe side. Node effects are log-normal factors on all
+{n} pairs of circuits for each row, {overlap.DRAWS} draws for each p, on the graph of a model of 6 layers of 8 heads
+({overlap.GRAPH.n_edges:,} edges). Scores are independent in all rows but the two that share some, so that p should be
+at most .05 in .05 of the pairs, at most .5 in half of them, and so on. By renamed heads it is; where circuits were
+pruned, and by degrees, p errs on the safe side. Node effects are log-normal factors on all
 edges of a sender and of a receiver, of the spread that is given, drawn anew for each circuit. Where a share of the
 edges is the same in both, it should be found. The last column is how often the measured overlap lies in the middle 95 %
 of what chance gives.
@@ -126,9 +126,8 @@ of what chance gives.
 and a denominator whose mean is as many standard errors above 0 as is given; there is none where the denominator's own
 holds 0. A top-1 that all draws of pairs agree on has an interval of no width, so that it holds less near 1. Intervals
 of an overlap are of the mean overlap of circuits that are found with as many new prompts; those of circuits that
-overlap in the same way in nearly every draw have no width either; those of "of_a", "of_b" and "rank_biased" are made
-in the same way and are not simulated. Of stability the three means are given, of {n // 4} circuits: new prompts lie
-between halves and redrawn ones, or at their upper end.
+overlap in the same way in nearly every draw have no width either. Of stability the three means are given, of {n // 4}
+circuits: new prompts lie between halves and redrawn ones, or at their upper end.
 
 {covered}
 

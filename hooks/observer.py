@@ -208,6 +208,7 @@ class Observer:
 
     def _end(self, state: ThreadRun) -> None:
         self._threads.pop(threading.get_ident(), None)
+        state.tap.shut = True  # what an interrupt has torn may end later, and would put it on again
         self._layouts.drop()
         if not state.replay:
             self._listener.on_end()

@@ -95,7 +95,7 @@ def p_row(number: int, n: int) -> dict[str, list[str]]:
     kind, share, pruned = P_ROWS[number]
     found = list(pairs(kind, share, pruned, n, number))
     by_names = [renamed(a, b, i) for i, (a, b) in enumerate(found)]
-    by_degrees = [beyond_degrees(a, b, GRAPH, DRAWS, i) for i, (a, b) in enumerate(found[: max(1, n // 10)])]
+    by_degrees = [beyond_degrees(a, b, GRAPH, DRAWS, i) for i, (a, b) in enumerate(found)]
     start = [kind, f"{share:.0%}", "yes" if pruned else "no"]
     inside = sum(held for _, held in by_names) / n
     return {
@@ -152,10 +152,23 @@ def _overlaps(scores: Tensor, size: int) -> dict[str, Tensor]:
     sizes = scores.abs()
     chosen = torch.zeros(sizes.shape, dtype=torch.bool).scatter_(-1, sizes.topk(size).indices, True)
     mass = sizes / sizes.sum(-1, keepdim=True)
+    both = (chosen[0] & chosen[1]).sum(-1).double()
     return {
-        "Jaccard": (chosen[0] & chosen[1]).sum(-1) / (chosen[0] | chosen[1]).sum(-1).double(),
+        "Jaccard": both / (2 * size - both),
+        "share of one": both / size,
+        "rank-biased": _rank_biased(sizes),
         "weighted": torch.minimum(*mass).sum(-1) / torch.maximum(*mass).sum(-1),
     }
+
+
+def _rank_biased(sizes: Tensor, p: float = 0.9) -> Tensor:
+    """`rank_biased` of many pairs [circuit, ..., item]: at depth d both hold what has no rank below d in either."""
+    n = sizes.shape[-1]
+    ranks = sizes.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    shared = torch.zeros(sizes.shape[1:], dtype=torch.float64)
+    shared = shared.scatter_add_(-1, torch.maximum(*ranks), torch.ones_like(shared)).cumsum(-1)
+    depth = torch.arange(1, n + 1, dtype=torch.float64)
+    return shared[..., -1] / n * p**n + (1 - p) / p * (p**depth * shared / depth).sum(-1)
 
 
 def interval_rows(items: int, size: int, samples: int) -> list[list[str]]:

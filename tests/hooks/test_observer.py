@@ -1,8 +1,12 @@
 """Nothing stays behind: no hook, no mode, no patched function, whatever happens inside the `with`."""
 
+import contextlib
 import copy
 import pickle
+import sys
 import threading
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import workbench
 from support.tiny import FAMILIES, make
@@ -185,3 +190,54 @@ def test_a_shared_module_gets_a_site_for_every_call(ids: torch.Tensor) -> None:
         model(torch.randn(2, 5, 16))
     assert [site.name for site in capture.sites] == ["attn", "attn#1"]
     assert capture.stack("entropy").shape == (2, 2, 4, 5)
+
+
+def test_an_interrupt_where_a_context_is_entered_leaves_nothing() -> None:
+    """Where a generator's `with` is torn, it ends only when the traceback is freed: at each of these places in turn."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, vocab_size=9, n_positions=8, bos_token_id=None, eos_token_id=None
+    )
+    model, x = GPT2LMHeadModel(config).eval(), torch.tensor([[1, 2, 3]])
+    enter = contextlib._GeneratorContextManager.__enter__.__code__
+    with torch.no_grad():
+        bare = model(x).logits
+    n_events = countdown = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal n_events, countdown
+        if frame.f_code is not enter:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            n_events += 1
+            if n_events == countdown:
+                raise KeyboardInterrupt
+        return trace
+
+    def run() -> bool:
+        nonlocal n_events
+        n_events = 0
+        sys.settrace(trace)
+        try:
+            with torch.no_grad(), workbench.attach(model) as wb, wb.capture():
+                model(x)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    run()
+    total = n_events
+    assert total > 30
+    interrupted = 0
+    for countdown in range(1, total + 1):
+        interrupted += run()
+        assert not _get_current_function_mode_stack(), countdown
+        assert not _get_current_dispatch_mode_stack(), countdown
+        assert not torch_module._global_forward_hooks, countdown
+    assert interrupted > total / 2
+    with torch.no_grad(), workbench.attach(model) as wb, wb.capture() as cap:
+        assert torch.equal(model(x).logits, bare)
+    assert len(cap.calls) == 1

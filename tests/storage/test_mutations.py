@@ -6,6 +6,7 @@ are drawn from fixed seeds, so that a failure can be found again.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import workbench
 from workbench.analysis.circuits import mib
@@ -271,3 +273,39 @@ def test_json_has_bounds(text: str, said: str | None) -> None:
     else:
         with pytest.raises(ValueError, match=said):
             loads(text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda pattern: replace_mask(pattern, offset=1_000_000), "beyond its keys"),
+        (lambda pattern: replace_mask(pattern, offset=-1_000_000), "beyond its keys"),
+        (lambda pattern: replace_mask(pattern, causal=False), "do not belong together"),
+        (lambda pattern: setattr(pattern, "scale", pattern.scale * 3), "do not belong together"),
+        (lambda pattern: setattr(pattern, "lse", pattern.lse - 2), "do not belong together"),
+        (lambda pattern: None, None),
+    ],
+    ids=["behind", "before", "not-causal", "scale", "lse", "as-it-was"],
+)
+def test_scores_mask_and_denominators_belong_together(
+    tmp_path: Path, edit: Callable[[Any], None], said: str | None, dtype: torch.dtype
+) -> None:
+    config = GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, vocab_size=30, n_positions=32, bos_token_id=None, eos_token_id=None
+    )
+    model = GPT2LMHeadModel(config).eval().to(dtype)
+    torch.nn.init.normal_(model.transformer.h[0].attn.c_attn.weight)
+    with torch.no_grad(), workbench.attach(model) as wb, wb.capture() as cap:
+        model(torch.randint(0, 30, (2, 19)))
+    edit(cap[0].lazy)
+    path = cap.save(tmp_path / "run.safetensors", pattern=True)
+    if said is None:
+        workbench.load_capture(path)
+        return
+    with pytest.raises(FormatError, match=said):
+        workbench.load_capture(path)
+
+
+def replace_mask(pattern: Any, **rules: Any) -> None:
+    pattern.mask = dataclasses.replace(pattern.mask, **rules)

@@ -14,7 +14,7 @@ from workbench.capture.settings import Settings
 from workbench.capture.site_capture import KEPT, PATTERN, Forward, SiteCapture
 from workbench.capture.timing import CallTimes
 from workbench.capture.unrecorded import Unrecorded
-from workbench.errors import FormatError, WorkbenchError
+from workbench.errors import CaptureError, FormatError, WorkbenchError
 from workbench.hooks.sites import Site, Sites, Unread
 from workbench.kernels.families import rebuild
 from workbench.kernels.gradients import GRADIENT_SUMS
@@ -26,6 +26,8 @@ from workbench.storage.parts import Part, each_text
 
 _LONGEST = 2**40  # of any axis
 _SMALL = 2**20  # of what options count
+_ROWS = 8  # of each map that are added up
+_FAR = 0.1  # from 1, beyond all rounding in half precision
 # What a constructor of a pattern raises when its parts are not those of any pattern.
 _REFUSALS = (WorkbenchError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 _STREAMS = ("input", "decoder")  # whose ids lie where the tensors of a site without a name do
@@ -136,10 +138,34 @@ def _pattern(entry: Part, held: dict[str, Tensor]) -> Pattern:
     del facts["family"]
     _check_facts(entry)
     try:
-        return rebuild(family, facts, held)
+        made = rebuild(family, facts, held)
     except _REFUSALS as error:
         said = error.message if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {error}"
         raise FormatError(f"{entry.place} is no {family}: {said}") from None
+    _check_fit(made, entry.place)
+    return made
+
+
+def _check_fit(pattern: Pattern, place: str) -> None:
+    """Scores, mask and denominators belong together: some rows are made, and must add up to 1.
+
+    Rows with sink logits add up to less, and rows that see no key to 0.
+    """
+    if not -pattern.n_queries < pattern.mask.offset <= pattern.n_keys:
+        raise FormatError(f"{place} has its queries at {pattern.mask.offset}, beyond its keys", shape=pattern.shape)
+    if not pattern.has_scores or not pattern.denominators_known:
+        return
+    step = max(1, pattern.n_queries // (_ROWS - 1))
+    rows = sorted({*range(0, pattern.n_queries, step), pattern.n_queries - 1})
+    try:
+        sums = pattern.rows(rows).sum(-1)
+    except CaptureError:
+        return  # numbers that are none: said where they are used
+    off = sums - 1 if pattern.normalised else (sums - 1).clamp(min=0)
+    wrong = (off.abs() > _FAR) & (sums != 0)
+    if bool(wrong.any()):
+        far = float(sums[wrong][0])
+        raise FormatError(f"{place} has rows that add up to {far:.3g}: its scores, mask and lse do not belong together")
 
 
 def _check_facts(entry: Part) -> None:
