@@ -17,16 +17,21 @@ BY_NAME = {family.name: family for family in FAMILIES}
 GPT2, LLAMA, T5 = BY_NAME["gpt2"], BY_NAME["llama-gqa"], BY_NAME["t5"]
 
 
-def capture_of(family: Family, **options: Any) -> Capture:
-    model = make(family)
+def capture_of(family: Family, model: Any = None, **options: Any) -> Capture:
+    model = make(family) if model is None else model
     with workbench.attach(model) as wb, torch.no_grad(), wb.capture([], **options) as capture:
         model(**family.inputs())
     return capture
 
 
 @pytest.fixture(scope="module")
-def capture() -> Capture:
-    return capture_of(GPT2, z=True, values=True)
+def gpt2() -> Any:
+    return make(GPT2)
+
+
+@pytest.fixture(scope="module")
+def capture(gpt2: Any) -> Capture:
+    return capture_of(GPT2, gpt2, z=True, values=True)  # its results need the model
 
 
 @pytest.fixture(scope="module")

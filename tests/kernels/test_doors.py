@@ -229,8 +229,10 @@ def test_ranges_hold():
     for name, record in STATISTICS.items():
         for out, value in pattern.statistics([name], tokens=tokens).items():
             low, high = record.range if not out.endswith("_index") else (-1, 69)
-            assert low - 1e-5 <= value.min(), out
-            assert value.max() <= high + 1e-5, out
+            there = value[~value.isnan()]  # rows that cannot have one have none
+            assert there.numel() > value.numel() / 2, out
+            assert low - 1e-5 <= there.min(), out
+            assert there.max() <= high + 1e-5, out
         assert record.meaning
         assert record.formula
 
@@ -258,7 +260,7 @@ def test_a_statistic_goes_through_a_capture_and_its_file(tmp_path):
     site = cap[0]
     want = dense(site.pattern.dense(), ["renyi2"], site.pattern.mask)["renyi2"]
     torch.testing.assert_close(site.renyi2.double(), want, atol=1e-5, rtol=1e-5)
-    assert list(cap.table("renyi2").columns)[-1] == "renyi2"
+    assert list(cap.table("renyi2").columns)[-2:] == ["renyi2", "n"]
     assert len(cap.table("value_weighted_renyi2")) == 4
     label = quantity("renyi2")
     assert label is not None

@@ -223,7 +223,12 @@ def test_statistics_are_those_of_magnitudes(kind: str, n: int):
     assert set(got) == set(want)
     for name, value in want.items():
         torch.testing.assert_close(
-            got[name].double(), value.double(), atol=1e-9, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+            got[name].double(),
+            value.double(),
+            atol=1e-9,
+            rtol=1e-9,
+            equal_nan=True,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 

@@ -67,7 +67,7 @@ class PruningCurve(Result):
 
     counts: Annotated[tuple[int, ...], "count", Places("head", end=True)]
     n_heads: Annotated[int, "head", Between(1)]
-    orders: Annotated[dict[str, tuple[str, ...]], "head"]
+    orders: dict[str, tuple[str, ...]]
     measures: Annotated[tuple[str, ...], "measure"]
     higher_is_better: Annotated[dict[str, bool], Keys("measures")]
     values: Annotated[dict[str, Float[Tensor, "count measure example"]], Keys("orders")]
@@ -77,6 +77,14 @@ class PruningCurve(Result):
     largest_difference: float
     reason: str
     provenance: dict[str, Any]
+
+    def check_parts(self) -> None:
+        """Orders hold as many heads as are pruned, or more: "greedy" ends with the last count."""
+        for name, order in self.orders.items():
+            if not max(self.counts) <= len(set(order)) == len(order) <= self.n_heads:
+                raise WorkbenchError(
+                    f"the order {name!r} has {len(order)} heads, {max(self.counts)} of {self.n_heads} go"
+                )
 
     @property
     def by(self) -> str:

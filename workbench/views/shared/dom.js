@@ -128,8 +128,9 @@ export function roving(box) {
     const buttons = all();
     at = Math.max(0, Math.min(at, buttons.length - 1));
     buttons.forEach((each, i) => (each.tabIndex = i === at ? 0 : -1));
-    // Whoever was on a button that was made anew stays at its place.
-    if (inside && !box.contains(focused())) buttons[at]?.focus();
+    // Whoever was on a button that was made anew stays at its place; whoever has gone elsewhere stays there.
+    const now = focused();
+    if (inside && (now === null || now === document.body)) buttons[at]?.focus();
   };
   box.addEventListener("focusin", ({ target }) => {
     const found = all().indexOf(/** @type {HTMLButtonElement} */ (target));
