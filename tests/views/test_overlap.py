@@ -58,7 +58,8 @@ def classes_of(a: Circuit, b: Circuit) -> dict[str, str]:
 def by_hand() -> CircuitOverlap:
     return CircuitOverlap(
         a="", b="", tasks=("ioi", HOSTILE), unit="edges", shared=("input->a0.h1<q>", "a0.h1->logits", "a0.h1->m0"),
-        only_a=("m0->logits",), only_b=("a0.h0->m0",), values={"jaccard": 0.6, "of_a": 0.75, "of_b": 0.75, "rank_biased": 0.5, "weighted": 0.4},
+        only_a=("m0->logits",), only_b=("a0.h0->m0",),
+        values={"jaccard": 0.6, "of_a": 0.75, "of_b": 0.75, "rank_biased": 0.5, "weighted": 0.4},
         intervals={"jaccard": (0.4, 0.8)},
         null=torch.tensor([0.1, 0.2, 0.2]), p_value=0.25, stages=(), sizes=(2, 4), fractions=(0.1, 0.2),
         curve={"jaccard": (0.5, 0.6), "expected": (0.1, 0.2), "low": (0.4, 0.5), "high": (0.6, 0.7),
