@@ -456,7 +456,7 @@ def test_files(tmp_path: Path) -> None:
         assert other.settings == joined.settings
         assert other.calls[0].provenance == joined.provenance
         for old, new in zip(joined, other, strict=True):
-            assert torch.equal(old.pattern.dense(), new.pattern.dense())
+            torch.testing.assert_close(old.pattern.dense(), new.pattern.dense())
             for name, value in old.statistics.items():
                 torch.testing.assert_close(new.statistics[name], value, rtol=0, atol=0, equal_nan=True)
 

@@ -209,7 +209,7 @@ def test_pattern(options, extra):
     facts, tensors = pattern.state()
     again = families.rebuild("NeighborhoodPattern", json.loads(json.dumps(facts)), tensors)
     assert again.layout == pattern.layout
-    assert torch.equal(again.dense(), pattern.dense())
+    torch.testing.assert_close(again.dense(), pattern.dense())
 
 
 @pytest.mark.parametrize(("options", "message"), [

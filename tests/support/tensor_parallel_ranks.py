@@ -214,7 +214,7 @@ def what_is_elsewhere_is_said(pair: Pair) -> None:
     for again in (copied, loaded):
         assert repr(again) == repr(cap)
         assert again.ledger == cap.ledger
-        assert torch.equal(again[1].pattern.dense(heads=pair.here), cap[1].pattern.dense(heads=pair.here))
+        torch.testing.assert_close(again[1].pattern.dense(heads=pair.here), cap[1].pattern.dense(heads=pair.here))
         fails(again.gathered, CaptureError, "saved")
 
 

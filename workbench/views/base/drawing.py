@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -121,7 +122,14 @@ def drawn(
             # A script that no installed font has: the picture shows boxes, the page and the table the text.
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
             figure.savefig(out, format=form, metadata=metadata, transparent=transparent, **around)
-    return out.getvalue()
+    return _numbered(out.getvalue()) if form == "svg" else out.getvalue()
+
+
+def _numbered(svg: bytes) -> bytes:
+    """The drawing with clip paths that are numbered: Matplotlib names them after places in memory."""
+    for i, name in enumerate(re.findall(rb'<clipPath id="(\w+)"', svg)):
+        svg = svg.replace(b'id="%s"' % name, b'id="clip%d"' % i).replace(b"url(#%s)" % name, b"url(#clip%d)" % i)
+    return svg
 
 
 def _surround(figure: Any, words: Words, colours: dict[str, str]) -> None:
