@@ -108,6 +108,14 @@ def test_verify_on_a_sound(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "3/3 sites fired, output identical to the bit" in capsys.readouterr().out
 
 
+def test_a_sound_that_would_be_cut_off_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], whisper: Path
+) -> None:
+    soundfile.write(tmp_path / "long.wav", 0.5 * np.sin(np.arange(32_000) / 9), 16_000)
+    assert run(monkeypatch, "verify", "--model", whisper, "--audio", tmp_path / "long.wav") == 1
+    assert "lasts 2.0 s, the model takes 1 s" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -94,12 +94,15 @@ def _image(wb: Workbench, example: Example, takes: str) -> dict[str, Any]:
 
 def _audio(wb: Workbench, example: Example, takes: str) -> dict[str, Any]:
     from workbench.models.loading import processor
-    from workbench.tasks.speech import load_audio
+    from workbench.tasks.speech import load_audio, utterance
 
     reads = processor(example.source, "audio")
-    rate = int(reads.sampling_rate)
-    wave = load_audio(example.audio or "", rate=rate)
-    features = reads(wave.numpy(), sampling_rate=rate, return_tensors="pt")
+    rate, file = int(reads.sampling_rate), Path(example.audio or "")
+    wave = load_audio(file, rate=rate)
+    if takes == "input_features":  # whose extractor would cut off what is too long
+        features = utterance(wave, reads, rate=rate, name=file.name)
+    else:
+        features = reads(wave.numpy(), sampling_rate=rate, return_tensors="pt")
     return {takes: _placed(wb, features[takes])}
 
 
