@@ -170,7 +170,11 @@ class Layouts:
         if known is None and threading.get_ident() in self._settled:
             known = self._guessed.get((call.site, ordinal))
         if known is not None and (bound := known.axes.bind(shape)) is not None:
+            self._check_whole(call, run)
+            if known.by == "sizes":
+                run.by_sizes = call
             return call.under(bound), None
+        self._check_whole(call, run)
         if call.site in self.refused and threading.get_ident() in self._settled:
             return None, None
         guess = axes_by_size(shape, call.mixed, call.width, call.heads, run.examples)
@@ -189,6 +193,22 @@ class Layouts:
             return call.under(bound), waiting
         waiting.call = kept(call)
         return None, waiting
+
+    def _check_whole(self, call: Unplaced, run: Run) -> None:
+        """Sizes placed the site's last call as one of shorter inputs, which is all; here both may be parts of one map.
+
+        Raises:
+            CaptureError: they are. Nothing is known of the site any more.
+        """
+        if run.by_sizes is None or not call.reads_with(run.by_sizes):
+            return
+        for key in [key for key in self._known if key[0] == call.site]:
+            del self._known[key]
+        self.refused[call.site] = reason = (
+            "its rows come from several calls, of which it cannot be shown where they lie"
+        )
+        hint = f"where each call is a map of its own, {STATE_IT % call.site}"
+        raise CaptureError(reason, site=call.site, shape=call.output.shape, hint=hint)
 
     def _by_contract(self, call: Unplaced) -> AttentionCall | None:
         """PyTorch's own module has its examples before its heads. Values of each row's own are those of a gate."""

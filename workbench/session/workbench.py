@@ -233,7 +233,11 @@ class Workbench(Interventions):
             return
         name, reason = next(iter(refused.items()))
         if not capture.sites or (settings.sites is not None and set(refused) & settings.sites):
-            hint = STATE_IT % name if "rows" not in reason else "a part of a head is not shown as if it were the head"
+            hint = STATE_IT % name
+            if "rows" in reason:
+                hint = (
+                    f"a part of a head is not shown as if it were the head; where each call is a map of its own, {hint}"
+                )
             raise CaptureError(f"what its kernel gives could not be placed: {reason}", site=name, hint=hint)
         warnings.warn(
             f"{len(refused)} sites were not captured, they stand in sites.unread: {name}: {reason}",
