@@ -118,8 +118,8 @@ def kept(call: Unplaced) -> Unplaced:
 
 @dataclass
 class Run:
-    """One forward in one thread. `examples`: how many the model was given; `made`: what linear functions gave; `by_sizes`:
-    the last call that was placed by sizes alone, where it may be a part of a map.
+    """One forward in one thread. `examples`: how many the model was given; `by_sizes`: the last call that was placed by
+    sizes alone; `made`: what linear functions gave.
     """
 
     counts: Counter[str] = field(default_factory=Counter)

@@ -311,12 +311,55 @@ def test_windows_are_counted_and_their_surroundings_have_no_distance(halo: int, 
         assert cap[0].shape == (2 * B, H, 5, 5 + 2 * halo)
         assert (cap[0].site.windows, cap[0].site.kind) == (2, kind)
         assert f"{kind} × 2" in repr(wb.sites)
+        assert "batch 2 × 2 windows" in repr(cap[0])
+        entropy = cap[0].by_window("entropy")
+        assert entropy.shape == (B, 2, H, 5)
+        table = cap.table("entropy")
+        last = table[(table.batch == 3) & (table["head"] == 1)]  # the second window of the second example
+        assert last.window.tolist() == [1]
+        assert last.entropy.item() == pytest.approx(entropy[1, 1, 1].mean().item())
         if halo:
             with pytest.raises(CaptureError, match='kind "halo"'):
                 _ = cap[0].distance
         else:
             assert cap[0].distance.shape == (2 * B, H, 5)
         assert wb.verify(x).ok
+
+
+@torch.no_grad()
+def test_sites_without_windows_have_none(x: Tensor) -> None:
+    with attached(Projected(any_letters)) as wb, wb.capture() as cap:
+        wb.model(x)
+    assert "window" not in cap.table("entropy")
+    with pytest.raises(CaptureError, match="has no windows"):
+        cap[0].by_window("entropy")
+
+
+@torch.no_grad()
+def test_a_capture_says_that_nothing_else_was_looked_for(x: Tensor) -> None:
+    """Sigmoid weights, which only a look finds, beside a site that is read."""
+
+    def sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(q @ k.transpose(-1, -2)) @ v
+
+    model = nn.ModuleDict({"read": Projected(any_letters), "other": Projected(sigmoid)}).eval()
+    model.forward = lambda x: model["other"](model["read"](x))  # type: ignore[assignment]
+    with workbench.attach(model) as wb:
+        with wb.capture() as cap:
+            wb.model(x)
+        assert "1 sites, others not looked for, " in repr(cap)
+        assert "mix tokens was not looked at" in limits_of(cap)
+        wb.look(x)
+        with wb.capture() as cap:
+            wb.model(x)
+        assert "1 sites, 1 mixers unread, " in repr(cap)
+        assert "other (Projected)" in limits_of(cap)
+        assert "not looked at" not in limits_of(cap)
+
+
+def limits_of(cap: workbench.Capture) -> str:
+    """The limits that a report of a capture states."""
+    return workbench.Report("Limits").add(cap).to_html().partition('id="limits"')[2].partition("</ul>")[0]
 
 
 @torch.no_grad()

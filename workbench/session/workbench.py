@@ -266,7 +266,7 @@ class Workbench(Interventions):
         """Look at every module while the model runs on these inputs: `sites.unread` is complete after it.
 
         Modules are run again one by one with one position of their inputs changed, while all that is read gives what it
-        gave: 5 forwards' time for most models, up to 40 for some. Inputs of 16 or more positions in several examples
+        gave: 6 forwards' time for most models, up to 40 for some. Inputs of 16 or more positions in several examples
         say most; sizes that are all different tell axes apart. `verify` looks too.
 
         Args:
