@@ -178,8 +178,8 @@ class Layouts:
         if call.site in self.refused and threading.get_ident() in self._settled:
             return None, None
         guess = axes_by_size(shape, call.mixed, call.width, call.heads, run.examples)
-        if guess is None:
-            guess = _axes_of_values(call, run)
+        if guess is None or call.heads is None:  # as many heads as examples look like these
+            guess = _axes_of_values(call, run) or guess
         if call.site in self.refused:
             guess = None  # it is told again when values prove it
         waiting = Waiting(call, ordinal, guess, call.output)
@@ -281,6 +281,8 @@ class Layouts:
                     settled.append((one, "its softmax weighs experts or branches, each row has values of its own"))
                 elif proof.axes is None:
                     one.reason = proof.reason
+                elif (doubt := self._doubt(proof, one, run)) is not None:
+                    one.reason = doubt
                 else:
                     settled += self._proved(run, one, proof.axes, alone=part is p)
         return settled
@@ -314,6 +316,19 @@ class Layouts:
         if bound.count("query") > 1 or bound.count("batch") <= run.examples:
             return False
         return _axes_of_values(one.call, run) is None  # else its keys are positions, as of a window that is pooled
+
+    @staticmethod
+    def _doubt(proof: Proof, one: Waiting, run: Run) -> str | None:
+        """Why what lies among the features may be queries, and what lies among the rows heads; None: it may not."""
+        shape, bound = one.output.shape, None if proof.axes is None else proof.axes.bind(tuple(one.output.shape))
+        n_mixed, n_keys = [shape[axis] for axis in one.call.mixed], one.call.read[1]
+        if len(n_mixed) == 2 and n_mixed[0] == n_mixed[1] == n_keys:
+            return "the values fit several layouts, as there are as many heads as keys: run an input of another length"
+        if bound is None or bound.count("batch") <= (run.examples or 1):
+            return None
+        # Of one axis, it is that of the queries, and heads have values of their own.
+        doubt = any(len(n_mixed) == 1 or shape[axis] == n_keys for axis in proof.within)
+        return "queries may lie among the features of the projection: heads look like windows there" if doubt else None
 
     def _proved(
         self, run: Run, one: Waiting, axes: Axes, *, alone: bool = True
