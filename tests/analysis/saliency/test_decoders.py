@@ -131,8 +131,7 @@ def test_a_contrast_is_one_token_less_the_other() -> None:
         inputs = {"input_ids": PROMPT[None]}
         for method in ("spes", "integrated_gradients"):
             options: dict[str, Any] = {"inputs": inputs, "method": method, "hypothesis": SAID[:1], "baseline": "mean"}
-            if method == "spes":
-                options["score"] = "log_probability"
+            options |= {"score": "log_probability"} if method == "spes" else {"n_steps": 200}
             both = explained(model, contrast=INSTEAD[:1], **options)
             own = explained(model, **options)
             other = explained(model, **options | {"hypothesis": INSTEAD[:1]})
