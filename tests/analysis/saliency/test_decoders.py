@@ -288,6 +288,10 @@ def test_what_cannot_be_explained_is_named() -> None:
     )
     refused("the word “dog” is not in the text", tokenizer=TEXT, segments=["Going", "dog"])
     refused("gives no logits", "bert")
+    broken = make(family("gpt2"))
+    torch.nn.init.constant_(broken.transformer.ln_f.weight, torch.nan)
+    with pytest.raises(WorkbenchError, match="probabilities for this input are not finite"):
+        explained(broken)
     masked = hf.BertForMaskedLM(
         hf.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     )

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.saliency.explained_input import ExplainedInput, check_embeddings, normalised_logits
+from workbench.analysis.saliency.explained_input import (
+    ExplainedInput,
+    check_embeddings,
+    check_finite,
+    normalised_logits,
+)
 from workbench.analysis.saliency.main_input import extent_of, main_input
 from workbench.errors import WorkbenchError
 
@@ -74,9 +79,7 @@ def read_classifier(
         if kind == "tokens":
             subject.ids = main[0]
             subject.main = subject.embedding()(main)
-        subject.reference = subject.log_probs(subject.main)[0]
-    if not subject.reference.isfinite().all():
-        raise WorkbenchError("the model's probabilities for this input are not finite")
+        subject.reference = check_finite(subject.log_probs(subject.main)[0])
     if kind == "tokens":
         check_embeddings(normalised_logits(logits), subject.reference, "such a model is not explained")
     return subject

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from workbench.analysis.saliency.decoding import continuation
-from workbench.analysis.saliency.explained_input import ExplainedInput, check_embeddings, normalised_logits
+from workbench.analysis.saliency.explained_input import (
+    ExplainedInput,
+    check_embeddings,
+    check_finite,
+    embedding_of,
+    normalised_logits,
+)
 from workbench.analysis.saliency.main_input import main_input
+from workbench.analysis.saliency.token_names import check_vocabulary
 from workbench.errors import WorkbenchError
 from workbench.inputs import context_length
 
@@ -81,26 +88,15 @@ def read_decoder(
         subject.main = subject.embedding()(subject.ids[None])
         subject.rest = {"attention_mask": torch.ones_like(subject.ids[None])}
         _check_causal(subject)
-        subject.reference = subject.log_probs(subject.main)[0]
+        subject.reference = check_finite(subject.log_probs(subject.main)[0])
         direct = model(input_ids=subject.ids[None], **subject.rest, **_extra(model, len(subject.targets))).logits
         direct = normalised_logits(direct[:, -len(subject.targets) :])
         check_embeddings(direct[0], subject.reference, "such a model is not explained")
-    if not subject.reference.isfinite().all():
-        raise WorkbenchError("the model's probabilities for this input are not finite")
     return subject
 
 
-def check_vocabulary(what: str, ids: Tensor, size: int) -> None:
-    """Raise a WorkbenchError that names the first id that is none of the `size` that there are."""
-    bad = [i for i in ids.tolist() if not 0 <= i < size]
-    if bad:
-        raise WorkbenchError(f"{what} has the id {bad[0]}, the vocabulary {size:,}", hint=f"ids are 0 to {size - 1:,}")
-
-
 def _vocabulary(model: nn.Module) -> int:
-    get: Any = getattr(model, "get_input_embeddings", None)
-    table = None if get is None else get()
-    size = getattr(table, "num_embeddings", None)
+    size = getattr(embedding_of(model), "num_embeddings", None)
     if not isinstance(size, int):
         raise WorkbenchError(f"no table of token embeddings was found in {type(model).__name__}")
     return size
@@ -143,6 +139,7 @@ def _check_causal(subject: DecoderInput) -> None:
             f"{type(subject.model).__name__} gives no logits [batch, position, vocabulary] of tokens that follow",
             hint="saliency explains decoders, encoder-decoders, and models with a classification head",
         )
+    check_finite(logits)
     before, after = (output.logits[:, :-1].double() for output in (own, changed))
     rounding = _ROUNDINGS * torch.finfo(logits.dtype).eps * float(before.abs().max()) if before.numel() else 0.0
     if before.numel() and not float((before - after).abs().max()) <= rounding:

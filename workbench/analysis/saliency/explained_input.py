@@ -71,10 +71,14 @@ class ExplainedInput(ABC):
         odd = special_ids(self.model, tokenizer)
         return tuple(int(i) in odd for i in self.targets)
 
-    def score_of(self, log_probs: Tensor) -> Tensor:
-        """[batch, output] ln P of each output, less that of its contrast, from [batch, output, vocabulary]."""
-        own = taken(log_probs, self.targets)
-        return own if self.contrast is None else own - taken(log_probs, self.contrast)
+    def score_of(self, log_probs: Tensor, *, probability: bool = False) -> Tensor:
+        """[batch, output] ln P (or P) of each output, less that of its contrast, from [batch, output, vocabulary]."""
+
+        def of(ids: Tensor) -> Tensor:
+            found = log_probs.gather(2, ids[None, :, None].expand(len(log_probs), -1, 1))[..., 0]
+            return found.exp() if probability else found
+
+        return of(self.targets) if self.contrast is None else of(self.targets) - of(self.contrast)
 
     @property
     def length(self) -> int:
@@ -155,14 +159,20 @@ class ExplainedInput(ABC):
         return {"inputs_embeds" if self.kind == "tokens" else self.name: main, **rest}
 
 
-def taken(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """[batch, output] those of the ids [output], from [batch, output, vocabulary]."""
-    return log_probs.gather(2, ids[None, :, None].expand(len(log_probs), -1, 1))[..., 0]
-
-
 def normalised_logits(logits: Tensor) -> Tensor:
     """Log-probabilities, in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def check_finite(said: Tensor) -> Tensor:
+    """What a model says of an input, as it is.
+
+    Raises:
+        WorkbenchError: a value is not finite.
+    """
+    if not said.isfinite().all():
+        raise WorkbenchError("the model's probabilities for this input are not finite")
+    return said
 
 
 def check_embeddings(direct: Tensor, by_hand: Tensor, instead: str) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from workbench.analysis.saliency.classifier import read_classifier
-from workbench.analysis.saliency.decoder_only import check_vocabulary, read_decoder
+from workbench.analysis.saliency.decoder_only import read_decoder
 from workbench.analysis.saliency.decoding import decode
 from workbench.analysis.saliency.encoder_decoder import EncoderDecoderInput
-from workbench.analysis.saliency.explained_input import ExplainedInput, check_embeddings
+from workbench.analysis.saliency.explained_input import ExplainedInput, check_embeddings, check_finite
 from workbench.analysis.saliency.main_input import (
     EXTRAS,
     check_unpadded,
@@ -21,7 +21,7 @@ from workbench.analysis.saliency.main_input import (
     main_input,
     time_axis_of,
 )
-from workbench.analysis.saliency.token_names import ids_of, special_ids, texts_of
+from workbench.analysis.saliency.token_names import check_vocabulary, ids_of, special_ids, texts_of
 from workbench.errors import WorkbenchError
 from workbench.inputs import decoder_start
 from workbench.tokens import visible
@@ -167,13 +167,11 @@ def prepare_encoder_decoder(
                 f"the hypothesis is empty: the model says {what[:80]}, which holds no word, about this input",
                 hint="pass hypothesis= to explain a text of your own, or leave this input out",
             )
-        subject.reference = subject.log_probs(subject.main)[0]
+        subject.reference = check_finite(subject.log_probs(subject.main)[0])
         if kind == "tokens":
             given_ids = {"input_ids": main, **subject.rest, "decoder_input_ids": subject.decoder_ids}
             direct = subject.scored(model(**given_ids, use_cache=False).logits)[0]
             check_embeddings(direct, subject.reference, "explain the encoder's output with method='encoder_output'")
-    if not subject.reference.isfinite().all():
-        raise WorkbenchError("the model's probabilities for this input are not finite")
     return subject
 
 

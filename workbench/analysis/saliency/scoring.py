@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.analysis.saliency.explained_input import ExplainedInput, taken
+from workbench.analysis.saliency.explained_input import ExplainedInput
 from workbench.errors import WorkbenchError
 
 SCORES = ("kl", "probability", "log_probability")
@@ -47,9 +47,7 @@ def scored(score: str, subject: ExplainedInput, perturbed: Tensor) -> Tensor:
     if score == "kl":
         off = torch.where(reference.isneginf(), 0.0, reference - perturbed)
         return torch.einsum("kv,bkv->bk", reference.exp(), off).clamp(min=0)
-    if score == "log_probability":
-        return subject.score_of(reference[None]) - subject.score_of(perturbed)
-    own = taken(reference[None], subject.targets).exp() - taken(perturbed, subject.targets).exp()
-    if subject.contrast is None:
-        return own
-    return own - taken(reference[None], subject.contrast).exp() + taken(perturbed, subject.contrast).exp()
+    probability = score == "probability"
+    return subject.score_of(reference[None], probability=probability) - subject.score_of(
+        perturbed, probability=probability
+    )

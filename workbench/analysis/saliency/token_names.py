@@ -32,6 +32,13 @@ def ids_of(tokenizer: Any, given: str | int | Sequence[int] | Tensor, what: str)
     return found.long().flatten()
 
 
+def check_vocabulary(what: str, ids: Tensor, size: int) -> None:
+    """Raise a WorkbenchError that names the first id that is none of the `size` that there are."""
+    bad = [i for i in ids.tolist() if not 0 <= i < size]
+    if bad:
+        raise WorkbenchError(f"{what} has the id {bad[0]}, the vocabulary {size:,}", hint=f"ids are 0 to {size - 1:,}")
+
+
 def decoder_of(tokenizer: Any) -> Any:
     """The tokenizer in what was attached as one, which may be a processor; None without any."""
     decoder = tokenizer if hasattr(tokenizer, "decode") else getattr(tokenizer, "tokenizer", None)
