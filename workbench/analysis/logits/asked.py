@@ -94,7 +94,7 @@ def places_of(batch: Mapping[str, Any], position: int) -> Tensor:
     Raises:
         CaptureError: a prompt has no such position.
     """
-    ids, real = written_ids(batch)
+    _, real = written_ids(batch)
     lengths = real.sum(1)
     number = lengths + position if position < 0 else torch.full_like(lengths, position)
     bad = ((number < 0) | (number >= lengths)).nonzero()[:, 0].tolist()
@@ -158,5 +158,3 @@ def check_apart(targets: Tokens, contrasts: Tokens) -> None:
         if set(one) & set(other):
             raise TaskError(f"the contrast of example {i} is its target, token {sorted(set(one) & set(other))[0]}",
                             hint="a contrast is what the target is compared with")  # fmt: skip
-
-

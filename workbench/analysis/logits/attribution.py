@@ -228,7 +228,8 @@ def _weights(
     if isinstance(batch, TaskBatch):
         if target is not None or contrast is not None:
             raise TaskError("a task has its own answers", hint="leave target and contrast out, or give its prompts")
-        targets, contrasts = answers_of(batch, "target"), answers_of(batch, "contrast")
+        targets = answers_of(batch, "target")
+        contrasts: Tokens | None = answers_of(batch, "contrast")
     else:
         targets = tokens_of(wb, logits.argmax(-1).tolist() if target is None else target, n, vocabulary, "target")
         contrasts = None if contrast is None else tokens_of(wb, contrast, n, vocabulary, "contrast")
@@ -242,5 +243,3 @@ def _weights(
 def _text(wb: Workbench, tokens: tuple[int, ...]) -> str:
     shown = [str(one) if wb.tokenizer is None else piece(wb.tokenizer, one) for one in tokens]
     return " | ".join(shown)
-
-

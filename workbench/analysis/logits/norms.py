@@ -56,7 +56,7 @@ class Norm:
         return found, shape * found + self.bias
 
     def back(self, scale: Tensor, towards: Tensor) -> tuple[Tensor, Tensor]:
-        """A direction [..., d_model] in what the norm gives, as one in what it is given, and what its bias adds [...]."""
+        """A direction [..., d_model] in what the norm gives as one in what it is given; what its bias adds [...]."""
         direction: Tensor = self.centre(towards * self.gain) * scale
         return direction, (towards * self.bias).sum(-1)
 

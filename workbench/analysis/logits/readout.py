@@ -172,7 +172,9 @@ def _factor(wanted: Tensor, gave: Tensor, eps: float) -> float | None:
     return factor if factor and same_product(a, b * factor, eps) else None
 
 
-def _after(model: nn.Module, gave: Tensor, logits: Tensor | None, eps: float) -> tuple[float, Tensor | None, float | None]:
+def _after(
+    model: nn.Module, gave: Tensor, logits: Tensor | None, eps: float
+) -> tuple[float, Tensor | None, float | None]:
     """(scale, bias, cap) by which the logits differ from what the output projection gave."""
     assert logits is not None
     gave, logits = gave.double(), logits.detach().double()

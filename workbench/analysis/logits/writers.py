@@ -204,9 +204,12 @@ def _tables(seen: Recording, block: str) -> tuple[str, ...]:
         gave = seen.gave.get(name)
         if name.startswith(f"{inside}.") or f"{block}.".startswith(f"{name}.") or gave is None or seen.times[name] > 1:
             continue
-        if gave.shape[1:] == given.shape[1:] and gave.shape[0] in (1, given.shape[0]):
-            if not any(torch.equal(gave, seen.gave[other]) for other in found):
-                found.append(name)
+        given_it = seen.given.get(name)
+        if given_it is not None and torch.equal(given_it, gave):  # dropout, which is no table
+            continue
+        fits = gave.shape[1:] == given.shape[1:] and gave.shape[0] in (1, given.shape[0])
+        if fits and not any(torch.equal(gave, seen.gave[other]) for other in found):
+            found.append(name)
     found = found[:_TABLES]
     for size in (1, 2, 3):
         for several in combinations(found, size):
