@@ -55,8 +55,8 @@ def batches_of(wb: Workbench, prompts: Any, size: int) -> Iterator[dict[str, Ten
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise CaptureError("prompts are texts, model inputs or a Task", hint="such as wb.tokenize(text)")
-    for first in range(0, len(texts), size):
-        inputs = wb.tokenize(texts[first : first + size])
+    for at in range(0, len(texts), size):
+        inputs = wb.tokenize(texts[at : at + size])
         if start is not None:
             inputs["decoder_input_ids"] = torch.full((len(inputs["input_ids"]), 1), start).to(inputs["input_ids"])
         yield inputs

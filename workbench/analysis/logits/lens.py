@@ -61,6 +61,7 @@ def logit_lens(wb: Workbench, prompt: Any, target: Targets = None, *, top: int =
         numbers = [_row(readout, row, final, chosen, top) for row in rows]
         _check_last(readout, rows[-1], final)
     tokens = ids[0, kept].tolist()
+    words = torch.stack([each[0] for each in numbers]).unique().tolist()
     return LogitLens(
         rows=("input", *(f"after {name}" for name in dict.fromkeys(blocks))),
         tokens=tuple(_text(wb, one) for one in tokens), token_ids=tuple(tokens),
@@ -70,7 +71,7 @@ def logit_lens(wb: Workbench, prompt: Any, target: Targets = None, *, top: int =
         top_probabilities=torch.stack([each[1] for each in numbers]),
         probability=torch.stack([each[2] for each in numbers]), rank=torch.stack([each[3] for each in numbers]),
         divergence=torch.stack([each[4] for each in numbers]), entropy=torch.stack([each[5] for each in numbers]),
-        words={i: _text(wb, i) for i in torch.stack([each[0] for each in numbers]).unique().tolist()},
+        word_ids=tuple(words), word_texts=tuple(_text(wb, one) for one in words),
         provenance=wb.provenance(),
     )  # fmt: skip
 

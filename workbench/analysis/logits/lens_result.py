@@ -22,7 +22,8 @@ class LogitLens(Result):
     Attributes:
         rows: what each row is of: the input, then behind each block. tokens, token_ids: of the prompt.
         targets, target_ids: the tokens that are followed; `given`, or the model's own first choices.
-        top_ids, top_probabilities: [row, position, rank] of the likeliest tokens; words: their texts.
+        top_ids, top_probabilities: [row, position, rank] of the likeliest tokens. word_ids, word_texts: each of
+            these tokens once.
         probability, rank: [row, position] of the target; rank 1 is the likeliest.
         divergence: [row, position] KL(final ‖ lens), nats. entropy: [row, position] of the lens, nats.
     """
@@ -42,8 +43,14 @@ class LogitLens(Result):
     rank: Int[Tensor, "row position"]
     divergence: Float[Tensor, "row position"]
     entropy: Float[Tensor, "row position"]
-    words: dict[int, str]
+    word_ids: Annotated[tuple[int, ...], "word"]
+    word_texts: Annotated[tuple[str, ...], "word"]
     provenance: dict[str, Any]
+
+    @property
+    def words(self) -> dict[int, str]:
+        """The text of each token that is among the likeliest somewhere."""
+        return dict(zip(self.word_ids, self.word_texts, strict=True))
 
     @property
     def table(self) -> pd.DataFrame:
@@ -51,19 +58,19 @@ class LogitLens(Result):
         import pandas as pd
 
         n, m = self.probability.shape
-        best = self.top_ids[..., 0].flatten().tolist()
+        words, best = self.words, self.top_ids[..., 0].flatten().tolist()
         return pd.DataFrame(
             {
                 "row": [name for name in self.rows for _ in range(m)],
                 "position": list(range(m)) * n,
                 "token": list(self.tokens) * n,
-                "top": [self.words.get(i, str(i)) for i in best],
-                "top_probability": self.top_probabilities[..., 0].flatten().numpy(),
+                "top": [words.get(i, str(i)) for i in best],
+                "top_probability": self.top_probabilities[..., 0].flatten().double().numpy(),
                 "target": list(self.targets) * n,
-                "probability": self.probability.flatten().numpy(),
+                "probability": self.probability.flatten().double().numpy(),
                 "rank": self.rank.flatten().numpy(),
-                "divergence": self.divergence.flatten().numpy(),
-                "entropy": self.entropy.flatten().numpy(),
+                "divergence": self.divergence.flatten().double().numpy(),
+                "entropy": self.entropy.flatten().double().numpy(),
             }
         )
 

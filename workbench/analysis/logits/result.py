@@ -51,7 +51,7 @@ class LogitAttribution(Result):
     @property
     def rounding(self) -> Tensor:
         """[example] the logit minus the sum of all parts: roundings of the model's dtype."""
-        return self.logits - self.values.sum(0)
+        return self.logits.double() - self.values.double().sum(0)
 
     @property
     def interval(self) -> Tensor:
@@ -67,7 +67,7 @@ class LogitAttribution(Result):
         frame = pd.DataFrame(
             {
                 "part": self.names, "kind": self.kinds, "layer": self.layers, "head": self.numbers, "site": self.sites,
-                "value": self.values.mean(1).numpy(), "low": ends[:, 0].numpy(), "high": ends[:, 1].numpy(),
+                "value": self.values.double().mean(1).numpy(), "low": ends[:, 0].numpy(), "high": ends[:, 1].numpy(),
             }
         )  # fmt: skip
         return frame.sort_values("value", key=abs, ascending=False, kind="stable").reset_index(drop=True)

@@ -199,7 +199,7 @@ def _norms_behind(seen: Recording, block: str, out: str) -> list[str]:
 def _tables(seen: Recording, block: str) -> tuple[str, ...]:
     """The modules before the blocks whose outputs are the input of the first, or add up to it."""
     given, inside = seen.given[block], block.rpartition(".")[0]
-    found = []
+    found: list[str] = []
     for name in seen.order:
         gave = seen.gave.get(name)
         if name.startswith(f"{inside}.") or f"{block}.".startswith(f"{name}.") or gave is None or seen.times[name] > 1:

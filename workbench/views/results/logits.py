@@ -23,7 +23,7 @@ def _view_of_attribution(found: LogitAttribution) -> View:
     if len(set(heads["site"])) == len(set(heads["layer"])):
         heads = heads.drop(columns="site")
     return head_atlas(
-        {found.asked: heads}, title="Direct logit attribution", unit="logits", signed=True,
+        {"direct share": heads}, title="Direct logit attribution", unit="logits", signed=True,
         caption=f"What each head writes to the {found.asked}, {_over(found)}; {found.norm}.",
         provenance=found.provenance,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def _notes(found: LogitAttribution) -> tuple[str, ...]:
 def _view_of_lens(lens: LogitLens) -> View:
     """Layers up, positions across: the likeliest token, coloured by its probability."""
     return _map(
-        lens, lens.top_probabilities[..., 0].numpy(), "probability",
+        lens, lens.top_probabilities[..., 0].double().numpy(), "probability",
         "Logit lens", "Each cell has the token that the stream after a layer says is next, and its probability.",
     )  # fmt: skip
 
@@ -79,8 +79,20 @@ def _view_of_lens(lens: LogitLens) -> View:
 def _more_of_lens(lens: LogitLens) -> list[View]:
     whose = "the asked token" if lens.given else "what the model says in the end"
     return [
-        _map(lens, lens.probability.numpy(), "probability", "Logit lens: the target", f"The probability of {whose}."),
-        _map(lens, lens.divergence.numpy(), "nats", "Logit lens: divergence", "KL(final ‖ lens), 0 in the last row."),
+        _map(
+            lens,
+            lens.probability.double().numpy(),
+            "probability",
+            "Logit lens: the target",
+            f"The probability of {whose}.",
+        ),
+        _map(
+            lens,
+            lens.divergence.double().numpy(),
+            "nats",
+            "Logit lens: divergence",
+            "KL(final ‖ lens), 0 in the last row.",
+        ),
     ]
 
 
@@ -89,8 +101,9 @@ def _map(lens: LogitLens, values: Any, unit: str, title: str, caption: str) -> V
 
     n, m = values.shape
     columns = [f"{i} {plotly_text(token, _SHOWN)}" for i, token in enumerate(lens.tokens)]
+    known = lens.words
     words = [
-        [plotly_text(lens.words.get(int(i), str(int(i))), _SHOWN) for i in row] for row in lens.top_ids[..., 0].tolist()
+        [plotly_text(known.get(int(i), str(int(i))), _SHOWN) for i in row] for row in lens.top_ids[..., 0].tolist()
     ]
     rows = ["input", *(f"L{i}" for i in range(n - 1))]
     fig = go.Figure(
