@@ -113,7 +113,7 @@ export class Drawing {
         for (let i = from + 1; i < to; i++) if (Math.abs(values[row * columns + i]) > Math.abs(best)) best = values[row * columns + i];
         const [low, high] = tops ? tops[row] : [0, top];
         const t = (best - low) / (high - low || 1);
-        return signed ? divergingAt(t, frame.theme) : colourAt(t);
+        return signed ? divergingAt(t, frame.theme) : colourAt(t, frame.theme);
       }));
     }
     return found;
