@@ -192,7 +192,7 @@ class Gallery {
   // Drawing.
 
   draw() {
-    this.top = largestOf(this.frame.blocks.maps.data);
+    this.top = ceiling(largestOf(this.frame.blocks.maps.data));
     const most = Math.max(...this.facts.groups.map(({ members, mean }) => members.length + (mean === null ? 0 : 1)));
     const room = this.frame.body.clientWidth - (matchMedia("(max-width: 760px)").matches ? 0 : 358);
     const width = tileWidth(room, Math.min(most, 16));
@@ -200,7 +200,7 @@ class Gallery {
     for (const { canvas, pressed, head, values } of this.tiles) {
       const ink = prepare(canvas, width, height);
       const box = { x: 0, y: 0, width, height };
-      drawMap(ink, values, this.rows, this.columns, this.shared ? this.top : largestOf(values), box, this.frame);
+      drawMap(ink, values, this.rows, this.columns, this.shared ? this.top : ceiling(largestOf(values)), box, this.frame);
       if (!pressed) continue;
       pressed.setAttribute("aria-pressed", `${this.isChosen(head)}`);
       pressed.tabIndex = head === this.head ? 0 : -1;
@@ -222,7 +222,7 @@ class Gallery {
     const ink = prepare(this.large, room, height + top + bottom);
     this.box = { x: left, y: top, width, height };
     const values = this.part("maps", this.head);
-    const most = this.shared ? this.top : largestOf(values);
+    const most = this.shared ? this.top : ceiling(largestOf(values));
     drawMap(ink, values, this.rows, this.columns, most, this.box, this.frame);
     this.large.setAttribute("aria-label", `Map of ${this.facts.heads[this.head].label}: ${this.facts.axes.rows} down, ${this.facts.axes.columns} across. Arrow keys move.`);
     Object.assign(this.large.dataset, { ...this.box });
@@ -258,7 +258,7 @@ class Gallery {
 
   drawLegend() {
     if (this.rows === 1) return this.scale.replaceChildren();
-    const top = this.shared ? this.top : largestOf(this.part("maps", this.head));
+    const top = this.shared ? this.top : ceiling(largestOf(this.part("maps", this.head)));
     const ticks = [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]];
     this.scale.replaceChildren(legend(gradient(colourAt, this.frame.theme), ticks, make("span", {}, this.facts.axes.value)));
   }
