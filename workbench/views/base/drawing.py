@@ -59,7 +59,7 @@ def _style(theme: str) -> Any:
         "ytick.labelcolor": colours["ink"],
         "grid.color": colours["line"],
         "legend.frameon": False,
-        "image.cmap": scales.sequential(theme),
+        "image.cmap": scales.sequential_name(theme),
         "image.interpolation": "nearest",
         "svg.hashsalt": "workbench",
         "pdf.fonttype": 42,  # TrueType, which journals ask for

@@ -14,6 +14,16 @@ def sequential(theme: str | None = None) -> Any:
     return LinearSegmentedColormap.from_list("workbench", _SEQUENTIAL[theme or ("dark" if _is_dark() else "light")])
 
 
+def sequential_name(theme: str) -> str:
+    """The name under which matplotlib knows it: settings take no map itself."""
+    import matplotlib as mpl
+
+    name = f"workbench-{theme}"
+    if name not in mpl.colormaps:
+        mpl.colormaps.register(sequential(theme), name=name)
+    return name
+
+
 def diverging() -> Any:
     """The map for signed values; its middle is the background of the theme."""
     from matplotlib.colors import LinearSegmentedColormap
