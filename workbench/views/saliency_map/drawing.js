@@ -21,7 +21,7 @@ export function colourOf(value, row, { tops, top, signed }, frame) {
   if (Number.isNaN(value)) return rgbOf(frame.colour("unseen"));
   const [low, high] = tops ? tops[row] : [0, top];
   const t = (value - low) / (high - low || 1);
-  return signed ? divergingAt(t, frame.theme) : colourAt(t);
+  return signed ? divergingAt(t, frame.theme) : colourAt(t, frame.theme);
 }
 
 export class Drawing {

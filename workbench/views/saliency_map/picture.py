@@ -104,7 +104,7 @@ def _rows(axes: Axes, facts: Mapping[str, Any], rows: Any, title: str, *, signed
     end = facts["positions"] * facts["step"]
     axes.imshow(
         rows, aspect="auto", extent=(0, end, len(rows), 0), vmin=low, vmax=high,
-        cmap=scales.diverging() if signed else "viridis",
+        cmap=scales.diverging() if signed else scales.sequential(),
     )  # fmt: skip
     axes.set_facecolor(scales.unseen_colour())
     axes.set_title(title, fontsize=8.5)

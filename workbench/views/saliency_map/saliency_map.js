@@ -162,7 +162,7 @@ class SaliencyMap {
     const { theme } = this.frame;
     const found = [];
     const both = (top, text) => legend(gradient((t) => divergingAt(2 * t - 1, theme)), [[0, roughly(-top)], [0.5, "0"], [1, roughly(top)]], make("span", {}, text));
-    const one = (top, text) => legend(gradient(colourAt), top === null ? [[0, "the token's least"], [1, "its largest"]] : [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]], make("span", {}, text));
+    const one = (top, text) => legend(gradient(colourAt, this.frame.theme), top === null ? [[0, "the token's least"], [1, "its largest"]] : [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]], make("span", {}, text));
     const rows = this.state.panels.filter(({ tops }) => tops);
     if (rows.length) found.push(rows.some(({ signed }) => !signed) ? one(null, rows.filter(({ signed }) => !signed).map(({ label }) => label.split(", ")[0]).join(" and ")) : both(1, "share of the token's largest"));
     for (const { tops, signed, top, title, unit } of this.state.panels) {
