@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
 from workbench.hooks.readers.state_space import check_run, filtered, foreign, has, rounded

@@ -33,6 +33,7 @@ def short_conv(run: ModuleRun) -> Mixing:
         return out
 
     v = (write * x)[..., None]
-    padding = None if mask is None else mask == 0
+    blank = module.in_proj.bias is None  # a bias is written at padding too, and read from there
+    padding = mask == 0 if mask is not None and blank else None
     pattern = FilterPattern(weight, v.shape[0], v.shape[2], padding=padding, values=v)
     return Mixing(pattern, v, finish, "short_conv")

@@ -14,7 +14,6 @@ from workbench.errors import CaptureError
 from workbench.hooks.readers.registered import ModuleRun
 from workbench.hooks.tap import Unshown
 
-
 _CACHES = ("cache_params", "past_key_values", "state")
 
 

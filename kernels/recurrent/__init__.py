@@ -1,4 +1,4 @@
-"""Linear and recurrent mixers as dynamical systems: the maps that gates, decays, delta rules and short filters apply."""
+"""Linear and recurrent mixers as dynamical systems: the maps of gates, decays, delta rules and short filters."""
 
 from workbench.kernels.recurrent.filter import FilterPattern
 from workbench.kernels.recurrent.naive import naive_recurrence, naive_recurrent_pattern

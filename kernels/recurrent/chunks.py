@@ -53,7 +53,7 @@ class Chunks:
         return rows * carry[:, :, None] if carry.dim() == 3 else rows @ carry
 
     def after(self, state: Tensor, chunk: int, values: Tensor) -> Tensor:
-        """The state [b, h, d, width] after a chunk, from that before it and the chunk's values [b, h, length, width]."""
+        """The state [b, h, d, width] after a chunk, from the one before and its values [b, h, length, width]."""
         carry = self.carry[:, :, chunk]
         kept = carry[..., None] * state if carry.dim() == 3 else carry @ state
         return kept + self.writes[:, :, chunk].mT @ values

@@ -33,8 +33,8 @@ class RecurrentPattern(Pattern):
 
     Args:
         q, k: [batch, group, position, d]; the heads are split evenly among the groups.
-        log_decay: g, at most zero: [batch, head, position], or for each channel of the state [batch, head, position, d];
-            None for no decay. −inf forgets everything before.
+        log_decay: g, at most zero: [batch, head, position], or for each channel of the state
+            [batch, head, position, d]; None for no decay. −inf forgets everything before.
         beta: [batch, head, position], the step of a delta rule; None for a recurrence that erases nothing.
         values: [batch, head, position, width], kept for `value_weighted`; optional.
         n_heads: where neither log_decay nor beta says it; the groups by default.
@@ -140,8 +140,8 @@ class RecurrentPattern(Pattern):
         if stop % chunks.length:  # a chunk of its own, up to the position
             at = slice(whole * chunks.length, stop)
             q, k = (self._of_head(t[:, :, at]) for t in (self.q, self.k))
-            gates = (None if t is None else t[:, :, at] for t in (self.log_decay, self.beta))
-            state = chunked(q, k, *gates, at.stop - at.start).after(state, 0, v[:, :, at])
+            log_decay, beta = (None if t is None else t[:, :, at] for t in (self.log_decay, self.beta))
+            state = chunked(q, k, log_decay, beta, at.stop - at.start).after(state, 0, v[:, :, at])
         return state
 
     def _no_state(self, v: Tensor) -> Tensor:
@@ -282,11 +282,10 @@ def _check(q: Tensor, k: Tensor, log_decay: Tensor | None, beta: Tensor | None, 
             raise CaptureError(f"{name} must be floating point, not {tensor.dtype}", shape=tensor.shape)
         if tensor.device != q.device:
             raise CaptureError(f"q is on {q.device} and {name} on {tensor.device}", hint="move them together")
-    if log_decay is not None:
-        if bool(log_decay.isnan().any()) or bool((log_decay > 0).any()):
-            raise CaptureError(
-                f"a log_decay is {log_decay.max():.3g}, where it must be at most zero",
-                hint="pass the logarithm of the decay, as -exp(A_log) · softplus(...)",
-            )
+    if log_decay is not None and not bool((log_decay <= 0).all()):  # NaN too
+        raise CaptureError(
+            f"a log_decay is {log_decay.max():.3g}, where it must be at most zero",
+            hint="pass the logarithm of the decay, as -exp(A_log) · softplus(...)",
+        )
     if beta is not None:
         check_finite("beta", beta)

@@ -37,7 +37,7 @@ class WKVPattern(Pattern):
     def __init__(self, k: Tensor, rate: Tensor, bonus: Tensor, *, values: Tensor | None = None) -> None:
         if k.dim() != 3 or rate.shape != k.shape[1:2] or bonus.shape != rate.shape:
             raise CaptureError(
-                f"k must be [batch, channel, position], rate {list(rate.shape)} and bonus {list(bonus.shape)} [channel]",
+                f"k must be [batch, channel, position]; rate {list(rate.shape)}, bonus {list(bonus.shape)} [channel]",
                 shape=k.shape,
             )
         for name, tensor in {"k": k, "rate": rate, "bonus": bonus}.items():
