@@ -17,7 +17,8 @@ from workbench.kernels.patterns import Pattern
 from workbench.kernels.recurrent.chunks import SMALLEST_LOG, Chunks, chunked
 
 _CHUNK = 64
-_CHUNK_OF_CHANNELS = 16  # where each channel of the state decays by itself: fades are [chunk, chunk, d] there
+_SMALL_CHUNK = 16  # where each channel of the state decays by itself, since fades are [chunk, chunk, d] there; and in
+_WIDE = 32  # states narrower than this, since a chunk's own map would be many times as large as its keys
 
 
 class RecurrentPattern(Pattern):
@@ -96,7 +97,7 @@ class RecurrentPattern(Pattern):
     @cached_property
     def _chunks(self) -> Chunks:
         by_channel = self.log_decay is not None and self.log_decay.dim() == 4
-        length = min(_CHUNK_OF_CHANNELS if by_channel else _CHUNK, self.n_keys)
+        length = min(_SMALL_CHUNK if by_channel or self.q.shape[-1] < _WIDE else _CHUNK, self.n_keys)
         with torch.autocast(self.device.type, enabled=False):
             return chunked(self._of_head(self.q), self._of_head(self.k), self.log_decay, self.beta, length)
 

@@ -52,9 +52,9 @@ def inputs(kind: str, n: int, *, b: int = 2, h: int = 4, d: int = 3, seed: int =
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", SIZES)
-def test_tiles_chunks_and_recurrence_agree(kind: str, n: int):
-    made = inputs(kind, n)
+@pytest.mark.parametrize(("n", "d"), [*((n, 3) for n in SIZES), (1, 33), (65, 33), (200, 33)])
+def test_tiles_chunks_and_recurrence_agree(kind: str, n: int, d: int):
+    made = inputs(kind, n, d=d)
     v = torch.randn(2, 4, n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     want, last = naive_recurrence(made["q"], made["k"], v, made.get("log_decay"), made.get("beta"))
     whole, pattern = naive_recurrent_pattern(**made), RecurrentPattern(**made)
