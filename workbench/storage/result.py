@@ -112,7 +112,9 @@ class Result(ABC):
 
 def _take_apart(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """JSON for a field; its numbers in bulk go into `tensors`."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, str):  # half a character, which no table takes, as its number
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, torch.Tensor):
         tensors[name] = value
@@ -138,6 +140,8 @@ def _put_together(part: Part, tensors: dict[str, torch.Tensor]) -> Any:
     """The value that `_take_apart` took apart."""
     if isinstance(part.value, list):
         return [_put_together(item, tensors) for item in part.list()]
+    if isinstance(part.value, str) and any("\ud800" <= character <= "\udfff" for character in part.value):
+        raise part.wrong("text of whole characters")
     if not isinstance(part.value, dict):
         return part.value
     if len(part.value) != 1:

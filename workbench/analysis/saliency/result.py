@@ -181,7 +181,7 @@ class Saliency(Result):
             }
         )
         if self.visible:
-            frame = frame[self.seen.flatten().numpy()].reset_index(drop=True)
+            frame = frame[seen(self.visible, mean).flatten().numpy()].reset_index(drop=True)
         if self.contrast_texts:
             frame.insert(2, "contrast_text", [self.contrast_texts[i] for i in frame["token"]])
         return frame if self.position_texts else frame.drop(columns="position_text")
