@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from workbench.errors import FormatError, WorkbenchError
+from workbench.storage import files
 from workbench.storage.result import Result
 
 
@@ -59,6 +60,18 @@ def test_fields_survive_a_file(tmp_path, value):
     loaded = Scores.load(path)
     assert same(value, loaded.scores)
     assert loaded.provenance == {"model": "m", "seeds": [1, 2]}
+
+
+def test_half_a_character_is_kept_as_its_number(tmp_path):
+    loaded = Scores.load(Scores({"\ud800": "a\udfff"}, {}).save(tmp_path / "scores.safetensors"))
+    assert loaded.scores == {"\\ud800": "a\\udfff"}
+
+
+def test_half_a_character_in_a_file_is_refused(tmp_path):
+    header = {"fields": {"scores": "a\ud800", "provenance": {"items": []}}}
+    path = files.write(tmp_path / "scores.safetensors", Scores.form, header, {})
+    with pytest.raises(FormatError, match="not text of whole characters"):
+        Scores.load(path)
 
 
 def test_what_cannot_be_kept_is_named(tmp_path):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import workbench
 from workbench import CaptureError, InterventionError
+from workbench.hooks.readers import reader_of, registered
 
 B, N, D, H = 2, 10, 24, 4
 W = D // H
@@ -437,10 +438,16 @@ HYBRIDS: dict[str, Callable[[], nn.Module]] = {
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("read", [True, False])
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_every_layer_of_a_hybrid_is_a_site_or_listed(name: str, tmp_path: Path) -> None:
+def test_every_layer_of_a_hybrid_is_a_site_or_listed(
+    name: str, read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model, ids = HYBRIDS[name]().eval(), torch.randint(3, 60, (2, 13))
+    if not read:  # as if no reader knew of its recurrences
+        for module in filter(reader_of, model.modules()):
+            monkeypatch.setitem(registered._of_class, type(module), None)
     with workbench.attach(model) as wb:
         assert not wb.sites.looked
         found = wb.verify(input_ids=ids)
@@ -454,6 +461,7 @@ def test_every_layer_of_a_hybrid_is_a_site_or_listed(name: str, tmp_path: Path) 
     assert all(any(f".layers.{i}." in one for one in mixing) for i in range(layers)), mixing
     for text in (repr(sites), sites._repr_html_(), repr(list(cap.ledger.items()))):
         assert all(one.name in text for one in sites.unread)
+    assert bool(sites.unread) != read
     if sites.unread:
         assert f"{len(sites.unread)} of " in repr(found)
         assert not found.complete

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         cross_attention_saliency,
     )
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
+    from workbench.analysis.logits import LogitAttribution, LogitLens, logit_attribution, logit_lens
     from workbench.analysis.profile import AttentionProfile, attention_profile
     from workbench.analysis.pruning.prune import prune_heads
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
@@ -99,6 +100,10 @@ _LAZY = {
     "Capture": "workbench.capture.capture",
     "SiteCapture": "workbench.capture.site_capture",
     "load_capture": "workbench.capture.reading",
+    "LogitAttribution": "workbench.analysis.logits",
+    "LogitLens": "workbench.analysis.logits",
+    "logit_attribution": "workbench.analysis.logits",
+    "logit_lens": "workbench.analysis.logits",
     "KVGroup": "workbench.hooks.heads",
     "attention_function": "workbench.kernels.functions",
     "statistic": "workbench.kernels.statistics",
@@ -141,6 +146,8 @@ __all__ = [
     "HeadRoles",
     "InterventionError",
     "KVGroup",
+    "LogitAttribution",
+    "LogitLens",
     "Metric",
     "Mixing",
     "ModuleRun",
@@ -178,6 +185,8 @@ __all__ = [
     "head_importance",
     "head_roles",
     "load_capture",
+    "logit_attribution",
+    "logit_lens",
     "metrics",
     "models",
     "patch_heads",

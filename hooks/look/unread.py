@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from workbench.hooks.look.positions import ROUNDING, moved, positions_of, reach, speaking
 from workbench.hooks.look.replay import ModuleCall, Replays, tensors
+from workbench.hooks.readers import reader_of
 from workbench.hooks.sites import Unread
 
 # Over the last axis, or element by element, by their definition. Where a model hands them its positions as features,
@@ -53,7 +54,7 @@ class _Judge:
             return  # the latter makes weights
         if call.read_whole:
             self._mixing.add(call)
-            self._judge_inner(call)
+            self._judge_inner(call, _followed(call))
             return
         if isinstance(call.module, _WINDOWED) and self._resamples(call):
             self._overlapping(call)
@@ -80,10 +81,12 @@ class _Judge:
                 self._mixing.add(call)
                 return
 
-    def _judge_inner(self, call: ModuleCall) -> list[ModuleCall]:
-        """The calls inside, at any depth, that mix by themselves."""
+    def _judge_inner(self, call: ModuleCall, followed: tuple[str, ...] = ()) -> list[ModuleCall]:
+        """The calls inside, at any depth, that mix by themselves; but for those of these names, which are left out."""
         mixing: list[ModuleCall] = []
         for one in call.inner:
+            if one.name in followed:
+                continue
             self.judge(one)
             mixing += [one] if one in self._mixing else self._inside(one)
         return mixing
@@ -177,6 +180,12 @@ class _Judge:
 
     def _note(self, call: ModuleCall, reason: str, *, proved: bool = True) -> None:
         self.found.setdefault(call.name, Unread(call.name, type(call.module).__name__, reason, proved))
+
+
+def _followed(call: ModuleCall) -> tuple[str, ...]:
+    """Names of the modules inside whose mixing the module's reader takes into account."""
+    reader = reader_of(call.module)
+    return () if reader is None else tuple(f"{call.name}.{name}" if call.name else name for name in reader.follows)
 
 
 def _described(others: list[int], j: int, length: int) -> str:

@@ -1,6 +1,14 @@
 """Readers: how modules that mix tokens in their own way are read as attention; one file for each family."""
 
-from workbench.hooks.readers import mamba, mamba2  # they register themselves
+from workbench.hooks.readers import (
+    delta,
+    lightning,
+    mamba,
+    mamba2,
+    rg_lru,
+    rwkv,
+    short_conv,
+)  # they register themselves
 from workbench.hooks.readers.registered import (
     Mixing,
     ModuleRun,
@@ -17,10 +25,15 @@ __all__ = [
     "ModuleRun",
     "Reader",
     "continues",
+    "delta",
     "in_place_of",
+    "lightning",
     "mamba",
     "mamba2",
     "read_module",
     "reader",
     "reader_of",
+    "rg_lru",
+    "rwkv",
+    "short_conv",
 ]

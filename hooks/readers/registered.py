@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,7 @@ class Mixing:
 
 
 Read = Callable[[ModuleRun], Mixing]
+Continues = Callable[[nn.Module, Mapping[str, Any]], bool]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Reader:
     read: Read
     kind: Kind
     when: Callable[[nn.Module], bool]
+    continues: Continues | None = None
+    follows: tuple[str, ...] = ()
 
     def __call__(self, run: ModuleRun) -> Mixing:
         """What the module's mixing amounts to."""
@@ -83,7 +86,11 @@ _readers: dict[type | str, Reader] = {}
 
 
 def reader(
-    *modules: type[nn.Module] | str, kind: Kind = "state", when: Callable[[nn.Module], bool] = lambda module: True
+    *modules: type[nn.Module] | str,
+    kind: Kind = "state",
+    when: Callable[[nn.Module], bool] = lambda module: True,
+    continues: Continues | None = None,
+    follows: Sequence[str] = (),
 ) -> Callable[[Read], Reader]:
     """Register a function that reads modules which mix tokens in their own way; a decorator.
 
@@ -97,6 +104,10 @@ def reader(
             alone wherever it is defined. Subclasses are read too. A later reader takes the place of an earlier one.
         kind: of the sites, one of those of `workbench.hooks.tap.Kind`.
         when: whether an instance can be read, for classes that share a name.
+        continues: whether a module that is about to run, with these inputs by name, goes on from a state of earlier
+            positions; by default `workbench.hooks.readers.continues` asks the cache among its inputs.
+        follows: names of modules inside whose own mixing the reader takes into account, such as a convolution of
+            the values: these are not listed as unread.
 
     >>> from workbench.kernels.patterns import DensePattern
     >>> class Average(nn.Module):
@@ -112,7 +123,7 @@ def reader(
         raise CaptureError(f"a reader is for classes or their names, not {modules!r}", hint='reader("package.Class")')
 
     def register(read: Read) -> Reader:
-        made = Reader(read.read if isinstance(read, Reader) else read, kind, when)
+        made = Reader(read.read if isinstance(read, Reader) else read, kind, when, continues, tuple(follows))
         _readers.update(dict.fromkeys(modules, made))
         _of_class.clear()
         return made
@@ -157,9 +168,13 @@ def continues(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """Whether a module that is about to run goes on from the cached state of earlier positions.
 
     To be asked before it runs: after that its cache holds a state in any case. A cache is an input with
-    `has_previous_state`, or one called `cache_params`; one that does not tell may hold a state.
+    `has_previous_state`, or one called `cache_params`; one that does not tell may hold a state. A reader may have a
+    rule of its own.
     """
     inputs = bound_inputs(module, args, kwargs)
+    found = reader_of(module)
+    if found is not None and found.continues is not None:
+        return found.continues(module, inputs)
     caches = [value for value in inputs.values() if hasattr(value, "has_previous_state")]
     if not caches:
         return inputs.get("cache_params") is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +14,15 @@ from workbench.errors import CaptureError
 from workbench.hooks.readers.registered import ModuleRun
 from workbench.hooks.tap import Unshown
 
+_CACHES = ("cache_params", "past_key_values", "state")
 
-def has_parts(module: nn.Module) -> bool:
+
+def has(*parts: str) -> Callable[[nn.Module], bool]:
     """Whether a module has what the mixers of transformers have, rather than only the name of one."""
-    return all(hasattr(module, name) for name in ("in_proj", "conv1d", "A_log", "D"))
+    return lambda module: all(hasattr(module, name) for name in parts)
+
+
+has_parts = has("in_proj", "conv1d", "A_log", "D")
 
 
 def check_run(run: ModuleRun) -> None:
@@ -25,7 +32,7 @@ def check_run(run: ModuleRun) -> None:
         Unshown: the mixer went on from a cached state, or runs on packed sequences.
         CaptureError: it is not known whether it went on from one.
     """
-    if run.continued is None and run.inputs.get("cache_params") is not None:
+    if run.continued is None and any(run.inputs.get(name) is not None for name in _CACHES):
         raise CaptureError(
             "whether the mixer's cache was empty cannot be told after it has run",
             site=run.site,
@@ -63,12 +70,25 @@ def unpadded(t: Tensor, mask: Tensor | None) -> Tensor:
 
 def convolved(module: Any, x: Tensor) -> Tensor:
     """The module's causal convolution over positions and its activation: [batch, channel, n] -> [batch, n, channel]."""
-    conv = module.conv1d
-    out = F.conv1d(
-        x.to(conv.weight.dtype), conv.weight, conv.bias, padding=conv.weight.shape[-1] - 1, groups=x.shape[1]
-    )
-    found: Tensor = module.act.forward(out[..., : x.shape[-1]]).to(x.dtype)
+    out = filtered(module.conv1d, x)
+    act = module.act if hasattr(module, "act") else _activation(module, module.activation)
+    found: Tensor = act.forward(out).to(x.dtype)
     return found.transpose(1, 2)
+
+
+def filtered(conv: Any, x: Tensor) -> Tensor:
+    """A causal convolution for each channel of x [batch, channel, position], in the dtype of its weights."""
+    weight, n = conv.weight, x.shape[-1]
+    return F.conv1d(x.to(weight.dtype), weight, conv.bias, padding=weight.shape[-1] - 1, groups=x.shape[1])[..., :n]
+
+
+def _activation(module: nn.Module, name: str) -> Any:
+    """The activation that the module's own release has under that name."""
+    for base in type(module).__mro__:
+        table = getattr(sys.modules.get(base.__module__), "ACT2FN", None)
+        if table is not None:
+            return table[name]
+    raise AttributeError(f'nothing says what its activation "{name}" is')
 
 
 def step_size(steps: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -52,13 +52,26 @@ def t5gemma() -> nn.Module:
     return model
 
 
+def speech_to_text() -> nn.Module:
+    """Convolutions that shorten the frames, and layer norms before attention and MLP."""
+    torch.manual_seed(0)
+    config = hf.Speech2TextConfig(
+        vocab_size=VOCABULARY, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, d_model=32, input_feat_per_channel=8,
+        conv_channels=16, max_source_positions=40, max_target_positions=20, init_std=0.3, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    return hf.Speech2TextForConditionalGeneration(config).eval()
+
+
 def encoder_decoder(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model, and one example without its output."""
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Any] = {
         "whisper": {"input_features": torch.randn(1, 8, 40, generator=generator)},
+        "speech-to-text": {"input_features": torch.randn(1, 40, 8, generator=generator)},
         "captioner": {"pixel_values": torch.randn(1, 3, 16, 16, generator=generator)},
     }
-    made = {"captioner": captioner, "t5gemma": t5gemma}
+    made = {"captioner": captioner, "t5gemma": t5gemma, "speech-to-text": speech_to_text}
     model = made[name]() if name in made else make(family(name))
     return model, inputs.get(name, {"input_ids": ids(1, 7, seed) % 40 if name == "t5gemma" else ids(1, 7, seed)})

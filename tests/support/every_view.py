@@ -137,6 +137,17 @@ def _saliency_map(tokens: Sequence[str] = WORDS[:6]) -> View:
     )  # fmt: skip
 
 
+def causal_map(tokens: Sequence[str] = WORDS[:6]) -> View:
+    """A saliency map of a text whose last tokens depend on those before them."""
+    from workbench import views
+
+    n = len(tokens)
+    scores = torch.randn(max(1, n // 2), n, generator=torch.Generator().manual_seed(0))
+    visible = [n - len(scores) + 1 + i for i in range(len(scores))]
+    said = [*tokens[n - len(scores) + 1 :], "end"]
+    return views.saliency_map({"saliency": scores}, said, visible=visible, position_texts=tokens, title="Causal map")
+
+
 def _what_if() -> View:
     from workbench import views
 
@@ -273,6 +284,7 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "compare": _compare,
     "figure": _figure_of_tokens,
     "saliency_map": _saliency_map,
+    "causal map": causal_map,
     "head_gallery": _head_gallery,
     "image_attention": _image_attention,
     "token_strip": _token_strip,

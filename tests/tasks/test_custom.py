@@ -112,9 +112,28 @@ def test_prompts_end_where_they_are_gone_on_from(template: str, before: int) -> 
     assert task.positions("animal", tokenizer) == [1 + before] * 2
     encoder = next(task.batches(tokenizer, start_token=2))["input_ids"]  # an encoder reads all of it
     assert encoder[1].tolist() == tokenizer("the dog ran on the")["input_ids"]
-    model = make(family("llama-gqa"))
     plain = _tokenizer("<s> " * before + "$A" if before else "$A")
-    assert torch.equal(task.logit_diff(model, tokenizer), task.logit_diff(model, plain))
+    for name in ("llama-gqa", "qwen2", "gpt2"):
+        model = make(family(name))
+        assert torch.equal(task.logit_diff(model, tokenizer), task.logit_diff(model, plain))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_reads_the_end_token_and_the_decoder_goes_on_from_its_start(name: str) -> None:
+    """What T5's and BART's tokenizers put behind a text belongs to what is encoded; nothing is put behind `written`."""
+    model, tokenizer = make(family(name)), _tokenizer("$A </s>")
+    prompts, twins = ["the cat sat on", "the dog ran on the"], ["the dog sat on", "the cat ran on the"]
+    task = from_prompts(prompts, twins, [" mat", " rug"], [" rug", " mat"], written=["on the", "the"])
+    found = task.logit_diff(model, tokenizer)
+    for i, (prompt, written, right, wrong) in enumerate(
+        zip(prompts, ["on the", "the"], ["mat", "rug"], ["rug", "mat"], strict=True)
+    ):
+        ids = [*tokenizer.convert_tokens_to_ids(prompt.split()), tokenizer.eos_token_id]
+        said = [model.config.decoder_start_token_id, *tokenizer.convert_tokens_to_ids(written.split())]
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([said])).logits[0, -1]
+        first, second = (tokenizer.convert_tokens_to_ids(word) for word in (right, wrong))
+        assert float(found[i]) == pytest.approx(float(logits[first] - logits[second]), abs=1e-4)
 
 
 def test_a_tokenizer_that_hides_where_a_text_ends_is_refused() -> None:

@@ -24,6 +24,7 @@ from workbench.kernels.masks import causal
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.views import SharedSelection, attention_pattern, compare, head_atlas, overview
 from workbench.views.attention_pattern.pyramid import build, dequantise, quantise
+from workbench.views.base import scales
 
 
 def softmax(n: int, heads: int = 1, seed: int = 0, keys: int | None = None) -> SoftmaxPattern:
@@ -248,9 +249,7 @@ def test_colours_give_the_weights_back(page: WatchedPage, tmp_path: Path) -> Non
       const pixel = canvas.getContext('2d').getImageData(at(left, column, cell), at(top, row, height), 1, 1);
       return [...pixel.data].slice(0, 3);
     }"""
-    import matplotlib as mpl
-
-    scale = np.array([mpl.colormaps["viridis"](i / 255)[:3] for i in range(256)]) * 255
+    scale = np.array([scales.sequential("light")(i / 255)[:3] for i in range(256)]) * 255
     for row, column in ((11, 2), (5, 5), (9, 0), (3, 1)):
         rgb = np.array(tab.evaluate(read, [row, column]))
         place = np.abs(scale - rgb).sum(1).argmin() / 255

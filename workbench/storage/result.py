@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from workbench.storage.rendering import renderer
 if TYPE_CHECKING:
     import pandas as pd
 
+_HALF = re.compile("[\ud800-\udfff]")  # of a character; no table takes it
 _TAGS = ("tuple", "tensor", "array", "items")
 
 
@@ -25,7 +27,7 @@ class Result(ABC):
     """Base of the analyses' results. A subclass is a frozen dataclass with a field `provenance`.
 
     Fields may be numbers, text, None, tensors, NumPy arrays, and tuples, lists and dicts of these; `save` and `load`
-    keep them all, to the bit.
+    keep them all, to the bit. Of text, halves of characters (lone surrogates) become their numbers, such as \\ud800.
 
     Attributes:
         form: name of the file form, such as "workbench.head_importance".
@@ -112,7 +114,9 @@ class Result(ABC):
 
 def _take_apart(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """JSON for a field; its numbers in bulk go into `tensors`."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8") if _HALF.search(value) else value
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, torch.Tensor):
         tensors[name] = value
@@ -138,6 +142,8 @@ def _put_together(part: Part, tensors: dict[str, torch.Tensor]) -> Any:
     """The value that `_take_apart` took apart."""
     if isinstance(part.value, list):
         return [_put_together(item, tensors) for item in part.list()]
+    if isinstance(part.value, str) and _HALF.search(part.value):
+        raise part.wrong("text of whole characters")
     if not isinstance(part.value, dict):
         return part.value
     if len(part.value) != 1:

@@ -69,7 +69,7 @@ def test_integrated_gradients_are_complete(name: str, direction: str) -> None:
         assert errors[1] < 0.1 * span
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "mbart", "t5"])
 def test_a_circuit_says_how_far_its_integrated_gradients_are_from_complete(name: str) -> None:
     """Between twin and prompt the T5's metric, behind norms of large weights, moves more than its ends differ."""
     steps = 64

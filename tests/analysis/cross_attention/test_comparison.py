@@ -176,7 +176,7 @@ def several(name: str, hypotheses: list[list[int]], **more: Any) -> list[dict[st
 QUICK: dict[str, Any] = {"n_masks": 20, "orders": (), "progress": False, "granularities": (100,)}
 
 
-@pytest.mark.parametrize("name", ["bart", "whisper", "t5gemma"])
+@pytest.mark.parametrize("name", ["bart", "whisper", "t5gemma", "speech-to-text"])
 def test_an_utterance_without_a_word_is_left_out_before_any_mask_runs(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

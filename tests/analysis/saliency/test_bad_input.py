@@ -27,7 +27,7 @@ def refused(words: str, name: str = "whisper", change: Any = None, method: str =
 def test_models_and_inputs() -> None:
     model = make(family("gpt2"))
     with workbench.attach(model) as wb, pytest.raises(WorkbenchError, match="no encoder-decoder"):
-        saliency(wb, {"input_ids": torch.tensor([[3, 4]])})
+        workbench.cross_attention(wb, {"input_ids": torch.tensor([[3, 4]])})
     refused("silent", change=lambda inputs: {"input_features": torch.zeros(1, 8, 40)})
     refused("has 60 frames, the model takes 40", change=lambda inputs: {"input_features": torch.randn(1, 8, 60)})
     refused("have 20 frames, the model wants 40", change=lambda inputs: {"input_features": torch.randn(1, 8, 20)})

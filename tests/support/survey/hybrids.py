@@ -11,6 +11,12 @@ _DELTA = {
     "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
+_LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "head_dim": 8, "moe_intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "linear_head_dim": 8, "linear_num_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"],
+}  # fmt: skip
 
 HYBRIDS = [
     Surveyed("Bamba", lambda: hf.BambaModel(hf.BambaConfig(**GROUPED, **_STATE, attn_layer_indices=[1])), uncached),
@@ -28,6 +34,8 @@ HYBRIDS = [
     Surveyed("Qwen3.5", lambda: hf.Qwen3_5TextModel(hf.Qwen3_5TextConfig(**GROUPED, **_DELTA)), uncached),
     Surveyed("OLMo Hybrid", lambda: hf.OlmoHybridModel(hf.OlmoHybridConfig(
         **GROUPED, **{key: value for key, value in _DELTA.items() if key != "head_dim"})), uncached),
+    Surveyed("Kimi Linear", lambda: hf.KimiLinearModel(hf.KimiLinearConfig(**{**GROUPED, **_LATENT})), uncached),
+    Surveyed("Ling 3", lambda: hf.BailingHybridModel(hf.BailingHybridConfig(**{**GROUPED, **_LATENT})), uncached),
     Surveyed("RecurrentGemma", lambda: hf.RecurrentGemmaModel(hf.RecurrentGemmaConfig(
         **{**GROUPED, "num_hidden_layers": 3}, lru_width=32, attention_window_size=8, head_dim=8)), uncached),
     Surveyed("RWKV", lambda: hf.RwkvModel(hf.RwkvConfig(

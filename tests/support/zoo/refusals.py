@@ -70,8 +70,7 @@ def _fourier() -> None:
 
 
 def _recurrent() -> None:
-    config = hf.RwkvConfig(num_hidden_layers=2, hidden_size=16, vocab_size=VOCABULARY)
-    _capture(hf.RwkvModel(config).eval(), input_ids=family("gpt2").inputs()["input_ids"])
+    _capture(nn.LSTM(8, 8, batch_first=True).eval(), torch.randn(2, 5, 8))
 
 
 def _nested() -> None:
@@ -97,8 +96,8 @@ REFUSALS = [
             _longformer, CaptureError, "no attention call was seen at"),
     Refusal("fnet", "Models without attention, such as FNet.",
             _fourier, AttachError, "no attention was found in FNetModel"),
-    Refusal("rwkv", "Recurrent layers other than the state-space ones above, such as RWKV's.",
-            _recurrent, AttachError, "no attention was found in RwkvModel"),
+    Refusal("lstm", "Recurrent layers whose gates depend on the state itself, such as an LSTM's.",
+            _recurrent, AttachError, "no attention was found in LSTM"),
     Refusal("nested", "A padded `nn.TransformerEncoder` with nested tensors.",
             _nested, CaptureError, "the layer runs on a nested tensor, whose attention cannot be read"),
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from workbench.analysis.saliency.explain import METHODS
 from workbench.analysis.saliency.explain import saliency as explain
 from workbench.analysis.saliency.gradients import METHODS as WITHOUT_MASKS
 from workbench.analysis.saliency.normalising import POOLINGS
-from workbench.analysis.saliency.preparing import prepare_input
+from workbench.analysis.saliency.preparing import prepare_encoder_decoder
 from workbench.errors import WorkbenchError, nearest
 from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import digest, plain
@@ -260,7 +260,7 @@ class _Reading:
 
     def of(self, example: Mapping[str, Any], hypothesis: Tensor | None = None) -> Any:
         """An example, with its features, ready to be explained."""
-        return prepare_input(
+        return prepare_encoder_decoder(
             self.wb.model, example, prompt=None if self.prompt is None else torch.as_tensor(self.prompt),
             frames=self.frames, time_axis=self.time_axis, tokenizer=self.wb.tokenizer, hypothesis=hypothesis,
             **self.decoding,

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.analysis.saliency.decoding import decode, special_ids
-from workbench.analysis.saliency.explained_input import ExplainedInput, grid_of
+from workbench.analysis.saliency.decoding import decode
+from workbench.analysis.saliency.encoder_decoder import EncoderDecoderInput
+from workbench.analysis.saliency.explained_input import grid_of
 from workbench.analysis.saliency.segments import patches
+from workbench.analysis.saliency.token_names import special_ids
 from workbench.errors import WorkbenchError
 
 _WORD = re.compile(r"[^\w\s']")
 
 
 def curves(
-    subject: ExplainedInput,
+    subject: EncoderDecoderInput,
     ranking: Tensor,
     fractions: Sequence[float],
     *,
@@ -93,7 +95,7 @@ def check_curves(fractions: Sequence[float], decode_again: bool) -> None:
         raise WorkbenchError("word error rates need jiwer", hint="pip install jiwer, or decode_again=False")
 
 
-def words(subject: ExplainedInput, ids: Tensor, tokenizer: Any) -> str:
+def words(subject: EncoderDecoderInput, ids: Tensor, tokenizer: Any) -> str:
     """The text of a hypothesis without special tokens, in lower case and without punctuation."""
     odd = special_ids(subject.model, tokenizer)
     plain = [int(i) for i in ids.tolist() if int(i) not in odd]

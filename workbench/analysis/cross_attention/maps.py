@@ -11,10 +11,11 @@ from torch import Tensor
 
 from workbench.analysis.cross_attention.maps_result import WEIGHTINGS, CrossAttention
 from workbench.analysis.saliency.audio import with_features
-from workbench.analysis.saliency.decoding import special_ids
-from workbench.analysis.saliency.explain import describe_reading
-from workbench.analysis.saliency.explained_input import ExplainedInput, grid_of
-from workbench.analysis.saliency.preparing import prepare_input
+from workbench.analysis.saliency.describing import describe_reading
+from workbench.analysis.saliency.encoder_decoder import EncoderDecoderInput
+from workbench.analysis.saliency.explained_input import grid_of
+from workbench.analysis.saliency.preparing import prepare_encoder_decoder
+from workbench.analysis.saliency.token_names import special_ids
 from workbench.capture.capture import Capture
 from workbench.errors import WorkbenchError
 from workbench.hooks.sites import Site
@@ -60,7 +61,7 @@ def cross_attention(
         WorkbenchError: no cross-attention, an unknown weighting, or whatever `workbench.saliency` refuses.
     """
     inputs = with_features(wb.tokenizer, inputs)
-    subject = prepare_input(
+    subject = prepare_encoder_decoder(
         wb.model,
         inputs, hypothesis=hypothesis, prompt=None if prompt is None else torch.as_tensor(prompt),
         frames=frames, time_axis=time_axis, tokenizer=wb.tokenizer, **dict(decoding or {}),
@@ -73,7 +74,7 @@ def cross_attention(
 
 def maps_of(
     wb: Workbench,
-    subject: ExplainedInput,
+    subject: EncoderDecoderInput,
     inputs: Mapping[str, Any],
     *,
     sites: SiteChoice = None,
@@ -156,7 +157,7 @@ def carried(rows: Tensor, patterns: Sequence[Pattern]) -> Tensor:
 
 
 def _capture(
-    wb: Workbench, subject: ExplainedInput, sites: Sequence[Site], weighting: str
+    wb: Workbench, subject: EncoderDecoderInput, sites: Sequence[Site], weighting: str
 ) -> tuple[Capture, dict[str, Tensor]]:
     """A capture of one teacher-forced forward, and ∂L/∂z [head, query, width] by site where gradients are asked for."""
     name = "inputs_embeds" if subject.kind == "tokens" else subject.name
@@ -174,7 +175,7 @@ def _capture(
             torch.inference_mode(False) if with_gradients else nullcontext(),
             wb.capture((), [site.name for site in sites], values=wants, gradients=with_gradients) as cap,
         ):
-            log_probs = subject._scored(wb.model(**given).logits)[0]
+            log_probs = subject.scored(wb.model(**given).logits)[0]
             if with_gradients:
                 log_probs.gather(1, subject.targets[:, None]).sum().backward()
     finally:
@@ -213,7 +214,7 @@ def _encoder_sites(wb: Workbench) -> list[Site]:
     return found
 
 
-def _kept(wb: Workbench, subject: ExplainedInput, inputs: Mapping[str, Any], special: bool) -> tuple[int, ...]:
+def _kept(wb: Workbench, subject: EncoderDecoderInput, inputs: Mapping[str, Any], special: bool) -> tuple[int, ...]:
     """Encoder positions that count."""
     positions = range(subject.encoder_extent)
     if special or subject.kind == "spectrogram":

@@ -13,7 +13,7 @@ from workbench.analysis.cross_attention.alignment import align, disagreement
 from workbench.analysis.cross_attention.correlate import prepared
 from workbench.analysis.cross_attention.maps_result import CrossAttention
 from workbench.analysis.cross_attention.result import MEASURES, SALIENCIES
-from workbench.analysis.saliency.explained_input import ExplainedInput
+from workbench.analysis.saliency.encoder_decoder import EncoderDecoderInput
 from workbench.analysis.saliency.normalising import paired_min_max, pool, spread_out, standardised
 from workbench.analysis.saliency.result import Saliency
 from workbench.analysis.statistics.correlation import correlation
@@ -42,7 +42,7 @@ class Compared:
 
 
 def compare(
-    name: str, subject: ExplainedInput, attention: CrossAttention, pair: Pair, pooling: str, normalise: str,
+    name: str, subject: EncoderDecoderInput, attention: CrossAttention, pair: Pair, pooling: str, normalise: str,
     special_tokens: bool,
 ) -> tuple[Compared, dict[str, Any]]:  # fmt: skip
     """The maps of one example, and what a study keeps of them.
@@ -108,7 +108,7 @@ def pooled(examples: Sequence[Mapping[str, Any]]) -> Tensor:
     return found
 
 
-def at_encoder(subject: ExplainedInput, attention: CrossAttention, found: Saliency, pooling: str) -> Tensor:
+def at_encoder(subject: EncoderDecoderInput, attention: CrossAttention, found: Saliency, pooling: str) -> Tensor:
     """Input saliency [token, encoder position] at the positions that the attention map holds.
 
     Raises:
@@ -139,7 +139,9 @@ def _magnitude(found: Saliency) -> Tensor:
     return found.scores.abs() if found.signed else found.scores
 
 
-def normalised_maps(subject: ExplainedInput, compared: Compared, seed: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+def normalised_maps(
+    subject: EncoderDecoderInput, compared: Compared, seed: int
+) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Per order the map of every output token over the cells of the input, standardised and scaled to 0 … 1 as in SPES.
 
     A sentence's ranking of cells is their mean over tokens. The second of a pair is the map of previous output tokens,

@@ -1,20 +1,22 @@
-"""What an encoder-decoder writes for encoder outputs, and the texts of its tokens."""
+"""What a model writes: an encoder-decoder for encoder outputs, a decoder behind its prompt."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from workbench.analysis.saliency.explained_input import ExplainedInput, encoded
-from workbench.tokens import piece
+from workbench.analysis.saliency.encoder_decoder import EncoderDecoderInput, encoded
+from workbench.errors import WorkbenchError
+from workbench.inputs import context_length
 
-_MARKER = re.compile(r"<\|[^|\s]+\|>")
+_CONTINUED = 20
+"""Tokens that a decoder without an encoder writes if nothing else is said."""
 
 
 def decode(
-    subject: ExplainedInput,
+    subject: EncoderDecoderInput,
     states: Tensor,
     *,
     max_new_tokens: int | None = None,
@@ -25,64 +27,72 @@ def decode(
 
     Greedy by default; SPES decodes with 5 beams and no repeated 5-grams.
     """
-    from transformers import GenerationConfig, GenerationMixin
+    from transformers import GenerationMixin
 
     model = subject.model
     ends = _ends(model)
     config = getattr(model, "config", None)
     room = min(max_new_tokens or 128, _decoder_limit(config) - len(subject.prompt))
-    generation = GenerationConfig(
-        max_length=len(subject.prompt) + room,  # max_new_tokens would warn of the model's own max_length
-        num_beams=num_beams,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=_pad(model, ends),
+    generation = _generation(
+        model, ends, len(subject.prompt) + room, num_beams=num_beams, no_repeat_ngram_size=no_repeat_ngram_size,
         decoder_start_token_id=int(subject.prompt[0]),
-        use_cache=True,
-    )
+    )  # fmt: skip
     rest = {name: value.expand(len(states), *value.shape[1:]) for name, value in subject.rest.items()}
     ids = subject.prompt[None].expand(len(states), -1)
     # Models with a generate of their own (Whisper's cuts audio into windows) want the input; here there is none.
     generate: Any = GenerationMixin.generate
     given = {"decoder_input_ids": ids, "generation_config": generation, **rest}
     found: Tensor = generate(model, encoder_outputs=encoded(states), **given)
-    rows = []
-    for row in found[:, len(subject.prompt) :]:
-        stop = next((i + 1 for i, token in enumerate(row.tolist()) if token in ends), len(row))
-        rows.append(row[:stop])
-    return rows
+    return [_ended(row, ends) for row in found[:, len(subject.prompt) :]]
 
 
-def special_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Ids of tokens that are no text: special ones and, of speech models, markers such as time stamps.
+def continuation(
+    model: nn.Module,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int | None = None,
+    num_beams: int = 1,
+    no_repeat_ngram_size: int = 0,
+) -> Tensor:
+    """What a decoder writes behind its prompt [n], the end token with it: greedily, 20 tokens, unless told otherwise.
 
-    They come from the tokenizer (or the processor's), the configurations, and the shape of added tokens: Whisper's
-    time stamps "<|1.40|>" are not called special, and some of its tokenizers lack them.
+    Raises:
+        WorkbenchError: the model cannot generate, or the prompt fills its context.
     """
-    own = getattr(tokenizer, "tokenizer", None) or tokenizer
-    known = set(getattr(own, "all_special_ids", ()) or ())
-    for index, token in (getattr(own, "added_tokens_decoder", None) or {}).items():
-        if getattr(token, "special", False) or _MARKER.fullmatch(str(token)):
-            known.add(int(index))
-    for owner in (getattr(model, "config", None), getattr(model, "generation_config", None)):
-        for name in ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"):
-            value = getattr(owner, name, None)
-            known |= {int(v) for v in (value if isinstance(value, (list, tuple)) else [value]) if v is not None}
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    times = getattr(getattr(model, "generation_config", None), "no_timestamps_token_id", None)
-    beyond = len(own) if hasattr(own, "__len__") else None  # ids that the tokenizer has no text for
-    for first in (times, beyond):  # Whisper's time stamps are its last ids
-        if isinstance(size, int) and isinstance(first, int) and first > 0:
-            known |= set(range(first, size))
-    return known
+    generate: Any = getattr(model, "generate", None)
+    if generate is None:
+        raise WorkbenchError(f"{type(model).__name__} cannot generate", hint="pass the continuation as hypothesis=")
+    limit, room = context_length(model), max_new_tokens or _CONTINUED
+    if limit is not None:
+        room = min(room, limit - len(prompt))
+    if room < 1:
+        raise WorkbenchError(
+            f"the prompt of {len(prompt)} tokens fills the model's context: nothing can be written behind it",
+            hint="shorten it, or explain a part of it as hypothesis=",
+        )
+    ends = _ends(model)
+    generation = _generation(
+        model, ends, len(prompt) + room, num_beams=num_beams, no_repeat_ngram_size=no_repeat_ngram_size
+    )
+    ids = prompt[None]
+    found: Tensor = generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation)
+    return _ended(found[0, len(prompt) :], ends)
 
 
-def texts_of(tokenizer: Any, ids: Tensor) -> tuple[str, ...]:
-    """Text of each id; the id itself without a tokenizer."""
-    decoder = tokenizer if hasattr(tokenizer, "decode") else getattr(tokenizer, "tokenizer", None)
-    decoder = getattr(decoder, "tokenizer", decoder)
-    return tuple(str(i) if decoder is None else piece(decoder, i) for i in ids.tolist())
+def _generation(model: nn.Module, ends: list[int], longest: int, **options: Any) -> Any:
+    """How to write, up to `longest` tokens with the prompt; max_new_tokens would warn of the model's own max_length."""
+    from transformers import GenerationConfig
+
+    pad = _pad(model, ends)
+    return GenerationConfig(
+        max_length=longest, do_sample=False, eos_token_id=ends or None, pad_token_id=pad, use_cache=True, **options
+    )
+
+
+def _ended(row: Tensor, ends: list[int]) -> Tensor:
+    """Ids up to the first end token."""
+    stop = next((i + 1 for i, token in enumerate(row.tolist()) if token in ends), len(row))
+    return row[:stop]
 
 
 def _ends(model: nn.Module) -> list[int]:

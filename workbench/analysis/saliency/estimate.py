@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.saliency.masks import Draw, Masks
-from workbench.analysis.saliency.sums import Sums
+from workbench.analysis.saliency.sums import Sums, seen
 
 _SAVE_EVERY = 30.0  # seconds
 _CHECK_EVERY = 64  # masks between two looks at the precision
@@ -40,11 +40,13 @@ def run(
     *,
     batch_size: int,
     progress: bool,
+    visible: Sequence[int] = (),
     save: Callable[[], object] | None = None,
 ) -> str:
     """Add masks to the sums until the budget ends; says why it stopped.
 
     Args:
+        visible: see `Sums.maps`.
         save: called now and then, and before an error goes on.
 
     Returns:
@@ -55,7 +57,7 @@ def run(
     total = masks.enumerated if masks.exact else budget.n_masks
     began, start, looked = time.monotonic(), sums.done, sums.done
     saved = began
-    if budget.precision is not None and not masks.exact and precise(sums, segments, budget.precision):
+    if budget.precision is not None and not masks.exact and precise(sums, segments, budget.precision, visible):
         return "precision"
     with tqdm(total=total, initial=start, desc="masks", disable=not progress) as bar, torch.inference_mode():
         try:
@@ -73,7 +75,7 @@ def run(
                     return "seconds"
                 if budget.precision is not None and sums.done - looked >= _CHECK_EVERY:
                     looked = sums.done
-                    if precise(sums, segments, budget.precision):
+                    if precise(sums, segments, budget.precision, visible):
                         return "precision"
         except KeyboardInterrupt:
             if sums.done == start and not start:
@@ -83,20 +85,27 @@ def run(
             if save is not None and sums.done:
                 save()
             raise
-    if budget.precision is not None and not masks.exact and precise(sums, segments, budget.precision):
+    if budget.precision is not None and not masks.exact and precise(sums, segments, budget.precision, visible):
         return "precision"
     return "enumerated" if masks.exact else "budget"
 
 
-def noise(mean: Tensor, error: Tensor) -> Tensor:
-    """[output token] root mean square of the standard error over the standard deviation of the map."""
-    spread = mean.flatten(1).std(1, correction=0)
-    size = error.flatten(1).square().mean(1).sqrt()
+def noise(mean: Tensor, error: Tensor, visible: Sequence[int] = ()) -> Tensor:
+    """[output token] root mean square of the standard error over the standard deviation of the map.
+
+    Only cells count that the output can depend on.
+    """
+    kept = seen(visible, mean).flatten(1).double()
+    n = kept.sum(1).clamp(min=1)
+    cells = mean.flatten(1)
+    middle = (cells * kept).sum(1) / n
+    spread = (((cells - middle[:, None]) * kept).square().sum(1) / n).sqrt()
+    size = ((error.flatten(1) * kept).square().sum(1) / n).sqrt()
     return torch.where(size == 0, 0.0, size / spread)
 
 
-def precise(sums: Sums, segments: Sequence[Tensor], precision: float) -> bool:
+def precise(sums: Sums, segments: Sequence[Tensor], precision: float, visible: Sequence[int] = ()) -> bool:
     """Whether every output token's map is known to this precision; never before `_FEWEST` masks."""
     if sums.done < _FEWEST:
         return False
-    return bool((noise(*sums.maps(segments, exact=False)) <= precision).all())
+    return bool((noise(*sums.maps(segments, exact=False, visible=visible), visible) <= precision).all())

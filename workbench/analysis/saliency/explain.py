@@ -1,8 +1,7 @@
-"""`saliency`: what each output token of an encoder-decoder depends on."""
+"""`saliency`: what each output of a model depends on."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,15 @@ from torch import Tensor
 
 from workbench.analysis.saliency import gradients
 from workbench.analysis.saliency.audio import with_features
-from workbench.analysis.saliency.decoding import special_ids, texts_of
+from workbench.analysis.saliency.describing import describe_reading, hash_of, words_in
+from workbench.analysis.saliency.encoder_decoder import EncoderDecoderInput
 from workbench.analysis.saliency.estimate import Budget, noise, run
 from workbench.analysis.saliency.explained_input import ExplainedInput, grid_of
 from workbench.analysis.saliency.masks import MOST_ENUMERATED, Masks
 from workbench.analysis.saliency.perturb import EncoderMasks, InputMasks
-from workbench.analysis.saliency.preparing import EXTRAS, prepare_input
+from workbench.analysis.saliency.preparing import against, prepare_input
 from workbench.analysis.saliency.result import PrecisionError, Saliency
-from workbench.analysis.saliency.scoring import check_score
+from workbench.analysis.saliency.scoring import score_for
 from workbench.analysis.saliency.segments import GRANULARITIES, checked, each, patches, runs, sizes, superpixels
 from workbench.analysis.saliency.sums import Sums
 from workbench.errors import WorkbenchError, nearest
@@ -35,17 +35,18 @@ def saliency(
     method: str = "spes",
     *,
     at: str | None = None,
-    hypothesis: Tensor | None = None,
+    hypothesis: str | int | Sequence[int] | Tensor | None = None,
+    contrast: str | int | Sequence[int] | Tensor | None = None,
     prompt: Tensor | Sequence[int] | None = None,
     frames: int | None = None,
     time_axis: int | None = None,
-    segments: str | Tensor | Sequence[Tensor] | None = None,
+    segments: str | Tensor | Sequence[Tensor] | Sequence[str] | None = None,
     granularities: Sequence[int] = GRANULARITIES,
     compactness: float = 0.1,
     sigma: float = 1.0,
     p: float = 0.5,
     p_tokens: float = 0.0,
-    score: str = "kl",
+    score: str | None = None,
     baseline: Any = "zero",
     n_masks: int = 2000,
     seconds: float | None = None,
@@ -60,6 +61,10 @@ def saliency(
 ) -> Saliency:
     """How much each output token depends on each part of the input, or of the encoder's output.
 
+    Outputs are the tokens of an encoder-decoder's hypothesis; those that a decoder writes behind its prompt, each of
+    which depends on all tokens before it (`visible` says how many, and scores beyond are 0); or the class that a model
+    with a classification head puts a text or an image into.
+
     "spes" (Fucci et al. 2024, arXiv 2411.01710): segments are masked at random, each with probability p. The score of
     mask m for token k is KL_k(m) = Σ_v P(v | y_<k, X) ln (P(v | y_<k, X) / P(v | y_<k, X_m)), all tokens from one
     forward by teacher forcing. A cell's saliency is the mean score of the masks that hide it,
@@ -70,7 +75,11 @@ def saliency(
     "encoder_output" is the same estimator with whole positions of the encoder's output masked: the decoder alone runs.
 
     "integrated_gradients", "gradient_x_input", "occlusion", "feature_ablation", "kernel_shap" are captum's, of the
-    log-probability of each token; with at="encoder" on the encoder's output.
+    log-probability of each token; with at="encoder" on the encoder's output. Integrated gradients say by what share
+    they miss their sum (`completeness_gap` of `details`), and warn where it is large.
+
+    With a contrast every score is that of one token rather than another, ln P(y) − ln P(y'), behind the same tokens
+    (contrastive explanations, Yin & Neubig 2022, arXiv 2202.10419).
 
     The masking estimators keep running sums only. Inside `torch.autocast` all runs, the unperturbed one too, are in its
     precision. Mask number m depends on `seed` and m alone, so that neither batches nor
@@ -79,18 +88,22 @@ def saliency(
 
     Args:
         inputs: one example as the model takes it: `input_features`, `input_ids` or `pixel_values`, an `attention_mask`
-            where there is padding, and `decoder_input_ids` or `labels` for a given output. Or "audio" [sample] and its
+            where there is padding, and `decoder_input_ids` or `labels` for a given output of an encoder-decoder. A
+            decoder's prompt is taken as it is, without its padding. Or "audio" [sample] and its
             "sampling_rate", of which the attached processor's feature extractor makes features. Entries
             "seconds_per_frame", "name" and "reference" are carried along.
         at: "input" or "encoder"; follows from the method if None.
-        hypothesis: ids of the output to explain, behind the prompt; decoded if None.
-        prompt: decoder ids before it that are not explained; the model's start token if None.
+        hypothesis: ids or text of the output to explain, behind the prompt, or the number of a class; what the model
+            says if None.
+        contrast: ids or text of as many tokens (or a class) that might have stood there instead.
+        prompt: decoder ids before the hypothesis of an encoder-decoder; the model's start token if None.
         frames: input positions that are no padding. time_axis: of [1, a, b] features, where the model does not tell.
         segments: maps of segment numbers over the explained positions, one per granularity; "slic" for superpixels of
-            an image; None for the method's own.
+            an image; "words" for those of the text, or a list of words in their order; None for the method's own.
         granularities, compactness, sigma: of the superpixels.
         p: probability of masking a segment. p_tokens: of masking the embedding of a previous output token.
-        score: "kl", "probability" or "log_probability" (drops of the token's own).
+        score: "kl", "probability" or "log_probability" (drops of the token's own); "kl" if None, or "log_probability"
+            with a contrast.
         baseline: what masked cells become: "zero", "mean", "min", a number or a tensor.
         n_masks, seconds: the budget; n_masks counts a resumed run's too. precision: stop when the root mean square of
             the standard errors of each token's map is at most this share of the map's standard deviation.
@@ -101,8 +114,9 @@ def saliency(
 
     Raises:
         PrecisionError: the budget ended before `precision` was reached; the error holds the result.
-        WorkbenchError: no encoder-decoder, several examples, silence, an input that is too long, an empty hypothesis,
-            an unknown name, or a `resume` of another run.
+        WorkbenchError: a model that is none of these, several examples, silence, an input that is too long, an empty
+            hypothesis, ids outside the vocabulary, a contrast that is the output itself, words that no boundary between
+            tokens fits, an unknown name, or a `resume` of another run.
 
     >>> import torch, workbench
     >>> from transformers import BartConfig, BartForConditionalGeneration
@@ -123,19 +137,30 @@ def saliency(
         raise WorkbenchError("the model is in train mode and answers at random", hint="call model.eval()")
     if batch_size < 1:
         raise WorkbenchError(f"batch_size is at least 1, not {batch_size}")
-    check_score(score)
+    score = score_for(score, contrast is not None)
     inputs = with_features(wb.tokenizer, inputs)
     subject = prepare_input(
         wb.model, inputs, hypothesis=hypothesis, prompt=None if prompt is None else torch.as_tensor(prompt),
         frames=frames, time_axis=time_axis, tokenizer=wb.tokenizer, **dict(decoding or {}),
     )  # fmt: skip
+    if where == "encoder" and not isinstance(subject, EncoderDecoderInput):
+        raise WorkbenchError(
+            f"{type(wb.model).__name__} has no encoder beside a decoder", hint='explain its input: at="input"'
+        )
+    if p_tokens and not isinstance(subject, EncoderDecoderInput):
+        raise WorkbenchError(
+            "p_tokens masks what a decoder beside an encoder has written",
+            hint="elsewhere all tokens are positions of the input, and are masked with probability p",
+        )
+    against(subject, contrast, wb.tokenizer)
+    cut = _in_words(wb, subject, segments)
     began = time.monotonic()
     facts = describe_reading(wb, subject, inputs, where)
     if method in gradients.METHODS:
         if resume is not None:
             raise WorkbenchError(f"{method} has no masks to go on from", hint="leave out resume=")
         found = gradients.attribute(
-            subject, method, where, segments=segments, baseline=baseline, n_masks=n_masks, batch_size=batch_size,
+            subject, method, where, segments=cut, baseline=baseline, n_masks=n_masks, batch_size=batch_size,
             seed=seed, progress=progress, **options,
         )  # fmt: skip
         return Saliency(
@@ -146,7 +171,7 @@ def saliency(
     if options:
         raise WorkbenchError(f"{method} takes no {', '.join(options)}")
 
-    shown, cells, kind = _segments(subject, where, segments, granularities, compactness, sigma)
+    shown, cells, kind = _segments(subject, where, cut, granularities, compactness, sigma)
     counts = sizes(cells)
     if exact is None:
         exact = max(counts) <= MOST_ENUMERATED and not p_tokens and 0 < p < 1
@@ -165,10 +190,11 @@ def saliency(
         if where == "input":
             score_of = InputMasks(subject, cells, subject.baseline_of(baseline), score)
         else:
+            assert isinstance(subject, EncoderDecoderInput)
             score_of = EncoderMasks(subject, cells, baseline, score)
 
     def so_far(stopped: str) -> Saliency:
-        mean, error = sums.maps(shown, exact=exact)
+        mean, error = sums.maps(shown, exact=exact, visible=subject.visible)
         tokens = sums.token_maps() if p_tokens else (None, None)
         return Saliency(
             scores=mean.float(),
@@ -200,12 +226,23 @@ def saliency(
 
     save = None if file is None else lambda: so_far("interrupted").save(file)
     budget = Budget(n_masks, seconds, precision)
-    stopped = run(sums, masks, score_of, shown, budget, batch_size=batch_size, progress=progress, save=save)
+    stopped = run(
+        sums,
+        masks,
+        score_of,
+        shown,
+        budget,
+        batch_size=batch_size,
+        progress=progress,
+        visible=subject.visible,
+        save=save,
+    )
     result = so_far(stopped)
     if file is not None:
         result.save(file)
     if precision is not None and not exact and stopped in ("budget", "seconds"):
-        reached = float(noise(*sums.maps(shown, exact=False)).max())
+        last = sums.maps(shown, exact=False, visible=subject.visible)
+        reached = float(noise(*last, subject.visible).max())
         failed = PrecisionError(
             f"{sums.done:,} masks are too few for a precision of {precision:g}: {reached:.3g} was reached",
             hint="raise n_masks (the error falls with its root) and pass resume=error.result",
@@ -213,46 +250,6 @@ def saliency(
         failed.result = result
         raise failed
     return result
-
-
-def describe_reading(wb: Workbench, subject: ExplainedInput, inputs: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a result that say what was explained."""
-    specials = special_ids(wb.model, wb.tokenizer)
-    length = subject.length if where == "input" else subject.states.shape[1]
-    per_frame = seconds_per_frame(wb.tokenizer, inputs)
-    if per_frame is not None and where == "encoder":
-        per_frame *= subject.length / subject.states.shape[1]
-    grid = None
-    if subject.kind == "image":
-        try:
-            grid = grid_of(subject)[:2]
-        except WorkbenchError:
-            grid = None
-    texts: tuple[str, ...] = ()
-    if subject.kind == "tokens":
-        texts = texts_of(wb.tokenizer, torch.as_tensor(inputs["input_ids"]).flatten()[: subject.extent])
-    known = {name: inputs[name] for name in ("name", "reference") if isinstance(inputs.get(name), str)}
-    return {
-        "target_ids": tuple(subject.targets.tolist()),
-        "target_texts": texts_of(wb.tokenizer, subject.targets),
-        "special": tuple(int(i) in specials for i in subject.targets),
-        "prompt_ids": tuple(subject.prompt.tolist()),
-        "picture": subject.picture(),
-        "position_texts": texts,
-        "grid": grid,
-        "length": length,
-        "seconds_per_position": per_frame,
-        "provenance": wb.provenance() | {"input_sha256": _hash(subject.main)} | known,
-    }
-
-
-def seconds_per_frame(processor: Any, inputs: Mapping[str, Any]) -> float | None:
-    """Duration of a spectrogram's frame, from the inputs or the processor's feature extractor."""
-    if inputs.get("seconds_per_frame") is not None:
-        return float(inputs["seconds_per_frame"])
-    extractor = getattr(processor, "feature_extractor", processor)
-    hop, rate = getattr(extractor, "hop_length", None), getattr(extractor, "sampling_rate", None)
-    return hop / rate if isinstance(hop, int) and isinstance(rate, int) and rate else None
 
 
 def _segments(
@@ -264,7 +261,7 @@ def _segments(
     sigma: float,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], str]:
     """Segments over the map's positions, segments over the cells that are masked, and what a position is."""
-    if where == "encoder":
+    if isinstance(subject, EncoderDecoderInput) and where == "encoder":
         n = subject.encoder_extent
         found = each(n) if segments is None else _own(segments, (n,))
         return found, found, "frames"
@@ -291,6 +288,14 @@ def _segments(
     return found, found, "spectrogram"
 
 
+def _in_words(wb: Workbench, subject: ExplainedInput, segments: Any) -> Any:
+    """Segments as they are, or those of words where these were asked for."""
+    given = isinstance(segments, (list, tuple)) and segments and all(isinstance(one, str) for one in segments)
+    if not given and not (isinstance(segments, str) and segments == "words"):
+        return segments
+    return torch.tensor(words_in(wb, subject, segments if given else None))
+
+
 def _own(segments: str | Tensor | Sequence[Tensor], shape: tuple[int, ...]) -> tuple[Tensor, ...]:
     if isinstance(segments, str):
         raise WorkbenchError(f"there are no segments {segments!r} here", hint="pass integers over the positions")
@@ -302,17 +307,18 @@ def _identity(
 ) -> dict[str, Any]:
     """What a run must share with the one that it goes on from."""
     return {
-        "input": _hash(subject.main),
+        "input": hash_of(subject.main),
         "targets": tuple(subject.targets.tolist()),
         "prompt": tuple(subject.prompt.tolist()),
+        "contrast": () if subject.contrast is None else tuple(subject.contrast.tolist()),
         "at": where,
-        "segments": _hash(*cells),
+        "segments": hash_of(*cells),
         "p": float(masks.p),
         "p_tokens": float(masks.p_tokens),
         "seed": masks.seed,
         "exact": masks.exact,
         "score": score,
-        "baseline": _hash(baseline) if isinstance(baseline, Tensor) else _said(baseline),
+        "baseline": hash_of(baseline) if isinstance(baseline, Tensor) else _said(baseline),
         "autocast": _autocast(subject),
     }
 
@@ -338,14 +344,3 @@ def _resumed(resume: Saliency | str | Path | None, identity: dict[str, Any]) -> 
 
 def _said(baseline: Any) -> str:
     return "given" if isinstance(baseline, Tensor) else str(baseline)
-
-
-def _hash(*tensors: Tensor) -> str:
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(str((tuple(tensor.shape), str(tensor.dtype))).encode())
-        found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
-__all__ = ["EXTRAS", "METHODS", "saliency", "seconds_per_frame"]

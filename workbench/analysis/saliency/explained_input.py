@@ -1,30 +1,39 @@
-"""What is explained: one input of an encoder-decoder, the hypothesis it gives, and how to run it perturbed."""
+"""What is explained: one input of a model, the outputs it leads to, and how to run it perturbed."""
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workbench.analysis.saliency.token_names import special_ids, texts_of
 from workbench.errors import WorkbenchError
 from workbench.storage.provenance import find_patches
 
+_SAME = 1e-3  # largest difference of log-probabilities between ids and embeddings
+
+
+def _no_ids() -> Tensor:
+    return torch.zeros(0, dtype=torch.long)
+
 
 @dataclass
-class ExplainedInput:
-    """One example of a model, ready to be perturbed. Made by `prepare_input`.
+class ExplainedInput(ABC):
+    """One example of a model, ready to be perturbed. Made by `prepare_input`; what kinds of models there are, its
+    subclasses say.
 
     Attributes:
-        model: the encoder-decoder. name: of its main input. kind: "spectrogram", "image" or "tokens".
+        model: the model. name: of its main input. kind: "spectrogram", "image" or "tokens".
         main: the main input as the model takes it, [1, ...]; of tokens their embeddings [1, token, d_model].
+        ids: [token] of tokens; empty for other kinds.
         rest: other inputs, such as an attention mask.
         time_axis: of a spectrogram in `main`. extent: positions along time that are no padding.
-        prompt, targets: ids [n] of the decoder's prompt and of the hypothesis.
-        reference: [output token, vocabulary] log-probabilities of the unperturbed model.
-        states: [1, encoder position, d_model] the encoder's output.
+        prompt, targets: ids [n] of what stands before the first explained output, and of the explained outputs.
+        contrast: [n] ids that outputs are held against; None for none.
+        reference: [output, vocabulary] log-probabilities of the unperturbed model.
     """
 
     model: nn.Module
@@ -32,36 +41,57 @@ class ExplainedInput:
     kind: str
     main: Tensor
     rest: dict[str, Tensor]
-    time_axis: int
-    extent: int
-    prompt: Tensor
-    targets: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    time_axis: int = 1
+    extent: int = 0
+    ids: Tensor = field(default_factory=_no_ids)
+    prompt: Tensor = field(default_factory=_no_ids)
+    targets: Tensor = field(default_factory=_no_ids)
+    contrast: Tensor | None = None
     reference: Tensor = field(default_factory=lambda: torch.zeros(0))
-    states: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @abstractmethod
+    def log_probs(self, main: Tensor, decoder: Tensor | None = None) -> Tensor:
+        """[batch, output, vocabulary] from inputs like `main`.
+
+        Args:
+            decoder: [batch, position, d_model] what the decoder of an encoder-decoder reads in place of its tokens.
+        """
+
+    @property
+    def visible(self) -> tuple[int, ...]:
+        """[output] how many of the explained positions each output can depend on; empty where that is all."""
+        return ()
+
+    def own_texts(self, ids: Tensor, tokenizer: Any) -> tuple[str, ...]:
+        """What outputs are called."""
+        return texts_of(tokenizer, ids)
+
+    def special(self, tokenizer: Any) -> tuple[bool, ...]:
+        """[output] whether it is a special token."""
+        odd = special_ids(self.model, tokenizer)
+        return tuple(int(i) in odd for i in self.targets)
+
+    def score_of(self, log_probs: Tensor, *, probability: bool = False) -> Tensor:
+        """[batch, output] ln P (or P) of each output, less that of its contrast, from [batch, output, vocabulary]."""
+
+        def of(ids: Tensor) -> Tensor:
+            found = log_probs.gather(2, ids[None, :, None].expand(len(log_probs), -1, 1))[..., 0]
+            return found.exp() if probability else found
+
+        return of(self.targets) if self.contrast is None else of(self.targets) - of(self.contrast)
 
     @property
     def length(self) -> int:
         """Positions of the whole input: frames, tokens, or patches."""
         return self.main.shape[self.time_axis] if self.kind == "spectrogram" else self.main.shape[1]
 
-    @property
-    def encoder_extent(self) -> int:
-        """Encoder positions that are no padding."""
-        whole = self.states.shape[1]
-        return whole if self.kind == "image" else min(whole, math.ceil(self.extent * whole / self.length))
-
-    @property
-    def decoder_ids(self) -> Tensor:
-        """[1, position] what the decoder reads under teacher forcing: all but the last target."""
-        return torch.cat([self.prompt, self.targets])[None, :-1]
-
     def picture(self) -> Tensor | None:
         """The spectrogram [time, frequency] without its padding, or the image [channel, row, column]; else None."""
         if self.kind == "spectrogram":
-            return self._frames_first(self.main)[0, : self.extent].detach().float().cpu()
+            return self.frames_first(self.main)[0, : self.extent].detach().float().cpu()
         return self.main[0].detach().float().cpu() if self.kind == "image" else None
 
-    def _frames_first(self, main: Tensor) -> Tensor:
+    def frames_first(self, main: Tensor) -> Tensor:
         return main if self.time_axis == 1 else main.transpose(1, 2)
 
     def masked(self, hidden: Tensor, baseline: Tensor) -> Tensor:
@@ -107,7 +137,7 @@ class ExplainedInput:
         if self.kind == "tokens":
             one = self._pad_embedding() if baseline == "pad" else self.main[:, : self.extent].mean(1)
             return one.to(self.main).view(1, 1, -1).expand_as(self.main)
-        cells = self._frames_first(self.main)[:, : self.extent] if self.kind == "spectrogram" else self.main
+        cells = self.frames_first(self.main)[:, : self.extent] if self.kind == "spectrogram" else self.main
         one = cells.float().mean() if baseline == "mean" else cells.float().min()
         return torch.full_like(self.main, float(one))
 
@@ -116,58 +146,51 @@ class ExplainedInput:
         pad = getattr(self.model.config, "pad_token_id", None)
         if pad is None:
             raise WorkbenchError("the model tells of no padding token", hint='set model.config.pad_token_id, or "mean"')
-        found: Tensor = embedding_of(self.model.get_encoder())(torch.tensor([pad], device=self.main.device))  # type: ignore[operator]
+        found: Tensor = self.embedding()(torch.tensor([pad], device=self.main.device))
         return found
 
-    def log_probs(self, main: Tensor, decoder: Tensor | None = None) -> Tensor:
-        """[batch, output token, vocabulary] from inputs like `main`, through encoder and decoder."""
-        given = {"inputs_embeds" if self.kind == "tokens" else self.name: main}
+    def embedding(self) -> nn.Module:
+        """The table that `main` is looked up in, of tokens."""
+        return embedding_of(self.model)
+
+    def given(self, main: Tensor) -> dict[str, Tensor]:
+        """Arguments of the model for inputs like `main`."""
         rest = {name: value.expand(len(main), *value.shape[1:]) for name, value in self.rest.items()}
-        return self._scored(self.model(**given, **rest, **self._decoder(len(main), decoder), use_cache=False).logits)
-
-    def log_probs_of_states(self, states: Tensor, cache: Any = None, decoder: Tensor | None = None) -> Tensor:
-        """[batch, output token, vocabulary] from encoder outputs [batch, encoder position, d_model], decoder only."""
-        rest = {name: value.expand(len(states), *value.shape[1:]) for name, value in self.rest.items()}
-        past = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
-        given = self._decoder(len(states), decoder)
-        return self._scored(self.model(encoder_outputs=encoded(states), **rest, **given, **past).logits)
-
-    def encode(self, main: Tensor) -> Tensor:
-        """[batch, encoder position, d_model] the encoder's output for inputs like `main`."""
-        given = {"inputs_embeds" if self.kind == "tokens" else self.name: main}
-        rest = {name: value.expand(len(main), *value.shape[1:]) for name, value in self.rest.items()}
-        ids = self.prompt[None, :1].expand(len(main), -1)
-        states: Tensor = self.model(**given, **rest, decoder_input_ids=ids, use_cache=False).encoder_last_hidden_state
-        return states
-
-    def _decoder(self, batch: int, embedded: Tensor | None) -> dict[str, Tensor]:
-        if embedded is not None:
-            return {"decoder_inputs_embeds": embedded}
-        return {"decoder_input_ids": self.decoder_ids.expand(batch, -1)}
-
-    def _scored(self, logits: Tensor) -> Tensor:
-        return logits[:, len(self.prompt) - 1 :].float().log_softmax(-1)
-
-    def embedded_decoder(self) -> Tensor:
-        """[1, position, d_model] embeddings of what the decoder reads.
-
-        Raises:
-            WorkbenchError: the decoder's table of embeddings is not found.
-        """
-        table = embedding_of(self.model.get_decoder())  # type: ignore[operator]
-        found: Tensor = table(self.decoder_ids)
-        return found
+        return {"inputs_embeds" if self.kind == "tokens" else self.name: main, **rest}
 
 
-def encoded(states: Tensor) -> Any:
-    """Encoder outputs as Hugging Face models take them."""
-    from transformers.modeling_outputs import BaseModelOutput
+def normalised_logits(logits: Tensor) -> Tensor:
+    """Log-probabilities, in float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-    return BaseModelOutput(last_hidden_state=states.contiguous())  # GPT-2's projection takes views
+
+def check_finite(said: Tensor) -> Tensor:
+    """What a model says of an input, as it is.
+
+    Raises:
+        WorkbenchError: a value is not finite.
+    """
+    if not said.isfinite().all():
+        raise WorkbenchError("the model's probabilities for this input are not finite")
+    return said
+
+
+def check_embeddings(direct: Tensor, by_hand: Tensor, instead: str) -> None:
+    """Compare log-probabilities of token ids with those of embeddings that were passed by hand.
+
+    Raises:
+        WorkbenchError: they differ.
+    """
+    off = float((direct - by_hand).abs().max())
+    if not off <= _SAME:
+        raise WorkbenchError(
+            f"embeddings passed by hand change the model's log-probabilities by {off:.1e}",
+            hint=f"the model treats token ids in a way of its own; {instead}",
+        )
 
 
 def embedding_of(tower: nn.Module) -> nn.Module:
-    """The table of token embeddings of an encoder or decoder; BART's scales what it looks up."""
+    """The table of token embeddings of a model or one of its towers; BART's scales what it looks up."""
     for name in ("embed_tokens", "word_embeddings"):
         for path, module in tower.named_modules():
             if path.rpartition(".")[2] == name:
@@ -185,7 +208,8 @@ def grid_of(subject: ExplainedInput) -> tuple[int, int, int]:
     Raises:
         WorkbenchError: the model tells of no patches.
     """
-    encoder = subject.model.get_encoder()  # type: ignore[operator]
+    get: Any = getattr(subject.model, "get_encoder", None)
+    encoder = subject.model if get is None else get()
     found = find_patches(encoder)
     if found is None:
         raise WorkbenchError(f"{type(encoder).__name__} tells of no patches", hint='pass segments="slic"')

@@ -1,4 +1,4 @@
-"""Attribution through captum, of each output token's log-probability, at the input or at the encoder's output."""
+"""Attribution through captum, of each output's log-probability, at the input or at the encoder's output."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.analysis.saliency.encoder_decoder import EncoderDecoderInput
 from workbench.analysis.saliency.explained_input import ExplainedInput, grid_of
 from workbench.analysis.saliency.segments import checked, each, patches, runs, sizes, superpixels
+from workbench.analysis.saliency.sums import seen
 from workbench.errors import WorkbenchError
 
 METHODS = ("integrated_gradients", "gradient_x_input", "occlusion", "feature_ablation", "kernel_shap")
@@ -19,7 +21,8 @@ _GAP = 0.05  # share of what is to be explained by which integrated gradients ma
 
 
 class _Explained:
-    """Log-probabilities of the output tokens [batch, output token] as a function of the explained part of the input.
+    """Log-probabilities of the outputs, less those of their contrasts, [batch, output token], as a function of the
+    explained part of the input.
 
     That part, `start`, is [1, time, frequency], [1, token, d_model], [1, channel, row, column], or at the encoder
     [1, position, d_model]. `runs` counts the examples it was called with.
@@ -28,28 +31,25 @@ class _Explained:
     def __init__(self, subject: ExplainedInput, where: str) -> None:
         self.subject, self.where, self.runs = subject, where, 0
         if where == "encoder":
-            self.start = subject.states[:, : subject.encoder_extent].detach().clone()
-        elif subject.kind == "spectrogram":
-            self.start = subject._frames_first(subject.main)[:, : subject.extent].detach().clone()
+            assert isinstance(subject, EncoderDecoderInput)
+            self.whole, extent = subject.states, subject.encoder_extent
         else:
-            self.start = (
-                subject.main[:, : subject.extent].detach().clone() if subject.kind == "tokens" else subject.main
-            )
+            self.whole, extent = subject.frames_first(subject.main), subject.extent
+        whole = subject.kind == "image" and where == "input"
+        self.start = subject.main if whole else self.whole[:, :extent].detach().clone()
 
     def __call__(self, part: Tensor) -> Tensor:
         self.runs += len(part)
-        found = self._log_probs(part)
-        index = self.subject.targets[None, :, None].expand(len(part), -1, 1)
-        return found.gather(2, index)[..., 0]
+        return self.subject.score_of(self._log_probs(part))
 
     def _log_probs(self, part: Tensor) -> Tensor:
         subject = self.subject
         if subject.kind == "image" and self.where == "input":
             return subject.log_probs(part)
-        whole = subject.states if self.where == "encoder" else subject._frames_first(subject.main)
-        rest = whole[:, part.shape[1] :].expand(len(part), -1, -1)
-        joined = torch.cat([part, rest], 1)
+        whole = self.whole
+        joined = torch.cat([part, whole[:, part.shape[1] :].expand(len(part), -1, -1)], 1)
         if self.where == "encoder":
+            assert isinstance(subject, EncoderDecoderInput)
             return subject.log_probs_of_states(joined)
         return subject.log_probs(joined if subject.time_axis == 1 else joined.transpose(1, 2))
 
@@ -142,9 +142,12 @@ def attribute(
         maps = _by_perturbing(explained, method, base, cells, n, window, strides, batch_size)
         found, error = _reduced(maps, kind, cells, "mean"), None
     details["evaluations"] = explained.runs
+    hidden = ~seen(subject.visible, found)  # least squares of Kernel SHAP find small numbers there
+    found = found.masked_fill(hidden, 0.0)
+    error = torch.zeros_like(found) if error is None else error.masked_fill(hidden, 0.0)
     return {
         "scores": found.float().cpu(),
-        "standard_error": torch.zeros_like(found).float().cpu() if error is None else error.float().cpu(),
+        "standard_error": error.float().cpu(),
         "n_masks": explained.runs,
         "kind": kind,
         "signed": True,
@@ -190,7 +193,8 @@ def _warn_of_gap(details: dict[str, Any], subject: ExplainedInput, where: str, n
         return
     worst = max(range(len(details["change"])), key=lambda k: abs(details["convergence_delta"][k]))
     change = details["change"][worst]
-    other = "mean" if where == "encoder" or subject.kind != "tokens" else "pad"
+    padded = subject.kind == "tokens" and getattr(subject.model.config, "pad_token_id", None) is not None
+    other = "pad" if padded and where != "encoder" else "mean"
     warnings.warn(
         f"integrated gradients miss {gap:.0%} of what they should sum to: of output token {worst} "
         f"{change + details['convergence_delta'][worst]:.3g} for a change of {change:.3g} in log-probability. The path "
@@ -269,7 +273,7 @@ def _baseline(subject: ExplainedInput, explained: _Explained, baseline: Any) -> 
         )
     whole = subject.baseline_of(baseline)
     if subject.kind == "spectrogram":
-        whole = subject._frames_first(whole)
+        whole = subject.frames_first(whole)
     return whole[:, : start.shape[1]].contiguous()
 
 

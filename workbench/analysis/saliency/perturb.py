@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.saliency.explained_input import ExplainedInput, encoded
+from workbench.analysis.saliency.encoder_decoder import EncoderDecoderInput, encoded
+from workbench.analysis.saliency.explained_input import ExplainedInput
 from workbench.analysis.saliency.masks import Draw
 from workbench.analysis.saliency.scoring import scored
 from workbench.errors import WorkbenchError
@@ -38,7 +39,7 @@ class InputMasks:
         hidden = draw.hidden[:, self.cells[draw.granularity]]
         main = self.subject.masked(hidden, self.baseline)
         found = self.subject.log_probs(main, _decoder(self.subject, draw))
-        return scored(self.score, self.subject.reference, found, self.subject.targets)
+        return scored(self.score, self.subject, found)
 
 
 class EncoderMasks:
@@ -54,7 +55,7 @@ class EncoderMasks:
         baseline: "zero", "mean" (of the explained positions), or a vector [d_model].
     """
 
-    def __init__(self, subject: ExplainedInput, cells: Sequence[Tensor], baseline: Any, score: str) -> None:
+    def __init__(self, subject: EncoderDecoderInput, cells: Sequence[Tensor], baseline: Any, score: str) -> None:
         self.subject, self.cells, self.score = subject, cells, score
         self.frame = _frame(subject, baseline)
         self._own: list[tuple[Tensor, Tensor]] = []
@@ -65,7 +66,7 @@ class EncoderMasks:
     def __call__(self, draw: Draw) -> Tensor:
         """[mask, output token]."""
         found = self._run(self._hidden(draw), _decoder(self.subject, draw), cached=self.cached)
-        return scored(self.score, self.subject.reference, found, self.subject.targets)
+        return scored(self.score, self.subject, found)
 
     def _hidden(self, draw: Draw) -> Tensor:
         """[mask, encoder position], nothing of the padding."""
@@ -124,7 +125,7 @@ class EncoderMasks:
         return EncoderDecoderCache(DynamicCache(), cross)
 
 
-def _frame(subject: ExplainedInput, baseline: Any) -> Tensor:
+def _frame(subject: EncoderDecoderInput, baseline: Any) -> Tensor:
     """[1, 1, d_model] what a masked encoder position becomes."""
     states = subject.states
     if isinstance(baseline, Tensor):
@@ -142,7 +143,7 @@ def _frame(subject: ExplainedInput, baseline: Any) -> Tensor:
 
 def _decoder(subject: ExplainedInput, draw: Draw) -> Tensor | None:
     """[mask, position, d_model] decoder embeddings without the masked previous tokens; None if none are masked."""
-    if draw.tokens is None:
+    if draw.tokens is None or not isinstance(subject, EncoderDecoderInput):
         return None
     embedded = subject.embedded_decoder()
     gone = torch.zeros(len(draw.tokens), embedded.shape[1], dtype=torch.bool)

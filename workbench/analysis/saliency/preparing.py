@@ -1,31 +1,80 @@
-"""From a model's inputs to what is explained: one example is checked, its hypothesis decoded, the model measured."""
+"""From a model's inputs to what is explained: one example is checked, its outputs decoded, the model measured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.saliency.decoding import decode, special_ids, texts_of
-from workbench.analysis.saliency.explained_input import ExplainedInput, embedding_of
+from workbench.analysis.saliency.classifier import read_classifier
+from workbench.analysis.saliency.decoder_only import read_decoder
+from workbench.analysis.saliency.decoding import decode
+from workbench.analysis.saliency.encoder_decoder import EncoderDecoderInput
+from workbench.analysis.saliency.explained_input import ExplainedInput, check_embeddings, check_finite
+from workbench.analysis.saliency.main_input import (
+    EXTRAS,
+    check_unpadded,
+    extent_of,
+    longest,
+    main_input,
+    time_axis_of,
+)
+from workbench.analysis.saliency.token_names import check_vocabulary, ids_of, special_ids, texts_of
 from workbench.errors import WorkbenchError
 from workbench.inputs import decoder_start
+from workbench.tokens import visible
 
-EXTRAS = ("audio", "sampling_rate", "seconds_per_frame", "name", "reference")
-"""Entries of `inputs` that are not for the model: they are passed on to results and views."""
-_MAIN = {
-    "input_features": "spectrogram",
-    "pixel_values": "image",
-    "input_ids": "tokens",
-    "input_values": "samples",
-}
 _TARGETS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 _QUIET = 1e-6
 
 
 def prepare_input(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    hypothesis: str | int | Sequence[int] | Tensor | None = None,
+    prompt: Tensor | list[int] | None = None,
+    frames: int | None = None,
+    time_axis: int | None = None,
+    tokenizer: Any = None,
+    **decoding: Any,
+) -> ExplainedInput:
+    """Read one example: its input, its outputs (decoded unless given), and the unperturbed model's probabilities.
+
+    An encoder-decoder is explained by its hypothesis, a decoder by what it writes behind its prompt, and a model that
+    classifies by a class.
+
+    Args:
+        inputs: one example as the model takes it, [1, ...]; `EXTRAS` are left aside.
+        hypothesis: ids, or text, of the outputs; the number of a class.
+        prompt, frames, time_axis: of encoder-decoders, see `prepare_encoder_decoder`.
+        tokenizer: of the model, or its processor.
+        decoding: for `decode` or `continuation`.
+
+    Raises:
+        WorkbenchError: what the model is, or what it was given, cannot be explained; or what these refuse.
+    """
+    given = None if hypothesis is None else ids_of(tokenizer, hypothesis, "the hypothesis")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return prepare_encoder_decoder(
+            model, inputs, hypothesis=given, prompt=prompt, frames=frames, time_axis=time_axis, tokenizer=tokenizer,
+            **decoding,
+        )  # fmt: skip
+    unused = {"prompt": prompt, "frames": frames, "time_axis": time_axis}
+    for name, value in unused.items():
+        if value is not None:
+            raise WorkbenchError(
+                f"{name}= is of encoder-decoders, and {type(model).__name__} is none",
+                hint="the input itself is the prompt, and its attention_mask says what is padding",
+            )
+    plain = {name: value for name, value in inputs.items() if name not in EXTRAS}
+    found = read_classifier(model, plain, given, decoding)
+    return read_decoder(model, plain, given, decoding) if found is None else found
+
+
+def prepare_encoder_decoder(
     model: nn.Module,
     inputs: Mapping[str, Any],
     *,
@@ -35,8 +84,8 @@ def prepare_input(
     time_axis: int | None = None,
     tokenizer: Any = None,
     **decoding: Any,
-) -> ExplainedInput:
-    """Read one example: its input, its hypothesis (decoded unless given), and the unperturbed model's probabilities.
+) -> EncoderDecoderInput:
+    """Read one example of an encoder-decoder.
 
     Args:
         inputs: one example as the model takes it, [1, ...]; `EXTRAS` are left aside. Its `decoder_input_ids` or
@@ -59,31 +108,15 @@ def prepare_input(
             hint="pass a speech-to-text, translation or captioning model",
         )
     given = {name: value for name, value in inputs.items() if name not in EXTRAS and name not in _TARGETS}
-    name = next((known for known in _MAIN if given.get(known) is not None), None)
-    if name is None:
-        raise WorkbenchError(
-            f"there is no input to explain among {', '.join(given) or 'nothing'}",
-            hint=f"pass one of {', '.join(_MAIN)}, as the model's feature extractor or tokenizer makes them",
-        )
-    kind = _MAIN[name]
-    if kind == "samples":
-        raise WorkbenchError(
-            "raw samples are not explained", hint="saliency of the encoder's input needs a spectrogram"
-        )
-    main = torch.as_tensor(given[name])
-    rank = {"spectrogram": 3, "image": 4, "tokens": 2}[kind]
-    if main.dim() == rank - 1:
-        main = main[None]
-    if main.dim() != rank or len(main) != 1:
-        raise WorkbenchError(f"{name} should hold one example", shape=main.shape, hint="pass utterances one by one")
+    name, kind, main = main_input(given)
     parameter = next(model.parameters())
     main = main.to(parameter.device)
     mask = given.get("attention_mask")
     rest: dict[str, Tensor] = {}
     axis = 1
     if kind == "spectrogram":
-        axis = _time_axis(config, main) if time_axis is None else time_axis
-        limit = _longest(config)
+        axis = time_axis_of(config, main) if time_axis is None else time_axis
+        limit = longest(config)
         if limit is not None and main.shape[axis] > limit:
             raise WorkbenchError(
                 f"the audio has {main.shape[axis]} frames, the model takes {limit}",
@@ -97,9 +130,9 @@ def prepare_input(
                 hint="let the model's feature extractor pad them, and pass its attention_mask",
             )
         main = main.to(parameter.dtype)
-        extent = _extent(frames, mask, main.shape[axis])
+        extent = extent_of(frames, mask, main.shape[axis])
         if frames is None and mask is None:
-            _check_unpadded(main if axis == 1 else main.transpose(1, 2))
+            check_unpadded(main if axis == 1 else main.transpose(1, 2))
         cells = main[:, :extent] if axis == 1 else main[:, :, :extent]
         if float(cells.float().std(correction=0)) < _QUIET:
             raise WorkbenchError(
@@ -108,21 +141,25 @@ def prepare_input(
         if mask is not None and getattr(config, "model_type", "") != "whisper":
             rest["attention_mask"] = torch.as_tensor(mask).to(main.device).view(1, -1)
     elif kind == "tokens":
-        if main.shape[1] == 0:
-            raise WorkbenchError("the input text is empty", shape=main.shape)
         rest["attention_mask"] = torch.ones_like(main) if mask is None else torch.as_tensor(mask).to(main).view(1, -1)
-        extent = _extent(frames, rest["attention_mask"], main.shape[1])
+        extent = extent_of(frames, rest["attention_mask"], main.shape[1])
     else:
         main, extent = main.to(parameter.dtype), main.shape[2]
-    subject = ExplainedInput(model, name, kind, main, rest, axis, extent, _prompt(model, prompt, parameter.device))
+    subject = EncoderDecoderInput(
+        model, name, kind, main, rest, axis, extent, prompt=_prompt(model, prompt, parameter.device)
+    )
     with torch.no_grad():
         if kind == "tokens":
-            subject.main = embedding_of(model.get_encoder())(main)  # type: ignore[operator]
+            subject.ids = main[0]
+            subject.main = subject.embedding()(main)
         subject.states = subject.encode(subject.main)
         targets = _given_targets(inputs, subject.prompt) if hypothesis is None else torch.as_tensor(hypothesis)
         if targets is None:
             targets = decode(subject, subject.states, **decoding)[0]
         subject.targets = targets.to(parameter.device).long().flatten()
+        size = getattr(getattr(config, "decoder", None), "vocab_size", None) or getattr(config, "vocab_size", None)
+        if isinstance(size, int):
+            check_vocabulary("the hypothesis", subject.targets, size)
         specials = special_ids(model, tokenizer)
         if not len(subject.targets) or all(int(i) in specials for i in subject.targets):
             what = " ".join(texts_of(tokenizer, subject.targets)) or "nothing"
@@ -130,63 +167,12 @@ def prepare_input(
                 f"the hypothesis is empty: the model says {what[:80]}, which holds no word, about this input",
                 hint="pass hypothesis= to explain a text of your own, or leave this input out",
             )
-        subject.reference = subject.log_probs(subject.main)[0]
+        subject.reference = check_finite(subject.log_probs(subject.main)[0])
         if kind == "tokens":
-            _check_embeddings(subject, main)
-    if not subject.reference.isfinite().all():
-        raise WorkbenchError("the model's probabilities for this input are not finite")
+            given_ids = {"input_ids": main, **subject.rest, "decoder_input_ids": subject.decoder_ids}
+            direct = subject.scored(model(**given_ids, use_cache=False).logits)[0]
+            check_embeddings(direct, subject.reference, "explain the encoder's output with method='encoder_output'")
     return subject
-
-
-def _time_axis(config: Any, main: Tensor) -> int:
-    """Which axis of [1, a, b] is time: the one that is not the number of mel bins."""
-    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
-    owners = (config, getattr(config, "encoder", None))
-    bins = next((getattr(o, n) for o in owners for n in names if isinstance(getattr(o, n, None), int)), None)
-    fits = [axis for axis in (1, 2) if main.shape[3 - axis] == bins]
-    if len(fits) == 2 and getattr(config, "model_type", "") == "whisper":
-        return 2
-    if len(fits) != 1:
-        raise WorkbenchError(
-            f"which axis of the features is time cannot be told ({bins} mel bins)",
-            shape=main.shape,
-            hint="pass time_axis=1 or time_axis=2",
-        )
-    return fits[0]
-
-
-def _longest(config: Any) -> int | None:
-    """Most input frames that the model takes; Whisper's convolutions halve them."""
-    if getattr(config, "model_type", "") == "whisper":
-        return 2 * int(config.max_source_positions)
-    return None
-
-
-def _extent(frames: int | None, mask: Any, length: int) -> int:
-    extent = length
-    if frames is not None:
-        extent = frames
-    elif mask is not None:
-        extent = int(torch.as_tensor(mask).flatten().nonzero().max()) + 1 if torch.as_tensor(mask).any() else 0
-    if not 1 <= extent <= length:
-        raise WorkbenchError(f"{extent} of {length} positions cannot be explained", hint="check frames= and the mask")
-    return extent
-
-
-def _check_unpadded(spectrogram: Tensor) -> None:
-    """Refuse a spectrogram [1, time, frequency] that ends in equal frames, as padding is, when no mask tells of it."""
-    frames = spectrogram[0]
-    other = (frames != frames[-1]).any(1).nonzero()
-    sound = int(other.max()) + 1 if len(other) else 0
-    padding = len(frames) - sound
-    if sound and padding > 1:
-        raise WorkbenchError(
-            f"the last {padding:,} of {len(frames):,} frames are all the same, as padding is, and no mask tells which "
-            "hold sound",
-            shape=spectrogram.shape,
-            hint="let the feature extractor return_attention_mask=True and pass it, or say frames=: "
-            f"{sound} without them, {len(frames)} with them",
-        )
 
 
 def _prompt(model: nn.Module, prompt: Tensor | list[int] | None, device: torch.device) -> Tensor:
@@ -212,11 +198,27 @@ def _given_targets(inputs: Mapping[str, Any], prompt: Tensor) -> Tensor | None:
     return ids[n:] if torch.equal(ids[:n].cpu(), prompt.cpu()) else ids
 
 
-def _check_embeddings(subject: ExplainedInput, ids: Tensor) -> None:
-    direct = subject.model(input_ids=ids, **subject.rest, decoder_input_ids=subject.decoder_ids, use_cache=False).logits
-    off = float((subject._scored(direct)[0] - subject.reference).abs().max())
-    if off > 1e-3:
+def against(subject: ExplainedInput, contrast: Any, tokenizer: Any) -> None:
+    """Hold the outputs of an example against others: as many ids, or a text of as many tokens; None for none.
+
+    Raises:
+        WorkbenchError: another number of ids, one outside the vocabulary, or one that is the output itself.
+    """
+    if contrast is None:
+        return
+    ids = ids_of(tokenizer, contrast, "the contrast").to(subject.targets.device)
+    if len(ids) != len(subject.targets):
         raise WorkbenchError(
-            f"embeddings passed by hand change the model's log-probabilities by {off:.1e}",
-            hint="the encoder treats token ids in a way of its own; explain its output with method='encoder_output'",
+            f"the contrast has {len(ids)} tokens, what it is held against {len(subject.targets)}",
+            hint="pass as many; decoding={'max_new_tokens': 1} lets a decoder write one token",
         )
+    check_vocabulary("the contrast", ids, subject.reference.shape[1])
+    same = (ids == subject.targets).nonzero()[:, 0]
+    if len(same):
+        k = int(same[0])
+        name = subject.own_texts(ids[k : k + 1], tokenizer)[0]
+        raise WorkbenchError(
+            f"contrast and output {k} are the same, {visible(name)!r} ({int(ids[k])})",
+            hint="put what both share into the prompt, and contrast where they differ",
+        )
+    subject.contrast = ids

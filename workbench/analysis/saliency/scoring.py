@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench.analysis.saliency.explained_input import ExplainedInput
 from workbench.errors import WorkbenchError
 
 SCORES = ("kl", "probability", "log_probability")
@@ -17,20 +18,36 @@ def check_score(score: str) -> str:
     return score
 
 
-def scored(score: str, reference: Tensor, perturbed: Tensor, targets: Tensor) -> Tensor:
+def score_for(score: str | None, contrasted: bool) -> str:
+    """The name that was given or that suits: divergences tell nothing of one output against another.
+
+    Raises:
+        WorkbenchError: no such score, or "kl" with a contrast.
+    """
+    if score is None:
+        return "log_probability" if contrasted else "kl"
+    if contrasted and check_score(score) == "kl":
+        raise WorkbenchError(
+            "a KL divergence is of all outputs, not of one rather than another", hint='pass score="log_probability"'
+        )
+    return check_score(score)
+
+
+def scored(score: str, subject: ExplainedInput, perturbed: Tensor) -> Tensor:
     """[batch, output token] the score of each perturbed run.
 
     "kl" is Σ_v P(v) (ln P(v) − ln P_m(v)), original against perturbed, in nats, at least 0; "probability" the drop
-    P(y) − P_m(y) of the output token y; "log_probability" the drop of its logarithm.
+    P(y) − P_m(y) of the output token y; "log_probability" the drop of its logarithm. With a contrast y' they are drops
+    of P(y) − P(y') and of ln P(y) − ln P(y').
 
     Args:
-        reference: [output token, vocabulary] ln P. perturbed: [batch, output token, vocabulary] ln P_m.
-        targets: [output token] ids y.
+        perturbed: [batch, output token, vocabulary] ln P_m.
     """
+    reference = subject.reference
     if score == "kl":
         off = torch.where(reference.isneginf(), 0.0, reference - perturbed)
         return torch.einsum("kv,bkv->bk", reference.exp(), off).clamp(min=0)
-    index = targets[None, :, None].expand(len(perturbed), -1, 1)
-    own = perturbed.gather(2, index)[..., 0]
-    clean = reference.gather(1, targets[:, None])[:, 0]
-    return clean.exp() - own.exp() if score == "probability" else clean - own
+    probability = score == "probability"
+    return subject.score_of(reference[None], probability=probability) - subject.score_of(
+        perturbed, probability=probability
+    )

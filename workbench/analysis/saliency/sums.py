@@ -77,21 +77,37 @@ class Sums:
             self.token_squares += (weighted * s).T @ y
         self.done += len(scores)
 
-    def maps(self, segments: Sequence[Tensor], *, exact: bool) -> tuple[Tensor, Tensor]:
+    def maps(self, segments: Sequence[Tensor], *, exact: bool, visible: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """The map and its standard error, both [output token, position...] in float64.
 
         S = Σ_m Z_m s_m / Σ_m Z_m, over the masks of all granularities that hide the cell (SPES); 0 where none does. The
         error is that of a mean of independent scores, √(Σ Z (s − S)² / (N (N − 1))) with N = Σ Z; inf where fewer than
-        two masks hide the cell, 0 for an enumeration.
+        two masks hide the cell, 0 for an enumeration. Where output k sees the first visible[k] positions alone, both
+        are 0 at the others.
         """
         counts = _over(self.counts, segments)
         scores, squares = _over(self.scores, segments), _over(self.squares, segments)
-        return _mean_and_error(counts, scores, squares, exact=exact)
+        mean, error = _mean_and_error(counts, scores, squares, exact=exact)
+        hidden = ~seen(visible, mean)
+        return mean.masked_fill(hidden, 0.0), error.masked_fill(hidden, 0.0)
 
     def token_maps(self) -> tuple[Tensor, Tensor]:
         """The same for previous output tokens, [output token, output token], zero on and above the diagonal."""
         mean, error = _mean_and_error(self.token_counts, self.token_scores, self.token_squares, exact=False)
         return mean.tril(-1), error.tril(-1)
+
+
+def seen(visible: Sequence[int], maps: Tensor) -> Tensor:
+    """[output token, position...] of a map's cells, whether the output can depend on them; all if `visible` is empty.
+
+    >>> seen((1, 2), torch.zeros(2, 2)).tolist()
+    [[True, False], [True, True]]
+    """
+    if not len(visible):
+        return torch.ones_like(maps, dtype=torch.bool)
+    limits = torch.tensor(visible, device=maps.device)
+    below = torch.arange(maps.shape[1], device=maps.device) < limits[:, None]
+    return below.view(*below.shape, *[1] * (maps.dim() - 2)).expand_as(maps)
 
 
 def _over(sums: Sequence[Tensor], segments: Sequence[Tensor]) -> Tensor:

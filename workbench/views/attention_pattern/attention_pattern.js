@@ -217,7 +217,7 @@ class Patterns {
     this.top = tops[0];
     const unseen = rgbOf(this.frame.colour("unseen"));
     this.maps.forEach((map, i) => {
-      const table = Array.from({ length: 256 }, (_, byte) => (byte ? colourAt(this.place(weightOf(byte), tops[i])) : unseen));
+      const table = Array.from({ length: 256 }, (_, byte) => (byte ? colourAt(this.place(weightOf(byte), tops[i]), this.frame.theme) : unseen));
       map.setColours(table, this.hide ? Math.floor(this.site.firstKey / this.site.block) : -1);
       map.draw();
     });
@@ -243,7 +243,7 @@ class Patterns {
     const what = site.weights === "normalised" ? (this.facts.variants[this.variant] === "raw" ? "weight" : "weight × ‖v‖, per row") : "|A| / Σ|A|";
     const scaled = { linear: "", sqrt: ", square-root scale", log: `, logarithmic from ${LOWEST}` }[this.scale];
     const notes = [make("span", {}, `${what}${scaled}${own ? ", of each head's own largest" : ""}`), make("span", { class: "swatch" }, "not visible to the query")];
-    this.scaleBox.replaceChildren(legend(gradient(colourAt), ticks, ...notes));
+    this.scaleBox.replaceChildren(legend(gradient(colourAt, this.frame.theme), ticks, ...notes));
     const { firstKey, keys } = site;
     const mass = this.meanOnFirst();
     const who = named(this.keyToken(firstKey), firstKey, 14);

@@ -22,7 +22,7 @@ export class QueryRow {
     const rows = shown.map((each) => {
       const bar = make("i");
       bar.style.width = `${(100 * each.weight).toFixed(2)}%`;
-      bar.style.backgroundColor = css(colourAt(view.place(each.weight, view.top)));
+      bar.style.backgroundColor = css(colourAt(view.place(each.weight, view.top), view.frame.theme));
       const name = make("bdi", {}, cut(view.keyToken(each.key) ?? "–", 16));
       const line = make("tr", { class: each.key === key ? "chosen" : null }, make("td", { class: "n" }, `${each.key}`), make("td", {}, name), make("td", { class: "n" }, exactly(each.weight)), make("td", { class: "length" }, bar));
       return line;
@@ -52,7 +52,7 @@ export class QueryRow {
       keys.forEach(({ key, weight }, i) => {
         const y = 14 + 18 * i;
         ink.lineWidth = 0.5 + 8 * weight;
-        ink.strokeStyle = css(colourAt(view.place(weight, view.top)));
+        ink.strokeStyle = css(colourAt(view.place(weight, view.top), view.frame.theme));
         ink.beginPath();
         ink.moveTo(from, y);
         ink.bezierCurveTo((from + to) / 2, y, (from + to) / 2, height / 2, to, height / 2);

@@ -61,7 +61,7 @@ export class Strips {
         const key = Number(span.dataset.at);
         const weight = exact.get(key) ?? (view.site.block > 1 ? 0 : view.cell(view.head, query, key).weight);
         const put = view.hide && key === view.site.firstKey;
-        const rgb = Number.isNaN(weight) || put ? null : colourAt(view.place(weight, view.top));
+        const rgb = Number.isNaN(weight) || put ? null : colourAt(view.place(weight, view.top), view.frame.theme);
         span.style.backgroundColor = rgb ? css(rgb) : view.frame.colour("unseen");
         span.style.color = rgb ? inkOn(rgb) : view.frame.colour("ink");
         span.setAttribute("aria-selected", `${key === chosen}`);

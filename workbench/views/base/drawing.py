@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 from workbench.errors import ReportError
 from workbench.tokens import visible_text
+from workbench.views.base import scales
 
 THEMES = {
     "light": {"paper": "#ffffff", "ink": "#1c2127", "muted": "#59636e", "line": "#d8dde3"},
@@ -58,7 +59,7 @@ def _style(theme: str) -> Any:
         "ytick.labelcolor": colours["ink"],
         "grid.color": colours["line"],
         "legend.frameon": False,
-        "image.cmap": "viridis",
+        "image.cmap": scales.sequential_name(theme),
         "image.interpolation": "nearest",
         "svg.hashsalt": "workbench",
         "pdf.fonttype": 42,  # TrueType, which journals ask for
@@ -157,7 +158,8 @@ def _fewer(picture: io.BytesIO, colours: int) -> bytes:
 
 _STILL = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string("""\
 <style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .workbench-still:not([hidden])){display:none}</style>
-<figure class="workbench-still" id="{{ identity }}" style="margin:0">
+<figure class="workbench-still" id="{{ identity }}" style="margin:0;padding:10px 12px;width:fit-content;max-width:100%;\
+box-sizing:border-box;border:1px solid #d8dde3;border-radius:8px;background:#fff;color:#1c2127;color-scheme:light">
 <figcaption><b>{{ title }}</b> {{ caption }}</figcaption>
 <img alt="{{ title }}. {{ caption }}" style="max-width:100%" src="data:image/png;base64,{{ picture }}">
 {% if rows %}

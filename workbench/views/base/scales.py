@@ -7,6 +7,23 @@ from typing import Any
 import numpy as np
 
 
+def sequential(theme: str | None = None) -> Any:
+    """The map for values from 0 on; 0 is close to the background of the theme, by default that of the picture."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("workbench", _SEQUENTIAL[theme or ("dark" if _is_dark() else "light")])
+
+
+def sequential_name(theme: str) -> str:
+    """The name under which matplotlib knows it: settings take no map itself."""
+    import matplotlib as mpl
+
+    name = f"workbench-{theme}"
+    if name not in mpl.colormaps:
+        mpl.colormaps.register(sequential(theme), name=name)
+    return name
+
+
 def diverging() -> Any:
     """The map for signed values; its middle is the background of the theme."""
     from matplotlib.colors import LinearSegmentedColormap
@@ -14,6 +31,11 @@ def diverging() -> Any:
     return LinearSegmentedColormap.from_list("workbench", _DIVERGING["dark" if _is_dark() else "light"])
 
 
+_RISING = {
+    "light": "f7f7f4 e3eef0 c4e2e4 9bd1d4 6fbcc6 4aa3bb 3587ad 2f6a9e 324c8a 352f6d 2a1548 1a0a2e",
+    "dark": "1c2029 29285a 38468a 33638d 2c728e 26828e 21918c 1f9f88 27ad81 3dbc74 5cc863 81d34d aadc32 d5e21a fde725",
+}
+_SEQUENTIAL = {theme: [f"#{stop}" for stop in stops.split()] for theme, stops in _RISING.items()}
 _STOPS = {
     "light": "1b2f63 24509b 3b7cbf 7fb0d9 c2dcec f4f4f2 f6d0b4 e69b72 cc5f45 a12b33 681221",
     "dark": "a6d4ff 6fb0ea 3f86c6 275a8f 1d3856 24262b 52261f 8c3b2b c25c3d ec9165 ffcba4",
@@ -84,7 +106,7 @@ def colours(values: Any, *, signed: bool) -> list[str]:
     import matplotlib as mpl
 
     low, high = limits(values, signed=signed)
-    scale = diverging() if signed else mpl.colormaps["viridis"]
+    scale = diverging() if signed else sequential()
     places = (np.asarray(values, dtype=float) - low) / (high - low)
     return [unseen_colour() if np.isnan(at) else mpl.colors.to_hex(scale(float(at))) for at in places]
 

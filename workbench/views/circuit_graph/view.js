@@ -178,7 +178,7 @@ export class CircuitView {
   }
 
   scaleAt(share) {
-    return this.facts.signed ? divergingAt(share, this.frame.theme) : colourAt(share);
+    return this.facts.signed ? divergingAt(share, this.frame.theme) : colourAt(share, this.frame.theme);
   }
 
   /** Of a node that is at the end of edges but no item itself. */

@@ -89,7 +89,7 @@ class CircuitGraph(PinnedView):
         scores = self.spec.blocks["node_scores"][0]
         inner = [s for s, node in zip(scores, nodes, strict=True) if node["kind"] != "input"]
         low, high = scales.limits(inner, signed=facts["signed"])
-        scale = scales.diverging() if facts["signed"] else mpl.colormaps["viridis"]
+        scale = scales.diverging() if facts["signed"] else scales.sequential()
         inside = shown.edges_in
         if shown.level == "node" and shown is not self.circuit:
             readers = np.isin([receiver["node"] for receiver in facts["receivers"]], self._ends(shown))

@@ -69,8 +69,8 @@ class Compare {
       const code = (value) => (Number.isNaN(value) ? 0 : signed ? 128 + Math.round(127 * bend(value / tops[i])) : 1 + Math.round(254 * bend(value / tops[i])));
       map.size = signed ? (byte) => (byte ? Math.abs(byte - 128) : -1) : (byte) => byte;
       map.levels = [{ cells: Uint8Array.from(this.values[i], code), rows: this.rows, columns: this.columns }];
-      const at = signed ? (t) => divergingAt(2 * t - 1, this.frame.theme) : colourAt;
-      map.setColours(Array.from({ length: 256 }, (_, byte) => (byte === 0 ? unseen : signed ? divergingAt((byte - 128) / 127, this.frame.theme) : colourAt((byte - 1) / 254))));
+      const at = signed ? (t) => divergingAt(2 * t - 1, this.frame.theme) : (t) => colourAt(t, this.frame.theme);
+      map.setColours(Array.from({ length: 256 }, (_, byte) => (byte === 0 ? unseen : signed ? divergingAt((byte - 128) / 127, this.frame.theme) : colourAt((byte - 1) / 254, this.frame.theme))));
       map.draw();
       const back = (t) => (this.scale === "sqrt" ? Math.sign(t) * t * t : t) * tops[i];
       const ticks = signed ? [0, 0.5, 1].map((t) => [t, roughly(back(2 * t - 1))]) : [0, 0.5, 1].map((t) => [t, roughly(back(t))]);

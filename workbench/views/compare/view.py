@@ -53,7 +53,7 @@ class Compare(View):
         low, high = scales.limits(np.concatenate([a.ravel(), b.ravel()]), signed=facts["signed"])
         ends = scales.limits(a - b, signed=True)
         panels = figure.subplots(1, 3, sharex=True, sharey=True)
-        sequential = scales.diverging() if facts["signed"] else "viridis"
+        sequential = scales.diverging() if facts["signed"] else scales.sequential()
         shown = [(a, labels[0], sequential, (low, high)), (b, labels[1], sequential, (low, high))]
         shown.append((a - b, f"{labels[0]} − {labels[1]}", scales.diverging(), ends))
         edges = (-0.5, facts["size"][1] - 0.5, facts["size"][0] - 0.5, -0.5)

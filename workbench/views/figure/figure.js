@@ -117,7 +117,7 @@ class Chart {
   }
 
   scale(kind) {
-    const at = kind === "diverging" ? (t) => divergingAt(2 * t - 1, this.frame.theme) : colourAt;
+    const at = kind === "diverging" ? (t) => divergingAt(2 * t - 1, this.frame.theme) : (t) => colourAt(t, this.frame.theme);
     return Array.from({ length: 33 }, (_, i) => [i / 32, css(at(i / 32)).replaceAll(" ", ",")]);
   }
 

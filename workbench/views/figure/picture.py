@@ -18,6 +18,7 @@ from workbench.views.figure.traces import axis, errors_of, numbers, positions, t
 _DASHES = {"dot": ":", "dash": "--", "longdash": (0, (8, 3)), "dashdot": "-.", "longdashdot": (0, (8, 3, 2, 3))}
 _STEPS = {"hv": "steps-post", "vh": "steps-pre", "hvh": "steps-mid", "vhv": "steps-mid"}
 _MOST_LABELS = 30  # on one axis
+_WRITTEN = re.compile(r"%\{z:?([^}]*)\}")  # in the cells of a heatmap
 _RGB = re.compile(r"rgba?\(([^)]*)\)")
 Trace = Mapping[str, Any]
 
@@ -321,7 +322,7 @@ def _map_of(colours: Any, kind: str | None) -> Any:
     if kind == "diverging":
         made = scales.diverging()
     elif not isinstance(colours, list):
-        made = mpl.colormaps["viridis"]
+        made = scales.sequential()
     else:
         stops = [(float(at), mpl.colors.to_rgba(colour_of(colour))) for at, colour in colours]
         made = LinearSegmentedColormap.from_list("own", stops)
@@ -346,6 +347,20 @@ def _heatmap(panel: _Panel, trace: Trace, colour: str, kind: str | None) -> None
         bar.outline.set_visible(False)
         bar.set_label(title_of(trace.get("colorbar", shared.get("colorbar", {}))))
     panel.axes.set_facecolor(scales.unseen_colour())
+    written = _WRITTEN.fullmatch(trace.get("texttemplate", ""))
+    if written:
+        _write(panel, xs, ys, z, cells, written[1])
+
+
+def _write(panel: _Panel, xs: Array, ys: Array, z: Array, cells: Any, form: str) -> None:
+    """The number of each cell that is known, in ink that can be read on its colour."""
+    import matplotlib as mpl
+
+    for (row, column), value in np.ndenumerate(z):
+        if np.isfinite(value):
+            ink = scales.ink_on(mpl.colors.to_hex(cells.cmap(cells.norm(value))))
+            text = f"{value:{form}}".replace("-", "−")
+            panel.axes.text(xs[column], ys[row], text, ha="center", va="center", fontsize=8, color=ink)
 
 
 def _edges(middles: Array, n: int) -> Array:

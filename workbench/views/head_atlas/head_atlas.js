@@ -5,7 +5,7 @@ import { button, exactly, legend, make, moved, roughly, roving } from "workbench
 import { open } from "workbench/shared/frame.js";
 import { ceiling, greatest } from "workbench/shared/scales.js";
 
-const RANKED = 40;
+const RANKED = 40; // heads that are added to the list at a time
 
 export async function render({ model, el }) {
   const frame = await open({ model, el });
@@ -23,10 +23,17 @@ class Atlas {
     this.scale = make("div");
     this.ranking = make("ol", { class: "ranking", "aria-label": "Heads by value, highest first" });
     roving(this.ranking);
+    this.ranked = RANKED;
+    this.counted = make("span");
+    this.grow = button("Show more", () => {
+      this.ranked += RANKED;
+      this.rank();
+    });
+    const more = make("p", { class: "where" }, this.counted, " ", this.grow);
     const maps = make("div", { class: "maps" });
     this.grids = this.facts.groups.map((group, i) => new Grid(this, group, maps, i));
     const left = make("div", {}, maps, this.scale);
-    frame.body.append(this.meaning, make("div", { class: "columns" }, left, this.ranking));
+    frame.body.append(this.meaning, make("div", { class: "columns" }, left, make("div", {}, this.ranking, more)));
     this.buildControls();
     frame.offerPicture(() => this.grids[0].canvas);
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the heads"], ["Enter", "choose the head in every view"], ["Shift + Enter", "add it, or take it away"], ["[ ] , .", "layer and head up or down"], ["Esc", "choose none"]]);
@@ -83,7 +90,7 @@ class Atlas {
   }
 
   colour(value) {
-    return this.about.signed ? divergingAt(value / this.top, this.frame.theme) : colourAt(value / this.top);
+    return this.about.signed ? divergingAt(value / this.top, this.frame.theme) : colourAt(value / this.top, this.frame.theme);
   }
 
   draw() {
@@ -99,7 +106,7 @@ class Atlas {
     if (!this.about) return this.scale.replaceChildren();
     const { label, unit, signed } = this.about;
     const ticks = signed ? [[0, -this.top], [0.5, 0], [1, this.top]] : [[0, 0], [0.5, this.top / 2], [1, this.top]];
-    const at = signed ? (t) => divergingAt(2 * t - 1, this.frame.theme) : colourAt;
+    const at = signed ? (t) => divergingAt(2 * t - 1, this.frame.theme) : (t) => colourAt(t, this.frame.theme);
     const said = make("span", {}, unit === "mass" ? `${label}, share of a row` : unit ? `${label}, ${unit}` : label);
     const unknown = make("span", { class: "swatch" }, "not known");
     this.scale.replaceChildren(legend(gradient(at), ticks.map(([place, value]) => [place, roughly(value)]), said, unknown));
@@ -109,7 +116,7 @@ class Atlas {
     const heads = this.grids.flatMap((grid) => grid.heads()).map((head) => ({ ...head, value: this.value(head.index) }));
     const known = heads.filter(({ value }) => Number.isFinite(value)).sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
     const { layer, heads: chosen } = this.frame.selection;
-    const rows = known.slice(0, RANKED).map((head) => {
+    const rows = known.slice(0, this.ranked).map((head) => {
       const bar = make("i");
       bar.style.width = `${Math.min(100, (100 * Math.abs(head.value)) / this.top)}%`;
       bar.style.backgroundColor = css(this.colour(head.value));
@@ -120,6 +127,9 @@ class Atlas {
     });
     this.ranking.hidden = !rows.length;
     this.ranking.replaceChildren(...rows);
+    const left = known.length - rows.length;
+    this.counted.textContent = !rows.length ? "" : left ? `${rows.length} of ${known.length.toLocaleString("en")} heads` : known.length > 1 ? `all ${known.length.toLocaleString("en")} heads` : "";
+    this.grow.hidden = left <= 0;
   }
 
   sentence(grid, row, column) {

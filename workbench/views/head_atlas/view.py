@@ -51,7 +51,7 @@ class HeadAtlas(View):
             grid = np.full((len(group["sites"]), max(site["heads"] for site in group["sites"])), np.nan)
             for row, site in enumerate(group["sites"]):
                 grid[row, : site["heads"]] = shown[site["start"] : site["start"] + site["heads"]]
-            scale = scales.diverging() if about["signed"] else "viridis"
+            scale = scales.diverging() if about["signed"] else scales.sequential()
             image = panel.imshow(grid, cmap=scale, vmin=low, vmax=high, aspect="auto")
             panel.set_facecolor(scales.unseen_colour())
             panel.set(title=group["label"], xlabel="head")

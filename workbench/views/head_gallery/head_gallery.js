@@ -5,6 +5,7 @@ import { colourAt, gradient } from "workbench/shared/colour.js";
 import { button, exactly, legend, make, moved, roughly } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { beside, drawMap, largestOf, outline, tileWidth } from "workbench/shared/maps.js";
+import { ceiling } from "workbench/shared/scales.js";
 
 const LARGE = 320;
 
@@ -191,16 +192,15 @@ class Gallery {
   // Drawing.
 
   draw() {
-    this.top = largestOf(this.frame.blocks.maps.data);
+    this.top = ceiling(largestOf(this.frame.blocks.maps.data));
     const most = Math.max(...this.facts.groups.map(({ members, mean }) => members.length + (mean === null ? 0 : 1)));
     const room = this.frame.body.clientWidth - (matchMedia("(max-width: 760px)").matches ? 0 : 358);
     const width = tileWidth(room, Math.min(most, 16));
     const height = this.rows === 1 ? Math.round(width / 2) : Math.round(Math.min(width * 1.4, (width * this.rows) / this.columns));
-    const unseen = this.frame.colour("unseen");
     for (const { canvas, pressed, head, values } of this.tiles) {
       const ink = prepare(canvas, width, height);
       const box = { x: 0, y: 0, width, height };
-      drawMap(ink, values, this.rows, this.columns, this.shared ? this.top : largestOf(values), box, unseen);
+      drawMap(ink, values, this.rows, this.columns, this.shared ? this.top : ceiling(largestOf(values)), box, this.frame);
       if (!pressed) continue;
       pressed.setAttribute("aria-pressed", `${this.isChosen(head)}`);
       pressed.tabIndex = head === this.head ? 0 : -1;
@@ -222,8 +222,8 @@ class Gallery {
     const ink = prepare(this.large, room, height + top + bottom);
     this.box = { x: left, y: top, width, height };
     const values = this.part("maps", this.head);
-    const most = this.shared ? this.top : largestOf(values);
-    drawMap(ink, values, this.rows, this.columns, most, this.box, this.frame.colour("unseen"));
+    const most = this.shared ? this.top : ceiling(largestOf(values));
+    drawMap(ink, values, this.rows, this.columns, most, this.box, this.frame);
     this.large.setAttribute("aria-label", `Map of ${this.facts.heads[this.head].label}: ${this.facts.axes.rows} down, ${this.facts.axes.columns} across. Arrow keys move.`);
     Object.assign(this.large.dataset, { ...this.box });
     this.labels(ink, most);
@@ -258,9 +258,9 @@ class Gallery {
 
   drawLegend() {
     if (this.rows === 1) return this.scale.replaceChildren();
-    const top = this.shared ? this.top : largestOf(this.part("maps", this.head));
+    const top = this.shared ? this.top : ceiling(largestOf(this.part("maps", this.head)));
     const ticks = [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]];
-    this.scale.replaceChildren(legend(gradient(colourAt), ticks, make("span", {}, this.facts.axes.value)));
+    this.scale.replaceChildren(legend(gradient(colourAt, this.frame.theme), ticks, make("span", {}, this.facts.axes.value)));
   }
 
   drawNumbers() {

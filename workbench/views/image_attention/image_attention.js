@@ -5,6 +5,7 @@ import { colourAt, css, gradient } from "workbench/shared/colour.js";
 import { button, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { beside, largestOf, outline, tileWidth } from "workbench/shared/maps.js";
+import { ceiling } from "workbench/shared/scales.js";
 
 const LARGE = 320;
 const DIMMED = "rgb(20 22 26 / 0.45)"; // over the image, so that weights are brighter than anything in it
@@ -262,11 +263,12 @@ class Images {
 
   // Drawing.
 
+  /** The round end of the scale that all maps share. */
   get top() {
     let top = 0;
     for (let i = 0; i < this.facts.heads.length; i++) top = Math.max(top, largestOf(this.onPatches(this.image, i)));
     for (let i = 0; i < this.facts.images.length; i++) top = Math.max(top, largestOf(this.onPatches(i, this.head)));
-    return top;
+    return ceiling(top);
   }
 
   draw() {
@@ -311,7 +313,7 @@ class Images {
       ink.fillRect(0, 0, width, height);
     }
     const weights = this.onPatches(image, head);
-    const top = this.most ?? largestOf(weights);
+    const top = this.most ?? ceiling(largestOf(weights));
     for (let row = 0; row < this.rows; row++) {
       for (let column = 0; column < this.columns; column++) {
         const share = Math.min(1, weights[row * this.columns + column] / top);
@@ -325,7 +327,7 @@ class Images {
 
   /** Over an image a weight is a glow that grows denser with it; alone it is a colour. */
   colour(share) {
-    return this.over === "weights" ? css(colourAt(share)) : `rgb(${GLOW.join(" ")} / ${(0.92 * share).toFixed(3)})`;
+    return this.over === "weights" ? css(colourAt(share, this.frame.theme)) : `rgb(${GLOW.join(" ")} / ${(0.92 * share).toFixed(3)})`;
   }
 
   drawLarge() {
@@ -341,9 +343,9 @@ class Images {
 
   drawLegend() {
     if (this.over === "image") return this.scale.replaceChildren();
-    const top = this.most ?? largestOf(this.onPatches(this.image, this.head));
+    const top = this.most ?? ceiling(largestOf(this.onPatches(this.image, this.head)));
     const said = make("span", {}, this.shared ? "weight; one scale for all" : "weight; each small map goes to its own largest");
     const glow = (share) => GLOW.map((c) => Math.round(70 + (c - 70) * 0.92 * share));
-    this.scale.replaceChildren(legend(gradient(this.over === "both" ? glow : colourAt), [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]], said));
+    this.scale.replaceChildren(legend(gradient(this.over === "both" ? glow : colourAt, this.frame.theme), [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]], said));
   }
 }

@@ -75,7 +75,7 @@ class OverlapMatrix {
       cell.setAttribute("aria-label", `${this.names[i]} and ${this.names[j]}: ${label} ${exactly(value)}`);
       cell.setAttribute("aria-pressed", chosen);
       cell.tabIndex = chosen ? 0 : -1;
-      Object.assign(cell.style, { background: css(colourAt(value)), color: inkOn(colourAt(value)) });
+      Object.assign(cell.style, { background: css(colourAt(value, this.frame.theme)), color: inkOn(colourAt(value, this.frame.theme)) });
     });
   }
 }

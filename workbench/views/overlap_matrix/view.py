@@ -52,9 +52,9 @@ class OverlapMatrix(OverlapGraph):
         top = 0.7 + 0.28 * len(names)
         figure.set_size_inches(WIDTH, tall + top)
         upper, lower = figure.subplots(2, 1, height_ratios=[top, tall])
-        upper.imshow(values[which], vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        upper.imshow(values[which], vmin=0, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(values[which]):
-            ink = scales.ink_on(mpl.colors.to_hex(mpl.colormaps["viridis"](float(np.nan_to_num(value)))))
+            ink = scales.ink_on(mpl.colors.to_hex(scales.sequential()(float(np.nan_to_num(value)))))
             if np.isfinite(value):
                 upper.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
         upper.set_facecolor(scales.unseen_colour())

@@ -10,7 +10,7 @@ from workbench.analysis.cross_attention.maps_result import CrossAttention
 from workbench.analysis.cross_attention.result import CURVES, CrossAttentionSaliency
 from workbench.analysis.saliency.result import Saliency
 from workbench.errors import ReportError
-from workbench.tokens import plotly_text
+from workbench.tokens import plotly_text, visible
 from workbench.views.base.drawing import SERIES
 from workbench.views.base.registry import register
 from workbench.views.base.selection import SharedSelection
@@ -265,6 +265,8 @@ def _view_of_saliency(found: Saliency) -> View:
         f"{_method(found.method)} at the {'input' if found.at == 'input' else 'output of the encoder'}: "
         f"{'all masks' if found.exact else f'{found.n_masks:,} masks' if found.p is not None else 'no masks'}"
         f"{', ended early' if found.partial else ''}."
+        f"{' Each token depends on those before it alone.' if found.visible else ''}"
+        f"{_rather(found)}{_completeness(found)}"
     )
     if found.kind in ("image", "patches") and found.at == "input":
         return _image(found, said)
@@ -283,6 +285,7 @@ def _view_of_saliency(found: Saliency) -> View:
         found.target_texts,
         errors={"saliency": error} if bool(found.standard_error.any()) else None,
         special=found.special,
+        visible=found.visible,
         seconds=found.seconds_per_position,
         position_texts=found.position_texts,
         unit="nats" if found.score == "kl" else "",
@@ -292,6 +295,22 @@ def _view_of_saliency(found: Saliency) -> View:
         **options,
     )
     return spec
+
+
+def _rather(found: Saliency) -> str:
+    """What outputs are held against."""
+    pairs = [
+        f"“{visible(a)}” rather than “{visible(b)}”"
+        for a, b in zip(found.target_texts, found.contrast_texts, strict=False)
+    ]
+    return f" Scores are those of {', '.join(pairs[:6])}{' …' if len(pairs) > 6 else ''}." if pairs else ""
+
+
+def _completeness(found: Saliency) -> str:
+    gap = found.details.get("completeness_gap")
+    if gap is None:
+        return ""
+    return f" Rows should sum to the change of the log-probability from the baseline, and miss {gap:.1%} of it."
 
 
 def _image(found: Saliency, said: str) -> Figure:

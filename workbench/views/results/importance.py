@@ -110,8 +110,9 @@ def _agreement(importance: HeadImportance) -> View:
     one = len(importance.measures) == 1
     names = [plotly_text((name.rpartition(", ")[0] if one else name).replace("_", " ")) for name in frame.columns]
     fig = go.Figure(
-        go.Heatmap(z=frame.to_numpy(), x=names, y=names, zmid=0, zmin=-1, zmax=1, colorbar={"title": "correlation"})
-    )
+        go.Heatmap(z=frame.to_numpy(), x=names, y=names, zmid=0, zmin=-1, zmax=1, colorbar={"title": "correlation"},
+                   texttemplate="%{z:.2f}")
+    )  # fmt: skip
     fig.update_yaxes(autorange="reversed")
     fig.update_layout(height=max(280, 110 + 26 * len(names)))
     return figure(

@@ -16,6 +16,14 @@ export function aboveAt(facts, { values, bins, step }, frame, bin) {
   return values[at * bins + (bins === 1 ? 0 : bin)];
 }
 
+/** The colour of a number in a row of a panel; that of the unseen where there is none. */
+export function colourOf(value, row, { tops, top, signed }, frame) {
+  if (Number.isNaN(value)) return rgbOf(frame.colour("unseen"));
+  const [low, high] = tops ? tops[row] : [0, top];
+  const t = (value - low) / (high - low || 1);
+  return signed ? divergingAt(t, frame.theme) : colourAt(t, frame.theme);
+}
+
 export class Drawing {
   /** state: panels, r, above, token and cursor, as the view has them. */
   constructor(frame, numbers, state) {
@@ -111,9 +119,7 @@ export class Drawing {
         const [from, to] = [Math.floor((x * columns) / wide), Math.max(Math.floor((x * columns) / wide) + 1, Math.floor(((x + 1) * columns) / wide))];
         let best = values[row * columns + from];
         for (let i = from + 1; i < to; i++) if (Math.abs(values[row * columns + i]) > Math.abs(best)) best = values[row * columns + i];
-        const [low, high] = tops ? tops[row] : [0, top];
-        const t = (best - low) / (high - low || 1);
-        return signed ? divergingAt(t, frame.theme) : colourAt(t);
+        return colourOf(best, row, { tops, top, signed }, frame);
       }));
     }
     return found;

@@ -3,6 +3,12 @@
 import { ceiling, greatest } from "workbench/shared/scales.js";
 import { correlated, standardise } from "./rows.js";
 
+/** The least and the largest number of a row. */
+function ends(part) {
+  const known = part.filter((value) => !Number.isNaN(value));
+  return [Math.min(...known), Math.max(...known)];
+}
+
 export class Numbers {
   constructor({ facts, blocks }) {
     this.facts = facts;
@@ -51,7 +57,7 @@ export class Numbers {
     const columns = raw.length / this.n;
     const rows = Array.from({ length: this.n }, (_, row) => values.subarray(row * columns, (row + 1) * columns));
     // Scores of masking have a floor: a row is coloured from its least to its largest, as SPES scales them.
-    const tops = scale !== "row" ? null : signed ? rows.map((part) => [0, greatest(part) || 1]) : rows.map((part) => [Math.min(...part), Math.max(...part)]);
+    const tops = scale !== "row" ? null : signed ? rows.map((part) => [0, greatest(part) || 1]) : rows.map(ends);
     return { name, title: `${label[0].toUpperCase()}${label.slice(1)}${z ? ", standardised per token" : ""}`, label, unit, raw, values, signed: signed || z, tops, top: z ? greatest(values) : ceiling(greatest(values)) };
   }
 

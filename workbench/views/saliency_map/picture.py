@@ -83,16 +83,18 @@ def _attention(spec: ViewSpec, chosen: Selection) -> tuple[np.ndarray, str]:
 
 
 def _standard(rows: Any) -> np.ndarray:
-    found: np.ndarray = standardised(torch.from_numpy(np.asarray(rows, dtype=np.float64))).numpy()
-    return found
+    cells = np.asarray(rows, dtype=np.float64)
+    known = np.isfinite(cells)
+    found: np.ndarray = standardised(torch.from_numpy(np.where(known, cells, 0.0)), torch.from_numpy(known)).numpy()
+    return np.where(known, found, np.nan)
 
 
 def _scaled(rows: Any, signed: bool, scale: str) -> np.ndarray:
     """Each row from its least to its largest, as SPES scales them; signed ones by their largest size."""
     if scale != "row":
         return _standard(rows) if scale == "z" else np.asarray(rows)
-    low = 0.0 if signed else rows.min(1, keepdims=True)
-    width = (np.abs(rows) if signed else rows).max(1, keepdims=True) - low
+    low = 0.0 if signed else np.nanmin(rows, 1, keepdims=True)
+    width = np.nanmax(np.abs(rows) if signed else rows, 1, keepdims=True) - low
     found: np.ndarray = (rows - low) / np.where(width > 0, width, 1)
     return found
 
@@ -102,8 +104,9 @@ def _rows(axes: Axes, facts: Mapping[str, Any], rows: Any, title: str, *, signed
     end = facts["positions"] * facts["step"]
     axes.imshow(
         rows, aspect="auto", extent=(0, end, len(rows), 0), vmin=low, vmax=high,
-        cmap=scales.diverging() if signed else "viridis",
+        cmap=scales.diverging() if signed else scales.sequential(),
     )  # fmt: skip
+    axes.set_facecolor(scales.unseen_colour())
     axes.set_title(title, fontsize=8.5)
     every = max(1, len(rows) // 30)
     places = np.arange(0, len(rows), every)

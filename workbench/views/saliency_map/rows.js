@@ -1,7 +1,7 @@
 // Rows of maps made comparable, and how alike they are.
 
 /**
- * Rows of a flat map less their mean, over their deviation; a constant row becomes zeros.
+ * Rows of a flat map less their mean, over their deviation; a constant row becomes zeros. NaN stays, and does not count.
  * @param {Float64Array} values
  * @param {number} rows
  */
@@ -10,16 +10,17 @@ export function standardise(values, rows) {
   const found = new Float64Array(values.length);
   for (let row = 0; row < rows; row++) {
     const part = values.subarray(row * columns, (row + 1) * columns);
+    const known = part.filter((value) => !Number.isNaN(value));
     let [sum, squares, largest] = [0, 0, 0];
-    for (const value of part) {
+    for (const value of known) {
       sum += value;
       largest = Math.max(largest, Math.abs(value));
     }
-    const mean = sum / columns;
-    for (const value of part) squares += (value - mean) ** 2;
-    const spread = Math.sqrt(squares / Math.max(1, columns - 1));
-    if (spread <= 1e-7 * largest) continue; // no more than rounding
-    for (let i = 0; i < columns; i++) found[row * columns + i] = (part[i] - mean) / spread;
+    const mean = sum / known.length;
+    for (const value of known) squares += (value - mean) ** 2;
+    const spread = Math.sqrt(squares / Math.max(1, known.length - 1));
+    const varies = spread > 1e-7 * largest; // by more than rounding
+    for (let i = 0; i < columns; i++) found[row * columns + i] = Number.isNaN(part[i]) ? NaN : varies ? (part[i] - mean) / spread : 0;
   }
   return found;
 }

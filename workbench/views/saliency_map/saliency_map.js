@@ -4,7 +4,7 @@
 import { colourAt, css, divergingAt, gradient, inkOn, rgbOf } from "workbench/shared/colour.js";
 import { button, cut, legend, make, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
-import { Drawing } from "./drawing.js";
+import { colourOf, Drawing } from "./drawing.js";
 import { Numbers } from "./numbers.js";
 import { sound } from "./player.js";
 import { Words } from "./words.js";
@@ -42,7 +42,12 @@ class SaliencyMap {
     this.head = make("div", { class: "playhead", hidden: true });
     this.box = make("div", { class: "strip", role: "listbox", "aria-label": `${frame.spec.title}: output tokens` });
     this.scales = make("div", { class: "scales" });
-    frame.body.append(make("div", { class: "stage" }, this.drawing.canvas, this.head), this.box);
+    this.text = make("div", { class: "strip text", role: "list", "aria-label": `${frame.spec.title}: input tokens` });
+    this.text.hidden = !this.facts.names.length;
+    this.over = make("p", { class: "caption" });
+    this.over.hidden = this.text.hidden;
+    frame.body.append(make("div", { class: "stage" }, this.drawing.canvas, this.head), this.over, this.text, this.box);
+    this.text.append(...this.facts.names.map((name, at) => make("span", { role: "listitem", class: "token", "data-at": at }, cut(name))));
     if (this.facts.rate) this.addSound();
     frame.body.append(this.scales);
     this.box.append(...this.facts.tokens.map((_, at) => make("span", { role: "option", class: "token", "data-at": at })));
@@ -118,7 +123,24 @@ class SaliencyMap {
     state.above = numbers.overlay(state.over, state.token, state.panels);
     drawing.draw();
     this.drawTokens();
+    this.drawText();
     this.drawScales();
+  }
+
+  /** The input's tokens in the colours of the chosen output's row; grey while none is chosen. */
+  drawText() {
+    const { facts, frame, state } = this;
+    if (this.text.hidden) return;
+    const panel = state.panels.find(({ name }) => name === facts.maps[state.map].label);
+    const { token } = state;
+    this.over.textContent = token === null ? "Choose an output token below, and the input's tokens take the colours of its row." : `Input tokens in the colours of “${cut(facts.tokens[token])}”, whose row is chosen:`;
+    [...this.text.children].forEach((span, at) => {
+      const value = token === null ? NaN : panel.values[token * facts.positions + at];
+      const rgb = colourOf(value, token ?? 0, panel, frame);
+      span.style.backgroundColor = css(rgb);
+      span.style.color = inkOn(rgb);
+      span.setAttribute("aria-label", token === null ? facts.names[at] : this.words.sentence({ row: token, column: at, bin: null }));
+    });
   }
 
   drawTokens() {
@@ -140,7 +162,7 @@ class SaliencyMap {
     const { theme } = this.frame;
     const found = [];
     const both = (top, text) => legend(gradient((t) => divergingAt(2 * t - 1, theme)), [[0, roughly(-top)], [0.5, "0"], [1, roughly(top)]], make("span", {}, text));
-    const one = (top, text) => legend(gradient(colourAt), top === null ? [[0, "the token's least"], [1, "its largest"]] : [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]], make("span", {}, text));
+    const one = (top, text) => legend(gradient(colourAt, this.frame.theme), top === null ? [[0, "the token's least"], [1, "its largest"]] : [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]], make("span", {}, text));
     const rows = this.state.panels.filter(({ tops }) => tops);
     if (rows.length) found.push(rows.some(({ signed }) => !signed) ? one(null, rows.filter(({ signed }) => !signed).map(({ label }) => label.split(", ")[0]).join(" and ")) : both(1, "share of the token's largest"));
     for (const { tops, signed, top, title, unit } of this.state.panels) {
@@ -203,6 +225,14 @@ class SaliencyMap {
       else frame.hideTip();
     });
     box.addEventListener("pointerleave", () => frame.hideTip());
+    this.text.addEventListener("pointermove", (event) => {
+      const span = event.target.closest("[data-at]");
+      if (!span || this.state.token === null) return frame.hideTip();
+      const cell = { row: this.state.token, column: Number(span.dataset.at), bin: null };
+      frame.showTip(event, this.words.sentence(cell).split(/(?<=:) /));
+      this.point(cell);
+    });
+    this.text.addEventListener("pointerleave", () => this.leave());
     box.addEventListener("keydown", (event) => this.tokenKey(event));
   }
 

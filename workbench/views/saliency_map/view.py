@@ -11,7 +11,7 @@ import torch
 from workbench.analysis.cross_attention.correlate import prepared
 from workbench.analysis.statistics.correlation import correlation
 from workbench.errors import ReportError
-from workbench.tokens import visible
+from workbench.tokens import visible as shown
 from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
@@ -41,6 +41,7 @@ def saliency_map(
     layers: Sequence[int] | None = None,
     alignment_heads: Sequence[tuple[int, int]] = (),
     special: Sequence[bool] | None = None,
+    visible: Sequence[int] = (),
     seconds: float | None = None,
     position_texts: Sequence[str] = (),
     spans: Mapping[str, Any] | None = None,
@@ -66,6 +67,8 @@ def saliency_map(
         attention: [layer, head, token, position] cross-attention. layers: their numbers. alignment_heads: (layer, head)
             pairs that are marked.
         special: [token] whether a token is special; such rows do not count in correlations.
+        visible: [token] how many positions each token can depend on: those before it, in a causal map. Others are not
+            coloured.
         seconds: duration of a frame of the spectrogram, or of a position where there is none. None: they are counted.
         position_texts: texts of input tokens.
         spans: {name: [token, 2]} begin and end of each token along the input in seconds (or positions), NaN where not
@@ -95,6 +98,7 @@ def saliency_map(
     positions = _positions(weights, held, rows, frames)
     per = 1 if frames is None else -(-frames // positions)
     step = 1.0 if seconds is None else float(seconds)
+    hidden = _hidden(visible, n, positions, alone=weights is None and picture is None)
     said = list(notes)
     blocks: dict[str, Any] = {}
     about = []
@@ -105,7 +109,7 @@ def saliency_map(
         strip = _largest(array, positions, per) if fits is None else fits
         if strip.shape != (n, positions):
             raise ReportError(f"{name} does not fit {n} tokens and {positions} positions", shape=array.shape)
-        blocks[f"strip{i}"] = strip.astype(np.float32)
+        blocks[f"strip{i}"] = np.where(hidden, np.nan, strip).astype(np.float32)
         if name in bad:
             if bad[name].shape != strip.shape:
                 raise ReportError(f"the error of {name} has another shape than its map", shape=bad[name].shape)
@@ -119,12 +123,12 @@ def saliency_map(
         low, high = float(picture.min()), float(picture.max())
         blocks["picture"] = np.round((picture - low) / ((high - low) or 1.0) * 255).astype(np.uint8)
     facts: dict[str, Any] = {
-        "tokens": [visible(token) for token in tokens],
+        "tokens": [shown(token) for token in tokens],
         "special": [bool(odd) for odd in (special if special is not None else [False] * n)],
         "positions": positions,
         "step": step * per,
         "unit": "s" if seconds is not None else "frame" if frames is not None else "position",
-        "names": [visible(text) for text in position_texts],
+        "names": [shown(text) for text in position_texts],
         "maps": about,
         "picture": None if picture is None else {"step": step, "label": frequency},
         "attention": None,
@@ -185,6 +189,19 @@ def _positions(
     (found,) = known
     if frames is not None and found > frames:
         raise ReportError(f"{found} positions are more than the {frames} frames of the spectrogram")
+    return found
+
+
+def _hidden(visible: Sequence[int], n: int, positions: int, *, alone: bool) -> np.ndarray:
+    """[token, position] whether a token cannot depend on a position."""
+    limits = np.asarray(visible if len(visible) else [positions] * n)
+    if len(visible) and not alone:
+        raise ReportError("a causal map stands beside no attention and over no spectrogram")
+    if limits.shape != (n,) or limits.min() < 1 or limits.max() > positions:
+        raise ReportError(
+            f"visible says for each of {n} tokens how many of {positions} positions it sees, one at least"
+        )
+    found: np.ndarray = np.arange(positions) >= limits[:, None]
     return found
 
 
@@ -262,8 +279,8 @@ def _table(facts: Mapping[str, Any], blocks: Mapping[str, Any], spans: Mapping[s
     for i, about in enumerate(facts["maps"]):
         peaks[about["label"]] = blocks[f"strip{i}"]
     for name, rows in peaks.items():
-        table[f"{name} peak at"] = rows.argmax(1) * facts["step"]
-        table[f"{name} peak"] = rows.max(1)
+        table[f"{name} peak at"] = np.nanargmax(rows, 1) * facts["step"]
+        table[f"{name} peak"] = np.nanmax(rows, 1)
     if mean is not None:
         for i, about in enumerate(facts["maps"]):
             pairs = zip(mean, blocks[f"strip{i}"], strict=True)

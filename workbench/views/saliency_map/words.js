@@ -35,6 +35,7 @@ export class Words {
       return parts.join(": ");
     }
     const at = row * facts.positions + column;
+    if (this.state.panels.every(({ raw, values }) => Number.isNaN((raw ?? values)[at]))) return `${named(facts.tokens[row], row)}, ${this.when(column)}: not before this token`;
     const parts = this.state.panels.map(({ label, raw, values, unit }) => `${label.replace(/^Cross-attention/, "attention")} ${exactly((raw ?? values)[at])}${unit && unit !== "weight" ? ` ${unit}` : ""}${label === facts.maps[this.state.map].label ? this.error(at) : ""}`);
     return `${named(facts.tokens[row], row)}, ${this.when(column)}: ${parts.join(", ")}`;
   }

@@ -10,7 +10,11 @@ function tableOf(stops) {
   });
 }
 
-const VIRIDIS = tableOf("440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1f9f88 27ad81 3dbc74 5cc863 81d34d aadc32 d5e21a fde725");
+/** @type {Record<string, number[][]>} */
+const SEQUENTIAL = {
+  light: tableOf("f7f7f4 e3eef0 c4e2e4 9bd1d4 6fbcc6 4aa3bb 3587ad 2f6a9e 324c8a 352f6d 2a1548 1a0a2e"),
+  dark: tableOf("1c2029 29285a 38468a 33638d 2c728e 26828e 21918c 1f9f88 27ad81 3dbc74 5cc863 81d34d aadc32 d5e21a fde725"),
+};
 /** @type {Record<string, number[][]>} */
 const DIVERGING = {
   light: tableOf("1b2f63 24509b 3b7cbf 7fb0d9 c2dcec f4f4f2 f6d0b4 e69b72 cc5f45 a12b33 681221"),
@@ -18,10 +22,11 @@ const DIVERGING = {
 };
 
 /**
- * [red, green, blue] of the sequential scale, from 0 to 1.
+ * [red, green, blue] of the sequential scale, from 0 to 1; 0 is close to the background of the theme, where nothing is.
  * @param {number} t
+ * @param {string} theme
  */
-export const colourAt = (t) => VIRIDIS[Math.round(255 * Math.min(1, Math.max(0, t)))];
+export const colourAt = (t, theme) => SEQUENTIAL[theme][Math.round(255 * Math.min(1, Math.max(0, t)))];
 
 /**
  * [red, green, blue] of the diverging scale, from −1 to 1; the middle is the background of the theme.
@@ -64,7 +69,8 @@ export function inkOn(rgb) {
 }
 
 /**
- * A CSS gradient of a scale from `at(0)` to `at(1)`.
- * @param {(t: number) => number[]} at
+ * A CSS gradient of a scale of the theme from `at(0, theme)` to `at(1, theme)`.
+ * @param {(t: number, theme: string) => number[]} at
+ * @param {string} [theme]
  */
-export const gradient = (at) => `linear-gradient(to right, ${Array.from({ length: 33 }, (_, i) => css(at(i / 32))).join(", ")})`;
+export const gradient = (at, theme = "light") => `linear-gradient(to right, ${Array.from({ length: 33 }, (_, i) => css(at(i / 32, theme))).join(", ")})`;

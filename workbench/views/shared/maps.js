@@ -10,8 +10,8 @@ export function largestOf(values) {
 }
 
 /** Draw values [rows x columns], from 0 to `top`, into a box of a canvas. One row is drawn as bars. */
-export function drawMap(ink, values, rows, columns, top, { x, y, width, height }, unseen) {
-  ink.fillStyle = unseen;
+export function drawMap(ink, values, rows, columns, top, { x, y, width, height }, frame) {
+  ink.fillStyle = frame.colour("unseen");
   ink.fillRect(x, y, width, height);
   for (let row = 0; row < rows; row++) {
     for (let column = 0; column < columns; column++) {
@@ -19,7 +19,7 @@ export function drawMap(ink, values, rows, columns, top, { x, y, width, height }
       if (!Number.isFinite(value)) continue;
       const [left, right] = [Math.floor((column * width) / columns), Math.floor(((column + 1) * width) / columns)];
       const [above, below] = [Math.floor((row * height) / rows), Math.floor(((row + 1) * height) / rows)];
-      ink.fillStyle = css(colourAt(rows === 1 ? 0.35 : value / top));
+      ink.fillStyle = css(colourAt(rows === 1 ? 0.6 : value / top, frame.theme));
       if (rows > 1) ink.fillRect(x + left, y + above, right - left, below - above);
       else ink.fillRect(x + left, y + height * (1 - value / top), Math.max(1, right - left), (height * value) / top);
     }

@@ -207,7 +207,7 @@ class Peek {
   }
 
   colours() {
-    return this.about.signed ? (t) => divergingAt(t, this.frame.theme) : colourAt;
+    return this.about.signed ? (t) => divergingAt(t, this.frame.theme) : (t) => colourAt(t, this.frame.theme);
   }
 
   image(rows, columns) {
@@ -224,7 +224,7 @@ class Peek {
   drawLegend() {
     const { signed } = this.about;
     const ticks = signed ? [[0, -this.top], [0.5, 0], [1, this.top]] : [[0, 0], [0.5, this.top / 2], [1, this.top]];
-    const at = signed ? (t) => divergingAt(2 * t - 1, this.frame.theme) : colourAt;
+    const at = signed ? (t) => divergingAt(2 * t - 1, this.frame.theme) : (t) => colourAt(t, this.frame.theme);
     const odd = this.slice.data.some((value) => !Number.isFinite(value));
     const marks = odd ? [make("span", { class: "swatch" }, "NaN or infinite")] : [];
     this.scale.replaceChildren(legend(gradient(at), ticks.map(([place, value]) => [place, roughly(value)]), ...marks));

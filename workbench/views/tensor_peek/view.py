@@ -44,7 +44,7 @@ class TensorPeek(View):
         index, (rows, columns) = self._index(about), self._axes(about)
         cells, (down, across) = slice_of(self._tensors[number].values, index, rows, columns)
         low, high = scales.limits(np.where(np.isfinite(cells), cells, np.nan), signed=about["signed"])
-        colours: Any = scales.diverging() if about["signed"] else "viridis"
+        colours: Any = scales.diverging() if about["signed"] else scales.sequential()
         shape = (cells.shape[1] * across - 0.5, cells.shape[0] * down - 0.5)
         left.set_facecolor(scales.unseen_colour())
         extent = (-0.5, shape[0], shape[1], -0.5)

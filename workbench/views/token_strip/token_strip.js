@@ -90,7 +90,7 @@ class Strip {
 
   colour(value) {
     if (this.about.signed) return divergingAt(value / this.top, this.frame.theme);
-    return colourAt(value / this.top);
+    return colourAt(value / this.top, this.frame.theme);
   }
 
   draw() {
@@ -131,7 +131,7 @@ class Strip {
   drawLegend() {
     const { label, unit, signed } = this.about;
     const ticks = signed ? [[0, -this.top], [0.5, 0], [1, this.top]] : [[0, 0], [0.5, this.top / 2], [1, this.top]];
-    const at = signed ? (t) => divergingAt(2 * t - 1, this.frame.theme) : colourAt;
+    const at = signed ? (t) => divergingAt(2 * t - 1, this.frame.theme) : (t) => colourAt(t, this.frame.theme);
     this.scale.replaceChildren(legend(gradient(at), ticks.map(([place, value]) => [place, roughly(value)]), make("span", {}, unit ? `${label}, ${unit}` : label)));
   }
 

@@ -98,7 +98,7 @@ def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
     modules = dict(wb.model.named_modules())
     lengths = tuple(seen.given[block].shape[1] for block in first.values())
     graph = Graph(tuple(shapes), d_model=seen.gave[blocks[-1]].shape[-1])
-    return Anatomy(graph, tuple(layers), _head(seen), error, lengths, seen.precision, modules)
+    return Anatomy(graph, tuple(layers), find_head(seen), error, lengths, seen.precision, modules)
 
 
 def _streams(wb: Workbench) -> dict[str, list[Site]]:
@@ -126,7 +126,7 @@ def _streams(wb: Workbench) -> dict[str, list[Site]]:
     )
 
 
-def _head(seen: Recording) -> str | None:
+def find_head(seen: Recording) -> str | None:
     """The last module whose output is the logits."""
     for name in reversed(seen.order):
         if equal(seen.gave.get(name), seen.logits) and seen.given[name].shape[:2] == seen.gave[name].shape[:2]:

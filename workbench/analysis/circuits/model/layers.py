@@ -66,26 +66,13 @@ class LayerFinder:
             modules, shape = self._layer(site, block, stream, after)
             self.layers.append(modules)
             self.shapes.append(shape)
-            self._check_written(modules)
+            check_written(seen, site, modules.out, modules.w_o, modules.out_module)
             stream = stream + seen.gave[modules.out]
             written = [seen.gave[name] for name in (modules.out, *(modules.mlp or ())[-1:])]
             for each in written:
                 total, size, whole = total + each, size + each.abs(), whole + each.double()
         self._compare_sum(total, seen.gave[blocks[-1]], size, f"the output of {blocks[-1]}")
         self.error = _far(whole, seen.gave[blocks[-1]])
-
-    def _check_written(self, layer: LayerModules) -> None:
-        """Refuse heads whose z does not give what their projection gave."""
-        z = _call(self.seen, layer.site).z().detach().transpose(1, 2).double()
-        written = torch.einsum("bqhw,hwd->bqd", z, layer.w_o.double())
-        bias = getattr(layer.out_module, "bias", None)
-        written = written if bias is None else written + bias.detach().double()
-        if not same_product(self.seen.gave[layer.out], written, self.seen.eps):
-            raise AttachError(
-                f"the output of {layer.out} is not the sum of what its heads write",
-                site=layer.site.name,
-                hint="does something happen to the heads' output before it is projected?",
-            )
 
     def _compare_sum(self, total: Tensor, given: Tensor, size: Tensor, where: str) -> None:
         if not same_sum(given, total, size, self.seen.eps):
@@ -121,7 +108,7 @@ class LayerFinder:
             raise AttachError(error.message, site=site.name, hint=error.hint) from None
         projections = {part: self._projection(site, block, call, part, before) for part in "qkv"}
         attention = seen.gave[projection.name]
-        last = None if after is None else _mlp(seen, site, block, before, attention, after, projection.name)
+        last = None if after is None else find_mlp(seen, site, block, before, attention, after, projection.name)
         mlp, mlp_norm, parallel = None, None, False
         if last is not None:
             mlp, mlp_norm, read = self._mlp(site, block, last, (before + attention, before))
@@ -182,6 +169,20 @@ class LayerFinder:
                 hint=f"a norm after the attention, or another projection, stands in the way; {_INSTEAD}",
             )
         return Projection(name, self.model.get_submodule(name), columns, norms[0])
+
+
+def check_written(seen: Recording, site: Site, out: str, w_o: Tensor, out_module: nn.Module) -> None:
+    """Refuse heads whose z does not give what their projection `out` gave; `w_o` is [head, width, d_model]."""
+    z = _call(seen, site).z().detach().transpose(1, 2).double()
+    written = torch.einsum("bqhw,hwd->bqd", z, w_o.double())
+    bias = getattr(out_module, "bias", None)
+    written = written if bias is None else written + bias.detach().double()
+    if not same_product(seen.gave[out], written, seen.eps):
+        raise AttachError(
+            f"the output of {out} is not the sum of what its heads write",
+            site=site.name,
+            hint="does something happen to the heads' output before it is projected?",
+        )
 
 
 def _call(seen: Recording, site: Site) -> AttentionCall:
@@ -280,7 +281,7 @@ def _streams_of(seen: Recording, scope: str, reader: str, any_width: bool = Fals
     return found
 
 
-def _mlp(
+def find_mlp(
     seen: Recording, site: Site, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str
 ) -> str | None:
     """The outermost module of a block whose output is what the heads do not add to the stream."""

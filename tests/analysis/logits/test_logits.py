@@ -1,0 +1,205 @@
+"""Logit attribution and the logit lens, compared with the same by hand in float64, and with the model's own logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import workbench
+from support.tiny import family, make
+from support.zoo.family import ids
+from workbench import AttachError, CaptureError, LogitAttribution, LogitLens, TaskError, attach
+from workbench import logit_attribution as attribute
+
+
+def _model(name: str) -> nn.Module:
+    model = make(family(name))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key or "ln_" in key or key.endswith("bias"):  # norms and biases that do something
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.double()
+
+
+def _inputs(name: str) -> dict[str, Tensor]:
+    found = {"input_ids": ids(2, 11) % 40}
+    return found | ({"decoder_input_ids": ids(2, 6, 1) % 40} if name.startswith("t5") else {})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "t5", "gpt-neox", "gemma2", "qwen3"])
+def test_shares_sum_to_the_logit_of_the_model(name: str) -> None:
+    model, inputs = _model(name), _inputs(name)
+    with attach(model) as wb:
+        for position in (-1, 2):
+            found = attribute(wb, inputs, 7, contrast=[9, 11], position=position)
+            with torch.no_grad():
+                logits = model(**inputs).logits[:, position]
+            truth = logits[:, 7] - logits[[0, 1], [9, 11]]
+            torch.testing.assert_close(found.capped, truth, rtol=1e-9, atol=1e-9)
+            # Norms of all but GPT-2's kind are computed in float32, whatever the model's dtype.
+            close = 1e-10 if name in ("gpt2", "gpt-neox") else 2e-5
+            assert float(found.rounding.abs().max()) < close * float(found.values.abs().sum(0).max())
+            assert (found.cap is not None) == (name == "gemma2")
+            assert {"head", "mlp", "embedding"} <= set(found.kinds)
+            if found.cap is None:
+                torch.testing.assert_close(found.logits, truth)
+
+
+def test_a_head_of_gpt2_by_hand() -> None:
+    model, inputs = _model("gpt2"), _inputs("gpt2")
+    body, kept = model.transformer, {}
+    handles = [
+        block.attn.c_proj.register_forward_pre_hook(lambda _, args, i=i: kept.__setitem__(i, args[0]))
+        for i, block in enumerate(body.h)
+    ]
+    handles.append(body.ln_f.register_forward_pre_hook(lambda _, args: kept.__setitem__("end", args[0])))
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    with attach(model) as wb:
+        found = attribute(wb, inputs, 7, contrast=9)
+    end, n = kept["end"][:, -1], model.config.n_head
+    sigma = (end.var(-1, correction=0, keepdim=True) + body.ln_f.eps).sqrt()
+    direction = (model.lm_head.weight[7] - model.lm_head.weight[9]) * body.ln_f.weight
+    width = end.shape[-1] // n
+    for layer in range(len(body.h)):
+        for head in range(n):
+            cut = slice(head * width, (head + 1) * width)
+            written = kept[layer][:, -1, cut] @ body.h[layer].attn.c_proj.weight[cut]
+            truth = ((written - written.mean(-1, keepdim=True)) / sigma) @ direction
+            at = found.names.index(f"L{layer}H{head}")
+            torch.testing.assert_close(found.values[at], truth.detach(), rtol=1e-8, atol=1e-10)
+    names = [name for name, kind in zip(found.names, found.kinds, strict=True) if kind == "embedding"]
+    assert names == ["transformer.wte", "transformer.wpe"]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "t5"])
+def test_heads_of_rms_norms_by_hand(name: str) -> None:
+    """Also behind shared keys, and in cross-attention."""
+    model, inputs = _model(name), _inputs(name)
+    joins = {n: m for n, m in model.named_modules() if n.endswith((".o_proj", ".o")) and not n.startswith("encoder")}
+    norm = model.model.norm if name == "llama-gqa" else model.decoder.final_layer_norm
+    kept: dict[str, Tensor] = {}
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, n=n: kept.__setitem__(n, args[0].detach()))
+        for n, m in {**joins, "end": norm}.items()
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    with attach(model) as wb:
+        found = attribute(wb, inputs, 7)
+    end = kept["end"][:, -1]
+    eps = norm.variance_epsilon
+    factor = model.config.d_model**-0.5 if name == "t5" and model.config.tie_word_embeddings else 1.0
+    direction = model.lm_head.weight[7].detach() * norm.weight.detach() * factor
+    direction = direction / (end.square().mean(-1, keepdim=True) + eps).sqrt()
+    of_site: dict[str, list[int]] = {}
+    for i, (site, kind) in enumerate(zip(found.sites, found.kinds, strict=True)):
+        if kind == "head":
+            of_site.setdefault(site, []).append(i)
+    assert len(of_site) == len(joins)
+    for site, members in of_site.items():
+        out = next(n for n in joins if n.startswith(f"{site}."))
+        width = kept[out].shape[-1] // len(members)
+        for head, member in enumerate(members):
+            cut = slice(head * width, (head + 1) * width)
+            truth = ((kept[out][:, -1, cut] @ joins[out].weight[:, cut].detach().T) * direction).sum(-1)
+            torch.testing.assert_close(found.values[member], truth, rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_sums_within_its_roundings() -> None:
+    model, inputs = _model("llama-gqa").bfloat16(), _inputs("llama-gqa")
+    with attach(model) as wb:
+        found = attribute(wb, inputs, 7)
+    assert found.precision == "bfloat16"
+    assert float(found.rounding.abs().max()) < 0.05 * float(found.values.abs().sum(0).max())
+
+
+def test_padding_does_not_move_a_position() -> None:
+    model, tokens = _model("gpt2"), ids(1, 9)
+    longer = {"input_ids": torch.cat([tokens, torch.zeros(1, 4, dtype=torch.long)], 1)}
+    longer["attention_mask"] = torch.tensor([[1] * 9 + [0] * 4])
+    with attach(model) as wb:
+        alone, padded = attribute(wb, {"input_ids": tokens}, 7), attribute(wb, longer, 7)
+        torch.testing.assert_close(alone.values, padded.values)
+        with pytest.raises(CaptureError, match="position 9 lies beyond prompt 0, which has 9 tokens"):
+            attribute(wb, longer, 7, position=9)
+
+
+def test_bad_input_is_named() -> None:
+    model, inputs = _model("gpt2"), _inputs("gpt2")
+    with attach(model) as wb:
+        for target, contrast, said in ((60, None, "outside of the vocabulary"), (-1, None, "outside of the vocabulary"),
+                                       (5, 5, "its target"), ([5], None, "1 targets for 2 prompts")):  # fmt: skip
+            with pytest.raises(TaskError, match=said):
+                attribute(wb, inputs, target, contrast=contrast)
+        with pytest.raises(CaptureError, match="beyond prompt"):
+            attribute(wb, inputs, 5, position=-12)
+        with pytest.raises(CaptureError, match="one prompt"):
+            workbench.logit_lens(wb, inputs)
+        with pytest.raises(TaskError, match="outside of the vocabulary"):
+            workbench.logit_lens(wb, {"input_ids": ids(1, 5)}, 60)
+    post = _model("bart")
+    with attach(post) as wb, pytest.raises(AttachError, match="goes through"):
+        attribute(wb, _inputs("t5"), 5)
+    odd = _model("gpt2")
+    odd.transformer.ln_f = nn.Sequential(nn.Linear(odd.config.n_embd, odd.config.n_embd).double(), nn.Tanh())
+    with attach(odd) as wb, pytest.raises(AttachError, match="is no linear map"):
+        attribute(wb, inputs, 5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "t5", "gemma2"])
+def test_the_lens_by_hand(name: str) -> None:
+    model = _model(name)
+    inputs = {key: value[:1] for key, value in _inputs(name).items()}
+    with torch.no_grad():
+        output = model(**inputs, output_hidden_states=True)
+    with attach(model) as wb:
+        lens = workbench.logit_lens(wb, inputs, 7, top=3)
+    states = output.decoder_hidden_states if name == "t5" else output.hidden_states
+    final = output.logits[0].double().log_softmax(-1)
+    norm = {"gpt2": lambda: model.transformer.ln_f, "t5": lambda: model.decoder.final_layer_norm}.get(
+        name, lambda: model.model.norm
+    )()
+    for row in range(len(states)):
+        if row + 1 < len(states):  # the last of the hidden states is normed already
+            with torch.no_grad():
+                stream = norm(states[row][0])
+        else:
+            stream = states[row][0]
+        scaled = name == "t5" and model.config.tie_word_embeddings
+        logits = model.lm_head(stream * (model.config.d_model**-0.5 if scaled else 1)).detach()
+        if name == "gemma2":
+            cap = model.config.final_logit_softcapping
+            logits = cap * torch.tanh(logits / cap)
+        logs = logits.log_softmax(-1)
+        torch.testing.assert_close(lens.probability[row], logs[:, 7].exp(), rtol=1e-5, atol=1e-8)
+        assert torch.equal(lens.top_ids[row, :, 0], logs.argmax(-1))
+        truth = (final.exp() * (final - logs)).sum(-1)
+        torch.testing.assert_close(lens.divergence[row], truth.detach(), rtol=1e-4, atol=1e-6)
+    assert float(lens.divergence[-1].abs().max()) < 1e-5
+
+
+def test_results_are_kept_and_shown(tmp_path: Path) -> None:
+    model, tokenizer = workbench.models.load("demo-lm")
+    task = workbench.tasks.ioi(4, seed=0)
+    with attach(model, tokenizer) as wb:
+        found, lens = attribute(wb, task), workbench.logit_lens(wb, task[0].prompt)
+    torch.testing.assert_close(found.logits, task.logit_diff(model, tokenizer).double(), rtol=1e-4, atol=1e-4)
+    assert float(found.rounding.abs().max()) < 1e-3
+    again = LogitAttribution.load(found.save(tmp_path / "a.safetensors"))
+    assert torch.equal(again.values, found.values)
+    assert again.names == found.names
+    other = LogitLens.load(lens.save(tmp_path / "l.safetensors"))
+    assert torch.equal(other.top_ids, lens.top_ids)
+    assert other.words == lens.words
+    for result in (found, lens):
+        assert len(result.table)
+        assert "Logit" in repr(result)
+        assert len(result.to_png()) > 1000
+        assert "<html" in str(result.to_html())

@@ -1,0 +1,232 @@
+"""Delta rules, lightning attention, RG-LRU, short convolutions and RWKV: what is read gives back what they gave."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from support.reading import assert_true, calls_of, drawn, tokens
+from support.tiny import VOCABULARY
+from workbench.errors import CaptureError
+from workbench.hooks.readers import reader_of
+from workbench.kernels.recurrent import naive_recurrent_pattern
+
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
+ATTENTION = {"intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+DELTA = {
+    "linear_key_head_dim": 6, "linear_value_head_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+EXPERTS = {
+    "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "moe_intermediate_size": 16,
+    "num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "dense"], "n_group": 1, "topk_group": 1, "intermediate_size": 24,
+    "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def _recurrent_gemma() -> nn.Module:
+    layers = COMMON | {"num_hidden_layers": 3}
+    return hf.RecurrentGemmaModel(
+        hf.RecurrentGemmaConfig(**layers, **ATTENTION, lru_width=16, attention_window_size=8, head_dim=4)
+    )
+
+
+# How to build it; its kernel, number of mixers, and (head, width) of their maps.
+MODELS: dict[str, tuple[Callable[[], nn.Module], str, int, tuple[int, int]]] = {
+    "qwen3-next": (
+        lambda: hf.Qwen3NextModel(hf.Qwen3NextConfig(**COMMON, **ATTENTION, **DELTA, **EXPERTS, head_dim=4)),
+        "gated_delta", 1, (4, 4)),
+    "qwen3.5": (
+        lambda: hf.Qwen3_5TextModel(hf.Qwen3_5TextConfig(**COMMON, **ATTENTION, **DELTA, head_dim=4)),
+        "gated_delta", 1, (4, 4)),
+    "qwen3.5-moe": (
+        lambda: hf.Qwen3_5MoeTextModel(hf.Qwen3_5MoeTextConfig(
+            **COMMON, **ATTENTION, **DELTA, **EXPERTS, head_dim=4)),
+        "gated_delta", 1, (4, 4)),
+    "olmo-hybrid": (
+        lambda: hf.OlmoHybridModel(hf.OlmoHybridConfig(**COMMON, **ATTENTION, **DELTA)), "gated_delta", 1, (4, 4)),
+    "olmo-hybrid-negative": (
+        lambda: hf.OlmoHybridModel(hf.OlmoHybridConfig(
+            **COMMON, **ATTENTION, **DELTA, linear_allow_neg_eigval=True)),
+        "gated_delta", 1, (4, 4)),
+    "kimi-linear": (
+        lambda: hf.KimiLinearModel(hf.KimiLinearConfig(
+            **COMMON, **LATENT, linear_head_dim=6, linear_num_heads=3)),
+        "kimi_delta", 1, (3, 6)),
+    "bailing": (
+        lambda: hf.BailingHybridModel(hf.BailingHybridConfig(**COMMON, **LATENT, head_dim=4)),
+        "kimi_delta", 1, (4, 4)),
+    "minimax": (
+        lambda: hf.MiniMaxModel(hf.MiniMaxConfig(
+            **COMMON, **ATTENTION, head_dim=4, num_local_experts=2, block_size=6,
+            layer_types=["linear_attention", "full_attention"])),
+        "lightning", 1, (4, 4)),
+    "recurrent-gemma": (_recurrent_gemma, "rg_lru", 2, (16, 1)),
+    "lfm2": (
+        lambda: hf.Lfm2Model(hf.Lfm2Config(**COMMON, **ATTENTION, layer_types=["conv", "full_attention"])),
+        "short_conv", 1, (16, 1)),
+    "lfm2-bias": (
+        lambda: hf.Lfm2Model(hf.Lfm2Config(
+            **COMMON, **ATTENTION, layer_types=["conv", "full_attention"], conv_bias=True)),
+        "short_conv", 1, (16, 1)),
+    "lfm2-moe": (
+        lambda: hf.Lfm2MoeModel(hf.Lfm2MoeConfig(
+            **COMMON, **ATTENTION, layer_types=["conv", "full_attention"], num_experts=2, num_experts_per_tok=1,
+            moe_intermediate_size=16, num_dense_layers=1)),
+        "short_conv", 1, (16, 1)),
+    "rwkv": (
+        lambda: hf.RwkvModel(hf.RwkvConfig(**COMMON, attention_hidden_size=16, intermediate_size=32)),
+        "rwkv", 2, (16, 1)),
+}  # fmt: skip
+EACH = pytest.mark.parametrize("name", MODELS)
+PADDED = [name for name in MODELS if name not in ("rwkv", "recurrent-gemma")]  # these know of no padding
+
+
+def build(name: str) -> nn.Module:
+    """The model with every parameter drawn at random; its experts on code that knows of float64."""
+    model = drawn(MODELS[name][0])
+    if any("Experts" in type(module).__name__ for module in model.modules()):
+        model.set_experts_implementation("eager")
+    return model
+
+
+@EACH
+@pytest.mark.parametrize("n", [1, 19, 70])
+@torch.no_grad()
+def test_the_map_gives_back_what_the_module_gave(name: str, n: int):
+    _, kernel, count, (heads, width) = MODELS[name]
+    model = build(name)
+    with calls_of(model) as calls:
+        model(input_ids=tokens(n), use_cache=False)
+    assert len(calls) == count
+    for call in calls:
+        assert (call.kernel, call.tap, call.is_causal) == (kernel, "reader", True)
+        pattern = call.pattern()
+        assert pattern.shape == (2, heads, n, n)
+        assert call.v.shape == pattern.values.shape == (2, heads, n, width)
+        assert_true(call, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["minimax", "lfm2"])
+@torch.no_grad()
+def test_float64_modules_are_met_to_1e_10(name: str):
+    """The others round to float32 inside, whatever their dtype."""
+    model = build(name).double()
+    for module in model.modules():
+        if hasattr(module, "slope_rate"):  # constants that were made in float32, each by itself
+            factors = module.decay_factors(module.slope_rate)
+            module.query_decay, module.key_decay, module.diagonal_decay = factors
+    with calls_of(model) as calls:
+        model(input_ids=tokens(), use_cache=False)
+    for call in calls:
+        assert call.output.dtype == torch.float64
+        assert_true(call, 1e-10)
+
+
+@EACH
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 5e-2)])
+@torch.no_grad()
+def test_other_dtypes(name: str, dtype: torch.dtype, tolerance: float):
+    if name == "recurrent-gemma" and dtype == torch.bfloat16:
+        tolerance = 0.1  # its gates are rounded to bfloat16 before they are multiplied
+    model = build(name).to(dtype)
+    with calls_of(model) as calls:
+        model(input_ids=tokens(), use_cache=False)
+    for call in calls:
+        assert call.output.dtype == dtype
+        assert_true(call, tolerance)
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding(name: str, side: str):
+    model, ids = build(name), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, slice(0, 4) if side == "left" else slice(-4, None)] = 0
+    with calls_of(model) as calls:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    for call in calls:
+        assert_true(call, 1e-5)
+        if side == "left" and name != "lfm2-bias":  # padding is neither read nor written
+            whole = call.pattern().dense()
+            assert bool((whole[0, ..., :4] == 0).all())
+            assert bool((whole[0, :, 4:, 4:].diagonal(dim1=-2, dim2=-1) != 0).any())
+
+
+@EACH
+@torch.no_grad()
+def test_a_prefill_is_read_and_what_follows_it_is_refused(name: str):
+    model, ids = build(name), tokens()
+    with calls_of(model) as calls:
+        output = model(input_ids=ids, use_cache=True)
+    for call in calls:
+        assert_true(call, 1e-5)
+    names = ("cache_params", "past_key_values", "state")
+    cache = {key: output[key] for key in names if output.get(key) is not None}
+    at = {"position_ids": torch.full((2, 1), 19)} if name == "recurrent-gemma" else {}
+    with calls_of(model), pytest.raises(CaptureError, match="goes on from a cached state") as caught:
+        model(input_ids=ids[:, :1], use_cache=True, **cache, **at)
+    assert caught.value.site == calls[0].site
+    with calls_of(model) as again:  # a new sequence, also where the module has kept a state
+        model(input_ids=ids, use_cache=True)
+    assert torch.equal(again[0].output, calls[0].output)
+    assert_true(again[0], 1e-5)
+
+
+@torch.no_grad()
+def test_positions_that_begin_again_reset_a_recurrent_block():
+    model = build("recurrent-gemma")
+    at = torch.cat((torch.arange(8), torch.arange(11)))[None].expand(2, -1)
+    with calls_of(model) as calls:
+        model(input_ids=tokens(), position_ids=at, use_cache=False)
+    for call in calls:
+        assert_true(call, 1e-5)
+        assert bool((call.pattern().dense()[..., 8:, :8] == 0).all())
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "kimi-linear"])
+@torch.no_grad()
+def test_the_map_of_a_delta_rule_is_that_of_its_definition(name: str):
+    model = build(name)
+    with calls_of(model) as calls:
+        model(input_ids=tokens(70), use_cache=False)
+    pattern = calls[0].pattern()
+    q, k = (t.double().repeat_interleave(pattern.n_heads // t.shape[1], dim=1) for t in (pattern.q, pattern.k))
+    want = naive_recurrent_pattern(q, k, pattern.log_decay.double(), pattern.beta.double())
+    torch.testing.assert_close(pattern.dense().double(), want, atol=1e-5, rtol=1e-5)
+
+
+@EACH
+@torch.no_grad()
+def test_the_model_is_left_as_it_was(name: str):
+    model = build(name)
+    bare = model(input_ids=tokens(), use_cache=False)[0]
+    with calls_of(model) as calls:
+        observed = model(input_ids=tokens(), use_cache=False)[0]
+    assert calls
+    assert torch.equal(bare, observed)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "lfm2-moe"])
+def test_gradients_flow_through_what_follows_the_map(name: str):
+    model = build(name)
+    with calls_of(model) as calls:
+        model(input_ids=tokens(), use_cache=False)
+    call = calls[0]
+    z = call.pattern().apply(call.v).detach().requires_grad_()
+    call.finish(z).sum().backward()
+    assert bool((z.grad != 0).any())
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "kimi-linear", "minimax", "recurrent-gemma", "lfm2", "rwkv"])
+def test_other_classes_of_the_same_name_are_none(name: str):
+    module = next(module for module in build(name).modules() if reader_of(module))
+    other = type(type(module).__name__, (nn.Module,), {})()
+    assert reader_of(other) is None

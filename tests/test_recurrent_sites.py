@@ -1,0 +1,165 @@
+"""Linear and recurrent layers as sites of whole models: captured, verified, edited as by hand, swept, saved."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import workbench
+from test_hybrids import HYBRIDS
+from workbench.hooks.sites import Site
+
+IDS = torch.randint(3, 60, (2, 17), generator=torch.Generator().manual_seed(0))
+HEAD = 1
+
+
+def _rwkv() -> nn.Module:
+    return hf.RwkvForCausalLM(
+        hf.RwkvConfig(
+            num_hidden_layers=2, hidden_size=16, attention_hidden_size=16, intermediate_size=24, vocab_size=60
+        )
+    )
+
+
+# How to build it, the module inside a mixer that is given what the heads read, and how a head is zero in that.
+def _rows(z: Tensor) -> Tensor:
+    """[batch · position · head of 4, width], of a norm for each head."""
+    z = z.clone()
+    z.view(2, 17, 4, -1)[:, :, HEAD] = 0
+    return z
+
+
+def _heads(z: Tensor) -> Tensor:
+    z = z.clone()
+    z[:, :, HEAD] = 0
+    return z
+
+
+def _features(width: int) -> Callable[[Tensor], Tensor]:
+    def zero(z: Tensor) -> Tensor:
+        z = z.clone()
+        z[..., HEAD * width : (HEAD + 1) * width] = 0
+        return z
+
+    return zero
+
+
+MODELS: dict[str, tuple[Callable[[], Any], str, Callable[[Tensor], Tensor]]] = {
+    "qwen3-next": (HYBRIDS["qwen3-next"], "norm", _rows),
+    "qwen3.5": (HYBRIDS["qwen3.5"], "norm", _rows),
+    "olmo": (HYBRIDS["olmo"], "o_norm", _rows),
+    "kimi-linear": (HYBRIDS["kimi-linear"], "o_norm", _heads),
+    "minimax": (HYBRIDS["minimax"], "norm", _features(8)),
+    "recurrent-gemma": (HYBRIDS["recurrent-gemma"], "linear_out", _features(1)),
+    "lfm2": (HYBRIDS["lfm2"], "out_proj", _features(1)),
+    "rwkv": (_rwkv, "output", _features(1)),
+}  # fmt: skip
+EACH = pytest.mark.parametrize("name", MODELS)
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(0)
+    model = MODELS[name][0]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def states(wb: workbench.Workbench) -> list[Site]:
+    return [site for site in wb.sites if site.kind == "state"]
+
+
+@EACH
+@torch.no_grad()
+def test_captured_verified_and_saved(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    bare = model(IDS, use_cache=False).logits
+    with workbench.attach(model) as wb:
+        found = wb.verify(input_ids=IDS, use_cache=False).raise_if_failed()
+        assert {site.name for site in states(wb)} <= {check["site"] for check in found.checks}
+        names = ("entropy", "received", "signed_mass")
+        with wb.capture(names, z=True, pattern=True, values=True) as capture:
+            assert torch.equal(model(IDS, use_cache=False).logits, bare)
+        site = states(wb)[0].name
+    one = capture[site]
+    assert one.entropy.shape == one.pattern.shape[:3]
+    torch.testing.assert_close(
+        one.z.float(), one.pattern.apply(one.pattern.values).transpose(1, 2), atol=1e-4, rtol=1e-4
+    )
+    again = workbench.load_capture(capture.save(tmp_path / "run.safetensors"))[site]
+    assert torch.equal(again.pattern.dense(), one.pattern.dense())
+
+
+@EACH
+@torch.no_grad()
+def test_a_head_is_switched_off_as_by_hand(name: str) -> None:
+    model = build(name)
+    _, part, zero = MODELS[name]
+    bare = model(IDS, use_cache=False).logits
+    with workbench.attach(model) as wb:
+        site = states(wb)[0]
+        inside = model.get_submodule(f"{site.name}.{part}")
+        handle = inside.register_forward_pre_hook(lambda module, given: (zero(given[0]), *given[1:]))
+        by_hand = model(IDS, use_cache=False).logits
+        handle.remove()
+        with wb.ablate({(site.name, HEAD)}, how="zero"):
+            ablated = model(IDS, use_cache=False).logits
+        with wb.edit_pattern({(site.name, HEAD)}, lambda rows, site, head: torch.zeros_like(rows)):
+            without_rows = model(IDS, use_cache=False).logits
+        with wb.edit_pattern({(site.name, HEAD)}, lambda rows, site, head: rows):
+            same = model(IDS, use_cache=False).logits
+        with wb.patch({(site.name, HEAD): lambda z, site, head: 0 * z}):
+            patched = model(IDS, use_cache=False).logits
+        assert torch.equal(model(IDS, use_cache=False).logits, bare)
+    assert float((by_hand - bare).abs().max()) > 1e-4
+    for edited in (ablated, without_rows, patched):
+        torch.testing.assert_close(edited, by_hand, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(same, bare, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "kimi-linear", "lfm2"])
+@torch.no_grad()
+def test_a_head_takes_another_example_s_output_as_by_hand(name: str) -> None:
+    """All heads of a layer give what they gave on other input."""
+    model = build(name)
+    other = IDS.flip(1)
+    with workbench.attach(model) as wb:
+        site = states(wb)[0]
+        with wb.capture(sites=site.name, z=True) as clean:
+            model(other, use_cache=False)
+        z = clean[site.name].z  # [batch, position, head, width]
+        given: list[Tensor] = []
+        handle = model.get_submodule(site.name).register_forward_hook(
+            lambda module, args, output: given.append(output if isinstance(output, Tensor) else output[0])
+        )
+        model(other, use_cache=False)
+        heads = {(site.name, head): z[:, :, head] for head in range(z.shape[2])}
+        with wb.patch(heads), wb.capture(sites=site.name, z=True) as capture:
+            model(IDS, use_cache=False)
+        handle.remove()
+    torch.testing.assert_close(capture[site.name].z, z)
+    assert not torch.equal(given[0], given[1])
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "kimi-linear", "minimax"])
+@torch.no_grad()
+def test_sweeps_take_their_heads(name: str) -> None:
+    model = build(name)
+    with workbench.attach(model) as wb:
+        site = states(wb)[0].name
+        variants = [workbench.Variant((site, head)) for head in range(4)]
+        batches = [{"input_ids": IDS, "use_cache": False}]
+
+        def weighed(output: Any, batch: Any) -> Tensor:
+            return output.logits.abs().mean((1, 2))
+
+        found = workbench.run_sweep(wb, variants, batches, weighed, progress=False)
+        for head in range(4):
+            with wb.ablate((site, head)):
+                want = weighed(model(**batches[0]), None).double()
+            torch.testing.assert_close(found.values[head, 0], want, atol=1e-6, rtol=1e-6)

@@ -1,0 +1,160 @@
+"""What a question about logits is of: batches of prompts, and for each the tokens and the position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.errors import CaptureError, InterventionError, TaskError
+from workbench.inputs import check_inputs, decoder_start, device_for_inputs, dropout_in_training
+from workbench.metrics.answers import TaskBatch
+from workbench.session.workbench import Workbench
+from workbench.tasks.base import Task
+from workbench.tasks.pieces import single_token
+
+Targets = str | int | Sequence[str | int] | None
+_SHORT = 8  # tokens that are enough to find a model's parts
+
+
+def check_model(wb: Workbench) -> None:
+    """Refuse a workbench that is detached or in use, and a model that drops out."""
+    wb.check_ready()
+    wb.check_idle()
+    dropping = dropout_in_training(wb.model)
+    if dropping:
+        raise InterventionError(
+            f"the model drops out at {len(dropping)} modules ({dropping[0]} …)", hint="call model.eval()"
+        )
+
+
+def batches_of(wb: Workbench, prompts: Any, size: int) -> Iterator[dict[str, Tensor]]:
+    """Model inputs for texts, a task, or inputs as they are; a decoder of texts has written its start token.
+
+    Raises:
+        CaptureError, TaskError: no prompts, or ones that do not fit the model.
+    """
+    start = decoder_start(wb.model)
+    if isinstance(prompts, Task):
+        yield from prompts.batches(wb.tokenizer, size, device=device_for_inputs(wb.model), start_token=start)
+        return
+    if isinstance(prompts, Mapping):
+        inputs = dict(prompts)
+        ids = inputs.get("decoder_input_ids" if start is not None else "input_ids")
+        if start is None and not (isinstance(ids, Tensor) and ids.dim() == 2):
+            raise CaptureError("the inputs have no input_ids [batch, position]")
+        if start is not None and ids is None:
+            first = next(value for value in inputs.values() if isinstance(value, Tensor))
+            inputs["decoder_input_ids"] = torch.full((first.shape[0], 1), start, device=first.device)
+        check_inputs(wb.model, (), inputs)
+        yield inputs
+        return
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise CaptureError("prompts are texts, model inputs or a Task", hint="such as wb.tokenize(text)")
+    for at in range(0, len(texts), size):
+        inputs = wb.tokenize(texts[at : at + size])
+        if start is not None:
+            inputs["decoder_input_ids"] = torch.full((len(inputs["input_ids"]), 1), start).to(inputs["input_ids"])
+        yield inputs
+
+
+def shortened(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The first example, cut to the first few tokens that are no padding."""
+    found = {name: value[:1] if isinstance(value, Tensor) and value.dim() else value for name, value in batch.items()}
+    for prefix in ("", "decoder_"):
+        ids, mask = found.get(f"{prefix}input_ids"), found.get(f"{prefix}attention_mask")
+        if not isinstance(ids, Tensor):
+            continue
+        real = torch.ones_like(ids[0]) if mask is None or mask.dim() != 2 else mask[0]
+        kept = real.nonzero()[:_SHORT, 0]
+        if len(kept) < 2:  # one token alone shows too little
+            kept = kept[:1].expand(_SHORT)
+        found[f"{prefix}input_ids"] = ids[:, kept]
+        for name in (f"{prefix}attention_mask", f"{prefix}token_type_ids", f"{prefix}position_ids"):
+            if isinstance(found.get(name), Tensor) and found[name].shape == ids.shape:
+                found[name] = found[name][:, kept]
+    return found
+
+
+def written_ids(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The ids whose logits a model gives [batch, position], and bool where they are no padding."""
+    prefix = "decoder_" if batch.get("decoder_input_ids") is not None else ""
+    ids, mask = batch[f"{prefix}input_ids"], batch.get(f"{prefix}attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.shape != ids.shape else mask.bool()
+    return ids, real
+
+
+def places_of(batch: Mapping[str, Any], position: int) -> Tensor:
+    """[batch] column of a position in each prompt, counted over its own tokens; negative ones from the end.
+
+    Raises:
+        CaptureError: a prompt has no such position.
+    """
+    _, real = written_ids(batch)
+    lengths = real.sum(1)
+    number = lengths + position if position < 0 else torch.full_like(lengths, position)
+    bad = ((number < 0) | (number >= lengths)).nonzero()[:, 0].tolist()
+    if bad:
+        raise CaptureError(
+            f"position {position} lies beyond prompt {bad[0]}, which has {int(lengths[bad[0]])} tokens",
+            hint="positions count from 0, or from -1 at the end",
+        )
+    return ((real.cumsum(1) - 1 == number[:, None]) & real).int().argmax(1)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Sets of tokens for each example, whose mean logit counts."""
+
+    sets: tuple[tuple[int, ...], ...]
+
+    def weights(self, vocabulary: int, device: torch.device) -> Tensor:
+        """[example, vocab] by which each logit counts."""
+        found = torch.zeros(len(self.sets), vocabulary, dtype=torch.float64, device=device)
+        for row, one in zip(found, self.sets, strict=True):
+            row[list(one)] = 1 / len(one)
+        return found
+
+
+def tokens_of(wb: Workbench, given: Targets, n: int, vocabulary: int, what: str) -> Tokens:
+    """One token for each of n examples, given as text or id; one alone is that of all.
+
+    Raises:
+        TaskError: outside of the vocabulary, several tokens, or not as many as examples.
+    """
+    several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * n
+    if len(several) != n:
+        raise TaskError(f"{len(several)} {what}s for {n} prompts", hint="give one for each, or one for all")
+    found = []
+    for one in several:
+        if isinstance(one, str):
+            if wb.tokenizer is None:
+                raise TaskError(f"no tokenizer is attached that knows the {what} {one!r}", hint="give its id")
+            one = single_token(wb.tokenizer, one)
+        if isinstance(one, bool) or not isinstance(one, int):
+            raise TaskError(f"a {what} is a token's text or id, not {one!r}")
+        if not 0 <= one < vocabulary:
+            raise TaskError(f"the {what} {one} lies outside of the vocabulary of {vocabulary:,} tokens")
+        found.append((one,))
+    return Tokens(tuple(found))
+
+
+def answers_of(batch: TaskBatch, what: str) -> Tokens:
+    """The right or wrong answers of a task's batch."""
+    return Tokens(tuple(tuple(one) for one in (batch.answers if what == "target" else batch.wrong)))
+
+
+def check_apart(targets: Tokens, contrasts: Tokens) -> None:
+    """Refuse a contrast that is its target.
+
+    Raises:
+        TaskError: it is, in an example that is named.
+    """
+    for i, (one, other) in enumerate(zip(targets.sets, contrasts.sets, strict=True)):
+        if set(one) & set(other):
+            raise TaskError(f"the contrast of example {i} is its target, token {sorted(set(one) & set(other))[0]}",
+                            hint="a contrast is what the target is compared with")  # fmt: skip

@@ -1,0 +1,245 @@
+"""`logit_attribution`: the share of every head, MLP, embedding and bias in a logit, from one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.analysis.circuits.model.recording import first_float
+from workbench.analysis.logits.asked import (
+    Targets,
+    Tokens,
+    answers_of,
+    batches_of,
+    check_apart,
+    check_model,
+    places_of,
+    shortened,
+    tokens_of,
+)
+from workbench.analysis.logits.result import LogitAttribution
+from workbench.analysis.logits.writers import Writers, find_writers
+from workbench.errors import CaptureError, TaskError
+from workbench.hooks.changes import Changes
+from workbench.metrics.answers import TaskBatch
+from workbench.metrics.logits import logits_of
+from workbench.session.workbench import Workbench
+from workbench.tokens import piece
+
+
+@dataclass(frozen=True)
+class _Part:
+    kind: str
+    name: str
+    layer: int = -1
+    head: int = -1
+    site: str = ""
+
+
+def logit_attribution(
+    wb: Workbench,
+    prompts: Any,
+    target: Targets = None,
+    *,
+    contrast: Targets = None,
+    position: int = -1,
+    batch_size: int = 16,
+) -> LogitAttribution:
+    """Direct logit attribution: what each part writes to the residual stream, read by the unembedding.
+
+    The logit of a token is a sum over the parts that write to the stream (heads, MLPs, embeddings, the biases behind
+    heads, of the final norm and of the unembedding), once the final norm's scale is held as it was in the forward. This
+    frozen norm is exact: LayerNorm with its centring and bias, RMSNorm, or 1 + weight; so are norms behind heads
+    (Gemma 2). The shares sum to the model's logit up to `rounding`, the roundings of the model's dtype. Softcapped
+    logits are attributed before the cap, and the result says so. A share tells what a part adds directly, not what
+    later parts make of it. In an encoder-decoder the stream is the decoder's, to which cross-attention writes too.
+
+    Args:
+        wb: the model, attached; it stays on its kernel, and is run once (and once on eight tokens).
+        prompts: a text or several, model inputs, or a Task, whose answers and wrong answers are then compared.
+        target: the token whose logit is taken apart, as text or id, for all prompts or one for each; None: the model's
+            own first choice. Where a task has several answers, the mean of their logits.
+        contrast: the token whose logit is taken off, "why A rather than B"; a logit alone has a constant over the
+            vocabulary in it that no probability depends on.
+        position: of the token after which the target comes, counted over a prompt's own tokens; -1 is the last.
+
+    Raises:
+        TaskError: a token outside the vocabulary, or a contrast that is its target. CaptureError: a position beyond a
+            prompt. AttachError: no final norm or output projection can be found, or the stream is no sum of parts; the
+            module is named.
+
+    Source: nostalgebraist 2020; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+    """
+    check_model(wb)
+    parts: list[_Part] = []
+    found: list[dict[str, Any]] = []
+    writers: Writers | None = None
+    with torch.inference_mode(mode=False), torch.no_grad():
+        for batch in batches_of(wb, prompts, batch_size):
+            if writers is None:
+                with torch.enable_grad():
+                    writers = find_writers(wb, shortened(batch))
+                parts = _parts(writers)
+            found.append(_of_batch(wb, writers, batch, target, contrast, position))
+    if writers is None:
+        raise CaptureError("there are no prompts")
+    values = torch.cat([each["values"] for each in found], 1)
+    logits = torch.cat([each["logits"] for each in found])
+    cap = writers.readout.cap
+    return LogitAttribution(
+        kinds=tuple(part.kind for part in parts), names=tuple(part.name for part in parts),
+        layers=tuple(part.layer for part in parts), numbers=tuple(part.head for part in parts),
+        sites=tuple(part.site for part in parts),
+        values=values, logits=logits,
+        capped=torch.cat([each["capped"] for each in found]),
+        targets=tuple(one for each in found for one in each["targets"]),
+        contrasts=tuple(one for each in found for one in each["contrasts"]),
+        positions=tuple(one for each in found for one in each["positions"]),
+        cap=cap, norm=_said(writers), precision=writers.precision, provenance=wb.provenance(),
+    )  # fmt: skip
+
+
+def _said(writers: Writers) -> str:
+    norm = writers.readout.norm
+    if norm is None:
+        return "no final norm"
+    return f"{norm.name}, {'LayerNorm' if norm.centred else 'RMSNorm'}, its scale frozen"
+
+
+def _parts(writers: Writers) -> list[_Part]:
+    found = [_Part("embedding", name) for name in writers.tables or ("input",)]
+    for number, block in enumerate(writers.blocks):
+        for heads in writers.heads:
+            if heads.block == block:
+                name = heads.site.alias if heads.site.kind == "cross" or heads.site.tower else f"L{number}"
+                joint = "." if "." in name else ""
+                found += [
+                    _Part("head", f"{name}{joint}H{head}", number, head, heads.site.name)
+                    for head in range(heads.n_heads)
+                ]
+                found.append(_Part("attention bias", f"{name} bias", number, -1, heads.site.name))
+        if writers.mlps[block] is not None:
+            found.append(_Part("mlp", f"m{number}", number))
+    return [*found, _Part("norm bias", "final norm bias"), _Part("unembedding bias", "unembedding bias")]
+
+
+class _Seen:
+    """What modules were given and gave at one position of each example [example, width]."""
+
+    def __init__(self, places: Tensor) -> None:
+        self.places, self.rows = places, torch.arange(len(places), device=places.device)
+        self.given: dict[str, Tensor] = {}
+        self.gave: dict[str, Tensor] = {}
+
+    def at(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.expand(len(self.rows), *tensor.shape[1:])
+        return tensor[self.rows, self.places.to(tensor.device)].detach().clone().flatten(1)
+
+    def watch(self, changes: Changes, name: str, module: nn.Module) -> None:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            first = first_float((*args, *kwargs.values()))
+            if first is not None:
+                self.given[name] = self.at(first)
+
+        def after(_: nn.Module, args: Any, output: Any) -> None:
+            first = first_float(output)
+            if first is not None:
+                self.gave[name] = self.at(first)
+
+        changes.before(module, before, with_kwargs=True)
+        changes.after(module, after)
+
+
+def _of_batch(
+    wb: Workbench, writers: Writers, batch: dict[str, Tensor], target: Targets, contrast: Targets, position: int
+) -> dict[str, Any]:
+    places = places_of(batch, position)
+    seen, readout, n = _Seen(places), writers.readout, len(places)
+    modules = dict(wb.model.named_modules())
+    names = {writers.blocks[0], readout.end, readout.source, *writers.tables}
+    names |= {name for heads in writers.heads for name in (heads.out, *([heads.norm.name] if heads.norm else []))}
+    names |= {name for name in writers.mlps.values() if name is not None}
+    with Changes() as changes:
+        for name in names:
+            seen.watch(changes, name, modules[name])
+        output = wb.model(**batch)
+    logits = logits_of(output)
+    logits = logits[torch.arange(n, device=logits.device), places.to(logits.device)].double()
+    sets, weights = _weights(wb, batch, target, contrast, logits)
+
+    stream, normed = seen.gave[readout.end].double(), seen.gave[readout.source]
+    towards, unembedding, chosen = readout.towards(normed, weights)
+    norm_bias = torch.zeros_like(unembedding)
+    if readout.norm is not None:
+        towards, norm_bias = readout.norm.back(readout.norm.scale(stream, normed), towards)
+    values = _written(writers, seen, towards)
+    values += [norm_bias[None], unembedding[None]]
+    _check_output(chosen, (logits * weights).sum(-1), readout.cap, readout.eps)
+    return {
+        "values": torch.cat(values).cpu(), "logits": chosen.cpu(), "capped": (logits * weights).sum(-1).cpu(),
+        "targets": [_text(wb, one) for one in sets[0].sets],
+        "contrasts": ["" if sets[1] is None else _text(wb, sets[1].sets[i]) for i in range(n)],
+        "positions": places.tolist(),
+    }  # fmt: skip
+
+
+def _check_output(chosen: Tensor, given: Tensor, cap: float | None, eps: float) -> None:
+    """The sum that was taken apart is the model's own, where no cap lies between."""
+    if cap is None and bool(((chosen - given).abs() > max(1e-4, 8 * eps) * (1 + given.abs() + chosen.abs())).any()):
+        raise CaptureError("the logits of the forward are not what the output projection gives of its stream")
+
+
+def _written(writers: Writers, seen: _Seen, towards: Tensor) -> list[Tensor]:
+    """[part, example] of all that writes to the stream."""
+    values: list[Tensor] = []
+    for name in writers.tables:
+        values.append((seen.gave[name].double() * towards).sum(-1)[None])
+    if not writers.tables:
+        values.append((seen.given[writers.blocks[0]].double() * towards).sum(-1)[None])
+    for block in writers.blocks:
+        for heads in writers.heads:
+            if heads.block != block:
+                continue
+            w_o, bias = heads.w_o.to(towards.device), getattr(heads.out_module, "bias", None)
+            direction, behind = towards, torch.zeros_like(towards[:, 0])
+            if heads.norm is not None:
+                scale = heads.norm.scale(seen.gave[heads.out], seen.gave[heads.norm.name])
+                direction, behind = heads.norm.back(scale, towards)
+            z = seen.given[heads.out].double().unflatten(-1, (heads.n_heads, -1))
+            values.append(torch.einsum("ehw,hwd,ed->he", z, w_o, direction))
+            if bias is not None:
+                behind = behind + direction @ bias.detach().double()
+            values.append(behind[None])
+        mlp = writers.mlps[block]
+        if mlp is not None:
+            values.append((seen.gave[mlp].double() * towards).sum(-1)[None])
+    return values
+
+
+def _weights(
+    wb: Workbench, batch: Mapping[str, Tensor], target: Targets, contrast: Targets, logits: Tensor
+) -> tuple[tuple[Tokens, Tokens | None], Tensor]:
+    """The tokens, and [example, vocab] by which their logits count."""
+    n, vocabulary = logits.shape
+    if isinstance(batch, TaskBatch):
+        if target is not None or contrast is not None:
+            raise TaskError("a task has its own answers", hint="leave target and contrast out, or give its prompts")
+        targets = answers_of(batch, "target")
+        contrasts: Tokens | None = answers_of(batch, "contrast")
+    else:
+        targets = tokens_of(wb, logits.argmax(-1).tolist() if target is None else target, n, vocabulary, "target")
+        contrasts = None if contrast is None else tokens_of(wb, contrast, n, vocabulary, "contrast")
+    weights = targets.weights(vocabulary, logits.device)
+    if contrasts is not None:
+        check_apart(targets, contrasts)
+        weights = weights - contrasts.weights(vocabulary, logits.device)
+    return (targets, contrasts), weights
+
+
+def _text(wb: Workbench, tokens: tuple[int, ...]) -> str:
+    shown = [str(one) if wb.tokenizer is None else piece(wb.tokenizer, one) for one in tokens]
+    return " | ".join(shown)
