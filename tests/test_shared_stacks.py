@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ def test_calls_of_shared_layers(name: str) -> None:
         for site, n in calls.items():
             each = [cap[site, call] for call in range(n)]
             assert [one.site.path for one in each] == [site] * n
-            for one, other in zip(each, each[1:], strict=False):
+            for one, other in pairwise(each):
                 assert not torch.equal(one.pattern.dense(), other.pattern.dense())
         table = cap.table("entropy")
         assert table.groupby("site").call.nunique().to_dict() == calls
