@@ -24,7 +24,7 @@ from workbench.hooks.proofs.axes import Axes, Bound
 from workbench.hooks.proofs.by_size import axes_by_size, usual_axes
 from workbench.hooks.proofs.by_value import Proof, prove_axes
 from workbench.hooks.proofs.rows import Account, account, own_features
-from workbench.hooks.sites import stated_heads
+from workbench.hooks.sites import heads_of, stated_heads
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Run, Unplaced, Waiting, fits, kept, parts_of_maps, versions
 
@@ -70,6 +70,7 @@ class Layouts:
         self._runs: dict[int, Run] = {}
         self._settled: set[int] = set()  # threads in which nothing is learned
         self._blocks: dict[str, Blocks] = {}
+        self._counted: set[tuple[str, int]] = set()  # sites whose heads are as many as they should be
         self.learning = True
         self.refused: dict[str, str] = {}
         self.gates: set[str] = set()
@@ -193,6 +194,25 @@ class Layouts:
             return call.under(bound), waiting
         waiting.call = kept(call)
         return None, waiting
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why a call that says itself what its axes are is not shown: it has other heads than its module states; None:
+        it is shown.
+
+        A config may speak of other modules too. It is believed where the call has a part of its heads only.
+        """
+        n_heads = call.sizes_of_all[0]
+        if (call.site, n_heads) in self._counted:
+            return None
+        own, stated = stated_heads(call.module), heads_of(call.module)
+        part = stated is not None and stated > n_heads and stated % n_heads == 0
+        if call.site not in self._stated and (own not in (None, n_heads) or (own is None and part)):
+            whose = "config" if own is None else "module"
+            self.refused[call.site] = reason = f"the {whose} states {stated} heads, and its call has {n_heads}"
+            return reason
+        self._counted.add((call.site, n_heads))
+        self.refused.pop(call.site, None)
+        return None
 
     def _check_whole(self, call: Unplaced, run: Run) -> None:
         """Sizes placed the site's last call as one of shorter inputs, which is all; here both may be parts of one map.

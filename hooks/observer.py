@@ -326,6 +326,9 @@ class Observer:
                 return None
             if self._cut:
                 call = cut_weights.split(call)
+            if call.tap == "registry" and (reason := self._layouts.refusal(call)) is not None:
+                self._listener.on_refused(call.site, reason, edited=self._listener.cannot_wait(call.site))
+                return None
             if state.replay:
                 call = replace(call, replay=True)
             whole = self._whole(state, call)

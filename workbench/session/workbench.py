@@ -234,7 +234,9 @@ class Workbench(Interventions):
         name, reason = next(iter(refused.items()))
         if not capture.sites or (settings.sites is not None and set(refused) & settings.sites):
             hint = STATE_IT % name
-            if "rows" in reason:
+            if "account for" in reason:
+                hint = "a part of a head is not shown as if it were the head"
+            elif "rows" in reason:
                 hint = (
                     f"a part of a head is not shown as if it were the head; where each call is a map of its own, {hint}"
                 )
