@@ -285,7 +285,10 @@ class Layouts:
             p = p.detach()
             for one in list(run.waiting):
                 one.seen = True
-                if one not in run.waiting or one.tried >= _CANDIDATES or p.numel() < one.output.numel():
+                if one not in run.waiting or one.tried >= _CANDIDATES:
+                    continue
+                if p.numel() < one.output.numel():
+                    self._compare_part(one, p)
                     continue
                 one.fits = one.fits or fits(p, one)
                 if not one.unchanged:
@@ -306,6 +309,20 @@ class Layouts:
                 else:
                     settled += self._proved(run, one, proof.axes, alone=part is p)
         return settled
+
+    @staticmethod
+    def _compare_part(one: Waiting, p: Tensor) -> None:
+        """Whether something smaller than what the heads give is a part of it, as of windows whose last is padded."""
+        output, n_features = one.output, p.shape[-1]
+        if output.numel() % n_features or 2 * p.numel() < output.numel() or not one.unchanged:
+            return
+        one.tried += 1
+        found = account(p, [output.movedim(one.call.width, -1)])
+        if found is not None and found.explained == found.n_rows:
+            one.reason = (
+                f"its call gives {output.numel() // n_features} rows, of which {found.n_rows} enter the projection: "
+                "the others are padding, which a length that is a multiple of its windows avoids"
+            )
 
     def saw_output(self, module: nn.Module, output: Tensor) -> list[tuple[Waiting, AttentionCall | str]]:
         """A module has ended. Where it gives its heads merged, that shows their axes as a projection's input does.

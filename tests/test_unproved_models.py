@@ -174,6 +174,41 @@ def test_block_sparse_attention_is_refused_with_its_share() -> None:
         assert not wb.verify(ids).ok
 
 
+@torch.no_grad()
+def test_windows_whose_last_is_padded_are_refused_with_their_rows() -> None:
+    """Local attention takes windows of whole blocks: a length that is none has rows that no projection sees."""
+    torch.manual_seed(0)
+    config = transformers.LongT5Config(
+        num_layers=1, num_heads=4, d_model=32, d_kv=8, d_ff=48, vocab_size=60, local_radius=5, pad_token_id=0,
+        encoder_attention_type="local",
+    )  # fmt: skip
+    model, name = transformers.LongT5EncoderModel(config).eval(), "encoder.block.0.layer.0.LocalSelfAttention"
+    ids = torch.randint(3, 60, (2, 18))
+    with workbench.attach(model, check=False) as wb:
+        with pytest.raises(CaptureError, match="gives 36 rows, of which 34 enter"), wb.capture():
+            model(ids[:, :17])
+        assert [one.name for one in wb.sites.unread] == [name]
+        with wb.capture() as cap:
+            model(ids)
+        assert (cap[0].site.kind, cap[0].site.windows, cap[0].shape) == ("halo", 3, (6, 4, 6, 18))
+
+
+@torch.no_grad()
+def test_local_and_global_keys_apart_are_refused() -> None:
+    """Another block-sparse family: what its heads give is the sum of two products, each with a part of the weights."""
+    torch.manual_seed(0)
+    config = transformers.PegasusXConfig(
+        encoder_layers=1, decoder_layers=1, d_model=32, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=60, block_size=6, num_global_tokens=3,
+    )  # fmt: skip
+    model, ids = transformers.PegasusXModel(config).eval(), torch.randint(3, 60, (2, 18))
+    with workbench.attach(model) as wb:
+        with pytest.warns(UserWarning, match="were not captured"), wb.capture() as cap:
+            model(ids, decoder_input_ids=ids[:, :9], use_cache=False)
+        assert [one.site.kind for one in cap] == ["self", "cross"]
+        assert [one.name for one in wb.sites.unread] == ["encoder.layers.0.self_attn"]
+
+
 class Shared(nn.Module):
     """Three blocks that run several times."""
 
