@@ -82,9 +82,11 @@ def _read(
         return "head" if stride < features else "batch"
 
     roles = [(axis, Part(role(axis, stride), size), stride) for axis, size, stride in pieces]
-    inside = frozenset(axis for axis, _, stride in roles if axis in mixed and stride < features and not features_mixed)
-    outside = {axis for axis, _, stride in roles if axis in mixed and stride >= features}
-    if not alone and inside & outside:
+    among_features = frozenset(
+        axis for axis, _, stride in roles if axis in mixed and stride < features and not features_mixed
+    )
+    among_rows = {axis for axis, _, stride in roles if axis in mixed and stride >= features}
+    if not alone and among_features & among_rows:
         return Proof(None, "queries lie among the features of the projection, where they cannot be told from heads")
     with_queries = {_axis_of(stride, into) for _, part, stride in roles if part.role == "query"}
 
@@ -107,7 +109,7 @@ def _read(
     if not any(part.role == "query" for part, _ in flat):
         return Proof(None, "no axis of the call runs along the rows of the projection alone")
     order = sorted(range(len(flat)), key=lambda i: place(*flat[i]))
-    return Proof(Axes(opened, tuple(order), "features" if features_mixed else "positions"), within=inside)
+    return Proof(Axes(opened, tuple(order), "features" if features_mixed else "positions"), within=among_features)
 
 
 def _axis_of(stride: int, into: tuple[int, ...]) -> int:
