@@ -265,7 +265,8 @@ def test_padding_is_left_out() -> None:
 def test_no_map_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """4,096 tokens: no tensor of more than a few hundred rows' weights, and no call for a dense map."""
     torch.manual_seed(0)
-    n, config = 4096, {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 60, "n_positions": n}
+    n = 4096
+    config = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 60, "n_positions": n}
     model = hf.GPT2Model(hf.GPT2Config(**config, bos_token_id=1, eos_token_id=2)).eval()
     largest = 0
 
