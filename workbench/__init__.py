@@ -47,6 +47,14 @@ if TYPE_CHECKING:
     from workbench.analysis.pruning.prune import prune_heads
     from workbench.analysis.rollout import AttentionRollout, attention_rollout
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
+    from workbench.analysis.weights import (
+        CompositionScores,
+        OVCopying,
+        SingularVectors,
+        composition_scores,
+        ov_copying,
+        singular_vectors,
+    )
     from workbench.capture.capture import Capture
     from workbench.capture.reading import load_capture
     from workbench.capture.site_capture import SiteCapture
@@ -122,6 +130,12 @@ _LAZY = {
     "PrecisionError": "workbench.analysis.saliency",
     "Saliency": "workbench.analysis.saliency",
     "saliency": "workbench.analysis.saliency",
+    "CompositionScores": "workbench.analysis.weights",
+    "OVCopying": "workbench.analysis.weights",
+    "SingularVectors": "workbench.analysis.weights",
+    "composition_scores": "workbench.analysis.weights",
+    "ov_copying": "workbench.analysis.weights",
+    "singular_vectors": "workbench.analysis.weights",
     "Sweep": "workbench.sweep.result",
     "SweepInterrupted": "workbench.sweep.result",
     "Variant": "workbench.sweep.variants",
@@ -138,6 +152,7 @@ __all__ = [
     "CaptureError",
     "Circuit",
     "CircuitOverlap",
+    "CompositionScores",
     "Conditioning",
     "CrossAttention",
     "CrossAttentionSaliency",
@@ -155,6 +170,7 @@ __all__ = [
     "Metric",
     "Mixing",
     "ModuleRun",
+    "OVCopying",
     "PatternAtlas",
     "PrecisionError",
     "Pruning",
@@ -164,6 +180,7 @@ __all__ = [
     "Report",
     "ReportError",
     "Saliency",
+    "SingularVectors",
     "SiteCapture",
     "Stability",
     "Stage",
@@ -182,6 +199,7 @@ __all__ = [
     "circuit_faithfulness",
     "circuit_overlap",
     "circuit_stability",
+    "composition_scores",
     "conditioning",
     "cross_attention",
     "cross_attention_saliency",
@@ -194,6 +212,7 @@ __all__ = [
     "logit_lens",
     "metrics",
     "models",
+    "ov_copying",
     "patch_heads",
     "pattern_atlas",
     "prune_heads",
@@ -201,6 +220,7 @@ __all__ = [
     "repair",
     "run_sweep",
     "saliency",
+    "singular_vectors",
     "statistic",
     "tasks",
     "views",
