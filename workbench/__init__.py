@@ -41,6 +41,12 @@ if TYPE_CHECKING:
         cross_attention,
         cross_attention_saliency,
     )
+    from workbench.analysis.head_scores import (
+        RetrievalScores,
+        StreamingScores,
+        retrieval_scores,
+        streaming_scores,
+    )
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
     from workbench.analysis.logits import LogitAttribution, LogitLens, logit_attribution, logit_lens
     from workbench.analysis.profile import AttentionProfile, attention_profile
@@ -136,6 +142,10 @@ _LAZY = {
     "composition_scores": "workbench.analysis.weights",
     "ov_copying": "workbench.analysis.weights",
     "singular_vectors": "workbench.analysis.weights",
+    "RetrievalScores": "workbench.analysis.head_scores",
+    "StreamingScores": "workbench.analysis.head_scores",
+    "retrieval_scores": "workbench.analysis.head_scores",
+    "streaming_scores": "workbench.analysis.head_scores",
     "Sweep": "workbench.sweep.result",
     "SweepInterrupted": "workbench.sweep.result",
     "Variant": "workbench.sweep.variants",
@@ -179,11 +189,13 @@ __all__ = [
     "Repair",
     "Report",
     "ReportError",
+    "RetrievalScores",
     "Saliency",
     "SingularVectors",
     "SiteCapture",
     "Stability",
     "Stage",
+    "StreamingScores",
     "Sweep",
     "SweepInterrupted",
     "TaskError",
@@ -218,10 +230,12 @@ __all__ = [
     "prune_heads",
     "reader",
     "repair",
+    "retrieval_scores",
     "run_sweep",
     "saliency",
     "singular_vectors",
     "statistic",
+    "streaming_scores",
     "tasks",
     "views",
 ]
