@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 def _numbers(found: HeadPatching | LayerPatching) -> dict[tuple[int, int], tuple[float, ...]]:
     """(row, place) -> score, its interval, mean effect and its standard error."""
     scores, effects, ends = found.scores, found.effects.mean(-1), found.interval
-    error = found.effects.std(-1) / max(found.effects.shape[-1], 1) ** 0.5
+    n = found.effects.shape[-1]
+    error = found.effects.std(-1) / n**0.5 if n > 1 else torch.full_like(effects, torch.nan)
     return {
         (i, j): (float(scores[i, j]), *ends[i, j].tolist(), float(effects[i, j]), float(error[i, j]))
         for i in range(scores.shape[0])
