@@ -42,7 +42,7 @@ def find_places(setup: Setup, positions: Where | Sequence[Where], by_position: b
         raise InterventionError("positions choose nothing: the list is empty", hint="None chooses all")
     streams = {repr(one): _streams(setup, one) for one in given}
     if by_position:
-        return [Place(str(one), one, streams[repr(one)]) for one in given]  # type: ignore[arg-type]
+        return [Place(str(one), one, streams[repr(one)]) for one in given]
     name = "all" if positions is None else str(positions)
     return [Place(name, positions, frozenset.intersection(*streams.values()))]  # type: ignore[arg-type]
 
