@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from workbench.analysis.logits import LogitAttribution, LogitLens, logit_attribution, logit_lens
     from workbench.analysis.profile import AttentionProfile, attention_profile
     from workbench.analysis.pruning.prune import prune_heads
+    from workbench.analysis.rollout import AttentionRollout, attention_rollout
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
     from workbench.capture.capture import Capture
     from workbench.capture.reading import load_capture
@@ -75,6 +76,8 @@ _LAZY = {
     "attach": "workbench.session.workbench",
     "AttentionProfile": "workbench.analysis.profile",
     "attention_profile": "workbench.analysis.profile",
+    "AttentionRollout": "workbench.analysis.rollout",
+    "attention_rollout": "workbench.analysis.rollout",
     "PatternAtlas": "workbench.analysis.atlas",
     "pattern_atlas": "workbench.analysis.atlas",
     "Capacity": "workbench.analysis.conditioning.capacity",
@@ -141,6 +144,7 @@ _LAZY_MODULES = ("metrics", "models", "tasks", "views")
 __all__ = [
     "AttachError",
     "AttentionProfile",
+    "AttentionRollout",
     "Capacity",
     "Capture",
     "CaptureError",
@@ -188,6 +192,7 @@ __all__ = [
     "attach",
     "attention_function",
     "attention_profile",
+    "attention_rollout",
     "capacity",
     "circuit_faithfulness",
     "circuit_overlap",

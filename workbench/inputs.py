@@ -143,6 +143,12 @@ def dropout_in_training(model: nn.Module) -> list[str]:
     ]
 
 
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """What to tell a model so that it keeps no keys and values."""
+    takes = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if takes and read(read(model, "config"), "use_cache", False) else {}
+
+
 def check_recording(wave: Tensor, name: str, error: type[WorkbenchError] = WorkbenchError) -> None:
     """Refuse samples that are no recording of one channel within ±1; `error` is the class that is raised.
 
