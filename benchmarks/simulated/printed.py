@@ -28,7 +28,10 @@ PRINTED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
         "`CircuitOverlap.cross_faithfulness`",
         ("share", "size of a share", "area under shares"),
     ),
-    ("share_intervals", "analysis.circuits.patching"): ("`HeadPatching.interval`", ("share",)),
+    ("share_intervals", "analysis.circuits.patching.results"): (
+        "`HeadPatching.interval`, `LayerPatching.interval`",
+        ("share",),
+    ),
     ("proportions", "analysis.circuits.repair"): ("`Repair.table`, accuracies", ("proportion",)),
     ("mean_t", "analysis.circuits.repair"): ("`Repair.table`, changes of attention", ("mean",)),
     ("drawn_t", "analysis.circuits.overlap"): (
@@ -57,5 +60,5 @@ PRINTED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
 }
 OTHERS: dict[str, tuple[str, ...]] = {  # printed without an interval, and simulated all the same
     "`Stability`: between disjoint halves and redrawn prompts": ("stability",),
-    "`Saliency`, `HeadPatching` and `simulate_stack`: standard errors": ("standard error",),
+    "`Saliency`, `HeadPatching`, `LayerPatching` and `simulate_stack`: standard errors": ("standard error",),
 }
