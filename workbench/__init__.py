@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from workbench.analysis.circuits.find import Stage, find_circuit
     from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted
     from workbench.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
-    from workbench.analysis.circuits.patching import HeadPatching, ablate_heads, patch_heads
+    from workbench.analysis.circuits.patching import (
+        HeadPatching,
+        LayerPatching,
+        Patching,
+        PatchingInterrupted,
+        ablate_heads,
+        patch_heads,
+        patch_layers,
+    )
     from workbench.analysis.circuits.repair import Repair, repair
     from workbench.analysis.circuits.roles import HeadRoles, head_roles
     from workbench.analysis.circuits.stability import Stability, circuit_stability
@@ -99,7 +107,11 @@ _LAZY = {
     "circuit_overlap": "workbench.analysis.circuits.overlap",
     "HeadPatching": "workbench.analysis.circuits.patching",
     "ablate_heads": "workbench.analysis.circuits.patching",
+    "LayerPatching": "workbench.analysis.circuits.patching",
+    "Patching": "workbench.analysis.circuits.patching",
+    "PatchingInterrupted": "workbench.analysis.circuits.patching",
     "patch_heads": "workbench.analysis.circuits.patching",
+    "patch_layers": "workbench.analysis.circuits.patching",
     "Pruning": "workbench.analysis.circuits.methods.pruning",
     "PruningInterrupted": "workbench.analysis.circuits.methods.pruning",
     "Repair": "workbench.analysis.circuits.repair",
@@ -175,12 +187,15 @@ __all__ = [
     "HeadRoles",
     "InterventionError",
     "KVGroup",
+    "LayerPatching",
     "LogitAttribution",
     "LogitLens",
     "Metric",
     "Mixing",
     "ModuleRun",
     "OVCopying",
+    "Patching",
+    "PatchingInterrupted",
     "PatternAtlas",
     "PrecisionError",
     "Pruning",
@@ -226,6 +241,7 @@ __all__ = [
     "models",
     "ov_copying",
     "patch_heads",
+    "patch_layers",
     "pattern_atlas",
     "prune_heads",
     "reader",
