@@ -1,7 +1,7 @@
 """Attention rollout and the maps that it chains, compared with the published definitions worked by hand in float64."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import workbench
 from support.kept_elsewhere import Int8, put
 from support.tiny import eager_twin, family, make
 from support.zoo.family import ids
-from workbench import AttachError, AttentionRollout, CaptureError, attach, attention_rollout
+from workbench import AttachError, AttentionRollout, CaptureError, FormatError, attach, attention_rollout
 from workbench.analysis.rollout.maps import ProximityMap, linear, tiles
 from workbench.analysis.rollout.recorded import run_of
 from workbench.kernels.patterns import Pattern
@@ -395,6 +395,8 @@ def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     again = AttentionRollout.load(found.save(tmp_path / "a.safetensors"))
     assert torch.equal(again.shares, found.shares)
     assert again.table.equals(found.table)
+    with pytest.raises(FormatError, match="6 places around 6 sites"):
+        AttentionRollout.load(replace(found, shares=found.shares[1:]).save(tmp_path / "b.safetensors"))
     assert "alti" in repr(found)
     assert abs(float(found.table["share"].sum()) - 2) < 1e-9
     assert len(found.to_png()) > 1000
