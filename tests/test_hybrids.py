@@ -93,3 +93,15 @@ def test_generation_goes_on_under_a_capture(name: str) -> None:
     assert any("not recorded" in str(one.message) for one in told)
     if name not in EXPANDED:
         assert {one.site.name for one in cap.joined()} == set(attention)
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "jamba"])
+def test_verified_where_gradients_are_on(name: str) -> None:
+    """Switching heads of a recurrence off has no gradients, and a user need not think of it."""
+    torch.manual_seed(0)
+    model = HYBRIDS[name]().eval()
+    ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.is_grad_enabled()
+    with workbench.attach(model) as wb:
+        found = wb.verify(input_ids=ids, use_cache=False).raise_if_failed()
+    assert {check["editable"] for check in found.checks} == {True}

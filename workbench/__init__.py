@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from workbench.analysis.circuits.find import Stage, find_circuit
     from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted
     from workbench.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
-    from workbench.analysis.circuits.patching import HeadPatching, ablate_heads, patch_heads
+    from workbench.analysis.circuits.patching import (
+        HeadPatching,
+        LayerPatching,
+        Patching,
+        PatchingInterrupted,
+        ablate_heads,
+        patch_heads,
+        patch_layers,
+    )
     from workbench.analysis.circuits.repair import Repair, repair
     from workbench.analysis.circuits.roles import HeadRoles, head_roles
     from workbench.analysis.circuits.stability import Stability, circuit_stability
@@ -41,12 +49,26 @@ if TYPE_CHECKING:
         cross_attention,
         cross_attention_saliency,
     )
+    from workbench.analysis.head_scores import (
+        RetrievalScores,
+        StreamingScores,
+        retrieval_scores,
+        streaming_scores,
+    )
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
     from workbench.analysis.logits import LogitAttribution, LogitLens, logit_attribution, logit_lens
     from workbench.analysis.profile import AttentionProfile, attention_profile
     from workbench.analysis.pruning.prune import prune_heads
     from workbench.analysis.rollout import AttentionRollout, attention_rollout
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
+    from workbench.analysis.weights import (
+        CompositionScores,
+        OVCopying,
+        SingularVectors,
+        composition_scores,
+        ov_copying,
+        singular_vectors,
+    )
     from workbench.capture.capture import Capture
     from workbench.capture.reading import load_capture
     from workbench.capture.site_capture import SiteCapture
@@ -85,7 +107,11 @@ _LAZY = {
     "circuit_overlap": "workbench.analysis.circuits.overlap",
     "HeadPatching": "workbench.analysis.circuits.patching",
     "ablate_heads": "workbench.analysis.circuits.patching",
+    "LayerPatching": "workbench.analysis.circuits.patching",
+    "Patching": "workbench.analysis.circuits.patching",
+    "PatchingInterrupted": "workbench.analysis.circuits.patching",
     "patch_heads": "workbench.analysis.circuits.patching",
+    "patch_layers": "workbench.analysis.circuits.patching",
     "Pruning": "workbench.analysis.circuits.methods.pruning",
     "PruningInterrupted": "workbench.analysis.circuits.methods.pruning",
     "Repair": "workbench.analysis.circuits.repair",
@@ -122,6 +148,16 @@ _LAZY = {
     "PrecisionError": "workbench.analysis.saliency",
     "Saliency": "workbench.analysis.saliency",
     "saliency": "workbench.analysis.saliency",
+    "CompositionScores": "workbench.analysis.weights",
+    "OVCopying": "workbench.analysis.weights",
+    "SingularVectors": "workbench.analysis.weights",
+    "composition_scores": "workbench.analysis.weights",
+    "ov_copying": "workbench.analysis.weights",
+    "singular_vectors": "workbench.analysis.weights",
+    "RetrievalScores": "workbench.analysis.head_scores",
+    "StreamingScores": "workbench.analysis.head_scores",
+    "retrieval_scores": "workbench.analysis.head_scores",
+    "streaming_scores": "workbench.analysis.head_scores",
     "Sweep": "workbench.sweep.result",
     "SweepInterrupted": "workbench.sweep.result",
     "Variant": "workbench.sweep.variants",
@@ -138,6 +174,7 @@ __all__ = [
     "CaptureError",
     "Circuit",
     "CircuitOverlap",
+    "CompositionScores",
     "Conditioning",
     "CrossAttention",
     "CrossAttentionSaliency",
@@ -150,11 +187,15 @@ __all__ = [
     "HeadRoles",
     "InterventionError",
     "KVGroup",
+    "LayerPatching",
     "LogitAttribution",
     "LogitLens",
     "Metric",
     "Mixing",
     "ModuleRun",
+    "OVCopying",
+    "Patching",
+    "PatchingInterrupted",
     "PatternAtlas",
     "PrecisionError",
     "Pruning",
@@ -163,10 +204,13 @@ __all__ = [
     "Repair",
     "Report",
     "ReportError",
+    "RetrievalScores",
     "Saliency",
+    "SingularVectors",
     "SiteCapture",
     "Stability",
     "Stage",
+    "StreamingScores",
     "Sweep",
     "SweepInterrupted",
     "TaskError",
@@ -182,6 +226,7 @@ __all__ = [
     "circuit_faithfulness",
     "circuit_overlap",
     "circuit_stability",
+    "composition_scores",
     "conditioning",
     "cross_attention",
     "cross_attention_saliency",
@@ -194,14 +239,19 @@ __all__ = [
     "logit_lens",
     "metrics",
     "models",
+    "ov_copying",
     "patch_heads",
+    "patch_layers",
     "pattern_atlas",
     "prune_heads",
     "reader",
     "repair",
+    "retrieval_scores",
     "run_sweep",
     "saliency",
+    "singular_vectors",
     "statistic",
+    "streaming_scores",
     "tasks",
     "views",
 ]
