@@ -174,7 +174,6 @@ def test_commands_of_readme_docs_and_help_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vit: Path, whisper: Path
 ) -> None:
     assert len(EXAMPLES) >= 10
-    assert all(" report " in line or " verify " in line or " check " in line or " demo" in line for line in EXAMPLES)
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(["?", "The", "quick", "fox"])}, unk_token="?"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path / "my-gpt2")

@@ -66,7 +66,6 @@ def test_every_block_of_the_how_to_runs(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 1000, name
 
 
-<<<<<<< HEAD
 ELSEWHERE = {"how-to.md", "extending.md"}  # whose blocks other tests run
 PREAMBLES = {
     "architecture.md": """
@@ -110,7 +109,8 @@ def test_every_block_of_the_other_pages_runs(tmp_path: Path, name: str) -> None:
     around = [f"```python\n{found.get(name, '')}```\n" for found in (PREAMBLES, AFTERWARDS)]
     page.write_text(text.join(around), encoding="utf-8")
     _run(page, tmp_path)
-=======
+
+
 def test_every_analysis_has_its_line() -> None:
     page = (ROOT / "docs" / "which-analysis.md").read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
@@ -120,7 +120,6 @@ def test_every_analysis_has_its_line() -> None:
     assert set(named) == {name for name in public if getattr(workbench, name).__module__.startswith(rooms)}
     assert len(named) == len(set(named))
     assert all(len(cells) == 5 and all(cells) for cells in lines)
->>>>>>> main
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)
