@@ -183,7 +183,7 @@ def test_commands_of_readme_docs_and_help_run(
         (tmp_path / name).symlink_to(link)
     (tmp_path / "cat.png").symlink_to(vit / "picture.png")
     (tmp_path / "voice.wav").symlink_to(whisper / "voice.wav")
-    Report("Nothing").write(tmp_path / "demo.html")
+    Report("A page").add("A sentence.").write(tmp_path / "demo.html")
     monkeypatch.chdir(tmp_path)
     for line in dict.fromkeys(EXAMPLES):
         program, *arguments = shlex.split(line)
