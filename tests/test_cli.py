@@ -162,11 +162,7 @@ SHELL = "\n".join(
 )
 EXAMPLES = [
     *re.findall(r"^workbench .+$", SHELL, flags=re.MULTILINE),
-    *(
-        line
-        for each in (*app.registered_commands, app.registered_callback)
-        for line in (each.epilog or "").split("\n\n")
-    ),
+    *(line for each in (*app.registered_commands, app.info) for line in str(each.epilog).split("\n\n")),
 ]
 
 
