@@ -38,7 +38,7 @@ def run(path: Path) -> Any:
         NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute()
     shown = sorted({kind for cell in _code(notebook) for kind in kinds(cell)})
     for number, cell in enumerate(_code(notebook), start=1):
-        cell.outputs = list(kept(cell.outputs))
+        cell.outputs = joined(kept(cell.outputs))
         cell.execution_count = number
         cell.metadata.pop("execution", None)
         for output in cell.outputs:
@@ -66,6 +66,17 @@ def kept(outputs: list[Any]) -> Iterator[Any]:
         else:
             output.data = {"text/plain": output.data["text/plain"]}
             yield output
+
+
+def joined(outputs: Iterator[Any]) -> list[Any]:
+    """The outputs, with what was printed piece by piece in one."""
+    together: list[Any] = []
+    for output in outputs:
+        if together and output.output_type == together[-1].output_type == "stream":
+            together[-1].text += output.text
+        else:
+            together.append(output)
+    return together
 
 
 def small(png: str) -> str:
