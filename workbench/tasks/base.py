@@ -190,14 +190,14 @@ class Task(Sequence[Example]):
         tokens_of = cache(partial(answer_tokens, tokenizer))  # sets of answers repeat from one example to the next
         for start in range(0, len(self.examples), size):
             chunk = self.examples[start : start + size]
-            answers = [
-                answer_of(start + i, one, [tokens_of(text) for text in one.answers], [tokens_of(t) for t in one.wrong])
-                for i, one in enumerate(chunk)
-            ]
             texts = [example.twin if twins else example.prompt for example in chunk]
             rows = [
                 prompt_ids(tokenizer, text, continued=start_token is None, prepend_bos=self.prepend_bos)
                 for text in texts
+            ]
+            answers = [
+                answer_of(start + i, one, [tokens_of(text) for text in one.answers], [tokens_of(t) for t in one.wrong])
+                for i, one in enumerate(chunk)
             ]
             if start_token is None:
                 if any(example.written for example in chunk):
