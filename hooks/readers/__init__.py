@@ -10,9 +10,12 @@ from workbench.hooks.readers import (
     short_conv,
 )  # they register themselves
 from workbench.hooks.readers.registered import (
+    Begun,
     Mixing,
     ModuleRun,
     Reader,
+    before_reading,
+    check_gradients,
     continues,
     in_place_of,
     read_module,
@@ -21,9 +24,12 @@ from workbench.hooks.readers.registered import (
 )
 
 __all__ = [
+    "Begun",
     "Mixing",
     "ModuleRun",
     "Reader",
+    "before_reading",
+    "check_gradients",
     "continues",
     "delta",
     "in_place_of",

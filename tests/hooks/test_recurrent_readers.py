@@ -162,21 +162,32 @@ def test_padding(name: str, side: str):
 
 @EACH
 @torch.no_grad()
-def test_a_prefill_is_read_and_what_follows_it_is_refused(name: str):
-    model, ids = build(name), tokens()
+def test_what_goes_on_from_a_state_is_read_with_what_its_rows_read_of_that(name: str):
+    """A prompt, one position, and several at once; only RWKV's state is not read, and is refused."""
+    model, ids = build(name), tokens(24)
     with calls_of(model) as calls:
-        output = model(input_ids=ids, use_cache=True)
-    for call in calls:
-        assert_true(call, 1e-5)
+        output = model(input_ids=ids[:, :19], use_cache=True)
+    assert all(call.state.found is None and call.pattern().before is None for call in calls)
     names = ("cache_params", "past_key_values", "state")
     cache = {key: output[key] for key in names if output.get(key) is not None}
-    at = {"position_ids": torch.full((2, 1), 19)} if name == "recurrent-gemma" else {}
-    with calls_of(model), pytest.raises(CaptureError, match="goes on from a cached state") as caught:
-        model(input_ids=ids[:, :1], use_cache=True, **cache, **at)
-    assert caught.value.site == calls[0].site
+    if name == "rwkv":
+        with calls_of(model), pytest.raises(CaptureError, match="goes on from a cached state") as caught:
+            model(input_ids=ids[:, :1], use_cache=True, **cache)
+        assert caught.value.site == calls[0].site
+    several = (20, 21) if name == "recurrent-gemma" else (20, 24)  # that model forgets at several positions
+    for start, stop in () if name == "rwkv" else ((19, 20), several):
+        before = [call.state.left for call in calls]
+        at = {"position_ids": torch.arange(start, stop).expand(2, -1)} if name == "recurrent-gemma" else {}
+        with calls_of(model) as calls:
+            model(input_ids=ids[:, start:stop], use_cache=True, **cache, **at)
+        assert [call.state.found for call in calls] == before
+        for call in calls:
+            assert call.pattern().shape[2:] == (stop - start, stop - start)
+            assert_true(call, 1e-5)
+            assert bool((call.pattern().before != 0).any())
     with calls_of(model) as again:  # a new sequence, also where the module has kept a state
         model(input_ids=ids, use_cache=True)
-    assert torch.equal(again[0].output, calls[0].output)
+    assert all(call.state.found is None for call in again)
     assert_true(again[0], 1e-5)
 
 
