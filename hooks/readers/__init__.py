@@ -3,11 +3,13 @@
 from workbench.hooks.readers import (
     delta,
     lightning,
+    linear_attention,
     mamba,
     mamba2,
     rg_lru,
     rwkv,
     short_conv,
+    xlstm,
 )  # they register themselves
 from workbench.hooks.readers.registered import (
     Begun,
@@ -34,6 +36,7 @@ __all__ = [
     "delta",
     "in_place_of",
     "lightning",
+    "linear_attention",
     "mamba",
     "mamba2",
     "read_module",
@@ -42,4 +45,5 @@ __all__ = [
     "rg_lru",
     "rwkv",
     "short_conv",
+    "xlstm",
 ]

@@ -15,7 +15,7 @@ from workbench.hooks.readers.state_space import carried, check_run, foreign, has
 from workbench.kernels.lightning import LightningPattern
 
 
-def _held(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+def _held(module: nn.Module, inputs: Mapping[str, Any], output: Any) -> dict[str, Tensor] | None:
     """Its cache has a list of states of its own, filled as far as a layer has run."""
     cache: Any = inputs.get("past_key_values")
     held = None if cache is None else cache.get_linear_cache(module.layer_idx)
@@ -23,7 +23,7 @@ def _held(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor] | N
 
 
 def _continues(module: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    return _held(module, inputs) is not None
+    return _held(module, inputs, None) is not None
 
 
 @reader("MiniMaxLightningAttention", when=has("qkv_proj", "slope_rate", "output_gate"), continues=_continues, state=_held)

@@ -67,7 +67,7 @@ class Mixing:
 
 Read = Callable[[ModuleRun], Mixing]
 Continues = Callable[[nn.Module, Mapping[str, Any]], bool]
-Held = Callable[[nn.Module, Mapping[str, Any]], Mapping[str, Tensor] | None]
+Held = Callable[[nn.Module, Mapping[str, Any], Any], Mapping[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def reader(
             positions; by default `workbench.hooks.readers.continues` asks the cache among its inputs.
         follows: names of modules inside whose own mixing the reader takes into account, such as a convolution of
             the values: these are not listed as unread.
-        state: what the cache holds of a module with these inputs by name, tensors [batch, ...] by name, or None. A call
-            that goes on from it is then read too: `run.carried` has them, and what the rows read of them, beside A·V,
+        state: what the cache holds of a module with these inputs by name, tensors [batch, ...] by name, or None; also
+            given what the module gave, or None before it has run. A call that goes on from it is then read too: `run.carried` has them, and what the rows read of them, beside A·V,
             goes into the pattern's `before`.
 
     >>> from workbench.kernels.patterns import DensePattern
@@ -202,15 +202,17 @@ def before_reading(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     """To be asked before a module runs: `continues`, and a copy of the state that it will go on from."""
     if not continues(module, args, kwargs):
         return Begun(False)
-    held = _held(module, args, kwargs)
+    held = _held(module, args, kwargs, None)
     return Begun(True, None if held is None else {name: t.detach().clone() for name, t in held.items()})
 
 
-def _held(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
+def _held(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> Mapping[str, Tensor] | None:
     found = reader_of(module)
     if found is None or found.state is None:
         return None
-    return found.state(module, bound_inputs(module, args, kwargs)) or None
+    return found.state(module, bound_inputs(module, args, kwargs), output) or None
 
 
 def _holds_state(cache: Any, module: Any) -> bool:
@@ -249,7 +251,7 @@ def read_module(
     except CaptureError as error:
         raise type(error)(error.message, site=error.site or site, shape=error.shape, hint=error.hint) from error
     _check(mixing, site)
-    others, left = dict(mixing.others), _held(module, args, kwargs)
+    others, left = dict(mixing.others), _held(module, args, kwargs, output)
     return AttentionCall(
         site=site,
         module=module,

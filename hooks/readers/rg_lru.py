@@ -30,7 +30,7 @@ def _continues(module: Any, inputs: Mapping[str, Any]) -> bool:
     return not begins and module.conv1d_state.shape[0] == inputs["input_states"].shape[0]
 
 
-def _held(module: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+def _held(module: Any, inputs: Mapping[str, Any], output: Any) -> dict[str, Tensor] | None:
     held = {"conv": module.conv1d_state, "state": module.rg_lru.recurrent_states}
     return None if any(t is None for t in held.values()) else held
 
