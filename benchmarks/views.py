@@ -64,7 +64,7 @@ class Drawn:
 
 
 DRAWN = {
-    "workbench": Drawn("html[data-ready]", ".workbench.attention_pattern canvas"),
+    "workbench": Drawn("html[data-ready]", ".workbench canvas"),
     "bertviz": Drawn("svg line", "svg"),
     "circuitsvis": Drawn(":is(canvas, img, table)", "[id^=circuits-vis]"),
 }
@@ -189,12 +189,13 @@ def long_pattern(n: int) -> Pattern:
     return SoftmaxPattern(2 * q, k, causal(n))
 
 
-def model_capture(n: int) -> Any:
-    """A capture of a random model of GPT-2 small's number of heads over n tokens."""
+def model_capture(n: int, layers: int = 12, heads: int = 12) -> Any:
+    """A capture of a random model over n tokens, by default with GPT-2 small's number of heads."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=192, n_positions=n, vocab_size=512)).eval()
+    config = GPT2Config(n_layer=layers, n_head=heads, n_embd=16 * heads, n_positions=n, vocab_size=512)
+    model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "c_attn.weight" in name:
@@ -212,6 +213,7 @@ def goals(browser: Browser, rounds: int, folder: Path) -> str:
         "M: 12 x 12 heads, 512 tokens": lambda: views.attention_pattern(model_capture(512)),
         "L: one head, 4,096 tokens": lambda: views.attention_pattern(long_pattern(4096)),
         "XL: one head, 32,768 tokens": lambda: views.attention_pattern(long_pattern(32768)),
+        "Wall: 32 x 32 heads, 512 tokens": lambda: views.head_gallery(model_capture(512, 32, 32)),
     }
     rows = []
     for name, build in fixtures.items():

@@ -51,7 +51,8 @@ def of_sdpa(owner: Owner, given: Mapping[str, Any], output: Tensor, watch: LseWa
 
     made_of, v = tuple(given[name] for name in ("query", "key", "value", "attn_mask")), given["value"]
     values = v if v.shape[:-2] == output.shape[:-2] else None
-    return Unplaced(*owner, heads_of(owner[1]), output, (-2,), -1, under, made_of, values, scored=True)
+    heads, read = heads_of(owner[1]), (v, v.shape[-2])
+    return Unplaced(*owner, heads, output, (-2,), -1, under, read, made_of, values, scored=True)
 
 
 def of_function(
@@ -99,7 +100,8 @@ def of_written_out(owner: Owner, found: WrittenOut) -> Unplaced:
         )
 
     made_of, heads = (found.weights, found.values), heads_of(owner[1])
-    return Unplaced(*owner, heads, found.output, found.mixed, found.width, under, made_of, found.values_like_output)
+    read, values = (found.values, found.weights.shape[-1]), found.values_like_output
+    return Unplaced(*owner, heads, found.output, found.mixed, found.width, under, read, made_of, values)
 
 
 def _axis(of_output: str, letter: str, width: str) -> int | None:

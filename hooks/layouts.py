@@ -24,7 +24,7 @@ from workbench.hooks.proofs.axes import Axes, Bound
 from workbench.hooks.proofs.by_size import axes_by_size, usual_axes
 from workbench.hooks.proofs.by_value import Proof, prove_axes
 from workbench.hooks.proofs.rows import Account, account, own_features
-from workbench.hooks.sites import stated_heads
+from workbench.hooks.sites import heads_of, stated_heads
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Run, Unplaced, Waiting, fits, kept, parts_of_maps, versions
 
@@ -70,6 +70,7 @@ class Layouts:
         self._runs: dict[int, Run] = {}
         self._settled: set[int] = set()  # threads in which nothing is learned
         self._blocks: dict[str, Blocks] = {}
+        self._counted: set[tuple[str, int]] = set()  # sites whose heads are as many as they should be
         self.learning = True
         self.refused: dict[str, str] = {}
         self.gates: set[str] = set()
@@ -170,12 +171,16 @@ class Layouts:
         if known is None and threading.get_ident() in self._settled:
             known = self._guessed.get((call.site, ordinal))
         if known is not None and (bound := known.axes.bind(shape)) is not None:
+            self._check_whole(call, run)
+            if known.by == "sizes":
+                run.by_sizes = call
             return call.under(bound), None
+        self._check_whole(call, run)
         if call.site in self.refused and threading.get_ident() in self._settled:
             return None, None
         guess = axes_by_size(shape, call.mixed, call.width, call.heads, run.examples)
-        if guess is None:
-            guess = _axes_of_values(call, run)
+        if guess is None or call.heads is None:  # as many heads as examples look like these
+            guess = _axes_of_values(call, run) or guess
         if call.site in self.refused:
             guess = None  # it is told again when values prove it
         waiting = Waiting(call, ordinal, guess, call.output)
@@ -189,6 +194,41 @@ class Layouts:
             return call.under(bound), waiting
         waiting.call = kept(call)
         return None, waiting
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why a call that says itself what its axes are is not shown: it has other heads than its module states; None:
+        it is shown.
+
+        A config may speak of other modules too. It is believed where the call has a part of its heads only.
+        """
+        n_heads = call.sizes_of_all[0]
+        if (call.site, n_heads) in self._counted:
+            return None
+        own, stated = stated_heads(call.module), heads_of(call.module)
+        part = stated is not None and stated > n_heads and stated % n_heads == 0
+        if call.site not in self._stated and (own not in (None, n_heads) or (own is None and part)):
+            whose = "config" if own is None else "module"
+            self.refused[call.site] = reason = f"the {whose} states {stated} heads, and its call has {n_heads}"
+            return reason
+        self._counted.add((call.site, n_heads))
+        self.refused.pop(call.site, None)
+        return None
+
+    def _check_whole(self, call: Unplaced, run: Run) -> None:
+        """Sizes placed the site's last call as one of shorter inputs, which is all; here both may be parts of one map.
+
+        Raises:
+            CaptureError: they are. Nothing is known of the site any more.
+        """
+        if run.by_sizes is None or not call.reads_with(run.by_sizes):
+            return
+        for key in [key for key in self._known if key[0] == call.site]:
+            del self._known[key]
+        self.refused[call.site] = reason = (
+            "its rows come from several calls, of which it cannot be shown where they lie"
+        )
+        hint = f"where each call is a map of its own, {STATE_IT % call.site}"
+        raise CaptureError(reason, site=call.site, shape=call.output.shape, hint=hint)
 
     def _by_contract(self, call: Unplaced) -> AttentionCall | None:
         """PyTorch's own module has its examples before its heads. Values of each row's own are those of a gate."""
@@ -245,7 +285,10 @@ class Layouts:
             p = p.detach()
             for one in list(run.waiting):
                 one.seen = True
-                if one not in run.waiting or one.tried >= _CANDIDATES or p.numel() < one.output.numel():
+                if one not in run.waiting or one.tried >= _CANDIDATES:
+                    continue
+                if p.numel() < one.output.numel():
+                    self._compare_part(one, p)
                     continue
                 one.fits = one.fits or fits(p, one)
                 if not one.unchanged:
@@ -261,9 +304,25 @@ class Layouts:
                     settled.append((one, "its softmax weighs experts or branches, each row has values of its own"))
                 elif proof.axes is None:
                     one.reason = proof.reason
+                elif (doubt := self._doubt(proof, one, run)) is not None:
+                    one.reason = doubt
                 else:
                     settled += self._proved(run, one, proof.axes, alone=part is p)
         return settled
+
+    @staticmethod
+    def _compare_part(one: Waiting, p: Tensor) -> None:
+        """Whether something smaller than what the heads give is a part of it, as of windows whose last is padded."""
+        output, n_features = one.output, p.shape[-1]
+        if output.numel() % n_features or 2 * p.numel() < output.numel() or not one.unchanged:
+            return
+        one.tried += 1
+        found = account(p, [output.movedim(one.call.width, -1)])
+        if found is not None and found.explained == found.n_rows:
+            one.reason = (
+                f"its call gives {output.numel() // n_features} rows, of which {found.n_rows} enter the projection: "
+                "the others are padding, which a length that is a multiple of its windows avoids"
+            )
 
     def saw_output(self, module: nn.Module, output: Tensor) -> list[tuple[Waiting, AttentionCall | str]]:
         """A module has ended. Where it gives its heads merged, that shows their axes as a projection's input does.
@@ -294,6 +353,19 @@ class Layouts:
         if bound.count("query") > 1 or bound.count("batch") <= run.examples:
             return False
         return _axes_of_values(one.call, run) is None  # else its keys are positions, as of a window that is pooled
+
+    @staticmethod
+    def _doubt(proof: Proof, one: Waiting, run: Run) -> str | None:
+        """Why what lies among the features may be queries, and what lies among the rows heads; None: it may not."""
+        shape, bound = one.output.shape, None if proof.axes is None else proof.axes.bind(tuple(one.output.shape))
+        n_mixed, n_keys = [shape[axis] for axis in one.call.mixed], one.call.read[1]
+        if len(n_mixed) == 2 and n_mixed[0] == n_mixed[1] == n_keys:
+            return "the values fit several layouts, as there are as many heads as keys: run an input of another length"
+        if bound is None or bound.count("batch") <= (run.examples or 1):
+            return None
+        # Of one axis, it is that of the queries, and heads have values of their own.
+        doubt = any(len(n_mixed) == 1 or shape[axis] == n_keys for axis in proof.within)
+        return "queries may lie among the features of the projection: heads look like windows there" if doubt else None
 
     def _proved(
         self, run: Run, one: Waiting, axes: Axes, *, alone: bool = True

@@ -30,6 +30,13 @@ class Listener:
     def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module of the model is about to run; `args` are its positional inputs."""
 
+    def follows_linear(self) -> bool:
+        """Whether `on_linear` is to be told, which takes time."""
+        return False
+
+    def on_linear(self, name: str, module: nn.Module, given: Tensor) -> None:
+        """A linear function is about to be applied to `given` [..., feature], by the code of a module."""
+
     def on_call(self, call: AttentionCall) -> Tensor | None:
         """An attention call was made. What is given, if not None, is what the heads give instead [batch, head, query,
         width], and the model goes on with it.

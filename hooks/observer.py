@@ -252,10 +252,12 @@ class Observer:
         return result if replaced is None else (replaced, *result[1:])
 
     def _saw_linear(self, func: Any, args: Sequence[Any]) -> bool:
-        waiting, learning = self._layouts.is_waiting, self._layouts.learning
-        p = projected(func, args) if waiting or learning else None
+        waiting, learning, told = self._layouts.is_waiting, self._layouts.learning, self._listener.follows_linear()
+        p = projected(func, args) if waiting or learning or told else None
         if waiting and p is not None:
             self._prove(p)
+        if told and p is not None and (state := self._state(sys._getframe())).stack:
+            self._listener.on_linear(state.stack[-1].name, state.stack[-1].module, p)
         return learning and p is not None
 
     def _prove(self, p: Tensor, module: nn.Module | None = None) -> None:
@@ -326,6 +328,9 @@ class Observer:
                 return None
             if self._cut:
                 call = cut_weights.split(call)
+            if call.tap == "registry" and (reason := self._layouts.refusal(call)) is not None:
+                self._listener.on_refused(call.site, reason, edited=self._listener.cannot_wait(call.site))
+                return None
             if state.replay:
                 call = replace(call, replay=True)
             whole = self._whole(state, call)

@@ -1,7 +1,8 @@
 """Finds the module that joins the heads of a site: the first linear one that is called with exactly their outputs.
 
 It is found while a forward runs, by value, so that no model needs to be known by name. Where something changes the
-heads' outputs on the way (a gate, a norm), nothing is found: a head then has no linear part in what follows.
+heads' outputs on the way (a gate, a norm), nothing is found: a head then has no linear part in what follows. Where a
+second linear function is applied to them (an adapter), the first is only a part of what joins them.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ class Projection:
     Attributes:
         name: path of the module in the model.
         version: of its weight when the capture was made.
+        beside: where else the heads' outputs entered a linear function; "" if nowhere.
     """
 
     name: str
     version: int | None
+    beside: str = ""
     _module: weakref.ref[nn.Module] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of(cls, name: str, module: nn.Module) -> Projection:
+    def of(cls, name: str, module: nn.Module, beside: str = "") -> Projection:
         """The projection as it is now."""
-        return cls(name, _version(module.weight), weakref.ref(module))
+        return cls(name, _version(module.weight), beside, weakref.ref(module))
 
     @property
     def module(self) -> nn.Module:
@@ -53,7 +56,7 @@ class Projection:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "version": self.version, "_module": None}
+        return {"name": self.name, "version": self.version, "beside": self.beside, "_module": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Projection:
         return self
@@ -70,10 +73,11 @@ class Projection:
                 f"the weight of {self.name} has changed since the capture",
                 hint="compute results before the next step of training, or capture again",
             )
-        if self.name.endswith(".base_layer"):
+        if self.beside or self.name.endswith(".base_layer"):  # so named, an adapter may also scale what it gives
+            how = f"{self.beside} is applied to the heads' outputs too" if self.beside else "an adapter adds to it"
             raise CaptureError(
-                f"{self.name} is only a part of its projection: an adapter adds to it",
-                hint="merge the adapter into the model first",
+                f"{self.name} is only a part of its projection: {how}",
+                hint="if that is an adapter, merge it into the model first",
             )
         return projection_slices(module, n_heads, width)
 
@@ -99,7 +103,9 @@ class ProjectionFinder:
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[str, nn.Module]] = {}
+        self._beside: dict[str, str] = {}  # what else the heads' outputs entered, by site
         self._awaited: dict[int, dict[str, Tensor]] = {}  # by thread and site: [batch, query, head · width]
+        self._entered: dict[int, dict[str, weakref.ref[Tensor]]] = {}  # what a projection was given, while it lives
 
     def knows(self, site: str) -> bool:
         """Whether the projection of a site was found."""
@@ -116,22 +122,54 @@ class ProjectionFinder:
 
     def saw_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module of the model is about to run on `args`."""
-        awaited = self._awaited.get(threading.get_ident())
-        if not awaited or not is_linear(module) or not args or not isinstance(args[0], Tensor):
+        thread = threading.get_ident()
+        awaited, entered = self._awaited.get(thread), self._entered.get(thread)
+        if not (awaited or entered) or not is_linear(module) or not args or not isinstance(args[0], Tensor):
             return
-        for site, merged in awaited.items():
+        if entered:
+            self._compare(entered, name, module, args[0])
+        for site, merged in (awaited or {}).items():
             if _same(args[0], merged):
                 self._found[site] = name, module
-                del awaited[site]
+                self._entered.setdefault(thread, {})[site] = weakref.ref(args[0])
+                del self._awaited[thread][site]
                 return
+
+    def follows(self) -> bool:
+        """Whether `saw_linear` is to be told: what a projection was given is still there, in this thread."""
+        return bool(self._entered.get(threading.get_ident()))
+
+    def saw_linear(self, name: str, module: nn.Module, given: Tensor) -> None:
+        """A module that is no linear one applies a linear function to `given`, by its own code."""
+        entered = self._entered.get(threading.get_ident())
+        if entered and not is_linear(module):
+            self._compare(entered, f"a linear function of {name}", module, given)
+
+    def _compare(self, entered: dict[str, weakref.ref[Tensor]], name: str, module: nn.Module, given: Tensor) -> None:
+        for site, ref in list(entered.items()):
+            joined = ref()
+            if joined is None:
+                del entered[site]
+            elif self._found[site][1] is not module and (given is joined or _equal(given, joined)):
+                self._beside.setdefault(site, name)
 
     def end(self, thread: int) -> None:
         """The forward of that thread is over."""
         self._awaited.pop(thread, None)
+        self._entered.pop(thread, None)
 
     def of(self, site: str) -> Projection | None:
         """The projection of a site, if one was found."""
-        return Projection.of(*self._found[site]) if site in self._found else None
+        if site not in self._found:
+            return None
+        return Projection.of(*self._found[site], self._beside.get(site, ""))
+
+
+def _equal(given: Tensor, joined: Tensor) -> bool:
+    """Whether both have the same numbers, perhaps in other axes or another dtype."""
+    if given.shape[-1:] != joined.shape[-1:] or given.numel() != joined.numel() or given.device != joined.device:
+        return False
+    return torch.equal(given.detach().reshape(joined.shape), joined.detach().to(given.dtype))
 
 
 def _same(given: Tensor, merged: Tensor) -> bool:

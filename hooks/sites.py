@@ -76,6 +76,11 @@ class Site:
         return self.kind not in ("cross", "halo", "channel", "pooled", "memory")
 
     @property
+    def windowed(self) -> bool:
+        """Whether its batch is [example, window] in one axis, the windows of an example one after the other."""
+        return self.kind in ("window", "halo") and self.windows > 1
+
+    @property
     def _suffix(self) -> str:
         return f"#{self.call}" if self.call else ""
 

@@ -22,6 +22,7 @@ class Unplaced:
         output: what the kernel gave.
         mixed: the axes of the output that the values do not have; width: the axis that only they have.
         under: makes the call, given what the axes are. tensors: what it is made of.
+        read: the values as they were given, and how many keys they have.
         values: with the axes of the output, keys in the place of queries; None where they have other axes.
         scored: its kernel multiplies queries with keys, which no gate of experts does.
     """
@@ -33,9 +34,21 @@ class Unplaced:
     mixed: tuple[int, ...]
     width: int
     under: Callable[[Bound], AttentionCall]
+    read: tuple[Tensor, int]
     tensors: tuple[Tensor | None, ...] = ()
     values: Tensor | None = None
     scored: bool = False
+
+    @property
+    def by_fewer_rows(self) -> bool:
+        """Whether it has fewer rows than keys, so that it may be a part of a map."""
+        return all(self.output.shape[axis] < self.read[1] for axis in self.mixed)
+
+    def reads_with(self, other: Unplaced) -> bool:
+        """Whether both read the same values of one site by fewer rows each, as the parts of one map do."""
+        a, b = self.read[0], other.read[0]
+        alike = self.site == other.site and self.by_fewer_rows and other.by_fewer_rows and a.shape == b.shape
+        return alike and (a is b or torch.equal(a, b))
 
 
 @dataclass(eq=False)
@@ -105,11 +118,14 @@ def kept(call: Unplaced) -> Unplaced:
 
 @dataclass
 class Run:
-    """One forward in one thread. `examples`: how many the model was given; `made`: what linear functions gave."""
+    """One forward in one thread. `examples`: how many the model was given; `by_sizes`: the last call that was placed by
+    sizes alone; `made`: what linear functions gave.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     waiting: list[Waiting] = field(default_factory=list)
     examples: int | None = None
+    by_sizes: Unplaced | None = None
     made: deque[Tensor] = field(default_factory=lambda: deque(maxlen=8))
 
 
@@ -128,18 +144,10 @@ def fits(p: Tensor, one: Waiting) -> bool:
 
 def parts_of_maps(waiting: Sequence[Waiting]) -> Counter[str]:
     """How many calls make the map of a site, for sites of which several read the same values, each by fewer rows."""
-    found: Counter[str] = Counter()
-    for site, n in Counter(one.call.site for one in waiting).items():
-        calls = [one.call for one in waiting if one.call.site == site] if n > 1 else []
-        values = [call.values for call in calls if call.values is not None and len(call.mixed) == 1]
-        if len(values) < 2 or len(values) < len(calls):
-            continue
-        fewer = all(
-            call.output.shape[call.mixed[0]] < v.shape[call.mixed[0]] for call, v in zip(calls, values, strict=True)
-        )
-        if fewer and all(v.shape == values[0].shape and torch.equal(v, values[0]) for v in values):
-            found[site] = n
-    return found
+    calls = [one.call for one in waiting]
+    counts, first = Counter(call.site for call in calls), {call.site: call for call in reversed(calls)}
+    whole = {call.site for call in calls if counts[call.site] > 1 and not call.reads_with(first[call.site])}
+    return Counter({site: n for site, n in counts.items() if n > 1 and site not in whole})
 
 
 def sampled(t: Tensor) -> Tensor:

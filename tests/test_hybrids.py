@@ -180,3 +180,15 @@ def test_heads_are_edited_at_steps_as_in_one_forward(name: str) -> None:
                 given = model(ids[:, :-1], use_cache=True)
                 got = model(ids[:, -1:], past_key_values=given.past_key_values).logits[:, -1]
             torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "jamba"])
+def test_verified_where_gradients_are_on(name: str) -> None:
+    """Switching heads of a recurrence off has no gradients, and a user need not think of it."""
+    torch.manual_seed(0)
+    model = HYBRIDS[name]().eval()
+    ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.is_grad_enabled()
+    with workbench.attach(model) as wb:
+        found = wb.verify(input_ids=ids, use_cache=False).raise_if_failed()
+    assert {check["editable"] for check in found.checks} == {True}

@@ -55,10 +55,11 @@ def test_every_block_of_the_readme_runs(tmp_path: Path) -> None:
 
 
 def test_every_block_of_the_how_to_runs(tmp_path: Path) -> None:
-    assert len(blocks(HOW_TO)) > 20
+    assert len(re.findall(r"^### … .+\?$", HOW_TO.read_text(encoding="utf-8"), flags=re.MULTILINE)) >= 30
+    assert len(blocks(HOW_TO)) > 30
     said = _run(HOW_TO, tmp_path)
     assert "Verification(ok" in said
-    for name in ("head.png", "page.html", "prompt.safetensors", "sweep.safetensors"):
+    for name in ("head.png", "head.pdf", "page.html", "prompt.safetensors", "sweep.safetensors"):
         assert (tmp_path / name).stat().st_size > 1000, name
 
 

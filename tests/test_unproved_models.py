@@ -174,6 +174,41 @@ def test_block_sparse_attention_is_refused_with_its_share() -> None:
         assert not wb.verify(ids).ok
 
 
+@torch.no_grad()
+def test_windows_whose_last_is_padded_are_refused_with_their_rows() -> None:
+    """Local attention takes windows of whole blocks: a length that is none has rows that no projection sees."""
+    torch.manual_seed(0)
+    config = transformers.LongT5Config(
+        num_layers=1, num_heads=4, d_model=32, d_kv=8, d_ff=48, vocab_size=60, local_radius=5, pad_token_id=0,
+        encoder_attention_type="local",
+    )  # fmt: skip
+    model, name = transformers.LongT5EncoderModel(config).eval(), "encoder.block.0.layer.0.LocalSelfAttention"
+    ids = torch.randint(3, 60, (2, 18))
+    with workbench.attach(model, check=False) as wb:
+        with pytest.raises(CaptureError, match="gives 36 rows, of which 34 enter"), wb.capture():
+            model(ids[:, :17])
+        assert [one.name for one in wb.sites.unread] == [name]
+        with wb.capture() as cap:
+            model(ids)
+        assert (cap[0].site.kind, cap[0].site.windows, cap[0].shape) == ("halo", 3, (6, 4, 6, 18))
+
+
+@torch.no_grad()
+def test_local_and_global_keys_apart_are_refused() -> None:
+    """Another block-sparse family: what its heads give is the sum of two products, each with a part of the weights."""
+    torch.manual_seed(0)
+    config = transformers.PegasusXConfig(
+        encoder_layers=1, decoder_layers=1, d_model=32, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=60, block_size=6, num_global_tokens=3,
+    )  # fmt: skip
+    model, ids = transformers.PegasusXModel(config).eval(), torch.randint(3, 60, (2, 18))
+    with workbench.attach(model) as wb:
+        with pytest.warns(UserWarning, match="were not captured"), wb.capture() as cap:
+            model(ids, decoder_input_ids=ids[:, :9], use_cache=False)
+        assert [one.site.kind for one in cap] == ["self", "cross"]
+        assert [one.name for one in wb.sites.unread] == ["encoder.layers.0.self_attn"]
+
+
 class Shared(nn.Module):
     """Three blocks that run several times."""
 
@@ -312,12 +347,55 @@ def test_windows_are_counted_and_their_surroundings_have_no_distance(halo: int, 
         assert cap[0].shape == (2 * B, H, 5, 5 + 2 * halo)
         assert (cap[0].site.windows, cap[0].site.kind) == (2, kind)
         assert f"{kind} × 2" in repr(wb.sites)
+        assert "batch 2 × 2 windows" in repr(cap[0])
+        entropy = cap[0].by_window("entropy")
+        assert entropy.shape == (B, 2, H, 5)
+        table = cap.table("entropy")
+        last = table[(table.batch == 3) & (table["head"] == 1)]  # the second window of the second example
+        assert last.window.tolist() == [1]
+        assert last.entropy.item() == pytest.approx(entropy[1, 1, 1].mean().item())
         if halo:
             with pytest.raises(CaptureError, match='kind "halo"'):
                 _ = cap[0].distance
         else:
             assert cap[0].distance.shape == (2 * B, H, 5)
         assert wb.verify(x).ok
+
+
+@torch.no_grad()
+def test_sites_without_windows_have_none(x: Tensor) -> None:
+    with attached(Projected(any_letters)) as wb, wb.capture() as cap:
+        wb.model(x)
+    assert "window" not in cap.table("entropy")
+    with pytest.raises(CaptureError, match="has no windows"):
+        cap[0].by_window("entropy")
+
+
+@torch.no_grad()
+def test_a_capture_says_that_nothing_else_was_looked_for(x: Tensor) -> None:
+    """Sigmoid weights, which only a look finds, beside a site that is read."""
+
+    def sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.sigmoid(q @ k.transpose(-1, -2)) @ v
+
+    model = nn.ModuleDict({"read": Projected(any_letters), "other": Projected(sigmoid)}).eval()
+    model.forward = lambda x: model["other"](model["read"](x))  # type: ignore[assignment]
+    with workbench.attach(model) as wb:
+        with wb.capture() as cap:
+            wb.model(x)
+        assert "1 sites, others not looked for, " in repr(cap)
+        assert "mix tokens was not looked at" in limits_of(cap)
+        wb.look(x)
+        with wb.capture() as cap:
+            wb.model(x)
+        assert "1 sites, 1 mixers unread, " in repr(cap)
+        assert "other (Projected)" in limits_of(cap)
+        assert "not looked at" not in limits_of(cap)
+
+
+def limits_of(cap: workbench.Capture) -> str:
+    """The limits that a report of a capture states."""
+    return workbench.Report("Limits").add(cap).to_html().partition('id="limits"')[2].partition("</ul>")[0]
 
 
 @torch.no_grad()

@@ -187,14 +187,84 @@ def test_pytorchs_own_quantized_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torchao(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"])
+def test_torchao(name: str, tmp_path: Path) -> None:
     with judges():
         try:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+            from torchao import quantization
         except ModuleNotFoundError as error:
             missing(error)
         models = []
         for scale in (1.0, 2.0):
             models.append(llama(scale))
-            quantize_(models[-1], Int8WeightOnlyConfig())
+            quantization.quantize_(models[-1], getattr(quantization, name)())
         _check_quantized(*models, tmp_path)
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank change beside it, as adapters wrap them."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(32, 2, bias=False), nn.Linear(2, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Served(nn.Module):
+    """A model in a wrapper that hands on what it does not have, as those of runtimes do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        return {"logits": self.inner(*args, **inputs).logits}
+
+
+@torch.no_grad()
+def test_a_model_in_a_wrapper_is_as_the_model() -> None:
+    plain = llama()
+    with workbench.attach(plain) as wb, wb.capture(z=True) as want:
+        plain(IDS)
+    model = Served(llama()).eval()
+    with workbench.attach(model) as wb:
+        wb.verify(IDS).raise_if_failed()
+        with wb.capture(z=True) as cap:
+            model(IDS)
+    assert [site.name for site in cap.sites] == [f"inner.{site.name}" for site in want.sites]
+    for one, other in zip(cap, want, strict=True):
+        assert torch.equal(one.pattern.dense(), other.pattern.dense())
+        assert torch.equal(one.result(), other.result())
+
+
+@torch.no_grad()
+def test_projections_with_an_adapter() -> None:
+    """Queries and values are those that were used; an output projection that an adapter adds to gives no results."""
+    model = llama()
+    layers = [layer.self_attn for layer in model.model.layers]
+    for module, name in ((layers[0], "o_proj"), *((module, "q_proj") for module in layers)):
+        setattr(module, name, Adapted(getattr(module, name)).eval())
+    merged = llama()
+    for module, layer in zip(layers, merged.model.layers, strict=True):
+        for name in ("q_proj", "o_proj"):
+            if isinstance(one := getattr(module, name), Adapted):
+                getattr(layer.self_attn, name).weight.copy_(one.base.weight + one.up.weight @ one.down.weight)
+    with workbench.attach(merged) as wb, wb.capture(z=True) as want:
+        merged(IDS)
+    with workbench.attach(model) as wb:
+        wb.verify(IDS).raise_if_failed()
+        with wb.capture(z=True) as cap:
+            model(IDS)
+    for one, other in zip(cap, want, strict=True):
+        torch.testing.assert_close(one.pattern.dense(), other.pattern.dense(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cap[1].result(), want[1].result(), atol=1e-5, rtol=1e-5)
+    with pytest.raises(CaptureError, match=r"only a part of its projection[\s\S]*merge it into"):
+        cap[0].result()

@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from workbench.analysis.circuits.find import Stage, find_circuit
     from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted
     from workbench.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
-    from workbench.analysis.circuits.patching import HeadPatching, ablate_heads, patch_heads
+    from workbench.analysis.circuits.patching import (
+        HeadPatching,
+        LayerPatching,
+        Patching,
+        PatchingInterrupted,
+        ablate_heads,
+        patch_heads,
+        patch_layers,
+    )
     from workbench.analysis.circuits.repair import Repair, repair
     from workbench.analysis.circuits.roles import HeadRoles, head_roles
     from workbench.analysis.circuits.stability import Stability, circuit_stability
@@ -45,6 +53,7 @@ if TYPE_CHECKING:
     from workbench.analysis.logits import LogitAttribution, LogitLens, logit_attribution, logit_lens
     from workbench.analysis.profile import AttentionProfile, attention_profile
     from workbench.analysis.pruning.prune import prune_heads
+    from workbench.analysis.rollout import AttentionRollout, attention_rollout
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
     from workbench.capture.capture import Capture
     from workbench.capture.reading import load_capture
@@ -67,6 +76,8 @@ _LAZY = {
     "attach": "workbench.session.workbench",
     "AttentionProfile": "workbench.analysis.profile",
     "attention_profile": "workbench.analysis.profile",
+    "AttentionRollout": "workbench.analysis.rollout",
+    "attention_rollout": "workbench.analysis.rollout",
     "PatternAtlas": "workbench.analysis.atlas",
     "pattern_atlas": "workbench.analysis.atlas",
     "Capacity": "workbench.analysis.conditioning.capacity",
@@ -82,7 +93,11 @@ _LAZY = {
     "circuit_overlap": "workbench.analysis.circuits.overlap",
     "HeadPatching": "workbench.analysis.circuits.patching",
     "ablate_heads": "workbench.analysis.circuits.patching",
+    "LayerPatching": "workbench.analysis.circuits.patching",
+    "Patching": "workbench.analysis.circuits.patching",
+    "PatchingInterrupted": "workbench.analysis.circuits.patching",
     "patch_heads": "workbench.analysis.circuits.patching",
+    "patch_layers": "workbench.analysis.circuits.patching",
     "Pruning": "workbench.analysis.circuits.methods.pruning",
     "PruningInterrupted": "workbench.analysis.circuits.methods.pruning",
     "Repair": "workbench.analysis.circuits.repair",
@@ -129,6 +144,7 @@ _LAZY_MODULES = ("metrics", "models", "tasks", "views")
 __all__ = [
     "AttachError",
     "AttentionProfile",
+    "AttentionRollout",
     "Capacity",
     "Capture",
     "CaptureError",
@@ -146,11 +162,14 @@ __all__ = [
     "HeadRoles",
     "InterventionError",
     "KVGroup",
+    "LayerPatching",
     "LogitAttribution",
     "LogitLens",
     "Metric",
     "Mixing",
     "ModuleRun",
+    "Patching",
+    "PatchingInterrupted",
     "PatternAtlas",
     "PrecisionError",
     "Pruning",
@@ -173,6 +192,7 @@ __all__ = [
     "attach",
     "attention_function",
     "attention_profile",
+    "attention_rollout",
     "capacity",
     "circuit_faithfulness",
     "circuit_overlap",
@@ -190,6 +210,7 @@ __all__ = [
     "metrics",
     "models",
     "patch_heads",
+    "patch_layers",
     "pattern_atlas",
     "prune_heads",
     "reader",

@@ -143,6 +143,12 @@ def dropout_in_training(model: nn.Module) -> list[str]:
     ]
 
 
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """What to tell a model so that it keeps no keys and values."""
+    takes = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if takes and read(read(model, "config"), "use_cache", False) else {}
+
+
 def check_recording(wave: Tensor, name: str, error: type[WorkbenchError] = WorkbenchError) -> None:
     """Refuse samples that are no recording of one channel within ±1; `error` is the class that is raised.
 
@@ -188,3 +194,26 @@ def to_ids(tokens: Any) -> Tensor:
     if ids.dim() != 2 or ids.is_floating_point():
         raise CaptureError("tokens are integer ids [batch, position]", shape=ids.shape)
     return ids
+
+
+def own_columns(real: Tensor, position: int) -> Tensor:
+    """[batch] column of a position in each prompt, counted over its own tokens; negative ones from the end.
+
+    Args:
+        real: [batch, column] bool, where there is no padding, which may stand on either side.
+
+    Raises:
+        CaptureError: a prompt has no such position.
+
+    >>> own_columns(torch.tensor([[False, True, True], [True, True, False]]), -1)
+    tensor([2, 1])
+    """
+    lengths = real.sum(1)
+    number = lengths + position if position < 0 else torch.full_like(lengths, position)
+    bad = ((number < 0) | (number >= lengths)).nonzero()[:, 0].tolist()
+    if bad:
+        raise CaptureError(
+            f"position {position} lies beyond prompt {bad[0]}, which has {int(lengths[bad[0]])} tokens",
+            hint="positions count from 0, or from -1 at the end",
+        )
+    return ((real.cumsum(1) - 1 == number[:, None]) & real).int().argmax(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 PRINTED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("means_t", "analysis.importance.result"): ("`HeadImportance.interval`", ("mean",)),
     ("medians", "analysis.importance.result"): ("`HeadImportance.median`", ("median",)),
+    ("means_t", "analysis.logits.result"): ("`LogitAttribution.interval`", ("mean",)),
     ("means_t", "views.head_atlas.view"): ("`views.head_atlas` of a capture", ("mean",)),
     ("means_t", "analysis.profile.result"): (
         "`AttentionProfile.interval`, `mass_interval`",
@@ -27,7 +28,10 @@ PRINTED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
         "`CircuitOverlap.cross_faithfulness`",
         ("share", "size of a share", "area under shares"),
     ),
-    ("share_intervals", "analysis.circuits.patching"): ("`HeadPatching.interval`", ("share",)),
+    ("share_intervals", "analysis.circuits.patching.results"): (
+        "`HeadPatching.interval`, `LayerPatching.interval`",
+        ("share",),
+    ),
     ("proportions", "analysis.circuits.repair"): ("`Repair.table`, accuracies", ("proportion",)),
     ("mean_t", "analysis.circuits.repair"): ("`Repair.table`, changes of attention", ("mean",)),
     ("drawn_t", "analysis.circuits.overlap"): (
@@ -56,5 +60,5 @@ PRINTED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
 }
 OTHERS: dict[str, tuple[str, ...]] = {  # printed without an interval, and simulated all the same
     "`Stability`: between disjoint halves and redrawn prompts": ("stability",),
-    "`Saliency`, `HeadPatching` and `simulate_stack`: standard errors": ("standard error",),
+    "`Saliency`, `HeadPatching`, `LayerPatching` and `simulate_stack`: standard errors": ("standard error",),
 }

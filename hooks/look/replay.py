@@ -79,6 +79,7 @@ class Replays:
         self._stack: list[ModuleCall] = []
         self._outputs: list[Tensor] = []  # of the kernels
         self._next: Iterator[Tensor] | None = None
+        self._changed = False
         self._frozen: dict[nn.Module, list[Any]] = {}
         self._recording = False
         self._seen: list[AttentionCall] | None = None
@@ -107,16 +108,24 @@ class Replays:
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
-    def run(self, call: ModuleCall, inputs: Any = None, *, frozen: Sequence[ModuleCall] | None = None) -> Any:
+    def run(
+        self,
+        call: ModuleCall,
+        inputs: Any = None,
+        *,
+        frozen: Sequence[ModuleCall] | None = None,
+        changed: bool = False,
+    ) -> Any:
         """What a module gives when it is called again.
 
         Args:
             inputs: (args, kwargs) in place of those it had.
             frozen: all kernels inside give what they gave, and so do these calls; None: nothing is held fixed.
+            changed: each of these kernels gives something else at one query of one example.
         """
         args, kwargs = copied((call.args, call.kwargs) if inputs is None else inputs)
         self._next = None if frozen is None else iter(self._outputs[slice(*call.reads)])
-        self._frozen = {}
+        self._changed, self._frozen = changed, {}
         for one in frozen or ():
             self._frozen.setdefault(one.module, []).append(one.output)
         torch.set_rng_state(call.rng[0])
@@ -126,7 +135,7 @@ class Replays:
             # A class may change what its modules are called with in a `__call__` of its own: hooks have seen the rest.
             return nn.Module.__call__(call.module, *args, **kwargs)
         finally:
-            self._next, self._frozen = None, {}
+            self._next, self._changed, self._frozen = None, False, {}
 
     @contextmanager
     def watched(self) -> Iterator[list[AttentionCall]]:
@@ -184,7 +193,16 @@ class Replays:
         if self._next is None or whole:
             return None
         held = next(self._next, None)
-        return None if held is None or held.shape != call.z().shape else held.clone()
+        if held is None or held.shape != call.z().shape:
+            return None
+        held = held.clone()
+        if self._changed:
+            over_features = call.axes is not None and call.axes.axes.over == "features"  # its width are positions
+            of_query = held.transpose(2, 3) if over_features else held
+            row, noise = of_query[held.shape[0] // 2, :, of_query.shape[2] // 2], torch.Generator().manual_seed(0)
+            spread = torch.nan_to_num(held.float().std(correction=0)) + 1e-6
+            row += (torch.randn(row.shape, generator=noise).to(row.device) * spread).to(row.dtype)
+        return held
 
     def _keep(self, x: Any) -> Any:
         """A copy; of one tensor only one, however often modules hand it on."""

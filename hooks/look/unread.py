@@ -1,9 +1,10 @@
 """Which modules mix tokens in a way that no tap reads, found by what they do.
 
 A module is run again on what it was given, with one position changed, while every kernel that a tap has read gives
-what it gave before. If other positions of its output change all the same, something in it mixes tokens unread. A module
-around others is cleared as a whole where nothing moves; else those inside are judged first, and the unread ones among
-them held fixed too, so that each mixing is put down to the module that does it.
+what it gave before. If other positions of its output change all the same, something in it mixes tokens unread. What
+lies behind a kernel is reached by a change of what that gave at one query. A module around others is cleared as a whole
+where nothing moves; else those inside are judged first, and the unread ones among them held fixed too, so that each
+mixing is put down to the module that does it.
 """
 
 from __future__ import annotations
@@ -109,10 +110,24 @@ class _Judge:
             others = [at for at in got if at != j]
             if others:
                 return _described(others, j, length)
-            if not got and not tells:  # an attention module alone gives what its kernel gives
-                got = reach(call.output, self._run(call, inputs), which, length, batch, j)
             tells = tells or bool(got)
-        return "" if tells else None
+        behind = self._behind(call, which, length, frozen)
+        if behind is None:
+            return "" if tells else None
+        if len(behind) < 2:  # an attention module alone gives what its kernel gives
+            return "" if tells or behind else None
+        if call.reads[1] - call.reads[0] > 1:
+            return None  # their queries may stand in different orders: those inside tell
+        return f"mixes tokens: one query of its attention moves {len(behind)} positions of {length}"
+
+    def _behind(
+        self, call: ModuleCall, which: int, length: int, frozen: tuple[ModuleCall, ...] | list[ModuleCall]
+    ) -> tuple[int, ...] | None:
+        """Which positions move with one query of what the kernels inside give; None if there are none."""
+        if call.reads[0] == call.reads[1]:
+            return None
+        again = self._run(call, frozen=frozen, changed=True)
+        return reach(call.output, again, which, length, self.replays.batch, length // 2)
 
     def _reads_others(
         self, call: ModuleCall, axis: int, length: int, frozen: tuple[ModuleCall, ...] | list[ModuleCall]
@@ -150,10 +165,16 @@ class _Judge:
             self._note(call, f"mixes neighbours: each position reads {' × '.join(map(str, spans))}")
             self._mixing.add(call)
 
-    def _run(self, call: ModuleCall, inputs: Any = None, frozen: Sequence[ModuleCall] | None = None) -> Any:
+    def _run(
+        self,
+        call: ModuleCall,
+        inputs: Any = None,
+        frozen: Sequence[ModuleCall] | None = None,
+        changed: bool = False,
+    ) -> Any:
         """What the module gives, or None: it may need what only its own model gives it, and in the order it came."""
         try:
-            return self.replays.run(call, inputs, frozen=frozen)
+            return self.replays.run(call, inputs, frozen=frozen, changed=changed)
         except Exception:
             return None
 

@@ -23,11 +23,14 @@ class Proof:
         axes: what they are, or None.
         reason: why they are not known; "" if they are.
         gate: each row has values of its own: a softmax that weighs experts or branches, no attention.
+        within: axes that the values do not have which lie among the features of one row: heads, or queries where a
+            model flattens these, so that heads among the rows look like examples.
     """
 
     axes: Axes | None
     reason: str = ""
     gate: bool = False
+    within: frozenset[int] = frozenset()
 
 
 def prove_axes(z: Tensor, p: Tensor, mixed: Sequence[int], width: int = -1) -> Proof | None:
@@ -79,6 +82,12 @@ def _read(
         return "head" if stride < features else "batch"
 
     roles = [(axis, Part(role(axis, stride), size), stride) for axis, size, stride in pieces]
+    among_features = frozenset(
+        axis for axis, _, stride in roles if axis in mixed and stride < features and not features_mixed
+    )
+    among_rows = {axis for axis, _, stride in roles if axis in mixed and stride >= features}
+    if not alone and among_features & among_rows:
+        return Proof(None, "queries lie among the features of the projection, where they cannot be told from heads")
     with_queries = {_axis_of(stride, into) for _, part, stride in roles if part.role == "query"}
 
     def place(part: Part, stride: int) -> tuple[int, bool, int]:
@@ -100,7 +109,7 @@ def _read(
     if not any(part.role == "query" for part, _ in flat):
         return Proof(None, "no axis of the call runs along the rows of the projection alone")
     order = sorted(range(len(flat)), key=lambda i: place(*flat[i]))
-    return Proof(Axes(opened, tuple(order), "features" if features_mixed else "positions"))
+    return Proof(Axes(opened, tuple(order), "features" if features_mixed else "positions"), within=among_features)
 
 
 def _axis_of(stride: int, into: tuple[int, ...]) -> int:

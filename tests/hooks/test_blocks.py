@@ -179,6 +179,34 @@ def test_an_input_of_one_block_does_not_hide_the_blocks_of_a_longer_one() -> Non
         torch.testing.assert_close(cap[0].pattern.dense().double(), want, atol=1e-5, rtol=1e-4)
 
 
+class Averaged(Blocked):
+    """What its heads give enters no linear function, so that only sizes place its calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = map(split, self.qkv(x).chunk(3, -1))
+        return self.attend(q, k, v * 2).mean(1)
+
+
+def grouped_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = k[:, ::2], v[:, ::2]
+    return torch.cat([F.scaled_dot_product_attention(part, k, v, enable_gqa=True) for part in q.split(3, 2)], 2)
+
+
+@pytest.mark.parametrize("attend", [queries, grouped_queries])
+@pytest.mark.parametrize("short", [0, 1, 4])
+def test_blocks_that_nothing_places_are_refused_also_after_inputs_of_one_block(attend: Attend, short: int) -> None:
+    with workbench.attach(nn.Sequential(Averaged(attend)).eval(), check=False) as wb:
+        for _ in range(short):
+            with wb.capture([]) as cap:
+                wb.model(torch.randn(B, 3, D))
+            assert [one.shape for one in cap] == [(B, H, 3, 3)]
+        for _ in range(3):
+            with pytest.raises(CaptureError, match=r"rows come from .* calls") as caught, wb.capture([]):
+                wb.model(torch.randn(B, 6, D))  # two blocks, the first of which is known from the short inputs
+            assert "layout=" in str(caught.value.hint)
+        assert [one.name for one in wb.sites.unread] == ["0"]
+
+
 @pytest.mark.parametrize("batch", [4, 3])
 def test_a_gate_behind_as_many_heads_as_examples(batch: int) -> None:
     """Sizes cannot tell the two apart, the values' own projection can: heads are among its features."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import workbench
@@ -189,19 +190,36 @@ def test_a_weight_that_changed_since() -> None:
     assert torch.equal(capture[1].result(), before)
 
 
-def test_an_adapter_is_not_taken_for_the_projection() -> None:
-    class Adapted(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base_layer, self.down, self.up = base, nn.Linear(16, 2, bias=False), nn.Linear(2, 16, bias=False)
+class Adapted(nn.Module):
+    """A projection with something beside it."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base_layer(x) + self.up(self.down(x))
+    def __init__(self, base: nn.Linear, how: str) -> None:
+        super().__init__()
+        self.how = how
+        setattr(self, "base_layer" if how == "scaled" else "base", base)
+        self.down, self.up = nn.Linear(16, 2, bias=False), nn.Linear(2, 16, bias=False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        match self.how:
+            case "behind":
+                return self.base(x) + self.up(self.down(x))
+            case "before":
+                return self.up(self.down(x)) + self.base(x)
+            case "reshaped":
+                return self.base(x) + self.up(self.down(x.flatten(0, 1))).view(x.shape)
+            case "functions":
+                return self.base(x) + (x @ self.down.weight.T) @ self.up.weight.T
+            case "gate":
+                return self.base(x) * F.linear(x, self.down.weight).sum(-1, keepdim=True).sigmoid()
+        return self.base_layer(x) * 2
+
+
+@pytest.mark.parametrize("how", ["behind", "before", "reshaped", "functions", "gate", "scaled"])
+def test_an_adapter_is_not_taken_for_the_projection(how: str) -> None:
     model = Model("nothing")
-    model.attn.o = Adapted(model.attn.o)
+    model.attn.o = Adapted(model.attn.o, how)
     site = capture_of(model, torch.randn(2, 5, 16))[0]
-    with pytest.raises(CaptureError, match=r"an adapter adds to it \(site attn\)"):
+    with pytest.raises(CaptureError, match=r"a part of its projection: .*\(site attn\)"):
         site.result()
 
 

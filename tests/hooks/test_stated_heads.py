@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import workbench
@@ -78,3 +79,47 @@ def test_a_stated_layout_settles_it() -> None:
     with workbench.attach(model, layout={"wrong": "batch head=2 query width"}) as wb, wb.capture() as cap:
         model(X)
     assert cap["wrong"].shape == (3, 2, 7, 7)
+
+
+def half(layer: nn.Module) -> None:
+    """One process's part of a layer of `transformers`, split by hand: the second half of its heads."""
+    for name in ("q_proj", "k_proj", "v_proj"):
+        one = getattr(layer, name)
+        one.weight = nn.Parameter(one.weight[len(one.weight) // 2 :])
+    layer.o_proj.weight = nn.Parameter(layer.o_proj.weight[:, layer.o_proj.weight.shape[1] // 2 :])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_backend_of_transformers_is_counted_too(backend: str) -> None:
+    """Its config states the heads; a module that states its own is believed rather."""
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation=backend,
+    )  # fmt: skip
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(60, (2, 7))
+    name = "model.layers.1.self_attn"
+    half(layer := model.model.layers[1].self_attn)
+    reason = "the config states 4 heads, and its call has 2"
+    with workbench.attach(model) as wb:
+        with pytest.warns(UserWarning, match=reason), wb.capture() as cap:
+            model(ids)
+        assert [site.site.name for site in cap] == ["model.layers.0.self_attn"]
+        assert reason in str(cap.ledger[name])
+        assert [(one.name, one.reason) for one in wb.sites.unread] == [(name, reason)]
+        assert not wb.verify(ids).complete
+    with workbench.attach(model) as wb, pytest.raises(InterventionError, match=reason), wb.ablate((1, 1)):
+        model(ids)
+    with workbench.attach(model) as wb, pytest.raises(CaptureError, match=reason), wb.capture(sites=name):
+        model(ids)
+    layer.num_heads = 2
+    with workbench.attach(model) as wb, wb.capture() as cap:
+        model(ids)
+    assert cap[name].shape == (2, 2, 7, 7)
+    layer.num_heads = 3
+    with workbench.attach(model) as wb, pytest.warns(UserWarning, match="states 3 heads"), wb.capture() as cap:
+        model(ids)
+    layout = {name: "batch query head=2 width"}
+    with workbench.attach(model, layout=layout) as wb, wb.capture() as cap:
+        model(ids)
+    assert cap[name].shape == (2, 2, 7, 7)

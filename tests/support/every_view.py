@@ -222,6 +222,13 @@ def _head_gallery(labels: Sequence[str] = WORDS[:6]) -> View:
     )
 
 
+def head_wall(tokens: Sequence[str] = WORDS[:12]) -> View:
+    """A gallery of every head's pattern, whose cells are named by tokens."""
+    from workbench import views
+
+    return views.head_gallery(capture(tokens=tuple(tokens)))
+
+
 def circuit(graph: Graph, kept: int, level: str = "edge", *, task: str = "ioi", seed: int = 0) -> Circuit:
     """A circuit of the `kept` strongest of edges with random scores, as they are: some may lead nowhere."""
     scores = torch.randn(graph.exists.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -286,6 +293,7 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "saliency_map": _saliency_map,
     "causal map": causal_map,
     "head_gallery": _head_gallery,
+    "head wall": head_wall,
     "image_attention": _image_attention,
     "token_strip": _token_strip,
     "circuit_graph": _circuit_graph,

@@ -4,21 +4,27 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from support.unavailable import unavailable
 
 FOLDER = Path(__file__).parents[2] / ".cache" / "judges"
+TAKEN = ("fla",)  # `transformers` runs its Triton kernels for models' own, without a GPU too, wherever it can import it
+_put_aside: dict[str, ModuleType] = {}
 
 
 @contextmanager
 def judges() -> Iterator[None]:
     """They can be imported inside; some of them go on importing as they are used."""
     sys.path.append(str(FOLDER))
+    sys.modules.update(_put_aside)
     try:
         yield
     finally:
         sys.path.remove(str(FOLDER))
+        for name in [name for name in sys.modules if name.partition(".")[0] in TAKEN]:
+            _put_aside[name] = sys.modules.pop(name)
 
 
 def missing(error: Exception) -> NoReturn:

@@ -25,10 +25,12 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import workbench
-from workbench import Capture, CaptureError, Variant, WorkbenchError
+from support.circuits import Words, random_task
+from workbench import AttachError, Capture, CaptureError, Variant, WorkbenchError
 from workbench.kernels.statistics import STATISTICS
 from workbench.storage.rendering import renderer
 
@@ -117,6 +119,17 @@ def by_hand(kind: type[Attention], *, counts_its_own: bool) -> tuple[nn.Module, 
     for block in part.blocks:
         parallelize_module(block, mesh, plan)
         block.n_heads //= RANKS if counts_its_own else 1
+    return whole, part
+
+
+def recurrent() -> tuple[nn.Module, nn.Module]:
+    """A state-space model, and one of which the first layer's output projection is split."""
+    torch.manual_seed(0)
+    config = hf.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2)
+    whole = hf.MambaForCausalLM(config).eval()
+    part = copy.deepcopy(whole)
+    plan = {"out_proj": RowwiseParallel(input_layouts=Replicate())}
+    parallelize_module(part.backbone.layers[0].mixer, init_device_mesh("cpu", (RANKS,)), plan)
     return whole, part
 
 
@@ -382,12 +395,50 @@ def different_captures_are_not_gathered(pair: Pair) -> None:
     fails(lambda: cap.gathered(result=True), CaptureError, "in process 1 of the group, the weight of")
 
 
+def circuits_and_logits_say_what_they_need(pair: Pair) -> None:
+    """A stream whose heads are in several processes is no sum that one of them can take."""
+    task, batch = random_task(2, 6, 60), {"input_ids": IDS[:1]}
+    asked: dict[str, Callable[[Any], Any]] = {
+        **{
+            method: lambda wb, method=method: workbench.find_circuit(wb, task, method=method)
+            for method in ("eap", "path_patching")
+        },
+        "attribution": lambda wb: workbench.logit_attribution(wb, batch, 5),
+    }
+    with workbench.attach(pair.part, Words()) as wb:
+        for ask in asked.values():
+            fails(lambda ask=ask: ask(wb), AttachError, "all heads in one process")
+    with torch.no_grad(), workbench.attach(pair.whole) as one, workbench.attach(pair.part) as other:
+        whole, part = (workbench.logit_lens(wb, batch) for wb in (one, other))  # reads the stream, which is here
+    close(part.divergence, whole.divergence)
+
+
+def readers_say_what_they_need(pair: Pair) -> None:
+    """A mixer that is read from weights of which other processes have a part is refused, and the model goes on."""
+    with torch.no_grad():
+        bare = pair.part(IDS).logits
+        close(bare, pair.whole(IDS).logits)
+        said = "cannot be read from weights of which other processes hold a part"
+        fails(lambda: captured(pair.part), CaptureError, said)
+        with workbench.attach(pair.part) as wb:
+            split, other = (site.name for site in wb.sites)
+            with wb.capture(sites=other) as cap:
+                assert torch.equal(pair.part(IDS).logits, bare)
+            close(cap[other].entropy, captured(pair.whole, statistics=("entropy",), z=False)[other].entropy)
+            with wb.ablate((other, 0)):
+                assert not torch.equal(pair.part(IDS).logits, bare)
+            with pytest.raises(WorkbenchError, match=said), wb.ablate((split, 0)):
+                pair.part(IDS)
+        assert torch.equal(pair.part(IDS).logits, bare)
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
         each_heads_own_numbers, what_is_elsewhere_is_said, gathered_is_the_whole, generations_are_joined,
         gradients_are_gathered, interventions_are_those_of_the_whole, analyses_are_those_of_the_whole, verified,
         one_process_may_capture_alone, different_captures_are_not_gathered, stored_in_parts, no_heads_are_elsewhere,
+        circuits_and_logits_say_what_they_need, readers_say_what_they_need,
     )
 }  # fmt: skip
 BY_HAND = {
@@ -399,7 +450,7 @@ BY_HAND = {
 CASES = [
     f"{name}: {scenario}"
     for name, scenarios in {
-        "llama": [name for name in SCENARIOS if name != "no_heads_are_elsewhere"],
+        "llama": [name for name in SCENARIOS if name not in ("no_heads_are_elsewhere", "readers_say_what_they_need")],
         "neox": ["each_heads_own_numbers", "gathered_is_the_whole", "interventions_are_those_of_the_whole"],
         "gemma2": ["each_heads_own_numbers", "gathered_is_the_whole", "verified"],
         "qwen3": ["each_heads_own_numbers", "interventions_are_those_of_the_whole"],
@@ -409,6 +460,7 @@ CASES = [
         },
         "written out": ["each_heads_own_numbers", "gathered_is_the_whole"],
         "only the MLP": ["no_heads_are_elsewhere"],
+        "mamba": ["readers_say_what_they_need"],
     }.items()
     for scenario in scenarios
 ]
@@ -429,6 +481,8 @@ def main(rank: int, folder: Path, only: str = "") -> None:
                 if name in BY_HAND:
                     kind, own = BY_HAND[name]
                     whole, part = by_hand(kind, counts_its_own=own)
+                elif name == "mamba":
+                    whole, part = recurrent()
                 else:
                     load = hf.AutoModelForCausalLM.from_pretrained
                     backend = {"attn_implementation": "eager"} if name == "gemma2" else {}

@@ -219,14 +219,17 @@ class Capture:
                 "position" keeps them.
 
         Returns:
-            Columns forward, site, call, layer, kind, batch, head, (position,) and the statistic; `call` counts the
-            calls of a site in one forward. Averages come with `n`, over how many positions they are.
+            Columns forward, site, call, layer, kind, batch, (window,) head, (position,) and the statistic; `call`
+            counts the calls of a site in one forward. Where sites have windows, `window` is the window of the row, 0 at
+            sites without, and `batch` is as in the tensors, example · windows + window. Averages come with `n`, over
+            how many positions they are.
         """
         import pandas as pd
 
         if per not in ("head", "position"):
             raise CaptureError(f'per is "head" or "position", not {per!r}')
         frames = []
+        windowed = any(site.windowed for site in self.sites)
         for forward in self._forwards:
             for c in forward.sites.values():
                 if statistic not in c.statistics and STATISTICS.get(statistic) and STATISTICS[statistic].positional:
@@ -242,8 +245,9 @@ class Capture:
                     x.flatten().tolist() for x in torch.meshgrid(*map(torch.arange, values.shape), indexing="ij")
                 )
                 where = {"site": c.site.path, "call": c.site.call, "layer": c.site.layer, "kind": c.site.kind}
-                measured = {"batch": b, "head": h, "position": n, statistic: values.flatten().tolist()}
-                frame = pd.DataFrame({"forward": forward.index, **where, **measured})
+                of_window = {"window": [i % c.site.windows if c.site.windowed else 0 for i in b]} if windowed else {}
+                measured = {"head": h, "position": n, statistic: values.flatten().tolist()}
+                frame = pd.DataFrame({"forward": forward.index, **where, "batch": b, **of_window, **measured})
                 if per == "head":
                     frame = frame.drop(columns="position").assign(n=counts.flatten())
                 frames.append(frame if c.site.here is None else frame[frame["head"].isin(c.site.here)])
@@ -396,6 +400,8 @@ class Capture:
         lengths = {c.shape for f in self._forwards for c in f.sites.values()}
         shapes = ", ".join(str(list(shape)) for shape in sorted(lengths)[:3]) + (" …" if len(lengths) > 3 else "")
         unread = f", {len(self.model_sites.unread)} mixers unread" if self.model_sites.unread else ""
+        if self.model_sites.looked is False:
+            unread += ", others not looked for"
         here = next((f", {site.elsewhere}" for site in self.sites if site.elsewhere), "")
         if self.unrecorded:
             unread += f", {sum(one.calls for one in self.unrecorded.values())} calls not recorded"

@@ -97,6 +97,26 @@ class SiteCapture:
             hint="capture with queries_keys=True; save with pattern=True to keep it in a file",
         )
 
+    def by_window(self, name: str) -> Tensor:
+        """A statistic, or "z", with windows as an axis of their own: [example, window, ...].
+
+        >>> site = Site("attn", 0, "window", n_heads=4, windows=9)
+        >>> capture = SiteCapture(site, (18, 4, 5, 5), {"entropy": torch.zeros(18, 4, 5)}, "sdpa")
+        >>> capture.by_window("entropy").shape
+        torch.Size([2, 9, 4, 5])
+
+        Raises:
+            CaptureError: it was not captured, or the site has no windows.
+        """
+        if not self.site.windowed or self.shape[0] % self.site.windows:
+            raise CaptureError("the site has no windows", site=self.site.name, hint="read its tensors as they are")
+        values = self.z if name == "z" else getattr(self, name)
+        if not isinstance(values, Tensor) or values.shape[0] != self.shape[0]:
+            raise CaptureError(
+                f'there is no "{name}" of its examples', site=self.site.name, hint="name a statistic, or z"
+            )
+        return values.unflatten(0, (-1, self.site.windows))
+
     @property
     def patterns(self) -> dict[str, Pattern]:
         """All maps of the site by name: "pattern", which the statistics are of, and what a reader gives besides.
@@ -238,7 +258,11 @@ class SiteCapture:
                 f'call {self.site.call} of {self.n_calls}: choose another with ["{visible_text(self.site.path)}", call]'
             )
             marks += f", {others}"
-        return f"SiteCapture({site}: batch {b}, heads {h}, queries {q}, keys {k}{marks}; {names})"
+        if self.site.windowed and b % self.site.windows == 0:
+            batch = f"batch {b // self.site.windows} × {self.site.windows} windows"
+        else:
+            batch = f"batch {b}"
+        return f"SiteCapture({site}: {batch}, heads {h}, queries {q}, keys {k}{marks}; {names})"
 
 
 class _NoAttribute(CaptureError, AttributeError):

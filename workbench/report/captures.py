@@ -201,6 +201,8 @@ def _limits(capture: Capture, call: Capture) -> list[str]:
             f"{count(len(unread), 'module')} that mix tokens, or may do so, are not read: "
             f"{listed}{' …' if len(unread) > 5 else ''}"
         )
+    if call.model_sites.looked is False:
+        found.append("whether other modules mix tokens was not looked at (wb.look, wb.verify)")
     for name, missed in list(call.unrecorded.items())[:5]:
         found.append(visible(f"{name or 'the model'}: {missed}"))
     if len(call.unrecorded) > 5:

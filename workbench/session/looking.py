@@ -52,7 +52,7 @@ def look_at(
     """The model's sites with their kinds, and all that mixes tokens and is none.
 
     The model runs on copies of the inputs, once to place its kernel calls and once to be recorded; then modules are run
-    again one by one, until each mixing is accounted for: in all about the time of 5 forwards where every mixer is a
+    again one by one, until each mixing is accounted for: in all about the time of 6 forwards where every mixer is a
     site, and of 15 to 40 where some are not.
 
     Raises:

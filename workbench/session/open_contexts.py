@@ -202,6 +202,16 @@ class OpenContexts(Listener):
                 if not recorder.on_failed("", error):
                     raise
 
+    def follows_linear(self) -> bool:
+        """While the capture has found what joins heads, and another may be beside it."""
+        recorder = self._recorder
+        return recorder is not None and recorder.projections.follows()
+
+    def on_linear(self, name: str, module: nn.Module, given: Tensor) -> None:
+        """The capture looks for what is beside the modules that join heads."""
+        if (recorder := self._recording()) is not None:
+            recorder.on_linear(name, module, given)
+
     def on_call(self, call: AttentionCall) -> Tensor | None:
         """The edits change what the heads give, then the capture takes it."""
         z = None

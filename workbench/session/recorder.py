@@ -157,6 +157,10 @@ class Recorder:
         self._entered.setdefault(threading.get_ident(), {})[site_name(name)] = self._now()
         self.projections.saw_module(name, module, args)
 
+    def on_linear(self, name: str, module: nn.Module, given: Tensor) -> None:
+        """A linear function is about to be applied to this."""
+        self.projections.saw_linear(name, module, given)
+
     def on_call(self, call: AttentionCall, edited: Tensor | None = None) -> None:
         """Stream the statistics of one attention call and keep what was asked for.
 

@@ -233,7 +233,13 @@ class Workbench(Interventions):
             return
         name, reason = next(iter(refused.items()))
         if not capture.sites or (settings.sites is not None and set(refused) & settings.sites):
-            hint = STATE_IT % name if "rows" not in reason else "a part of a head is not shown as if it were the head"
+            hint = STATE_IT % name
+            if "account for" in reason:
+                hint = "a part of a head is not shown as if it were the head"
+            elif "rows" in reason:
+                hint = (
+                    f"a part of a head is not shown as if it were the head; where each call is a map of its own, {hint}"
+                )
             raise CaptureError(f"what its kernel gives could not be placed: {reason}", site=name, hint=hint)
         warnings.warn(
             f"{len(refused)} sites were not captured, they stand in sites.unread: {name}: {reason}",
@@ -262,7 +268,7 @@ class Workbench(Interventions):
         """Look at every module while the model runs on these inputs: `sites.unread` is complete after it.
 
         Modules are run again one by one with one position of their inputs changed, while all that is read gives what it
-        gave: 5 forwards' time for most models, up to 40 for some. Inputs of 16 or more positions in several examples
+        gave: 6 forwards' time for most models, up to 40 for some. Inputs of 16 or more positions in several examples
         say most; sizes that are all different tell axes apart. `verify` looks too.
 
         Args:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench.errors import InterventionError, WorkbenchError
-from workbench.hooks.configs import read
 from workbench.hooks.nested import tensors
-from workbench.inputs import dropout_in_training
+from workbench.inputs import dropout_in_training, without_cache
 from workbench.metrics import Metric, as_metrics
 from workbench.session.reference import Reference
 from workbench.session.workbench import Workbench
@@ -133,7 +132,7 @@ class _Runner:
         self.clean = torch.full((len(metrics), sum(self.sizes)), torch.nan, dtype=torch.float64)
         self.done = torch.zeros(len(variants), len(batches), dtype=torch.bool)
         self.identity: dict[str, Any] = {}
-        self.without_cache = _without_cache(wb.model)
+        self.without_cache = without_cache(wb.model)
         self.recorded: Any = None  # the output on the first batch, while what blocks gave in it is kept
         self.sparse = True  # whether logits that no metric reads are left out
 
@@ -374,11 +373,3 @@ class _Runner:
         if path is not None:
             result.save(path)
         return result
-
-
-def _without_cache(model: nn.Module) -> dict[str, Any]:
-    """What to tell a model so that it keeps no keys and values."""
-    import inspect
-
-    takes = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False} if takes and read(read(model, "config"), "use_cache", False) else {}

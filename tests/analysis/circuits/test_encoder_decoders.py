@@ -65,8 +65,11 @@ def test_patched_z_is_that_of_the_public_interventions() -> None:
             assert torch.allclose(found.effects[row, 0], expected, atol=1e-9)
             assert bool(places.effects[row, 0].isnan().all()) == head.startswith("decoder.")
             assert bool(places.effects[row, 1].isfinite().all())
-        with pytest.raises(InterventionError, match="positions of their own"):
-            workbench.patch_heads(wb, task, "z", by_position=True, progress=False)
+        every = workbench.patch_heads(wb, task, "z", by_position=True, progress=False)
+        assert every.places[1] == "encoder 1"  # "early"
+        assert torch.allclose(every.effects[:, 1], places.effects[:, 0], atol=1e-9, equal_nan=True)
+        of = torch.tensor([[place.split()[0] == head.split(".")[0] for place in every.places] for head in every.heads])
+        assert torch.equal(every.effects.isfinite().all(-1), of)
         keys = workbench.patch_heads(wb, task, "k", positions="early", progress=False)
         at = keys.heads.index("decoder.1.cross_attn.H2")
         assert bool(keys.effects[at].isfinite().all())  # keys of cross-attention stand in the prompt

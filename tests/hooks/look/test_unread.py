@@ -137,6 +137,37 @@ def test_mixing_is_put_down_to_the_module_that_does_it() -> None:
     assert [one.name for one in unread(Model(Own()))] == ["blocks.0", "blocks.0.conv"]
 
 
+class Branch(Attention):
+    """Attention with something behind it before anything is added, perhaps in windows of three positions."""
+
+    def __init__(self, behind: nn.Module | Callable[[Tensor], Tensor], *, windows: bool = False) -> None:
+        super().__init__()
+        self.behind, self.windows = behind, windows
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x.reshape(-1, 3, D)).reshape(x.shape) if self.windows else super().forward(x)
+        return self.behind(z)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("inner", [False, True])
+def test_what_mixes_behind_attention_is_found(inner: bool, windows: bool) -> None:
+    torch.manual_seed(0)
+    mix = MIXERS["sigmoid attention"][0]
+    behind = Mixer(mix) if inner else mix
+    for model in (nn.Sequential(Branch(behind, windows=windows)), Model(Branch(behind, windows=windows), Attention())):
+        name = "0" if isinstance(model, nn.Sequential) else "blocks.0"
+        assert [one.name for one in unread(model)] == [f"{name}.behind" if isinstance(behind, nn.Module) else name]
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_what_is_done_by_position_behind_attention_is_no_mixing(windows: bool) -> None:
+    torch.manual_seed(0)
+    blocks = [Branch(nn.Sequential(nn.Linear(D, D), nn.GELU()), windows=windows) for _ in range(2)]
+    assert unread(nn.Sequential(*blocks)) == []
+    assert unread(nn.Sequential(blocks[0], Attention(), Branch(lambda x: x.flip(1)))) == []
+
+
 def test_a_gate_of_zero_hides_nothing_that_it_lets_through() -> None:
     """Clearing a block as a whole is clearing what it does with the weights that it has."""
     block = Mixer(lambda x: 0.0 * x.cumsum(1))

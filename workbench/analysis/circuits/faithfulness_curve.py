@@ -150,7 +150,7 @@ def faithfulness_curve(
     Args:
         circuit: scores of this model, positive where an edge helps. fractions: of all that are scored, rising.
             Nodes that are not heads are kept at every size where they have no score.
-        Others: as in `circuit_faithfulness`.
+        wb, task, metric: and the rest, as in `circuit_faithfulness`.
 
     Raises:
         InterventionError: a circuit of another model, without scores; fractions that do not rise from 0 to 1.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError, InterventionError, TaskError
-from workbench.inputs import check_inputs, decoder_start, device_for_inputs, dropout_in_training
+from workbench.inputs import check_inputs, decoder_start, device_for_inputs, dropout_in_training, own_columns
 from workbench.metrics.answers import TaskBatch
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
@@ -95,15 +95,7 @@ def places_of(batch: Mapping[str, Any], position: int) -> Tensor:
         CaptureError: a prompt has no such position.
     """
     _, real = written_ids(batch)
-    lengths = real.sum(1)
-    number = lengths + position if position < 0 else torch.full_like(lengths, position)
-    bad = ((number < 0) | (number >= lengths)).nonzero()[:, 0].tolist()
-    if bad:
-        raise CaptureError(
-            f"position {position} lies beyond prompt {bad[0]}, which has {int(lengths[bad[0]])} tokens",
-            hint="positions count from 0, or from -1 at the end",
-        )
-    return ((real.cumsum(1) - 1 == number[:, None]) & real).int().argmax(1)
+    return own_columns(real, position)
 
 
 @dataclass(frozen=True)

@@ -138,14 +138,19 @@ def find_writers(wb: Workbench, inputs: Mapping[str, Any]) -> Writers:
         if not same_sum(seen.given[block], before, before.abs(), seen.eps):
             raise AttachError(f"what {block} reads is not what the block before it gave", hint="a module between them?")
         own = [site for site, at in zip(sites, blocks, strict=True) if at == block]
-        found, mlp = _of_block(wb.model, seen, own, block)
+        found, mlp = writers_of_block(wb.model, seen, own, block)
         heads += found
         mlps[block] = mlp
         before = seen.gave[block]
     return Writers(names, tuple(heads), mlps, _tables(seen, names[0]), readout, seen.precision)
 
 
-def _of_block(model: nn.Module, seen: Recording, sites: Sequence[Site], block: str) -> tuple[list[Heads], str | None]:
+def joins_of(seen: Recording, sites: Sequence[Site]) -> list[tuple[str, nn.Module, int]]:
+    """For each site the name of the module that joins its heads, the module, and how many heads there are.
+
+    Raises:
+        AttachError: it was not found, does not give what its heads write, or cannot be read.
+    """
     joins: list[tuple[str, nn.Module, int]] = []
     for site in sites:
         projection, calls = seen.finder.of(site.name), seen.calls.get(site.name, [])
@@ -162,6 +167,18 @@ def _of_block(model: nn.Module, seen: Recording, sites: Sequence[Site], block: s
         check_written(seen, site, projection.name, slices(site, projection.name, projection.module, n_heads),
                       projection.module)  # fmt: skip
         joins.append((projection.name, projection.module, n_heads))
+    return joins
+
+
+def writers_of_block(
+    model: nn.Module, seen: Recording, sites: Sequence[Site], block: str
+) -> tuple[list[Heads], str | None]:
+    """The heads of a block by site, and the module that writes beside them, or None.
+
+    Raises:
+        AttachError: what the block gives is not its input plus what these write.
+    """
+    joins = joins_of(seen, sites)
     before, after = seen.given[block], seen.gave[block]
     first: AttachError | None = None
     for behind in product(*(_norms_behind(seen, block, name) for name, _, _ in joins)):

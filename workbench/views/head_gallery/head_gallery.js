@@ -1,13 +1,18 @@
-// Head gallery: a small map for each head, in groups, and the chosen head's large with its numbers.
+// Head gallery: a small map for each head, in groups or in the order of a number, and the chosen head's large.
 
 import { prepare } from "workbench/shared/canvas.js";
 import { colourAt, gradient } from "workbench/shared/colour.js";
-import { button, exactly, legend, make, moved, roughly } from "workbench/shared/dom.js";
+import { exactly, legend, make, named, roughly } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
-import { beside, drawMap, largestOf, outline, tileWidth } from "workbench/shared/maps.js";
+import { drawMap, largestOf, outline, paintMap, paletteOf, tileWidth } from "workbench/shared/maps.js";
 import { ceiling } from "workbench/shared/scales.js";
+import { Tiles, Visited } from "workbench/shared/tiles.js";
 
 const LARGE = 320;
+const MANY = 200; // heads from which on a gallery is a wall: the browser leaves out what is far from the window
+const AS_GROUPED = "";
+/** What a byte of a map stands for; 0 is a place that is not seen. */
+const WEIGHTS = Float32Array.from({ length: 256 }, (_, byte) => (byte ? ((byte - 1) / 254) ** 2 : NaN));
 
 export async function render({ model, el }) {
   const frame = await open({ model, el });
@@ -23,24 +28,12 @@ class Gallery {
     this.frame = frame;
     this.facts = frame.facts;
     [, this.rows, this.columns] = frame.blocks.maps.shape;
-    this.head = 0;
-    this.cell = [Math.floor(this.rows / 2), Math.floor(this.columns / 2)];
-    this.tiles = [];
-    this.small = make("div", { class: "gallery", role: "group", "aria-label": "Heads" });
-    this.name = make("h3");
-    this.said = make("p", { class: "where" });
-    this.large = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "map of a head" });
-    this.scale = make("div");
-    this.list = make("dl", { class: "numbers" });
-    frame.body.append(make("div", { class: "split" }, this.small, make("div", { class: "detail" }, this.name, this.said, this.large, this.scale, this.list)));
-    this.addTiles();
-    const shared = frame.settings.mark("shared", "One scale for all heads", false, (on) => {
-      this.shared = on;
-      this.draw();
-    });
-    this.shared = shared.value;
-    frame.controls.append(shared.field);
-    this.listen();
+    this.head = this.facts.groups.find(({ members }) => members.length)?.members[0] ?? 0;
+    const { data } = frame.blocks.maps;
+    this.maps = data instanceof Uint8Array ? Float32Array.from(data, (byte) => WEIGHTS[byte]) : data;
+    this.largest = this.facts.heads.map((_, i) => largestOf(this.map(i)));
+    this.build();
+    this.settings();
     frame.offerPicture(() => this.large);
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the heads, or over the large map"], ["Enter", "choose the head in every view"], ["[ ]", "the head before or after"], ["Esc", "choose none"]]);
     this.ready = false;
@@ -49,42 +42,94 @@ class Gallery {
     frame.onRedraw(() => this.draw());
   }
 
-  addTiles() {
-    for (const group of this.facts.groups) {
-      const box = make("div", { class: "tiles" });
-      if (group.mean !== null) {
-        const canvas = make("canvas", { "aria-hidden": "true" });
-        box.append(make("figure", { class: "tile mean" }, canvas, make("figcaption", {}, "mean")));
-        this.tiles.push({ canvas, values: this.part("means", group.mean), mean: true });
-      }
-      for (const head of group.members) {
-        const about = this.facts.heads[head];
-        const canvas = make("canvas", { "aria-hidden": "true" });
-        const pressed = button("", () => this.choose(head), { class: "tile", tabindex: "-1", "aria-label": `${about.label}${about.said ? `, ${about.said}` : ""}` });
-        pressed.append(canvas, make("span", {}, about.site === null ? about.label : `L${about.layer}H${about.head}`));
-        box.append(pressed);
-        this.tiles.push({ canvas, pressed, head, values: this.part("maps", head) });
-      }
-      this.small.append(make("section", { class: "group" }, make("h3", {}, group.label), box));
-    }
-    this.pressable = this.tiles.filter(({ pressed }) => pressed);
-    this.head = this.pressable[0]?.head ?? 0;
-  }
-
-  part(block, at) {
+  map(head) {
     const size = this.rows * this.columns;
-    return this.frame.blocks[block].data.subarray(at * size, (at + 1) * size);
+    return this.maps.subarray(head * size, (head + 1) * size);
   }
 
-  listen() {
-    this.small.addEventListener("keydown", (event) => this.smallKey(event));
-    this.small.addEventListener("pointermove", (event) => this.over(event));
-    this.small.addEventListener("pointerleave", () => this.frame.hideTip());
-    this.large.addEventListener("pointermove", (event) => this.hover(event));
-    this.large.addEventListener("pointerleave", () => this.leave());
-    this.large.addEventListener("keydown", (event) => this.largeKey(event));
-    this.large.addEventListener("focus", () => this.point(this.cell));
-    this.large.addEventListener("blur", () => this.drawLarge());
+  build() {
+    const many = this.facts.heads.length > MANY ? " many" : "";
+    this.small = make("div", { class: "gallery", role: "group", "aria-label": "Heads" });
+    this.name = make("h3");
+    this.said = make("p", { class: "where" });
+    this.large = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "map of a head" });
+    this.scale = make("div");
+    this.list = make("dl", { class: "numbers" });
+    this.frame.body.append(make("div", { class: `split${many}` }, this.small, make("div", { class: "detail" }, this.name, this.said, this.large, this.scale, this.list)));
+    const other = (event) => this.common(event);
+    this.tiles = new Tiles(this.frame, this.small, { words: (i) => this.words(i), choose: (i) => this.choose(i), visit: (i) => this.show(i), other });
+    this.visited = new Visited(this.frame, this.large, [this.rows, this.columns], { sentence: () => this.sentence(), draw: () => this.drawLarge(), press: () => this.choose(this.head), enter: () => this.choose(this.head), other });
+    for (const { label, layer, head, site, said } of this.facts.heads) {
+      this.tiles.add(site === null ? label : `L${layer}H${head}`).setAttribute("aria-label", `${label}${said ? `, ${said}` : ""}`);
+    }
+    this.means = this.facts.groups.map(({ mean }) => (mean === null ? null : make("canvas", { "aria-hidden": "true" })));
+  }
+
+  settings() {
+    const { controls, settings } = this.frame;
+    const { numbers, saying } = this.facts;
+    const orders = [[AS_GROUPED, "groups"], ...(saying ? [[saying, saying]] : []), ...numbers.map((name) => [name, name])];
+    this.order = AS_GROUPED;
+    if (orders.length > 1) {
+      const order = settings.pick("order", "Order by", orders, AS_GROUPED, (name) => {
+        this.order = name;
+        this.arrange();
+      });
+      this.order = order.value;
+      controls.append(order.field);
+    }
+    const shared = settings.mark("shared", "One scale for all heads", false, (on) => {
+      this.shared = on;
+      this.draw();
+    });
+    this.shared = shared.value;
+    controls.append(shared.field);
+    this.roots = false;
+    if (this.rows > 1) {
+      const roots = settings.mark("roots", "Square-root scale", this.facts.roots, (on) => {
+        this.roots = on;
+        this.draw();
+      });
+      this.roots = roots.value;
+      controls.append(roots.field);
+    }
+    this.arrange();
+  }
+
+  /** Heads in groups, by what is said of them, or from the highest of a number down. */
+  arranged() {
+    const { groups, heads, numbers, saying } = this.facts;
+    if (this.order === AS_GROUPED) return groups.map((group, i) => ({ ...group, canvas: this.means[i] }));
+    const all = heads.map((_, i) => i);
+    if (this.order === saying) {
+      const said = [...new Set(heads.map((head) => head.said))].sort((a, b) => Number(!a) - Number(!b));
+      return said.map((each) => ({ label: each || `no ${saying}`, members: all.filter((i) => heads[i].said === each), canvas: null }));
+    }
+    const values = this.numbersOf(numbers.indexOf(this.order));
+    const rank = (i) => (Number.isNaN(values[i]) ? -Infinity : values[i]);
+    return [{ label: `By ${this.order}, highest first`, members: all.sort((a, b) => rank(b) - rank(a) || a - b), canvas: null, values }];
+  }
+
+  arrange() {
+    this.tiles.order = [];
+    const sections = this.arranged().map(({ label, members, canvas, values }) => {
+      const box = make("div", { class: "tiles" });
+      if (canvas) box.append(make("figure", { class: "tile mean" }, canvas, make("figcaption", {}, "mean")));
+      for (const head of members) {
+        const { pressed, text } = this.tiles.all[head];
+        const { site, label: name, layer, head: number } = this.facts.heads[head];
+        text.textContent = `${site === null ? name : `L${layer}H${number}`}${values ? `\n${roughly(values[head])}` : ""}`;
+        box.append(pressed);
+        this.tiles.order.push(head);
+      }
+      return make("section", { class: "group" }, make("h3", {}, label), box);
+    });
+    this.small.replaceChildren(...sections);
+  }
+
+  numbersOf(at) {
+    const n = this.facts.heads.length;
+    return this.frame.blocks.numbers.data.subarray(at * n, (at + 1) * n);
   }
 
   // Choosing.
@@ -97,19 +142,19 @@ class Gallery {
 
   show(head) {
     this.head = head;
-    this.draw();
+    this.mark();
     this.frame.say(this.words(head));
   }
 
   words(head) {
     const { label, said } = this.facts.heads[head];
-    return `${label}${said ? `, ${said}` : ""}: largest ${this.facts.axes.value} ${exactly(largestOf(this.part("maps", head)))}`;
+    return `${label}${said ? `, ${said}` : ""}: largest ${this.facts.axes.value} ${exactly(this.largest[head])}`;
   }
 
   follow({ layer, heads, site }) {
     const chosen = this.facts.heads.findIndex((each) => each.layer === layer && heads[0] === each.head && (site === null || each.site === null || each.site === site));
     if (chosen >= 0) this.head = chosen;
-    if (this.ready) this.draw();
+    if (this.ready) this.mark();
   }
 
   isChosen(head) {
@@ -119,8 +164,8 @@ class Gallery {
   }
 
   step(by) {
-    const at = this.pressable.findIndex(({ head }) => head === this.head);
-    this.choose(this.pressable[Math.min(this.pressable.length - 1, Math.max(0, at + by))].head);
+    const { order } = this.tiles;
+    this.choose(order[Math.min(order.length - 1, Math.max(0, order.indexOf(this.head) + by))]);
   }
 
   common(event) {
@@ -131,80 +176,48 @@ class Gallery {
     return true;
   }
 
-  smallKey(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const buttons = this.pressable.map(({ pressed }) => pressed);
-    const to = beside(buttons, buttons.indexOf(event.target), event.key);
-    if (to !== null && buttons.includes(event.target)) {
-      this.show(this.pressable[to].head);
-      buttons[to].focus();
-    } else if (!this.common(event)) return;
-    event.preventDefault();
-  }
-
-  over(event) {
-    const tile = this.pressable.find(({ pressed }) => pressed.contains(event.target));
-    if (tile) this.frame.showTip(event, [this.words(tile.head)]);
-    else this.frame.hideTip();
-  }
-
-  // The large map.
-
-  largeKey(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const to = moved(event.key, this.cell, [this.rows, this.columns]);
-    if (to) this.point(to);
-    else if (event.key === "Enter" || event.key === " ") this.choose(this.head);
-    else if (!this.common(event)) return;
-    event.preventDefault();
-  }
-
-  hover(event) {
-    const bounds = this.large.getBoundingClientRect();
-    const { x, y, width, height } = this.box;
-    const column = Math.floor(((event.clientX - bounds.left - x) / width) * this.columns);
-    const row = Math.floor(((event.clientY - bounds.top - y) / height) * this.rows);
-    if (row < 0 || column < 0 || row >= this.rows || column >= this.columns) return this.leave();
-    this.pointed = true;
-    this.point([row, column]);
-    this.frame.showTip(event, [this.sentence()]);
-  }
-
-  leave() {
-    this.pointed = false;
-    this.frame.hideTip();
-    this.drawLarge();
-  }
-
-  point(cell) {
-    this.cell = cell;
-    this.frame.say(this.sentence());
-    this.drawLarge();
-  }
-
   sentence() {
-    const { rows, columns, row0, column0, value } = this.facts.axes;
-    const [row, column] = this.cell;
-    const where = `${this.rows > 1 ? `${rows} ${row0 + row}, ` : ""}${columns} ${column0 + column}`;
-    return `${this.facts.heads[this.head].label}, ${where}: ${value} ${exactly(this.part("maps", this.head)[row * this.columns + column])}`;
+    const { rows, columns, value } = this.facts.axes;
+    const [row, column] = this.visited.cell;
+    const where = [...(this.rows > 1 ? [this.place(rows, "row", row, 0)] : []), this.place(columns, "column", column, 1)];
+    return `${this.facts.heads[this.head].label}, ${where.join(", ")}: ${value} ${exactly(this.map(this.head)[row * this.columns + column])}`;
+  }
+
+  /** A row or column in words: its number, its text, or from where to where it goes. */
+  place(name, axis, at, side) {
+    const { axes } = this.facts;
+    const texts = axes[`${axis}_texts`];
+    const first = axes[`${axis}0`] + axes.step * at;
+    if (texts) return `${name} ${named(texts[at], first)}`;
+    const last = Math.min(first + axes.step, axes.shape?.[side] ?? Infinity) - 1;
+    return axes.step > 1 && last > first ? `${name} ${first} to ${last}` : `${name} ${first}`;
   }
 
   // Drawing.
 
+  topOf(values) {
+    return this.shared ? this.top : ceiling(largestOf(values));
+  }
+
+  /** Paint every small map; what only a choice changes is `mark`. */
   draw() {
-    this.top = ceiling(largestOf(this.frame.blocks.maps.data));
+    this.palette = paletteOf(this.frame);
+    this.top = ceiling(this.largest.reduce((a, b) => Math.max(a, b), 0));
     const most = Math.max(...this.facts.groups.map(({ members, mean }) => members.length + (mean === null ? 0 : 1)));
     const room = this.frame.body.clientWidth - (matchMedia("(max-width: 760px)").matches ? 0 : 358);
     const width = tileWidth(room, Math.min(most, 16));
     const height = this.rows === 1 ? Math.round(width / 2) : Math.round(Math.min(width * 1.4, (width * this.rows) / this.columns));
-    for (const { canvas, pressed, head, values } of this.tiles) {
-      const ink = prepare(canvas, width, height);
-      const box = { x: 0, y: 0, width, height };
-      drawMap(ink, values, this.rows, this.columns, this.shared ? this.top : ceiling(largestOf(values)), box, this.frame);
-      if (!pressed) continue;
-      pressed.setAttribute("aria-pressed", `${this.isChosen(head)}`);
-      pressed.tabIndex = head === this.head ? 0 : -1;
-    }
+    const paint = (canvas, values) => paintMap(canvas, values, [this.rows, this.columns], { top: this.topOf(values), roots: this.roots, width, height }, this.palette);
+    this.tiles.all.forEach(({ canvas }, head) => paint(canvas, this.map(head)));
+    const size = this.rows * this.columns;
+    this.facts.groups.forEach(({ mean }, i) => {
+      if (mean !== null) paint(this.means[i], this.frame.blocks.means.data.subarray(mean * size, (mean + 1) * size));
+    });
+    this.mark();
+  }
+
+  mark() {
+    this.tiles.mark(this.head, (i) => this.isChosen(i));
     const about = this.facts.heads[this.head];
     this.name.textContent = about.label;
     this.said.textContent = about.said;
@@ -220,28 +233,24 @@ class Gallery {
     const width = room - left - right;
     const height = this.rows === 1 ? 120 : Math.round(Math.min(width * 1.2, (width * this.rows) / this.columns));
     const ink = prepare(this.large, room, height + top + bottom);
-    this.box = { x: left, y: top, width, height };
-    const values = this.part("maps", this.head);
-    const most = this.shared ? this.top : ceiling(largestOf(values));
-    drawMap(ink, values, this.rows, this.columns, most, this.box, this.frame);
+    const box = { x: left, y: top, width, height };
+    this.visited.box = box;
+    const values = this.map(this.head);
+    const most = this.topOf(values);
+    drawMap(ink, values, [this.rows, this.columns], { top: most, roots: this.roots }, box, this.palette);
     this.large.setAttribute("aria-label", `Map of ${this.facts.heads[this.head].label}: ${this.facts.axes.rows} down, ${this.facts.axes.columns} across. Arrow keys move.`);
-    Object.assign(this.large.dataset, { ...this.box });
-    this.labels(ink, most);
-    if (this.pointed || document.activeElement === this.large || this.large.getRootNode().activeElement === this.large) {
-      const [row, column] = this.cell;
-      const cell = { x: left + (column * width) / this.columns, y: top + (row * height) / this.rows, width: width / this.columns, height: height / this.rows };
-      outline(ink, this.frame, cell, "cursor", 1.5);
-    }
+    Object.assign(this.large.dataset, { ...box });
+    this.labels(ink, box, most);
+    if (this.visited.shown) outline(ink, this.frame, this.visited.boxOf(), "cursor", 1.5);
   }
 
-  labels(ink, most) {
-    const { x, y, width, height } = this.box;
-    const { rows, columns, row0, column0, value } = this.facts.axes;
+  labels(ink, { x, y, width, height }, most) {
+    const { rows, columns, row0, column0, value, step } = this.facts.axes;
     ink.fillStyle = this.frame.colour("muted");
     ink.font = `11px ${this.frame.colour("sans")}`;
     ink.textBaseline = "middle";
     /** @type {(n: number, first: number) => [number, string][]} */
-    const ticks = (n, first) => [...new Set(first < 0 ? [0, (n - 1) / 2, n - 1] : [0, n - 1])].map((i) => [i, `${first + i}`.replace("-", "−")]);
+    const ticks = (n, first) => [...new Set(first < 0 ? [0, (n - 1) / 2, n - 1] : [0, n - 1])].map((i) => [i, `${first + step * i}`.replace("-", "−")]);
     ink.textAlign = "center";
     for (const [i, text] of ticks(this.columns, column0)) ink.fillText(text, x + ((i + 0.5) * width) / this.columns, y + height + 10);
     ink.fillText(columns, x + width / 2, y + height + 26);
@@ -258,15 +267,14 @@ class Gallery {
 
   drawLegend() {
     if (this.rows === 1) return this.scale.replaceChildren();
-    const top = this.shared ? this.top : ceiling(largestOf(this.part("maps", this.head)));
-    const ticks = [[0, "0"], [0.5, roughly(top / 2)], [1, roughly(top)]];
-    this.scale.replaceChildren(legend(gradient(colourAt, this.frame.theme), ticks, make("span", {}, this.facts.axes.value)));
+    const top = this.topOf(this.map(this.head));
+    const ticks = [[0, "0"], [0.5, roughly(this.roots ? top / 4 : top / 2)], [1, roughly(top)]];
+    this.scale.replaceChildren(legend(gradient(colourAt, this.frame.theme), ticks, make("span", {}, `${this.facts.axes.value}${this.roots ? ", square-root scale" : ""}`)));
   }
 
   drawNumbers() {
-    const n = this.facts.heads.length;
     const rows = this.facts.numbers.map((name, i) => {
-      const all = this.frame.blocks.numbers.data.subarray(i * n, (i + 1) * n);
+      const all = this.numbersOf(i);
       const bar = make("i");
       bar.style.width = `${Math.max(0, (100 * all[this.head]) / largestOf(all)) || 0}%`;
       return make("div", {}, make("dt", {}, name), make("dd", {}, make("span", { class: "length", "aria-hidden": "true" }, bar), make("span", { class: "n" }, roughly(all[this.head]))));

@@ -2,10 +2,11 @@
 
 import { prepare } from "workbench/shared/canvas.js";
 import { colourAt, css, gradient } from "workbench/shared/colour.js";
-import { button, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
+import { exactly, legend, make, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
-import { beside, largestOf, outline, tileWidth } from "workbench/shared/maps.js";
+import { largestOf, outline, tileWidth } from "workbench/shared/maps.js";
 import { ceiling } from "workbench/shared/scales.js";
+import { Tiles, Visited } from "workbench/shared/tiles.js";
 
 const LARGE = 320;
 const DIMMED = "rgb(20 22 26 / 0.45)"; // over the image, so that weights are brighter than anything in it
@@ -32,12 +33,10 @@ class Images {
     [, this.height, this.width, this.channels] = frame.blocks.pixels.shape;
     this.head = this.facts.first;
     this.image = 0;
-    this.cell = [this.rows >> 1, this.columns >> 1];
     this.origin = [this.rows >> 1, this.columns >> 1];
     this.source = this.facts.prefix && !frame.state.received ? "cls" : "received";
     this.sheets = this.facts.images.map((_, i) => this.sheet(i));
     this.build();
-    this.listen();
     frame.offerPicture(() => this.large);
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the patches, the heads or the images"], ["Enter", "look from this patch; choose the head or image in every view"], ["c", "look from CLS"], ["r", "what patches receive"], ["Esc", "choose none"]]);
     this.ready = false;
@@ -67,13 +66,17 @@ class Images {
     this.name = make("h3");
     this.large = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "image", "aria-label": "The chosen image, patch by patch. Arrow keys move over the patches, Enter looks from one." });
     this.scale = make("div");
-    this.headTiles = facts.heads.map(({ layer, head }, i) => this.tile(`L${layer}H${head}`, () => this.chooseHead(i)));
-    this.imageTiles = facts.images.map((label, i) => this.tile(label, () => this.chooseImage(i)));
+    const other = (event) => this.turn(event.key);
+    this.visited = new Visited(frame, this.large, [this.rows, this.columns], { sentence: () => this.sentence(), draw: () => this.drawLarge(), press: (cell) => this.choosePatch(cell), enter: () => this.choosePatch(this.visited.cell), other });
     this.headBox = make("div", { class: "heads" });
+    this.headTiles = new Tiles(frame, this.headBox, { words: (i) => this.headWords(i), choose: (i) => this.chooseHead(i), other });
+    const pressed = facts.heads.map(({ layer, head }) => this.headTiles.add(`L${layer}H${head}`));
     for (const layer of new Set(facts.heads.map((head) => head.layer))) {
-      this.headBox.append(make("div", { class: "tiles" }, ...this.headTiles.filter((_, i) => facts.heads[i].layer === layer).map(({ pressed }) => pressed)));
+      this.headBox.append(make("div", { class: "tiles" }, ...pressed.filter((_, i) => facts.heads[i].layer === layer)));
     }
-    this.imageBox = make("div", { class: "tiles" }, ...this.imageTiles.map(({ pressed }) => pressed));
+    this.imageBox = make("div", { class: "tiles" });
+    this.imageTiles = new Tiles(frame, this.imageBox, { words: (i) => this.imageWords(i), choose: (i) => this.chooseImage(i), other });
+    this.imageBox.append(...facts.images.map((label) => this.imageTiles.add(label)));
     this.headsTitle = make("h3");
     this.imagesTitle = make("h3");
     const detail = make("div", { class: "detail" }, this.name, this.large, this.scale);
@@ -93,42 +96,6 @@ class Images {
     });
     this.shared = shared.value;
     frame.controls.append(this.picker.field, over.field, shared.field);
-  }
-
-  tile(label, choose) {
-    const canvas = make("canvas", { "aria-hidden": "true" });
-    const pressed = button("", choose, { class: "tile", tabindex: "-1" });
-    pressed.append(canvas, make("span", {}, label));
-    return { canvas, pressed };
-  }
-
-  listen() {
-    const { frame } = this;
-    this.large.addEventListener("pointermove", (event) => this.hover(event));
-    this.large.addEventListener("pointerleave", () => this.leave());
-    this.large.addEventListener("click", (event) => {
-      const cell = this.cellAt(event);
-      if (cell) this.choosePatch(cell);
-    });
-    this.large.addEventListener("keydown", (event) => this.key(event));
-    this.large.addEventListener("focus", () => this.point(this.cell));
-    this.large.addEventListener("blur", () => this.drawLarge());
-    for (const [box, tiles, words] of [[this.headBox, this.headTiles, (i) => this.headWords(i)], [this.imageBox, this.imageTiles, (i) => this.imageWords(i)]]) {
-      const buttons = tiles.map(({ pressed }) => pressed);
-      const at = (event) => buttons.findIndex((each) => each.contains(event.target));
-      box.addEventListener("pointermove", (event) => (at(event) < 0 ? frame.hideTip() : frame.showTip(event, [words(at(event))])));
-      box.addEventListener("pointerleave", () => frame.hideTip());
-      box.addEventListener("keydown", (event) => {
-        if (event.ctrlKey || event.metaKey || event.altKey || at(event) < 0) return;
-        const to = beside(buttons, at(event), event.key);
-        if (to !== null) {
-          buttons.forEach((each, i) => (each.tabIndex = i === to ? 0 : -1));
-          buttons[to].focus();
-          frame.say(words(to));
-        } else if (!this.turn(event.key)) return;
-        event.preventDefault();
-      });
-    }
   }
 
   // Weights.
@@ -157,7 +124,7 @@ class Images {
   }
 
   sentence() {
-    const [row, column] = this.cell;
+    const [row, column] = this.visited.cell;
     const value = this.onPatches(this.image, this.head)[row * this.columns + column];
     return `${this.facts.heads[this.head].label}, image ${this.facts.images[this.image]}: weight ${this.from} on row ${row}, column ${column}: ${exactly(value)}`;
   }
@@ -183,7 +150,7 @@ class Images {
   }
 
   choosePatch(cell) {
-    this.cell = cell;
+    this.visited.cell = cell;
     if (!this.facts.every) return this.frame.say("Only the weights from CLS are in this view.");
     this.origin = cell;
     this.look("patch");
@@ -225,42 +192,6 @@ class Images {
     return true;
   }
 
-  key(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const to = moved(event.key, this.cell, [this.rows, this.columns]);
-    if (to) this.point(to);
-    else if (event.key === "Enter" || event.key === " ") this.choosePatch(this.cell);
-    else if (!this.turn(event.key)) return;
-    event.preventDefault();
-  }
-
-  cellAt(event) {
-    const bounds = this.large.getBoundingClientRect();
-    const column = Math.floor(((event.clientX - bounds.left) / bounds.width) * this.columns);
-    const row = Math.floor(((event.clientY - bounds.top) / bounds.height) * this.rows);
-    return row >= 0 && column >= 0 && row < this.rows && column < this.columns ? [row, column] : null;
-  }
-
-  hover(event) {
-    const cell = this.cellAt(event);
-    if (!cell) return this.leave();
-    this.pointed = true;
-    this.point(cell);
-    this.frame.showTip(event, [this.sentence()]);
-  }
-
-  leave() {
-    this.pointed = false;
-    this.frame.hideTip();
-    this.drawLarge();
-  }
-
-  point(cell) {
-    this.cell = cell;
-    this.frame.say(this.sentence());
-    this.drawLarge();
-  }
-
   // Drawing.
 
   /** The round end of the scale that all maps share. */
@@ -278,17 +209,13 @@ class Images {
     const chosen = this.frame.selection;
     const rows = [...this.headBox.children].map((row) => row.children.length);
     this.small = tileWidth(this.headBox.clientWidth, Math.max(...rows));
-    this.headTiles.forEach((tile, i) => {
+    this.headTiles.all.forEach((tile, i) => this.drawTile(tile, this.image, i, this.headWords(i)));
+    this.headTiles.mark(this.head, (i) => {
       const { layer, head, site } = heads[i];
-      this.drawTile(tile, this.image, i, this.headWords(i));
-      tile.pressed.tabIndex = i === this.head ? 0 : -1;
-      tile.pressed.setAttribute("aria-pressed", `${i === this.head || (layer === chosen.layer && chosen.heads.includes(head) && (chosen.site === null || site === null || site === chosen.site))}`);
+      return i === this.head || (layer === chosen.layer && chosen.heads.includes(head) && (chosen.site === null || site === null || site === chosen.site));
     });
-    this.imageTiles.forEach((tile, i) => {
-      this.drawTile(tile, i, this.head, this.imageWords(i));
-      tile.pressed.tabIndex = i === this.image ? 0 : -1;
-      tile.pressed.setAttribute("aria-pressed", `${i === this.image}`);
-    });
+    this.imageTiles.all.forEach((tile, i) => this.drawTile(tile, i, this.head, this.imageWords(i)));
+    this.imageTiles.mark(this.image, (i) => i === this.image);
     this.name.textContent = `${heads[this.head].label} on image ${images[this.image]}, ${this.from}`;
     this.headsTitle.textContent = `All heads on image ${images[this.image]}`;
     this.imagesTitle.textContent = `${heads[this.head].label} on all images`;
@@ -335,10 +262,9 @@ class Images {
     const height = Math.round((width * this.height) / this.width);
     const ink = prepare(this.large, width, height);
     this.paint(ink, this.image, this.head, width, height);
-    const box = (/** @type {number[]} */ [row, column]) => ({ x: (column * width) / this.columns, y: (row * height) / this.rows, width: width / this.columns, height: height / this.rows });
-    if (this.source === "patch") outline(ink, this.frame, box(this.origin), "cursor");
-    const focused = document.activeElement === this.large || this.large.getRootNode().activeElement === this.large;
-    if (this.pointed || focused) outline(ink, this.frame, box(this.cell), "ink", 1);
+    this.visited.box = { x: 0, y: 0, width, height };
+    if (this.source === "patch") outline(ink, this.frame, this.visited.boxOf(this.origin), "cursor");
+    if (this.visited.shown) outline(ink, this.frame, this.visited.boxOf(), "ink", 1);
   }
 
   drawLegend() {

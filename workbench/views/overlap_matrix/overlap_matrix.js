@@ -24,7 +24,7 @@ class OverlapMatrix {
     // Before the graph is, so that it is told of a new pair first.
     frame.onState(() => this.update());
     this.view = new CircuitView(frame, this.pair);
-    this.draw();
+    frame.onRedraw(() => this.draw());
   }
 
   table() {

@@ -1,6 +1,6 @@
 """Views of captures and of what analyses return; each file registers those of one analysis."""
 
-from workbench.views.results import circuits, importance, logits, pattern_atlas, profile
+from workbench.views.results import circuits, importance, logits, pattern_atlas, profile, rollout
 from workbench.views.results.capture import overview
 from workbench.views.results.circuit_overlap import overlap_chance
 from workbench.views.results.conditioning import capacity_correlation
@@ -16,4 +16,5 @@ __all__ = [
     "overview",
     "pattern_atlas",
     "profile",
+    "rollout",
 ]

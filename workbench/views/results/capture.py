@@ -9,10 +9,11 @@ from workbench.views.base.registry import register
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.view import View
 from workbench.views.head_atlas import head_atlas
+from workbench.views.head_gallery import head_gallery
 
 
 def overview(capture: Capture, *, batch: int = 0, selection: SharedSelection | None = None) -> list[View]:
-    """The views of a capture, linked: the head atlas, and the attention patterns where they were kept.
+    """The views of a capture, linked: the head atlas, and where patterns were kept every head's, small and large.
 
     Several forwards share the atlas; the patterns are those of the first.
 
@@ -30,8 +31,11 @@ def _patterns(capture: Capture, batch: int = 0, selection: SharedSelection | Non
     except WorkbenchError:
         return []
     n = len(capture.calls)
-    title = "Attention pattern" if n == 1 else f"Attention pattern, the first of {n} calls"
-    return [attention_pattern(first, batch=batch, title=title, selection=selection)]
+    which = "" if n == 1 else f", the first of {n} calls"
+    return [
+        head_gallery(first, batch=batch, title=f"Every head's pattern{which}", selection=selection),
+        attention_pattern(first, batch=batch, title=f"Attention pattern{which}", selection=selection),
+    ]
 
 
 register(Capture, head_atlas, _patterns)

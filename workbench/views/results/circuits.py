@@ -11,7 +11,7 @@ import pandas as pd
 from workbench.analysis.circuits.faithfulness import Faithfulness
 from workbench.analysis.circuits.faithfulness_curve import FaithfulnessCurve
 from workbench.analysis.circuits.model.names import label, number_of, site_of
-from workbench.analysis.circuits.patching import HeadPatching
+from workbench.analysis.circuits.patching import HeadPatching, LayerPatching
 from workbench.analysis.circuits.repair import Repair
 from workbench.analysis.circuits.roles import ROLES, HeadRoles
 from workbench.analysis.circuits.shares import Denominator
@@ -23,6 +23,7 @@ from workbench.views.figure import band, figure
 from workbench.views.head_atlas import head_atlas
 
 _MOST_BARS = 40
+_PLACE = 24  # characters of a position and its token
 
 
 def _view_of_faithfulness_curve(curve: FaithfulnessCurve) -> View:
@@ -92,6 +93,49 @@ def _view_of_head_patching(patching: HeadPatching) -> View:
             f"{patching.activation} of each head, {patching.direction}, on {patching.task}: effect on "
             f"{patching.metric} as a share of the difference between prompts and twins. {patching.sign}"
         ),
+    )  # fmt: skip
+
+
+def _view_of_layer_patching(patching: LayerPatching) -> View:
+    """Layers up, positions across, of the first stream."""
+    return _layers_by_position(patching, patching.streams[0])
+
+
+def _more_of_layer_patching(patching: LayerPatching) -> list[View]:
+    """The other streams."""
+    return [_layers_by_position(patching, stream) for stream in dict.fromkeys(patching.streams[1:]) if
+            stream != patching.streams[0]]  # fmt: skip
+
+
+def _layers_by_position(patching: LayerPatching, stream: str) -> View:
+    import plotly.graph_objects as go
+
+    rows = [i for i, one in enumerate(patching.streams) if one == stream]
+    scores = patching.scores[rows].double().numpy()
+    there = [j for j in range(len(patching.places)) if not np.isnan(scores[:, j]).all()]
+    columns = [
+        plotly_text(f"{patching.places[j]} {patching.tokens[j]}".rstrip(), _PLACE) for j in there
+    ]  # fmt: skip
+    again = [columns[:i].count(name) for i, name in enumerate(columns)]
+    columns = [name + (f" ({n + 1})" if n else "") for name, n in zip(columns, again, strict=True)]
+    fig = go.Figure(
+        go.Heatmap(
+            z=scores[:, there], x=columns, y=[plotly_text(patching.rows[i]) for i in rows],
+            colorbar={"title": "share"},
+        )
+    )  # fmt: skip
+    fig.update_xaxes(title_text="position", type="category")
+    fig.update_yaxes(title_text="layer", type="category")
+    fig.update_layout(height=max(260, 150 + 26 * len(rows)), width=max(500, 140 + 40 * len(there)))
+    low, high = float(patching.corrupted.mean()), float(patching.clean.mean())
+    return figure(
+        fig, title=f"Patching of {patching.activation}" + (f", {stream}" if stream else ""),
+        caption=(
+            f"{patching.activation} of one layer at a time, {patching.direction}, on {patching.task}: effect on "
+            f"{patching.metric} as a share of the difference between prompts ({high:.3g}) and twins ({low:.3g}). "
+            f"{patching.sign}"
+        ),
+        table=patching.table, provenance=patching.provenance,
     )  # fmt: skip
 
 
@@ -183,6 +227,7 @@ def _bars(
 register(FaithfulnessCurve, _view_of_faithfulness_curve)
 register(Faithfulness, _view_of_faithfulness)
 register(HeadPatching, _view_of_head_patching)
+register(LayerPatching, _view_of_layer_patching, _more_of_layer_patching)
 register(HeadRoles, _view_of_head_roles)
 register(Stability, _view_of_stability)
 register(Repair, _view_of_repair)

@@ -1,6 +1,8 @@
 // Maps on canvases: heat maps of a few cells, or bars where there is one row.
 
-import { colourAt, css } from "./colour.js";
+import { prepare } from "./canvas.js";
+import { colourAt, css, rgbOf } from "./colour.js";
+import { make } from "./dom.js";
 
 /** The largest known value; 1 where there is none above 0. */
 export function largestOf(values) {
@@ -9,21 +11,54 @@ export function largestOf(values) {
   return top || 1;
 }
 
-/** Draw values [rows x columns], from 0 to `top`, into a box of a canvas. One row is drawn as bars. */
-export function drawMap(ink, values, rows, columns, top, { x, y, width, height }, frame) {
-  ink.fillStyle = frame.colour("unseen");
-  ink.fillRect(x, y, width, height);
-  for (let row = 0; row < rows; row++) {
-    for (let column = 0; column < columns; column++) {
-      const value = values[row * columns + column];
-      if (!Number.isFinite(value)) continue;
-      const [left, right] = [Math.floor((column * width) / columns), Math.floor(((column + 1) * width) / columns)];
-      const [above, below] = [Math.floor((row * height) / rows), Math.floor(((row + 1) * height) / rows)];
-      ink.fillStyle = css(colourAt(rows === 1 ? 0.6 : value / top, frame.theme));
-      if (rows > 1) ink.fillRect(x + left, y + above, right - left, below - above);
-      else ink.fillRect(x + left, y + height * (1 - value / top), Math.max(1, right - left), (height * value) / top);
-    }
+/**
+ * What maps are painted with: a colour for each of 256 places of the scale, and that of cells where nothing is known.
+ * @param {any} frame
+ */
+export function paletteOf(frame) {
+  const packed = (/** @type {number[]} */ [r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
+  const table = Uint32Array.from({ length: 256 }, (_, i) => packed(colourAt(i / 255, frame.theme)));
+  return { table, unseen: packed(rgbOf(frame.colour("unseen"))), bars: css(colourAt(0.6, frame.theme)), paper: frame.colour("unseen") };
+}
+
+/** Values [rows x columns], from 0 to `top`, as a picture with a pixel per cell. `roots`: colours go by square roots. */
+function pixelsOf(values, rows, columns, top, roots, { table, unseen }) {
+  const image = new ImageData(columns, rows);
+  const pixels = new Uint32Array(image.data.buffer);
+  for (let i = 0; i < pixels.length; i++) {
+    const share = values[i] / top;
+    pixels[i] = Number.isNaN(share) ? unseen : table[Math.round(255 * Math.min(1, Math.max(0, roots ? Math.sqrt(share) : share)))];
   }
+  return image;
+}
+
+function drawBars(ink, values, top, { x, y, width, height }, { bars, paper }) {
+  ink.fillStyle = paper;
+  ink.fillRect(x, y, width, height);
+  ink.fillStyle = bars;
+  values.forEach((value, column) => {
+    const [left, right] = [Math.floor((column * width) / values.length), Math.floor(((column + 1) * width) / values.length)];
+    if (Number.isFinite(value)) ink.fillRect(x + left, y + height * (1 - value / top), Math.max(1, right - left), (height * value) / top);
+  });
+}
+
+/** A small map on a canvas of its own: a pixel per cell, which the browser makes larger. One row is drawn as bars. */
+export function paintMap(canvas, values, [rows, columns], { top, roots, width, height }, palette) {
+  if (rows === 1) return drawBars(prepare(canvas, width, height), values, top, { x: 0, y: 0, width, height }, palette);
+  if (canvas.width !== columns || canvas.height !== rows) Object.assign(canvas, { width: columns, height: rows });
+  Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
+  // Made smaller, single cells would be left out; made larger, they stay sharp.
+  canvas.style.imageRendering = columns <= width * (window.devicePixelRatio || 1) ? "pixelated" : "auto";
+  canvas.getContext("2d").putImageData(pixelsOf(values, rows, columns, top, roots, palette), 0, 0);
+}
+
+/** Draw a map into a box of a canvas. One row is drawn as bars. */
+export function drawMap(ink, values, [rows, columns], { top, roots }, box, palette) {
+  if (rows === 1) return drawBars(ink, values, top, box, palette);
+  const sheet = make("canvas", { width: columns, height: rows });
+  sheet.getContext("2d").putImageData(pixelsOf(values, rows, columns, top, roots, palette), 0, 0);
+  ink.imageSmoothingEnabled = columns > box.width * (window.devicePixelRatio || 1);
+  ink.drawImage(sheet, box.x, box.y, box.width, box.height);
 }
 
 /** A frame around a box, on paper so that it shows on every colour. */

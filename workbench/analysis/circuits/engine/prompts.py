@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import TaskError
-from workbench.hooks.positions import Positions
-from workbench.inputs import decoder_start
+from workbench.errors import CaptureError, InterventionError, TaskError
+from workbench.inputs import decoder_start, own_columns
 from workbench.metrics import Metric, TaskBatch, as_metric, last_places
 from workbench.tasks.base import Task
 
@@ -151,7 +150,8 @@ def _ends(batch: TaskBatch, decodes: bool) -> tuple[Tensor | None, ...]:
 def find_positions(task: Task, tokenizer: Any, pair: Pair, where: Where, stream: int, length: int) -> Tensor | None:
     """[batch, n] positions in a residual stream of named ("end", "S2") or numbered places; None for all.
 
-    "end" is the last token of every stream. Other names count in the prompt, which the first stream reads.
+    "end" is the last token of every stream. Other names count in the prompt, which the first stream reads. Numbers
+    count an example's own tokens, from 0, or from −1 at its end.
 
     Args:
         stream: index of the stream. length: its positions, padding included.
@@ -178,9 +178,16 @@ def find_positions(task: Task, tokenizer: Any, pair: Pair, where: Where, stream:
                 )
             found.append(torch.tensor(rows.positions(one, tokenizer), device=device))
         else:
-            index = Positions(one).index(pair.size, length, device=device)
-            found.append(index.expand(pair.size, 1)[:, 0])
+            found.append(_column(pair, one, stream, length).to(device))
     return torch.stack(found, dim=1)
+
+
+def _column(pair: Pair, number: int, stream: int, length: int) -> Tensor:
+    """[batch] column of a token of each prompt; see `workbench.inputs.own_columns`."""
+    try:
+        return own_columns(pair.mask(stream, length).bool(), number)
+    except CaptureError as error:
+        raise InterventionError(error.message, hint=error.hint) from None
 
 
 def check_metric(name: str, clean: Tensor, corrupted: Tensor) -> None:

@@ -24,6 +24,8 @@ from workbench.analysis.circuits.model.graph import Graph
 from workbench.errors import WorkbenchError
 from workbench.metrics import Metric
 from workbench.session.workbench import Workbench
+from workbench.sweep.inputs import digest, plain
+from workbench.sweep.variants import about
 from workbench.tasks.base import Task
 
 NOISING = "noising"
@@ -130,6 +132,26 @@ class Setup:
         longest = max(self.length(pair, stream) for stream in range(len(pair.ends)))
         each = pair.size * longest * self.graph.d_model * 4 * tensors
         return max(1, self.memory // each)
+
+    def identity(self, **settings: Any) -> dict[str, Any]:
+        """What a file must share to be gone on from; plain values.
+
+        Args:
+            settings: of the run.
+        """
+        model, device = self.wb.model, self.pairs[0].last.device.type
+        return {
+            "model class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "model weights": self.wb.weights_identity(),
+            "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "",
+            "task": self.task.name,
+            "prompts": digest([[plain(pair.clean), plain(pair.twin)] for pair in self.pairs]),
+            "number of prompts": len(self.task),
+            "number of batches": len(self.pairs),
+            "metric": f"{self.metric.name} {about(self.metric.function)}",
+            "memory": self.memory,
+            **settings,
+        }
 
     def provenance(self) -> dict[str, Any]:
         """Where the numbers come from."""

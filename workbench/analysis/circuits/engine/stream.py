@@ -31,11 +31,14 @@ _SHORT = 8  # tokens that are enough to find a model's layers
 _SEVERAL = 3  # repeats from which on it is worth computing again what projections gave on the batch itself
 # What a hook sees, and may give anew. In layer i, and in stream s (0, or 0 and 1: the encoder's and the decoder's):
 # ("input", s)          [batch, position, d_model] what the first block reads
+# ("resid", i)          the same, what the block of layer i reads: resid_pre, and resid_post of the block before it
 # ("read", i)           the same, what the queries of layer i read (and, but for cross-attention, keys and values); to
 #                       look at only
 # ("read_mlp", i)       what its MLP reads; to look at only
 # ("q" | "k" | "v", i)  [batch, position, head or group, width]
 # ("z", i)              [batch, position, head, width]
+# ("attn", i)           [batch, position, d_model] what the attention writes, its bias included
+# ("mid", i)            the stream behind the attention, as the sum of what is there and what it writes
 # ("mlp_in", i)         what the MLP itself is given, behind its norm
 # ("mlp", i)            what it writes
 # ("final", s)          the stream after the last block; what the keys and values of cross-attention read
@@ -222,6 +225,11 @@ class Stream:
             if functions:
                 self._hook(changes, what, i, list(functions))
 
+    def _reader(self, i: int) -> nn.Module:
+        """The module that the attention of layer i reads the stream by: its norm, or the projection of its queries."""
+        part = self.anatomy.layers[i].projections["q"]
+        return self.anatomy.modules[part.norm or part.name]
+
     def _hook(self, changes: Changes, what: str, i: int, functions: list[Hook]) -> None:
         anatomy = self.anatomy
         if what in ("input", "final"):
@@ -232,9 +240,14 @@ class Stream:
                 _on_output(changes, anatomy.modules[blocks[-1]], functions)
             return
         layer = anatomy.layers[i]
-        if what == "read":
-            part = layer.projections["q"]
-            _on_input(changes, anatomy.modules[part.norm or part.name], functions, first_only=True)
+        if what == "resid":
+            _on_input(changes, anatomy.modules[layer.block], functions)
+        elif what == "read":
+            _on_input(changes, self._reader(i), functions, first_only=True)
+        elif what == "attn":
+            _on_output(changes, layer.out_module, functions)
+        elif what == "mid":
+            _on_sum(changes, self._reader(i), layer.out_module, functions)
         elif what == "read_mlp":
             _on_input(changes, anatomy.modules[layer.mlp_norm or _mlp(layer)[0]], functions, first_only=True)
         elif what == "z":
@@ -306,6 +319,23 @@ def _on_output(changes: Changes, module: nn.Module, functions: Sequence[Hook]) -
         return new if isinstance(output, Tensor) else type(output)(new if value is old else value for value in output)
 
     changes.after(module, hook)
+
+
+def _on_sum(changes: Changes, reader: nn.Module, writer: nn.Module, functions: Sequence[Hook]) -> None:
+    """Functions on the stream behind a writer: what its reader was given, and what it adds to that.
+
+    Where they change it the writer gives what is missing, so that all that reads the stream later has it.
+    """
+    before: list[Tensor] = []
+    _on_input(changes, reader, [lambda stream: before.append(stream.clone())], first_only=True)
+
+    def on_written(written: Tensor) -> Tensor | None:
+        stream = before.pop()
+        total = stream + written
+        new = _apply(functions, total)
+        return None if new is total else torch.where(new == total, written, new - stream)
+
+    _on_output(changes, writer, [on_written])
 
 
 def _apply(functions: Sequence[Hook], value: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ from workbench.analysis.circuits.engine.setup import Setup
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.errors import FormatError, WorkbenchError
 from workbench.storage.result import Result
-from workbench.sweep.inputs import check_resumed, digest, plain
-from workbench.sweep.variants import about
+from workbench.sweep.inputs import check_resumed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,19 +92,7 @@ def start(setup: Setup, path: Path | None, **settings: Any) -> Pruning:
         WorkbenchError: there is no folder for the file.
         FormatError: the file is no pruning, truncated, changed, or of another model, task or settings.
     """
-    graph, model, device = setup.graph, setup.wb.model, setup.pairs[0].last.device.type
-    identity = {
-        "model class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "model weights": setup.wb.weights_identity(),
-        "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "",
-        "task": setup.task.name,
-        "prompts": digest([[plain(pair.clean), plain(pair.twin)] for pair in setup.pairs]),
-        "number of prompts": len(setup.task),
-        "number of batches": len(setup.pairs),
-        "metric": f"{setup.metric.name} {about(setup.metric.function)}",
-        "memory": setup.memory,
-        **settings,
-    }
+    graph, identity = setup.graph, setup.identity(**settings)
     if path is not None and path.exists():
         held = Pruning.load(path)
         check_resumed(held.identity, identity, path.name, "pruning")

@@ -80,11 +80,13 @@ class _Calls(Listener):
         self.made.finder.saw_module(name, module, args)
 
 
-def record(model: nn.Module, inputs: Mapping[str, Any], grad_from: Collection[str]) -> Recording:
+def record(
+    model: nn.Module, inputs: Mapping[str, Any], grad_from: Collection[str], *, needs_logits: bool = True
+) -> Recording:
     """Run the model once, with autograd from the inputs of the modules `grad_from` on.
 
     Raises:
-        WorkbenchError: the model gives no logits.
+        WorkbenchError: the model gives no logits, and they are needed.
     """
     made = Recording()
     names = {module: name for name, module in model.named_modules()}
@@ -119,6 +121,8 @@ def record(model: nn.Module, inputs: Mapping[str, Any], grad_from: Collection[st
             output = model(**inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
+        if not needs_logits:
+            return made
         raise WorkbenchError(
             f"the model gives {type(output).__name__}, which has no logits [batch, position, vocab]",
             hint="circuits need a language model with its head",

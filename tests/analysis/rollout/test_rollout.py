@@ -1,0 +1,347 @@
+"""Attention rollout and the maps that it chains, compared with the published definitions worked by hand in float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import workbench
+from support.tiny import eager_twin, family, make
+from support.zoo.family import ids
+from workbench import AttachError, AttentionRollout, CaptureError, attach, attention_rollout
+from workbench.kernels.patterns import Pattern
+
+METHODS = ("attention", "norm", "alti", "value_zeroing")
+
+
+@dataclass
+class Layer:
+    """One attention by hand: A [head, query, key], u [key, head, d_model], and [query, d_model] of the stream.
+
+    `total` is x and what the heads write, `y` what follows on it, `finish` what y has of a part of total, and `block`
+    what the block makes of a total.
+    """
+
+    a: Tensor
+    u: Tensor
+    x: Tensor
+    total: Tensor
+    y: Tensor
+    finish: Callable[[Tensor], Tensor]
+    block: Callable[[Tensor], Tensor]
+    cross: bool = False
+
+
+def _model(name: str) -> nn.Module:
+    model = make(family(name))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key.lower() or "ln_" in key or key.endswith("bias"):  # norms and biases that do something
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.double()
+
+
+def _inputs(name: str, n: int = 11) -> dict[str, Tensor]:
+    found = {"input_ids": ids(1, n)}
+    return found | ({"decoder_input_ids": ids(1, 6, 1)} if name == "t5" else {})
+
+
+def _written(v: Tensor, w_o: Tensor, n_heads: int) -> Tensor:
+    """u [key, head, d_model] of values [key, kv · width] and a joining matrix [head · width, d_model]."""
+    w = w_o.unflatten(0, (n_heads, -1))
+    kv = v.unflatten(-1, (-1, w.shape[1]))
+    return torch.einsum("khw,hwd->khd", kv.repeat_interleave(n_heads // kv.shape[1], 1), w)
+
+
+def _gpt2(model: Any, inputs: dict[str, Tensor]) -> list[Layer]:
+    seen = eager_twin(model)(**inputs, output_attentions=True, output_hidden_states=True)
+    found = []
+    for block, a, x in zip(model.transformer.h, seen.attentions, seen.hidden_states, strict=False):
+        v = block.attn.c_attn(block.ln_1(x[0])).chunk(3, -1)[2]
+        u = _written(v, block.attn.c_proj.weight, a.shape[1])
+        y = x[0] + torch.einsum("hqk,khd->qd", a[0], u) + block.attn.c_proj.bias
+        found.append(Layer(a[0], u, x[0], y, y, lambda s: s, lambda s, b=block: s + b.mlp(b.ln_2(s))))
+    return found
+
+
+def _llama(model: Any, inputs: dict[str, Tensor]) -> list[Layer]:
+    seen = eager_twin(model)(**inputs, output_attentions=True, output_hidden_states=True)
+    found = []
+    for block, a, x in zip(model.model.layers, seen.attentions, seen.hidden_states, strict=False):
+        v = block.self_attn.v_proj(block.input_layernorm(x[0]))
+        u = _written(v, block.self_attn.o_proj.weight.T, a.shape[1])
+        y = x[0] + torch.einsum("hqk,khd->qd", a[0], u)
+        found.append(
+            Layer(a[0], u, x[0], y, y, lambda s: s, lambda s, b=block: s + b.mlp(b.post_attention_layernorm(s)))
+        )
+    return found
+
+
+def _bert(model: Any, inputs: dict[str, Tensor]) -> list[Layer]:
+    seen = eager_twin(model)(**inputs, output_attentions=True, output_hidden_states=True)
+    found = []
+    for block, a, x in zip(model.encoder.layer, seen.attentions, seen.hidden_states, strict=False):
+        out = block.attention.output
+        u = _written(block.attention.self.value(x[0]), out.dense.weight.T, a.shape[1])
+        total = x[0] + torch.einsum("hqk,khd->qd", a[0], u) + out.dense.bias
+        sigma = (total.var(-1, correction=0, keepdim=True) + out.LayerNorm.eps).sqrt()
+
+        def finish(s: Tensor, gain: Tensor = out.LayerNorm.weight, sigma: Tensor = sigma) -> Tensor:
+            """A part [query, ..., d_model] of what the norm is given, its scale frozen."""
+            return (s - s.mean(-1, keepdim=True)) * gain / sigma.view(-1, *[1] * (s.dim() - 1))
+
+        def rest(s: Tensor, b: Any = block) -> Tensor:
+            n = b.attention.output.LayerNorm(s)
+            return b.output.LayerNorm(n + b.output.dense(b.intermediate(n)))
+
+        found.append(Layer(a[0], u, x[0], total, out.LayerNorm(total), finish, rest))
+    return found
+
+
+def _t5(model: Any, inputs: dict[str, Tensor]) -> list[Layer]:
+    """The encoder's, then of each block of the decoder self- and cross-attention."""
+    seen = eager_twin(model)(**inputs, output_attentions=True, output_hidden_states=True)
+    n_heads, found = model.config.num_heads, []
+    for block, a, x in zip(model.encoder.block, seen.encoder_attentions, seen.encoder_hidden_states, strict=False):
+        part = block.layer[0]
+        u = _written(part.SelfAttention.v(part.layer_norm(x[0])), part.SelfAttention.o.weight.T, n_heads)
+        y = x[0] + torch.einsum("hqk,khd->qd", a[0], u)
+        found.append(Layer(a[0], u, x[0], y, y, lambda s: s, lambda s, b=block: b.layer[1](s)))
+    source = seen.encoder_last_hidden_state[0]
+    maps = zip(seen.decoder_attentions, seen.cross_attentions, strict=True)
+    for block, (a, c), x in zip(model.decoder.block, maps, seen.decoder_hidden_states, strict=False):
+        part, across = block.layer[0], block.layer[1].EncDecAttention
+        u = _written(part.SelfAttention.v(part.layer_norm(x[0])), part.SelfAttention.o.weight.T, n_heads)
+        y = x[0] + torch.einsum("hqk,khd->qd", a[0], u)
+        found.append(Layer(a[0], u, x[0], y, y, lambda s: s, lambda s: s))
+        u = _written(across.v(source), across.o.weight.T, n_heads)
+        z = y + torch.einsum("hqk,khd->qd", c[0], u)
+        found.append(Layer(c[0], u, y, z, z, lambda s: s, lambda s: s, True))
+    return found
+
+
+BY_HAND = {"gpt2": _gpt2, "llama-gqa": _llama, "bert": _bert, "t5": _t5}
+
+
+def _map(layer: Layer, method: str) -> Tensor:
+    """[query, key] shares; of cross-attention [query, key + 1], the last of which stays."""
+    n_q, n_k = layer.a.shape[1:]
+    eye = torch.eye(n_q, dtype=torch.float64)
+    if method == "attention":
+        mean = layer.a.mean(0)
+        return torch.cat([mean / 2, torch.full((n_q, 1), 0.5)], 1) if layer.cross else (mean + eye) / 2
+    if method == "value_zeroing":
+        found = torch.zeros(n_q, n_k, dtype=torch.float64)
+        for j in range(n_k):
+            without = layer.total - torch.einsum("hq,hd->qd", layer.a[..., j], layer.u[j])
+            found[:, j] = 1 - torch.cosine_similarity(layer.block(without), layer.block(layer.total), dim=-1)
+        return found / found.sum(-1, keepdim=True)
+    t = torch.einsum("hqk,khd->qkd", layer.a, layer.u)
+    t = torch.cat([t, layer.x[:, None]], 1) if layer.cross else t + eye[..., None] * layer.x[:, None]
+    t = layer.finish(t)
+    if method == "norm":
+        found = t.norm(dim=-1)
+    else:
+        size = layer.y.abs().sum(-1, keepdim=True)
+        found = (size - (layer.y[:, None] - t).abs().sum(-1)).clamp_min(0)
+    return found / found.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def _by_hand(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[str], list[Tensor]]:
+    layers = BY_HAND[name](model, inputs)
+    return lambda method: [_map(layer, method) for layer in layers]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "bert"])
+def test_one_stack_by_hand(name: str) -> None:
+    model, inputs = _model(name), _inputs(name)
+    maps_of = _by_hand(name, model, inputs)
+    # Norms of Llama's kind are computed in float32, whatever the model's dtype.
+    close = {"rtol": 1e-4, "atol": 1e-6} if name == "llama-gqa" else {"rtol": 1e-7, "atol": 1e-10}
+    with attach(model) as wb:
+        for method in METHODS:
+            with torch.no_grad():
+                maps = maps_of(method)
+            whole = attention_rollout(wb, inputs, method=method, position=None)
+            product = torch.eye(11, dtype=torch.float64)
+            for layer in reversed(range(len(maps))):
+                torch.testing.assert_close(whole.own[layer], maps[layer], **close)
+                product = product @ maps[layer]
+                torch.testing.assert_close(whole.shares[layer], product, **close)
+            some = attention_rollout(wb, inputs, method=method, position=[-1, 3])
+            torch.testing.assert_close(some.rollout, whole.rollout[[-1, 3]])
+            torch.testing.assert_close(some.own, whole.own[:, [-1, 3]])
+            assert some.targets == (10, 3)
+
+
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_an_encoder_and_its_decoder_by_hand(method: str) -> None:
+    model, inputs = _model("t5"), _inputs("t5")
+    with torch.no_grad():
+        maps = _by_hand("t5", model, inputs)(method)
+    n_layers, n_in, n_out = len(model.encoder.block), 11, 6
+    encoder, decoder = maps[:n_layers], maps[n_layers:]
+    input_part, own_part = torch.zeros(n_out, n_in, dtype=torch.float64), torch.eye(n_out, dtype=torch.float64)
+    for mixing in reversed(decoder):
+        if mixing.shape[1] == n_out:
+            own_part = own_part @ mixing
+        else:
+            input_part = input_part + own_part @ mixing[:, :-1]
+            own_part = own_part * mixing[:, -1]
+    for mixing in reversed(encoder):
+        input_part = input_part @ mixing
+    with attach(model) as wb:
+        found = attention_rollout(wb, inputs, method=method, position=None)
+        source = attention_rollout(wb, inputs, method=method, position=None, stream="input")
+    truth = torch.cat([input_part, own_part], 1)
+    torch.testing.assert_close(found.rollout, truth, rtol=1e-4, atol=1e-6)
+    assert found.streams == ("input",) * n_in + ("decoder",) * n_out
+    assert found.targets == tuple(range(n_in, n_in + n_out))
+    assert found.own[0].isnan().all()  # no target is a query of the encoder
+    assert source.streams == ("input",) * n_in
+    truth = torch.linalg.multi_dot(encoder[::-1]) if len(encoder) > 1 else encoder[0]
+    torch.testing.assert_close(source.rollout, truth, rtol=1e-4, atol=1e-6)
+
+
+def test_value_zeroing_of_an_encoder_by_hand() -> None:
+    model, inputs = _model("t5"), _inputs("t5")
+    with torch.no_grad():
+        maps = _by_hand("t5", model, inputs)("value_zeroing")[: len(model.encoder.block)]
+    with attach(model) as wb:
+        found = attention_rollout(wb, inputs, method="value_zeroing", position=None, stream="input")
+        with pytest.raises(CaptureError, match="does not say what stays"):
+            attention_rollout(wb, inputs, method="value_zeroing")
+    for site, mixing in enumerate(maps):
+        torch.testing.assert_close(found.own[site], mixing, rtol=1e-4, atol=1e-6)
+
+
+def test_a_norm_behind_the_heads_is_frozen() -> None:
+    """Gemma 2: what heads write goes through a norm of its own before it is added."""
+    model, inputs = _model("gemma2"), _inputs("gemma2")
+    seen: dict[str, Tensor] = {}
+    layer = model.model.layers[0]
+    handles = [
+        layer.register_forward_hook(lambda _, args, output: seen.__setitem__("x", args[0][0])),
+        layer.self_attn.v_proj.register_forward_hook(lambda _, args, output: seen.__setitem__("v", output[0])),
+        layer.self_attn.o_proj.register_forward_hook(lambda _, args, output: seen.__setitem__("written", output[0])),
+    ]
+    with torch.no_grad():
+        a = eager_twin(model)(**inputs, output_attentions=True).attentions[0][0]
+        model(**inputs)
+        for handle in handles:
+            handle.remove()
+        norm = layer.post_attention_layernorm
+        u = _written(seen["v"], layer.self_attn.o_proj.weight.T, a.shape[0])
+        scale = (seen["written"].square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+        t = torch.einsum("hqk,khd->qkd", a, u) * (1 + norm.weight) * scale[:, None]
+        t = t + torch.eye(11)[..., None] * seen["x"][:, None]
+        norms = t.norm(dim=-1)
+    with attach(model) as wb:
+        found = attention_rollout(wb, inputs, method="norm", position=None)
+    torch.testing.assert_close(found.own[0], norms / norms.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
+
+
+def test_padding_is_left_out() -> None:
+    model, alone = _model("gpt2"), _inputs("gpt2", 9)
+    padded = {"input_ids": torch.cat([torch.zeros(1, 4, dtype=torch.long), alone["input_ids"]], 1)}
+    padded["attention_mask"] = torch.tensor([[0] * 4 + [1] * 9])
+    padded["position_ids"] = torch.tensor([[0] * 4 + list(range(9))])
+    with attach(model) as wb:
+        for method in METHODS:
+            one, other = (attention_rollout(wb, each, method=method) for each in (alone, padded))
+            torch.testing.assert_close(one.shares, other.shares)
+            assert one.tokens == other.tokens
+            assert one.targets == other.targets == (8,)
+
+
+def test_no_map_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,096 tokens: no tensor of more than a few hundred rows' weights, and no call for a dense map."""
+    torch.manual_seed(0)
+    n = 4096
+    config = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 60, "n_positions": n}
+    model = hf.GPT2Model(hf.GPT2Config(**config, bos_token_id=1, eos_token_id=2)).eval()
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, Tensor):
+                largest = max(largest, made.untyped_storage().nbytes())
+            return made
+
+    monkeypatch.setattr(Pattern, "dense", lambda *_, **__: pytest.fail("a dense map"))
+    with attach(model) as wb:
+        inputs = {"input_ids": ids(1, n)}
+        for method in METHODS[:3]:
+            with Watch():
+                found = attention_rollout(wb, inputs, method=method)
+            torch.testing.assert_close(found.shares.sum(-1), torch.ones(2, 1, dtype=torch.float64))
+    assert largest <= n * n  # bytes: a quarter of one head's map, the room that tiles are made in
+
+
+def test_bad_input_is_named() -> None:
+    model, inputs = _model("gpt2"), _inputs("gpt2")
+    with attach(model) as wb:
+        for options, said in (
+            ({"method": "flow"}, "method is one of"), ({"position": 11}, "beyond the prompt, which has 11 tokens"),
+            ({"residual": 1.0}, "residual is a share"), ({"position": []}, "no position"),
+            ({"stream": "decoder"}, "no stream"),
+        ):  # fmt: skip
+            with pytest.raises(CaptureError, match=said):
+                attention_rollout(wb, inputs, **options)
+        with pytest.raises(CaptureError, match="of one prompt, not of 2"):
+            attention_rollout(wb, {"input_ids": ids(2, 5)})
+
+
+def test_weights_that_are_not_there_are_named() -> None:
+    """Quantized projections: "attention" and value zeroing need none of them, the others say so."""
+    model, inputs = _model("llama-gqa").float(), _inputs("llama-gqa")
+    with attach(model) as wb:
+        before = attention_rollout(wb, inputs, method="value_zeroing")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = _Int8(layer.self_attn.o_proj)
+    with attach(model) as wb:
+        near = attention_rollout(wb, inputs, method="value_zeroing")
+        attention_rollout(wb, inputs)
+        for method in ("norm", "alti"):
+            with pytest.raises(AttachError, match="no matrix of floating-point numbers"):
+                attention_rollout(wb, inputs, method=method)
+    assert float((near.rollout - before.rollout).abs().max()) < 0.1
+
+
+class _Int8(nn.Linear):
+    """A linear layer whose weight is kept in whole numbers, as quantizers do."""
+
+    def __init__(self, old: nn.Linear) -> None:
+        super().__init__(old.in_features, old.out_features, bias=False)
+        self.scale = float(old.weight.detach().abs().max()) / 127
+        self.weight = nn.Parameter((old.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+def test_results_are_kept_and_shown(tmp_path: Path) -> None:
+    model, tokenizer = workbench.models.load("demo-lm")
+    prompt = workbench.tasks.ioi(1, seed=0)[0].prompt
+    with attach(model, tokenizer) as wb:
+        before = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+        found = attention_rollout(wb, prompt, method="alti", position=[-1, -2])
+        after = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+    assert before == after
+    again = AttentionRollout.load(found.save(tmp_path / "a.safetensors"))
+    assert torch.equal(again.shares, found.shares)
+    assert again.table.equals(found.table)
+    assert "alti" in repr(found)
+    assert abs(float(found.table["share"].sum()) - 2) < 1e-9
+    assert len(found.to_png()) > 1000
+    assert "<html" in str(found.to_html())

@@ -1,0 +1,162 @@
+"""Activation patching and ablation of single heads: which heads' z, queries, keys, values or patterns carry a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.analysis.circuits.engine.edges import run_nodes
+from workbench.analysis.circuits.engine.prompts import Pair, Where
+from workbench.analysis.circuits.engine.setup import DENOISING, NOISING, Setup, open_setup
+from workbench.analysis.circuits.engine.stream import Key
+from workbench.analysis.circuits.model.names import label
+from workbench.analysis.circuits.patching.places import find_places
+from workbench.analysis.circuits.patching.results import HeadPatching
+from workbench.analysis.circuits.patching.running import (
+    Runs,
+    Unit,
+    check_direction,
+    run_patches,
+    two_runs,
+    way_of,
+)
+from workbench.errors import InterventionError, nearest
+from workbench.session.ablations import find_ablation
+from workbench.session.workbench import Workbench
+from workbench.tasks.base import Task
+
+ACTIVATIONS = ("z", "q", "k", "v", "pattern")
+
+
+def patch_heads(
+    wb: Workbench,
+    task: Task,
+    activation: str = "z",
+    *,
+    direction: str = DENOISING,
+    positions: Where | Sequence[Where] = None,
+    by_position: bool = False,
+    metric: Any = "logit_diff",
+    batch_size: int = 25,
+    memory: int = 1 << 30,
+    resume: str | Path | None = None,
+    progress: bool = True,
+) -> HeadPatching:
+    """Activation patching over heads, and positions.
+
+    Args:
+        wb: the model, attached with its tokenizer. task: prompts with twins.
+        activation: what is put in: "z" (the head's output), "q", "k", "v" (k and v by kv group where heads share them),
+            or "pattern" (its attention weights over the values of the run it is put into).
+        direction: "denoising" puts the prompt's activation into the twin's run, "noising" the twin's into the prompt's.
+        positions: names ("S2") or numbers of tokens, counted over a prompt's own, from −1 at its end; None for all.
+        by_position: patch them one at a time; with `positions` None each token position is one, which needs prompts of
+            one length.
+        metric: a name, or `metric(output, batch)` with the logits of the last token only.
+        batch_size, memory: examples in a batch, and bytes that repeats may take.
+        resume: a file to go on from, if it is there, and to write to.
+
+    Raises:
+        TaskError: bad prompts or metric. InterventionError: unknown activation or direction, a position beyond a
+            prompt. AttachError: the model's residual stream cannot be taken apart. FormatError: the file is of another
+            patching. PatchingInterrupted: on Ctrl-C, with what is done.
+    """
+    if activation not in ACTIVATIONS:
+        raise InterventionError(f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS))
+    check_direction(direction)
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+        setup.measure_baselines()
+        at = "z" if activation == "pattern" else activation
+        heads = _heads(setup, at)
+        units = [Unit(name, (at, i), i, _stream(setup, at, i), number) for i, number, name in heads]
+        places = find_places(setup, positions, by_position)
+        keys = list(dict.fromkeys(unit.key for unit in units))
+
+        def runs_of(pair: Pair) -> Runs:
+            runs = two_runs(setup, pair, keys, direction)
+            return _with_patterns(setup, pair, runs) if activation == "pattern" else runs
+
+        effects = run_patches(
+            setup, units, places, runs_of, resume=resume, progress=progress, note=f"patching {activation}",
+            activation=activation, direction=direction,
+        )  # fmt: skip
+        return HeadPatching(
+            heads=tuple(name for *_, name in heads), layers=tuple(setup.graph.blocks[i] for i, *_ in heads),
+            numbers=tuple(n for _, n, _ in heads), activation=activation, places=tuple(place.name for place in places),
+            direction=direction,
+            sign=f"{way_of(direction)}; a positive score means that the clean activation helps the task",
+            task=task.name, metric=setup.metric.name, effects=effects, clean=setup.clean, corrupted=setup.corrupted,
+            provenance=setup.provenance(), higher_is_better=setup.metric.higher_is_better,
+        )  # fmt: skip
+
+
+def ablate_heads(
+    wb: Workbench, task: Task, how: str = "mean", *, metric: Any = "logit_diff", batch_size: int = 25,
+    memory: int = 1 << 30, seed: int = 0, progress: bool = True,
+) -> HeadPatching:  # fmt: skip
+    """Ablate single heads at all positions: "zero", "mean", "mean_positional", "resample" or "counterfactual".
+
+    Args:
+        seed: of "resample", which replaces a prompt by others of the nearest length, several times.
+
+    Raises:
+        TaskError, InterventionError, AttachError: as `patch_heads`.
+    """
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
+        setup.measure_baselines()
+        effects = ablation_effects(setup, how, progress)
+        heads = _heads(setup, "z")
+        return HeadPatching(
+            heads=tuple(name for *_, name in heads), layers=tuple(setup.graph.blocks[i] for i, *_ in heads),
+            numbers=tuple(n for _, n, _ in heads), activation=f"{how} ablation", places=("all",), direction=NOISING,
+            sign="noising: the head's output is replaced; a positive score means that the head helps the task",
+            task=task.name, metric=setup.metric.name, effects=effects[:, None], clean=setup.clean,
+            corrupted=setup.corrupted, provenance=setup.provenance(),
+            higher_is_better=setup.metric.higher_is_better,
+        )  # fmt: skip
+
+
+def ablation_effects(setup: Setup, how: str, progress: bool = True) -> Tensor:
+    """[head, example] of the metric with each head ablated, minus without."""
+    find_ablation(how, twins=True)
+    graph = setup.graph
+    kept = torch.ones(len(graph.head_names), len(graph.senders), dtype=torch.bool)
+    for row, name in enumerate(graph.head_names):
+        kept[row, graph.sender_index[name]] = False
+    return run_nodes(setup, kept, how, progress, "ablating heads") - setup.clean
+
+
+def _heads(setup: Setup, activation: str) -> list[tuple[int, int, str]]:
+    """(layer, number, label) of what has such an activation, by layer."""
+    graph, part = setup.graph, activation if activation in "kv" else "q"
+    names = [graph.receivers[column] for i in range(len(graph.layers)) for column in graph.columns(i, part)]
+    return [(graph.receiver_spot(n).layer, graph.receiver_spot(n).number, label(n.partition("<")[0])) for n in names]
+
+
+def _stream(setup: Setup, what: str, i: int) -> int:
+    """The stream whose positions z, q, k or v of a layer has."""
+    own = setup.graph.stream_of(i)
+    return own - 1 if what in "kv" and setup.graph.layers[i].kind == "cross" else own
+
+
+def _with_patterns(setup: Setup, pair: Pair, runs: Runs) -> Runs:
+    """The same with z of the other run's patterns and the values of the run that is patched."""
+    wb = setup.wb
+    with wb.capture(statistics=(), pattern=True, queries_keys=False) as patterns:
+        wb.model(**runs.out_of, **setup.stream.extra)
+    with wb.capture(statistics=(), values=True) as own:
+        wb.model(**runs.into, **setup.stream.extra)
+    new: dict[Key, Tensor] = {}
+    for i, layer in enumerate(setup.stream.anatomy.layers):
+        site = layer.site.name
+        weights, values = patterns[site].pattern.dense(), own[site].pattern.values
+        if values is None:
+            raise InterventionError("the values of this attention are not seen", site=site)
+        each = values.repeat_interleave(weights.shape[1] // values.shape[1], dim=1).to(weights.dtype)
+        new["z", i] = (weights @ each).transpose(1, 2)
+    return replace(runs, new=new)
