@@ -16,8 +16,8 @@ def rows(call: AttentionCall, head: int, index: Tensor, *, cross: bool = False) 
     """[batch, n, key] of one head's weights, before dropout: float64 for float64 queries, else float32.
 
     A softmax is computed anew with autograd; weights that the model wrote out keep their history, and so do the maps of
-    modules that have a reader. The rows of the kernels of `workbench.kernels` are constants. A row that sees no key is as the kernel has it: zero
-    under a boolean mask, whatever an additive mask leaves of it.
+    modules that have a reader. The rows of the kernels of `workbench.kernels` are constants. A row that sees no key is
+    as the kernel has it: zero under a boolean mask, whatever an additive mask leaves of it.
 
     Args:
         index: [batch or 1, n] query rows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -142,7 +142,7 @@ class AttentionCall:
     windows: int = 1
     block: Block | None = None
     joined: int = 1
-    state: StateLink = StateLink()
+    state: StateLink = field(default_factory=StateLink)
 
     @property
     def has_halo(self) -> bool:

@@ -96,9 +96,8 @@ def assert_same(joined: Capture, whole: Capture, tolerance: float = 2e-5, of_sta
                 found, value = (truth.gather(-1, t.clamp(min=0)[..., None]) for t in (found, value))
             if name == "top_keys_index":  # ties may come in any order
                 found, value = (truth.gather(-1, t.clamp(min=0)) * (t >= 0) for t in (found, value))
-            torch.testing.assert_close(
-                found, value, atol=of_statistics, rtol=of_statistics, equal_nan=True, msg=f"{got.site.name}: {name} differs"
-            )
+            close = {"atol": of_statistics, "rtol": of_statistics, "equal_nan": True}
+            torch.testing.assert_close(found, value, **close, msg=f"{got.site.name}: {name} differs")
     for axis in ("query", "key"):
         for site in whole.sites:
             ids = whole._only().ids_of(site, axis)

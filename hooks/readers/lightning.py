@@ -26,7 +26,9 @@ def _continues(module: nn.Module, inputs: Mapping[str, Any]) -> bool:
     return _held(module, inputs, None) is not None
 
 
-@reader("MiniMaxLightningAttention", when=has("qkv_proj", "slope_rate", "output_gate"), continues=_continues, state=_held)
+@reader(
+    "MiniMaxLightningAttention", when=has("qkv_proj", "slope_rate", "output_gate"), continues=_continues, state=_held,
+)  # fmt: skip
 def lightning(run: ModuleRun) -> Mixing:
     """Queries, keys and values pass an activation each; a head's decay is constant."""
     check_run(run)

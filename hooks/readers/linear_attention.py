@@ -27,12 +27,8 @@ def sana(run: ModuleRun) -> Mixing:
     module: Any = run.module
     hidden, others = run.inputs["hidden_states"], run.inputs.get("encoder_hidden_states")
     try:
-        q, k, v = (
-            part.forward(given)
-            for part, given in zip(
-                (module.to_q, module.to_k, module.to_v), (hidden, *[hidden if others is None else others] * 2), strict=True
-            )
-        )
+        read = hidden if others is None else others
+        q, k, v = module.to_q.forward(hidden), module.to_k.forward(read), module.to_v.forward(read)
         q, k = (t if norm is None else norm.forward(t) for norm, t in ((module.norm_q, q), (module.norm_k, k)))
         q, k, v = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2).float() for t in (q, k, v))
         project, drop = module.to_out
@@ -48,7 +44,8 @@ def sana(run: ModuleRun) -> Mixing:
 
 @reader(
     "diffusers.models.attention_processor.SanaMultiscaleLinearAttention", kind="self",
-    when=has("to_q", "to_qkv_multiscale", "nonlinearity", "norm_out", "attention_head_dim"), follows=("to_qkv_multiscale",),
+    when=has("to_q", "to_qkv_multiscale", "nonlinearity", "norm_out", "attention_head_dim"),
+    follows=("to_qkv_multiscale",),
 )  # fmt: skip
 def sana_multiscale(run: ModuleRun) -> Mixing:
     """The positions are those of an image, row by row; half of the heads see it through a convolution first."""
@@ -78,6 +75,7 @@ def sana_multiscale(run: ModuleRun) -> Mixing:
 
 def _rectified(q: Tensor, k: Tensor, v: Tensor, finish: Any, eps: float = _EPS) -> Mixing:
     q, k = q.relu(), k.relu()
-    eta = (q * k.sum(2, keepdim=True)).sum(-1) + eps
-    pattern = LinearPattern(q, k, eta, values=v, normalised=True)
+    eta = (q * k.sum(2, keepdim=True)).sum(-1)
+    whole = bool((eta > 0).all())  # a row whose query is nowhere above zero has no weight at all
+    pattern = LinearPattern(q, k, eta + eps, values=v, normalised=whole)
     return Mixing(pattern, v, finish, "linear_attention", queries=q, keys=k)

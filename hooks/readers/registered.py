@@ -113,9 +113,9 @@ def reader(
             positions; by default `workbench.hooks.readers.continues` asks the cache among its inputs.
         follows: names of modules inside whose own mixing the reader takes into account, such as a convolution of
             the values: these are not listed as unread.
-        state: what the cache holds of a module with these inputs by name, tensors [batch, ...] by name, or None; also
-            given what the module gave, or None before it has run. A call that goes on from it is then read too: `run.carried` has them, and what the rows read of them, beside A·V,
-            goes into the pattern's `before`.
+        state: what the cache holds of a module with these inputs by name, tensors [batch, ...] by name, or None; it is
+            also given what the module gave, None before it has run. A call that goes on from it is then read too:
+            `run.carried` has them, and what the rows read of them, beside A·V, goes into the pattern's `before`.
 
     >>> from workbench.kernels.patterns import DensePattern
     >>> class Average(nn.Module):
@@ -310,8 +310,8 @@ def check_gradients(call: AttentionCall, args: tuple[Any, ...], kwargs: Mapping[
             raise InterventionError(
                 f"gradients do not flow through what is read of a {type(call.module).__name__} as they do through it",
                 site=call.site,
-                hint="run the model under torch.no_grad(), or edit other sites; a reader's pattern must keep the history "
-                "of what it is made of (workbench.kernels.history.own)",
+                hint="run the model under torch.no_grad(), or edit other sites; a reader's pattern must keep the "
+                "history of what it is made of (workbench.kernels.history.own)",
             )
 
 

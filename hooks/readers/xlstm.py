@@ -54,7 +54,8 @@ def mlstm(run: ModuleRun) -> Mixing:
     n = plain.apply(torch.ones_like(v[..., :1]))
     state = None
     if run.carried is not None:
-        both = torch.cat((run.carried["C"], run.carried["n"][..., None]), dim=-1).float() * start.float().exp()[..., None]
+        both = torch.cat((run.carried["C"], run.carried["n"][..., None]), dim=-1).float()
+        both = both * start.float().exp()[..., None]
         state = both[..., :-1]
         n = n + plain.from_state(both[..., -1:])
     size = n.abs().squeeze(-1).clamp(min=1) + eps * m.exp().to(n)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_attention
+from workbench.kernels.history import own
 from workbench.kernels.lightning import chunked
 from workbench.kernels.lightning.decay import check_decay, powers
-from workbench.kernels.history import own
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
 
@@ -74,7 +74,7 @@ class LightningPattern(Pattern):
         return 1 / (1 - self.decay)
 
     def from_state(self, state: Tensor) -> Tensor:
-        """[batch, head, query, width] that the rows read of a state [batch, head, d, width] from before the first one."""
+        """[batch, head, query, width] that the rows read of a state [batch, head, d, width] from before the first."""
         after = torch.arange(1, self.n_queries + 1, device=self.decay.device)
         faded = powers(self.decay, after, self.q.new_empty(0, dtype=self.dtype))
         return self.q.to(self.dtype) @ state.to(self.dtype) * faded[..., None]

@@ -86,7 +86,8 @@ class _StatePattern(Pattern):
 
     def recurrence(self, heads: Sequence[int] | None = None) -> RecurrentPattern:
         """Some heads as the recurrence that they are: M is its map times Δ_j, and M·V what it makes of Δ·V."""
-        index = torch.tensor(list(range(self.n_heads) if heads is None else heads), dtype=torch.long, device=self.device)
+        which = list(range(self.n_heads) if heads is None else heads)
+        index = torch.tensor(which, dtype=torch.long, device=self.device)
         everywhere = slice(None), slice(0, self.n_keys)
         C, B = (self._of_group(t, *everywhere, index) for t in (self.C, self.B))
         delta, A = self.delta[:, index].double(), self.A[index].double()

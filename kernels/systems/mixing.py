@@ -42,7 +42,7 @@ def linformer(q: Tensor, k: Tensor, keys: Tensor, values: Tensor) -> SignedPatte
 
 
 def nystrom(q: Tensor, k: Tensor, n_landmarks: int) -> SignedPattern:
-    """Three softmaxes of r landmarks, the middle one inverted (arXiv 2102.03902): softmax(q k̃ᵀ) softmax(q̃ k̃ᵀ)⁺ softmax(q̃ kᵀ).
+    """softmax(q k̃ᵀ) softmax(q̃ k̃ᵀ)⁺ softmax(q̃ kᵀ) of r landmarks q̃ and k̃ (arXiv 2102.03902).
 
     Landmarks are means of neighbouring queries and keys; the inverse is the exact one that the paper's iteration nears.
 

@@ -154,7 +154,8 @@ def test_attention_sums_are_recurrences_are_maps(which: str):
 def test_normalised_attention_without_weights_is_plain_and_scales_with_its_queries():
     plain = normalised_attention(Q, K, torch.zeros(B, H, N, dtype=torch.float64))
     torch.testing.assert_close(plain.map(), (Q @ K.mT).tril(), **TIGHT)
-    torch.testing.assert_close(normalised_attention(3 * Q, K, GATES[0]).map(), 3 * normalised_attention(Q, K, GATES[0]).map())
+    one, three = (normalised_attention(c * Q, K, GATES[0]).map() for c in (1.0, 3.0))
+    torch.testing.assert_close(three, 3 * one, **TIGHT)
     q, k = Q.abs(), K.abs()
     one, three = (linear_attention(c * q, k, lambda t: t).map() for c in (1.0, 3.0))  # a homogeneous feature map
     torch.testing.assert_close(one, three, **TIGHT)
@@ -257,7 +258,8 @@ def test_mixing_operators_are_what_the_layers_do_to_unit_vectors():
     decay = torch.rand(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     s4 = long_convolution(decay[:, None] ** torch.arange(n))  # K = C A^i B of a state of one number
     one = torch.ones(1, 6, n, 1, dtype=torch.float64)
-    torch.testing.assert_close(s4.dense(), RecurrentPattern(one, one, decay.log()[None, :, None].expand(1, 6, n)).dense())
+    scan = RecurrentPattern(one, one, decay.log()[None, :, None].expand(1, 6, n))
+    torch.testing.assert_close(s4.dense(), scan.dense(), **TIGHT)
 
     bias, keys = normal(n, n, seed=8), normal(2, 6, n, seed=9)
     for causal in (True, False):

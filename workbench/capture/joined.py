@@ -134,8 +134,8 @@ def _join_sequence(
         if len(captures) == 1 and (site.kind == "cross" or shape[2] == shape[3]):
             joined.sites[name] = captures[0]
         elif any(capture.state != StateLink() for capture in captures):
-            ids = joined.ids_of(site, "query")
-            joined.sites[name] = join_recurrence(captures, settings, ids, lambda size, site=site: budget.take(size, site))
+            budget.take(sum(capture.pattern.nbytes for capture in captures), site)
+            joined.sites[name] = join_recurrence(captures, settings, joined.ids_of(site, "query"))
         else:
             joined.sites[name] = _join_site(captures, joined.ids_of(site, "query"), settings, budget)
     return joined

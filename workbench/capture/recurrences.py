@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,16 +17,14 @@ from workbench.kernels import streaming
 from workbench.kernels.patterns import Pattern
 
 
-def join_recurrence(
-    captures: Sequence[SiteCapture], settings: Settings, ids: Tensor | None, take: Callable[[int], None]
-) -> SiteCapture:
+def join_recurrence(captures: Sequence[SiteCapture], settings: Settings, ids: Tensor | None) -> SiteCapture:
     """One map over the positions of all calls.
 
     Where the first of them went on from a state, `before` is what every row reads of it: of the rows of later calls,
     what they read of their own state less what the positions between have put there.
 
     Args:
-        ids: [batch, position] of all calls, where they are known. take: is told of the bytes that it keeps.
+        ids: [batch, position] of all calls, where they are known.
 
     Raises:
         CaptureError: a call found another state than the one before left, or patterns or values were not kept.
@@ -45,7 +43,6 @@ def join_recurrence(
             "gradients at single steps cannot be joined", site=site.name, hint="run the whole sequence in one forward"
         )
     patterns = [capture.pattern for capture in captures]
-    take(sum(pattern.nbytes for pattern in patterns))
     z = [capture.z for capture in captures if capture.z is not None]
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(patterns[0].device.type, enabled=False):

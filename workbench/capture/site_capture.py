@@ -46,9 +46,9 @@ class SiteCapture:
             rows are no distributions, statistics are those of |A| normalised per row.
         shard: which of the site's heads this process holds, where tensor parallelism splits them; the others are NaN
             (of integers −1), and `Capture.gathered` gives them. None: all are here.
-        before: [batch, query, head, width] of z that the rows read of a state from before the call, or before the capture,
-            beside A·V; None where there was none. `pattern.before_share` is its share of what a row reads. Rows, and
-            statistics, are of the call's own positions: `Capture.joined` puts those of all calls together.
+        before: [batch, query, head, width] of z that the rows read of a state from before the call, or before the
+            capture, beside A·V; None where there was none. `pattern.before_share` is its share of what a row reads.
+            Rows, and statistics, are of the call's own positions: `Capture.joined` puts those of all calls together.
         state: which states a recurrence found in its cache, and left there.
         n_calls: how often the site was called in the forward; this is the call `site.call`.
         times: when the call was seen; None for what several calls were joined to, and from older files.
@@ -72,7 +72,7 @@ class SiteCapture:
     n_calls: int = 1
     shard: HeadShard | None = None
     before: Tensor | None = None
-    state: StateLink = StateLink()
+    state: StateLink = field(default_factory=StateLink)
 
     @property
     def marks(self) -> str:
