@@ -57,7 +57,7 @@ def check_run(run: ModuleRun) -> None:
 def cached(module: Any, inputs: Mapping[str, Any], output: Any) -> dict[str, Tensor] | None:
     """What a cache of transformers holds of a mixer: "conv" [batch, channel, size] and "state", as far as it does."""
     cache = next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
-    if not hasattr(cache, "get_conv_state"):
+    if cache is None or not hasattr(cache, "get_conv_state"):
         return None
     found = {
         "conv": cache.get_conv_state(module.layer_idx),

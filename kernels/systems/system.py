@@ -47,7 +47,7 @@ class DynamicalSystem:
 
     def __post_init__(self) -> None:
         b, h, t, n = self.B.shape
-        wanted = {
+        wanted: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
             "C": (self.C, [(b, h, t, n)]),
             "decay": (self.decay, [(b, h, t, n), (b, h, t, 1)]),
             "D": (self.D, [(b, h, t)]),
