@@ -49,7 +49,9 @@ def _dual(run: ModuleRun, module: Any, hidden: Tensor, mask: Tensor | None) -> M
     x = unpadded(convolved(module, x.transpose(1, 2), carried(run, "conv")), mask)
     width = module.n_groups * module.ssm_state_size
     x, B, C = x.split([module.intermediate_size, width, width], dim=-1)
-    delta = step_size(steps, module.dt_bias, (-1,)).clamp(*module.time_step_limit)
+    delta = step_size(steps, module.dt_bias, (-1,))
+    if run.carried is None or hidden.shape[1] > 1:  # at a single step the modules themselves leave the limits out
+        delta = delta.clamp(*module.time_step_limit)
     x = x.unflatten(-1, (module.num_heads, -1))
 
     def finish(z: Tensor) -> Tensor:
