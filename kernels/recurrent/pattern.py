@@ -158,10 +158,39 @@ class RecurrentPattern(Pattern):
             state = chunks.after(state, number, v[:, :, at])
         if stop % chunks.length:  # a chunk of its own, up to the position
             at = slice(whole * chunks.length, stop)
-            q, k = (self._of_head(t[:, :, at]) for t in (self.q, self.k))
-            log_decay, beta = (None if t is None else t[:, :, at] for t in (self.log_decay, self.beta))
-            state = chunked(q, k, log_decay, beta, at.stop - at.start).after(state, 0, v[:, :, at])
+            state = self._part_of(at).after(state, 0, v[:, :, at])
         return state
+
+    def states(self, values: Tensor | None = None, *, every: int = 1) -> Tensor:
+        """The states after positions every − 1, 2·every − 1, …, [batch, head, time, d, width], in one pass.
+
+        Args:
+            values: as `apply` takes them; by default those that the pattern has kept.
+
+        >>> one = torch.ones(1, 1, 4, 1)
+        >>> RecurrentPattern(one, one, torch.full((1, 1, 4), 0.5).log(), values=one).states(every=2).flatten().tolist()
+        [1.5, 1.875]
+        """
+        kept = self.values if values is None else values
+        if kept is None:
+            raise CaptureError("a state is made of values", hint="pass values=, or capture with values=True")
+        if every < 1:
+            raise CaptureError(f"there is no state every {every} positions", hint="1 or more")
+        v = self._checked_values(kept)
+        state, found = self._no_state(v), []
+        whole = self._chunks if self._chunks.length == every else None
+        for number, start in enumerate(range(0, self.n_keys - every + 1, every)):
+            at = slice(start, start + every)
+            one = whole or self._part_of(at)
+            state = one.after(state, number if whole else 0, v[:, :, at])
+            found.append(state)
+        return torch.stack(found, dim=2) if found else self._no_state(v)[:, :, None][:, :, :0]
+
+    def _part_of(self, at: slice) -> Chunks:
+        """Some positions as one chunk."""
+        q, k = (self._of_head(t[:, :, at]) for t in (self.q, self.k))
+        log_decay, beta = (None if t is None else t[:, :, at] for t in (self.log_decay, self.beta))
+        return chunked(q, k, log_decay, beta, at.stop - at.start)
 
     def _no_state(self, v: Tensor) -> Tensor:
         return v.new_zeros(*v.shape[:2], self.q.shape[-1], v.shape[-1])
