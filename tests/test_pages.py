@@ -1,5 +1,6 @@
 """The blocks of README and how-to run in a folder of their own, one after the other, as a reader would run them."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import workbench
 
 ROOT = Path(__file__).parents[1]
 README, HOW_TO = ROOT / "README.md", ROOT / "docs" / "how-to.md"
@@ -61,6 +64,17 @@ def test_every_block_of_the_how_to_runs(tmp_path: Path) -> None:
     assert "Verification(ok" in said
     for name in ("head.png", "head.pdf", "page.html", "prompt.safetensors", "sweep.safetensors"):
         assert (tmp_path / name).stat().st_size > 1000, name
+
+
+def test_every_analysis_has_its_line() -> None:
+    page = (ROOT / "docs" / "which-analysis.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    named = [cells[1].strip("`") for cells in lines if cells[1].startswith("`") and "." not in cells[1]]
+    public = {name for name in workbench.__all__ if inspect.isfunction(getattr(workbench, name))}
+    rooms = ("workbench.analysis.", "workbench.sweep.")
+    assert set(named) == {name for name in public if getattr(workbench, name).__module__.startswith(rooms)}
+    assert len(named) == len(set(named))
+    assert all(len(cells) == 5 and all(cells) for cells in lines)
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name)

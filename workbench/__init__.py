@@ -49,12 +49,26 @@ if TYPE_CHECKING:
         cross_attention,
         cross_attention_saliency,
     )
+    from workbench.analysis.head_scores import (
+        RetrievalScores,
+        StreamingScores,
+        retrieval_scores,
+        streaming_scores,
+    )
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
     from workbench.analysis.logits import LogitAttribution, LogitLens, logit_attribution, logit_lens
     from workbench.analysis.profile import AttentionProfile, attention_profile
     from workbench.analysis.pruning.prune import prune_heads
     from workbench.analysis.rollout import AttentionRollout, attention_rollout
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
+    from workbench.analysis.weights import (
+        CompositionScores,
+        OVCopying,
+        SingularVectors,
+        composition_scores,
+        ov_copying,
+        singular_vectors,
+    )
     from workbench.capture.capture import Capture
     from workbench.capture.reading import load_capture
     from workbench.capture.site_capture import SiteCapture
@@ -134,6 +148,16 @@ _LAZY = {
     "PrecisionError": "workbench.analysis.saliency",
     "Saliency": "workbench.analysis.saliency",
     "saliency": "workbench.analysis.saliency",
+    "CompositionScores": "workbench.analysis.weights",
+    "OVCopying": "workbench.analysis.weights",
+    "SingularVectors": "workbench.analysis.weights",
+    "composition_scores": "workbench.analysis.weights",
+    "ov_copying": "workbench.analysis.weights",
+    "singular_vectors": "workbench.analysis.weights",
+    "RetrievalScores": "workbench.analysis.head_scores",
+    "StreamingScores": "workbench.analysis.head_scores",
+    "retrieval_scores": "workbench.analysis.head_scores",
+    "streaming_scores": "workbench.analysis.head_scores",
     "Sweep": "workbench.sweep.result",
     "SweepInterrupted": "workbench.sweep.result",
     "Variant": "workbench.sweep.variants",
@@ -150,6 +174,7 @@ __all__ = [
     "CaptureError",
     "Circuit",
     "CircuitOverlap",
+    "CompositionScores",
     "Conditioning",
     "CrossAttention",
     "CrossAttentionSaliency",
@@ -168,6 +193,7 @@ __all__ = [
     "Metric",
     "Mixing",
     "ModuleRun",
+    "OVCopying",
     "Patching",
     "PatchingInterrupted",
     "PatternAtlas",
@@ -178,10 +204,13 @@ __all__ = [
     "Repair",
     "Report",
     "ReportError",
+    "RetrievalScores",
     "Saliency",
+    "SingularVectors",
     "SiteCapture",
     "Stability",
     "Stage",
+    "StreamingScores",
     "Sweep",
     "SweepInterrupted",
     "TaskError",
@@ -197,6 +226,7 @@ __all__ = [
     "circuit_faithfulness",
     "circuit_overlap",
     "circuit_stability",
+    "composition_scores",
     "conditioning",
     "cross_attention",
     "cross_attention_saliency",
@@ -209,15 +239,19 @@ __all__ = [
     "logit_lens",
     "metrics",
     "models",
+    "ov_copying",
     "patch_heads",
     "patch_layers",
     "pattern_atlas",
     "prune_heads",
     "reader",
     "repair",
+    "retrieval_scores",
     "run_sweep",
     "saliency",
+    "singular_vectors",
     "statistic",
+    "streaming_scores",
     "tasks",
     "views",
 ]

@@ -229,6 +229,18 @@ def head_wall(tokens: Sequence[str] = WORDS[:12]) -> View:
     return views.head_gallery(capture(tokens=tuple(tokens)))
 
 
+def head_page(tokens: Sequence[str] = WORDS[:12]) -> View:
+    """The page of a head, with numbers of every kind and a circuit."""
+    from workbench import views
+
+    found = capture(tokens=tuple(tokens))
+    roles = HeadRoles(
+        ("L0H1", "L1H2"), (("induction",), ()), {"induction": torch.tensor([0.9, 0.1])}, {}, 0.3, "ioi", {}
+    )
+    graph = Graph((Layer(3, 1), Layer(3, 3)), 8)
+    return views.head(found, "L0H1", roles=roles, circuits=[circuit(graph, 20)])
+
+
 def circuit(graph: Graph, kept: int, level: str = "edge", *, task: str = "ioi", seed: int = 0) -> Circuit:
     """A circuit of the `kept` strongest of edges with random scores, as they are: some may lead nowhere."""
     scores = torch.randn(graph.exists.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -279,6 +291,7 @@ VIEWS: dict[str, Callable[[], View]] = {
     "attention_pattern": _attention_pattern,
     "head_atlas": _head_atlas,
     "head_gallery": _head_gallery,
+    "head_page": head_page,
     "image_attention": _image_attention,
     "token_strip": _token_strip,
     "circuit_graph": _circuit_graph,
@@ -294,6 +307,7 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "causal map": causal_map,
     "head_gallery": _head_gallery,
     "head wall": head_wall,
+    "head_page": head_page,
     "image_attention": _image_attention,
     "token_strip": _token_strip,
     "circuit_graph": _circuit_graph,

@@ -251,11 +251,11 @@ class OpenContexts(Listener):
             )
 
     def on_failed(self, site: str, error: Exception) -> bool:
-        """What edits cannot do is an error; what the capture cannot record, it decides."""
-        recorder = self._recording()
-        if recorder is None or isinstance(error, InterventionError) or self.cannot_wait(site):
+        """What edits cannot do is an error; what the capture cannot record, it decides; else nobody asked for it."""
+        if isinstance(error, InterventionError) or self.cannot_wait(site):
             return False
-        return recorder.on_failed(site, error)
+        recorder = self._recording()
+        return recorder is None or recorder.on_failed(site, error)
 
     def on_output(self, name: str, module: nn.Module, output: Any) -> Any:
         """The edits change what a module gives."""

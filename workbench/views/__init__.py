@@ -18,6 +18,7 @@ from workbench.views.conditioning_curves import ConditioningCurves, conditioning
 from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
+from workbench.views.head_page import HeadPage, head
 from workbench.views.image_attention import ImageAttention, image_attention
 from workbench.views.overlap_matrix import OverlapMatrix, overlap_matrix
 from workbench.views.results import capacity_correlation, cross_attention, overlap_chance, overview
@@ -40,6 +41,7 @@ __all__ = [
     "Group",
     "HeadAtlas",
     "HeadGallery",
+    "HeadPage",
     "ImageAttention",
     "OverlapGraph",
     "OverlapMatrix",
@@ -61,6 +63,7 @@ __all__ = [
     "conditioning_curves",
     "cross_attention",
     "figure",
+    "head",
     "head_atlas",
     "head_gallery",
     "image_attention",

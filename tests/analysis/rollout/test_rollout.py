@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import workbench
+from support.kept_elsewhere import Int8, put
 from support.tiny import eager_twin, family, make
 from support.zoo.family import ids
 from workbench import AttachError, AttentionRollout, CaptureError, attach, attention_rollout
@@ -307,8 +308,8 @@ def test_weights_that_are_not_there_are_named() -> None:
     model, inputs = _model("llama-gqa").float(), _inputs("llama-gqa")
     with attach(model) as wb:
         before = attention_rollout(wb, inputs, method="value_zeroing")
-    for layer in model.model.layers:
-        layer.self_attn.o_proj = _Int8(layer.self_attn.o_proj)
+    for layer in range(len(model.model.layers)):
+        put(model, f"model.layers.{layer}.self_attn.o_proj", Int8)
     with attach(model) as wb:
         near = attention_rollout(wb, inputs, method="value_zeroing")
         attention_rollout(wb, inputs)
@@ -316,18 +317,6 @@ def test_weights_that_are_not_there_are_named() -> None:
             with pytest.raises(AttachError, match="no matrix of floating-point numbers"):
                 attention_rollout(wb, inputs, method=method)
     assert float((near.rollout - before.rollout).abs().max()) < 0.1
-
-
-class _Int8(nn.Linear):
-    """A linear layer whose weight is kept in whole numbers, as quantizers do."""
-
-    def __init__(self, old: nn.Linear) -> None:
-        super().__init__(old.in_features, old.out_features, bias=False)
-        self.scale = float(old.weight.detach().abs().max()) / 127
-        self.weight = nn.Parameter((old.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.weight.to(x.dtype) * self.scale).T
 
 
 def test_results_are_kept_and_shown(tmp_path: Path) -> None:

@@ -100,14 +100,19 @@ def towers(wb: Workbench) -> list[tuple[list[Site], list[str]]]:
     return result
 
 
-def find_readout_of(wb: Workbench, inputs: Mapping[str, Any]) -> tuple[Recording, list[Site], list[str], Readout]:
+def find_readout_of(
+    wb: Workbench, inputs: Mapping[str, Any], *, with_gradients: bool = False
+) -> tuple[Recording, list[Site], list[str], Readout]:
     """A recorded forward, and the tower whose last block the logits are read from.
+
+    Args:
+        with_gradients: from the input of each tower's first block on, also where the weights have none.
 
     Raises:
         AttachError: the final norm or the output projection cannot be found.
     """
     several = towers(wb)
-    seen = record(wb.model, inputs, ())
+    seen = record(wb.model, inputs, {blocks[0] for _, blocks in several} if with_gradients else ())
     errors = []
     for sites, blocks in several:
         if blocks[-1] not in seen.gave or any(seen.times.get(block, 0) != 1 for block in blocks):
@@ -129,7 +134,13 @@ def find_writers(wb: Workbench, inputs: Mapping[str, Any]) -> Writers:
     Raises:
         AttachError: the stream is not the sum of what heads and MLPs write, in a way that is named.
     """
-    seen, sites, blocks, readout = find_readout_of(wb, inputs)
+    return writers_in(wb, *find_readout_of(wb, inputs))
+
+
+def writers_in(
+    wb: Workbench, seen: Recording, sites: Sequence[Site], blocks: Sequence[str], readout: Readout
+) -> Writers:
+    """All that writes to a stream, from what `find_readout_of` gives."""
     names = tuple(dict.fromkeys(blocks))
     heads: list[Heads] = []
     mlps: dict[str, str | None] = {}

@@ -29,7 +29,7 @@ class Atlas {
       this.ranked += RANKED;
       this.rank();
     });
-    const more = make("p", { class: "where" }, this.counted, " ", this.grow);
+    const more = make("p", { class: "where" }, this.counted, " ", this.grow, " ", frame.pageOfHead());
     const maps = make("div", { class: "maps" });
     this.grids = this.facts.groups.map((group, i) => new Grid(this, group, maps, i));
     const left = make("div", {}, maps, this.scale);

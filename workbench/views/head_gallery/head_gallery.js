@@ -55,7 +55,7 @@ class Gallery {
     this.large = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "map of a head" });
     this.scale = make("div");
     this.list = make("dl", { class: "numbers" });
-    this.frame.body.append(make("div", { class: `split${many}` }, this.small, make("div", { class: "detail" }, this.name, this.said, this.large, this.scale, this.list)));
+    this.frame.body.append(make("div", { class: `split${many}` }, this.small, make("div", { class: "detail" }, this.name, this.said, this.large, this.scale, this.list, this.frame.pageOfHead())));
     const other = (event) => this.common(event);
     this.tiles = new Tiles(this.frame, this.small, { words: (i) => this.words(i), choose: (i) => this.choose(i), visit: (i) => this.show(i), other });
     this.visited = new Visited(this.frame, this.large, [this.rows, this.columns], { sentence: () => this.sentence(), draw: () => this.drawLarge(), press: () => this.choose(this.head), enter: () => this.choose(this.head), other });

@@ -1,6 +1,6 @@
 """Views of captures and of what analyses return; each file registers those of one analysis."""
 
-from workbench.views.results import circuits, importance, logits, pattern_atlas, profile, rollout
+from workbench.views.results import circuits, head_scores, importance, logits, pattern_atlas, profile, rollout, weights
 from workbench.views.results.capture import overview
 from workbench.views.results.circuit_overlap import overlap_chance
 from workbench.views.results.conditioning import capacity_correlation
@@ -10,6 +10,7 @@ __all__ = [
     "capacity_correlation",
     "circuits",
     "cross_attention",
+    "head_scores",
     "importance",
     "logits",
     "overlap_chance",
@@ -17,4 +18,5 @@ __all__ = [
     "pattern_atlas",
     "profile",
     "rollout",
+    "weights",
 ]

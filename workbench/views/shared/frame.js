@@ -88,6 +88,19 @@ export class Frame {
     });
   }
 
+  /** A button that leads to the page of the chosen head, where there is one in the document. */
+  pageOfHead() {
+    const page = () => /** @type {HTMLElement | null} */ (document.querySelector(".workbench.head_page .page"));
+    const go = button("Its page", () => {
+      page()?.scrollIntoView({ block: "center" });
+      page()?.focus({ preventScroll: true });
+    }, { title: "Go to what is known of the chosen head" });
+    this.onSelect(({ heads }) => {
+      go.hidden = !heads.length || !page();
+    });
+    return go;
+  }
+
   /** Offer more numbers as a file: `rows()` gives texts and numbers, or a promise of them. */
   offerRows(text, name, title, rows) {
     const save = async () => {

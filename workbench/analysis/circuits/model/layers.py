@@ -105,8 +105,8 @@ class LayerFinder:
         try:
             projection_slices(projection.module, n_heads, width)
         except CaptureError as error:
-            raise AttachError(error.message, site=site.name, hint=error.hint) from None
-        projections = {part: self._projection(site, block, call, part, before) for part in "qkv"}
+            raise AttachError(f"{projection.name}: {error.message}", site=site.name, hint=error.hint) from None
+        projections = {part: self._projection(site, block, part, before) for part in "qkv"}
         attention = seen.gave[projection.name]
         last = None if after is None else find_mlp(seen, site, block, before, attention, after, projection.name)
         mlp, mlp_norm, parallel = None, None, False
@@ -153,22 +153,35 @@ class LayerFinder:
                 hint="circuits need MLPs that work on each position alone",
             )
 
-    def _projection(self, site: Site, block: str, call: AttentionCall, part: str, before: Tensor) -> Projection:
-        """Which columns of which linear module the heads' queries, keys or values are, and what stream they read."""
-        name, columns = _columns(self.model, self.seen, site, call, part)
-        scope, stream, source = f"{block}.", before, "the block's input"
-        if site.kind == "cross" and part != "q":
-            if self.source is None:
-                raise AttachError("there is no encoder whose stream the keys and values could read", site=site.name)
-            scope, stream, source = "", self.source, "what the encoder's blocks give"
-        norms = [norm for given, norm in _streams_of(self.seen, scope, name) if equal(given, stream)]
-        if not norms:
-            raise AttachError(
-                f"{name} does not read {source}, as it is or through one norm, for the {_SPELLED[part]}",
-                site=site.name,
-                hint=f"a norm after the attention, or another projection, stands in the way; {_INSTEAD}",
-            )
-        return Projection(name, self.model.get_submodule(name), columns, norms[0])
+    def _projection(self, site: Site, block: str, part: str, before: Tensor) -> Projection:
+        if site.kind != "cross" or part == "q":
+            return find_projection(self.model, self.seen, site, part, before, f"{block}.", "the block's input")
+        if self.source is None:
+            raise AttachError("there is no encoder whose stream the keys and values could read", site=site.name)
+        return find_projection(self.model, self.seen, site, part, self.source, "", "what the encoder's blocks give")
+
+
+def find_projection(
+    model: nn.Module, seen: Recording, site: Site, part: str, stream: Tensor, scope: str, source: str
+) -> Projection:
+    """Which columns of which linear module a site's queries, keys or values are, and what lies before it.
+
+    Args:
+        stream: what it has to read, as it is or through one norm. scope: how the names of modules between them begin.
+        source: what the stream is called.
+
+    Raises:
+        AttachError: it reads something else, or the columns are not each head's own.
+    """
+    name, columns = _columns(model, seen, site, _call(seen, site), part)
+    norms = [norm for given, norm in _streams_of(seen, scope, name) if equal(given, stream)]
+    if not norms:
+        raise AttachError(
+            f"{name} does not read {source}, as it is or through one norm, for the {_SPELLED[part]}",
+            site=site.name,
+            hint=f"a norm after the attention, or another projection, stands in the way; {_INSTEAD}",
+        )
+    return Projection(name, model.get_submodule(name), columns, norms[0])
 
 
 def check_written(seen: Recording, site: Site, out: str, w_o: Tensor, out_module: nn.Module) -> None:

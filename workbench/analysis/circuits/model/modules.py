@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
+from workbench.errors import AttachError, CaptureError
 from workbench.hooks.projections import is_conv1d, projection_slices
 from workbench.hooks.sites import Site
+from workbench.hooks.weights import matrix
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,16 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """[head, width, d_model]."""
-        weight: Any = self.module.weight
-        chosen: Tensor = (weight.T if is_conv1d(self.module) else weight).detach()[self.columns]
+        """[head, width, d_model].
+
+        Raises:
+            AttachError: it is quantized or offloaded to where it cannot be read.
+        """
+        try:
+            weight = matrix(self.module)
+        except CaptureError as error:
+            raise AttachError(f"{self.name}: {error.message}", hint=error.hint) from None
+        chosen: Tensor = (weight.T if is_conv1d(self.module) else weight)[self.columns.to(weight.device)]
         return chosen
 
     @property
