@@ -1,10 +1,10 @@
-"""What looking at a gated-delta layer costs, against its own chunked forward, and that against `transformers`' in torch.
+"""What looking at a gated-delta layer costs, against its own chunked forward, and that against `transformers`'.
 
-Random inputs, batch 1, 16 heads of 64, float32, one thread. Time: all arms of every round interleaved, at each length in
-turn; figures are ratios of medians in the same run, and exponents p in time ∝ N^p. Memory: one process per arm and
+Random inputs, batch 1, 16 heads of 64, float32, one thread. Time: all arms of every round interleaved, at each length
+in turn; figures are ratios of medians in the same run, and exponents p in time ∝ N^p. Memory: one process per arm and
 length, the peak above what it held before, over the size of q, k and v. Writes its two sections of docs/benchmarks.md.
 
-    python benchmarks/recurrent.py [--part time|memory] [--lengths 1024 2048 4096 8192] [--heads 16] [--rounds 5] [--dry]
+    python benchmarks/recurrent.py [--part time|memory] [--lengths 1024 ... 8192] [--heads 16] [--rounds 5] [--dry]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from shared.measuring import exponent, interleaved, machine, peak_above, say, table, write_section
@@ -82,7 +83,7 @@ def measure_time(lengths: list[int], heads: int, rounds: int) -> Found:
     found: Found = {arm: {} for arm in ARMS}
     for n in lengths:
         given = inputs(n, heads)
-        work = {arm: (lambda run=call(arm): run(given)) for arm in ARMS}
+        work = {arm: partial(call(arm), given) for arm in ARMS}
         for arm, seconds in interleaved(work, rounds).items():
             found[arm][n] = seconds
         say(f"N = {n}: " + ", ".join(f"{arm} {found[arm][n]:.4g} s" for arm in ARMS))
