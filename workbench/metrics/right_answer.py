@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.metrics.answers import ScoredLogits, Sets, TaskBatch, scored_logits
+from workbench.metrics.answers import Sets, TaskBatch, scored_logits
 from workbench.metrics.logits import readout
 
 
@@ -33,9 +33,9 @@ def logit_diff(output: Any, batch: Mapping[str, Any]) -> Tensor:
     tensor([3.])
     """
     if isinstance(batch, TaskBatch):
-        read = scored_logits(output, batch)
-        difference = _log_sum(read.logits, read.right) - _log_sum(read.logits, read.wrong)
-        return read.total(difference.masked_fill(~_some(read.wrong, difference), 0.0))
+        found = scored_logits(output, batch)
+        difference = _log_sum(found.logits, found.right) - _log_sum(found.logits, found.wrong)
+        return found.total(difference.masked_fill(~_some(found.wrong, difference), 0.0))
     read = readout(output, batch)
     right = read.logits.gather(-1, read.target())[..., 0]
     others = read.logits.scatter(-1, read.target(), -torch.inf).amax(-1)
@@ -94,8 +94,8 @@ def accuracy(output: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def _log_probability(output: Any, batch: TaskBatch) -> Tensor:
-    read: ScoredLogits = scored_logits(output, batch)
-    return read.total(_log_sum(read.logits, read.right) - read.logits.logsumexp(-1))
+    found = scored_logits(output, batch)
+    return found.total(_log_sum(found.logits, found.right) - found.logits.logsumexp(-1))
 
 
 def _some(sets: Sequence[Sets], like: Tensor) -> Tensor:
