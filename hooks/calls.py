@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.hooks import flex, registry
+from workbench.hooks.forwards import check_plain
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.paged import PagedKeys
 from workbench.hooks.proofs.axes import Bound
@@ -23,6 +24,7 @@ _OWN = [None, None]  # axes of keys and values that the output does not have: th
 
 def of_sdpa(owner: Owner, given: Mapping[str, Any], output: Tensor, watch: LseWatch) -> Unplaced:
     """A call of scaled_dot_product_attention, from its arguments by name and what was seen of its kernel."""
+    check_plain(output, owner[0])
     lead = list(range(output.dim() - 2))
 
     def under(axes: Bound) -> AttentionCall:

@@ -68,7 +68,7 @@ def examples_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
 
 
 def check_plain(output: Tensor, site: str) -> None:
-    """Raise if a tensor is one of those in whose place torch.func runs a model for many."""
+    """Raise if a tensor stands for others: in a transform of torch.func, in several processes, or nested."""
     if torch._C._functorch.is_functorch_wrapped_tensor(output):
         raise CaptureError(
             "the model runs inside a transform of torch.func, as vmap, grad and jacrev are; its tensors stand for "
@@ -76,6 +76,12 @@ def check_plain(output: Tensor, site: str) -> None:
             site=site,
             hint="observe the plain forward: a batch in place of vmap, loss.backward() in place of grad; "
             "or close the `with` before the transform",
+        )
+    if output.is_nested:
+        raise CaptureError(
+            "its examples have lengths of their own (a nested tensor), and cannot be read as one",
+            site=site,
+            hint="pad them to one length, or run them one by one",
         )
     if cut_weights.here(output) is not output:
         raise CaptureError(

@@ -5,7 +5,7 @@ The watch only looks: the operator runs with the arguments it was given, so the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,15 +18,22 @@ from workbench.hooks.modes import leave_dispatch_mode
 
 OnOperator = Callable[[OpOverload, Sequence[Any], Mapping[str, Any], Any], None]
 _AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}  # what autocast casts; double stays
+_AUTOCAST_KEYS = (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA))
 _PREFIX = "_scaled_dot_product_"
 
 
 class KernelWatch(TorchDispatchMode):
-    """While entered, calls `on_operator(op, args, kwargs, result)` after every operator."""
+    """While entered, calls `on_operator(op, args, kwargs, result)` after every operator.
 
-    def __init__(self, on_operator: OnOperator) -> None:
+    Args:
+        whole: operators that call others themselves, and are called by the model: they run as they were called, under
+            the autocast that there is.
+    """
+
+    def __init__(self, on_operator: OnOperator, whole: Collection[OpOverload] = ()) -> None:
         super().__init__()
-        self._on_operator = on_operator
+        self._on_operator, self._whole = on_operator, whole
+        self._autocast = [key for kind, key in _AUTOCAST_KEYS if torch.is_autocast_enabled(kind)]
 
     @property
     def entered(self) -> bool:
@@ -41,9 +48,22 @@ class KernelWatch(TorchDispatchMode):
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
-        result = func(*args, **kwargs)
-        self._on_operator(func, args, kwargs, result)
+        with _under_autocast(self._autocast if func in self._whole else ()):
+            result = func(*args, **kwargs)
+            self._on_operator(func, args, kwargs, result)
         return result
+
+
+@contextmanager
+def _under_autocast(keys: Sequence[torch._C.DispatchKey]) -> Iterator[None]:
+    """Autocast of these kinds is on again, which is off below."""
+    if not keys:
+        yield
+        return
+    with torch._C._PreserveDispatchKeyGuard():
+        for key in keys:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
 
 
 @contextmanager

@@ -283,6 +283,9 @@ class Layouts:
         settled: list[tuple[Waiting, AttentionCall | str]] = []
         with torch.no_grad():
             p = p.detach()
+            sizes = Counter[str]()  # of what all calls of a site give
+            for one in run.waiting:
+                sizes[one.call.site] += one.output.numel()
             for one in list(run.waiting):
                 one.seen = True
                 if one not in run.waiting or one.tried >= _CANDIDATES:
@@ -307,7 +310,8 @@ class Layouts:
                 elif (doubt := self._doubt(proof, one, run)) is not None:
                     one.reason = doubt
                 else:
-                    settled += self._proved(run, one, proof.axes, alone=part is p)
+                    alone = part is p or sizes[one.call.site] == p.numel()
+                    settled += self._proved(run, one, proof.axes, alone=alone)
         return settled
 
     @staticmethod
@@ -370,7 +374,9 @@ class Layouts:
     def _proved(
         self, run: Run, one: Waiting, axes: Axes, *, alone: bool = True
     ) -> list[tuple[Waiting, AttentionCall | str]]:
-        """`alone`: the call fills what enters the projection, so that its heads are all that the module has."""
+        """`alone`: the calls of the site fill what enters the projection, so that the heads of each are all that the
+        module has: several with heads of their own would be numbered alike.
+        """
         run.waiting.remove(one)
         bound = axes.bind(tuple(one.output.shape))
         assert bound is not None  # it was read from this shape

@@ -22,6 +22,7 @@ MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEnco
 """Modules that choose a native path; inside them this tap replaces the SDPA tap."""
 
 _ATEN = torch.ops.aten
+_NATIVE = {_ATEN._native_multi_head_attention.default, _ATEN._transformer_encoder_layer_fwd.default}
 _PRODUCTS = {_ATEN.bmm.default, _ATEN.baddbmm.default}
 
 
@@ -32,7 +33,7 @@ def watch(owner: Callable[[], tuple[str, nn.Module]], on_call: Callable[[Attenti
         owner: gives the name and module of the innermost module that is running.
         on_call: takes each call.
     """
-    return KernelWatch(_Recogniser(owner, on_call))
+    return KernelWatch(_Recogniser(owner, on_call), _NATIVE)
 
 
 class _Recogniser:

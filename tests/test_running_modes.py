@@ -396,3 +396,68 @@ def test_what_was_compiled_around_the_model_gives_no_empty_capture(ids: Tensor) 
             wb.capture(),
         ):
             assert torch.equal(outer(ids), bare)
+
+
+class _Jagged(nn.Module):
+    """Attention of examples that have lengths of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        several = torch.nested.nested_tensor([x[0], x[1, :5]], layout=torch.jagged)
+        q, k, v = (part(several).unflatten(-1, [4, 4]).transpose(1, 2) for part in (self.q, self.k, self.v))
+        z = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.o(z.transpose(1, 2).flatten(-2)).to_padded_tensor(0.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_nested_tensors_are_refused() -> None:
+    model, x = nn.Sequential(_Jagged()).eval(), torch.randn(2, 7, 16)
+    bare = model(x)
+    with workbench.attach(model) as wb:
+        with pytest.raises(CaptureError, match=r"nested tensor[\s\S]*pad them"), wb.capture():
+            model(x)
+        with wb.steer("0", torch.zeros(16)):
+            assert torch.equal(model(x), bare)
+    assert torch.equal(model(x), bare)
+
+
+class _Mixed(nn.Module):
+    """A part of PyTorch's own under autocast, which is closed around it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        alone = isinstance(self.layer, nn.MultiheadAttention)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.layer(x, x, x, need_weights=False)[0] if alone else self.layer(x)
+        return y.float()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.MultiheadAttention(16, 4, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(16, 4, 16, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(16, 4, 16, batch_first=True, norm_first=True),
+    ],
+    ids=["attention", "layer", "norm first"],
+)
+def test_native_paths_under_autocast(layer: Callable[[], nn.Module], gradients: bool) -> None:
+    """What a native operator calls runs under the autocast that there is; a look runs modules so too."""
+    torch.manual_seed(0)
+    model, x = _Mixed(layer()).eval(), torch.randn(2, 7, 16)
+    with torch.set_grad_enabled(gradients):
+        bare = model(x)
+        with workbench.attach(model) as wb:
+            with wb.capture() as cap:
+                assert torch.equal(model(x), bare)
+            assert (cap[0].kernel.endswith("for_cpu")) == gradients
+            found = wb.verify(x).raise_if_failed()
+        assert found.complete, wb.sites

@@ -180,3 +180,19 @@ def test_interventions_equal_their_hooks(bridges: dict[str, TransformerBridge], 
     for got, hook in ((ablated, ("blocks.1.attn.hook_z", zero)), (steered, ("blocks.0.hook_resid_post", move))):
         torch.testing.assert_close(got, bridge.run_with_hooks(IDS, fwd_hooks=[hook]), atol=1e-4, rtol=1e-4)
         assert (got - bare).abs().max() > 5e-3
+
+
+@pytest.mark.parametrize("name", ONE_TOWER)
+@torch.no_grad()
+def test_logit_attribution_is_that_of_its_cache(bridges: dict[str, TransformerBridge], name: str) -> None:
+    """Of single heads, between two tokens. The final norms have the gain 1: `logit_attrs` leaves it out."""
+    bridge = bridges[name]
+    right, wrong = torch.tensor([7, 12]), torch.tensor([9, 30])
+    _, cache = bridge.run_with_cache(IDS)
+    stack, labels = cache.stack_head_results(layer=-1, pos_slice=-1, return_labels=True)
+    theirs = cache.logit_attrs(stack, tokens=right, incorrect_tokens=wrong, pos_slice=-1)
+    with workbench.attach(BUILT[name][1]()) as wb:
+        ours = workbench.logit_attribution(wb, {"input_ids": IDS}, right.tolist(), contrast=wrong.tolist())
+    heads = [i for i, kind in enumerate(ours.kinds) if kind == "head"]
+    assert [ours.names[i] for i in heads] == list(labels)
+    torch.testing.assert_close(ours.values[heads].float(), theirs.float(), rtol=1e-4, atol=1e-5)

@@ -53,7 +53,7 @@ def probe_keys(replays: Replays, call: ModuleCall) -> list[Keys]:
 def _values(replays: Replays, call: ModuleCall, change: tuple[int, int, int] | None) -> list[Tensor]:
     """The values [batch, kv head, key, width] of each kernel call of the module's own."""
     with replays.watched() as calls:
-        replays.run(call, None if change is None else moved(call, *change))
+        replays.run(call, None if change is None else moved(call, *change, point=True))
         return [one.v.detach().clone() for one in calls if one.module is call.module and one.v.dim() == 4]
 
 

@@ -17,7 +17,8 @@ def positions_of(call: ModuleCall, batch: int) -> list[tuple[int, int]]:
     """(axis, length) of the positions of a call's inputs, once for each length: sequences of another length are others.
 
     Ids are [batch, position]; features are the last axis, or after the batch where a convolution reads the input; where
-    nothing inside tells, positions are as many as around the module.
+    nothing inside tells, positions are as many as around the module. Of images, all axes that a module knows from its
+    features are given: it may mix along one of them only.
     """
     spots: dict[int, int] = {}
     around = [n for _, n in positions_of(call.outer, batch)[:1]] if call.outer else []
@@ -28,7 +29,17 @@ def positions_of(call: ModuleCall, batch: int) -> list[tuple[int, int]]:
         if axis is None or t.shape[axis] < 2 or (t is not given[0] and t.shape[axis] == width):
             continue  # a state [batch, feature, ...] has as many rows as there are features
         spots.setdefault(t.shape[axis], axis)
-    return [(axis, n) for n, axis in spots.items()]
+    found = [(axis, n) for n, axis in spots.items()]
+    if given and call.features is not None and given[0].is_floating_point() and not _is_mask(given[0]):
+        shape = given[0].shape
+        found += [(axis, shape[axis]) for axis in _along(given[0], call.features)
+                  if shape[axis] > 1 and (axis, shape[axis]) not in found]  # fmt: skip
+    return found
+
+
+def _along(t: Tensor, features: int | None) -> range:
+    """The axes of positions of an image or a clip; none of a sequence."""
+    return range(0) if t.dim() < 4 else range(2, t.dim()) if features == 1 else range(1, t.dim() - 1)
 
 
 def _axis(t: Tensor, features: int | None, batch: int, around: list[int]) -> int | None:
@@ -45,14 +56,22 @@ def _axis(t: Tensor, features: int | None, batch: int, around: list[int]) -> int
     return t.dim() - (1 if features == 1 else 2)
 
 
-def moved(call: ModuleCall, axis: int, length: int, j: int) -> Any:
-    """A call's (args, kwargs) with position j of every tensor of that length changed; ids are swapped for others."""
+def moved(call: ModuleCall, axis: int, length: int, j: int, *, point: bool = False) -> Any:
+    """A call's (args, kwargs) with position j of every tensor of that length changed; ids are swapped for others.
+
+    Args:
+        point: of images one position in the middle of the other axes, instead of a whole row.
+    """
 
     def one(t: Tensor) -> Tensor:
         if t.dim() <= axis or t.shape[axis] != length or _is_mask(t):
             return t
         t, noise = t.clone(), torch.Generator().manual_seed(j)
         part = t.select(axis, j)
+        for other in reversed(_along(t, call.features)) if point else ():
+            if other != axis:
+                middle = t.shape[other] // 2
+                part = part.narrow(other - (other > axis), middle, 1)
         if t.is_floating_point():
             spread = torch.nan_to_num(t.float().std(correction=0)) + 1e-6
             part += (torch.randn(part.shape, generator=noise).to(t.device) * spread).to(t.dtype)
@@ -73,11 +92,12 @@ def _is_mask(t: Tensor) -> bool:
     return t.dim() == 4 and t.is_floating_point() and bool(((t == 0) | (t < -1e4)).all())
 
 
-def speaking(output: Any, length: int, batch: int) -> int | None:
+def speaking(call: ModuleCall, length: int, batch: int) -> int | None:
     """Number of the first tensor of an output that has positions; others are weights, caches, logits of routers."""
-    for i, t in enumerate(tensors(output)):
+    for i, t in enumerate(tensors(call.output)):
         flat = t.dim() == 2 and t.shape[0] == length * batch
-        weights = t.dim() == 4 and t.shape[-1] == length and length not in t.shape[:-1]  # of keys elsewhere
+        of_keys = t.dim() == 4 and t.shape[-1] == length and length not in t.shape[:-1]  # which are elsewhere
+        weights = of_keys and call.features != 1  # else it is an image
         if t.is_floating_point() and t.dim() >= 2 and (length in t.shape or flat) and not weights:
             return i
     return None

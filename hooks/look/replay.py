@@ -31,7 +31,7 @@ class ModuleCall:
     """One call of a module, as it was recorded.
 
     Attributes:
-        args, kwargs, output: copies. rng: the state of the generators before it.
+        args, kwargs, output: copies. rng: the state of the generators before it. autocast: that of each kind of device.
         outer, inner: the call around it, and those in it.
         reads: numbers of the kernel calls inside, the first and the one after the last.
         read_whole: it is read as a whole, by its inputs and parameters (a state-space mixer, say).
@@ -49,6 +49,25 @@ class ModuleCall:
     reads: tuple[int, int] = (0, 0)
     read_whole: bool = False
     features: int | None = None
+    autocast: list[tuple[str, torch.dtype, bool]] = field(default_factory=list)
+
+
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+def _features_axis(module: nn.Module, shape: Sequence[int] | None) -> int | None:
+    """The axis of features in what a leaf is given: 1 or −1; None where it does not tell.
+
+    A norm over the channels of an image has as many weights as there are channels.
+    """
+    if isinstance(module, _CHANNELS_FIRST):
+        return 1
+    sizes = [p.numel() if p.numel() == max(p.shape, default=1) else 0 for p in module.parameters()]
+    if not sizes:
+        return None
+    if shape is None or len(shape) < 4 or isinstance(module, nn.Linear) or shape[1] not in sizes:
+        return -1
+    return None if shape[-1] in sizes else 1
 
 
 class Replays:
@@ -132,8 +151,11 @@ class Replays:
         for device, state in zip(self._devices, call.rng[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
         try:
-            # A class may change what its modules are called with in a `__call__` of its own: hooks have seen the rest.
-            return nn.Module.__call__(call.module, *args, **kwargs)
+            with contextlib.ExitStack() as stack:
+                for device, dtype, enabled in call.autocast:  # which a module around it may have changed
+                    stack.enter_context(torch.autocast(device, dtype, enabled))
+                # A class may change what its modules are called with in its `__call__`: hooks have seen the rest.
+                return nn.Module.__call__(call.module, *args, **kwargs)
         finally:
             self._next, self._changed, self._frozen = None, False, {}
 
@@ -153,6 +175,8 @@ class Replays:
         outer = self._stack[-1] if self._stack else None
         call = ModuleCall(self._names[module], module, self._keep(args), self._keep(dict(kwargs)), rng, outer)
         call.reads = len(self._outputs), len(self._outputs)
+        kinds = ("cpu", "cuda") if self._devices else ("cpu",)
+        call.autocast = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in kinds]
         if outer is not None:
             outer.inner.append(call)
         self._stack.append(call)
@@ -161,14 +185,14 @@ class Replays:
 
     def _learn_features(self, module: nn.Module, leaf: ModuleCall) -> None:
         """A leaf with parameters says where features are, for all around it that were given the same shape."""
-        first = isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm))
-        if not first and not any(True for _ in module.parameters()):
-            return
         shape = next((t.shape for t in tensors([leaf.args, leaf.kwargs]) if t.is_floating_point()), None)
+        axis = _features_axis(module, shape)
+        if axis is None:
+            return
         for call in self._stack:
             given = next((t.shape for t in tensors([call.args, call.kwargs])), None)
             if call.features is None and shape == given:
-                call.features = 1 if first else -1
+                call.features = axis
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._recording:

@@ -85,7 +85,7 @@ class _Judge:
         """The calls inside, at any depth, that mix by themselves; but for those of these names, which are left out."""
         mixing: list[ModuleCall] = []
         for one in call.inner:
-            if one.name in followed:
+            if any(one.name == name or one.name.startswith(f"{name}.") for name in followed):
                 continue
             self.judge(one)
             mixing += [one] if one in self._mixing else self._inside(one)
@@ -99,7 +99,7 @@ class _Judge:
     ) -> str | None:
         """What of other positions moves with the kernels held fixed; "": nothing; None: the output does not tell."""
         batch, tells = self.replays.batch, False
-        which = speaking(call.output, length, batch)
+        which = speaking(call, length, batch)
         if which is None:
             return self._reads_others(call, axis, length, frozen)
         for j in sorted({1, length // 2}):  # an early one, for causal modules, and one in the middle
@@ -150,7 +150,7 @@ class _Judge:
     def _resamples(self, call: ModuleCall) -> bool:
         """Whether it gives other positions than it takes."""
         spots = positions_of(call, self.replays.batch)
-        return bool(spots) and speaking(call.output, spots[0][1], self.replays.batch) is None
+        return bool(spots) and speaking(call, spots[0][1], self.replays.batch) is None
 
     def _overlapping(self, call: ModuleCall) -> None:
         """A window to other positions mixes them if it overlaps the next; patches that do not are only taken in."""

@@ -6,7 +6,7 @@ import transformers
 from torch import Tensor, nn
 
 import workbench
-from workbench import CaptureError, InterventionError
+from workbench import CaptureError, InterventionError, WorkbenchError
 
 X = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0))
 
@@ -79,6 +79,36 @@ def test_a_stated_layout_settles_it() -> None:
     with workbench.attach(model, layout={"wrong": "batch head=2 query width"}) as wb, wb.capture() as cap:
         model(X)
     assert cap["wrong"].shape == (3, 2, 7, 7)
+
+
+class HeadByHead(Part):
+    """Its four heads are computed one after the other."""
+
+    def __init__(self, written: bool = False) -> None:
+        super().__init__(written)
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        several = zip(*(part(x).split(4, -1) for part in (self.q, self.k, self.v)), strict=True)
+        return self.out(torch.cat([self.head(*qkv) for qkv in several], -1))
+
+    def head(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.written:
+            return (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@torch.no_grad()
+def test_calls_of_one_head_each_are_not_all_called_head_0(written: bool) -> None:
+    model = nn.Sequential(HeadByHead(written)).eval()
+    with workbench.attach(model) as wb:
+        for _ in range(2):
+            with pytest.raises(CaptureError, match="states 4 heads, and its call has 1"), wb.capture():
+                model(X)
+        assert [one.name for one in wb.sites.unread] == ["0"]
+    with workbench.attach(model) as wb, pytest.raises(WorkbenchError), wb.ablate((0, 0)):
+        model(X)
 
 
 def half(layer: nn.Module) -> None:

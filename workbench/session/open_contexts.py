@@ -218,7 +218,7 @@ class OpenContexts(Listener):
         for edit in self._mine():
             if isinstance(edit, Edit) and call.site in edit.sites:
                 if z is None:
-                    z = call.z() if call.finish is None else call.pattern().apply(call.v)
+                    z = call.mixed
                     z = z if call.shard is None else call.shard.widened(z)
                 z = edit(call, z)
                 edit.fired.add(call.site)
@@ -237,6 +237,10 @@ class OpenContexts(Listener):
         """Edits cannot."""
         return any(isinstance(edit, Edit) and site in edit.sites for edit in self._mine())
 
+    def edits_at(self, site: str) -> bool:
+        """Whether one is open there."""
+        return self.cannot_wait(site)
+
     def on_refused(self, site: str, reason: str, *, edited: bool) -> None:
         """What the capture has of the site is taken back; an edit cannot be."""
         if (recorder := self._recording()) is not None:
@@ -247,11 +251,11 @@ class OpenContexts(Listener):
             )
 
     def on_failed(self, site: str, error: Exception) -> bool:
-        """What edits cannot do is an error; what the capture cannot record, it decides."""
-        recorder = self._recording()
-        if recorder is None or isinstance(error, InterventionError) or self.cannot_wait(site):
+        """What edits cannot do is an error; what the capture cannot record, it decides; else nobody asked for it."""
+        if isinstance(error, InterventionError) or self.cannot_wait(site):
             return False
-        return recorder.on_failed(site, error)
+        recorder = self._recording()
+        return recorder is None or recorder.on_failed(site, error)
 
     def on_output(self, name: str, module: nn.Module, output: Any) -> Any:
         """The edits change what a module gives."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import workbench
@@ -74,6 +75,28 @@ def test_a_head_of_gpt2_by_hand() -> None:
             torch.testing.assert_close(found.values[at], truth.detach(), rtol=1e-8, atol=1e-10)
     names = [name for name, kind in zip(found.names, found.kinds, strict=True) if kind == "embedding"]
     assert names == ["transformer.wte", "transformer.wpe"]
+
+
+def test_a_planted_head_has_all_of_the_logit() -> None:
+    """Tokens are axes of the stream; one head writes 3 along token 7's, the rest nothing."""
+    config = hf.GPT2Config(
+        n_layer=1, n_head=2, n_embd=32, vocab_size=32, n_positions=16, bos_token_id=1, eos_token_id=2
+    )
+    model = hf.GPT2LMHeadModel(config).eval().double()
+    with torch.no_grad():
+        for parameter in model.transformer.h.parameters():
+            parameter.zero_()
+        model.transformer.wpe.weight.zero_()
+        model.transformer.wte.weight.copy_(torch.eye(32))
+        attention = model.transformer.h[0].attn
+        attention.c_attn.bias[64 + 16] = 3  # the first value of the second head, whatever it attends to
+        attention.c_proj.weight[16, 7] = 1
+    with attach(model) as wb:
+        found = attribute(wb, {"input_ids": torch.tensor([[4, 20, 11]])}, 7, contrast=9)
+    sigma = (10 / 32 - (4 / 32) ** 2 + 1e-5) ** 0.5  # of a stream with 1 along token 11 and 3 along token 7
+    for name, value in zip(found.names, found.values[:, 0].tolist(), strict=True):
+        assert value == pytest.approx(3 / sigma if name == "L0H1" else 0, abs=1e-12), name
+    assert float(found.logits) == pytest.approx(3 / sigma)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "t5"])

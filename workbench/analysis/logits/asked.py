@@ -17,7 +17,6 @@ from workbench.tasks.base import Task
 from workbench.tasks.pieces import single_token
 
 Targets = str | int | Sequence[str | int] | None
-_SHORT = 8  # tokens that are enough to find a model's parts
 
 
 def check_model(wb: Workbench) -> None:
@@ -60,24 +59,6 @@ def batches_of(wb: Workbench, prompts: Any, size: int) -> Iterator[dict[str, Ten
         if start is not None:
             inputs["decoder_input_ids"] = torch.full((len(inputs["input_ids"]), 1), start).to(inputs["input_ids"])
         yield inputs
-
-
-def shortened(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The first example, cut to the first few tokens that are no padding."""
-    found = {name: value[:1] if isinstance(value, Tensor) and value.dim() else value for name, value in batch.items()}
-    for prefix in ("", "decoder_"):
-        ids, mask = found.get(f"{prefix}input_ids"), found.get(f"{prefix}attention_mask")
-        if not isinstance(ids, Tensor):
-            continue
-        real = torch.ones_like(ids[0]) if mask is None or mask.dim() != 2 else mask[0]
-        kept = real.nonzero()[:_SHORT, 0]
-        if len(kept) < 2:  # one token alone shows too little
-            kept = kept[:1].expand(_SHORT)
-        found[f"{prefix}input_ids"] = ids[:, kept]
-        for name in (f"{prefix}attention_mask", f"{prefix}token_type_ids", f"{prefix}position_ids"):
-            if isinstance(found.get(name), Tensor) and found[name].shape == ids.shape:
-                found[name] = found[name][:, kept]
-    return found
 
 
 def written_ids(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -136,7 +117,16 @@ def tokens_of(wb: Workbench, given: Targets, n: int, vocabulary: int, what: str)
 
 
 def answers_of(batch: TaskBatch, what: str) -> Tokens:
-    """The right or wrong answers of a task's batch."""
+    """The right or wrong answers of a task's batch.
+
+    Raises:
+        TaskError: they are of several tokens, or measured elsewhere than at the end.
+    """
+    if batch.scored is not None:
+        raise TaskError(
+            "the task is measured at several tokens, or not at the last one; here one logit at one position counts",
+            hint="give a prompt, target=, contrast= and position=",
+        )
     return Tokens(tuple(tuple(one) for one in (batch.answers if what == "target" else batch.wrong)))
 
 
