@@ -62,8 +62,8 @@ one position of what each module is given, and fails where a module that mixes t
 
 Sites of the kind *state* are state spaces and the linear and recurrent mixers: delta rules (Qwen3-Next, Qwen3.5, OLMo
 Hybrid; with a decay for each channel Kimi Linear and Ling), lightning attention (MiniMax), RG-LRU (RecurrentGemma),
-gated short convolutions (LFM2) and RWKV's time mixing. Where values pass a short convolution or a token shift before
-they are mixed, the map is that of what comes out of it.
+gated short convolutions (LFM2), xLSTM's mLSTM and RWKV's time mixing. Where values pass a short convolution or a token
+shift before they are mixed, the map is that of what comes out of it.
 
 | Model | Package | Sites | Unread |
 | --- | --- | --- | --- |
@@ -84,10 +84,9 @@ The capture shows what the model computes, also where that depends on the backen
 - Swin hides what a shifted window must not see with −100 on the scores, not with −∞; such keys count as visible, with
   weights near zero.
 - Rows that hold several sequences are captured one by one on every backend; so are the requests of `generate_batch`.
-- `generate()` runs on under a plain capture of every hybrid that the tests have: Jamba, Bamba, Zamba2, Falcon-H1,
-  Granite 4, Nemotron-H, LFM2, Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear, MiniMax, RecurrentGemma. Their attention
-  is joined; state-space, linear and recurrent mixers have a map of the prompt, and their later steps stand in the
-  ledger. Kimi Linear expands its cached latents anew at each step: where that rounds otherwise, `joined()` refuses.
+- `generate()` is captured whole, and joined, on every hybrid that the tests have: Jamba, Bamba, Zamba2, Falcon-H1,
+  Granite 4, Nemotron-H, LFM2, Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear, MiniMax, RecurrentGemma. Only RWKV has a
+  map of the prompt alone; its later steps stand in the ledger.
 
 ## Split over processes
 

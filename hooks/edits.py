@@ -201,6 +201,10 @@ class PatternEdit(HeadEdit):
         edited_before.append((index, new))
         weights = nn.functional.dropout(new, call.dropout) if call.dropout > 0 else new
         z = weights @ head_values(call, here, call.sizes[0]).to(new.dtype)
+        before = None if call.build is None else call.pattern().before
+        if before is not None:  # what the rows read of a state from before is no part of them, and stays
+            of_head = before[:, head].to(z)
+            z = z + of_head.gather(1, index[..., None].expand(*z.shape))
         return old.scatter(1, index[..., None].expand(*z.shape), z.to(old.dtype))
 
 

@@ -50,6 +50,10 @@ class Listener:
         """
         return False
 
+    def edits_at(self, site: str) -> bool:
+        """Whether what the heads of a site give may be changed, and gradients are to flow through that."""
+        return False
+
     def takes_blocks(self) -> bool:
         """Whether calls that make a site's map together are told one by one, each with its `block`, by one who runs the
         model on the inputs of an earlier forward. Else they are told as one call with the whole map, which nothing can

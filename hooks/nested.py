@@ -101,8 +101,8 @@ def tensors_within(value: Any) -> list[Tensor]:
 
 
 def fresh(value: Any) -> Any:
-    """The value for one run of a model: tensors as they are, containers and caches copied, so that a run that writes
-    into one does not change the caller's.
+    """The inputs for one run of a model: tensors as they are, containers with what they hold and caches copied, so that
+    a run that writes into one does not change the caller's.
 
     Raises:
         CaptureError: an object that holds tensors cannot be copied.
@@ -110,7 +110,18 @@ def fresh(value: Any) -> Any:
     if isinstance(value, Tensor) or not tensors_within(value):
         return value
     if isinstance(value, (Mapping, tuple, list)):
-        return rebuilt(value, {key: fresh(item) for key, item in (items_of(value) or {}).items()})
+        return rebuilt(value, {key: _copied(item) for key, item in (items_of(value) or {}).items()})
+    return _copied(value)
+
+
+def _copied(value: Any, within: bool = False) -> Any:
+    """One input; of a container, which may be a model's state, the tensors in it too."""
+    if isinstance(value, Tensor):
+        return value.clone() if within else value
+    if not tensors_within(value):
+        return value
+    if isinstance(value, (Mapping, tuple, list)):
+        return rebuilt(value, {key: _copied(item, True) for key, item in (items_of(value) or {}).items()})
     # What a cache holds may be part of a graph, which a deep copy refuses.
     known = {id(tensor): tensor.detach().clone() for tensor in tensors_within(value)}
     try:

@@ -37,13 +37,14 @@ from workbench.hooks.modes import close_torn
 from workbench.hooks.nested import first_tensor
 from workbench.hooks.paged import PagedKeys
 from workbench.hooks.projections import is_linear
-from workbench.hooks.readers import Reader, continues, in_place_of, read_module, reader_of
+from workbench.hooks.readers import Reader, before_reading, check_gradients, in_place_of, read_module, reader_of
 from workbench.hooks.running import Running, ThreadRun
 from workbench.hooks.sdpa import FunctionTap
 from workbench.hooks.sites import site_name
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Unplaced, Waiting
 from workbench.hooks.written_out import WrittenOut
+from workbench.kernels.history import differentiable
 
 Settled = Sequence[tuple[Waiting, AttentionCall | str]]
 
@@ -62,6 +63,7 @@ class Observer:
     def __init__(self, model: nn.Module, listener: Listener, layouts: Layouts | None = None) -> None:
         self._model, self._listener = model, listener
         self._layouts = Layouts() if layouts is None else layouts
+        self._proved: set[str] = set()  # sites of readers whose gradients have been compared
         self._names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
         found = ((module, reader_of(module)) for module in self._names)
         self._readers: dict[nn.Module, Reader] = {module: reader for module, reader in found if reader is not None}
@@ -358,7 +360,7 @@ class Observer:
         state = self._threads.get(threading.get_ident())
         if state is not None and state.stack and not state.reading and self._listener.wants(state.owner[0]):
             try:
-                state.stack[-1].continued = continues(module, args, kwargs)
+                state.stack[-1].begun = before_reading(module, args, kwargs)
             except Exception as error:
                 if not self._listener.on_failed(state.owner[0], error):
                     raise
@@ -381,8 +383,13 @@ class Observer:
             cut_weights.check_whole(module, name)
         state.reading = True
         try:
-            with state.tap.away(), torch.no_grad():
-                call = read_module(name, module, args, kwargs, output, continued=state.stack[-1].continued)
+            with_history = torch.is_grad_enabled() and self._listener.edits_at(name)
+            history = differentiable() if with_history else torch.no_grad()
+            with state.tap.away(), history:
+                call = read_module(name, module, args, kwargs, output, begun=state.stack[-1].begun)
+                if with_history and call.output.requires_grad and name not in self._proved:
+                    check_gradients(call, args, kwargs)
+                    self._proved.add(name)
                 z = self._listener.on_call(replace(call, replay=state.replay))
                 edited = None if z is None else call.as_output(z)
         finally:

@@ -15,9 +15,9 @@ from workbench.kernels.patterns import Pattern
 def rows(call: AttentionCall, head: int, index: Tensor, *, cross: bool = False) -> Tensor:
     """[batch, n, key] of one head's weights, before dropout: float64 for float64 queries, else float32.
 
-    A softmax is computed anew with autograd; weights that the model wrote out keep their history. The rows of all other
-    patterns (the kernels of `workbench.kernels`) are constants. A row that sees no key is as the kernel has it: zero
-    under a boolean mask, whatever an additive mask leaves of it.
+    A softmax is computed anew with autograd; weights that the model wrote out keep their history, and so do the maps of
+    modules that have a reader. The rows of the kernels of `workbench.kernels` are constants. A row that sees no key is
+    as the kernel has it: zero under a boolean mask, whatever an additive mask leaves of it.
 
     Args:
         index: [batch or 1, n] query rows.
@@ -38,13 +38,12 @@ def rows(call: AttentionCall, head: int, index: Tensor, *, cross: bool = False) 
             site=call.site,
             hint="ablate or patch the head instead",
         )
-    with torch.no_grad():
-        wanted = index.unique()
-        if wanted.numel() == pattern.n_queries:
-            found = pattern.tile(slice(0, pattern.n_queries), slice(0, pattern.n_keys), [head])[:, 0]
-        else:
-            found = pattern.rows(wanted.tolist(), heads=[head])[:, 0]
-        return _pick(found, torch.searchsorted(wanted, index))
+    wanted = index.unique()
+    if wanted.numel() == pattern.n_queries:
+        found = pattern.tile(slice(0, pattern.n_queries), slice(0, pattern.n_keys), [head])[:, 0]
+    else:
+        found = pattern.rows(wanted.tolist(), heads=[head])[:, 0]
+    return _pick(found, torch.searchsorted(wanted, index))
 
 
 def head_values(call: AttentionCall, head: int, n_heads: int) -> Tensor:

@@ -16,6 +16,7 @@ from workbench.hooks import registry
 from workbench.hooks.calls import Owner
 from workbench.hooks.kernel_watch import KernelWatch
 from workbench.hooks.modes import leave_dispatch_mode, leave_function_mode
+from workbench.hooks.readers import Begun
 from workbench.hooks.sdpa import FunctionTap
 from workbench.hooks.sites import site_name
 from workbench.hooks.tap import AttentionCall
@@ -28,14 +29,14 @@ class Running:
     Attributes:
         frame: of the interpreter, in which its forward is called.
         native: it is on a native path of PyTorch's.
-        continued: it goes on from a cached state; None if nobody has asked.
+        begun: what its reader needs to know of it from before it ran; None if nobody has asked.
     """
 
     name: str
     module: nn.Module
     frame: FrameType | None
     native: bool = False
-    continued: bool | None = None
+    begun: Begun | None = None
 
 
 @dataclass(eq=False)

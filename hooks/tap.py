@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -41,6 +42,37 @@ class Block:
 
 
 @dataclass(frozen=True)
+class StateLink:
+    """How a call of a recurrence hangs together with others: the states that it found in its cache and left there.
+
+    Attributes:
+        found, left: for each batch entry a number that tells states apart, to the bit; None for no state.
+    """
+
+    found: tuple[int, ...] | None = None
+    left: tuple[int, ...] | None = None
+
+    @classmethod
+    def between(cls, found: Mapping[str, Tensor] | None, left: Mapping[str, Tensor] | None) -> StateLink:
+        """From the tensors [batch, ...] themselves, by name."""
+        return cls(*(None if each is None else _told_apart(each.values()) for each in (found, left)))
+
+
+_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _told_apart(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    total: Tensor | None = None
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().flatten(1).view(_OF_SIZE[tensor.element_size()]).long()
+        factors = torch.arange(1, bits.shape[1] + 1, device=bits.device) * 0x2545F4914F6CDD1D  # it wraps around
+        mixed = (bits + 1) * (factors | 1)
+        found = (mixed ^ (mixed >> 29)).sum(1)
+        total = found if total is None else total * 31 + found
+    return () if total is None else tuple(total.tolist())
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """One call of an attention kernel, at the kernel's boundary; the tensors are the model's own.
 
@@ -74,6 +106,7 @@ class AttentionCall:
         block: it is a part of its site's map only; None if it is all of it. joined: how many calls it was made of.
         shard: which heads of the whole model these are, where other processes hold the rest; None: all of them.
         segments: where the kernel was told that the first row holds several sequences, which.
+        state: of a module that has a reader, what it found in its cache and left there.
         part: of a call on packed rows, the sequence that this one is; only `output` is still that of all.
     """
 
@@ -109,6 +142,7 @@ class AttentionCall:
     windows: int = 1
     block: Block | None = None
     joined: int = 1
+    state: StateLink = field(default_factory=StateLink)
 
     @property
     def has_halo(self) -> bool:
@@ -135,6 +169,11 @@ class AttentionCall:
         if self.shard is None:
             return self.sizes
         return self.shard.n_heads, self.shard.n_kv_heads, self.sizes[2]
+
+    @cached_property
+    def mixed(self) -> Tensor:
+        """Each head's output [batch, head, query, width]; where the kernel went on past it, it is computed anew."""
+        return self.z() if self.finish is None else self.pattern().outputs(self.v)
 
     def z(self) -> Tensor:
         """Each head's output A·V [batch, head, query, width]: a view of `output`, with its autograd history.

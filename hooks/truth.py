@@ -72,11 +72,12 @@ def _check_reading(call: AttentionCall, pattern: Pattern) -> None:
     if want.dim() == 3 and want.shape[1] == pattern.n_queries and pattern.n_queries > 1:
         row = pattern.tile(slice(last, last + 1), slice(0, pattern.n_keys))  # [b, h, 1, key]
         values = call.v.repeat_interleave(pattern.n_heads // call.v.shape[1], dim=1).to(row.dtype)
-        z = torch.cat((row.new_zeros(*row.shape[:2], last, values.shape[-1]), row @ values), dim=2)
+        read = row @ values if pattern.before is None else row @ values + pattern.before[:, :, last:].to(row)
+        z = torch.cat((row.new_zeros(*row.shape[:2], last, values.shape[-1]), read), dim=2)
         given = call.finish(z)
         if given.shape == want.shape and _off(given[:, last], want[:, last]) <= allowed:
             return
-    given = call.finish(pattern.apply(call.v))
+    given = call.finish(pattern.outputs(call.v))
     error = _off(given, want) if given.shape == want.shape else float("inf")
     if not error <= allowed:
         raise CaptureError(

@@ -72,3 +72,67 @@ def test_sites_are_known_before_anything_has_run(make: Callable[[Any], Made], sh
     assert sorted(before) == sorted(check["site"] for check in verification.checks)
     found = [tuple(check["shape"]) for check in verification.checks]
     assert {shape: found.count(shape) for shape in found} == shapes
+
+
+def _sana(diffusers: Any) -> Made:
+    model = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=4, cross_attention_head_dim=8, cross_attention_dim=32, caption_channels=16,
+        sample_size=5, patch_size=1,
+    )  # fmt: skip
+    inputs = {"hidden_states": torch.randn(2, 4, 5, 5), "encoder_hidden_states": torch.randn(2, 7, 16)}
+    return model, inputs | {"timestep": torch.tensor([3, 5])}
+
+
+def _sana_autoencoder(diffusers: Any) -> Made:
+    from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
+
+    layer = SanaMultiscaleLinearAttention(16, 16, attention_head_dim=8, norm_type="rms_norm", residual_connection=True)
+    return torch.nn.Sequential(layer), {"input": torch.randn(2, 16, 4, 5)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "shape", "width"),
+    [(_sana, (2, 4, 25, 25), 8), (_sana_autoencoder, (2, 4, 20, 20), 8)],
+    ids=["transformer", "autoencoder"],
+)
+@torch.no_grad()
+def test_linear_attention_over_images(make: Callable[[Any], Made], shape: tuple[int, ...], width: int) -> None:
+    """Its map is proved, rows sum to one, and a head is switched off as by hand."""
+    torch.manual_seed(0)
+    with judges():
+        try:
+            import diffusers
+        except ModuleNotFoundError as error:
+            missing(error)
+        model, inputs = make(diffusers)
+    with workbench.attach(model.eval()) as wb:
+        assert not wb.look(**inputs).unread or make is _sana  # that has a convolution over positions in its MLP
+        verified = wb.verify(**inputs).raise_if_failed()
+        read = [check for check in verified.checks if check["kernel"] == "linear_attention"]
+        assert [tuple(check["shape"]) for check in read] == [shape] * len(read)
+        site = read[0]["site"]
+        with wb.capture(["entropy", "received"], sites=site, z=True, values=True) as cap:
+            model(**inputs)
+        pattern = cap[site].pattern
+        sums = pattern.dense().sum(-1)
+        alive = (pattern.q > 0).any(-1)  # others have no weight
+        torch.testing.assert_close(sums, alive.to(sums), atol=1e-4, rtol=0)
+        assert pattern.normalised == bool(alive.all())
+        torch.testing.assert_close(pattern.apply(pattern.values), cap[site].z.transpose(1, 2), atol=1e-5, rtol=1e-4)
+        module = model.get_submodule(site)
+        project = module.to_out[0] if make is _sana else module.to_out
+
+        def without(_: nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            z = given[0].clone()
+            z[..., width : 2 * width] = 0
+            return (z,)
+
+        handle = project.register_forward_pre_hook(without)
+        wanted = model(**inputs)
+        handle.remove()
+        with wb.ablate({(site, 1)}, how="zero"):
+            ablated = model(**inputs)
+    wanted, ablated = (out if isinstance(out, torch.Tensor) else out.sample for out in (wanted, ablated))
+    torch.testing.assert_close(ablated, wanted, atol=1e-5, rtol=1e-4)

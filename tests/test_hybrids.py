@@ -1,14 +1,17 @@
-"""Hybrids of attention and recurrences: `generate()` under a plain capture gives the same tokens, and is recorded."""
+"""Hybrids of attention and recurrences: `generate()` under a capture gives the same tokens, and is recorded whole."""
 
-import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from torch import Tensor
 
 import workbench
+from test_joined import EVERYTHING, _captured, assert_same
+from workbench.errors import CaptureError
 
 COMMON = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 32, "pad_token_id": 0, "bos_token_id": 1,
           "eos_token_id": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -33,7 +36,8 @@ LATENT = {
     "layer_types": ["linear_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse"],
 }
-EXPANDED = {"kimi-linear"}  # its keys are made anew of cached latents at each step, which may round otherwise
+SHARED = tuple(name for name in EVERYTHING if name != "lse")  # of softmax and recurrences
+STATES = {"sites": lambda site: site.kind == "state"}
 
 HYBRIDS: dict[str, Callable[[], Any]] = {
     "jamba": lambda: hf.JambaForCausalLM(hf.JambaConfig(
@@ -70,29 +74,112 @@ HYBRIDS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
-@torch.no_grad()
-def test_generation_goes_on_under_a_capture(name: str) -> None:
+EACH = pytest.mark.parametrize("name", HYBRIDS)
+
+
+def _built(name: str) -> tuple[Any, Tensor]:
     torch.manual_seed(0)
-    model = HYBRIDS[name]().eval()
     ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(0))
+    model = HYBRIDS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that no map is next to nothing
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model, ids
+
+
+@EACH
+@torch.no_grad()
+def test_a_generation_is_recorded_whole(name: str) -> None:
+    """At every site, and joined it is what one forward over prompt and answer shows."""
+    model, ids = _built(name)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     bare = model.generate(ids, **options)
-    with workbench.attach(model) as wb, warnings.catch_warnings(record=True) as told:
+    with workbench.attach(model) as wb:
         assert not wb.look(input_ids=ids, use_cache=False).unread
-        warnings.simplefilter("always")
-        with wb.capture() as cap:
-            assert torch.equal(model.generate(ids, **options), bare)
-    states = [site.name for site in cap.model_sites if site.kind == "state"]
-    attention = [site.name for site in cap.model_sites if site.kind != "state"]
-    assert attention
-    assert states
-    assert cap.unrecorded.keys() == set(states)
-    assert [cap.ledger[site] for site in attention] == [4] * len(attention)
-    assert all(cap.unrecorded[site].calls == 3 for site in states)
-    assert any("not recorded" in str(one.message) for one in told)
-    if name not in EXPANDED:
-        assert {one.site.name for one in cap.joined()} == set(attention)
+    cap, out = _captured(model, lambda m: m.generate(ids, **options), SHARED)
+    assert torch.equal(out, bare)
+    kinds = {site.kind for site in cap.model_sites}
+    assert "state" in kinds
+    assert len(kinds) > 1
+    assert set(cap.ledger.values()) == {4}
+    assert not cap.unrecorded
+    joined = cap.joined()
+    whole, _ = _captured(model, lambda m: m(bare[:, :-1], use_cache=False), SHARED)
+    assert_same(joined, whole, of_statistics=1e-3)  # rows of some mixers add up to next to nothing
+    assert all(one.before is None for one in joined)
+
+
+@EACH
+@torch.no_grad()
+def test_what_came_before_a_capture_is_a_part_of_its_own(name: str, tmp_path: Path) -> None:
+    """A·V of the steps and what their rows read of the prompt's state are what the heads give."""
+    model, ids = _built(name)
+    more = torch.tensor([[7, 30, 7, 12]])
+    whole, _ = _captured(model, lambda m: m(torch.cat((ids, more), dim=1), use_cache=False), ("entropy",), **STATES)
+    own = {"past_key_values": hf.DynamicCache(config=model.config)} if name == "recurrent-gemma" else {}
+    given = model(ids, use_cache=True, **own)
+    cache = own or {key: given[key] for key in ("cache_params", "past_key_values") if given.get(key) is not None}
+
+    def steps(m: Any) -> None:
+        for at in range(9, 13):
+            place = {"position_ids": torch.tensor([[at]])} if name == "recurrent-gemma" else {}
+            m(more[:, at - 9 : at - 8], use_cache=True, **cache, **place)
+
+    late, _ = _captured(model, steps, ("entropy",), **STATES)
+    path = late.save(tmp_path / "late.safetensors", pattern=True)
+    for cap in (late, workbench.load_capture(path)):
+        joined = cap.joined()
+        for one, want in zip(joined, whole, strict=True):
+            assert one.shape[2:] == (4, 4)
+            assert "goes on from a state" in repr(cap.calls[0][one.site.name])
+            close = {"atol": 2e-5, "rtol": 1e-4}
+            torch.testing.assert_close(one.z, want.z[:, 9:], **close)
+            torch.testing.assert_close(one.pattern.dense(), want.pattern.dense()[:, :, 9:, 9:], **close)
+            values = want.pattern.values[:, :, :9].to(want.pattern.dtype)
+            read = want.pattern.dense()[:, :, 9:, :9] @ values
+            torch.testing.assert_close(one.before, read.transpose(1, 2), **close)
+            torch.testing.assert_close(one.pattern.outputs(one.pattern.values), one.z.transpose(1, 2).float(), **close)
+            own = (one.pattern.dense().abs() * one.pattern.value_norms()[:, :, None]).sum(-1)
+            share = read.norm(dim=-1) / (read.norm(dim=-1) + own)
+            torch.testing.assert_close(one.pattern.before_share, share, atol=1e-3, rtol=1e-3)
+    bare, _ = _captured(model, steps, ("entropy",), **STATES | {"values": False})
+    with pytest.raises(CaptureError, match="began before the capture"):
+        bare.joined()
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "bamba", "lfm2"])
+@torch.no_grad()
+def test_a_state_that_was_changed_between_steps_is_refused(name: str) -> None:
+    model, ids = _built(name)
+    ids = torch.cat((ids, ids.flip(1)))
+
+    def beams(m: Any) -> None:
+        given = m(ids, use_cache=True)
+        given.past_key_values.reorder_cache(torch.tensor([1, 0]))
+        m(ids[:, :1], past_key_values=given.past_key_values)
+
+    cap, _ = _captured(model, beams, ("entropy",), **STATES)
+    with pytest.raises(CaptureError, match="found another state in its cache") as caught:
+        cap.joined()
+    assert "beam search" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "jamba", "lfm2"])
+@torch.no_grad()
+def test_heads_are_edited_at_steps_as_in_one_forward(name: str) -> None:
+    model, ids = _built(name)
+    with workbench.attach(model) as wb:
+        site = next(site.name for site in wb.sites if site.kind == "state")
+        for edit in (
+            wb.ablate({(site, 1)}, how="zero"),
+            wb.edit_pattern({(site, 1)}, lambda rows, site, head: rows),
+            wb.patch({(site, 1): lambda z, site, head: 2 * z}),
+        ):
+            with edit:
+                want = model(ids, use_cache=False).logits[:, -1]
+                given = model(ids[:, :-1], use_cache=True)
+                got = model(ids[:, -1:], past_key_values=given.past_key_values).logits[:, -1]
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen3.5", "jamba"])

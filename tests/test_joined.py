@@ -77,7 +77,7 @@ def _captured(model: nn.Module, run: Callable[[Any], Any], names: tuple[str, ...
     return capture, out
 
 
-def assert_same(joined: Capture, whole: Capture, tolerance: float = 2e-5) -> None:
+def assert_same(joined: Capture, whole: Capture, tolerance: float = 2e-5, of_statistics: float = 1e-4) -> None:
     """Statistics, patterns, z, shapes and ids are the same."""
     assert [site.name for site in joined.sites] == [site.name for site in whole.sites]
     for got, want in zip(joined, whole, strict=True):
@@ -96,9 +96,8 @@ def assert_same(joined: Capture, whole: Capture, tolerance: float = 2e-5) -> Non
                 found, value = (truth.gather(-1, t.clamp(min=0)[..., None]) for t in (found, value))
             if name == "top_keys_index":  # ties may come in any order
                 found, value = (truth.gather(-1, t.clamp(min=0)) * (t >= 0) for t in (found, value))
-            torch.testing.assert_close(
-                found, value, atol=1e-4, rtol=1e-4, equal_nan=True, msg=f"{got.site.name}: {name} differs"
-            )
+            close = {"atol": of_statistics, "rtol": of_statistics, "equal_nan": True}
+            torch.testing.assert_close(found, value, **close, msg=f"{got.site.name}: {name} differs")
     for axis in ("query", "key"):
         for site in whole.sites:
             ids = whole._only().ids_of(site, axis)
@@ -132,7 +131,8 @@ def test_a_generated_sequence_is_one_forward(name: str) -> None:
     assert_same(joined, whole)
     n = ids.shape[1] + NEW - 1
     assert joined[0].pattern.rows([-1, 0]).shape == (len(ids), 4, 2, n)
-    assert f"1 forward(s), 2 sites, [batch, head, query, key] [{len(ids)}, 4, {n}, {n}]" in repr(joined)
+    assert "1 forward(s), 2 sites" in repr(joined)
+    assert f"[batch, head, query, key] [{len(ids)}, 4, {n}, {n}]" in repr(joined)
     assert set(joined.table("received", per="position").position) == set(range(n))
 
 

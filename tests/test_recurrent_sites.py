@@ -25,27 +25,25 @@ def _rwkv() -> nn.Module:
     )
 
 
-# How to build it, the module inside a mixer that is given what the heads read, and how a head is zero in that.
+# How to build it, the module inside a mixer that is given what the heads read, and how that is laid out.
 def _rows(z: Tensor) -> Tensor:
     """[batch · position · head of 4, width], of a norm for each head."""
-    z = z.clone()
-    z.view(2, 17, 4, -1)[:, :, HEAD] = 0
-    return z
+    return z.view(2, 17, 4, -1)
 
 
 def _heads(z: Tensor) -> Tensor:
-    z = z.clone()
-    z[:, :, HEAD] = 0
     return z
 
 
 def _features(width: int) -> Callable[[Tensor], Tensor]:
-    def zero(z: Tensor) -> Tensor:
-        z = z.clone()
-        z[..., HEAD * width : (HEAD + 1) * width] = 0
-        return z
+    return lambda z: z.unflatten(-1, (-1, width))
 
-    return zero
+
+def _times(z: Tensor, laid_out: Callable[[Tensor], Tensor], factor: float) -> Tensor:
+    """One head of it times a factor."""
+    factors = torch.ones(laid_out(z).shape[2])
+    factors[HEAD] = factor
+    return (laid_out(z) * factors[:, None]).view_as(z)
 
 
 MODELS: dict[str, tuple[Callable[[], Any], str, Callable[[Tensor], Tensor]]] = {
@@ -95,17 +93,22 @@ def test_captured_verified_and_saved(name: str, tmp_path: Path) -> None:
     assert torch.equal(again.pattern.dense(), one.pattern.dense())
 
 
+def by_hand(model: Any, name: str, site: str, factor: float) -> Any:
+    """A hook that gives the module after the heads' output one head times a factor."""
+    _, part, laid_out = MODELS[name]
+    inside = model.get_submodule(f"{site}.{part}")
+    return inside.register_forward_pre_hook(lambda _, given: (_times(given[0], laid_out, factor), *given[1:]))
+
+
 @EACH
 @torch.no_grad()
 def test_a_head_is_switched_off_as_by_hand(name: str) -> None:
     model = build(name)
-    _, part, zero = MODELS[name]
     bare = model(IDS, use_cache=False).logits
     with workbench.attach(model) as wb:
         site = states(wb)[0]
-        inside = model.get_submodule(f"{site.name}.{part}")
-        handle = inside.register_forward_pre_hook(lambda module, given: (zero(given[0]), *given[1:]))
-        by_hand = model(IDS, use_cache=False).logits
+        handle = by_hand(model, name, site.name, 0.0)
+        wanted = model(IDS, use_cache=False).logits
         handle.remove()
         with wb.ablate({(site.name, HEAD)}, how="zero"):
             ablated = model(IDS, use_cache=False).logits
@@ -116,10 +119,61 @@ def test_a_head_is_switched_off_as_by_hand(name: str) -> None:
         with wb.patch({(site.name, HEAD): lambda z, site, head: 0 * z}):
             patched = model(IDS, use_cache=False).logits
         assert torch.equal(model(IDS, use_cache=False).logits, bare)
-    assert float((by_hand - bare).abs().max()) > 1e-4
+    assert float((wanted - bare).abs().max()) > 1e-4
     for edited in (ablated, without_rows, patched):
-        torch.testing.assert_close(edited, by_hand, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(edited, wanted, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(same, bare, atol=2e-5, rtol=2e-5)
+
+
+def backward(model: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(IDS, use_cache=False).logits.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@EACH
+def test_gradients_of_an_edited_model_are_those_by_hand(name: str) -> None:
+    """A head is halved: in its output, and in the rows of its map."""
+    model = build(name)
+    with workbench.attach(model) as wb:
+        site = states(wb)[0]
+        handle = by_hand(model, name, site.name, 0.5)
+        wanted = backward(model)
+        handle.remove()
+        edits = [
+            wb.patch({(site.name, HEAD): lambda z, site, head: z / 2}),
+            wb.edit_pattern({(site.name, HEAD)}, lambda rows, site, head: rows / 2),
+        ]
+        for edit in edits:
+            with edit:
+                found = backward(model)
+            assert found.keys() == wanted.keys()
+            for parameter, gradient in wanted.items():
+                size = float(gradient.abs().max())
+                torch.testing.assert_close(found[parameter], gradient, atol=2e-4 * size + 1e-9, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "qwen3.5", "olmo", "kimi-linear", "minimax"])
+def test_gradients_of_heads_are_those_of_what_follows_them(name: str) -> None:
+    model = build(name)
+    _, part, laid_out = MODELS[name]
+    arrived: list[Tensor] = []
+    with workbench.attach(model) as wb:
+        site = states(wb)[0]
+        bare = backward(model)
+        inside = model.get_submodule(f"{site.name}.{part}")
+        handle = inside.register_forward_pre_hook(lambda _, given: given[0].register_hook(arrived.append) and None)
+        backward(model)
+        handle.remove()
+        with wb.capture(gradients=True, values=True) as capture:
+            watched = backward(model)
+    want, one = laid_out(arrived[0]), capture[site.name]
+    size = float(want.abs().max())
+    torch.testing.assert_close(one.z_gradient.to(want), want, atol=1e-4 * size, rtol=1e-3)
+    of_weights = torch.einsum("bihw,bhjw->bhij", want.float(), one.pattern.values.float())
+    truth = (one.pattern.dense() * of_weights).sum(-1)
+    torch.testing.assert_close(one.query_gradient, truth, atol=1e-3 * float(truth.abs().max()), rtol=1e-2)
+    assert all(torch.equal(watched[parameter], gradient) for parameter, gradient in bare.items())
 
 
 @pytest.mark.parametrize("name", ["qwen3-next", "kimi-linear", "lfm2"])

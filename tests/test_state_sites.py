@@ -8,7 +8,7 @@ import transformers as hf
 from torch import nn
 
 import workbench
-from workbench.errors import AttachError, CaptureError, InterventionError
+from workbench.errors import AttachError, CaptureError
 from workbench.hooks.edits import Edit
 
 IDS = torch.randint(3, 60, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -60,30 +60,42 @@ def test_capture_leaves_the_output_and_marks_state_sites(model: nn.Module) -> No
 
 
 @torch.no_grad()
-def test_a_capture_goes_on_where_a_state_does(model: nn.Module) -> None:
-    inputs = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 2, "pad_token_id": 0}
+def test_a_generation_is_joined(model: nn.Module) -> None:
+    inputs = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 3, "min_new_tokens": 3, "pad_token_id": 0}
     bare = model.generate(IDS, **inputs)
     with workbench.attach(model) as wb:
-        states = [site.name for site in wb.sites if site.kind == "state"]
-        missing = f"{len(states)} calls of {len(states)} sites were not recorded"
-        with pytest.warns(UserWarning, match=missing), wb.capture() as capture:
+        with wb.capture() as capture:
             assert torch.equal(model.generate(IDS, **inputs), bare)
-        assert len(capture.calls) == 2
-        for name in states:
-            assert str(capture.ledger[name]).startswith("1 recorded, 1 call not recorded: the mixer goes on from a")
-        if any(site.kind == "self" for site in wb.sites):
-            with wb.capture(sites=lambda site: site.kind == "self") as capture:
-                model.generate(IDS, **inputs)
-            assert capture.joined()[0].shape[2:] == (18, 18)
+        assert capture.ledger == {site.name: 3 for site in wb.sites}
+        joined = capture.joined()
+        assert [one.shape[2:] for one in joined] == [(19, 19)] * len(wb.sites)
+        with wb.capture() as whole:
+            model(bare[:, :-1], use_cache=False)
+    for one, want in zip(joined, whole, strict=True):
+        torch.testing.assert_close(one.pattern.dense(), want.pattern.dense(), atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_a_site_that_was_asked_for_must_be_recorded_and_verify_names_what_cannot(model: nn.Module) -> None:
+def test_a_step_is_verified(model: nn.Module) -> None:
     cache = "past_key_values" if isinstance(model, hf.JambaForCausalLM) else "cache_params"
     begun = {cache: getattr(model(IDS, use_cache=True), cache)}
-    step = {"input_ids": IDS[:, :1], "use_cache": True, **begun}
     with workbench.attach(model) as wb:
-        states = {site.name for site in wb.sites if site.kind == "state"}
+        found = wb.verify(input_ids=IDS[:, :1], use_cache=True, **begun).raise_if_failed()
+    assert not found.unrecorded
+
+
+@torch.no_grad()
+def test_a_site_that_was_asked_for_must_be_recorded_and_verify_names_what_cannot() -> None:
+    """RWKV's state is not read."""
+    torch.manual_seed(0)
+    model = hf.RwkvForCausalLM(
+        hf.RwkvConfig(
+            num_hidden_layers=2, hidden_size=16, attention_hidden_size=16, intermediate_size=24, vocab_size=60
+        )
+    ).eval()
+    step = {"input_ids": IDS[:, :1], "use_cache": True, "state": model(IDS, use_cache=True).state}
+    with workbench.attach(model) as wb:
+        states = {site.name for site in wb.sites}
         verified = wb.verify(**step)
         assert verified.unrecorded.keys() == states
         assert f"{len(states)} sites not recorded" in repr(verified)
@@ -92,6 +104,12 @@ def test_a_site_that_was_asked_for_must_be_recorded_and_verify_names_what_cannot
         missing = "nothing could be recorded: the mixer goes on from a cached state"
         with pytest.raises(CaptureError, match=missing), wb.capture(sites=lambda site: site.kind == "state"):
             model(**step)
+        inputs = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 2, "pad_token_id": 0}
+        bare = model.generate(IDS, **inputs)
+        with pytest.warns(UserWarning, match="2 calls of 2 sites were not recorded"), wb.capture() as capture:
+            assert torch.equal(model.generate(IDS, **inputs), bare)
+        for name in states:
+            assert str(capture.ledger[name]).startswith("1 recorded, 1 call not recorded: the mixer goes on from a")
 
 
 class _Half(Edit):
@@ -99,26 +117,52 @@ class _Half(Edit):
         return z / 2
 
 
-def test_heads_of_a_state_site_can_be_edited_without_gradients(model: nn.Module) -> None:
+@torch.no_grad()
+def test_heads_of_a_state_site_can_be_edited(model: nn.Module) -> None:
     with workbench.attach(model) as wb:
         site = next(site.name for site in wb.sites if site.kind == "state")
-        with torch.no_grad(), wb.capture(z=True, sites=site) as plain:
+        with wb.capture(z=True, sites=site) as plain:
             bare = model(IDS, use_cache=False).logits
-        with torch.no_grad(), wb.editing(_Half([site])), wb.capture(z=True, sites=site) as edited:
+        with wb.editing(_Half([site])), wb.capture(z=True, sites=site) as edited:
             changed = model(IDS, use_cache=False).logits
         torch.testing.assert_close(edited[site].z, plain[site].z / 2)
         assert not torch.equal(changed, bare)
-        with pytest.raises(InterventionError, match="gradients do not flow"), wb.editing(_Half([site])):
-            model(IDS, use_cache=False)
 
 
-def test_gradients_of_state_sites_are_refused_by_name(model: nn.Module) -> None:
-    with (
-        workbench.attach(model) as wb,
-        pytest.raises(CaptureError, match="gives no output per head"),
-        wb.capture(gradients=True),
-    ):
-        model(IDS, use_cache=False)
+class _Same(Edit):
+    def __call__(self, call: object, z: torch.Tensor) -> torch.Tensor:
+        return z.clone()
+
+
+def test_gradients_flow_through_edited_mixers_and_reach_heads(model: nn.Module) -> None:
+    """An edit that changes nothing leaves every parameter's gradient; z's is the same with and without it."""
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(IDS, use_cache=False).logits.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with workbench.attach(model) as wb:
+        site = next(site.name for site in wb.sites if site.kind == "state")
+        bare = gradients()
+        with wb.capture(gradients=True) as plain:
+            watched = gradients()
+        with wb.editing(_Same([site])), wb.capture(gradients=True) as edited:
+            same = gradients()
+        rows = wb.edit_pattern({(site, 0)}, lambda rows, site, head: rows)
+        with rows:
+            through_rows = gradients()
+    assert bare.keys() == watched.keys() == same.keys()
+    for name, want in bare.items():
+        assert torch.equal(watched[name], want)
+        scale = float(want.abs().max())
+        for got in (same, through_rows):
+            torch.testing.assert_close(got[name], want, atol=1e-4 * scale, rtol=1e-3)
+    for one, other in zip(plain, edited, strict=True):
+        scale = float(one.z_gradient.abs().max())
+        assert scale > 0
+        torch.testing.assert_close(one.z_gradient, other.z_gradient, atol=1e-4 * scale, rtol=1e-3)
+        torch.testing.assert_close(one.head_gradient, other.head_gradient, atol=1e-3 * scale, rtol=1e-2)
 
 
 @torch.no_grad()

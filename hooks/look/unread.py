@@ -85,7 +85,7 @@ class _Judge:
         """The calls inside, at any depth, that mix by themselves; but for those of these names, which are left out."""
         mixing: list[ModuleCall] = []
         for one in call.inner:
-            if one.name in followed:
+            if any(one.name == name or one.name.startswith(f"{name}.") for name in followed):
                 continue
             self.judge(one)
             mixing += [one] if one in self._mixing else self._inside(one)

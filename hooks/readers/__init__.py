@@ -3,16 +3,21 @@
 from workbench.hooks.readers import (
     delta,
     lightning,
+    linear_attention,
     mamba,
     mamba2,
     rg_lru,
     rwkv,
     short_conv,
+    xlstm,
 )  # they register themselves
 from workbench.hooks.readers.registered import (
+    Begun,
     Mixing,
     ModuleRun,
     Reader,
+    before_reading,
+    check_gradients,
     continues,
     in_place_of,
     read_module,
@@ -21,13 +26,17 @@ from workbench.hooks.readers.registered import (
 )
 
 __all__ = [
+    "Begun",
     "Mixing",
     "ModuleRun",
     "Reader",
+    "before_reading",
+    "check_gradients",
     "continues",
     "delta",
     "in_place_of",
     "lightning",
+    "linear_attention",
     "mamba",
     "mamba2",
     "read_module",
@@ -36,4 +45,5 @@ __all__ = [
     "rg_lru",
     "rwkv",
     "short_conv",
+    "xlstm",
 ]

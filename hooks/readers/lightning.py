@@ -11,18 +11,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, join_heads, reader
-from workbench.hooks.readers.state_space import check_run, foreign, has, unpadded
+from workbench.hooks.readers.state_space import carried, check_run, foreign, has, unpadded
 from workbench.kernels.lightning import LightningPattern
 
 
-def _continues(module: nn.Module, inputs: Mapping[str, Any]) -> bool:
+def _held(module: nn.Module, inputs: Mapping[str, Any], output: Any) -> dict[str, Tensor] | None:
     """Its cache has a list of states of its own, filled as far as a layer has run."""
     cache: Any = inputs.get("past_key_values")
     held = None if cache is None else cache.get_linear_cache(module.layer_idx)
-    return held is not None and len(held) > 0
+    return None if held is None or len(held) == 0 else {"state": held}
 
 
-@reader("MiniMaxLightningAttention", when=has("qkv_proj", "slope_rate", "output_gate"), continues=_continues)
+def _continues(module: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    return _held(module, inputs, None) is not None
+
+
+@reader(
+    "MiniMaxLightningAttention", when=has("qkv_proj", "slope_rate", "output_gate"), continues=_continues, state=_held,
+)  # fmt: skip
 def lightning(run: ModuleRun) -> Mixing:
     """Queries, keys and values pass an activation each; a head's decay is constant."""
     check_run(run)
@@ -41,4 +47,7 @@ def lightning(run: ModuleRun) -> Mixing:
         out: Tensor = module.out_proj.forward(module.output_gate.forward(hidden).sigmoid() * y)
         return out
 
-    return Mixing(LightningPattern(q, k, decay, values=v), v, finish, "lightning", queries=q, keys=k)
+    pattern = LightningPattern(q, k, decay, values=v)
+    if (state := carried(run, "state")) is not None:
+        pattern.before = pattern.from_state(state)
+    return Mixing(pattern, v, finish, "lightning", queries=q, keys=k)

@@ -14,35 +14,45 @@ from torch import Tensor
 
 from workbench.hooks.configs import read
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import check_run, convolved, foreign, has_parts, rounded, step_size, unpadded
+from workbench.hooks.readers.state_space import (
+    cached,
+    carried,
+    check_run,
+    convolved,
+    foreign,
+    has_parts,
+    rounded,
+    step_size,
+    unpadded,
+)
 from workbench.kernels.state_space import SelectivePattern
 
 
-@reader("MambaMixer", "FalconMambaMixer", "JambaMambaMixer", when=has_parts)
+@reader("MambaMixer", "FalconMambaMixer", "JambaMambaMixer", when=has_parts, state=cached)
 def mamba(run: ModuleRun) -> Mixing:
     """The channels are the heads; C are the queries and B the keys."""
     check_run(run)
     try:
-        return _selective(run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
+        return _selective(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
     except AttributeError as error:
         raise foreign(run, error) from error
 
 
-@reader("ZambaMambaMixer", when=has_parts)
+@reader("ZambaMambaMixer", when=has_parts, state=cached)
 def zamba(run: ModuleRun) -> Mixing:
     """As `mamba`, the channels in groups."""
     check_run(run)
     try:
-        return _many_headed(run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
+        return _many_headed(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
     except AttributeError as error:
         raise foreign(run, error) from error
 
 
-def _selective(module: Any, hidden: Tensor, mask: Tensor | None) -> Mixing:
+def _selective(run: ModuleRun, module: Any, hidden: Tensor, mask: Tensor | None) -> Mixing:
     """Mamba: Δ, B and C of every channel come from the convolved x; some releases norm them first."""
     projected = module.in_proj.forward(unpadded(hidden, mask)).transpose(1, 2)
     x, gate = projected.chunk(2, dim=1)
-    x = unpadded(convolved(module, x), mask)
+    x = unpadded(convolved(module, x, carried(run, "conv")), mask)
     low, B, C = module.x_proj.forward(x).split(
         [module.time_step_rank, module.ssm_state_size, module.ssm_state_size], dim=-1
     )
@@ -56,15 +66,17 @@ def _selective(module: Any, hidden: Tensor, mask: Tensor | None) -> Mixing:
     else:
         steps = module.dt_proj.weight @ low.transpose(1, 2)
     delta = step_size(steps, module.dt_proj.bias, (-1, 1))
-    return _of_channels(module, x.transpose(1, 2), gate, delta, module.A_log, module.D, B[:, None], C[:, None], hidden)
+    return _of_channels(
+        run, module, x.transpose(1, 2), gate, delta, module.A_log, module.D, B[:, None], C[:, None], hidden
+    )
 
 
-def _many_headed(module: Any, hidden: Tensor, mask: Tensor | None) -> Mixing:
+def _many_headed(run: ModuleRun, module: Any, hidden: Tensor, mask: Tensor | None) -> Mixing:
     """Zamba's Mamba: groups of channels, each with projections of its own to Δ, B and C."""
     b, n, _ = hidden.shape
     projected = module.in_proj.forward(unpadded(hidden, mask)).transpose(1, 2)
     x, gate = projected.reshape(b, -1, 2, n).unbind(2)
-    x = unpadded(convolved(module, x), mask).transpose(1, 2)
+    x = unpadded(convolved(module, x, carried(run, "conv")), mask).transpose(1, 2)
     grouped = x.reshape(b, module.n_mamba_heads, module.mamba_head_dim, n)
     low, B, C = (module.x_proj_weight @ grouped).transpose(-1, -2).split(
         [module.time_step_rank, module.ssm_state_size, module.ssm_state_size], dim=-1
@@ -72,10 +84,11 @@ def _many_headed(module: Any, hidden: Tensor, mask: Tensor | None) -> Mixing:
     steps = (module.dt_proj_weight @ low.transpose(-1, -2)).flatten(1, 2)
     bias = None if module.dt_proj_bias is None else module.dt_proj_bias.flatten()
     delta = step_size(steps, bias, (-1, 1))
-    return _of_channels(module, x, gate, delta, module.A_log.flatten(0, 1), module.D.flatten(), B, C, hidden)
+    return _of_channels(run, module, x, gate, delta, module.A_log.flatten(0, 1), module.D.flatten(), B, C, hidden)
 
 
 def _of_channels(
+    run: ModuleRun,
     module: Any,
     x: Tensor,
     gate: Tensor,
@@ -95,4 +108,6 @@ def _of_channels(
 
     B, v = rounded(B), rounded(x)[..., None]
     pattern = SelectivePattern(delta, -A_log.float().exp(), B, C, values=v)
+    if (state := carried(run, "state")) is not None:
+        pattern.before = pattern.from_state(state.flatten(1, -2))
     return Mixing(pattern, v, finish, "mamba", queries=C, keys=B)

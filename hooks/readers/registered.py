@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError, InterventionError
 from workbench.hooks.nested import first_tensor
-from workbench.hooks.tap import AttentionCall, Kind
+from workbench.hooks.tap import AttentionCall, Kind, StateLink
 from workbench.kernels.patterns import Pattern
 
 
@@ -26,6 +26,7 @@ class ModuleRun:
         inputs: what its forward was called with, by parameter name, defaults included.
         output: what it gave.
         continued: whether it went on from the cached state of earlier positions; None if that is not known.
+        carried: that state, by name, as it was before the module ran; None if there was none or it is not known.
     """
 
     site: str
@@ -33,6 +34,7 @@ class ModuleRun:
     inputs: Mapping[str, Any]
     output: Any
     continued: bool | None = None
+    carried: Mapping[str, Tensor] | None = None
 
 
 def join_heads(z: Tensor) -> Tensor:
@@ -65,6 +67,7 @@ class Mixing:
 
 Read = Callable[[ModuleRun], Mixing]
 Continues = Callable[[nn.Module, Mapping[str, Any]], bool]
+Held = Callable[[nn.Module, Mapping[str, Any], Any], Mapping[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Reader:
     when: Callable[[nn.Module], bool]
     continues: Continues | None = None
     follows: tuple[str, ...] = ()
+    state: Held | None = None
 
     def __call__(self, run: ModuleRun) -> Mixing:
         """What the module's mixing amounts to."""
@@ -91,6 +95,7 @@ def reader(
     when: Callable[[nn.Module], bool] = lambda module: True,
     continues: Continues | None = None,
     follows: Sequence[str] = (),
+    state: Held | None = None,
 ) -> Callable[[Read], Reader]:
     """Register a function that reads modules which mix tokens in their own way; a decorator.
 
@@ -108,6 +113,9 @@ def reader(
             positions; by default `workbench.hooks.readers.continues` asks the cache among its inputs.
         follows: names of modules inside whose own mixing the reader takes into account, such as a convolution of
             the values: these are not listed as unread.
+        state: what the cache holds of a module with these inputs by name, tensors [batch, ...] by name, or None; it is
+            also given what the module gave, None before it has run. A call that goes on from it is then read too:
+            `run.carried` has them, and what the rows read of them, beside A·V, goes into the pattern's `before`.
 
     >>> from workbench.kernels.patterns import DensePattern
     >>> class Average(nn.Module):
@@ -123,7 +131,8 @@ def reader(
         raise CaptureError(f"a reader is for classes or their names, not {modules!r}", hint='reader("package.Class")')
 
     def register(read: Read) -> Reader:
-        made = Reader(read.read if isinstance(read, Reader) else read, kind, when, continues, tuple(follows))
+        given = read.read if isinstance(read, Reader) else read
+        made = Reader(given, kind, when, continues, tuple(follows), state)
         _readers.update(dict.fromkeys(modules, made))
         _of_class.clear()
         return made
@@ -181,6 +190,31 @@ def continues(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return any(_holds_state(cache, module) for cache in caches)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What was known of a module before it ran: whether it continues, and from which state."""
+
+    continued: bool
+    carried: Mapping[str, Tensor] | None = None
+
+
+def before_reading(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Begun:
+    """To be asked before a module runs: `continues`, and a copy of the state that it will go on from."""
+    if not continues(module, args, kwargs):
+        return Begun(False)
+    held = _held(module, args, kwargs, None)
+    return Begun(True, None if held is None else {name: t.detach().clone() for name, t in held.items()})
+
+
+def _held(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> Mapping[str, Tensor] | None:
+    found = reader_of(module)
+    if found is None or found.state is None:
+        return None
+    return found.state(module, bound_inputs(module, args, kwargs), output) or None
+
+
 def _holds_state(cache: Any, module: Any) -> bool:
     known = cache.has_previous_state
     return bool(known(module.layer_idx) if callable(known) else known)
@@ -193,14 +227,14 @@ def read_module(
     kwargs: Mapping[str, Any],
     output: Any,
     *,
-    continued: bool | None = None,
+    begun: Begun | None = None,
 ) -> AttentionCall:
     """The call that a module which has run amounts to, by its reader.
 
     Args:
         site: the module's name.
         args, kwargs: what the module was called with. output: what it gave.
-        continued: what `continues` said before it ran; needed only where it was given a cache.
+        begun: what `before_reading` said before it ran; needed only where it was given a cache.
 
     Raises:
         CaptureError: the module has no reader or gives no tensor; and what the reader raises.
@@ -211,12 +245,13 @@ def read_module(
     given = first_tensor(output)
     if given is None:
         raise CaptureError(f"the module gives {type(output).__name__}, which begins with no tensor", site=site)
+    continued, carried = (None, None) if begun is None else (begun.continued, begun.carried)
     try:
-        mixing = found(ModuleRun(site, module, bound_inputs(module, args, kwargs), output, continued))
+        mixing = found(ModuleRun(site, module, bound_inputs(module, args, kwargs), output, continued, carried))
     except CaptureError as error:
         raise type(error)(error.message, site=error.site or site, shape=error.shape, hint=error.hint) from error
     _check(mixing, site)
-    others = dict(mixing.others)
+    others, left = dict(mixing.others), _held(module, args, kwargs, output)
     return AttentionCall(
         site=site,
         module=module,
@@ -228,6 +263,7 @@ def read_module(
         tap="reader",
         is_causal=mixing.pattern.mask.causal,
         finish=mixing.finish,
+        state=StateLink.between(carried, left),
         build=lambda: copy.copy(mixing.pattern),
         build_others=lambda: {name: copy.copy(pattern) for name, pattern in others.items()},
     )
@@ -249,18 +285,41 @@ def _check(mixing: Any, site: str) -> None:
         )
 
 
-def in_place_of(call: AttentionCall, edited: Tensor, output: Any) -> Any:
-    """What a module gives, with an edited tensor in the place of its own.
+def check_gradients(call: AttentionCall, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Compare the gradients of what is read of a module with its own, in the inputs and parameters that have any.
+
+    A map may hold some of its parts fixed; heads that are edited would then have other gradients than the model.
 
     Raises:
-        InterventionError: gradients are wanted.
+        InterventionError: they differ.
     """
-    if torch.is_grad_enabled() and call.output.requires_grad:
-        raise InterventionError(
-            f"gradients do not flow through a {type(call.module).__name__} whose heads are edited",
-            site=call.site,
-            hint="run the model under torch.no_grad(), or edit attention sites",
-        )
+    assert call.finish is not None
+    again = call.finish(call.mixed)
+    wanted = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+    wanted += [parameter for parameter in call.module.parameters() if parameter.requires_grad]
+    direction = torch.randn(call.output.shape, generator=torch.Generator().manual_seed(0)).to(call.output)
+    found: list[tuple[Tensor | None, ...]] = [(None,) * len(wanted)] * 2
+    for i, y in enumerate((call.output, again)):
+        if y.requires_grad:
+            found[i] = torch.autograd.grad(y, wanted, direction, retain_graph=True, allow_unused=True)
+    for own, read in zip(*found, strict=True):
+        size = max((float(g.abs().max()) for g in (own, read) if g is not None and g.numel()), default=0.0)
+        zero = torch.zeros(())
+        off = float(((zero if read is None else read) - (zero if own is None else own)).abs().max()) if size else 0.0
+        if off > _GRADIENTS_OFF.get(call.output.dtype, 1e-3) * size:
+            raise InterventionError(
+                f"gradients do not flow through what is read of a {type(call.module).__name__} as they do through it",
+                site=call.site,
+                hint="run the model under torch.no_grad(), or edit other sites; a reader's pattern must keep the "
+                "history of what it is made of (workbench.kernels.history.own)",
+            )
+
+
+_GRADIENTS_OFF = {torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+def in_place_of(call: AttentionCall, edited: Tensor, output: Any) -> Any:
+    """What a module gives, with an edited tensor in the place of its own."""
     given = first_tensor(output)
     assert given is not None  # or it could not have been read
     return given[1](edited)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import check_run, filtered, foreign, has, rounded
+from workbench.hooks.readers.state_space import carried, check_run, filtered, foreign, has, rounded
 from workbench.kernels.recurrent import RecurrentPattern
 
 _SHARPNESS = 8.0  # c of arXiv 2402.19427, eq. 3; fixed in the module
@@ -30,23 +30,29 @@ def _continues(module: Any, inputs: Mapping[str, Any]) -> bool:
     return not begins and module.conv1d_state.shape[0] == inputs["input_states"].shape[0]
 
 
+def _held(module: Any, inputs: Mapping[str, Any], output: Any) -> dict[str, Tensor] | None:
+    held = {"conv": module.conv1d_state, "state": module.rg_lru.recurrent_states}
+    return None if any(t is None for t in held.values()) else held
+
+
 @reader(
     "RecurrentGemmaRecurrentBlock", when=has("linear_x", "linear_y", "conv_1d", "rg_lru", "linear_out"),
-    continues=_continues, follows=("conv_1d", "rg_lru"),
+    continues=_continues, follows=("conv_1d", "rg_lru"), state=_held,
 )  # fmt: skip
 def rg_lru(run: ModuleRun) -> Mixing:
     """The channels are the heads; they fade with a, and reset where positions begin again."""
     check_run(run)
     try:
-        return _rg_lru(run.module, run.inputs["input_states"], run.inputs["position_ids"])
+        return _rg_lru(run, run.module, run.inputs["input_states"], run.inputs["position_ids"])
     except AttributeError as error:
         raise foreign(run, error) from error
 
 
-def _rg_lru(module: Any, given: Tensor, position_ids: Tensor) -> Mixing:
+def _rg_lru(run: ModuleRun, module: Any, given: Tensor, position_ids: Tensor) -> Mixing:
     unit = module.rg_lru
     other = module.act_fn.forward(module.linear_y.forward(given))
-    x = filtered(module.conv_1d, module.linear_x.forward(given).transpose(1, 2)).transpose(1, 2)
+    behind = carried(run, "conv") if given.shape[1] == 1 else None  # of several positions, it forgets those before
+    x = filtered(module.conv_1d, module.linear_x.forward(given).transpose(1, 2), behind).transpose(1, 2)
 
     def gate(which: str) -> Tensor:
         weight, bias = (getattr(unit, f"{which}_gate_{part}") for part in ("weight", "bias"))
@@ -66,4 +72,7 @@ def _rg_lru(module: Any, given: Tensor, position_ids: Tensor) -> Mixing:
 
     k, v = rounded(written), rounded(x.transpose(1, 2)[..., None])
     q = torch.ones_like(k)
-    return Mixing(RecurrentPattern(q, k, rounded(log_decay), values=v), v, finish, "rg_lru", queries=q, keys=k)
+    pattern = RecurrentPattern(q, k, rounded(log_decay), values=v)
+    if (state := carried(run, "state")) is not None:
+        pattern.before = pattern.from_state(state[:, :, None, None])
+    return Mixing(pattern, v, finish, "rg_lru", queries=q, keys=k)

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import check_run, foreign, has, unpadded
+from workbench.hooks.readers.state_space import cached, carried, check_run, foreign, has, unpadded
 from workbench.kernels.recurrent import FilterPattern
 
 
-@reader("Lfm2ShortConv", "Lfm2MoeShortConv", "Lfm3ShortConv", when=has("conv", "in_proj", "out_proj"))
+@reader("Lfm2ShortConv", "Lfm2MoeShortConv", "Lfm3ShortConv", when=has("conv", "in_proj", "out_proj"), state=cached)
 def short_conv(run: ModuleRun) -> Mixing:
     """The channels are the heads."""
     check_run(run)
@@ -36,4 +36,6 @@ def short_conv(run: ModuleRun) -> Mixing:
     blank = module.in_proj.bias is None  # a bias is written at padding too, and read from there
     padding = mask == 0 if mask is not None and blank else None
     pattern = FilterPattern(weight, v.shape[0], v.shape[2], padding=padding, values=v)
+    if (state := carried(run, "conv")) is not None and weight.shape[1] > 1:
+        pattern.before = pattern.from_state(state[..., 1 - weight.shape[1] :])
     return Mixing(pattern, v, finish, "short_conv")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def check_run(run: ModuleRun) -> None:
     """Refuse a run whose map is not that of one whole sequence per batch entry.
 
     Raises:
-        Unshown: the mixer went on from a cached state, or runs on packed sequences.
+        Unshown: the mixer went on from a state that is not known, or runs on packed sequences.
         CaptureError: it is not known whether it went on from one.
     """
     if run.continued is None and any(run.inputs.get(name) is not None for name in _CACHES):
@@ -38,7 +38,7 @@ def check_run(run: ModuleRun) -> None:
             site=run.site,
             hint="ask `continues` before the module runs, and pass what it says",
         )
-    if run.continued:
+    if run.continued and run.carried is None:
         raise Unshown(
             "the mixer goes on from a cached state: positions before this call act on it, and no map of the call shows "
             "them",
@@ -52,6 +52,23 @@ def check_run(run: ModuleRun) -> None:
             site=run.site,
             hint="capture one sequence per batch row",
         )
+
+
+def cached(module: Any, inputs: Mapping[str, Any], output: Any) -> dict[str, Tensor] | None:
+    """What a cache of transformers holds of a mixer: "conv" [batch, channel, size] and "state", as far as it does."""
+    cache = next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
+    if cache is None or not hasattr(cache, "get_conv_state"):
+        return None
+    found = {
+        "conv": cache.get_conv_state(module.layer_idx),
+        "state": cache.get_recurrent_state(module.layer_idx),
+    }
+    return {name: t for name, t in found.items() if t is not None}
+
+
+def carried(run: ModuleRun, name: str) -> Tensor | None:
+    """A part of the state that the mixer went on from; None if it begins."""
+    return None if run.carried is None else run.carried[name]
 
 
 def foreign(run: ModuleRun, error: AttributeError) -> CaptureError:
@@ -68,17 +85,24 @@ def unpadded(t: Tensor, mask: Tensor | None) -> Tensor:
     return t if mask is None else (t * mask[:, :, None]).to(t.dtype)
 
 
-def convolved(module: Any, x: Tensor) -> Tensor:
+def convolved(module: Any, x: Tensor, before: Tensor | None = None) -> Tensor:
     """The module's causal convolution over positions and its activation: [batch, channel, n] -> [batch, n, channel]."""
-    out = filtered(module.conv1d, x)
+    out = filtered(module.conv1d, x, before)
     act = module.act if hasattr(module, "act") else _activation(module, module.activation)
     found: Tensor = act.forward(out).to(x.dtype)
     return found.transpose(1, 2)
 
 
-def filtered(conv: Any, x: Tensor) -> Tensor:
-    """A causal convolution for each channel of x [batch, channel, position], in the dtype of its weights."""
+def filtered(conv: Any, x: Tensor, before: Tensor | None = None) -> Tensor:
+    """A causal convolution for each channel of x [batch, channel, position], in the dtype of its weights.
+
+    Args:
+        before: the positions before the first, [batch, channel, at least size − 1]; zeros if None.
+    """
     weight, n = conv.weight, x.shape[-1]
+    if before is not None and weight.shape[-1] > 1:
+        longer = torch.cat((before[..., 1 - weight.shape[-1] :], x), dim=-1).to(weight.dtype)
+        return F.conv1d(longer, weight, conv.bias, groups=x.shape[1])
     return F.conv1d(x.to(weight.dtype), weight, conv.bias, padding=weight.shape[-1] - 1, groups=x.shape[1])[..., :n]
 
 

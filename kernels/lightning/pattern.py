@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_attention
+from workbench.kernels.history import own
 from workbench.kernels.lightning import chunked
 from workbench.kernels.lightning.decay import check_decay, powers
 from workbench.kernels.masks import Mask
@@ -37,6 +38,7 @@ class LightningPattern(Pattern):
 
     signed = True
     normalised = False
+    position_axes: ClassVar[Mapping[str, int]] = {"q": 2, "k": 2, "values": 2}
 
     def __init__(self, q: Tensor, k: Tensor, decay: Tensor | None = None, *, values: Tensor | None = None) -> None:
         check_attention(q, k)
@@ -48,7 +50,7 @@ class LightningPattern(Pattern):
         n = q.shape[2]
         super().__init__((*q.shape[:3], n), Mask(n, n, causal=True), chunked.state_dtype(q), q.device)
         self.n_kv_heads = k.shape[1]
-        self.q, self.k, self.values = q.detach(), k.detach(), None if values is None else values.detach()
+        self.q, self.k, self.values = own(q), own(k), None if values is None else own(values)
         self.decay = check_decay(decay, q.shape[1])
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -70,6 +72,12 @@ class LightningPattern(Pattern):
         [4.0, inf]
         """
         return 1 / (1 - self.decay)
+
+    def from_state(self, state: Tensor) -> Tensor:
+        """[batch, head, query, width] that the rows read of a state [batch, head, d, width] from before the first."""
+        after = torch.arange(1, self.n_queries + 1, device=self.decay.device)
+        faded = powers(self.decay, after, self.q.new_empty(0, dtype=self.dtype))
+        return self.q.to(self.dtype) @ state.to(self.dtype) * faded[..., None]
 
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, q, k] of A, in a fresh tensor."""

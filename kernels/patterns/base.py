@@ -6,9 +6,9 @@ A mechanism is a subclass with a `tile`; statistics, views and analyses follow f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class Pattern(ABC):
         sinks: [head] logits that join the softmax's denominator only; None for none.
         values: [batch, kv head, key, width], for value-weighted statistics; None if they were not kept.
         dtype: of the tiles; float64 for float64 inputs, else float32.
+        before: [batch, head, query, width] that the rows read, beside A·V, of a state which was there before the first
+            key; None where there was none.
         tile_scale: how many times as large as others its tiles may be: 2 where making one takes no tensors of its size.
     """
 
@@ -54,6 +56,9 @@ class Pattern(ABC):
     tile_scale: int = 1
     n_kv_heads: int
     sinks: Tensor | None = None
+    before: Tensor | None = None
+    position_axes: ClassVar[Mapping[str, int]] = {}
+    """Which axis of the tensors of `state` lies along positions, of families that `then` can join."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -115,7 +120,38 @@ class Pattern(ABC):
     def kept(self, keep: Callable[[str, Tensor], Tensor]) -> Pattern:
         """The same pattern on tensors that `keep(name, tensor)` made of its own."""
         facts, tensors = self.state()
-        return self.rebuild(facts, {name: keep(name, tensor) for name, tensor in tensors.items()})
+        made = self.rebuild(facts, {name: keep(name, tensor) for name, tensor in tensors.items()})
+        made.before = self.before
+        return made
+
+    def then(self, later: Sequence[Pattern]) -> Pattern:
+        """The map over these positions and those of later patterns, of a recurrence that went on from here to there.
+
+        Raises:
+            CaptureError: patterns of this family cannot be joined so, or what all positions share differs.
+        """
+        if not self.position_axes:
+            raise CaptureError(f"steps of a {type(self).__name__} cannot be joined")
+        facts, tensors = self._joined_facts(later), self.state()[1]
+        several = [tensors, *(each.state()[1] for each in later)]
+        whole: dict[str, Tensor] = {}
+        for name in tensors:
+            parts = [one[name] for one in several if name in one]
+            if len(parts) < len(several):
+                continue
+            if name in self.position_axes:
+                whole[name] = torch.cat(parts, dim=self.position_axes[name])
+            elif all(torch.equal(part, parts[0]) for part in parts):
+                whole[name] = parts[0].clone()
+            else:
+                raise CaptureError(f"the {name} of a {type(self).__name__} differs between steps")
+        return self.rebuild(facts, whole)
+
+    def _joined_facts(self, later: Sequence[Pattern]) -> dict[str, Any]:
+        facts = self.state()[0]
+        if any(type(each) is not type(self) or each.state()[0] != facts for each in later):
+            raise CaptureError("kind, batch or heads of a recurrence differ between steps")
+        return facts
 
     @property
     def nbytes(self) -> int:
@@ -252,16 +288,43 @@ class Pattern(ABC):
 
     def apply(self, values: Tensor) -> Tensor:
         """A·V, [batch, head, query, width], for values [batch, head or kv head, key, width], tile by tile."""
+        v = self._checked_values(values)
+        out = torch.zeros(*self.shape[:3], v.shape[-1], dtype=self.dtype, device=self.device)
+        for tile in streaming.tiles(self):
+            out[tile.rows] += tile.p @ v[tile.batch, tile.heads, tile.keys]
+        return out
+
+    def _checked_values(self, values: Tensor) -> Tensor:
+        """[batch, head, key, width] in the pattern's dtype."""
         fits = values.dim() == 4 and values.shape[0] == self.n_batch and values.shape[2] == self.n_keys
         if not fits or self.n_heads % values.shape[1]:
             raise CaptureError(
                 f"values must be [batch {self.n_batch}, head, key {self.n_keys}, width]", shape=values.shape
             )
-        v = values.to(self.dtype).repeat_interleave(self.n_heads // values.shape[1], dim=1)
-        out = torch.zeros(*self.shape[:3], v.shape[-1], dtype=self.dtype, device=self.device)
+        return values.to(self.dtype).repeat_interleave(self.n_heads // values.shape[1], dim=1)
+
+    def outputs(self, values: Tensor) -> Tensor:
+        """A·V and what the rows read of a state from before, if there was one: what the heads give."""
+        found = self.apply(values)
+        return found if self.before is None else found + self.before.to(found)
+
+    @property
+    def before_share(self) -> Tensor:
+        """[batch, head, query], from 0 to 1: what a row reads of a state from before, of all that it reads, by norms.
+
+        ‖before‖ / (‖before‖ + Σ_j |A[i, j]|·‖v_j‖): the column "before" of a map whose rows are weighted by values.
+
+        Raises:
+            CaptureError: there was such a state, and the values were not kept.
+        """
+        if self.before is None:
+            return torch.zeros(self.shape[:3], dtype=self.dtype, device=self.device)
+        own = torch.zeros(self.shape[:3], dtype=self.dtype, device=self.device)
+        norms = self.value_norms()
         for tile in streaming.tiles(self):
-            out[tile.rows] += tile.p @ v[tile.batch, tile.heads, tile.keys]
-        return out
+            own[tile.rows] += (tile.p.abs() @ norms[tile.batch, tile.heads, tile.keys, None]).squeeze(-1)
+        size = self.before.to(self.dtype).norm(dim=-1)
+        return size / (size + own).clamp(min=torch.finfo(self.dtype).tiny)
 
     def statistics(
         self,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_finite
+from workbench.kernels.history import own
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
 
@@ -35,6 +37,7 @@ class FilterPattern(Pattern):
 
     signed = True
     normalised = False
+    position_axes: ClassVar[Mapping[str, int]] = {"padding": 1, "values": 2}
 
     def __init__(
         self, weight: Tensor, n_batch: int, n: int, *, padding: Tensor | None = None, values: Tensor | None = None
@@ -48,8 +51,8 @@ class FilterPattern(Pattern):
         seen = None if padding is None else ~padding[:, None, None]
         mask = Mask(n, n, causal=True, window=weight.shape[1], tensor=seen)
         super().__init__((n_batch, weight.shape[0], n, n), mask, dtype, weight.device)
-        self.weight, self.padding = weight.detach(), padding
-        self.values = None if values is None else values.detach()
+        self.weight, self.padding = own(weight), padding
+        self.values = None if values is None else own(values)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The sizes; the weight, and padding and values where there are any."""
@@ -62,6 +65,23 @@ class FilterPattern(Pattern):
         """The pattern from its `state`."""
         optional = {name: tensors.get(name) for name in ("padding", "values")}
         return cls(tensors["weight"], facts["n_batch"], facts["n"], **optional)
+
+    def _joined_facts(self, later: Sequence[Pattern]) -> dict[str, Any]:
+        if any(type(each) is not type(self) or each.n_batch != self.n_batch for each in later):
+            raise CaptureError("kind or batch of a filter differ between steps")
+        return {"n_batch": self.n_batch, "n": self.n_keys + sum(each.n_keys for each in later)}
+
+    def from_state(self, state: Tensor) -> Tensor:
+        """[batch, channel, query, 1] that the rows read of the values [batch, channel, size − 1] before the first one.
+
+        >>> FilterPattern(torch.tensor([[1.0, 2.0]]), 1, 2).from_state(torch.ones(1, 1, 1)).flatten().tolist()
+        [1.0, 0.0]
+        """
+        weight, size = self.weight.to(self.dtype), self.weight.shape[1]
+        if tuple(state.shape) != (self.n_batch, self.n_heads, size - 1):
+            raise CaptureError(f"a state must be [{self.n_batch}, {self.n_heads}, {size - 1}]", shape=state.shape)
+        longer = F.pad(state.to(self.dtype), (0, self.n_keys))
+        return F.conv1d(longer, weight[:, None], groups=len(weight))[..., None]
 
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, q, k] of A, in a fresh tensor."""

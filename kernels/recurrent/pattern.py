@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_attention, check_finite
+from workbench.kernels.history import own
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
 from workbench.kernels.recurrent.chunks import SMALLEST_LOG, Chunks, chunked
@@ -53,6 +54,7 @@ class RecurrentPattern(Pattern):
     grade = "frozen"
     signed = True
     normalised = False
+    position_axes: ClassVar[Mapping[str, int]] = {"q": 2, "k": 2, "log_decay": 2, "beta": 2, "values": 2}
 
     def __init__(
         self,
@@ -69,10 +71,10 @@ class RecurrentPattern(Pattern):
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         n = q.shape[2]
         super().__init__((q.shape[0], n_heads, n, n), Mask(n, n, causal=True), dtype, q.device)
-        self.q, self.k = q.detach(), k.detach()
-        self.log_decay = None if log_decay is None else log_decay.detach().clamp(min=SMALLEST_LOG)
-        self.beta = None if beta is None else beta.detach()
-        self.values = None if values is None else values.detach()
+        self.q, self.k = own(q), own(k)
+        self.log_decay = None if log_decay is None else own(log_decay).clamp(min=SMALLEST_LOG)
+        self.beta = None if beta is None else own(beta)
+        self.values = None if values is None else own(values)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The number of heads; q, k, and log_decay, beta and values where there are any."""
@@ -104,8 +106,24 @@ class RecurrentPattern(Pattern):
     def apply(self, values: Tensor) -> Tensor:
         """A·V, [batch, head, query, width], chunk by chunk in linear time; see `Pattern.apply`."""
         v = self._checked_values(values)
+        return self._run(v, self._no_state(v))
+
+    def from_state(self, state: Tensor) -> Tensor:
+        """[batch, head, query, width] that the rows read of a state [batch, head, d, width] from before the first one.
+
+        >>> one = torch.ones(1, 1, 3, 1)
+        >>> RecurrentPattern(one, one, torch.full((1, 1, 3), 0.5).log()).from_state(one[:, :, :1]).flatten().tolist()
+        [0.5, 0.25, 0.125]
+        """
+        wanted = (self.n_batch, self.n_heads, self.q.shape[-1])
+        if state.dim() != 4 or tuple(state.shape[:3]) != wanted:
+            raise CaptureError(f"a state must be {list(wanted)} with a width", shape=state.shape)
+        state = state.to(self.dtype)
+        return self._run(state.new_zeros(self.n_batch, self.n_heads, self.n_keys, state.shape[-1]), state)
+
+    def _run(self, v: Tensor, state: Tensor) -> Tensor:
         out = torch.empty(*self.shape[:3], v.shape[-1], dtype=self.dtype, device=self.device)
-        chunks, state = self._chunks, self._no_state(v)
+        chunks = self._chunks
         for number, start in enumerate(range(0, self.n_keys, chunks.length)):
             at = slice(start, min(start + chunks.length, self.n_keys))
             given = _filled(v[:, :, at], chunks.length)
@@ -140,21 +158,42 @@ class RecurrentPattern(Pattern):
             state = chunks.after(state, number, v[:, :, at])
         if stop % chunks.length:  # a chunk of its own, up to the position
             at = slice(whole * chunks.length, stop)
-            q, k = (self._of_head(t[:, :, at]) for t in (self.q, self.k))
-            log_decay, beta = (None if t is None else t[:, :, at] for t in (self.log_decay, self.beta))
-            state = chunked(q, k, log_decay, beta, at.stop - at.start).after(state, 0, v[:, :, at])
+            state = self._part_of(at).after(state, 0, v[:, :, at])
         return state
+
+    def states(self, values: Tensor | None = None, *, every: int = 1) -> Tensor:
+        """The states after positions every − 1, 2·every − 1, …, [batch, head, time, d, width], in one pass.
+
+        Args:
+            values: as `apply` takes them; by default those that the pattern has kept.
+
+        >>> one = torch.ones(1, 1, 4, 1)
+        >>> RecurrentPattern(one, one, torch.full((1, 1, 4), 0.5).log(), values=one).states(every=2).flatten().tolist()
+        [1.5, 1.875]
+        """
+        kept = self.values if values is None else values
+        if kept is None:
+            raise CaptureError("a state is made of values", hint="pass values=, or capture with values=True")
+        if every < 1:
+            raise CaptureError(f"there is no state every {every} positions", hint="1 or more")
+        v = self._checked_values(kept)
+        state, found = self._no_state(v), []
+        whole = self._chunks if self._chunks.length == every else None
+        for number, start in enumerate(range(0, self.n_keys - every + 1, every)):
+            at = slice(start, start + every)
+            one = whole or self._part_of(at)
+            state = one.after(state, number if whole else 0, v[:, :, at])
+            found.append(state)
+        return torch.stack(found, dim=2) if found else self._no_state(v)[:, :, None][:, :, :0]
+
+    def _part_of(self, at: slice) -> Chunks:
+        """Some positions as one chunk."""
+        q, k = (self._of_head(t[:, :, at]) for t in (self.q, self.k))
+        log_decay, beta = (None if t is None else t[:, :, at] for t in (self.log_decay, self.beta))
+        return chunked(q, k, log_decay, beta, at.stop - at.start)
 
     def _no_state(self, v: Tensor) -> Tensor:
         return v.new_zeros(*v.shape[:2], self.q.shape[-1], v.shape[-1])
-
-    def _checked_values(self, values: Tensor) -> Tensor:
-        fits = values.dim() == 4 and values.shape[0] == self.n_batch and values.shape[2] == self.n_keys
-        if not fits or self.n_heads % values.shape[1]:
-            raise CaptureError(
-                f"values must be [batch {self.n_batch}, head, key {self.n_keys}, width]", shape=values.shape
-            )
-        return values.to(self.dtype).repeat_interleave(self.n_heads // values.shape[1], dim=1)
 
     # How fast it forgets, and what of the map is due to that.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_finite
+from workbench.kernels.history import own
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
 
@@ -47,8 +48,8 @@ class WKVPattern(Pattern):
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         b, h, n = k.shape
         super().__init__((b, h, n, n), Mask(n, n, causal=True), dtype, k.device)
-        self.k, self.rate, self.bonus = k.detach(), rate.detach(), bonus.detach()
-        self.values = None if values is None else values.detach()
+        self.k, self.rate, self.bonus = own(k), own(rate), own(bonus)
+        self.values = None if values is None else own(values)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """No facts; k, rate and bonus, and the values where they are kept."""

@@ -8,8 +8,8 @@ ever divided by another.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from torch.nn.functional import threshold
 
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_finite
+from workbench.kernels.history import differentiable, own
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
+from workbench.kernels.recurrent.pattern import RecurrentPattern
 
 _ROWS = (
     16  # rows at a time where the diagonal crosses a tile: larger corners cost more exps, smaller ones more products
@@ -32,6 +34,7 @@ class _StatePattern(Pattern):
     grade = "frozen"
     signed = True
     normalised = False
+    position_axes: ClassVar[Mapping[str, int]] = {"delta": 2, "B": 2, "C": 2, "values": 2}
     _per_state: bool  # whether A has a number for each state
 
     def __init__(self, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *, values: Tensor | None = None) -> None:
@@ -39,8 +42,8 @@ class _StatePattern(Pattern):
         dtype = torch.float64 if torch.float64 in (delta.dtype, B.dtype, C.dtype) else torch.float32
         b, h, n = delta.shape
         super().__init__((b, h, n, n), Mask(n, n, causal=True), dtype, delta.device)
-        self.delta, self.A, self.B, self.C = delta.detach(), A.detach(), B.detach(), C.detach()
-        self.values = None if values is None else values.detach()
+        self.delta, self.A, self.B, self.C = own(delta), own(A), own(B), own(C)
+        self.values = None if values is None else own(values)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """No facts; delta, A, B and C, and the values where they are kept."""
@@ -61,6 +64,9 @@ class _StatePattern(Pattern):
         """[b, h, q, k] of M for these batch entries and heads, a few heads at a time."""
         index = torch.tensor(list(heads), dtype=torch.long, device=self.device)
         n_batch, n_rows, n_columns = len(range(self.n_batch)[batch]), _length(queries), _length(keys)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (self.delta, self.A, self.B, self.C)):
+            steps = self.delta[batch, index, None, keys].to(self.dtype)  # what follows writes into its own tensors
+            return self.recurrence(heads).tile_of(batch, queries, keys, range(len(index))) * steps
         out = torch.zeros(n_batch, len(index), n_rows, n_columns, dtype=self.dtype, device=self.device)
         if out.numel() == 0 or keys.start >= queries.stop:
             return out
@@ -77,6 +83,43 @@ class _StatePattern(Pattern):
     @abstractmethod
     def _fill(self, out: Tensor, batch: slice, queries: slice, keys: slice, heads: Tensor) -> None:
         """Write M into `out`, zeros [b, len(heads), q, k]."""
+
+    def recurrence(self, heads: Sequence[int] | None = None) -> RecurrentPattern:
+        """Some heads as the recurrence that they are: M is its map times Δ_j, and M·V what it makes of Δ·V."""
+        which = list(range(self.n_heads) if heads is None else heads)
+        index = torch.tensor(which, dtype=torch.long, device=self.device)
+        everywhere = slice(None), slice(0, self.n_keys)
+        C, B = (self._of_group(t, *everywhere, index) for t in (self.C, self.B))
+        delta, A = self.delta[:, index].double(), self.A[index].double()
+        decay = delta[..., None] * A[:, None] if self._per_state else delta * A[:, None]
+        with differentiable():
+            return RecurrentPattern(C, B, decay)
+
+    def apply(self, values: Tensor) -> Tensor:
+        """M·V [batch, head, query, width], some heads at a time, chunk by chunk in linear time; see `Pattern.apply`."""
+        v = self._checked_values(values)
+        per_head = self.n_batch * self.n_keys * self.A.shape[-1] * (3 if self._per_state else 1)
+        at_once = max(1, _NUMBERS // per_head) if self._per_state else self.n_heads
+        parts = []
+        for start in range(0, self.n_heads, at_once):
+            heads = range(start, min(start + at_once, self.n_heads))
+            part = slice(heads.start, heads.stop)
+            parts.append(self.recurrence(heads).apply(v[:, part] * self.delta[:, part, :, None].to(self.dtype)))
+        return torch.cat(parts, dim=1)
+
+    def from_state(self, state: Tensor) -> Tensor:
+        """[batch, head, query, width] that the rows read of a state from before the first one.
+
+        Args:
+            state: [batch, head, width, state], of S6 [batch, channel, state].
+        """
+        held = (state[:, :, None] if state.dim() == 3 else state).to(self.dtype)
+        everything = slice(0, self.n_queries)
+        total = self.delta.double().cumsum(-1)
+        rate = self.A.double() if self._per_state else self.A.double()[:, None]
+        left = _exp((total[..., None] * rate[:, None]).to(self.dtype))  # [b, h, query, state or 1]
+        heads = torch.arange(self.n_heads, device=self.device)
+        return (self._of_group(self.C, slice(None), everything, heads) * left) @ held.mT
 
     def _of_group(self, tensor: Tensor, batch: slice, where: slice, heads: Tensor) -> Tensor:
         """[b, head, len(where), state] of B or C, in the pattern's dtype."""

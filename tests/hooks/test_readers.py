@@ -241,10 +241,43 @@ def test_what_a_reader_may_not_give(model: nn.Module, given: Any, message: str) 
     assert caught.value.site == "first"
 
 
-def test_gradients_through_an_edited_module_are_refused(model: nn.Module) -> None:
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(X).square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("site", ["first", "third"])
+def test_gradients_flow_through_an_edited_module(model: nn.Module, site: str) -> None:
+    def halve(module: Agents) -> Any:
+        factors = torch.tensor([1.0, 0.5, 1.0])[:, None, None]
+        return lambda z, x: Agents.finish(module, z * factors, x)
+
+    module: Any = model.get_submodule(site)
+    module.finish = halve(module)
+    wanted = _gradients(model)
+    del module.finish
+    with workbench.attach(model) as wb:
+        with wb.patch({(site, 1): lambda z, site, head: z / 2}):
+            patched = _gradients(model)
+        with wb.edit_pattern({(site, 1)}, lambda rows, site, head: rows / 2):
+            edited = _gradients(model)
+    for found in (patched, edited):
+        assert found.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_reader_that_holds_something_fixed_has_no_gradients(model: nn.Module) -> None:
+    @workbench.reader(Agents, kind="self")
+    def detached(run: ModuleRun) -> Mixing:
+        made = read_agents(run)
+        return Mixing(DensePattern(made.pattern.weights.detach()), made.values, made.finish)
+
     with workbench.attach(model) as wb, wb.ablate(("first", 0)):
-        with pytest.raises(InterventionError, match="gradients do not flow"):
+        with pytest.raises(InterventionError, match="gradients do not flow") as caught:
             model(X)
+        assert caught.value.site == "first"
         with torch.no_grad():
             model(X)
 

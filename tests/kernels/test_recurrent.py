@@ -67,6 +67,11 @@ def test_tiles_chunks_and_recurrence_agree(kind: str, n: int, d: int):
         part = {name: t[:, :, : at + 1] for name, t in made.items() if name not in ("q", "k")}
         _, state = naive_recurrence(*(t[:, :, : at + 1] for t in (made["q"], made["k"], v)), **part)
         torch.testing.assert_close(pattern.state_at(at, v), state, **TIGHT)
+    for every in {1, 7, 16, 64}:
+        states = pattern.states(v, every=every)
+        assert states.shape[2] == n // every
+        for at in {0, n // every - 1} if n >= every else ():
+            torch.testing.assert_close(states[:, :, at], pattern.state_at((at + 1) * every - 1, v), **TIGHT)
     assert bool((pattern.dense().triu(1) == 0).all())
     assert (pattern.grade, pattern.signed, pattern.normalised, pattern.by_magnitude) == ("frozen", True, False, True)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from support.tiny import VOCABULARY
-from workbench.hooks.readers import continues, read_module, reader_of
+from workbench.hooks.readers import Begun, before_reading, read_module, reader_of
 from workbench.hooks.tap import AttentionCall
 
 
@@ -30,17 +30,17 @@ def tokens(n: int = 19, batch: int = 2) -> Tensor:
 def calls_of(model: nn.Module) -> Iterator[list[AttentionCall]]:
     """The calls of every mixer that runs inside, read as the observer reads them."""
     found: list[AttentionCall] = []
-    before: dict[nn.Module, bool] = {}
+    before: dict[nn.Module, Begun] = {}
     handles = []
 
     def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        before[module] = continues(module, args, kwargs)
+        before[module] = before_reading(module, args, kwargs)
 
     for site, module in model.named_modules():
         if reader_of(module):
 
             def ends(module: nn.Module, args: Any, kwargs: Any, output: Any, site: str = site) -> None:
-                found.append(read_module(site, module, args, kwargs, output, continued=before[module]))
+                found.append(read_module(site, module, args, kwargs, output, begun=before[module]))
 
             handles.append(module.register_forward_pre_hook(begins, with_kwargs=True))
             handles.append(module.register_forward_hook(ends, with_kwargs=True))
@@ -54,7 +54,7 @@ def calls_of(model: nn.Module) -> Iterator[list[AttentionCall]]:
 def assert_true(call: AttentionCall, tolerance: float = 2e-5) -> None:
     """finish(A·V) is what the module gave."""
     assert call.finish is not None
-    again = call.finish(call.pattern().apply(call.v))
+    again = call.finish(call.pattern().outputs(call.v))
     assert again.dtype == call.output.dtype
     assert float(call.output.detach().std()) > 0.01  # else anything would be close
     scale = max(1.0, float(call.output.abs().max()))

@@ -202,6 +202,14 @@ def test_a_picture_of_a_heatmap_runs_as_the_chart_does() -> None:
     assert float(mesh[0, 0]) == -5
 
 
+def test_a_picture_has_the_texts_of_cells() -> None:
+    """As they are: "$" begins no formula, and entities of plotly's text are characters."""
+    trace = go.Heatmap(z=[[0.1, 0.9]], text=[["$a&lt;b$", "x"]], texttemplate="%{text}")
+    axes = _drawn(go.Figure(trace)).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["$a<b$", "x"]
+    assert not any(text.get_parse_math() for text in axes.texts)
+
+
 def test_a_picture_has_a_panel_per_subplot() -> None:
     bars, boxes = _drawn(_panels()).axes
     assert sorted(patch.get_height() for patch in bars.patches) == [-2, 1, 1, 2]

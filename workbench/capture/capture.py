@@ -13,11 +13,12 @@ from torch import Tensor
 from workbench.capture.gathering import gather
 from workbench.capture.joined import join
 from workbench.capture.settings import Settings
-from workbench.capture.site_capture import Forward, SiteCapture, pack
+from workbench.capture.site_capture import KEPT, Forward, SiteCapture, pack
 from workbench.capture.transformer_lens import Cache
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites, all_here
+from workbench.hooks.tap import StateLink
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS
 from workbench.storage import files
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORM = "workbench.capture"
-_PER_EXAMPLE = ("z", "z_gradient", "stored_result", "weights")  # what a site capture holds per batch entry, if it does
+_PER_EXAMPLE = tuple(KEPT.values())  # what a site capture holds per batch entry, if it does
 
 
 class Capture:
@@ -284,6 +285,7 @@ class Capture:
                 others={},
                 held=[],
                 times=None,
+                state=StateLink(),
             )
         for stream in first.ids:
             rows = [f.ids.get(stream) for f in self._forwards]
@@ -298,7 +300,8 @@ class Capture:
         A forward whose keys are more than its queries goes on with the sequence of the forward before it in the same
         thread; any other begins one. The encoder of an encoder-decoder joins the decoding that follows. The result has
         one forward per call of `generate()`, with rows at absolute positions, the statistics of this capture streamed
-        anew, and patterns of their own.
+        anew, and patterns of their own. A recurrence is joined where each step found the state that the step before
+        left; what rows read of a state from before the capture is `cap[site].before`, which takes values=True.
 
         In `cap.calls[i]`, a single step, keys are counted from the oldest that the cache holds: with a cache that
         forgets (a sliding window) only `joined()` knows their positions in the sequence. Without a cache
@@ -306,7 +309,7 @@ class Capture:
         is left out; the ledger names it.
 
         Raises:
-            CaptureError: patterns were not kept (queries_keys=False) or are no softmax, a sequence began before the
+            CaptureError: patterns were not kept (queries_keys=False) or cannot be joined, a sequence began before the
                 capture, or the cache was changed between steps, as beam search and assisted generation do.
         """
         if self.settings is None:

@@ -3,7 +3,8 @@
 With a cache, each new token is a forward of its own, of one query and all keys so far (or the last ones, where a
 sliding window forgets). Here its queries, keys and log-sum-exp are put at their absolute positions, and the statistics
 are streamed anew. Nothing is taken on trust: the keys that a step found in the cache must be those that the steps
-before it put there, to the bit.
+before it put there, up to the rounding of a model that makes them anew of what it caches; the state that a recurrence
+found, that which the step before left, to the bit.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from workbench.capture.recurrences import join_recurrence
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.errors import CaptureError
 from workbench.hooks.sites import Site
+from workbench.hooks.tap import StateLink
 from workbench.kernels import streaming
+from workbench.kernels.checks import equal_but_for_rounding
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import DensePattern, PartOfHeads, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
@@ -65,14 +69,14 @@ def _sequences(forwards: Sequence[Forward]) -> list[list[Forward]]:
 
 def _goes_on_in(before: Forward, forward: Forward) -> bool:
     """Whether a packed sequence goes on with what one before it has put into the cache: its last keys are the same."""
-    name = next((name for name, one in forward.sites.items() if one.site.kind != "cross"), None)
+    name = next((name for name, one in forward.sites.items() if one.site.kind not in ("cross", "state")), None)
     if name is None or name not in before.sites or before.span == forward.span:  # sequences of one forward are others
         return False
     old, new = (_joinable([each.sites[name]])[0] for each in (before, forward))
     cached = _keys(new)[:, :, : _filled(new) - new.n_queries]
     there = _keys(old)[:, :, : _filled(old)]
     n = min(cached.shape[2], there.shape[2])
-    return n > 0 and torch.equal(cached[:, :, cached.shape[2] - n :], there[:, :, there.shape[2] - n :])
+    return n > 0 and equal_but_for_rounding(cached[:, :, cached.shape[2] - n :], there[:, :, there.shape[2] - n :])
 
 
 def _continues(earlier: Sequence[Forward], forward: Forward) -> bool:
@@ -84,13 +88,13 @@ def _continues(earlier: Sequence[Forward], forward: Forward) -> bool:
         return bool(earlier) and decoding and all(c.site.tower == "encoder" for c in before.values())
     own = [site for site in again if site.site.kind != "cross"]
     if own:
-        return any(site.shape[3] > site.shape[2] for site in own)
+        return any(site.shape[3] > site.shape[2] or site.state.found is not None for site in own)
     return all(_same_keys(before[site.site.name], site) for site in again)
 
 
 def _same_keys(a: SiteCapture, b: SiteCapture) -> bool:
     one, other = _joinable([a])[0], _joinable([b])[0]
-    return type(one) is type(other) and torch.equal(_keys(one), _keys(other))
+    return type(one) is type(other) and equal_but_for_rounding(_keys(one), _keys(other))
 
 
 @dataclass
@@ -129,6 +133,9 @@ def _join_sequence(
         site, shape = captures[0].site, captures[0].shape
         if len(captures) == 1 and (site.kind == "cross" or shape[2] == shape[3]):
             joined.sites[name] = captures[0]
+        elif any(capture.state != StateLink() for capture in captures):
+            budget.take(sum(capture.pattern.nbytes for capture in captures), site)
+            joined.sites[name] = join_recurrence(captures, settings, joined.ids_of(site, "query"))
         else:
             joined.sites[name] = _join_site(captures, joined.ids_of(site, "query"), settings, budget)
     return joined
@@ -303,7 +310,7 @@ def _grown(site: Site, patterns: Sequence[Pattern]) -> tuple[list[_Step], Tensor
                 hint="begin the capture before the prompt is run, and let generate() fill the cache",
             )
         start, stop = done - n_cached, done + pattern.n_queries
-        if start < 0 or not torch.equal(keys[:, :, :n_cached], whole[:, :, start:done]):
+        if start < 0 or not equal_but_for_rounding(keys[:, :, :n_cached], whole[:, :, start:done]):
             raise _changed(site, pattern)
         whole[:, :, done:stop] = keys[:, :, n_cached:n_keys]
         if values is not None and pattern.values is not None:

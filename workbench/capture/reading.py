@@ -16,6 +16,7 @@ from workbench.capture.timing import CallTimes
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, FormatError, WorkbenchError
 from workbench.hooks.sites import Site, Sites, Unread
+from workbench.hooks.tap import StateLink
 from workbench.kernels.families import rebuild
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.masks import Mask
@@ -101,7 +102,10 @@ def _site_capture(entry: Part, site: Site, parts: dict[str, Tensor]) -> SiteCapt
     for name, tensor in parts.items():
         if not _fits(tensor, _shape_of(name, tensor, shape)):
             raise FormatError(f"{entry.place} has a {name} that does not fit {list(shape)}", shape=tensor.shape)
-    times, n_calls = entry.get("times"), entry.get("n_calls")
+    times, n_calls, state = entry.get("times"), entry.get("n_calls"), entry.get("state")
+    lazy = patterns.pop("pattern", None)
+    if lazy is not None and kept["before"] is not None:
+        lazy.before = kept["before"].transpose(1, 2)
     return SiteCapture(
         site=site,
         shape=shape,
@@ -112,9 +116,18 @@ def _site_capture(entry: Part, site: Site, parts: dict[str, Tensor]) -> SiteCapt
         times=None if times is None else typed.record(times, CallTimes),
         **kept,
         statistics=parts,
-        lazy=patterns.pop("pattern", None),
+        lazy=lazy,
+        state=StateLink() if state is None else _state_link(state, batch),
         others=patterns,
     )
+
+
+def _state_link(entry: Part, batch: int) -> StateLink:
+    made: dict[str, tuple[int, ...] | None] = {}
+    for name in ("found", "left"):
+        numbers = entry.get(name)
+        made[name] = None if numbers is None else tuple(n.integer() for n in numbers.list(batch, batch))
+    return StateLink(**made)
 
 
 def _patterns(entry: Part, parts: dict[str, Tensor], shape: tuple[int, int, int, int]) -> dict[str, Pattern]:

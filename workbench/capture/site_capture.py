@@ -14,13 +14,16 @@ from workbench.errors import CaptureError, nearest
 from workbench.hooks.head_shards import HeadShard
 from workbench.hooks.projections import Projection
 from workbench.hooks.sites import Site
+from workbench.hooks.tap import StateLink
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.patterns import DENSE_LIMIT, DensePattern, Pattern
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
 from workbench.tokens import visible_text
 
 PATTERN = "pattern."  # starts the names of tensors that rebuild a pattern
-KEPT = {"_z": "z", "_z_gradient": "z_gradient", "_result": "stored_result", "_weights": "weights"}  # in files: fields
+KEPT = {  # in files: fields
+    "_z": "z", "_z_gradient": "z_gradient", "_result": "stored_result", "_weights": "weights", "_before": "before",
+}  # fmt: skip
 _GRADIENT_HINT = "capture with gradients=True and call loss.backward() inside the `with`"
 
 
@@ -43,6 +46,10 @@ class SiteCapture:
             rows are no distributions, statistics are those of |A| normalised per row.
         shard: which of the site's heads this process holds, where tensor parallelism splits them; the others are NaN
             (of integers −1), and `Capture.gathered` gives them. None: all are here.
+        before: [batch, query, head, width] of z that the rows read of a state from before the call, or before the
+            capture, beside A·V; None where there was none. `pattern.before_share` is its share of what a row reads.
+            Rows, and statistics, are of the call's own positions: `Capture.joined` puts those of all calls together.
+        state: which states a recurrence found in its cache, and left there.
         n_calls: how often the site was called in the forward; this is the call `site.call`.
         times: when the call was seen; None for what several calls were joined to, and from older files.
     """
@@ -64,6 +71,8 @@ class SiteCapture:
     others: dict[str, Pattern] = field(default_factory=dict)
     n_calls: int = 1
     shard: HeadShard | None = None
+    before: Tensor | None = None
+    state: StateLink = field(default_factory=StateLink)
 
     @property
     def marks(self) -> str:
@@ -234,7 +243,7 @@ class SiteCapture:
     def nbytes(self) -> int:
         """Bytes held; tensors that are shared with other sites count here too."""
         pattern = sum(one.nbytes for one in (self.lazy, *self.others.values()) if one is not None)
-        kept = (*self.statistics.values(), self.z, self.z_gradient, self.stored_result, self.weights)
+        kept = (*self.statistics.values(), *(getattr(self, name) for name in KEPT.values()))
         return pattern + sum(t.nbytes for t in kept if t is not None)
 
     def __repr__(self) -> str:
@@ -243,6 +252,7 @@ class SiteCapture:
         marks = "" if self.marks == "normalised" else f", {self.marks}"
         site = visible_text(self.site.name).replace("\n", "⏎")
         marks += f", {self.site.elsewhere}" if self.site.elsewhere else ""
+        marks += "" if self.before is None else ", goes on from a state: rows are of its own positions"
         if self.n_calls > 1:
             others = (
                 f'call {self.site.call} of {self.n_calls}: choose another with ["{visible_text(self.site.path)}", call]'
@@ -300,6 +310,8 @@ def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[
                              "signed": capture.signed, "normalised": capture.normalised}  # fmt: skip
     if capture.n_calls > 1:
         entry["n_calls"] = capture.n_calls
+    if capture.state != StateLink():
+        entry["state"] = asdict(capture.state)
     if capture.times is not None:
         entry["times"] = capture.times.to_json()
     parts = dict(capture.statistics)

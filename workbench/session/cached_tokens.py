@@ -15,6 +15,7 @@ from torch import Tensor
 
 from workbench.capture.site_capture import Forward
 from workbench.errors import CaptureError
+from workbench.kernels.checks import equal_but_for_rounding
 
 
 @dataclass
@@ -93,7 +94,7 @@ def _rows(old: Tensor, new: Tensor) -> list[int] | None:
     rows = []
     for i, entry in enumerate(new):
         likely = sorted(range(len(old)), key=lambda j: j != i)
-        row = next((j for j in likely if torch.equal(old[j], entry)), None)
+        row = next((j for j in likely if equal_but_for_rounding(old[j], entry)), None)
         if row is None:
             return None
         rows.append(row)

@@ -96,15 +96,8 @@ class GradientWatch:
             grad_is_on: whether the model runs with gradients enabled.
 
         Raises:
-            CaptureError: the kernel dropped weights, so that the pattern is not what the gradient belongs to; or it
-                gives no output per head.
+            CaptureError: the kernel dropped weights, so that the pattern is not what the gradient belongs to.
         """
-        if call.finish is not None:
-            raise CaptureError(
-                f"{call.kernel} gives no output per head, and so no gradients of heads",
-                site=site.name,
-                hint='capture attention sites only: capture(sites=lambda site: site.kind != "state", gradients=True)',
-            )
         self._grad_was_on |= grad_is_on
         values = call.v if pattern.values is None else pattern.values
         tensors = [t for t in (values, *pattern.state()[1].values()) if not t.is_inference()]
@@ -120,8 +113,14 @@ class GradientWatch:
                 hint="call model.eval(); it does not stop gradients",
             )
         kernel_arrived = awaited.z_arrived if edited is None else awaited.kernel_arrived
-        heads_of = call.heads_of
-        _hook(call.output, lambda g: kernel_arrived(heads_of(g)), awaited.handles)
+        if call.finish is None:
+            heads_of = call.heads_of
+            _hook(call.output, lambda g: kernel_arrived(heads_of(g)), awaited.handles)
+        elif edited is None:
+            carry_back = _through_finish(call)
+            _hook(call.output, lambda g: kernel_arrived(carry_back(g)), awaited.handles)
+        else:  # then the model goes on with what was computed of it, not with what the module gave
+            _hook(call.mixed, kernel_arrived, awaited.handles)
         if edited is not None:
             _hook(edited, lambda g: awaited.z_arrived(call.own(g)), awaited.handles)
 
@@ -164,6 +163,20 @@ class GradientWatch:
         for awaited in self._awaited:
             for handle in awaited.handles:
                 handle.remove()
+
+
+def _through_finish(call: AttentionCall) -> Callable[[Tensor], Tensor]:
+    """From the gradient of what a module gave to that of its heads' output, all that follows from others held fixed."""
+    assert call.finish is not None
+    with torch.enable_grad():
+        z = call.mixed.detach().requires_grad_()
+        again = call.finish(z)
+
+    def carry_back(gradient: Tensor) -> Tensor:
+        [found] = torch.autograd.grad(again, z, gradient.to(again.dtype), retain_graph=True)
+        return found
+
+    return carry_back
 
 
 def _hook(tensor: Tensor, take: Callable[[Tensor], None], handles: list[Any]) -> None:

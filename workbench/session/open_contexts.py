@@ -218,7 +218,7 @@ class OpenContexts(Listener):
         for edit in self._mine():
             if isinstance(edit, Edit) and call.site in edit.sites:
                 if z is None:
-                    z = call.z() if call.finish is None else call.pattern().apply(call.v)
+                    z = call.mixed
                     z = z if call.shard is None else call.shard.widened(z)
                 z = edit(call, z)
                 edit.fired.add(call.site)
@@ -236,6 +236,10 @@ class OpenContexts(Listener):
     def cannot_wait(self, site: str) -> bool:
         """Edits cannot."""
         return any(isinstance(edit, Edit) and site in edit.sites for edit in self._mine())
+
+    def edits_at(self, site: str) -> bool:
+        """Whether one is open there."""
+        return self.cannot_wait(site)
 
     def on_refused(self, site: str, reason: str, *, edited: bool) -> None:
         """What the capture has of the site is taken back; an edit cannot be."""

@@ -264,7 +264,7 @@ class Recorder:
         if settings.z:
             given = None if edited is None else call.own(edited)
             if given is None:
-                given = call.z() if call.finish is None else pattern.apply(call.v)
+                given = call.mixed
             z = self.arena.copy(given.detach().transpose(1, 2))
             if call.part is None:
                 self.projections.saw_call(call.site, call.module, z)
@@ -296,6 +296,8 @@ class Recorder:
             signed=pattern.signed,
             normalised=pattern.normalised,
             shard=call.shard,
+            before=None if pattern.before is None else self.arena.copy(pattern.before.transpose(1, 2)),
+            state=call.state,
         )
         size = capture.nbytes
         with self._lock:
@@ -319,6 +321,8 @@ class Recorder:
 
     def _options(self, forward: Forward, site: Site, pattern: Pattern, names: Sequence[str]) -> Options:
         ids, before = forward.ids_of(site, "query"), None
+        if site.kind == "state":  # its rows are of its own positions
+            return self.settings.options(ids if ids is None or ids.shape[1] == pattern.n_keys else None)
         keys = getattr(pattern, "k", pattern.values)  # of weights that a model wrote out, only the values are known
         if keys is not None and self.settings.tokens is None and any(name.endswith("induction") for name in names):
             stream = forward.stream(site, "query")

@@ -209,7 +209,7 @@ def _switched_off(site: str, call: AttentionCall) -> Tensor | None:
         return None
     if call.finish is None:
         return torch.zeros_like(call.z())
-    return torch.zeros_like(call.pattern().apply(call.v))
+    return torch.zeros_like(call.pattern().outputs(call.v))
 
 
 def _editable(bare: Any, edited: Any) -> bool:
@@ -233,7 +233,7 @@ def _check(call: AttentionCall, cross: bool) -> dict[str, Any]:
     row_error = float("nan")  # rows that are no distributions need not sum to 1
     if pattern.normalised and alive.any():
         row_error = (applied[..., -1] - 1)[alive].abs().max().item()
-    z = applied[..., :-1]
+    z = applied[..., :-1] if pattern.before is None else applied[..., :-1] + pattern.before.to(applied)
     got = z if call.finish is None else call.finish(z)
     want = (call.z() if call.finish is None else call.output).to(got.dtype)
     if call.finish is None:

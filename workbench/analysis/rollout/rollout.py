@@ -166,7 +166,7 @@ def _back(
         inside = ((wanted >= strip.start) & (wanted < strip.stop)).nonzero()[:, 0]
         if not bool(given[:, strip].any()) and not len(inside):
             continue
-        rows, stay = mixing.rows(strip)
+        rows, stay = (each.to(given.device) for each in mixing.rows(strip))  # layers may be on several devices
         to_keys += given[:, strip] @ rows
         stays[:, strip] = given[:, strip] * stay
         if single is not None and len(inside):

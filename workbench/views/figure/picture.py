@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from workbench.views.figure.traces import axis, errors_of, numbers, positions, t
 _DASHES = {"dot": ":", "dash": "--", "longdash": (0, (8, 3)), "dashdot": "-.", "longdashdot": (0, (8, 3, 2, 3))}
 _STEPS = {"hv": "steps-post", "vh": "steps-pre", "hvh": "steps-mid", "vhv": "steps-mid"}
 _MOST_LABELS = 30  # on one axis
-_WRITTEN = re.compile(r"%\{z:?([^}]*)\}")  # in the cells of a heatmap
+_WRITTEN = re.compile(r"%\{z:?([^}]*)\}")  # numbers in the cells of a heatmap
 _RGB = re.compile(r"rgba?\(([^)]*)\)")
 Trace = Mapping[str, Any]
 
@@ -347,20 +347,24 @@ def _heatmap(panel: _Panel, trace: Trace, colour: str, kind: str | None) -> None
         bar.outline.set_visible(False)
         bar.set_label(title_of(trace.get("colorbar", shared.get("colorbar", {}))))
     panel.axes.set_facecolor(scales.unseen_colour())
-    written = _WRITTEN.fullmatch(trace.get("texttemplate", ""))
+    written, texts = _WRITTEN.fullmatch(trace.get("texttemplate", "")), trace.get("text")
     if written:
-        _write(panel, xs, ys, z, cells, written[1])
+        _write(panel, xs, ys, z, cells, lambda row, column: f"{z[row, column]:{written[1]}}".replace("-", "−"))
+    elif trace.get("texttemplate") == "%{text}" and texts is not None:
+        _write(panel, xs, ys, z, cells, lambda row, column: plain_text(texts[row][column]))
 
 
-def _write(panel: _Panel, xs: Array, ys: Array, z: Array, cells: Any, form: str) -> None:
-    """The number of each cell that is known, in ink that can be read on its colour."""
+def _write(panel: _Panel, xs: Array, ys: Array, z: Array, cells: Any, text: Callable[[int, int], str]) -> None:
+    """What each cell that is known says, in ink that can be read on its colour."""
     import matplotlib as mpl
 
     for (row, column), value in np.ndenumerate(z):
         if np.isfinite(value):
             ink = scales.ink_on(mpl.colors.to_hex(cells.cmap(cells.norm(value))))
-            text = f"{value:{form}}".replace("-", "−")
-            panel.axes.text(xs[column], ys[row], text, ha="center", va="center", fontsize=8, color=ink)
+            panel.axes.text(
+                xs[column], ys[row], text(row, column),
+                ha="center", va="center", fontsize=8, color=ink, parse_math=False, clip_on=True,
+            )  # fmt: skip
 
 
 def _edges(middles: Array, n: int) -> Array:
