@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 1280, 800
 COLOURS = 200  # that a picture keeps, which makes it several times smaller
 ADDRESSES = {
     "saliency-map": "#L1H1,t=3",
-    "head-wall": "#L1H7",
+    "head-gallery": "#L1H7",
     "head-page": "#L4H1",
     "image-attention": "#L2H1,x=3",
     "token-strip": "#t=15",
@@ -62,7 +62,7 @@ def shown() -> dict[str, views.View]:
         "head-atlas": views.head_atlas(cap, metric="induction"),
         "attention-pattern": pattern,
         "compare": views.compare(*pair, labels=("L4H1", "L4H2")),
-        "head-wall": views.head_gallery(cap, roles=roles),
+        "head-gallery": views.head_gallery(cap, roles=roles),
         "head-page": views.head(cap, "L4H1", roles=roles, circuits=found, attribution=share),
         "token-strip": views.token_strip(texts, {"received by L4H1, per query that sees it": received}),
         "run-timeline": views.run_timeline(cap),
