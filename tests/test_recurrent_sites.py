@@ -235,7 +235,7 @@ def test_profiles_and_atlases_take_them_where_they_are_asked_for() -> None:
 @pytest.mark.parametrize("name", ["qwen3-next", "recurrent-gemma", "lfm2"])
 @torch.no_grad()
 def test_a_row_of_several_sequences_is_shown_as_the_layer_mixes_it(name: str) -> None:
-    """Attention keeps them apart, and is recorded sequence by sequence; a recurrence runs on, or resets where it says."""
+    """Attention keeps them apart, and is recorded one by one; a recurrence runs on, or resets where it says."""
     model = build(name)
     at = torch.cat((torch.arange(9), torch.arange(8)))[None]
     with workbench.attach(model) as wb:
