@@ -2,6 +2,7 @@
 # make test    install what the tests need, then run them (PYTEST_FLAGS="-n 2 -k capture" is passed on)
 # make check   formatting, lint, types, layers, doctests and documentation; make -k check goes on after a failure
 # make site    the documentation, to be opened from .cache/site/html/index.html
+# make notebooks   run the notebooks and keep what they show (NOTEBOOKS="01-first-look" for some of them)
 # make lab     JupyterLab
 # make release-assets   the views' JavaScript in the small form that a release ships (needs node)
 # make bench   every script in benchmarks/
@@ -11,6 +12,7 @@
 
 PYTHON ?= python3
 PYTEST_FLAGS ?=
+NOTEBOOKS ?=
 
 VENV = .venv
 BIN = $(VENV)/bin
@@ -18,7 +20,7 @@ BIN = $(VENV)/bin
 # run time, and the type checker, the import linter and doctest want it on disk.
 TREE = .cache/tree
 
-.PHONY: demo test lab site bench clean tree release-assets
+.PHONY: demo test lab site notebooks bench clean tree release-assets
 .PHONY: check check-format check-lint check-types check-layers check-doctests check-javascript check-site
 
 demo: $(VENV)/.ready
@@ -52,6 +54,9 @@ check-site: site
 
 site: $(VENV)/.ready-docs
 	$(BIN)/python docs/make_site.py
+
+notebooks: $(VENV)/.ready-dev
+	$(BIN)/python docs/make_notebooks.py $(NOTEBOOKS)
 
 lab: $(VENV)/.ready-dev
 	$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -1,13 +1,22 @@
 """The command line, as a user types it."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -16,8 +25,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from workbench import __version__
-from workbench.cli import main
+from workbench import Report, __version__
+from workbench.cli import app, main
 from workbench.report import check
 
 
@@ -146,10 +155,51 @@ def test_what_a_model_cannot_take_is_one_message(
     assert not (vit / "report.html").exists()
 
 
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+SHELL = "\n".join(
+    block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
+)
+EXAMPLES = [
+    *re.findall(r"^workbench .+$", SHELL, flags=re.MULTILINE),
+    *(line for each in (*app.registered_commands, app.info) for line in str(each.epilog).split("\n\n")),
+]
+
+
+def test_commands_of_readme_docs_and_help_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vit: Path, whisper: Path
+) -> None:
+    assert len(EXAMPLES) >= 10
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(["?", "The", "quick", "fox"])}, unk_token="?"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path / "my-gpt2")
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=4, n_positions=32, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "my-gpt2")
+    for name, link in {"my-vit": vit, "my-whisper": whisper}.items():
+        (tmp_path / name).symlink_to(link)
+    (tmp_path / "cat.png").symlink_to(vit / "picture.png")
+    (tmp_path / "voice.wav").symlink_to(whisper / "voice.wav")
+    Report("A page").add("A sentence.").write(tmp_path / "demo.html")
+    monkeypatch.chdir(tmp_path)
+    for line in dict.fromkeys(EXAMPLES):
+        program, *arguments = shlex.split(line)
+        if arguments[0] != "demo":  # which has a test of its own
+            assert (program, run(monkeypatch, *arguments)) == ("workbench", 0), line
+
+
 def test_every_command_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("demo", "report", "verify", "check"):
         assert run(monkeypatch, command, "--help") == 0
         assert capsys.readouterr().out.count(f"workbench {command}") > 1
+    assert run(monkeypatch, "--help") == 0
+    assert "workbench report --model" in capsys.readouterr().out
+
+
+def test_what_is_under_way_is_said_and_nothing_else(tmp_path: Path, whisper: Path) -> None:
+    program = [sys.executable, "-c", "from workbench.cli import main; main()"]
+    command = [*program, "verify", "--model", whisper, "--audio", whisper / "voice.wav"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == [f"loading {whisper} …", "verifying 3 sites …"]
 
 
 @pytest.mark.parametrize(

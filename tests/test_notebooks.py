@@ -1,6 +1,8 @@
-"""Every notebook runs from top to bottom, with the sizes in its cell of parameters made small."""
+"""Every notebook runs, with the sizes in its cell of parameters made small, and holds what it shows."""
 
 import ast
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MAKER = runpy.run_path(str(ROOT / "docs" / "make_notebooks.py"))
 SMALL: dict[str, dict[str, int]] = {
     "02-long-context": {"N": 4096},
     "03-heads": {"N_PROMPTS": 16, "N_ORDERS": 2, "N_EPOCHS": 3},
@@ -42,10 +46,52 @@ def test_notebook_runs(path: Path, tmp_path: Path) -> None:
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
 
-def test_there_are_notebooks_and_they_hold_no_output() -> None:
+def test_there_are_notebooks_and_each_has_its_parameters() -> None:
     assert NOTEBOOKS
     assert {path.stem for path in NOTEBOOKS} >= SMALL.keys()
     for path in NOTEBOOKS:
-        read = nbformat.read(path, as_version=4)
-        assert not any(cell.get("outputs") for cell in read.cells), f"clear the outputs of {path.name}"
-        assert len(parameters(read)) == (path.stem in SMALL)
+        assert len(parameters(nbformat.read(path, as_version=4))) == (path.stem in SMALL)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_shows_is_small_and_current(path: Path) -> None:
+    assert (reason := MAKER["stale"](path)) is None, f"{reason}: make notebooks NOTEBOOKS={path.stem}"
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+    shown = [output.data for output in outputs if output.output_type != "stream"]
+    assert outputs
+    assert all(set(data) <= {"image/png", "text/plain"} for data in shown)
+    assert max((len(data.get("image/png", "")) for data in shown), default=0) < 200_000
+    assert path.stat().st_size < 600_000
+    assert not re.search(r"/(tmp|home|root|work)/", path.read_text(encoding="utf-8"))
+
+
+def test_another_line_of_code_or_of_drawing_makes_outputs_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = MAKER["stale"]
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    assert notebook.metadata.workbench.views
+    path = tmp_path / "changed.ipynb"
+    next(cell for cell in notebook.cells if cell.cell_type == "markdown").source += " A word."
+    nbformat.write(notebook, path)
+    assert stale(path) is None
+    (tmp_path / "head_atlas").mkdir()
+    (tmp_path / "head_atlas" / "view.py").write_text("class HeadAtlas: ...")
+    monkeypatch.setitem(stale.__globals__, "VIEWS", tmp_path)
+    assert "the drawing of" in stale(path)
+    next(cell for cell in notebook.cells if cell.cell_type == "code").source += "\n1 + 1"
+    nbformat.write(notebook, path)
+    assert stale(path) == "its code is another"
+
+
+def test_layout_comments_and_docstrings_do_not_make_outputs_stale(tmp_path: Path) -> None:
+    bare = MAKER["_bare"]
+    forms = [
+        'def f(a):\n    """What."""\n    return a + 1',
+        "def f(a):  # why\n\n    return (a + 1)",
+        "def f(a):\n    return a",
+    ]
+    for i, text in enumerate(forms):
+        (tmp_path / f"{i}.py").write_text(text)
+    first, second, other = (bare(tmp_path / f"{i}.py") for i in range(3))
+    assert first == second != other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -24,13 +23,14 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="Look at every attention head of a PyTorch model that stays on its fast kernel.",
+    epilog="workbench report --model demo-lm --text 'Then, Mary and John went to the park.'",
 )
 
 
 def main() -> None:
     """Run the command line; an error of ours ends it with one message and exit code 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # which transformers reads when it is imported
     try:
         app()
     except WorkbenchError as error:
@@ -94,6 +94,7 @@ def report(
     loaded, tokenizer = _load(model, device, dtype)
     page = Report(f"The heads of {Path(model).name}")
     with attach(loaded, tokenizer) as wb:
+        _say(f"verifying and capturing {len(wb.sites)} sites …")
         add_example(page, wb, example, statistics=_names(statistics), layers=chosen)
     _write(page, out, allow_large=allow_large)
 
@@ -118,6 +119,7 @@ def verify(
     example = _example(model, text, image, audio)
     loaded, tokenizer = _load(model, device, dtype)
     with attach(loaded, tokenizer) as wb, torch.inference_mode():
+        _say(f"verifying {len(wb.sites)} sites …")
         found = wb.verify(**inputs(wb, example))
     typer.echo(found.table.to_string(index=False))
     typer.echo(repr(found))
@@ -153,10 +155,19 @@ def _example(model: str, text: str | None, image: Path | None, audio: Path | Non
 
 
 def _load(model: str, device: str | None, dtype: str | None) -> tuple[PreTrainedModel, Any]:
+    from transformers.utils.logging import disable_progress_bar
+
     from workbench.models.loading import load, place
 
+    _say(f"loading {model} …")
+    disable_progress_bar()  # of reading weights; downloads keep theirs
     loaded, tokenizer = load(model)
     return place(loaded, device, dtype), tokenizer
+
+
+def _say(what: str) -> None:
+    """What is under way: on the error stream, so that the output is the command's answer alone."""
+    typer.secho(what, fg=typer.colors.BRIGHT_BLACK, err=True)
 
 
 def _names(text: str) -> list[str]:

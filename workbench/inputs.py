@@ -15,6 +15,7 @@ from workbench.hooks.packing import Segment, of_inputs
 
 _SILENT = 1e-4  # of full scale; below it a recording holds nothing but the noise of a converter
 _LOUDEST = 16.0  # times full scale; above it samples are on another scale
+_SHORT = 8  # tokens that are enough to find a model's parts
 
 
 def token_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -217,3 +218,21 @@ def own_columns(real: Tensor, position: int) -> Tensor:
             hint="positions count from 0, or from -1 at the end",
         )
     return ((real.cumsum(1) - 1 == number[:, None]) & real).int().argmax(1)
+
+
+def shortened(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The first example, cut to the first few tokens that are no padding."""
+    found = {name: value[:1] if isinstance(value, Tensor) and value.dim() else value for name, value in batch.items()}
+    for prefix in ("", "decoder_"):
+        ids, mask = found.get(f"{prefix}input_ids"), found.get(f"{prefix}attention_mask")
+        if not isinstance(ids, Tensor):
+            continue
+        real = torch.ones_like(ids[0]) if mask is None or mask.dim() != 2 else mask[0]
+        kept = real.nonzero()[:_SHORT, 0]
+        if len(kept) < 2:  # one token alone shows too little
+            kept = kept[:1].expand(_SHORT)
+        found[f"{prefix}input_ids"] = ids[:, kept]
+        for name in (f"{prefix}attention_mask", f"{prefix}token_type_ids", f"{prefix}position_ids"):
+            if isinstance(found.get(name), Tensor) and found[name].shape == ids.shape:
+                found[name] = found[name][:, kept]
+    return found

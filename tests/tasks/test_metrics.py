@@ -115,7 +115,7 @@ def test_empty_task_has_no_accuracy(tokenizer: Any) -> None:
         Task("ioi", (), "nowhere").accuracy(Oracle([], 3), tokenizer)
 
 
-@pytest.mark.parametrize("answer", [" Zanzibar", " Mary John"])
+@pytest.mark.parametrize("answer", [" Zanzibar", " Mary Zanzibar"])
 def test_answers_the_tokenizer_cannot_say_are_refused(tokenizer: Any, answer: str) -> None:
     example = ioi(1, seed=0)[0]
     task = Task("odd", (type(example)(example.prompt, example.twin, (answer,), example.wrong, {}, ()),), "here")

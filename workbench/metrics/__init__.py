@@ -5,7 +5,7 @@
 (True, False)
 """
 
-from workbench.metrics.answers import TaskBatch, last_logits, last_places
+from workbench.metrics.answers import Scored, TaskBatch, last_logits, last_places, scored_logits
 from workbench.metrics.divergences import jensen_shannon, js_divergence, kl_divergence, representation
 from workbench.metrics.metric import Metric
 from workbench.metrics.right_answer import accuracy, logit_diff, loss, probability
@@ -14,6 +14,7 @@ from workbench.metrics.table import METRICS, as_metric, as_metrics
 __all__ = [
     "METRICS",
     "Metric",
+    "Scored",
     "TaskBatch",
     "accuracy",
     "as_metric",
@@ -27,4 +28,5 @@ __all__ = [
     "loss",
     "probability",
     "representation",
+    "scored_logits",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
-from workbench.metrics.answers import TaskBatch, last_logits
+from workbench.metrics.answers import TaskBatch, scored_logits
 from workbench.metrics.logits import Readout, readout
 from workbench.metrics.metric import Metric
 
@@ -18,7 +18,7 @@ from workbench.metrics.metric import Metric
 def kl_divergence(output: Any, batch: Mapping[str, Any], clean: Any) -> Tensor:
     """KL(clean ‖ edited) of the distributions over classes, in nats: [batch].
 
-    Of a task's batch at the last token, of other batches the mean over their tokens.
+    Of a task's batch where it is measured, of other batches the mean over their tokens.
 
     Args:
         clean: what the unedited model gave for the batch.
@@ -33,14 +33,15 @@ def kl_divergence(output: Any, batch: Mapping[str, Any], clean: Any) -> Tensor:
 def js_divergence(output: Any, batch: Mapping[str, Any], clean: Any) -> Tensor:
     """Jensen-Shannon divergence from the unedited model's classes, in nats, 0 to ln 2: [batch].
 
-    Of a task's batch at the last token, of other batches the mean over their tokens.
+    Of a task's batch where it is measured, of other batches the mean over their tokens.
     """
     return _compared(jensen_shannon, output, batch, clean)
 
 
 def _compared(divergence: Callable[[Tensor, Tensor], Tensor], output: Any, batch: Any, clean: Any) -> Tensor:
     if isinstance(batch, TaskBatch):
-        return divergence(last_logits(output, batch), last_logits(clean, batch))
+        now, then = scored_logits(output, batch), scored_logits(clean, batch)
+        return now.mean(divergence(now.logits, then.logits))
     read, before = readout(output, batch), readout(clean, batch)
     # One example at a time: in double precision, which small divergences need, all would take much memory.
     return read.mean(torch.stack([divergence(a, b) for a, b in zip(read.logits, before.logits, strict=True)]))

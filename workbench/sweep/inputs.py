@@ -102,7 +102,8 @@ def check_resumed(held: Mapping[str, Any], now: Mapping[str, Any], name: str, wh
 def plain(value: Any) -> str:
     """A text that differs where batches, or the answers that they carry, differ."""
     told = about(value)
-    extra = [f"{key}={about(getattr(value, key))}" for key in ("answers", "wrong") if hasattr(value, key)]
+    carried = {key: getattr(value, key, None) for key in ("answers", "wrong", "scored")}
+    extra = [f"{key}={about(one)}" for key, one in carried.items() if one is not None]
     return " ".join([told, *extra])
 
 

@@ -13,7 +13,8 @@ import torch
 from workbench.errors import TaskError, nearest
 from workbench.inputs import decoder_start
 from workbench.metrics import METRICS, Metric, TaskBatch
-from workbench.tasks.pieces import piece_spans, pieces, prompt_ids, single_token, token_positions
+from workbench.tasks.pieces import answer_tokens, piece_spans, pieces, prompt_ids, token_positions
+from workbench.tasks.scoring import Answer, answer_of, scored_of
 
 Split = Literal["all", "train", "held_out"]
 
@@ -65,12 +66,16 @@ class Task(Sequence[Example]):
         examples: the prompts and their twins.
         source: where the task comes from.
         settings: the arguments it was made with, seed included, so that it can be made again.
+        prepend_bos: whether the token for the beginning of a text stands before each; None: as the tokenizer has it.
+        measured_at: name of the position behind which the answer is predicted.
     """
 
     name: str
     examples: tuple[Example, ...]
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    prepend_bos: bool | None = field(default=None, kw_only=True)
+    measured_at: str = field(default="end", kw_only=True)
 
     of_text: ClassVar[bool] = True  # whether batches are made by a tokenizer
 
@@ -114,6 +119,23 @@ class Task(Sequence[Example]):
         """The counterfactual twins, in order."""
         return [example.twin for example in self.examples]
 
+    def using(self, *, prepend_bos: bool | None = None, measured_at: str | None = None) -> Task:
+        """The same prompts with another beginning, or measured at another position.
+
+        Args:
+            prepend_bos: put the token for the beginning of a text before each, or leave it out; None: as it is.
+            measured_at: a named position; the answer is what the model predicts behind it. None: as it is.
+
+        Raises:
+            TaskError: no position of that name.
+        """
+        if measured_at is not None:
+            self.positions(measured_at)
+        return replace(
+            self, prepend_bos=self.prepend_bos if prepend_bos is None else prepend_bos,
+            measured_at=self.measured_at if measured_at is None else measured_at,
+        )  # fmt: skip
+
     def positions(self, name: str, tokenizer: Any = None) -> list[int]:
         """Index of a named position in every prompt: of pieces, or of tokens where a tokenizer is given.
 
@@ -125,8 +147,15 @@ class Task(Sequence[Example]):
             if name not in example.positions:
                 raise TaskError(f"no position called {name!r}", hint=nearest(name, list(example.positions), "position"))
             index = example.positions[name]
-            found.append(index if tokenizer is None else token_positions(tokenizer, example.prompt, [index])[0])
+            found.append(index if tokenizer is None else self._token_position(tokenizer, example.prompt, index))
         return found
+
+    def _token_position(self, tokenizer: Any, text: str, index: int) -> int:
+        (found,) = token_positions(tokenizer, text, [index])
+        if self.prepend_bos is None:
+            return found
+        plain, own = (prompt_ids(tokenizer, text, continued=False, prepend_bos=bos) for bos in (None, self.prepend_bos))
+        return found + len(own) - len(plain)
 
     def batches(
         self,
@@ -140,6 +169,8 @@ class Task(Sequence[Example]):
         """Model inputs in batches, padded on the right; each batch carries the answers for the metrics.
 
         What a tokenizer puts behind a text, such as an end token, is left out where a decoder goes on from the prompt.
+        Of an answer of several tokens all but the last stand behind the prompt, and behind its twin, so that each of
+        them is predicted from those before it.
 
         Args:
             tokenizer: a Hugging Face tokenizer.
@@ -151,42 +182,80 @@ class Task(Sequence[Example]):
                 the answer is what the decoder writes next. See `workbench.inputs.decoder_start`.
 
         Raises:
-            TaskError: a size below 1, an answer that is not one token for this tokenizer, a tokenizer that hides where
-                a prompt ends, or no `start_token` where a decoder has written something.
+            TaskError: a size below 1, answers that this tokenizer does not know or that cannot be compared, a tokenizer
+                that hides where a prompt ends, or no `start_token` where a decoder has written something.
         """
         if size < 1:
             raise TaskError(f"a batch needs at least 1 example, not {size}")
-        token_of = cache(partial(single_token, tokenizer))  # sets of answers repeat from one example to the next
+        tokens_of = cache(partial(answer_tokens, tokenizer))  # sets of answers repeat from one example to the next
         for start in range(0, len(self.examples), size):
             chunk = self.examples[start : start + size]
             texts = [example.twin if twins else example.prompt for example in chunk]
-            rows = [prompt_ids(tokenizer, text, continued=start_token is None) for text in texts]
+            rows = [
+                prompt_ids(tokenizer, text, continued=start_token is None, prepend_bos=self.prepend_bos)
+                for text in texts
+            ]
+            answers = [
+                answer_of(start + i, one, [tokens_of(text) for text in one.answers], [tokens_of(t) for t in one.wrong])
+                for i, one in enumerate(chunk)
+            ]
+            if start_token is None:
+                if any(example.written for example in chunk):
+                    raise TaskError(
+                        f"example {start} goes on from what a decoder wrote, and this model is no encoder-decoder",
+                        hint="batches(..., start_token=decoder_start(model))",
+                    )
+                read = rows
+                rows = [[*row, *answer.before] for row, answer in zip(rows, answers, strict=True)]
             inputs = dict(zip(("input_ids", "attention_mask"), padded(rows), strict=True))
             if start_token is not None:
                 texts = [example.written for example in chunk]
-                rows = [tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in texts]
-                ids, mask = padded([[start_token, *row] for row in rows])
+                own = [tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in texts]
+                read = [[start_token, *row] for row in own]
+                ids, mask = padded([[*row, *answer.before] for row, answer in zip(read, answers, strict=True)])
                 inputs["decoder_input_ids"] = ids
                 if not bool(mask.all()):
                     inputs["decoder_attention_mask"] = mask
-            elif any(example.written for example in chunk):
-                raise TaskError(
-                    f"example {start} goes on from what a decoder wrote, and this model is no encoder-decoder",
-                    hint="batches(..., start_token=decoder_start(model))",
-                )
+            ends = [len(row) - 1 for row in read]
+            scored = scored_of(answers, ends, self._measured(tokenizer, start, answers, ends, start_token))
             yield TaskBatch(
-                {name: value.to(device) for name, value in inputs.items()},
-                answers=[[token_of(answer) for answer in example.answers] for example in chunk],
-                wrong=[[token_of(answer) for answer in example.wrong] for example in chunk],
+                inputs,
+                answers=[list(answer.apart[0]) for answer in answers],
+                wrong=[list(answer.apart[1]) for answer in answers],
                 start=start,
                 continued=True,
+                scored=scored,
+            ).to(device or "cpu")
+
+    def _measured(
+        self, tokenizer: Any, start: int, answers: Sequence[Answer], ends: Sequence[int], start_token: int | None
+    ) -> list[int]:
+        """The column of each example from which the first token of its answer is predicted.
+
+        Raises:
+            TaskError: another place than the end where that has no sense.
+        """
+        if self.measured_at == "end":
+            return list(ends)
+        if start_token is not None:
+            raise TaskError(
+                f"the answer is measured at {self.measured_at!r}, a place in the prompt, which the encoder reads",
+                hint='in the decoder it is measured at the "end"',
             )
+        several = next((i for i, answer in enumerate(answers) if len(answer.steps) > 1), None)
+        if several is not None:
+            raise TaskError(
+                f"the answer of example {start + several} has {len(answers[several].steps)} tokens, which stand behind "
+                f"the prompt, and not behind {self.measured_at!r}",
+                hint="choose answers of one token, or measure at the end",
+            )
+        return self[start : start + len(answers)].positions(self.measured_at, tokenizer)
 
     def accuracy(self, model: torch.nn.Module, tokenizer: Any, size: int = 64) -> float:
         """Share of prompts whose most likely next token, over the full vocabulary, is a right answer.
 
         Raises:
-            TaskError: an empty task, or answers that are not single tokens.
+            TaskError: an empty task, or answers that `batches` refuses.
         """
         return float(self._measure(METRICS["accuracy"], model, tokenizer, size, twins=False).mean())
 
@@ -199,7 +268,7 @@ class Task(Sequence[Example]):
         are compared, so a model that does the task is below zero there.
 
         Raises:
-            TaskError: an empty task, or answers that are not single tokens.
+            TaskError: an empty task, or answers that `batches` refuses.
         """
         return self._measure(METRICS["logit_diff"], model, tokenizer, size, twins=twins)
 

@@ -68,17 +68,27 @@ def token_positions(tokenizer: Any, text: str, indices: Sequence[int]) -> list[i
     return found
 
 
-def prompt_ids(tokenizer: Any, text: str, *, continued: bool) -> list[int]:
+def prompt_ids(tokenizer: Any, text: str, *, continued: bool, prepend_bos: bool | None = None) -> list[int]:
     """Token ids of a prompt, with what the tokenizer puts before it.
 
     Args:
         continued: leave out what it puts behind, such as an end token: the model is to go on from the text.
+        prepend_bos: whether the beginning-of-sequence token stands before the text; None: as the tokenizer has it.
 
     Raises:
-        TaskError: where the text ends cannot be told.
+        TaskError: where the text ends cannot be told, or the tokenizer has no token for its beginning.
     """
-    ids: list[int] = tokenizer(text)["input_ids"]
-    return ids[: _own_tokens(tokenizer, text, ids)[1]] if continued else ids
+    ids: list[int] = list(tokenizer(text)["input_ids"])
+    ids = ids[: _own_tokens(tokenizer, text, ids)[1]] if continued else ids
+    if prepend_bos is None:
+        return ids
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        if prepend_bos:
+            raise TaskError("this tokenizer has no token for the beginning of a text", hint="prepend_bos=None")
+        return ids
+    there = ids[:1] == [bos]
+    return [bos, *ids] if prepend_bos and not there else ids[1:] if there and not prepend_bos else ids
 
 
 def _own_tokens(tokenizer: Any, text: str, ids: list[int]) -> tuple[int, int]:
@@ -93,6 +103,23 @@ def _own_tokens(tokenizer: Any, text: str, ids: list[int]) -> tuple[int, int]:
     )
 
 
+def answer_tokens(tokenizer: Any, answer: str) -> tuple[int, ...]:
+    """Token ids of an answer such as " New York".
+
+    Raises:
+        TaskError: the tokenizer makes nothing of it, or does not know a part.
+    """
+    ids = tuple(map(int, tokenizer(answer, add_special_tokens=False)["input_ids"]))
+    if not ids:
+        raise TaskError(f"the answer {answer!r} has no token for this tokenizer")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in ids:
+        raise TaskError(
+            f"the answer {answer!r} is unknown to this tokenizer", hint="use a tokenizer that knows the word"
+        )
+    return ids
+
+
 def single_token(tokenizer: Any, answer: str) -> int:
     """Token id of an answer such as " Orange".
 
@@ -102,8 +129,8 @@ def single_token(tokenizer: Any, answer: str) -> int:
     ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise TaskError(
-            f"the answer {answer!r} is {len(ids)} tokens for this tokenizer; a task needs answers of one token",
-            hint="choose answers that are single tokens for this tokenizer",
+            f"{answer!r} is {len(ids)} tokens for this tokenizer, and one is needed here",
+            hint="choose a text that is a single token for this tokenizer",
         )
     if ids[0] == getattr(tokenizer, "unk_token_id", None):
         raise TaskError(

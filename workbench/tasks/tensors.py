@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import TaskError
-from workbench.metrics import TaskBatch
+from workbench.metrics import Scored, TaskBatch, last_places
 from workbench.tasks.base import Example, Task
 
 
@@ -46,6 +46,16 @@ class InputTask(Task):
     def __repr__(self) -> str:
         return f"InputTask {self.name}: {len(self)} examples"
 
+    def using(self, *, prepend_bos: bool | None = None, measured_at: str | None = None) -> Task:
+        """The same inputs, measured at another position.
+
+        Raises:
+            TaskError: no position of that name, or another beginning, which ids that are given do not have.
+        """
+        if prepend_bos is not None:
+            raise TaskError("the inputs of this task are given as they are", hint="put the token into input_ids")
+        return super().using(measured_at=measured_at)
+
     def positions(self, name: str, tokenizer: Any = None) -> list[int]:
         """Index of a named position in every example.
 
@@ -75,11 +85,30 @@ class InputTask(Task):
             given["decoder_input_ids"] = torch.full((len(self), 1), start_token)
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
-            yield TaskBatch(
+            batch = TaskBatch(
                 {name: value[rows].to(device) for name, value in given.items()},
                 answers=[list(one) for one in self.answer_ids[rows]], wrong=[list(one) for one in self.wrong_ids[rows]],
                 start=start,
             )  # fmt: skip
+            if self.measured_at != "end":
+                batch.scored = self._measured_at(batch, rows)
+            yield batch
+
+    def _measured_at(self, batch: TaskBatch, rows: slice) -> Scored:
+        """Where a batch is measured: at a named column.
+
+        Raises:
+            TaskError: the answer comes from a decoder.
+        """
+        if "decoder_input_ids" in batch or "input_ids" not in batch:
+            raise TaskError(
+                f"the answer is measured at {self.measured_at!r}, a place that no ids of a decoder have",
+                hint='measured_at="end"',
+            )
+        device = batch["input_ids"].device
+        places = torch.tensor(self[rows].positions(self.measured_at), device=device) % batch["input_ids"].shape[1]
+        right, wrong = ([[one] for one in sets] for sets in (batch.answers, batch.wrong))
+        return Scored(places[:, None], last_places(batch).to(device).expand(len(places)), right, wrong)
 
 
 def from_inputs(

@@ -127,6 +127,7 @@ def repair(
             f"task {task.name} has no known positions to look at", hint="towards=[names of positions]"
         )
     with open_setup(wb, task, batch_size=batch_size) as setup:
+        setup.check_measured_at_end("where repaired heads look from")
         graph = setup.graph
         chosen = [graph.head_name(head) for head in heads]
         if not chosen:

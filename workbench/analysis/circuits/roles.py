@@ -110,6 +110,7 @@ def head_roles(
             f"there is no place {sorted(unknown)[0]!r}", hint="places are answer, wrong, repeated, question"
         )
     with open_setup(wb, task, batch_size=batch_size) as setup:
+        setup.check_measured_at_end("what a head's role is")
         graph = setup.graph
         if isinstance(heads, Circuit):
             heads.check_model(graph)

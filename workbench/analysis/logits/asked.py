@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.errors import CaptureError, InterventionError, TaskError
+from workbench.errors import CaptureError, InterventionError, TaskError, WorkbenchError
 from workbench.inputs import check_inputs, decoder_start, device_for_inputs, dropout_in_training, own_columns
 from workbench.metrics.answers import TaskBatch
 from workbench.session.workbench import Workbench
@@ -17,7 +18,6 @@ from workbench.tasks.base import Task
 from workbench.tasks.pieces import single_token
 
 Targets = str | int | Sequence[str | int] | None
-_SHORT = 8  # tokens that are enough to find a model's parts
 
 
 def check_model(wb: Workbench) -> None:
@@ -29,6 +29,27 @@ def check_model(wb: Workbench) -> None:
         raise InterventionError(
             f"the model drops out at {len(dropping)} modules ({dropping[0]} …)", hint="call model.eval()"
         )
+
+
+def sites_on_tokens(wb: Workbench, inputs: Mapping[str, Any]) -> list[str]:
+    """Names of the sites that fire when the model is given these few tokens alone.
+
+    Raises:
+        CaptureError: it does not run on them.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of sites that do not fire, such as those of a vision tower
+            with wb.capture((), queries_keys=False) as cap:
+                wb.model(**inputs)
+    except WorkbenchError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the model does not run on token ids alone: {type(error).__name__}: {error}",
+            hint="this analysis is of language models that take input_ids",
+        ) from error
+    return [site.path for site in cap.sites]
 
 
 def batches_of(wb: Workbench, prompts: Any, size: int) -> Iterator[dict[str, Tensor]]:
@@ -60,24 +81,6 @@ def batches_of(wb: Workbench, prompts: Any, size: int) -> Iterator[dict[str, Ten
         if start is not None:
             inputs["decoder_input_ids"] = torch.full((len(inputs["input_ids"]), 1), start).to(inputs["input_ids"])
         yield inputs
-
-
-def shortened(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The first example, cut to the first few tokens that are no padding."""
-    found = {name: value[:1] if isinstance(value, Tensor) and value.dim() else value for name, value in batch.items()}
-    for prefix in ("", "decoder_"):
-        ids, mask = found.get(f"{prefix}input_ids"), found.get(f"{prefix}attention_mask")
-        if not isinstance(ids, Tensor):
-            continue
-        real = torch.ones_like(ids[0]) if mask is None or mask.dim() != 2 else mask[0]
-        kept = real.nonzero()[:_SHORT, 0]
-        if len(kept) < 2:  # one token alone shows too little
-            kept = kept[:1].expand(_SHORT)
-        found[f"{prefix}input_ids"] = ids[:, kept]
-        for name in (f"{prefix}attention_mask", f"{prefix}token_type_ids", f"{prefix}position_ids"):
-            if isinstance(found.get(name), Tensor) and found[name].shape == ids.shape:
-                found[name] = found[name][:, kept]
-    return found
 
 
 def written_ids(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -136,7 +139,16 @@ def tokens_of(wb: Workbench, given: Targets, n: int, vocabulary: int, what: str)
 
 
 def answers_of(batch: TaskBatch, what: str) -> Tokens:
-    """The right or wrong answers of a task's batch."""
+    """The right or wrong answers of a task's batch.
+
+    Raises:
+        TaskError: they are of several tokens, or measured elsewhere than at the end.
+    """
+    if batch.scored is not None:
+        raise TaskError(
+            "the task is measured at several tokens, or not at the last one; here one logit at one position counts",
+            hint="give a prompt, target=, contrast= and position=",
+        )
     return Tokens(tuple(tuple(one) for one in (batch.answers if what == "target" else batch.wrong)))
 
 

@@ -18,13 +18,13 @@ from workbench.analysis.logits.asked import (
     check_apart,
     check_model,
     places_of,
-    shortened,
     tokens_of,
 )
 from workbench.analysis.logits.result import LogitAttribution
 from workbench.analysis.logits.writers import Writers, find_writers
 from workbench.errors import CaptureError, TaskError
 from workbench.hooks.changes import Changes
+from workbench.inputs import shortened
 from workbench.metrics.answers import TaskBatch
 from workbench.metrics.logits import logits_of
 from workbench.session.workbench import Workbench

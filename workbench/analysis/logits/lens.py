@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.recording import first_float
-from workbench.analysis.logits.asked import Targets, batches_of, check_model, shortened, tokens_of, written_ids
+from workbench.analysis.logits.asked import Targets, batches_of, check_model, tokens_of, written_ids
 from workbench.analysis.logits.lens_result import LogitLens
 from workbench.analysis.logits.readout import Readout
 from workbench.analysis.logits.writers import find_readout_of
 from workbench.errors import CaptureError, TaskError
 from workbench.hooks.changes import Changes
+from workbench.inputs import shortened
 from workbench.metrics.logits import logits_of
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task

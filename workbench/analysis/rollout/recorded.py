@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.recording import first_float, record
-from workbench.analysis.logits.asked import shortened
 from workbench.analysis.rollout.maps import Map, NormsMap, ProximityMap, Vectors, WeightsMap, linear
 from workbench.analysis.rollout.sublayers import Sublayer, find_sublayers
 from workbench.analysis.rollout.zeroing import BlockRun, ZeroingMap
@@ -20,7 +19,7 @@ from workbench.errors import AttachError, CaptureError
 from workbench.hooks.changes import Changes
 from workbench.hooks.heads import block_of
 from workbench.hooks.sites import Site
-from workbench.inputs import without_cache
+from workbench.inputs import shortened, without_cache
 from workbench.session.workbench import Workbench
 
 _KINDS = ("self", "state", "cross")

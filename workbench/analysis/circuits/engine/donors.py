@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.setup import Setup
-from workbench.metrics import TaskBatch
+from workbench.metrics import Scored, TaskBatch
 from workbench.session.resampling import Content, choose_donors
 
 _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
@@ -60,6 +60,21 @@ def batch_of(pairs: Sequence[Pair], numbers: Sequence[int]) -> Pair:
     batch = TaskBatch(
         inputs, answers=[pair.clean.answers[k] for pair, k in chosen], wrong=[pair.clean.wrong[k] for pair, k in chosen]
     )
+    if any(pair.clean.scored is not None for pair, _ in chosen):
+        batch.scored = _scored(chosen)
     ends = [[None if end is None else end[k] for end in pair.ends] for pair, k in chosen]
     stacked = [[end for end in several if end is not None] for several in zip(*ends, strict=True)]
     return Pair(batch, batch, tuple(torch.stack(several) if several else None for several in stacked))
+
+
+def _scored(chosen: Sequence[tuple[Pair, int]]) -> Scored:
+    """Where examples of several batches are measured, as one batch: those of few places repeat their last one."""
+    most = max(pair.scored.shape[1] for pair, _ in chosen)
+    places = [torch.cat([row, row[-1:].expand(most - len(row))]) for row in (pair.scored[k] for pair, k in chosen)]
+    sets = [
+        (scored.right[k], scored.wrong[k]) if (scored := pair.clean.scored) is not None
+        else ([pair.clean.answers[k]], [pair.clean.wrong[k]])
+        for pair, k in chosen
+    ]  # fmt: skip
+    ends = torch.stack([pair.last[k] for pair, k in chosen])
+    return Scored(torch.stack(places), ends, [right for right, _ in sets], [wrong for _, wrong in sets])

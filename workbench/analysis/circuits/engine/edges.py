@@ -69,7 +69,7 @@ def run_nodes(
                     some = kept[first : first + most]
                     hooks = {key: [hook] for key, hook in replaced_nodes(setup, some, values, pair.size)}
                     start = 0 if any(what == "input" for what, _ in hooks) else min((i for _, i in hooks), default=0)
-                    out = setup.stream.run(pair.clean, pair.last, hooks, times=len(some), start=start)
+                    out = setup.stream.run(pair.clean, pair.scored, hooks, times=len(some), start=start)
                     measured = setup.measure(out, pair, logits, len(some))
                     found[first : first + most, setup.rows(pair)] += measured / draws
                     bar.update(len(some))
@@ -87,7 +87,7 @@ def patch_edges(setup: Setup, pair: Pair, clean: Kept, values: Kept, patched: Te
     layers = [graph.layer_of(graph.receivers[r]) for r in touched.nonzero()[:, 0].tolist()]
     start = min([*layers, len(graph.layers) - 1])
     run = _Patched(setup, pair, clean, values, patched, start)
-    return setup.stream.run(pair.clean, pair.last, run.hooks(), times=len(patched), start=start)
+    return setup.stream.run(pair.clean, pair.scored, run.hooks(), times=len(patched), start=start)
 
 
 class _Patched:

@@ -19,21 +19,26 @@ Where = str | int | Sequence[str | int] | None
 
 
 def measure_last(metric: Metric, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
-    """[times, batch] of a metric from logits at the last token.
+    """[times, batch] of a metric from logits at the places that a task is measured by, mostly the last token.
 
-    The metric sees them as `output.logits` [times · batch, 1, vocab], with a task's batch of one token each.
+    The metric sees them as `output.logits` [times · batch, n, vocab], with a task's batch of n tokens each.
 
     Args:
-        logits: [times · batch, vocab]. clean: those of the unedited model [batch, vocab].
+        logits: [times · batch, n, vocab], or [times · batch, vocab] of one place. clean: those of the unedited model,
+            [batch, n, vocab].
 
     Raises:
         TaskError: it does not give one number for each example.
     """
-    ids = {"input_ids": pair.clean["input_ids"][:, :1].repeat(times, 1)} if "input_ids" in pair.clean else {}
+    n, scored = pair.scored.shape[1], pair.clean.scored
+    rows = logits.shape[0]
+    ids = {"input_ids": pair.clean["input_ids"][:, :1].repeat(times, n)} if "input_ids" in pair.clean else {}
     batch = TaskBatch(
         ids, answers=list(pair.clean.answers) * times, wrong=list(pair.clean.wrong) * times, start=pair.clean.start,
+        scored=None if scored is None else scored.repeated(times),
     )  # fmt: skip
-    output, unedited = (SimpleNamespace(logits=given[:, None]) for given in (logits, clean.repeat(times, 1)))
+    several = (logits.view(rows, n, -1), clean.view(-1, n, clean.shape[-1]).repeat(times, 1, 1))
+    output, unedited = (SimpleNamespace(logits=given) for given in several)
     return metric.examples(output, batch, logits.shape[0], unedited).view(times, -1)
 
 
@@ -58,7 +63,7 @@ class Pair:
 
     Attributes:
         ends: for each residual stream [batch] the index of its last token; None where it has no tokens but frames or
-            patches. The last one is that whose logits are read.
+            patches. The last one is that whose logits are read. Tokens of an answer are not counted.
         start: index in the task of the first example.
     """
 
@@ -68,9 +73,14 @@ class Pair:
 
     @property
     def last(self) -> Tensor:
-        """[batch] index of the token whose logits are read."""
+        """[batch] index of the last token of a prompt, or of what a decoder has written, before the answer."""
         assert self.ends[-1] is not None
         return self.ends[-1]
+
+    @property
+    def scored(self) -> Tensor:
+        """[batch, n] indices of the tokens whose logits are read: the last one, mostly."""
+        return self.last[:, None] if self.clean.scored is None else self.clean.scored.places
 
     @property
     def size(self) -> int:
@@ -97,8 +107,8 @@ def make_pairs(task: Task, model: nn.Module, tokenizer: Any, size: int, device: 
     The encoder of an encoder-decoder reads the prompt; the answer is the next token of the decoder.
 
     Raises:
-        TaskError: no task or tokenizer; an answer that is not one token; a twin of another length than its prompt, or
-            one that does not differ.
+        TaskError: no task or tokenizer; answers that `Task.batches` refuses; a twin of another length than its prompt,
+            or one that does not differ.
     """
     if not isinstance(task, Task):
         raise TaskError(
@@ -135,7 +145,8 @@ def make_pairs(task: Task, model: nn.Module, tokenizer: Any, size: int, device: 
                 f"the twin of example {i} does not differ from its prompt {task[i].prompt!r} for this model",
                 hint="a twin changes at least one token",
             )
-        pairs.append(Pair(clean, twin, several[0]))
+        ends = several[0] if clean.scored is None else (*several[0][:-1], clean.scored.ends)
+        pairs.append(Pair(clean, twin, ends))
     return pairs
 
 
@@ -184,8 +195,11 @@ def find_positions(task: Task, tokenizer: Any, pair: Pair, where: Where, stream:
 
 def _column(pair: Pair, number: int, stream: int, length: int) -> Tensor:
     """[batch] column of a token of each prompt; see `workbench.inputs.own_columns`."""
+    real, end = pair.mask(stream, length).bool(), pair.ends[stream]
+    if number < 0 and end is not None:  # from the end of the prompt, not of an answer behind it
+        real = real & (torch.arange(length, device=real.device) <= end.to(real.device)[:, None])
     try:
-        return own_columns(pair.mask(stream, length).bool(), number)
+        return own_columns(real, number)
     except CaptureError as error:
         raise InterventionError(error.message, hint=error.hint) from None
 

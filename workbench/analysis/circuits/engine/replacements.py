@@ -62,7 +62,7 @@ class Replacements:
         setup = self.setup
         chosen = [self.donors[i][draw] for i in range(pair.start, pair.start + pair.size)]
         donors = batch_of(setup.pairs, chosen)
-        _, seen = setup.stream.record(donors.clean, donors.last, resume=False)
+        _, seen = setup.stream.record(donors.clean, donors.scored, resume=False)
         places = [aligned(setup.real(pair, s), setup.real(donors, s)) for s in range(len(setup.graph.streams))]
         found = Kept()
         for key in sender_keys(setup):
@@ -80,7 +80,7 @@ class Replacements:
         counts = [torch.zeros(n, dtype=torch.float64) for n in longest]
         with torch.no_grad():
             for pair in setup.pairs:
-                _, clean = setup.stream.record(pair.clean, pair.last)
+                _, clean = setup.stream.record(pair.clean, pair.scored)
                 real = [setup.real(pair, s) for s in streams]
                 ranks = [(each.cumsum(1) - 1)[each] for each in real]
                 for s in streams:

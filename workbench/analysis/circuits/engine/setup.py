@@ -21,7 +21,7 @@ from workbench.analysis.circuits.engine.prompts import (
 )
 from workbench.analysis.circuits.engine.stream import Kept, Stream
 from workbench.analysis.circuits.model.graph import Graph
-from workbench.errors import WorkbenchError
+from workbench.errors import TaskError, WorkbenchError
 from workbench.metrics import Metric
 from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import digest, plain
@@ -71,8 +71,8 @@ class Setup:
         clean, corrupted = [], []
         with torch.no_grad():
             for pair in self.pairs:
-                plain = self.stream.run(pair.clean, pair.last)
-                other = self.stream.run(pair.twin, pair.last)
+                plain = self.stream.run(pair.clean, pair.scored)
+                other = self.stream.run(pair.twin, pair.scored)
                 clean.append(self.measure(plain, pair, plain)[0])
                 corrupted.append(self.measure(other, pair, plain)[0])
         self.take_baselines(torch.cat(clean), torch.cat(corrupted))
@@ -90,8 +90,8 @@ class Setup:
     def record(self, pair: Pair) -> tuple[Tensor, Kept, Kept]:
         """Logits of the prompts, and what is in both streams; later runs resume from the prompts' forward."""
         with torch.no_grad():
-            _, twin = self.stream.record(pair.twin, pair.last, resume=False)
-            logits, clean = self.stream.record(pair.clean, pair.last)
+            _, twin = self.stream.record(pair.twin, pair.scored, resume=False)
+            logits, clean = self.stream.record(pair.clean, pair.scored)
         return logits, clean, twin
 
     def metric_of(self, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
@@ -152,6 +152,20 @@ class Setup:
             "memory": self.memory,
             **settings,
         }
+
+    def check_measured_at_end(self, what: str) -> None:
+        """Refuse a task that is measured elsewhere than at each prompt's last token alone.
+
+        Raises:
+            TaskError: it is; `what` reads that token.
+        """
+        for pair in self.pairs:
+            if pair.clean.scored is not None:
+                raise TaskError(
+                    f"{what} is about the last token, and task {self.task.name} is measured at "
+                    + ("several" if pair.scored.shape[1] > 1 else "another"),
+                    hint="give answers of one token, measured at the end",
+                )
 
     def provenance(self) -> dict[str, Any]:
         """Where the numbers come from."""

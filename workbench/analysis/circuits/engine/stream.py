@@ -22,12 +22,11 @@ from workbench.analysis.circuits.model.modules import LayerModules, Projection
 from workbench.analysis.circuits.model.recording import first_float
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.hooks.changes import Changes
-from workbench.inputs import check_inputs, dropout_in_training
+from workbench.inputs import check_inputs, dropout_in_training, shortened
 from workbench.session.workbench import Workbench
 from workbench.sweep.prefix import Prefix
 from workbench.sweep.variants import repeat
 
-_SHORT = 8  # tokens that are enough to find a model's layers
 _SEVERAL = 3  # repeats from which on it is worth computing again what projections gave on the batch itself
 # What a hook sees, and may give anew. In layer i, and in stream s (0, or 0 and 1: the encoder's and the decoder's):
 # ("input", s)          [batch, position, d_model] what the first block reads
@@ -66,7 +65,7 @@ class Stream:
         check_inputs(wb.model, (), pair.clean)
         self.wb, self.model = wb, wb.model
         self.extra = _extra(wb.model)
-        self._small = {**self.extra, **_beginning(pair.clean)}
+        self._small = {**self.extra, **shortened(pair.clean)}
         self.anatomy: Anatomy = find_anatomy(wb, self._small)
         self.graph = self.anatomy.graph
         self.end = ("final", len(self.graph.streams) - 1)
@@ -93,7 +92,7 @@ class Stream:
         """Logits at the last token [batch, vocab], and what senders wrote and receivers read.
 
         Args:
-            batch: model inputs. last: [batch] index of each last token. hooks: as in `run`.
+            batch: model inputs. last, hooks: as in `run`.
             resume: later runs of this batch may resume from this one.
         """
         kept = Kept()
@@ -124,7 +123,8 @@ class Stream:
         """Logits at the last token [times · batch, vocab] of a forward with these hooks.
 
         Args:
-            batch: model inputs. last: [batch] index of each last token.
+            batch: model inputs.
+            last: [batch] index of each last token, or [batch, n] of n tokens: logits are [times · batch, n, vocab].
             times: how many repeats of the batch run side by side.
             start: the first layer that a hook changes; those before it are not run again where that is possible.
 
@@ -139,12 +139,15 @@ class Stream:
             if hooks and self._recorded is not None and self._recorded[0] is batch and not torch.is_grad_enabled():
                 self._skip_unchanged(changes, self._recorded[1], start, times)
             self._register(changes, hooks or {})
-            where = last.repeat(times)
+            where = last.repeat(times, *[1] * (last.dim() - 1))
             self._last_only(changes, where)
             with nullcontext() if prefix is None else prefix.resuming(self.blocks[start], times):
                 output = self.model(**inputs)
         logits = output if isinstance(output, Tensor) else output.logits
-        return logits[:, 0] if logits.shape[1] == 1 else logits[torch.arange(len(where)), where]
+        places = where.view(len(where), -1)
+        if self.anatomy.head is None or logits.shape[1] != places.shape[1]:
+            logits = logits[torch.arange(len(where), device=logits.device)[:, None], places]
+        return logits[:, 0] if last.dim() == 1 else logits
 
     def _try_resuming(self, batch: Mapping[str, Tensor], last: Tensor) -> None:
         """Find out, on a batch that was recorded, whether a forward that begins later gives the same numbers."""
@@ -209,14 +212,18 @@ class Stream:
             only_where_changed(changes, [layer.out_module], clean["z", i].flatten(-2))
 
     def _last_only(self, changes: Changes, last: Tensor) -> None:
-        """The head is given the last tokens alone: the logits of all others are the largest tensor of a forward."""
+        """The head is given the last tokens alone: the logits of all others are the largest tensor of a forward.
+
+        Args:
+            last: [batch], or [batch, n].
+        """
         head = self.anatomy.head
         if head is None:
             return
-        rows = torch.arange(len(last), device=last.device)
+        rows, places = torch.arange(len(last), device=last.device)[:, None], last.view(len(last), -1)
 
         def cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0][rows, last][:, None], *args[1:])
+            return (args[0][rows, places], *args[1:])
 
         changes.before(self.anatomy.modules[head], cut)
 
@@ -366,20 +373,6 @@ def _on_columns(function: Hook, part: Projection) -> Hook:
         return value.index_copy(-1, columns.flatten().to(value.device), made.flatten(-2).to(value.dtype))
 
     return whole
-
-
-def _beginning(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The first example, cut to a few tokens; what a decoder has written is drawn out to as many."""
-    ids = batch.get("input_ids")
-    found = {}
-    for name, value in batch.items():
-        value = value[:1]
-        if name.startswith("decoder_") and value.dim() == 2:
-            value = value[:, torch.arange(_SHORT).clamp(max=value.shape[1] - 1)]
-        elif ids is not None and value.shape[1:] == ids.shape[1:]:
-            value = value[:, :_SHORT]
-        found[name] = value
-    return found
 
 
 def _extra(model: nn.Module) -> dict[str, Any]:

@@ -132,9 +132,9 @@ class _Batch:
         found = torch.zeros(pair.size, len(graph.senders), len(graph.receivers), dtype=torch.float64)
         with torch.no_grad():
             if self.direction == NOISING:
-                _, self.twin = stream.record(pair.twin, pair.last, resume=False)
+                _, self.twin = stream.record(pair.twin, pair.scored, resume=False)
             if self.direction == DENOISING or self.setup.metric.against_clean:
-                _, self.clean = stream.record(pair.clean, pair.last, resume=False)
+                _, self.clean = stream.record(pair.clean, pair.scored, resume=False)
         # At its own end the path is the prompt (or the twin) itself, whichever sender is moved along it.
         gradients = self._gradients((), 1.0 if self.direction == NOISING else 0.0)
         inputs: list[Key] = [("input", s) for s in range(len(graph.streams))]
@@ -205,7 +205,7 @@ class _Batch:
             for key, hook in self.setup.stream.keeping(own).items():
                 hooks.setdefault(key, []).append(hook)
         with torch.enable_grad():
-            logits = self.setup.stream.run(batch, self.pair.last, hooks)
+            logits = self.setup.stream.run(batch, self.pair.scored, hooks)
             if not moved:
                 own.logits = logits.detach()
             value = self.setup.metric.sign * self.setup.metric_of(logits, self.pair, self.clean.logits).sum()

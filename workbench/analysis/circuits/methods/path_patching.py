@@ -98,12 +98,19 @@ def _index(setup: Setup, pair: Pair, paths: Paths, stream: int) -> Tensor:
     if where is None:
         return torch.arange(setup.length(pair, stream), device=pair.last.device).expand(pair.size, -1)
     end = stream == setup.stream.end[1]
-    if end and "logits" in paths.receivers and not bool((where == pair.last[:, None]).any()):
+    if end and "logits" in paths.receivers and not bool(_among(pair.scored, where).all()):
         raise InterventionError(
-            "the logits are read at the last token, which the positions leave out",
+            "the logits are read at the last token, which the positions leave out"
+            if pair.scored.shape[1] == 1
+            else "the logits are read at several tokens, some of which the positions leave out",
             hint='positions="end", or None for all',
         )
     return where
+
+
+def _among(wanted: Tensor, where: Tensor) -> Tensor:
+    """[batch, n] bool: which of the wanted columns [batch, n] are among others [batch, m]."""
+    return (wanted[:, :, None] == where[:, None]).any(-1)
 
 
 class _Flow:
@@ -220,17 +227,18 @@ def _second(
     """[unit, batch] of the metric when the receivers, and nothing else, are given what they received."""
     graph, stream = setup.graph, setup.stream
     if set(received) == {"logits"}:
-        place = (index[stream.end[1]] == pair.last[:, None]).float().argmax(1)
-        rows = torch.arange(pair.size, device=place.device)
-        final = received["logits"][:, rows, place].flatten(0, 1)
-        return setup.measure(stream.unembed(final), pair, logits, n)
+        place = (index[stream.end[1]][:, None] == pair.scored[:, :, None]).float().argmax(2)
+        rows = torch.arange(pair.size, device=place.device)[:, None]
+        final = received["logits"][:, rows, place]
+        made = stream.unembed(final.flatten(0, 2))
+        return setup.measure(made.view(n * pair.size, -1, made.shape[-1]), pair, logits, n)
     start = min(graph.layer_of(name) for name in received)
     values = []
     for first in range(0, n, most):
         chunk = {name: tensor[first : first + most] for name, tensor in received.items()}
         times = next(iter(chunk.values())).shape[0]
         out = stream.run(
-            pair.clean, pair.last, _hooks(setup, chunk, index), times=times, start=min(start, len(stream.blocks) - 1)
+            pair.clean, pair.scored, _hooks(setup, chunk, index), times=times, start=min(start, len(stream.blocks) - 1)
         )
         values.append(setup.measure(out, pair, logits, times))
     return torch.cat(values)

@@ -60,8 +60,8 @@ def two_runs(setup: Setup, pair: Pair, keys: Sequence[Key], direction: str) -> R
     """Run prompts and twins, and keep what stands at the keys; later runs resume from the one that is patched."""
     into, out_of = (pair.clean, pair.twin) if direction == NOISING else (pair.twin, pair.clean)
     new, old = Kept(), Kept()
-    there = setup.stream.run(out_of, pair.last, {key: [new.keep(key)] for key in keys})
-    base, _ = setup.stream.record(into, pair.last, {key: [old.keep(key)] for key in keys})
+    there = setup.stream.run(out_of, pair.scored, {key: [new.keep(key)] for key in keys})
+    base, _ = setup.stream.record(into, pair.scored, {key: [old.keep(key)] for key in keys})
     return Runs(into, out_of, new.tensors, old.tensors, base, base if direction == NOISING else there)
 
 
@@ -158,7 +158,7 @@ def _run(
             unit = units[chunk[0][0]]
             chosen = [(units[u].number, index[u, p]) for u, p in chunk]
             hook = _replacing(runs.new[unit.key], chosen, pair.size)
-            out = setup.stream.run(runs.into, pair.last, {unit.key: [hook]}, times=len(chunk), start=unit.layer)
+            out = setup.stream.run(runs.into, pair.scored, {unit.key: [hook]}, times=len(chunk), start=unit.layer)
             values = setup.measure(out, pair, runs.clean, len(chunk)) - base
             for cell, value in zip(chunk, values, strict=True):
                 effects[cell] = value.masked_fill(still[cell], 0.0)
