@@ -42,6 +42,7 @@ def every_result() -> list[type[Result]]:
 RESULTS = every_result()
 GRAPH = Graph((Layer(2, 1), Layer(2, 1)), 8)
 SIZES = {
+    "AttentionRollout": {"site": 3, "place": 4},
     "Circuit": {"sender": len(GRAPH.senders), "receiver": len(GRAPH.receivers)},
     "Pruning": {"sender": len(GRAPH.senders), "receiver": len(GRAPH.receivers)},
     "PatternAtlas": {"query": 16, "key": 16, "width": 5},

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser
 
-from support.every_view import VIEWS
+from support.browser import WatchedPage, settled
+from support.every_view import VIEWS, WITH_TOKENS
 from support.hostile import HOSTILE
 from workbench.views import token_strip
-from workbench.views.base.view import origin_line
+from workbench.views.base.spec import origin_line
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -37,8 +40,6 @@ def test_every_view_is_a_drawing_with_words_around_it(kind: str, tmp_path: Path)
 
 
 def test_the_background_can_be_left_out() -> None:
-    from io import BytesIO
-
     from PIL import Image
 
     view = token_strip(["a", "b"], [0.0, 1.0])
@@ -59,3 +60,57 @@ def test_the_origin_names_every_model_once() -> None:
     model = {"model_name": "gpt2", "weights_sha256": "0123456789abcdef"}
     assert origin_line({"a": model, "b": model}).startswith("gpt2, weights 0123456789ab; attention-workbench ")
     assert origin_line({}).startswith("attention-workbench ")
+
+
+PIXELS = "[...document.querySelectorAll('.workbench canvas')].map((canvas) => canvas.toDataURL())"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("kind", VIEWS)
+def test_the_pages_buttons_give_the_whole_figure_on_white(kind: str, browser: Browser, tmp_path: Path) -> None:
+    """Title, axes, legends, caption and origin as text in an SVG, the same as a PNG of twice the size; offline."""
+    from PIL import Image
+
+    view = VIEWS[kind]()
+    context = browser.new_context(offline=True, color_scheme="dark", viewport={"width": 1100, "height": 800})
+    watched = WatchedPage(context.new_page())
+    page = watched.open(Path(view.to_html(tmp_path / "view.html")))
+    page.wait_for_selector("html[data-ready]")
+    before = page.evaluate(PIXELS)
+    files = {}
+    for form in ("SVG", "PNG"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=form, exact=True).first.click()
+        files[form] = Path(download.value.path()).read_bytes()
+    settled(page)
+    assert page.evaluate(PIXELS) == before  # the page is as it was
+    watched.assert_clean()
+    context.close()
+    drawing = ET.fromstring(files["SVG"])
+    words = " ".join("".join(text.itertext()) for text in drawing.iter(f"{SVG}text"))
+    for wanted in (
+        view.spec.title,
+        " ".join(view.spec.caption.split()),
+        *view.spec.notes,
+        view.spec.to_static()["origin"],
+    ):
+        assert " ".join(wanted.split()) in words
+    width, height = sized(files["SVG"])
+    with Image.open(BytesIO(files["PNG"])) as picture:
+        assert picture.size == (2 * width, 2 * height)
+        assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    inside = [each for each in drawing.iter() if each.tag in (f"{SVG}path", f"{SVG}image", f"{SVG}rect")]
+    assert len(inside) > 4  # more than the paper
+
+
+@pytest.mark.browser
+def test_a_hostile_figure_is_text_and_nothing_more(page: WatchedPage, tmp_path: Path) -> None:
+    tab = page.open(Path(WITH_TOKENS["attention_pattern"](tuple(HOSTILE)).to_html(tmp_path / "view.html")))
+    tab.wait_for_selector("html[data-ready]")
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="SVG", exact=True).click()
+    drawing = ET.fromstring(Path(download.value.path()).read_bytes())
+    allowed = {"svg", "title", "rect", "text", "g", "path", "image", "clipPath", "linearGradient", "stop"}
+    assert {each.tag.removeprefix(SVG) for each in drawing.iter()} <= allowed
+    assert not [name for each in drawing.iter() for name in each.attrib if name.lower().startswith("on")]
+    page.assert_clean()

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
-from workbench.demo import capacity, circuits, heads, language, speech
+from workbench.demo import capacity, circuits, heads, induction, language, speech
 from workbench.report import Report
 
 _SECTIONS: dict[str, Callable[[Report, int], None]] = {
+    "induction head": induction.add,
     "language model": language.add,
     "heads of a vision model": heads.add,
     "circuit": circuits.add,

@@ -1,7 +1,7 @@
 """Attention rollout and the maps that it chains, compared with the published definitions worked by hand in float64."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ import workbench
 from support.kept_elsewhere import Int8, put
 from support.tiny import eager_twin, family, make
 from support.zoo.family import ids
-from workbench import AttachError, AttentionRollout, CaptureError, attach, attention_rollout
+from workbench import AttachError, AttentionRollout, CaptureError, FormatError, attach, attention_rollout
+from workbench.analysis.rollout.maps import ProximityMap, linear, tiles
+from workbench.analysis.rollout.recorded import run_of
 from workbench.kernels.patterns import Pattern
 
 METHODS = ("attention", "norm", "alti", "value_zeroing")
@@ -250,6 +252,40 @@ def test_a_norm_behind_the_heads_is_frozen() -> None:
     torch.testing.assert_close(found.own[0], norms / norms.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name", ["gpt-neox", "bart", "whisper", "modernbert", "dinov2", "bloom", "qwen3", "gemma2", "deepseek-v3", "bert"]
+)
+def test_the_vectors_add_up_to_the_sum(name: str) -> None:
+    """Of every attention of other architectures: Σ_j T_ij and the bias are what the model has there."""
+    made, inputs = make(family(name)), family(name).inputs()
+    one = {key: value[:1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    with attach(made) as wb, torch.no_grad():
+        run = run_of(wb, one, "alti", 0.5, None)
+        for step in run.steps:
+            mixing = step.map()
+            assert isinstance(mixing, ProximityMap)
+            of = mixing.of
+            n = of.pattern.n_queries
+            alpha = torch.cat([p for _, p in tiles(of.pattern, slice(0, n), of.pattern.n_keys)], -1).double()
+            keys = slice(0, alpha.shape[-1])
+            total = torch.einsum("hqk,khd->qd", alpha, of.written(keys, torch.float64)) * of.scale[:, None] + of.own
+            bias = getattr(of_module(made, step.site), "bias", None)
+            if bias is not None:
+                total = total + linear(of.norm, bias.double()) * of.scale[:, None]
+            if of.norm is not None:
+                total = total + of.norm.bias
+            torch.testing.assert_close(total, of.whole, rtol=1e-3, atol=1e-4 * float(of.whole.abs().max()))
+
+
+def of_module(model: nn.Module, site: str) -> nn.Module:
+    """The linear module that ends an attention."""
+    inside = [m for n, m in model.named_modules() if n.startswith(f"{site.rpartition('.')[0]}.") or n.startswith(site)]
+    last = ("dense", "out_proj", "o_proj", "Wo", "c_proj", "out_lin")
+    names = {m: n.rpartition(".")[2] for n, m in model.named_modules()}
+    own = [m for n, m in model.named_modules() if n.startswith(f"{site}.") and names[m] in last]
+    return own[0] if own else next(m for m in inside if names[m] in last)
+
+
 def test_padding_is_left_out() -> None:
     model, alone = _model("gpt2"), _inputs("gpt2", 9)
     padded = {"input_ids": torch.cat([torch.zeros(1, 4, dtype=torch.long), alone["input_ids"]], 1)}
@@ -303,6 +339,35 @@ def test_bad_input_is_named() -> None:
             attention_rollout(wb, {"input_ids": ids(2, 5)})
 
 
+def test_blocks_that_mix_positions_elsewhere_are_refused() -> None:
+    """Their MLP takes means over positions: value zeroing would not be that of the attention alone."""
+    model, inputs = _model("gpt2"), _inputs("gpt2")
+
+    class Smeared(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.mlp(x)
+            return made + made.cumsum(1)
+
+    model.transformer.h[1].mlp = Smeared(model.transformer.h[1].mlp)
+    with attach(model, check=False) as wb:
+        with pytest.raises(AttachError, match=r"transformer\.h\.1 mixes positions elsewhere"):
+            attention_rollout(wb, inputs, method="value_zeroing")
+        attention_rollout(wb, inputs)
+    with attach(make(family("torch-transformer"))) as wb:
+        inputs = family("torch-transformer").inputs()
+        inputs = {key: value[:1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        with pytest.raises(AttachError, match="joins the heads without being called"):
+            attention_rollout(wb, inputs, method="norm")
+    for name, said in (("swin", "of kind 'window'"), ("clip", "2 stacks of layers"), ("mamba", "was not found")):
+        one = {key: value[:1] if isinstance(value, Tensor) else value for key, value in family(name).inputs().items()}
+        with attach(make(family(name))) as wb, pytest.raises(AttachError, match=said):
+            attention_rollout(wb, one, method="norm")
+
+
 def test_weights_that_are_not_there_are_named() -> None:
     """Quantized projections: "attention" and value zeroing need none of them, the others say so."""
     model, inputs = _model("llama-gqa").float(), _inputs("llama-gqa")
@@ -330,6 +395,8 @@ def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     again = AttentionRollout.load(found.save(tmp_path / "a.safetensors"))
     assert torch.equal(again.shares, found.shares)
     assert again.table.equals(found.table)
+    with pytest.raises(FormatError, match="6 places around 6 sites"):
+        AttentionRollout.load(replace(found, shares=found.shares[1:]).save(tmp_path / "b.safetensors"))
     assert "alti" in repr(found)
     assert abs(float(found.table["share"].sum()) - 2) < 1e-9
     assert len(found.to_png()) > 1000

@@ -165,11 +165,17 @@ def joins_of(seen: Recording, sites: Sequence[Site]) -> list[tuple[str, nn.Modul
     joins: list[tuple[str, nn.Module, int]] = []
     for site in sites:
         projection, calls = seen.finder.of(site.name), seen.calls.get(site.name, [])
-        if projection is None or len(calls) != 1:
+        if len(calls) != 1:
+            raise AttachError(f"the site was called {len(calls)} times in one forward, once is needed", site=site.name)
+        if projection is None or projection.name not in seen.gave:
             raise AttachError(
-                f"the module that joins the heads was not found, or the site was called {len(calls)} times",
+                "the module that joins the heads was not found"
+                if projection is None
+                else f"{projection.name} joins the heads without being called, so that what it gives is not seen",
                 site=site.name,
-                hint="something (a gate, a norm) lies between; its heads have no linear part in the stream",
+                hint="PyTorch's own attention modules apply their projection themselves"
+                if projection is not None
+                else "something (a gate, a norm) lies between; its heads have no linear part in the stream",
             )
         if calls[0].shard is not None:
             raise AttachError("parts of the stream need all heads in one process", site=site.name,

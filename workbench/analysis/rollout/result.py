@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.errors import WorkbenchError
 from workbench.storage.result import Result
 from workbench.storage.typed import Places
 from workbench.tokens import visible
@@ -39,13 +40,18 @@ class AttentionRollout(Result):
     method: str
     residual: float | None
     sites: Annotated[tuple[str, ...], "site"]
+    targets: Annotated[tuple[int, ...], "target", Places("token")]
     tokens: Annotated[tuple[str, ...], "token"]
     streams: Annotated[tuple[str, ...], "token"]
-    targets: Annotated[tuple[int, ...], "target", Places("token")]
     shares: Float[Tensor, "place target token"]
     own: Float[Tensor, "site target token"]
     assumed: str
     provenance: dict[str, Any]
+
+    def check_parts(self) -> None:
+        """Places are those before each site, and one behind the last."""
+        if len(self.shares) != len(self.sites) + 1:
+            raise WorkbenchError(f"shares at {len(self.shares)} places around {len(self.sites)} sites")
 
     @property
     def rollout(self) -> Tensor:

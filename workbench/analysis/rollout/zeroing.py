@@ -68,11 +68,15 @@ class BlockRun:
         stream, first = self.given[:, index], first_float((*self.args, *self.kwargs.values()))
         args = tuple(stream if value is first else value for value in self.args)
         kwargs = {key: stream if value is first else value for key, value in self.kwargs.items()}
-        with Changes() as changes, torch.no_grad():
-            changes.before(out, joined)
-            output = first_float(self.module(*args, **kwargs))
+        kwargs = {key: None if hasattr(value, "get_seq_length") else value for key, value in kwargs.items()}  # a cache
+        try:
+            with Changes() as changes, torch.no_grad():
+                changes.before(out, joined)
+                output = first_float(self.module(*args, **kwargs))
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise AttachError(f"the block {self.name} cannot be run again by itself: {error}") from error
         if swapped != 1 or output is None:
-            raise AttachError(f"the block {self.name} cannot be run again by itself")
+            raise AttachError(f"the block {self.name} cannot be run again by itself: {swapped} calls joined its heads")
         return output[0]
 
 

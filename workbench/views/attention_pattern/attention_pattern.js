@@ -37,7 +37,6 @@ class Patterns {
     this.strips = new Strips(this);
     frame.body.append(this.missing, this.strips.element, make("div", { class: "columns" }, make("div", {}, this.panels, this.scaleBox), this.row.element));
     this.buildControls();
-    frame.offerPicture(() => this.maps[0].canvas);
     const chosen = () => this.query ?? this.site.queries - 1;
     frame.offerRows("Row CSV", () => `${this.label()}-query-${chosen()}`, "Download all weights of the chosen query", () => rowOf(this, this.head, chosen()));
     frame.offerRows("Map CSV", () => this.label(), "Download the whole map of the chosen head", () => mapOf(this, this.head));

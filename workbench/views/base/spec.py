@@ -15,8 +15,10 @@ import jsonschema
 import numpy as np
 from numpy.typing import NDArray
 
+from workbench import __version__
 from workbench.errors import ReportError
 from workbench.storage.json_text import finite
+from workbench.tokens import visible_text
 from workbench.views.base.kinds import Kind, kind_of
 from workbench.views.base.selection import Scope, Selection, SharedSelection
 
@@ -25,7 +27,7 @@ Table = Mapping[str, "Array | Sequence[str]"]
 
 KINDS = {"u1", "u2", "u4", "i1", "i2", "i4", "f4", "f8"}
 _STATIC = {"version": int, "kind": str, "title": str, "caption": str, "facts": dict, "blocks": dict, "table": list,
-           "left_out": int, "notes": list, "scope": dict, "selection": dict, "state": dict}  # fmt: skip
+           "left_out": int, "notes": list, "origin": str, "scope": dict, "selection": dict, "state": dict}  # fmt: skip
 _MOST_AXES = 8
 _WORTH = 0.95  # a block is kept deflated when that makes it so much smaller
 
@@ -114,6 +116,7 @@ class ViewSpec:
             "table": columns,
             "left_out": self.left_out,
             "notes": list(self.notes),
+            "origin": origin_line(self.provenance),
             "scope": asdict(self.scope),
             "selection": finite(self.selection),
             "state": finite(self.state),
@@ -123,6 +126,21 @@ class ViewSpec:
     def digest(self) -> str:
         """SHA-256 over everything that is shown."""
         return hashlib.sha256(json.dumps(self.to_static(), sort_keys=True).encode()).hexdigest()
+
+
+def origin_line(provenance: Mapping[str, Any]) -> str:
+    """Where numbers come from, in a line: the models with their weights, this package's version.
+
+    >>> origin_line({"model_name": "gpt2", "weights_sha256": "0123456789abcdef"})
+    'gpt2, weights 0123456789ab; attention-workbench 0.1.0'
+    """
+    several = [provenance, *(value for value in provenance.values() if isinstance(value, Mapping))]
+    models = []
+    for each in several:
+        if "model_name" in each:
+            weights = each.get("weights_sha256")
+            models.append(f"{each['model_name']}" + (f", weights {str(weights)[:12]}" if weights else ""))
+    return visible_text("; ".join([*dict.fromkeys(models), f"attention-workbench {__version__}"]))
 
 
 def check_static(spec: Mapping[str, Any]) -> None:

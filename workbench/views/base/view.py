@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Self
 import pandas as pd
 from markupsafe import Markup
 
-from workbench import __version__
 from workbench.errors import ReportError
 from workbench.storage import disk
 from workbench.storage.json_text import finite
 from workbench.tokens import visible_text
 from workbench.views.base import drawing, page
 from workbench.views.base.selection import SHARED, Selection, SharedSelection
-from workbench.views.base.spec import ViewSpec
+from workbench.views.base.spec import ViewSpec, origin_line
 from workbench.views.base.stills import Stills
 
 if TYPE_CHECKING:
@@ -247,21 +246,6 @@ class View(ABC):
             has = f"the first of {len(table) + left:,}" if left else "them all"
             lines.append(f"… {len(table):,} rows; view.data() has {has}")
         return "\n".join(lines)
-
-
-def origin_line(provenance: Mapping[str, Any]) -> str:
-    """Where numbers come from, in a line: the models with their weights, this package's version.
-
-    >>> origin_line({"model_name": "gpt2", "weights_sha256": "0123456789abcdef"})
-    'gpt2, weights 0123456789ab; attention-workbench 0.1.0'
-    """
-    several = [provenance, *(value for value in provenance.values() if isinstance(value, Mapping))]
-    models = []
-    for each in several:
-        if "model_name" in each:
-            weights = each.get("weights_sha256")
-            models.append(f"{each['model_name']}" + (f", weights {str(weights)[:12]}" if weights else ""))
-    return visible_text("; ".join([*dict.fromkeys(models), f"attention-workbench {__version__}"]))
 
 
 def _identity() -> str:

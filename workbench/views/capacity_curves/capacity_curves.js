@@ -1,6 +1,6 @@
 // Capacity curves: what one head holds as more pairs are stored, beside the theory, and the spectrum of its keys.
 
-import { besideEachOther, LineChart } from "workbench/shared/chart.js";
+import { LineChart } from "workbench/shared/chart.js";
 import { make, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 
@@ -27,7 +27,6 @@ class Curves {
     this.charts = [new LineChart(frame, "Retrieval against the number of pairs"), new LineChart(frame, "Spectrum of the keys")];
     frame.body.append(this.words, make("div", { class: "charts two" }, ...this.charts.map(({ element }) => element)), this.silent);
     this.build();
-    frame.offerPicture(() => besideEachOther(frame, this.charts));
     frame.offerKeys([["← →, Home, End", "move over the values of a line"], ["↑ ↓", "change the line"], ["[ ]", "change the head"], ["Esc", "leave the line"]]);
     frame.root.addEventListener("keydown", (event) => this.key(event));
     this.show();

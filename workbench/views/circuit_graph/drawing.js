@@ -217,33 +217,4 @@ export class GraphDrawing {
     const at = row.indexOf(node);
     return { ArrowLeft: row[at - 1], ArrowRight: row[at + 1], Home: row[0], End: row.at(-1) }[key];
   }
-
-  /** Links, nodes and names on one canvas. */
-  picture() {
-    const { view, frame, base, over } = this;
-    const canvas = make("canvas", { width: base.width, height: base.height });
-    const ink = this.pen(canvas);
-    ink.fillStyle = frame.colour("paper");
-    ink.fillRect(0, 0, canvas.width, canvas.height);
-    ink.textAlign = "center";
-    for (const [layer, alpha] of [[base, base.matches(".faded") ? FADED : 1], [over, 1]]) {
-      ink.globalAlpha = alpha;
-      ink.drawImage(layer, 0, 0, this.made.width, this.made.height);
-    }
-    for (const [node, { element }] of this.elements) {
-      const { x, y } = this.made.spots.get(node);
-      const wide = this.wide(node);
-      ink.beginPath();
-      ink.roundRect(x - wide / 2, y - CHIP / 2, wide, CHIP, view.circuit.kind(node) === "head" ? CHIP / 2 : 4);
-      ink.fillStyle = element.style.background;
-      ink.fill();
-      ink.strokeStyle = frame.colour("edge");
-      ink.stroke();
-      ink.fillStyle = element.style.color;
-      ink.fillText(this.text(node), x, y);
-      ink.fillStyle = frame.colour("ink");
-      ink.fillText(cut(view.tag(node), BESIDE), x, y + CHIP / 2 + 8);
-    }
-    return canvas;
-  }
 }

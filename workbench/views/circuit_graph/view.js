@@ -36,7 +36,6 @@ export class CircuitView {
     this.legend = make("div");
     this.build();
     frame.body.append(this.summary, make("div", { class: "columns" }, make("div", { class: "stage" }, this.drawing.element, this.legend), this.panel.element));
-    frame.offerPicture(() => this.drawing.picture());
     frame.offerKeys([["↑ ↓", "walk along the strongest edge, towards the logits or the input"], ["← →, Home, End", "next, first or last node of the layer"], ["Enter", "choose the head in every view"], ["p", "pin the node, or unpin it"], ["n", "name it"], ["Esc", "let go of it, choose no head"]]);
     this.read();
     frame.onState(() => this.update());

@@ -32,7 +32,6 @@ class Compare {
     frame.controls.append(scale.field);
     const zoom = (factor) => () => (factor ? this.maps[0].zoom(factor) : this.maps[0].show({ ...this.maps[0].view, top: 0, left: 0, rows: this.maps[0].height, columns: this.maps[0].width }));
     frame.controls.append(make("span", { class: "tools" }, button("+", zoom(0.5), { "aria-label": "Zoom in" }), button("−", zoom(2), { "aria-label": "Zoom out" }), button("All", zoom(0), { "aria-label": "Show everything" })));
-    frame.offerPicture(() => this.maps[2].canvas);
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the cells of all three"], ["Enter", "choose in every view"], ["Esc", "choose none"], ["+ − 0", "zoom in, out, all"]]);
     frame.onSelect((selection) => this.follow(selection));
     frame.onRedraw(() => this.draw());

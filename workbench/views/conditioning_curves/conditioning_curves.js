@@ -1,6 +1,6 @@
 // Conditioning curves: one experiment at a time, trial by trial, for every learning rule and for the model.
 
-import { besideEachOther, LineChart } from "workbench/shared/chart.js";
+import { LineChart } from "workbench/shared/chart.js";
 import { checkbox, make, roughly } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 
@@ -33,7 +33,6 @@ class Experiments {
     const offs = (off) => Array.isArray(off) && off.every((name) => subjects.includes(name));
     this.off = frame.settings.follow("off", offs, [], (off) => this.switch(off), (off) => boxes.forEach(({ box }, s) => (box.checked = !off.includes(subjects[s]))));
     frame.controls.append(picker.field, ...boxes.map(({ field }) => field));
-    frame.offerPicture(() => besideEachOther(frame, this.charts));
     frame.offerKeys([["← →, Home, End", "move over the trials"], ["↑ ↓", "change the line"], ["[ ]", "change the experiment"], ["Esc", "leave the line"]]);
     frame.root.addEventListener("keydown", (event) => this.key(event));
     this.show();

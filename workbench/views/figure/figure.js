@@ -1,7 +1,7 @@
 // Figure: the host of a plotly chart. A click or Enter on a point reaches Python; arrow keys walk over the points.
 
 import { colourAt, css, divergingAt } from "workbench/shared/colour.js";
-import { button, download, exactly, make } from "workbench/shared/dom.js";
+import { exactly, make } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { plotlyFor } from "./plotly.js";
 
@@ -51,7 +51,6 @@ class Chart {
       return;
     }
     const { frame } = this;
-    frame.tools.prepend(button("PNG", () => this.save("png"), { title: "Download the picture" }), button("SVG", () => this.save("svg"), { title: "Download the drawing" }));
     frame.offerKeys([
       ["← →, Home, End", "move over the points of a trace"],
       ["↑ ↓", "change the trace; move in a heatmap"],
@@ -143,15 +142,6 @@ class Chart {
       this.plot.on("plotly_hover", () => (this.ring.hidden = true));
       this.finished();
     }
-  }
-
-  async save(format) {
-    const { data, layout } = this.parts();
-    layout.paper_bgcolor = this.frame.colour("paper");
-    const url = await this.plotly.toImage({ data, layout, config: CONFIG }, { format, width: layout.width, height: layout.height, scale: format === "png" ? 2 : 1 });
-    const [head, body] = [url.slice(0, url.indexOf(",")), url.slice(url.indexOf(",") + 1)];
-    const bytes = head.endsWith("base64") ? Uint8Array.from(atob(body), (c) => c.charCodeAt(0)) : decodeURIComponent(body);
-    download(`${this.frame.fileName()}.${format}`, format === "png" ? "image/png" : "image/svg+xml", [bytes]);
   }
 
   // Points. `stops` are indices into a trace: numbers, or [row, column] in a heatmap.

@@ -35,7 +35,6 @@ class Atlas {
     const left = make("div", {}, maps, this.scale);
     frame.body.append(this.meaning, make("div", { class: "columns" }, left, make("div", {}, this.ranking, more)));
     this.buildControls();
-    frame.offerPicture(() => this.grids[0].canvas);
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the heads"], ["Enter", "choose the head in every view"], ["Shift + Enter", "add it, or take it away"], ["[ ] , .", "layer and head up or down"], ["Esc", "choose none"]]);
     this.ready = false;
     frame.onSelect((selection) => this.follow(selection));

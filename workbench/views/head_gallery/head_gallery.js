@@ -34,7 +34,6 @@ class Gallery {
     this.largest = this.facts.heads.map((_, i) => largestOf(this.map(i)));
     this.build();
     this.settings();
-    frame.offerPicture(() => this.large);
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the heads, or over the large map"], ["Enter", "choose the head in every view"], ["[ ]", "the head before or after"], ["Esc", "choose none"]]);
     this.ready = false;
     frame.onSelect((selection) => this.follow(selection));

@@ -143,13 +143,12 @@ def rows_of(capture: Capture, heads: Sequence[tuple[Site, int]], n: int) -> Rows
                     ]
     if not texts:
         return None
-    made = Rows(
-        *(np.full((len(heads), n), -1, np.int32) for _ in range(3)), np.full((len(heads), n), np.nan, np.float32), texts
-    )
+    prompts, queries, at_keys = (np.full((len(heads), n), -1, np.int32) for _ in range(3))
+    shown = np.full((len(heads), n), np.nan, np.float32)
     for i, rows in enumerate(best):
-        for j, (w, prompt, query, key) in enumerate(sorted(rows, key=lambda row: -row[0])[:n]):
-            made.prompt[i, j], made.query[i, j], made.key[i, j], made.weight[i, j] = prompt, query, key, w
-    return made
+        for j, (strength, prompt, at_query, at_key) in enumerate(sorted(rows, key=lambda row: -row[0])[:n]):
+            prompts[i, j], queries[i, j], at_keys[i, j], shown[i, j] = prompt, at_query, at_key, strength
+    return Rows(prompts, queries, at_keys, shown, texts)
 
 
 def circuit_facts(name: str, circuit: Circuit, labels: Sequence[str]) -> dict[str, Any]:

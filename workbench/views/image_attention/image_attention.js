@@ -37,7 +37,6 @@ class Images {
     this.source = this.facts.prefix && !frame.state.received ? "cls" : "received";
     this.sheets = this.facts.images.map((_, i) => this.sheet(i));
     this.build();
-    frame.offerPicture(() => this.large);
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the patches, the heads or the images"], ["Enter", "look from this patch; choose the head or image in every view"], ["c", "look from CLS"], ["r", "what patches receive"], ["Esc", "choose none"]]);
     this.ready = false;
     frame.onSelect((selection) => this.follow(selection));

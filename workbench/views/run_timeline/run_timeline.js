@@ -67,7 +67,6 @@ class Timeline {
   tools() {
     const { frame } = this;
     frame.controls.append(button("Zoom in", () => this.zoom(0.5)), button("Zoom out", () => this.zoom(2)), button("Show all", () => this.look(...this.whole)));
-    frame.offerPicture(() => this.canvas);
     frame.tools.append(button("Chrome trace", () => download(`${frame.fileName()}.trace.json`, "application/json", [JSON.stringify(this.trace())]), { title: "Download for Perfetto or chrome://tracing" }));
     frame.offerKeys([
       ["← →, Home, End", "move from call to call"],

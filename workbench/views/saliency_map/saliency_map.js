@@ -55,7 +55,6 @@ class SaliencyMap {
     this.listen();
     const keys = [["← → ↑ ↓, Home, End", "move over positions and tokens, and up into the spectrogram"], ["Enter", "choose the token in every view"], ["Esc", "choose none: the spectrogram shows the mean over tokens"]];
     frame.offerKeys(this.facts.rate ? [...keys, ["p", "play the chosen token, or everything"]] : keys);
-    frame.offerPicture(() => this.drawing.canvas);
     frame.onSelect((selection) => this.follow(selection));
     frame.onRedraw(() => this.draw());
   }

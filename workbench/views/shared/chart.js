@@ -328,18 +328,3 @@ export class LineChart {
     this.draw();
   }
 }
-
-/** Charts beside each other as one picture. */
-export function besideEachOther(frame, charts) {
-  const all = charts.map(({ canvas }) => canvas);
-  const sheet = make("canvas", { width: all.reduce((sum, { width }) => sum + width, 0), height: Math.max(...all.map(({ height }) => height)) });
-  const pen = sheet.getContext("2d");
-  pen.fillStyle = frame.colour("paper");
-  pen.fillRect(0, 0, sheet.width, sheet.height);
-  let left = 0;
-  for (const canvas of all) {
-    pen.drawImage(canvas, left, 0);
-    left += canvas.width;
-  }
-  return sheet;
-}

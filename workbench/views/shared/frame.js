@@ -3,6 +3,7 @@
 import { decode } from "./blocks.js";
 import { csvOf } from "./csv.js";
 import { button, download, make, roving } from "./dom.js";
+import { figureOf, pictureOf } from "./paper.js";
 import { sharedSelection } from "./selection.js";
 import { Settings } from "./settings.js";
 
@@ -60,16 +61,22 @@ export class Frame {
     if (notes.length) this.root.append(make("ul", { class: "notes" }, ...notes));
     this.root.append(this.tools);
     if (spec.table.length) this.addTable();
+    this.tools.prepend(button("SVG", () => this.save("svg"), { title: "Download the figure as a drawing, with its title and caption" }), button("PNG", () => this.save("png"), { title: "Download the figure as a picture, with its title and caption" }));
     this.tools.append(button("JSON", () => download(`${this.fileName()}.json`, "application/json", [JSON.stringify(this.plain(), null, 1)]), { title: "Download everything this view shows" }));
     this.tip = make("div", { class: "tip", role: "tooltip", hidden: true });
     this.root.append(this.tip, end);
     this.el.replaceChildren(this.root);
   }
 
-  /** Offer the picture that `canvas()` returns as a PNG. */
-  offerPicture(canvas) {
-    const save = () => canvas().toBlob((blob) => download(`${this.fileName()}.png`, "image/png", [blob]));
-    this.tools.prepend(button("PNG", save, { title: "Download the picture" }));
+  /** Hand the figure out, with its words around it: `form` is "svg" or "png". */
+  async save(form) {
+    try {
+      const figure = await figureOf(this);
+      const blob = form === "svg" ? figure.svg : await pictureOf(figure);
+      download(`${this.fileName()}.${form}`, form === "svg" ? "image/svg+xml" : "image/png", [blob]);
+    } catch (error) {
+      this.say(`The figure could not be made: ${error.message}`);
+    }
   }
 
   /** A list of keys, shown on demand and by "?": pairs of keys and what they do. */
@@ -242,8 +249,9 @@ export class Frame {
     draw();
   }
 
+  /** Draw again; a promise where what draws takes its time. */
   redraw() {
-    for (const draw of this.redraws) draw();
+    return Promise.all([...this.redraws].map((draw) => draw()));
   }
 
   watchTheme() {

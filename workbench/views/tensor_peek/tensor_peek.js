@@ -35,7 +35,6 @@ class Peek {
     const left = make("div", { class: "slice" }, this.where, this.tile, this.scale);
     frame.body.append(make("div", { class: "peek" }, left, make("div", { class: "side" }, this.heading, this.bars, this.facts)));
     this.listen();
-    frame.offerPicture(() => this.tile);
     frame.offerKeys([
       ["← → ↑ ↓, Home, End", "move over the cells, or over the bars"],
       ["Enter", "choose the head, query, key, layer or token of the cell in every view"],

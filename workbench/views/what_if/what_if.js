@@ -1,7 +1,7 @@
 // What if: sliders for a head's memory and for a stack of heads, and what the theory says of them. The formulas are those of
 // workbench.analysis.conditioning.theory.
 
-import { besideEachOther, LineChart } from "workbench/shared/chart.js";
+import { LineChart } from "workbench/shared/chart.js";
 import { button, exactly, make, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 
@@ -86,7 +86,6 @@ class WhatIf {
     this.charts = [new LineChart(frame, "Signal and interference"), new LineChart(frame, "Failure of a stack over its depth")];
     const right = make("div", { class: "outlook" }, this.numbers(), this.warning, make("div", { class: "charts" }, ...this.charts.map(({ element }) => element)));
     frame.body.append(make("div", { class: "columns" }, this.form(), right));
-    frame.offerPicture(() => besideEachOther(frame, this.charts));
     frame.offerKeys([["Tab", "move from slider to slider, and to the charts"], ["← →, Page Up, Page Down, Home, End", "move a slider"], ["← → ↑ ↓, Home, End", "in a chart: move over its values, change the line"]]);
     this.update(false);
     frame.onState(() => {
