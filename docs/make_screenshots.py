@@ -1,10 +1,15 @@
 """Draw the pictures of docs/views.md from the shipped model: what a browser shows of each view, in both themes.
 
 python docs/make_screenshots.py
+
+`images/drawn.json` says of which code each picture is: a digest of the folder of its kind of view. A test fails where a
+view is another by now.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +24,8 @@ from workbench.tasks.speech import from_features, spans_of
 from workbench.tasks.spoken_digits import SECONDS
 
 FOLDER = Path(__file__).parent / "images"
+DRAWN = FOLDER / "drawn.json"
+VIEWS = Path(__file__).parents[1] / "workbench" / "views"
 WIDTH, HEIGHT = 1280, 800
 ADDRESSES = {"saliency-map": "#L1H1,t=3"}
 """What is selected, where it is not a head and a query of the language model."""
@@ -76,12 +83,26 @@ def _texts(tokenizer: Any) -> list[dict[str, torch.Tensor]]:
     return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
 
 
+def drawing(kind: str) -> str:
+    """A digest of the Python, JavaScript, schema and style of a kind of view."""
+    files = sorted(path for path in (VIEWS / kind).iterdir() if path.is_file())
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def stale() -> list[str]:
+    """Pictures whose view is another than when they were drawn."""
+    drawn = json.loads(DRAWN.read_text()) if DRAWN.exists() else {}
+    return [name for name, (kind, digest) in drawn.items() if digest != drawing(kind)]
+
+
 def main() -> None:
     """Write the pictures."""
     FOLDER.mkdir(exist_ok=True)
+    drawn = {}
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as there:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name, view in shown().items():
+            drawn[name] = (view.spec.kind, drawing(view.spec.kind))
             page = Path(view.to_html(Path(there) / f"{name}.html"))
             for theme in ("light", "dark"):
                 context = browser.new_context(
@@ -94,6 +115,7 @@ def main() -> None:
                 tab.screenshot(path=FOLDER / f"{name}-{theme}.png")
                 context.close()
         browser.close()
+    DRAWN.write_text(json.dumps(drawn, indent=1) + "\n")
 
 
 if __name__ == "__main__":
