@@ -1,11 +1,16 @@
 """Draw the pictures of docs/views.md from the shipped models: what a browser shows of each view, in both themes.
 
 python docs/make_screenshots.py [NAME ...]
+
+`images/drawn.json` says of which code each picture is: a digest of the folder of its kind of view. A test fails where a
+view is another by now.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import shutil
 import sys
 import tempfile
@@ -22,6 +27,8 @@ from workbench.tasks.speech import from_features, spans_of
 from workbench.tasks.spoken_digits import SECONDS
 
 FOLDER = Path(__file__).parent / "images"
+DRAWN = FOLDER / "drawn.json"
+VIEWS = Path(__file__).parents[1] / "workbench" / "views"
 WIDTH, HEIGHT = 1280, 800
 COLOURS = 200  # that a picture keeps, which makes it several times smaller
 ADDRESSES = {
@@ -124,15 +131,29 @@ def save(picture: bytes, path: Path) -> None:
     few.save(path, optimize=True)
 
 
+def drawing(kind: str) -> str:
+    """A digest of the Python, JavaScript, schema and style of a kind of view."""
+    files = sorted(path for path in (VIEWS / kind).iterdir() if path.is_file())
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def stale() -> list[str]:
+    """Pictures whose view is another than when they were drawn."""
+    drawn = json.loads(DRAWN.read_text()) if DRAWN.exists() else {}
+    return [name for name, (kind, digest) in drawn.items() if digest != drawing(kind)]
+
+
 def main() -> None:
     """Write the pictures, all or those named."""
     wanted = set(sys.argv[1:])
     FOLDER.mkdir(exist_ok=True)
+    drawn = json.loads(DRAWN.read_text()) if DRAWN.exists() else {}
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as there:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name, view in shown().items():
             if wanted and name not in wanted:
                 continue
+            drawn[name] = (view.spec.kind, drawing(view.spec.kind))
             page = Path(view.to_html(Path(there) / f"{name}.html"))
             for theme in ("light", "dark"):
                 context = browser.new_context(
@@ -145,6 +166,7 @@ def main() -> None:
                 save(tab.screenshot(), FOLDER / f"{name}-{theme}.png")
                 context.close()
         browser.close()
+    DRAWN.write_text(json.dumps(drawn, indent=1) + "\n")
 
 
 if __name__ == "__main__":

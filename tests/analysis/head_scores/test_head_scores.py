@@ -147,6 +147,11 @@ def test_bad_input_is_named() -> None:
             streaming_scores(wb, tokens, recent=0)
         with pytest.raises(CaptureError, match="no prompts"):
             streaming_scores(wb, [])
+    for name, said in (("vit", "does not run on token ids alone"), ("mamba", "no self-attention")):
+        with attach(make(family(name))) as wb, pytest.raises(CaptureError, match=said):
+            streaming_scores(wb, tokens, sinks=1, recent=2)
+    with attach(make(family("llava"))) as wb:  # its vision tower does not fire
+        assert len(streaming_scores(wb, tokens, sinks=1, recent=2).layers) < sum(site.n_heads or 0 for site in wb.sites)
     with attach(make(family("t5"))) as wb, pytest.raises(CaptureError, match="not of an encoder-decoder"):
         streaming_scores(wb, tokens, sinks=1, recent=2)
 

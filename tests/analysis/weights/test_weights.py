@@ -250,7 +250,9 @@ def test_offloaded_weights_that_are_told_are_read() -> None:
 def test_bad_input_is_named() -> None:
     with attach(_model("qwen3")) as wb:
         ov_copying(wb)
-        with pytest.raises(AttachError, match=r"no linear function of what .*q_proj gives"):
+        with pytest.raises(
+            AttachError, match=r"the queries of this site are no linear function of what .*q_proj gives"
+        ):
             composition_scores(wb)
     with attach(_model("gpt2")) as wb:
         for call, error, said in (
@@ -265,6 +267,9 @@ def test_bad_input_is_named() -> None:
                 call()
     with attach(_model("t5")) as wb, pytest.raises(CaptureError, match="no self-attention of the stream"):
         singular_vectors(wb, "decoder.0.cross_attn.H1")
+    for name in ("vit", "whisper", "timm-vit-fused"):
+        with attach(make(family(name))) as wb, pytest.raises(CaptureError, match="does not run on token ids alone"):
+            ov_copying(wb)
     with attach(_model("bert")) as wb, pytest.raises(workbench.WorkbenchError):
         ov_copying(wb)
 

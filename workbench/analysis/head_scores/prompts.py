@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.analysis.logits.asked import sites_on_tokens
 from workbench.capture.site_capture import SiteCapture
 from workbench.errors import CaptureError
 from workbench.inputs import check_inputs, decoder_start, device_for_inputs, without_cache
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
 
+_SHORT = 4  # tokens that are enough to see what fires
 Ids = str | Sequence[int] | Tensor
 
 
@@ -88,13 +90,14 @@ def one_row(wb: Workbench, ids: Tensor) -> dict[str, Any]:
     return inputs
 
 
-def self_attention(wb: Workbench) -> list[str]:
-    """Names of the sites that are self-attention.
+def self_attention(wb: Workbench, ids: Tensor) -> list[str]:
+    """Names of the sites that are self-attention over these tokens.
 
     Raises:
-        CaptureError: there are none.
+        CaptureError: there are none, or the model does not run on tokens alone.
     """
-    names = [site.name for site in wb.sites if site.kind == "self"]
+    fired = sites_on_tokens(wb, one_row(wb, ids[:_SHORT]))
+    names = [site.name for site in wb.sites if site.kind == "self" and site.name in fired]
     if not names:
         raise CaptureError("the model has no self-attention, whose keys a cache would keep")
     return names

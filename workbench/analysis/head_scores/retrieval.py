@@ -98,12 +98,12 @@ def retrieval_scores(
     check_model(wb)
     several = _several(prompt)
     answers, needles = _as_many(answer, several, "answer"), _as_many(needle, several, "needle")
-    names = self_attention(wb)
-    scores, sizes, right, heads = [], [], [], None
+    scores, sizes, right, names, heads = [], [], [], None, None
     with torch.inference_mode(mode=False), torch.no_grad():
         for i, one in enumerate(several):
             before, ids = _joined(wb, one, answers[i], i)
             start, stop = _place(wb, one, before, ids, answers[i] if needles[i] is None else needles[i], i)
+            names = names or self_attention(wb, ids)
             with wb.capture(("peak_key",), names, queries_keys=False, limit=None) as cap:
                 output = wb.model(**one_row(wb, ids))
             steps = torch.arange(before, len(ids), device=ids.device)  # places of what is written

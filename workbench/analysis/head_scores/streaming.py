@@ -105,8 +105,7 @@ def streaming_scores(wb: Workbench, prompts: Any, *, sinks: int = 4, recent: int
     check_model(wb)
     if sinks < 0 or recent < 1:
         raise CaptureError(f"sinks is from 0 and recent from 1, not {sinks} and {recent}")
-    names = self_attention(wb)
-    found, lengths, heads = [], [], None
+    found, lengths, names, heads = [], [], None, None
     with torch.inference_mode(mode=False), torch.no_grad():
         for i, ids in enumerate(rows_of(wb, prompts)):
             if len(ids) <= sinks + recent:
@@ -114,6 +113,7 @@ def streaming_scores(wb: Workbench, prompts: Any, *, sinks: int = 4, recent: int
                     f"prompt {i} has {len(ids)} tokens, so that no query loses one of {sinks} + {recent} keys",
                     hint="pass longer prompts, or fewer sinks= and recent=",
                 )
+            names = names or self_attention(wb, ids)
             with wb.capture((), names, values=True, z=True, limit=None) as cap:
                 wb.model(**one_row(wb, ids))
             found.append(torch.cat([_of_site(site, sinks, recent) for site in cap], 1))

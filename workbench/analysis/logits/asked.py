@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.errors import CaptureError, InterventionError, TaskError
+from workbench.errors import CaptureError, InterventionError, TaskError, WorkbenchError
 from workbench.inputs import check_inputs, decoder_start, device_for_inputs, dropout_in_training, own_columns
 from workbench.metrics.answers import TaskBatch
 from workbench.session.workbench import Workbench
@@ -28,6 +29,27 @@ def check_model(wb: Workbench) -> None:
         raise InterventionError(
             f"the model drops out at {len(dropping)} modules ({dropping[0]} …)", hint="call model.eval()"
         )
+
+
+def sites_on_tokens(wb: Workbench, inputs: Mapping[str, Any]) -> list[str]:
+    """Names of the sites that fire when the model is given these few tokens alone.
+
+    Raises:
+        CaptureError: it does not run on them.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of sites that do not fire, such as those of a vision tower
+            with wb.capture((), queries_keys=False) as cap:
+                wb.model(**inputs)
+    except WorkbenchError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the model does not run on token ids alone: {type(error).__name__}: {error}",
+            hint="this analysis is of language models that take input_ids",
+        ) from error
+    return [site.path for site in cap.sites]
 
 
 def batches_of(wb: Workbench, prompts: Any, size: int) -> Iterator[dict[str, Tensor]]:

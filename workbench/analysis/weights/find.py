@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from workbench.analysis.circuits.model.layers import find_projection, same_product
 from workbench.analysis.circuits.model.modules import Projection
 from workbench.analysis.circuits.model.recording import Recording
-from workbench.analysis.logits.asked import check_model
+from workbench.analysis.logits.asked import check_model, sites_on_tokens
 from workbench.analysis.logits.norms import Norm, find_norm
 from workbench.analysis.logits.readout import Readout
 from workbench.analysis.logits.writers import Heads, find_readout_of, writers_in
@@ -25,6 +25,7 @@ from workbench.inputs import context_length, decoder_start, device_for_inputs, w
 from workbench.session.workbench import Workbench
 
 _SHORT = 8  # tokens that are enough to find a model's parts
+_SPELLED = {"q": "queries", "k": "keys", "v": "values"}
 _PART = 1 << 14  # rows of the vocabulary at a time
 
 
@@ -91,6 +92,7 @@ def find_weights(wb: Workbench, *, qk: bool, vocabulary: bool = True, distance: 
         inputs = {"input_ids": ids, **without_cache(wb.model)}
         if decoder_start(wb.model) is not None:
             inputs["decoder_input_ids"] = ids
+        sites_on_tokens(wb, inputs)
         seen, sites, blocks, readout = find_readout_of(wb, inputs, with_gradients=True)
         writers = writers_in(wb, seen, sites, blocks, readout)
         own = [heads for heads in writers.heads if heads.site.kind != "cross"]
@@ -151,7 +153,7 @@ def _into_kernel(
     call = seen.calls[site.name][0]
     shown = {"q": call.q, "k": call.k, "v": call.v}[part]
     if shown is None:
-        raise AttachError(f"the {part} of this site are not seen, so that their weights are not known", site=site.name,
+        raise AttachError(f"the {_SPELLED[part]} of this site are not seen, hence no weights of them", site=site.name,
                           hint="attention that is written out shows its weights only; load it with sdpa")  # fmt: skip
     live = seen.live[projection.name]
     repeated = shown.shape[1] // len(projection.columns)
@@ -166,7 +168,7 @@ def _into_kernel(
     again = torch.einsum("hcw,hw->hc", turned, given.double())
     if not same_product(kernel, again, seen.eps):
         raise AttachError(
-            f"the {part} of this site are no linear function of what {projection.name} gives",
+            f"the {_SPELLED[part]} of this site are no linear function of what {projection.name} gives",
             site=site.name, hint="a norm on queries or keys (Qwen3) has no weights alone; the OV circuit has",
         )  # fmt: skip
     return torch.einsum("hcw,hwd->hdc", turned, weight)
