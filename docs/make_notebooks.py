@@ -25,7 +25,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 VIEWS = ROOT / "workbench" / "views"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-WIDTH, COLOURS = 720, 48
+WIDTH, COLOURS = 720, 96
 """Of a kept picture: the largest width in pixels, and how many colours it has."""
 LIVE = "application/vnd.jupyter.widget-view+json"
 
@@ -84,7 +84,7 @@ def small(png: str) -> str:
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     picture.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 

@@ -19,6 +19,7 @@ SMALL: dict[str, dict[str, int]] = {
     "04-circuits": {"N_PROMPTS": 6, "N_DRAWS": 100, "N_HELD_OUT": 20},
     "05-cross-attention": {"N_CLIPS": 2, "N_MASKS": 100, "N_ENCODER_MASKS": 100},
     "06-capacity": {"N_PROMPTS": 12, "N_REPEATS": 3, "N_CHOICES": 6},
+    "07-linear-layers": {"N_STEPS": 3},
 }
 """What a test gives in place of a notebook's own parameters: the cell with the tag `parameters` says what there is."""
 

@@ -217,3 +217,36 @@ def test_sweeps_take_their_heads(name: str) -> None:
             with wb.ablate((site, head)):
                 want = weighed(model(**batches[0]), None).double()
             torch.testing.assert_close(found.values[head, 0], want, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_profiles_and_atlases_take_them_where_they_are_asked_for() -> None:
+    model = build("qwen3-next")
+    with workbench.attach(model) as wb, wb.capture(["distance"]) as cap:
+        model(IDS, use_cache=False)
+    site, attention = (next(one.site for one in cap if (one.site.kind == "state") == state) for state in (True, False))
+    assert set(workbench.attention_profile(cap).table["site"]) == {attention.name}
+    both = workbench.attention_profile(cap, sites=[site, attention])
+    assert set(both.table["site"]) == {site.name, attention.name}
+    atlas = workbench.pattern_atlas(cap, n_clusters=2, sites=[site, attention], epochs=1, progress=False)
+    assert set(atlas.sites) == {site.name, attention.name}
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "recurrent-gemma", "lfm2"])
+@torch.no_grad()
+def test_a_row_of_several_sequences_is_shown_as_the_layer_mixes_it(name: str) -> None:
+    """Attention keeps them apart, and is recorded one by one; a recurrence runs on, or resets where it says."""
+    model = build(name)
+    at = torch.cat((torch.arange(9), torch.arange(8)))[None]
+    with workbench.attach(model) as wb:
+        site = states(wb)[0].name
+        with wb.capture(["entropy"], z=True, values=True) as cap:
+            model(IDS[:1], position_ids=at, use_cache=False)
+    assert not cap.unrecorded
+    [forward] = [forward for forward in cap.forwards if site in forward.sites]
+    assert forward.packed is None
+    one = forward.sites[site]
+    assert one.shape[2:] == (17, 17)
+    torch.testing.assert_close(one.pattern.apply(one.pattern.values), one.z.transpose(1, 2).float())
+    across = one.pattern.dense()[..., 9:, :9]
+    assert bool((across == 0).all()) == (name == "recurrent-gemma")

@@ -1,6 +1,7 @@
 """The documentation site: every page is on it, it names what exists, and it is read and searched without a network."""
 
 import inspect
+import json
 import re
 import runpy
 import subprocess
@@ -78,6 +79,19 @@ def test_examples_in_docstrings_are_fenced_whole() -> None:
     text = "What.\n\n    >>> for i in (1, 2):\n    ...     print([[i], [0]])\n    [[1], [0]]\n\nMore."
     assert fenced(text) == text.replace("    >>>", "    ```pycon\n    >>>").replace("\n\nMore", "\n    ```\n\nMore")
     assert fenced("No example: a >> b.") == "No example: a >> b."
+
+
+def test_no_picture_is_older_than_its_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "make_screenshots.py"))
+    stale, drawing = script["stale"], script["drawing"]
+    assert stale() == [], "python docs/make_screenshots.py"
+    (tmp_path / "head_atlas").mkdir()
+    (tmp_path / "head_atlas" / "head_atlas.js").write_text("export function render() {}")
+    (tmp_path / "drawn.json").write_text(json.dumps({"head-atlas": ["head_atlas", drawing("head_atlas")]}))
+    monkeypatch.setitem(stale.__globals__, "DRAWN", tmp_path / "drawn.json")
+    assert stale() == []
+    monkeypatch.setitem(stale.__globals__, "VIEWS", tmp_path)
+    assert stale() == ["head-atlas"]
 
 
 @pytest.mark.browser

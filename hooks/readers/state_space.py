@@ -15,6 +15,7 @@ from workbench.hooks.readers.registered import ModuleRun
 from workbench.hooks.tap import Unshown
 
 _CACHES = ("cache_params", "past_key_values", "state")
+_PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seqlens")
 
 
 def has(*parts: str) -> Callable[[nn.Module], bool]:
@@ -46,9 +47,10 @@ def check_run(run: ModuleRun) -> None:
             hint="capture one forward over the whole sequence, with use_cache=False or an empty cache, or attention "
             'sites only: capture(sites=lambda site: site.kind != "state")',
         )
-    if run.inputs.get("seq_idx") is not None:
+    packed = next((name for name in _PACKED if run.inputs.get(name) is not None), None)
+    if packed is not None:
         raise Unshown(
-            "the mixer runs on packed sequences (seq_idx), whose map ends where a sequence does",
+            f"the mixer runs on packed sequences ({packed}), whose map ends where a sequence does",
             site=run.site,
             hint="capture one sequence per batch row",
         )

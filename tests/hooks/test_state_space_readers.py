@@ -302,6 +302,7 @@ def test_what_cannot_be_read_is_refused():
         ("cannot be told", (hidden, SimpleNamespace()), {}),
         ("cannot be told", (hidden,), {"cache_params": SimpleNamespace()}),
         ("packed", (hidden,), {"seq_idx": torch.zeros(1, 4)}),
+        (r"packed sequences \(cu_seq_lens_q\)", (hidden,), {"cu_seq_lens_q": torch.zeros(2)}),
     ]
     for message, args, kwargs in cases:
         with pytest.raises(CaptureError, match=message) as caught:

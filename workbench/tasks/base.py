@@ -129,8 +129,8 @@ class Task(Sequence[Example]):
         Raises:
             TaskError: no position of that name.
         """
-        if measured_at is not None:
-            self.positions(measured_at)
+        if measured_at not in (None, "end"):
+            self.positions(str(measured_at))
         return replace(
             self, prepend_bos=self.prepend_bos if prepend_bos is None else prepend_bos,
             measured_at=self.measured_at if measured_at is None else measured_at,

@@ -123,11 +123,15 @@ def attention_profile(
 
 
 def choose_sites(cap: Capture, sites: Sequence[str | int | Site] | None) -> tuple[list[Site], tuple[str, ...]]:
-    """The sites of an analysis over distances, and the names of those that have no distance."""
+    """The sites of an analysis over distances, and the names of those that have none, or are not asked for.
+
+    Linear and recurrent layers, of the kind "state", are taken where they are asked for: their maps have signs, and the
+    analysis is then of |A| normalised per row.
+    """
     if sites is not None:
         asked = [sites] if isinstance(sites, (str, int, Site)) else list(sites)
         chosen = [cap.sites[s.name if isinstance(s, Site) else s] for s in asked]
-        bad = [s for s in chosen if s.kind in _NO_DISTANCE]
+        bad = [s for s in chosen if s.kind in _NO_DISTANCE and s.kind != "state"]
         if bad:
             raise CaptureError(f"attention of kind {bad[0].kind} has no distance between its tokens", site=bad[0].name)
         skipped: tuple[str, ...] = ()

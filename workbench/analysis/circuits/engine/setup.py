@@ -169,7 +169,11 @@ class Setup:
 
     def provenance(self) -> dict[str, Any]:
         """Where the numbers come from."""
-        task = {"name": self.task.name, "examples": len(self.task), "source": self.task.source}
+        task: dict[str, Any] = {"name": self.task.name, "examples": len(self.task), "source": self.task.source}
+        if self.task.prepend_bos is not None:
+            task["prepend_bos"] = self.task.prepend_bos
+        if self.task.measured_at != "end":
+            task["measured_at"] = self.task.measured_at
         found = self.wb.provenance() | {"precision": self.stream.anatomy.precision}
         found |= {"resampling": self.drawn} if self.drawn else {}
         return found | {"task": {**task, "settings": dict(self.task.settings)}}
