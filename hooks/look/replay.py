@@ -152,8 +152,8 @@ class Replays:
             torch.cuda.set_rng_state(state, device)
         try:
             with contextlib.ExitStack() as stack:
-                for device, dtype, enabled in call.autocast:  # which a module around it may have changed
-                    stack.enter_context(torch.autocast(device, dtype, enabled))
+                for kind, dtype, enabled in call.autocast:  # which a module around it may have changed
+                    stack.enter_context(torch.autocast(kind, dtype, enabled))
                 # A class may change what its modules are called with in its `__call__`: hooks have seen the rest.
                 return nn.Module.__call__(call.module, *args, **kwargs)
         finally:
