@@ -1,6 +1,6 @@
-"""Draw the pictures of docs/views.md from the shipped model: what a browser shows of each view, in both themes.
+"""Draw the pictures of docs/views.md from the shipped models: what a browser shows of each view, in both themes.
 
-python docs/make_screenshots.py
+python docs/make_screenshots.py [NAME ...]
 
 `images/drawn.json` says of which code each picture is: a digest of the folder of its kind of view. A test fails where a
 view is another by now.
@@ -9,13 +9,16 @@ view is another by now.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 import workbench
@@ -27,7 +30,19 @@ FOLDER = Path(__file__).parent / "images"
 DRAWN = FOLDER / "drawn.json"
 VIEWS = Path(__file__).parents[1] / "workbench" / "views"
 WIDTH, HEIGHT = 1280, 800
-ADDRESSES = {"saliency-map": "#L1H1,t=3"}
+COLOURS = 200  # that a picture keeps, which makes it several times smaller
+ADDRESSES = {
+    "saliency-map": "#L1H1,t=3",
+    "head-gallery": "#L1H7",
+    "head-page": "#L4H1",
+    "image-attention": "#L2H1,x=3",
+    "token-strip": "#t=15",
+    "run-timeline": "",
+    "tensor-peek": "",
+    "conditioning-curves": "",
+    "figure": "",
+    "overlap-matrix": "",
+}
 """What is selected, where it is not a head and a query of the language model."""
 
 
@@ -42,25 +57,50 @@ def shown() -> dict[str, views.View]:
     ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     held = workbench.capacity(wb, [ids, *_texts(tokenizer)], repeats=16, progress=False)
     pattern = views.attention_pattern(cap)
+    task = workbench.tasks.ioi(16, seed=3)
+    found = workbench.find_circuit(wb, task, method="eap_ig", progress=False)
+    roles = workbench.head_roles(wb, task, progress=False)
+    share = workbench.logit_attribution(wb, task)
+    other = workbench.find_circuit(wb, workbench.tasks.induction(16, seed=3), method="eap_ig", progress=False)
+    received = cap[4].pattern.statistics(["received_mean"])["received_mean"][0, 1]
+    texts = (cap.query_tokens(cap[4].site.name) or [[]])[0]
     pair = [views.attention_pattern(cap, site=4, heads=[head]) for head in (1, 2)]
     return {
         "head-atlas": views.head_atlas(cap, metric="induction"),
         "attention-pattern": pattern,
         "compare": views.compare(*pair, labels=("L4H1", "L4H2")),
-        "circuit-graph": circuit(wb),
+        "head-gallery": views.head_gallery(cap, roles=roles),
+        "head-page": views.head(cap, "L4H1", roles=roles, circuits=found, attribution=share),
+        "token-strip": views.token_strip(texts, {"received by L4H1, per query that sees it": received}),
+        "run-timeline": views.run_timeline(cap),
+        "tensor-peek": views.tensor_peek(model.transformer.h[1].attn.c_attn.weight, title="Weights of a projection"),
+        "image-attention": images(),
+        "circuit-graph": circuit(wb, task, found, roles),
+        "overlap-matrix": views.overlap_matrix({"IOI": found.top(60), "induction": other.top(60)}, n_null=100),
+        "conditioning-curves": views.conditioning_curves(
+            workbench.conditioning(experiments=["blocking", "overshadowing"], trials=8, repeats=16, progress=False)
+        ),
+        "figure": views.all_of(share)[1],
         "capacity-curves": views.capacity_curves(held),
         "what-if": views.what_if(d_k=48, n=20, heads=4, needed=2),
         "saliency-map": speech(),
     }
 
 
-def circuit(wb: workbench.Workbench) -> views.View:
+def circuit(wb: workbench.Workbench, task: Any, found: Any, roles: Any) -> views.View:
     """The circuit of indirect object identification, with what its sizes keep, and two nodes pinned."""
-    task = workbench.tasks.ioi(16, seed=3)
-    found = workbench.find_circuit(wb, task, method="eap_ig", progress=False)
     curve = workbench.faithfulness_curve(wb, found, task, progress=False)
-    roles = workbench.head_roles(wb, task, progress=False)
     return views.circuit_graph(found, curve=curve, roles=roles, names={"L4H1": "", "L3H4": ""})
+
+
+def images() -> views.View:
+    """What the heads of the shipped ViT look at."""
+    model, _ = workbench.models.load("demo-vit")
+    digits = workbench.models.examples("demo-vit")
+    pixels, labels = digits.pixel_values[:8], digits.labels[:8].tolist()
+    with workbench.attach(model) as wb, torch.no_grad(), wb.capture() as cap:
+        model(pixel_values=pixels)
+    return views.image_attention(cap, pixels, labels=labels)
 
 
 def speech() -> views.View:
@@ -83,6 +123,14 @@ def _texts(tokenizer: Any) -> list[dict[str, torch.Tensor]]:
     return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
 
 
+def save(picture: bytes, path: Path) -> None:
+    """Write a picture with few colours."""
+    with Image.open(io.BytesIO(picture)) as image:
+        whole = image.convert("RGB")
+    few = whole.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
+
+
 def drawing(kind: str) -> str:
     """A digest of the Python, JavaScript, schema and style of a kind of view."""
     files = sorted(path for path in (VIEWS / kind).iterdir() if path.is_file())
@@ -96,12 +144,15 @@ def stale() -> list[str]:
 
 
 def main() -> None:
-    """Write the pictures."""
+    """Write the pictures, all or those named."""
+    wanted = set(sys.argv[1:])
     FOLDER.mkdir(exist_ok=True)
-    drawn = {}
+    drawn = json.loads(DRAWN.read_text()) if DRAWN.exists() else {}
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as there:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name, view in shown().items():
+            if wanted and name not in wanted:
+                continue
             drawn[name] = (view.spec.kind, drawing(view.spec.kind))
             page = Path(view.to_html(Path(there) / f"{name}.html"))
             for theme in ("light", "dark"):
@@ -112,7 +163,7 @@ def main() -> None:
                 tab.goto(f"{page.as_uri()}{ADDRESSES.get(name, '#L4H1,q=15')}")
                 tab.wait_for_selector("html[data-ready]")
                 tab.wait_for_timeout(200)
-                tab.screenshot(path=FOLDER / f"{name}-{theme}.png")
+                save(tab.screenshot(), FOLDER / f"{name}-{theme}.png")
                 context.close()
         browser.close()
     DRAWN.write_text(json.dumps(drawn, indent=1) + "\n")

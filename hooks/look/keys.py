@@ -7,7 +7,7 @@ all change; where nothing changes, keys come from elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,10 +28,12 @@ class Keys:
             (slots, experts, linear attention); "elsewhere": not from what the module was given at all (learned keys);
             "unknown": nothing tells.
         moved: which keys changed with the position in the middle.
+        mixed: a key changes with each of two neighbours: what it reads is several positions, in their own number.
     """
 
     over: Over
     moved: tuple[int, ...] = ()
+    mixed: bool = False
 
 
 def probe_keys(replays: Replays, call: ModuleCall) -> list[Keys]:
@@ -40,27 +42,47 @@ def probe_keys(replays: Replays, call: ModuleCall) -> list[Keys]:
     if call.reads[0] == call.reads[1] or not (before := _values(replays, call, None)):
         return []
     seen: list[list[tuple[int, int, tuple[int, ...]]]] = [[] for _ in before]  # length, position, keys that moved
+    mixed = [False] * len(before)
     for axis, length in spots:
-        for j in sorted({1, length // 2}):
+        last: list[Tensor] = []  # by call, which keys of which entry of the batch moved with the position before
+        for j in sorted({1, length // 2, min(length // 2 + 1, length - 1)}):
             after = _values(replays, call, (axis, length, j))
             if len(after) != len(before) or any(a.shape != b.shape for a, b in zip(after, before, strict=True)):
                 continue
-            for found, a, b in zip(seen, after, before, strict=True):
-                found.append((length, j, _rows(a, b)))
-    return [_verdict(found, v, replays.batch) for found, v in zip(seen, before, strict=True)]
+            now = [_changed(a, b) for a, b in zip(after, before, strict=True)]
+            if j == length // 2 + 1 and last:
+                mixed = [several or bool((a & b).any()) for several, a, b in zip(mixed, last, now, strict=True)]
+            at = 0 if j > length // 2 else len(seen[0])  # that in the middle comes last
+            for found, change in zip(seen, now, strict=True):
+                found.insert(at, (length, j, tuple(change.any(0).nonzero().flatten().tolist())))
+            last = now
+    verdicts = [_verdict(found, v, replays.batch) for found, v in zip(seen, before, strict=True)]
+    if any(one.over == "elsewhere" for one in verdicts):  # or a key stands for every third position, say
+        for axis, length in spots:
+            after = _values(replays, call, (axis, length, length // 2), others=True)
+            for i, (a, b) in enumerate(zip(after, before, strict=False)):
+                if verdicts[i].over == "elsewhere" and (a.shape != b.shape or bool(_changed(a, b).any())):
+                    fewer = b.shape[0] * b.shape[2] < replays.batch * length
+                    verdicts[i] = Keys("pooled" if fewer else "unknown")
+    return [
+        replace(one, mixed=several and one.over == "positions") for one, several in zip(verdicts, mixed, strict=True)
+    ]
 
 
-def _values(replays: Replays, call: ModuleCall, change: tuple[int, int, int] | None) -> list[Tensor]:
+def _values(
+    replays: Replays, call: ModuleCall, change: tuple[int, int, int] | None, *, others: bool = False
+) -> list[Tensor]:
     """The values [batch, kv head, key, width] of each kernel call of the module's own."""
     with replays.watched() as calls:
-        replays.run(call, None if change is None else moved(call, *change, point=True))
+        replays.run(call, None if change is None else moved(call, *change, point=not others, others=others))
         return [one.v.detach().clone() for one in calls if one.module is call.module and one.v.dim() == 4]
 
 
-def _rows(a: Tensor, b: Tensor) -> tuple[int, ...]:
+def _changed(a: Tensor, b: Tensor) -> Tensor:
+    """[batch, key] which values differ by more than rounding."""
     eps = torch.finfo(a.dtype).eps
     change = (a.double() - b.double()).abs() > ROUNDING * eps * b.double().abs().max()
-    return tuple(change.any(3).any(1).any(0).nonzero().flatten().tolist())
+    return change.any(3).any(1)
 
 
 def _verdict(found: list[tuple[int, int, tuple[int, ...]]], values: Tensor, batch: int) -> Keys:

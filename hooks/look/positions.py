@@ -56,18 +56,19 @@ def _axis(t: Tensor, features: int | None, batch: int, around: list[int]) -> int
     return t.dim() - (1 if features == 1 else 2)
 
 
-def moved(call: ModuleCall, axis: int, length: int, j: int, *, point: bool = False) -> Any:
+def moved(call: ModuleCall, axis: int, length: int, j: int, *, point: bool = False, others: bool = False) -> Any:
     """A call's (args, kwargs) with position j of every tensor of that length changed; ids are swapped for others.
 
     Args:
         point: of images one position in the middle of the other axes, instead of a whole row.
+        others: all positions but j are changed.
     """
 
     def one(t: Tensor) -> Tensor:
         if t.dim() <= axis or t.shape[axis] != length or _is_mask(t):
             return t
-        t, noise = t.clone(), torch.Generator().manual_seed(j)
-        part = t.select(axis, j)
+        before, t, noise = t, t.clone(), torch.Generator().manual_seed(j)
+        part = t if others else t.select(axis, j)
         for other in reversed(_along(t, call.features)) if point else ():
             if other != axis:
                 middle = t.shape[other] // 2
@@ -76,7 +77,9 @@ def moved(call: ModuleCall, axis: int, length: int, j: int, *, point: bool = Fal
             spread = torch.nan_to_num(t.float().std(correction=0)) + 1e-6
             part += (torch.randn(part.shape, generator=noise).to(t.device) * spread).to(t.dtype)
         elif t.dtype == torch.long and t.dim() == 2 and not _counts_or_marks(t):
-            part.copy_(t.flatten()[(part * 7 + 3) % t.numel()])
+            part.copy_(before.flatten()[(part * 7 + 3) % t.numel()])
+        if others:
+            t.select(axis, j).copy_(before.select(axis, j))
         return t
 
     return mapped(one, (call.args, call.kwargs))

@@ -111,6 +111,11 @@ class _Judge:
             if others:
                 return _described(others, j, length)
             tells = tells or bool(got)
+        j = length // 2  # where one position is chosen from many, most single ones move nothing
+        again = self._run(call, moved(call, axis, length, j, others=True), frozen)
+        got = reach(call.output, again, which, length, batch, j)
+        if got is not None and j in got:
+            return f"mixes tokens: the others of {length} move position {j}"
         behind = self._behind(call, which, length, frozen)
         if behind is None:
             return "" if tells else None

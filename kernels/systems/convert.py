@@ -29,8 +29,8 @@ def to_dsf(pattern: Pattern, order: int | None = None) -> DynamicalSystem:
         CaptureError: a map that is not causal, an order of what is no plain softmax, or a system over 1 GiB.
 
     >>> from workbench.kernels.recurrent import RecurrentPattern
-    >>> one = torch.ones(1, 1, 3, 1)
-    >>> system = to_dsf(RecurrentPattern(one, one, torch.full((1, 1, 3), 0.5).log()))
+    >>> one = torch.ones(1, 1, 3, 1, dtype=torch.float64)
+    >>> system = to_dsf(RecurrentPattern(one, one, one[..., 0].div(2).log()))
     >>> system.kind, system.n, system.map()[0, 0, 2].tolist()
     ('scalar', 1, [0.25, 0.5, 1.0])
     """

@@ -325,9 +325,14 @@ def test_no_map_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest <= n * n  # bytes: a quarter of one head's map, the room that tiles are made in
 
 
-def test_bad_input_is_named() -> None:
+def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = _model("gpt2"), _inputs("gpt2")
     with attach(model) as wb:
+        with monkeypatch.context() as patch:
+            patch.setattr("workbench.analysis.rollout.rollout.DENSE_LIMIT", 4000)
+            attention_rollout(wb, inputs)
+            with pytest.raises(CaptureError, match="shares of 11 positions would take 4,840 bytes"):
+                attention_rollout(wb, inputs, position=None)
         for options, said in (
             ({"method": "flow"}, "method is one of"), ({"position": 11}, "beyond the prompt, which has 11 tokens"),
             ({"residual": 1.0}, "residual is a share"), ({"position": []}, "no position"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import workbench
 from workbench import CaptureError
 from workbench.hooks.listener import Listener
 from workbench.hooks.look.keys import probe_keys
@@ -100,6 +101,7 @@ MIXERS = {
     "centring": (lambda x: x - x.mean(1, keepdim=True), "others"),
     "k-means": (k_means, "others|neighbours"),
     "sigmoid attention": (lambda x: torch.sigmoid(x @ x.transpose(1, 2)) @ x, "others"),
+    "the largest": (lambda x: x[torch.arange(len(x)), x[..., 0].argmax(1)][:, None].expand_as(x), "others"),
     "exponentials": (lambda x: (e := torch.exp(x @ x.transpose(1, 2))) / e.sum(-1, keepdim=True) @ x, "others"),
 }
 
@@ -246,6 +248,7 @@ KEYS = {
     "in another order": (lambda x: x.flip(1), "positions", (N - 1 - N // 2,)),
     "after a prefix": (lambda x: torch.cat([torch.ones(2, 2, D), x], 1), "positions", (N // 2 + 2,)),
     "of neighbours": (lambda x: x + x.roll(1, 1), "positions", (N // 2, N // 2 + 1)),
+    "every third": (lambda x: x[:, ::3], "pooled", ()),
     "pooled": (lambda x: F.avg_pool1d(x.transpose(1, 2), 3, 3).transpose(1, 2), "pooled", (1,)),
     "slots": (lambda x: (x @ torch.ones(D, 4)).softmax(1).transpose(1, 2) @ x, "summaries", (0, 1, 2, 3)),
     "learned": (lambda x: torch.linspace(-1, 1, 5 * D).view(1, 5, D).expand(2, -1, -1), "elsewhere", ()),
@@ -261,3 +264,18 @@ def test_keys_are_positions_or_are_told_not_to_be(name: str) -> None:
         call = next(call for call in recorded.calls if call.name == "blocks.0")
         [found] = probe_keys(recorded, call)
     assert (found.over, found.moved) == (over, at)
+    assert found.mixed == (name == "of neighbours")
+
+
+def test_keys_that_read_neighbours_are_listed() -> None:
+    """What mixes inside an attention module, before its kernel, hides behind that kernel."""
+    torch.manual_seed(0)
+    shifted = Keyed(lambda x: x + F.pad(x, (0, 0, 1, -1)))
+    conv = nn.Conv1d(D, D, 3, padding=1)
+    convolved = Keyed(lambda x: conv(x.transpose(1, 2)).transpose(1, 2))
+    convolved.conv = conv
+    for block, name in ((shifted, "blocks.0"), (convolved, "blocks.0"), (Keyed(lambda x: x), None)):
+        with workbench.attach(Model(block, Attention()).eval(), check=False) as wb, torch.no_grad():
+            wb.look(torch.randn(2, N, D))
+            assert [one.name for one in wb.sites.unread] == ([] if name is None else [name])
+            assert [site.kind for site in wb.sites] == ["self", "self"]

@@ -92,8 +92,9 @@ class NormsMap:
         n_heads, n_keys = vectors.pattern.n_heads, vectors.pattern.n_keys
         self.gram = torch.zeros(n_keys, n_heads, n_heads, dtype=torch.float64, device=vectors.own.device)
         self.across = torch.zeros(n_keys, n_heads, dtype=torch.float64, device=vectors.own.device)
-        for start in range(0, n_keys, _KEYS):
-            keys = slice(start, min(start + _KEYS, n_keys))
+        step = max(1, _NUMBERS // vectors.w_o[:, 0].numel())
+        for start in range(0, n_keys, step):
+            keys = slice(start, min(start + step, n_keys))
             u = vectors.written(keys, torch.float64)
             self.gram[keys] = u @ u.mT
             if vectors.joined:

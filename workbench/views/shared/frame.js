@@ -102,9 +102,11 @@ export class Frame {
       page()?.scrollIntoView({ block: "center" });
       page()?.focus({ preventScroll: true });
     }, { title: "Go to what is known of the chosen head" });
-    this.onSelect(({ heads }) => {
-      go.hidden = !heads.length || !page();
-    });
+    const show = () => {
+      go.hidden = !this.selection.heads.length || !page();
+    };
+    this.onSelect(show);
+    for (const event of ["pointerenter", "focusin"]) this.root.addEventListener(event, show); // it may be drawn later
     return go;
   }
 
