@@ -21,7 +21,7 @@ def by_words(vocab: int) -> hf.PreTrainedTokenizerFast:
     words = {f"w{i}": i for i in range(vocab)}
     made = Tokenizer(models.WordLevel(words, unk_token=f"w{vocab - 1}"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {name: f"w{vocab - 1}" for name in ("unk_token", "pad_token", "bos_token", "eos_token")}
+    special = dict.fromkeys(("unk_token", "pad_token", "bos_token", "eos_token"), f"w{vocab - 1}")
     return hf.PreTrainedTokenizerFast(tokenizer_object=made, **special)
 
 
