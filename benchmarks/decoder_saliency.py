@@ -103,9 +103,9 @@ def main() -> None:
         options.rounds = 1
     rows = measure(options)
     text = f"""`python benchmarks/decoder_saliency.py`: a random model of GPT-2 small's shape, a prompt of
-{options.prompt} tokens and an answer of {options.answer}; the log-probability of each token of
-the answer by all tokens before it. Integrated gradients take {STEPS} steps. Methods that take tokens away run once for the whole answer here, and captum
-once for each of its tokens; with gradients both do the latter.
+{options.prompt} tokens and an answer of {options.answer}; the log-probability of each token of the answer by all tokens
+before it. Integrated gradients take {STEPS} steps. Methods that take tokens away run once for the whole answer here,
+and captum once for each of its tokens; with gradients both do the latter.
 
 {table(["method", "captum's time over ours", "difference"], rows)}
 
