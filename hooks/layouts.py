@@ -316,15 +316,27 @@ class Layouts:
 
     @staticmethod
     def _compare_part(one: Waiting, p: Tensor) -> None:
-        """Whether something smaller than what the heads give is a part of it, as of windows whose last is padded."""
+        """Whether something smaller than what the heads give is a part of it, as of windows whose last is padded.
+
+        Other parts may enter other projections, as those of text and image do where both are attended to together.
+        """
         output, n_features = one.output, p.shape[-1]
-        if output.numel() % n_features or 2 * p.numel() < output.numel() or not one.unchanged:
+        if output.numel() % n_features or not one.unchanged:
             return
         one.tried += 1
         found = account(p, [output.movedim(one.call.width, -1)])
-        if found is not None and found.explained == found.n_rows:
+        if found is None or found.explained < found.n_rows:
+            return
+        if one.entered is None:
+            one.entered = torch.zeros(output.numel() // output.shape[one.call.width], dtype=torch.bool, device=p.device)
+        one.entered[found.row[found.row >= 0]] = True
+        per_row = found.owner.shape[1]
+        n_entered, n_rows = int(one.entered.sum()) // per_row, len(one.entered) // per_row
+        one.fits = n_entered == n_rows
+        one.reason = Waiting.reason
+        if not one.fits:
             one.reason = (
-                f"its call gives {output.numel() // n_features} rows, of which {found.n_rows} enter the projection: "
+                f"its call gives {n_rows} rows, of which {n_entered} enter the projection: "
                 "the others are padding, which a length that is a multiple of its windows avoids"
             )
 

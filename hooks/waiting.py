@@ -67,7 +67,8 @@ class Waiting:
             an error.
         versions: of the tensors that the call is made of, when it was made.
         fits: something that entered a linear function has the rows and features of what the heads give, so that a gate
-            or a norm may lie between.
+            or a norm may lie between; or smaller things have all of them together.
+        entered: which of its head-wide rows were found in smaller things that entered linear functions.
     """
 
     call: Unplaced
@@ -80,6 +81,7 @@ class Waiting:
     sample: Tensor | None = None
     seen: bool = False
     fits: bool = False
+    entered: Tensor | None = None
     told: bool = False
     assumed: bool = False
     versions: tuple[int, ...] = ()

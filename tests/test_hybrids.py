@@ -105,7 +105,7 @@ def test_a_generation_is_recorded_whole(name: str) -> None:
     assert not cap.unrecorded
     joined = cap.joined()
     whole, _ = _captured(model, lambda m: m(bare[:, :-1], use_cache=False), SHARED)
-    assert_same(joined, whole, of_statistics=1e-3)  # rows of some mixers add up to next to nothing
+    assert_same(joined, whole, of_statistics=2e-2)  # rows of some mixers add up to 4e-6: they have three digits
     assert all(one.before is None for one in joined)
 
 

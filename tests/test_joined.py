@@ -412,7 +412,7 @@ def wb_bytes(wb: workbench.Workbench, n: int) -> int:
     return wb.estimate(1, n, statistics=["entropy"])
 
 
-def test_the_attention_of_a_hybrid_is_joined_and_a_state_is_left_out_at_its_steps() -> None:
+def test_a_hybrid_is_joined_with_its_states() -> None:
     config = hf.JambaConfig(
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=32,
         vocab_size=VOCABULARY, attn_layer_period=2, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1,
@@ -422,11 +422,11 @@ def test_the_attention_of_a_hybrid_is_joined_and_a_state_is_left_out_at_its_step
     alone = {"sites": lambda site: site.kind == "self"}
     steps, out = _captured(model, lambda m: _generate(m, {"input_ids": ids}), **alone)
     assert_same(steps.joined(), _captured(model, lambda m: m(out[:, :-1]), **alone)[0])
-    with pytest.warns(UserWarning, match="goes on from a cached state"):
-        plain, again = _captured(model, lambda m: _generate(m, {"input_ids": ids}), ("entropy",))
+    plain, again = _captured(model, lambda m: _generate(m, {"input_ids": ids}), ("entropy",))
     assert torch.equal(again, out)
-    assert [len(call) for call in plain.calls] == [2, *[1] * (NEW - 1)]
-    [attention] = plain.joined()  # the mixer, which is known at its prompt alone, is left out
+    assert [len(call) for call in plain.calls] == [2] * NEW
+    mixer, attention = plain.joined()
+    assert mixer.before is not None
     torch.testing.assert_close(attention.entropy, steps.joined()[0].entropy)
 
 

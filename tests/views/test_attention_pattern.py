@@ -176,7 +176,7 @@ def test_atlas_values_are_means_over_queries() -> None:
 
 
 def test_the_overview_of_a_capture_without_patterns_is_its_atlas() -> None:
-    assert [view.spec.kind for view in overview(capture())] == ["head_atlas", "attention_pattern"]
+    assert [view.spec.kind for view in overview(capture())] == ["head_atlas", "head_gallery", "attention_pattern"]
     assert [view.spec.kind for view in overview(capture().pool())] == ["head_atlas"]
 
 

@@ -99,11 +99,12 @@ def _index(setup: Setup, pair: Pair, paths: Paths, stream: int) -> Tensor:
         return torch.arange(setup.length(pair, stream), device=pair.last.device).expand(pair.size, -1)
     end = stream == setup.stream.end[1]
     if end and "logits" in paths.receivers and not bool(_among(pair.scored, where).all()):
+        several = pair.scored.shape[1] > 1
         raise InterventionError(
-            "the logits are read at the last token, which the positions leave out"
-            if pair.scored.shape[1] == 1
-            else "the logits are read at several tokens, some of which the positions leave out",
-            hint='positions="end", or None for all',
+            "the logits are read at several tokens, some of which the positions leave out"
+            if several
+            else "the logits are read at the last token, which the positions leave out",
+            hint="Stage(positions=None), for all" if several else 'positions="end", or None for all',
         )
     return where
 
