@@ -74,7 +74,7 @@ def run_sweep(
         SweepInterrupted: on Ctrl-C, with what is done.
 
     >>> import workbench
-    >>> layer = nn.TransformerEncoderLayer(16, 4, batch_first=True)
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True)
     >>> wb = workbench.attach(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval())
     >>> variants = [Variant((0, head)) for head in range(4)]
     >>> batches = [{"src": torch.randn(2, 5, 16)}]
