@@ -425,8 +425,9 @@ def test_a_hybrid_is_joined_with_its_states() -> None:
     plain, again = _captured(model, lambda m: _generate(m, {"input_ids": ids}), ("entropy",))
     assert torch.equal(again, out)
     assert [len(call) for call in plain.calls] == [2] * NEW
+    assert [call[0].before is None for call in plain.calls] == [True] + [False] * (NEW - 1)
     mixer, attention = plain.joined()
-    assert mixer.before is not None
+    assert mixer.before is None  # it is whole
     torch.testing.assert_close(attention.entropy, steps.joined()[0].entropy)
 
 

@@ -75,7 +75,7 @@ def run_sweep(
 
     >>> import workbench
     >>> layer = torch.nn.TransformerEncoderLayer(16, 4, batch_first=True)
-    >>> wb = workbench.attach(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval())
+    >>> wb = workbench.attach(torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval())
     >>> variants = [Variant((0, head)) for head in range(4)]
     >>> batches = [{"src": torch.randn(2, 5, 16)}]
     >>> found = run_sweep(wb, variants, batches, lambda y, batch: y.mean((1, 2)), progress=False)
