@@ -19,6 +19,7 @@ from workbench.inputs import dropout_in_training, without_cache
 from workbench.metrics import Metric, as_metrics
 from workbench.session.reference import Reference
 from workbench.session.workbench import Workbench
+from workbench.storage.resumable import kept_when_stopped
 from workbench.sweep.inputs import check_batches, check_resumed, identity, size_of
 from workbench.sweep.kept_logits import ARGUMENT, places_read, widened
 from workbench.sweep.outputs import check_value, close, same
@@ -150,17 +151,8 @@ class _Runner:
             if path is not None:
                 self._go_on(path)
             bar = tqdm(total=self.done.numel(), initial=int(self.done.sum()), disable=not progress, desc="sweep")
-            try:
+            with bar, kept_when_stopped(path, lambda: self._save(path), SweepInterrupted):
                 self._all(path, bar)
-            except KeyboardInterrupt:
-                raise SweepInterrupted(self._save(path), path) from None
-            except Exception as error:
-                self._save(path)
-                if path is not None:
-                    error.add_note(f"What was done is in {path}; resume= goes on from it.")
-                raise
-            finally:
-                bar.close()
         return self._save(path)
 
     @property

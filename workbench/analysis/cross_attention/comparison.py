@@ -27,6 +27,7 @@ from workbench.analysis.saliency.normalising import POOLINGS
 from workbench.analysis.saliency.preparing import prepare_encoder_decoder
 from workbench.errors import WorkbenchError, nearest
 from workbench.session.workbench import Workbench
+from workbench.storage.resumable import kept_when_stopped
 from workbench.sweep.inputs import digest, plain
 
 _FRACTIONS = tuple(i / 20 for i in range(21))
@@ -230,18 +231,13 @@ def cross_attention_saliency(
             "drawn": drawn(name, example, attention, pair, compared) if i < keep else None,
         }
 
-    try:
+    def interrupted(_: None, path: Path | None) -> ComparisonInterrupted:
+        return ComparisonInterrupted(result() if kept.examples else None, len(heard), path)
+
+    with kept_when_stopped(kept.path, kept.save, interrupted):
         for i, one in enumerate(heard):
             if i >= len(kept.examples):
                 kept.add(one_example(i, one), last=i == len(heard) - 1)
-    except KeyboardInterrupt:
-        kept.save()
-        raise ComparisonInterrupted(result() if kept.examples else None, len(heard), kept.path) from None
-    except Exception as error:
-        kept.save()
-        if kept.path is not None:
-            error.add_note(f"What was done is in {kept.path}; resume= goes on from it.")
-        raise
     return result()
 
 

@@ -16,6 +16,7 @@ from workbench.analysis.circuits.engine.setup import Setup
 from workbench.analysis.circuits.engine.stream import Kept
 from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted, start
 from workbench.errors import InterventionError
+from workbench.storage.resumable import kept_when_stopped
 
 _SAVE_EVERY = 30.0  # seconds
 
@@ -55,30 +56,26 @@ def prune_edges(
     replacements = Replacements(setup, how)
     seen: list[tuple[Tensor, Kept, list[Kept]]] = []
     order = [(s, r) for r in reversed(range(len(graph.receivers))) for s in reversed(graph.reads[r])]
-    bar = tqdm(total=len(order), initial=now.place, disable=not progress, desc="pruning edges")
     saved = time.monotonic()
-    try:
-        with torch.no_grad():
-            while now.place < len(order):
-                # Whole steps only: an interrupt leaves what the last one made.
-                now = _step(setup, now, order, threshold, ahead, replacements, seen)
-                bar.update(now.place - bar.n)
-                if resume is not None and time.monotonic() - saved > _SAVE_EVERY:
-                    now.save(resume)
-                    saved = time.monotonic()
-    except KeyboardInterrupt:
+
+    def save() -> Pruning:
         if resume is not None:
             now.save(resume)
-        raise PruningInterrupted(now, resume) from None
-    except Exception as error:
-        if resume is not None:
-            now.save(resume)
-            error.add_note(f"What was done is in {resume}; resume= goes on from it.")
-        raise
-    finally:
-        bar.close()
-    if resume is not None:
-        now.save(resume)
+        return now
+
+    with (
+        tqdm(total=len(order), initial=now.place, disable=not progress, desc="pruning edges") as bar,
+        kept_when_stopped(resume, save, PruningInterrupted),
+        torch.no_grad(),
+    ):
+        while now.place < len(order):
+            # Whole steps only: an interrupt leaves what the last one made.
+            now = _step(setup, now, order, threshold, ahead, replacements, seen)
+            bar.update(now.place - bar.n)
+            if resume is not None and time.monotonic() - saved > _SAVE_EVERY:
+                now.save(resume)
+                saved = time.monotonic()
+    save()
     return now.kept, now.scores
 
 

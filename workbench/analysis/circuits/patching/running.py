@@ -18,6 +18,7 @@ from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
 from workbench.analysis.circuits.patching.places import Place
 from workbench.analysis.circuits.patching.progress import Patching, PatchingInterrupted, start
 from workbench.errors import InterventionError
+from workbench.storage.resumable import kept_when_stopped
 
 _SAVE_EVERY = 30.0  # seconds
 
@@ -90,24 +91,16 @@ def run_patches(
     path = Path(resume) if resume is not None else None
     names = tuple(unit.name for unit in units), tuple(place.name for place in places)
     now = start(setup, path, *names, **settings)
+
+    def save() -> Patching:
+        if path is not None:
+            now.save(path)
+        return now
+
     bar = tqdm(total=now.done.numel(), initial=int(now.done.sum()), disable=not progress, desc=note)
-    try:
-        with torch.no_grad():
-            _run(setup, units, places, runs_of, now, path, bar)
-    except KeyboardInterrupt:
-        if path is not None:
-            now.save(path)
-        raise PatchingInterrupted(now, path) from None
-    except Exception as error:
-        if path is not None:
-            now.save(path)
-            error.add_note(f"What was done is in {path}; resume= goes on from it.")
-        raise
-    finally:
-        bar.close()
-    if path is not None:
-        now.save(path)
-    return now.effects
+    with bar, kept_when_stopped(path, save, PatchingInterrupted), torch.no_grad():
+        _run(setup, units, places, runs_of, now, path, bar)
+    return save().effects
 
 
 def check_direction(direction: str) -> None:
