@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Page
 
@@ -33,6 +34,26 @@ def settled(page: Page) -> None:
     page.evaluate(
         "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
     )
+
+
+LOOKS = """Object.fromEntries([...document.querySelectorAll('.workbench')].map((view) => {
+  const drawn = [...view.querySelectorAll('canvas')].map((canvas) => canvas.toDataURL());
+  return [view.className.split(' ')[1], [view.querySelector('.body').innerHTML, ...drawn]];
+}))"""
+"""Kind of view -> what stands in it and what its canvases show."""
+
+
+def changed(page: Page, before: dict[str, Any]) -> dict[str, Any]:
+    """What the views look like once every one is another than before: a chart's cursor, or a kernel, takes a moment."""
+    same: list[str] = []
+    for _ in range(10 * PATIENCE):
+        settled(page)
+        after: dict[str, Any] = page.evaluate(LOOKS)
+        same = [kind for kind in before if before[kind] == after[kind]]
+        if not same:
+            return after
+        page.wait_for_timeout(100)
+    raise AssertionError(f"these show nothing of what is chosen and set: {same}")
 
 
 @dataclass

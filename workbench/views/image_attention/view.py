@@ -19,6 +19,7 @@ from workbench.views.base import scales
 from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View
+from workbench.views.head_atlas.leading import leading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,6 +145,7 @@ def image_attention(
     heads = [(site, h) for site in chosen for h in range(cap.calls[0][site].shape[1])]
     named = [visible(str(label)) for label in (range(n) if labels is None else labels)]
     several = len({site.layer for site, _ in heads}) < len(chosen)
+    begins = leading(cap, heads)
     notes = ["Weights are kept in 8 bits after a square root: the error is at most 0.004."]
     if not every:
         notes.append("Too many weights for one view: only those from the tokens before the patches are kept.")
@@ -152,7 +154,8 @@ def image_attention(
         title=title,
         caption=caption
         or f"{len(heads):,} heads on {n:,} images of {places.rows} x {places.columns} patches: weights of each query "
-        f"over all keys, of which those on patches are drawn.",
+        f"over all keys, of which those on patches are drawn."
+        + ("" if begins is None else f" {begins.why}"),
         facts={
             "grid": [places.rows, places.columns],
             "prefix": places.prefix,
@@ -162,7 +165,7 @@ def image_attention(
                 {"label": label, "layer": site.layer, "head": h, "site": visible(site.name) if several else None}
                 for label, (site, h) in zip(labels_of(heads), heads, strict=True)
             ],
-            "first": len(heads) - cap.calls[0][chosen[-1]].shape[1],
+            "first": len(heads) - cap.calls[0][chosen[-1]].shape[1],  # of the last layer, unless statistics tell
         },
         blocks={"pixels": pixels, "weights": weights, "received": received},
         table={
@@ -171,6 +174,7 @@ def image_attention(
             **{f"largest {name}": values.ravel() for name, values in largest.items()},
         },
         notes=tuple(notes),
+        selection={} if begins is None else begins.selection,
         provenance=dict(cap.provenance),
         inputs=inputs_of([hashlib.sha256(image).hexdigest() for image in pixels]),
     )
