@@ -142,10 +142,10 @@ def test_keys_alone_reach_what_the_pointer_does(kind: str, shown: Open) -> None:
         ):
             continue
         for key in ("ArrowRight", "ArrowDown", "Home", "End"):
+            before = page.evaluate("location.hash")
             page.keyboard.press(key)
             seen |= {view.locator(".status").inner_text()} - {""}
             if not chosen:
-                before = page.evaluate("location.hash")
                 page.keyboard.press("Enter")
                 chosen = page.evaluate("location.hash") != before
     assert len(seen) >= 2, "arrow keys tell no values"

@@ -36,6 +36,7 @@ class Gallery {
     this.settings();
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the heads, or over the large map"], ["Enter", "choose the head in every view"], ["[ ]", "the head before or after"], ["Esc", "choose none"]]);
     this.ready = false;
+    if (frame.spec.selection.heads?.length) this.follow(frame.spec.selection); // where what is chosen is not here
     frame.onSelect((selection) => this.follow(selection));
     this.ready = true;
     frame.onRedraw(() => this.draw());

@@ -16,7 +16,7 @@ from workbench.errors import ReportError, nearest
 from workbench.hooks.sites import Site
 from workbench.tokens import visible
 from workbench.views.base import scales
-from workbench.views.base.selection import SharedSelection, inputs_of
+from workbench.views.base.selection import Selection, SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
 from workbench.views.head_atlas.leading import leading
@@ -34,10 +34,12 @@ class HeadPage(View):
     @property
     def at(self) -> int:
         """The row of the head that is shown: the first of those chosen."""
-        heads, chosen = self.spec.facts["heads"], self.chosen
-        leads = [i for i, each in enumerate(heads) if chosen.heads[:1] == (each["head"],)]
-        found = (i for i in leads if chosen.has(heads[i]["layer"], heads[i]["head"], heads[i]["site"]))
-        return next(found, 0)
+        heads = self.spec.facts["heads"]
+        for one in (self.chosen, Selection.of(self.spec.selection)):
+            for i, each in enumerate(heads):
+                if one.heads[:1] == (each["head"],) and one.has(each["layer"], each["head"], each["site"]):
+                    return i
+        return 0
 
     def picture(self, figure: Figure) -> None:
         facts, values = self.spec.facts, self.spec.blocks["values"]

@@ -16,7 +16,7 @@ from workbench.analysis.profile.places import Places
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import scales
-from workbench.views.base.selection import SharedSelection, inputs_of
+from workbench.views.base.selection import Selection, SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View
 from workbench.views.head_atlas.leading import leading
@@ -39,9 +39,14 @@ class ImageAttention(View):
         facts, pixels = self.spec.facts, self.spec.blocks["pixels"]
         chosen, state = self.chosen, self.state
         heads = facts["heads"]
-        leads = [i for i, head in enumerate(heads) if chosen.heads[:1] == (head["head"],)]
         at = next(
-            (i for i in leads if chosen.has(heads[i]["layer"], heads[i]["head"], heads[i]["site"])), facts["first"]
+            (
+                i
+                for one in (chosen, Selection.of(self.spec.selection))
+                for i, each in enumerate(heads)
+                if one.heads[:1] == (each["head"],) and one.has(each["layer"], each["head"], each["site"])
+            ),
+            facts["first"],
         )
         start = 0 if chosen.example is None or chosen.example >= len(pixels) else chosen.example
         start = max(0, min(start, len(pixels) - _PICTURED))  # the chosen image is among those that are pictured
