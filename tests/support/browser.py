@@ -19,7 +19,7 @@ ARGUMENTS = (
     "--no-first-run",
 )
 _LOCAL = ("file:", "data:", "blob:", "about:")
-PATIENCE = 15
+PATIENCE = 600
 """Seconds that what has to come may take: a loaded machine is slow, and only what fails waits to the end."""
 
 
