@@ -44,7 +44,7 @@ def agent_attention(
     broadcast_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(q aᵀ + B₂) · softmax(a kᵀ + B₁) v: linear in the length for n agents a (Agent Attention, arXiv 2312.08874).
+    """softmax(q aᵀ + B₂) · softmax(a kᵀ + B₁) v of n agents a, linear in the length (arXiv 2312.08874).
 
     Args:
         q: [batch, head, query, d]; k: [batch, head, key, d]; v: [batch, head, key, width].

@@ -79,9 +79,7 @@ class GatedPattern(Pattern):
         return self.base.apply(values) * self.gates[..., None].to(self.dtype)
 
 
-def _pattern(
-    q: Tensor, k: Tensor, gates: Tensor, *, causal: bool = False, scale: float | None = None
-) -> GatedPattern:
+def _pattern(q: Tensor, k: Tensor, gates: Tensor, *, causal: bool = False, scale: float | None = None) -> GatedPattern:
     n_queries, n_keys = q.shape[2], k.shape[2]
     mask = Mask(n_queries, n_keys, causal=causal, offset=n_keys - n_queries)
     return GatedPattern(SoftmaxPattern(q, k, mask, scale=scale), gates)

@@ -127,7 +127,9 @@ def _positions(
     edge = block + 2 * halo
     for name, table in (("rel_height", height), ("rel_width", width)):
         if tuple(table.shape) != (2 * edge - 1, q.shape[-1]):
-            raise CaptureError(f"{name} must be [{2 * edge - 1}, {q.shape[-1]}] for windows of {edge}", shape=table.shape)
+            raise CaptureError(
+                f"{name} must be [{2 * edge - 1}, {q.shape[-1]}] for windows of {edge}", shape=table.shape
+            )
     factor = q.shape[-1] ** -0.5 if factor is None else factor
     each = q[:, :, rows[0, 0]].unflatten(3, (block, block))  # [batch, head, group, y, x, d]
     offset = edge - 1 + torch.arange(edge, device=q.device) - torch.arange(block, device=q.device)[:, None]

@@ -15,9 +15,9 @@ from workbench.kernels.grouped.pattern import GroupedPattern, apply_groups
 
 @lru_cache(maxsize=16)
 def local_groups(n: int, block: int, back: int, ahead: int) -> tuple[Tensor, Tensor]:
-    """The queries of each block and the keys that it sees, by position: [group, block], [group, (back + 1 + ahead) · block].
+    """The queries of each block, [group, block], and the keys that it sees, [group, (back + 1 + ahead) · block].
 
-    −1 stands for what lies outside of the sequence.
+    They are positions; −1 stands for what lies outside of the sequence.
 
     >>> rows, columns = local_groups(3, block=2, back=1, ahead=0)
     >>> rows.tolist(), columns.tolist()
@@ -35,9 +35,7 @@ def _groups(q: Tensor, block: int, causal: bool) -> tuple[Tensor, Tensor]:
     return rows[None, None].to(q.device), columns[None, None].to(q.device)
 
 
-def _pattern(
-    q: Tensor, k: Tensor, *, block: int, causal: bool = False, scale: float | None = None
-) -> GroupedPattern:
+def _pattern(q: Tensor, k: Tensor, *, block: int, causal: bool = False, scale: float | None = None) -> GroupedPattern:
     rows, columns = _groups(q, block, causal)
     weights = group_weights(q, k, rows, columns, scale=scale, causal=causal)
     return GroupedPattern(weights, rows, columns, q.shape[2], k.shape[2], causal=causal)

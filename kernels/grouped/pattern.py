@@ -52,7 +52,7 @@ class _Groups(Layout):
 def _scattered(
     weights: Tensor, rows: Tensor, columns: Tensor, start: tuple[int, int], sizes: tuple[int, int]
 ) -> Tensor:
-    """[b, h, q, k]: the weights [b, h, group, row, column] at their places in a tile; what falls outside is left out."""
+    """[b, h, q, k]: weights [b, h, group, row, column] at their places in a tile; what falls outside is left out."""
     places = []
     for index, first, size in zip((rows, columns), start, sizes, strict=True):
         moved = index - first

@@ -48,9 +48,7 @@ def _pattern(
     eps: float = 1e-5,
 ) -> GroupedPattern:
     weights, rows, columns = _weights(q, k, clusters, key_clusters, causal, sees_self, scale, eps)
-    return GroupedPattern(
-        weights, rows, columns, q.shape[2], k.shape[2], causal=causal, chosen=True, normalised=False
-    )
+    return GroupedPattern(weights, rows, columns, q.shape[2], k.shape[2], causal=causal, chosen=True, normalised=False)
 
 
 @attention_function(_pattern)

@@ -49,7 +49,8 @@ def test_rows_of_code_begin_at_a_line_and_labels_are_the_next_byte() -> None:
     assert torch.equal(inputs[:, 1:], labels[:, :-1])
     assert all(bytes(row[:8].tolist()) == b"abcdefgh" for row in labels)
     mixed, _ = text_batch(source, 8, 20, _random(), made=0.5)
-    assert len(mixed) == 8 and sum(bytes(row[1:9].tolist()) == b"abcdefgh" for row in mixed) == 4
+    assert len(mixed) == 8
+    assert sum(bytes(row[1:9].tolist()) == b"abcdefgh" for row in mixed) == 4
 
 
 def test_what_counts_in_recall_and_copying_can_be_known() -> None:
@@ -93,8 +94,13 @@ def test_any_mechanism_stands_in_a_language_model_of_the_same_size(name: str) ->
         assert wb.verify(ids=ids).ok
         assert {site.layer for site in wb.sites} == {0}
         bare = tiny(ids)
-    torch.testing.assert_close(bare, F.linear(tiny.norm(tiny.embed(ids) + tiny.position[:24] + tiny.smear * F.pad(
-        tiny.embed(ids), (0, 0, 1, -1))), tiny.embed.weight))  # blocks begin by doing nothing
+    torch.testing.assert_close(
+        bare,
+        F.linear(
+            tiny.norm(tiny.embed(ids) + tiny.position[:24] + tiny.smear * F.pad(tiny.embed(ids), (0, 0, 1, -1))),
+            tiny.embed.weight,
+        ),
+    )  # blocks begin by doing nothing
 
 
 def test_a_model_learns_and_the_same_seed_learns_the_same() -> None:
@@ -107,7 +113,8 @@ def test_a_model_learns_and_the_same_seed_learns_the_same() -> None:
         runs.append(train(model, source, steps=30, n=4, every=10, made=0.0))
     assert runs[0].losses == runs[1].losses
     steps, losses = zip(*runs[0].losses, strict=True)
-    assert steps == (10, 20, 30) and losses[-1] < 0.5 * losses[0]
+    assert steps == (10, 20, 30)
+    assert losses[-1] < 0.5 * losses[0]
     assert not model.training
     with pytest.raises(WorkbenchError, match="steps=0"):
         train(model, source, steps=0)
@@ -127,7 +134,8 @@ def test_scores_are_the_losses_and_shares_that_they_are_called() -> None:
 def test_the_script_trains_saves_and_loads(tmp_path: Path) -> None:
     made = main(["--layers", "long_lora", "sqa:mha", "--quick", "--out", str(tmp_path / "quick.safetensors")])
     found = load(tmp_path / "quick.safetensors")
-    assert found.facts == made.facts and found.facts["quick"] and found.scores == made.scores
+    assert (found.facts, found.scores) == (made.facts, made.scores)
+    assert found.facts["quick"]
     assert (tmp_path / "quick.safetensors").stat().st_size < 320_000
     assert found.model.layers == ("long_lora", "sqa:mha")
     ids = torch.randint(0, 128, (1, 30), generator=_random())
@@ -146,5 +154,3 @@ def test_models_that_cannot_be_are_refused() -> None:
         ByteLM(Place(256, 4, 24), ["sqa:mha"])
     with pytest.raises(WorkbenchError, match=r"1 to 24 tokens"):
         ByteLM(TINY, ["sqa"])(torch.zeros(1, 25, dtype=torch.long))
-
-

@@ -22,9 +22,11 @@ class Aaren(Mixer):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One query for all, [1, head, 1, d]; keys and values [batch, head, token, d]."""
-        q = self.q(self.query).unflatten(-1, (-1, self.d_head))[None, :, None]
-        k, v = (each(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2) for each in (self.k, self.v))
-        return q, k, v
+        return self.learned(), self.split(self.k(x)), self.split(self.v(x))
+
+    def learned(self) -> Tensor:
+        """[1, head, 1, d]: the query of each head."""
+        return self.split(self.q(self.query)[None, None])
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """All prefixes at once."""
@@ -32,7 +34,7 @@ class Aaren(Mixer):
 
     def stream(self) -> ScanState:
         """A state of constant size, to be updated with the keys and values of one token after the other."""
-        return ScanState(self.q(self.query).unflatten(-1, (-1, self.d_head))[None, :, None])
+        return ScanState(self.learned())
 
 
 AAREN = register(

@@ -50,7 +50,7 @@ class AgentAttention(Mixer):
         self.local = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width) if kernel else None
 
     def bias(self, name: str) -> Tensor:
-        """[1, head, agent, token]: the learned scores of an agent at each patch, for "gather" (B₁) or "spread" (B₂ᵀ)."""
+        """[1, head, agent, token]: learned scores of an agent at each patch, "gather" (B₁) or "spread" (B₂ᵀ)."""
         table = F.interpolate(self.biases[name], self.place.grid, mode="bilinear")
         return (table + self.biases[f"{name}_row"] + self.biases[f"{name}_column"]).flatten(2)[None]
 
@@ -97,7 +97,7 @@ AGENT = register(
             cost="O(n·agents) time and memory",
             causal="never",
             grid=True,
-            code="Official code has no licence at its top: not used. agent-attention-pytorch (MIT) is read, and agrees.",
+            code="Official code has no licence at its top: unused. agent-attention-pytorch (MIT) is read, and agrees.",
             claims=(
                 Claim("It is as good as softmax attention on images."),
                 Claim("Its cost grows linearly with the number of patches."),

@@ -65,8 +65,8 @@ LONG_LORA = register(
             grade="exact",
             cost="O(n·G) time, O(n) memory",
             causal="either",
-            code="dvlab-research/LongLoRA, Apache-2.0. Its path without the fast kernel lets the first half group see the "
-            "last one (wrap=True); its other path does not, and is what is here by default.",
+            code="dvlab-research/LongLoRA, Apache-2.0. Its path without the fast kernel lets the first half group see "
+            "the last one (wrap=True); its other path does not, and is what is here by default.",
             claims=(
                 Claim("Models trained with shifted groups reach about the loss of training with full attention."),
                 Claim("Without the shift information does not pass between groups, and the loss is higher."),
@@ -83,7 +83,7 @@ SINK_LORA = register(
         Card(
             title="SinkLoRA: sink fixed attention (SF-Attn)",
             arxiv="2406.05678",
-            equation="A = softmax(q kᵀ/√d) inside groups and on the first 4 tokens; a quarter of the heads shift by G/2",
+            equation="A = softmax(q kᵀ/√d) inside groups and on the first 4 tokens; a quarter of the heads shift",
             map="A masked softmax.",
             kind="self",
             grade="exact",

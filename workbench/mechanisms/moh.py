@@ -113,7 +113,7 @@ MOH = register(
             grade="exact",
             cost="O(n²·heads) here; the share of active heads where skipped rows are not computed",
             causal="either",
-            code="SkyworkAI/MoH, Apache-2.0; its scaling of the gates is that of scaling=\"code\".",
+            code='SkyworkAI/MoH, Apache-2.0; its scaling of the gates is that of scaling="code".',
             claims=(
                 Claim("With 50 to 90 % of its heads active it is as good as attention with all heads."),
                 Claim("Heads that the router likes are those whose ablation costs most."),

@@ -31,8 +31,8 @@ class RoutedHeads(nn.Module):
     """Softmax attention inside clusters around centroids that follow the tokens.
 
     Attributes:
-        means: [head, cluster, d] of length one; the first forward in training draws them from its tokens, and each moves
-            them a little towards the tokens that lie nearest.
+        means: [head, cluster, d] of length one; the first forward in training draws them from its tokens, and each
+            moves them a little towards the tokens that lie nearest.
     """
 
     def __init__(self, n_heads: int, n_clusters: int, size: int, d_head: int, causal: bool) -> None:
@@ -102,18 +102,26 @@ class RoutingAttention(Mixer):
             raise WorkbenchError(f"routed={routed} is no share of the heads", hint="from 0 to 1")
         self.shared = place.causal if shared is None else shared
         self.n_routed = round(self.n_heads * routed)
-        self.local = LocalHeads(size, place.causal) if self.n_routed < self.n_heads else None
-        self.routed = (
-            RoutedHeads(self.n_routed, clusters, size, self.d_head, place.causal) if self.n_routed else None
-        )
+        self.n_local = self.n_heads - self.n_routed
+        if self.shared:
+            self.k = nn.Linear(place.d_model, self.n_local * self.d_head) if self.n_local else nn.Identity()
+        self.local = LocalHeads(size, place.causal) if self.n_local else None
+        self.routed = RoutedHeads(self.n_routed, clusters, size, self.d_head, place.causal) if self.n_routed else None
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; where routed queries are the keys, these are as long as √d."""
+        if not self.shared:
+            return super().heads(x)
+        q, v = self.turned(self.split(self.q(x))), self.split(self.v(x))
+        near = [self.turned(self.split(self.k(x)))] if self.n_local else []
+        return q, torch.cat([*near, F.normalize(q[:, self.n_local :], dim=-1) * self.d_head**0.5], dim=1), v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Local heads first, then those that route."""
-        near = self.n_heads - self.n_routed
+        near = self.n_local
         parts = [] if self.local is None else [self.local(q[:, :near], k[:, :near], v[:, :near])]
         if self.routed is not None:
             q, k, v = (t[:, near:] for t in (q, k, v))
-            k = F.normalize(q, dim=-1) * self.d_head**0.5 if self.shared else k
             both = q if self.shared else torch.cat((q, k), dim=2)
             self.keep_loss(1e-4 * self.routed.commitment(both))
             if self.training:
@@ -129,13 +137,13 @@ ROUTING = register(
             title="Routing Transformer",
             arxiv="2003.05997",
             equation="A[i, j] = 1/(nᵢ + ε) Σ over clusters that hold i and j of softmax(qᵢ·k/√d) inside the cluster",
-            map="The mean of a token's clusters; a token in none has a row of zeros. Local heads are a site of their own.",
+            map="The mean of a token's clusters; a token in none has a row of zeros. Local heads are a site apart.",
             kind="self",
             grade="exact",
             cost="O(n²/clusters + n·clusters): O(n^1.5) for √n clusters",
             causal="either",
-            leaks="Which tokens a cluster holds depends on all tokens, later ones too: weights see the past alone, their "
-            "choice does not.",
+            leaks="Which tokens a cluster holds depends on all tokens, later ones too: weights see the past alone, "
+            "their choice does not.",
             code="google-research (Apache-2.0), routing-transformer of PyPI (MIT); the latter is read, and agrees.",
             claims=(
                 Claim("Clusters chosen by content beat windows of the same cost on text."),

@@ -29,6 +29,10 @@ class Mixer(nn.Module, ABC):
         WorkbenchError: kv heads that do not divide the heads.
     """
 
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+
     def __init__(self, place: Place, n_heads: int | None = None, n_kv_heads: int | None = None) -> None:
         super().__init__()
         self.place = place
@@ -41,20 +45,28 @@ class Mixer(nn.Module, ABC):
             )
         self.d_head = place.d_head
         wide, narrow = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
-        self.q, self.k, self.v = (nn.Linear(place.d_model, width) for width in (wide, narrow, narrow))
+        projections = [nn.Linear(place.d_model, width) for width in (wide, narrow, narrow)]
+        self.q, self.k, self.v = projections
         self.out = nn.Linear(wide, place.d_model, bias=False)
         if place.rotary:
-            for each in (self.q, self.k, self.v):  # a constant part of turned queries and keys tells distances apart
+            for each in projections:  # a constant part of turned queries and keys tells distances apart
                 nn.init.normal_(each.bias, std=0.5)
             angle = torch.arange(place.length)[:, None] * 1000.0 ** -torch.linspace(0, 1, self.d_head // 2 + 1)[:-1]
             self.register_buffer("turn", torch.stack([angle.cos(), angle.sin()]), persistent=False)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [batch, head, token, d]; turned where the place is rotary."""
-        q, k, v = (each(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2) for each in (self.q, self.k, self.v))
-        return (self._turned(q), self._turned(k), v) if self.place.rotary else (q, k, v)
+        q, k, v = (self.split(each(x)) for each in (self.q, self.k, self.v))
+        return self.turned(q), self.turned(k), v
 
-    def _turned(self, t: Tensor) -> Tensor:
+    def split(self, t: Tensor) -> Tensor:
+        """[batch, token, head · d] to [batch, head, token, d]."""
+        return t.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+
+    def turned(self, t: Tensor) -> Tensor:
+        """Queries or keys [batch, head, token, d], turned by their positions where the place is rotary."""
+        if not self.place.rotary:
+            return t
         cos, sin = self.get_buffer("turn")[:, : t.shape[2]].to(t.dtype)
         a, b = t.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)

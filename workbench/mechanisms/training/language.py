@@ -48,7 +48,9 @@ class ByteLM(nn.Module):
             free = (PARAMETERS - fixed - 2 * d * len(layers)) // (2 * d * len(layers))
             hidden = min(3 * d, free)
             if hidden < 1:
-                raise WorkbenchError(f"{', '.join(layers)} and the embedding have {fixed:,} of {PARAMETERS:,} parameters")
+                raise WorkbenchError(
+                    f"{', '.join(layers)} and the embedding have {fixed:,} of {PARAMETERS:,} parameters"
+                )
         self.blocks = nn.ModuleList(_Block(d, hidden, each) for each in mixers)
         self.norm, self.head = nn.RMSNorm(d), nn.Linear(d, VOCABULARY, bias=False)
         nn.init.normal_(self.embed.weight, std=d**-0.5)

@@ -60,7 +60,10 @@ def train(
         raise WorkbenchError(f"steps={steps}: at least one")
     random, found = torch.Generator().manual_seed(seed), Trained()
     optimisers = _optimisers(model, rate)
-    plans = [LambdaLR(each, lambda step: min((step + 1) / (0.05 * steps), 1, (1 - step / steps) / 0.4)) for each in optimisers]
+    plans = [
+        LambdaLR(each, lambda step: min((step + 1) / (0.05 * steps), 1, (1 - step / steps) / 0.4))
+        for each in optimisers
+    ]
     began, losses = time.process_time(), list[float]()
     model.train()
     for step in range(1, steps + 1):

@@ -29,7 +29,11 @@ def score(model: ByteLM, held: Corpus, n: int = 256) -> dict[str, float]:
     inputs, labels = text_batch(held, n, length, random)
     nats = F.cross_entropy(_logits(model, inputs).transpose(1, 2), labels, reduction="none")
     few = max(1, n // 4)
-    found = {"text": nats.mean(), "repeats": nats[repeated(inputs)].mean(), "copy": _right(model, *copying(few, length, random))}
+    found = {
+        "text": nats.mean(),
+        "repeats": nats[repeated(inputs)].mean(),
+        "copy": _right(model, *copying(few, length, random)),
+    }
     for n_keys in (8, 26):
         found[f"recall {n_keys}"] = _right(model, *recall(few, length, random, n_keys))
     model.train(was)

@@ -60,7 +60,9 @@ def corpus(split: str = "training") -> Corpus:
     return Corpus(ids, (ids == 10).nonzero().flatten() + 1, hashlib.sha256(whole).hexdigest())
 
 
-def text_batch(source: Corpus, n: int, length: int, random: torch.Generator, made: float = 0.0) -> tuple[Tensor, Tensor]:
+def text_batch(
+    source: Corpus, n: int, length: int, random: torch.Generator, made: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Inputs and labels, both [n, length]: code from the beginning of a line on, behind BOS.
 
     Args:
@@ -110,7 +112,7 @@ def copying(n: int, length: int, random: torch.Generator) -> tuple[Tensor, Tenso
 
 
 def repeated(inputs: Tensor, n: int = 4) -> Tensor:
-    """[row, position] bool: whether the last n bytes up to here came before in the row, so that what follows could be known."""
+    """[row, position] bool: whether the last n bytes came before in the row, so that the next one could be known."""
     length = inputs.shape[1]
     joined = torch.zeros_like(inputs)
     for back in range(n):
