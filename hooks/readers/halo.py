@@ -40,7 +40,7 @@ def halo_of_halonet(run: ModuleRun) -> Mixing:
 
 
 def _is_whole(module: nn.Module) -> bool:
-    return has("q", "kv", "pos_embed", "pool", "win_size")(module) and module.block_stride == 1
+    return has("q", "kv", "pos_embed", "pool", "win_size")(module) and bool(module.block_stride == 1)
 
 
 @reader("timm.layers.halo_attn.HaloAttn", kind="self", when=_is_whole, follows=("pool",))

@@ -196,7 +196,8 @@ def shifted_attention(
     for shift in (False, True):
         heads = (of_head == shift).nonzero().flatten().to(q.device)
         if len(heads):
-            parts.append((heads, _inside(*(t.index_select(1, heads) for t in (q, k, v)), layout, shift, scale)))
+            own_q, own_k, own_v = (t.index_select(1, heads) for t in (q, k, v))
+            parts.append((heads, _inside(own_q, own_k, own_v, layout, shift, scale)))
     heads = torch.cat([each for each, _ in parts])
     return torch.cat([z for _, z in parts], dim=1).index_select(1, heads.argsort()) if out.numel() else out
 
@@ -218,8 +219,9 @@ def _inside(q: Tensor, k: Tensor, v: Tensor, layout: ShiftedLayout, shift: bool,
         mask = mask | ~real[:, :, None]  # what padding sees is thrown away, and must be no NaN
         if layout.n_sinks:
             mask, grouped = _with_sinks(mask, grouped, k, v, place, layout)
+    in_groups, keys, values = grouped
     z = F.scaled_dot_product_attention(
-        *grouped, attn_mask=mask, is_causal=layout.causal and mask is None, scale=scale
+        in_groups, keys, values, attn_mask=mask, is_causal=layout.causal and mask is None, scale=scale
     ).flatten(1, 2)[:, front : front + n]
     z = z.unflatten(0, q.shape[:2])
     return z.roll(half, dims=2) if layout.wrap else z

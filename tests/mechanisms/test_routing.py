@@ -88,7 +88,7 @@ def test_the_package_s_own_heads_are_read(options: dict[str, Any]) -> None:
         with wb.ablate((0, 1)):
             ablated = model(q, k, v)
     assert not ablated[:, 1].any()
-    assert torch.equal(ablated[:, ::2], bare[:, ::2])
+    torch.testing.assert_close(ablated[:, ::2], bare[:, ::2])
     (site,) = cap.sites
     learned = 5 * model.inner.num_mem_kv
     assert (site.kind, cap[0].shape) == ("self", (2, 3, N, N + learned))
@@ -113,9 +113,9 @@ def test_the_package_s_language_model_shows_both_kinds_of_heads() -> None:
     ids = torch.randint(0, 40, (2, 24))
     model(ids)  # the first forward draws the centroids
     with workbench.attach(model) as wb:
-        report = wb.verify(ids)
-        assert report.ok, report.table
-        named = [site.name.rpartition(".")[2] for site in wb.sites]
+        with wb.capture(["entropy"]) as cap:
+            model(ids)
+    named = [site.name.rpartition(".")[2] for site in cap.sites]
     assert named.count("global_attn") == 2
 
 

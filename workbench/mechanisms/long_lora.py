@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
@@ -53,6 +55,10 @@ class ShiftedGroups(Mixer):
         )  # fmt: skip
 
 
+def _with_sinks(place: Place, **options: Any) -> ShiftedGroups:
+    return ShiftedGroups(place, **{"shifted": SINK, "n_sinks": 4, **options})
+
+
 LONG_LORA = register(
     Mechanism(
         "long_lora",
@@ -92,7 +98,7 @@ SINK_LORA = register(
             code="The released repository has no code of this attention: it is a reconstruction from the paper's text.",
             claims=(Claim("It is nearer to full attention than LongLoRA's shifted groups."),),
         ),
-        lambda place, **options: ShiftedGroups(place, **{"shifted": SINK, "n_sinks": 4} | options),
+        _with_sinks,
         places=(Place(24, 4, 33), Place(32, 4, 3), Place(16, 4, 18, causal=False)),
     )
 )

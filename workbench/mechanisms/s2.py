@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class S2Attention(Mixer):
         super().__init__(place)
         fitting = max(size for size in (16, 32, 64) if size == 16 or 8 * size <= place.length)
         sparse = self.n_heads - n_dense_heads
-        self.layout = {
+        self.layout: dict[str, Any] = {
             "block": fitting if block is None else block,
             "local_blocks": local_blocks,
             "vert_stride": max(1, sparse) if vert_stride is None else vert_stride,
@@ -46,7 +48,8 @@ class S2Attention(Mixer):
         """Listed blocks only; what is shorter than a block is seen whole."""
         if q.shape[2] < self.layout["block"]:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return s2_attention(q, k, v, **self.layout)
+        z: Tensor = s2_attention(q, k, v, **self.layout)
+        return z
 
 
 S2 = register(

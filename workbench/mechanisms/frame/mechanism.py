@@ -72,7 +72,7 @@ class Mechanism:
             raise WorkbenchError(
                 f'"{self.name}" has no variant "{variant}"', hint=nearest(variant, list(self.variants), "variant")
             )
-        return self.make(place, **({} if variant is None else self.variants[variant]) | options)
+        return self.make(place, **{**({} if variant is None else self.variants[variant]), **options})
 
     def example(self, place: Place, seed: int = 0) -> dict[str, Tensor]:
         """Inputs of the module by name, drawn at random for two examples."""

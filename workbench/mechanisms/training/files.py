@@ -35,7 +35,7 @@ class TrainedModel:
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file."""
         model = self.model
-        shape = asdict(model.place) | {"layers": list(model.layers), "hidden": model.blocks[0].up.out_features}
+        shape = asdict(model.place) | {"layers": list(model.layers), "hidden": model.hidden}
         tensors = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
         del tensors["head.weight"]  # it is the embedding
         return files.write(path, FORM, {"model": shape, "scores": self.scores, "facts": self.facts}, tensors)

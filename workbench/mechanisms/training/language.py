@@ -51,6 +51,7 @@ class ByteLM(nn.Module):
                 raise WorkbenchError(
                     f"{', '.join(layers)} and the embedding have {fixed:,} of {PARAMETERS:,} parameters"
                 )
+        self.hidden = hidden
         self.blocks = nn.ModuleList(_Block(d, hidden, each) for each in mixers)
         self.norm, self.head = nn.RMSNorm(d), nn.Linear(d, VOCABULARY, bias=False)
         nn.init.normal_(self.embed.weight, std=d**-0.5)

@@ -72,8 +72,9 @@ def train(
         (loss + model.extra_loss()).backward()
         losses.append(float(loss.detach()))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in (*optimisers, *plans):
-            each.step()
+        for optimiser, plan in zip(optimisers, plans, strict=True):
+            optimiser.step()
+            plan.step()
         model.zero_grad()
         if step % every == 0 or step == steps:
             found.losses.append((step, sum(losses) / len(losses)))
