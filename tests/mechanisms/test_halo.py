@@ -79,7 +79,7 @@ def test_other_people_s_layers_are_read(make: Any) -> None:
     pattern = cap[0].pattern
     assert pattern.shape == (2, 4, 54, 54)
     sums = pattern.dense().sum(-1)
-    if isinstance(judge, timm().layers.HaloAttn):
+    if type(judge).__name__ == "HaloAttn":
         assert bool((sums < 1).all())  # every window of 7 reaches over an edge of 6 rows
         assert not pattern.normalised
     else:

@@ -48,7 +48,8 @@ class S2Attention(Mixer):
         """Listed blocks only; what is shorter than a block is seen whole."""
         if q.shape[2] < self.layout["block"]:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        z: Tensor = s2_attention(q, k, v, **self.layout)
+        z = s2_attention(q, k, v, **self.layout)
+        assert isinstance(z, Tensor)
         return z
 
 
