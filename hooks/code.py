@@ -34,8 +34,9 @@ def calls_attention(module: nn.Module, *, across_methods: bool = False) -> bool:
     """Whether a module's own forward, or what it calls, mentions an attention kernel or writes attention out.
 
     Followed are, by the names that the code mentions: methods of the class, also those that it puts in the place of
-    another package's, functions of the same package, the functions in a table that one is chosen from, and objects on the module that can be called ("processors"). What
-    is a module itself is not followed, since it is looked at on its own.
+    another package's, functions of the same package, the functions in a table that one is chosen from, and objects on
+    the module that can be called ("processors"). What is a module itself is not followed, since it is looked at on its
+    own.
 
     Args:
         across_methods: take a softmax in one method and a product in another for attention, too.

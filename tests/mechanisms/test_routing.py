@@ -112,9 +112,8 @@ def test_the_package_s_language_model_shows_both_kinds_of_heads() -> None:
         ).eval()  # fmt: skip
     ids = torch.randint(0, 40, (2, 24))
     model(ids)  # the first forward draws the centroids
-    with workbench.attach(model) as wb:
-        with wb.capture(["entropy"]) as cap:
-            model(ids)
+    with workbench.attach(model) as wb, wb.capture(["entropy"]) as cap:
+        model(ids)
     named = [site.name.rpartition(".")[2] for site in cap.sites]
     assert named.count("global_attn") == 2
 
