@@ -83,7 +83,7 @@ def test_other_people_s_layers_are_read(make: Any) -> None:
     sums = pattern.dense().sum(-1)
     if type(judge).__name__ == "HaloAttn":
         assert bool((sums <= 1 + 1e-6).all())
-        assert sums.mean() < 0.99  # every window of 7 reaches over an edge of 6 rows
+        assert sums.min() < 0.9  # every window of 7 reaches over an edge of 6 rows
         assert not pattern.normalised
     else:
         torch.testing.assert_close(sums, torch.ones_like(sums))

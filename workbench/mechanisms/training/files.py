@@ -74,7 +74,7 @@ def facts_of(source: Corpus, held: Corpus, run: Trained, **settings: Any) -> dic
 def halved(model: ByteLM) -> ByteLM:
     """The model with its weights as a file has them, rounded to half precision; in place."""
     with torch.no_grad():
-        for parameter in (*model.parameters(), *model.buffers()):
-            if parameter.is_floating_point():
-                parameter.copy_(parameter.half())
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.half())
     return model
