@@ -2,6 +2,7 @@
 
 from workbench.hooks.readers import (
     delta,
+    fla,
     lightning,
     linear_attention,
     mamba,
@@ -34,6 +35,7 @@ __all__ = [
     "check_gradients",
     "continues",
     "delta",
+    "fla",
     "in_place_of",
     "lightning",
     "linear_attention",
