@@ -191,7 +191,7 @@ class _Flow:
             delta[number] += written[heads.index(which)]
 
     def _projected(self, name: str, delta: Tensor) -> Tensor:
-        """What a receiver makes of the changed stream [unit, batch, n, width]: queries, keys, values; a mixer's input."""
+        """What a receiver makes of the changed stream [unit, batch, n, width]: queries, keys, values, or x."""
         spot, anatomy = self.setup.graph.receiver_spot(name), self.setup.stream.anatomy
         if spot.what == "mixer":
             norm = anatomy.function(self.layers[spot.layer].mixer_norm)
