@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from workbench.kernels.source import RawTileMaker, TileMaker
 from workbench.kernels.statistics import Options
 from workbench.kernels.streaming import Denominators
 from workbench.kernels.tile import Space
-
-if TYPE_CHECKING:
-    from workbench.kernels.recurrent import RecurrentPattern
 
 Grade = Literal["exact", "frozen", "surrogate"]
 DENSE_LIMIT = 1 << 30
@@ -225,8 +222,8 @@ class Pattern(ABC):
         """[batch, head, query] log of the softmax denominator; only softmax patterns have one."""
         raise CaptureError(f"{type(self).__name__} has no scores, hence no lse")
 
-    def as_recurrence(self) -> RecurrentPattern | None:
-        """The same map as that of a linear recurrence, whose decay, content and states can be told apart.
+    def as_recurrence(self) -> Pattern | None:
+        """The same map as a `RecurrentPattern`, whose decay, content and states can be told apart.
 
         None of maps that are none, or are one of another kind.
         """

@@ -12,6 +12,7 @@ from workbench.capture.capture import Capture
 from workbench.errors import CaptureError, ReportError
 from workbench.hooks.sites import Site
 from workbench.kernels.patterns import Pattern
+from workbench.kernels.recurrent import RecurrentPattern
 from workbench.tokens import visible, visible_text
 from workbench.views.attention_pattern import pyramid
 from workbench.views.attention_pattern.picture import draw
@@ -162,7 +163,7 @@ def variant_of(pattern: Pattern, variant: str) -> Pattern:
     if variant == "value-weighted":
         return pattern.value_weighted()
     whole = pattern.as_recurrence() if variant in ("content", "decay") else None
-    if whole is None:
+    if not isinstance(whole, RecurrentPattern):
         return pattern
     return whole.content() if variant == "content" else whole.decay()
 
@@ -172,7 +173,7 @@ def _recurrences(sources: Sequence[Source]) -> list[Source]:
     found = []
     for each in sources:
         whole = None if each.pattern is None else each.pattern.as_recurrence()
-        if whole is not None and whole.log_decay is not None:
+        if isinstance(whole, RecurrentPattern) and whole.log_decay is not None:
             found.append(each)
     if not found:
         raise ReportError(

@@ -29,7 +29,7 @@ def recurrences(capture: Capture) -> Iterator[tuple[SiteCapture, RecurrentPatter
             found = one.pattern.as_recurrence()
         except WorkbenchError:
             continue
-        if found is not None:
+        if isinstance(found, RecurrentPattern):
             yield one, found
 
 
@@ -94,7 +94,7 @@ def states(
     """
     one = capture[site]
     found = one.pattern.as_recurrence()
-    if found is None:
+    if not isinstance(found, RecurrentPattern):
         raise CaptureError(
             f"a {type(one.pattern).__name__} has no state of a fixed size", site=one.site.name,
             hint="views.states is of linear and recurrent layers",
