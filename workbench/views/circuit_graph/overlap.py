@@ -64,8 +64,8 @@ class OverlapGraph(PinnedView):
         for node, kind in _kinds(blocks["node_members"][list(pair)], hidden):
             if facts["unit"] != "edges" or node in drawn:
                 about = facts["nodes"][node]
-                said, chosen = self.pins.get(about["name"], ""), self._is_chosen(about)
-                marks[node] = Mark(colours[kind], _SHAPES[kind], said, chosen)
+                pinned, chosen = self.pins.get(about["name"], ""), self._is_chosen(about)
+                marks[node] = Mark(colours[kind], _SHAPES[kind], pinned, chosen)
         draw(panel, facts["nodes"], facts["rows"], marks, lines)
         said = zip(("shared", f"only {labels[0]}", f"only {labels[1]}"), colours.items(), strict=True)
         for words, (kind, colour) in said:

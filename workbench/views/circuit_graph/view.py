@@ -56,7 +56,10 @@ class PinnedView(View):
         return self.set_state(pins={name: said for name, said in self.pins.items() if name != known})
 
     def _is_chosen(self, node: Mapping[str, Any]) -> bool:
-        return node["head"] is not None and self.chosen.has(*node["head"], node["site"])
+        if node["head"] is None:
+            return False
+        layer, head = node["head"]
+        return self.chosen.has(layer, head, node["site"])
 
     def _put_state(self, state: Mapping[str, Any]) -> None:
         unknown = set(state.get("pins", {})) - set(self.graph.nodes)

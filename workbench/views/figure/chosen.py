@@ -49,8 +49,8 @@ def _mark(panel: Any, trace: Trace, index: Any) -> None:
         shape = np.shape(trace["z"])
         sizes = {"x": shape[1], "y": shape[0]}
         xs, ys = (edges_of(panel.places(which, positions(trace, which, n)), n) for which, n in sizes.items())
-        width, height = xs[column + 1] - xs[column], ys[row + 1] - ys[row]
-        panel.axes.add_patch(scales.frame_of(xs[column], ys[row], width, height))
+        (left, right), (low, high) = xs[column : column + 2].tolist(), ys[row : row + 2].tolist()
+        panel.axes.add_patch(scales.frame_of(left, low, right - left, high - low))
     else:
         x, y = panel.points(trace)
         look = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": scales.accent(), "markeredgewidth": 2}

@@ -57,7 +57,7 @@ class RunTimeline(View):
                     these = calls & (blocks["kernel"] == kernel) & group
                     begins = np.where(np.isnan(entered), seen, entered)[these]
                     bars = list(zip(1e3 * begins, 1e3 * (seen[these] - begins), strict=True))
-                    look = {"facecolor": colour, "edgecolor": colour, "linewidth": 0.3, "alpha": alpha}
+                    look: dict[str, Any] = {"facecolor": colour, "edgecolor": colour, "linewidth": 0.3, "alpha": alpha}
                     axes.broken_barh(bars, (3 * thread + 0.7, 1.0), **look)
             ours = list(zip(1e3 * seen[calls], 1e3 * took[calls], strict=True))
             axes.broken_barh(ours, (3 * thread + 1.8, 0.6), facecolor=muted, alpha=0.45, edgecolor="none")
