@@ -79,6 +79,14 @@ def test_rows_that_rest_on_the_first_key_or_on_their_own_do_not_count() -> None:
     assert "0.40 on average" in found.why  # 0.8 in three rows of six
 
 
+def test_a_role_in_one_or_two_rows_says_little() -> None:
+    cap = filled(torch.stack([INDUCTION, BEFORE])[None])
+    cap[0].statistics["induction"][:, :, 4:] = torch.nan
+    found = leading(cap)
+    assert found is not None
+    assert "the token before" in found.why
+
+
 def test_among_some_heads_the_first_of_them_leads() -> None:
     cap = filled(torch.stack([torch.stack([FIRST, INDUCTION]), torch.stack([BEFORE, FIRST])]))
     sites = list(cap.sites)

@@ -226,8 +226,9 @@ class Grid {
       if (!rgb || width < 30 || height < 14) continue;
       ink.fillStyle = inkOn(rgb);
       ink.font = `11px ${frame.colour("sans")}`;
-      const text = roughly(value).replace(/^(-?)0\./, "$1."); // as in the ranking
-      if (ink.measureText(text).width < width - 2) ink.fillText(text, left + (column + 0.5) * width, top + (row + 0.5) * height);
+      const said = roughly(value).replace(/^(-?)0\./, "$1."); // as in the ranking
+      const text = ink.measureText(said).width < width - 2 ? said : value.toExponential(0);
+      ink.fillText(text, left + (column + 0.5) * width, top + (row + 0.5) * height);
     }
     this.labels(ink);
     this.outlines(ink);

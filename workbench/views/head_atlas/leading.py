@@ -1,7 +1,7 @@
 """The head that views of a capture begin with: the strongest in a role, by the statistics that were captured.
 
-A role counts where it takes at least half of a head's weight: induction first, then the previous token. Where no head
-has one, it is the head whose rows look hardest at a single key that is neither the first nor their own.
+A role counts where it takes at least half of a head's weight, over a few rows at least: induction first, then the
+previous token. Where no head has one, it is the head whose rows look hardest at a single key that is neither the first nor their own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _ROLES = {
     "previous": "{} gives {:.2f} of its weight to the token before",
 }
 _ALONE = "In {} rows look hardest at one key that is neither the first nor their own: {:.2f} on average"
+_SOME = 3  # rows below which a share of their weight says little
 _ABOVE = 1.001  # how far a weight is above another one that is not the same, rounded otherwise
 
 Head = tuple[Site, int]
@@ -51,7 +52,7 @@ def leading(capture: Capture, among: Iterable[Head] | None = None) -> Leading | 
     wanted = None if among is None else {(site.name, head) for site, head in among}
     there = np.array([wanted is None or (site.name, head) in wanted for site, head in heads], dtype=bool)
     for name, said in _ROLES.items():
-        if name in metrics:
+        if name in metrics and _rows(capture, name) >= _SOME:
             values = _known(np.where(there, means[list(metrics).index(name)], np.nan))
             if values.max(initial=0.0) >= _STRONG:
                 return _made(heads, int(values.argmax()), said, values, _entries(capture))
@@ -68,6 +69,17 @@ def hardest(heads: Sequence[Head], values: Array, entries: int = 1) -> Leading |
 
 def _known(values: Array) -> Array:
     return np.where(np.isfinite(values), values, 0.0)
+
+
+def _rows(capture: Capture, name: str) -> int:
+    """How many rows of a site can have a statistic: such as those of tokens with an earlier copy."""
+    counts: dict[str, int] = {}
+    for forward in capture.forwards:
+        for site, held in forward.sites.items():
+            if name in held.statistics:
+                there = held.statistics[name].isfinite().any(1)
+                counts[site] = counts.get(site, 0) + int(there.sum())
+    return max(counts.values(), default=0)
 
 
 def _entries(capture: Capture) -> int:
