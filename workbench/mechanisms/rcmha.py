@@ -1,4 +1,4 @@
-"""RCMHA: attention with learned relative positions, whose queries, keys and values pass a short convolution."""
+"""RCMHA: queries, keys and values are smeared over three tokens, and scores know how far a key lies back."""
 
 from __future__ import annotations
 
@@ -11,46 +11,72 @@ from workbench.kernels.relative import relative_attention
 from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
 
 
-class RelativeConvolutionalAttention(Mixer):
-    """softmax((q·k + u·k + q·r_δ + b_δ)/√d) v of convolved q, k and v; the filters are shared by the heads.
+class RelativeConvolutional(Mixer):
+    """softmax(((q + u) kᵀ + q R_δ + β_δ) / √d) v, of queries, keys and values that a short filter has smeared.
+
+    Positions are the distances alone: queries and keys are not turned.
 
     Args:
-        place: where it stands; its own positions take the place of turned ones.
-        width: positions that the causal filters see, with their own; 0 for no convolution (RMHA).
+        place: a sequence.
+        taps: tokens that the filters of each channel see, their own among them; heads share them. 0 for no filters.
 
     Raises:
-        WorkbenchError: a negative width, or one longer than the place.
+        WorkbenchError: fewer taps than none.
     """
 
-    def __init__(self, place: Place, width: int = 3) -> None:
+    def __init__(self, place: Place, taps: int = 3) -> None:
         super().__init__(place)
-        if not 0 <= width <= place.length:
-            raise WorkbenchError(f"width={width} is not one of 0 to {place.length}, the tokens of the place")
-        h, d, reach = self.n_heads, self.d_head, 2 * place.length - 1
-        self.content_bias = nn.Parameter(torch.zeros(h, d))
-        self.table, self.table_bias = nn.Parameter(torch.zeros(h, reach, d)), nn.Parameter(torch.zeros(h, reach))
-        self.filters = nn.ModuleList(nn.Conv1d(d, d, width, groups=d) for _ in range(3 if width else 0))
+        if taps < 0:
+            raise WorkbenchError(f"taps={taps}: filters see at least their own token", hint="1 or more, 0 for none")
+        self.taps = taps
+        d, wide = self.d_head, self.n_heads * self.d_head
+        self.q, self.k = (nn.Linear(place.d_model, wide, bias=False) for _ in range(2))
+        self.v = nn.Linear(place.d_model, wide)
+        self.filters = nn.ModuleDict({name: nn.Conv1d(d, d, taps, groups=d) for name in "qkv"} if taps else {})
+        self.likes = nn.Parameter(torch.zeros(self.n_heads, d))
+        self.table = nn.Parameter(torch.zeros(self.n_heads, place.length, d))
+        self.bias = nn.Parameter(torch.zeros(self.n_heads, place.length))
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolved queries, keys and values."""
-        q, k, v = (self.split(each(x)) for each in (self.q, self.k, self.v))
-        if not self.filters:
-            return q, k, v
-        q, k, v = (self._convolved(each, t) for each, t in zip(self.filters, (q, k, v), strict=True))
+    def smeared(self, name: str, t: Tensor) -> Tensor:
+        """[batch, head, token, d] of "q", "k" or "v", each channel a weighted sum of the token and those before."""
+        if name not in self.filters:
+            return t
+        made: Tensor = self.filters[name](F.pad(t.flatten(0, 1).mT, (self.taps - 1, 0)))
+        return made.mT.unflatten(0, t.shape[:2])
+
+    def heads(self, x: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x; keys and values of the memory and x, where there is one. The filters pass from it to x."""
+        whole = x if memory is None else torch.cat([memory, x], dim=1)
+        made = (self.split(self.q(x)), self.split(self.k(whole)), self.split(self.v(whole)))
+        q, k, v = (self.smeared(name, t) for name, t in zip("qkv", made, strict=True))
         return q, k, v
 
-    @staticmethod
-    def _convolved(conv: nn.Module, t: Tensor) -> Tensor:
-        assert isinstance(conv, nn.Conv1d)
-        each = t.flatten(0, 1).transpose(1, 2)
-        made = conv(F.pad(each, (conv.kernel_size[0] - 1, 0)))
-        return made.transpose(1, 2).unflatten(0, t.shape[:2])
-
     def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """Attention on convolved values."""
-        return relative_attention(
-            q, k, v, self.content_bias, self.table, self.table_bias, causal=self.place.causal
-        )  # fmt: skip
+        """All four parts of the scores."""
+        return relative_attention(q, k, v, self.likes, self.table, self.bias)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """[batch, token, d_model] to the same shape.
+
+        Args:
+            memory: inputs of this layer before x, [batch, token, d_model]; with x at most the place's length.
+        """
+        self.check(x if memory is None else torch.cat([memory, x], dim=1))
+        q, k, v = self.heads(x, memory)
+        return self.finish(self.mix(q, k, v, x), v, x)
+
+    def on_tokens(self, weights: Tensor) -> Tensor:
+        """[batch, head, query, key, channel]: a map [batch, head, query, key] as it acts on values before the filter.
+
+        Σ_r A[i, j + r] w_r of each channel: a head that looks at the token before may look two or three back.
+        """
+        if "v" not in self.filters:
+            return weights[..., None].expand(*weights.shape, self.d_head)
+        taps, n = self.filters["v"].get_parameter("weight")[:, 0].flip(1), weights.shape[-1]  # [channel, lag]
+        return sum(
+            (F.pad(weights, (0, lag))[..., lag : lag + n, None] * taps[:, lag] for lag in range(taps.shape[1])),
+            weights.new_zeros(()),
+        )
 
 
 RCMHA = register(
@@ -59,18 +85,20 @@ RCMHA = register(
         Card(
             title="RCMHA: relative convolutional multi-head attention",
             arxiv="2308.03429",
-            equation="A = softmax((q_i·k_j + u·k_j + q_i·r_δ + b_δ)/√d), δ = j − i; q, k, v pass causal filters first",
-            map="A softmax on convolved values; `pattern.logits()` has the four parts of its scores.",
+            equation="A = softmax(((q + u) kᵀ + q R_δ + β_δ)/√d), δ = i − j; q, k and v smeared by filters of 3 taps",
+            map="The softmax on smeared values; the four parts of its scores are its factors.",
             kind="self",
             grade="exact",
-            cost="O(n²) time and memory",
-            causal="either",
-            beside="The filters before it: what a weight reads reaches two tokens further back.",
-            code="hermansh-id/rcmha says Apache-2.0 in its licence and MIT in its README: not used.",
-            claims=(Claim("It is more accurate than attention with relative positions alone, and takes less memory."),),
+            cost="O(n²) time and memory, and a table of n·d_model",
+            causal="always",
+            beside="The filters. On values before them the map is another one for each channel: `on_tokens(A)`.",
+            code="hermansh-id/rcmha names two licences, which contradict each other: unused.",
+            claims=(
+                Claim("It is more accurate than relative attention without filters."),
+                Claim("It takes less memory than relative attention without filters."),
+            ),
         ),
-        RelativeConvolutionalAttention,
-        variants={"without convolution": {"width": 0}},
-        places=(Place(24, 4, 17), Place(16, 2, 33), Place(16, 2, 35, causal=False, grid=(5, 7))),
+        RelativeConvolutional,
+        variants={"relative": {"taps": 0}},
     )
 )
