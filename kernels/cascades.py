@@ -187,16 +187,19 @@ class Cascade:
         return f"{head}\n{self.table.to_string(index=False)}"
 
 
-def _cascade(name: str, used_by: str, *equations: tuple[str, Along, str, str]) -> Cascade:
+_Written = tuple[str, Along, str, str]  # name, along, what it reads, the equation
+
+
+def _cascade(name: str, used_by: str, *equations: _Written) -> Cascade:
     return Cascade(
         name, tuple(Equation(n, along, tuple(reads.split()), says) for n, along, reads, says in equations), used_by
     )
 
 
-_SCORE = ("score", "keys", "q k", "score_j = q·k_j")
-_TOP = ("top", "row", "score", "top = max_j score_j")
-_WEIGHT = ("weight", "keys", "score top", "weight_j = exp(score_j − top)")
-_DENOMINATOR = ("denominator", "row", "weight", "denominator = Σ_j weight_j")
+_SCORE: _Written = ("score", "keys", "q k", "score_j = q·k_j")
+_TOP: _Written = ("top", "row", "score", "top = max_j score_j")
+_WEIGHT: _Written = ("weight", "keys", "score top", "weight_j = exp(score_j − top)")
+_DENOMINATOR: _Written = ("denominator", "row", "weight", "denominator = Σ_j weight_j")
 
 CASCADES: Mapping[str, Cascade] = MappingProxyType({
     each.name: each
