@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.graph import Layer
 from workbench.analysis.circuits.model.modules import LayerModules, Projection
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.model.recording import Recording, equal
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.projections import is_conv1d, projection_slices
@@ -115,7 +115,7 @@ class LayerFinder:
             parallel = read == 1
         n_kv = projections["k"].columns.shape[0]
         found = LayerModules(
-            block, site, projections, projection.name, projection.module, width, n_heads, mlp, mlp_norm
+            block, site, projection.name, mlp, projections, projection.module, width, n_heads, mlp_norm
         )
         kind = "cross" if site.kind == "cross" else "self"
         return found, Layer(n_heads, n_kv, mlp is not None, parallel, kind, self.name)
