@@ -45,10 +45,10 @@ def before_in_place(module: nn.Module, change: Changed) -> Any:
 
 @torch.no_grad()
 def by_hand(
-    model: nn.Module, where: list[tuple[nn.Module, Any]], into: Any, out_of: Any, lengths: list[int], **how: Any
+    model: nn.Module, where: list[tuple[nn.Module, Any]], into: Any, out_of: Any, lengths: list[int], **options: Any
 ) -> dict[tuple[int, int], Tensor]:
     """(row, position) -> [example] logit differences, one whole forward for each. `lengths`: positions of each row."""
-    how = how or {"use_cache": False}
+    options = options or {"use_cache": False}
     seen: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def by_hand(
         return tensor
 
     handles = [how(module, keep) for module, how in where]
-    model(**out_of, **how)
+    model(**out_of, **options)
     for handle in handles:
         handle.remove()
     found = {}
@@ -69,6 +69,6 @@ def by_hand(
                 return new
 
             handle = how(module, put)
-            found[row, place] = logit_diff(model(**into, **how), into)
+            found[row, place] = logit_diff(model(**into, **options), into)
             handle.remove()
     return found

