@@ -81,7 +81,7 @@ NO_MIDDLE = {
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2", "bloom", "gptj", "gpt1", "bart"])
 def test_it_is_what_hooks_by_hand_give(name: str) -> None:
-    model, task = model_of(name), random_task(2, 5, 60, written=name == "bart")
+    model, task = model_of(name), random_task(2, 5, 60, seed=3, written=name == "bart")
     start = decoder_start(model)
     clean, twin = (next(iter(task.batches(Words(), 2, twins=twins, start_token=start))) for twins in (False, True))
     how = {"return_dict": True} if name == "gpt1" else {"use_cache": False}  # which that has not
