@@ -18,7 +18,7 @@ def first(value: Any) -> Tensor:
 
 
 def with_first(value: Any, new: Tensor) -> Any:
-    return new if isinstance(value, Tensor) else (new, *value[1:])
+    return new if isinstance(value, Tensor) else type(value)((new, *value[1:]))
 
 
 def after(module: nn.Module, change: Changed) -> Any:

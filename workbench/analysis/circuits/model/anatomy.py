@@ -115,7 +115,7 @@ def streams_of(wb: Workbench) -> tuple[dict[str, list[Site]], dict[str, str]]:
     for site in (site for several in streams.values() for site in several):
         block = block_of(wb.model, wb.sites, site.name)
         if not block:
-            raise AttachError("the attention is in no block of a list of blocks", site=site.name)
+            raise AttachError("the site is in no block of a list of blocks", site=site.name)
         blocks[site.name] = block
     return streams, blocks
 
@@ -123,11 +123,12 @@ def streams_of(wb: Workbench) -> tuple[dict[str, list[Site]], dict[str, str]]:
 def _streams(wb: Workbench) -> dict[str, list[Site]]:
     """The attention sites of each residual stream: one, or those of an encoder and of a decoder."""
     for site in wb.sites:
-        if site.kind not in ("self", "window", "cross"):
+        if site.kind not in ("self", "window", "cross", "state"):
             raise AttachError(
-                f'circuits need attention, this site is of kind "{site.kind}"', site=site.name,
-                hint="a state-space or channel mixer has no queries and keys that read the stream",
-            )  # fmt: skip
+                f'circuits need heads that move positions of the stream, this site is of kind "{site.kind}"',
+                site=site.name,
+                hint="what mixes channels, learned memories or pooled keys is no such head",
+            )
     towers: dict[str, list[Site]] = {}
     for site in wb.sites:
         towers.setdefault(site.tower, []).append(site)

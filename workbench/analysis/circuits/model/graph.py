@@ -4,6 +4,9 @@ Senders are the input (the embeddings), query heads and MLPs. Receivers are the 
 kv groups, the inputs of MLPs, and the logits. Names are those of MIB and EAP-IG: `input`, `a9.h6`, `m3`, `logits`,
 `a9.h6<q>`; where several heads share keys and values, these belong to the group: `a9.kv2<k>`.
 
+The heads of a recurrence, or of an attention with a gate, read the stream through one door: what they compute with (and
+what decays, gates and short convolutions are made of) is one receiver for all of them, `a3<x>`.
+
 An encoder-decoder has two streams, and their names stand before those of the nodes: `encoder.a0.h1`, `decoder.m2`. A
 block of the decoder is two layers here: its own attention, `decoder.a0`, and its cross-attention, `decoder.x0`, whose
 queries read the decoder's stream, and whose keys and values read what the encoder's stream is in the end.
@@ -14,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -55,7 +58,7 @@ class Graph:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Graph:
-        """The inverse of `facts`.
+        """The inverse of `facts`. Circuits of one model share a graph, and what it has worked out.
 
         Raises:
             FormatError: they are no facts of a graph.
@@ -67,7 +70,7 @@ class Graph:
                 raise FormatError(f"{layer.n_heads} heads cannot share {layer.n_kv_heads} keys and values")
         if not layers:
             raise FormatError("the graph has no layers")
-        return cls(layers, told["d_model"].integer(1))
+        return _shared(layers, told["d_model"].integer(1))
 
     @classmethod
     def fitting(cls, facts: Mapping[str, Any], senders: Sequence[Tensor], edges: Sequence[Tensor]) -> Graph:
@@ -138,9 +141,11 @@ class Graph:
             own = self.stream_of(i)
             other = own - 1 if layer.kind == "cross" else own
             shared = layer.n_kv_heads != layer.n_heads
-            for head in range(layer.n_heads):
+            if layer.mixer:
+                found[f"{self.attention(i)}<x>"] = Spot(i, "mixer", 0, "x", own)
+            for head in range(0 if layer.mixer else layer.n_heads):
                 found[f"{self.attention(i)}.h{head}<q>"] = Spot(i, "head", head, "q", own)
-            for part in "kv":
+            for part in "" if layer.mixer else "kv":
                 for group in range(layer.n_kv_heads):
                     name = f"{self.attention(i)}.{'kv' if shared else 'h'}{group}<{part}>"
                     found[name] = Spot(i, "group" if shared else "head", group, part, other)
@@ -161,13 +166,14 @@ class Graph:
 
     @cached_property
     def receivers(self) -> tuple[str, ...]:
-        """Names of all that read a residual stream: q of each head, k and v of each group, the MLP, layer by layer."""
+        """All that read a residual stream: q of each head, k and v of each group (or x), the MLP, layer by layer."""
         return tuple(self._receivers)
 
     @cached_property
     def nodes(self) -> tuple[str, ...]:
-        """All nodes: senders, kv groups that are shared, and the logits."""
-        groups = [name[:-3] for name, spot in self._receivers.items() if spot.what == "group" and spot.part == "k"]
+        """All nodes: senders, kv groups that are shared, what mixers read, and the logits."""
+        read = {("group", "k"), ("mixer", "x")}
+        groups = [name[:-3] for name, spot in self._receivers.items() if (spot.what, spot.part) in read]
         return (*self.senders, *groups, "logits")
 
     @cached_property
@@ -210,14 +216,16 @@ class Graph:
         return self.sender_index[f"{self.attention(i)}.h0"]
 
     def columns(self, i: int, what: str) -> range:
-        """Indices of the receivers of layer i that are "q", "k", "v", or "mlp"."""
-        layer, first = self.layers[i], self.receiver_index[f"{self.attention(i)}.h0<q>"]
-        sizes = {"q": layer.n_heads, "k": layer.n_kv_heads, "v": layer.n_kv_heads, "mlp": int(layer.mlp)}
+        """Indices of the receivers of layer i that are "q", "k", "v", "x", or "mlp"; none where it has none."""
+        layer, name = self.layers[i], self.attention(i)
+        first = self.receiver_index[f"{name}<x>" if layer.mixer else f"{name}.h0<q>"]
+        heads, groups = (0, 0) if layer.mixer else (layer.n_heads, layer.n_kv_heads)
+        sizes = {"q": heads, "k": groups, "v": groups, "x": int(layer.mixer), "mlp": int(layer.mlp)}
         for name, size in sizes.items():
             if name == what:
                 return range(first, first + size)
             first += size
-        raise InterventionError(f"a layer has q, k, v and mlp, not {what!r}")
+        raise InterventionError(f"a layer has q, k, v, x and mlp, not {what!r}")
 
     @cached_property
     def reads(self) -> tuple[range, ...]:
@@ -265,7 +273,7 @@ class Graph:
                 feeds[self.sender_index[name], column] = True
             elif spot.what != "logits":
                 layer = self.layers[spot.layer]
-                size = 1 if spot.part == "q" else layer.n_heads // layer.n_kv_heads
+                size = {"q": 1, "x": layer.n_heads}.get(spot.part, layer.n_heads // layer.n_kv_heads)
                 first = self.first_sender(spot.layer) + spot.number * size
                 feeds[first : first + size, column] = True
         return feeds
@@ -305,16 +313,18 @@ class Graph:
         return name
 
     def receiver(self, head: Any, part: str) -> str:
-        """The receiver that holds the q, k or v of a head; for shared k and v that of its group.
+        """The receiver that holds the q, k or v of a head; for shared k and v that of its group, of a mixer its "x".
 
         Raises:
             InterventionError: no such head or part.
         """
         name = self.head_name(head)
-        if part not in ("q", "k", "v"):
-            raise InterventionError(f"a head has q, k and v, not {part!r}")
+        if part not in ("q", "k", "v", "x"):
+            raise InterventionError(f"a head has q, k and v, or x, not {part!r}")
         spot = self._senders.get(name)
-        if spot is not None and spot.what == "head" and part != "q":
+        if spot is not None and spot.what == "head" and self.layers[spot.layer].mixer:
+            name, part = self.attention(spot.layer), "x"
+        elif spot is not None and spot.what == "head" and part != "q":
             layer = self.layers[spot.layer]
             if layer.n_kv_heads != layer.n_heads:
                 name = f"{self.attention(spot.layer)}.kv{spot.number // (layer.n_heads // layer.n_kv_heads)}"
@@ -329,7 +339,7 @@ class Graph:
         Raises:
             FormatError: the model has none of that name.
         """
-        for known in (name, f"{name}<k>"):
+        for known in (name, f"{name}<k>", f"{name}<x>"):
             for spots in (self._senders, self._receivers):
                 if known in spots:
                     return spots[known].layer
@@ -377,6 +387,11 @@ class Graph:
         """Nodes in the order of the model, each once."""
         wanted = set(names)
         return tuple(name for name in self.nodes if name in wanted)
+
+
+@lru_cache(maxsize=8)
+def _shared(layers: tuple[Layer, ...], d_model: int) -> Graph:
+    return Graph(layers, d_model)
 
 
 def same_graph(a: Graph, b: Graph) -> str:

@@ -70,8 +70,9 @@ class LayerModules(Branches):
 
     Attributes:
         out: joins the heads. width: of a head's output.
-        projections: of the queries "q", keys "k" and values "v".
+        projections: of the queries "q", keys "k" and values "v"; none where all heads read the stream through one door.
         mlp_norm: as in `Projection`.
+        mixer: name of the module that reads the stream for all heads, if one does. mixer_norm: as in `Projection`.
     """
 
     projections: Mapping[str, Projection]
@@ -79,6 +80,15 @@ class LayerModules(Branches):
     width: int
     n_heads: int
     mlp_norm: str | None
+    mixer: str | None = None
+    mixer_norm: str | None = None
+
+    @property
+    def reader(self) -> str:
+        """Name of the module that the heads read the stream by: a norm, or what their queries are made by."""
+        if self.mixer is not None:
+            return self.mixer_norm or self.mixer
+        return self.projections["q"].norm or self.projections["q"].name
 
     @property
     def w_o(self) -> Tensor:

@@ -14,6 +14,7 @@ class Layer:
         n_heads, n_kv_heads: of the attention. mlp: whether there is one.
         parallel: the MLP reads what the heads read, not what they write.
         kind: "self", or "cross" where keys and values are read from the end of the stream before this one.
+        mixer: all heads read the stream as one receiver, "x".
         stream: the residual stream that it writes to, "encoder" or "decoder"; "" where there is only one.
     """
 
@@ -23,6 +24,7 @@ class Layer:
     parallel: bool = False
     kind: str = "self"
     stream: str = ""
+    mixer: bool = False
 
     @property
     def n_senders(self) -> int:
@@ -35,9 +37,9 @@ class Spot(NamedTuple):
 
     Attributes:
         layer: index among the graph's layers; −1 for an input, the number of layers for the logits.
-        what: "input", "head", "group", "mlp" or "logits".
+        what: "input", "head", "group", "mixer", "mlp" or "logits".
         number: of the head or kv group.
-        part: "q", "k" or "v" of a receiver that is a part of a head or group.
+        part: "q", "k" or "v" of a receiver that is a part of a head or group, "x" of a mixer's.
         stream: index of the residual stream that a sender writes to, or a receiver reads.
     """
 
