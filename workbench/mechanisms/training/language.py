@@ -26,7 +26,8 @@ class ByteLM(nn.Module):
     Args:
         place: of every layer; a sequence.
         layers: the mechanism of each layer by name, with a variant behind a colon: ["sqa:mha", "aaren"].
-        hidden: width of the MLPs; as wide as keeps the model at `PARAMETERS`, at most 3 · d_model, if None.
+        hidden: width of the MLPs; as wide as keeps the model at `PARAMETERS`, at most 3 · d_model, if None; 0 for
+            none.
         options: of all mechanisms.
 
     Raises:
@@ -77,16 +78,17 @@ class ByteLM(nn.Module):
 class _Block(nn.Module):
     def __init__(self, d_model: int, hidden: int, mixer: nn.Module) -> None:
         super().__init__()
-        self.norm1, self.mixer, self.norm2 = nn.RMSNorm(d_model), mixer, nn.RMSNorm(d_model)
-        self.up, self.down = nn.Linear(d_model, hidden, bias=False), nn.Linear(hidden, d_model, bias=False)
-        nn.init.zeros_(self.down.weight)
+        self.norm1, self.mixer, self.hidden = nn.RMSNorm(d_model), mixer, hidden
+        if hidden:
+            self.norm2 = nn.RMSNorm(d_model)
+            self.up, self.down = nn.Linear(d_model, hidden, bias=False), nn.Linear(hidden, d_model, bias=False)
+            nn.init.zeros_(self.down.weight)
         if isinstance(out := getattr(mixer, "out", None), nn.Linear):
             nn.init.zeros_(out.weight)  # a block begins by doing nothing
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mixer(self.norm1(x))
-        y: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
-        return y
+        return x + self.down(F.gelu(self.up(self.norm2(x)))) if self.hidden else x
 
 
 def _mixer(place: Place, name: str, options: dict[str, Any]) -> nn.Module:
