@@ -1,10 +1,11 @@
 """Trains one language model with a mechanism in every layer.
 
     python -m workbench.mechanisms.training --layers moh moh moh --out moh.safetensors
+    python -m workbench.mechanisms.training --layers deconstructed:mlp --layout even --out hybrid.safetensors
     python -m workbench.mechanisms.training --layers sqa:mha --quick --out quick.safetensors
 
-One name stands for all layers. On two cores a model takes two to five minutes; --quick takes seconds, learns nothing
-much, and is marked so in the file.
+One name stands for all layers, or with a layout for those that do not stay standard attention. On two cores a model
+takes two to five minutes; --quick takes seconds, learns nothing much, and is marked so in the file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from workbench.mechanisms.deconstructed import LAYOUTS, laid_out
 from workbench.mechanisms.frame import Place
 from workbench.mechanisms.training.files import TrainedModel, facts_of, halved
 from workbench.mechanisms.training.language import ByteLM
@@ -30,7 +32,10 @@ PLACE = Place(64, 4, 128, rotary=True)
 def main(arguments: Sequence[str] | None = None) -> TrainedModel:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--layers", nargs="+", default=["sqa:mha"], help="mechanism of each layer, or of all three")
+    parser.add_argument("--layers", nargs="+", default=["sqa:mha"], help="mechanism of each layer, or of all of them")
+    parser.add_argument("--layout", choices=LAYOUTS, default="uniform", help="which layers stay standard attention")
+    parser.add_argument("--depth", type=int, default=3, help="layers, where one mechanism is named")
+    parser.add_argument("--hidden", type=int, help="width of the MLPs, 0 for none; by default as the parameters allow")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--rate", type=float, default=1.0, help="a factor on the learning rates")
@@ -41,11 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> TrainedModel:
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
 
-    layers = args.layers * 3 if len(args.layers) == 1 else args.layers
+    if len(args.layers) > 1 and args.layout != "uniform":
+        parser.error("a layout is of one mechanism: name one, or each layer's")
+    layers = args.layers if len(args.layers) > 1 else laid_out(args.layers[0], args.layout, args.depth)
     steps, n, n_held = (3, 4, 8) if args.quick else (args.steps, 32, 256)
     source, held = corpus("training"), corpus(args.split)
     torch.manual_seed(args.seed)
-    model = ByteLM(PLACE, layers)
+    model = ByteLM(PLACE, layers, args.hidden)
     run = train(
         model, source, steps=steps, n=n, seed=args.seed, rate=args.rate,
         told=lambda step, loss: log.info("step %5d  loss %.3f", step, loss),

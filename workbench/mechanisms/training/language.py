@@ -10,11 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.mechanisms.deconstructed import drawn_rows
 from workbench.mechanisms.frame import Place, get
 from workbench.mechanisms.training.text import VOCABULARY
 
 PARAMETERS = 150_000
 """What a model has at most: 300 kB in half precision."""
+
+FIXED_TEXT = (
+    b"def middle(values):\n    ordered = sorted(values)\n    return ordered[len(ordered) // 2] if ordered else None\n\n"
+)
+"""What a layer reads whose queries and keys are those of a fixed text, again and again up to the length."""
 
 
 class ByteLM(nn.Module):
@@ -62,12 +68,28 @@ class ByteLM(nn.Module):
         """The logits."""
         if ids.dim() != 2 or not 1 <= ids.shape[1] <= self.place.length:
             raise WorkbenchError(f"ids must be [batch, 1 to {self.place.length} tokens]", shape=ids.shape)
-        x = self.embed(ids)
-        x = x + self.position[: ids.shape[1]] + self.smear * F.pad(x, (0, 0, 1, -1))
-        for block in self.blocks:
-            x = block(x)
+        embedded = {"": self.embed(ids)} | self._beside(ids.shape[1])
+        streams = {name: x if name == "random" else self._begun(x) for name, x in embedded.items()}
+        for at, block in enumerate(self.blocks):
+            source = getattr(block.mixer, "source", "")
+            known = {name: embedded[name] if source == "embedding" else streams[source] for name in streams}
+            going = streams if at + 1 < len(self.blocks) else [""]
+            streams = {name: block(streams[name], known[name] if source else None) for name in going}
+        x = streams[""]
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+    def _begun(self, x: Tensor) -> Tensor:
+        return x + self.position[: x.shape[1]] + self.smear * F.pad(x, (0, 0, 1, -1))
+
+    def _beside(self, n: int) -> dict[str, Tensor]:
+        """What else passes through the layers, [1, token, d_model], where their queries and keys come from there."""
+        sources = {getattr(block.mixer, "source", "") for block in self.blocks}
+        made = {"random": drawn_rows(self.place)[None, :n].to(self.smear)} if "random" in sources else {}
+        if "text" in sources:
+            text = torch.tensor(list(FIXED_TEXT), device=self.smear.device)
+            made["text"] = self.embed(text.repeat(-(-n // len(text)))[None, :n])
+        return made
 
     def extra_loss(self) -> Tensor:
         """What the mechanisms add to the loss of the last forward in training."""
@@ -86,8 +108,9 @@ class _Block(nn.Module):
         if isinstance(out := getattr(mixer, "out", None), nn.Linear):
             nn.init.zeros_(out.weight)  # a block begins by doing nothing
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixer(self.norm1(x))
+    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        beside = () if source is None else (self.norm1(source),)
+        x = x + self.mixer(self.norm1(x), *beside)
         return x + self.down(F.gelu(self.up(self.norm2(x)))) if self.hidden else x
 
 
