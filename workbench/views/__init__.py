@@ -21,6 +21,7 @@ from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.head_page import HeadPage, head
 from workbench.views.image_attention import ImageAttention, image_attention
 from workbench.views.overlap_matrix import OverlapMatrix, overlap_matrix
+from workbench.views.playground import Ablated, Playground, playground
 from workbench.views.results import capacity_correlation, cross_attention, overlap_chance, overview
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.saliency_map import SaliencyMap, saliency_map
@@ -30,6 +31,7 @@ from workbench.views.what_if import WhatIf, what_if
 
 __all__ = [
     "SHARED",
+    "Ablated",
     "AttentionPattern",
     "Axes",
     "CapacityCurves",
@@ -45,6 +47,7 @@ __all__ = [
     "ImageAttention",
     "OverlapGraph",
     "OverlapMatrix",
+    "Playground",
     "RunTimeline",
     "SaliencyMap",
     "Selection",
@@ -73,6 +76,7 @@ __all__ = [
     "overlap_matrix",
     "overview",
     "page_of",
+    "playground",
     "register",
     "register_kind",
     "run_timeline",
