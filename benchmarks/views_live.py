@@ -1,8 +1,8 @@
 """How long JupyterLab takes: from a click to Python, and from a press in a playground to the new probabilities.
 
 A notebook with a head atlas runs in a JupyterLab of its own; heads are clicked, and the clocks of the browser and of
-the kernel, which are one machine's, are compared. In a second one heads of a playground are ablated and put back, over a
-model of GPT-2's size with random weights, and the time until the table of tokens is another is compared with that of
+the kernel, which are one machine's, are compared. In a second one heads of a playground are ablated and put back, over
+a model of GPT-2's size with random weights, and the time until the table of tokens is another is compared with that of
 two forwards of the bare model in the same kernel. Writes its section of docs/benchmarks.md.
 
     python benchmarks/views_live.py [--clicks 50] [--presses 20]
@@ -149,7 +149,7 @@ def main() -> None:
         f"""`python benchmarks/views_live.py`: {asked.clicks} clicks on a head atlas; milliseconds from the click to a
 callback in Python: median {statistics.median(took):.0f}, 95th percentile {p95:.0f}. The goal is below 250.
 
-{asked.presses} presses in a playground of 12 x 12 heads, random weights of GPT-2's size and {tokens} tokens; milliseconds
+{asked.presses} presses in a playground over random weights of GPT-2's size and {tokens} tokens; milliseconds
 from the press to the new probabilities: median {statistics.median(pressed):.0f}, 95th percentile {slowest:.0f}. Two
 forwards of the bare model in the same kernel take {forwards:.0f}. The goal is these and 300 more.
 

@@ -93,7 +93,12 @@ def shown() -> dict[str, views.View]:
 def playground(wb: workbench.Workbench, prompt: str) -> views.View:
     """A playground in which a head, a row and an edge are ablated."""
     play = views.playground(wb, prompt, selection=views.SharedSelection())
-    return play.ablate("L4H1").ablate("L4H2", query=-1).select(layer=4, heads=(1,), query=15)
+    return (
+        play.ablate("L0H7")
+        .ablate("L0H2", query=-1)
+        .ablate("L4H1", query=15, key=3)
+        .select(layer=4, heads=(1,), query=15)
+    )
 
 
 def circuit(wb: workbench.Workbench, task: Any, found: Any, roles: Any) -> views.View:
@@ -134,7 +139,8 @@ def page_of(view: views.View, path: Path) -> Path:
     style = f"{view.widget._css}\n{modules.asset('page.css')}"
     drawn = f"""const values = {{ spec: {spec}, selection: {chosen}, still: [], live: true, state: {{}} }};
 const model = {{ get: (name) => values[name], set() {{}}, save_changes() {{}}, send() {{}}, on() {{}}, off() {{}} }};
-render({{ model, el: document.querySelector("main") }}).then(() => (document.documentElement.dataset.ready = "true"));"""
+const drawn = render({{ model, el: document.querySelector("main") }});
+drawn.then(() => (document.documentElement.dataset.ready = "true"));"""
     code = view.widget._esm.replace("export default", "const { render } =")
     path.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><title>Playground</title><style>{style}</style>"
                     f"<body><main></main><script>(() => {{ {code}\n{drawn} }})();</script></body></html>")  # fmt: skip

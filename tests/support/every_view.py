@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cache
 
 import torch
@@ -251,7 +252,12 @@ def head_page(tokens: Sequence[str] = WORDS[:12]) -> View:
 
 
 def playground(tokens: Sequence[str] = WORDS[:12]) -> Playground:
-    """A playground of a random GPT-2, with a head, a row and an edge ablated."""
+    """A playground of a random GPT-2, with a head, a row and an edge ablated; the same model for all."""
+    return copy(_playground(tuple(tokens)))
+
+
+@cache
+def _playground(tokens: tuple[str, ...]) -> Playground:
     from workbench import views
 
     wb = attach(_gpt2(2, 3, len(tokens)), _Words(tokens))

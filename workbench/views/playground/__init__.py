@@ -1,4 +1,4 @@
-"""Playground: a prompt to edit and run, and what the model says next before and after heads, rows, edges are ablated."""
+"""Playground: a prompt to edit and run, what comes next before and after heads, rows, edges are ablated."""
 
 from workbench.views.base.kinds import register_kind
 from workbench.views.playground.edits import Ablated

@@ -49,7 +49,7 @@ class Ablated:
 def ablated(wb: Workbench, edits: Sequence[Ablated], *, renormalise: bool = False) -> Iterator[None]:
     """The model without these, for what this thread runs inside.
 
-    A head gives zero, or zero at one query; an edge's weight is taken out of its row. Where several concern the same row,
+    A head gives zero, or zero at one query; an edge's weight is taken out of its row. Where several concern one row,
     the larger one holds. Everything else stays on the model's kernel.
 
     Args:

@@ -242,7 +242,10 @@ def _places(ran: Ran) -> tuple[list[dict[str, Any]], Array]:
 
 def _table(ran: Ran, places: Sequence[Mapping[str, Any]], numbers: Array) -> dict[str, Any]:
     at = [(i, row) for i, place in enumerate(places) for row in range(len(place["ids"]))]
-    columns = {name: np.array([numbers[i, row, j] for i, row in at]) for j, name in enumerate(("before", "after", "log-odds difference"))}
+    columns = {
+        name: np.array([numbers[i, row, j] for i, row in at])
+        for j, name in enumerate(("before", "after", "log-odds difference"))
+    }
     position = np.array([places[i]["position"] for i, _ in at], np.int32)
     return {
         **({"position": position} if len(places) > 1 else {}),

@@ -1,8 +1,16 @@
 // What the model says next: the likeliest tokens with their probabilities before and after, side by side.
 
-import { cut, exactly, make, named, roughly, selector } from "workbench/shared/dom.js";
+import { cut, exactly, make, named, selector } from "workbench/shared/dom.js";
 
-const signed = (value) => (Number.isNaN(value) ? "–" : `${value > 0 ? "+" : ""}${Math.abs(value) === Infinity ? (value > 0 ? "∞" : "−∞") : Number(value.toPrecision(3))}`.replace("-", "−"));
+/** A number of three digits, in powers of ten when it is small. */
+function short(value) {
+  if (Number.isNaN(value)) return "–";
+  const size = Math.abs(value);
+  const said = size === Infinity ? "∞" : size > 0 && size < 1e-3 ? size.toExponential(1).replace("-", "−") : `${Number(size.toPrecision(3))}`;
+  return value < 0 ? `−${said}` : said;
+}
+
+const signed = (value) => (value > 0 ? `+${short(value)}` : short(value));
 
 export class NextTokens {
   /** @param {import("workbench/shared/frame.js").Frame} frame */
@@ -39,13 +47,13 @@ export class NextTokens {
     const said = before === after ? [before] : [before && `Before: ${before}`, after && `After: ${after}`];
     this.wrong.textContent = said.filter(Boolean).join(" ");
     this.wrong.hidden = !said.some(Boolean);
-    const heads = edits.length ? ["Token", "Before", "After", "Change", "Log-odds"] : ["Token", "Probability"];
+    const heads = edits.length ? ["Token", "Before", "After", "Δ p", "Δ log-odds"] : ["Token", "Probability"];
     const head = make("tr", {}, ...heads.map((text, i) => make("th", { scope: "col", class: i ? "n" : null }, text)));
     const rows = place.tokens.map((token, row) => this.row(token, row, edits.length > 0));
     this.table.replaceChildren(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
     this.table.hidden = !rows.length;
     const far = this.frame.blocks.divergence.data[this.at];
-    this.far.textContent = !edits.length ? "Nothing is ablated." : Number.isNaN(far) ? "" : `All tokens together: the distribution moved by ${far === Infinity ? "∞" : roughly(far)} nats (KL divergence).`;
+    this.far.textContent = !edits.length ? "Nothing is ablated." : Number.isNaN(far) ? "" : `All tokens together: the distribution moved by ${short(far)} nats (KL divergence).`;
   }
 
   row(token, row, edited) {
@@ -59,8 +67,7 @@ export class NextTokens {
   share(value, side) {
     const bar = make("i", { class: side });
     bar.style.width = `${Number.isNaN(value) ? 0 : 100 * value}%`;
-    const said = value > 0 && value < 1e-3 ? value.toExponential(1).replace("-", "−") : roughly(value);
-    return make("td", { class: "share", title: exactly(value) }, make("span", { class: "length", "aria-hidden": "true" }, bar), make("span", { class: "n" }, said));
+    return make("td", { class: "share", title: exactly(value) }, make("span", { class: "length", "aria-hidden": "true" }, bar), make("span", { class: "n" }, short(value)));
   }
 
   /** In a sentence. */
@@ -70,6 +77,6 @@ export class NextTokens {
     if (!place.tokens.length) return this.wrong.textContent;
     const [before, after, odds] = this.numbers(0);
     const token = `“${cut(place.tokens[0], 24)}”`;
-    return edits.length ? `${token}: ${roughly(before)} before, ${roughly(after)} after, log-odds ${signed(odds)}` : `Next token ${token}: probability ${exactly(before)}`;
+    return edits.length ? `${token}: ${short(before)} before, ${short(after)} after, log-odds ${signed(odds)}` : `Next token ${token}: probability ${exactly(before)}`;
   }
 }

@@ -2,7 +2,7 @@
 // and after heads, rows and edges are ablated. The kernel runs the model and gives the view another spec.
 
 import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.js";
-import { button, checkbox, cut, exactly, legend, make, named, roughly, roving } from "workbench/shared/dom.js";
+import { button, checkbox, exactly, legend, make, named, roughly, roving } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { ceiling, greatest } from "workbench/shared/scales.js";
 import { NextTokens } from "./next.js";

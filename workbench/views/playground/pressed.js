@@ -23,6 +23,7 @@ export class Pressed extends Matrix {
     super.marks(ink);
     const { at, view, frame } = this;
     const { cells, touched, rows } = this.doing.ablated();
+    /** @type {(cell: number[]) => number[]} */
     const place = ([row, column]) => [at.left + (column - view.left) * at.w, at.top + (row - view.top) * at.h];
     const lines = cells.flatMap((cell) => {
       const [x, y] = place(cell);

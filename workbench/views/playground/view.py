@@ -24,7 +24,9 @@ from workbench.views.playground.running import run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_CHANGED = "The model's weights have changed since the playground was made: both runs are of the weights as they are now."
+_CHANGED = (
+    "The model's weights have changed since the playground was made: both runs are of the weights as they are now."
+)
 STATISTICS = ("entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "induction")
 
 
@@ -86,7 +88,7 @@ class Playground(View):
 
         Args:
             heads: one or several, as `wb.ablate` takes them: "L1H6", (1, 6), (site, 6).
-            query: whose row; the whole head if None. key: to which the edge from the query leads; the whole row if None.
+            query: whose row; the whole head if None. key: to which its edge leads; the whole row if None.
                 Negative positions count from the end.
 
         Raises:
@@ -211,7 +213,7 @@ def playground(
 
     Raises:
         CaptureError: no tokenizer, a prompt that is too long for the model, an unknown statistic.
-        ReportError: an empty prompt, one without a mask where there must be one, a model that reads or predicts no text.
+        ReportError: an empty prompt, one without a mask where one is needed, a model that reads or predicts no text.
         AttachError: the workbench is detached. InterventionError: the model drops out, or an intervention is open.
 
     >>> import workbench
