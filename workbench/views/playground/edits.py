@@ -110,9 +110,15 @@ def asked_edits(given: Any, sites: Sequence[str]) -> list[Ablated]:
     """
     found = []
     for one in given if isinstance(given, list) else [None]:
-        parts = [one.get(name) for name in ("site", "head", "query", "key")] if isinstance(one, dict) else [None]
-        site, whole = parts[0], all(type(n) is int and n >= 0 for n in parts if n is not None)
-        if None in parts[:2] or not whole or site >= len(sites) or (parts[2] is None and parts[3] is not None):
+        if not (isinstance(one, dict) and _is_one(one, len(sites))):
             raise WorkbenchError(f"{str(one)[:200]!r} names nothing that can be ablated")
-        found.append(Ablated(sites[site], *parts[1:]))
+        found.append(Ablated(sites[one["site"]], one["head"], one.get("query"), one.get("key")))
     return list(dict.fromkeys(found))
+
+
+def _is_one(record: dict[str, Any], n_sites: int) -> bool:
+    site, head, query, key = (record.get(name) for name in ("site", "head", "query", "key"))
+    numbers = [site, head, *(at for at in (query, key) if at is not None)]
+    if not all(type(each) is int and each >= 0 for each in numbers):
+        return False
+    return bool(record["site"] < n_sites) and (key is None or query is not None)

@@ -46,13 +46,16 @@ def heads_of(capture: Capture) -> list[tuple[Site, int]]:
 
 
 def head_at(ran: Ran, chosen: Selection) -> int:
-    """Which head is chosen; the first one if none of these is."""
+    """Which head is chosen; if none of these is, the one that was ablated last, else the first one."""
+    heads = heads_of(ran.before)
     found = (
         i
-        for i, (site, head) in enumerate(heads_of(ran.before))
+        for i, (site, head) in enumerate(heads)
         if chosen.heads[:1] == (head,) and chosen.has(site.layer, head, visible(site.name))
     )
-    return next(found, 0)
+    edited = [(site.path, head) for site, head in heads]
+    last = next(((edit.site, edit.head) for edit in reversed(ran.edits)), edited[0])
+    return next(found, edited.index(last))
 
 
 def tokens_of(ran: Ran) -> list[str]:

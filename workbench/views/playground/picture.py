@@ -66,7 +66,7 @@ def _heads(figure: Figure, panel: Any, spec: ViewSpec, chosen: Selection) -> Non
     grid = np.full((len(group["sites"]), max(site["heads"] for site in group["sites"])), np.nan)
     at = labels.index(state["metric"]) if state.get("metric") in labels else 0
     after = int(bool(state.get("after")) and bool(facts["edits"]))
-    about = facts["metrics"][at] if labels else {"label": "no statistic", "signed": False}
+    about: dict[str, Any] = facts["metrics"][at] if labels else {"label": "no statistic", "signed": False}
     shown = spec.blocks["values"][after, at] if labels else np.full(10_000, np.nan)
     for row, site in enumerate(group["sites"]):
         grid[row, : site["heads"]] = shown[site["start"] : site["start"] + site["heads"]]
@@ -85,10 +85,10 @@ def _heads(figure: Figure, panel: Any, spec: ViewSpec, chosen: Selection) -> Non
     )  # fmt: skip
     sites = [site["name"] for each in facts["groups"] for site in each["sites"]]
     for edit in facts["edits"]:
-        row = next((i for i, site in enumerate(group["sites"]) if site["name"] == sites[edit["site"]]), None)
-        if row is not None:
+        names = [site["name"] for site in group["sites"]]
+        if sites[edit["site"]] in names:
             mark = "x" if edit["query"] is None else "."
-            panel.plot(edit["head"], row, mark, color=scales.accent(), markersize=8)
+            panel.plot(edit["head"], names.index(sites[edit["site"]]), mark, color=scales.accent(), markersize=8)
     figure.colorbar(image, ax=panel, label=about["label"])
 
 
@@ -125,9 +125,10 @@ def _pattern(panel: Any, spec: ViewSpec, chosen: Selection) -> None:
             panel.axhline(edit["query"], color=scales.accent(), linewidth=1.4)
         else:
             panel.plot(edit["key"], edit["query"], "x", color=scales.accent(), markersize=7)
-    for at, n, span in ((chosen.query, about["queries"], panel.axhspan), (chosen.key, about["keys"], panel.axvspan)):
-        if at is not None and at < n:
-            span(at - 0.5, at + 0.5, fill=False, edgecolor=scales.accent(), linewidth=1.2)
+    chosen_in = (chosen.query, about["queries"], panel.axhspan), (chosen.key, about["keys"], panel.axvspan)
+    for place, n, span in chosen_in:
+        if place is not None and place < n:
+            span(place - 0.5, place + 0.5, fill=False, edgecolor=scales.accent(), linewidth=1.2)
 
 
 def _short(token: str) -> str:

@@ -238,8 +238,8 @@ class Playground {
     roving(this.acts);
     this.pattern = this.patternMap();
     this.weights = make("div");
-    const heads = make("section", {}, make("h3", {}, "Heads"), ...this.atlases.map(({ element }, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.facts.groups[i].label), element)), this.scale, this.meaning);
-    const pattern = make("section", {}, this.title, this.acts, this.missing, this.pattern.element, this.weights);
+    const heads = make("section", { class: "heads" }, make("h3", {}, "Heads"), ...this.atlases.map(({ element }, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.facts.groups[i].label), element)), this.scale, this.meaning);
+    const pattern = make("section", { class: "pattern" }, this.title, this.acts, this.missing, this.pattern.element, this.weights);
     frame.body.append(this.message, this.still, this.list, make("div", { class: "columns" }, make("div", {}, this.next.element, heads), pattern));
   }
 

@@ -48,7 +48,9 @@ class Playground(View):
         self._wb, self._statistics, self._title = wb, tuple(statistics), title
         self._ran = run(wb, prompt, written, statistics=self._statistics)
         self._provenance, self._version = wb.provenance(), weights_version(wb.model)
-        self._changed, self._dropped, self._inputs = False, (), inputs_of(["playground", *facts.tokens_of(self._ran)])
+        self._changed = False
+        self._dropped: tuple[Ablated, ...] = ()
+        self._inputs = inputs_of(["playground", *facts.tokens_of(self._ran)])
         first = facts.spec_of(
             self._ran, Selection(), (), title=title, provenance=self._provenance, inputs=self._inputs
         )  # fmt: skip
