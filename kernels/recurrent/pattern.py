@@ -212,6 +212,10 @@ class RecurrentPattern(Pattern):
         g = self.log_decay if self.log_decay.dim() == 4 else self.log_decay[..., None]
         return math.log(2) / g.to(self.dtype).mean(2).abs()
 
+    def as_recurrence(self) -> RecurrentPattern:
+        """Itself."""
+        return self
+
     def content(self) -> RecurrentPattern:
         """The map without decay: what queries and keys alone, and a delta rule's steps, would make of it.
 

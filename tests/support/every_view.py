@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import workbench
 from workbench import Capacity, attach
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.capture.capture import Capture
 from workbench.views import Playground, View
@@ -80,7 +81,7 @@ def _compare(tokens: Sequence[str] = WORDS[:12]) -> View:
 
     found = capture(tokens=tuple(tokens))
     return views.compare(
-        *(views.attention_pattern(found, site=0, heads=[head]) for head in (0, 1)), labels=("one", "two")
+        *(views.attention_pattern(found, site=site, heads=[0, 1]) for site in (0, 1)), labels=("one", "two")
     )
 
 
