@@ -187,7 +187,7 @@ def test_what_cannot_be_is_refused():
         ("v must be", {"v": made["v"][0]}),
         ("does not go with", {"v": made["v"][:, :, :4]}),
         ("does not go with", {"v": made["v"].float()}),
-        ("v holds inf", {"v": made["v"] * torch.inf}),
+        ("v holds nan", {"v": made["v"] * torch.nan}),
         ("q holds nan", {"q": made["q"] * torch.nan}),
         ("must both be", {"k": made["k"][:, :, :3]}),
         ("initial_state must be", {"state": made["state"][:, :, :2]}),
