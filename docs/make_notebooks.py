@@ -30,12 +30,17 @@ WIDTH, COLOURS = 720, 96
 LIVE = "application/vnd.jupyter.widget-view+json"
 
 
+def execute(notebook: Any, folder: Path) -> None:
+    """Run all cells in a fresh kernel that works in `folder`, however long that takes on a loaded machine."""
+    patience = {"timeout": None, "startup_timeout": 600, "iopub_timeout": 600}
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": folder}}, **patience).execute()
+
+
 def run(path: Path) -> Any:
     """The notebook with the outputs that are kept, from a fresh kernel in a folder of its own."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        resources = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute()
+        execute(notebook, Path(folder))
     shown = sorted({kind for cell in _code(notebook) for kind in kinds(cell)})
     for number, cell in enumerate(_code(notebook), start=1):
         cell.outputs = joined(kept(cell.outputs))

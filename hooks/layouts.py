@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError
 from workbench.hooks.blocks import Blocks, find_blocks
+from workbench.hooks.evidence import axes_of_values, compare_part, doubt_of, is_gate, late
 from workbench.hooks.proofs.axes import Axes, Bound
 from workbench.hooks.proofs.by_size import axes_by_size, usual_axes
-from workbench.hooks.proofs.by_value import Proof, prove_axes
+from workbench.hooks.proofs.by_value import prove_axes
 from workbench.hooks.proofs.rows import Account, account, own_features
 from workbench.hooks.sites import heads_of, stated_heads
 from workbench.hooks.tap import AttentionCall
@@ -113,18 +114,11 @@ class Layouts:
             if one.compared or self._attempts[key] >= _ATTEMPTS:
                 self._known[key] = self._guessed[key]
             if not one.told:
-                late = self._late(one, bound)
-                if isinstance(late, str) and one.guess is not None:
+                call = late(one, bound)
+                if isinstance(call, str) and one.guess is not None:
                     self._known[key] = Known(one.guess, "sizes")  # so that it is right when it runs again
-                settled.append((one, late))
+                settled.append((one, call))
         return settled
-
-    @staticmethod
-    def _late(one: Waiting, bound: Bound) -> AttentionCall | str:
-        if one.versions != versions(one.call.tensors):
-            return "the model had overwritten its queries, keys or values when their axes became known; run again"
-        with torch.enable_grad():  # what the model gave keeps its history
-            return one.call.under(bound)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -180,7 +174,7 @@ class Layouts:
             return None, None
         guess = axes_by_size(shape, call.mixed, call.width, call.heads, run.examples)
         if guess is None or call.heads is None:  # as many heads as examples look like these
-            guess = _axes_of_values(call, run) or guess
+            guess = axes_of_values(call, run) or guess
         if call.site in self.refused:
             guess = None  # it is told again when values prove it
         waiting = Waiting(call, ordinal, guess, call.output)
@@ -291,7 +285,7 @@ class Layouts:
                 if one not in run.waiting or one.tried >= _CANDIDATES:
                     continue
                 if p.numel() < one.output.numel():
-                    self._compare_part(one, p)
+                    compare_part(one, p)
                     continue
                 one.fits = one.fits or fits(p, one)
                 if not one.unchanged:
@@ -301,44 +295,18 @@ class Layouts:
                 proof = prove_axes(one.output, part, one.call.mixed, one.call.width)
                 if proof is None:
                     settled += self._account(run, one, p)
-                elif proof.gate or self._is_gate(proof, one, run):
+                elif proof.gate or is_gate(proof, one, run):
                     self.gates.add(one.call.site)
                     run.waiting.remove(one)
                     settled.append((one, "its softmax weighs experts or branches, each row has values of its own"))
                 elif proof.axes is None:
                     one.reason = proof.reason
-                elif (doubt := self._doubt(proof, one, run)) is not None:
+                elif (doubt := doubt_of(proof, one, run)) is not None:
                     one.reason = doubt
                 else:
                     alone = part is p or sizes[one.call.site] == p.numel()
                     settled += self._proved(run, one, proof.axes, alone=alone)
         return settled
-
-    @staticmethod
-    def _compare_part(one: Waiting, p: Tensor) -> None:
-        """Whether something smaller than what the heads give is a part of it, as of windows whose last is padded.
-
-        Other parts may enter other projections, as those of text and image do where both are attended to together.
-        """
-        output, n_features = one.output, p.shape[-1]
-        if output.numel() % n_features or not one.unchanged:
-            return
-        one.tried += 1
-        found = account(p, [output.movedim(one.call.width, -1)])
-        if found is None or found.explained < found.n_rows:
-            return
-        if one.entered is None:
-            one.entered = torch.zeros(output.numel() // output.shape[one.call.width], dtype=torch.bool, device=p.device)
-        one.entered[found.row[found.row >= 0]] = True
-        per_row = found.owner.shape[1]
-        n_entered, n_rows = int(one.entered.sum()) // per_row, len(one.entered) // per_row
-        one.fits = n_entered == n_rows
-        one.reason = Waiting.reason
-        if not one.fits:
-            one.reason = (
-                f"its call gives {n_rows} rows, of which {n_entered} enter the projection: "
-                "the others are padding, which a length that is a multiple of its windows avoids"
-            )
 
     def saw_output(self, module: nn.Module, output: Tensor) -> list[tuple[Waiting, AttentionCall | str]]:
         """A module has ended. Where it gives its heads merged, that shows their axes as a projection's input does.
@@ -361,28 +329,6 @@ class Layouts:
                 settled += self._proved(run, one, proof.axes)
         return settled
 
-    def _is_gate(self, proof: Proof, one: Waiting, run: Run) -> bool:
-        """Whether each of several rows of an example reads values of its own, by a single query."""
-        bound = None if proof.axes is None else proof.axes.bind(tuple(one.output.shape))
-        if bound is None or one.call.scored or run.examples is None or bound.axes.over != "positions":
-            return False
-        if bound.count("query") > 1 or bound.count("batch") <= run.examples:
-            return False
-        return _axes_of_values(one.call, run) is None  # else its keys are positions, as of a window that is pooled
-
-    @staticmethod
-    def _doubt(proof: Proof, one: Waiting, run: Run) -> str | None:
-        """Why what lies among the features may be queries, and what lies among the rows heads; None: it may not."""
-        shape, bound = one.output.shape, None if proof.axes is None else proof.axes.bind(tuple(one.output.shape))
-        n_mixed, n_keys = [shape[axis] for axis in one.call.mixed], one.call.read[1]
-        if len(n_mixed) == 2 and n_mixed[0] == n_mixed[1] == n_keys:
-            return "the values fit several layouts, as there are as many heads as keys: run an input of another length"
-        if bound is None or bound.count("batch") <= (run.examples or 1):
-            return None
-        # Of one axis, it is that of the queries, and heads have values of their own.
-        doubt = any(len(n_mixed) == 1 or shape[axis] == n_keys for axis in proof.within)
-        return "queries may lie among the features of the projection: heads look like windows there" if doubt else None
-
     def _proved(
         self, run: Run, one: Waiting, axes: Axes, *, alone: bool = True
     ) -> list[tuple[Waiting, AttentionCall | str]]:
@@ -400,7 +346,7 @@ class Layouts:
         self._known[one.call.site, one.ordinal] = Known(axes, "values")
         self.refused.pop(one.call.site, None)
         if not one.told:
-            return [(one, self._late(one, bound))]
+            return [(one, late(one, bound))]
         assert one.guess is not None  # it was told by it
         told = one.guess.bind(tuple(one.output.shape))
         if told is not None and not told.agrees(bound):
@@ -449,7 +395,7 @@ class Layouts:
             if bound is None or one.told or one.edited or not one.unchanged:
                 return None
             bounds.append(bound)
-        calls = [self._late(one, bound) for one, bound in zip(own, bounds, strict=True)]
+        calls = [late(one, bound) for one, bound in zip(own, bounds, strict=True)]
         made = [call for call in calls if isinstance(call, AttentionCall)]
         if len(made) < len(calls):
             return None
@@ -465,21 +411,3 @@ class Layouts:
         if site in self._stated:
             return Known(Axes.parse(self._stated[site]), "stated")
         return self._known.get((site, 0))
-
-
-def _axes_of_values(call: Unplaced, run: Run) -> Axes | None:
-    """The axes by where the values lie in what a linear function gave: heads among the features of one position.
-
-    They are the output's own, where the values have keys in the place of queries and all else alike.
-    """
-    if call.values is None or len(call.mixed) != 1:
-        return None
-    for made in reversed(run.made):
-        if made.numel() < call.values.numel():
-            continue
-        own = own_features(made, call.values, call.width)
-        proof = prove_axes(call.values, own, call.mixed, call.width)
-        if proof is not None and proof.axes is not None and proof.axes.over == "positions":
-            bound = proof.axes.bind(tuple(call.output.shape))
-            return None if bound is None or bound.count("head") != (call.heads or bound.count("head")) else proof.axes
-    return None

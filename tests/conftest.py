@@ -4,15 +4,21 @@ Where one is missing the test is skipped with the reason; with CI=true it fails,
 """
 
 import os
+from pathlib import Path
 
 # Set before anything imports huggingface_hub, which reads them once. No test may depend on a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads warn when a test starts a process
+# Models here are small. More threads, or processes that compile, only wait for each other; those of a notebook too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# What is compiled is kept, by the compilers themselves under digests of sources, options and versions.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "triton"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "inductor"))
 
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -29,15 +35,6 @@ if TYPE_CHECKING:
 # A slow machine is no failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
-    """At most four threads for all workers together: the models are small, and more only wait for each other."""
-    import torch
-
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, min(4, os.cpu_count() or 1) // workers))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -86,16 +83,16 @@ def browser() -> Iterator["Browser"]:
     try:
         from playwright.sync_api import sync_playwright
 
-        from support.browser import ARGUMENTS, chromium
+        from support.browser import chromium, started
     except ModuleNotFoundError as error:
         unavailable(str(error))
     path = chromium()
     if path is None:
         unavailable("Chromium is not installed")
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
-        yield started
-        started.close()
+        running = started(playwright, path)
+        yield running
+        running.close()
 
 
 @pytest.fixture

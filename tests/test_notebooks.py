@@ -8,7 +8,6 @@ from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -42,7 +41,7 @@ def test_notebook_runs(path: Path, tmp_path: Path) -> None:
         assert assigned(notebook.cells[i].source) == small.keys()
         made = "\n".join(f"{name} = {value}" for name, value in small.items())
         notebook.cells.insert(i + 1, nbformat.v4.new_code_cell(made))
-    NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    MAKER["execute"](notebook, tmp_path)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
 

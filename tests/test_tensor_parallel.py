@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from support.patience import PATIENCE
 from support.tensor_parallel_ranks import CASES, RANKS, models
 
 HERE = Path(__file__).parent
@@ -30,7 +31,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     said = []
     try:
         for rank in ranks:
-            said.append(rank.communicate(timeout=600)[1])
+            said.append(rank.communicate(timeout=2 * PATIENCE)[1])
     finally:
         for rank in ranks:
             rank.kill()

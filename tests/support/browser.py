@@ -1,10 +1,15 @@
 """A browser page that keeps a record of what went wrong on it and of every attempt to reach the network."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page, Playwright
+
+from support.patience import PATIENCE
 
 # What --disable-gpu and --no-sandbox are for: machines without a screen, and root in a container. The others stop
 # Chromium's own traffic, so that a request on the record comes from the page.
@@ -18,14 +23,30 @@ ARGUMENTS = (
     "--no-first-run",
 )
 _LOCAL = ("file:", "data:", "blob:", "about:")
-PATIENCE = 600
-"""Seconds that what has to come may take: a loaded machine is slow, and only what fails waits to the end."""
 
 
 def chromium() -> str | None:
     """The path of an installed Chromium or Chrome. Playwright's own download is not used."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     return next((path for path in map(shutil.which, names) if path), None)
+
+
+def started(playwright: Playwright, path: str) -> Browser:
+    """Chromium at `path`, whose pages wait for what has to come as long as a loaded machine takes."""
+    browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS), timeout=1000 * PATIENCE)
+    for name in ("new_context", "new_page"):
+        setattr(browser, name, _patient(getattr(browser, name)))
+    return browser
+
+
+def _patient(opening: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(opening)
+    def opened(**how: Any) -> Any:
+        found = opening(**how)
+        found.set_default_timeout(1000 * PATIENCE)
+        return found
+
+    return opened
 
 
 def settled(page: Page) -> None:
@@ -44,7 +65,6 @@ class WatchedPage:
     requests: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.page.set_default_timeout(1000 * PATIENCE)
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self._record(request.url))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page
 
-from support.browser import PATIENCE
+from support.patience import PATIENCE
 
 _IDLE = "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
@@ -63,7 +63,6 @@ def _answering(address: str, server: subprocess.Popen[bytes], log: Path) -> str:
 
 def open_notebook(page: Page, address: str, name: str) -> None:
     """Open a notebook and wait for its kernel."""
-    page.set_default_timeout(1000 * PATIENCE)
     page.goto(f"{address}/lab/tree/{name}?reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell")
     page.wait_for_function(f"window.jupyterapp && {_IDLE}")

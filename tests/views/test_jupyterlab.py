@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from base64 import b64decode
 from collections.abc import Iterator
 from hashlib import sha256
@@ -16,6 +17,7 @@ from playwright.sync_api import Browser, Page
 
 from support.every_view import VIEWS
 from support.jupyterlab import command, jupyterlab, open_notebook, run_all
+from support.patience import PATIENCE
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 _KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -66,22 +68,31 @@ def run(lab: tuple[str, Path], browser: Browser) -> Iterator[tuple[Page, Watch]]
     open_notebook(page, address, "views.ipynb")
     run_all(page)
     for kind in VIEWS:
-        page.wait_for_selector(f".jp-OutputArea .workbench.{kind}", timeout=60_000)
+        page.wait_for_selector(f".jp-OutputArea .workbench.{kind}")
     pictures = f"() => document.querySelectorAll('.workbench-still').length === {len(VIEWS)}"
-    page.wait_for_function(pictures, timeout=60_000)  # they come after the widgets
+    page.wait_for_function(pictures)  # they come after the widgets
     yield page, watch
     page.close()
 
 
-def _selected(page: Page) -> str:
-    """What Python says is selected: the last cell, run again."""
+def _selected(page: Page, wanted: str) -> str:
+    """What Python says is selected: the last cell, run until it says what is wanted, or patience ends."""
     page.evaluate(
         """() => { const notebook = window.jupyterapp.shell.currentWidget.content;
                    notebook.activeCellIndex = notebook.widgets.length - 1; }"""
     )
-    command(page, "notebook:run-cell")
-    page.wait_for_timeout(300)
-    return str(page.locator(".jp-CodeCell .jp-OutputArea-output pre", has_text="selected ").last.inner_text())
+    said, end = "", time.monotonic() + PATIENCE
+    while wanted not in said and time.monotonic() < end:
+        page.wait_for_timeout(300)
+        command(page, "notebook:run-cell")
+        said = page.locator(".jp-CodeCell .jp-OutputArea-output pre", has_text="selected ").last.inner_text()
+    return said
+
+
+def _saved(page: Page, path: Path) -> Any:
+    """The notebook as JupyterLab has saved it."""
+    command(page, "docmanager:save")
+    return nbformat.read(path, as_version=4)
 
 
 def test_every_view_is_live_and_hides_its_picture(run: tuple[Page, Watch]) -> None:
@@ -96,8 +107,7 @@ def test_every_view_is_live_and_hides_its_picture(run: tuple[Page, Watch]) -> No
 def test_a_click_reaches_python_and_every_other_view(run: tuple[Page, Watch]) -> None:
     page, watch = run
     page.locator(".workbench.token_strip [data-at='3']").click()
-    page.wait_for_timeout(300)
-    assert "token 3" in _selected(page)
+    assert "token 3" in _selected(page, "token 3")
     assert not watch.errors
 
 
@@ -105,12 +115,10 @@ def test_pictures_follow_what_is_chosen(run: tuple[Page, Watch], lab: tuple[str,
     """What is saved after a click is what Python would draw now, and it stays hidden while the view lives."""
     page, watch = run
     page.locator(".workbench.token_strip [data-at='5']").click()
-    wanted = _selected(page).partition("picture ")[2].strip()
+    wanted = _selected(page, "token 5").partition("picture ")[2].strip()
     page.wait_for_function("[...document.querySelectorAll('.workbench-still')].every(still => still.hidden)")
-    command(page, "docmanager:save")
-    page.wait_for_timeout(500)
     at = 1 + list(VIEWS).index("token_strip")
-    outputs = nbformat.read(lab[1] / "views.ipynb", as_version=4).cells[at].outputs
+    outputs = _saved(page, lab[1] / "views.ipynb").cells[at].outputs
     pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert [sha256(b64decode(picture)).hexdigest() for picture in pictures] == [wanted]
     assert not watch.errors
@@ -124,9 +132,9 @@ def test_a_pin_and_its_name_reach_python(run: tuple[Page, Watch]) -> None:
     node.press("n")
     page.keyboard.type("mover <b>")
     page.keyboard.press("Enter")
-    page.wait_for_timeout(500)
-    assert "{'a1.h2': 'mover <b>'}" in _selected(page)
-    assert "L1H2" in _selected(page)
+    said = _selected(page, "{'a1.h2': 'mover <b>'}")
+    assert "{'a1.h2': 'mover <b>'}" in said
+    assert "L1H2" in said
     tag = page.locator(".workbench.circuit_graph .tag.pinned")
     assert tag.inner_text() == "mover <b>"
     assert not watch.errors
@@ -171,9 +179,7 @@ def test_views_follow_the_theme(run: tuple[Page, Watch]) -> None:
 @pytest.fixture(scope="module")
 def saved(run: tuple[Page, Watch], lab: tuple[str, Path]) -> Any:
     """The notebook as JupyterLab saves it after the run."""
-    command(run[0], "docmanager:save")
-    run[0].wait_for_timeout(500)
-    return nbformat.read(lab[1] / "views.ipynb", as_version=4)
+    return _saved(run[0], lab[1] / "views.ipynb")
 
 
 def test_a_saved_notebook_is_small(saved: Any) -> None:
@@ -194,7 +200,7 @@ def test_a_notebook_opened_again_untrusted_shows_pictures_and_tables(
     open_notebook(page, lab[0], "again.ipynb")
     assert not page.evaluate("window.jupyterapp.shell.currentWidget.content.model.cells.get(1).trusted")
     drawn = "[...document.querySelectorAll('.jp-OutputArea img')].filter(i => i.naturalWidth > 100).length"
-    page.wait_for_function(f"{drawn} >= {len(VIEWS)}", timeout=60_000)
+    page.wait_for_function(f"{drawn} >= {len(VIEWS)}")
     assert page.locator(".jp-OutputArea table").count() >= 1
     assert page.locator(".workbench").count() == 0
     page.close()
@@ -207,7 +213,7 @@ def test_a_trusted_notebook_opened_without_its_kernel_shows_pictures(
     page = browser.new_page(viewport={"width": 1280, "height": 9000})
     open_notebook(page, lab[0], "views.ipynb")
     assert page.evaluate("window.jupyterapp.shell.currentWidget.content.model.cells.get(1).trusted")
-    page.locator(".workbench-still").first.wait_for(timeout=30_000)
+    page.locator(".workbench-still").first.wait_for()
     shown = "[...document.querySelectorAll('.workbench-still img')].filter(i => i.offsetWidth > 100).length"
     page.wait_for_function(f"{shown} === {len(VIEWS)}")
     assert "model not found" not in page.locator(".jp-Notebook").inner_text()
@@ -223,5 +229,5 @@ def test_nbconvert_shows_pictures(saved: Any, lab: tuple[str, Path], browser: Br
     page = context.new_page()
     page.goto(source.with_suffix(".html").as_uri(), wait_until="domcontentloaded")
     shown = "[...document.querySelectorAll('.workbench-still img')].filter(i => i.offsetWidth > 100).length"
-    page.wait_for_function(f"{shown} === {len(VIEWS)}", timeout=60_000)
+    page.wait_for_function(f"{shown} === {len(VIEWS)}")
     context.close()

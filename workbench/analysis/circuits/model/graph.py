@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +96,7 @@ class Graph:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Graph:
-        """The inverse of `facts`.
+        """The inverse of `facts`. Circuits of one model share a graph, and what it has worked out.
 
         Raises:
             FormatError: they are no facts of a graph.
@@ -108,7 +108,7 @@ class Graph:
                 raise FormatError(f"{layer.n_heads} heads cannot share {layer.n_kv_heads} keys and values")
         if not layers:
             raise FormatError("the graph has no layers")
-        return cls(layers, told["d_model"].integer(1))
+        return _shared(layers, told["d_model"].integer(1))
 
     @classmethod
     def fitting(cls, facts: Mapping[str, Any], senders: Sequence[Tensor], edges: Sequence[Tensor]) -> Graph:
@@ -418,6 +418,11 @@ class Graph:
         """Nodes in the order of the model, each once."""
         wanted = set(names)
         return tuple(name for name in self.nodes if name in wanted)
+
+
+@lru_cache(maxsize=8)
+def _shared(layers: tuple[Layer, ...], d_model: int) -> Graph:
+    return Graph(layers, d_model)
 
 
 def same_graph(a: Graph, b: Graph) -> str:
