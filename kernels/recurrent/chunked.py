@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from workbench.kernels.checks import state_dtype
-from workbench.kernels.recurrent.fades import Fades
+from workbench.kernels.recurrent.fades import Fades, from_here_on
 
 CHUNK = 64
 SMALL_CHUNK = 16
@@ -175,35 +175,36 @@ def backward(
 
 
 def _backward_of(part: _Chunk, state: Tensor, grad: Tensor, grad_after: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients of one chunk's inputs by name, and of the state before it.
-
-    A key stands in two roles: where it is written ("columns", whose fades shrink with its own sum of logs) and where a
-    delta rule looks up what is held ("rows", whose fades grow with it). Sums of logs get what each role, times the key,
-    says of them.
-    """
+    """Gradients of one chunk's inputs by name, and of the state before it."""
     fades, beta = part.fades, part.beta
     news = part.news(state)
     written = part.steps(news)
     d_written = torch.baddbmm(part.own.mT @ grad, part.written_keys, grad_after)
-    dq, d_columns = fades.gradients(grad @ written.mT, part.q, part.k)
-    dq.addcmul_(grad @ state.mT, fades.since)
-    until_end = (written @ grad_after.mT).mul_(fades.until)
-    d_columns += until_end
+    dq, dk, d_logs = fades.gradients(grad @ written.mT, part.own, part.q, part.k)
     d_state = torch.baddbmm(grad_after * fades.whole, part.queries.mT, grad)
-    dv, d_rows, found = d_written, torch.zeros_like(d_columns), {}
+    dv, found = d_written, {}
     if beta is not None:
         system = (part.alike * beta).mT  # against time: what is written later has taken from what was before
         reached = torch.linalg.solve_triangular(system, d_written, upper=True, unitriangular=True)
         found["beta"] = (reached * news).sum(-1)
         dv = reached * beta
-        d_rows, more = fades.gradients((dv @ written.mT).neg_().tril_(-1), part.k, part.k)
-        d_columns += more
-        d_rows.addcmul_(dv @ state.mT, fades.since, value=-1)
+        erased = fades.gradients((dv @ written.mT).neg_().tril_(-1), part.alike, part.k, part.k)
+        dk, d_logs = dk + erased[0] + erased[1], d_logs + erased[2]
         d_state.baddbmm_(part.keys.mT, dv, alpha=-1)
-    d_total = part.q * dq + part.k * (d_rows - d_columns)
-    whole = (grad_after * state).sum(-1).unsqueeze(-2) * fades.whole.mT
-    d_total[..., -1:, :] += (part.k * until_end).sum(-2, keepdim=True) + whole
-    if fades.total.shape[-1] == 1:
-        d_total = d_total.sum(-1)
-    found |= {"q": dq, "k": d_rows + d_columns, "v": dv, "log_decay": d_total.flip(1).cumsum(1).flip(1)}
+    # What is read of the state before fades up to the position, what is written from there on, and the state throughout.
+    read = (grad @ state.mT).mul_(fades.since)
+    dq += read
+    up_to = part.q * read
+    if beta is not None:
+        looked_up = (dv @ state.mT).mul_(fades.since).neg_()
+        dk += looked_up
+        up_to += part.k * looked_up
+    kept = (written @ grad_after.mT).mul_(fades.until)
+    dk += kept
+    after = (part.k * kept).cumsum(1).roll(1, 1)
+    after[:, 0] = (grad_after * state).sum(-1) * fades.whole.squeeze(-1)
+    after[:, 1:] += after[:, :1]
+    logs = from_here_on(up_to) + after
+    d_logs = d_logs + (logs.sum(-1, keepdim=True) if fades.total.shape[-1] == 1 else logs)
+    found |= {"q": dq, "k": dk, "v": dv, "log_decay": d_logs}
     return found, d_state

@@ -19,6 +19,11 @@ def faded(exponents: Tensor, dtype: torch.dtype) -> Tensor:
     return threshold(exponents.to(dtype).exp(), torch.finfo(dtype).tiny, 0.0)
 
 
+def from_here_on(t: Tensor) -> Tensor:
+    """[..., position, d] sums over each position and all after it."""
+    return t.flip(-2).cumsum(-2).flip(-2)
+
+
 class Fades:
     """How much is left at one position of a chunk of what was there at another; positions are the axis before the last.
 
@@ -60,14 +65,18 @@ class Fades:
                 out[..., rows, columns] = (x[..., rows, :] * since) @ (y[..., columns, :] * until).mT
         return out
 
-    def gradients(self, grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of x and y in `products`, from that of what it gives; entries of the gradient with j > i do not matter.
+    def gradients(self, grad: Tensor, made: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of x, y and the log decays [..., position, d or 1] in `made`, which is `products(x, y)`, from that of it.
 
-        The gradient of `total` is x times the one, minus y times the other.
+        Entries of the gradient with j > i do not matter. A position's decay lies between all before it and all from it
+        on; what it does not change (a position with itself) is left out and not subtracted again: it can be far larger.
         """
         if self.total.shape[-1] == 1:
             inner = grad * self.between
-            return inner @ y, inner.mT @ x
+            crossed = (grad * made).tril_(-1).flip(-2).cumsum_(-2).flip(-2)  # [t, j] Σ over rows i ≥ t
+            return inner @ y, inner.mT @ x, crossed.tril_(-1).sum(-1, keepdim=True)
+        own = grad.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        grad = grad.tril(-1)
         dx, dy = torch.zeros_like(x), torch.zeros_like(y)
         for rows, columns, since, until in self._parts:
             part = grad[..., rows, columns]
@@ -78,7 +87,7 @@ class Fades:
             else:
                 dx[..., rows, :] += (part @ (y[..., columns, :] * until)) * since
                 dy[..., columns, :] += (part.mT @ (x[..., rows, :] * since)) * until
-        return dx, dy
+        return dx + own * y, dy + own * x, from_here_on(x * dx - y * dy)
 
     @cached_property
     def _parts(self) -> list[tuple[slice, slice, Tensor, Tensor | None]]:

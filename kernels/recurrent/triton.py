@@ -21,8 +21,8 @@ some systems.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -127,93 +127,105 @@ def news_kernel(
     v: tl.tensor,  # [n_sequences · n, width]
     beta: tl.tensor,  # [n_sequences · n] float32
     total: tl.tensor,  # [2, n_sequences, blocks · BLOCK] float32
-    state_in: tl.tensor,  # [n_sequences, d, width] float32
     out: tl.tensor,  # [n_sequences · n, width] float32
-    state_out: tl.tensor,  # [n_sequences, d, width] float32
+    state: tl.tensor,  # [n_sequences, d, width] float32, from the one before to the one after
     n_sequences: tl.tensor,
     n: tl.tensor,
     d: tl.tensor,
     width: tl.tensor,
     REVERSE: tl.constexpr,
-    FROM_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ) -> None:
-    """One program: e = v − f′(k, k, β e) at all positions of one head, for one tile of the width and all features."""
+    """One program: e = v − f′(k, k, β e) at all positions of one head, for one tile of the width.
+
+    A position needs all features at once. The state stays in memory, which only this program reads and writes, and is
+    taken some features at a time, so that no width of heads outgrows the registers.
+    """
     sequence = tl.program_id(0).to(tl.int64)
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     c = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK)
     row = BLOCK - 1 - r if REVERSE else r
-    feature_at = row[:, None] * d + c[None, :]
     value_at = row[:, None] * width + w[None, :]
-    features = c[None, :] < d
     values = w[None, :] < width
     blocks = tl.cdiv(n, BLOCK)
     high = total + sequence * blocks * BLOCK
     low = high + n_sequences * blocks * BLOCK
-
-    state_at = c[:, None] * width + w[None, :]
-    state_seen = (c[:, None] < d) & values
-    if FROM_STATE:
-        state = tl.load(state_in + sequence * d * width + state_at, mask=state_seen, other=0.0)
-    else:
-        state = tl.zeros((BLOCK_D, BLOCK_W), dtype=tl.float32)
+    state += sequence * d * width
 
     for number in range(0, blocks):
         start = (blocks - 1 - number) * BLOCK if REVERSE else number * BLOCK
         here = start + row < n
         at = sequence * n + start
-        ks = tl.load(k + at * d + feature_at, mask=here[:, None] & features, other=0.0).to(tl.float32)
-        found = tl.load(v + at * width + value_at, mask=here[:, None] & values, other=0.0).to(tl.float32)
-        steps = tl.load(beta + at + row, mask=here, other=0.0)
         h = tl.load(high + start + row)
         s = tl.load(low + start + row)
         last_h = tl.load(high + start + BLOCK - 1)
         last_s = tl.load(low + start + BLOCK - 1)
         since = tl.exp2((last_h - h) + (last_s - s) if REVERSE else h + s)
         until = tl.exp2(h + s if REVERSE else (last_h - h) + (last_s - s))
+        steps = tl.load(beta + at + row, mask=here, other=0.0)
+
+        alike = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        held = tl.zeros((BLOCK, BLOCK_W), dtype=tl.float32)
+        for first in range(0, d, BLOCK_D):
+            features = first + c
+            seen = here[:, None] & (features < d)[None, :]
+            ks = tl.load(k + at * d + row[:, None] * d + features[None, :], mask=seen, other=0.0).to(tl.float32)
+            state_at, state_seen = features[:, None] * width + w[None, :], (features < d)[:, None] & values
+            part = tl.load(state + state_at, mask=state_seen, other=0.0)
+            alike = tl.dot(ks, tl.trans(ks), alike, input_precision=PRECISION)
+            held = tl.dot(ks, part, held, input_precision=PRECISION)
 
         # [j, i] what row i finds of what row j has written: columns of it are taken out one after the other.
         away = (h[None, :] - h[:, None]) + (s[None, :] - s[:, None])
         away = -away if REVERSE else away
         within = tl.where(r[:, None] < r[None, :], tl.exp2(tl.minimum(away, 0.0)), 0.0)
-        alike = tl.dot(ks, tl.trans(ks), input_precision=PRECISION) * within * steps[:, None]
-        found -= tl.dot(ks, state, input_precision=PRECISION) * since[:, None]
+        alike *= within * steps[:, None]
+        found = tl.load(v + at * width + value_at, mask=here[:, None] & values, other=0.0).to(tl.float32)
+        found -= held * since[:, None]
         for i in range(1, BLOCK):
             weights = tl.sum(tl.where(r[None, :] == i, alike, 0.0), axis=1)
-            held = tl.sum(weights[:, None] * found, axis=0)
-            found = tl.where(r[:, None] == i, found - held[None, :], found)
+            taken = tl.sum(weights[:, None] * found, axis=0)
+            found = tl.where(r[:, None] == i, found - taken[None, :], found)
         tl.store(out + at * width + value_at, found, mask=here[:, None] & values)
 
-        state *= tl.exp2(last_h + last_s)
         written = found * (steps * until)[:, None]
-        state = tl.dot(tl.trans(ks), written, state, input_precision=PRECISION)
-
-    tl.store(state_out + sequence * d * width + state_at, state, mask=state_seen)
+        whole = tl.exp2(last_h + last_s)
+        tl.debug_barrier()  # the state has been read by all threads
+        for first in range(0, d, BLOCK_D):
+            features = first + c
+            seen = here[:, None] & (features < d)[None, :]
+            ks = tl.load(k + at * d + row[:, None] * d + features[None, :], mask=seen, other=0.0).to(tl.float32)
+            state_at, state_seen = features[:, None] * width + w[None, :], (features < d)[:, None] & values
+            part = tl.load(state + state_at, mask=state_seen, other=0.0) * whole
+            part = tl.dot(tl.trans(ks), written, part, input_precision=PRECISION)
+            tl.store(state + state_at, part, mask=state_seen)
+        tl.debug_barrier()  # and is there for all
 
 
 def sum_tiles(dtype: torch.dtype, d: int) -> dict[str, int]:
     """Sizes of the blocks of positions, features and width that one program of a sum takes, and its warps and stages.
 
     They are the largest powers of two that fit the registers of sm_80 and sm_90 without spilling. Three passes of TF32
-    take more of them than one, so that float32 has shorter blocks.
+    take more of them than one, so that float32 has smaller blocks.
     """
+    single = dtype == torch.float32
     return {
-        "BLOCK": 32 if dtype == torch.float32 else BLOCK,
-        "BLOCK_D": max(16, min(64, triton.next_power_of_2(d))),
+        "BLOCK": 32 if single else BLOCK,
+        "BLOCK_D": max(16, min(32 if single else 64, triton.next_power_of_2(d))),
         "BLOCK_W": 16,
-        "num_warps": 4,
+        "num_warps": 4 if single else 8,
         "num_stages": 2,
     }
 
 
-def news_tiles(d: int) -> dict[str, int]:
-    """The same of the system: all features at once."""
-    width = max(16, triton.next_power_of_2(d))
-    return {"BLOCK": _SOLVED, "BLOCK_D": width, "BLOCK_W": 16, "num_warps": 4, "num_stages": 2}
+def news_tiles(dtype: torch.dtype, d: int) -> dict[str, int]:
+    """The same of the system."""
+    part = max(16, min(32 if dtype == torch.float32 else 64, triton.next_power_of_2(d)))
+    return {"BLOCK": _SOLVED, "BLOCK_D": part, "BLOCK_W": 16, "num_warps": 4, "num_stages": 1}
 
 
 def precision(dtype: torch.dtype, amd: bool) -> str:
@@ -248,40 +260,40 @@ class Sums:
         """
         if q.dtype != k.dtype:
             q, k = q.float(), k.float()
-        (q, k), (v,), state, cut = _aligned((q, k), (v,), state)
+        (q, k), v, state, cut = _aligned((q, k), v, state)
         sizes = sum_tiles(q.dtype, q.shape[3])
-        split = triton.cdiv(q.shape[3], sizes["BLOCK_D"])
+        (batch, heads, n, d), width = q.shape, v.shape[3]
+        split = triton.cdiv(d, sizes["BLOCK_D"])
         out = torch.empty(split, *v.shape, dtype=dtype if split == 1 else torch.float32, device=v.device)
-        final = self._launch(sum_kernel, (q, k, v), state, out, sizes, split, REVERSE=reverse, STRICT=strict)
+        final = torch.empty(batch, heads, d, width, dtype=torch.float32, device=v.device)
+        first, totals = final if state is None else state, self._totals(q, sizes["BLOCK"])
+        with torch.cuda.device_of(v):
+            sum_kernel[batch * heads, triton.cdiv(width, sizes["BLOCK_W"]), split](
+                q, k, v, totals, first, out, final, batch * heads, n, d, width,
+                REVERSE=reverse, STRICT=strict, FROM_STATE=state is not None, PRECISION=self._precision, **sizes,
+            )  # fmt: skip
         return cut(out[0] if split == 1 else out.sum(0).to(dtype), final)
 
     def news(
         self, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None, *, reverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """e = v − f′(k, k, β e), float32, and the state it ends with."""
-        (k,), (v,), state, cut = _aligned((k,), (v,), state)
-        out = torch.empty(v.shape, dtype=torch.float32, device=v.device)
-        given = k, v, beta.to(torch.float32).contiguous()
-        return cut(out, self._launch(news_kernel, given, state, out, news_tiles(k.shape[3]), None, REVERSE=reverse))
-
-    def _launch(
-        self, kernel: Any, given: tuple[Tensor, ...], state: Tensor | None, out: Tensor, sizes: dict[str, int],
-        split: int | None, **how: bool,
-    ) -> Tensor:  # fmt: skip
-        """Run a kernel that writes to `out`; the state it ends with."""
-        k, v = given[0], given[1] if split is None else given[2]
+        (k,), v, state, cut = _aligned((k,), v, state)
         (batch, heads, n, d), width = k.shape, v.shape[3]
-        final = torch.empty(batch, heads, d, width, dtype=torch.float32, device=v.device)
-        first = final if state is None else state
-        grid = (batch * heads, triton.cdiv(width, sizes["BLOCK_W"]), *(() if split is None else (split,)))
-        how |= {"FROM_STATE": state is not None}
-        exact = precision(self.dtype, torch.version.hip is not None)
+        sizes = news_tiles(k.dtype, d)
+        out = torch.empty(v.shape, dtype=torch.float32, device=v.device)
+        final = v.new_zeros(batch, heads, d, width, dtype=torch.float32) if state is None else state.clone()
+        steps, totals = beta.to(torch.float32).contiguous(), self._totals(k, sizes["BLOCK"])
         with torch.cuda.device_of(v):
-            kernel[grid](
-                *given, self._totals(k, sizes["BLOCK"]), first, out, final, batch * heads, n, d, width,
-                PRECISION=exact, **how, **sizes,
+            news_kernel[batch * heads, triton.cdiv(width, sizes["BLOCK_W"])](
+                k, v, steps, totals, out, final, batch * heads, n, d, width,
+                REVERSE=reverse, PRECISION=self._precision, **sizes,
             )  # fmt: skip
-        return final
+        return cut(out, final)
+
+    @property
+    def _precision(self) -> str:
+        return precision(self.dtype, torch.version.hip is not None)
 
     def _totals(self, like: Tensor, block: int) -> Tensor:
         """[2, batch · head, position] float32: sums of logs to base 2 within blocks, as two numbers that add up."""
@@ -338,13 +350,13 @@ def backward(
 
 
 def _aligned(
-    features: tuple[Tensor, ...], values: tuple[Tensor, ...], state: Tensor | None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None, Any]:
+    features: tuple[Tensor, ...], v: Tensor, state: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
     """Contiguous tensors of widths that divide by 16, and a function that cuts results back to size.
 
     Unaligned loads would need more registers than there are; zeros add nothing.
     """
-    d, width = features[0].shape[3], values[0].shape[3]
+    d, width = features[0].shape[3], v.shape[3]
     more_d, more = -d % 16, -width % 16
 
     def cut(out: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
@@ -353,5 +365,4 @@ def _aligned(
         return out[..., :width].contiguous(), final[..., :d, :width].contiguous()
 
     state = None if state is None else pad(state.to(torch.float32), (0, more, 0, more_d)).contiguous()
-    made = (tuple(pad(t, (0, extra)).contiguous() for t in some) for some, extra in ((features, more_d), (values, more)))
-    return *made, state, cut  # type: ignore[return-value]
+    return tuple(pad(t, (0, more_d)).contiguous() for t in features), pad(v, (0, more)).contiguous(), state, cut

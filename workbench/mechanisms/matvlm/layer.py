@@ -95,7 +95,8 @@ class Mamba2(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, position, d_model] to the same shape."""
         z, x, B, C, delta = self.split(hidden)
-        log_decay = -self.A_log.float().exp()[:, None] * delta.float()
+        exact = torch.promote_types(delta.dtype, torch.float32)
+        log_decay = -self.A_log.to(exact).exp()[:, None] * delta.to(exact)
         y = gated_linear_attention(C, B * delta[..., None], x, log_decay)
         assert isinstance(y, Tensor)  # no state was asked for
         y = y + x * self.D[:, None, None]
