@@ -21,7 +21,7 @@ from workbench.errors import (
 from workbench.storage import rendering
 
 if TYPE_CHECKING:
-    from workbench import metrics, models, tasks, views
+    from workbench import mechanisms, metrics, models, tasks, views
     from workbench.analysis.atlas import PatternAtlas, pattern_atlas
     from workbench.analysis.circuits.circuit import Circuit
     from workbench.analysis.circuits.faithfulness import Faithfulness, circuit_faithfulness
@@ -163,7 +163,7 @@ _LAZY = {
     "Variant": "workbench.sweep.variants",
     "run_sweep": "workbench.sweep.run",
 }
-_LAZY_MODULES = ("metrics", "models", "tasks", "views")
+_LAZY_MODULES = ("mechanisms", "metrics", "models", "tasks", "views")
 
 __all__ = [
     "AttachError",
@@ -237,6 +237,7 @@ __all__ = [
     "load_capture",
     "logit_attribution",
     "logit_lens",
+    "mechanisms",
     "metrics",
     "models",
     "ov_copying",

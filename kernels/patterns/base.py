@@ -108,6 +108,11 @@ class Pattern(ABC):
         """Whether statistics are those of |A| normalised per row."""
         return self.signed or not self.normalised
 
+    @property
+    def factors(self) -> Mapping[str, Pattern]:
+        """The maps that it is made of, by name; a capture keeps them beside it. None for most."""
+        return {}
+
     @abstractmethod
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON facts and named tensors from which `rebuild` makes the pattern again; "values" where they are kept."""

@@ -1,0 +1,48 @@
+"""The same questions to every model: code that nobody trained on, recall, and copying."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workbench.mechanisms.training.language import ByteLM
+from workbench.mechanisms.training.text import Corpus, copying, recall, repeated, text_batch
+
+SEED = 99
+
+
+@torch.no_grad()
+def score(model: ByteLM, held: Corpus, n: int = 256) -> dict[str, float]:
+    """Losses in nats a byte, and shares of right answers.
+
+    Args:
+        n: rows of code; a quarter as many of each other kind.
+
+    Returns:
+        "text" on all bytes, "repeats" on those whose last four bytes came before; "copy", "recall 8" and "recall 26":
+        shares of bytes that count and are the likeliest.
+    """
+    was = model.training
+    model.eval()
+    random, length = torch.Generator().manual_seed(SEED), model.place.length
+    inputs, labels = text_batch(held, n, length, random)
+    nats = F.cross_entropy(_logits(model, inputs).transpose(1, 2), labels, reduction="none")
+    few = max(1, n // 4)
+    found = {
+        "text": nats.mean(),
+        "repeats": nats[repeated(inputs)].mean(),
+        "copy": _right(model, *copying(few, length, random)),
+    }
+    for n_keys in (8, 26):
+        found[f"recall {n_keys}"] = _right(model, *recall(few, length, random, n_keys))
+    model.train(was)
+    return {name: float(value) for name, value in found.items()}
+
+
+def _right(model: ByteLM, inputs: Tensor, labels: Tensor) -> Tensor:
+    return (_logits(model, inputs).argmax(-1) == labels)[labels >= 0].float().mean()
+
+
+def _logits(model: ByteLM, inputs: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in inputs.split(32)])
