@@ -81,9 +81,10 @@ trained. At our scale: not the paper's model, data or length of training.
 
 {table(heads, rows)}
 
-Accuracy on {prompts} held-out prompts of each task with Clopper and Pearson's 95 % intervals; KL over {len(fresh)} batches with
-its t interval. With half of the layers replaced, {unmatched[0]} heads were not surely more like their own teacher's map than like those
-of the layer's other heads; the mean cosine was {unmatched[1]}. {machine("torch", "transformers")}"""
+Accuracy on {prompts} held-out prompts of each task with Clopper and Pearson's 95 % intervals; KL over {len(fresh)}
+batches with its t interval. With half of the layers replaced, {unmatched[0]} heads were not surely more like their own
+teacher's map than like those of the layer's other heads; the mean cosine was {unmatched[1]}.
+{machine("torch", "transformers")}"""
 
 
 class Attention(nn.Module):
@@ -108,17 +109,20 @@ def cost(lengths: tuple[int, ...], rounds: int) -> str:
     with torch.no_grad():
         for n in lengths:
             x = torch.randn(1, n, 128)
-            for name, seconds in interleaved({name: partial(layer, x) for name, layer in layers.items()}, rounds).items():
+            for name, seconds in interleaved(
+                {name: partial(layer, x) for name, layer in layers.items()}, rounds
+            ).items():
                 found[name][n] = seconds
             say(f"{n}: " + ", ".join(f"{name} {found[name][n]:.4g} s" for name in layers))
     rows = [[str(n), f"{found['mamba-2'][n] / found['attention'][n]:.2f}"] for n in lengths]
     p = {name: exponent(dict(list(values.items())[-3:])) for name, values in found.items()}
-    return f"""One layer of the teacher's sizes (d_model 128, 8 heads), batch 1, float32, one thread, forward: time of the
-Mamba-2 layer over that of causal SDPA attention with its projections.
+    return f"""One layer of the teacher's sizes (d_model 128, 8 heads), batch 1, float32, one thread, forward: time of
+the Mamba-2 layer over that of causal SDPA attention with its projections.
 
 {table(["N", "Mamba-2 / attention"], rows)}
 
-Over the three longest, time grows as N^{p["mamba-2"]:.2f} and N^{p["attention"]:.2f}. Median of {rounds} interleaved rounds. {machine("torch")}"""
+Over the three longest, time grows as N^{p["mamba-2"]:.2f} and N^{p["attention"]:.2f}. Median of {rounds} interleaved
+rounds. {machine("torch")}"""
 
 
 def main() -> None:

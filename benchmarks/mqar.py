@@ -2,9 +2,9 @@
 
 The task and the layers are those of DSF (arXiv 2405.15731), at a scale that trains here in minutes: two layers of one
 kind, one head, d_model 64, sequences of 64 tokens, a vocabulary of 128; each model is trained on 4, 8 and 16 pairs at
-once and tested on each. Every token's embedding holds a learned share of the token before, for every kind alike, without
-which no kind recalls anything in so few steps. The rate is one for all, chosen for none. Accuracy is over the positions
-that are asked for; intervals are Student's t over seeds. Writes its section of docs/benchmarks.md.
+once and tested on each. Every token's embedding holds a learned share of the token before, for every kind alike,
+without which none recalls anything in so few steps. The rate is one for all, chosen for none. Accuracy is over the
+positions that are asked for; intervals are Student's t over seeds. Writes its section of docs/benchmarks.md.
 
     python benchmarks/mqar.py [--steps 400] [--seeds 3] [--states 8 32] [--kinds softmax ...] [--quick] [--dry]
 """
@@ -158,7 +158,9 @@ def trained(kind: str, state: int, seed: int, steps: int) -> dict[int, float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 20) * (1 - s / steps))
     for step in range(steps):
-        parts = [batch(BATCH // len(PAIRS), pairs, 1 + seed * 1_000_000 + step * 10 + i) for i, pairs in enumerate(PAIRS)]
+        parts = [
+            batch(BATCH // len(PAIRS), pairs, 1 + seed * 1_000_000 + step * 10 + i) for i, pairs in enumerate(PAIRS)
+        ]
         ids, labels = (torch.cat(each) for each in zip(*parts, strict=True))
         loss = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
         optimizer.zero_grad()
@@ -175,7 +177,9 @@ def trained(kind: str, state: int, seed: int, steps: int) -> dict[int, float]:
     return found
 
 
-def measure(kinds: list[str], states: list[int], seeds: int, steps: int) -> dict[tuple[str, int], list[dict[int, float]]]:
+def measure(
+    kinds: list[str], states: list[int], seeds: int, steps: int
+) -> dict[tuple[str, int], list[dict[int, float]]]:
     """Accuracies by kind and state, one for each seed."""
     torch.set_num_threads(1)
     found: dict[tuple[str, int], list[dict[int, float]]] = {}
@@ -197,8 +201,8 @@ def text(found: dict[tuple[str, int], list[dict[int, float]]], seeds: int, steps
         size = "all keys" if kind == "softmax" else f"{held:,}"
         rows.append([kind, "" if kind in STATELESS else str(state), size, *(_cell(runs, pairs) for pairs in PAIRS)])
     heads = ["layer", "n", "numbers in the state", *(f"{pairs} pairs" for pairs in PAIRS)]
-    return f"""`python benchmarks/mqar.py`: multi-query associative recall (arXiv 2312.04927) with the layers that DSF compares
-(arXiv 2405.15731), at our scale: two layers, one head, d_model {WIDTH}, {LENGTH} tokens, a vocabulary of {VOCABULARY},
+    return f"""`python benchmarks/mqar.py`: multi-query associative recall (arXiv 2312.04927) with the layers that DSF
+compares (arXiv 2405.15731), at our scale: two layers, one head, d_model {WIDTH}, {LENGTH} tokens, a vocabulary of {VOCABULARY},
 {steps} steps of {BATCH} rows, AdamW at one rate for all; n is the width of queries and keys, or of the state of each
 channel. Not the paper's figures, whose models are larger, trained far longer, and swept over rates.
 

@@ -191,7 +191,7 @@ def _backward_of(part: _Chunk, state: Tensor, grad: Tensor, grad_after: Tensor) 
         erased = fades.gradients((dv @ written.mT).neg_().tril_(-1), part.alike, part.k, part.k)
         dk, d_logs = dk + erased[0] + erased[1], d_logs + erased[2]
         d_state.baddbmm_(part.keys.mT, dv, alpha=-1)
-    # What is read of the state before fades up to the position, what is written from there on, and the state throughout.
+    # What is read of the state before fades up to the position, what is written from there on, the state throughout.
     read = (grad @ state.mT).mul_(fades.since)
     dq += read
     up_to = part.q * read

@@ -53,7 +53,7 @@ class Fades:
         return faded((self.total - self.total.mT).clamp_(max=0), self.dtype).tril_()
 
     def products(self, x: Tensor, y: Tensor) -> Tensor:
-        """[..., i, j] Σ_s x_i[s] y_j[s] times what is left of channel s of j ≤ i at i, else 0; for [..., position, d]."""
+        """[..., i, j] Σ_s x_i[s] y_j[s] times what is left of channel s of j ≤ i at i, else 0; of [..., position, d]."""
         if self.total.shape[-1] == 1:
             return (x @ y.mT).mul_(self.between)
         out = x.new_zeros(*x.shape[:-1], x.shape[-2])
@@ -66,7 +66,7 @@ class Fades:
         return out
 
     def gradients(self, grad: Tensor, made: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of x, y and the log decays [..., position, d or 1] in `made`, which is `products(x, y)`, from that of it.
+        """Those of x, y and the log decays [..., position, d or 1], from that of `made`, which is `products(x, y)`.
 
         Entries of the gradient with j > i do not matter. A position's decay lies between all before it and all from it
         on; what it does not change (a position with itself) is left out and not subtracted again: it can be far larger.

@@ -4,8 +4,8 @@ With G_i the sum of log decays up to i, gated linear attention of three tensors 
 
     f(q, k, v)_i = Σ_{j ≤ i} exp(G_i − G_j) (q_i·k_j) v_j        f′: the same for j < i        fᵀ, f′ᵀ: against time
 
-A delta rule writes u = β e, where e = v − f′(k, k, β e) is what of a value the state did not hold: the one thing that is
-no such sum, solved in blocks. All that is left are sums:
+A delta rule writes u = β e, where e = v − f′(k, k, β e) is what of a value the state did not hold: the one thing that
+is no such sum, solved in blocks. All that is left are sums:
 
     o  = f(q, k, u)
     y  = fᵀ(k, q, do),  r = y − f′ᵀ(k, k, β r),  z = β r          without a delta rule u = v, z = y and no f′
@@ -206,18 +206,18 @@ def news_kernel(
         tl.debug_barrier()  # and is there for all
 
 
-def sum_tiles(dtype: torch.dtype, d: int) -> dict[str, int]:
+def sum_tiles(dtype: torch.dtype, d: int, amd: bool) -> dict[str, int]:
     """Sizes of the blocks of positions, features and width that one program of a sum takes, and its warps and stages.
 
-    They are the largest powers of two that fit the registers of sm_80 and sm_90 without spilling. Three passes of TF32
-    take more of them than one, so that float32 has smaller blocks.
+    They are the largest powers of two that fit the registers of sm_80, sm_90 and gfx942 without spilling. Three passes
+    of TF32 take more of them than one, so that float32 has smaller blocks.
     """
     single = dtype == torch.float32
     return {
         "BLOCK": 32 if single else BLOCK,
         "BLOCK_D": max(16, min(32 if single else 64, triton.next_power_of_2(d))),
         "BLOCK_W": 16,
-        "num_warps": 4 if single else 8,
+        "num_warps": 4 if single or amd else 8,
         "num_stages": 2,
     }
 
@@ -261,7 +261,7 @@ class Sums:
         if q.dtype != k.dtype:
             q, k = q.float(), k.float()
         (q, k), v, state, cut = _aligned((q, k), v, state)
-        sizes = sum_tiles(q.dtype, q.shape[3])
+        sizes = sum_tiles(q.dtype, q.shape[3], torch.version.hip is not None)
         (batch, heads, n, d), width = q.shape, v.shape[3]
         split = triton.cdiv(d, sizes["BLOCK_D"])
         out = torch.empty(split, *v.shape, dtype=dtype if split == 1 else torch.float32, device=v.device)

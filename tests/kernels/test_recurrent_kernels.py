@@ -60,7 +60,9 @@ def test_the_gradient_of_either_result_alone():
     made = tensors("gated delta", 20)
     for which in (0, 1):
         got = torch.autograd.grad(call(made, chunk=8)[which].square().sum(), list(made.values()), allow_unused=True)
-        want = torch.autograd.grad(naive_recurrence(**made)[which].square().sum(), list(made.values()), allow_unused=True)
+        want = torch.autograd.grad(
+            naive_recurrence(**made)[which].square().sum(), list(made.values()), allow_unused=True
+        )
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, atol=1e-9, rtol=1e-9)
 

@@ -35,7 +35,12 @@ CASES = [  # kind, positions, d, width, dtype, starts from a state
 ]
 LIMITS = {"80": 166_912, "90": 232_448, "gfx942": 65_536}
 """Most shared memory of one program, in bytes."""
-KINDS = [("sum", "fp16", 128, True), ("sum", "fp32", 128, False), ("news", "fp16", 128, False), ("news", "fp32", 128, True)]
+KINDS = [
+    ("sum", "fp16", 128, True),
+    ("sum", "fp32", 128, False),
+    ("news", "fp16", 128, False),
+    ("news", "fp32", 128, True),
+]
 """Kernel, dtype, features and direction of what is compiled: the widest programs, which need most registers."""
 
 
@@ -73,7 +78,9 @@ def interpret() -> list[dict[str, Any]]:
         errors = [float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, want, strict=True)]
         dtypes = [str(t.dtype) for t in got]
         wanted = [str(inputs.v.dtype), "torch.float32", *(str(t.dtype) for t in vars(inputs).values() if t is not None)]
-        found.append({"case": [kind, n, name], "errors": errors, "dtypes": dtypes, "wanted": [*wanted, "torch.float32"]})
+        found.append(
+            {"case": [kind, n, name], "errors": errors, "dtypes": dtypes, "wanted": [*wanted, "torch.float32"]}
+        )
     return found
 
 
@@ -96,9 +103,10 @@ def compile_all() -> list[dict[str, Any]]:
         for kind, dtype, d, reverse in KINDS:
             kernel = ours.sum_kernel if kind == "sum" else ours.news_kernel
             names = kernel.arg_names
-            options = ours.sum_tiles(dtypes[dtype], d) if kind == "sum" else ours.news_tiles(dtypes[dtype], d)
+            amd = target.backend == "hip"
+            options = ours.sum_tiles(dtypes[dtype], d, amd) if kind == "sum" else ours.news_tiles(dtypes[dtype], d)
             warps = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-            exact = ours.precision(dtypes[dtype], target.backend == "hip")
+            exact = ours.precision(dtypes[dtype], amd)
             constants = options | {"REVERSE": reverse, "STRICT": True, "FROM_STATE": True, "PRECISION": exact}
             signature = dict.fromkeys(("q", "k", "v"), f"*{dtype}")
             signature |= dict.fromkeys(("beta", "total", "state_in", "state_out", "state", "out"), "*fp32")

@@ -176,7 +176,8 @@ def test_kept_layers_fed_the_teachers_states_have_no_loss(teacher: workbench.Wor
     torch.testing.assert_close(found.layers, torch.tensor([away["transformer.h.1"]]))
     assert float(found.logits) > 0
     assert len(sizes) == 1
-    untouched, _ = losses(teacher.model, student(teacher, []), batch)
+    with torch.no_grad():
+        untouched, _ = losses(teacher.model, student(teacher, []), batch)
     assert float(untouched.logits) == 0.0
 
 
@@ -210,8 +211,12 @@ def test_maps_of_teacher_and_student(teacher: workbench.Workbench, tmp_path: Any
     a, m = cap[2].pattern.dense()[1, 3].double(), new["transformer.h.2.attn.mixer"].pattern.dense()[1, 3].double()
     share = m.abs() / m.abs().sum(-1, keepdim=True)
     assert (found.layers[7], found.numbers[7]) == (2, 3)
-    assert float(found.alike[7, 1]) == pytest.approx(float(F.cosine_similarity(a.flatten(), share.flatten(), dim=0)), 1e-5)
-    others = [F.cosine_similarity(cap[2].pattern.dense()[1, h].double().flatten(), share.flatten(), dim=0) for h in range(3)]
+    assert float(found.alike[7, 1]) == pytest.approx(
+        float(F.cosine_similarity(a.flatten(), share.flatten(), dim=0)), 1e-5
+    )
+    others = [
+        F.cosine_similarity(cap[2].pattern.dense()[1, h].double().flatten(), share.flatten(), dim=0) for h in range(3)
+    ]
     assert float(found.others[7, 1]) == pytest.approx(float(sum(others)) / 3, 1e-5)
     values = torch.linalg.svdvals(m)
     shares = values / values.sum()
@@ -220,7 +225,9 @@ def test_maps_of_teacher_and_student(teacher: workbench.Workbench, tmp_path: Any
     away = (share * (i[:, None] - i)).sum(-1).mean()
     assert float(found.distance[7, 1, 1]) == pytest.approx(float(away), 1e-4)
     torch.testing.assert_close(found.half_life[4:], new["transformer.h.2.attn.mixer"].pattern.half_life.mean(0)[:, 0])
-    named = [f"L{a}H{b}" for a, b, low in zip(found.layers, found.numbers, found.beyond[:, 0], strict=True) if not low > 0]
+    named = [
+        f"L{a}H{b}" for a, b, low in zip(found.layers, found.numbers, found.beyond[:, 0], strict=True) if not low > 0
+    ]
     assert list(found.unmatched) == named
     assert list(found.table["matched"]) == [f"L{row.layer}H{row.head}" not in named for row in found.table.itertuples()]
     again = HybridMaps.load(found.save(tmp_path / "maps.safetensors"))

@@ -1,4 +1,4 @@
-"""Distilling a teacher into a student: each new layer is to give what the teacher's block gave, and the whole its logits.
+"""Distilling a teacher into a student: each new layer is to give what the teacher's block gave, the whole its logits.
 
 The layer loss is that of MaTVLM (arXiv 2503.13440): the student's block is fed what the teacher's block was fed, and
 the loss is the Frobenius norm ‖r − t‖ of what they give, summed over the layers that were replaced.
@@ -62,7 +62,7 @@ class Distillation(Result):
 
     sites: Annotated[tuple[str, ...], "layer"]
     layers: Float[Tensor, "step layer"]
-    logits: Float[Tensor, "step"]
+    logits: Float[Tensor, step]
     provenance: dict[str, Any]
 
     @property
@@ -105,7 +105,7 @@ def teacher_calls(teacher: nn.Module, blocks: Iterable[str], batch: Batch) -> tu
 
 
 def losses(teacher: nn.Module, student: Student, batch: Batch, temperature: float = 1.0) -> tuple[Losses, Tensor]:
-    """What is to become small, with gradients for the student; and [layer] ‖t‖, what the layers' losses compare with."""
+    """What is to become small, with gradients for the student; and [layer] ‖t‖, what layers' losses compare with."""
     calls, wanted = teacher_calls(teacher, student.blocks, batch)
     layers, sizes = [], []
     for block in student.blocks:

@@ -81,7 +81,7 @@ class Mamba2(nn.Module):
             self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus⁻¹
 
     def split(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """z [batch, position, head · width], x and B and C [batch, head, position, width], Δ [batch, head, position]."""
+        """z [batch, position, head · width]; x, B and C [batch, head, position, width]; Δ [batch, head, position]."""
         z, x, B, C, steps = self.in_proj(hidden).split(self.widths, dim=-1)
         if self.conv1d is not None:
             mixed = torch.cat((x, B, C), dim=-1).transpose(1, 2)

@@ -83,9 +83,7 @@ def attention_weights(wb: Workbench, site: str | int) -> AttentionWeights:
     )
 
 
-def seed_mamba2(
-    attention: AttentionWeights, *, conv: int = 4, gated: bool = True, seed: int = 0
-) -> Mamba2:
+def seed_mamba2(attention: AttentionWeights, *, conv: int = 4, gated: bool = True, seed: int = 0) -> Mamba2:
     """A Mamba-2 layer whose x, B, C and output are an attention layer's values, keys, queries and output projection.
 
     The rest is drawn: gate, step sizes, rates, convolution. Positions that turn queries and keys are not carried over;

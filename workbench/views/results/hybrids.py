@@ -71,7 +71,9 @@ def _view_of_distillation(found: Distillation) -> Figure:
     steps = list(range(1, len(found.logits) + 1))
     for i, site in enumerate(found.sites):
         line = {"color": SERIES[i % len(SERIES)]}
-        fig.add_trace(go.Scatter(x=steps, y=found.layers[:, i].numpy(), name=plotly_text(site), mode="lines", line=line))
+        fig.add_trace(
+            go.Scatter(x=steps, y=found.layers[:, i].numpy(), name=plotly_text(site), mode="lines", line=line)
+        )
     fig.add_trace(
         go.Scatter(x=steps, y=found.logits.numpy(), name="logits, nats", mode="lines", line={"color": "#808890"})
     )
