@@ -53,7 +53,7 @@ class Fades:
         return faded((self.total - self.total.mT).clamp_(max=0), self.dtype).tril_()
 
     def products(self, x: Tensor, y: Tensor) -> Tensor:
-        """[..., i, j] Σ_s x_i[s] y_j[s] times what is left of channel s of j ≤ i at i, else 0; of [..., position, d]."""
+        """[..., i, j] Σ_s x_i[s] y_j[s] times what is left of channel s of j ≤ i at i, else 0, of [..., i, d]."""
         if self.total.shape[-1] == 1:
             return (x @ y.mT).mul_(self.between)
         out = x.new_zeros(*x.shape[:-1], x.shape[-2])
