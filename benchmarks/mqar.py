@@ -203,8 +203,8 @@ def text(found: dict[tuple[str, int], list[dict[int, float]]], seeds: int, steps
     heads = ["layer", "n", "numbers in the state", *(f"{pairs} pairs" for pairs in PAIRS)]
     return f"""`python benchmarks/mqar.py`: multi-query associative recall (arXiv 2312.04927) with the layers that DSF
 compares (arXiv 2405.15731), at our scale: two layers, one head, d_model {WIDTH}, {LENGTH} tokens, a vocabulary of
-{VOCABULARY}, {steps} steps of {BATCH} rows, AdamW at one rate for all; n is the width of queries and keys, or of the state of each
-channel. Not the paper's figures, whose models are larger, trained far longer, and swept over rates.
+{VOCABULARY}, {steps} steps of {BATCH} rows, AdamW at one rate for all; n is the width of queries and keys, or of the
+state of each channel. Not the paper's figures, whose models are larger, trained far longer, and swept over rates.
 
 {table(heads, rows)}
 
