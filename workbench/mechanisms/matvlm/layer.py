@@ -71,11 +71,11 @@ class Mamba2(nn.Module):
     def _draw(self, generator: torch.Generator | None) -> None:
         """Log rates from [1, 16], step sizes from [0.001, 0.1] on a scale of logs, weights as PyTorch's layers have."""
         with torch.no_grad():
-            layers = [self.in_proj, self.out_proj, *([] if self.conv1d is None else [self.conv1d])]
-            for layer in layers:
-                bound = 1 / math.sqrt(layer.weight[0].numel())
-                for parameter in layer.parameters():
-                    parameter.uniform_(-bound, bound, generator=generator)
+            for layer in (self.in_proj, self.out_proj, self.conv1d):
+                if layer is not None:
+                    bound = 1 / math.sqrt(layer.weight[0].numel())
+                    for parameter in layer.parameters():
+                        parameter.uniform_(-bound, bound, generator=generator)
             self.A_log.uniform_(1, 16, generator=generator).log_()
             steps = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
             self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus⁻¹

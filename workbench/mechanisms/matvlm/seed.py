@@ -73,14 +73,13 @@ def attention_weights(wb: Workbench, site: str | int) -> AttentionWeights:
             for part in "qkv"
         }
     width = projections["v"].columns.shape[1]
-    bias = getattr(module, "bias", None)
+    weight = {part: p.weight.detach().clone() for part, p in projections.items()}
+    bias = {part: None if p.bias is None else p.bias.clone() for part, p in projections.items()}
+    written, last = projection_slices(module, n_heads, width).detach().clone(), getattr(module, "bias", None)
     return AttentionWeights(
-        **{part: p.weight.detach().clone() for part, p in projections.items()},
-        out=projection_slices(module, n_heads, width).detach().clone(),
-        **{f"{part}_bias": None if p.bias is None else p.bias.clone() for part, p in projections.items()},
-        out_bias=None if bias is None else bias.detach().clone(),
-        site=found.name,
-    )
+        weight["q"], weight["k"], weight["v"], written, bias["q"], bias["k"], bias["v"],
+        None if last is None else last.detach().clone(), found.name,
+    )  # fmt: skip
 
 
 def seed_mamba2(attention: AttentionWeights, *, conv: int = 4, gated: bool = True, seed: int = 0) -> Mamba2:
