@@ -3,6 +3,7 @@
 from workbench.hooks.readers import (
     agents,
     delta,
+    fla,
     halo,
     lightning,
     linear_attention,
@@ -38,6 +39,7 @@ __all__ = [
     "check_gradients",
     "continues",
     "delta",
+    "fla",
     "halo",
     "in_place_of",
     "lightning",

@@ -15,6 +15,7 @@ from workbench.kernels.lightning import chunked
 from workbench.kernels.lightning.decay import check_decay, powers
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
+from workbench.kernels.recurrent import RecurrentPattern
 
 
 class LightningPattern(Pattern):
@@ -72,6 +73,15 @@ class LightningPattern(Pattern):
         [4.0, inf]
         """
         return 1 / (1 - self.decay)
+
+    def as_recurrence(self) -> RecurrentPattern:
+        """With the constant decay at every position."""
+        decay = self.decay.log().to(self.device)[None, :, None].expand(self.n_batch, -1, self.n_keys)
+        k = self.k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        values = (
+            None if self.values is None else self.values.repeat_interleave(self.n_heads // self.values.shape[1], dim=1)
+        )
+        return RecurrentPattern(self.q, k, decay, values=values)
 
     def from_state(self, state: Tensor) -> Tensor:
         """[batch, head, query, width] that the rows read of a state [batch, head, d, width] from before the first."""

@@ -222,6 +222,13 @@ class Pattern(ABC):
         """[batch, head, query] log of the softmax denominator; only softmax patterns have one."""
         raise CaptureError(f"{type(self).__name__} has no scores, hence no lse")
 
+    def as_recurrence(self) -> Pattern | None:
+        """The same map as a `RecurrentPattern`, whose decay, content and states can be told apart.
+
+        None of maps that are none, or are one of another kind.
+        """
+        return None
+
     def magnitude(self, key_weights: Tensor | None = None) -> Pattern:
         """|A|, times [batch, head, key] weights if given, normalised per row."""
         return MagnitudePattern(self, key_weights)

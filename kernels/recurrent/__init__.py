@@ -2,12 +2,14 @@
 
 from workbench.kernels.recurrent.filter import FilterPattern
 from workbench.kernels.recurrent.functional import gated_delta_rule, gated_linear_attention
+from workbench.kernels.recurrent.general_delta import GeneralDeltaPattern
 from workbench.kernels.recurrent.naive import naive_recurrence, naive_recurrent_pattern
 from workbench.kernels.recurrent.pattern import RecurrentPattern
 from workbench.kernels.recurrent.wkv import WKVPattern
 
 __all__ = [
     "FilterPattern",
+    "GeneralDeltaPattern",
     "RecurrentPattern",
     "WKVPattern",
     "gated_delta_rule",

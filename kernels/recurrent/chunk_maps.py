@@ -52,6 +52,18 @@ class Chunks:
         carry = self.carry[:, :, chunk]
         return rows * carry[:, :, None] if carry.dim() == 3 else rows @ carry
 
+    def run(self, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What is read of values [b, h, position, width], in the order of positions, and the last state."""
+        n, out = values.shape[2], []
+        short = -n % self.length
+        padded = torch.cat((values, values.new_zeros(*values.shape[:2], short, values.shape[3])), dim=2)
+        for number, given in enumerate(padded.split(self.length, dim=2)):
+            out.append(self.reads[:, :, number] @ state + self.within[:, :, number] @ given)
+            carry = self.carry[:, :, number]
+            kept = carry[..., None] * state if carry.dim() == 3 else carry @ state
+            state = kept + self.writes[:, :, number].mT @ given
+        return torch.cat(out, dim=2)[:, :, :n], state
+
 
 def map_chunks(q: Tensor, k: Tensor, log_decay: Tensor | None, beta: Tensor | None, length: int) -> Chunks:
     """The chunks of a recurrence; see `naive_recurrence` for the arguments, [batch, head, ...] of one dtype each."""

@@ -103,7 +103,7 @@ class RecurrentPattern(Pattern):
 
     def apply(self, values: Tensor) -> Tensor:
         """A·V, [batch, head, query, width], chunk by chunk in linear time; see `Pattern.apply`."""
-        return run(self._inputs(self._checked_values(values), slice(None)))[0]
+        return self._run(self._checked_values(values), None, slice(0, self.n_keys))[0]
 
     def from_state(self, state: Tensor) -> Tensor:
         """[batch, head, query, width] that the rows read of a state [batch, head, d, width] from before the first one.
@@ -117,13 +117,13 @@ class RecurrentPattern(Pattern):
             raise CaptureError(f"a state must be {list(wanted)} with a width", shape=state.shape)
         state = state.to(self.dtype)
         nothing = state.new_zeros(self.n_batch, self.n_heads, self.n_keys, state.shape[-1])
-        return run(self._inputs(nothing, slice(None)), state)[0]
+        return self._run(nothing, state, slice(0, self.n_keys))[0]
 
-    def _inputs(self, v: Tensor, at: slice) -> Inputs:
-        """Some positions of what the recurrence reads."""
+    def _run(self, v: Tensor, state: Tensor | None, at: slice) -> tuple[Tensor, Tensor]:
+        """What some positions read, of the values there and of a state before them, and the state after them."""
         q, k = (self._of_head(t[:, :, at]) for t in (self.q, self.k))
         log_decay, beta = (None if t is None else t[:, :, at] for t in (self.log_decay, self.beta))
-        return Inputs(q, k, v[:, :, at], log_decay, beta)
+        return run(Inputs(q, k, v[:, :, at], log_decay, beta), state)
 
     def state_at(self, position: int, values: Tensor | None = None) -> Tensor:
         """The state h after a position, [batch, head, d, width], before which there was none.
@@ -144,7 +144,7 @@ class RecurrentPattern(Pattern):
         if kept is None:
             raise CaptureError("a state is made of values", hint="pass values=, or capture with values=True")
         v, stop = self._checked_values(kept), position % self.n_keys + 1
-        return run(self._inputs(v, slice(0, stop)))[1]
+        return self._run(v, None, slice(0, stop))[1]
 
     def states(self, values: Tensor | None = None, *, every: int = 1) -> Tensor:
         """The states after positions every − 1, 2·every − 1, …, [batch, head, time, d, width], in one pass.
@@ -164,7 +164,7 @@ class RecurrentPattern(Pattern):
         v = self._checked_values(kept)
         state, found = None, []
         for start in range(0, self.n_keys - every + 1, every):
-            _, state = run(self._inputs(v, slice(start, start + every)), state)
+            _, state = self._run(v, state, slice(start, start + every))
             found.append(state)
         if not found:
             return v.new_zeros(*v.shape[:2], 0, self.q.shape[-1], v.shape[-1])
@@ -186,6 +186,10 @@ class RecurrentPattern(Pattern):
             return torch.full((self.n_batch, self.n_heads, 1), torch.inf, dtype=self.dtype, device=self.device)
         g = self.log_decay if self.log_decay.dim() == 4 else self.log_decay[..., None]
         return math.log(2) / g.to(self.dtype).mean(2).abs()
+
+    def as_recurrence(self) -> RecurrentPattern:
+        """Itself."""
+        return self
 
     def content(self) -> RecurrentPattern:
         """The map without decay: what queries and keys alone, and a delta rule's steps, would make of it.

@@ -1,6 +1,5 @@
 """Maps of recurrences: tiles against the definition, and that against judges; limits, states, files, bad input."""
 
-import runpy
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.judges import FOLDER, missing
+from support.judges import naive_of_fla
 from support.recurrences import KINDS, inputs
 from workbench.errors import CaptureError
 from workbench.kernels import families
@@ -148,14 +147,6 @@ def test_grouped_queries_and_keys():
     assert plain.shape == (2, 6, 33, 33)
 
 
-def _judge(kernel: str, name: str) -> Any:
-    """A function of one of the package's naive files: the package itself, once imported, changes what others do."""
-    path = FOLDER / "fla" / "ops" / kernel / "naive.py"
-    if not path.exists():
-        missing(ModuleNotFoundError(f"no {path.name} of fla's {kernel}"))
-    return runpy.run_path(str(path))[name]
-
-
 @pytest.mark.parametrize(
     ("kind", "kernel", "name"),
     [
@@ -169,7 +160,7 @@ def test_against_the_naive_code_of_flash_linear_attention(kind: str, kernel: str
     v = torch.randn(2, 4, 45, 5, generator=torch.Generator().manual_seed(1))
     given = {"q": made["q"], "k": made["k"], "v": v, "gk" if kind == "channels" else "g": made["log_decay"]}
     given |= {"beta": made["beta"]} if "beta" in made else {}
-    out = _judge(kernel, name)(**{name: t.transpose(1, 2) for name, t in given.items()})[0].transpose(1, 2)
+    out = naive_of_fla(kernel, name)(**{name: t.transpose(1, 2) for name, t in given.items()})[0].transpose(1, 2)
     scaled = made | {"q": made["q"] * made["q"].shape[-1] ** -0.5}
     torch.testing.assert_close(RecurrentPattern(**scaled).apply(v), out.float(), atol=2e-5, rtol=2e-5)
 

@@ -70,7 +70,7 @@ def _compare(tokens: Sequence[str] = WORDS[:12]) -> View:
 
     found = capture(tokens=tuple(tokens))
     return views.compare(
-        *(views.attention_pattern(found, site=0, heads=[head]) for head in (0, 1)), labels=("one", "two")
+        *(views.attention_pattern(found, site=site, heads=[0, 1]) for site in (0, 1)), labels=("one", "two")
     )
 
 

@@ -32,8 +32,8 @@ class Stage:
     """One stage of path patching.
 
     Attributes:
-        receivers: "logits"; or "q", "k", "v", "kv" or "qkv" of the heads that the stage before chose, or of `of`; or
-            names of receivers, such as ("a9.h6<q>",).
+        receivers: "logits"; or "q", "k", "v", "kv" or "qkv" of the heads that the stage before chose, or of `of` (of a
+            mixer's heads always all that they read, "x"); or names of receivers, such as ("a9.h6<q>",) or ("a3<x>",).
         positions: where activations are patched: names ("end", "S2") or numbers of tokens; None for all.
         of: heads whose q, k or v receive, in place of those chosen before.
         before: senders come before "any" of the receivers, or before "all" of them, as in Merullo et al.

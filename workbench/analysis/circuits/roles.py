@@ -16,6 +16,7 @@ from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.model.names import label
 from workbench.errors import TaskError
+from workbench.kernels.patterns import Pattern
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
@@ -146,7 +147,7 @@ def _attention(setup: Setup, pair: Pair, places: Mapping[str, tuple[str, ...]]) 
     found: dict[str, list[Tensor]] = {}
     for i, layer in enumerate(setup.stream.anatomy.layers):
         stream, cross = graph.stream_of(i), graph.layers[i].kind == "cross"
-        weights = cap[layer.site.name].pattern.dense()
+        weights = _shares(cap[layer.site.name].pattern)
         absent = weights.new_full(weights.shape[:2], torch.nan).double().cpu()
         for name, keys in _looked_for(setup, pair, stream, cross).items():
             seen = absent if keys is None else _mean((weights * keys[:, None]).sum(-1), keys.any(-1))
@@ -160,6 +161,15 @@ def _attention(setup: Setup, pair: Pair, places: Mapping[str, tuple[str, ...]]) 
                 onto = last.gather(2, index[:, None].expand(-1, last.shape[1], -1)).sum(-1).double().cpu()
             found.setdefault(f"to_{name}", []).append(onto)
     return {name: torch.cat(values, dim=1) for name, values in found.items()}
+
+
+def _shares(pattern: Pattern) -> Tensor:
+    """[example, head, query, key] whose rows sum to one: of signed or unnormalised maps the magnitudes."""
+    weights = pattern.dense()
+    if not pattern.by_magnitude:
+        return weights
+    weights = weights.abs()
+    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def _looked_for(setup: Setup, pair: Pair, stream: int, cross: bool) -> dict[str, Tensor | None]:

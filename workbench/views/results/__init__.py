@@ -15,11 +15,13 @@ from workbench.views.results.capture import overview
 from workbench.views.results.circuit_overlap import overlap_chance
 from workbench.views.results.conditioning import capacity_correlation
 from workbench.views.results.cross_attention import cross_attention
+from workbench.views.results.recurrences import half_lives, states
 
 __all__ = [
     "capacity_correlation",
     "circuits",
     "cross_attention",
+    "half_lives",
     "head_scores",
     "hybrids",
     "importance",
@@ -29,5 +31,6 @@ __all__ = [
     "pattern_atlas",
     "profile",
     "rollout",
+    "states",
     "weights",
 ]

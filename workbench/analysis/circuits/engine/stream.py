@@ -35,7 +35,8 @@ _SEVERAL = 3  # repeats from which on it is worth computing again what projectio
 #                       look at only
 # ("read_mlp", i)       what its MLP reads; to look at only
 # ("q" | "k" | "v", i)  [batch, position, head or group, width]
-# ("z", i)              [batch, position, head, width]
+# ("x", i)              [batch, position, d_model] what a mixer is given, behind its norm, for all its heads
+# ("z", i)              [batch, position, head, width] what heads give to their projection
 # ("attn", i)           [batch, position, d_model] what the attention writes, its bias included
 # ("mid", i)            the stream behind the attention, as the sum of what is there and what it writes
 # ("mlp_in", i)         what the MLP itself is given, behind its norm
@@ -206,7 +207,7 @@ class Stream:
                 only_where_changed(changes, modules, given, clean["mlp", i])
             if times < _SEVERAL:
                 continue
-            for name, part in {layer.projections[part].name: part for part in "qkv"}.items():
+            for name, part in {each.name: part for part, each in layer.projections.items()}.items():
                 given = anatomy.function(layer.projections[part].norm)(clean[anatomy.read_at(i, part)])
                 only_where_changed(changes, [anatomy.modules[name]], given)
             only_where_changed(changes, [layer.out_module], clean["z", i].flatten(-2))
@@ -233,9 +234,7 @@ class Stream:
                 self._hook(changes, what, i, list(functions))
 
     def _reader(self, i: int) -> nn.Module:
-        """The module that the attention of layer i reads the stream by: its norm, or the projection of its queries."""
-        part = self.anatomy.layers[i].projections["q"]
-        return self.anatomy.modules[part.norm or part.name]
+        return self.anatomy.modules[self.anatomy.layers[i].reader]
 
     def _hook(self, changes: Changes, what: str, i: int, functions: list[Hook]) -> None:
         anatomy = self.anatomy
@@ -263,6 +262,8 @@ class Stream:
             _on_output(changes, anatomy.modules[_mlp(layer)[-1]], functions)
         elif what == "mlp_in":
             _on_input(changes, anatomy.modules[_mlp(layer)[0]], functions)
+        elif what == "x" and layer.mixer is not None:
+            _on_input(changes, anatomy.modules[layer.mixer], functions)
         else:
             part = layer.projections[what]
             _on_output(changes, part.module, [_on_columns(f, part) for f in functions])

@@ -79,7 +79,7 @@ def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
     blocks = [block_of(wb.model, wb.sites, site.name) for site in sites]
     for site, block in zip(sites, blocks, strict=True):
         if not block:
-            raise AttachError("the attention is in no block of a list of blocks", site=site.name)
+            raise AttachError("the site is in no block of a list of blocks", site=site.name)
     small = {
         name: value[:1] if isinstance(value, Tensor) and value.dim() > 0 else value for name, value in inputs.items()
     }
@@ -104,11 +104,12 @@ def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
 def _streams(wb: Workbench) -> dict[str, list[Site]]:
     """The attention sites of each residual stream: one, or those of an encoder and of a decoder."""
     for site in wb.sites:
-        if site.kind not in ("self", "window", "cross"):
+        if site.kind not in ("self", "window", "cross", "state"):
             raise AttachError(
-                f'circuits need attention, this site is of kind "{site.kind}"', site=site.name,
-                hint="a state-space or channel mixer has no queries and keys that read the stream",
-            )  # fmt: skip
+                f'circuits need heads that move positions of the stream, this site is of kind "{site.kind}"',
+                site=site.name,
+                hint="what mixes channels, learned memories or pooled keys is no such head",
+            )
     towers: dict[str, list[Site]] = {}
     for site in wb.sites:
         towers.setdefault(site.tower, []).append(site)

@@ -54,10 +54,11 @@ class LayerModules:
 
     Attributes:
         block: name of the block; two layers may share one. site: the attention.
-        projections: of the queries "q", keys "k" and values "v".
+        projections: of the queries "q", keys "k" and values "v"; none where all heads read the stream through one door.
         out: name of the module that joins the heads. width: of a head's output.
         mlp: name of the MLP, or those of the modules in a row that make it; None if there is none.
         mlp_norm: as in `Projection`.
+        mixer: name of the module that reads the stream for all heads, if one does. mixer_norm: as in `Projection`.
     """
 
     block: str
@@ -69,6 +70,15 @@ class LayerModules:
     n_heads: int
     mlp: tuple[str, ...] | None
     mlp_norm: str | None
+    mixer: str | None = None
+    mixer_norm: str | None = None
+
+    @property
+    def reader(self) -> str:
+        """Name of the module that the heads read the stream by: a norm, or what their queries are made by."""
+        if self.mixer is not None:
+            return self.mixer_norm or self.mixer
+        return self.projections["q"].norm or self.projections["q"].name
 
     @property
     def w_o(self) -> Tensor:

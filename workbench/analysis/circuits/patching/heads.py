@@ -51,8 +51,9 @@ def patch_heads(
 
     Args:
         wb: the model, attached with its tokenizer. task: prompts with twins.
-        activation: what is put in: "z" (the head's output), "q", "k", "v" (k and v by kv group where heads share them),
-            or "pattern" (its attention weights over the values of the run it is put into).
+        activation: what is put in: "z" (what the head gives to its projection), "q", "k", "v" (k and v by kv group
+            where heads share them), or "pattern" (its attention weights over the values of the run it is put into).
+            Heads of recurrences, and of attention with a gate, have z only: the others are of the rest of the heads.
         direction: "denoising" puts the prompt's activation into the twin's run, "noising" the twin's into the prompt's.
         positions: names ("S2") or numbers of tokens, counted over a prompt's own, from −1 at its end; None for all.
         by_position: patch them one at a time; with `positions` None each token position is one, which needs prompts of
@@ -72,7 +73,7 @@ def patch_heads(
     with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
         setup.measure_baselines()
         at = "z" if activation == "pattern" else activation
-        heads = _heads(setup, at)
+        heads = _heads(setup, activation)
         units = [Unit(name, (at, i), i, _stream(setup, at, i), number) for i, number, name in heads]
         places = find_places(setup, positions, by_position)
         keys = list(dict.fromkeys(unit.key for unit in units))
@@ -132,9 +133,20 @@ def ablation_effects(setup: Setup, how: str, progress: bool = True) -> Tensor:
 
 
 def _heads(setup: Setup, activation: str) -> list[tuple[int, int, str]]:
-    """(layer, number, label) of what has such an activation, by layer."""
-    graph, part = setup.graph, activation if activation in "kv" else "q"
+    """(layer, number, label) of what has such an activation, by layer.
+
+    Raises:
+        InterventionError: nothing has.
+    """
+    graph, part = setup.graph, activation if activation in ("k", "v") else "q"
+    if activation == "z":
+        return [(i, head, label(n)) for (i, head), n in zip(graph.heads(), graph.head_names, strict=True)]
     names = [graph.receivers[column] for i in range(len(graph.layers)) for column in graph.columns(i, part)]
+    if not names:
+        raise InterventionError(
+            f"no head of this model has {activation} that it reads from the stream by itself",
+            hint='activation="z" patches what heads give, wb.edit_pattern rows of a map',
+        )
     return [(graph.receiver_spot(n).layer, graph.receiver_spot(n).number, label(n.partition("<")[0])) for n in names]
 
 
@@ -153,6 +165,8 @@ def _with_patterns(setup: Setup, pair: Pair, runs: Runs) -> Runs:
         wb.model(**runs.into, **setup.stream.extra)
     new: dict[Key, Tensor] = {}
     for i, layer in enumerate(setup.stream.anatomy.layers):
+        if layer.mixer is not None:
+            continue
         site = layer.site.name
         weights, values = patterns[site].pattern.dense(), own[site].pattern.values
         if values is None:
