@@ -62,7 +62,7 @@ class Distillation(Result):
 
     sites: Annotated[tuple[str, ...], "layer"]
     layers: Float[Tensor, "step layer"]
-    logits: Float[Tensor, step]
+    logits: Float[Tensor, " step"]
     provenance: dict[str, Any]
 
     @property

@@ -54,7 +54,7 @@ class HybridMaps(Result):
     entropy: Float[Tensor, "head 2 example"]
     distance: Float[Tensor, "head 2 example"]
     signed_mass: Float[Tensor, "head example"]
-    half_life: Float[Tensor, head]
+    half_life: Float[Tensor, " head"]
     loss_sites: Annotated[tuple[str, ...], "layer"]
     loss: Float[Tensor, "layer example"]
     provenance: dict[str, Any]
