@@ -83,7 +83,7 @@ class HybridMaps(Result):
             for i, whose in enumerate(("teacher", "student")):
                 frame[f"{name}, {whose}"] = getattr(self, name)[:, i].double().mean(1).numpy()
         frame["signed mass"] = self.signed_mass.double().mean(1).numpy()
-        frame["half-life"] = self.half_life.numpy()
+        frame["half-life"] = self.half_life.double().numpy()
         frame["matched"] = [f"L{a}H{b}" not in unmatched for a, b in zip(self.layers, self.numbers, strict=True)]
         return pd.DataFrame(frame)
 

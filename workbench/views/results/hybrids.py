@@ -72,10 +72,12 @@ def _view_of_distillation(found: Distillation) -> Figure:
     for i, site in enumerate(found.sites):
         line = {"color": SERIES[i % len(SERIES)]}
         fig.add_trace(
-            go.Scatter(x=steps, y=found.layers[:, i].numpy(), name=plotly_text(site), mode="lines", line=line)
+            go.Scatter(x=steps, y=found.layers[:, i].double().numpy(), name=plotly_text(site), mode="lines", line=line)
         )
     fig.add_trace(
-        go.Scatter(x=steps, y=found.logits.numpy(), name="logits, nats", mode="lines", line={"color": "#808890"})
+        go.Scatter(
+            x=steps, y=found.logits.double().numpy(), name="logits, nats", mode="lines", line={"color": "#808890"}
+        )
     )
     fig.update_xaxes(title_text="step")
     fig.update_yaxes(title_text="loss", type="log")
