@@ -18,7 +18,7 @@ from workbench.kernels.patterns import Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
 
-class GatedPattern(Pattern):
+class RowGatedPattern(Pattern):
     """A[h, i, j] = g[h, i] · P[h, i, j]. A row whose gate is zero is a head that is skipped there.
 
     Statistics are those of the rows that are left, normalised; a row of zeros counts as one that sees no key.
@@ -55,7 +55,7 @@ class GatedPattern(Pattern):
         return {"base": facts}, tensors | {name: t for name, t in held.items() if t is not None}
 
     @classmethod
-    def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> GatedPattern:
+    def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> RowGatedPattern:
         """The pattern from its `state`."""
         base = put_together(facts["base"], tensors)["attention"]
         return cls(base, tensors["gates"], values=tensors.get("values"))
@@ -79,10 +79,12 @@ class GatedPattern(Pattern):
         return self.base.apply(values) * self.gates[..., None].to(self.dtype)
 
 
-def _pattern(q: Tensor, k: Tensor, gates: Tensor, *, causal: bool = False, scale: float | None = None) -> GatedPattern:
+def _pattern(
+    q: Tensor, k: Tensor, gates: Tensor, *, causal: bool = False, scale: float | None = None
+) -> RowGatedPattern:
     n_queries, n_keys = q.shape[2], k.shape[2]
     mask = Mask(n_queries, n_keys, causal=causal, offset=n_keys - n_queries)
-    return GatedPattern(SoftmaxPattern(q, k, mask, scale=scale), gates)
+    return RowGatedPattern(SoftmaxPattern(q, k, mask, scale=scale), gates)
 
 
 @attention_function(_pattern)

@@ -94,7 +94,7 @@ def test_only_chosen_gates_carry_gradients_and_balance_is_least_where_all_are_ch
     assert balance > 4 / 8
     with torch.no_grad():
         layer.to_routed.weight.zero_()
-    assert float(layer.route(X, layer.heads(X)[0]).balance) == pytest.approx(4 / 8)
+    assert layer.route(X, layer.heads(X)[0]).balance.item() == pytest.approx(4 / 8)
 
 
 def test_the_loss_is_kept_in_training_alone() -> None:

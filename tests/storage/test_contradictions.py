@@ -26,7 +26,8 @@ import workbench.analysis
 import workbench.mechanisms
 import workbench.sweep
 from workbench.analysis.atlas.encoder import Autoencoder
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.errors import FormatError
 from workbench.storage.result import Result
 from workbench.storage.typed import Between, Keys, Places
