@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import workbench
 from workbench import Capacity, attach
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.capture.capture import Capture
 from workbench.views import View
