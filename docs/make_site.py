@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SITE = ROOT / ".cache" / "site"
 PAGES, SOURCE = SITE / "pages", SITE / "source"
 
-NAMESPACES = ("metrics", "tasks", "models", "views")
+NAMESPACES = ("mechanisms", "metrics", "tasks", "models", "views")
 """Public modules with public names of their own, `workbench.tasks.ioi`."""
 GIVEN_BACK = (
     "workbench.capture.capture.Forward",

@@ -33,9 +33,10 @@ _known: dict[tuple[Any, ...], bool] = {}
 def calls_attention(module: nn.Module, *, across_methods: bool = False) -> bool:
     """Whether a module's own forward, or what it calls, mentions an attention kernel or writes attention out.
 
-    Followed are, by the names that the code mentions: methods of the class, functions of the same package, the
-    functions in a table that one is chosen from, and objects on the module that can be called ("processors"). What
-    is a module itself is not followed, since it is looked at on its own.
+    Followed are, by the names that the code mentions: methods of the class, also those that it puts in the place of
+    another package's, functions of the same package, the functions in a table that one is chosen from, and objects on
+    the module that can be called ("processors"). What is a module itself is not followed, since it is looked at on its
+    own.
 
     Args:
         across_methods: take a softmax in one method and a product in another for attention, too.
@@ -121,7 +122,7 @@ class _Reading:
             inherits = "super" in function.__code__.co_names  # then overridden methods run too
             for base in cls.__mro__ if inherits else (cls,):
                 method = _function(vars(base).get(name) if inherits else inspect.getattr_static(base, name, None))
-                if method is not None and _same_package(method, function):
+                if method is not None and (_same_package(method, function) or _same_package(method, cls)):
                     yield method, cls
             carried = self.callables.get(name)
             if carried is not None and name != "forward":
@@ -194,7 +195,7 @@ def _closed_over(function: FunctionType) -> dict[str, Any]:
     return found
 
 
-def _same_package(one: FunctionType, other: FunctionType) -> bool:
+def _same_package(one: FunctionType, other: FunctionType | type) -> bool:
     return str(one.__module__).partition(".")[0] == str(other.__module__).partition(".")[0]
 
 

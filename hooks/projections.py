@@ -111,6 +111,10 @@ class ProjectionFinder:
         """Whether the projection of a site was found."""
         return site in self._found
 
+    def knows_of(self, site: str, name: str, module: nn.Module) -> None:
+        """The projection of a site was found by other means: that of a module which has a reader."""
+        self._found.setdefault(site, (name, module))
+
     def saw_call(self, site: str, module: nn.Module, z: Tensor) -> None:
         """An attention call gave z [batch, query, head, width], in memory that stays as it is."""
         if site in self._found:

@@ -38,7 +38,7 @@ def test_there_is_a_recipe_for_each_thing_that_can_be_added() -> None:
     rows = re.findall(r"^\| \[[^\]]+\]\(#([\w-]+)\)", PAGE, flags=re.MULTILINE)
     heads = [head.lower().replace(" ", "-") for head in re.findall(r"^## (.+)$", PAGE, flags=re.MULTILINE)]
     assert rows == heads
-    assert len(RECIPES) == len(rows) == 7
+    assert len(RECIPES) == len(rows) == 8
 
 
 @pytest.mark.parametrize("name", RECIPES)

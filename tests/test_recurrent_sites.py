@@ -1,6 +1,7 @@
 """Linear and recurrent layers as sites of whole models: captured, verified, edited as by hand, swept, saved."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,46 @@ def test_a_head_is_switched_off_as_by_hand(name: str) -> None:
     for edited in (ablated, without_rows, patched):
         torch.testing.assert_close(edited, wanted, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(same, bare, atol=2e-5, rtol=2e-5)
+
+
+OUT = {"kimi-linear": "o_proj", "olmo": "o_proj", "recurrent-gemma": "linear_out", "rwkv": "output"}
+
+
+@EACH
+@torch.no_grad()
+def test_results_are_what_each_head_writes_and_stand_in_the_cache(name: str, tmp_path: Path) -> None:
+    """Columns of what the projection was given, times its own; with norm and gate as they were, edited or not."""
+    model = build(name)
+    with workbench.attach(model) as wb:
+        site = states(wb)[0]
+        out = model.get_submodule(f"{site.name}.{OUT.get(name, 'out_proj')}")
+        given: list[Tensor] = []
+        made: list[Tensor] = []
+
+        def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+            given.append(args[0])
+            made.append(output)
+
+        out.register_forward_hook(watch)
+        for edit in (nullcontext(), wb.ablate({(site.name, HEAD)}, how="zero")):
+            given.clear()
+            made.clear()
+            with wb.capture([], z=True, sites=site.name) as cap, edit:
+                model(IDS, use_cache=False)
+            one, bias = cap[site.name], 0.0 if out.bias is None else out.bias
+            n_heads = one.shape[1]
+            heads = given[-1].unflatten(-1, (n_heads, -1)) if isinstance(edit, nullcontext) else one.entering
+            want = torch.einsum("bnhw,dhw->bnhd", heads, out.weight.unflatten(1, (n_heads, -1)))
+            torch.testing.assert_close(one.result(), want, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(one.result([HEAD, 0]), want[:, :, [HEAD, 0]], atol=2e-5, rtol=1e-4)
+            if isinstance(edit, nullcontext):
+                torch.testing.assert_close(one.result().sum(2) + bias, made[-1], atol=5e-5, rtol=1e-4)
+        cache = cap.to_cache()
+        assert torch.equal(cache[f"{site.alias}.hook_result"], one.result())
+        assert torch.equal(cache[f"{site.alias}.hook_z"], one.z)
+        assert torch.equal(cache[f"{site.alias}.hook_pattern"], one.pattern.dense())
+        saved = cap.save(tmp_path / "run.safetensors", result=True)
+    assert torch.equal(workbench.load_capture(saved)[site.name].result(), one.result())
 
 
 def backward(model: Any) -> dict[str, Tensor]:

@@ -21,14 +21,15 @@ from workbench.errors import (
 from workbench.storage import rendering
 
 if TYPE_CHECKING:
-    from workbench import metrics, models, tasks, views
+    from workbench import mechanisms, metrics, models, tasks, views
     from workbench.analysis.atlas import PatternAtlas, pattern_atlas
     from workbench.analysis.circuits.circuit import Circuit
     from workbench.analysis.circuits.faithfulness import Faithfulness, circuit_faithfulness
     from workbench.analysis.circuits.faithfulness_curve import FaithfulnessCurve, faithfulness_curve
     from workbench.analysis.circuits.find import Stage, find_circuit
     from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted
-    from workbench.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
+    from workbench.analysis.circuits.overlap import circuit_overlap
+    from workbench.analysis.circuits.overlap_result import CircuitOverlap
     from workbench.analysis.circuits.patching import (
         HeadPatching,
         LayerPatching,
@@ -103,7 +104,7 @@ _LAZY = {
     "faithfulness_curve": "workbench.analysis.circuits.faithfulness_curve",
     "Stage": "workbench.analysis.circuits.find",
     "find_circuit": "workbench.analysis.circuits.find",
-    "CircuitOverlap": "workbench.analysis.circuits.overlap",
+    "CircuitOverlap": "workbench.analysis.circuits.overlap_result",
     "circuit_overlap": "workbench.analysis.circuits.overlap",
     "HeadPatching": "workbench.analysis.circuits.patching",
     "ablate_heads": "workbench.analysis.circuits.patching",
@@ -163,7 +164,7 @@ _LAZY = {
     "Variant": "workbench.sweep.variants",
     "run_sweep": "workbench.sweep.run",
 }
-_LAZY_MODULES = ("metrics", "models", "tasks", "views")
+_LAZY_MODULES = ("mechanisms", "metrics", "models", "tasks", "views")
 
 __all__ = [
     "AttachError",
@@ -237,6 +238,7 @@ __all__ = [
     "load_capture",
     "logit_attribution",
     "logit_lens",
+    "mechanisms",
     "metrics",
     "models",
     "ov_copying",

@@ -1,6 +1,8 @@
-"""Reads linear attention over images: Sana's in diffusion transformers, and that of its autoencoder, of diffusers.
+"""Reads linear attention over images: Sana's and its autoencoder's, of diffusers, and that of diffusion U-Nets.
 
-Rectified queries and keys are their own features, and rows are divided by their sums.
+In Sana rectified queries and keys are their own features, and rows are divided by their sums. In "efficient attention"
+(arXiv 1812.01243), which U-Nets took up, queries pass a softmax over their channels and keys one over the positions, so
+that rows sum to one by themselves.
 """
 
 from __future__ import annotations
@@ -8,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from workbench.errors import CaptureError
 from workbench.hooks.readers.registered import Mixing, ModuleRun, join_heads, reader
 from workbench.hooks.readers.state_space import foreign, has
 from workbench.kernels.linear import LinearPattern
@@ -71,6 +74,66 @@ def sana_multiscale(run: ModuleRun) -> Mixing:
         return y + hidden if module.residual_connection else y
 
     return _rectified(q, k, v, finish, eps=module.eps)
+
+
+@reader("EfficientAttention", kind="self",
+        when=has("keys", "queries", "values", "reprojection", "head_count"))  # fmt: skip
+def efficient(run: ModuleRun) -> Mixing:
+    """The positions are those of an image, row by row, which the module adds what it finds to."""
+    module: Any = run.module
+    x = _image(run)
+    try:
+        q, k, v = (
+            part.forward(x).flatten(2).unflatten(1, (module.head_count, -1)).mT
+            for part in (module.queries, module.keys, module.values)
+        )
+    except AttributeError as error:
+        raise foreign(run, error) from error
+
+    def finish(z: Tensor) -> Tensor:
+        y: Tensor = module.reprojection.forward(z.mT.flatten(1, 2).unflatten(2, x.shape[2:]).to(x.dtype))
+        return y + x
+
+    return _softmaxed(q, k, v, finish)
+
+
+def _is_unet_linear(module: Any) -> bool:
+    parts = has("to_qkv", "to_out", "heads", "scale")(module) and not hasattr(module, "mem_kv")
+    return parts and isinstance(module.to_qkv, nn.Conv2d) and module.to_qkv.kernel_size == (1, 1)
+
+
+@reader("LinearAttention", kind="self", when=_is_unet_linear)
+def unet_linear(run: ModuleRun) -> Mixing:
+    """As `efficient`, behind the module's norm where it has one; its queries' scale stands before the projection."""
+    module: Any = run.module
+    x = _image(run)
+    try:
+        given = module.norm.forward(x) if hasattr(module, "norm") else x
+        split = (t.flatten(2).unflatten(1, (module.heads, -1)).mT for t in module.to_qkv.forward(given).chunk(3, dim=1))
+        q, k, v = split
+    except AttributeError as error:
+        raise foreign(run, error) from error
+
+    def finish(z: Tensor) -> Tensor:
+        y = (z * module.scale).mT.flatten(1, 2).unflatten(2, x.shape[2:])
+        out: Tensor = module.to_out.forward(y.to(x.dtype))
+        return out
+
+    return _softmaxed(q, k, v, finish)
+
+
+def _image(run: ModuleRun) -> Tensor:
+    """The only tensor [batch, channel, height, width] that a module was given."""
+    given = [value for value in run.inputs.values() if isinstance(value, Tensor)]
+    if len(given) != 1 or given[0].dim() != 4:
+        shapes = ", ".join(str(list(t.shape)) for t in given) or "none"
+        raise CaptureError(f"one image [batch, channel, height, width] is needed, not {shapes}", site=run.site)
+    return given[0]
+
+
+def _softmaxed(q: Tensor, k: Tensor, v: Tensor, finish: Any) -> Mixing:
+    q, k = q.softmax(-1), k.softmax(2)
+    return Mixing(LinearPattern(q, k, values=v, normalised=True), v, finish, "efficient_attention", queries=q, keys=k)
 
 
 def _rectified(q: Tensor, k: Tensor, v: Tensor, finish: Any, eps: float = _EPS) -> Mixing:

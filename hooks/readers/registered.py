@@ -251,7 +251,7 @@ def read_module(
     except CaptureError as error:
         raise type(error)(error.message, site=error.site or site, shape=error.shape, hint=error.hint) from error
     _check(mixing, site)
-    others, left = dict(mixing.others), _held(module, args, kwargs, output)
+    others, left = {**mixing.pattern.factors, **mixing.others}, _held(module, args, kwargs, output)
     return AttentionCall(
         site=site,
         module=module,

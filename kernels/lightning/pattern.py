@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.checks import check_attention
+from workbench.kernels.checks import check_attention, state_dtype
 from workbench.kernels.history import own
 from workbench.kernels.lightning import chunked
 from workbench.kernels.lightning.decay import check_decay, powers
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
+from workbench.kernels.recurrent import RecurrentPattern
 
 
 class LightningPattern(Pattern):
@@ -48,7 +49,7 @@ class LightningPattern(Pattern):
                 hint="hand an earlier segment over as initial_state=, not as more keys",
             )
         n = q.shape[2]
-        super().__init__((*q.shape[:3], n), Mask(n, n, causal=True), chunked.state_dtype(q), q.device)
+        super().__init__((*q.shape[:3], n), Mask(n, n, causal=True), state_dtype(q), q.device)
         self.n_kv_heads = k.shape[1]
         self.q, self.k, self.values = own(q), own(k), None if values is None else own(values)
         self.decay = check_decay(decay, q.shape[1])
@@ -72,6 +73,15 @@ class LightningPattern(Pattern):
         [4.0, inf]
         """
         return 1 / (1 - self.decay)
+
+    def as_recurrence(self) -> RecurrentPattern:
+        """With the constant decay at every position."""
+        decay = self.decay.log().to(self.device)[None, :, None].expand(self.n_batch, -1, self.n_keys)
+        k = self.k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        values = (
+            None if self.values is None else self.values.repeat_interleave(self.n_heads // self.values.shape[1], dim=1)
+        )
+        return RecurrentPattern(self.q, k, decay, values=values)
 
     def from_state(self, state: Tensor) -> Tensor:
         """[batch, head, query, width] that the rows read of a state [batch, head, d, width] from before the first."""

@@ -108,6 +108,11 @@ class Pattern(ABC):
         """Whether statistics are those of |A| normalised per row."""
         return self.signed or not self.normalised
 
+    @property
+    def factors(self) -> Mapping[str, Pattern]:
+        """The maps that it is made of, by name; a capture keeps them beside it. None for most."""
+        return {}
+
     @abstractmethod
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON facts and named tensors from which `rebuild` makes the pattern again; "values" where they are kept."""
@@ -216,6 +221,13 @@ class Pattern(ABC):
     def lse(self) -> Tensor:
         """[batch, head, query] log of the softmax denominator; only softmax patterns have one."""
         raise CaptureError(f"{type(self).__name__} has no scores, hence no lse")
+
+    def as_recurrence(self) -> Pattern | None:
+        """The same map as a `RecurrentPattern`, whose decay, content and states can be told apart.
+
+        None of maps that are none, or are one of another kind.
+        """
+        return None
 
     def magnitude(self, key_weights: Tensor | None = None) -> Pattern:
         """|A|, times [batch, head, key] weights if given, normalised per row."""

@@ -95,6 +95,12 @@ class _StatePattern(Pattern):
         with differentiable():
             return RecurrentPattern(C, B, decay)
 
+    def as_recurrence(self) -> RecurrentPattern:
+        """With Δ in the keys, so that its map is M itself."""
+        plain = self.recurrence()
+        k = plain.k * self.delta[..., None].to(plain.k)
+        return RecurrentPattern(plain.q, k, plain.log_decay, values=self.values)
+
     def apply(self, values: Tensor) -> Tensor:
         """M·V [batch, head, query, width], some heads at a time, chunk by chunk in linear time; see `Pattern.apply`."""
         v = self._checked_values(values)

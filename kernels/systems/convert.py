@@ -10,7 +10,7 @@ from torch import Tensor
 from workbench.errors import CaptureError
 from workbench.kernels.lightning import LightningPattern
 from workbench.kernels.patterns import DENSE_LIMIT, Pattern
-from workbench.kernels.recurrent import FilterPattern, RecurrentPattern, WKVPattern
+from workbench.kernels.recurrent import FilterPattern, GeneralDeltaPattern, RecurrentPattern, WKVPattern
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.state_space import DualPattern, SelectivePattern
 from workbench.kernels.systems.layers import separable_attention
@@ -80,6 +80,13 @@ def _(pattern: RecurrentPattern) -> DynamicalSystem:
         return DynamicalSystem(decay, k, q)
     written = k * pattern.beta.double()[..., None]
     return DynamicalSystem(decay.expand_as(k), written, q, erased=written, along=k * decay)
+
+
+@_system.register
+def _(pattern: GeneralDeltaPattern) -> DynamicalSystem:
+    assert pattern.log_decay is not None
+    q, k, a, b = (t.double() for t in (pattern.q, pattern.k, pattern.a, pattern.b))
+    return DynamicalSystem(pattern.log_decay.double().exp(), k, q, erased=-b, along=a)
 
 
 @_system.register

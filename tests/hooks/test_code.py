@@ -214,3 +214,29 @@ class TestTorchScript:
         assert len(wb.sites) == 0
         with wb, pytest.raises(CaptureError, match="no attention call was seen"), wb.capture():
             model(torch.randn(1, 5, 24))
+
+
+def test_a_method_in_the_place_of_another_package_s_is_followed() -> None:
+    base = type("Base", (nn.Module,), {"forward": _base_forward, "mix": _base_mix, "__module__": "elsewhere.models"})
+
+    class Attends(base):  # type: ignore[misc, valid-type]
+        def mix(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    assert calls_attention(Attends())
+    assert not calls_attention(base())
+
+
+def _elsewhere(function: Any) -> Any:
+    function.__module__ = "elsewhere.models"
+    return function
+
+
+@_elsewhere
+def _base_forward(self: Any, x: Tensor) -> Tensor:
+    return self.mix(x)
+
+
+@_elsewhere
+def _base_mix(self: Any, x: Tensor) -> Tensor:
+    return x

@@ -1,6 +1,5 @@
 """Maps of recurrences: tiles against the definition, and that against judges; limits, states, files, bad input."""
 
-import runpy
 from typing import Any
 
 import pytest
@@ -9,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.judges import FOLDER, missing
+from support.judges import naive_of_fla
+from support.recurrences import KINDS, inputs
 from workbench.errors import CaptureError
 from workbench.kernels import families
 from workbench.kernels.lightning import LightningPattern
@@ -26,29 +26,10 @@ from workbench.kernels.statistics import dense
 
 SIZES = [1, 17, 63, 64, 65, 100, 200]
 TIGHT = {"atol": 1e-11, "rtol": 1e-10}
-KINDS = ["linear", "decay", "channels", "delta", "gated delta", "kimi delta"]
 STATISTICS = [
     "entropy", "peak", "peak_key", "effective_keys", "distance", "distance_var", "sink", "current", "previous",
     "signed_mass", "received", "received_mean", "top_keys", "pooled_mean", "pooled_max",
 ]  # fmt: skip
-
-
-def inputs(kind: str, n: int, *, b: int = 2, h: int = 4, d: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """In float64; uneven decays, some of which wipe the state out; keys of delta rules have unit length."""
-    gen = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=gen, dtype=torch.float64)
-
-    found = {"q": normal(b, h, n, d), "k": normal(b, h, n, d)}
-    if kind in ("decay", "gated delta"):
-        found["log_decay"] = -(2 * normal(b, h, n) - 2).exp()
-    if kind in ("channels", "kimi delta"):
-        found["log_decay"] = -(2 * normal(b, h, n, d) - 2).exp()
-    if "delta" in kind:
-        found["k"] = torch.nn.functional.normalize(found["k"], dim=-1)
-        found["beta"] = 2 * normal(b, h, n).sigmoid()
-    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,14 +147,6 @@ def test_grouped_queries_and_keys():
     assert plain.shape == (2, 6, 33, 33)
 
 
-def _judge(kernel: str, name: str) -> Any:
-    """A function of one of the package's naive files: the package itself, once imported, changes what others do."""
-    path = FOLDER / "fla" / "ops" / kernel / "naive.py"
-    if not path.exists():
-        missing(ModuleNotFoundError(f"no {path.name} of fla's {kernel}"))
-    return runpy.run_path(str(path))[name]
-
-
 @pytest.mark.parametrize(
     ("kind", "kernel", "name"),
     [
@@ -187,7 +160,7 @@ def test_against_the_naive_code_of_flash_linear_attention(kind: str, kernel: str
     v = torch.randn(2, 4, 45, 5, generator=torch.Generator().manual_seed(1))
     given = {"q": made["q"], "k": made["k"], "v": v, "gk" if kind == "channels" else "g": made["log_decay"]}
     given |= {"beta": made["beta"]} if "beta" in made else {}
-    out = _judge(kernel, name)(**{name: t.transpose(1, 2) for name, t in given.items()})[0].transpose(1, 2)
+    out = naive_of_fla(kernel, name)(**{name: t.transpose(1, 2) for name, t in given.items()})[0].transpose(1, 2)
     scaled = made | {"q": made["q"] * made["q"].shape[-1] ** -0.5}
     torch.testing.assert_close(RecurrentPattern(**scaled).apply(v), out.float(), atol=2e-5, rtol=2e-5)
 

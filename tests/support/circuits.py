@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import MBartConfig, MBartForConditionalGeneration
 
 from support.encoder_decoders import captioner
+from support.hybrid_models import SUMS, hybrid
 from support.tiny import VOCABULARY, family, make
 from workbench.tasks import Task, from_inputs, from_prompts
 
@@ -94,8 +95,8 @@ def task_for(name: str, n: int, lengths: int = 1) -> Task:
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A tiny random model of the zoo; mBART, which is BART with its norms before attention and MLP; or a captioner."""
-    others = {"mbart": _mbart, "captioner": captioner}
+    """A tiny random model of the zoo, or a hybrid; mBART, which is BART with its norms first; or a captioner."""
+    others = {"mbart": _mbart, "captioner": captioner, **{each: lambda each=each: hybrid(each) for each in SUMS}}
     model = (others[name]() if name in others else make(family(name))).to(dtype)
     if name in ("t5", "mbart", "whisper"):  # large weights, so that what the encoder reads matters to the logits
         with torch.no_grad():

@@ -1,11 +1,12 @@
 """Packages of other people's models and weights, in a folder of their own (`tests/judges.txt`)."""
 
+import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from support.unavailable import unavailable
 
@@ -25,6 +26,14 @@ def judges() -> Iterator[None]:
         sys.path.remove(str(FOLDER))
         for name in [name for name in sys.modules if name.partition(".")[0] in TAKEN]:
             _put_aside[name] = sys.modules.pop(name)
+
+
+def naive_of_fla(kernel: str, name: str) -> Any:
+    """A function of one of fla's naive files: the package itself, once imported, changes what others do."""
+    path = FOLDER / "fla" / "ops" / kernel / "naive.py"
+    if not path.exists():
+        missing(ModuleNotFoundError(f"no {path.name} of fla's {kernel}"))
+    return runpy.run_path(str(path))[name]
 
 
 def missing(error: Exception) -> NoReturn:

@@ -44,6 +44,7 @@ def join_recurrence(captures: Sequence[SiteCapture], settings: Settings, ids: Te
         )
     patterns = [capture.pattern for capture in captures]
     z = [capture.z for capture in captures if capture.z is not None]
+    entering = [capture.entering for capture in captures if capture.entering is not None]
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(patterns[0].device.type, enabled=False):
             pattern = patterns[0].then(patterns[1:])
@@ -58,6 +59,8 @@ def join_recurrence(captures: Sequence[SiteCapture], settings: Settings, ids: Te
         statistics=statistics,
         kernel=", ".join(dict.fromkeys(capture.kernel for capture in captures)),
         z=torch.cat(z, dim=1) if len(z) == len(captures) else None,
+        entering=torch.cat(entering, dim=1) if len(entering) == len(captures) else None,
+        projection=first.projection if not z or entering else None,
         weights=weights,
         lazy=pattern,
         held=[],

@@ -23,6 +23,7 @@ from workbench.tokens import visible_text
 PATTERN = "pattern."  # starts the names of tensors that rebuild a pattern
 KEPT = {  # in files: fields
     "_z": "z", "_z_gradient": "z_gradient", "_result": "stored_result", "_weights": "weights", "_before": "before",
+    "_entering": "entering",
 }  # fmt: skip
 _GRADIENT_HINT = "capture with gradients=True and call loss.backward() inside the `with`"
 
@@ -40,6 +41,8 @@ class SiteCapture:
         z_gradient: ∂L/∂z, like z, if asked for; sums of A∘∂L/∂A are among the statistics, under the names of
             `workbench.kernels.gradients.GRADIENT_SUMS`. Several backward passes add up, as in `.grad`.
         projection: where z goes; None if it was not found or not looked for.
+        entering: [batch, query, head, width] what of each head enters the projection of a module that has a reader:
+            z behind the module's norm, gate and skip; None where z enters it as it is.
         stored_result: [batch, query, head, d_model], from a file that holds it.
         lazy, others: the pattern and further maps by name, if they were kept; read them by `pattern` and `patterns`.
         signed: whether weights may be negative. normalised: whether rows sum to one. Where one of them says that the
@@ -61,6 +64,7 @@ class SiteCapture:
     z: Tensor | None = None
     z_gradient: Tensor | None = None
     projection: Projection | None = None
+    entering: Tensor | None = None
     stored_result: Tensor | None = None
     weights: Tensor | None = None
     lazy: Pattern | None = None
@@ -153,6 +157,8 @@ class SiteCapture:
         """z times each head's slice of W_O, [batch, query, head, d_model]: what it writes to the residual stream.
 
         The sum over heads, plus the projection's bias, is the projection's output; a norm may follow in some models.
+        Of a recurrence it is `entering` that is projected: the norm, the gate and the skip of the module are those of
+        this run, so that a head's part is not what is missing where the head is switched off and norms change.
 
         Args:
             heads: which heads; all if None.
@@ -206,7 +212,8 @@ class SiteCapture:
                 "between), or the capture was loaded or gathered: save or gather it with result=True",
             )
         try:
-            z = self.z if self.site.here is None else self.z[:, :, slice(self.site.here.start, self.site.here.stop)]
+            z = self.z if self.entering is None else self.entering
+            z = z if self.site.here is None else z[:, :, slice(self.site.here.start, self.site.here.stop)]
             return z, self.projection.slices(*z.shape[2:])
         except CaptureError as error:
             raise CaptureError(error.message, site=name, shape=error.shape, hint=error.hint) from None

@@ -51,7 +51,7 @@ class Cache(Mapping[str, Tensor]):
                 self._make[f"{self._prefix[capture.site.name]}.{hook}"] = make
 
     def _hooks(self, capture: SiteCapture, rotary: bool) -> dict[str, Callable[[], Tensor]]:
-        turned = "rot_" if rotary and capture.site.kind != "cross" else ""
+        turned = "rot_" if rotary and capture.site.kind not in ("cross", "state") else ""
         hooks: dict[str, Callable[[], Tensor]] = {}
         if capture.lazy is not None or capture.weights is not None:
             hooks["hook_pattern"] = lambda: capture.pattern.dense(limit=self._limit)

@@ -14,6 +14,7 @@ from workbench.report import verdict
 from workbench.report.sections import Section, Table, count
 from workbench.tokens import visible, visible_text
 from workbench.views.base.spec import ViewSpec
+from workbench.views.results.recurrences import recurrences
 
 if TYPE_CHECKING:
     from workbench.capture.capture import Capture
@@ -87,6 +88,10 @@ def _figures(call: Capture, batch: int, budget: int, caption: str | None) -> lis
     made: list[views.View] = [views.head_atlas(call)] if call.statistics else []
     if any(site.lazy is not None or site.weights is not None for site in call):
         made.append(views.attention_pattern(call, batch=batch, budget=budget))
+    if any(pattern.log_decay is not None for _, pattern in recurrences(call)):
+        title = "Content and decay of recurrent layers"
+        apart = views.attention_pattern(call, batch=batch, apart=True, budget=budget // 2, title=title)
+        made += [views.half_lives(call), apart]
     strip = _strip(call, batch)
     if strip is not None:
         made.append(strip)

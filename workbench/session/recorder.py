@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.capture.timing import CallTimes
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, WorkbenchError
+from workbench.hooks.entering import entering, own_columns
 from workbench.hooks.projections import ProjectionFinder
 from workbench.hooks.sites import Site, Sites, site_name, with_call
 from workbench.hooks.tap import AttentionCall, Unshown
@@ -260,13 +262,17 @@ class Recorder:
         except CaptureError as error:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None
         widen = _itself if call.shard is None else call.shard.widened  # heads that are elsewhere are NaN
-        z = dense = None
+        z = dense = entered = None
         if settings.z:
             given = None if edited is None else call.own(edited)
             if given is None:
                 given = call.mixed
             z = self.arena.copy(given.detach().transpose(1, 2))
-            if call.part is None:
+            if call.finish is not None and call.part is None:
+                entered = self._entering(call, given.detach(), check)
+            if entered is not None:
+                entered = self.arena.copy(entered)
+            elif call.part is None:
                 self.projections.saw_call(call.site, call.module, z)
             elif not self.projections.knows(call.site):
                 whole = replace(call, part=None).z() if edited is None else edited
@@ -289,6 +295,7 @@ class Recorder:
             statistics={name: self.arena.copy(widen(value, 1)) for name, value in statistics.items()},
             kernel=call.kernel,
             z=z,
+            entering=entered,
             weights=dense,
             lazy=pattern if settings.queries_keys else None,
             others=others,
@@ -304,6 +311,19 @@ class Recorder:
             self.nbytes += size + settings.gradient_bytes(pattern.shape, call.sizes[2], call.v.element_size())
         return capture, size
 
+    def _entering(self, call: AttentionCall, z: Tensor, check: bool) -> Tensor | None:
+        """[batch, query, head, width] what the heads of a module that has a reader give to its projection.
+
+        None where they cannot be told apart in it; the projection is then not known.
+        """
+        assert call.finish is not None
+        found = entering(call.module, call.finish, z)
+        if found is None or (check and not own_columns(call.module, call.finish, z, found)):
+            return None
+        if check:
+            self.projections.knows_of(call.site, f"{call.site}.{found.name}".strip("."), found.module)
+        return found.heads.transpose(1, 2) if self.projections.knows(call.site) else None
+
     def _planned(self, call: AttentionCall, pattern: Pattern) -> int:
         """Bytes that a call will keep."""
         if call.shard is not None:  # of heads that are elsewhere, rows of NaN
@@ -312,6 +332,9 @@ class Recorder:
             more = empty.bytes_for((b, call.shard.n_heads - h, q, k), 0, call.sizes[2], call.v.element_size())
             return more + self._planned(replace(call, shard=None), pattern)
         sizes = (pattern.shape, pattern.n_kv_heads, call.sizes[2], call.v.element_size())
+        if call.finish is not None and self.settings.z:  # what enters the projection too
+            more = math.prod(pattern.shape[:3]) * call.v.shape[-1] * call.v.element_size()
+            return self._planned(replace(call, finish=None), pattern) + more
         if not self.settings.queries_keys or (call.build is None and call.weights is None):
             return self.settings.bytes_for(*sizes)
         # What is kept of other patterns than softmax differs from one to the next.

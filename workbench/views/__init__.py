@@ -21,7 +21,15 @@ from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.head_page import HeadPage, head
 from workbench.views.image_attention import ImageAttention, image_attention
 from workbench.views.overlap_matrix import OverlapMatrix, overlap_matrix
-from workbench.views.results import capacity_correlation, cross_attention, overlap_chance, overview
+from workbench.views.playground import Ablated, Playground, playground
+from workbench.views.results import (
+    capacity_correlation,
+    cross_attention,
+    half_lives,
+    overlap_chance,
+    overview,
+    states,
+)
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.saliency_map import SaliencyMap, saliency_map
 from workbench.views.tensor_peek import TensorPeek, tensor_peek
@@ -30,6 +38,7 @@ from workbench.views.what_if import WhatIf, what_if
 
 __all__ = [
     "SHARED",
+    "Ablated",
     "AttentionPattern",
     "Axes",
     "CapacityCurves",
@@ -45,6 +54,7 @@ __all__ = [
     "ImageAttention",
     "OverlapGraph",
     "OverlapMatrix",
+    "Playground",
     "RunTimeline",
     "SaliencyMap",
     "Selection",
@@ -63,6 +73,7 @@ __all__ = [
     "conditioning_curves",
     "cross_attention",
     "figure",
+    "half_lives",
     "head",
     "head_atlas",
     "head_gallery",
@@ -73,10 +84,12 @@ __all__ = [
     "overlap_matrix",
     "overview",
     "page_of",
+    "playground",
     "register",
     "register_kind",
     "run_timeline",
     "saliency_map",
+    "states",
     "tensor_peek",
     "token_strip",
     "what_if",

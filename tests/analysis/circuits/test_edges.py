@@ -10,6 +10,7 @@ import torch
 
 import workbench
 from support.circuits import ENCODER_DECODERS, INDUCTION_EDGES, Words, induction_model, random_task, task_for, tiny
+from support.hybrid_models import SUMS
 from workbench.analysis.circuits.engine.edges import _Patched, run_edges, run_nodes
 from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.find import Stage, find_circuit
@@ -19,6 +20,7 @@ from workbench.analysis.circuits.stability import auroc
 from workbench.errors import InterventionError
 
 NAMES = ["gpt2", "llama-gqa", "gpt-neox", *ENCODER_DECODERS]
+IN_FLOAT32 = ("llama-gqa", "t5", *SUMS)  # whose norms, or recurrences, are in float32
 
 
 def mask_gradient(setup: Setup) -> torch.Tensor:
@@ -34,7 +36,7 @@ def mask_gradient(setup: Setup) -> torch.Tensor:
     return total / len(setup.task)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *SUMS])
 def test_it_is_the_gradient_of_edge_masks(name: str) -> None:
     with (
         workbench.attach(tiny(name), Words()) as wb,
@@ -43,9 +45,8 @@ def test_it_is_the_gradient_of_edge_masks(name: str) -> None:
         found = attribute_edges(setup, progress=False)
         exists = setup.graph.exists
         assert bool(found.scores[~exists].isnan().all())
-        assert (found.scores - mask_gradient(setup))[exists].abs().max() < (
-            1e-5 if name in ("llama-gqa", "t5") else 1e-9
-        )  # whose norms are in float32
+        allowed = 1e-5 if name in IN_FLOAT32 else 1e-9
+        assert (found.scores - mask_gradient(setup))[exists].abs().max() < allowed
         assert found.scores[exists].abs().max() > 1e-3
         assert found.examples is not None
         assert torch.allclose(found.examples.double().mean(0), found.scores[exists], atol=1e-5)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.errors import FormatError, WorkbenchError
 from workbench.storage import disk
 from workbench.storage.parts import Part, parse
@@ -55,8 +56,11 @@ def write(
     """
     target = disk.writable(path)
     first = graph.layers[0]
-    if any(layer != first for layer in graph.layers) or not first.mlp:
-        raise WorkbenchError("MIB's form has the same heads and an MLP in every layer; this model has not")
+    if any(layer != first for layer in graph.layers) or not first.mlp or first.mixer:
+        raise WorkbenchError(
+            "MIB's form has the same heads, with queries, keys and values, and an MLP in every layer; this model's "
+            "layers differ"
+        )
     cfg: dict[str, Any] = {
         "n_layers": len(graph.layers), "n_heads": first.n_heads, "parallel_attn_mlp": first.parallel,
         "d_model": graph.d_model,

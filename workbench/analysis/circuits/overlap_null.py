@@ -53,7 +53,7 @@ class Renamings:
             heads = (groups[:, :, None] * size + within).flatten(1)
             first = graph.first_sender(i)
             senders[:, first : first + layer.n_heads] = first + heads
-            for part in "qkv":
+            for part in "" if layer.mixer else "qkv":
                 columns = graph.columns(i, part)
                 receivers[:, columns.start : columns.stop] = columns.start + (heads if part == "q" else groups)
         return cls(graph, senders, receivers)

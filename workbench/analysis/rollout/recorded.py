@@ -205,8 +205,8 @@ def _maker(
 
 def _zeroing(wb: Workbench, one: SiteCapture, seen: _Seen) -> ZeroingMap:
     name = _block(wb, one.site)
-    if one.projection is None or one.z is None or one.pattern.values is None:
-        raise CaptureError("the module that joins the heads was not found", site=one.site.name,
+    if one.projection is None or one.entering is not None or one.z is None or one.pattern.values is None:
+        raise CaptureError("no module joins the heads' outputs as they are", site=one.site.name,
                            hint="a gate or a norm may lie between")  # fmt: skip
     args, kwargs = seen.calls[name]
     run = BlockRun(name, wb.model.get_submodule(name), args, kwargs, seen.given[name], seen.gave[name])

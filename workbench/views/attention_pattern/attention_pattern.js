@@ -239,7 +239,9 @@ class Patterns {
     const { site } = this;
     const own = this.range === "own" && new Set(tops).size > 1;
     const ticks = this.ticks(own ? 1 : this.top).map((weight) => [this.place(weight, own ? 1 : this.top), own ? `${roughly(100 * weight)} %` : roughly(weight)]);
-    const what = site.weights === "normalised" ? (this.facts.variants[this.variant] === "raw" ? "weight" : "weight × ‖v‖, per row") : "|A| / Σ|A|";
+    const variant = this.facts.variants[this.variant];
+    const alone = /content|decay/.test(variant) ? `, by ${variant} alone` : "";
+    const what = site.weights === "normalised" ? (variant === "raw" ? "weight" : "weight × ‖v‖, per row") : `|A| / Σ|A|${alone}`;
     const scaled = { linear: "", sqrt: ", square-root scale", log: `, logarithmic from ${LOWEST}` }[this.scale];
     const notes = [make("span", {}, `${what}${scaled}${own ? ", of each head's own largest" : ""}`), make("span", { class: "swatch" }, "not visible to the query")];
     this.scaleBox.replaceChildren(legend(gradient(colourAt, this.frame.theme), ticks, ...notes));

@@ -46,7 +46,9 @@ def draw(figure: Figure, spec: ViewSpec, chosen: Selection) -> None:
     panels = figure.subplots(rows, min(3, len(heads)), squeeze=False).ravel()
     for axes in panels[len(heads) :]:
         axes.set_axis_off()
-    what = "weight" if variants[variant] == "raw" else "weight × ‖v‖, per row"
+    name = variants[variant]
+    what = "weight" if name == "raw" else "weight × ‖v‖, per row"
+    alone = f", by {name} alone" if name in ("content", "decay") else ""
     scale = state.get("scale", "sqrt")
     for axes, head, weights, top in zip(panels, heads, maps, tops, strict=False):
         image = _map(axes, site, weights, top, scale)
@@ -55,7 +57,7 @@ def draw(figure: Figure, spec: ViewSpec, chosen: Selection) -> None:
         _mark(axes, site, chosen)
         if ranged == "own" or axes is panels[len(heads) - 1]:
             said = {"sqrt": ", square-root scale", "log": f", logarithmic from {_LOWEST:g}"}.get(scale, "")
-            label = what if site["weights"] == "normalised" else "|A| / Σ|A|"
+            label = what if site["weights"] == "normalised" else f"|A| / Σ|A|{alone}"
             beside = axes if ranged == "own" or len(heads) == 1 else list(panels[: len(heads)])
             bar = figure.colorbar(image, ax=beside, label=label + said)
             weights = _ticks(top, scale)

@@ -12,6 +12,7 @@ from workbench.capture.capture import Capture
 from workbench.errors import CaptureError, ReportError
 from workbench.hooks.sites import Site
 from workbench.kernels.patterns import Pattern
+from workbench.kernels.recurrent import RecurrentPattern
 from workbench.tokens import visible, visible_text
 from workbench.views.attention_pattern import pyramid
 from workbench.views.attention_pattern.picture import draw
@@ -60,7 +61,7 @@ class AttentionPattern(View):
         inside = 0 <= rows.start < rows.stop <= source.shape[2] and 0 <= columns.start < columns.stop <= source.shape[3]
         if not inside or max(rows.stop - rows.start, columns.stop - columns.start) > _TILE:
             raise ReportError(f"there is no tile {rows.start}:{rows.stop}, {columns.start}:{columns.stop}")
-        pattern = source.pattern.value_weighted() if question.get("variant") == "value-weighted" else source.pattern
+        pattern = variant_of(source.pattern, str(question.get("variant")))
         pattern = pattern.magnitude() if pattern.by_magnitude else pattern
         tile = pyramid.strip_of(pattern, self._batch, int(question["head"]), rows, columns)
         return {"shape": list(tile.shape)}, [tile.contiguous().numpy().tobytes()]
@@ -78,6 +79,7 @@ def attention_pattern(
     tokens: Sequence[str] | None = None,
     key_tokens: Sequence[str] | None = None,
     value_weighted: bool = False,
+    apart: bool = False,
     budget: int | None = None,
     n_top: int = 8,
     title: str | None = None,
@@ -97,19 +99,24 @@ def attention_pattern(
         tokens, key_tokens: texts of queries and keys, where the source does not know them; keys have the queries' if
             they are as many.
         value_weighted: add p·‖v‖, renormalised per row, to choose instead of p; needs captured values.
+        apart: of linear and recurrent layers alone, and add what content (queries and keys, without decay) and decay
+            (without queries and keys) make of a row each by itself.
         budget: most cells of all maps together; blocks grow until they fit.
         n_top: exact largest weights that are kept per row.
 
     Raises:
-        ReportError: nothing to show, no such batch entry, weights that are NaN or no shares.
+        ReportError: nothing to show, no such batch entry, weights that are NaN or no shares; no recurrence among them
+            whose parts could be told apart.
         CaptureError: no such site or head, or several forwards: choose one of `cap.calls`.
 
     >>> attention_pattern(torch.eye(3), tokens=["a", "b", "c"])
     AttentionPattern(Attention pattern)
     """
     sources = list(sources_of(source, site, heads, batch, tokens, key_tokens))
+    if apart:
+        sources = _recurrences(sources)
     found = [each for each in sources if each.pattern is not None]
-    variants = ["raw", "value-weighted"] if value_weighted else ["raw"]
+    variants = ["raw", *(["value-weighted"] if value_weighted else []), *(["content", "decay"] if apart else [])]
     n_heads = sum(len(each.heads) for each in found) * len(variants)
     budget = (_CELLS_OF_FEW if n_heads <= _FEW_HEADS else _CELLS_OF_MANY) if budget is None else budget
     block, n_top = block_for(found, budget / len(variants)), affordable_top(found, n_top, budget / len(variants))
@@ -123,7 +130,7 @@ def attention_pattern(
         if each.pattern is not None:
             try:
                 for v, variant in enumerate(variants):
-                    pattern = each.pattern if variant == "raw" else each.pattern.value_weighted()
+                    pattern = variant_of(each.pattern, variant)
                     made = pyramid.build(pattern, each.heads, batch, block=block, n_top=n_top, exact=exact)
                     blocks |= {f"{name}:{v}:{i}": array for name, array in _arrays(made).items()}
                     if v == 0:
@@ -149,6 +156,31 @@ def attention_pattern(
         inputs=inputs_of(lists.rows[0]) if lists.rows else None,
     )
     return AttentionPattern(spec, selection, sources, batch)
+
+
+def variant_of(pattern: Pattern, variant: str) -> Pattern:
+    """The pattern as one of the variants that the view offers."""
+    if variant == "value-weighted":
+        return pattern.value_weighted()
+    whole = pattern.as_recurrence() if variant in ("content", "decay") else None
+    if not isinstance(whole, RecurrentPattern):
+        return pattern
+    return whole.content() if variant == "content" else whole.decay()
+
+
+def _recurrences(sources: Sequence[Source]) -> list[Source]:
+    """Those whose maps are of a recurrence with a decay."""
+    found = []
+    for each in sources:
+        whole = None if each.pattern is None else each.pattern.as_recurrence()
+        if isinstance(whole, RecurrentPattern) and whole.log_decay is not None:
+            found.append(each)
+    if not found:
+        raise ReportError(
+            "no map here is that of a recurrence with a decay",
+            hint="capture a model with linear or recurrent layers, with queries_keys=True",
+        )
+    return found
 
 
 class _Lists:

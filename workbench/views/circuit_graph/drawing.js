@@ -156,7 +156,7 @@ export class GraphDrawing {
 
   text(node) {
     const { kind, short, number } = this.view.circuit.nodes[node];
-    return this.wide(node) >= 36 ? short : { head: number, mlp: "M", kv: "kv" }[kind];
+    return this.wide(node) >= 36 ? short : { head: number, mlp: "M", kv: short.includes("KV") ? "kv" : short }[kind];
   }
 
   setTab(node) {

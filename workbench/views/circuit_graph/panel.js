@@ -4,7 +4,7 @@ import { button, cut, exactly, make, roughly, roving } from "workbench/shared/do
 
 const LISTED = 10;
 const LONGEST = 60;
-const KINDS = { head: "head", mlp: "MLP", kv: "keys and values of a group", input: "embeddings", logits: "" };
+const KINDS = { head: "head", mlp: "MLP", kv: "what several heads read", input: "embeddings", logits: "" };
 
 /** A name as it may be shown: characters that cannot be seen are spelled out, and there is an end. */
 export function readable(text) {

@@ -17,7 +17,8 @@ class Place:
 
     Attributes:
         name: as the graph has it. label: as interventions take it. short: what fits on the node.
-        kind: "input", "head", "mlp", "kv" (keys and values of several heads), or "logits".
+        kind: "input", "head", "mlp", "kv" (what several heads read together: keys and values, or all of it), or
+            "logits".
         layer: −1 for an input, the number of layers for the logits.
         number: of the head, or the middle of a kv group's heads; 0 for others.
         feeds: of a kv group the senders that compute with it.

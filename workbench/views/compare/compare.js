@@ -1,4 +1,4 @@
-// Compare: two matrices and their difference, with one cursor and one zoom for all three.
+// Compare: two matrices and their difference, with one cursor and one zoom for all three; of several pairs the chosen one.
 
 import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.js";
 import { button, exactly, legend, make, roughly } from "workbench/shared/dom.js";
@@ -15,21 +15,29 @@ export async function render({ model, el }) {
 class Compare {
   rows = 0;
   columns = 0;
+  pair = 0;
+  /** @type {Float32Array[]} */
+  values = [];
+  /** @type {string[]} */
+  names = [];
 
   constructor(frame) {
     this.frame = frame;
     this.facts = frame.facts;
-    const { a, b } = frame.blocks;
-    [this.rows, this.columns] = a.shape;
-    this.values = [a.data, b.data, Float32Array.from(a.data, (value, i) => value - b.data[i])];
-    this.names = [...this.facts.labels, `${this.facts.labels[0]} − ${this.facts.labels[1]}`];
+    [, this.rows, this.columns] = frame.blocks.a.shape;
+    this.take(0);
     this.legends = [make("div"), make("div"), make("div")];
-    this.maps = this.names.map((name) => this.map(name));
-    const panels = this.maps.map((map, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.names[i]), map.element, this.legends[i]));
+    this.titles = this.names.map((name) => make("figcaption", {}, name));
+    this.maps = this.names.map((_, i) => this.map(i));
+    const panels = this.maps.map((map, i) => make("figure", { class: "panel" }, this.titles[i], map.element, this.legends[i]));
     frame.body.append(make("div", { class: "panels", "data-count": "3" }, ...panels));
     const scale = frame.settings.pick("scale", "Scale", [["sqrt", "square root"], ["linear", "linear"]], "sqrt", (name) => this.set(name));
     this.scale = scale.value;
-    frame.controls.append(scale.field);
+    const { pairs } = this.facts;
+    const named = pairs.map((pair, i) => [`${i}`, this.pairWords(pair)]);
+    this.picker = frame.settings.pick("pair", "Heads", named, "0", (i) => this.go(Number(i)));
+    this.take(Number(this.picker.value));
+    frame.controls.append(...(pairs.length > 1 ? [this.picker.field] : []), scale.field);
     const zoom = (factor) => () => (factor ? this.maps[0].zoom(factor) : this.maps[0].show({ ...this.maps[0].view, top: 0, left: 0, rows: this.maps[0].height, columns: this.maps[0].width }));
     frame.controls.append(make("span", { class: "tools" }, button("+", zoom(0.5), { "aria-label": "Zoom in" }), button("−", zoom(2), { "aria-label": "Zoom out" }), button("All", zoom(0), { "aria-label": "Show everything" })));
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the cells of all three"], ["Enter", "choose in every view"], ["Esc", "choose none"], ["+ − 0", "zoom in, out, all"]]);
@@ -37,10 +45,40 @@ class Compare {
     frame.onRedraw(() => this.draw());
   }
 
-  map(name) {
+  pairWords({ of, cosine }) {
+    const heads = of.map((head) => head?.label ?? "").filter(Boolean).join(" and ");
+    return cosine === null ? heads : `${heads}, cosine ${roughly(cosine)}`;
+  }
+
+  /** Take the maps of a pair. */
+  take(pair) {
+    const { labels, pairs } = this.facts;
+    const cells = this.rows * this.columns;
+    const [a, b] = ["a", "b"].map((name) => this.frame.blocks[name].data.subarray(pair * cells, (pair + 1) * cells));
+    this.pair = pair;
+    this.values = [a, b, Float32Array.from(a, (value, i) => value - b[i])];
+    const one = labels.map((label, i) => [label, pairs[pair].of[i]?.label].filter(Boolean).join(" "));
+    this.names = [...one, `${one[0]} − ${one[1]}`];
+  }
+
+  /** Show a pair that was picked, and choose its first head, where it is one of a model. */
+  go(pair) {
+    this.show(pair);
+    const [head] = this.facts.pairs[pair].of;
+    if (head && head.layer !== null) this.frame.select({ layer: head.layer, heads: [head.head], site: head.site });
+  }
+
+  show(pair) {
+    if (pair === this.pair || !this.facts.pairs[pair]) return;
+    this.take(pair);
+    this.titles.forEach((title, i) => title.replaceChildren(this.names[i]));
+    this.draw();
+  }
+
+  map(number) {
     const { block, size, rows, columns } = this.facts;
     const map = new Matrix(this.frame, {
-      label: () => `${name}: ${this.facts.rowTitle} down, ${this.facts.columnTitle} across. Arrow keys move, Enter chooses.`,
+      label: () => `${this.names[number]}: ${this.facts.rowTitle} down, ${this.facts.columnTitle} across. Arrow keys move, Enter chooses.`,
       rowName: (i) => rows[i] ?? `${i}`,
       columnName: (i) => columns[i] ?? `${i}`,
       read: (row, column) => this.sentence(row, column),
@@ -97,7 +135,13 @@ class Compare {
     map.compose();
   }
 
-  follow({ query, key, layer, heads }) {
+  follow({ query, key, layer, heads, site }) {
+    const chosen = (head) => head && head.layer === layer && heads.includes(head.head) && (!site || !head.site || site === head.site);
+    const pair = this.facts.selects === "pattern" ? this.facts.pairs.findIndex(({ of }) => of.some(chosen)) : -1;
+    if (pair >= 0 && pair !== this.pair) {
+      this.picker.select.selectedIndex = pair;
+      this.show(pair);
+    }
     const [row, column] = { pattern: [query, key], head: [layer, heads[0] ?? null], none: [null, null] }[this.facts.selects];
     if (this.facts.selects !== "none") this.maps.forEach((map) => this.mark(map, row, column));
   }

@@ -1,9 +1,9 @@
-"""Compare: two patterns, two atlases or two matrices of one shape, and the first minus the second."""
+"""Compare: patterns of two sets of heads, two atlases or two matrices of one shape, and the first minus the second."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LONGEST = 2048
+MOST_CELLS = 2_000_000
+"""Cells of all pairs of maps together, beyond which the last pairs are left out."""
 _ROWS_OF_TABLE = 1000
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """Values [row, column] with their names; NaN where there is nothing."""
+    """Values [map, row, column] with their names; NaN where there is nothing.
+
+    `of` says which head each map is of, and is empty for what is of no head.
+    """
 
     values: np.ndarray[Any, Any]
     size: tuple[int, int]
@@ -40,6 +45,11 @@ class _Matrix:
     error: float = 0.0
     inputs: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    of: Sequence[Mapping[str, Any]] = ()
+
+    def first(self, n: int) -> _Matrix:
+        """The first n maps."""
+        return replace(self, values=self.values[:n], of=self.of[:n])
 
 
 class Compare(View):
@@ -48,8 +58,12 @@ class Compare(View):
     size = (10.5, 3.6)
 
     def picture(self, figure: Figure) -> None:
-        facts, a, b = self.spec.facts, self.spec.blocks["a"], self.spec.blocks["b"]
-        labels = facts["labels"]
+        facts, pair = self.spec.facts, self._pair()
+        a, b = (self.spec.blocks[name][pair] for name in "ab")
+        labels = [
+            f"{label} {head['label']}" if head else label
+            for label, head in zip(facts["labels"], facts["pairs"][pair]["of"], strict=True)
+        ]
         low, high = scales.limits(np.concatenate([a.ravel(), b.ravel()]), signed=facts["signed"])
         ends = scales.limits(a - b, signed=True)
         panels = figure.subplots(1, 3, sharex=True, sharey=True)
@@ -66,6 +80,15 @@ class Compare(View):
             figure.colorbar(image, ax=axes, label=facts["unit"], ticks=scales.ticks(bottom, top))
             self._mark(axes)
         panels[0].set_ylabel(facts["rowTitle"])
+
+    def _pair(self) -> int:
+        """Which pair is shown: that of the chosen head, or the one that was picked."""
+        pairs = self.spec.facts["pairs"]
+        for i, pair in enumerate(pairs):
+            if any(head and self.chosen.has(head["layer"], head["head"], head["site"]) for head in pair["of"]):
+                return i
+        picked = self.state.get("pair")
+        return next((i for i in range(len(pairs)) if str(i) == picked), 0)
 
     def _mark(self, axes: Any) -> None:
         """A frame around the chosen cell."""
@@ -89,8 +112,12 @@ def compare(
 ) -> Compare:
     """Two things of one shape beside each other, and the first minus the second around zero.
 
+    Patterns may be of two mechanisms, such as a layer of attention and the recurrence that took its place: the heads of
+    one stand beside those of the other, pair by pair, with the cosine of their maps, and one selection for both.
+
     Args:
-        a, b: two attention patterns (their leading heads), two head atlases (their first metrics), or two matrices.
+        a, b: two attention patterns (the heads of their leading sites, pair by pair; the leading heads alone where they
+            are not as many), two head atlases (their first metrics), or two matrices.
         labels: what to call them.
 
     Raises:
@@ -101,6 +128,9 @@ def compare(
     [1.0, 1.0]
     """
     first, second = _matrix(a), _matrix(b)
+    several = len(first.values), len(second.values)
+    n = several[0] if several[0] == several[1] else 1
+    first, second = first.first(n), second.first(n)
     if first.values.shape != second.values.shape or first.size != second.size:
         raise ReportError(
             f"the two have shapes {list(first.size)} and {list(second.size)}",
@@ -113,14 +143,16 @@ def compare(
             raise ReportError(f"the {axis} differ: {ours[odd]!r} and {theirs[odd]!r} at {odd}", hint="compare one text")
     if len(labels) != 2:
         raise ReportError(f"two labels are needed, not {len(labels)}")
-    values = np.stack([first.values, second.values]).astype(np.float32)
+    kept = max(1, min(n, MOST_CELLS // first.values[0].size))
+    values = np.stack([first.values[:kept], second.values[:kept]]).astype(np.float32)
     signed = bool(np.nanmin(values, initial=0) < 0)
     shown = [visible(label) for label in labels]
     spec = ViewSpec(
         kind="compare",
         title=title,
         caption=caption
-        or f"{shown[0]}, {shown[1]}, and {shown[0]} minus {shown[1]}: {first.size[0]:,} × {first.size[1]:,}.",
+        or f"{shown[0]}, {shown[1]}, and {shown[0]} minus {shown[1]}: {first.size[0]:,} × {first.size[1]:,}"
+        f"{f', {kept:,} pairs of heads' if kept > 1 else ''}.",
         facts={
             "labels": shown,
             "rows": list(first.rows),
@@ -132,10 +164,11 @@ def compare(
             "selects": first.selects,
             "block": first.block,
             "size": list(first.size),
+            "pairs": _pairs(first, second, kept),
         },
         blocks={"a": values[0], "b": values[1]},
-        table=_table(first, values),
-        notes=tuple(_notes(first, second)),
+        table=_table(first, second, values),
+        notes=(*_notes(first, second), *_left_out(several, n, kept)),
         provenance={"a": dict(first.provenance), "b": dict(second.provenance)},
         inputs=first.inputs if first.inputs == second.inputs else None,
     )
@@ -154,16 +187,16 @@ def _matrix(thing: Any) -> _Matrix:
         raise ReportError("a matrix is [row, column]", shape=values.shape)
     if max(values.shape) > LONGEST:
         raise ReportError(f"the longest side may have {LONGEST:,} cells", shape=values.shape)
-    return _Matrix(values, (values.shape[0], values.shape[1]))
+    return _Matrix(values[None], (values.shape[0], values.shape[1]))
 
 
 def _of_pattern(view: AttentionPattern) -> _Matrix:
     facts, blocks = view.spec.facts, view.spec.blocks
-    i, head = facts["first"]
-    site, at = facts["sites"][i], facts["sites"][i]["heads"].index(head)
+    i = facts["first"][0]
+    site = facts["sites"][i]
     exact = blocks.get(f"exact:0:{i}")
-    cells = blocks[f"cells:0:{i}"][at]
-    values = exact[at] if exact is not None else np.where(cells == 0, np.nan, pyramid.dequantise(cells))
+    cells = blocks[f"cells:0:{i}"]
+    values = exact if exact is not None else np.where(cells == 0, np.nan, pyramid.dequantise(cells))
     if max(values.shape) > LONGEST:
         raise ReportError(
             f"the longest side may have {LONGEST:,} cells", shape=values.shape, hint="pass a smaller budget="
@@ -173,8 +206,34 @@ def _of_pattern(view: AttentionPattern) -> _Matrix:
     size = site["queries"], site["keys"]
     return _Matrix(
         values, size, site["block"], names[0], names[1], ("query", "key"), "weight", "pattern", error,
-        view.spec.inputs, view.spec.provenance,
+        view.spec.inputs, view.spec.provenance, [_head(site, head) for head in site["heads"]],
     )  # fmt: skip
+
+
+def _head(site: Mapping[str, Any], head: int) -> dict[str, Any]:
+    named = site["name"] is not None
+    label = f"L{site['layer']}H{head}" if named else f"H{head}"
+    return {"label": label, "layer": site["layer"] if named else None, "head": head, "site": site["name"]}
+
+
+def _pairs(first: _Matrix, second: _Matrix, n: int) -> list[dict[str, Any]]:
+    """For each pair of maps what they are of, and the cosine of the two; None where one of them is all zeros."""
+    found = []
+    for i in range(n):
+        a, b = (np.nan_to_num(m.values[i].astype(np.float64)) for m in (first, second))
+        lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
+        of = [m.of[i] if m.of else None for m in (first, second)]
+        found.append({"of": of, "cosine": float((a * b).sum()) / lengths if lengths > 0 else None})
+    return found
+
+
+def _left_out(several: tuple[int, int], n: int, kept: int) -> list[str]:
+    notes = []
+    if several[0] != several[1]:
+        notes.append(f"{several[0]} and {several[1]} heads make no pairs: the first of each are compared.")
+    if kept < n:
+        notes.append(f"The first {kept:,} of {n:,} pairs of heads are shown.")
+    return notes
 
 
 def _of_atlas(view: HeadAtlas) -> _Matrix:
@@ -192,19 +251,21 @@ def _of_atlas(view: HeadAtlas) -> _Matrix:
     selects = "head" if is_layer else "none"
     unit = about["unit"] or about["label"]
     return _Matrix(
-        grid, (grid.shape[0], grid.shape[1]), 1, rows, (), ("layer", "head"), unit, selects,
+        grid[None], (grid.shape[0], grid.shape[1]), 1, rows, (), ("layer", "head"), unit, selects,
         provenance=view.spec.provenance,
     )  # fmt: skip
 
 
-def _table(first: _Matrix, values: Any) -> dict[str, Any]:
+def _table(first: _Matrix, second: _Matrix, values: Any) -> dict[str, Any]:
     """The cells that differ most."""
     difference = values[0].astype(np.float64) - values[1]
     size = np.nan_to_num(np.abs(difference).ravel(), nan=-1.0)
     best = np.argsort(-size, kind="stable")[:_ROWS_OF_TABLE]
     best = best[size[best] >= 0]
-    row, column = np.unravel_index(best, difference.shape)
+    pair, row, column = np.unravel_index(best, difference.shape)
     table: dict[str, Any] = {}
+    if first.of and second.of:
+        table = {f"head of {name}": [m.of[i]["label"] for i in pair] for name, m in (("A", first), ("B", second))}
     for title, at, names in ((first.titles[0], row, first.rows), (first.titles[1], column, first.columns)):
         table[title] = (at * first.block).astype(np.int32)
         if len(names):

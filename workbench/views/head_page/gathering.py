@@ -184,10 +184,11 @@ def circuit_facts(name: str, circuit: Circuit, labels: Sequence[str]) -> dict[st
 
 
 def _owners(graph: Any, spot: Any, target: str) -> list[str]:
-    """The heads whose part a receiver is: all of a group share its keys and values."""
-    if spot.what != "group":
+    """The heads whose part a receiver is: all of a group share its keys and values, all of a mixer what it reads."""
+    if spot.what not in ("group", "mixer"):
         return [target]
-    size = graph.layers[spot.layer].n_heads // graph.layers[spot.layer].n_kv_heads
+    layer = graph.layers[spot.layer]
+    size = layer.n_heads if spot.what == "mixer" else layer.n_heads // layer.n_kv_heads
     return [f"{graph.attention(spot.layer)}.h{spot.number * size + i}" for i in range(size)]
 
 

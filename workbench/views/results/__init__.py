@@ -1,16 +1,29 @@
 """Views of captures and of what analyses return; each file registers those of one analysis."""
 
-from workbench.views.results import circuits, head_scores, importance, logits, pattern_atlas, profile, rollout, weights
+from workbench.views.results import (
+    circuits,
+    head_scores,
+    hybrids,
+    importance,
+    logits,
+    pattern_atlas,
+    profile,
+    rollout,
+    weights,
+)
 from workbench.views.results.capture import overview
 from workbench.views.results.circuit_overlap import overlap_chance
 from workbench.views.results.conditioning import capacity_correlation
 from workbench.views.results.cross_attention import cross_attention
+from workbench.views.results.recurrences import half_lives, states
 
 __all__ = [
     "capacity_correlation",
     "circuits",
     "cross_attention",
+    "half_lives",
     "head_scores",
+    "hybrids",
     "importance",
     "logits",
     "overlap_chance",
@@ -18,5 +31,6 @@ __all__ = [
     "pattern_atlas",
     "profile",
     "rollout",
+    "states",
     "weights",
 ]

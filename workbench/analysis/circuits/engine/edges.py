@@ -119,12 +119,14 @@ class _Patched:
             if i < self.start:
                 continue
             made["read", i] = [self._stash(("read", i))]
-            for part in "qkv":
+            for part in layer.projections:
                 made[part, i] = [self._heads(part, i)]
+            if layer.mixer is not None:
+                made["x", i] = [self._whole("x", "read", i, layer.mixer_norm)]
             made["z", i] = [self._writes(("z", i))]
             if layer.mlp is not None:
                 made["read_mlp", i] = [self._stash(("read_mlp", i))]
-                made["mlp_in", i] = [self._mlp(i)]
+                made["mlp_in", i] = [self._whole("mlp", "read_mlp", i, layer.mlp_norm)]
                 made["mlp", i] = [self._writes(("mlp", i))]
         return made
 
@@ -186,15 +188,15 @@ class _Patched:
 
         return hook
 
-    def _mlp(self, i: int) -> Hook:
-        mine = self.setup.graph.columns(i, "mlp")
+    def _whole(self, what: str, read: str, i: int, norm: str | None) -> Hook:
+        """Its own stream, behind its norm, for an MLP or a mixer."""
+        mine = self.setup.graph.columns(i, what)
 
         def hook(old: Tensor) -> Tensor | None:
             columns = self._chosen(mine)
             if not columns:
                 return None
-            norm = self.setup.stream.anatomy.function(self.layers[i].mlp_norm)
-            made: Tensor = norm(self._moved(self.reading["read_mlp", i], columns)[:, 0])
+            made: Tensor = self.setup.stream.anatomy.function(norm)(self._moved(self.reading[read, i], columns)[:, 0])
             return made
 
         return hook

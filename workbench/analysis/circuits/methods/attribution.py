@@ -184,7 +184,8 @@ class _Batch:
 
         def watch(key: Key) -> Hook:
             def hook(tensor: Tensor) -> Tensor:
-                watched[key] = tensor.clone() if key[0] in ("mlp_in", "final") else tensor  # apart from other readers
+                apart = key[0] in ("mlp_in", "x", "final")  # from others that read the same
+                watched[key] = tensor.clone() if apart else tensor
                 return tensor.clone() if key[0] == "input" else watched[key]  # models add to their stream in place
 
             return hook
@@ -196,6 +197,8 @@ class _Batch:
         for n, layer in enumerate(self.layers):
             for part in layer.projections:
                 hooks.setdefault((part, n), []).append(watch((part, n)))
+            if layer.mixer is not None:
+                hooks.setdefault(("x", n), []).append(watch(("x", n)))
             hooks.setdefault(("read", n), []).append(_keep(watched, ("read", n)))
             if layer.mlp is not None:
                 hooks.setdefault(("read_mlp", n), []).append(_keep(watched, ("read_mlp", n)))
@@ -243,12 +246,11 @@ class _Batch:
                 columns = graph.columns(i, part)
                 if graph.receiver_spot(graph.receivers[columns.start]).stream == stream:
                     yield columns, self._before_norm(layer.projections[part], gradients, part, i, at)
-            if layer.mlp is not None and graph.stream_of(i) == stream:
-                cut = gradients["mlp_in", i][:, at][:, None]
-                yield (
-                    graph.columns(i, "mlp"),
-                    _back(anatomy.function(layer.mlp_norm), gradients["read_mlp", i][:, at], cut),
-                )
+            wholes = [("x", "x", "read", layer.mixer_norm)] if layer.mixer is not None else []
+            wholes += [("mlp", "mlp_in", "read_mlp", layer.mlp_norm)] if layer.mlp is not None else []
+            for what, key, read, norm in wholes if graph.stream_of(i) == stream else ():
+                cut = gradients[key, i][:, at][:, None]
+                yield graph.columns(i, what), _back(anatomy.function(norm), gradients[read, i][:, at], cut)
         if ("final", stream) == self.setup.stream.end:
             last = len(graph.receivers) - 1
             yield range(last, last + 1), gradients["final", stream][:, at][:, None]

@@ -104,7 +104,7 @@ def _index(setup: Setup, pair: Pair, paths: Paths, stream: int) -> Tensor:
             "the logits are read at several tokens, some of which the positions leave out"
             if several
             else "the logits are read at the last token, which the positions leave out",
-            hint="Stage(positions=None), for all" if several else 'positions="end", or None for all',
+            hint='Stage(positions="scored"), for those' if several else 'positions="scored", or None for all',
         )
     return where
 
@@ -191,8 +191,12 @@ class _Flow:
             delta[number] += written[heads.index(which)]
 
     def _projected(self, name: str, delta: Tensor) -> Tensor:
-        """Queries, keys or values [unit, batch, n, width] that a receiver makes of the changed stream."""
+        """What a receiver makes of the changed stream [unit, batch, n, width]: queries, keys, values, or x."""
         spot, anatomy = self.setup.graph.receiver_spot(name), self.setup.stream.anatomy
+        if spot.what == "mixer":
+            norm = anatomy.function(self.layers[spot.layer].mixer_norm)
+            given: Tensor = norm(self._at(self.clean["read", spot.layer]) + delta)
+            return given
         part = self.layers[spot.layer].projections[spot.part]
         stream = self._at(self.clean[anatomy.read_at(spot.layer, spot.part)])
         read = anatomy.function(part.norm)(stream + delta)
@@ -250,7 +254,7 @@ def _hooks(setup: Setup, received: dict[str, Tensor], index: dict[int, Tensor]) 
     hooks: dict[Key, list[Hook]] = {}
     for name, tensor in received.items():
         spot = setup.graph.receiver_spot(name)
-        whole = {"logits": setup.stream.end, "mlp": ("mlp_in", spot.layer)}
+        whole = {"logits": setup.stream.end, "mlp": ("mlp_in", spot.layer), "mixer": ("x", spot.layer)}
         key = whole.get(spot.what, (spot.part, spot.layer))
         number = None if spot.what in whole else spot.number
         put = _put(tensor.flatten(0, 1), index[spot.stream], tensor.shape[0], number)

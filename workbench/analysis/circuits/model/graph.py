@@ -4,6 +4,9 @@ Senders are the input (the embeddings), query heads and MLPs. Receivers are the 
 kv groups, the inputs of MLPs, and the logits. Names are those of MIB and EAP-IG: `input`, `a9.h6`, `m3`, `logits`,
 `a9.h6<q>`; where several heads share keys and values, these belong to the group: `a9.kv2<k>`.
 
+The heads of a recurrence, or of an attention with a gate, read the stream through one door: what they compute with (and
+what decays, gates and short convolutions are made of) is one receiver for all of them, `a3<x>`.
+
 An encoder-decoder has two streams, and their names stand before those of the nodes: `encoder.a0.h1`, `decoder.m2`. A
 block of the decoder is two layers here: its own attention, `decoder.a0`, and its cross-attention, `decoder.x0`, whose
 queries read the decoder's stream, and whose keys and values read what the encoder's stream is in the end.
@@ -15,60 +18,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.model.names import label
+from workbench.analysis.circuits.model.nodes import Layer, Spot
 from workbench.errors import FormatError, InterventionError, nearest
 from workbench.storage import typed
 from workbench.storage.parts import Part
 
 _LABEL = re.compile(r"L(\d+)(H|KV)(\d+)")
 _DOTTED = re.compile(r"(\d+)\.(\d+)")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """An attention, and the MLP behind it if there is one.
-
-    Attributes:
-        n_heads, n_kv_heads: of the attention. mlp: whether there is one.
-        parallel: the MLP reads what the heads read, not what they write.
-        kind: "self", or "cross" where keys and values are read from the end of the stream before this one.
-        stream: the residual stream that it writes to, "encoder" or "decoder"; "" where there is only one.
-    """
-
-    n_heads: int
-    n_kv_heads: int
-    mlp: bool = True
-    parallel: bool = False
-    kind: str = "self"
-    stream: str = ""
-
-    @property
-    def n_senders(self) -> int:
-        """Heads, and the MLP."""
-        return self.n_heads + self.mlp
-
-
-class Spot(NamedTuple):
-    """What a name stands for.
-
-    Attributes:
-        layer: index among the graph's layers; −1 for an input, the number of layers for the logits.
-        what: "input", "head", "group", "mlp" or "logits".
-        number: of the head or kv group.
-        part: "q", "k" or "v" of a receiver that is a part of a head or group.
-        stream: index of the residual stream that a sender writes to, or a receiver reads.
-    """
-
-    layer: int
-    what: str
-    number: int = 0
-    part: str = ""
-    stream: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,9 +141,11 @@ class Graph:
             own = self.stream_of(i)
             other = own - 1 if layer.kind == "cross" else own
             shared = layer.n_kv_heads != layer.n_heads
-            for head in range(layer.n_heads):
+            if layer.mixer:
+                found[f"{self.attention(i)}<x>"] = Spot(i, "mixer", 0, "x", own)
+            for head in range(0 if layer.mixer else layer.n_heads):
                 found[f"{self.attention(i)}.h{head}<q>"] = Spot(i, "head", head, "q", own)
-            for part in "kv":
+            for part in "" if layer.mixer else "kv":
                 for group in range(layer.n_kv_heads):
                     name = f"{self.attention(i)}.{'kv' if shared else 'h'}{group}<{part}>"
                     found[name] = Spot(i, "group" if shared else "head", group, part, other)
@@ -202,13 +166,14 @@ class Graph:
 
     @cached_property
     def receivers(self) -> tuple[str, ...]:
-        """Names of all that read a residual stream: q of each head, k and v of each group, the MLP, layer by layer."""
+        """All that read a residual stream: q of each head, k and v of each group (or x), the MLP, layer by layer."""
         return tuple(self._receivers)
 
     @cached_property
     def nodes(self) -> tuple[str, ...]:
-        """All nodes: senders, kv groups that are shared, and the logits."""
-        groups = [name[:-3] for name, spot in self._receivers.items() if spot.what == "group" and spot.part == "k"]
+        """All nodes: senders, kv groups that are shared, what mixers read, and the logits."""
+        read = {("group", "k"), ("mixer", "x")}
+        groups = [name[:-3] for name, spot in self._receivers.items() if (spot.what, spot.part) in read]
         return (*self.senders, *groups, "logits")
 
     @cached_property
@@ -251,14 +216,16 @@ class Graph:
         return self.sender_index[f"{self.attention(i)}.h0"]
 
     def columns(self, i: int, what: str) -> range:
-        """Indices of the receivers of layer i that are "q", "k", "v", or "mlp"."""
-        layer, first = self.layers[i], self.receiver_index[f"{self.attention(i)}.h0<q>"]
-        sizes = {"q": layer.n_heads, "k": layer.n_kv_heads, "v": layer.n_kv_heads, "mlp": int(layer.mlp)}
+        """Indices of the receivers of layer i that are "q", "k", "v", "x", or "mlp"; none where it has none."""
+        layer, name = self.layers[i], self.attention(i)
+        first = self.receiver_index[f"{name}<x>" if layer.mixer else f"{name}.h0<q>"]
+        heads, groups = (0, 0) if layer.mixer else (layer.n_heads, layer.n_kv_heads)
+        sizes = {"q": heads, "k": groups, "v": groups, "x": int(layer.mixer), "mlp": int(layer.mlp)}
         for name, size in sizes.items():
             if name == what:
                 return range(first, first + size)
             first += size
-        raise InterventionError(f"a layer has q, k, v and mlp, not {what!r}")
+        raise InterventionError(f"a layer has q, k, v, x and mlp, not {what!r}")
 
     @cached_property
     def reads(self) -> tuple[range, ...]:
@@ -306,7 +273,7 @@ class Graph:
                 feeds[self.sender_index[name], column] = True
             elif spot.what != "logits":
                 layer = self.layers[spot.layer]
-                size = 1 if spot.part == "q" else layer.n_heads // layer.n_kv_heads
+                size = {"q": 1, "x": layer.n_heads}.get(spot.part, layer.n_heads // layer.n_kv_heads)
                 first = self.first_sender(spot.layer) + spot.number * size
                 feeds[first : first + size, column] = True
         return feeds
@@ -346,16 +313,18 @@ class Graph:
         return name
 
     def receiver(self, head: Any, part: str) -> str:
-        """The receiver that holds the q, k or v of a head; for shared k and v that of its group.
+        """The receiver that holds the q, k or v of a head; for shared k and v that of its group, of a mixer its "x".
 
         Raises:
             InterventionError: no such head or part.
         """
         name = self.head_name(head)
-        if part not in ("q", "k", "v"):
-            raise InterventionError(f"a head has q, k and v, not {part!r}")
+        if part not in ("q", "k", "v", "x"):
+            raise InterventionError(f"a head has q, k and v, or x, not {part!r}")
         spot = self._senders.get(name)
-        if spot is not None and spot.what == "head" and part != "q":
+        if spot is not None and spot.what == "head" and self.layers[spot.layer].mixer:
+            name, part = self.attention(spot.layer), "x"
+        elif spot is not None and spot.what == "head" and part != "q":
             layer = self.layers[spot.layer]
             if layer.n_kv_heads != layer.n_heads:
                 name = f"{self.attention(spot.layer)}.kv{spot.number // (layer.n_heads // layer.n_kv_heads)}"
@@ -370,7 +339,7 @@ class Graph:
         Raises:
             FormatError: the model has none of that name.
         """
-        for known in (name, f"{name}<k>"):
+        for known in (name, f"{name}<k>", f"{name}<x>"):
             for spots in (self._senders, self._receivers):
                 if known in spots:
                     return spots[known].layer

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.graph import Layer
+from workbench.analysis.circuits.model.joints import Joint, call_of, find_joint
 from workbench.analysis.circuits.model.modules import LayerModules, Projection
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.model.recording import Recording, equal
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.projections import is_conv1d, projection_slices
@@ -60,13 +61,18 @@ class LayerFinder:
                 stream = total = seen.given[block]
                 size = stream.abs()
             elif self.layers[-1].mlp is not None or site.kind != "cross" or self.sites[i - 1].kind == "cross":
-                raise AttachError(f"the block {block} has two attention modules", site=site.name)
+                raise AttachError(
+                    f"the block {block} has two modules that mix positions, which read the stream beside each other",
+                    site=site.name,
+                    hint=_INSTEAD,
+                )
             last = i + 1 == len(blocks) or blocks[i + 1] != block
             after = None if not last else seen.given[blocks[i + 1]] if i + 1 < len(blocks) else seen.gave[block]
-            modules, shape = self._layer(site, block, stream, after)
+            joint = find_joint(seen, site)
+            modules, shape = self._layer(site, block, joint, stream, after)
             self.layers.append(modules)
             self.shapes.append(shape)
-            check_written(seen, site, modules.out, modules.w_o, modules.out_module)
+            check_written(seen, site, modules.out, modules.w_o, modules.out_module, joint.heads)
             stream = stream + seen.gave[modules.out]
             written = [seen.gave[name] for name in (modules.out, *(modules.mlp or ())[-1:])]
             for each in written:
@@ -82,43 +88,52 @@ class LayerFinder:
                 hint="a scale, a norm on the stream, or a module outside of the blocks changes it",
             )
 
-    def _layer(self, site: Site, block: str, before: Tensor, after: Tensor | None) -> tuple[LayerModules, Layer]:
+    def _layer(
+        self, site: Site, block: str, joint: Joint, before: Tensor, after: Tensor | None
+    ) -> tuple[LayerModules, Layer]:
         """One layer; `before` is the stream that it reads, `after` that behind its MLP, None if it has none."""
         seen = self.seen
-        call = _call(seen, site)
+        call = call_of(seen, site)
         if seen.times.get(block, 0) != 1:
             raise AttachError(f"the block {block} ran {seen.times.get(block, 0)} times in one forward", site=site.name)
-        projection = seen.finder.of(site.name)
-        if projection is None:
-            raise AttachError(
-                "the module that joins the heads was not found: something (a gate, a norm) lies between",
-                site=site.name,
-                hint="heads of this model have no linear part in the residual stream",
-            )
         if call.shard is not None:
             raise AttachError(
                 f"circuits need all heads in one process, and {site.elsewhere or 'some are in others'}",
                 site=site.name,
                 hint="load the model without tensor parallelism",
             )
-        n_heads, width = call.sizes[0], call.z().shape[-1]
+        n_heads, width = joint.heads.shape[2:]
         try:
-            projection_slices(projection.module, n_heads, width)
+            projection_slices(joint.module, n_heads, width)
         except CaptureError as error:
-            raise AttachError(f"{projection.name}: {error.message}", site=site.name, hint=error.hint) from None
-        projections = {part: self._projection(site, block, part, before) for part in "qkv"}
-        attention = seen.gave[projection.name]
-        last = None if after is None else find_mlp(seen, site, block, before, attention, after, projection.name)
+            raise AttachError(f"{joint.name}: {error.message}", site=site.name, hint=error.hint) from None
+        projections = {part: self._projection(site, block, part, before) for part in "qkv" if not joint.mixer}
+        mixer_norm = self._mixer_norm(site, block, before) if joint.mixer else None
+        attention = seen.gave[joint.name]
+        last = None if after is None else find_mlp(seen, site, block, before, attention, after, joint.name)
         mlp, mlp_norm, parallel = None, None, False
         if last is not None:
             mlp, mlp_norm, read = self._mlp(site, block, last, (before + attention, before))
             parallel = read == 1
-        n_kv = projections["k"].columns.shape[0]
+        n_kv = n_heads if joint.mixer else projections["k"].columns.shape[0]
+        mixer = site.name if joint.mixer else None
         found = LayerModules(
-            block, site, projections, projection.name, projection.module, width, n_heads, mlp, mlp_norm
+            block, site, joint.name, mlp, projections, joint.module, width, n_heads, mlp_norm, mixer, mixer_norm
         )
         kind = "cross" if site.kind == "cross" else "self"
-        return found, Layer(n_heads, n_kv, mlp is not None, parallel, kind, self.name)
+        return found, Layer(n_heads, n_kv, mlp is not None, parallel, kind, self.name, joint.mixer)
+
+    def _mixer_norm(self, site: Site, block: str, before: Tensor) -> str | None:
+        """The norm through which a mixer reads the stream; None if it reads it as it is."""
+        norms = [norm for given, norm in _streams_of(self.seen, f"{block}.", site.name) if equal(given, before)]
+        if not norms or site.kind == "cross":
+            what = (
+                "has a gate"
+                if site.kind == "cross"
+                else "does not read the block's input, as it is or through one norm"
+            )
+            raise AttachError(f"this {site.kind} site {what}", site=site.name, hint=_INSTEAD)
+        return norms[0]
 
     def _mlp(
         self, site: Site, block: str, last: str, streams: Sequence[Tensor]
@@ -173,7 +188,7 @@ def find_projection(
     Raises:
         AttachError: it reads something else, or the columns are not each head's own.
     """
-    name, columns = _columns(model, seen, site, _call(seen, site), part)
+    name, columns = _columns(model, seen, site, call_of(seen, site), part)
     norms = [norm for given, norm in _streams_of(seen, scope, name) if equal(given, stream)]
     if not norms:
         raise AttachError(
@@ -184,10 +199,16 @@ def find_projection(
     return Projection(name, model.get_submodule(name), columns, norms[0])
 
 
-def check_written(seen: Recording, site: Site, out: str, w_o: Tensor, out_module: nn.Module) -> None:
-    """Refuse heads whose z does not give what their projection `out` gave; `w_o` is [head, width, d_model]."""
-    z = _call(seen, site).z().detach().transpose(1, 2).double()
-    written = torch.einsum("bqhw,hwd->bqd", z, w_o.double())
+def check_written(
+    seen: Recording, site: Site, out: str, w_o: Tensor, out_module: nn.Module, heads: Tensor | None = None
+) -> None:
+    """Refuse heads that do not give what their projection `out` gave.
+
+    Args:
+        w_o: [head, width, d_model]. heads: [batch, position, head, width], by default z.
+    """
+    given = call_of(seen, site).z().detach().transpose(1, 2) if heads is None else heads
+    written = torch.einsum("bqhw,hwd->bqd", given.double(), w_o.double())
     bias = getattr(out_module, "bias", None)
     written = written if bias is None else written + bias.detach().double()
     if not same_product(seen.gave[out], written, seen.eps):
@@ -196,16 +217,6 @@ def check_written(seen: Recording, site: Site, out: str, w_o: Tensor, out_module
             site=site.name,
             hint="does something happen to the heads' output before it is projected?",
         )
-
-
-def _call(seen: Recording, site: Site) -> AttentionCall:
-    calls = seen.calls.get(site.name, [])
-    if len(calls) != 1:
-        raise AttachError(f"the site was called {len(calls)} times in one forward, once is needed", site=site.name)
-    call = calls[0]
-    if call.weights is None and (call.q is None or call.k is None or call.q.dim() != 4):
-        raise AttachError("queries and keys are not seen at this site", site=site.name)
-    return call
 
 
 def _columns(model: nn.Module, seen: Recording, site: Site, call: AttentionCall, part: str) -> tuple[str, Tensor]:

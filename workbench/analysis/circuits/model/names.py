@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+_DOOR = re.compile(r"((?:\w+\.)*)([ax])(\d+)(?=<x>|$)")  # through which a mixer's heads read the stream
 _HEAD = re.compile(r"((?:\w+\.)*)([ax])(\d+)\.(h|kv)(\d+)")
 _LABEL = re.compile(r"L(\d+)(?:H|KV)(\d+)")
 _SITE_LABEL = re.compile(r"(.+)\.(?:H|KV)\d+")
@@ -13,9 +14,12 @@ _PARTS = {"a": "attn", "x": "cross_attn"}
 def label(name: str) -> str:
     """A head node as the label that interventions take: L9H6, decoder.0.cross_attn.H1; other names as they are.
 
-    >>> label("a9.h6"), label("a9.kv2<k>"), label("m3"), label("decoder.x0.h1")
-    ('L9H6', 'L9KV2<k>', 'm3', 'decoder.0.cross_attn.H1')
+    >>> label("a9.h6"), label("a9.kv2<k>"), label("m3"), label("decoder.x0.h1"), label("a3<x>")
+    ('L9H6', 'L9KV2<k>', 'm3', 'decoder.0.cross_attn.H1', 'L3<x>')
     """
+    if door := _DOOR.match(name):
+        prefix, letter, layer = door.groups()
+        return (f"{prefix}{layer}.{_PARTS[letter]}" if prefix else f"L{layer}") + name[door.end() :]
 
     def spelled(found: re.Match[str]) -> str:
         prefix, letter, layer, kind, number = found.groups()

@@ -21,6 +21,7 @@ from workbench.analysis.circuits.patching.running import (
     Runs,
     Unit,
     check_direction,
+    measured,
     run_patches,
     two_runs,
     way_of,
@@ -50,21 +51,14 @@ def patch_heads(
     """Activation patching over heads, and positions.
 
     Args:
-        wb: the model, attached with its tokenizer. task: prompts with twins.
-        activation: what is put in: "z" (the head's output), "q", "k", "v" (k and v by kv group where heads share them),
-            or "pattern" (its attention weights over the values of the run it is put into).
-        direction: "denoising" puts the prompt's activation into the twin's run, "noising" the twin's into the prompt's.
-        positions: names ("S2") or numbers of tokens, counted over a prompt's own, from −1 at its end; None for all.
-        by_position: patch them one at a time; with `positions` None each token position is one, which needs prompts of
-            one length.
-        metric: a name, or `metric(output, batch)` with the logits of the last token only.
-        batch_size, memory: examples in a batch, and bytes that repeats may take.
-        resume: a file to go on from, if it is there, and to write to.
+        activation: what is put in: "z" (what the head gives to its projection), "q", "k", "v" (k and v by kv group
+            where heads share them), or "pattern" (its attention weights over the values of the run it is put into).
+            Heads of recurrences, and of attention with a gate, have z only: the others are of the rest of the heads.
+        positions, by_position: all at once by default, and not one at a time.
+        All others are those of `patch_layers`.
 
     Raises:
-        TaskError: bad prompts or metric. InterventionError: unknown activation or direction, a position beyond a
-            prompt. AttachError: the model's residual stream cannot be taken apart. FormatError: the file is of another
-            patching. PatchingInterrupted: on Ctrl-C, with what is done.
+        AttachError: the model's residual stream cannot be taken apart into heads. Others as `patch_layers`.
     """
     if activation not in ACTIVATIONS:
         raise InterventionError(f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS))
@@ -72,7 +66,7 @@ def patch_heads(
     with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
         setup.measure_baselines()
         at = "z" if activation == "pattern" else activation
-        heads = _heads(setup, at)
+        heads = _heads(setup, activation)
         units = [Unit(name, (at, i), i, _stream(setup, at, i), number) for i, number, name in heads]
         places = find_places(setup, positions, by_position)
         keys = list(dict.fromkeys(unit.key for unit in units))
@@ -88,10 +82,8 @@ def patch_heads(
         return HeadPatching(
             heads=tuple(name for *_, name in heads), layers=tuple(setup.graph.blocks[i] for i, *_ in heads),
             numbers=tuple(n for _, n, _ in heads), activation=activation, places=tuple(place.name for place in places),
-            direction=direction,
+            direction=direction, effects=effects, higher_is_better=setup.metric.higher_is_better, **measured(setup),
             sign=f"{way_of(direction)}; a positive score means that the clean activation helps the task",
-            task=task.name, metric=setup.metric.name, effects=effects, clean=setup.clean, corrupted=setup.corrupted,
-            provenance=setup.provenance(), higher_is_better=setup.metric.higher_is_better,
         )  # fmt: skip
 
 
@@ -115,9 +107,7 @@ def ablate_heads(
             heads=tuple(name for *_, name in heads), layers=tuple(setup.graph.blocks[i] for i, *_ in heads),
             numbers=tuple(n for _, n, _ in heads), activation=f"{how} ablation", places=("all",), direction=NOISING,
             sign="noising: the head's output is replaced; a positive score means that the head helps the task",
-            task=task.name, metric=setup.metric.name, effects=effects[:, None], clean=setup.clean,
-            corrupted=setup.corrupted, provenance=setup.provenance(),
-            higher_is_better=setup.metric.higher_is_better,
+            effects=effects[:, None], higher_is_better=setup.metric.higher_is_better, **measured(setup),
         )  # fmt: skip
 
 
@@ -132,9 +122,20 @@ def ablation_effects(setup: Setup, how: str, progress: bool = True) -> Tensor:
 
 
 def _heads(setup: Setup, activation: str) -> list[tuple[int, int, str]]:
-    """(layer, number, label) of what has such an activation, by layer."""
-    graph, part = setup.graph, activation if activation in "kv" else "q"
+    """(layer, number, label) of what has such an activation, by layer.
+
+    Raises:
+        InterventionError: nothing has.
+    """
+    graph, part = setup.graph, activation if activation in ("k", "v") else "q"
+    if activation == "z":
+        return [(i, head, label(n)) for (i, head), n in zip(graph.heads(), graph.head_names, strict=True)]
     names = [graph.receivers[column] for i in range(len(graph.layers)) for column in graph.columns(i, part)]
+    if not names:
+        raise InterventionError(
+            f"no head of this model has {activation} that it reads from the stream by itself",
+            hint='activation="z" patches what heads give, wb.edit_pattern rows of a map',
+        )
     return [(graph.receiver_spot(n).layer, graph.receiver_spot(n).number, label(n.partition("<")[0])) for n in names]
 
 
@@ -153,6 +154,8 @@ def _with_patterns(setup: Setup, pair: Pair, runs: Runs) -> Runs:
         wb.model(**runs.into, **setup.stream.extra)
     new: dict[Key, Tensor] = {}
     for i, layer in enumerate(setup.stream.anatomy.layers):
+        if layer.mixer is not None:
+            continue
         site = layer.site.name
         weights, values = patterns[site].pattern.dense(), own[site].pattern.values
         if values is None:

@@ -1,0 +1,152 @@
+"""Blocks with a halo against two packages, against neighborhood attention inside the image, and at its limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import workbench
+from support.judges import judges, missing
+from support.unavailable import unavailable
+from support.vision import timm
+from workbench import WorkbenchError, mechanisms
+from workbench.errors import CaptureError
+from workbench.kernels.grouped import halo_attention
+from workbench.kernels.neighborhood import NeighborhoodLayout
+from workbench.mechanisms import Place
+
+GRID = (6, 9)
+
+
+def _halonet() -> Any:
+    try:
+        with judges():
+            from halonet_pytorch import HaloAttention
+    except ImportError as error:
+        missing(error)
+    torch.manual_seed(0)
+    return HaloAttention(dim=24, block_size=3, halo_size=2, dim_head=6, heads=4).eval()
+
+
+def _timm(**options: Any) -> Any:
+    try:
+        made = timm().layers.get_attn("halo")
+    except ModuleNotFoundError as error:
+        unavailable(str(error))
+    torch.manual_seed(0)
+    layer = made(24, num_heads=4, block_size=3, halo_size=2, **options).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return layer
+
+
+def _random(n: int = 54, width: int = 6) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    return torch.randn(3, 2, 4, n, width, dtype=torch.float64).unbind()
+
+
+@torch.no_grad()
+def test_our_layer_is_halonet_pytorch_s() -> None:
+    judge = _halonet()
+    ours = mechanisms.get("halo").build(Place(24, 4, 54, causal=False, grid=GRID), block=3, halo=2)
+    key, value = judge.to_kv.weight.chunk(2)
+    for mine, theirs in ((ours.q, judge.to_q.weight), (ours.k, key), (ours.v, value)):
+        mine.weight.copy_(theirs)
+        mine.bias.zero_()
+    ours.out.weight.copy_(judge.to_out.weight)
+    ours.rel_height.copy_(judge.rel_pos_emb.rel_height)
+    ours.rel_width.copy_(judge.rel_pos_emb.rel_width)
+    x = torch.randn(2, 24, *GRID)
+    want = judge(x).flatten(2).transpose(1, 2) - judge.to_out.bias
+    torch.testing.assert_close(ours(x.flatten(2).transpose(1, 2)), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [_halonet, _timm, lambda: _timm(qkv_bias=True, scale_pos_embed=True)])
+@torch.no_grad()
+def test_other_people_s_layers_are_read(make: Any) -> None:
+    judge, x = make(), torch.randn(2, 24, *GRID)
+    model = torch.nn.Sequential(judge)
+    with workbench.attach(model) as wb:
+        report = wb.verify(input=x)
+        assert report.ok, report.table
+        with wb.capture(["entropy"], values=True) as cap:
+            bare = model(x)
+        assert [site.kind for site in wb.sites] == ["self"]
+        with wb.ablate((0, 2)):
+            assert not torch.allclose(model(x), bare)
+    pattern = cap[0].pattern
+    assert pattern.shape == (2, 4, 54, 54)
+    sums = pattern.dense().sum(-1)
+    if type(judge).__name__ == "HaloAttn":
+        assert bool((sums <= 1 + 1e-6).all())
+        assert sums.min() < 0.9  # every window of 7 reaches over an edge of 6 rows
+        assert not pattern.normalised
+    else:
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+@torch.no_grad()
+def test_inside_the_image_it_is_neighborhood_attention_with_a_stride() -> None:
+    block, halo, grid = 4, 2, (16, 16)
+    q, k, v = _random(256)
+    ours = halo_attention.pattern_of(q, k, v, grid=grid, block=block, halo=halo).dense() > 0
+    layout = NeighborhoodLayout(grid, block + 2 * halo, stride=block)
+    theirs = layout.visible(slice(0, 256), slice(0, 256), torch.tensor([0]))[0]
+    rows = torch.arange(256) // 16
+    columns = torch.arange(256) % 16
+    inner = (rows >= 4) & (rows < 12) & (columns >= 4) & (columns < 12)
+    assert torch.equal(ours[0, 0][inner], theirs[inner])
+    assert not torch.equal(ours[0, 0], theirs)
+
+
+@torch.no_grad()
+def test_its_limits_are_windows_single_pixels_and_all_of_the_image() -> None:
+    q, k, v = _random()
+    whole = halo_attention(q, k, v, grid=GRID, block=3, halo=9)
+    torch.testing.assert_close(whole, F.scaled_dot_product_attention(q, k, v))
+    y, x = torch.arange(54) // 9, torch.arange(54) % 9
+    windows = (y[:, None] // 3 == y // 3) & (x[:, None] // 3 == x // 3)
+    near = ((y[:, None] - y).abs() <= 2) & ((x[:, None] - x).abs() <= 2)
+    for options, mask in (({"block": 3, "halo": 0}, windows), ({"block": 1, "halo": 2}, near)):
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.testing.assert_close(halo_attention(q, k, v, grid=GRID, **options), want, atol=1e-12, rtol=1e-10)
+        pattern = halo_attention.pattern_of(q, k, v, grid=GRID, **options)
+        assert torch.equal(pattern.seen.queries_per_key.expand(1, 4, -1)[0, 0], mask.sum(0))
+
+
+@torch.no_grad()
+def test_relative_positions_are_those_of_an_explicit_table() -> None:
+    q, k, v = _random()
+    height, width = torch.randn(2, 13, 6, dtype=torch.float64).unbind()
+    pattern = halo_attention.pattern_of(q, k, v, grid=GRID, block=3, halo=2, rel_height=height, rel_width=width)
+    scores = q @ k.mT / 6**0.5
+    for i in range(54):
+        for j in range(54):
+            (y, x), (ky, kx) = divmod(i, 9), divmod(j, 9)
+            row, column = ky - (y // 3 * 3 - 2), kx - (x // 3 * 3 - 2)  # of the key in the window
+            if 0 <= row < 7 and 0 <= column < 7:
+                at = height[6 + row - y % 3] + width[6 + column - x % 3]
+                scores[:, :, i, j] += q[:, :, i] @ at
+            else:
+                scores[:, :, i, j] = -torch.inf
+    torch.testing.assert_close(pattern.dense(), scores.softmax(-1), atol=1e-12, rtol=1e-10)
+
+
+def test_grids_that_blocks_do_not_divide_are_named() -> None:
+    halo = mechanisms.get("halo")
+    with pytest.raises(WorkbenchError, match="blocks of 4 do not divide a grid of 6 × 9") as caught:
+        halo.build(Place(24, 4, 54, causal=False, grid=GRID), block=4)
+    assert "one of 1, 3" in str(caught.value.hint)
+    with pytest.raises(WorkbenchError, match="halo=-1"):
+        halo.build(Place(24, 4, 54, causal=False, grid=GRID), halo=-1)
+    q, k, v = _random()
+    with pytest.raises(CaptureError, match="54 positions are no grid of 6 × 8"):
+        halo_attention(q, k, v, grid=(6, 8), block=2, halo=1)
+    with pytest.raises(CaptureError, match="both or none"):
+        halo_attention(q, k, v, grid=GRID, block=3, halo=1, rel_height=torch.ones(9, 6))
+    with pytest.raises(CaptureError, match=r"rel_height must be \[9, 6\]"):
+        halo_attention(q, k, v, grid=GRID, block=3, halo=1, rel_height=torch.ones(8, 6), rel_width=torch.ones(9, 6))

@@ -1,0 +1,127 @@
+"""Mixture of heads: its limits, its gates, and the loss that balances them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import workbench
+from workbench import WorkbenchError, mechanisms
+from workbench.kernels.composed import gated_attention
+from workbench.mechanisms import Place
+
+PLACE = Place(32, 8, 11)
+MOH = mechanisms.get("moh")
+
+
+def _layer(**options: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return MOH.build(PLACE, **options).eval()
+
+
+def _plain(layer: torch.nn.Module, x: Tensor, gates: Tensor) -> Tensor:
+    q, k, v = layer.heads(x)
+    z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return layer.out((z * gates[..., None]).transpose(1, 2).flatten(2))
+
+
+X = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_equal_scores_of_all_heads_are_multi_head_attention() -> None:
+    for shared, active in ((1.0, 1.0), (0.0, 1.0), (0.25, 1.0)):
+        layer = _layer(shared=shared, active=active)
+        for router in (layer.to_shared, layer.to_routed, layer.to_sides):
+            if router is not None:
+                router.weight.zero_()
+        torch.testing.assert_close(layer(X), _plain(layer, X, torch.ones(2, 8, 11)))
+
+
+@torch.no_grad()
+def test_gates_are_the_paper_s_and_the_code_s() -> None:
+    paper = _layer(scaling="paper")
+    assert (paper.shared, paper.chosen) == (2, 4)
+    scores, sides = paper.to_routed(X), paper.to_sides(X).softmax(-1)
+    likes = scores.softmax(-1)
+    best = likes >= likes.topk(4, dim=-1).values[..., -1:]
+    want = torch.cat([sides[..., :1] * paper.to_shared(X).softmax(-1), sides[..., 1:] * likes * best], dim=-1)
+    q, _, _ = paper.heads(X)
+    routing = paper.route(X, q)
+    torch.testing.assert_close(routing.gates, want.transpose(1, 2))
+    torch.testing.assert_close(routing.balance, (likes.mean((0, 1)) * best.float().mean((0, 1))).sum())
+    torch.testing.assert_close(paper(X), _plain(paper, X, routing.gates))
+    code = _layer(scaling="code")
+    gates = code.route(X, code.heads(X)[0]).gates
+    sides = 2 * code.to_sides(X).softmax(-1)
+    torch.testing.assert_close(gates[:, :2].sum(1), 2 * sides[..., 0])
+    torch.testing.assert_close(gates[:, 2:].sum(1), 4 * sides[..., 1])
+    assert torch.equal((gates[:, 2:] > 0).sum(1), torch.full((2, 11), 4))
+
+
+@torch.no_grad()
+def test_a_head_that_is_skipped_has_a_row_of_zeros() -> None:
+    layer = _layer()
+    with workbench.attach(layer) as wb, wb.capture(["entropy"]) as cap:
+        layer(X)
+    pattern, gates = cap[0].pattern, layer.route(X, layer.heads(X)[0]).gates
+    torch.testing.assert_close(pattern.gates, gates)
+    whole, plain = pattern.dense(), cap[0].patterns["attention"].dense()
+    torch.testing.assert_close(whole.sum(-1), gates)
+    torch.testing.assert_close(plain.sum(-1), torch.ones_like(gates))
+    assert torch.equal(whole.abs().sum(-1) == 0, gates == 0)
+    assert torch.equal(cap[0].entropy.isnan(), gates == 0)
+
+
+def test_norms_choose_the_longest_queries_whatever_their_scale() -> None:
+    layer = _layer(scaling="norms")
+    q, _, _ = layer.heads(X)
+    routing = layer.route(X, q)
+    size = q[:, 2:].norm(dim=-1)
+    chosen = torch.zeros_like(size).scatter_(1, size.topk(4, dim=1).indices, 1.0)
+    torch.testing.assert_close(routing.gates, torch.cat([torch.ones(2, 2, 11), chosen], dim=1))
+    torch.testing.assert_close(layer.route(X, 7 * q).gates, routing.gates)
+    (gradient,) = torch.autograd.grad(routing.gates.square().sum(), q)
+    assert bool(gradient.any())
+
+
+def test_only_chosen_gates_carry_gradients_and_balance_is_least_where_all_are_chosen_alike() -> None:
+    layer = _layer(scaling="paper", shared=0.0, active=0.5)
+    gates = layer.route(X, layer.heads(X)[0]).gates
+    gates[gates == 0].sum().backward(retain_graph=True)
+    assert not layer.to_routed.weight.grad.any()
+    balance = layer.route(X, layer.heads(X)[0]).balance
+    assert balance > 4 / 8
+    with torch.no_grad():
+        layer.to_routed.weight.zero_()
+    assert layer.route(X, layer.heads(X)[0]).balance.item() == pytest.approx(4 / 8)
+
+
+def test_the_loss_is_kept_in_training_alone() -> None:
+    layer = _layer()
+    layer(X)
+    assert layer.extra_loss is None
+    layer.train()
+    layer(X)
+    assert float(layer.extra_loss) == pytest.approx(0.01 * float(layer.route(X, layer.heads(X)[0]).balance))
+
+
+def test_choices_that_are_none_are_named() -> None:
+    for shared, active in ((0.5, 0.25), (0.0, 0.0), (0.25, 1.25), (-0.25, 0.5)):
+        with pytest.raises(WorkbenchError, match=f"shared={shared} and active={active} are .* of 8 heads"):
+            _layer(shared=shared, active=active)
+    with pytest.raises(WorkbenchError, match='scaling="loud"'):
+        _layer(scaling="loud")
+    q = torch.ones(1, 2, 3, 4)
+    with pytest.raises(workbench.CaptureError, match=r"gates must be \[1, 2, 3\]"):
+        gated_attention(q, q, q, torch.ones(1, 2, 4))
+
+
+@torch.no_grad()
+def test_queries_at_the_end_of_longer_keys_see_the_past() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    gates = torch.rand(1, 4, 3)
+    pattern = gated_attention.pattern_of(q, k, v, gates, causal=True)
+    assert not pattern.dense()[..., 5:][..., 0, :].any()
+    torch.testing.assert_close(pattern.apply(v), gated_attention(q, k, v, gates, causal=True))

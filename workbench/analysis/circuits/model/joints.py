@@ -1,0 +1,116 @@
+"""Where the heads of a site join: the linear layer that writes to the stream, and what each of them gives to it.
+
+Of plain attention that is the head's output z. Behind a gate (Qwen3-Next's attention), and past the norm, gate and skip
+of a recurrence, it is z as these leave it. Such a module is a mixer here: its heads write a sum, but what they compute
+with is read from the stream by the module as a whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from workbench.analysis.circuits.model.recording import Recording, equal
+from workbench.errors import AttachError
+from workbench.hooks.entering import entering, own_columns
+from workbench.hooks.projections import is_linear
+from workbench.hooks.sites import Site
+from workbench.hooks.tap import AttentionCall
+
+_LIKE = 1e-3  # by how much what a reader says enters the projection may be off what did, of its length; at least
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Attributes:
+    name: of the layer. module: the layer.
+    heads: [batch, position, head, width] that it was given.
+    mixer: whether the site's module reads the stream as a whole; see the top of this file.
+    """
+
+    name: str
+    module: nn.Module
+    heads: Tensor
+    mixer: bool
+
+
+def call_of(seen: Recording, site: Site) -> AttentionCall:
+    """The only call of a site.
+
+    Raises:
+        AttachError: there are several, or its queries and keys are not seen.
+    """
+    calls = seen.calls.get(site.name, [])
+    if len(calls) != 1:
+        raise AttachError(f"the site was called {len(calls)} times in one forward, once is needed", site=site.name)
+    call = calls[0]
+    if call.finish is None and call.weights is None and (call.q is None or call.k is None or call.q.dim() != 4):
+        raise AttachError("queries and keys are not seen at this site", site=site.name)
+    return call
+
+
+def find_joint(seen: Recording, site: Site) -> Joint:
+    """The layer that joins the heads of a site.
+
+    Raises:
+        AttachError: there is none to which each head gives columns of its own.
+    """
+    call = call_of(seen, site)
+    if call.finish is not None:
+        return _past_finish(seen, site, call)
+    z = call.z().detach().transpose(1, 2)
+    projection = seen.finder.of(site.name)
+    if projection is not None:
+        return Joint(projection.name, projection.module, z, mixer=False)
+    name = _last_linear(seen, site, call)
+    given = None if name is None else seen.given.get(name)
+    if name is not None and given is not None and given.shape == z.flatten(2).shape and _gated(given, z.flatten(2)):
+        return Joint(name, call.module.get_submodule(_inside(name, site)), given.view_as(z), mixer=True)
+    raise AttachError(
+        "the module that joins the heads was not found: something (a norm, another gate) lies between",
+        site=site.name,
+        hint="heads of this model have no linear part in the residual stream",
+    )
+
+
+def _past_finish(seen: Recording, site: Site, call: AttentionCall) -> Joint:
+    assert call.finish is not None
+    with torch.no_grad():
+        z = call.mixed.detach()
+        found = entering(call.module, call.finish, z)
+        own = found is not None and own_columns(call.module, call.finish, z, found)
+    name = "" if found is None else f"{site.name}.{found.name}"
+    given = seen.given.get(name)
+    if found is None or not own or given is None or given.shape[-1] != z.shape[1] * found.heads.shape[-1]:
+        raise AttachError(
+            f"what the heads of this {type(call.module).__name__} write cannot be told apart: no linear layer ends it "
+            "that is given columns of each",
+            site=site.name,
+            hint="head_importance, run_sweep, wb.ablate and wb.patch measure and change heads of any model",
+        )
+    heads = given.unflatten(-1, (z.shape[1], -1))
+    want, off = heads.double(), found.heads.transpose(1, 2).double() - heads.double()
+    if not float(off.norm()) <= max(_LIKE, 8 * seen.eps) * float(want.norm()):
+        raise AttachError(f"{name} was given something else than what is read of the heads", site=site.name)
+    return Joint(name, found.module, heads, mixer=True)
+
+
+def _last_linear(seen: Recording, site: Site, call: AttentionCall) -> str | None:
+    """The linear layer whose output is the module's."""
+    inside = {f"{site.name}.{name}".strip("."): module for name, module in call.module.named_modules() if name}
+    linear = [name for name in seen.order if name in inside and is_linear(inside[name])]
+    gave = seen.gave.get(site.name)
+    return next((name for name in reversed(linear) if equal(seen.gave.get(name), gave)), None)
+
+
+def _inside(name: str, site: Site) -> str:
+    return name.removeprefix(f"{site.name}.")
+
+
+def _gated(given: Tensor, z: Tensor) -> bool:
+    """Whether it is z number by number, times something between 0 and 1: then each head has its own columns still."""
+    slack = 1 + 8 * torch.finfo(given.dtype).eps
+    z = z.to(given.dtype)
+    return bool(((given * z >= 0) & (given.abs() <= slack * z.abs())).all()) and not torch.equal(given, z)

@@ -1,0 +1,15 @@
+"""Mechanisms of papers, each a module in the place of self-attention, with its map and a card that says what it is.
+
+Every file of this folder is one of them and ends in `register(Mechanism(…))`; what they share is in `frame/`.
+
+>>> from workbench import mechanisms
+>>> "agent" in mechanisms.list().names
+True
+>>> mechanisms.get("agent").card.arxiv
+'2312.08874'
+"""
+
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mechanisms, Mixer, Place, get, register
+from workbench.mechanisms.frame import listed as list
+
+__all__ = ["Card", "Claim", "Mechanism", "Mechanisms", "Mixer", "Place", "get", "list", "register"]

@@ -1,0 +1,9 @@
+"""What the rooms of the mechanisms share: the place that a module is told of, its card, and where rooms are listed."""
+
+from workbench.mechanisms.frame.card import Card, Claim
+from workbench.mechanisms.frame.catalogue import Mechanisms, get, listed, register
+from workbench.mechanisms.frame.mechanism import Mechanism
+from workbench.mechanisms.frame.mixer import Mixer
+from workbench.mechanisms.frame.place import Place
+
+__all__ = ["Card", "Claim", "Mechanism", "Mechanisms", "Mixer", "Place", "get", "listed", "register"]

@@ -1,0 +1,106 @@
+"""The card of a mechanism: what it is, what it needs, and where its claims stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+from workbench.errors import WorkbenchError
+from workbench.hooks.tap import Kind
+from workbench.kernels.patterns import Grade
+
+Outcome = Literal["not examined", "holds", "does not hold", "undecided"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says of its mechanism, and what was found at our scale.
+
+    Attributes:
+        says: the claim, in a sentence.
+        how: what was measured, and the script that does it; empty while the claim is not examined.
+        found: the figure with its interval.
+        outcome: whether the claim came out.
+
+    Raises:
+        WorkbenchError: an outcome without a figure, or a figure without an outcome.
+
+    >>> print(Claim("It is faster than softmax attention from 1,024 tokens on."))
+    It is faster than softmax attention from 1,024 tokens on. Not examined yet.
+    """
+
+    says: str
+    how: str = ""
+    found: str = ""
+    outcome: Outcome = "not examined"
+
+    def __post_init__(self) -> None:
+        open_still = self.outcome == "not examined"
+        if open_still == bool(self.how) or open_still == bool(self.found):
+            raise WorkbenchError(
+                f"a claim whose outcome is “{self.outcome}” has how={self.how!r} and found={self.found!r}",
+                hint="an examined claim says how, and what was found; one that was not examined says neither",
+            )
+
+    def __str__(self) -> str:
+        if self.outcome == "not examined":
+            return f"{self.says} Not examined yet."
+        return f"{self.says} {self.outcome.capitalize()} at our scale: {self.found} ({self.how})."
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a mechanism is.
+
+    Attributes:
+        title: its name in the paper. arxiv: the paper's number.
+        equation: what it computes, for one head.
+        map: what its map A is, in words: what is exact, what it leaves out.
+        kind: what its sites mix. grade: of the map, as in `Pattern.grade`.
+        cost: time and memory for n tokens.
+        causal: whether it runs "always", "never" or on demand ("either") without seeing later tokens.
+        grid: whether tokens must be the patches of an image.
+        leaks: how the future leaks into it although it is causal; empty where it does not.
+        beside: what mixes tokens besides and is in no map; `wb.sites.unread` lists it.
+        code: what there is of official code, and its licence; nothing of it is copied.
+        claims: the paper's claims, and where they stand.
+    """
+
+    title: str
+    arxiv: str
+    equation: str
+    map: str
+    kind: Kind
+    grade: Grade
+    cost: str
+    causal: Literal["always", "never", "either"]
+    code: str
+    claims: tuple[Claim, ...]
+    grid: bool = False
+    leaks: str = ""
+    beside: str = ""
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The card as (heading, text), for people."""
+        needs = {"always": "causal only", "never": "not causal", "either": "causal or not"}[self.causal]
+        needs += ", the patches of an image" if self.grid else ""
+        rows = [
+            ("Paper", f"arXiv {self.arxiv}"), ("Equation", self.equation), ("Map", f"{self.map} Grade: {self.grade}."),
+            ("Sites", self.kind), ("Cost", self.cost), ("Input", needs), ("Leaks", self.leaks), ("Beside", self.beside),
+            ("Code", self.code),
+        ]  # fmt: skip
+        return [(head, text) for head, text in rows if text] + [("Claim", str(claim)) for claim in self.claims]
+
+    def __str__(self) -> str:
+        rows = self.lines()
+        width = max(len(head) for head, _ in rows)
+        return "\n".join([self.title, *(f"  {head.ljust(width)}  {text}" for head, text in rows)])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left;vertical-align:top'>{escape(head)}</th>"
+            f"<td style='text-align:left;white-space:normal'>{escape(text)}</td></tr>"
+            for head, text in self.lines()
+        )
+        return f"<table><caption>{escape(self.title)}</caption>{rows}</table>"

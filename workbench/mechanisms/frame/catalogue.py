@@ -1,0 +1,110 @@
+"""Which mechanisms there are: every module of the package above registers its own when it is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, overload
+
+from workbench.errors import WorkbenchError, nearest
+from workbench.mechanisms.frame.mechanism import Mechanism
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_MECHANISMS: dict[str, Mechanism] = {}
+_ROOMS = Path(__file__).parents[1]
+
+
+def register(mechanism: Mechanism) -> Mechanism:
+    """Put a mechanism into the list; one of a package of your own too.
+
+    Raises:
+        WorkbenchError: another one has this name.
+    """
+    known = _MECHANISMS.get(mechanism.name)
+    if known is not None and known.make is not mechanism.make:
+        raise WorkbenchError(f'there is a mechanism "{mechanism.name}" already', hint="give yours another name")
+    _MECHANISMS[mechanism.name] = mechanism
+    return mechanism
+
+
+@cache
+def _import_rooms() -> None:
+    for module in iter_modules([str(_ROOMS)]):
+        import_module(f"..{module.name}", __package__)
+
+
+def listed() -> Mechanisms:
+    """All mechanisms, as a table."""
+    _import_rooms()
+    return Mechanisms(_MECHANISMS[name] for name in sorted(_MECHANISMS))
+
+
+def get(name: str) -> Mechanism:
+    """The mechanism of that name.
+
+    Raises:
+        WorkbenchError: there is none; the hint names the nearest.
+    """
+    return listed()[name]
+
+
+class Mechanisms(Sequence[Mechanism]):
+    """Mechanisms in the order of their names; indexed by position or name."""
+
+    def __init__(self, mechanisms: Iterator[Mechanism]) -> None:
+        self._all = tuple(mechanisms)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Mechanism: ...
+    @overload
+    def __getitem__(self, key: slice) -> Mechanisms: ...
+    def __getitem__(self, key: int | str | slice) -> Mechanism | Mechanisms:
+        if isinstance(key, slice):
+            return Mechanisms(iter(self._all[key]))
+        if isinstance(key, int):
+            return self._all[key]
+        found = next((one for one in self._all if one.name == key), None)
+        if found is None:
+            raise WorkbenchError(f'there is no mechanism "{key}"', hint=nearest(key, self.names, "mechanism"))
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """What `mechanisms.get` takes."""
+        return [one.name for one in self._all]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row for each: name, title, paper, what its sites mix, grade, cost, what it needs, and open claims."""
+        import pandas as pd
+
+        rows = [
+            {
+                "name": one.name,
+                "title": one.card.title,
+                "arXiv": one.card.arxiv,
+                "kind": one.card.kind,
+                "grade": one.card.grade,
+                "cost": one.card.cost,
+                "causal": one.card.causal,
+                "grid": one.card.grid,
+                "claims": len(one.card.claims),
+                "examined": sum(claim.outcome != "not examined" for claim in one.card.claims),
+            }
+            for one in self._all
+        ]
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        return self.table.to_string(index=False) if self._all else "no mechanisms"
+
+    def _repr_html_(self) -> str:
+        return self.table.to_html(index=False)

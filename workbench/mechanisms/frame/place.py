@@ -1,0 +1,59 @@
+"""Where a mechanism stands in a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workbench.errors import WorkbenchError
+from workbench.kernels.checks import check_range
+
+
+@dataclass(frozen=True)
+class Place:
+    """All that a mechanism is told of the model around it.
+
+    Attributes:
+        d_model: width of what goes in and out. n_heads: those of the plain attention that it stands in for.
+        length: the most tokens; of a grid, exactly as many.
+        causal: no token may depend on a later one.
+        grid: (rows, columns) where the tokens are patches of an image, row-major; None for a sequence.
+        rotary: queries and keys are turned by their positions (RoFormer, arXiv 2104.09864), where there are any.
+
+    Raises:
+        WorkbenchError: heads that do not divide the width, a grid of another length, one that is causal, or an odd
+            width of heads that are to be turned.
+
+    >>> Place(64, 4, 63, causal=False, grid=(7, 9)).d_head
+    16
+    """
+
+    d_model: int
+    n_heads: int
+    length: int
+    causal: bool = True
+    grid: tuple[int, int] | None = None
+    rotary: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_heads", "length"):
+            check_range(name, getattr(self, name), 1, None)
+        if self.d_model % self.n_heads:
+            raise WorkbenchError(
+                f"{self.n_heads} heads do not divide d_model={self.d_model}", hint="take a multiple of the heads"
+            )
+        if self.rotary and self.d_head % 2:
+            raise WorkbenchError(f"heads of width {self.d_head} cannot be turned in pairs", hint="an even width")
+        if self.grid is not None:
+            self._check_grid(self.grid)
+
+    def _check_grid(self, grid: tuple[int, int]) -> None:
+        if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != self.length:
+            raise WorkbenchError(f"{self.length} tokens are no grid of {' × '.join(map(str, grid))}")
+        if self.causal or self.rotary:
+            word = "causal" if self.causal else "rotary"
+            raise WorkbenchError(f"a grid has no order of its tokens: {word}=True is for sequences")
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.d_model // self.n_heads

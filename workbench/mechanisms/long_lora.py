@@ -1,0 +1,104 @@
+"""Shifted groups: LongLoRA's sparse attention for training on long texts, and SinkLoRA's with sinks for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from workbench.errors import WorkbenchError
+from workbench.kernels.grouped import shifted_attention
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+
+LONG = (False, True)
+SINK = (False, False, False, True)
+
+
+class ShiftedGroups(Mixer):
+    """Softmax attention inside groups of neighbours, which a part of the heads shifts by half a group.
+
+    Args:
+        place: a sequence; its heads are a multiple of the parts.
+        group: tokens in a group; a quarter of the place's length if None.
+        shifted: for each part of the heads, whether it shifts.
+        n_sinks: first tokens that every token sees.
+        wrap: as in the released code without its fast kernel: the shifted group at the end goes on at the beginning,
+            and the first tokens see the last ones.
+
+    Raises:
+        WorkbenchError: groups longer than the sequence, or heads that the parts do not divide.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        group: int | None = None,
+        shifted: tuple[bool, ...] = LONG,
+        n_sinks: int = 0,
+        wrap: bool = False,
+    ) -> None:
+        super().__init__(place)
+        self.group = -(-place.length // 4) if group is None else group
+        if not 1 <= self.group <= place.length:
+            raise WorkbenchError(f"groups of {self.group} tokens do not fit a sequence of {place.length}")
+        if self.n_heads % len(shifted):
+            raise WorkbenchError(
+                f"{self.n_heads} heads cannot be split into {len(shifted)} equal parts", hint="a multiple of them"
+            )
+        self.shifted, self.n_sinks, self.wrap = tuple(shifted), n_sinks, wrap
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """Each group by itself."""
+        return shifted_attention(
+            q, k, v, group=self.group, shifted=self.shifted, n_sinks=self.n_sinks, wrap=self.wrap,
+            causal=self.place.causal,
+        )  # fmt: skip
+
+
+def _with_sinks(place: Place, **options: Any) -> ShiftedGroups:
+    return ShiftedGroups(place, **{"shifted": SINK, "n_sinks": 4, **options})
+
+
+LONG_LORA = register(
+    Mechanism(
+        "long_lora",
+        Card(
+            title="LongLoRA: shifted sparse attention (S²-Attn)",
+            arxiv="2309.12307",
+            equation="A = softmax(q kᵀ/√d) inside groups of G tokens; half of the heads begin theirs G/2 later",
+            map="A masked softmax.",
+            kind="self",
+            grade="exact",
+            cost="O(n·G) time, O(n) memory",
+            causal="either",
+            code="dvlab-research/LongLoRA, Apache-2.0. Its path without the fast kernel lets the first half group see "
+            "the last one (wrap=True); its other path does not, and is what is here by default.",
+            claims=(
+                Claim("Models trained with shifted groups reach about the loss of training with full attention."),
+                Claim("Without the shift information does not pass between groups, and the loss is higher."),
+            ),
+        ),
+        ShiftedGroups,
+        variants={"unshifted": {"shifted": (False, False)}},
+    )
+)
+
+SINK_LORA = register(
+    Mechanism(
+        "sink_lora",
+        Card(
+            title="SinkLoRA: sink fixed attention (SF-Attn)",
+            arxiv="2406.05678",
+            equation="A = softmax(q kᵀ/√d) inside groups and on the first 4 tokens; a quarter of the heads shift",
+            map="A masked softmax.",
+            kind="self",
+            grade="exact",
+            cost="O(n·G) time, O(n) memory",
+            causal="either",
+            code="The released repository has no code of this attention: it is a reconstruction from the paper's text.",
+            claims=(Claim("It is nearer to full attention than LongLoRA's shifted groups."),),
+        ),
+        _with_sinks,
+        places=(Place(24, 4, 33), Place(32, 4, 3), Place(16, 4, 18, causal=False)),
+    )
+)
