@@ -138,8 +138,8 @@ def test_queries_and_keys_of_something_fixed_make_a_fixed_map_in_every_layer(sou
     assert not torch.allclose(_map(model, _ids(1), layer=1), _map(model, _ids(2), layer=1))
     first, last = (_map(model, _ids(1), layer=layer) for layer in (0, 2))
     with torch.no_grad():
-        model.blocks[2].mixer.load_state_dict(model.blocks[0].mixer.state_dict())
-        model.blocks[2].norm1.load_state_dict(model.blocks[0].norm1.state_dict())
+        model.stack.blocks[2].mixer.load_state_dict(model.stack.blocks[0].mixer.state_dict())
+        model.stack.blocks[2].norm1.load_state_dict(model.stack.blocks[0].norm1.state_dict())
     assert not torch.allclose(_map(model, _ids(1), layer=2), first)  # what it reads has passed the layers before
     assert not torch.allclose(first, last)
 
@@ -148,7 +148,7 @@ def test_embeddings_do_not_know_what_was_mixed_and_do_know_the_tokens() -> None:
     model = _model("embedding", "embedding")
     before = _map(model, _ids(1), layer=1)
     with torch.no_grad():
-        model.blocks[0].mixer.out.weight.mul_(-3)  # another hidden state for the second layer
+        model.stack.blocks[0].mixer.out.weight.mul_(-3)  # another hidden state for the second layer
     torch.testing.assert_close(_map(model, _ids(1), layer=1), before, atol=0, rtol=0)
     changed = _ids(1)
     changed[0, 4] += 1
@@ -197,14 +197,14 @@ def test_layouts_are_those_of_the_paper_for_its_24_layers() -> None:
 
 def test_the_script_trains_a_hybrid_and_its_file_gives_the_same_model(tmp_path: Path) -> None:
     path = tmp_path / "hybrid.safetensors"
-    how = ["--layers", "deconstructed:text", "--layout", "last", "--depth", "2", "--hidden", "0", "--quick"]
+    how = ["text", "--layers", "deconstructed:text", "--layout", "last", "--depth", "2", "--hidden", "0", "--quick"]
     made = main([*how, "--out", str(path)])
-    assert made.model.layers == ("deconstructed:text", "deconstructed:standard")
-    assert made.model.hidden == 0
+    assert made.model.stack.layers == ("deconstructed:text", "sqa:mha")
+    assert made.model.stack.hidden == 0
     again, ids = load(path).model, _ids(1)
     assert torch.equal(again(ids), made.model(ids))
     with pytest.raises(SystemExit):
-        main(["--layers", "moh", "sqa", "--layout", "even", "--out", str(path)])
+        main(["text", "--layers", "moh", "sqa", "--layout", "even", "--out", str(path)])
 
 
 def test_what_does_not_fit_is_named() -> None:
