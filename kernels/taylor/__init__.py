@@ -1,4 +1,4 @@
-"""Attention whose exponential is its polynomial of the second order."""
+"""Attention whose exponential is cut off after the square: positive weights, in linear time."""
 
 from workbench.kernels.taylor.attention import TaylorPattern, taylor_attention
 

@@ -56,20 +56,16 @@ class NoMixing(Mixer):
         return own_token_attention(q, k, v)
 
 
-class Approximate(Mixer):
-    """exp is 1 + s + s²/2. apart=True: each order is divided by its own sum, as in the paper's appendix."""
-
-    def __init__(self, place: Place, apart: bool = False) -> None:
-        super().__init__(place)
-        self.apart = apart
+class Series(Mixer):
+    """1 + x + x²/2 in the place of eˣ, divided by one sum (the paper's Approximate; its appendix has one an order)."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """All orders."""
-        return taylor_attention(q, k, v, apart=self.apart)
+        return taylor_attention(q, k, v)
 
 
-class NonApproximate(Mixer):
-    """exp(s_j) / Σ_{l ≤ i} exp(s_l), s_j = SiLU(q_j)·k_j/√d: the query's own token says nothing but where it stands."""
+class ScoresOfKeys(Mixer):
+    """exp(s_j) / Σ_{l ≤ i} exp(s_l), s_j = SiLU(q_j)·k_j/√d: one score a key for all queries (Non-approximate)."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """A running softmax, whose state is one value and one sum."""
@@ -129,15 +125,15 @@ def drawn_rows(place: Place) -> Tensor:
 _FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "standard": (SparseQueryAttention, {"heads": 1.0, "kv_heads": 1.0}),
     "mlp": (NoMixing, {}),
-    "approximate": (Approximate, {}),
-    "non-approximate": (NonApproximate, {}),
+    "taylor": (Series, {}),
+    "keys": (ScoresOfKeys, {}),
     "random": (FromElsewhere, {"source": "random"}),
     "text": (FromElsewhere, {"source": "text"}),
     "embedding": (FromElsewhere, {"source": "embedding"}),
 }
 
 
-def deconstructed(place: Place, form: str = "approximate", **options: Any) -> Mixer:
+def deconstructed(place: Place, form: str = "taylor", **options: Any) -> Mixer:
     """The module of a form.
 
     Raises:
@@ -198,8 +194,7 @@ DECONSTRUCTED = register(
             "a softmax of fixed or of uncontextualised queries and keys; the identity for the MLP.",
             kind="self",
             grade="exact",
-            cost="O(n²) as it is here; O(n) for the MLP and “non-approximate”, and O(n·d²) for the polynomial as a "
-            "recurrence over its features",
+            cost="O(n·d²) a head for “taylor”, O(n) for “keys” and the MLP, O(n²) for the others",
             causal="always",
             code="HUIYINXUE/DeconAttn is announced; it was not read.",
             claims=(
@@ -209,9 +204,6 @@ DECONSTRUCTED = register(
             ),
         ),
         deconstructed,
-        variants={
-            **{form: {"form": form} for form in _FORMS},
-            "approximate apart": {"form": "approximate", "apart": True},
-        },
+        variants={form: {"form": form} for form in _FORMS},
     )
 )
