@@ -35,8 +35,7 @@ def register(mechanism: Mechanism) -> Mechanism:
 @cache
 def _import_rooms() -> None:
     for module in iter_modules([str(_ROOMS)]):
-        if not module.ispkg:
-            import_module(f"..{module.name}", __package__)
+        import_module(f"..{module.name}", __package__)
 
 
 def listed() -> Mechanisms:
