@@ -22,7 +22,7 @@ from shared.measuring import machine, say, table, write_section
 from torch import Tensor, nn
 
 from workbench.analysis.statistics.intervals import mean_t
-from workbench.kernels.recurrent import gated_delta_rule, gated_linear_attention
+from workbench.kernels.recurrent import gated_delta_rule, gated_linear_attention, naive_recurrence
 from workbench.tasks.mqar import IGNORE, mqar_tokens
 
 LENGTH, VOCABULARY, WIDTH, PAIRS = 64, 64, 64, (4, 8, 16)
@@ -99,7 +99,7 @@ class S6(nn.Module):
         b, c = (t[:, None].expand(-1, WIDTH, -1, -1) for t in self.bc(x).chunk(2, dim=-1))
         delta = F.softplus(self.delta(x)).mT[..., None]  # [batch, channel, position, 1]
         v = self.v(x).mT[..., None]
-        y = gated_linear_attention(c, b * delta, v, -self.A_log.exp()[:, None] * delta)
+        y, _ = naive_recurrence(c, b * delta, v, -self.A_log.exp()[:, None] * delta)  # short, and thousands of heads
         return self.out(y.squeeze(-1).mT)
 
 
@@ -114,7 +114,7 @@ class QLSTM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         f, g, o = (t.mT[..., None] for t in self.gates(x).chunk(3, dim=-1))  # [batch, channel, position, 1]
         log_decay = self.alpha.relu() * F.logsigmoid(-f)
-        y = gated_linear_attention(o.sigmoid(), g.sigmoid(), self.v(x).mT[..., None], log_decay.squeeze(-1))
+        y, _ = naive_recurrence(o.sigmoid(), g.sigmoid(), self.v(x).mT[..., None], log_decay.squeeze(-1))
         return self.out(y.squeeze(-1).mT)
 
 
@@ -212,7 +212,8 @@ def text(found: dict[tuple[str, int], list[dict[int, float]]], seeds: int, steps
     return f"""`python benchmarks/mqar.py`: multi-query associative recall (arXiv 2312.04927) with the layers that DSF
 compares (arXiv 2405.15731), at our scale: two layers, one head, d_model {WIDTH}, {LENGTH} tokens, a vocabulary of
 {VOCABULARY}, {steps} steps of {BATCH} rows, Muon and AdamW at one rate for all; n is the width of queries and keys,
-or of the state of each channel. Not the paper's figures, whose models are larger, trained far longer, and swept over rates.
+or of the state of each channel. Not the paper's figures, whose models are larger, trained far longer, and swept over
+rates.
 
 {table(heads, rows)}
 
