@@ -41,7 +41,11 @@ PRINTED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
         ("overlap of heads", "overlap of edges"),
     ),
     ("middle", "analysis.circuits.overlap"): (
-        "what chance gives: `CircuitOverlap.table`, `curve`",
+        "what chance gives: `CircuitOverlap.curve`",
+        ("edges: renamed", "heads: renamed"),
+    ),
+    ("middle", "analysis.circuits.overlap_result"): (
+        "what chance gives: `CircuitOverlap.table`",
         ("edges: renamed", "heads: renamed"),
     ),
     ("among_draws", "analysis.circuits.overlap"): (

@@ -33,6 +33,7 @@ CHOOSING: dict[str, dict[str, Any]] = {
     "head_gallery": {"layer": 1, "heads": (2,)},
     "image_attention": {"layer": 1, "heads": (1,), "query": 3, "example": 1},
     "token_strip": {"token": 6},
+    "playground": {"layer": 1, "heads": (2,), "query": 5},
 }
 """Kind of view -> what can be chosen in it, other than what it begins with."""
 
@@ -50,6 +51,7 @@ SETTING: dict[str, dict[str, Any]] = {
     "token_strip": {"channel": "effect"},
     "circuit_graph": {"by": "absolute", "n": 7},
     "overlap_matrix": {"measure": "share", "pair": [1, 2]},
+    "playground": {"metric": "Sink", "after": True},
 }
 """Kind of view -> what can be set in it."""
 

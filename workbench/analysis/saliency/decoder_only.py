@@ -87,8 +87,7 @@ def read_decoder(
             )
         subject.main = subject.embedding()(subject.ids[None])
         subject.rest = {"attention_mask": torch.ones_like(subject.ids[None])}
-        _check_causal(subject)
-        subject.reference = check_finite(subject.log_probs(subject.main)[0])
+        subject.reference = _said_causally(subject)
         direct = model(input_ids=subject.ids[None], **subject.rest, **_extra(model, len(subject.targets))).logits
         direct = normalised_logits(direct[:, -len(subject.targets) :])
         check_embeddings(direct[0], subject.reference, "such a model is not explained")
@@ -126,8 +125,12 @@ def _extra(model: nn.Module, last: int | None) -> dict[str, Any]:
     return found | ({"logits_to_keep": last} if last is not None and "logits_to_keep" in takes else {})
 
 
-def _check_causal(subject: DecoderInput) -> None:
-    """Refuse a model in which what is said at a position changes with a later one."""
+def _said_causally(subject: DecoderInput) -> Tensor:
+    """[output token, vocabulary] of the unperturbed model.
+
+    Raises:
+        WorkbenchError: it gives no logits, or what it says at a position changes with a later one.
+    """
     other = subject.main.clone()
     other[:, -1] = 0
     own, changed = (
@@ -147,3 +150,4 @@ def _check_causal(subject: DecoderInput) -> None:
             f"{type(subject.model).__name__} is no decoder: what it says at a token changes with later ones",
             hint="of encoders, saliency explains those with a classification head",
         )
+    return normalised_logits(logits[:, -len(subject.targets) :])[0]
