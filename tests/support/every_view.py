@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cache
 
 import torch
@@ -15,14 +16,14 @@ from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.capture.capture import Capture
-from workbench.views import View
+from workbench.views import Playground, View
 
 ROWS = ("entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "received")
 WORDS = tuple(f" word{i}" for i in range(64))
 
 
 class _Words:
-    """Decodes ids into given tokens."""
+    """Decodes ids into given tokens; every text is all of them."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens = tokens
@@ -30,18 +31,27 @@ class _Words:
     def decode(self, ids: Sequence[int], **_: bool) -> str:
         return "".join(self.tokens[i] for i in ids)
 
+    def __call__(self, texts: Sequence[str], **_: object) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.arange(len(self.tokens)).repeat(len(texts), 1)}
 
-@cache
-def capture(layers: int = 2, heads: int = 3, tokens: Sequence[str] = WORDS[:12], batch: int = 1) -> Capture:
-    """A capture of a random GPT-2 over these tokens."""
+
+def _gpt2(layers: int, heads: int, n: int) -> GPT2LMHeadModel:
+    """A random GPT-2 of at least n tokens, whose patterns have peaks, as those of trained models have."""
     torch.manual_seed(0)
-    n = len(tokens)
     config = GPT2Config(n_layer=layers, n_head=heads, n_embd=8 * heads, vocab_size=max(n, 8), n_positions=max(n, 16))
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "c_attn.weight" in name:  # patterns with peaks, as trained models have them
+            if "c_attn.weight" in name:
                 parameter.mul_(20)
+    return model
+
+
+@cache
+def capture(layers: int = 2, heads: int = 3, tokens: Sequence[str] = WORDS[:12], batch: int = 1) -> Capture:
+    """A capture of a random GPT-2 over these tokens."""
+    n = len(tokens)
+    model = _gpt2(layers, heads, n)
     with attach(model, _Words(tokens)) as wb, torch.inference_mode(), wb.capture(ROWS, values=True) as found:
         model(torch.arange(n).repeat(batch, 1))
     return found
@@ -242,6 +252,19 @@ def head_page(tokens: Sequence[str] = WORDS[:12]) -> View:
     return views.head(found, "L0H1", roles=roles, circuits=[circuit(graph, 20)])
 
 
+def playground(tokens: Sequence[str] = WORDS[:12]) -> Playground:
+    """A playground of a random GPT-2, with a head, a row and an edge ablated; the same model for all."""
+    return copy(_playground(tuple(tokens)))
+
+
+@cache
+def _playground(tokens: tuple[str, ...]) -> Playground:
+    from workbench import views
+
+    wb = attach(_gpt2(2, 3, len(tokens)), _Words(tokens))
+    return views.playground(wb, "".join(tokens)).ablate("L1H2").ablate("L0H1", 5).ablate("L0H0", 6, 2)
+
+
 def circuit(graph: Graph, kept: int, level: str = "edge", *, task: str = "ioi", seed: int = 0) -> Circuit:
     """A circuit of the `kept` strongest of edges with random scores, as they are: some may lead nowhere."""
     scores = torch.randn(graph.exists.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -297,6 +320,7 @@ VIEWS: dict[str, Callable[[], View]] = {
     "token_strip": _token_strip,
     "circuit_graph": _circuit_graph,
     "overlap_matrix": _overlap_matrix,
+    "playground": playground,
 }
 """Kind of view -> one of it."""
 
@@ -312,5 +336,6 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "image_attention": _image_attention,
     "token_strip": _token_strip,
     "circuit_graph": _circuit_graph,
+    "playground": playground,
 }
 """Kinds of views that show tokens -> one of these tokens."""

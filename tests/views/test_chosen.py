@@ -33,6 +33,7 @@ CHOOSING: dict[str, dict[str, Any]] = {
     "head_gallery": {"layer": 1, "heads": (2,)},
     "image_attention": {"layer": 1, "heads": (1,), "query": 3, "example": 1},
     "token_strip": {"token": 6},
+    "playground": {"layer": 1, "heads": (2,), "query": 5},
 }
 """Kind of view -> what can be chosen in it, other than what it begins with."""
 
@@ -42,7 +43,7 @@ SETTING: dict[str, dict[str, Any]] = {
     "conditioning_curves": {"experiment": "latent inhibition", "off": ["hebb"]},
     "what_if": {"settings": {"n": 40, "heads": 2}},
     "tensor_peek": {"index": [2, 0, 0], "counts": "log"},
-    "compare": {"scale": "linear"},
+    "compare": {"scale": "linear", "pair": "1"},
     "attention_pattern": {"scale": "log", "range": "one", "hide": True},
     "head_atlas": {"metric": "Sink"},
     "head_gallery": {"shared": True},
@@ -50,6 +51,7 @@ SETTING: dict[str, dict[str, Any]] = {
     "token_strip": {"channel": "effect"},
     "circuit_graph": {"by": "absolute", "n": 7},
     "overlap_matrix": {"measure": "share", "pair": [1, 2]},
+    "playground": {"metric": "Sink", "after": True},
 }
 """Kind of view -> what can be set in it."""
 
