@@ -5,7 +5,7 @@ one forward on the kernel that the model has; TransformerLens keeps a cache of t
 (`stack_head_results`, `decompose_resid`, `logit_attrs`), in an eager model. Both give the same shares of heads, which
 is checked. Writes its section of docs/benchmarks.md.
 
-    python benchmarks/logits.py [--lengths 64 256 1024] [--batch 4] [--rounds 5] [--quick]
+    python benchmarks/logits.py [--lengths 16 64 256] [--batch 4] [--rounds 5] [--quick]
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace) -> list[list[str]]:
 def main() -> None:
     """Measure, check and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round; nothing is written")

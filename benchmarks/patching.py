@@ -1,11 +1,11 @@
 """How fast the residual stream is patched, by layer and position: against TransformerLens and one forward per patch.
 
-A random model of the shape of GPT-2 small (12 layers, 12 heads of 64, float32), prompts of words in which one differs
-from their twins, and the activation of every layer put into the twin's run at every position. TransformerLens' own
-`patching` does so with a forward for each; so does a loop of bare forwards that compute the last token's logits only.
-Only ratios mean anything. Writes its section of docs/benchmarks.md.
+A random model of GPT-2 small's widths with fewer layers (12 heads of 64, float32), prompts of words in which one
+differs from their twins, and the activation of every layer put into the twin's run at every position. TransformerLens'
+own `patching` does so with a forward for each; so does a loop of bare forwards that compute the last token's logits
+only. Only ratios mean anything. Writes its section of docs/benchmarks.md.
 
-    python benchmarks/patching.py [--length 32] [--prompts 2] [--rounds 5] [--quick]
+    python benchmarks/patching.py [--layers 6] [--length 12] [--prompts 2] [--rounds 5] [--quick]
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def difference(logits: Tensor) -> Tensor:
 def main() -> None:
     """Measure, check and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--length", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a small model, one round, nothing written: does it work?")
@@ -68,10 +69,10 @@ def main() -> None:
     from transformer_lens import patching
 
     patching.tqdm = lambda several, **settings: several  # it has no way to leave out its bar
-    small = {"n_layer": 4, "n_head": 4, "n_embd": 32, "vocab_size": 100} if options.quick else {}
+    small = {"n_head": 4, "n_embd": 32, "vocab_size": 100} if options.quick else {}
     length, rounds = (12, 1) if options.quick else (options.length, options.rounds)
     torch.manual_seed(0)
-    config = GPT2Config(n_positions=256, attn_implementation="sdpa", **small)
+    config = GPT2Config(n_layer=options.layers, n_positions=256, attn_implementation="sdpa", **small)
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -95,7 +96,7 @@ def main() -> None:
                 for _ in range(config.n_layer * length):
                     model(twin, use_cache=False, logits_to_keep=1)
 
-        for activation in ("resid_pre", "attn_out", "mlp_out"):
+        for activation in ("resid_pre", "attn_out", "mlp_out") if at else ("resid_pre",):
             theirs = getattr(patching, f"get_act_patch_{activation}")
 
             def ours(task: Task = task, activation: str = activation) -> Tensor:
@@ -119,7 +120,7 @@ def main() -> None:
         return
     write_section(
         HEADING,
-        f"""`python benchmarks/patching.py`: a random model of GPT-2 small's shape (float32), {options.prompts} prompts
+        f"""`python benchmarks/patching.py`: a random model of GPT-2 small's widths (float32), {options.prompts} prompts
 of {length} tokens that differ from their twins in the first or the middle word, {config.n_layer * length} patches: each
 layer at each position. Time of TransformerLens' `patching` on the same weights, and of as many bare forwards that
 compute the last token's logits only, over ours, which includes finding the model's parts and both runs; largest

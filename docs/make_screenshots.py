@@ -23,8 +23,10 @@ from playwright.sync_api import sync_playwright
 
 import workbench
 from workbench import views
+from workbench.storage.json_text import json_for_html
 from workbench.tasks.speech import from_features, spans_of
 from workbench.tasks.spoken_digits import SECONDS
+from workbench.views.base import modules
 
 FOLDER = Path(__file__).parent / "images"
 DRAWN = FOLDER / "drawn.json"
@@ -84,7 +86,19 @@ def shown() -> dict[str, views.View]:
         "capacity-curves": views.capacity_curves(held),
         "what-if": views.what_if(d_k=48, n=20, heads=4, needed=2),
         "saliency-map": speech(),
+        "playground": playground(wb, task[0].prompt),
     }
+
+
+def playground(wb: workbench.Workbench, prompt: str) -> views.View:
+    """A playground in which a head, a row and an edge are ablated."""
+    play = views.playground(wb, prompt, selection=views.SharedSelection())
+    return (
+        play.ablate("L0H7")
+        .ablate("L0H2", query=-1)
+        .ablate("L4H1", query=15, key=3)
+        .select(layer=4, heads=(1,), query=15)
+    )
 
 
 def circuit(wb: workbench.Workbench, task: Any, found: Any, roles: Any) -> views.View:
@@ -115,6 +129,22 @@ def speech() -> views.View:
             wb, first, n_masks=1200, granularities=(60, 80, 100), orders=(), batch_size=25
         )
     return views.cross_attention(found, spans={"said": spans_of(spoken[0].spans, found.maps[0]["special"])})[0]
+
+
+def page_of(view: views.View, path: Path) -> Path:
+    """A page of the view; of a playground one that looks as a notebook does, though no kernel answers there."""
+    if view.spec.kind != "playground":
+        return Path(view.to_html(path))
+    spec, chosen = (json_for_html(each) for each in (view.current.to_static(), view.chosen.to_json()))
+    style = f"{view.widget._css}\n{modules.asset('page.css')}"
+    drawn = f"""const values = {{ spec: {spec}, selection: {chosen}, still: [], live: true, state: {{}} }};
+const model = {{ get: (name) => values[name], set() {{}}, save_changes() {{}}, send() {{}}, on() {{}}, off() {{}} }};
+const drawn = render({{ model, el: document.querySelector("main") }});
+drawn.then(() => (document.documentElement.dataset.ready = "true"));"""
+    code = view.widget._esm.replace("export default", "const { render } =")
+    path.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><title>Playground</title><style>{style}</style>"
+                    f"<body><main></main><script>(() => {{ {code}\n{drawn} }})();</script></body></html>")  # fmt: skip
+    return path
 
 
 def _texts(tokenizer: Any) -> list[dict[str, torch.Tensor]]:
@@ -154,7 +184,7 @@ def main() -> None:
             if wanted and name not in wanted:
                 continue
             drawn[name] = (view.spec.kind, drawing(view.spec.kind))
-            page = Path(view.to_html(Path(there) / f"{name}.html"))
+            page = page_of(view, Path(there) / f"{name}.html")
             for theme in ("light", "dark"):
                 context = browser.new_context(
                     offline=True, color_scheme=theme, viewport={"width": WIDTH, "height": HEIGHT}

@@ -40,6 +40,8 @@ def check_last_row(call: AttentionCall, pattern: Pattern) -> None:
     values = call.v.unsqueeze(1) if call.v.dim() == 3 else call.v
     group = pattern.n_heads // values.shape[1]
     got = (rows @ values[:, [head // group for head in heads]].to(rows.dtype)).squeeze(2)  # [b, head, width]
+    if pattern.before is not None:
+        got += pattern.before[:, both, last].to(got)
     want = call.z()[:, both, last].to(got.dtype)
     off = (got - want).abs_()
     error, allowed = off.max().item(), tolerance(call, want)

@@ -105,6 +105,28 @@ def check_finite(name: str, tensor: Tensor) -> None:
     )
 
 
+def state_dtype(q: Tensor) -> torch.dtype:
+    """In which a recurrence keeps its state and computes: float64 for float64 inputs, else float32."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def check_state(state: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+    """Raise a CaptureError unless a state [batch, head, d, width] can be where a recurrence over q begins."""
+    if tuple(state.shape) != shape:
+        raise CaptureError(
+            f"initial_state must be [batch, head, d, width] = {list(shape)}",
+            shape=state.shape,
+            hint="pass the state that return_state=True gave for the segment before",
+        )
+    dtype = state_dtype(q)
+    if state.dtype != dtype or state.device != q.device:
+        raise CaptureError(
+            f"initial_state is {state.dtype} on {state.device}; for {q.dtype} inputs on {q.device} it is {dtype} there",
+            hint="keep the state as it was returned; rounding it would add up over segments",
+        )
+    check_finite("initial_state", state)
+
+
 def equal_but_for_rounding(a: Tensor, b: Tensor) -> bool:
     """Whether tensors are the same up to what another order of the same sums makes of them.
 

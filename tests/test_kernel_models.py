@@ -12,7 +12,7 @@ from workbench.errors import CaptureError
 from workbench.kernels.functions import FUNCTIONS
 from workbench.kernels.statistics import dense
 
-SIGNED = {"lightning"}
+SIGNED = {"lightning", "gated_linear", "gated_delta_rule"}
 NAMES = ("entropy", "received", "peak", "distance", "sink", "previous", "signed_mass")
 
 
@@ -55,19 +55,20 @@ def test_verification_and_files(kernel, tmp_path):
         torch.testing.assert_close(value, cap["layers.0"].statistics[name], equal_nan=True)
 
 
-def test_the_page_shows_all_four_and_marks_their_weights():
+def test_the_page_shows_all_and_marks_their_weights():
     model, ids = kernel_model(*KERNELS)
     with torch.no_grad(), workbench.attach(model).capture(["entropy", "sink"]) as cap:
         model(ids)
-    page = workbench.Report("Four kernels").add(cap).to_html()
+    page = workbench.Report("Kernels").add(cap).to_html()
     found = re.findall(r'<script[^>]*id="view-\d+"[^>]*>(.*?)</script>', page, re.DOTALL)
-    (sites,) = [spec["facts"]["sites"] for spec in map(json.loads, found) if spec["kind"] == "attention_pattern"]
+    shown = [spec["facts"]["sites"] for spec in map(json.loads, found) if spec["kind"] == "attention_pattern"]
+    (sites,) = [each for each in shown if len(each) == len(KERNELS)]  # beside content and decay of recurrences
     marks = ["signed" if kernel in SIGNED else "normalised" for kernel in KERNELS]
     assert [site["weights"] for site in sites] == marks
     assert all(site["mode"] != "missing" for site in sites)
     assert "statistics and maps are of |A|" in page
-    assert page.count("<td>signed</td>") == 1
-    assert page.count("<td>normalised</td>") == 3
+    assert page.count("<td>signed</td>") == len(SIGNED)
+    assert page.count("<td>normalised</td>") == len(KERNELS) - len(SIGNED)
 
 
 @pytest.mark.browser
@@ -81,7 +82,7 @@ def test_the_mark_is_seen_beside_the_head(page, tmp_path):
     page.assert_clean()
 
 
-def test_a_state_from_before_is_named():
+def test_a_state_from_before_is_read_beside_the_map():
     from support.kernel_models import Lightning
     from workbench.kernels.lightning import lightning_attention
 
@@ -93,12 +94,15 @@ def test_a_state_from_before_is_named():
 
     model, ids = kernel_model("lightning")
     model.layers[0] = Segment()
-    with (
-        torch.no_grad(),
-        pytest.raises(CaptureError, match="earlier positions"),
-        workbench.attach(model).capture(),
-    ):
-        model(ids)
+    wb = workbench.attach(model)
+    with torch.no_grad():
+        with wb.capture(z=True, values=True) as cap:
+            model(ids)
+        assert wb.verify(ids).ok
+    site = cap["layers.0"]
+    assert float(site.before.norm()) > 0
+    read = site.pattern.outputs(site.pattern.values)
+    torch.testing.assert_close(read, site.z.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_bad_numbers_are_named_with_their_site():
@@ -115,10 +119,14 @@ def test_bad_numbers_are_named_with_their_site():
 def test_every_marked_function_is_known_to_the_sites():
     from workbench.kernels.lightning import lightning_attention
     from workbench.kernels.neighborhood import neighborhood_attention
+    from workbench.kernels.recurrent import gated_delta_rule, gated_linear_attention
     from workbench.kernels.s2 import s2_attention
     from workbench.kernels.scan import scan_attention
 
-    functions = (s2_attention, lightning_attention, neighborhood_attention, scan_attention)
+    functions = (
+        s2_attention, lightning_attention, neighborhood_attention, scan_attention, gated_linear_attention,
+        gated_delta_rule,
+    )  # fmt: skip
     assert {f.__name__ for f in functions} <= set(FUNCTIONS)
     assert all(hasattr(f, "pattern_of") for f in functions)
 

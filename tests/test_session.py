@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import workbench
-from support.tiny import FAMILIES, make
+from support.tiny import FAMILIES, family, make
 from workbench import AttachError, CaptureError
 
 GPT2 = FAMILIES[0]
@@ -225,6 +225,29 @@ def test_a_prompt_longer_than_the_context(model: nn.Module) -> None:
             wb.verify(input_ids=ids)
         with pytest.raises(CaptureError, match=message), wb.capture():
             model(ids)
+
+
+def test_texts_that_are_padded_on_the_left_have_the_positions_of_each_alone() -> None:
+    """A table of positions, which counts from the first column unless it is told better."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(60)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
+    texts = ["w5 w9 w11 w3 w8", "w7 w2"]
+    with workbench.attach(make(family("gpt2")), tokenizer) as wb, torch.no_grad():
+        inputs = wb.tokenize(texts)
+        assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 0, 1]]
+        assert "position_ids" not in wb.tokenize(texts[0])
+        together = wb.model(**inputs).logits[:, -1]
+        alone = torch.cat([wb.model(**wb.tokenize(text)).logits[:, -1] for text in texts])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+        written = wb.model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        single = wb.model.generate(**wb.tokenize(texts[1]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert written[1, -4:].tolist() == single[0, -4:].tolist()
+    with workbench.attach(make(family("bloom")), tokenizer) as wb:
+        assert "position_ids" not in wb.tokenize(texts)  # it counts by the mask
 
 
 def test_text_needs_a_tokenizer(model: nn.Module) -> None:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from workbench.analysis.circuits.faithfulness_curve import FaithfulnessCurve, faithfulness_curve
     from workbench.analysis.circuits.find import Stage, find_circuit
     from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted
-    from workbench.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
+    from workbench.analysis.circuits.overlap import circuit_overlap
+    from workbench.analysis.circuits.overlap_result import CircuitOverlap
     from workbench.analysis.circuits.patching import (
         HeadPatching,
         LayerPatching,
@@ -103,7 +104,7 @@ _LAZY = {
     "faithfulness_curve": "workbench.analysis.circuits.faithfulness_curve",
     "Stage": "workbench.analysis.circuits.find",
     "find_circuit": "workbench.analysis.circuits.find",
-    "CircuitOverlap": "workbench.analysis.circuits.overlap",
+    "CircuitOverlap": "workbench.analysis.circuits.overlap_result",
     "circuit_overlap": "workbench.analysis.circuits.overlap",
     "HeadPatching": "workbench.analysis.circuits.patching",
     "ablate_heads": "workbench.analysis.circuits.patching",

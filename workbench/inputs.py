@@ -197,6 +197,28 @@ def to_ids(tokens: Any) -> Tensor:
     return ids
 
 
+def own_positions(mask: Tensor) -> Tensor:
+    """[batch, position] what each token's number is in its own prompt, whichever side is padded; 0 before it.
+
+    >>> own_positions(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist()
+    [[0, 0, 0, 1], [0, 1, 2, 2]]
+    """
+    return (mask.long().cumsum(1) - 1).clamp_min(0)
+
+
+def with_own_positions(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs, with `position_ids` where prompts are padded on the left and the model takes them.
+
+    Without them most decoders count from the first column, where the padding is.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()) or "position_ids" in inputs:
+        return inputs
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return inputs
+    return {**inputs, "position_ids": own_positions(mask)}
+
+
 def own_columns(real: Tensor, position: int) -> Tensor:
     """[batch] column of a position in each prompt, counted over its own tokens; negative ones from the end.
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from workbench.kernels.checks import state_dtype
 from workbench.kernels.lightning.decay import powers
 
 
@@ -44,11 +45,6 @@ class _Fades:
 
 def _chunk_of(tensors: Sequence[Tensor], at: slice, dtype: torch.dtype) -> list[Tensor]:
     return [tensor[:, :, at].to(dtype) for tensor in tensors]
-
-
-def state_dtype(q: Tensor) -> torch.dtype:
-    """Dtype in which states are kept and chunks computed: float64 for float64 inputs, else float32."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def zero_state(q: Tensor, v: Tensor) -> Tensor:

@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from workbench.errors import CaptureError
-from workbench.kernels.checks import check_attention, check_finite
+from workbench.kernels.checks import check_attention, check_state
 from workbench.kernels.functions import attention_function
 from workbench.kernels.lightning import chunked
 from workbench.kernels.lightning.decay import check_decay
 from workbench.kernels.lightning.pattern import LightningPattern
-
-TRITON_WIDTH = 256
-"""The largest d and width that the Triton kernel takes."""
+from workbench.kernels.recurrent.autograd import TRITON_WIDTH
+from workbench.kernels.recurrent.chunked import Inputs
 
 
 class _Lightning(torch.autograd.Function):
@@ -31,9 +30,9 @@ class _Lightning(torch.autograd.Function):
         ctx.decay, ctx.chunk = decay, chunk
         ctx.set_materialize_grads(False)
         if _on_triton(q, v):
-            from workbench.kernels.lightning import triton
+            from workbench.kernels.recurrent import triton
 
-            return triton.forward(q, k, v, decay, state)
+            return triton.forward(_recurrence(q, k, v, decay), state)
         return chunked.forward(q, k, v, decay, state, chunk)
 
     @staticmethod
@@ -42,12 +41,18 @@ class _Lightning(torch.autograd.Function):
         q, k, v, state = ctx.saved_tensors
         grad_out = torch.zeros_like(v) if grad_out is None else grad_out
         if _on_triton(q, v):
-            from workbench.kernels.lightning import triton
+            from workbench.kernels.recurrent import triton
 
-            grads = triton.backward(q, k, v, ctx.decay, state, grad_out, grad_state)
+            found, d_state = triton.backward(_recurrence(q, k, v, ctx.decay), state, grad_out, grad_state)
+            grads = (*(found[name] for name in "qkv"), d_state)
         else:
             grads = chunked.backward(q, k, v, ctx.decay, state, ctx.chunk, grad_out, grad_state)
         return *grads[:3], None if state is None else grads[3], None, None
+
+
+def _recurrence(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Inputs:
+    """The same as a recurrence whose decay is that of a head at every position."""
+    return Inputs(q, k, v, decay.log().to(q.device)[None, :, None].expand(q.shape[:3]))
 
 
 def _on_triton(q: Tensor, v: Tensor) -> bool:
@@ -58,19 +63,11 @@ def _on_triton(q: Tensor, v: Tensor) -> bool:
 def _pattern(
     q: Tensor, k: Tensor, decay: Tensor | None = None, initial_state: Tensor | None = None
 ) -> LightningPattern:
-    """The pattern of a call.
-
-    Raises:
-        CaptureError: the call started from a state that is not zero. What it adds comes from positions that the state
-            no longer tells apart: there are no keys to give that weight to, and A·V alone is not the output.
-    """
-    if initial_state is not None and bool(initial_state.any()):
-        raise CaptureError(
-            "a call with an initial_state has no pattern of its own: part of its output comes from earlier positions",
-            shape=initial_state.shape,
-            hint="capture a forward that reads the whole sequence in one call",
-        )
-    return LightningPattern(q, k, decay)
+    """The pattern of a call; what its rows read of an initial state is its `before`."""
+    made = LightningPattern(q, k, decay)
+    if initial_state is not None:
+        made.before = made.from_state(initial_state)
+    return made
 
 
 @attention_function(_pattern)
@@ -123,26 +120,9 @@ def lightning_attention(
         raise CaptureError(f"chunk is {chunk}; a chunk has at least one position", hint="pass 64 or 128")
     rates = check_decay(decay, q.shape[1])
     if initial_state is not None:
-        _check_state(initial_state, q, v)
+        check_state(initial_state, (*q.shape[:2], q.shape[3], v.shape[3]), q)
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     out, state = _Lightning.apply(q, k, v, initial_state, rates, chunk)
     return (out, state) if return_state else out
-
-
-def _check_state(state: Tensor, q: Tensor, v: Tensor) -> None:
-    wanted = (*q.shape[:2], q.shape[3], v.shape[3])
-    if tuple(state.shape) != wanted:
-        raise CaptureError(
-            f"initial_state must be [batch, head, d, width] = {list(wanted)}",
-            shape=state.shape,
-            hint="pass the state that return_state=True gave for the segment before",
-        )
-    dtype = chunked.state_dtype(q)
-    if state.dtype != dtype or state.device != q.device:
-        raise CaptureError(
-            f"initial_state is {state.dtype} on {state.device}; for {q.dtype} inputs on {q.device} it is {dtype} there",
-            hint="keep the state as it was returned; rounding it would add up over segments",
-        )
-    check_finite("initial_state", state)

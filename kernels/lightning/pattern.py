@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.checks import check_attention
+from workbench.kernels.checks import check_attention, state_dtype
 from workbench.kernels.history import own
 from workbench.kernels.lightning import chunked
 from workbench.kernels.lightning.decay import check_decay, powers
@@ -49,7 +49,7 @@ class LightningPattern(Pattern):
                 hint="hand an earlier segment over as initial_state=, not as more keys",
             )
         n = q.shape[2]
-        super().__init__((*q.shape[:3], n), Mask(n, n, causal=True), chunked.state_dtype(q), q.device)
+        super().__init__((*q.shape[:3], n), Mask(n, n, causal=True), state_dtype(q), q.device)
         self.n_kv_heads = k.shape[1]
         self.q, self.k, self.values = own(q), own(k), None if values is None else own(values)
         self.decay = check_decay(decay, q.shape[1])

@@ -12,7 +12,8 @@ from torch import Tensor
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_finite
 from workbench.kernels.history import own
-from workbench.kernels.recurrent.chunks import SMALLEST_LOG, Chunks
+from workbench.kernels.recurrent.chunk_maps import Chunks
+from workbench.kernels.recurrent.fades import SMALLEST_LOG
 from workbench.kernels.recurrent.pattern import RecurrentPattern
 
 _CHUNK = 16
@@ -64,9 +65,11 @@ class GeneralDeltaPattern(RecurrentPattern):
         with torch.autocast(self.device.type, enabled=False):
             return self._cut(slice(0, self.n_keys), min(_CHUNK, self.n_keys))
 
-    def _part_of(self, at: slice) -> Chunks:
-        """Some positions as one chunk."""
-        return self._cut(at, at.stop - at.start)
+    def _run(self, v: Tensor, state: Tensor | None, at: slice) -> tuple[Tensor, Tensor]:
+        length = at.stop - at.start
+        chunks = self._chunks if length == self.n_keys else self._cut(at, min(_CHUNK, length))
+        first = v.new_zeros(*v.shape[:2], self.q.shape[-1], v.shape[-1]) if state is None else state
+        return chunks.run(v[:, :, at], first)
 
     def _cut(self, at: slice, length: int) -> Chunks:
         assert self.log_decay is not None

@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def naive_recurrence(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, beta: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What y_t = q_t·h_t reads from h_t = Λ_t h_{t−1} + β_t k_t v_tᵀ, and the last state.
 
@@ -18,11 +23,12 @@ def naive_recurrence(
         q, k: [batch, head, position, d]. v: [batch, head, position, width].
         log_decay: g, [batch, head, position] or [batch, head, position, d]; None for no decay.
         beta: [batch, head, position]; None for no erasing.
+        state: [batch, head, d, width] before the first position; None for zeros.
 
     Returns: [batch, head, position, width] and [batch, head, d, width].
     """
-    state = v.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
-    out = torch.empty_like(v)
+    state = v.new_zeros(*q.shape[:2], q.shape[3], v.shape[3]) if state is None else state
+    out = []
     for t in range(q.shape[2]):
         key = k[:, :, t, :, None]
         if log_decay is not None:
@@ -31,8 +37,8 @@ def naive_recurrence(
         if beta is not None:
             written = (written - (key * state).sum(-2, keepdim=True)) * beta[:, :, t, None, None]
         state = state + key * written
-        out[:, :, t] = (q[:, :, t, :, None] * state).sum(-2)
-    return out, state
+        out.append((q[:, :, t, :, None] * state).sum(-2))
+    return torch.stack(out, dim=2), state
 
 
 def naive_recurrent_pattern(

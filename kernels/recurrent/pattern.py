@@ -15,11 +15,10 @@ from workbench.kernels.checks import check_attention, check_finite
 from workbench.kernels.history import own
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
-from workbench.kernels.recurrent.chunks import SMALLEST_LOG, Chunks, chunked
-
-_CHUNK = 64
-_SMALL_CHUNK = 16  # where each channel of the state decays by itself, since fades are [chunk, chunk, d] there; and in
-_WIDE = 32  # states narrower than this, since a chunk's own map would be many times as large as its keys
+from workbench.kernels.recurrent.autograd import run
+from workbench.kernels.recurrent.chunk_maps import Chunks, map_chunks
+from workbench.kernels.recurrent.chunked import Inputs, chunk_length
+from workbench.kernels.recurrent.fades import SMALLEST_LOG
 
 
 class RecurrentPattern(Pattern):
@@ -67,7 +66,7 @@ class RecurrentPattern(Pattern):
         n_heads: int | None = None,
     ) -> None:
         n_heads = next((t.shape[1] for t in (log_decay, beta) if t is not None and t.dim() > 1), n_heads or q.shape[1])
-        _check(q, k, log_decay, beta, n_heads)
+        check_recurrence(q, k, log_decay, beta, n_heads)
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         n = q.shape[2]
         super().__init__((q.shape[0], n_heads, n, n), Mask(n, n, causal=True), dtype, q.device)
@@ -98,15 +97,13 @@ class RecurrentPattern(Pattern):
 
     @cached_property
     def _chunks(self) -> Chunks:
-        by_channel = self.log_decay is not None and self.log_decay.dim() == 4
-        length = min(_SMALL_CHUNK if by_channel or self.q.shape[-1] < _WIDE else _CHUNK, self.n_keys)
+        length = min(chunk_length(self.q.shape[-1], self.log_decay), self.n_keys)
         with torch.autocast(self.device.type, enabled=False):
-            return chunked(self._of_head(self.q), self._of_head(self.k), self.log_decay, self.beta, length)
+            return map_chunks(self._of_head(self.q), self._of_head(self.k), self.log_decay, self.beta, length)
 
     def apply(self, values: Tensor) -> Tensor:
         """A·V, [batch, head, query, width], chunk by chunk in linear time; see `Pattern.apply`."""
-        v = self._checked_values(values)
-        return self._run(v, self._no_state(v))
+        return self._run(self._checked_values(values), None, slice(0, self.n_keys))[0]
 
     def from_state(self, state: Tensor) -> Tensor:
         """[batch, head, query, width] that the rows read of a state [batch, head, d, width] from before the first one.
@@ -119,18 +116,14 @@ class RecurrentPattern(Pattern):
         if state.dim() != 4 or tuple(state.shape[:3]) != wanted:
             raise CaptureError(f"a state must be {list(wanted)} with a width", shape=state.shape)
         state = state.to(self.dtype)
-        return self._run(state.new_zeros(self.n_batch, self.n_heads, self.n_keys, state.shape[-1]), state)
+        nothing = state.new_zeros(self.n_batch, self.n_heads, self.n_keys, state.shape[-1])
+        return self._run(nothing, state, slice(0, self.n_keys))[0]
 
-    def _run(self, v: Tensor, state: Tensor) -> Tensor:
-        out = torch.empty(*self.shape[:3], v.shape[-1], dtype=self.dtype, device=self.device)
-        chunks = self._chunks
-        for number, start in enumerate(range(0, self.n_keys, chunks.length)):
-            at = slice(start, min(start + chunks.length, self.n_keys))
-            given = _filled(v[:, :, at], chunks.length)
-            found = chunks.reads[:, :, number] @ state + chunks.within[:, :, number] @ given
-            out[:, :, at] = found[:, :, : at.stop - at.start]
-            state = chunks.after(state, number, given)
-        return out
+    def _run(self, v: Tensor, state: Tensor | None, at: slice) -> tuple[Tensor, Tensor]:
+        """What some positions read, of the values there and of a state before them, and the state after them."""
+        q, k = (self._of_head(t[:, :, at]) for t in (self.q, self.k))
+        log_decay, beta = (None if t is None else t[:, :, at] for t in (self.log_decay, self.beta))
+        return run(Inputs(q, k, v[:, :, at], log_decay, beta), state)
 
     def state_at(self, position: int, values: Tensor | None = None) -> Tensor:
         """The state h after a position, [batch, head, d, width], before which there was none.
@@ -151,15 +144,7 @@ class RecurrentPattern(Pattern):
         if kept is None:
             raise CaptureError("a state is made of values", hint="pass values=, or capture with values=True")
         v, stop = self._checked_values(kept), position % self.n_keys + 1
-        chunks, state = self._chunks, self._no_state(v)
-        whole = stop // chunks.length
-        for number in range(whole):
-            at = slice(number * chunks.length, (number + 1) * chunks.length)
-            state = chunks.after(state, number, v[:, :, at])
-        if stop % chunks.length:  # a chunk of its own, up to the position
-            at = slice(whole * chunks.length, stop)
-            state = self._part_of(at).after(state, 0, v[:, :, at])
-        return state
+        return self._run(v, None, slice(0, stop))[1]
 
     def states(self, values: Tensor | None = None, *, every: int = 1) -> Tensor:
         """The states after positions every − 1, 2·every − 1, …, [batch, head, time, d, width], in one pass.
@@ -177,23 +162,13 @@ class RecurrentPattern(Pattern):
         if every < 1:
             raise CaptureError(f"there is no state every {every} positions", hint="1 or more")
         v = self._checked_values(kept)
-        state, found = self._no_state(v), []
-        whole = self._chunks if self._chunks.length == every else None
-        for number, start in enumerate(range(0, self.n_keys - every + 1, every)):
-            at = slice(start, start + every)
-            one = whole or self._part_of(at)
-            state = one.after(state, number if whole else 0, v[:, :, at])
+        state, found = None, []
+        for start in range(0, self.n_keys - every + 1, every):
+            _, state = self._run(v, state, slice(start, start + every))
             found.append(state)
-        return torch.stack(found, dim=2) if found else self._no_state(v)[:, :, None][:, :, :0]
-
-    def _part_of(self, at: slice) -> Chunks:
-        """Some positions as one chunk."""
-        q, k = (self._of_head(t[:, :, at]) for t in (self.q, self.k))
-        log_decay, beta = (None if t is None else t[:, :, at] for t in (self.log_decay, self.beta))
-        return chunked(q, k, log_decay, beta, at.stop - at.start)
-
-    def _no_state(self, v: Tensor) -> Tensor:
-        return v.new_zeros(*v.shape[:2], self.q.shape[-1], v.shape[-1])
+        if not found:
+            return v.new_zeros(*v.shape[:2], 0, self.q.shape[-1], v.shape[-1])
+        return torch.stack(found, dim=2)
 
     # How fast it forgets, and what of the map is due to that.
 
@@ -300,12 +275,8 @@ class RecurrentPattern(Pattern):
             check_finite(name, tensor)
 
 
-def _filled(t: Tensor, length: int) -> Tensor:
-    """Zeros after the last position, up to the length."""
-    return torch.cat((t, t.new_zeros(*t.shape[:2], length - t.shape[2], t.shape[3])), dim=2)
-
-
-def _check(q: Tensor, k: Tensor, log_decay: Tensor | None, beta: Tensor | None, n_heads: int) -> None:
+def check_recurrence(q: Tensor, k: Tensor, log_decay: Tensor | None, beta: Tensor | None, n_heads: int) -> None:
+    """Raise a CaptureError that names what of a recurrence's inputs does not fit or is not finite."""
     check_attention(q, k)
     if q.shape != k.shape or n_heads % q.shape[1]:
         raise CaptureError(

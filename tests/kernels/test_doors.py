@@ -318,7 +318,7 @@ def test_without_an_engine_the_reasons_are_told(monkeypatch):
     assert 'it has no "peak"' in str(caught.value)
 
 
-class OwnPattern(Pattern):
+class GatedPattern(Pattern):
     """A = softmax(q kᵀ) · gate, rows that sum to the gate."""
 
     normalised = False
@@ -345,7 +345,7 @@ def gated(q, k, v, gate=1.0, unused=None):
 
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_mechanism_of_ones_own_is_captured_and_kept(tmp_path, renamed):
-    marked = workbench.attention_function(pattern=OwnPattern)(gated)
+    marked = workbench.attention_function(pattern=GatedPattern)(gated)
 
     class Layer(Toy):
         def forward(self, x):
@@ -364,36 +364,36 @@ def test_a_mechanism_of_ones_own_is_captured_and_kept(tmp_path, renamed):
         assert torch.equal(before, after)
         assert wb.verify(x).ok
     pattern = cap[0].pattern
-    assert type(pattern) is OwnPattern
+    assert type(pattern) is GatedPattern
     torch.testing.assert_close(pattern.dense().sum(-1), torch.full((2, 2, 9), 0.5))
     want = dense(pattern.dense(), ["entropy", "received"], pattern.mask, by_magnitude=True)
     torch.testing.assert_close(cap[0].entropy.double(), want["entropy"], atol=1e-5, rtol=1e-5)
     path = tmp_path / "run.safetensors"
     cap.save(path, pattern=True)
     again = workbench.load_capture(path)[0].pattern
-    assert type(again) is OwnPattern
+    assert type(again) is GatedPattern
     torch.testing.assert_close(again.dense(), pattern.dense())
-    del FAMILIES["OwnPattern"]
-    with pytest.raises(FormatError, match='no pattern family "OwnPattern"'):
+    del FAMILIES["GatedPattern"]
+    with pytest.raises(FormatError, match='no pattern family "GatedPattern"'):
         workbench.load_capture(path)
 
 
 def test_functions_that_are_refused():
     with pytest.raises(CaptureError, match="call them q, k and v"):
-        workbench.attention_function(pattern=OwnPattern)(lambda query, key, value: value)
+        workbench.attention_function(pattern=GatedPattern)(lambda query, key, value: value)
     with pytest.raises(CaptureError, match="needs strength, which"):
 
-        @workbench.attention_function(pattern=lambda q, k, strength: OwnPattern(q, k, strength))
+        @workbench.attention_function(pattern=lambda q, k, strength: GatedPattern(q, k, strength))
         def weak(q, k, v):
             return v
 
 
 def test_two_families_of_one_name_are_not_mixed_up():
     def define(module: str) -> type[Pattern]:
-        return type("TwicePattern", (OwnPattern,), {"__module__": module})
+        return type("TwicePattern", (GatedPattern,), {"__module__": module})
 
     define("first"), define("first")  # a cell that ran twice
-    facts, tensors = OwnPattern(*torch.zeros(2, 1, 1, 3, 4)).state()
+    facts, tensors = GatedPattern(*torch.zeros(2, 1, 1, 3, 4)).state()
     assert type(families.rebuild("TwicePattern", facts, tensors)).__module__ == "first"
     define("second")
     with pytest.raises(FormatError, match=r"first\.TwicePattern and second\.TwicePattern"):

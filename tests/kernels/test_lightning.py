@@ -274,12 +274,13 @@ def test_a_call_tells_its_pattern():
         torch.testing.assert_close(pattern.apply(pattern.values), result, **TIGHT)
 
 
-def test_a_call_from_a_state_has_no_pattern():
+def test_what_a_call_reads_of_a_state_is_beside_its_map():
     q, k, v = inputs(17)
-    state = torch.ones(2, 3, 8, 5, dtype=torch.float64)
-    lightning_attention(q, k, v, initial_state=state)
-    with pytest.raises(CaptureError, match="an initial_state has no pattern of its own"):
-        lightning_attention.pattern_of(q, k, v, initial_state=state)
+    state = torch.randn(2, 3, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    out = lightning_attention(q, k, v, rates(3), initial_state=state)
+    pattern = lightning_attention.pattern_of(q, k, v, rates(3), initial_state=state)
+    torch.testing.assert_close(pattern.outputs(v), out, **TIGHT)
+    assert float((pattern.apply(v) - out).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, math.nan, math.inf])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from support.judges import naive_of_fla
+from support.recurrences import KINDS, inputs
 from workbench.errors import CaptureError
 from workbench.kernels import families
 from workbench.kernels.lightning import LightningPattern
@@ -25,29 +26,10 @@ from workbench.kernels.statistics import dense
 
 SIZES = [1, 17, 63, 64, 65, 100, 200]
 TIGHT = {"atol": 1e-11, "rtol": 1e-10}
-KINDS = ["linear", "decay", "channels", "delta", "gated delta", "kimi delta"]
 STATISTICS = [
     "entropy", "peak", "peak_key", "effective_keys", "distance", "distance_var", "sink", "current", "previous",
     "signed_mass", "received", "received_mean", "top_keys", "pooled_mean", "pooled_max",
 ]  # fmt: skip
-
-
-def inputs(kind: str, n: int, *, b: int = 2, h: int = 4, d: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """In float64; uneven decays, some of which wipe the state out; keys of delta rules have unit length."""
-    gen = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=gen, dtype=torch.float64)
-
-    found = {"q": normal(b, h, n, d), "k": normal(b, h, n, d)}
-    if kind in ("decay", "gated delta"):
-        found["log_decay"] = -(2 * normal(b, h, n) - 2).exp()
-    if kind in ("channels", "kimi delta"):
-        found["log_decay"] = -(2 * normal(b, h, n, d) - 2).exp()
-    if "delta" in kind:
-        found["k"] = torch.nn.functional.normalize(found["k"], dim=-1)
-        found["beta"] = 2 * normal(b, h, n).sigmoid()
-    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)

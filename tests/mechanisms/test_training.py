@@ -11,9 +11,22 @@ import torch.nn.functional as F
 import workbench
 from workbench import FormatError, WorkbenchError, mechanisms
 from workbench.mechanisms import Place
-from workbench.mechanisms.training import ByteLM, Corpus, copying, corpus, load, recall, score, text_batch, train
-from workbench.mechanisms.training.__main__ import PLACE, main
-from workbench.mechanisms.training.language import PARAMETERS
+from workbench.mechanisms.training import (
+    ByteLM,
+    Corpus,
+    PatchModel,
+    copying,
+    corpus,
+    load,
+    recall,
+    scenes,
+    score_images,
+    score_text,
+    text_batch,
+    train,
+)
+from workbench.mechanisms.training.__main__ import PLACES, main
+from workbench.mechanisms.training.stack import PARAMETERS
 from workbench.mechanisms.training.text import BOS, HELD_OUT, IGNORE, TUNING, repeated
 
 TINY = Place(16, 4, 24, rotary=True)
@@ -86,7 +99,7 @@ def test_bytes_whose_last_four_came_before_are_found() -> None:
 @pytest.mark.parametrize("name", [one.name for one in mechanisms.list() if one.card.causal != "never"])
 def test_any_mechanism_stands_in_a_language_model_of_the_same_size(name: str) -> None:
     torch.manual_seed(0)
-    model = ByteLM(PLACE, [name] * 3).eval()
+    model = ByteLM(PLACES["text"], [name] * 3).eval()
     assert sum(p.numel() for p in model.parameters()) <= PARAMETERS
     tiny = ByteLM(TINY, [name]).eval()
     ids = torch.randint(0, 128, (2, 24), generator=_random())
@@ -102,20 +115,19 @@ def test_any_mechanism_stands_in_a_language_model_of_the_same_size(name: str) ->
 
 
 def test_a_model_learns_and_the_same_seed_learns_the_same() -> None:
-    source = _source(b"ab" * 300 + b"\n" + b"ab" * 300)
-    source = Corpus(source.ids, torch.arange(0, 500, 2), "")
+    source = Corpus(torch.tensor(list(b"ab" * 300)), torch.arange(0, 500, 2), "")
     runs = []
     for _ in range(2):
         torch.manual_seed(0)
         model = ByteLM(TINY, ["moh"], hidden=16)
-        runs.append(train(model, source, steps=30, n=4, every=10, made=0.0))
+        runs.append(train(model, lambda random: text_batch(source, 4, 24, random), steps=30, every=10))
     assert runs[0].losses == runs[1].losses
     steps, losses = zip(*runs[0].losses, strict=True)
     assert steps == (10, 20, 30)
     assert losses[-1] < 0.5 * losses[0]
     assert not model.training
     with pytest.raises(WorkbenchError, match="steps=0"):
-        train(model, source, steps=0)
+        train(model, lambda random: text_batch(source, 4, 24, random), steps=0)
 
 
 def test_scores_are_the_losses_and_shares_that_they_are_called() -> None:
@@ -123,19 +135,19 @@ def test_scores_are_the_losses_and_shares_that_they_are_called() -> None:
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return torch.zeros(*ids.shape, 128)
 
-    found = score(Even(TINY, ["sqa"]), corpus("tuning"), n=8)
+    found = score_text(Even(TINY, ["sqa"]), corpus("tuning"), n=8)
     assert found["text"] == pytest.approx(torch.tensor(128.0).log().item(), rel=1e-6)
     assert found["repeats"] == pytest.approx(found["text"], rel=1e-6)
     assert found["copy"] == found["recall 8"] == found["recall 26"] == 0  # byte 0 is the likeliest, and never right
 
 
 def test_the_script_trains_saves_and_loads(tmp_path: Path) -> None:
-    made = main(["--layers", "long_lora", "sqa:mha", "--quick", "--out", str(tmp_path / "quick.safetensors")])
+    made = main(["text", "--layers", "long_lora", "sqa:mha", "--quick", "--out", str(tmp_path / "quick.safetensors")])
     found = load(tmp_path / "quick.safetensors")
     assert (found.facts, found.scores) == (made.facts, made.scores)
     assert found.facts["quick"]
     assert (tmp_path / "quick.safetensors").stat().st_size < 320_000
-    assert found.model.layers == ("long_lora", "sqa:mha")
+    assert found.model.stack.layers == ("long_lora", "sqa:mha")
     ids = torch.randint(0, 128, (1, 30), generator=_random())
     assert torch.equal(found.model(ids), made.model(ids))
     (tmp_path / "quick.safetensors").write_bytes(b"no file of ours")
@@ -143,7 +155,61 @@ def test_the_script_trains_saves_and_loads(tmp_path: Path) -> None:
         load(tmp_path / "quick.safetensors")
 
 
+def test_an_image_model_is_trained_saved_and_loaded(tmp_path: Path) -> None:
+    made = main(["images", "--layers", "agent", "halo", "--quick", "--out", str(tmp_path / "quick.safetensors")])
+    found = load(tmp_path / "quick.safetensors")
+    images = scenes(3, _random()).images
+    assert torch.equal(found.model(images), made.model(images))
+    assert set(found.scores) == {"1 digit", "3 digits"}
+    assert made.facts["parameters"] <= PARAMETERS
+    with torch.no_grad(), workbench.attach(found.model) as wb, wb.capture(["entropy"]) as cap:
+        found.model(images)
+    assert [cap[site.name].shape for site in cap.sites] == [(3, 4, 64, 64)] * 2
+
+
+def test_a_scene_shows_the_digit_of_the_square_s_colour_where_it_says() -> None:
+    drawn = scenes(50, _random(), n_digits=1, noise=0.0)
+    for image, (row, column), (top, left) in zip(
+        drawn.images, drawn.centres.tolist(), drawn.squares.tolist(), strict=True
+    ):
+        bright = image - image.amin((1, 2), keepdim=True)
+        colour = bright[:, top - 4 : top + 4, left - 4 : left + 4]
+        assert colour.std((1, 2)).max() < 1e-6  # one colour all over
+        digit = bright[:, row - 3 : row + 4, column - 2 : column + 3]
+        ink = digit.sum(0) > 0.1
+        assert 7 <= ink.sum() < 35
+        torch.testing.assert_close(digit[:, ink], colour[:, 0, :1].expand(-1, int(ink.sum())))
+    glyphs = {}
+    for image, label, (row, column) in zip(drawn.images, drawn.classes.tolist(), drawn.centres.tolist(), strict=True):
+        patch = image[:, row - 3 : row + 4, column - 2 : column + 3].sum(0)
+        shape = (patch > patch.min() + 0.1).int().flatten().tolist()
+        assert glyphs.setdefault(label, shape) == shape
+    assert len({tuple(shape) for shape in glyphs.values()}) == len(glyphs) == 10
+    three = scenes(400, _random(), n_digits=3)
+    assert (three.classes.bincount(minlength=10) > 15).all()
+    with pytest.raises(WorkbenchError, match="n_digits=4"):
+        scenes(1, _random(), n_digits=4)
+
+
+def test_scores_of_images_are_shares_of_right_answers() -> None:
+    class Three(PatchModel):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return F.one_hot(torch.full((len(images),), 3), 10).float()
+
+    place = PLACES["images"]
+    found = score_images(Three(place, ["sqa"]), n=64)
+    random = _random(99)
+    assert found["1 digit"] == pytest.approx((scenes(64, random, 1).classes == 3).float().mean().item())
+    assert found["3 digits"] == pytest.approx((scenes(64, random, 3).classes == 3).float().mean().item())
+
+
 def test_models_that_cannot_be_are_refused() -> None:
+    with pytest.raises(WorkbenchError, match="the images have 8 × 8 patches"):
+        PatchModel(Place(16, 2, 36, causal=False, grid=(6, 6)), ["sqa"])
+    with pytest.raises(WorkbenchError, match=r"images must be \[batch, 3, 32, 32\]"):
+        PatchModel(PLACES["images"], ["sqa"])(torch.zeros(1, 3, 28, 28))
+    with pytest.raises(WorkbenchError, match="at least one layer"):
+        ByteLM(TINY, [])
     with pytest.raises(WorkbenchError, match="a language model is causal"):
         ByteLM(Place(16, 4, 24, causal=False), ["sqa"])
     with pytest.raises(WorkbenchError, match='no mechanism "attention"'):

@@ -23,16 +23,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 import workbench.analysis
+import workbench.mechanisms
 import workbench.sweep
 from workbench.analysis.atlas.encoder import Autoencoder
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.errors import FormatError
 from workbench.storage.result import Result
 from workbench.storage.typed import Between, Keys, Places
 
 
 def every_result() -> list[type[Result]]:
-    for package in (workbench.analysis, workbench.sweep):
+    for package in (workbench.analysis, workbench.mechanisms, workbench.sweep):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
     found = list(Result.__subclasses__())

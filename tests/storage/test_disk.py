@@ -19,7 +19,8 @@ import torch
 import workbench
 from workbench.analysis.circuits import mib
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.errors import FileError, WorkbenchError
 from workbench.storage import disk
 from workbench.views import token_strip

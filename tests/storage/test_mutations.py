@@ -23,7 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import workbench
 from workbench.analysis.circuits import mib
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.errors import FormatError
 from workbench.storage import files
 from workbench.storage.parts import loads

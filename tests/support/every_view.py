@@ -6,6 +6,7 @@ A new view goes into `VIEWS`, and what can be chosen and set in it into `CHOOSIN
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import workbench
 from workbench import Capacity, attach
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.capture.capture import Capture
 from workbench.storage import disk
-from workbench.views import View
+from workbench.views import Playground, View
 from workbench.views import page as pages
 
 ROWS = ("entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "received")
@@ -28,7 +30,7 @@ WORDS = tuple(f" word{i}" for i in range(64))
 
 
 class _Words:
-    """Decodes ids into given tokens."""
+    """Decodes ids into given tokens; every text is all of them."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens = tokens
@@ -36,18 +38,27 @@ class _Words:
     def decode(self, ids: Sequence[int], **_: bool) -> str:
         return "".join(self.tokens[i] for i in ids)
 
+    def __call__(self, texts: Sequence[str], **_: object) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.arange(len(self.tokens)).repeat(len(texts), 1)}
 
-@cache
-def capture(layers: int = 2, heads: int = 3, tokens: Sequence[str] = WORDS[:12], batch: int = 1) -> Capture:
-    """A capture of a random GPT-2 over these tokens."""
+
+def _gpt2(layers: int, heads: int, n: int) -> GPT2LMHeadModel:
+    """A random GPT-2 of at least n tokens, whose patterns have peaks, as those of trained models have."""
     torch.manual_seed(0)
-    n = len(tokens)
     config = GPT2Config(n_layer=layers, n_head=heads, n_embd=8 * heads, vocab_size=max(n, 8), n_positions=max(n, 16))
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "c_attn.weight" in name:  # patterns with peaks, as trained models have them
+            if "c_attn.weight" in name:
                 parameter.mul_(20)
+    return model
+
+
+@cache
+def capture(layers: int = 2, heads: int = 3, tokens: Sequence[str] = WORDS[:12], batch: int = 1) -> Capture:
+    """A capture of a random GPT-2 over these tokens."""
+    n = len(tokens)
+    model = _gpt2(layers, heads, n)
     with attach(model, _Words(tokens)) as wb, torch.inference_mode(), wb.capture(ROWS, values=True) as found:
         model(torch.arange(n).repeat(batch, 1))
     return found
@@ -248,6 +259,19 @@ def head_page(tokens: Sequence[str] = WORDS[:12]) -> View:
     return views.head(found, "L0H1", roles=roles, circuits=[circuit(graph, 20)])
 
 
+def playground(tokens: Sequence[str] = WORDS[:12]) -> Playground:
+    """A playground of a random GPT-2, with a head, a row and an edge ablated; the same model for all."""
+    return copy(_playground(tuple(tokens)))
+
+
+@cache
+def _playground(tokens: tuple[str, ...]) -> Playground:
+    from workbench import views
+
+    wb = attach(_gpt2(2, 3, len(tokens)), _Words(tokens))
+    return views.playground(wb, "".join(tokens)).ablate("L1H2").ablate("L0H1", 5).ablate("L0H0", 6, 2)
+
+
 def circuit(graph: Graph, kept: int, level: str = "edge", *, task: str = "ioi", seed: int = 0) -> Circuit:
     """A circuit of the `kept` strongest of edges with random scores, as they are: some may lead nowhere."""
     scores = torch.randn(graph.exists.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -303,6 +327,7 @@ VIEWS: dict[str, Callable[[], View]] = {
     "token_strip": _token_strip,
     "circuit_graph": _circuit_graph,
     "overlap_matrix": _overlap_matrix,
+    "playground": playground,
 }
 """Kind of view -> one of it."""
 
@@ -330,6 +355,7 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "image_attention": _image_attention,
     "token_strip": _token_strip,
     "circuit_graph": _circuit_graph,
+    "playground": playground,
 }
 """Kinds of views that show tokens -> one of these tokens."""
 
@@ -347,6 +373,7 @@ CHOOSING: dict[str, dict[str, Any]] = {
     "overlap_matrix": {"layer": 1, "heads": (2,)},
     "image_attention": {"layer": 1, "heads": (1,), "query": 3, "example": 1},
     "token_strip": {"token": 6},
+    "playground": {"layer": 1, "heads": (2,), "query": 5},
 }
 """Kind of view -> what can be chosen in it, other than what it begins with."""
 
@@ -356,7 +383,7 @@ SETTING: dict[str, dict[str, Any]] = {
     "conditioning_curves": {"experiment": "latent inhibition", "off": ["hebb"]},
     "what_if": {"settings": {"n": 40, "heads": 2}},
     "tensor_peek": {"index": [2, 0, 0], "counts": "log"},
-    "compare": {"scale": "linear"},
+    "compare": {"scale": "linear", "pair": "1"},
     "attention_pattern": {"scale": "log", "range": "one", "hide": True},
     "head_atlas": {"metric": "Sink"},
     "head_gallery": {"shared": True},
@@ -364,5 +391,6 @@ SETTING: dict[str, dict[str, Any]] = {
     "token_strip": {"channel": "effect"},
     "circuit_graph": {"by": "absolute", "n": 7},
     "overlap_matrix": {"measure": "share", "pair": [1, 2]},
+    "playground": {"metric": "Sink", "after": True},
 }
 """Kind of view -> what can be set in it."""

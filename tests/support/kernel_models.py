@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from workbench.kernels.lightning import lightning_attention
 from workbench.kernels.neighborhood import neighborhood_attention
+from workbench.kernels.recurrent import gated_delta_rule, gated_linear_attention
 from workbench.kernels.s2 import s2_attention
 from workbench.kernels.scan import scan_attention
 
@@ -53,7 +54,38 @@ class Scan(_Mixer):
         return self.joined(scan_attention(self.query, k, v))
 
 
-KERNELS = {"s2": S2, "neighborhood": Neighborhood, "lightning": Lightning, "scan": Scan}
+class _Gated(_Mixer):
+    """Heads that fade by what the input says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.Linear(WIDTH, 2 * HEADS)
+
+    def fading(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log decays and steps, [batch, head, position]."""
+        g, steps = self.gates(x).unflatten(-1, (2, HEADS)).permute(2, 0, 3, 1)
+        return nn.functional.logsigmoid(g + 2), steps.sigmoid()
+
+
+class GatedLinear(_Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joined(gated_linear_attention(*self.heads(x), self.fading(x)[0]))
+
+
+class GatedDelta(_Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.joined(gated_delta_rule(q, nn.functional.normalize(k, dim=-1), v, *self.fading(x)))
+
+
+KERNELS = {
+    "s2": S2,
+    "neighborhood": Neighborhood,
+    "lightning": Lightning,
+    "scan": Scan,
+    "gated_linear": GatedLinear,
+    "gated_delta_rule": GatedDelta,
+}
 
 
 class KernelModel(nn.Module):

@@ -15,8 +15,10 @@ import workbench
 from support.circuits import Words, induction_model, random_task, tiny
 from workbench.analysis.circuits.engine.edges import run_edges
 from workbench.analysis.circuits.engine.setup import open_setup
+from workbench.analysis.circuits.find import Stage
 from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
-from workbench.errors import TaskError
+from workbench.analysis.circuits.repair import last_row_on
+from workbench.errors import CaptureError, InterventionError, TaskError
 from workbench.inputs import decoder_start
 from workbench.metrics import METRICS, Scored, TaskBatch
 from workbench.tasks import Task, from_inputs, from_prompts
@@ -127,12 +129,137 @@ def test_circuits_of_answers_of_several_tokens() -> None:
             assert torch.allclose(whole, torch.stack([setup.clean, setup.corrupted]), atol=1e-9)
         circuit = workbench.find_circuit(wb, task, "eap", n_edges=0.5, progress=False)
         assert torch.allclose(circuit.clean, setup.clean)
-        for refused in (
-            lambda: workbench.head_roles(wb, task, progress=False),
-            lambda: workbench.logit_attribution(wb, task),
-        ):
-            with pytest.raises(TaskError, match="several"):
-                refused()
+        stages = [Stage("logits", None), Stage("q", None), Stage("kv", None)]
+        by_default, everywhere = (
+            workbench.find_circuit(wb, task, stages=chosen, fraction=0.2, progress=False)
+            for chosen in (None, stages[:1])
+        )
+        for found in (by_default, everywhere):
+            assert found.stages[0]["receivers"] == ("logits",)
+        assert torch.allclose(
+            by_default.stages[0]["importance"], everywhere.stages[0]["importance"], atol=1e-9, equal_nan=True
+        )
+
+
+def behind_what_they_share(task: Task) -> Task:
+    """The same questions with answers of one token: what right and wrong answers share stands in the prompts."""
+    examples = []
+    for example, right, wrong in zip(task, RIGHT, WRONG, strict=True):
+        at = next(i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b)
+        shared = spelled(right[:at])
+        examples.append(
+            replace(example, prompt=example.prompt + shared, twin=example.twin + shared,
+                    answers=(spelled(right[at : at + 1]),), wrong=(spelled(wrong[at : at + 1]),))
+        )  # fmt: skip
+    return replace(task, examples=tuple(examples))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_what_reads_one_logit_reads_that_in_which_answers_part(name: str) -> None:
+    task = several()
+    short = behind_what_they_share(task)
+    with workbench.attach(tiny(name), Words()) as wb:
+        found, other = (workbench.logit_attribution(wb, each) for each in (task, short))
+        assert torch.allclose(found.values, other.values, atol=1e-9)
+        assert found.targets == other.targets == ("w12", "w13", "w15")
+        assert torch.allclose(found.logits, task.logit_diff(wb.model, Words()), atol=1e-9)
+        places = {"answer": ("early",)}
+        roles, others = (workbench.head_roles(wb, each, places=places, progress=False) for each in (task, short))
+        for evidence in ("to_answer", "answer_logit", "wrong_logit", "logit_diff"):
+            assert torch.allclose(roles.evidence[evidence], others.evidence[evidence], atol=1e-9), evidence
+        early = task[1:2].using(measured_at="early")
+        at_word = workbench.logit_attribution(wb, early)
+        by_hand = workbench.logit_attribution(wb, {"input_ids": torch.tensor([Words()(task[1].prompt)["input_ids"]])},
+                                              13, contrast=18, position=1)  # fmt: skip
+        assert torch.allclose(at_word.values, by_hand.values, atol=1e-9)
+        with pytest.raises(CaptureError, match="several tokens, or are measured at"):
+            workbench.logit_attribution(wb, task, position=2)
+
+
+def test_a_repair_edits_the_row_behind_which_answers_part() -> None:
+    task = several()
+    with workbench.attach(tiny("gpt2"), Words()) as wb:
+        found = workbench.repair(wb, task, ["L0H1", "L1H2"], towards=["early"], n_random=0, progress=False)
+        (batch,) = task.batches(Words())
+        weights = torch.zeros(batch["input_ids"].shape)
+        weights[:, 1] = 1.0
+        rows = torch.tensor([[len(e.prompt.split()) - 1 + at] for e, at in zip(task, (1, 0, 1), strict=True)])
+        with torch.no_grad(), wb.edit_pattern(["L0H1", "L1H2"], last_row_on(weights), queries=rows):
+            expected = METRICS["accuracy"](wb.model(**batch), batch)
+        assert torch.equal(found.together, expected.double())
+        with pytest.raises(InterventionError, match="in example 0 heads would look at tokens that come"):
+            workbench.repair(wb, task[1:2].using(measured_at="early"), ["L0H1"], towards=["end"], n_random=0)
+
+
+def test_right_answers_that_differ_early_are_compared_by_what_they_begin_with() -> None:
+    """w11 w12, w21 and w31 w32 w33 are all right, w18 and w19 w20 wrong: they part at the first token."""
+    model, task = tiny("gpt2"), random_task(2, 6, 60)
+    examples = [replace(e, answers=(" w11 w12", " w21", " w31 w32 w33"), wrong=(" w18", " w19 w20")) for e in task]
+    task = replace(task, examples=tuple(examples))
+    (batch,) = task.batches(Words())
+    with torch.no_grad():
+        logits = model(**batch).logits
+    right, wrong = (logits[:, -1, several].logsumexp(-1) for several in ([11, 21, 31], [18, 19]))
+    assert torch.allclose(METRICS["logit_diff"](logits, batch), right - wrong)
+    for metric in ("loss", "probability", "accuracy"):
+        with pytest.raises(TaskError, match="right answers of example 0 part before their last token"):
+            METRICS[metric](logits, batch)
+    with workbench.attach(model, Words()) as wb:
+        found = workbench.logit_attribution(wb, task)
+        assert float(found.logits[0]) == pytest.approx(
+            float(logits[0, -1, [11, 21, 31]].mean() - logits[0, -1, [18, 19]].mean())
+        )
+        with pytest.raises(TaskError, match="part before their last token"):
+            workbench.patch_heads(wb, task, metric="probability", progress=False)
+        patched = workbench.patch_heads(wb, task, progress=False)
+        assert patched.clean.tolist() == pytest.approx((right - wrong).tolist())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "bloom", "mamba"])
+def test_batches_that_are_padded_on_the_left_are_as_each_alone(name: str) -> None:
+    model, task = tiny(name, torch.float32), several()
+    (left,) = task.batches(Words(), padding_side="left")
+    (right,) = task.batches(Words())
+    assert bool(left["attention_mask"][:, -1].all())
+    assert left["position_ids"][:, -1].tolist() == (right["attention_mask"].sum(1) - 1).tolist()
+    assert "position_ids" not in right
+    with torch.no_grad():
+        for metric in ("loss", "logit_diff", "probability"):
+            found, other = (METRICS[metric](model(**each), each) for each in (left, right))
+            alone = torch.cat([METRICS[metric](model(**each), each) for each in task.batches(Words(), 1)])
+            torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(other, alone, atol=1e-4, rtol=1e-4)
+        early = random_task(4, 6, 60, lengths=3).using(measured_at="early")
+        (padded,) = early.batches(Words(), padding_side="left")
+        torch.testing.assert_close(
+            METRICS["logit_diff"](model(**padded), padded), early.logit_diff(model, Words()), atol=1e-4, rtol=1e-4
+        )
+    if name == "gpt2":
+        with workbench.attach(model, Words()) as wb:
+            variants = [workbench.Variant((1, 2), "zero")]
+            sweeps = [workbench.run_sweep(wb, variants, [each], "loss", progress=False) for each in (left, right)]
+            assert torch.allclose(sweeps[0].values, sweeps[1].values, atol=1e-4)
+            assert torch.allclose(
+                workbench.logit_attribution(wb, dict(left), 7).values,
+                workbench.logit_attribution(wb, dict(right), 7).values, atol=1e-6,
+            )  # fmt: skip
+
+
+def test_which_side_is_padded_is_a_choice() -> None:
+    class Left(Words):
+        padding_side = "left"
+
+    task = random_task(3, 6, 60, lengths=3)
+    for tokenizer, side, expected in ((Words(), "left", 0), (Left(), None, 0), (Left(), "right", 1), (Left(), ..., 1)):
+        how = {} if side is ... else {"padding_side": side}
+        (batch,) = task.batches(tokenizer, **how)
+        assert int(batch["attention_mask"][0, 0]) == expected
+    (same,) = random_task(3, 6, 60).batches(Words(), padding_side="left")
+    assert "position_ids" not in same  # nothing is padded
+    with pytest.raises(TaskError, match="an encoder counts its positions"):
+        next(iter(task.batches(Words(), padding_side="left", start_token=0)))
+    with pytest.raises(TaskError, match="not 'middle'"):
+        next(iter(task.batches(Words(), padding_side="middle")))
 
 
 def test_a_path_to_several_logits_is_all_that_a_last_head_does() -> None:
@@ -253,9 +380,11 @@ def test_answers_that_can_be_compared_in_one_forward() -> None:
     found = answer_of(0, texts(2, 2), [(5, 6), (5, 7)], [(5, 8, 9), (5, 4)])
     assert (found.before, found.steps, found.parts) == ((5,), (((5,), ()), ((6, 7), (8, 4))), 1)
     assert answer_of(0, texts(1, 1), [(5,)], [(6, 7)]).steps == (((5,), (6,)),)
+    early = answer_of(0, texts(3, 2), [(5, 6, 1), (5, 7), (5, 6, 2, 3)], [(5, 8), (5, 9, 4)])
+    assert (early.before, early.steps, early.parts, early.whole) == ((5,), (((5,), ()), ((6, 7), (8, 9))), 1, False)
     for right, wrong, says in (
-        ([(5, 6), (7,)], [(8,)], "differ in more than the last one"),
-        ([(5, 6), (7, 6)], [(8,)], "are 2 and 2 tokens"),
+        ([(5, 6), (7, 8)], [(5, 9)], "differ in more than the last token"),
+        ([(5,), (5, 6, 7)], [(5, 9)], "differ in more than the last token"),
         ([(5, 6)], [(5, 7), (8,)], "at different tokens"),
         ([(5, 6)], [(5,)], "do not part"),
         ([(5,)], [(5, 6)], "do not part"),

@@ -19,7 +19,8 @@ from support.every_view import circuit
 from views.test_circuits import curve
 from views.test_results import shown
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.errors import InterventionError, ReportError, WorkbenchError
 from workbench.views import CircuitGraph, all_of, circuit_graph, of

@@ -11,7 +11,8 @@ import torch
 import workbench
 from support.browser import WatchedPage
 from support.every_view import capture, circuit, head_page
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.errors import ReportError
 from workbench.storage import disk
 from workbench.views import head, head_atlas

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 _KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 _ASKS = """from hashlib import sha256
 from workbench.views import SHARED
-print('selected', SHARED.value, made['circuit_graph'].pins)
+print('selected', SHARED.value, made['circuit_graph'].pins, len(made['playground'].edits), 'ablated')
 print('picture', sha256(made['token_strip'].to_png()).hexdigest())"""
 _SHOWS = "made[{0!r}] = VIEWS[{0!r}]()\nmade[{0!r}]"
 _BEGINS = "SHARED.select(layer=0, heads=(0,), query=0, key=0, token=0, example=0, site=None)"
@@ -142,6 +142,22 @@ def test_a_pin_and_its_name_reach_python(run: tuple[Page, Watch]) -> None:
     assert "L1H2" in said
     tag = page.locator(".workbench.circuit_graph .tag.pinned")
     assert tag.inner_text() == "mover <b>"
+    assert not watch.errors
+
+
+def test_what_is_pressed_in_a_playground_is_run(run: tuple[Page, Watch]) -> None:
+    page, watch = run
+    edits = "document.querySelectorAll('.workbench.playground .edits bdi').length"
+    n = page.evaluate(edits)
+    page.locator(".workbench.playground .matrix canvas").first.focus()
+    for key in ("Home", "x"):
+        page.keyboard.press(key)
+    page.wait_for_function(f"{edits} === {n + 1}")
+    assert f"{n + 1} ablated" in _selected(page)
+    page.locator(".workbench.playground textarea").fill("")
+    page.locator(".workbench.playground").get_by_role("button", name="Run").click()
+    page.locator(".workbench.playground [role=alert]", has_text="the prompt is empty").wait_for()
+    assert f"{n + 1} ablated" in _selected(page)
     assert not watch.errors
 
 

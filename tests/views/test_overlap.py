@@ -16,7 +16,7 @@ from support.every_view import circuit
 from views.test_results import shown
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.model.graph import Graph
-from workbench.analysis.circuits.overlap import CircuitOverlap
+from workbench.analysis.circuits.overlap_result import CircuitOverlap
 from workbench.errors import InterventionError, ReportError, WorkbenchError
 from workbench.report import check
 from workbench.views import View, all_of, overlap_chance, overlap_graph, overlap_matrix

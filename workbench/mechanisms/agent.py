@@ -90,13 +90,13 @@ AGENT = register(
             title="Agent Attention",
             arxiv="2312.08874",
             equation="A = softmax(q aᵀ/√d + B₂) · softmax(a kᵀ/√d + B₁), y = A v + DWC(v), a = pooled q",
-            map="The product of two softmaxes, which are its factors “broadcast” and “aggregate”; the depth-wise "
-            "convolution is added after it and is in no map.",
+            map="The product of two softmaxes, which are its factors “broadcast” and “aggregate”.",
             kind="self",
             grade="exact",
             cost="O(n·agents) time and memory",
             causal="never",
             grid=True,
+            beside="The depth-wise convolution of the values, which `nearby_share` weighs against the map.",
             code="Official code has no licence at its top: unused. agent-attention-pytorch (MIT) is read, and agrees.",
             claims=(
                 Claim("It is as good as softmax attention on images."),

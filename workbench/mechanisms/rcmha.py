@@ -86,12 +86,12 @@ RCMHA = register(
             title="RCMHA: relative convolutional multi-head attention",
             arxiv="2308.03429",
             equation="A = softmax(((q + u) kᵀ + q R_δ + β_δ)/√d), δ = i − j; q, k and v smeared by filters of 3 taps",
-            map="The softmax on smeared values; the four parts of its scores are its factors. On values before the "
-            "filter it is another map for each channel: on_tokens(A).",
+            map="The softmax on smeared values; the four parts of its scores are its factors.",
             kind="self",
             grade="exact",
             cost="O(n²) time and memory, and a table of n·d_model",
             causal="always",
+            beside="The filters. On values before them the map is another one for each channel: `on_tokens(A)`.",
             code="hermansh-id/rcmha names two licences, which contradict each other: unused.",
             claims=(
                 Claim("It is more accurate than relative attention without filters."),

@@ -27,12 +27,21 @@ class Scored:
         ends: [batch] columns of the prompts' last tokens.
         right, wrong: for each example, for each of its places, token ids of which any is right, or what these are
             compared with. Nothing is compared where right and wrong answers are still the same, or have parted.
+        whole: for each example, whether these are all tokens of its right answers; () where all are. Of several right
+            answers that part from each other earlier than at their last token, only what they begin with is there.
     """
 
     places: Tensor
     ends: Tensor
     right: Sequence[Sets]
     wrong: Sequence[Sets]
+    whole: Sequence[bool] = ()
+
+    @property
+    def apart(self) -> Tensor:
+        """[batch] the column from which the first token is predicted that right and wrong answers do not share."""
+        steps = [next((i for i, one in enumerate(sets) if len(one)), 0) for sets in self.wrong]
+        return self.places.gather(1, torch.tensor(steps, device=self.places.device)[:, None])[:, 0]
 
     @property
     def counts(self) -> Tensor:
@@ -44,7 +53,9 @@ class Scored:
         """Of a batch that is repeated, with its logits at the places alone."""
         n = self.places.shape[1]
         places = torch.arange(n, device=self.places.device).expand(times * len(self.right), n)
-        return Scored(places, places[:, 0], list(self.right) * times, list(self.wrong) * times)
+        return Scored(
+            places, places[:, 0], list(self.right) * times, list(self.wrong) * times, list(self.whole) * times
+        )
 
 
 class TaskBatch(dict[str, Tensor]):
@@ -120,6 +131,21 @@ def scored_logits(output: Any, batch: TaskBatch) -> ScoredLogits:
     places = scored.places.to(logits.device)
     rows = torch.arange(len(places), device=logits.device)[:, None]
     return ScoredLogits(logits[rows, places], scored.right, scored.wrong, scored.counts.to(logits.device))
+
+
+def check_whole(batch: TaskBatch) -> None:
+    """Refuse a batch in which some right answer is not there as a whole, so that it has no probability.
+
+    Raises:
+        TaskError: the example is named.
+    """
+    for i, whole in enumerate(() if batch.scored is None else batch.scored.whole):
+        if not whole:
+            raise TaskError(
+                f"the right answers of example {batch.start + i} part before their last token, and only one of them "
+                "can be tried in a forward: together they have no probability here",
+                hint='"logit_diff" compares what right and wrong answers begin with; or give one right answer',
+            )
 
 
 def last_logits(output: Any, batch: Mapping[str, Any]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.metrics.answers import Sets, TaskBatch, scored_logits
+from workbench.metrics.answers import Sets, TaskBatch, check_whole, scored_logits
 from workbench.metrics.logits import readout
 
 
@@ -24,6 +24,9 @@ def logit_diff(output: Any, batch: Mapping[str, Any]) -> Tensor:
     probabilities and the plain difference where both sets have one member. Answers of several tokens are compared where
     they part from the wrong ones, behind what both begin with. Of other batches than a task's, the logit of
     the right class minus the largest other one.
+
+    Several right answers of several tokens that differ early count by what they begin with, where all of them part from
+    the wrong ones.
 
     Raises:
         TaskError: the right class cannot be told from the batch.
@@ -48,7 +51,7 @@ def loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
     Of an answer of several tokens the sum over them, each behind those before it.
 
     Raises:
-        TaskError: the right class cannot be told from the batch.
+        TaskError: the right class cannot be told from the batch, or right answers part before their last token.
     """
     if isinstance(batch, TaskBatch):
         return -_log_probability(output, batch)
@@ -62,7 +65,7 @@ def probability(output: Any, batch: Mapping[str, Any]) -> Tensor:
     Of an answer of several tokens the product.
 
     Raises:
-        TaskError: the right class cannot be told from the batch.
+        TaskError: the right class cannot be told from the batch, or right answers part before their last token.
 
     >>> batch = TaskBatch({}, answers=[[1]], wrong=[[0]])
     >>> probability(torch.zeros(1, 1, 4), batch)
@@ -83,6 +86,7 @@ def accuracy(output: Any, batch: Mapping[str, Any]) -> Tensor:
         TaskError: the right class cannot be told from the batch.
     """
     if isinstance(batch, TaskBatch):
+        check_whole(batch)
         found = scored_logits(output, batch)
         best = found.logits.argmax(-1).tolist()
         right = [
@@ -94,6 +98,7 @@ def accuracy(output: Any, batch: Mapping[str, Any]) -> Tensor:
 
 
 def _log_probability(output: Any, batch: TaskBatch) -> Tensor:
+    check_whole(batch)
     found = scored_logits(output, batch)
     return found.total(_log_sum(found.logits, found.right) - found.logits.logsumexp(-1))
 

@@ -20,7 +20,7 @@ from workbench.hooks.compiled import check_not_compiled
 from workbench.hooks.layouts import STATE_IT, Layouts
 from workbench.hooks.proofs.axes import Axes
 from workbench.hooks.sites import Sites, Unread, find_sites, without
-from workbench.inputs import check_inputs, device_for_inputs, dropout_in_training, to_ids
+from workbench.inputs import check_inputs, device_for_inputs, dropout_in_training, to_ids, with_own_positions
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
 from workbench.session.interventions import Interventions
@@ -347,7 +347,8 @@ class Workbench(Interventions):
         return next((p.element_size() for p in self.model.parameters()), 4)
 
     def tokenize(self, text: str | Sequence[str]) -> dict[str, Tensor]:
-        """Model inputs for a text or several, on the model's device.
+        """Model inputs for a text or several, on the model's device; padded where the tokenizer pads, on the left with
+        `position_ids` that each text has alone.
 
         Raises:
             CaptureError: no tokenizer was attached, or a text is empty or too long for the model.
@@ -358,6 +359,7 @@ class Workbench(Interventions):
         encoded = dict(self.tokenizer(list(text) if several else [text], return_tensors="pt", padding=several))
         device = device_for_inputs(self.model)
         inputs = {name: value.long().to(device) for name, value in encoded.items()}
+        inputs = with_own_positions(self.model, inputs)
         check_inputs(self.model, (), inputs)
         return inputs
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args, overload
 import torch
 
 from workbench.errors import TaskError, nearest
-from workbench.inputs import decoder_start
+from workbench.inputs import decoder_start, device_for_inputs, own_positions
 from workbench.metrics import METRICS, Metric, TaskBatch
 from workbench.tasks.pieces import answer_tokens, piece_spans, pieces, prompt_ids, token_positions
 from workbench.tasks.scoring import Answer, answer_of, scored_of
@@ -165,8 +165,9 @@ class Task(Sequence[Example]):
         twins: bool = False,
         device: str | torch.device | None = None,
         start_token: int | None = None,
+        padding_side: str | None = "right",
     ) -> Iterator[TaskBatch]:
-        """Model inputs in batches, padded on the right; each batch carries the answers for the metrics.
+        """Model inputs in batches, padded to one length; each batch carries the answers for the metrics.
 
         What a tokenizer puts behind a text, such as an end token, is left out where a decoder goes on from the prompt.
         Of an answer of several tokens all but the last stand behind the prompt, and behind its twin, so that each of
@@ -180,13 +181,17 @@ class Task(Sequence[Example]):
             device: where to put the tensors.
             start_token: of an encoder-decoder, the id that its decoder begins with; its encoder reads the prompts, and
                 the answer is what the decoder writes next. See `workbench.inputs.decoder_start`.
+            padding_side: "right", where padding changes nothing in any causal model; "left", where prompts end in one
+                column, and the batch has the `position_ids` that each prompt has alone; None: as the tokenizer has it.
 
         Raises:
             TaskError: a size below 1, answers that this tokenizer does not know or that cannot be compared, a tokenizer
-                that hides where a prompt ends, or no `start_token` where a decoder has written something.
+                that hides where a prompt ends, no `start_token` where a decoder has written something, or padding on
+                the left of what an encoder reads.
         """
         if size < 1:
             raise TaskError(f"a batch needs at least 1 example, not {size}")
+        left = _pads_left(tokenizer, padding_side, start_token is not None)
         tokens_of = cache(partial(answer_tokens, tokenizer))  # sets of answers repeat from one example to the next
         for start in range(0, len(self.examples), size):
             chunk = self.examples[start : start + size]
@@ -207,7 +212,11 @@ class Task(Sequence[Example]):
                     )
                 read = rows
                 rows = [[*row, *answer.before] for row, answer in zip(rows, answers, strict=True)]
-            inputs = dict(zip(("input_ids", "attention_mask"), padded(rows), strict=True))
+            inputs = dict(zip(("input_ids", "attention_mask"), padded(rows, left=left), strict=True))
+            pads = [0] * len(rows)
+            if left and not bool(inputs["attention_mask"].all()):
+                inputs["position_ids"] = own_positions(inputs["attention_mask"])
+                pads = (inputs["attention_mask"] == 0).sum(1).tolist()
             if start_token is not None:
                 texts = [example.written for example in chunk]
                 own = [tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in texts]
@@ -217,7 +226,9 @@ class Task(Sequence[Example]):
                 if not bool(mask.all()):
                     inputs["decoder_attention_mask"] = mask
             ends = [len(row) - 1 for row in read]
-            scored = scored_of(answers, ends, self._measured(tokenizer, start, answers, ends, start_token))
+            first = self._measured(tokenizer, start, answers, ends, start_token)
+            columns = ([pad + column for pad, column in zip(pads, each, strict=True)] for each in (ends, first))
+            scored = scored_of(answers, *columns)
             yield TaskBatch(
                 inputs,
                 answers=[list(answer.apart[0]) for answer in answers],
@@ -230,7 +241,7 @@ class Task(Sequence[Example]):
     def _measured(
         self, tokenizer: Any, start: int, answers: Sequence[Answer], ends: Sequence[int], start_token: int | None
     ) -> list[int]:
-        """The column of each example from which the first token of its answer is predicted.
+        """The token of each prompt, counted from its first, from which the first token of its answer is predicted.
 
         Raises:
             TaskError: another place than the end where that has no sense.
@@ -277,19 +288,35 @@ class Task(Sequence[Example]):
     ) -> torch.Tensor:
         if not self.examples:
             raise TaskError(f"task {self.name} has no examples", hint="make it with n >= 1")
-        device, start = next(model.parameters()).device, decoder_start(model)
+        device, start = device_for_inputs(model), decoder_start(model)
         batches = self.batches(tokenizer, size, twins=twins, device=device, start_token=start)
         with torch.inference_mode():
             parts = [metric(model(**batch), batch) for batch in batches]
         return torch.cat(parts).cpu()
 
 
-def padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [row, position], padded on the right with 0, and 1 where there is one."""
-    ids, mask = torch.zeros(2, len(rows), max(map(len, rows)), dtype=torch.long)
+def padded(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [row, position], padded with 0 on the right, or on the left, and 1 where there is one."""
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
     for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        at = slice(longest - len(row), longest) if left else slice(len(row))
+        ids[i, at], mask[i, at] = torch.tensor(row), 1
     return ids, mask
+
+
+def _pads_left(tokenizer: Any, side: str | None, encoded: bool) -> bool:
+    """Whether padding stands before the prompts.
+
+    Raises:
+        TaskError: an unknown side, or before prompts that an encoder reads.
+    """
+    if side not in ("left", "right", None):
+        raise TaskError(f'padding_side is "left", "right" or None, not {side!r}')
+    if encoded and side == "left":
+        raise TaskError("an encoder counts its positions from the first column", hint='padding_side="right"')
+    side = getattr(tokenizer, "padding_side", "right") if side is None else side
+    return side == "left" and not encoded
 
 
 def check_common(n: int, split: str) -> None:

@@ -72,8 +72,11 @@ class InputTask(Task):
         twins: bool = False,
         device: str | torch.device | None = None,
         start_token: int | None = None,
+        padding_side: str | None = None,
     ) -> Iterator[TaskBatch]:
         """Model inputs in batches, as in `Task.batches`; a decoder that was given no ids begins with the start token.
+
+        They are given as they are, whatever side is asked for.
 
         Raises:
             TaskError: a size below 1.

@@ -21,6 +21,7 @@ from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.head_page import HeadPage, head
 from workbench.views.image_attention import ImageAttention, image_attention
 from workbench.views.overlap_matrix import OverlapMatrix, overlap_matrix
+from workbench.views.playground import Ablated, Playground, playground
 from workbench.views.results import (
     capacity_correlation,
     cross_attention,
@@ -37,6 +38,7 @@ from workbench.views.what_if import WhatIf, what_if
 
 __all__ = [
     "SHARED",
+    "Ablated",
     "AttentionPattern",
     "Axes",
     "CapacityCurves",
@@ -52,6 +54,7 @@ __all__ = [
     "ImageAttention",
     "OverlapGraph",
     "OverlapMatrix",
+    "Playground",
     "RunTimeline",
     "SaliencyMap",
     "Selection",
@@ -81,6 +84,7 @@ __all__ = [
     "overlap_matrix",
     "overview",
     "page_of",
+    "playground",
     "register",
     "register_kind",
     "run_timeline",

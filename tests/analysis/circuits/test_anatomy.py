@@ -11,7 +11,8 @@ from support.circuits import ENCODER_DECODERS, SlotModel, task_for, tiny
 from support.tiny import family
 from support.zoo.family import ids
 from workbench.analysis.circuits.model.anatomy import find_anatomy
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.errors import AttachError, FormatError, InterventionError
 
 KINDS = {

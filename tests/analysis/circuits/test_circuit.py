@@ -212,14 +212,14 @@ def test_bad_tasks_are_named() -> None:
     with workbench.attach(tiny("gpt2"), Words()) as wb:
         good = {"answers": [" w5"], "wrong": [" w6"]}
 
-        def find(prompt: str, twin: str, metric: Any = "logit_diff", **given: Any) -> None:
+        def find(prompt: str, twin: str, metric: Any = "logit_diff", stages: Any = None, **given: Any) -> None:
             workbench.find_circuit(
-                wb, from_prompts([prompt], [twin], **{**good, **given}), metric=metric, progress=False
+                wb, from_prompts([prompt], [twin], **{**good, **given}), metric=metric, stages=stages, progress=False
             )
 
         with pytest.raises(InterventionError, match="read at several tokens") as caught:
-            find("w4 w4 w3", "w4 w5 w3", answers=[" w5 w6"])
-        assert "Stage(positions=None)" in str(caught.value)
+            find("w4 w4 w3", "w4 w5 w3", answers=[" w5 w6"], stages=[workbench.Stage("logits", "end")])
+        assert 'Stage(positions="scored")' in str(caught.value)
         with pytest.raises(TaskError, match="cannot tell clean from corrupted: it is 1 on the prompts and 1"):
             find("w4 w4 w3", "w4 w5 w3", metric=lambda output, batch: torch.ones(1))
         with pytest.raises(TaskError, match="no metric"):

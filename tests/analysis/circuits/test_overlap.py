@@ -13,7 +13,8 @@ import workbench
 from support.circuits import Words, induction_model, random_task, tiny
 from workbench import CircuitOverlap
 from workbench.analysis.circuits.cross_faithfulness import _edge_layers, _random_like
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.overlap_null import Renamings, fitted_to_degrees
 from workbench.analysis.statistics.overlap import jaccard, rank_biased, top_weights, weighted_jaccard
 from workbench.errors import InterventionError

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.engine.prompts import Where
+from workbench.analysis.circuits.engine.prompts import SCORED, Where
 from workbench.analysis.circuits.engine.setup import DENOISING, NOISING, Setup, open_setup
 from workbench.analysis.circuits.methods.acdc import prune_edges
 from workbench.analysis.circuits.methods.attribution import attribute_edges
@@ -34,7 +34,8 @@ class Stage:
     Attributes:
         receivers: "logits"; or "q", "k", "v", "kv" or "qkv" of the heads that the stage before chose, or of `of` (of a
             mixer's heads always all that they read, "x"); or names of receivers, such as ("a9.h6<q>",) or ("a3<x>",).
-        positions: where activations are patched: names ("end", "S2") or numbers of tokens; None for all.
+        positions: where activations are patched: names ("end", "S2") or numbers of tokens; "scored" for the tokens from
+            which an answer is predicted, where that is not the last one alone; None for all.
         of: heads whose q, k or v receive, in place of those chosen before.
         before: senders come before "any" of the receivers, or before "all" of them, as in Merullo et al.
         name: for the result.
@@ -91,7 +92,7 @@ def find_circuit(
         n_edges: of edge methods, how many edges the circuit has, before those that lead nowhere are dropped; a float is
             a share. By default a tenth of them. `Circuit.top` and `above` choose anew at no cost.
         stages: of path patching. By default the logits, the queries of the heads found there, and the keys and values
-            of those found then, as far as there are heads below.
+            of those found then, as far as there are heads below; the first two where the answer is predicted.
         freeze_mlps: path patching freezes MLPs on the way to the receivers too.
         steps, path: of "eap_ig"; along "inputs" or "activations". Along "inputs" the scores of the input's edges should
             sum to the change of the metric; by how much they miss it, `Circuit.settings["completeness_gap"]` tells.
@@ -107,8 +108,8 @@ def find_circuit(
         resume: of "acdc", a file to go on from, if it is there, and to write to; the result is the same to the bit.
 
     Raises:
-        TaskError: prompts and twins of unequal length, or that do not differ; answers of several tokens; a metric that
-            is the same on both.
+        TaskError: prompts and twins of unequal length, or that do not differ; answers that cannot be compared; a metric
+            that is the same on both.
         InterventionError: unknown names, receivers before their senders. AttachError: the model cannot be taken apart.
         FormatError: the file is truncated, or of another model, task or settings.
         PruningInterrupted: on Ctrl-C during "acdc", with what is done.
@@ -132,8 +133,10 @@ def find_circuit(
             return _by_pruning(setup, threshold, ablation or "counterfactual", progress, file)
         if method == "ablation":
             return _by_ablation(setup, ablation or "mean", fraction, absolute, progress)
-        given, default = (STAGES if stages is None else stages), stages is None
-        return _by_paths(setup, given, fraction, freeze_mlps, absolute, progress, default)
+        given = STAGES if stages is None else stages
+        if stages is None and not setup.measured_at_end:
+            given = [replace(one, positions=SCORED) if one.positions == "end" else one for one in given]
+        return _by_paths(setup, given, fraction, freeze_mlps, absolute, progress, stages is None)
 
 
 def _blank(setup: Setup, method: str, level: str, sign: str, settings: dict[str, Any]) -> Circuit:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.errors import FormatError, WorkbenchError
 from workbench.storage import disk
 from workbench.storage.parts import Part, parse

@@ -1,4 +1,7 @@
-"""Repairing a task by hand: heads look at given positions from the last token (Merullo et al. 2310.08744)."""
+"""Repairing a task by hand: heads look at given positions from the token that the answer comes after.
+
+Merullo et al. 2310.08744.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Repair(Result):
-    """What steering the attention of heads at the last token does to a task.
+    """What steering the attention of heads does to a task, at the token from which its answer is predicted.
 
     Attributes:
         heads: labels. towards, but: names of the positions.
         before: [example] 1 where the model is right. together: the same with all heads edited.
         single: [head, example], with each head alone. random: [draw, example], with as many random other heads.
         random_heads: labels of each draw.
-        movers: labels. attention_before, attention_after: [mover, 2, example] of the last token to the answer's
-            position, and summed over the edited positions.
+        movers: labels. attention_before, attention_after: [mover, 2, example] of that token to the answer's position,
+            and summed over the edited positions.
     """
 
     form = "workbench.repair"
@@ -105,20 +108,22 @@ def repair(
     batch_size: int = 50,
     progress: bool = True,
 ) -> Repair:
-    """Put the last query row of heads evenly on given positions, and measure the task.
+    """Put one query row of heads evenly on given positions, and measure the task.
 
-    Only this row of these heads changes; all else runs as it is. The edit needs the right answer to know where to look,
-    so it is a causal probe and no fix that could be deployed.
+    Only this row of these heads changes; all else runs as it is. It is that of the token from which the answer is
+    predicted: the last one mostly, and of answers of several tokens that behind which right and wrong ones part. The
+    edit needs the right answer to know where to look, so it is a causal probe and no fix that could be deployed.
 
     Args:
         heads: whose attention is edited.
         towards: names of positions; `but`: the name of one that is left out, where it falls on one of them. By default
             for Colored Objects the two colours of the query scene that are not the answer.
-        movers: heads whose attention at the last token is measured before and after.
+        movers: heads whose attention at that token is measured before and after.
         n_random: draws of as many other heads, edited in the same way. seed: of the draws.
 
     Raises:
-        InterventionError: no heads, no positions. TaskError: no such position.
+        InterventionError: no heads, no positions, or ones that come later than the token that is to look at them.
+        TaskError: no such position, or right answers that part before their last token.
     """
     if towards is None and task.name == "colored_objects":
         towards, but = ("colour1", "colour2", "colour3"), "colour"
@@ -127,7 +132,6 @@ def repair(
             f"task {task.name} has no known positions to look at", hint="towards=[names of positions]"
         )
     with open_setup(wb, task, batch_size=batch_size) as setup:
-        setup.check_measured_at_end("where repaired heads look from")
         graph = setup.graph
         chosen = [graph.head_name(head) for head in heads]
         if not chosen:
@@ -196,6 +200,13 @@ def _target(setup: Setup, pair: Pair, towards: Sequence[str], but: str | None) -
         raise InterventionError(
             f"no position is left to look at in example {pair.start + int((weights.sum(1) == 0).nonzero()[0])}"
         )
+    later = (index > pair.decisive[:, None]).any(1) & (len(pair.ends) == 1)
+    if bool(later.any()):
+        raise InterventionError(
+            f"in example {pair.start + int(later.nonzero()[0])} heads would look at tokens that come after that from "
+            "which the answer is predicted",
+            hint='measure at the "end", or name earlier positions',
+        )
     return weights / weights.sum(1, keepdim=True), answer
 
 
@@ -210,7 +221,7 @@ def last_row_on(weights: Tensor) -> Callable[[Tensor, Any, int], Tensor]:
 
 def _edited(setup: Setup, stack: ExitStack, pair: Pair, plan: Sequence[str], weights: Tensor) -> None:
     if plan:
-        queries = pair.last[:, None]
+        queries = pair.decisive[:, None]
         spots = [setup.graph.sender(name) for name in plan]
         heads = [(setup.stream.anatomy.layers[spot.layer].site, spot.number) for spot in spots]
         stack.enter_context(setup.wb.edit_pattern(heads, last_row_on(weights), queries=queries))
@@ -226,7 +237,7 @@ def _run(setup: Setup, pair: Pair, plan: Sequence[str], weights: Tensor) -> Tens
 def _attention(
     setup: Setup, pair: Pair, plan: Sequence[str], weights: Tensor, answer: Tensor, movers: Sequence[str]
 ) -> Tensor:
-    """[mover, 2, example] of the last token's attention to the answer and to the edited positions."""
+    """[mover, 2, example] of the edited row's attention to the answer and to the edited positions."""
     rows = torch.arange(pair.size, device=answer.device)
     with torch.no_grad(), ExitStack() as stack:
         _edited(setup, stack, pair, plan, weights)
@@ -236,7 +247,7 @@ def _attention(
     for name in movers:
         spot = setup.graph.sender(name)
         pattern = cap[setup.stream.anatomy.layers[spot.layer].site.name].pattern
-        row = pattern.dense(heads=[spot.number])[:, 0][rows, pair.last]
+        row = pattern.dense(heads=[spot.number])[:, 0][rows, pair.decisive]
         found.append(torch.stack([row[rows, answer], (row * (weights > 0)).sum(1)]))
     return torch.stack(found).double().cpu()
 

@@ -45,8 +45,9 @@ class HeadRoles(Result):
     Attributes:
         heads: labels. roles: of each head, none or several.
         evidence: mean attention by head: "previous" on the token before; "duplicate" of repeated tokens on their
-            earlier copies; "induction" on the tokens after such copies; and of the last token "to_answer", "to_wrong",
-            "to_repeated", "to_question". Of what the head writes there, through the last norm: "answer_logit",
+            earlier copies; "induction" on the tokens after such copies; and of the token from which the answer is
+            predicted "to_answer", "to_wrong", "to_repeated", "to_question". Of what the head writes there, through the
+            last norm: "answer_logit",
             "wrong_logit", "logit_diff", each with and without the head; NaN where a task has no such place.
         errors: standard errors of the last three.
         threshold: attention from which on a role is suggested.
@@ -94,8 +95,9 @@ def head_roles(
     """Suggest what heads do on a task.
 
     A role is suggested where the mean attention that it stands for reaches the threshold. A mover besides raises the
-    logit difference by what it writes at the end; a negative mover attends to the answer or the wrong answer there and
-    lowers the logit of what it attends to. Both by more than two standard errors.
+    logit difference by what it writes at the token from which the answer is predicted, the last one mostly; a negative
+    mover attends to the answer or the wrong answer there and lowers the logit of what it attends to. Both by more than
+    two standard errors. Of answers of several tokens that token counts behind which right and wrong ones part.
 
     Args:
         heads: a circuit or heads; all by default.
@@ -111,7 +113,6 @@ def head_roles(
             f"there is no place {sorted(unknown)[0]!r}", hint="places are answer, wrong, repeated, question"
         )
     with open_setup(wb, task, batch_size=batch_size) as setup:
-        setup.check_measured_at_end("what a head's role is")
         graph = setup.graph
         if isinstance(heads, Circuit):
             heads.check_model(graph)
@@ -152,7 +153,8 @@ def _attention(setup: Setup, pair: Pair, places: Mapping[str, tuple[str, ...]]) 
         for name, keys in _looked_for(setup, pair, stream, cross).items():
             seen = absent if keys is None else _mean((weights * keys[:, None]).sum(-1), keys.any(-1))
             found.setdefault(name, []).append(seen)
-        end = setup.positions(pair, "end", stream)
+        reads = stream == setup.stream.end[1]
+        end = pair.decisive[:, None] if reads else setup.positions(pair, "end", stream)
         assert end is not None
         last = weights[rows, :, end[:, 0]]  # [example, head, key]
         for name, index in at.items():
@@ -200,12 +202,13 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
 
 
 def _written(setup: Setup, pair: Pair) -> dict[str, Tensor]:
-    """[example, head]: logits at the end with what the head writes there, minus without it."""
-    rows = torch.arange(pair.size, device=pair.last.device)
+    """[example, head]: logits with what the head writes where they are read, minus without it."""
+    at = pair.decisive
+    rows = torch.arange(pair.size, device=at.device)
     found: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        _, clean = setup.stream.record(pair.clean, pair.last)
-        final = clean[setup.stream.end][rows, pair.last]
+        _, clean = setup.stream.record(pair.clean, at)
+        final = clean[setup.stream.end][rows, at]
         base = _answers(setup.stream.unembed(final), pair, 1)
         for i, layer in enumerate(setup.stream.anatomy.layers):
             if setup.graph.stream_of(i) != setup.stream.end[1]:
@@ -213,7 +216,7 @@ def _written(setup: Setup, pair: Pair) -> dict[str, Tensor]:
                 for name in base:
                     found.setdefault(name, []).append(nothing)
                 continue
-            z = clean["z", i][rows, pair.last]
+            z = clean["z", i][rows, at]
             written = torch.einsum("bhw,hwd->hbd", z, layer.w_o.to(z.dtype))
             without = _answers(setup.stream.unembed((final - written).flatten(0, 1)), pair, layer.n_heads)
             for name, value in without.items():

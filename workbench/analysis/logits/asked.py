@@ -94,9 +94,20 @@ def written_ids(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 def places_of(batch: Mapping[str, Any], position: int) -> Tensor:
     """[batch] column of a position in each prompt, counted over its own tokens; negative ones from the end.
 
+    Of a task that is measured elsewhere than at the end: where the token is predicted in which its answers part.
+
     Raises:
-        CaptureError: a prompt has no such position.
+        CaptureError: a prompt has no such position, or the task has another.
     """
+    scored = getattr(batch, "scored", None)
+    if scored is not None:
+        if position != -1:
+            raise CaptureError(
+                "the task's answers have several tokens, or are measured at a position of their own",
+                hint="leave position out, or give prompts, target= and contrast=",
+            )
+        found: Tensor = scored.apart
+        return found
     _, real = written_ids(batch)
     return own_columns(real, position)
 
@@ -139,16 +150,7 @@ def tokens_of(wb: Workbench, given: Targets, n: int, vocabulary: int, what: str)
 
 
 def answers_of(batch: TaskBatch, what: str) -> Tokens:
-    """The right or wrong answers of a task's batch.
-
-    Raises:
-        TaskError: they are of several tokens, or measured elsewhere than at the end.
-    """
-    if batch.scored is not None:
-        raise TaskError(
-            "the task is measured at several tokens, or not at the last one; here one logit at one position counts",
-            hint="give a prompt, target=, contrast= and position=",
-        )
+    """The right or wrong answers of a task's batch; of answers of several tokens those where they part."""
     return Tokens(tuple(tuple(one) for one in (batch.answers if what == "target" else batch.wrong)))
 
 

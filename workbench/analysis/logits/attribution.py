@@ -60,7 +60,8 @@ def logit_attribution(
 
     Args:
         wb: the model, attached; it stays on its kernel, and is run once (and once on eight tokens).
-        prompts: a text or several, model inputs, or a Task, whose answers and wrong answers are then compared.
+        prompts: a text or several, model inputs, or a Task, whose answers and wrong answers are then compared: of
+            answers of several tokens the first in which they differ, behind what they share.
         target: the token whose logit is taken apart, as text or id, for all prompts or one for each; None: the model's
             own first choice. Where a task has several answers, the mean of their logits.
         contrast: the token whose logit is taken off, "why A rather than B"; a logit alone has a constant over the
@@ -139,6 +140,12 @@ class _Seen:
         tensor = tensor.expand(len(self.rows), *tensor.shape[1:])
         return tensor[self.rows, self.places.to(tensor.device)].detach().clone().flatten(1)
 
+    def alone(self, _: nn.Module, args: Any) -> Any:
+        """Give the output projection the one position: the logits of all are the largest tensor of a forward."""
+        if not args or args[0].dim() != 3 or args[0].shape[0] != len(self.rows):
+            return None
+        return (self.at(args[0])[:, None], *args[1:])
+
     def watch(self, changes: Changes, name: str, module: nn.Module) -> None:
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
             first = first_float((*args, *kwargs.values()))
@@ -158,7 +165,7 @@ def _of_batch(
     wb: Workbench, writers: Writers, batch: dict[str, Tensor], target: Targets, contrast: Targets, position: int
 ) -> dict[str, Any]:
     places = places_of(batch, position)
-    seen, readout, n = _Seen(places), writers.readout, len(places)
+    seen, readout = _Seen(places), writers.readout
     modules = dict(wb.model.named_modules())
     names = {writers.blocks[0], readout.end, readout.source, *writers.tables}
     names |= {name for heads in writers.heads for name in (heads.out, *([heads.norm.name] if heads.norm else []))}
@@ -166,9 +173,9 @@ def _of_batch(
     with Changes() as changes:
         for name in names:
             seen.watch(changes, name, modules[name])
-        output = wb.model(**batch)
-    logits = logits_of(output)
-    logits = logits[torch.arange(n, device=logits.device), places.to(logits.device)].double()
+        changes.before(modules[readout.steps[-1][0]], seen.alone)
+        logits = logits_of(wb.model(**batch))
+    logits = seen.at(logits).double() if logits.shape[1] > 1 else logits[:, 0].double()
     sets, weights = _weights(wb, batch, target, contrast, logits)
 
     stream, normed = seen.gave[readout.end].double(), seen.gave[readout.source]
@@ -182,7 +189,7 @@ def _of_batch(
     return {
         "values": torch.cat(values).cpu(), "logits": chosen.cpu(), "capped": (logits * weights).sum(-1).cpu(),
         "targets": [_text(wb, one) for one in sets[0].sets],
-        "contrasts": ["" if sets[1] is None else _text(wb, sets[1].sets[i]) for i in range(n)],
+        "contrasts": ["" if sets[1] is None else _text(wb, sets[1].sets[i]) for i in range(len(places))],
         "positions": places.tolist(),
     }  # fmt: skip
 

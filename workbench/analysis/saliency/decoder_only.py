@@ -21,7 +21,7 @@ from workbench.analysis.saliency.explained_input import (
 from workbench.analysis.saliency.main_input import main_input
 from workbench.analysis.saliency.token_names import check_vocabulary
 from workbench.errors import WorkbenchError
-from workbench.inputs import context_length
+from workbench.inputs import context_length, device_for_inputs
 
 _ROUNDINGS = 16  # of the largest logit, by which logits may move when a later token changes
 
@@ -66,7 +66,7 @@ def read_decoder(
             f"{', '.join(odd)} cannot be explained along with a prompt",
             hint="pass input_ids and attention_mask; the continuation is hypothesis=",
         )
-    device = next(model.parameters()).device
+    device = device_for_inputs(model)
     prompt = _unpadded(ids[0], given.get("attention_mask")).to(device)
     vocabulary = _vocabulary(model)
     check_vocabulary("the prompt", prompt, vocabulary)
@@ -87,8 +87,7 @@ def read_decoder(
             )
         subject.main = subject.embedding()(subject.ids[None])
         subject.rest = {"attention_mask": torch.ones_like(subject.ids[None])}
-        _check_causal(subject)
-        subject.reference = check_finite(subject.log_probs(subject.main)[0])
+        subject.reference = _said_causally(subject)
         direct = model(input_ids=subject.ids[None], **subject.rest, **_extra(model, len(subject.targets))).logits
         direct = normalised_logits(direct[:, -len(subject.targets) :])
         check_embeddings(direct[0], subject.reference, "such a model is not explained")
@@ -126,8 +125,12 @@ def _extra(model: nn.Module, last: int | None) -> dict[str, Any]:
     return found | ({"logits_to_keep": last} if last is not None and "logits_to_keep" in takes else {})
 
 
-def _check_causal(subject: DecoderInput) -> None:
-    """Refuse a model in which what is said at a position changes with a later one."""
+def _said_causally(subject: DecoderInput) -> Tensor:
+    """[output token, vocabulary] of the unperturbed model.
+
+    Raises:
+        WorkbenchError: it gives no logits, or what it says at a position changes with a later one.
+    """
     other = subject.main.clone()
     other[:, -1] = 0
     own, changed = (
@@ -147,3 +150,4 @@ def _check_causal(subject: DecoderInput) -> None:
             f"{type(subject.model).__name__} is no decoder: what it says at a token changes with later ones",
             hint="of encoders, saliency explains those with a classification head",
         )
+    return normalised_logits(logits[:, -len(subject.targets) :])[0]

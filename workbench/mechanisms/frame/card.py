@@ -62,6 +62,7 @@ class Card:
         causal: whether it runs "always", "never" or on demand ("either") without seeing later tokens.
         grid: whether tokens must be the patches of an image.
         leaks: how the future leaks into it although it is causal; empty where it does not.
+        beside: what mixes tokens besides and is in no map; `wb.sites.unread` lists it.
         code: what there is of official code, and its licence; nothing of it is copied.
         claims: the paper's claims, and where they stand.
     """
@@ -78,6 +79,7 @@ class Card:
     claims: tuple[Claim, ...]
     grid: bool = False
     leaks: str = ""
+    beside: str = ""
 
     def lines(self) -> list[tuple[str, str]]:
         """The card as (heading, text), for people."""
@@ -85,7 +87,8 @@ class Card:
         needs += ", the patches of an image" if self.grid else ""
         rows = [
             ("Paper", f"arXiv {self.arxiv}"), ("Equation", self.equation), ("Map", f"{self.map} Grade: {self.grade}."),
-            ("Sites", self.kind), ("Cost", self.cost), ("Input", needs), ("Leaks", self.leaks), ("Code", self.code),
+            ("Sites", self.kind), ("Cost", self.cost), ("Input", needs), ("Leaks", self.leaks), ("Beside", self.beside),
+            ("Code", self.code),
         ]  # fmt: skip
         return [(head, text) for head, text in rows if text] + [("Claim", str(claim)) for claim in self.claims]
 

@@ -1,9 +1,25 @@
-"""The same work for every mechanism: a small language model on bytes of Python's own library, recall and copying."""
+"""The same work for every mechanism: a small language model on bytes of Python's own library, a small image model."""
 
 from workbench.mechanisms.training.files import TrainedModel, load
-from workbench.mechanisms.training.language import ByteLM
+from workbench.mechanisms.training.images import Scenes, scenes
+from workbench.mechanisms.training.models import ByteLM, PatchModel
 from workbench.mechanisms.training.run import train
-from workbench.mechanisms.training.score import score
+from workbench.mechanisms.training.score import score_images, score_text
 from workbench.mechanisms.training.text import Corpus, copying, corpus, recall, text_batch
 
-__all__ = ["ByteLM", "Corpus", "TrainedModel", "copying", "corpus", "load", "recall", "score", "text_batch", "train"]
+__all__ = [
+    "ByteLM",
+    "Corpus",
+    "PatchModel",
+    "Scenes",
+    "TrainedModel",
+    "copying",
+    "corpus",
+    "load",
+    "recall",
+    "scenes",
+    "score_images",
+    "score_text",
+    "text_batch",
+    "train",
+]

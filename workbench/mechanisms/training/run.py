@@ -1,4 +1,4 @@
-"""Trains a language model with a mechanism in its layers: the same data, budget and schedule for all."""
+"""Trains a model with a mechanism in its layers: the same data, budget and schedule for all."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from workbench.errors import WorkbenchError
-from workbench.mechanisms.training.language import ByteLM
-from workbench.mechanisms.training.text import IGNORE, Corpus, text_batch
+from workbench.mechanisms.training.models import ByteLM, PatchModel
+from workbench.mechanisms.training.text import IGNORE
+
+Batches = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -21,7 +23,7 @@ class Trained:
     """How a run went.
 
     Attributes:
-        losses: (step, mean training loss since the last entry), in nats a byte. seconds: CPU time of the process.
+        losses: (step, mean training loss since the last entry), in nats. seconds: CPU time of the process.
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -29,14 +31,12 @@ class Trained:
 
 
 def train(
-    model: ByteLM,
-    source: Corpus,
+    model: ByteLM | PatchModel,
+    batch: Batches,
     *,
-    steps: int = 1200,
-    n: int = 32,
+    steps: int,
     seed: int = 0,
     rate: float = 1.0,
-    made: float = 0.25,
     every: int = 50,
     told: Callable[[int, float], None] | None = None,
 ) -> Trained:
@@ -45,7 +45,8 @@ def train(
     Rates rise over the first 5 % of the steps, stay, and fall to zero over the last 40 %.
 
     Args:
-        n: rows of a step. seed: of the data. made: share of the rows that is recall and copying.
+        batch: draws the inputs and labels of a step; labels of −100 do not count.
+        seed: of the data.
         rate: a factor on both learning rates, 0.02 and 0.003.
         every: steps between entries of the losses. told: is given each of them.
 
@@ -67,9 +68,9 @@ def train(
     began, losses = time.process_time(), list[float]()
     model.train()
     for step in range(1, steps + 1):
-        inputs, labels = text_batch(source, n, model.place.length, random, made)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
-        (loss + model.extra_loss()).backward()
+        inputs, labels = batch(random)
+        loss = F.cross_entropy(model(inputs).flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
+        (loss + model.stack.extra_loss()).backward()
         losses.append(float(loss.detach()))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser, plan in zip(optimisers, plans, strict=True):
@@ -88,8 +89,8 @@ def train(
 
 def _optimisers(model: nn.Module, rate: float) -> Sequence[torch.optim.Optimizer]:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if name.startswith("blocks.") and p.dim() == 2]
-    rest = [p for name, p in named if not (name.startswith("blocks.") and p.dim() == 2)]
+    matrices = [p for name, p in named if name.startswith("stack.") and p.dim() == 2]
+    rest = [p for name, p in named if not (name.startswith("stack.") and p.dim() == 2)]
     return (
         torch.optim.AdamW(rest, 3e-3 * rate, betas=(0.9, 0.98), weight_decay=0.05),
         torch.optim.Muon(matrices, 2e-2 * rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),

@@ -1,4 +1,4 @@
-"""The same questions to every model: code that nobody trained on, recall, and copying."""
+"""The same questions to every model: code that nobody trained on, recall and copying; digits among others."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.mechanisms.training.language import ByteLM
+from workbench.mechanisms.training.images import scenes
+from workbench.mechanisms.training.models import ByteLM, PatchModel
 from workbench.mechanisms.training.text import Corpus, copying, recall, repeated, text_batch
 
 SEED = 99
 
 
 @torch.no_grad()
-def score(model: ByteLM, held: Corpus, n: int = 256) -> dict[str, float]:
+def score_text(model: ByteLM, held: Corpus, n: int = 256) -> dict[str, float]:
     """Losses in nats a byte, and shares of right answers.
 
     Args:
@@ -23,8 +24,6 @@ def score(model: ByteLM, held: Corpus, n: int = 256) -> dict[str, float]:
         "text" on all bytes, "repeats" on those whose last four bytes came before; "copy", "recall 8" and "recall 26":
         shares of bytes that count and are the likeliest.
     """
-    was = model.training
-    model.eval()
     random, length = torch.Generator().manual_seed(SEED), model.place.length
     inputs, labels = text_batch(held, n, length, random)
     nats = F.cross_entropy(_logits(model, inputs).transpose(1, 2), labels, reduction="none")
@@ -36,13 +35,20 @@ def score(model: ByteLM, held: Corpus, n: int = 256) -> dict[str, float]:
     }
     for n_keys in (8, 26):
         found[f"recall {n_keys}"] = _right(model, *recall(few, length, random, n_keys))
-    model.train(was)
     return {name: float(value) for name, value in found.items()}
 
 
-def _right(model: ByteLM, inputs: Tensor, labels: Tensor) -> Tensor:
+@torch.no_grad()
+def score_images(model: PatchModel, n: int = 1024) -> dict[str, float]:
+    """Shares of right answers on scenes with one digit and with three, where to choose is needed: chance is a third."""
+    random = torch.Generator().manual_seed(SEED)
+    names = {1: "1 digit", 3: "3 digits"}
+    return {name: float(_right(model, *scenes(n, random, digits)[:2])) for digits, name in names.items()}
+
+
+def _right(model: ByteLM | PatchModel, inputs: Tensor, labels: Tensor) -> Tensor:
     return (_logits(model, inputs).argmax(-1) == labels)[labels >= 0].float().mean()
 
 
-def _logits(model: ByteLM, inputs: Tensor) -> Tensor:
+def _logits(model: ByteLM | PatchModel, inputs: Tensor) -> Tensor:
     return torch.cat([model(part) for part in inputs.split(32)])

@@ -107,6 +107,14 @@ class View(ABC):
         if self._stills is not None:
             self._stills.outdate()
 
+    def _renew(self, spec: ViewSpec) -> None:
+        """Show another spec of the same kind and scope: here, in the browser, and in the pictures of the notebook."""
+        self.spec = spec
+        if "widget" in self.__dict__:
+            self.widget.spec = spec.to_live()
+        if self._stills is not None:
+            self._stills.outdate()
+
     def data(self) -> pd.DataFrame:
         """The numbers that are shown, as a table."""
         return pd.DataFrame(dict(self.spec.table))

@@ -9,7 +9,7 @@ import numpy as np
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.model.graph import Graph
-from workbench.analysis.circuits.overlap import CircuitOverlap
+from workbench.analysis.circuits.overlap_result import CircuitOverlap
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base.drawing import SERIES

@@ -1,7 +1,8 @@
 """The head that views of a capture begin with: the strongest in a role, by the statistics that were captured.
 
 A role counts where it takes at least half of a head's weight, over a few rows at least: induction first, then the
-previous token. Where no head has one, it is the head whose rows look hardest at a single key that is neither the first nor their own.
+previous token. Where no head has one, it is the head whose rows look hardest at a single key that is neither the first
+nor their own.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.analysis.circuits.overlap import CircuitOverlap, circuit_overlap
+from workbench.analysis.circuits.overlap import circuit_overlap
+from workbench.analysis.circuits.overlap_result import CircuitOverlap
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import scales

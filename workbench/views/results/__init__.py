@@ -1,6 +1,16 @@
 """Views of captures and of what analyses return; each file registers those of one analysis."""
 
-from workbench.views.results import circuits, head_scores, importance, logits, pattern_atlas, profile, rollout, weights
+from workbench.views.results import (
+    circuits,
+    head_scores,
+    hybrids,
+    importance,
+    logits,
+    pattern_atlas,
+    profile,
+    rollout,
+    weights,
+)
 from workbench.views.results.capture import overview
 from workbench.views.results.circuit_overlap import overlap_chance
 from workbench.views.results.conditioning import capacity_correlation
@@ -13,6 +23,7 @@ __all__ = [
     "cross_attention",
     "half_lives",
     "head_scores",
+    "hybrids",
     "importance",
     "logits",
     "overlap_chance",

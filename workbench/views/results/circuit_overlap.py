@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from workbench.analysis.circuits.overlap import CircuitOverlap
+from workbench.analysis.circuits.overlap_result import CircuitOverlap
 from workbench.views.base.drawing import SERIES
 from workbench.views.base.registry import register
 from workbench.views.base.view import View

@@ -12,9 +12,11 @@ const TABLE_ROWS = 50;
 /** Decode a view's spec and build its frame in `el`; what a view's module works with. */
 export async function open({ model, el }) {
   const spec = model.get("spec");
-  const names = Object.keys(spec.blocks);
-  const decoded = await Promise.all(names.map((name) => decode(spec.blocks[name])));
-  return new Frame(model, el, spec, Object.fromEntries(names.map((name, i) => [name, decoded[i]])));
+  return new Frame(model, el, spec, await blocksOf(spec));
+}
+
+async function blocksOf({ blocks }) {
+  return Object.fromEntries(await Promise.all(Object.keys(blocks).map(async (name) => [name, await decode(blocks[name])])));
 }
 
 export class Frame {
@@ -46,23 +48,45 @@ export class Frame {
     this.body = make("div", { class: "body" });
     this.status = make("p", { class: "status" });
     this.spoken = make("p", { class: "spoken", "aria-live": "polite" });
-    const notes = spec.notes.map((note) => make("li", {}, note));
+    this.notes = make("ul", { class: "notes" });
     this.tools = make("div", { class: "tools", role: "toolbar", "aria-label": "Files" });
     roving(this.tools);
     const end = make("span", { class: "spoken", tabindex: "-1" });
     const skip = button("Skip this view", () => end.focus(), { class: "skip" });
     const title = make("h2", { class: "title" }, spec.title);
-    const caption = make("p", { class: "caption" }, spec.caption);
+    this.caption = make("p", { class: "caption" });
     // JupyterLab's own keys rest while the view has the focus: a typed "d d" would delete the cell.
-    this.root = make("section", { class: `workbench ${spec.kind}`, "aria-label": spec.title, "data-lm-suppress-shortcuts": true }, skip, title, caption, this.controls, this.body, this.status, this.spoken);
-    if (notes.length) this.root.append(make("ul", { class: "notes" }, ...notes));
-    this.root.append(this.tools);
+    this.root = make("section", { class: `workbench ${spec.kind}`, "aria-label": spec.title, "data-lm-suppress-shortcuts": true }, skip, title, this.caption, this.controls, this.body, this.status, this.spoken, this.notes, this.tools);
     if (spec.table.length) this.addTable();
+    this.describe();
     this.tools.prepend(button("SVG", () => this.save("svg"), { title: "Download the figure as a drawing, with its title and caption" }), button("PNG", () => this.save("png"), { title: "Download the figure as a picture, with its title and caption" }));
     this.tools.append(button("JSON", () => download(`${this.fileName()}.json`, "application/json", [JSON.stringify(this.plain(), null, 1)]), { title: "Download everything this view shows" }));
     this.tip = make("div", { class: "tip", role: "tooltip", hidden: true });
     this.root.append(this.tip, end);
     this.el.replaceChildren(this.root);
+  }
+
+  /** The words around the view, and its table, as the spec has them. */
+  describe() {
+    const { caption, notes, table } = this.spec;
+    this.caption.textContent = caption;
+    this.notes.replaceChildren(...notes.map((note) => make("li", {}, note)));
+    this.notes.hidden = !notes.length;
+    if (table.length) this.describeTable();
+  }
+
+  /** Be told when the kernel has given the view another spec; what stands around the view follows by itself. */
+  onSpec(told) {
+    const heard = async () => {
+      const spec = this.model.get("spec");
+      const blocks = await blocksOf(spec);
+      if (spec !== this.model.get("spec")) return; // yet another one has come meanwhile
+      Object.assign(this, { spec, blocks, facts: spec.facts });
+      this.describe();
+      told();
+    };
+    this.model.on("change:spec", heard);
+    this.endings.push(() => this.model.off("change:spec", heard));
   }
 
   /** Hand the figure out, with its words around it: `form` is "svg" or "png". */
@@ -137,21 +161,27 @@ export class Frame {
   }
 
   addTable() {
-    const columns = this.spec.table;
-    const n = this.column(columns[0]).length;
-    const shown = Math.min(n, TABLE_ROWS);
-    const left = this.spec.left_out;
-    const cut = left ? ` (${left.toLocaleString("en")} more are left out)` : "";
-    const summary = make("summary", {}, n > shown ? `Table: the first ${shown} of ${n.toLocaleString("en")} rows${cut}` : `Table: ${n} rows${cut}`);
-    const details = make("details", { class: "data" }, summary);
-    details.addEventListener("toggle", () => {
-      if (details.open && details.children.length === 1) details.append(this.table(columns, shown));
+    this.details = make("details", { class: "data" });
+    this.details.addEventListener("toggle", () => {
+      if (this.details.open && this.details.children.length === 1) this.details.append(this.table());
     });
-    this.root.append(details);
-    this.tools.append(button("CSV", () => download(`${this.fileName()}.csv`, "text/csv", ["\ufeff", this.csv()]), { title: `Download the table, ${n.toLocaleString("en")} rows${cut}` }));
+    this.root.append(this.details);
+    this.file = button("CSV", () => download(`${this.fileName()}.csv`, "text/csv", ["\ufeff", this.csv()]));
+    this.tools.append(this.file);
   }
 
-  table(columns, shown) {
+  describeTable() {
+    const n = this.column(this.spec.table[0]).length;
+    const left = this.spec.left_out;
+    const cut = left ? ` (${left.toLocaleString("en")} more are left out)` : "";
+    const said = n > TABLE_ROWS ? `Table: the first ${TABLE_ROWS} of ${n.toLocaleString("en")} rows${cut}` : `Table: ${n} rows${cut}`;
+    this.details.replaceChildren(make("summary", {}, said), ...(this.details.open ? [this.table()] : []));
+    this.file.title = `Download the table, ${n.toLocaleString("en")} rows${cut}`;
+  }
+
+  table() {
+    const columns = this.spec.table;
+    const shown = Math.min(this.column(columns[0]).length, TABLE_ROWS);
     const head = make("tr", {}, ...columns.map(({ name, text }) => make("th", { scope: "col", class: text ? null : "n" }, name)));
     const cell = (column, i) => {
       const value = this.column(column)[i];

@@ -16,6 +16,8 @@ from workbench.metrics import Metric, TaskBatch, as_metric, last_places
 from workbench.tasks.base import Task
 
 Where = str | int | Sequence[str | int] | None
+SCORED = "scored"
+"""The name of all tokens from which one of an answer is predicted; mostly the same as "end"."""
 
 
 def measure_last(metric: Metric, logits: Tensor, pair: Pair, clean: Tensor, times: int = 1) -> Tensor:
@@ -81,6 +83,14 @@ class Pair:
     def scored(self) -> Tensor:
         """[batch, n] indices of the tokens whose logits are read: the last one, mostly."""
         return self.last[:, None] if self.clean.scored is None else self.clean.scored.places
+
+    @property
+    def decisive(self) -> Tensor:
+        """[batch] index of the token from which what right and wrong answers differ in is predicted: mostly the last.
+
+        It is another one where answers begin alike, or are measured at another position.
+        """
+        return self.last if self.clean.scored is None else self.clean.scored.apart
 
     @property
     def size(self) -> int:
@@ -161,8 +171,9 @@ def _ends(batch: TaskBatch, decodes: bool) -> tuple[Tensor | None, ...]:
 def find_positions(task: Task, tokenizer: Any, pair: Pair, where: Where, stream: int, length: int) -> Tensor | None:
     """[batch, n] positions in a residual stream of named ("end", "S2") or numbered places; None for all.
 
-    "end" is the last token of every stream. Other names count in the prompt, which the first stream reads. Numbers
-    count an example's own tokens, from 0, or from −1 at its end.
+    "end" is the last token of every stream's prompt, and "scored" all tokens from which one of an answer is predicted
+    (where logits are read; elsewhere the last one). Other names count in the prompt, which the first stream reads.
+    Numbers count an example's own tokens, from 0, or from −1 at its end.
 
     Args:
         stream: index of the stream. length: its positions, padding included.
@@ -179,18 +190,20 @@ def find_positions(task: Task, tokenizer: Any, pair: Pair, where: Where, stream:
     rows = task[pair.start : pair.start + pair.size]
     found = []
     for one in several:
-        if one in ("end", -1):
-            found.append(end)
+        if one in ("end", -1) or (one == SCORED and stream + 1 < len(pair.ends)):
+            found.append(end[:, None])
+        elif one == SCORED:
+            found.append(pair.scored)
         elif isinstance(one, str):
             if stream > 0:
                 raise TaskError(
                     f"{one!r} is a place in the prompt, which the encoder reads, and not in what the decoder wrote",
                     hint='in the decoder there are "end" and numbers',
                 )
-            found.append(torch.tensor(rows.positions(one, tokenizer), device=device))
+            found.append(torch.tensor(rows.positions(one, tokenizer), device=device)[:, None])
         else:
-            found.append(_column(pair, one, stream, length).to(device))
-    return torch.stack(found, dim=1)
+            found.append(_column(pair, one, stream, length).to(device)[:, None])
+    return torch.cat(found, dim=1)
 
 
 def _column(pair: Pair, number: int, stream: int, length: int) -> Tensor:

@@ -19,9 +19,11 @@ from workbench.analysis.circuits.engine.prompts import (
     measure_last,
     metric_of_logits,
 )
-from workbench.analysis.circuits.engine.stream import Kept, Stream
+from workbench.analysis.circuits.engine.stream import Finder, Kept, Stream
+from workbench.analysis.circuits.model.anatomy import find_anatomy
 from workbench.analysis.circuits.model.graph import Graph
-from workbench.errors import TaskError, WorkbenchError
+from workbench.errors import WorkbenchError
+from workbench.inputs import device_for_inputs
 from workbench.metrics import Metric
 from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import digest, plain
@@ -153,19 +155,10 @@ class Setup:
             **settings,
         }
 
-    def check_measured_at_end(self, what: str) -> None:
-        """Refuse a task that is measured elsewhere than at each prompt's last token alone.
-
-        Raises:
-            TaskError: it is; `what` reads that token.
-        """
-        for pair in self.pairs:
-            if pair.clean.scored is not None:
-                raise TaskError(
-                    f"{what} is about the last token, and task {self.task.name} is measured at "
-                    + ("several" if pair.scored.shape[1] > 1 else "another"),
-                    hint="give answers of one token, measured at the end",
-                )
+    @property
+    def measured_at_end(self) -> bool:
+        """Whether the logits are read at each prompt's last token alone."""
+        return all(bool((pair.scored == pair.last[:, None]).all()) for pair in self.pairs)
 
     def provenance(self) -> dict[str, Any]:
         """Where the numbers come from."""
@@ -188,16 +181,20 @@ def open_setup(
     batch_size: int = 25,
     memory: int = 1 << 30,
     seed: int = 0,
+    finder: Finder = find_anatomy,
 ) -> Iterator[Setup]:
     """A setup whose stream is open inside.
+
+    Args:
+        finder: of the model's anatomy.
 
     Raises:
         TaskError: bad prompts or metric. AttachError: a model that is no sum of senders.
     """
-    device = next(wb.model.parameters()).device
+    device = device_for_inputs(wb.model)
     chosen = metric_of_logits(metric)
     with torch.inference_mode(mode=False):  # a model's projections are found from gradients
         pairs = make_pairs(task, wb.model, wb.tokenizer, batch_size, device)
-        stream = Stream(wb, pairs[0])
+        stream = Stream(wb, pairs[0], finder)
     with torch.inference_mode(mode=False), stream.open():
         yield Setup(wb, stream, task, pairs, chosen, memory, seed)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.shortcut import only_where_changed
 from workbench.analysis.circuits.model.anatomy import Anatomy, find_anatomy
-from workbench.analysis.circuits.model.modules import LayerModules, Projection
+from workbench.analysis.circuits.model.modules import Branches, Projection
 from workbench.analysis.circuits.model.recording import first_float
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.hooks.changes import Changes
@@ -37,7 +37,7 @@ _SEVERAL = 3  # repeats from which on it is worth computing again what projectio
 # ("q" | "k" | "v", i)  [batch, position, head or group, width]
 # ("x", i)              [batch, position, d_model] what a mixer is given, behind its norm, for all its heads
 # ("z", i)              [batch, position, head, width] what heads give to their projection
-# ("attn", i)           [batch, position, d_model] what the attention writes, its bias included
+# ("attn", i)           [batch, position, d_model] what the attention adds, its bias and a norm behind it included
 # ("mid", i)            the stream behind the attention, as the sum of what is there and what it writes
 # ("mlp_in", i)         what the MLP itself is given, behind its norm
 # ("mlp", i)            what it writes
@@ -45,6 +45,7 @@ _SEVERAL = 3  # repeats from which on it is worth computing again what projectio
 Key = tuple[str, int]
 Hook = Callable[[Tensor], Tensor | None]
 Hooks = Mapping[Key, Sequence[Hook]]
+Finder = Callable[[Workbench, Mapping[str, Any]], Anatomy]
 
 
 class Stream:
@@ -55,7 +56,7 @@ class Stream:
         resumed: whether forwards can begin at a later block, to the bit; None until it was tried.
     """
 
-    def __init__(self, wb: Workbench, pair: Pair) -> None:
+    def __init__(self, wb: Workbench, pair: Pair, finder: Finder = find_anatomy) -> None:
         wb.check_ready()
         wb.check_idle()
         dropping = dropout_in_training(wb.model)
@@ -67,11 +68,11 @@ class Stream:
         self.wb, self.model = wb, wb.model
         self.extra = _extra(wb.model)
         self._small = {**self.extra, **shortened(pair.clean)}
-        self.anatomy: Anatomy = find_anatomy(wb, self._small)
+        self.anatomy = finder(wb, self._small)
         self.graph = self.anatomy.graph
         self.end = ("final", len(self.graph.streams) - 1)
         self.resumed: bool | None = None
-        self.blocks = [layer.block for layer in self.anatomy.layers]
+        self.blocks = [layer.block for layer in self.anatomy.branches]
         self._last_output: Any = None  # of the last block: how it hands on the stream
         self._prefix: Prefix | None = None
         self._recorded: tuple[Any, Kept] | None = None  # the batch that later runs resume from, and what it showed
@@ -245,21 +246,25 @@ class Stream:
             else:
                 _on_output(changes, anatomy.modules[blocks[-1]], functions)
             return
-        layer = anatomy.layers[i]
+        branch = anatomy.branches[i]
         if what == "resid":
-            _on_input(changes, anatomy.modules[layer.block], functions)
-        elif what == "read":
+            _on_input(changes, anatomy.modules[branch.block], functions)
+            return
+        if what == "mid":
+            own = [anatomy.modules[each.out] for each in anatomy.branches[: i + 1] if each.block == branch.block]
+            _on_sum(changes, anatomy.modules[branch.block], own, functions)
+            return
+        if what in ("attn", "mlp"):
+            name = branch.out if what == "attn" else _mlp(branch)[-1]
+            _on_output(changes, anatomy.modules[name], functions)
+            return
+        layer = anatomy.layers[i]
+        if what == "read":
             _on_input(changes, self._reader(i), functions, first_only=True)
-        elif what == "attn":
-            _on_output(changes, layer.out_module, functions)
-        elif what == "mid":
-            _on_sum(changes, self._reader(i), layer.out_module, functions)
         elif what == "read_mlp":
             _on_input(changes, anatomy.modules[layer.mlp_norm or _mlp(layer)[0]], functions, first_only=True)
         elif what == "z":
             _on_input(changes, layer.out_module, [_cut(f, layer.n_heads) for f in functions])
-        elif what == "mlp":
-            _on_output(changes, anatomy.modules[_mlp(layer)[-1]], functions)
         elif what == "mlp_in":
             _on_input(changes, anatomy.modules[_mlp(layer)[0]], functions)
         elif what == "x" and layer.mixer is not None:
@@ -292,7 +297,7 @@ class Kept:
         return key in self.tensors
 
 
-def _mlp(layer: LayerModules) -> tuple[str, ...]:
+def _mlp(layer: Branches) -> tuple[str, ...]:
     if layer.mlp is None:
         raise WorkbenchError(f"the layer of {layer.site.name} has no MLP")
     return layer.mlp
@@ -329,13 +334,16 @@ def _on_output(changes: Changes, module: nn.Module, functions: Sequence[Hook]) -
     changes.after(module, hook)
 
 
-def _on_sum(changes: Changes, reader: nn.Module, writer: nn.Module, functions: Sequence[Hook]) -> None:
-    """Functions on the stream behind a writer: what its reader was given, and what it adds to that.
+def _on_sum(changes: Changes, block: nn.Module, writers: Sequence[nn.Module], functions: Sequence[Hook]) -> None:
+    """Functions on the stream behind the last writer: what its block was given, and what they add to that.
 
     Where they change it the writer gives what is missing, so that all that reads the stream later has it.
     """
     before: list[Tensor] = []
-    _on_input(changes, reader, [lambda stream: before.append(stream.clone())], first_only=True)
+    _on_input(changes, block, [lambda stream: before.append(stream.clone())], first_only=True)
+
+    def on_earlier(written: Tensor) -> None:
+        before[-1] = before[-1] + written
 
     def on_written(written: Tensor) -> Tensor | None:
         stream = before.pop()
@@ -343,7 +351,9 @@ def _on_sum(changes: Changes, reader: nn.Module, writer: nn.Module, functions: S
         new = _apply(functions, total)
         return None if new is total else torch.where(new == total, written, new - stream)
 
-    _on_output(changes, writer, [on_written])
+    for writer in writers[:-1]:
+        _on_output(changes, writer, [on_earlier])
+    _on_output(changes, writers[-1], [on_written])
 
 
 def _apply(functions: Sequence[Hook], value: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def _index(setup: Setup, pair: Pair, paths: Paths, stream: int) -> Tensor:
             "the logits are read at several tokens, some of which the positions leave out"
             if several
             else "the logits are read at the last token, which the positions leave out",
-            hint="Stage(positions=None), for all" if several else 'positions="end", or None for all',
+            hint='Stage(positions="scored"), for those' if several else 'positions="scored", or None for all',
         )
     return where
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.graph import Graph, Layer
+from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.layers import LayerFinder
-from workbench.analysis.circuits.model.modules import LayerModules, unchanged
+from workbench.analysis.circuits.model.modules import Branches, LayerModules, unchanged
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.model.recording import Recording, equal, record
 from workbench.errors import AttachError
 from workbench.hooks.heads import block_of
@@ -31,6 +32,8 @@ class Anatomy:
         error: largest difference between the stream and the sum of the senders, of the largest number in the stream.
         precision: dtypes of what modules gave.
         lengths: positions of each stream in the input that they were found with.
+        branches: what each layer adds to the stream: `layers`, or where these could not be found, and are empty, less.
+        missing: why the stream cannot be changed there: ("attn" | "mlp" | "mid" | "resid", layer).
     """
 
     graph: Graph
@@ -40,10 +43,12 @@ class Anatomy:
     lengths: tuple[int, ...]
     precision: str
     modules: Mapping[str, nn.Module] = field(repr=False)
+    branches: tuple[Branches, ...]
+    missing: Mapping[tuple[str, int], AttachError] = field(default_factory=dict)
 
     def blocks(self, stream: int) -> tuple[str, ...]:
         """Names of the blocks of a stream, in the order in which they run."""
-        layers = enumerate(self.layers)
+        layers = enumerate(self.branches)
         return tuple(dict.fromkeys(layer.block for i, layer in layers if self.graph.stream_of(i) == stream))
 
     def read_at(self, i: int, part: str) -> tuple[str, int]:
@@ -74,17 +79,10 @@ def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
         AttachError: the residual stream of the model is not the sum of what heads and MLPs write, or something else
             stands in the way; the module is named.
     """
-    streams = _streams(wb)
-    sites = [site for several in streams.values() for site in several]
-    blocks = [block_of(wb.model, wb.sites, site.name) for site in sites]
-    for site, block in zip(sites, blocks, strict=True):
-        if not block:
-            raise AttachError("the site is in no block of a list of blocks", site=site.name)
-    small = {
-        name: value[:1] if isinstance(value, Tensor) and value.dim() > 0 else value for name, value in inputs.items()
-    }
-    first = {name: blocks[sites.index(several[0])] for name, several in streams.items()}
-    seen = record(wb.model, small, set(first.values()))
+    streams, of_site = streams_of(wb)
+    blocks = list(of_site.values())
+    first = {name: of_site[several[0].name] for name, several in streams.items()}
+    seen = record(wb.model, one_example(inputs), set(first.values()))
     layers: list[LayerModules] = []
     shapes: list[Layer] = []
     error, end = 0.0, None
@@ -98,7 +96,28 @@ def find_anatomy(wb: Workbench, inputs: Mapping[str, Any]) -> Anatomy:
     modules = dict(wb.model.named_modules())
     lengths = tuple(seen.given[block].shape[1] for block in first.values())
     graph = Graph(tuple(shapes), d_model=seen.gave[blocks[-1]].shape[-1])
-    return Anatomy(graph, tuple(layers), find_head(seen), error, lengths, seen.precision, modules)
+    return Anatomy(graph, tuple(layers), find_head(seen), error, lengths, seen.precision, modules, tuple(layers))
+
+
+def one_example(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The first example of model inputs."""
+    return {name: value[:1] if isinstance(value, Tensor) and value.dim() else value for name, value in inputs.items()}
+
+
+def streams_of(wb: Workbench) -> tuple[dict[str, list[Site]], dict[str, str]]:
+    """The attention sites of each residual stream, and the block of each site by its name.
+
+    Raises:
+        AttachError: there is no such stream, or an attention in no block.
+    """
+    streams = _streams(wb)
+    blocks: dict[str, str] = {}
+    for site in (site for several in streams.values() for site in several):
+        block = block_of(wb.model, wb.sites, site.name)
+        if not block:
+            raise AttachError("the site is in no block of a list of blocks", site=site.name)
+        blocks[site.name] = block
+    return streams, blocks
 
 
 def _streams(wb: Workbench) -> dict[str, list[Site]]:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.graph import Layer
 from workbench.analysis.circuits.model.joints import Joint, call_of, find_joint
 from workbench.analysis.circuits.model.modules import LayerModules, Projection
+from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.model.recording import Recording, equal
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.projections import is_conv1d, projection_slices
@@ -118,7 +118,7 @@ class LayerFinder:
         n_kv = n_heads if joint.mixer else projections["k"].columns.shape[0]
         mixer = site.name if joint.mixer else None
         found = LayerModules(
-            block, site, projections, joint.name, joint.module, width, n_heads, mlp, mlp_norm, mixer, mixer_norm
+            block, site, joint.name, mlp, projections, joint.module, width, n_heads, mlp_norm, mixer, mixer_norm
         )
         kind = "cross" if site.kind == "cross" else "self"
         return found, Layer(n_heads, n_kv, mlp is not None, parallel, kind, self.name, joint.mixer)

@@ -49,26 +49,36 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class LayerModules:
-    """The modules of one layer.
+class Branches:
+    """What one attention, and the MLP behind it, add to the stream.
 
     Attributes:
         block: name of the block; two layers may share one. site: the attention.
-        projections: of the queries "q", keys "k" and values "v"; none where all heads read the stream through one door.
-        out: name of the module that joins the heads. width: of a head's output.
+        out: name of the module that gives what the attention adds; "" where there is none.
         mlp: name of the MLP, or those of the modules in a row that make it; None if there is none.
-        mlp_norm: as in `Projection`.
-        mixer: name of the module that reads the stream for all heads, if one does. mixer_norm: as in `Projection`.
     """
 
     block: str
     site: Site
-    projections: Mapping[str, Projection]
     out: str
+    mlp: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class LayerModules(Branches):
+    """The modules of one layer, whose heads and MLP read and write the stream by themselves.
+
+    Attributes:
+        out: joins the heads. width: of a head's output.
+        projections: of the queries "q", keys "k" and values "v"; none where all heads read the stream through one door.
+        mlp_norm: as in `Projection`.
+        mixer: name of the module that reads the stream for all heads, if one does. mixer_norm: as in `Projection`.
+    """
+
+    projections: Mapping[str, Projection]
     out_module: nn.Module
     width: int
     n_heads: int
-    mlp: tuple[str, ...] | None
     mlp_norm: str | None
     mixer: str | None = None
     mixer_norm: str | None = None

@@ -21,6 +21,7 @@ from workbench.analysis.circuits.patching.running import (
     Runs,
     Unit,
     check_direction,
+    measured,
     run_patches,
     two_runs,
     way_of,
@@ -50,22 +51,14 @@ def patch_heads(
     """Activation patching over heads, and positions.
 
     Args:
-        wb: the model, attached with its tokenizer. task: prompts with twins.
         activation: what is put in: "z" (what the head gives to its projection), "q", "k", "v" (k and v by kv group
             where heads share them), or "pattern" (its attention weights over the values of the run it is put into).
             Heads of recurrences, and of attention with a gate, have z only: the others are of the rest of the heads.
-        direction: "denoising" puts the prompt's activation into the twin's run, "noising" the twin's into the prompt's.
-        positions: names ("S2") or numbers of tokens, counted over a prompt's own, from −1 at its end; None for all.
-        by_position: patch them one at a time; with `positions` None each token position is one, which needs prompts of
-            one length.
-        metric: a name, or `metric(output, batch)` with the logits of the last token only.
-        batch_size, memory: examples in a batch, and bytes that repeats may take.
-        resume: a file to go on from, if it is there, and to write to.
+        positions, by_position: all at once by default, and not one at a time.
+        All others are those of `patch_layers`.
 
     Raises:
-        TaskError: bad prompts or metric. InterventionError: unknown activation or direction, a position beyond a
-            prompt. AttachError: the model's residual stream cannot be taken apart. FormatError: the file is of another
-            patching. PatchingInterrupted: on Ctrl-C, with what is done.
+        AttachError: the model's residual stream cannot be taken apart into heads. Others as `patch_layers`.
     """
     if activation not in ACTIVATIONS:
         raise InterventionError(f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS))
@@ -89,10 +82,8 @@ def patch_heads(
         return HeadPatching(
             heads=tuple(name for *_, name in heads), layers=tuple(setup.graph.blocks[i] for i, *_ in heads),
             numbers=tuple(n for _, n, _ in heads), activation=activation, places=tuple(place.name for place in places),
-            direction=direction,
+            direction=direction, effects=effects, higher_is_better=setup.metric.higher_is_better, **measured(setup),
             sign=f"{way_of(direction)}; a positive score means that the clean activation helps the task",
-            task=task.name, metric=setup.metric.name, effects=effects, clean=setup.clean, corrupted=setup.corrupted,
-            provenance=setup.provenance(), higher_is_better=setup.metric.higher_is_better,
         )  # fmt: skip
 
 
@@ -116,9 +107,7 @@ def ablate_heads(
             heads=tuple(name for *_, name in heads), layers=tuple(setup.graph.blocks[i] for i, *_ in heads),
             numbers=tuple(n for _, n, _ in heads), activation=f"{how} ablation", places=("all",), direction=NOISING,
             sign="noising: the head's output is replaced; a positive score means that the head helps the task",
-            task=task.name, metric=setup.metric.name, effects=effects[:, None], clean=setup.clean,
-            corrupted=setup.corrupted, provenance=setup.provenance(),
-            higher_is_better=setup.metric.higher_is_better,
+            effects=effects[:, None], higher_is_better=setup.metric.higher_is_better, **measured(setup),
         )  # fmt: skip
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from workbench.analysis.circuits.engine.prompts import Where
 from workbench.analysis.circuits.engine.setup import DENOISING, Setup, open_setup
 from workbench.analysis.circuits.engine.stream import Key
+from workbench.analysis.circuits.model.branches import find_branches
 from workbench.analysis.circuits.patching.places import find_places, tokens_at
 from workbench.analysis.circuits.patching.results import LayerPatching
-from workbench.analysis.circuits.patching.running import Unit, check_direction, run_patches, two_runs, way_of
+from workbench.analysis.circuits.patching.running import (
+    Unit,
+    check_direction,
+    measured,
+    run_patches,
+    two_runs,
+    way_of,
+)
 from workbench.errors import InterventionError, nearest
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
@@ -41,8 +49,9 @@ def patch_layers(
     Args:
         wb: the model, attached with its tokenizer. task: prompts with twins of as many tokens.
         activation: the residual stream before a block, "resid_pre", behind its attention, "resid_mid", or behind the
-            block, "resid_post"; what its attention adds to the stream, "attn_out", or its MLP, "mlp_out". In decoders
-            with cross-attention also "resid_mid_cross" and "cross_attn_out".
+            block, "resid_post"; what its attention adds to the stream, "attn_out", or its MLP, "mlp_out": behind the
+            norm that a model may have there (Gemma 2, OLMo 2). In decoders with cross-attention also "resid_mid_cross"
+            and "cross_attn_out". Heads need have no linear part in the stream; blocks side by side have no "resid_mid".
         direction: "denoising" puts the prompt's activation into the twin's run, "noising" the twin's into the prompt's.
         positions: names ("S2") or numbers of tokens, counted over a prompt's own, from −1 at its end; None for each
             token position, of both streams where there are two, which needs prompts of one length.
@@ -53,8 +62,8 @@ def patch_layers(
 
     Raises:
         TaskError: bad prompts or metric. InterventionError: unknown activation or direction, one that the model does
-            not have, a position beyond a prompt. AttachError: the model's blocks cannot be found, or its residual
-            stream taken apart. FormatError: the file is of another patching. PatchingInterrupted: on Ctrl-C.
+            not have, a position beyond a prompt. AttachError: the model's blocks cannot be found. FormatError: the file
+            is of another patching. PatchingInterrupted: on Ctrl-C, with what is done.
 
     Source: Meng et al. 2202.05262 (causal tracing); names as in TransformerLens' `patching`.
     """
@@ -63,7 +72,7 @@ def patch_layers(
             f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS, "activation")
         )
     check_direction(direction)
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, finder=find_branches) as setup:
         found = _places(setup, activation)
         places = find_places(setup, positions, by_position)
         setup.measure_baselines()
@@ -83,13 +92,9 @@ def patch_layers(
             rows=tuple(names), layers=tuple(setup.graph.blocks[i] for i, _ in found),
             streams=tuple(setup.graph.streams[s] for s in streams), activation=activation,
             places=tuple(place.name for place in places), tokens=tokens_at(setup, places), direction=direction,
-            sign=_sign(direction), task=task.name, metric=setup.metric.name, effects=effects, clean=setup.clean,
-            corrupted=setup.corrupted, provenance=setup.provenance(),
+            sign=f"{way_of(direction)}; 1 makes all of the difference between the runs, 0 none",
+            effects=effects, **measured(setup),
         )  # fmt: skip
-
-
-def _sign(direction: str) -> str:
-    return f"{way_of(direction)}; 1 makes all of the difference between the runs, 0 none"
 
 
 def _places(setup: Setup, activation: str) -> list[tuple[int, Key]]:
@@ -107,15 +112,18 @@ def _places(setup: Setup, activation: str) -> list[tuple[int, Key]]:
         return [(several[0], ("resid", several[0])) for several in blocks.values()]
     if what == "resid_post":
         later = {block: several[0] for block, several in blocks.items()}
+        _check_there(setup, activation, "resid", range(len(graph.layers)))
         return [
             (several[0], ("resid", later[s, b + 1]) if (s, b + 1) in later else ("final", s))
             for (s, b), several in blocks.items()
         ]
     if what == "mlp_out":
+        _check_there(setup, activation, "mlp", range(len(graph.layers)))
         found: list[tuple[int, Key]] = [(i, ("mlp", i)) for i, layer in enumerate(graph.layers) if layer.mlp]
     else:
         key = "mid" if what.startswith("resid_mid") else "attn"
         found = [(i, (key, i)) for i, layer in enumerate(graph.layers) if (layer.kind == "cross") == cross]
+        _check_there(setup, activation, key, [i for i, _ in found])
     if not found:
         raise InterventionError(
             f"the model has no {activation}: no block has {'an MLP' if what == 'mlp_out' else 'cross-attention'}",
@@ -126,12 +134,20 @@ def _places(setup: Setup, activation: str) -> list[tuple[int, Key]]:
     return found
 
 
+def _check_there(setup: Setup, activation: str, what: str, layers: Iterable[int]) -> None:
+    """Refuse what was not found in some layer."""
+    for i in layers:
+        lost = setup.stream.anatomy.missing.get((what, i))
+        if lost is not None:
+            raise InterventionError(f"the model has no {activation}: {lost.message}", site=lost.site, hint=lost.hint)
+
+
 def _check_middle(setup: Setup, activation: str, several: list[int], blocks: dict[tuple[int, int], list[int]]) -> None:
     """Refuse the stream between an attention and what comes behind it where nothing reads it."""
     graph = setup.graph
     for i in several:
         last = blocks[graph.stream_of(i), graph.blocks[i]][-1] == i
-        layer, block = graph.layers[i], setup.stream.anatomy.layers[i].block
+        layer, block = graph.layers[i], setup.stream.anatomy.branches[i].block
         if layer.parallel:
             raise InterventionError(
                 f"the model has no {activation}: attention and MLP of {block} read the same stream, side by side",

@@ -103,6 +103,14 @@ def run_patches(
     return save().effects
 
 
+def measured(setup: Setup) -> dict[str, Any]:
+    """The fields of a result that say what was measured, and on what."""
+    return {
+        "task": setup.task.name, "metric": setup.metric.name, "clean": setup.clean, "corrupted": setup.corrupted,
+        "provenance": setup.provenance(),
+    }  # fmt: skip
+
+
 def check_direction(direction: str) -> None:
     """Refuse an unknown direction."""
     if direction not in (NOISING, DENOISING):

@@ -1,4 +1,4 @@
-"""A linear recurrence cut into chunks: what each reads from the state before it, writes to the one after, and keeps.
+"""The map of a linear recurrence in chunks: what each reads from the state before it, writes to the one after, keeps.
 
 Within a chunk the delta rule's products (I − β k kᵀ) are one triangular solve (the WY form, arXiv 2406.06484): with
 P[i, j] = q_i·k_j and M[i, j] = β_i k_i·k_j, j < i, both decayed from j to i, and T = (I + M)⁻¹,
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SMALLEST_LOG = -1e4
-"""Logarithms of decays are not let below this; the exp of it is zero, and sums of it stay finite."""
-_NUMBERS = 1 << 21  # held at once where fades are made for each channel
+from workbench.kernels.recurrent.fades import LEAF, Fades
+
+_NUMBERS = 1 << 21  # of fades held at once
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,22 @@ class Chunks:
         carry = self.carry[:, :, chunk]
         return rows * carry[:, :, None] if carry.dim() == 3 else rows @ carry
 
-    def after(self, state: Tensor, chunk: int, values: Tensor) -> Tensor:
-        """The state [b, h, d, width] after a chunk, from the one before and its values [b, h, length, width]."""
-        carry = self.carry[:, :, chunk]
-        kept = carry[..., None] * state if carry.dim() == 3 else carry @ state
-        return kept + self.writes[:, :, chunk].mT @ values
+    def run(self, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What is read of values [b, h, position, width], in the order of positions, and the last state."""
+        n, out = values.shape[2], []
+        short = -n % self.length
+        padded = torch.cat((values, values.new_zeros(*values.shape[:2], short, values.shape[3])), dim=2)
+        for number, given in enumerate(padded.split(self.length, dim=2)):
+            out.append(self.reads[:, :, number] @ state + self.within[:, :, number] @ given)
+            carry = self.carry[:, :, number]
+            kept = carry[..., None] * state if carry.dim() == 3 else carry @ state
+            state = kept + self.writes[:, :, number].mT @ given
+        return torch.cat(out, dim=2)[:, :, :n], state
 
 
-def chunked(q: Tensor, k: Tensor, log_decay: Tensor | None, beta: Tensor | None, length: int) -> Chunks:
+def map_chunks(q: Tensor, k: Tensor, log_decay: Tensor | None, beta: Tensor | None, length: int) -> Chunks:
     """The chunks of a recurrence; see `naive_recurrence` for the arguments, [batch, head, ...] of one dtype each."""
-    b, h, n, d = q.shape
+    b, h, n, _ = q.shape
     short = -n % length
 
     def cut(t: Tensor) -> Tensor:
@@ -69,43 +75,30 @@ def chunked(q: Tensor, k: Tensor, log_decay: Tensor | None, beta: Tensor | None,
         return filled.unflatten(2, (-1, length))
 
     q, k = cut(q), cut(k)
-    if log_decay is None:
-        log_decay = q.new_zeros(b, h, n)
-    log_decay = log_decay if log_decay.dim() == 4 else log_decay[..., None]
-    total = cut(log_decay.double().clamp(min=SMALLEST_LOG)).cumsum(3)  # [b, h, chunk, length, d or 1]
-    since, until = (_faded(x, q.dtype) for x in (total, total[..., -1:, :] - total))
-    carry = since[..., -1, :]
-    reads, within = q * since, _decayed(q, k, total)
-    if beta is None:
-        return Chunks(reads, k * until, within, carry)
-    steps = cut(beta).to(q.dtype)[..., None]
+    g = cut(q.new_zeros(b, h, n) if log_decay is None else log_decay)
+    g = g if g.dim() == 5 else g[..., None]
+    steps = None if beta is None else cut(beta).to(q.dtype)[..., None]
+    at_once = max(1, _NUMBERS // (b * h * length * max(length, LEAF * g.shape[-1])))
+    parts = [
+        _made(q[:, :, some], k[:, :, some], g[:, :, some], None if steps is None else steps[:, :, some])
+        for some in (slice(start, start + at_once) for start in range(0, q.shape[2], at_once))
+    ]
+    return Chunks(*(each[0] if len(parts) == 1 else torch.cat(each, dim=2) for each in zip(*parts, strict=True)))
+
+
+def _made(q: Tensor, k: Tensor, log_decay: Tensor, steps: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """reads, writes, within and carry of some chunks."""
+    fades = Fades(log_decay, q.dtype)
+    since, until, carry = fades.since, fades.until, fades.whole.squeeze(-1)
+    reads, within = q * since, fades.products(q, k)
+    if steps is None:
+        return reads, k * until, within, carry
+    length, d = q.shape[-2:]
     erased = k * steps
-    system = _decayed(erased, k, total).tril(-1)
+    system = fades.products(erased, k).tril(-1)
     right = torch.cat((torch.diag_embed(steps.squeeze(-1)), erased * since), dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     T, W = solved[..., :length], solved[..., length:]
     writes = T.mT @ (k * until)
     whole = torch.diag_embed(carry.expand(*carry.shape[:-1], d)) - (k * until).mT @ W
-    return Chunks(reads - within @ W, writes, within @ T, whole)
-
-
-def _faded(exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp; what is too small for a normal number is zero, since a CPU takes far longer over subnormal ones."""
-    found = exponents.clamp(max=0).to(dtype).exp()
-    return torch.where(found < torch.finfo(dtype).tiny, 0.0, found)
-
-
-def _decayed(x: Tensor, y: Tensor, total: Tensor) -> Tensor:
-    """[..., i, j] Σ_s x_i[s] exp(G_i[s] − G_j[s]) y_j[s] for j ≤ i, else 0, within each chunk."""
-    if total.shape[-1] == 1:
-        away = total - total.mT
-        return (x @ y.mT * _faded(away, x.dtype)).tril()
-    length, d = x.shape[-2:]
-    out = torch.empty(*x.shape[:-1], length, dtype=x.dtype, device=x.device).flatten(0, -3)
-    xs, ys, totals = (t.flatten(0, -3) for t in (x, y, total))
-    at_once = max(1, _NUMBERS // (length * length * d))
-    for start in range(0, len(out), at_once):
-        some = slice(start, start + at_once)
-        left = _faded(totals[some, :, None] - totals[some, None], x.dtype)
-        out[some] = torch.einsum("cis,cijs,cjs->cij", xs[some], left, ys[some])
-    return out.tril_().view(*x.shape[:-1], length)
+    return reads - within @ W, writes, within @ T, whole

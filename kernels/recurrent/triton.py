@@ -1,0 +1,368 @@
+"""Linear recurrences as two Triton kernels: gated linear attention, and what a delta rule writes.
+
+With G_i the sum of log decays up to i, gated linear attention of three tensors in any roles is
+
+    f(q, k, v)_i = Σ_{j ≤ i} exp(G_i − G_j) (q_i·k_j) v_j        f′: the same for j < i        fᵀ, f′ᵀ: against time
+
+A delta rule writes u = β e, where e = v − f′(k, k, β e) is what of a value the state did not hold: the one thing that
+is no such sum, solved in blocks. All that is left are sums:
+
+    o  = f(q, k, u)
+    y  = fᵀ(k, q, do),  r = y − f′ᵀ(k, k, β r),  z = β r          without a delta rule u = v, z = y and no f′
+    dv = z,  dβ = r·e,  dq = f(do, u, k),  dk = a + b,  a = −f′(z, u, k),  b = fᵀ(u, do, q) − f′ᵀ(u, z, k)
+    dG = q·dq + k·a − k·b
+
+r obeys the equation of e against time. States go along: f begins with the initial state or its transpose, fᵀ with the
+gradient of the final one; f′ᵀ with none.
+
+Only `autograd.py` and lightning attention import this module, when they have CUDA tensors: Triton has no wheels for
+some systems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from workbench.kernels.recurrent.chunked import Inputs
+from workbench.kernels.recurrent.fades import SMALLEST_LOG
+
+BLOCK = 64
+"""Positions per block of a sum for half precision."""
+_SOLVED = 16  # positions per block of the system
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def sum_kernel(
+    q: tl.tensor,  # [n_sequences · n, d]
+    k: tl.tensor,  # [n_sequences · n, d]
+    v: tl.tensor,  # [n_sequences · n, width]
+    total: tl.tensor,  # [2, n_sequences, blocks · BLOCK] float32
+    state_in: tl.tensor,  # [n_sequences, d, width] float32
+    out: tl.tensor,  # [split, n_sequences · n, width]
+    state_out: tl.tensor,  # [n_sequences, d, width] float32
+    n_sequences: tl.tensor,
+    n: tl.tensor,
+    d: tl.tensor,
+    width: tl.tensor,
+    REVERSE: tl.constexpr,
+    STRICT: tl.constexpr,
+    FROM_STATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    """One program: all positions of one head, one tile of the width, one part of the features d.
+
+    The output is linear in the features, so that the parts' outputs add up to the whole. Sums of logs (base 2, within a
+    block) are two floats each, whose differences are true to the last digit wherever they matter.
+    """
+    sequence = tl.program_id(0).to(tl.int64)
+    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    c = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    r = tl.arange(0, BLOCK)
+    row = BLOCK - 1 - r if REVERSE else r
+
+    # Offsets within a block are 32 bits wide and stay as they are; a 64-bit position moves through time.
+    feature_at = row[:, None] * d + c[None, :]
+    value_at = row[:, None] * width + w[None, :]
+    features = c[None, :] < d
+    values = w[None, :] < width
+    out += tl.program_id(2).to(tl.int64) * n_sequences * n * width
+    blocks = tl.cdiv(n, BLOCK)
+    high = total + sequence * blocks * BLOCK
+    low = high + n_sequences * blocks * BLOCK
+
+    state_at = c[:, None] * width + w[None, :]
+    state_seen = (c[:, None] < d) & values
+    if FROM_STATE:
+        state = tl.load(state_in + sequence * d * width + state_at, mask=state_seen, other=0.0)
+    else:
+        state = tl.zeros((BLOCK_D, BLOCK_W), dtype=tl.float32)
+
+    for number in range(0, blocks):
+        start = (blocks - 1 - number) * BLOCK if REVERSE else number * BLOCK
+        here = (start + row)[:, None] < n
+        at = sequence * n + start
+        qs = tl.load(q + at * d + feature_at, mask=here & features, other=0.0)
+        ks = tl.load(k + at * d + feature_at, mask=here & features, other=0.0)
+        vs = tl.load(v + at * width + value_at, mask=here & values, other=0.0).to(tl.float32)
+        h = tl.load(high + start + row)
+        s = tl.load(low + start + row)
+        last_h = tl.load(high + start + BLOCK - 1)
+        last_s = tl.load(low + start + BLOCK - 1)
+
+        # Against time a row comes before its columns, and is as far from the state as the block's end.
+        away = (h[:, None] - h[None, :]) + (s[:, None] - s[None, :])
+        since = tl.exp2((last_h - h) + (last_s - s) if REVERSE else h + s)
+        until = tl.exp2(h + s if REVERSE else (last_h - h) + (last_s - s))
+        away = -away if REVERSE else away
+        seen = r[:, None] > r[None, :] if STRICT else r[:, None] >= r[None, :]
+        within = tl.where(seen, tl.exp2(tl.minimum(away, 0.0)), 0.0)
+
+        # q·k in the inputs' dtype with float32 sums. The other products have a float32 factor: halves would overflow,
+        # since nothing here is scaled, and TF32 keeps as many digits as a half over float32's range.
+        scores = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * within
+        part = tl.dot(qs.to(tl.float32), state, input_precision=PRECISION) * since[:, None]
+        part = tl.dot(scores, vs, part, input_precision=PRECISION)
+        tl.store(out + at * width + value_at, part.to(out.dtype.element_ty), mask=here & values)
+
+        state *= tl.exp2(last_h + last_s)
+        state = tl.dot(tl.trans(ks.to(tl.float32)), vs * until[:, None], state, input_precision=PRECISION)
+
+    tl.store(state_out + sequence * d * width + state_at, state, mask=state_seen)
+
+
+@triton.jit
+def news_kernel(
+    k: tl.tensor,  # [n_sequences · n, d]
+    v: tl.tensor,  # [n_sequences · n, width]
+    beta: tl.tensor,  # [n_sequences · n] float32
+    total: tl.tensor,  # [2, n_sequences, blocks · BLOCK] float32
+    out: tl.tensor,  # [n_sequences · n, width] float32
+    state: tl.tensor,  # [n_sequences, d, width] float32, from the one before to the one after
+    n_sequences: tl.tensor,
+    n: tl.tensor,
+    d: tl.tensor,
+    width: tl.tensor,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    """One program: e = v − f′(k, k, β e) at all positions of one head, for one tile of the width.
+
+    A position needs all features at once. The state stays in memory, which only this program reads and writes, and is
+    taken some features at a time, so that no width of heads outgrows the registers.
+    """
+    sequence = tl.program_id(0).to(tl.int64)
+    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    c = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, BLOCK)
+    row = BLOCK - 1 - r if REVERSE else r
+    value_at = row[:, None] * width + w[None, :]
+    values = w[None, :] < width
+    blocks = tl.cdiv(n, BLOCK)
+    high = total + sequence * blocks * BLOCK
+    low = high + n_sequences * blocks * BLOCK
+    state += sequence * d * width
+
+    for number in range(0, blocks):
+        start = (blocks - 1 - number) * BLOCK if REVERSE else number * BLOCK
+        here = start + row < n
+        at = sequence * n + start
+        h = tl.load(high + start + row)
+        s = tl.load(low + start + row)
+        last_h = tl.load(high + start + BLOCK - 1)
+        last_s = tl.load(low + start + BLOCK - 1)
+        since = tl.exp2((last_h - h) + (last_s - s) if REVERSE else h + s)
+        until = tl.exp2(h + s if REVERSE else (last_h - h) + (last_s - s))
+        steps = tl.load(beta + at + row, mask=here, other=0.0)
+
+        alike = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        held = tl.zeros((BLOCK, BLOCK_W), dtype=tl.float32)
+        for first in range(0, d, BLOCK_D):
+            features = first + c
+            seen = here[:, None] & (features < d)[None, :]
+            ks = tl.load(k + at * d + row[:, None] * d + features[None, :], mask=seen, other=0.0).to(tl.float32)
+            state_at, state_seen = features[:, None] * width + w[None, :], (features < d)[:, None] & values
+            part = tl.load(state + state_at, mask=state_seen, other=0.0)
+            alike = tl.dot(ks, tl.trans(ks), alike, input_precision=PRECISION)
+            held = tl.dot(ks, part, held, input_precision=PRECISION)
+
+        # [j, i] what row i finds of what row j has written: columns of it are taken out one after the other.
+        away = (h[None, :] - h[:, None]) + (s[None, :] - s[:, None])
+        away = -away if REVERSE else away
+        within = tl.where(r[:, None] < r[None, :], tl.exp2(tl.minimum(away, 0.0)), 0.0)
+        alike *= within * steps[:, None]
+        found = tl.load(v + at * width + value_at, mask=here[:, None] & values, other=0.0).to(tl.float32)
+        found -= held * since[:, None]
+        for i in range(1, BLOCK):
+            weights = tl.sum(tl.where(r[None, :] == i, alike, 0.0), axis=1)
+            taken = tl.sum(weights[:, None] * found, axis=0)
+            found = tl.where(r[:, None] == i, found - taken[None, :], found)
+        tl.store(out + at * width + value_at, found, mask=here[:, None] & values)
+
+        written = found * (steps * until)[:, None]
+        whole = tl.exp2(last_h + last_s)
+        tl.debug_barrier()  # the state has been read by all threads
+        for first in range(0, d, BLOCK_D):
+            features = first + c
+            seen = here[:, None] & (features < d)[None, :]
+            ks = tl.load(k + at * d + row[:, None] * d + features[None, :], mask=seen, other=0.0).to(tl.float32)
+            state_at, state_seen = features[:, None] * width + w[None, :], (features < d)[:, None] & values
+            part = tl.load(state + state_at, mask=state_seen, other=0.0) * whole
+            part = tl.dot(tl.trans(ks), written, part, input_precision=PRECISION)
+            tl.store(state + state_at, part, mask=state_seen)
+        tl.debug_barrier()  # and is there for all
+
+
+def sum_tiles(dtype: torch.dtype, d: int, amd: bool) -> dict[str, int]:
+    """Sizes of the blocks of positions, features and width that one program of a sum takes, and its warps and stages.
+
+    They are the largest powers of two that fit the registers of sm_80, sm_90 and gfx942 without spilling. Three passes
+    of TF32 take more of them than one, so that float32 has smaller blocks.
+    """
+    single = dtype == torch.float32
+    return {
+        "BLOCK": 32 if single else BLOCK,
+        "BLOCK_D": max(16, min(32 if single else 64, triton.next_power_of_2(d))),
+        "BLOCK_W": 16,
+        "num_warps": 4 if single or amd else 8,
+        "num_stages": 2,
+    }
+
+
+def news_tiles(dtype: torch.dtype, d: int) -> dict[str, int]:
+    """The same of the system."""
+    part = max(16, min(32 if dtype == torch.float32 else 64, triton.next_power_of_2(d)))
+    return {"BLOCK": _SOLVED, "BLOCK_D": part, "BLOCK_W": 16, "num_warps": 4, "num_stages": 1}
+
+
+def precision(dtype: torch.dtype, amd: bool) -> str:
+    """How products with float32 factors are made: one pass of TF32 suffices for half inputs, float32 ones get three."""
+    if amd:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The sums f of one recurrence.
+
+    Args:
+        log_decay: [batch, head, position], at most zero; None for no decay.
+        dtype: of the inputs, which says how exact products are.
+    """
+
+    log_decay: Tensor | None
+    dtype: torch.dtype
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, *, reverse: bool = False,
+        strict: bool = False, dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """f(q, k, v), [batch, head, position, width] of that dtype, and the state it ends with, float32.
+
+        Args:
+            q, k: [batch, head, position, d]. v: [batch, head, position, width].
+            state: [batch, head, d, width] to begin with; None for zeros.
+            reverse: against time. strict: for j < i.
+        """
+        if q.dtype != k.dtype:
+            q, k = q.float(), k.float()
+        (q, k), v, state, cut = _aligned((q, k), v, state)
+        sizes = sum_tiles(q.dtype, q.shape[3], torch.version.hip is not None)
+        (batch, heads, n, d), width = q.shape, v.shape[3]
+        split = triton.cdiv(d, sizes["BLOCK_D"])
+        out = torch.empty(split, *v.shape, dtype=dtype if split == 1 else torch.float32, device=v.device)
+        final = torch.empty(batch, heads, d, width, dtype=torch.float32, device=v.device)
+        first, totals = final if state is None else state, self._totals(q, sizes["BLOCK"])
+        with torch.cuda.device_of(v):
+            sum_kernel[batch * heads, triton.cdiv(width, sizes["BLOCK_W"]), split](
+                q, k, v, totals, first, out, final, batch * heads, n, d, width,
+                REVERSE=reverse, STRICT=strict, FROM_STATE=state is not None, PRECISION=self._precision, **sizes,
+            )  # fmt: skip
+        return cut(out[0] if split == 1 else out.sum(0).to(dtype), final)
+
+    def news(
+        self, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None, *, reverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """e = v − f′(k, k, β e), float32, and the state it ends with."""
+        (k,), v, state, cut = _aligned((k,), v, state)
+        (batch, heads, n, d), width = k.shape, v.shape[3]
+        sizes = news_tiles(k.dtype, d)
+        out = torch.empty(v.shape, dtype=torch.float32, device=v.device)
+        final = v.new_zeros(batch, heads, d, width, dtype=torch.float32) if state is None else state.clone()
+        steps, totals = beta.to(torch.float32).contiguous(), self._totals(k, sizes["BLOCK"])
+        with torch.cuda.device_of(v):
+            news_kernel[batch * heads, triton.cdiv(width, sizes["BLOCK_W"])](
+                k, v, steps, totals, out, final, batch * heads, n, d, width,
+                REVERSE=reverse, PRECISION=self._precision, **sizes,
+            )  # fmt: skip
+        return cut(out, final)
+
+    @property
+    def _precision(self) -> str:
+        return precision(self.dtype, torch.version.hip is not None)
+
+    def _totals(self, like: Tensor, block: int) -> Tensor:
+        """[2, batch · head, position] float32: sums of logs to base 2 within blocks, as two numbers that add up."""
+        b, h, n, _ = like.shape
+        if self.log_decay is None:
+            return torch.zeros(2, b * h, n + -n % block, device=like.device)
+        logs = pad(self.log_decay.double().clamp(min=SMALLEST_LOG).flatten(0, 1), (0, -n % block)) * _LOG2_E
+        exact = logs.unflatten(1, (-1, block)).cumsum(-1).flatten(1)
+        high = exact.float()
+        return torch.stack((high, (exact - high.double()).float()))
+
+
+def forward(inputs: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output [batch, head, position, width] in v's dtype, and the final state [batch, head, d, width] float32."""
+    sums = Sums(inputs.log_decay, inputs.q.dtype)
+    written = inputs.v
+    if inputs.beta is not None:
+        written = sums.news(inputs.k, inputs.v, inputs.beta, state)[0] * inputs.beta[..., None].float()
+    return sums(inputs.q, inputs.k, written, state, dtype=inputs.v.dtype)
+
+
+def backward(
+    inputs: Inputs, state: Tensor | None, grad_out: Tensor, grad_state: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients of the inputs there are, by name, and of the initial state, from those of output and final state."""
+    q, k, v, beta = inputs.q, inputs.k, inputs.v, inputs.beta
+    sums = Sums(inputs.log_decay, q.dtype)
+    turned, grad_turned = (None if t is None else t.mT for t in (state, grad_state))
+    written, dv, found = v, None, {}
+    y, d_state = sums(k, q, grad_out, grad_state, reverse=True)
+    if beta is None:
+        final = None if grad_state is None else sums(k, k, v, state)[1]
+        dv, rows = y, None
+    else:
+        steps = beta[..., None].float()
+        news, final = sums.news(k, v, beta, state)
+        written = news * steps
+        reached, more = sums.news(k, y, beta, reverse=True)
+        d_state, dv = d_state - more, reached * steps
+        found["beta"] = (reached * news).sum(-1)
+        rows = -sums(dv, written, k, turned, strict=True)[0]
+    dq = sums(grad_out, written, k, turned)[0]
+    columns = sums(written, grad_out, q, grad_turned, reverse=True)[0]
+    if beta is not None:
+        columns = columns - sums(written, dv, k, reverse=True, strict=True)[0]
+    rows = torch.zeros_like(columns) if rows is None else rows
+    found |= {"q": dq, "k": rows + columns, "v": dv}
+    if inputs.log_decay is not None and inputs.log_decay.requires_grad:
+        d_total = (q * dq + k * (rows - columns)).double().sum(-1)
+        if final is not None and grad_state is not None:
+            d_total[..., -1] += (final * grad_state).double().sum((-1, -2))
+        found["log_decay"] = d_total.flip(-1).cumsum(-1).flip(-1)
+    return {name: t.to(getattr(inputs, name).dtype) for name, t in found.items()}, d_state
+
+
+def _aligned(
+    features: tuple[Tensor, ...], v: Tensor, state: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """Contiguous tensors of widths that divide by 16, and a function that cuts results back to size.
+
+    Unaligned loads would need more registers than there are; zeros add nothing.
+    """
+    d, width = features[0].shape[3], v.shape[3]
+    more_d, more = -d % 16, -width % 16
+
+    def cut(out: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
+        if not more_d and not more:
+            return out, final
+        return out[..., :width].contiguous(), final[..., :d, :width].contiguous()
+
+    state = None if state is None else pad(state.to(torch.float32), (0, more, 0, more_d)).contiguous()
+    return tuple(pad(t, (0, more_d)).contiguous() for t in features), pad(v, (0, more)).contiguous(), state, cut

@@ -1,0 +1,200 @@
+"""The Triton kernels of recurrences without a GPU: their numbers in the interpreter, and what they compile to.
+
+A process can interpret kernels or compile them, never both: this file is also the script of the processes that do.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from workbench.kernels.lightning import decays, lightning_attention
+from workbench.kernels.recurrent import chunked, gated_delta_rule, gated_linear_attention
+from workbench.kernels.recurrent.chunked import Inputs
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has no wheel for this system")
+
+CASES = [  # kind, positions, d, width, dtype, starts from a state
+    ("gated delta", 1, 16, 16, "float32", True),
+    ("gated delta", 43, 20, 33, "float32", True),
+    ("delta", 20, 8, 5, "float32", False),
+    ("gated delta", 34, 80, 16, "float16", True),
+    ("decay", 45, 70, 5, "float32", True),
+    ("decay", 70, 32, 20, "float16", True),
+    ("lightning", 70, 16, 5, "float16", False),
+]
+LIMITS = {"80": 166_912, "90": 232_448, "gfx942": 65_536}
+"""Most shared memory of one program, in bytes."""
+KINDS = [
+    ("sum", "fp16", 128, True),
+    ("sum", "fp32", 128, False),
+    ("news", "fp16", 128, False),
+    ("news", "fp32", 128, True),
+]
+"""Kernel, dtype, features and direction of what is compiled: the widest programs, which need most registers."""
+
+
+def made(kind: str, n: int, d: int, width: int, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    """Two heads of two examples; of some decays nothing is left, and after them hardly anything fades."""
+    gen = torch.Generator().manual_seed(n)
+    q, k, v = (torch.randn(2, 2, n, w, generator=gen).to(device, dtype) for w in (d, d, width))
+    log_decay = -(2 * torch.randn(2, 2, n, generator=gen) - 2).exp()
+    log_decay[:, :, 11::29] = -torch.inf
+    log_decay[:, :, 12:20] = -1e-3
+    steps = 2 * torch.randn(2, 2, n, generator=gen).sigmoid()
+    if kind == "lightning":
+        log_decay = decays(2).log()[None, :, None].expand(2, 2, n)
+    if "delta" in kind:
+        k = normalize(k.float(), dim=-1).to(dtype)
+    g = None if kind in ("linear", "delta") else log_decay.to(device).requires_grad_()
+    return Inputs(q, k, v, g, steps.to(device, dtype) if "delta" in kind else None)
+
+
+def interpret() -> list[dict[str, Any]]:
+    """Relative errors of the kernels in the interpreter against the chunked form in float64."""
+    from workbench.kernels.recurrent import triton
+
+    found = []
+    for kind, n, d, width, name, started in CASES:
+        inputs = made(kind, n, d, width, getattr(torch, name))
+        gen = torch.Generator().manual_seed(n + 1)
+        do = torch.randn(inputs.v.shape, generator=gen).to(inputs.v.dtype)
+        state, d_state = (torch.randn(2, 2, d, width, generator=gen) if started else None for _ in range(2))
+        exact = Inputs(*(None if t is None else t.detach().double() for t in vars(inputs).values()))
+        first, last = (None if t is None else t.double() for t in (state, d_state))
+        with torch.no_grad():
+            got = [*triton.forward(inputs, state), *_flat(triton.backward(inputs, state, do, d_state))]
+        want = [*chunked.forward(exact, first, 32), *_flat(chunked.backward(exact, first, 32, do.double(), last))]
+        errors = [float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, want, strict=True)]
+        dtypes = [str(t.dtype) for t in got]
+        wanted = [str(inputs.v.dtype), "torch.float32", *(str(t.dtype) for t in vars(inputs).values() if t is not None)]
+        found.append(
+            {"case": [kind, n, name], "errors": errors, "dtypes": dtypes, "wanted": [*wanted, "torch.float32"]}
+        )
+    return found
+
+
+def _flat(gradients: tuple[dict[str, Tensor], Tensor]) -> list[Tensor]:
+    found, state = gradients
+    return [*(found[name] for name in ("q", "k", "v", "log_decay", "beta") if name in found), state]
+
+
+def compile_all() -> list[dict[str, Any]]:
+    """Shared memory, registers, spills and matrix instructions of each kernel for each GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from workbench.kernels.recurrent import triton as ours
+
+    dtypes = {"fp16": torch.float16, "fp32": torch.float32}
+    found = []
+    for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+        for kind, dtype, d, reverse in KINDS:
+            kernel = ours.sum_kernel if kind == "sum" else ours.news_kernel
+            names = kernel.arg_names
+            amd = target.backend == "hip"
+            options = ours.sum_tiles(dtypes[dtype], d, amd) if kind == "sum" else ours.news_tiles(dtypes[dtype], d)
+            warps = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+            exact = ours.precision(dtypes[dtype], amd)
+            constants = options | {"REVERSE": reverse, "STRICT": True, "FROM_STATE": True, "PRECISION": exact}
+            signature = dict.fromkeys(("q", "k", "v"), f"*{dtype}")
+            signature |= dict.fromkeys(("beta", "total", "state_in", "state_out", "state", "out"), "*fp32")
+            signature |= dict.fromkeys(("n_sequences", "n", "d", "width"), "i32")
+            aligned = [x for x in names if signature.get(x, "").startswith("*") or x in ("d", "width")]
+            source = ASTSource(
+                fn=kernel,
+                signature={name: signature.get(name, "constexpr") for name in names},
+                constexprs={name: value for name, value in constants.items() if name in names},
+                attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+            )
+            made = triton.compile(source, target=target, options=warps)
+            case = {"arch": str(target.arch), "kernel": kind, "d": d, "dtype": dtype}
+            found.append(case | {"shared": made.metadata.shared} | _read(made.asm, target.backend))
+    return found
+
+
+def _read(asm: dict[str, Any], backend: str) -> dict[str, int]:
+    if backend == "hip":
+        text = asm["amdgcn"]
+        spills = [int(x) for x in re.findall(r"(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)]
+        return {"spilled": max(spills), "matrix": text.count("v_mfma")}
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack = max(int(x) for x in re.findall(r"STACK:(\d+)", usage))
+    return {"spilled": stack, "matrix": len(re.findall(r"mma\.sync|wgmma\.mma_async", asm["ptx"]))}
+
+
+def run(what: str) -> list[dict[str, Any]]:
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    if what == "interpret":
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        [sys.executable, __file__, what], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_numbers_in_the_interpreter():
+    results = run("interpret")
+    assert len(results) == len(CASES)
+    for result in results:
+        limit = 5e-6 if result["case"][-1] == "float32" else 1e-3
+        assert max(result["errors"]) < limit, result
+        assert result["dtypes"] == result["wanted"]
+
+
+@pytest.mark.slow
+def test_compiles_within_the_limits_of_three_gpus():
+    results = run("compile")
+    assert len(results) == 3 * len(KINDS)
+    for result in results:
+        assert result["shared"] <= LIMITS[result["arch"]], result
+        assert result["spilled"] == 0, result
+        assert result["matrix"] > 0, result
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n", "d", "width"), [(1, 16, 16), (100, 100, 20), (257, 64, 64), (1000, 256, 128)])
+@pytest.mark.parametrize("kind", ["lightning", "decay", "gated delta"])
+def test_numbers_on_a_gpu(kind: str, n: int, d: int, width: int, dtype: torch.dtype):
+    inputs = made(kind, n, d, width, dtype, "cuda")
+    state = torch.randn(2, 2, d, width, generator=torch.Generator().manual_seed(n)).cuda()
+    leaves = [t.detach().requires_grad_() for t in (*vars(inputs).values(), state) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    results = []
+    for tensors in (leaves, exact):
+        *given, first = tensors
+        if kind == "lightning":
+            out, last = lightning_attention(*given[:3], decays(2), initial_state=first, return_state=True)
+        else:
+            function = gated_linear_attention if kind == "decay" else gated_delta_rule
+            out, last = function(*given, initial_state=first, return_state=True)
+        (out.double().sum() + last.double().sum()).backward()
+        results.append([out, last, *(t.grad for t in tensors if t.grad is not None)])
+    limit = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for got, want in zip(*results, strict=True):
+        assert float((got - want).abs().max() / want.abs().max()) < limit
+
+
+if __name__ == "__main__":
+    print(json.dumps({"interpret": interpret, "compile": compile_all}[sys.argv[1]]()))
