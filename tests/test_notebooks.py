@@ -14,9 +14,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAKER = runpy.run_path(str(ROOT / "docs" / "make_notebooks.py"))
 SMALL: dict[str, dict[str, int]] = {
     "02-long-context": {"N": 4096},
-    "03-heads": {"N_PROMPTS": 16, "N_ORDERS": 2, "N_EPOCHS": 3},
-    "04-circuits": {"N_PROMPTS": 6, "N_DRAWS": 100, "N_HELD_OUT": 20},
-    "05-cross-attention": {"N_CLIPS": 2, "N_MASKS": 100, "N_ENCODER_MASKS": 100},
+    "03-heads": {"N_PROMPTS": 8, "N_ORDERS": 1, "N_EPOCHS": 1},
+    "04-circuits": {"N_PROMPTS": 4, "N_DRAWS": 20, "N_HELD_OUT": 8},
+    "05-cross-attention": {"N_CLIPS": 2, "N_MASKS": 40, "N_ENCODER_MASKS": 40},
     "06-capacity": {"N_PROMPTS": 12, "N_REPEATS": 3, "N_CHOICES": 6},
     "07-linear-layers": {"N_STEPS": 3},
 }

@@ -150,3 +150,17 @@ def test_grids_that_blocks_do_not_divide_are_named() -> None:
         halo_attention(q, k, v, grid=GRID, block=3, halo=1, rel_height=torch.ones(9, 6))
     with pytest.raises(CaptureError, match=r"rel_height must be \[9, 6\]"):
         halo_attention(q, k, v, grid=GRID, block=3, halo=1, rel_height=torch.ones(8, 6), rel_width=torch.ones(9, 6))
+
+
+@torch.no_grad()
+def test_moving_the_image_by_a_block_moves_what_is_inside() -> None:
+    grid, options = (12, 12), {"block": 3, "halo": 2}
+    q, k, v = (t.unflatten(2, grid) for t in _random(144))
+    tables = dict(zip(("rel_height", "rel_width"), torch.randn(2, 13, 6, dtype=torch.float64), strict=True))
+
+    def attend(move: int) -> torch.Tensor:
+        moved = (t.roll(move, dims=3).flatten(2, 3) for t in (q, k, v))
+        return halo_attention(*moved, grid=grid, **options, **tables).unflatten(2, grid)
+
+    torch.testing.assert_close(attend(3)[:, :, 3:9, 6:9], attend(0)[:, :, 3:9, 3:6])
+    assert not torch.allclose(attend(1)[:, :, 3:9, 4:7], attend(0)[:, :, 3:9, 3:6])

@@ -125,3 +125,31 @@ def test_queries_at_the_end_of_longer_keys_see_the_past() -> None:
     pattern = gated_attention.pattern_of(q, k, v, gates, causal=True)
     assert not pattern.dense()[..., 5:][..., 0, :].any()
     torch.testing.assert_close(pattern.apply(v), gated_attention(q, k, v, gates, causal=True))
+
+
+@torch.no_grad()
+def test_routed_heads_may_change_places_and_ties_are_broken_the_same_way_each_time() -> None:
+    layer, other = _layer(), _layer()
+    order = [0, 1, *(2 + torch.randperm(6, generator=torch.Generator().manual_seed(0))).tolist()]
+    rows = torch.arange(32).view(8, 4)[order].flatten()
+    for name in "qkv":
+        for part in ("weight", "bias"):
+            getattr(getattr(other, name), part).copy_(getattr(getattr(layer, name), part)[rows])
+    other.out.weight.copy_(layer.out.weight[:, rows])
+    other.to_routed.weight.copy_(layer.to_routed.weight[[at - 2 for at in order[2:]]])
+    torch.testing.assert_close(other(X), layer(X))
+    layer.to_routed.weight.zero_()
+    first = layer.route(X, layer.heads(X)[0]).gates
+    assert torch.equal(layer.route(X, layer.heads(X)[0]).gates, first)
+    assert torch.equal((first[:, 2:] > 0).sum(1), torch.full((2, 11), 4))
+
+
+@torch.no_grad()
+def test_turning_queries_changes_no_choice_by_norms() -> None:
+    torch.manual_seed(0)
+    plain = MOH.build(PLACE, "norms")
+    turned = MOH.build(Place(32, 8, 11, rotary=True), "norms")
+    turned.load_state_dict(plain.state_dict())
+    gates = [layer.route(X, layer.heads(X)[0]).gates for layer in (plain, turned)]
+    assert not torch.equal(plain.heads(X)[0], turned.heads(X)[0])
+    assert torch.equal(*gates)

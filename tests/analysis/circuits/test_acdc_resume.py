@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import workbench
 from support.circuits import Words, random_task, tiny
+from support.tiny import ONE_TOWER, SPECIAL, VOCABULARY, Family, decoder_inputs, make
 from workbench import Circuit, Pruning, PruningInterrupted, find_circuit
 from workbench.analysis.circuits.methods import acdc
 from workbench.errors import FormatError, InterventionError, WorkbenchError
@@ -21,9 +23,15 @@ TASK = random_task(5, 6, 60, lengths=2)
 HOW: dict[str, Any] = {"threshold": 0.05, "batch_size": 3, "progress": False}
 
 
+def small(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Two layers of two heads: a pruning goes through few edges."""
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=VOCABULARY, n_positions=32, **SPECIAL)
+    return make(Family("small", lambda: GPT2LMHeadModel(config), decoder_inputs, ONE_TOWER)).to(dtype)
+
+
 @pytest.fixture(scope="module")
 def wb() -> Iterator[Any]:
-    with workbench.attach(tiny("gpt2", torch.float32), Words()) as wb:
+    with workbench.attach(small(), Words()) as wb:
         yield wb
 
 
@@ -90,7 +98,7 @@ def test_it_is_interrupted_again_and_again(wb: Any, whole: Any, tmp_path: Path) 
     path, places = tmp_path / "part", [-1]
     for _ in range(1000):
         try:
-            found = prune(wb, Counted(40), resume=path)
+            found = prune(wb, Counted(16), resume=path)
             break
         except PruningInterrupted as stopped:
             places.append(stopped.partial.place)
@@ -187,12 +195,12 @@ def test_a_file_of_another_task_model_or_metric_is_refused(wb: Any, whole: Any) 
             find_circuit(wb, task, "acdc", **how)
     with pytest.raises(FormatError, match="differs in metric"):
         find_circuit(wb, TASK, "acdc", **(how | {"metric": "logit_diff"}))
-    for name, dtype, says in (
-        ("gpt2", torch.float64, "model weights"),
-        ("llama-gqa", torch.float32, "model class, model weights"),
+    for model, says in (
+        (small(torch.float64), "model weights"),
+        (tiny("llama-gqa", torch.float32), "model class, model weights"),
     ):
         with (
-            workbench.attach(tiny(name, dtype), Words()) as other,
+            workbench.attach(model, Words()) as other,
             pytest.raises(FormatError, match=f"differs in {says}"),
         ):
             find_circuit(other, TASK, "acdc", **how)

@@ -41,7 +41,7 @@ class Case:
     """One pattern: sizes, mask, dtype and the scale of its scores."""
 
     name: str
-    n: int = 100
+    n: int = 70
     n_keys: int | None = None
     heads: tuple[int, int] = (2, 1)
     batch: int = 1
@@ -85,16 +85,16 @@ CASES = [
     Case("short", n=17, block=8),
     Case("tiles", n=64, d=64, batch=2),
     Case("ragged, wide", d=80, heads=(1, 1)),
-    Case("more tiles", n=128, heads=(1, 1), n_top=16),
+    Case("more tiles", n=96, heads=(1, 1), n_top=16),
     Case("full", causal=False),
-    Case("keys from a cache", n=17, n_keys=100, offset=83, heads=(4, 2)),
+    Case("keys from a cache", n=17, n_keys=70, offset=53, heads=(4, 2)),
     Case("window", window=40),
     Case("window on both sides", causal=False, window=23, n_top=3),
     Case("narrow window", n=64, window=1),
     Case("dead rows", n=64, n_keys=40, offset=-20),
-    Case("dead by window", n=100, n_keys=30, causal=False, window=16),
-    Case("layout", layout=(16, 2), heads=(4, 2), n=80),
-    Case("layout of large blocks", layout=(64, 1), n=128, causal=False, heads=(1, 1)),
+    Case("dead by window", n=70, n_keys=30, causal=False, window=16),
+    Case("layout", layout=(16, 2), heads=(4, 2)),
+    Case("layout of large blocks", layout=(64, 1), n=96, causal=False, heads=(1, 1)),
     Case("layout of small blocks", layout=(8, 1), window=50),
     Case("layout, cache", layout=(32, 2), n=64, n_keys=100, offset=36),
     Case("lse given", given_lse=True, block=64),

@@ -21,7 +21,7 @@ from workbench.analysis.saliency.explained_input import (
 from workbench.analysis.saliency.main_input import main_input
 from workbench.analysis.saliency.token_names import check_vocabulary
 from workbench.errors import WorkbenchError
-from workbench.inputs import context_length
+from workbench.inputs import context_length, device_for_inputs
 
 _ROUNDINGS = 16  # of the largest logit, by which logits may move when a later token changes
 
@@ -66,7 +66,7 @@ def read_decoder(
             f"{', '.join(odd)} cannot be explained along with a prompt",
             hint="pass input_ids and attention_mask; the continuation is hypothesis=",
         )
-    device = next(model.parameters()).device
+    device = device_for_inputs(model)
     prompt = _unpadded(ids[0], given.get("attention_mask")).to(device)
     vocabulary = _vocabulary(model)
     check_vocabulary("the prompt", prompt, vocabulary)

@@ -104,7 +104,16 @@ class Mechanisms(Sequence[Mechanism]):
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        return self.table.to_string(index=False) if self._all else "no mechanisms"
+        rows = [("name", "title", "arXiv", "kind", "grade", "causal", "input", "claims examined")]
+        for one in self._all:
+            card, done = one.card, sum(claim.outcome != "not examined" for claim in one.card.claims)
+            stands = "image" if card.grid else "sequence" if card.causal == "always" else "any"
+            claims = f"{done} of {len(card.claims)}"
+            rows.append((one.name, card.title, card.arxiv, card.kind, card.grade, card.causal, stands, claims))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
 
     def _repr_html_(self) -> str:
         return self.table.to_html(index=False)
