@@ -190,7 +190,7 @@ def _by_gradients(
     with torch.no_grad():
         own = explained.subject.score_of(explained.subject.reference[None])
         change = (own - explained(base))[0].double()
-    maps = total * (start - base).to(total)
+    maps = (total * (start - base).to(total)).detach()
     delta = maps.double().flatten(1).sum(1) - change
     return maps, {
         "convergence_delta": tuple(delta.tolist()),
