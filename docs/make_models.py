@@ -62,7 +62,9 @@ one position of what each module is given, and fails where a module that mixes t
 
 Sites of the kind *state* are state spaces and the linear and recurrent mixers: delta rules (Qwen3-Next, Qwen3.5, OLMo
 Hybrid; with a decay for each channel Kimi Linear and Ling), lightning attention (MiniMax), RG-LRU (RecurrentGemma),
-gated short convolutions (LFM2), xLSTM's mLSTM and RWKV's time mixing. Where values pass a short convolution or a token
+gated short convolutions (LFM2), xLSTM's mLSTM, RWKV's time mixing, and of flash-linear-attention gated linear attention
+(GLA), retention (RetNet) and RWKV-7. The efficient attention of diffusion U-Nets is *self*. Layers *as published* are
+those of the tests, with the parts of the packages' own. Where values pass a short convolution or a token
 shift before they are mixed, the map is that of what comes out of it.
 
 | Model | Package | Sites | Unread |

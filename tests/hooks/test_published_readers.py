@@ -1,7 +1,6 @@
 """Layers of flash-linear-attention and of diffusion U-Nets: what is read gives back what the recurrences gave."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from support.linear_layers import (
     GatedLinearAttention,
     LinearAttention,
     MultiScaleRetention,
+    Residual,
     RWKV7Attention,
     stepped,
 )
@@ -133,6 +133,7 @@ def test_the_layers_of_these_tests_are_those_of_other_peoples_code() -> None:
 
 
 @pytest.mark.parametrize("name", ["gla", "retention", "rwkv7-first"])
+@torch.no_grad()
 def test_padding_and_caches(name: str) -> None:
     """RWKV-7 writes nothing at padding; the others take it out, which is no map of the call. Caches are refused."""
     layer, inputs = drawn(LAYERS[name][0]), given(name)
@@ -158,18 +159,9 @@ def test_padding_and_caches(name: str) -> None:
 @pytest.mark.parametrize("name", ["gla", "retention", "rwkv7-first", "efficient", "u-net"])
 @torch.no_grad()
 def test_a_model_of_them_is_captured_and_its_heads_switched_off(name: str) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = drawn((LAYERS | IMAGES)[name][0])
-
-        def forward(self, x: Tensor) -> Any:
-            found = self.first(x)
-            return x + (found if isinstance(found, Tensor) else found[0])
-
     image = name in IMAGES
     x = torch.randn(*((2, 8, 3, 5) if image else (2, 9, 12)), generator=torch.Generator().manual_seed(0))
-    model = Model().eval()
+    model = Residual(drawn((LAYERS | IMAGES)[name][0])).eval()
     bare = model(x)
     with workbench.attach(model) as wb:
         assert wb.verify(x).raise_if_failed().ok

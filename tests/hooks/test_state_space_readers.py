@@ -186,7 +186,7 @@ def test_one_token_and_no_cache_is_read():
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "mamba2", "bamba"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 4e-2), (torch.float16, 1e-2)])
 @torch.no_grad()
 def test_other_dtypes(name: str, dtype: torch.dtype, tolerance: float):
     model = build(name).to(dtype)

@@ -202,6 +202,27 @@ class EfficientAttention(nn.Module):
         return self.reprojection(torch.cat(found, 1).view(len(input_), -1, *input_.shape[2:])) + input_
 
 
+class _ChannelNorm(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * self.g * x.shape[1] ** 0.5
+
+
+class Residual(nn.Module):
+    """A model of one layer, which is added to its input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.layer(x)
+        return x + (found if isinstance(found, Tensor) else found[0])
+
+
 class LinearAttention(nn.Module):
     """The same in a diffusion U-Net, with one projection, a scale, and a norm behind it."""
 
@@ -209,7 +230,7 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.heads, self.scale = heads, width**-0.5
         self.to_qkv = nn.Conv2d(channels, 3 * heads * width, 1, bias=False)
-        self.to_out = nn.Sequential(nn.Conv2d(heads * width, channels, 1), nn.GroupNorm(1, channels))
+        self.to_out = nn.Sequential(nn.Conv2d(heads * width, channels, 1), _ChannelNorm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.to_qkv(x).flatten(2).chunk(3, dim=1)

@@ -43,7 +43,7 @@ SETTING: dict[str, dict[str, Any]] = {
     "conditioning_curves": {"experiment": "latent inhibition", "off": ["hebb"]},
     "what_if": {"settings": {"n": 40, "heads": 2}},
     "tensor_peek": {"index": [2, 0, 0], "counts": "log"},
-    "compare": {"scale": "linear"},
+    "compare": {"scale": "linear", "pair": "1"},
     "attention_pattern": {"scale": "log", "range": "one", "hide": True},
     "head_atlas": {"metric": "Sink"},
     "head_gallery": {"shared": True},

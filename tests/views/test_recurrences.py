@@ -169,8 +169,16 @@ def test_a_chosen_head_is_that_of_the_pair(page: WatchedPage, tmp_path) -> None:
     found = captured("qwen3-next")
     one, other = (views.attention_pattern(found, site=site) for site in (0, 1))
     path = views.compare(one, other, labels=("A", "B")).to_html(tmp_path / "compare.html")
-    page.open(path)
-    assert page.locator("figcaption").all_inner_texts() == ["A L0H0", "B L1H0", "A L0H0 − B L1H0"]
-    page.get_by_label("Heads").select_option(index=2)
-    assert page.locator("figcaption").first.inner_text() == "A L0H2"
-    assert "L0H2" in page.url
+    tab = page.open(path)
+    tab.wait_for_selector("html[data-ready]")
+    titles = tab.locator("figcaption")
+    assert titles.all_inner_texts() == ["A L0H0", "B L1H0", "A L0H0 − B L1H0"]
+    tab.locator(".compare .field", has_text="Heads").locator("select").select_option(index=2)
+    assert titles.all_inner_texts() == ["A L0H2", "B L1H2", "A L0H2 − B L1H2"]
+    address = tab.evaluate("location.hash")
+    assert address.startswith("#L0H2")
+    tab.goto("about:blank")
+    tab.goto(path.as_uri() + address)
+    tab.wait_for_selector("html[data-ready]")
+    assert titles.all_inner_texts() == ["A L0H2", "B L1H2", "A L0H2 − B L1H2"]
+    page.assert_clean()

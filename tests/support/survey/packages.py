@@ -11,6 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from support.judges import judges
+from support.linear_layers import (
+    EfficientAttention,
+    GatedLinearAttention,
+    LinearAttention,
+    MultiScaleRetention,
+    Residual,
+    RWKV7Attention,
+)
 from support.survey.surveyed import LENGTH, Surveyed, normal
 from support.zoo.family import ids
 
@@ -126,6 +134,7 @@ class _GatedLinear(nn.Module):
         return self.o(z.flatten(2))
 
 
+_FORM = "as published"  # a layer of the tests: what the package has needs a GPU, or is no package
 _PATCHES = {"image_size": 32, "patch_size": 8, "dim": 24, "heads": 4, "mlp_dim": 48}
 
 PACKAGES = [
@@ -164,6 +173,13 @@ PACKAGES = [
              lambda: {"x": normal(2, 3, 96, 96)}, (9,), "timm"),
     Surveyed("Gated linear attention", lambda: nn.Sequential(_GatedLinear()),
              lambda: {"input": normal(2, LENGTH, 32)}, library="fla"),
+    Surveyed("GLA", lambda: Residual(GatedLinearAttention()), lambda: {"x": normal(2, LENGTH, 12)}, library=_FORM),
+    Surveyed("RetNet", lambda: Residual(MultiScaleRetention()), lambda: {"x": normal(2, LENGTH, 12)}, library=_FORM),
+    Surveyed("RWKV-7", lambda: Residual(RWKV7Attention(layer=0)), lambda: {"x": normal(2, LENGTH, 12)}, library=_FORM),
+    Surveyed("Efficient attention", lambda: Residual(EfficientAttention()), lambda: {"x": normal(2, 8, 7, 11)},
+             (7, 11, 77), _FORM),
+    Surveyed("U-Net, linear attention", lambda: Residual(LinearAttention()), lambda: {"x": normal(2, 8, 7, 11)},
+             (7, 11, 77), _FORM),
     Surveyed("nn.TransformerDecoder", lambda: nn.TransformerDecoder(
         nn.TransformerDecoderLayer(32, 4, 48, batch_first=True), 1),
         lambda: {"tgt": normal(2, 9, 32), "memory": normal(2, LENGTH, 32)}, (17, 9), "torch"),

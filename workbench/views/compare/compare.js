@@ -37,6 +37,7 @@ class Compare {
     const named = pairs.map((pair, i) => [`${i}`, this.pairWords(pair)]);
     this.picker = frame.settings.pick("pair", "Heads", named, "0", (i) => this.go(Number(i)));
     this.take(Number(this.picker.value));
+    this.entitle();
     frame.controls.append(...(pairs.length > 1 ? [this.picker.field] : []), scale.field);
     const zoom = (factor) => () => (factor ? this.maps[0].zoom(factor) : this.maps[0].show({ ...this.maps[0].view, top: 0, left: 0, rows: this.maps[0].height, columns: this.maps[0].width }));
     frame.controls.append(make("span", { class: "tools" }, button("+", zoom(0.5), { "aria-label": "Zoom in" }), button("−", zoom(2), { "aria-label": "Zoom out" }), button("All", zoom(0), { "aria-label": "Show everything" })));
@@ -71,8 +72,12 @@ class Compare {
   show(pair) {
     if (pair === this.pair || !this.facts.pairs[pair]) return;
     this.take(pair);
-    this.titles.forEach((title, i) => title.replaceChildren(this.names[i]));
+    this.entitle();
     this.draw();
+  }
+
+  entitle() {
+    this.titles.forEach((title, i) => title.replaceChildren(this.names[i]));
   }
 
   map(number) {

@@ -59,7 +59,7 @@ def half_lives(capture: Capture, *, selection: SharedSelection | None = None) ->
         )
     names = ("fastest tenth of channels", "half-life", "slowest tenth of channels")
     shown = (1, 0, 2) if several else (1,)
-    scores = {f"log₂ of the {names[k]}" if k == 1 else f"log₂, {names[k]}": _frame(rows, k, log=True) for k in shown}
+    scores = {"log₂ half-life" if k == 1 else f"log₂, {names[k]}": _frame(rows, k, log=True) for k in shown}
     scores["half-life"] = _frame(rows, 1, log=False)
     heads = f"{len(rows):,} head{'' if len(rows) == 1 else 's'}"
     return head_atlas(
