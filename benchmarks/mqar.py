@@ -26,7 +26,7 @@ from workbench.kernels.recurrent import gated_delta_rule, gated_linear_attention
 from workbench.tasks.mqar import IGNORE, mqar_tokens
 
 LENGTH, VOCABULARY, WIDTH, PAIRS = 64, 64, 64, (4, 8, 16)
-BATCH, RATE, MATRIX_RATE, TESTED = 48, 3e-3, 2e-2, 200
+BATCH, RATE, MATRIX_RATE, TESTED = 48, 3e-3, 2e-2, 100
 HEADING = "Recall of pairs"
 CHANCE = 2 / VOCABULARY  # values are half of the vocabulary
 
