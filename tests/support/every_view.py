@@ -256,7 +256,7 @@ def head_page(tokens: Sequence[str] = WORDS[:12]) -> View:
         ("L0H1", "L1H2"), (("induction",), ()), {"induction": torch.tensor([0.9, 0.1])}, {}, 0.3, "ioi", {}
     )
     graph = Graph((Layer(3, 1), Layer(3, 3)), 8)
-    return views.head(found, "L0H1", roles=roles, circuits=[circuit(graph, 20)])
+    return views.head(found, "L1H0", roles=roles, circuits=[circuit(graph, 20)])
 
 
 def playground(tokens: Sequence[str] = WORDS[:12]) -> Playground:

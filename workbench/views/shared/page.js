@@ -38,8 +38,8 @@ class Still {
   send() {}
 
   /** Take the state that the address gives this view. */
-  read() {
-    const state = { ...this.values.spec.state, ...stateIn(location.hash, this.name) };
+  read(address = location.hash) {
+    const state = { ...this.values.spec.state, ...stateIn(address, this.name) };
     if (JSON.stringify(state) !== JSON.stringify(this.values.state)) this.set("state", state);
   }
 
@@ -81,8 +81,9 @@ function go() {
 }
 
 addEventListener("hashchange", () => {
-  selected.read(location.hash);
-  for (const each of stills) each.read();
+  const address = location.hash; // views that follow what they read write another one meanwhile
+  selected.read(address);
+  for (const each of stills) each.read(address);
   go();
 });
 
