@@ -1,5 +1,5 @@
 # make demo    install, then write demo.html
-# make test    install what the tests need, then run them (PYTEST_FLAGS="-n 2 -k capture" is passed on)
+# make test    install what the tests need, then run them on all cores (PYTEST_FLAGS="-n 2 -k capture" takes their place)
 # make check   formatting, lint, types, layers, doctests and documentation; make -k check goes on after a failure
 # make site    the documentation, to be opened from .cache/site/html/index.html
 # make notebooks   run the notebooks and keep what they show (NOTEBOOKS="01-first-look" for some of them)
@@ -11,7 +11,7 @@
 # PYTHON=python3.12 chooses the interpreter of the virtual environment.
 
 PYTHON ?= python3
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= -n auto --maxprocesses 4
 NOTEBOOKS ?=
 
 VENV = .venv

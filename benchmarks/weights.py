@@ -4,7 +4,7 @@ A random model of GPT-2 small's widths. TransformerLens' `all_composition_scores
 folds gains and centring of norms into them, so the model's are centred and without gains, and both give the same
 scores, which is checked. Writes its section of docs/benchmarks.md.
 
-    python benchmarks/weights.py [--layers 4] [--rounds 5] [--quick]
+    python benchmarks/weights.py [--layers 2 3] [--rounds 5] [--quick]
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def model_of(layers: int, quick: bool) -> Any:
 def main() -> None:
     """Measure, check and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round; nothing is written")
     options = parser.parse_args()

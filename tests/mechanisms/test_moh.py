@@ -103,7 +103,8 @@ def test_the_loss_is_kept_in_training_alone() -> None:
     assert layer.extra_loss is None
     layer.train()
     layer(X)
-    assert float(layer.extra_loss) == pytest.approx(0.01 * float(layer.route(X, layer.heads(X)[0]).balance))
+    balance = layer.route(X, layer.heads(X)[0]).balance.item()
+    assert layer.extra_loss.item() == pytest.approx(0.01 * balance)
 
 
 def test_choices_that_are_none_are_named() -> None:

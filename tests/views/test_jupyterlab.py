@@ -148,11 +148,11 @@ def test_what_is_pressed_in_a_playground_is_run(run: tuple[Page, Watch]) -> None
     for key in ("Home", "x"):
         page.keyboard.press(key)
     page.wait_for_function(f"{edits} === {n + 1}")
-    assert f"{n + 1} ablated" in _selected(page)
+    assert f"{n + 1} ablated" in _selected(page, f"{n + 1} ablated")
     page.locator(".workbench.playground textarea").fill("")
     page.locator(".workbench.playground").get_by_role("button", name="Run").click()
     page.locator(".workbench.playground [role=alert]", has_text="the prompt is empty").wait_for()
-    assert f"{n + 1} ablated" in _selected(page)
+    assert f"{n + 1} ablated" in _selected(page, f"{n + 1} ablated")
     assert not watch.errors
 
 

@@ -1,6 +1,7 @@
 """Mechanisms of papers, each a module in the place of self-attention, with its map and a card that says what it is.
 
-Every file of this folder is one of them and ends in `register(Mechanism(…))`; what they share is in `frame/`.
+Every file of this folder is one of them and ends in `register(Mechanism(…))`; what they share is in `frame/`. `matvlm/`
+makes a Mamba-2 layer of a trained attention layer, distils it, and compares the maps of both.
 
 >>> from workbench import mechanisms
 >>> "agent" in mechanisms.list().names
@@ -11,5 +12,17 @@ True
 
 from workbench.mechanisms.frame import Card, Claim, Mechanism, Mechanisms, Mixer, Place, get, register
 from workbench.mechanisms.frame import listed as list
+from workbench.mechanisms.matvlm import seed_mamba2
 
-__all__ = ["Card", "Claim", "Mechanism", "Mechanisms", "Mixer", "Place", "get", "list", "register"]
+__all__ = [
+    "Card",
+    "Claim",
+    "Mechanism",
+    "Mechanisms",
+    "Mixer",
+    "Place",
+    "get",
+    "list",
+    "register",
+    "seed_mamba2",
+]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args, overload
 import torch
 
 from workbench.errors import TaskError, nearest
-from workbench.inputs import decoder_start, own_positions
+from workbench.inputs import decoder_start, device_for_inputs, own_positions
 from workbench.metrics import METRICS, Metric, TaskBatch
 from workbench.tasks.pieces import answer_tokens, piece_spans, pieces, prompt_ids, token_positions
 from workbench.tasks.scoring import Answer, answer_of, scored_of
@@ -288,7 +288,7 @@ class Task(Sequence[Example]):
     ) -> torch.Tensor:
         if not self.examples:
             raise TaskError(f"task {self.name} has no examples", hint="make it with n >= 1")
-        device, start = next(model.parameters()).device, decoder_start(model)
+        device, start = device_for_inputs(model), decoder_start(model)
         batches = self.batches(tokenizer, size, twins=twins, device=device, start_token=start)
         with torch.inference_mode():
             parts = [metric(model(**batch), batch) for batch in batches]

@@ -38,6 +38,7 @@ def test_models_and_inputs() -> None:
     refused("41 of 40 positions", frames=41)
     refused("0 of 40 positions", change=lambda inputs: inputs | {"attention_mask": torch.zeros(1, 40)})
     refused("text is empty", "bart", change=lambda inputs: {"input_ids": torch.zeros(1, 0, dtype=torch.long)})
+    refused("the input has the id 999", "bart", change=lambda inputs: {"input_ids": torch.tensor([[999]])})
 
 
 def test_hypotheses() -> None:

@@ -256,8 +256,8 @@ def test_bad_input_is_named() -> None:
             composition_scores(wb)
     with attach(_model("gpt2")) as wb:
         for call, error, said in (
-            (lambda: composition_scores(wb, distance=64), CaptureError, "a distance is from 0"),
-            (lambda: composition_scores(wb, distance=-1), CaptureError, "a distance is from 0"),
+            (lambda: composition_scores(wb, distance=64), CaptureError, "a distance is at least 0"),
+            (lambda: composition_scores(wb, distance=-1), CaptureError, "a distance is at least 0"),
             (lambda: singular_vectors(wb, "L0H9"), InterventionError, "L0H9|head 9|no head"),
             (lambda: singular_vectors(wb, "L0H1", circuit="vo"), CaptureError, "circuit is"),
             (lambda: singular_vectors(wb, "L0H1", vectors=9), CaptureError, "vectors is from 1 to 8"),

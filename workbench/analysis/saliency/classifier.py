@@ -18,6 +18,7 @@ from workbench.analysis.saliency.explained_input import (
 )
 from workbench.analysis.saliency.main_input import extent_of, main_input
 from workbench.errors import WorkbenchError
+from workbench.inputs import device_for_inputs
 
 
 @dataclass
@@ -47,13 +48,13 @@ def read_classifier(
         WorkbenchError: a head that gives numbers instead of classes, a class that there is not, or several.
     """
     name, kind, main = main_input(given)
-    parameter = next(model.parameters())
+    device, dtype = device_for_inputs(model), next(model.parameters()).dtype
     rest: dict[str, Tensor] = {}
     takes = inspect.signature(model.forward).parameters
     for other in ("attention_mask", "token_type_ids"):
         if kind == "tokens" and given.get(other) is not None and other in takes:
-            rest[other] = torch.as_tensor(given[other]).to(parameter.device).view(1, -1)
-    main = main.to(parameter.device) if kind == "tokens" else main.to(parameter.device, parameter.dtype)
+            rest[other] = torch.as_tensor(given[other]).to(device).view(1, -1)
+    main = main.to(device) if kind == "tokens" else main.to(device, dtype)
     with torch.no_grad():
         logits = getattr(model(**{name: main}, **rest), "logits", None) if _classifies(model) else None
     if not isinstance(logits, Tensor) or logits.dim() != 2:

@@ -21,8 +21,9 @@ from workbench.analysis.saliency.explained_input import (
 from workbench.analysis.saliency.main_input import main_input
 from workbench.analysis.saliency.token_names import check_vocabulary
 from workbench.errors import WorkbenchError
-from workbench.inputs import context_length
+from workbench.inputs import context_length, device_for_inputs
 
+_LOOKED_AT = 8  # positions at least that are looked at for what a later token changes
 _ROUNDINGS = 16  # of the largest logit, by which logits may move when a later token changes
 
 
@@ -66,7 +67,7 @@ def read_decoder(
             f"{', '.join(odd)} cannot be explained along with a prompt",
             hint="pass input_ids and attention_mask; the continuation is hypothesis=",
         )
-    device = next(model.parameters()).device
+    device = device_for_inputs(model)
     prompt = _unpadded(ids[0], given.get("attention_mask")).to(device)
     vocabulary = _vocabulary(model)
     check_vocabulary("the prompt", prompt, vocabulary)
@@ -133,8 +134,9 @@ def _said_causally(subject: DecoderInput) -> Tensor:
     """
     other = subject.main.clone()
     other[:, -1] = 0
+    last = min(max(len(subject.targets), _LOOKED_AT), subject.extent)
     own, changed = (
-        subject.model(**subject.given(main), **_extra(subject.model, None)) for main in (subject.main, other)
+        subject.model(**subject.given(main), **_extra(subject.model, last)) for main in (subject.main, other)
     )
     logits = getattr(own, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:

@@ -188,8 +188,9 @@ def _by_gradients(
                 gathered += torch.einsum("s,s...->...", size, gradient.to(total))
             bar.update(len(along))
     with torch.no_grad():
-        change = (explained(start) - explained(base))[0].double()
-    maps = total * (start - base).to(total)
+        own = explained.subject.score_of(explained.subject.reference[None])
+        change = (own - explained(base))[0].double()
+    maps = (total * (start - base).to(total)).detach()
     delta = maps.double().flatten(1).sum(1) - change
     return maps, {
         "convergence_delta": tuple(delta.tolist()),

@@ -23,7 +23,7 @@ from workbench.analysis.saliency.main_input import (
 )
 from workbench.analysis.saliency.token_names import check_vocabulary, ids_of, special_ids, texts_of
 from workbench.errors import WorkbenchError
-from workbench.inputs import decoder_start
+from workbench.inputs import decoder_start, device_for_inputs
 from workbench.tokens import visible
 
 _TARGETS = ("labels", "decoder_input_ids", "decoder_attention_mask")
@@ -109,8 +109,8 @@ def prepare_encoder_decoder(
         )
     given = {name: value for name, value in inputs.items() if name not in EXTRAS and name not in _TARGETS}
     name, kind, main = main_input(given)
-    parameter = next(model.parameters())
-    main = main.to(parameter.device)
+    device, dtype = device_for_inputs(model), next(model.parameters()).dtype
+    main = main.to(device)
     mask = given.get("attention_mask")
     rest: dict[str, Tensor] = {}
     axis = 1
@@ -129,7 +129,7 @@ def prepare_encoder_decoder(
                 shape=main.shape,
                 hint="let the model's feature extractor pad them, and pass its attention_mask",
             )
-        main = main.to(parameter.dtype)
+        main = main.to(dtype)
         extent = extent_of(frames, mask, main.shape[axis])
         if frames is None and mask is None:
             check_unpadded(main if axis == 1 else main.transpose(1, 2))
@@ -144,19 +144,18 @@ def prepare_encoder_decoder(
         rest["attention_mask"] = torch.ones_like(main) if mask is None else torch.as_tensor(mask).to(main).view(1, -1)
         extent = extent_of(frames, rest["attention_mask"], main.shape[1])
     else:
-        main, extent = main.to(parameter.dtype), main.shape[2]
-    subject = EncoderDecoderInput(
-        model, name, kind, main, rest, axis, extent, prompt=_prompt(model, prompt, parameter.device)
-    )
+        main, extent = main.to(dtype), main.shape[2]
+    subject = EncoderDecoderInput(model, name, kind, main, rest, axis, extent, prompt=_prompt(model, prompt, device))
     with torch.no_grad():
         if kind == "tokens":
             subject.ids = main[0]
+            check_vocabulary("the input", subject.ids, int(getattr(subject.embedding(), "num_embeddings", 1 << 62)))
             subject.main = subject.embedding()(main)
         subject.states = subject.encode(subject.main)
         targets = _given_targets(inputs, subject.prompt) if hypothesis is None else torch.as_tensor(hypothesis)
         if targets is None:
             targets = decode(subject, subject.states, **decoding)[0]
-        subject.targets = targets.to(parameter.device).long().flatten()
+        subject.targets = targets.to(device).long().flatten()
         size = getattr(getattr(config, "decoder", None), "vocab_size", None) or getattr(config, "vocab_size", None)
         if isinstance(size, int):
             check_vocabulary("the hypothesis", subject.targets, size)

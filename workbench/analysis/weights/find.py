@@ -86,7 +86,8 @@ def find_weights(wb: Workbench, *, qk: bool, vocabulary: bool = True, distance: 
     check_model(wb)
     longest = context_length(wb.model)
     if distance < 0 or (longest is not None and distance >= longest):
-        raise CaptureError(f"a distance is from 0 to the context's {longest} tokens, and not {distance}")
+        upto = "" if longest is None else f" and lies within the context's {longest} tokens"
+        raise CaptureError(f"a distance is at least 0{upto}, and not {distance}")
     with torch.inference_mode(mode=False), torch.enable_grad():
         ids = _ids(wb, max(_SHORT, distance + 1))
         inputs = {"input_ids": ids, **without_cache(wb.model)}

@@ -2,10 +2,11 @@
 
     python -m workbench.mechanisms.training text --layers moh moh moh --out moh.safetensors
     python -m workbench.mechanisms.training images --layers agent --out agent.safetensors
+    python -m workbench.mechanisms.training text --layers deconstructed:mlp --layout even --out hybrid.safetensors
     python -m workbench.mechanisms.training text --layers sqa:mha --quick --out quick.safetensors
 
-One name stands for all layers. On two cores a model takes one to five minutes; --quick takes seconds, learns nothing
-much, and is marked so in the file.
+One name stands for all layers, or with a layout for those that do not stay standard attention. On two cores a model
+takes one to five minutes; --quick takes seconds, learns nothing much, and is marked so in the file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from workbench.mechanisms.deconstructed import LAYOUTS, laid_out
 from workbench.mechanisms.frame import Place
 from workbench.mechanisms.training.files import TrainedModel, facts_of, halve
 from workbench.mechanisms.training.images import scenes
@@ -36,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> TrainedModel:
     parser = argparse.ArgumentParser(description="Train one small model with a mechanism in every layer.")
     parser.add_argument("work", choices=sorted(PLACES))
     parser.add_argument("--layers", nargs="+", default=["sqa:mha"], help="mechanism of each layer, or of all")
+    parser.add_argument("--layout", choices=LAYOUTS, default="uniform", help="which layers stay standard attention")
+    parser.add_argument("--depth", type=int, help="layers, where one mechanism is named: 3 of text, 2 of images")
+    parser.add_argument("--hidden", type=int, help="width of the MLPs, 0 for none; by default as the parameters allow")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="1,200 for text and 1,600 for images by default")
     parser.add_argument("--rate", type=float, default=1.0, help="a factor on the learning rates")
@@ -48,11 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> TrainedModel:
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
 
-    work, place = args.work, PLACES[args.work]
-    layers = args.layers * LAYERS[work] if len(args.layers) == 1 else args.layers
+    work, place, layers = args.work, PLACES[args.work], args.layers
+    if len(layers) == 1:
+        layers = laid_out(layers[0], args.layout, args.depth or LAYERS[work], "sqa:mha")
+    elif args.layout != "uniform" or args.depth:
+        parser.error("a layout and a depth are of one mechanism: name one, or each layer's")
     steps, n = (3, 4) if args.quick else (args.steps or STEPS[work], 32)
     torch.manual_seed(args.seed)
-    model: ByteLM | PatchModel = ByteLM(place, layers) if work == "text" else PatchModel(place, layers)
+    model: ByteLM | PatchModel = (ByteLM if work == "text" else PatchModel)(place, layers, args.hidden)
     run = train(
         model, _batches(work, n), steps=steps, seed=args.seed, rate=args.rate,
         told=lambda step, loss: log.info("step %5d  loss %.3f", step, loss),

@@ -10,12 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.mechanisms.deconstructed import drawn_rows
 from workbench.mechanisms.frame import Place
 from workbench.mechanisms.training.images import PATCH, SIDE
 from workbench.mechanisms.training.stack import Stack
 from workbench.mechanisms.training.text import VOCABULARY
 
 DIGITS = 10
+FIXED_TEXT = (
+    b"def middle(values):\n    ordered = sorted(values)\n    return ordered[len(ordered) // 2] if ordered else None\n\n"
+)
+"""What layers read whose queries and keys are those of a fixed text, again and again up to the length."""
 
 
 class ByteLM(nn.Module):
@@ -50,10 +55,23 @@ class ByteLM(nn.Module):
         """The logits."""
         if ids.dim() != 2 or not 1 <= ids.shape[1] <= self.place.length:
             raise WorkbenchError(f"ids must be [batch, 1 to {self.place.length} tokens]", shape=ids.shape)
-        x = self.embed(ids)
-        x = x + self.position[: ids.shape[1]] + self.smear * F.pad(x, (0, 0, 1, -1))
-        logits: Tensor = self.head(self.norm(self.stack(x)))
+        x, embedded = self.embed(ids), self._fixed(ids.shape[1])
+        beside = {name: self._placed(each) if name == "text" else each for name, each in embedded.items()}
+        logits: Tensor = self.head(self.norm(self.stack(self._placed(x), beside, {"": x, **embedded})))
         return logits
+
+    def _placed(self, x: Tensor) -> Tensor:
+        return x + self.position[: x.shape[1]] + self.smear * F.pad(x, (0, 0, 1, -1))
+
+    def _fixed(self, n: int) -> dict[str, Tensor]:
+        """Embeddings, [1, token, d_model], that are the same for every input, of the sources that the layers have."""
+        made, like = dict[str, Tensor](), self.embed.weight
+        if "random" in self.stack.sources:
+            made["random"] = drawn_rows(self.place)[None, :n].to(like)
+        if "text" in self.stack.sources:
+            text = torch.tensor(list(FIXED_TEXT), device=like.device)
+            made["text"] = self.embed(text.repeat(-(-n // len(text)))[None, :n])
+        return made
 
 
 class PatchModel(nn.Module):

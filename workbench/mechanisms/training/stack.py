@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ class Stack(nn.Module):
     Args:
         place: of every layer.
         layers: the mechanism of each layer by name, with a variant behind a colon: ["sqa:mha", "aaren"].
-        hidden: width of the MLPs; as wide as keeps the model at `PARAMETERS`, at most 3 · d_model, if None.
+        hidden: width of the MLPs; as wide as keeps the model at `PARAMETERS`, at most 3 · d_model, if None; 0 for none.
         others: parameters of the model beside its blocks.
         options: of all mechanisms.
 
@@ -47,11 +47,27 @@ class Stack(nn.Module):
         self.layers, self.hidden = tuple(layers), hidden
         self.blocks = nn.ModuleList(_Block(d, hidden, each) for each in mixers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, token, d_model] to the same shape."""
-        for block in self.blocks:
-            x = block(x)
-        return x
+    @property
+    def sources(self) -> set[str]:
+        """What layers take queries and keys from, where it is not their input: see `deconstructed.FromElsewhere`."""
+        return {source for block in self.blocks if (source := getattr(block.mixer, "source", ""))}
+
+    def forward(
+        self, x: Tensor, beside: Mapping[str, Tensor] | None = None, embedded: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """[batch, token, d_model] to the same shape.
+
+        Args:
+            beside: what passes through the layers too, [1, token, d_model] by the name of the source that it is.
+            embedded: embeddings without context of each of them, and "" of x.
+        """
+        streams, embedded = {"": x, **(beside or {})}, embedded or {}
+        for at, block in enumerate(self.blocks):
+            source = getattr(block.mixer, "source", "")
+            going = streams if at + 1 < len(self.blocks) else [""]  # what passes beside the last layer nobody reads
+            known = {name: embedded.get(name) if source == "embedding" else streams.get(source) for name in going}
+            streams = {name: block(streams[name], known[name] if source else None) for name in going}
+        return streams[""]
 
     def extra_loss(self) -> Tensor | float:
         """What the mechanisms add to the loss of the last forward in training."""
@@ -62,16 +78,18 @@ class Stack(nn.Module):
 class _Block(nn.Module):
     def __init__(self, d_model: int, hidden: int, mixer: nn.Module) -> None:
         super().__init__()
-        self.norm1, self.mixer, self.norm2 = nn.RMSNorm(d_model), mixer, nn.RMSNorm(d_model)
-        self.up, self.down = nn.Linear(d_model, hidden, bias=False), nn.Linear(hidden, d_model, bias=False)
-        nn.init.zeros_(self.down.weight)
+        self.norm1, self.mixer, self.hidden = nn.RMSNorm(d_model), mixer, hidden
+        if hidden:
+            self.norm2 = nn.RMSNorm(d_model)
+            self.up, self.down = nn.Linear(d_model, hidden, bias=False), nn.Linear(hidden, d_model, bias=False)
+            nn.init.zeros_(self.down.weight)
         if isinstance(out := getattr(mixer, "out", None), nn.Linear):
             nn.init.zeros_(out.weight)  # a block begins by doing nothing
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixer(self.norm1(x))
-        y: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
-        return y
+    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        beside = () if source is None else (self.norm1(source),)
+        x = x + self.mixer(self.norm1(x), *beside)
+        return x + self.down(F.gelu(self.up(self.norm2(x)))) if self.hidden else x
 
 
 def _mixer(place: Place, name: str, options: dict[str, Any]) -> nn.Module:

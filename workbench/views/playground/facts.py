@@ -123,7 +123,8 @@ def spec_of(
     inputs: str,
 ) -> ViewSpec:
     """The spec of a run, with the pattern of the chosen head."""
-    before, after = (head_atlas(capture, provenance={}).spec for capture in (ran.before, ran.after))
+    before = head_atlas(ran.before, provenance={}).spec
+    after = head_atlas(ran.after, provenance={}).spec if ran.edits else before
     sites = sites_of(ran.before)
     lists: list[list[str]] = []
     maps = [_map_of(site, ran.before, lists) for site in sites]
@@ -144,7 +145,7 @@ def spec_of(
             "written": _sendable(ran.written),
             "decodes": ran.decodes,
             "renormalise": ran.renormalise,
-            "tokens": lists,
+            "tokens": [[visible(token) for token in row] for row in lists],
             "groups": before.facts["groups"],
             "metrics": before.facts["metrics"],
             "maps": maps,
@@ -192,10 +193,9 @@ def _map_of(site: Site, capture: Capture, lists: list[list[str]]) -> dict[str, A
     def index(rows: list[list[str]] | None) -> int | None:
         if rows is None:
             return None
-        shown = [visible(token) for token in rows[0]]
-        if shown not in lists:
-            lists.append(shown)
-        return lists.index(shown)
+        if rows[0] not in lists:
+            lists.append(rows[0])
+        return lists.index(rows[0])
 
     return {
         "queries": record.shape[2],

@@ -23,6 +23,7 @@ from workbench.analysis.circuits.engine.stream import Finder, Kept, Stream
 from workbench.analysis.circuits.model.anatomy import find_anatomy
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.errors import WorkbenchError
+from workbench.inputs import device_for_inputs
 from workbench.metrics import Metric
 from workbench.session.workbench import Workbench
 from workbench.sweep.inputs import digest, plain
@@ -190,7 +191,7 @@ def open_setup(
     Raises:
         TaskError: bad prompts or metric. AttachError: a model that is no sum of senders.
     """
-    device = next(wb.model.parameters()).device
+    device = device_for_inputs(wb.model)
     chosen = metric_of_logits(metric)
     with torch.inference_mode(mode=False):  # a model's projections are found from gradients
         pairs = make_pairs(task, wb.model, wb.tokenizer, batch_size, device)
