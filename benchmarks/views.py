@@ -39,8 +39,21 @@ HEADING = "Views in a browser"
 HEADS = 12
 PATIENCE = 60  # seconds that a page may take
 HOVERS = 50
+WALL = "Wall: 32 x 32 heads, 512 tokens"
 TOOLS = ("workbench", "bertviz", "circuitsvis")
 _FRAME = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))"
+_SCROLL = """async () => {
+  const frame = () => new Promise(requestAnimationFrame);
+  const gaps = [];
+  let last = await frame();
+  for (let y = 0; y < document.documentElement.scrollHeight - innerHeight; y += 120) {
+    scrollTo(0, y);
+    const now = await frame();
+    gaps.push(now - last);
+    last = now;
+  }
+  return gaps;
+}"""
 _JS = {"d3": "5.16.0", "jquery": "3.7.1"}
 
 
@@ -64,7 +77,7 @@ class Drawn:
 
 
 DRAWN = {
-    "workbench": Drawn("html[data-ready]", ".workbench canvas"),
+    "workbench": Drawn("html[data-ready]:not(:has([aria-busy=true]))", ".workbench canvas"),
     "bertviz": Drawn("svg line", "svg"),
     "circuitsvis": Drawn(":is(canvas, img, table)", "[id^=circuits-vis]"),
 }
@@ -135,6 +148,13 @@ def hovered(page: Page, target: str) -> float:
         page.evaluate(_FRAME)
         found.append(1000 * (time.perf_counter() - start))
     return statistics.quantiles(found, n=20)[-1]
+
+
+def scrolled(page: Page) -> float:
+    """The longest frame in milliseconds while the page is scrolled to its end, by a notch of a wheel in each."""
+    gaps: list[float] = page.evaluate(_SCROLL)
+    page.evaluate("scrollTo(0, 0)")
+    return max(gaps, default=0.0)
 
 
 def measure(browser: Browser, path: Path, drawn: Drawn) -> Seen | None:
@@ -213,7 +233,7 @@ def goals(browser: Browser, rounds: int, folder: Path) -> str:
         "M: 12 x 12 heads, 512 tokens": lambda: views.attention_pattern(model_capture(512)),
         "L: one head, 4,096 tokens": lambda: views.attention_pattern(long_pattern(4096)),
         "XL: one head, 32,768 tokens": lambda: views.attention_pattern(long_pattern(32768)),
-        "Wall: 32 x 32 heads, 512 tokens": lambda: views.head_gallery(model_capture(512, 32, 32)),
+        WALL: lambda: views.head_gallery(model_capture(512, 32, 32)),
     }
     rows = []
     for name, build in fixtures.items():
@@ -231,6 +251,23 @@ def goals(browser: Browser, rounds: int, folder: Path) -> str:
     return table([*header, "made with (MB)"], rows)
 
 
+def scrolling(browser: Browser, rounds: int, folder: Path) -> str:
+    """The wall of heads while it is scrolled, as it stands first and in the order of a statistic."""
+    path = folder / f"{WALL.split(':')[0]}.html"
+    rows = []
+    for order in ("", "Entropy"):
+        longest = []
+        for _ in range(rounds):
+            with opened(browser, path, DRAWN["workbench"].ready) as (page, _seconds):
+                if order:
+                    page.get_by_label("Order by").select_option(order)
+                    page.evaluate(_FRAME)
+                longest.append(scrolled(page))
+        say(f"scrolling the wall, {order or 'layer by layer'}: {longest}")
+        rows.append([order or "layer by layer", f"{statistics.median(longest):.0f}", f"{max(longest):.0f}"])
+    return table(["wall in the order of", "longest frame (ms)", "in the worst run"], rows)
+
+
 def main() -> None:
     """Measure and write the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,6 +282,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
         compared = against_peers(browser, chosen.lengths, chosen.rounds, Path(there))
         own = goals(browser, chosen.rounds, Path(there))
+        wall = scrolling(browser, chosen.rounds, Path(there))
         browser.close()
     text = f"""`python benchmarks/views.py`: one layer of {HEADS} heads over N tokens in headless Chromium that draws in
 software, network off. BertViz's `head_view` with its libraries inlined, CircuitsVis' `attention_heads`, our
@@ -256,6 +294,10 @@ Our own pages of whole models and long inputs; "made" is the time, and the memor
 capture and the page.
 
 {own}
+
+The wall of heads while it is scrolled from its top to its end, 120 pixels a frame:
+
+{wall}
 
 Median of {chosen.rounds} loads, interleaved in both orders. {machine("plotly")}"""
     write_section(HEADING, text)

@@ -78,12 +78,39 @@ test("a view that does not know its model follows the only one", () => {
   assert.deepEqual(told, [null]);
 });
 
-test("what a view begins with gives way to what is chosen already", () => {
+test("what a view begins with gives way to what is chosen", () => {
   const store = fresh();
-  const shared = store.of({ model: "a", inputs: "x" });
-  shared.select({ query: 2 });
-  shared.begin({ layer: 3, heads: [1], query: 7, key: null });
-  assert.deepEqual(shared.value, { ...NOTHING, layer: 3, heads: [1], query: 2 });
-  shared.begin({ query: 7 }, true);
-  assert.equal(shared.value.query, 7);
+  const scope = { model: "a", inputs: "x" };
+  const first = store.of(scope, { layer: 3, heads: [1], query: 7, key: null });
+  const second = store.of(scope, { layer: 0, heads: [4] });
+  const plain = store.of(scope); // begins with nothing of its own: as another view of the same
+  const other = store.of({ model: "a", inputs: "y" });
+  assert.deepEqual(first.value, { ...NOTHING, layer: 3, heads: [1], query: 7 });
+  assert.deepEqual(second.value, { ...NOTHING, layer: 0, heads: [4], query: 7 });
+  assert.deepEqual(plain.value, first.value);
+  assert.deepEqual(other.value, { ...NOTHING, layer: 3, heads: [1] });
+  assert.equal(store.address(), ""); // nobody has chosen
+  second.select({ query: 2, key: 1 });
+  assert.deepEqual(first.value, { ...NOTHING, layer: 3, heads: [1], query: 2, key: 1 });
+  plain.select({ layer: null, heads: [], site: null });
+  assert.deepEqual([first, second, plain].map(({ value }) => value.heads), [[], [], []]);
+});
+
+test("views are told when another one begins with what they lack", () => {
+  const store = fresh();
+  const told = [];
+  store.of({ model: "a", inputs: null }).follow(({ layer }) => told.push(layer));
+  store.of({ model: "a", inputs: null }, { layer: 2, heads: [0] });
+  assert.deepEqual(told, [2]);
+});
+
+test("what the kernel has is taken; of what it has nothing, only once someone chose", () => {
+  const store = fresh();
+  const view = store.of({ model: "a", inputs: "x" }, { layer: 3, heads: [1] });
+  view.take({ ...NOTHING, query: 5 });
+  assert.deepEqual(view.value, { ...NOTHING, layer: 3, heads: [1], query: 5 });
+  view.take({ ...NOTHING, layer: 2, heads: [0], query: 5 });
+  assert.deepEqual(view.value, { ...NOTHING, layer: 2, heads: [0], query: 5 });
+  view.take({ ...NOTHING });
+  assert.deepEqual(view.value, NOTHING);
 });

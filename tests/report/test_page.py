@@ -61,7 +61,7 @@ def _shown_head(page: Page, at: int = 0) -> str:
 
 
 def test_every_figure_is_drawn_with_its_number_caption_and_downloads(opened: Page) -> None:
-    figures = opened.locator(".part > figure")
+    figures = opened.locator(".figures > figure")
     captions = [text.split(".")[0] for text in figures.locator("> figcaption").all_inner_texts()]
     assert captions == [f"Figure {n}" for n in range(1, figures.count() + 1)]
     assert figures.count() == 3
@@ -81,7 +81,11 @@ def test_a_head_chosen_in_the_atlas_is_the_one_of_the_pattern(opened: Page) -> N
     assert opened.url.partition("#")[2].split(",")[:2] == ["fig-1-head-atlas", name]
 
 
-def test_the_contents_lead_to_the_figures(opened: Page) -> None:
+def test_the_contents_can_be_skipped_and_lead_to_the_figures(opened: Page) -> None:
+    stops = opened.evaluate("[...document.querySelectorAll('main a[href], main select')].map(each => each.textContent)")
+    assert stops.index("Skip the contents") == 1 + stops.index("as the systemlightdark")
+    opened.get_by_role("link", name="Skip the contents").press("Enter")
+    assert opened.url.endswith("#section-1")
     link = opened.locator(".contents").get_by_role("link", name="Attention pattern")
     link.click()
     assert opened.url.endswith("#fig-2-attention-pattern")

@@ -113,7 +113,7 @@ def test_figures_are_numbered_and_the_contents_name_them() -> None:
     assert [anchor in contents for anchor in (*[f'href="#{i}"' for i in ids], 'href="#limits"', 'href="#origin"')] == [
         True
     ] * 4
-    assert "Figure 2. Again" in contents
+    assert ">Figure 2</a>" in contents
     assert block_of(page, "view-1")["caption"] == "Said otherwise."
     assert [figure["id"] for figure in block_of(page, "provenance")["figures"]] == ids
     for anchor in re.findall(r'href="#([^"]*)"', page):
@@ -169,6 +169,13 @@ def test_batch_row_is_chosen_and_named(make_capture: Any) -> None:
     assert "2 of 0 to 2" in page
     assert "only one of 3 batch rows is shown" in page
     assert block_of(page, "provenance")["data"][0]["batch_row"] == 2
+
+
+def test_limits_say_once_what_holds_of_several_figures(make_capture: Any) -> None:
+    page = Report("t").add(make_capture([" a", " b"])).add(make_capture([" c", " d"])).to_html()
+    said = page.partition('id="limits"')[2].partition("</ul>")[0]
+    assert said.count("The 8 largest weights of each row are exact.") == 1
+    assert "Figures 2, 5: The 8 largest weights of each row are exact." in said
 
 
 def test_limits_are_made_of_facts(make_capture: Any) -> None:

@@ -56,6 +56,26 @@ def settled(page: Page) -> None:
     )
 
 
+LOOKS = """Object.fromEntries([...document.querySelectorAll('.workbench')].map((view) => {
+  const drawn = [...view.querySelectorAll('canvas')].map((canvas) => canvas.toDataURL());
+  return [view.className.split(' ')[1], [view.querySelector('.body').innerHTML, ...drawn]];
+}))"""
+"""Kind of view -> what stands in it and what its canvases show."""
+
+
+def changed(page: Page, before: dict[str, Any]) -> dict[str, Any]:
+    """What the views look like once every one is another than before: a chart's cursor, or a kernel, takes a moment."""
+    same: list[str] = []
+    for _ in range(10 * PATIENCE):
+        settled(page)
+        after: dict[str, Any] = page.evaluate(LOOKS)
+        same = [kind for kind in before if before[kind] == after[kind]]
+        if not same:
+            return after
+        page.wait_for_timeout(100)
+    raise AssertionError(f"these show nothing of what is chosen and set: {same}")
+
+
 @dataclass
 class WatchedPage:
     """A Playwright `page`, its `errors` (console errors and uncaught exceptions) and its outside `requests`."""

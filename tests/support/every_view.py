@@ -1,10 +1,15 @@
-"""Every view once, small, for the tests that hold of all of them. A new view goes into `VIEWS`."""
+"""Every view once, small, for the tests that hold of all of them.
+
+A new view goes into `VIEWS`, and what can be chosen and set in it into `CHOOSING` and `SETTING`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -16,7 +21,9 @@ from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.capture.capture import Capture
+from workbench.storage import disk
 from workbench.views import Playground, View
+from workbench.views import page as pages
 
 ROWS = ("entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "received")
 WORDS = tuple(f" word{i}" for i in range(64))
@@ -324,6 +331,18 @@ VIEWS: dict[str, Callable[[], View]] = {
 }
 """Kind of view -> one of it."""
 
+
+@cache
+def made(kind: str) -> View:
+    """One view of a kind, to be looked at and left as it is."""
+    return VIEWS[kind]()
+
+
+def page_of(kinds: Iterable[str], path: Path) -> Path:
+    """A page with views of these kinds."""
+    return disk.write(path, pages.render("Every view", [made(kind).spec for kind in kinds]))
+
+
 WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "attention_pattern": _attention_pattern,
     "compare": _compare,
@@ -339,3 +358,39 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "playground": playground,
 }
 """Kinds of views that show tokens -> one of these tokens."""
+
+CHOOSING: dict[str, dict[str, Any]] = {
+    "saliency_map": {"layer": 1, "heads": (2,), "token": 3},
+    "capacity_curves": {"layer": 1, "heads": (2,)},
+    "compare": {"query": 4, "key": 2},
+    "attention_pattern": {"layer": 1, "heads": (2,), "query": 5},
+    "head_atlas": {"layer": 1, "heads": (2,)},
+    "head_gallery": {"layer": 1, "heads": (2,)},
+    "head_page": {"layer": 1, "heads": (2,)},
+    "figure": {"layer": 1, "heads": (2,)},
+    "run_timeline": {"layer": 1, "heads": (), "site": "transformer.h.1.attn"},
+    "circuit_graph": {"layer": 1, "heads": (2,)},
+    "overlap_matrix": {"layer": 1, "heads": (2,)},
+    "image_attention": {"layer": 1, "heads": (1,), "query": 3, "example": 1},
+    "token_strip": {"token": 6},
+    "playground": {"layer": 1, "heads": (2,), "query": 5},
+}
+"""Kind of view -> what can be chosen in it, other than what it begins with."""
+
+SETTING: dict[str, dict[str, Any]] = {
+    "saliency_map": {"map": "encoder-output saliency", "over": "attention", "scale": "z", "heads": "alignment"},
+    "capacity_curves": {"query": "noisy keys"},
+    "conditioning_curves": {"experiment": "latent inhibition", "off": ["hebb"]},
+    "what_if": {"settings": {"n": 40, "heads": 2}},
+    "tensor_peek": {"index": [2, 0, 0], "counts": "log"},
+    "compare": {"scale": "linear", "pair": "1"},
+    "attention_pattern": {"scale": "log", "range": "one", "hide": True},
+    "head_atlas": {"metric": "Sink"},
+    "head_gallery": {"shared": True},
+    "image_attention": {"received": True, "shared": True},
+    "token_strip": {"channel": "effect"},
+    "circuit_graph": {"by": "absolute", "n": 7},
+    "overlap_matrix": {"measure": "share", "pair": [1, 2]},
+    "playground": {"metric": "Sink", "after": True},
+}
+"""Kind of view -> what can be set in it."""

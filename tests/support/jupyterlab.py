@@ -77,3 +77,10 @@ def run_all(page: Page) -> None:
     """Run all cells, and wait until the kernel has nothing left to do."""
     command(page, "notebook:run-all-cells")
     page.wait_for_function(f"window.jupyterapp && {_IDLE}")
+
+
+def run_code(page: Page, code: str) -> None:
+    """Run code in the notebook's kernel as a cell would, and wait for it."""
+    kernel = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel"
+    asked = f"code => {kernel}.requestExecute({{ code }}).done.then(({{ content }}) => content.status)"
+    assert page.evaluate(asked, code) == "ok", code

@@ -45,4 +45,5 @@ def released(release: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 
 def _forget() -> None:
     modules.live.cache_clear()
+    modules.later.cache_clear()
     modules._chunk.cache_clear()

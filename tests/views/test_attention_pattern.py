@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,18 @@ def test_nodes_grow_with_the_tokens_and_not_with_the_cells(page: WatchedPage, tm
         counts.append(tab.evaluate("document.querySelectorAll('.workbench *').length"))
     assert counts[1] / counts[0] < 2.3
     assert counts[1] < 1500
+
+
+@pytest.mark.browser
+def test_every_token_is_named_where_there_is_room(page: WatchedPage, tmp_path: Path) -> None:
+    names = [f"t{i}" for i in range(40)]
+    tab = opened(page, attention_pattern(softmax(40), tokens=names), tmp_path)
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="SVG", exact=True).click()
+    drawing = ET.fromstring(Path(download.value.path()).read_bytes())
+    words = ["".join(text.itertext()) for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert [name for name in names if words.count(name) < 2] == []  # down and across
+    page.assert_clean()
 
 
 @pytest.mark.browser

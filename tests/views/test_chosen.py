@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from copy import copy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +14,16 @@ from playwright.sync_api import Page
 
 import workbench
 from support.browser import WatchedPage
-from support.every_view import VIEWS, capture, image_capture
+from support.every_view import CHOOSING, SETTING, VIEWS, WORDS, capture, image_capture, made
 from workbench import views
 from workbench.errors import ReportError
 from workbench.storage import disk
 from workbench.views import SHARED, Selection, SharedSelection, View
+from workbench.views.base import modules
 from workbench.views.base import page as pages
+from workbench.views.base.kinds import kind_of
 from workbench.views.base.selection import Scope
 from workbench.views.base.spec import ViewSpec
-
-CHOOSING: dict[str, dict[str, Any]] = {
-    "saliency_map": {"layer": 1, "heads": (2,), "token": 3},
-    "capacity_curves": {"layer": 1, "heads": (2,)},
-    "compare": {"query": 4, "key": 2},
-    "attention_pattern": {"layer": 1, "heads": (2,), "query": 5},
-    "head_atlas": {"layer": 1, "heads": (2,)},
-    "head_gallery": {"layer": 1, "heads": (2,)},
-    "image_attention": {"layer": 1, "heads": (1,), "query": 3, "example": 1},
-    "token_strip": {"token": 6},
-    "playground": {"layer": 1, "heads": (2,), "query": 5},
-}
-"""Kind of view -> what can be chosen in it, other than what it begins with."""
-
-SETTING: dict[str, dict[str, Any]] = {
-    "saliency_map": {"map": "encoder-output saliency", "over": "attention", "scale": "z", "heads": "alignment"},
-    "capacity_curves": {"query": "noisy keys"},
-    "conditioning_curves": {"experiment": "latent inhibition", "off": ["hebb"]},
-    "what_if": {"settings": {"n": 40, "heads": 2}},
-    "tensor_peek": {"index": [2, 0, 0], "counts": "log"},
-    "compare": {"scale": "linear", "pair": "1"},
-    "attention_pattern": {"scale": "log", "range": "one", "hide": True},
-    "head_atlas": {"metric": "Sink"},
-    "head_gallery": {"shared": True},
-    "image_attention": {"received": True, "shared": True},
-    "token_strip": {"channel": "effect"},
-    "circuit_graph": {"by": "absolute", "n": 7},
-    "overlap_matrix": {"measure": "share", "pair": [1, 2]},
-    "playground": {"metric": "Sink", "after": True},
-}
-"""Kind of view -> what can be set in it."""
 
 
 @pytest.fixture(autouse=True)
@@ -62,14 +32,9 @@ def _nothing_selected() -> Iterator[None]:
     SHARED.value = Selection()
 
 
-@cache
-def _made(kind: str) -> View:
-    return VIEWS[kind]()
-
-
 def alone(kind: str) -> View:
     """A view with a selection of its own."""
-    view = copy(_made(kind))
+    view = copy(made(kind))
     view._shared = SharedSelection()
     return view
 
@@ -80,13 +45,26 @@ def held(html: str) -> list[dict[str, Any]]:
     return [json.loads(text) for text in found]
 
 
+def test_no_kind_of_view_is_forgotten() -> None:
+    """What can be chosen and set in a kind is here: kinds that follow the selection, and those that have settings."""
+    follow = [kind for kind in VIEWS if "frame.onSelect(" in modules.live(kind, minified=False)]
+    have = [kind for kind in VIEWS if kind_of(kind).schema["properties"].get("state", {}).get("properties")]
+    assert sorted(CHOOSING) == sorted(follow)
+    assert sorted(SETTING) == sorted(have)
+
+
 @pytest.mark.parametrize("kind", CHOOSING)
 def test_pictures_and_pages_show_what_is_chosen(kind: str) -> None:
     view = alone(kind)
     before, page = view.to_png(), view.to_html()
+    view.select(layer=77, heads=(99,), query=10_000, key=10_000, token=10_000, example=10_000)  # which is not there
+    if kind != "head_atlas":  # which marks what is chosen, and no other head for it
+        assert view.to_png() == before
+    view._shared = SharedSelection()
     view.select(**CHOOSING[kind])
-    assert view.to_png() != before
-    assert view._bundle("one")["image/png"] == view.to_png()
+    after = view._bundle("one")["image/png"]
+    assert after != before
+    assert after == view.to_png()
     assert view.to_html() != page
     selection = held(str(view.to_html()))[0]["selection"]
     assert {name: selection[name] for name in CHOOSING[kind]} == json.loads(json.dumps(CHOOSING[kind]))
@@ -105,14 +83,6 @@ def test_pictures_and_pages_show_what_is_set(kind: str) -> None:
 def test_what_cannot_be_set_is_refused(kind: str) -> None:
     with pytest.raises(ReportError, match="state"):
         alone(kind).set_state(nonsense=3)
-
-
-@pytest.mark.parametrize("kind", CHOOSING)
-def test_what_is_not_there_leaves_the_picture_as_it_was(kind: str) -> None:
-    view = alone(kind)
-    before = view.to_png()
-    view.select(layer=77, heads=(99,), query=10_000, key=10_000, token=10_000, example=10_000)
-    assert view.to_png() == before
 
 
 def test_a_report_keeps_what_was_chosen_when_a_view_was_added() -> None:
@@ -187,10 +157,10 @@ def test_a_comparison_of_two_models_is_of_none() -> None:
 
 @pytest.fixture(scope="module")
 def all_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with every kind that has settings, all set."""
+    """A page with every kind, with what can be chosen and set in it."""
     specs: list[ViewSpec] = []
-    for kind, state in SETTING.items():
-        view = alone(kind).set_state(**state)
+    for kind in VIEWS:
+        view = alone(kind).set_state(**SETTING.get(kind, {}))
         specs.append(view.select(**CHOOSING.get(kind, {})).current)
     return disk.write(tmp_path_factory.mktemp("page") / "set.html", pages.render("Set", specs))
 
@@ -228,6 +198,7 @@ def test_a_page_opens_as_the_view_was_left(page: WatchedPage, all_set: Path) -> 
     assert [on for name, _, on in shown["attention_pattern"] if name.startswith("Hid")] == [True]
     assert [on for name, _, on in shown["conditioning_curves"] if name == "hebb"] == [False]
     assert tab.locator(".head_gallery h3", has_text="word5").count() == 1
+    assert tab.locator(".head_page h3").inner_text() == "L1H2"
     assert "L1H1 on image two, from the patch" in tab.locator(".image_attention h3").first.inner_text()
     assert tab.evaluate("location.hash") == ""
     page.assert_clean()
@@ -249,4 +220,35 @@ def test_a_choice_in_one_model_leaves_another_alone(page: WatchedPage, tmp_path:
     again = opened(page, both, address)
     assert "L0H1" in again.locator(".image_attention h3").first.inner_text()
     assert again.locator(".attention_pattern .controls select").nth(1).input_value() == "1"
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_a_choice_on_one_prompt_leaves_another_alone(page: WatchedPage, tmp_path: Path) -> None:
+    """Two prompts of one model: heads go together, queries do not."""
+    both = [views.attention_pattern(capture(tokens=WORDS[n : n + 12])).spec for n in (0, 20)]
+    tab = opened(page, disk.write(tmp_path / "both.html", pages.render("Two prompts", both)))
+    query, head = (tab.locator(f".attention_pattern {name}") for name in (".row h3", ".panel figcaption"))
+    before = query.nth(1).inner_text()
+    tab.locator(".attention_pattern .controls select").nth(1).select_option("2")
+    tab.locator(".attention_pattern").first.locator(".strip .token").nth(4).click()
+    assert "(4)" in query.nth(0).inner_text()
+    assert query.nth(1).inner_text() == before
+    assert [text[:4] for text in head.all_inner_texts()] == [head.first.inner_text()[:4]] * 2
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_each_figure_of_a_page_opens_as_it_was_added(page: WatchedPage, tmp_path: Path) -> None:
+    """Until someone chooses: then all views of the model follow."""
+    view, report = views.attention_pattern(capture()), workbench.Report("Heads")
+    for layer, head, query in ((1, 2, 5), (0, 1, 3)):
+        report.add(view.select(layer=layer, heads=(head,), query=query))
+    tab = opened(page, report.write(tmp_path / "report.html"))
+    query, head = (tab.locator(f".attention_pattern {name}") for name in (".row h3", ".panel figcaption"))
+    assert [text[:4] for text in head.all_inner_texts()] == ["L1H2", "L0H1"]
+    assert [text.rpartition(" ")[2] for text in query.all_inner_texts()] == ["(5)", "(3)"]
+    tab.evaluate("location.hash = 'L1H0,q=2'")
+    tab.wait_for_function("() => document.querySelector('.attention_pattern .row h3').innerText.includes('(2)')")
+    assert [text[:4] for text in head.all_inner_texts()] == ["L1H0", "L1H0"]
     page.assert_clean()

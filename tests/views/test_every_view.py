@@ -1,4 +1,7 @@
-"""What holds of every view: sound specs, safe pages, static forms, keys, themes, and no network."""
+"""What holds of every view: sound specs, safe pages, static forms, keys, themes, and no network.
+
+Pages are opened once in each theme, with all kinds that the same policy allows, and each kind is looked at there.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import csv
 import io
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page
@@ -15,50 +18,46 @@ from playwright.sync_api import Browser, Page
 import workbench.views
 from support.axe import axe_violations
 from support.browser import WatchedPage, settled
-from support.every_view import VIEWS, WITH_TOKENS
+from support.every_view import VIEWS, WITH_TOKENS, made, page_of
 from support.hostile import HOSTILE
 from workbench.report import check
-from workbench.views import View
+from workbench.storage import disk
+from workbench.views import page as pages
 from workbench.views.base import modules
+from workbench.views.base.kinds import kind_of
 
-LARGEST_MODULE = 62_000
+LARGEST_MODULE = 50_000
 MOST_NODES = 5_000
 NOTHING_TO_CHOOSE = frozenset({"capacity_curves", "conditioning_curves", "tensor_peek", "what_if"})
 """Kinds of views in which Enter selects nothing."""
+POLICIES = {plotly: [kind for kind in VIEWS if kind_of(kind).plotly == plotly] for plotly in (False, True)}
+"""Kinds by whether a page with them may have styles that it does not name."""
 
-
-@pytest.fixture(scope="module", params=VIEWS)
-def view(request: pytest.FixtureRequest) -> View:
-    return VIEWS[request.param]()
+Open = Callable[[str, str], WatchedPage]
+each_kind = pytest.mark.parametrize("kind", VIEWS)
+in_both_schemes = pytest.mark.parametrize("scheme", ["light", "dark"])
 
 
 @pytest.fixture(scope="module")
-def file(view: View, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(view.to_html(tmp_path_factory.mktemp("page") / f"{view.spec.kind}.html"))
+def shown(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
+    """The page that has a kind of view, in a theme; opened once, and left for the next test as it is."""
+    folder = tmp_path_factory.mktemp("pages")
+    opened: dict[tuple[bool, str], WatchedPage] = {}
 
+    def show(kind: str, scheme: str) -> WatchedPage:
+        plotly = kind_of(kind).plotly
+        if (plotly, scheme) not in opened:
+            path = page_of(POLICIES[plotly], folder / f"{plotly}.html")
+            scheme_of: dict[str, str] = {"color_scheme": scheme}
+            context = browser.new_context(offline=True, viewport={"width": 1280, "height": 800}, **scheme_of)  # type: ignore[arg-type]
+            opened[plotly, scheme] = watched = WatchedPage(context.new_page())
+            watched.open(path).wait_for_selector("html[data-ready]")
+        return opened[plotly, scheme]
 
-@pytest.fixture
-def scheme(request: pytest.FixtureRequest) -> str:
-    """Light, where a test does not ask for both."""
-    return str(getattr(request, "param", "light"))
-
-
-in_both_schemes = pytest.mark.parametrize("scheme", ["light", "dark"], indirect=True)
-
-
-@pytest.fixture
-def watched(browser: Browser, scheme: str) -> Any:
-    context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": 1280, "height": 800})
-    page = WatchedPage(context.new_page())
-    yield page
-    page.assert_clean()
-    context.close()
-
-
-def opened(watched: WatchedPage, file: Path) -> Page:
-    page = watched.open(file)
-    page.wait_for_selector("html[data-ready]")
-    return page
+    yield show
+    for watched in opened.values():
+        watched.assert_clean()
+        watched.page.context.close()
 
 
 def test_every_module_of_the_package_is_tested_here() -> None:
@@ -66,114 +65,129 @@ def test_every_module_of_the_package_is_tested_here() -> None:
     assert sorted(path.name.partition(".")[0] for path in views.glob("*/*.schema.json")) == sorted(VIEWS)
 
 
-def test_the_spec_is_json_and_the_same_every_time(view: View) -> None:
-    text = json.dumps(view.spec.to_static(), allow_nan=False)
-    assert VIEWS[view.spec.kind]().spec.digest == view.spec.digest
-    assert view.spec.title
-    assert view.spec.caption
-    assert json.loads(text)["kind"] == view.spec.kind
+@each_kind
+def test_the_spec_is_json_and_the_same_every_time(kind: str) -> None:
+    spec = made(kind).spec
+    text = json.dumps(spec.to_static(), allow_nan=False)
+    assert VIEWS[kind]().spec.digest == spec.digest
+    assert spec.title
+    assert spec.caption
+    assert json.loads(text)["kind"] == kind
 
 
 @pytest.mark.usefixtures("released")
-def test_the_module_is_small_and_whole(view: View) -> None:
-    text = modules.live(view.spec.kind)
+@each_kind
+def test_the_module_is_small_and_whole(kind: str) -> None:
+    text = modules.live(kind)
     assert len(text.encode()) < LARGEST_MODULE
     assert text.count("export ") == 1
     assert "import {" not in text
     assert "innerHTML" not in text
 
 
-def test_the_page_is_sound(file: Path) -> None:
+@each_kind
+def test_the_page_is_sound_and_the_same_every_time(kind: str, tmp_path: Path) -> None:
+    file = Path(made(kind).to_html(tmp_path / "view.html"))
     assert check(file) == []
-
-
-def test_the_page_has_the_same_bytes_every_time(view: View, file: Path) -> None:
-    assert VIEWS[view.spec.kind]().to_html() == file.read_text(encoding="utf-8")
+    assert made(kind).to_html() == file.read_text(encoding="utf-8")
 
 
 @pytest.mark.browser
 @in_both_schemes
-def test_the_page_draws_without_a_network(file: Path, watched: WatchedPage, scheme: str) -> None:
-    page = opened(watched, file)
-    nodes = page.evaluate("document.querySelectorAll('.workbench *').length")
-    assert 10 < nodes < MOST_NODES
-    background = page.evaluate("getComputedStyle(document.querySelector('.workbench')).backgroundColor")
+@each_kind
+def test_a_view_is_drawn_without_a_network(kind: str, scheme: str, shown: Open) -> None:
+    watched = shown(kind, scheme)
+    view = watched.page.locator(f".workbench.{kind}")
+    assert 10 < view.locator("*").count() < MOST_NODES
+    assert view.locator(".body").inner_text() or view.locator(".body canvas").count()
+    background = view.evaluate("view => getComputedStyle(view).backgroundColor")
     light = sum(int(part) for part in re.findall(r"\d+", background)[:3]) > 382
     assert light == (scheme == "light")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
-
-
-@pytest.mark.browser
-def test_the_page_fits_a_narrow_window(file: Path, watched: WatchedPage) -> None:
-    page = opened(watched, file)
-    page.set_viewport_size({"width": 640, "height": 800})
-    page.wait_for_function("() => document.documentElement.scrollWidth <= 640")
+    watched.assert_clean()
 
 
 @pytest.mark.browser
 @in_both_schemes
-def test_there_is_nothing_for_axe_to_report(file: Path, watched: WatchedPage) -> None:
-    page = opened(watched, file)
-    assert axe_violations(page) == []
+@pytest.mark.parametrize("plotly", POLICIES)
+def test_there_is_nothing_for_axe_to_report(plotly: bool, scheme: str, shown: Open) -> None:
+    assert axe_violations(shown(POLICIES[plotly][0], scheme).page) == []
 
 
 @pytest.mark.browser
-def test_keys_alone_reach_what_the_pointer_does(view: View, file: Path, watched: WatchedPage) -> None:
-    page = opened(watched, file)
-    before = page.evaluate("location.hash")
-    selects = view.spec.kind not in NOTHING_TO_CHOOSE
+@pytest.mark.parametrize("plotly", POLICIES)
+def test_pages_fit_their_window(plotly: bool, shown: Open) -> None:
+    page = shown(POLICIES[plotly][0], "light").page
+    for width in (1280, 900, 640):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
+    page.set_viewport_size({"width": 1280, "height": 800})
+
+
+@pytest.mark.browser
+@each_kind
+def test_keys_alone_reach_what_the_pointer_does(kind: str, shown: Open) -> None:
+    watched = shown(kind, "light")
+    page, view = watched.page, watched.page.locator(f".workbench.{kind}")
+    selects = kind not in NOTHING_TO_CHOOSE
     seen: set[str] = set()
     chosen = False
+    view.locator(".skip").focus()
     for _ in range(60):
         if len(seen) >= 2 and (chosen or not selects):
             break
         page.keyboard.press("Tab")
-        if not page.evaluate(
-            "document.activeElement?.closest('.workbench') !== null"
+        if not view.evaluate(
+            "view => view.contains(document.activeElement)"
             " && !/^(SELECT|INPUT|BUTTON|SUMMARY)$/.test(document.activeElement.tagName)"
         ):
             continue
         for key in ("ArrowRight", "ArrowDown", "Home", "End"):
+            before = page.evaluate("location.hash")
             page.keyboard.press(key)
-            seen |= {page.evaluate("document.querySelector('.workbench .status').textContent")} - {""}
+            seen |= {view.locator(".status").inner_text()} - {""}
             if not chosen:
                 page.keyboard.press("Enter")
                 chosen = page.evaluate("location.hash") != before
     assert len(seen) >= 2, "arrow keys tell no values"
     assert chosen or not selects, "Enter does nothing"
+    watched.assert_clean()
 
 
 @pytest.mark.browser
-def test_help_opens_by_a_key(file: Path, watched: WatchedPage) -> None:
-    page = opened(watched, file)
-    assert not page.evaluate("document.querySelector('.workbench .keys').open")
-    page.locator(".workbench [tabindex='0']").first.focus()
-    page.keyboard.press("?")
-    assert page.evaluate("document.querySelector('.workbench .keys').open")
+@each_kind
+def test_help_opens_by_a_key(kind: str, shown: Open) -> None:
+    view = shown(kind, "light").page.locator(f".workbench.{kind}")
+    for opens in (True, False):
+        view.locator("[tabindex='0']").first.press("?")
+        assert view.locator(".keys").evaluate("keys => keys.open") == opens
 
 
 @pytest.mark.browser
-def test_the_table_and_the_files_hold_the_numbers(view: View, file: Path, watched: WatchedPage, tmp_path: Path) -> None:
-    page = opened(watched, file)
-    table = view.data()
+@each_kind
+def test_the_table_and_the_files_hold_the_numbers(kind: str, shown: Open) -> None:
+    watched, table = shown(kind, "light"), made(kind).data()
+    page, view = watched.page, watched.page.locator(f".workbench.{kind}")
     with page.expect_download() as download:
-        page.get_by_role("button", name="JSON").first.click()
+        view.get_by_role("button", name="JSON").click()
     whole = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
-    assert whole["title"] == view.spec.title
+    assert whole["title"] == made(kind).spec.title
     if table.empty:
         return
     with page.expect_download() as download:
-        page.get_by_role("button", name="CSV").first.click()
+        view.get_by_role("button", name="CSV", exact=True).click()
     text = Path(download.value.path()).read_text(encoding="utf-8-sig")
     rows = list(csv.reader(io.StringIO(text)))
     assert rows[0] == list(table.columns)
     assert len(rows) == len(table) + 1
-    page.locator(".data > summary").first.click()
-    page.wait_for_selector(".data tbody tr")
-    assert page.locator(".data tbody tr").count() == min(50, len(table))
+    view.locator(".data > summary").click()
+    view.locator(".data tbody tr").first.wait_for()
+    assert view.locator(".data tbody tr").count() == min(50, len(table))
+    watched.assert_clean()
 
 
-def test_there_are_static_forms(view: View) -> None:
+@each_kind
+def test_there_are_static_forms(kind: str) -> None:
+    view = made(kind)
     bundle = view._repr_mimebundle_()
     assert set(bundle) == {"text/html", "image/png", "text/plain"}
     assert bundle["image/png"].startswith(b"\x89PNG")
@@ -185,30 +199,30 @@ def test_there_are_static_forms(view: View) -> None:
     dark = view.to_png(theme="dark")
     assert isinstance(dark, bytes)
     assert dark != bundle["image/png"]
-    assert view.to_png() == bundle["image/png"]
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("kind", WITH_TOKENS)
-def test_hostile_tokens_are_text_and_nothing_more(kind: str, browser: Browser, tmp_path: Path) -> None:
-    view = WITH_TOKENS[kind](tuple(HOSTILE))
-    path = Path(view.to_html(tmp_path / "hostile.html"))
+@pytest.mark.parametrize("plotly", POLICIES)
+def test_hostile_tokens_are_text_and_nothing_more(plotly: bool, page: WatchedPage, tmp_path: Path) -> None:
+    made = [make(tuple(HOSTILE)) for make in WITH_TOKENS.values()]
+    views = [view for view in made if kind_of(view.spec.kind).plotly == plotly]
+    path = disk.write(tmp_path / "hostile.html", pages.render("Hostile", [view.spec for view in views]))
     assert check(path) == []
-    context = browser.new_context(offline=True)
-    watched = WatchedPage(context.new_page())
-    page = opened(watched, path)
-    for details in page.locator("details").all():
+    tab: Page = page.open(path)
+    tab.wait_for_selector("html[data-ready]")
+    for details in tab.locator("details").all():
         details.evaluate("each => { each.open = true; }")
-    page.mouse.move(300, 300)
-    settled(page)
-    assert page.evaluate("window.__pwn") is None
-    assert page.locator(".workbench script, .workbench img, .workbench a").count() == 0
-    spec = page.evaluate("JSON.parse(document.getElementById('view-0').textContent)")
-    held = json.dumps(spec["facts"], ensure_ascii=False) + json.dumps(spec["table"], ensure_ascii=False)
-    for shown in HOSTILE.values():
-        assert json.dumps(shown, ensure_ascii=False)[1:-1] in held
-    watched.assert_clean()
-    context.close()
-    table = view.data().to_csv()
-    assert "\u202e" not in table
-    assert "\x00" not in view._repr_mimebundle_()["text/html"]
+    for canvas in tab.locator(".workbench canvas:visible").all():
+        canvas.hover(force=True)
+    settled(tab)
+    assert tab.evaluate("window.__pwn") is None
+    assert tab.locator(".workbench script, .workbench img, .workbench a").count() == 0
+    for i, view in enumerate(views):
+        spec = tab.evaluate("id => JSON.parse(document.getElementById(id).textContent)", f"view-{i}")
+        held = json.dumps(spec["facts"], ensure_ascii=False) + json.dumps(spec["table"], ensure_ascii=False)
+        missing = [text for text in HOSTILE.values() if json.dumps(text, ensure_ascii=False)[1:-1] not in held]
+        assert missing == [], view.spec.kind
+        table = view.data().to_csv()
+        assert "\u202e" not in table
+        assert "\x00" not in view._repr_mimebundle_()["text/html"]
+    page.assert_clean()

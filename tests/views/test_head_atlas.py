@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,28 @@ def test_hover_says_the_value_and_its_interval(page: WatchedPage, tmp_path: Path
     assert "L0H1: effect -0.25 nats, interval -0.5 to 0.1" in tab.locator(".status").inner_text()
     tab.get_by_label("Hide heads whose interval crosses 0").check()
     assert tab.locator(".ranking li").count() == 1
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_a_cell_says_what_the_ranking_says(page: WatchedPage, tmp_path: Path) -> None:
+    tab = opened(page, head_atlas({"score": np.array([[0.149, 12.34], [0.0, -0.0123]])}), tmp_path)
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="SVG", exact=True).click()
+    words = ET.fromstring(Path(download.value.path()).read_bytes()).itertext()
+    assert {".149", "12.3", "0", "-.0123"} <= set(words)
+    assert tab.locator(".ranking .n").all_inner_texts() == ["12.3", "0.149", "-0.0123", "0"]
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_the_ranking_says_how_many_heads_it_lists_and_grows(page: WatchedPage, tmp_path: Path) -> None:
+    tab = opened(page, head_atlas({"score": np.random.default_rng(0).random((6, 8))}), tmp_path)
+    assert tab.locator(".ranking li").count() == 40
+    assert tab.get_by_text("40 of 48 heads").is_visible()
+    tab.get_by_role("button", name="Show more").click()
+    assert tab.locator(".ranking li").count() == 48
+    assert tab.get_by_text("all 48 heads").is_visible()
     page.assert_clean()
 
 

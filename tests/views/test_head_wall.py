@@ -16,7 +16,7 @@ from workbench.errors import CaptureError, ReportError, WorkbenchError
 from workbench.kernels.masks import Mask, causal
 from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
-from workbench.views import head_gallery
+from workbench.views import Axes, head_gallery
 from workbench.views.attention_pattern.pyramid import dequantise
 from workbench.views.head_gallery import of_capture
 from workbench.views.head_gallery.of_capture import pooled
@@ -102,6 +102,7 @@ def test_long_patterns_are_made_small_and_cells_say_which_tokens_they_hold(monke
 
 def test_what_cannot_be_shown_is_said() -> None:
     cap = capture()
+    assert head_gallery(capture(batch=2), batch=1).spec.notes[1].startswith("Entry 1 of a batch of 2")
     with pytest.raises(ReportError, match="no entry 3"):
         head_gallery(cap, batch=3)
     with pytest.raises(ReportError, match="of none of the heads"):
@@ -121,6 +122,33 @@ def test_what_cannot_be_shown_is_said() -> None:
         model(torch.arange(5)[None])
     with pytest.raises(CaptureError, match="no pattern was kept"):
         head_gallery(bare)
+
+
+@pytest.mark.browser
+def test_every_map_of_a_large_wall_is_painted_in_turns(page: WatchedPage, tmp_path: Path) -> None:
+    """Also in other colours, in another order, and at once for a print."""
+    n = 300
+    maps = np.random.default_rng(0).random((n, 40, 40))
+    view = head_gallery(maps, [(i // 10, i % 10) for i in range(n)], axes=Axes("query", "key"), numbers={"x": range(n)})
+    tab = page.open(Path(view.to_html(tmp_path / "wall.html")))
+    tab.wait_for_selector("html[data-ready]")
+    done = "() => !document.querySelector('.gallery').hasAttribute('aria-busy')"
+    pixels = "[...document.querySelectorAll('button.tile canvas')].map((canvas) => canvas.toDataURL())"
+    tab.wait_for_function(done)
+    light = tab.evaluate(pixels)
+    assert len(set(light)) == len(light) == n  # none is empty, none is another one's
+    tab.locator("#theme").select_option("dark")
+    tab.wait_for_selector(".workbench[data-theme=dark]")
+    tab.wait_for_function(done)
+    dark = tab.evaluate(pixels)
+    assert not set(dark) & set(light)
+    tab.get_by_label("Order by").select_option("x")
+    assert tab.locator("button.tile span").first.inner_text() == "L29H9\n299"
+    assert tab.evaluate(pixels) == dark[::-1]
+    tab.emulate_media(media="print")
+    tab.wait_for_selector(".workbench[data-theme=light]")
+    assert tab.evaluate(pixels) == light[::-1]
+    page.assert_clean()
 
 
 @pytest.mark.browser

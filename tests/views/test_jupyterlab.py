@@ -15,8 +15,9 @@ import nbformat
 import pytest
 from playwright.sync_api import Browser, Page
 
+from support.browser import LOOKS, changed
 from support.every_view import VIEWS
-from support.jupyterlab import command, jupyterlab, open_notebook, run_all
+from support.jupyterlab import command, jupyterlab, open_notebook, run_all, run_code
 from support.patience import PATIENCE
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -26,6 +27,10 @@ from workbench.views import SHARED
 print('selected', SHARED.value, made['circuit_graph'].pins, len(made['playground'].edits), 'ablated')
 print('picture', sha256(made['token_strip'].to_png()).hexdigest())"""
 _SHOWS = "made[{0!r}] = VIEWS[{0!r}]()\nmade[{0!r}]"
+_BEGINS = "SHARED.select(layer=0, heads=(0,), query=0, key=0, token=0, example=0, site=None)"
+_CHOOSES = """from support.every_view import CHOOSING, SETTING
+for kind, view in made.items():
+    view.set_state(**SETTING.get(kind, {})).select(**CHOOSING.get(kind, {}))"""
 _LARGEST_STILL = 300_000
 
 
@@ -165,6 +170,12 @@ def test_jupyterlabs_own_styles_stay_outside(run: tuple[Page, Watch]) -> None:
         .filter((each) => each.querySelector('dt').offsetTop + each.querySelector('dt').offsetHeight
                           > each.querySelector('dd').offsetTop + 1).length"""
     assert page.evaluate(overlaps) == 0
+    page.evaluate("document.querySelectorAll('.workbench .keys').forEach((keys) => (keys.open = true))")
+    broken = """[...document.querySelectorAll('.workbench .keys dt')].filter((name) =>
+        name.nextElementSibling.offsetLeft < name.offsetLeft + name.offsetWidth
+        || name.nextElementSibling.offsetHeight > 3 * name.offsetHeight).length"""
+    assert page.evaluate("document.querySelectorAll('.workbench .keys dt').length") > 40
+    assert page.evaluate(broken) == 0
 
 
 def test_keys_that_a_view_gets_are_not_jupyterlabs(run: tuple[Page, Watch]) -> None:
@@ -180,16 +191,52 @@ def test_keys_that_a_view_gets_are_not_jupyterlabs(run: tuple[Page, Watch]) -> N
     assert not watch.errors
 
 
-def test_views_follow_the_theme(run: tuple[Page, Watch]) -> None:
+def _turn(page: Page, theme: str) -> None:
+    """Change JupyterLab's theme and wait for the views."""
+    command(page, "apputils:change-theme", theme=f"JupyterLab {theme}")
+    themed = f"[...document.querySelectorAll('.workbench')].every(view => view.dataset.theme === '{theme.lower()}')"
+    page.wait_for_function(themed)
+
+
+def _pictures(page: Page, folder: Path) -> dict[str, str]:
+    """Kind of view -> the picture in the saved notebook."""
+    command(page, "docmanager:save")
+    page.wait_for_timeout(500)
+    cells = nbformat.read(folder / "views.ipynb", as_version=4).cells[1 : 1 + len(VIEWS)]
+    found = [[each.data["image/png"] for each in cell.outputs if "image/png" in each.get("data", {})] for cell in cells]
+    return {kind: picture for kind, (picture,) in zip(VIEWS, found, strict=True)}
+
+
+def test_every_view_shows_what_is_chosen_in_both_themes(run: tuple[Page, Watch], lab: tuple[str, Path]) -> None:
+    """Live in JupyterLab's own themes, and in the pictures that a saved notebook has of them."""
     page, watch = run
-    dark = "[...document.querySelectorAll('.workbench')].every(view => view.dataset.theme === '{}')"
-    command(page, "apputils:change-theme", theme="JupyterLab Dark")
-    page.wait_for_function(dark.format("dark"))
+    run_code(page, _BEGINS)
+    before, pictures = {}, _pictures(page, lab[1])
+    for theme in ("Light", "Dark"):
+        _turn(page, theme)
+        before[theme] = page.evaluate(LOOKS)
+        assert sorted(before[theme]) == sorted(VIEWS)
     colour = page.evaluate("getComputedStyle(document.querySelector('.workbench')).backgroundColor")
     assert sum(int(part) for part in colour.strip("rgb()").split(",")) < 150
-    command(page, "apputils:change-theme", theme="JupyterLab Light")
-    page.wait_for_function(dark.format("light"))
+    run_code(page, _CHOOSES)
+    for theme in ("Dark", "Light"):
+        _turn(page, theme)
+        changed(page, before[theme])
+    for _ in range(PATIENCE):
+        after = _pictures(page, lab[1])
+        if not (same := [kind for kind in VIEWS if after[kind] == pictures[kind]]):
+            break
+    assert same == []
     assert not watch.errors
+
+
+def test_a_figure_for_a_paper_comes_from_the_kernel(run: tuple[Page, Watch]) -> None:
+    page, watch = run
+    with page.expect_download() as download:
+        page.locator(".workbench.token_strip").get_by_role("button", name="SVG").click()
+    assert "Token strip" in Path(download.value.path()).read_text(encoding="utf-8")
+    assert not watch.errors
+    assert not watch.outside
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +279,10 @@ def test_a_trusted_notebook_opened_without_its_kernel_shows_pictures(
     page.locator(".workbench-still").first.wait_for()
     shown = "[...document.querySelectorAll('.workbench-still img')].filter(i => i.offsetWidth > 100).length"
     page.wait_for_function(f"{shown} === {len(VIEWS)}")
+    command(page, "apputils:change-theme", theme="JupyterLab Dark")
+    card = """(() => { const card = getComputedStyle(document.querySelector('.workbench-still'));
+        return [card.backgroundColor, card.color, card.paddingLeft, card.borderRadius]; })()"""
+    assert page.evaluate(card) == ["rgb(255, 255, 255)", "rgb(28, 33, 39)", "12px", "8px"]  # no bare picture
     assert "model not found" not in page.locator(".jp-Notebook").inner_text()
     page.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         patched.setattr(kinds, "_KINDS", dict(kinds._KINDS))
         yield join
     modules.live.cache_clear()
+    modules.later.cache_clear()
     modules._chunk.cache_clear()
 
 
 def run(page: WatchedPage, module: str, expression: str) -> Any:
     page.page.set_content("<!doctype html><html lang=en><title>joined</title></html>")
-    code = module.replace("export default", "const { render } =")
+    code = module.replace("export default", "const { render } =", 1)
     page.page.add_script_tag(content=f"globalThis.found = (() => {{ {code}\n return {expression}; }})();")
     return page.page.evaluate("found")
 
@@ -53,6 +55,56 @@ def test_files_keep_their_names_to_themselves(joined: Callable[..., str], page: 
     assert run(page, found, "render()") == [1, 20, 21, 5]
     assert found.count("const own = 2;") == 1  # imported twice, there once
     page.assert_clean()
+
+
+LATER = {
+    "text": 'import { own } from "./a.js";\nexport async function render() {\n'
+    '  const { late } = await import("./b.js");\n  return late + own;\n}\n',
+    "a": "export const own = 10;\n",
+    "b": 'import { own } from "./a.js";\nimport { half } from "./c.js";\nexport const late = own * half;\n',
+    "c": "export const half = 0.5;\n",
+}
+KERNEL = """
+  const heard = new Set(), asked = [];
+  const bytes = new TextEncoder().encode(HANDED);
+  const model = {
+    on: (_, call) => heard.add(call),
+    off: (_, call) => heard.delete(call),
+    send: ({ ask, name, number }) => {
+      asked.push([ask, name]);
+      for (const call of heard) queueMicrotask(() => call({ number }, [new DataView(bytes.buffer)]));
+    },
+  };
+"""
+
+
+@pytest.mark.browser
+def test_what_is_wanted_later_comes_from_the_kernel_once(joined: Callable[..., str], page: WatchedPage) -> None:
+    found = joined(**LATER)
+    handed = modules.later("own", "own:/b.js")
+    assert ["half = 0.5" in text for text in (found, handed)] == [False, True]
+    assert ["own = 10" in text for text in (found, handed)] == [True, False]  # which the widget has
+    code = f"{found}\n{KERNEL.replace('HANDED', json.dumps(handed))}"
+    told = run(
+        page, code, "Promise.all([render({ model }), render({ model })]).then((got) => [got, asked, heard.size])"
+    )
+    assert told == [[15, 15], [["module", "own:/b.js"]], 0]
+    page.assert_clean()
+
+
+def test_a_page_has_what_is_wanted_later(joined: Callable[..., str]) -> None:
+    joined(**LATER)
+    text = modules.static(["own"])
+    places = [text.index(part) for part in ("own = 10", "half = 0.5", "late = own", ".draw({")]
+    assert places == sorted(places)
+    assert 'await modules.later("own:/b.js")' in text
+
+
+@pytest.mark.parametrize("name", ["own:/a.js", "own:/own.js", "shared/frame.js", "", "../../x"])
+def test_nothing_else_is_handed_over(joined: Callable[..., str], name: str) -> None:
+    joined(**LATER)
+    with pytest.raises(ReportError, match="asks for no module"):
+        modules.later("own", name)
 
 
 def test_line_ends_of_windows_make_no_difference(joined: Callable[..., str]) -> None:

@@ -9,10 +9,8 @@ from playwright.sync_api import Page
 
 import workbench
 from support.browser import WatchedPage
-from support.every_view import VIEWS, capture
-from workbench.storage import disk
+from support.every_view import VIEWS, capture, page_of
 from workbench.views import head_atlas
-from workbench.views.base import page as pages
 
 MOST_STOPS = 20
 STOPS = """(view) => [...view.querySelectorAll('a[href], button, input, select, textarea, summary, [tabindex]')]
@@ -22,8 +20,7 @@ STOPS = """(view) => [...view.querySelectorAll('a[href], button, input, select, 
 @pytest.fixture(scope="module")
 def every_view(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with all kinds of views."""
-    specs = [made().spec for made in VIEWS.values()]
-    return disk.write(tmp_path_factory.mktemp("page") / "all.html", pages.render("Every view", specs))
+    return page_of(VIEWS, tmp_path_factory.mktemp("page") / "all.html")
 
 
 def opened(watched: WatchedPage, file: Path) -> Page:

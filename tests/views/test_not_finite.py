@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from support.browser import WatchedPage
 from workbench.storage import disk
-from workbench.views import head_atlas, token_strip
+from workbench.views import Axes, compare, head_atlas, head_gallery, token_strip
 from workbench.views import page as pages
 from workbench.views.base import scales
 
@@ -36,6 +37,21 @@ def test_infinite_values_leave_the_scale_to_the_others(page: WatchedPage, tmp_pa
       return new Set(Array.from({ length: data.length / 4 }, (_, i) => data.slice(4 * i, 4 * i + 3).join())).size;
     }"""
     assert tab.evaluate(ink) > 5  # six heads of several colours
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_infinite_cells_leave_the_scale_to_the_others(page: WatchedPage, tmp_path: Path) -> None:
+    maps = np.array([[[0.25, NAN], [INF, 0.5]], [[INF, INF], [NAN, NAN]]])
+    gallery = head_gallery(maps, [(0, 0), (0, 1)], axes=Axes("row", "column"), numbers={"n": [INF, 1.0]})
+    both = compare(maps[0], maps[0][::-1].copy())
+    path = disk.write(tmp_path / "page.html", pages.render("Not finite", [gallery.spec, both.spec]))
+    tab = page.open(path)
+    tab.wait_for_selector("html[data-ready]")
+    for kind, top in (("head_gallery", "0.5"), ("compare", "0.5")):
+        assert tab.locator(f".{kind} .legend .ticks").first.inner_text().endswith(top)
+    assert gallery.to_png()
+    assert both.to_png()
     page.assert_clean()
 
 

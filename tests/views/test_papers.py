@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser
 
 from support.browser import WatchedPage, settled
-from support.every_view import VIEWS, WITH_TOKENS
+from support.every_view import VIEWS, WITH_TOKENS, made
 from support.hostile import HOSTILE
 from workbench.views import token_strip
+from workbench.views.base import modules
 from workbench.views.base.spec import origin_line
+from workbench.views.base.widget import answer_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -25,12 +29,11 @@ def sized(svg: bytes) -> tuple[float, float]:
 
 @pytest.mark.parametrize("kind", VIEWS)
 def test_every_view_is_a_drawing_with_words_around_it(kind: str, tmp_path: Path) -> None:
-    view = VIEWS[kind]()
+    view = made(kind)
     bare, worded = view.to_svg(words=False), view.to_svg()
     assert isinstance(bare, bytes)
     assert isinstance(worded, bytes)
-    held = [view.to_svg(words=False) for _ in range(3)]  # at other places in memory
-    assert held == [bare] * 3
+    assert view.to_svg(words=False) == bare  # at other places in memory
     assert b"clip-path" not in bare or bare.count(b"url(#clip0)")
     assert b"<script" not in worded
     assert sized(worded)[1] > sized(bare)[1] + 20
@@ -71,7 +74,7 @@ def test_the_pages_buttons_give_the_whole_figure_on_white(kind: str, browser: Br
     """Title, axes, legends, caption and origin as text in an SVG, the same as a PNG of twice the size; offline."""
     from PIL import Image
 
-    view = VIEWS[kind]()
+    view = made(kind)
     context = browser.new_context(offline=True, color_scheme="dark", viewport={"width": 1100, "height": 800})
     watched = WatchedPage(context.new_page())
     page = watched.open(Path(view.to_html(tmp_path / "view.html")))
@@ -113,4 +116,50 @@ def test_a_hostile_figure_is_text_and_nothing_more(page: WatchedPage, tmp_path: 
     allowed = {"svg", "title", "rect", "text", "g", "path", "image", "clipPath", "linearGradient", "stop"}
     assert {each.tag.removeprefix(SVG) for each in drawing.iter()} <= allowed
     assert not [name for each in drawing.iter() for name in each.attrib if name.lower().startswith("on")]
+    page.assert_clean()
+
+
+KERNEL = """
+const heard = new Set();
+const values = { spec: SPEC, selection: {}, still: [], live: true, state: {} };
+const model = {
+  get: (name) => values[name], set() {}, save_changes() {},
+  on: (name, call) => name === "msg:custom" && heard.add(call), off: (_, call) => heard.delete(call),
+  send: async (question) => {
+    const bytes = new TextEncoder().encode(await answer(question));
+    for (const call of [...heard]) call({ number: question.number }, [new DataView(bytes.buffer)]);
+  },
+};
+render({ model, el: document.body });
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.usefixtures("released")
+def test_a_live_view_has_its_kernel_hand_over_what_draws_figures(page: WatchedPage) -> None:
+    """Once, and not before it is wanted; as a release has it."""
+    view, asked = made("token_strip"), []
+
+    def answer(question: dict[str, Any]) -> str:
+        asked.append(question["ask"])
+        return answer_of(view, question)[1][0].decode()
+
+    tab = page.page
+    tab.expose_function("answer", answer)
+    tab.set_content("<!doctype html><html lang=en><title>live</title><body></body>")
+    code = modules.live("token_strip").replace("export default", "const { render } =")
+    spec = json.dumps(view.spec.to_static()).replace("<", "\\u003c")
+    tab.add_script_tag(content=f"(() => {{ {code}\n{KERNEL.replace('SPEC', spec, 1)} }})();")
+    tab.locator(".workbench .token").first.wait_for()
+    assert asked == []
+    for form in ("SVG", "SVG", "PNG"):
+        with tab.expect_download() as download:
+            tab.get_by_role("button", name=form, exact=True).click()
+        found = Path(download.value.path()).read_bytes()
+        assert (
+            found.startswith(b"\x89PNG")
+            if form == "PNG"
+            else view.spec.title in "".join(ET.fromstring(found).itertext())
+        )
+    assert asked == ["module"]
     page.assert_clean()

@@ -11,16 +11,13 @@ from playwright.sync_api import Browser
 
 import workbench
 from support.browser import WatchedPage
-from support.every_view import VIEWS, capture
-from workbench.storage import disk
-from workbench.views.base import page as pages
+from support.every_view import VIEWS, capture, page_of
 
 
 @pytest.fixture(scope="module")
 def every_view(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with all kinds of views."""
-    specs = [made().spec for made in VIEWS.values()]
-    return disk.write(tmp_path_factory.mktemp("page") / "all.html", pages.render("Every view", specs))
+    return page_of(VIEWS, tmp_path_factory.mktemp("page") / "all.html")
 
 
 def printed(browser: Browser, file: Path, scheme: str, backgrounds: bool) -> list[bytes]:

@@ -81,6 +81,7 @@ def test_parts_of_heads_stand_beside_the_whole(tmp_path: Path) -> None:
     bars = views[1].spec.facts["figure"]["data"]
     assert [bar["name"] for bar in bars] == ["whole head", "cls rows"]
     assert bars[0]["x"] == ["L1H0", "L0H0", "L0H1"]
+    assert views[2].spec.facts["figure"]["data"][0]["texttemplate"] == "%{z:.2f}"  # each cell says its number
     ranks = views[2].data().set_index(["x", "y"])["correlation"]
     assert ranks["gradient", "zero"] == pytest.approx(-1)
     assert ranks["cls rows", "zero"] == pytest.approx(1)

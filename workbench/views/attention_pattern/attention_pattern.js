@@ -46,6 +46,7 @@ class Patterns {
     ]);
     this.maps = [];
     this.built = false;
+    if (frame.spec.selection.heads?.length) this.follow(frame.spec.selection); // where what is chosen is not here
     frame.onSelect((selection) => this.follow(selection));
     this.built = true;
     this.show();

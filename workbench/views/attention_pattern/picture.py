@@ -26,7 +26,7 @@ _LABELS = 32  # names along an edge
 def draw(figure: Figure, spec: ViewSpec, chosen: Selection) -> None:
     """The maps of the chosen heads, or of the first one, coloured as the view's state says."""
     facts, state = spec.facts, spec.state
-    i, heads = _heads(facts, chosen)
+    i, heads = _heads(facts, chosen, Selection.of(spec.selection))
     site = facts["sites"][i]
     figure.set_size_inches(6.4 if len(heads) == 1 else 4.2 * min(3, len(heads)), 5.6 if len(heads) < 4 else 8.6)
     if site["mode"] == "missing":
@@ -65,14 +65,13 @@ def draw(figure: Figure, spec: ViewSpec, chosen: Selection) -> None:
             bar.set_ticks(places, labels=[f"{weight:.3g}" for weight in weights])
 
 
-def _heads(facts: Mapping[str, Any], chosen: Selection) -> tuple[int, list[int]]:
-    """Which site and heads: those chosen that are here, else the first."""
-    for i, site in enumerate(facts["sites"]):
-        found = [
-            head for head in chosen.heads if head in site["heads"] and chosen.has(site["layer"], head, site["name"])
-        ]
-        if found:
-            return i, found[:_AT_ONCE]
+def _heads(facts: Mapping[str, Any], chosen: Selection, first: Selection) -> tuple[int, list[int]]:
+    """Which site and heads: those chosen that are here, else those to begin with."""
+    for one in (chosen, first):
+        for i, site in enumerate(facts["sites"]):
+            found = [h for h in one.heads if h in site["heads"] and one.has(site["layer"], h, site["name"])]
+            if found:
+                return i, found[:_AT_ONCE]
     i, head = facts["first"]
     return i, [head]
 

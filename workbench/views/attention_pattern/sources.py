@@ -76,6 +76,11 @@ def sources_of(
     yield _made(one, source, None, heads, source.shape, tokens, key_tokens, marks, batch)
 
 
+def of_batch(n: int, batch: int) -> list[str]:
+    """Which entry of a batch is shown, where there are several."""
+    return [f"Entry {batch} of a batch of {n:,} is shown; batch= chooses another."] if n > 1 else []
+
+
 def _entry(batch: int, n: int) -> int:
     if not 0 <= batch < n:
         raise ReportError(f"there are batch entries 0 to {n - 1}, no entry {batch}")

@@ -23,13 +23,15 @@ from workbench.views.attention_pattern.sources import (
     Source,
     affordable_top,
     block_for,
+    of_batch,
     sources_of,
 )
 from workbench.views.base.registry import register
 from workbench.views.base.selection import SharedSelection, inputs_of
-from workbench.views.base.spec import ViewSpec
+from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View
 from workbench.views.head_atlas import group_label
+from workbench.views.head_atlas.leading import Leading, hardest, leading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,20 +144,41 @@ def attention_pattern(
     if not shown:
         raise ReportError(f"no pattern was kept: {facts[0]['missing']}", hint="capture with queries_keys=True")
     first = next(i for i, each in enumerate(facts) if each["mode"] != "missing")
-    leading = facts[first]
+    begins = _begins(source, shown)
     spec = ViewSpec(
         kind="attention_pattern",
         title=title or "Attention pattern",
-        caption=caption or _caption(facts),
-        facts={"tokens": lists.rows, "variants": variants, "sites": facts, "first": [first, leading["heads"][0]]},
+        caption=caption or _caption(facts) + ("" if begins is None else f" {begins.why}"),
+        facts={"tokens": lists.rows, "variants": variants, "sites": facts, "first": [first, facts[first]["heads"][0]]},
         blocks=blocks,
         table=_table(shown, lists.rows),
         left_out=max(0, sum(int((made.top_keys >= 0).sum()) for _, made in shown) - _ROWS_OF_TABLE),
-        notes=(*_of_batch(shown[0][0].shape[0], batch), *_notes(facts, shown, n_top)),
+        notes=(*of_batch(shown[0][0].shape[0], batch), *_notes(facts, shown, n_top)),
+        selection={} if begins is None else begins.selection,
         provenance=dict(source.provenance) if isinstance(source, Capture) else {},
         inputs=inputs_of(lists.rows[0]) if lists.rows else None,
     )
     return AttentionPattern(spec, selection, sources, batch)
+
+
+def _begins(source: Any, shown: Sequence[tuple[Source, Pyramid]]) -> Leading | None:
+    """The head of a capture to begin with: by its statistics, else by the largest weights of the rows."""
+    if not isinstance(source, Capture):
+        return None
+    heads = [(each.site, head) for each, _ in shown for head in each.heads]
+    if len(heads) < 2:
+        return None
+    return leading(source, heads) or hardest(heads, np.concatenate([_alone(*each) for each in shown]))
+
+
+def _alone(source: Source, made: Pyramid) -> Array:
+    """[head] the mean of rows' largest weights, which count as 0 on the first key and on a row's own."""
+    if not made.top.shape[-1]:
+        return np.full(len(source.heads), np.nan)
+    queries, keys = source.shape[2:]
+    key, weight = made.top_keys[..., 0], made.top[..., 0]  # [head, query]
+    elsewhere = (key >= 0) & (key != made.first_key) & (key != np.arange(queries) + keys - queries)
+    return np.asarray(np.where(elsewhere, weight, 0.0).mean(1), np.float64)
 
 
 def variant_of(pattern: Pattern, variant: str) -> Pattern:
@@ -235,10 +258,6 @@ def _caption(facts: Sequence[dict[str, Any]]) -> str:
     sizes = {(site["queries"], site["keys"]) for site in facts}
     size = f"{min(sizes)[0]:,} queries and {min(sizes)[1]:,} keys" if len(sizes) == 1 else "sites of several sizes"
     return f"{heads:,} head{'' if heads == 1 else 's'} over {size}: a row is what its query looks at."
-
-
-def _of_batch(n: int, batch: int) -> list[str]:
-    return [f"Entry {batch} of a batch of {n:,} is shown; batch= chooses another."] if n > 1 else []
 
 
 def _notes(facts: Sequence[dict[str, Any]], shown: Any, n_top: int) -> Iterator[str]:

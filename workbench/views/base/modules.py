@@ -1,8 +1,9 @@
 """The views' ES modules as text: joined into one module for a widget, or into one script for a page.
 
-A checkout is used as it is: `join` follows the imports of a module and puts each file, in order, into a function of its
-own. A release also has `release.json`, which esbuild made of the same functions (`make release-assets`); the smaller
-form of a file there is taken while the file is still the one that it was made of.
+A checkout is used as it is: the imports of a module are followed, and each file is put, in order, into a function of
+its own. What a module takes by `await import("./name.js")` is on a page with the rest; in a widget the kernel hands it
+over when it is wanted (`later`). A release also has `release.json`, which esbuild made of the same functions (`make
+release-assets`); the smaller form of a file there is taken while the file is still the one that it was made of.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ RELEASE = "release.json"
 
 _VIEWS = files("workbench.views")
 _IMPORT = re.compile(r'^import \{([^{}]*)\} from "([^"\n]+)";\n', re.MULTILINE)
+_LATER = re.compile(r'\bawait import\("([^"\n]+)"\)')
 _EXPORT = re.compile(r"^export (?=(?:(?:async )?function\*?|const|let|class) +([\w$]+))", re.MULTILINE)
 _ANY_IMPORT = re.compile(r"^(?:import|export)\b[^\n]*", re.MULTILINE)
 _ENDS_SCRIPT = re.compile(r"</script|<!--", re.IGNORECASE)
@@ -76,7 +78,7 @@ def _entry(kind: Kind) -> _File:
     return _File(f"{kind.name}/{kind.name}.js" if own else f"{kind.name}:/{kind.name}.js", kind.folder)
 
 
-_PAGE = _packaged(f"{SHARED}/page.js")
+_PAGE, _KERNEL = _packaged(f"{SHARED}/page.js"), _packaged(f"{SHARED}/kernel.js")
 
 
 def enclosed(name: str, text: str, imports: Mapping[str, str]) -> str:
@@ -102,6 +104,7 @@ def enclosed(name: str, text: str, imports: Mapping[str, str]) -> str:
     body = _IMPORT.sub("", text)
     exported = _EXPORT.findall(body)
     body = _EXPORT.sub("", body)
+    body = _LATER.sub(lambda found: f"await modules.later({json.dumps(imports[found[1]])})", body)
     if odd := _ANY_IMPORT.search(body):
         raise ReportError(
             f"{name} has a line that cannot be joined: {odd[0][:80]!r}",
@@ -112,6 +115,7 @@ def enclosed(name: str, text: str, imports: Mapping[str, str]) -> str:
 
 
 def _specifiers(text: str) -> list[str]:
+    """What must be there before the module runs."""
     return [specifier for _, specifier in _IMPORT.findall(text)]
 
 
@@ -122,7 +126,8 @@ def _chunk(file: _File, minified: bool) -> str:
     text = file.text
     if found := _ENDS_SCRIPT.search(text):
         raise ReportError(f"{file.name} holds {found[0]!r}, which would end its script on a page")
-    return enclosed(file.name, text, {each: file.imported(each).name for each in _specifiers(text)})
+    taken = [*_specifiers(text), *_LATER.findall(text)]
+    return enclosed(file.name, text, {each: file.imported(each).name for each in taken})
 
 
 def _digest(text: str) -> str:
@@ -154,25 +159,58 @@ def _in_order(entries: Iterable[_File]) -> list[_File]:
     return list(done)
 
 
-def _joined(entries: Iterable[_File], minified: bool) -> list[str]:
-    return ["const modules = {};", *(_chunk(file, minified) for file in _in_order(entries))]
+def _wanted_later(files: Iterable[_File]) -> list[_File]:
+    """What these ask for when it is wanted, and what that asks for in turn."""
+    found: dict[_File, None] = {}
+    asking = list(files)
+    for file in asking:
+        for later in map(file.imported, _LATER.findall(file.text)):
+            if later not in found:
+                found[later] = None
+                asking += _in_order([later])
+    return list(found)
 
 
 @cache
 def live(kind: str, *, minified: bool = True) -> str:
     """The module that a widget of this kind runs."""
     entry = _entry(kind_of(kind))
-    return "\n".join(
-        [*_joined([entry], minified), f"export default {{ render: modules[{json.dumps(entry.name)}].render }};"]
-    )
+    files = _in_order([entry])
+    render = f"modules[{json.dumps(entry.name)}].render"
+    if _wanted_later(files):
+        files = _in_order([entry, _KERNEL])
+        asks = f"modules.later ??= modules[{json.dumps(_KERNEL.name)}].laterFrom(given.model, modules);"
+        render = f"(given) => {{ {asks} return {render}(given); }}"
+    chunks = [_chunk(file, minified) for file in files]
+    return "\n".join(["const modules = {};", *chunks, f"export default {{ render: {render} }};"])
+
+
+@cache
+def later(kind: str, name: str, *, minified: bool = True) -> str:
+    """The module that adds a file to a widget of this kind, which asks for it when it is wanted.
+
+    Raises:
+        ReportError: no file of the widget asks for it.
+    """
+    own = _in_order([_entry(kind_of(kind)), _KERNEL])
+    found = [file for file in _wanted_later(own) if file.name == name]
+    if not found:
+        raise ReportError(f"the view {kind!r} asks for no module {name!r}")
+    missing = [file for file in _in_order(found) if file not in own]
+    # What two of them share is there after the first.
+    chunks = [f"if (!({json.dumps(file.name)} in modules)) {_chunk(file, minified)}" for file in missing]
+    return "\n".join(["export default (modules) => {", *chunks, "};"])
 
 
 def static(kinds: Iterable[str], *, minified: bool = True) -> str:
     """The script of a page: each file once, and at last the one that draws all views."""
     entries = {kind: _entry(kind_of(kind)) for kind in sorted(set(kinds))}
+    files = _in_order([*entries.values(), _PAGE])
+    files = _in_order([*files, *_wanted_later(files)])
+    chunks = [_chunk(file, minified) for file in files]
     views = ", ".join(f"{kind}: modules[{json.dumps(entry.name)}].render" for kind, entry in entries.items())
     drawn = f"modules[{json.dumps(_PAGE.name)}].draw({{ {views} }});"
-    return "\n".join(["(() => {", *_joined([*entries.values(), _PAGE], minified), drawn, "})();"])
+    return "\n".join(["(() => {", "const modules = { later: async (name) => modules[name] };", *chunks, drawn, "})();"])
 
 
 def style(kinds: Iterable[str]) -> str:

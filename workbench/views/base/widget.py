@@ -86,6 +86,8 @@ def answer_of(view: Shown, question: dict[str, Any]) -> tuple[dict[str, Any], li
     """What any module may ask for, and else what the view answers."""
     if question["ask"] == "plotly":
         return {}, [modules.plotly().encode()]
+    if question["ask"] == "module":
+        return {}, [modules.later(view.spec.kind, str(question.get("name"))).encode()]
     return view.answer(question)
 
 

@@ -63,7 +63,9 @@ class OverlapGraph(PinnedView):
         drawn = {i for line in lines for i in (line.start, line.end)}
         for node, kind in _kinds(blocks["node_members"][list(pair)], hidden):
             if facts["unit"] != "edges" or node in drawn:
-                marks[node] = Mark(colours[kind], _SHAPES[kind], self.pins.get(facts["nodes"][node]["name"], ""))
+                about = facts["nodes"][node]
+                pinned, chosen = self.pins.get(about["name"], ""), self._is_chosen(about)
+                marks[node] = Mark(colours[kind], _SHAPES[kind], pinned, chosen)
         draw(panel, facts["nodes"], facts["rows"], marks, lines)
         said = zip(("shared", f"only {labels[0]}", f"only {labels[1]}"), colours.items(), strict=True)
         for words, (kind, colour) in said:

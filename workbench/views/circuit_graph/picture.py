@@ -32,11 +32,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """One node that is drawn: its colour ("" for none) and shape, and what stands below it."""
+    """One node that is drawn: its colour ("" for none) and shape, what stands below it, whether it is chosen."""
 
     colour: str
     shape: str = "o"
     said: str = ""
+    chosen: bool = False
 
 
 def places(nodes: Sequence[Mapping[str, Any]], n_layers: int) -> list[tuple[float, float]]:
@@ -88,7 +89,8 @@ def draw(
             panel.plot(x, y, ".", markersize=2, color=muted, alpha=0.4, zorder=2)
             continue
         face = mark.colour or paper
-        panel.plot(x, y, mark.shape, markersize=15, color=face, markeredgecolor=muted, markeredgewidth=0.7, zorder=3)
+        edge, width = (scales.accent(), 2.2) if mark.chosen else (muted, 0.7)
+        panel.plot(x, y, mark.shape, markersize=15, color=face, markeredgecolor=edge, markeredgewidth=width, zorder=3)
         ink = scales.ink_on(mark.colour) if mark.colour else muted
         panel.annotate(
             nodes[i]["short"],

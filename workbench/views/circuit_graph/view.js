@@ -5,7 +5,7 @@ import { GraphDrawing } from "./drawing.js";
 import { markOf, NodePanel, readable } from "./panel.js";
 import { colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
 import { checkbox, exactly, legend, make, roughly, selector } from "workbench/shared/dom.js";
-import { ceiling } from "workbench/shared/scales.js";
+import { ceiling, greatest } from "workbench/shared/scales.js";
 
 const PAIR = { light: { shared: [28, 33, 39], a: [47, 111, 183], b: [209, 102, 43] }, dark: { shared: [228, 232, 236], a: [111, 176, 234], b: [236, 145, 101] } };
 const DASHES = { shared: [], a: [7, 4], b: [1.5, 3] };
@@ -97,7 +97,7 @@ export class CircuitView {
 
   draw() {
     const sizes = this.circuit.nodes.map(({ kind }, node) => (kind === "input" ? 0 : Math.abs(this.circuit.nodeScore(node)) || 0));
-    this.top = ceiling(Math.max(0, ...sizes));
+    this.top = ceiling(greatest(sizes));
     this.showControls();
     this.showSummary();
     this.showLegend();

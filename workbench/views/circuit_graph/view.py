@@ -55,6 +55,12 @@ class PinnedView(View):
         (known,) = pins_of(self.graph, {node: ""})
         return self.set_state(pins={name: said for name, said in self.pins.items() if name != known})
 
+    def _is_chosen(self, node: Mapping[str, Any]) -> bool:
+        if node["head"] is None:
+            return False
+        layer, head = node["head"]
+        return self.chosen.has(layer, head, node["site"])
+
     def _put_state(self, state: Mapping[str, Any]) -> None:
         unknown = set(state.get("pins", {})) - set(self.graph.nodes)
         if unknown:
@@ -111,7 +117,8 @@ class CircuitGraph(PinnedView):
             i = index[name]
             at = float("nan") if np.isnan(scores[i]) else (scores[i] - low) / (high - low)
             colour = "" if np.isnan(at) else mpl.colors.to_hex(scale(float(np.clip(at, 0, 1))))
-            marks[i] = Mark(colour, "o" if nodes[i]["kind"] == "head" else "s", self.pins.get(name) or nodes[i]["role"])
+            shape, said = "o" if nodes[i]["kind"] == "head" else "s", self.pins.get(name) or nodes[i]["role"]
+            marks[i] = Mark(colour, shape, said, self._is_chosen(nodes[i]))
         draw(panel, nodes, facts["rows"], marks, lines)
         cut = f" ({MOST_LINES} drawn)" if len(lines) > MOST_LINES else ""
         what = f"{len(shown.nodes)} nodes, {len(lines):,} edges{cut}"

@@ -12,8 +12,10 @@ from workbench.errors import ReportError
 from workbench.tokens import plain_text
 from workbench.views.base import scales
 from workbench.views.base.drawing import SERIES
+from workbench.views.base.selection import Selection
 from workbench.views.base.spec import Array
-from workbench.views.figure.traces import axis, errors_of, numbers, positions, title_of
+from workbench.views.figure.chosen import mark
+from workbench.views.figure.traces import axis, edges_of, errors_of, numbers, positions, title_of
 
 _DASHES = {"dot": ":", "dash": "--", "longdash": (0, (8, 3)), "dashdot": "-.", "longdashdot": (0, (8, 3, 2, 3))}
 _STEPS = {"hv": "steps-post", "vh": "steps-pre", "hvh": "steps-mid", "vhv": "steps-mid"}
@@ -23,8 +25,10 @@ _RGB = re.compile(r"rgba?\(([^)]*)\)")
 Trace = Mapping[str, Any]
 
 
-def draw(figure: Any, data: Sequence[Trace], layout: Mapping[str, Any], kinds: Sequence[str | None]) -> None:
-    """Draw the traces on an empty figure.
+def draw(
+    figure: Any, data: Sequence[Trace], layout: Mapping[str, Any], kinds: Sequence[str | None], chosen: Selection
+) -> None:
+    """Draw the traces on an empty figure, and a mark on the point that stands for what is chosen.
 
     Raises:
         ReportError: a trace of a type that pictures do not have; the message names it.
@@ -47,6 +51,7 @@ def draw(figure: Any, data: Sequence[Trace], layout: Mapping[str, Any], kinds: S
         _annotate(panels, note)
     for panel in panels.values():
         panel.finish()
+    mark(data, lambda trace: panels[_pair(trace)], chosen)
 
 
 def colour_of(given: Any) -> Any:
@@ -101,6 +106,7 @@ class _Panel:
         self.before: tuple[Array, Array] | None = None
         self.stacked: dict[float, list[float]] = {}
         self.legend: list[tuple[Any, str]] = []
+        self.bars: list[tuple[Trace, Any]] = []
         for which, name in zip("xy", pair, strict=True):
             order = [str(c) for c in axis(layout, name).get("categoryarray", [])]
             given = [t[which] for t in data if name in _pair(t) and t.get(which) is not None]
@@ -297,6 +303,7 @@ def _bar(panel: _Panel, trace: Trace, colour: str, kind: str | None) -> None:
         handle = panel.axes.barh(at, height, room, left=base, **look)
     else:
         handle = panel.axes.bar(at, height, room, bottom=base, **look)
+    panel.bars.append((trace, handle))
     which = "x" if lying else "y"
     found = errors_of(trace, which, len(at))
     if found is not None:
@@ -338,7 +345,7 @@ def _heatmap(panel: _Panel, trace: Trace, colour: str, kind: str | None) -> None
         "vmax": trace.get("zmax", shared.get("cmax")),
     }
     scale = trace.get("colorscale", shared.get("colorscale"))
-    edges = (_edges(xs, z.shape[1]), _edges(ys, z.shape[0]))
+    edges = (edges_of(xs, z.shape[1]), edges_of(ys, z.shape[0]))
     cells = panel.axes.pcolormesh(*edges, np.ma.masked_invalid(z), cmap=_map_of(scale, kind), **limits)
     if trace.get("reversescale", False):
         cells.set_cmap(cells.get_cmap().reversed())
@@ -365,16 +372,6 @@ def _write(panel: _Panel, xs: Array, ys: Array, z: Array, cells: Any, text: Call
                 xs[column], ys[row], text(row, column),
                 ha="center", va="center", fontsize=8, color=ink, parse_math=False, clip_on=True,
             )  # fmt: skip
-
-
-def _edges(middles: Array, n: int) -> Array:
-    """Edges of n cells from their middles; edges are given back as they are."""
-    if len(middles) == n + 1:
-        return middles
-    if n == 1:
-        return np.asarray([middles[0] - 0.5, middles[0] + 0.5])
-    between = (middles[1:] + middles[:-1]) / 2
-    return np.concatenate([[2 * middles[0] - between[0]], between, [2 * middles[-1] - between[-1]]])
 
 
 def _histogram(panel: _Panel, trace: Trace, colour: str, kind: str | None) -> None:

@@ -206,6 +206,16 @@ def _empty(column: Any) -> bool:
     return isinstance(column, np.ndarray) and bool(np.isnan(column).all())
 
 
+def edges_of(middles: Array, n: int) -> Array:
+    """Edges of n cells from their middles; edges are given back as they are."""
+    if len(middles) == n + 1:
+        return middles
+    if n == 1:
+        return np.asarray([middles[0] - 0.5, middles[0] + 0.5])
+    between = (middles[1:] + middles[:-1]) / 2
+    return np.concatenate([[2 * middles[0] - between[0]], between, [2 * middles[-1] - between[-1]]])
+
+
 def selects(trace: Mapping[str, Any], index: int | tuple[int, ...]) -> dict[str, Any]:
     """The change of selection that a click on a point makes: meta={"select": ["layer", "heads"]} names the columns.
 

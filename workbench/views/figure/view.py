@@ -54,7 +54,8 @@ class Figure(View):
         return parts.put_together(self.spec.facts["figure"], self.spec.blocks)
 
     def picture(self, figure: Picture) -> None:
-        plotly_picture.draw(figure, self._whole["data"], self._whole["layout"], self.spec.facts["scales"])
+        whole = self._whole
+        plotly_picture.draw(figure, whole["data"], whole["layout"], self.spec.facts["scales"], self.chosen)
 
     def on_click(self, callback: Callable[[Click], object]) -> Callable[[], None]:
         """Call back with every point that is clicked in a notebook; what is returned ends that."""

@@ -226,15 +226,12 @@ class Grid {
       if (!rgb || width < 30 || height < 14) continue;
       ink.fillStyle = inkOn(rgb);
       ink.font = `11px ${frame.colour("sans")}`;
-      ink.fillText(this.short(value), left + (column + 0.5) * width, top + (row + 0.5) * height);
+      const said = roughly(value).replace(/^(-?)0\./, "$1."); // as in the ranking
+      const text = ink.measureText(said).width < width - 2 ? said : value.toExponential(0);
+      ink.fillText(text, left + (column + 0.5) * width, top + (row + 0.5) * height);
     }
     this.labels(ink);
     this.outlines(ink);
-  }
-
-  short(value) {
-    const size = Math.abs(value);
-    return size >= 100 ? value.toFixed(0) : size >= 10 ? value.toFixed(1) : size > 0 && size < 0.01 ? value.toExponential(0) : value.toFixed(2).replace(/^(-?)0\./, "$1.");
   }
 
   labels(ink) {

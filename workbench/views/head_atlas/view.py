@@ -17,6 +17,7 @@ from workbench.views.base import scales
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
+from workbench.views.head_atlas.leading import leading
 from workbench.views.head_atlas.numbers import Scores, of_capture, of_scores
 from workbench.views.head_atlas.quantities import Quantity
 
@@ -89,6 +90,7 @@ def head_atlas(
     >>> head_atlas({"importance": {(0, 0): 0.5, (0, 1): -0.1}}).data()["importance"].tolist()
     [0.5, -0.1]
     """
+    begins = leading(source) if isinstance(source, Capture) else None
     if isinstance(source, Capture):
         sites, metrics, values, low, high, over = of_capture(source)
         provenance = dict(source.provenance) if provenance is None else provenance
@@ -106,7 +108,8 @@ def head_atlas(
     spec = ViewSpec(
         kind="head_atlas",
         title=title,
-        caption=caption or f"{over}: {len(order):,} heads at {len(sites)} sites.",
+        caption=caption
+        or f"{over}: {len(order):,} heads at {len(sites)} sites." + ("" if begins is None else f" {begins.why}"),
         facts={
             "groups": groups,
             "metrics": [
@@ -119,6 +122,7 @@ def head_atlas(
         },
         table=_table(groups, names, *several),
         notes=_notes(sites, several[0], names),
+        selection={} if begins is None else begins.selection,
         provenance=provenance or {},
     )
     return HeadAtlas(spec, selection)

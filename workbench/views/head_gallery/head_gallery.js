@@ -4,7 +4,7 @@ import { prepare } from "workbench/shared/canvas.js";
 import { colourAt, gradient } from "workbench/shared/colour.js";
 import { exactly, legend, make, named, roughly } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
-import { drawMap, largestOf, outline, paintMap, paletteOf, tileWidth } from "workbench/shared/maps.js";
+import { drawMap, inTurns, largestOf, outline, paintMap, paletteOf, tileWidth } from "workbench/shared/maps.js";
 import { ceiling } from "workbench/shared/scales.js";
 import { Tiles, Visited } from "workbench/shared/tiles.js";
 
@@ -36,6 +36,7 @@ class Gallery {
     this.settings();
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the heads, or over the large map"], ["Enter", "choose the head in every view"], ["[ ]", "the head before or after"], ["Esc", "choose none"]]);
     this.ready = false;
+    if (frame.spec.selection.heads?.length) this.follow(frame.spec.selection); // where what is chosen is not here
     frame.onSelect((selection) => this.follow(selection));
     this.ready = true;
     frame.onRedraw(() => this.draw());
@@ -47,14 +48,17 @@ class Gallery {
   }
 
   build() {
-    const many = this.facts.heads.length > MANY ? " many" : "";
+    this.many = this.facts.heads.length > MANY;
+    this.turn = 0;
+    /** @type {Promise<void>} */
+    this.painted = Promise.resolve();
     this.small = make("div", { class: "gallery", role: "group", "aria-label": "Heads" });
     this.name = make("h3");
     this.said = make("p", { class: "where" });
     this.large = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "map of a head" });
     this.scale = make("div");
     this.list = make("dl", { class: "numbers" });
-    this.frame.body.append(make("div", { class: `split${many}` }, this.small, make("div", { class: "detail" }, this.name, this.said, this.large, this.scale, this.list, this.frame.pageOfHead())));
+    this.frame.body.append(make("div", { class: `split${this.many ? " many" : ""}` }, this.small, make("div", { class: "detail" }, this.name, this.said, this.large, this.scale, this.list, this.frame.pageOfHead())));
     const other = (event) => this.common(event);
     this.tiles = new Tiles(this.frame, this.small, { words: (i) => this.words(i), choose: (i) => this.choose(i), visit: (i) => this.show(i), other });
     this.visited = new Visited(this.frame, this.large, [this.rows, this.columns], { sentence: () => this.sentence(), draw: () => this.drawLarge(), press: () => this.choose(this.head), enter: () => this.choose(this.head), other });
@@ -198,7 +202,7 @@ class Gallery {
     return this.shared ? this.top : ceiling(largestOf(values));
   }
 
-  /** Paint every small map; what only a choice changes is `mark`. */
+  /** Paint every small map, many in turns; what only a choice changes is `mark`. A promise of the last one. */
   draw() {
     this.palette = paletteOf(this.frame);
     this.top = ceiling(this.largest.reduce((a, b) => Math.max(a, b), 0));
@@ -206,13 +210,30 @@ class Gallery {
     const room = this.frame.body.clientWidth - (matchMedia("(max-width: 760px)").matches ? 0 : 358);
     const width = tileWidth(room, Math.min(most, 16));
     const height = this.rows === 1 ? Math.round(width / 2) : Math.round(Math.min(width * 1.4, (width * this.rows) / this.columns));
-    const paint = (canvas, values) => paintMap(canvas, values, [this.rows, this.columns], { top: this.topOf(values), roots: this.roots, width, height }, this.palette);
-    this.tiles.all.forEach(({ canvas }, head) => paint(canvas, this.map(head)));
+    // Of a wall, what is far from the window keeps its room without being laid out.
+    const lines = this.facts.numbers.includes(this.order) ? 2 : 1;
+    this.small.style.setProperty("--tile", `${width}px ${height + 2 + 14 * lines}px`);
+    const { palette } = this;
+    const paint = (canvas, values) => paintMap(canvas, values, [this.rows, this.columns], { top: this.topOf(values), roots: this.roots, width, height }, palette);
     const size = this.rows * this.columns;
     this.facts.groups.forEach(({ mean }, i) => {
       if (mean !== null) paint(this.means[i], this.frame.blocks.means.data.subarray(mean * size, (mean + 1) * size));
     });
     this.mark();
+    const one = (head) => paint(this.tiles.all[head].canvas, this.map(head));
+    const heads = new Set([...this.tiles.order, ...this.tiles.all.keys()]);
+    this.painted = this.paintAll(heads, one);
+    return this.painted;
+  }
+
+  async paintAll(heads, one) {
+    const turn = ++this.turn; // a later drawing ends this one
+    if (this.many && !this.frame.printing) {
+      this.small.setAttribute("aria-busy", "true");
+      await inTurns(heads, one, () => this.turn === turn);
+      if (this.turn !== turn) return this.painted;
+    } else heads.forEach(one); // a print waits for nobody
+    this.small.removeAttribute("aria-busy");
   }
 
   mark() {

@@ -19,8 +19,9 @@ from workbench.errors import CaptureError, ReportError
 from workbench.hooks.sites import Site
 from workbench.kernels.patterns import Pattern
 from workbench.views.attention_pattern.pyramid import Bytes, quantise
-from workbench.views.attention_pattern.sources import Source, sources_of
+from workbench.views.attention_pattern.sources import Source, of_batch, sources_of
 from workbench.views.base.spec import Array
+from workbench.views.head_atlas.leading import Leading, leading
 from workbench.views.head_atlas.numbers import Scores, of_capture, of_scores
 
 FEW = 300
@@ -37,6 +38,7 @@ class Wall:
         maps: [head, row, column] bytes, see `attention_pattern.pyramid`. block: tokens along an edge of a cell.
         shape: queries and keys. heads: site and number. tokens: texts of queries and keys, where they are known.
         roles: of each head in a word or two, "" for none; None where no roles are known.
+        begins: the head to begin with.
     """
 
     maps: Bytes
@@ -47,6 +49,7 @@ class Wall:
     tokens: tuple[list[str] | None, list[str] | None]
     numbers: dict[str, Array]
     roles: list[str] | None
+    begins: Leading | None
     notes: tuple[str, ...]
 
 
@@ -83,7 +86,8 @@ def wall_of(
         tokens=(shown[0].queries, shown[0].keys),
         numbers=_numbers(capture, heads, scores),
         roles=None if roles is None else _roles(roles, labels_of(heads)),
-        notes=(*_left_out(found, shown), *_not_numbers(unknown)),
+        begins=leading(capture, heads),
+        notes=(*of_batch(shown[0].shape[0], batch), *_left_out(found, shown), *_not_numbers(unknown)),
     )
 
 

@@ -85,7 +85,7 @@ class HeadGallery(View):
             panel.set_axis_off()
         if needed > rows:
             figure.supxlabel(f"{rows} of {needed:,} rows; the view has all", fontsize=8)
-        top = float(np.nanmax(_weights(maps), initial=0)) if self.state.get("shared") else None
+        top = _largest(_weights(maps)) if self.state.get("shared") else None
         row = 0
         for group in groups:
             if row == rows:
@@ -138,7 +138,7 @@ class HeadGallery(View):
             panel.fill_between(range(values.shape[1]), np.nan_to_num(values[0]), step="mid", linewidth=0)
             panel.set_ylim(0, top)
             return
-        most = float(np.nanmax(values, initial=0)) if top is None else top
+        most = _largest(values) if top is None else top
         roots = bool(self.state.get("roots", self.spec.facts["roots"]))
         panel.imshow(values, norm=scales.norm(0, most or 1, roots=roots), aspect="equal")
         panel.set_facecolor(scales.unseen_colour())
@@ -149,6 +149,11 @@ def _weights(cells: Array) -> Array:
     if cells.dtype != np.uint8:
         return cells
     return np.where(cells == 0, np.float32(np.nan), dequantise(cells))
+
+
+def _largest(values: Array) -> float:
+    """The largest value that a scale can end at."""
+    return float(values[np.isfinite(values)].max(initial=0))
 
 
 def _wrapped(label: str, longest: int = 13) -> str:
@@ -221,9 +226,12 @@ def head_gallery(
             numbers=wall.numbers,
             roots=True if roots is None else roots,
             title=title,
-            caption=caption or f"The patterns of {len(wall.heads):,} heads over {over}, {cells}.",
+            caption=caption
+            or f"The patterns of {len(wall.heads):,} heads over {over}, {cells}."
+            + ("" if wall.begins is None else f" {wall.begins.why}"),
             notes=(*notes, "Weights are kept in 8 bits after a square root: the error is at most 0.004.", *wall.notes),
             provenance=maps.provenance if provenance is None else provenance,
+            begins={} if wall.begins is None else wall.begins.selection,
             selection=selection,
             inputs=None if wall.tokens[0] is None else inputs_of(wall.tokens[0]),
         )
@@ -259,6 +267,7 @@ def _made(
     notes: tuple[str, ...],
     provenance: Mapping[str, Any],
     selection: SharedSelection | None,
+    begins: Mapping[str, Any] | None = None,
     inputs: str | None = None,
 ) -> HeadGallery:
     n = len(maps)
@@ -321,6 +330,7 @@ def _made(
             **found,
         },
         notes=notes,
+        selection=begins or {},
         provenance=provenance,
         inputs=inputs,
     )

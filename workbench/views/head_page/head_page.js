@@ -32,6 +32,7 @@ class HeadPage {
     frame.body.append(this.body);
     this.body.addEventListener("keydown", (event) => this.key(event));
     frame.offerKeys([["[ ], ← →, Home, End", "the head before or after, the first and the last"], ["Enter", "choose the row, or the head at the other end of an edge, in every view"]]);
+    if (frame.spec.selection.heads?.length) this.follow(frame.spec.selection); // where what is chosen is not here
     frame.onSelect((selection) => this.follow(selection));
   }
 

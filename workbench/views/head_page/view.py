@@ -13,11 +13,13 @@ from workbench.analysis.importance import HeadImportance
 from workbench.analysis.logits import LogitAttribution
 from workbench.capture.capture import Capture
 from workbench.errors import ReportError, nearest
+from workbench.hooks.sites import Site
 from workbench.tokens import visible
 from workbench.views.base import scales
-from workbench.views.base.selection import SharedSelection, inputs_of
+from workbench.views.base.selection import Selection, SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
+from workbench.views.head_atlas.leading import leading
 from workbench.views.head_page.gathering import Rows, circuit_facts, heads_of, named_circuits, numbers_of, rows_of
 
 if TYPE_CHECKING:
@@ -32,10 +34,12 @@ class HeadPage(View):
     @property
     def at(self) -> int:
         """The row of the head that is shown: the first of those chosen."""
-        heads, chosen = self.spec.facts["heads"], self.chosen
-        leads = [i for i, each in enumerate(heads) if chosen.heads[:1] == (each["head"],)]
-        found = (i for i in leads if chosen.has(heads[i]["layer"], heads[i]["head"], heads[i]["site"]))
-        return next(found, 0)
+        heads = self.spec.facts["heads"]
+        for one in (self.chosen, Selection.of(self.spec.selection)):
+            for i, each in enumerate(heads):
+                if one.heads[:1] == (each["head"],) and one.has(each["layer"], each["head"], each["site"]):
+                    return i
+        return 0
 
     def picture(self, figure: Figure) -> None:
         facts, values = self.spec.facts, self.spec.blocks["values"]
@@ -96,7 +100,7 @@ def head(
     rows = rows_of(capture, every, n_rows)
     named = {} if roles is None else dict(zip(roles.heads, roles.roles, strict=True))
     several = len({site.layer for site, _ in every}) < len({site.name for site, _ in every})
-    first = labels.index(head) if head is not None else _leading(rows, len(labels))
+    first = labels.index(head) if head is not None else _leading(capture, every, rows)
     site, number = every[first]
     texts = [] if rows is None else rows.texts
     n_prompts = sum(call[0].shape[0] for call in capture.calls)
@@ -148,9 +152,12 @@ def head(
     return made
 
 
-def _leading(rows: Rows | None, n: int) -> int:
-    """The head whose strongest rows are strongest beyond the first key."""
-    if rows is None or not n or not np.isfinite(rows.weight).any():
+def _leading(capture: Capture, heads: Sequence[tuple[Site, int]], rows: Rows | None) -> int:
+    """The head that leads by the capture's statistics, else the one whose strongest rows are strongest."""
+    found = leading(capture, heads)
+    if found is not None:
+        return [(site.name, head) for site, head in heads].index((found.head[0].name, found.head[1]))
+    if rows is None or not heads or not np.isfinite(rows.weight).any():
         return 0
     return int(np.nan_to_num(rows.weight).mean(1).argmax())
 

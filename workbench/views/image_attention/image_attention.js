@@ -39,6 +39,7 @@ class Images {
     this.build();
     frame.offerKeys([["← → ↑ ↓, Home, End", "move over the patches, the heads or the images"], ["Enter", "look from this patch; choose the head or image in every view"], ["c", "look from CLS"], ["r", "what patches receive"], ["Esc", "choose none"]]);
     this.ready = false;
+    if (frame.spec.selection.heads?.length) this.follow(frame.spec.selection); // where what is chosen is not here
     frame.onSelect((selection) => this.follow(selection));
     this.ready = true;
     frame.onRedraw(() => this.draw());

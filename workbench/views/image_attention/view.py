@@ -16,9 +16,10 @@ from workbench.analysis.profile.places import Places
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import scales
-from workbench.views.base.selection import SharedSelection, inputs_of
+from workbench.views.base.selection import Selection, SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View
+from workbench.views.head_atlas.leading import leading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,9 +39,14 @@ class ImageAttention(View):
         facts, pixels = self.spec.facts, self.spec.blocks["pixels"]
         chosen, state = self.chosen, self.state
         heads = facts["heads"]
-        leads = [i for i, head in enumerate(heads) if chosen.heads[:1] == (head["head"],)]
         at = next(
-            (i for i in leads if chosen.has(heads[i]["layer"], heads[i]["head"], heads[i]["site"])), facts["first"]
+            (
+                i
+                for one in (chosen, Selection.of(self.spec.selection))
+                for i, each in enumerate(heads)
+                if one.heads[:1] == (each["head"],) and one.has(each["layer"], each["head"], each["site"])
+            ),
+            facts["first"],
         )
         start = 0 if chosen.example is None or chosen.example >= len(pixels) else chosen.example
         start = max(0, min(start, len(pixels) - _PICTURED))  # the chosen image is among those that are pictured
@@ -144,6 +150,7 @@ def image_attention(
     heads = [(site, h) for site in chosen for h in range(cap.calls[0][site].shape[1])]
     named = [visible(str(label)) for label in (range(n) if labels is None else labels)]
     several = len({site.layer for site, _ in heads}) < len(chosen)
+    begins = leading(cap, heads)
     notes = ["Weights are kept in 8 bits after a square root: the error is at most 0.004."]
     if not every:
         notes.append("Too many weights for one view: only those from the tokens before the patches are kept.")
@@ -152,7 +159,8 @@ def image_attention(
         title=title,
         caption=caption
         or f"{len(heads):,} heads on {n:,} images of {places.rows} x {places.columns} patches: weights of each query "
-        f"over all keys, of which those on patches are drawn.",
+        f"over all keys, of which those on patches are drawn."
+        + ("" if begins is None else f" {begins.why}"),
         facts={
             "grid": [places.rows, places.columns],
             "prefix": places.prefix,
@@ -162,7 +170,7 @@ def image_attention(
                 {"label": label, "layer": site.layer, "head": h, "site": visible(site.name) if several else None}
                 for label, (site, h) in zip(labels_of(heads), heads, strict=True)
             ],
-            "first": len(heads) - cap.calls[0][chosen[-1]].shape[1],
+            "first": len(heads) - cap.calls[0][chosen[-1]].shape[1],  # of the last layer, unless statistics tell
         },
         blocks={"pixels": pixels, "weights": weights, "received": received},
         table={
@@ -171,6 +179,7 @@ def image_attention(
             **{f"largest {name}": values.ravel() for name, values in largest.items()},
         },
         notes=tuple(notes),
+        selection={} if begins is None else begins.selection,
         provenance=dict(cap.provenance),
         inputs=inputs_of([hashlib.sha256(image).hexdigest() for image in pixels]),
     )

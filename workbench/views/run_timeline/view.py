@@ -43,17 +43,22 @@ class RunTimeline(View):
         starts, ends = blocks["spans"]
         entered, seen, took = blocks["times"]
         lanes = blocks["threads"][blocks["forward"]]
+        names = [site["name"] for site in facts["sites"]]
+        here = self.chosen.site in names
+        chosen = blocks["site"] == names.index(self.chosen.site) if here else np.ones(len(seen), bool)
         for thread in range(threads):
             mine = blocks["threads"] == thread
             spans = list(zip(1e3 * starts[mine], 1e3 * (ends - starts)[mine], strict=True))
             axes.broken_barh(spans, (3 * thread, 0.5), facecolor="none", edgecolor=muted, linewidth=0.8)
             calls = lanes == thread
             for kernel in range(len(facts["kernels"])):
-                these = calls & (blocks["kernel"] == kernel)
-                begins = np.where(np.isnan(entered), seen, entered)[these]
-                bars = list(zip(1e3 * begins, 1e3 * (seen[these] - begins), strict=True))
                 colour = _colour(facts, kernel)
-                axes.broken_barh(bars, (3 * thread + 0.7, 1.0), facecolor=colour, edgecolor=colour, linewidth=0.3)
+                for group, alpha in ((chosen, 1.0), (~chosen, 0.35)):
+                    these = calls & (blocks["kernel"] == kernel) & group
+                    begins = np.where(np.isnan(entered), seen, entered)[these]
+                    bars = list(zip(1e3 * begins, 1e3 * (seen[these] - begins), strict=True))
+                    look: dict[str, Any] = {"facecolor": colour, "edgecolor": colour, "linewidth": 0.3, "alpha": alpha}
+                    axes.broken_barh(bars, (3 * thread + 0.7, 1.0), **look)
             ours = list(zip(1e3 * seen[calls], 1e3 * took[calls], strict=True))
             axes.broken_barh(ours, (3 * thread + 1.8, 0.6), facecolor=muted, alpha=0.45, edgecolor="none")
         axes.set_yticks([3 * thread + 1.2 for thread in range(threads)], [f"thread {t}" for t in range(threads)])

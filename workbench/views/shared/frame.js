@@ -3,7 +3,7 @@
 import { decode } from "./blocks.js";
 import { csvOf } from "./csv.js";
 import { button, download, make, roving } from "./dom.js";
-import { figureOf, pictureOf } from "./paper.js";
+import { Kernel } from "./kernel.js";
 import { sharedSelection } from "./selection.js";
 import { Settings } from "./settings.js";
 
@@ -31,18 +31,15 @@ export class Frame {
     this.blocks = blocks;
     this.facts = spec.facts;
     this.live = Boolean(model.get("live"));
-    this.number = 0;
-    this.waiting = new Map();
+    this.kernel = this.live ? new Kernel(model) : null;
     this.endings = [];
     this.redraws = new Set();
     this.settings = new Settings(this);
-    this.store = sharedSelection().of(spec.scope);
+    this.store = sharedSelection().of(spec.scope, spec.selection);
     this.build();
     this.watchTheme();
     this.watchSelection();
     if (this.live) this.replaceStill();
-    this.onMessage = (content, buffers) => this.answered(content, buffers);
-    model.on("msg:custom", this.onMessage);
   }
 
   build() {
@@ -94,12 +91,19 @@ export class Frame {
 
   /** Hand the figure out, with its words around it: `form` is "svg" or "png". */
   async save(form) {
+    const slow = setTimeout(() => this.say("Waiting for the kernel, which has what draws figures."), 600);
     try {
+      const { figureOf, pictureOf } = await import("./paper.js");
+      clearTimeout(slow);
       const figure = await figureOf(this);
       const blob = form === "svg" ? figure.svg : await pictureOf(figure);
-      download(`${this.fileName()}.${form}`, form === "svg" ? "image/svg+xml" : "image/png", [blob]);
+      const name = `${this.fileName()}.${form}`;
+      download(name, form === "svg" ? "image/svg+xml" : "image/png", [blob]);
+      this.say(`The figure is in ${name}.`);
     } catch (error) {
       this.say(`The figure could not be made: ${error.message}`);
+    } finally {
+      clearTimeout(slow);
     }
   }
 
@@ -247,9 +251,8 @@ export class Frame {
   }
 
   watchSelection() {
-    if (this.live) this.store.begin(this.model.get("selection"), true);
-    this.store.begin(this.spec.selection);
-    this.onKernel = () => this.store.select(this.model.get("selection"));
+    this.onKernel = () => this.store.take(this.model.get("selection"));
+    if (this.live) this.onKernel();
     this.model.on("change:selection", this.onKernel);
   }
 
@@ -278,6 +281,7 @@ export class Frame {
   /** Draw again when the theme or the width changes, and once now. */
   onRedraw(draw) {
     this.redraws.add(draw);
+    this.width = this.body.clientWidth || undefined; // where it is on the page already, it is drawn for this width
     draw();
   }
 
@@ -321,20 +325,7 @@ export class Frame {
 
   /** Ask the kernel; the answer has `buffers`. Rejects with the kernel's words, or at once where no kernel lives. */
   ask(question) {
-    if (!this.live) return Promise.reject(new Error("no kernel is connected"));
-    const number = ++this.number;
-    return new Promise((resolve, reject) => {
-      this.waiting.set(number, { resolve, reject });
-      this.model.send({ ...question, number });
-    });
-  }
-
-  answered(content, buffers) {
-    const waiting = this.waiting.get(content.number);
-    if (!waiting) return;
-    this.waiting.delete(content.number);
-    if (content.error) waiting.reject(new Error(content.error));
-    else waiting.resolve({ ...content, buffers });
+    return this.kernel ? this.kernel.ask(question) : Promise.reject(new Error("no kernel is connected"));
   }
 
   /** Hide the picture that stands for this view where nothing lives behind it; it comes after the view, and anew with it. */
@@ -349,10 +340,8 @@ export class Frame {
 
   close() {
     clearTimeout(this.speaking);
-    this.model.off("msg:custom", this.onMessage);
+    this.kernel?.close();
     this.model.off("change:selection", this.onKernel);
     for (const end of this.endings) end();
-    for (const { reject } of this.waiting.values()) reject(new Error("the view was closed"));
-    this.waiting.clear();
   }
 }

@@ -4,10 +4,10 @@ import { prepare } from "./canvas.js";
 import { colourAt, css, rgbOf } from "./colour.js";
 import { make } from "./dom.js";
 
-/** The largest known value; 1 where there is none above 0. */
+/** The largest value that a scale can end at; 1 where there is none above 0. */
 export function largestOf(values) {
   let top = 0;
-  for (const value of values) if (value > top) top = value;
+  for (const value of values) if (value > top && value < Infinity) top = value;
   return top || 1;
 }
 
@@ -59,6 +59,27 @@ export function drawMap(ink, values, [rows, columns], { top, roots }, box, palet
   sheet.getContext("2d").putImageData(pixelsOf(values, rows, columns, top, roots, palette), 0, 0);
   ink.imageSmoothingEnabled = columns > box.width * (window.devicePixelRatio || 1);
   ink.drawImage(sheet, box.x, box.y, box.width, box.height);
+}
+
+const TURN = 10; // milliseconds, which leave a frame room for everything else
+
+/**
+ * Act on each of many things, in turns between which whoever reads the page gets on with it.
+ * @template Thing
+ * @param {Iterable<Thing>} things
+ * @param {(thing: Thing) => void} act
+ * @param {() => boolean} wanted whether it is still
+ */
+export async function inTurns(things, act, wanted) {
+  let until = performance.now() + TURN;
+  for (const thing of things) {
+    if (performance.now() > until) {
+      await new Promise((next) => setTimeout(next));
+      if (!wanted()) return;
+      until = performance.now() + TURN;
+    }
+    act(thing);
+  }
 }
 
 /** A frame around a box, on paper so that it shows on every colour. */

@@ -13,10 +13,17 @@ export function sharedSelection() {
   return globalThis[STORE];
 }
 
+/** A selection's values of one part, or nothing where none of them is set. */
+function partOf(selection, names) {
+  const set = names.some((name) => name in selection && JSON.stringify(selection[name]) !== JSON.stringify(NOTHING[name]));
+  return set ? Object.fromEntries(names.filter((name) => name in selection).map((name) => [name, selection[name]])) : undefined;
+}
+
 /** A scope says which model's heads and which inputs' positions are chosen; null: those of the only one there is. */
 class Store {
   constructor() {
     this.chosen = { model: new Map(), inputs: new Map() };
+    this.begun = { model: new Map(), inputs: new Map() };
     this.known = { model: [], inputs: [] };
     this.followers = new Set();
     /** @type {() => void} called after every change of what is selected anywhere */
@@ -30,10 +37,15 @@ class Store {
     this.tell();
   }
 
-  /** What a view selects from and follows. */
-  of(scope) {
+  /** What a view selects from and follows; `first` is what it begins with. */
+  of(scope, first = {}) {
+    for (const [part, names] of PARTS) {
+      const own = partOf(first, names);
+      const name = this.name(part, scope);
+      if (own && !this.begun[part].has(name)) this.begun[part].set(name, own);
+    }
     this.join(scope);
-    return new Scoped(this, scope);
+    return new Scoped(this, scope, first);
   }
 
   name(part, scope) {
@@ -45,15 +57,21 @@ class Store {
     return this.known[part].length === 1 ? this.known[part] : [...this.known[part], ""];
   }
 
-  value(scope) {
-    return { ...NOTHING, ...this.chosen.model.get(this.name("model", scope)), ...this.chosen.inputs.get(this.name("inputs", scope)) };
+  /** What is shown in a scope: of each part what was chosen, else what the view begins with, else what another one does. */
+  value(scope, first = {}) {
+    const parts = PARTS.map(([part, names]) => {
+      const name = this.name(part, scope);
+      return this.chosen[part].get(name) ?? partOf(first, names) ?? this.begun[part].get(name);
+    });
+    return Object.assign({ ...NOTHING }, ...parts);
   }
 
-  select(scope, change) {
+  /** Change some of what is shown in a scope. */
+  select(scope, change, first = {}) {
+    const shown = this.value(scope, first);
     for (const [part, names] of PARTS) {
-      const own = Object.fromEntries(Object.entries(change).filter(([name]) => names.includes(name)));
-      const name = this.name(part, scope);
-      if (Object.keys(own).length) this.chosen[part].set(name, { ...this.chosen[part].get(name), ...own });
+      if (!names.some((name) => name in change)) continue;
+      this.chosen[part].set(this.name(part, scope), Object.fromEntries(names.map((name) => [name, name in change ? change[name] : shown[name]])));
     }
     this.tell();
   }
@@ -61,7 +79,7 @@ class Store {
   /** Tell everyone for whom something changed. */
   tell() {
     for (const follower of [...this.followers]) {
-      const value = this.value(follower.scope);
+      const value = this.value(follower.scope, follower.first);
       if (JSON.stringify(value) === JSON.stringify(follower.value)) continue;
       follower.value = value;
       follower.told(value);
@@ -94,35 +112,34 @@ class Store {
   }
 }
 
-/** The selection of one scope. */
+/** The selection of one scope, as a view sees it. */
 class Scoped {
-  constructor(store, scope) {
+  constructor(store, scope, first) {
     this.store = store;
     this.scope = scope;
+    this.first = first;
   }
 
   get value() {
-    return this.store.value(this.scope);
+    return this.store.value(this.scope, this.first);
   }
 
   /** Change some of the selection; everyone who follows is told, unless nothing changed. */
   select(change) {
-    this.store.select(this.scope, change);
+    this.store.select(this.scope, change, this.first);
   }
 
-  /** What a view begins with: its heads, and its positions, where none are chosen yet, or in place of those that are. */
-  begin(first, instead = false) {
-    const { value } = this;
-    const isSet = (selection, name) => name in selection && JSON.stringify(selection[name]) !== JSON.stringify(NOTHING[name]);
-    for (const [, names] of PARTS) {
-      if (!names.some((name) => isSet(first, name)) || (!instead && names.some((name) => isSet(value, name)))) continue;
-      this.select(Object.fromEntries(names.filter((name) => name in first).map((name) => [name, first[name]])));
-    }
+  /** Take what the kernel has; a part of which it has nothing stays as it is until someone chooses in it. */
+  take(selection) {
+    const { store, scope } = this;
+    const parts = PARTS.filter(([part, names]) => partOf(selection, names) || store.chosen[part].has(store.name(part, scope)));
+    const names = parts.flatMap(([, each]) => each).filter((name) => name in selection);
+    if (names.length) this.select(Object.fromEntries(names.map((name) => [name, selection[name]])));
   }
 
   /** Be told of every change; returns what ends that. */
   follow(told) {
-    const follower = { scope: this.scope, told, value: this.value };
+    const follower = { scope: this.scope, first: this.first, told, value: this.value };
     this.store.followers.add(follower);
     return () => this.store.followers.delete(follower);
   }

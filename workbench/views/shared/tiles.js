@@ -63,8 +63,9 @@ export class Tiles {
   /** Which tile is the tab stop, and which are chosen. */
   mark(stop, isChosen) {
     this.all.forEach(({ pressed }, i) => {
-      pressed.tabIndex = i === stop ? 0 : -1;
-      pressed.setAttribute("aria-pressed", `${isChosen(i)}`);
+      const [at, chosen] = [i === stop ? 0 : -1, `${isChosen(i)}`];
+      if (pressed.tabIndex !== at) pressed.tabIndex = at; // of many tiles few change
+      if (pressed.getAttribute("aria-pressed") !== chosen) pressed.setAttribute("aria-pressed", chosen);
     });
   }
 }
