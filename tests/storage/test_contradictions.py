@@ -7,6 +7,7 @@ lies along another axis, cannot fit by chance.
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +39,9 @@ def every_result() -> list[type[Result]]:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
     found = list(Result.__subclasses__())
+    for one in found:  # which grows: some have a base of their own
+        found += one.__subclasses__()
+    found = [one for one in found if not inspect.isabstract(one)]
     return sorted({one for one in found if one.__module__.startswith("workbench.")}, key=lambda one: one.__name__)
 
 

@@ -75,6 +75,8 @@ def test_half_lives_are_those_of_the_mean_decay(name: str) -> None:
         np.testing.assert_allclose(got[np.isfinite(got)], middle[np.isfinite(got)], rtol=1e-4)
         assert np.isfinite(got).any() or np.isinf(middle).all()
         start += len(want)
+    below_one = np.nanmin(table["log₂ half-life"]) < 0
+    assert shown.spec.facts["metrics"][0]["signed"] == below_one  # coloured around one position
     assert ("log₂, slowest tenth of channels" in table) == (name in ("kimi-linear", "jamba"))
 
 

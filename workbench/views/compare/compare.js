@@ -58,7 +58,8 @@ class Compare {
     const [a, b] = ["a", "b"].map((name) => this.frame.blocks[name].data.subarray(pair * cells, (pair + 1) * cells));
     this.pair = pair;
     this.values = [a, b, Float32Array.from(a, (value, i) => value - b[i])];
-    const one = labels.map((label, i) => [label, pairs[pair].of[i]?.label].filter(Boolean).join(" "));
+    const several = pairs.length > 1;
+    const one = labels.map((label, i) => [label, several ? pairs[pair].of[i]?.label : ""].filter(Boolean).join(" "));
     this.names = [...one, `${one[0]} − ${one[1]}`];
   }
 

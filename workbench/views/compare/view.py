@@ -61,7 +61,7 @@ class Compare(View):
         facts, pair = self.spec.facts, self._pair()
         a, b = (self.spec.blocks[name][pair] for name in "ab")
         labels = [
-            f"{label} {head['label']}" if head else label
+            f"{label} {head['label']}" if head and len(facts["pairs"]) > 1 else label
             for label, head in zip(facts["labels"], facts["pairs"][pair]["of"], strict=True)
         ]
         low, high = scales.limits(np.concatenate([a.ravel(), b.ravel()]), signed=facts["signed"])

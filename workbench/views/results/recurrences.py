@@ -63,8 +63,9 @@ def half_lives(capture: Capture, *, selection: SharedSelection | None = None) ->
     scores["half-life"] = _frame(rows, 1, log=False)
     heads = f"{len(rows):,} head{'' if len(rows) == 1 else 's'}"
     return head_atlas(
-        scores, title="Half-lives", unit="positions", signed=False, kind="state",
-        caption=f"In how many positions decay halves what each of {heads} holds, on average over the input.",
+        scores, title="Half-lives", unit="positions", kind="state",
+        caption=f"In how many positions decay halves what each of {heads} holds, on average over the input; of a "
+        "logarithm below 0 in less than one.",
         provenance=capture.provenance, selection=selection,
     )  # fmt: skip
 
@@ -124,7 +125,7 @@ def states(
     return head_gallery(
         sizes.transpose(1, 2).float().cpu().numpy(),
         [(one.site.layer, head) for head in which],
-        axes=Axes("channel of the state", "position", value="size", column_texts=texts),
+        axes=Axes("channel", "position", value="size", column_texts=texts),
         sites=[one.site.name] * len(which),
         numbers={name: value.cpu().numpy() for name, value in numbers.items()},
         title="States",
