@@ -103,6 +103,7 @@ class ProjectionFinder:
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[str, nn.Module]] = {}
+        self._past: set[str] = set()  # sites whose projection is given what something else has made of the heads' outputs
         self._beside: dict[str, str] = {}  # what else the heads' outputs entered, by site
         self._awaited: dict[int, dict[str, Tensor]] = {}  # by thread and site: [batch, query, head · width]
         self._entered: dict[int, dict[str, weakref.ref[Tensor]]] = {}  # what a projection was given, while it lives
@@ -113,7 +114,9 @@ class ProjectionFinder:
 
     def knows_of(self, site: str, name: str, module: nn.Module) -> None:
         """The projection of a site was found by other means: that of a module which has a reader."""
-        self._found.setdefault(site, (name, module))
+        if site not in self._found:
+            self._found[site] = name, module
+            self._past.add(site)
 
     def saw_call(self, site: str, module: nn.Module, z: Tensor) -> None:
         """An attention call gave z [batch, query, head, width], in memory that stays as it is."""
@@ -162,9 +165,14 @@ class ProjectionFinder:
         self._awaited.pop(thread, None)
         self._entered.pop(thread, None)
 
-    def of(self, site: str) -> Projection | None:
-        """The projection of a site, if one was found."""
-        if site not in self._found:
+    def of(self, site: str, *, entering: bool = False) -> Projection | None:
+        """The projection of a site, if one was found.
+
+        Args:
+            entering: what enters it is at hand, beside the heads' outputs. Where it is not, a projection that is given
+                something else than these outputs is of no use.
+        """
+        if site not in self._found or (site in self._past and not entering):
             return None
         return Projection.of(*self._found[site], self._beside.get(site, ""))
 

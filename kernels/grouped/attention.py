@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench.errors import CaptureError
+from workbench.kernels.checks import check_attention
 from workbench.kernels.grouped.pattern import gathered
 
 
@@ -32,10 +34,19 @@ def group_weights(
             do; their weights are zero all the same, so that rows sum to less than one.
 
     A row that sees nothing has zeros.
+
+    Raises:
+        CaptureError: queries and keys of different heads.
     """
+    if q.shape[1] != k.shape[1]:
+        raise CaptureError(
+            f"groups of {q.shape[1]} heads take as many of keys, not {k.shape[1]}",
+            shape=k.shape,
+            hint="repeat keys and values for the heads that share them",
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (gathered(q, rows) @ gathered(k, columns).mT).to(dtype) * scale
+    scores = gathered(q.to(dtype), rows) @ gathered(k.to(dtype), columns).mT * scale
     if bias is not None:
         scores = scores + bias
     none = (columns < 0)[..., None, :]
@@ -47,3 +58,10 @@ def group_weights(
     low = torch.finfo(dtype).min
     weights = scores.masked_fill(blind, low).softmax(-1)
     return weights.masked_fill(blind | none | (rows < 0)[..., None], 0)
+
+
+def check_sequence(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """Raise a CaptureError unless queries, keys and values can meet in attention and are of the same positions."""
+    check_attention(q, k, v)
+    if q.shape[2] != k.shape[2]:
+        raise CaptureError(f"groups are of one sequence, not of {q.shape[2]} queries and {k.shape[2]} keys")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.checks import check_attention, check_range
+from workbench.kernels.checks import check_range
 from workbench.kernels.functions import attention_function
-from workbench.kernels.grouped.attention import group_weights
+from workbench.kernels.grouped.attention import check_sequence, group_weights
 from workbench.kernels.grouped.pattern import GroupedPattern, apply_groups
 
 
@@ -36,15 +36,15 @@ def halo_groups(grid: tuple[int, int], block: int, halo: int) -> tuple[Tensor, T
             f"blocks of {block} do not divide a grid of {height} × {width}",
             hint=f"take a block that divides both, at most {min(grid)}",
         )
-    tops, lefts = torch.meshgrid(torch.arange(0, height, block), torch.arange(0, width, block), indexing="ij")
-
     def square(first: int, size: int) -> Tensor:
+        tops, lefts = torch.meshgrid(torch.arange(0, height, block), torch.arange(0, width, block), indexing="ij")
         y, x = (t.flatten()[:, None, None] + first for t in (tops, lefts))
         y, x = y + torch.arange(size)[:, None], x + torch.arange(size)
         inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
         return (y * width + x).where(inside, -1).flatten(1)
 
-    return square(0, block), square(-halo, block + 2 * halo)
+    with torch.inference_mode(False):  # they are kept, also for calls whose gradients need them
+        return square(0, block), square(-halo, block + 2 * halo)
 
 
 def _pattern(
@@ -60,6 +60,7 @@ def _pattern(
     scaled_positions: bool = False,
     pads: bool = False,
 ) -> GroupedPattern:
+    check_sequence(q, k)
     rows, columns = _groups(q, grid, block, halo)
     bias = _positions(q, rows, block, halo, rel_height, rel_width, scale if scaled_positions else 1.0)
     weights = group_weights(q, k, rows, columns, scale=scale, bias=bias, pads=pads)
@@ -102,7 +103,7 @@ def halo_attention(
     >>> halo_attention(q, k, v, grid=(4, 6), block=2, halo=1).shape
     torch.Size([1, 2, 24, 8])
     """
-    check_attention(q, k, v)
+    check_sequence(q, k, v)
     rows, columns = _groups(q, grid, block, halo)
     bias = _positions(q, rows, block, halo, rel_height, rel_width, scale if scaled_positions else 1.0)
     weights = group_weights(q, k, rows, columns, scale=scale, bias=bias, pads=pads)
@@ -131,6 +132,7 @@ def _positions(
                 f"{name} must be [{2 * edge - 1}, {q.shape[-1]}] for windows of {edge}", shape=table.shape
             )
     factor = q.shape[-1] ** -0.5 if factor is None else factor
+    q, height, width = (t if t.dtype == torch.float64 else t.float() for t in (q, height, width))
     each = q[:, :, rows[0, 0]].unflatten(3, (block, block))  # [batch, head, group, y, x, d]
     offset = edge - 1 + torch.arange(edge, device=q.device) - torch.arange(block, device=q.device)[:, None]
     by_row = torch.einsum("bhgyxd,ykd->bhgyxk", each, height[offset])  # k counts the rows of the window

@@ -7,9 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from workbench.kernels.checks import check_attention, check_range
+from workbench.kernels.checks import check_range
 from workbench.kernels.functions import attention_function
-from workbench.kernels.grouped.attention import group_weights
+from workbench.kernels.grouped.attention import check_sequence, group_weights
 from workbench.kernels.grouped.pattern import GroupedPattern, apply_groups
 
 
@@ -24,10 +24,11 @@ def local_groups(n: int, block: int, back: int, ahead: int) -> tuple[Tensor, Ten
     ([[0, 1], [2, -1]], [[-1, -1, 0, 1], [0, 1, 2, -1]])
     """
     check_range("block", block, 1, None)
-    starts = torch.arange(0, n, block)[:, None]
-    rows = starts + torch.arange(block)
-    columns = starts + torch.arange(-back * block, (ahead + 1) * block)
-    return tuple(t.where((t >= 0) & (t < n), -1) for t in (rows, columns))  # type: ignore[return-value]
+    with torch.inference_mode(False):  # they are kept, also for calls whose gradients need them
+        starts = torch.arange(0, n, block)[:, None]
+        rows = starts + torch.arange(block)
+        columns = starts + torch.arange(-back * block, (ahead + 1) * block)
+        return tuple(t.where((t >= 0) & (t < n), -1) for t in (rows, columns))  # type: ignore[return-value]
 
 
 def _groups(q: Tensor, block: int, causal: bool) -> tuple[Tensor, Tensor]:
@@ -36,6 +37,7 @@ def _groups(q: Tensor, block: int, causal: bool) -> tuple[Tensor, Tensor]:
 
 
 def _pattern(q: Tensor, k: Tensor, *, block: int, causal: bool = False, scale: float | None = None) -> GroupedPattern:
+    check_sequence(q, k)
     rows, columns = _groups(q, block, causal)
     weights = group_weights(q, k, rows, columns, scale=scale, causal=causal)
     return GroupedPattern(weights, rows, columns, q.shape[2], k.shape[2], causal=causal)
@@ -63,7 +65,7 @@ def local_attention(
     >>> local_attention(q, k, v, block=3, causal=True).shape
     torch.Size([1, 2, 7, 4])
     """
-    check_attention(q, k, v)
+    check_sequence(q, k, v)
     rows, columns = _groups(q, block, causal)
     weights = group_weights(q, k, rows, columns, scale=scale, causal=causal)
     return apply_groups(weights, v.to(weights.dtype), rows, columns, q.shape[2]).to(v.dtype)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.checks import LARGEST, check_attention, check_range
+from workbench.kernels.checks import LARGEST, check_range
 from workbench.kernels.functions import attention_function
+from workbench.kernels.grouped.attention import check_sequence
 from workbench.kernels.layouts import Layout
 from workbench.kernels.masks import Mask
 from workbench.kernels.softmax import SoftmaxPattern
@@ -120,8 +121,8 @@ class ShiftedPattern(SoftmaxPattern):
         lse: Tensor | None = None,
         values: Tensor | None = None,
     ) -> None:
-        check_attention(q, k)
-        _check_sizes(q, k, layout)
+        check_sequence(q, k)
+        _check_sizes(q, layout)
         n, plain = layout.n, layout.causal and not layout.wrap
         super().__init__(
             q, k, Mask(n, n, causal=plain, layout=layout, n_heads=q.shape[1]), scale=scale, lse=lse, values=values
@@ -184,9 +185,9 @@ def shifted_attention(
     >>> shifted_attention(q, k, v, group=4).shape
     torch.Size([1, 2, 6, 4])
     """
-    check_attention(q, k, v)
+    check_sequence(q, k, v)
     layout = ShiftedLayout(q.shape[2], group, tuple(shifted), n_sinks, wrap, causal)
-    _check_sizes(q, k, layout)
+    _check_sizes(q, layout)
     repeat = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(repeat, dim=1) for t in (k, v))
     in_part = q.shape[1] // len(layout.shifted)
@@ -244,9 +245,9 @@ def _with_sinks(
     return torch.cat((seen, mask), dim=2), [grouped[0], *longer]
 
 
-def _check_sizes(q: Tensor, k: Tensor, layout: ShiftedLayout) -> None:
-    if q.shape[2] != k.shape[2] or q.shape[2] != layout.n:
-        raise CaptureError(f"groups are of one sequence, not of {q.shape[2]} queries and {k.shape[2]} keys")
+def _check_sizes(q: Tensor, layout: ShiftedLayout) -> None:
+    if q.shape[2] != layout.n:
+        raise CaptureError(f"the layout is of {layout.n} positions, not of {q.shape[2]}", shape=q.shape)
     if q.shape[1] % len(layout.shifted):
         raise CaptureError(
             f"{q.shape[1]} heads are no multiple of the {len(layout.shifted)} parts in `shifted`",

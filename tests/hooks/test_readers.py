@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import workbench
 from workbench import CaptureError, InterventionError, Mixing, ModuleRun
+from workbench.capture.site_capture import joined_outputs
 from workbench.hooks.readers import registered
 from workbench.kernels.patterns import DensePattern
 from workbench.kernels.state_space import SelectivePattern
@@ -191,6 +192,48 @@ def test_sweeps_take_them(model: nn.Module) -> None:
         for head in range(3):
             with wb.ablate(("first", head)):
                 torch.testing.assert_close(found.values[head, 0], model(X).mean((1, 2)).double())
+
+
+class Late(nn.Module):
+    """A gated mean, whose projection is not the last step over long inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(12, 12)
+
+    def finish(self, z: Tensor, x: Tensor) -> Tensor:
+        y: Tensor = self.out(z.transpose(1, 2).flatten(2) * x.sigmoid())
+        return y if x.shape[1] < 5 else y + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(x.mean(1, keepdim=True).expand_as(x).unflatten(-1, (3, 4)).transpose(1, 2), x)
+
+
+@torch.no_grad()
+def test_results_are_of_what_entered_the_projection_in_that_forward() -> None:
+    def read(run: ModuleRun) -> Mixing:
+        x, module = run.inputs["x"], run.module
+        weights = x.new_full((len(x), 3, x.shape[1], x.shape[1]), 1 / x.shape[1])
+        values = x.unflatten(-1, (3, 4)).transpose(1, 2)
+        return Mixing(DensePattern(weights), values, lambda z: module.finish(z, x))  # type: ignore[operator]
+
+    workbench.reader(Late, kind="self")(read)
+    model = nn.Sequential(Late()).eval()
+    with workbench.attach(model) as wb, wb.capture(z=True) as cap:
+        short = model(X[:, :4])
+        model(X)
+    first, second = (forward.sites["0"] for forward in cap.forwards)
+    torch.testing.assert_close(first.result().sum(2) + model[0].out.bias, short)
+    assert second.entering is None
+    with pytest.raises(CaptureError, match="output projection of the site is not known"):
+        second.result()
+    for both in ([first, second], [second, first]):
+        joined = joined_outputs(both)
+        assert joined["entering"] is None
+        assert joined["projection"] is None
+    again = joined_outputs([first, first])
+    assert torch.equal(again["entering"], torch.cat([first.entering] * 2, dim=1))
+    assert again["projection"] is first.projection
 
 
 @torch.no_grad()

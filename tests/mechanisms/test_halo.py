@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from support.unavailable import unavailable
 from support.vision import timm
 from workbench import WorkbenchError, mechanisms
 from workbench.errors import CaptureError
-from workbench.kernels.grouped import halo_attention
+from workbench.kernels.grouped import halo_attention, halo_groups, local_attention, shifted_attention
 from workbench.kernels.neighborhood import NeighborhoodLayout
 from workbench.mechanisms import Place
 
@@ -116,6 +117,47 @@ def test_its_limits_are_windows_single_pixels_and_all_of_the_image() -> None:
         torch.testing.assert_close(halo_attention(q, k, v, grid=GRID, **options), want, atol=1e-12, rtol=1e-10)
         pattern = halo_attention.pattern_of(q, k, v, grid=GRID, **options)
         assert torch.equal(pattern.seen.queries_per_key.expand(1, 4, -1)[0, 0], mask.sum(0))
+
+
+def test_gradients_come_after_a_call_that_had_none() -> None:
+    halo_groups.cache_clear()
+    tables = dict(zip(("rel_height", "rel_width"), torch.randn(2, 13, 6, dtype=torch.float64), strict=True))
+    q, k, v = _random()
+    with torch.inference_mode():
+        halo_attention(q, k, v, grid=GRID, block=3, halo=2, **tables)
+    q.requires_grad_()
+    halo_attention(q, k, v, grid=GRID, block=3, halo=2, **tables).sum().backward()
+    assert q.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_large_scores_of_halves_are_those_of_float64(dtype: torch.dtype) -> None:
+    q, k, v = ((8 * t).to(dtype) for t in _random(width=64))
+    v = v / 8
+    tables = dict(zip(("rel_height", "rel_width"), torch.randn(2, 13, 64).to(dtype), strict=True))
+    wide = {name: table.double() for name, table in tables.items()}
+    z = halo_attention(q, k, v, grid=GRID, block=3, halo=2, **tables)
+    want = halo_attention(q.double(), k.double(), v.double(), grid=GRID, block=3, halo=2, **wide)
+    torch.testing.assert_close(z.double(), want, atol=1e-3, rtol=torch.finfo(dtype).eps)
+    assert halo_attention(q * 50, k * 50, v, grid=GRID, block=3, halo=2).isfinite().all()
+
+
+@pytest.mark.parametrize("attend", [
+    partial(halo_attention, grid=GRID, block=3, halo=2), partial(local_attention, block=4),
+    partial(shifted_attention, group=6),
+])  # fmt: skip
+def test_queries_and_keys_are_of_one_sequence(attend: Any) -> None:
+    q, k, v = _random()
+    more = torch.cat((k, k[:, :, :3]), dim=2)
+    pattern_of = partial(attend.func.pattern_of, **attend.keywords)
+    with pytest.raises(CaptureError, match="one sequence, not of 54 queries and 57 keys"):
+        attend(q, more, more)
+    with pytest.raises(CaptureError, match="one sequence, not of 54 queries and 57 keys"):
+        pattern_of(q, more, more)
+    if attend.func is not shifted_attention:
+        with pytest.raises(CaptureError, match="groups of 4 heads take as many of keys, not 2"):
+            attend(q, k[:, :2], v[:, :2])
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from workbench.capture.recurrences import join_recurrence
 from workbench.capture.settings import Settings
-from workbench.capture.site_capture import Forward, SiteCapture
+from workbench.capture.site_capture import Forward, SiteCapture, joined_outputs
 from workbench.errors import CaptureError
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import StateLink
@@ -205,18 +205,17 @@ def _join_site(captures: Sequence[SiteCapture], ids: Tensor | None, settings: Se
         if shard is not None:
             statistics = {name: shard.widened(value) for name, value in statistics.items()}
             pattern = PartOfHeads(pattern, shard.first, shard.n_heads)
-    z = [capture.z for capture in captures if capture.z is not None]
     return replace(
         captures[0],
         shape=pattern.shape,
         statistics=statistics,
         kernel=", ".join(dict.fromkeys(capture.kernel for capture in captures)),
-        z=torch.cat(z, dim=1) if len(z) == len(captures) else None,
         weights=weights,
         lazy=pattern,
         held=captures[0].held if cross else [],  # all else is new
         normalised=pattern.normalised,
         times=None,
+        **joined_outputs(captures),
     )
 
 

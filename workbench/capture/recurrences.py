@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.capture.settings import Settings
-from workbench.capture.site_capture import SiteCapture
+from workbench.capture.site_capture import SiteCapture, joined_outputs
 from workbench.errors import CaptureError
 from workbench.hooks.tap import StateLink
 from workbench.kernels import streaming
@@ -43,8 +43,6 @@ def join_recurrence(captures: Sequence[SiteCapture], settings: Settings, ids: Te
             "gradients at single steps cannot be joined", site=site.name, hint="run the whole sequence in one forward"
         )
     patterns = [capture.pattern for capture in captures]
-    z = [capture.z for capture in captures if capture.z is not None]
-    entering = [capture.entering for capture in captures if capture.entering is not None]
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(patterns[0].device.type, enabled=False):
             pattern = patterns[0].then(patterns[1:])
@@ -58,15 +56,13 @@ def join_recurrence(captures: Sequence[SiteCapture], settings: Settings, ids: Te
         shape=pattern.shape,
         statistics=statistics,
         kernel=", ".join(dict.fromkeys(capture.kernel for capture in captures)),
-        z=torch.cat(z, dim=1) if len(z) == len(captures) else None,
-        entering=torch.cat(entering, dim=1) if len(entering) == len(captures) else None,
-        projection=first.projection if not z or entering else None,
         weights=weights,
         lazy=pattern,
         held=[],
         times=None,
         before=None if pattern.before is None else pattern.before.transpose(1, 2),
         state=StateLink(first.state.found, captures[-1].state.left),
+        **joined_outputs(captures),
     )
 
 

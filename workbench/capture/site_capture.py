@@ -307,6 +307,16 @@ class Forward:
         return self.ids.get(self.stream(site, axis))
 
 
+def joined_outputs(captures: Sequence[SiteCapture]) -> dict[str, Any]:
+    """z, entering and projection of calls one after another, as fields; None of what not every call has."""
+    rows: dict[str, Any] = {}
+    for name in ("z", "entering"):
+        kept = [tensor for capture in captures if (tensor := getattr(capture, name)) is not None]
+        rows[name] = torch.cat(kept, dim=1) if len(kept) == len(captures) else None
+    alike = len({capture.entering is None for capture in captures}) == 1
+    return rows | {"projection": captures[0].projection if alike else None}
+
+
 def pack(capture: SiteCapture, *, pattern: bool, result: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A site capture as JSON facts and named tensors.
 

@@ -142,7 +142,8 @@ class Recorder:
                     forward.sites[name] = replace(capture, n_calls=calls[capture.site.path])
             if self.settings.z:
                 for name, capture in forward.sites.items():
-                    forward.sites[name] = replace(capture, projection=self.projections.of(capture.site.path))
+                    known = self.projections.of(capture.site.path, entering=capture.entering is not None)
+                    forward.sites[name] = replace(capture, projection=known)
         if running.sequences:
             self._put(running)
 
