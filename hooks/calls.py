@@ -75,7 +75,6 @@ def of_function(
         kernel=function.attention_kernel,
         tap="function",
         build=lambda: function.pattern_of(*args, **kwargs),
-        build_others=lambda: dict(function.pattern_of(*args, **kwargs).factors),
     )
 
 

@@ -103,7 +103,7 @@ class ProjectionFinder:
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[str, nn.Module]] = {}
-        self._past: set[str] = set()  # sites whose projection is given what something else has made of the heads' outputs
+        self._past: set[str] = set()  # sites between whose heads' outputs and projection something lies
         self._beside: dict[str, str] = {}  # what else the heads' outputs entered, by site
         self._awaited: dict[int, dict[str, Tensor]] = {}  # by thread and site: [batch, query, head · width]
         self._entered: dict[int, dict[str, weakref.ref[Tensor]]] = {}  # what a projection was given, while it lives

@@ -100,7 +100,7 @@ class AttentionCall:
         axes: what the axes of `output` are made of, where no such order says it; None for `layout`.
         finish: maps A·V to `output`, for kernels that go on past A·V; None if `output` is A·V.
         build: makes the call's pattern, for kernels that are no softmax; None for those that are.
-        build_others: makes further maps of the call by name, such as the factors of a composed one.
+        build_others: makes further maps of the call by name, beside the factors of its pattern.
         replay: the call happens again in a backward pass (gradient checkpointing).
         windows: how many entries of its batch each of the model's examples has, such as windows of an image.
         block: it is a part of its site's map only; None if it is all of it. joined: how many calls it was made of.

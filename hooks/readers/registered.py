@@ -52,7 +52,7 @@ class Mixing:
         finish: maps A·V [batch, head, query, width] to the module's output (of several, to the first), through
             whatever the module does after mixing: a skip, a gate, a norm, a projection.
         kernel: a short name of the mechanism.
-        others: further maps by name, such as the factors of a composed map, or its local and global halves.
+        others: further maps by name, such as its local and global halves, beside the `factors` of the pattern.
         queries, keys: [batch, group, position, d], where something plays their part.
     """
 
@@ -251,7 +251,7 @@ def read_module(
     except CaptureError as error:
         raise type(error)(error.message, site=error.site or site, shape=error.shape, hint=error.hint) from error
     _check(mixing, site)
-    others, left = {**mixing.pattern.factors, **mixing.others}, _held(module, args, kwargs, output)
+    others, left = dict(mixing.others), _held(module, args, kwargs, output)
     return AttentionCall(
         site=site,
         module=module,

@@ -47,7 +47,7 @@ def agent_attention(
     """softmax(q aᵀ + B₂) · softmax(a kᵀ + B₁) v of n agents a, linear in the length (arXiv 2312.08874).
 
     Args:
-        q: [batch, head, query, d]; k: [batch, head, key, d]; v: [batch, head, key, width].
+        q: [batch, head, query, d]; k: [batch, kv head, key, d]; v: [batch, kv head, key, width].
         agents: a, [batch, head, agent, d].
         aggregate_bias: B₁, [1 or batch, 1 or head, agent, key], added to the scaled scores; None for none.
         broadcast_bias: B₂, [1 or batch, 1 or head, query, agent].
@@ -63,13 +63,14 @@ def agent_attention(
     >>> agent_attention(*torch.ones(3, 1, 2, 5, 4), torch.ones(1, 2, 3, 4)).shape
     torch.Size([1, 2, 5, 4])
     """
-    _check(q, k, agents)
-    gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=aggregate_bias, scale=scale)
+    _check(q, k, agents, v)
+    shared = q.shape[1] != k.shape[1]
+    gathered = F.scaled_dot_product_attention(agents, k, v, attn_mask=aggregate_bias, scale=scale, enable_gqa=shared)
     return F.scaled_dot_product_attention(q, agents, gathered, attn_mask=broadcast_bias, scale=scale)
 
 
-def _check(q: Tensor, k: Tensor, agents: Tensor) -> None:
-    check_attention(q, k)
+def _check(q: Tensor, k: Tensor, agents: Tensor, v: Tensor | None = None) -> None:
+    check_attention(q, k, v)
     if agents.dim() != 4 or agents.shape[:2] != q.shape[:2] or agents.shape[3] != q.shape[3] or not agents.shape[2]:
         b, h, _, d = q.shape
         raise CaptureError(f"agents must be [{b}, {h}, agent, {d}]", shape=agents.shape)

@@ -36,6 +36,7 @@ def halo_groups(grid: tuple[int, int], block: int, halo: int) -> tuple[Tensor, T
             f"blocks of {block} do not divide a grid of {height} × {width}",
             hint=f"take a block that divides both, at most {min(grid)}",
         )
+
     def square(first: int, size: int) -> Tensor:
         tops, lefts = torch.meshgrid(torch.arange(0, height, block), torch.arange(0, width, block), indexing="ij")
         y, x = (t.flatten()[:, None, None] + first for t in (tops, lefts))

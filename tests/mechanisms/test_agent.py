@@ -44,6 +44,8 @@ def test_the_map_has_rows_of_one_and_no_more_rank_than_agents() -> None:
     torch.testing.assert_close(whole.sum(-1), torch.ones(2, 4, 11, dtype=torch.float64))
     assert int(torch.linalg.matrix_rank(whole).max()) == 3
     torch.testing.assert_close(agent_attention(q, k, v, agents), whole @ v)
+    shared = agent_attention.pattern_of(q, k[:, :2], v[:, :2], agents).apply(v[:, :2])
+    torch.testing.assert_close(agent_attention(q, k[:, :2], v[:, :2], agents), shared)
     one = agent_attention.pattern_of(q, k, v, agents[:, :, :1]).dense()
     torch.testing.assert_close(one, one[:, :, :1].expand_as(one))
     parts = sum(pattern.through([m]) for m in range(3))
@@ -146,6 +148,22 @@ def test_the_convolution_stands_apart() -> None:
 
 
 @torch.no_grad()
+def test_a_capture_makes_the_pattern_of_a_call_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, pattern_of = [], agent_attention.pattern_of
+
+    def counted(*args: Any, **kwargs: Any) -> ComposedPattern:
+        made.append(pattern_of(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(agent_attention, "pattern_of", counted)
+    model = torch.nn.Sequential(mechanisms.get("agent").build(GRID, "without convolution")).eval()
+    with workbench.attach(model) as wb, wb.capture(["entropy"]) as cap:
+        model(torch.randn(2, 35, 24))
+    assert set(cap[0].patterns) == {"pattern", "broadcast", "aggregate"}
+    assert len(made) == 1
+
+
+@torch.no_grad()
 def test_a_product_whose_parts_do_not_fit_is_refused() -> None:
     q, k, v, agents = _qkv()
     factors = agent_attention.pattern_of(q, k, v, agents).factors
@@ -155,3 +173,5 @@ def test_a_product_whose_parts_do_not_fit_is_refused() -> None:
         ComposedPattern({"aggregate": factors["aggregate"], "broadcast": factors["aggregate"]})
     with pytest.raises(workbench.CaptureError, match=r"agents must be \[2, 4, agent, 6\]"):
         agent_attention(q, k, v, agents[..., :5])
+    with pytest.raises(workbench.CaptureError, match="differ in batch, heads or length"):
+        agent_attention(q, k, v[:, :, 1:], agents)

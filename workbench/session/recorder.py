@@ -243,9 +243,9 @@ class Recorder:
         """What is kept of a call, and its bytes."""
         settings, cross = self.settings, not site.positional
         pattern = call.pattern(cross=cross)
-        self._check_limit(self._planned(call, pattern), site)
+        others = {**pattern.factors, **call.build_others()} if settings.queries_keys else {}
+        self._check_limit(self._planned(call, pattern, others), site)
         keeper = _Keeper(self.arena)
-        others = call.build_others() if settings.queries_keys else {}
         if settings.queries_keys:
             pattern = pattern.kept(keeper.keep)
             others = {name: other.kept(keeper.keep) for name, other in others.items()}
@@ -325,21 +325,21 @@ class Recorder:
             self.projections.knows_of(call.site, f"{call.site}.{found.name}".strip("."), found.module)
         return found.heads.transpose(1, 2) if self.projections.knows(call.site) else None
 
-    def _planned(self, call: AttentionCall, pattern: Pattern) -> int:
+    def _planned(self, call: AttentionCall, pattern: Pattern, others: Mapping[str, Pattern]) -> int:
         """Bytes that a call will keep."""
         if call.shard is not None:  # of heads that are elsewhere, rows of NaN
             b, h, q, k = pattern.shape
             empty = replace(self.settings, queries_keys=False, values=False)
             more = empty.bytes_for((b, call.shard.n_heads - h, q, k), 0, call.sizes[2], call.v.element_size())
-            return more + self._planned(replace(call, shard=None), pattern)
+            return more + self._planned(replace(call, shard=None), pattern, others)
         sizes = (pattern.shape, pattern.n_kv_heads, call.sizes[2], call.v.element_size())
         if call.finish is not None and self.settings.z:  # what enters the projection too
             more = math.prod(pattern.shape[:3]) * call.v.shape[-1] * call.v.element_size()
-            return self._planned(replace(call, finish=None), pattern) + more
+            return self._planned(replace(call, finish=None), pattern, others) + more
         if not self.settings.queries_keys or (call.build is None and call.weights is None):
             return self.settings.bytes_for(*sizes)
         # What is kept of other patterns than softmax differs from one to the next.
-        held = [item for one in (pattern, *call.build_others().values()) for item in one.state()[1].items()]
+        held = [item for one in (pattern, *others.values()) for item in one.state()[1].items()]
         kept = sum(tensor.numel() * tensor.element_size() for name, tensor in held if name != "values")
         return replace(self.settings, queries_keys=False).bytes_for(*sizes) + kept
 
