@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -247,11 +248,17 @@ def read_module(
         raise CaptureError(f"the module gives {type(output).__name__}, which begins with no tensor", site=site)
     continued, carried = (None, None) if begun is None else (begun.continued, begun.carried)
     try:
-        mixing = found(ModuleRun(site, module, bound_inputs(module, args, kwargs), output, continued, carried))
+        with _untouched(module):
+            mixing = found(ModuleRun(site, module, bound_inputs(module, args, kwargs), output, continued, carried))
     except CaptureError as error:
         raise type(error)(error.message, site=error.site or site, shape=error.shape, hint=error.hint) from error
     _check(mixing, site)
     others, left = dict(mixing.others), _held(module, args, kwargs, output)
+
+    def finish(z: Tensor) -> Tensor:
+        with _untouched(module):
+            return mixing.finish(z)
+
     return AttentionCall(
         site=site,
         module=module,
@@ -262,11 +269,30 @@ def read_module(
         kernel=mixing.kernel,
         tap="reader",
         is_causal=mixing.pattern.mask.causal,
-        finish=mixing.finish,
+        finish=finish,
         state=StateLink.between(carried, left),
         build=lambda: copy.copy(mixing.pattern),
         build_others=lambda: {name: copy.copy(pattern) for name, pattern in others.items()},
     )
+
+
+@contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """What running parts of a module again does to its buffers, such as running means, and to random numbers is undone.
+
+    Outside of training there is no such thing.
+    """
+    if not any(part.training for part in module.modules()):
+        yield
+        return
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
+    devices = sorted({t.device.index for t in (*module.buffers(), *module.parameters()) if t.is_cuda})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for buffer, was in buffers:  # past autograd, whose version of a buffer is that of the module's own run
+                buffer.data.copy_(was)
 
 
 def _check(mixing: Any, site: str) -> None:

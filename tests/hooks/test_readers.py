@@ -1,6 +1,8 @@
 """Readers of modules that the package does not know: whatever works on attention works on them."""
 
+import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,51 @@ def test_results_are_of_what_entered_the_projection_in_that_forward() -> None:
     again = joined_outputs([first, first])
     assert torch.equal(again["entering"], torch.cat([first.entering] * 2, dim=1))
     assert again["projection"] is first.projection
+
+
+class Normed(nn.Module):
+    """A mean behind a norm of the batch, which keeps running means, and dropout."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(12), nn.Dropout(dropout)
+
+    def finish(self, z: Tensor) -> Tensor:
+        y: Tensor = self.drop(self.norm(z.transpose(1, 2).flatten(2).mT).mT)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(
+            x.mean(1, keepdim=True).expand_as(x).unflatten(-1, (3, 4)).transpose(1, 2) + x[:, None, :, :4]
+        )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_model_in_training_is_left_as_it_is(dropout: float) -> None:
+    def read(run: ModuleRun) -> Mixing:
+        x, module = run.inputs["x"], run.module
+        n = x.shape[1]
+        weights = torch.cat((x.new_full((len(x), 3, n, n), 1 / n), torch.eye(n).expand(len(x), 3, n, n)), dim=-1)
+        values = x.unflatten(-1, (3, 4)).transpose(1, 2)
+        more = x[:, None, :, :4].expand_as(values)
+        return Mixing(DensePattern(weights), torch.cat((values, more), dim=2), module.finish)  # type: ignore[arg-type]
+
+    workbench.reader(Normed, kind="self")(read)
+    model, alone = (nn.Sequential(Normed(dropout)).train() for _ in range(2))
+    torch.manual_seed(0)
+    alone(X).square().sum().backward()
+    want = torch.get_rng_state()
+    torch.manual_seed(0)
+    refused = pytest.raises(CaptureError, match="is not what the module computes") if dropout else nullcontext()
+    with workbench.attach(model) as wb, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with refused, wb.capture(z=True):
+            model(X).square().sum().backward()
+    assert torch.equal(torch.get_rng_state(), want)
+    for one, other in zip(model.buffers(), alone.buffers(), strict=True):
+        assert torch.equal(one, other)
+    if dropout == 0:
+        assert torch.equal(model[0].norm.weight.grad, alone[0].norm.weight.grad)
 
 
 @torch.no_grad()
