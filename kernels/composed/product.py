@@ -51,7 +51,8 @@ class ComposedPattern(Pattern):
         super().__init__(shape, Mask(first.n_queries, last.n_keys), first.dtype, first.device)
         self._factors = dict(factors)
         self.signed = any(each.signed for each in made)
-        self.normalised = all(each.normalised for each in made)
+        # A row that sees nothing takes its share from all that go by it.
+        self.normalised = all(each.normalised and bool((each.seen.keys_per_query > 0).all()) for each in made)
         self.grade = next((each.grade for each in made if each.grade != "exact"), "exact")
         self.values = None if values is None else values.detach()
 

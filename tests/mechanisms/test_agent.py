@@ -12,6 +12,8 @@ import workbench
 from support.judges import judges, missing
 from workbench import WorkbenchError, mechanisms
 from workbench.kernels.composed import ComposedPattern, agent_attention
+from workbench.kernels.statistics import Options
+from workbench.kernels.streaming import statistics
 from workbench.mechanisms import Place
 
 GRID = Place(24, 4, 35, causal=False, grid=(5, 7))
@@ -145,6 +147,19 @@ def test_the_convolution_stands_apart() -> None:
     layer.local.weight.zero_(), layer.local.bias.zero_()
     assert not layer.nearby_share(x).any()
     assert not mechanisms.get("agent").build(GRID, "without convolution").nearby_share(x).any()
+
+
+@torch.no_grad()
+def test_agents_that_see_nothing_leave_rows_of_less_than_one() -> None:
+    q, k, v, agents = _qkv()
+    hidden = torch.zeros(1, 1, 3, 11, dtype=torch.float64)
+    hidden[:, :, 1] = -torch.inf
+    pattern = agent_attention.pattern_of(q, k, v, agents, aggregate_bias=hidden)
+    shares = torch.nn.functional.normalize(pattern.dense(), p=1, dim=-1)
+    assert pattern.dense().sum(-1).max() < 1
+    assert not pattern.normalised
+    found = statistics(pattern, ["entropy"], Options())["entropy"]
+    torch.testing.assert_close(found, -(shares * shares.log()).sum(-1))
 
 
 @torch.no_grad()
