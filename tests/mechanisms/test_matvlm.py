@@ -268,3 +268,14 @@ def test_a_student_writes_what_it_says_without_a_cache(teacher: workbench.Workbe
 def test_a_layer_that_is_named_twice_is_refused(teacher: workbench.Workbench):
     with pytest.raises(AttachError, match="named twice"):
         student(teacher, [1, "transformer.h.1.attn"])
+
+
+def test_of_a_layer_of_one_head_nothing_is_said_against_others(tmp_path: Any):
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_head=1, n_embd=8, vocab_size=VOCABULARY, n_positions=16)
+    with workbench.attach(GPT2LMHeadModel(config).eval()) as wb:
+        found = hybrid_maps(wb, student(wb, [1]), batches(1, 3, 6))
+    assert found.unmatched == ()
+    assert found.table["matched"].tolist() == [None]
+    assert "unmatched" not in repr(found)
+    found.view().to_html(tmp_path / "one.html")

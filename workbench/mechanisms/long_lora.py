@@ -26,7 +26,7 @@ class ShiftedGroups(Mixer):
             and the first tokens see the last ones.
 
     Raises:
-        WorkbenchError: groups longer than the sequence, no parts, heads that they do not divide, or fewer sinks than none.
+        WorkbenchError: groups longer than the sequence, no parts, heads that they do not divide, or less than no sinks.
     """
 
     def __init__(

@@ -28,7 +28,8 @@ class SparseQueryAttention(Mixer):
         if n_heads % n_kv_heads:
             fitting = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
             raise WorkbenchError(
-                f"kv_heads={kv_heads} of {place.n_heads} heads are {n_kv_heads}, which do not divide {n_heads} query heads",
+                f"kv_heads={kv_heads} of {place.n_heads} heads are {n_kv_heads}, "
+                f"which do not divide {n_heads} query heads",
                 hint=f"kv_heads={' or '.join(f'{n}/{place.n_heads}' for n in fitting)}",
             )
         super().__init__(place, n_heads, n_kv_heads)

@@ -17,7 +17,6 @@ from workbench.mechanisms.matvlm.layer import Mamba2
 from workbench.mechanisms.matvlm.seed import attention_weights, seed_mamba2
 from workbench.session.workbench import Workbench
 
-
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -121,7 +120,7 @@ def student(
     model = deepcopy(wb.model)
     if names:
         for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
-            if hasattr(config, "use_cache"):
+            if config is not None and hasattr(config, "use_cache"):
                 config.use_cache = False  # `generate` runs the whole text at each step
     blocks = []
     for order, name in enumerate(names):
