@@ -250,6 +250,12 @@ def test_texts_that_are_padded_on_the_left_have_the_positions_of_each_alone() ->
         assert "position_ids" not in wb.tokenize(texts)  # it counts by the mask
 
 
+def test_a_text_without_tokens_is_empty() -> None:
+    model, tokenizer = workbench.models.load("demo-lm")
+    with workbench.attach(model, tokenizer) as wb, pytest.raises(CaptureError, match="the input prompt is empty"):
+        wb.tokenize("  ")
+
+
 def test_text_needs_a_tokenizer(model: nn.Module) -> None:
     with workbench.attach(model) as wb, pytest.raises(CaptureError, match="tokenizer"):
         wb.tokenize("hello")

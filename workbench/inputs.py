@@ -212,7 +212,7 @@ def with_own_positions(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str,
     Without them most decoders count from the first column, where the padding is.
     """
     mask = inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()) or "position_ids" in inputs:
+    if mask is None or mask.dim() != 2 or mask.numel() == 0 or bool(mask[:, 0].all()) or "position_ids" in inputs:
         return inputs
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return inputs

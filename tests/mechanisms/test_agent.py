@@ -117,8 +117,9 @@ def test_sizes_that_the_grid_cannot_take_are_named() -> None:
     for n_agents in (5, 36, 0):
         with pytest.raises(WorkbenchError, match=f"n_agents={n_agents} is no square of at most 5 × 5"):
             agent.build(GRID, n_agents=n_agents)
-    with pytest.raises(WorkbenchError, match="kernel=2 has no middle"):
-        agent.build(GRID, kernel=2)
+    for kernel in (2, -1):
+        with pytest.raises(WorkbenchError, match=f"kernel={kernel} has no middle"):
+            agent.build(GRID, kernel=kernel)
 
 
 @torch.no_grad()

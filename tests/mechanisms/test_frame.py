@@ -73,6 +73,12 @@ def test_a_mechanism_of_ones_own_is_listed(monkeypatch: pytest.MonkeyPatch) -> N
     assert "Not examined yet." in page
 
 
+def test_a_notebook_shows_of_a_mechanism_what_a_terminal_does() -> None:
+    page = mechanisms.get("agent")._repr_html_()
+    assert "<caption>agent: Agent Attention</caption>" in page
+    assert "few, without convolution" in page
+
+
 def test_html_of_a_card_is_text() -> None:
     card = Card(
         "<b>", "2601.00001", "a < b", "m", "self", "exact", "O(n)", "either", "c", (Claim("x < y."),), leaks="<i>"

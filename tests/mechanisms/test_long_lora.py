@@ -105,6 +105,10 @@ def test_sizes_that_do_not_fit_are_named() -> None:
         long.build(Place(24, 4, 20), group=30)
     with pytest.raises(WorkbenchError, match="3 heads cannot be split into 2 equal parts"):
         long.build(Place(24, 3, 20))
+    with pytest.raises(WorkbenchError, match="names no part"):
+        long.build(Place(24, 4, 20), shifted=())
+    with pytest.raises(WorkbenchError, match="n_sinks=-1 is below 0"):
+        long.build(Place(24, 4, 20), n_sinks=-1)
     with pytest.raises(CaptureError, match="groups of 8 that wrap take multiples of 8 positions"):
         ShiftedLayout(20, 8, (True,), wrap=True)
     with pytest.raises(CaptureError, match="and no sinks, not 16 positions and 4 sinks"):

@@ -249,3 +249,33 @@ def test_a_student_of_its_own_teacher_is_matched(teacher: workbench.Workbench):
     found = _compared(pattern.magnitude(), pattern)
     torch.testing.assert_close(found[:, 0], torch.ones(4, dtype=torch.float64))
     assert bool((found[:, 1] < 1).all())
+
+
+@pytest.mark.parametrize("sites", [[0, 2], [0, 1, 2]])
+def test_a_student_writes_what_it_says_without_a_cache(teacher: workbench.Workbench, sites: list[int]):
+    made = student(teacher, sites).model
+    ids = batches(1, 2, 5)[0]["input_ids"]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    written = made.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    with torch.no_grad():
+        said = made(written[:, :-1]).logits.argmax(-1)
+        assert torch.equal(written[:, 6:], said[:, 5:])  # each is the likeliest behind those before
+        with pytest.raises(WorkbenchError, match="cannot go on from a cache"):
+            made(ids, use_cache=True)
+    assert teacher.model.config.use_cache  # the teacher's is its own
+
+
+def test_a_layer_that_is_named_twice_is_refused(teacher: workbench.Workbench):
+    with pytest.raises(AttachError, match="named twice"):
+        student(teacher, [1, "transformer.h.1.attn"])
+
+
+def test_of_a_layer_of_one_head_nothing_is_said_against_others(tmp_path: Any):
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_head=1, n_embd=8, vocab_size=VOCABULARY, n_positions=16)
+    with workbench.attach(GPT2LMHeadModel(config).eval()) as wb:
+        found = hybrid_maps(wb, student(wb, [1]), batches(1, 3, 6))
+    assert found.unmatched == ()
+    assert found.table["matched"].tolist() == [None]
+    assert "unmatched" not in repr(found)
+    found.view().to_html(tmp_path / "one.html")

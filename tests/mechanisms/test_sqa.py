@@ -81,5 +81,5 @@ def test_shares_that_are_none_are_named() -> None:
         SQA.build(PLACE, heads=0)
     with pytest.raises(WorkbenchError, match=r"kv_heads=1.5 is no share"):
         SQA.build(PLACE, kv_heads=1.5)
-    with pytest.raises(WorkbenchError, match="3 kv heads do not divide 4 heads"):
+    with pytest.raises(WorkbenchError, match=r"kv_heads=0\.375 of 8 heads are 3, which do not divide 4 query heads"):
         SQA.build(PLACE, kv_heads=3 / 8)

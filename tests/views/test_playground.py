@@ -188,6 +188,7 @@ def test_the_heads_after_are_those_of_the_edited_model() -> None:
     ("text", "error", "said"),
     [
         ("", ReportError, "the prompt is empty"),
+        ("  ", CaptureError, "the input prompt is empty"),  # which the tokenizer makes nothing of
         (" ".join(["3"] * 200), CaptureError, "the model's context"),
         (None, ReportError, "takes a text"),
     ],
@@ -201,6 +202,13 @@ def test_prompts_that_cannot_be_run_are_refused_and_the_last_state_stays(text: A
         play.answer({"ask": "run", "prompt": text, "written": "", "edits": [], "renormalise": False})
     assert play.spec is before
     assert len(play.edits) == 1
+
+
+def test_what_no_view_can_show_changes_nothing() -> None:
+    play = of(make(family("gpt2"))).ablate("L0H1")
+    with pytest.raises(WorkbenchError, match="renormalise"):
+        play.run(renormalise="yes")  # type: ignore[arg-type]
+    assert play.clear().edits == ()
 
 
 def test_prompts_beyond_what_a_map_shows_are_refused() -> None:
@@ -370,6 +378,7 @@ const model = {
     for (const call of told["msg:custom"] ?? []) call({ number: question.number, ...said }, buffers);
   },
 };
+globalThis.model = model;
 render({ model, el: document.getElementById("here") });
 """
 
@@ -454,6 +463,28 @@ def test_keys_and_buttons_do_what_pressing_does(page: WatchedPage) -> None:
     assert tab.get_by_role("button", name="Ablate row").get_attribute("aria-pressed") == "true"
     assert [(e.query, e.key) for e in view.edits] == [(None, None), (2, 1), (2, None)]
     assert "after" in tab.locator(".status").inner_text()
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_what_is_pressed_while_a_prompt_runs_is_of_that_prompt(page: WatchedPage) -> None:
+    view = of(make(family("gpt2")))
+    tab = live(page, view)
+    tab.get_by_label("Prompt").fill("4 4 4 6")
+    tab.evaluate("""() => {
+      document.querySelector('.ask button').click();
+      document.querySelector('.acts button').click(); // before the answer has come
+    }""")
+    tab.locator(".edits bdi").wait_for()
+    assert (view.prompt, len(view.edits)) == ("4 4 4 6", 1)
+    assert tab.get_by_label("Prompt").input_value() == "4 4 4 6"
+    view.run("5 5 5 5")  # by the kernel, after which what was asked for before is past
+    spec = view.spec.to_static()
+    tab.evaluate("spec => model.set('spec', spec)", spec)
+    tab.wait_for_function("document.querySelector('.caption').textContent.includes('5 5 5 5')")
+    tab.get_by_role("button", name="Put back").click()
+    tab.wait_for_function("document.querySelector('.edits').hidden")
+    assert view.prompt == "5 5 5 5"
     page.assert_clean()
 
 

@@ -24,7 +24,7 @@ class AgentAttention(Mixer):
         kernel: edge of the depth-wise convolution of the values, odd; 0 for none.
 
     Raises:
-        WorkbenchError: a number of agents that is no square, or larger than the grid takes.
+        WorkbenchError: a number of agents that is no square, or larger than the grid takes, or an even kernel.
     """
 
     def __init__(self, place: Place, n_agents: int | None = None, kernel: int = 3) -> None:
@@ -38,7 +38,7 @@ class AgentAttention(Mixer):
                 f"n_agents={n_agents} is no square of at most {min(rows, columns)} × {min(rows, columns)}",
                 hint="agents are pooled from squares of the grid: 1, 4, 9, … as many as its shorter side allows",
             )
-        if kernel and not kernel % 2:
+        if kernel < 0 or (kernel and not kernel % 2):
             raise WorkbenchError(f"kernel={kernel} has no middle", hint="an odd kernel, or 0 for none")
         h, width = self.n_heads, self.n_heads * self.d_head
         shapes = {"spread": (h, n_agents, _TABLE, _TABLE), "gather": (h, n_agents, _TABLE, _TABLE)}

@@ -26,7 +26,7 @@ class ShiftedGroups(Mixer):
             and the first tokens see the last ones.
 
     Raises:
-        WorkbenchError: groups longer than the sequence, or heads that the parts do not divide.
+        WorkbenchError: groups longer than the sequence, no parts, heads that they do not divide, or less than no sinks.
     """
 
     def __init__(
@@ -41,6 +41,10 @@ class ShiftedGroups(Mixer):
         self.group = -(-place.length // 4) if group is None else group
         if not 1 <= self.group <= place.length:
             raise WorkbenchError(f"groups of {self.group} tokens do not fit a sequence of {place.length}")
+        if not shifted:
+            raise WorkbenchError("shifted=() names no part of the heads", hint="(False, True): the second half shifts")
+        if n_sinks < 0:
+            raise WorkbenchError(f"n_sinks={n_sinks} is below 0")
         if self.n_heads % len(shifted):
             raise WorkbenchError(
                 f"{self.n_heads} heads cannot be split into {len(shifted)} equal parts", hint="a multiple of them"

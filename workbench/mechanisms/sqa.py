@@ -25,6 +25,13 @@ class SparseQueryAttention(Mixer):
             if not 0 < share <= 1:
                 raise WorkbenchError(f"{name}={share} is no share of the {place.n_heads} heads", hint="above 0, to 1")
         n_heads, n_kv_heads = (max(1, round(place.n_heads * share)) for share in (heads, kv_heads))
+        if n_heads % n_kv_heads:
+            fitting = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
+            raise WorkbenchError(
+                f"kv_heads={kv_heads} of {place.n_heads} heads are {n_kv_heads}, "
+                f"which do not divide {n_heads} query heads",
+                hint=f"kv_heads={' or '.join(f'{n}/{place.n_heads}' for n in fitting)}",
+            )
         super().__init__(place, n_heads, n_kv_heads)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:

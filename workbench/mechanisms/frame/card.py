@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
@@ -98,9 +99,14 @@ class Card:
         return "\n".join([self.title, *(f"  {head.ljust(width)}  {text}" for head, text in rows)])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left;vertical-align:top'>{escape(head)}</th>"
-            f"<td style='text-align:left;white-space:normal'>{escape(text)}</td></tr>"
-            for head, text in self.lines()
-        )
-        return f"<table><caption>{escape(self.title)}</caption>{rows}</table>"
+        return table_of(self.title, self.lines())
+
+
+def table_of(title: str, lines: Sequence[tuple[str, str]]) -> str:
+    """Lines of (heading, text) as HTML, for a notebook."""
+    rows = "".join(
+        f"<tr><th style='text-align:left;vertical-align:top'>{escape(head)}</th>"
+        f"<td style='text-align:left;white-space:normal'>{escape(text)}</td></tr>"
+        for head, text in lines
+    )
+    return f"<table><caption>{escape(title)}</caption>{rows}</table>"

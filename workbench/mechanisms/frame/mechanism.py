@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError, nearest
-from workbench.mechanisms.frame.card import Card
+from workbench.mechanisms.frame.card import Card, table_of
 from workbench.mechanisms.frame.place import Place
 
 SEQUENCES = (Place(24, 4, 17), Place(16, 2, 33), Place(12, 4, 1))
@@ -86,4 +86,5 @@ class Mechanism:
         return f"{self.name}: {self.card}{forms}"
 
     def _repr_html_(self) -> str:
-        return self.card._repr_html_()
+        forms = [("Variants", ", ".join(self.variants))] if self.variants else []
+        return table_of(f"{self.name}: {self.card.title}", [*self.card.lines(), *forms])

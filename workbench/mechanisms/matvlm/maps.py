@@ -66,16 +66,23 @@ class HybridMaps(Result):
 
     @property
     def unmatched(self) -> tuple[str, ...]:
-        """Heads, such as "L0H3", that are not surely more like their own teacher than like the layer's others."""
-        low = self.beyond[:, 0].tolist()
-        return tuple(f"L{self.layers[i]}H{self.numbers[i]}" for i, least in enumerate(low) if not least > 0)
+        """Heads, such as "L0H3", that are not surely more like their own teacher than like the layer's others.
+
+        In a layer of one head there are no others, and nothing is said of it.
+        """
+        return tuple(f"L{self.layers[i]}H{self.numbers[i]}" for i, found in enumerate(self._matched) if found is False)
+
+    @property
+    def _matched(self) -> list[bool | None]:
+        """[head] None in a layer of one head."""
+        alone, low = self.others.isnan().all(1).tolist(), self.beyond[:, 0].tolist()
+        return [None if no_others else least > 0 for no_others, least in zip(alone, low, strict=True)]
 
     @property
     def table(self) -> pd.DataFrame:
         """One row per head: means over examples, and the interval of what it has beyond the others."""
         import pandas as pd
 
-        unmatched = set(self.unmatched)
         frame: dict[str, Any] = {"layer": self.layers, "head": self.numbers, "site": self.sites}
         frame["cosine"] = self.alike.double().mean(1).numpy()
         frame["low"], frame["high"] = self.beyond.T.numpy()
@@ -84,7 +91,7 @@ class HybridMaps(Result):
                 frame[f"{name}, {whose}"] = getattr(self, name)[:, i].double().mean(1).numpy()
         frame["signed mass"] = self.signed_mass.double().mean(1).numpy()
         frame["half-life"] = self.half_life.double().numpy()
-        frame["matched"] = [f"L{a}H{b}" not in unmatched for a, b in zip(self.layers, self.numbers, strict=True)]
+        frame["matched"] = self._matched
         return pd.DataFrame(frame)
 
     @property

@@ -17,6 +17,8 @@ from workbench.mechanisms.matvlm.layer import Mamba2
 from workbench.mechanisms.matvlm.seed import attention_weights, seed_mamba2
 from workbench.session.workbench import Workbench
 
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
 
 class InPlaceOfAttention(nn.Module):
     """A Mamba-2 layer that is called as the attention module before it was, and gives what that gave.
@@ -34,8 +36,13 @@ class InPlaceOfAttention(nn.Module):
         """The output; what else the module gave (weights, a cache) is None.
 
         Raises:
-            WorkbenchError: padding on the left, which a recurrence would read.
+            WorkbenchError: padding on the left, which a recurrence would read, or a cache, which holds no state of it.
         """
+        if any(kwargs.get(name) is not None for name in _CACHES):
+            raise WorkbenchError(
+                "a Mamba-2 layer in place of attention keeps no keys, and cannot go on from a cache",
+                hint="use_cache=False, which is the student's default",
+            )
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and _hides_earlier(mask):
             raise WorkbenchError(
@@ -68,6 +75,8 @@ def evenly_spaced(n_layers: int, share: float) -> list[int]:
 
 class Student(nn.Module):
     """A teacher's copy with Mamba-2 layers in the place of some attention; called as the teacher is, without a cache.
+
+    `model.generate` works, and runs the whole text at each step.
 
     Attributes:
         model: the model. replaced: names of the sites of the teacher that were replaced, in order.
@@ -102,11 +111,17 @@ def student(
         conv, gated, seed: as `seed_mamba2` takes them; each layer has a seed of its own.
 
     Raises:
-        AttachError: the projections of a site cannot be found, or a site is no module of its own.
+        AttachError: the projections of a site cannot be found, a site is no module of its own, or is named twice.
     """
     names = [wb.sites[site].name for site in sites]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise AttachError("a layer is replaced once, and this one is named twice", site=twice[0])
     outputs = _outputs(wb, names)
     model = deepcopy(wb.model)
+    if names:
+        for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+            if config is not None and hasattr(config, "use_cache"):
+                config.use_cache = False  # `generate` runs the whole text at each step
     blocks = []
     for order, name in enumerate(names):
         block = block_of(wb.model, wb.sites, name)

@@ -28,6 +28,7 @@ class Playground {
     this.turn = 0;
     this.held = null; // the cells that were asked for: {wanted, cells} or {wanted, said}
     this.busy = false;
+    this.asked = null; // the run that was asked for last, until the spec is that of another one
     this.queued = null;
     this.wanted = bare(this.facts.edits);
     this.begin();
@@ -158,13 +159,14 @@ class Playground {
   /** Ask the kernel for a run with this changed; while one is on its way, the last one that is asked for waits. */
   async run(change) {
     const { prompt, written, renormalise } = this.facts;
-    const asked = { prompt, written, renormalise, ...this.queued, ...change };
+    const asked = { prompt, written, renormalise, ...this.asked, ...this.queued, ...change };
     if (change.edits) this.wanted = change.edits;
     asked.edits = this.wanted;
     if (this.busy) {
       this.queued = asked;
       return;
     }
+    this.asked = asked;
     this.wait(true);
     const slow = setTimeout(() => this.tell("The kernel has not answered yet: the model is slow, the kernel is busy, or it is gone."), PATIENCE);
     try {
@@ -172,7 +174,7 @@ class Playground {
       for (const [name, field] of [["prompt", this.prompt], ["written", this.written]]) if (field.value === asked[name]) field.given = field.value;
       this.tell("");
     } catch (error) {
-      this.queued = null;
+      this.asked = this.queued = null;
       this.wanted = bare(this.facts.edits);
       this.renormalise.box.checked = this.facts.renormalise;
       this.tell(error.message);
@@ -200,6 +202,7 @@ class Playground {
   /** The kernel has given another spec. */
   take() {
     this.held = null;
+    if (!this.busy) this.asked = null;
     if (!this.busy || !this.queued) this.wanted = bare(this.facts.edits);
     if (this.frame.live) {
       this.fill();

@@ -19,7 +19,7 @@ from workbench.views.base.view import View
 from workbench.views.playground import facts
 from workbench.views.playground.edits import Ablated, asked_edits
 from workbench.views.playground.picture import draw
-from workbench.views.playground.running import run
+from workbench.views.playground.running import Ran, run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,7 +119,7 @@ class Playground(View):
     def current(self) -> ViewSpec:
         """The spec with the pattern of the head that is chosen now, which is the one that a page keeps."""
         if facts.head_at(self._ran, self.chosen) != self.spec.facts["kept"]:
-            self.spec = self._made()
+            self.spec = self._made(self._ran, self._dropped)
         return super().current
 
     def answer(self, question: Mapping[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
@@ -158,16 +158,17 @@ class Playground(View):
         version = weights_version(self._wb.model)
         if version != self._version:
             self._changed, self._version, self._provenance = True, version, self._wb.provenance()
+        made = self._made(ran, dropped)
         others = facts.tokens_of(ran) != facts.tokens_of(self._ran)
         self._ran, self._dropped = ran, tuple(dropped)
-        self._renew(self._made())
+        self._renew(made)
         if others:  # positions that are chosen were those of another prompt
             self.select(query=None, key=None, token=None)
 
-    def _made(self) -> ViewSpec:
-        """The spec of what was run last, with the pattern of the head that is chosen."""
+    def _made(self, ran: Ran, dropped: Sequence[Ablated]) -> ViewSpec:
+        """The spec of a run, with the pattern of the head that is chosen."""
         made = facts.spec_of(
-            self._ran, self.chosen, self._dropped, title=self._title, provenance=self._provenance, inputs=self._inputs
+            ran, self.chosen, dropped, title=self._title, provenance=self._provenance, inputs=self._inputs
         )
         notes = (*made.notes, *([_CHANGED] if self._changed else []))
         return replace(made, notes=notes, state=self.spec.state)
