@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pytest
 from playwright.sync_api import Page
@@ -251,4 +252,19 @@ def test_each_figure_of_a_page_opens_as_it_was_added(page: WatchedPage, tmp_path
     tab.evaluate("location.hash = 'L1H0,q=2'")
     tab.wait_for_function("() => document.querySelector('.attention_pattern .row h3').innerText.includes('(2)')")
     assert [text[:4] for text in head.all_inner_texts()] == ["L1H0", "L1H0"]
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_an_address_that_someone_follows_is_kept_whole(page: WatchedPage, tmp_path: Path) -> None:
+    """The pair of a comparison chooses a head, which is written into the address before later views have read it."""
+    specs = [made("compare").spec, made("head_atlas").spec]
+    tab = opened(page, disk.write(tmp_path / "both.html", pages.render("Followed", specs)))
+    states = [{"pair": "1"}, {"metric": "Sink"}]
+    parts = [f"view-{i}={quote(json.dumps(state))}" for i, state in enumerate(states)]
+    tab.evaluate("address => { location.hash = address; }", ",".join(parts))
+    tab.wait_for_function("() => /Sink/.test(document.querySelector('.head_atlas figcaption, .head_atlas').innerText)")
+    address = unquote(tab.evaluate("location.hash"))
+    assert 'view-0={"pair":"1"}' in address
+    assert 'view-1={"metric":"Sink"}' in address
     page.assert_clean()

@@ -67,24 +67,29 @@ function stateIn(address, name) {
 const selected = sharedSelection();
 const stills = [];
 let place = null;
+let reading = false; // views that follow what they read would write an address before the others have read it
 
 function write() {
+  if (reading) return;
   const parts = [place, selected.address(), ...stills.map((each) => each.address())];
   history.replaceState(null, "", `#${parts.filter(Boolean).join(",")}`);
 }
 
-function go() {
-  const [name] = location.hash.slice(1).split(",");
+function go(address = location.hash) {
+  const [name] = address.slice(1).split(",");
   const found = /^[a-z][a-z0-9-]*$/.test(name) ? document.getElementById(name) : null;
   if (found) place = name;
   found?.scrollIntoView();
 }
 
 addEventListener("hashchange", () => {
-  const address = location.hash; // views that follow what they read write another one meanwhile
+  const address = location.hash;
+  reading = true;
   selected.read(address);
   for (const each of stills) each.read(address);
-  go();
+  reading = false;
+  go(address);
+  write();
 });
 
 // The figure that someone works with is the place that the address names.
