@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.kernels.functions import mentions_function
+from workbench.kernels.functions import is_attention_function, mentions_function
 
 # A module that mentions one of these calls an attention kernel; one that mentions a softmax and a product writes
 # attention out.
@@ -105,6 +105,8 @@ class _Reading:
         if cls is not None and self.across_methods:
             self.softmax, self.product = softmax, product = self.softmax or softmax, self.product or product
         if names & _MARKS or mentions_function(function, names) or (softmax and product):
+            return True
+        if cls is not None and any(is_attention_function(self.callables.get(name)) for name in names):
             return True
         if depth == 0:
             return False

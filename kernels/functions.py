@@ -16,9 +16,10 @@ Recipe for a mechanism of one's own, of which captures, statistics, views and fi
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from types import CellType, FunctionType
+from types import CellType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -93,14 +94,27 @@ def _check(name: str, parameters: list[str], takes: Mapping[str, inspect.Paramet
 
 
 def mentions_function(code: FunctionType, names: Iterable[str]) -> bool:
-    """Whether a function that uses these names mentions an attention function, by its name or under another one."""
+    """Whether a function that uses these names mentions an attention function, by its name or under another one.
+
+    A name that is no variable is one where a module that the function knows has an attention function of that name: an
+    attribute of an object may be called so too.
+    """
     import_own_packages()
     cells = zip(code.__code__.co_freevars, code.__closure__ or (), strict=False)
     known = code.__globals__ | {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
-    return any(_is_marked(known[name]) if name in known else name in FUNCTIONS for name in names)
+    names = set(names)
+    modules = [thing for name in names if isinstance(thing := known.get(name, sys.modules.get(name)), ModuleType)]
+    for module in modules:  # grows: modules inside of modules
+        inside = [sys.modules.get(f"{module.__name__}.{name}") for name in names]
+        modules += [each for each in inside if each is not None and each not in modules]
+    if any(is_attention_function(known.get(name)) for name in names):
+        return True
+    own = names & FUNCTIONS.keys()
+    return any(is_attention_function(getattr(module, name, None)) for module in modules for name in own)
 
 
-def _is_marked(thing: Any) -> bool:
+def is_attention_function(thing: Any) -> bool:
+    """Whether `attention_function` has marked it."""
     return isinstance(thing, FunctionType) and hasattr(thing, "attention_kernel")
 
 

@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import workbench
+import workbench.kernels.relative
 from workbench import AttachError, CaptureError
 from workbench.hooks.code import calls_attention
 from workbench.hooks.sites import find_sites
@@ -225,6 +226,37 @@ def test_a_method_in_the_place_of_another_package_s_is_followed() -> None:
 
     assert calls_attention(Attends())
     assert not calls_attention(base())
+
+
+def test_a_name_of_an_attention_function_is_one_where_a_module_has_it() -> None:
+    """DeBERTa's encoder has an attribute `relative_attention`, which says how positions are told."""
+
+    class Says(nn.Module):
+        relative_attention = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.relative_attention
+
+    class Imports(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            from workbench.kernels.relative import relative_attention as mixed
+
+            return mixed(x, x, x)
+
+    class Reaches(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return workbench.kernels.relative.relative_attention(x, x, x)
+
+    class Carries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed = workbench.kernels.relative.relative_attention
+
+        def forward(self, x: Tensor) -> Any:
+            return self.mixed(x, x, x)
+
+    assert not calls_attention(Says())
+    assert all(calls_attention(module()) for module in (Imports, Reaches, Carries))
 
 
 def _elsewhere(function: Any) -> Any:

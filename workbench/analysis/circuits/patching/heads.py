@@ -48,14 +48,13 @@ def patch_heads(
     resume: str | Path | None = None,
     progress: bool = True,
 ) -> HeadPatching:
-    """Activation patching over heads, and positions.
+    """Activation patching over heads, and positions. Arguments that are not told of here are those of `patch_layers`.
 
     Args:
         activation: what is put in: "z" (what the head gives to its projection), "q", "k", "v" (k and v by kv group
             where heads share them), or "pattern" (its attention weights over the values of the run it is put into).
             Heads of recurrences, and of attention with a gate, have z only: the others are of the rest of the heads.
         positions, by_position: all at once by default, and not one at a time.
-        All others are those of `patch_layers`.
 
     Raises:
         AttachError: the model's residual stream cannot be taken apart into heads. Others as `patch_layers`.

@@ -141,7 +141,8 @@ class LayerPatching(Patched):
             of each, "encoder" or "decoder"; "" where there is one.
         activation: such as "resid_pre"; see `patch_layers`.
         tokens: the token of each place, where it is the same in all prompts; else "".
-        Others as in `Patched`, whose units are the layers.
+
+    All others are those of `Patched`, whose units are the layers.
     """
 
     form = "workbench.layer_patching"
