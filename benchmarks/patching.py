@@ -5,7 +5,7 @@ differs from their twins, and the activation of every layer put into the twin's 
 own `patching` does so with a forward for each; so does a loop of bare forwards that compute the last token's logits
 only. Only ratios mean anything. Writes its section of docs/benchmarks.md.
 
-    python benchmarks/patching.py [--layers 6] [--length 12] [--prompts 2] [--rounds 5] [--quick]
+    python benchmarks/patching.py [--layers 6] [--length 24] [--prompts 1] [--rounds 5] [--quick]
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def main() -> None:
     """Measure, check and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--length", type=int, default=12)
-    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--length", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a small model, one round, nothing written: does it work?")
     options = parser.parse_args()
@@ -120,7 +120,7 @@ def main() -> None:
         return
     write_section(
         HEADING,
-        f"""`python benchmarks/patching.py`: a random model of GPT-2 small's widths (float32), {options.prompts} prompts
+        f"""`python benchmarks/patching.py`: a random model of GPT-2 small's widths (float32), prompts
 of {length} tokens that differ from their twins in the first or the middle word, {config.n_layer * length} patches: each
 layer at each position. Time of TransformerLens' `patching` on the same weights, and of as many bare forwards that
 compute the last token's logits only, over ours, which includes finding the model's parts and both runs; largest

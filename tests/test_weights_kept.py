@@ -15,7 +15,8 @@ import workbench
 from support.judges import judges, missing
 from workbench import CaptureError
 from workbench.hooks.projections import projection_slices
-from workbench.storage.weights import weights_hash
+from workbench.storage import weights as kept
+from workbench.storage.weights import latest_hash, weights_hash, weights_stay
 
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -268,3 +269,22 @@ def test_projections_with_an_adapter() -> None:
     torch.testing.assert_close(cap[1].result(), want[1].result(), atol=1e-5, rtol=1e-5)
     with pytest.raises(CaptureError, match=r"only a part of its projection[\s\S]*merge it into"):
         cap[0].result()
+
+
+def test_sums_are_taken_once_where_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = llama(), []
+    fingerprint = kept.weights_fingerprint
+    monkeypatch.setattr(kept, "weights_fingerprint", lambda model: made.append(1) or fingerprint(model))
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    with weights_stay(model):
+        first = latest_hash(model)
+        with weights_stay(model):
+            assert latest_hash(model) == first == weights_hash(model)
+        assert latest_hash(model) == first
+        assert len(made) == 1
+        with torch.no_grad():
+            weight.mul_(2)  # its version counts it
+        assert latest_hash(model) == weights_hash(model) != first
+        assert len(made) == 2
+    weight.data.mul_(2)  # no version counts it
+    assert latest_hash(model) == weights_hash(model)

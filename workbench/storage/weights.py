@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from workbench.hooks.weights import described, stored
 
 _latest: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = weakref.WeakKeyDictionary()
+_staying: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, str | None]]] = weakref.WeakKeyDictionary()
 
 
 def weights_hash(model: nn.Module) -> str | None:
@@ -72,11 +75,32 @@ def latest_hash(model: nn.Module) -> str | None:
     """The hash of the weights as they are, computed anew only where they have changed."""
     if any(p.device.type == "meta" for p in model.parameters()):  # nothing tells whether these have changed
         return weights_hash(model)
+    staying = _staying.get(model)
+    if staying and staying[-1][0] == weights_version(model):
+        return staying[-1][1]
     now = weights_fingerprint(model)
     known = _latest.get(model)
     if known is None or known[0] != now:
         known = _latest[model] = (now, weights_hash(model))
+    if staying is not None:
+        staying.append((now[0], known[1]))
     return known[1]
+
+
+@contextmanager
+def weights_stay(model: nn.Module) -> Iterator[None]:
+    """Inside, the weights change in no way that their versions do not count, so that their sums are taken once.
+
+    For one piece of work that asks for the hash several times; who opens it inside of another opens nothing.
+    """
+    if model in _staying:
+        yield
+        return
+    _staying[model] = []
+    try:
+        yield
+    finally:
+        _staying.pop(model, None)
 
 
 class WeightsThen:

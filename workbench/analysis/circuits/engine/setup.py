@@ -26,6 +26,7 @@ from workbench.errors import WorkbenchError
 from workbench.inputs import device_for_inputs
 from workbench.metrics import Metric
 from workbench.session.workbench import Workbench
+from workbench.storage.weights import weights_stay
 from workbench.sweep.inputs import digest, plain
 from workbench.sweep.variants import about
 from workbench.tasks.base import Task
@@ -196,5 +197,5 @@ def open_setup(
     with torch.inference_mode(mode=False):  # a model's projections are found from gradients
         pairs = make_pairs(task, wb.model, wb.tokenizer, batch_size, device)
         stream = Stream(wb, pairs[0], finder)
-    with torch.inference_mode(mode=False), stream.open():
+    with torch.inference_mode(mode=False), stream.open(), weights_stay(wb.model):
         yield Setup(wb, stream, task, pairs, chosen, memory, seed)
