@@ -107,7 +107,7 @@ def test_the_site_builds_and_is_searched_without_a_network(browser: Browser) -> 
         watched = WatchedPage(context.new_page())
         page = watched.open(HTML / "docs" / "how-to.html")
         page.locator(".md-search__input").press_sequentially("sink logits")  # the theme hears keys alone
-        page.locator(".md-search-result__link[href*='h=sink+logits']").first.click()
+        page.locator(".md-search-result__link[href*='h=sink+logits']:visible").first.click()
         page.locator("article mark", has_text="sink").first.wait_for()
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", background)[:3])) > 380) == (theme == "light")

@@ -57,10 +57,11 @@ def settled(page: Page) -> None:
 
 
 LOOKS = """Object.fromEntries([...document.querySelectorAll('.workbench')].map((view) => {
-  const drawn = [...view.querySelectorAll('canvas')].map((canvas) => canvas.toDataURL());
+  const canvases = [...view.querySelectorAll('canvas')].filter((canvas) => !canvas.closest('[hidden]'));
+  const drawn = canvases.map((canvas) => canvas.toDataURL());
   return [view.className.split(' ')[1], [view.querySelector('.body').innerHTML, ...drawn]];
 }))"""
-"""Kind of view -> what stands in it and what its canvases show."""
+"""Kind of view -> what stands in it and what those of its canvases show that are seen."""
 
 
 def changed(page: Page, before: dict[str, Any]) -> dict[str, Any]:
