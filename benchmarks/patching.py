@@ -121,10 +121,10 @@ def main() -> None:
     write_section(
         HEADING,
         f"""`python benchmarks/patching.py`: a random model of GPT-2 small's widths (float32), prompts
-of {length} tokens that differ from their twins in the first or the middle word, {config.n_layer * length} patches: each
-layer at each position. Time of TransformerLens' `patching` on the same weights, and of as many bare forwards that
-compute the last token's logits only, over ours, which includes finding the model's parts and both runs; largest
-difference from TransformerLens, of the largest effect.
+of {length} tokens, {options.prompts} at a time, that differ from their twins in the first or the middle word;
+{config.n_layer * length} patches: each layer at each position. Time of TransformerLens' `patching` on the same weights,
+and of as many bare forwards that compute the last token's logits only, over ours, which includes finding the model's
+parts and both runs; largest difference from TransformerLens, of the largest effect.
 
 {table(["activation", "differs at", "TransformerLens / ours", "forwards / ours", "difference"], rows)}
 

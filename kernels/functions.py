@@ -103,13 +103,15 @@ def mentions_function(code: FunctionType, names: Iterable[str]) -> bool:
     cells = zip(code.__code__.co_freevars, code.__closure__ or (), strict=False)
     known = code.__globals__ | {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
     names = set(names)
+    if any(is_attention_function(known.get(name)) for name in names):
+        return True
+    own = names & FUNCTIONS.keys()
+    if not own:
+        return False  # soon, since attaching asks this of every module
     modules = [thing for name in names if isinstance(thing := known.get(name, sys.modules.get(name)), ModuleType)]
     for module in modules:  # grows: modules inside of modules
         inside = [sys.modules.get(f"{module.__name__}.{name}") for name in names]
         modules += [each for each in inside if each is not None and each not in modules]
-    if any(is_attention_function(known.get(name)) for name in names):
-        return True
-    own = names & FUNCTIONS.keys()
     return any(is_attention_function(getattr(module, name, None)) for module in modules for name in own)
 
 
