@@ -13,6 +13,7 @@ from workbench.hooks.readers import (
     routing,
     rwkv,
     short_conv,
+    spikes,
     xlstm,
 )  # they register themselves
 from workbench.hooks.readers.registered import (
@@ -53,5 +54,6 @@ __all__ = [
     "routing",
     "rwkv",
     "short_conv",
+    "spikes",
     "xlstm",
 ]

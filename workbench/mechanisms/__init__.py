@@ -10,7 +10,18 @@ True
 '2312.08874'
 """
 
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mechanisms, Mixer, Place, get, register
+from workbench.mechanisms.frame import (
+    Card,
+    Claim,
+    Mechanism,
+    Mechanisms,
+    Mixer,
+    Place,
+    field_area,
+    get,
+    receptive_field,
+    register,
+)
 from workbench.mechanisms.frame import listed as list
 from workbench.mechanisms.matvlm import seed_mamba2
 
@@ -21,8 +32,10 @@ __all__ = [
     "Mechanisms",
     "Mixer",
     "Place",
+    "field_area",
     "get",
     "list",
+    "receptive_field",
     "register",
     "seed_mamba2",
 ]

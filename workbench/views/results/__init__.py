@@ -9,6 +9,7 @@ from workbench.views.results import (
     pattern_atlas,
     profile,
     rollout,
+    spikes,
     weights,
 )
 from workbench.views.results.capture import overview
@@ -31,6 +32,7 @@ __all__ = [
     "pattern_atlas",
     "profile",
     "rollout",
+    "spikes",
     "states",
     "weights",
 ]
