@@ -36,8 +36,9 @@ def _reached(give: Any, x: Tensor) -> Tensor:
     rows = []
     for i in range(y.shape[1]):
         (gradient,) = torch.autograd.grad(y[0, i].square().sum(), x, retain_graph=True)
-        rows.append(gradient[0].abs().sum(-1) > 0)
-    return torch.stack(rows)
+        rows.append(gradient[0].abs().sum(-1))
+    size = torch.stack(rows)
+    return size > 1e-20 * size.max()  # what a mask of −100 leaves is nothing
 
 
 def _pixels(size: int = 40, n: int = 2) -> Tensor:
@@ -68,8 +69,8 @@ def test_swin_s_windows_lie_where_gradients_say(size: int, side: int) -> None:
         assert dense.shape == (2, 2, side**2, side**2)
         moved = _reached(lambda x, i=i: blocks[i](x, (side, side))[0], seen[i][:1])  # type: ignore[index]
         assert torch.equal((dense[0] > 1e-20).any(0) | torch.eye(side**2, dtype=torch.bool), moved)
-        if side == 9:
-            torch.testing.assert_close(dense.sum(-1), torch.ones(2, 2, 81, dtype=torch.float64))
+        if side == 9 or shift:
+            torch.testing.assert_close(dense.sum(-1), torch.ones(2, 2, side**2, dtype=torch.float64))
         else:  # some of the weight is on what fills up
             assert bool((dense.sum(-1) <= 1 + 1e-9).all())
             assert float(dense[0, 0, -1].sum()) < 1 - 1e-3
@@ -182,6 +183,6 @@ def test_seams_are_drawn(page: WatchedPage, tmp_path: Path) -> None:
     for address, want in (("#L0H0,x=0", (3, 6)), ("#L1H0,x=0", (1, 4, 7))):
         page.page.evaluate("hash => { location.hash = hash; }", address)
         page.page.get_by_label("Show").select_option("both")
-        found = sorted({round(at) for at in page.page.evaluate(count)})
+        found = sorted({round(at) for at in page.page.evaluate(count)} - {0})  # the chosen patch has a frame
         assert found == list(want)
     page.assert_clean()

@@ -115,7 +115,7 @@ class SpikingStem(nn.Module):
     added; this part is as secondary sources describe Spikformer V2 (arXiv 2401.02020), whose code was not seen.
 
     Args:
-        d_model: channels at the end. steps: of time. halvings: how often each side is halved. in_channels: of the image.
+        d_model: channels at the end. steps: of time. halvings: how often sides are halved. in_channels: of the image.
 
     Raises:
         WorkbenchError: halvings that d_model cannot be divided for.

@@ -238,8 +238,8 @@ class Images {
     if (this.over !== "image") this.paintWeights(ink, image, head, width, height);
     const [across, down] = this.facts.heads[head].seams ?? [[], []];
     ink.fillStyle = this.over === "weights" ? this.frame.colour("ink") : SEAM;
-    for (const row of across) ink.fillRect(0, Math.round((row * height) / this.rows) - 0.5, width, 1);
-    for (const column of down) ink.fillRect(Math.round((column * width) / this.columns) - 0.5, 0, 1, height);
+    for (const row of across) ink.fillRect(0, Math.round((row * height) / this.rows), width, 1);
+    for (const column of down) ink.fillRect(Math.round((column * width) / this.columns), 0, 1, height);
   }
 
   paintWeights(ink, image, head, width, height) {
