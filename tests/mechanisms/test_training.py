@@ -25,9 +25,10 @@ from workbench.mechanisms.training import (
     text_batch,
     train,
 )
-from workbench.mechanisms.training.__main__ import PLACES, main
+from workbench.mechanisms.training.__main__ import main
 from workbench.mechanisms.training.stack import PARAMETERS
 from workbench.mechanisms.training.text import BOS, HELD_OUT, IGNORE, TUNING, repeated
+from workbench.mechanisms.training.work import PLACES, width_for
 
 TINY = Place(16, 4, 24, rotary=True)
 
@@ -146,7 +147,7 @@ def test_the_script_trains_saves_and_loads(tmp_path: Path) -> None:
     found = load(tmp_path / "quick.safetensors")
     assert (found.facts, found.scores) == (made.facts, made.scores)
     assert found.facts["quick"]
-    assert (tmp_path / "quick.safetensors").stat().st_size < 320_000
+    assert (tmp_path / "quick.safetensors").stat().st_size <= 300_000
     assert found.model.stack.layers == ("long_lora", "sqa:mha")
     ids = torch.randint(0, 128, (1, 30), generator=_random())
     assert torch.equal(found.model(ids), made.model(ids))
@@ -214,7 +215,7 @@ def test_models_that_cannot_be_are_refused() -> None:
         ByteLM(Place(16, 4, 24, causal=False), ["sqa"])
     with pytest.raises(WorkbenchError, match='no mechanism "attention"'):
         ByteLM(TINY, ["attention"])
-    with pytest.raises(WorkbenchError, match=r"have .* of 150,000 parameters"):
+    with pytest.raises(WorkbenchError, match=r"have .* of 145,000 parameters"):
         ByteLM(Place(256, 4, 24), ["sqa:mha"])
     with pytest.raises(WorkbenchError, match=r"1 to 24 tokens"):
         ByteLM(TINY, ["sqa"])(torch.zeros(1, 25, dtype=torch.long))

@@ -106,6 +106,29 @@ def recall(n: int, length: int, random: torch.Generator, n_keys: int | None = No
     return rows[:, :-1], rows[:, 1:].where(counts, IGNORE)
 
 
+def needle(n: int, length: int, random: torch.Generator, depth: float) -> tuple[Tensor, Tensor]:
+    """Such a stream in which one letter comes twice, somewhere and at the end; its digit at the end alone counts.
+
+    Args:
+        depth: where it comes first, as a share of the way to the end, from 0 up to 1.
+
+    >>> inputs, labels = needle(1, 20, torch.Generator().manual_seed(0), depth=0.0)
+    >>> letter, digit = inputs[0, 1:3].tolist()
+    >>> inputs[0].tolist().count(letter), inputs[0, -1] == letter, labels[0, -1] == digit
+    (2, tensor(True), tensor(True))
+    """
+    n_pairs = length // 2
+    order = torch.rand(n, len(_LETTERS), generator=random).argsort(1)
+    letters, digits = torch.tensor(_LETTERS)[order], torch.randint(48, 58, order.shape, generator=random)
+    which = torch.randint(1, 26, (n, n_pairs), generator=random)  # others, of as many as `recall` has at most
+    which[:, int(depth * (n_pairs - 1))] = which[:, -1] = 0
+    pairs = torch.stack([letters.gather(1, which), digits.gather(1, which)], dim=2).flatten(1)
+    rows = F.pad(pairs, (1, 0), value=BOS)
+    labels = torch.full((n, 2 * n_pairs), IGNORE)
+    labels[:, -1] = rows[:, -1]
+    return rows[:, :-1], labels
+
+
 def copying(n: int, length: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """A random string of 4 to length / 2 bytes again and again, short as often as long; what came before counts."""
     period = (4 * (length / 8) ** torch.rand(n, 1, generator=random)).long().clamp(min=1)
