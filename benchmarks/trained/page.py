@@ -59,7 +59,8 @@ def claims(found: Iterable[tuple[Rule, Found]]) -> str:
     rows = [[rule.mechanism, rule.says, one.outcome, one.found, one.how] for rule, one in found]
     return f"""`python benchmarks/rooms.py`: what papers claim of quality, at our scale. The rules
 (benchmarks/trained/claims.py) were written down before the figures. A mechanism is as good as another where the whole
-interval of how much worse it is lies below the margin, which is {MARGIN:g} unless said; where the interval holds the margin, the claim is undecided.
-Intervals are Student's t, with a spread over seeds that is taken as the same for all models of a work.
+interval of how much worse it is lies below the margin, which is {MARGIN:g} unless said; where the interval holds the
+margin, the claim is undecided. Intervals are Student's t, with a spread over seeds that is taken as the same for all
+models of a work.
 
 {table(["mechanism", "claim", "at our scale", "found", "how"], rows)}"""
