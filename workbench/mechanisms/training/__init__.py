@@ -6,7 +6,7 @@ from workbench.mechanisms.training.models import ByteLM, PatchModel
 from workbench.mechanisms.training.run import train
 from workbench.mechanisms.training.score import score_images, score_text
 from workbench.mechanisms.training.shipped import runs, trained, trained_models
-from workbench.mechanisms.training.text import Corpus, copying, corpus, needle, recall, text_batch
+from workbench.mechanisms.training.text import Corpus, copying, corpus, needle, recall, text_batch, text_ids
 from workbench.mechanisms.training.work import run_work, size_of, width_for
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "score_text",
     "size_of",
     "text_batch",
+    "text_ids",
     "train",
     "trained",
     "trained_models",

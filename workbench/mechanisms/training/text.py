@@ -55,9 +55,21 @@ def corpus(split: str = "training") -> Corpus:
     if not texts:
         raise WorkbenchError("this Python's standard library has no sources to read")
     whole = b"\n".join(texts)
-    ids = torch.frombuffer(bytearray(whole), dtype=torch.uint8).long()
-    ids = ids.where((ids > 0) & (ids < 127), 127)
+    ids = _plain(torch.frombuffer(bytearray(whole), dtype=torch.uint8).long())
     return Corpus(ids, (ids == 10).nonzero().flatten() + 1, hashlib.sha256(whole).hexdigest())
+
+
+def text_ids(text: str) -> Tensor:
+    """[1, byte]: a text as the language models read it, behind BOS.
+
+    >>> text_ids("ab é").tolist()
+    [[0, 97, 98, 32, 127, 127]]
+    """
+    return F.pad(_plain(torch.tensor(list(text.encode()), dtype=torch.long)), (1, 0), value=BOS)[None]
+
+
+def _plain(ids: Tensor) -> Tensor:
+    return ids.where((ids > 0) & (ids < 127), 127)
 
 
 def text_batch(
