@@ -20,7 +20,7 @@ import torch
 from shared.measuring import say, write_section
 from trained.claims import examined
 from trained.measured import beside
-from trained.page import claims, section
+from trained.page import claims, reduced, section
 from trained.plan import ROWS, STEPS, Model, plan, ships
 from trained.runs import Runs
 
@@ -97,6 +97,8 @@ def main() -> None:
     for work in STEPS:
         put(f"{HEADING}: {work}", section(work, runs))
     put(f"{HEADING}: claims of quality", claims(found))
+    if alike := reduced(runs):
+        put(f"{HEADING}: heads of reduced transformers", alike)
     if not quiet:
         disk.write(FINDINGS, findings(found))
 

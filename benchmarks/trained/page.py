@@ -64,3 +64,25 @@ margin, the claim is undecided. Intervals are Student's t, with a spread over se
 models of a work.
 
 {table(["mechanism", "claim", "at our scale", "found", "how"], rows)}"""
+
+
+def reduced(runs: Runs) -> str:
+    """How the heads of reduced models are like those of plain attention; empty where nothing was measured."""
+    rows = []
+    for model in runs.models("images"):
+        found = [run for run in runs.of(model) if "alike" in run]
+        if found:
+            layers = range(len(found[0]["alike"]))
+            others = [run for run in found if model.name != PLAIN or run["seed"]]  # not itself
+            cells = [f"{fmean(fmean(run['alike'][layer]) for run in others):.2f}" if others else "" for layer in layers]
+            cells += [" ".join(f"{cost:.2f}" for at, _, cost in found[0]["costs"] if at == layer) for layer in layers]
+            rows.append([named(model), str(len(found)), *cells])
+    if not rows:
+        return ""
+    head = ["model", "seeds", "CKA, layer 0", "CKA, layer 1", "costs, layer 0", "costs, layer 1"]
+    return f"""`python benchmarks/rooms.py`: heads of reduced transformers against those of plain attention (seed 0) on
+images: the largest linear CKA of what a head gives with what a head of the same layer gives there, a mean over heads and
+seeds (of plain attention, other seeds); and what the loss on scenes with three digits gains without each head, of the
+first seed.
+
+{table(head, rows)}"""

@@ -170,6 +170,20 @@ def test_outcomes_follow_from_intervals(bench: Any, loss: float, as_good: str, b
     assert missing.examine(found) is None
 
 
+def test_alignment_is_of_what_heads_give_but_for_turning_and_scale(bench: Any) -> None:
+    torch.manual_seed(0)
+    x, turn = torch.randn(40, 5, dtype=torch.float64), torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
+    assert bench.measured.cka(x, 3 * x @ turn + 1) == pytest.approx(1)
+    y = torch.randn(40, 3, dtype=torch.float64)
+    centred = torch.eye(40, dtype=torch.float64) - 1 / 40
+    k, its = (centred @ t @ t.mT @ centred for t in (x, y))  # the definition, with kernels
+    assert bench.measured.cka(x, y) == pytest.approx(float((k * its).sum() / (k.norm() * its.norm())))
+    model = mechanisms.trained("sqa:mha", "images").model
+    images = torch.randn(2, 3, 32, 32)
+    found = torch.tensor(bench.measured.alike(model, model, images))
+    torch.testing.assert_close(found, torch.ones(2, 4), atol=1e-5, rtol=0)
+
+
 def test_only_open_claims_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"mean": {"It mixes.": {"how": "a script", "found": "12", "outcome": "holds"}}}
     monkeypatch.setattr(findings, "findings", lambda: found)
