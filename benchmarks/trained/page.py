@@ -45,8 +45,8 @@ def section(work: str, runs: Runs) -> str:
     first = runs.of(models[0])[0]
     return f"""`python benchmarks/rooms.py`: each mechanism in every layer of the same small model, trained on the same
 data for {STEPS[work]} steps of {ROWS[work]} rows: {WORKS[work]}.
-MLPs are as wide as makes all models as large as that of plain attention, unless there is none. Rates were chosen for
-plain attention, on other modules than these figures are of, and swept for no mechanism: this is no ranking.
+MLPs are as wide as makes all models as large as that of plain attention, unless there is none. The work and the rates
+were chosen so that plain attention learns it, and rates were swept for no other mechanism: this is no ranking.
 
 {table(["model", "parameters", "seeds", *SCORES[work]], rows)}
 
@@ -81,8 +81,8 @@ def reduced(runs: Runs) -> str:
         return ""
     head = ["model", "seeds", "CKA, layer 0", "CKA, layer 1", "costs, layer 0", "costs, layer 1"]
     return f"""`python benchmarks/rooms.py`: heads of reduced transformers against those of plain attention (seed 0) on
-images: the largest linear CKA of what a head gives with what a head of the same layer gives there, a mean over heads and
-seeds (of plain attention, other seeds); and what the loss on scenes with three digits gains without each head, of the
-first seed.
+images: the largest linear CKA of what a head gives with what a head of the same layer gives there, a mean over heads
+and seeds (of plain attention, other seeds); and what the loss on scenes with three digits gains without each head, of
+the first seed.
 
 {table(head, rows)}"""
