@@ -163,9 +163,8 @@ def test_outcomes_follow_from_intervals(bench: Any, loss: float, as_good: str, b
     assert less.outcome == as_good
     assert "plain attention 1.600" in less.found
     assert "seeds: 3 against 3" in less.how
-    assert (
-        bench.claims.Compared("sqa", "It is better.", (moh,), sqa, "more", margin=0.0).examine(found).outcome == better
-    )
+    more = bench.claims.Compared("sqa", "It is better.", (moh,), sqa, "more", margin=0.0).examine(found)
+    assert more.outcome == better
     assert bench.claims.Compared("moh", "It is as good.", (moh, aaren), sqa, "less").examine(found) is None
     nothing_to_lose = bench.claims.Compared("moh", "It is as good.", (moh,), sqa, "less", needs=2.0)
     assert nothing_to_lose.examine(found).outcome == "undecided"
