@@ -9,7 +9,7 @@ from workbench.mechanisms.deconstructed import laid_out
 from workbench.mechanisms.training.work import LAYERS, size_of, width_for
 
 PLAIN = "sqa:mha"
-STEPS, ROWS = {"text": 600, "images": 800}, {"text": 16, "images": 16}
+STEPS, ROWS = {"text": 600, "images": 800}, {"text": 16, "images": 32}
 FORMS = ("mlp", "keys", "random", "embedding", "text", "taylor")
 
 

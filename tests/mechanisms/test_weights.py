@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,13 +85,14 @@ def test_scores_in_a_file_are_those_of_its_weights(work: str) -> None:
     assert again == pytest.approx(found.scores, abs=0.005)
 
 
-def test_what_is_not_shipped_is_refused_with_what_is() -> None:
+def test_what_is_not_shipped_is_refused_with_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WorkbenchError, match='work="sound" is not known'):
         mechanisms.trained("moh", work="sound")
     with pytest.raises(WorkbenchError, match='no model of "sqa:mah" trained on text') as caught:
         mechanisms.trained("sqa:mah")
     assert 'did you mean "sqa:mha"' in str(caught.value.hint)
     assert "mechanisms.trained_models()" in str(caught.value.hint)
+    monkeypatch.setattr(shipped, "_shipped", lambda: [("sqa:mha", "text"), ("agent", "images")])
     with pytest.raises(WorkbenchError) as caught:
         mechanisms.trained("agent")  # which sees images alone
     assert 'work="images"' in str(caught.value.hint)
@@ -113,7 +113,7 @@ def test_cards_say_what_follows_from_the_runs(bench: Any) -> None:
         claim = claims[rule.says]
         assert (claim.how, claim.found, claim.outcome) == (found.how, found.found, found.outcome)
         said.setdefault(rule.mechanism, {})[rule.says] = vars(found)
-    assert json.loads(findings.FINDINGS.read_text()) == said
+    assert findings.findings() == said
 
 
 def test_every_rule_is_of_a_claim_on_a_card_and_of_models_in_the_plan(bench: Any) -> None:
