@@ -10,19 +10,21 @@ True
 '2312.08874'
 """
 
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mechanisms, Mixer, Place, get, register
+from workbench.mechanisms.frame import Card, Claim, Gate, Mechanism, Mechanisms, Mixer, Place, get, read_gate, register
 from workbench.mechanisms.frame import listed as list
 from workbench.mechanisms.matvlm import seed_mamba2
 
 __all__ = [
     "Card",
     "Claim",
+    "Gate",
     "Mechanism",
     "Mechanisms",
     "Mixer",
     "Place",
     "get",
     "list",
+    "read_gate",
     "register",
     "seed_mamba2",
 ]
