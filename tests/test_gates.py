@@ -233,7 +233,7 @@ def test_what_no_gate_can_be_set_to_is_named() -> None:
         ):  # fmt: skip
             model(x)
         with (
-            pytest.raises(InterventionError, match="expected torch.float64"),
+            pytest.raises(InterventionError, match=r"expected torch\.float64"),
             wb.set_gate(("squeeze", 0), torch.ones(1)),
         ):
             model(x)

@@ -131,11 +131,9 @@ def gate_map(u: Tensor, g: Tensor, *, channels: int = -1) -> tuple[GatePattern, 
             hint="it has as many axes as what it multiplies, each as long or 1",
         )
     u, g = u.movedim(channels, 1), g.movedim(channels, 1)
-    places = u.shape[2:] if any(size > 1 for size in g.shape[2:]) else (1,) * (u.dim() - 2)
-    gates = g.expand(len(u), g.shape[1], *places).flatten(2) if u.dim() > 2 else g.expand(len(u), -1)[..., None]
-    values = u.flatten(2) if u.dim() > 2 else u[..., None]  # [batch, channel, position]
-    if g.shape[1] == 1 < u.shape[1]:
-        values = values.transpose(1, 2)[:, None]
-    else:
-        values = values[..., None]
+    everywhere = all(size == 1 for size in g.shape[2:])
+    gates = g.expand(len(u), g.shape[1], *((1,) * (u.dim() - 2) if everywhere else u.shape[2:]))
+    gates, values = (t.reshape(*t.shape[:2], -1) for t in (gates, u))  # [batch, channel, position]
+    one_head = g.shape[1] == 1 < u.shape[1]
+    values = values.transpose(1, 2)[:, None] if one_head else values[..., None]
     return GatePattern(gates, values.shape[2]), values

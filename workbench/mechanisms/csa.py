@@ -172,7 +172,7 @@ CSA = register(
             arxiv="2109.02613",
             equation="y = Fuse(F · σ(MLP(φ(R))), F · σ(Conv(relu(Conv(R))))), R class-rich features, φ their moments",
             map="Two gates, over channels and over time. Of the latter “source” tells what each time adds to the "
-            "logit; `opened_by` tells which classes opened either. Layers are our completion: the paper's are not known.",
+            "logit; `opened_by` tells which classes opened either. Layers are ours: the paper's are not known.",
             kind="gate",
             grade="exact",
             cost="O(n·kernel·classes·d_model)",
