@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class GatePattern(Pattern):
 
     normalised = False
     tile_scale = 2
+    position_axes: ClassVar[Mapping[str, int]] = {"gates": 2, "values": 2}
 
     def __init__(self, gates: Tensor, n: int, *, values: Tensor | None = None) -> None:
         if gates.dim() != 3 or gates.shape[2] not in (1, n) or not gates.is_floating_point():
@@ -87,6 +88,17 @@ class GatePattern(Pattern):
     def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> GatePattern:
         """The pattern from its `state`."""
         return cls(tensors["gates"], facts["n"], values=tensors.get("values"))
+
+    def then(self, later: Sequence[Pattern]) -> Pattern:
+        """The gate over these positions and later ones."""
+        wide = [GatePattern(one.gates, one.n_queries, values=one.values) for one in (self, *later)
+                if isinstance(one, GatePattern)]  # fmt: skip
+        if len(wide) <= len(later) or len({one.shape[:2] for one in wide}) > 1:
+            raise CaptureError("kind, batch or heads of a gate differ between steps")
+        return super(GatePattern, wide[0]).then(wide[1:])
+
+    def _joined_facts(self, later: Sequence[Pattern]) -> dict[str, Any]:
+        return {"n": self.n_queries + sum(each.n_queries for each in later)}
 
     def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
         """[batch, head, q, k] of A."""

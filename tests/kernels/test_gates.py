@@ -45,6 +45,17 @@ def test_a_gate_is_a_diagonal(n: int, everywhere: bool) -> None:
         torch.testing.assert_close(found[name].double(), value, atol=1e-12, rtol=1e-12, equal_nan=True, msg=name)
 
 
+def test_gates_of_one_step_after_another_are_one() -> None:
+    parts = [GatePattern(_random(2, 3, n, seed=n), n if n > 1 else 2, values=None) for n in (1, 4)]
+    whole = parts[0].then(parts[1:])
+    assert torch.equal(whole.gates, torch.cat([part.gates for part in parts], dim=2))
+    assert whole.shape == (2, 3, 6, 6)
+    with pytest.raises(CaptureError, match="kind, batch or heads of a gate differ"):
+        parts[0].then([GatePattern(_random(2, 4, 1), 1)])
+    with pytest.raises(CaptureError, match="kind, batch or heads of a gate differ"):
+        parts[0].then([DensePattern(torch.ones(2, 3, 1, 1))])
+
+
 def test_a_gate_that_is_shut_has_no_distribution_but_a_factor() -> None:
     pattern = GatePattern(torch.tensor([[[0.0, -2.0]]]), 2)
     found = pattern.statistics(["row_sum", "signed_mass", "entropy"])
