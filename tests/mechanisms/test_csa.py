@@ -64,7 +64,7 @@ def test_the_channel_gate_knows_no_order_and_the_time_gate_only_what_is_near() -
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_what_times_add_to_the_time_gate_is_its_gradient_times_the_classes(per_channel: bool) -> None:
     layer = _layer(kernel=5, per_channel=per_channel)
-    source = layer.time.source(X, R)
+    source = layer.time.source_map(X, R)
     found = torch.autograd.functional.jacobian(layer.time.logits, R)  # [batch, time, head, batch, time, class]
     want = torch.stack([(found[b, :, :, b] * R[b]).sum(-1) for b in range(2)]).transpose(1, 2)
     torch.testing.assert_close(source.dense(), want)
@@ -101,7 +101,7 @@ def test_classes_that_opened_the_gates_account_for_what_is_linear_in_them() -> N
     layer = _layer(summary="mean")
     channel, time = layer.opened_by(R)
     assert (channel.shape, time.shape) == ((2, 8, 5), (2, 15, 5))
-    torch.testing.assert_close(time.sum(-1), layer.time.source(X, R).total[:, 0])
+    torch.testing.assert_close(time.sum(-1), layer.time.source_map(X, R).total[:, 0])
     down, up = layer.channel.squeeze, layer.channel.excite
     hidden = R.mean(1) @ down.weight.T + down.bias
     want = torch.einsum("ch,bh,hr,br->bcr", up.weight, (hidden > 0).double(), down.weight, R.mean(1))

@@ -48,7 +48,7 @@ def test_what_tokens_add_is_the_token_mlp_at_its_own_slopes() -> None:
     z = layer.token_norm(X).transpose(1, 2)
     h = layer.token.first(z)
     slopes, (w1, w2) = 0.5 * (1 + torch.erf(h / 2**0.5)), (layer.token.first.weight, layer.token.second.weight)
-    source = layer.source(X, X)
+    source = layer.source_map(X, X)
     maps = torch.einsum("im,bdm,mj->bdij", w2, slopes, w1)
     torch.testing.assert_close(source.base.dense(), maps)
     torch.testing.assert_close(source.dense(), maps * z[:, :, None])

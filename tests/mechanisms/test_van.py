@@ -47,13 +47,13 @@ def test_both_maps_add_up_to_what_they_are_of() -> None:
     place = Place(4, 1, 63, causal=False, grid=(7, 9))
     layer, x = _bias_free(_layer(place)), _input(place)
     u, g = layer.parts(x, x)
-    torch.testing.assert_close(layer.source(x, x).dense().sum(-1), g.transpose(1, 2))
+    torch.testing.assert_close(layer.source_map(x, x).dense().sum(-1), g.transpose(1, 2))
     additive = layer.additive(x)
     torch.testing.assert_close(additive.dense().sum(-1), (u * g).transpose(1, 2))
     torch.testing.assert_close(additive.total, (u * g).transpose(1, 2))
     with workbench.attach(layer) as wb, wb.capture() as cap:
         layer(x)
-    torch.testing.assert_close(cap[0].patterns["source"].dense(), layer.source(x, x).dense())
+    torch.testing.assert_close(cap[0].patterns["source"].dense(), layer.source_map(x, x).dense())
     assert cap[0].patterns["source"].grade == additive.grade == "frozen"
 
 

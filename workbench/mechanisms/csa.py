@@ -63,7 +63,7 @@ class TimeGate(Gate):
         """The features, and a factor for each time."""
         return x, self.logits(source).sigmoid()
 
-    def source(self, x: Tensor, source: Tensor) -> AdditivePattern:
+    def source_map(self, x: Tensor, source: Tensor) -> AdditivePattern:
         """What the classes at each time add to the logit of the factor, its relu held fixed, beside the biases.
 
         Two kernels reach as far as both together: the map is a band.

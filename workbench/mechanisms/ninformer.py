@@ -54,7 +54,7 @@ class MixerGate(Gate):
         mixed = source + self.token(self.token_norm(source))
         return self.value(x), mixed + self.channel(self.channel_norm(mixed))
 
-    def source(self, x: Tensor, source: Tensor) -> AdditivePattern:
+    def source_map(self, x: Tensor, source: Tensor) -> AdditivePattern:
         """What token j adds to channel d of the token-mixed part at i, its GELU held fixed, beside the biases.
 
         The block goes on from there at each token alone.

@@ -61,7 +61,7 @@ class LargeKernelAttention(Gate):
         made: Tensor = self.out(y)
         return made + x if self.shortcut else made
 
-    def source(self, x: Tensor, source: Tensor) -> AdditivePattern:
+    def source_map(self, x: Tensor, source: Tensor) -> AdditivePattern:
         """Σ_c' W[c, c'] k_c'(j − i) u_c'(j): what patch j adds to channel c of the factor at i, beside the biases."""
         u = self._image(F.gelu(self.enter.forward(x)))
         return through_convolutions(u, [self.near, self.far], self.point.weight.flatten(1))
@@ -71,7 +71,7 @@ class LargeKernelAttention(Gate):
 
         The product is of second degree in u: this is exact for this input, and half of its derivative.
         """
-        source, u = self.source(x, x), F.gelu(self.enter.forward(x))
+        source, u = self.source_map(x, x), F.gelu(self.enter.forward(x))
         return AdditivePattern(source.base, source.read, source.readout, u.transpose(1, 2))
 
     def kernel(self) -> Tensor:

@@ -16,8 +16,8 @@ class Gate(nn.Module, ABC):
     """A drop-in for self-attention that mixes nothing but by a factor: x [batch, token, d_model] to finish(u · g).
 
     It is a site of kind "gate": a subclass says what is multiplied and by what (`parts`), what comes after (`finish`),
-    and, where it is known, what each token adds to the factor (`source`). One whose parts mix tokens in ways that
-    `source` shows is registered as `reader(Class, kind="gate", follows=(names of these parts,))(read_gate)`.
+    and, where it is known, what each token adds to the factor (`source_map`). One whose parts mix tokens in ways that
+    it shows is registered as `reader(Class, kind="gate", follows=(names of these parts,))(read_gate)`.
 
     Args:
         place: where it stands.
@@ -44,7 +44,7 @@ class Gate(nn.Module, ABC):
         """The output, [batch, token, d_model], of the product."""
         return y
 
-    def source(self, x: Tensor, source: Tensor) -> Pattern | None:
+    def source_map(self, x: Tensor, source: Tensor) -> Pattern | None:
         """What each token adds to the factor, of as many heads as this has channels; None where that is not known."""
         return None
 
@@ -63,4 +63,4 @@ def read_gate(run: ModuleRun) -> Mixing:
     made_of = x if given is None else given
     u, g = module.parts(x, made_of)
     name = type(module).__name__.lower()
-    return gating(u, g, finish=lambda y: module.finish(y, x), source=module.source(x, made_of), kernel=name)
+    return gating(u, g, finish=lambda y: module.finish(y, x), source=module.source_map(x, made_of), kernel=name)
