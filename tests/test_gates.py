@@ -239,6 +239,7 @@ def test_what_no_gate_can_be_set_to_is_named() -> None:
             model(x)
 
 
+@pytest.mark.filterwarnings("ignore:the sweep runs whole forwards")  # there are no blocks
 @pytest.mark.usefixtures("squeeze")
 @torch.no_grad()
 def test_heads_of_gates_are_ranked_as_heads_of_attention_are() -> None:
@@ -247,8 +248,8 @@ def test_heads_of_gates_are_ranked_as_heads_of_attention_are() -> None:
         found = workbench.head_importance(
             wb, [{"x": x}], metric=lambda y, batch: y.mean((1, 2)), methods=("ablation",), progress=False
         )
-    assert set(found.table.site) == {"squeeze", "attn"}
-    assert (found.table.site == "squeeze").sum() == 8
+    assert set(found.table.site) == {"blocks.0.gate", "blocks.0.attn"}
+    assert (found.table.site == "blocks.0.gate").sum() == 8
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def _is_mixer_gating(module: Any) -> bool:
     return exact and parts.count(nn.Linear) == 2 and nn.GELU in parts and parts[:1] == [nn.LayerNorm]
 
 
-@reader("MixerGatingUnit", kind="gate", when=_is_mixer_gating, follows=("Mixer.token_mix",))
+@reader("MixerGatingUnit", kind="gate", when=_is_mixer_gating, follows=("Mixer",))
 def mixer_gating(run: ModuleRun) -> Mixing:
     """The gating unit of NiNformer: an MLP-Mixer block makes the factor."""
     module: Any = run.module

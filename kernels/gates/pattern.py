@@ -148,4 +148,4 @@ def gate_map(u: Tensor, g: Tensor, *, channels: int = -1) -> tuple[GatePattern, 
     gates, values = (t.reshape(*t.shape[:2], -1) for t in (gates, u))  # [batch, channel, position]
     one_head = g.shape[1] == 1 < u.shape[1]
     values = values.transpose(1, 2)[:, None] if one_head else values[..., None]
-    return GatePattern(gates, values.shape[2]), values
+    return GatePattern(gates, values.shape[2], values=values), values

@@ -42,7 +42,9 @@ def test_a_gate_is_a_diagonal(n: int, everywhere: bool) -> None:
     names = ["row_sum", "signed_mass", "entropy", "received", "peak_key"]
     found = pattern.statistics(names)
     for name, value in dense(whole, names, pattern.mask, options=Options(), by_magnitude=True).items():
-        torch.testing.assert_close(found[name].double(), value, atol=1e-12, rtol=1e-12, equal_nan=True, msg=name)
+        torch.testing.assert_close(
+            found[name].double(), value.double(), atol=1e-12, rtol=1e-12, equal_nan=True, msg=name
+        )
 
 
 def test_gates_of_one_step_after_another_are_one() -> None:
