@@ -237,7 +237,7 @@ class Interventions:
         ...         without = gate(x)
         """
         self.check_ready()
-        one = isinstance(heads, Site) or (isinstance(heads, str) and heads in self.sites)
+        one = isinstance(heads, Site) or any(heads in (site.name, *site.aliases) for site in self.sites)
         chosen = self._heads([(heads, head) for head in self._all_heads(heads)] if one else heads, positions)
         if not isinstance(to, (int, float, Tensor, Capture)) and not callable(to):
             raise InterventionError(

@@ -118,10 +118,10 @@ def gate_profile(cap: Capture, grid: tuple[int, int] | None = None) -> GateProfi
         ):  # fmt: skip
             numbers[name].append(value)
         maps[site.name], grids[site.name] = of_positions.mean(0), _grid_of(length, grid)
+    rows: dict[str, Any] = {name: tuple(values) for name, values in names.items()}
+    rows |= {name: torch.cat(values).cpu() for name, values in numbers.items()}
     return GateProfile(
-        **{name: tuple(values) for name, values in names.items()},
-        **{name: torch.cat(values).cpu() for name, values in numbers.items()},
-        gates=tuple(maps), maps={name: each.cpu() for name, each in maps.items()}, grids=grids, n_examples=n,
+        **rows, gates=tuple(maps), maps={name: each.cpu() for name, each in maps.items()}, grids=grids, n_examples=n,
         provenance=cap.provenance,
     )  # fmt: skip
 
