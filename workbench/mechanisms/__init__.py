@@ -11,7 +11,7 @@ True
 '2312.08874'
 """
 
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mechanisms, Mixer, Place, get, register
+from workbench.mechanisms.frame import Card, Claim, Gate, Mechanism, Mechanisms, Mixer, Place, get, read_gate, register
 from workbench.mechanisms.frame import listed as list
 from workbench.mechanisms.matvlm import seed_mamba2
 from workbench.mechanisms.training import trained, trained_models
@@ -19,12 +19,14 @@ from workbench.mechanisms.training import trained, trained_models
 __all__ = [
     "Card",
     "Claim",
+    "Gate",
     "Mechanism",
     "Mechanisms",
     "Mixer",
     "Place",
     "get",
     "list",
+    "read_gate",
     "register",
     "seed_mamba2",
     "trained",
