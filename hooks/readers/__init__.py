@@ -4,6 +4,7 @@ from workbench.hooks.readers import (
     agents,
     delta,
     fla,
+    gates,
     halo,
     lightning,
     linear_attention,
@@ -16,6 +17,7 @@ from workbench.hooks.readers import (
     spikes,
     xlstm,
 )  # they register themselves
+from workbench.hooks.readers.gates import gating
 from workbench.hooks.readers.registered import (
     Begun,
     Mixing,
@@ -41,6 +43,8 @@ __all__ = [
     "continues",
     "delta",
     "fla",
+    "gates",
+    "gating",
     "halo",
     "in_place_of",
     "lightning",

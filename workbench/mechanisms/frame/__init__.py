@@ -3,6 +3,7 @@
 from workbench.mechanisms.frame.card import Card, Claim
 from workbench.mechanisms.frame.catalogue import Mechanisms, get, listed, register
 from workbench.mechanisms.frame.field import field_area, receptive_field
+from workbench.mechanisms.frame.gate import Gate, read_gate
 from workbench.mechanisms.frame.mechanism import Mechanism
 from workbench.mechanisms.frame.mixer import Mixer
 from workbench.mechanisms.frame.place import Place
@@ -10,6 +11,7 @@ from workbench.mechanisms.frame.place import Place
 __all__ = [
     "Card",
     "Claim",
+    "Gate",
     "Mechanism",
     "Mechanisms",
     "Mixer",
@@ -17,6 +19,7 @@ __all__ = [
     "field_area",
     "get",
     "listed",
+    "read_gate",
     "receptive_field",
     "register",
 ]
