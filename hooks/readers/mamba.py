@@ -19,7 +19,6 @@ from workbench.hooks.readers.state_space import (
     carried,
     check_run,
     convolved,
-    foreign,
     has_parts,
     rounded,
     step_size,
@@ -32,20 +31,14 @@ from workbench.kernels.state_space import SelectivePattern
 def mamba(run: ModuleRun) -> Mixing:
     """The channels are the heads; C are the queries and B the keys."""
     check_run(run)
-    try:
-        return _selective(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    return _selective(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
 
 
 @reader("ZambaMambaMixer", when=has_parts, state=cached)
 def zamba(run: ModuleRun) -> Mixing:
     """As `mamba`, the channels in groups."""
     check_run(run)
-    try:
-        return _many_headed(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    return _many_headed(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
 
 
 def _selective(run: ModuleRun, module: Any, hidden: Tensor, mask: Tensor | None) -> Mixing:
