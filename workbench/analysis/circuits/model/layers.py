@@ -96,9 +96,12 @@ class LayerFinder:
         """
         if several == 1:
             return [1.0]
-        seen, block = self.seen, self.blocks[i]
+        seen, block, sites = self.seen, self.blocks[i], self.sites[i : i + several]
+        lost = AttachError(two_mixers(seen, block, sites[0].name, sites[1].name), site=sites[1].name, hint=_INSTEAD)
+        if len({site.kind == "state" for site in sites}) < several:
+            raise lost  # the names of nodes tell a recurrence from attention
         before = seen.given[block]
-        written = torch.stack([seen.gave[find_joint(seen, site).name] for site in self.sites[i : i + several]], dim=-1)
+        written = torch.stack([seen.gave[find_joint(seen, site).name] for site in sites], dim=-1)
         inside = [name for name in dict.fromkeys(seen.order) if name.startswith(f"{block}.") and name in seen.given]
         ends = [end for end in [*(seen.given[name] for name in inside), seen.gave[block]] if end.shape == before.shape]
         parts = written.double()
@@ -109,8 +112,7 @@ class LayerFinder:
                 total, size = before.double() + parts @ factors, before.double().abs() + parts.abs() @ factors.abs()
                 if bool((factors.abs() > 1e-6).all()) and same_sum(end, total, size, seen.eps):
                     return [float(factor) for factor in factors]
-        first, second = (site.name for site in self.sites[i : i + 2])
-        raise AttachError(two_mixers(seen, block, first, second), site=second, hint=_INSTEAD)
+        raise lost
 
     def _layer(
         self, site: Site, block: str, joint: Joint, reads: Tensor, before: Tensor, after: Tensor | None, factor: float
