@@ -256,9 +256,12 @@ def read_module(
         raise type(error)(error.message, site=error.site or site, shape=error.shape, hint=error.hint) from error
     _check(mixing, site)
     others, left = dict(mixing.others), _held(module, args, kwargs, output)
+    kind = mixing.values.device.type
+    autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     def finish(z: Tensor) -> Tensor:
-        with _untouched(module), _as_known(module, site):
+        # What follows the map is in the dtypes in which the module ran, wherever it is asked for.
+        with _untouched(module), _as_known(module, site), torch.autocast(kind, dtype, autocast):
             return mixing.finish(z)
 
     return AttentionCall(
@@ -287,7 +290,8 @@ def _as_known(module: nn.Module, site: str | None = None) -> Iterator[None]:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CaptureError(
-            f"this {type(module).__name__} is not built as those that its reader knows: {type(error).__name__}: {error}",
+            f"this {type(module).__name__} is not built as those that its reader knows: "
+            f"{type(error).__name__}: {error}",
             site=site,
             hint="is it another class of the same name, or another release? workbench.reader registers one of your own",
         ) from error

@@ -299,7 +299,9 @@ def test_modules_of_another_release_are_refused_by_name(name: str, part: str):
     module.register_forward_hook(lambda module, args, output: delattr(module, part))
     with (
         calls_of(model),
-        pytest.raises(CaptureError, match=r"not built as those that its reader knows: AttributeError(?s:.*)another release"),
+        pytest.raises(
+            CaptureError, match=r"not built as those that its reader knows: AttributeError(?s:.*)another release"
+        ),
     ):
         model(input_ids=ids, use_cache=False)
 

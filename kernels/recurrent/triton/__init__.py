@@ -69,7 +69,9 @@ def backward(
         found["k"] = found["k"] + kept
     if inputs.log_decay is not None and inputs.log_decay.requires_grad:
         d_logs = (q * queries + k * (rows - columns)).double().flip(2).cumsum(2).flip(2)
-        if grad_state is not None and kept is not None:  # what was written fades from there on, the first state throughout
+        if (
+            grad_state is not None and kept is not None
+        ):  # what was written fades from there on, the first state throughout
             after = (k * kept).double()
             d_logs += after.cumsum(2) - after
             if state is not None:

@@ -219,7 +219,10 @@ def test_patched_heads_are_those_by_hand(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("minimax", r"the stream itself goes through model\.layers\.0\.input_layernorm before what they write is added"),
+        (
+            "minimax",
+            r"the stream itself goes through model\.layers\.0\.input_layernorm before what they write is added",
+        ),
         ("zamba2", r"what model\.layers\.1\.shared_transformer\.self_attn makes is no part of the stream"),
     ],
 )

@@ -19,7 +19,7 @@ MATVLM = register(
             title="MaTVLM: Mamba-2 in the place of attention",
             arxiv="2503.13440",
             equation="M[i, j] = (C_i·B_j) exp(A Σ_{j < t ≤ i} Δ_t) Δ_j for j ≤ i; y = norm((M x + D x) silu(z))",
-            map="C stands where queries do, B where keys, x where values. Steps are held fixed; entries have either sign.",
+            map="C stands where queries do, B where keys, x where values; steps are held fixed, signs are mixed.",
             kind="self",
             grade="frozen",
             cost="O(n) time; d_head² numbers a head token by token",

@@ -106,7 +106,7 @@ class Graph:
 
     @cached_property
     def blocks(self) -> tuple[int, ...]:
-        """For each layer the number of its block in its stream: what is beside the layer before is in that one's block."""
+        """For each layer the number of its block in its stream: what is beside the layer before is in its block."""
         numbers: list[int] = []
         for i, layer in enumerate(self.layers):
             before = self.layers[i - 1] if i else None

@@ -64,7 +64,9 @@ class LayerFinder:
                 several = 1 + next((n for n, same in enumerate(side[i + 1 :]) if not same), len(blocks) - i - 1)
                 factors[i : i + several] = self._factors(i, several)
             elif not side[i] and (self.layers[-1].mlp or site.kind != "cross" or self.sites[i - 1].kind == "cross"):
-                raise AttachError(two_mixers(seen, block, self.sites[i - 1].name, site.name), site=site.name, hint=_INSTEAD)
+                raise AttachError(
+                    two_mixers(seen, block, self.sites[i - 1].name, site.name), site=site.name, hint=_INSTEAD
+                )
             last = i + 1 == len(blocks) or blocks[i + 1] != block
             after = None if not last else seen.given[blocks[i + 1]] if i + 1 < len(blocks) else seen.gave[block]
             joint = find_joint(seen, site)
@@ -74,7 +76,10 @@ class LayerFinder:
             self.shapes.append(replace(shape, beside=side[i]))
             w_o = projection_slices(modules.out_module, modules.n_heads, modules.width)
             check_written(seen, site, modules.out, w_o, modules.out_module, joint.heads)
-            written = [_times(seen.gave[modules.out], factors[i]), *(seen.gave[name] for name in (modules.mlp or ())[-1:])]
+            written = [
+                _times(seen.gave[modules.out], factors[i]),
+                *(seen.gave[name] for name in (modules.mlp or ())[-1:]),
+            ]
             stream = stream + written[0]
             for each in written:
                 total, size, whole = total + each, size + each.abs(), whole + each.double()

@@ -57,7 +57,9 @@ def _normed_stream(seen: Recording, block: str, before: Tensor, attention: Tenso
             if given is None or given.shape != before.shape or equal(given, made) or equal(given, attention):
                 continue
             factors = torch.linalg.lstsq(parts.flatten(0, -2), given.double().flatten()[:, None]).solution[:, 0]
-            if bool((factors.abs() > 1e-6).all()) and same_sum(given, parts @ factors, parts.abs() @ factors.abs(), seen.eps):
+            if bool((factors.abs() > 1e-6).all()) and same_sum(
+                given, parts @ factors, parts.abs() @ factors.abs(), seen.eps
+            ):
                 return (
                     f"the stream itself goes through {norm} before what they write is added, as {factors[0]:.3g} times "
                     f"what that gives and {factors[1]:.3g} times what they write"
