@@ -102,7 +102,7 @@ class WatchedPage:
         return self.page
 
     def file(self, button: Locator) -> Path:
-        """The file that a press of the button hands over. Chromium drops all but ten of those that a page gives in a second."""
+        """The file that a press of the button hands over; Chromium drops all but ten of those of a second."""
         if self._handed_over % 10 == 9:
             self.page.wait_for_timeout(1_100)
         self._handed_over += 1
