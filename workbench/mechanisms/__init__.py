@@ -10,9 +10,10 @@ True
 '2312.08874'
 """
 
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mechanisms, Mixer, Place, get, register
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mechanisms, Mixer, Place, Signature, get, register
 from workbench.mechanisms.frame import listed as list
 from workbench.mechanisms.matvlm import seed_mamba2
+from workbench.mechanisms.rooms import Room, room, show
 
 __all__ = [
     "Card",
@@ -21,8 +22,12 @@ __all__ = [
     "Mechanisms",
     "Mixer",
     "Place",
+    "Room",
+    "Signature",
     "get",
     "list",
     "register",
+    "room",
     "seed_mamba2",
+    "show",
 ]

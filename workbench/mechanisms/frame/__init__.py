@@ -5,5 +5,19 @@ from workbench.mechanisms.frame.catalogue import Mechanisms, get, listed, regist
 from workbench.mechanisms.frame.mechanism import Mechanism
 from workbench.mechanisms.frame.mixer import Mixer
 from workbench.mechanisms.frame.place import Place
+from workbench.mechanisms.frame.signature import Signature, at_places, by_blocks
 
-__all__ = ["Card", "Claim", "Mechanism", "Mechanisms", "Mixer", "Place", "get", "listed", "register"]
+__all__ = [
+    "Card",
+    "Claim",
+    "Mechanism",
+    "Mechanisms",
+    "Mixer",
+    "Place",
+    "Signature",
+    "at_places",
+    "by_blocks",
+    "get",
+    "listed",
+    "register",
+]
