@@ -49,7 +49,7 @@ def test_the_text_that_all_are_shown_begins_again() -> None:
     ids = shown_text()
     assert ids.shape == (1, 88)
     assert 0 < int(ids[0, 1:].min()) <= int(ids.max()) < 127
-    again = TEXT.index(b"(row):\n    s = sum(row)\n    return ", 20)
+    again = TEXT.index("(row):\n    s = sum(row)\n    return ", 20)
     assert TEXT[again:] == TEXT[7 : 7 + len(TEXT) - again]
 
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.mechanisms.training import Scenes, copying, corpus, recall, scenes, text_batch
+from workbench.mechanisms.training import Scenes, copying, corpus, recall, scenes, text_batch, text_ids
 from workbench.mechanisms.training.text import BOS, IGNORE
 from workbench.metrics import Metric
 
-TEXT = b"def add(row):\n    s = sum(row)\n    return s\n\ndef avg(row):\n    s = sum(row)\n    return "
+TEXT = "def add(row):\n    s = sum(row)\n    return s\n\ndef avg(row):\n    s = sum(row)\n    return "
 """Nobody was trained on it. Its second half begins again, and what comes next can be copied."""
 _SCENES = 3
 _SEED = 5
@@ -29,7 +29,7 @@ class Characters:
 
 def shown_text() -> Tensor:
     """[1, token]: the text behind BOS."""
-    return torch.tensor([[BOS, *TEXT]])
+    return text_ids(TEXT)
 
 
 def shown_scenes() -> Scenes:
