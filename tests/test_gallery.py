@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -195,9 +196,22 @@ def test_costs_are_read_in_the_order_of_lengths(tmp_path: Path) -> None:
         {"length": 1024, "seconds": 0.4, "seconds_over_sdpa": 2.0, "mib": 8},
         {"length": 512, "seconds": 0.1, "seconds_over_sdpa": 1.0, "mib": 2},
     ]
-    file.write_text(f'{{"moh": {{"points": {points}, "exponent": 2.0}}}}'.replace("'", '"'))
+    held = {"points": points, "exponent": 2.0, "exponent_low": 1.9, "exponent_high": 2.1}
+    file.write_text(
+        json.dumps(
+            {
+                "facts": {"machine": "A machine."},
+                "rooms": {"moh": held, "few": {"points": points[:1], "exponent": None}},
+            }
+        )
+    )
     found = cost_of("moh", file)
     assert found is not None
     assert (found.lengths, found.over_sdpa, found.exponent) == ((512, 1024), (1.0, 2.0), 2.0)
+    assert found.growth == "its time grows as the length to the power of 2.00 (1.90 to 2.10)"
+    assert found.machine == "A machine."
+    few = cost_of("few", file)
+    assert few is not None
+    assert "not measured" in few.growth
     assert cost_of("agent", file) is None
     assert cost_of("moh", tmp_path / "absent.json") is None

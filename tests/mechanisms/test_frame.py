@@ -92,7 +92,9 @@ def test_blocks_hold_the_mean_of_what_their_queries_give_and_nothing_where_nothi
     weights = torch.full((1, 5, 5), 1.0).tril() / torch.arange(1.0, 6)[:, None]
     found = by_blocks(weights, 2)
     assert found.shape == (1, 3, 3)
-    torch.testing.assert_close(found[0, 1], torch.tensor([(2 / 3 + 2 / 4) / 2, (1 / 3 + 2 / 4) / 2, torch.nan]), equal_nan=True)
+    torch.testing.assert_close(
+        found[0, 1], torch.tensor([(2 / 3 + 2 / 4) / 2, (1 / 3 + 2 / 4) / 2, torch.nan]), equal_nan=True
+    )
     torch.testing.assert_close(found[0, 2], torch.tensor([0.4, 0.4, 0.2]))  # of the one query that is left
     torch.testing.assert_close(found.nansum(-1), torch.ones(1, 3))
 

@@ -12,10 +12,10 @@ from workbench.views import all_of
 from workbench.views.results.mechanisms import matrix
 
 _ABOUT = (
-    "Every mechanism stands in the place of self-attention in the same small models: one that writes Python's own standard "
-    "library byte by byte, and one that says which digit of a scene has the colour of a square. All of them are shown one "
-    "text and three scenes, so that their heads can be compared: what is chosen in one is chosen in all. Weights are those "
-    "that ship with the package; where none do, a model with random weights stands in, and its section says so."
+    "Every mechanism stands in the place of self-attention in the same small models: one that writes Python's own "
+    "standard library byte by byte, and one that says which digit of a scene has the colour of a square. All of them "
+    "are shown one text and three scenes, so that their heads can be compared. Weights are those that ship with the "
+    "package; where none do, a model with random weights stands in, and its section says so."
 )
 
 
@@ -36,7 +36,7 @@ def build(names: Sequence[str] | None = None, *, progress: bool = False) -> Repo
             found.append(rooms.room(name))
     report = Report(
         "Mechanisms of papers",
-        question="What does each mechanism do in the place of attention, what does it cost, and what do its heads look at?",
+        question="What does each mechanism do in the place of attention, at what cost, and what do its heads look at?",
     )
     places = [f"section-{number}" for number in range(2, 2 + len(found))]
     report.add(matrix(rooms.matrix(found), places), title="All mechanisms", note=_ABOUT)

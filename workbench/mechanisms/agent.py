@@ -123,8 +123,8 @@ AGENT = register(
         variants={"few": {"n_agents": 4}, "without convolution": {"kernel": 0}},
         signature=Signature(
             "What the agents carry",
-            f"Of each head the {_SHOWN} agents that are read most: the patches that an agent reads, and those that read "
-            "it. The map is the sum of such pairs over all agents.",
+            f"Of each head the {_SHOWN} agents that are read most: the patches that an agent reads, and those that "
+            "read it. The map is the sum of such pairs over all agents.",
             _busiest,
         ),
     )

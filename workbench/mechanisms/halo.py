@@ -10,7 +10,6 @@ from workbench.kernels.grouped import GroupedPattern, halo_attention
 from workbench.kernels.patterns import Pattern
 from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, at_places, register
 
-
 _SHOWN = 4  # blocks in the signature of a head
 
 
@@ -91,8 +90,8 @@ HALO = register(
         variants={"window": {"halo": 0}, "per pixel": {"block": 1, "halo": 2}},
         signature=Signature(
             "The window of a block",
-            f"Of the first {_SHOWN} blocks of patches what their queries read, a mean over them; what lies outside of the "
-            "block and its halo is grey.",
+            f"Of the first {_SHOWN} blocks of patches what their queries read, a mean over them; what lies outside "
+            "of the block and its halo is grey.",
             _windows,
         ),
     )

@@ -68,8 +68,8 @@ def _halves(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
 
 _SIGNATURE = Signature(
     "Groups, and groups that are shifted",
-    "Halves of groups, of queries down and of keys across: what a query gives to the half, a mean over its own; grey is "
-    "not seen. Heads that shift join the halves on both sides of a border.",
+    "Halves of groups, of queries down and of keys across: what a query gives to the half, a mean over its own; "
+    "grey is not seen. Heads that shift join the halves on both sides of a border.",
     _halves,
     rows="half group of queries",
     columns="half group of keys",

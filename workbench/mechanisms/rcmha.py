@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
-from workbench.kernels.relative import relative_attention
 from workbench.kernels.patterns import Pattern
+from workbench.kernels.relative import relative_attention
 from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, by_blocks, register
 
 _BLOCK = 8  # tokens, in the signature
@@ -112,8 +112,8 @@ RCMHA = register(
         variants={"relative": {"taps": 0}},
         signature=Signature(
             "The four parts of the scores",
-            f"How large each part is, in blocks of {_BLOCK} tokens, before the softmax: what a query looks for, what a head "
-            "likes of any key, distance as the query wants it, and distance alone.",
+            f"How large each part is, in blocks of {_BLOCK} tokens, before the softmax: what a query looks for, what "
+            "a head likes of any key, distance as the query wants it, and distance alone.",
             _parts,
             rows="block of queries",
             columns="block of keys",

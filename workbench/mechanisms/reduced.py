@@ -189,8 +189,8 @@ REDUCED = register(
         },
         signature=Signature(
             "How much of a similarity is symmetric",
-            "Singular values of W^QK, and of the part of it that changes its sign where the two tokens change places, which "
-            "is zero where the similarity is symmetric.",
+            "Singular values of W^QK, and of the part of it that changes its sign where the two tokens change "
+            "places, which is zero where the similarity is symmetric.",
             _singular_values,
             columns="number of the singular value",
             value="share of the largest",

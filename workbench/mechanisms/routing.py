@@ -166,8 +166,8 @@ ROUTING = register(
         variants={"routed alone": {"routed": 1.0}, "local alone": {"routed": 0.0}},
         signature=Signature(
             "Which tokens a cluster holds",
-            "A row is a cluster of a routed head, and grey where it does not hold the token; elsewhere the colour is the "
-            "weight that the token receives in all.",
+            "A row is a cluster of a routed head, and grey where it does not hold the token; elsewhere the colour "
+            "is the weight that the token receives in all.",
             _clusters,
             rows="cluster",
             value="weight received",

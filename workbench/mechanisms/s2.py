@@ -84,8 +84,8 @@ S2 = register(
         variants={"one dense head": {"n_dense_heads": 1}, "stride 2": {"vert_stride": 2}},
         signature=Signature(
             "Which blocks each head sees",
-            "Blocks of queries down, of keys across: what a query gives to the block, a mean over its own; grey blocks are "
-            "never computed. From head to head the verticals move by one.",
+            "Blocks of queries down, of keys across: what a query gives to the block, a mean over its own; grey "
+            "blocks are never computed. From head to head the verticals move by one.",
             _blocks,
             rows="block of queries",
             columns="block of keys",

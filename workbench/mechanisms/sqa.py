@@ -89,8 +89,8 @@ SQA = register(
         },
         signature=Signature(
             "How alike the heads of a layer are",
-            "The cosine of a head's map with that of every head of its layer; neighbours share keys where there are fewer "
-            "of these.",
+            "The cosine of a head's map with that of every head of its layer; neighbours share keys where there are "
+            "fewer of these.",
             _alike,
             columns="head of the layer",
             value="cosine",

@@ -19,8 +19,8 @@ class Signature:
 
     Attributes:
         title: a few words. about: what a map and a cell of it are, in a sentence or two.
-        maps: of a layer's module and one of its patterns, for the first example: name -> [head, row, column], all of one
-            shape, none negative, NaN where there is nothing; {} for a pattern of which there is nothing to say.
+        maps: of a layer's module and one of its patterns, for the first example: name -> [head, row, column], all of
+            one shape, none negative, NaN where there is nothing; {} for a pattern of which there is nothing to say.
         rows, columns: what they are, where they are not the patches of a grid. value: what a cell holds.
     """
 
@@ -51,7 +51,7 @@ class Signature:
 
 
 def at_places(place: Place, values: Tensor) -> Tensor:
-    """A number for each token [head, token] where the tokens stand: [head, 1, token], or [head, row, column] of a grid."""
+    """Numbers [head, token] where the tokens stand: [head, 1, token], or of a grid [head, row, column]."""
     return values[:, None] if place.grid is None else values.unflatten(1, place.grid)
 
 
@@ -64,7 +64,7 @@ def by_blocks(weights: Tensor, block: int) -> Tensor:
     tensor([[[1., nan],
              [nan, 1.]]])
     """
-    h, n_queries, n_keys = weights.shape
+    _, n_queries, n_keys = weights.shape
     down, across = -n_queries % block, -n_keys % block
     padded = torch.nn.functional.pad(weights, (0, across, 0, down)).unflatten(1, (-1, block)).unflatten(3, (-1, block))
     rows = torch.full((padded.shape[1],), float(block))

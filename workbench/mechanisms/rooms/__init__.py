@@ -2,7 +2,7 @@
 
 from workbench.mechanisms.rooms.costs import Cost, cost_of
 from workbench.mechanisms.rooms.matrix import Matrix, Measured, matrix
-from workbench.mechanisms.rooms.showing import Room, names, room, show
 from workbench.mechanisms.rooms.seen import Seen, see
+from workbench.mechanisms.rooms.showing import Room, names, room, show
 
 __all__ = ["Cost", "Matrix", "Measured", "Room", "Seen", "cost_of", "matrix", "names", "room", "see", "show"]

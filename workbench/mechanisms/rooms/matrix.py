@@ -118,7 +118,7 @@ def _sizes(rooms: Sequence[Room]) -> list[Measured]:
             seen = _of(one, work)
             return None if seen is None else (float(sum(p.numel() for p in seen.model.parameters())), "")
 
-        found.append(_column(rooms, f"parameters, {word}", "Size", "low", find))
+        found.append(_column(rooms, f"parameters, {word}", "Size", None, find))
     return found
 
 
@@ -137,13 +137,15 @@ def _costs(rooms: Sequence[Room]) -> list[Measured]:
         return find
 
     def exponent(one: Room) -> tuple[float, str] | None:
-        return None if one.cost is None else (one.cost.exponent, f"of the length, to {one.cost.lengths[-1]:,} tokens")
+        if one.cost is None or one.cost.exponent is None:
+            return None
+        return one.cost.exponent, f"{one.cost.growth}, from {one.cost.lengths[0]:,} to {one.cost.lengths[-1]:,}"
 
     group = f"Cost at {top:,} tokens"
     return [
         _column(rooms, "time ÷ SDPA’s", group, "low", at_top(lambda cost: cost.over_sdpa)),
         _column(rooms, "memory, MiB", group, "low", at_top(lambda cost: cost.mib)),
-        _column(rooms, "growth", group, "low", exponent),
+        _column(rooms, "growth, exponent", group, "low", exponent),
     ]
 
 
@@ -152,17 +154,25 @@ def _heads(rooms: Sequence[Room]) -> list[Measured]:
     for work, unit in (("text", "tokens"), ("images", "patches")):
         group = f"Heads, {work}"
 
-        def profile(measure: str, work: str = work) -> Callable[[Room], tuple[float, str] | None]:
+        def profile(measure: str, said: str = "", work: str = work) -> Callable[[Room], tuple[float, str] | None]:
             def find(one: Room) -> tuple[float, str] | None:
                 seen = _of(one, work)
                 if seen is None or seen.profile is None:
                     return None
-                return float(seen.profile.of(measure).nanmean()), "mean over the heads"
+                return float(seen.profile.of(measure).nanmean()), f"mean over the heads{said}"
 
             return find
 
         found.append(_column(rooms, f"distance, {unit}", group, None, profile("mean_distance")))
-        found.append(_column(rooms, f"spread of rows, {work}", group, None, profile("normalised_entropy")))
+        found.append(
+            _column(
+                rooms,
+                f"entropy share, {work}",
+                group,
+                None,
+                profile("normalised_entropy", ", of the largest that a row can have"),
+            )
+        )
     for statistic, said in {"previous": "previous token", "induction": "induction", "sink": "first token"}.items():
 
         def strongest(one: Room, statistic: str = statistic) -> tuple[float, str] | None:

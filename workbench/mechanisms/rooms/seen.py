@@ -93,7 +93,7 @@ def see(mechanism: Mechanism, name: str, work: str, trained: TrainedModel | None
     capture.provenance["model_name"] = called
     if importance is not None:
         importance = replace(importance, provenance=importance.provenance | {"model_name": called})
-    grid = PLACES["images"].grid if work == "images" else None
+    grid = (mechanism.places[0] if work == ALONE else PLACES[work]).grid
     profile = _tried(missing, "profile", lambda: attention_profile(capture, grid, prefix=None if grid is None else 0))
     return Seen(
         work=work, model=model, trained=trained, capture=capture, images=images, importance=importance,

@@ -1,12 +1,13 @@
-"""Views of mechanisms: the matrix of all, and of one its card, its heads, what is its own, its training and its cost."""
+"""Views of mechanisms: the matrix of all; of one its card, its heads, what is its own, its training and its cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from workbench.errors import WorkbenchError
+from workbench.errors import CaptureError
 from workbench.mechanisms.rooms import Matrix, Room, Seen
 from workbench.mechanisms.rooms.seen import ALONE, SignatureMaps
 from workbench.mechanisms.rooms.showing import PLAIN, losses_of
@@ -40,18 +41,16 @@ def matrix(found: Matrix, places: Sequence[str | None] | None = None) -> View:
         notes.append(f"Cost was not measured of {', '.join(unmeasured)}.")
     return table(
         [one.name for one in found.rooms],
-        [
-            Column("paper", [one.card.title for one in found.rooms]),
-            *(Column(each.name, each.values, each.group, each.better, each.said) for each in found.columns),
-        ],
+        [Column(each.name, each.values, each.group, each.better, each.said) for each in found.columns],
         of="mechanism",
+        about=[one.card.title for one in found.rooms],
         places=places,
         title="All mechanisms",
         caption=(
-            "Small models with each mechanism in every layer, trained on the same data for as many steps, with as many "
-            f"parameters as its own allow; {PLAIN} is plain attention. The darker (in a dark theme brighter) a number, the "
-            "better it is in its column; what is neither good nor bad is shaded from zero up. Point at a number for how it "
-            "was measured."
+            "Small models with each mechanism in every layer, trained on the same data for as many steps, with as "
+            f"many parameters as its own allow; {PLAIN} is plain attention. The darker (in a dark theme brighter) a "
+            "number, the better it is in its column; what is neither good nor bad is shaded from zero up. Point at a "
+            "number for how it was measured."
         ),
         notes=tuple(notes),
     )  # fmt: skip
@@ -94,7 +93,7 @@ def _more_of_room(one: Room) -> list[View]:
 def _of_seen(one: Room, seen: Seen) -> list[View]:
     """Maps, importance, distance, and what is its own, of one model."""
     after = f", {seen.work}" if len(one.seen) > 1 else ""
-    found = [_maps(seen, after)]
+    found = _maps(seen, after)
     if seen.importance is not None:
         found += [_titled(view, f"{view.spec.title}{after}") for view in all_of(seen.importance)[:1]]
     if seen.profile is not None:
@@ -109,23 +108,22 @@ def _titled(view: View, title: str) -> View:
     return view
 
 
-def _maps(seen: Seen, after: str) -> View:
-    """Every head on the input that all mechanisms are shown."""
-    title = f"Every head on {_WHERE[seen.work]}"
-    weights = "" if seen.trained else " Weights are random."
+def _maps(seen: Seen, after: str) -> list[View]:
+    """Every head on the input that all mechanisms are shown; on images those over them that have a place there."""
+    title, weights = f"Every head on {_WHERE[seen.work]}", "" if seen.trained else " Weights are random."
+    found: list[View] = []
     if seen.images is not None:
-        images, classes = seen.images
+        pixels, classes = seen.images
         labels = [f"which digit: {label}" for label in classes.tolist()]
-        grid = PLACES["images"].grid
-        try:
-            view: View = image_attention(seen.capture, images, labels=labels, grid=grid, prefix=0)
-        except WorkbenchError:  # its map is none over patches
-            view = head_gallery(seen.capture)
-    else:
-        view = head_gallery(seen.capture)
-    view.spec = replace(view.spec, title=f"{title}{after if after and seen.images is None else ''}",
-                        caption=f"{view.spec.caption}{weights}")  # fmt: skip
-    return view
+        with suppress(CaptureError):  # no map is over patches
+            found.append(
+                image_attention(seen.capture, pixels, labels=labels, grid=PLACES["images"].grid, prefix=0, title=title)
+            )
+    if not found or len(found[0].spec.facts["heads"]) < sum(site.shape[1] for site in seen.capture):
+        found.append(head_gallery(seen.capture, title=f"{title}{after}"))
+    for view in found:
+        view.spec = replace(view.spec, caption=f"{view.spec.caption}{weights}")
+    return found
 
 
 def _signature(one: Room, seen: Seen, found: SignatureMaps, after: str) -> View:
@@ -181,7 +179,11 @@ def _curves(one: Room) -> View | None:
         line(at, *zip(*losses_of(seen.trained), strict=True), one.name, SERIES[0], mode="lines")  # type: ignore[misc]
         fig.update_xaxes(title_text="step", row=1, col=at)
         fig.update_yaxes(title_text="nats", row=1, col=at)
-    said = ["Training loss, a mean over 50 steps, beside plain attention of the same data and schedule."] if trained else []
+    said = (
+        ["Training loss, a mean over 50 steps, beside plain attention of the same data and schedule."]
+        if trained
+        else []
+    )
     if one.cost is not None:
         cost, at = one.cost, len(titles)
         sdpa = [mine / over for mine, over in zip(cost.seconds, cost.over_sdpa, strict=True)]
@@ -190,9 +192,9 @@ def _curves(one: Room) -> View | None:
         fig.update_xaxes(title_text="tokens", type="log", row=1, col=at, tickvals=list(cost.lengths))
         fig.update_yaxes(type="log", row=1, col=at)
         said.append(
-            f"One forward on one machine: time grows as the length to the power of {cost.exponent:.2f}, and at "
-            f"{cost.lengths[-1]:,} tokens it is {cost.over_sdpa[-1]:.2g} times that of plain attention (SDPA), in "
-            f"{cost.mib[-1]:,.0f} MiB."
+            f"Of a layer without its projections {cost.growth}; at {cost.lengths[-1]:,} tokens it takes "
+            f"{cost.over_sdpa[-1]:.2g} times as long as plain attention (SDPA), and {cost.mib[-1]:,.0f} MiB. "
+            f"{cost.machine}"
         )
     else:
         said.append("Its cost was not measured.")

@@ -25,6 +25,11 @@ class Table {
     frame.onRedraw(() => this.paint());
   }
 
+  /** Whether there is an order to ask for. */
+  get sorts() {
+    return this.n > 1 && this.facts.columns.some(({ block }) => block !== null);
+  }
+
   get leads() {
     return this.facts.rows.some(({ place }) => place !== null);
   }
@@ -33,7 +38,7 @@ class Table {
     const { facts, frame } = this;
     this.headings = facts.columns.map(({ name, block }) => {
       const sort = button(name, () => this.sortBy(name), { title: `Sort by ${name}` });
-      return make("th", { scope: "col", class: block === null ? null : "n" }, this.n > 1 ? sort : name);
+      return make("th", { scope: "col", class: block === null ? null : "n" }, this.sorts ? sort : name);
     });
     const groups = [];
     for (const { group } of facts.columns) {
@@ -44,10 +49,10 @@ class Table {
     if (facts.columns.some(({ group }) => group)) {
       heads.unshift(make("tr", { class: "groups" }, make("td"), ...groups.map(({ group, span }) => (group ? make("th", { scope: "colgroup", colspan: span }, group) : make("td", { colspan: span })))));
     }
-    this.rows = facts.rows.map(({ label, place }, row) => {
+    this.rows = facts.rows.map(({ label, about, place }, row) => {
       const name = place === null ? label : button(label, () => this.go(row), { title: `Go to what is said of ${label}` });
       const cells = facts.columns.map((column) => make("td", { class: column.block === null ? "text" : "n", tabindex: "-1" }, this.short(column, row)));
-      return { cells, element: make("tr", {}, make("th", { scope: "row", class: "name" }, name), ...cells) };
+      return { cells, element: make("tr", {}, make("th", { scope: "row", class: "name" }, name, ...(about ? [make("small", {}, about)] : [])), ...cells) };
     });
     this.inside = make("tbody");
     this.table = make("table", { class: "shaded" }, make("thead", {}, ...heads), this.inside);

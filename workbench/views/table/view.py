@@ -136,6 +136,7 @@ def table(
     columns: Sequence[Column],
     *,
     of: str = "",
+    about: Sequence[str] | None = None,
     places: Sequence[str | None] | None = None,
     title: str = "Table",
     caption: str = "",
@@ -146,7 +147,7 @@ def table(
     """Things with a name each, and what is known of them: numbers are shaded within their column, and headings sort.
 
     Args:
-        rows: names of the things. of: what they are, such as "mechanism".
+        rows: names of the things. of: what they are, such as "mechanism". about: of each a few words, below its name.
         columns: what is known of them, a number or text each.
         places: for each row a section of the page to go to, such as "section-3"; None for none.
 
@@ -164,10 +165,15 @@ def table(
     if len(set(names)) < len(names):
         raise ReportError("two columns have the same name", hint="names tell them apart where a table is sorted")
     for each in columns:
-        for what, given in {"values": each.values, "texts said": each.said, "places": places}.items():
+        for what, given in {
+            "values": each.values,
+            "texts said": each.said,
+            "places": places,
+            "words about them": about,
+        }.items():
             if given is not None and len(given) != len(rows):
                 raise ReportError(f"the table has {len(rows)} rows, and {len(given)} {what} ({each.name})")
-    labels = [visible_text(each) for each in rows]
+    labels, blank = [visible_text(each) for each in rows], [""] * len(rows)
     shown = [_facts(each) for each in columns]
     numbers = [np.asarray(each.values, dtype=np.float64) for each in columns if not each.is_text]
     for at, fact in enumerate(fact for fact in shown if fact["texts"] is None):
@@ -179,8 +185,8 @@ def table(
         facts={
             "of": visible_text(of),
             "rows": [
-                {"label": label, "place": place}
-                for label, place in zip(labels, places or [None] * len(rows), strict=True)
+                {"label": label, "about": visible_text(words), "place": place}
+                for label, words, place in zip(labels, about or blank, places or [None] * len(rows), strict=True)
             ],
             "columns": shown,
         },
