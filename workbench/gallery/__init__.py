@@ -41,7 +41,7 @@ def build(names: Sequence[str] | None = None, *, progress: bool = False) -> Repo
     places = [f"section-{number}" for number in range(2, 2 + len(found))]
     report.add(matrix(rooms.matrix(found), places), title="All mechanisms", note=_ABOUT)
     for one in found:
-        title = f"{one.name}: {one.card.title}"
+        title = f"{one.name}: {one.title}"
         plainly = "The heads below are those of a model with **random weights**: no trained weights are shipped."
         report.add(all_of(one), title=title, note=None if one.is_trained else plainly)
     return report

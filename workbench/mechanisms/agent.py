@@ -91,7 +91,7 @@ def _busiest(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
     spread, gather = (pattern.factors[name].dense()[0] for name in ("broadcast", "aggregate"))
     found: dict[str, Tensor] = {}
     for rank in range(min(_SHOWN, gather.shape[1])):
-        at = spread.sum(1).argsort(-1, descending=True, stable=True)[:, rank, None, None]
+        at = spread.sum(1).argsort(dim=-1, descending=True, stable=True)[:, rank, None, None]
         read = gather.gather(1, at.expand(-1, 1, gather.shape[2]))[:, 0]
         goes = spread.gather(2, at.expand(-1, spread.shape[1], 1))[..., 0]
         found[f"agent {rank + 1} reads"] = at_places(module.place, read)

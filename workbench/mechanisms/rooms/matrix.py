@@ -53,10 +53,12 @@ class Matrix:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A row for each mechanism."""
+        """A row for each mechanism: what was measured, and where its claims stand."""
         import pandas as pd
 
-        return pd.DataFrame({each.name: each.values for each in self.columns}, index=[one.name for one in self.rooms])
+        measured = {each.name: each.values for each in self.columns}
+        claims = {"claims": [one.standing for one in self.rooms]}
+        return pd.DataFrame(measured | claims, index=[one.name for one in self.rooms])
 
     def __repr__(self) -> str:
         return self.table.to_string(float_format=lambda value: f"{value:.3g}")
@@ -68,7 +70,7 @@ def matrix(rooms: Sequence[Room]) -> Matrix:
     Quality is that of the shipped model, a mean over its training's other seeds where there are some. What heads do is
     a mean over all heads, or the strongest one's, on the input that all are shown; of models with random weights none.
     """
-    columns = [*_quality(rooms), *_sizes(rooms), *_costs(rooms), *_heads(rooms), *_claims(rooms)]
+    columns = [*_quality(rooms), *_sizes(rooms), *_costs(rooms), *_heads(rooms)]
     return Matrix(tuple(rooms), tuple(each for each in columns if any(value == value for value in each.values)))
 
 
@@ -198,17 +200,3 @@ def _by_head(seen: Seen, statistic: str) -> dict[str, float]:
             if value == value:
                 found[site.site.label(head)] = value
     return found
-
-
-def _claims(rooms: Sequence[Room]) -> list[Measured]:
-    counted = {"hold": "holds", "do not": "does not hold", "undecided": "undecided", "open": "not examined"}
-    return [
-        _column(
-            rooms, name, "Claims of the paper", None,
-            lambda one, outcome=outcome: (
-                float(sum(claim.outcome == outcome for claim in one.card.claims)),
-                f"of {len(one.card.claims)} claims",
-            ),
-        )
-        for name, outcome in counted.items()
-    ]  # fmt: skip

@@ -43,6 +43,22 @@ class Room:
         return self.mechanism.card
 
     @property
+    def title(self) -> str:
+        """What it is called in its paper."""
+        variant = self.name.partition(":")[2]
+        if self.name == PLAIN:
+            return f"plain attention, a limit of {self.card.title}"
+        return f"{self.card.title}{variant and f', {variant}'}"
+
+    @property
+    def standing(self) -> str:
+        """Where the claims of its paper stand, counted; "" of a variant, since they are of the mechanism."""
+        if ":" in self.name:
+            return ""
+        outcomes = [claim.outcome for claim in self.card.claims]
+        return ", ".join(f"{outcomes.count(each)} {each}" for each in dict.fromkeys(outcomes))
+
+    @property
     def is_trained(self) -> bool:
         """Whether what is shown are heads of a trained model."""
         return any(each.trained is not None for each in self.seen)

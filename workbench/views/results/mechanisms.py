@@ -41,9 +41,12 @@ def matrix(found: Matrix, places: Sequence[str | None] | None = None) -> View:
         notes.append(f"Cost was not measured of {', '.join(unmeasured)}.")
     return table(
         [one.name for one in found.rooms],
-        [Column(each.name, each.values, each.group, each.better, each.said) for each in found.columns],
+        [
+            *(Column(each.name, each.values, each.group, each.better, each.said) for each in found.columns),
+            Column("claims of the paper", [one.standing for one in found.rooms], "At our scale"),
+        ],
         of="mechanism",
-        about=[one.card.title for one in found.rooms],
+        about=[one.title for one in found.rooms],
         places=places,
         title="All mechanisms",
         caption=(
@@ -68,7 +71,7 @@ def card(one: Room) -> View:
         [head for head, _ in rows],
         [Column(one.name, [text for _, text in rows])],
         of="Card",
-        title=one.card.title,
+        title=one.title[:1].upper() + one.title[1:],
         caption="What it is, what is shown below, and where its paper’s claims stand at our scale.",
     )
 

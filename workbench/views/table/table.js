@@ -55,7 +55,7 @@ class Table {
       return { cells, element: make("tr", {}, make("th", { scope: "row", class: "name" }, name, ...(about ? [make("small", {}, about)] : [])), ...cells) };
     });
     this.inside = make("tbody");
-    this.table = make("table", { class: "shaded" }, make("thead", {}, ...heads), this.inside);
+    this.table = make("table", { class: "shaded" }, make("thead", { class: this.sorts ? null : "spoken" }, ...heads), this.inside);
     this.table.addEventListener("keydown", (event) => this.key(event));
     this.table.addEventListener("focusin", ({ target }) => this.visit(target));
     this.table.addEventListener("pointermove", (event) => this.hover(event));
@@ -106,12 +106,12 @@ class Table {
       else this.headings[at].removeAttribute("aria-sort");
     });
     this.inside.replaceChildren(...this.order.map((row) => this.rows[row].element));
-    this.stop(this.cell);
+    this.stop(this.cell[0], this.cell[1]);
   }
 
   // Moving about.
 
-  stop([line, at]) {
+  stop(line, at) {
     for (const { cells } of this.rows) for (const cell of cells) cell.tabIndex = -1;
     this.cell = [Math.min(line, this.n - 1), at];
     this.rows[this.order[this.cell[0]]].cells[at].tabIndex = 0;
@@ -125,7 +125,7 @@ class Table {
   visit(target) {
     const place = this.placeOf(target);
     if (!place) return;
-    this.stop(place);
+    this.stop(place[0], place[1]);
     this.frame.say(this.sentence(this.order[place[0]], place[1]));
   }
 
@@ -150,7 +150,7 @@ class Table {
     if (place === null) return;
     const there = document.getElementById(place);
     there?.scrollIntoView();
-    there?.querySelector("a, button")?.focus({ preventScroll: true });
+    /** @type {HTMLElement | null} */ (there?.querySelector("a, button"))?.focus({ preventScroll: true });
   }
 
   // Drawing.
