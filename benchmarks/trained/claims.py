@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from trained.plan import HYBRIDS, PLAIN, Model
 from trained.runs import LOSSES, Difference, Runs
@@ -33,65 +33,66 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class AsGood:
-    """Each of the models is worse than the baseline by less than the margin.
+class Compared:
+    """Each of the models is worse than another by less than the margin, or by more.
 
     Attributes:
-        baseline: plain attention of the same work if None.
-        needs: what the baseline has to reach, so that there is something to lose.
-        also: scores that are told and do not count.
-        sizes: whether the models' parameters are told.
+        models: they are. than: the other.
+        by: "less" where the models are said to be as good, "more" where the other is said to be better.
+        needs: what the other has to reach, so that there is something to lose.
+        also: scores that are told and do not count. sizes: whether parameters are told. note: what else is to be known.
     """
 
     mechanism: str
     says: str
     models: tuple[Model, ...]
+    than: Model
+    by: Literal["less", "more"]
     score: str = "text"
     margin: float = MARGIN
-    baseline: Model | None = None
     needs: float | None = None
     also: tuple[str, ...] = ()
     sizes: bool = False
+    note: str = ""
 
     def examine(self, runs: Runs) -> Found | None:
-        baseline = self.baseline or Model(self.models[0].work, PLAIN)
-        found = _differences(runs, [(each, baseline) for each in self.models], self.score)
-        if not found:
+        each_found = [runs.worse(each, self.than, self.score) for each in self.models]
+        found = [each for each in each_found if each is not None]
+        if len(found) < len(self.models):
             return None
-        if all(each.high < self.margin for each in found):
-            outcome = "holds"
-        else:
-            outcome = "does not hold" if any(each.low > self.margin for each in found) else "undecided"
-        how = f"margin {self.margin:g}"
+        below, above = ([each.high < self.margin for each in found], [each.low > self.margin for each in found])
+        holding, failing = (below, above) if self.by == "less" else (above, below)
+        outcome = "holds" if all(holding) else "does not hold" if any(failing) else "undecided"
+        if self.needs is not None and found[0].b < self.needs:
+            outcome = "undecided"
+        return Found(self._how(found), self._found(runs, found), outcome)
+
+    def _how(self, found: Sequence[Difference]) -> str:
+        unit = "held-out nats a byte" if self.score in LOSSES else "share of right answers"
+        told = [f"{self.score}: {unit}", f"worse by {self.by} than {self.margin:g}?", self.note]
         if self.needs is not None:
-            how += f", undecided where {named(baseline)} is below {self.needs:g}"
-            outcome = outcome if found[0].b >= self.needs else "undecided"
-        return _told(runs, found, outcome, self.score, how, self.also, self.sizes)
+            told.append(f"undecided where {named(self.than)} is below {self.needs:g}")
+        seeds = " and ".join(f"{a} against {b}" for a, b in sorted({(each.n_a, each.n_b) for each in found}))
+        told += [f"seeds: {seeds}", f"t with the spread of seeds pooled over models, df {found[0].df}", BY]
+        return "; ".join(filter(None, told))
+
+    def _found(self, runs: Runs, found: Sequence[Difference]) -> str:
+        told = [f"{named(self.than)} {found[0].b:.3f}"]
+        for each in found:
+            ends = f"(95 %: {each.low:+.3f} to {each.high:+.3f})"
+            told.append(f"{named(each.model)} {each.a:.3f}, worse by {each.mean:+.3f} {ends}")
+        models = [self.than, *self.models]
+        for score in self.also:
+            told.append(f"{score}: " + ", ".join(f"{named(each)} {runs.mean(each, score):.2f}" for each in models))
+        if self.sizes:
+            sizes = ", ".join(f"{named(each)} {runs.of(each)[0]['parameters']:,}" for each in models)
+            told.append(f"parameters: {sizes}")
+        return "; ".join(told)
 
 
-@dataclass(frozen=True)
-class Better:
-    """The first model is better than each of the others, by more than the margin."""
-
-    mechanism: str
-    says: str
-    model: Model
-    others: tuple[Model, ...]
-    score: str = "text"
-    margin: float = 0.0
-    also: tuple[str, ...] = ()
-    sizes: bool = False
-
-    def examine(self, runs: Runs) -> Found | None:
-        found = _differences(runs, [(each, self.model) for each in self.others], self.score)
-        if not found:
-            return None
-        if all(each.low > self.margin for each in found):
-            outcome = "holds"
-        else:
-            outcome = "does not hold" if any(each.high < self.margin for each in found) else "undecided"
-        how = f"margin {self.margin:g}" if self.margin else ""
-        return _told(runs, found, outcome, self.score, how, self.also, self.sizes)
+def named(model: Model) -> str:
+    """A model in words."""
+    return "plain attention" if model == Model(model.work, PLAIN) else str(model)
 
 
 @dataclass(frozen=True)
@@ -123,43 +124,6 @@ class Likes:
         return Found(how, f"ρ = {rho:+.2f} (95 %: {low:+.2f} to {high:+.2f})", outcome)
 
 
-def _differences(runs: Runs, pairs: Sequence[tuple[Model, Model]], score: str) -> list[Difference]:
-    """How much worse the first of each pair is; none where one of them cannot be said."""
-    found = [runs.worse(a, b, score) for a, b in pairs]
-    return [each for each in found if each is not None] if all(found) else []
-
-
-def _told(
-    runs: Runs, found: Sequence[Difference], outcome: str, score: str, how: str, also: Sequence[str], sizes: bool
-) -> Found:
-    than = found[0].than
-    parts = [f"{named(than)} {found[0].b:.3f}"]
-    for each in found:
-        parts.append(f"{named(each.model)} {each.a:.3f}, worse by {each.mean:+.3f} {interval(each)}")
-    models = [than, *(each.model for each in found)]
-    for other in also:
-        parts.append(f"{other}: " + ", ".join(f"{named(each)} {runs.mean(each, other):.2f}" for each in models))
-    if sizes:
-        counted = ", ".join(f"{named(each)} {runs.of(each)[0]['parameters']:,}" for each in models)
-        parts.append(f"parameters: {counted}")
-    counts = " and ".join(f"{a} against {b}" for a, b in sorted({(each.n_a, each.n_b) for each in found}))
-    unit = "held-out nats a byte" if score in LOSSES else "share of right answers"
-    told = [
-        f"{score}: {unit}", how, f"seeds: {counts}", f"spread of seeds pooled over models, df {found[0].df}", BY
-    ]  # fmt: skip
-    return Found("; ".join(filter(None, told)), "; ".join(parts), outcome)
-
-
-def named(model: Model) -> str:
-    """A model in words."""
-    return "plain attention" if model == Model(model.work, PLAIN) else str(model)
-
-
-def interval(found: Difference) -> str:
-    """The interval of a difference, in words."""
-    return f"(95 %: {found.low:+.3f} to {found.high:+.3f})"
-
-
 def _text(name: str) -> Model:
     return Model("text", name)
 
@@ -168,85 +132,91 @@ def _images(name: str, mlp: bool = True) -> Model:
     return Model("images", name, mlp=mlp)
 
 
+def _as_good(mechanism: str, says: str, *models: Model, than: Model | None = None, **more: Any) -> Compared:
+    return Compared(mechanism, says, models, than or Model(models[0].work, PLAIN), "less", **more)
+
+
+def _better(mechanism: str, says: str, model: Model, *others: Model, margin: float = 0.0, **more: Any) -> Compared:
+    return Compared(mechanism, says, others, model, "more", margin=margin, **more)
+
+
+_NO_MLP = _images("reduced:original", mlp=False)
 RULES: tuple[Rule, ...] = (
-    Better(
+    _better(
         "sqa", "At equal parameters the loss is a little above that of grouped-query attention.",
-        _text("sqa:gqa"), (_text("sqa"),), also=("copy", "recall 26"),
+        _text("sqa:gqa"), _text("sqa"), also=("copy", "recall 26"),
+        note="with 4 heads GQA has one of keys and values, as MQA does",
     ),
-    AsGood(
+    _as_good(
         "moh", "With 50 to 90 % of its heads active it is as good as attention with all heads.",
-        (_text("moh"), _text("moh:half")), also=("copy", "recall 26"),
+        _text("moh"), _text("moh:half"), also=("copy", "recall 26"), note="75 and 50 % of 4 heads",
     ),
     Likes(
         "moh", "Heads that the router likes are those whose ablation costs most.", (_text("moh"), _text("moh:half"))
     ),
-    AsGood(
-        "aaren", "It is as good as a transformer of equal size on sequence tasks.",
-        (_text("aaren"),), also=("copy", "recall 8"),
+    _as_good(
+        "aaren", "It is as good as a transformer of equal size on sequence tasks.", _text("aaren"),
+        also=("copy", "recall 8"),
     ),
-    AsGood(
-        "s2", "Models with it reach the loss of models with dense attention.", (_text("s2"),),
-        also=("copy", "recall 26"),
+    _as_good(
+        "s2", "Models with it reach the loss of models with dense attention.", _text("s2"), also=("copy", "recall 26")
     ),
-    AsGood(
-        "s2", "A few dense heads find a needle over the whole length.", (_text("s2:one dense head"),),
+    _as_good(
+        "s2", "A few dense heads find a needle over the whole length.", _text("s2:one dense head"),
         score="needle far", margin=0.05, needs=0.5,
     ),
-    Better(
+    _better(
         "rcmha", "It is more accurate than relative attention without filters.",
-        _text("rcmha"), (_text("rcmha:relative"),), also=("copy", "recall 26"),
+        _text("rcmha"), _text("rcmha:relative"), also=("copy", "recall 26"),
     ),
-    AsGood(
+    _as_good(
         "long_lora", "Models trained with shifted groups reach about the loss of training with full attention.",
-        (_text("long_lora"),), score="text, all seen",
+        _text("long_lora"), score="text, all seen", also=("text",),
+        note="trained from scratch in groups, and every token sees all before it in the test",
     ),
-    Better(
+    _better(
         "long_lora", "Without the shift information does not pass between groups, and the loss is higher.",
-        _text("long_lora"), (_text("long_lora:unshifted"),), also=("needle far",),
+        _text("long_lora"), _text("long_lora:unshifted"), also=("needle far",),
     ),
-    Better(
+    _better(
         "sink_lora", "It is nearer to full attention than LongLoRA's shifted groups.",
-        _text("sink_lora"), (_text("long_lora"),), also=("needle far",),
+        _text("sink_lora"), _text("long_lora"), also=("needle far",),
     ),
-    Better(
+    _better(
         "routing", "Clusters chosen by content beat windows of the same cost on text.",
-        _text("routing"), (_text("routing:local alone"),), also=("recall 26",),
+        _text("routing"), _text("routing:local alone"), also=("recall 26",),
+        note="which tokens a cluster holds depends on later ones too",
     ),
-    Better(
+    _better(
         "deconstructed", "Mixing tokens is indispensable: with an MLP in every layer a model learns little.",
-        _text(PLAIN), (_text("deconstructed:mlp"),), margin=0.1, also=("copy", "recall 26"),
+        _text(PLAIN), _text("deconstructed:mlp"), margin=0.1, also=("copy", "recall 26"),
     ),
-    AsGood(
+    _as_good(
         "deconstructed", "Where some layers stay standard, all other variants come near to standard attention.",
-        tuple(HYBRIDS), margin=0.05,
+        *HYBRIDS, margin=0.05,
     ),
-    Better(
+    _better(
         "deconstructed",
         "Alone, the polynomial is nearest to it; fixed queries and keys, or one score a key, are worse.",
-        _text("deconstructed"),
-        tuple(_text(f"deconstructed:{form}") for form in ("keys", "random", "embedding", "text")),
+        _text("deconstructed"), *(_text(f"deconstructed:{form}") for form in ("keys", "random", "embedding", "text")),
     ),
-    AsGood(
-        "agent", "It is as good as softmax attention on images.", (_images("agent"),), score="3 digits",
-        also=("1 digit",),
-    ),
-    Better(
+    _as_good("agent", "It is as good as softmax attention on images.", _images("agent"), score="3 digits",
+             also=("1 digit",)),
+    _better(
         "halo", "A halo lets blocks pass information on, and is better than windows without one.",
-        _images("halo"), (_images("halo:window"),), score="3 digits", also=("1 digit",),
+        _images("halo"), _images("halo:window"), score="3 digits", also=("1 digit",),
     ),
-    AsGood(
+    _as_good(
         "reduced", "Without its MLP a model of a third of the parameters generalises about as well on digits.",
-        (_images("reduced:original", mlp=False),), score="1 digit", also=("3 digits",), sizes=True,
+        _NO_MLP, score="1 digit", also=("3 digits",), sizes=True,
     ),
-    AsGood(
+    _as_good(
         "reduced", "A symmetric similarity costs little accuracy, and saves a quarter of attention's parameters.",
-        (_images("reduced:shared", mlp=False),), baseline=_images("reduced:original", mlp=False), score="1 digit",
-        also=("3 digits",), sizes=True,
+        _images("reduced:shared", mlp=False), than=_NO_MLP, score="1 digit", also=("3 digits",), sizes=True,
     ),
-    Better(
+    _better(
         "reduced", "With one matrix for similarity and none for values it is a little worse.",
-        _images("reduced:original", mlp=False), (_images("reduced:minimal", mlp=False),), score="1 digit",
-        also=("3 digits",), sizes=True,
+        _NO_MLP, _images("reduced:minimal", mlp=False), score="1 digit", also=("3 digits",), sizes=True,
     ),
 )  # fmt: skip
 

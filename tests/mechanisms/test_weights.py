@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,13 +85,14 @@ def test_scores_in_a_file_are_those_of_its_weights(work: str) -> None:
     assert again == pytest.approx(found.scores, abs=0.005)
 
 
-def test_what_is_not_shipped_is_refused_with_what_is() -> None:
+def test_what_is_not_shipped_is_refused_with_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WorkbenchError, match='work="sound" is not known'):
         mechanisms.trained("moh", work="sound")
     with pytest.raises(WorkbenchError, match='no model of "sqa:mah" trained on text') as caught:
         mechanisms.trained("sqa:mah")
     assert 'did you mean "sqa:mha"' in str(caught.value.hint)
     assert "mechanisms.trained_models()" in str(caught.value.hint)
+    monkeypatch.setattr(shipped, "_shipped", lambda: [("sqa:mha", "text"), ("agent", "images")])
     with pytest.raises(WorkbenchError) as caught:
         mechanisms.trained("agent")  # which sees images alone
     assert 'work="images"' in str(caught.value.hint)
@@ -113,7 +113,7 @@ def test_cards_say_what_follows_from_the_runs(bench: Any) -> None:
         claim = claims[rule.says]
         assert (claim.how, claim.found, claim.outcome) == (found.how, found.found, found.outcome)
         said.setdefault(rule.mechanism, {})[rule.says] = vars(found)
-    assert json.loads(findings.FINDINGS.read_text()) == said
+    assert findings.findings() == said
 
 
 def test_every_rule_is_of_a_claim_on_a_card_and_of_models_in_the_plan(bench: Any) -> None:
@@ -123,9 +123,7 @@ def test_every_rule_is_of_a_claim_on_a_card_and_of_models_in_the_plan(bench: Any
     assert len(order) == len(set(order))
     planned = {model for model, _ in order}
     for rule in bench.claims.RULES:
-        named = {*getattr(rule, "models", ()), *getattr(rule, "others", ())}
-        named |= {each for each in (getattr(rule, "model", None), getattr(rule, "baseline", None)) if each}
-        assert named <= planned
+        assert {*rule.models, getattr(rule, "than", rule.models[0])} <= planned
 
 
 def _run(name: str, seed: int, **scores: float) -> dict[str, Any]:
@@ -160,14 +158,16 @@ def test_outcomes_follow_from_intervals(bench: Any, loss: float, as_good: str, b
     plain = [_run("sqa:mha", seed, text=1.6 + 0.01 * (seed - 1)) for seed in range(3)]
     other = [_run("moh", seed, text=loss + 0.01 * (seed - 1)) for seed in range(3)]
     found = bench.runs.Runs([*plain, *other])
-    rule = bench.claims.AsGood("moh", "It is.", (Model("text", "moh"),)).examine(found)
-    assert rule.outcome == as_good
-    assert "plain attention 1.600" in rule.found
-    assert "seeds: 3 against 3" in rule.how
-    rule = bench.claims.Better("sqa", "It is.", Model("text", "sqa:mha"), (Model("text", "moh"),)).examine(found)
-    assert rule.outcome == better
-    missing = bench.claims.AsGood("moh", "It is.", (Model("text", "moh"), Model("text", "aaren")))
-    assert missing.examine(found) is None
+    moh, sqa, aaren = (Model("text", name) for name in ("moh", "sqa:mha", "aaren"))
+    less = bench.claims.Compared("moh", "It is as good.", (moh,), sqa, "less").examine(found)
+    assert less.outcome == as_good
+    assert "plain attention 1.600" in less.found
+    assert "seeds: 3 against 3" in less.how
+    more = bench.claims.Compared("sqa", "It is better.", (moh,), sqa, "more", margin=0.0).examine(found)
+    assert more.outcome == better
+    assert bench.claims.Compared("moh", "It is as good.", (moh, aaren), sqa, "less").examine(found) is None
+    nothing_to_lose = bench.claims.Compared("moh", "It is as good.", (moh,), sqa, "less", needs=2.0)
+    assert nothing_to_lose.examine(found).outcome == "undecided"
 
 
 def test_alignment_is_of_what_heads_give_but_for_turning_and_scale(bench: Any) -> None:

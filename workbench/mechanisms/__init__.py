@@ -11,7 +11,19 @@ True
 '2312.08874'
 """
 
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mechanisms, Mixer, Place, Signature, get, register
+from workbench.mechanisms.frame import (
+    Card,
+    Claim,
+    Gate,
+    Mechanism,
+    Mechanisms,
+    Mixer,
+    Place,
+    Signature,
+    get,
+    read_gate,
+    register,
+)
 from workbench.mechanisms.frame import listed as list
 from workbench.mechanisms.matvlm import seed_mamba2
 from workbench.mechanisms.rooms import Room, room, show
@@ -20,6 +32,7 @@ from workbench.mechanisms.training import trained, trained_models
 __all__ = [
     "Card",
     "Claim",
+    "Gate",
     "Mechanism",
     "Mechanisms",
     "Mixer",
@@ -28,6 +41,7 @@ __all__ = [
     "Signature",
     "get",
     "list",
+    "read_gate",
     "register",
     "room",
     "seed_mamba2",

@@ -2,6 +2,7 @@
 
 from workbench.mechanisms.frame.card import Card, Claim
 from workbench.mechanisms.frame.catalogue import Mechanisms, get, listed, register
+from workbench.mechanisms.frame.gate import Gate, read_gate
 from workbench.mechanisms.frame.mechanism import Mechanism
 from workbench.mechanisms.frame.mixer import Mixer
 from workbench.mechanisms.frame.place import Place
@@ -10,6 +11,7 @@ from workbench.mechanisms.frame.signature import Signature, at_places, by_blocks
 __all__ = [
     "Card",
     "Claim",
+    "Gate",
     "Mechanism",
     "Mechanisms",
     "Mixer",
@@ -19,5 +21,6 @@ __all__ = [
     "by_blocks",
     "get",
     "listed",
+    "read_gate",
     "register",
 ]
