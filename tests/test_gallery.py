@@ -115,7 +115,7 @@ def test_the_matrix_has_a_row_for_each_and_what_was_measured(
     table = found.table
     assert list(table.index) == ["moh", "agent:few"]
     assert table.loc["moh", "copy"] == pytest.approx(quick.scores["copy"])
-    assert table.loc["moh", "parameters, text"] == quick.facts["parameters"]
+    assert table.loc["moh", "parameters, text, thousands"] == pytest.approx(quick.facts["parameters"] / 1000)
     assert table.loc["agent:few"].filter(regex="copy|parameters|induction").isna().all()
     code = next(each for each in found.columns if each.name == "code, nats")
     assert code.better == "low"

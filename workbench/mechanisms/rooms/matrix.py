@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from workbench.analysis.profile import AttentionProfile
 from workbench.mechanisms.rooms.costs import Cost
 from workbench.mechanisms.rooms.seen import Seen
 from workbench.mechanisms.rooms.showing import Room
@@ -90,7 +91,8 @@ def _quality(rooms: Sequence[Room]) -> list[Measured]:
     runs, found = read_runs(), []
     for work, word in _WORKS.items():
         models = [seen.trained for one in rooms if (seen := _of(one, work)) is not None and seen.trained is not None]
-        for score in dict.fromkeys(name for each in models for name in each.scores):
+        there = dict.fromkeys(name for each in models for name in each.scores)
+        for score in sorted(there, key=lambda name: name not in _LOSSES):
             better: Better = "low" if score in _LOSSES else "high"
 
             def find(one: Room, score: str = score, work: str = work) -> tuple[float, str] | None:
@@ -118,9 +120,10 @@ def _sizes(rooms: Sequence[Room]) -> list[Measured]:
 
         def find(one: Room, work: str = work) -> tuple[float, str] | None:
             seen = _of(one, work)
-            return None if seen is None else (float(sum(p.numel() for p in seen.model.parameters())), "")
+            n = 0 if seen is None else sum(p.numel() for p in seen.model.parameters())
+            return (n / 1000, f"{n:,} parameters") if n else None
 
-        found.append(_column(rooms, f"parameters, {word}", "Size", None, find))
+        found.append(_column(rooms, f"parameters, {word}, thousands", "Size", None, find))
     return found
 
 
@@ -159,7 +162,7 @@ def _heads(rooms: Sequence[Room]) -> list[Measured]:
         def profile(measure: str, said: str = "", work: str = work) -> Callable[[Room], tuple[float, str] | None]:
             def find(one: Room) -> tuple[float, str] | None:
                 seen = _of(one, work)
-                if seen is None or seen.profile is None:
+                if seen is None or not isinstance(seen.profile, AttentionProfile):
                     return None
                 return float(seen.profile.of(measure).nanmean()), f"mean over the heads{said}"
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from workbench.analysis.gates import GateProfile, gate_profile
 from workbench.analysis.importance import HeadImportance, head_importance
 from workbench.analysis.profile import AttentionProfile, attention_profile
 from workbench.capture.capture import Capture
@@ -54,7 +55,8 @@ class Seen:
         work: what it does: "text", "images", or "alone", a module by itself.
         model: the model. trained: how it came about; None where its weights are drawn at random.
         capture: on the text, the scenes, or drawn vectors. images: the scenes, [example, 3, row, column], and classes.
-        importance: of its heads, by ablation; profile: how far they look. None where `missing` says why.
+        importance: of its heads, by ablation. profile: how far they look, or of gates how large they are and where.
+            None where `missing` says why.
         signature: what is the mechanism's own; None where it has none here.
         missing: "importance" and "profile" -> why there is none.
     """
@@ -65,7 +67,7 @@ class Seen:
     capture: Capture
     images: tuple[Tensor, Tensor] | None = None
     importance: HeadImportance | None = None
-    profile: AttentionProfile | None = None
+    profile: AttentionProfile | GateProfile | None = None
     signature: SignatureMaps | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -94,7 +96,7 @@ def see(mechanism: Mechanism, name: str, work: str, trained: TrainedModel | None
     if importance is not None:
         importance = replace(importance, provenance=importance.provenance | {"model_name": called})
     grid = (mechanism.places[0] if work == ALONE else PLACES[work]).grid
-    profile = _tried(missing, "profile", lambda: attention_profile(capture, grid, prefix=None if grid is None else 0))
+    profile = _tried(missing, "profile", lambda: _profile(capture, grid))
     return Seen(
         work=work, model=model, trained=trained, capture=capture, images=images, importance=importance,
         profile=profile, signature=_signature(mechanism, model, capture), missing=missing,
@@ -140,6 +142,12 @@ def _importance(wb: Workbench, work: str) -> HeadImportance:
     length = PLACES["text"].length
     batches = inputs.text_examples(length, _ROWS) if work == "text" else inputs.scene_examples(_ROWS)
     return head_importance(wb, batches, inputs.LOSS, "zero", resumed=False, progress=False)
+
+
+def _profile(capture: Capture, grid: tuple[int, int] | None) -> AttentionProfile | GateProfile:
+    if all(site.kind == "gate" for site in capture.sites):
+        return gate_profile(capture, grid)
+    return attention_profile(capture, grid, prefix=None if grid is None else 0)
 
 
 def _tried(missing: dict[str, str], what: str, find: Callable[[], T]) -> T | None:

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from workbench.analysis.gates import GateProfile
+from workbench.analysis.profile import AttentionProfile
 from workbench.errors import CaptureError
 from workbench.mechanisms.rooms import Matrix, Room, Seen
 from workbench.mechanisms.rooms.seen import ALONE, SignatureMaps
@@ -96,10 +98,13 @@ def _more_of_room(one: Room) -> list[View]:
 def _of_seen(one: Room, seen: Seen) -> list[View]:
     """Maps, importance, distance, and what is its own, of one model."""
     after = f", {seen.work}" if len(one.seen) > 1 else ""
-    found = _maps(seen, after)
+    gates = isinstance(seen.profile, GateProfile)
+    found = [] if gates else _maps(seen, after)  # the map of a gate is its factors on the diagonal
+    if gates:
+        found += [_titled(view, f"{view.spec.title}{after}") for view in all_of(seen.profile)]
     if seen.importance is not None:
         found += [_titled(view, f"{view.spec.title}{after}") for view in all_of(seen.importance)[:1]]
-    if seen.profile is not None:
+    if isinstance(seen.profile, AttentionProfile):
         found.append(_titled(view := offsets(seen.profile), f"{view.spec.title}{after}"))
     if seen.signature is not None and one.mechanism.signature is not None:
         found.append(_signature(one, seen, seen.signature, after))
@@ -145,7 +150,7 @@ def _signature(one: Room, seen: Seen, found: SignatureMaps, after: str) -> View:
     return head_gallery(
         found.maps.numpy(),
         found.heads,
-        axes=Axes(rows, columns, value=signature.value),
+        axes=Axes(rows, columns, value=signature.value, column_texts=_texts(seen, found.maps.shape[2])),
         labels=list(found.names) if several else labels,
         said=[f"{name} of {label}" for name, label in zip(found.names, labels, strict=True)] if several else None,
         groups=groups,
@@ -153,6 +158,12 @@ def _signature(one: Room, seen: Seen, found: SignatureMaps, after: str) -> View:
         caption=signature.about + ("" if seen.trained else " Weights are random."),
         provenance=seen.capture.provenance,
     )
+
+
+def _texts(seen: Seen, n: int) -> list[str] | None:
+    """The tokens of the text, where a map has a column for each of them."""
+    tokens = seen.capture.key_tokens(seen.capture[0].site.name) if seen.work == "text" else None
+    return list(tokens[0]) if tokens is not None and len(tokens[0]) == n else None
 
 
 def _curves(one: Room) -> View | None:
