@@ -11,9 +11,22 @@ True
 '2312.08874'
 """
 
-from workbench.mechanisms.frame import Card, Claim, Gate, Mechanism, Mechanisms, Mixer, Place, get, read_gate, register
+from workbench.mechanisms.frame import (
+    Card,
+    Claim,
+    Gate,
+    Mechanism,
+    Mechanisms,
+    Mixer,
+    Place,
+    Signature,
+    get,
+    read_gate,
+    register,
+)
 from workbench.mechanisms.frame import listed as list
 from workbench.mechanisms.matvlm import seed_mamba2
+from workbench.mechanisms.rooms import Room, room, show
 from workbench.mechanisms.training import trained, trained_models
 
 __all__ = [
@@ -24,11 +37,15 @@ __all__ = [
     "Mechanisms",
     "Mixer",
     "Place",
+    "Room",
+    "Signature",
     "get",
     "list",
     "read_gate",
     "register",
+    "room",
     "seed_mamba2",
+    "show",
     "trained",
     "trained_models",
 ]
