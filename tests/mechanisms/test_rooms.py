@@ -307,6 +307,22 @@ def test_every_call_is_verified_and_factors_stand_beside_the_map(one: Mechanism,
         assert "source" not in beside or site.kind == "gate"
 
 
+@each_form
+@torch.no_grad()
+def test_a_signature_is_maps_of_one_shape_for_each_head(one: Mechanism, place: Place, variant: str | None) -> None:
+    if one.signature is None:
+        pytest.skip("it has none")
+    module, inputs = _made(one, place, variant)
+    with workbench.attach(module) as wb, wb.capture([]) as cap:
+        module(**inputs)
+    for site in cap.sites:
+        found = one.signature.of(module, cap[site.name].pattern)
+        shapes = {tuple(t.shape) for t in found.values()}
+        assert len(shapes) <= 1
+        assert all(shape[0] == cap[site.name].shape[1] for shape in shapes)
+        assert all(bool(t.isfinite().any()) for t in found.values())
+
+
 @each_room
 def test_places_and_inputs_that_it_cannot_take_are_named(one: Mechanism, place: Place) -> None:
     with pytest.raises(WorkbenchError, match="5 heads do not divide d_model=24"):

@@ -19,6 +19,7 @@ from workbench.mechanisms.frame import (
     Mechanisms,
     Mixer,
     Place,
+    Signature,
     field_area,
     get,
     read_gate,
@@ -27,6 +28,7 @@ from workbench.mechanisms.frame import (
 )
 from workbench.mechanisms.frame import listed as list
 from workbench.mechanisms.matvlm import seed_mamba2
+from workbench.mechanisms.rooms import Room, room, show
 from workbench.mechanisms.training import trained, trained_models
 
 __all__ = [
@@ -37,13 +39,17 @@ __all__ = [
     "Mechanisms",
     "Mixer",
     "Place",
+    "Room",
+    "Signature",
     "field_area",
     "get",
     "list",
     "read_gate",
     "receptive_field",
     "register",
+    "room",
     "seed_mamba2",
+    "show",
     "trained",
     "trained_models",
 ]

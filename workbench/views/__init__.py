@@ -32,6 +32,7 @@ from workbench.views.results import (
 )
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.saliency_map import SaliencyMap, saliency_map
+from workbench.views.table import Column, Table, table
 from workbench.views.tensor_peek import TensorPeek, tensor_peek
 from workbench.views.token_strip import TokenStrip, token_strip
 from workbench.views.what_if import WhatIf, what_if
@@ -44,6 +45,7 @@ __all__ = [
     "CapacityCurves",
     "CircuitGraph",
     "Click",
+    "Column",
     "Compare",
     "ConditioningCurves",
     "Figure",
@@ -59,6 +61,7 @@ __all__ = [
     "SaliencyMap",
     "Selection",
     "SharedSelection",
+    "Table",
     "TensorPeek",
     "TokenStrip",
     "View",
@@ -91,6 +94,7 @@ __all__ = [
     "run_timeline",
     "saliency_map",
     "states",
+    "table",
     "tensor_peek",
     "token_strip",
     "what_if",

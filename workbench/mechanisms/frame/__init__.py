@@ -7,6 +7,7 @@ from workbench.mechanisms.frame.gate import Gate, read_gate
 from workbench.mechanisms.frame.mechanism import Mechanism
 from workbench.mechanisms.frame.mixer import Mixer
 from workbench.mechanisms.frame.place import Place
+from workbench.mechanisms.frame.signature import Signature, at_places, by_blocks
 
 __all__ = [
     "Card",
@@ -16,6 +17,9 @@ __all__ = [
     "Mechanisms",
     "Mixer",
     "Place",
+    "Signature",
+    "at_places",
+    "by_blocks",
     "field_area",
     "get",
     "listed",
