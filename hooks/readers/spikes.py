@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import foreign, has
+from workbench.hooks.readers.state_space import has
 from workbench.hooks.tap import Unshown
 from workbench.kernels.linear import LinearPattern
 
@@ -49,13 +49,10 @@ def spiking(run: ModuleRun) -> Mixing:
             site=run.site,
             hint="call spikingjelly.activation_based.functional.reset_net(model) before each forward",
         )
-    try:
-        spikes = _fired(module.qkv_lif, module.qkv_conv_bn.forward(x))  # [step, batch, 3 · channel, token]
-        split = spikes.unflatten(2, (3, module.num_heads, -1)).permute(2, 1, 0, 3, 5, 4).flatten(1, 2)
-        q, k, v = split.unbind(0)  # [batch · step, head, token, width]
-        scale = float(module.scale)
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    spikes = _fired(module.qkv_lif, module.qkv_conv_bn.forward(x))  # [step, batch, 3 · channel, token]
+    split = spikes.unflatten(2, (3, module.num_heads, -1)).permute(2, 1, 0, 3, 5, 4).flatten(1, 2)
+    q, k, v = split.unbind(0)  # [batch · step, head, token, width]
+    scale = float(module.scale)
 
     def finish(z: Tensor) -> Tensor:
         current = z.to(x.dtype).unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1).mT.flatten(2, 3)
