@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -178,7 +178,8 @@ def _curves(one: Room) -> View | None:
     fig = make_subplots(rows=1, cols=len(titles), subplot_titles=titles, horizontal_spacing=0.09)
     named: set[str] = set()
 
-    def line(at: int, x: Sequence[float], y: Sequence[float], name: str, colour: str, **more: Any) -> None:
+    def line(at: int, points: Iterable[tuple[float, float]], name: str, colour: str, **more: Any) -> None:
+        x, y = zip(*points, strict=True)
         fig.add_trace(
             go.Scatter(x=list(x), y=list(y), name=plotly_text(name), legendgroup=name, showlegend=name not in named,
                        line={"color": colour, "width": 2}, **more),
@@ -188,9 +189,9 @@ def _curves(one: Room) -> View | None:
 
     for at, seen in enumerate(trained, 1):
         if one.name != PLAIN and seen.work in one.plain:
-            line(at, *zip(*one.plain[seen.work], strict=True), "plain attention", _PLAIN, mode="lines")  # type: ignore[misc]
+            line(at, one.plain[seen.work], "plain attention", _PLAIN, mode="lines")
         assert seen.trained is not None
-        line(at, *zip(*losses_of(seen.trained), strict=True), one.name, SERIES[0], mode="lines")  # type: ignore[misc]
+        line(at, losses_of(seen.trained), one.name, SERIES[0], mode="lines")
         fig.update_xaxes(title_text="step", row=1, col=at)
         fig.update_yaxes(title_text="nats", row=1, col=at)
     said = (
@@ -200,9 +201,10 @@ def _curves(one: Room) -> View | None:
     )
     if one.cost is not None:
         cost, at = one.cost, len(titles)
-        sdpa = [mine / over for mine, over in zip(cost.seconds, cost.over_sdpa, strict=True)]
-        line(at, cost.lengths, sdpa, "plain attention", _PLAIN, mode="lines+markers")
-        line(at, cost.lengths, cost.seconds, one.name, SERIES[0], mode="lines+markers")
+        if one.name != PLAIN:
+            sdpa = [mine / over for mine, over in zip(cost.seconds, cost.over_sdpa, strict=True)]
+            line(at, zip(cost.lengths, sdpa, strict=True), "plain attention", _PLAIN, mode="lines+markers")
+        line(at, zip(cost.lengths, cost.seconds, strict=True), one.name, SERIES[0], mode="lines+markers")
         fig.update_xaxes(title_text="tokens", type="log", row=1, col=at, tickvals=list(cost.lengths))
         fig.update_yaxes(type="log", row=1, col=at)
         said.append(
