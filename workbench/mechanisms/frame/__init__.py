@@ -2,6 +2,7 @@
 
 from workbench.mechanisms.frame.card import Card, Claim
 from workbench.mechanisms.frame.catalogue import Mechanisms, get, listed, register
+from workbench.mechanisms.frame.field import field_area, receptive_field
 from workbench.mechanisms.frame.gate import Gate, read_gate
 from workbench.mechanisms.frame.mechanism import Mechanism
 from workbench.mechanisms.frame.mixer import Mixer
@@ -19,8 +20,10 @@ __all__ = [
     "Signature",
     "at_places",
     "by_blocks",
+    "field_area",
     "get",
     "listed",
     "read_gate",
+    "receptive_field",
     "register",
 ]

@@ -11,6 +11,7 @@ from workbench.views.results import (
     pattern_atlas,
     profile,
     rollout,
+    spikes,
     weights,
 )
 from workbench.views.results.capture import overview
@@ -35,6 +36,7 @@ __all__ = [
     "pattern_atlas",
     "profile",
     "rollout",
+    "spikes",
     "states",
     "weights",
 ]
