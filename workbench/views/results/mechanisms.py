@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from workbench.analysis.gates import GateProfile
 from workbench.analysis.profile import AttentionProfile
-from workbench.errors import CaptureError
+from workbench.errors import WorkbenchError
 from workbench.mechanisms.rooms import Matrix, Room, Seen
 from workbench.mechanisms.rooms.seen import ALONE, SignatureMaps
 from workbench.mechanisms.rooms.showing import PLAIN, losses_of
@@ -44,7 +43,7 @@ def matrix(found: Matrix, places: Sequence[str | None] | None = None) -> View:
     return table(
         [one.name for one in found.rooms],
         [
-            *(Column(each.name, each.values, each.group, each.better, each.said) for each in found.columns),
+            *(Column(each.name, each.values, each.group, each.better, each.span, each.said) for each in found.columns),
             Column("claims of the paper", [one.standing for one in found.rooms], "At our scale"),
         ],
         of="mechanism",
@@ -119,16 +118,18 @@ def _titled(view: View, title: str) -> View:
 def _maps(seen: Seen, after: str) -> list[View]:
     """Every head on the input that all mechanisms are shown; on images those over them that have a place there."""
     title, weights = f"Every head on {_WHERE[seen.work]}", "" if seen.trained else " Weights are random."
-    found: list[View] = []
+    found, notes = list[View](), tuple[str, ...]()
     if seen.images is not None:
         pixels, classes = seen.images
         labels = [f"which digit: {label}" for label in classes.tolist()]
-        with suppress(CaptureError):  # no map is over patches
+        try:
             found.append(
                 image_attention(seen.capture, pixels, labels=labels, grid=PLACES["images"].grid, prefix=0, title=title)
             )
+        except WorkbenchError as error:  # such as maps that are not over all patches
+            notes = (f"Not laid over the scenes: {error.message}.",)
     if not found or len(found[0].spec.facts["heads"]) < sum(site.shape[1] for site in seen.capture):
-        found.append(head_gallery(seen.capture, title=f"{title}{after}"))
+        found.append(head_gallery(seen.capture, title=f"{title}{after}", notes=notes))
     for view in found:
         view.spec = replace(view.spec, caption=f"{view.spec.caption}{weights}")
     return found
