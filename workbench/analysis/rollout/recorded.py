@@ -101,8 +101,7 @@ def run_of(wb: Workbench, batch: Mapping[str, Any], method: str, residual: float
     batch = {**without_cache(wb.model), **batch}
     found: dict[str, Sublayer] = {}
     if method in ("norm", "alti"):
-        with torch.enable_grad():
-            short = record(wb.model, shortened(batch), (), needs_logits=False)
+        short = record(wb.model, shortened(batch), (), needs_logits=False)
         for several in towers.values():
             blocks = [_block(wb, site) for site in several]
             found |= {one.site.name: one for one in find_sublayers(wb.model, short, several, blocks)}

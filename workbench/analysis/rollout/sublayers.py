@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from workbench.analysis.circuits.model.layers import same_sum
 from workbench.analysis.circuits.model.recording import Recording
 from workbench.analysis.logits.norms import Norm, find_norm
-from workbench.analysis.logits.writers import joins_of, slices, writers_of_block
+from workbench.analysis.logits.writers import plain_joins_of, slices, writers_of_block
 from workbench.errors import AttachError
 from workbench.hooks.sites import Site
 
@@ -77,12 +77,12 @@ def find_sublayers(model: nn.Module, seen: Recording, sites: Sequence[Site], blo
 def _normed_sums(model: nn.Module, seen: Recording, sites: Sequence[Site], block: str) -> list[Sublayer] | None:
     """The sublayers of a block whose norms are on the stream itself; None if it has none such."""
     stream, found = seen.given[block], []
-    for site, (name, module, n_heads) in zip(sites, joins_of(seen, sites), strict=True):
-        norm = _norm_of(model, seen, block, stream, seen.gave[name])
+    for site, joint in zip(sites, plain_joins_of(seen, sites), strict=True):
+        norm = _norm_of(model, seen, block, stream, seen.gave[joint.name])
         if norm is None:
             return None
         stream = seen.gave[norm.name]
-        found.append(Sublayer(site, block, name, module, n_heads, None, norm))
+        found.append(Sublayer(site, block, joint.name, joint.module, joint.n_heads, None, norm))
     after = seen.gave[block]
     if torch.equal(after, stream):
         return found

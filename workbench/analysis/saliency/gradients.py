@@ -22,6 +22,7 @@ from workbench.errors import WorkbenchError
 
 METHODS = ("integrated_gradients", "gradient_x_input", "occlusion", "feature_ablation", "kernel_shap")
 _WITH_GRADIENTS = ("integrated_gradients", "gradient_x_input")
+_FEW = 256  # vectors of a forward, below which copies of the points cost less than a backward of each output
 _GAP = 0.05  # share of what is to be explained by which integrated gradients may miss it without a warning
 
 
@@ -202,20 +203,33 @@ def _by_gradients(
 def _gradients(explained: _Explained, points: Tensor) -> Iterator[Tensor]:
     """[point, ...] of each output token in turn, from one forward.
 
+    Few vectors take about as long as one, since it is the weights that are waited for: then each output token has a
+    copy of the points in the batch, and one backward is that of all. Otherwise each has a backward of its own.
+
     Raises:
         WorkbenchError: the model has none.
     """
-    points = points.detach().requires_grad_()
+    points, n = points.detach(), len(explained.subject.targets)
+    if n > 1 and n * points.numel() // points.shape[-1] <= _FEW:
+        copies = points.repeat(n, *[1] * (points.dim() - 1)).requires_grad_()
+        own = explained(copies).unflatten(0, (n, -1)).diagonal(dim1=0, dim2=2)
+        yield from _gradient(explained, own.sum(), copies).unflatten(0, (n, -1))
+        return
+    points.requires_grad_()
     said = explained(points).sum(0)
-    for k in range(len(said)):
-        try:
-            (found,) = torch.autograd.grad(said[k], points, retain_graph=k + 1 < len(said))
-        except RuntimeError as error:
-            raise WorkbenchError(
-                f"{type(explained.subject.model).__name__} gives no gradient here: {error}",
-                hint='is it quantized, or compiled? "occlusion", "feature_ablation" and masks need forwards alone',
-            ) from None
-        yield found
+    for k in range(n):
+        yield _gradient(explained, said[k], points, retain_graph=k + 1 < n)
+
+
+def _gradient(explained: _Explained, said: Tensor, points: Tensor, **how: bool) -> Tensor:
+    try:
+        (found,) = torch.autograd.grad(said, points, **how)
+    except RuntimeError as error:
+        raise WorkbenchError(
+            f"{type(explained.subject.model).__name__} gives no gradient here: {error}",
+            hint='is it quantized, or compiled? "occlusion", "feature_ablation" and masks need forwards alone',
+        ) from None
+    return found
 
 
 def _warn_of_gap(details: dict[str, Any], subject: ExplainedInput, where: str, n_steps: int) -> None:

@@ -97,6 +97,13 @@ def find_weights(wb: Workbench, *, qk: bool, vocabulary: bool = True, distance: 
         seen, sites, blocks, readout = find_readout_of(wb, inputs, with_gradients=True)
         writers = writers_in(wb, seen, sites, blocks, readout)
         own = [heads for heads in writers.heads if heads.site.kind != "cross"]
+        for heads in own:
+            if not heads.plain:
+                raise AttachError(
+                    f"what its heads mix enters {heads.out} behind a gate, norm or skip, which depend on the input, so "
+                    "that weights alone do not tell what is written",
+                    site=heads.site.name, hint="logit_attribution has what heads write on given prompts",
+                )  # fmt: skip
         found = tuple(
             _of_site(wb.model, seen, heads, writers.blocks.index(heads.block), distance if qk else None)
             for heads in own

@@ -93,15 +93,9 @@ class LayerFinder:
     ) -> tuple[LayerModules, Layer]:
         """One layer; `before` is the stream that it reads, `after` that behind its MLP, None if it has none."""
         seen = self.seen
-        call = call_of(seen, site)
+        call_of(seen, site)
         if seen.times.get(block, 0) != 1:
             raise AttachError(f"the block {block} ran {seen.times.get(block, 0)} times in one forward", site=site.name)
-        if call.shard is not None:
-            raise AttachError(
-                f"circuits need all heads in one process, and {site.elsewhere or 'some are in others'}",
-                site=site.name,
-                hint="load the model without tensor parallelism",
-            )
         n_heads, width = joint.heads.shape[2:]
         try:
             projection_slices(joint.module, n_heads, width)
@@ -306,15 +300,20 @@ def _streams_of(seen: Recording, scope: str, reader: str, any_width: bool = Fals
 
 
 def find_mlp(
-    seen: Recording, site: Site, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str
+    seen: Recording, site: Site | None, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str = ""
 ) -> str | None:
-    """The outermost module of a block whose output is what the heads do not add to the stream."""
+    """The outermost module of a block whose output is what the heads do not add to the stream.
+
+    Args:
+        site: of the heads; None where there are none. out: what joins them.
+    """
+    own = "" if site is None else site.name
     stream, size = before + attention, before.abs() + attention.abs()
     if same_sum(after, stream, size, seen.eps):
         return None
     fitting = []
     for name in dict.fromkeys(seen.order):
-        holds_attention = site.name.startswith(f"{name}.") or name == site.name or name.startswith(f"{site.name}.")
+        holds_attention = own and (own.startswith(f"{name}.") or name == own or name.startswith(f"{own}."))
         if not name.startswith(f"{block}.") or holds_attention or name == out or seen.times[name] > 1:
             continue
         gave = seen.gave.get(name)
@@ -327,24 +326,24 @@ def find_mlp(
     if not fitting:
         raise AttachError(
             f"the block {block} adds something to the residual stream that is neither its heads' output nor that of "
-            f"one module, in {seen.precision}: {_why_no_sum(seen, site, block, attention, after, out)}",
-            site=site.name,
+            f"one module, in {seen.precision}: {_why_no_sum(seen, own, block, attention, after, out)}",
+            site=own or None,
             hint=_INSTEAD,
         )
     return min(fitting, key=_depth)
 
 
-def _why_no_sum(seen: Recording, site: Site, block: str, attention: Tensor, after: Tensor, out: str) -> str:
+def _why_no_sum(seen: Recording, site: str, block: str, attention: Tensor, after: Tensor, out: str) -> str:
     """What stands between the heads and the stream, where it can be named."""
     for name in dict.fromkeys(seen.order):
-        if not name.startswith(f"{block}.") or site.name.startswith(f"{name}.") or name == out:
+        if not name.startswith(f"{block}.") or site.startswith(f"{name}.") or name == out:
             continue
         gave, given = seen.gave.get(name), seen.given.get(name)
         if gave is None or given is None or gave.shape != after.shape or equal(gave, given):
             continue
         if equal(given, attention):
             return f"what they write goes through {name} first, and is no sum over heads behind a norm"
-        if equal(gave, after) and not site.name.startswith(name):
+        if equal(gave, after) and not site.startswith(name):
             return f"the stream itself goes through {name}, and is no sum of what was written behind a norm"
     return "a scale, or two MLPs?"
 
