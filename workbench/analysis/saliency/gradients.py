@@ -31,7 +31,7 @@ class _Explained:
     explained part of the input.
 
     That part, `start`, is [1, time, frequency], [1, token, d_model], [1, channel, row, column], or at the encoder
-    [1, position, d_model]. `runs` counts the examples it was called with.
+    [1, position, d_model]. `runs` counts the examples it was called with, copies of one of them once.
     """
 
     def __init__(self, subject: ExplainedInput, where: str) -> None:
@@ -44,8 +44,8 @@ class _Explained:
         whole = subject.kind == "image" and where == "input"
         self.start = subject.main if whole else self.whole[:, :extent].detach().clone()
 
-    def __call__(self, part: Tensor) -> Tensor:
-        self.runs += len(part)
+    def __call__(self, part: Tensor, copies: int = 1) -> Tensor:
+        self.runs += len(part) // copies
         return self.subject.score_of(self._log_probs(part))
 
     def _log_probs(self, part: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def _gradients(explained: _Explained, points: Tensor) -> Iterator[Tensor]:
     points, n = points.detach(), len(explained.subject.targets)
     if n > 1 and n * points.numel() // points.shape[-1] <= _FEW:
         copies = points.repeat(n, *[1] * (points.dim() - 1)).requires_grad_()
-        own = explained(copies).unflatten(0, (n, -1)).diagonal(dim1=0, dim2=2)
+        own = explained(copies, n).unflatten(0, (n, -1)).diagonal(dim1=0, dim2=2)
         yield from _gradient(explained, own.sum(), copies).unflatten(0, (n, -1))
         return
     points.requires_grad_()

@@ -14,6 +14,7 @@ queries read the decoder's stream, and whose keys and values read what the encod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -22,11 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.circuits.model.names import node_of
+from workbench.analysis.circuits.model.names import label
 from workbench.analysis.circuits.model.nodes import Layer, Spot
 from workbench.errors import FormatError, InterventionError, nearest
 from workbench.storage import typed
 from workbench.storage.parts import Part
+
+_LABEL = re.compile(r"L(\d+)(H|KV)(\d+)")
+_DOTTED = re.compile(r"(\d+)\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -291,7 +295,22 @@ class Graph:
         Raises:
             InterventionError: there is none, or it could be one of several.
         """
-        return node_of(head, self.nodes, labelled=len(self.streams) > 1)
+        several = len(self.streams) > 1
+        name = text = str(head)
+        if isinstance(head, tuple) and len(head) == 2:
+            name = f"{head[0]}.H{head[1]}" if isinstance(head[0], str) else f"a{head[0]}.h{head[1]}"
+        elif found := _LABEL.fullmatch(text):
+            name = f"a{found[1]}.{found[2].lower()}{found[3]}"
+        elif found := _DOTTED.fullmatch(text):
+            name = f"a{found[1]}.h{found[2]}"
+        if several:
+            by_label = {label(node): node for node in self.nodes}
+            by_label |= {text.replace(".attn.", ".self_attn."): node for text, node in by_label.items()}
+            name = by_label.get(name, name)
+        if name not in self.nodes:
+            hint = nearest(name, [*map(label, self.nodes)] if several else self.nodes, "node")
+            raise InterventionError(f"the model has no node {head!r}", hint=hint)
+        return name
 
     def receiver(self, head: Any, part: str) -> str:
         """The receiver that holds the q, k or v of a head; for shared k and v that of its group, of a mixer its "x".

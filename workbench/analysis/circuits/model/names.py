@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
-
-from workbench.errors import InterventionError, nearest
 
 _DOOR = re.compile(r"((?:\w+\.)*)([ax])(\d+)(?=<x>|$)")  # through which a mixer's heads read the stream
 _HEAD = re.compile(r"((?:\w+\.)*)([ax])(\d+)\.(h|kv)(\d+)")
 _LABEL = re.compile(r"L(\d+)(?:H|KV)(\d+)")
-_SPELLED = re.compile(r"L(\d+)(H|KV)(\d+)")
-_DOTTED = re.compile(r"(\d+)\.(\d+)")
 _SITE_LABEL = re.compile(r"(.+)\.(?:H|KV)\d+")
 _PARTS = {"a": "attn", "x": "cross_attn"}
 
@@ -33,35 +27,6 @@ def label(name: str) -> str:
         return f"{prefix}{layer}.{_PARTS[letter]}.{head}" if prefix else f"L{layer}{head}"
 
     return re.sub(rf"^{_HEAD.pattern}", spelled, name)
-
-
-def node_of(head: Any, nodes: Sequence[str], *, labelled: bool) -> str:
-    """The one of the nodes that a head is, given as (layer, head), "L9H6", "9.6" or "a9.h6".
-
-    Args:
-        labelled: a site stands for the layer: ("decoder.0.cross_attn", 1), "decoder.0.cross_attn.H1".
-
-    Raises:
-        InterventionError: there is none, or it could be one of several.
-
-    >>> node_of((9, 6), ["a9.h6"], labelled=False), node_of("9.6", ["a9.h6"], labelled=False)
-    ('a9.h6', 'a9.h6')
-    """
-    name = text = str(head)
-    if isinstance(head, tuple) and len(head) == 2:
-        name = f"{head[0]}.H{head[1]}" if isinstance(head[0], str) else f"a{head[0]}.h{head[1]}"
-    elif found := _SPELLED.fullmatch(text):
-        name = f"a{found[1]}.{found[2].lower()}{found[3]}"
-    elif found := _DOTTED.fullmatch(text):
-        name = f"a{found[1]}.h{found[2]}"
-    if labelled:
-        by_label = {label(node): node for node in nodes}
-        by_label |= {text.replace(".attn.", ".self_attn."): node for text, node in by_label.items()}
-        name = by_label.get(name, name)
-    if name not in nodes:
-        hint = nearest(name, [*map(label, nodes)] if labelled else nodes, "node")
-        raise InterventionError(f"the model has no node {head!r}", hint=hint)
-    return name
 
 
 def site_of(label: str) -> str | None:
