@@ -178,6 +178,46 @@ def test_heads_of_recurrences_and_behind_gates_by_hand(name: str) -> None:
     torch.testing.assert_close(found.capped, logits[:, 7], rtol=1e-4, atol=1e-5)
 
 
+def _granite() -> nn.Module:
+    torch.manual_seed(0)
+    common = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = hf.GraniteConfig(
+        **common, num_key_value_heads=2, num_hidden_layers=2, embedding_multiplier=3.0, residual_multiplier=0.37,
+        logits_scaling=4.0, pad_token_id=0,
+    )  # fmt: skip
+    model = hf.GraniteForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.double()
+
+
+def test_what_is_scaled_before_it_is_added_by_hand() -> None:
+    """Granite: 0.37 of what heads and MLPs give, and a quarter of the logits."""
+    model, inputs = _granite(), {"input_ids": ids(2, 11) % 40}
+    kept: dict[str, Tensor] = {}
+    joins = {f"model.layers.{i}.self_attn": layer.self_attn.o_proj for i, layer in enumerate(model.model.layers)}
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, n=n: kept.__setitem__(n, args[0].detach()[:, -1]))
+        for n, m in {**joins, "end": model.model.norm}.items()
+    ]
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, -1]
+    for handle in handles:
+        handle.remove()
+    with attach(model) as wb:
+        found = [attribute(wb, inputs, 7) for _ in range(2)][1]
+    scale = (kept["end"].square().mean(-1, keepdim=True) + model.model.norm.variance_epsilon).rsqrt()
+    direction = model.lm_head.weight[7].detach() * model.model.norm.weight.detach() * scale / 4
+    for layer, (site, out) in enumerate(joins.items()):
+        for head in range(4):
+            cut = slice(head * 8, (head + 1) * 8)
+            truth = 0.37 * ((kept[site][:, cut] @ out.weight[:, cut].detach().T) * direction).sum(-1)
+            torch.testing.assert_close(found.values[found.names.index(f"L{layer}H{head}")], truth, rtol=1e-4, atol=1e-7)
+    assert float(found.rounding.abs().max()) < 2e-5 * float(found.values.abs().sum(0).max())
+    torch.testing.assert_close(found.logits, logits[:, 7])
+
+
 def test_blocks_without_attention_are_parts_too() -> None:
     """Nemotron-H: a mixer, an MLP or attention in a block of its own; one of them is the last."""
     torch.manual_seed(0)

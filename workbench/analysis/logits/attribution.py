@@ -185,8 +185,8 @@ def _of_batch(
     seen, readout = _Seen(places), writers.readout
     modules = dict(wb.model.named_modules())
     names = {writers.blocks[0], readout.end, readout.source, *writers.tables}
-    names |= {name for heads in writers.heads for name in (heads.out, *([heads.norm.name] if heads.norm else []))}
-    names |= {name for name in writers.mlps.values() if name is not None}
+    names |= {name for heads in writers.heads for name in (heads.out, heads.written)}
+    names |= {mlp.name for mlp in writers.mlps.values() if mlp is not None}
     names |= set(writers.blocks) if prove else set()
     with Changes() as changes:
         for name in names:
@@ -224,10 +224,10 @@ def _check_parts(writers: Writers, seen: _Seen) -> None:
     if tables and not same_sum(stream, *_added(tables), eps):
         raise CaptureError("the input of the first block is something else than the tables that it was made of")
     for block in writers.blocks:
-        own = [heads for heads in writers.heads if heads.block == block]
-        names = [heads.out if heads.norm is None else heads.norm.name for heads in own]
-        names += [mlp] if (mlp := writers.mlps[block]) is not None else []
-        total, size = _added([seen.given[block], *(seen.gave[name] for name in names)])
+        written = [seen.gave[one.written] * one.factor for one in writers.heads if one.block == block]
+        if (mlp := writers.mlps[block]) is not None:
+            written.append(seen.gave[mlp.name] * mlp.factor)
+        total, size = _added([seen.given[block], *written])
         if not same_sum(seen.given[block], stream, stream.abs(), eps) or not same_sum(
             seen.gave[block], total, size, eps
         ):
@@ -258,10 +258,10 @@ def _written(writers: Writers, seen: _Seen, towards: Tensor) -> list[Tensor]:
             if heads.block != block:
                 continue
             w_o, bias = heads.w_o.to(towards.device), getattr(heads.out_module, "bias", None)
-            direction, behind = towards, torch.zeros_like(towards[:, 0])
+            direction, behind = towards * heads.factor, torch.zeros_like(towards[:, 0])
             if heads.norm is not None:
                 scale = heads.norm.scale(seen.gave[heads.out], seen.gave[heads.norm.name])
-                direction, behind = heads.norm.back(scale, towards)
+                direction, behind = heads.norm.back(scale, direction)
             z = seen.given[heads.out].double().unflatten(-1, (heads.n_heads, -1))
             values.append(torch.einsum("ehw,hwd,ed->he", z, w_o, direction))
             if bias is not None:
@@ -269,7 +269,7 @@ def _written(writers: Writers, seen: _Seen, towards: Tensor) -> list[Tensor]:
             values.append(behind[None])
         mlp = writers.mlps[block]
         if mlp is not None:
-            values.append((seen.gave[mlp].double() * towards).sum(-1)[None])
+            values.append((seen.gave[mlp.name].double() * mlp.factor * towards).sum(-1)[None])
     return values
 
 

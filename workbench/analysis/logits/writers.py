@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from workbench.analysis.circuits.model.joints import Joint, find_joint, only_call
 from workbench.analysis.circuits.model.layers import check_written, find_mlp, same_sum
 from workbench.analysis.circuits.model.recording import Recording, record
+from workbench.analysis.logits.factors import find_factors
 from workbench.analysis.logits.norms import Norm, find_norm
 from workbench.analysis.logits.readout import Readout, find_readout
 from workbench.errors import AttachError, CaptureError
@@ -34,6 +35,7 @@ class Heads:
 
     Attributes:
         out: name of the module that joins them. norm: that lies between it and the stream, if one does.
+        factor: by which the model multiplies what they write before it adds it to the stream.
         plain: whether their outputs enter it as they are, and not behind a gate, or norm and skip of a recurrence.
     """
 
@@ -44,6 +46,12 @@ class Heads:
     n_heads: int
     norm: Norm | None
     plain: bool
+    factor: float = 1.0
+
+    @property
+    def written(self) -> str:
+        """Name of the module whose output, times the factor, is added to the stream."""
+        return self.out if self.norm is None else self.norm.name
 
     @property
     def w_o(self) -> Tensor:
@@ -53,6 +61,14 @@ class Heads:
             CaptureError: the weights are quantized or offloaded to where they cannot be read.
         """
         return slices(self.site, self.out, self.out_module, self.n_heads).double()
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The module of a block that writes beside its heads, and by what the model multiplies its output."""
+
+    name: str
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,7 @@ class Writers:
 
     blocks: tuple[str, ...]
     heads: tuple[Heads, ...]
-    mlps: Mapping[str, str | None]
+    mlps: Mapping[str, Beside | None]
     tables: tuple[str, ...]
     readout: Readout
     precision: str
@@ -159,7 +175,7 @@ def writers_in(
     """All that writes to a stream, from what `find_readout_of` gives."""
     names = all_blocks(wb.model, seen, blocks)
     heads: list[Heads] = []
-    mlps: dict[str, str | None] = {}
+    mlps: dict[str, Beside | None] = {}
     before = seen.given[names[0]]
     for block in names:
         if not same_sum(seen.given[block], before, before.abs(), seen.eps):
@@ -214,29 +230,46 @@ def plain_joins_of(seen: Recording, sites: Sequence[Site]) -> list[Joint]:
 
 def writers_of_block(
     model: nn.Module, seen: Recording, sites: Sequence[Site], block: str
-) -> tuple[list[Heads], str | None]:
+) -> tuple[list[Heads], Beside | None]:
     """The heads of a block by site, and the module that writes beside them, or None.
 
     Raises:
-        AttachError: what the block gives is not its input plus what these write.
+        AttachError: what the block gives is not its input plus what these write, nor plus that times numbers.
     """
     joins = joins_of(seen, sites)
+    behind, factors, beside = _sum_of_block(seen, sites, block, joins)
+    found = []
+    for site, joint, last, factor in zip(sites, joins, behind, factors, strict=True):
+        norm = None
+        if last != joint.name:
+            norm = find_norm(last, model.get_submodule(last), seen.gave[joint.name], seen.gave[last], seen.eps)
+        found.append(Heads(site, block, joint.name, joint.module, joint.n_heads, norm, not joint.mixer, factor))
+    return found, beside
+
+
+def _sum_of_block(
+    seen: Recording, sites: Sequence[Site], block: str, joins: Sequence[Joint]
+) -> tuple[Sequence[str], list[float], Beside | None]:
+    """The modules whose outputs a block adds to the stream for each attention, their factors, and what is beside them.
+
+    Raises:
+        AttachError: there are none such.
+    """
     before, after = seen.given[block], seen.gave[block]
     first: AttachError | None = None
-    for behind in product(*(_norms_behind(seen, block, joint.name) for joint in joins)):
+    ways = list(product(*(_norms_behind(seen, block, joint.name) for joint in joins)))
+    for behind in ways:
         written = sum((seen.gave[name] for name in behind), start=torch.zeros_like(before))
         try:
             mlp = find_mlp(seen, sites[-1] if sites else None, block, before, written, after, *behind[-1:])
         except AttachError as error:
             first = first or error
             continue
-        found = []
-        for site, joint, last in zip(sites, joins, behind, strict=True):
-            norm = None
-            if last != joint.name:
-                norm = find_norm(last, model.get_submodule(last), seen.gave[joint.name], seen.gave[last], seen.eps)
-            found.append(Heads(site, block, joint.name, joint.module, joint.n_heads, norm, not joint.mixer))
-        return found, mlp
+        return behind, [1.0] * len(behind), None if mlp is None else Beside(mlp)
+    for behind in ways:
+        if (found := find_factors(seen, sites, block, behind)) is not None:
+            factors, mlp_and_factor = found
+            return behind, factors, None if mlp_and_factor is None else Beside(*mlp_and_factor)
     assert first is not None
     raise first
 

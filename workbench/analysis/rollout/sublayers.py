@@ -23,6 +23,7 @@ class Sublayer:
     Attributes:
         out: name of the module that joins the heads.
         behind: the norm between it and the stream (Gemma 2). after: that of stream + heads (BERT); None without.
+        factor: by which the model multiplies what is written before it adds it to the stream.
     """
 
     site: Site
@@ -32,10 +33,11 @@ class Sublayer:
     n_heads: int
     behind: Norm | None
     after: Norm | None
+    factor: float = 1.0
 
     @property
     def written(self) -> str:
-        """Name of the module whose output is added to the stream."""
+        """Name of the module whose output, times the factor, is added to the stream."""
         return self.out if self.behind is None else self.behind.name
 
     @property
@@ -70,7 +72,7 @@ def find_sublayers(model: nn.Module, seen: Recording, sites: Sequence[Site], blo
             found += normed
             continue
         heads, _ = writers_of_block(model, seen, own, block)
-        found += [Sublayer(h.site, block, h.out, h.out_module, h.n_heads, h.norm, None) for h in heads]
+        found += [Sublayer(h.site, block, h.out, h.out_module, h.n_heads, h.norm, None, h.factor) for h in heads]
     return found
 
 

@@ -138,6 +138,7 @@ def _of_site(model: nn.Module, seen: Recording, heads: Heads, order: int, distan
     written = heads.w_o.to(stream.device)
     if heads.norm is not None:
         written = heads.norm.centre(written) * heads.norm.gain
+    written = written * heads.factor
     at = 0 if distance is None else distance
     return SiteWeights(
         site, order, part("v", 0), written,
