@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from workbench.capture.arena import Arena
 from workbench.capture.site_capture import Forward
 from workbench.hooks.entering import entering, own_columns
-from workbench.hooks.projections import ProjectionFinder
+from workbench.hooks.projections import ProjectionFinder, is_linear
 from workbench.hooks.tap import AttentionCall
 
 
@@ -19,11 +20,22 @@ class HeadOutputs:
     """Copies of what heads give, and the projections of their sites as they are found.
 
     What enters a projection is kept beside z where the two differ: past the norm, gate and skip of a module that has a
-    reader, which its call tells, and past a gate, which is seen when the projection is called.
+    reader, which its call tells, and past a gate, which is seen when the projection is called; or when the call is
+    told of only then, since its axes had to be proved.
+
+    Attributes:
+        sites: paths of the sites.
     """
 
     arena: Arena
+    sites: frozenset[str]
     projections: ProjectionFinder = field(default_factory=ProjectionFinder)
+    _ran: dict[int, dict[str, tuple[str, nn.Module, Tensor]]] = field(default_factory=dict)
+
+    def end(self, thread: int) -> None:
+        """The forward of that thread is over."""
+        self.projections.end(thread)
+        self._ran.pop(thread, None)
 
     def of_call(self, call: AttentionCall, edited: Tensor | None, *, check: bool) -> tuple[Tensor, Tensor | None]:
         """z, and of modules that have a reader what enters the projection; both [batch, query, head, width].
@@ -41,6 +53,10 @@ class HeadOutputs:
             return z, self.arena.copy(entered)
         if call.part is None:
             self.projections.saw_call(call.site, call.module, z)
+            ran = self._ran.get(threading.get_ident(), {}).pop(call.site, None)
+            late = None if ran is None else self.projections.saw_module(*ran[:2], ran[2:])
+            if late is not None and call.shard is None:
+                return z, self.arena.copy(late[1].unflatten(-1, z.shape[2:]))
         elif not self.projections.knows(call.site):
             whole = replace(call, part=None).z() if edited is None else edited
             self.projections.saw_call(call.site, call.module, whole.detach().transpose(1, 2).clone())
@@ -69,6 +85,8 @@ class HeadOutputs:
             Bytes that were kept.
         """
         past_gate = self.projections.saw_module(name, module, args)
+        if is_linear(module) and args and isinstance(args[0], Tensor):
+            self._remember(name, module, args[0])
         if past_gate is None or forward is None:
             return 0
         site, joined = past_gate
@@ -81,3 +99,12 @@ class HeadOutputs:
             forward.sites[key] = replace(capture, entering=entered)
             return entered.nbytes
         return 0
+
+    def _remember(self, name: str, module: nn.Module, given: Tensor) -> None:
+        """The last linear module inside of a site whose projection is not known yet, or lies behind a gate."""
+        parts = name.split(".")
+        site = next(
+            (one for end in range(len(parts) - 1, -1, -1) if (one := ".".join(parts[:end])) in self.sites), None
+        )
+        if site is not None and (not self.projections.knows(site) or self.projections.gated(site)):
+            self._ran.setdefault(threading.get_ident(), {})[site] = name, module, given

@@ -82,7 +82,7 @@ class Recorder:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.outputs = HeadOutputs(self.arena)
+        self.outputs = HeadOutputs(self.arena, frozenset(site.path for site in self.sites))
 
     def _context(self) -> int | None:
         """The length of the model's context, looked up once: it takes a walk over all modules."""
@@ -131,7 +131,7 @@ class Recorder:
 
     def _end(self, thread: int) -> None:
         running = self._running.pop(thread, None)
-        self.outputs.projections.end(thread)
+        self.outputs.end(thread)
         if running is None:
             return
         now = self._now()
