@@ -347,9 +347,10 @@ def _most_at_once(n: int, method: Any) -> int:
 
 @pytest.mark.parametrize("method", METHODS[:3])
 def test_memory_grows_with_the_length_alone(method: str) -> None:
-    """Twice as many tokens: twice as much of what is there at once, and not four times."""
-    few, many = _most_at_once(1024, method), _most_at_once(2048, method)
-    assert 1.3 * few < many < 2.2 * few
+    """Twice as many tokens more: twice as much more of what is there at once, and not four times."""
+    few, more, most = (_most_at_once(n, method) for n in (512, 1024, 2048))
+    assert 0 < most - more < 2.5 * (more - few)
+    assert most - more < 2048 * 2048 * 4  # bytes of one head's map
 
 
 def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,9 +221,9 @@ def _gradients(explained: _Explained, points: Tensor) -> Iterator[Tensor]:
         yield _gradient(explained, said[k], points, retain_graph=k + 1 < n)
 
 
-def _gradient(explained: _Explained, said: Tensor, points: Tensor, **how: bool) -> Tensor:
+def _gradient(explained: _Explained, said: Tensor, points: Tensor, retain_graph: bool = False) -> Tensor:
     try:
-        (found,) = torch.autograd.grad(said, points, **how)
+        (found,) = torch.autograd.grad(said, points, retain_graph=retain_graph)
     except RuntimeError as error:
         raise WorkbenchError(
             f"{type(explained.subject.model).__name__} gives no gradient here: {error}",

@@ -46,7 +46,7 @@ class Recordings:
         logits, clean, twin = self.setup.record(pair)
         state = self.setup.stream.recorded
         made = Recording(logits, clean, self.replacements.several(pair, clean, twin))
-        size = sum(each.nbytes for each in (state, *made.values))
+        size = state.nbytes + sum(values.nbytes for values in made.values)
         if size <= self.room or not self._held:  # one batch is at hand in any case
             self.room -= size
             self._held[pair.start] = made, state

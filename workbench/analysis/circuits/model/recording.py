@@ -117,7 +117,7 @@ def record(
             if name:
                 changes.before(module, begins, with_kwargs=True)
                 changes.after(module, ends)
-        with torch.enable_grad() if grad_from else torch.no_grad(), observed(model, _Calls(made)):
+        with torch.enable_grad(), observed(model, _Calls(made)):
             output = model(**inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
