@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         cross_attention,
         cross_attention_saliency,
     )
+    from workbench.analysis.gates import GateProfile, gate_profile
     from workbench.analysis.head_scores import (
         RetrievalScores,
         StreamingScores,
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
     from workbench.capture.reading import load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
-    from workbench.hooks.readers import Mixing, ModuleRun, reader
+    from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
     from workbench.kernels.functions import attention_function
     from workbench.kernels.statistics import statistic
     from workbench.metrics import Metric
@@ -140,8 +141,11 @@ _LAZY = {
     "Metric": "workbench.metrics",
     "Mixing": "workbench.hooks.readers",
     "ModuleRun": "workbench.hooks.readers",
+    "gating": "workbench.hooks.readers",
     "reader": "workbench.hooks.readers",
     "Report": "workbench.report",
+    "GateProfile": "workbench.analysis.gates",
+    "gate_profile": "workbench.analysis.gates",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
@@ -183,6 +187,7 @@ __all__ = [
     "FaithfulnessCurve",
     "FileError",
     "FormatError",
+    "GateProfile",
     "HeadImportance",
     "HeadPatching",
     "HeadRoles",
@@ -233,6 +238,8 @@ __all__ = [
     "cross_attention_saliency",
     "faithfulness_curve",
     "find_circuit",
+    "gate_profile",
+    "gating",
     "head_importance",
     "head_roles",
     "load_capture",

@@ -4,6 +4,7 @@ from workbench.hooks.readers import (
     agents,
     delta,
     fla,
+    gates,
     halo,
     lightning,
     linear_attention,
@@ -15,6 +16,7 @@ from workbench.hooks.readers import (
     short_conv,
     xlstm,
 )  # they register themselves
+from workbench.hooks.readers.gates import gating
 from workbench.hooks.readers.registered import (
     Begun,
     Mixing,
@@ -40,6 +42,8 @@ __all__ = [
     "continues",
     "delta",
     "fla",
+    "gates",
+    "gating",
     "halo",
     "in_place_of",
     "lightning",

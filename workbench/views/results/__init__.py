@@ -2,6 +2,7 @@
 
 from workbench.views.results import (
     circuits,
+    gates,
     head_scores,
     hybrids,
     importance,
@@ -21,6 +22,7 @@ __all__ = [
     "capacity_correlation",
     "circuits",
     "cross_attention",
+    "gates",
     "half_lives",
     "head_scores",
     "hybrids",
