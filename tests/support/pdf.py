@@ -61,14 +61,14 @@ def objects(data: bytes) -> dict[int, Object]:
 
 
 def _number(words: str, name: str) -> int:
-    found = re.search(rf"{re.escape(name)} (\d+) 0 R", words)
+    found = re.search(rf"{re.escape(name)} ?(\d+) 0 R", words)
     assert found is not None, f"{words} has no {name}"
     return int(found[1])
 
 
 def _characters(stream: bytes) -> dict[int, str]:
     """Glyph -> the text that it stands for."""
-    pairs = re.findall(rb"<([0-9a-f]{4})> <([0-9a-f]*)>\n", stream)
+    pairs = re.findall(rb"<([0-9a-f]{4})> <([0-9a-f]*)>\n", stream.partition(b"endcodespacerange")[2])
     return {int(code, 16): bytes.fromhex(text.decode()).decode("utf-16-be") for code, text in pairs}
 
 

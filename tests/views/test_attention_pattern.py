@@ -307,8 +307,9 @@ def test_ticks_are_round(page: WatchedPage, tmp_path: Path) -> None:
         "linear": "0 0.12 0.24 0.36 0.48 0.6",
         "logarithmic": "0.0001 0.001 0.01 0.1 0.6",
     }
+    picker = tab.locator("label.field", has=tab.get_by_text("Scale", exact=True)).locator("select")
     for scale, ticks in wanted.items():
-        tab.locator("label.field", has=tab.get_by_text("Scale", exact=True)).locator("select").select_option(label=scale)
+        picker.select_option(label=scale)
         assert tab.locator(".legend .ticks").first.inner_text().split() == ticks.split()
     page.assert_clean()
 

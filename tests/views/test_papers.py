@@ -125,6 +125,8 @@ def test_the_pages_buttons_give_the_whole_figure_on_white(kind: str, browser: Br
     assert paper.bare == []  # every character has its outline
     lines = paper.content.split("\n")
     assert lines.count("q") == lines.count("Q") > 4
+    if kind == "attention_pattern":
+        assert len(paper.pictures) == 1  # the map; the lines from the query are lines
     assert (len(paper.pictures) > 0) == any(each.tag == f"{SVG}image" for each in drawing.iter())
 
 

@@ -160,8 +160,8 @@ def _fewer(picture: bytes, colours: int) -> bytes:
 # own theme is not asked: a host that is light on a dark system would get dark cards.
 _STILL = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string("""\
 <style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .workbench-still:not([hidden])){display:none}
-@media screen{:is([data-jp-theme-light="false"],.vscode-dark,[theme="dark"]) #{{ identity }}{background:{{ paper }}!important;\
-color:{{ ink }}!important;border-color:{{ line }}!important;color-scheme:dark!important}
+@media screen{:is([data-jp-theme-light="false"],.vscode-dark,[theme="dark"]) #{{ identity }}{\
+background:{{ paper }}!important;color:{{ ink }}!important;border-color:{{ line }}!important;color-scheme:dark!important}
 :is([data-jp-theme-light="false"],.vscode-dark,[theme="dark"]) #{{ identity }} img{\
 content:url("data:image/png;base64,{{ dark }}")}}</style>
 <figure class="workbench-still" id="{{ identity }}" style="margin:0;padding:10px 12px;width:fit-content;max-width:100%;\
@@ -181,9 +181,7 @@ box-sizing:border-box;border:1px solid #d8dde3;border-radius:8px;background:#fff
 """)
 
 
-def still(
-    identity: str, *, title: str, caption: str, picture: str, dark: str, table: pd.DataFrame, n_rows: int
-) -> str:
+def still(identity: str, *, title: str, caption: str, picture: str, dark: str, table: pd.DataFrame, n_rows: int) -> str:
     """A figure with its picture, caption and table; needs no script and no style sheet.
 
     Args:

@@ -72,11 +72,11 @@ export class Face {
   set(text, width) {
     const natural = widthOf(text, this.font) / SIZE;
     const stretch = width !== undefined && natural > 0 ? width / natural : 1;
-    let before = "";
+    let until = "";
     return unitsOf(text).map((unit) => {
-      const at = before ? (stretch * widthOf(before, this.font)) / SIZE : 0;
-      before += unit;
-      return { number: this.glyph(unit), at };
+      until += unit; // with it, since letters stand closer before some than before others
+      const at = (widthOf(until, this.font) - widthOf(unit, this.font)) / SIZE;
+      return { number: this.glyph(unit), at: stretch * at };
     });
   }
 

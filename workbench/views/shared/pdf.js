@@ -31,6 +31,9 @@ function colourOf(colour) {
   return found;
 }
 
+/** What a colour looks like on white. @param {number[]} colour */
+const onPaper = ([r, g, b, opacity]) => [r, g, b].map((part) => part * opacity + 1 - opacity);
+
 /** An attribute, or what the style says of it. @param {Element} element @param {string} name */
 function said(element, name) {
   const style = element.getAttribute("data-style") ?? "";
@@ -211,7 +214,7 @@ class Sheet {
     const ends = [end("x1", 0), end("y1", 0), end("x2", 1), end("y2", 0)];
     const stops = Array.from(server.querySelectorAll("stop"), (stop) => {
       const at = stop.getAttribute("offset") ?? "0";
-      return { at: Number.parseFloat(at) / (at.endsWith("%") ? 100 : 1), colour: colourOf(said(stop, "stop-color") ?? "#000").slice(0, 3) };
+      return { at: Number.parseFloat(at) / (at.endsWith("%") ? 100 : 1), colour: onPaper(colourOf(said(stop, "stop-color") ?? "#000")) };
     });
     if (!stops.length) return;
     const between = (t) => {

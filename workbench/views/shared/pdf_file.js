@@ -39,6 +39,7 @@ export class PdfFile {
 
   /** @param {string} trailer */
   whole(trailer) {
+    /** @type {Uint8Array[]} */
     const parts = [bytesOf("%PDF-1.7\n%\u00e2\u00e3\n")];
     let length = parts[0].length;
     const add = (/** @type {Uint8Array} */ part) => {
