@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         cross_attention,
         cross_attention_saliency,
     )
+    from workbench.analysis.gates import GateProfile, gate_profile
     from workbench.analysis.head_scores import (
         RetrievalScores,
         StreamingScores,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from workbench.analysis.pruning.prune import prune_heads
     from workbench.analysis.rollout import AttentionRollout, attention_rollout
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
+    from workbench.analysis.spikes import SpikeActivity, spike_activity
     from workbench.analysis.weights import (
         CompositionScores,
         OVCopying,
@@ -74,7 +76,7 @@ if TYPE_CHECKING:
     from workbench.capture.reading import load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
-    from workbench.hooks.readers import Mixing, ModuleRun, reader
+    from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
     from workbench.kernels.functions import attention_function
     from workbench.kernels.statistics import statistic
     from workbench.metrics import Metric
@@ -140,8 +142,11 @@ _LAZY = {
     "Metric": "workbench.metrics",
     "Mixing": "workbench.hooks.readers",
     "ModuleRun": "workbench.hooks.readers",
+    "gating": "workbench.hooks.readers",
     "reader": "workbench.hooks.readers",
     "Report": "workbench.report",
+    "GateProfile": "workbench.analysis.gates",
+    "gate_profile": "workbench.analysis.gates",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
@@ -149,6 +154,8 @@ _LAZY = {
     "PrecisionError": "workbench.analysis.saliency",
     "Saliency": "workbench.analysis.saliency",
     "saliency": "workbench.analysis.saliency",
+    "SpikeActivity": "workbench.analysis.spikes",
+    "spike_activity": "workbench.analysis.spikes",
     "CompositionScores": "workbench.analysis.weights",
     "OVCopying": "workbench.analysis.weights",
     "SingularVectors": "workbench.analysis.weights",
@@ -183,6 +190,7 @@ __all__ = [
     "FaithfulnessCurve",
     "FileError",
     "FormatError",
+    "GateProfile",
     "HeadImportance",
     "HeadPatching",
     "HeadRoles",
@@ -209,6 +217,7 @@ __all__ = [
     "Saliency",
     "SingularVectors",
     "SiteCapture",
+    "SpikeActivity",
     "Stability",
     "Stage",
     "StreamingScores",
@@ -233,6 +242,8 @@ __all__ = [
     "cross_attention_saliency",
     "faithfulness_curve",
     "find_circuit",
+    "gate_profile",
+    "gating",
     "head_importance",
     "head_roles",
     "load_capture",
@@ -252,6 +263,7 @@ __all__ = [
     "run_sweep",
     "saliency",
     "singular_vectors",
+    "spike_activity",
     "statistic",
     "streaming_scores",
     "tasks",

@@ -4,6 +4,7 @@ from workbench.hooks.readers import (
     agents,
     delta,
     fla,
+    gates,
     halo,
     lightning,
     linear_attention,
@@ -13,8 +14,10 @@ from workbench.hooks.readers import (
     routing,
     rwkv,
     short_conv,
+    spikes,
     xlstm,
 )  # they register themselves
+from workbench.hooks.readers.gates import gating
 from workbench.hooks.readers.registered import (
     Begun,
     Mixing,
@@ -40,6 +43,8 @@ __all__ = [
     "continues",
     "delta",
     "fla",
+    "gates",
+    "gating",
     "halo",
     "in_place_of",
     "lightning",
@@ -53,5 +58,6 @@ __all__ = [
     "routing",
     "rwkv",
     "short_conv",
+    "spikes",
     "xlstm",
 ]

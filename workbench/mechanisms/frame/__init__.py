@@ -2,8 +2,28 @@
 
 from workbench.mechanisms.frame.card import Card, Claim
 from workbench.mechanisms.frame.catalogue import Mechanisms, get, listed, register
+from workbench.mechanisms.frame.field import field_area, receptive_field
+from workbench.mechanisms.frame.gate import Gate, read_gate
 from workbench.mechanisms.frame.mechanism import Mechanism
 from workbench.mechanisms.frame.mixer import Mixer
 from workbench.mechanisms.frame.place import Place
+from workbench.mechanisms.frame.signature import Signature, at_places, by_blocks
 
-__all__ = ["Card", "Claim", "Mechanism", "Mechanisms", "Mixer", "Place", "get", "listed", "register"]
+__all__ = [
+    "Card",
+    "Claim",
+    "Gate",
+    "Mechanism",
+    "Mechanisms",
+    "Mixer",
+    "Place",
+    "Signature",
+    "at_places",
+    "by_blocks",
+    "field_area",
+    "get",
+    "listed",
+    "read_gate",
+    "receptive_field",
+    "register",
+]

@@ -161,7 +161,8 @@ def _fewer(picture: bytes, colours: int) -> bytes:
 _STILL = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string("""\
 <style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .workbench-still:not([hidden])){display:none}
 @media screen{:is([data-jp-theme-light="false"],.vscode-dark,[theme="dark"]) #{{ identity }}{\
-background:{{ paper }}!important;color:{{ ink }}!important;border-color:{{ line }}!important;color-scheme:dark!important}
+background:{{ paper }}!important;color:{{ ink }}!important;border-color:{{ line }}!important;\
+color-scheme:dark!important}
 :is([data-jp-theme-light="false"],.vscode-dark,[theme="dark"]) #{{ identity }} img{\
 content:url("data:image/png;base64,{{ dark }}")}}</style>
 <figure class="workbench-still" id="{{ identity }}" style="margin:0;padding:10px 12px;width:fit-content;max-width:100%;\

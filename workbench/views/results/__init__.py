@@ -2,13 +2,16 @@
 
 from workbench.views.results import (
     circuits,
+    gates,
     head_scores,
     hybrids,
     importance,
     logits,
+    mechanisms,
     pattern_atlas,
     profile,
     rollout,
+    spikes,
     weights,
 )
 from workbench.views.results.capture import overview
@@ -21,16 +24,19 @@ __all__ = [
     "capacity_correlation",
     "circuits",
     "cross_attention",
+    "gates",
     "half_lives",
     "head_scores",
     "hybrids",
     "importance",
     "logits",
+    "mechanisms",
     "overlap_chance",
     "overview",
     "pattern_atlas",
     "profile",
     "rollout",
+    "spikes",
     "states",
     "weights",
 ]
