@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.layers import same_sum
-from workbench.analysis.circuits.model.recording import first_float
+from workbench.analysis.circuits.model.recording import first_float, same_sum
 from workbench.analysis.logits.asked import (
     Targets,
     Tokens,

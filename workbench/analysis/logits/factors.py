@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from workbench.analysis.circuits.model.layers import same_sum
-from workbench.analysis.circuits.model.recording import Recording
+from workbench.analysis.circuits.model.recording import Recording, same_sum
 from workbench.hooks.sites import Site
 
 _SMALLEST = 1e-6

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.joints import Joint, find_joint, only_call
-from workbench.analysis.circuits.model.layers import check_written, find_mlp, same_sum
-from workbench.analysis.circuits.model.recording import Recording, record
+from workbench.analysis.circuits.model.layers import check_written, find_mlp
+from workbench.analysis.circuits.model.recording import Recording, record, same_sum
 from workbench.analysis.logits.factors import find_factors
 from workbench.analysis.logits.norms import Norm, find_norm
 from workbench.analysis.logits.readout import Readout, find_readout
