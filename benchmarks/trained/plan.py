@@ -9,6 +9,7 @@ from workbench.mechanisms.deconstructed import laid_out
 from workbench.mechanisms.training.work import LAYERS, size_of, width_for
 
 PLAIN = "sqa:mha"
+WIDTH = 192  # of plain attention's MLPs
 STEPS, ROWS = {"text": 600, "images": 800}, {"text": 16, "images": 32}
 FORMS = ("mlp", "keys", "random", "embedding", "text", "taylor")
 
@@ -35,9 +36,13 @@ class Model:
 
     @property
     def hidden(self) -> int:
-        """Width of the MLPs."""
+        """Width of the MLPs: as in plain attention's model where the mechanism alone has more parameters than that."""
         plain = [PLAIN] * LAYERS[self.work]
-        return width_for(self.work, self.layers, size_of(self.work, plain)) if self.mlp else 0
+        if not self.mlp:
+            return 0
+        if size_of(self.work, self.layers, 1) > size_of(self.work, plain):
+            return WIDTH
+        return width_for(self.work, self.layers, size_of(self.work, plain))
 
     @property
     def key(self) -> tuple[str, str, str, bool]:
