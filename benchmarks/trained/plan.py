@@ -65,11 +65,12 @@ def plan() -> list[tuple[Model, int]]:
     Rooms and, for the spread over seeds, a few models again; then what claims compare, hybrids, and further seeds.
     """
     first = [
-        *text(PLAIN), *images(PLAIN), *text("moh", "deconstructed:mlp"), *images("agent"), *text("aaren"),
-        *text(PLAIN, seed=1), *text("s2"), *images(PLAIN, seed=1), *text("sqa", "deconstructed"), *images("halo"),
-        *text("deconstructed:mlp", seed=1), *text("long_lora", "sqa:gqa"), *images("reduced:original", mlp=False),
-        *images("agent", seed=1), *text("rcmha", "routing"), *images("reduced", "moh"), *text("sink_lora", "reduced"),
-        *text(PLAIN, seed=2), *images(PLAIN, seed=2),
+        *text(PLAIN), *images(PLAIN), *text("moh", "deconstructed:mlp"), *text("aaren"), *images("agent"),
+        *text(PLAIN, seed=1), *text("s2"), *text(PLAIN, seed=2), *text("sqa"), *images(PLAIN, seed=1),
+        *text("deconstructed"), *images("halo"), *text("long_lora", "rcmha", "routing"),
+        *images("reduced:original", mlp=False), *images("agent", seed=1), *text("sqa:gqa", seed=0),
+        *images("reduced", "moh"), *text("sink_lora", "reduced"), *text("aaren", "sqa", seed=1),
+        *images(PLAIN, seed=2),
     ]  # fmt: skip
     compared = [
         *text("moh:half", "rcmha:relative", "long_lora:unshifted"), *images("halo:window"),
