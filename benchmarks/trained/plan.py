@@ -99,7 +99,7 @@ def standing() -> list[Model]:
         if room.inputs is not None:  # it is given more than what these models have
             continue
         causal, grid = room.card.causal, room.card.grid
-        if causal != "never" and not grid:
+        if causal != "never" and not grid and room.card.kind != "gate":  # such a gate mixes nothing
             found.append(Model("text", room.name))
         if grid or causal == "never":
             found.append(Model("images", room.name))
