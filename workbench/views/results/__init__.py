@@ -2,6 +2,7 @@
 
 from workbench.views.results import (
     circuits,
+    eviction,
     head_scores,
     hybrids,
     importance,
@@ -21,6 +22,7 @@ __all__ = [
     "capacity_correlation",
     "circuits",
     "cross_attention",
+    "eviction",
     "half_lives",
     "head_scores",
     "hybrids",
