@@ -68,7 +68,9 @@ def section(data: dict[str, Any]) -> str:
         ends = "" if each["exponent"] is None else f"{each['exponent_low']:.2f} to {each['exponent_high']:.2f}"
         grows = "" if each["exponent"] is None else f"{each['exponent']:.2f}"
         memory = "" if each["memory_exponent"] is None else f"{each['memory_exponent']:.2f}"
-        rows.append([name, *ratios, grows, ends, f"{last['mib']:.0f}", memory])
+        held = f"{last['mib']:.0f}" if last["length"] == lengths[-1] else ""
+        rows.append([name, *ratios, grows, ends, held, memory])
+    header = ["room", *(f"N = {n}" for n in lengths), "exponent", "of all rounds", f"MiB at {lengths[-1]}", "of memory"]
     left = "".join(f"{name} is left out {why}. " for name, why in data["left_out"].items())
     said = [
         f"- {room}: {says} {found['outcome'].capitalize()}: {found['found']}."
@@ -79,9 +81,7 @@ def section(data: dict[str, Any]) -> str:
 so that less is better, and how its own time grows with the length N. One example, {facts["heads"]} heads of
 {facts["width"]}, float32, without the linear projections.
 
-{table(
-    ["room", *(f"N = {n}" for n in lengths), "exponent", "of all rounds", f"MiB at {max(lengths)}", "of memory"], rows
-)}
+{table(header, rows)}
 
 "{CAUSAL}" and "{WHOLE}" are `scaled_dot_product_attention` in the same layer; rooms that can be causal are compared
 with the first, others with the second. The exponent is the slope of log time over log length, memory the peak above

@@ -65,8 +65,8 @@ def _aaren(data: dict[str, Any]) -> Found:
     more = held["parameters"] / held["plain_parameters"] - 1
     low, high, longest = min(held["exponents"]), max(held["exponents"]), max(map(int, held["stream"]))
     words = (
-        f"a state of {' to '.join(f'{n:,}' for n in sorted(numbers))} numbers after 1 to {longest:,} tokens, time of an "
-        f"update growing with exponent {_range(_median(held['exponents']), low, high)}, {more:+.2%} parameters of a layer"
+        f"a state of {' to '.join(f'{n:,}' for n in sorted(numbers))} numbers after 1 to {longest:,} tokens, time of "
+        f"an update growing with exponent {_range(_median(held['exponents']), low, high)}, {more:+.2%} parameters"
     )
     if len(numbers) > 1 or abs(more) > SAME:
         return words, "does not hold"

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from costs.arms import HEADS, WIDTH, arm
-from costs.measured import mib_of
 from shared.measuring import exponent, say, timed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from costs.arms import HEADS, WIDTH, arm
+from costs.measured import mib_of
 from workbench import mechanisms
 from workbench.mechanisms import Place
 from workbench.mechanisms.aaren import Aaren

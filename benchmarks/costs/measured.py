@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from costs.arms import arm, base, place_of, room_of, stands
 from shared.measuring import exponent, peak_above, say, timed
+
+from costs.arms import arm, base, place_of, room_of, stands
 
 WHOLE, CAUSAL = "SDPA of all tokens", "causal SDPA"
 Measured = dict[str, dict[int, list[float]]]

@@ -35,7 +35,7 @@ def plan(layout: S2Layout) -> Plan:
 
 def _shared(layout: S2Layout, left: Tensor) -> list[Group]:
     """Tiles of several query blocks; what they do is taken from `left`, [layout, I, J] bool."""
-    n_rows, n_columns = left.shape[1:]
+    n_rows = left.shape[1]
     whole = left.clone()  # what is seen without a mask
     if layout.causal:
         rows = torch.arange(n_rows)
@@ -60,7 +60,7 @@ def _shared(layout: S2Layout, left: Tensor) -> list[Group]:
 
 def _best(whole: Tensor, left: Tensor, size: int) -> list[tuple[int, Tensor]]:
     """For each layout the first query block of its tiles, from −size + 1 to 0, and [tile, J] what all of a tile see."""
-    n_layouts, n_rows, n_columns = whole.shape
+    n_rows, n_columns = whole.shape[1:]
     counts = left.sum((1, 2))
     best: list[tuple[float, int, Tensor]] = [(_ALONE * int(n), 0, whole.new_zeros(0, n_columns)) for n in counts]
     for before in range(0, size, -(-size // _OFFSETS)):
@@ -81,7 +81,7 @@ def _best(whole: Tensor, left: Tensor, size: int) -> list[tuple[int, Tensor]]:
 
 def _alone(layout: S2Layout, left: Tensor, joins: bool) -> list[Group]:
     """Tiles of one query block each, those with as many key blocks together."""
-    block, (n_rows, n_columns) = layout.block, left.shape[1:]
+    block, n_rows = layout.block, left.shape[1]
     counts = left.sum(-1)
     # Zeros fill the last key block. Causal queries do not see them; others need a mask where they visit that block.
     filled = _filled(layout)

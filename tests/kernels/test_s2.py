@@ -15,8 +15,17 @@ from workbench.errors import CaptureError
 from workbench.kernels import families, s2
 from workbench.kernels.blocked import attend, merge
 from workbench.kernels.flex import flex_attend
-from workbench.kernels.s2 import S2Cache, S2Layout, check_union, csr, kv_efficient, merged_csr, s2_attention, s2_naive
-from workbench.kernels.s2 import tiles
+from workbench.kernels.s2 import (
+    S2Cache,
+    S2Layout,
+    check_union,
+    csr,
+    kv_efficient,
+    merged_csr,
+    s2_attention,
+    s2_naive,
+    tiles,
+)
 from workbench.kernels.s2.flex import flex_plan
 from workbench.kernels.s2.tiles import plan
 from workbench.kernels.statistics import dense
@@ -150,7 +159,9 @@ def test_verticals_of_many_query_blocks_are_few_tiles():
 def test_shards_of_each_head():
     shards = [[0, 4], [1, 5], None, []]
     q, k, v = inputs(100, 8, 4)
-    with pytest.warns(UserWarning, match=r"no head sees the key blocks \[2, 3\] once .* None for the shard of one head"):
+    with pytest.warns(
+        UserWarning, match=r"no head sees the key blocks \[2, 3\] once .* None for the shard of one head"
+    ):
         s2_attention(q, k, v, block=16, local_blocks=1, shards=[[0, 4], [1, 5], [], []])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -88,7 +88,8 @@ from workbench import mechanisms
 class Mine(nn.Module):
     def __init__(self, place, {option}: int = 1):
         super().__init__()
-card = mechanisms.Card("Mine", "2601.00001", "A = 1", "m", "self", "exact", "O(n)", "never", "c", (mechanisms.Claim("x."),))
+claims = (mechanisms.Claim("x."),)
+card = mechanisms.Card("Mine", "2601.00001", "A = 1", "m", "self", "exact", "O(n)", "never", "c", claims)
 {name} = mechanisms.register(mechanisms.Mechanism("{called}", card, {make}))
 """
     notebook: dict[str, Any] = {"__name__": "__main__"}

@@ -25,7 +25,9 @@ def test_heads_see_their_shards_and_dense_ones_everything() -> None:
             layer(x)
     i, j = torch.arange(100)[:, None], torch.arange(100)
     near = i // 16 == j // 16
-    sees = torch.stack([near | torch.isin(j // 16, torch.tensor(shard)) for shard in ([0, 3], [], range(7), [1, 2, 4, 5])])
+    sees = torch.stack(
+        [near | torch.isin(j // 16, torch.tensor(shard)) for shard in ([0, 3], [], range(7), [1, 2, 4, 5])]
+    )
     sees = sees & (j <= i)
     q, k, v = layer.heads(x)
     weights = (q @ k.mT * 8**-0.5).masked_fill(~sees, -torch.inf).softmax(-1)
@@ -46,7 +48,7 @@ def test_the_cache_keeps_what_later_queries_may_see() -> None:
 
 
 def test_shards_that_the_place_has_not_are_named() -> None:
-    with pytest.raises(WorkbenchError, match="shard of head 1 names block 7, and 100 tokens have blocks 0 to 6"):
+    with pytest.raises(WorkbenchError, match="shard of head 1 names block 7, and 100 tokens have 0 to 6"):
         S2.build(PLACE, shards=[[0], [2, 7], [], None])
     with pytest.raises(WorkbenchError, match="one entry for each of 4 kv heads"):
         S2.build(PLACE, shards=[[0], [1]])

@@ -63,7 +63,7 @@ class S2Attention(Mixer):
             last = -(-place.length // whole.block) - 1
             if shard and shard[-1] > last:
                 raise WorkbenchError(
-                    f"the shard of head {head} names block {shard[-1]}, and {place.length} tokens have blocks 0 to {last}",
+                    f"the shard of head {head} names block {shard[-1]}, and {place.length} tokens have 0 to {last}",
                     hint=f"blocks are of {whole.block} tokens",
                 )
 
@@ -93,8 +93,8 @@ S2 = register(
         Card(
             title="S2-Attention: sparsely sharded attention",
             arxiv="2407.17678",
-            equation="A = softmax(q kᵀ/√d) where I − J < L or (J + h·t) mod v = 0, of blocks I of queries, J of keys; or "
-            "where J is in the head's shard",
+            equation="A = softmax(q kᵀ/√d) where I − J < L or (J + h·t) mod v = 0, of blocks I of queries, J of keys, or J "
+            "is in the head's shard",
             map="A masked softmax.",
             kind="self",
             grade="exact",

@@ -84,14 +84,15 @@ class Eviction(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per head, the largest loss first: its mean with interval, that of the worst query, keys at the end."""
+        """One row per head, the largest loss first: its mean with interval, the worst query's, keys at the end."""
         import pandas as pd
 
         ends = self.interval
         frame = pd.DataFrame(
             {
                 "layer": self.layers, "head": self.numbers, "site": self.sites,
-                "lost": self.lost.double().nanmean((1, 2)).numpy(), "low": ends[:, 0].numpy(), "high": ends[:, 1].numpy(),
+                "lost": self.lost.double().nanmean((1, 2)).numpy(),
+                "low": ends[:, 0].numpy(), "high": ends[:, 1].numpy(),
                 "worst": self.lost.double().nan_to_num(0.0).amax((1, 2)).numpy(),
                 "keys": self.keys[..., -1].double().mean(1).numpy(),
             }

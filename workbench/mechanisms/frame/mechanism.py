@@ -62,7 +62,9 @@ class Mechanism:
         """
         card = self.card
         if not isinstance(place, Place):
-            raise WorkbenchError(f'"{self.name}" stands in a Place, not in {place!r}', hint="Place(d_model, heads, length)")
+            raise WorkbenchError(
+                f'"{self.name}" stands in a Place, not in {place!r}', hint="Place(d_model, heads, length)"
+            )
         if card.grid and place.grid is None:
             raise WorkbenchError(f'"{self.name}" mixes the patches of an image', hint="Place(…, grid=(rows, columns))")
         if place.causal and card.causal == "never":

@@ -52,7 +52,9 @@ class Place:
 
     def _check_grid(self, grid: tuple[int, int]) -> None:
         if not fits(grid, tuple[int, ...]) or len(grid) != 2:
-            raise WorkbenchError(f"grid={grid!r} is not (rows, columns)", hint="two whole numbers, or None for a sequence")
+            raise WorkbenchError(
+                f"grid={grid!r} is not (rows, columns)", hint="two whole numbers, or None for a sequence"
+            )
         object.__setattr__(self, "grid", tuple(grid))
         if min(grid) < 1 or grid[0] * grid[1] != self.length:
             raise WorkbenchError(f"{self.length} tokens are no grid of {' × '.join(map(str, grid))}")

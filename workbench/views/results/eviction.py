@@ -30,8 +30,8 @@ def _view_of_eviction(found: Eviction) -> View:
         },
         title=f"Eviction: {found.policy}", unit="share", signed=False,
         caption=(
-            f"Weight of a query on keys that a cache has dropped which keeps {found.budget}; a mean over the queries of "
-            f"{_examples(found)}."
+            f"Weight of a query on keys that a cache has dropped which keeps {found.budget}; a mean over the queries "
+            f"of {_examples(found)}."
         ),
         provenance=found.provenance,
     )  # fmt: skip
@@ -68,8 +68,8 @@ def _more_of_eviction(found: Eviction) -> list[View]:
         figure(
             fig, title=f"Eviction: {found.policy}, query by query",
             caption=(
-                f"Of the first example: weight on dropped keys, of the heads that lose most, and which keys {name} keeps "
-                f"({found.budget}).{every}"
+                f"Of the first example: weight on dropped keys, of the heads that lose most, and which keys {name} "
+                f"keeps ({found.budget}).{every}"
             ),
             table=frame, provenance=found.provenance,
         )
