@@ -20,7 +20,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from costs.arms import HEADS, WIDTH, default_names
 from costs.claims import claims
 from costs.counted import counted
@@ -28,7 +27,6 @@ from costs.measured import CAUSAL, WHOLE, costs, peaks_of, print_peaks, times_of
 from shared.measuring import machine, say, table, write_section
 
 import workbench
-from workbench.kernels.s2 import S2Layout
 
 HEADING = "What mechanisms cost"
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -39,21 +37,13 @@ def measure(names: list[str], lengths: list[int], rounds: int, gib: float) -> di
     """Everything, as it is kept."""
     peaks, left_out = peaks_of(names, lengths, gib)
     times = times_of(peaks, lengths, rounds)
-    longest = max(lengths)
     data: dict[str, Any] = {
         "facts": {"heads": HEADS, "width": WIDTH, "rounds": rounds, "machine": machine("torch")},
         "rooms": costs(times, peaks),
         "left_out": left_out,
-        "counted": counted(longest, rounds) | {"s2_density": density(longest)},
+        "counted": counted(max(lengths), rounds),
     }
     return data | {"claims": claims(data)}
-
-
-def density(length: int) -> float:
-    """The share of the causal blocks that the heads of the S2 room see."""
-    layout = S2Layout(length, length, HEADS, HEADS, block=64, local_blocks=1, vert_stride=HEADS)
-    blocks = layout.blocks()
-    return float(blocks.sum()) / (HEADS * int(torch.ones_like(blocks[0]).tril().sum()))
 
 
 def section(data: dict[str, Any]) -> str:
@@ -70,15 +60,16 @@ def section(data: dict[str, Any]) -> str:
         memory = "" if each["memory_exponent"] is None else f"{each['memory_exponent']:.2f}"
         held = f"{last['mib']:.0f}" if last["length"] == lengths[-1] else ""
         rows.append([name, *ratios, grows, ends, held, memory])
-    header = ["room", *(f"N = {n}" for n in lengths), "exponent", "of all rounds", f"MiB at {lengths[-1]}", "of memory"]
+    at = [f"N = {n}" for n in lengths]
+    header = ["room", *at, "exponent", "of all rounds", f"MiB at {lengths[-1]}", "of memory"]
     left = "".join(f"{name} is left out {why}. " for name, why in data["left_out"].items())
     said = [
         f"- {room}: {says} {found['outcome'].capitalize()}: {found['found']}."
         for room, of_room in data["claims"].items()
         for says, found in of_room.items()
     ]
-    return f"""`python benchmarks/mechanisms.py`: time of a forward of each room over that of plain attention in its place,
-so that less is better, and how its own time grows with the length N. One example, {facts["heads"]} heads of
+    return f"""`python benchmarks/mechanisms.py`: time of a forward of each room over that of plain attention in its
+place, so that less is better, and how its own time grows with the length N. One example, {facts["heads"]} heads of
 {facts["width"]}, float32, without the linear projections.
 
 {table(header, rows)}

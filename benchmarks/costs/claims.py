@@ -111,7 +111,7 @@ def _cache(data: dict[str, Any]) -> Found:
 
 def _s2(data: dict[str, Any]) -> Found:
     last = data["rooms"]["s2"]["points"][-1]
-    seen = data["counted"]["s2_density"]
+    seen = data["counted"]["s2"]["density"]
     words = (
         f"{_ratio(last)} of the time of dense causal attention at {last['length']:,} tokens, of whose blocks it sees "
         f"{seen:.0%}"

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from costs.arms import HEADS, WIDTH, arm
 from costs.measured import mib_of
 from workbench import mechanisms
+from workbench.kernels.s2 import S2Layout
 from workbench.mechanisms import Place
 from workbench.mechanisms.aaren import Aaren
 from workbench.mechanisms.s2 import S2Attention
@@ -87,11 +88,13 @@ def _several(call: Callable[[], object], times: int = 20) -> Callable[[], None]:
 
 
 def cache(longest: int) -> dict[str, Any]:
-    """Of S2, the keys that each head keeps of so many tokens."""
+    """Of S2, the keys that each head keeps of so many tokens, and the share of the causal blocks that all see."""
     layer = mechanisms.get("s2").build(Place(HEADS * WIDTH, HEADS, longest))
     assert isinstance(layer, S2Attention)
     facts = {name: layer.layout[name] for name in ("block", "local_blocks", "vert_stride")}
-    return {"length": longest, "kept": list(layer.kept(longest)), **facts}
+    blocks = S2Layout(longest, longest, HEADS, HEADS, **layer.layout).blocks()
+    density = float(blocks.sum()) / (HEADS * int(torch.ones_like(blocks[0]).tril().sum()))
+    return {"length": longest, "kept": list(layer.kept(longest)), "density": density, **facts}
 
 
 def blocks_and_pixels(rounds: int) -> dict[str, Any]:

@@ -73,9 +73,9 @@ def _data() -> dict[str, Any]:
     pair = {"length": 1024, "ratios": [0.5, 0.6], "mib_ratios": [0.1, 0.2]}
     stream = {str(n): {"numbers": 66, "seconds": [1.0, 1.0]} for n in (1, 512)}
     counted = {
-        "sqa": forms, "halo": pair, "rcmha": {**pair, "mib_ratios": [1.2, 1.3]}, "s2_density": 0.1,
+        "sqa": forms, "halo": pair, "rcmha": {**pair, "mib_ratios": [1.2, 1.3]},
         "aaren": {"stream": stream, "exponents": [0.0, 0.1], "parameters": 1001, "plain_parameters": 1000},
-        "s2": {"length": 960, "kept": [160, 80], "block": 80, "local_blocks": 1, "vert_stride": 12},
+        "s2": {"length": 960, "kept": [160, 80], "block": 80, "local_blocks": 1, "vert_stride": 12, "density": 0.1},
     }  # fmt: skip
     return {"rooms": rooms, "counted": counted}
 

@@ -93,8 +93,8 @@ S2 = register(
         Card(
             title="S2-Attention: sparsely sharded attention",
             arxiv="2407.17678",
-            equation="A = softmax(q kᵀ/√d) where I − J < L or (J + h·t) mod v = 0, of blocks I of queries, J of keys, or J "
-            "is in the head's shard",
+            equation="A = softmax(q kᵀ/√d) where I − J < L, or (J + h·t) mod v = 0, or J is in the shard of head h, "
+            "of blocks I of queries and J of keys",
             map="A masked softmax.",
             kind="self",
             grade="exact",
