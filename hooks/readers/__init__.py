@@ -14,6 +14,7 @@ from workbench.hooks.readers import (
     routing,
     rwkv,
     short_conv,
+    sparse_queries,
     xlstm,
 )  # they register themselves
 from workbench.hooks.readers.registered import (
@@ -55,5 +56,6 @@ __all__ = [
     "routing",
     "rwkv",
     "short_conv",
+    "sparse_queries",
     "xlstm",
 ]

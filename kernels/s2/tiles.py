@@ -16,10 +16,9 @@ from torch import Tensor
 from workbench.kernels.blocked import Group, Plan
 from workbench.kernels.s2.layout import S2Layout
 
-_ROWS = 768  # queries of a large tile, from which on PyTorch's kernel takes 256 at a time
+_ROWS = (768, 384, 192)  # queries of a large tile: from 768 on PyTorch's kernel takes 256 at a time
 _OFFSETS = 16  # first query blocks of the tiles that are tried
-_ALONE = 2.0  # what a key block costs a tile of one query block, in those of a large one
-_JOIN = 1.0  # what joining both parts of a query block costs
+_GATHER = 64  # what it costs to gather a key, or to join both parts of a query, in queries multiplied with it, or keys
 
 
 @lru_cache(maxsize=16)
@@ -42,12 +41,11 @@ def _shared(layout: S2Layout, left: Tensor) -> list[Group]:
         whole[:, rows, rows + layout.offset // layout.block] = False
     elif _filled(layout):
         whole[:, :, -1] = False
-    size = -(-_ROWS // layout.block)
     found: dict[tuple[int, int], list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
-    for at, (start, common) in enumerate(_best(whole, left, size)):
+    for at, (size, start, common) in enumerate(_best(whole, left, layout.block)):
         for tile, columns in enumerate(common):
             first, last = max(0, start + tile * size), min(n_rows, start + (tile + 1) * size)
-            if last > first and bool(columns.any()):
+            if bool(columns.any()):
                 left[at, first:last] &= ~columns
                 keys = columns.nonzero()[:, 0]
                 found[last - first, len(keys)].append((at, torch.arange(first, last), keys))
@@ -58,25 +56,29 @@ def _shared(layout: S2Layout, left: Tensor) -> list[Group]:
     return groups
 
 
-def _best(whole: Tensor, left: Tensor, size: int) -> list[tuple[int, Tensor]]:
-    """For each layout the first query block of its tiles, from −size + 1 to 0, and [tile, J] what all of a tile see."""
+def _best(whole: Tensor, left: Tensor, block: int) -> list[tuple[int, int, Tensor]]:
+    """For each layout query blocks in a tile, the first one of the first tile, from −size + 1 to 0, and what all of a
+    tile see, [tile, J]: what costs least.
+    """
     n_rows, n_columns = whole.shape[1:]
-    counts = left.sum((1, 2))
-    best: list[tuple[float, int, Tensor]] = [(_ALONE * int(n), 0, whole.new_zeros(0, n_columns)) for n in counts]
-    for before in range(0, size, -(-size // _OFFSETS)):
-        behind = -(n_rows + before) % size
-        padded = torch.nn.functional.pad(whole, (0, 0, before, behind), value=True).unflatten(1, (-1, size))
-        common = padded.all(2)  # [layout, tile, J]
-        rows = torch.full((common.shape[1],), size)
-        rows[0] -= before
-        rows[-1] -= behind
-        taken = (common.sum(-1) * rows).sum(-1)
-        joined = (common.any(-1) * rows).sum(-1)
-        costs = taken + _ALONE * (counts - taken) + _JOIN * joined
-        for at, cost in enumerate(costs.tolist()):
-            if cost < best[at][0]:
-                best[at] = cost, -before, common[at]
-    return [(start, common) for _, start, common in best]
+    counts, more = left.sum((1, 2)), _GATHER / block
+    nothing = whole.new_zeros(0, n_columns)
+    best: list[tuple[float, int, int, Tensor]] = [(float((1 + more) * n), 1, 0, nothing) for n in counts]
+    for size in dict.fromkeys(-(-rows // block) for rows in _ROWS):
+        for before in range(0, size, -(-size // _OFFSETS)):
+            behind = -(n_rows + before) % size
+            padded = torch.nn.functional.pad(whole, (0, 0, before, behind), value=True).unflatten(1, (-1, size))
+            common = padded.all(2)  # [layout, tile, J]
+            rows = torch.full((common.shape[1],), size)
+            rows[0] -= before
+            rows[-1] -= behind
+            keys = common.sum(-1)
+            taken, joined = (keys * rows).sum(-1), (common.any(-1) * rows).sum(-1)
+            costs = (keys * (rows + more)).sum(-1) + (1 + more) * (counts - taken) + more * joined
+            for at, cost in enumerate(costs.tolist()):
+                if cost < best[at][0]:
+                    best[at] = cost, size, -before, common[at]
+    return [(size, start, common) for _, size, start, common in best]
 
 
 def _alone(layout: S2Layout, left: Tensor, joins: bool) -> list[Group]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import workbench
-from support.judges import judges, missing
+from support.judges import missing, part
 from support.tiny import eager_twin, family, make
 from support.zoo.family import ids
 from workbench import CaptureError, Eviction, attach, eviction
@@ -34,6 +34,7 @@ def captured(model: nn.Module, tokens: Tensor, **inputs: Any) -> workbench.Captu
 def by_hand(a: Tensor, policy: str, shared: int, **numbers: int) -> tuple[Tensor, Tensor]:
     """Lost [head, query] and kept [head, query, key], of one example's maps [head, query, key]."""
     heads, n, _ = a.shape
+    weights = a.tolist()
     kept = torch.zeros(heads, n, n, dtype=torch.bool)
     for group in range(heads // shared):
         own = range(group * shared, (group + 1) * shared)
@@ -48,14 +49,14 @@ def by_hand(a: Tensor, policy: str, shared: int, **numbers: int) -> tuple[Tensor
                 cache.remove(min(old, key=lambda j: sums[j]))
             if policy == "observed" and i == numbers["prompt"]:
                 early = range(i)
-                mean = [sum(float(a[h, r, j]) for h in own for r in range(j, i)) / (i - j) for j in early]
+                mean = [sum(weights[h][r][j] for h in own for r in range(j, i)) / (i - j) for j in early]
                 best = sorted(early, key=lambda j: -mean[j])[: numbers["heavy"]]
                 cache = [j for j in cache if j == i or j in best]
             for h in own:
                 kept[h, i, cache] = True
-                whole = sum(float(a[h, i, j]) for j in cache)
+                whole = sum(weights[h][i][j] for j in cache)
                 for j in cache:
-                    sums[j] += float(a[h, i, j]) / whole / shared
+                    sums[j] += weights[h][i][j] / whole / shared
     return (a * ~kept).sum(-1), kept
 
 
@@ -115,8 +116,8 @@ def test_padding_is_no_key() -> None:
 def test_it_keeps_what_kvpress_keeps() -> None:
     """Behind a prompt: the scores of its presses, of which it keeps the largest."""
     try:
-        with judges():
-            from kvpress import ObservedAttentionPress, StreamingLLMPress
+        observes = part("kvpress.presses.observed_attention_press").ObservedAttentionPress
+        streams = part("kvpress.presses.streaming_llm_press").StreamingLLMPress
     except ImportError as error:
         missing(error)
     model, prompt, keep = make(family("llama-gqa")), 24, 9
@@ -134,8 +135,8 @@ def test_it_keeps_what_kvpress_keeps() -> None:
     ratio = 1 - keep / prompt
     for layer, each in enumerate(maps):
         presses = (
-            (ObservedAttentionPress(compression_ratio=ratio), observed, prompt),
-            (StreamingLLMPress(compression_ratio=ratio, n_sink=4), streaming, prompt - 1),
+            (observes(compression_ratio=ratio), observed, prompt),
+            (streams(compression_ratio=ratio, n_sink=4), streaming, prompt - 1),
         )
         for press, found, query in presses:
             scores = press.score(module, torch.zeros(1, prompt, 8), keys, keys, each, {})
@@ -165,7 +166,7 @@ def test_what_is_no_cache_or_no_number_is_refused() -> None:
         eviction(both, "streaming", sinks=1, recent=4)
     model = make(family("gpt2"))
     with attach(model) as wb, torch.no_grad(), wb.capture(()) as steps:
-        model.generate(ids(1, 90)[:, :20], max_new_tokens=4, do_sample=False, pad_token_id=0)
+        model.generate(ids(1, 90)[:, :20], min_new_tokens=4, max_new_tokens=4, do_sample=False, pad_token_id=0)
     with pytest.raises(CaptureError, match="joined"):
         eviction(steps.calls[1], "streaming", sinks=1, recent=4)
     whole = eviction(steps.joined(), "streaming", sinks=1, recent=4)

@@ -128,12 +128,12 @@ def test_values_and_gradients_are_those_of_the_definition(layout, width):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("size", [1, 48, 10**6])
+@pytest.mark.parametrize("rows", [(1,), (32, 48), (10**6,)])
 @settings(max_examples=20, deadline=None)
 @given(layouts())
-def test_tiles_of_any_size_hold_every_block_once(size, layout):
+def test_tiles_of_any_size_hold_every_block_once(rows, layout):
     """However large the tiles are that query blocks share, and where they are so small that there are none."""
-    with mock.patch.object(tiles, "_ROWS", size), mock.patch.object(tiles, "_ALONE", 100.0):
+    with mock.patch.object(tiles, "_ROWS", rows), mock.patch.object(tiles, "_GATHER", 1.0):
         made = plan.__wrapped__(layout)
     found = torch.zeros_like(layout.absolute_blocks(), dtype=torch.long)
     for group in made.groups:
@@ -150,7 +150,7 @@ def test_verticals_of_many_query_blocks_are_few_tiles():
     layout = S2Layout(2048, 2048, 4, 4, 16, 1, 4, head_step=1)
     made = plan(layout)
     large = [group for group in made.groups if not group.joins]
-    assert {group.queries.shape[1] for group in large} >= {48}
+    assert max(group.queries.shape[1] for group in large) >= 12
     pairs = [(len(group.layouts) * group.queries.shape[1] * group.keys.shape[1], group.joins) for group in made.groups]
     shared = sum(n for n, joins in pairs if not joins)
     assert shared > 0.8 * sum(n for n, _ in pairs)

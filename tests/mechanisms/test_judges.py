@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import workbench
-from support.judges import judges, missing
+from support.judges import judges, missing, part
 from support.survey.packages import PACKAGES
+from workbench import mechanisms
+from workbench.mechanisms import Place
 
 N = 26
 
@@ -103,9 +105,41 @@ def test_masked_tokens_of_local_attention() -> None:
             model(**inputs, mask=mask)
     assert not cap[0].pattern.dense()[1, :, :, 22:].any()
     mask[1, 10:] = False  # windows in which nothing is left
-    with workbench.attach(model) as wb, wb.capture([]) as cap:
+    with (
+        workbench.attach(model) as wb,
+        pytest.raises(workbench.CaptureError, match="a token sees no other"),
+        wb.capture([]),
+    ):
         model(**inputs, mask=mask)
-    assert "a token sees no other" in str(cap.ledger)
+
+
+@pytest.mark.parametrize(("groups", "query_groups"), [(2, 4), (4, 4), (2, 2), (1, 4), (4, 2)])
+@torch.no_grad()
+def test_sparse_queries_of_rxlm_are_ours_and_are_found(groups: int, query_groups: int) -> None:
+    try:
+        attention = part("rxlm.transformers.attention").SparseQueryAttention
+    except ImportError as error:
+        missing(error)
+    torch.manual_seed(0)
+    judge = attention(32, 8, groups, query_groups, is_causal=True, use_bias=True).eval()
+    x = torch.randn(2, 11, 32)
+    with workbench.attach(judge) as wb:
+        assert wb.verify(query=x, key=x, value=x).ok
+        assert not wb.sites.unread
+        with wb.capture(["entropy"]) as cap:
+            given = judge(x, x, x)
+    (site,) = cap.sites
+    assert (site.kind, cap[0].shape) == ("self", (2, max(groups, query_groups), 11, 11))
+    if query_groups < groups:
+        return  # rSQA, whose queries are repeated: ours has none
+    ours = mechanisms.get("sqa").build(Place(32, 8, 11), heads=query_groups / 8, kv_heads=groups / 8)
+    for mine, theirs in ((ours.q, judge.q_proj), (ours.k, judge.k_proj), (ours.v, judge.v_proj)):
+        mine.load_state_dict(theirs.state_dict())
+    ours.out.weight.copy_(judge.out_proj.weight)
+    torch.testing.assert_close(ours(x) + judge.out_proj.bias, given, atol=1e-5, rtol=1e-5)
+    with workbench.attach(ours) as wb, wb.capture([]) as mine:
+        ours(x)
+    torch.testing.assert_close(mine[0].pattern.dense(), cap[0].pattern.dense(), atol=1e-5, rtol=1e-5)
 
 
 # Of each, the sites by the end of their names with kind, heads, and what else mixes tokens and is no site.

@@ -163,7 +163,7 @@ def laid_out(form: str, layout: str, n_layers: int, standard: str = "deconstruct
     >>> laid_out("deconstructed:mlp", "even", 4)[:2]
     ['deconstructed:mlp', 'deconstructed:standard']
     """
-    check_range("n_layers", n_layers, 1, None)
+    check_range("n_layers", n_layers, 0, None)
     n = n_layers
     kept: dict[str, Sequence[int]] = {
         "uniform": (),

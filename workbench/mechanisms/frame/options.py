@@ -15,8 +15,8 @@ from workbench.errors import WorkbenchError, nearest
 def check_options(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raise a WorkbenchError unless `make(place, **options)` takes options of these names and kinds.
 
-    Numbers are checked to be whole or finite, choices to be among those that there are, tuples by what is in them; what
-    else an annotation says is left to `make` itself.
+    Numbers are checked to be whole or finite, tuples by what is in them; whether a number is in range, or a word one of
+    those that there are, is for `make` itself.
     """
     known, others = _taken(make)
     for option, value in options.items():
@@ -58,7 +58,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in inner)
     if origin is Literal:
-        return any(value is one or (isinstance(value, str) and value == one) for one in inner)
+        return type(value) in map(type, inner)
     if origin is tuple:
         return _is_list(value) and all(fits(one, inner[0]) for one in value)
     if origin is Sequence:
