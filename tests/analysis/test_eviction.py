@@ -181,6 +181,7 @@ def test_results_stay_and_are_shown(tmp_path: Path) -> None:
     again = Eviction.load(found.save(tmp_path / "e.safetensors"))
     assert again.table.equals(found.table)
     assert torch.equal(again.leaves, found.leaves)
+    assert torch.equal(again.seen_by, found.seen_by)
     assert "h2o, the 4 heaviest keys and 5 recent ones" in repr(found)
     assert list(found.table["lost"]) == sorted(found.table["lost"], reverse=True)
     assert float(found.table["keys"].iloc[0]) == 9

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from workbench.analysis.eviction.result import Eviction, Policy
+from workbench.analysis.eviction.result import Eviction
 from workbench.capture.capture import Capture
 from workbench.capture.site_capture import SiteCapture
 from workbench.errors import CaptureError, nearest
 from workbench.kernels.patterns import Pattern
 
+Policy = Literal["streaming", "h2o", "observed"]
 _STRIP = 64  # queries at a time
 _TAKES: dict[str, dict[str, tuple[int | None, int]]] = {
     "streaming": {"sinks": (4, 0), "recent": (64, 1)},
@@ -72,11 +74,11 @@ def eviction(
         _check(site, chosen[0], policy, numbers)
         found.append(_of_site(site, leaves_of))
     heads = [(site.site, head) for site in chosen for head in range(site.shape[1])]
-    lost, leaves = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+    lost, seen_by = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
     return Eviction(
         policy=policy, **numbers, layers=tuple(site.layer for site, _ in heads),
-        numbers=tuple(head for _, head in heads), sites=tuple(site.name for site, _ in heads), lost=lost, leaves=leaves,
-        provenance=cap.provenance,
+        numbers=tuple(head for _, head in heads), sites=tuple(site.name for site, _ in heads),
+        lost=lost, seen_by=seen_by, provenance=cap.provenance,
     )  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def _check(site: SiteCapture, first: SiteCapture, policy: str, numbers: dict[str
 
 
 def _of_site(site: SiteCapture, leaves_of: Leaves) -> tuple[Tensor, Tensor]:
-    """[head, example, query] weight lost, and [head, example, key] when keys leave."""
+    """[head, example, query] weight lost, and [head, example, key] how many queries see a key."""
     pattern, n = site.pattern, site.shape[2]
     n_kv_heads = site.site.n_kv_heads or pattern.n_kv_heads
     shared = pattern.n_heads // (n_kv_heads if pattern.n_heads % n_kv_heads == 0 else pattern.n_kv_heads)
@@ -133,7 +135,8 @@ def _of_site(site: SiteCapture, leaves_of: Leaves) -> tuple[Tensor, Tensor]:
         gone = leaves[:, :, None, : rows.stop] <= i
         lost[:, :, rows] = weights.masked_fill(~gone, 0.0).sum(-1)
     lost = lost.masked_fill(~there[:, None], torch.nan)
-    return lost.transpose(0, 1), leaves.transpose(0, 1)
+    seen_by = (leaves - torch.arange(n, device=pattern.device)).masked_fill(~there[:, None], 0)
+    return lost.transpose(0, 1), seen_by.transpose(0, 1)
 
 
 def _strips(pattern: Pattern) -> Iterator[tuple[slice, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +16,6 @@ from workbench.storage.result import Result
 if TYPE_CHECKING:
     import pandas as pd
 
-Policy = Literal["streaming", "h2o", "observed"]
-
 
 @dataclass(frozen=True, repr=False)
 class Eviction(Result):
@@ -28,14 +26,13 @@ class Eviction(Result):
         layers, numbers, sites: of each head.
         lost: [head, example, query] the share of the query's weight that lies on keys which were dropped before; NaN of
             padding.
-        leaves: [head, example, key] the first query that no longer sees the key; as many as there are queries where
-            that never comes, −1 of padding.
+        seen_by: [head, example, key] how many queries see the key, of which its own is the first; 0 of padding.
     """
 
     form = "workbench.eviction"
     filled = ("head", "example", "query")
 
-    policy: Policy
+    policy: str
     sinks: int
     heavy: int
     recent: int
@@ -44,14 +41,22 @@ class Eviction(Result):
     numbers: Annotated[tuple[int, ...], "head"]
     sites: Annotated[tuple[str, ...], "head"]
     lost: Float[Tensor, "head example query"]
-    leaves: Int[Tensor, "head example query"]
+    seen_by: Int[Tensor, "head example query"]
     provenance: dict[str, Any]
 
     def check_parts(self) -> None:
-        """A key leaves after the query at its own place, if it is one."""
-        n = self.leaves.shape[-1]
-        if bool(((self.leaves != -1) & (self.leaves <= torch.arange(n)) | (self.leaves > n)).any()):
-            raise WorkbenchError(f"keys that leave before their own query, or after the last of {n}")
+        """No key is seen by more queries than there are from its own on."""
+        n = self.seen_by.shape[-1]
+        if bool(((self.seen_by < 0) | (self.seen_by > n - torch.arange(n))).any()):
+            raise WorkbenchError(f"keys that are seen by more of {n} queries than there are from their own on")
+
+    @property
+    def leaves(self) -> Tensor:
+        """[head, example, key] the first query that no longer sees the key; as many as there are queries where that
+        never comes, −1 of padding.
+        """
+        behind = torch.arange(self.seen_by.shape[-1]) + self.seen_by
+        return behind.masked_fill(self.seen_by == 0, -1)
 
     def kept(self, layer: int, head: int, example: int = 0) -> Tensor:
         """[query, key] bool of one head: which keys each query sees.
@@ -60,10 +65,10 @@ class Eviction(Result):
             CaptureError: no such head or example.
         """
         places = [i for i, each in enumerate(zip(self.layers, self.numbers, strict=True)) if each == (layer, head)]
-        if len(places) != 1 or not 0 <= example < self.leaves.shape[1]:
+        if len(places) != 1 or not 0 <= example < self.seen_by.shape[1]:
             raise CaptureError(
                 f"there is no one head L{layer}H{head} of example {example}",
-                hint=f"{len(self.layers)} heads of {self.leaves.shape[1]} examples; several have a name: read leaves",
+                hint=f"{len(self.layers)} heads of {self.seen_by.shape[1]} examples; read leaves",
             )
         leaves = self.leaves[places[0], example]
         i = torch.arange(len(leaves))[:, None]
@@ -72,8 +77,8 @@ class Eviction(Result):
     @property
     def keys(self) -> Tensor:
         """[head, example, query] how many keys each query sees."""
-        there, n = self.leaves >= 0, self.leaves.shape[-1]
-        gone = torch.zeros(*self.leaves.shape[:2], n + 1, dtype=torch.long)
+        there, n = self.seen_by > 0, self.seen_by.shape[-1]
+        gone = torch.zeros(*self.seen_by.shape[:2], n + 1, dtype=torch.long)
         gone.scatter_add_(2, self.leaves.clamp(min=0), there.long())
         return (there.long() - gone[..., :n]).cumsum(-1)
 
