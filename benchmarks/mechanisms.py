@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from costs.arms import HEADS, WIDTH, default_names
@@ -26,11 +25,10 @@ from costs.counted import counted
 from costs.measured import CAUSAL, WHOLE, costs, peaks_of, print_peaks, times_of
 from shared.measuring import machine, say, table, write_section
 
-import workbench
+from workbench.mechanisms.frame.findings import COSTS
 
 HEADING = "What mechanisms cost"
 LENGTHS = (512, 1024, 2048, 4096, 8192)
-COSTS = Path(workbench.__file__).parent / "mechanisms" / "weights" / "cost.json"
 
 
 def measure(names: list[str], lengths: list[int], rounds: int, gib: float) -> dict[str, Any]:

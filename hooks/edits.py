@@ -23,6 +23,8 @@ from workbench.hooks.tap import AttentionCall
 
 Source = Callable[[AttentionCall, Tensor], Tensor]
 HeadFunction = Callable[[Tensor, Site, int], Tensor]
+Factor = float | Tensor | HeadFunction
+"""Of a gate: a number, a tensor [position] or [batch, position], or what a function makes of the present one."""
 Threads = Literal["all", "this"]
 """Whose forwards an edit changes: those of all threads, or only those of the thread that opened it."""
 
@@ -152,6 +154,39 @@ class Steer(HeadEdit):
     def replaced(self, call: AttentionCall, old: Tensor) -> Tensor:
         """The output, moved."""
         return old + check_direction(self.direction, old, "d_head", call.site)
+
+
+class GateEdit(HeadEdit):
+    """Heads give what their gate multiplies, times another factor.
+
+    Args:
+        to: by site, for each head a number, a tensor [position] or [batch, position] (1 stands for all), or a function
+            `f(g, site, head)` of the factor [batch, position].
+    """
+
+    def __init__(self, to: Mapping[Site, Mapping[int, Factor]], positions: Positions) -> None:
+        super().__init__({site: list(given) for site, given in to.items()}, positions)
+        self.to = {site.name: given for site, given in to.items()}
+
+    def replaced(self, call: AttentionCall, old: Tensor) -> Tensor:
+        """What the gates multiply, times the factors."""
+        pattern = call.pattern()
+        if pattern.gates is None or call.shard is not None:
+            why = "are split between processes" if pattern.gates is not None else "have no gate"
+            raise InterventionError(
+                f"the heads {why}", site=call.site, hint="wb.sites has the gates, of kind gate; wb.ablate and wb.patch "
+                "change what any head gives",
+            )  # fmt: skip
+        ungated, parts = pattern.ungated(call.v), []
+        for head in self.heads[call.site]:
+            now, given = pattern.gates[:, head].to(ungated.dtype), self.to[call.site][head]
+            if callable(given):
+                given = given(now.clone(), self.known[call.site], head)
+            if isinstance(given, Tensor):
+                given = given.unsqueeze(-1)  # the factors of a position are numbers
+                given = broadcast(given, now.unsqueeze(-1), f"the factor of head {head}", call.site).squeeze(-1)
+            parts.append(torch.full_like(now, given) if isinstance(given, float) else given)
+        return (torch.stack(parts, dim=1)[..., None] * ungated[:, list(self.heads[call.site])]).to(old)
 
 
 class PatternEdit(HeadEdit):

@@ -17,6 +17,7 @@ from workbench.hooks.configs import config_of, read
 from workbench.hooks.readers import reader_of
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.tap import Kind as Kind
+from workbench.kernels.statistics import known
 from workbench.tokens import visible_text
 
 _CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
@@ -34,7 +35,8 @@ class Site:
         layer: position among the sites of the same tower and kind, from 0.
         kind: what it mixes: "self" and "window": positions of one sequence; "halo": those of a window and around it;
             "cross": those of another sequence; "channel": features; "pooled": summaries of several positions (slots,
-            experts, pooled keys); "memory": keys that are learned; "state": a recurrence.
+            experts, pooled keys); "memory": keys that are learned; "state": a recurrence; "gate": nothing, what stands
+            at a position is multiplied by a factor.
         n_heads, n_kv_heads, d_head: its sizes; None until a call has shown them.
         tower: "" for a model with one stack of layers, else such as "encoder".
         windows: how many entries its batch has for each example of the model, [example, window] in one axis.
@@ -75,6 +77,20 @@ class Site:
         """Whether its keys are positions of the queries' own sequence, so that the two can be compared."""
         return self.kind not in ("cross", "halo", "channel", "pooled", "memory")
 
+    def has(self, statistic: str) -> bool:
+        """Whether a statistic exists here: none that compares positions which are not of one sequence, or, of a gate,
+        whose rows have one key, keys.
+
+        >>> site = Site("squeeze", 0, "gate")
+        >>> site.has("row_sum"), site.has("entropy")
+        (True, False)
+
+        Raises:
+            CaptureError: there is no such statistic.
+        """
+        record = known(statistic)
+        return (self.positional or not record.positional) and (self.kind != "gate" or record.of_gates)
+
     @property
     def windowed(self) -> bool:
         """Whether its batch is [example, window] in one axis, the windows of an example one after the other."""
@@ -95,13 +111,13 @@ class Site:
     @property
     def alias(self) -> str:
         """TransformerLens' spelling: blocks.3.attn, or decoder.3.cross_attn in a model with several towers."""
-        part = {"cross": "cross_attn", "state": "mixer"}.get(self.kind, "attn")
+        part = {"cross": "cross_attn", "state": "mixer", "gate": "gate"}.get(self.kind, "attn")
         return f"{self.tower or 'blocks'}.{self.layer}.{part}{self._suffix}"
 
     @property
     def aliases(self) -> tuple[str, ...]:
         """The alias, and how it is also spelled: decoder.3.self_attn for decoder.3.attn."""
-        several = self.kind not in ("cross", "state")
+        several = self.kind not in ("cross", "state", "gate")
         if not several:
             return (self.alias,)
         return self.alias, f"{self.alias.removesuffix(self._suffix).removesuffix('attn')}self_attn{self._suffix}"

@@ -18,7 +18,7 @@ from workbench.kernels.masks import Mask, as_four, hidden_below
 from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
-Kind = Literal["self", "cross", "window", "halo", "channel", "pooled", "memory", "state"]
+Kind = Literal["self", "cross", "window", "halo", "channel", "pooled", "memory", "state", "gate"]
 """What a site mixes."""
 
 

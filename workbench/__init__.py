@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         cross_attention_saliency,
     )
     from workbench.analysis.eviction import Eviction, eviction
+    from workbench.analysis.gates import GateProfile, gate_profile
     from workbench.analysis.head_scores import (
         RetrievalScores,
         StreamingScores,
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
     from workbench.capture.reading import load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
-    from workbench.hooks.readers import Mixing, ModuleRun, reader
+    from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
     from workbench.kernels.functions import attention_function
     from workbench.kernels.statistics import statistic
     from workbench.metrics import Metric
@@ -143,8 +144,11 @@ _LAZY = {
     "Metric": "workbench.metrics",
     "Mixing": "workbench.hooks.readers",
     "ModuleRun": "workbench.hooks.readers",
+    "gating": "workbench.hooks.readers",
     "reader": "workbench.hooks.readers",
     "Report": "workbench.report",
+    "GateProfile": "workbench.analysis.gates",
+    "gate_profile": "workbench.analysis.gates",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
@@ -187,6 +191,7 @@ __all__ = [
     "FaithfulnessCurve",
     "FileError",
     "FormatError",
+    "GateProfile",
     "HeadImportance",
     "HeadPatching",
     "HeadRoles",
@@ -238,6 +243,8 @@ __all__ = [
     "eviction",
     "faithfulness_curve",
     "find_circuit",
+    "gate_profile",
+    "gating",
     "head_importance",
     "head_roles",
     "load_capture",

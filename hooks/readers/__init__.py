@@ -4,6 +4,7 @@ from workbench.hooks.readers import (
     agents,
     delta,
     fla,
+    gates,
     halo,
     lightning,
     linear_attention,
@@ -17,6 +18,7 @@ from workbench.hooks.readers import (
     sparse_queries,
     xlstm,
 )  # they register themselves
+from workbench.hooks.readers.gates import gating
 from workbench.hooks.readers.registered import (
     Begun,
     Mixing,
@@ -42,6 +44,8 @@ __all__ = [
     "continues",
     "delta",
     "fla",
+    "gates",
+    "gating",
     "halo",
     "in_place_of",
     "lightning",

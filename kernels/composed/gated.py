@@ -33,6 +33,7 @@ class RowGatedPattern(Pattern):
     """
 
     normalised = False
+    gates: Tensor
 
     def __init__(self, base: Pattern, gates: Tensor, *, values: Tensor | None = None) -> None:
         check_tensor("gates", gates, base.shape[:3], "batch, head, query", base.device)
@@ -74,9 +75,18 @@ class RowGatedPattern(Pattern):
         gates = self.gates[batch, :, queries][:, list(heads), :, None].to(self.dtype)
         return self.base.tile_of(batch, queries, keys, heads) * gates
 
+    @property
+    def row_sum(self) -> Tensor:
+        """[batch, head, query]: what P's rows add up to, times their gates."""
+        return self.base.row_sum * self.gates.to(self.dtype)
+
+    def ungated(self, values: Tensor) -> Tensor:
+        """P·V, [batch, head, query, width]."""
+        return self.base.apply(values)
+
     def apply(self, values: Tensor) -> Tensor:
         """A·V, [batch, head, query, width]."""
-        return self.base.apply(values) * self.gates[..., None].to(self.dtype)
+        return self.ungated(values) * self.gates[..., None].to(self.dtype)
 
 
 def _pattern(

@@ -56,7 +56,7 @@ _TARGET_KEYS: dict[str, Callable[[SoftmaxProblem, Tensor], Tensor]] = {
     "previous": lambda problem, position: position - 1,
 }
 """Statistics that are the weight on one key of each row: which key, given the absolute positions [query]."""
-_OF_PATTERN = ("lse", "signed_mass")
+_OF_PATTERN = ("lse", "signed_mass", "row_sum")
 _NAMES = {*_LINES, *_TARGET_KEYS, *_OF_PATTERN}
 _OPTIONS = ("tokens", "token_before", "sink_keys", "n_top", "block")
 

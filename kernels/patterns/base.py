@@ -45,6 +45,7 @@ class Pattern(ABC):
         sinks: [head] logits that join the softmax's denominator only; None for none.
         values: [batch, kv head, key, width], for value-weighted statistics; None if they were not kept.
         dtype: of the tiles; float64 for float64 inputs, else float32.
+        gates: [batch, head, query] factors that its rows are multiplied with; None where there are none.
         before: [batch, head, query, width] that the rows read, beside A·V, of a state which was there before the first
             key; None where there was none.
         tile_scale: how many times as large as others its tiles may be: 2 where making one takes no tensors of its size.
@@ -57,6 +58,7 @@ class Pattern(ABC):
     n_kv_heads: int
     sinks: Tensor | None = None
     before: Tensor | None = None
+    gates: Tensor | None = None
     position_axes: ClassVar[Mapping[str, int]] = {}
     """Which axis of the tensors of `state` lies along positions, of families that `then` can join."""
 
@@ -255,6 +257,26 @@ class Pattern(ABC):
         return self.magnitude().signed_mass
 
     @property
+    def row_sum(self) -> Tensor:
+        """[batch, head, query] Σ A; zero in rows without weight."""
+        if self.by_magnitude:
+            return self.magnitude().row_sum
+        if self.normalised:
+            return self.space().alive(self.space().per_query(1.0), 0.0)
+        total = self.space().per_query()
+        for tile in streaming.tiles(self):
+            total[tile.rows] += tile.p.sum(-1)
+        return total
+
+    def ungated(self, values: Tensor) -> Tensor:
+        """What the gates multiply, [batch, head, query, width], for values as in `apply`.
+
+        Raises:
+            CaptureError: it has no gates.
+        """
+        raise CaptureError(f"a {type(self).__name__} has no gates")
+
+    @property
     def seen(self) -> MaskSummary:
         """What the mask lets through, counted per query and per key."""
         return self.mask.summary(self.device)
@@ -424,6 +446,11 @@ class MagnitudePattern(Pattern):
         """[batch, head, query] Σ A·w / Σ |A|·w; NaN in rows without weight."""
         size, signed = self._sums
         return torch.where(size > 0, signed / size, torch.nan)
+
+    @property
+    def row_sum(self) -> Tensor:
+        """[batch, head, query] Σ A·w."""
+        return self._sums.signed
 
     @property
     def seen(self) -> MaskSummary:

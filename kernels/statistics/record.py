@@ -40,6 +40,7 @@ class Statistic:
         formula: the definition in LaTeX.
         range: smallest and largest value, whatever the length (of weights, where it has keys beside them).
         positional: whether it compares query and key positions, so that it exists for self-attention only.
+        of_gates: whether it tells something of a gate, whose rows have one key, so that nothing in them is compared.
         outputs: names of the tensors that it gives; its own name if empty.
         empty: what a row that sees no key has.
         exists: which rows of a map can have one, bool that broadcasts to [batch, head, query]; the others are NaN, so
@@ -63,6 +64,7 @@ class Statistic:
     formula: str = ""
     range: tuple[float, float] = (-math.inf, math.inf)
     positional: bool = False
+    of_gates: bool = False
     outputs: tuple[str, ...] = ()
     empty: float = math.nan
     exists: Callable[[Rows, Options], Tensor] | None = None

@@ -23,6 +23,7 @@ SIGNED_MASS = register(
         _define,
         formula=r"\sum_j A_{ij} \big/ \sum_j \lvert A_{ij} \rvert",
         range=(-1, 1),
+        of_gates=True,
         value_weighted=False,
         of_pattern=lambda pattern: pattern.signed_mass,
     )

@@ -26,7 +26,7 @@ MAX_TOP = 16
 _ROWS = {"peak_key", *ROWS, *AT}
 _POOLED = {"pooled_mean", "pooled_max"}
 _COLUMNS = {"received", "received_mean", *_POOLED}
-_NAMES = {"lse", "signed_mass", "top_keys", *_ROWS, *_COLUMNS}
+_NAMES = {"lse", "signed_mass", "row_sum", "top_keys", *_ROWS, *_COLUMNS}
 _OPTIONS = ("tokens", "token_before", "sink_keys", "n_top", "block")  # the first two are those of a refused statistic
 
 
@@ -133,8 +133,7 @@ def statistics(problem: SoftmaxProblem, names: Sequence[str], options: Options |
     found = raw(problem, names, options)
     if problem.lse is not None:
         found["lse"] = problem.lse
-    if "signed_mass" in names:
-        found["signed_mass"] = torch.ones_like(found["lse"])
+    found |= {name: torch.ones_like(found["lse"]) for name in ("signed_mass", "row_sum") if name in names}
     return finish(found, names, problem.space(), options)
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-import workbench
 from workbench import mechanisms
+from workbench.mechanisms.frame.findings import COSTS
 
 ROOT = Path(__file__).parents[2]
-COSTS = Path(workbench.__file__).parent / "mechanisms" / "weights" / "cost.json"
 
 
 @pytest.fixture

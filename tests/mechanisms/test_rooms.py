@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ STATISTICS = (
     "received",
     "received_mean",
     "pooled_mean",
+    "row_sum",
 )
 
 
@@ -40,6 +42,9 @@ def _id(value: Any) -> str:
 
 
 each_form = pytest.mark.parametrize(("one", "place", "variant"), FORMS, ids=_id)
+each_gate = pytest.mark.parametrize(
+    ("one", "place", "variant"), [form for form in FORMS if form[0].card.kind == "gate"], ids=_id
+)
 each_room = pytest.mark.parametrize(("one", "place"), FIRST, ids=_id)
 
 
@@ -183,10 +188,12 @@ def test_every_statistic_is_that_of_the_definition(one: Mechanism, place: Place)
         module(**inputs)
     for site in cap.sites:
         held, pattern = cap[site.name], cap[site.name].pattern
+        names = [name for name in STATISTICS if site.has(name)]
+        assert set(held.statistics) == set(names)
         want = defined(
-            pattern.dense(), STATISTICS, pattern.mask, options=Options(), by_magnitude=pattern.by_magnitude
+            pattern.dense(), names, pattern.mask, options=Options(), by_magnitude=pattern.by_magnitude
         )  # fmt: skip
-        for name in STATISTICS:
+        for name in names:
             torch.testing.assert_close(
                 held.statistics[name].double(), want[name], atol=1e-6, rtol=1e-6, equal_nan=True,
                 msg=lambda said, name=name: f"{name}: {said}",
@@ -206,7 +213,8 @@ def test_captures_and_modules_come_back_from_files(one: Mechanism, place: Place,
         for name, pattern in was.items():
             torch.testing.assert_close(found[name].dense(), pattern.dense(), atol=1e-12, rtol=1e-12)
             assert (found[name].grade, found[name].normalised) == (pattern.grade, pattern.normalised)
-        torch.testing.assert_close(again[site.name].entropy, cap[site.name].entropy, equal_nan=True)
+        for name, statistic in cap[site.name].statistics.items():
+            torch.testing.assert_close(again[site.name].statistics[name], statistic, equal_nan=True)
     torch.save(module.state_dict(), tmp_path / "weights.pt")
     other = one.build(place).double().eval()
     other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
@@ -239,6 +247,50 @@ def test_heads_are_ablated_patched_and_swept(one: Mechanism, place: Place) -> No
     assert not torch.allclose(ablated, whole) or not z[:, :, 0].any()
 
 
+@each_gate
+@torch.no_grad()
+def test_gates_are_factors_that_can_be_set(one: Mechanism, place: Place, variant: str | None) -> None:
+    module, inputs = _made(one, place, variant)
+    with workbench.attach(module) as wb:
+        with wb.capture(z=True, values=True) as cap:
+            whole = module(**inputs)
+        for site in cap.sites:
+            held, g, u = cap[site.name], cap[site.name].pattern.gates, cap[site.name].pattern.values
+            assert torch.equal(held.pattern.dense(), torch.diag_embed(g))
+            assert torch.equal(held.row_sum, g)
+            torch.testing.assert_close(held.z.transpose(1, 2), g[..., None] * u, atol=1e-12, rtol=1e-12)
+            with wb.set_gate(site, to=lambda g, site, head: g):
+                torch.testing.assert_close(module(**inputs), whole, atol=1e-10, rtol=1e-10)
+            mean = g.mean((0, 2))[None, :, None, None]
+            for to, factor in ((1.0, 1.0), (cap, mean), (torch.full((1,), -2.0).double(), -2.0)):
+                with wb.set_gate(site.name, to=to), wb.capture(z=True) as without:
+                    module(**inputs)
+                torch.testing.assert_close(without[site.name].z.transpose(1, 2), factor * u, atol=1e-10, rtol=1e-10)
+            with wb.set_gate(site, to=0.0):
+                closed = module(**inputs)
+            with wb.ablate([(site.name, head) for head in range(g.shape[1])]):
+                torch.testing.assert_close(module(**inputs), closed, atol=1e-12, rtol=1e-12)
+
+
+@each_room
+def test_with_its_factor_held_a_gate_moves_nothing_from_token_to_token(one: Mechanism, place: Place) -> None:
+    if one.card.kind != "gate" or one.card.beside:
+        pytest.skip("it is no gate, or mixes tokens beside it")
+    module, inputs = _made(one, place)
+    x = inputs["x"].requires_grad_()
+    with workbench.attach(module) as wb, contextlib.ExitStack() as held:
+        with torch.no_grad(), wb.capture():
+            module(**inputs)
+        for site in wb.sites:
+            held.enter_context(wb.set_gate(site, to=lambda g, site, head: g.detach()))
+        y = module(**inputs)
+        reached = torch.stack([
+            torch.autograd.grad(y[:, i].square().sum(), x, retain_graph=True)[0].abs().sum((0, 2)) > 0
+            for i in range(place.length)
+        ])  # fmt: skip
+    assert torch.equal(reached, torch.eye(place.length, dtype=torch.bool))
+
+
 @each_room
 @torch.no_grad()
 def test_every_call_is_verified_and_factors_stand_beside_the_map(one: Mechanism, place: Place) -> None:
@@ -252,7 +304,8 @@ def test_every_call_is_verified_and_factors_stand_beside_the_map(one: Mechanism,
     for site in cap.sites:
         pattern, beside = cap[site.name].pattern, cap[site.name].patterns
         assert set(pattern.factors) <= set(beside)
-        assert set(beside) == {"pattern", *pattern.factors}
+        assert set(beside) - {"source"} == {"pattern", *pattern.factors}
+        assert "source" not in beside or site.kind == "gate"
 
 
 @each_room
@@ -271,7 +324,7 @@ def test_places_and_inputs_that_it_cannot_take_are_named(one: Mechanism, place: 
     with pytest.raises(WorkbenchError, match='no variant "nothing"'):
         one.build(place, "nothing")
     module = one.build(place)
-    if isinstance(module, Mixer):
+    if isinstance(module, Mixer) or one.card.kind == "gate":
         for shape in (
             (2, place.length + 1, place.d_model),
             (2, place.length, place.d_model + 1),

@@ -20,7 +20,7 @@ from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites, all_here
 from workbench.hooks.tap import StateLink
 from workbench.kernels.patterns import DENSE_LIMIT
-from workbench.kernels.statistics import STATISTICS
+from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED
 from workbench.storage import files
 from workbench.storage.provenance import Provenance
 from workbench.storage.rendering import renderer
@@ -230,10 +230,12 @@ class Capture:
             raise CaptureError(f'per is "head" or "position", not {per!r}')
         frames = []
         windowed = any(site.windowed for site in self.sites)
+        known = statistic.removeprefix(VALUE_WEIGHTED) in STATISTICS
+        somewhere = any(statistic in c.statistics for forward in self._forwards for c in forward.sites.values())
         for forward in self._forwards:
             for c in forward.sites.values():
-                if statistic not in c.statistics and STATISTICS.get(statistic) and STATISTICS[statistic].positional:
-                    continue  # cross-attention has none
+                if statistic not in c.statistics and known and (somewhere or not c.site.has(statistic)):
+                    continue  # cross-attention has none that compare positions; gates alone always have a factor
                 values = getattr(c, statistic).double()
                 if values.dim() == 2 and per == "head":
                     values = values[..., None]

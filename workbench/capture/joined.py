@@ -69,7 +69,7 @@ def _sequences(forwards: Sequence[Forward]) -> list[list[Forward]]:
 
 def _goes_on_in(before: Forward, forward: Forward) -> bool:
     """Whether a packed sequence goes on with what one before it has put into the cache: its last keys are the same."""
-    name = next((name for name, one in forward.sites.items() if one.site.kind not in ("cross", "state")), None)
+    name = next((name for name, one in forward.sites.items() if one.site.kind not in ("cross", "state", "gate")), None)
     if name is None or name not in before.sites or before.span == forward.span:  # sequences of one forward are others
         return False
     old, new = (_joinable([each.sites[name]])[0] for each in (before, forward))
@@ -133,7 +133,7 @@ def _join_sequence(
         site, shape = captures[0].site, captures[0].shape
         if len(captures) == 1 and (site.kind == "cross" or shape[2] == shape[3]):
             joined.sites[name] = captures[0]
-        elif any(capture.state != StateLink() for capture in captures):
+        elif site.kind == "gate" or any(capture.state != StateLink() for capture in captures):
             budget.take(sum(capture.pattern.nbytes for capture in captures), site)
             joined.sites[name] = join_recurrence(captures, settings, joined.ids_of(site, "query"))
         else:

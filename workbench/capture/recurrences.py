@@ -1,4 +1,4 @@
-"""Join the calls of a recurrence, each of which went on from the state that the one before had left."""
+"""Join the calls of a recurrence, each of which went on from the state that the one before had left; and of a gate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def join_recurrence(captures: Sequence[SiteCapture], settings: Settings, ids: Te
     """One map over the positions of all calls.
 
     Where the first of them went on from a state, `before` is what every row reads of it: of the rows of later calls,
-    what they read of their own state less what the positions between have put there.
+    what they read of their own state less what the positions between have put there. Calls of a gate stand beside each
+    other; what made their factors is left out.
 
     Args:
         ids: [batch, position] of all calls, where they are known.
@@ -31,7 +32,8 @@ def join_recurrence(captures: Sequence[SiteCapture], settings: Settings, ids: Te
     """
     site, first = captures[0].site, captures[0]
     for one, following in pairwise(captures):
-        if following.state.found is None or following.state.found != one.state.left:
+        gone = following.state.found is None or following.state.found != one.state.left
+        if gone and site.kind != "gate":
             raise CaptureError(
                 "a step found another state in its cache than the step before left there",
                 site=site.name,
@@ -61,6 +63,7 @@ def join_recurrence(captures: Sequence[SiteCapture], settings: Settings, ids: Te
         held=[],
         times=None,
         before=None if pattern.before is None else pattern.before.transpose(1, 2),
+        others={} if site.kind == "gate" else first.others,
         state=StateLink(first.state.found, captures[-1].state.left),
         **joined_outputs(captures),
     )

@@ -48,8 +48,9 @@ class Settings:
         return facts, {} if self.tokens is None else {"tokens": self.tokens}
 
     def names_at(self, site: Site) -> list[str]:
-        """The statistics that exist at a site: none that compares positions where keys are none of the queries'."""
-        return [name for name in self.statistics if site.positional or not known(name).positional]
+        """The statistics that exist at a site (`Site.has`); of a gate always its factor, "row_sum"."""
+        names = [name for name in self.statistics if site.has(name)]
+        return names if site.kind != "gate" or "row_sum" in names else [*names, "row_sum"]
 
     def options(self, tokens: Tensor | None, token_before: Tensor | None = None) -> Options:
         """What the statistics need, with these ids unless others were given."""

@@ -234,11 +234,12 @@ class SiteCapture:
                 site=self.site.name,
                 hint=nearest(base, [*STATISTICS, *GRADIENT_SUMS]),
             )
-        if STATISTICS[outputs.get(base, base)].positional and not self.site.positional:
-            raise _NoAttribute(
-                f'"{name}" compares positions, which queries and keys of kind "{self.site.kind}" do not share',
-                site=self.site.name,
-            )
+        if not self.site.has(outputs.get(base, base)):
+            compared = "keys, of which a row of a gate has one" if self.site.kind == "gate" else (
+                f'positions, which queries and keys of kind "{self.site.kind}" do not share'
+            )  # fmt: skip
+            hint = "its factor is row_sum" if self.site.kind == "gate" else None
+            raise _NoAttribute(f'"{name}" compares {compared}', site=self.site.name, hint=hint)
         raise _NoAttribute(
             f'"{name}" was not captured', site=self.site.name, hint=f'capture with statistics=["{name}"]'
         )

@@ -1,7 +1,8 @@
 """Mechanisms of papers, each a module in the place of self-attention, with its map and a card that says what it is.
 
-Every file of this folder is one of them and ends in `register(Mechanism(…))`; what they share is in `frame/`. `matvlm/`
-makes a Mamba-2 layer of a trained attention layer, distils it, and compares the maps of both.
+Every file of this folder is one of them and ends in `register(Mechanism(…))`; what they share is in `frame/`.
+`training/` puts any of them into the same small model, and `weights/` has models that were trained so. `matvlm/` makes
+a Mamba-2 layer of a trained attention layer, distils it, and compares the maps of both.
 
 >>> from workbench import mechanisms
 >>> "agent" in mechanisms.list().names
@@ -10,19 +11,24 @@ True
 '2312.08874'
 """
 
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mechanisms, Mixer, Place, get, register
+from workbench.mechanisms.frame import Card, Claim, Gate, Mechanism, Mechanisms, Mixer, Place, get, read_gate, register
 from workbench.mechanisms.frame import listed as list
 from workbench.mechanisms.matvlm import seed_mamba2
+from workbench.mechanisms.training import trained, trained_models
 
 __all__ = [
     "Card",
     "Claim",
+    "Gate",
     "Mechanism",
     "Mechanisms",
     "Mixer",
     "Place",
     "get",
     "list",
+    "read_gate",
     "register",
     "seed_mamba2",
+    "trained",
+    "trained_models",
 ]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ from workbench.hooks.compiled import check_not_compiled
 from workbench.hooks.edits import (
     Ablation,
     Edit,
+    Factor,
+    GateEdit,
     HeadFunction,
     OutputEdit,
     Patch,
@@ -201,6 +204,58 @@ class Interventions:
             yield
 
     @contextmanager
+    def set_gate(
+        self,
+        heads: Any,
+        to: float | Float[Tensor, "... position"] | HeadFunction | Capture = 1.0,
+        positions: Where = None,
+        *,
+        threads: Threads = "all",
+    ) -> Iterator[None]:
+        """Give gates another factor: 1 lets through what they multiply, 0 nothing.
+
+        So can the heads of sites of kind "gate" be set, and those of attention that weighs its heads (`pattern.gates`).
+        Gradients flow to what is multiplied, and, where `to` is a function, to the factor that the model made; what
+        comes of a kernel of `workbench.kernels` is a constant, as in `edit_pattern`.
+
+        Args:
+            heads: which heads; a site, or its name, for all of its heads.
+            to: a number; a tensor [batch, position], of which batch may be 1 or left out, and position 1; a function
+                `f(g, site, head)` that takes and gives factors [batch, position]; or a capture, of which each head
+                takes its mean factor over examples and positions. Tensors are float64 where the model is, else float32.
+            positions: where it is set.
+
+        >>> import torch
+        >>> import workbench
+        >>> from workbench.mechanisms import Place, get
+        >>> gate = get("van").build(Place(8, 2, 12, causal=False, grid=(3, 4))).eval()
+        >>> x = torch.randn(1, 12, 8)
+        >>> with workbench.attach(gate) as wb:
+        ...     with wb.capture() as cap:
+        ...         y = gate(x)
+        ...     with wb.set_gate({(0, 1), (0, 5)}, to=0.0), wb.set_gate((0, 2), to=cap):
+        ...         without = gate(x)
+        """
+        self.check_ready()
+        one = isinstance(heads, Site) or any(heads in (site.name, *site.aliases) for site in self.sites)
+        chosen = self._heads([(heads, head) for head in self._all_heads(heads)] if one else heads, positions)
+        if not isinstance(to, (int, float, Tensor, Capture)) and not callable(to):
+            raise InterventionError(
+                f"a gate is set to {type(to).__name__}",
+                hint="a number, a tensor, a function f(g, site, head), a Capture",
+            )
+        if isinstance(to, (int, float)) and not math.isfinite(to):
+            raise InterventionError(f"a gate is set to {to}, which is not finite")
+        given: dict[Site, dict[int, Factor]] = {}
+        for site, numbers in chosen.items():
+            means = _mean_factors(to, site) if isinstance(to, Capture) else None
+            for head in numbers:
+                factor = float(to) if isinstance(to, (int, float)) else to
+                given.setdefault(site, {})[head] = factor if means is None else float(means[head])  # type: ignore[assignment]
+        with self.editing(GateEdit(given, Positions(positions)), threads=threads):
+            yield
+
+    @contextmanager
     def edit_pattern(
         self, heads: Any, edit: HeadFunction, queries: Where = None, *, threads: Threads = "all"
     ) -> Iterator[None]:
@@ -283,6 +338,14 @@ class Interventions:
             return not where.startswith("L") or where in dict(self.model.named_modules())
         return False
 
+    def _all_heads(self, where: str | Site) -> range:
+        site = self.sites.find(where if isinstance(where, str) else where.name)
+        if site.n_heads is None:
+            raise InterventionError(
+                "how many heads the site has is not known yet", site=site.name, hint="run one small capture first"
+            )
+        return range(site.n_heads)
+
     def _heads(self, heads: Any, positions: Where) -> dict[Site, list[int]]:
         found = {self.sites.find(name): chosen for name, chosen in parse_heads(self.sites, heads).items()}
         _check_positions(found, positions)
@@ -293,3 +356,14 @@ def _check_positions(sites: Iterable[Site], positions: Where) -> None:
     for site in sites:
         if positions is not None and site.kind == "channel":
             raise InterventionError("a channel site mixes channels, it has no token positions", site=site.name)
+
+
+def _mean_factors(capture: Capture, site: Site) -> Tensor:
+    """[head] means of the factors of a captured gate, over forwards, examples and positions."""
+    found = [f.sites[site.name].statistics.get("row_sum") for f in capture.forwards if site.name in f.sites]
+    kept = [factors for factors in found if factors is not None]
+    if not kept or len(kept) < len(found):
+        raise InterventionError(
+            "the capture does not have the site's factors", site=site.name, hint='capture "row_sum"'
+        )
+    return torch.cat([factors.double().transpose(0, 1).flatten(1) for factors in kept], dim=1).mean(1)

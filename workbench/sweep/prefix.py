@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 from torch import nn
@@ -59,7 +59,8 @@ class Prefix:
         try:
             with Changes() as changes:
                 for name in self.units:
-                    changes.forward(modules[name], partial(self._run, name, modules[name].forward))
+                    own = modules[name].forward
+                    changes.forward(modules[name], update_wrapper(partial(self._run, name, own), own))
                 yield
         finally:
             self.outputs.clear()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workbench.capture.capture import Capture
 
 _SINKS = ("separate", "keep", "drop")
-_NO_DISTANCE = ("cross", "state", "window", "halo", "channel", "pooled", "memory")
+_NO_DISTANCE = ("cross", "state", "window", "halo", "channel", "pooled", "memory", "gate")
 _SHOWN = 64  # tokens on either side in the offset map of text
 
 

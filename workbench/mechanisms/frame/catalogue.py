@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, overload
 
 from workbench.errors import WorkbenchError, nearest
+from workbench.mechanisms.frame.findings import with_findings
 from workbench.mechanisms.frame.mechanism import Mechanism
 from workbench.mechanisms.frame.options import unwrapped
 
@@ -29,6 +31,9 @@ def register(mechanism: Mechanism) -> Mechanism:
     What is registered again from the same place, as when a cell of a notebook runs a second time, takes the place of
     what was there.
 
+    Returns:
+        The mechanism, with what was found of its claims on its card.
+
     Raises:
         WorkbenchError: it is no mechanism, or another one has this name.
     """
@@ -42,6 +47,9 @@ def register(mechanism: Mechanism) -> Mechanism:
     again = _HOMES.get(mechanism.name) == home and all(home) and not where.startswith(f"{_OURS}.")
     if known is not None and known.make is not mechanism.make and not again:
         raise WorkbenchError(f'there is a mechanism "{mechanism.name}" already', hint="give yours another name")
+    card = with_findings(mechanism.name, mechanism.card)
+    if card is not mechanism.card:
+        mechanism = replace(mechanism, card=card)
     _MECHANISMS[mechanism.name], _HOMES[mechanism.name] = mechanism, home
     return mechanism
 

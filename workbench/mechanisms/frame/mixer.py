@@ -86,11 +86,7 @@ class Mixer(nn.Module, ABC):
 
     def check(self, x: Tensor) -> None:
         """Raise a WorkbenchError unless x fits the place."""
-        place = self.place
-        fits = x.dim() == 3 and x.shape[2] == place.d_model and 1 <= x.shape[1] <= place.length
-        if not fits or (place.grid is not None and x.shape[1] != place.length):
-            tokens = f"{place.length}" if place.grid is not None else f"1 to {place.length}"
-            raise WorkbenchError(f"x must be [batch, {tokens} tokens, {place.d_model}]", shape=x.shape)
+        self.place.check(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, token, d_model] to the same shape."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from workbench.errors import WorkbenchError
 from workbench.kernels.checks import check_range
 from workbench.mechanisms.frame.options import fits
@@ -66,3 +68,18 @@ class Place:
     def d_head(self) -> int:
         """Width of a head."""
         return self.d_model // self.n_heads
+
+    def check(self, x: Tensor, *, exact: bool = False) -> None:
+        """Check what a module in this place is given.
+
+        Args:
+            exact: only the place's own length fits, as on a grid.
+
+        Raises:
+            WorkbenchError: x is not [batch, token, d_model] of this place.
+        """
+        exact = exact or self.grid is not None
+        fits = x.dim() == 3 and x.shape[2] == self.d_model and 1 <= x.shape[1] <= self.length
+        if not fits or (exact and x.shape[1] != self.length):
+            tokens = f"{self.length}" if exact else f"1 to {self.length}"
+            raise WorkbenchError(f"x must be [batch, {tokens} tokens, {self.d_model}]", shape=x.shape)

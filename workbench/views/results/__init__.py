@@ -3,6 +3,7 @@
 from workbench.views.results import (
     circuits,
     eviction,
+    gates,
     head_scores,
     hybrids,
     importance,
@@ -23,6 +24,7 @@ __all__ = [
     "circuits",
     "cross_attention",
     "eviction",
+    "gates",
     "half_lives",
     "head_scores",
     "hybrids",

@@ -1,0 +1,64 @@
+"""Views of what gates do: their heads on the atlas, and their factors over positions or the image."""
+
+from __future__ import annotations
+
+import math
+
+from workbench.analysis.gates import GateProfile
+from workbench.tokens import plotly_text
+from workbench.views.base.registry import register
+from workbench.views.base.view import View
+from workbench.views.figure import figure
+from workbench.views.head_atlas import head_atlas
+
+_MOST = 12  # gates whose maps are drawn
+_ACROSS = 4
+
+
+def _view_of_profile(found: GateProfile) -> View:
+    """Every head of every gate on the atlas: a strip for each gate."""
+    frame = found.table
+    scores = {
+        label: frame[["layer", "head", "site", name]].rename(columns={name: "value"})
+        for label, name in (
+            ("mean factor", "mean"), ("spread over inputs", "by_input"), ("spread over positions", "by_position"),
+            ("share below 0", "negative"),
+        )
+    }  # fmt: skip
+    return head_atlas(
+        scores, title="Gates", kind="gate",
+        caption=f"The factor of each head of {len(found.gates):,} gates, over {_examples(found)} and all positions.",
+        provenance=found.provenance,
+    )  # fmt: skip
+
+
+def _maps_of_profile(found: GateProfile) -> list[View]:
+    """Mean factors over positions: an image where there is a grid, else a strip."""
+    from plotly.subplots import make_subplots
+
+    shown = found.gates[:_MOST]
+    columns = min(_ACROSS, len(shown)) if any(found.grids[name][0] > 1 for name in shown) else 1
+    rows = math.ceil(len(shown) / columns)
+    fig = make_subplots(rows, columns, subplot_titles=[plotly_text(name) for name in shown])
+    values = [found.maps[name].double() for name in shown]
+    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    for i, (name, v) in enumerate(zip(shown, values, strict=True)):
+        at = {"row": i // columns + 1, "col": i % columns + 1}
+        fig.add_heatmap(z=v.view(found.grids[name]).numpy(), zmin=low, zmax=high, showscale=i == 0, name=name, **at)
+        fig.update_yaxes(autorange="reversed", **at)
+    fig.update_layout(height=max(240, 80 + rows * (220 if columns > 1 else 110)))
+    left = "" if len(shown) == len(found.gates) else f" The first {len(shown)} of {len(found.gates):,} gates."
+    return [
+        figure(
+            fig, title="Gates over positions",
+            caption=f"The mean factor at each position, over {_examples(found)} and the heads of a gate.{left}",
+            table=found.table, provenance=found.provenance,
+        )
+    ]  # fmt: skip
+
+
+def _examples(found: GateProfile) -> str:
+    return "one example" if found.n_examples == 1 else f"{found.n_examples:,} examples"
+
+
+register(GateProfile, _view_of_profile, _maps_of_profile)
