@@ -29,7 +29,8 @@ def plan(layout: S2Layout) -> Plan:
         left = seen.clone()
         shared = _shared(layout, left)
         own = _alone(layout, left, joins=bool(shared))
-    return Plan(layout.n_layouts, layout.block, *seen.shape[1:], (*shared, *own), front=layout.offset % layout.block)
+    n_layouts, n_rows, n_columns = seen.shape
+    return Plan(n_layouts, layout.block, n_rows, n_columns, (*shared, *own), front=layout.offset % layout.block)
 
 
 def _shared(layout: S2Layout, left: Tensor) -> list[Group]:

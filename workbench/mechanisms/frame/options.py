@@ -31,7 +31,7 @@ def check_options(name: str, make: Callable[..., Any], options: Mapping[str, Any
 @cache
 def _taken(make: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     """Annotations of what is taken by name behind the place, and whether any other name is taken too."""
-    inner = unwrapped(make)
+    inner: Any = unwrapped(make)
     try:
         parameters = list(inspect.signature(make).parameters.values())[1:]
         hints = get_type_hints(inner.__init__ if isinstance(inner, type) else inner)
