@@ -22,7 +22,8 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 import workbench
-from workbench import views
+from workbench import mechanisms, views
+from workbench.mechanisms import rooms
 from workbench.storage.json_text import json_for_html
 from workbench.tasks.speech import from_features, spans_of
 from workbench.tasks.spoken_digits import SECONDS
@@ -32,6 +33,8 @@ FOLDER = Path(__file__).parent / "images"
 DRAWN = FOLDER / "drawn.json"
 VIEWS = Path(__file__).parents[1] / "workbench" / "views"
 WIDTH, HEIGHT = 1280, 800
+TALL = 1900  # of a page with several views
+COMPARED = ("sqa:mha", "aaren", "agent", "halo", "long_lora", "moh", "routing", "s2")
 COLOURS = 200  # that a picture keeps, which makes it several times smaller
 ADDRESSES = {
     "saliency-map": "#L1H1,t=3",
@@ -44,12 +47,14 @@ ADDRESSES = {
     "conditioning-curves": "",
     "figure": "",
     "overlap-matrix": "",
+    "table": "",
+    "mechanism": "",
 }
 """What is selected, where it is not a head and a query of the language model."""
 
 
-def shown() -> dict[str, views.View]:
-    """One view of each kind that is worth a picture."""
+def shown() -> dict[str, views.View | mechanisms.Room]:
+    """One view of each kind that is worth a picture, and a mechanism."""
     model, tokenizer = workbench.models.load("demo-lm")
     wb = workbench.attach(model, tokenizer)
     inputs = wb.tokenize(workbench.tasks.ioi(1, seed=3)[0].prompt)
@@ -87,6 +92,8 @@ def shown() -> dict[str, views.View]:
         "what-if": views.what_if(d_k=48, n=20, heads=4, needed=2),
         "saliency-map": speech(),
         "playground": playground(wb, task[0].prompt),
+        "table": views.of(rooms.matrix([mechanisms.room(name) for name in COMPARED])),
+        "mechanism": mechanisms.room("moh"),
     }
 
 
@@ -131,9 +138,9 @@ def speech() -> views.View:
     return views.cross_attention(found, spans={"said": spans_of(spoken[0].spans, found.maps[0]["special"])})[0]
 
 
-def page_of(view: views.View, path: Path) -> Path:
+def page_of(view: views.View | mechanisms.Room, path: Path) -> Path:
     """A page of the view; of a playground one that looks as a notebook does, though no kernel answers there."""
-    if view.spec.kind != "playground":
+    if isinstance(view, mechanisms.Room) or view.spec.kind != "playground":
         return Path(view.to_html(path))
     spec, chosen = (json_for_html(each) for each in (view.current.to_static(), view.chosen.to_json()))
     style = f"{view.widget._css}\n{modules.asset('page.css')}"
@@ -183,11 +190,12 @@ def main() -> None:
         for name, view in shown().items():
             if wanted and name not in wanted:
                 continue
-            drawn[name] = (view.spec.kind, drawing(view.spec.kind))
+            kind, height = ("table", TALL) if isinstance(view, mechanisms.Room) else (view.spec.kind, HEIGHT)
+            drawn[name] = (kind, drawing(kind))
             page = page_of(view, Path(there) / f"{name}.html")
             for theme in ("light", "dark"):
                 context = browser.new_context(
-                    offline=True, color_scheme=theme, viewport={"width": WIDTH, "height": HEIGHT}
+                    offline=True, color_scheme=theme, viewport={"width": WIDTH, "height": height}
                 )
                 tab = context.new_page()
                 tab.goto(f"{page.as_uri()}{ADDRESSES.get(name, '#L4H1,q=15')}")

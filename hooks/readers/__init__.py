@@ -15,7 +15,11 @@ from workbench.hooks.readers import (
     routing,
     rwkv,
     short_conv,
+<<<<<<< HEAD
     sparse_queries,
+=======
+    spikes,
+>>>>>>> main
     xlstm,
 )  # they register themselves
 from workbench.hooks.readers.gates import gating
@@ -60,6 +64,10 @@ __all__ = [
     "routing",
     "rwkv",
     "short_conv",
+<<<<<<< HEAD
     "sparse_queries",
+=======
+    "spikes",
+>>>>>>> main
     "xlstm",
 ]

@@ -120,6 +120,19 @@ def _run_timeline() -> View:
     return views.run_timeline(capture())
 
 
+def _table(named: Sequence[str] = ("softmax", "agents", "no attention")) -> View:
+    from workbench import views
+
+    ramp = [0.5 * i for i in range(len(named))]
+    columns = [
+        views.Column("what it is", [f"row {i}" for i in range(len(named))]),
+        views.Column("loss", ramp[::-1], "quality", "low", [f"of {i} seeds" for i in range(len(named))]),
+        views.Column("recall", [*ramp[1:], float("nan")], "quality", "high"),
+        views.Column("distance", ramp),
+    ]
+    return views.table(named, columns, of="mechanism", title="Table", caption="A row per mechanism.")
+
+
 def _tensor_peek() -> View:
     from workbench import views
 
@@ -315,6 +328,7 @@ VIEWS: dict[str, Callable[[], View]] = {
     "capacity_curves": _capacity_curves,
     "conditioning_curves": _conditioning_curves,
     "what_if": _what_if,
+    "table": _table,
     "tensor_peek": _tensor_peek,
     "figure": _figure,
     "run_timeline": _run_timeline,
@@ -382,6 +396,7 @@ SETTING: dict[str, dict[str, Any]] = {
     "capacity_curves": {"query": "noisy keys"},
     "conditioning_curves": {"experiment": "latent inhibition", "off": ["hebb"]},
     "what_if": {"settings": {"n": 40, "heads": 2}},
+    "table": {"sort": "loss", "rising": True},
     "tensor_peek": {"index": [2, 0, 0], "counts": "log"},
     "compare": {"scale": "linear", "pair": "1"},
     "attention_pattern": {"scale": "log", "range": "one", "hide": True},

@@ -28,7 +28,7 @@ from workbench.views.base.kinds import kind_of
 
 LARGEST_MODULE = 50_000
 MOST_NODES = 5_000
-NOTHING_TO_CHOOSE = frozenset({"capacity_curves", "conditioning_curves", "tensor_peek", "what_if"})
+NOTHING_TO_CHOOSE = frozenset({"capacity_curves", "conditioning_curves", "table", "tensor_peek", "what_if"})
 """Kinds of views in which Enter selects nothing."""
 POLICIES = {plotly: [kind for kind in VIEWS if kind_of(kind).plotly == plotly] for plotly in (False, True)}
 """Kinds by whether a page with them may have styles that it does not name."""

@@ -11,9 +11,24 @@ True
 '2312.08874'
 """
 
-from workbench.mechanisms.frame import Card, Claim, Gate, Mechanism, Mechanisms, Mixer, Place, get, read_gate, register
+from workbench.mechanisms.frame import (
+    Card,
+    Claim,
+    Gate,
+    Mechanism,
+    Mechanisms,
+    Mixer,
+    Place,
+    Signature,
+    field_area,
+    get,
+    read_gate,
+    receptive_field,
+    register,
+)
 from workbench.mechanisms.frame import listed as list
 from workbench.mechanisms.matvlm import seed_mamba2
+from workbench.mechanisms.rooms import Room, room, show
 from workbench.mechanisms.training import trained, trained_models
 
 __all__ = [
@@ -24,11 +39,17 @@ __all__ = [
     "Mechanisms",
     "Mixer",
     "Place",
+    "Room",
+    "Signature",
+    "field_area",
     "get",
     "list",
     "read_gate",
+    "receptive_field",
     "register",
+    "room",
     "seed_mamba2",
+    "show",
     "trained",
     "trained_models",
 ]

@@ -8,9 +8,11 @@ from workbench.views.results import (
     hybrids,
     importance,
     logits,
+    mechanisms,
     pattern_atlas,
     profile,
     rollout,
+    spikes,
     weights,
 )
 from workbench.views.results.capture import overview
@@ -30,11 +32,13 @@ __all__ = [
     "hybrids",
     "importance",
     "logits",
+    "mechanisms",
     "overlap_chance",
     "overview",
     "pattern_atlas",
     "profile",
     "rollout",
+    "spikes",
     "states",
     "weights",
 ]

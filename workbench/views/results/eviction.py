@@ -76,7 +76,7 @@ def _more_of_eviction(found: Eviction) -> list[View]:
     ]  # fmt: skip
 
 
-def _place(found: Eviction, row: Mapping[str, Any]) -> int:
+def _place(found: Eviction, row: Mapping[Any, Any]) -> int:
     wanted = tuple(row[name] for name in ("layer", "head", "site"))
     return list(zip(found.layers, found.numbers, found.sites, strict=True)).index(wanted)
 
