@@ -15,11 +15,8 @@ from workbench.hooks.readers import (
     routing,
     rwkv,
     short_conv,
-<<<<<<< HEAD
     sparse_queries,
-=======
     spikes,
->>>>>>> main
     xlstm,
 )  # they register themselves
 from workbench.hooks.readers.gates import gating
@@ -64,10 +61,7 @@ __all__ = [
     "routing",
     "rwkv",
     "short_conv",
-<<<<<<< HEAD
     "sparse_queries",
-=======
     "spikes",
->>>>>>> main
     "xlstm",
 ]

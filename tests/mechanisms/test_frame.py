@@ -8,16 +8,11 @@ from torch import nn
 
 import workbench
 from workbench import WorkbenchError, mechanisms
-<<<<<<< HEAD
-from workbench.mechanisms import Card, Claim, Mechanism, Place
+from workbench.mechanisms import Card, Claim, Mechanism, Place, Signature
 from workbench.mechanisms.deconstructed import laid_out
-from workbench.mechanisms.frame import catalogue
+from workbench.mechanisms.frame import by_blocks, catalogue
 from workbench.mechanisms.moh import MixtureOfHeads
 from workbench.mechanisms.reduced import chain
-=======
-from workbench.mechanisms import Card, Claim, Mechanism, Place, Signature
-from workbench.mechanisms.frame import by_blocks, catalogue
->>>>>>> main
 
 
 def test_the_list_is_a_table_and_finds_by_name() -> None:
