@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import foreign, has
+from workbench.hooks.readers.state_space import has
 from workbench.hooks.tap import Unshown
 from workbench.kernels.grouped import GroupedPattern, group_weights
 from workbench.kernels.masks import Mask
@@ -57,16 +57,13 @@ class _Windows:
 def local(run: ModuleRun) -> Mixing:
     """Windows of one size, each of which sees itself and some beside it."""
     module: Any = run.module
-    try:
-        given = [run.inputs[name] for name in "qkv"]
-        q, k, v = (t[:, None] if t.dim() == 3 else t for t in given)
-        size = run.inputs.get("window_size") or module.window_size
-        windows = _Windows.of(module, q.shape[2], size, q.device)
-        k = F.normalize(k, dim=-1) if module.shared_qk else k
-        scale = q.shape[-1] ** -0.5 if module.scale is None else module.scale
-        turned = _turned(module.rel_pos, q, module.look_forward * size, 1), _turned(module.rel_pos, k, 0, -1)
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    given = [run.inputs[name] for name in "qkv"]
+    q, k, v = (t[:, None] if t.dim() == 3 else t for t in given)
+    size = run.inputs.get("window_size") or module.window_size
+    windows = _Windows.of(module, q.shape[2], size, q.device)
+    k = F.normalize(k, dim=-1) if module.shared_qk else k
+    scale = q.shape[-1] ** -0.5 if module.scale is None else module.scale
+    turned = _turned(module.rel_pos, q, module.look_forward * size, 1), _turned(module.rel_pos, k, 0, -1)
     pattern = _pattern(run, windows, *turned, v, float(scale), size)
     return Mixing(pattern, v, lambda z: z.to(given[0].dtype).view(*given[0].shape[:-1], -1), "local", queries=q, keys=k)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, join_heads, reader
-from workbench.hooks.readers.state_space import foreign, has
+from workbench.hooks.readers.state_space import has
 from workbench.hooks.tap import Unshown
 from workbench.kernels.masks import Mask, as_four
 from workbench.kernels.softmax import SoftmaxPattern
@@ -23,12 +23,9 @@ def sparse_queries(run: ModuleRun) -> Mixing:
     if module.rel_embed or run.inputs.get("stm_kv_cache") is not None or run.inputs.get("use_self_attn_cache"):
         raise Unshown("relative embeddings and caches of this module are not read", site=run.site)
     given: Tensor = run.inputs["query"]
-    try:
-        b, t = given.shape[:2]
-        q, k, v = module._forward_qkv(given, run.inputs["key"], run.inputs["value"], b, t)
-        q, k = module._apply_rope(*module._apply_qk_norm(q, k))
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    b, t = given.shape[:2]
+    q, k, v = module._forward_qkv(given, run.inputs["key"], run.inputs["value"], b, t)
+    q, k = module._apply_rope(*module._apply_qk_norm(q, k))
     q = q.repeat(1, max(1, module.num_groups // module.num_query_groups), 1, 1)
     shown = None if module.is_causal else run.inputs.get("mask")
     mask = Mask(t, k.shape[2], causal=module.is_causal, tensor=None if shown is None else as_four(shown))

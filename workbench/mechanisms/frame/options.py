@@ -34,7 +34,7 @@ def _taken(make: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     inner: Any = unwrapped(make)
     try:
         parameters = list(inspect.signature(make).parameters.values())[1:]
-        hints = get_type_hints(inner.__init__ if isinstance(inner, type) else inner)
+        hints = get_type_hints(inner.__init__ if inspect.isclass(inner) else inner)
     except (NameError, TypeError, ValueError):  # one that cannot be asked, or whose annotations are of other files
         return {}, True
     named = {p.name: hints.get(p.name, Any) for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
