@@ -121,7 +121,7 @@ def _maps(seen: Seen, after: str) -> list[View]:
     found, notes = list[View](), tuple[str, ...]()
     if seen.images is not None:
         pixels, classes = seen.images
-        labels = [f"which digit: {label}" for label in classes.tolist()]
+        labels = [f"digit {label}" for label in classes.tolist()]
         try:
             found.append(
                 image_attention(seen.capture, pixels, labels=labels, grid=PLACES["images"].grid, prefix=0, title=title)
