@@ -188,7 +188,7 @@ def test_commands_of_readme_docs_and_help_run(
 
 
 def test_every_command_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("demo", "report", "verify", "check"):
+    for command in ("demo", "gallery", "report", "verify", "check"):
         assert run(monkeypatch, command, "--help") == 0
         assert capsys.readouterr().out.count(f"workbench {command}") > 1
     assert run(monkeypatch, "--help") == 0

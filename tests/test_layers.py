@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ABOVE = ("cli", "demo", "report", "views")  # rooms that may use the public names
+ABOVE = ("cli", "demo", "gallery", "report", "views")  # rooms that may use the public names
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from workbench.analysis.pruning.prune import prune_heads
     from workbench.analysis.rollout import AttentionRollout, attention_rollout
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
+    from workbench.analysis.spikes import SpikeActivity, spike_activity
     from workbench.analysis.weights import (
         CompositionScores,
         OVCopying,
@@ -153,6 +154,8 @@ _LAZY = {
     "PrecisionError": "workbench.analysis.saliency",
     "Saliency": "workbench.analysis.saliency",
     "saliency": "workbench.analysis.saliency",
+    "SpikeActivity": "workbench.analysis.spikes",
+    "spike_activity": "workbench.analysis.spikes",
     "CompositionScores": "workbench.analysis.weights",
     "OVCopying": "workbench.analysis.weights",
     "SingularVectors": "workbench.analysis.weights",
@@ -214,6 +217,7 @@ __all__ = [
     "Saliency",
     "SingularVectors",
     "SiteCapture",
+    "SpikeActivity",
     "Stability",
     "Stage",
     "StreamingScores",
@@ -259,6 +263,7 @@ __all__ = [
     "run_sweep",
     "saliency",
     "singular_vectors",
+    "spike_activity",
     "statistic",
     "streaming_scores",
     "tasks",

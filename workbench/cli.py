@@ -1,4 +1,4 @@
-"""The command line: `workbench demo`, `report`, `verify`, `check` and `--version`."""
+"""The command line: `workbench demo`, `gallery`, `report`, `verify`, `check` and `--version`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,17 @@ def demo(out: Annotated[Path, typer.Option(help="The page to write.")] = Path("d
     from workbench.demo import build
 
     _write(build(progress=True), out)
+
+
+@app.command(epilog="workbench gallery --only sqa:mha,moh --out gallery.html")
+def gallery(
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("gallery.html"),
+    only: Annotated[str, typer.Option(help="Names of mechanisms apart by commas; all by default.")] = "",
+) -> None:
+    """Show the mechanisms of papers side by side, each with the heads of the small model that ships of it."""
+    from workbench.gallery import build
+
+    _write(build(_names(only) or None, progress=True), out)
 
 
 _Model = Annotated[str, typer.Option(help="A shipped model, a Hugging Face folder, or a Hugging Face name.")]

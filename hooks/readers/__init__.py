@@ -14,6 +14,7 @@ from workbench.hooks.readers import (
     routing,
     rwkv,
     short_conv,
+    spikes,
     xlstm,
 )  # they register themselves
 from workbench.hooks.readers.gates import gating
@@ -57,5 +58,6 @@ __all__ = [
     "routing",
     "rwkv",
     "short_conv",
+    "spikes",
     "xlstm",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import foreign, has
+from workbench.hooks.readers.state_space import has
 from workbench.kernels.composed import ComposedPattern
 from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.systems.mixing import SignedPattern
@@ -21,12 +21,9 @@ def agents(run: ModuleRun) -> Mixing:
     """Agents are parameters, or are given."""
     module: Any = run.module
     x, given = run.inputs["x"], run.inputs.get("agent_tokens")
-    try:
-        q, k, v = module.to_qkv.forward(x)
-        marks = module.agent_tokens.expand(len(x), -1, -1, -1) if given is None else given
-        marks = marks * module.scale
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    q, k, v = module.to_qkv.forward(x)
+    marks = module.agent_tokens.expand(len(x), -1, -1, -1) if given is None else given
+    marks = marks * module.scale
     return _mixing(run, q @ marks.mT, marks @ k.mT, v, x)
 
 
@@ -34,14 +31,11 @@ def agents(run: ModuleRun) -> Mixing:
 def agents_of_transformer(run: ModuleRun) -> Mixing:
     """Agents are tokens of their own, with queries and keys; what becomes of them is the module's second output."""
     module: Any = run.module
-    try:
-        x, tokens = module.norm.forward(run.inputs["x"]), module.norm.forward(run.inputs["agent_tokens"])
-        q, k, v = module.to_qkv.forward(torch.cat((tokens, x), dim=1))
-        n = tokens.shape[1]
-        spread = q[:, :, n:] * module.scale @ k[:, :, :n].mT
-        gather = q[:, :, :n] * module.scale @ k[:, :, n:].mT
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    x, tokens = module.norm.forward(run.inputs["x"]), module.norm.forward(run.inputs["agent_tokens"])
+    q, k, v = module.to_qkv.forward(torch.cat((tokens, x), dim=1))
+    n = tokens.shape[1]
+    spread = q[:, :, n:] * module.scale @ k[:, :, :n].mT
+    gather = q[:, :, :n] * module.scale @ k[:, :, n:].mT
     return _mixing(run, spread, gather, v[:, :, n:], x)
 
 

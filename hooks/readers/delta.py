@@ -19,7 +19,6 @@ from workbench.hooks.readers.state_space import (
     carried,
     check_run,
     convolved,
-    foreign,
     has,
     rounded,
     unpadded,
@@ -36,10 +35,7 @@ _NORM_EPS = 1e-6  # of unit queries and keys, in all of them
 def gated_delta(run: ModuleRun) -> Mixing:
     """Queries and keys have unit length; each head has one decay, and a step between 0 and 1 (or 2)."""
     check_run(run)
-    try:
-        return _gated_delta(run, run.module, _given(run))
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    return _gated_delta(run, run.module, _given(run))
 
 
 @reader(
@@ -49,10 +45,7 @@ def gated_delta(run: ModuleRun) -> Mixing:
 def kimi_delta(run: ModuleRun) -> Mixing:
     """As `gated_delta`, with a decay for each channel of the state."""
     check_run(run)
-    try:
-        return _kimi_delta(run, run.module, _given(run))
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    return _kimi_delta(run, run.module, _given(run))
 
 
 def _given(run: ModuleRun) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import check_run, foreign, has, unpadded
+from workbench.hooks.readers.state_space import check_run, has, unpadded
 from workbench.hooks.tap import Unshown
 from workbench.kernels.lightning import LightningPattern
 from workbench.kernels.patterns import Pattern
@@ -37,16 +37,13 @@ def gated_linear(run: ModuleRun) -> Mixing:
     check_run(run)
     module: Any = run.module
     hidden = _whole(run)
-    try:
-        q, k, v = _projected(run, module, hidden)
-        decay = F.logsigmoid(module.gk_proj.forward(hidden)) / module.gate_logit_normalizer
-        decay = decay if module.clamp_min is None else decay.clamp_min(module.clamp_min)
-        decay = _heads(decay, module.head_k_dim, module.num_kv_groups)
-        q = q * q.shape[-1] ** -0.5
-        pattern = RecurrentPattern(q, k, decay, values=v)
-        return _gated(module, hidden, pattern, q, k, v, "gated_linear")
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    q, k, v = _projected(run, module, hidden)
+    decay = F.logsigmoid(module.gk_proj.forward(hidden)) / module.gate_logit_normalizer
+    decay = decay if module.clamp_min is None else decay.clamp_min(module.clamp_min)
+    decay = _heads(decay, module.head_k_dim, module.num_kv_groups)
+    q = q * q.shape[-1] ** -0.5
+    pattern = RecurrentPattern(q, k, decay, values=v)
+    return _gated(module, hidden, pattern, q, k, v, "gated_linear")
 
 
 @reader("MultiScaleRetention", when=has("rotary", "head_k_dim", "num_kv_groups"), continues=_continues,
@@ -56,17 +53,14 @@ def retention(run: ModuleRun) -> Mixing:
     check_run(run)
     module: Any = run.module
     hidden = _whole(run)
-    try:
-        q, k, v = _projected(run, module, hidden)
-        turned = module.rotary.forward(
-            q.transpose(1, 2), k.transpose(1, 2), seqlen_offset=0, max_seqlen=q.shape[2], cu_seqlens=None
-        )
-        q, k = (t.transpose(1, 2) for t in turned)
-        decay = 1 - 2.0 ** (-5 - torch.arange(q.shape[1], dtype=torch.float64))
-        q = q * q.shape[-1] ** -0.5
-        return _gated(module, hidden, LightningPattern(q, k, decay, values=v), q, k, v, "retention")
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    q, k, v = _projected(run, module, hidden)
+    turned = module.rotary.forward(
+        q.transpose(1, 2), k.transpose(1, 2), seqlen_offset=0, max_seqlen=q.shape[2], cu_seqlens=None
+    )
+    q, k = (t.transpose(1, 2) for t in turned)
+    decay = 1 - 2.0 ** (-5 - torch.arange(q.shape[1], dtype=torch.float64))
+    q = q * q.shape[-1] ** -0.5
+    return _gated(module, hidden, LightningPattern(q, k, decay, values=v), q, k, v, "retention")
 
 
 @reader("RWKV7Attention", when=has("x_r", "w_lora", "a_lora", "k_k", "r_k", "g_norm"), continues=_continues,
@@ -82,21 +76,18 @@ def rwkv7(run: ModuleRun) -> Mixing:
     def shifted(part: str) -> Tensor:
         return hidden + difference * getattr(module, f"x_{part}")
 
-    try:
-        r, k, v = (getattr(module, f"{part}_proj").forward(shifted(part)) for part in "rkv")
-        log_decay = _SMALLEST_DECAY * module.w_lora.forward(shifted("w")).sigmoid()
-        if module.layer_idx != 0:
-            v = torch.lerp(v, run.inputs["v_first"], module.v_lora.forward(shifted("v")).sigmoid())
-        rate, gate = module.a_lora.forward(shifted("a")).sigmoid(), module.g_lora.forward(shifted("g"))
-        removed = F.normalize((k * module.k_k).unflatten(-1, (-1, module.head_dim)), dim=-1).transpose(1, 2)
-        k = k + k * (rate - 1) * module.k_a
-        v = unpadded(v, mask)
-        r, k, log_decay, rate = (_heads(t, module.head_dim) for t in (r, k, log_decay, rate))
-        v = _heads(v, module.head_v_dim)
-        bonus = (r * k * module.r_k[:, None]).sum(-1, keepdim=True) * v
-        pattern = GeneralDeltaPattern(r, k, log_decay, a=-removed, b=removed * rate, values=v)
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    r, k, v = (getattr(module, f"{part}_proj").forward(shifted(part)) for part in "rkv")
+    log_decay = _SMALLEST_DECAY * module.w_lora.forward(shifted("w")).sigmoid()
+    if module.layer_idx != 0:
+        v = torch.lerp(v, run.inputs["v_first"], module.v_lora.forward(shifted("v")).sigmoid())
+    rate, gate = module.a_lora.forward(shifted("a")).sigmoid(), module.g_lora.forward(shifted("g"))
+    removed = F.normalize((k * module.k_k).unflatten(-1, (-1, module.head_dim)), dim=-1).transpose(1, 2)
+    k = k + k * (rate - 1) * module.k_a
+    v = unpadded(v, mask)
+    r, k, log_decay, rate = (_heads(t, module.head_dim) for t in (r, k, log_decay, rate))
+    v = _heads(v, module.head_v_dim)
+    bonus = (r * k * module.r_k[:, None]).sum(-1, keepdim=True) * v
+    pattern = GeneralDeltaPattern(r, k, log_decay, a=-removed, b=removed * rate, values=v)
 
     def finish(z: Tensor) -> Tensor:
         y = z.transpose(1, 2).flatten(2).to(v.dtype)

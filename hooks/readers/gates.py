@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import foreign, has
+from workbench.hooks.readers.state_space import has
 from workbench.kernels.filters import DepthwisePattern
 from workbench.kernels.gates import AdditivePattern, gate_map
 from workbench.kernels.patterns import Pattern
@@ -105,11 +105,8 @@ def large_kernel(run: ModuleRun) -> Mixing:
     """Large-kernel attention of Visual Attention Network."""
     module: Any = run.module
     u = run.inputs["x"]
-    try:
-        g = module.conv1.forward(module.conv_spatial.forward(module.conv0.forward(u)))
-        source = through_convolutions(u, [module.conv0, module.conv_spatial], module.conv1.weight.flatten(1))
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    g = module.conv1.forward(module.conv_spatial.forward(module.conv0.forward(u)))
+    source = through_convolutions(u, [module.conv0, module.conv_spatial], module.conv1.weight.flatten(1))
     return gating(u, g, channels=1, source=source, kernel="large_kernel")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, join_heads, reader
-from workbench.hooks.readers.state_space import foreign, has
+from workbench.hooks.readers.state_space import has
 from workbench.kernels.grouped import halo_attention
 
 
@@ -20,13 +20,10 @@ def halo_of_halonet(run: ModuleRun) -> Mixing:
     module: Any = run.module
     x: Tensor = run.inputs["x"]
     grid = (x.shape[2], x.shape[3])
-    try:
-        tokens = x.flatten(2).transpose(1, 2)
-        made = (module.to_q.forward(tokens), *module.to_kv.forward(tokens).chunk(2, dim=-1))
-        q, k, v = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2) for t in made)
-        tables = {"rel_height": module.rel_pos_emb.rel_height, "rel_width": module.rel_pos_emb.rel_width}
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    tokens = x.flatten(2).transpose(1, 2)
+    made = (module.to_q.forward(tokens), *module.to_kv.forward(tokens).chunk(2, dim=-1))
+    q, k, v = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2) for t in made)
+    tables = {"rel_height": module.rel_pos_emb.rel_height, "rel_width": module.rel_pos_emb.rel_width}
 
     def finish(z: Tensor) -> Tensor:
         y: Tensor = module.to_out.forward(join_heads(z).to(x.dtype))
@@ -49,13 +46,10 @@ def halo_of_timm(run: ModuleRun) -> Mixing:
     module: Any = run.module
     x: Tensor = run.inputs["x"]
     grid = (x.shape[2], x.shape[3])
-    try:
-        q = module.q.forward(x).flatten(2).unflatten(1, (module.num_heads, -1)).transpose(2, 3)
-        kv = module.kv.forward(x).flatten(2).unflatten(1, (module.num_heads, -1)).transpose(2, 3)
-        k, v = kv.split((module.dim_head_qk, module.dim_head_v), dim=-1)
-        tables = {"rel_height": module.pos_embed.height_rel, "rel_width": module.pos_embed.width_rel}
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    q = module.q.forward(x).flatten(2).unflatten(1, (module.num_heads, -1)).transpose(2, 3)
+    kv = module.kv.forward(x).flatten(2).unflatten(1, (module.num_heads, -1)).transpose(2, 3)
+    k, v = kv.split((module.dim_head_qk, module.dim_head_v), dim=-1)
+    tables = {"rel_height": module.pos_embed.height_rel, "rel_width": module.pos_embed.width_rel}
 
     def finish(z: Tensor) -> Tensor:
         y: Tensor = module.pool.forward(z.to(x.dtype).transpose(2, 3).flatten(1, 2).unflatten(2, grid))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, join_heads, reader
-from workbench.hooks.readers.state_space import carried, check_run, foreign, has, unpadded
+from workbench.hooks.readers.state_space import carried, check_run, has, unpadded
 from workbench.kernels.lightning import LightningPattern
 
 
@@ -34,13 +34,10 @@ def lightning(run: ModuleRun) -> Mixing:
     check_run(run)
     module: Any = run.module
     hidden = run.inputs["hidden_states"]
-    try:
-        qkv = unpadded(module.act_fn.forward(module.qkv_proj.forward(hidden)), run.inputs.get("attention_mask"))
-        split = qkv.unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
-        q, k, v = split.split(module.head_dim, dim=-1)
-        decay = module.slope_rate.double().flatten().neg().exp()
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    qkv = unpadded(module.act_fn.forward(module.qkv_proj.forward(hidden)), run.inputs.get("attention_mask"))
+    split = qkv.unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2)
+    q, k, v = split.split(module.head_dim, dim=-1)
+    decay = module.slope_rate.double().flatten().neg().exp()
 
     def finish(z: Tensor) -> Tensor:
         y = module.norm.forward(join_heads(z).to(hidden.dtype))

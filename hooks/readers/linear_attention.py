@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError
 from workbench.hooks.readers.registered import Mixing, ModuleRun, join_heads, reader
-from workbench.hooks.readers.state_space import foreign, has
+from workbench.hooks.readers.state_space import has
 from workbench.kernels.linear import LinearPattern
 
 _EPS = 1e-15  # added to the sums, in the module itself
@@ -29,14 +29,11 @@ def sana(run: ModuleRun) -> Mixing:
     """Every position sees every other; the projection follows."""
     module: Any = run.module
     hidden, others = run.inputs["hidden_states"], run.inputs.get("encoder_hidden_states")
-    try:
-        read = hidden if others is None else others
-        q, k, v = module.to_q.forward(hidden), module.to_k.forward(read), module.to_v.forward(read)
-        q, k = (t if norm is None else norm.forward(t) for norm, t in ((module.norm_q, q), (module.norm_k, k)))
-        q, k, v = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2).float() for t in (q, k, v))
-        project, drop = module.to_out
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    read = hidden if others is None else others
+    q, k, v = module.to_q.forward(hidden), module.to_k.forward(read), module.to_v.forward(read)
+    q, k = (t if norm is None else norm.forward(t) for norm, t in ((module.norm_q, q), (module.norm_k, k)))
+    q, k, v = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2).float() for t in (q, k, v))
+    project, drop = module.to_out
 
     def finish(z: Tensor) -> Tensor:
         y: Tensor = drop.forward(project.forward(join_heads(z).to(hidden.dtype)))
@@ -55,14 +52,11 @@ def sana_multiscale(run: ModuleRun) -> Mixing:
     module: Any = run.module
     hidden = run.inputs["hidden_states"]
     height, width = hidden.shape[-2:]
-    try:
-        last = hidden.movedim(1, -1)
-        qkv = torch.cat([part.forward(last) for part in (module.to_q, module.to_k, module.to_v)], dim=3).movedim(-1, 1)
-        whole = torch.cat([qkv, *(scale.forward(qkv) for scale in module.to_qkv_multiscale)], dim=1)
-        split = whole.float().reshape(len(hidden), -1, 3 * module.attention_head_dim, height * width)
-        q, k, v = split.transpose(2, 3).chunk(3, dim=-1)
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    last = hidden.movedim(1, -1)
+    qkv = torch.cat([part.forward(last) for part in (module.to_q, module.to_k, module.to_v)], dim=3).movedim(-1, 1)
+    whole = torch.cat([qkv, *(scale.forward(qkv) for scale in module.to_qkv_multiscale)], dim=1)
+    split = whole.float().reshape(len(hidden), -1, 3 * module.attention_head_dim, height * width)
+    q, k, v = split.transpose(2, 3).chunk(3, dim=-1)
 
     def finish(z: Tensor) -> Tensor:
         y = z.to(hidden.dtype).transpose(2, 3).reshape(len(hidden), -1, height, width)
@@ -82,13 +76,10 @@ def efficient(run: ModuleRun) -> Mixing:
     """The positions are those of an image, row by row, which the module adds what it finds to."""
     module: Any = run.module
     x = _image(run)
-    try:
-        q, k, v = (
-            part.forward(x).flatten(2).unflatten(1, (module.head_count, -1)).mT
-            for part in (module.queries, module.keys, module.values)
-        )
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    q, k, v = (
+        part.forward(x).flatten(2).unflatten(1, (module.head_count, -1)).mT
+        for part in (module.queries, module.keys, module.values)
+    )
 
     def finish(z: Tensor) -> Tensor:
         y: Tensor = module.reprojection.forward(z.mT.flatten(1, 2).unflatten(2, x.shape[2:]).to(x.dtype))
@@ -107,12 +98,9 @@ def unet_linear(run: ModuleRun) -> Mixing:
     """As `efficient`, behind the module's norm where it has one; its queries' scale stands before the projection."""
     module: Any = run.module
     x = _image(run)
-    try:
-        given = module.norm.forward(x) if hasattr(module, "norm") else x
-        split = (t.flatten(2).unflatten(1, (module.heads, -1)).mT for t in module.to_qkv.forward(given).chunk(3, dim=1))
-        q, k, v = split
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    given = module.norm.forward(x) if hasattr(module, "norm") else x
+    split = (t.flatten(2).unflatten(1, (module.heads, -1)).mT for t in module.to_qkv.forward(given).chunk(3, dim=1))
+    q, k, v = split
 
     def finish(z: Tensor) -> Tensor:
         y = (z * module.scale).mT.flatten(1, 2).unflatten(2, x.shape[2:])

@@ -13,18 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.hooks.configs import read
+from workbench.hooks.nested import first_tensor
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
 from workbench.hooks.readers.state_space import (
     cached,
     carried,
     check_run,
     convolved,
-    foreign,
     has_parts,
     rounded,
     step_size,
     unpadded,
 )
+from workbench.hooks.tap import Unshown
 from workbench.kernels.state_space import SelectivePattern
 
 
@@ -32,20 +33,14 @@ from workbench.kernels.state_space import SelectivePattern
 def mamba(run: ModuleRun) -> Mixing:
     """The channels are the heads; C are the queries and B the keys."""
     check_run(run)
-    try:
-        return _selective(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    return _selective(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
 
 
 @reader("ZambaMambaMixer", when=has_parts, state=cached)
 def zamba(run: ModuleRun) -> Mixing:
     """As `mamba`, the channels in groups."""
     check_run(run)
-    try:
-        return _many_headed(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    return _many_headed(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
 
 
 def _selective(run: ModuleRun, module: Any, hidden: Tensor, mask: Tensor | None) -> Mixing:
@@ -108,6 +103,27 @@ def _of_channels(
 
     B, v = rounded(B), rounded(x)[..., None]
     pattern = SelectivePattern(delta, -A_log.float().exp(), B, C, values=v)
+    mixing = Mixing(pattern, v, finish, "mamba", queries=C, keys=B)
     if (state := carried(run, "state")) is not None:
         pattern.before = pattern.from_state(state.flatten(1, -2))
-    return Mixing(pattern, v, finish, "mamba", queries=C, keys=B)
+        _check_kept(run, mixing)
+    return mixing
+
+
+def _check_kept(run: ModuleRun, mixing: Mixing) -> None:
+    """Refuse a run that has dropped the state which it was given: over several positions their scan begins anew.
+
+    Raises:
+        Unshown: what it gave is nearer to what it would give without the state.
+    """
+    pattern, v, given = mixing.pattern, mixing.values, first_tensor(run.output)
+    if v.shape[2] == 1 or given is None:
+        return
+    off = [(mixing.finish(z).float() - given[0].float()).abs().max() for z in (pattern.outputs(v), pattern.apply(v))]
+    if bool(off[1] < off[0]):
+        raise Unshown(
+            "the mixer was given the state of earlier positions and has dropped it: over several positions at once its "
+            "scan begins anew, so that the model gives something else than over the whole text",
+            site=run.site,
+            hint="run the text in one forward, or go on from a cache by one position at a time",
+        )

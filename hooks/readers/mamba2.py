@@ -16,7 +16,6 @@ from workbench.hooks.readers.state_space import (
     carried,
     check_run,
     convolved,
-    foreign,
     has_parts,
     rounded,
     step_size,
@@ -32,10 +31,7 @@ from workbench.kernels.state_space import DualPattern
 def mamba2(run: ModuleRun) -> Mixing:
     """C are the queries and B the keys of each group of heads."""
     check_run(run)
-    try:
-        return _dual(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    return _dual(run, run.module, run.inputs["hidden_states"], run.inputs.get("attention_mask"))
 
 
 def _dual(run: ModuleRun, module: Any, hidden: Tensor, mask: Tensor | None) -> Mixing:

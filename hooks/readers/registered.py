@@ -184,7 +184,8 @@ def continues(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     inputs = bound_inputs(module, args, kwargs)
     found = reader_of(module)
     if found is not None and found.continues is not None:
-        return found.continues(module, inputs)
+        with _as_known(module):
+            return found.continues(module, inputs)
     caches = [value for value in inputs.values() if hasattr(value, "has_previous_state")]
     if not caches:
         return inputs.get("cache_params") is not None
@@ -213,7 +214,8 @@ def _held(
     found = reader_of(module)
     if found is None or found.state is None:
         return None
-    return found.state(module, bound_inputs(module, args, kwargs), output) or None
+    with _as_known(module):
+        return found.state(module, bound_inputs(module, args, kwargs), output) or None
 
 
 def _holds_state(cache: Any, module: Any) -> bool:
@@ -248,15 +250,18 @@ def read_module(
         raise CaptureError(f"the module gives {type(output).__name__}, which begins with no tensor", site=site)
     continued, carried = (None, None) if begun is None else (begun.continued, begun.carried)
     try:
-        with _untouched(module):
+        with _untouched(module), _as_known(module):
             mixing = found(ModuleRun(site, module, bound_inputs(module, args, kwargs), output, continued, carried))
     except CaptureError as error:
         raise type(error)(error.message, site=error.site or site, shape=error.shape, hint=error.hint) from error
     _check(mixing, site)
     others, left = dict(mixing.others), _held(module, args, kwargs, output)
+    kind = mixing.values.device.type
+    autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     def finish(z: Tensor) -> Tensor:
-        with _untouched(module):
+        # What follows the map is in the dtypes in which the module ran, wherever it is asked for.
+        with _untouched(module), _as_known(module, site), torch.autocast(kind, dtype, autocast):
             return mixing.finish(z)
 
     return AttentionCall(
@@ -274,6 +279,22 @@ def read_module(
         build=lambda: copy.copy(mixing.pattern),
         build_others=lambda: {name: copy.copy(pattern) for name, pattern in others.items()},
     )
+
+
+@contextmanager
+def _as_known(module: nn.Module, site: str | None = None) -> Iterator[None]:
+    """What goes wrong where a module lacks what its reader knows of it, or is called in another way, is said so."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise CaptureError(
+            f"this {type(module).__name__} is not built as those that its reader knows: "
+            f"{type(error).__name__}: {error}",
+            site=site,
+            hint="is it another class of the same name, or another release? workbench.reader registers one of your own",
+        ) from error
 
 
 @contextmanager

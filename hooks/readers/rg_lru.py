@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import carried, check_run, filtered, foreign, has, rounded
+from workbench.hooks.readers.state_space import carried, check_run, filtered, has, rounded
 from workbench.kernels.recurrent import RecurrentPattern
 
 _SHARPNESS = 8.0  # c of arXiv 2402.19427, eq. 3; fixed in the module
@@ -42,10 +42,7 @@ def _held(module: Any, inputs: Mapping[str, Any], output: Any) -> dict[str, Tens
 def rg_lru(run: ModuleRun) -> Mixing:
     """The channels are the heads; they fade with a, and reset where positions begin again."""
     check_run(run)
-    try:
-        return _rg_lru(run, run.module, run.inputs["input_states"], run.inputs["position_ids"])
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    return _rg_lru(run, run.module, run.inputs["input_states"], run.inputs["position_ids"])
 
 
 def _rg_lru(run: ModuleRun, module: Any, given: Tensor, position_ids: Tensor) -> Mixing:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import foreign, has
+from workbench.hooks.readers.state_space import has
 from workbench.hooks.tap import Unshown
 from workbench.kernels.grouped import GroupedPattern, clusters_of, group_weights, mean_of_groups
 
@@ -25,18 +25,15 @@ def routing(run: ModuleRun) -> Mixing:
     module: Any = run.module
     if any(run.inputs.get(name) is not None for name in ("query_mask", "key_mask")):
         raise Unshown("tokens are masked, and clusters hold them all the same", site=run.site, hint="pass no mask")
-    try:
-        q, k, v = (run.inputs[name] for name in "qkv")
-        rows, columns, k = _clusters(module, q, k)
-        n, (_, n_clusters, memories, _) = k.shape[2], module.mem_key.shape
-        learned = torch.arange(n, n + n_clusters * memories, device=q.device).view(1, 1, n_clusters, memories)
-        columns = torch.cat((learned.expand(*columns.shape[:2], -1, -1), columns), dim=-1)
-        k, v = (
-            torch.cat((t, more.flatten(1, 2).expand(len(t), -1, -1, -1).to(t)), dim=2)
-            for t, more in ((k, module.mem_key), (v, module.mem_value))
-        )
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    q, k, v = (run.inputs[name] for name in "qkv")
+    rows, columns, k = _clusters(module, q, k)
+    n, (_, n_clusters, memories, _) = k.shape[2], module.mem_key.shape
+    learned = torch.arange(n, n + n_clusters * memories, device=q.device).view(1, 1, n_clusters, memories)
+    columns = torch.cat((learned.expand(*columns.shape[:2], -1, -1), columns), dim=-1)
+    k, v = (
+        torch.cat((t, more.flatten(1, 2).expand(len(t), -1, -1, -1).to(t)), dim=2)
+        for t, more in ((k, module.mem_key), (v, module.mem_value))
+    )
     place, token = rows[..., :, None], columns[..., None, :]
     hidden = (token > place) & (token < n) if module.causal else None
     bias = torch.zeros_like(place == token, dtype=q.dtype).masked_fill(place == token, _LAST_RESORT)

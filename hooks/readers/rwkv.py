@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import check_run, foreign, has, rounded
+from workbench.hooks.readers.state_space import check_run, has, rounded
 from workbench.kernels.recurrent import WKVPattern
 
 _NOTHING = -1e29  # the largest score that the state holds where it has seen no key
@@ -39,11 +39,8 @@ def rwkv(run: ModuleRun) -> Mixing:
         found: Tensor = getattr(module, part).forward(hidden * share + before * (1 - share))
         return found
 
-    try:
-        gate, k, v = shifted("receptance").sigmoid(), shifted("key").transpose(1, 2), shifted("value").transpose(1, 2)
-        rate, bonus = module.time_decay.exp(), module.time_first
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    gate, k, v = shifted("receptance").sigmoid(), shifted("key").transpose(1, 2), shifted("value").transpose(1, 2)
+    rate, bonus = module.time_decay.exp(), module.time_first
 
     def finish(z: Tensor) -> Tensor:
         out: Tensor = module.output.forward(gate * z.squeeze(-1).transpose(1, 2).to(gate.dtype))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import cached, carried, check_run, foreign, has, unpadded
+from workbench.hooks.readers.state_space import cached, carried, check_run, has, unpadded
 from workbench.kernels.recurrent import FilterPattern
 
 
@@ -21,11 +21,8 @@ def short_conv(run: ModuleRun) -> Mixing:
     module: Any = run.module
     mask = run.inputs.get("attention_mask")
     hidden = unpadded(run.inputs["hidden_states"], mask)
-    try:
-        write, read, x = module.in_proj.forward(hidden).transpose(1, 2).chunk(3, dim=1)  # [batch, channel, position]
-        weight, bias = module.conv.weight.squeeze(1), module.conv.bias
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    write, read, x = module.in_proj.forward(hidden).transpose(1, 2).chunk(3, dim=1)  # [batch, channel, position]
+    weight, bias = module.conv.weight.squeeze(1), module.conv.bias
 
     def finish(z: Tensor) -> Tensor:
         y = z.squeeze(-1) if bias is None else z.squeeze(-1) + bias[:, None]

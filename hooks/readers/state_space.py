@@ -73,15 +73,6 @@ def carried(run: ModuleRun, name: str) -> Tensor | None:
     return None if run.carried is None else run.carried[name]
 
 
-def foreign(run: ModuleRun, error: AttributeError) -> CaptureError:
-    """The error for a module that lacks what the mixers of its name have."""
-    return CaptureError(
-        f"this {type(run.module).__name__} is not built as those of transformers 5: {error}",
-        site=run.site,
-        hint="is it another class of the same name, or another release?",
-    )
-
-
 def unpadded(t: Tensor, mask: Tensor | None) -> Tensor:
     """[batch, position, width] with zeros where the mask [batch, position] says that there is padding."""
     return t if mask is None else (t * mask[:, :, None]).to(t.dtype)

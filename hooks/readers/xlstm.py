@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
-from workbench.hooks.readers.state_space import carried, check_run, foreign, has
+from workbench.hooks.readers.state_space import carried, check_run, has
 from workbench.kernels.recurrent import RecurrentPattern
 
 
@@ -39,11 +39,8 @@ def mlstm(run: ModuleRun) -> Mixing:
     check_run(run)
     module: Any = run.module
     x = run.inputs["x"]
-    try:
-        q, k, v, gate, write, forget = _projected(module, x)
-        eps = module.config.eps
-    except AttributeError as error:
-        raise foreign(run, error) from error
+    q, k, v, gate, write, forget = _projected(module, x)
+    eps = module.config.eps
     log_decay = F.logsigmoid(forget.float())
     largest = carried(run, "m")  # what a running maximum of exponents has come to, which states are divided by
     start = log_decay.new_zeros(*log_decay.shape[:2], 1) if largest is None else largest.view(*log_decay.shape[:2], 1)

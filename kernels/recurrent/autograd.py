@@ -69,7 +69,6 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _on_triton(inputs: Inputs) -> bool:
-    """Whether the Triton kernels take them: on a GPU, one decay for each head, not float64."""
-    by_channel = inputs.log_decay is not None and inputs.log_decay.dim() == 4
+    """Whether the Triton kernels take them: on a GPU, not float64, no wider than they are compiled for."""
     fits = inputs.dtype != torch.float64 and max(inputs.q.shape[3], inputs.v.shape[3]) <= TRITON_WIDTH
-    return inputs.q.is_cuda and fits and not by_channel and find_spec("triton") is not None
+    return inputs.q.is_cuda and fits and find_spec("triton") is not None

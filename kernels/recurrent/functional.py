@@ -42,8 +42,8 @@ def gated_linear_attention(
     """Causal linear attention whose state fades: h_t = diag(exp g_t) h_{t−1} + k_t v_tᵀ and y_t = q_t·h_t; no scale.
 
     With one g for each head it is what Mamba-2, RetNet and mLSTM compute, with one for each channel of the state GLA
-    (arXiv 2312.06635). Linear in time and memory, with gradients for all inputs. Tensors on CUDA with one g for each
-    head run Triton kernels; all others run in PyTorch.
+    (arXiv 2312.06635). Linear in time and memory, with gradients for all inputs. Tensors on CUDA run Triton kernels,
+    except in float64 and with d or width above 256; all others run in PyTorch.
 
     Args:
         q, k: [batch, group, position, d]; the heads are split evenly among the groups.

@@ -299,9 +299,42 @@ def test_modules_of_another_release_are_refused_by_name(name: str, part: str):
     module.register_forward_hook(lambda module, args, output: delattr(module, part))
     with (
         calls_of(model),
-        pytest.raises(CaptureError, match=r"not built as those of transformers 5(?s:.*)another release"),
+        pytest.raises(
+            CaptureError, match=r"not built as those that its reader knows: AttributeError(?s:.*)another release"
+        ),
     ):
         model(input_ids=ids, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "other"),
+    [("qwen3-next", "key_dim", 5), ("kimi-linear", "qkv_dim", 5), ("minimax", "num_attention_heads", 3),
+     ("recurrent-gemma", "rg_lru", None), ("lfm2", "in_proj", None), ("xlstm", "q", None)],
+)  # fmt: skip
+@torch.no_grad()
+def test_parts_of_another_size_or_kind_are_refused_by_name(name: str, part: str, other: Any):
+    """Whatever goes wrong in a reader is no error of the model's."""
+    model = build(name)
+    module = next(module for module in model.modules() if reader_of(module))
+    module.register_forward_hook(lambda module, args, output: setattr(module, part, other))
+    with calls_of(model), pytest.raises(CaptureError, match="not built as those that its reader knows") as caught:
+        model(input_ids=tokens(), use_cache=False)
+    assert type(module).__name__ in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "kimi-linear", "minimax", "lfm2", "rwkv"])
+@torch.no_grad()
+def test_inputs_of_another_name_are_refused_by_name(name: str):
+    module = next(module for module in build(name).modules() if reader_of(module))
+    cls = type(module)
+
+    def forward(self: nn.Module, states: torch.Tensor) -> Any:
+        given = {"position_embeddings": None, "attention_mask": None} if name == "minimax" else {}
+        return cls.forward(self, states, **given)
+
+    module.__class__ = type(cls.__name__, (cls,), {"forward": forward})
+    with calls_of(module), pytest.raises(CaptureError, match=f"this {cls.__name__} is not built as(?s:.*)KeyError"):
+        module(torch.randn(2, 9, 16))
 
 
 @pytest.mark.parametrize("name", ["qwen3-next", "kimi-linear", "minimax", "recurrent-gemma", "lfm2", "rwkv", "xlstm"])

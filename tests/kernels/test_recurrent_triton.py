@@ -32,6 +32,13 @@ CASES = [  # kind, positions, d, width, dtype, starts from a state
     ("decay", 45, 70, 5, "float32", True),
     ("decay", 70, 32, 20, "float16", True),
     ("lightning", 70, 16, 5, "float16", False),
+    ("strong decay", 34, 16, 16, "float32", True),
+    ("channels", 1, 16, 16, "float32", True),
+    ("channels", 35, 40, 5, "float32", True),
+    ("channels", 18, 20, 70, "float16", False),
+    ("strong channels", 18, 16, 16, "float32", True),
+    ("kimi delta", 34, 36, 18, "float32", True),
+    ("kimi delta", 14, 80, 5, "float16", False),
 ]
 LIMITS = {"80": 166_912, "90": 232_448, "gfx942": 65_536}
 """Most shared memory of one program, in bytes."""
@@ -40,6 +47,12 @@ KINDS = [
     ("sum", "fp32", 128, False),
     ("news", "fp16", 128, False),
     ("news", "fp32", 128, True),
+    ("channel_sum", "fp16", 128, True),
+    ("channel_sum", "fp32", 128, False),
+    ("channel_keys", "fp16", 128, False),
+    ("channel_keys", "fp32", 128, True),
+    ("channel_news", "fp16", 128, True),
+    ("channel_news", "fp32", 128, False),
 ]
 """Kernel, dtype, features and direction of what is compiled: the widest programs, which need most registers."""
 
@@ -48,9 +61,12 @@ def made(kind: str, n: int, d: int, width: int, dtype: torch.dtype, device: str 
     """Two heads of two examples; of some decays nothing is left, and after them hardly anything fades."""
     gen = torch.Generator().manual_seed(n)
     q, k, v = (torch.randn(2, 2, n, w, generator=gen).to(device, dtype) for w in (d, d, width))
-    log_decay = -(2 * torch.randn(2, 2, n, generator=gen) - 2).exp()
+    of_channels = kind in ("channels", "strong channels", "kimi delta")
+    log_decay = -(2 * torch.randn(2, 2, n, *[d] * of_channels, generator=gen) - 2).exp()
     log_decay[:, :, 11::29] = -torch.inf
     log_decay[:, :, 12:20] = -1e-3
+    if "strong" in kind:  # hardly anything is left of the position before: what it makes of itself must not drown that
+        log_decay = log_decay.clamp(min=-1) - 14
     steps = 2 * torch.randn(2, 2, n, generator=gen).sigmoid()
     if kind == "lightning":
         log_decay = decays(2).log()[None, :, None].expand(2, 2, n)
@@ -95,21 +111,27 @@ def compile_all() -> list[dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from workbench.kernels.recurrent import triton as ours
+    from workbench.kernels.recurrent.triton import by_channel, by_head, shared
 
     dtypes = {"fp16": torch.float16, "fp32": torch.float32}
     found = []
     for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
         for kind, dtype, d, reverse in KINDS:
-            kernel = ours.sum_kernel if kind == "sum" else ours.news_kernel
+            kernel = getattr(by_channel if "channel" in kind else by_head, f"{kind}_kernel")
             names = kernel.arg_names
             amd = target.backend == "hip"
-            options = ours.sum_tiles(dtypes[dtype], d, amd) if kind == "sum" else ours.news_tiles(dtypes[dtype], d)
+            if "channel" in kind:
+                options = by_channel.channel_tiles(d, 16 if "news" in kind else d, dtype == "fp32")
+            else:
+                options = (
+                    by_head.sum_tiles(dtypes[dtype], d, amd) if kind == "sum" else by_head.news_tiles(dtypes[dtype], d)
+                )
             warps = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-            exact = ours.precision(dtypes[dtype], amd)
+            exact = shared.precision(dtypes[dtype], amd)
             constants = options | {"REVERSE": reverse, "STRICT": True, "FROM_STATE": True, "PRECISION": exact}
-            signature = dict.fromkeys(("q", "k", "v"), f"*{dtype}")
-            signature |= dict.fromkeys(("beta", "total", "state_in", "state_out", "state", "out"), "*fp32")
+            signature = dict.fromkeys(("q", "k", "v", "x"), f"*{dtype}")
+            float32 = ("beta", "total", "log_decay", "state_in", "state_out", "state", "out")
+            signature |= dict.fromkeys(float32, "*fp32")
             signature |= dict.fromkeys(("n_sequences", "n", "d", "width"), "i32")
             aligned = [x for x in names if signature.get(x, "").startswith("*") or x in ("d", "width")]
             source = ASTSource(
@@ -175,7 +197,7 @@ def test_compiles_within_the_limits_of_three_gpus():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("n", "d", "width"), [(1, 16, 16), (100, 100, 20), (257, 64, 64), (1000, 256, 128)])
-@pytest.mark.parametrize("kind", ["lightning", "decay", "gated delta"])
+@pytest.mark.parametrize("kind", ["lightning", "decay", "gated delta", "channels", "kimi delta"])
 def test_numbers_on_a_gpu(kind: str, n: int, d: int, width: int, dtype: torch.dtype):
     inputs = made(kind, n, d, width, dtype, "cuda")
     state = torch.randn(2, 2, d, width, generator=torch.Generator().manual_seed(n)).cuda()
@@ -187,7 +209,7 @@ def test_numbers_on_a_gpu(kind: str, n: int, d: int, width: int, dtype: torch.dt
         if kind == "lightning":
             out, last = lightning_attention(*given[:3], decays(2), initial_state=first, return_state=True)
         else:
-            function = gated_linear_attention if kind == "decay" else gated_delta_rule
+            function = gated_delta_rule if "delta" in kind else gated_linear_attention
             out, last = function(*given, initial_state=first, return_state=True)
         (out.double().sum() + last.double().sum()).backward()
         results.append([out, last, *(t.grad for t in tensors if t.grad is not None)])

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import workbench
 from workbench import WorkbenchError, mechanisms
-from workbench.mechanisms import Card, Claim, Mechanism, Place
-from workbench.mechanisms.frame import catalogue
+from workbench.mechanisms import Card, Claim, Mechanism, Place, Signature
+from workbench.mechanisms.frame import by_blocks, catalogue
 
 
 def test_the_list_is_a_table_and_finds_by_name() -> None:
@@ -85,6 +86,32 @@ def test_html_of_a_card_is_text() -> None:
     )
     assert not any(tag in card._repr_html_() for tag in ("<b>", "<i>"))
     assert "&lt;b&gt;" in card._repr_html_()
+
+
+def test_blocks_hold_the_mean_of_what_their_queries_give_and_nothing_where_nothing_is_seen() -> None:
+    weights = torch.full((1, 5, 5), 1.0).tril() / torch.arange(1.0, 6)[:, None]
+    found = by_blocks(weights, 2)
+    assert found.shape == (1, 3, 3)
+    torch.testing.assert_close(
+        found[0, 1], torch.tensor([(2 / 3 + 2 / 4) / 2, (1 / 3 + 2 / 4) / 2, torch.nan]), equal_nan=True
+    )
+    torch.testing.assert_close(found[0, 2], torch.tensor([0.4, 0.4, 0.2]))  # of the one query that is left
+    torch.testing.assert_close(found.nansum(-1), torch.ones(1, 3))
+
+
+def test_maps_of_a_signature_that_are_none_are_refused() -> None:
+    module = mechanisms.get("sqa").build(Place(24, 2, 9), "mha")
+    with workbench.attach(module) as wb, wb.capture([]) as cap:
+        module(torch.randn(1, 9, 24))
+    pattern = cap[0].pattern
+    for maps, message in (
+        ({"a": torch.ones(1, 3, 3)}, r"“Odd” is not \[2 heads, row, column\]"),
+        ({"a": torch.ones(2, 3, 3), "b": torch.ones(2, 1, 3)}, 'the map "b"'),
+        ({"a": -torch.ones(2, 1, 3)}, "below zero"),
+    ):
+        signature = Signature("Odd", "No maps.", lambda module, pattern, maps=maps: maps)
+        with pytest.raises(WorkbenchError, match=message):
+            signature.of(module, pattern)
 
 
 def test_queries_are_turned_by_their_positions_alone() -> None:

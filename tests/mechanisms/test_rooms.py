@@ -91,8 +91,7 @@ def test_the_map_times_the_values_is_the_output(one: Mechanism, place: Place, va
         z = cap[site.name].z.transpose(1, 2)
         torch.testing.assert_close(pattern.dense() @ v, z, atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(pattern.apply(pattern.values), z, atol=1e-10, rtol=1e-10)
-        assert site.kind == one.card.kind
-        assert pattern.grade == one.card.grade
+        assert (site.kind, pattern.grade) == one.card.of(site.path)
 
 
 @each_form
@@ -306,6 +305,22 @@ def test_every_call_is_verified_and_factors_stand_beside_the_map(one: Mechanism,
         assert set(pattern.factors) <= set(beside)
         assert set(beside) - {"source"} == {"pattern", *pattern.factors}
         assert "source" not in beside or site.kind == "gate"
+
+
+@each_form
+@torch.no_grad()
+def test_a_signature_is_maps_of_one_shape_for_each_head(one: Mechanism, place: Place, variant: str | None) -> None:
+    if one.signature is None:
+        pytest.skip("it has none")
+    module, inputs = _made(one, place, variant)
+    with workbench.attach(module) as wb, wb.capture([]) as cap:
+        module(**inputs)
+    for site in cap.sites:
+        found = one.signature.of(module, cap[site.name].pattern)
+        shapes = {tuple(t.shape) for t in found.values()}
+        assert len(shapes) <= 1
+        assert all(shape[0] == cap[site.name].shape[1] for shape in shapes)
+        assert all(bool(t.isfinite().any()) for t in found.values())
 
 
 @each_room

@@ -18,16 +18,20 @@ from workbench.mechanisms.training import (
     copying,
     corpus,
     load,
+    needle,
     recall,
     scenes,
     score_images,
     score_text,
+    size_of,
     text_batch,
     train,
+    width_for,
 )
-from workbench.mechanisms.training.__main__ import PLACES, main
+from workbench.mechanisms.training.__main__ import main
 from workbench.mechanisms.training.stack import PARAMETERS
 from workbench.mechanisms.training.text import BOS, HELD_OUT, IGNORE, TUNING, repeated
+from workbench.mechanisms.training.work import PLACES
 
 TINY = Place(16, 4, 24, rotary=True)
 
@@ -90,6 +94,30 @@ def test_what_counts_in_recall_and_copying_can_be_known() -> None:
         assert counts == list(range(counts[0], 40))
 
 
+@pytest.mark.parametrize("length", [41, 128])
+def test_a_needle_lies_where_it_is_said_and_is_asked_for_at_the_end(length: int) -> None:
+    n_pairs = length // 2
+    for depth in (0.0, 0.3, 0.99):
+        inputs, labels = needle(20, length, _random(), depth)
+        assert inputs.shape == labels.shape == (20, 2 * n_pairs)
+        at = 1 + 2 * int(depth * (n_pairs - 1))
+        for row, wanted in zip(inputs.tolist(), labels.tolist(), strict=True):
+            letter = row[-1]
+            assert [place for place, byte in enumerate(row) if byte == letter] == [at, 2 * n_pairs - 1]
+            assert wanted == [IGNORE] * (2 * n_pairs - 1) + [row[at + 1]]
+
+
+def test_models_are_as_large_as_asked_for() -> None:
+    plain = size_of("text", ["sqa:mha"] * 3)
+    for layers in (["sqa"] * 3, ["aaren", "sqa:mha", "aaren"], ["rcmha"] * 3):
+        hidden = width_for("text", layers, plain)
+        assert size_of("text", layers, hidden) <= plain < size_of("text", layers, hidden + 1)
+    with pytest.raises(WorkbenchError, match="of 20,000 parameters"):
+        width_for("text", ["sqa:mha"] * 3, 20_000)
+    with pytest.raises(WorkbenchError, match='work="sound"'):
+        width_for("sound", ["sqa"], plain)
+
+
 def test_bytes_whose_last_four_came_before_are_found() -> None:
     row = list(b"abcdXabcdYabce")
     found = repeated(torch.tensor([row]))[0]
@@ -142,11 +170,14 @@ def test_scores_are_the_losses_and_shares_that_they_are_called() -> None:
 
 
 def test_the_script_trains_saves_and_loads(tmp_path: Path) -> None:
-    made = main(["text", "--layers", "long_lora", "sqa:mha", "--quick", "--out", str(tmp_path / "quick.safetensors")])
+    size = ["--parameters", "100000"]
+    path = str(tmp_path / "quick.safetensors")
+    made = main(["text", "--layers", "long_lora", "sqa:mha", *size, "--quick", "--out", path])
     found = load(tmp_path / "quick.safetensors")
     assert (found.facts, found.scores) == (made.facts, made.scores)
     assert found.facts["quick"]
-    assert (tmp_path / "quick.safetensors").stat().st_size < 320_000
+    assert 99_000 < found.facts["parameters"] <= 100_000
+    assert (tmp_path / "quick.safetensors").stat().st_size <= 300_000
     assert found.model.stack.layers == ("long_lora", "sqa:mha")
     ids = torch.randint(0, 128, (1, 30), generator=_random())
     assert torch.equal(found.model(ids), made.model(ids))
@@ -214,7 +245,7 @@ def test_models_that_cannot_be_are_refused() -> None:
         ByteLM(Place(16, 4, 24, causal=False), ["sqa"])
     with pytest.raises(WorkbenchError, match='no mechanism "attention"'):
         ByteLM(TINY, ["attention"])
-    with pytest.raises(WorkbenchError, match=r"have .* of 150,000 parameters"):
+    with pytest.raises(WorkbenchError, match=r"have .* of 145,000 parameters"):
         ByteLM(Place(256, 4, 24), ["sqa:mha"])
     with pytest.raises(WorkbenchError, match=r"1 to 24 tokens"):
         ByteLM(TINY, ["sqa"])(torch.zeros(1, 25, dtype=torch.long))

@@ -105,6 +105,19 @@ def test_everything_can_be_added(make_capture: Any) -> None:
     assert repr(report) == "Report('t', 1 text, 1 view, 1 result, 1 capture)"
 
 
+def test_several_views_are_one_section_and_keep_their_titles() -> None:
+    report = Report("t").add([strip(title="One"), strip(title="Two")], title="Both", note="Of *both*.").add("x")
+    page = report.to_html()
+    assert re.findall(r'<h2 id="section-\d-heading">(.*?)</h2>', page) == ["Both"]
+    assert [block_of(page, f"view-{i}")["title"] for i in (0, 1)] == ["One", "Two"]
+    assert block_of(page, "words")["sections"][0]["n_figures"] == 2
+    assert "Of <em>both</em>." in page
+    assert repr(report) == "Report('t', 2 views, 1 text)"
+    for nothing in ([], [strip(), "words"]):
+        with pytest.raises(ReportError, match="a report shows views"):
+            Report("t").add(nothing)  # type: ignore[arg-type]
+
+
 def test_figures_are_numbered_and_the_contents_name_them() -> None:
     page = Report("t").add(strip()).add("x").add(strip(), title="Again", caption="Said otherwise.").to_html()
     ids = re.findall(r'<figure id="([^"]*)"', page)

@@ -7,7 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Page, Playwright
+from playwright.sync_api import Browser, Locator, Page, Playwright
 
 from support.patience import PATIENCE
 
@@ -56,12 +56,14 @@ def settled(page: Page) -> None:
     )
 
 
-LOOKS = """Object.fromEntries([...document.querySelectorAll('.workbench')].map((view) => {
+LOOKS = """Object.fromEntries([...document.querySelectorAll('.workbench')].map((view, i, all) => {
   const canvases = [...view.querySelectorAll('canvas')].filter((canvas) => !canvas.closest('[hidden]'));
   const drawn = canvases.map((canvas) => canvas.toDataURL());
-  return [view.className.split(' ')[1], [view.querySelector('.body').innerHTML, ...drawn]];
+  const kind = view.className.split(' ')[1];
+  const n = 1 + all.slice(0, i).filter((each) => each.className === view.className).length;
+  return [n > 1 ? `${kind} ${n}` : kind, [view.querySelector('.body').innerHTML, ...drawn]];
 }))"""
-"""Kind of view -> what stands in it and what those of its canvases show that are seen."""
+"""Kind of view, and its number where there are several -> what stands in it and what its canvases show."""
 
 
 def changed(page: Page, before: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class WatchedPage:
     page: Page
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    _handed_over: int = 0
 
     def __post_init__(self) -> None:
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
@@ -99,6 +102,15 @@ class WatchedPage:
         """Load the file and return the Playwright page."""
         self.page.goto(path.resolve().as_uri())
         return self.page
+
+    def file(self, button: Locator) -> Path:
+        """The file that a press of the button hands over; Chromium drops all but ten of those of a second."""
+        if self._handed_over % 10 == 9:
+            self.page.wait_for_timeout(1_100)
+        self._handed_over += 1
+        with self.page.expect_download() as download:
+            button.click()
+        return Path(download.value.path())
 
     def assert_clean(self) -> None:
         """Fail when the page logged an error or tried to reach the network."""

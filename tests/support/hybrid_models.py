@@ -44,8 +44,19 @@ def _recurrent_gemma() -> nn.Module:
     )
 
 
+def _falcon_h1() -> nn.Module:
+    """Mamba-2 and attention beside each other in every block, each times a number of its own."""
+    return hf.FalconH1ForCausalLM(
+        hf.FalconH1Config(
+            **_COMMON, num_hidden_layers=2, head_dim=8, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16,
+            mamba_n_groups=2, mamba_d_state=4, mamba_chunk_size=8, ssm_out_multiplier=0.7,
+            attention_out_multiplier=1.3, ssm_in_multiplier=1.2, key_multiplier=0.6, lm_head_multiplier=0.8,
+        )
+    )  # fmt: skip
+
+
 SUMS: dict[str, Callable[[], nn.Module]] = {
-    "qwen3-next": _qwen3_next, "bamba": _bamba, "recurrent-gemma": _recurrent_gemma,
+    "qwen3-next": _qwen3_next, "bamba": _bamba, "recurrent-gemma": _recurrent_gemma, "falcon-h1": _falcon_h1,
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from workbench.views.base.kinds import kind_of
 
 LARGEST_MODULE = 50_000
 MOST_NODES = 5_000
-NOTHING_TO_CHOOSE = frozenset({"capacity_curves", "conditioning_curves", "tensor_peek", "what_if"})
+NOTHING_TO_CHOOSE = frozenset({"capacity_curves", "conditioning_curves", "table", "tensor_peek", "what_if"})
 """Kinds of views in which Enter selects nothing."""
 POLICIES = {plotly: [kind for kind in VIEWS if kind_of(kind).plotly == plotly] for plotly in (False, True)}
 """Kinds by whether a page with them may have styles that it does not name."""
@@ -166,16 +166,12 @@ def test_help_opens_by_a_key(kind: str, shown: Open) -> None:
 @each_kind
 def test_the_table_and_the_files_hold_the_numbers(kind: str, shown: Open) -> None:
     watched, table = shown(kind, "light"), made(kind).data()
-    page, view = watched.page, watched.page.locator(f".workbench.{kind}")
-    with page.expect_download() as download:
-        view.get_by_role("button", name="JSON").click()
-    whole = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    view = watched.page.locator(f".workbench.{kind}")
+    whole = json.loads(watched.file(view.get_by_role("button", name="JSON")).read_text(encoding="utf-8"))
     assert whole["title"] == made(kind).spec.title
     if table.empty:
         return
-    with page.expect_download() as download:
-        view.get_by_role("button", name="CSV", exact=True).click()
-    text = Path(download.value.path()).read_text(encoding="utf-8-sig")
+    text = watched.file(view.get_by_role("button", name="CSV", exact=True)).read_text(encoding="utf-8-sig")
     rows = list(csv.reader(io.StringIO(text)))
     assert rows[0] == list(table.columns)
     assert len(rows) == len(table) + 1

@@ -13,6 +13,7 @@ from support.browser import WatchedPage
 from support.every_view import WORDS, capture
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.errors import CaptureError, ReportError, WorkbenchError
+from workbench.kernels import s2
 from workbench.kernels.masks import Mask, causal
 from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
@@ -39,6 +40,17 @@ def naive(weights: torch.Tensor, block: int) -> np.ndarray:
             part = weights[:, row * block : (row + 1) * block, column * block : (column + 1) * block]
             made[:, row, column] = part.flatten(1).max(1).values.numpy()
     return made
+
+
+def test_what_a_layout_of_each_head_hides_is_not_seen() -> None:
+    q = k = torch.randn(1, 4, 64, 8, generator=torch.Generator().manual_seed(0))
+    sharded = s2.pattern(q, k, block=16, local_blocks=1, vert_stride=4)
+    maps, broken = pooled(sharded, [0, 2, 3], 0, 4)
+    dense = sharded.dense()[0, [0, 2, 3]]
+    want = naive((dense != 0).float(), 4)
+    np.testing.assert_array_equal(maps != 0, want != 0)
+    assert len({each.tobytes() for each in maps != 0}) == 3
+    assert broken == [False] * 3
 
 
 @pytest.mark.parametrize("block", [1, 2, 5, 17, 20])

@@ -1,7 +1,8 @@
 """Mechanisms of papers, each a module in the place of self-attention, with its map and a card that says what it is.
 
-Every file of this folder is one of them and ends in `register(Mechanism(…))`; what they share is in `frame/`. `matvlm/`
-makes a Mamba-2 layer of a trained attention layer, distils it, and compares the maps of both.
+Every file of this folder is one of them and ends in `register(Mechanism(…))`; what they share is in `frame/`.
+`training/` puts any of them into the same small model, and `weights/` has models that were trained so. `matvlm/` makes
+a Mamba-2 layer of a trained attention layer, distils it, and compares the maps of both.
 
 >>> from workbench import mechanisms
 >>> "agent" in mechanisms.list().names
@@ -10,9 +11,25 @@ True
 '2312.08874'
 """
 
-from workbench.mechanisms.frame import Card, Claim, Gate, Mechanism, Mechanisms, Mixer, Place, get, read_gate, register
+from workbench.mechanisms.frame import (
+    Card,
+    Claim,
+    Gate,
+    Mechanism,
+    Mechanisms,
+    Mixer,
+    Place,
+    Signature,
+    field_area,
+    get,
+    read_gate,
+    receptive_field,
+    register,
+)
 from workbench.mechanisms.frame import listed as list
 from workbench.mechanisms.matvlm import seed_mamba2
+from workbench.mechanisms.rooms import Room, room, show
+from workbench.mechanisms.training import trained, trained_models
 
 __all__ = [
     "Card",
@@ -22,9 +39,17 @@ __all__ = [
     "Mechanisms",
     "Mixer",
     "Place",
+    "Room",
+    "Signature",
+    "field_area",
     "get",
     "list",
     "read_gate",
+    "receptive_field",
     "register",
+    "room",
     "seed_mamba2",
+    "show",
+    "trained",
+    "trained_models",
 ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from workbench.kernels.patterns import Pattern
 from workbench.kernels.scan import ScanState, scan_attention
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, at_places, register
 
 
 class Aaren(Mixer):
@@ -37,6 +38,12 @@ class Aaren(Mixer):
         return ScanState(self.learned())
 
 
+def last_row(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """The weights of the last token, which tell those of all rows where scores are the same in every one."""
+    assert isinstance(module, Mixer)
+    return {"last row": at_places(module.place, pattern.rows(pattern.n_queries - 1)[0, :, 0])}
+
+
 AAREN = register(
     Mechanism(
         "aaren",
@@ -56,5 +63,11 @@ AAREN = register(
             ),
         ),
         Aaren,
+        signature=Signature(
+            "One score for each token",
+            "The weights of the last token. Scores are the same in every row: any other row has these weights of its "
+            "tokens, to a factor.",
+            last_row,
+        ),
     )
 )

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
 from workbench.kernels.composed import agent_attention
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.kernels.patterns import Pattern
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, at_places, register
 
 _TABLE = 7  # edge of the learned position tables, which are stretched to the grid
+_SHOWN = 3  # agents of a head in its signature
 
 
 class AgentAttention(Mixer):
@@ -83,6 +85,20 @@ class AgentAttention(Mixer):
         return super().finish(z + self.nearby(v), v, x)
 
 
+def _busiest(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """What each head's agents of most weight gather, and where it goes."""
+    assert isinstance(module, AgentAttention)
+    spread, gather = (pattern.factors[name].dense()[0] for name in ("broadcast", "aggregate"))
+    found: dict[str, Tensor] = {}
+    for rank in range(min(_SHOWN, gather.shape[1])):
+        at = spread.sum(1).argsort(dim=-1, descending=True, stable=True)[:, rank, None, None]
+        read = gather.gather(1, at.expand(-1, 1, gather.shape[2]))[:, 0]
+        goes = spread.gather(2, at.expand(-1, spread.shape[1], 1))[..., 0]
+        found[f"agent {rank + 1} reads"] = at_places(module.place, read)
+        found[f"agent {rank + 1} is read by"] = at_places(module.place, goes)
+    return found
+
+
 AGENT = register(
     Mechanism(
         "agent",
@@ -105,5 +121,11 @@ AGENT = register(
         ),
         AgentAttention,
         variants={"few": {"n_agents": 4}, "without convolution": {"kernel": 0}},
+        signature=Signature(
+            "What the agents carry",
+            f"Of each head the {_SHOWN} agents that are read most: the patches that an agent reads, and those that "
+            "read it. The map is the sum of such pairs over all agents.",
+            _busiest,
+        ),
     )
 )

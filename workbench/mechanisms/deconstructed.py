@@ -13,12 +13,14 @@ from workbench.errors import WorkbenchError
 from workbench.kernels.functions import attention_function
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import DensePattern, Pattern
-from workbench.kernels.scan import scan_attention
-from workbench.kernels.taylor import taylor_attention
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.kernels.scan import ScanPattern, scan_attention
+from workbench.kernels.softmax import SoftmaxPattern
+from workbench.kernels.taylor import TaylorPattern, taylor_attention
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, by_blocks, register
 from workbench.mechanisms.sqa import SparseQueryAttention
 
 Source = Literal["random", "text", "embedding"]
+_BLOCK = 8  # tokens, in the signature
 LAYOUTS = ("uniform", "even", "odd", "top", "middle", "bottom", "quarter", "first", "last", "bilateral")
 
 
@@ -182,6 +184,18 @@ def laid_out(form: str, layout: str, n_layers: int, standard: str = "deconstruct
     return [standard if at in stays else form for at in range(1, n + 1)]
 
 
+def _beside_softmax(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """What a variant makes of its scores, beside what softmax makes of them; in blocks of tokens."""
+    if isinstance(pattern, ScanPattern):
+        others = {"one score a key": pattern.dense()[0]}
+    elif isinstance(pattern, TaylorPattern):
+        softmax = SoftmaxPattern(pattern.q, pattern.k, pattern.mask, scale=pattern.scale)
+        others = {"polynomial": pattern.dense()[0], "softmax of its scores": softmax.dense()[0]}
+    else:
+        return {}
+    return {name: by_blocks(weights, _BLOCK) for name, weights in others.items()}
+
+
 DECONSTRUCTED = register(
     Mechanism(
         "deconstructed",
@@ -205,5 +219,13 @@ DECONSTRUCTED = register(
         ),
         deconstructed,
         variants={form: {"form": form} for form in _FORMS},
+        signature=Signature(
+            "What a polynomial makes of scores",
+            f"Beside each map the softmax of the same scores, in blocks of {_BLOCK} tokens: what a query gives to the "
+            "block, a mean over its own.",
+            _beside_softmax,
+            rows="block of queries",
+            columns="block of keys",
+        ),
     )
 )

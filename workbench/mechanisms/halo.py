@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
-from workbench.kernels.grouped import halo_attention
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.kernels.grouped import GroupedPattern, halo_attention
+from workbench.kernels.patterns import Pattern
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, at_places, register
+
+_SHOWN = 4  # blocks in the signature of a head
 
 
 class HaloAttention(Mixer):
@@ -50,6 +53,20 @@ class HaloAttention(Mixer):
         )  # fmt: skip
 
 
+def _windows(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """What the queries of the first blocks read of their windows."""
+    assert isinstance(module, HaloAttention)
+    assert isinstance(pattern, GroupedPattern)
+    weights, found = pattern.dense()[0], dict[str, Tensor]()
+    for number, (rows, columns) in enumerate(zip(pattern.rows_of[0, 0], pattern.columns_of[0, 0], strict=True)):
+        if number == _SHOWN:
+            break
+        outside = torch.ones(weights.shape[-1], dtype=torch.bool)
+        outside[columns[columns >= 0]] = False
+        found[f"block {number}"] = at_places(module.place, weights[:, rows].mean(1).masked_fill(outside, torch.nan))
+    return found
+
+
 HALO = register(
     Mechanism(
         "halo",
@@ -71,5 +88,11 @@ HALO = register(
         ),
         HaloAttention,
         variants={"window": {"halo": 0}, "per pixel": {"block": 1, "halo": 2}},
+        signature=Signature(
+            "The window of a block",
+            f"Of the first {_SHOWN} blocks of patches what their queries read, a mean over them; what lies outside "
+            "of the block and its halo is grey.",
+            _windows,
+        ),
     )
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
 from workbench.kernels.grouped import shifted_attention
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.kernels.patterns import Pattern
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, by_blocks, register
 
 LONG = (False, True)
 SINK = (False, False, False, True)
@@ -59,6 +60,22 @@ class ShiftedGroups(Mixer):
         )  # fmt: skip
 
 
+def _halves(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """The weight between halves of groups: what groups do not hold is not seen."""
+    assert isinstance(module, ShiftedGroups)
+    return {"halves": by_blocks(pattern.dense()[0], max(1, module.group // 2))}
+
+
+_SIGNATURE = Signature(
+    "Groups, and groups that are shifted",
+    "Halves of groups, of queries down and of keys across: what a query gives to the half, a mean over its own; "
+    "grey is not seen. Heads that shift join the halves on both sides of a border.",
+    _halves,
+    rows="half group of queries",
+    columns="half group of keys",
+)
+
+
 def _with_sinks(place: Place, **options: Any) -> ShiftedGroups:
     return ShiftedGroups(place, **{"shifted": SINK, "n_sinks": 4, **options})
 
@@ -84,6 +101,7 @@ LONG_LORA = register(
         ),
         ShiftedGroups,
         variants={"unshifted": {"shifted": (False, False)}},
+        signature=_SIGNATURE,
     )
 )
 
@@ -104,5 +122,6 @@ SINK_LORA = register(
         ),
         _with_sinks,
         places=(Place(24, 4, 33), Place(32, 4, 3), Place(16, 4, 18, causal=False)),
+        signature=_SIGNATURE,
     )
 )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
-from workbench.kernels.composed import gated_attention
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.kernels.composed import RowGatedPattern, gated_attention
+from workbench.kernels.patterns import Pattern
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, at_places, register
 
 Scaling = Literal["paper", "code", "norms"]
 
@@ -101,6 +102,12 @@ class MixtureOfHeads(Mixer):
         return gated_attention(q, k, v, routing.gates, causal=self.place.causal)
 
 
+def _gates(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    assert isinstance(module, MixtureOfHeads)
+    assert isinstance(pattern, RowGatedPattern)
+    return {"gate": at_places(module.place, pattern.gates[0])}
+
+
 MOH = register(
     Mechanism(
         "moh",
@@ -121,5 +128,12 @@ MOH = register(
         ),
         MixtureOfHeads,
         variants={"half": {"active": 0.5}, "paper": {"scaling": "paper"}, "norms": {"scaling": "norms"}},
+        signature=Signature(
+            "Which heads speak at each token",
+            "The gate of each head, token by token: zero where the router skips it. The first heads of a layer are "
+            "shared, and speak always.",
+            _gates,
+            value="gate",
+        ),
     )
 )

@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.kernels.patterns import Pattern
 from workbench.kernels.relative import relative_attention
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, by_blocks, register
+
+_BLOCK = 8  # tokens, in the signature
 
 
 class RelativeConvolutional(Mixer):
@@ -79,6 +82,13 @@ class RelativeConvolutional(Mixer):
         )
 
 
+def _parts(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """How large each part of the scores is, in blocks of tokens."""
+    made = {name: by_blocks(part.dense()[0].abs(), _BLOCK) / _BLOCK for name, part in pattern.factors.items()}
+    seen = by_blocks(pattern.dense()[0], _BLOCK).isnan()
+    return {name: each.nan_to_num(0.0).masked_fill(seen, torch.nan) for name, each in made.items()}
+
+
 RCMHA = register(
     Mechanism(
         "rcmha",
@@ -100,5 +110,14 @@ RCMHA = register(
         ),
         RelativeConvolutional,
         variants={"relative": {"taps": 0}},
+        signature=Signature(
+            "The four parts of the scores",
+            f"How large each part is, in blocks of {_BLOCK} tokens, before the softmax: what a query looks for, what "
+            "a head likes of any key, distance as the query wants it, and distance alone.",
+            _parts,
+            rows="block of queries",
+            columns="block of keys",
+            value="size of the score",
+        ),
     )
 )

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.kernels.patterns import Pattern
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, register
 
 Similarity = Literal["two", "shared", "collapsed", "symmetric", "positive"]
 Values = Literal["two", "collapsed", "none"]
@@ -150,6 +151,15 @@ def chain(layers: Sequence[Reduced]) -> tuple[list[Reduced], Tensor]:
     return made, so_far
 
 
+def _singular_values(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """Of W^QK and of its skew part, each as shares of the largest of W^QK."""
+    assert isinstance(module, Reduced)
+    similar = module.matrices()[0]
+    whole, skew = (torch.linalg.svdvals(each) for each in (similar, (similar - similar.mT) / 2))
+    top = whole[:, :1].clamp(min=torch.finfo(whole.dtype).tiny)
+    return {"W^QK": (whole / top)[:, None], "its skew part": (skew / top)[:, None]}
+
+
 REDUCED = register(
     Mechanism(
         "reduced",
@@ -177,5 +187,13 @@ REDUCED = register(
             "positive": {"similarity": "positive"},
             "minimal": {"values": "none"},
         },
+        signature=Signature(
+            "How much of a similarity is symmetric",
+            "Singular values of W^QK, and of the part of it that changes its sign where the two tokens change "
+            "places, which is zero where the similarity is symmetric.",
+            _singular_values,
+            columns="number of the singular value",
+            value="share of the largest",
+        ),
     )
 )

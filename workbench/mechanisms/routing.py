@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
-from workbench.kernels.grouped import clusters_of, local_attention, routing_attention
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.kernels.grouped import GroupedPattern, clusters_of, local_attention, routing_attention
+from workbench.kernels.patterns import Pattern
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, register
 
 _DECAY = 0.999
 
@@ -130,6 +131,17 @@ class RoutingAttention(Mixer):
         return torch.cat(parts, dim=1)
 
 
+def _clusters(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """Which tokens each cluster of a routed head holds; local heads have none."""
+    assert isinstance(pattern, GroupedPattern)
+    if not pattern.chosen:
+        return {}
+    rows = pattern.rows_of[0]  # [head, cluster, place]
+    received = pattern.dense()[0].sum(1)[:, None].expand(-1, rows.shape[1], -1)
+    held = torch.zeros_like(received).scatter_(2, rows, 1.0)
+    return {"clusters": received.masked_fill(held == 0, torch.nan)}
+
+
 ROUTING = register(
     Mechanism(
         "routing",
@@ -152,5 +164,13 @@ ROUTING = register(
         ),
         RoutingAttention,
         variants={"routed alone": {"routed": 1.0}, "local alone": {"routed": 0.0}},
+        signature=Signature(
+            "Which tokens a cluster holds",
+            "A row is a cluster of a routed head, and grey where it does not hold the token; elsewhere the colour "
+            "is the weight that the token receives in all.",
+            _clusters,
+            rows="cluster",
+            value="weight received",
+        ),
     )
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from workbench.kernels.s2 import S2Layout, s2_attention
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.kernels.patterns import Pattern
+from workbench.kernels.s2 import S2Layout, S2Pattern, s2_attention
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, by_blocks, register
 
 
 class S2Attention(Mixer):
@@ -53,6 +54,13 @@ class S2Attention(Mixer):
         return z
 
 
+def _blocks(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """The weight of each block; of a sequence that is shorter than one there is none."""
+    if not isinstance(pattern, S2Pattern):
+        return {}
+    return {"blocks": by_blocks(pattern.dense()[0], pattern.layout.block)}
+
+
 S2 = register(
     Mechanism(
         "s2",
@@ -74,5 +82,13 @@ S2 = register(
         ),
         S2Attention,
         variants={"one dense head": {"n_dense_heads": 1}, "stride 2": {"vert_stride": 2}},
+        signature=Signature(
+            "Which blocks each head sees",
+            "Blocks of queries down, of keys across: what a query gives to the block, a mean over its own; grey "
+            "blocks are never computed. From head to head the verticals move by one.",
+            _blocks,
+            rows="block of queries",
+            columns="block of keys",
+        ),
     )
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.kernels.patterns import Pattern
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, register
 
 
 class SparseQueryAttention(Mixer):
@@ -49,6 +50,12 @@ class SparseQueryAttention(Mixer):
         return self.n_heads / self.place.n_heads
 
 
+def _alike(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """[head, 1, head]: the cosine of every two maps of a layer."""
+    rows = F.normalize(pattern.dense()[0].flatten(1), dim=-1)
+    return {"cosine": (rows @ rows.mT).clamp(min=0)[:, None]}
+
+
 _ONE = 1e-9  # a share so small that it is one head
 
 SQA = register(
@@ -80,5 +87,13 @@ SQA = register(
             "xsqa": {"heads": 0.25, "kv_heads": 0.25},
             "xsmqa": {"heads": 0.25, "kv_heads": _ONE},
         },
+        signature=Signature(
+            "How alike the heads of a layer are",
+            "The cosine of a head's map with that of every head of its layer; neighbours share keys where there are "
+            "fewer of these.",
+            _alike,
+            columns="head of the layer",
+            value="cosine",
+        ),
     )
 )

@@ -23,7 +23,7 @@ from workbench.views.base.spec import ViewSpec
 if TYPE_CHECKING:
     from workbench.capture.capture import Capture
 
-    Addable = View | Result | Capture | str
+    Addable = View | Sequence[View] | Result | Capture | str
 
 REFUSED_BYTES = 50_000_000
 PATTERN_CELLS = 3_000_000  # that the attention patterns of a page have together
@@ -80,8 +80,8 @@ class Report:
         It shows what is selected and set at this moment.
 
         Args:
-            thing: a view, an analysis's result (its views and table), a capture (its facts, sites, head atlas,
-                attention pattern and tokens; of its first forward), or Markdown.
+            thing: a view or several, an analysis's result (its views and table), a capture (its facts, sites, head
+                atlas, attention pattern and tokens; of its first forward), or Markdown.
             title: the section's heading. note: Markdown above it. caption: replaces that of the first figure.
             text: the prompt of a capture as the person wrote it.
             verification: what `wb.verify(...)` returned for the capture's inputs. batch: which of its batch rows.
@@ -94,7 +94,7 @@ class Report:
                 raise ReportError("the text is empty")
         elif _is_capture(thing):
             captures.check_batch(captures.first_call(thing), batch)
-        elif not isinstance(thing, (View, Result)):
+        elif not isinstance(thing, (View, Result)) and not _are_views(thing):
             raise ReportError(
                 f"a report shows views, results, captures and Markdown, not {type(thing).__name__}",
                 hint="pass the object that `with wb.capture() as cap` leaves behind, or what an analysis returned",
@@ -102,7 +102,9 @@ class Report:
         if not _is_capture(thing) and (verification is not None or batch or text is not None):
             raise ReportError("text=, verification= and batch= belong to captures", hint="pass words as note=")
         # A view is added as it is now; what is selected or set in it later is for another report.
-        held = thing.current if isinstance(thing, View) else thing
+        held: Any = thing.current if isinstance(thing, View) else thing
+        if _are_views(thing):
+            held = tuple(view.current for view in thing)
         self._entries.append(_Entry(held, title, text, caption, verification, batch, note, SHARED.copy()))
         return self
 
@@ -157,7 +159,7 @@ class Report:
         n_captures = sum(_is_capture(entry.thing) for entry in self._entries)
         sections = [_section(entry, PATTERN_CELLS // max(1, n_captures)) for entry in self._entries]
         for entry, section in zip(self._entries, sections, strict=True):
-            if not isinstance(entry.thing, ViewSpec):
+            if not isinstance(entry.thing, (ViewSpec, tuple)):
                 section.figures = [spec.choosing(entry.selected) for spec in section.figures]
         return sections
 
@@ -171,9 +173,10 @@ class Report:
             else "capture"
             if _is_capture(entry.thing)
             else "view"
-            if isinstance(entry.thing, ViewSpec)
+            if isinstance(entry.thing, (ViewSpec, tuple))
             else "result"
             for entry in self._entries
+            for _ in (entry.thing if isinstance(entry.thing, tuple) else (None,))
         ]
         listed = [f"{n} {kind}{'' if n == 1 else 's'}" for kind in dict.fromkeys(kinds) if (n := kinds.count(kind))]
         return f"Report({title}, {', '.join(listed)})"
@@ -183,6 +186,10 @@ def _is_capture(thing: Any) -> TypeGuard[Capture]:
     from workbench.capture.capture import Capture
 
     return isinstance(thing, Capture)
+
+
+def _are_views(thing: Any) -> TypeGuard[Sequence[View]]:
+    return isinstance(thing, (list, tuple)) and len(thing) > 0 and all(isinstance(each, View) for each in thing)
 
 
 def _section(entry: _Entry, budget: int) -> Section:
@@ -200,10 +207,13 @@ def _section(entry: _Entry, budget: int) -> Section:
             caption=entry.caption,
             budget=budget,
         )
-    spec, *more = [view.spec for view in all_of(thing)] if isinstance(thing, Result) else [thing]
-    spec = replace(spec, title=entry.title or spec.title, caption=entry.caption or spec.caption)
+    several = [view.spec for view in all_of(thing)] if isinstance(thing, Result) else thing
+    spec, *more = several if isinstance(several, (list, tuple)) else [several]
+    own = None if isinstance(thing, tuple) else entry.title  # several views keep their titles below the section's
+    spec = replace(spec, title=own or spec.title, caption=entry.caption or spec.caption)
     found = Section(heading=title or visible_text(spec.title, 200), note=note, figures=[spec, *more])
-    found.origin = dict(thing.provenance or {}) if isinstance(thing, Result) else dict(spec.provenance)
+    first = next((each.provenance for each in (spec, *more) if each.provenance), {})
+    found.origin = dict(thing.provenance or {}) if isinstance(thing, Result) else dict(first)
     if isinstance(thing, Result):
         found.tables.append(table_of(thing.table, "All numbers"))
     return found

@@ -19,7 +19,7 @@ from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.head_page import HeadPage, head
-from workbench.views.image_attention import ImageAttention, image_attention
+from workbench.views.image_attention import ImageAttention, Windows, image_attention
 from workbench.views.overlap_matrix import OverlapMatrix, overlap_matrix
 from workbench.views.playground import Ablated, Playground, playground
 from workbench.views.results import (
@@ -32,6 +32,7 @@ from workbench.views.results import (
 )
 from workbench.views.run_timeline import RunTimeline, run_timeline
 from workbench.views.saliency_map import SaliencyMap, saliency_map
+from workbench.views.table import Column, Table, table
 from workbench.views.tensor_peek import TensorPeek, tensor_peek
 from workbench.views.token_strip import TokenStrip, token_strip
 from workbench.views.what_if import WhatIf, what_if
@@ -44,6 +45,7 @@ __all__ = [
     "CapacityCurves",
     "CircuitGraph",
     "Click",
+    "Column",
     "Compare",
     "ConditioningCurves",
     "Figure",
@@ -59,11 +61,13 @@ __all__ = [
     "SaliencyMap",
     "Selection",
     "SharedSelection",
+    "Table",
     "TensorPeek",
     "TokenStrip",
     "View",
     "ViewSpec",
     "WhatIf",
+    "Windows",
     "all_of",
     "attention_pattern",
     "capacity_correlation",
@@ -90,6 +94,7 @@ __all__ = [
     "run_timeline",
     "saliency_map",
     "states",
+    "table",
     "tensor_peek",
     "token_strip",
     "what_if",

@@ -12,7 +12,7 @@ import workbench
 from support.circuits import Words, task_for, tiny
 from support.tiny import family
 from workbench.analysis.circuits.model.anatomy import find_anatomy
-from workbench.analysis.circuits.model.layers import same_product, same_sum
+from workbench.analysis.circuits.model.recording import same_product, same_sum
 from workbench.errors import AttachError
 
 MODELS = ["llama-gqa", "mbart"]  # shared keys and RMSNorm; an encoder-decoder

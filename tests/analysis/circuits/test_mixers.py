@@ -13,7 +13,6 @@ from torch import Tensor
 
 import workbench
 from support.circuits import Words, random_task, tiny
-from support.hybrid_models import SUMS
 from test_hybrids import HYBRIDS
 from workbench.analysis.circuits.engine.edges import run_edges, run_nodes
 from workbench.analysis.circuits.engine.setup import Setup, open_setup
@@ -39,7 +38,7 @@ LAYERS: dict[str, list[tuple[str, str, str, int, bool]]] = {
 MLPS = {"qwen3-next": "mlp", "bamba": "feed_forward", "recurrent-gemma": "mlp_block"}
 
 
-@pytest.fixture(scope="module", params=SUMS)
+@pytest.fixture(scope="module", params=LAYERS)
 def opened(request: pytest.FixtureRequest) -> Iterator[tuple[str, Setup]]:
     """A hybrid with a random task of prompts of two lengths, its baselines measured."""
     task = random_task(3, 5, 60, lengths=2)
@@ -220,9 +219,11 @@ def test_patched_heads_are_those_by_hand(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("minimax", r"block model\.layers\.0 adds something to the residual stream(?s:.*)a scale"),
-        ("falcon-h1", r"two modules that mix positions"),
-        ("zamba2", "layers"),
+        (
+            "minimax",
+            r"the stream itself goes through model\.layers\.0\.input_layernorm before what they write is added",
+        ),
+        ("zamba2", r"what model\.layers\.1\.shared_transformer\.self_attn makes is no part of the stream"),
     ],
 )
 def test_hybrids_whose_stream_is_no_sum_are_refused_by_name(name: str, says: str) -> None:

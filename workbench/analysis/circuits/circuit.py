@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from workbench.analysis.circuits import mib
-from workbench.analysis.circuits.model.graph import Graph, same_graph
+from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.names import head_of, label
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.storage.result import Result
@@ -268,7 +268,7 @@ class Circuit(Result):
         Raises:
             InterventionError: says in what they differ.
         """
-        differ = same_graph(self.graph, graph)
+        differ = _difference(self.graph, graph)
         if differ:
             raise InterventionError(f"the circuit is of another model: {differ}")
 
@@ -319,3 +319,13 @@ class Circuit(Result):
         missed = "" if gap is None else f"; sums miss {gap:.0%} of the metric's change"
         nodes = f"{len(self.nodes)} nodes{edges}{coarse}"
         return f"Circuit({self.task or '?'} by {self.method}: {nodes}; {heads or 'no heads'}{missed})"
+
+
+def _difference(a: Graph, b: Graph) -> str:
+    """In what two graphs differ; "" if they are equal."""
+    if len(a.layers) != len(b.layers):
+        return f"{len(a.layers)} and {len(b.layers)} layers"
+    for i, (one, two) in enumerate(zip(a.layers, b.layers, strict=True)):
+        if one != two:
+            return f"layer {i} is {one} and {two}"
+    return "" if a.d_model == b.d_model else f"d_model {a.d_model} and {b.d_model}"

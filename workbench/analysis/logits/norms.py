@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.layers import same_product
+from workbench.analysis.circuits.model.recording import same_product
 from workbench.errors import AttachError
 from workbench.hooks.weights import stored
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.anatomy import find_head
-from workbench.analysis.circuits.model.layers import same_product
-from workbench.analysis.circuits.model.recording import Recording
+from workbench.analysis.circuits.model.recording import Recording, same_product
 from workbench.analysis.logits.norms import Norm, find_norm
 from workbench.errors import AttachError
 from workbench.hooks.configs import read

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.layers import check_written, find_mlp, same_sum
-from workbench.analysis.circuits.model.recording import Recording, record
+from workbench.analysis.circuits.model.layers import check_written, find_mlp
+from workbench.analysis.circuits.model.recording import Recording, record, same_sum
 from workbench.analysis.logits.norms import Norm, find_norm
 from workbench.analysis.logits.readout import Readout, find_readout
 from workbench.errors import AttachError, CaptureError

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.layers import same_sum
-from workbench.analysis.circuits.model.recording import Recording
+from workbench.analysis.circuits.model.recording import Recording, same_sum
 from workbench.analysis.logits.norms import Norm, find_norm
 from workbench.analysis.logits.writers import joins_of, slices, writers_of_block
 from workbench.errors import AttachError

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.layers import same_product
-from workbench.analysis.circuits.model.recording import first_float
+from workbench.analysis.circuits.model.recording import first_float, same_product
 from workbench.analysis.rollout.maps import shares, tiles
 from workbench.errors import AttachError
 from workbench.hooks.changes import Changes

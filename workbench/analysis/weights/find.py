@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.layers import find_projection, same_product
+from workbench.analysis.circuits.model.layers import find_projection
 from workbench.analysis.circuits.model.modules import Projection
-from workbench.analysis.circuits.model.recording import Recording
+from workbench.analysis.circuits.model.recording import Recording, same_product
 from workbench.analysis.logits.asked import check_model, sites_on_tokens
 from workbench.analysis.logits.norms import Norm, find_norm
 from workbench.analysis.logits.readout import Readout

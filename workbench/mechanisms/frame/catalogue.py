@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, overload
 
 from workbench.errors import WorkbenchError, nearest
+from workbench.mechanisms.frame.findings import with_findings
 from workbench.mechanisms.frame.mechanism import Mechanism
 
 if TYPE_CHECKING:
@@ -22,12 +24,18 @@ _ROOMS = Path(__file__).parents[1]
 def register(mechanism: Mechanism) -> Mechanism:
     """Put a mechanism into the list; one of a package of your own too.
 
+    Returns:
+        The mechanism, with what was found of its claims on its card.
+
     Raises:
         WorkbenchError: another one has this name.
     """
     known = _MECHANISMS.get(mechanism.name)
     if known is not None and known.make is not mechanism.make:
         raise WorkbenchError(f'there is a mechanism "{mechanism.name}" already', hint="give yours another name")
+    card = with_findings(mechanism.name, mechanism.card)
+    if card is not mechanism.card:
+        mechanism = replace(mechanism, card=card)
     _MECHANISMS[mechanism.name] = mechanism
     return mechanism
 

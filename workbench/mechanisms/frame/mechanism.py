@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from workbench.errors import WorkbenchError, nearest
 from workbench.mechanisms.frame.card import Card, table_of
 from workbench.mechanisms.frame.place import Place
+from workbench.mechanisms.frame.signature import Signature
 
 SEQUENCES = (Place(24, 4, 17), Place(16, 2, 33), Place(12, 4, 1))
 BOTH = (*SEQUENCES, Place(24, 4, 15, causal=False), Place(16, 2, 35, causal=False, grid=(5, 7)))
@@ -29,6 +30,7 @@ class Mechanism:
         places: small ones, of odd sizes, on which the harness examines it; by default such as the card allows.
         variants: options by name, such as the forms that a paper compares.
         inputs: the module's inputs by name, for one that is given more than x; None for x alone.
+        signature: what one looks at first in its heads, beside their map; None for the map alone.
 
     >>> from workbench import mechanisms
     >>> layer = mechanisms.get("sqa").build(mechanisms.Place(32, 4, 128), "xsqa")
@@ -42,6 +44,7 @@ class Mechanism:
     places: tuple[Place, ...] = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: Callable[[Place], dict[str, Tensor]] | None = None
+    signature: Signature | None = None
 
     def __post_init__(self) -> None:
         if not self.places:

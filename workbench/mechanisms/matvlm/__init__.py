@@ -1,5 +1,6 @@
 """MaTVLM (arXiv 2503.13440): Mamba-2 layers that begin as attention, distilled from it, and compared with it."""
 
+from workbench.mechanisms.matvlm.card import MATVLM
 from workbench.mechanisms.matvlm.distil import Distillation, Losses, distil, losses
 from workbench.mechanisms.matvlm.layer import Mamba2
 from workbench.mechanisms.matvlm.maps import HybridMaps, hybrid_maps
@@ -7,6 +8,7 @@ from workbench.mechanisms.matvlm.seed import AttentionWeights, attention_weights
 from workbench.mechanisms.matvlm.student import Student, evenly_spaced, student
 
 __all__ = [
+    "MATVLM",
     "AttentionWeights",
     "Distillation",
     "HybridMaps",

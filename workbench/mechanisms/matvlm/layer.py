@@ -80,26 +80,26 @@ class Mamba2(nn.Module):
             steps = self.dt_bias.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
             self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus⁻¹
 
-    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """z [batch, position, head · width]; x, B and C [batch, head, position, width]; Δ [batch, head, position]."""
-        z, x, B, C, steps = self.in_proj(hidden).split(self.widths, dim=-1)
+        z, v, B, C, steps = self.in_proj(x).split(self.widths, dim=-1)
         if self.conv1d is not None:
-            mixed = torch.cat((x, B, C), dim=-1).transpose(1, 2)
-            mixed = F.silu(self.conv1d(mixed)[..., : hidden.shape[1]]).transpose(1, 2)
-            x, B, C = mixed.split(self.widths[1:4], dim=-1)
-        x, B, C = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in (x, B, C))
+            mixed = torch.cat((v, B, C), dim=-1).transpose(1, 2)
+            mixed = F.silu(self.conv1d(mixed)[..., : x.shape[1]]).transpose(1, 2)
+            v, B, C = mixed.split(self.widths[1:4], dim=-1)
+        v, B, C = (t.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for t in (v, B, C))
         group = self.n_heads // self.n_kv_heads
-        x, B = (t.repeat_interleave(group, dim=1) for t in (x, B))
-        return z, x, B, C, F.softplus(steps + self.dt_bias).transpose(1, 2)
+        v, B = (t.repeat_interleave(group, dim=1) for t in (v, B))
+        return z, v, B, C, F.softplus(steps + self.dt_bias).transpose(1, 2)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[batch, position, d_model] to the same shape."""
-        z, x, B, C, delta = self.split(hidden)
+        z, v, B, C, delta = self.split(x)
         exact = torch.promote_types(delta.dtype, torch.float32)
         log_decay = -self.A_log.to(exact).exp()[:, None] * delta.to(exact)
-        y = gated_linear_attention(C, B * delta[..., None], x, log_decay)
+        y = gated_linear_attention(C, B * delta[..., None], v, log_decay)
         assert isinstance(y, Tensor)  # no state was asked for
-        y = y + x * self.D[:, None, None]
+        y = y + v * self.D[:, None, None]
         if self.norm is None:
             out: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))
             return out

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from workbench.mechanisms.training.images import scenes
 from workbench.mechanisms.training.models import ByteLM, PatchModel
-from workbench.mechanisms.training.text import Corpus, copying, recall, repeated, text_batch
+from workbench.mechanisms.training.text import Corpus, copying, needle, recall, repeated, text_batch
 
 SEED = 99
+DEPTHS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+"""Where needles lie, as a share of the way to the end."""
 
 
 @torch.no_grad()
@@ -21,8 +23,9 @@ def score_text(model: ByteLM, held: Corpus, n: int = 256) -> dict[str, float]:
         n: rows of code; a quarter as many of each other kind.
 
     Returns:
-        "text" on all bytes, "repeats" on those whose last four bytes came before; "copy", "recall 8" and "recall 26":
-        shares of bytes that count and are the likeliest.
+        "text" on all bytes, "repeats" on those whose last four bytes came before; "copy", "recall 8", "recall 26",
+        "needle" and "needle far": shares of bytes that count and are the likeliest. Needles lie at `DEPTHS`, those that
+        are far in the first half.
     """
     random, length = torch.Generator().manual_seed(SEED), model.place.length
     inputs, labels = text_batch(held, n, length, random)
@@ -35,6 +38,8 @@ def score_text(model: ByteLM, held: Corpus, n: int = 256) -> dict[str, float]:
     }
     for n_keys in (8, 26):
         found[f"recall {n_keys}"] = _right(model, *recall(few, length, random, n_keys))
+    at = torch.stack([_right(model, *needle(few, length, random, depth)) for depth in DEPTHS])
+    found |= {"needle": at.mean(), "needle far": at[torch.tensor(DEPTHS) < 0.5].mean()}
     return {name: float(value) for name, value in found.items()}
 
 

@@ -55,9 +55,21 @@ def corpus(split: str = "training") -> Corpus:
     if not texts:
         raise WorkbenchError("this Python's standard library has no sources to read")
     whole = b"\n".join(texts)
-    ids = torch.frombuffer(bytearray(whole), dtype=torch.uint8).long()
-    ids = ids.where((ids > 0) & (ids < 127), 127)
+    ids = _plain(torch.frombuffer(bytearray(whole), dtype=torch.uint8).long())
     return Corpus(ids, (ids == 10).nonzero().flatten() + 1, hashlib.sha256(whole).hexdigest())
+
+
+def text_ids(text: str) -> Tensor:
+    """[1, byte]: a text as the language models read it, behind BOS.
+
+    >>> text_ids("ab é").tolist()
+    [[0, 97, 98, 32, 127, 127]]
+    """
+    return F.pad(_plain(torch.tensor(list(text.encode()), dtype=torch.long)), (1, 0), value=BOS)[None]
+
+
+def _plain(ids: Tensor) -> Tensor:
+    return ids.where((ids > 0) & (ids < 127), 127)
 
 
 def text_batch(
@@ -104,6 +116,29 @@ def recall(n: int, length: int, random: torch.Generator, n_keys: int | None = No
     pairs = torch.stack([letters.gather(1, which), digits.gather(1, which)], dim=2).flatten(1)
     rows = F.pad(pairs, (1, 0), value=BOS)[:, : length + 1]
     return rows[:, :-1], rows[:, 1:].where(counts, IGNORE)
+
+
+def needle(n: int, length: int, random: torch.Generator, depth: float) -> tuple[Tensor, Tensor]:
+    """Such a stream in which one letter comes twice, somewhere and at the end; its digit at the end alone counts.
+
+    Args:
+        depth: where it comes first, as a share of the way to the end, from 0 up to 1.
+
+    >>> inputs, labels = needle(1, 20, torch.Generator().manual_seed(0), depth=0.0)
+    >>> letter, digit = inputs[0, 1:3].tolist()
+    >>> inputs[0].tolist().count(letter), inputs[0, -1] == letter, labels[0, -1] == digit
+    (2, tensor(True), tensor(True))
+    """
+    n_pairs = length // 2
+    order = torch.rand(n, len(_LETTERS), generator=random).argsort(1)
+    letters, digits = torch.tensor(_LETTERS)[order], torch.randint(48, 58, order.shape, generator=random)
+    which = torch.randint(1, 26, (n, n_pairs), generator=random)  # others, of as many as `recall` has at most
+    which[:, int(depth * (n_pairs - 1))] = which[:, -1] = 0
+    pairs = torch.stack([letters.gather(1, which), digits.gather(1, which)], dim=2).flatten(1)
+    rows = F.pad(pairs, (1, 0), value=BOS)
+    labels = torch.full((n, 2 * n_pairs), IGNORE)
+    labels[:, -1] = rows[:, -1]
+    return rows[:, :-1], labels
 
 
 def copying(n: int, length: int, random: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import { ceiling } from "workbench/shared/scales.js";
 import { Tiles, Visited } from "workbench/shared/tiles.js";
 
 const LARGE = 320;
-const MANY = 200; // heads from which on a gallery is a wall: the browser leaves out what is far from the window
+const MANY = 200; // heads from which on a gallery is a wall, which is painted in turns
 const AS_GROUPED = "";
 /** What a byte of a map stands for; 0 is a place that is not seen. */
 const WEIGHTS = Float32Array.from({ length: 256 }, (_, byte) => (byte ? ((byte - 1) / 254) ** 2 : NaN));
@@ -210,9 +210,6 @@ class Gallery {
     const room = this.frame.body.clientWidth - (matchMedia("(max-width: 760px)").matches ? 0 : 358);
     const width = tileWidth(room, Math.min(most, 16));
     const height = this.rows === 1 ? Math.round(width / 2) : Math.round(Math.min(width * 1.4, (width * this.rows) / this.columns));
-    // Of a wall, what is far from the window keeps its room without being laid out.
-    const lines = this.facts.numbers.includes(this.order) ? 2 : 1;
-    this.small.style.setProperty("--tile", `${width}px ${height + 2 + 14 * lines}px`);
     const { palette } = this;
     const paint = (canvas, values) => paintMap(canvas, values, [this.rows, this.columns], { top: this.topOf(values), roots: this.roots, width, height }, palette);
     const size = this.rows * this.columns;

@@ -115,7 +115,8 @@ def pooled(pattern: Pattern, heads: Sequence[int], batch: int, block: int) -> tu
         broken |= ~cells.isfinite().flatten(1).all(1)
         seen = pattern.mask.visible(rows, columns, entry, chosen)
         if seen is not None:
-            there = seen.cpu().expand(1, seen.shape[1] if seen.dim() == 4 else 1, *weights.shape[1:])[0]
+            there = seen.cpu()[0] if seen.dim() == 4 else seen.cpu()  # of one entry, and of each head or of all
+            there = there.expand(len(there) if there.dim() == 3 else 1, *weights.shape[1:])
             cells = cells.masked_fill(~_in_blocks(there, block), torch.nan)
         cells = cells.masked_fill(~cells.isfinite(), torch.nan)
         found[:, start // block : start // block + cells.shape[1], : cells.shape[2]] = quantise(cells.numpy())

@@ -7,9 +7,11 @@ from workbench.views.results import (
     hybrids,
     importance,
     logits,
+    mechanisms,
     pattern_atlas,
     profile,
     rollout,
+    spikes,
     weights,
 )
 from workbench.views.results.capture import overview
@@ -28,11 +30,13 @@ __all__ = [
     "hybrids",
     "importance",
     "logits",
+    "mechanisms",
     "overlap_chance",
     "overview",
     "pattern_atlas",
     "profile",
     "rollout",
+    "spikes",
     "states",
     "weights",
 ]

@@ -93,7 +93,7 @@ def _view_of_attention_profile(profile: AttentionProfile) -> View:
 
 def _more_of_attention_profile(profile: AttentionProfile) -> list[View]:
     """The trend over layers, the offset map of each head, and the indicators as a head atlas."""
-    return [_trend(profile), _offsets(profile), _indicators(profile)]
+    return [_trend(profile), offsets(profile), _indicators(profile)]
 
 
 def _uniform(profile: AttentionProfile) -> Any:
@@ -161,7 +161,8 @@ def _trend(profile: AttentionProfile) -> View:
     )
 
 
-def _offsets(profile: AttentionProfile) -> View:
+def offsets(profile: AttentionProfile) -> View:
+    """Where each head looks, relative to the query: a map over offsets, of text a row of bars."""
     maps = profile.offsets.numpy()
     rows, columns = maps.shape[1:]
     image = profile.kind == "image"

@@ -61,7 +61,7 @@ export function drawMap(ink, values, [rows, columns], { top, roots }, box, palet
   ink.drawImage(sheet, box.x, box.y, box.width, box.height);
 }
 
-const TURN = 10; // milliseconds, which leave a frame room for everything else
+const TURN = 40; // milliseconds: shorter turns cost more frames, longer ones are felt
 
 /**
  * Act on each of many things, in turns between which whoever reads the page gets on with it.

@@ -136,8 +136,10 @@ class _Flow:
         self._inputs(delta, units)
         changed = torch.zeros(delta.shape[:2], dtype=torch.bool, device=delta.device)
         deepest = max((spot.layer for spot in self.wanted.values()), default=-1)
+        before = delta
         for i in self.here:
-            layer, before = self.layers[i], delta
+            layer = self.layers[i]
+            before = before if graph.layers[i].beside else delta
             for name, spot in self.wanted.items():
                 if spot.layer == i and spot.what != "mlp":
                     given[name] = self._projected(name, before)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.layers import LayerFinder
-from workbench.analysis.circuits.model.modules import Branches, LayerModules, unchanged
+from workbench.analysis.circuits.model.modules import Branches, LayerModules, beside, unchanged
 from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.model.recording import Recording, equal, record
 from workbench.errors import AttachError
@@ -117,6 +117,9 @@ def streams_of(wb: Workbench) -> tuple[dict[str, list[Site]], dict[str, str]]:
         if not block:
             raise AttachError("the site is in no block of a list of blocks", site=site.name)
         blocks[site.name] = block
+    only = streams.get("")
+    if only is not None and any(beside(only, [blocks[site.name] for site in only])):
+        streams = {"blocks": only}  # a layer's number alone does not say which of its sites a head is of
     return streams, blocks
 
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from workbench.analysis.circuits.model.anatomy import Anatomy, find_anatomy, find_head, one_example, streams_of
 from workbench.analysis.circuits.model.graph import Graph
-from workbench.analysis.circuits.model.layers import same_sum
 from workbench.analysis.circuits.model.modules import Branches
 from workbench.analysis.circuits.model.nodes import Layer
-from workbench.analysis.circuits.model.recording import Recording, equal, record
+from workbench.analysis.circuits.model.recording import Recording, equal, record, same_sum
 from workbench.errors import AttachError
 from workbench.hooks.sites import Site
 from workbench.session.workbench import Workbench

@@ -10,6 +10,9 @@ what decays, gates and short convolutions are made of) is one receiver for all o
 An encoder-decoder has two streams, and their names stand before those of the nodes: `encoder.a0.h1`, `decoder.m2`. A
 block of the decoder is two layers here: its own attention, `decoder.a0`, and its cross-attention, `decoder.x0`, whose
 queries read the decoder's stream, and whose keys and values read what the encoder's stream is in the end.
+
+A block in which a recurrence and attention read the stream beside each other (Falcon-H1) is two layers too,
+`blocks.s0<x>` and `blocks.a0`: neither reads what the other writes, and the MLP behind them reads both.
 """
 
 from __future__ import annotations
@@ -103,14 +106,15 @@ class Graph:
 
     @cached_property
     def blocks(self) -> tuple[int, ...]:
-        """For each layer the number of its block in its stream: cross-attention is in that of the layer before."""
+        """For each layer the number of its block in its stream: what is beside the layer before is in its block."""
         numbers: list[int] = []
         for i, layer in enumerate(self.layers):
             before = self.layers[i - 1] if i else None
             if before is None or before.stream != layer.stream:
                 numbers.append(0)
             else:
-                numbers.append(numbers[-1] + (layer.kind != "cross" or before.kind == "cross"))
+                same = layer.beside or (layer.kind == "cross" and before.kind != "cross")
+                numbers.append(numbers[-1] + (not same))
         return tuple(numbers)
 
     @cached_property
@@ -155,8 +159,8 @@ class Graph:
         return found
 
     def attention(self, i: int) -> str:
-        """Name of the attention of layer i: "a3", or "decoder.x0"."""
-        letter = "x" if self.layers[i].kind == "cross" else "a"
+        """Name of the attention of layer i: "a3", "decoder.x0" or "blocks.s2"."""
+        letter = {"cross": "x", "state": "s"}.get(self.layers[i].kind, "a")
         return f"{self.prefixes[self.stream_of(i)]}{letter}{self.blocks[i]}"
 
     @cached_property
@@ -238,8 +242,10 @@ class Graph:
                 found.append(range(first, ends[spot.stream]))
                 continue
             layer = self.layers[spot.layer]
-            behind = layer.n_heads if spot.what == "mlp" and not layer.parallel else 0
-            found.append(range(first, self.first_sender(spot.layer) + behind))
+            if spot.what == "mlp" and not layer.parallel:
+                found.append(range(first, self.first_sender(spot.layer) + layer.n_heads))
+            else:
+                found.append(range(first, self.first_sender(spot.layer - layer.beside)))
         return tuple(found)
 
     @cached_property
@@ -295,7 +301,7 @@ class Graph:
         Raises:
             InterventionError: there is none, or it could be one of several.
         """
-        several = len(self.streams) > 1
+        several = any(self.streams)
         name = text = str(head)
         if isinstance(head, tuple) and len(head) == 2:
             name = f"{head[0]}.H{head[1]}" if isinstance(head[0], str) else f"a{head[0]}.h{head[1]}"
@@ -392,13 +398,3 @@ class Graph:
 @lru_cache(maxsize=8)
 def _shared(layers: tuple[Layer, ...], d_model: int) -> Graph:
     return Graph(layers, d_model)
-
-
-def same_graph(a: Graph, b: Graph) -> str:
-    """In what two graphs differ; "" if they are equal."""
-    if len(a.layers) != len(b.layers):
-        return f"{len(a.layers)} and {len(b.layers)} layers"
-    for i, (one, two) in enumerate(zip(a.layers, b.layers, strict=True)):
-        if one != two:
-            return f"layer {i} is {one} and {two}"
-    return "" if a.d_model == b.d_model else f"d_model {a.d_model} and {b.d_model}"

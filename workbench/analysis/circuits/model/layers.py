@@ -9,21 +9,21 @@ two layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.joints import Joint, call_of, find_joint
-from workbench.analysis.circuits.model.modules import LayerModules, Projection
+from workbench.analysis.circuits.model.modules import LayerModules, Projection, beside
 from workbench.analysis.circuits.model.nodes import Layer
-from workbench.analysis.circuits.model.recording import Recording, equal
+from workbench.analysis.circuits.model.reasons import two_mixers, why_no_sum
+from workbench.analysis.circuits.model.recording import Recording, equal, same_product, same_sum
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.projections import is_conv1d, projection_slices
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 
-_SUM = 1e-5  # by how much a sum may be off, number by number, of what is added up; at least two roundings
-_PRODUCT = 1e-4  # by how much a product may be off, of its length at each position; at least four roundings
 _INSTEAD = (
     "circuits need a stream that is a sum over heads and MLPs; head_importance, run_sweep, wb.ablate and wb.patch "
     "measure and change heads of any model"
@@ -47,7 +47,8 @@ class LayerFinder:
     def find(self) -> None:
         """Fill `layers`, `shapes` and `error`."""
         seen, blocks = self.seen, self.blocks
-        stream = seen.given[blocks[0]]
+        stream, side = seen.given[blocks[0]], beside(self.sites, blocks)
+        reads, factors = stream, [1.0] * len(blocks)
         # What the stream should be, as the model adds it up, and how large what was added is, number by number. Each
         # block is compared for itself, so that roundings do not add up over many.
         total = size = torch.zeros_like(stream)
@@ -60,21 +61,26 @@ class LayerFinder:
                     self._compare_sum(total, seen.given[block], size, f"the input of {block}")
                 stream = total = seen.given[block]
                 size = stream.abs()
-            elif self.layers[-1].mlp is not None or site.kind != "cross" or self.sites[i - 1].kind == "cross":
+                several = 1 + next((n for n, same in enumerate(side[i + 1 :]) if not same), len(blocks) - i - 1)
+                factors[i : i + several] = self._factors(i, several)
+            elif not side[i] and (self.layers[-1].mlp or site.kind != "cross" or self.sites[i - 1].kind == "cross"):
                 raise AttachError(
-                    f"the block {block} has two modules that mix positions, which read the stream beside each other",
-                    site=site.name,
-                    hint=_INSTEAD,
+                    two_mixers(seen, block, self.sites[i - 1].name, site.name), site=site.name, hint=_INSTEAD
                 )
             last = i + 1 == len(blocks) or blocks[i + 1] != block
             after = None if not last else seen.given[blocks[i + 1]] if i + 1 < len(blocks) else seen.gave[block]
             joint = find_joint(seen, site)
-            modules, shape = self._layer(site, block, joint, stream, after)
+            reads = reads if side[i] else stream
+            modules, shape = self._layer(site, block, joint, reads, stream, after, factors[i])
             self.layers.append(modules)
-            self.shapes.append(shape)
-            check_written(seen, site, modules.out, modules.w_o, modules.out_module, joint.heads)
-            stream = stream + seen.gave[modules.out]
-            written = [seen.gave[name] for name in (modules.out, *(modules.mlp or ())[-1:])]
+            self.shapes.append(replace(shape, beside=side[i]))
+            w_o = projection_slices(modules.out_module, modules.n_heads, modules.width)
+            check_written(seen, site, modules.out, w_o, modules.out_module, joint.heads)
+            written = [
+                _times(seen.gave[modules.out], factors[i]),
+                *(seen.gave[name] for name in (modules.mlp or ())[-1:]),
+            ]
+            stream = stream + written[0]
             for each in written:
                 total, size, whole = total + each, size + each.abs(), whole + each.double()
         self._compare_sum(total, seen.gave[blocks[-1]], size, f"the output of {blocks[-1]}")
@@ -88,10 +94,40 @@ class LayerFinder:
                 hint="a scale, a norm on the stream, or a module outside of the blocks changes it",
             )
 
+    def _factors(self, i: int, several: int) -> list[float]:
+        """By what a block multiplies what its mixers, from site i on, add to the stream; 1 where there is only one.
+
+        Found by the stream behind them, which some module reads, or which the block gives.
+        """
+        if several == 1:
+            return [1.0]
+        seen, block, sites = self.seen, self.blocks[i], self.sites[i : i + several]
+        lost = AttachError(two_mixers(seen, block, sites[0].name, sites[1].name), site=sites[1].name, hint=_INSTEAD)
+        if len({site.kind == "state" for site in sites}) < several:
+            raise lost  # the names of nodes tell a recurrence from attention
+        before = seen.given[block]
+        written = torch.stack([seen.gave[find_joint(seen, site).name] for site in sites], dim=-1)
+        inside = [name for name in dict.fromkeys(seen.order) if name.startswith(f"{block}.") and name in seen.given]
+        ends = [end for end in [*(seen.given[name] for name in inside), seen.gave[block]] if end.shape == before.shape]
+        parts = written.double()
+        for end in ends:
+            missing = (end.double() - before.double()).flatten()[:, None]
+            solved = torch.linalg.lstsq(parts.flatten(0, -2), missing).solution[:, 0]
+            for factors in (torch.ones_like(solved), solved):
+                total, size = before.double() + parts @ factors, before.double().abs() + parts.abs() @ factors.abs()
+                if bool((factors.abs() > 1e-6).all()) and same_sum(end, total, size, seen.eps):
+                    return [float(factor) for factor in factors]
+        raise lost
+
     def _layer(
-        self, site: Site, block: str, joint: Joint, before: Tensor, after: Tensor | None
+        self, site: Site, block: str, joint: Joint, reads: Tensor, before: Tensor, after: Tensor | None, factor: float
     ) -> tuple[LayerModules, Layer]:
-        """One layer; `before` is the stream that it reads, `after` that behind its MLP, None if it has none."""
+        """One layer.
+
+        Args:
+            reads: the stream that its heads read. before: to which they add, other than `reads` beside others.
+            after: behind its MLP; None if it has none. factor: of what they add.
+        """
         seen = self.seen
         call = call_of(seen, site)
         if seen.times.get(block, 0) != 1:
@@ -107,20 +143,20 @@ class LayerFinder:
             projection_slices(joint.module, n_heads, width)
         except CaptureError as error:
             raise AttachError(f"{joint.name}: {error.message}", site=site.name, hint=error.hint) from None
-        projections = {part: self._projection(site, block, part, before) for part in "qkv" if not joint.mixer}
-        mixer_norm = self._mixer_norm(site, block, before) if joint.mixer else None
-        attention = seen.gave[joint.name]
+        projections = {part: self._projection(site, block, part, reads) for part in "qkv" if not joint.mixer}
+        mixer_norm = self._mixer_norm(site, block, reads) if joint.mixer else None
+        attention = _times(seen.gave[joint.name], factor)
         last = None if after is None else find_mlp(seen, site, block, before, attention, after, joint.name)
         mlp, mlp_norm, parallel = None, None, False
         if last is not None:
-            mlp, mlp_norm, read = self._mlp(site, block, last, (before + attention, before))
+            mlp, mlp_norm, read = self._mlp(site, block, last, (before + attention, reads))
             parallel = read == 1
         n_kv = n_heads if joint.mixer else projections["k"].columns.shape[0]
         mixer = site.name if joint.mixer else None
         found = LayerModules(
-            block, site, joint.name, mlp, projections, joint.module, width, n_heads, mlp_norm, mixer, mixer_norm
+            block, site, joint.name, mlp, projections, joint.module, width, n_heads, mlp_norm, mixer, mixer_norm, factor
         )
-        kind = "cross" if site.kind == "cross" else "self"
+        kind = site.kind if site.kind == "cross" or (site.kind == "state" and self.blocks.count(block) > 1) else "self"
         return found, Layer(n_heads, n_kv, mlp is not None, parallel, kind, self.name, joint.mixer)
 
     def _mixer_norm(self, site: Site, block: str, before: Tensor) -> str | None:
@@ -327,26 +363,15 @@ def find_mlp(
     if not fitting:
         raise AttachError(
             f"the block {block} adds something to the residual stream that is neither its heads' output nor that of "
-            f"one module, in {seen.precision}: {_why_no_sum(seen, site, block, attention, after, out)}",
+            f"one module, in {seen.precision}: {why_no_sum(seen, site, block, before, attention, after, out)}",
             site=site.name,
             hint=_INSTEAD,
         )
     return min(fitting, key=_depth)
 
 
-def _why_no_sum(seen: Recording, site: Site, block: str, attention: Tensor, after: Tensor, out: str) -> str:
-    """What stands between the heads and the stream, where it can be named."""
-    for name in dict.fromkeys(seen.order):
-        if not name.startswith(f"{block}.") or site.name.startswith(f"{name}.") or name == out:
-            continue
-        gave, given = seen.gave.get(name), seen.given.get(name)
-        if gave is None or given is None or gave.shape != after.shape or equal(gave, given):
-            continue
-        if equal(given, attention):
-            return f"what they write goes through {name} first, and is no sum over heads behind a norm"
-        if equal(gave, after) and not site.name.startswith(name):
-            return f"the stream itself goes through {name}, and is no sum of what was written behind a norm"
-    return "a scale, or two MLPs?"
+def _times(t: Tensor, factor: float) -> Tensor:
+    return t if factor == 1.0 else t * factor
 
 
 def _depth(name: str) -> int:
@@ -358,23 +383,3 @@ def _far(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
     return float((a.double() - b.double()).abs().max()) / max(float(b.abs().max()), 1e-12)
-
-
-def same_sum(a: Tensor, b: Tensor, size: Tensor, eps: float) -> bool:
-    """Whether two sums are equal up to roundings.
-
-    Args:
-        size: what was added up, without its sign, number by number. eps: of the coarsest dtype in which it was.
-    """
-    if a.shape != b.shape:
-        return False
-    off = (a.double() - b.double()).abs()
-    return bool((off <= max(_SUM, 2 * eps) * size.double() + 1e-12 * size.double().amax()).all())
-
-
-def same_product(a: Tensor, b: Tensor, eps: float) -> bool:
-    """Whether two outputs [..., width] of a product are equal up to roundings, as vectors at each position."""
-    if a.shape != b.shape:
-        return False
-    off, length = (a.double() - b.double()).norm(dim=-1), b.double().norm(dim=-1)
-    return bool((off <= max(_PRODUCT, 4 * eps) * (length + 1e-6 * length.amax())).all())

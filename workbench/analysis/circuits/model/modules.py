@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -73,6 +73,7 @@ class LayerModules(Branches):
         projections: of the queries "q", keys "k" and values "v"; none where all heads read the stream through one door.
         mlp_norm: as in `Projection`.
         mixer: name of the module that reads the stream for all heads, if one does. mixer_norm: as in `Projection`.
+        factor: what the output of `out` is multiplied by before it is added to the stream.
     """
 
     projections: Mapping[str, Projection]
@@ -82,6 +83,7 @@ class LayerModules(Branches):
     mlp_norm: str | None
     mixer: str | None = None
     mixer_norm: str | None = None
+    factor: float = 1.0
 
     @property
     def reader(self) -> str:
@@ -92,10 +94,23 @@ class LayerModules(Branches):
 
     @property
     def w_o(self) -> Tensor:
-        """[head, width, d_model]."""
-        return projection_slices(self.out_module, self.n_heads, self.width)
+        """[head, width, d_model] of what is added to the stream."""
+        slices = projection_slices(self.out_module, self.n_heads, self.width)
+        return slices if self.factor == 1.0 else slices * self.factor
 
 
 def unchanged(tensor: Tensor) -> Tensor:
     """The tensor itself: what stands for a norm where there is none."""
     return tensor
+
+
+def beside(sites: Sequence[Site], blocks: Sequence[str]) -> list[bool]:
+    """For each site of a stream whether it mixes positions beside the one before it, in the same block.
+
+    Args:
+        blocks: name of the block of each site.
+    """
+    return [
+        i > 0 and blocks[i] == blocks[i - 1] and "cross" not in (site.kind, sites[i - 1].kind)
+        for i, site in enumerate(sites)
+    ]

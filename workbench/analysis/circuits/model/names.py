@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 
-_DOOR = re.compile(r"((?:\w+\.)*)([ax])(\d+)(?=<x>|$)")  # through which a mixer's heads read the stream
-_HEAD = re.compile(r"((?:\w+\.)*)([ax])(\d+)\.(h|kv)(\d+)")
+_DOOR = re.compile(r"((?:\w+\.)*)([asx])(\d+)(?=<x>|$)")  # through which a mixer's heads read the stream
+_HEAD = re.compile(r"((?:\w+\.)*)([asx])(\d+)\.(h|kv)(\d+)")
 _LABEL = re.compile(r"L(\d+)(?:H|KV)(\d+)")
 _SITE_LABEL = re.compile(r"(.+)\.(?:H|KV)\d+")
-_PARTS = {"a": "attn", "x": "cross_attn"}
+_PARTS = {"a": "attn", "s": "mixer", "x": "cross_attn"}
 
 
 def label(name: str) -> str:
     """A head node as the label that interventions take: L9H6, decoder.0.cross_attn.H1; other names as they are.
 
-    >>> label("a9.h6"), label("a9.kv2<k>"), label("m3"), label("decoder.x0.h1"), label("a3<x>")
-    ('L9H6', 'L9KV2<k>', 'm3', 'decoder.0.cross_attn.H1', 'L3<x>')
+    >>> label("a9.h6"), label("a9.kv2<k>"), label("m3"), label("decoder.x0.h1"), label("a3<x>"), label("blocks.s0.h1")
+    ('L9H6', 'L9KV2<k>', 'm3', 'decoder.0.cross_attn.H1', 'L3<x>', 'blocks.0.mixer.H1')
     """
     if door := _DOOR.match(name):
         prefix, letter, layer = door.groups()

@@ -13,8 +13,10 @@ class Layer:
     Attributes:
         n_heads, n_kv_heads: of the attention. mlp: whether there is one.
         parallel: the MLP reads what the heads read, not what they write.
-        kind: "self", or "cross" where keys and values are read from the end of the stream before this one.
+        kind: "self", "cross" where keys and values are read from the end of the stream before this one, or "state", a
+            recurrence in a block that has attention too.
         mixer: all heads read the stream as one receiver, "x".
+        beside: the heads read what those of the layer before read, not what they write: both are in one block.
         stream: the residual stream that it writes to, "encoder" or "decoder"; "" where there is only one.
     """
 
@@ -25,6 +27,7 @@ class Layer:
     kind: str = "self"
     stream: str = ""
     mixer: bool = False
+    beside: bool = False
 
     @property
     def n_senders(self) -> int:

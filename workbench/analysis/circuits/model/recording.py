@@ -17,6 +17,9 @@ from workbench.hooks.observer import observed
 from workbench.hooks.projections import ProjectionFinder
 from workbench.hooks.tap import AttentionCall
 
+_SUM = 1e-5  # by how much a sum may be off, number by number, of what is added up; at least two roundings
+_PRODUCT = 1e-4  # by how much a product may be off, of its length at each position; at least four roundings
+
 
 @dataclass
 class Recording:
@@ -139,3 +142,23 @@ def first_float(values: Any) -> Tensor | None:
 def equal(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two tensors hold the same numbers."""
     return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
+
+
+def same_sum(a: Tensor, b: Tensor, size: Tensor, eps: float) -> bool:
+    """Whether two sums are equal up to roundings.
+
+    Args:
+        size: what was added up, without its sign, number by number. eps: of the coarsest dtype in which it was.
+    """
+    if a.shape != b.shape:
+        return False
+    off = (a.double() - b.double()).abs()
+    return bool((off <= max(_SUM, 2 * eps) * size.double() + 1e-12 * size.double().amax()).all())
+
+
+def same_product(a: Tensor, b: Tensor, eps: float) -> bool:
+    """Whether two outputs [..., width] of a product are equal up to roundings, as vectors at each position."""
+    if a.shape != b.shape:
+        return False
+    off, length = (a.double() - b.double()).norm(dim=-1), b.double().norm(dim=-1)
+    return bool((off <= max(_PRODUCT, 4 * eps) * (length + 1e-6 * length.amax())).all())

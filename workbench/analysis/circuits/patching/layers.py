@@ -10,6 +10,7 @@ from workbench.analysis.circuits.engine.prompts import Where
 from workbench.analysis.circuits.engine.setup import DENOISING, Setup, open_setup
 from workbench.analysis.circuits.engine.stream import Key
 from workbench.analysis.circuits.model.branches import find_branches
+from workbench.analysis.circuits.model.names import label
 from workbench.analysis.circuits.patching.places import find_places, tokens_at
 from workbench.analysis.circuits.patching.results import LayerPatching
 from workbench.analysis.circuits.patching.running import (
@@ -77,8 +78,7 @@ def patch_layers(
         places = find_places(setup, positions, by_position)
         setup.measure_baselines()
         streams = [setup.graph.stream_of(i) for i, _ in found]
-        names = [f"{setup.graph.streams[s] or 'L'}{'.' if setup.graph.streams[s] else ''}{setup.graph.blocks[i]}"
-                 for s, (i, _) in zip(streams, found, strict=True)]  # fmt: skip
+        names = [_name(setup, i, key[0]) for i, key in found]
         units = [
             Unit(f"{name} {activation}", key, _start(setup, key), s)
             for name, s, (_, key) in zip(names, streams, found, strict=True)
@@ -123,6 +123,8 @@ def _places(setup: Setup, activation: str) -> list[tuple[int, Key]]:
     else:
         key = "mid" if what.startswith("resid_mid") else "attn"
         found = [(i, (key, i)) for i, layer in enumerate(graph.layers) if (layer.kind == "cross") == cross]
+        if key == "mid":  # of mixers side by side there is a stream behind all of them
+            found = [(i, at) for i, at in found if not any(layer.beside for layer in graph.layers[i + 1 : i + 2])]
         _check_there(setup, activation, key, [i for i, _ in found])
     if not found:
         raise InterventionError(
@@ -132,6 +134,15 @@ def _places(setup: Setup, activation: str) -> list[tuple[int, Key]]:
     if what.startswith("resid_mid"):
         _check_middle(setup, activation, [i for i, _ in found], blocks)
     return found
+
+
+def _name(setup: Setup, i: int, what: str) -> str:
+    """What the row of layer i is called: "L3", "decoder.3", or where a block has two mixers "blocks.3.attn"."""
+    graph = setup.graph
+    stream, block = graph.streams[graph.stream_of(i)], graph.blocks[i]
+    if what == "attn" and any(layer.beside for layer in graph.layers):
+        return label(graph.attention(i))
+    return f"{stream}.{block}" if stream else f"L{block}"
 
 
 def _check_there(setup: Setup, activation: str, what: str, layers: Iterable[int]) -> None:
@@ -151,6 +162,11 @@ def _check_middle(setup: Setup, activation: str, several: list[int], blocks: dic
         if layer.parallel:
             raise InterventionError(
                 f"the model has no {activation}: attention and MLP of {block} read the same stream, side by side",
+                hint='"resid_pre", "resid_post", "attn_out" and "mlp_out" are there',
+            )
+        if any(getattr(each, "factor", 1.0) != 1.0 for each in setup.stream.anatomy.branches if each.block == block):
+            raise InterventionError(
+                f"the model has no {activation}: {block} multiplies what its heads write before it adds it",
                 hint='"resid_pre", "resid_post", "attn_out" and "mlp_out" are there',
             )
         if last and not layer.mlp:

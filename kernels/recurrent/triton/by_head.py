@@ -1,27 +1,11 @@
-"""Linear recurrences as two Triton kernels: gated linear attention, and what a delta rule writes.
+"""Sums and systems of recurrences in which a head's state fades as a whole, as Triton kernels.
 
-With G_i the sum of log decays up to i, gated linear attention of three tensors in any roles is
-
-    f(q, k, v)_i = Σ_{j ≤ i} exp(G_i − G_j) (q_i·k_j) v_j        f′: the same for j < i        fᵀ, f′ᵀ: against time
-
-A delta rule writes u = β e, where e = v − f′(k, k, β e) is what of a value the state did not hold: the one thing that
-is no such sum, solved in blocks. All that is left are sums:
-
-    o  = f(q, k, u)
-    y  = fᵀ(k, q, do),  r = y − f′ᵀ(k, k, β r),  z = β r          without a delta rule u = v, z = y and no f′
-    dv = z,  dβ = r·e,  dq = f(do, u, k),  dk = a + b,  a = −f′(z, u, k),  b = fᵀ(u, do, q) − f′ᵀ(u, z, k)
-    dG = q·dq + k·a − k·b
-
-r obeys the equation of e against time. States go along: f begins with the initial state or its transpose, fᵀ with the
-gradient of the final one; f′ᵀ with none.
-
-Only `autograd.py` and lightning attention import this module, when they have CUDA tensors: Triton has no wheels for
-some systems.
+Sums of logs (base 2, within a block) are two floats each, whose differences are true to the last digit wherever they
+matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +14,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from workbench.kernels.recurrent.chunked import Inputs
 from workbench.kernels.recurrent.fades import SMALLEST_LOG
+from workbench.kernels.recurrent.triton.shared import (
+    SOLVED,
+    aligned,
+    aligned_state,
+    cut,
+    part_of,
+    precision,
+    solved,
+)
 
 BLOCK = 64
 """Positions per block of a sum for half precision."""
-_SOLVED = 16  # positions per block of the system
 _LOG2_E = 1.4426950408889634
 
 
@@ -62,8 +53,7 @@ def sum_kernel(
 ) -> None:
     """One program: all positions of one head, one tile of the width, one part of the features d.
 
-    The output is linear in the features, so that the parts' outputs add up to the whole. Sums of logs (base 2, within a
-    block) are two floats each, whose differences are true to the last digit wherever they matter.
+    The output is linear in the features, so that the parts' outputs add up to the whole.
     """
     sequence = tl.program_id(0).to(tl.int64)
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -186,10 +176,7 @@ def news_kernel(
         alike *= within * steps[:, None]
         found = tl.load(v + at * width + value_at, mask=here[:, None] & values, other=0.0).to(tl.float32)
         found -= held * since[:, None]
-        for i in range(1, BLOCK):
-            weights = tl.sum(tl.where(r[None, :] == i, alike, 0.0), axis=1)
-            taken = tl.sum(weights[:, None] * found, axis=0)
-            found = tl.where(r[:, None] == i, found - taken[None, :], found)
+        found = solved(found, alike, BLOCK)
         tl.store(out + at * width + value_at, found, mask=here[:, None] & values)
 
         written = found * (steps * until)[:, None]
@@ -215,7 +202,7 @@ def sum_tiles(dtype: torch.dtype, d: int, amd: bool) -> dict[str, int]:
     single = dtype == torch.float32
     return {
         "BLOCK": 32 if single else BLOCK,
-        "BLOCK_D": max(16, min(32 if single else 64, triton.next_power_of_2(d))),
+        "BLOCK_D": part_of(d, 32 if single else 64),
         "BLOCK_W": 16,
         "num_warps": 4 if single or amd else 8,
         "num_stages": 2,
@@ -224,20 +211,13 @@ def sum_tiles(dtype: torch.dtype, d: int, amd: bool) -> dict[str, int]:
 
 def news_tiles(dtype: torch.dtype, d: int) -> dict[str, int]:
     """The same of the system."""
-    part = max(16, min(32 if dtype == torch.float32 else 64, triton.next_power_of_2(d)))
-    return {"BLOCK": _SOLVED, "BLOCK_D": part, "BLOCK_W": 16, "num_warps": 4, "num_stages": 1}
-
-
-def precision(dtype: torch.dtype, amd: bool) -> str:
-    """How products with float32 factors are made: one pass of TF32 suffices for half inputs, float32 ones get three."""
-    if amd:
-        return "ieee"
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+    part = part_of(d, 32 if dtype == torch.float32 else 64)
+    return {"BLOCK": SOLVED, "BLOCK_D": part, "BLOCK_W": 16, "num_warps": 4, "num_stages": 1}
 
 
 @dataclass(frozen=True)
 class Sums:
-    """The sums f of one recurrence.
+    """The sums of one recurrence.
 
     Args:
         log_decay: [batch, head, position], at most zero; None for no decay.
@@ -249,47 +229,63 @@ class Sums:
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, *, reverse: bool = False,
-        strict: bool = False, dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """f(q, k, v), [batch, head, position, width] of that dtype, and the state it ends with, float32.
 
         Args:
             q, k: [batch, head, position, d]. v: [batch, head, position, width].
             state: [batch, head, d, width] to begin with; None for zeros.
-            reverse: against time. strict: for j < i.
+            reverse: against time.
         """
+        return self._sum(q, k, v, state, reverse, strict=False, dtype=dtype)
+
+    def keys(self, x: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None, *, reverse: bool = False) -> Tensor:
+        """Σ_{j < i} (x_i·v_j) k_j of what is left of j at i, and what x reads of the state: [batch, head, position, d].
+
+        Args:
+            x, v: [batch, head, position, width]. k, state, reverse: as above.
+        """
+        turned = None if state is None else state.mT
+        return self._sum(x, v, k, turned, reverse, strict=True, dtype=torch.float32)[0]
+
+    def _sum(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, reverse: bool, strict: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         if q.dtype != k.dtype:
             q, k = q.float(), k.float()
-        (q, k), v, state, cut = _aligned((q, k), v, state)
+        d, width = q.shape[3], v.shape[3]
+        q, k, v, first = aligned(q), aligned(k), aligned(v), aligned_state(state)
         sizes = sum_tiles(q.dtype, q.shape[3], torch.version.hip is not None)
-        (batch, heads, n, d), width = q.shape, v.shape[3]
-        split = triton.cdiv(d, sizes["BLOCK_D"])
+        (batch, heads, n, wide), widest = q.shape, v.shape[3]
+        split = triton.cdiv(wide, sizes["BLOCK_D"])
         out = torch.empty(split, *v.shape, dtype=dtype if split == 1 else torch.float32, device=v.device)
-        final = torch.empty(batch, heads, d, width, dtype=torch.float32, device=v.device)
-        first, totals = final if state is None else state, self._totals(q, sizes["BLOCK"])
+        final = torch.empty(batch, heads, wide, widest, dtype=torch.float32, device=v.device)
+        totals = self._totals(q, sizes["BLOCK"])
         with torch.cuda.device_of(v):
-            sum_kernel[batch * heads, triton.cdiv(width, sizes["BLOCK_W"]), split](
-                q, k, v, totals, first, out, final, batch * heads, n, d, width,
-                REVERSE=reverse, STRICT=strict, FROM_STATE=state is not None, PRECISION=self._precision, **sizes,
+            sum_kernel[batch * heads, triton.cdiv(widest, sizes["BLOCK_W"]), split](
+                q, k, v, totals, final if first is None else first, out, final, batch * heads, n, wide, widest,
+                REVERSE=reverse, STRICT=strict, FROM_STATE=first is not None, PRECISION=self._precision, **sizes,
             )  # fmt: skip
-        return cut(out[0] if split == 1 else out.sum(0).to(dtype), final)
+        return cut(out[0] if split == 1 else out.sum(0).to(dtype), width), cut(final, d, width)
 
     def news(
         self, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None, *, reverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """e = v − f′(k, k, β e), float32, and the state it ends with."""
-        (k,), v, state, cut = _aligned((k,), v, state)
-        (batch, heads, n, d), width = k.shape, v.shape[3]
-        sizes = news_tiles(k.dtype, d)
+        d, width = k.shape[3], v.shape[3]
+        k, v, first = aligned(k), aligned(v), aligned_state(state)
+        (batch, heads, n, wide), widest = k.shape, v.shape[3]
+        sizes = news_tiles(k.dtype, wide)
         out = torch.empty(v.shape, dtype=torch.float32, device=v.device)
-        final = v.new_zeros(batch, heads, d, width, dtype=torch.float32) if state is None else state.clone()
+        held = v.new_zeros(batch, heads, wide, widest, dtype=torch.float32) if first is None else first.clone()
         steps, totals = beta.to(torch.float32).contiguous(), self._totals(k, sizes["BLOCK"])
         with torch.cuda.device_of(v):
-            news_kernel[batch * heads, triton.cdiv(width, sizes["BLOCK_W"])](
-                k, v, steps, totals, out, final, batch * heads, n, d, width,
+            news_kernel[batch * heads, triton.cdiv(widest, sizes["BLOCK_W"])](
+                k, v, steps, totals, out, held, batch * heads, n, wide, widest,
                 REVERSE=reverse, PRECISION=self._precision, **sizes,
             )  # fmt: skip
-        return cut(out, final)
+        return cut(out, width), cut(held, d, width)
 
     @property
     def _precision(self) -> str:
@@ -304,65 +300,3 @@ class Sums:
         exact = logs.unflatten(1, (-1, block)).cumsum(-1).flatten(1)
         high = exact.float()
         return torch.stack((high, (exact - high.double()).float()))
-
-
-def forward(inputs: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output [batch, head, position, width] in v's dtype, and the final state [batch, head, d, width] float32."""
-    sums = Sums(inputs.log_decay, inputs.q.dtype)
-    written = inputs.v
-    if inputs.beta is not None:
-        written = sums.news(inputs.k, inputs.v, inputs.beta, state)[0] * inputs.beta[..., None].float()
-    return sums(inputs.q, inputs.k, written, state, dtype=inputs.v.dtype)
-
-
-def backward(
-    inputs: Inputs, state: Tensor | None, grad_out: Tensor, grad_state: Tensor | None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients of the inputs there are, by name, and of the initial state, from those of output and final state."""
-    q, k, v, beta = inputs.q, inputs.k, inputs.v, inputs.beta
-    sums = Sums(inputs.log_decay, q.dtype)
-    turned, grad_turned = (None if t is None else t.mT for t in (state, grad_state))
-    written, dv, found = v, None, {}
-    y, d_state = sums(k, q, grad_out, grad_state, reverse=True)
-    if beta is None:
-        final = None if grad_state is None else sums(k, k, v, state)[1]
-        dv, rows = y, None
-    else:
-        steps = beta[..., None].float()
-        news, final = sums.news(k, v, beta, state)
-        written = news * steps
-        reached, more = sums.news(k, y, beta, reverse=True)
-        d_state, dv = d_state - more, reached * steps
-        found["beta"] = (reached * news).sum(-1)
-        rows = -sums(dv, written, k, turned, strict=True)[0]
-    dq = sums(grad_out, written, k, turned)[0]
-    columns = sums(written, grad_out, q, grad_turned, reverse=True)[0]
-    if beta is not None:
-        columns = columns - sums(written, dv, k, reverse=True, strict=True)[0]
-    rows = torch.zeros_like(columns) if rows is None else rows
-    found |= {"q": dq, "k": rows + columns, "v": dv}
-    if inputs.log_decay is not None and inputs.log_decay.requires_grad:
-        d_total = (q * dq + k * (rows - columns)).double().sum(-1)
-        if final is not None and grad_state is not None:
-            d_total[..., -1] += (final * grad_state).double().sum((-1, -2))
-        found["log_decay"] = d_total.flip(-1).cumsum(-1).flip(-1)
-    return {name: t.to(getattr(inputs, name).dtype) for name, t in found.items()}, d_state
-
-
-def _aligned(
-    features: tuple[Tensor, ...], v: Tensor, state: Tensor | None
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """Contiguous tensors of widths that divide by 16, and a function that cuts results back to size.
-
-    Unaligned loads would need more registers than there are; zeros add nothing.
-    """
-    d, width = features[0].shape[3], v.shape[3]
-    more_d, more = -d % 16, -width % 16
-
-    def cut(out: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
-        if not more_d and not more:
-            return out, final
-        return out[..., :width].contiguous(), final[..., :d, :width].contiguous()
-
-    state = None if state is None else pad(state.to(torch.float32), (0, more, 0, more_d)).contiguous()
-    return tuple(pad(t, (0, more_d)).contiguous() for t in features), pad(v, (0, more)).contiguous(), state, cut

@@ -1,0 +1,1 @@
+"""What benchmarks/rooms.py trains, measures and says of it."""

@@ -1,0 +1,229 @@
+"""What is claimed of mechanisms, and the rule by which each claim holds or does not: written down before any figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from trained.plan import HYBRIDS, PLAIN, Model
+from trained.runs import LOSSES, Difference, Runs
+from workbench.analysis.statistics.intervals import rank_correlation
+
+BY = "benchmarks/rooms.py"
+MARGIN = 0.02  # nats a byte, or a share of the images: what is as good
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a card says of a claim: see `Claim`."""
+
+    how: str
+    found: str
+    outcome: str
+
+
+class Rule(Protocol):
+    """How a claim is examined; None where the runs that it needs are missing."""
+
+    mechanism: str
+    says: str
+
+    def examine(self, runs: Runs) -> Found | None: ...
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Each of the models is worse than another by less than the margin, or by more.
+
+    Attributes:
+        models: they are. than: the other.
+        by: "less" where the models are said to be as good, "more" where the other is said to be better.
+        needs: what the other has to reach, so that there is something to lose.
+        also: scores that are told and do not count. sizes: whether parameters are told. note: what else is to be known.
+    """
+
+    mechanism: str
+    says: str
+    models: tuple[Model, ...]
+    than: Model
+    by: Literal["less", "more"]
+    score: str = "text"
+    margin: float = MARGIN
+    needs: float | None = None
+    also: tuple[str, ...] = ()
+    sizes: bool = False
+    note: str = ""
+
+    def examine(self, runs: Runs) -> Found | None:
+        each_found = [runs.worse(each, self.than, self.score) for each in self.models]
+        found = [each for each in each_found if each is not None]
+        if len(found) < len(self.models):
+            return None
+        below, above = ([each.high < self.margin for each in found], [each.low > self.margin for each in found])
+        holding, failing = (below, above) if self.by == "less" else (above, below)
+        outcome = "holds" if all(holding) else "does not hold" if any(failing) else "undecided"
+        if self.needs is not None and found[0].b < self.needs:
+            outcome = "undecided"
+        return Found(self._how(found), self._found(runs, found), outcome)
+
+    def _how(self, found: Sequence[Difference]) -> str:
+        unit = "held-out nats a byte" if self.score in LOSSES else "share of right answers"
+        told = [f"{self.score}: {unit}", f"worse by {self.by} than {self.margin:g}?", self.note]
+        if self.needs is not None:
+            told.append(f"undecided where {named(self.than)} is below {self.needs:g}")
+        seeds = " and ".join(f"{a} against {b}" for a, b in sorted({(each.n_a, each.n_b) for each in found}))
+        told += [f"seeds: {seeds}", f"t with the spread of seeds pooled over models, df {found[0].df}", BY]
+        return "; ".join(filter(None, told))
+
+    def _found(self, runs: Runs, found: Sequence[Difference]) -> str:
+        told = [f"{named(self.than)} {found[0].b:.3f}"]
+        for each in found:
+            ends = f"(95 %: {each.low:+.3f} to {each.high:+.3f})"
+            told.append(f"{named(each.model)} {each.a:.3f}, worse by {each.mean:+.3f} {ends}")
+        models = [self.than, *self.models]
+        for score in self.also:
+            told.append(f"{score}: " + ", ".join(f"{named(each)} {runs.mean(each, score):.2f}" for each in models))
+        if self.sizes:
+            sizes = ", ".join(f"{named(each)} {runs.of(each)[0]['parameters']:,}" for each in models)
+            told.append(f"parameters: {sizes}")
+        return "; ".join(told)
+
+
+def named(model: Model) -> str:
+    """A model in words."""
+    return "plain attention" if model == Model(model.work, PLAIN) else str(model)
+
+
+@dataclass(frozen=True)
+class Likes:
+    """Over the routed heads of all runs, the mean gate goes with what the loss gains when the head is switched off."""
+
+    mechanism: str
+    says: str
+    models: tuple[Model, ...]
+
+    def examine(self, runs: Runs) -> Found | None:
+        from scipy.stats import rankdata, spearmanr
+
+        gates, costs, n_runs = [], [], 0
+        for run in (run for each in self.models for run in runs.of(each)):
+            routed = run["heads"]
+            gates += list(rankdata([head["gate"] for head in routed]))
+            costs += list(rankdata([head["cost"] for head in routed]))
+            n_runs += 1
+        if not n_runs:
+            return None
+        rho = float(spearmanr(gates, costs).statistic)
+        low, high = rank_correlation(rho, len(gates))
+        outcome = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+        how = (
+            f"Spearman's ρ of mean gate and cost in text loss of zero ablation, ranked within each model, of "
+            f"{len(gates)} routed heads of {n_runs} models as if they were independent, {BY}"
+        )
+        return Found(how, f"ρ = {rho:+.2f} (95 %: {low:+.2f} to {high:+.2f})", outcome)
+
+
+def _text(name: str) -> Model:
+    return Model("text", name)
+
+
+def _images(name: str, mlp: bool = True) -> Model:
+    return Model("images", name, mlp=mlp)
+
+
+def _as_good(mechanism: str, says: str, *models: Model, than: Model | None = None, **more: Any) -> Compared:
+    return Compared(mechanism, says, models, than or Model(models[0].work, PLAIN), "less", **more)
+
+
+def _better(mechanism: str, says: str, model: Model, *others: Model, margin: float = 0.0, **more: Any) -> Compared:
+    return Compared(mechanism, says, others, model, "more", margin=margin, **more)
+
+
+_NO_MLP = _images("reduced:original", mlp=False)
+RULES: tuple[Rule, ...] = (
+    _better(
+        "sqa", "At equal parameters the loss is a little above that of grouped-query attention.",
+        _text("sqa:gqa"), _text("sqa"), also=("copy", "recall 26"),
+        note="with 4 heads GQA has one of keys and values, as MQA does",
+    ),
+    _as_good(
+        "moh", "With 50 to 90 % of its heads active it is as good as attention with all heads.",
+        _text("moh"), _text("moh:half"), also=("copy", "recall 26"), note="75 and 50 % of 4 heads",
+    ),
+    Likes(
+        "moh", "Heads that the router likes are those whose ablation costs most.", (_text("moh"), _text("moh:half"))
+    ),
+    _as_good(
+        "aaren", "It is as good as a transformer of equal size on sequence tasks.", _text("aaren"),
+        also=("copy", "recall 8"),
+    ),
+    _as_good(
+        "s2", "Models with it reach the loss of models with dense attention.", _text("s2"), also=("copy", "recall 26")
+    ),
+    _as_good(
+        "s2", "A few dense heads find a needle over the whole length.", _text("s2:one dense head"),
+        score="needle far", margin=0.05, needs=0.5,
+    ),
+    _better(
+        "rcmha", "It is more accurate than relative attention without filters.",
+        _text("rcmha"), _text("rcmha:relative"), also=("copy", "recall 26"),
+    ),
+    _as_good(
+        "long_lora", "Models trained with shifted groups reach about the loss of training with full attention.",
+        _text("long_lora"), score="text, all seen", also=("text",),
+        note="trained from scratch in groups, and every token sees all before it in the test",
+    ),
+    _better(
+        "long_lora", "Without the shift information does not pass between groups, and the loss is higher.",
+        _text("long_lora"), _text("long_lora:unshifted"), also=("needle far",),
+    ),
+    _better(
+        "sink_lora", "It is nearer to full attention than LongLoRA's shifted groups.",
+        _text("sink_lora"), _text("long_lora"), also=("needle far",),
+    ),
+    _better(
+        "routing", "Clusters chosen by content beat windows of the same cost on text.",
+        _text("routing"), _text("routing:local alone"), also=("recall 26",),
+        note="which tokens a cluster holds depends on later ones too",
+    ),
+    _better(
+        "deconstructed", "Mixing tokens is indispensable: with an MLP in every layer a model learns little.",
+        _text(PLAIN), _text("deconstructed:mlp"), margin=0.1, also=("copy", "recall 26"),
+    ),
+    _as_good(
+        "deconstructed", "Where some layers stay standard, all other variants come near to standard attention.",
+        *HYBRIDS, margin=0.05,
+    ),
+    _better(
+        "deconstructed",
+        "Alone, the polynomial is nearest to it; fixed queries and keys, or one score a key, are worse.",
+        _text("deconstructed"), *(_text(f"deconstructed:{form}") for form in ("keys", "random", "embedding", "text")),
+    ),
+    _as_good("agent", "It is as good as softmax attention on images.", _images("agent"), score="3 digits",
+             also=("1 digit",)),
+    _better(
+        "halo", "A halo lets blocks pass information on, and is better than windows without one.",
+        _images("halo"), _images("halo:window"), score="3 digits", also=("1 digit",),
+    ),
+    _as_good(
+        "reduced", "Without its MLP a model of a third of the parameters generalises about as well on digits.",
+        _NO_MLP, score="1 digit", also=("3 digits",), sizes=True,
+    ),
+    _as_good(
+        "reduced", "A symmetric similarity costs little accuracy, and saves a quarter of attention's parameters.",
+        _images("reduced:shared", mlp=False), than=_NO_MLP, score="1 digit", also=("3 digits",), sizes=True,
+    ),
+    _better(
+        "reduced", "With one matrix for similarity and none for values it is a little worse.",
+        _NO_MLP, _images("reduced:minimal", mlp=False), score="1 digit", also=("3 digits",), sizes=True,
+    ),
+)  # fmt: skip
+
+
+def examined(runs: Runs) -> Iterator[tuple[Rule, Found]]:
+    """What was found of each claim whose runs are there."""
+    for rule in RULES:
+        found = rule.examine(runs)
+        if found is not None:
+            yield rule, found

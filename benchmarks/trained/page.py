@@ -1,0 +1,88 @@
+"""The sections of docs/benchmarks.md on what mechanisms learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import fmean
+
+from shared.measuring import table
+
+from trained.claims import MARGIN, Found, Rule, named
+from trained.plan import PLAIN, ROWS, STEPS, Model
+from trained.runs import Runs
+
+WORKS = {
+    "text": """bytes of Python's standard library, with eight modules held out, and a quarter of the rows recall and
+copying; 3 layers, d_model 64, 4 heads, 128 tokens""",
+    "images": """generated scenes of one to three coloured digits, of which that in the square's colour is to be read; 2
+layers, d_model 64, 4 heads, 8 × 8 patches""",
+}
+SCORES = {
+    "text": {"text": 3, "repeats": 3, "copy": 2, "recall 8": 2, "recall 26": 2, "needle": 2, "needle far": 2},
+    "images": {"1 digit": 3, "3 digits": 3},
+}
+MEANS = {
+    "text": """Losses in nats a byte: of `text`, and of `repeats`, bytes whose last four came before. Shares of right
+answers: of strings that come again (`copy`), of letters' digits in a stream of 8 or 26 letters (`recall`), and of a
+letter that came once before (`needle`; in the first half: `needle far`).""",
+    "images": "Shares of right answers; with three digits a model that reads without choosing has a third.",
+}
+
+
+def section(work: str, runs: Runs) -> str:
+    """What models of a work learned."""
+    models = sorted(runs.models(work), key=lambda each: (each != Model(work, PLAIN), each.key))
+    rows, spread = [], []
+    for model in models:
+        found = runs.of(model)
+        cells = [f"{fmean(runs.values(model, score)):.{digits}f}" for score, digits in SCORES[work].items()]
+        rows.append([named(model), f"{found[0]['parameters']:,}", str(len(found)), *cells])
+    for score in SCORES[work]:
+        sd, df = runs.spread(work, score)
+        if df:
+            spread.append(f"{score} {sd:.3f}" + (f" ({df} degrees of freedom)" if not spread else ""))
+    pooled = f"\nStandard deviation over seeds, pooled over models: {', '.join(spread)}." if spread else ""
+    first = runs.of(models[0])[0]
+    return f"""`python benchmarks/rooms.py`: each mechanism in every layer of the same small model, trained on the same
+data for {STEPS[work]} steps of {ROWS[work]} rows: {WORKS[work]}.
+MLPs are as wide as makes all models as large as that of plain attention, unless there is none. The work and the rates
+were chosen so that plain attention learns it, and rates were swept for no other mechanism: this is no ranking.
+
+{table(["model", "parameters", "seeds", *SCORES[work]], rows)}
+
+{MEANS[work]} Means over seeds.{pooled}
+Python {first["python"]}, torch {first["torch"]}."""
+
+
+def claims(found: Iterable[tuple[Rule, Found]]) -> str:
+    """Where claims stand."""
+    rows = [[rule.mechanism, rule.says, one.outcome, one.found, one.how] for rule, one in found]
+    return f"""`python benchmarks/rooms.py`: what papers claim of quality, at our scale. The rules
+(benchmarks/trained/claims.py) were written down before the figures. A mechanism is as good as another where the whole
+interval of how much worse it is lies below the margin, which is {MARGIN:g} unless said; where the interval holds the
+margin, the claim is undecided. Intervals are Student's t, with a spread over seeds that is taken as the same for all
+models of a work.
+
+{table(["mechanism", "claim", "at our scale", "found", "how"], rows)}"""
+
+
+def reduced(runs: Runs) -> str:
+    """How the heads of reduced models are like those of plain attention; empty where nothing was measured."""
+    rows = []
+    for model in runs.models("images"):
+        found = [run for run in runs.of(model) if "alike" in run]
+        if found:
+            layers = range(len(found[0]["alike"]))
+            others = [run for run in found if model.name != PLAIN or run["seed"]]  # not itself
+            cells = [f"{fmean(fmean(run['alike'][layer]) for run in others):.2f}" if others else "" for layer in layers]
+            cells += [" ".join(f"{cost:.2f}" for at, _, cost in found[0]["costs"] if at == layer) for layer in layers]
+            rows.append([named(model), str(len(found)), *cells])
+    if not rows:
+        return ""
+    head = ["model", "seeds", "CKA, layer 0", "CKA, layer 1", "costs, layer 0", "costs, layer 1"]
+    return f"""`python benchmarks/rooms.py`: heads of reduced transformers against those of plain attention (seed 0) on
+images: the largest linear CKA of what a head gives with what a head of the same layer gives there, a mean over heads
+and seeds (of plain attention, other seeds); and what the loss on scenes with three digits gains without each head, of
+the first seed.
+
+{table(head, rows)}"""

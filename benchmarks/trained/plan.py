@@ -1,0 +1,105 @@
+"""Which models are trained, in the order of their worth: where time is short, what is missing is at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workbench import mechanisms
+from workbench.mechanisms.deconstructed import laid_out
+from workbench.mechanisms.training.work import LAYERS, size_of, width_for
+
+PLAIN = "sqa:mha"
+STEPS, ROWS = {"text": 600, "images": 800}, {"text": 16, "images": 32}
+FORMS = ("mlp", "keys", "random", "embedding", "text", "taylor")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One to be trained.
+
+    Attributes:
+        work: "text" or "images". name: of the mechanism, with its variant.
+        layout: which layers stay plain attention.
+        mlp: whether there are MLPs, as wide as makes the model as large as one of plain attention.
+    """
+
+    work: str
+    name: str
+    layout: str = "uniform"
+    mlp: bool = True
+
+    @property
+    def layers(self) -> list[str]:
+        """The mechanism of each layer."""
+        return laid_out(self.name, self.layout, LAYERS[self.work], PLAIN)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLPs."""
+        plain = [PLAIN] * LAYERS[self.work]
+        return width_for(self.work, self.layers, size_of(self.work, plain)) if self.mlp else 0
+
+    @property
+    def key(self) -> tuple[str, str, str, bool]:
+        """What tells it from others, as a run is kept with it."""
+        return self.work, self.name, self.layout, self.mlp
+
+    def __str__(self) -> str:
+        notes = [] if self.layout == "uniform" else [f"{self.layout} layers plain"]
+        notes += [] if self.mlp else ["no MLP"]
+        return " ".join([self.name, *(f"({note})" for note in notes)])
+
+
+HYBRIDS = [Model("text", f"deconstructed:{form}", "even") for form in FORMS]
+SHIPPED_VARIANTS = {PLAIN, "deconstructed:mlp", "s2:one dense head"}
+
+
+def plan() -> list[tuple[Model, int]]:
+    """All models and seeds, the most valuable first.
+
+    Rooms and, for the spread over seeds, a few models again; then what claims compare, hybrids, and further seeds.
+    """
+    first = [
+        *text(PLAIN), *images(PLAIN), *text("moh", "deconstructed:mlp"), *images("agent"), *text("aaren"),
+        *text(PLAIN, seed=1), *text("s2"), *images(PLAIN, seed=1), *text("sqa", "deconstructed"), *images("halo"),
+        *text("deconstructed:mlp", seed=1), *text("long_lora", "sqa:gqa"), *images("reduced:original", mlp=False),
+        *images("agent", seed=1), *text("rcmha", "routing"), *images("reduced", "moh"), *text("sink_lora", "reduced"),
+        *text(PLAIN, seed=2), *images(PLAIN, seed=2),
+    ]  # fmt: skip
+    compared = [
+        *text("moh:half", "rcmha:relative", "long_lora:unshifted"), *images("halo:window"),
+        *images("reduced:shared", "reduced:minimal", mlp=False), *text("s2:one dense head", "routing:local alone"),
+        *text("deconstructed:keys", "deconstructed:random", "deconstructed:embedding", "deconstructed:text"),
+        *[(each, 0) for each in HYBRIDS], *text("sqa:ssqa", "sqa:xsqa"),
+    ]  # fmt: skip
+    again = [(model, seed) for seed in (1, 2) for model, drawn in first + compared if drawn == 0]
+    return list(dict.fromkeys([*first, *[(each, 0) for each in standing()], *compared, *again]))
+
+
+def text(*names: str, seed: int = 0) -> list[tuple[Model, int]]:
+    """Language models to be trained."""
+    return [(Model("text", name), seed) for name in names]
+
+
+def images(*names: str, mlp: bool = True, seed: int = 0) -> list[tuple[Model, int]]:
+    """Image models to be trained."""
+    return [(Model("images", name, mlp=mlp), seed) for name in names]
+
+
+def standing() -> list[Model]:
+    """Every room with the works that it can stand in."""
+    found = []
+    for room in mechanisms.list():
+        if room.inputs is not None:  # it is given more than what these models have
+            continue
+        causal, grid = room.card.causal, room.card.grid
+        if causal != "never" and not grid:
+            found.append(Model("text", room.name))
+        if grid or causal == "never":
+            found.append(Model("images", room.name))
+    return found
+
+
+def ships(model: Model) -> bool:
+    """Whether the model of seed 0 is shipped: one for each room and work, and variants that are looked at beside it."""
+    return model.layout == "uniform" and model.mlp and (":" not in model.name or model.name in SHIPPED_VARIANTS)

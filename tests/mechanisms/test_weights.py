@@ -1,0 +1,195 @@
+"""Trained models that are shipped: what their files say is so, and what cards say of them follows from the runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from workbench import WorkbenchError, mechanisms
+from workbench.mechanisms import Card, Claim
+from workbench.mechanisms.frame import findings
+from workbench.mechanisms.training import corpus, runs, score_images, score_text, shipped
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(shipped.WEIGHTS.glob("*/*.safetensors"))
+MOST = 300_000  # bytes of a file
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    """The modules of benchmarks/trained that judge, as the script imports them."""
+    folder = ROOT / "benchmarks" / "trained"
+    spec = importlib.util.spec_from_file_location(
+        "trained", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    sys.modules["trained"] = importlib.util.module_from_spec(spec)
+    try:
+        yield _Modules()
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "trained"]:
+            del sys.modules[name]
+
+
+class _Modules:
+    def __getattr__(self, name: str) -> ModuleType:
+        return importlib.import_module(f"trained.{name}")
+
+
+def test_every_file_is_small_trained_in_full_and_listed() -> None:
+    listed = mechanisms.trained_models()
+    assert len(listed) == len(FILES) > 0
+    kept = {(run["work"], run["name"]): run for run in shipped.read_runs() if run["seed"] == 0 and run["hidden"]}
+    for row in listed.itertuples():
+        found = mechanisms.trained(row.name, row.work)
+        assert shipped.file_of(row.name, row.work).stat().st_size <= MOST
+        assert not found.model.training
+        assert set(found.model.stack.layers) == {row.name}
+        run = kept[row.work, row.name]
+        steps, losses = zip(*found.facts["losses"], strict=True)
+        assert losses[-1] < losses[0]
+        assert steps[-1] == found.facts["steps"] == run["steps"] > 100
+        assert (found.facts["quick"], found.facts["seed"], found.facts["rows"]) == (False, 0, run["rows"])
+        assert all(run["scores"][name] == value for name, value in found.scores.items())
+
+
+def test_all_models_of_a_work_had_the_same_budget_and_plain_attention_is_among_them() -> None:
+    table = runs()
+    for work in table["work"].unique():
+        of_work = [run for run in shipped.read_runs() if run["work"] == work]
+        assert len({(run["steps"], run["rows"]) for run in of_work}) == 1
+        plain = next(run for run in of_work if (run["name"], run["seed"]) == ("sqa:mha", 0))
+        for run in of_work:
+            assert run["parameters"] <= plain["parameters"]
+            if run["hidden"]:
+                assert run["parameters"] > 0.98 * plain["parameters"]
+        assert shipped.file_of("sqa:mha", work).is_file()
+
+
+@pytest.mark.parametrize("work", ["text", "images"])
+def test_scores_in_a_file_are_those_of_its_weights(work: str) -> None:
+    found = mechanisms.trained("sqa:mha", work)
+    if work == "images":
+        again = score_images(found.model)
+    elif corpus("held out").digest != found.facts["split_digest"]:
+        pytest.skip("another Python has another library")
+    else:
+        again = score_text(found.model, corpus("held out"))
+    assert again == pytest.approx(found.scores, abs=0.005)
+
+
+def test_what_is_not_shipped_is_refused_with_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WorkbenchError, match='work="sound" is not known'):
+        mechanisms.trained("moh", work="sound")
+    with pytest.raises(WorkbenchError, match='no model of "sqa:mah" trained on text') as caught:
+        mechanisms.trained("sqa:mah")
+    assert 'did you mean "sqa:mha"' in str(caught.value.hint)
+    assert "mechanisms.trained_models()" in str(caught.value.hint)
+    monkeypatch.setattr(shipped, "_shipped", lambda: [("sqa:mha", "text"), ("agent", "images")])
+    with pytest.raises(WorkbenchError) as caught:
+        mechanisms.trained("agent")  # which sees images alone
+    assert 'work="images"' in str(caught.value.hint)
+
+
+def test_a_model_is_the_caller_s_own() -> None:
+    first, second = (mechanisms.trained("sqa:mha").model for _ in range(2))
+    with torch.no_grad():
+        first.embed.weight.zero_()
+    assert second.embed.weight.any()
+
+
+def test_cards_say_what_follows_from_the_runs(bench: Any) -> None:
+    judged = list(bench.claims.examined(bench.runs.Runs.read()))
+    said: dict[str, dict[str, dict[str, str]]] = {}
+    for rule, found in judged:
+        claims = {claim.says: claim for claim in mechanisms.get(rule.mechanism).card.claims}
+        claim = claims[rule.says]
+        assert (claim.how, claim.found, claim.outcome) == (found.how, found.found, found.outcome)
+        said.setdefault(rule.mechanism, {})[rule.says] = vars(found)
+    assert findings.findings() == said
+
+
+def test_every_rule_is_of_a_claim_on_a_card_and_of_models_in_the_plan(bench: Any) -> None:
+    for rule in bench.claims.RULES:
+        assert rule.says in {claim.says for claim in mechanisms.get(rule.mechanism).card.claims}
+    order = bench.plan.plan()
+    assert len(order) == len(set(order))
+    planned = {model for model, _ in order}
+    for rule in bench.claims.RULES:
+        assert {*rule.models, getattr(rule, "than", rule.models[0])} <= planned
+
+
+def _run(name: str, seed: int, **scores: float) -> dict[str, Any]:
+    return {"work": "text", "name": name, "layout": "uniform", "hidden": 9, "seed": seed, "scores": scores}
+
+
+def test_differences_have_the_spread_of_all_models(bench: Any) -> None:
+    Model, Runs = bench.plan.Model, bench.runs.Runs
+    sd, df = bench.runs.pooled([[1.0, 3.0], [10.0, 10.0, 13.0], [7.0]])
+    assert (sd, df) == (pytest.approx((8 / 3) ** 0.5), 3)
+    found = Runs([_run("a", 0, text=1.0), _run("a", 1, text=3.0), _run("b", 0, text=5.0, copy=0.5)])
+    a, b = Model("text", "a"), Model("text", "b")
+    worse = found.worse(b, a, "text")
+    assert (worse.mean, worse.df) == (3.0, 1)
+    half = 12.706 * 2**0.5 * (1 / 2 + 1) ** 0.5  # Student's t of one degree of freedom
+    assert (worse.low, worse.high) == (pytest.approx(3 - half, abs=1e-3), pytest.approx(3 + half, abs=1e-3))
+    assert found.worse(b, a, "copy") is None
+    shares = Runs([_run("a", seed, copy=0.9 + seed / 100) for seed in range(3)] + [_run("b", 0, copy=0.5)])
+    assert shares.worse(b, a, "copy").mean == pytest.approx(0.41)  # a smaller share is worse
+
+
+@pytest.mark.parametrize(
+    ("loss", "as_good", "better"),
+    [
+        (1.5, "holds", "does not hold"),
+        (1.615, "undecided", "undecided"),
+        (1.7, "does not hold", "holds"),
+    ],
+)
+def test_outcomes_follow_from_intervals(bench: Any, loss: float, as_good: str, better: str) -> None:
+    Model = bench.plan.Model
+    plain = [_run("sqa:mha", seed, text=1.6 + 0.01 * (seed - 1)) for seed in range(3)]
+    other = [_run("moh", seed, text=loss + 0.01 * (seed - 1)) for seed in range(3)]
+    found = bench.runs.Runs([*plain, *other])
+    moh, sqa, aaren = (Model("text", name) for name in ("moh", "sqa:mha", "aaren"))
+    less = bench.claims.Compared("moh", "It is as good.", (moh,), sqa, "less").examine(found)
+    assert less.outcome == as_good
+    assert "plain attention 1.600" in less.found
+    assert "seeds: 3 against 3" in less.how
+    more = bench.claims.Compared("sqa", "It is better.", (moh,), sqa, "more", margin=0.0).examine(found)
+    assert more.outcome == better
+    assert bench.claims.Compared("moh", "It is as good.", (moh, aaren), sqa, "less").examine(found) is None
+    nothing_to_lose = bench.claims.Compared("moh", "It is as good.", (moh,), sqa, "less", needs=2.0)
+    assert nothing_to_lose.examine(found).outcome == "undecided"
+
+
+def test_alignment_is_of_what_heads_give_but_for_turning_and_scale(bench: Any) -> None:
+    torch.manual_seed(0)
+    x, turn = torch.randn(40, 5, dtype=torch.float64), torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
+    assert bench.measured.cka(x, 3 * x @ turn + 1) == pytest.approx(1)
+    y = torch.randn(40, 3, dtype=torch.float64)
+    centred = torch.eye(40, dtype=torch.float64) - 1 / 40
+    k, its = (centred @ t @ t.mT @ centred for t in (x, y))  # the definition, with kernels
+    assert bench.measured.cka(x, y) == pytest.approx(float((k * its).sum() / (k.norm() * its.norm())))
+    model = mechanisms.trained("sqa:mha", "images").model
+    images = torch.randn(2, 3, 32, 32)
+    found = torch.tensor(bench.measured.alike(model, model, images))
+    torch.testing.assert_close(found, torch.ones(2, 4), atol=1e-5, rtol=0)
+
+
+def test_only_open_claims_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"mean": {"It mixes.": {"how": "a script", "found": "12", "outcome": "holds"}}}
+    monkeypatch.setattr(findings, "findings", lambda: found)
+    done = Claim("It is small.", "another script", "10 %", "undecided")
+    card = Card("Mean", "2601.00001", "A", "m", "self", "exact", "O(n)", "never", "None.", (Claim("It mixes."), done))
+    filled = findings.with_findings("mean", card)
+    assert filled.claims == (Claim("It mixes.", "a script", "12", "holds"), done)
+    assert findings.with_findings("mean", filled) is filled
+    assert findings.with_findings("other", card) is card

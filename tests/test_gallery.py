@@ -1,0 +1,221 @@
+"""The gallery of mechanisms: what a room holds, what the matrix says, and that the page is whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import workbench
+from workbench import WorkbenchError, mechanisms
+from workbench.gallery import build
+from workbench.mechanisms import Card, Claim, Mechanism, Mixer, Place, rooms
+from workbench.mechanisms.frame import catalogue
+from workbench.mechanisms.rooms.costs import cost_of
+from workbench.mechanisms.rooms.inputs import LOSS, TEXT, Examples, shown_text
+from workbench.mechanisms.training import TrainedModel
+from workbench.mechanisms.training.text import IGNORE
+from workbench.mechanisms.training.work import run_work
+from workbench.report import check
+from workbench.views import all_of, of
+from workbench.views.results.mechanisms import matrix
+
+
+@pytest.fixture(scope="module")
+def quick() -> TrainedModel:
+    """A mixture of heads that was trained for three steps."""
+    return run_work("text", ["moh"] * 3, quick=True)
+
+
+@pytest.fixture(scope="module")
+def moh(quick: TrainedModel) -> mechanisms.Room:
+    return mechanisms.room("moh", {"text": quick})
+
+
+@pytest.fixture(scope="module")
+def unseen() -> mechanisms.Room:
+    """A mechanism of which nothing is shipped."""
+    return mechanisms.room("agent:few")
+
+
+def titles(one: object) -> list[str]:
+    return [view.spec.title for view in all_of(one)]
+
+
+def test_the_text_that_all_are_shown_begins_again() -> None:
+    assert len(TEXT) == 87  # with BOS 88 tokens, which a small map shows cell by cell
+    ids = shown_text()
+    assert ids.shape == (1, 88)
+    assert 0 < int(ids[0, 1:].min()) <= int(ids.max()) < 127
+    again = TEXT.index("(row):\n    s = sum(row)\n    return ", 20)
+    assert TEXT[again:] == TEXT[7 : 7 + len(TEXT) - again]
+
+
+def test_the_loss_of_an_example_is_that_of_what_counts_in_it() -> None:
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, IGNORE, 2], [IGNORE, IGNORE, 4]])
+    nats = -logits.log_softmax(-1)
+    found = LOSS(logits, Examples({}, labels))
+    torch.testing.assert_close(found, torch.stack([(nats[0, 0, 1] + nats[0, 2, 2]) / 2, nats[1, 2, 4]]))
+    classes = torch.tensor([3, 0])
+    torch.testing.assert_close(LOSS(logits[:, 0], Examples({}, classes)), nats[:, 0].gather(1, classes[:, None])[:, 0])
+
+
+def test_a_room_shows_its_card_heads_importance_distances_gates_and_training(moh: mechanisms.Room) -> None:
+    assert titles(moh) == [
+        "MoH: Mixture-of-Head Attention",
+        "Every head on the same text",
+        "Head importance",
+        "Where heads look, relative to the query",
+        "Which heads speak at each token",
+        "Training",
+    ]
+    card, maps, _, _, gates, _ = all_of(moh)
+    told = dict(zip(card.data()["Card"], card.data()["moh"], strict=True))
+    assert told["Paper"] == "arXiv 2410.11842"
+    assert "it has learned nothing" in told["Shown"]
+    assert told["Measured cost"] == "not measured" or moh.cost is not None
+    assert sum(head.startswith("Claim, ") for head in told) >= 1
+    assert maps.spec.facts["axes"]["step"] == 1
+    assert maps.spec.facts["axes"]["column_texts"][:5] == ["BOS", "d", "e", "f", "␣"]
+    seen = moh.seen[0]
+    pattern = seen.capture[0].pattern
+    assert gates.spec.blocks["maps"].shape == (12, 1, 88)
+    torch.testing.assert_close(torch.from_numpy(gates.spec.blocks["maps"][:4, 0].copy()), pattern.gates[0])
+    assert seen.importance is not None
+    assert seen.importance.n_examples == 32
+    assert "moh, text" in str(seen.importance.provenance["model_name"])
+
+
+def test_where_no_weights_are_shipped_it_is_said(unseen: mechanisms.Room) -> None:
+    assert not unseen.is_trained
+    card, maps, *_ = all_of(unseen)
+    assert "random weights: no trained weights are shipped" in " ".join(card.data()["agent:few"])
+    assert "No importance" in card.data()["Card"].tolist()
+    assert "Weights are random." in maps.spec.caption
+    assert "Head importance" not in titles(unseen)
+    assert rooms.matrix([unseen]).table.filter(like="distance").empty
+
+
+def test_random_weights_are_the_same_every_time_and_disturb_nothing(unseen: mechanisms.Room) -> None:
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    again = mechanisms.room("agent:few")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [view.spec.digest for view in all_of(again)[1:3]] == [view.spec.digest for view in all_of(unseen)[1:3]]
+
+
+def test_the_matrix_has_a_row_for_each_and_what_was_measured(
+    moh: mechanisms.Room, unseen: mechanisms.Room, quick: TrainedModel
+) -> None:
+    found = rooms.matrix([moh, unseen])
+    table = found.table
+    assert list(table.index) == ["moh", "agent:few"]
+    assert table.loc["moh", "copy"] == pytest.approx(quick.scores["copy"])
+    assert table.loc["moh", "parameters, text, thousands"] == pytest.approx(quick.facts["parameters"] / 1000)
+    assert table.loc["agent:few"].filter(regex="copy|parameters|induction").isna().all()
+    code = next(each for each in found.columns if each.name == "code, nats")
+    assert code.better == "low"
+    assert "trained for a few steps" in code.said[0]
+    assert code.said[1] == "not measured"
+    assert sum(map(int, re.findall(r"\d+", table.loc["moh", "claims"]))) == len(moh.card.claims)
+    assert table.loc["agent:few", "claims"] == ""
+    spec = of(found).spec
+    assert [row["place"] for row in spec.facts["rows"]] == [None, None]
+    assert "No trained weights are shipped of agent:few" in spec.notes[0]
+    assert [row["place"] for row in matrix(found, ["section-2", "section-3"]).spec.facts["rows"]] == [
+        "section-2",
+        "section-3",
+    ]
+
+
+def test_the_page_is_sound_small_and_the_same_every_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    path = build(["sqa:mha", "halo"]).write(tmp_path / "gallery.html")
+    assert check(path) == []
+    assert path.stat().st_size < 4_000_000
+    page = path.read_text(encoding="utf-8")
+    headings = re.findall(r'<h2 id="section-\d-heading">(.*?)</h2>', page)
+    assert headings == [
+        "All mechanisms",
+        "sqa:mha: plain attention, a limit of Sparse Query Attention",
+        "halo: HaloNet: blocked local attention",
+    ]
+    assert build(["sqa:mha", "halo"]).to_html() == page
+
+
+def test_a_mechanism_of_ones_own_has_a_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    mechanisms.list()
+    monkeypatch.setattr(catalogue, "_MECHANISMS", dict(catalogue._MECHANISMS))
+
+    class Own(Mixer):
+        def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.place.causal)
+
+    card = Card(
+        "Own <b>", "2601.00001", "A = softmax", "All.", "self", "exact", "O(n²)", "always", "None.", (Claim("It is."),)
+    )
+    mechanisms.register(Mechanism("own", card, Own))
+    one = mechanisms.room("own")
+    assert [each.work for each in one.seen] == ["text"]
+    assert one.seen[0].signature is None
+    assert "Own &lt;b&gt;" in str(one.to_html())
+    assert "<b>" not in str(one.to_html()).partition("<body")[2].partition("<script")[0]
+
+
+def test_a_module_that_stands_in_no_model_is_shown_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    mechanisms.list()
+    monkeypatch.setattr(catalogue, "_MECHANISMS", dict(catalogue._MECHANISMS))
+    sqa = mechanisms.get("sqa")
+
+    def only_small(place: Place) -> torch.nn.Module:
+        if place.length > 40:
+            raise WorkbenchError("too long")
+        return sqa.build(place)
+
+    mechanisms.register(Mechanism("small", sqa.card, only_small))
+    one = mechanisms.room("small")
+    assert [each.work for each in one.seen] == ["alone"]
+    assert "the module alone, with random weights" in " ".join(of(one).data()["small"])
+    assert len(all_of(one)) >= 2
+
+
+def test_what_is_no_mechanism_is_refused(quick: TrainedModel) -> None:
+    with pytest.raises(WorkbenchError, match='no mechanism "mho"'):
+        mechanisms.room("mho")
+    with pytest.raises(WorkbenchError, match="no variant"):
+        mechanisms.room("moh:third")
+    with pytest.raises(WorkbenchError, match="is no work"):
+        mechanisms.room("moh", {"sound": quick})
+    with pytest.raises(workbench.ReportError, match="no notebook"):
+        mechanisms.show("sqa:mha")
+
+
+def test_costs_are_read_in_the_order_of_lengths(tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    points = [
+        {"length": 1024, "seconds": 0.4, "seconds_over_sdpa": 2.0, "mib": 8},
+        {"length": 512, "seconds": 0.1, "seconds_over_sdpa": 1.0, "mib": 2},
+    ]
+    held = {"points": points, "exponent": 2.0, "exponent_low": 1.9, "exponent_high": 2.1}
+    file.write_text(
+        json.dumps(
+            {
+                "facts": {"machine": "A machine."},
+                "rooms": {"moh": held, "few": {"points": points[:1], "exponent": None}},
+            }
+        )
+    )
+    found = cost_of("moh", file)
+    assert found is not None
+    assert (found.lengths, found.over_sdpa, found.exponent) == ((512, 1024), (1.0, 2.0), 2.0)
+    assert found.growth == "its time grows as the length to the power of 2.00 (1.90 to 2.10)"
+    assert found.machine == "A machine."
+    few = cost_of("few", file)
+    assert few is not None
+    assert "not measured" in few.growth
+    assert cost_of("agent", file) is None
+    assert cost_of("moh", tmp_path / "absent.json") is None

@@ -1,0 +1,47 @@
+"""The page of `workbench gallery`: all mechanisms against each other, and then each with its trained heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tqdm.auto import tqdm
+
+from workbench.mechanisms import rooms
+from workbench.report import Report
+from workbench.views import all_of
+from workbench.views.results.mechanisms import matrix
+
+_ABOUT = (
+    "Every mechanism stands in the place of self-attention in the same small models: one that writes Python's own "
+    "standard library byte by byte, and one that says which digit of a scene has the colour of a square. All of them "
+    "are shown one text and three scenes, so that their heads can be compared. Weights are those that ship with the "
+    "package; where none do, a model with random weights stands in, and its section says so."
+)
+
+
+def build(names: Sequence[str] | None = None, *, progress: bool = False) -> Report:
+    """The report: a matrix over the mechanisms, then a section for each.
+
+    Args:
+        names: of mechanisms, with a variant behind a colon; plain attention and all mechanisms if None.
+        progress: a bar that names the mechanism that is looked at.
+
+    Raises:
+        WorkbenchError: no such mechanism or variant.
+    """
+    found = []
+    with tqdm(rooms.names() if names is None else list(names), disable=not progress, unit="mechanism") as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+            found.append(rooms.room(name))
+    report = Report(
+        "Mechanisms of papers",
+        question="What does each mechanism do in the place of attention, at what cost, and what do its heads look at?",
+    )
+    places = [f"section-{number}" for number in range(2, 2 + len(found))]
+    report.add(matrix(rooms.matrix(found), places), title="All mechanisms", note=_ABOUT)
+    for one in found:
+        title = f"{one.name}: {one.title}"
+        plainly = "The heads below are those of a model with **random weights**: no trained weights are shipped."
+        report.add(all_of(one), title=title, note=None if one.is_trained else plainly)
+    return report

@@ -1,0 +1,35 @@
+"""What was found of the claims on the cards: `benchmarks/rooms.py` measures it and writes it down, nobody types it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from workbench.mechanisms.frame.card import Card, Claim
+
+FINDINGS = Path(__file__).parents[1] / "weights" / "claims.json"
+
+
+def with_findings(name: str, card: Card) -> Card:
+    """The card of a mechanism, with what was found of those claims that it leaves open; the same one if nothing was."""
+    found = findings().get(name, {})
+    if not any(claim.says in found and claim.outcome == "not examined" for claim in card.claims):
+        return card
+    return replace(card, claims=tuple(_filled(claim, found.get(claim.says)) for claim in card.claims))
+
+
+@cache
+def findings() -> dict[str, dict[str, dict[str, str]]]:
+    """By mechanism and claim: "how", "found" and "outcome"."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    if FINDINGS.is_file():
+        found = json.loads(FINDINGS.read_text(encoding="utf-8"))
+    return found
+
+
+def _filled(claim: Claim, found: dict[str, str] | None) -> Claim:
+    if found is None or claim.outcome != "not examined":
+        return claim
+    return replace(claim, how=found["how"], found=found["found"], outcome=found["outcome"])  # type: ignore[arg-type]

@@ -1,0 +1,111 @@
+"""The two works, text and images, and one run of either: a model is made, trained and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from workbench.errors import WorkbenchError
+from workbench.mechanisms.frame import Place
+from workbench.mechanisms.training.files import TrainedModel, facts_of, halve
+from workbench.mechanisms.training.images import scenes
+from workbench.mechanisms.training.models import ByteLM, PatchModel
+from workbench.mechanisms.training.run import Batches, train
+from workbench.mechanisms.training.score import score_images, score_text
+from workbench.mechanisms.training.text import corpus, text_batch
+
+PLACES = {"text": Place(64, 4, 128, rotary=True), "images": Place(64, 4, 64, causal=False, grid=(8, 8))}
+LAYERS, STEPS, ROWS = {"text": 3, "images": 2}, {"text": 1200, "images": 1600}, 32
+MADE = 0.25  # of the rows of text: recall and copying
+
+
+def run_work(
+    work: str,
+    layers: Sequence[str],
+    *,
+    hidden: int | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    rows: int = ROWS,
+    rate: float = 1.0,
+    split: str = "held out",
+    quick: bool = False,
+    told: Callable[[int, float], None] | None = None,
+) -> TrainedModel:
+    """Make, train and score a model; its weights are as a file keeps them, in half precision.
+
+    Args:
+        work: "text" or "images".
+        layers: the mechanism of each layer.
+        hidden: width of the MLPs, 0 for none; as `Stack` chooses if None.
+        seed: of weights and data.
+        steps: 1,200 for text and 1,600 for images if None. rows: of each step.
+        rate: a factor on the learning rates.
+        split: what scores of text are of, "held out" or "tuning".
+        quick: a few steps of a few rows, to see that it runs; the file says so.
+        told: is given step and loss, now and then.
+
+    Raises:
+        WorkbenchError: no such work, and what the models raise.
+    """
+    check_work(work)
+    steps, rows = (3, 4) if quick else (STEPS[work] if steps is None else steps, rows)
+    torch.manual_seed(seed)
+    model = _made(work, layers, hidden)
+    run = train(model, _batches(work, rows), steps=steps, seed=seed, rate=rate, told=told)
+    halve(model)
+    facts = facts_of(run, seed=seed, steps=steps, rows=rows, rate=rate, quick=quick)
+    facts["parameters"] = sum(p.numel() for p in model.parameters())
+    if isinstance(model, ByteLM):
+        held = corpus(split)
+        facts |= {"split": split, "training_digest": corpus("training").digest, "split_digest": held.digest}
+        scores = score_text(model, held, 8 if quick else 256)
+    else:
+        scores = score_images(model, 16 if quick else 1024)
+    return TrainedModel(model, scores, facts)
+
+
+def size_of(work: str, layers: Sequence[str], hidden: int | None = None) -> int:
+    """How many parameters a model has.
+
+    >>> size_of("text", ["sqa:mha"] * 3)
+    140352
+    """
+    check_work(work)
+    return sum(p.numel() for p in _made(work, layers, hidden).parameters())
+
+
+def width_for(work: str, layers: Sequence[str], parameters: int) -> int:
+    """Width of the MLPs with which a model has as many parameters as can be, and no more.
+
+    Raises:
+        WorkbenchError: no such work, or layers that have more by themselves.
+
+    >>> width_for("text", ["sqa:mha"] * 3, 140_352), width_for("text", ["sqa"] * 3, 140_352)
+    (192, 273)
+    """
+    narrow = size_of(work, layers, 1)
+    left = parameters - narrow
+    if left < 0:
+        raise WorkbenchError(
+            f"{', '.join(layers)} and what is around them have {narrow:,} of {parameters:,} parameters"
+        )
+    return 1 + left // (2 * PLACES[work].d_model * len(layers))
+
+
+def check_work(work: str) -> None:
+    """Raise a WorkbenchError unless there is such a work."""
+    if work not in PLACES:
+        raise WorkbenchError(f'work="{work}" is not known', hint='"text" or "images"')
+
+
+def _made(work: str, layers: Sequence[str], hidden: int | None) -> ByteLM | PatchModel:
+    return (ByteLM if work == "text" else PatchModel)(PLACES[work], layers, hidden)
+
+
+def _batches(work: str, n: int) -> Batches:
+    if work == "images":
+        return lambda random: scenes(n, random)[:2]
+    source, length = corpus("training"), PLACES[work].length
+    return lambda random: text_batch(source, n, length, random, MADE)
