@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,28 @@ def axes_of_values(call: Unplaced, run: Run) -> Axes | None:
             bound = proof.axes.bind(tuple(call.output.shape))
             return None if bound is None or bound.count("head") != (call.heads or bound.count("head")) else proof.axes
     return None
+
+
+def over_features(call: AttentionCall, made: Iterable[Tensor]) -> bool:
+    """Whether what a backend takes for keys are features: its values come from a linear function whose rows its width
+    runs along.
+
+    Args:
+        made: what linear functions gave, the last one last. Where there is nothing, how the values lie in memory says.
+    """
+    v, nothing = call.v, True
+    b, heads, n_keys, width = v.shape
+    for given in reversed(list(made)):
+        nothing, features = False, given.shape[-1]
+        rows = given.numel() // max(features, 1)
+        if features % (heads * n_keys) or rows != b * width:
+            if not features % (heads * width) and rows == b * n_keys:
+                return False
+            continue
+        proof = prove_axes(v, own_features(given, v, -2), (-2,), -1)  # what it takes for keys lies among the features
+        if proof is not None and proof.axes is not None:
+            return proof.axes.over == "features"
+    return nothing and v.stride(-2) == 1 < v.stride(-1)
 
 
 def is_gate(proof: Proof, one: Waiting, run: Run) -> bool:

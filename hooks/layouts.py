@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError
 from workbench.hooks.blocks import Blocks, find_blocks
-from workbench.hooks.evidence import axes_of_values, compare_part, doubt_of, is_gate, late
+from workbench.hooks.evidence import axes_of_values, compare_part, doubt_of, is_gate, late, over_features
 from workbench.hooks.proofs.axes import Axes, Bound
 from workbench.hooks.proofs.by_size import axes_by_size, usual_axes
 from workbench.hooks.proofs.by_value import prove_axes
@@ -72,6 +72,7 @@ class Layouts:
         self._settled: set[int] = set()  # threads in which nothing is learned
         self._blocks: dict[str, Blocks] = {}
         self._counted: set[tuple[str, int]] = set()  # sites whose heads are as many as they should be
+        self._over_features: dict[str, bool] = {}  # of sites whose calls come through a registry
         self.learning = True
         self.refused: dict[str, str] = {}
         self.gates: set[str] = set()
@@ -188,6 +189,20 @@ class Layouts:
             return call.under(bound), waiting
         waiting.call = kept(call)
         return None, waiting
+
+    def of_registry(self, call: AttentionCall) -> AttentionCall:
+        """A call that says itself what its axes are; but a softmax over channels is called in the same way."""
+        over = self._over_features.get(call.site)
+        if over is None:
+            run = self._runs.get(threading.get_ident())
+            made = () if run is None else run.made
+            over = call.v.dim() == 4 and over_features(call, made)
+            if made:
+                self._over_features[call.site] = over
+        if not over:
+            return call
+        axes = replace(Axes.plain(call.layout, call.v.shape[1]), over="features")
+        return replace(call, axes=axes.bind(tuple(call.output.shape)))
 
     def refusal(self, call: AttentionCall) -> str | None:
         """Why a call that says itself what its axes are is not shown: it has other heads than its module states; None:

@@ -328,6 +328,8 @@ class Observer:
                 return None
             if self._cut:
                 call = cut_weights.split(call)
+            if call.tap == "registry":
+                call = self._layouts.of_registry(call)
             if call.tap == "registry" and (reason := self._layouts.refusal(call)) is not None:
                 self._listener.on_refused(call.site, reason, edited=self._listener.cannot_wait(call.site))
                 return None
@@ -345,11 +347,16 @@ class Observer:
 
     def _whole(self, state: ThreadRun, call: AttentionCall) -> AttentionCall | None:
         """The call, or where it is one of several blocks, all of them as one call once they are there."""
-        if state.examples and call.v.shape[0] > state.examples and call.v.shape[0] % state.examples == 0:
-            call = replace(call, windows=call.v.shape[0] // state.examples)
+        call = replace(call, windows=self._windows(state, call))
         if call.block is None or self._listener.takes_blocks():
             return call
         return gather(state.blocks, call, call.block)
+
+    @staticmethod
+    def _windows(state: ThreadRun, call: AttentionCall) -> int:
+        """How many entries the call's batch has for each example that the model was given."""
+        n, examples = call.v.shape[0], state.examples
+        return n // examples if examples and n > examples and n % examples == 0 else 1
 
     def _tell_native(self, state: ThreadRun, call: AttentionCall) -> None:
         """On a native path there is nothing to put in the place of what the heads give."""
@@ -387,6 +394,7 @@ class Observer:
             history = differentiable() if with_history else torch.no_grad()
             with state.tap.away(), history:
                 call = read_module(name, module, args, kwargs, output, begun=state.stack[-1].begun)
+                call = replace(call, windows=self._windows(state, call))
                 if with_history and call.output.requires_grad and name not in self._proved:
                     check_gradients(call, args, kwargs)
                     self._proved.add(name)

@@ -187,6 +187,22 @@ class SoftmaxPattern(Pattern):
         """A function that makes tiles [b, h, q, k] of masked scores in one reused buffer."""
         return SoftmaxTiles(self.problem).raw_maker(batch, heads)
 
+    def score_parts(self, query: int, key: int, heads: Sequence[int] | None = None) -> Tensor:
+        """[batch, head, d]: scale · q[s] · k[s], what each of the d numbers of a query and a key adds to their score.
+
+        They sum to the score before softcap, bias and mask. Where a softmax runs over channels, queries and keys are
+        as wide as there are positions, and it is what each position adds.
+
+        Raises:
+            CaptureError: there is no such query, key or head.
+        """
+        for name, at, n in (("query", query, self.n_queries), ("key", key, self.n_keys)):
+            if not -n <= at < n:
+                raise CaptureError(f"there are {n} of them, and no {name} {at}", hint=f"{name} from 0 to {n - 1}")
+        which = torch.tensor(list(range(self.n_heads)) if heads is None else self._checked(heads), device=self.device)
+        q = self.q[:, which, query].to(self.dtype)
+        return self.scale * q * self.k[:, which // (self.n_heads // self.n_kv_heads), key].to(self.dtype)
+
     def value_weighted(self) -> SoftmaxPattern:
         """p·‖v‖ renormalised per row: the same softmax with ln ‖v‖ added to each key's score (Kobayashi et al. 2020).
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         cross_attention,
         cross_attention_saliency,
     )
+    from workbench.analysis.eviction import Eviction, eviction
     from workbench.analysis.gates import GateProfile, gate_profile
     from workbench.analysis.head_scores import (
         RetrievalScores,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from workbench.analysis.pruning.prune import prune_heads
     from workbench.analysis.rollout import AttentionRollout, attention_rollout
     from workbench.analysis.saliency import PrecisionError, Saliency, saliency
+    from workbench.analysis.spikes import SpikeActivity, spike_activity
     from workbench.analysis.weights import (
         CompositionScores,
         OVCopying,
@@ -128,6 +130,8 @@ _LAZY = {
     "CrossAttentionSaliency": "workbench.analysis.cross_attention",
     "cross_attention": "workbench.analysis.cross_attention",
     "cross_attention_saliency": "workbench.analysis.cross_attention",
+    "Eviction": "workbench.analysis.eviction",
+    "eviction": "workbench.analysis.eviction",
     "Capture": "workbench.capture.capture",
     "SiteCapture": "workbench.capture.site_capture",
     "load_capture": "workbench.capture.reading",
@@ -153,6 +157,8 @@ _LAZY = {
     "PrecisionError": "workbench.analysis.saliency",
     "Saliency": "workbench.analysis.saliency",
     "saliency": "workbench.analysis.saliency",
+    "SpikeActivity": "workbench.analysis.spikes",
+    "spike_activity": "workbench.analysis.spikes",
     "CompositionScores": "workbench.analysis.weights",
     "OVCopying": "workbench.analysis.weights",
     "SingularVectors": "workbench.analysis.weights",
@@ -183,6 +189,7 @@ __all__ = [
     "Conditioning",
     "CrossAttention",
     "CrossAttentionSaliency",
+    "Eviction",
     "Faithfulness",
     "FaithfulnessCurve",
     "FileError",
@@ -214,6 +221,7 @@ __all__ = [
     "Saliency",
     "SingularVectors",
     "SiteCapture",
+    "SpikeActivity",
     "Stability",
     "Stage",
     "StreamingScores",
@@ -236,6 +244,7 @@ __all__ = [
     "conditioning",
     "cross_attention",
     "cross_attention_saliency",
+    "eviction",
     "faithfulness_curve",
     "find_circuit",
     "gate_profile",
@@ -259,6 +268,7 @@ __all__ = [
     "run_sweep",
     "saliency",
     "singular_vectors",
+    "spike_activity",
     "statistic",
     "streaming_scores",
     "tasks",

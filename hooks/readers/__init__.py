@@ -8,12 +8,15 @@ from workbench.hooks.readers import (
     halo,
     lightning,
     linear_attention,
+    local,
     mamba,
     mamba2,
     rg_lru,
     routing,
     rwkv,
     short_conv,
+    sparse_queries,
+    spikes,
     xlstm,
 )  # they register themselves
 from workbench.hooks.readers.gates import gating
@@ -48,6 +51,7 @@ __all__ = [
     "in_place_of",
     "lightning",
     "linear_attention",
+    "local",
     "mamba",
     "mamba2",
     "read_module",
@@ -57,5 +61,7 @@ __all__ = [
     "routing",
     "rwkv",
     "short_conv",
+    "sparse_queries",
+    "spikes",
     "xlstm",
 ]

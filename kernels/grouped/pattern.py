@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_finite
+from workbench.kernels.history import own
 from workbench.kernels.layouts import Layout
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
@@ -124,7 +125,7 @@ class GroupedPattern(Pattern):
                 n_queries, n_keys, causal=causal, offset=n_keys - n_queries, layout=layout, n_heads=h,
             )  # fmt: skip
         super().__init__((b, h, n_queries, n_keys), mask, dtype, weights.device)
-        self.weights, self.rows_of, self.columns_of = weights.detach(), rows, columns
+        self.weights, self.rows_of, self.columns_of = own(weights), rows, columns
         self.causal, self.chosen, self.normalised = causal, chosen, normalised
         self.signed = bool((self.weights < 0).any())
         self.values = None if values is None else values.detach()

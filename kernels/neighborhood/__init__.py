@@ -4,6 +4,7 @@ from workbench.kernels.neighborhood.attention import NeighborhoodPattern, neighb
 from workbench.kernels.neighborhood.axis import Axis
 from workbench.kernels.neighborhood.layout import NeighborhoodLayout, token_permutation
 from workbench.kernels.neighborhood.naive import neighborhood_naive
+from workbench.kernels.neighborhood.neighbors import neighbor_weights
 from workbench.kernels.neighborhood.simulator import (
     end_to_end,
     flop_bound,
@@ -18,6 +19,7 @@ __all__ = [
     "NeighborhoodPattern",
     "end_to_end",
     "flop_bound",
+    "neighbor_weights",
     "neighborhood_attention",
     "neighborhood_naive",
     "pattern",

@@ -12,9 +12,11 @@ from workbench.kernels.blocked import attend
 from workbench.kernels.checks import check_attention
 from workbench.kernels.flex import flex_attend
 from workbench.kernels.functions import attention_function
+from workbench.kernels.grouped.pattern import GroupedPattern
 from workbench.kernels.masks import Mask
 from workbench.kernels.neighborhood.flex import flex_plan
 from workbench.kernels.neighborhood.layout import NeighborhoodLayout
+from workbench.kernels.neighborhood.neighbors import biased_attention, biased_pattern
 from workbench.kernels.neighborhood.tiles import plan
 from workbench.kernels.softmax import SoftmaxPattern
 
@@ -74,12 +76,15 @@ def pattern(
     dilation: int | Sequence[int] = 1,
     causal: bool | Sequence[bool] = False,
     extra_keys: int = 0,
+    bias: Tensor | None = None,
     scale: float | None = None,
     lse: Tensor | None = None,
-) -> NeighborhoodPattern:
+) -> NeighborhoodPattern | GroupedPattern:
     """The pattern of `neighborhood_attention` with the same options; `lse` is what the kernel gave, if at hand."""
     check_attention(q, k)
     layout = _layout(q, k, shape, window, stride, dilation, causal, extra_keys)
+    if bias is not None:
+        return biased_pattern(q, k, layout, bias, scale)
     return NeighborhoodPattern(q, k, layout, scale=scale, lse=lse)
 
 
@@ -95,6 +100,7 @@ def neighborhood_attention(
     dilation: int | Sequence[int] = 1,
     causal: bool | Sequence[bool] = False,
     extra_keys: int = 0,
+    bias: Tensor | None = None,
     scale: float | None = None,
     tile: Sequence[int] | None = None,
     return_lse: bool = False,
@@ -108,6 +114,9 @@ def neighborhood_attention(
         window: keys seen in each dimension. stride: so many neighbours share one window. dilation: step between the
             keys of a window. causal: no key after the query, in that dimension. One value stands for all dimensions.
         extra_keys: keys after those of the tokens, such as text, that every query sees.
+        bias: [head, 2 · window − 1, …], learned scores by the offset of a key from its query in each dimension, in
+            steps of the dilation; for windows that slide by one, and not with `return_lse`. Holds a weight for each
+            query and key of its window.
         scale: factor on q kᵀ; 1/√d if None.
         tile: queries of a tile in each dimension, on the CPU; chosen if None.
         return_lse: also give the natural log of the softmax denominator, [batch, head, query].
@@ -125,6 +134,10 @@ def neighborhood_attention(
     """
     check_attention(q, k, v)
     layout = _layout(q, k, shape, window, stride, dilation, causal, extra_keys)
+    if bias is not None:
+        if return_lse:
+            raise CaptureError("with a bias there is no log-sum-exp", hint="leave out return_lse")
+        return biased_attention(q, k, v, layout, bias, scale)
     if q.is_cuda:
         out, lse = permuted_flex(q, k, v, layout, scale)
     else:

@@ -91,8 +91,7 @@ def test_the_map_times_the_values_is_the_output(one: Mechanism, place: Place, va
         z = cap[site.name].z.transpose(1, 2)
         torch.testing.assert_close(pattern.dense() @ v, z, atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(pattern.apply(pattern.values), z, atol=1e-10, rtol=1e-10)
-        assert site.kind == one.card.kind
-        assert pattern.grade == one.card.grade
+        assert (site.kind, pattern.grade) == one.card.of(site.path)
 
 
 @each_form

@@ -20,8 +20,10 @@ from workbench.mechanisms.frame import (
     Mixer,
     Place,
     Signature,
+    field_area,
     get,
     read_gate,
+    receptive_field,
     register,
 )
 from workbench.mechanisms.frame import listed as list
@@ -39,9 +41,11 @@ __all__ = [
     "Place",
     "Room",
     "Signature",
+    "field_area",
     "get",
     "list",
     "read_gate",
+    "receptive_field",
     "register",
     "room",
     "seed_mamba2",

@@ -19,7 +19,7 @@ from workbench.views.figure import Click, Figure, figure
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.head_page import HeadPage, head
-from workbench.views.image_attention import ImageAttention, image_attention
+from workbench.views.image_attention import ImageAttention, Windows, image_attention
 from workbench.views.overlap_matrix import OverlapMatrix, overlap_matrix
 from workbench.views.playground import Ablated, Playground, playground
 from workbench.views.results import (
@@ -67,6 +67,7 @@ __all__ = [
     "View",
     "ViewSpec",
     "WhatIf",
+    "Windows",
     "all_of",
     "attention_pattern",
     "capacity_correlation",

@@ -32,6 +32,15 @@ def _seen_and_read() -> dict[str, Any]:
     return {"input_ids": ids(2, LENGTH), "pixel_values": normal(2, 3, 24, 24)}
 
 
+def _florence() -> torch.nn.Module:
+    config = hf.Florence2VisionConfig(
+        embed_dim=[16, 32], num_heads=[2, 4], num_groups=[2, 4], depths=[1, 1], window_size=3, patch_size=[7, 3],
+        patch_stride=[4, 2], patch_padding=[3, 1], patch_prenorm=[False, True],
+    )  # fmt: skip
+    made: torch.nn.Module = hf.models.florence2.modeling_florence2.Florence2VisionBackbone(config)
+    return made
+
+
 _FORECAST = {
     "prediction_length": 9, "context_length": 18, "num_time_features": 1, "d_model": 32, "encoder_layers": 1,
     "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
@@ -57,6 +66,8 @@ SENSES = [
         masked_unit_size=[2, 2], masked_unit_attention=[True, False])), image(56), (196, 49, 14, 7)),
     Surveyed("BEiT", lambda: hf.BeitModel(hf.BeitConfig(
         **TOWER, image_size=24, patch_size=8, use_relative_position_bias=True)), image(24), (10,)),
+    Surveyed("Florence-2, vision tower", _florence, lambda: {"hidden_states": normal(2, 3, 48, 48)},
+             (12, 6, 144, 36, 9)),
     Surveyed("SAM", lambda: hf.SamVisionModel(hf.SamVisionConfig(
         **{key: value for key, value in TOWER.items() if key != "intermediate_size"}, mlp_dim=48, image_size=56,
         patch_size=8, window_size=4, global_attn_indexes=[1], output_channels=12, num_pos_feats=8)),

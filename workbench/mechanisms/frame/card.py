@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import Literal
 
@@ -59,6 +59,7 @@ class Card:
         equation: what it computes, for one head.
         map: what its map A is, in words: what is exact, what it leaves out.
         kind: what its sites mix. grade: of the map, as in `Pattern.grade`.
+        parts: kind and grade of the sites for which these are others, by the name of the module inside.
         cost: time and memory for n tokens.
         causal: whether it runs "always", "never" or on demand ("either") without seeing later tokens.
         grid: whether tokens must be the patches of an image.
@@ -81,14 +82,20 @@ class Card:
     grid: bool = False
     leaks: str = ""
     beside: str = ""
+    parts: Mapping[str, tuple[Kind, Grade]] = field(default_factory=dict)
+
+    def of(self, path: str) -> tuple[Kind, Grade]:
+        """Kind and grade of the site at a path inside the module."""
+        return self.parts.get(path, (self.kind, self.grade))
 
     def lines(self) -> list[tuple[str, str]]:
         """The card as (heading, text), for people."""
         needs = {"always": "causal only", "never": "not causal", "either": "causal or not"}[self.causal]
         needs += ", the patches of an image" if self.grid else ""
+        sites = "; ".join([self.kind, *(f"{name}: {kind}, {grade}" for name, (kind, grade) in self.parts.items())])
         rows = [
             ("Paper", f"arXiv {self.arxiv}"), ("Equation", self.equation), ("Map", f"{self.map} Grade: {self.grade}."),
-            ("Sites", self.kind), ("Cost", self.cost), ("Input", needs), ("Leaks", self.leaks), ("Beside", self.beside),
+            ("Sites", sites), ("Cost", self.cost), ("Input", needs), ("Leaks", self.leaks), ("Beside", self.beside),
             ("Code", self.code),
         ]  # fmt: skip
         return [(head, text) for head, text in rows if text] + [("Claim", str(claim)) for claim in self.claims]

@@ -11,6 +11,7 @@ import { Tiles, Visited } from "workbench/shared/tiles.js";
 const LARGE = 320;
 const DIMMED = "rgb(20 22 26 / 0.45)"; // over the image, so that weights are brighter than anything in it
 const GLOW = [255, 150, 40];
+const SEAM = "rgb(255 255 255 / 0.75)";
 
 export async function render({ model, el }) {
   const frame = await open({ model, el });
@@ -234,7 +235,14 @@ class Images {
     ink.fillStyle = this.frame.colour("unseen");
     ink.fillRect(0, 0, width, height);
     if (this.over !== "weights") ink.drawImage(this.sheets[image], 0, 0, width, height);
-    if (this.over === "image") return;
+    if (this.over !== "image") this.paintWeights(ink, image, head, width, height);
+    const [across, down] = this.facts.heads[head].seams ?? [[], []];
+    ink.fillStyle = this.over === "weights" ? this.frame.colour("ink") : SEAM;
+    for (const row of across) ink.fillRect(0, Math.round((row * height) / this.rows), width, 1);
+    for (const column of down) ink.fillRect(Math.round((column * width) / this.columns), 0, 1, height);
+  }
+
+  paintWeights(ink, image, head, width, height) {
     if (this.over === "both") {
       ink.fillStyle = DIMMED;
       ink.fillRect(0, 0, width, height);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,11 +20,14 @@ from workbench.views.base.selection import Selection, SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View
 from workbench.views.head_atlas.leading import leading
+from workbench.views.image_attention.windows import Placed, Windows, place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from workbench.capture.capture import Capture
+    from workbench.hooks.sites import Site
+    from workbench.kernels.patterns import Pattern
 
 CELLS = 3_000_000
 """Weights that a view holds; with more, only those of the prefix tokens are kept."""
@@ -63,6 +66,9 @@ class ImageAttention(View):
             panels[0, column].imshow(image, cmap="gray", vmin=0, vmax=255)
             panels[0, column].set_title(facts["images"][i], fontsize=8)
             panels[1, column].imshow(maps[column], extent=(0, width, height, 0), vmin=0, vmax=top)
+            for lines, draw, of in zip(heads[at].get("seams") or ((), ()), ("axhline", "axvline"), (0, 1), strict=True):
+                for line in lines:
+                    getattr(panels[1, column], draw)(line * (height, width)[of] / facts["grid"][of], color="w", lw=0.6)
             if i == chosen.example:
                 panels[0, column].add_patch(scales.frame_of(0, 0, width, height))
         each = "all to the largest of them" if state.get("shared") else "each to its own largest"
@@ -96,6 +102,7 @@ def image_attention(
     labels: Sequence[Any] | None = None,
     grid: tuple[int, int] | None = None,
     prefix: int | None = None,
+    windows: Windows | None = None,
     sites: Sequence[Any] | None = None,
     title: str = "Attention over images",
     caption: str | None = None,
@@ -113,9 +120,11 @@ def image_attention(
             one or three channels, in any range, or [image, row, column].
         labels: of the images, such as what they show.
         grid, prefix, sites: as `workbench.attention_profile` takes them.
+        windows: how the windows of windowed attention lie over the patches; they are put together to one map for each
+            image, and lines show where they meet. Sites of another depth, whose grid is another, are left out.
 
     Raises:
-        ReportError: images that are none, or not as many as the capture has.
+        ReportError: images that are none, or not as many as the capture has; windows that are not those of the sites.
         CaptureError, WorkbenchError: as `attention_profile`.
 
     >>> import workbench
@@ -128,12 +137,24 @@ def image_attention(
     >>> len(view.spec.facts["heads"]), view.spec.facts["grid"]
     (16, [8, 8])
     """
-    chosen, _ = choose_sites(cap, sites)
-    places = locate(cap, chosen, grid, prefix)
-    if places.text:
-        raise ReportError("the model tells of no patches", hint="give grid=(rows, columns)")
+    left_out = 0
+    if windows is None:
+        chosen, _ = choose_sites(cap, sites)
+        places = locate(cap, chosen, grid, prefix)
+        if places.text:
+            raise ReportError("the model tells of no patches", hint="give grid=(rows, columns)")
+        maps = [{site: call[site].pattern for site in chosen} for call in cap.calls]
+        seams: dict[Site, tuple[list[int], list[int]]] = {}
+    else:
+        if grid is not None or prefix is not None:
+            raise ReportError("windows tell where patches are", hint="give windows=Windows(grid=(rows, columns))")
+        placed, left_out = _placed(cap, sites, windows)
+        chosen, first = list(placed[0]), next(iter(placed[0].values()))
+        places = Places(*first.grid)
+        maps = [{site: one.pattern for site, one in call.items()} for call in placed]
+        seams = {site: one.seams for site, one in placed[0].items()}
     pixels = _bytes(images)
-    n = sum(call[chosen[0]].shape[0] for call in cap.calls)
+    n = sum(of[chosen[0]].n_batch for of in maps)
     if len(pixels) != n:
         raise ReportError(f"the capture holds {n} images, not {len(pixels)}", shape=pixels.shape)
     if labels is not None and len(labels) != n:
@@ -146,12 +167,14 @@ def image_attention(
             hint="capture fewer images, or choose layers with sites=",
         )
     rows = slice(0, places.length if every else places.prefix)
-    weights, received, largest = _weights(cap, chosen, places, rows)
+    weights, received, largest = _weights(maps, places, rows)
     heads = [(site, h) for site in chosen for h in range(cap.calls[0][site].shape[1])]
     named = [visible(str(label)) for label in (range(n) if labels is None else labels)]
     several = len({site.layer for site, _ in heads}) < len(chosen)
-    begins = leading(cap, heads)
+    begins = leading(cap, heads) if windows is None else None  # statistics are those of windows
     notes = ["Weights are kept in 8 bits after a square root: the error is at most 0.004."]
+    if left_out:
+        notes.append(f"{left_out} sites of other grids are left out: choose some with sites=.")
     if not every:
         notes.append("Too many weights for one view: only those from the tokens before the patches are kept.")
     spec = ViewSpec(
@@ -160,6 +183,7 @@ def image_attention(
         caption=caption
         or f"{len(heads):,} heads on {n:,} images of {places.rows} x {places.columns} patches: weights of each query "
         f"over all keys, of which those on patches are drawn."
+        + ("" if windows is None else " Lines are where windows meet.")
         + ("" if begins is None else f" {begins.why}"),
         facts={
             "grid": [places.rows, places.columns],
@@ -168,6 +192,7 @@ def image_attention(
             "images": named,
             "heads": [
                 {"label": label, "layer": site.layer, "head": h, "site": visible(site.name) if several else None}
+                | ({"seams": [list(lines) for lines in seams[site]]} if seams else {})
                 for label, (site, h) in zip(labels_of(heads), heads, strict=True)
             ],
             "first": len(heads) - cap.calls[0][chosen[-1]].shape[1],  # of the last layer, unless statistics tell
@@ -203,13 +228,41 @@ def _bytes(images: Any) -> Array:
     return np.ascontiguousarray((scaled * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
-def _weights(cap: Capture, chosen: Sequence[Any], places: Places, rows: slice) -> tuple[Array, Array, dict[str, Array]]:
-    """√ weights [image, head, row, key] in 8 bits, mean weight that keys receive from patches [image, head, key]."""
+def _placed(cap: Capture, sites: Sequence[Any] | None, windows: Windows) -> tuple[list[dict[Site, Placed]], int]:
+    """The sites of each forward with their windows put together, of one grid; and how many have another."""
+    if sites is None:
+        chosen = [site for site in cap.sites if site.kind in ("window", "halo")]
+    else:
+        chosen = [cap.sites[s if isinstance(s, (str, int)) else s.name] for s in sites]
+    if not chosen:
+        raise ReportError("the capture has no windows", hint="choose sites whose maps are of the whole image: sites=")
+    first = place(cap.calls[0][chosen[0]], windows)
+    fitting = [chosen[0]]
+    for site in chosen[1:]:
+        try:
+            same = place(cap.calls[0][site], windows).grid == first.grid
+        except ReportError:
+            if sites is not None:
+                raise
+            same = False
+        if not same and sites is not None:
+            raise ReportError(f"{site.name} has another grid than {chosen[0].name}", hint="choose sites of one depth")
+        fitting += [site] if same else []
+    return [{site: place(call[site], windows) for site in fitting} for call in cap.calls], len(chosen) - len(fitting)
+
+
+def _weights(
+    maps: Sequence[Mapping[Site, Pattern]], places: Places, rows: slice
+) -> tuple[Array, Array, dict[str, Array]]:
+    """√ weights [image, head, row, key] in 8 bits, mean weight that keys receive from patches [image, head, key].
+
+    Args:
+        maps: of each forward, by site.
+    """
     weights, received, largest = [], [], []
-    for call in cap.calls:
+    for call in maps:
         kept, got = [], []
-        for site in chosen:
-            pattern = call[site].pattern
+        for pattern in call.values():
             dense = (pattern.magnitude() if pattern.by_magnitude else pattern).dense().detach().float().cpu()
             kept.append(dense[:, :, rows].clamp(min=0).sqrt())
             got.append(dense[:, :, places.prefix :].mean(2))

@@ -2,6 +2,7 @@
 
 from workbench.views.results import (
     circuits,
+    eviction,
     gates,
     head_scores,
     hybrids,
@@ -11,6 +12,7 @@ from workbench.views.results import (
     pattern_atlas,
     profile,
     rollout,
+    spikes,
     weights,
 )
 from workbench.views.results.capture import overview
@@ -23,6 +25,7 @@ __all__ = [
     "capacity_correlation",
     "circuits",
     "cross_attention",
+    "eviction",
     "gates",
     "half_lives",
     "head_scores",
@@ -35,6 +38,7 @@ __all__ = [
     "pattern_atlas",
     "profile",
     "rollout",
+    "spikes",
     "states",
     "weights",
 ]
