@@ -22,6 +22,8 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
+from workbench.views.base.few_colours import few_colours
+
 ROOT = Path(__file__).parents[1]
 VIEWS = ROOT / "workbench" / "views"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -89,7 +91,7 @@ def small(png: str) -> str:
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     picture.thumbnail((WIDTH, 10 * WIDTH), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    few_colours(picture, COLOURS).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/views.md from the shipped models: what a browser shows of each view, in both themes.
+"""Draw the pictures of README and docs/views.md: what a browser shows of each view, in both themes.
 
 python docs/make_screenshots.py [NAME ...]
 
@@ -28,17 +28,21 @@ from workbench.storage.json_text import json_for_html
 from workbench.tasks.speech import from_features, spans_of
 from workbench.tasks.spoken_digits import SECONDS
 from workbench.views.base import modules
+from workbench.views.base.few_colours import few_colours
 
 FOLDER = Path(__file__).parent / "images"
 DRAWN = FOLDER / "drawn.json"
 VIEWS = Path(__file__).parents[1] / "workbench" / "views"
 WIDTH, HEIGHT = 1280, 800
+LOWEST, TALLEST = 240, 1160  # of a picture, which is as tall as its page otherwise
 TALL = 1900  # of a page with several views
 COMPARED = ("sqa:mha", "aaren", "agent", "halo", "long_lora", "moh", "routing", "s2")
 COLOURS = 200  # that a picture keeps, which makes it several times smaller
 ADDRESSES = {
+    "head-atlas": "",
+    "attention-pattern": "",
+    "head-gallery": "",
     "saliency-map": "#L1H1,t=3",
-    "head-gallery": "#L1H7",
     "head-page": "#L4H1",
     "image-attention": "#L2H1,x=3",
     "token-strip": "#t=15",
@@ -47,23 +51,30 @@ ADDRESSES = {
     "conditioning-curves": "",
     "figure": "",
     "overlap-matrix": "",
+    "overlap": "",
+    "half-lives": "#L0H2",
+    "states": "#L0H2",
+    "content-and-decay": "#L0H2,q=18",
+    "two-mechanisms": "#L2H2,q=18",
     "table": "",
     "mechanism": "",
 }
 """What is selected, where it is not a head and a query of the language model."""
 
 
-def shown() -> dict[str, views.View | mechanisms.Room]:
-    """One view of each kind that is worth a picture, and a mechanism."""
+def of_language() -> dict[str, views.View]:
+    """Views of the language model."""
     model, tokenizer = workbench.models.load("demo-lm")
     wb = workbench.attach(model, tokenizer)
     inputs = wb.tokenize(workbench.tasks.ioi(1, seed=3)[0].prompt)
     names = ["entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "induction"]
     with torch.no_grad(), wb.capture(names) as cap:
         model(**inputs)
+    again = wb.tokenize(workbench.tasks.induction(1, seed=0)[0].prompt)  # words that begin again at the end
+    with torch.no_grad(), wb.capture(names) as copies:
+        model(**again)
     ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     held = workbench.capacity(wb, [ids, *_texts(tokenizer)], repeats=16, progress=False)
-    pattern = views.attention_pattern(cap)
     task = workbench.tasks.ioi(16, seed=3)
     found = workbench.find_circuit(wb, task, method="eap_ig", progress=False)
     roles = workbench.head_roles(wb, task, progress=False)
@@ -73,15 +84,14 @@ def shown() -> dict[str, views.View | mechanisms.Room]:
     texts = (cap.query_tokens(cap[4].site.name) or [[]])[0]
     pair = [views.attention_pattern(cap, site=4, heads=[head]) for head in (1, 2)]
     return {
-        "head-atlas": views.head_atlas(cap, metric="induction"),
-        "attention-pattern": pattern,
+        "head-atlas": views.head_atlas(copies, metric="induction"),
+        "attention-pattern": views.attention_pattern(copies),
         "compare": views.compare(*pair, labels=("L4H1", "L4H2")),
-        "head-gallery": views.head_gallery(cap, roles=roles),
+        "head-gallery": views.head_gallery(copies, roles=roles),
         "head-page": views.head(cap, "L4H1", roles=roles, circuits=found, attribution=share),
         "token-strip": views.token_strip(texts, {"received by L4H1, per query that sees it": received}),
         "run-timeline": views.run_timeline(cap),
         "tensor-peek": views.tensor_peek(model.transformer.h[1].attn.c_attn.weight, title="Weights of a projection"),
-        "image-attention": images(),
         "circuit-graph": circuit(wb, task, found, roles),
         "overlap-matrix": views.overlap_matrix({"IOI": found.top(60), "induction": other.top(60)}, n_null=100),
         "conditioning-curves": views.conditioning_curves(
@@ -90,11 +100,75 @@ def shown() -> dict[str, views.View | mechanisms.Room]:
         "figure": views.all_of(share)[1],
         "capacity-curves": views.capacity_curves(held),
         "what-if": views.what_if(d_k=48, n=20, heads=4, needed=2),
-        "saliency-map": speech(),
         "playground": playground(wb, task[0].prompt),
-        "table": views.of(rooms.matrix([mechanisms.room(name) for name in COMPARED])),
-        "mechanism": mechanisms.room("moh"),
+        "overlap": views.overlap_graph(
+            workbench.circuit_overlap(found.top(60), other.top(60), n_null=100), found.top(60), other.top(60)
+        ),
     }
+
+
+RECURRENT = ("half-lives", "states", "content-and-decay", "two-mechanisms")
+
+
+def shown(wanted: set[str]) -> dict[str, views.View | mechanisms.Room]:
+    """One view of each kind that is worth a picture, and a mechanism: all, or at least those that are wanted."""
+    apart = {
+        "image-attention": images,
+        "saliency-map": speech,
+        "table": lambda: views.of(rooms.matrix([mechanisms.room(name) for name in COMPARED])),
+        "mechanism": lambda: mechanisms.room("moh"),
+    }
+    language = of_language() if not wanted or wanted - {*apart, *RECURRENT} else {}
+    layers = recurrent() if not wanted or wanted & {*RECURRENT} else {}
+    found = {name: make() for name, make in apart.items() if not wanted or name in wanted}
+    return {**language, **layers, **found}
+
+
+def recurrent() -> dict[str, views.View]:
+    """Views of a small hybrid of gated delta rules and attention that has learnt to copy."""
+    import transformers as hf
+
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "linear_num_key_heads": 4,
+             "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}  # fmt: skip
+    config = hf.Qwen3_5TextConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=3, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, layer_types=["linear_attention", "linear_attention", "full_attention"], **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.Qwen3_5ForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers[:2]:
+            layer.linear_attn.A_log.fill_(-3.0)  # so that they begin by remembering
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(160):
+        ids = _twice(32, seed=step)
+        logits = model(ids, use_cache=False).logits[:, 12:-1]
+        torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 13:]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    with workbench.attach(model.eval()) as wb, torch.no_grad(), wb.capture(["entropy"], values=True) as cap:
+        model(_twice(1, seed=-1), use_cache=False)
+    delta, softmax = (views.attention_pattern(cap, site=site) for site in (1, 2))
+    return {
+        "half-lives": views.half_lives(cap),
+        "states": views.states(cap, 0),
+        "content-and-decay": views.attention_pattern(cap, apart=True),
+        "two-mechanisms": views.compare(delta, softmax, labels=("delta rule", "softmax")),
+    }
+
+
+def _twice(n: int, seed: int) -> torch.Tensor:
+    """Random tokens, and the same again."""
+    once = torch.randint(3, 32, (n, 12), generator=torch.Generator().manual_seed(seed))
+    return torch.cat((once, once), dim=1)
+
+
+def first_look(path: Path) -> None:
+    """The picture of README's first example."""
+    model, tokenizer = workbench.models.load("demo-lm")
+    with workbench.attach(model, tokenizer) as wb, torch.no_grad(), wb.capture(["induction"]) as cap:
+        model(**wb.tokenize(workbench.tasks.induction(1, seed=0)[0].prompt))
+    views.attention_pattern(cap, site=1, heads=[6]).to_png(path)
 
 
 def playground(wb: workbench.Workbench, prompt: str) -> views.View:
@@ -104,7 +178,7 @@ def playground(wb: workbench.Workbench, prompt: str) -> views.View:
         play.ablate("L0H7")
         .ablate("L0H2", query=-1)
         .ablate("L4H1", query=15, key=3)
-        .select(layer=4, heads=(1,), query=15)
+        .select(layer=4, heads=(1,), query=15, key=3)
     )
 
 
@@ -164,8 +238,7 @@ def save(picture: bytes, path: Path) -> None:
     """Write a picture with few colours."""
     with Image.open(io.BytesIO(picture)) as image:
         whole = image.convert("RGB")
-    few = whole.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    few.save(path, optimize=True)
+    few_colours(whole, COLOURS).save(path, optimize=True)
 
 
 def drawing(kind: str) -> str:
@@ -187,23 +260,27 @@ def main() -> None:
     drawn = json.loads(DRAWN.read_text()) if DRAWN.exists() else {}
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as there:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for name, view in shown().items():
+        for name, view in shown(wanted).items():
             if wanted and name not in wanted:
                 continue
-            kind, height = ("table", TALL) if isinstance(view, mechanisms.Room) else (view.spec.kind, HEIGHT)
+            kind, tallest = ("table", TALL) if isinstance(view, mechanisms.Room) else (view.spec.kind, TALLEST)
             drawn[name] = (kind, drawing(kind))
             page = page_of(view, Path(there) / f"{name}.html")
             for theme in ("light", "dark"):
                 context = browser.new_context(
-                    offline=True, color_scheme=theme, viewport={"width": WIDTH, "height": height}
+                    offline=True, color_scheme=theme, viewport={"width": WIDTH, "height": HEIGHT}
                 )
                 tab = context.new_page()
                 tab.goto(f"{page.as_uri()}{ADDRESSES.get(name, '#L4H1,q=15')}")
                 tab.wait_for_selector("html[data-ready]")
+                bottom = tab.evaluate("document.querySelector('main').getBoundingClientRect().bottom")
+                tab.set_viewport_size({"width": WIDTH, "height": min(tallest, max(LOWEST, round(bottom)))})
                 tab.wait_for_timeout(200)
                 save(tab.screenshot(), FOLDER / f"{name}-{theme}.png")
                 context.close()
         browser.close()
+    if not wanted or "first-look" in wanted:
+        first_look(FOLDER / "first-look.png")
     DRAWN.write_text(json.dumps(drawn, indent=1) + "\n")
 
 

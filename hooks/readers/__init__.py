@@ -8,6 +8,7 @@ from workbench.hooks.readers import (
     halo,
     lightning,
     linear_attention,
+    local,
     mamba,
     mamba2,
     natten,
@@ -15,6 +16,7 @@ from workbench.hooks.readers import (
     routing,
     rwkv,
     short_conv,
+    sparse_queries,
     spikes,
     xlstm,
 )  # they register themselves
@@ -50,6 +52,7 @@ __all__ = [
     "in_place_of",
     "lightning",
     "linear_attention",
+    "local",
     "mamba",
     "mamba2",
     "natten",
@@ -60,6 +63,7 @@ __all__ = [
     "routing",
     "rwkv",
     "short_conv",
+    "sparse_queries",
     "spikes",
     "xlstm",
 ]

@@ -39,7 +39,6 @@ class GatePattern(Pattern):
     """
 
     normalised = False
-    tile_scale = 2
     position_axes: ClassVar[Mapping[str, int]] = {"gates": 2, "values": 2}
 
     def __init__(self, gates: Tensor, n: int, *, values: Tensor | None = None) -> None:

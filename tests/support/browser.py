@@ -56,12 +56,14 @@ def settled(page: Page) -> None:
     )
 
 
-LOOKS = """Object.fromEntries([...document.querySelectorAll('.workbench')].map((view) => {
+LOOKS = """Object.fromEntries([...document.querySelectorAll('.workbench')].map((view, i, all) => {
   const canvases = [...view.querySelectorAll('canvas')].filter((canvas) => !canvas.closest('[hidden]'));
   const drawn = canvases.map((canvas) => canvas.toDataURL());
-  return [view.className.split(' ')[1], [view.querySelector('.body').innerHTML, ...drawn]];
+  const kind = view.className.split(' ')[1];
+  const n = 1 + all.slice(0, i).filter((each) => each.className === view.className).length;
+  return [n > 1 ? `${kind} ${n}` : kind, [view.querySelector('.body').innerHTML, ...drawn]];
 }))"""
-"""Kind of view -> what stands in it and what those of its canvases show that are seen."""
+"""Kind of view, and its number where there are several -> what stands in it and what its canvases show."""
 
 
 def changed(page: Page, before: dict[str, Any]) -> dict[str, Any]:

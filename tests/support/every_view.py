@@ -1,6 +1,7 @@
 """Every view once, small, for the tests that hold of all of them.
 
-A new view goes into `VIEWS`, and what can be chosen and set in it into `CHOOSING` and `SETTING`.
+A new kind of view goes into `VIEWS`, a kind that shows other things than there into `FORMS`, and what can be chosen and
+set in it into `CHOOSING` and `SETTING`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import workbench
+from support.hybrid_models import hybrid
 from workbench import Capacity, attach
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.model.graph import Graph
@@ -86,10 +88,8 @@ def _attention_pattern(tokens: Sequence[str] = WORDS[:12]) -> View:
 def _compare(tokens: Sequence[str] = WORDS[:12]) -> View:
     from workbench import views
 
-    found = capture(tokens=tuple(tokens))
-    return views.compare(
-        *(views.attention_pattern(found, site=site, heads=[0, 1]) for site in (0, 1)), labels=("one", "two")
-    )
+    found = capture(heads=2, tokens=tuple(tokens))  # a model of its own: a pair that is picked chooses a head
+    return views.compare(*(views.attention_pattern(found, site=site) for site in (0, 1)), labels=("one", "two"))
 
 
 def _figure() -> View:
@@ -126,7 +126,7 @@ def _table(named: Sequence[str] = ("softmax", "agents", "no attention")) -> View
     ramp = [0.5 * i for i in range(len(named))]
     columns = [
         views.Column("what it is", [f"row {i}" for i in range(len(named))]),
-        views.Column("loss", ramp[::-1], "quality", "low", [f"of {i} seeds" for i in range(len(named))]),
+        views.Column("loss", ramp[::-1], "quality", "low", said=[f"of {i} seeds" for i in range(len(named))]),
         views.Column("recall", [*ramp[1:], float("nan")], "quality", "high"),
         views.Column("distance", ramp),
     ]
@@ -323,6 +323,53 @@ def _overlap_matrix(named: Sequence[str] = ("one", "two", "three")) -> View:
     return views.overlap_matrix(dict(zip(named, several, strict=True)), n_null=50)
 
 
+@cache
+def hybrid_capture() -> Capture:
+    """A capture of a tiny hybrid: a gated delta rule below, attention above."""
+    with attach(hybrid("qwen3-next")) as wb, torch.inference_mode(), wb.capture(ROWS, values=True) as found:
+        wb.model(torch.arange(3, 16)[None], use_cache=False)
+    return found
+
+
+def _half_lives() -> View:
+    from workbench import views
+
+    return views.half_lives(hybrid_capture())
+
+
+def _states() -> View:
+    from workbench import views
+
+    return views.states(hybrid_capture(), 0)
+
+
+def _content_and_decay() -> View:
+    from workbench import views
+
+    return views.attention_pattern(hybrid_capture(), apart=True)
+
+
+def _mechanisms() -> View:
+    from workbench import views
+
+    return views.compare(*(views.attention_pattern(hybrid_capture(), site=site) for site in (0, 1)))
+
+
+def _atlases() -> View:
+    from workbench import views
+
+    several = (capture(layers=3, tokens=WORDS[:n]) for n in (12, 9))
+    return views.compare(*map(views.head_atlas, several), labels=("twelve", "nine"))
+
+
+def _overlap_graph() -> View:
+    from workbench import views
+
+    graph = Graph.gpt2(3, 4, 8)
+    pair = {name: circuit(graph, 20, seed=seed, task=name) for name, seed in (("one", 0), ("two", 1))}
+    return views.overlap_graph(workbench.circuit_overlap(*pair.values(), n_null=20), *pair.values())
+
+
 VIEWS: dict[str, Callable[[], View]] = {
     "saliency_map": _saliency_map,
     "capacity_curves": _capacity_curves,
@@ -345,16 +392,28 @@ VIEWS: dict[str, Callable[[], View]] = {
 }
 """Kind of view -> one of it."""
 
+FORMS: dict[str, Callable[[], View]] = {
+    "half-lives": _half_lives,
+    "states": _states,
+    "content and decay": _content_and_decay,
+    "two mechanisms": _mechanisms,
+    "two atlases": _atlases,
+    "head wall": head_wall,
+    "causal map": causal_map,
+    "overlap graph": _overlap_graph,
+}
+"""What these kinds show besides."""
+
 
 @cache
-def made(kind: str) -> View:
-    """One view of a kind, to be looked at and left as it is."""
-    return VIEWS[kind]()
+def made(name: str) -> View:
+    """One view of a kind or a form, to be looked at and left as it is."""
+    return (VIEWS | FORMS)[name]()
 
 
-def page_of(kinds: Iterable[str], path: Path) -> Path:
-    """A page with views of these kinds."""
-    return disk.write(path, pages.render("Every view", [made(kind).spec for kind in kinds]))
+def page_of(names: Iterable[str], path: Path) -> Path:
+    """A page with views of these kinds and forms."""
+    return disk.write(path, pages.render("Every view", [made(name).spec for name in names]))
 
 
 WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
@@ -376,7 +435,7 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
 CHOOSING: dict[str, dict[str, Any]] = {
     "saliency_map": {"layer": 1, "heads": (2,), "token": 3},
     "capacity_curves": {"layer": 1, "heads": (2,)},
-    "compare": {"query": 4, "key": 2},
+    "compare": {"layer": 1, "heads": (1,), "query": 4, "key": 2},
     "attention_pattern": {"layer": 1, "heads": (2,), "query": 5},
     "head_atlas": {"layer": 1, "heads": (2,)},
     "head_gallery": {"layer": 1, "heads": (2,)},
@@ -388,8 +447,16 @@ CHOOSING: dict[str, dict[str, Any]] = {
     "image_attention": {"layer": 1, "heads": (1,), "query": 3, "example": 1},
     "token_strip": {"token": 6},
     "playground": {"layer": 1, "heads": (2,), "query": 5},
+    "half-lives": {"layer": 0, "heads": (3,)},
+    "states": {"layer": 0, "heads": (3,)},
+    "content and decay": {"layer": 0, "heads": (3,), "query": 7},
+    "two mechanisms": {"layer": 0, "heads": (3,), "query": 7},
+    "two atlases": {"layer": 2, "heads": (1,)},
+    "head wall": {"layer": 1, "heads": (2,)},
+    "causal map": {"token": 2},
+    "overlap graph": {"layer": 1, "heads": (2,)},
 }
-"""Kind of view -> what can be chosen in it, other than what it begins with."""
+"""Kind or form -> what can be chosen in it, other than what it begins with."""
 
 SETTING: dict[str, dict[str, Any]] = {
     "saliency_map": {"map": "encoder-output saliency", "over": "attention", "scale": "z", "heads": "alignment"},
@@ -407,5 +474,13 @@ SETTING: dict[str, dict[str, Any]] = {
     "circuit_graph": {"by": "absolute", "n": 7},
     "overlap_matrix": {"measure": "share", "pair": [1, 2]},
     "playground": {"metric": "Sink", "after": True},
+    "half-lives": {"metric": "half-life"},
+    "states": {"shared": True},
+    "content and decay": {"weights": "decay", "scale": "linear"},
+    "two mechanisms": {"scale": "linear", "pair": "3"},
+    "two atlases": {"scale": "linear"},
+    "head wall": {"roots": False},
+    "causal map": {"scale": "all"},
+    "overlap graph": {"hidden": ["a"], "n": 9},
 }
-"""Kind of view -> what can be set in it."""
+"""Kind or form -> what can be set in it."""

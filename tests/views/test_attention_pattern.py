@@ -299,6 +299,22 @@ def test_every_token_is_named_where_there_is_room(page: WatchedPage, tmp_path: P
 
 
 @pytest.mark.browser
+def test_ticks_are_round(page: WatchedPage, tmp_path: Path) -> None:
+    weights = torch.tensor([[[0.4, 0.3, 0.3], [0.2, 0.37, 0.43], [0.1, 0.6, 0.3]]])
+    tab = opened(page, attention_pattern(weights), tmp_path)
+    wanted = {
+        "square root": "0 0.03 0.12 0.3 0.6",
+        "linear": "0 0.12 0.24 0.36 0.48 0.6",
+        "logarithmic": "0.0001 0.001 0.01 0.1 0.6",
+    }
+    picker = tab.locator("label.field", has=tab.get_by_text("Scale", exact=True)).locator("select")
+    for scale, ticks in wanted.items():
+        picker.select_option(label=scale)
+        assert tab.locator(".legend .ticks").first.inner_text().split() == ticks.split()
+    page.assert_clean()
+
+
+@pytest.mark.browser
 def test_hiding_the_first_key_names_its_mass(page: WatchedPage, tmp_path: Path) -> None:
     pattern = softmax(10)
     tab = opened(page, attention_pattern(pattern), tmp_path)

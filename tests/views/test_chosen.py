@@ -15,7 +15,7 @@ from playwright.sync_api import Page
 
 import workbench
 from support.browser import WatchedPage
-from support.every_view import CHOOSING, SETTING, VIEWS, WORDS, capture, image_capture, made
+from support.every_view import CHOOSING, FORMS, SETTING, VIEWS, WORDS, capture, image_capture, made
 from workbench import views
 from workbench.errors import ReportError
 from workbench.storage import disk
@@ -50,8 +50,8 @@ def test_no_kind_of_view_is_forgotten() -> None:
     """What can be chosen and set in a kind is here: kinds that follow the selection, and those that have settings."""
     follow = [kind for kind in VIEWS if "frame.onSelect(" in modules.live(kind, minified=False)]
     have = [kind for kind in VIEWS if kind_of(kind).schema["properties"].get("state", {}).get("properties")]
-    assert sorted(CHOOSING) == sorted(follow)
-    assert sorted(SETTING) == sorted(have)
+    assert sorted(CHOOSING) == sorted([*follow, *FORMS])
+    assert sorted(SETTING) == sorted([*have, *FORMS])
 
 
 @pytest.mark.parametrize("kind", CHOOSING)
@@ -59,7 +59,7 @@ def test_pictures_and_pages_show_what_is_chosen(kind: str) -> None:
     view = alone(kind)
     before, page = view.to_png(), view.to_html()
     view.select(layer=77, heads=(99,), query=10_000, key=10_000, token=10_000, example=10_000)  # which is not there
-    if kind != "head_atlas":  # which marks what is chosen, and no other head for it
+    if view.spec.kind != "head_atlas":  # which marks what is chosen, and no other head for it
         assert view.to_png() == before
     view._shared = SharedSelection()
     view.select(**CHOOSING[kind])
@@ -188,13 +188,13 @@ def test_a_page_opens_as_the_view_was_left(page: WatchedPage, all_set: Path) -> 
         "conditioning_curves": {"latent inhibition"},
         "what_if": {"40", "2"},
         "tensor_peek": {"2", "log"},
-        "compare": {"linear"},
+        "compare": {"linear", "L0H1 and L1H1"},
         "attention_pattern": {"logarithmic", "0 to 1", "2"},
         "head_atlas": {"Sink"},
         "token_strip": {"effect"},
     }
     for kind, values in wanted.items():
-        told = {value.partition(" (")[0] for _, value, _ in shown[kind]}
+        told = {re.split(r" \(|, cosine", value)[0] for _, value, _ in shown[kind]}
         assert values <= told, kind
     assert [on for name, _, on in shown["attention_pattern"] if name.startswith("Hid")] == [True]
     assert [on for name, _, on in shown["conditioning_curves"] if name == "hebb"] == [False]
@@ -253,6 +253,36 @@ def test_each_figure_of_a_page_opens_as_it_was_added(page: WatchedPage, tmp_path
     tab.wait_for_function("() => document.querySelector('.attention_pattern .row h3').innerText.includes('(2)')")
     assert [text[:4] for text in head.all_inner_texts()] == ["L1H0", "L1H0"]
     page.assert_clean()
+
+
+@pytest.mark.browser
+def test_a_pair_can_be_picked_again(page: WatchedPage, tmp_path: Path) -> None:
+    """After a choice elsewhere has brought another pair; where no head of a pair is chosen the picked one is shown."""
+    tab = opened(page, Path(made("two mechanisms").to_html(tmp_path / "compare.html")))
+    picker = tab.locator(".compare .field", has_text="Heads").locator("select")
+    first = tab.locator(".compare figcaption").first
+    picker.select_option(index=2)
+    assert first.inner_text() == "A L0H2"
+    tab.evaluate("address => { location.hash = address; }", "L1H3")
+    tab.wait_for_function("() => document.querySelector('.compare figcaption').innerText === 'A L0H3'")
+    assert picker.evaluate("select => select.selectedIndex") == 3
+    picker.select_option(index=2)
+    assert first.inner_text() == "A L0H2"
+    tab.evaluate("globalThis[Symbol.for('workbench.selection')].select({ model: null }, { layer: 9, heads: [9] })")
+    assert first.inner_text() == "A L0H2"
+    page.assert_clean()
+
+
+def test_a_pair_that_python_picks_is_that_of_the_chosen_head() -> None:
+    view = alone("two mechanisms").select(layer=1, heads=(3,))
+    pair = view.to_png()
+    view.set_state(pair="1")
+    assert (view.selection.layer, view.selection.heads) == (0, (1,))
+    assert view.to_png() != pair
+    view.select(layer=1, heads=(1,)).set_state(pair="3").set_state(pair="1")
+    assert (view.selection.layer, view.selection.heads) == (0, (1,))
+    view.select(layer=9, heads=(9,))
+    assert view._pair() == 1  # type: ignore[attr-defined]
 
 
 @pytest.mark.browser

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from support.browser import LOOKS, WatchedPage, changed, settled
-from support.every_view import CHOOSING, SETTING, VIEWS, page_of
+from support.every_view import CHOOSING, FORMS, SETTING, VIEWS, page_of
 
 THEMES = Path(sys.prefix) / "share" / "jupyter" / "lab" / "themes" / "@jupyterlab"
 SPELLED = {"light": "#ffffff", "dark": "#111111"}
@@ -41,19 +41,29 @@ PAPER = "getComputedStyle(document.querySelector('.workbench')).getPropertyValue
 CHOOSE = """([chosen, set]) => {
   const store = globalThis[Symbol.for('workbench.selection')];
   const states = [];
-  for (const { id, textContent } of document.querySelectorAll('script[id^=view-]')) {
-    const { kind, scope } = JSON.parse(textContent);
-    if (kind in chosen) store.select(scope, chosen[kind]);
-    if (kind in set) states.push(`${id}=${encodeURIComponent(JSON.stringify(set[kind]))}`);
-  }
+  [...document.querySelectorAll('script[id^=view-]')].forEach(({ id, textContent }, i) => {
+    if (chosen[i]) store.select(JSON.parse(textContent).scope, chosen[i]);
+    if (set[i]) states.push(`${id}=${encodeURIComponent(JSON.stringify(set[i]))}`);
+  });
   location.hash = [store.address(), ...states].join(',');
 }"""
+
+
+def choose(tab: Page, names: Iterable[str]) -> None:
+    """Choose and set in the views of a page what is given for these kinds or forms."""
+    tab.evaluate(CHOOSE, [[found.get(name) for name in names] for found in (CHOOSING, SETTING)])
 
 
 @pytest.fixture(scope="module")
 def every_view(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with all kinds of views."""
     return page_of(VIEWS, tmp_path_factory.mktemp("page") / "all.html")
+
+
+@pytest.fixture(scope="module")
+def every_form(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with what kinds of views show besides."""
+    return page_of(FORMS, tmp_path_factory.mktemp("page") / "forms.html")
 
 
 @contextmanager
@@ -89,17 +99,33 @@ def test_every_view_shows_what_is_chosen_in_every_host(
     with hosted(browser, every_view, host, theme) as tab:
         before = tab.evaluate(LOOKS)
         assert sorted(before) == sorted(VIEWS)
-        tab.evaluate(CHOOSE, [CHOOSING, SETTING | {"compare": {"scale": "linear"}}])  # a pair would choose a head
+        choose(tab, VIEWS)
         changed(tab, before)
         themes = set(tab.evaluate("[...document.querySelectorAll('.workbench')].map(view => view.dataset.theme)"))
         assert themes == {"light" if host == "print" else theme}
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize(("host", "theme"), [("page", "dark"), ("lab", "light"), ("print", "dark")])
+def test_every_form_shows_what_is_chosen_and_opens_again(
+    host: str, theme: str, every_form: Path, browser: Browser
+) -> None:
+    with hosted(browser, every_form, host, theme) as tab:
+        before = tab.evaluate(LOOKS)
+        assert len(before) == len(FORMS)
+        choose(tab, FORMS)
+        left, address = changed(tab, before), tab.evaluate("location.hash")
+    if host == "page":
+        with hosted(browser, every_form, host, theme, address) as tab:
+            again = tab.evaluate(LOOKS)
+        assert [name for name in left if left[name][1:] != again[name][1:]] == []
+
+
+@pytest.mark.browser
 def test_every_view_opens_again_as_it_was(every_view: Path, browser: Browser) -> None:
     with hosted(browser, every_view, "page", "light") as tab:
         before = tab.evaluate(LOOKS)
-        tab.evaluate(CHOOSE, [CHOOSING, SETTING | {"compare": {"scale": "linear"}}])  # a pair would choose a head
+        choose(tab, VIEWS)
         left = changed(tab, before)
         address = tab.evaluate("location.hash")
     with hosted(browser, every_view, "page", "light", address) as tab:

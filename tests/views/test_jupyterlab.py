@@ -8,13 +8,16 @@ import time
 from base64 import b64decode
 from collections.abc import Iterator
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page
 
+from support import pdf
 from support.browser import LOOKS, changed
 from support.every_view import VIEWS
 from support.jupyterlab import command, jupyterlab, open_notebook, run_all, run_code
@@ -232,9 +235,13 @@ def test_every_view_shows_what_is_chosen_in_both_themes(run: tuple[Page, Watch],
 
 def test_a_figure_for_a_paper_comes_from_the_kernel(run: tuple[Page, Watch]) -> None:
     page, watch = run
-    with page.expect_download() as download:
-        page.locator(".workbench.token_strip").get_by_role("button", name="SVG").click()
-    assert "Token strip" in Path(download.value.path()).read_text(encoding="utf-8")
+    files = {}
+    for form in ("SVG", "PDF"):
+        with page.expect_download() as download:
+            page.locator(".workbench.token_strip").get_by_role("button", name=form, exact=True).click()
+        files[form] = Path(download.value.path()).read_bytes()
+    assert b"Token strip" in files["SVG"]
+    assert "Token strip" in pdf.read(files["PDF"]).texts
     assert not watch.errors
     assert not watch.outside
 
@@ -266,7 +273,15 @@ def test_a_notebook_opened_again_untrusted_shows_pictures_and_tables(
     page.wait_for_function(f"{drawn} >= {len(VIEWS)}")
     assert page.locator(".jp-OutputArea table").count() >= 1
     assert page.locator(".workbench").count() == 0
+    assert page.evaluate(drawn) == len(VIEWS)  # each picture once
     page.close()
+
+
+def _papers(page: Page) -> set[Any]:
+    """What the left upper corners of the pictures look like."""
+    page.evaluate("Promise.all([...document.querySelectorAll('.workbench-still img')].map((image) => image.decode()))")
+    shots = [each.screenshot() for each in page.locator(".workbench-still img").all()[:3]]
+    return {Image.open(BytesIO(shot)).convert("RGB").getpixel((2, 2)) for shot in shots}
 
 
 def test_a_trusted_notebook_opened_without_its_kernel_shows_pictures(
@@ -280,9 +295,17 @@ def test_a_trusted_notebook_opened_without_its_kernel_shows_pictures(
     shown = "[...document.querySelectorAll('.workbench-still img')].filter(i => i.offsetWidth > 100).length"
     page.wait_for_function(f"{shown} === {len(VIEWS)}")
     command(page, "apputils:change-theme", theme="JupyterLab Dark")
+    page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
     card = """(() => { const card = getComputedStyle(document.querySelector('.workbench-still'));
         return [card.backgroundColor, card.color, card.paddingLeft, card.borderRadius]; })()"""
-    assert page.evaluate(card) == ["rgb(255, 255, 255)", "rgb(28, 33, 39)", "12px", "8px"]  # no bare picture
+    assert page.evaluate(card) == ["rgb(20, 23, 27)", "rgb(228, 232, 236)", "12px", "8px"]
+    assert _papers(page) == {(20, 23, 27)}
+    page.emulate_media(media="print")
+    assert page.evaluate(card)[:2] == ["rgb(255, 255, 255)", "rgb(28, 33, 39)"]
+    page.emulate_media(media="screen")
+    command(page, "apputils:change-theme", theme="JupyterLab Light")
+    page.wait_for_function("document.body.dataset.jpThemeLight === 'true'")
+    assert _papers(page) == {(255, 255, 255)}
     assert "model not found" not in page.locator(".jp-Notebook").inner_text()
     page.close()
 

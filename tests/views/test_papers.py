@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from playwright.sync_api import Browser
 
+from support import pdf
 from support.browser import WatchedPage, settled
 from support.every_view import VIEWS, WITH_TOKENS, made
 from support.hostile import HOSTILE
@@ -20,6 +24,8 @@ from workbench.views.base.spec import origin_line
 from workbench.views.base.widget import answer_of
 
 SVG = "{http://www.w3.org/2000/svg}"
+AXES: dict[str, tuple[str, ...]] = {}
+"""Kind of view -> names of axes and legends that a figure of it has."""
 
 
 def sized(svg: bytes) -> tuple[float, float]:
@@ -68,10 +74,15 @@ def test_the_origin_names_every_model_once() -> None:
 PIXELS = "[...document.querySelectorAll('.workbench canvas')].map((canvas) => canvas.toDataURL())"
 
 
+def letters(texts: Iterable[str]) -> str:
+    """What is written, without spaces: lines are broken where they may be."""
+    return "".join("".join(texts).split())
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("kind", VIEWS)
 def test_the_pages_buttons_give_the_whole_figure_on_white(kind: str, browser: Browser, tmp_path: Path) -> None:
-    """Title, axes, legends, caption and origin as text in an SVG, the same as a PNG of twice the size; offline."""
+    """Title, axes, legends, caption and origin as text in an SVG and a PDF, and as a PNG of twice the size; offline."""
     from PIL import Image
 
     view = made(kind)
@@ -81,9 +92,10 @@ def test_the_pages_buttons_give_the_whole_figure_on_white(kind: str, browser: Br
     page.wait_for_selector("html[data-ready]")
     before = page.evaluate(PIXELS)
     files = {}
-    for form in ("SVG", "PNG"):
+    for form in ("SVG", "PDF", "PNG"):
         with page.expect_download() as download:
             page.get_by_role("button", name=form, exact=True).first.click()
+        assert download.value.suggested_filename.endswith(f".{form.lower()}")
         files[form] = Path(download.value.path()).read_bytes()
     settled(page)
     assert page.evaluate(PIXELS) == before  # the page is as it was
@@ -104,6 +116,18 @@ def test_the_pages_buttons_give_the_whole_figure_on_white(kind: str, browser: Br
         assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     inside = [each for each in drawing.iter() if each.tag in (f"{SVG}path", f"{SVG}image", f"{SVG}rect")]
     assert len(inside) > 4  # more than the paper
+    paper = pdf.read(files["PDF"])
+    assert paper.title == view.spec.title
+    assert paper.size == pytest.approx((0.75 * width, 0.75 * height))  # points of pixels
+    assert letters(paper.texts) == letters("".join(text.itertext()) for text in drawing.iter(f"{SVG}text"))
+    for name in AXES.get(kind, ()):
+        assert letters([name]) in letters(paper.texts)
+    assert paper.bare == []  # every character has its outline
+    lines = paper.content.split("\n")
+    assert lines.count("q") == lines.count("Q") > 4
+    if kind == "attention_pattern":
+        assert len(paper.pictures) == 1  # the map; the lines from the query are lines
+    assert (len(paper.pictures) > 0) == any(each.tag == f"{SVG}image" for each in drawing.iter())
 
 
 @pytest.mark.browser
@@ -116,6 +140,35 @@ def test_a_hostile_figure_is_text_and_nothing_more(page: WatchedPage, tmp_path: 
     allowed = {"svg", "title", "rect", "text", "g", "path", "image", "clipPath", "linearGradient", "stop"}
     assert {each.tag.removeprefix(SVG) for each in drawing.iter()} <= allowed
     assert not [name for each in drawing.iter() for name in each.attrib if name.lower().startswith("on")]
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="PDF", exact=True).click()
+    data = Path(download.value.path()).read_bytes()
+    found = pdf.read(data)
+    assert letters(found.texts) == letters("".join(text.itertext()) for text in drawing.iter(f"{SVG}text"))
+    acts = ("/JavaScript", "/JS", "/OpenAction", "/AA", "/URI", "/Launch", "/Annots", "/EmbeddedFile")
+    assert not [name for each in pdf.objects(data).values() for name in acts if name in each.words]
+    page.assert_clean()
+
+
+SCRIPTS = [
+    *("plain text", "naïve Å", "Ωμέγα", "Привет", "日本語", "한국어", "العربية", "עברית", "हिन्दी", "ไทย"),
+    *("😀👩\u200d👩\u200d👧", "−0.5 → ∞ ␣"),
+]
+
+
+@pytest.mark.browser
+def test_a_pdf_has_every_script_as_text(page: WatchedPage, tmp_path: Path) -> None:
+    """Letters as outlines that one can copy; what has colours of its own as a picture with its text behind it."""
+    strip = token_strip(SCRIPTS, np.linspace(0, 1, len(SCRIPTS)), title="Scripts")
+    tab = page.open(Path(strip.to_html(tmp_path / "view.html")))
+    tab.wait_for_selector("html[data-ready]")
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="PDF", exact=True).click()
+    found = pdf.read(Path(download.value.path()).read_bytes())
+    for text in strip.spec.facts["tokens"]:
+        assert letters([text]) in letters(found.texts), text
+    coloured = [text for text in found.bare if not re.search("[\U0001f000-\U0001ffff]", text)]
+    assert coloured == []
     page.assert_clean()
 
 
@@ -152,14 +205,15 @@ def test_a_live_view_has_its_kernel_hand_over_what_draws_figures(page: WatchedPa
     tab.add_script_tag(content=f"(() => {{ {code}\n{KERNEL.replace('SPEC', spec, 1)} }})();")
     tab.locator(".workbench .token").first.wait_for()
     assert asked == []
-    for form in ("SVG", "SVG", "PNG"):
+    for form in ("SVG", "SVG", "PNG", "PDF", "PDF"):
         with tab.expect_download() as download:
             tab.get_by_role("button", name=form, exact=True).click()
         found = Path(download.value.path()).read_bytes()
-        assert (
-            found.startswith(b"\x89PNG")
-            if form == "PNG"
-            else view.spec.title in "".join(ET.fromstring(found).itertext())
-        )
-    assert asked == ["module"]
+        words = {
+            "SVG": lambda file: "".join(ET.fromstring(file).itertext()),
+            "PDF": lambda file: " ".join(pdf.read(file).texts),
+            "PNG": lambda file: view.spec.title if file.startswith(b"\x89PNG") else "",
+        }
+        assert view.spec.title in words[form](found)
+    assert asked == ["module", "module"]  # what draws figures, and what makes a PDF of them
     page.assert_clean()

@@ -15,6 +15,8 @@ const LOWEST = 1e-4; // where the logarithmic scale begins
 
 /** Byte 0: a place that no query sees. Byte b: weight ((b - 1) / 254) squared. */
 const weightOf = (byte) => (byte ? ((byte - 1) / 254) ** 2 : NaN);
+/** The least weight that a byte stands for: of the largest one it makes no scale go further than the weights do. */
+const leastOf = (byte) => (Math.max(0, byte - 1.5) / 254) ** 2;
 const byteOf = (weight) => (Number.isNaN(weight) ? 0 : 1 + Math.round(254 * Math.sqrt(Math.min(1, Math.max(0, weight)))));
 
 export async function render({ model, el }) {
@@ -201,7 +203,7 @@ class Patterns {
     let top = 0;
     const { cells, columns } = map.levels[0];
     for (let i = 0; i < cells.length; i++) if (cells[i] > top && i % columns !== hidden) top = cells[i];
-    return ceiling(weightOf(top) || 1);
+    return ceiling(leastOf(top) || 1);
   }
 
   place(weight, top) {

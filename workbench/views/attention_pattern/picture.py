@@ -39,7 +39,7 @@ def draw(figure: Figure, spec: ViewSpec, chosen: Selection) -> None:
     cells = spec.blocks[f"cells:{variant}:{i}"]
     maps = [_weights(cells[site["heads"].index(head)], site, hide=bool(state.get("hide"))) for head in heads]
     ranged = state.get("range", "shared")
-    tops = [1.0 if ranged == "one" else scales.limits(weights, signed=False)[1] for weights in maps]
+    tops = [1.0 if ranged == "one" else scales.limits(pyramid.least(weights), signed=False)[1] for weights in maps]
     if ranged == "shared":
         tops = [min(1.0, max(tops))] * len(tops)
     rows = -(-len(heads) // 3)

@@ -10,6 +10,7 @@ export class QueryRow {
   constructor(view) {
     this.view = view;
     this.element = make("div", { class: "row" });
+    this.canvas = make("canvas", { class: "edges", role: "img" }); // one for all queries, which a figure records
     this.drawEdges = () => {};
   }
 
@@ -38,8 +39,8 @@ export class QueryRow {
 
   /** Lines from the query to the keys it looks at, thicker with weight; only of this query. */
   edges(query, shown) {
-    const { view } = this;
-    const canvas = make("canvas", { class: "edges", role: "img", "aria-label": `Lines from query ${query} to ${shown.length} keys; the table below has the numbers` });
+    const { view, canvas } = this;
+    canvas.setAttribute("aria-label", `Lines from query ${query} to ${shown.length} keys; the table below has the numbers`);
     const keys = [...shown].sort((a, b) => a.key - b.key);
     this.drawEdges = () => {
       const [width, height] = [Math.max(180, this.element.clientWidth - 4), 18 * Math.max(keys.length, 1) + 10];

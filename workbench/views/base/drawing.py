@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from workbench.errors import ReportError
 from workbench.tokens import visible_text
 from workbench.views.base import scales
+from workbench.views.base.few_colours import few_colours
 
 THEMES = {
     "light": {"paper": "#ffffff", "ink": "#1c2127", "muted": "#59636e", "line": "#d8dde3"},
@@ -86,7 +87,7 @@ def png(
         colours: keep so many, which makes a picture of many faint lines several times smaller.
     """
     found = drawn(picture, size, "png", theme=theme, dpi=dpi)
-    return found if colours is None else _fewer(io.BytesIO(found), colours)
+    return found if colours is None else _fewer(found, colours)
 
 
 def drawn(
@@ -145,19 +146,25 @@ def _surround(figure: Any, words: Words, colours: dict[str, str]) -> None:
         below -= (1.3 * size * len(lines) + 4) / 72
 
 
-def _fewer(picture: io.BytesIO, colours: int) -> bytes:
+def _fewer(picture: bytes, colours: int) -> bytes:
     from PIL import Image
 
     out = io.BytesIO()
-    with Image.open(picture) as image:
-        # Of the ways to choose colours this one keeps those of small areas, such as the end of a scale.
-        few = image.convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        few.save(out, format="png", optimize=True, dpi=image.info.get("dpi"))
+    with Image.open(io.BytesIO(picture)) as image:
+        few_colours(image, colours).save(out, format="png", optimize=True, dpi=image.info.get("dpi"))
     return out.getvalue()
 
 
+# In a notebook's dark theme, as JupyterLab, Visual Studio Code and Colab mark it, the picture is another one. It stands
+# in the style sheet: hosts that allow none show the light picture on its light card, and so does paper. The system's
+# own theme is not asked: a host that is light on a dark system would get dark cards.
 _STILL = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string("""\
-<style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .workbench-still:not([hidden])){display:none}</style>
+<style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .workbench-still:not([hidden])){display:none}
+@media screen{:is([data-jp-theme-light="false"],.vscode-dark,[theme="dark"]) #{{ identity }}{\
+background:{{ paper }}!important;color:{{ ink }}!important;border-color:{{ line }}!important;\
+color-scheme:dark!important}
+:is([data-jp-theme-light="false"],.vscode-dark,[theme="dark"]) #{{ identity }} img{\
+content:url("data:image/png;base64,{{ dark }}")}}</style>
 <figure class="workbench-still" id="{{ identity }}" style="margin:0;padding:10px 12px;width:fit-content;max-width:100%;\
 box-sizing:border-box;border:1px solid #d8dde3;border-radius:8px;background:#fff;color:#1c2127;color-scheme:light">
 <figcaption><b>{{ title }}</b> {{ caption }}</figcaption>
@@ -175,10 +182,16 @@ box-sizing:border-box;border:1px solid #d8dde3;border-radius:8px;background:#fff
 """)
 
 
-def still(identity: str, *, title: str, caption: str, picture: str, table: pd.DataFrame, n_rows: int) -> str:
-    """A figure with its picture, caption and table; needs no script and no style sheet."""
+def still(identity: str, *, title: str, caption: str, picture: str, dark: str, table: pd.DataFrame, n_rows: int) -> str:
+    """A figure with its picture, caption and table; needs no script and no style sheet.
+
+    Args:
+        picture: a PNG in base64, for light themes. dark: one for dark themes.
+    """
     return _STILL.render(
+        {name: THEMES["dark"][name] for name in ("paper", "ink", "line")},
         identity=identity,
+        dark=dark,
         title=visible_text(title),
         caption=visible_text(caption),
         picture=picture,

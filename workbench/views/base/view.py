@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TABLE_ROWS = 50  # rows of the table that stands below a picture
 DPI = 120
+_COLOURS_OF_DARK = 128  # of the second picture that a notebook keeps, which makes it small
 
 
 class View(ABC):
@@ -200,7 +201,7 @@ class View(ABC):
         found = drawing.drawn(self.picture, self.size, form, words=around, **how)
         return found if path is None else disk.write(path, found)
 
-    def _still(self, identity: str, picture: bytes) -> str:
+    def _still(self, identity: str, picture: bytes, dark: bytes) -> str:
         """The picture and the table as HTML without scripts: what a notebook shows once nothing lives behind it."""
         table = self.data().head(TABLE_ROWS)
         return drawing.still(
@@ -208,13 +209,17 @@ class View(ABC):
             title=self.spec.title,
             caption=" ".join([self.spec.caption, *self.spec.notes]),
             picture=base64.b64encode(picture).decode("ascii"),
+            dark=base64.b64encode(dark).decode("ascii"),
             table=table,
             n_rows=len(self.data()) + self.spec.left_out,
         )
 
     def _bundle(self, identity: str) -> dict[str, Any]:
-        picture = drawing.png(self.picture, self.size, theme="light", dpi=DPI, colours=self.colours)
-        return {"text/html": self._still(identity, picture), "image/png": picture, "text/plain": str(self)}
+        picture, dark = (
+            drawing.png(self.picture, self.size, theme=theme, dpi=DPI, colours=colours)
+            for theme, colours in (("light", self.colours), ("dark", _COLOURS_OF_DARK))
+        )
+        return {"text/html": self._still(identity, picture, dark), "image/png": picture, "text/plain": str(self)}
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         return self._bundle(_identity())

@@ -1,7 +1,7 @@
 // Compare: two matrices and their difference, with one cursor and one zoom for all three; of several pairs the chosen one.
 
 import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.js";
-import { button, exactly, legend, make, roughly } from "workbench/shared/dom.js";
+import { button, exactly, legend, make, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { Matrix } from "workbench/shared/matrix.js";
 import { ceiling, greatest } from "workbench/shared/scales.js";
@@ -35,9 +35,10 @@ class Compare {
     this.scale = scale.value;
     const { pairs } = this.facts;
     const named = pairs.map((pair, i) => [`${i}`, this.pairWords(pair)]);
-    this.picker = frame.settings.pick("pair", "Heads", named, "0", (i) => this.go(Number(i)));
-    this.take(Number(this.picker.value));
-    this.entitle();
+    this.picker = selector("Heads", named, (i) => this.pick(Number(i)));
+    this.told = frame.state.pair;
+    frame.onState(() => this.heard());
+    this.show(this.picked);
     frame.controls.append(...(pairs.length > 1 ? [this.picker.field] : []), scale.field);
     const zoom = (factor) => () => (factor ? this.maps[0].zoom(factor) : this.maps[0].show({ ...this.maps[0].view, top: 0, left: 0, rows: this.maps[0].height, columns: this.maps[0].width }));
     frame.controls.append(make("span", { class: "tools" }, button("+", zoom(0.5), { "aria-label": "Zoom in" }), button("−", zoom(2), { "aria-label": "Zoom out" }), button("All", zoom(0), { "aria-label": "Show everything" })));
@@ -63,15 +64,37 @@ class Compare {
     this.names = [...one, `${one[0]} − ${one[1]}`];
   }
 
-  /** Show a pair that was picked, and choose its first head, where it is one of a model. */
-  go(pair) {
+  /** The pair that was picked last, which is shown where no head of any pair is chosen. */
+  get picked() {
+    const { pair } = this.frame.state;
+    return this.facts.pairs[pair] ? Number(pair) : 0;
+  }
+
+  /** Someone picks a pair: one of its heads becomes the chosen one, where they are heads of a model. */
+  pick(pair) {
+    this.told = `${pair}`;
+    this.frame.keep({ pair: `${pair}` });
     this.show(pair);
-    const [head] = this.facts.pairs[pair].of;
-    if (head && head.layer !== null) this.frame.select({ layer: head.layer, heads: [head.head], site: head.site });
+    const { of } = this.facts.pairs[pair];
+    const head = of.find((each) => each && each.layer !== null);
+    if (head && !of.some((each) => this.chosen(each))) this.frame.select({ layer: head.layer, heads: [head.head], site: head.site });
+  }
+
+  /** A pair may also be picked in Python, or by an address. */
+  heard() {
+    const { pair } = this.frame.state;
+    if (pair === this.told) return;
+    this.told = pair;
+    if (this.facts.pairs[pair]) this.pick(this.picked);
+  }
+
+  chosen(head, { layer, heads, site } = this.frame.selection) {
+    return Boolean(head) && head.layer === layer && heads.includes(head.head) && (!site || !head.site || site === head.site);
   }
 
   show(pair) {
-    if (pair === this.pair || !this.facts.pairs[pair]) return;
+    this.picker.select.selectedIndex = pair;
+    if (pair === this.pair) return;
     this.take(pair);
     this.entitle();
     this.draw();
@@ -142,12 +165,8 @@ class Compare {
   }
 
   follow({ query, key, layer, heads, site }) {
-    const chosen = (head) => head && head.layer === layer && heads.includes(head.head) && (!site || !head.site || site === head.site);
-    const pair = this.facts.selects === "pattern" ? this.facts.pairs.findIndex(({ of }) => of.some(chosen)) : -1;
-    if (pair >= 0 && pair !== this.pair) {
-      this.picker.select.selectedIndex = pair;
-      this.show(pair);
-    }
+    const pair = this.facts.pairs.findIndex(({ of }) => of.some((head) => this.chosen(head, { layer, heads, site })));
+    this.show(pair >= 0 ? pair : this.picked);
     const [row, column] = { pattern: [query, key], head: [layer, heads[0] ?? null], none: [null, null] }[this.facts.selects];
     if (this.facts.selects !== "none") this.maps.forEach((map) => this.mark(map, row, column));
   }

@@ -83,12 +83,28 @@ class Compare(View):
 
     def _pair(self) -> int:
         """Which pair is shown: that of the chosen head, or the one that was picked."""
-        pairs = self.spec.facts["pairs"]
-        for i, pair in enumerate(pairs):
-            if any(head and self.chosen.has(head["layer"], head["head"], head["site"]) for head in pair["of"]):
-                return i
+        chosen = next((i for i, pair in enumerate(self.spec.facts["pairs"]) if self._has_chosen(pair)), None)
+        return chosen if chosen is not None else self._picked() or 0
+
+    def _picked(self) -> int | None:
+        """The pair that was picked last."""
         picked = self.state.get("pair")
-        return next((i for i in range(len(pairs)) if str(i) == picked), 0)
+        return next((i for i in range(len(self.spec.facts["pairs"])) if str(i) == picked), None)
+
+    def _has_chosen(self, pair: Mapping[str, Any]) -> bool:
+        return any(head and self.chosen.has(head["layer"], head["head"], head["site"]) for head in pair["of"])
+
+    def _put_state(self, state: Mapping[str, Any]) -> None:
+        """Of a pair that is picked one head becomes the chosen one, where they are heads of a model."""
+        before = self.state.get("pair")
+        super()._put_state(state)
+        picked = self._picked()
+        if picked is None or self.state["pair"] == before:
+            return
+        pair = self.spec.facts["pairs"][picked]
+        head = next((head for head in pair["of"] if head and head["layer"] is not None), None)
+        if head is not None and not self._has_chosen(pair):
+            self.select(layer=head["layer"], heads=(head["head"],), site=head["site"])
 
     def _mark(self, axes: Any) -> None:
         """A frame around the chosen cell."""

@@ -7,6 +7,9 @@ import { open } from "workbench/shared/frame.js";
 const COLOURS = ["#2f6fb7", "#d1662b", "#3a8f5c", "#b03a78", "#7a6bc9", "#8a6d1f"];
 const [LEAST, MOST] = [-0.6, 1.6]; // of what the charts show
 
+/** A difference of expectations, which are sums of numbers around 1: what rounding leaves of nothing is nothing. */
+const share = (value) => roughly(Math.abs(value) < 1e-12 ? 0 : value);
+
 export async function render({ model, el }) {
   const frame = await open({ model, el });
   new Experiments(frame);
@@ -126,7 +129,7 @@ class Experiments {
       const [value, low, high, effect] = data.subarray(4 * (this.at * facts.subjects.length + s), 4 * (this.at * facts.subjects.length + s) + 4);
       const chip = make("i", { class: "chip" });
       chip.style.backgroundColor = this.colour(s);
-      return make("tr", {}, make("th", { scope: "row" }, chip, name), make("td", { class: "n" }, roughly(value)), make("td", { class: "n" }, `${roughly(low)} to ${roughly(high)}`), make("td", {}, said[effect]));
+      return make("tr", {}, make("th", { scope: "row" }, chip, name), make("td", { class: "n" }, share(value)), make("td", { class: "n" }, `${share(low)} to ${share(high)}`), make("td", {}, said[effect]));
     };
     const head = make("tr", {}, ...["", "difference of the groups", "95 % interval", "effect"].map((text) => make("th", { scope: "col" }, text)));
     this.effects.replaceChildren(make("table", {}, make("thead", {}, head), make("tbody", {}, ...facts.subjects.map(row))));

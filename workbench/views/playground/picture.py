@@ -110,7 +110,7 @@ def _pattern(panel: Any, spec: ViewSpec, chosen: Selection) -> None:
         panel.text(0, 0.5, f"No pattern of {name} is known.", wrap=True)
         return
     weights = np.where(cells == 0, np.nan, pyramid.dequantise(cells))
-    top = scales.limits(weights, signed=False)[1]
+    top = scales.limits(pyramid.least(weights), signed=False)[1]
     panel.imshow(np.sqrt(weights / top), vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     panel.set_facecolor(scales.unseen_colour())
     for axis, which, n in ((panel.xaxis, "keyTokens", about["keys"]), (panel.yaxis, "queryTokens", about["queries"])):

@@ -13,6 +13,8 @@ const PARTS = ["site", "head", "query", "key"];
 
 /** Byte 0: a place that no query sees. Byte b: weight ((b - 1) / 254) squared. */
 const weightOf = (byte) => (byte ? ((byte - 1) / 254) ** 2 : NaN);
+/** The least weight that a byte stands for: of the largest one it makes no scale go further than the weights do. */
+const leastOf = (byte) => (Math.max(0, byte - 1.5) / 254) ** 2;
 const same = (one, other) => PARTS.every((part) => one[part] === other[part]);
 const bare = (edits) => edits.map((edit) => Object.fromEntries(PARTS.map((part) => [part, edit[part]])));
 
@@ -444,7 +446,7 @@ class Playground {
   drawCells(cells) {
     const { queries, keys } = this.map;
     const { theme } = this.frame;
-    const top = Math.min(1, ceiling(weightOf(cells.reduce((a, b) => Math.max(a, b), 0)) || 1));
+    const top = Math.min(1, ceiling(leastOf(cells.reduce((a, b) => Math.max(a, b), 0)) || 1));
     const table = Array.from({ length: 256 }, (_, byte) => (byte ? colourAt(Math.sqrt(weightOf(byte) / top), theme) : rgbOf(this.frame.colour("unseen"))));
     this.pattern.chosen = { row: this.query, column: this.key };
     this.pattern.setCells(cells, queries, keys, 1, queries, keys);

@@ -88,7 +88,7 @@ def maps(
         title=f"Cross-attention beside saliency: {held['name']}",
         caption=(
             f"“{found.hypotheses[utterance]}”: cross-attention, {_method(found.method)} saliency (pooled to encoder "
-            f"positions by {found.pooling}), and their difference, one row per output token. White frames: where "
+            f"positions by {found.pooling}), and their difference, one row per output token. Thin frames: where "
             "dynamic time warping places each token by attention and by input saliency, "
             f"{moved:.2g} {unit} apart on average.{words}"
         ),

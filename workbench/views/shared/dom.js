@@ -44,10 +44,14 @@ export function exactly(value) {
 }
 
 /**
- * A number to read at a glance: three digits.
+ * A number to read at a glance: three digits, in powers of ten when it is very small.
  * @param {number} value
  */
-export const roughly = (value) => (Number.isFinite(value) ? `${Number(value.toPrecision(3))}` : "–");
+export function roughly(value) {
+  if (!Number.isFinite(value)) return "–";
+  const rounded = Number(value.toPrecision(3));
+  return rounded !== 0 && Math.abs(rounded) < 1e-4 ? rounded.toExponential() : `${rounded}`;
+}
 
 /**
  * A labelled select; `choose` is called with the value.
@@ -168,5 +172,5 @@ export function download(name, type, parts) {
   document.body.append(link);
   link.click();
   link.remove();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
+  setTimeout(() => URL.revokeObjectURL(url), 60_000); // a busy browser may begin late
 }

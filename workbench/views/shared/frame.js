@@ -8,6 +8,12 @@ import { sharedSelection } from "./selection.js";
 import { Settings } from "./settings.js";
 
 const TABLE_ROWS = 50;
+/** Files that hold the figure: their types, and what they are. */
+const FORMS = {
+  svg: { type: "image/svg+xml", what: "a drawing" },
+  pdf: { type: "application/pdf", what: "a page for a paper" },
+  png: { type: "image/png", what: "a picture" },
+};
 
 /** Decode a view's spec and build its frame in `el`; what a view's module works with. */
 export async function open({ model, el }) {
@@ -59,7 +65,7 @@ export class Frame {
     this.root = make("section", { class: `workbench ${spec.kind}`, "aria-label": spec.title, "data-lm-suppress-shortcuts": true }, skip, title, this.caption, this.controls, this.body, this.status, this.spoken, this.notes, this.tools);
     if (spec.table.length) this.addTable();
     this.describe();
-    this.tools.prepend(button("SVG", () => this.save("svg"), { title: "Download the figure as a drawing, with its title and caption" }), button("PNG", () => this.save("png"), { title: "Download the figure as a picture, with its title and caption" }));
+    this.tools.prepend(...Object.entries(FORMS).map(([form, { what }]) => button(form.toUpperCase(), () => this.save(form), { title: `Download the figure as ${what}, with its title and caption` })));
     this.tools.append(button("JSON", () => download(`${this.fileName()}.json`, "application/json", [JSON.stringify(this.plain(), null, 1)]), { title: "Download everything this view shows" }));
     this.tip = make("div", { class: "tip", role: "tooltip", hidden: true });
     this.root.append(this.tip, end);
@@ -89,16 +95,17 @@ export class Frame {
     this.endings.push(() => this.model.off("change:spec", heard));
   }
 
-  /** Hand the figure out, with its words around it: `form` is "svg" or "png". */
+  /** Hand the figure out, with its words around it: `form` is one of `FORMS`. */
   async save(form) {
     const slow = setTimeout(() => this.say("Waiting for the kernel, which has what draws figures."), 600);
     try {
       const { figureOf, pictureOf } = await import("./paper.js");
+      const { pdfOf } = form === "pdf" ? await import("./pdf.js") : { pdfOf: null };
       clearTimeout(slow);
       const figure = await figureOf(this);
-      const blob = form === "svg" ? figure.svg : await pictureOf(figure);
+      const file = form === "svg" ? figure.svg : await (pdfOf ? pdfOf(figure, this.spec.title) : pictureOf(figure));
       const name = `${this.fileName()}.${form}`;
-      download(name, form === "svg" ? "image/svg+xml" : "image/png", [blob]);
+      download(name, FORMS[form].type, [file]);
       this.say(`The figure is in ${name}.`);
     } catch (error) {
       this.say(`The figure could not be made: ${error.message}`);

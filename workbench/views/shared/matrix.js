@@ -4,6 +4,7 @@
 import { cut, make, moved } from "./dom.js";
 
 const EDGE = { least: 44, most: 104 };
+const FONT = { least: 10, most: 12 };
 const TALLEST = 720;
 
 /** The largest of each 2 x 2 block by `size` of a byte. */
@@ -126,7 +127,7 @@ export class Matrix {
   }
 
   edgeWidth(ink, names) {
-    ink.font = `11px ${this.frame.colour("mono")}`;
+    ink.font = `${FONT.most}px ${this.frame.colour("mono")}`;
     const longest = names.reduce((a, b) => (b.length > a.length ? b : a), "");
     return Math.round(Math.min(EDGE.most, Math.max(EDGE.least, ink.measureText(longest).width + 12)));
   }
@@ -192,7 +193,7 @@ export class Matrix {
   names(ink, across) {
     const { at, view, frame } = this;
     const [pitch, n, start] = across ? [at.w, view.columns, view.left] : [at.h, view.rows, view.top];
-    const font = Math.min(12, Math.max(10, pitch - 1));
+    const font = Math.min(FONT.most, Math.max(FONT.least, pitch - 1));
     const every = Math.max(1, Math.ceil((font * 1.1) / pitch - 0.05));
     const strong = [this.cursor?.[across ? 1 : 0] ?? -1, (across ? this.chosen.column : this.chosen.row) ?? -1].map((i) => i - start).filter((i) => i >= 0 && i < n);
     ink.save();

@@ -1,4 +1,5 @@
 // A view as a figure for a paper: its title, what it shows, legends, caption and origin as one SVG, on white, or a PNG.
+// `pdf.js` makes a PDF of the same drawing, and reads what is written here: what it has to know stands in attributes.
 
 import { escaped, Recording } from "./recording.js";
 
@@ -144,7 +145,7 @@ function borders(style, box) {
     return rectOf(inner, Number.parseFloat(style.borderTopLeftRadius) || 0, `fill="none" stroke="${colour}" stroke-width="${thick}"`);
   }
   const ends = [[x, y, x + width, y], [x + width, y, x + width, y + height], [x, y + height, x + width, y + height], [x, y, x, y + height]];
-  return sides.map((side, i) => (shown[i] ? `<path d="M${n(ends[i][0])} ${n(ends[i][1])}L${n(ends[i][2])} ${n(ends[i][3])}" stroke="${side.colour}" stroke-width="${side.width}"/>` : "")).join("");
+  return sides.map((side, i) => (shown[i] ? `<path d="M${n(ends[i][0])} ${n(ends[i][1])}L${n(ends[i][2])} ${n(ends[i][3])}" fill="none" stroke="${side.colour}" stroke-width="${side.width}"/>` : "")).join("");
 }
 
 /** The square before a word of a legend. */
@@ -163,7 +164,7 @@ function canvasOf(canvas, box, recorded) {
   return `<svg x="${n(x)}" y="${n(y)}" width="${n(width)}" height="${n(height)}" viewBox="0 0 ${canvas.width} ${canvas.height}" preserveAspectRatio="none"${sharp}>${recorded}</svg>`;
 }
 
-const KEPT = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-family", "font-size", "font-weight", "text-anchor", "dominant-baseline"];
+const KEPT = ["fill", "fill-opacity", "fill-rule", "stroke", "stroke-width", "stroke-opacity", "stroke-dasharray", "stroke-linecap", "stroke-linejoin", "opacity", "display", "visibility", "overflow", "clip-path", "font-family", "font-size", "font-style", "font-weight", "text-anchor", "dominant-baseline"];
 
 function svgOf(element, { x, y, width, height }) {
   const copy = /** @type {SVGSVGElement} */ (element.cloneNode(true));

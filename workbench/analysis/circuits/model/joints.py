@@ -7,15 +7,17 @@ with is read from the stream by the module as a whole.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.recording import Recording, equal
+from workbench.analysis.circuits.model.reasons import INSTEAD, two_mixers
+from workbench.analysis.circuits.model.recording import Recording, equal, same_sum
 from workbench.errors import AttachError
 from workbench.hooks.entering import entering, own_columns
-from workbench.hooks.projections import is_linear
+from workbench.hooks.projections import gated, is_linear
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 
@@ -35,17 +37,37 @@ class Joint:
     heads: Tensor
     mixer: bool
 
+    @property
+    def n_heads(self) -> int:
+        """How many there are."""
+        return self.heads.shape[2]
 
-def call_of(seen: Recording, site: Site) -> AttentionCall:
+
+def only_call(seen: Recording, site: Site) -> AttentionCall:
     """The only call of a site.
 
     Raises:
-        AttachError: there are several, or its queries and keys are not seen.
+        AttachError: there are several, or some of its heads are in other processes.
     """
     calls = seen.calls.get(site.name, [])
     if len(calls) != 1:
         raise AttachError(f"the site was called {len(calls)} times in one forward, once is needed", site=site.name)
-    call = calls[0]
+    if calls[0].shard is not None:
+        raise AttachError(
+            f"all heads are needed in one process, and {site.elsewhere or 'some are in others'}",
+            site=site.name,
+            hint="load the model without tensor parallelism",
+        )
+    return calls[0]
+
+
+def call_of(seen: Recording, site: Site) -> AttentionCall:
+    """The only call of a site, with what plays the part of its queries and keys.
+
+    Raises:
+        AttachError: there are several, some heads are in other processes, or queries and keys are not seen.
+    """
+    call = only_call(seen, site)
     if call.finish is None and call.weights is None and (call.q is None or call.k is None or call.q.dim() != 4):
         raise AttachError("queries and keys are not seen at this site", site=site.name)
     return call
@@ -55,9 +77,9 @@ def find_joint(seen: Recording, site: Site) -> Joint:
     """The layer that joins the heads of a site.
 
     Raises:
-        AttachError: there is none to which each head gives columns of its own.
+        AttachError: there is none to which each head gives columns of its own, or not one call.
     """
-    call = call_of(seen, site)
+    call = only_call(seen, site)
     if call.finish is not None:
         return _past_finish(seen, site, call)
     z = call.z().detach().transpose(1, 2)
@@ -66,13 +88,40 @@ def find_joint(seen: Recording, site: Site) -> Joint:
         return Joint(projection.name, projection.module, z, mixer=False)
     name = _last_linear(seen, site, call)
     given = None if name is None else seen.given.get(name)
-    if name is not None and given is not None and given.shape == z.flatten(2).shape and _gated(given, z.flatten(2)):
+    if name is not None and given is not None and given.shape == z.flatten(2).shape and gated(given, z.flatten(2)):
         return Joint(name, call.module.get_submodule(_inside(name, site)), given.view_as(z), mixer=True)
     raise AttachError(
         "the module that joins the heads was not found: something (a norm, another gate) lies between",
         site=site.name,
         hint="heads of this model have no linear part in the residual stream",
     )
+
+
+def factors_of(seen: Recording, sites: Sequence[Site], block: str) -> list[float]:
+    """By what a block multiplies what its mixers add to the stream, side by side; 1 where there is only one.
+
+    Found by the stream behind them, which some module reads, or which the block gives.
+
+    Raises:
+        AttachError: no sum of what they write is there, or both are of one kind.
+    """
+    if len(sites) == 1:
+        return [1.0]
+    lost = AttachError(two_mixers(seen, block, sites[0].name, sites[1].name), site=sites[1].name, hint=INSTEAD)
+    if len({site.kind == "state" for site in sites}) < len(sites):
+        raise lost  # the names of nodes tell a recurrence from attention
+    before = seen.given[block].double()
+    parts = torch.stack([seen.gave[find_joint(seen, site).name] for site in sites], dim=-1).double()
+    inside = [name for name in dict.fromkeys(seen.order) if name.startswith(f"{block}.") and name in seen.given]
+    for end in (*(seen.given[name] for name in inside), seen.gave[block]):
+        if end.shape != before.shape:
+            continue
+        solved = torch.linalg.lstsq(parts.flatten(0, -2), (end.double() - before).flatten()[:, None]).solution[:, 0]
+        for factors in (torch.ones_like(solved), solved):
+            total, size = before + parts @ factors, before.abs() + parts.abs() @ factors.abs()
+            if bool((factors.abs() > 1e-6).all()) and same_sum(end, total, size, seen.eps):
+                return [float(factor) for factor in factors]
+    raise lost
 
 
 def _past_finish(seen: Recording, site: Site, call: AttentionCall) -> Joint:
@@ -107,10 +156,3 @@ def _last_linear(seen: Recording, site: Site, call: AttentionCall) -> str | None
 
 def _inside(name: str, site: Site) -> str:
     return name.removeprefix(f"{site.name}.")
-
-
-def _gated(given: Tensor, z: Tensor) -> bool:
-    """Whether it is z number by number, times something between 0 and 1: then each head has its own columns still."""
-    slack = 1 + 8 * torch.finfo(given.dtype).eps
-    z = z.to(given.dtype)
-    return bool(((given * z >= 0) & (given.abs() <= slack * z.abs())).all()) and not torch.equal(given, z)

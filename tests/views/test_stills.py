@@ -1,0 +1,85 @@
+"""The pictures that a notebook keeps of views: few colours that are right, and one for each theme."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from base64 import b64decode, b64encode
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from support.every_view import VIEWS, made
+from workbench.views import attention_pattern
+from workbench.views.base import scales
+from workbench.views.base.few_colours import few_colours
+
+MAKER = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "make_notebooks.py"))
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """[height, width, 3]."""
+    return np.asarray(Image.open(BytesIO(png)).convert("RGB"))
+
+
+def sparse(theme: str) -> tuple[bytes, tuple[int, ...], tuple[int, ...]]:
+    """The picture of a map with many weights between 0 and 1, and the colours of 0 and of 1."""
+    weights = torch.rand(1, 1, 24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril()
+    weights[0, 0, torch.arange(24), torch.arange(24)] = 0.0
+    weights[0, 0, 5, 2] = 1.0
+    view = attention_pattern(weights / weights.sum(-1, keepdim=True).clamp(min=1e-9), heads=[0])
+    low, high = (tuple(int(255 * part + 0.5) for part in scales.sequential(theme)(at)[:3]) for at in (0.0, 1.0))
+    png = view.to_png(theme=theme)
+    assert isinstance(png, bytes)
+    return png, low, high
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("most", [96, 128, 200])
+def test_nothing_and_the_end_of_a_scale_stay_what_they_are(theme: str, most: int) -> None:
+    png, nothing, most_of_all = sparse(theme)
+    few = few_colours(Image.open(BytesIO(png)), most)
+    before, after = pixels(png), np.asarray(few.convert("RGB"))
+    zero = (before == nothing).all(-1)
+    assert zero.sum() > 200
+    assert (after[zero] == nothing).all()
+    assert (after == most_of_all).all(-1).sum() == (before == most_of_all).all(-1).sum() > 0
+    assert len(np.unique(after.reshape(-1, 3), axis=0)) <= most
+    assert np.abs(after.astype(int) - before).max() < 48  # of 255: no colour is far from its own
+
+
+@pytest.mark.parametrize(("theme", "paper"), [("light", 255), ("dark", 23)])
+def test_zero_is_close_to_the_paper(theme: str, paper: int) -> None:
+    nothing = np.array(scales.sequential(theme)(0.0)[:3]) * 255
+    assert np.abs(nothing - paper).max() <= 18
+
+
+def test_few_enough_colours_are_kept_as_they_are() -> None:
+    image = Image.effect_noise((20, 20), 60).convert("RGB")
+    kept = few_colours(image, 256)
+    assert kept.mode == "P"
+    assert np.array_equal(np.asarray(kept.convert("RGB")), np.asarray(image))
+
+
+def test_what_a_notebook_of_ours_keeps_has_the_colours_of_the_view() -> None:
+    png, nothing, _ = sparse("light")
+    kept = pixels(b64decode(MAKER["small"](b64encode(png).decode())))
+    assert (kept == nothing).all(-1).sum() > 100
+    assert (kept[0] == 255).all()
+    warm = kept.astype(int)[..., 0] - kept.astype(int)[..., 2] > 6  # the scale has no such light colours
+    assert not (warm & (kept.min(-1) > 200)).any()
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_a_still_has_a_picture_for_each_theme(kind: str) -> None:
+    html = made(kind)._repr_mimebundle_()["text/html"]
+    (light,) = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    (dark,) = re.findall(r'content:url\("data:image/png;base64,([^"]+)"\)', html)
+    both = [pixels(b64decode(found)) for found in (light, dark)]
+    assert both[0].shape == both[1].shape
+    assert [tuple(each[1, 1]) for each in both] == [(255, 255, 255), (20, 23, 27)]
+    assert 'style="margin:0' in html  # the light card needs no style sheet
