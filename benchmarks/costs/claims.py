@@ -150,7 +150,8 @@ def _below(low: float, high: float, bound: float) -> str:
 
 
 def _range(value: float, low: float, high: float) -> str:
-    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+    digits = 2 if abs(value) >= 0.095 or not value else 3
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _ratio(point: dict[str, float]) -> str:
