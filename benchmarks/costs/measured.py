@@ -71,7 +71,7 @@ def print_peaks(names: Sequence[str], lengths: Sequence[int], limits: Limits) ->
             elif (expected := _expected(peaks[name], length)) > limits.gib * 1024:
                 left_out[name] = f"from {length} tokens on, where it would take up to {expected / 1024:.0f} GiB"
             elif (expected := _expected(took[name], length)) > limits.seconds:
-                left_out[name] = f"from {length} tokens on, where it would take up to {expected:.0f} s"
+                left_out[name] = f"from {length} tokens on, where it would take up to {expected:.2g} s"
             else:
                 call = arm(name, length)
                 peaks[name][length] = mib_of(call)
