@@ -34,14 +34,14 @@ FOLDER = Path(__file__).parent / "images"
 DRAWN = FOLDER / "drawn.json"
 VIEWS = Path(__file__).parents[1] / "workbench" / "views"
 WIDTH, HEIGHT = 1280, 800
-LOWEST, TALLEST = 240, 1160  # of a picture, which is as tall as its page otherwise
+LOWEST, TALLEST = 240, 1240  # of a picture, which is as tall as its page otherwise
 TALL = 1900  # of a page with several views
 COMPARED = ("sqa:mha", "aaren", "agent", "halo", "long_lora", "moh", "routing", "s2")
-COLOURS = 200  # that a picture keeps, which makes it several times smaller
+COLOURS = 256  # that a picture keeps, which makes it several times smaller
 ADDRESSES = {
-    "head-atlas": "",
-    "attention-pattern": "",
-    "head-gallery": "",
+    "head-atlas": "#L1H6",
+    "attention-pattern": "#L1H6",
+    "head-gallery": "#L1H6",
     "saliency-map": "#L1H1,t=3",
     "head-page": "#L4H1",
     "image-attention": "#L2H1,x=3",
