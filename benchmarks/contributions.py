@@ -66,6 +66,8 @@ def arms(length: int, quick: bool) -> dict[str, Callable[[], Any]]:
         off = float((rollout().rollout[0] - naive()).abs().max())
         if off > 1e-4:
             raise SystemExit(f"the shares of {length} tokens differ by {off}")
+    for method in METHODS:  # what is loaded and made once is no memory of a rollout
+        workbench.attention_rollout(wb, {"input_ids": ids[:, :64]}, method=method)
     made = {"forward": forward, "attention": rollout, "norm": ours("norm"), "alti": ours("alti")}
     return {**made, "naive": naive} if length <= LONGEST_NAIVE else made
 

@@ -62,8 +62,8 @@ ADDRESSES = {
 """What is selected, where it is not a head and a query of the language model."""
 
 
-def shown() -> dict[str, views.View | mechanisms.Room]:
-    """One view of each kind that is worth a picture, and a mechanism."""
+def of_language() -> dict[str, views.View]:
+    """Views of the language model."""
     model, tokenizer = workbench.models.load("demo-lm")
     wb = workbench.attach(model, tokenizer)
     inputs = wb.tokenize(workbench.tasks.ioi(1, seed=3)[0].prompt)
@@ -92,7 +92,6 @@ def shown() -> dict[str, views.View | mechanisms.Room]:
         "token-strip": views.token_strip(texts, {"received by L4H1, per query that sees it": received}),
         "run-timeline": views.run_timeline(cap),
         "tensor-peek": views.tensor_peek(model.transformer.h[1].attn.c_attn.weight, title="Weights of a projection"),
-        "image-attention": images(),
         "circuit-graph": circuit(wb, task, found, roles),
         "overlap-matrix": views.overlap_matrix({"IOI": found.top(60), "induction": other.top(60)}, n_null=100),
         "conditioning-curves": views.conditioning_curves(
@@ -101,15 +100,28 @@ def shown() -> dict[str, views.View | mechanisms.Room]:
         "figure": views.all_of(share)[1],
         "capacity-curves": views.capacity_curves(held),
         "what-if": views.what_if(d_k=48, n=20, heads=4, needed=2),
-        "saliency-map": speech(),
         "playground": playground(wb, task[0].prompt),
         "overlap": views.overlap_graph(
             workbench.circuit_overlap(found.top(60), other.top(60), n_null=100), found.top(60), other.top(60)
         ),
-        **recurrent(),
-        "table": views.of(rooms.matrix([mechanisms.room(name) for name in COMPARED])),
-        "mechanism": mechanisms.room("moh"),
     }
+
+
+RECURRENT = ("half-lives", "states", "content-and-decay", "two-mechanisms")
+
+
+def shown(wanted: set[str]) -> dict[str, views.View | mechanisms.Room]:
+    """One view of each kind that is worth a picture, and a mechanism: all, or at least those that are wanted."""
+    apart = {
+        "image-attention": images,
+        "saliency-map": speech,
+        "table": lambda: views.of(rooms.matrix([mechanisms.room(name) for name in COMPARED])),
+        "mechanism": lambda: mechanisms.room("moh"),
+    }
+    language = of_language() if not wanted or wanted - {*apart, *RECURRENT} else {}
+    layers = recurrent() if not wanted or wanted & {*RECURRENT} else {}
+    found = {name: make() for name, make in apart.items() if not wanted or name in wanted}
+    return {**language, **layers, **found}
 
 
 def recurrent() -> dict[str, views.View]:
@@ -140,7 +152,9 @@ def recurrent() -> dict[str, views.View]:
     return {
         "half-lives": views.half_lives(cap),
         "states": views.states(cap, 0),
-        "content-and-decay": views.attention_pattern(cap, apart=True),
+        "content-and-decay": views.attention_pattern(cap, apart=True, title="Content and decay").set_state(
+            weights="decay"
+        ),
         "two-mechanisms": views.compare(delta, softmax, labels=("delta rule", "softmax")),
     }
 
@@ -248,7 +262,7 @@ def main() -> None:
     drawn = json.loads(DRAWN.read_text()) if DRAWN.exists() else {}
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as there:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for name, view in shown().items():
+        for name, view in shown(wanted).items():
             if wanted and name not in wanted:
                 continue
             kind, tallest = ("table", TALL) if isinstance(view, mechanisms.Room) else (view.spec.kind, TALLEST)

@@ -1,8 +1,10 @@
 """Finds the module that joins the heads of a site: the first linear one that is called with exactly their outputs.
 
-It is found while a forward runs, by value, so that no model needs to be known by name. Where something changes the
-heads' outputs on the way (a gate, a norm), nothing is found: a head then has no linear part in what follows. Where a
-second linear function is applied to them (an adapter), the first is only a part of what joins them.
+It is found while a forward runs, by value, so that no model needs to be known by name. Where a gate between 0 and 1
+lies before it, inside of the site's module, each number of a head is still its own, and what enters is handed out.
+Where something else changes the heads' outputs on the way (a norm), nothing is found: a head then has no linear part in
+what follows. Where a second linear function is applied to them (an adapter), the first is only a part of what joins
+them.
 """
 
 from __future__ import annotations
@@ -104,6 +106,7 @@ class ProjectionFinder:
     def __init__(self) -> None:
         self._found: dict[str, tuple[str, nn.Module]] = {}
         self._past: set[str] = set()  # sites between whose heads' outputs and projection something lies
+        self._gated: set[str] = set()  # those of them where it is a gate
         self._beside: dict[str, str] = {}  # what else the heads' outputs entered, by site
         self._awaited: dict[int, dict[str, Tensor]] = {}  # by thread and site: [batch, query, head · width]
         self._entered: dict[int, dict[str, weakref.ref[Tensor]]] = {}  # what a projection was given, while it lives
@@ -111,6 +114,10 @@ class ProjectionFinder:
     def knows(self, site: str) -> bool:
         """Whether the projection of a site was found."""
         return site in self._found
+
+    def gated(self, site: str) -> bool:
+        """Whether a gate was found before the projection of a site."""
+        return site in self._gated
 
     def knows_of(self, site: str, name: str, module: nn.Module) -> None:
         """The projection of a site was found by other means: that of a module which has a reader."""
@@ -120,27 +127,44 @@ class ProjectionFinder:
 
     def saw_call(self, site: str, module: nn.Module, z: Tensor) -> None:
         """An attention call gave z [batch, query, head, width], in memory that stays as it is."""
-        if site in self._found:
+        if site in self._found and site not in self._gated:
             return
         if isinstance(module, nn.MultiheadAttention):  # its projection is applied without being called
             self._found[site] = f"{site}.out_proj".lstrip("."), module.out_proj
             return
         self._awaited.setdefault(threading.get_ident(), {})[site] = z.flatten(2)
 
-    def saw_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A module of the model is about to run on `args`."""
+    def saw_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[str, Tensor] | None:
+        """A module of the model is about to run on `args`.
+
+        Returns:
+            A site, and what its heads give to their projection [batch, query, head · width], where that is this module
+            and a gate lies before it.
+        """
         thread = threading.get_ident()
         awaited, entered = self._awaited.get(thread), self._entered.get(thread)
         if not (awaited or entered) or not is_linear(module) or not args or not isinstance(args[0], Tensor):
-            return
+            return None
         if entered:
             self._compare(entered, name, module, args[0])
         for site, merged in (awaited or {}).items():
-            if _same(args[0], merged):
+            found = self._found.get(site)
+            through = name.startswith(f"{site}.") if found is None else found[1] is module
+            if found is None and _same(args[0], merged):
+                gate = False
+            elif through and gated(args[0], merged):
+                gate = True
+            else:
+                continue
+            del self._awaited[thread][site]
+            if found is None:
                 self._found[site] = name, module
                 self._entered.setdefault(thread, {})[site] = weakref.ref(args[0])
-                del self._awaited[thread][site]
-                return
+                if gate:
+                    self._past.add(site)
+                    self._gated.add(site)
+            return (site, args[0].detach().reshape(merged.shape)) if gate else None
+        return None
 
     def follows(self) -> bool:
         """Whether `saw_linear` is to be told: what a projection was given is still there, in this thread."""
@@ -192,6 +216,20 @@ def _same(given: Tensor, merged: Tensor) -> bool:
     merged = merged.to(device=given.device, dtype=given.dtype)
     flat = given.detach().reshape(merged.shape)
     return torch.equal(flat, merged) or (swapped and torch.equal(given.detach().transpose(0, 1), merged))
+
+
+def gated(given: Tensor, z: Tensor) -> bool:
+    """Whether what a module is given is z, number by number, times something between 0 and 1.
+
+    >>> gated(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, -1.0]])), gated(torch.ones(1, 2), -torch.ones(1, 2))
+    (True, False)
+    """
+    alike = given.shape[-1:] == z.shape[-1:] and given.numel() == z.numel() and given.device == z.device
+    if not alike or not given.is_floating_point():
+        return False
+    given, slack = given.detach().reshape(z.shape), 1 + 8 * torch.finfo(given.dtype).eps
+    z = z.to(given.dtype)
+    return bool(((given * z >= 0) & (given.abs() <= slack * z.abs())).all())
 
 
 def is_linear(module: nn.Module) -> bool:

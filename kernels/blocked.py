@@ -1,8 +1,9 @@
 """Softmax attention over listed tiles only: what a sparse layout hides is never multiplied.
 
 A `Plan` names, for each tile of queries, the keys that it visits. On the CPU the keys of a tile are gathered into one
-contiguous buffer, so that a tile is a small dense attention; the backward recomputes its weights from the saved
-log-sum-exp. On CUDA, `flex.py` hands a layout to FlexAttention instead.
+contiguous buffer, so that a tile is a small dense attention; what a query sees in several tiles is joined by its
+log-sum-exp. The backward recomputes weights from the saved log-sum-exp. On CUDA, `flex.py` hands a layout to
+FlexAttention instead.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _KEYS_AT_ONCE = 8192  # keys gathered at once: 2 MiB of each of k and v at width 64, about a second-level cache
+_ROWS_AT_ONCE = 128  # of a tile in the backward, which holds their weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +31,14 @@ class Group:
         keys: [tile, c] indices of runs of keys.
         mask: bool [1, query, key] that all tiles share, or a function from a slice of tiles to [tile, query, key]; None
             where every query of a tile sees every key.
+        joins: runs of queries may be in tiles of groups before this one too, with other keys.
     """
 
     layouts: Tensor
     queries: Tensor
     keys: Tensor
     mask: Tensor | Callable[[slice], Tensor] | None = None
+    joins: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,17 +98,22 @@ class _Attend(torch.autograd.Function):
         sums = torch.float64 if q.dtype == torch.float64 else torch.float32
         b, h, n_q, _ = q.shape
         queries, keys, values = _in_runs(q, k, v, plan)
-        out = q.new_zeros(b * h * plan.query_runs, plan.run * v.shape[-1])
+        held = sums if any(group.joins for group in plan.groups) else q.dtype
+        out = q.new_zeros(b * h * plan.query_runs, plan.run * v.shape[-1], dtype=held)
         lse = q.new_full((len(out), plan.run), -torch.inf, dtype=sums)
-        for at, to, size, mask in _chunks(plan, b, h, k.shape[1], q.device):
-            tile_q = queries.index_select(0, at).view(*size, -1, q.shape[-1])
-            tile_k = keys.index_select(0, to).view(*size, -1, k.shape[-1])
-            tile_v = values.index_select(0, to).view(*size, -1, v.shape[-1])
-            tile_out, tile_lse = _tile(tile_q, tile_k, tile_v, mask, scale)
-            out.index_copy_(0, at, tile_out.reshape(len(at), -1))
-            lse.index_copy_(0, at, tile_lse.reshape(len(at), -1))
+        for group in plan.groups:
+            for at, to, size, mask in _chunks(plan, group, b, h, k.shape[1], q.device):
+                tile_q = queries.index_select(0, at).view(*size, -1, q.shape[-1])
+                tile_k = keys.index_select(0, to).view(*size, -1, k.shape[-1])
+                tile_v = values.index_select(0, to).view(*size, -1, v.shape[-1])
+                tile_out, tile_lse = _tile(tile_q, tile_k, tile_v, mask, scale)
+                tile_out, tile_lse = tile_out.reshape(len(at), -1).to(held), tile_lse.reshape(len(at), -1)
+                if group.joins:
+                    tile_out, tile_lse = _joined(out, lse, at, tile_out, tile_lse)
+                out.index_copy_(0, at, tile_out)
+                lse.index_copy_(0, at, tile_lse)
         rows = slice(plan.front, plan.front + n_q)
-        out, lse = out.view(b, h, -1, v.shape[-1])[:, :, rows], lse.view(b, h, -1)[:, :, rows]
+        out, lse = out.view(b, h, -1, v.shape[-1])[:, :, rows].to(q.dtype), lse.view(b, h, -1)[:, :, rows]
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out, lse
@@ -124,22 +133,30 @@ class _Attend(torch.autograd.Function):
             for x in (torch.where(lse.isneginf(), 0.0, lse), less)
         )
         d_q, d_k, d_v = (torch.zeros(x.shape, dtype=sums, device=x.device) for x in (queries, keys, values))
-        for at, to, size, mask in _chunks(plan, b, h, k.shape[1], q.device):
-            tile_q, tile_d = (
-                x.index_select(0, at).view(*size, -1, width).to(sums)
-                for x, width in ((queries, d), (d_outs, v.shape[-1]))
-            )
-            tile_k, tile_v = (
-                x.index_select(0, to).view(*size, -1, width).to(sums) for x, width in ((keys, d), (values, v.shape[-1]))
-            )
-            tile_lse, tile_less = (x.index_select(0, at).view(*size, -1, 1) for x in (lses, lesses))
-            p = (tile_q @ tile_k.mT).mul_(ctx.scale).sub_(tile_lse).exp_()
-            if mask is not None:
-                p = p.masked_fill_(~mask, 0.0)
-            d_v.index_add_(0, to, (p.mT @ tile_d).reshape(len(to), -1))
-            d_s = (tile_d @ tile_v.mT).sub_(tile_less).mul_(p).mul_(ctx.scale)
-            d_q.index_add_(0, at, (d_s @ tile_k).reshape(len(at), -1))
-            d_k.index_add_(0, to, (d_s.mT @ tile_q).reshape(len(to), -1))
+        for group in plan.groups:
+            for at, to, size, mask in _chunks(plan, group, b, h, k.shape[1], q.device):
+                tile_q, tile_d = (
+                    x.index_select(0, at).view(*size, -1, width).to(sums)
+                    for x, width in ((queries, d), (d_outs, v.shape[-1]))
+                )
+                tile_k, tile_v = (
+                    x.index_select(0, to).view(*size, -1, width).to(sums)
+                    for x, width in ((keys, d), (values, v.shape[-1]))
+                )
+                tile_lse, tile_less = (x.index_select(0, at).view(*size, -1, 1) for x in (lses, lesses))
+                tile_dq, tile_dk, tile_dv = (torch.zeros_like(x) for x in (tile_q, tile_k, tile_v))
+                for start in range(0, tile_q.shape[2], _ROWS_AT_ONCE):
+                    rows = (..., slice(start, start + _ROWS_AT_ONCE), slice(None))
+                    p = (tile_q[rows] @ tile_k.mT).mul_(ctx.scale).sub_(tile_lse[rows]).exp_()
+                    if mask is not None:
+                        p = p.masked_fill_(~mask[rows], 0.0)
+                    tile_dv += p.mT @ tile_d[rows]
+                    d_s = (tile_d[rows] @ tile_v.mT).sub_(tile_less[rows]).mul_(p).mul_(ctx.scale)
+                    tile_dq[rows] = d_s @ tile_k
+                    tile_dk += d_s.mT @ tile_q[rows]
+                d_v.index_add_(0, to, tile_dv.reshape(len(to), -1))
+                d_q.index_add_(0, at, tile_dq.reshape(len(at), -1))
+                d_k.index_add_(0, to, tile_dk.reshape(len(to), -1))
         d_q = d_q.view(b, h, -1, d)[:, :, plan.front : plan.front + n_q]
         d_k, d_v = (x.view(b, k.shape[1], -1, like.shape[-1])[:, :, : k.shape[2]] for x, like in ((d_k, k), (d_v, v)))
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None
@@ -158,10 +175,20 @@ def _in_runs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tenso
     return queries, _runs(k, plan.run, plan.key_runs), _runs(v, plan.run, plan.key_runs)
 
 
+def _joined(out: Tensor, lse: Tensor, at: Tensor, new: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge` of what these runs of queries, [run, …], have so far and of their new parts, of which none need see."""
+    old_lse = lse.index_select(0, at)
+    whole = torch.logaddexp(old_lse, new_lse)
+    known = whole.clamp(min=torch.finfo(whole.dtype).min)  # −inf less −inf is no number
+    old, shape = out.index_select(0, at), (*whole.shape, -1)
+    old.view(shape).mul_((old_lse - known).exp_()[..., None])
+    return old.view(shape).addcmul_(new.view(shape), (new_lse - known).exp_()[..., None]).view_as(old), whole
+
+
 def _chunks(
-    plan: Plan, n_batch: int, n_heads: int, n_kv_heads: int, device: torch.device
+    plan: Plan, group: Group, n_batch: int, n_heads: int, n_kv_heads: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, tuple[int, int], Tensor | None]]:
-    """(query runs, key runs, (tiles, kv heads), mask) of so many tiles that their keys stay in the cache.
+    """(query runs, key runs, (tiles, kv heads), mask) of so many tiles of a group that their keys stay in the cache.
 
     The rows of a tile are those of all query heads that share a kv head, one head after the other: the mask is
     [tile or 1, 1, query head · query, key].
@@ -171,20 +198,19 @@ def _chunks(
     batch, kv = torch.arange(n_batch, device=device), torch.arange(per_layout, device=device)
     first_heads = (batch[:, None] * n_kv_heads + kv).flatten()
     inner = torch.arange(shared, device=device)[:, None]
-    for group in plan.groups:
-        queries, keys, layouts = group.queries.to(device), group.keys.to(device), group.layouts.to(device)
-        width = keys.shape[1] * plan.run
-        heads_at_once = min(len(first_heads), max(1, _KEYS_AT_ONCE // width))
-        tiles_at_once = max(1, _KEYS_AT_ONCE // (width * heads_at_once))
-        always = None if callable(group.mask) or group.mask is None else _for_heads(group.mask.to(device), shared)
-        for start in range(0, len(layouts), tiles_at_once):
-            part = slice(start, min(start + tiles_at_once, len(layouts)))
-            mask = _for_heads(group.mask(part).to(device), shared) if callable(group.mask) else always
-            for heads in first_heads.split(heads_at_once):
-                kv_heads = layouts[part, None] * per_layout + heads  # [tile, kv head], counted through the batch
-                to = kv_heads[..., None] * plan.key_runs + keys[part, None]
-                at = (kv_heads[..., None, None] * shared + inner) * plan.query_runs + queries[part, None, None]
-                yield at.flatten(), to.flatten(), (part.stop - part.start, len(heads)), mask
+    queries, keys, layouts = group.queries.to(device), group.keys.to(device), group.layouts.to(device)
+    width = keys.shape[1] * plan.run
+    heads_at_once = min(len(first_heads), max(1, _KEYS_AT_ONCE // width))
+    tiles_at_once = max(1, _KEYS_AT_ONCE // (width * heads_at_once))
+    always = None if callable(group.mask) or group.mask is None else _for_heads(group.mask.to(device), shared)
+    for start in range(0, len(layouts), tiles_at_once):
+        part = slice(start, min(start + tiles_at_once, len(layouts)))
+        mask = _for_heads(group.mask(part).to(device), shared) if callable(group.mask) else always
+        for heads in first_heads.split(heads_at_once):
+            kv_heads = layouts[part, None] * per_layout + heads  # [tile, kv head], counted through the batch
+            to = kv_heads[..., None] * plan.key_runs + keys[part, None]
+            at = (kv_heads[..., None, None] * shared + inner) * plan.query_runs + queries[part, None, None]
+            yield at.flatten(), to.flatten(), (part.stop - part.start, len(heads)), mask
 
 
 def _for_heads(mask: Tensor, shared: int) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,6 +89,30 @@ def test_a_room_shows_its_card_heads_importance_distances_gates_and_training(moh
     assert seen.importance is not None
     assert seen.importance.n_examples == 32
     assert "moh, text" in str(seen.importance.provenance["model_name"])
+
+
+def test_a_room_of_an_image_model_is_shown_the_scenes() -> None:
+    one = mechanisms.room("halo", {"images": run_work("images", ["halo"] * 2, quick=True)})
+    assert titles(one)[1:5] == [
+        "Every head on the same scenes",
+        "Head importance",
+        "Where heads look, relative to the query",
+        "The window of a block",
+    ]
+    scenes, _, _, windows = all_of(one)[1:5]
+    assert scenes.spec.blocks["pixels"].shape == (3, 32, 32, 3)
+    maps = windows.spec.blocks["maps"]
+    assert maps.shape == (2 * 4 * 4, 8, 8)
+    first = ~np.isnan(maps[0])  # block 0 of 4 x 4 patches in a corner, and a halo of one around it
+    assert first[:5, :5].all()
+    assert first.sum() == 25
+    np.testing.assert_allclose(np.nansum(maps, (1, 2)), 1, atol=1e-5)
+
+
+def test_gates_are_shown_by_their_factors() -> None:
+    one = mechanisms.room("van")
+    assert {site.kind for site in one.seen[0].capture.sites} == {"gate"}
+    assert titles(one)[1:3] == ["Gates", "Gates over positions"]
 
 
 def test_where_no_weights_are_shipped_it_is_said(unseen: mechanisms.Room) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from workbench.models import load
+from workbench.storage import provenance
 from workbench.storage.provenance import command_line, commit, now, tokenizer_hash
 
 
@@ -74,6 +75,9 @@ def test_tokenizers_have_hashes() -> None:
     before = tokenizer_hash(tokenizer)
     tokenizer(["Then", "Then, Mary"], padding=True)  # changes its settings, not what it does
     assert before == tokenizer_hash(tokenizer) == tokenizer_hash(load("demo-lm")[1])
+    read = provenance._settings_hash.cache_info().misses
+    assert tokenizer_hash(tokenizer) == before
+    assert provenance._settings_hash.cache_info().misses == read  # its text is not taken apart again
     holder: Any = type("Processor", (), {"tokenizer": tokenizer})()
     assert tokenizer_hash(holder) == before
     tokenizer.add_tokens(["another"])

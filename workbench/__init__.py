@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         cross_attention,
         cross_attention_saliency,
     )
+    from workbench.analysis.eviction import Eviction, eviction
     from workbench.analysis.gates import GateProfile, gate_profile
     from workbench.analysis.head_scores import (
         RetrievalScores,
@@ -129,6 +130,8 @@ _LAZY = {
     "CrossAttentionSaliency": "workbench.analysis.cross_attention",
     "cross_attention": "workbench.analysis.cross_attention",
     "cross_attention_saliency": "workbench.analysis.cross_attention",
+    "Eviction": "workbench.analysis.eviction",
+    "eviction": "workbench.analysis.eviction",
     "Capture": "workbench.capture.capture",
     "SiteCapture": "workbench.capture.site_capture",
     "load_capture": "workbench.capture.reading",
@@ -186,6 +189,7 @@ __all__ = [
     "Conditioning",
     "CrossAttention",
     "CrossAttentionSaliency",
+    "Eviction",
     "Faithfulness",
     "FaithfulnessCurve",
     "FileError",
@@ -240,6 +244,7 @@ __all__ = [
     "conditioning",
     "cross_attention",
     "cross_attention_saliency",
+    "eviction",
     "faithfulness_curve",
     "find_circuit",
     "gate_profile",

@@ -63,13 +63,13 @@ class FormatError(WorkbenchError):
     """A file that is not ours, is truncated, or was changed after it was written."""
 
 
-def nearest(name: str, known: Sequence[str], what: str = "one") -> str:
-    """A hint that names the entry of `known` closest to `name`, or lists the first few.
+def nearest(name: object, known: Sequence[str], what: str = "one") -> str:
+    """A hint that names the entry of `known` closest to `name`, or lists the first few, as for what is no name at all.
 
     >>> nearest("entropi", ["entropy", "peak"])
     'did you mean "entropy"?'
     """
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    close = get_close_matches(name, known, n=1, cutoff=0.5) if isinstance(name, str) else []
     if close:
         return f'did you mean "{close[0]}"?'
     listed = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")

@@ -23,6 +23,11 @@ No GPU was used.
 
 def interleaved(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each arm over `rounds` rounds after one to warm up; the order turns round every time."""
+    return {name: statistics.median(found) for name, found in timed(arms, rounds).items()}
+
+
+def timed(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each arm in each round, as in `interleaved`."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
         for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
@@ -30,7 +35,7 @@ def interleaved(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
             arms[name]()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return seconds
 
 
 def peak_above(work: Callable[[], object]) -> tuple[int, object]:

@@ -12,6 +12,7 @@ PRINTED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("means_t", "analysis.logits.result"): ("`LogitAttribution.interval`", ("mean",)),
     ("means_t", "analysis.head_scores.retrieval"): ("`RetrievalScores.interval`", ("mean",)),
     ("means_t", "analysis.head_scores.streaming"): ("`StreamingScores.interval`", ("mean",)),
+    ("means_t", "analysis.eviction.result"): ("`Eviction.interval`", ("mean",)),
     ("means_t", "mechanisms.matvlm.maps"): ("`HybridMaps.beyond`, `losses`", ("mean",)),
     ("means_t", "views.head_atlas.numbers"): ("`views.head_atlas` of a capture", ("mean",)),
     ("means_t", "analysis.profile.result"): (

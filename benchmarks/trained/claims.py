@@ -118,8 +118,8 @@ class Likes:
         low, high = rank_correlation(rho, len(gates))
         outcome = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
         how = (
-            f"Spearman's ρ of mean gate and cost in text loss of zero ablation, ranked within each model, of "
-            f"{len(gates)} routed heads of {n_runs} models as if they were independent, {BY}"
+            f"Spearman's ρ of mean gate and cost in text loss of zero ablation, ranked within each model; "
+            f"routed heads: {len(gates)}, as if they were independent; models: {n_runs}; {BY}"
         )
         return Found(how, f"ρ = {rho:+.2f} (95 %: {low:+.2f} to {high:+.2f})", outcome)
 
@@ -200,7 +200,7 @@ RULES: tuple[Rule, ...] = (
         "Alone, the polynomial is nearest to it; fixed queries and keys, or one score a key, are worse.",
         _text("deconstructed"), *(_text(f"deconstructed:{form}") for form in ("keys", "random", "embedding", "text")),
     ),
-    _as_good("agent", "It is as good as softmax attention on images.", _images("agent"), score="3 digits",
+    _as_good("agent", "It is as good as softmax attention on images.", _images("agent"), score="3 digits", sizes=True,
              also=("1 digit",)),
     _better(
         "halo", "A halo lets blocks pass information on, and is better than windows without one.",

@@ -12,10 +12,12 @@ from trained.plan import PLAIN, ROWS, STEPS, Model
 from trained.runs import Runs
 
 WORKS = {
-    "text": """bytes of Python's standard library, with eight modules held out, and a quarter of the rows recall and
-copying; 3 layers, d_model 64, 4 heads, 128 tokens""",
-    "images": """generated scenes of one to three coloured digits, of which that in the square's colour is to be read; 2
-layers, d_model 64, 4 heads, 8 × 8 patches""",
+    "text": """bytes of Python's
+standard library, with eight modules held out, and a quarter of the rows recall and copying; 3 layers, d_model 64, 4
+heads, 128 tokens""",
+    "images": """generated scenes
+of one to three coloured digits, of which that in the square's colour is to be read; 2 layers, d_model 64, 4 heads,
+8 × 8 patches""",
 }
 SCORES = {
     "text": {"text": 3, "repeats": 3, "copy": 2, "recall 8": 2, "recall 26": 2, "needle": 2, "needle far": 2},
@@ -45,8 +47,9 @@ def section(work: str, runs: Runs) -> str:
     first = runs.of(models[0])[0]
     return f"""`python benchmarks/rooms.py`: each mechanism in every layer of the same small model, trained on the same
 data for {STEPS[work]} steps of {ROWS[work]} rows: {WORKS[work]}.
-MLPs are as wide as makes all models as large as that of plain attention, unless there is none. The work and the rates
-were chosen so that plain attention learns it, and rates were swept for no other mechanism: this is no ranking.
+MLPs are as wide as makes all models as large as that of plain attention, or as wide as its own where a mechanism alone
+is larger, unless there is none. The work and the rates were chosen so that plain attention learns it, and rates were
+swept for no other mechanism: this is no ranking.
 
 {table(["model", "parameters", "seeds", *SCORES[work]], rows)}
 

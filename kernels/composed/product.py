@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
@@ -25,10 +26,11 @@ class ComposedPattern(Pattern):
         factors: the maps by name, in the order in which they are written: the first has the queries, the last the keys.
         values: [batch, kv head, key, width], kept for `value_weighted`; optional.
 
-    Raises:
-        CaptureError: fewer than two factors, or some whose sizes do not fit.
+    Its dtype is the widest of theirs.
 
-    >>> import torch
+    Raises:
+        CaptureError: fewer than two factors, some whose sizes do not fit, or on several devices.
+
     >>> from workbench.kernels.patterns import DensePattern
     >>> halves = DensePattern(torch.full((1, 1, 3, 2), 0.5))
     >>> keys = DensePattern(torch.eye(2).expand(1, 1, 2, 2))
@@ -47,8 +49,11 @@ class ComposedPattern(Pattern):
                     hint="batch and heads are the same, and the keys of one are the queries of the next",
                 )
         first, last = made[0], made[-1]
-        shape = (*first.shape[:3], last.n_keys)
-        super().__init__(shape, Mask(first.n_queries, last.n_keys), first.dtype, first.device)
+        devices = {str(each.device) for each in made}
+        if len(devices) > 1:
+            raise CaptureError(f"the factors are on {' and '.join(sorted(devices))}", hint="move them to one device")
+        shape, dtype = (*first.shape[:3], last.n_keys), reduce(torch.promote_types, (each.dtype for each in made))
+        super().__init__(shape, Mask(first.n_queries, last.n_keys), dtype, first.device)
         self._factors = dict(factors)
         self.signed = any(each.signed for each in made)
         # A row that sees nothing takes its share from all that go by it.
@@ -79,7 +84,7 @@ class ComposedPattern(Pattern):
     @cached_property
     def _inner(self) -> tuple[Tensor, Tensor]:
         """The first factor, and the product of all others: both are as long as the sequence, and no more."""
-        first, *others = (each.dense(limit=None) for each in self._factors.values())
+        first, *others = (each.dense(limit=None).to(self.dtype) for each in self._factors.values())
         right = others[-1]
         for each in reversed(others[:-1]):
             right = each @ right
@@ -110,8 +115,8 @@ class ComposedPattern(Pattern):
         return left[:, which][..., list(positions)] @ right[:, which][:, :, list(positions)]
 
     def apply(self, values: Tensor) -> Tensor:
-        """A·V, [batch, head, query, width], from the right, in what the factors take."""
+        """A·V, [batch, head, query, width], from the right, each product in the dtype of its factor."""
         z = self._checked_values(values)
         for each in reversed(self._factors.values()):
             z = each.apply(z)
-        return z
+        return z.to(self.dtype)

@@ -81,7 +81,9 @@ class LightningPattern(Pattern):
         values = (
             None if self.values is None else self.values.repeat_interleave(self.n_heads // self.values.shape[1], dim=1)
         )
-        return RecurrentPattern(self.q, k, decay, values=values)
+        made = RecurrentPattern(self.q, k, decay, values=values)
+        made.before = self.before
+        return made
 
     def from_state(self, state: Tensor) -> Tensor:
         """[batch, head, query, width] that the rows read of a state [batch, head, d, width] from before the first."""

@@ -125,14 +125,16 @@ class RecurrentPattern(Pattern):
         log_decay, beta = (None if t is None else t[:, :, at] for t in (self.log_decay, self.beta))
         return run(Inputs(q, k, v[:, :, at], log_decay, beta), state)
 
-    def state_at(self, position: int, values: Tensor | None = None) -> Tensor:
-        """The state h after a position, [batch, head, d, width], before which there was none.
+    def state_at(self, position: int, values: Tensor | None = None, *, initial_state: Tensor | None = None) -> Tensor:
+        """The state h after a position, [batch, head, d, width].
 
         Args:
             values: as `apply` takes them; by default those that the pattern has kept.
+            initial_state: [batch, head, d, width] from before the first position; None where there was none.
 
         Raises:
-            CaptureError: there is no such position, or there are no values.
+            CaptureError: there is no such position, there are no values, or the pattern goes on from a state (see
+                `before`) that is not given.
 
         >>> one = torch.ones(1, 1, 3, 1)
         >>> RecurrentPattern(one, one, torch.full((1, 1, 3), 0.5).log(), values=one).state_at(-1).item()
@@ -140,35 +142,48 @@ class RecurrentPattern(Pattern):
         """
         if not -self.n_keys <= position < self.n_keys:
             raise CaptureError(f"there are {self.n_keys} positions, no position {position}")
-        kept = self.values if values is None else values
-        if kept is None:
-            raise CaptureError("a state is made of values", hint="pass values=, or capture with values=True")
-        v, stop = self._checked_values(kept), position % self.n_keys + 1
-        return self._run(v, None, slice(0, stop))[1]
+        v, initial = self._start_of(values, initial_state)
+        return self._run(v, initial, slice(0, position % self.n_keys + 1))[1]
 
-    def states(self, values: Tensor | None = None, *, every: int = 1) -> Tensor:
+    def states(self, values: Tensor | None = None, *, every: int = 1, initial_state: Tensor | None = None) -> Tensor:
         """The states after positions every − 1, 2·every − 1, …, [batch, head, time, d, width], in one pass.
 
         Args:
-            values: as `apply` takes them; by default those that the pattern has kept.
+            values, initial_state: as `state_at` takes them.
 
         >>> one = torch.ones(1, 1, 4, 1)
         >>> RecurrentPattern(one, one, torch.full((1, 1, 4), 0.5).log(), values=one).states(every=2).flatten().tolist()
         [1.5, 1.875]
         """
-        kept = self.values if values is None else values
-        if kept is None:
-            raise CaptureError("a state is made of values", hint="pass values=, or capture with values=True")
         if every < 1:
             raise CaptureError(f"there is no state every {every} positions", hint="1 or more")
-        v = self._checked_values(kept)
-        state, found = None, []
+        v, state = self._start_of(values, initial_state)
+        found = []
         for start in range(0, self.n_keys - every + 1, every):
             _, state = self._run(v, state, slice(start, start + every))
             found.append(state)
         if not found:
             return v.new_zeros(*v.shape[:2], 0, self.q.shape[-1], v.shape[-1])
         return torch.stack(found, dim=2)
+
+    def _start_of(self, values: Tensor | None, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What a state is made of: values [batch, head, key, width], and the state before the first position."""
+        kept = self.values if values is None else values
+        if kept is None:
+            raise CaptureError("a state is made of values", hint="pass values=, or capture with values=True")
+        v = self._checked_values(kept)
+        wanted = (self.n_batch, self.n_heads, self.q.shape[-1], v.shape[-1])
+        if initial is None:
+            if self.before is not None:
+                raise CaptureError(
+                    "the recurrence goes on from an earlier state, of which only what its rows read is kept",
+                    hint="begin the capture before the prompt is run, or pass initial_state=: zeros for what these "
+                    "positions alone have written",
+                )
+            return v, None
+        if tuple(initial.shape) != wanted:
+            raise CaptureError(f"an initial state must be {list(wanted)}", shape=initial.shape)
+        return v, initial.to(v)
 
     # How fast it forgets, and what of the map is due to that.
 

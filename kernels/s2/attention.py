@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.blocked import Group, Plan, attend
+from workbench.kernels.blocked import attend
 from workbench.kernels.checks import check_attention
 from workbench.kernels.flex import flex_attend
 from workbench.kernels.functions import attention_function
 from workbench.kernels.masks import Mask
 from workbench.kernels.s2.flex import flex_plan
-from workbench.kernels.s2.layout import S2Layout
+from workbench.kernels.s2.layout import S2Layout, Shards
 from workbench.kernels.s2.lists import check_union
+from workbench.kernels.s2.tiles import plan
 from workbench.kernels.softmax import SoftmaxPattern
 
 _PASSED_BY = ("workbench.kernels", "workbench.hooks", "torch.")
@@ -80,12 +79,15 @@ def pattern(
     n_dense_heads: int = 0,
     homogeneous: bool = False,
     causal: bool = True,
+    shards: Shards | None = None,
     scale: float | None = None,
     lse: Tensor | None = None,
 ) -> S2Pattern:
     """The pattern of `s2_attention` with the same options; `lse` is what the kernel gave, if it is at hand."""
     check_attention(q, k)
-    layout = _layout(q, k, block, local_blocks, vert_stride, head_step, head_offset, n_dense_heads, homogeneous, causal)
+    layout = _layout(
+        q, k, block, local_blocks, vert_stride, head_step, head_offset, n_dense_heads, homogeneous, causal, shards
+    )
     return S2Pattern(q, k, layout, scale=scale, lse=lse)
 
 
@@ -103,6 +105,7 @@ def s2_attention(
     n_dense_heads: int = 0,
     homogeneous: bool = False,
     causal: bool = True,
+    shards: Shards | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -111,7 +114,8 @@ def s2_attention(
     Args:
         q: [batch, head, query, d]; in the causal form the queries are the last of the keys.
         k: [batch, kv head, key, d]; v: [batch, kv head, key, width].
-        block, local_blocks, vert_stride, head_step, head_offset, n_dense_heads, homogeneous, causal: see `S2Layout`.
+        block, local_blocks, vert_stride, head_step, head_offset, n_dense_heads, homogeneous, causal, shards: see
+            `S2Layout`.
         scale: factor on q kᵀ; 1/√d if None.
         return_lse: also give the natural log of the softmax denominator, [batch, head, query].
 
@@ -129,7 +133,9 @@ def s2_attention(
     torch.Size([1, 2, 64, 8])
     """
     check_attention(q, k, v)
-    layout = _layout(q, k, block, local_blocks, vert_stride, head_step, head_offset, n_dense_heads, homogeneous, causal)
+    layout = _layout(
+        q, k, block, local_blocks, vert_stride, head_step, head_offset, n_dense_heads, homogeneous, causal, shards
+    )
     _warn_of_holes(layout)
     if q.is_cuda:
         out, lse = flex_attend(q, k, v, flex_plan(layout, q.device), scale)
@@ -158,11 +164,16 @@ def _warn_of_holes(layout: S2Layout) -> None:
     holes = [r for r in check_union(layout) if r < beyond]
     if not holes:
         return
-    step = layout.step
+    if layout.shards is not None:
+        which, way = f"{holes}", "Put them into a shard, or take None for the shard of one head"
+    else:
+        which = f"{holes} (mod vert_stride={layout.vert_stride})"
+        way = (
+            f"{layout.n_kv_heads} kv heads have head_step={layout.step}: take vert_stride <= {layout.n_kv_heads} with "
+            "head_step=1, or n_dense_heads=1"
+        )
     warnings.warn(
-        f"no head sees the key blocks {holes} (mod vert_stride={layout.vert_stride}) once they are not local: "
-        f"{layout.n_kv_heads} kv heads, head_step={step}. Take vert_stride <= {layout.n_kv_heads} with head_step=1, "
-        "or n_dense_heads=1",
+        f"no head sees the key blocks {which} once they are not local. {way}",
         UserWarning,
         stacklevel=_frames_to_the_caller(),
     )
@@ -175,28 +186,3 @@ def _frames_to_the_caller() -> int:
     while frame is not None and frame.f_globals.get("__name__", "").startswith(_PASSED_BY):
         frame, level = frame.f_back, level + 1
     return max(level, 1)
-
-
-@lru_cache(maxsize=16)
-def plan(layout: S2Layout) -> Plan:
-    """The tiles of a layout: one for each query block, those with as many key blocks together."""
-    block = layout.block
-    visited = layout.absolute_blocks()
-    n_layouts, n_rows, n_columns = visited.shape
-    counts = visited.sum(-1)
-    # Zeros fill the last key block. Causal queries do not see them; others need a mask where they visit that block.
-    filled = n_columns * block - layout.n_keys
-    ragged = visited[:, :, -1] & bool(filled and not layout.causal)
-    groups = []
-    for count, rag in {(int(c), bool(r)) for c, r in zip(counts.flatten(), ragged.flatten(), strict=True)}:
-        at = ((counts == count) & (ragged == rag)).nonzero()
-        keys = visited[at[:, 0], at[:, 1]].nonzero()[:, 1].view(len(at), count)
-        mask = None
-        if layout.causal or rag:
-            mask = torch.ones(1, block, count * block, dtype=torch.bool)
-            if layout.causal:  # the last listed block is the query's own: local_blocks >= 1
-                mask[..., -block:] = mask[..., -block:].tril()
-            else:
-                mask[..., -filled:] = False
-        groups.append(Group(at[:, 0], at[:, 1:], keys, mask))
-    return Plan(n_layouts, block, n_rows, n_columns, tuple(groups), front=layout.offset % block)

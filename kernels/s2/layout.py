@@ -1,12 +1,14 @@
 """The S2 layout: each kv head sees some local blocks and every so many-th block before them, shifted head by head.
 
-S2-Attention, arXiv 2407.17678; the rules are those of its kernel library, DKernel.
+Or, in the place of these verticals, a shard: blocks that are named for each head. S2-Attention, arXiv 2407.17678; the
+rules of verticals are those of its kernel library, DKernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from workbench.errors import CaptureError
 from workbench.kernels.checks import LARGEST, check_range
 from workbench.kernels.layouts import Layout
 
+Shards = Sequence[Sequence[int] | None]
+_OF_VERTICALS = ("vert_stride", "head_step", "head_offset", "n_dense_heads", "homogeneous")
+
 
 @dataclass(frozen=True)
 class S2Layout(Layout):
@@ -24,7 +29,8 @@ class S2Layout(Layout):
     With I, J the block indices of query and key and h the kv head, a causal head sees block J <= I if I − J <
     local_blocks or (J + h · head_step + head_offset) mod vert_stride = 0. A bidirectional head measures its verticals
     from the edge of the local blocks: with l = max(0, I − J − left + 1) and r = max(0, J − I − right + 1), it sees
-    block J if (l + r) mod vert_stride = 0; heads are not shifted.
+    block J if (l + r) mod vert_stride = 0; heads are not shifted. With shards a head sees its local blocks and those of
+    its shard.
 
     Attributes:
         n_queries, n_keys: tokens; in the causal form, the queries are the last ones.
@@ -37,9 +43,13 @@ class S2Layout(Layout):
         n_dense_heads: so many kv heads, the last ones, see everything.
         homogeneous: all kv heads have the verticals of kv head 0.
         causal: the causal form.
+        shards: for each kv head the numbers of the blocks that it sees wherever they lie, in ascending order, or None
+            for a head that sees everything; in the place of verticals. A number beyond the last block is of a block
+            that is not there yet.
 
     Raises:
-        CaptureError: a number out of range; the message names it.
+        CaptureError: a number out of range, a shard that is no such list, shards and options of verticals; the message
+            names it.
 
     >>> S2Layout(64, 64, 2, 2, block=16, local_blocks=1, vert_stride=2).blocks().int().tolist()[1]
     [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
@@ -57,6 +67,7 @@ class S2Layout(Layout):
     n_dense_heads: int = 0
     homogeneous: bool = False
     causal: bool = True
+    shards: tuple[tuple[int, ...] | None, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_queries", "n_keys", "n_heads", "n_kv_heads", "block", "vert_stride", "head_offset"):
@@ -92,10 +103,40 @@ class S2Layout(Layout):
                 f"{self.n_queries} queries do not fit {self.n_keys} keys",
                 hint="causal queries are the last keys, so that none sees nothing; bidirectional ones are all keys",
             )
+        if self.shards is not None:
+            object.__setattr__(self, "shards", self._checked_shards())
+
+    def _checked_shards(self) -> tuple[tuple[int, ...] | None, ...]:
+        given: Any = self.shards
+        if odd := [f.name for f in fields(self) if f.name in _OF_VERTICALS and getattr(self, f.name) != f.default]:
+            raise CaptureError(
+                f"{odd[0]}={getattr(self, odd[0])} is of verticals, in whose place there are shards",
+                hint="a head that sees everything has None for its shard",
+            )
+        if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != self.n_kv_heads:
+            raise CaptureError(
+                f"shards={given!r} is no list with one entry for each of {self.n_kv_heads} kv heads",
+                hint="a list of block numbers for each kv head, or None for one that sees everything",
+            )
+        for head, shard in enumerate(given):
+            if shard is None:
+                continue
+            if isinstance(shard, str) or not isinstance(shard, Sequence):
+                raise CaptureError(f"the shard of kv head {head} is no list of blocks: {shard!r}", hint="[] for none")
+            for block in shard:
+                check_range(f"a block in the shard of kv head {head}", block, 0, LARGEST)
+            if any(b <= a for a, b in pairwise(shard)):
+                raise CaptureError(
+                    f"the shard of kv head {head} names blocks twice or out of order: {list(shard)}",
+                    hint="in ascending order, each once",
+                )
+        return tuple(None if shard is None else tuple(shard) for shard in given)
 
     @property
     def n_layouts(self) -> int:  # type: ignore[override]
         """One for each kv head, or 1 where all are alike."""
+        if self.shards is not None:
+            return 1 if len(set(self.shards)) == 1 else self.n_kv_heads
         alike = (self.homogeneous or not self.causal) and self.n_dense_heads in (0, self.n_kv_heads)
         return 1 if alike else self.n_kv_heads
 
@@ -129,7 +170,9 @@ class S2Layout(Layout):
         """Bool, broadcast, for absolute block indices: the rule of the class without the causal edge inside a block."""
         distance = query_blocks - key_blocks
         left, right = self.local_sides
-        if self.causal:
+        if self.shards is not None:
+            found = self._in_shard(layouts, key_blocks) | ((distance < left) & (-distance < right))
+        elif self.causal:
             vertical = (key_blocks + layouts * self.step + self.head_offset) % self.vert_stride == 0
             found = (distance < left) | vertical
         else:
@@ -138,6 +181,15 @@ class S2Layout(Layout):
         if self.n_dense_heads:
             found = found | (layouts >= self.n_layouts - self.n_dense_heads)
         return found & (distance >= 0) if self.causal else found
+
+    def _in_shard(self, layouts: Tensor, key_blocks: Tensor) -> Tensor:
+        """Bool, broadcast: whether a layout's shard names a block."""
+        assert self.shards is not None
+        n = self.n_layouts
+        dense = torch.tensor([shard is None for shard in self.shards[:n]], device=layouts.device)
+        named = [block * n + at for at, shard in enumerate(self.shards[:n]) for block in shard or ()]
+        listed = torch.tensor(named, dtype=torch.long, device=layouts.device)
+        return torch.isin(key_blocks * n + layouts, listed) | dense[layouts]
 
     def absolute_blocks(self) -> Tensor:
         """[layout, I, J] bool for the blocks that queries lie in; those of a chunk start at `offset // block`."""

@@ -85,13 +85,18 @@ def check_union(layout: S2Layout) -> tuple[int, ...]:
 
     Returns:
         The residues that are missing, in order; () if the heads together see everything. For the bidirectional form,
-        the missing distances from the local blocks, mod vert_stride.
+        the missing distances from the local blocks, mod vert_stride. With shards, the blocks that are in none.
 
     >>> check_union(S2Layout(64, 64, 32, 8, vert_stride=16))  # query heads 32, kv heads 8
     (1, 2, 3, 4, 5, 6, 7, 8)
     >>> check_union(S2Layout(64, 64, 8, 8, vert_stride=8))
     ()
     """
+    if layout.shards is not None:
+        if None in layout.shards:
+            return ()
+        named = {block for shard in layout.shards for block in shard or ()}
+        return tuple(sorted(set(range(-(-layout.n_keys // layout.block))) - named))
     if layout.n_dense_heads:
         return ()
     heads = range(layout.n_kv_heads if layout.causal else 1)

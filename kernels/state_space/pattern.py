@@ -99,7 +99,9 @@ class _StatePattern(Pattern):
         """With Δ in the keys, so that its map is M itself."""
         plain = self.recurrence()
         k = plain.k * self.delta[..., None].to(plain.k)
-        return RecurrentPattern(plain.q, k, plain.log_decay, values=self.values)
+        made = RecurrentPattern(plain.q, k, plain.log_decay, values=self.values)
+        made.before = self.before
+        return made
 
     def apply(self, values: Tensor) -> Tensor:
         """M·V [batch, head, query, width], some heads at a time, chunk by chunk in linear time; see `Pattern.apply`."""

@@ -132,6 +132,10 @@ class Attention(nn.Module):
             z = z * self.gate(x).sigmoid()
         elif self.between == "gate in place":
             z.mul_(self.gate(x).sigmoid())
+        elif self.between == "signed gate":
+            z = z * self.gate(x).tanh()
+        elif self.between == "wide gate":
+            z = z * 2 * self.gate(x).sigmoid()
         elif self.between == "norm":
             z = self.norm(z)
         elif self.between == "another order":
@@ -159,7 +163,38 @@ def test_shapes_in_which_heads_arrive(between: str) -> None:
     torch.testing.assert_close(site.result().sum(2) + model.attn.o.bias, model(x))
 
 
-@pytest.mark.parametrize("between", ["gate", "gate in place", "norm", "another order"])
+@pytest.mark.parametrize("between", ["gate", "gate in place"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
+def test_behind_a_gate_it_is_what_enters_that_is_projected(between: str, mode: type) -> None:
+    """In every forward, with an edited head too; z stays what the heads give."""
+    model, entered = Model(between), []
+    handle = model.attn.o.register_forward_pre_hook(lambda _, args: entered.append(args[0].clone()))
+    with workbench.attach(model) as wb, mode():
+        with wb.capture([], z=True) as cap:
+            made = [model(torch.randn(2, 5, 16)) for _ in range(2)]
+        with wb.ablate({("attn", 1)}), wb.capture([], z=True) as edited:
+            model(torch.randn(2, 5, 16))
+    handle.remove()
+    for forward, given, y in zip(cap.forwards, entered[:2], made, strict=True):
+        site = forward.sites["attn"]
+        assert torch.equal(site.entering.flatten(2), given)
+        assert not torch.equal(site.entering, site.z)
+        torch.testing.assert_close(site.result().sum(2) + model.attn.o.bias, y)
+    assert bool((edited[0].result(1) == 0).all())
+    assert float(edited[0].result([0, 2, 3]).abs().min()) > 0
+
+
+def test_forwards_with_and_without_a_gate_have_no_result_together() -> None:
+    model, x = Model("gate"), torch.randn(2, 5, 16)
+    with workbench.attach(model) as wb, torch.no_grad(), wb.capture([], z=True) as cap:
+        model(x)
+        model.attn.between = "norm"
+        model(x)
+    assert [one[0].has_result for one in cap.calls] == [True, False]
+    assert not cap.pool()[0].has_result
+
+
+@pytest.mark.parametrize("between", ["norm", "another order", "signed gate", "wide gate"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
 def test_something_between_is_said(between: str, mode: type) -> None:
     model = Model(between)

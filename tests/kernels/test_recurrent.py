@@ -223,6 +223,28 @@ def test_files_bring_them_back():
         assert not {"_chunks", "_strip"} & pattern.kept(lambda name, t: t.clone()).__dict__.keys()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_from_before_is_gone_on_from_or_asked_for(kind: str):
+    """Half of a sequence knows what its rows read of the other half, and not what that has left."""
+    made, v = inputs(kind, 20), torch.randn(2, 4, 20, 5, dtype=torch.float64)
+    whole = RecurrentPattern(**made)
+    early, late = (
+        RecurrentPattern(**{name: t[:, :, at] for name, t in made.items()}) for at in (slice(9), slice(9, 20))
+    )
+    left = early.state_at(-1, v[:, :, :9])
+    late.before, late.values = late.from_state(left), v[:, :, 9:]
+    for ask in (lambda: late.state_at(3), lambda: late.state_at(3, v[:, :, 9:]), lambda: late.states(every=2)):
+        with pytest.raises(CaptureError, match="goes on from an earlier state"):
+            ask()
+    torch.testing.assert_close(late.state_at(3, initial_state=left), whole.state_at(12, v), **TIGHT)
+    torch.testing.assert_close(late.states(initial_state=left)[:, :, -1], whole.state_at(-1, v), **TIGHT)
+    alone = torch.zeros_like(left)
+    late.before = None
+    torch.testing.assert_close(late.state_at(3), late.state_at(3, initial_state=alone), **TIGHT)
+    with pytest.raises(CaptureError, match=r"initial state must be \[2, 4, 3, 5\]"):
+        late.state_at(3, initial_state=left[..., :2])
+
+
 def test_what_cannot_be_is_refused():
     made = inputs("gated delta", 5)
     cases: list[tuple[str, dict[str, Any]]] = [

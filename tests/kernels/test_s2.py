@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +15,19 @@ from workbench.errors import CaptureError
 from workbench.kernels import families, s2
 from workbench.kernels.blocked import attend, merge
 from workbench.kernels.flex import flex_attend
-from workbench.kernels.s2 import S2Cache, S2Layout, check_union, csr, kv_efficient, merged_csr, s2_attention, s2_naive
-from workbench.kernels.s2.attention import plan
+from workbench.kernels.s2 import (
+    S2Cache,
+    S2Layout,
+    check_union,
+    csr,
+    kv_efficient,
+    merged_csr,
+    s2_attention,
+    s2_naive,
+    tiles,
+)
 from workbench.kernels.s2.flex import flex_plan
+from workbench.kernels.s2.tiles import plan
 from workbench.kernels.statistics import dense
 
 QUIET = pytest.mark.filterwarnings("ignore:no head sees")
@@ -45,7 +56,10 @@ def brute_force(x: S2Layout) -> torch.Tensor:
                 i = row + x.n_keys - x.n_queries
                 far = i // x.block - j // x.block
                 shift = 0 if x.homogeneous else h * step
-                if x.causal:
+                if x.shards is not None:
+                    shard = x.shards[h]
+                    seen = shard is None or j // x.block in shard or (far < left and -far < right)
+                elif x.causal:
                     seen = far < left or (j // x.block + shift + x.head_offset) % x.vert_stride == 0
                 else:
                     seen = (max(0, far - left + 1) + max(0, -far - right + 1)) % x.vert_stride == 0
@@ -60,6 +74,13 @@ def layouts(draw):
     n = draw(st.sampled_from([16, 17, 63, 100]))
     kv = draw(st.integers(1, 3))
     local = st.integers(1, 4)
+    shard = st.one_of(st.none(), st.sets(st.integers(0, 8), max_size=4).map(sorted))
+    shards = draw(st.one_of(st.none(), st.tuples(*[shard] * kv)))
+    of_verticals = {
+        "vert_stride": draw(st.integers(1, 6)), "head_step": draw(st.one_of(st.none(), st.integers(0, 4))),
+        "head_offset": draw(st.integers(-3, 6)), "n_dense_heads": draw(st.integers(0, kv)),
+        "homogeneous": draw(st.booleans()),
+    }  # fmt: skip
     return S2Layout(
         n_queries=draw(st.sampled_from([1, n // 2, n])) if causal else n,
         n_keys=n,
@@ -67,12 +88,8 @@ def layouts(draw):
         n_kv_heads=kv,
         block=draw(st.sampled_from([16, 32])),
         local_blocks=draw(local) if causal else draw(st.tuples(local, local)),
-        vert_stride=draw(st.integers(1, 6)),
-        head_step=draw(st.one_of(st.none(), st.integers(0, 4))),
-        head_offset=draw(st.integers(-3, 6)),
-        n_dense_heads=draw(st.integers(0, kv)),
-        homogeneous=draw(st.booleans()),
         causal=causal,
+        **({"shards": shards} if shards is not None else of_verticals),
     )
 
 
@@ -109,6 +126,89 @@ def test_values_and_gradients_are_those_of_the_definition(layout, width):
     wanted = torch.autograd.grad((expected * d_out).sum() + (expected_lse * d_lse).sum(), tensors)
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [(1,), (32, 48), (10**6,)])
+@settings(max_examples=20, deadline=None)
+@given(layouts())
+def test_tiles_of_any_size_hold_every_block_once(rows, layout):
+    """However large the tiles are that query blocks share, and where they are so small that there are none."""
+    with mock.patch.object(tiles, "_ROWS", rows), mock.patch.object(tiles, "_GATHER", 1.0):
+        made = plan.__wrapped__(layout)
+    found = torch.zeros_like(layout.absolute_blocks(), dtype=torch.long)
+    for group in made.groups:
+        for at, rows, keys in zip(group.layouts, group.queries, group.keys, strict=True):
+            found[at, rows[:, None], keys] += 1
+    assert torch.equal(found, layout.absolute_blocks().long())
+    q, k, v = inputs(layout.n_keys, layout.n_heads, layout.n_kv_heads, layout.n_queries)
+    options = {name: value for name, value in layout.facts().items() if not name.startswith(("n_q", "n_k", "n_h"))}
+    for x, y in zip(attend(q, k, v, made), s2_naive(q, k, v, **options)[::2], strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+
+
+def test_verticals_of_many_query_blocks_are_few_tiles():
+    layout = S2Layout(2048, 2048, 4, 4, 16, 1, 4, head_step=1)
+    made = plan(layout)
+    large = [group for group in made.groups if not group.joins]
+    assert max(group.queries.shape[1] for group in large) >= 12
+    pairs = [(len(group.layouts) * group.queries.shape[1] * group.keys.shape[1], group.joins) for group in made.groups]
+    shared = sum(n for n, joins in pairs if not joins)
+    assert shared > 0.8 * sum(n for n, _ in pairs)
+
+
+def test_shards_of_each_head():
+    shards = [[0, 4], [1, 5], None, []]
+    q, k, v = inputs(100, 8, 4)
+    with pytest.warns(
+        UserWarning, match=r"no head sees the key blocks \[2, 3\] once .* None for the shard of one head"
+    ):
+        s2_attention(q, k, v, block=16, local_blocks=1, shards=[[0, 4], [1, 5], [], []])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = s2_attention(q, k, v, block=16, local_blocks=1, shards=shards)
+    expected, weights, _ = s2_naive(q, k, v, block=16, local_blocks=1, shards=shards)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    far = weights[0, ::2, -1].unflatten(-1, (-1, 4)).ne(0).any(-1)  # of one query head of each kv head, runs of 4 keys
+    assert far[2].all()
+    assert far[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 16, 17, 18, 19, 24]
+    assert far[3].nonzero()[:, 0].tolist() == [24]
+    pattern = s2_attention.pattern_of(q, k, v, block=16, local_blocks=1, shards=shards)
+    torch.testing.assert_close(pattern.dense(), weights, rtol=0, atol=1e-10)
+    facts, tensors = pattern.state()
+    again = families.rebuild("S2Pattern", json.loads(json.dumps(facts)), tensors)
+    assert again.layout == pattern.layout
+    assert check_union(pattern.layout) == ()
+    assert kv_efficient(pattern.layout.blocks())
+    cache = S2Cache(8, 4, block=16, local_blocks=1, shards=shards)
+    for i in range(100):
+        at = slice(i, i + 1)
+        last = s2.decode(q[:, :, at], k[:, :, at], v[:, :, at], cache)
+        torch.testing.assert_close(last, expected[:, :, at], rtol=0, atol=1e-10)
+    assert cache.kept == (36, 36, 100, 4)  # the last block has 4 tokens
+
+
+@pytest.mark.parametrize(("shards", "message"), [
+    ([[0], [1]], "no list with one entry for each of 4 kv heads"),
+    (3, "shards=3 is no list"),
+    ("0123", "shards='0123' is no list"),
+    ([[0], [1], 2, None], "the shard of kv head 2 is no list of blocks: 2"),
+    ([[0], [1], "ab", None], "the shard of kv head 2 is no list of blocks: 'ab'"),
+    ([[0], [-1], [], None], "block in the shard of kv head 1=-1 is not one of 0"),
+    ([[0], [1.5], [], None], "block in the shard of kv head 1 is a whole number, not 1.5"),
+    ([[0], [3, 1], [], None], r"kv head 1 names blocks twice or out of order: \[3, 1\]"),
+    ([[0], [1, 1], [], None], r"kv head 1 names blocks twice or out of order: \[1, 1\]"),
+])  # fmt: skip
+def test_shards_that_cannot_be(shards, message):
+    q, k, v = inputs(100, 8, 4)
+    with pytest.raises(CaptureError, match=message):
+        s2_attention(q, k, v, block=16, shards=shards)
+
+
+def test_shards_take_no_options_of_verticals():
+    q, k, v = inputs(100, 8, 4)
+    for option in ({"n_dense_heads": 1}, {"head_step": 2}, {"vert_stride": 3}, {"homogeneous": True}):
+        with pytest.raises(CaptureError, match=f"{next(iter(option))}=.* is of verticals"):
+            s2_attention(q, k, v, block=16, shards=[[0], [1], [], None], **option)
 
 
 @pytest.mark.parametrize("options", [{"vert_stride": 1, "local_blocks": 1}, {"vert_stride": 9, "local_blocks": 7}])
@@ -245,6 +345,8 @@ def test_low_precision(dtype):
     S2Layout(150, 300, 4, 2, 32, 1, 3, n_dense_heads=1),
     S2Layout(300, 300, 4, 2, 16, (1, 2), 3, causal=False),
     S2Layout(300, 300, 4, 2, 128, 1, 2, head_offset=1),
+    S2Layout(300, 300, 4, 2, 32, 1, shards=((0, 1, 4), None)),
+    S2Layout(300, 300, 4, 2, 16, (1, 2), shards=((0, 9), (2,)), causal=False),
 ])  # fmt: skip
 def test_flex_attention_with_our_mask_mod(layout):
     q, k, v = inputs(300, n_q=layout.n_queries, dtype=torch.float32)

@@ -12,6 +12,7 @@ import workbench
 from support.judges import judges, missing
 from workbench import WorkbenchError, mechanisms
 from workbench.kernels.composed import ComposedPattern, agent_attention
+from workbench.kernels.patterns import DensePattern
 from workbench.kernels.statistics import Options
 from workbench.kernels.streaming import statistics
 from workbench.mechanisms import Place
@@ -177,6 +178,24 @@ def test_a_capture_makes_the_pattern_of_a_call_once(monkeypatch: pytest.MonkeyPa
         model(torch.randn(2, 35, 24))
     assert set(cap[0].patterns) == {"pattern", "broadcast", "aggregate"}
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("order", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_factors_of_several_dtypes_are_multiplied_in_the_widest(order: tuple[torch.dtype, torch.dtype]) -> None:
+    """The map, its rows and A·V, whichever factor it is; not what happens to be first."""
+    q, k, v, agents = _qkv()
+    parts = agent_attention.pattern_of(q, k, v, agents).factors
+    kept = {
+        name: DensePattern(part.dense().to(dtype)) for (name, part), dtype in zip(parts.items(), order, strict=True)
+    }
+    mixed = ComposedPattern(kept)
+    left, right = (each.dense().double() for each in kept.values())
+    assert mixed.dtype == mixed.dense().dtype == mixed.apply(v).dtype == torch.float64
+    torch.testing.assert_close(mixed.dense(), left @ right, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(mixed.rows([2]), (left @ right)[:, :, 2:3], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(mixed.through([0]), left[..., :1] @ right[:, :, :1], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(mixed.apply(v), left @ right @ v.double(), rtol=1e-4, atol=1e-5)
+    assert bool(mixed.statistics(["entropy"])["entropy"].isfinite().all())
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """The list of mechanisms, their places, and cards that cannot say more than was found."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,10 @@ from torch import nn
 import workbench
 from workbench import WorkbenchError, mechanisms
 from workbench.mechanisms import Card, Claim, Mechanism, Place, Signature
+from workbench.mechanisms.deconstructed import laid_out
 from workbench.mechanisms.frame import by_blocks, catalogue
+from workbench.mechanisms.moh import MixtureOfHeads
+from workbench.mechanisms.reduced import chain
 
 
 def test_the_list_is_a_table_and_finds_by_name() -> None:
@@ -72,6 +77,69 @@ def test_a_mechanism_of_ones_own_is_listed(monkeypatch: pytest.MonkeyPatch) -> N
     page = card._repr_html_()
     assert "<caption>Mean</caption>" in page
     assert "Not examined yet." in page
+
+
+def test_a_cell_of_a_notebook_runs_again_and_takes_no_room_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    mechanisms.list()
+    for kept in ("_MECHANISMS", "_HOMES"):
+        monkeypatch.setattr(catalogue, kept, dict(getattr(catalogue, kept)))
+    cell = """
+from torch import nn
+from workbench import mechanisms
+class Mine(nn.Module):
+    def __init__(self, place, {option}: int = 1):
+        super().__init__()
+claims = (mechanisms.Claim("x."),)
+card = mechanisms.Card("Mine", "2601.00001", "A = 1", "m", "self", "exact", "O(n)", "never", "c", claims)
+{name} = mechanisms.register(mechanisms.Mechanism("{called}", card, {make}))
+"""
+    notebook: dict[str, Any] = {"__name__": "__main__"}
+    for option in ("first", "second"):
+        exec(cell.format(option=option, name="one", called="mine", make="Mine"), notebook)
+    assert mechanisms.get("mine") is notebook["one"]
+    mechanisms.get("mine").build(Place(8, 2, 5, causal=False), second=2)
+    with pytest.raises(WorkbenchError, match='"mine" has no option "first"'):
+        mechanisms.get("mine").build(Place(8, 2, 5, causal=False), first=2)
+    other = {"__name__": "elsewhere"}
+    with pytest.raises(WorkbenchError, match='a mechanism "mine" already'):
+        exec(cell.format(option="first", name="one", called="mine", make="Mine"), other)
+    agent = mechanisms.get("agent")
+    for name in ("__main__", agent.make.__module__):
+        with pytest.raises(WorkbenchError, match='a mechanism "agent" already'):
+            exec(cell.format(option="first", name="one", called="agent", make="Mine"), {"__name__": name})
+    assert mechanisms.get("agent") is agent
+    with pytest.raises(WorkbenchError, match="3 is no mechanism"):
+        mechanisms.register(3)  # type: ignore[arg-type]
+
+
+def test_what_is_no_name_place_or_option_is_named() -> None:
+    moh, place = mechanisms.get("moh"), Place(24, 4, 9)
+    for call, said in (
+        (lambda: mechanisms.get(None), 'no mechanism "None"'),  # type: ignore[arg-type]
+        (lambda: mechanisms.get(["moh"]), "no mechanism"),  # type: ignore[arg-type]
+        (lambda: Place(24, 4, 9, causal=False, grid=4), r"grid=4 is not \(rows, columns\)"),  # type: ignore[arg-type]
+        (lambda: Place(24, 4, 9, causal=False, grid=(3, 3, 1)), "is not"),  # type: ignore[arg-type]
+        (lambda: Place(24, 4, 9, causal=False, grid=(3, "3")), "is not"),  # type: ignore[arg-type]
+        (lambda: Place(24, 4, 9, causal=None), "causal is True or False, not None"),  # type: ignore[arg-type]
+        (lambda: moh.build(None), "stands in a Place, not in None"),  # type: ignore[arg-type]
+        (lambda: moh.build(place, 3), 'no variant "3"'),  # type: ignore[arg-type]
+        (lambda: moh.build(place, ["half"]), "no variant"),  # type: ignore[arg-type]
+        (lambda: moh.build(place, shared=float("nan")), 'shared=nan of "moh" is not a finite number'),
+        (lambda: MixtureOfHeads(place, active=float("nan")), "active=nan is no share of the 4 heads"),
+        (lambda: moh.build(place, shared="all"), "shared='all' of \"moh\" is not a finite number"),
+        (lambda: moh.build(place, scaling=3), 'scaling=3 of "moh" is not "paper" or "code" or "norms"'),
+        (lambda: moh.build(place, sharing=0.5), 'has no option "sharing"'),
+        (lambda: mechanisms.get("rcmha").build(place, taps=1.5), "taps=1.5 .* is not a whole number"),
+        (lambda: mechanisms.get("sink_lora").build(place, group=True), "is not a whole number or None"),
+        (lambda: mechanisms.get("sink_lora").build(place, shifted=3), "is not a list of which each is True or False"),
+        (lambda: mechanisms.get("deconstructed").build(place, "taylor", heads=2), 'no option "heads"'),
+        (lambda: mechanisms.get("deconstructed").build(place, form=[]), "form"),
+        (lambda: chain([]), "no layers of this mechanism to chain"),
+        (lambda: chain([nn.Linear(3, 3)]), "no layers of this mechanism to chain"),  # type: ignore[list-item]
+        (lambda: laid_out("deconstructed:mlp", "even", "4"), "n_layers is a whole number"),  # type: ignore[arg-type]
+    ):  # fmt: skip
+        with pytest.raises(WorkbenchError, match=said):
+            call()
 
 
 def test_a_notebook_shows_of_a_mechanism_what_a_terminal_does() -> None:

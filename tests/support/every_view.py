@@ -126,7 +126,7 @@ def _table(named: Sequence[str] = ("softmax", "agents", "no attention")) -> View
     ramp = [0.5 * i for i in range(len(named))]
     columns = [
         views.Column("what it is", [f"row {i}" for i in range(len(named))]),
-        views.Column("loss", ramp[::-1], "quality", "low", [f"of {i} seeds" for i in range(len(named))]),
+        views.Column("loss", ramp[::-1], "quality", "low", said=[f"of {i} seeds" for i in range(len(named))]),
         views.Column("recall", [*ramp[1:], float("nan")], "quality", "high"),
         views.Column("distance", ramp),
     ]

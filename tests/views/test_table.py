@@ -19,7 +19,7 @@ NAN = float("nan")
 def _table(**more: object) -> views.Table:
     columns = [
         Column("words", ["b", "a", ""]),
-        Column("loss", [1.5, 1.0, 2.0], "quality", "low", ["one seed", "three seeds", "one seed"]),
+        Column("loss", [1.5, 1.0, 2.0], "quality", "low", said=["one seed", "three seeds", "one seed"]),
         Column("recall", [0.5, NAN, 0.75], "quality", "high"),
     ]
     return views.table(["x", "y", "z"], columns, of="model", title="Models", **more)  # type: ignore[arg-type]
@@ -28,6 +28,8 @@ def _table(**more: object) -> views.Table:
 def test_numbers_are_shaded_from_the_worst_to_the_best_of_their_column() -> None:
     np.testing.assert_allclose(_depths(np.array([1.0, 3.0, 2.0, NAN]), "high"), [0, 1, 0.5, NAN])
     np.testing.assert_allclose(_depths(np.array([1.0, 3.0, 2.0, NAN]), "low"), [1, 0, 0.5, NAN])
+    np.testing.assert_allclose(_depths(np.array([1.0, 1.1]), "high", span=1.0), [0, 0.1])  # hardly another: alike
+    np.testing.assert_allclose(_depths(np.array([1.0, 3.0]), "low", span=1.0), [1, 0])
     np.testing.assert_allclose(_depths(np.array([-1.0, 3.0, 1.5]), None), [0, 1, 0.5])
     np.testing.assert_allclose(_depths(np.array([2.0, 2.0]), "high"), [0, 0])
     np.testing.assert_allclose(_depths(np.array([NAN, NAN]), "low"), [NAN, NAN])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from workbench.capture.gathering import gather
 from workbench.capture.joined import join
+from workbench.capture.pooling import pool
 from workbench.capture.settings import Settings
-from workbench.capture.site_capture import KEPT, Forward, SiteCapture, pack
+from workbench.capture.site_capture import Forward, SiteCapture, pack
 from workbench.capture.transformer_lens import Cache
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites, all_here
-from workbench.hooks.tap import StateLink
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED
 from workbench.storage import files
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORM = "workbench.capture"
-_PER_EXAMPLE = tuple(KEPT.values())  # what a site capture holds per batch entry, if it does
 
 
 class Capture:
@@ -263,38 +262,7 @@ class Capture:
         Raises:
             CaptureError: the forwards differ in sites or in a site's [head, query, key].
         """
-        first = self._forwards[0]
-        joined = Forward(0)
-        for name, capture in first.sites.items():
-            parts = [f.sites.get(name) for f in self._forwards]
-            if any(p is None or p.shape[1:] != capture.shape[1:] for p in parts):
-                shapes = ["none" if p is None else str(list(p.shape)) for p in parts]
-                raise CaptureError(
-                    f"the forwards differ: {', '.join(shapes)}", site=name, hint="compare cap.calls one by one"
-                )
-            same = [p for p in parts if p is not None]
-            kept: dict[str, Any] = {field: _joined([getattr(p, field) for p in same]) for field in _PER_EXAMPLE}
-            joined.sites[name] = replace(
-                capture,
-                shape=(sum(p.shape[0] for p in same), *capture.shape[1:]),
-                statistics={
-                    s: torch.cat([p.statistics[s] for p in same])
-                    for s in capture.statistics
-                    if all(s in p.statistics for p in same)
-                },
-                **kept,
-                lazy=None,
-                others={},
-                held=[],
-                times=None,
-                state=StateLink(),
-            )
-        for stream in first.ids:
-            rows = [f.ids.get(stream) for f in self._forwards]
-            if all(r is not None and r.shape[1] == first.ids[stream].shape[1] for r in rows):
-                joined.ids[stream] = torch.cat([r for r in rows if r is not None])
-                joined.tokens[stream] = [row for f in self._forwards for row in f.tokens.get(stream, [])]
-        return self._with([joined])
+        return self._with([pool(self._forwards)])
 
     def joined(self) -> Capture:
         """The capture of a generation as if each sequence had run in one forward: prompt and answer, without a cache.
@@ -414,9 +382,3 @@ class Capture:
             f"{len(self.sites)} sites{unread}{here}, [batch, head, query, key] {shapes}; {', '.join(self.statistics)}; "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
-
-
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    """Parts of a batch as one; None unless all are there."""
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if len(there) == len(parts) else None

@@ -41,8 +41,8 @@ class SiteCapture:
         z_gradient: ∂L/∂z, like z, if asked for; sums of A∘∂L/∂A are among the statistics, under the names of
             `workbench.kernels.gradients.GRADIENT_SUMS`. Several backward passes add up, as in `.grad`.
         projection: where z goes; None if it was not found or not looked for.
-        entering: [batch, query, head, width] what of each head enters the projection of a module that has a reader:
-            z behind the module's norm, gate and skip; None where z enters it as it is.
+        entering: [batch, query, head, width] what of each head enters the projection: z behind the norm, gate and skip
+            of a module that has a reader, or behind the gate of an attention; None where z enters it as it is.
         stored_result: [batch, query, head, d_model], from a file that holds it.
         lazy, others: the pattern and further maps by name, if they were kept; read them by `pattern` and `patterns`.
         signed: whether weights may be negative. normalised: whether rows sum to one. Where one of them says that the
@@ -157,8 +157,9 @@ class SiteCapture:
         """z times each head's slice of W_O, [batch, query, head, d_model]: what it writes to the residual stream.
 
         The sum over heads, plus the projection's bias, is the projection's output; a norm may follow in some models.
-        Of a recurrence it is `entering` that is projected: the norm, the gate and the skip of the module are those of
-        this run, so that a head's part is not what is missing where the head is switched off and norms change.
+        Of a recurrence, and of attention with a gate, it is `entering` that is projected: norm, gate and skip of the
+        module are those of this run, so that a head's part is not what is missing where the head is switched off and
+        norms change.
 
         Args:
             heads: which heads; all if None.
@@ -208,8 +209,9 @@ class SiteCapture:
             raise CaptureError(
                 "the output projection of the site is not known",
                 site=name,
-                hint="no linear module was called with the heads' outputs as they are (a gate or a norm may lie "
-                "between), or the capture was loaded or gathered: save or gather it with result=True",
+                hint="no linear module was called with the heads' outputs, as they are or times a gate between 0 and 1 "
+                "(a norm or another gate may lie between), or the capture was loaded or gathered: save or gather it "
+                "with result=True",
             )
         try:
             z = self.z if self.entering is None else self.entering

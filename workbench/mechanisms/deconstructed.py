@@ -10,13 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.kernels.checks import check_range
 from workbench.kernels.functions import attention_function
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.scan import ScanPattern, scan_attention
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.taylor import TaylorPattern, taylor_attention
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, by_blocks, register
+from workbench.mechanisms.frame import (
+    Card,
+    Claim,
+    Mechanism,
+    Mixer,
+    Place,
+    Signature,
+    by_blocks,
+    check_options,
+    register,
+)
 from workbench.mechanisms.sqa import SparseQueryAttention
 
 Source = Literal["random", "text", "embedding"]
@@ -139,11 +150,12 @@ def deconstructed(place: Place, form: str = "taylor", **options: Any) -> Mixer:
     """The module of a form.
 
     Raises:
-        WorkbenchError: there is no such form.
+        WorkbenchError: there is no such form, or it has no such options.
     """
     if form not in _FORMS:
         raise WorkbenchError(f'form="{form}" is not known', hint=", ".join(_FORMS))
     make, own = _FORMS[form]
+    check_options(f"deconstructed:{form}", make, options)
     mixer: Mixer = make(place, **{**own, **options})
     return mixer
 
@@ -163,6 +175,7 @@ def laid_out(form: str, layout: str, n_layers: int, standard: str = "deconstruct
     >>> laid_out("deconstructed:mlp", "even", 4)[:2]
     ['deconstructed:mlp', 'deconstructed:standard']
     """
+    check_range("n_layers", n_layers, 0, None)
     n = n_layers
     kept: dict[str, Sequence[int]] = {
         "uniform": (),

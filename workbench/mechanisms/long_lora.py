@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -76,10 +76,6 @@ _SIGNATURE = Signature(
 )
 
 
-def _with_sinks(place: Place, **options: Any) -> ShiftedGroups:
-    return ShiftedGroups(place, **{"shifted": SINK, "n_sinks": 4, **options})
-
-
 LONG_LORA = register(
     Mechanism(
         "long_lora",
@@ -120,7 +116,7 @@ SINK_LORA = register(
             code="The released repository has no code of this attention: it is a reconstruction from the paper's text.",
             claims=(Claim("It is nearer to full attention than LongLoRA's shifted groups."),),
         ),
-        _with_sinks,
+        partial(ShiftedGroups, shifted=SINK, n_sinks=4),
         places=(Place(24, 4, 33), Place(32, 4, 3), Place(16, 4, 18, causal=False)),
         signature=_SIGNATURE,
     )

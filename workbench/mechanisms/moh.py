@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -40,11 +41,14 @@ class MixtureOfHeads(Mixer):
             for the heads whose queries are longest, as of continued training; its gradient passes the softmax's.
 
     Raises:
-        WorkbenchError: shares that choose no head, or fewer than are shared.
+        WorkbenchError: shares that are none, that choose no head, or fewer than are shared.
     """
 
     def __init__(self, place: Place, shared: float = 0.25, active: float = 0.75, scaling: Scaling = "code") -> None:
         super().__init__(place)
+        for name, share in (("shared", shared), ("active", active)):
+            if not math.isfinite(share):
+                raise WorkbenchError(f"{name}={share} is no share of the {self.n_heads} heads", hint="from 0 to 1")
         self.shared, speaking = round(self.n_heads * shared), round(self.n_heads * active)
         if not 0 <= self.shared <= speaking <= self.n_heads or not speaking:
             raise WorkbenchError(

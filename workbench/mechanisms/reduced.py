@@ -136,8 +136,10 @@ def chain(layers: Sequence[Reduced]) -> tuple[list[Reduced], Tensor]:
     It holds where nothing lies between the layers: no residual connection, norm or MLP.
 
     Raises:
-        WorkbenchError: a layer of several heads, whose outputs are no product.
+        WorkbenchError: no layers, or a layer of several heads, whose outputs are no product.
     """
+    if not layers or not all(isinstance(layer, Reduced) for layer in layers):
+        raise WorkbenchError("there are no layers of this mechanism to chain", hint="a list of them, in their order")
     made, so_far = [], torch.eye(layers[0].place.d_model).to(next(layers[0].parameters()))
     for layer in layers:
         if layer.n_heads > 1:

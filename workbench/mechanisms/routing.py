@@ -123,9 +123,10 @@ class RoutingAttention(Mixer):
         parts = [] if self.local is None else [self.local(q[:, :near], k[:, :near], v[:, :near])]
         if self.routed is not None:
             q, k, v = (t[:, near:] for t in (q, k, v))
-            both = q if self.shared else torch.cat((q, k), dim=2)
-            self.keep_loss(1e-4 * self.routed.commitment(both))
+            self.extra_loss = None
             if self.training:
+                both = q if self.shared else torch.cat((q, k), dim=2)
+                self.keep_loss(1e-4 * self.routed.commitment(both))
                 self.routed.follow(both)
             parts.append(self.routed(q, k, v))
         return torch.cat(parts, dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
@@ -212,7 +212,7 @@ def _section(entry: _Entry, budget: int) -> Section:
     own = None if isinstance(thing, tuple) else entry.title  # several views keep their titles below the section's
     spec = replace(spec, title=own or spec.title, caption=entry.caption or spec.caption)
     found = Section(heading=title or visible_text(spec.title, 200), note=note, figures=[spec, *more])
-    first = next((each.provenance for each in (spec, *more) if each.provenance), {})
+    first: Mapping[str, Any] = next((each.provenance for each in (spec, *more) if each.provenance), {})
     found.origin = dict(thing.provenance or {}) if isinstance(thing, Result) else dict(first)
     if isinstance(thing, Result):
         found.tables.append(table_of(thing.table, "All numbers"))

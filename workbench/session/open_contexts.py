@@ -205,7 +205,7 @@ class OpenContexts(Listener):
     def follows_linear(self) -> bool:
         """While the capture has found what joins heads, and another may be beside it."""
         recorder = self._recorder
-        return recorder is not None and recorder.projections.follows()
+        return recorder is not None and recorder.outputs.projections.follows()
 
     def on_linear(self, name: str, module: nn.Module, given: Tensor) -> None:
         """The capture looks for what is beside the modules that join heads."""

@@ -19,8 +19,6 @@ from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.capture.timing import CallTimes
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, WorkbenchError
-from workbench.hooks.entering import entering, own_columns
-from workbench.hooks.projections import ProjectionFinder
 from workbench.hooks.sites import Site, Sites, site_name, with_call
 from workbench.hooks.tap import AttentionCall, Unshown
 from workbench.hooks.truth import check_last_row
@@ -31,6 +29,7 @@ from workbench.kernels.patterns import PartOfHeads, Pattern
 from workbench.kernels.statistics import Options
 from workbench.session.cached_tokens import CachedTokens
 from workbench.session.gradient_watch import Deliver, GradientWatch
+from workbench.session.head_outputs import HeadOutputs
 from workbench.session.packed import RunningForward
 
 SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
@@ -68,8 +67,8 @@ class Recorder:
     refused: dict[str, str] = field(default_factory=dict)
     unrecorded: dict[str, Unrecorded] = field(default_factory=dict)
     gradients: GradientWatch = field(default_factory=GradientWatch)
-    projections: ProjectionFinder = field(default_factory=ProjectionFinder)
     arena: Arena = field(default_factory=Arena)
+    outputs: HeadOutputs = field(init=False)
     _opened_in: int = field(default_factory=threading.get_ident)
     _running: dict[int, RunningForward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
@@ -81,6 +80,9 @@ class Recorder:
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.outputs = HeadOutputs(self.arena, frozenset(site.path for site in self.sites))
 
     def _context(self) -> int | None:
         """The length of the model's context, looked up once: it takes a walk over all modules."""
@@ -129,7 +131,7 @@ class Recorder:
 
     def _end(self, thread: int) -> None:
         running = self._running.pop(thread, None)
-        self.projections.end(thread)
+        self.outputs.end(thread)
         if running is None:
             return
         now = self._now()
@@ -142,7 +144,7 @@ class Recorder:
                     forward.sites[name] = replace(capture, n_calls=calls[capture.site.path])
             if self.settings.z:
                 for name, capture in forward.sites.items():
-                    known = self.projections.of(capture.site.path, entering=capture.entering is not None)
+                    known = self.outputs.projections.of(capture.site.path, entering=capture.entering is not None)
                     forward.sites[name] = replace(capture, projection=known)
         if running.sequences:
             self._put(running)
@@ -158,11 +160,15 @@ class Recorder:
     def on_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module is about to run."""
         self._entered.setdefault(threading.get_ident(), {})[site_name(name)] = self._now()
-        self.projections.saw_module(name, module, args)
+        running = self._running.get(threading.get_ident())
+        added = self.outputs.saw_module(name, module, args, None if running is None else running.whole)
+        if added:
+            with self._lock:
+                self.nbytes += added
 
     def on_linear(self, name: str, module: nn.Module, given: Tensor) -> None:
         """A linear function is about to be applied to this."""
-        self.projections.saw_linear(name, module, given)
+        self.outputs.projections.saw_linear(name, module, given)
 
     def on_call(self, call: AttentionCall, edited: Tensor | None = None) -> None:
         """Stream the statistics of one attention call and keep what was asked for.
@@ -265,19 +271,7 @@ class Recorder:
         widen = _itself if call.shard is None else call.shard.widened  # heads that are elsewhere are NaN
         z = dense = entered = None
         if settings.z:
-            given = None if edited is None else call.own(edited)
-            if given is None:
-                given = call.mixed
-            z = self.arena.copy(given.detach().transpose(1, 2))
-            if call.finish is not None and call.part is None:
-                entered = self._entering(call, given.detach(), check)
-            if entered is not None:
-                entered = self.arena.copy(entered)
-            elif call.part is None:
-                self.projections.saw_call(call.site, call.module, z)
-            elif not self.projections.knows(call.site):
-                whole = replace(call, part=None).z() if edited is None else edited
-                self.projections.saw_call(call.site, call.module, whole.detach().transpose(1, 2).clone())
+            z, entered = self.outputs.of_call(call, edited, check=check)
             z = widen(z, 2)
         if settings.gradients:
             self.gradients.watch(
@@ -312,19 +306,6 @@ class Recorder:
             self.nbytes += size + settings.gradient_bytes(pattern.shape, call.sizes[2], call.v.element_size())
         return capture, size
 
-    def _entering(self, call: AttentionCall, z: Tensor, check: bool) -> Tensor | None:
-        """[batch, query, head, width] what the heads of a module that has a reader give to its projection.
-
-        None where they cannot be told apart in it; the projection is then not known.
-        """
-        assert call.finish is not None
-        found = entering(call.module, call.finish, z)
-        if found is None or (check and not own_columns(call.module, call.finish, z, found)):
-            return None
-        if check:
-            self.projections.knows_of(call.site, f"{call.site}.{found.name}".strip("."), found.module)
-        return found.heads.transpose(1, 2) if self.projections.knows(call.site) else None
-
     def _planned(self, call: AttentionCall, pattern: Pattern, others: Mapping[str, Pattern]) -> int:
         """Bytes that a call will keep."""
         if call.shard is not None:  # of heads that are elsewhere, rows of NaN
@@ -333,15 +314,18 @@ class Recorder:
             more = empty.bytes_for((b, call.shard.n_heads - h, q, k), 0, call.sizes[2], call.v.element_size())
             return more + self._planned(replace(call, shard=None), pattern, others)
         sizes = (pattern.shape, pattern.n_kv_heads, call.sizes[2], call.v.element_size())
-        if call.finish is not None and self.settings.z:  # what enters the projection too
-            more = math.prod(pattern.shape[:3]) * call.v.shape[-1] * call.v.element_size()
-            return self._planned(replace(call, finish=None), pattern, others) + more
+        more = math.prod(sizes[0][:3]) * call.v.shape[-1] * call.v.element_size() if self._keeps_entering(call) else 0
         if not self.settings.queries_keys or (call.build is None and call.weights is None):
-            return self.settings.bytes_for(*sizes)
+            return self.settings.bytes_for(*sizes) + more
         # What is kept of other patterns than softmax differs from one to the next.
         held = [item for one in (pattern, *others.values()) for item in one.state()[1].items()]
         kept = sum(tensor.numel() * tensor.element_size() for name, tensor in held if name != "values")
-        return replace(self.settings, queries_keys=False).bytes_for(*sizes) + kept
+        return replace(self.settings, queries_keys=False).bytes_for(*sizes) + kept + more
+
+    def _keeps_entering(self, call: AttentionCall) -> bool:
+        """Whether what enters the projection of a site is kept beside its heads' outputs."""
+        past = call.finish is not None or (call.part is None and self.outputs.projections.gated(call.site))
+        return past and self.settings.z
 
     def _options(self, forward: Forward, site: Site, pattern: Pattern, names: Sequence[str]) -> Options:
         ids, before = forward.ids_of(site, "query"), None

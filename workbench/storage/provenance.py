@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
@@ -151,16 +151,23 @@ def tokenizer_hash(tokenizer: Any) -> str | None:
     for owner in owners:
         backend: Any = getattr(owner, "backend_tokenizer", None)
         if hasattr(backend, "to_str"):
-            settings = json.loads(backend.to_str())
-            # Padding and truncation are those of the last call, and no part of the tokenizer.
-            settings = {name: value for name, value in settings.items() if name not in ("padding", "truncation")}
-            text = json.dumps(settings, sort_keys=True)
-        elif hasattr(owner, "get_vocab"):
+            return _settings_hash(backend.to_str())
+        if hasattr(owner, "get_vocab"):
             text = json.dumps([type(owner).__qualname__, sorted(owner.get_vocab().items())])
         else:
             continue
         return hashlib.sha256(text.encode()).hexdigest()
     return None
+
+
+@lru_cache(maxsize=4)  # every capture asks for the same text of some megabytes
+def _settings_hash(text: str) -> str:
+    """SHA-256 over the settings of a fast tokenizer, given as it writes them.
+
+    Padding and truncation are those of the last call, and no part of the tokenizer.
+    """
+    settings = {name: one for name, one in json.loads(text).items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 @cache

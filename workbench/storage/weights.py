@@ -57,13 +57,23 @@ def weights_note(model: nn.Module) -> str | None:
 def weights_fingerprint(model: nn.Module) -> tuple[Any, ...]:
     """What differs where weights differ, in a small part of the time of the hash: their versions, places and sums.
 
-    Changes that do not count as in place for autograd, such as those of `weight.data`, show in the sums. Those of
-    offloaded weights show in neither.
+    Changes that do not count as in place for autograd, such as those of `weight.data`, show in the sums, which are of
+    the bytes: nothing is rounded away. Those of offloaded weights show in neither.
     """
     parts = [part for t in (*model.parameters(), *model.buffers()) for _, part in described(t)]
     tensors = [t for t in parts if t is not None and t.device.type != "meta"]
-    sums = tuple(float(t.sum(dtype=torch.float64)) for t in tensors if not t.is_complex())
+    sums = tuple(_sum_of_bytes(t) for t in tensors)
     return weights_version(model), tuple(t.data_ptr() for t in tensors), sums
+
+
+def _sum_of_bytes(tensor: torch.Tensor) -> int:
+    """Of all numbers' bytes, eight at a time as one integer: much sooner done than adding up the numbers in float64."""
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
+    flat = tensor.contiguous().flatten().view(torch.uint8)
+    if flat.storage_offset() % 8:  # a part of a larger tensor, which cannot be read as such integers where it lies
+        flat = flat.clone()
+    whole = len(flat) // 8 * 8
+    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
 
 
 def weights_version(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -21,6 +22,25 @@ from workbench.hooks.sites import Sites
 from workbench.sweep.variants import repeat
 
 
+@dataclass(frozen=True)
+class KeptBlocks:
+    """One forward.
+
+    Attributes:
+        batch: its number of examples. outputs: what blocks gave, by name. before: for each block that runs once, in the
+            order in which they run, what has ended before it begins.
+    """
+
+    batch: int = 1
+    outputs: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the blocks gave."""
+        return sum(tensor.nbytes for output in self.outputs.values() for tensor in tensors(output))
+
+
 class Prefix:
     """Keeps what blocks give in one forward, and hands it out in later ones.
 
@@ -28,6 +48,7 @@ class Prefix:
         model: the model. sites: its sites, from which the lists of blocks are found.
 
     Attributes:
+        kept: the forward that later ones resume from; one that was kept earlier may be put there again.
         reason: why no forward can be resumed; "" if some can.
     """
 
@@ -43,11 +64,9 @@ class Prefix:
             if child.isdigit() or f"{name}.{child}".lstrip(".") in found
         ]
         self.units = list(dict.fromkeys([*self.blocks, *_towers(lists)]))
-        self.outputs: dict[str, Any] = {}
+        self.kept = KeptBlocks()
         self.reason = "" if self.blocks else "no list of blocks was found in the model"
-        self._before: dict[str, list[str]] = {}
         self._events: list[tuple[str, bool]] = []
-        self._batch = 1
         self._recording = False
         self._skipped: frozenset[str] = frozenset()
         self._times = 1
@@ -63,7 +82,7 @@ class Prefix:
                     changes.forward(modules[name], update_wrapper(partial(self._run, name, own), own))
                 yield
         finally:
-            self.outputs.clear()
+            self.kept = KeptBlocks()
 
     @contextmanager
     def recording(self, batch: int) -> Iterator[None]:
@@ -72,19 +91,18 @@ class Prefix:
         Args:
             batch: its number of examples.
         """
-        self.outputs.clear()
+        self.kept, self._recording = KeptBlocks(batch), True
         self._events.clear()
-        self._batch, self._recording = batch, True
         try:
             yield
         finally:
             self._recording = False
-        self._before = self._order()
+        self.kept.before.update(self._order())
 
     @contextmanager
     def resuming(self, block: str | None, times: int) -> Iterator[None]:
         """The forward inside begins at a block, on `times` repeats of the batch."""
-        self._skipped, self._times = frozenset(self._before.get(block or "", ())), times
+        self._skipped, self._times = frozenset(self.kept.before.get(block or "", ())), times
         try:
             yield
         finally:
@@ -95,46 +113,44 @@ class Prefix:
         holding: list[str] = []
         for site in sites:
             block = next((name for name in self.blocks if site == name or site.startswith(f"{name}.")), None)
-            if block is None or block not in self._before:
+            if block is None or block not in self.kept.before:
                 return None
             holding.append(block)
-        order = {name: i for i, name in enumerate(self._before)}
+        order = {name: i for i, name in enumerate(self.kept.before)}
         return min(holding, key=order.__getitem__, default=None)
 
     @property
     def starts(self) -> list[str]:
         """The blocks that a forward can begin at, in the order in which they run."""
-        return list(self._before)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is kept."""
-        return sum(tensor.nbytes for output in self.outputs.values() for tensor in tensors(output))
+        return list(self.kept.before)
 
     @property
     def widest(self) -> int:
         """Bytes of the largest tensor that a block gave."""
-        sizes = [t.nbytes for name in self.blocks for t in tensors(self.outputs.get(name))]
+        sizes = [t.nbytes for name in self.blocks for t in tensors(self.kept.outputs.get(name))]
         return max(sizes, default=0)
 
     @property
     def rows(self) -> int:
         """The most vectors, examples times positions, in what a block gave."""
         found = [
-            t.numel() // t.shape[-1] for name in self.blocks for t in tensors(self.outputs.get(name)) if t.dim() > 1
+            t.numel() // t.shape[-1]
+            for name in self.blocks
+            for t in tensors(self.kept.outputs.get(name))
+            if t.dim() > 1
         ]
         return max(found, default=0)
 
     def _run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name in self._skipped:
-            kept = self.outputs[name]
-            return repeat(kept, self._times, self._batch) if self._times > 1 else _copy(kept)
+            given = self.kept.outputs[name]
+            return repeat(given, self._times, self.kept.batch) if self._times > 1 else _copy(given)
         if not self._recording:
             return forward(*args, **kwargs)
         self._events.append((name, True))
         output = forward(*args, **kwargs)
         self._events.append((name, False))
-        self.outputs[name] = _copy(output)
+        self.kept.outputs[name] = _copy(output)
         return output
 
     def _order(self) -> dict[str, list[str]]:

@@ -315,7 +315,7 @@ class _Runner:
         groups: dict[str | None, list[int]] = {}
         for i in sorted(range(len(starts)), key=lambda i: -1 if starts[i] is None else order[starts[i] or ""]):
             groups.setdefault(starts[i], []).append(i)
-        kept = self.prefix.nbytes if self.resumed else 0
+        kept = self.prefix.kept.nbytes if self.resumed else 0
         if kept > self.memory // 2:
             raise InterventionError(
                 f"the blocks' outputs for one batch take {kept / 2**20:.0f} MiB, more than half of memory=",

@@ -15,6 +15,9 @@ import workbench
 from support.circuits import Words, random_task, tiny
 from support.tiny import ONE_TOWER, SPECIAL, VOCABULARY, Family, decoder_inputs, make
 from workbench import Circuit, Pruning, PruningInterrupted, find_circuit
+from workbench.analysis.circuits.engine.prompts import Pair
+from workbench.analysis.circuits.engine.recordings import Recordings
+from workbench.analysis.circuits.engine.setup import Setup
 from workbench.analysis.circuits.methods import acdc
 from workbench.errors import FormatError, InterventionError, WorkbenchError
 from workbench.metrics import logit_diff
@@ -75,6 +78,32 @@ def whole(wb: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Circuit, i
     assert 0 < circuit.n_edges < circuit.graph.n_edges * 0.8
     same(circuit, prune(wb, Counted()))
     return circuit, counted.calls, path
+
+
+def test_each_batch_is_recorded_once_and_nothing_else_differs(
+    wb: Any, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no room, all but the first are recorded again at each step, to the same bits."""
+    record, recorded = Setup.record, list[int]()
+
+    def counted(setup: Setup, pair: Pair) -> Any:
+        recorded.append(pair.start)
+        return record(setup, pair)
+
+    monkeypatch.setattr(Setup, "record", counted)
+    same(prune(wb, Counted()), whole[0])
+    assert recorded == [0, 3]
+    recorded.clear()
+    made = Recordings.__init__
+
+    def without_room(recordings: Recordings, *args: Any) -> None:
+        made(recordings, *args)
+        recordings.room = 0
+
+    monkeypatch.setattr(Recordings, "__init__", without_room)
+    same(prune(wb, Counted()), whole[0])
+    assert recorded.count(0) == 1
+    assert recorded.count(3) > 4
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])

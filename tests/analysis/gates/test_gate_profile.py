@@ -92,6 +92,8 @@ def test_files_pages_and_pictures(tmp_path: Path) -> None:
     assert repr(again) == "GateProfile(3 heads of 3 gates, 5 examples)"
     views = workbench.views.all_of(found)
     assert [view.spec.kind for view in views] == ["head_atlas", "figure"]
+    assert [group["label"] for group in views[0].spec.facts["groups"]] == ["Gates"]
+    views += workbench.views.all_of(workbench.gate_profile(_capture("csa", X), GRID))  # the same at all positions
     for i, view in enumerate(views):
         assert view.to_png(tmp_path / f"{i}.png").stat().st_size > 1000
     assert "Gates over positions" in found.to_html()

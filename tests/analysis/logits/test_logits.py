@@ -8,6 +8,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import workbench
+from support.hybrid_models import hybrid
 from support.tiny import family, make
 from support.zoo.family import ids
 from workbench import AttachError, CaptureError, LogitAttribution, LogitLens, TaskError, attach
@@ -133,6 +134,112 @@ def test_heads_of_rms_norms_by_hand(name: str) -> None:
             cut = slice(head * width, (head + 1) * width)
             truth = ((kept[out][:, -1, cut] @ joins[out].weight[:, cut].detach().T) * direction).sum(-1)
             torch.testing.assert_close(found.values[member], truth, rtol=1e-4, atol=1e-6)
+
+
+FINAL = {"qwen3-next": ("norm", 1), "bamba": ("final_layernorm", 0), "recurrent-gemma": ("final_norm", 1)}
+
+
+@pytest.mark.parametrize("name", FINAL)
+def test_heads_of_recurrences_and_behind_gates_by_hand(name: str) -> None:
+    """Each writes its columns of what its projection was given: behind norm, gate and skip as they were."""
+    model, inputs = hybrid(name).double(), {"input_ids": ids(2, 11) % 40}
+    norm, one = model.get_submodule(f"model.{FINAL[name][0]}"), FINAL[name][1]
+    joins = {n: m for n, m in model.named_modules() if n.endswith((".out_proj", ".o_proj", ".linear_out"))}
+    kept: dict[str, Tensor] = {}
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, n=n: kept.__setitem__(n, args[0].detach()[:, -1]))
+        for n, m in {**joins, "end": norm}.items()
+    ]
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits[:, -1]
+    for handle in handles:
+        handle.remove()
+    with attach(model) as wb:
+        kinds = {site.kind for site in wb.sites}
+        found = attribute(wb, inputs, 7)
+    eps = getattr(norm, "eps", None) or norm.variance_epsilon
+    scale = (kept["end"].square().mean(-1, keepdim=True) + eps).rsqrt()
+    direction = model.lm_head.weight[7].detach() * (norm.weight.detach() + one) * scale
+    of_site: dict[str, list[int]] = {}
+    for i, (site, kind) in enumerate(zip(found.sites, found.kinds, strict=True)):
+        if kind == "head":
+            of_site.setdefault(site, []).append(i)
+    assert len(of_site) == len(joins)
+    assert kinds == {"self", "state"}
+    for site, members in of_site.items():
+        out = next(n for n in joins if n.startswith(f"{site}."))
+        width = kept[out].shape[-1] // len(members)
+        for head, member in enumerate(members):
+            cut = slice(head * width, (head + 1) * width)
+            truth = ((kept[out][:, cut] @ joins[out].weight[:, cut].detach().T) * direction).sum(-1)
+            torch.testing.assert_close(found.values[member], truth, rtol=1e-4, atol=1e-6)
+    total = float(found.values.abs().sum(0).max())
+    assert float(found.rounding.abs().max()) < 1e-4 * total
+    torch.testing.assert_close(found.capped, logits[:, 7], rtol=1e-4, atol=1e-5)
+
+
+def _granite() -> nn.Module:
+    torch.manual_seed(0)
+    common = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = hf.GraniteConfig(
+        **common, num_key_value_heads=2, num_hidden_layers=2, embedding_multiplier=3.0, residual_multiplier=0.37,
+        logits_scaling=4.0, pad_token_id=0,
+    )  # fmt: skip
+    model = hf.GraniteForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.double()
+
+
+def test_what_is_scaled_before_it_is_added_by_hand() -> None:
+    """Granite: 0.37 of what heads and MLPs give, and a quarter of the logits."""
+    model, inputs = _granite(), {"input_ids": ids(2, 11) % 40}
+    kept: dict[str, Tensor] = {}
+    joins = {f"model.layers.{i}.self_attn": layer.self_attn.o_proj for i, layer in enumerate(model.model.layers)}
+    handles = [
+        m.register_forward_pre_hook(lambda _, args, n=n: kept.__setitem__(n, args[0].detach()[:, -1]))
+        for n, m in {**joins, "end": model.model.norm}.items()
+    ]
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, -1]
+    for handle in handles:
+        handle.remove()
+    with attach(model) as wb:
+        found = [attribute(wb, inputs, 7) for _ in range(2)][1]
+    scale = (kept["end"].square().mean(-1, keepdim=True) + model.model.norm.variance_epsilon).rsqrt()
+    direction = model.lm_head.weight[7].detach() * model.model.norm.weight.detach() * scale / 4
+    for layer, (site, out) in enumerate(joins.items()):
+        for head in range(4):
+            cut = slice(head * 8, (head + 1) * 8)
+            truth = 0.37 * ((kept[site][:, cut] @ out.weight[:, cut].detach().T) * direction).sum(-1)
+            torch.testing.assert_close(found.values[found.names.index(f"L{layer}H{head}")], truth, rtol=1e-4, atol=1e-7)
+    assert float(found.rounding.abs().max()) < 2e-5 * float(found.values.abs().sum(0).max())
+    torch.testing.assert_close(found.logits, logits[:, 7])
+
+
+def test_blocks_without_attention_are_parts_too() -> None:
+    """Nemotron-H: a mixer, an MLP or attention in a block of its own; one of them is the last."""
+    torch.manual_seed(0)
+    common = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = hf.NemotronHConfig(
+        **common, num_key_value_heads=2, head_dim=8, hybrid_override_pattern="-M*-", num_hidden_layers=4,
+        mamba_num_heads=4, mamba_head_dim=16, n_groups=2, ssm_state_size=4, chunk_size=8, use_cache=False,
+    )  # fmt: skip
+    model, inputs = hf.NemotronHForCausalLM(config).eval(), {"input_ids": ids(2, 11) % 40}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        logits = model(**inputs).logits
+    with attach(model) as wb:
+        found = attribute(wb, inputs, 7)
+        lens = workbench.logit_lens(wb, {"input_ids": inputs["input_ids"][:1]})
+    layers = {kind: {n for n, k in zip(found.layers, found.kinds, strict=True) if k == kind} for kind in found.kinds}
+    assert (layers["head"], layers["mlp"]) == ({1, 2}, {0, 3})
+    assert float(found.rounding.abs().max()) < 1e-4 * float(found.values.abs().sum(0).max())
+    torch.testing.assert_close(found.logits, logits[:, -1, 7].double(), rtol=1e-4, atol=1e-5)
+    assert len(lens.rows) == 5
+    assert float(lens.divergence[-1].abs().max()) < 1e-9
 
 
 def test_half_precision_sums_within_its_roundings() -> None:

@@ -12,10 +12,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import workbench
+from support.held import Held
+from support.hybrid_models import hybrid
 from support.kept_elsewhere import Int8, put
 from support.tiny import eager_twin, family, make
 from support.zoo.family import ids
-from workbench import AttachError, AttentionRollout, CaptureError, FormatError, attach, attention_rollout
+from workbench import (
+    AttachError,
+    AttentionRollout,
+    CaptureError,
+    FormatError,
+    WorkbenchError,
+    attach,
+    attention_rollout,
+)
 from workbench.analysis.rollout.maps import ProximityMap, linear, tiles
 from workbench.analysis.rollout.recorded import run_of
 from workbench.kernels.patterns import Pattern
@@ -325,6 +335,24 @@ def test_no_map_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest <= n * n  # bytes: a quarter of one head's map, the room that tiles are made in
 
 
+def _most_at_once(n: int, method: Any) -> int:
+    """Bytes of what operators of a rollout over n tokens have made and is still held, at most."""
+    torch.manual_seed(0)
+    config = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 60, "n_positions": n}
+    model = hf.GPT2Model(hf.GPT2Config(**config, bos_token_id=1, eos_token_id=2)).eval()
+    with attach(model) as wb, Held() as held:
+        attention_rollout(wb, {"input_ids": ids(1, n)}, method=method)
+    return held.most
+
+
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_memory_grows_with_the_length_alone(method: str) -> None:
+    """Twice as many tokens more: twice as much more of what is there at once, and not four times."""
+    few, more, most = (_most_at_once(n, method) for n in (512, 1024, 2048))
+    assert 0 < most - more < 2.5 * (more - few)
+    assert most - more < 2048 * 2048 * 4  # bytes of one head's map
+
+
 def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = _model("gpt2"), _inputs("gpt2")
     with attach(model) as wb:
@@ -367,7 +395,17 @@ def test_blocks_that_mix_positions_elsewhere_are_refused() -> None:
         inputs = {key: value[:1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
         with pytest.raises(AttachError, match="joins the heads without being called"):
             attention_rollout(wb, inputs, method="norm")
-    for name, said in (("swin", "of kind 'window'"), ("clip", "2 stacks of layers"), ("mamba", "was not found")):
+    gated = hybrid("qwen3-next")
+    with attach(gated) as wb:
+        for method, said in (
+            ("norm", "gate or skip of the module lies"),
+            ("value_zeroing", "as they are"),
+        ):
+            with pytest.raises(WorkbenchError, match=said):
+                attention_rollout(wb, {"input_ids": ids(1, 9)}, method=method)
+        shares = attention_rollout(wb, {"input_ids": ids(1, 9)}).shares
+        torch.testing.assert_close(shares.sum(-1), torch.ones(3, 1, dtype=torch.float64))
+    for name, said in (("swin", "of kind 'window'"), ("clip", "2 stacks of layers"), ("mamba", "lies between what")):
         one = {key: value[:1] if isinstance(value, Tensor) else value for key, value in family(name).inputs().items()}
         with attach(make(family(name))) as wb, pytest.raises(AttachError, match=said):
             attention_rollout(wb, one, method="norm")

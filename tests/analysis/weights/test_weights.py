@@ -11,6 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import workbench
+from support.hybrid_models import hybrid
 from support.kept_elsewhere import Elsewhere, Int8, put
 from support.tiny import family, make
 from workbench import (
@@ -270,6 +271,8 @@ def test_bad_input_is_named() -> None:
     for name in ("vit", "whisper", "timm-vit-fused"):
         with attach(make(family(name))) as wb, pytest.raises(CaptureError, match="does not run on token ids alone"):
             ov_copying(wb)
+    with attach(hybrid("qwen3-next")) as wb, pytest.raises(AttachError, match="behind a gate, norm or skip"):
+        ov_copying(wb)
     with attach(_model("bert")) as wb, pytest.raises(workbench.WorkbenchError):
         ov_copying(wb)
 

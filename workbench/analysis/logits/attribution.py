@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.recording import first_float
+from workbench.analysis.circuits.model.recording import first_float, same_sum
 from workbench.analysis.logits.asked import (
     Targets,
     Tokens,
@@ -20,14 +20,15 @@ from workbench.analysis.logits.asked import (
     places_of,
     tokens_of,
 )
+from workbench.analysis.logits.known import known_writers
 from workbench.analysis.logits.result import LogitAttribution
-from workbench.analysis.logits.writers import Writers, find_writers
-from workbench.errors import CaptureError, TaskError
+from workbench.analysis.logits.writers import Writers
+from workbench.errors import AttachError, CaptureError, TaskError
 from workbench.hooks.changes import Changes
-from workbench.inputs import shortened
 from workbench.metrics.answers import TaskBatch
 from workbench.metrics.logits import logits_of
 from workbench.session.workbench import Workbench
+from workbench.storage.weights import weights_stay
 from workbench.tokens import piece
 
 
@@ -56,10 +57,13 @@ def logit_attribution(
     frozen norm is exact: LayerNorm with its centring and bias, RMSNorm, or 1 + weight; so are norms behind heads
     (Gemma 2). The shares sum to the model's logit up to `rounding`, the roundings of the model's dtype. Softcapped
     logits are attributed before the cap, and the result says so. A share tells what a part adds directly, not what
-    later parts make of it. In an encoder-decoder the stream is the decoder's, to which cross-attention writes too.
+    later parts make of it. Heads of recurrences, and behind a gate, count as what they give to their projection, norm,
+    gate and skip of the module as they were. In an encoder-decoder the stream is the decoder's, to which
+    cross-attention writes too.
 
     Args:
-        wb: the model, attached; it stays on its kernel, and is run once (and once on eight tokens).
+        wb: the model, attached; it stays on its kernel, and is run once (and once on eight tokens, unless its parts
+            are known from an earlier call and nothing of it has changed).
         prompts: a text or several, model inputs, or a Task, whose answers and wrong answers are then compared: of
             answers of several tokens the first in which they differ, behind what they share.
         target: the token whose logit is taken apart, as text or id, for all prompts or one for each; None: the model's
@@ -76,18 +80,20 @@ def logit_attribution(
     Source: nostalgebraist 2020; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
     check_model(wb)
-    parts: list[_Part] = []
-    found: list[dict[str, Any]] = []
-    writers: Writers | None = None
-    with torch.inference_mode(mode=False), torch.no_grad():
-        for batch in batches_of(wb, prompts, batch_size):
-            if writers is None:
-                with torch.enable_grad():
-                    writers = find_writers(wb, shortened(batch))
-                parts = _parts(writers)
-            found.append(_of_batch(wb, writers, batch, target, contrast, position))
-    if writers is None:
-        raise CaptureError("there are no prompts")
+    with torch.inference_mode(mode=False), torch.no_grad(), weights_stay(wb.model):
+        batches = list(batches_of(wb, prompts, batch_size))
+        if not batches:
+            raise CaptureError("there are no prompts")
+        writers, known = known_writers(wb, batches[0])
+        try:
+            found = [_of_batch(wb, writers, batch, target, contrast, position, prove=known) for batch in batches]
+        except (AttachError, CaptureError):
+            if not known:
+                raise
+            writers, _ = known_writers(wb, batches[0], anew=True)
+            found = [_of_batch(wb, writers, batch, target, contrast, position) for batch in batches]
+        provenance = wb.provenance()
+    parts = _parts(writers)
     values = torch.cat([each["values"] for each in found], 1)
     logits = torch.cat([each["logits"] for each in found])
     cap = writers.readout.cap
@@ -100,7 +106,7 @@ def logit_attribution(
         targets=tuple(one for each in found for one in each["targets"]),
         contrasts=tuple(one for each in found for one in each["contrasts"]),
         positions=tuple(one for each in found for one in each["positions"]),
-        cap=cap, norm=_said(writers), precision=writers.precision, provenance=wb.provenance(),
+        cap=cap, norm=_said(writers), precision=writers.precision, provenance=provenance,
     )  # fmt: skip
 
 
@@ -114,9 +120,11 @@ def _said(writers: Writers) -> str:
 def _parts(writers: Writers) -> list[_Part]:
     found = [_Part("embedding", name) for name in writers.tables or ("input",)]
     for number, block in enumerate(writers.blocks):
+        own = [heads for heads in writers.heads if heads.block == block and heads.site.kind != "cross"]
         for heads in writers.heads:
             if heads.block == block:
-                name = heads.site.alias if heads.site.kind == "cross" or heads.site.tower else f"L{number}"
+                told = heads.site.kind == "cross" or heads.site.tower or len(own) > 1
+                name = heads.site.alias if told else f"L{number}"
                 joint = "." if "." in name else ""
                 found += [
                     _Part("head", f"{name}{joint}H{head}", number, head, heads.site.name)
@@ -162,20 +170,31 @@ class _Seen:
 
 
 def _of_batch(
-    wb: Workbench, writers: Writers, batch: dict[str, Tensor], target: Targets, contrast: Targets, position: int
+    wb: Workbench,
+    writers: Writers,
+    batch: dict[str, Tensor],
+    target: Targets,
+    contrast: Targets,
+    position: int,
+    *,
+    prove: bool = False,
 ) -> dict[str, Any]:
+    """The shares of one batch; `prove`: the parts have to add up to the stream at each block."""
     places = places_of(batch, position)
     seen, readout = _Seen(places), writers.readout
     modules = dict(wb.model.named_modules())
     names = {writers.blocks[0], readout.end, readout.source, *writers.tables}
-    names |= {name for heads in writers.heads for name in (heads.out, *([heads.norm.name] if heads.norm else []))}
-    names |= {name for name in writers.mlps.values() if name is not None}
+    names |= {name for heads in writers.heads for name in (heads.out, heads.written)}
+    names |= {mlp.name for mlp in writers.mlps.values() if mlp is not None}
+    names |= set(writers.blocks) if prove else set()
     with Changes() as changes:
         for name in names:
             seen.watch(changes, name, modules[name])
         changes.before(modules[readout.steps[-1][0]], seen.alone)
         logits = logits_of(wb.model(**batch))
     logits = seen.at(logits).double() if logits.shape[1] > 1 else logits[:, 0].double()
+    if prove:
+        _check_parts(writers, seen)
     sets, weights = _weights(wb, batch, target, contrast, logits)
 
     stream, normed = seen.gave[readout.end].double(), seen.gave[readout.source]
@@ -185,13 +204,39 @@ def _of_batch(
         towards, norm_bias = readout.norm.back(readout.norm.scale(stream, normed), towards)
     values = _written(writers, seen, towards)
     values += [norm_bias[None], unembedding[None]]
-    _check_output(chosen, (logits * weights).sum(-1), readout.cap, readout.eps)
+    given = (logits * weights).sum(-1)
+    _check_output(chosen, given, readout.cap, readout.eps)
     return {
-        "values": torch.cat(values).cpu(), "logits": chosen.cpu(), "capped": (logits * weights).sum(-1).cpu(),
+        "values": torch.cat(values).cpu(), "logits": (given if readout.cap is None else chosen).cpu(),
+        "capped": given.cpu(),
         "targets": [_text(wb, one) for one in sets[0].sets],
         "contrasts": ["" if sets[1] is None else _text(wb, sets[1].sets[i]) for i in range(len(places))],
         "positions": places.tolist(),
     }  # fmt: skip
+
+
+def _check_parts(writers: Writers, seen: _Seen) -> None:
+    """Refuse parts that are not what the stream is the sum of here."""
+    eps = writers.readout.eps
+    stream = seen.given[writers.blocks[0]]
+    tables = [seen.gave[name].expand_as(stream) for name in writers.tables]
+    if tables and not same_sum(stream, *_added(tables), eps):
+        raise CaptureError("the input of the first block is something else than the tables that it was made of")
+    for block in writers.blocks:
+        written = [seen.gave[one.written] * one.factor for one in writers.heads if one.block == block]
+        if (mlp := writers.mlps[block]) is not None:
+            written.append(seen.gave[mlp.name] * mlp.factor)
+        total, size = _added([seen.given[block], *written])
+        if not same_sum(seen.given[block], stream, stream.abs(), eps) or not same_sum(
+            seen.gave[block], total, size, eps
+        ):
+            raise CaptureError(f"what {block} gives is something else than the sum of its parts")
+        stream = seen.gave[block]
+
+
+def _added(several: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Their sum, and that of their sizes, number by number."""
+    return sum(several[1:], several[0]), sum((one.abs() for one in several[1:]), several[0].abs())
 
 
 def _check_output(chosen: Tensor, given: Tensor, cap: float | None, eps: float) -> None:
@@ -212,10 +257,10 @@ def _written(writers: Writers, seen: _Seen, towards: Tensor) -> list[Tensor]:
             if heads.block != block:
                 continue
             w_o, bias = heads.w_o.to(towards.device), getattr(heads.out_module, "bias", None)
-            direction, behind = towards, torch.zeros_like(towards[:, 0])
+            direction, behind = towards * heads.factor, torch.zeros_like(towards[:, 0])
             if heads.norm is not None:
                 scale = heads.norm.scale(seen.gave[heads.out], seen.gave[heads.norm.name])
-                direction, behind = heads.norm.back(scale, towards)
+                direction, behind = heads.norm.back(scale, direction)
             z = seen.given[heads.out].double().unflatten(-1, (heads.n_heads, -1))
             values.append(torch.einsum("ehw,hwd,ed->he", z, w_o, direction))
             if bias is not None:
@@ -223,7 +268,7 @@ def _written(writers: Writers, seen: _Seen, towards: Tensor) -> list[Tensor]:
             values.append(behind[None])
         mlp = writers.mlps[block]
         if mlp is not None:
-            values.append((seen.gave[mlp].double() * towards).sum(-1)[None])
+            values.append((seen.gave[mlp.name].double() * mlp.factor * towards).sum(-1)[None])
     return values
 
 

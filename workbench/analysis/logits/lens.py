@@ -11,7 +11,7 @@ from workbench.analysis.circuits.model.recording import first_float
 from workbench.analysis.logits.asked import Targets, batches_of, check_model, tokens_of, written_ids
 from workbench.analysis.logits.lens_result import LogitLens
 from workbench.analysis.logits.readout import Readout
-from workbench.analysis.logits.writers import find_readout_of
+from workbench.analysis.logits.writers import all_blocks, find_readout_of
 from workbench.errors import CaptureError, TaskError
 from workbench.hooks.changes import Changes
 from workbench.inputs import shortened
@@ -47,10 +47,11 @@ def logit_lens(wb: Workbench, prompt: Any, target: Targets = None, *, top: int =
         ids, real = written_ids(batch)
         if more or len(ids) != 1:
             raise CaptureError(f"the lens is of one prompt, not of {len(ids) + len(more)}", shape=ids.shape)
-        with torch.enable_grad():
-            _, _, blocks, readout = find_readout_of(wb, shortened(batch))
+        seen, _, blocks, readout = find_readout_of(wb, shortened(batch))
+        blocks = list(all_blocks(wb.model, seen, blocks))
+        del seen
         kept = real[0].nonzero()[:, 0]
-        rows, logits = _record(wb, batch, list(dict.fromkeys(blocks)), kept)
+        rows, logits = _record(wb, batch, blocks, kept)
         final = logits[0, kept.to(logits.device)]
         vocabulary = final.shape[-1]
         if not 1 <= top <= vocabulary:
@@ -64,7 +65,7 @@ def logit_lens(wb: Workbench, prompt: Any, target: Targets = None, *, top: int =
     tokens = ids[0, kept].tolist()
     words = torch.stack([each[0] for each in numbers]).unique().tolist()
     return LogitLens(
-        rows=("input", *(f"after {name}" for name in dict.fromkeys(blocks))),
+        rows=("input", *(f"after {name}" for name in blocks)),
         tokens=tuple(_text(wb, one) for one in tokens), token_ids=tuple(tokens),
         target_ids=tuple(chosen.tolist()), targets=tuple(_text(wb, one) for one in chosen.tolist()),
         given=target is not None,

@@ -80,6 +80,9 @@ class Readout:
         Raises:
             AttachError: the logits are no linear function of it, or have no gradient.
         """
+        if self.cap is None and (rows := self._rows(weights)) is not None:
+            direction, constant = (each.to(normed.device) for each in rows)
+            return direction, constant, (direction * normed.double()).sum(-1) + constant
         with torch.enable_grad():
             leaf = normed.detach().clone().requires_grad_()
             made = self.uncapped(leaf)
@@ -100,6 +103,28 @@ class Readout:
                 f"{', '.join(name for name, _ in self.steps)} is no linear map, so that parts have no shares of a logit"
             )
         return direction.double(), constant, chosen.detach()
+
+    def _rows(self, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The directions and what the biases add, from those rows of the output projection that count at all.
+
+        None where it is more than one plain linear layer: then only running it tells.
+        """
+        (name, factor), *others = self.steps
+        module = self.model.get_submodule(name)
+        if others or type(module) is not nn.Linear or "forward" in vars(module):
+            return None
+        weight, bias = module.weight, module.bias
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if hooked or type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.is_meta:
+            return None
+        tokens = weights.any(0).nonzero()[:, 0]
+        chosen, at = weights[:, tokens], tokens.to(weight.device)
+        constants = chosen.new_zeros(len(tokens))
+        if bias is not None:
+            constants += bias.detach()[at].to(chosen) * self.scale
+        if self.bias is not None:
+            constants += self.bias[tokens.to(self.bias.device)].to(chosen)
+        return chosen @ weight.detach()[at].to(chosen) * (factor * self.scale), chosen @ constants
 
 
 def find_readout(model: nn.Module, seen: Recording, end: str) -> Readout:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.analysis.circuits.model.joints import Joint, find_joint, only_call
 from workbench.analysis.circuits.model.layers import check_written, find_mlp
 from workbench.analysis.circuits.model.recording import Recording, record, same_sum
+from workbench.analysis.logits.factors import find_factors
 from workbench.analysis.logits.norms import Norm, find_norm
 from workbench.analysis.logits.readout import Readout, find_readout
 from workbench.errors import AttachError, CaptureError
@@ -29,7 +31,13 @@ _TABLES = 6  # modules before the blocks among which the parts of the input are 
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of a site: `out` joins them, and `norm` lies between it and the stream, if one does."""
+    """The heads of a site.
+
+    Attributes:
+        out: name of the module that joins them. norm: that lies between it and the stream, if one does.
+        factor: by which the model multiplies what they write before it adds it to the stream.
+        plain: whether their outputs enter it as they are, and not behind a gate, or norm and skip of a recurrence.
+    """
 
     site: Site
     block: str
@@ -37,6 +45,13 @@ class Heads:
     out_module: nn.Module
     n_heads: int
     norm: Norm | None
+    plain: bool
+    factor: float = 1.0
+
+    @property
+    def written(self) -> str:
+        """Name of the module whose output, times the factor, is added to the stream."""
+        return self.out if self.norm is None else self.norm.name
 
     @property
     def w_o(self) -> Tensor:
@@ -46,6 +61,14 @@ class Heads:
             CaptureError: the weights are quantized or offloaded to where they cannot be read.
         """
         return slices(self.site, self.out, self.out_module, self.n_heads).double()
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The module of a block that writes beside its heads, and by what the model multiplies its output."""
+
+    name: str
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +82,7 @@ class Writers:
 
     blocks: tuple[str, ...]
     heads: tuple[Heads, ...]
-    mlps: Mapping[str, str | None]
+    mlps: Mapping[str, Beside | None]
     tables: tuple[str, ...]
     readout: Readout
     precision: str
@@ -103,7 +126,7 @@ def towers(wb: Workbench) -> list[tuple[list[Site], list[str]]]:
 def find_readout_of(
     wb: Workbench, inputs: Mapping[str, Any], *, with_gradients: bool = False
 ) -> tuple[Recording, list[Site], list[str], Readout]:
-    """A recorded forward, and the tower whose last block the logits are read from.
+    """A recorded forward, and the tower whose last block the logits are read from: sites, and for each its block.
 
     Args:
         with_gradients: from the input of each tower's first block on, also where the weights have none.
@@ -115,14 +138,23 @@ def find_readout_of(
     seen = record(wb.model, inputs, {blocks[0] for _, blocks in several} if with_gradients else ())
     errors = []
     for sites, blocks in several:
-        if blocks[-1] not in seen.gave or any(seen.times.get(block, 0) != 1 for block in blocks):
-            errors.append(AttachError(f"the block {blocks[-1]} did not run once in a forward", site=sites[-1].name))
+        own = all_blocks(wb.model, seen, blocks)
+        if own[-1] not in seen.gave or any(seen.times.get(block, 0) != 1 for block in own):
+            errors.append(AttachError(f"the block {own[-1]} did not run once in a forward", site=sites[-1].name))
             continue
         try:
-            return seen, sites, blocks, find_readout(wb.model, seen, blocks[-1])
+            return seen, sites, blocks, find_readout(wb.model, seen, own[-1])
         except AttachError as error:
             errors.append(error)
     raise errors[0]
+
+
+def all_blocks(model: nn.Module, seen: Recording, blocks: Sequence[str]) -> tuple[str, ...]:
+    """The blocks of the list that these are in, in the order in which they ran: those without attention too."""
+    lists = {block.rpartition(".")[0] for block in blocks}
+    if len(lists) > 1 or not isinstance(model.get_submodule(next(iter(lists))), nn.ModuleList):
+        return tuple(dict.fromkeys(blocks))
+    return tuple(name for name in dict.fromkeys(seen.order) if name.rpartition(".")[0] in lists)
 
 
 def find_writers(wb: Workbench, inputs: Mapping[str, Any]) -> Writers:
@@ -141,9 +173,9 @@ def writers_in(
     wb: Workbench, seen: Recording, sites: Sequence[Site], blocks: Sequence[str], readout: Readout
 ) -> Writers:
     """All that writes to a stream, from what `find_readout_of` gives."""
-    names = tuple(dict.fromkeys(blocks))
+    names = all_blocks(wb.model, seen, blocks)
     heads: list[Heads] = []
-    mlps: dict[str, str | None] = {}
+    mlps: dict[str, Beside | None] = {}
     before = seen.given[names[0]]
     for block in names:
         if not same_sum(seen.given[block], before, before.abs(), seen.eps):
@@ -156,62 +188,88 @@ def writers_in(
     return Writers(names, tuple(heads), mlps, _tables(seen, names[0]), readout, seen.precision)
 
 
-def joins_of(seen: Recording, sites: Sequence[Site]) -> list[tuple[str, nn.Module, int]]:
-    """For each site the name of the module that joins its heads, the module, and how many heads there are.
+def joins_of(seen: Recording, sites: Sequence[Site]) -> list[Joint]:
+    """For each site the module that joins its heads, and what they give to it.
 
     Raises:
         AttachError: it was not found, does not give what its heads write, or cannot be read.
     """
-    joins: list[tuple[str, nn.Module, int]] = []
+    joints: list[Joint] = []
     for site in sites:
-        projection, calls = seen.finder.of(site.name), seen.calls.get(site.name, [])
-        if len(calls) != 1:
-            raise AttachError(f"the site was called {len(calls)} times in one forward, once is needed", site=site.name)
-        if projection is None or projection.name not in seen.gave:
+        joint = find_joint(seen, site)
+        if joint.name not in seen.gave:
             raise AttachError(
-                "the module that joins the heads was not found"
-                if projection is None
-                else f"{projection.name} joins the heads without being called, so that what it gives is not seen",
+                f"{joint.name} joins the heads without being called, so that what it gives is not seen",
                 site=site.name,
-                hint="PyTorch's own attention modules apply their projection themselves"
-                if projection is not None
-                else "something (a gate, a norm) lies between; its heads have no linear part in the stream",
+                hint="PyTorch's own attention modules apply their projection themselves",
             )
-        if calls[0].shard is not None:
-            raise AttachError("parts of the stream need all heads in one process", site=site.name,
-                              hint="load the model without tensor parallelism")  # fmt: skip
-        n_heads = calls[0].sizes[0]
-        check_written(seen, site, projection.name, slices(site, projection.name, projection.module, n_heads),
-                      projection.module)  # fmt: skip
-        joins.append((projection.name, projection.module, n_heads))
-    return joins
+        w_o = slices(site, joint.name, joint.module, joint.n_heads)
+        check_written(seen, site, joint.name, w_o, joint.module, joint.heads)
+        joints.append(joint)
+    return joints
+
+
+def plain_joins_of(seen: Recording, sites: Sequence[Site]) -> list[Joint]:
+    """As `joins_of`, of heads whose outputs enter their projection as they are.
+
+    Raises:
+        AttachError: as `joins_of` does; or something that depends on the query lies between.
+    """
+    joints = joins_of(seen, sites)
+    for site, joint in zip(sites, joints, strict=True):
+        if joint.mixer:
+            recurrent = only_call(seen, site).finish is not None
+            raise AttachError(
+                f"{'the norm, gate or skip of the module' if recurrent else 'a gate'} lies between what the heads mix "
+                f"and {joint.name}, other numbers for each query: what a key writes is not one vector for all queries",
+                site=site.name,
+                hint="logit_attribution, and a capture's result(), have what heads write; their patterns are there too",
+            )
+    return joints
 
 
 def writers_of_block(
     model: nn.Module, seen: Recording, sites: Sequence[Site], block: str
-) -> tuple[list[Heads], str | None]:
+) -> tuple[list[Heads], Beside | None]:
     """The heads of a block by site, and the module that writes beside them, or None.
 
     Raises:
-        AttachError: what the block gives is not its input plus what these write.
+        AttachError: what the block gives is not its input plus what these write, nor plus that times numbers.
     """
     joins = joins_of(seen, sites)
+    behind, factors, beside = _sum_of_block(seen, sites, block, joins)
+    found = []
+    for site, joint, last, factor in zip(sites, joins, behind, factors, strict=True):
+        norm = None
+        if last != joint.name:
+            norm = find_norm(last, model.get_submodule(last), seen.gave[joint.name], seen.gave[last], seen.eps)
+        found.append(Heads(site, block, joint.name, joint.module, joint.n_heads, norm, not joint.mixer, factor))
+    return found, beside
+
+
+def _sum_of_block(
+    seen: Recording, sites: Sequence[Site], block: str, joins: Sequence[Joint]
+) -> tuple[Sequence[str], list[float], Beside | None]:
+    """The modules whose outputs a block adds to the stream for each attention, their factors, and what is beside them.
+
+    Raises:
+        AttachError: there are none such.
+    """
     before, after = seen.given[block], seen.gave[block]
     first: AttachError | None = None
-    for behind in product(*(_norms_behind(seen, block, name) for name, _, _ in joins)):
+    ways = list(product(*(_norms_behind(seen, block, joint.name) for joint in joins)))
+    for behind in ways:
         written = sum((seen.gave[name] for name in behind), start=torch.zeros_like(before))
         try:
-            mlp = find_mlp(seen, sites[-1], block, before, written, after, behind[-1])
+            mlp = find_mlp(seen, sites[-1] if sites else None, block, before, written, after, *behind[-1:])
         except AttachError as error:
             first = first or error
             continue
-        found = []
-        for site, (name, module, n_heads), last in zip(sites, joins, behind, strict=True):
-            norm = None
-            if last != name:
-                norm = find_norm(last, model.get_submodule(last), seen.gave[name], seen.gave[last], seen.eps)
-            found.append(Heads(site, block, name, module, n_heads, norm))
-        return found, mlp
+        return behind, [1.0] * len(behind), None if mlp is None else Beside(mlp)
+    for behind in ways:
+        if (found := find_factors(seen, sites, block, behind)) is not None:
+            factors, mlp_and_factor = found
+            return behind, factors, None if mlp_and_factor is None else Beside(*mlp_and_factor)
     assert first is not None
     raise first
 

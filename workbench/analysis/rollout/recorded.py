@@ -101,8 +101,7 @@ def run_of(wb: Workbench, batch: Mapping[str, Any], method: str, residual: float
     batch = {**without_cache(wb.model), **batch}
     found: dict[str, Sublayer] = {}
     if method in ("norm", "alti"):
-        with torch.enable_grad():
-            short = record(wb.model, shortened(batch), (), needs_logits=False)
+        short = record(wb.model, shortened(batch), (), needs_logits=False)
         for several in towers.values():
             blocks = [_block(wb, site) for site in several]
             found |= {one.site.name: one for one in find_sublayers(wb.model, short, several, blocks)}
@@ -220,14 +219,14 @@ def _vectors(sub: Sublayer, all_of_them: Sequence[Sublayer], one: SiteCapture, s
         if other.site == sub.site:
             break
         if other.block == sub.block:
-            after = other.after
-            stream = (
-                stream + seen.gave[other.written][0].double() if after is None else seen.gave[after.name][0].double()
-            )
+            stream = stream + other.factor * seen.gave[other.written][0].double()
+            if other.after is not None:
+                stream = seen.gave[other.after.name][0].double()
     written = seen.gave[sub.out][0]
-    scale, own, whole = stream.new_ones(len(stream)), stream, stream + seen.gave[sub.written][0].double()
+    scale, own = stream.new_full((len(stream),), sub.factor), stream
+    whole = stream + sub.factor * seen.gave[sub.written][0].double()
     if sub.behind is not None:
-        scale = sub.behind.scale(written, seen.gave[sub.behind.name][0])[:, 0]
+        scale = scale * sub.behind.scale(written, seen.gave[sub.behind.name][0])[:, 0]
     if sub.after is not None:
         whole = seen.gave[sub.after.name][0].double()
         scale = sub.after.scale(seen.given[sub.after.name][0], whole)[:, 0]

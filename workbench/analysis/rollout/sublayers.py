@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.recording import Recording, same_sum
 from workbench.analysis.logits.norms import Norm, find_norm
-from workbench.analysis.logits.writers import joins_of, slices, writers_of_block
+from workbench.analysis.logits.writers import plain_joins_of, slices, writers_of_block
 from workbench.errors import AttachError
 from workbench.hooks.sites import Site
 
@@ -22,6 +22,7 @@ class Sublayer:
     Attributes:
         out: name of the module that joins the heads.
         behind: the norm between it and the stream (Gemma 2). after: that of stream + heads (BERT); None without.
+        factor: by which the model multiplies what is written before it adds it to the stream.
     """
 
     site: Site
@@ -31,10 +32,11 @@ class Sublayer:
     n_heads: int
     behind: Norm | None
     after: Norm | None
+    factor: float = 1.0
 
     @property
     def written(self) -> str:
-        """Name of the module whose output is added to the stream."""
+        """Name of the module whose output, times the factor, is added to the stream."""
         return self.out if self.behind is None else self.behind.name
 
     @property
@@ -69,19 +71,19 @@ def find_sublayers(model: nn.Module, seen: Recording, sites: Sequence[Site], blo
             found += normed
             continue
         heads, _ = writers_of_block(model, seen, own, block)
-        found += [Sublayer(h.site, block, h.out, h.out_module, h.n_heads, h.norm, None) for h in heads]
+        found += [Sublayer(h.site, block, h.out, h.out_module, h.n_heads, h.norm, None, h.factor) for h in heads]
     return found
 
 
 def _normed_sums(model: nn.Module, seen: Recording, sites: Sequence[Site], block: str) -> list[Sublayer] | None:
     """The sublayers of a block whose norms are on the stream itself; None if it has none such."""
     stream, found = seen.given[block], []
-    for site, (name, module, n_heads) in zip(sites, joins_of(seen, sites), strict=True):
-        norm = _norm_of(model, seen, block, stream, seen.gave[name])
+    for site, joint in zip(sites, plain_joins_of(seen, sites), strict=True):
+        norm = _norm_of(model, seen, block, stream, seen.gave[joint.name])
         if norm is None:
             return None
         stream = seen.gave[norm.name]
-        found.append(Sublayer(site, block, name, module, n_heads, None, norm))
+        found.append(Sublayer(site, block, joint.name, joint.module, joint.n_heads, None, norm))
     after = seen.gave[block]
     if torch.equal(after, stream):
         return found

@@ -179,7 +179,9 @@ def saliency(
     n_masks = n_masks // len(counts) * len(counts)
     if not exact and n_masks < 2 * len(counts):
         raise WorkbenchError(f"{n_masks} masks are too few for a standard error", hint="ask for hundreds at least")
-    identity = _identity(subject, where, cells, masks, score, baseline) | {"weights": wb.weights_identity()}
+    identity = _identity(subject, where, cells, masks, score, baseline) | {
+        "weights": facts["provenance"]["weights_sha256"] or wb.weights_identity()
+    }
     file = Path(resume) if isinstance(resume, (str, Path)) else None
     if file is not None and not file.parent.is_dir():
         raise WorkbenchError(f"there is no folder {file.parent}", hint="make the folder first")

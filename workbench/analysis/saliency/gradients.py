@@ -22,6 +22,7 @@ from workbench.errors import WorkbenchError
 
 METHODS = ("integrated_gradients", "gradient_x_input", "occlusion", "feature_ablation", "kernel_shap")
 _WITH_GRADIENTS = ("integrated_gradients", "gradient_x_input")
+_FEW = 256  # vectors of a forward, below which copies of the points cost less than a backward of each output
 _GAP = 0.05  # share of what is to be explained by which integrated gradients may miss it without a warning
 
 
@@ -30,7 +31,7 @@ class _Explained:
     explained part of the input.
 
     That part, `start`, is [1, time, frequency], [1, token, d_model], [1, channel, row, column], or at the encoder
-    [1, position, d_model]. `runs` counts the examples it was called with.
+    [1, position, d_model]. `runs` counts the examples it was called with, copies of one of them once.
     """
 
     def __init__(self, subject: ExplainedInput, where: str) -> None:
@@ -43,8 +44,8 @@ class _Explained:
         whole = subject.kind == "image" and where == "input"
         self.start = subject.main if whole else self.whole[:, :extent].detach().clone()
 
-    def __call__(self, part: Tensor) -> Tensor:
-        self.runs += len(part)
+    def __call__(self, part: Tensor, copies: int = 1) -> Tensor:
+        self.runs += len(part) // copies
         return self.subject.score_of(self._log_probs(part))
 
     def _log_probs(self, part: Tensor) -> Tensor:
@@ -202,20 +203,33 @@ def _by_gradients(
 def _gradients(explained: _Explained, points: Tensor) -> Iterator[Tensor]:
     """[point, ...] of each output token in turn, from one forward.
 
+    Few vectors take about as long as one, since it is the weights that are waited for: then each output token has a
+    copy of the points in the batch, and one backward is that of all. Otherwise each has a backward of its own.
+
     Raises:
         WorkbenchError: the model has none.
     """
-    points = points.detach().requires_grad_()
+    points, n = points.detach(), len(explained.subject.targets)
+    if n > 1 and n * points.numel() // points.shape[-1] <= _FEW:
+        copies = points.repeat(n, *[1] * (points.dim() - 1)).requires_grad_()
+        own = explained(copies, n).unflatten(0, (n, -1)).diagonal(dim1=0, dim2=2)
+        yield from _gradient(explained, own.sum(), copies).unflatten(0, (n, -1))
+        return
+    points.requires_grad_()
     said = explained(points).sum(0)
-    for k in range(len(said)):
-        try:
-            (found,) = torch.autograd.grad(said[k], points, retain_graph=k + 1 < len(said))
-        except RuntimeError as error:
-            raise WorkbenchError(
-                f"{type(explained.subject.model).__name__} gives no gradient here: {error}",
-                hint='is it quantized, or compiled? "occlusion", "feature_ablation" and masks need forwards alone',
-            ) from None
-        yield found
+    for k in range(n):
+        yield _gradient(explained, said[k], points, retain_graph=k + 1 < n)
+
+
+def _gradient(explained: _Explained, said: Tensor, points: Tensor, retain_graph: bool = False) -> Tensor:
+    try:
+        (found,) = torch.autograd.grad(said, points, retain_graph=retain_graph)
+    except RuntimeError as error:
+        raise WorkbenchError(
+            f"{type(explained.subject.model).__name__} gives no gradient here: {error}",
+            hint='is it quantized, or compiled? "occlusion", "feature_ablation" and masks need forwards alone',
+        ) from None
+    return found
 
 
 def _warn_of_gap(details: dict[str, Any], subject: ExplainedInput, where: str, n_steps: int) -> None:

@@ -97,6 +97,13 @@ def find_weights(wb: Workbench, *, qk: bool, vocabulary: bool = True, distance: 
         seen, sites, blocks, readout = find_readout_of(wb, inputs, with_gradients=True)
         writers = writers_in(wb, seen, sites, blocks, readout)
         own = [heads for heads in writers.heads if heads.site.kind != "cross"]
+        for heads in own:
+            if not heads.plain:
+                raise AttachError(
+                    f"what its heads mix enters {heads.out} behind a gate, norm or skip, which depend on the input, so "
+                    "that weights alone do not tell what is written",
+                    site=heads.site.name, hint="logit_attribution has what heads write on given prompts",
+                )  # fmt: skip
         found = tuple(
             _of_site(wb.model, seen, heads, writers.blocks.index(heads.block), distance if qk else None)
             for heads in own
@@ -131,6 +138,7 @@ def _of_site(model: nn.Module, seen: Recording, heads: Heads, order: int, distan
     written = heads.w_o.to(stream.device)
     if heads.norm is not None:
         written = heads.norm.centre(written) * heads.norm.gain
+    written = written * heads.factor
     at = 0 if distance is None else distance
     return SiteWeights(
         site, order, part("v", 0), written,

@@ -6,6 +6,7 @@ from workbench.mechanisms.frame.field import field_area, receptive_field
 from workbench.mechanisms.frame.gate import Gate, read_gate
 from workbench.mechanisms.frame.mechanism import Mechanism
 from workbench.mechanisms.frame.mixer import Mixer
+from workbench.mechanisms.frame.options import check_options
 from workbench.mechanisms.frame.place import Place
 from workbench.mechanisms.frame.signature import Signature, at_places, by_blocks
 
@@ -20,6 +21,7 @@ __all__ = [
     "Signature",
     "at_places",
     "by_blocks",
+    "check_options",
     "field_area",
     "get",
     "listed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -13,30 +14,43 @@ from typing import TYPE_CHECKING, overload
 from workbench.errors import WorkbenchError, nearest
 from workbench.mechanisms.frame.findings import with_findings
 from workbench.mechanisms.frame.mechanism import Mechanism
+from workbench.mechanisms.frame.options import unwrapped
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _MECHANISMS: dict[str, Mechanism] = {}
+_HOMES: dict[str, tuple[str, str]] = {}  # where each was registered, and what it was made by
 _ROOMS = Path(__file__).parents[1]
+_OURS = __name__.removesuffix(".frame.catalogue")
 
 
 def register(mechanism: Mechanism) -> Mechanism:
-    """Put a mechanism into the list; one of a package of your own too.
+    """Put a mechanism into the list; one of a package of your own, or of a notebook, too.
+
+    What is registered again from the same place, as when a cell of a notebook runs a second time, takes the place of
+    what was there.
 
     Returns:
         The mechanism, with what was found of its claims on its card.
 
     Raises:
-        WorkbenchError: another one has this name.
+        WorkbenchError: it is no mechanism, or another one has this name.
     """
+    if not isinstance(mechanism, Mechanism):
+        raise WorkbenchError(f"{mechanism!r} is no mechanism", hint="register(Mechanism(name, card, make))")
+    frame = inspect.currentframe()
+    caller = frame.f_back if frame is not None else None
+    where = "" if caller is None else str(caller.f_globals.get("__name__", ""))
+    home = (where, getattr(unwrapped(mechanism.make), "__qualname__", ""))
     known = _MECHANISMS.get(mechanism.name)
-    if known is not None and known.make is not mechanism.make:
+    again = _HOMES.get(mechanism.name) == home and all(home) and not where.startswith(f"{_OURS}.")
+    if known is not None and known.make is not mechanism.make and not again:
         raise WorkbenchError(f'there is a mechanism "{mechanism.name}" already', hint="give yours another name")
     card = with_findings(mechanism.name, mechanism.card)
     if card is not mechanism.card:
         mechanism = replace(mechanism, card=card)
-    _MECHANISMS[mechanism.name] = mechanism
+    _MECHANISMS[mechanism.name], _HOMES[mechanism.name] = mechanism, home
     return mechanism
 
 

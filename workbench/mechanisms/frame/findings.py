@@ -1,4 +1,7 @@
-"""What was found of the claims on the cards: `benchmarks/rooms.py` measures it and writes it down, nobody types it."""
+"""What was found of the claims on the cards: scripts measure it and write it down, nobody types it.
+
+`benchmarks/rooms.py` has claims of quality, `benchmarks/mechanisms.py` those of cost, beside its figures.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from pathlib import Path
 
 from workbench.mechanisms.frame.card import Card, Claim
 
-FINDINGS = Path(__file__).parents[1] / "weights" / "claims.json"
+_WEIGHTS = Path(__file__).parents[1] / "weights"
+FINDINGS, COSTS = _WEIGHTS / "claims.json", _WEIGHTS / "cost.json"
 
 
 def with_findings(name: str, card: Card) -> Card:
@@ -24,8 +28,11 @@ def with_findings(name: str, card: Card) -> Card:
 def findings() -> dict[str, dict[str, dict[str, str]]]:
     """By mechanism and claim: "how", "found" and "outcome"."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    if FINDINGS.is_file():
-        found = json.loads(FINDINGS.read_text(encoding="utf-8"))
+    for path in (FINDINGS, COSTS):
+        if path.is_file():
+            held = json.loads(path.read_text(encoding="utf-8"))
+            for name, claims in (held["claims"] if path == COSTS else held).items():
+                found.setdefault(name, {}).update(claims)
     return found
 
 

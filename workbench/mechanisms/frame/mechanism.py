@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError, nearest
 from workbench.mechanisms.frame.card import Card, table_of
+from workbench.mechanisms.frame.options import check_options
 from workbench.mechanisms.frame.place import Place
 from workbench.mechanisms.frame.signature import Signature
 
@@ -59,9 +60,14 @@ class Mechanism:
             variant: one of `variants`. options: of the mechanism, on top of the variant's.
 
         Raises:
-            WorkbenchError: it cannot stand in this place, there is no such variant, or a size that it cannot take.
+            WorkbenchError: it cannot stand in this place, there is no such variant or option, or a value that it cannot
+                take.
         """
         card = self.card
+        if not isinstance(place, Place):
+            raise WorkbenchError(
+                f'"{self.name}" stands in a Place, not in {place!r}', hint="Place(d_model, heads, length)"
+            )
         if card.grid and place.grid is None:
             raise WorkbenchError(f'"{self.name}" mixes the patches of an image', hint="Place(…, grid=(rows, columns))")
         if place.causal and card.causal == "never":
@@ -71,10 +77,11 @@ class Mechanism:
             )
         if not place.causal and card.causal == "always":
             raise WorkbenchError(f'"{self.name}" is causal, and has no other form', hint="Place(…, causal=True)")
-        if variant is not None and variant not in self.variants:
+        if variant is not None and variant not in list(self.variants):
             raise WorkbenchError(
                 f'"{self.name}" has no variant "{variant}"', hint=nearest(variant, list(self.variants), "variant")
             )
+        check_options(self.name, self.make, options)
         return self.make(place, **{**({} if variant is None else self.variants[variant]), **options})
 
     def example(self, place: Place, seed: int = 0) -> dict[str, Tensor]:

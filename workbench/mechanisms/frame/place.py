@@ -8,6 +8,7 @@ from torch import Tensor
 
 from workbench.errors import WorkbenchError
 from workbench.kernels.checks import check_range
+from workbench.mechanisms.frame.options import fits
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,19 @@ class Place:
             )
         if self.rotary and self.d_head % 2:
             raise WorkbenchError(f"heads of width {self.d_head} cannot be turned in pairs", hint="an even width")
+        for name in ("causal", "rotary"):
+            if not isinstance(getattr(self, name), bool):
+                raise WorkbenchError(f"{name} is True or False, not {getattr(self, name)!r}")
         if self.grid is not None:
             self._check_grid(self.grid)
 
     def _check_grid(self, grid: tuple[int, int]) -> None:
-        if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != self.length:
+        if not fits(grid, tuple[int, ...]) or len(grid) != 2:
+            raise WorkbenchError(
+                f"grid={grid!r} is not (rows, columns)", hint="two whole numbers, or None for a sequence"
+            )
+        object.__setattr__(self, "grid", tuple(grid))
+        if min(grid) < 1 or grid[0] * grid[1] != self.length:
             raise WorkbenchError(f"{self.length} tokens are no grid of {' × '.join(map(str, grid))}")
         if self.causal or self.rotary:
             word = "causal" if self.causal else "rotary"

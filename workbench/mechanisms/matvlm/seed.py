@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workbench.analysis.circuits.model.layers import find_projection
 from workbench.analysis.logits.asked import check_model
-from workbench.analysis.logits.writers import find_readout_of, joins_of
+from workbench.analysis.logits.writers import find_readout_of, plain_joins_of
 from workbench.errors import AttachError
 from workbench.hooks.heads import block_of
 from workbench.hooks.projections import projection_slices
@@ -67,7 +67,7 @@ def attention_weights(wb: Workbench, site: str | int) -> AttentionWeights:
         block = block_of(wb.model, wb.sites, found.name)
         if not block:
             raise AttachError("the attention is in no block of a list of blocks", site=found.name)
-        ((_, module, n_heads),) = joins_of(seen, [found])
+        (joint,) = plain_joins_of(seen, [found])
         projections = {
             part: find_projection(wb.model, seen, found, part, seen.given[block], f"{block}.", "the block's input")
             for part in "qkv"
@@ -75,7 +75,8 @@ def attention_weights(wb: Workbench, site: str | int) -> AttentionWeights:
     width = projections["v"].columns.shape[1]
     weight = {part: p.weight.detach().clone() for part, p in projections.items()}
     bias = {part: None if p.bias is None else p.bias.clone() for part, p in projections.items()}
-    written, last = projection_slices(module, n_heads, width).detach().clone(), getattr(module, "bias", None)
+    written = projection_slices(joint.module, joint.n_heads, width).detach().clone()
+    last = getattr(joint.module, "bias", None)
     return AttentionWeights(
         weight["q"], weight["k"], weight["v"], written, bias["q"], bias["k"], bias["v"],
         None if last is None else last.detach().clone(), found.name,

@@ -21,6 +21,7 @@ Better = Literal["high", "low"] | None
 _WORKS = {"text": "text", "images": "images"}
 _LOSSES = {"text": "code, nats", "repeats": "repeats, nats"}
 """Scores that are losses, which are good where they are low; all others are shares of right answers."""
+_NATS, _SHARE = 0.2, 0.5  # differences of quality that are large: those of one seed from another are a tenth of it
 _UNKNOWN = float("nan")
 
 
@@ -30,13 +31,14 @@ class Measured:
 
     Attributes:
         name, group: what it is called, and what it belongs to.
-        better: whether "high" or "low" is good; None for neither.
+        better: whether "high" or "low" is good; None for neither. span: a difference that is large; None for no such.
         values: for each mechanism; NaN where it was not measured. said: how it was, "" for nothing to say.
     """
 
     name: str
     group: str
     better: Better
+    span: float | None
     values: tuple[float, ...]
     said: tuple[str, ...]
 
@@ -76,10 +78,15 @@ def matrix(rooms: Sequence[Room]) -> Matrix:
 
 
 def _column(
-    rooms: Sequence[Room], name: str, group: str, better: Better, find: Callable[[Room], tuple[float, str] | None]
+    rooms: Sequence[Room],
+    name: str,
+    group: str,
+    better: Better,
+    find: Callable[[Room], tuple[float, str] | None],
+    span: float | None = None,
 ) -> Measured:
     found = [find(one) or (_UNKNOWN, "not measured") for one in rooms]
-    return Measured(name, group, better, tuple(value for value, _ in found), tuple(said for _, said in found))
+    return Measured(name, group, better, span, tuple(value for value, _ in found), tuple(said for _, said in found))
 
 
 def _of(one: Room, work: str) -> Seen | None:
@@ -92,13 +99,14 @@ def _quality(rooms: Sequence[Room]) -> list[Measured]:
     for work, word in _WORKS.items():
         models = [seen.trained for one in rooms if (seen := _of(one, work)) is not None and seen.trained is not None]
         there = dict.fromkeys(name for each in models for name in each.scores)
-        for score in sorted(there, key=lambda name: name not in _LOSSES):
+        for score in sorted(there, key=lambda name: list(_LOSSES).index(name) if name in _LOSSES else len(_LOSSES)):
             better: Better = "low" if score in _LOSSES else "high"
 
             def find(one: Room, score: str = score, work: str = work) -> tuple[float, str] | None:
                 return _score(one, work, score, runs)
 
-            found.append(_column(rooms, _LOSSES.get(score, score), f"Quality, {word}", better, find))
+            span = _NATS if score in _LOSSES else _SHARE
+            found.append(_column(rooms, _LOSSES.get(score, score), f"Quality, {word}", better, find, span))
     return found
 
 

@@ -150,6 +150,7 @@ def _grouped(sites: Sequence[Site]) -> tuple[list[dict[str, Any]], list[int]]:
 def group_label(site: Site) -> str:
     """What kind of attention a site is, in words: "Encoder self-attention"."""
     kind = f"{site.kind}-attention" if site.kind in ("self", "cross") else f"{site.kind} attention"
+    kind = "gates" if site.kind == "gate" else kind
     words = kind if site.kind == "cross" or not site.tower else f"{site.tower} {kind}"
     return visible(words[:1].upper() + words[1:])
 

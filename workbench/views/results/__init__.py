@@ -2,6 +2,7 @@
 
 from workbench.views.results import (
     circuits,
+    eviction,
     gates,
     head_scores,
     hybrids,
@@ -24,6 +25,7 @@ __all__ = [
     "capacity_correlation",
     "circuits",
     "cross_attention",
+    "eviction",
     "gates",
     "half_lives",
     "head_scores",

@@ -39,19 +39,24 @@ def _maps_of_profile(found: GateProfile) -> list[View]:
     shown = found.gates[:_MOST]
     columns = min(_ACROSS, len(shown)) if any(found.grids[name][0] > 1 for name in shown) else 1
     rows = math.ceil(len(shown) / columns)
-    fig = make_subplots(rows, columns, subplot_titles=[plotly_text(name) for name in shown])
     values = [found.maps[name].double() for name in shown]
-    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    said = [
+        f"{plotly_text(name) or 'gate'}: {v.min():.3g} to {v.max():.3g}" for name, v in zip(shown, values, strict=True)
+    ]
+    fig = make_subplots(rows, columns, subplot_titles=said)
     for i, (name, v) in enumerate(zip(shown, values, strict=True)):
-        at = {"row": i // columns + 1, "col": i % columns + 1}
-        fig.add_heatmap(z=v.view(found.grids[name]).numpy(), zmin=low, zmax=high, showscale=i == 0, name=name, **at)
-        fig.update_yaxes(autorange="reversed", **at)
+        at, (down, across) = {"row": i // columns + 1, "col": i % columns + 1}, found.grids[name]
+        ends = {"zmin": float(v.min()), "zmax": float(v.max())}
+        fig.add_heatmap(z=v.view(down, across).numpy(), **ends, showscale=False, name=name or "gate", **at)
+        fig.update_xaxes(tickvals=list(range(0, across, max(1, across // 8))), **at)
+        fig.update_yaxes(tickvals=list(range(0, down, max(1, down // 8))), autorange="reversed", **at)
     fig.update_layout(height=max(240, 80 + rows * (220 if columns > 1 else 110)))
     left = "" if len(shown) == len(found.gates) else f" The first {len(shown)} of {len(found.gates):,} gates."
     return [
         figure(
             fig, title="Gates over positions",
-            caption=f"The mean factor at each position, over {_examples(found)} and the heads of a gate.{left}",
+            caption=f"The mean factor at each position, over {_examples(found)} and the heads of a gate; each map "
+            f"from its least to its greatest.{left}",
             table=found.table, provenance=found.provenance,
         )
     ]  # fmt: skip

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from workbench.analysis.gates import GateProfile
 from workbench.analysis.profile import AttentionProfile
-from workbench.errors import CaptureError
+from workbench.errors import WorkbenchError
 from workbench.mechanisms.rooms import Matrix, Room, Seen
 from workbench.mechanisms.rooms.seen import ALONE, SignatureMaps
 from workbench.mechanisms.rooms.showing import PLAIN, losses_of
@@ -44,7 +43,7 @@ def matrix(found: Matrix, places: Sequence[str | None] | None = None) -> View:
     return table(
         [one.name for one in found.rooms],
         [
-            *(Column(each.name, each.values, each.group, each.better, each.said) for each in found.columns),
+            *(Column(each.name, each.values, each.group, each.better, each.span, each.said) for each in found.columns),
             Column("claims of the paper", [one.standing for one in found.rooms], "At our scale"),
         ],
         of="mechanism",
@@ -119,16 +118,18 @@ def _titled(view: View, title: str) -> View:
 def _maps(seen: Seen, after: str) -> list[View]:
     """Every head on the input that all mechanisms are shown; on images those over them that have a place there."""
     title, weights = f"Every head on {_WHERE[seen.work]}", "" if seen.trained else " Weights are random."
-    found: list[View] = []
+    found, notes = list[View](), tuple[str, ...]()
     if seen.images is not None:
         pixels, classes = seen.images
-        labels = [f"which digit: {label}" for label in classes.tolist()]
-        with suppress(CaptureError):  # no map is over patches
+        labels = [f"digit {label}" for label in classes.tolist()]
+        try:
             found.append(
                 image_attention(seen.capture, pixels, labels=labels, grid=PLACES["images"].grid, prefix=0, title=title)
             )
+        except WorkbenchError as error:  # such as maps that are not over all patches
+            notes = (f"Not laid over the scenes: {error.message}.",)
     if not found or len(found[0].spec.facts["heads"]) < sum(site.shape[1] for site in seen.capture):
-        found.append(head_gallery(seen.capture, title=f"{title}{after}"))
+        found.append(head_gallery(seen.capture, title=f"{title}{after}", notes=notes))
     for view in found:
         view.spec = replace(view.spec, caption=f"{view.spec.caption}{weights}")
     return found
@@ -178,7 +179,8 @@ def _curves(one: Room) -> View | None:
     fig = make_subplots(rows=1, cols=len(titles), subplot_titles=titles, horizontal_spacing=0.09)
     named: set[str] = set()
 
-    def line(at: int, x: Sequence[float], y: Sequence[float], name: str, colour: str, **more: Any) -> None:
+    def line(at: int, points: Iterable[tuple[float, float]], name: str, colour: str, **more: Any) -> None:
+        x, y = zip(*points, strict=True)
         fig.add_trace(
             go.Scatter(x=list(x), y=list(y), name=plotly_text(name), legendgroup=name, showlegend=name not in named,
                        line={"color": colour, "width": 2}, **more),
@@ -188,9 +190,9 @@ def _curves(one: Room) -> View | None:
 
     for at, seen in enumerate(trained, 1):
         if one.name != PLAIN and seen.work in one.plain:
-            line(at, *zip(*one.plain[seen.work], strict=True), "plain attention", _PLAIN, mode="lines")  # type: ignore[misc]
+            line(at, one.plain[seen.work], "plain attention", _PLAIN, mode="lines")
         assert seen.trained is not None
-        line(at, *zip(*losses_of(seen.trained), strict=True), one.name, SERIES[0], mode="lines")  # type: ignore[misc]
+        line(at, losses_of(seen.trained), one.name, SERIES[0], mode="lines")
         fig.update_xaxes(title_text="step", row=1, col=at)
         fig.update_yaxes(title_text="nats", row=1, col=at)
     said = (
@@ -200,9 +202,10 @@ def _curves(one: Room) -> View | None:
     )
     if one.cost is not None:
         cost, at = one.cost, len(titles)
-        sdpa = [mine / over for mine, over in zip(cost.seconds, cost.over_sdpa, strict=True)]
-        line(at, cost.lengths, sdpa, "plain attention", _PLAIN, mode="lines+markers")
-        line(at, cost.lengths, cost.seconds, one.name, SERIES[0], mode="lines+markers")
+        if one.name != PLAIN:
+            sdpa = [mine / over for mine, over in zip(cost.seconds, cost.over_sdpa, strict=True)]
+            line(at, zip(cost.lengths, sdpa, strict=True), "plain attention", _PLAIN, mode="lines+markers")
+        line(at, zip(cost.lengths, cost.seconds, strict=True), one.name, SERIES[0], mode="lines+markers")
         fig.update_xaxes(title_text="tokens", type="log", row=1, col=at, tickvals=list(cost.lengths))
         fig.update_yaxes(type="log", row=1, col=at)
         said.append(

@@ -155,12 +155,13 @@ class Table {
 
   // Drawing.
 
-  /** Where a value stands between the worst and the best of its column, or from zero up where neither is meant. */
+  /** How far above the worst of its column a value is, as a share of the span; from zero up where neither end is good. */
   depth(column, known, value) {
     const [low, high] = [Math.min(...known), Math.max(...known)];
     if (column.better === null) return high > 0 ? Math.max(0, value) / high : 0;
-    if (high === low) return 0;
-    return column.better === "high" ? (value - low) / (high - low) : (high - value) / (high - low);
+    const span = Math.max(high - low, column.span ?? 0);
+    if (!span) return 0;
+    return (column.better === "high" ? value - low : high - value) / span;
   }
 
   paint() {

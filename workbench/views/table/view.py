@@ -35,6 +35,8 @@ class Column:
         values: a number (NaN is not known) or a text for each row.
         group: columns beside each other with the same one have one heading over theirs.
         better: whether "high" or "low" numbers are good, and shaded; None for neither: from zero up.
+        span: of good and bad numbers, the least difference that is shaded from one end to the other, so that what
+            hardly differs looks alike; None for that between the worst and the best.
         said: more on each cell, shown when one points at it.
     """
 
@@ -42,6 +44,7 @@ class Column:
     values: Sequence[float] | Sequence[str]
     group: str = ""
     better: Better = None
+    span: float | None = None
     said: Sequence[str] | None = None
 
     @property
@@ -115,12 +118,12 @@ class Table(View):
         values, scale = self.spec.blocks["numbers"][column["block"]], scales.sequential()
         return [
             scales.unseen_colour() if np.isnan(depth) else str(to_hex(scale(_DEEPEST * float(depth))))
-            for depth in _depths(values, column["better"])
+            for depth in _depths(values, column["better"], column["span"])
         ]
 
 
-def _depths(values: Array, better: str | None) -> Array:
-    """From 0 for the worst of the known numbers to 1 for the best, or in their proportion; NaN where not known."""
+def _depths(values: Array, better: str | None, span: float | None = None) -> Array:
+    """From 0 for the worst known number to at most 1 for the best, or in their proportion; NaN where not known."""
     known = values[np.isfinite(values)]
     found = np.where(np.isfinite(values), values, np.nan)
     if not known.size:
@@ -128,7 +131,8 @@ def _depths(values: Array, better: str | None) -> Array:
     low, high = known.min(), known.max()
     if better is None:
         return np.maximum(found, 0) / high if high > 0 else found * 0
-    return (found - low if better == "high" else high - found) / (high - low) if high > low else found * 0
+    whole = max(high - low, span or 0.0)
+    return (found - low if better == "high" else high - found) / whole if whole > 0 else found * 0
 
 
 def table(
@@ -209,6 +213,7 @@ def _facts(column: Column) -> dict[str, Any]:
         "name": visible_text(column.name),
         "group": visible_text(column.group),
         "better": column.better,
+        "span": column.span,
         "block": None,
         "texts": [visible_text(str(value)) for value in column.values] if column.is_text else None,
         "said": None if column.said is None else [visible_text(each) for each in column.said],

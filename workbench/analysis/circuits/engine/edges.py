@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from workbench.analysis.circuits.engine.module_hooks import Hook
 from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.replacements import Replacements, replaced_nodes, stream_of
 from workbench.analysis.circuits.engine.setup import Setup
-from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
+from workbench.analysis.circuits.engine.stream import Kept, Key
 
 
 def run_edges(

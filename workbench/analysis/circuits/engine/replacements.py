@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.engine.donors import batch_of, donors_of
+from workbench.analysis.circuits.engine.module_hooks import Hook
 from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.setup import Setup
-from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
+from workbench.analysis.circuits.engine.stream import Kept, Key
 from workbench.session.ablations import find_ablation
 from workbench.session.resampling import aligned
 

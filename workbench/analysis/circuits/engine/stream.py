@@ -10,21 +10,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workbench.analysis.circuits.engine.module_hooks import Hook, on_columns, on_heads, on_input, on_output, on_sum
 from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.shortcut import only_where_changed
 from workbench.analysis.circuits.model.anatomy import Anatomy, find_anatomy
-from workbench.analysis.circuits.model.modules import Branches, Projection
+from workbench.analysis.circuits.model.modules import Branches
 from workbench.analysis.circuits.model.recording import first_float
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.hooks.changes import Changes
 from workbench.inputs import check_inputs, dropout_in_training, shortened
 from workbench.session.workbench import Workbench
-from workbench.sweep.prefix import Prefix
+from workbench.sweep.prefix import KeptBlocks, Prefix
 from workbench.sweep.variants import repeat
 
 _SEVERAL = 3  # repeats from which on it is worth computing again what projections gave on the batch itself
@@ -43,7 +45,6 @@ _SEVERAL = 3  # repeats from which on it is worth computing again what projectio
 # ("mlp", i)            what it writes
 # ("final", s)          the stream after the last block; what the keys and values of cross-attention read
 Key = tuple[str, int]
-Hook = Callable[[Tensor], Tensor | None]
 Hooks = Mapping[Key, Sequence[Hook]]
 Finder = Callable[[Workbench, Mapping[str, Any]], Anatomy]
 
@@ -108,6 +109,24 @@ class Stream:
         if self._prefix is not None and resume:
             self._recorded = batch, kept
         return kept.logits, kept
+
+    @property
+    def recorded(self) -> Recorded:
+        """The batch that later runs resume from, to go back to when others have been recorded.
+
+        Raises:
+            WorkbenchError: none was recorded.
+        """
+        if self._prefix is None or self._recorded is None:
+            raise WorkbenchError("no batch was recorded that runs could resume from")
+        return Recorded(*self._recorded, self._prefix.kept)
+
+    def go_back(self, recorded: Recorded) -> None:
+        """From here on runs resume from this batch again."""
+        if self._prefix is None:
+            raise WorkbenchError("the stream is closed")
+        self._prefix.kept = recorded.prefix
+        self._recorded = recorded.batch, recorded.kept
 
     def keeping(self, kept: Kept) -> dict[Key, Hook]:
         """Hooks that keep what senders write and receivers read."""
@@ -242,36 +261,36 @@ class Stream:
         if what in ("input", "final"):
             blocks = anatomy.blocks(i)
             if what == "input":
-                _on_input(changes, anatomy.modules[blocks[0]], functions)
+                on_input(changes, anatomy.modules[blocks[0]], functions)
             else:
-                _on_output(changes, anatomy.modules[blocks[-1]], functions)
+                on_output(changes, anatomy.modules[blocks[-1]], functions)
             return
         branch = anatomy.branches[i]
         if what == "resid":
-            _on_input(changes, anatomy.modules[branch.block], functions)
+            on_input(changes, anatomy.modules[branch.block], functions)
             return
         if what == "mid":
             own = [anatomy.modules[each.out] for each in anatomy.branches[: i + 1] if each.block == branch.block]
-            _on_sum(changes, anatomy.modules[branch.block], own, functions)
+            on_sum(changes, anatomy.modules[branch.block], own, functions)
             return
         if what in ("attn", "mlp"):
             name = branch.out if what == "attn" else _mlp(branch)[-1]
-            _on_output(changes, anatomy.modules[name], functions)
+            on_output(changes, anatomy.modules[name], functions)
             return
         layer = anatomy.layers[i]
         if what == "read":
-            _on_input(changes, self._reader(i), functions, first_only=True)
+            on_input(changes, self._reader(i), functions, first_only=True)
         elif what == "read_mlp":
-            _on_input(changes, anatomy.modules[layer.mlp_norm or _mlp(layer)[0]], functions, first_only=True)
+            on_input(changes, anatomy.modules[layer.mlp_norm or _mlp(layer)[0]], functions, first_only=True)
         elif what == "z":
-            _on_input(changes, layer.out_module, [_cut(f, layer.n_heads) for f in functions])
+            on_input(changes, layer.out_module, [on_heads(f, layer.n_heads) for f in functions])
         elif what == "mlp_in":
-            _on_input(changes, anatomy.modules[_mlp(layer)[0]], functions)
+            on_input(changes, anatomy.modules[_mlp(layer)[0]], functions)
         elif what == "x" and layer.mixer is not None:
-            _on_input(changes, anatomy.modules[layer.mixer], functions)
+            on_input(changes, anatomy.modules[layer.mixer], functions)
         else:
             part = layer.projections[what]
-            _on_output(changes, part.module, [_on_columns(f, part) for f in functions])
+            on_output(changes, part.module, [on_columns(f, part) for f in functions])
 
 
 class Kept:
@@ -296,94 +315,30 @@ class Kept:
     def __contains__(self, key: Key) -> bool:
         return key in self.tensors
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it holds; of tensors that are broadcast, only those that are there."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A batch that runs can resume from: its inputs, what it showed, and what its blocks gave."""
+
+    batch: Mapping[str, Tensor]
+    kept: Kept
+    prefix: KeptBlocks
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it showed and of what its blocks gave."""
+        return self.kept.nbytes + self.prefix.nbytes
+
 
 def _mlp(layer: Branches) -> tuple[str, ...]:
     if layer.mlp is None:
         raise WorkbenchError(f"the layer of {layer.site.name} has no MLP")
     return layer.mlp
-
-
-def _on_input(changes: Changes, module: nn.Module, functions: Sequence[Hook], first_only: bool = False) -> None:
-    """Functions on the first tensor that a module is given."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        old = first_float((*args, *kwargs.values()))
-        if old is None:
-            raise WorkbenchError(f"{type(module).__name__} was given no tensor [batch, position, width]")
-        new = _apply(functions, old)
-        if first_only or new is old:
-            return None
-        swapped = {key: new if value is old else value for key, value in kwargs.items()}
-        return tuple(new if value is old else value for value in args), swapped
-
-    changes.before(module, hook, with_kwargs=True)
-
-
-def _on_output(changes: Changes, module: nn.Module, functions: Sequence[Hook]) -> None:
-    """Functions on the first tensor that a module gives."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        old = first_float(output)
-        if old is None:
-            raise WorkbenchError(f"{type(module).__name__} gave no tensor [batch, position, width]")
-        new = _apply(functions, old)
-        if new is old:
-            return None
-        return new if isinstance(output, Tensor) else type(output)(new if value is old else value for value in output)
-
-    changes.after(module, hook)
-
-
-def _on_sum(changes: Changes, block: nn.Module, writers: Sequence[nn.Module], functions: Sequence[Hook]) -> None:
-    """Functions on the stream behind the last writer: what its block was given, and what they add to that.
-
-    Where they change it the writer gives what is missing, so that all that reads the stream later has it.
-    """
-    before: list[Tensor] = []
-    _on_input(changes, block, [lambda stream: before.append(stream.clone())], first_only=True)
-
-    def on_earlier(written: Tensor) -> None:
-        before[-1] = before[-1] + written
-
-    def on_written(written: Tensor) -> Tensor | None:
-        stream = before.pop()
-        total = stream + written
-        new = _apply(functions, total)
-        return None if new is total else torch.where(new == total, written, new - stream)
-
-    for writer in writers[:-1]:
-        _on_output(changes, writer, [on_earlier])
-    _on_output(changes, writers[-1], [on_written])
-
-
-def _apply(functions: Sequence[Hook], value: Tensor) -> Tensor:
-    for function in functions:
-        made = function(value)
-        value = value if made is None else made
-    return value
-
-
-def _cut(function: Hook, n_heads: int) -> Hook:
-    """A function on heads [batch, position, head, width], as one on them joined."""
-
-    def joined(value: Tensor) -> Tensor | None:
-        made = function(value.unflatten(-1, (n_heads, -1)))
-        return None if made is None else made.flatten(-2)
-
-    return joined
-
-
-def _on_columns(function: Hook, part: Projection) -> Hook:
-    """A function on queries, keys or values [batch, position, head, width], as one on all columns."""
-    columns = part.columns
-
-    def whole(value: Tensor) -> Tensor | None:
-        made = function(value[..., columns])
-        if made is None:
-            return None
-        return value.index_copy(-1, columns.flatten().to(value.device), made.flatten(-2).to(value.dtype))
-
-    return whole
 
 
 def _extra(model: nn.Module) -> dict[str, Any]:

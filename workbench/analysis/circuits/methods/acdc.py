@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench.analysis.circuits.engine.edges import patch_edges
+from workbench.analysis.circuits.engine.recordings import Recordings
 from workbench.analysis.circuits.engine.replacements import Replacements
 from workbench.analysis.circuits.engine.setup import Setup
-from workbench.analysis.circuits.engine.stream import Kept
 from workbench.analysis.circuits.methods.pruning import Pruning, PruningInterrupted, start
 from workbench.errors import InterventionError
 from workbench.storage.resumable import kept_when_stopped
@@ -53,8 +53,7 @@ def prune_edges(
         raise InterventionError(f"the threshold is {threshold}, a positive number is needed")
     graph = setup.graph
     now = start(setup, resume, threshold=threshold, ablation=how, ahead=ahead)
-    replacements = Replacements(setup, how)
-    seen: list[tuple[Tensor, Kept, list[Kept]]] = []
+    recordings = Recordings(setup, Replacements(setup, how))
     order = [(s, r) for r in reversed(range(len(graph.receivers))) for s in reversed(graph.reads[r])]
     saved = time.monotonic()
 
@@ -70,7 +69,7 @@ def prune_edges(
     ):
         while now.place < len(order):
             # Whole steps only: an interrupt leaves what the last one made.
-            now = _step(setup, now, order, threshold, ahead, replacements, seen)
+            now = _step(setup, now, order, threshold, ahead, recordings)
             bar.update(now.place - bar.n)
             if resume is not None and time.monotonic() - saved > _SAVE_EVERY:
                 now.save(resume)
@@ -80,9 +79,8 @@ def prune_edges(
 
 
 def _step(
-    setup: Setup, now: Pruning, order: list[tuple[int, int]], threshold: float, ahead: int, replacements: Replacements,
-    seen: list[tuple[Tensor, Kept, list[Kept]]],
-) -> Pruning:  # fmt: skip
+    setup: Setup, now: Pruning, order: list[tuple[int, int]], threshold: float, ahead: int, recordings: Recordings
+) -> Pruning:
     """Decide the next edges."""
     kept, scores, place, present = now.kept.clone(), now.scores.clone(), now.place, now.present
     waiting = _waiting(setup, kept, order[place:], ahead)
@@ -96,7 +94,7 @@ def _step(
         trial[order[place + offset]] = False  # those between lead nowhere
         if offset in waiting:
             stack.append(trial.clone())
-    values = _means(setup, torch.stack(stack), replacements, seen)
+    values = _means(setup, torch.stack(stack), recordings)
     for number, offset in enumerate(waiting):
         harm = (present - values[number]) / now.scale
         scores[order[place + offset]] = harm
@@ -127,24 +125,16 @@ def _waiting(setup: Setup, kept: Tensor, order: list[tuple[int, int]], ahead: in
     return found
 
 
-def _means(
-    setup: Setup, kept: Tensor, replacements: Replacements, seen: list[tuple[Tensor, Kept, list[Kept]]]
-) -> list[float]:
+def _means(setup: Setup, kept: Tensor, recordings: Recordings) -> list[float]:
     """Mean of the metric for each of several choices of edges."""
     totals = torch.zeros(len(kept), dtype=torch.float64)
-    single = len(setup.pairs) == 1
     for pair in setup.pairs:
-        if single and seen:
-            logits, clean, several = seen[0]
-        else:
-            logits, clean, twin = setup.record(pair)
-            several = replacements.several(pair, clean, twin)
-            if single:
-                seen.append((logits, clean, several))
+        seen = recordings.of(pair)
         most = setup.most(pair, tensors=3 * len(setup.graph.senders))
-        for values in several:
+        for values in seen.values:
             for first in range(0, len(kept), most):
-                patched = (~kept[first : first + most] & setup.graph.exists).to(logits.dtype)
-                out = patch_edges(setup, pair, clean, values, patched)
-                totals[first : first + most] += setup.measure(out, pair, logits, len(patched)).sum(1) / len(several)
+                patched = (~kept[first : first + most] & setup.graph.exists).to(seen.logits.dtype)
+                out = patch_edges(setup, pair, seen.clean, values, patched)
+                measured = setup.measure(out, pair, seen.logits, len(patched)).sum(1)
+                totals[first : first + most] += measured / len(seen.values)
     return (totals / len(setup.task)).tolist()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from workbench.analysis.circuits.engine.module_hooks import Hook
 from workbench.analysis.circuits.engine.prompts import Pair, Where
 from workbench.analysis.circuits.engine.setup import Setup
-from workbench.analysis.circuits.engine.stream import Hook, Hooks, Kept, Key
+from workbench.analysis.circuits.engine.stream import Hooks, Kept, Key
 from workbench.errors import InterventionError
 
 Unit = tuple[str, ...]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from workbench.analysis.circuits.model.recording import Recording, equal
 from workbench.errors import AttachError
 from workbench.hooks.entering import entering, own_columns
-from workbench.hooks.projections import is_linear
+from workbench.hooks.projections import gated, is_linear
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
 
@@ -35,17 +35,37 @@ class Joint:
     heads: Tensor
     mixer: bool
 
+    @property
+    def n_heads(self) -> int:
+        """How many there are."""
+        return self.heads.shape[2]
 
-def call_of(seen: Recording, site: Site) -> AttentionCall:
+
+def only_call(seen: Recording, site: Site) -> AttentionCall:
     """The only call of a site.
 
     Raises:
-        AttachError: there are several, or its queries and keys are not seen.
+        AttachError: there are several, or some of its heads are in other processes.
     """
     calls = seen.calls.get(site.name, [])
     if len(calls) != 1:
         raise AttachError(f"the site was called {len(calls)} times in one forward, once is needed", site=site.name)
-    call = calls[0]
+    if calls[0].shard is not None:
+        raise AttachError(
+            f"all heads are needed in one process, and {site.elsewhere or 'some are in others'}",
+            site=site.name,
+            hint="load the model without tensor parallelism",
+        )
+    return calls[0]
+
+
+def call_of(seen: Recording, site: Site) -> AttentionCall:
+    """The only call of a site, with what plays the part of its queries and keys.
+
+    Raises:
+        AttachError: there are several, some heads are in other processes, or queries and keys are not seen.
+    """
+    call = only_call(seen, site)
     if call.finish is None and call.weights is None and (call.q is None or call.k is None or call.q.dim() != 4):
         raise AttachError("queries and keys are not seen at this site", site=site.name)
     return call
@@ -55,9 +75,9 @@ def find_joint(seen: Recording, site: Site) -> Joint:
     """The layer that joins the heads of a site.
 
     Raises:
-        AttachError: there is none to which each head gives columns of its own.
+        AttachError: there is none to which each head gives columns of its own, or not one call.
     """
-    call = call_of(seen, site)
+    call = only_call(seen, site)
     if call.finish is not None:
         return _past_finish(seen, site, call)
     z = call.z().detach().transpose(1, 2)
@@ -66,7 +86,7 @@ def find_joint(seen: Recording, site: Site) -> Joint:
         return Joint(projection.name, projection.module, z, mixer=False)
     name = _last_linear(seen, site, call)
     given = None if name is None else seen.given.get(name)
-    if name is not None and given is not None and given.shape == z.flatten(2).shape and _gated(given, z.flatten(2)):
+    if name is not None and given is not None and given.shape == z.flatten(2).shape and gated(given, z.flatten(2)):
         return Joint(name, call.module.get_submodule(_inside(name, site)), given.view_as(z), mixer=True)
     raise AttachError(
         "the module that joins the heads was not found: something (a norm, another gate) lies between",
@@ -107,10 +127,3 @@ def _last_linear(seen: Recording, site: Site, call: AttentionCall) -> str | None
 
 def _inside(name: str, site: Site) -> str:
     return name.removeprefix(f"{site.name}.")
-
-
-def _gated(given: Tensor, z: Tensor) -> bool:
-    """Whether it is z number by number, times something between 0 and 1: then each head has its own columns still."""
-    slack = 1 + 8 * torch.finfo(given.dtype).eps
-    z = z.to(given.dtype)
-    return bool(((given * z >= 0) & (given.abs() <= slack * z.abs())).all()) and not torch.equal(given, z)

@@ -129,15 +129,9 @@ class LayerFinder:
             after: behind its MLP; None if it has none. factor: of what they add.
         """
         seen = self.seen
-        call = call_of(seen, site)
+        call_of(seen, site)
         if seen.times.get(block, 0) != 1:
             raise AttachError(f"the block {block} ran {seen.times.get(block, 0)} times in one forward", site=site.name)
-        if call.shard is not None:
-            raise AttachError(
-                f"circuits need all heads in one process, and {site.elsewhere or 'some are in others'}",
-                site=site.name,
-                hint="load the model without tensor parallelism",
-            )
         n_heads, width = joint.heads.shape[2:]
         try:
             projection_slices(joint.module, n_heads, width)
@@ -342,15 +336,20 @@ def _streams_of(seen: Recording, scope: str, reader: str, any_width: bool = Fals
 
 
 def find_mlp(
-    seen: Recording, site: Site, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str
+    seen: Recording, site: Site | None, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str = ""
 ) -> str | None:
-    """The outermost module of a block whose output is what the heads do not add to the stream."""
+    """The outermost module of a block whose output is what the heads do not add to the stream.
+
+    Args:
+        site: of the heads; None where there are none. out: what joins them.
+    """
+    own = "" if site is None else site.name
     stream, size = before + attention, before.abs() + attention.abs()
     if same_sum(after, stream, size, seen.eps):
         return None
     fitting = []
     for name in dict.fromkeys(seen.order):
-        holds_attention = site.name.startswith(f"{name}.") or name == site.name or name.startswith(f"{site.name}.")
+        holds_attention = own and (own.startswith(f"{name}.") or name == own or name.startswith(f"{own}."))
         if not name.startswith(f"{block}.") or holds_attention or name == out or seen.times[name] > 1:
             continue
         gave = seen.gave.get(name)
@@ -363,8 +362,8 @@ def find_mlp(
     if not fitting:
         raise AttachError(
             f"the block {block} adds something to the residual stream that is neither its heads' output nor that of "
-            f"one module, in {seen.precision}: {why_no_sum(seen, site, block, before, attention, after, out)}",
-            site=site.name,
+            f"one module, in {seen.precision}: {why_no_sum(seen, own, block, before, attention, after, out)}",
+            site=own or None,
             hint=_INSTEAD,
         )
     return min(fitting, key=_depth)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.circuits.model.recording import Recording, equal, same_sum
-from workbench.hooks.sites import Site
 
 
 def two_mixers(seen: Recording, block: str, first: str, second: str) -> str:
@@ -26,20 +25,20 @@ def two_mixers(seen: Recording, block: str, first: str, second: str) -> str:
 
 
 def why_no_sum(
-    seen: Recording, site: Site, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str
+    seen: Recording, site: str, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str
 ) -> str:
-    """What stands between the heads and the stream, where it can be named."""
+    """What stands between the heads of a site, or none, and the stream, where it can be named."""
     if normed := _normed_stream(seen, block, before, attention):
         return normed
     for name in dict.fromkeys(seen.order):
-        if not name.startswith(f"{block}.") or site.name.startswith(f"{name}.") or name == out:
+        if not name.startswith(f"{block}.") or site.startswith(f"{name}.") or name == out:
             continue
         gave, given = seen.gave.get(name), seen.given.get(name)
         if gave is None or given is None or gave.shape != after.shape or equal(gave, given):
             continue
         if equal(given, attention):
             return f"what they write goes through {name} first, and is no sum over heads behind a norm"
-        if equal(gave, after) and not site.name.startswith(name):
+        if equal(gave, after) and not site.startswith(name):
             return f"the stream itself goes through {name}, and is no sum of what was written behind a norm"
     return "a scale, or two MLPs?"
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from workbench.analysis.circuits.engine.module_hooks import Hook
 from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.setup import DENOISING, NOISING, Setup
-from workbench.analysis.circuits.engine.stream import Hook, Kept, Key
+from workbench.analysis.circuits.engine.stream import Kept, Key
 from workbench.analysis.circuits.patching.places import Place
 from workbench.analysis.circuits.patching.progress import Patching, PatchingInterrupted, start
 from workbench.errors import InterventionError
