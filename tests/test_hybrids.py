@@ -147,6 +147,53 @@ def test_what_came_before_a_capture_is_a_part_of_its_own(name: str, tmp_path: Pa
         bare.joined()
 
 
+@EACH
+@torch.no_grad()
+def test_under_autocast_and_with_padding_inside(name: str) -> None:
+    """What follows a map runs as the module ran, and padding is where the mask says."""
+    model, ids = _built(name)
+    ids = torch.cat((ids, ids.flip(1)))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[1, 4:6] = 0
+    given = {"attention_mask": mask, "use_cache": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        bare = model(ids, **given).logits
+        cap, out = _captured(model, lambda m: m(ids, **given), ("entropy",))
+    assert torch.equal(out.logits, bare)
+    assert not cap.unrecorded
+    for one in cap:
+        if one.site.kind == "state":
+            torch.testing.assert_close(
+                one.z.float(), one.pattern.apply(one.pattern.values).transpose(1, 2).float(), atol=2e-2, rtol=5e-2
+            )
+
+
+@EACH
+@torch.no_grad()
+def test_results_of_every_recurrence_add_up_to_what_it_gives(name: str) -> None:
+    model, ids = _built(name)
+    gave: dict[str, Tensor] = {}
+
+    def watch(site: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            gave[site] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    with workbench.attach(model) as wb:
+        sites = [site.name for site in wb.sites if site.kind == "state"]
+        handles = [model.get_submodule(site).register_forward_hook(watch(site)) for site in sites]
+        with wb.capture([], z=True, sites=sites) as cap:
+            model(ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        assert sites
+        for site in sites:
+            rest = gave[site] - cap[site].result().sum(2)  # the projection's bias, the same everywhere
+            torch.testing.assert_close(rest, rest[:, :1].expand_as(rest), atol=5e-5, rtol=1e-4)
+            assert float((gave[site] - gave[site][:, :1]).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("name", ["qwen3-next", "bamba", "lfm2"])
 @torch.no_grad()
 def test_a_state_that_was_changed_between_steps_is_refused(name: str) -> None:

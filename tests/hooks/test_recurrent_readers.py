@@ -160,12 +160,12 @@ def test_other_dtypes(name: str, dtype: torch.dtype, tolerance: float):
 
 
 @pytest.mark.parametrize("name", PADDED)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
 @torch.no_grad()
 def test_padding(name: str, side: str):
     model, ids = build(name), tokens()
     mask = torch.ones_like(ids)
-    mask[0, slice(0, 4) if side == "left" else slice(-4, None)] = 0
+    mask[0, {"left": slice(0, 4), "right": slice(-4, None), "inside": slice(6, 10)}[side]] = 0
     with calls_of(model) as calls:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     for call in calls:

@@ -13,6 +13,7 @@ from support.reading import assert_true, calls_of, drawn, tokens
 from support.tiny import VOCABULARY
 from workbench.errors import CaptureError
 from workbench.hooks.readers import continues, read_module, reader_of
+from workbench.hooks.tap import Unshown
 from workbench.kernels.statistics import dense
 
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0}
@@ -139,11 +140,11 @@ def test_the_map_gives_back_what_the_module_gave(name: str):
 
 @EACH
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
 def test_padding(name: str, side: str):
     model, ids = build(name), tokens()
     mask = torch.ones_like(ids)
-    mask[0, slice(0, 4) if side == "left" else slice(-4, None)] = 0
+    mask[0, {"left": slice(0, 4), "right": slice(-4, None), "inside": slice(6, 10)}[side]] = 0
     with calls_of(model) as calls:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     for call in calls:
@@ -172,6 +173,25 @@ def test_what_goes_on_from_a_state_is_read_with_what_its_rows_read_of_that(name:
         for call in calls:
             assert_true(call)
             assert bool((call.pattern().before != 0).any())
+
+
+@EACH
+@torch.no_grad()
+def test_several_positions_at_once_go_on_from_a_state_or_have_dropped_it(name: str):
+    """The scan of the older Mamba begins anew there, in transformers' own code: no map of the text shows that."""
+    model, ids = build(name), tokens(24)
+    output = model(input_ids=ids[:, :3], use_cache=True)
+    cache = {key: output[key] for key in ("cache_params", "past_key_values") if key in output}
+    if MODELS[name][1] == "mamba":
+        with calls_of(model), pytest.raises(Unshown, match="has dropped it") as caught:
+            model(input_ids=ids[:, 3:9], use_cache=True, **cache)
+        assert caught.value.hint
+        return
+    with calls_of(model) as calls:
+        model(input_ids=ids[:, 3:9], use_cache=True, **cache)
+    for call in calls:
+        assert_true(call)
+        assert bool((call.pattern().before != 0).any())
 
 
 @torch.no_grad()

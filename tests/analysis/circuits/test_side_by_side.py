@@ -82,6 +82,13 @@ def test_two_layers_of_one_block_neither_of_which_reads_the_other(setup: Setup) 
         graph.head_name("L0H1")  # of which of the two?
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_factors_are_found_in_the_models_own_precision(dtype: torch.dtype) -> None:
+    with workbench.attach(tiny("falcon-h1", dtype), Words()) as wb, open_setup(wb, random_task(2, 5, 60)) as made:
+        found = [layer.factor for layer in made.stream.anatomy.layers]
+    assert found == pytest.approx([0.7, 1.3, 0.7, 1.3], rel=20 * torch.finfo(dtype).eps)
+
+
 @torch.no_grad()
 def test_a_circuit_of_nodes_is_what_is_left_by_hand(setup: Setup) -> None:
     graph = setup.graph

@@ -7,12 +7,14 @@ with is read from the stream by the module as a whole.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.recording import Recording, equal
+from workbench.analysis.circuits.model.reasons import INSTEAD, two_mixers
+from workbench.analysis.circuits.model.recording import Recording, equal, same_sum
 from workbench.errors import AttachError
 from workbench.hooks.entering import entering, own_columns
 from workbench.hooks.projections import gated, is_linear
@@ -93,6 +95,33 @@ def find_joint(seen: Recording, site: Site) -> Joint:
         site=site.name,
         hint="heads of this model have no linear part in the residual stream",
     )
+
+
+def factors_of(seen: Recording, sites: Sequence[Site], block: str) -> list[float]:
+    """By what a block multiplies what its mixers add to the stream, side by side; 1 where there is only one.
+
+    Found by the stream behind them, which some module reads, or which the block gives.
+
+    Raises:
+        AttachError: no sum of what they write is there, or both are of one kind.
+    """
+    if len(sites) == 1:
+        return [1.0]
+    lost = AttachError(two_mixers(seen, block, sites[0].name, sites[1].name), site=sites[1].name, hint=INSTEAD)
+    if len({site.kind == "state" for site in sites}) < len(sites):
+        raise lost  # the names of nodes tell a recurrence from attention
+    before = seen.given[block].double()
+    parts = torch.stack([seen.gave[find_joint(seen, site).name] for site in sites], dim=-1).double()
+    inside = [name for name in dict.fromkeys(seen.order) if name.startswith(f"{block}.") and name in seen.given]
+    for end in (*(seen.given[name] for name in inside), seen.gave[block]):
+        if end.shape != before.shape:
+            continue
+        solved = torch.linalg.lstsq(parts.flatten(0, -2), (end.double() - before).flatten()[:, None]).solution[:, 0]
+        for factors in (torch.ones_like(solved), solved):
+            total, size = before + parts @ factors, before.abs() + parts.abs() @ factors.abs()
+            if bool((factors.abs() > 1e-6).all()) and same_sum(end, total, size, seen.eps):
+                return [float(factor) for factor in factors]
+    raise lost
 
 
 def _past_finish(seen: Recording, site: Site, call: AttentionCall) -> Joint:

@@ -14,20 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.joints import Joint, call_of, find_joint
+from workbench.analysis.circuits.model.joints import Joint, call_of, factors_of, find_joint
 from workbench.analysis.circuits.model.modules import LayerModules, Projection, beside
 from workbench.analysis.circuits.model.nodes import Layer
-from workbench.analysis.circuits.model.reasons import two_mixers, why_no_sum
+from workbench.analysis.circuits.model.reasons import INSTEAD, two_mixers, why_no_sum
 from workbench.analysis.circuits.model.recording import Recording, equal, same_product, same_sum
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.projections import is_conv1d, projection_slices
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import AttentionCall
-
-_INSTEAD = (
-    "circuits need a stream that is a sum over heads and MLPs; head_importance, run_sweep, wb.ablate and wb.patch "
-    "measure and change heads of any model"
-)
 
 
 class LayerFinder:
@@ -62,16 +57,16 @@ class LayerFinder:
                 stream = total = seen.given[block]
                 size = stream.abs()
                 several = 1 + next((n for n, same in enumerate(side[i + 1 :]) if not same), len(blocks) - i - 1)
-                factors[i : i + several] = self._factors(i, several)
+                factors[i : i + several] = factors_of(seen, self.sites[i : i + several], block)
             elif not side[i] and (self.layers[-1].mlp or site.kind != "cross" or self.sites[i - 1].kind == "cross"):
                 raise AttachError(
-                    two_mixers(seen, block, self.sites[i - 1].name, site.name), site=site.name, hint=_INSTEAD
+                    two_mixers(seen, block, self.sites[i - 1].name, site.name), site=site.name, hint=INSTEAD
                 )
             last = i + 1 == len(blocks) or blocks[i + 1] != block
             after = None if not last else seen.given[blocks[i + 1]] if i + 1 < len(blocks) else seen.gave[block]
             joint = find_joint(seen, site)
             reads = reads if side[i] else stream
-            modules, shape = self._layer(site, block, joint, reads, stream, after, factors[i])
+            modules, shape = self._layer(site, block, joint, reads, (stream, size), after, factors[i])
             self.layers.append(modules)
             self.shapes.append(replace(shape, beside=side[i]))
             w_o = projection_slices(modules.out_module, modules.n_heads, modules.width)
@@ -94,38 +89,21 @@ class LayerFinder:
                 hint="a scale, a norm on the stream, or a module outside of the blocks changes it",
             )
 
-    def _factors(self, i: int, several: int) -> list[float]:
-        """By what a block multiplies what its mixers, from site i on, add to the stream; 1 where there is only one.
-
-        Found by the stream behind them, which some module reads, or which the block gives.
-        """
-        if several == 1:
-            return [1.0]
-        seen, block, sites = self.seen, self.blocks[i], self.sites[i : i + several]
-        lost = AttachError(two_mixers(seen, block, sites[0].name, sites[1].name), site=sites[1].name, hint=_INSTEAD)
-        if len({site.kind == "state" for site in sites}) < several:
-            raise lost  # the names of nodes tell a recurrence from attention
-        before = seen.given[block]
-        written = torch.stack([seen.gave[find_joint(seen, site).name] for site in sites], dim=-1)
-        inside = [name for name in dict.fromkeys(seen.order) if name.startswith(f"{block}.") and name in seen.given]
-        ends = [end for end in [*(seen.given[name] for name in inside), seen.gave[block]] if end.shape == before.shape]
-        parts = written.double()
-        for end in ends:
-            missing = (end.double() - before.double()).flatten()[:, None]
-            solved = torch.linalg.lstsq(parts.flatten(0, -2), missing).solution[:, 0]
-            for factors in (torch.ones_like(solved), solved):
-                total, size = before.double() + parts @ factors, before.double().abs() + parts.abs() @ factors.abs()
-                if bool((factors.abs() > 1e-6).all()) and same_sum(end, total, size, seen.eps):
-                    return [float(factor) for factor in factors]
-        raise lost
-
     def _layer(
-        self, site: Site, block: str, joint: Joint, reads: Tensor, before: Tensor, after: Tensor | None, factor: float
+        self,
+        site: Site,
+        block: str,
+        joint: Joint,
+        reads: Tensor,
+        to: tuple[Tensor, Tensor],
+        after: Tensor | None,
+        factor: float,
     ) -> tuple[LayerModules, Layer]:
         """One layer.
 
         Args:
-            reads: the stream that its heads read. before: to which they add, other than `reads` beside others.
+            reads: the stream that its heads read. to: to which they add, other than `reads` beside others, and its size
+                as of `same_sum`.
             after: behind its MLP; None if it has none. factor: of what they add.
         """
         seen = self.seen
@@ -139,11 +117,12 @@ class LayerFinder:
             raise AttachError(f"{joint.name}: {error.message}", site=site.name, hint=error.hint) from None
         projections = {part: self._projection(site, block, part, reads) for part in "qkv" if not joint.mixer}
         mixer_norm = self._mixer_norm(site, block, reads) if joint.mixer else None
-        attention = _times(seen.gave[joint.name], factor)
-        last = None if after is None else find_mlp(seen, site, block, before, attention, after, joint.name)
+        attention, (before, size) = _times(seen.gave[joint.name], factor), to
+        last = None if after is None else find_mlp(seen, site, block, before, attention, after, joint.name, size)
         mlp, mlp_norm, parallel = None, None, False
         if last is not None:
-            mlp, mlp_norm, read = self._mlp(site, block, last, (before + attention, reads))
+            behind = (before + attention, size + attention.abs())
+            mlp, mlp_norm, read = self._mlp(site, block, last, (behind, (reads, reads.abs())))
             parallel = read == 1
         n_kv = n_heads if joint.mixer else projections["k"].columns.shape[0]
         mixer = site.name if joint.mixer else None
@@ -162,18 +141,22 @@ class LayerFinder:
                 if site.kind == "cross"
                 else "does not read the block's input, as it is or through one norm"
             )
-            raise AttachError(f"this {site.kind} site {what}", site=site.name, hint=_INSTEAD)
+            raise AttachError(f"this {site.kind} site {what}", site=site.name, hint=INSTEAD)
         return norms[0]
 
     def _mlp(
-        self, site: Site, block: str, last: str, streams: Sequence[Tensor]
+        self, site: Site, block: str, last: str, streams: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[tuple[str, ...], str | None, int]:
-        """The modules of an MLP from its last one back, the norm before them, and which of the streams it reads."""
+        """The modules of an MLP from its last one back, the norm before them, and which of the streams it reads.
+
+        Args:
+            streams: with their sizes.
+        """
         seen, chain = self.seen, [last]
         while True:
             for given, norm in _streams_of(seen, f"{block}.", chain[0]):
-                for which, stream in enumerate(streams):
-                    if same_sum(given, stream, stream.abs(), seen.eps):
+                for which, (stream, size) in enumerate(streams):
+                    if same_sum(given, stream, size, seen.eps):
                         self._compare_mlp(chain)
                         return tuple(chain), norm, which
             before = [name for given, name in _streams_of(seen, f"{block}.", chain[0], any_width=True)[1:] if name]
@@ -181,7 +164,7 @@ class LayerFinder:
                 raise AttachError(
                     f"{chain[0]} reads neither the block's input nor that plus the heads' output",
                     site=site.name,
-                    hint=f"is there a norm after the attention, or does the MLP add the stream (BLOOM)? {_INSTEAD}",
+                    hint=f"is there a norm after the attention, or does the MLP add the stream (BLOOM)? {INSTEAD}",
                 )
             chain.insert(0, min(before, key=_depth))
 
@@ -224,7 +207,7 @@ def find_projection(
         raise AttachError(
             f"{name} does not read {source}, as it is or through one norm, for the {_SPELLED[part]}",
             site=site.name,
-            hint=f"a norm after the attention, or another projection, stands in the way; {_INSTEAD}",
+            hint=f"a norm after the attention, or another projection, stands in the way; {INSTEAD}",
         )
     return Projection(name, model.get_submodule(name), columns, norms[0])
 
@@ -294,7 +277,7 @@ def _columns(model: nn.Module, seen: Recording, site: Site, call: AttentionCall,
         raise AttachError(
             f"the queries of several heads come from the same columns of {name}: a norm over all heads (OLMo 2), say, "
             "so that no head's queries are its own",
-            site=site.name, hint=_INSTEAD,
+            site=site.name, hint=INSTEAD,
         )  # fmt: skip
     if len({len(columns) for columns in distinct}) != 1 or len(torch.cat(distinct).unique()) != sum(map(len, distinct)):
         raise AttachError(f"the {_SPELLED[part]} of {name} cannot be cut into heads", site=site.name)
@@ -336,15 +319,17 @@ def _streams_of(seen: Recording, scope: str, reader: str, any_width: bool = Fals
 
 
 def find_mlp(
-    seen: Recording, site: Site | None, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str = ""
-) -> str | None:
+    seen: Recording, site: Site | None, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str = "",
+    added: Tensor | None = None,
+) -> str | None:  # fmt: skip
     """The outermost module of a block whose output is what the heads do not add to the stream.
 
     Args:
-        site: of the heads; None where there are none. out: what joins them.
+        site: of the heads; None where there are none. before, after: the stream. attention: what they add to it.
+        out: what joins them. added: the size of `before`, as of `same_sum`.
     """
     own = "" if site is None else site.name
-    stream, size = before + attention, before.abs() + attention.abs()
+    stream, size = before + attention, (before.abs() if added is None else added) + attention.abs()
     if same_sum(after, stream, size, seen.eps):
         return None
     fitting = []
@@ -364,7 +349,7 @@ def find_mlp(
             f"the block {block} adds something to the residual stream that is neither its heads' output nor that of "
             f"one module, in {seen.precision}: {why_no_sum(seen, own, block, before, attention, after, out)}",
             site=own or None,
-            hint=_INSTEAD,
+            hint=INSTEAD,
         )
     return min(fitting, key=_depth)
 

@@ -7,6 +7,12 @@ from torch import Tensor
 
 from workbench.analysis.circuits.model.recording import Recording, equal, same_sum
 
+INSTEAD = (
+    "circuits need a stream that is a sum over heads and MLPs; head_importance, run_sweep, wb.ablate and wb.patch "
+    "measure and change heads of any model"
+)
+"""What is to be done instead."""
+
 
 def two_mixers(seen: Recording, block: str, first: str, second: str) -> str:
     """What two modules of one block that mix positions have to do with each other."""
