@@ -113,5 +113,5 @@ $(VENV)/.ready-docs: $(VENV)/.ready-dev
 
 .cache/judges/.ready: tests/judges.txt $(VENV)/.ready
 	rm -rf .cache/judges
-	$(BIN)/python -m pip install --quiet --no-deps --target .cache/judges -r tests/judges.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .cache/judges -r tests/judges.txt
 	@touch $@

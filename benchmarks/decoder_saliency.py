@@ -107,9 +107,10 @@ def main() -> None:
     text = f"""`python benchmarks/decoder_saliency.py`: a random model of GPT-2 small's widths with {options.layers}
 layers, a prompt of {options.prompt} tokens and an answer of {options.answer}; the log-probability of each token of the
 answer by all tokens before it. Integrated gradients take {STEPS} steps. Captum runs the model for each token of the
-answer, ours once for all of them, with a backward for each where gradients are needed. Ours includes looking whether
-the model is causal, whether embeddings give what ids give, and with gradients how far the sums are from the change:
-three to four forwards; and a sum of the weights for the result's provenance, which is as much as two forwards more.
+answer, ours once for all of them; where gradients are needed with a backward for each, or, where prompt and answer are
+short, with one for copies of them. Ours includes looking whether the model is causal, whether embeddings give what ids
+give, and with gradients how far the sums are from the change: three to four forwards; and a sum of the weights' bytes
+for the result's provenance.
 
 {table(["method", "captum's time over ours", "difference"], rows)}
 

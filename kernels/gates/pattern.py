@@ -39,7 +39,6 @@ class GatePattern(Pattern):
     """
 
     normalised = False
-    tile_scale = 2
     position_axes: ClassVar[Mapping[str, int]] = {"gates": 2, "values": 2}
 
     def __init__(self, gates: Tensor, n: int, *, values: Tensor | None = None) -> None:
@@ -109,7 +108,8 @@ class GatePattern(Pattern):
         """[b, h, q, k] for these batch entries."""
         gates = self.gates[batch][:, list(heads)].to(self.dtype)
         out = gates.new_zeros(*gates.shape[:2], queries.stop - queries.start, keys.stop - keys.start)
-        here = torch.arange(max(queries.start, keys.start), min(queries.stop, keys.stop), device=self.device)
+        first = max(queries.start, keys.start)
+        here = torch.arange(first, max(first, min(queries.stop, keys.stop)), device=self.device)
         out[..., here - queries.start, here - keys.start] = gates[..., here]
         return out
 

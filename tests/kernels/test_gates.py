@@ -37,6 +37,7 @@ def test_a_gate_is_a_diagonal(n: int, everywhere: bool) -> None:
     assert torch.equal(pattern.dense(), whole)
     assert torch.equal(pattern.apply(u), whole @ u)
     assert torch.equal(pattern.tile(slice(n // 3, n), slice(0, n // 2 + 1), [2]), whole[:, 2:, n // 3 :, : n // 2 + 1])
+    assert not pattern.tile(slice(0, n // 3), slice(n // 2 + 1, n)).any()  # off the diagonal
     assert torch.equal(_again(pattern).dense(), whole)
     assert pattern.over == (("channel",) if everywhere or n == 1 else ("position", "channel"))
     names = ["row_sum", "signed_mass", "entropy", "received", "peak_key"]

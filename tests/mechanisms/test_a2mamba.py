@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import workbench
+from support.judges import judges, missing
 from workbench import WorkbenchError, mechanisms
 from workbench.errors import CaptureError
 from workbench.kernels.neighborhood import NeighborhoodLayout, neighborhood_attention, neighborhood_naive
@@ -215,6 +216,43 @@ def test_scores_by_offset_that_are_zero_are_none(dilation: Any) -> None:
     z.square().sum().backward()
     assert bias.grad is not None
     assert int((bias.grad != 0).sum()) == 2 * 25
+
+
+def _natten() -> Any:
+    try:
+        with judges():
+            import natten
+    except ImportError as error:
+        missing(error)
+    return natten
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, that what natten calls is not compiled
+@torch.no_grad()
+def test_neighborhoods_are_natten_s_and_its_layers_are_read() -> None:
+    natten = _natten()
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 9, 12, 2, 16).unbind()
+    ours = [t.permute(0, 3, 1, 2, 4).flatten(2, 3) for t in (q, k, v)]
+    for dilation in ((1, 1), (2, 3)):
+        want = natten.na2d(q, k, v, kernel_size=(3, 3), dilation=dilation).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        z = neighborhood_attention(*ours, shape=(9, 12), window=3, dilation=dilation, bias=torch.zeros(2, 5, 5))
+        torch.testing.assert_close(z, want, atol=1e-5, rtol=1e-5)
+    layer = natten.NeighborhoodAttention2D(embed_dim=32, num_heads=2, kernel_size=3, dilation=2).eval()
+    model, x = torch.nn.Sequential(layer), torch.randn(2, 9, 12, 32)
+    bare = model(x)
+    with workbench.attach(model) as wb:
+        report = wb.verify(x)
+        assert report.ok, report.table
+        assert [(site.kind, site.n_heads) for site in wb.sites] == [("self", 2)]
+        assert not wb.sites.unread
+        with wb.capture(["entropy"]) as cap:
+            assert torch.equal(model(x), bare)
+        with wb.ablate((0, 1)):
+            assert not torch.allclose(model(x), bare)
+    dense = cap[0].pattern.dense()
+    assert dense.shape == (2, 2, 108, 108)
+    assert bool(((dense > 0).sum(-1) == 9).all())
 
 
 def test_options_that_it_cannot_take_are_named() -> None:

@@ -218,6 +218,40 @@ def test_what_is_scaled_before_it_is_added_by_hand() -> None:
     torch.testing.assert_close(found.logits, logits[:, 7])
 
 
+def test_mlps_that_see_all_examples_in_one_axis() -> None:
+    """OPT's read [example · position, width], of prompts of several lengths."""
+    torch.manual_seed(0)
+    config = hf.OPTConfig(
+        vocab_size=60, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    model, inputs = hf.OPTForCausalLM(config).eval().double(), {"input_ids": 3 + ids(3, 11) % 40}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1, 8:] = 0
+    seen: list[Tensor] = []
+    handle = model.model.decoder.layers[1].fc2.register_forward_hook(lambda _, args, y: seen.append(y.view(3, 11, -1)))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    handle.remove()
+    with attach(model) as wb:
+        found = attribute(wb, inputs, 7, position=5)
+    torch.testing.assert_close(found.logits, logits[:, 5, 7])
+    assert float(found.rounding.abs().max()) < 1e-12
+    with attach(model) as wb:
+        doubled = attribute(wb, inputs, 7, contrast=9, position=5)
+    norm = model.model.decoder.final_layer_norm
+    direction = (model.lm_head.weight[7] - model.lm_head.weight[9]) * norm.weight
+    kept: list[Tensor] = []
+    handle = norm.register_forward_pre_hook(lambda _, args: kept.append(args[0][:, 5]))
+    with torch.no_grad():
+        model(**inputs)
+        handle.remove()
+        sigma = (kept[0].var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+        written = seen[0][:, 5]
+        truth = ((written - written.mean(-1, keepdim=True)) / sigma) @ direction
+    torch.testing.assert_close(doubled.values[doubled.names.index("m1")], truth, rtol=1e-9, atol=1e-12)
+
+
 def test_blocks_without_attention_are_parts_too() -> None:
     """Nemotron-H: a mixer, an MLP or attention in a block of its own; one of them is the last."""
     torch.manual_seed(0)

@@ -395,6 +395,10 @@ def test_blocks_that_mix_positions_elsewhere_are_refused() -> None:
         inputs = {key: value[:1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
         with pytest.raises(AttachError, match="joins the heads without being called"):
             attention_rollout(wb, inputs, method="norm")
+    with attach(hybrid("falcon-h1")) as wb:  # a recurrence beside attention
+        for method in METHODS:
+            with pytest.raises(AttachError, match="which do not read each other's stream"):
+                attention_rollout(wb, {"input_ids": ids(1, 9)}, method=method)
     gated = hybrid("qwen3-next")
     with attach(gated) as wb:
         for method, said in (

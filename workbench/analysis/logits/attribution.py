@@ -19,6 +19,7 @@ from workbench.analysis.logits.asked import (
     check_model,
     places_of,
     tokens_of,
+    written_ids,
 )
 from workbench.analysis.logits.known import known_writers
 from workbench.analysis.logits.result import LogitAttribution
@@ -139,8 +140,9 @@ def _parts(writers: Writers) -> list[_Part]:
 class _Seen:
     """What modules were given and gave at one position of each example [example, width]."""
 
-    def __init__(self, places: Tensor) -> None:
-        self.places, self.rows = places, torch.arange(len(places), device=places.device)
+    def __init__(self, places: Tensor, length: int) -> None:
+        """`length`: positions of an example."""
+        self.places, self.rows, self.length = places, torch.arange(len(places), device=places.device), length
         self.given: dict[str, Tensor] = {}
         self.gave: dict[str, Tensor] = {}
 
@@ -162,6 +164,8 @@ class _Seen:
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
             first = first_float(output)
+            if first is None and isinstance(output, Tensor) and len(output) == len(self.rows) * self.length:
+                first = output.unflatten(0, (-1, self.length))  # positions of all examples in one axis
             if first is not None:
                 self.gave[name] = self.at(first)
 
@@ -181,7 +185,7 @@ def _of_batch(
 ) -> dict[str, Any]:
     """The shares of one batch; `prove`: the parts have to add up to the stream at each block."""
     places = places_of(batch, position)
-    seen, readout = _Seen(places), writers.readout
+    seen, readout = _Seen(places, written_ids(batch)[0].shape[1]), writers.readout
     modules = dict(wb.model.named_modules())
     names = {writers.blocks[0], readout.end, readout.source, *writers.tables}
     names |= {name for heads in writers.heads for name in (heads.out, heads.written)}

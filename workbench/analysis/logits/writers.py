@@ -7,7 +7,7 @@ be anything, and what heads write may go through a norm of its own (Gemma 2, OLM
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
@@ -255,6 +255,7 @@ def _sum_of_block(
     Raises:
         AttachError: there are none such.
     """
+    seen = replace(seen, gave={**seen.flat, **seen.gave})
     before, after = seen.given[block], seen.gave[block]
     first: AttachError | None = None
     ways = list(product(*(_norms_behind(seen, block, joint.name) for joint in joins)))

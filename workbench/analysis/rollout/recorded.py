@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.analysis.circuits.model.modules import beside
 from workbench.analysis.circuits.model.recording import first_float, record
 from workbench.analysis.rollout.maps import Map, NormsMap, ProximityMap, Vectors, WeightsMap, linear
 from workbench.analysis.rollout.sublayers import Sublayer, find_sublayers
@@ -97,6 +98,8 @@ def run_of(wb: Workbench, batch: Mapping[str, Any], method: str, residual: float
             "value zeroing does not say what stays in the decoder's own stream, so that it chains no cross-attention",
             hint='ask for the encoder, stream="input", or use method="alti"',
         )
+    for several in towers.values():
+        _check_one_after_another(wb, several)
     sites = [site for several in towers.values() for site in several]
     batch = {**without_cache(wb.model), **batch}
     found: dict[str, Sublayer] = {}
@@ -148,6 +151,19 @@ def _towers(wb: Workbench) -> dict[str, list[Site]]:
         f"the model has {len(found)} stacks of layers with attention, {len(crossing)} of them with cross-attention",
         hint="a rollout is of one stack, or of an encoder and a decoder",
     )
+
+
+def _check_one_after_another(wb: Workbench, sites: Sequence[Site]) -> None:
+    """Refuse maps that do not follow each other: to chain them would count what reaches one through the other."""
+    blocks = [block_of(wb.model, wb.sites, site.name) for site in sites]
+    for i, side in enumerate(beside(sites, blocks)):
+        if side and blocks[i]:
+            raise AttachError(
+                f"the block {blocks[i]} mixes positions in {sites[i - 1].name} and {sites[i].name}, which do not read "
+                "each other's stream",
+                site=sites[i].name,
+                hint="a rollout chains maps one after another",
+            )
 
 
 def _block(wb: Workbench, site: Site) -> str:

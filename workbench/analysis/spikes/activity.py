@@ -74,9 +74,7 @@ def _met(module: Any, x: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return x.sum(-1) * module.out_features
     convolve = next(one for kind, one in _CONVOLUTIONS.items() if isinstance(module, kind))
-    return convolve(  # type: ignore[no-any-return]
-        x, ones, None, module.stride, module.padding, module.dilation, module.groups
-    )
+    return convolve(x, ones, None, module.stride, module.padding, module.dilation, module.groups)
 
 
 def _step_axis(module: nn.Module) -> int | None:

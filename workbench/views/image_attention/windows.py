@@ -146,9 +146,9 @@ def _shift(
             )
         return by
     steps: Sequence[Sequence[int]] = [range(edge) if side > edge else [0] for side in sides]
-    for by in product(*steps):
-        if torch.equal(seen, _together(sides, edge, (by[0], by[1]))):
-            return by[0], by[1]
+    for down, across in product(*steps):
+        if torch.equal(seen, _together(sides, edge, (down, across))):
+            return down, across
     raise ReportError(
         f"{site}: its windows hide keys that no shift hides", hint="a mask of another kind cannot be laid out"
     )

@@ -28,6 +28,8 @@ class Recording:
     Attributes:
         given, gave: copies of the first floating-point tensor of each module's inputs and outputs, by its name; copies,
             because models write into their tensors.
+        flat: outputs [position, width] of modules that a model gives the positions of all examples in one axis, as OPT
+            does, of the one example that was run: [1, position, width].
         live: the outputs themselves, with their autograd history.
         order: names in the order in which they ended. times: how often each ran.
         calls: attention calls by site. finder: knows the module that joins the heads of each site.
@@ -35,6 +37,7 @@ class Recording:
 
     given: dict[str, Tensor] = field(default_factory=dict)
     gave: dict[str, Tensor] = field(default_factory=dict)
+    flat: dict[str, Tensor] = field(default_factory=dict)
     live: dict[str, Tensor] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     times: dict[str, int] = field(default_factory=dict)
@@ -114,6 +117,8 @@ def record(
         first = first_float(output)
         if first is not None:
             made.gave[name], made.live[name] = first.detach().clone(), first
+        elif isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point():
+            made.flat[name] = output.detach().clone()[None]
 
     with Changes() as changes:
         for module, name in names.items():
