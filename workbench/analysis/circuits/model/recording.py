@@ -171,7 +171,7 @@ def same_product(a: Tensor, b: Tensor, eps: float) -> bool:
 
 
 def factors_between(before: Tensor, parts: Tensor, after: Tensor, eps: float) -> Tensor | None:
-    """[part] numbers with which parts [..., part] and a stream before them make the one behind them, all 1 if they can be.
+    """[part] numbers by which parts [..., part] make, of the stream before them, the one behind; all 1 if they can be.
 
     None where there are no such numbers, or where one is next to nothing. `eps` as of `same_sum`.
     """
