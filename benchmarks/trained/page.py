@@ -8,16 +8,16 @@ from statistics import fmean
 from shared.measuring import table
 
 from trained.claims import MARGIN, Found, Rule, named
-from trained.plan import PLAIN, ROWS, STEPS, Model
+from trained.plan import PLAIN, ROWS, STEPS, Model, plan
 from trained.runs import Runs
 
 WORKS = {
-    "text": """bytes of Python's
-standard library, with eight modules held out, and a quarter of the rows recall and copying; 3 layers, d_model 64, 4
-heads, 128 tokens""",
-    "images": """generated scenes
-of one to three coloured digits, of which that in the square's colour is to be read; 2 layers, d_model 64, 4 heads,
-8 × 8 patches""",
+    "text": """
+bytes of Python's standard library, with eight modules held out, and a quarter of the rows recall and copying; 3 layers,
+d_model 64, 4 heads, 128 tokens""",
+    "images": """
+generated scenes of one to three coloured digits, of which that in the square's colour is to be read; 2 layers, d_model
+64, 4 heads, 8 × 8 patches""",
 }
 SCORES = {
     "text": {"text": 3, "repeats": 3, "copy": 2, "recall 8": 2, "recall 26": 2, "needle": 2, "needle far": 2},
@@ -42,14 +42,16 @@ def section(work: str, runs: Runs) -> str:
     for score in SCORES[work]:
         sd, df = runs.spread(work, score)
         if df:
-            spread.append(f"{score} {sd:.3f}" + (f" ({df} degrees of freedom)" if not spread else ""))
+            spread.append(f"{score} {sd:.3f}" + (f" (df {df})" if not spread else ""))
     pooled = f"\nStandard deviation over seeds, pooled over models: {', '.join(spread)}." if spread else ""
-    first = runs.of(models[0])[0]
+    first, planned = runs.of(models[0])[0], [drawn for drawn in plan() if drawn[0].work == work]
+    there = sum(runs.has(model, seed, STEPS[work], ROWS[work]) for model, seed in planned)
     return f"""`python benchmarks/rooms.py`: each mechanism in every layer of the same small model, trained on the same
-data for {STEPS[work]} steps of {ROWS[work]} rows: {WORKS[work]}.
+data for {STEPS[work]} steps of {ROWS[work]} rows:{WORKS[work]}.
 MLPs are as wide as makes all models as large as that of plain attention, or as wide as its own where a mechanism alone
 is larger, unless there is none. The work and the rates were chosen so that plain attention learns it, and rates were
-swept for no other mechanism: this is no ranking.
+swept for no other mechanism: this is no ranking. {there} of the plan's {len(planned)} runs are there; the script makes
+the others.
 
 {table(["model", "parameters", "seeds", *SCORES[work]], rows)}
 
@@ -80,7 +82,7 @@ def reduced(runs: Runs) -> str:
             cells = [f"{fmean(fmean(run['alike'][layer]) for run in others):.2f}" if others else "" for layer in layers]
             cells += [" ".join(f"{cost:.2f}" for at, _, cost in found[0]["costs"] if at == layer) for layer in layers]
             rows.append([named(model), str(len(found)), *cells])
-    if not rows:
+    if all(row[0] == "plain attention" for row in rows):
         return ""
     head = ["model", "seeds", "CKA, layer 0", "CKA, layer 1", "costs, layer 0", "costs, layer 1"]
     return f"""`python benchmarks/rooms.py`: heads of reduced transformers against those of plain attention (seed 0) on

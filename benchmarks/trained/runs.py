@@ -60,10 +60,8 @@ class Runs:
 
     def has(self, model: Model, seed: int, steps: int, rows: int) -> bool:
         """Whether a run is there, of this budget."""
-        return any(
-            (run["seed"], run["steps"], run["rows"], run["hidden"]) == (seed, steps, rows, model.hidden)
-            for run in self.of(model)
-        )
+        found = [run for run in self.of(model) if run["seed"] == seed]
+        return any((run["steps"], run["rows"], run["hidden"]) == (steps, rows, model.hidden) for run in found)
 
     def add(self, run: Mapping[str, Any]) -> None:
         """Keep a run, in the place of an older one of the same model and seed; written at once."""
