@@ -4,7 +4,8 @@ A layer of each room on one example of N tokens, 12 heads of 64, float32, withou
 all have. Plain attention is `scaled_dot_product_attention` in the same layer: causal for rooms that can be, on all
 tokens for the others, whose tokens are a grid as nearly square as can be. Time: at each length all rooms take turns, in
 turning order. Memory: the peak above what is held, in a process of its own. A room is left out at lengths at which it
-would take more than `--gib`. What claims of cost on the cards need besides is counted or timed in pairs of forms.
+would take more than `--gib` or `--seconds`. What claims of cost on the cards need besides is counted, or timed in pairs
+of forms.
 
 Writes its section of docs/benchmarks.md, and workbench/mechanisms/weights/cost.json, which cards and the gallery read;
 with --rooms or --quick it writes neither.
@@ -22,7 +23,7 @@ from typing import Any
 from costs.arms import HEADS, WIDTH, default_names
 from costs.claims import claims
 from costs.counted import counted
-from costs.measured import CAUSAL, WHOLE, costs, peaks_of, print_peaks, times_of
+from costs.measured import CAUSAL, WHOLE, Limits, costs, peaks_of, print_peaks, times_of
 from shared.measuring import machine, say, table, write_section
 
 from workbench.mechanisms.frame.findings import COSTS
@@ -31,9 +32,9 @@ HEADING = "What mechanisms cost"
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
-def measure(names: list[str], lengths: list[int], rounds: int, gib: float) -> dict[str, Any]:
+def measure(names: list[str], lengths: list[int], rounds: int, limits: Limits) -> dict[str, Any]:
     """Everything, as it is kept."""
-    peaks, left_out = peaks_of(names, lengths, gib)
+    peaks, left_out = peaks_of(names, lengths, limits)
     times = times_of(peaks, lengths, rounds)
     data: dict[str, Any] = {
         "facts": {"heads": HEADS, "width": WIDTH, "rounds": rounds, "machine": machine("torch")},
@@ -101,15 +102,17 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--gib", type=float, default=4.0, help="a room that would take more is left out")
+    parser.add_argument("--seconds", type=float, default=8.0, help="likewise, of one call")
     parser.add_argument("--quick", action="store_true", help="128 and 256 tokens: shows that it works")
     parser.add_argument("--only-memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = options.rooms or default_names()
     lengths = [128, 256] if options.quick else sorted(set(options.lengths))
+    limits = Limits(options.gib, options.seconds)
     if options.only_memory:
-        print_peaks(names, lengths, options.gib)
+        print_peaks(names, lengths, limits)
         return
-    data = finite(measure(names, lengths, options.rounds, options.gib))
+    data = finite(measure(names, lengths, options.rounds, limits))
     if options.rooms or options.quick:
         say(section(data))
         return

@@ -118,7 +118,7 @@ def shown(wanted: set[str]) -> dict[str, views.View | mechanisms.Room]:
         "table": lambda: views.of(rooms.matrix([mechanisms.room(name) for name in COMPARED])),
         "mechanism": lambda: mechanisms.room("moh"),
     }
-    language = of_language() if not wanted or wanted - {*apart, *RECURRENT} else {}
+    language = of_language() if not wanted or wanted - {*apart, *RECURRENT, "first-look"} else {}
     layers = recurrent() if not wanted or wanted & {*RECURRENT} else {}
     found = {name: make() for name, make in apart.items() if not wanted or name in wanted}
     return {**language, **layers, **found}

@@ -208,6 +208,19 @@ def test_a_module_that_stands_in_no_model_is_shown_alone(monkeypatch: pytest.Mon
     assert len(all_of(one)) >= 2
 
 
+def test_all_mechanisms_have_a_room_and_so_have_shipped_variants() -> None:
+    found = rooms.names()
+    assert found[0] == rooms.showing.PLAIN
+    assert len(found) == len(set(found))
+    assert set(mechanisms.list().names) <= set(found)
+    models = mechanisms.trained_models()
+    assert set(models["name"]) <= set(found)
+    one = mechanisms.room(found[0])
+    assert [each.work for each in one.seen] == models[models["name"] == found[0]]["work"].tolist()
+    assert one.seen[0].trained is not None
+    assert one.plain["text"][0][0] > 0
+
+
 def test_what_is_no_mechanism_is_refused(quick: TrainedModel) -> None:
     with pytest.raises(WorkbenchError, match='no mechanism "mho"'):
         mechanisms.room("mho")

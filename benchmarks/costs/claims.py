@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 SCRIPT = "benchmarks/mechanisms.py"
-LINEAR, ROOT = 1.2, (1.3, 1.6)
-"""Up to which exponent a cost counts as linear, and between which ones as n^1.5, with what small lengths leave over."""
+LINEAR, ROOT = 1.2, 1.6
+"""Up to which exponent a cost counts as linear, and as no more than n^1.5."""
 SAME = 0.05
 """Shares that differ by less are the same."""
 
@@ -45,8 +45,7 @@ def _routing(data: dict[str, Any]) -> Found:
         f"exponent {_range(each['exponent'], low, high)} for √n clusters, {_plain(data, 'causal SDPA')}; "
         f"{_ratio(each['points'][-1])} of its time at {each['points'][-1]['length']:,} tokens"
     )
-    inside = ROOT[0] <= low and high <= ROOT[1]
-    return words, "holds" if inside else "does not hold" if high < ROOT[0] or low > ROOT[1] else "undecided"
+    return words, _below(low, high, ROOT)
 
 
 def _halo(data: dict[str, Any]) -> Found:
@@ -128,7 +127,7 @@ def _filters(data: dict[str, Any]) -> Found:
 
 JUDGES: dict[tuple[str, str], tuple[str, Judge]] = {
     ("agent", "Its cost grows linearly with the number of patches."): ("time of a forward at growing length", _agent),
-    ("routing", "Its cost grows as n^1.5."): ("time of a forward at growing length", _routing),
+    ("routing", "Its cost grows no faster than n^1.5."): ("time of a forward at growing length", _routing),
     ("halo", "Blocks with a halo cost less than a window of its own for each pixel."): (
         "time and memory of a forward", _halo),
     ("aaren", "It takes a new token in constant memory and time, with about as many parameters."): (
@@ -150,7 +149,8 @@ def _below(low: float, high: float, bound: float) -> str:
 
 
 def _range(value: float, low: float, high: float) -> str:
-    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+    digits = 2 if abs(value) >= 0.095 or not value else 3
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _ratio(point: dict[str, float]) -> str:

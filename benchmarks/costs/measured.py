@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,37 @@ def base_of(name: str) -> str:
     return CAUSAL if place_of(room_of(name)[0], 16).causal else WHOLE
 
 
-def peaks_of(names: Sequence[str], lengths: Sequence[int], limit: float) -> tuple[Peaks, dict[str, str]]:
+@dataclass(frozen=True)
+class Limits:
+    """GiB and seconds of a call above which a room is left out, as far as what it took before lets expect.
+
+    What is expected grows with the square of the length.
+    """
+
+    gib: float
+    seconds: float
+
+
+def peaks_of(names: Sequence[str], lengths: Sequence[int], limits: Limits) -> tuple[Peaks, dict[str, str]]:
     """MiB of each room by length, above what it was given, and why some are not measured at some lengths.
 
-    In a process of its own, whose allocator gives every block of 64 KiB or more back; Linux only. A room is left out
-    at lengths where four times what it took at half of it is above `limit` GiB.
+    In a process of its own, whose allocator gives every block of 64 KiB or more back; Linux only.
     """
     script = Path(__file__).parent.parent / "mechanisms.py"
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
     command = [sys.executable, str(script), "--only-memory", "--rooms", *names, "--lengths", *map(str, lengths)]
     done = subprocess.run(
-        [*command, "--gib", str(limit)], stdout=subprocess.PIPE, text=True, check=True, env=environment
-    )
+        [*command, "--gib", str(limits.gib), "--seconds", str(limits.seconds)],
+        stdout=subprocess.PIPE, text=True, check=True, env=environment,
+    )  # fmt: skip
     peaks, left_out = json.loads(done.stdout.splitlines()[-1])
     return {name: {int(n): mib for n, mib in each.items()} for name, each in peaks.items()}, left_out
 
 
-def print_peaks(names: Sequence[str], lengths: Sequence[int], limit: float) -> None:
+def print_peaks(names: Sequence[str], lengths: Sequence[int], limits: Limits) -> None:
     """What `peaks_of` reads, from its own process."""
     peaks: Peaks = {name: {} for name in (CAUSAL, WHOLE, *names)}
+    took: Peaks = {name: {} for name in names}
     left_out: dict[str, str] = {}
     bases = {base_of(name): name for name in names}
     for length in sorted(lengths):
@@ -55,10 +68,14 @@ def print_peaks(names: Sequence[str], lengths: Sequence[int], limit: float) -> N
                 continue
             if why := stands(name, length):
                 left_out[name] = f"from {length} tokens on: {why}"
-            elif (expected := _expected(peaks[name], length)) > limit * 1024:
-                left_out[name] = f"from {length} tokens on, where it would take about {expected / 1024:.0f} GiB"
+            elif (expected := _expected(peaks[name], length)) > limits.gib * 1024:
+                left_out[name] = f"from {length} tokens on, where it would take up to {expected / 1024:.0f} GiB"
+            elif (expected := _expected(took[name], length)) > limits.seconds:
+                left_out[name] = f"from {length} tokens on, where it would take up to {expected:.2g} s"
             else:
-                peaks[name][length] = mib_of(arm(name, length))
+                call = arm(name, length)
+                peaks[name][length] = mib_of(call)
+                took[name][length] = timed({name: call}, 1)[name][0]
                 say(f"memory, {name}, N = {length}: {peaks[name][length]:.1f} MiB")
     print(json.dumps([peaks, left_out]))
 

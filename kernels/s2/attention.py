@@ -128,6 +128,7 @@ def s2_attention(
     Warns:
         UserWarning: some keys are seen by no head (`check_union`), at these sizes.
 
+    >>> import torch
     >>> q = k = v = torch.ones(1, 2, 64, 8)
     >>> s2_attention(q, k, v, block=16, local_blocks=1, vert_stride=2).shape
     torch.Size([1, 2, 64, 8])

@@ -23,7 +23,7 @@ def build(names: Sequence[str] | None = None, *, progress: bool = False) -> Repo
     """The report: a matrix over the mechanisms, then a section for each.
 
     Args:
-        names: of mechanisms, with a variant behind a colon; plain attention and all mechanisms if None.
+        names: of mechanisms, with a variant behind a colon; all mechanisms, and variants that ship, if None.
         progress: a bar that names the mechanism that is looked at.
 
     Raises:

@@ -160,7 +160,7 @@ ROUTING = register(
             code="google-research (Apache-2.0), routing-transformer of PyPI (MIT); the latter is read, and agrees.",
             claims=(
                 Claim("Clusters chosen by content beat windows of the same cost on text."),
-                Claim("Its cost grows as n^1.5."),
+                Claim("Its cost grows no faster than n^1.5."),
             ),
         ),
         RoutingAttention,

@@ -22,6 +22,8 @@ def find_factors(
         A factor for each of `written`, and the module beside them with its own; None where there are no such numbers.
     """
     before, after = seen.given[block], seen.gave[block]
+    if any(seen.gave[name].shape != after.shape for name in written) or before.shape != after.shape:
+        return None  # several streams (Gemma 3n)
     attention = tuple(site.name for site in sites)
     beside = [
         name

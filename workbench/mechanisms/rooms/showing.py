@@ -12,7 +12,7 @@ from workbench.mechanisms.frame import Card, Mechanism, get, listed
 from workbench.mechanisms.rooms.costs import Cost, cost_of
 from workbench.mechanisms.rooms.seen import Seen, see, work_of
 from workbench.mechanisms.training import TrainedModel, trained
-from workbench.mechanisms.training.shipped import file_of
+from workbench.mechanisms.training.shipped import file_of, read_runs
 from workbench.mechanisms.training.work import PLACES
 from workbench.storage.rendering import renderer
 
@@ -84,8 +84,9 @@ class Room:
 
 
 def names() -> list[str]:
-    """Every mechanism by name, plain attention first."""
-    return [PLAIN, *listed().names]
+    """Every mechanism by name, and variants whose weights are shipped; plain attention first."""
+    forms = {run["name"] for run in read_runs() if file_of(run["name"], run["work"]).is_file()}
+    return [PLAIN, *sorted({*listed().names, *forms} - {PLAIN})]
 
 
 def room(name: str, models: Mapping[str, TrainedModel] | None = None) -> Room:
