@@ -34,14 +34,14 @@ FOLDER = Path(__file__).parent / "images"
 DRAWN = FOLDER / "drawn.json"
 VIEWS = Path(__file__).parents[1] / "workbench" / "views"
 WIDTH, HEIGHT = 1280, 800
-LOWEST, TALLEST = 240, 1160  # of a picture, which is as tall as its page otherwise
+LOWEST, TALLEST = 240, 1240  # of a picture, which is as tall as its page otherwise
 TALL = 1900  # of a page with several views
 COMPARED = ("sqa:mha", "aaren", "agent", "halo", "long_lora", "moh", "routing", "s2")
-COLOURS = 200  # that a picture keeps, which makes it several times smaller
+COLOURS = 256  # that a picture keeps, which makes it several times smaller
 ADDRESSES = {
-    "head-atlas": "",
-    "attention-pattern": "",
-    "head-gallery": "",
+    "head-atlas": "#L1H6",
+    "attention-pattern": "#L1H6",
+    "head-gallery": "#L1H6",
     "saliency-map": "#L1H1,t=3",
     "head-page": "#L4H1",
     "image-attention": "#L2H1,x=3",
@@ -152,7 +152,9 @@ def recurrent() -> dict[str, views.View]:
     return {
         "half-lives": views.half_lives(cap),
         "states": views.states(cap, 0),
-        "content-and-decay": views.attention_pattern(cap, apart=True),
+        "content-and-decay": views.attention_pattern(cap, apart=True, title="Content and decay").set_state(
+            weights="decay"
+        ),
         "two-mechanisms": views.compare(delta, softmax, labels=("delta rule", "softmax")),
     }
 

@@ -66,12 +66,19 @@ def test_the_maps_are_those_of_windows_and_the_states_use_them_again() -> None:
     assert layer.dilated.layout.dilation == (1, 3)
     with workbench.attach(layer) as wb, wb.capture([]) as cap:
         layer(x)
-    assert [(site.name, site.kind) for site in wb.sites] == [("local", "self"), ("dilated", "self"), ("scan", "state")]
+    assert [(site.name, site.kind) for site in wb.sites] == [
+        ("local", "self"),
+        ("dilated", "self"),
+        ("scan", "state"),
+        ("gate", "gate"),
+    ]
     near = torch.cat([cap[name].pattern.dense() for name in ("local", "dilated")], dim=1)
     q, k, v = layer.heads(x)
     torch.testing.assert_close(near, _dense_near(layer, q, k), atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(near.sum(-1), torch.ones_like(near[..., 0]))
     assert bool(((near > 0).sum(-1) == 9).all())
+    factor = torch.nn.functional.silu(layer.gate.norm(layer.gate.project(x).mT))
+    torch.testing.assert_close(cap["gate"].pattern.gates, factor)
     again = cap["scan"].patterns["attention"].dense()
     assert torch.equal(again, near.repeat_interleave(4, dim=1))
     rows, columns = (torch.arange(45) // 9, torch.arange(45) % 9)

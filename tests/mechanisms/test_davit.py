@@ -15,7 +15,7 @@ from support.vision import timm
 from workbench import WorkbenchError, mechanisms
 from workbench.errors import CaptureError
 from workbench.mechanisms import Place
-from workbench.mechanisms.davit import ChannelAttention, WindowAttention
+from workbench.mechanisms.davit import ChannelAttention, WindowAttention, additive_scores
 
 GRID = (5, 7)
 PLACE = Place(24, 4, 35, causal=False, grid=GRID)
@@ -163,6 +163,12 @@ def test_a_score_is_what_the_tokens_add_to_it() -> None:
         torch.testing.assert_close(parts.sum(-1), scores[:, :, query, key], atol=1e-12, rtol=1e-10)
         torch.testing.assert_close(parts[1, 2], (q * 6**-0.5)[1, 2, query] * k[1, 2, key], atol=1e-12, rtol=1e-10)
         assert torch.equal(pattern.score_parts(query, key, [2])[:, 0], parts[:, 2])
+    added = additive_scores(pattern, head=2, key=3)
+    assert added.shape == (2, 1, 6, 35)
+    torch.testing.assert_close(added.total[:, 0], scores[:, 2, :, 3], atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(added.dense()[:, 0, 5], pattern.score_parts(5, 3)[:, 2], atol=1e-12, rtol=1e-10)
+    with pytest.raises(CaptureError, match="no head 4"):
+        additive_scores(pattern, head=4, key=0)
     # Every token twice doubles the scores: the map depends on the resolution, unless scores are scaled by it.
     twice = torch.cat((x, x), dim=1)
     for scale, factor in (("width", 2.0), ("tokens", 2**0.5)):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
-from workbench.hooks.readers import Mixing, ModuleRun, reader
+from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
 from workbench.kernels.checks import check_range
 from workbench.kernels.composed import ComposedPattern
 from workbench.kernels.grouped import GroupedPattern
@@ -140,6 +140,29 @@ def _augmented(run: ModuleRun) -> Mixing:
     return Mixing(pattern, values, lambda z: module.read(z[..., 0].to(u.dtype), u), kernel="mass")
 
 
+class OutputGate(nn.Module):
+    """u ∘ SiLU(BN(W x)): what was mixed times a factor of its own for each patch and channel, of what went in."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.project, self.norm = nn.Linear(d, d, bias=False), nn.BatchNorm1d(d)
+
+    def factor(self, x: Tensor) -> Tensor:
+        """[batch, patch, d_model]."""
+        return F.silu(self.norm(self.project(x).mT).mT)
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        """[batch, patch, d_model] of u, gated by x."""
+        return u * self.factor(x)
+
+
+@reader(OutputGate, kind="gate")
+def _gated(run: ModuleRun) -> Mixing:
+    module = run.module
+    assert isinstance(module, OutputGate)
+    return gating(run.inputs["u"], module.factor(run.inputs["x"]))
+
+
 class MassAttention(nn.Module):
     """Patches attend to neighbors; what they read goes through a scan, whose states the same maps attend to again.
 
@@ -176,7 +199,7 @@ class MassAttention(nn.Module):
         self.local, self.dilated = Neighbors(grid, window, (1, 1)), Neighbors(grid, window, (rows, columns))
         self.before, self.beside = (nn.Conv2d(d, d, 5, padding=2, groups=d) for _ in range(2))
         self.scan = AugmentedScan(heads, place.d_head, (self.local.layout, self.dilated.layout), scan)
-        self.gate, self.gate_norm = nn.Linear(d, d, bias=False), nn.BatchNorm1d(d)
+        self.gate = OutputGate(d)
         self.inner, self.outer = nn.LayerNorm(d), nn.LayerNorm(d)
         self.out = nn.Linear(d, d)
         pace = 10000.0 ** -torch.linspace(0, 1, place.d_head // 4)
@@ -206,10 +229,6 @@ class MassAttention(nn.Module):
         made: Tensor = conv(image)
         return made.flatten(2).mT
 
-    def gates(self, x: Tensor) -> Tensor:
-        """[batch, patch, d_model]: what multiplies the mixed patches before they are projected."""
-        return F.silu(self.gate_norm(self.gate(x).mT).mT)
-
     def forward(self, x: Tensor) -> Tensor:
         """[batch, patch, d_model] to the same shape."""
         place = self.place
@@ -218,7 +237,7 @@ class MassAttention(nn.Module):
         q, k, v = self.heads(x)
         y = self.scan(self.attended(q, k, v), q, k, self.bias)
         mixed = self.inner(y) + self._over_grid(self.beside, v)
-        out: Tensor = self.out(self.outer(mixed * self.gates(x)))
+        out: Tensor = self.out(self.outer(self.gate(mixed, x)))
         return out
 
 
@@ -233,7 +252,7 @@ A2MAMBA = register(
             "`exact_map` also has what reads and mixes them.",
             kind="self",
             grade="exact",
-            parts={"scan": ("state", "frozen")},
+            parts={"scan": ("state", "frozen"), "gate": ("gate", "exact")},
             cost="O(n·window²) time and memory, and a scan of one number for each channel",
             causal="never",
             grid=True,

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
+from workbench.kernels.gates import AdditivePattern
+from workbench.kernels.softmax import SoftmaxPattern
+from workbench.kernels.systems.mixing import SignedPattern
 from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
 
 
@@ -17,7 +20,7 @@ class ChannelAttention(Mixer):
     """Y = softmax(s · Qᵀ K) Vᵀ inside each group of channels: a channel asks with all positions at once.
 
     With the map held fixed every position is mixed with nothing but itself. What positions have to do with each other
-    goes through the map, whose scores are sums over positions: `pattern.score_parts` says what each adds to one, and
+    goes through the map, whose scores are sums over positions: `additive_scores` says what each adds to them, and
     `through_map` how far one moves another.
 
     Args:
@@ -66,6 +69,20 @@ class ChannelAttention(Mixer):
             jacobian = torch.func.jacrev(given)(one, self.heads(one[None])[2].detach())
             rows.append(jacobian.detach().square().sum((1, 3)).sqrt())
         return torch.stack(rows)
+
+
+def additive_scores(pattern: SoftmaxPattern, head: int, key: int) -> AdditivePattern:
+    """What each token adds to the scores of all channels of a group with one of them, [batch, 1, channel, token].
+
+    Args:
+        pattern: of a site of kind "channel", whose queries and keys are known: of this package, or Florence-2's.
+
+    Raises:
+        CaptureError: there is no such head or channel.
+    """
+    pattern.score_parts(0, key, [head])  # checks both
+    base = SignedPattern(pattern.scale * pattern.q[:, [head]])
+    return AdditivePattern(base, pattern.k[:, [head], key, :, None])
 
 
 class WindowAttention(Mixer):

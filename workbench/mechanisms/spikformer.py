@@ -182,6 +182,7 @@ class Spikformer(nn.Module):
         place: of the attention, a grid. n_classes: of the head. layers: blocks. steps: how often an image is given.
         halvings, in_channels: of the stem; images have 2^halvings · rows of the grid, and columns.
 
+    >>> import torch
     >>> model = Spikformer(Place(16, 2, 12, causal=False, grid=(3, 4)), n_classes=5)
     >>> model(torch.zeros(2, 3, 12, 16)).shape
     torch.Size([2, 5])

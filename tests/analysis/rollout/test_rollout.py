@@ -399,6 +399,16 @@ def test_blocks_that_mix_positions_elsewhere_are_refused() -> None:
         for method in METHODS:
             with pytest.raises(AttachError, match="which do not read each other's stream"):
                 attention_rollout(wb, {"input_ids": ids(1, 9)}, method=method)
+    several = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_kv_shared_layers": 0}
+    config = hf.Gemma3nTextConfig(
+        **several, vocab_size=60, vocab_size_per_layer_input=60, hidden_size=32, hidden_size_per_layer_input=8,
+        num_hidden_layers=2, intermediate_size=[48, 48], laurel_rank=4, altup_num_inputs=2, sliding_window=8,
+        activation_sparsity_pattern=[0.0, 0.0], layer_types=["sliding_attention", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    with attach(hf.Gemma3nForCausalLM(config).eval()) as wb:  # two streams in one tensor
+        for method in METHODS[1:]:
+            with pytest.raises(AttachError):
+                attention_rollout(wb, {"input_ids": 3 + ids(1, 9) % 40}, method=method)
     gated = hybrid("qwen3-next")
     with attach(gated) as wb:
         for method, said in (

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from workbench.analysis.circuits.model.recording import Recording, same_sum
+from workbench.analysis.circuits.model.recording import Recording, factors_between
 from workbench.hooks.sites import Site
-
-_SMALLEST = 1e-6
 
 
 def find_factors(
@@ -24,6 +22,8 @@ def find_factors(
         A factor for each of `written`, and the module beside them with its own; None where there are no such numbers.
     """
     before, after = seen.given[block], seen.gave[block]
+    if any(seen.gave[name].shape != after.shape for name in written) or before.shape != after.shape:
+        return None  # several streams (Gemma 3n)
     attention = tuple(site.name for site in sites)
     beside = [
         name
@@ -32,13 +32,10 @@ def find_factors(
         and getattr(seen.gave.get(name), "shape", None) == after.shape
         and not any(one == name or one.startswith(f"{name}.") or name.startswith(f"{one}.") for one in attention)
     ]  # fmt: skip
-    missing = (after.double() - before.double()).flatten()[:, None]
     for name in [*([None] if written else []), *sorted(beside, key=lambda each: each.count("."))]:
         parts = torch.stack([seen.gave[one].double() for one in (*written, *([] if name is None else [name]))], -1)
-        found = torch.linalg.lstsq(parts.flatten(0, -2), missing).solution[:, 0]
-        total = before.double() + parts @ found
-        size = before.double().abs() + parts.abs() @ found.abs()
-        if bool((found.abs() > _SMALLEST).all()) and same_sum(after, total, size, seen.eps):
-            factors = found.tolist()
+        found = factors_between(before, parts, after, seen.eps)
+        if found is not None:
+            factors = [float(factor) for factor in found]
             return (factors, None) if name is None else (factors[:-1], (name, factors[-1]))
     return None

@@ -24,7 +24,12 @@ export class Kernel {
     const number = ++asked;
     return new Promise((resolve, reject) => {
       this.waiting.set(number, { resolve, reject });
-      this.model.send({ ...question, number });
+      try {
+        this.model.send({ ...question, number });
+      } catch {
+        this.waiting.delete(number);
+        reject(new Error("The kernel of this view is gone. Run its cell again."));
+      }
     });
   }
 

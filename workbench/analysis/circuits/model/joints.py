@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.reasons import INSTEAD, two_mixers
-from workbench.analysis.circuits.model.recording import Recording, equal, same_sum
+from workbench.analysis.circuits.model.recording import Recording, equal, factors_between
 from workbench.errors import AttachError
 from workbench.hooks.entering import entering, own_columns
 from workbench.hooks.projections import gated, is_linear
@@ -110,17 +110,13 @@ def factors_of(seen: Recording, sites: Sequence[Site], block: str) -> list[float
     lost = AttachError(two_mixers(seen, block, sites[0].name, sites[1].name), site=sites[1].name, hint=INSTEAD)
     if len({site.kind == "state" for site in sites}) < len(sites):
         raise lost  # the names of nodes tell a recurrence from attention
-    before = seen.given[block].double()
-    parts = torch.stack([seen.gave[find_joint(seen, site).name] for site in sites], dim=-1).double()
+    before = seen.given[block]
+    parts = torch.stack([seen.gave[find_joint(seen, site).name] for site in sites], dim=-1)
     inside = [name for name in dict.fromkeys(seen.order) if name.startswith(f"{block}.") and name in seen.given]
     for end in (*(seen.given[name] for name in inside), seen.gave[block]):
-        if end.shape != before.shape:
-            continue
-        solved = torch.linalg.lstsq(parts.flatten(0, -2), (end.double() - before).flatten()[:, None]).solution[:, 0]
-        for factors in (torch.ones_like(solved), solved):
-            total, size = before + parts @ factors, before.abs() + parts.abs() @ factors.abs()
-            if bool((factors.abs() > 1e-6).all()) and same_sum(end, total, size, seen.eps):
-                return [float(factor) for factor in factors]
+        factors = factors_between(before, parts, end, seen.eps) if end.shape == before.shape else None
+        if factors is not None:
+            return [float(factor) for factor in factors]
     raise lost
 
 

@@ -118,7 +118,7 @@ class LayerFinder:
         projections = {part: self._projection(site, block, part, reads) for part in "qkv" if not joint.mixer}
         mixer_norm = self._mixer_norm(site, block, reads) if joint.mixer else None
         attention, (before, size) = _times(seen.gave[joint.name], factor), to
-        last = None if after is None else find_mlp(seen, site, block, before, attention, after, joint.name, size)
+        last = None if after is None else find_mlp(seen, site, block, before, attention, after, joint.name, added=size)
         mlp, mlp_norm, parallel = None, None, False
         if last is not None:
             behind = (before + attention, size + attention.abs())
@@ -320,7 +320,7 @@ def _streams_of(seen: Recording, scope: str, reader: str, any_width: bool = Fals
 
 def find_mlp(
     seen: Recording, site: Site | None, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str = "",
-    added: Tensor | None = None,
+    *, added: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     """The outermost module of a block whose output is what the heads do not add to the stream.
 

@@ -17,6 +17,7 @@ from workbench.hooks.observer import observed
 from workbench.hooks.projections import ProjectionFinder
 from workbench.hooks.tap import AttentionCall
 
+_SMALLEST_FACTOR = 1e-6
 _SUM = 1e-5  # by how much a sum may be off, number by number, of what is added up; at least two roundings
 _PRODUCT = 1e-4  # by how much a product may be off, of its length at each position; at least four roundings
 
@@ -167,3 +168,17 @@ def same_product(a: Tensor, b: Tensor, eps: float) -> bool:
         return False
     off, length = (a.double() - b.double()).norm(dim=-1), b.double().norm(dim=-1)
     return bool((off <= max(_PRODUCT, 4 * eps) * (length + 1e-6 * length.amax())).all())
+
+
+def factors_between(before: Tensor, parts: Tensor, after: Tensor, eps: float) -> Tensor | None:
+    """[part] numbers by which parts [..., part] make, of the stream before them, the one behind; all 1 if they can be.
+
+    None where there are no such numbers, or where one is next to nothing. `eps` as of `same_sum`.
+    """
+    before, parts = before.double(), parts.double()
+    solved = torch.linalg.lstsq(parts.flatten(0, -2), (after.double() - before).flatten()[:, None]).solution[:, 0]
+    for factors in (torch.ones_like(solved), solved):
+        total, size = before + parts @ factors, before.abs() + parts.abs() @ factors.abs()
+        if bool((factors.abs() > _SMALLEST_FACTOR).all()) and same_sum(after, total, size, eps):
+            return factors
+    return None
