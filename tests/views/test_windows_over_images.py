@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import workbench
 from support.browser import WatchedPage
+from support.unavailable import unavailable
+from support.vision import timm
 from workbench import ReportError, mechanisms
 from workbench.mechanisms import Place
 from workbench.views import Windows, image_attention
@@ -139,9 +141,20 @@ def test_a_view_has_the_map_of_the_whole_image_and_its_seams(tmp_path: Path) -> 
     dense = place(cap[1], Windows()).pattern.dense()
     held = (view.spec.blocks["weights"].astype(np.float64) / 255) ** 2
     assert np.abs(held[:, 2:] - dense.numpy()).max() < 0.004
-    assert "1 sites of other grids are left out" in " ".join(view.spec.notes)
+    assert "1 site of another grid is left out" in " ".join(view.spec.notes)
     assert "Lines are where windows meet" in view.spec.caption
     assert Path(view.to_png(tmp_path / "windows.png")).stat().st_size > 0
+
+
+def test_the_shift_of_timm_s_windows_is_found() -> None:
+    try:
+        made = timm().models.swin_transformer.SwinTransformer
+    except ModuleNotFoundError as error:
+        unavailable(str(error))
+    torch.manual_seed(0)
+    sizes = {"img_size": 48, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2,), "num_heads": (2,)}
+    cap = _captured(made(num_classes=3, **sizes).eval(), _pixels(48))
+    assert [place(cap[i], Windows()).seams for i in range(2)] == [([4, 8], [4, 8]), ([2, 6, 10], [2, 6, 10])]
 
 
 @pytest.mark.parametrize(

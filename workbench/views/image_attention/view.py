@@ -174,7 +174,8 @@ def image_attention(
     begins = leading(cap, heads) if windows is None else None  # statistics are those of windows
     notes = ["Weights are kept in 8 bits after a square root: the error is at most 0.004."]
     if left_out:
-        notes.append(f"{left_out} sites of other grids are left out: choose some with sites=.")
+        others = "1 site of another grid is" if left_out == 1 else f"{left_out} sites of other grids are"
+        notes.append(f"{others} left out: choose some with sites=.")
     if not every:
         notes.append("Too many weights for one view: only those from the tokens before the patches are kept.")
     spec = ViewSpec(

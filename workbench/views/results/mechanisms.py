@@ -51,8 +51,8 @@ def matrix(found: Matrix, places: Sequence[str | None] | None = None) -> View:
         places=places,
         title="All mechanisms",
         caption=(
-            "Small models with each mechanism in every layer, trained on the same data for as many steps, with as "
-            f"many parameters as its own allow; {PLAIN} is plain attention. The darker (in a dark theme brighter) a "
+            "Small models with each mechanism in every layer, trained on the same data for as many steps; "
+            f"{PLAIN} is plain attention, and the sizes say which are larger. The darker (in a dark theme brighter) a "
             "number, the better it is in its column; what is neither good nor bad is shaded from zero up. Point at a "
             "number for how it was measured."
         ),
