@@ -55,10 +55,11 @@ SIZES = {
 }
 GIVEN: dict[str, dict[str, Any]] = {
     "Circuit": {"model": GRAPH.facts, "level": "edge"},
+    "GateProfile": {"gates": ("a", "b"), "grids": {"a": (1, 2), "b": (2, 1)}},
     "Pruning": {"model": GRAPH.facts},
     "PatternAtlas": {"weights": Autoencoder(16, 5).state_dict()},
 }
-"""What no annotation tells: the graph behind scores, and the weights of a network."""
+"""What no annotation tells: the graph behind scores, the weights of a network, and the grid of positions."""
 
 
 def notes_of(hint: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from workbench.errors import WorkbenchError, nearest
@@ -43,7 +43,7 @@ class SpikeActivity(Result):
     rate: Float[Tensor, "population step"]
     dead: Float[Tensor, " population"]
     saturated: Float[Tensor, " population"]
-    raster: Annotated[dict[str, Tensor], Keys("populations")]
+    raster: Annotated[dict[str, Integer[Tensor, "step _"]], Keys("populations")]
     layers: Annotated[tuple[str, ...], "layer"]
     whole: Annotated[tuple[bool, ...], "layer"]
     additions: Float[Tensor, " layer"]
