@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from workbench import WorkbenchError, mechanisms
 from workbench.mechanisms import Mechanism, Mixer, Place
+from workbench.mechanisms.frame import named
 
 HEADS, WIDTH = 12, 64
 BASE = "sqa:mha"
@@ -41,8 +42,7 @@ def default_names() -> list[str]:
 
 def room_of(name: str) -> tuple[Mechanism, str | None]:
     """The mechanism and the variant of "agent" or "sqa:mha"."""
-    room, _, variant = name.partition(":")
-    return mechanisms.get(room), variant or None
+    return named(name)
 
 
 def place_of(room: Mechanism, length: int) -> Place:

@@ -104,18 +104,18 @@ class Likes:
     models: tuple[Model, ...]
 
     def examine(self, runs: Runs) -> Found | None:
-        from scipy.stats import rankdata, spearmanr
+        from scipy.stats import pearsonr, rankdata
 
         gates, costs, n_runs = [], [], 0
         for run in (run for each in self.models for run in runs.of(each)):
-            routed = run["heads"]
-            gates += list(rankdata([head["gate"] for head in routed]))
-            costs += list(rankdata([head["cost"] for head in routed]))
+            for ranks, what in ((gates, "gate"), (costs, "cost")):
+                ranked = rankdata([head[what] for head in run["heads"]])
+                ranks += list((ranked - ranked.mean()) / len(ranked))  # alike of models with few and many routed heads
             n_runs += 1
         if not n_runs:
             return None
-        rho = float(spearmanr(gates, costs).statistic)
-        low, high = rank_correlation(rho, len(gates))
+        rho = float(pearsonr(gates, costs).statistic)
+        low, high = rank_correlation(rho, len(gates) - n_runs + 1)  # a mean is taken off in each model
         outcome = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
         how = (
             f"Spearman's ρ of mean gate and cost in text loss of zero ablation, ranked within each model; "

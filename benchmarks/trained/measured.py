@@ -12,6 +12,7 @@ from torch import Tensor
 
 import workbench
 from trained.plan import PLAIN
+from trained.runs import GROUPED
 from workbench.mechanisms.training import (
     ByteLM,
     PatchModel,
@@ -40,7 +41,7 @@ def beside(name: str, found: TrainedModel) -> dict[str, Any]:
     if isinstance(model, ByteLM):
         if kind == "moh":
             return {"heads": routed_heads(model)}
-        if kind in ("long_lora", "sink_lora"):
+        if kind in GROUPED:
             return {"scores": found.scores | {"text, all seen": all_seen(model)}}
     elif (kind == "reduced" or name == PLAIN) and file_of(PLAIN, "images").is_file():
         plain = load(file_of(PLAIN, "images")).model

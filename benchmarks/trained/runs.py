@@ -16,6 +16,7 @@ from workbench.storage import disk
 
 LOSSES = ("text", "repeats", "text, all seen")
 INSTEAD = {"text, all seen": "text"}  # of models that see all anyway
+GROUPED = ("long_lora", "sink_lora")  # which do not
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class Runs:
 
     def values(self, model: Model, score: str) -> list[float]:
         """The score of each seed."""
-        found = [run["scores"].get(score, run["scores"].get(INSTEAD.get(score, score))) for run in self.of(model)]
+        grouped = any(name.partition(":")[0] in GROUPED for name in model.layers)
+        instead = score if grouped else INSTEAD.get(score, score)
+        found = [run["scores"].get(score, run["scores"].get(instead)) for run in self.of(model)]
         return [value for value in found if value is not None]
 
     def mean(self, model: Model, score: str) -> float:

@@ -10,7 +10,7 @@ import workbench
 from workbench import WorkbenchError, mechanisms
 from workbench.mechanisms import Card, Claim, Mechanism, Place, Signature
 from workbench.mechanisms.deconstructed import laid_out
-from workbench.mechanisms.frame import by_blocks, catalogue
+from workbench.mechanisms.frame import by_blocks, catalogue, named
 from workbench.mechanisms.moh import MixtureOfHeads
 from workbench.mechanisms.reduced import chain
 
@@ -26,6 +26,25 @@ def test_the_list_is_a_table_and_finds_by_name() -> None:
     with pytest.raises(WorkbenchError, match='no mechanism "agents"') as caught:
         mechanisms.get("agents")
     assert "agent" in str(caught.value.hint)
+
+
+def test_a_name_is_a_mechanism_s_with_its_variant_or_is_refused() -> None:
+    assert named("moh") == (mechanisms.get("moh"), None)
+    assert named("sqa:mha") == (mechanisms.get("sqa"), "mha")
+    for wrong, says in (
+        ("moh:", 'no variant ""'),
+        ("moh:haf", 'no variant "haf"'),
+        ("agents:few", 'no mechanism "agents"'),
+        (3, 'no mechanism "3"'),  # not the third of the list
+        (None, 'no mechanism "None"'),
+    ):
+        with pytest.raises(WorkbenchError, match=says):
+            named(wrong)  # type: ignore[arg-type]
+        with pytest.raises(WorkbenchError, match=says):
+            mechanisms.room(wrong)  # type: ignore[arg-type]
+    with pytest.raises(WorkbenchError, match='no mechanism "moh:half"') as caught:
+        mechanisms.get("moh:half")
+    assert 'get("moh").build(place, variant)' in str(caught.value.hint)
 
 
 def test_a_claim_has_an_outcome_with_its_figure_or_none() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,19 @@ def test_what_is_not_shipped_is_refused_with_what_is(monkeypatch: pytest.MonkeyP
     assert 'work="images"' in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("name", ["sqa-mha", "../text/moh", "", None, 3])
+def test_only_names_that_are_listed_are_looked_for(name: Any) -> None:
+    with pytest.raises(WorkbenchError, match="is shipped"):
+        mechanisms.trained(name)
+
+
+def test_models_of_one_s_own_are_trained_models_of_a_work() -> None:
+    with pytest.raises(WorkbenchError, match="models='sound' is no work"):
+        mechanisms.room("moh", {"sound": mechanisms.trained("moh")})
+    with pytest.raises(WorkbenchError, match=r"models\['text'\] is ByteLM"):
+        mechanisms.room("moh", {"text": mechanisms.trained("moh").model})  # type: ignore[dict-item]
+
+
 def test_a_model_is_the_caller_s_own() -> None:
     first, second = (mechanisms.trained("sqa:mha").model for _ in range(2))
     with torch.no_grad():
@@ -114,7 +128,7 @@ def test_cards_say_what_follows_from_the_runs(bench: Any) -> None:
         claim = claims[rule.says]
         assert (claim.how, claim.found, claim.outcome) == (found.how, found.found, found.outcome)
         said.setdefault(rule.mechanism, {})[rule.says] = vars(found)
-    assert findings.findings() == said
+    assert json.loads(findings.FINDINGS.read_text(encoding="utf-8")) == said
 
 
 def test_every_rule_is_of_a_claim_on_a_card_and_of_models_in_the_plan(bench: Any) -> None:
@@ -144,6 +158,24 @@ def test_differences_have_the_spread_of_all_models(bench: Any) -> None:
     assert found.worse(b, a, "copy") is None
     shares = Runs([_run("a", seed, copy=0.9 + seed / 100) for seed in range(3)] + [_run("b", 0, copy=0.5)])
     assert shares.worse(b, a, "copy").mean == pytest.approx(0.41)  # a smaller share is worse
+
+
+def test_what_models_in_groups_read_of_everything_is_measured_and_not_taken_for_granted(bench: Any) -> None:
+    Model, Runs = bench.plan.Model, bench.runs.Runs
+    found = Runs([_run("sqa:mha", 0, text=1.6), _run("long_lora", 0, text=1.7)])
+    assert found.values(Model("text", "sqa:mha"), "text, all seen") == [1.6]  # which sees all anyway
+    assert found.values(Model("text", "long_lora"), "text, all seen") == []
+
+
+def test_heads_are_ranked_within_their_model_whatever_others_have(bench: Any) -> None:
+    """Two models in which gates say nothing of costs: that one has more heads, and larger figures, says nothing too."""
+    few = [{"gate": g, "cost": c} for g, c in ((1.0, 2.0), (2.0, 1.0), (3.0, 1.0), (4.0, 2.0))]
+    many = [{"gate": 10 + i, "cost": 10.0 + abs(i - 9.5)} for i in range(20)]
+    runs = [_run("moh", 0) | {"heads": few}, _run("moh:half", 0) | {"heads": many}]
+    models = tuple(bench.plan.Model("text", name) for name in ("moh", "moh:half"))
+    found = bench.claims.Likes("moh", "Gates follow costs.", models).examine(bench.runs.Runs(runs))
+    assert found.found.startswith(("ρ = +0.00", "ρ = -0.00"))
+    assert found.outcome == "undecided"
 
 
 @pytest.mark.parametrize(

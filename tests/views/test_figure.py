@@ -114,6 +114,8 @@ def test_scales_start_at_zero_or_lie_around_it() -> None:
     signed = figure(heat(), **PLAIN).spec.facts
     assert signed["scales"] == ["diverging"]
     assert signed["figure"]["data"][0]["zmin"] == -signed["figure"]["data"][0]["zmax"] == -6
+    below = figure(go.Figure(go.Heatmap(z=[[-6.0, -1.0]], zmin=-6, zmax=-1)), **PLAIN).spec.facts
+    assert below["scales"] == ["sequential"]  # the middle of these limits is not 0
     plain = figure(go.Figure(go.Heatmap(z=[[0.2, 0.9]])), **PLAIN).spec.facts
     assert plain["scales"] == ["sequential"]
     assert (plain["figure"]["data"][0]["zmin"], plain["figure"]["data"][0]["zmax"]) == (0, 1)

@@ -18,10 +18,12 @@ from support import pdf
 from support.browser import WatchedPage, settled
 from support.every_view import VIEWS, WITH_TOKENS, made
 from support.hostile import HOSTILE
+from workbench import views
 from workbench.views import token_strip
 from workbench.views.base import modules
 from workbench.views.base.spec import origin_line
 from workbench.views.base.widget import answer_of
+from workbench.views.head_gallery import Axes
 
 SVG = "{http://www.w3.org/2000/svg}"
 AXES: dict[str, tuple[str, ...]] = {}
@@ -128,6 +130,41 @@ def test_the_pages_buttons_give_the_whole_figure_on_white(kind: str, browser: Br
     if kind == "attention_pattern":
         assert len(paper.pictures) == 1  # the map; the lines from the query are lines
     assert (len(paper.pictures) > 0) == any(each.tag == f"{SVG}image" for each in drawing.iter())
+
+
+def _paper(page: WatchedPage, view: views.View, path: Path) -> bytes:
+    """The PDF of a view on a page."""
+    tab = page.open(Path(view.to_html(path)))
+    tab.wait_for_selector("html[data-ready]")
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="PDF", exact=True).click()
+    return Path(download.value.path()).read_bytes()
+
+
+@pytest.mark.browser
+def test_what_scrolls_on_a_page_is_whole_on_paper(page: WatchedPage, tmp_path: Path) -> None:
+    page.page.set_viewport_size({"width": 500, "height": 700})
+    names = [f"column {i}" for i in range(24)]
+    view = views.table(["a", "b"], [views.Column(name, [1.0, 2.0]) for name in names])
+    found = pdf.read(_paper(page, view, tmp_path / "view.html"))
+    table = page.page.locator(".shaded").evaluate("each => each.getBoundingClientRect().width")
+    assert table > 1000
+    assert found.size[0] == pytest.approx(0.75 * table, abs=20)
+    wide = page.page.locator(".wide").evaluate("each => [each.clientWidth < 500, each.scrollWidth > 1000]")
+    assert wide == [True, True]  # the page is as it was
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_pixels_of_small_maps_are_told_apart_on_paper(page: WatchedPage, tmp_path: Path) -> None:
+    maps = np.random.default_rng(0).random((3, 5, 7))
+    view = views.head_gallery(maps, [(0, 0), (0, 1), (1, 0)], axes=Axes("row", "column"))
+    data = _paper(page, view, tmp_path / "view.html")
+    pictures = [each for each in pdf.objects(data).values() if "/Subtype /Image" in each.words]
+    assert len(pictures) >= 3
+    assert not [each for each in pictures if "/Interpolate true" in each.words]
+    assert all(min(size) >= 5 * 37 for size in pdf.read(data).pictures)  # each cell 37 pixels wide
+    page.assert_clean()
 
 
 @pytest.mark.browser

@@ -1,7 +1,7 @@
 """What the rooms of the mechanisms share: the place that a module is told of, its card, and where rooms are listed."""
 
 from workbench.mechanisms.frame.card import Card, Claim
-from workbench.mechanisms.frame.catalogue import Mechanisms, get, listed, register
+from workbench.mechanisms.frame.catalogue import Mechanisms, get, listed, named, register
 from workbench.mechanisms.frame.field import field_area, receptive_field
 from workbench.mechanisms.frame.gate import Gate, read_gate
 from workbench.mechanisms.frame.mechanism import Mechanism
@@ -25,6 +25,7 @@ __all__ = [
     "field_area",
     "get",
     "listed",
+    "named",
     "read_gate",
     "receptive_field",
     "register",

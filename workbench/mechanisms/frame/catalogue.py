@@ -72,7 +72,30 @@ def get(name: str) -> Mechanism:
     Raises:
         WorkbenchError: there is none; the hint names the nearest.
     """
-    return listed()[name]
+    known = listed()
+    if not isinstance(name, str):
+        raise WorkbenchError(f'there is no mechanism "{name}"', hint=nearest(name, known.names, "mechanism"))
+    room, colon, _ = name.partition(":")
+    if colon and room in known.names:
+        raise WorkbenchError(f'there is no mechanism "{name}"', hint=f'get("{room}").build(place, variant)')
+    return known[name]
+
+
+def named(name: str) -> tuple[Mechanism, str | None]:
+    """The mechanism and its variant, or None, of a name such as "moh" or "sqa:mha".
+
+    Raises:
+        WorkbenchError: no such mechanism or variant.
+    """
+    room, colon, variant = name.partition(":") if isinstance(name, str) else (name, "", "")
+    found = get(room)
+    if not colon:
+        return found, None
+    if variant not in found.variants:
+        raise WorkbenchError(
+            f'"{room}" has no variant "{variant}"', hint=nearest(variant, list(found.variants), "variant")
+        )
+    return found, variant
 
 
 class Mechanisms(Sequence[Mechanism]):

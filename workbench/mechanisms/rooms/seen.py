@@ -16,7 +16,7 @@ from workbench.analysis.profile import AttentionProfile, attention_profile
 from workbench.capture.capture import Capture
 from workbench.errors import WorkbenchError
 from workbench.hooks.sites import Site
-from workbench.mechanisms.frame import Mechanism
+from workbench.mechanisms.frame import Mechanism, named
 from workbench.mechanisms.rooms import inputs
 from workbench.mechanisms.training import ByteLM, PatchModel, TrainedModel
 from workbench.mechanisms.training.work import LAYERS, PLACES
@@ -112,7 +112,7 @@ def untrained(mechanism: Mechanism, name: str, work: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if work == ALONE:
-            return mechanism.build(mechanism.places[0], name.partition(":")[2] or None).eval()
+            return mechanism.build(mechanism.places[0], named(name)[1]).eval()
         return (ByteLM if work == "text" else PatchModel)(PLACES[work], [name] * LAYERS[work]).eval()
 
 

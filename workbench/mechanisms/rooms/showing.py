@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import WorkbenchError
-from workbench.mechanisms.frame import Card, Mechanism, get, listed
+from workbench.mechanisms.frame import Card, Mechanism, listed, named
 from workbench.mechanisms.rooms.costs import Cost, cost_of
 from workbench.mechanisms.rooms.seen import Seen, see, work_of
 from workbench.mechanisms.training import TrainedModel, trained
@@ -99,11 +99,16 @@ def room(name: str, models: Mapping[str, TrainedModel] | None = None) -> Room:
     Raises:
         WorkbenchError: no such mechanism, variant or work.
     """
-    mechanism = get(name.partition(":")[0])
+    mechanism, _ = named(name)
     given = {work: trained(name, work) for work in PLACES if file_of(name, work).is_file()}
     given |= models or {}
-    if unknown := set(given) - set(PLACES):
-        raise WorkbenchError(f"models={sorted(unknown)[0]!r} is no work", hint=" or ".join(PLACES))
+    for work, model in given.items():
+        if work not in PLACES:
+            raise WorkbenchError(f"models={work!r} is no work", hint=" or ".join(PLACES))
+        if not isinstance(model, TrainedModel):
+            raise WorkbenchError(
+                f"models[{work!r}] is {type(model).__name__}", hint="a mechanisms.training.TrainedModel"
+            )
     works = [work for work in PLACES if work in given]
     seen = [see(mechanism, name, work, given[work]) for work in works] or [
         see(mechanism, name, work_of(mechanism, name))

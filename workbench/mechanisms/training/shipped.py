@@ -38,16 +38,15 @@ def trained(name: str, work: str = "text") -> TrainedModel:
     ('sqa:mha', 'sqa:mha', 'sqa:mha')
     """
     check_work(work)
-    path = file_of(name, work)
-    if not path.is_file():
-        known = {each: [one for one, of in _shipped() if of == each] for each in PLACES}
+    known = {each: [one for one, of in _shipped() if of == each] for each in PLACES}
+    if name not in known[work]:
         elsewhere = [each for each, names in known.items() if name in names]
         hint = f'work="{elsewhere[0]}"' if elsewhere else nearest(name, known[work], "model")
         raise WorkbenchError(
             f'no model of "{name}" trained on {work} is shipped',
             hint=f"{hint}; mechanisms.trained_models() lists all, python -m workbench.mechanisms.training trains one",
         )
-    return load(path)
+    return load(file_of(name, work))
 
 
 def trained_models() -> pd.DataFrame:

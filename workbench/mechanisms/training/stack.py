@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
-from workbench.mechanisms.frame import Place, get
+from workbench.mechanisms.frame import Place, named
 
 PARAMETERS = 145_000
 """What a model has at most: in half precision a file of 300 kB, with what the file says of itself."""
@@ -93,5 +93,5 @@ class _Block(nn.Module):
 
 
 def _mixer(place: Place, name: str, options: dict[str, Any]) -> nn.Module:
-    mechanism, _, variant = name.partition(":")
-    return get(mechanism).build(place, variant or None, **options)
+    mechanism, variant = named(name)
+    return mechanism.build(place, variant, **options)

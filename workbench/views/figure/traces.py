@@ -75,7 +75,10 @@ def put_together(value: Any, blocks: Mapping[str, Array]) -> Any:
 
 
 def set_scales(figure: dict[str, Any], blocks: Mapping[str, Array]) -> list[str | None]:
-    """Give every heatmap without a colour scale limits that start at 0 or lie around it; which scale each has."""
+    """Give every heatmap without a colour scale limits that start at 0 or lie around it; which scale each has.
+
+    Limits that it has stay; where 0 is not in their middle it gets no scale whose middle says that.
+    """
     return [_scale(trace, blocks) for trace in figure["data"]]
 
 
@@ -85,7 +88,9 @@ def _scale(trace: dict[str, Any], blocks: Mapping[str, Array]) -> str | None:
     z = numbers(put_together(trace.get("z", []), blocks))
     lowest = float(np.nanmin(z, initial=np.inf, where=np.isfinite(z)))
     signed = trace.get("zmid") == 0 or lowest < 0
-    if not {"zmin", "zmax"} & set(trace):
+    if {"zmin", "zmax"} & set(trace):
+        signed = signed and trace.get("zmin", np.nan) == -trace.get("zmax", np.nan)
+    else:
         low, high = scales.limits(np.where(np.isfinite(z), z, np.nan), signed=signed)
         trace.update(zmin=low, zmax=high)
     trace.pop("zmid", None)

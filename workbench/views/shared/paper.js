@@ -31,7 +31,9 @@ export async function figureOf(frame) {
   const { root, body, spec } = frame;
   const theme = frame.theme;
   const canvases = [...body.querySelectorAll("canvas")];
+  const tables = [...body.querySelectorAll(".wide")].map((element) => ({ element, left: element.scrollLeft, top: element.scrollTop }));
   root.dataset.theme = "light";
+  root.dataset.whole = ""; // nothing scrolls on paper
   root.style.setProperty("--paper", "#ffffff");
   frame.theme = "light";
   const recordings = new Map(canvases.map((canvas) => [canvas, new Recording(canvas)]));
@@ -43,13 +45,17 @@ export async function figureOf(frame) {
     for (const recording of recordings.values()) recording.take();
     root.style.removeProperty("--paper");
     root.dataset.theme = theme;
+    delete root.dataset.whole;
+    for (const { element, left, top } of tables) element.scrollTo(left, top);
     frame.theme = theme;
     await frame.redraw();
   }
 }
 
 function composed(spec, body, drawn) {
-  const around = body.getBoundingClientRect();
+  const { left, top: above, right } = body.getBoundingClientRect();
+  const ends = Array.from(body.querySelectorAll(".wide > *"), (each) => each.getBoundingClientRect().right);
+  const around = { left, top: above, width: Math.max(right, ...ends) - left };
   const extent = { right: 0, bottom: 0 };
   const inside = walk(body, around, drawn, extent);
   const width = Math.max(360, Math.ceil(extent.right) + 1);
@@ -159,8 +165,8 @@ function before(element, box) {
 function canvasOf(canvas, box, recorded) {
   if (!canvas.width || !canvas.height || !box.width) return "";
   const { x, y, width, height } = box;
-  if (recorded === null) return `<image x="${n(x)}" y="${n(y)}" width="${n(width)}" height="${n(height)}" href="${canvas.toDataURL()}"/>`;
-  const sharp = canvas.style.imageRendering === "pixelated" ? ' style="image-rendering:pixelated"' : "";
+  const sharp = getComputedStyle(canvas).imageRendering === "pixelated" ? ' style="image-rendering:pixelated"' : "";
+  if (recorded === null) return `<image x="${n(x)}" y="${n(y)}" width="${n(width)}" height="${n(height)}"${sharp} href="${canvas.toDataURL()}"/>`;
   return `<svg x="${n(x)}" y="${n(y)}" width="${n(width)}" height="${n(height)}" viewBox="0 0 ${canvas.width} ${canvas.height}" preserveAspectRatio="none"${sharp}>${recorded}</svg>`;
 }
 

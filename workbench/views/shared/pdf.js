@@ -5,6 +5,7 @@ import { segmentsOf } from "./paths.js";
 import { bytesOf, embedded, PdfFile, utf16 } from "./pdf_file.js";
 
 const POINT = 0.75; // points of a pixel
+const SHARP = 256; // pixels that a picture has at least whose own are told apart: many readers smooth what is enlarged
 const UNSEEN = new Set(["title", "desc", "defs", "clipPath", "linearGradient", "style", "metadata"]);
 const SHAPES = new Set(["path", "rect", "circle", "ellipse", "line", "polyline", "polygon"]);
 const CAPS = { butt: 0, round: 1, square: 2 };
@@ -46,6 +47,9 @@ const number = (element, name, otherwise = 0) => {
   const found = Number.parseFloat(said(element, name) ?? "");
   return Number.isFinite(found) ? found : otherwise;
 };
+
+/** Whether the pixels of a picture are told apart: as it says itself, or what it stands in. @param {Element | null} element @returns {boolean} */
+const isSharp = (element) => element !== null && (said(element, "image-rendering") ?? (isSharp(element.parentElement) ? "pixelated" : "auto")) === "pixelated";
 
 /** @param {Element} element */
 const unknown = (element) => new Error(`a PDF has no form for <${element.localName}> of the drawing; take the SVG`);
@@ -304,11 +308,16 @@ class Sheet {
     const image = new Image();
     image.src = address;
     await image.decode();
+    const sharp = isSharp(element);
+    const { naturalWidth: width, naturalHeight: height } = image;
+    const times = sharp ? Math.ceil(SHARP / Math.max(width, height)) : 1;
     const sheet = document.createElement("canvas");
-    Object.assign(sheet, { width: image.naturalWidth, height: image.naturalHeight });
-    sheet.getContext("2d", { willReadFrequently: true })?.drawImage(image, 0, 0);
+    Object.assign(sheet, { width: times * width, height: times * height });
+    const ink = /** @type {CanvasRenderingContext2D} */ (sheet.getContext("2d", { willReadFrequently: true }));
+    ink.imageSmoothingEnabled = !sharp;
+    ink.drawImage(image, 0, 0, sheet.width, sheet.height);
     this.opacity(opacity, 1);
-    await this.picture(sheet, box, said(element, "image-rendering") !== "pixelated", address);
+    await this.picture(sheet, box, !sharp, address);
   }
 
   /** @param {HTMLCanvasElement} sheet @param {number[]} box @param {boolean} smooth @param {string} [address] */
