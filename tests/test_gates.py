@@ -232,6 +232,12 @@ def test_what_no_gate_can_be_set_to_is_named() -> None:
             ("squeeze", 0), torch.ones(3).double()
         ):  # fmt: skip
             model(x)
+        for given in (None, 1, torch.ones(2, 2, 1, dtype=torch.float64)):
+            with (
+                pytest.raises(InterventionError, match="what the function gave for head 0 is"),
+                wb.set_gate(("squeeze", 0), lambda g, site, head, given=given: given),
+            ):
+                model(x)
         with (
             pytest.raises(InterventionError, match=r"expected torch\.float64"),
             wb.set_gate(("squeeze", 0), torch.ones(1)),
