@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import workbench
 from workbench import CaptureError, InterventionError
 from workbench.hooks.readers import registered
+from workbench.kernels.composed import RowGatedPattern
+from workbench.kernels.linear import LinearPattern
 from workbench.mechanisms import Place, get
 
 
@@ -205,6 +207,35 @@ def test_gates_of_attention_that_weighs_its_heads_can_be_set_too() -> None:
     torch.testing.assert_close(without[0].z[:, 2:4, 1], plain[:, 2:4, 1])
     assert torch.equal(without[0].z[:, :2], cap[0].z[:, :2])
     assert torch.equal(without[0].z[:, :, 2:], cap[0].z[:, :, 2:])
+
+
+class Weighed(nn.Module):
+    """Linear attention, whose rows do not sum to one, times a factor for each head and token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ (x.mT @ x)) * x.mean(-1, keepdim=True).sigmoid()
+
+
+@pytest.mark.usefixtures("squeeze")
+@torch.no_grad()
+def test_factors_are_no_sums_of_rows_where_rows_do_not_sum_to_one() -> None:
+    @workbench.reader(Weighed, kind="self")
+    def read(run: workbench.ModuleRun) -> workbench.Mixing:
+        x = run.inputs["x"][:, None]
+        pattern = RowGatedPattern(LinearPattern(x, x, values=x), x.mean(-1).sigmoid(), values=x)
+        return workbench.Mixing(pattern, x, lambda z: z[:, 0])
+
+    model, x = Weighed(), torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    factors = x.mean(-1).sigmoid()
+    with workbench.attach(model) as wb:
+        with wb.capture(["row_sum"]) as cap:
+            model(x)
+        with wb.set_gate(("", 0), cap):
+            y = model(x)
+    torch.testing.assert_close(cap[0].factors[:, 0], factors)
+    assert not torch.allclose(cap[0].row_sum[:, 0], factors)
+    torch.testing.assert_close(workbench.gate_profile(cap).mean, factors.double().mean()[None])
+    torch.testing.assert_close(y, x @ (x.mT @ x) * factors.mean())
 
 
 @pytest.mark.usefixtures("squeeze")

@@ -360,10 +360,11 @@ def _check_positions(sites: Iterable[Site], positions: Where) -> None:
 
 def _mean_factors(capture: Capture, site: Site) -> Tensor:
     """[head] means of the factors of a captured gate, over forwards, examples and positions."""
-    found = [f.sites[site.name].statistics.get("row_sum") for f in capture.forwards if site.name in f.sites]
+    found = [f.sites[site.name].factors for f in capture.forwards if site.name in f.sites]
     kept = [factors for factors in found if factors is not None]
     if not kept or len(kept) < len(found):
         raise InterventionError(
-            "the capture does not have the site's factors", site=site.name, hint='capture "row_sum"'
-        )
+            "the capture does not have the site's factors", site=site.name, hint="capture the site; if it is attention "
+            "that weighs its heads, with queries_keys=True",
+        )  # fmt: skip
     return torch.cat([factors.double().transpose(0, 1).flatten(1) for factors in kept], dim=1).mean(1)
