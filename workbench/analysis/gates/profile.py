@@ -79,8 +79,8 @@ class GateProfile(Result):
 def gate_profile(cap: Capture, grid: tuple[int, int] | None = None) -> GateProfile:
     """How large the factors of each gate are, at which positions, and how much they change with the input.
 
-    Sites of kind "gate" are profiled, and those of attention that weighs its heads, whose pattern was kept. A factor that
-    hardly changes over examples is a weight; one that does is what is called attention.
+    Sites of kind "gate" are profiled, and those of attention that weighs its heads, whose pattern was kept. A factor
+    that hardly changes over examples is a weight; one that does is what is called attention.
 
     Args:
         cap: forwards of one length; several examples, or nothing is known of how factors change with the input.
