@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import workbench
 from workbench import CaptureError, InterventionError
-from workbench.hooks.readers import registered
+from workbench.hooks.readers import read_module, reader_of, registered
 from workbench.kernels.composed import RowGatedPattern
 from workbench.kernels.linear import LinearPattern
 from workbench.mechanisms import Place, get
@@ -257,6 +257,12 @@ def test_what_no_gate_can_be_set_to_is_named() -> None:
             pass
         with pytest.raises(InterventionError, match="does not have the site's factors"), wb.set_gate("squeeze", only):
             pass
+        with wb.capture() as whole:
+            model(x)
+        fewer = whole[0].statistics["row_sum"][:, :3]
+        whole[0].statistics["row_sum"] = fewer
+        with pytest.raises(InterventionError, match="has 3 heads, no head 7"), wb.set_gate("squeeze", whole):
+            pass
         with pytest.raises(InterventionError, match="there is no head 8"), wb.set_gate(("squeeze", 8)):
             pass
         with pytest.raises(InterventionError, match="the factor of head 0 is"), wb.set_gate(
@@ -316,6 +322,29 @@ def test_a_large_kernel_of_another_build_is_listed_and_not_read() -> None:
         wb.look(torch.randn(2, 6, 4, 5))
         assert [site.name for site in wb.sites] == ["attn"]
         assert {one.name for one in wb.sites.unread} == {"first.conv0", "first.conv_spatial"}
+
+
+def test_a_gating_unit_of_another_build_is_not_taken_for_one() -> None:
+    class Mixer(nn.Module):
+        def token_mix(self, x: Tensor) -> Tensor:
+            return x
+
+    unit = MixerGatingUnit(4, 6, 8)
+    unit.Mixer = Mixer()
+    assert reader_of(unit) is None
+    assert reader_of(MixerGatingUnit(4, 6, 8)) is not None
+
+
+@pytest.mark.usefixtures("squeeze")
+@pytest.mark.parametrize("error", [AssertionError, ZeroDivisionError, KeyError], ids=lambda e: e.__name__)
+def test_what_goes_wrong_in_a_reader_is_said_of_its_module(error: type[Exception]) -> None:
+    @workbench.reader(Weighed, kind="self")
+    def read(run: workbench.ModuleRun) -> workbench.Mixing:
+        raise error("odd")
+
+    x = torch.randn(1, 2, 3)
+    with pytest.raises(CaptureError, match=f"Weighed is not built(?s:.*){error.__name__}"):
+        read_module("here", Weighed(), (x,), {}, x)
 
 
 @torch.no_grad()

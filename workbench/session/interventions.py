@@ -249,6 +249,11 @@ class Interventions:
         given: dict[Site, dict[int, Factor]] = {}
         for site, numbers in chosen.items():
             means = _mean_factors(to, site) if isinstance(to, Capture) else None
+            if means is not None and max(numbers) >= len(means):
+                raise InterventionError(
+                    f"the capture has {len(means)} heads, no head {max(numbers)}: it is of another model",
+                    site=site.name,
+                )
             for head in numbers:
                 factor = float(to) if isinstance(to, (int, float)) else to
                 given.setdefault(site, {})[head] = factor if means is None else float(means[head])  # type: ignore[assignment]
