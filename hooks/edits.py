@@ -180,12 +180,14 @@ class GateEdit(HeadEdit):
         ungated, parts = pattern.ungated(call.v), []
         for head in self.heads[call.site]:
             now, given = pattern.gates[:, head].to(ungated.dtype), self.to[call.site][head]
-            if callable(given):
+            if isinstance(given, float):
+                parts.append(torch.full_like(now, given))
+                continue
+            what = f"the factor of head {head}"
+            if not isinstance(given, Tensor):
+                what = f"what the function gave for head {head}"
                 given = given(now.clone(), self.known[call.site], head)
-            if isinstance(given, Tensor):
-                given = given.unsqueeze(-1)  # the factors of a position are numbers
-                given = broadcast(given, now.unsqueeze(-1), f"the factor of head {head}", call.site).squeeze(-1)
-            parts.append(torch.full_like(now, given) if isinstance(given, float) else given)
+            parts.append(_factors(given, now, what, call.site))
         return (torch.stack(parts, dim=1)[..., None] * ungated[:, list(self.heads[call.site])]).to(old)
 
 
@@ -332,6 +334,23 @@ def broadcast(given: Any, z: Tensor, what: str, site: str) -> Tensor:
             "also where positions= chooses some of it",
         )
     return given.expand_as(z)
+
+
+def _factors(given: Any, gates: Tensor, what: str, site: str) -> Tensor:
+    """A tensor as [batch, position], the shape of `gates`; see `GateEdit`.
+
+    Raises:
+        InterventionError: no tensor, another shape, dtype or device.
+    """
+    _check(given, what, gates, site)
+    sizes = zip(reversed(given.shape), reversed(gates.shape), strict=False)
+    if given.dim() > 2 or any(got not in (1, want) for got, want in sizes):
+        raise InterventionError(
+            f"{what} is {list(given.shape)}, expected {list(gates.shape)} [batch, position]", site=site,
+            hint="batch may be 1 or left out, position 1; the position axis is that of the whole input, also where "
+            "positions= chooses some of it",
+        )  # fmt: skip
+    return given.expand_as(gates)
 
 
 def _check(given: Any, what: str, like: Tensor, site: str) -> None:

@@ -105,6 +105,7 @@ class ProjectionFinder:
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[str, nn.Module]] = {}
+        self._unproved: set[str] = set()  # sites of them whose heads' outputs were zero, which a gate and a norm leave
         self._past: set[str] = set()  # sites between whose heads' outputs and projection something lies
         self._gated: set[str] = set()  # those of them where it is a gate
         self._beside: dict[str, str] = {}  # what else the heads' outputs entered, by site
@@ -112,8 +113,8 @@ class ProjectionFinder:
         self._entered: dict[int, dict[str, weakref.ref[Tensor]]] = {}  # what a projection was given, while it lives
 
     def knows(self, site: str) -> bool:
-        """Whether the projection of a site was found."""
-        return site in self._found
+        """Whether the projection of a site was found, by outputs of its heads that were not all zero."""
+        return site in self._found and site not in self._unproved
 
     def gated(self, site: str) -> bool:
         """Whether a gate was found before the projection of a site."""
@@ -127,11 +128,14 @@ class ProjectionFinder:
 
     def saw_call(self, site: str, module: nn.Module, z: Tensor) -> None:
         """An attention call gave z [batch, query, head, width], in memory that stays as it is."""
-        if site in self._found and site not in self._gated:
+        if self.knows(site) and site not in self._gated:
             return
         if isinstance(module, nn.MultiheadAttention):  # its projection is applied without being called
             self._found[site] = f"{site}.out_proj".lstrip("."), module.out_proj
             return
+        if site in self._unproved and bool(z.any()):
+            self._unproved.discard(site)
+            del self._found[site]
         self._awaited.setdefault(threading.get_ident(), {})[site] = z.flatten(2)
 
     def saw_module(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[str, Tensor] | None:
@@ -148,8 +152,8 @@ class ProjectionFinder:
         if entered:
             self._compare(entered, name, module, args[0])
         for site, merged in (awaited or {}).items():
-            found = self._found.get(site)
-            through = name.startswith(f"{site}.") if found is None else found[1] is module
+            found = self._found[site] if self.knows(site) else None
+            through = (not site or name.startswith(f"{site}.")) if found is None else found[1] is module
             if found is None and _same(args[0], merged):
                 gate = False
             elif through and gated(args[0], merged):
@@ -159,6 +163,9 @@ class ProjectionFinder:
             del self._awaited[thread][site]
             if found is None:
                 self._found[site] = name, module
+                if not bool(merged.any()):
+                    self._unproved.add(site)
+                    return None
                 self._entered.setdefault(thread, {})[site] = weakref.ref(args[0])
                 if gate:
                     self._past.add(site)

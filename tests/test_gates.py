@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import workbench
 from workbench import CaptureError, InterventionError
-from workbench.hooks.readers import registered
+from workbench.hooks.readers import read_module, reader_of, registered
+from workbench.kernels.composed import RowGatedPattern
+from workbench.kernels.linear import LinearPattern
 from workbench.mechanisms import Place, get
 
 
@@ -207,6 +209,35 @@ def test_gates_of_attention_that_weighs_its_heads_can_be_set_too() -> None:
     assert torch.equal(without[0].z[:, :, 2:], cap[0].z[:, :, 2:])
 
 
+class Weighed(nn.Module):
+    """Linear attention, whose rows do not sum to one, times a factor for each head and token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ (x.mT @ x)) * x.mean(-1, keepdim=True).sigmoid()
+
+
+@pytest.mark.usefixtures("squeeze")
+@torch.no_grad()
+def test_factors_are_no_sums_of_rows_where_rows_do_not_sum_to_one() -> None:
+    @workbench.reader(Weighed, kind="self")
+    def read(run: workbench.ModuleRun) -> workbench.Mixing:
+        x = run.inputs["x"][:, None]
+        pattern = RowGatedPattern(LinearPattern(x, x, values=x), x.mean(-1).sigmoid(), values=x)
+        return workbench.Mixing(pattern, x, lambda z: z[:, 0])
+
+    model, x = Weighed(), torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    factors = x.mean(-1).sigmoid()
+    with workbench.attach(model) as wb:
+        with wb.capture(["row_sum"]) as cap:
+            model(x)
+        with wb.set_gate(("", 0), cap):
+            y = model(x)
+    torch.testing.assert_close(cap[0].factors[:, 0], factors)
+    assert not torch.allclose(cap[0].row_sum[:, 0], factors)
+    torch.testing.assert_close(workbench.gate_profile(cap).mean, factors.double().mean()[None])
+    torch.testing.assert_close(y, x @ (x.mT @ x) * factors.mean())
+
+
 @pytest.mark.usefixtures("squeeze")
 @torch.no_grad()
 def test_what_no_gate_can_be_set_to_is_named() -> None:
@@ -226,12 +257,24 @@ def test_what_no_gate_can_be_set_to_is_named() -> None:
             pass
         with pytest.raises(InterventionError, match="does not have the site's factors"), wb.set_gate("squeeze", only):
             pass
+        with wb.capture() as whole:
+            model(x)
+        fewer = whole[0].statistics["row_sum"][:, :3]
+        whole[0].statistics["row_sum"] = fewer
+        with pytest.raises(InterventionError, match="has 3 heads, no head 7"), wb.set_gate("squeeze", whole):
+            pass
         with pytest.raises(InterventionError, match="there is no head 8"), wb.set_gate(("squeeze", 8)):
             pass
         with pytest.raises(InterventionError, match="the factor of head 0 is"), wb.set_gate(
             ("squeeze", 0), torch.ones(3).double()
         ):  # fmt: skip
             model(x)
+        for given in (None, 1, torch.ones(2, 2, 1, dtype=torch.float64)):
+            with (
+                pytest.raises(InterventionError, match="what the function gave for head 0 is"),
+                wb.set_gate(("squeeze", 0), lambda g, site, head, given=given: given),
+            ):
+                model(x)
         with (
             pytest.raises(InterventionError, match=r"expected torch\.float64"),
             wb.set_gate(("squeeze", 0), torch.ones(1)),
@@ -279,6 +322,29 @@ def test_a_large_kernel_of_another_build_is_listed_and_not_read() -> None:
         wb.look(torch.randn(2, 6, 4, 5))
         assert [site.name for site in wb.sites] == ["attn"]
         assert {one.name for one in wb.sites.unread} == {"first.conv0", "first.conv_spatial"}
+
+
+def test_a_gating_unit_of_another_build_is_not_taken_for_one() -> None:
+    class Mixer(nn.Module):
+        def token_mix(self, x: Tensor) -> Tensor:
+            return x
+
+    unit = MixerGatingUnit(4, 6, 8)
+    unit.Mixer = Mixer()
+    assert reader_of(unit) is None
+    assert reader_of(MixerGatingUnit(4, 6, 8)) is not None
+
+
+@pytest.mark.usefixtures("squeeze")
+@pytest.mark.parametrize("error", [AssertionError, ZeroDivisionError, KeyError], ids=lambda e: e.__name__)
+def test_what_goes_wrong_in_a_reader_is_said_of_its_module(error: type[Exception]) -> None:
+    @workbench.reader(Weighed, kind="self")
+    def read(run: workbench.ModuleRun) -> workbench.Mixing:
+        raise error("odd")
+
+    x = torch.randn(1, 2, 3)
+    with pytest.raises(CaptureError, match=f"Weighed is not built(?s:.*){error.__name__}"):
+        read_module("here", Weighed(), (x,), {}, x)
 
 
 @torch.no_grad()

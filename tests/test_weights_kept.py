@@ -271,6 +271,25 @@ def test_projections_with_an_adapter() -> None:
         cap[0].result()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("shape", [(64, 64), (7, 3), (4093, 8), (130, 129)], ids=str)
+def test_no_change_of_bytes_cancels_in_their_sums(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Signs are the highest bits, which cancel in pairs; powers of two add the same to each; orders add nothing."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(shape, dtype=dtype))
+    weight = model.weight.data
+    seen = {kept.weights_fingerprint(model)}
+    changes = [
+        lambda: weight.neg_(), lambda: weight.mul_(2), lambda: weight[:2].neg_(), lambda: weight[:, :2].neg_(),
+        lambda: weight.copy_(weight.flip(0)), lambda: weight.copy_(weight.roll(1, 1)),
+    ]  # fmt: skip
+    for n, change in enumerate(changes, 2):
+        change()
+        seen.add(kept.weights_fingerprint(model))
+        assert len(seen) == n
+
+
 def test_sums_are_taken_once_where_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = llama(), []
     fingerprint = kept.weights_fingerprint

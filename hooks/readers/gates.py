@@ -111,7 +111,7 @@ def large_kernel(run: ModuleRun) -> Mixing:
 
 
 def _is_mixer_gating(module: Any) -> bool:
-    if not has("Mixer", "proj")(module) or not has("token_mix")(module.Mixer):
+    if not has("Mixer", "proj")(module) or not isinstance(getattr(module.Mixer, "token_mix", None), nn.Sequential):
         return False
     parts = [type(m) for m in module.Mixer.token_mix.modules() if not isinstance(m, nn.Sequential)]
     exact = all(m.approximate == "none" for m in module.Mixer.token_mix.modules() if isinstance(m, nn.GELU))

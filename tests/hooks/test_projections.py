@@ -184,6 +184,26 @@ def test_behind_a_gate_it_is_what_enters_that_is_projected(between: str, mode: t
     assert float(edited[0].result([0, 2, 3]).abs().min()) > 0
 
 
+def test_a_module_with_a_gate_can_be_the_model_itself() -> None:
+    model, x = Attention("gate"), torch.randn(2, 5, 16)
+    torch.testing.assert_close(capture_of(model, x)[0].result().sum(2) + model.o.bias, model(x))
+
+
+@pytest.mark.parametrize("between", ["nothing", "gate", "norm"])
+def test_heads_that_are_all_switched_off_prove_no_projection(between: str) -> None:
+    """A gate and a norm leave zeros as they are, and what comes next is not zero."""
+    model, x = Model(between), torch.randn(2, 5, 16)
+    with workbench.attach(model) as wb, torch.no_grad(), wb.capture([], z=True) as cap:
+        with wb.ablate({("attn", head) for head in range(4)}):
+            model(x)
+        y = model(x)
+    off, on = (one[0] for one in cap.calls)
+    assert not off.has_result or not bool(off.result().any())
+    assert on.has_result == (between != "norm")
+    if on.has_result:
+        torch.testing.assert_close(on.result().sum(2) + model.attn.o.bias, y)
+
+
 def test_forwards_with_and_without_a_gate_have_no_result_together() -> None:
     model, x = Model("gate"), torch.randn(2, 5, 16)
     with workbench.attach(model) as wb, torch.no_grad(), wb.capture([], z=True) as cap:

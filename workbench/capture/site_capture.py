@@ -149,6 +149,16 @@ class SiteCapture:
         return {**self.__dict__, "held": [(torch.empty(0), -1)] if stale else []}
 
     @property
+    def factors(self) -> Tensor | None:
+        """[batch, head, query] of a gate, or those by which attention weighs its heads; None where they were not kept.
+
+        Of a gate they are always kept, as "row_sum"; of attention they are a part of its pattern.
+        """
+        if self.site.kind == "gate":
+            return self.statistics.get("row_sum")
+        return None if self.lazy is None else self.lazy.gates
+
+    @property
     def has_result(self) -> bool:
         """Whether `result` has what it needs."""
         return self.stored_result is not None or (self.z is not None and self.projection is not None)

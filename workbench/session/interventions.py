@@ -249,6 +249,11 @@ class Interventions:
         given: dict[Site, dict[int, Factor]] = {}
         for site, numbers in chosen.items():
             means = _mean_factors(to, site) if isinstance(to, Capture) else None
+            if means is not None and max(numbers) >= len(means):
+                raise InterventionError(
+                    f"the capture has {len(means)} heads, no head {max(numbers)}: it is of another model",
+                    site=site.name,
+                )
             for head in numbers:
                 factor = float(to) if isinstance(to, (int, float)) else to
                 given.setdefault(site, {})[head] = factor if means is None else float(means[head])  # type: ignore[assignment]
@@ -360,10 +365,11 @@ def _check_positions(sites: Iterable[Site], positions: Where) -> None:
 
 def _mean_factors(capture: Capture, site: Site) -> Tensor:
     """[head] means of the factors of a captured gate, over forwards, examples and positions."""
-    found = [f.sites[site.name].statistics.get("row_sum") for f in capture.forwards if site.name in f.sites]
+    found = [f.sites[site.name].factors for f in capture.forwards if site.name in f.sites]
     kept = [factors for factors in found if factors is not None]
     if not kept or len(kept) < len(found):
         raise InterventionError(
-            "the capture does not have the site's factors", site=site.name, hint='capture "row_sum"'
-        )
+            "the capture does not have the site's factors", site=site.name, hint="capture the site; if it is attention "
+            "that weighs its heads, with queries_keys=True",
+        )  # fmt: skip
     return torch.cat([factors.double().transpose(0, 1).flatten(1) for factors in kept], dim=1).mean(1)

@@ -16,6 +16,8 @@ from workbench.hooks.weights import described, stored
 _latest: weakref.WeakKeyDictionary[nn.Module, tuple[Any, str | None]] = weakref.WeakKeyDictionary()
 _staying: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, str | None]]] = weakref.WeakKeyDictionary()
 
+_SUMS = 4093  # a prime, so that numbers a row of a weight apart, a power of two or so, are not in one sum
+
 
 def weights_hash(model: nn.Module) -> str | None:
     """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, in order of their names.
@@ -55,25 +57,31 @@ def weights_note(model: nn.Module) -> str | None:
 
 
 def weights_fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """What differs where weights differ, in a small part of the time of the hash: their versions, places and sums.
+    """What differs where weights differ, in a small part of the time of the hash: versions, places and sums of bytes.
 
-    Changes that do not count as in place for autograd, such as those of `weight.data`, show in the sums, which are of
-    the bytes: nothing is rounded away. Those of offloaded weights show in neither.
+    Changes that do not count as in place for autograd, such as those of `weight.data`, show in the sums. Those of
+    offloaded weights show in neither.
     """
     parts = [part for t in (*model.parameters(), *model.buffers()) for _, part in described(t)]
     tensors = [t for t in parts if t is not None and t.device.type != "meta"]
-    sums = tuple(_sum_of_bytes(t) for t in tensors)
-    return weights_version(model), tuple(t.data_ptr() for t in tensors), sums
+    return weights_version(model), tuple(t.data_ptr() for t in tensors), tuple(_sums_of_bytes(t) for t in tensors)
 
 
-def _sum_of_bytes(tensor: torch.Tensor) -> int:
-    """Of all numbers' bytes, eight at a time as one integer: much sooner done than adding up the numbers in float64."""
+def _sums_of_bytes(tensor: torch.Tensor) -> bytes:
+    """A hash over sums of all bytes, eight at a time as one integer, and over the bytes themselves of small tensors.
+
+    Every 4093rd integer goes into one sum. In a single one, changed signs and exchanged numbers would cancel.
+    """
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
-    flat = tensor.contiguous().flatten().view(torch.uint8)
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     if flat.storage_offset() % 8:  # a part of a larger tensor, which cannot be read as such integers where it lies
         flat = flat.clone()
-    whole = len(flat) // 8 * 8
-    return int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
+    rows = max(0, len(flat) - 1) // (8 * _SUMS)  # something is always left, so that no change of all numbers cancels
+    digest, summed = hashlib.sha256(), flat[: 8 * rows * _SUMS]
+    if rows:
+        digest.update(summed.view(torch.int64).view(rows, _SUMS).sum(0).cpu().numpy().data)
+    digest.update(flat[len(summed) :].cpu().numpy().data)
+    return digest.digest()
 
 
 def weights_version(model: nn.Module) -> int:

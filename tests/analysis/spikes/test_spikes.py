@@ -61,6 +61,37 @@ def test_counts_are_those_of_hand() -> None:
     assert float(found.dense_energy[read]) == pytest.approx(4 * 3 * 4.6)
 
 
+class _Again(_Two):
+    """Calls its neurons twice, and its layer by name."""
+
+    def forward(self, current: Tensor) -> Tensor:
+        self.neurons(current)
+        self.conv(current[:, :1])
+        out: Tensor = self.read(input=self.neurons(current))
+        return out
+
+
+def test_neurons_that_are_called_twice_fire_for_each_example_once() -> None:
+    once, twice = (spike_activity(model, _driven().split(1)) for model in (_Two(), _Again()))
+    assert twice.examples == 2
+    for name in ("rate", "dead", "saturated", "additions", "products"):
+        assert torch.equal(getattr(twice, name), getattr(once, name)), name
+
+
+def test_an_image_alone_is_a_batch_of_one() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.neurons, self.conv = Leaky(), nn.Conv2d(2, 3, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.neurons(x)
+            return self.conv(x.mean(1).unflatten(-1, (4, 5)))
+
+    found = spike_activity(Alone(), [torch.rand(2, 4, 20)])
+    assert found.products.tolist() == [3 * 2 * 9 * 2 * 3 / 2]  # outputs, channels, kernel, places; of two examples
+
+
 @pytest.fixture(scope="module")
 def activity() -> SpikeActivity:
     torch.manual_seed(0)

@@ -44,8 +44,8 @@ def eviction(
     - "h2o": the last `recent` keys, and `heavy` others that got the most weight so far (H2O, Zhang et al. 2023, arXiv
       2306.14048): weights of each query over what it sees, added up; when there is one key too many, the one with the
       smallest sum goes, for good.
-    - "observed": after a prompt of `prompt` tokens its `heavy` keys with the largest mean weight from those queries of
-      the prompt that see them, and all later keys. It is what kvpress calls ObservedAttentionPress.
+    - "observed": after a prompt of `prompt` tokens its `heavy` keys with the largest mean weight from the prompt's
+      queries at and behind them, and all later keys. It is what kvpress calls ObservedAttentionPress.
 
     Heads that share keys drop the same ones, by the mean of their weights. The weights are those of the model that kept
     everything: what the loss in one layer does to the next is not in here. Memory grows with the length alone; with
@@ -187,7 +187,7 @@ def _observed(heavy: int, prompt: int, pattern: Pattern, shared: int, there: Ten
     for rows, weights in _strips(pattern):
         if rows.start < prompt:
             sums[..., : rows.stop] += weights[:, :, : prompt - rows.start].sum(2)
-    later = there[:, :prompt].flip(-1).long().cumsum(-1).flip(-1)  # queries of the prompt that see a key
+    later = there[:, :prompt].flip(-1).long().cumsum(-1).flip(-1)  # queries of the prompt, from the key's own on
     means = (sums[..., :prompt] / later.clamp(min=1)[:, None]).unflatten(1, (-1, shared)).mean(2)
     means = means.masked_fill(~there[:, None, :prompt], -torch.inf)
     found = torch.full((*means.shape[:2], n), n, device=pattern.device)

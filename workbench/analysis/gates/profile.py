@@ -79,8 +79,8 @@ class GateProfile(Result):
 def gate_profile(cap: Capture, grid: tuple[int, int] | None = None) -> GateProfile:
     """How large the factors of each gate are, at which positions, and how much they change with the input.
 
-    Sites of kind "gate" are profiled, and those of attention that weighs its heads where "row_sum" was captured and the
-    pattern kept. A factor that hardly changes over examples is a weight; one that does is what is called attention.
+    Sites of kind "gate" are profiled, and those of attention that weighs its heads, whose pattern was kept. A factor
+    that hardly changes over examples is a weight; one that does is what is called attention.
 
     Args:
         cap: forwards of one length; several examples, or nothing is known of how factors change with the input.
@@ -132,14 +132,13 @@ def _factors(cap: Capture) -> dict[Site, Tensor]:
     sites: dict[str, Site] = {}
     for forward in cap.forwards:
         for name, one in forward.sites.items():
-            weighs = one.lazy is not None and one.lazy.gates is not None
-            if "row_sum" in one.statistics and (one.site.kind == "gate" or weighs):
+            if (factors := one.factors) is not None:
                 sites[name] = one.site
-                found.setdefault(name, []).append(one.statistics["row_sum"].double())
+                found.setdefault(name, []).append(factors.double())
     if not found:
         raise CaptureError(
-            "no gate was captured", hint='wb.sites has their kind, "gate"; of attention that weighs its heads capture '
-            '["row_sum"] with the patterns',
+            "no gate was captured", hint='wb.sites has their kind, "gate"; of attention that weighs its heads keep the '
+            "pattern, with queries_keys=True",
         )  # fmt: skip
     for name, parts in found.items():
         lengths = sorted({part.shape[2] for part in parts})

@@ -23,13 +23,20 @@ _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 @dataclass
 class _Population:
-    """Counts of one module of neurons."""
+    """Counts of one module of neurons.
+
+    Attributes:
+        ran: examples that it has fired for, each as often as it was called. examples: each once.
+        called: whether it was called in this forward already.
+    """
 
     name: str
     axis: int
     spikes: Tensor | None = None  # [step, neuron]
     raster: Tensor | None = None
+    ran: int = 0
     examples: int = 0
+    called: bool = False
 
     def count(self, given: Any, shown: int) -> None:
         made = given[0] if isinstance(given, tuple) else given
@@ -49,7 +56,9 @@ class _Population:
             )
         else:
             self.spikes = self.spikes + total
-        self.examples += made.shape[1]
+        self.ran += made.shape[1]
+        self.examples += 0 if self.called else made.shape[1]
+        self.called = True
 
 
 @dataclass
@@ -63,6 +72,7 @@ class _Layer:
 
     def count(self, module: Any, x: Tensor) -> None:
         x = x.detach().double()
+        x = x[None] if x.dim() < module.weight.dim() else x  # one example, without an axis of them
         self.whole &= bool((x == x.round()).all()) and bool((x >= 0).all())
         self.additions += float(_met(module, x.abs()).sum())
         self.products += float(_met(module, torch.ones_like(x[:1])).sum()) * len(x)
@@ -131,11 +141,13 @@ def spike_activity(
             hooks.callback(modules[name].register_forward_hook(fired).remove)
         for name, layer in layers.items():
 
-            def ran(module: nn.Module, given: Any, layer: _Layer = layer) -> None:
-                layer.count(module, given[0])
+            def ran(module: nn.Module, given: Any, named: dict[str, Any], layer: _Layer = layer) -> None:
+                layer.count(module, given[0] if given else named["input"])
 
-            hooks.callback(modules[name].register_forward_pre_hook(ran).remove)
+            hooks.callback(modules[name].register_forward_pre_hook(ran, with_kwargs=True).remove)
         for batch in batches:
+            for population in populations.values():
+                population.called = False
             model(**batch) if isinstance(batch, Mapping) else model(batch)
     seen = [one for one in populations.values() if one.spikes is not None]
     if not seen:
@@ -152,13 +164,13 @@ def spike_activity(
 
 def _result(populations: list[_Population], layers: list[_Layer], provenance: dict[str, Any]) -> SpikeActivity:
     counts = [one.spikes.cpu() for one in populations if one.spikes is not None]
-    most = [len(spikes) * one.examples for spikes, one in zip(counts, populations, strict=True)]
-    examples = populations[0].examples
+    most = [len(spikes) * one.ran for spikes, one in zip(counts, populations, strict=True)]
+    examples = max(one.examples for one in populations)
     return SpikeActivity(
         populations=tuple(one.name for one in populations),
         neurons=tuple(spikes.shape[1] for spikes in counts),
         examples=examples,
-        rate=torch.stack([s.mean(1) / one.examples for s, one in zip(counts, populations, strict=True)]),
+        rate=torch.stack([s.mean(1) / one.ran for s, one in zip(counts, populations, strict=True)]),
         dead=torch.stack([(s.sum(0) == 0).double().mean() for s in counts]),
         saturated=torch.stack([(s.sum(0) == n).double().mean() for s, n in zip(counts, most, strict=True)]),
         raster={one.name: one.raster.cpu() for one in populations if one.raster is not None},
