@@ -10,6 +10,7 @@ from workbench.mechanisms.training.work import LAYERS, size_of, width_for
 
 PLAIN = "sqa:mha"
 WIDTH = 192  # of plain attention's MLPs
+MOST = 149_000  # parameters of a model that is shipped, of two bytes each
 STEPS, ROWS = {"text": 600, "images": 800}, {"text": 16, "images": 32}
 FORMS = ("mlp", "keys", "random", "embedding", "text", "taylor")
 
@@ -107,5 +108,10 @@ def standing() -> list[Model]:
 
 
 def ships(model: Model) -> bool:
-    """Whether the model of seed 0 is shipped: one for each room and work, and variants that are looked at beside it."""
+    """Whether the model of seed 0 is shipped: one for each room and work, and variants that are looked at beside it.
+
+    One with more parameters than a file of 300 kB holds is not.
+    """
+    if size_of(model.work, model.layers, model.hidden) > MOST:
+        return False
     return model.layout == "uniform" and model.mlp and (":" not in model.name or model.name in SHIPPED_VARIANTS)
