@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError
 from workbench.hooks.blocks import Blocks, find_blocks
+from workbench.hooks.cut_weights import here
 from workbench.hooks.evidence import axes_of_values, compare_part, doubt_of, is_gate, late, over_features
 from workbench.hooks.proofs.axes import Axes, Bound
 from workbench.hooks.proofs.by_size import axes_by_size, usual_axes
@@ -268,7 +269,7 @@ class Layouts:
         """A linear function gave this, of which values may be a part."""
         run = self._runs.get(threading.get_ident())
         if run is not None and given.is_floating_point() and given.dim() > 1:
-            run.made.append(given.detach())
+            run.made.append(here(given.detach()))
 
     @property
     def is_waiting(self) -> bool:

@@ -288,7 +288,7 @@ def _as_known(module: nn.Module, site: str | None = None) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CaptureError(
             f"this {type(module).__name__} is not built as those that its reader knows: "
             f"{type(error).__name__}: {error}",

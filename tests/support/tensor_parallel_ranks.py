@@ -408,7 +408,7 @@ def circuits_and_logits_say_what_they_need(pair: Pair) -> None:
     }
     with workbench.attach(pair.part, Words()) as wb:
         for ask in asked.values():
-            fails(lambda ask=ask: ask(wb), AttachError, "all heads in one process")
+            fails(lambda ask=ask: ask(wb), AttachError, "all heads are needed in one process")
     with torch.no_grad(), workbench.attach(pair.whole) as one, workbench.attach(pair.part) as other:
         whole, part = (workbench.logit_lens(wb, batch) for wb in (one, other))  # reads the stream, which is here
     close(part.divergence, whole.divergence)
