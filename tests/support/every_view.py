@@ -99,6 +99,7 @@ def _figure() -> View:
 
     lines = go.Figure(go.Scatter(x=[1, 2, 3], y=[0.5, 0.25, 0.2], name="loss"))
     lines.data[0].update(customdata=[[0, 1], [1, 2], [1, 0]], meta={"select": ["layer", "heads"]})
+    lines.update_layout(xaxis_title="epoch", yaxis_title="loss, nats")
     return views.figure(lines, title="Loss", caption="Loss by epoch.")
 
 
