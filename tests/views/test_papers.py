@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from playwright.sync_api import Browser
 
@@ -21,7 +22,7 @@ from support.every_view import FORMS, VIEWS, WITH_TOKENS, made
 from support.hostile import HOSTILE
 from workbench import views
 from workbench.views import token_strip
-from workbench.views.base import modules
+from workbench.views.base import drawing, modules
 from workbench.views.base.spec import origin_line
 from workbench.views.base.widget import answer_of
 from workbench.views.head_gallery import Axes
@@ -126,11 +127,14 @@ def test_the_origin_names_every_model_once() -> None:
 
 @pytest.mark.parametrize("kind", PICTURED)
 def test_pictures_name_their_axes(kind: str) -> None:
-    from matplotlib.figure import Figure
+    seen: list[str] = []
 
-    figure = Figure(figsize=made(kind).size)
-    made(kind).picture(figure)
-    words = " ".join(each.get_text() for each in figure.findobj(Text) if each.get_visible())
+    def draw(figure: Figure) -> None:
+        made(kind).picture(figure)
+        seen.extend(each.get_text() for each in figure.findobj(Text) if each.get_visible())
+
+    drawing.png(draw, made(kind).size, theme="light", dpi=50)
+    words = " ".join(seen)
     assert [name for name in PICTURED[kind] if name not in words] == []
 
 
