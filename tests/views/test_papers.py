@@ -18,7 +18,7 @@ from playwright.sync_api import Browser
 
 from support import pdf
 from support.browser import WatchedPage, settled
-from support.every_view import FORMS, VIEWS, WITH_TOKENS, made
+from support.every_view import FIGURES, FORMS, VIEWS, WITH_TOKENS, made
 from support.hostile import HOSTILE
 from workbench import views
 from workbench.views import token_strip
@@ -55,8 +55,16 @@ AXES: dict[str, tuple[str, ...]] = {
     "head wall": ("query", "key", "weight, square-root scale"),
     "causal map": ("share of the token's largest",),
     "overlap graph": ("node shared", "node only one", "wider: stronger"),
+    "windows": ("weight; each small map goes to its own largest",),
+    "gates": ("layers ↓, heads →", "mean factor"),
+    "eviction": ("layers ↓, heads →", "weight lost, share"),
+    "gates over positions": ("row", "column"),
+    "eviction by query": ("query", "share of its weight", "key", "weight lost"),
+    "spikes": ("step", "neurons", "rate"),
+    "spike raster": ("step", "neurons"),
+    "energy": ("layer", "nanojoules per example", "as it runs"),
 }
-"""Kind of view or form -> names of axes and legends that a figure of it has."""
+"""Kind of view, form or figure -> names of axes and legends that a figure of it has."""
 FOR_THE_SCREEN = ("Its page", "Show more", "Start again", "Point at a node", "Choose an output", "stands still here")
 """What nobody can press or do on paper."""
 PICTURED: dict[str, tuple[str, ...]] = {
@@ -139,7 +147,7 @@ def test_pictures_name_their_axes(kind: str) -> None:
 
 
 def test_axes_of_every_view_are_known() -> None:
-    assert sorted(AXES) == sorted([*VIEWS, *FORMS])
+    assert sorted(AXES) == sorted([*VIEWS, *FORMS, *FIGURES])
 
 
 PIXELS = "[...document.querySelectorAll('.workbench canvas')].map((canvas) => canvas.toDataURL())"
@@ -151,7 +159,7 @@ def letters(texts: Iterable[str]) -> str:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("kind", [*VIEWS, *FORMS])
+@pytest.mark.parametrize("kind", [*VIEWS, *FORMS, *FIGURES])
 def test_the_pages_buttons_give_the_whole_figure_on_white(kind: str, browser: Browser, tmp_path: Path) -> None:
     """Title, axes, legends, caption and origin as text in an SVG and a PDF, and as a PNG of twice the size; offline."""
     from PIL import Image
