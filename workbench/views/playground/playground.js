@@ -236,7 +236,7 @@ class Playground {
     this.next = new NextTokens(frame);
     this.title = make("h3");
     this.missing = make("p", { class: "where", hidden: true });
-    this.acts = make("div", { class: "tools acts", role: "toolbar", "aria-label": "Ablate" });
+    this.acts = make("div", { class: "tools acts screen", role: "toolbar", "aria-label": "Ablate" });
     this.act = [this.actOf(() => this.edit()), this.actOf(() => this.edit(this.query)), this.actOf(() => this.edit(this.query, this.key))];
     this.acts.append(...this.act);
     this.acts.hidden = !frame.live;
@@ -338,10 +338,10 @@ class Playground {
     const items = edits.map((edit) => {
       const text = `${this.wordsOf(edit)}${edit.weight === null ? "" : `, weight ${roughly(edit.weight)}`}`;
       const about = live ? button("", () => this.toggle(bare([edit])[0]), { title: `Put back ${text}`, "aria-label": `Put back ${text}` }) : make("span", { class: "edit" });
-      about.append(make("bdi", {}, text), ...(live ? [make("span", { "aria-hidden": "true" }, " ×")] : []));
+      about.append(make("bdi", {}, text), ...(live ? [make("span", { class: "screen", "aria-hidden": "true" }, " ×")] : []));
       return make("li", {}, about);
     });
-    if (live && edits.length > 1) items.push(make("li", {}, button("Clear all", () => this.run({ edits: [] }))));
+    if (live && edits.length > 1) items.push(make("li", { class: "screen" }, button("Clear all", () => this.run({ edits: [] }))));
     this.list.replaceChildren(...(items.length ? [make("li", { class: "name" }, "Ablated:"), ...items] : []));
     this.list.hidden = !items.length;
   }
