@@ -17,9 +17,10 @@ from workbench import WorkbenchError, mechanisms
 from workbench.mechanisms import Card, Claim
 from workbench.mechanisms.frame import findings
 from workbench.mechanisms.training import corpus, runs, score_images, score_text, shipped
+from workbench.mechanisms.training.work import PLACES
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(shipped.WEIGHTS.glob("*/*.safetensors"))
+FILES = sorted(path for work in PLACES for path in (shipped.WEIGHTS / work).glob("*.safetensors"))
 MOST = 300_000  # bytes of a file
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +15,10 @@ from workbench.kernels.composed import ComposedPattern
 from workbench.kernels.grouped import GroupedPattern
 from workbench.kernels.grouped.pattern import apply_groups
 from workbench.kernels.neighborhood import NeighborhoodLayout, neighbor_weights, neighborhood_attention
+from workbench.kernels.patterns import Pattern
 from workbench.kernels.recurrent import gated_linear_attention
 from workbench.kernels.state_space import SelectivePattern
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Place, register
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Place, Signature, at_places, register
 
 
 class Neighbors(nn.Module):
@@ -241,6 +244,15 @@ class MassAttention(nn.Module):
         return out
 
 
+def _lasting(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """ln 2 / (Δ a) of each channel and patch; without a scan nothing lasts."""
+    scan = pattern.factors.get("scan")
+    if not isinstance(module, MassAttention) or not isinstance(scan, SelectivePattern) or module.scan.rate is None:
+        return {}
+    decay = scan.delta[0] * -scan.A.view(-1, 1)  # [channel, patch]
+    return {"half-life": at_places(module.place, (math.log(2) / decay).clamp(max=module.place.length))}
+
+
 A2MAMBA = register(
     Mechanism(
         "a2mamba",
@@ -269,5 +281,13 @@ A2MAMBA = register(
             Place(16, 2, 45, causal=False, grid=(5, 9)),
         ),
         variants={"scan alone": {"window": 1}, "attention alone": {"scan": False}},
+        signature=Signature(
+            "How long the states last",
+            "For each channel and patch, after how many patches in raster order half of a state is left: ln 2 / (Δ a), "
+            "at most as many as there are. What the state tells then comes from the patches before; who attends to it "
+            "may stand anywhere.",
+            _lasting,
+            value="patches",
+        ),
     )
 )

@@ -3,6 +3,7 @@
 from workbench.views.results import (
     circuits,
     eviction,
+    exhibits,
     gates,
     head_scores,
     hybrids,
@@ -26,6 +27,7 @@ __all__ = [
     "circuits",
     "cross_attention",
     "eviction",
+    "exhibits",
     "gates",
     "half_lives",
     "head_scores",
