@@ -44,12 +44,12 @@ def steps_of(one: Study, arm: str) -> int:
     return sum(phase.steps for phase in one.phases(arm))
 
 
-def train_missing(runs: list[dict[str, Any]], minutes: float, only: list[str]) -> list[dict[str, Any]]:
-    """Train what of the plan is not there, until the time is over; kept at once."""
+def train_missing(minutes: float, only: list[str]) -> None:
+    """Train what of the plan is not there, until the time is over; kept at once, beside what others kept meanwhile."""
     began = time.monotonic()
     for one, arm, seed in plan():
         key = (one.mechanism, arm, seed)
-        known = {(run["mechanism"], run["arm"], run["seed"]): run["steps"] for run in runs}
+        known = {(run["mechanism"], run["arm"], run["seed"]): run["steps"] for run in read_runs()}
         if (only and one.mechanism not in only) or known.get(key) == steps_of(one, arm):
             continue
         if time.monotonic() - began > 60 * minutes:
@@ -59,11 +59,10 @@ def train_missing(runs: list[dict[str, Any]], minutes: float, only: list[str]) -
             path = studies.file_of(one.mechanism)
             path.parent.mkdir(parents=True, exist_ok=True)
             studies.save(found, path)
-        runs = [run for run in runs if (run["mechanism"], run["arm"], run["seed"]) != key] + [record(found)]
-        keep(runs)
+        others = [run for run in read_runs() if (run["mechanism"], run["arm"], run["seed"]) != key]
+        keep([*others, record(found)])
         scores = ", ".join(f"{name} {value:.3f}" for name, value in found.scores.items())
         say(f"{one.mechanism}, {arm}, seed {seed}: {scores}; {found.facts['seconds']:.0f} s")
-    return runs
 
 
 def keep(runs: list[dict[str, Any]]) -> None:
@@ -91,10 +90,9 @@ def main() -> None:
     if options.quick:
         runs = [record(studies.run(one, arm, seed, quick=True)) for one, arm, seed in plan() if seed < 2]
     else:
-        runs = read_runs()
         if not options.no_training:
-            runs = train_missing(runs, options.minutes, options.only)
-        keep(runs)
+            train_missing(options.minutes, options.only)
+        keep(runs := read_runs())
     told = section(runs)
     if options.quick or options.dry:
         print(told)

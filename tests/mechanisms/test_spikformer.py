@@ -59,6 +59,13 @@ def test_a_constant_current_fires_in_a_period_that_a_formula_gives(current: floa
     assert float(leaky_fire(torch.full((1, 1), current)).spikes) == float(current >= 2)  # one step halves it
 
 
+def test_at_the_first_step_neurons_fire_from_twice_the_threshold_on() -> None:
+    current = torch.tensor([[-1.0, 0.5, 1.0, 1.5, 1.99, 2.0, 2.01, 5.0]])
+    for threshold in (1.0, 0.5):
+        found = leaky_fire(current * threshold, threshold=threshold).spikes[0]
+        assert found.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+
+
 def test_what_never_fires_has_a_gradient_all_the_same() -> None:
     current = torch.full((4, 3), 0.6, dtype=torch.float64, requires_grad=True)
     fired = leaky_fire(current)
