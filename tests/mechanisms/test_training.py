@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import workbench
-from workbench import FormatError, WorkbenchError, mechanisms
+from workbench import FormatError, TaskError, WorkbenchError, mechanisms
 from workbench.mechanisms import Place
 from workbench.mechanisms.training import (
     ByteLM,
@@ -18,10 +18,14 @@ from workbench.mechanisms.training import (
     copying,
     corpus,
     load,
+    mqar_batch,
     needle,
     recall,
+    run_work,
     scenes,
     score_images,
+    score_induction,
+    score_mqar,
     score_text,
     size_of,
     text_batch,
@@ -30,7 +34,7 @@ from workbench.mechanisms.training import (
 )
 from workbench.mechanisms.training.__main__ import main
 from workbench.mechanisms.training.stack import PARAMETERS
-from workbench.mechanisms.training.text import BOS, HELD_OUT, IGNORE, TUNING, repeated
+from workbench.mechanisms.training.text import BOS, HELD_OUT, IGNORE, TUNING, VOCABULARY, repeated
 from workbench.mechanisms.training.work import PLACES
 
 TINY = Place(16, 4, 24, rotary=True)
@@ -92,6 +96,60 @@ def test_what_counts_in_recall_and_copying_can_be_known() -> None:
         assert 4 <= period <= 20
         assert all(wanted[at] == row[at + 1 - period] for at in counts)
         assert counts == list(range(counts[0], 40))
+
+
+def test_each_key_is_asked_for_again_and_its_value_counts() -> None:
+    inputs, labels = mqar_batch(9, 64, _random(), (2, 4, 8))
+    assert inputs.shape == labels.shape == (9, 64)
+    assert [int(n) for n in (labels != IGNORE).sum(1)] == [2] * 3 + [4] * 3 + [8] * 3
+    for row, wanted in zip(inputs.tolist(), labels.tolist(), strict=True):
+        n = sum(each != IGNORE for each in wanted)
+        values = dict(zip(row[0 : 2 * n : 2], row[1 : 2 * n : 2], strict=True))
+        assert {row[at]: each for at, each in enumerate(wanted) if each != IGNORE} == values
+        assert max(row) < VOCABULARY
+    again, _ = mqar_batch(9, 64, _random(), (2, 4, 8))
+    assert torch.equal(again, inputs)
+    with pytest.raises(TaskError, match="16 pairs and their questions need an even length of at least 64"):
+        mqar_batch(1, 62, _random(), (16,))
+
+
+@pytest.mark.parametrize("work", ["mqar", "induction"])
+def test_any_mechanism_recalls_and_copies_alone(work: str, tmp_path: Path) -> None:
+    found = run_work(work, ["aaren"] * 2, quick=True)
+    names = {"mqar": ["4 pairs", "8 pairs", "16 pairs", "far"], "induction": ["copy", "copy far"]}[work]
+    assert list(found.scores) == names
+    again = load(found.save(tmp_path / "one.safetensors"))
+    assert again.facts["work"] == work
+    score = score_mqar if work == "mqar" else score_induction
+    assert score(again.model, 8) == pytest.approx(found.scores)
+
+
+def test_scores_are_shares_of_what_is_asked_for() -> None:
+    class Knows(torch.nn.Module):
+        """Says the token behind the last place where this one stood before; of what is asked for late nothing."""
+
+        place = Place(8, 1, 64)
+
+        def __init__(self, until: int) -> None:
+            super().__init__()
+            self.until = until
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(*ids.shape, VOCABULARY)
+            for row, tokens in enumerate(ids.tolist()):
+                last: dict[int, int] = {}
+                for at, token in enumerate(tokens[: self.until]):
+                    if token in last:
+                        logits[row, at, tokens[last[token] + 1]] = 1.0
+                    last[token] = at
+            return logits
+
+    assert score_mqar(Knows(64), 6) == {"4 pairs": 1.0, "8 pairs": 1.0, "16 pairs": 1.0, "far": 1.0}  # type: ignore[arg-type]
+    late = score_mqar(Knows(48), 6)  # type: ignore[arg-type]
+    assert late["far"] == 0.0 < late["4 pairs"]
+    none = score_induction(Knows(0), 8)  # type: ignore[arg-type]
+    assert set(none) == {"copy", "copy far"}
+    assert max(none.values()) == 0.0
 
 
 @pytest.mark.parametrize("length", [41, 128])

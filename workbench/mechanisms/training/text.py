@@ -1,4 +1,7 @@
-"""What the language models read: Python's standard library as bytes, streams to recall from, and strings to copy."""
+"""What the language models read: Python's standard library as bytes, streams to recall from, and strings to copy.
+
+Two works are of one kind alone: pairs to recall (`mqar_batch`), and strings to copy (`copying`), as induction heads do.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
+from workbench.tasks.mqar import mqar_tokens
 
 BOS, VOCABULARY, IGNORE = 0, 128, -100
 HELD_OUT = ("calendar", "configparser", "difflib", "fractions", "heapq", "shlex", "statistics", "textwrap")
@@ -139,6 +143,25 @@ def needle(n: int, length: int, random: torch.Generator, depth: float) -> tuple[
     labels = torch.full((n, 2 * n_pairs), IGNORE)
     labels[:, -1] = rows[:, -1]
     return rows[:, :-1], labels
+
+
+def mqar_batch(
+    n: int, length: int, random: torch.Generator, pairs: tuple[int, ...] = (4, 8, 16), power: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """Multi-query associative recall (arXiv 2312.04927): pairs, and later each key again, whose value counts.
+
+    Args:
+        pairs: of a row; as many rows of each, and n is rounded up. power: see `tasks.mqar.mqar_tokens`; with 1 keys
+            come again anywhere, with less soon as a rule.
+    """
+    each = -(-n // len(pairs))
+    seeds = torch.randint(2**31, (len(pairs),), generator=random).tolist()
+    made = [
+        mqar_tokens(each, seed, length=length, pairs=many, vocab=VOCABULARY, power=power)
+        for many, seed in zip(pairs, seeds, strict=True)
+    ]
+    inputs, labels = zip(*made, strict=True)
+    return torch.cat(inputs), torch.cat(labels)
 
 
 def copying(n: int, length: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
