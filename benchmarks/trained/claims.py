@@ -96,7 +96,8 @@ class Compared:
             where = f"{self._score(of_work[0].model)}: " if len(works) > 1 else ""
             told.append(f"{where}{named(of_work[0].than)} {of_work[0].b:.3f}")
             for each in of_work:
-                told.append(f"{named(each.model)} {each.a:.3f}, {put(each.mean)} (95 %: {between(each.low, each.high)})")
+                ends = between(each.low, each.high)
+                told.append(f"{named(each.model)} {each.a:.3f}, {put(each.mean)} (95 %: {ends})")
         told += [f"{named(each)} {runs.mean(each, self._score(each)):.3f}" for each in self.beside if runs.of(each)]
         models = [self.than, *(each for each in self.models if each.work == self.than.work)]
         for score in self.also:
@@ -202,7 +203,8 @@ RULES: tuple[Rule, ...] = (
     ),
     _as_good(
         "s2", "A few dense heads find a needle over the whole length.", Model("mqar", "s2:one dense head"),
-        score="far", margin=0.05, needs=0.5, beside=(Model("mqar", "s2"),), note="8 pairs, asked for in the last quarter",
+        score="far", margin=0.05, needs=0.5, beside=(Model("mqar", "s2"),),
+        note="8 pairs, asked for in the last quarter",
     ),
     _better(
         "rcmha", "It is more accurate than relative attention without filters.",

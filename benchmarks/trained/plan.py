@@ -81,9 +81,10 @@ def plan() -> list[tuple[Model, int]]:
         *text("deconstructed:keys", "deconstructed:random", "deconstructed:embedding", "deconstructed:text"),
         *[(each, 0) for each in HYBRIDS],
     ]  # fmt: skip
-    spread = [*images("reduced:original", "reduced:shared", "reduced:minimal", mlp=False), *images("halo", "halo:window")]
+    reduced = images("reduced:original", "reduced:shared", "reduced:minimal", mlp=False)
     undecided = [
-        *recall(PLAIN, "s2:one dense head", "aaren", "s2"), *copies(PLAIN, "aaren"), *spread,
+        *recall(PLAIN, "s2:one dense head", "aaren", "s2"), *copies(PLAIN, "aaren"),
+        *reduced, *images("halo", "halo:window"),
         *text("moh", "moh:half", "sqa:gqa", "sqa"),
         *text("deconstructed", *(f"deconstructed:{form}" for form in ("random", "embedding", "text", "keys"))),
         *[(each, 0) for each in HYBRIDS],
@@ -92,7 +93,8 @@ def plan() -> list[tuple[Model, int]]:
     ]  # fmt: skip
     of_claims = [(model, seed) for seed in (0, 1, 2) for model, _ in undecided]
     rooms = [(each, 0) for each in standing()]
-    sequences = [(replace(each, work=work), 0) for each, _ in rooms if each.work == "text" for work in ("mqar", "induction")]
+    of_text = [each for each, _ in rooms if each.work == "text"]
+    sequences = [(replace(each, work=work), 0) for each in of_text for work in ("mqar", "induction")]
     forms = text("sqa:ssqa", "sqa:xsqa")
     again = [(model, seed) for seed in (1, 2) for model, drawn in first + compared + forms if drawn == 0]
     return list(dict.fromkeys([*first, *rooms, *compared, *of_claims, *sequences, *forms, *again]))
@@ -133,7 +135,7 @@ def standing() -> list[Model]:
 
 
 def ships(model: Model) -> bool:
-    """Whether the model of seed 0 is shipped, of works that are shown: one for each room and work, and variants that are looked at beside it.
+    """Whether the model of seed 0 is shipped: one for each room and work that is shown, and variants that are looked at.
 
     One with more parameters than a file of 300 kB holds is not.
     """

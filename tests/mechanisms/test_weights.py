@@ -169,7 +169,7 @@ def test_differences_have_the_spread_of_all_models(bench: Any) -> None:
 
 
 def test_shares_have_intervals_that_are_wide_in_the_middle_and_stay_between_none_and_all(bench: Any) -> None:
-    """Seeds that differ by as much in log odds: those of a model near the end differ by less, those half way by more."""
+    """Seeds that differ by as much in log odds: of a model near the end their shares differ by less than half way."""
     Model, Runs = bench.plan.Model, bench.runs.Runs
     at = {"half": 0.0, "high": 3.0, "most": 5.0}
     made = {name: [1 / (1 + math.exp(-middle - d)) for d in (-0.4, 0.0, 0.4)] for name, middle in at.items()}
