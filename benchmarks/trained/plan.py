@@ -135,7 +135,7 @@ def standing() -> list[Model]:
 
 
 def ships(model: Model) -> bool:
-    """Whether the model of seed 0 is shipped: one for each room and work that is shown, and variants that are looked at.
+    """Whether the model of seed 0 is shipped: one for each room and shown work, and variants that are looked at.
 
     One with more parameters than a file of 300 kB holds is not.
     """
