@@ -22,7 +22,7 @@ generated scenes of one to three coloured digits, of which that in the square's 
 multi-query associative recall (arXiv 2312.04927) of 4, 8 and 16 pairs in 128 tokens, a vocabulary of 128; 2 layers,
 d_model 64, 4 heads""",
     "induction": """
-random strings of 4 to 64 bytes again and again in 128 tokens; 2 layers, d_model 64, 4 heads""",
+strings of 4 to 24 different letters again and again in 64 tokens; 2 layers, d_model 64, 4 heads""",
 }
 SCORES = {
     "text": {"text": 3, "repeats": 3, "copy": 2, "recall 8": 2, "recall 26": 2, "needle": 2, "needle far": 2},

@@ -12,7 +12,7 @@ PLAIN = "sqa:mha"
 WIDTH = 192  # of plain attention's MLPs
 MOST = 149_000  # parameters of a model that is shipped, of two bytes each
 STEPS = {"text": 600, "images": 800, "mqar": 300, "induction": 300}
-ROWS = {"text": 16, "images": 32, "mqar": 24, "induction": 24}
+ROWS = {"text": 16, "images": 32, "mqar": 24, "induction": 32}
 FORMS = ("mlp", "keys", "random", "embedding", "text", "taylor")
 
 

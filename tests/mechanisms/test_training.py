@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from workbench.mechanisms.training import (
     PatchModel,
     copying,
     corpus,
+    induction_batch,
     load,
     mqar_batch,
     needle,
@@ -113,6 +115,24 @@ def test_each_key_is_asked_for_again_and_its_value_counts() -> None:
         mqar_batch(1, 62, _random(), (16,))
 
 
+@pytest.mark.parametrize("length", [11, 64])
+def test_a_string_of_different_letters_comes_again_and_counts_from_its_second_letter(length: int) -> None:
+    inputs, labels = induction_batch(40, length, _random())
+    periods = set()
+    for row, wanted in zip(inputs.tolist(), labels.tolist(), strict=True):
+        counts = [at for at, each in enumerate(wanted) if each != IGNORE]
+        period = counts[0]
+        assert len(set(row[:period])) == period
+        assert counts == list(range(period, length))
+        assert [wanted[at] for at in counts] == [row[at - period + 1] for at in counts]
+        periods.add(period)
+    assert min(periods) == 4
+    assert max(periods) <= max(4, 3 * length // 8)
+    assert len(periods) > 5 or length == 11
+    with pytest.raises(WorkbenchError, match="length=10 is not one of 11 up"):
+        induction_batch(1, 10, _random())
+
+
 @pytest.mark.parametrize("work", ["mqar", "induction"])
 def test_any_mechanism_recalls_and_copies_alone(work: str, tmp_path: Path) -> None:
     found = run_work(work, ["aaren"] * 2, quick=True)
@@ -147,9 +167,9 @@ def test_scores_are_shares_of_what_is_asked_for() -> None:
     assert score_mqar(Knows(64), 6) == {"4 pairs": 1.0, "8 pairs": 1.0, "16 pairs": 1.0, "far": 1.0}  # type: ignore[arg-type]
     late = score_mqar(Knows(48), 6)  # type: ignore[arg-type]
     assert late["far"] == 0.0 < late["4 pairs"]
-    none = score_induction(Knows(0), 8)  # type: ignore[arg-type]
-    assert set(none) == {"copy", "copy far"}
-    assert max(none.values()) == 0.0
+    assert score_induction(Knows(64), 30) == {"copy": 1.0, "copy far": 1.0}  # type: ignore[arg-type]
+    early = score_induction(Knows(14), 30)  # type: ignore[arg-type]
+    assert early["copy far"] == 0.0 < early["copy"]
 
 
 @pytest.mark.parametrize("length", [41, 128])
@@ -308,3 +328,36 @@ def test_models_that_cannot_be_are_refused() -> None:
         ByteLM(Place(256, 4, 24), ["sqa:mha"])
     with pytest.raises(WorkbenchError, match=r"1 to 24 tokens"):
         ByteLM(TINY, ["sqa"])(torch.zeros(1, 25, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layers": "sqa"}, 'layers="sqa" is one name'),
+        ({"hidden": -1}, "hidden=-1 is not one of 0 up"),
+        ({"hidden": 0.5}, "hidden is a whole number, not 0.5"),
+        ({"steps": 1.5}, "steps is a whole number, not 1.5"),
+        ({"steps": 0}, "steps=0 is not one of 1 up"),
+        ({"rows": 0}, "rows=0 is not one of 1 up"),
+        ({"rate": float("nan")}, "rate is a finite number above 0, not nan"),
+        ({"rate": 0}, "rate is a finite number above 0, not 0"),
+        ({"seed": "a"}, "seed is a whole number, not 'a'"),
+        ({"split": "test"}, 'no split "test"'),
+        ({"work": ["text"]}, r"work=\"\['text'\]\" is not known"),
+    ],
+)
+def test_what_a_run_cannot_take_is_refused_by_name(options: dict[str, Any], said: str) -> None:
+    given: dict[str, Any] = {"work": "mqar", "layers": ["sqa"], **options}
+    with pytest.raises(WorkbenchError, match=said):
+        run_work(**given)
+
+
+def test_rows_that_cannot_be_drawn_are_refused_by_name() -> None:
+    for refused, said in (
+        (lambda: needle(2, 64, _random(), 1.5), "depth=1.5 is no share"),
+        (lambda: recall(2, 64, _random(), 99), "n_keys=99 is not one of 1 to 52"),
+        (lambda: mqar_batch(2, 64, _random(), ()), "names no number of pairs"),
+        (lambda: width_for("text", ["sqa"], 1.5e5), "parameters is a whole number"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(WorkbenchError, match=said):
+            refused()

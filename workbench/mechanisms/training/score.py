@@ -12,6 +12,7 @@ from workbench.mechanisms.training.text import (
     IGNORE,
     Corpus,
     copying,
+    induction_batch,
     mqar_batch,
     needle,
     recall,
@@ -72,7 +73,7 @@ def score_mqar(model: ByteLM, n: int = 128) -> dict[str, float]:
 
 @torch.no_grad()
 def score_induction(model: ByteLM, n: int = 128) -> dict[str, float]:
-    """Shares of right answers where random strings come again.
+    """Shares of right answers where strings come again.
 
     Args:
         n: rows.
@@ -81,8 +82,8 @@ def score_induction(model: ByteLM, n: int = 128) -> dict[str, float]:
         "copy": of all, "copy far": of strings that are longer than a quarter of the row.
     """
     random, length = torch.Generator().manual_seed(SEED), model.place.length
-    inputs, labels = copying(n, length, random)
-    far = (labels != IGNORE).sum(1) < length - length // 4 - 1
+    inputs, labels = induction_batch(n, length, random)
+    far = (labels != IGNORE).sum(1) < length - length // 4
     return {"copy": float(_right(model, inputs, labels)), "copy far": float(_right(model, inputs[far], labels[far]))}
 
 

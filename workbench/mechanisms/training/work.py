@@ -11,18 +11,21 @@ from collections.abc import Callable, Sequence
 import torch
 
 from workbench.errors import WorkbenchError
+from workbench.kernels.checks import check_number, check_range
 from workbench.mechanisms.frame import Place
 from workbench.mechanisms.training.files import TrainedModel, facts_of, halve
 from workbench.mechanisms.training.images import scenes
 from workbench.mechanisms.training.models import ByteLM, PatchModel
 from workbench.mechanisms.training.run import Batches, train
 from workbench.mechanisms.training.score import score_images, score_induction, score_mqar, score_text
-from workbench.mechanisms.training.text import copying, corpus, mqar_batch, text_batch
+from workbench.mechanisms.training.text import corpus, induction_batch, mqar_batch, text_batch
 
-SEQUENCE = Place(64, 4, 128, rotary=True)
 PLACES = {
-    "text": SEQUENCE, "images": Place(64, 4, 64, causal=False, grid=(8, 8)), "mqar": SEQUENCE, "induction": SEQUENCE,
-}  # fmt: skip
+    "text": Place(64, 4, 128, rotary=True),
+    "images": Place(64, 4, 64, causal=False, grid=(8, 8)),
+    "mqar": Place(64, 4, 128, rotary=True),
+    "induction": Place(64, 4, 64, rotary=True),
+}
 SHOWN = ("text", "images")
 """Works that models are shipped and shown of."""
 LAYERS = {"text": 3, "images": 2, "mqar": 2, "induction": 2}
@@ -57,10 +60,16 @@ def run_work(
         told: is given step and loss, now and then.
 
     Raises:
-        WorkbenchError: no such work, and what the models raise.
+        WorkbenchError: no such work or split, fewer steps or rows than one, a rate that is not above 0, and what the
+            models raise.
     """
     check_work(work)
     steps, rows = (3, 4) if quick else (STEPS[work] if steps is None else steps, rows)
+    for name, value in (("steps", steps), ("rows", rows)):
+        check_range(name, value, 1, None)
+    check_range("seed", seed, 0, 2**63 - 1)
+    check_number("rate", rate, above_zero=True)
+    corpus(split)  # which says what splits there are
     torch.manual_seed(seed)
     model = _made(work, layers, hidden)
     run = train(model, _batches(work, rows), steps=steps, seed=seed, rate=rate, told=told)
@@ -97,6 +106,7 @@ def width_for(work: str, layers: Sequence[str], parameters: int) -> int:
     >>> width_for("text", ["sqa:mha"] * 3, 140_352), width_for("text", ["sqa"] * 3, 140_352)
     (192, 273)
     """
+    check_range("parameters", parameters, 1, None)
     narrow = size_of(work, layers, 1)
     left = parameters - narrow
     if left < 0:
@@ -108,7 +118,7 @@ def width_for(work: str, layers: Sequence[str], parameters: int) -> int:
 
 def check_work(work: str) -> None:
     """Raise a WorkbenchError unless there is such a work."""
-    if work not in PLACES:
+    if not isinstance(work, str) or work not in PLACES:
         raise WorkbenchError(f'work="{work}" is not known', hint=", ".join(f'"{each}"' for each in PLACES))
 
 
@@ -123,6 +133,6 @@ def _batches(work: str, n: int) -> Batches:
     if work == "mqar":
         return lambda random: mqar_batch(n, length, random)
     if work == "induction":
-        return lambda random: copying(n, length, random)
+        return lambda random: induction_batch(n, length, random)
     source = corpus("training")
     return lambda random: text_batch(source, n, length, random, MADE)
