@@ -20,13 +20,8 @@ import workbench
 from workbench import WorkbenchError, mechanisms
 from workbench.mechanisms import Card, Claim
 from workbench.mechanisms.frame import findings
-<<<<<<< HEAD
-from workbench.mechanisms.training import corpus, runs, score_images, score_text, shipped
-from workbench.mechanisms.training.work import PLACES
-=======
 from workbench.mechanisms.training import corpus, runs, scenes, score_images, score_text, shipped
 from workbench.mechanisms.training.work import PLACES, SHOWN
->>>>>>> main
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for work in PLACES for path in (shipped.WEIGHTS / work).glob("*.safetensors"))
