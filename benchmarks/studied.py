@@ -5,7 +5,9 @@ weights of seed 0 (workbench/mechanisms/weights/studies/), keeps the scores of a
 (benchmarks/trained/studies.py) what is found of the papers' claims, which the cards show. Writes its section of
 docs/benchmarks.md. It may be stopped at any time, and goes on where it was.
 
-    python benchmarks/studied.py [--minutes 30] [--only csa medusa] [--no-training] [--quick] [--dry]
+What image models that are shipped do is measured beside (benchmarks/trained/shown.py).
+
+    python benchmarks/studied.py [--minutes 30] [--only csa medusa] [--no-training] [--measure] [--quick] [--dry]
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from shared.measuring import say, write_section
+from trained.shown import SHOWS, measured
 from trained.studies import RULES, SEEDS, section
 
 from workbench.mechanisms import studies
@@ -65,16 +68,26 @@ def train_missing(minutes: float, only: list[str]) -> None:
         say(f"{one.mechanism}, {arm}, seed {seed}: {scores}; {found.facts['seconds']:.0f} s")
 
 
-def keep(runs: list[dict[str, Any]]) -> None:
-    """Write the runs, and what follows of the claims."""
+def read_measured() -> dict[str, list[float]]:
+    """What was measured of shipped image models; empty before it was."""
+    found: dict[str, list[float]] = (
+        json.loads(RUNS.read_text(encoding="utf-8")).get("measured", {}) if RUNS.is_file() else {}
+    )
+    return found
+
+
+def keep(runs: list[dict[str, Any]], found: dict[str, list[float]] | None = None) -> None:
+    """Write the runs and what was measured, and what follows of the claims."""
+    found = read_measured() if found is None else {name: [round(v, 4) for v in each] for name, each in found.items()}
     claims: dict[str, dict[str, Any]] = {}
-    for rule in RULES:
-        if (found := rule.examine(runs)) is not None:
-            claims.setdefault(rule.mechanism, {})[rule.says] = asdict(found)
+    examined = [(rule, rule.examine(runs)) for rule in RULES] + [(rule, rule.examine(found)) for rule in SHOWS]
+    for rule, one in examined:
+        if one is not None:
+            claims.setdefault(rule.mechanism, {})[rule.says] = asdict(one)
     order = sorted(runs, key=lambda run: (run["mechanism"], run["arm"], run["seed"]))
     lines = ",\n".join(json.dumps(run, sort_keys=True) for run in order)
     told = json.dumps(claims, ensure_ascii=False, indent=1, sort_keys=True)
-    disk.write(RUNS, f'{{"claims": {told},\n"runs": [\n{lines}\n]}}\n')
+    disk.write(RUNS, f'{{"claims": {told},\n"measured": {json.dumps(found)},\n"runs": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
@@ -83,6 +96,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no training after as many")
     parser.add_argument("--only", nargs="+", default=[], help="mechanisms to train; all by default")
     parser.add_argument("--no-training", action="store_true", help="judge and write what is there")
+    parser.add_argument("--measure", action="store_true", help="measure the shipped image models anew")
     parser.add_argument("--quick", action="store_true", help="a few steps of each, and nothing is written")
     parser.add_argument("--dry", action="store_true", help="print the section, and write none")
     options = parser.parse_args()
@@ -92,8 +106,8 @@ def main() -> None:
     else:
         if not options.no_training:
             train_missing(options.minutes, options.only)
-        keep(runs := read_runs())
-    told = section(runs)
+        keep(runs := read_runs(), measured() if options.measure else None)
+    told = section(runs, {} if options.quick else read_measured())
     if options.quick or options.dry:
         print(told)
     else:

@@ -12,6 +12,7 @@ from shared.measuring import table
 
 from trained.claims import Found
 from trained.runs import pooled
+from trained.shown import SHOWS, Shows
 from workbench.mechanisms import studies
 
 BY = "benchmarks/studied.py"
@@ -166,8 +167,8 @@ RULES: tuple[Above | Beyond, ...] = (
 )  # fmt: skip
 
 
-def section(runs: Runs) -> str:
-    """What was learned, and where claims stand."""
+def section(runs: Runs, measured: Mapping[str, list[float]]) -> str:
+    """What was learned, and where claims stand; those of shipped image models too."""
     parts = [
         f"""`python benchmarks/studied.py`: mechanisms on generated data of their own kind, each form with seeds
 {", ".join(map(str, SEEDS))}. The rules (benchmarks/trained/studies.py) were written before the figures; a claim of
@@ -185,6 +186,8 @@ for all forms of a study."""
                 rows.append([f"{arm}: {what}", f"{of_arm[0]['parameters']:,}", str(len(of_arm)), *cells])
         if rows:
             parts += [f"**{one.mechanism}**: {one.about}.", table(["form", "parameters", "seeds", *named], rows)]
-    claims = [(rule, found) for rule in RULES if (found := rule.examine(runs)) is not None]
+    claims: list[tuple[Above | Beyond | Shows, Found]] = []
+    claims += [(rule, found) for rule in RULES if (found := rule.examine(runs)) is not None]
+    claims += [(rule, found) for rule in SHOWS if (found := rule.examine(measured)) is not None]
     lines = [[rule.mechanism, rule.says, found.outcome, found.found, found.how] for rule, found in claims]
     return "\n\n".join([*parts, table(["mechanism", "claim", "at our scale", "found", "how"], lines)])
