@@ -98,7 +98,7 @@ def test_drives_come_nearer_and_decisions_are_those_of_what_matters() -> None:
     assert torch.equal(grid[:, 1:, 1:], grid[:, :-1, :-1])  # a row further down in each frame
     assert torch.equal(found.decisions[..., 2], found.matters.sum(-1) - 1)
     mean = driving.drives(50, random()).frames.unflatten(2, (6, 6))
-    slot = mean[..., 0].flatten(2).argmax(-1)  # noise has a standard deviation of a half: right in most
+    slot = mean[..., 0].flatten(2).argmax(-1)  # noise: right in most
     assert float(((slot % 6) // 2 == found.decisions[..., 0]).float().mean()) > 0.5
     assert float(((slot // 6) // 2 == found.decisions[..., 1]).float().mean()) > 0.5
     assert driving.steadiness(grid.double().flatten(2)) == pytest.approx(1)

@@ -18,7 +18,7 @@ from workbench.mechanisms.studies.study import Phase, Study
 
 SIDE, KINDS, WIDTH, STEPS = 6, 4, 24, 3
 FRAMES = 3
-_NOISE = 0.5
+_NOISE = 0.3
 _TEST, _SEED = 512, 99
 PLACE = Place(WIDTH, 2, SIDE * SIDE, causal=False, grid=(SIDE, SIDE))
 
@@ -84,7 +84,7 @@ class Driver(nn.Module):
     def __init__(self, arm: str) -> None:
         super().__init__()
         self.arm, self.embed = arm, nn.Linear(KINDS, WIDTH)
-        self.position = nn.Parameter(0.1 * torch.randn(PLACE.length, WIDTH))
+        self.position = nn.Parameter(0.5 * torch.randn(PLACE.length, WIDTH))
         self.norm, self.mix = nn.LayerNorm(WIDTH), nn.MultiheadAttention(WIDTH, 2, batch_first=True)
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
         self.gate = None if arm == "none" else ControlAidedAttention(PLACE)
@@ -199,7 +199,7 @@ DRIVING = add(
             "none": "no gate",
         },
         Driver,
-        lambda arm: [Phase(400, _loss)],
+        lambda arm: [Phase(450, _loss, 6e-3)],
         _score,
         lambda: {"cells": _shown().frames.flatten(0, 1)},
         _exhibits,

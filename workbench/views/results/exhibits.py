@@ -20,6 +20,7 @@ _OUTLINE = "#d1662b"
 _SHADE = "rgba(128, 128, 128, 0.22)"
 _LINKS = 2  # of each atom, the strongest
 _ACROSS = 4  # maps in a row
+_ROOM = 1.0  # ångström around a crystal
 _INKS = {"O": "#b03a4a", "Fe": "#8a6d1f", "Cu": "#d1662b", "Y": "#3a8f5c", "Ba": "#7a6bc9"}
 
 
@@ -144,8 +145,9 @@ def _atoms(panel: Atoms, fig: Any, at: dict[str, int], named: set[str]) -> None:
                 hovertemplate="%{text}: %{customdata[0]:.2f}<extra></extra>",
             ), **at,
         )  # fmt: skip
-    fig.update_xaxes(title_text="Å", **at)
-    fig.update_yaxes(**at)
+    low, high = (flat.amin(0) - _ROOM).tolist(), (flat.amax(0) + _ROOM).tolist()
+    fig.update_xaxes(title_text="Å", range=[low[0], high[0]], **at)
+    fig.update_yaxes(range=[low[1], high[1]], **at)
 
 
 def flattened(positions: Tensor) -> Tensor:
