@@ -162,7 +162,7 @@ RULES: tuple[Above | Beyond, ...] = (
     Above(
         "spikformer", "Its convolutional stem, and learning to fill in what was masked, make it more accurate.",
         (("labels alone", "patches"), ("filled in", "labels alone")), "accuracy",
-        note="one digit; as many steps with labels",
+        note="as many steps with labels",
     ),
 )  # fmt: skip
 

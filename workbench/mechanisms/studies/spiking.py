@@ -1,4 +1,4 @@
-"""Spikformer on scenes of one digit: its stem, learning to fill in what was masked, and what spikes cost."""
+"""Spikformer on images with planted lesions: its stem, learning to fill in what was masked, and what spikes cost."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from workbench.capture.capture import Capture
 from workbench.mechanisms.frame import Place
 from workbench.mechanisms.spikformer import FeatureNorm, Leaky, Spikformer, SpikingAttention
 from workbench.mechanisms.studies.exhibit import Exhibit, Lines
+from workbench.mechanisms.studies.lesions import CLASSES, SIDE, lesions
 from workbench.mechanisms.studies.shipped import add
 from workbench.mechanisms.studies.study import Phase, Study
-from workbench.mechanisms.training.images import PATCH, SIDE, scenes
 
-GRID, WIDTH, STEPS = SIDE // PATCH, 24, 4
+PATCH, WIDTH, STEPS = 4, 24, 4
+GRID = SIDE // PATCH
 PLACE = Place(WIDTH, 2, GRID * GRID, causal=False, grid=(GRID, GRID))
 _ROWS, _MASKED = 16, 0.75
 _TEST, _SEED = 256, 99
@@ -29,7 +30,7 @@ class PatchStem(nn.Module):
 
     def __init__(self, d_model: int, steps: int) -> None:
         super().__init__()
-        self.cut = nn.Conv2d(3, d_model, PATCH, PATCH, bias=False)
+        self.cut = nn.Conv2d(1, d_model, PATCH, PATCH, bias=False)
         nn.init.normal_(self.cut.weight, std=(2 / self.cut.weight[0].numel()) ** 0.5)
         self.norm, self.neurons = FeatureNorm(d_model, steps), Leaky()
 
@@ -44,13 +45,13 @@ class SpikingReader(Spikformer):
     """Spikformer with a part that fills in pixels of masked patches; `arm` "patches" has a stem that only cuts."""
 
     def __init__(self, arm: str) -> None:
-        super().__init__(PLACE, n_classes=10, layers=1, steps=STEPS)
-        self.arm, self.fill = arm, nn.Linear(WIDTH, 3 * PATCH**2)
+        super().__init__(PLACE, CLASSES, layers=1, steps=STEPS, in_channels=1)
+        self.arm, self.fill = arm, nn.Linear(WIDTH, PATCH**2)
         if arm == "patches":
             self.stem = PatchStem(WIDTH, STEPS)  # type: ignore[assignment]
 
     def filled(self, images: Tensor) -> Tensor:
-        """[image, patch, pixel of three colours] of images some of whose patches are blank."""
+        """[image, patch, pixel] of images some of whose patches are blank."""
         x = self.stem(images[:, None].expand(-1, self.steps, -1, -1, -1)).flatten(3).mT
         for block in self.blocks:
             x = block(x)
@@ -59,12 +60,12 @@ class SpikingReader(Spikformer):
 
 
 def _patches(images: Tensor) -> Tensor:
-    """[image, patch, pixel of three colours]."""
+    """[image, patch, pixel]."""
     return F.unfold(images, PATCH, stride=PATCH).mT
 
 
 def _filling(model: SpikingReader, random: torch.Generator) -> Tensor:
-    images = scenes(_ROWS, random, 1).images
+    images = lesions(_ROWS, random).images
     hidden = torch.rand(_ROWS, 1, GRID, GRID, generator=random) < _MASKED
     blank = images.masked_fill(hidden.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3), 0.0)
     which = hidden.flatten(1)
@@ -72,13 +73,13 @@ def _filling(model: SpikingReader, random: torch.Generator) -> Tensor:
 
 
 def _reading(model: SpikingReader, random: torch.Generator) -> Tensor:
-    found = scenes(_ROWS, random, 1)
+    found = lesions(_ROWS, random)
     return F.cross_entropy(model(found.images), found.classes)
 
 
 def _phases(arm: str) -> list[Phase]:
     before = [Phase(150, _filling)] if arm == "filled in" else []
-    return [*before, Phase(300, _reading)]
+    return [*before, Phase(320, _reading, 5e-3)]
 
 
 def with_steps(model: SpikingReader, steps: int) -> None:
@@ -91,13 +92,13 @@ def with_steps(model: SpikingReader, steps: int) -> None:
 
 @torch.no_grad()
 def _accuracy(model: SpikingReader) -> float:
-    found = scenes(_TEST, torch.Generator().manual_seed(_SEED), 1)
+    found = lesions(_TEST, torch.Generator().manual_seed(_SEED))
     right = torch.cat([model(part) for part in found.images.split(64)]).argmax(-1) == found.classes
     return float(right.float().mean())
 
 
 def _score(model: SpikingReader) -> dict[str, float]:
-    activity = spike_activity(model, [scenes(32, torch.Generator().manual_seed(_SEED), 1).images])
+    activity = spike_activity(model, [lesions(32, torch.Generator().manual_seed(_SEED)).images])
     weights = torch.tensor(activity.neurons, dtype=torch.float64)
     return {
         "accuracy": _accuracy(model),
@@ -108,11 +109,11 @@ def _score(model: SpikingReader) -> dict[str, float]:
 
 
 def _shown() -> Tensor:
-    return scenes(3, torch.Generator().manual_seed(5), 1).images
+    return lesions(3, torch.Generator().manual_seed(2)).images
 
 
 def _exhibits(model: SpikingReader, capture: Capture) -> Sequence[Any]:
-    few = scenes(16, torch.Generator().manual_seed(_SEED), 1).images
+    few = lesions(16, torch.Generator().manual_seed(_SEED)).images
     counts, accuracy, energy, rate = (1, 2, 3, 4, 6, 8), list[float](), list[float](), list[float]()
     try:
         for steps in counts:
@@ -138,9 +139,9 @@ def _exhibits(model: SpikingReader, capture: Capture) -> Sequence[Any]:
 SPIKING = add(
     Study(
         "spikformer",
-        "digits",
-        f"scenes of one coloured digit on 32 × 32 pixels; a spiking stem, one block of spiking attention, "
-        f"{STEPS} steps",
+        "spikes",
+        "the images of MEDUSA's study: is there a faint disc, a ring, or neither? A spiking stem, one block of spiking "
+        f"attention, and {STEPS} steps",
         {
             "filled in": "masked patches are filled in before, by pixels",
             "labels alone": "trained on labels alone",
