@@ -345,7 +345,7 @@ class Capture:
                 where["packed"] = list(forward.packed)
             if forward.span is not None:
                 where["span"] = list(forward.span)
-            forwards.append(where | {"sites": entries, "tokens": forward.tokens})
+            forwards.append(where | {"sites": entries, "tokens": dict(forward.tokens)})
         model_sites = [asdict(site) for site in self.model_sites]
         header = {
             "provenance": self.provenance,
