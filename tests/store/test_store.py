@@ -303,8 +303,9 @@ def test_other_models_versions_settings_and_folders(stored: tuple[Path, Capture]
     other = _llama()
     other.lm_head.weight.add_(1)
     with workbench.attach(other) as wb:
-        with pytest.raises(CaptureError, match=r"another model: weights_sha256"), wb.capture(
-            ("entropy", "received"), values=True, store=path
+        with (
+            pytest.raises(CaptureError, match=r"another model: weights_sha256"),
+            wb.capture(("entropy", "received"), values=True, store=path),
         ):
             pass
     with workbench.attach(_llama()) as wb:

@@ -250,7 +250,7 @@ class Capture:
                 measured = {"head": h, "position": n, statistic: values.flatten().tolist()}
                 frame = pd.DataFrame({"forward": forward.index, **where, "batch": b, **of_window, **measured})
                 if per == "head":
-                    frame = frame.drop(columns="position").assign(n=counts.flatten())
+                    frame = frame.drop(columns="position").assign(n=counts.flatten().tolist())
                 frames.append(frame if c.site.here is None else frame[frame["head"].isin(c.site.here)])
         if not frames:
             raise CaptureError(f'no site has "{statistic}"', hint=f"captured: {', '.join(self.statistics)}")
