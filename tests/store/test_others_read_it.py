@@ -19,7 +19,7 @@ zarr = pytest.importorskip("zarr")
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Capture]]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Capture]:
     """A store of an encoder-decoder on inputs of two lengths, and their capture in memory."""
     torch.manual_seed(0)
     config = hf.BartConfig(
@@ -39,7 +39,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Captu
         with wb.capture(["entropy", "received", "top_keys"], z=True, store=path):
             for one in inputs:
                 model(**one)
-    yield path, plain
+    return path, plain
 
 
 @pytest.fixture(autouse=True)

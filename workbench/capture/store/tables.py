@@ -41,6 +41,7 @@ class Tables:
         )
         self._tokens = GrowingTable(folder / "tokens", _TOKENS, numbered="forward")
         self._has = [0, 0]
+        self._waiting: list[tuple[Forward, int]] = []
 
     def open(self) -> int:
         """Go on with what is there; the first forward that one of them lacks.
@@ -52,15 +53,21 @@ class Tables:
         return min(self._has)
 
     def add(self, forward: Forward, index: int) -> None:
-        """Add the rows of a forward.
+        """Add the rows of a forward, and those that could not be written before.
 
         Raises:
             FileError: they cannot be written.
         """
-        if index >= self._has[0]:
-            self._heads.add(self._of_heads(forward, index))
-        if index >= self._has[1]:
-            self._tokens.add(_of_tokens(forward, index))
+        self._waiting.append((forward, index))
+        while self._waiting:
+            late, number = self._waiting[0]
+            if number >= self._has[0]:
+                self._heads.add(self._of_heads(late, number))
+                self._has[0] = number + 1
+            if number >= self._has[1]:
+                self._tokens.add(_of_tokens(late, number))
+                self._has[1] = number + 1
+            self._waiting.pop(0)
 
     def _of_heads(self, forward: Forward, index: int) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {name: [] for name in (*_HEADS, *self._columns)}

@@ -28,6 +28,7 @@ from workbench.hooks.sites import Sites
 from workbench.storage import disk
 from workbench.storage.parts import Part
 from workbench.storage.store import shards
+from workbench.storage.store.extra import need
 from workbench.storage.store.journal import Journal
 from workbench.storage.store.shards import Array
 
@@ -266,6 +267,8 @@ def open_writer(
         FileError: it cannot be written, or another process writes it. FormatError: what stands there is no store, or of
             another version. CaptureError: it is of another model, or has other settings.
     """
+    for module in ("google_crc32c", "pyarrow.parquet"):
+        need(module, "a store")
     folder = Path(path)
     facts, tokens = settings.state()
     if tokens:
