@@ -28,8 +28,8 @@ class TrainedModel:
     """A model and how it came about.
 
     Attributes:
-        model: in float32. scores: as of `score_text` or `score_images`, of the weights in half precision.
-        facts: JSON values: seed, steps, rate, losses, seconds, what was read, versions.
+        model: in float32. scores: as of `score_text`, `score_images` and the like, of the weights in half precision.
+        facts: JSON values: work, seed, steps, rate, losses, seconds, what was read, versions.
     """
 
     model: ByteLM | PatchModel
@@ -52,7 +52,7 @@ class TrainedModel:
         if isinstance(model, ByteLM):
             del tensors["head.weight"]  # it is the embedding
         header = {
-            "work": "text" if isinstance(model, ByteLM) else "images",
+            "work": "images" if isinstance(model, PatchModel) else self.facts.get("work", "text"),
             "place": asdict(model.place),
             "layers": list(model.stack.layers),
             "hidden": model.stack.hidden,
@@ -103,7 +103,7 @@ def _model(header: Part, tensors: Mapping[str, Tensor]) -> ByteLM | PatchModel:
     for name, shape in sizes.items():
         if tuple(tensors[name].shape) != shape:
             raise FormatError(f"{name} has another shape than the file says", shape=tensors[name].shape)
-    made = ByteLM if header["work"].one_of(("text", "images")) == "text" else PatchModel
+    made = PatchModel if header["work"].text() == "images" else ByteLM
     return made(place, layers, hidden)
 
 
