@@ -251,7 +251,7 @@ def test_nothing_is_made_by_the_sizes_that_a_trained_model_says(
 
 def test_a_trained_model_that_would_not_be_read_is_not_written(tmp_path: Path) -> None:
     wide = TrainedModel(ByteLM(Place(1024, 2, 2), ["moh"], 0), {}, {"losses": []})
-    with pytest.raises(WorkbenchError, match="at most 64 layers"):
+    with pytest.raises(WorkbenchError, match="at most 32 layers"):
         wide.save(tmp_path / "file")
 
 

@@ -19,7 +19,7 @@ from workbench.storage import files
 from workbench.storage.parts import Part
 
 FORM = "workbench.mechanism_model"
-_MOST_LAYERS, _WIDEST, _LONGEST = 64, 512, 4096
+_MOST_LAYERS, _WIDEST, _LONGEST = 32, 512, 4096
 """Of models in files: a mechanism allocates by them before its weights are compared with the file's."""
 
 
@@ -103,7 +103,7 @@ def _model(header: Part, tensors: Mapping[str, Tensor]) -> ByteLM | PatchModel:
     for name, shape in sizes.items():
         if tuple(tensors[name].shape) != shape:
             raise FormatError(f"{name} has another shape than the file says", shape=tensors[name].shape)
-    made = PatchModel if header["work"].text() == "images" else ByteLM
+    made: type[ByteLM] | type[PatchModel] = PatchModel if header["work"].text() == "images" else ByteLM
     return made(place, layers, hidden)
 
 
