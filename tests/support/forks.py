@@ -10,11 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 _STREAMS = (0, 1, 2)
+_LIFELINE = 63
+"""A file descriptor that nothing else has."""
 
 
 @contextmanager
@@ -25,7 +28,8 @@ def forks(folder: Path, *modules: str) -> Iterator[list[str]]:
         folder: where the processes are asked for. modules: what they have imported.
     """
     address = str(folder / "forks")
-    with subprocess.Popen([sys.executable, __file__, "serve", address, *modules], stdout=subprocess.PIPE) as server:
+    command, pipe = [sys.executable, __file__, "serve", address, *modules], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as server:
         assert server.stdout is not None
         try:
             assert server.stdout.readline() == b"ready\n"
@@ -34,7 +38,19 @@ def forks(folder: Path, *modules: str) -> Iterator[list[str]]:
             server.terminate()
 
 
+def _end_with_the_tests() -> None:
+    """End this process when the one that has begun them all is gone, and its end of the pipe with it."""
+
+    def watch() -> None:
+        os.read(_LIFELINE, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _serve(address: str, modules: Sequence[str]) -> None:
+    os.dup2(0, _LIFELINE, inheritable=False)
+    _end_with_the_tests()
     for name in modules:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
@@ -46,6 +62,7 @@ def _serve(address: str, modules: Sequence[str]) -> None:
             asker, _ = door.accept()
             with asker:
                 if os.fork() == 0:
+                    _end_with_the_tests()
                     door.close()
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     return _answer(asker)
@@ -58,6 +75,7 @@ def _answer(asker: socket.socket) -> None:
     if child := os.fork():
         asker.sendall(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]).to_bytes(2, "big", signed=True))
         return
+    _end_with_the_tests()
     asker.close()
     for stream, number in zip(streams, _STREAMS, strict=True):
         os.dup2(stream, number)
