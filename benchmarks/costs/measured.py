@@ -47,7 +47,9 @@ def peaks_of(names: Sequence[str], lengths: Sequence[int], limits: Limits) -> tu
     return {name: {int(n): mib for n, mib in each.items()} for name, each in peaks.items()}, left_out
 
 
-def peaks_of_forms(room: str, length: int, forms: Mapping[str, Mapping[str, Any]], rounds: int) -> dict[str, list[float]]:
+def peaks_of_forms(
+    room: str, length: int, forms: Mapping[str, Mapping[str, Any]], rounds: int
+) -> dict[str, list[float]]:
     """MiB of each form of a room in every round, in a process of its own.
 
     Args:
@@ -61,8 +63,8 @@ def peaks_of_forms(room: str, length: int, forms: Mapping[str, Mapping[str, Any]
 def _apart(*options: str) -> Any:
     """What `mechanisms.py` prints with these options.
 
-    In a process whose allocator gives every block of 64 KiB or more back: elsewhere a call takes what an earlier one has
-    left, and its peak shows nothing. Linux only.
+    In a process whose allocator gives every block of 64 KiB or more back: elsewhere a call takes what an earlier one
+    has left, and its peak shows nothing. Linux only.
     """
     script = Path(__file__).parent.parent / "mechanisms.py"
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}

@@ -1,4 +1,4 @@
-"""Softmax attention to one block of keys: its output with the log-sum-exp, and gradients where that of all is known.
+"""Softmax attention to one block of keys: output and log-sum-exp, and gradients where that of all blocks is known.
 
 In tiles of queries, so that no map is held whole. Blocks are joined by their log-sum-exps; backward, the weights of a
 block are exp(s − lse) with the lse of all blocks, so that its gradients are its part of the whole's.
