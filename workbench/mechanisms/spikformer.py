@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.hooks.changes import Changes
 from workbench.kernels.checks import check_range
 from workbench.kernels.linear import LinearPattern
 from workbench.kernels.patterns import Pattern
@@ -232,11 +233,9 @@ def flipped(neurons: Leaky, where: tuple[int | slice, ...]) -> Iterator[None]:
         changed[where] = 1 - changed[where]
         return changed
 
-    handle = neurons.register_forward_hook(turned)
-    try:
+    with Changes() as changes:
+        changes.after(neurons, turned)
         yield
-    finally:
-        handle.remove()
 
 
 def _rates(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
