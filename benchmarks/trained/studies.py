@@ -26,11 +26,6 @@ def values(runs: Runs, mechanism: str, arm: str, score: str) -> list[float]:
     return [run["scores"][score] for run in found if score in run["scores"]]
 
 
-def spread(runs: Runs, mechanism: str, score: str) -> tuple[float, int]:
-    """Standard deviation over seeds, pooled over the forms of a study, and its degrees of freedom."""
-    return pooled([values(runs, mechanism, arm, score) for arm in studies.study(mechanism).arms])
-
-
 @dataclass(frozen=True)
 class Above:
     """A form is above another in a score, for each of the pairs.
@@ -49,8 +44,8 @@ class Above:
 
     def examine(self, runs: Runs) -> Found | None:
         """What follows from the runs; None where one is missing, or no form has several seeds."""
-        sd, df = spread(runs, self.mechanism, self.score)
         forms = list(dict.fromkeys(arm for pair in self.pairs for arm in pair))
+        sd, df = pooled([values(runs, self.mechanism, arm, self.score) for arm in forms])
         held = {arm: values(runs, self.mechanism, arm, self.score) for arm in (*forms, *self.also)}
         if not df or not all(held.values()):
             return None
@@ -86,7 +81,7 @@ class Beyond:
         told, lows, highs, held, df = [], [], [], [], 0
         for score in self.scores:
             held = values(runs, self.mechanism, self.arm, score)
-            sd, df = spread(runs, self.mechanism, score)
+            sd, df = pooled([values(runs, self.mechanism, arm, score) for arm in studies.study(self.mechanism).arms])
             if not held or not df:
                 return None
             mean, wide = fmean(held), float(t.ppf(0.975, df)) * sd / len(held) ** 0.5
@@ -109,7 +104,7 @@ def _outcome(lows: Sequence[float], highs: Sequence[float], value: float) -> str
 
 def _how(score: str, held: Mapping[str, Sequence[float]], df: int, note: str) -> str:
     seeds = ", ".join(sorted({str(len(each)) for each in held.values()}))
-    told = [score, note, f"seeds: {seeds}", f"t with the spread of seeds pooled over forms, df {df}", BY]
+    told = [score, note, f"seeds: {seeds}", f"t over seeds, their spread pooled over forms, df {df}", BY]
     return "; ".join(filter(None, told))
 
 
@@ -172,8 +167,8 @@ def section(runs: Runs, measured: Mapping[str, list[float]]) -> str:
     parts = [
         f"""`python benchmarks/studied.py`: mechanisms on generated data of their own kind, each form with seeds
 {", ".join(map(str, SEEDS))}. The rules (benchmarks/trained/studies.py) were written before the figures; a claim of
-several comparisons holds where each does. Intervals are Student's t, with a spread over seeds that is taken as the same
-for all forms of a study."""
+several comparisons holds where each does. Intervals are Student's t over seeds, with a spread that is taken as the same
+for the forms that are compared; of one form against a value, for all forms that have the score."""
     ]
     for one in studies.studies().values():
         named = dict.fromkeys(name for run in runs if run["mechanism"] == one.mechanism for name in run["scores"])
