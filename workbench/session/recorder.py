@@ -53,8 +53,9 @@ def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
 class Recorder:
     """Collects the forwards of one capture; its methods are the observer's callbacks.
 
-    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `refused` says, by site, why none
-    of its calls were kept, `unrecorded` how many were not, and why.
+    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `compiled` says what became of the
+    graphs of compiled code (`AttentionCall.compiled`); `refused` says, by site, why none of its calls were kept,
+    `unrecorded` how many were not, and why.
     """
 
     model: nn.Module
@@ -64,6 +65,7 @@ class Recorder:
     forwards: list[Forward] = field(default_factory=list)
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
+    compiled: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     unrecorded: dict[str, Unrecorded] = field(default_factory=dict)
     gradients: GradientWatch = field(default_factory=GradientWatch)
@@ -79,6 +81,7 @@ class Recorder:
     _streamed: set[tuple[object, ...]] = field(default_factory=set)  # kinds of calls of which the engines are known
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
+    _masks: list[Tensor] = field(default_factory=list)  # the last that compiled code gave, which it writes over
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -251,13 +254,15 @@ class Recorder:
         pattern = call.pattern(cross=cross)
         others = {**pattern.factors, **call.build_others()} if settings.queries_keys else {}
         self._check_limit(self._planned(call, pattern, others), site)
-        keeper = _Keeper(self.arena)
+        keeper = _Keeper(self.arena, self._masks if call.compiled else None)
         if settings.queries_keys:
             pattern = pattern.kept(keeper.keep)
             others = {name: other.kept(keeper.keep) for name, other in others.items()}
         names = settings.names_at(site)
         try:
             check_finite("v", call.v)
+            if call.compiled:
+                self.compiled.add(call.compiled)
             options = self._options(forward, site, pattern, names)
             statistics = streaming.statistics(pattern, names, options)
             if check:
@@ -371,25 +376,38 @@ def _itself(tensor: Tensor, axis: int) -> Tensor:
 
 
 class _Keeper:
-    """Decides how a tensor of the model is kept: as a copy, or by reference where that is safe and saves much."""
+    """Decides how a tensor of the model is kept: as a copy, or by reference where that is safe and saves much.
 
-    def __init__(self, arena: Arena) -> None:
-        self.arena = arena
+    Args:
+        masks: of compiled code, which writes over its tensors: the mask that was copied last, and may come again.
+    """
+
+    def __init__(self, arena: Arena, masks: list[Tensor] | None = None) -> None:
+        self.arena, self.masks = arena, masks
         self.held: list[tuple[Tensor, int]] = []
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
         """Keep a part of a pattern; the values stay the model's own until it is clear whether they are wanted."""
         if name == "values":
             return tensor
+        if name == "mask" and self.masks is not None:
+            return self._mask(tensor, self.masks)
         return self.shared(tensor) if name == "mask" else self(tensor)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Keep a tensor that belongs to one call."""
         part_of_more = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-        if tensor.device.type == "cpu" or part_of_more or tensor.is_inference():
+        if self.masks is not None or tensor.device.type == "cpu" or part_of_more or tensor.is_inference():
             # A slice would hold the whole packed projection or cache; an inference tensor cannot tell of changes.
             return self.arena.copy(tensor)
         return self.shared(tensor)
+
+    def _mask(self, mask: Tensor, known: list[Tensor]) -> Tensor:
+        """A copy that layers with the same mask share."""
+        if known and known[0].shape == mask.shape and known[0].dtype == mask.dtype and torch.equal(known[0], mask):
+            return known[0]
+        known[:] = [mask.detach().clone()]
+        return known[0]
 
     def shared(self, tensor: Tensor) -> Tensor:
         """Keep a tensor that several calls may share, by reference, noting its version."""
