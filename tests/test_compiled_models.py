@@ -1,4 +1,4 @@
-"""Ten models that inductor has compiled: captured as their eager twins, with the outputs that they have without a capture."""
+"""Ten models that inductor has compiled: statistics are their eager twins', outputs those without a capture."""
 
 import functools
 from collections.abc import Iterator

@@ -24,7 +24,7 @@ from workbench.hooks.tap import AttentionCall, Unshown
 from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, context_length, packed_sequences, token_ids
 from workbench.kernels import streaming
-from workbench.kernels.checks import check_finite
+from workbench.kernels.checks import Pending, check_finite
 from workbench.kernels.patterns import PartOfHeads, Pattern
 from workbench.kernels.statistics import Options
 from workbench.session.cached_tokens import CachedTokens
@@ -70,6 +70,7 @@ class Recorder:
     unrecorded: dict[str, Unrecorded] = field(default_factory=dict)
     gradients: GradientWatch = field(default_factory=GradientWatch)
     arena: Arena = field(default_factory=Arena)
+    pending: Pending = field(default_factory=Pending)
     outputs: HeadOutputs = field(init=False)
     _opened_in: int = field(default_factory=threading.get_ident)
     _running: dict[int, RunningForward] = field(default_factory=dict)
@@ -260,7 +261,7 @@ class Recorder:
             others = {name: other.kept(keeper.keep) for name, other in others.items()}
         names = settings.names_at(site)
         try:
-            check_finite("v", call.v)
+            check_finite("v", call.v, site.name)
             if call.compiled:
                 self.compiled.add(call.compiled)
             options = self._options(forward, site, pattern, names)

@@ -22,6 +22,7 @@ from workbench.hooks.layouts import STATE_IT, Layouts
 from workbench.hooks.proofs.axes import Axes
 from workbench.hooks.sites import Sites, Unread, find_sites, without
 from workbench.inputs import check_inputs, device_for_inputs, dropout_in_training, to_ids, with_own_positions
+from workbench.kernels.checks import deferred
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
 from workbench.session.interventions import Interventions
@@ -211,7 +212,7 @@ class Workbench(Interventions):
         provenance = describe(self._inner, self.tokenizer) | {"statistics": list(settings.statistics)}
         capture = Capture(recorder.forwards, self.sites, provenance, weights, settings, recorder.unrecorded)
         try:
-            with self._contexts.recording(recorder):
+            with deferred(recorder.pending), self._contexts.recording(recorder):
                 yield capture
         finally:
             recorder.finish()
@@ -219,6 +220,7 @@ class Workbench(Interventions):
             provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
             provenance |= self._of_compiled(recorder.compiled)
             recorder.gradients.close()
+        recorder.pending.check()
         self._check_fired(capture, settings, recorder.refused)
         recorder.gradients.check(all_must_arrive=settings.sites is not None)
 
