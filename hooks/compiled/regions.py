@@ -135,24 +135,20 @@ class _Walk:
         self._classes = dict[type, tuple[set[str], list[tuple[Any, str, Holder]]]]()
 
     def of(self, name: str, module: nn.Module) -> Iterator[Region]:
+        """What is compiled in a module and below it."""
         if module in self._seen:
             return
         self._seen.add(module)
         own, inner = vars(module), uncompiled(module)
-        if inner is not module:
-            key = "_forward" if _is_compiled(own.get("_forward")) else "forward"
-            yield Region(name, "", own[key], own, key, inner)
-        elif module._compiled_call_impl is not None:
-            yield Region(name, "", module._compiled_call_impl, own, "_compiled_call_impl", module)
+        # Lazy modules have both of the first, of which the second calls the first.
+        keys = ("_forward", "forward") if inner is not module else ("_compiled_call_impl",)
+        key = next((key for key in keys if _is_compiled(own.get(key))), None)
+        if key is not None:
+            found = [Region(name, "", own[key], own, key, inner)]
         else:
-            whole = False
-            for region in self._functions_of(name, module):
-                whole |= region.runs is not None
-                yield region
-            if not whole or self.inside:
-                yield from self._children(name, module)
-            return
-        if self.inside:
+            found = list(self._functions_of(name, module)) if inner is module else []
+        yield from found
+        if self.inside or all(region.runs is None for region in found):
             yield from self._children(name, module)
 
     def _children(self, name: str, module: nn.Module) -> Iterator[Region]:

@@ -99,13 +99,13 @@ class Watched:
         if place.site is None:
             return None
         names = self._names[region]
-        if given.anchor is None:
-            path, again = graph.replaced_stem(place.site, place.region, names.region), given.place in fired
+        anchor = None if given.anchor is None else names.parameters.get(graph.lies_at(given.anchor))
+        again = anchor is None and given.place in fired
+        if anchor is None:  # then only one of the region's layers may run this graph
             fired.add(given.place)
-            anchor = None
+            path = graph.replaced_stem(place.site, place.region, names.region)
         else:
-            anchor, again = names.parameters.get(graph.lies_at(given.anchor)), False
-            path = None if anchor is None else place.moved(place.site, anchor)
+            path = place.moved(place.site, anchor)
         module = None if path is None else self._modules.get(path)
         if path is None or module is None or again:
             raise CaptureError(
