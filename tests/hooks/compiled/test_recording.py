@@ -22,7 +22,7 @@ from workbench import Capture, CaptureError, InterventionError
 from workbench.hooks.compiled.regions import find_regions
 
 GPT2, LLAMA = family("gpt2"), family("llama-gqa")
-NAMES = ("lse", "entropy", "received", "distance", "induction")
+NAMES = ("lse", "entropy", "received", "distance")
 compiled: Any = functools.partial(torch.compile, backend="eager")
 
 
