@@ -252,13 +252,13 @@ def page(run: Run) -> str:
     errors = run.found["errors"]
     checks = list(next(iter(errors.values())))
     parts = [
-        f"`python benchmarks/gpu.py` on {_device(run)}. Largest error of each kernel against float64, over the largest\n"
-        "number (float32 products are TF32 where the GPU has it):",
+        f"`python benchmarks/gpu.py` on {_device(run)}. Largest error of each kernel against float64, over the\n"
+        "largest number (float32 products are TF32 where the GPU has it):",
         table(["dtype", *checks], [[name, *(f"{each[c]:.1e}" for c in checks)] for name, each in errors.items()]),
     ]
     if rows := run.found.get("statistics"):
         parts += [
-            f"Time of statistics over the forward of SDPA, {run.sizes.heads} heads, causal, {run.dtype}; bytes above inputs:",
+            f"Statistics over SDPA's forward, {run.sizes.heads} heads, causal, {run.dtype}; bytes above its inputs:",
             table(
                 ["N", "width", *("default", "all"), "peak MiB", "TFLOP/s"],
                 [

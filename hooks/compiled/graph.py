@@ -7,6 +7,7 @@ they are, so that the kernel that runs is the model's own.
 from __future__ import annotations
 
 import operator
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -161,6 +162,7 @@ def _insert(module: fx.GraphModule, names: Names, anchors: dict[fx.Node, str]) -
     for found in list(_attentions(module)):
         stack = [key.split("@")[0] for key in found.node.meta.get("nn_module_stack") or ()]
         site = next((names.modules[key] for key in reversed(stack) if key in names.modules), None)
+        site = _of_frame(anchors) if site is None else site
         out = joined(found.node, found.mixed, found.width)
         anchor, common, anchor_below = _nearest(site, anchors)
         joins = _owner(out, site, anchors)
@@ -203,6 +205,27 @@ def _anchors(graph: fx.Graph, names: Names) -> dict[fx.Node, str]:
         if isinstance(given, nn.Parameter) and (name := names.parameters.get(lies_at(given))) is not None:
             found[node] = name
     return found
+
+
+def _of_frame(anchors: Mapping[fx.Node, str]) -> str | None:
+    """The path of the module whose method a graph begins with, as after a break, by its own parameters; None if it has
+    none among the graph's inputs.
+    """
+    for node, name in anchors.items():
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        spelled = getattr(source, "name", "")
+        spelled = spelled() if callable(spelled) else spelled
+        inside = _SELF.fullmatch(spelled)
+        if inside is None:
+            continue
+        below = ".".join(_PARTS.findall(inside.group(1)))
+        if name == below or name.endswith(f".{below}"):
+            return name[: len(name) - len(below)].rstrip(".")
+    return None
+
+
+_SELF = re.compile(r"""L\[['"]self['"]\]((?:\._(?:modules|parameters)\[['"][^'"]+['"]\])+)""")
+_PARTS = re.compile(r"""\[['"]([^'"]+)['"]\]""")
 
 
 def _nearest(site: str | None, anchors: Mapping[fx.Node, str]) -> tuple[fx.Node | None, str, str]:

@@ -96,12 +96,14 @@ class Watched:
             CaptureError: layers share the graph, and nothing tells which of them runs.
         """
         place = graph.place(given.place)
-        if place.site is None:
+        if place.site is None and region.runs is None:
             return None
         names = self._names[region]
         anchor = None if given.anchor is None else names.parameters.get(graph.lies_at(given.anchor))
         again = anchor is None and given.place in fired
-        if anchor is None:  # then only one of the region's layers may run this graph
+        if place.site is None:
+            path = None
+        elif anchor is None:  # then only one of the region's layers may run this graph
             fired.add(given.place)
             path = graph.replaced_stem(place.site, place.region, names.region)
         else:
@@ -110,7 +112,7 @@ class Watched:
         if path is None or module is None or again:
             raise CaptureError(
                 "several layers run the same compiled graph, and which of them runs cannot be told",
-                site=site_name(place.site), hint=f"use {EAGER}",
+                site=place.site, hint=f"use {EAGER}",
             )  # fmt: skip
         joins = None if place.joins is None or anchor is None else place.moved(place.joins, anchor)
         joining = None if joins is None else self._modules.get(joins)
