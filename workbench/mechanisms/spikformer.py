@@ -91,7 +91,8 @@ class SpikingAttention(Mixer):
 
     def finish(self, z: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Neurons read what attention gives, and fire of its projection; their rate where x has no steps."""
-        joined = z.transpose(1, 2).flatten(2).unflatten(0, (len(x), -1))
+        steps = x.shape[1] if x.dim() == 4 else self.steps
+        joined = z.transpose(1, 2).flatten(2).unflatten(0, (len(x), steps))
         spikes: Tensor = self.fires(self.out_norm(self.out(self.reads(joined))))
         return spikes if x.dim() == 4 else spikes.mean(1)
 

@@ -19,8 +19,8 @@ from workbench.analysis.circuits.methods.attribution import attribute_edges
 from workbench.analysis.circuits.stability import auroc
 from workbench.errors import InterventionError
 
-NAMES = ["gpt2", "llama-gqa", "gpt-neox", *ENCODER_DECODERS]
-IN_FLOAT32 = ("llama-gqa", "t5", *SUMS)  # whose norms, or recurrences, are in float32
+NAMES = ["gpt2", "llama-gqa", "granite", "gpt-neox", *ENCODER_DECODERS]
+IN_FLOAT32 = ("llama-gqa", "granite", "t5", *SUMS)  # whose norms, or recurrences, are in float32
 
 
 def mask_gradient(setup: Setup) -> torch.Tensor:

@@ -23,8 +23,8 @@ class TrainedModel:
     """A model and how it came about.
 
     Attributes:
-        model: in float32. scores: as of `score_text` or `score_images`, of the weights in half precision.
-        facts: JSON values: seed, steps, rate, losses, seconds, what was read, versions.
+        model: in float32. scores: as of `score_text`, `score_images` and the like, of the weights in half precision.
+        facts: JSON values: work, seed, steps, rate, losses, seconds, what was read, versions.
     """
 
     model: ByteLM | PatchModel
@@ -38,7 +38,7 @@ class TrainedModel:
         if isinstance(model, ByteLM):
             del tensors["head.weight"]  # it is the embedding
         header = {
-            "work": "text" if isinstance(model, ByteLM) else "images",
+            "work": "images" if isinstance(model, PatchModel) else self.facts.get("work", "text"),
             "place": asdict(model.place),
             "layers": list(model.stack.layers),
             "hidden": model.stack.hidden,
@@ -59,8 +59,8 @@ def load(path: str | Path) -> TrainedModel:
         shape, scores, facts = (dict(header[name].value) for name in ("place", "scores", "facts"))
         grid = shape.pop("grid")
         place = Place(**shape, grid=None if grid is None else tuple(grid))
-        made: dict[str, type[ByteLM] | type[PatchModel]] = {"text": ByteLM, "images": PatchModel}
-        model = made[header["work"].value](place, header["layers"].value, header["hidden"].value)
+        made: type[ByteLM] | type[PatchModel] = PatchModel if header["work"].value == "images" else ByteLM
+        model = made(place, header["layers"].value, header["hidden"].value)
         if isinstance(model, ByteLM):
             tensors["head.weight"] = tensors["embed.weight"]
         model.load_state_dict(tensors)
