@@ -94,7 +94,9 @@ _PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32}
 
 def _kind(tensor: Tensor) -> str:
     own = _named(tensor.dtype)
-    parts = [part for _, part in described(tensor) if part is not None] if is_traceable_wrapper_subclass(tensor) else []
+    parts: list[Tensor] = []
+    if is_traceable_wrapper_subclass(tensor):
+        parts = [part for _, part in described(tensor) if part is not None]
     least = min(parts, key=lambda part: part.element_size(), default=tensor)
     return own if least.dtype == tensor.dtype else f"{_named(least.dtype)} for {own}"
 

@@ -16,7 +16,19 @@ from workbench.kernels.lightning.decay import check_decay
 from workbench.kernels.s2 import S2Cache
 
 WAITS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal"}
-VIEWS = {"view", "slice", "select", "unsqueeze", "expand", "detach", "transpose", "permute", "_unsafe_view", "alias"}
+VIEWS = {
+    "promote_types",
+    "view",
+    "slice",
+    "select",
+    "unsqueeze",
+    "expand",
+    "detach",
+    "transpose",
+    "permute",
+    "_unsafe_view",
+    "alias",
+}
 
 
 class Counted(TorchDispatchMode):
@@ -93,7 +105,7 @@ def test_decays_are_checked_once() -> None:
     assert check_decay(None, 4) is check_decay(None, 4)
 
 
-@pytest.mark.parametrize(("heads", "length"), [(2, 40), (8, 40), (8, 400)])
+@pytest.mark.parametrize(("heads", "length"), [(2, 40), (8, 40), (8, 404)])
 def test_a_step_of_decoding_costs_the_same_for_all_heads_and_lengths(heads: int, length: int) -> None:
     cache = S2Cache(heads, heads, block=16, local_blocks=2, vert_stride=2)
     k = torch.randn(1, heads, length, 4)

@@ -49,12 +49,12 @@ def capture(model: Any, run: Callable[[], Any], **options: Any) -> Capture:
     return found
 
 
-def assert_same(got: Capture, want: Capture, names: dict[str, str] | None = None) -> None:
+def assert_same(got: Capture, want: Capture, names: dict[str, str] | None = None, *, tolerance: float = 1e-5) -> None:
     assert [(names or {}).get(site.name, site.name) for site in got.sites] == [site.name for site in want.sites]
     for a, b in zip(got, want, strict=True):
         assert (a.site.n_heads, a.site.n_kv_heads, a.site.d_head) == (b.site.n_heads, b.site.n_kv_heads, b.site.d_head)
         for name, value in b.statistics.items():
-            torch.testing.assert_close(a.statistics[name], value, atol=1e-5, rtol=1e-5, equal_nan=True)
+            torch.testing.assert_close(a.statistics[name], value, atol=tolerance, rtol=tolerance, equal_nan=True)
 
 
 def by_layer(model: Any) -> Any:
@@ -228,7 +228,7 @@ def test_flex_attention_alone_and_in_a_compiled_model(whole: bool, alibi: bool) 
             want[n], y = torch.special.entr(p).sum(-1), layer(y)
         built = compiled(model) if whole else model
         bare = built(x)
-        with workbench.attach(built) as wb:
+        with workbench.attach(built, check=False) as wb:
             for _ in range(2):
                 with wb.capture(("entropy",)) as cap:
                     assert torch.equal(built(x), bare)
@@ -271,7 +271,7 @@ def test_autocast(ids: Tensor) -> None:
         with workbench.attach(built) as wb, wb.capture(NAMES) as cap:
             assert torch.equal(built(ids).logits, bare)
     assert cap[0].pattern.q.dtype == want[0].pattern.q.dtype == torch.bfloat16
-    assert_same(cap, want)
+    assert_same(cap, want, tolerance=2e-3)  # this backend takes no denominators from the kernel, which rounds scores
 
 
 def test_threads_that_share_a_model(ids: Tensor) -> None:
@@ -372,7 +372,7 @@ def test_native_modules_beside_what_is_compiled() -> None:
     refused = pytest.raises(CaptureError, match="PyTorch's own attention")
     with workbench.attach(model) as wb, refused as caught, wb.capture():
         pytest.fail("it began")
-    assert caught.value.site == "0.self_attn"
+    assert caught.value.site == "0"
 
 
 # Uncompiled for as long as it is attached.
