@@ -74,7 +74,7 @@ if TYPE_CHECKING:
         singular_vectors,
     )
     from workbench.capture.capture import Capture
-    from workbench.capture.reading import load_capture
+    from workbench.capture.loading import load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
     from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
@@ -134,7 +134,7 @@ _LAZY = {
     "eviction": "workbench.analysis.eviction",
     "Capture": "workbench.capture.capture",
     "SiteCapture": "workbench.capture.site_capture",
-    "load_capture": "workbench.capture.reading",
+    "load_capture": "workbench.capture.loading",
     "LogitAttribution": "workbench.analysis.logits",
     "LogitLens": "workbench.analysis.logits",
     "logit_attribution": "workbench.analysis.logits",

@@ -50,7 +50,7 @@ class RoutedHeads(nn.Module):
 
     def commitment(self, x: Tensor) -> Tensor:
         """Mean squared distance of x [batch, head, token, d] from the nearest centroids; moves x, not them."""
-        unit, means = F.normalize(x, dim=-1), self.get_buffer("means").to(x)
+        unit, means = F.normalize(x, dim=-1), self.get_buffer("means").detach().to(x)
         nearest = torch.einsum("bhnd,hcd->bhnc", unit, means).argmax(-1)
         chosen = means.gather(1, nearest.transpose(0, 1).flatten(1)[..., None].expand(-1, -1, means.shape[2]))
         return F.mse_loss(unit, chosen.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1))

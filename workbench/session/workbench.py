@@ -6,7 +6,8 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
 from workbench.capture.settings import Settings
+from workbench.capture.store.writing import StoreWriter, open_writer
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.code import scripted_attention
 from workbench.hooks.compiled.doors import Doors, eager_door
-from workbench.hooks.compiled.regions import EAGER, check_not_compiled, find_regions, uncompiled
+from workbench.hooks.compiled.regions import check_not_compiled, find_regions, uncompiled
 from workbench.hooks.layouts import STATE_IT, Layouts
 from workbench.hooks.proofs.axes import Axes
 from workbench.hooks.sites import Sites, Unread, find_sites, without
@@ -25,6 +27,7 @@ from workbench.inputs import check_inputs, device_for_inputs, dropout_in_trainin
 from workbench.kernels.checks import deferred
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
+from workbench.session.compiled_models import check_gradients, whose_bits
 from workbench.session.interventions import Interventions
 from workbench.session.looking import LIMIT, look_at, nominated, unlooked
 from workbench.session.open_contexts import OpenContexts
@@ -164,6 +167,7 @@ class Workbench(Interventions):
         n_top: int = 8,
         block: int = 16,
         limit: int | None = DENSE_LIMIT,
+        store: str | Path | None = None,
     ) -> Iterator[Capture]:
         """Capture the attention of every forward inside the `with`; the model's outputs stay the same to the bit.
 
@@ -181,17 +185,24 @@ class Workbench(Interventions):
             tokens: ids [batch, position] for `induction`; by default those the model is called with.
             sink_keys: keys whose joint mass is `sink`; by default the first visible key of each row.
             n_top: number of `top_keys`. block: edge of `pooled_*` blocks, in tokens.
-            limit: most bytes to keep, 1 GiB by default; None for no limit.
+            limit: most bytes to keep, 1 GiB by default; None for no limit. With a store: in memory, of the forwards
+                under way.
+            store: a folder, such as "runs/a.zarr", that each forward is written to as soon as it is over, and read from
+                when it is asked for, so that captures may be larger than memory. A store that is there is gone on
+                with. `workbench.load_capture` opens it, also while it grows; see `docs/scale.md`.
 
         Yields:
             The capture; it is filled as the model runs and complete at the end of the `with`.
 
         Raises:
             CaptureError: unknown statistic or site, limit exceeded, bad input, captures nested, nothing fired, or
-                gradients that were asked for did not arrive.
+                gradients that were asked for did not arrive; a store of another model or with other settings.
+            FileError: the store cannot be written; what was finished before is in it.
+            FormatError: what stands there is no store, or of another version.
         """
         self.check_open()
-        self._check_gradients(gradients)
+        if gradients:
+            check_gradients(self.model)
         settings = Settings(
             statistics=check_names(statistics),
             sites=choose(self.sites, sites),
@@ -207,45 +218,39 @@ class Workbench(Interventions):
             limit=limit,
         )
         self._warn_of_dropout()
-        recorder = Recorder(self._inner, self.sites, settings, self._decode if self.tokenizer is not None else None)
         weights = WeightsThen(self._inner)
         provenance = describe(self._inner, self.tokenizer) | {"statistics": list(settings.statistics)}
-        capture = Capture(recorder.forwards, self.sites, provenance, weights, settings, recorder.unrecorded)
-        try:
-            with deferred(recorder.pending), self._contexts.recording(recorder):
-                yield capture
-        finally:
-            recorder.finish()
-            self.sites = capture.model_sites = self._told(recorder.sites)
-            provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
-            provenance |= self._of_compiled(recorder.compiled)
-            recorder.gradients.close()
+        with nullcontext() if store is None else self._storing(store, settings, provenance) as writer:
+            decode = self._decode if self.tokenizer is not None else None
+            recorder = Recorder(self._inner, self.sites, settings, decode, writer)
+            capture = Capture(recorder.forwards, self.sites, provenance, weights, settings, recorder.unrecorded)
+            try:
+                with deferred(recorder.pending), self._contexts.recording(recorder):
+                    yield capture
+            finally:
+                recorder.finish()
+                self.sites = capture.model_sites = self._told(recorder.sites)
+                how = {"statistics_engine": ", ".join(sorted(recorder.engines))}
+                how |= whose_bits(recorder.compiled, eager=self._doors.are_open)
+                provenance |= how
+                recorder.gradients.close()
+                if writer is not None:
+                    writer.say(self.sites, list(recorder.unrecorded.values()), how)
+        if recorder.failure is not None:
+            raise recorder.failure
         recorder.pending.check()
         self._check_fired(capture, settings, recorder.refused)
         recorder.gradients.check(all_must_arrive=settings.sites is not None)
 
-    def _check_gradients(self, gradients: bool) -> None:
-        """Raise if gradients are wanted of what is compiled, in which the heads' outputs have no history."""
-        for region in find_regions(self.model) if gradients else ():
-            raise CaptureError(
-                f"{region.what} is compiled, and gradients are not seen in it", site=region.name or None, hint=EAGER
-            )
-
-    def _of_compiled(self, graphs: set[str]) -> dict[str, str]:
-        """What a capture says of a compiled model: whose bits its numbers are."""
-        if self._doors.are_open:
-            return {"compiled": "run uncompiled: outputs are those of the eager model, to the bit"}
-        if not graphs:
-            return {}
-        kept = (
-            "the graph is the model's own, with what its fused attention kernels take and give recorded: outputs are "
-        )
-        kept += "those of the compiled model, to the bit"
-        changed = (
-            "attention outside of fused kernels is recorded: the compiler may have merged it less, and outputs are "
-        )
-        changed += "those of the compiled model within the rounding of their dtype"
-        return {"compiled": changed if "changed" in graphs else kept}
+    def _storing(
+        self, store: str | Path, settings: Settings, provenance: dict[str, Any]
+    ) -> AbstractContextManager[StoreWriter]:
+        """The store, to be added to; it is of these weights."""
+        provenance |= {"weights_sha256": self.weights_hash()}
+        identity = {
+            name: provenance.get(name) for name in ("model_class", "weights_sha256", "tokenizer_sha256", "dtype")
+        }
+        return open_writer(store, settings, provenance, identity)
 
     def _told(self, sites: Sites) -> Sites:
         """The sites without those that turned out to be none, or cannot be shown; the latter are unread."""

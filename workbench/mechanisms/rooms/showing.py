@@ -14,7 +14,7 @@ from workbench.mechanisms.rooms.seen import Seen, see, work_of
 from workbench.mechanisms.training import TrainedModel, trained
 from workbench.mechanisms.training.shipped import file_of, read_runs
 from workbench.mechanisms.training.work import SHOWN
-from workbench.storage.rendering import renderer
+from workbench.storage.rendering import need_notebook, renderer
 
 PLAIN = "sqa:mha"
 """Plain attention, which all are held against."""
@@ -64,7 +64,12 @@ class Room:
         return any(each.trained is not None for each in self.seen)
 
     def show(self) -> None:
-        """Display all views in a notebook, below each other."""
+        """Display all views in a notebook, below each other.
+
+        Raises:
+            ReportError: there is no notebook.
+        """
+        need_notebook("write a page: room(name).to_html('room.html')")
         for view in renderer().all_of(self):
             view.show()
 
@@ -132,6 +137,8 @@ def show(name: str, models: Mapping[str, TrainedModel] | None = None) -> None:
     Raises:
         WorkbenchError: as of `room`. ReportError: there is no notebook; `room(name).to_html(path)` writes a page.
     """
+    named(name)
+    need_notebook(f"write a page: mechanisms.room({name!r}).to_html('room.html')")  # before anything is measured
     room(name, models).show()
 
 
