@@ -10,6 +10,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.hooks.changes import Changes
 from workbench.kernels.checks import check_range
 from workbench.kernels.spiking import leaky_fire, spiking_attention
 from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
@@ -229,11 +230,9 @@ def flipped(neurons: Leaky, where: tuple[int | slice, ...]) -> Iterator[None]:
         changed[where] = 1 - changed[where]
         return changed
 
-    handle = neurons.register_forward_hook(turned)
-    try:
+    with Changes() as changes:
+        changes.after(neurons, turned)
         yield
-    finally:
-        handle.remove()
 
 
 SPIKFORMER = register(

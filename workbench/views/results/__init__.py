@@ -2,6 +2,7 @@
 
 from workbench.views.results import (
     circuits,
+    corpus,
     eviction,
     gates,
     head_scores,
@@ -24,6 +25,7 @@ from workbench.views.results.recurrences import half_lives, states
 __all__ = [
     "capacity_correlation",
     "circuits",
+    "corpus",
     "cross_attention",
     "eviction",
     "gates",
