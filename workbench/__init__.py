@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from workbench.analysis.circuits.stability import Stability, circuit_stability
     from workbench.analysis.conditioning.capacity import Capacity, capacity
     from workbench.analysis.conditioning.experiments import Conditioning, conditioning
+    from workbench.analysis.corpus import CorpusAtlas, CorpusAtlasInterrupted, head_atlas_over
     from workbench.analysis.cross_attention import (
         CrossAttention,
         CrossAttentionSaliency,
@@ -167,6 +168,9 @@ _LAZY = {
     "singular_vectors": "workbench.analysis.weights",
     "RetrievalScores": "workbench.analysis.head_scores",
     "StreamingScores": "workbench.analysis.head_scores",
+    "CorpusAtlas": "workbench.analysis.corpus",
+    "CorpusAtlasInterrupted": "workbench.analysis.corpus",
+    "head_atlas_over": "workbench.analysis.corpus",
     "retrieval_scores": "workbench.analysis.head_scores",
     "streaming_scores": "workbench.analysis.head_scores",
     "Sweep": "workbench.sweep.result",
@@ -187,6 +191,8 @@ __all__ = [
     "CircuitOverlap",
     "CompositionScores",
     "Conditioning",
+    "CorpusAtlas",
+    "CorpusAtlasInterrupted",
     "CrossAttention",
     "CrossAttentionSaliency",
     "Eviction",
@@ -249,6 +255,7 @@ __all__ = [
     "find_circuit",
     "gate_profile",
     "gating",
+    "head_atlas_over",
     "head_importance",
     "head_roles",
     "load_capture",
