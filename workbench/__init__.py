@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         retrieval_scores,
         streaming_scores,
     )
+    from workbench.analysis.grounding import Grounding, ImagePlaces, grounding, image_places
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
     from workbench.analysis.logits import LogitAttribution, LogitLens, logit_attribution, logit_lens
     from workbench.analysis.profile import AttentionProfile, attention_profile
@@ -150,6 +151,10 @@ _LAZY = {
     "Report": "workbench.report",
     "GateProfile": "workbench.analysis.gates",
     "gate_profile": "workbench.analysis.gates",
+    "Grounding": "workbench.analysis.grounding",
+    "ImagePlaces": "workbench.analysis.grounding",
+    "grounding": "workbench.analysis.grounding",
+    "image_places": "workbench.analysis.grounding",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
@@ -195,9 +200,11 @@ __all__ = [
     "FileError",
     "FormatError",
     "GateProfile",
+    "Grounding",
     "HeadImportance",
     "HeadPatching",
     "HeadRoles",
+    "ImagePlaces",
     "InterventionError",
     "KVGroup",
     "LayerPatching",
@@ -249,8 +256,10 @@ __all__ = [
     "find_circuit",
     "gate_profile",
     "gating",
+    "grounding",
     "head_importance",
     "head_roles",
+    "image_places",
     "load_capture",
     "logit_attribution",
     "logit_lens",
