@@ -52,13 +52,13 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.eviction import Eviction, eviction
     from workbench.analysis.gates import GateProfile, gate_profile
+    from workbench.analysis.grounding import Grounding, ImagePlaces, Pointing, grounding, image_places, pointing
     from workbench.analysis.head_scores import (
         RetrievalScores,
         StreamingScores,
         retrieval_scores,
         streaming_scores,
     )
-    from workbench.analysis.grounding import Grounding, ImagePlaces, grounding, image_places
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
     from workbench.analysis.logits import LogitAttribution, LogitLens, logit_attribution, logit_lens
     from workbench.analysis.profile import AttentionProfile, attention_profile
@@ -154,7 +154,9 @@ _LAZY = {
     "Grounding": "workbench.analysis.grounding",
     "ImagePlaces": "workbench.analysis.grounding",
     "grounding": "workbench.analysis.grounding",
+    "Pointing": "workbench.analysis.grounding",
     "image_places": "workbench.analysis.grounding",
+    "pointing": "workbench.analysis.grounding",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
@@ -217,6 +219,7 @@ __all__ = [
     "Patching",
     "PatchingInterrupted",
     "PatternAtlas",
+    "Pointing",
     "PrecisionError",
     "Pruning",
     "PruningCurve",
@@ -270,6 +273,7 @@ __all__ = [
     "patch_heads",
     "patch_layers",
     "pattern_atlas",
+    "pointing",
     "prune_heads",
     "reader",
     "repair",

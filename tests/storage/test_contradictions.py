@@ -131,8 +131,8 @@ class Maker:
                 if axis == "..."
                 else [int(axis) if axis.isdecimal() else self.size(axis)]
             )
-        name = hint.__name__
-        dtype = torch.bool if name.startswith("Bool") else torch.int64 if name.startswith("Int") else torch.float64
+        kinds = {"Bool": torch.bool, "Int": torch.int64, "UInt8": torch.uint8}
+        dtype = kinds.get(hint.__name__.partition("[")[0], torch.float64)
         return torch.ones(shape, dtype=dtype) if dtype != torch.float64 else torch.rand(shape, dtype=dtype)
 
 

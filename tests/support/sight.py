@@ -90,11 +90,12 @@ def features(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
 
 def _qwen(kind: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        vision: dict[str, Any] = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "intermediate_size": 32,
-                                  "out_hidden_size": 32, "spatial_merge_size": 2, "temporal_patch_size": 2}  # fmt: skip
+        vision: dict[str, Any] = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 32}
+        vision |= {"out_hidden_size": 32, "spatial_merge_size": 2, "temporal_patch_size": 2, "patch_size": 4}
         rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
         text = {**_TEXT, "rope_parameters": rope}
-        tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 57, "vision_end_token_id": 56}
+        tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+        tokens |= {"vision_start_token_id": 57, "vision_end_token_id": 56}
         if kind == "Qwen2_5_VL":
             vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
         else:
@@ -140,7 +141,8 @@ def _internvl() -> nn.Module:
 
 def _gemma3() -> nn.Module:
     vision = hf.SiglipVisionConfig(**_TOWER, image_size=32, patch_size=4, vision_use_head=False)
-    text = hf.Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    layers = ["sliding_attention", "full_attention"]
+    text = hf.Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=16, layer_types=layers)
     config = hf.Gemma3Config(vision_config=vision, text_config=text, mm_tokens_per_image=16, image_token_index=IMAGE,
                              boi_token_index=57, eoi_token_index=56)  # fmt: skip
     return hf.Gemma3ForConditionalGeneration(config)

@@ -50,6 +50,7 @@ __all__ = [
     "Compare",
     "ConditioningCurves",
     "Figure",
+    "GroundingView",
     "Group",
     "HeadAtlas",
     "HeadGallery",

@@ -51,7 +51,8 @@ def test_maps_equal_eager_attention_patch_by_patch(one: Sight) -> None:
     torch.testing.assert_close(found.masses.sum(-1), torch.ones(2, len(eager)), atol=1e-5, rtol=0)
     images_alone = torch.isin(torch.arange(n), torch.tensor([*found.places.tolist(), *places.others]))
     on_images = found.masses[..., 0] + found.masses[..., PARTS.index("other image tokens")]
-    torch.testing.assert_close(on_images, eager[:, list(found.positions)][..., images_alone].sum(-1).T, atol=1e-5, rtol=0)
+    rows = eager[:, list(found.positions)]
+    torch.testing.assert_close(on_images, rows[..., images_alone].sum(-1).T, atol=1e-5, rtol=0)
     assert len(found.names) == 2
     torch.testing.assert_close(found.on_pictures().sum(-1), found.masses[..., 0], atol=1e-5, rtol=0)
     torch.testing.assert_close(found.on_tiles().sum(-1), found.masses[..., 0], atol=1e-5, rtol=0)
@@ -149,8 +150,10 @@ def test_the_second_prompt_of_a_batch() -> None:
     several = [sight.made(model, one, [image]) for image in images]
     n = max(each["input_ids"].shape[1] for each in several)
     pad = [n - each["input_ids"].shape[1] for each in several]
-    batch = {name: torch.cat([torch.nn.functional.pad(each[name], (by, 0)) for by, each in zip(pad, several, strict=True)])
-             for name in ("input_ids", "attention_mask", "mm_token_type_ids")}  # fmt: skip
+    batch = {}
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        rows = [torch.nn.functional.pad(each[name], (by, 0)) for by, each in zip(pad, several, strict=True)]
+        batch[name] = torch.cat(rows)
     batch |= {name: torch.cat([each[name] for each in several]) for name in ("pixel_values", "image_grid_thw")}
     with workbench.attach(model) as wb:
         found = workbench.grounding(wb, batch, [images[1]], one.processor(), example=1, sinks="kept")

@@ -237,7 +237,7 @@ def _packed(inner: Any, vision: Any, pixels: Tensor, sizes: Tensor, per_example:
 
 def _tiled(inner: Any, sizes: Tensor, per_example: Any, size: int) -> list[int]:
     """How many processed tiles each image has, the whole view among them."""
-    count = getattr(sys.modules[type(inner).__module__], "image_size_to_num_patches")
+    count = sys.modules[type(inner).__module__].image_size_to_num_patches
     alone = [True] * len(sizes)
     if per_example is not None:
         alone = [int(n) == 1 for n in per_example for _ in range(int(n))]
@@ -329,4 +329,3 @@ def _video(inner: Any, vision: Any, pixels: Tensor, n_tokens: int) -> Laid:
         for v in range(n_videos) for f in range(n_frames)
     ]  # fmt: skip
     return Laid(grids, n_videos * total)
-

@@ -35,8 +35,8 @@ def check_proved(wb: Workbench, inputs: Mapping[str, Any]) -> None:
         return
     if not hasattr(wb.model, "get_image_features") or "pixel_values" not in inputs:
         raise WorkbenchError(
-            f"where the patches of a {type(wb.model).__name__} stand cannot be proved: it has no get_image_features, or "
-            "was given no image"
+            f"where the patches of a {type(wb.model).__name__} stand cannot be proved: it has no get_image_features, "
+            "or was given no image"
         )
     prove(wb, inputs)
     _proved_here.add(wb.model)
@@ -80,7 +80,7 @@ def prove(wb: Workbench, inputs: Mapping[str, Any], probes: int = 3) -> None:
     laid = lay_out(model, given, "image", int((inputs["input_ids"] == token).sum()))
     inner = model.get_decoder() if hasattr(model, "get_decoder") else None
     text = next((name for name, one in model.named_modules() if one is inner), "")
-    seeing = [site.name for site in wb.sites if not site.name.startswith(f"{text}.") and site.kind in ("self", "window")]
+    seeing = [site.name for site in wb.sites if not site.name.startswith(f"{text}.")]
     with torch.no_grad():
 
         def features() -> Tensor:
@@ -103,8 +103,8 @@ def prove(wb: Workbench, inputs: Mapping[str, Any], probes: int = 3) -> None:
                 found, wanted = int(change.argmax()), int(grid.features[r, c])
                 if found != wanted or not float(change[wanted]) > 0:
                     raise WorkbenchError(
-                        f"{type(model).__name__} does not lay pictures out as was read: row {r}, column {c} of tile {g} "
-                        f"changes feature {found}, and not {wanted}",
+                        f"{type(model).__name__} does not lay pictures out as was read: row {r}, column {c} of tile "
+                        f"{g} changes feature {found}, and not {wanted}",
                         hint="a model of this type cannot be grounded yet",
                     )
 

@@ -236,7 +236,7 @@ def _sinks(
         if asked != "found":
             raise WorkbenchError(f'sinks is "found", "kept" or positions, not {asked!r}')
         if len(others) < _FEWEST:
-            return none, f"none are told: {len(others)} other text tokens stand behind the pictures, fewer than {_FEWEST}"
+            return none, f"none are told: {len(others)} other text tokens behind the pictures are fewer than {_FEWEST}"
         if pattern.values is None:
             return none, "none are told: values were not kept (values=True)"
         drawn = _read(pattern, others, places.example)[:, :, columns].median(1).values
@@ -244,8 +244,8 @@ def _sinks(
         middle = drawn.median(-1, keepdim=True).values
         short = long < _SHORT * long.median(-1, keepdim=True).values
         rule = (
-            f"more than {_DRAWN:g} times the weight of the median patch in the median of {len(others)} other rows, and a "
-            f"value shorter than {_SHORT:g} of the median"
+            f"more than {_DRAWN:g} times the weight of the median patch in the median of {len(others)} other rows, and "
+            f"a value shorter than {_SHORT:g} of the median"
         )
         return (drawn > _DRAWN * middle) & short, rule
     wanted = torch.tensor(list(asked), dtype=torch.long)

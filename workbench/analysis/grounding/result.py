@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from workbench.analysis.grounding.tiles import raster
@@ -57,7 +57,7 @@ class Grounding(Result):
     sinks: Bool[Tensor, "head patch"]
     masses: Float[Tensor, "row head 4"]
     sink_rule: str
-    places: Int[Tensor, "patch"]
+    places: Int[Tensor, " patch"]
     tile: Annotated[tuple[int, ...], "patch", Places("tile")]
     cells: Int[Tensor, "patch 2"]
     boxes: Float[Tensor, "patch 4"]
@@ -66,14 +66,9 @@ class Grounding(Result):
     grids: Int[Tensor, "tile 2"]
     names: Annotated[tuple[str, ...], "picture"]
     sizes: Int[Tensor, "picture 2"]
-    pictures: Annotated[tuple[Tensor, ...], "picture"]
+    pictures: Annotated[tuple[UInt8[Tensor, "_ _ 3"], ...], "picture"]
     calls: int
     provenance: dict[str, Any]
-
-    def check_parts(self) -> None:
-        """Pictures are bytes [row, column, 3]."""
-        if any(one.dim() != 3 or one.shape[-1] != 3 or one.dtype != torch.uint8 for one in self.pictures):
-            raise WorkbenchError("pictures that are not [row, column, 3] in bytes")
 
     @property
     def kept(self) -> Tensor:

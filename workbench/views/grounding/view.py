@@ -33,29 +33,42 @@ class GroundingView(View):
 
     def picture(self, figure: Figure) -> None:
         facts, blocks = self.spec.facts, self.spec.blocks
-        row, at = self._row(), self._map()
+        row, at, show = self._row(), self._map(), self.state.get("show", "both")
         named = facts["pictures"]
         chosen = self.chosen.example
         start = 0 if chosen is None or chosen >= len(named) else max(0, min(chosen, len(named) - _PICTURED))
         shown = range(start, min(len(named), start + _PICTURED))
-        figure.set_size_inches(max(3.4, 1.9 * len(shown)), 4.2)
-        panels = figure.subplots(2, len(shown), squeeze=False)
-        maps = {i: self._drawn(i, row, at) for i in shown}
+        tile = self._tile(row, at) if self.state.get("tiles") == "one" else None
+        maps = {i: self._drawn(i, row, at, tile) for i in shown}
         top = max(float(each.max()) for each in maps.values()) or 1.0
+        parts = ["image", "weights"] if show == "both" else [show]
+        figure.set_size_inches(max(3.6, 1.9 * len(shown)), 0.5 + 1.9 * len(parts))
+        panels = figure.subplots(len(parts), len(shown), squeeze=False)
         for column, i in enumerate(shown):
-            image = self._pixels(i)
-            height, width = image.shape[:2]
-            for panel in panels[:, column]:
+            height, width = named[i]["height"], named[i]["width"]
+            for part, panel in zip(parts, panels[:, column], strict=True):
                 panel.set_axis_off()
-            panels[0, column].imshow(image)
+                if part == "image":
+                    panel.imshow(self._pixels(i))
+                else:
+                    panel.imshow(maps[i], extent=(0, width, height, 0), vmin=0, vmax=top)
             panels[0, column].set_title(named[i]["name"], fontsize=8)
-            panels[1, column].imshow(maps[i], extent=(0, width, height, 0), vmin=0, vmax=top)
             if i == chosen:
                 panels[0, column].add_patch(scales.frame_of(0, 0, width, height))
         one = facts["rows"][row]
         mass = float(blocks["masses"][row, at, 0])
         figure.suptitle(f"{facts['maps'][at]['label']} at {one['position']} {one['token'][:24]}", fontsize=9)
-        figure.supxlabel(f"{mass:.3g} of its weight is on them; one scale", fontsize=9)
+        of = "them" if tile is None else f"them; of {facts['tiles'][tile]['name']} alone"
+        figure.supxlabel(f"{mass:.3g} of its weight is on {of}; one scale", fontsize=9)
+
+    def _tile(self, row: int, at: int) -> int:
+        """The tile of the chosen patch; that which is read most where none is chosen."""
+        blocks = self.spec.blocks
+        here = np.flatnonzero(blocks["positions"] == self.chosen.key) if self.chosen.key is not None else []
+        if len(here):
+            return int(blocks["tile"][here[0]])
+        weights = (blocks["weights"][row, at].astype(np.float64) / 255) ** 2
+        return int(np.bincount(blocks["tile"], weights, len(self.spec.facts["tiles"])).argmax())
 
     def _row(self) -> int:
         rows, query = self.spec.facts["rows"], self.chosen.query
@@ -74,13 +87,13 @@ class GroundingView(View):
         flat = self.spec.blocks["pixels"][one["start"] : one["start"] + n]
         return np.asarray(flat.reshape(one["height"], one["width"], 3))
 
-    def _drawn(self, picture: int, row: int, at: int) -> Array:
-        """[y, x] the weight on each pixel of a small map of a picture."""
+    def _drawn(self, picture: int, row: int, at: int, tile: int | None) -> Array:
+        """[y, x] the weight on each pixel of a small map of a picture, or of one tile of it."""
         from workbench.analysis.grounding.tiles import raster
 
         facts, blocks = self.spec.facts, self.spec.blocks
         one = facts["pictures"][picture]
-        of = np.array([facts["tiles"][t]["picture"] == picture for t in blocks["tile"]])
+        of = np.array([facts["tiles"][t]["picture"] == picture and tile in (None, t) for t in blocks["tile"]])
         weights = torch.from_numpy((blocks["weights"][row, at, of].astype(np.float64) / 255) ** 2)
         scale = 96 / max(one["height"], one["width"])
         shown = (max(1, round(one["height"] * scale)), max(1, round(one["width"] * scale)))
@@ -136,13 +149,13 @@ def grounding(
     notes = [f"Sinks: {visible(found.sink_rule)}. They are in no map; the weight that they had is said beside it.",
              "Weights are kept in 8 bits after a square root, each map to its own largest."]  # fmt: skip
     if len(order) < heads:
-        notes.append(f"Too many weights for one view: the {len(order)} of {heads} heads that read pictures most are kept.")
+        notes.append(f"Too many weights for one view: of {heads} heads the {len(order)} that read most are kept.")
     spec = ViewSpec(
         kind="grounding",
         title=title,
         caption=caption
         or f"{heads:,} heads at {rows:,} position{'s' if rows > 1 else ''}, {patches:,} patches of "
-        f"{len(found.names):,} picture{'s' if len(found.names) > 1 else ''}: the share of each row's weight on each patch.",
+        f"{len(found.names):,} picture{'s' if len(found.names) > 1 else ''}: what share of a row's weight is on each.",
         facts={
             "rows": [
                 {"position": p, "token": visible(t), "writes": visible(w) if w else ""}
@@ -195,7 +208,5 @@ def _masses(found: Grounding, order: Sequence[int]) -> Array:
 
 def _columns(found: Grounding) -> dict[str, Any]:
     table = found.table
-    text = ("token", "head", "tile")
-    return {
-        name: [visible(str(v)) for v in table[name]] if name in text else table[name].to_numpy() for name in table.columns
-    }
+    text = {name: [visible(str(value)) for value in table[name]] for name in ("token", "head", "tile")}
+    return {name: text.get(name, table[name].to_numpy()) for name in table.columns}
