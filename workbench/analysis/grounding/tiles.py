@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def raster(masses: Tensor, boxes: Tensor, size: Sequence[int], shown: Sequence[i
     across = _overlap(boxes[:, 0], boxes[:, 2], size[1], shown[1])
     down = _overlap(boxes[:, 1], boxes[:, 3], size[0], shown[0])
     # The largest intermediate is [.., row, patch]; of many heads, it is made one by one.
-    flat = masses.reshape(-1, masses.shape[-1])
+    flat = masses.reshape(prod(masses.shape[:-1]), masses.shape[-1])
     made = [(down * one[:, None]).T @ across for one in flat]
     return torch.stack(made).view(*masses.shape[:-1], *shown).to(torch.float32)
 
