@@ -52,7 +52,15 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.eviction import Eviction, eviction
     from workbench.analysis.gates import GateProfile, gate_profile
-    from workbench.analysis.grounding import Grounding, ImagePlaces, Pointing, grounding, image_places, pointing
+    from workbench.analysis.grounding import (
+        Grounding,
+        ImagePlaces,
+        Pointing,
+        grounding,
+        image_places,
+        pointing,
+        word_grounding,
+    )
     from workbench.analysis.head_scores import (
         RetrievalScores,
         StreamingScores,
@@ -157,6 +165,7 @@ _LAZY = {
     "Pointing": "workbench.analysis.grounding",
     "image_places": "workbench.analysis.grounding",
     "pointing": "workbench.analysis.grounding",
+    "word_grounding": "workbench.analysis.grounding",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
@@ -286,6 +295,7 @@ __all__ = [
     "streaming_scores",
     "tasks",
     "views",
+    "word_grounding",
 ]
 
 

@@ -18,7 +18,6 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), 
            "purple": (170, 60, 200)}  # fmt: skip
 WORDS = ("colour", "of", "the")
 IMAGE = "<image>"
-_SLOT = 16  # pixels; at most one object in each
 
 
 @dataclass(frozen=True)
@@ -73,17 +72,20 @@ class PlantedObjects:
 
 
 def planted_objects(
-    n: int, seed: int | torch.Generator = 0, *, objects: int = 3, noise: float = 12.0
+    n: int, seed: int | torch.Generator = 0, *, objects: int = 3, cell: int = PATCH, noise: float = 12.0
 ) -> PlantedObjects:
-    """Draw pictures of 48 x 48 pixels with objects of 9 to 14 pixels on grey, and ask for the colour of one.
+    """Draw pictures of 48 x 48 pixels with objects on grey, each in a cell of its own, and ask for the colour of one.
 
     No two objects of a picture share a shape or a colour, so that the right one has to be found by its shape.
 
     Args:
-        objects: in each picture, 1 to 5. noise: standard deviation of what is added to each pixel, of 255.
+        objects: in each picture, 1 to 5.
+        cell: edge of a cell in pixels, a divisor of 48; an object takes three quarters of it to all. With 8, each lies
+            in one patch of `demo-vlm`.
+        noise: standard deviation of what is added to each pixel, of 255.
 
     Raises:
-        TaskError: no picture, or a number of objects outside of 1 to 5.
+        TaskError: no picture, a number of objects outside of 1 to 5, or cells that do not fill the picture.
 
     >>> drawn = planted_objects(2, seed=1)
     >>> tuple(drawn.pictures.shape), drawn.asked[0] in SHAPES
@@ -91,15 +93,17 @@ def planted_objects(
     """
     if n < 1 or not 1 <= objects <= len(SHAPES):
         raise TaskError(f"{n} pictures of {objects} objects", hint="at least one picture, of 1 to 5 objects")
+    if cell < 4 or SIDE % cell or (SIDE // cell) ** 2 < objects:
+        raise TaskError(f"cells of {cell} pixels", hint=f"a divisor of {SIDE} from 4 on, with a cell for each object")
     random = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
-    slots = SIDE // _SLOT
+    slots = SIDE // cell
     shape, colour, slot = (
         torch.rand(n, k, generator=random).argsort(1)[:, :objects] for k in (len(SHAPES), len(COLOURS), slots**2)
     )
-    size = torch.randint(9, 15, (n, objects), generator=random)
-    room = _SLOT - size
-    top = slot // slots * _SLOT + (torch.rand(n, objects, generator=random) * (room + 1)).long()
-    left = slot % slots * _SLOT + (torch.rand(n, objects, generator=random) * (room + 1)).long()
+    size = torch.randint(3 * cell // 4, cell + 1, (n, objects), generator=random)
+    room = cell - size
+    top = slot // slots * cell + (torch.rand(n, objects, generator=random) * (room + 1)).long()
+    left = slot % slots * cell + (torch.rand(n, objects, generator=random) * (room + 1)).long()
     grey = 70 + 60 * torch.rand(n, 1, 1, 1, generator=random)
     pictures = grey.expand(n, SIDE, SIDE, 3).clone()
     paints = torch.tensor(list(COLOURS.values()), dtype=torch.float32)

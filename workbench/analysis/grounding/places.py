@@ -191,7 +191,7 @@ def _whose(
             if not mine or max(grid.tile for grid in mine) >= len(pixels):
                 raise _misfit(number, size, f"{len(pixels)} tiles", len(mine))
             boxes = [_part(geometry.box_of(pixels[grid.tile], size), grid.part) for grid in mine]
-        picture = Picture(f"image {number}", size, _small(torch.as_tensor(array)))
+        picture = picture_of(array, number)
         made.append((picture.name, mine, boxes, picture))
     if rest or not arrays:
         raise WorkbenchError(
@@ -199,6 +199,16 @@ def _whose(
             hint="pass all images of the prompt, in their order",
         )
     return made
+
+
+def picture_of(image: Any, number: int) -> Picture:
+    """An image that was given, to be shown.
+
+    Raises:
+        WorkbenchError: it is no picture [row, column, 3] of numbers from 0 to 255.
+    """
+    array = _array(image, number)
+    return Picture(f"image {number}", (array.shape[0], array.shape[1]), _small(torch.as_tensor(array)))
 
 
 def _misfit(number: int, size: tuple[int, int], expected: str, n: int) -> WorkbenchError:

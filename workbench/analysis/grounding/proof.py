@@ -49,7 +49,7 @@ def unmixed(attentions: Iterable[nn.Module]) -> Iterator[None]:
     def nothing(module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             return torch.zeros_like(output)
-        return (torch.zeros_like(output[0]), *output[1:])
+        return tuple(torch.zeros_like(one) if isinstance(one, Tensor) else one for one in output)
 
     hooks = [module.register_forward_hook(nothing) for module in attentions]
     try:

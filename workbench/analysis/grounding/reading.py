@@ -68,8 +68,7 @@ def grounding(
     """
     places = image_places(wb, inputs, images, processor, example=example, **settings)
     names = [site.name for site in choose(wb, places, sites)]
-    how = {"statistics": (), "sites": names, "values": sinks == "found", "limit": limit}
-    with torch.no_grad(), wb.capture(**how) as cap:
+    with torch.no_grad(), wb.capture((), names, values=sinks == "found", limit=limit) as cap:
         if new_tokens:
             wb.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
         else:
