@@ -104,9 +104,10 @@ def main() -> None:
         options.layers, options.rounds, options.tokens = 2, 1, 64
     rows, share, off = measure(options)
     text = f"""`python benchmarks/grounding.py`: a random Qwen2.5-VL as wide as its smallest, with
-{options.layers} layers in the language model and in the vision tower, one picture of {options.tokens:,} tokens and
-{WORDS} words. The map is `workbench.grounding` at the last token: every head of every layer on every patch, with the weight on sinks and beside
-the picture. It costs {100 * share:.1f} % of the forward. Eager attention gives the same maps to {off:.0e}.
+{options.layers} layers in the language model and in the vision tower, one picture of {options.tokens:,} tokens, {WORDS}
+words. The map is `workbench.grounding` at the last token: every head of every layer on every patch, with the weight on
+sinks and beside the picture. It costs {100 * share:.1f} % of the forward. Eager attention gives the same maps to
+{off:.0e}.
 
 {table(["arm", "time over the forward's", "MiB at the peak"], rows)}
 

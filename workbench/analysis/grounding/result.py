@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from workbench.analysis.grounding.clicks import click
 from workbench.analysis.grounding.tiles import raster
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
@@ -150,6 +151,20 @@ class Grounding(Result):
             of = of & (torch.tensor(self.tile) == tile % len(self.tile_names))
         shown = size or (self.pictures[picture].shape[0], self.pictures[picture].shape[1])
         return raster(self.pooled(heads)[row, of], self.boxes[of], self.sizes[picture].tolist(), shown)
+
+    def click(
+        self, picture: int = 0, row: int = -1, heads: Sequence[int | str] | int | str | None = None
+    ) -> tuple[float, float]:
+        """(x, y) on the picture where a click would land: the middle of the brightest region; see `clicks.click`.
+
+        Raises:
+            WorkbenchError: there is no such picture, row or head, or no weight on the picture.
+        """
+        self._check("picture", picture, len(self.names))
+        self._check("row", row, len(self.positions))
+        of = self.picture_of == picture % len(self.names)
+        cells = torch.cat([torch.tensor(self.tile)[:, None], self.cells], 1)
+        return click(self.pooled(heads)[row, of], self.boxes[of], cells[of])
 
     def _check(self, what: str, at: int, n: int) -> None:
         if not -n <= at < n:
