@@ -56,10 +56,11 @@ SIZES = {
 GIVEN: dict[str, dict[str, Any]] = {
     "Circuit": {"model": GRAPH.facts, "level": "edge"},
     "GateProfile": {"gates": ("a", "b"), "grids": {"a": (1, 2), "b": (2, 1)}},
+    "MemoryTree": {"frames": (0, 1, 2), "parents": (-1, 0, 1), "kept": (0, 0, 0)},
     "Pruning": {"model": GRAPH.facts},
     "PatternAtlas": {"weights": Autoencoder(16, 5).state_dict()},
 }
-"""What no annotation tells: the graph behind scores, the weights of a network, and the grid of positions."""
+"""What no annotation tells: the graph behind scores, the weights of a network, the grid of positions, and what a tree is."""
 
 
 def notes_of(hint: Any) -> tuple[Any, tuple[Any, ...]]:
