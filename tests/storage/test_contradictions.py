@@ -60,7 +60,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "Pruning": {"model": GRAPH.facts},
     "PatternAtlas": {"weights": Autoencoder(16, 5).state_dict()},
 }
-"""What no annotation tells: the graph behind scores, the weights of a network, the grid of positions, and what a tree is."""
+"""What no annotation tells: the graph behind scores, the weights of a network, the grid of positions, a tree."""
 
 
 def notes_of(hint: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -70,10 +70,10 @@ def written_out(model: nn.Module, inputs: dict[str, Any], sites: set[str]) -> di
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: inside.append(name)) for name in sites
     ]
 
-    def record(q: Tensor, k: Tensor, v: Tensor, *args: Any, **how: Any) -> Tensor:
+    def record(query: Tensor, key: Tensor, value: Tensor, *args: Any, **how: Any) -> Tensor:
         if inside:
-            found[inside.pop()] = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        return fused(q, k, v, *args, **how)
+            found[inside.pop()] = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+        return fused(query, key, value, *args, **how)
 
     with mock.patch.object(nn.functional, "scaled_dot_product_attention", record), torch.no_grad():
         model(**inputs)
