@@ -289,3 +289,38 @@ def test_images_that_are_not_those_of_the_prompt_are_refused() -> None:
             workbench.grounding(wb, inputs).map(heads="L9H9")
         with pytest.raises(WorkbenchError, match="no picture 7"):
             workbench.grounding(wb, inputs).map(7)
+
+
+def captioner() -> Any:
+    """A ViT that a GPT-2 reads by cross-attention."""
+    import transformers as hf
+
+    tower = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    eyes = hf.ViTConfig(**tower, image_size=24, patch_size=8)
+    words = hf.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=40, n_positions=32, add_cross_attention=True,
+                          is_decoder=True, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(eyes, words)
+    torch.manual_seed(0)
+    return hf.VisionEncoderDecoderModel(config).eval()
+
+
+def test_an_encoder_decoder_reads_patches_by_cross_attention() -> None:
+    from support.zoo.twins import eager_twin
+
+    model = captioner()
+    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    inputs = {"pixel_values": pixels, "decoder_input_ids": torch.tensor([[0, 5, 6, 7, 8], [0, 9, 3, 4, 1]])}
+    with workbench.attach(model) as wb:
+        found = workbench.grounding(wb, inputs, at=[1, -1], example=1, sinks="kept")
+        with pytest.raises(WorkbenchError, match="no example 2"):
+            workbench.grounding(wb, inputs, example=2)
+        with pytest.raises(WorkbenchError, match="cannot be told"):
+            workbench.grounding(wb, {"decoder_input_ids": inputs["decoder_input_ids"]})
+    with torch.no_grad():
+        crossed = eager_twin(model)(**inputs, output_attentions=True).cross_attentions
+    eager = torch.cat([each[1] for each in crossed])
+    assert found.positions == (1, 4)
+    assert found.places.tolist() == list(range(1, 10))  # behind the class token
+    for i, row in enumerate(found.positions):
+        torch.testing.assert_close(found.weights[i], eager[:, row, 1:], atol=2e-6, rtol=0)
+        torch.testing.assert_close(found.masses[i, :, 1], eager[:, row, 0], atol=2e-6, rtol=0)

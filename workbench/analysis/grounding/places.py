@@ -16,6 +16,7 @@ from workbench.analysis.grounding.proof import check_proved
 from workbench.analysis.grounding.tiles import Box, ImagePlaces, Picture, Tile
 from workbench.errors import WorkbenchError
 from workbench.hooks.configs import read
+from workbench.storage.provenance import find_patches
 
 if TYPE_CHECKING:
     from workbench.session.workbench import Workbench
@@ -44,7 +45,8 @@ def image_places(
         wb: a vision-language model of `transformers`, attached. One of a type that these layouts were not proved on is
             run on changed pixels first, see `prove`.
         inputs: what the processor made of text and pictures: input_ids [batch, position] with one token for each
-            feature of an image, pixel_values, and grids or sizes where the model takes them.
+            feature of an image, pixel_values, and grids or sizes where the model takes them. Without input_ids, those
+            of an encoder-decoder whose cross-attention reads the patches.
         images: the pictures of that prompt alone, in their order: PIL images, or arrays [row, column, 3] from 0 to
             255. Frames of videos are shown as the vision tower saw them.
         processor: the model's processor or image processor. settings: what it was given beside the pictures.
@@ -56,6 +58,8 @@ def image_places(
     """
     wb.check_open()
     net = wb.model
+    if read(read(net, "config"), "is_encoder_decoder", False) and inputs.get("input_ids") is None:
+        return _encoded(net, inputs, images, processor, example, settings)
     ids = _ids(inputs, example)
     found: list[tuple[Picture, list[Tile]]] = []
     others: list[int] = []
@@ -78,6 +82,35 @@ def image_places(
     tiles = tuple(replace(tile, picture=n) for n, (_, several) in enumerate(found) for tile in several)
     return ImagePlaces(pictures, tiles, tuple(sorted(others)), ids.shape[1], example, _stack(net),
                        ids[example], _first_real(inputs, example))  # fmt: skip
+
+
+def _encoded(
+    model: Any, inputs: Mapping[str, Any], images: Sequence[Any] | None, processor: Any, example: int,
+    settings: Mapping[str, Any],
+) -> ImagePlaces:  # fmt: skip
+    """The patches of a picture that an encoder gives to cross-attention: a row of them behind its class tokens."""
+    pixels, encoder = inputs.get("pixel_values"), read(model, "encoder")
+    known = None if encoder is None else find_patches(encoder)
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or known is None:
+        raise WorkbenchError(
+            f"where a {type(model).__name__} has the patches of a picture cannot be told",
+            hint="it needs pixel_values [image, 3, row, column] and an encoder that tells of its patches",
+        )
+    if not 0 <= example < len(pixels):
+        raise WorkbenchError(f"the batch has {len(pixels)} examples, and no example {example}")
+    (rows, columns), prefix = known["grid"], known["prefix"]
+    shape = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+    features = torch.arange(rows * columns).view(rows, columns)
+    grid = Grid(0, features, pixels[example], shape)
+    whose = (
+        _own([grid], "image")
+        if images is None
+        else _whose(Laid([grid], rows * columns, by_tile=True), [grid], images, processor, settings)
+    )
+    name, _, boxes, picture = whose[0]
+    tile = Tile(0, name, features + prefix, boxes[0])
+    return ImagePlaces((picture,), (tile,), tuple(range(prefix)), prefix + rows * columns, example, _stack(model),
+                       crossed=True)  # fmt: skip
 
 
 def _first_real(inputs: Mapping[str, Any], example: int) -> int:

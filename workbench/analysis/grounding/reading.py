@@ -44,6 +44,9 @@ def grounding(
 ) -> Grounding:
     """Which picture, tile and patch the heads of a vision-language model read where it writes an answer.
 
+    Of an encoder-decoder that reads a picture by cross-attention, rows are those of the decoder's tokens, and keys the
+    patches as the encoder gives them.
+
     The model stays on its kernel and is run once. A row of attention is that of the token at a position, and writes the
     token after it: the row at the prompt's last token writes the first token of the answer.
 
@@ -76,7 +79,7 @@ def grounding(
     cap = cap.joined() if new_tokens else cap
     if new_tokens and at == -1:
         n = cap.calls[0][names[0]].shape[2]
-        at = list(range(places.length - 1, n))
+        at = list(range(places.length - 1, n)) if not places.crossed else list(range(n))
     return grounding_of(cap, places, at=at, sites=names, sinks=sinks, tokenizer=wb.tokenizer)
 
 
@@ -85,11 +88,16 @@ def choose(wb: Workbench, places: ImagePlaces, sites: Sequence[str | int | Site]
     if sites is not None:
         asked = [sites] if isinstance(sites, (str, int, Site)) else list(sites)
         return [wb.sites.find(one.name) if isinstance(one, Site) else wb.sites[one] for one in asked]
-    inside = f"{places.stack}." if places.stack else ""
-    found = [site for site in wb.sites if site.name.startswith(inside) and site.kind in ("self", "window")]
+    found = [site for site in wb.sites if _reads(site, places)]
     if not found:
         raise CaptureError(f"no attention was found in {places.stack or 'the model'}", hint="choose them with sites=")
     return found
+
+
+def _reads(site: Site, places: ImagePlaces) -> bool:
+    """Whether a site has the pictures among its keys."""
+    inside = site.name.startswith(f"{places.stack}." if places.stack else "")
+    return inside and (site.kind == "cross") == places.crossed and site.kind in ("self", "window", "cross")
 
 
 def grounding_of(
@@ -116,7 +124,7 @@ def grounding_of(
     columns = places.positions
     others = _others(places, n, rows)
     kept, rules, masses, flags = [], set(), [], []
-    image = torch.zeros(n, dtype=torch.bool)
+    image = torch.zeros(cap[chosen[0]].shape[3], dtype=torch.bool)
     image[columns] = True
     image[torch.tensor(places.others, dtype=torch.long)] = True
     for site in chosen:
@@ -166,15 +174,19 @@ def _sites_of(cap: Capture, places: ImagePlaces, sites: Sequence[str | int | Sit
             hint="of a generation take cap.joined(); of several prompts, capture each by itself",
         )
     if sites is None:
-        inside = f"{places.stack}." if places.stack else ""
-        chosen = [site for site in cap.sites if site.name.startswith(inside) and site.kind in ("self", "window")]
+        chosen = [site for site in cap.sites if _reads(site, places)]
     else:
         chosen = [cap.sites[one.name if isinstance(one, Site) else one] for one in sites]
     if not chosen:
         raise CaptureError(f"the capture has no attention of {places.stack or 'the language model'}")
     lengths = {cap[site].shape[3] for site in chosen}
-    bad = next((site for site in chosen if cap[site].shape[2] != cap[site].shape[3]), None)
-    if bad is not None or len(lengths) > 1 or min(lengths) < places.length:
+    bad = next((site for site in chosen if not places.crossed and cap[site].shape[2] != cap[site].shape[3]), None)
+    if (
+        bad is not None
+        or len(lengths) > 1
+        or min(lengths) < places.length
+        or (places.crossed and lengths != {places.length})
+    ):
         one = bad or min(chosen, key=lambda site: cap[site].shape[3])
         raise CaptureError(
             f"the prompt has {places.length} tokens, and the attention other keys",
@@ -183,7 +195,7 @@ def _sites_of(cap: Capture, places: ImagePlaces, sites: Sequence[str | int | Sit
         )  # fmt: skip
     if cap[chosen[0]].shape[0] <= places.example:
         raise CaptureError(f"the capture has no example {places.example}", shape=cap[chosen[0]].shape)
-    ids = cap.forwards[0].ids.get("input")
+    ids = None if places.crossed else cap.forwards[0].ids.get("input")
     if ids is not None and not torch.equal(ids[places.example, : places.length].cpu(), places.ids):
         raise CaptureError("the capture is of another prompt than the places of its pictures")
     return chosen
@@ -218,7 +230,9 @@ def _parts(whole: Tensor, columns: Tensor, places: ImagePlaces, image: Tensor) -
 def _others(places: ImagePlaces, n: int, rows: Sequence[int]) -> list[int]:
     """Text tokens behind the pictures whose rows are not asked for, spread evenly."""
     taken = {*places.positions.tolist(), *places.others, *rows}
-    behind = [i for i in range(int(places.positions.max()) + 1, n) if i not in taken]
+    start = 0 if places.crossed else int(places.positions.max()) + 1
+    taken = set(rows) if places.crossed else taken
+    behind = [i for i in range(start, n) if i not in taken]
     if len(behind) <= _OTHER_ROWS:
         return behind
     return [behind[round(i * (len(behind) - 1) / (_OTHER_ROWS - 1))] for i in range(_OTHER_ROWS)]
@@ -255,10 +269,11 @@ def _sinks(
 
 
 def _texts(cap: Capture, places: ImagePlaces, tokenizer: Any, n: int) -> list[str]:
-    known = cap.forwards[0].tokens.get("input")
+    stream = "decoder" if places.crossed else "input"
+    known = cap.forwards[0].tokens.get(stream)
     if known is not None and len(known) > places.example:
         return list(known[places.example])
-    ids = cap.forwards[0].ids.get("input")
+    ids = cap.forwards[0].ids.get(stream)
     row = places.ids.tolist() if ids is None else ids[places.example].tolist()
     texts = [str(one) if tokenizer is None else piece(tokenizer, one) for one in row]
     return texts + [f"{i}" for i in range(len(texts), n)]

@@ -77,6 +77,7 @@ class ImagePlaces:
         example: which row of the batch it is.
         stack: path of the module whose attentions have the prompt as their keys.
         ids: [position] the tokens. first: position of the first that is no padding.
+        crossed: whether the pictures are keys of cross-attention: positions are then those of the encoder's output.
     """
 
     pictures: tuple[Picture, ...]
@@ -87,6 +88,7 @@ class ImagePlaces:
     stack: str = ""
     ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long), repr=False)
     first: int = 0
+    crossed: bool = False
 
     @property
     def positions(self) -> Tensor:
