@@ -183,7 +183,7 @@ def _positions(grid: Grid, flat: Tensor) -> Tensor:
 
 def _own(grids: Sequence[Grid], medium: str) -> list[tuple[str, list[Grid], list[Box | None], Picture]]:
     """Each grid as a picture of its own: what the vision tower saw."""
-    made = []
+    made: list[tuple[str, list[Grid], list[Box | None], Picture]] = []
     several = len({grid.source for grid in grids}) < len(grids)
     first = grids[0].source
     for grid in grids:

@@ -187,9 +187,13 @@ def grow_memory_tree(
             if rank >= 0:
                 made[rank] = node
         alive = [(*alive[chosen[rank].path], made[rank]) for rank in sorted(made)]
-    names = ("frame", "parent", "mask", "overlap", "logit", "score", "kept", "certain")
-    columns = [tuple(getattr(node, name) for node in nodes) for name in names]
-    return MemoryTree(*columns, paths=paths, provenance={"sure": sure, "distinct": distinct})
+    return MemoryTree(
+        frames=tuple(node.frame for node in nodes), parents=tuple(node.parent for node in nodes),
+        masks=tuple(node.mask for node in nodes), overlaps=tuple(node.overlap for node in nodes),
+        logits=tuple(node.logit for node in nodes), scores=tuple(node.score for node in nodes),
+        kept=tuple(node.kept for node in nodes), certain=tuple(node.certain for node in nodes),
+        paths=paths, provenance={"sure": sure, "distinct": distinct},
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
