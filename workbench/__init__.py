@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from workbench.analysis.circuits.stability import Stability, circuit_stability
     from workbench.analysis.conditioning.capacity import Capacity, capacity
     from workbench.analysis.conditioning.experiments import Conditioning, conditioning
+    from workbench.analysis.corpus import CorpusAtlas, CorpusAtlasInterrupted, head_atlas_over
     from workbench.analysis.cross_attention import (
         CrossAttention,
         CrossAttentionSaliency,
@@ -83,7 +84,7 @@ if TYPE_CHECKING:
         singular_vectors,
     )
     from workbench.capture.capture import Capture
-    from workbench.capture.reading import load_capture
+    from workbench.capture.loading import load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
     from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
@@ -143,7 +144,7 @@ _LAZY = {
     "eviction": "workbench.analysis.eviction",
     "Capture": "workbench.capture.capture",
     "SiteCapture": "workbench.capture.site_capture",
-    "load_capture": "workbench.capture.reading",
+    "load_capture": "workbench.capture.loading",
     "LogitAttribution": "workbench.analysis.logits",
     "LogitLens": "workbench.analysis.logits",
     "logit_attribution": "workbench.analysis.logits",
@@ -183,6 +184,9 @@ _LAZY = {
     "singular_vectors": "workbench.analysis.weights",
     "RetrievalScores": "workbench.analysis.head_scores",
     "StreamingScores": "workbench.analysis.head_scores",
+    "CorpusAtlas": "workbench.analysis.corpus",
+    "CorpusAtlasInterrupted": "workbench.analysis.corpus",
+    "head_atlas_over": "workbench.analysis.corpus",
     "retrieval_scores": "workbench.analysis.head_scores",
     "streaming_scores": "workbench.analysis.head_scores",
     "Sweep": "workbench.sweep.result",
@@ -203,6 +207,8 @@ __all__ = [
     "CircuitOverlap",
     "CompositionScores",
     "Conditioning",
+    "CorpusAtlas",
+    "CorpusAtlasInterrupted",
     "CrossAttention",
     "CrossAttentionSaliency",
     "Eviction",
@@ -269,6 +275,7 @@ __all__ = [
     "gate_profile",
     "gating",
     "grounding",
+    "head_atlas_over",
     "head_importance",
     "head_roles",
     "image_places",

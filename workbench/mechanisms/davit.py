@@ -122,7 +122,7 @@ class WindowAttention(Mixer):
         """Projected, and the windows put together without what filled them up."""
         (rows, columns), w = self._grid, self.window
         y: Tensor = self.out(z.transpose(1, 2).flatten(2))
-        shape = (len(x), self.filled[0] // w, self.filled[1] // w, w, w, -1)
+        shape = (len(x), self.filled[0] // w, self.filled[1] // w, w, w, self.place.d_model)
         return y.reshape(shape).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :rows, :columns].flatten(1, 2)
 
     @property

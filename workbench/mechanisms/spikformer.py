@@ -10,6 +10,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.hooks.changes import Changes
 from workbench.kernels.checks import check_range
 from workbench.kernels.spiking import leaky_fire, spiking_attention
 from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
@@ -91,7 +92,8 @@ class SpikingAttention(Mixer):
 
     def finish(self, z: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """Neurons read what attention gives, and fire of its projection; their rate where x has no steps."""
-        joined = z.transpose(1, 2).flatten(2).unflatten(0, (len(x), -1))
+        steps = x.shape[1] if x.dim() == 4 else self.steps
+        joined = z.transpose(1, 2).flatten(2).unflatten(0, (len(x), steps))
         spikes: Tensor = self.fires(self.out_norm(self.out(self.reads(joined))))
         return spikes if x.dim() == 4 else spikes.mean(1)
 
@@ -228,11 +230,9 @@ def flipped(neurons: Leaky, where: tuple[int | slice, ...]) -> Iterator[None]:
         changed[where] = 1 - changed[where]
         return changed
 
-    handle = neurons.register_forward_hook(turned)
-    try:
+    with Changes() as changes:
+        changes.after(neurons, turned)
         yield
-    finally:
-        handle.remove()
 
 
 SPIKFORMER = register(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from workbench.capture.arena import Arena
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture
+from workbench.capture.store.writing import StoreWriter
 from workbench.capture.timing import CallTimes
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, WorkbenchError
@@ -61,6 +62,7 @@ class Recorder:
     sites: Sites
     settings: Settings
     decode: Callable[[Tensor], list[list[str]]] | None = None
+    store: StoreWriter | None = None
     forwards: list[Forward] = field(default_factory=list)
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
@@ -69,6 +71,7 @@ class Recorder:
     gradients: GradientWatch = field(default_factory=GradientWatch)
     arena: Arena = field(default_factory=Arena)
     outputs: HeadOutputs = field(init=False)
+    failure: WorkbenchError | None = None
     _opened_in: int = field(default_factory=threading.get_ident)
     _running: dict[int, RunningForward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
@@ -78,6 +81,7 @@ class Recorder:
     _contexts: list[int | None] = field(default_factory=list)
     _streamed: set[tuple[object, ...]] = field(default_factory=set)  # kinds of calls of which the engines are known
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
+    _unstored: dict[int, list[Forward]] = field(default_factory=dict)  # by thread: over, but for their gradients
     _began: float = field(default_factory=time.perf_counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -96,6 +100,7 @@ class Recorder:
 
     def on_start(self, name: str) -> None:
         """A forward begins in this thread."""
+        self._store(threading.get_ident())
         with self._lock:
             thread = threading.get_ident()
             number = self._threads.setdefault(thread, len(self._threads))
@@ -124,6 +129,10 @@ class Recorder:
         """The capture is over, and so is what has not told of its end."""
         for thread in list(self._running):
             self._end(thread)
+        for thread in list(self._unstored):
+            self._store(thread)
+        if self.store is not None:
+            self.forwards.sort(key=lambda forward: forward.index)  # as they were finished
 
     def on_end(self) -> None:
         """The forward of this thread is over."""
@@ -148,6 +157,35 @@ class Recorder:
                     forward.sites[name] = replace(capture, projection=known)
         if running.sequences:
             self._put(running)
+        if self.store is not None:
+            over = running.ended() if running.sequences else [running.whole]
+            self._unstored.setdefault(thread, []).extend(over)
+            if not self.settings.gradients:  # these come after the forward, so that it waits for the next one
+                self._store(thread)
+
+    def _store(self, thread: int) -> None:
+        """The forwards of a thread that are over go to the store, and their tensors out of memory.
+
+        What could not be written stays in memory.
+
+        Raises:
+            FileError: it cannot be written, and this is the thread that opened the capture.
+        """
+        for forward in self._unstored.pop(thread, ()):
+            assert self.store is not None
+            projections = {name: one.projection for name, one in forward.sites.items()}
+            try:
+                stored = self.store.add(forward, projections if self.settings.z else {})
+            except WorkbenchError as error:
+                if threading.get_ident() == self._opened_in:
+                    raise
+                self.failure = self.failure or error
+                continue
+            with self._lock:
+                at = next(i for i in reversed(range(len(self.forwards))) if self.forwards[i] is forward)
+                self.forwards[at] = stored
+                held = sum(one.nbytes for one in forward.sites.values())
+                self.nbytes = max(0, self.nbytes - held) if self._running or self._unstored else 0
 
     def _put(self, running: RunningForward) -> None:
         """The sequences of a forward take its place among the others."""
@@ -339,6 +377,12 @@ class Recorder:
 
     def _deliver(self, forward: Forward, site: Site, widen: Callable[[Tensor, int], Tensor]) -> Deliver:
         def deliver(z_gradient: Tensor, sums: dict[str, Tensor]) -> None:
+            if self.store is not None and all(one is not forward for one in self.forwards):
+                raise CaptureError(
+                    "gradients came for a forward that is in the store already",
+                    site=site.name,
+                    hint="call backward() before the next forward",
+                )
             capture = forward.sites.get(site.name)
             if capture is None:  # it was taken back
                 return

@@ -6,7 +6,8 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
 from workbench.capture.settings import Settings
+from workbench.capture.store.writing import StoreWriter, open_writer
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.code import scripted_attention
 from workbench.hooks.compiled import check_not_compiled
@@ -144,6 +146,7 @@ class Workbench(Interventions):
         n_top: int = 8,
         block: int = 16,
         limit: int | None = DENSE_LIMIT,
+        store: str | Path | None = None,
     ) -> Iterator[Capture]:
         """Capture the attention of every forward inside the `with`; the model's outputs stay the same to the bit.
 
@@ -161,14 +164,20 @@ class Workbench(Interventions):
             tokens: ids [batch, position] for `induction`; by default those the model is called with.
             sink_keys: keys whose joint mass is `sink`; by default the first visible key of each row.
             n_top: number of `top_keys`. block: edge of `pooled_*` blocks, in tokens.
-            limit: most bytes to keep, 1 GiB by default; None for no limit.
+            limit: most bytes to keep, 1 GiB by default; None for no limit. With a store: in memory, of the forwards
+                under way.
+            store: a folder, such as "runs/a.zarr", that each forward is written to as soon as it is over, and read from
+                when it is asked for, so that captures may be larger than memory. A store that is there is gone on
+                with. `workbench.load_capture` opens it, also while it grows; see `docs/scale.md`.
 
         Yields:
             The capture; it is filled as the model runs and complete at the end of the `with`.
 
         Raises:
             CaptureError: unknown statistic or site, limit exceeded, bad input, captures nested, nothing fired, or
-                gradients that were asked for did not arrive.
+                gradients that were asked for did not arrive; a store of another model or with other settings.
+            FileError: the store cannot be written; what was finished before is in it.
+            FormatError: what stands there is no store, or of another version.
         """
         self.check_open()
         check_not_compiled(self.model)
@@ -187,20 +196,37 @@ class Workbench(Interventions):
             limit=limit,
         )
         self._warn_of_dropout()
-        recorder = Recorder(self.model, self.sites, settings, self._decode if self.tokenizer is not None else None)
         weights = WeightsThen(self.model)
         provenance = describe(self.model, self.tokenizer) | {"statistics": list(settings.statistics)}
-        capture = Capture(recorder.forwards, self.sites, provenance, weights, settings, recorder.unrecorded)
-        try:
-            with self._contexts.recording(recorder):
-                yield capture
-        finally:
-            recorder.finish()
-            self.sites = capture.model_sites = self._told(recorder.sites)
-            provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
-            recorder.gradients.close()
+        with nullcontext() if store is None else self._storing(store, settings, provenance) as writer:
+            decode = self._decode if self.tokenizer is not None else None
+            recorder = Recorder(self.model, self.sites, settings, decode, writer)
+            capture = Capture(recorder.forwards, self.sites, provenance, weights, settings, recorder.unrecorded)
+            try:
+                with self._contexts.recording(recorder):
+                    yield capture
+            finally:
+                recorder.finish()
+                self.sites = capture.model_sites = self._told(recorder.sites)
+                provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
+                recorder.gradients.close()
+                if writer is not None:
+                    engines = {"statistics_engine": provenance["statistics_engine"]}
+                    writer.say(self.sites, list(recorder.unrecorded.values()), engines)
+        if recorder.failure is not None:
+            raise recorder.failure
         self._check_fired(capture, settings, recorder.refused)
         recorder.gradients.check(all_must_arrive=settings.sites is not None)
+
+    def _storing(
+        self, store: str | Path, settings: Settings, provenance: dict[str, Any]
+    ) -> AbstractContextManager[StoreWriter]:
+        """The store, to be added to; it is of these weights."""
+        provenance |= {"weights_sha256": self.weights_hash()}
+        identity = {
+            name: provenance.get(name) for name in ("model_class", "weights_sha256", "tokenizer_sha256", "dtype")
+        }
+        return open_writer(store, settings, provenance, identity)
 
     def _told(self, sites: Sites) -> Sites:
         """The sites without those that turned out to be none, or cannot be shown; the latter are unread."""

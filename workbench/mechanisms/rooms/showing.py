@@ -13,8 +13,8 @@ from workbench.mechanisms.rooms.costs import Cost, cost_of
 from workbench.mechanisms.rooms.seen import Seen, see, work_of
 from workbench.mechanisms.training import TrainedModel, trained
 from workbench.mechanisms.training.shipped import file_of, read_runs
-from workbench.mechanisms.training.work import PLACES
-from workbench.storage.rendering import renderer
+from workbench.mechanisms.training.work import SHOWN
+from workbench.storage.rendering import need_notebook, renderer
 
 PLAIN = "sqa:mha"
 """Plain attention, which all are held against."""
@@ -64,7 +64,12 @@ class Room:
         return any(each.trained is not None for each in self.seen)
 
     def show(self) -> None:
-        """Display all views in a notebook, below each other."""
+        """Display all views in a notebook, below each other.
+
+        Raises:
+            ReportError: there is no notebook.
+        """
+        need_notebook("write a page: room(name).to_html('room.html')")
         for view in renderer().all_of(self):
             view.show()
 
@@ -100,16 +105,16 @@ def room(name: str, models: Mapping[str, TrainedModel] | None = None) -> Room:
         WorkbenchError: no such mechanism, variant or work.
     """
     mechanism, _ = named(name)
-    given = {work: trained(name, work) for work in PLACES if file_of(name, work).is_file()}
+    given = {work: trained(name, work) for work in SHOWN if file_of(name, work).is_file()}
     given |= models or {}
     for work, model in given.items():
-        if work not in PLACES:
-            raise WorkbenchError(f"models={work!r} is no work", hint=" or ".join(PLACES))
+        if work not in SHOWN:
+            raise WorkbenchError(f"models={work!r} is no work", hint=" or ".join(SHOWN))
         if not isinstance(model, TrainedModel):
             raise WorkbenchError(
                 f"models[{work!r}] is {type(model).__name__}", hint="a mechanisms.training.TrainedModel"
             )
-    works = [work for work in PLACES if work in given]
+    works = [work for work in SHOWN if work in given]
     seen = [see(mechanism, name, work, given[work]) for work in works] or [
         see(mechanism, name, work_of(mechanism, name))
     ]
@@ -132,6 +137,8 @@ def show(name: str, models: Mapping[str, TrainedModel] | None = None) -> None:
     Raises:
         WorkbenchError: as of `room`. ReportError: there is no notebook; `room(name).to_html(path)` writes a page.
     """
+    named(name)
+    need_notebook(f"write a page: mechanisms.room({name!r}).to_html('room.html')")  # before anything is measured
     room(name, models).show()
 
 

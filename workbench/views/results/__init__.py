@@ -2,6 +2,7 @@
 
 from workbench.views.results import (
     circuits,
+    corpus,
     eviction,
     gates,
     grounding,
@@ -25,6 +26,7 @@ from workbench.views.results.recurrences import half_lives, states
 __all__ = [
     "capacity_correlation",
     "circuits",
+    "corpus",
     "cross_attention",
     "eviction",
     "gates",

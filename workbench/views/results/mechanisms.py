@@ -9,6 +9,7 @@ from typing import Any
 from workbench.analysis.gates import GateProfile
 from workbench.analysis.profile import AttentionProfile
 from workbench.errors import WorkbenchError
+from workbench.mechanisms.frame.card import unmarked
 from workbench.mechanisms.rooms import Matrix, Room, Seen
 from workbench.mechanisms.rooms.seen import ALONE, SignatureMaps
 from workbench.mechanisms.rooms.showing import PLAIN, losses_of
@@ -67,10 +68,13 @@ def card(one: Room) -> View:
     rows += [(f"No {what}", f"{each.work}: {why}") for each in one.seen for what, why in each.missing.items()]
     if one.cost is None:
         rows.append(("Measured cost", "not measured"))
-    rows += [(f"Claim, {claim.outcome}", str(claim)) for claim in one.card.claims]
+    for claim in one.card.claims:
+        rows.append((f"Claim, {claim.outcome}", claim.says))
+        if claim.outcome != "not examined":
+            rows += [("found at our scale", claim.found), ("examined how", claim.how)]
     return table(
         [head for head, _ in rows],
-        [Column(one.name, [text for _, text in rows])],
+        [Column(one.name, [unmarked(text) for _, text in rows])],
         of="Card",
         title=one.title[:1].upper() + one.title[1:],
         caption="What it is, what is shown below, and where its paper’s claims stand at our scale.",
@@ -98,7 +102,7 @@ def _of_seen(one: Room, seen: Seen) -> list[View]:
     """Maps, importance, distance, and what is its own, of one model."""
     after = f", {seen.work}" if len(one.seen) > 1 else ""
     gates = isinstance(seen.profile, GateProfile)
-    found = [] if gates else _maps(seen, after)  # the map of a gate is its factors on the diagonal
+    found = [] if gates else _maps(seen)  # the map of a gate is its factors on the diagonal
     if gates:
         found += [_titled(view, f"{view.spec.title}{after}") for view in all_of(seen.profile)]
     if seen.importance is not None:
@@ -115,8 +119,11 @@ def _titled(view: View, title: str) -> View:
     return view
 
 
-def _maps(seen: Seen, after: str) -> list[View]:
-    """Every head on the input that all mechanisms are shown; on images those over them that have a place there."""
+def _maps(seen: Seen) -> list[View]:
+    """Every head on the input that all mechanisms are shown; on images those over them that have a place there.
+
+    The titles say which input it is.
+    """
     title, weights = f"Every head on {_WHERE[seen.work]}", "" if seen.trained else " Weights are random."
     found, notes = list[View](), tuple[str, ...]()
     if seen.images is not None:
@@ -129,7 +136,8 @@ def _maps(seen: Seen, after: str) -> list[View]:
         except WorkbenchError as error:  # such as maps that are not over all patches
             notes = (f"Not laid over the scenes: {error.message}.",)
     if not found or len(found[0].spec.facts["heads"]) < sum(site.shape[1] for site in seen.capture):
-        found.append(head_gallery(seen.capture, title=f"{title}{after}", notes=notes))
+        title = f"{title}, laid over them or not" if found else title
+        found.append(head_gallery(seen.capture, title=title, notes=notes))
     for view in found:
         view.spec = replace(view.spec, caption=f"{view.spec.caption}{weights}")
     return found
