@@ -262,6 +262,7 @@ def _grounding(tokens: Sequence[str] = WORDS[:3]) -> View:
             positions=tuple(range(30, 30 + len(tokens))), tokens=tuple(tokens), writes=(*tokens[1:], ""),
             labels=tuple(f"L{layer}H{head}" for layer, head in heads), sites=tuple(f"layers.{i}" for i, _ in heads),
             layers=tuple(i for i, _ in heads), heads=tuple(h for _, h in heads), weights=weights, sinks=sinks,
+            parts=("the pictures", "other image tokens", "the first token", "other text"),
             masses=torch.cat([weights.sum(-1, keepdim=True), rest], -1), sink_rule="one was given",
             places=torch.arange(n) + 4, tile=tuple(t for t, at in enumerate(cells) for _ in at), cells=torch.cat(cells),
             boxes=torch.cat(boxes), tile_names=("one, tile 0", "one, tile 1", "one, tile 2", "two"),

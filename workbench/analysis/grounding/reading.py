@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.analysis.grounding.places import image_places
-from workbench.analysis.grounding.result import Grounding
+from workbench.analysis.grounding.result import PARTS, Grounding
 from workbench.analysis.grounding.tiles import ImagePlaces
 from workbench.analysis.profile.measuring import labels_of
 from workbench.errors import CaptureError, WorkbenchError
@@ -150,6 +150,7 @@ def grounding_of(
         heads=tuple(h for _, h in heads),
         weights=torch.cat(kept).transpose(0, 1).contiguous(),
         sinks=torch.cat(flags),
+        parts=PARTS,
         masses=torch.cat(masses).transpose(0, 1).contiguous(),
         sink_rule="; ".join(sorted(rules)),
         places=columns.clone(),

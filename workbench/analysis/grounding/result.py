@@ -20,7 +20,7 @@ from workbench.tokens import visible
 if TYPE_CHECKING:
     import pandas as pd
 
-PARTS = ("patches", "other image tokens", "first token", "other text")
+PARTS = ("the pictures", "other image tokens", "the first token", "other text")
 """What the weights of a row lie on; together 1."""
 
 
@@ -34,7 +34,8 @@ class Grounding(Result):
         labels, sites, layers, heads: of each head.
         weights: [row, head, patch] the model's own weights, sinks included.
         sinks: [head, patch] which patches are sinks of a head; they are left out of maps and shares.
-        masses: [row, head, part] of `PARTS`, which sum to 1.
+        parts, masses: names of what the weight of a row lies on, and [row, head, part] how much, which sums to 1. The
+            first is what `weights` are of, sinks included.
         sink_rule: how sinks were told, in words.
         places: position of each patch in the prompt. tile: of which tile it is. cells: its row and column there.
         boxes: (x0, y0, x1, y1) of each patch on its picture, in pixels; NaN where it shows nothing of the picture.
@@ -56,7 +57,8 @@ class Grounding(Result):
     heads: Annotated[tuple[int, ...], "head"]
     weights: Float[Tensor, "row head patch"]
     sinks: Bool[Tensor, "head patch"]
-    masses: Float[Tensor, "row head 4"]
+    parts: Annotated[tuple[str, ...], "part"]
+    masses: Float[Tensor, "row head part"]
     sink_rule: str
     places: Int[Tensor, " patch"]
     tile: Annotated[tuple[int, ...], "patch", Places("tile")]
@@ -204,7 +206,7 @@ class Grounding(Result):
                 "token": [t for t in self.tokens for _ in range(heads)],
                 "head": list(self.labels) * rows,
                 "layer": list(self.layers) * rows,
-                **{name: masses[:, k] for k, name in enumerate(PARTS)},
+                **{name: masses[:, k] for k, name in enumerate(self.parts)},
                 "sinks": self.removed.flatten().double().numpy(),
                 "tile": [self.tile_names[self.tile[i]] for i in best],
                 "row": [int(self.cells[i, 0]) for i in best],

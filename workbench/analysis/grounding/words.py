@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from workbench.session.workbench import Workbench
 
 Words = Mapping[str, int | Sequence[int]]
+PARTS = ("the word", "patches", "the first token", "other text")
+"""What the rows of patches lie on; together 1."""
 _PIXELS = 8  # of a picture for each latent, where no picture is given
 
 
@@ -190,7 +192,7 @@ def _gathered(
         positions=tuple(at[0] for at in asked.values()), tokens=tuple(asked), writes=("",) * len(asked),
         labels=labels_of(heads), sites=tuple(site.name for site, _ in heads),
         layers=tuple(site.layer for site, _ in heads), heads=tuple(h for _, h in heads),
-        weights=weights, sinks=torch.zeros(len(heads), starts[-1], dtype=torch.bool), masses=masses,
+        weights=weights, sinks=torch.zeros(len(heads), starts[-1], dtype=torch.bool), parts=PARTS, masses=masses,
         sink_rule="none are taken out", places=torch.cat([torch.arange(r * c) for r, c in grids]),
         tile=tuple(i for i, (r, c) in enumerate(grids) for _ in range(r * c)), cells=torch.cat(cells),
         boxes=torch.cat([tile.boxes().flatten(0, 1) for tile in tiles]).float(),

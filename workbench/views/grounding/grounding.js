@@ -166,7 +166,7 @@ class Grounding {
   }
 
   headWords(i) {
-    return `${this.facts.maps[i].label}: ${roughly(this.massesOf(i)[0])} of its weight is on the pictures, ${roughly(this.onTile(this.tile, i))} on ${this.facts.tiles[this.tile].name}`;
+    return `${this.facts.maps[i].label}: ${roughly(this.massesOf(i)[0])} of its weight is on ${this.facts.masses[0]}, ${roughly(this.onTile(this.tile, i))} on ${this.facts.tiles[this.tile].name}`;
   }
 
   // Choosing.

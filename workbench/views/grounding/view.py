@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 CELLS = 2_000_000
 """Weights that a view holds; with more, only those heads are kept that read the pictures most."""
-MASSES = ("pictures", "sinks on pictures", "other image tokens", "first token", "other text")
 _PICTURED = 6  # pictures of the still
 
 
@@ -58,8 +57,8 @@ class GroundingView(View):
         one = facts["rows"][row]
         mass = float(blocks["masses"][row, at, 0])
         figure.suptitle(f"{facts['maps'][at]['label']} at {one['position']} {one['token'][:24]}", fontsize=9)
-        of = "them" if tile is None else f"them; of {facts['tiles'][tile]['name']} alone"
-        figure.supxlabel(f"{mass:.3g} of its weight is on {of}; one scale", fontsize=9)
+        of = "one scale" if tile is None else f"{facts['tiles'][tile]['name']} alone"
+        figure.supxlabel(f"{mass:.3g} of its weight is on {facts['masses'][0]}; {of}", fontsize=9)
 
     def _tile(self, row: int, at: int) -> int:
         """The tile of the chosen patch; that which is read most where none is chosen."""
@@ -178,7 +177,7 @@ def grounding(
                 {"name": visible(name), "picture": picture, "grid": grid}
                 for name, picture, grid in zip(found.tile_names, found.tile_pictures, found.grids.tolist(), strict=True)
             ],
-            "masses": list(MASSES),
+            "masses": [visible(name) for name in (found.parts[0], "sinks", *found.parts[1:])],
         },
         blocks={
             "pixels": torch.cat([one.flatten() for one in found.pictures]).numpy(),
@@ -200,7 +199,7 @@ def grounding(
 
 
 def _masses(found: Grounding, order: Sequence[int]) -> Array:
-    """[row, map, part] what each row's weight lies on, in the order of `MASSES`."""
+    """[row, map, part] what each row's weight lies on, sinks after the first part."""
     gone = found.removed
     whole = torch.stack([found.masses[..., 0] - gone, gone, *found.masses[..., 1:].unbind(-1)], -1)
     return np.asarray(torch.cat([whole.mean(1, keepdim=True), whole[:, order]], 1).float().numpy())
