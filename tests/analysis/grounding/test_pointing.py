@@ -23,8 +23,8 @@ def found(weights: Tensor, size: tuple[int, int] = (8, 12), grid: tuple[int, int
     return Grounding(
         positions=(9,), tokens=("?",), writes=("",), labels=("L0H0",), sites=("a",), layers=(0,), heads=(0,),
         weights=weights.float().view(1, 1, n), sinks=torch.zeros(1, n, dtype=torch.bool),
-        parts=PARTS, masses=torch.tensor([[[mass, 0.0, 0.0, 1 - mass]]]), sink_rule="", places=torch.arange(n), tile=(0,) * n,
-        cells=cells, boxes=torch.stack([left, top, left + wide, top + high], 1), tile_names=("image 0",),
+        parts=PARTS, masses=torch.tensor([[[mass, 0.0, 0.0, 1 - mass]]]), sink_rule="", places=torch.arange(n),
+        tile=(0,) * n, cells=cells, boxes=torch.stack([left, top, left + wide, top + high], 1), tile_names=("image 0",),
         tile_pictures=(0,), grids=torch.tensor([grid]), names=("image 0",), sizes=torch.tensor([size]),
         pictures=(torch.zeros(*size, 3, dtype=torch.uint8),), calls=1, provenance={},
     )  # fmt: skip
