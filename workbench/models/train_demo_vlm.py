@@ -4,8 +4,8 @@
 
 A LLaVA with a vision tower of one layer and a language model of two. It is asked for the colour of one of three
 objects by its shape (`workbench.tasks.planted_objects`), so that it has to find the object to answer. After the steps
-below it names 9 colours of 10 rightly, and its first layer's heads point at the object in 7 pictures of 10: by chance
-once in 36, and not yet as well as a model that is to show pointing should.
+below it names 87 colours of 100 rightly, and its first layer's heads point at the object in 7 pictures of 10: far above
+chance, 1 of 36, and below the 9 of 10 that a model which ships to show pointing should reach.
 """
 
 from __future__ import annotations
