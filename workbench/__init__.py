@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
     from workbench.kernels.functions import attention_function
     from workbench.kernels.statistics import statistic
+    from workbench.investigator import Investigation, InvestigationInterrupted, Memory, investigate
     from workbench.metrics import Metric
     from workbench.report import Report
     from workbench.session.workbench import Workbench, attach
@@ -142,6 +143,10 @@ _LAZY = {
     "KVGroup": "workbench.hooks.heads",
     "attention_function": "workbench.kernels.functions",
     "statistic": "workbench.kernels.statistics",
+    "Investigation": "workbench.investigator",
+    "InvestigationInterrupted": "workbench.investigator",
+    "investigate": "workbench.investigator",
+    "Memory": "workbench.investigator",
     "Metric": "workbench.metrics",
     "Mixing": "workbench.hooks.readers",
     "ModuleRun": "workbench.hooks.readers",
@@ -199,10 +204,13 @@ __all__ = [
     "HeadPatching",
     "HeadRoles",
     "InterventionError",
+    "Investigation",
+    "InvestigationInterrupted",
     "KVGroup",
     "LayerPatching",
     "LogitAttribution",
     "LogitLens",
+    "Memory",
     "Metric",
     "Mixing",
     "ModuleRun",
@@ -251,6 +259,7 @@ __all__ = [
     "gating",
     "head_importance",
     "head_roles",
+    "investigate",
     "load_capture",
     "logit_attribution",
     "logit_lens",
