@@ -9,7 +9,8 @@ from transformers import MBartConfig, MBartForConditionalGeneration
 from support.encoder_decoders import captioner
 from support.hybrid_models import SUMS, hybrid
 from support.tiny import VOCABULARY, family, make
-from workbench.models.planted import SlotModel, Words
+from workbench.models.planted import SlotModel
+from workbench.models.planted import Words as Words
 from workbench.tasks import Task, from_inputs, from_prompts
 
 

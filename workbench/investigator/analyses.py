@@ -130,7 +130,9 @@ def check_task(task: Task) -> None:
         TaskError: no task, or fewer than `FEWEST` prompts.
     """
     if not isinstance(task, Task):
-        raise TaskError(f"expected a Task, not {type(task).__name__}", hint="make one with workbench.tasks.from_prompts")
+        raise TaskError(
+            f"expected a Task, not {type(task).__name__}", hint="make one with workbench.tasks.from_prompts"
+        )
     if len(task) < FEWEST:
         raise TaskError(
             f"{len(task)} prompts are too few: half of them find what the other half confirms",
@@ -280,8 +282,8 @@ def faithfulness(subject: Subject) -> Found:
     best = max((one.value for one in controls), default=0.0)
     confirmed = found.denominator.defined and low > KEPT and found.value > best and bool(latest.heads)
     numbers = {
-        "confirmed": confirmed, "value": found.value, "interval": [low, high], "random": [one.value for one in controls],
-        "heads": list(latest.heads), "n_edges": latest.n_edges,
+        "confirmed": confirmed, "value": found.value, "interval": [low, high],
+        "random": [one.value for one in controls], "heads": list(latest.heads), "n_edges": latest.n_edges,
     }  # fmt: skip
     chance = f"{len(controls)} random circuits with as many edges between the same layers keep at most {best:.0%}"
     says = (
@@ -379,10 +381,16 @@ def repair_heads(subject: Subject) -> Found:
     before, after = float(found.before.mean()), float(found.together.mean())
     gain = found.together - found.before
     low, high = mean_t(gain)
-    numbers = {"before": before, "after": after, "gain": [low, high], "broken": found.broken, "heads": list(found.heads)}
+    numbers = {
+        "before": before,
+        "after": after,
+        "gain": [low, high],
+        "broken": found.broken,
+        "heads": list(found.heads),
+    }
     says = (
-        f"With {', '.join(found.heads)} turned to the right answer accuracy goes from {before:.0%} to {after:.0%}, a gain "
-        f"of {float(gain.mean()):+.0%} [{low:+.0%}, {high:+.0%}].",
+        f"With {', '.join(found.heads)} turned to the right answer accuracy goes from {before:.0%} to {after:.0%}, a "
+        f"gain of {float(gain.mean()):+.0%} [{low:+.0%}, {high:+.0%}].",
     )
     return Found(numbers, says, {"repair": found})
 

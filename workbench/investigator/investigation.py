@@ -295,7 +295,11 @@ def verdict_of(findings: Sequence[Finding], ended: str, task: str) -> tuple[str,
         if "roles" in done:
             named = done["roles"].numbers["roles"]
             told = [f"{head} is {' and '.join(several)}" for head, several in named.items() if several]
-            said += [Sentence(f"By what they look at and write, {'; '.join(told)}.", (done["roles"].number,))] if told else []
+            said += (
+                [Sentence(f"By what they look at and write, {'; '.join(told)}.", (done["roles"].number,))]
+                if told
+                else []
+            )
         return "circuit", tuple(said)
     if "baseline" in done and not done["baseline"].numbers["does"]:
         text = f"There is none: the model does not do {task}, so that there is nothing of which a circuit could be."

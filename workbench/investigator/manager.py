@@ -347,4 +347,3 @@ def _remembered(now: Investigation, key: tuple[str, str, str], identity: Mapping
         asked=now.question, task=key[0], prompts=key[1], model=identity["model"], weights=key[2], verdict=now.verdict,
         found=found, heads=now.heads, forwards=now.forwards, seconds=now.seconds,
     )  # fmt: skip
-

@@ -58,7 +58,12 @@ class Step:
 
     def to_json(self) -> dict[str, Any]:
         """As a plan has it."""
-        return {"analysis": self.analysis, "arguments": dict(self.arguments), "why": self.why, "after": list(self.after)}
+        return {
+            "analysis": self.analysis,
+            "arguments": dict(self.arguments),
+            "why": self.why,
+            "after": list(self.after),
+        }
 
     def __str__(self) -> str:
         given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
@@ -83,7 +88,7 @@ class Plan:
         return {"why": self.why, "because": list(self.because), "steps": [step.to_json() for step in self.steps]}
 
     def edits(self, before: Plan | None) -> dict[str, list[str]]:
-        """How it differs from the plan before, once that one's first step is done: "kept", "new" and "dropped" steps."""
+        """Steps that are "kept", "new" and "dropped" beside what the plan before has left behind its first step."""
         old = {} if before is None else {step.key: str(step) for step in before.steps[1:]}
         now = {step.key: str(step) for step in self.steps}
         return {
@@ -203,8 +208,12 @@ def prompt_of(state: Mapping[str, Any]) -> str:
 def _arguments_of(name: str) -> str:
     said = []
     for key, allowed in ANALYSES[name].items():
-        kind = "text" if allowed is str else " | ".join(allowed) if isinstance(allowed[0], str) else "{} to {}".format(*allowed)
+        kind = (
+            "text"
+            if allowed is str
+            else " | ".join(allowed)
+            if isinstance(allowed[0], str)
+            else "{} to {}".format(*allowed)
+        )
         said.append(f"{key}: {kind}")
     return f"({'; '.join(said)})"
-
-

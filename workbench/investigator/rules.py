@@ -93,7 +93,9 @@ def _after_circuit(known: _Known) -> dict[str, Any]:
         return _explain(known, "Without what was dropped it is no longer faithful, so the circuit before stands.")
     if not faithful["confirmed"] and threshold > _LOWEST:
         why = "The circuit alone does not do the task, so parts are missing; take in smaller edges."
-        return _plan(why, [done["faithfulness"]], [_circuit(known, threshold / 4), _step("faithfulness"), *_rest(known)])
+        return _plan(
+            why, [done["faithfulness"]], [_circuit(known, threshold / 4), _step("faithfulness"), *_rest(known)]
+        )
     if not faithful["confirmed"]:
         return _end("Even with small edges no circuit does the task alone.", [done["faithfulness"]])
     if known.tried.get("minimality", -1) < done["circuit"]:

@@ -52,11 +52,12 @@ def _numbers(finding: Finding) -> str:
     """Numbers that no view has, as a small table."""
     shown: list[tuple[str, str]] = []
     if finding.analysis == "baseline" and finding.numbers:
-        low, high = finding.numbers["difference"]
+        numbers = finding.numbers
+        low, high = numbers["difference"]
         shown = [
-            ("prompts", f"{finding.numbers['prompts']}"), ("logit difference, prompts", f"{finding.numbers['clean']:.4g}"),
-            ("logit difference, twins", f"{finding.numbers['corrupted']:.4g}"),
-            ("prompts minus twins, 95 %", f"{low:.4g} to {high:.4g}"), ("accuracy", f"{finding.numbers['accuracy']:.1%}"),
+            ("prompts", f"{numbers['prompts']}"), ("logit difference, prompts", f"{numbers['clean']:.4g}"),
+            ("logit difference, twins", f"{numbers['corrupted']:.4g}"),
+            ("prompts minus twins, 95 %", f"{low:.4g} to {high:.4g}"), ("accuracy", f"{numbers['accuracy']:.1%}"),
         ]  # fmt: skip
     if finding.analysis == "faithfulness" and finding.numbers:
         shown = [(f"random circuit {i}", f"{value:.1%}") for i, value in enumerate(finding.numbers["random"], 1)]

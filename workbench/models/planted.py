@@ -235,7 +235,9 @@ def _fetched(model: SlotModel, place: tuple[int, int], note: str) -> None:
 def _mover(model: SlotModel, places: Places, source: random.Random, n: int) -> tuple[Places, list[Row]]:
     first, second = source.choice([places[:2], places[1:], places[::2]])
     _fetched(model, first, "note")
-    model.wire(*second, {"q": model.slot("note", _HOT), "k": model.slot("position"), "v": model.slot("token")}, "output")
+    model.wire(
+        *second, {"q": model.slot("note", _HOT), "k": model.slot("position"), "v": model.slot("token")}, "output"
+    )
     rows = []
     for _ in range(n):
         cue, other = source.sample((1, 2), 2)
@@ -249,7 +251,9 @@ def _chain(model: SlotModel, places: Places, source: random.Random, n: int) -> t
     first, second, third = places
     _fetched(model, first, "note")
     model.wire(*second, {"q": model.slot("note", _HOT), "k": model.slot("position"), "v": model.slot("token")}, "note2")
-    model.wire(*third, {"q": model.slot("note2", _HOT), "k": model.slot("position"), "v": model.slot("token")}, "output")
+    model.wire(
+        *third, {"q": model.slot("note2", _HOT), "k": model.slot("position"), "v": model.slot("token")}, "output"
+    )
     rows = []
     for _ in range(n):
         cue, other = source.sample((1, 2), 2)

@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from workbench.errors import TaskError
@@ -18,7 +19,7 @@ class Clause(NamedTuple):
     """One line of a search trace: a cell that was put into the frontier, or taken out of it.
 
     Attributes:
-        do: "create" or "close". x, y: the cell. cost: steps from the start so far. left: Manhattan distance to the goal.
+        do: "create" or "close". x, y: the cell. cost: steps from the start. left: Manhattan distance to the goal.
     """
 
     do: str
@@ -96,7 +97,7 @@ class Maze:
         """What is wrong with a plan: a wall, a leap, another start or end; "" if it leads to the goal."""
         if not plan or plan[0] != self.start:
             return "it does not begin at the start"
-        for before, cell in zip(plan, plan[1:], strict=False):
+        for before, cell in pairwise(plan):
             if cell not in self.neighbours(before):
                 return f"no step leads from {before} to {cell}"
         return "" if plan[-1] == self.goal else "it does not end at the goal"
@@ -149,7 +150,7 @@ def search(maze: Maze, random: random.Random | None = None) -> tuple[list[Clause
     raise TaskError(f"no way leads from {maze.start} to {maze.goal}", hint="draw(random) gives solvable mazes")
 
 
-def draw(random: random.Random, width: int = 5, height: int = 5, *, n_walls: int | None = None) -> Maze:
+def draw(random: random.Random, width: int = 4, height: int = 4, *, n_walls: int | None = None) -> Maze:
     """A random maze that can be solved, and not in a few steps: its plan has at least max(width, height) cells.
 
     Args:

@@ -18,7 +18,7 @@ from workbench.storage import files
 if TYPE_CHECKING:
     from transformers import T5ForConditionalGeneration
 
-WORDS = Vocabulary(5, 5)
+WORDS = Vocabulary(4, 4)
 """The tokens of the shipped model."""
 MODES = {"fast": "plan", "slow": "create", "auto": None}
 _SHIPPED = Path(__file__).parent / "dualformer.safetensors"
@@ -50,7 +50,7 @@ def save(model: T5ForConditionalGeneration, path: Path, facts: dict[str, Any]) -
 
 
 def load(path: str | Path = _SHIPPED) -> T5ForConditionalGeneration:
-    """A trained model: the shipped one by default, taught with `dropping.DUAL` on mazes of 5 x 5 cells.
+    """A trained model: the shipped one by default, taught with `dropping.DUAL` on mazes of 4 x 4 cells.
 
     Raises:
         FormatError: no such file, or weights that do not fit.
@@ -108,13 +108,19 @@ class Thought:
 
 @torch.no_grad()
 def think(
-    model: torch.nn.Module, mazes: Sequence[Maze], mode: str = "auto", *, seed: int = 0, most: int = 220, size: int = 128
+    model: torch.nn.Module,
+    mazes: Sequence[Maze],
+    mode: str = "auto",
+    *,
+    seed: int = 0,
+    most: int = 220,
+    size: int = 128,
 ) -> list[Thought]:
     """Let a model solve mazes.
 
     Args:
-        mode: "fast" begins with the token `plan`, "slow" with `create`; in "auto" the model's own probabilities draw the
-            first token. All other tokens are the most probable ones.
+        mode: "fast" begins with the token `plan`, "slow" with `create`; in "auto" the model's own probabilities of the
+            two draw one of them. All other tokens are the most probable ones.
         seed: of the draw. most: tokens that are written at most. size: mazes side by side.
 
     Raises:
@@ -126,7 +132,9 @@ def think(
         raise TaskError("there is no maze", hint="training.held_out(100) gives some")
     other = next((maze for maze in mazes if (maze.width, maze.height) != (WORDS.width, WORDS.height)), None)
     if other is not None:
-        raise TaskError(f"the model knows mazes of {WORDS.width} x {WORDS.height} cells, not {other.width} x {other.height}")
+        raise TaskError(
+            f"the model knows mazes of {WORDS.width} x {WORDS.height} cells, not {other.width} x {other.height}"
+        )
     if most < 2:
         raise WorkbenchError(f"most={most}: a control token and one more are the least")
     generator, found = torch.Generator().manual_seed(seed), []
@@ -161,9 +169,7 @@ def _think(
         new = new.masked_fill(ended, WORDS.ids[PAD])
         written = torch.cat([written, new[:, None]], 1)
         ended |= new == WORDS.ids[EOS]
-    return [
-        _thought(maze, mode, row, float(p)) for maze, row, p in zip(mazes, written.tolist(), p_fast, strict=True)
-    ]
+    return [_thought(maze, mode, row, float(p)) for maze, row, p in zip(mazes, written.tolist(), p_fast, strict=True)]
 
 
 def _thought(maze: Maze, mode: str, ids: list[int], p_fast: float) -> Thought:

@@ -1,4 +1,4 @@
-"""Mazes, search traces and plans as tokens: `start x y goal x y (wall x y)*`, and clauses before the steps of a plan."""
+"""Mazes as tokens, `start x y goal x y (wall x y)*`, and answers to them: clauses of a trace before a plan's steps."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ class Vocabulary:
         while read.next in ("create", "close"):
             do = read.take()
             x, y = read.cell()
-            costs = (read.cost(), read.cost()) if read.next.startswith("c") and read.next[1:].isdecimal() else (None,) * 2
+            costs = (
+                (read.cost(), read.cost()) if read.next.startswith("c") and read.next[1:].isdecimal() else (None,) * 2
+            )
             trace.append((do, x, y, *costs))
         n_trace, plan = read.at - began, []
         while read.next == "plan":

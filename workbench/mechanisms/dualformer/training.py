@@ -1,4 +1,4 @@
-"""Trains the maze transformers: `python -m workbench.mechanisms.dualformer.training --kind dual --folder .cache/maze`."""
+"""Trains maze transformers: `python -m workbench.mechanisms.dualformer.training --kind dual --folder .cache/maze`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def held_out(n: int, seed: int = 0, n_walls: int | None = None) -> list[Maze]:
 
 
 def batches(mixture: Mixture, size: int, seed: int) -> list[dict[str, Tensor]]:
-    """Several batches of inputs and labels for training, [example, token] each; what is alike in length stands together.
+    """Several batches of inputs and labels for training, [example, token] each; what is alike in length is together.
 
     The level of each example is drawn anew, as the paper does it for mazes.
     """
@@ -86,7 +86,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    kind: str, folder: Path, *, steps: int = 4000, size: int = 64, seed: int = 0, rate: float = 1.0, every: int = 100
+    kind: str, folder: Path, *, steps: int = 2500, size: int = 32, seed: int = 0, rate: float = 1.0, every: int = 100
 ) -> T5ForConditionalGeneration:
     """Train a maze transformer, or go on with one; the trained weights are in `folder/kind.safetensors`.
 
@@ -163,8 +163,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=list(MIXTURES), default="dual")
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--size", type=int, default=32)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     train(given.kind, given.folder, steps=given.steps, size=given.size)
