@@ -78,9 +78,9 @@ if TYPE_CHECKING:
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
     from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
+    from workbench.investigator import Investigation, InvestigationInterrupted, Memory, investigate
     from workbench.kernels.functions import attention_function
     from workbench.kernels.statistics import statistic
-    from workbench.investigator import Investigation, InvestigationInterrupted, Memory, investigate
     from workbench.metrics import Metric
     from workbench.report import Report
     from workbench.session.workbench import Workbench, attach

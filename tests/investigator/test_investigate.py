@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.circuits import random_task, tiny
 
 import workbench
+from support.circuits import random_task, tiny
 from workbench import Investigation, Memory, TaskError, WorkbenchError, investigate
 from workbench.investigator import analyses, asking, manager
 from workbench.investigator.budget import Budget, Meter
@@ -129,7 +129,7 @@ def test_ctrl_c_keeps_what_is_done(
 
 def test_a_folder_of_another_investigation_is_refused(mover: Planted, found: Investigation, tmp_path: Path) -> None:
     kept = found.save(tmp_path / "kept")
-    with pytest.raises(workbench.FormatError, match="of another .*prompts"):
+    with pytest.raises(workbench.FormatError, match=r"of another .*prompts"):
         run(planted("mover", n=18), resume=kept)
     (kept / "finding-03-circuit.safetensors").write_bytes(b"nothing")
     with pytest.raises(workbench.FormatError, match="finding-03"):
@@ -317,7 +317,7 @@ def test_the_nearest_question_is_that_of_the_highest_cosine(found: Investigation
 
 def test_a_damaged_memory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "memory.json").write_text('[{"asked": "x"}]')
-    with pytest.raises(workbench.FormatError, match="memory.json"):
+    with pytest.raises(workbench.FormatError, match=r"memory\.json"):
         Memory(tmp_path)
     with pytest.raises(WorkbenchError, match="no folder"):
         Memory(tmp_path / "none")

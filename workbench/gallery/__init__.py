@@ -1,4 +1,4 @@
-"""The page of `workbench gallery`: all mechanisms against each other, each with its trained heads, then other papers."""
+"""The page of `workbench gallery`: mechanisms against each other, each with its trained heads, then other papers."""
 
 from __future__ import annotations
 

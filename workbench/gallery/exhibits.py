@@ -82,8 +82,8 @@ def _heads(heads: dict[str, dict[str, float]]) -> View:
     fig.update_yaxes(title="slow: fall of the logit difference")
     return figure(
         fig, title="Heads that both modes need",
-        caption="A plan’s first step, asked fast and slow on the same mazes: by how much the logit difference falls when "
-        "a head’s output is that of the twin.",
+        caption="A plan’s first step, asked fast and slow on the same mazes: by how much the logit difference falls "
+        "when a head’s output is that of the twin.",
         table={"head": labels, "fast": list(heads["fast"].values()), "slow": [heads["slow"][name] for name in labels]},
     )  # fmt: skip
 
@@ -109,11 +109,11 @@ def agent_s2_card() -> Card:
         cost="One plan a finding; with rules less than a hundredth of the analyses.",
         causal="always",
         beside="Grounding on a screen has no counterpart here, and is left out.",
-        code="simular-ai/Agent-S, Apache-2.0; nothing of it is used. `workbench.investigate` plans analyses of a model in "
-        "the place of clicks.",
+        code="simular-ai/Agent-S, Apache-2.0; nothing of it is used. `workbench.investigate` plans analyses of a model "
+        "in the place of clicks.",
         claims=(
             Claim(
-                "Planning anew after every step does more with the same budget than planning anew after failures only.",
+                "Planning anew after every step does more with a budget than planning anew after failures only.",
                 one["how"], one["found"], one["outcome"],
             ),
             Claim("A mixture of experts for grounding clicks better than one model does."),

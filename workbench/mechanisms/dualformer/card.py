@@ -36,8 +36,8 @@ def card() -> Card:
         parts={"cross_attn": ("cross", "exact")},
         cost="That of its answer: a fast one has 3 tokens a step, a slow one 3 or 5 a clause besides.",
         causal="either",
-        code="facebookresearch/dualformer, CC-BY-NC 4.0; nothing of it is used. An encoder-decoder of T5's layers stands "
-        "in for theirs with rotary positions.",
+        code="facebookresearch/dualformer, CC-BY-NC 4.0; nothing of it is used. An encoder-decoder of T5's layers "
+        "stands in for theirs with rotary positions.",
         claims=(
             _claim("Thinking slow, it finds more shortest plans than a model that is taught whole traces.",
                    gaps["optimal, slow minus whole traces"], "share of shortest plans {:+.1%} [{:+.1%}, {:+.1%}]", 1),
