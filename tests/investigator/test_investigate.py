@@ -134,6 +134,7 @@ def test_a_folder_of_another_investigation_is_refused(mover: Planted, found: Inv
     (kept / "finding-03-circuit.safetensors").write_bytes(b"nothing")
     with pytest.raises(workbench.FormatError, match="finding-03"):
         Investigation.load(kept)
+    assert told(Investigation.load(found.save(kept))) == told(found)  # what stood there is written anew
 
 
 @pytest.mark.parametrize("forwards", [0, -3, float("nan")])

@@ -14,6 +14,7 @@ from torch import nn
 
 from workbench.errors import WorkbenchError
 
+_INPUTS = ("input_ids", "inputs_embeds", "input_features", "pixel_values", "decoder_input_ids")
 _WITH_GRADIENTS = 3  # a backward costs about as much as two forwards
 
 
@@ -101,5 +102,6 @@ class Meter:
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """How many examples a call has."""
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
-    return max((len(value) for value in tensors), default=1)
+    named = [kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), torch.Tensor)]
+    given = named or [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    return max((len(value) for value in given if value.dim() > 1), default=1)

@@ -14,7 +14,7 @@ from workbench.analysis.circuits.overlap_result import CircuitOverlap
 from workbench.analysis.circuits.repair import Repair
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.analysis.importance import HeadImportance
-from workbench.errors import FormatError, WorkbenchError
+from workbench.errors import FileError, FormatError
 from workbench.investigator.plan import ANALYSES, Plan, parse
 from workbench.storage import disk
 from workbench.storage.json_text import finite
@@ -172,8 +172,11 @@ class Investigation:
 
         return report_of(self)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, since: int = 0) -> Path:
         """Write the plans and findings as JSON, and each result as a file beside them.
+
+        Args:
+            since: number of the first finding whose results are not there yet.
 
         Raises:
             FileError: the folder cannot be made or written.
@@ -182,12 +185,10 @@ class Investigation:
         try:
             path.mkdir(exist_ok=True)
         except OSError as error:
-            raise WorkbenchError(f"the folder {path} cannot be made: {error.strerror}", hint="make it first") from None
-        for finding in self.findings:
+            raise FileError(f"the folder {path} cannot be made: {error.strerror}", hint="make it first") from None
+        for finding in self.findings[since:]:
             for name, result in finding.results.items():
-                file = path / _file_of(finding.number, name)
-                if not file.is_file():
-                    result.save(file)
+                result.save(path / _file_of(finding.number, name))
         told = {
             "version": _VERSION, "task": self.task, "model": self.model, "question": self.question,
             "verdict": self.verdict, "ended": self.ended, "budget": dict(self.budget), "own_seconds": self.own_seconds,

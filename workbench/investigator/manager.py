@@ -24,6 +24,7 @@ from workbench.investigator.investigation import FILE, Finding, Investigation, P
 from workbench.investigator.memory import Memory, Remembered, plain
 from workbench.investigator.plan import Plan, Step
 from workbench.session.workbench import Workbench
+from workbench.storage.json_text import finite
 from workbench.sweep.inputs import digest
 from workbench.sweep.inputs import plain as plain_batch
 from workbench.tasks.base import Task
@@ -158,7 +159,7 @@ class _Run:
 
     def __init__(self, subject: Subject, now: Investigation, asked: Asked, meter: Meter, folder: Path | None) -> None:
         self.subject, self.now, self.asked, self.meter, self.folder = subject, now, asked, meter, folder
-        self.busy = 0.0
+        self.busy, self.kept = 0.0, len(now.findings)
         self.circuits = [0] * len(now.findings)  # how many circuits there were when each finding was made
         seen = 0
         for i, finding in enumerate(now.findings):
@@ -168,7 +169,8 @@ class _Run:
     def keep(self) -> None:
         """Write what is done."""
         if self.folder is not None:
-            self.now.save(self.folder)
+            self.now.save(self.folder, since=self.kept)
+            self.kept = len(self.now.findings)
 
     def on(self, proactive: bool, bar: Any) -> None:
         """One step: the baseline, or a plan and its first analysis."""
@@ -257,7 +259,7 @@ class _Run:
         number = len(self.now.findings)
         self.circuits.append(len(self.subject.circuits))
         finding = Finding(
-            number, analysis, arguments, status, found.numbers, found.says, forwards, seconds, found.results
+            number, analysis, arguments, status, finite(found.numbers), found.says, forwards, seconds, found.results
         )
         if status == "done":
             self.subject.take(analysis, found)

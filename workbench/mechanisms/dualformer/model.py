@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WORDS = Vocabulary(4, 4)
 """The tokens of the shipped model."""
 MODES = {"fast": "plan", "slow": "create", "auto": None}
-_SHIPPED = Path(__file__).parent / "dualformer.safetensors"
+SHIPPED = Path(__file__).parent / "dualformer.safetensors"
 _FORM = "workbench.dualformer"
 _SIZES = {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 3}
 
@@ -49,12 +49,18 @@ def save(model: T5ForConditionalGeneration, path: Path, facts: dict[str, Any]) -
     return files.write(path, _FORM, {"sizes": sizes, "facts": facts}, tensors)
 
 
-def load(path: str | Path = _SHIPPED) -> T5ForConditionalGeneration:
+def load(path: str | Path = SHIPPED) -> T5ForConditionalGeneration:
     """A trained model: the shipped one by default, taught with `dropping.DUAL` on mazes of 4 x 4 cells.
 
     Raises:
-        FormatError: no such file, or weights that do not fit.
+        WorkbenchError: no weights ship with this version. FormatError: no such file, or weights that do not fit.
     """
+    if path == SHIPPED and not SHIPPED.is_file():
+        raise WorkbenchError(
+            "no weights of the maze transformer ship with this version",
+            hint="python -m workbench.mechanisms.dualformer.training --kind dual --folder FOLDER trains it; "
+            "load(FOLDER/dual.safetensors)",
+        )
     header, tensors = files.read(Path(path), _FORM)
     sizes = {name: header["sizes"][name].integer(1, 4096) for name in _SIZES}
     model = build(**sizes)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _HELD_OUT = 16  # one maze of so many, by its hash, is never trained on
 _AHEAD = 8  # batches that are drawn together, and put into batches by their length
 _IGNORE = -100
+_WARMUP, _STEADY = 75, 0.6  # steps over which rates rise, and the share of all steps after which they fall
 
 
 def is_held_out(maze: Maze) -> bool:
@@ -90,9 +91,9 @@ def train(
 ) -> T5ForConditionalGeneration:
     """Train a maze transformer, or go on with one; the trained weights are in `folder/kind.safetensors`.
 
-    Muon for the matrices of the blocks, AdamW for the rest. Rates rise over the first 3 % of the steps, stay, and fall
-    to zero over the last 40 %. A checkpoint is written every so many steps, and a run that was stopped goes on from it
-    to the same weights.
+    Muon for the matrices of the blocks, AdamW for the rest. Rates rise over the first 75 steps, stay, and fall to zero
+    over the last 40 %. A checkpoint is written every so many steps, and a run that was stopped goes on from it to the
+    same weights; also to more or fewer steps than it was begun with, as long as its rates have not begun to fall.
 
     Args:
         kind: "dual", "full" or "solution", as in `dropping.MIXTURES`. folder: an existing one.
@@ -113,7 +114,7 @@ def train(
         torch.optim.Muon(matrices, 2e-2 * rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
     )
     plans = [
-        LambdaLR(each, lambda step: min((step + 1) / (0.03 * steps), 1.0, (1 - step / steps) / 0.4))
+        LambdaLR(each, lambda step: min((step + 1) / _WARMUP, 1.0, (1 - step / steps) / (1 - _STEADY)))
         for each in optimisers
     ]
     settings = {"kind": kind, "steps": steps, "size": size, "seed": seed, "rate": rate}
@@ -121,9 +122,11 @@ def train(
     checkpoint = folder / f"{kind}.checkpoint.pt"
     if checkpoint.is_file():
         held = torch.load(checkpoint, weights_only=True)
-        if held["done"]["settings"] != settings:
+        began_with, at = held["done"]["settings"], held["done"]["step"]
+        steady = at <= _STEADY * min(steps, began_with["steps"])
+        if began_with != settings and not (steady and began_with | {"steps": steps} == settings):
             raise WorkbenchError(f"{checkpoint} is of other settings", hint="give another folder, or remove it")
-        done = held["done"]
+        done = held["done"] | {"settings": settings}
         model.load_state_dict(held["model"])
         for each, state in zip((*optimisers, *plans), held["optimisers"], strict=True):
             each.load_state_dict(state)
