@@ -80,8 +80,8 @@ def _maze() -> View:
     fig.update_yaxes(autorange="reversed", scaleanchor="x")
     return figure(
         fig, title="A maze, its search and its plan",
-        caption=f"A* from {maze.start} to {maze.goal}: the order in which cells come into the frontier, which a slow answer "
-        "writes out, and the shortest plan, which a fast one gives at once.",
+        caption=f"A* from {maze.start} to {maze.goal}: the order in which cells come into the frontier, which a slow "
+        "answer writes out, and the shortest plan, which a fast one gives at once.",
     )  # fmt: skip
 
 

@@ -12,11 +12,23 @@ from workbench.storage.parts import parse
 
 RESULTS = Path(__file__).parent / "results.json"
 _HOW = "benchmarks/dualformer.py, 4 x 4 mazes, paired over mazes, 95 % intervals"
+_PLANS = "share of shortest plans {:+.1%} [{:+.1%}, {:+.1%}]"
+_TOKENS = "tokens of a trace {:+.1f} [{:+.1f}, {:+.1f}]"
+_CLAIMS = (
+    ("Thinking slow, it finds more shortest plans than a model that is taught whole traces.",
+     "optimal, slow minus whole traces", 1),
+    ("Its traces are shorter than those of a model that is taught whole traces.", "trace, slow minus whole traces", -1),
+    ("Answering fast, it finds more shortest plans than a model that is taught plans alone.",
+     "optimal, fast minus plans alone", 1),
+    ("Left to choose, it finds more shortest plans than answering fast.", "optimal, auto minus fast", 1),
+    ("Left to choose, it writes shorter traces than thinking slow.", "trace, auto minus slow", -1),
+)  # fmt: skip
+"""Each with the difference it is about, and whether that has to be above 0 or below it."""
 
 
 @cache
 def results() -> dict[str, Any] | None:
-    """What `benchmarks/dualformer.py` measured of the shipped model, and of two trained beside it; None: nothing yet."""
+    """What `benchmarks/dualformer.py` measured of the shipped model and two trained beside it; None: nothing yet."""
     if not RESULTS.is_file():
         return None
     found: dict[str, Any] = parse(RESULTS.read_bytes(), RESULTS.name).plain()
@@ -41,26 +53,15 @@ def card() -> Card:
         causal="either",
         code="facebookresearch/dualformer, CC-BY-NC 4.0; nothing of it is used. An encoder-decoder of T5's layers "
         "stands in for theirs with rotary positions.",
-        claims=(
-            _claim("Thinking slow, it finds more shortest plans than a model that is taught whole traces.",
-                   gaps.get("optimal, slow minus whole traces"), "share of shortest plans {:+.1%} [{:+.1%}, {:+.1%}]", 1),
-            _claim("Its traces are shorter than those of a model that is taught whole traces.",
-                   gaps.get("trace, slow minus whole traces"), "tokens of a trace {:+.1f} [{:+.1f}, {:+.1f}]", -1),
-            _claim("Answering fast, it finds more shortest plans than a model that is taught plans alone.",
-                   gaps.get("optimal, fast minus plans alone"), "share of shortest plans {:+.1%} [{:+.1%}, {:+.1%}]", 1),
-            _claim("Left to choose, it finds more shortest plans than answering fast.",
-                   gaps.get("optimal, auto minus fast"), "share of shortest plans {:+.1%} [{:+.1%}, {:+.1%}]", 1),
-            _claim("Left to choose, it writes shorter traces than thinking slow.",
-                   gaps.get("trace, auto minus slow"), "tokens of a trace {:+.1f} [{:+.1f}, {:+.1f}]", -1),
-        ),
-    )  # fmt: skip
+        claims=tuple(_claim(says, gaps.get(name), sign) for says, name, sign in _CLAIMS),
+    )
 
 
-def _claim(says: str, gap: list[float] | None, form: str, sign: int) -> Claim:
+def _claim(says: str, gap: list[float] | None, sign: int) -> Claim:
     """A claim that a difference (mean, low, high) is above 0, or below it where sign is −1; None: not examined."""
     if gap is None:
         return Claim(says)
     _, low, high = gap
     ahead = low > 0 if sign > 0 else high < 0
     outcome: Outcome = "holds" if ahead else "does not hold" if (high < 0 if sign > 0 else low > 0) else "undecided"
-    return Claim(says, _HOW, form.format(*gap), outcome)
+    return Claim(says, _HOW, (_TOKENS if sign < 0 else _PLANS).format(*gap), outcome)

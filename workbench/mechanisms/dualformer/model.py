@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import T5ForConditionalGeneration
 
 WORDS = Vocabulary(4, 4)
-"""The tokens of the shipped model."""
+"""The tokens of the models that are trained here."""
 MODES = {"fast": "plan", "slow": "create", "auto": None}
 SHIPPED = Path(__file__).parent / "dualformer.safetensors"
 _FORM = "workbench.dualformer"
