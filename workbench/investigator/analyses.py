@@ -34,6 +34,8 @@ T = TypeVar("T")
 FEWEST = 8
 RELEVANT = 0.05
 """Share of prompts minus twins from which on a head counts, if that is also sure; effects can be sure and tiny."""
+NATS = 0.1
+"""Prompts minus twins, in the mean, from which on a model tells them apart; noise can be sure too."""
 KEPT = 0.5
 """What a confirmed circuit keeps at least of the task, by the lower end of its interval."""
 _CONTROLS = 5
@@ -153,7 +155,7 @@ def baseline(subject: Subject) -> Found:
     low, high = mean_t(apart)
     least, _ = mean_t(clean)
     share = float(right.mean())
-    does = low > 0 and least > 0
+    does = low > 0 and least > 0 and float(apart.mean()) >= NATS
     at, to = proportions(right).tolist()
     numbers = {
         "does": does, "clean": float(clean.mean()), "corrupted": float(twin.mean()), "difference": [low, high],
@@ -164,7 +166,7 @@ def baseline(subject: Subject) -> Found:
         f"{numbers['corrupted']:.3g}; prompts minus twins {float(apart.mean()):.3g} [{low:.3g}, {high:.3g}].",
         f"The most likely next token is right on {share:.0%} [{at:.0%}, {to:.0%}] of the prompts.",
         "So the model tells the prompts from their twins." if does else
-        "So it is not sure that the model tells the prompts from their twins.",
+        f"So the model does not surely tell the prompts from their twins, by {NATS:g} nats or more.",
     )  # fmt: skip
     return Found(numbers, says)
 

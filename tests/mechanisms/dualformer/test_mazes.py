@@ -118,7 +118,7 @@ def test_a_maze_without_a_way_is_refused_with_a_reason() -> None:
         with pytest.raises(TaskError, match="no way leads from"):
             solve()
     with pytest.raises(TaskError, match="no maze of 5 x 5 cells with 24 walls"):
-        draw(random.Random(0), n_walls=24)
+        draw(random.Random(0), 5, 5, n_walls=24)
     with pytest.raises(TaskError, match="is a wall"):
         Maze(3, 3, frozenset({(0, 0)}), (0, 0), (2, 2))
     with pytest.raises(TaskError, match="outside"):
