@@ -24,6 +24,8 @@ def test_a_plan_is_read_with_its_reasons() -> None:
     found = parse(plan({"analysis": "circuit", "arguments": {"method": "eap", "threshold": 0.1}, "why": "edges"}), 3)
     assert found == Plan("so", (0,), (Step("circuit", {"method": "eap", "threshold": 0.1}, "edges"),))
     assert parse(found.to_json(), 3) == found
+    plain = parse(plan({"analysis": "roles"}), 1)
+    assert parse(plain.to_json(), 1) == plain
     assert parse(plan(because=[]), 1).steps == ()
 
 

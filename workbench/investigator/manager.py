@@ -239,8 +239,8 @@ class _Run:
                 found = run()
         except BudgetSpent as error:
             status, found = "stopped", Found({}, (error.message,))
-        except (WorkbenchError, RuntimeError, ValueError) as error:
-            if analysis == "baseline" and not isinstance(error, RuntimeError):
+        except Exception as error:  # such as no memory on a device; what was found before is kept
+            if analysis == "baseline":
                 raise
             log.info("%s failed", analysis, exc_info=True)
             said = error.message if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {error}"

@@ -58,12 +58,8 @@ class Step:
 
     def to_json(self) -> dict[str, Any]:
         """As a plan has it."""
-        return {
-            "analysis": self.analysis,
-            "arguments": dict(self.arguments),
-            "why": self.why,
-            "after": list(self.after),
-        }
+        told: dict[str, Any] = {"analysis": self.analysis, "arguments": dict(self.arguments)}
+        return told | ({"why": self.why} if self.why else {}) | ({"after": list(self.after)} if self.after else {})
 
     def __str__(self) -> str:
         given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
