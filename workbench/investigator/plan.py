@@ -136,7 +136,7 @@ def _step(part: Part) -> Step:
         arguments[key] = _argument(value, ANALYSES[name][key])
     why, after = part.get("why"), part.get("after")
     before = () if after is None else tuple(each.integer(0, MOST_STEPS) for each in after.list(MOST_STEPS))
-    return Step(name, arguments, "" if why is None else _text(why), before)
+    return Step(name, arguments, "" if why is None or why.value == "" else _text(why), before)
 
 
 def _argument(value: Part, allowed: Any) -> Any:

@@ -34,11 +34,12 @@ def build(**sizes: int) -> T5ForConditionalGeneration:
     """
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        **{**_SIZES, **sizes}, vocab_size=len(WORDS.tokens), dropout_rate=0.0, feed_forward_proj="relu",
-        relative_attention_num_buckets=32, relative_attention_max_distance=96, pad_token_id=WORDS.ids[PAD],
-        decoder_start_token_id=WORDS.ids[BOS], eos_token_id=WORDS.ids[EOS], bos_token_id=WORDS.ids[BOS],
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        **_SIZES, **sizes, "vocab_size": len(WORDS.tokens), "dropout_rate": 0.0, "feed_forward_proj": "relu",
+        "relative_attention_num_buckets": 32, "relative_attention_max_distance": 96, "pad_token_id": WORDS.ids[PAD],
+        "decoder_start_token_id": WORDS.ids[BOS], "eos_token_id": WORDS.ids[EOS], "bos_token_id": WORDS.ids[BOS],
+    }  # fmt: skip
+    config = T5Config(**settings)
     return T5ForConditionalGeneration(config).eval()
 
 

@@ -81,7 +81,10 @@ class Vocabulary:
             TaskError: the tokens do not parse, or make no maze.
         """
         read = _Reader(tokens)
-        start, goal = read.word("start") or read.cell(), read.word("goal") or read.cell()
+        read.word("start")
+        start = read.cell()
+        read.word("goal")
+        goal = read.cell()
         walls = []
         while read.more:
             read.word("wall")

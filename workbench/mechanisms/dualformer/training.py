@@ -57,7 +57,7 @@ def batches(mixture: Mixture, size: int, seed: int) -> list[dict[str, Tensor]]:
 
     The level of each example is drawn anew, as the paper does it for mazes.
     """
-    source, rows = random.Random(seed), []
+    source, rows = random.Random(seed), list[tuple[list[int], list[int]]]()
     while len(rows) < size * _AHEAD:
         maze = draw(source, WORDS.width, WORDS.height)
         if is_held_out(maze):
@@ -117,6 +117,7 @@ def train(
         LambdaLR(each, lambda step: min((step + 1) / _WARMUP, 1.0, (1 - step / steps) / (1 - _STEADY)))
         for each in optimisers
     ]
+    kept: list[Any] = [*optimisers, *plans]
     settings = {"kind": kind, "steps": steps, "size": size, "seed": seed, "rate": rate}
     done: dict[str, Any] = {"settings": settings, "step": 0, "losses": [], "seconds": 0.0}
     checkpoint = folder / f"{kind}.checkpoint.pt"
@@ -128,7 +129,7 @@ def train(
             raise WorkbenchError(f"{checkpoint} is of other settings", hint="give another folder, or remove it")
         done = held["done"] | {"settings": settings}
         model.load_state_dict(held["model"])
-        for each, state in zip((*optimisers, *plans), held["optimisers"], strict=True):
+        for each, state in zip(kept, held["optimisers"], strict=True):
             each.load_state_dict(state)
     several: list[dict[str, Tensor]] = []
     losses, began = list[float](), time.process_time() - done["seconds"]
@@ -152,7 +153,7 @@ def train(
             done["losses"].append([done["step"], sum(losses) / len(losses)])
             losses.clear()
             done["seconds"] = time.process_time() - began
-            state = [each.state_dict() for each in (*optimisers, *plans)]
+            state = [each.state_dict() for each in kept]
             part = checkpoint.with_suffix(".part")
             torch.save({"model": model.state_dict(), "optimisers": state, "done": done}, part)
             part.replace(checkpoint)
