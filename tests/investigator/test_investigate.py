@@ -243,6 +243,14 @@ def test_what_a_planner_says_does_not_become_the_verdict(mover: Planted) -> None
     assert 'href="https://evil' not in page
 
 
+def test_an_empty_circuit_is_told_of_and_has_no_picture() -> None:
+    steps = [{"analysis": "circuit", "arguments": {"method": "eap", "threshold": 0.9}}, {"analysis": "faithfulness"}]
+    answer = json.dumps({"why": "x", "because": [0], "steps": steps})
+    one = run(planted("pair", n=16), planner=lambda prompt: answer, proactive=False)
+    assert (one.findings[1].numbers["heads"], one.findings[2].status) == ([], "failed")
+    assert "through no heads" in one.report().to_html()
+
+
 def test_steps_in_a_wrong_order_fail_and_are_recorded(mover: Planted, found: Investigation) -> None:
     answers: Iterator[str] = iter(["roles", "minimality"])
 

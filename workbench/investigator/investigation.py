@@ -60,8 +60,9 @@ class Finding:
 
     @property
     def main(self) -> Result | None:
-        """The result that a report shows."""
-        return next((self.results[name] for name in _MAIN if name in self.results), None)
+        """The result that a report shows; None where there is none, or nothing in it."""
+        found = next((self.results[name] for name in _MAIN if name in self.results), None)
+        return None if isinstance(found, Circuit) and not found.nodes else found
 
     def told(self) -> dict[str, Any]:
         """What a planner is told; not how long it took, which differs from run to run."""
