@@ -303,7 +303,11 @@ class _Run:
         forwards, minutes = self.meter.left
         try:
             graph = self.subject.graph
-            model = {"layers": len(graph.layers), "heads": len(graph.head_names), "edges": graph.n_edges}
+            model: dict[str, Any] = {
+                "layers": len(graph.layers),
+                "heads": len(graph.head_names),
+                "edges": graph.n_edges,
+            }
         except WorkbenchError as error:
             model = {"layers": 0, "heads": 0, "edges": 0, "error": error.message}
         before = self.now.plans[-1].plan.to_json() if self.now.plans else None
