@@ -23,7 +23,7 @@ from typing import Any
 from costs.arms import HEADS, WIDTH, default_names
 from costs.claims import claims
 from costs.counted import counted
-from costs.measured import CAUSAL, WHOLE, Limits, costs, peaks_of, print_peaks, times_of
+from costs.measured import CAUSAL, WHOLE, Limits, costs, peaks_of, print_peaks, print_peaks_of_forms, times_of
 from shared.measuring import machine, say, table, write_section
 
 from workbench.mechanisms.frame.findings import COSTS
@@ -105,7 +105,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="likewise, of one call")
     parser.add_argument("--quick", action="store_true", help="128 and 256 tokens: shows that it works")
     parser.add_argument("--only-memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only-forms", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.only_forms:
+        print_peaks_of_forms(options.only_forms)
+        return
     names = options.rooms or default_names()
     lengths = [128, 256] if options.quick else sorted(set(options.lengths))
     limits = Limits(options.gib, options.seconds)

@@ -3,9 +3,10 @@
 Trains what is missing of the plan (benchmarks/trained/plan.py), the most valuable first, one to two minutes each; ships
 weights of seed 0 (workbench/mechanisms/weights/), keeps the scores of all seeds (runs.json), and says by rules that
 were written before what is found of the papers' claims (claims.json, which the cards show). Writes its sections of
-docs/benchmarks.md. It may be stopped at any time, and goes on where it was.
+docs/benchmarks.md. It may be stopped at any time, and goes on where it was. Several processes may share the work:
+`--part 0/2` and `--part 1/2` take every second run of the plan each.
 
-    python benchmarks/rooms.py [--minutes 30] [--only sqa moh] [--no-training] [--quick] [--dry]
+    python benchmarks/rooms.py [--minutes 30] [--only sqa moh] [--work mqar] [--part 0/2] [--no-training] [--quick]
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -54,15 +56,18 @@ def train(model: Model, seed: int, quick: bool = False) -> dict[str, Any]:
     return record(model, seed, found)
 
 
-def train_missing(runs: Runs, minutes: float, only: list[str]) -> None:
-    """Train what of the plan is not there, until the time is over."""
+def train_missing(runs: Runs, minutes: float, wanted: Callable[[Model], bool], part: tuple[int, int]) -> None:
+    """Train what of the plan is not there, until the time is over.
+
+    Args:
+        wanted: which models. part: (k, n): of what is not there now every n-th run, from the k-th on.
+    """
     began, refused = time.monotonic(), set[Model]()
-    for model, seed in plan():
-        if (only and model.name.partition(":")[0] not in only) or model in refused:
+    missing = [(model, seed) for model, seed in plan() if wanted(model) and not _has(runs, model, seed)]
+    for model, seed in missing[part[0] :: part[1]]:
+        if model in refused:
             continue
         try:
-            if runs.has(model, seed, STEPS[model.work], ROWS[model.work]):
-                continue
             if time.monotonic() - began > 60 * minutes:
                 return
             made = train(model, seed)
@@ -75,11 +80,30 @@ def train_missing(runs: Runs, minutes: float, only: list[str]) -> None:
         say(f"{model.work}, {model}, seed {seed}: {scores}; {made['seconds']:.0f} s")
 
 
+def _has(runs: Runs, model: Model, seed: int) -> bool:
+    """Whether a run is there; of what cannot stand in its work there is none."""
+    try:
+        return runs.has(model, seed, STEPS[model.work], ROWS[model.work])
+    except WorkbenchError as error:
+        say(f"{model.work}, {model}: {error}")
+        return True
+
+
+def _part(text: str) -> tuple[int, int]:
+    """(k, n) of "k/n", k from 0 on."""
+    k, n = (int(number) for number in text.split("/"))
+    if not 0 <= k < n:
+        raise ValueError(text)
+    return k, n
+
+
 def main() -> None:
     """Train, judge, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no training after as many")
     parser.add_argument("--only", nargs="+", default=[], help="mechanisms to train; all by default")
+    parser.add_argument("--work", nargs="+", default=list(STEPS), choices=STEPS, help="all works by default")
+    parser.add_argument("--part", type=_part, default=(0, 1), help="such as 0/2 and 1/2 of two processes")
     parser.add_argument("--no-training", action="store_true", help="judge and write what is there")
     parser.add_argument("--quick", action="store_true", help="a few steps of two models, and nothing is written")
     parser.add_argument("--dry", action="store_true", help="print the sections, and write none")
@@ -90,12 +114,20 @@ def main() -> None:
     else:
         runs = Runs.read()
         if not options.no_training:
-            train_missing(runs, options.minutes, options.only)
+            only, works = options.only, options.work
+            train_missing(
+                runs,
+                options.minutes,
+                lambda model: model.work in works and (not only or model.name.partition(":")[0] in only),
+                options.part,
+            )
+            runs = Runs.read()
     found = list(examined(runs))
     quiet = options.quick or options.dry
     put = (lambda heading, text: print(f"## {heading}\n\n{text}\n")) if quiet else write_section
     for work in STEPS:
-        put(f"{HEADING}: {work}", section(work, runs))
+        if runs.models(work):
+            put(f"{HEADING}: {work}", section(work, runs))
     put(f"{HEADING}: claims of quality", claims(found))
     if alike := reduced(runs):
         put(f"{HEADING}: heads of reduced transformers", alike)

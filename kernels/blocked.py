@@ -113,7 +113,9 @@ class _Attend(torch.autograd.Function):
                 out.index_copy_(0, at, tile_out)
                 lse.index_copy_(0, at, tile_lse)
         rows = slice(plan.front, plan.front + n_q)
-        out, lse = out.view(b, h, -1, v.shape[-1])[:, :, rows].to(q.dtype), lse.view(b, h, -1)[:, :, rows]
+        padded = plan.query_runs * plan.run  # tokens; said, since there may be no examples
+        out = out.view(b, h, padded, v.shape[-1])[:, :, rows].to(q.dtype)
+        lse = lse.view(b, h, padded)[:, :, rows]
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out, lse
@@ -157,8 +159,11 @@ class _Attend(torch.autograd.Function):
                 d_v.index_add_(0, to, tile_dv.reshape(len(to), -1))
                 d_q.index_add_(0, at, tile_dq.reshape(len(at), -1))
                 d_k.index_add_(0, to, tile_dk.reshape(len(to), -1))
-        d_q = d_q.view(b, h, -1, d)[:, :, plan.front : plan.front + n_q]
-        d_k, d_v = (x.view(b, k.shape[1], -1, like.shape[-1])[:, :, : k.shape[2]] for x, like in ((d_k, k), (d_v, v)))
+        d_q = d_q.view(b, h, plan.query_runs * plan.run, d)[:, :, plan.front : plan.front + n_q]
+        n_keys = plan.key_runs * plan.run
+        d_k, d_v = (
+            x.view(b, k.shape[1], n_keys, like.shape[-1])[:, :, : k.shape[2]] for x, like in ((d_k, k), (d_v, v))
+        )
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None
 
 
@@ -197,6 +202,8 @@ def _chunks(
     per_layout = n_kv_heads // plan.n_layouts
     batch, kv = torch.arange(n_batch, device=device), torch.arange(per_layout, device=device)
     first_heads = (batch[:, None] * n_kv_heads + kv).flatten()
+    if not len(first_heads):  # no examples
+        return
     inner = torch.arange(shared, device=device)[:, None]
     queries, keys, layouts = group.queries.to(device), group.keys.to(device), group.layouts.to(device)
     width = keys.shape[1] * plan.run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_the_loss_of_an_example_is_that_of_what_counts_in_it() -> None:
 def test_a_room_shows_its_card_heads_importance_distances_gates_and_training(moh: mechanisms.Room) -> None:
     assert titles(moh) == [
         "MoH: Mixture-of-Head Attention",
-        "Every head on the same text, text",
+        "Every head on the same text",
         "Head importance, text",
         "Where heads look, relative to the query, text",
         "Which heads speak at each token, text",
@@ -76,7 +77,7 @@ def test_a_room_shows_its_card_heads_importance_distances_gates_and_training(moh
         "Head importance, images",
         "Where heads look, relative to the query, images",
         "Which heads speak at each token, images",
-        "Training",
+        "Training" if moh.cost is None else "Training and cost",
     ]
     card, maps, _, _, gates, *_ = all_of(moh)
     told = dict(zip(card.data()["Card"], card.data()["moh"], strict=True))
@@ -84,7 +85,13 @@ def test_a_room_shows_its_card_heads_importance_distances_gates_and_training(moh
     shown = [text for head, text in zip(card.data()["Card"], card.data()["moh"], strict=True) if head == "Shown"]
     assert [("it has learned nothing" in text) for text in shown] == [True, False]  # that of text is given
     assert told["Measured cost"] == "not measured" or moh.cost is not None
-    assert sum(head.startswith("Claim, ") for head in told) >= 1
+    heads, texts = card.data()["Card"].tolist(), card.data()["moh"].tolist()
+    for claim in moh.card.claims:
+        at = texts.index(claim.says)
+        assert heads[at] == f"Claim, {claim.outcome}"
+        if claim.outcome != "not examined":
+            assert heads[at + 1 : at + 3] == ["found at our scale", "examined how"]
+            assert texts[at + 1 : at + 3] == [claim.found, claim.how]
     assert maps.spec.facts["axes"]["step"] == 1
     assert maps.spec.facts["axes"]["column_texts"][:5] == ["BOS", "d", "e", "f", "␣"]
     seen = moh.seen[0]
@@ -162,6 +169,24 @@ def test_the_matrix_has_a_row_for_each_and_what_was_measured(
     ]
 
 
+def test_recall_and_copying_alone_are_means_over_seeds(
+    monkeypatch: pytest.MonkeyPatch, unseen: mechanisms.Room
+) -> None:
+    def run(seed: int, work: str, hidden: int = 9, **scores: float) -> dict[str, object]:
+        shared = {"name": "agent:few", "layout": "uniform", "work": work, "seed": seed, "hidden": hidden}
+        return {**shared, "scores": scores}
+
+    kept = [run(seed, "mqar", **{"8 pairs": 0.2 * seed, "far": 0.5}) for seed in range(3)]
+    kept += [run(0, "induction", copy=0.75), run(0, "induction", hidden=0, copy=0.0)]
+    monkeypatch.setattr(sys.modules["workbench.mechanisms.rooms.matrix"], "read_runs", lambda: kept)
+    found = {each.name: each for each in rooms.matrix([unseen]).columns}
+    assert found["8 pairs recalled"].values == (pytest.approx(0.2),)
+    assert found["8 pairs recalled"].said == ("mean of 3 seeds, 0 to 0.4",)
+    assert found["copied"].values == (0.75,)
+    assert found["copied"].said == ("one seed",)
+    assert found["copied"].better == "high"
+
+
 def test_the_page_is_sound_small_and_the_same_every_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     path = build(["sqa:mha", "halo"]).write(tmp_path / "gallery.html")
@@ -235,6 +260,28 @@ def test_what_is_no_mechanism_is_refused(quick: TrainedModel) -> None:
         mechanisms.room("moh", {"sound": quick})
     with pytest.raises(workbench.ReportError, match="no notebook"):
         mechanisms.show("sqa:mha")
+
+
+def test_outside_of_a_notebook_nothing_is_measured_in_vain(
+    monkeypatch: pytest.MonkeyPatch, moh: mechanisms.Room
+) -> None:
+    monkeypatch.setattr(rooms.showing, "room", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(workbench.ReportError, match="there is no notebook") as caught:
+        mechanisms.show("moh")
+    assert "mechanisms.room('moh').to_html" in str(caught.value.hint)
+    with pytest.raises(WorkbenchError, match='there is no mechanism "hom"'):
+        mechanisms.show("hom")
+    with pytest.raises(workbench.ReportError, match="there is no notebook"):
+        moh.show()
+
+
+def test_names_in_code_are_drawn_as_such_or_without_their_marks() -> None:
+    one = mechanisms.room("rcmha", {"text": run_work("text", ["rcmha"] * 3, quick=True)})
+    assert "`on_tokens(A)`" in one.card.beside
+    assert "<code>on_tokens(A)</code>" in one.card._repr_html_()
+    told = dict(zip(all_of(one)[0].data()["Card"], all_of(one)[0].data()["rcmha"], strict=True))
+    assert "`" not in "".join(told.values())
+    assert "on_tokens(A)" in told["Beside"]
 
 
 def test_costs_are_read_in_the_order_of_lengths(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from workbench.analysis.circuits.stability import Stability, circuit_stability
     from workbench.analysis.conditioning.capacity import Capacity, capacity
     from workbench.analysis.conditioning.experiments import Conditioning, conditioning
+    from workbench.analysis.corpus import CorpusAtlas, CorpusAtlasInterrupted, head_atlas_over
     from workbench.analysis.cross_attention import (
         CrossAttention,
         CrossAttentionSaliency,
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
         singular_vectors,
     )
     from workbench.capture.capture import Capture
-    from workbench.capture.reading import load_capture
+    from workbench.capture.loading import load_capture
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
     from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
@@ -135,7 +136,7 @@ _LAZY = {
     "eviction": "workbench.analysis.eviction",
     "Capture": "workbench.capture.capture",
     "SiteCapture": "workbench.capture.site_capture",
-    "load_capture": "workbench.capture.reading",
+    "load_capture": "workbench.capture.loading",
     "LogitAttribution": "workbench.analysis.logits",
     "LogitLens": "workbench.analysis.logits",
     "logit_attribution": "workbench.analysis.logits",
@@ -172,6 +173,9 @@ _LAZY = {
     "singular_vectors": "workbench.analysis.weights",
     "RetrievalScores": "workbench.analysis.head_scores",
     "StreamingScores": "workbench.analysis.head_scores",
+    "CorpusAtlas": "workbench.analysis.corpus",
+    "CorpusAtlasInterrupted": "workbench.analysis.corpus",
+    "head_atlas_over": "workbench.analysis.corpus",
     "retrieval_scores": "workbench.analysis.head_scores",
     "streaming_scores": "workbench.analysis.head_scores",
     "Sweep": "workbench.sweep.result",
@@ -192,6 +196,8 @@ __all__ = [
     "CircuitOverlap",
     "CompositionScores",
     "Conditioning",
+    "CorpusAtlas",
+    "CorpusAtlasInterrupted",
     "CrossAttention",
     "CrossAttentionSaliency",
     "Eviction",
@@ -257,6 +263,7 @@ __all__ = [
     "find_circuit",
     "gate_profile",
     "gating",
+    "head_atlas_over",
     "head_importance",
     "head_roles",
     "investigate",

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from costs.arms import HEADS, WIDTH, arm
-from costs.measured import mib_of
+from costs.measured import peaks_of_forms
 from workbench import mechanisms
 from workbench.kernels.s2 import S2Layout
 from workbench.mechanisms import Place
@@ -110,7 +110,7 @@ def with_and_without_filters(rounds: int) -> dict[str, Any]:
 def _pair(room: str, forms: dict[str, dict[str, Any]], rounds: int) -> dict[str, Any]:
     calls = {name: arm(room, PAIRS, **options) for name, options in forms.items()}
     seconds = timed(calls, rounds)
-    peaks = {name: [mib_of(call) for _ in range(rounds)] for name, call in calls.items()}
+    peaks = peaks_of_forms(room, PAIRS, forms, rounds)
     first, second = forms
     return {
         "length": PAIRS,

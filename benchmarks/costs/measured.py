@@ -40,17 +40,44 @@ class Limits:
 def peaks_of(names: Sequence[str], lengths: Sequence[int], limits: Limits) -> tuple[Peaks, dict[str, str]]:
     """MiB of each room by length, above what it was given, and why some are not measured at some lengths.
 
-    In a process of its own, whose allocator gives every block of 64 KiB or more back; Linux only.
+    In a process of its own; see `_apart`.
+    """
+    rooms = ["--only-memory", "--rooms", *names, "--lengths", *map(str, lengths)]
+    peaks, left_out = _apart(*rooms, "--gib", str(limits.gib), "--seconds", str(limits.seconds))
+    return {name: {int(n): mib for n, mib in each.items()} for name, each in peaks.items()}, left_out
+
+
+def peaks_of_forms(
+    room: str, length: int, forms: Mapping[str, Mapping[str, Any]], rounds: int
+) -> dict[str, list[float]]:
+    """MiB of each form of a room in every round, in a process of its own.
+
+    Args:
+        forms: options of the room, by the name of the form.
+    """
+    asked = {"room": room, "length": length, "forms": forms, "rounds": rounds}
+    found: dict[str, list[float]] = _apart("--only-forms", json.dumps(asked))
+    return found
+
+
+def _apart(*options: str) -> Any:
+    """What `mechanisms.py` prints with these options.
+
+    In a process whose allocator gives every block of 64 KiB or more back: elsewhere a call takes what an earlier one
+    has left, and its peak shows nothing. Linux only.
     """
     script = Path(__file__).parent.parent / "mechanisms.py"
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
-    command = [sys.executable, str(script), "--only-memory", "--rooms", *names, "--lengths", *map(str, lengths)]
-    done = subprocess.run(
-        [*command, "--gib", str(limits.gib), "--seconds", str(limits.seconds)],
-        stdout=subprocess.PIPE, text=True, check=True, env=environment,
-    )  # fmt: skip
-    peaks, left_out = json.loads(done.stdout.splitlines()[-1])
-    return {name: {int(n): mib for n, mib in each.items()} for name, each in peaks.items()}, left_out
+    command = [sys.executable, str(script), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_peaks_of_forms(asked: str) -> None:
+    """What `peaks_of_forms` reads, from its own process."""
+    told = json.loads(asked)
+    calls = {name: arm(told["room"], told["length"], **options) for name, options in told["forms"].items()}
+    print(json.dumps({name: [mib_of(call) for _ in range(told["rounds"])] for name, call in calls.items()}))
 
 
 def print_peaks(names: Sequence[str], lengths: Sequence[int], limits: Limits) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from trained.plan import HYBRIDS, PLAIN, Model
@@ -37,10 +37,13 @@ class Compared:
     """Each of the models is worse than another by less than the margin, or by more.
 
     Attributes:
-        models: they are. than: the other.
+        models: they are. than: the other; of a model of another work it is the same one there.
         by: "less" where the models are said to be as good, "more" where the other is said to be better.
+        score: which is compared; by work where they are of several.
         needs: what the other has to reach, so that there is something to lose.
-        also: scores that are told and do not count. sizes: whether parameters are told. note: what else is to be known.
+        also: scores of the other's work that are told and do not count. beside: likewise, models of that work.
+        sizes: whether parameters are told.
+        note: what else is to be known.
     """
 
     mechanism: str
@@ -48,15 +51,16 @@ class Compared:
     models: tuple[Model, ...]
     than: Model
     by: Literal["less", "more"]
-    score: str = "text"
+    score: str | Mapping[str, str] = "text"
     margin: float = MARGIN
     needs: float | None = None
     also: tuple[str, ...] = ()
+    beside: tuple[Model, ...] = ()
     sizes: bool = False
     note: str = ""
 
     def examine(self, runs: Runs) -> Found | None:
-        each_found = [runs.worse(each, self.than, self.score) for each in self.models]
+        each_found = [runs.worse(each, replace(self.than, work=each.work), self._score(each)) for each in self.models]
         found = [each for each in each_found if each is not None]
         if len(found) < len(self.models):
             return None
@@ -67,27 +71,62 @@ class Compared:
             outcome = "undecided"
         return Found(self._how(found), self._found(runs, found), outcome)
 
+    def _score(self, model: Model) -> str:
+        return self.score if isinstance(self.score, str) else self.score[model.work]
+
     def _how(self, found: Sequence[Difference]) -> str:
-        unit = "held-out nats a byte" if self.score in LOSSES else "share of right answers"
-        told = [f"{self.score}: {unit}", f"worse by {self.by} than {self.margin:g}?", self.note]
+        told = list(dict.fromkeys(self._unit(each.model) for each in found))
+        told += [f"is it worse by {self.by} than {self.margin:g}?", self.note]
         if self.needs is not None:
             told.append(f"undecided where {named(self.than)} is below {self.needs:g}")
         seeds = " and ".join(f"{a} against {b}" for a, b in sorted({(each.n_a, each.n_b) for each in found}))
-        told += [f"seeds: {seeds}", f"t with the spread of seeds pooled over models, df {found[0].df}", BY]
+        freedom = " and ".join(str(df) for df in dict.fromkeys(each.df for each in found))
+        told += [f"seeds: {seeds}", f"intervals over seeds, their spread pooled over models, df {freedom}", BY]
         return "; ".join(filter(None, told))
 
+    def _unit(self, model: Model) -> str:
+        score = self._score(model)
+        unit = "held-out nats a byte" if score in LOSSES else "share of right answers"
+        return f"{score} ({model.work}): {unit}" if model.work not in score else f"{score}: {unit}"
+
     def _found(self, runs: Runs, found: Sequence[Difference]) -> str:
-        told = [f"{named(self.than)} {found[0].b:.3f}"]
-        for each in found:
-            ends = f"(95 %: {each.low:+.3f} to {each.high:+.3f})"
-            told.append(f"{named(each.model)} {each.a:.3f}, worse by {each.mean:+.3f} {ends}")
-        models = [self.than, *self.models]
+        told, works = [], dict.fromkeys(each.model.work for each in found)
+        for work in works:
+            of_work = [each for each in found if each.model.work == work]
+            where = f"{self._score(of_work[0].model)}: " if len(works) > 1 else ""
+            told.append(f"{where}{named(of_work[0].than)} {of_work[0].b:.3f}")
+            for each in of_work:
+                ends = between(each.low, each.high)
+                told.append(f"{named(each.model)} {each.a:.3f}, {put(each.mean)} (95 %: {ends})")
+        told += [f"{named(each)} {runs.mean(each, self._score(each)):.3f}" for each in self.beside if runs.of(each)]
+        models = [self.than, *(each for each in self.models if each.work == self.than.work)]
         for score in self.also:
             told.append(f"{score}: " + ", ".join(f"{named(each)} {runs.mean(each, score):.2f}" for each in models))
         if self.sizes:
             sizes = ", ".join(f"{named(each)} {runs.of(each)[0]['parameters']:,}" for each in models)
             told.append(f"parameters: {sizes}")
         return "; ".join(told)
+
+
+def put(worse: float) -> str:
+    """A difference in words.
+
+    >>> put(0.0321), put(-0.0026), put(-0.0001)
+    ('worse by 0.032', 'better by 0.003', 'equal')
+    """
+    size = f"{abs(worse):.3f}"
+    return "equal" if size == "0.000" else f"{'worse' if worse > 0 else 'better'} by {size}"
+
+
+def between(low: float, high: float) -> str:
+    """The ends of an interval in words.
+
+    >>> between(0.01, 0.02), between(-0.02, -0.01), between(-0.02, 0.01)
+    ('worse by 0.010 to 0.020', 'better by 0.010 to 0.020', 'better by 0.020 to worse by 0.010')
+    """
+    if high < 0:
+        low, high = high, low
+    return f"{put(low)} to {put(high)}" if low * high <= 0 else f"{put(low)} to {abs(high):.3f}"
 
 
 def named(model: Model) -> str:
@@ -145,7 +184,7 @@ RULES: tuple[Rule, ...] = (
     _better(
         "sqa", "At equal parameters the loss is a little above that of grouped-query attention.",
         _text("sqa:gqa"), _text("sqa"), also=("copy", "recall 26"),
-        note="with 4 heads GQA has one of keys and values, as MQA does",
+        note="with 4 heads GQA has one of keys and values, as MQA does; how little is not asked",
     ),
     _as_good(
         "moh", "With 50 to 90 % of its heads active it is as good as attention with all heads.",
@@ -155,15 +194,17 @@ RULES: tuple[Rule, ...] = (
         "moh", "Heads that the router likes are those whose ablation costs most.", (_text("moh"), _text("moh:half"))
     ),
     _as_good(
-        "aaren", "It is as good as a transformer of equal size on sequence tasks.", _text("aaren"),
-        also=("copy", "recall 8"),
+        "aaren", "It is as good as a transformer of equal size on sequence tasks.",
+        _text("aaren"), Model("mqar", "aaren"), Model("induction", "aaren"),
+        score={"text": "text", "mqar": "8 pairs", "induction": "copy"}, sizes=True,
     ),
     _as_good(
         "s2", "Models with it reach the loss of models with dense attention.", _text("s2"), also=("copy", "recall 26")
     ),
     _as_good(
-        "s2", "A few dense heads find a needle over the whole length.", _text("s2:one dense head"),
-        score="needle far", margin=0.05, needs=0.5,
+        "s2", "A few dense heads find a needle over the whole length.", Model("mqar", "s2:one dense head"),
+        score="far", margin=0.05, needs=0.5, beside=(Model("mqar", "s2"),),
+        note="8 pairs, asked for in the last quarter",
     ),
     _better(
         "rcmha", "It is more accurate than relative attention without filters.",
@@ -206,6 +247,10 @@ RULES: tuple[Rule, ...] = (
         "halo", "A halo lets blocks pass information on, and is better than windows without one.",
         _images("halo"), _images("halo:window"), score="3 digits", also=("1 digit",),
     ),
+    _better(
+        "ninformer", "It is better than ViT, MLP-Mixer and Local-ViT on small images.",
+        _images("ninformer"), _images(PLAIN), score="3 digits", also=("1 digit",), note="against plain attention alone",
+    ),
     _as_good(
         "reduced", "Without its MLP a model of a third of the parameters generalises about as well on digits.",
         _NO_MLP, score="1 digit", also=("3 digits",), sizes=True,
@@ -217,6 +262,7 @@ RULES: tuple[Rule, ...] = (
     _better(
         "reduced", "With one matrix for similarity and none for values it is a little worse.",
         _NO_MLP, _images("reduced:minimal", mlp=False), score="1 digit", also=("3 digits",), sizes=True,
+        note="how little is not asked",
     ),
 )  # fmt: skip
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import Tensor
 
 import workbench
@@ -34,32 +35,41 @@ def beside(name: str, found: TrainedModel) -> dict[str, Any]:
 
     Returns:
         "heads" of a mixture of heads: gate and cost of each that is routed. The score "text, all seen" of models that
-        were trained in groups. "alike" of reduced models, and of other seeds of plain attention: how like plain
-        attention's their heads are, and "costs", what the loss gains without each of them.
+        were trained in groups. Of reduced models, and of other seeds of plain attention: "alike", how like plain
+        attention's their heads are, "costs", what the loss gains without each of them, and "needed", how far they are
+        needed for the same scenes as plain attention's.
     """
     kind, model = name.partition(":")[0], found.model
-    if isinstance(model, ByteLM):
+    if found.facts["work"] == "text":
+        assert isinstance(model, ByteLM)
         if kind == "moh":
             return {"heads": routed_heads(model)}
         if kind in GROUPED:
             return {"scores": found.scores | {"text, all seen": all_seen(model)}}
-    elif (kind == "reduced" or name == PLAIN) and file_of(PLAIN, "images").is_file():
+    elif isinstance(model, PatchModel) and (kind == "reduced" or name == PLAIN) and file_of(PLAIN, "images").is_file():
         plain = load(file_of(PLAIN, "images")).model
         assert isinstance(plain, PatchModel)
         drawn = scenes(ROWS, torch.Generator().manual_seed(SEED), 3)
-        costs = [[layer, head, cost] for layer, head, cost, _ in without_each(model, drawn.images, drawn.classes)]
-        return {"alike": alike(model, plain, drawn.images), "costs": costs}
+        ours, theirs = (list(without_each(each, drawn.images, drawn.classes)) for each in (model, plain))
+        return {
+            "alike": alike(model, plain, drawn.images),
+            "costs": [[layer, head, float(cost.mean())] for layer, head, cost, _ in ours],
+            "needed": needed(ours, theirs),
+        }
     return {}
 
 
-@torch.no_grad()
-def without_each(
-    model: ByteLM | PatchModel, inputs: Tensor, labels: Tensor
-) -> Iterator[tuple[int, int, float, Tensor | None]]:
-    """(layer, head, what the loss gains when it is switched off, gates of the layer's heads or None) of every head."""
+Without = tuple[int, int, Tensor, Tensor | None]
 
-    def loss() -> float:
-        return float(F.cross_entropy(model(inputs).flatten(0, -2), labels.flatten()))
+
+@torch.no_grad()
+def without_each(model: ByteLM | PatchModel, inputs: Tensor, labels: Tensor) -> Iterator[Without]:
+    """Every head in turn: layer, head, what the loss of each example gains without it, gates of the layer's heads."""
+
+    def loss() -> Tensor:
+        logits = model(inputs)
+        nats = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+        return nats.view(len(inputs), -1).mean(1)
 
     with workbench.attach(model) as wb:
         with wb.capture([]) as cap:
@@ -72,6 +82,24 @@ def without_each(
                 yield site.layer, head, cost, gates
 
 
+def needed(ours: Sequence[Without], theirs: Sequence[Without]) -> list[list[float]]:
+    """Of each layer and head: the largest rank correlation, over examples, of what the loss gains without it with what
+    it gains without a head of the other's layer; 0 for a head without which no example's loss changes.
+    """
+    found: dict[int, list[float]] = {}
+    for layer, _, cost, _ in ours:
+        others = [its for at, _, its, _ in theirs if at == layer]
+        found.setdefault(layer, []).append(max(ranked_alike(cost, its) for its in others))
+    return [found[layer] for layer in sorted(found)]
+
+
+def ranked_alike(x: Tensor, y: Tensor) -> float:
+    """Spearman's ρ of [example] and [example]; 0 where one of them is constant."""
+    if x.unique().numel() < 2 or y.unique().numel() < 2:
+        return 0.0
+    return float(spearmanr(x.double().numpy(), y.double().numpy()).statistic)
+
+
 def routed_heads(model: ByteLM) -> list[dict[str, float]]:
     """Of each head that a router chooses: its mean gate, and what the loss gains when it is switched off."""
     inputs, labels = text_batch(corpus("held out"), ROWS, model.place.length, torch.Generator().manual_seed(SEED))
@@ -79,7 +107,8 @@ def routed_heads(model: ByteLM) -> list[dict[str, float]]:
     for layer, head, cost, gates in without_each(model, inputs, labels):
         assert gates is not None
         if head >= model.stack.blocks[layer].mixer.shared:
-            found.append({"layer": layer, "head": head, "gate": float(gates[:, head].mean()), "cost": cost})
+            gate = float(gates[:, head].mean())
+            found.append({"layer": layer, "head": head, "gate": gate, "cost": float(cost.mean())})
     return found
 
 

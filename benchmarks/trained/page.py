@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from shared.measuring import table
@@ -18,16 +18,27 @@ d_model 64, 4 heads, 128 tokens""",
     "images": """
 generated scenes of one to three coloured digits, of which that in the square's colour is to be read; 2 layers, d_model
 64, 4 heads, 8 × 8 patches""",
+    "mqar": """
+multi-query associative recall (arXiv 2312.04927) of 4, 8 and 16 pairs in 128 tokens, a vocabulary of 128; 2 layers,
+d_model 64, 4 heads""",
+    "induction": """
+strings of 4 to 24 different letters again and again in 64 tokens; 2 layers, d_model 64, 4 heads""",
 }
 SCORES = {
     "text": {"text": 3, "repeats": 3, "copy": 2, "recall 8": 2, "recall 26": 2, "needle": 2, "needle far": 2},
     "images": {"1 digit": 3, "3 digits": 3},
+    "mqar": {"4 pairs": 2, "8 pairs": 2, "16 pairs": 2, "far": 2},
+    "induction": {"copy": 2, "copy far": 2},
 }
 MEANS = {
     "text": """Losses in nats a byte: of `text`, and of `repeats`, bytes whose last four came before. Shares of right
 answers: of strings that come again (`copy`), of letters' digits in a stream of 8 or 26 letters (`recall`), and of a
 letter that came once before (`needle`; in the first half: `needle far`).""",
     "images": "Shares of right answers; with three digits a model that reads without choosing has a third.",
+    "mqar": """Shares of right answers of the keys that are asked for; `far`: of 8 pairs, asked for in the last quarter.
+Guessing one of the values is right in 1 of 64.""",
+    "induction": """Shares of right answers where a string comes again; `copy far`: of strings of more than a quarter of
+the row.""",
 }
 
 
@@ -43,7 +54,8 @@ def section(work: str, runs: Runs) -> str:
         sd, df = runs.spread(work, score)
         if df:
             spread.append(f"{score} {sd:.3f}" + (f" (df {df})" if not spread else ""))
-    pooled = f"\nStandard deviation over seeds, pooled over models: {', '.join(spread)}." if spread else ""
+    pooled = f"\nStandard deviation over seeds, of shares in log odds, pooled over models: {', '.join(spread)}."
+    pooled = pooled if spread else ""
     first, planned = runs.of(models[0])[0], [drawn for drawn in plan() if drawn[0].work == work]
     there = sum(runs.has(model, seed, STEPS[work], ROWS[work]) for model, seed in planned)
     return f"""`python benchmarks/rooms.py`: each mechanism in every layer of the same small model, trained on the same
@@ -65,8 +77,9 @@ def claims(found: Iterable[tuple[Rule, Found]]) -> str:
     return f"""`python benchmarks/rooms.py`: what papers claim of quality, at our scale. The rules
 (benchmarks/trained/claims.py) were written down before the figures. A mechanism is as good as another where the whole
 interval of how much worse it is lies below the margin, which is {MARGIN:g} unless said; where the interval holds the
-margin, the claim is undecided. Intervals are Student's t, with a spread over seeds that is taken as the same for all
-models of a work.
+margin, the claim is undecided. Intervals are over seeds, of weights and data: the held-out rows are the same for all,
+and what other rows or other rates would give is in none of them. The spread is taken as the same for all models of a
+work, of losses as they are and of shares in log odds.
 
 {table(["mechanism", "claim", "at our scale", "found", "how"], rows)}"""
 
@@ -79,15 +92,28 @@ def reduced(runs: Runs) -> str:
         if found:
             layers = range(len(found[0]["alike"]))
             others = [run for run in found if model.name != PLAIN or run["seed"]]  # not itself
-            cells = [f"{fmean(fmean(run['alike'][layer]) for run in others):.2f}" if others else "" for layer in layers]
+            cells = [_mean(run["alike"][layer] for run in others) for layer in layers]
+            cells += [_mean(run["needed"][layer] for run in others if "needed" in run) for layer in layers]
             cells += [" ".join(f"{cost:.2f}" for at, _, cost in found[0]["costs"] if at == layer) for layer in layers]
             rows.append([named(model), str(len(found)), *cells])
     if all(row[0] == "plain attention" for row in rows):
         return ""
-    head = ["model", "seeds", "CKA, layer 0", "CKA, layer 1", "costs, layer 0", "costs, layer 1"]
+    what = ("CKA", "needed", "costs")
+    head = ["model", "seeds", *(f"{each}, layer {layer}" for each in what for layer in (0, 1))]
     return f"""`python benchmarks/rooms.py`: heads of reduced transformers against those of plain attention (seed 0) on
-images: the largest linear CKA of what a head gives with what a head of the same layer gives there, a mean over heads
-and seeds (of plain attention, other seeds); and what the loss on scenes with three digits gains without each head, of
-the first seed.
+images of three digits, those of other seeds of plain attention beside them.
+
+- CKA: the largest linear CKA of what a head gives with what a head of the same layer gives there.
+- Needed: the largest rank correlation, over scenes, of what the loss gains without a head with what it gains there
+  without a head of the same layer. Do the circuits of both models need heads for the same scenes?
+- Costs: what the loss gains without each head, of the first seed.
+
+The first two are means over heads and seeds.
 
 {table(head, rows)}"""
+
+
+def _mean(by_run: Iterable[Sequence[float]]) -> str:
+    """The mean over runs of the mean over heads; empty where there are no runs."""
+    means = [fmean(heads) for heads in by_run]
+    return f"{fmean(means):.2f}" if means else ""

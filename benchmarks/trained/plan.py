@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workbench import mechanisms
 from workbench.mechanisms.deconstructed import laid_out
-from workbench.mechanisms.training.work import LAYERS, size_of, width_for
+from workbench.mechanisms.training.work import LAYERS, SHOWN, size_of, width_for
 
 PLAIN = "sqa:mha"
 WIDTH = 192  # of plain attention's MLPs
 MOST = 149_000  # parameters of a model that is shipped, of two bytes each
-STEPS, ROWS = {"text": 600, "images": 800}, {"text": 16, "images": 32}
+STEPS = {"text": 600, "images": 800, "mqar": 300, "induction": 300}
+ROWS = {"text": 16, "images": 32, "mqar": 24, "induction": 32}
 FORMS = ("mlp", "keys", "random", "embedding", "text", "taylor")
 
 
@@ -20,7 +21,7 @@ class Model:
     """One to be trained.
 
     Attributes:
-        work: "text" or "images". name: of the mechanism, with its variant.
+        work: see `run_work`. name: of the mechanism, with its variant.
         layout: which layers stay plain attention.
         mlp: whether there are MLPs, as wide as makes the model as large as one of plain attention.
     """
@@ -63,7 +64,8 @@ SHIPPED_VARIANTS = {PLAIN, "deconstructed:mlp", "s2:one dense head"}
 def plan() -> list[tuple[Model, int]]:
     """All models and seeds, the most valuable first.
 
-    Rooms and, for the spread over seeds, a few models again; then what claims compare, hybrids, and further seeds.
+    Rooms and, for the spread over seeds, a few models again; then what claims compare, with further seeds of what left
+    them undecided first; recall and copying of all rooms; and further seeds of the rest.
     """
     first = [
         *text(PLAIN), *images(PLAIN), *text("moh", "deconstructed:mlp"), *text("aaren"), *images("agent"),
@@ -77,10 +79,35 @@ def plan() -> list[tuple[Model, int]]:
         *text("moh:half", "rcmha:relative", "long_lora:unshifted"), *images("halo:window"),
         *images("reduced:shared", "reduced:minimal", mlp=False), *text("s2:one dense head", "routing:local alone"),
         *text("deconstructed:keys", "deconstructed:random", "deconstructed:embedding", "deconstructed:text"),
-        *[(each, 0) for each in HYBRIDS], *text("sqa:ssqa", "sqa:xsqa"),
+        *[(each, 0) for each in HYBRIDS],
     ]  # fmt: skip
-    again = [(model, seed) for seed in (1, 2) for model, drawn in first + compared if drawn == 0]
-    return list(dict.fromkeys([*first, *[(each, 0) for each in standing()], *compared, *again]))
+    reduced = images("reduced:original", "reduced:shared", "reduced:minimal", mlp=False)
+    undecided = [
+        *recall(PLAIN, "s2:one dense head", "aaren", "s2"), *copies(PLAIN, "aaren"),
+        *reduced, *images("halo", "halo:window"),
+        *text("moh", "moh:half", "sqa:gqa", "sqa"),
+        *text("deconstructed", *(f"deconstructed:{form}" for form in ("random", "embedding", "text", "keys"))),
+        *[(each, 0) for each in HYBRIDS],
+        *text("routing", "routing:local alone", "long_lora", "long_lora:unshifted", "sink_lora"),
+        *images("agent", "reduced", PLAIN), *text("s2", "rcmha", "rcmha:relative", "aaren"),
+    ]  # fmt: skip
+    of_claims = [(model, seed) for seed in (0, 1, 2) for model, _ in undecided]
+    rooms = [(each, 0) for each in standing()]
+    of_text = [each for each, _ in rooms if each.work == "text"]
+    sequences = [(replace(each, work=work), 0) for each in of_text for work in ("mqar", "induction")]
+    forms = text("sqa:ssqa", "sqa:xsqa")
+    again = [(model, seed) for seed in (1, 2) for model, drawn in first + compared + forms if drawn == 0]
+    return list(dict.fromkeys([*first, *rooms, *compared, *of_claims, *sequences, *forms, *again]))
+
+
+def recall(*names: str) -> list[tuple[Model, int]]:
+    """Models that recall alone, to be trained."""
+    return [(Model("mqar", name), 0) for name in names]
+
+
+def copies(*names: str) -> list[tuple[Model, int]]:
+    """Models that copy alone, to be trained."""
+    return [(Model("induction", name), 0) for name in names]
 
 
 def text(*names: str, seed: int = 0) -> list[tuple[Model, int]]:
@@ -108,10 +135,10 @@ def standing() -> list[Model]:
 
 
 def ships(model: Model) -> bool:
-    """Whether the model of seed 0 is shipped: one for each room and work, and variants that are looked at beside it.
+    """Whether the model of seed 0 is shipped: one for each room and shown work, and variants that are looked at.
 
     One with more parameters than a file of 300 kB holds is not.
     """
-    if size_of(model.work, model.layers, model.hidden) > MOST:
+    if model.work not in SHOWN or size_of(model.work, model.layers, model.hidden) > MOST:
         return False
     return model.layout == "uniform" and model.mlp and (":" not in model.name or model.name in SHIPPED_VARIANTS)

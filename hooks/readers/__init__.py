@@ -11,6 +11,7 @@ from workbench.hooks.readers import (
     local,
     mamba,
     mamba2,
+    mixed_heads,
     natten,
     rg_lru,
     routing,
@@ -18,6 +19,7 @@ from workbench.hooks.readers import (
     short_conv,
     sparse_queries,
     spikes,
+    squeeze,
     xlstm,
 )  # they register themselves
 from workbench.hooks.readers.gates import gating
@@ -55,6 +57,7 @@ __all__ = [
     "local",
     "mamba",
     "mamba2",
+    "mixed_heads",
     "natten",
     "read_module",
     "reader",
@@ -65,5 +68,6 @@ __all__ = [
     "short_conv",
     "sparse_queries",
     "spikes",
+    "squeeze",
     "xlstm",
 ]

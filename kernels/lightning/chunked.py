@@ -71,6 +71,27 @@ def forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None
     return out, state
 
 
+def added_state(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, chunk: int) -> Tensor:
+    """[batch, head, d, width]: the state after the last position where there was none before the first.
+
+    Args:
+        q: for its dtype and heads alone. The others as of `forward`.
+    """
+    state = zero_state(q, v)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        for at, fade in _Fades(decay, k.shape[2], chunk, state):
+            ks, vs = _chunk_of((k, v), at, state.dtype)
+            state = fade.whole * state + (ks * fade.until).transpose(-1, -2) @ vs
+    return state
+
+
+def read_state(q: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    """[batch, head, position, width] in the state's dtype: what every position reads of the initial state."""
+    since = powers(decay, torch.arange(1, q.shape[2] + 1), state)[..., None]
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return (q.to(state.dtype) * since) @ state
+
+
 def backward(
     q: Tensor,
     k: Tensor,

@@ -136,6 +136,17 @@ def test_equal_rates_and_shared_steps_make_both_the_same(n: int):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_part_below_the_diagonal_has_a_rank_above_the_states(kind: str):
+    """The map is semiseparable: a block of queries reads all keys before it through a state of so many numbers."""
+    given = inputs(kind, 40, b=1, state=3)
+    whole = KINDS[kind](**given).dense()
+    for first, last in ((20, 40), (7, 15), (39, 40)):
+        singular = torch.linalg.svdvals(whole[..., first:last, : first + 1])
+        assert bool((singular[..., 3:] <= 1e-12 * singular[..., :1]).all())
+    assert int(torch.linalg.matrix_rank(whole[0, 0])) > 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_later_is_read(kind: str):
     given = inputs(kind, 21, b=1, h=2, g=1)
     upper = torch.ones(21, 21, dtype=torch.bool).triu(1)

@@ -136,6 +136,19 @@ def test_agents_are_means_and_positions_are_stretched_to_the_grid() -> None:
 
 
 @torch.no_grad()
+def test_position_tables_are_stretched_linearly() -> None:
+    """A table of 7 × 7 on 14 × 14 patches: each cell is two patches wide, and between their middles it is linear."""
+    layer = mechanisms.get("agent").build(Place(8, 2, 196, causal=False, grid=(14, 14)), n_agents=4)
+    for parameter in layer.biases.values():
+        parameter.zero_()
+    layer.biases["gather"].copy_(torch.arange(7.0)[:, None] + 10 * torch.arange(7.0))
+    found = layer.bias("gather").unflatten(-1, (14, 14))[0, 1, 2]
+    at = ((torch.arange(14) + 0.5) / 2 - 0.5).clamp(0, 6)
+    torch.testing.assert_close(found, at[:, None] + 10 * at)
+    assert not layer.bias("spread").any()
+
+
+@torch.no_grad()
 def test_the_convolution_stands_apart() -> None:
     torch.manual_seed(0)
     layer, x = mechanisms.get("agent").build(GRID), torch.randn(2, 35, 24)

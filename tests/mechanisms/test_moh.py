@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import workbench
 from workbench import WorkbenchError, mechanisms
@@ -154,3 +154,85 @@ def test_turning_queries_changes_no_choice_by_norms() -> None:
     gates = [layer.route(X, layer.heads(X)[0]).gates for layer in (plain, turned)]
     assert not torch.equal(plain.heads(X)[0], turned.heads(X)[0])
     assert torch.equal(*gates)
+
+
+# What the released attention of MoH-DiT gives in float64 for the weights and the input of `_filled`, by (shared, active
+# of the routed) of 4 heads.
+RELEASED = {
+    (2, 1): [
+        0.3089782, 0.9230448, 0.4995883, -0.4800855, -0.7547224, -0.0962889, 0.3905973, -0.0852426,
+        0.3275196, 0.9032274, 0.4453503, -0.557966, -0.840769, -0.1734024, 0.3377408, -0.1033384,
+        -0.2276679, 0.4050458, 0.1031729, -0.6761418, -0.7114593, 0.1776964, 0.8408585, 0.4518188,
+    ],
+    (0, 2): [
+        0.2231079, 0.854876, 0.4626675, -0.4784214, -0.7148042, -0.026049, 0.4772008, 0.0005147,
+        0.2476299, 0.8483939, 0.4264694, -0.5371422, -0.7843787, -0.0926513, 0.4268057, -0.0236586,
+        0.0080011, 0.5843952, 0.1905626, -0.6980779, -0.8383621, -0.0289549, 0.5955242, 0.2165543,
+    ],
+}  # fmt: skip
+GIVEN = torch.cos(torch.arange(24, dtype=torch.float64) * 1.7).view(1, 3, 8)
+
+
+class MoHAttention(nn.Module):
+    """With the names of the released one's parts, and its equations."""
+
+    def __init__(self, shared: int, routed: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale = 4, 2, 2**-0.5
+        self.shared_head, self.routed_head = shared, routed
+        self.qkv, self.proj = nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.wg = nn.Linear(8, 4 - shared, bias=False)
+        if shared:
+            self.wg_0, self.wg_1 = nn.Linear(8, 2, bias=False), nn.Linear(8, shared, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 2)).permute(2, 0, 3, 1, 4)
+        z = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        likes = self.wg(x).softmax(-1)
+        floor = likes.sort(-1, descending=True).values[..., self.routed_head - 1, None]
+        routed = likes.where(likes >= floor, 0.0)
+        gates = self.routed_head * routed / routed.sum(-1, keepdim=True)
+        if self.shared_head:
+            sides = 2 * self.wg_0(x).softmax(-1)
+            shared = self.shared_head * self.wg_1(x).softmax(-1)
+            gates = torch.cat([shared * sides[..., :1], gates * sides[..., 1:]], dim=-1)
+        made: Tensor = self.proj((z * gates[..., None]).flatten(2))
+        return made
+
+
+def _filled(shared: int, routed: int) -> MoHAttention:
+    module = MoHAttention(shared, routed).double().eval()
+    for number, (_, p) in enumerate(sorted(module.named_parameters())):
+        p.copy_(torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (number + 1.3)).view(p.shape) * 0.7)
+    return module
+
+
+@pytest.mark.parametrize(("shared", "routed"), RELEASED)
+@torch.no_grad()
+def test_it_is_the_released_attention_and_that_is_read_with_its_gates(shared: int, routed: int) -> None:
+    want = torch.tensor(RELEASED[shared, routed], dtype=torch.float64).view(1, 3, 8)
+    released = _filled(shared, routed)
+    torch.testing.assert_close(released(GIVEN), want, atol=1e-6, rtol=0)
+    ours = MOH.build(Place(8, 4, 3, causal=False), shared=shared / 4, active=(shared + routed) / 4).double()
+    for mine, weight in zip((ours.q, ours.k, ours.v), released.qkv.weight.chunk(3), strict=True):
+        mine.weight.copy_(weight)
+        mine.bias.zero_()
+    ours.to_routed.weight.copy_(released.wg.weight)
+    if shared:
+        ours.to_shared.weight.copy_(released.wg_1.weight)
+        ours.to_sides.weight.copy_(released.wg_0.weight)
+    ours.out.weight.copy_(released.proj.weight)
+    torch.testing.assert_close(ours(GIVEN) + released.proj.bias, want, atol=1e-6, rtol=0)
+    maps = []
+    for module in (ours, released):
+        with workbench.attach(module) as wb:
+            report = wb.verify(x=GIVEN)
+            assert report.ok, report.table
+            assert [site.kind for site in wb.sites] == ["self"]
+            with wb.capture(["entropy"]) as cap:
+                module(GIVEN)
+        maps.append(cap[0].pattern)
+    torch.testing.assert_close(maps[0].gates, maps[1].gates)
+    torch.testing.assert_close(maps[0].dense(), maps[1].dense())
+    assert int((maps[1].gates == 0).sum()) == 3 * (4 - shared - routed)

@@ -339,6 +339,8 @@ def test_places_and_inputs_that_it_cannot_take_are_named(one: Mechanism, place: 
     with pytest.raises(WorkbenchError, match='no variant "nothing"'):
         one.build(place, "nothing")
     module = one.build(place)
+    if isinstance(module, Mixer):
+        assert module(torch.zeros(0, place.length, place.d_model)).shape == (0, place.length, place.d_model)
     if isinstance(module, Mixer) or one.card.kind == "gate":
         for shape in (
             (2, place.length + 1, place.d_model),

@@ -192,6 +192,12 @@ def test_centroids_stay_where_each_is_the_mean_of_its_tokens() -> None:
     layer.routed.follow(3.0 * tokens)
     torch.testing.assert_close(layer.routed.means, torch.eye(8)[None, :2])
     assert float(layer.routed.commitment(tokens)) == 0
+    x = torch.randn(1, 1, 5, 8, requires_grad=True)
+    layer.routed.means.requires_grad_()
+    layer.routed.commitment(x).backward()
+    assert layer.routed.means.grad is None  # centroids follow tokens, and no gradient
+    nearer = x.detach() - 0.01 * x.grad
+    assert layer.routed.commitment(nearer) < layer.routed.commitment(x)
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import workbench
-from workbench import FormatError, WorkbenchError, mechanisms
+from workbench import FormatError, TaskError, WorkbenchError, mechanisms
 from workbench.mechanisms import Place
 from workbench.mechanisms.training import (
     ByteLM,
@@ -17,11 +18,16 @@ from workbench.mechanisms.training import (
     PatchModel,
     copying,
     corpus,
+    induction_batch,
     load,
+    mqar_batch,
     needle,
     recall,
+    run_work,
     scenes,
     score_images,
+    score_induction,
+    score_mqar,
     score_text,
     size_of,
     text_batch,
@@ -30,7 +36,7 @@ from workbench.mechanisms.training import (
 )
 from workbench.mechanisms.training.__main__ import main
 from workbench.mechanisms.training.stack import PARAMETERS
-from workbench.mechanisms.training.text import BOS, HELD_OUT, IGNORE, TUNING, repeated
+from workbench.mechanisms.training.text import BOS, HELD_OUT, IGNORE, TUNING, VOCABULARY, repeated
 from workbench.mechanisms.training.work import PLACES
 
 TINY = Place(16, 4, 24, rotary=True)
@@ -92,6 +98,78 @@ def test_what_counts_in_recall_and_copying_can_be_known() -> None:
         assert 4 <= period <= 20
         assert all(wanted[at] == row[at + 1 - period] for at in counts)
         assert counts == list(range(counts[0], 40))
+
+
+def test_each_key_is_asked_for_again_and_its_value_counts() -> None:
+    inputs, labels = mqar_batch(9, 64, _random(), (2, 4, 8))
+    assert inputs.shape == labels.shape == (9, 64)
+    assert [int(n) for n in (labels != IGNORE).sum(1)] == [2] * 3 + [4] * 3 + [8] * 3
+    for row, wanted in zip(inputs.tolist(), labels.tolist(), strict=True):
+        n = sum(each != IGNORE for each in wanted)
+        values = dict(zip(row[0 : 2 * n : 2], row[1 : 2 * n : 2], strict=True))
+        assert {row[at]: each for at, each in enumerate(wanted) if each != IGNORE} == values
+        assert max(row) < VOCABULARY
+    again, _ = mqar_batch(9, 64, _random(), (2, 4, 8))
+    assert torch.equal(again, inputs)
+    with pytest.raises(TaskError, match="16 pairs and their questions need an even length of at least 64"):
+        mqar_batch(1, 62, _random(), (16,))
+
+
+@pytest.mark.parametrize("length", [11, 64])
+def test_a_string_of_different_letters_comes_again_and_counts_from_its_second_letter(length: int) -> None:
+    inputs, labels = induction_batch(40, length, _random())
+    periods = set()
+    for row, wanted in zip(inputs.tolist(), labels.tolist(), strict=True):
+        counts = [at for at, each in enumerate(wanted) if each != IGNORE]
+        period = counts[0]
+        assert len(set(row[:period])) == period
+        assert counts == list(range(period, length))
+        assert [wanted[at] for at in counts] == [row[at - period + 1] for at in counts]
+        periods.add(period)
+    assert min(periods) == 4
+    assert max(periods) <= max(4, 3 * length // 8)
+    assert len(periods) > 5 or length == 11
+    with pytest.raises(WorkbenchError, match="length=10 is not one of 11 up"):
+        induction_batch(1, 10, _random())
+
+
+@pytest.mark.parametrize("work", ["mqar", "induction"])
+def test_any_mechanism_recalls_and_copies_alone(work: str, tmp_path: Path) -> None:
+    found = run_work(work, ["aaren"] * 2, quick=True)
+    names = {"mqar": ["4 pairs", "8 pairs", "16 pairs", "far"], "induction": ["copy", "copy far"]}[work]
+    assert list(found.scores) == names
+    again = load(found.save(tmp_path / "one.safetensors"))
+    assert again.facts["work"] == work
+    score = score_mqar if work == "mqar" else score_induction
+    assert score(again.model, 8) == pytest.approx(found.scores)
+
+
+def test_scores_are_shares_of_what_is_asked_for() -> None:
+    class Knows(torch.nn.Module):
+        """Says the token behind the last place where this one stood before; of what is asked for late nothing."""
+
+        place = Place(8, 1, 64)
+
+        def __init__(self, until: int) -> None:
+            super().__init__()
+            self.until = until
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(*ids.shape, VOCABULARY)
+            for row, tokens in enumerate(ids.tolist()):
+                last: dict[int, int] = {}
+                for at, token in enumerate(tokens[: self.until]):
+                    if token in last:
+                        logits[row, at, tokens[last[token] + 1]] = 1.0
+                    last[token] = at
+            return logits
+
+    assert score_mqar(Knows(64), 6) == {"4 pairs": 1.0, "8 pairs": 1.0, "16 pairs": 1.0, "far": 1.0}  # type: ignore[arg-type]
+    late = score_mqar(Knows(48), 6)  # type: ignore[arg-type]
+    assert late["far"] == 0.0 < late["4 pairs"]
+    assert score_induction(Knows(64), 30) == {"copy": 1.0, "copy far": 1.0}  # type: ignore[arg-type]
+    early = score_induction(Knows(14), 30)  # type: ignore[arg-type]
+    assert early["copy far"] == 0.0 < early["copy"]
 
 
 @pytest.mark.parametrize("length", [41, 128])
@@ -250,3 +328,36 @@ def test_models_that_cannot_be_are_refused() -> None:
         ByteLM(Place(256, 4, 24), ["sqa:mha"])
     with pytest.raises(WorkbenchError, match=r"1 to 24 tokens"):
         ByteLM(TINY, ["sqa"])(torch.zeros(1, 25, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layers": "sqa"}, 'layers="sqa" is one name'),
+        ({"hidden": -1}, "hidden=-1 is not one of 0 up"),
+        ({"hidden": 0.5}, "hidden is a whole number, not 0.5"),
+        ({"steps": 1.5}, "steps is a whole number, not 1.5"),
+        ({"steps": 0}, "steps=0 is not one of 1 up"),
+        ({"rows": 0}, "rows=0 is not one of 1 up"),
+        ({"rate": float("nan")}, "rate is a finite number above 0, not nan"),
+        ({"rate": 0}, "rate is a finite number above 0, not 0"),
+        ({"seed": "a"}, "seed is a whole number, not 'a'"),
+        ({"split": "test"}, 'no split "test"'),
+        ({"work": ["text"]}, r"work=\"\['text'\]\" is not known"),
+    ],
+)
+def test_what_a_run_cannot_take_is_refused_by_name(options: dict[str, Any], said: str) -> None:
+    given: dict[str, Any] = {"work": "mqar", "layers": ["sqa"], **options}
+    with pytest.raises(WorkbenchError, match=said):
+        run_work(**given)
+
+
+def test_rows_that_cannot_be_drawn_are_refused_by_name() -> None:
+    for refused, said in (
+        (lambda: needle(2, 64, _random(), 1.5), "depth=1.5 is no share"),
+        (lambda: recall(2, 64, _random(), 99), "n_keys=99 is not one of 1 to 52"),
+        (lambda: mqar_batch(2, 64, _random(), ()), "names no number of pairs"),
+        (lambda: width_for("text", ["sqa"], 1.5e5), "parameters is a whole number"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(WorkbenchError, match=said):
+            refused()

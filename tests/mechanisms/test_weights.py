@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import workbench
 from workbench import WorkbenchError, mechanisms
 from workbench.mechanisms import Card, Claim
 from workbench.mechanisms.frame import findings
-from workbench.mechanisms.training import corpus, runs, score_images, score_text, shipped
+from workbench.mechanisms.training import corpus, runs, scenes, score_images, score_text, shipped
+from workbench.mechanisms.training.work import PLACES, SHOWN
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(shipped.WEIGHTS.glob("*/*.safetensors"))
+FILES = sorted(path for work in PLACES for path in (shipped.WEIGHTS / work).glob("*.safetensors"))
 MOST = 300_000  # bytes of a file
 
 
@@ -72,7 +77,7 @@ def test_all_models_of_a_work_had_the_same_budget_and_plain_attention_is_among_t
                 assert run["hidden"] == plain["hidden"]
             elif run["hidden"]:
                 assert run["parameters"] > 0.98 * plain["parameters"]
-        assert shipped.file_of("sqa:mha", work).is_file()
+        assert shipped.file_of("sqa:mha", work).is_file() == (work in SHOWN)
 
 
 @pytest.mark.parametrize("work", ["text", "images"])
@@ -138,7 +143,10 @@ def test_every_rule_is_of_a_claim_on_a_card_and_of_models_in_the_plan(bench: Any
     assert len(order) == len(set(order))
     planned = {model for model, _ in order}
     for rule in bench.claims.RULES:
-        assert {*rule.models, getattr(rule, "than", rule.models[0])} <= planned
+        assert {*rule.models, *getattr(rule, "beside", ())} <= planned
+        if isinstance(rule, bench.claims.Compared):
+            assert {replace(rule.than, work=each.work) for each in rule.models} <= planned
+    assert {model.work for model in planned} == set(PLACES) == set(bench.plan.STEPS) == set(bench.plan.ROWS)
 
 
 def _run(name: str, seed: int, **scores: float) -> dict[str, Any]:
@@ -157,7 +165,84 @@ def test_differences_have_the_spread_of_all_models(bench: Any) -> None:
     assert (worse.low, worse.high) == (pytest.approx(3 - half, abs=1e-3), pytest.approx(3 + half, abs=1e-3))
     assert found.worse(b, a, "copy") is None
     shares = Runs([_run("a", seed, copy=0.9 + seed / 100) for seed in range(3)] + [_run("b", 0, copy=0.5)])
-    assert shares.worse(b, a, "copy").mean == pytest.approx(0.41)  # a smaller share is worse
+    assert shares.worse(b, a, "copy").mean == pytest.approx(0.41, abs=0.001)  # a smaller share is worse
+
+
+def test_shares_have_intervals_that_are_wide_in_the_middle_and_stay_between_none_and_all(bench: Any) -> None:
+    """Seeds that differ by as much in log odds: of a model near the end their shares differ by less than half way."""
+    Model, Runs = bench.plan.Model, bench.runs.Runs
+    at = {"half": 0.0, "high": 3.0, "most": 5.0}
+    made = {name: [1 / (1 + math.exp(-middle - d)) for d in (-0.4, 0.0, 0.4)] for name, middle in at.items()}
+    found = Runs([_run(name, seed, copy=share) for name, each in made.items() for seed, share in enumerate(each)])
+    assert found.spread("text", "copy") == (pytest.approx(0.4), 6)
+    half, high, most = (Model("text", name) for name in at)
+    close, far = found.worse(high, most, "copy"), found.worse(half, most, "copy")
+    assert close.high - close.low < 0.1 < far.high - far.low
+    assert far.low < far.mean < far.high <= far.b
+    wide = 2.4469 * 0.4 / 3**0.5  # Student's t of six degrees of freedom
+    ends = [1 / (1 + math.exp(-wide * sign)) for sign in (-1, 1)]
+    b_ends = [1 / (1 + math.exp(-5.0 - wide * sign)) for sign in (-1, 1)]
+    assert far.low == pytest.approx(far.mean - math.hypot(far.b - b_ends[0], ends[1] - 0.5), abs=1e-4)
+    assert far.high == pytest.approx(far.mean + math.hypot(b_ends[1] - far.b, 0.5 - ends[0]), abs=1e-4)
+    whole = Runs([_run("half", seed, copy=float(seed > 0)) for seed in range(3)] + [_run("most", 0, copy=1.0)])
+    none_of_it = whole.worse(half, most, "copy")  # none and all have log odds without an end
+    assert -1 <= none_of_it.low < none_of_it.high <= 1
+
+
+def test_runs_that_another_process_wrote_meanwhile_are_kept(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "runs.json"
+    for module in (bench.runs, shipped):
+        monkeypatch.setattr(module, "RUNS", path)
+    ours, theirs = bench.runs.Runs([]), bench.runs.Runs([])
+    ours.add(_run("a", 0, text=1.0))
+    theirs.add(_run("b", 0, text=2.0))
+    ours.add(_run("a", 0, text=3.0))
+    assert [(run["name"], run["scores"]) for run in ours.records] == [("a", {"text": 3.0}), ("b", {"text": 2.0})]
+    assert json.loads(path.read_text(encoding="utf-8")) == ours.records
+
+
+def test_differences_are_told_in_words_that_are_right(bench: Any) -> None:
+    put, between = bench.claims.put, bench.claims.between
+    assert (put(0.02), put(-0.003), put(-0.0001)) == ("worse by 0.020", "better by 0.003", "equal")
+    assert between(0.01, 0.02) == "worse by 0.010 to 0.020"
+    assert between(-0.02, -0.01) == "better by 0.010 to 0.020"
+    assert between(-0.02, 0.01) == "better by 0.020 to worse by 0.010"
+
+
+def test_a_claim_of_several_works_is_held_against_the_same_model_in_each(bench: Any) -> None:
+    Model = bench.plan.Model
+    made = [_run("sqa:mha", seed, text=1.6 + 0.001 * seed) for seed in range(3)]
+    made += [_run("aaren", seed, text=1.59 + 0.001 * seed) for seed in range(3)]
+    for name, share in (("sqa:mha", 0.99), ("aaren", 0.2)):
+        made += [{**_run(name, seed, copy=share + 0.001 * seed), "work": "induction"} for seed in range(3)]
+    rule = bench.claims.Compared(
+        "aaren", "It is as good.", (Model("text", "aaren"), Model("induction", "aaren")), Model("text", "sqa:mha"),
+        "less", score={"text": "text", "induction": "copy"},
+    )  # fmt: skip
+    found = rule.examine(bench.runs.Runs(made))
+    assert found.outcome == "does not hold"
+    assert found.found.startswith("text: plain attention 1.601; aaren 1.591, better by 0.010")
+    assert "copy: plain attention 0.991; aaren 0.201, worse by 0.790" in found.found
+    assert rule.examine(bench.runs.Runs(made[:6])) is None
+
+
+def test_heads_that_are_needed_for_the_same_examples_are_found(bench: Any) -> None:
+    torch.manual_seed(0)
+    one, other, nothing = torch.randn(30), torch.randn(30), torch.zeros(30)
+    theirs = [(0, 0, one, None), (0, 1, other, None), (1, 0, nothing, None)]
+    ours = [(0, 0, 3 * other.exp(), None), (1, 0, one, None)]
+    assert bench.measured.needed(ours, theirs) == [[pytest.approx(1)], [0.0]]
+    model = mechanisms.trained("sqa:mha", "images").model
+    drawn = scenes(6, torch.Generator().manual_seed(1), 3)
+    found = list(bench.measured.without_each(model, drawn.images, drawn.classes))
+    layer, head, cost, _ = found[2]
+    with torch.no_grad(), workbench.attach(model) as wb:
+        whole = F.cross_entropy(model(drawn.images), drawn.classes, reduction="none")
+        with wb.ablate((layer, head), how="zero"):
+            without = F.cross_entropy(model(drawn.images), drawn.classes, reduction="none")
+    torch.testing.assert_close(cost, without - whole)
 
 
 def test_what_models_in_groups_read_of_everything_is_measured_and_not_taken_for_granted(bench: Any) -> None:

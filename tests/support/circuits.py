@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import MBartConfig, MBartForConditionalGeneration
+from transformers import GraniteConfig, GraniteForCausalLM, MBartConfig, MBartForConditionalGeneration
 
 from support.encoder_decoders import captioner
 from support.hybrid_models import SUMS, hybrid
@@ -81,7 +81,8 @@ def task_for(name: str, n: int, lengths: int = 1) -> Task:
 
 def tiny(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A tiny random model of the zoo, or a hybrid; mBART, which is BART with its norms first; or a captioner."""
-    others = {"mbart": _mbart, "captioner": captioner, **{each: lambda each=each: hybrid(each) for each in SUMS}}
+    others = {"mbart": _mbart, "granite": _granite, "captioner": captioner}
+    others |= {each: lambda each=each: hybrid(each) for each in SUMS}
     model = (others[name]() if name in others else make(family(name))).to(dtype)
     if name in ("t5", "mbart", "whisper"):  # large weights, so that what the encoder reads matters to the logits
         with torch.no_grad():
@@ -99,6 +100,17 @@ def _mbart() -> nn.Module:
         decoder_start_token_id=2, init_std=0.1,
     )  # fmt: skip
     return MBartForConditionalGeneration(config).eval()
+
+
+def _granite() -> nn.Module:
+    """Llama with shared keys, in which 0.37 of what heads and MLPs give is added to the stream."""
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, embedding_multiplier=3.0, residual_multiplier=0.37, logits_scaling=4.0,
+        attention_multiplier=0.4, initializer_range=0.3, pad_token_id=0,
+    )  # fmt: skip
+    return GraniteForCausalLM(config).eval()
 
 
 def induction_model() -> tuple[SlotModel, Task]:

@@ -250,7 +250,7 @@ class Capture:
                 measured = {"head": h, "position": n, statistic: values.flatten().tolist()}
                 frame = pd.DataFrame({"forward": forward.index, **where, "batch": b, **of_window, **measured})
                 if per == "head":
-                    frame = frame.drop(columns="position").assign(n=counts.flatten())
+                    frame = frame.drop(columns="position").assign(n=counts.flatten().tolist())
                 frames.append(frame if c.site.here is None else frame[frame["head"].isin(c.site.here)])
         if not frames:
             raise CaptureError(f'no site has "{statistic}"', hint=f"captured: {', '.join(self.statistics)}")
@@ -345,7 +345,7 @@ class Capture:
                 where["packed"] = list(forward.packed)
             if forward.span is not None:
                 where["span"] = list(forward.span)
-            forwards.append(where | {"sites": entries, "tokens": forward.tokens})
+            forwards.append(where | {"sites": entries, "tokens": dict(forward.tokens)})
         model_sites = [asdict(site) for site in self.model_sites]
         header = {
             "provenance": self.provenance,

@@ -34,8 +34,8 @@ _REFUSALS = (WorkbenchError, ArithmeticError, AttributeError, LookupError, TypeE
 _STREAMS = ("input", "decoder")  # whose ids lie where the tensors of a site without a name do
 
 
-def load_capture(path: str | Path) -> Capture:
-    """Read a capture that `Capture.save` wrote.
+def read_file(path: str | Path) -> Capture:
+    """A capture that `Capture.save` wrote.
 
     Raises:
         FormatError: not such a file, truncated, or changed after it was written.
@@ -55,7 +55,7 @@ def load_capture(path: str | Path) -> Capture:
     provenance = header["provenance"]
     provenance.items()
     asked = header.get("settings")
-    settings = None if asked is None else _settings(asked, named.get("settings", {}))
+    settings = None if asked is None else settings_of(asked, named.get("settings", {}))
     missed = header.get("unrecorded")
     unrecorded = [] if missed is None else [typed.record(one, Unrecorded) for one in missed.list()]
     return Capture(
@@ -70,7 +70,7 @@ def _forward(entry: Part, named: Mapping[str, dict[str, Tensor]]) -> Forward:
         site = typed.record(each["site"], Site)
         held = named.get(f"{index}/{site.name}", {})
         own = {name: tensor for name, tensor in held.items() if site.name or name not in _STREAMS}
-        sites[site.name] = _site_capture(each, site, own)
+        sites[site.name] = site_capture(each, site, own)
     tokens = {stream: [each_text(row) for row in rows.list()] for stream, rows in entry["tokens"].items().items()}
     unnamed = named.get(f"{index}/", {})
     ids = {name: tensor for name, tensor in unnamed.items() if "" not in sites or name in _STREAMS}
@@ -88,12 +88,21 @@ def _forward(entry: Part, named: Mapping[str, dict[str, Tensor]]) -> Forward:
     return forward
 
 
-def _site_capture(entry: Part, site: Site, parts: dict[str, Tensor]) -> SiteCapture:
+def site_capture(entry: Part, site: Site, parts: dict[str, Tensor], *, rows: bool = True) -> SiteCapture:
+    """A site capture of the facts and tensors that `pack` gave.
+
+    Args:
+        parts: is emptied of what are no statistics.
+        rows: make some rows of each pattern, to see that its parts belong together; that reads them.
+
+    Raises:
+        FormatError: they do not fit each other.
+    """
     batch, heads, queries, keys = (size.integer(0, _LONGEST) for size in entry["shape"].list(4, 4))
     shape = (batch, heads, queries, keys)
     if site.n_heads_here is not None and not 0 <= site.first_head < site.first_head + site.n_heads_here <= heads:
         raise FormatError(f"{entry.place} holds heads that are none of its {heads}", shape=shape)
-    patterns = _patterns(entry, parts, shape)
+    patterns = _patterns(entry, parts, shape, rows)
     kept: dict[str, Any] = {field: parts.pop(key, None) for key, field in KEPT.items()}
     for field, tensor in kept.items():
         wanted = (*shape, None) if field == "weights" else (batch, queries, heads, None)
@@ -130,7 +139,9 @@ def _state_link(entry: Part, batch: int) -> StateLink:
     return StateLink(**made)
 
 
-def _patterns(entry: Part, parts: dict[str, Tensor], shape: tuple[int, int, int, int]) -> dict[str, Pattern]:
+def _patterns(
+    entry: Part, parts: dict[str, Tensor], shape: tuple[int, int, int, int], rows: bool
+) -> dict[str, Pattern]:
     """The patterns by name, their tensors taken out of `parts`; older files have only one, under another key."""
     one, several = entry.get("pattern"), entry.get("patterns")
     told = {"pattern": one} if one is not None else {} if several is None else several.items()
@@ -138,14 +149,14 @@ def _patterns(entry: Part, parts: dict[str, Tensor], shape: tuple[int, int, int,
     for name, facts in told.items():
         start = PATTERN if one is not None else f"{PATTERN}{name}."
         held = {key.removeprefix(start): parts.pop(key) for key in list(parts) if key.startswith(start)}
-        found[name] = made = _pattern(facts, held)
+        found[name] = made = _pattern(facts, held, rows)
         # What a reader gives besides has the examples and heads of the site, and queries and keys of its own.
         if made.shape != shape if name == "pattern" else made.shape[:2] != shape[:2]:
             raise FormatError(f"{facts.place} has another shape than its site, {list(shape)}", shape=made.shape)
     return found
 
 
-def _pattern(entry: Part, held: dict[str, Tensor]) -> Pattern:
+def _pattern(entry: Part, held: dict[str, Tensor], rows: bool) -> Pattern:
     facts = {name: part.value for name, part in entry.items().items()}
     family = entry["family"].text()
     del facts["family"]
@@ -155,23 +166,23 @@ def _pattern(entry: Part, held: dict[str, Tensor]) -> Pattern:
     except _REFUSALS as error:
         said = error.message if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {error}"
         raise FormatError(f"{entry.place} is no {family}: {said}") from None
-    _check_fit(made, entry.place)
+    _check_fit(made, entry.place, rows)
     return made
 
 
-def _check_fit(pattern: Pattern, place: str) -> None:
+def _check_fit(pattern: Pattern, place: str, rows: bool) -> None:
     """Scores, mask and denominators belong together: some rows are made, and must add up to 1.
 
     Rows with sink logits add up to less, and rows that see no key to 0.
     """
     if not -pattern.n_queries < pattern.mask.offset <= pattern.n_keys:
         raise FormatError(f"{place} has its queries at {pattern.mask.offset}, beyond its keys", shape=pattern.shape)
-    if not pattern.has_scores or not pattern.denominators_known:
+    if not rows or not pattern.has_scores or not pattern.denominators_known:
         return
     step = max(1, pattern.n_queries // (_ROWS - 1))
-    rows = sorted({*range(0, pattern.n_queries, step), pattern.n_queries - 1})
+    some = sorted({*range(0, pattern.n_queries, step), pattern.n_queries - 1})
     try:
-        sums = pattern.rows(rows).sum(-1)
+        sums = pattern.rows(some).sum(-1)
     except CaptureError:
         return  # numbers that are none: said where they are used
     off = sums - 1 if pattern.normalised else (sums - 1).clamp(min=0)
@@ -196,7 +207,8 @@ def _check_facts(entry: Part) -> None:
         typed.check(Mask, rules.value, rules.place)
 
 
-def _settings(entry: Part, tensors: Mapping[str, Tensor]) -> Settings:
+def settings_of(entry: Part, tensors: Mapping[str, Tensor]) -> Settings:
+    """The settings whose `state` these are."""
     values: dict[str, Any] = {name: part.value for name, part in entry.items().items()}
     known = {field.name for field in fields(Settings)} - {"tokens"}
     if values.keys() != known:

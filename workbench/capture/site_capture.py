@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -301,9 +301,9 @@ class Forward:
     """
 
     index: int
-    sites: dict[str, SiteCapture] = field(default_factory=dict)
-    ids: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, list[list[str]]] = field(default_factory=dict)
+    sites: MutableMapping[str, SiteCapture] = field(default_factory=dict)
+    ids: MutableMapping[str, Tensor] = field(default_factory=dict)
+    tokens: MutableMapping[str, list[list[str]]] = field(default_factory=dict)
     thread: int = 0
     span: tuple[float, float] | None = None
     packed: tuple[int, int, int] | None = None

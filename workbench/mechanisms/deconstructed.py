@@ -124,7 +124,10 @@ class FromElsewhere(Mixer):
         """
         self.check(x)
         if source is not None and (source.shape[1:] != x.shape[1:] or len(source) not in (1, len(x))):
-            raise WorkbenchError(f"the source must be [1 or {len(x)}, {x.shape[1]}, {x.shape[2]}]", shape=source.shape)
+            raise WorkbenchError(
+                f"the source must be [1 or {len(x)}, {x.shape[1]}, {x.shape[2]}]", shape=source.shape,
+                hint="as many tokens as x, for all examples at once or for each",
+            )  # fmt: skip
         q, k, v = self.heads(x, source)
         return self.finish(self.mix(q, k, v, x), v, x)
 
@@ -193,7 +196,9 @@ def laid_out(form: str, layout: str, n_layers: int, standard: str = "deconstruct
         raise WorkbenchError(f'layout="{layout}" is not known', hint=", ".join(LAYOUTS))
     stays = set(kept[layout])
     if n < 1 or (layout != "uniform" and not 0 < len(stays) < n):
-        raise WorkbenchError(f'{n} layers are too few for the layout "{layout}"')
+        raise WorkbenchError(
+            f'{n} layers are too few for the layout "{layout}"', hint="more layers, so that some stay and some do not"
+        )
     return [standard if at in stays else form for at in range(1, n + 1)]
 
 

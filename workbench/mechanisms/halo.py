@@ -38,7 +38,9 @@ class HaloAttention(Mixer):
                 hint=f"take one of {', '.join(map(str, divide))}",
             )
         if not 0 <= halo <= max(place.grid):
-            raise WorkbenchError(f"halo={halo} is not one of 0 to {max(place.grid)}")
+            raise WorkbenchError(
+                f"halo={halo} is not one of 0 to {max(place.grid)}", hint="0 for windows without one, such as Swin's"
+            )
         edge = 2 * (self.block + 2 * halo) - 1
         sizes = (edge, self.d_head)
         make = (lambda: nn.Parameter(torch.randn(sizes) * self.d_head**-0.5)) if positions else (lambda: None)

@@ -41,11 +41,14 @@ class ShiftedGroups(Mixer):
         super().__init__(place)
         self.group = -(-place.length // 4) if group is None else group
         if not 1 <= self.group <= place.length:
-            raise WorkbenchError(f"groups of {self.group} tokens do not fit a sequence of {place.length}")
+            raise WorkbenchError(
+                f"groups of {self.group} tokens do not fit a sequence of {place.length}",
+                hint=f"group=1 to {place.length}; a quarter of the length if it is left out",
+            )
         if not shifted:
             raise WorkbenchError("shifted=() names no part of the heads", hint="(False, True): the second half shifts")
         if n_sinks < 0:
-            raise WorkbenchError(f"n_sinks={n_sinks} is below 0")
+            raise WorkbenchError(f"n_sinks={n_sinks} is below 0", hint="0 for none; SinkLoRA has 4")
         if self.n_heads % len(shifted):
             raise WorkbenchError(
                 f"{self.n_heads} heads cannot be split into {len(shifted)} equal parts", hint="a multiple of them"

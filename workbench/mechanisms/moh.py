@@ -124,7 +124,8 @@ MOH = register(
             grade="exact",
             cost="O(n²·heads) here; the share of active heads where skipped rows are not computed",
             causal="either",
-            code='SkyworkAI/MoH, Apache-2.0; its scaling of the gates is that of scaling="code".',
+            code='SkyworkAI/MoH, Apache-2.0; its scaling of the gates is that of scaling="code". The attention of its '
+            "MoH-DiT is read, with its gates, and agrees.",
             claims=(
                 Claim("With 50 to 90 % of its heads active it is as good as attention with all heads."),
                 Claim("Heads that the router likes are those whose ablation costs most."),

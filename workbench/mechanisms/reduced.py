@@ -52,7 +52,8 @@ class Reduced(Mixer):
         whole = by_head and values == "two"
         heads = (place.n_heads if whole else 1) if heads is None else heads
         if heads < 1 or place.d_model % heads:
-            raise WorkbenchError(f"{heads} heads do not divide d_model={place.d_model}")
+            divide = ", ".join(str(n) for n in range(1, place.d_model + 1) if place.d_model % n == 0)
+            raise WorkbenchError(f"{heads} heads do not divide d_model={place.d_model}", hint=f"take one of {divide}")
         if values == "none" and heads > 1:
             raise WorkbenchError(f"{heads} heads would each give all of x", hint='one head, or values="collapsed"')
         n_kv_heads = heads if by_head or values == "two" else 1

@@ -50,10 +50,10 @@ class RoutedHeads(nn.Module):
 
     def commitment(self, x: Tensor) -> Tensor:
         """Mean squared distance of x [batch, head, token, d] from the nearest centroids; moves x, not them."""
-        unit, means = F.normalize(x, dim=-1), self.get_buffer("means").to(x)
+        unit, means = F.normalize(x, dim=-1), self.get_buffer("means").detach().to(x)
         nearest = torch.einsum("bhnd,hcd->bhnc", unit, means).argmax(-1)
         chosen = means.gather(1, nearest.transpose(0, 1).flatten(1)[..., None].expand(-1, -1, means.shape[2]))
-        return F.mse_loss(unit, chosen.unflatten(1, (x.shape[0], -1)).transpose(0, 1))
+        return F.mse_loss(unit, chosen.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1))
 
     @torch.no_grad()
     def follow(self, x: Tensor) -> None:
@@ -95,10 +95,15 @@ class RoutingAttention(Mixer):
         n = place.length
         clusters = max(1, isqrt(n)) if n_clusters is None else n_clusters
         if not 1 <= clusters <= n:
-            raise WorkbenchError(f"n_clusters={clusters} is not one of 1 to {n}, the tokens")
+            raise WorkbenchError(
+                f"n_clusters={clusters} is not one of 1 to {n}, the tokens", hint="about √tokens if it is left out"
+            )
         size = -(-n // clusters) if size is None else size
         if not 1 <= size <= n:
-            raise WorkbenchError(f"clusters of {size} tokens do not fit a sequence of {n}")
+            raise WorkbenchError(
+                f"clusters of {size} tokens do not fit a sequence of {n}",
+                hint=f"size=1 to {n}; tokens / clusters, rounded up, if it is left out",
+            )
         if not 0 <= routed <= 1:
             raise WorkbenchError(f"routed={routed} is no share of the heads", hint="from 0 to 1")
         self.shared = place.causal if shared is None else shared
@@ -124,7 +129,7 @@ class RoutingAttention(Mixer):
         if self.routed is not None:
             q, k, v = (t[:, near:] for t in (q, k, v))
             self.extra_loss = None
-            if self.training:
+            if self.training and len(q):
                 both = q if self.shared else torch.cat((q, k), dim=2)
                 self.keep_loss(1e-4 * self.routed.commitment(both))
                 self.routed.follow(both)

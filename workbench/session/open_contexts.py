@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError, InterventionError
+from workbench.hooks.compiled.regions import Region
 from workbench.hooks.edits import Edit, OutputEdit, Threads
 from workbench.hooks.layouts import Layouts, learn
 from workbench.hooks.listener import Listener
@@ -35,10 +36,15 @@ class OpenContexts(Listener):
 
     Edits apply in the order in which they were opened, and a capture sees what they have made of each head's output,
     whichever of the two was opened first.
+
+    Args:
+        model: without the wrapper of `torch.compile`. regions: tells what of it is compiled.
     """
 
-    def __init__(self, model: nn.Module, layouts: Layouts) -> None:
-        self.model, self.layouts = model, layouts
+    def __init__(
+        self, model: nn.Module, layouts: Layouts, regions: Callable[[], Sequence[Region]] = lambda: ()
+    ) -> None:
+        self.model, self.layouts, self._regions = model, layouts, regions
         self._edits: list[_OpenEdit] = []
         self._recorder: Recorder | None = None
         self._undisturbed: dict[int, tuple[_OpenEdit, ...]] = {}  # by thread: the edits that it does not see
@@ -121,7 +127,7 @@ class OpenContexts(Listener):
                 begin()
                 self._users.add(user)
                 if self._observer is None:
-                    self._observer = Observer(self.model, self, self.layouts)
+                    self._observer = Observer(self.model, self, self.layouts, self._regions())
                     self._observer.__enter__()
             yield
         finally:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from workbench.capture.arena import Arena
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture
+from workbench.capture.store.writing import StoreWriter
 from workbench.capture.timing import CallTimes
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, WorkbenchError
@@ -24,7 +25,7 @@ from workbench.hooks.tap import AttentionCall, Unshown
 from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, context_length, packed_sequences, token_ids
 from workbench.kernels import streaming
-from workbench.kernels.checks import check_finite
+from workbench.kernels.checks import Pending, check_finite
 from workbench.kernels.patterns import PartOfHeads, Pattern
 from workbench.kernels.statistics import Options
 from workbench.session.cached_tokens import CachedTokens
@@ -53,22 +54,27 @@ def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
 class Recorder:
     """Collects the forwards of one capture; its methods are the observer's callbacks.
 
-    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `refused` says, by site, why none
-    of its calls were kept, `unrecorded` how many were not, and why.
+    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `compiled` says what became of the
+    graphs of compiled code (`AttentionCall.compiled`); `refused` says, by site, why none of its calls were kept,
+    `unrecorded` how many were not, and why.
     """
 
     model: nn.Module
     sites: Sites
     settings: Settings
     decode: Callable[[Tensor], list[list[str]]] | None = None
+    store: StoreWriter | None = None
     forwards: list[Forward] = field(default_factory=list)
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
+    compiled: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     unrecorded: dict[str, Unrecorded] = field(default_factory=dict)
     gradients: GradientWatch = field(default_factory=GradientWatch)
     arena: Arena = field(default_factory=Arena)
+    pending: Pending = field(default_factory=Pending)
     outputs: HeadOutputs = field(init=False)
+    failure: WorkbenchError | None = None
     _opened_in: int = field(default_factory=threading.get_ident)
     _running: dict[int, RunningForward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
@@ -78,7 +84,9 @@ class Recorder:
     _contexts: list[int | None] = field(default_factory=list)
     _streamed: set[tuple[object, ...]] = field(default_factory=set)  # kinds of calls of which the engines are known
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
+    _unstored: dict[int, list[Forward]] = field(default_factory=dict)  # by thread: over, but for their gradients
     _began: float = field(default_factory=time.perf_counter)
+    _masks: list[Tensor] = field(default_factory=list)  # the last that compiled code gave, which it writes over
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -96,6 +104,7 @@ class Recorder:
 
     def on_start(self, name: str) -> None:
         """A forward begins in this thread."""
+        self._store(threading.get_ident())
         with self._lock:
             thread = threading.get_ident()
             number = self._threads.setdefault(thread, len(self._threads))
@@ -124,6 +133,10 @@ class Recorder:
         """The capture is over, and so is what has not told of its end."""
         for thread in list(self._running):
             self._end(thread)
+        for thread in list(self._unstored):
+            self._store(thread)
+        if self.store is not None:
+            self.forwards.sort(key=lambda forward: forward.index)  # as they were finished
 
     def on_end(self) -> None:
         """The forward of this thread is over."""
@@ -148,6 +161,35 @@ class Recorder:
                     forward.sites[name] = replace(capture, projection=known)
         if running.sequences:
             self._put(running)
+        if self.store is not None:
+            over = running.ended() if running.sequences else [running.whole]
+            self._unstored.setdefault(thread, []).extend(over)
+            if not self.settings.gradients:  # these come after the forward, so that it waits for the next one
+                self._store(thread)
+
+    def _store(self, thread: int) -> None:
+        """The forwards of a thread that are over go to the store, and their tensors out of memory.
+
+        What could not be written stays in memory.
+
+        Raises:
+            FileError: it cannot be written, and this is the thread that opened the capture.
+        """
+        for forward in self._unstored.pop(thread, ()):
+            assert self.store is not None
+            projections = {name: one.projection for name, one in forward.sites.items()}
+            try:
+                stored = self.store.add(forward, projections if self.settings.z else {})
+            except WorkbenchError as error:
+                if threading.get_ident() == self._opened_in:
+                    raise
+                self.failure = self.failure or error
+                continue
+            with self._lock:
+                at = next(i for i in reversed(range(len(self.forwards))) if self.forwards[i] is forward)
+                self.forwards[at] = stored
+                held = sum(one.nbytes for one in forward.sites.values())
+                self.nbytes = max(0, self.nbytes - held) if self._running or self._unstored else 0
 
     def _put(self, running: RunningForward) -> None:
         """The sequences of a forward take its place among the others."""
@@ -251,13 +293,15 @@ class Recorder:
         pattern = call.pattern(cross=cross)
         others = {**pattern.factors, **call.build_others()} if settings.queries_keys else {}
         self._check_limit(self._planned(call, pattern, others), site)
-        keeper = _Keeper(self.arena)
+        keeper = _Keeper(self.arena, self._masks if call.compiled else None)
         if settings.queries_keys:
             pattern = pattern.kept(keeper.keep)
             others = {name: other.kept(keeper.keep) for name, other in others.items()}
         names = settings.names_at(site)
         try:
-            check_finite("v", call.v)
+            check_finite("v", call.v, site.name)
+            if call.compiled:
+                self.compiled.add(call.compiled)
             options = self._options(forward, site, pattern, names)
             statistics = streaming.statistics(pattern, names, options)
             if check:
@@ -339,6 +383,12 @@ class Recorder:
 
     def _deliver(self, forward: Forward, site: Site, widen: Callable[[Tensor, int], Tensor]) -> Deliver:
         def deliver(z_gradient: Tensor, sums: dict[str, Tensor]) -> None:
+            if self.store is not None and all(one is not forward for one in self.forwards):
+                raise CaptureError(
+                    "gradients came for a forward that is in the store already",
+                    site=site.name,
+                    hint="call backward() before the next forward",
+                )
             capture = forward.sites.get(site.name)
             if capture is None:  # it was taken back
                 return
@@ -371,25 +421,38 @@ def _itself(tensor: Tensor, axis: int) -> Tensor:
 
 
 class _Keeper:
-    """Decides how a tensor of the model is kept: as a copy, or by reference where that is safe and saves much."""
+    """Decides how a tensor of the model is kept: as a copy, or by reference where that is safe and saves much.
 
-    def __init__(self, arena: Arena) -> None:
-        self.arena = arena
+    Args:
+        masks: of compiled code, which writes over its tensors: the mask that was copied last, and may come again.
+    """
+
+    def __init__(self, arena: Arena, masks: list[Tensor] | None = None) -> None:
+        self.arena, self.masks = arena, masks
         self.held: list[tuple[Tensor, int]] = []
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
         """Keep a part of a pattern; the values stay the model's own until it is clear whether they are wanted."""
         if name == "values":
             return tensor
+        if name == "mask" and self.masks is not None:
+            return self._mask(tensor, self.masks)
         return self.shared(tensor) if name == "mask" else self(tensor)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Keep a tensor that belongs to one call."""
         part_of_more = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-        if tensor.device.type == "cpu" or part_of_more or tensor.is_inference():
+        if self.masks is not None or tensor.device.type == "cpu" or part_of_more or tensor.is_inference():
             # A slice would hold the whole packed projection or cache; an inference tensor cannot tell of changes.
             return self.arena.copy(tensor)
         return self.shared(tensor)
+
+    def _mask(self, mask: Tensor, known: list[Tensor]) -> Tensor:
+        """A copy that layers with the same mask share."""
+        if known and known[0].shape == mask.shape and known[0].dtype == mask.dtype and torch.equal(known[0], mask):
+            return known[0]
+        known[:] = [mask.detach().clone()]
+        return known[0]
 
     def shared(self, tensor: Tensor) -> Tensor:
         """Keep a tensor that several calls may share, by reference, noting its version."""

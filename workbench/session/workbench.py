@@ -6,23 +6,28 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
 from workbench.capture.settings import Settings
+from workbench.capture.store.writing import StoreWriter, open_writer
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.code import scripted_attention
-from workbench.hooks.compiled import check_not_compiled
+from workbench.hooks.compiled.doors import Doors, eager_door
+from workbench.hooks.compiled.regions import check_not_compiled, find_regions, uncompiled
 from workbench.hooks.layouts import STATE_IT, Layouts
 from workbench.hooks.proofs.axes import Axes
 from workbench.hooks.sites import Sites, Unread, find_sites, without
 from workbench.inputs import check_inputs, device_for_inputs, dropout_in_training, to_ids, with_own_positions
+from workbench.kernels.checks import deferred
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
+from workbench.session.compiled_models import check_gradients, whose_bits
 from workbench.session.interventions import Interventions
 from workbench.session.looking import LIMIT, look_at, nominated, unlooked
 from workbench.session.open_contexts import OpenContexts
@@ -36,7 +41,12 @@ _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Workbench]] = weakre
 
 
 def attach(
-    model: nn.Module, tokenizer: Any = None, *, check: bool = True, layout: Mapping[str, str] | None = None
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    check: bool = True,
+    layout: Mapping[str, str] | None = None,
+    compiled: Literal["recorded", "eager"] = "recorded",
 ) -> Workbench:
     """Attach to a model, so that its attention can be captured while it stays on its own kernel.
 
@@ -48,6 +58,9 @@ def attach(
             that cannot be read from the code; its sites are then found when it runs.
         layout: by site, what the axes of its kernel's output are, where values cannot show it, as in einops:
             {"blocks.0.attn": "(head=4 batch) query width"}; see `docs/how-it-works.md`.
+        compiled: how what `torch.compile` made of the model runs while something is captured: "recorded", compiled once
+            more with an operator of ours behind each attention, or "eager", uncompiled for as long as the workbench is
+            attached, as interventions need it.
 
     Raises:
         AttachError: no module, no attention in it, or attached already.
@@ -65,6 +78,9 @@ def attach(
         inner = getattr(model, "model", None)
         hint = "attach to its .model" if isinstance(inner, nn.Module) else "pass the nn.Module itself"
         raise AttachError(f"cannot attach to a {type(model).__name__}", hint=hint)
+    if compiled not in ("recorded", "eager"):
+        raise AttachError(f'compiled is "recorded" or "eager", not {compiled!r}')
+    whole, model = model, uncompiled(model)
     other = _attached.get(model)
     if other is not None and other() is not None:
         raise AttachError(
@@ -88,31 +104,38 @@ def attach(
     stated = {sites.find(name).name if check else name: text for name, text in (layout or {}).items()}
     for text in stated.values():
         Axes.parse(text, heads=1)
-    return Workbench(model, tokenizer, sites, Layouts(stated))
+    return Workbench(whole, tokenizer, sites, Layouts(stated), eager=compiled == "eager")
 
 
 class Workbench(Interventions):
     """A model under observation. Made by `attach`; a context manager that detaches at its end.
 
     Attributes:
-        model, tokenizer: what was attached.
+        model, tokenizer: what was attached; where a compiled model runs uncompiled, the model as it was before.
         sites: where the model mixes tokens; prints as a table. `sites.unread` lists what mixes tokens and is no site.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, sites: Sites, layouts: Layouts) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.sites = Sites(sites, nominated(model, sites), looked=False)
-        self._layouts = layouts
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, sites: Sites, layouts: Layouts, *, eager: bool = False
+    ) -> None:
+        inner = uncompiled(model)
+        self._doors = Doors(find_regions(model, inside=True) if eager else (), eager_door)
+        self._leave = weakref.finalize(self, self._doors.close)
+        self.model, self.tokenizer = inner if eager else model, tokenizer
+        self.sites = Sites(sites, nominated(inner, sites), looked=False)
+        self._inner, self._layouts = inner, layouts
         self._open = True
-        self._contexts = OpenContexts(model, layouts)
+        self._contexts = OpenContexts(inner, layouts, lambda: find_regions(model))
         self._warned = False
-        _attached[model] = weakref.ref(self)
+        _attached[inner] = weakref.ref(self)
+        self._doors.open()
 
     def detach(self) -> None:
         """Let go of the model; nothing of ours is left on it, whatever was interrupted. It may be called twice."""
         self._open = False
         self._contexts.close()
-        _attached.pop(self.model, None)
+        self._leave()
+        _attached.pop(self._inner, None)
 
     def __enter__(self) -> Workbench:
         self.check_open()
@@ -144,6 +167,7 @@ class Workbench(Interventions):
         n_top: int = 8,
         block: int = 16,
         limit: int | None = DENSE_LIMIT,
+        store: str | Path | None = None,
     ) -> Iterator[Capture]:
         """Capture the attention of every forward inside the `with`; the model's outputs stay the same to the bit.
 
@@ -161,17 +185,24 @@ class Workbench(Interventions):
             tokens: ids [batch, position] for `induction`; by default those the model is called with.
             sink_keys: keys whose joint mass is `sink`; by default the first visible key of each row.
             n_top: number of `top_keys`. block: edge of `pooled_*` blocks, in tokens.
-            limit: most bytes to keep, 1 GiB by default; None for no limit.
+            limit: most bytes to keep, 1 GiB by default; None for no limit. With a store: in memory, of the forwards
+                under way.
+            store: a folder, such as "runs/a.zarr", that each forward is written to as soon as it is over, and read from
+                when it is asked for, so that captures may be larger than memory. A store that is there is gone on
+                with. `workbench.load_capture` opens it, also while it grows; see `docs/scale.md`.
 
         Yields:
             The capture; it is filled as the model runs and complete at the end of the `with`.
 
         Raises:
             CaptureError: unknown statistic or site, limit exceeded, bad input, captures nested, nothing fired, or
-                gradients that were asked for did not arrive.
+                gradients that were asked for did not arrive; a store of another model or with other settings.
+            FileError: the store cannot be written; what was finished before is in it.
+            FormatError: what stands there is no store, or of another version.
         """
         self.check_open()
-        check_not_compiled(self.model)
+        if gradients:
+            check_gradients(self.model)
         settings = Settings(
             statistics=check_names(statistics),
             sites=choose(self.sites, sites),
@@ -187,26 +218,45 @@ class Workbench(Interventions):
             limit=limit,
         )
         self._warn_of_dropout()
-        recorder = Recorder(self.model, self.sites, settings, self._decode if self.tokenizer is not None else None)
-        weights = WeightsThen(self.model)
-        provenance = describe(self.model, self.tokenizer) | {"statistics": list(settings.statistics)}
-        capture = Capture(recorder.forwards, self.sites, provenance, weights, settings, recorder.unrecorded)
-        try:
-            with self._contexts.recording(recorder):
-                yield capture
-        finally:
-            recorder.finish()
-            self.sites = capture.model_sites = self._told(recorder.sites)
-            provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
-            recorder.gradients.close()
+        weights = WeightsThen(self._inner)
+        provenance = describe(self._inner, self.tokenizer) | {"statistics": list(settings.statistics)}
+        with nullcontext() if store is None else self._storing(store, settings, provenance) as writer:
+            decode = self._decode if self.tokenizer is not None else None
+            recorder = Recorder(self._inner, self.sites, settings, decode, writer)
+            capture = Capture(recorder.forwards, self.sites, provenance, weights, settings, recorder.unrecorded)
+            try:
+                with deferred(recorder.pending), self._contexts.recording(recorder):
+                    yield capture
+            finally:
+                recorder.finish()
+                self.sites = capture.model_sites = self._told(recorder.sites)
+                how = {"statistics_engine": ", ".join(sorted(recorder.engines))}
+                how |= whose_bits(recorder.compiled, eager=self._doors.are_open)
+                provenance |= how
+                recorder.gradients.close()
+                if writer is not None:
+                    writer.say(self.sites, list(recorder.unrecorded.values()), how)
+        if recorder.failure is not None:
+            raise recorder.failure
+        recorder.pending.check()
         self._check_fired(capture, settings, recorder.refused)
         recorder.gradients.check(all_must_arrive=settings.sites is not None)
+
+    def _storing(
+        self, store: str | Path, settings: Settings, provenance: dict[str, Any]
+    ) -> AbstractContextManager[StoreWriter]:
+        """The store, to be added to; it is of these weights."""
+        provenance |= {"weights_sha256": self.weights_hash()}
+        identity = {
+            name: provenance.get(name) for name in ("model_class", "weights_sha256", "tokenizer_sha256", "dtype")
+        }
+        return open_writer(store, settings, provenance, identity)
 
     def _told(self, sites: Sites) -> Sites:
         """The sites without those that turned out to be none, or cannot be shown; the latter are unread."""
         unread = {one.name: one for one in sites.unread}
         for name, reason in self._layouts.refused.items():
-            unread[name] = Unread(name, type(self.model.get_submodule(name)).__name__, reason, proved=False)
+            unread[name] = Unread(name, type(self._inner.get_submodule(name)).__name__, reason, proved=False)
         gone = {*self._layouts.refused, *self._layouts.gates}
         return Sites(without(sites, gone), unread.values(), sites.looked)
 
@@ -371,14 +421,14 @@ class Workbench(Interventions):
 
     def provenance(self) -> dict[str, Any]:
         """What a result says of the model and of the software that ran it, with the weights' hash: plain values."""
-        return describe(self.model, self.tokenizer) | {"weights_sha256": self.weights_hash()}
+        return describe(self._inner, self.tokenizer) | {"weights_sha256": self.weights_hash()}
 
     def weights_hash(self) -> str | None:
         """SHA-256 over the model's parameters and buffers, computed anew only where they have changed.
 
         None if some are offloaded to where they cannot be read.
         """
-        return latest_hash(self.model)
+        return latest_hash(self._inner)
 
     def weights_identity(self) -> str:
         """What is the same for the same weights only: their hash, or where there is none what is never the same."""
@@ -387,4 +437,4 @@ class Workbench(Interventions):
     def __repr__(self) -> str:
         state = "" if self._open else ", detached"
         heads = sum(site.n_heads or 0 for site in self.sites)
-        return f"Workbench({type(self.model).__name__}: {len(self.sites)} sites, {heads} heads{state})"
+        return f"Workbench({type(self._inner).__name__}: {len(self.sites)} sites, {heads} heads{state})"

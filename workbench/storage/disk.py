@@ -51,7 +51,7 @@ def writable(path: str | Path) -> Path:
         if target.exists() and not target.is_file():
             raise FileError(f"{target} is a device or a pipe, which a file would replace", hint="write to a file")
     except (OSError, ValueError) as error:  # too long, or with characters that no path may have
-        raise _failed(path, error) from None
+        raise failed(path, error) from None
     return target
 
 
@@ -86,7 +86,7 @@ def write(path: str | Path, content: str | bytes | Iterable[bytes | memoryview])
         finally:
             name.unlink(missing_ok=True)
     except OSError as error:
-        raise _failed(path, error) from error
+        raise failed(path, error) from error
     _flush_folder(target.parent)
     return target
 
@@ -100,7 +100,7 @@ def _unfinished(folder: Path) -> tuple[Path, int]:
         if fcntl is None:
             return name, descriptor
         try:
-            if _locked(descriptor) and os.fstat(descriptor).st_nlink:
+            if locked(descriptor) and os.fstat(descriptor).st_nlink:
                 return name, descriptor
         except BaseException:
             os.close(descriptor)
@@ -123,13 +123,13 @@ def _remove_if_left(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        if _locked(descriptor):
+        if locked(descriptor):
             path.unlink()
     finally:
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
+def locked(descriptor: int) -> bool:
     """Whether this process now holds the file's lock; also where the file system knows no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,7 +150,8 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _failed(path: str | Path, error: OSError | ValueError) -> FileError:
+def failed(path: str | Path, error: OSError | ValueError) -> FileError:
+    """The error that says of a path why it cannot be written, and what to do."""
     why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
     hint = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else "choose a path of plain characters"
     return FileError(f"{os.fspath(path)!r} cannot be written: {why}", hint=hint)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from workbench.errors import WorkbenchError
+from workbench.errors import ReportError, WorkbenchError
 
 
 class Drawn(Protocol):
@@ -41,6 +41,14 @@ def provide(source: Callable[[], Renderer]) -> None:
     """Say what draws. `source` is called when something is first shown, so that saving and loading import no views."""
     global _source
     _source = source
+
+
+def need_notebook(hint: str) -> None:
+    """Raise a ReportError unless this runs in a notebook or in IPython, where something can be displayed."""
+    from IPython import get_ipython
+
+    if get_ipython() is None:
+        raise ReportError("there is no notebook to show this in", hint=hint)
 
 
 def renderer() -> Renderer:

@@ -36,7 +36,14 @@ def points(model: nn.Module, name: str) -> dict[str, list[tuple[nn.Module, Any]]
                     if module is not None:
                         found.setdefault(what, []).append((module, how))
         return found
-    if name == "llama-gqa":
+    if name == "falcon-h1":
+        blocks = model.model.layers
+        return {
+            "resid_mid": [(block.pre_ff_layernorm, before_in_place) for block in blocks],
+            "attn_out": [(module, after) for block in blocks for module in (block.mamba, block.self_attn)],
+            "mlp_out": [(block.feed_forward, after) for block in blocks],
+        }
+    if name in ("llama-gqa", "granite"):
         blocks = model.model.layers
         attention, norm = "self_attn", "post_attention_layernorm"
     elif name == "gpt2":
@@ -52,7 +59,9 @@ def points(model: nn.Module, name: str) -> dict[str, list[tuple[nn.Module, Any]]
     }
 
 
-BOTH_WAYS = [("gpt2", "denoising"), ("gpt2", "noising"), ("llama-gqa", "denoising"), ("t5", "noising")]
+BOTH_WAYS = [("gpt2", "denoising"), ("gpt2", "noising"), ("llama-gqa", "denoising"),
+    ("granite", "noising"), ("falcon-h1", "noising"), ("t5", "noising"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "direction"), [*BOTH_WAYS, ("gpt-neox", "denoising")])
@@ -65,13 +74,15 @@ def test_it_is_what_hooks_by_hand_give(name: str, direction: str) -> None:
         plain, other = (logit_diff(model(**batch, use_cache=False), clean) for batch in (into, out_of))
     span = float((plain - other).mean()) * (1 if direction == "noising" else -1)
     expected = points(model, name)
+    close = 1e-6 if name in ("granite", "falcon-h1") else 1e-9  # where a factor has to be taken out again
     with workbench.attach(model, Words()) as wb:
         for activation, where in expected.items():
             if not where:
                 continue
             found = workbench.patch_layers(wb, task, activation, direction=direction, progress=False)
             columns = [int(place.rpartition(" ")[2]) for place in found.places]
-            of = [place.rpartition(" ")[0] for place in found.places]
+            only = found.streams[0] if len(set(found.streams)) == 1 else ""  # its places go without its name
+            of = [place.rpartition(" ")[0] or only for place in found.places]
             assert len(found.rows) == len(where)
             lengths = [of.count(stream) for stream in found.streams]
             hand = by_hand(model, where, into, out_of, lengths)
@@ -82,10 +93,10 @@ def test_it_is_what_hooks_by_hand_give(name: str, direction: str) -> None:
                         assert bool(found.effects[row, j].isnan().all())
                         continue
                     moved = hand[row, column] - plain
-                    assert torch.allclose(found.effects[row, j], moved, atol=1e-9), (activation, row, column)
+                    assert torch.allclose(found.effects[row, j], moved, atol=close), (activation, row, column)
                     way = -1 if direction == "noising" else 1
                     share = way * float(moved.mean()) / span
-                    assert float(found.scores[row, j]) == pytest.approx(share, abs=1e-8)
+                    assert float(found.scores[row, j]) == pytest.approx(share, abs=10 * close)
                     seen += 1
             assert seen == len(hand)
             assert len(found.table) == seen

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import transformers as hf
+from torch import Tensor, nn
 
 import workbench
 from support.circuits import Words, random_task, tiny
@@ -232,3 +233,33 @@ def test_hybrids_whose_stream_is_no_sum_are_refused_by_name(name: str, says: str
     with workbench.attach(model, Words()) as wb, pytest.raises(AttachError, match=says) as caught:
         workbench.find_circuit(wb, random_task(2, 5, 60), "eap", progress=False)
     assert "wb.patch" in str(caught.value)
+
+
+def test_a_hybrid_that_scales_what_its_layers_write() -> None:
+    """Granite 4: 0.22 of what a recurrence, attention and MLPs give is added; with experts two MLPs read the stream."""
+    common = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+
+    def made(experts: int) -> nn.Module:
+        torch.manual_seed(0)
+        config = hf.GraniteMoeHybridConfig(
+            **common, vocab_size=60, intermediate_size=48, shared_intermediate_size=48, num_hidden_layers=2,
+            layer_types=["mamba", "attention"], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=4, mamba_n_groups=1,
+            mamba_chunk_size=8, num_local_experts=experts, num_experts_per_tok=2, residual_multiplier=0.22,
+            pad_token_id=0,
+        )  # fmt: skip
+        return hf.GraniteMoeHybridForCausalLM(config).eval()
+
+    with workbench.attach(made(0), Words()) as wb, open_setup(wb, random_task(2, 5, 60)) as setup:
+        assert [layer.factor for layer in setup.stream.anatomy.layers] == pytest.approx([0.22, 0.22], rel=1e-5)
+        assert [layer.mlp_factor for layer in setup.stream.anatomy.layers] == pytest.approx([0.22, 0.22], rel=1e-5)
+        setup.measure_baselines()
+        kept = setup.graph.exists.clone()
+        nodes = torch.ones(1, len(setup.graph.senders), dtype=torch.bool)
+        for name in ("a0.h1", "m0", "a1.h2"):
+            row = setup.graph.sender_index[name]
+            kept[row], nodes[0, row] = False, False
+        by_edges, by_nodes = run_edges(setup, kept[None], progress=False), run_nodes(setup, nodes, progress=False)
+        torch.testing.assert_close(by_edges, by_nodes, atol=1e-5, rtol=1e-5)
+        assert float((by_nodes - setup.clean).abs().max()) > 1e-4
+    with workbench.attach(made(4), Words()) as wb, pytest.raises(AttachError, match="two MLPs"):
+        workbench.find_circuit(wb, random_task(2, 5, 60), "eap", progress=False)

@@ -16,7 +16,7 @@ from workbench.analysis.circuits.find import Stage, find_circuit
 from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.errors import InterventionError
 
-NAMES = ["gpt2", "llama-gqa", "gpt-neox", *ENCODER_DECODERS]
+NAMES = ["gpt2", "llama-gqa", "granite", "gpt-neox", *ENCODER_DECODERS]
 
 
 def by_hand(setup: Setup, paths: Paths) -> Tensor:

@@ -162,5 +162,3 @@ def test_methods_and_patching_take_them(tmp_path: Path) -> None:
         circuit.view().to_html(tmp_path / "graph.html")
         rows = workbench.patch_layers(wb, task, "attn_out", positions="end", progress=False).rows
         assert rows == ("blocks.0.mixer", "blocks.0.attn", "blocks.1.mixer", "blocks.1.attn")
-        with pytest.raises(InterventionError, match="multiplies what its heads write"):
-            workbench.patch_layers(wb, task, "resid_mid", positions="end", progress=False)

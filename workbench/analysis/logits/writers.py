@@ -266,7 +266,7 @@ def _sum_of_block(
         except AttachError as error:
             first = first or error
             continue
-        return behind, [1.0] * len(behind), None if mlp is None else Beside(mlp)
+        return behind, [1.0] * len(behind), None if mlp is None else Beside(*mlp)
     for behind in ways:
         if (found := find_factors(seen, sites, block, behind)) is not None:
             factors, mlp_and_factor = found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -11,6 +12,7 @@ from workbench.errors import WorkbenchError
 from workbench.hooks.tap import Kind
 from workbench.kernels.patterns import Grade
 
+_CODE = re.compile("`([^`]+)`")
 Outcome = Literal["not examined", "holds", "does not hold", "undecided"]
 
 
@@ -109,11 +111,24 @@ class Card:
         return table_of(self.title, self.lines())
 
 
+def unmarked(text: str) -> str:
+    """The text without the backticks around names in code, for where nothing draws them.
+
+    >>> unmarked("`row_sum` has them")
+    'row_sum has them'
+    """
+    return _CODE.sub(r"\1", text)
+
+
 def table_of(title: str, lines: Sequence[tuple[str, str]]) -> str:
     """Lines of (heading, text) as HTML, for a notebook."""
     rows = "".join(
         f"<tr><th style='text-align:left;vertical-align:top'>{escape(head)}</th>"
-        f"<td style='text-align:left;white-space:normal'>{escape(text)}</td></tr>"
+        f"<td style='text-align:left;white-space:normal'>{_code(text)}</td></tr>"
         for head, text in lines
     )
     return f"<table><caption>{escape(title)}</caption>{rows}</table>"
+
+
+def _code(text: str) -> str:
+    return _CODE.sub(r"<code>\1</code>", escape(text))

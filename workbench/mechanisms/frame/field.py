@@ -25,7 +25,9 @@ def receptive_field(layer: Callable[[Tensor], Tensor], x: Tensor, token: int) ->
     [False, True, False, False]
     """
     if not -x.shape[1] <= token < x.shape[1]:
-        raise WorkbenchError(f"there are {x.shape[1]} tokens, and no token {token}", shape=x.shape)
+        raise WorkbenchError(
+            f"there are {x.shape[1]} tokens, and no token {token}", shape=x.shape, hint=f"0 to {x.shape[1] - 1}"
+        )
     with torch.enable_grad():
         live = x.detach().requires_grad_()
         y = layer(live)[:, token]

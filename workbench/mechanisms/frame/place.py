@@ -59,10 +59,14 @@ class Place:
             )
         object.__setattr__(self, "grid", tuple(grid))
         if min(grid) < 1 or grid[0] * grid[1] != self.length:
-            raise WorkbenchError(f"{self.length} tokens are no grid of {' × '.join(map(str, grid))}")
+            raise WorkbenchError(
+                f"{self.length} tokens are no grid of {' × '.join(map(str, grid))}", hint="length = rows · columns"
+            )
         if self.causal or self.rotary:
             word = "causal" if self.causal else "rotary"
-            raise WorkbenchError(f"a grid has no order of its tokens: {word}=True is for sequences")
+            raise WorkbenchError(
+                f"a grid has no order of its tokens: {word}=True is for sequences", hint=f"{word}=False, or grid=None"
+            )
 
     @property
     def d_head(self) -> int:
@@ -82,4 +86,7 @@ class Place:
         fits = x.dim() == 3 and x.shape[2] == self.d_model and 1 <= x.shape[1] <= self.length
         if not fits or (exact and x.shape[1] != self.length):
             tokens = f"{self.length}" if exact else f"1 to {self.length}"
-            raise WorkbenchError(f"x must be [batch, {tokens} tokens, {self.d_model}]", shape=x.shape)
+            raise WorkbenchError(
+                f"x must be [batch, {tokens} tokens, {self.d_model}]", shape=x.shape,
+                hint="the Place that the module was built for says so: build it for another one",
+            )  # fmt: skip

@@ -21,6 +21,10 @@ Better = Literal["high", "low"] | None
 _WORKS = {"text": "text", "images": "images"}
 _LOSSES = {"text": "code, nats", "repeats": "repeats, nats"}
 """Scores that are losses, which are good where they are low; all others are shares of right answers."""
+_ALONE = {
+    ("mqar", "8 pairs"): "8 pairs recalled", ("mqar", "far"): "recalled from afar", ("induction", "copy"): "copied",
+}  # fmt: skip
+"""Scores of models that are not shown: what each column says."""
 _NATS, _SHARE = 0.2, 0.5  # differences of quality that are large: those of one seed from another are a tenth of it
 _UNKNOWN = float("nan")
 
@@ -70,7 +74,8 @@ class Matrix:
 def matrix(rooms: Sequence[Room]) -> Matrix:
     """What was measured of these mechanisms, side by side; columns of which nothing is known are left out.
 
-    Quality is that of the shipped model, a mean over its training's other seeds where there are some. What heads do is
+    Quality is that of the shipped model, a mean over its training's other seeds where there are some; where it says so,
+    that of models that were trained to recall or copy alone, and are not shipped. What heads do is
     a mean over all heads, or the strongest one's, on the input that all are shown; of models with random weights none.
     """
     columns = [*_quality(rooms), *_sizes(rooms), *_costs(rooms), *_heads(rooms)]
@@ -107,7 +112,24 @@ def _quality(rooms: Sequence[Room]) -> list[Measured]:
 
             span = _NATS if score in _LOSSES else _SHARE
             found.append(_column(rooms, _LOSSES.get(score, score), f"Quality, {word}", better, find, span))
+    for (work, score), name in _ALONE.items():
+
+        def told(one: Room, score: str = score, work: str = work) -> tuple[float, str] | None:
+            models = [run for run in runs if (run["work"], run["name"], run["layout"]) == (work, one.name, "uniform")]
+            return _mean([run["scores"][score] for run in models if run["hidden"]])
+
+        found.append(_column(rooms, name, "Quality, trained on that alone", "high", told, _SHARE))
     return found
+
+
+def _mean(values: Sequence[float]) -> tuple[float, str] | None:
+    """The mean over seeds, and what it is of; None of no seed."""
+    if not values:
+        return None
+    mean = sum(values) / len(values)
+    return mean, "one seed" if len(
+        values
+    ) == 1 else f"mean of {len(values)} seeds, {min(values):.3g} to {max(values):.3g}"
 
 
 def _score(one: Room, work: str, score: str, runs: Sequence[dict[str, Any]]) -> tuple[float, str] | None:
@@ -117,9 +139,8 @@ def _score(one: Room, work: str, score: str, runs: Sequence[dict[str, Any]]) -> 
     same = {"work": work, "name": one.name, "layout": "uniform", "hidden": seen.trained.model.stack.hidden}
     alike = [run["scores"][score] for run in runs if all(run[key] == value for key, value in same.items())]
     quick = "; trained for a few steps, to see that it runs" if seen.trained.facts.get("quick") else ""
-    if len(alike) < 2:
-        return seen.trained.scores[score], f"one seed{quick}"
-    return sum(alike) / len(alike), f"mean of {len(alike)} seeds, {min(alike):.3g} to {max(alike):.3g}{quick}"
+    mean, said = _mean(alike if len(alike) > 1 else [seen.trained.scores[score]]) or (_UNKNOWN, "")
+    return mean, f"{said}{quick}"
 
 
 def _sizes(rooms: Sequence[Room]) -> list[Measured]:

@@ -19,7 +19,7 @@ from workbench.hooks.sites import Site
 from workbench.mechanisms.frame import Mechanism, named
 from workbench.mechanisms.rooms import inputs
 from workbench.mechanisms.training import ByteLM, PatchModel, TrainedModel
-from workbench.mechanisms.training.work import LAYERS, PLACES
+from workbench.mechanisms.training.work import LAYERS, PLACES, SHOWN
 from workbench.session.workbench import Workbench, attach
 
 ALONE = "alone"
@@ -118,7 +118,7 @@ def untrained(mechanism: Mechanism, name: str, work: str) -> nn.Module:
 
 def work_of(mechanism: Mechanism, name: str) -> str:
     """What a mechanism without shipped weights is shown with: text, else images, else it stands alone."""
-    for work in ("text", "images"):
+    for work in SHOWN:
         with suppress(WorkbenchError):
             untrained(mechanism, name, work)
             return work

@@ -1,7 +1,8 @@
-"""Trains one small model with a mechanism in every layer, on text or on images.
+"""Trains one small model with a mechanism in every layer: on text, images, pairs to recall, or strings to copy.
 
     python -m workbench.mechanisms.training text --layers moh moh moh --out moh.safetensors
     python -m workbench.mechanisms.training images --layers agent --out agent.safetensors
+    python -m workbench.mechanisms.training mqar --layers aaren --out aaren.safetensors
     python -m workbench.mechanisms.training text --layers deconstructed:mlp --layout even --out hybrid.safetensors
     python -m workbench.mechanisms.training text --layers sqa:mha --quick --out quick.safetensors
 
@@ -29,12 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> TrainedModel:
     parser.add_argument("work", choices=sorted(PLACES))
     parser.add_argument("--layers", nargs="+", default=["sqa:mha"], help="mechanism of each layer, or of all")
     parser.add_argument("--layout", choices=LAYOUTS, default="uniform", help="which layers stay standard attention")
-    parser.add_argument("--depth", type=int, help="layers, where one mechanism is named: 3 of text, 2 of images")
+    parser.add_argument("--depth", type=int, help="layers, where one mechanism is named: 3 of text, 2 of others")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--hidden", type=int, help="width of the MLPs, 0 for none; by default as the parameters allow")
     size.add_argument("--parameters", type=int, help="of the whole model: its MLPs are as wide as that leaves")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="1,200 for text and 1,600 for images by default")
+    parser.add_argument("--steps", type=int, help="by default 1,200 for text, 1,600 for images, else 300")
     parser.add_argument("--rows", type=int, default=ROWS, help="of each step")
     parser.add_argument("--rate", type=float, default=1.0, help="a factor on the learning rates")
     parser.add_argument(

@@ -58,7 +58,7 @@ def train(
             f"training needs torch.optim.Muon, which torch {torch.__version__} lacks", hint="torch 2.9 or later"
         )
     if steps < 1:
-        raise WorkbenchError(f"steps={steps}: at least one")
+        raise WorkbenchError(f"steps={steps}: there is nothing to train in fewer than one", hint="steps=1 or more")
     random, found = torch.Generator().manual_seed(seed), Trained()
     optimisers = _optimisers(model, rate)
     plans = [

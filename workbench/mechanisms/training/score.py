@@ -1,4 +1,4 @@
-"""The same questions to every model: code that nobody trained on, recall and copying; digits among others."""
+"""The same questions to every model of a work: code that nobody trained on, recall and copying; digits among others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from torch import Tensor
 
 from workbench.mechanisms.training.images import scenes
 from workbench.mechanisms.training.models import ByteLM, PatchModel
-from workbench.mechanisms.training.text import Corpus, copying, needle, recall, repeated, text_batch
+from workbench.mechanisms.training.text import (
+    IGNORE,
+    Corpus,
+    copying,
+    induction_batch,
+    mqar_batch,
+    needle,
+    recall,
+    repeated,
+    text_batch,
+)
 
 SEED = 99
 DEPTHS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
@@ -41,6 +51,40 @@ def score_text(model: ByteLM, held: Corpus, n: int = 256) -> dict[str, float]:
     at = torch.stack([_right(model, *needle(few, length, random, depth)) for depth in DEPTHS])
     found |= {"needle": at.mean(), "needle far": at[torch.tensor(DEPTHS) < 0.5].mean()}
     return {name: float(value) for name, value in found.items()}
+
+
+@torch.no_grad()
+def score_mqar(model: ByteLM, n: int = 128) -> dict[str, float]:
+    """Shares of right answers in multi-query associative recall.
+
+    Args:
+        n: rows of each score.
+
+    Returns:
+        "4 pairs", "8 pairs", "16 pairs", with as many in a row; "far": of 8 pairs, asked for in the last quarter.
+    """
+    random, length = torch.Generator().manual_seed(SEED), model.place.length
+    found = {f"{k} pairs": _right(model, *mqar_batch(n, length, random, (k,))) for k in (4, 8, 16)}
+    inputs, labels = mqar_batch(n, length, random, (8,), power=1.0)
+    labels[:, : 3 * length // 4] = IGNORE
+    found["far"] = _right(model, inputs, labels)
+    return {name: float(value) for name, value in found.items()}
+
+
+@torch.no_grad()
+def score_induction(model: ByteLM, n: int = 128) -> dict[str, float]:
+    """Shares of right answers where strings come again.
+
+    Args:
+        n: rows.
+
+    Returns:
+        "copy": of all, "copy far": of strings that are longer than a quarter of the row.
+    """
+    random, length = torch.Generator().manual_seed(SEED), model.place.length
+    inputs, labels = induction_batch(n, length, random)
+    far = (labels != IGNORE).sum(1) < length - length // 4
+    return {"copy": float(_right(model, inputs, labels)), "copy far": float(_right(model, inputs[far], labels[far]))}
 
 
 @torch.no_grad()

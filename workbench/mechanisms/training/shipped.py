@@ -25,7 +25,7 @@ def trained(name: str, work: str = "text") -> TrainedModel:
 
     Args:
         name: of the mechanism, with a variant behind a colon: "moh", "sqa:mha" (plain attention). work: what it was
-            trained on, "text" or "images".
+            trained on, "text" or "images"; of other works none are shipped.
 
     Returns:
         The model in eval mode, its scores, and facts, whose "losses" are the (step, loss) of its training.

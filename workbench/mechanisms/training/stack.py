@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.kernels.checks import check_range
 from workbench.mechanisms.frame import Place, named
 
 PARAMETERS = 145_000
@@ -34,7 +35,13 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         if not layers:
-            raise WorkbenchError("a model has at least one layer")
+            raise WorkbenchError(
+                "a model has at least one layer", hint='name the mechanism of each: ["sqa:mha", "moh"]'
+            )
+        if isinstance(layers, str):
+            raise WorkbenchError(f'layers="{layers}" is one name', hint=f'a list with one for each layer: ["{layers}"]')
+        if hidden is not None:
+            check_range("hidden", hidden, 0, None, hint="the width of the MLPs, 0 for none")
         mixers, d = [_mixer(place, name, options) for name in layers], place.d_model
         if hidden is None:
             fixed = others + sum(p.numel() for each in mixers for p in each.parameters()) + 2 * d * len(layers)

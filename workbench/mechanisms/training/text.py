@@ -1,4 +1,7 @@
-"""What the language models read: Python's standard library as bytes, streams to recall from, and strings to copy."""
+"""What the language models read: Python's standard library as bytes, streams to recall from, and strings to copy.
+
+Two works are of one thing alone: pairs to recall (`mqar_batch`), and strings that come again (`induction_batch`).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
+from workbench.kernels.checks import check_range
+from workbench.tasks.mqar import mqar_tokens
 
 BOS, VOCABULARY, IGNORE = 0, 128, -100
 HELD_OUT = ("calendar", "configparser", "difflib", "fractions", "heapq", "shlex", "statistics", "textwrap")
@@ -95,7 +100,10 @@ def recall(n: int, length: int, random: torch.Generator, n_keys: int | None = No
     """A stream of letters, each with its digit; the digit of a letter that came before counts (MQAR as a stream).
 
     Args:
-        n_keys: letters of a row; from 2 to 26, few as often as many, if None.
+        n_keys: letters of a row, 1 to 52; from 2 to 26, few as often as many, if None.
+
+    Raises:
+        WorkbenchError: fewer letters than one, or more than there are.
 
     >>> inputs, labels = recall(1, 6, torch.Generator().manual_seed(0), n_keys=1)
     >>> letter, digit = inputs[0, 1:3].tolist()
@@ -104,6 +112,8 @@ def recall(n: int, length: int, random: torch.Generator, n_keys: int | None = No
     >>> labels[0].tolist() == [IGNORE, IGNORE, IGNORE, digit, IGNORE, digit]
     True
     """
+    if n_keys is not None:
+        check_range("n_keys", n_keys, 1, len(_LETTERS))
     if n_keys is None:
         keys = (2 * 13 ** torch.rand(n, 1, generator=random)).round()
     else:
@@ -124,11 +134,16 @@ def needle(n: int, length: int, random: torch.Generator, depth: float) -> tuple[
     Args:
         depth: where it comes first, as a share of the way to the end, from 0 up to 1.
 
+    Raises:
+        WorkbenchError: another depth.
+
     >>> inputs, labels = needle(1, 20, torch.Generator().manual_seed(0), depth=0.0)
     >>> letter, digit = inputs[0, 1:3].tolist()
     >>> inputs[0].tolist().count(letter), inputs[0, -1] == letter, labels[0, -1] == digit
     (2, tensor(True), tensor(True))
     """
+    if not 0 <= depth < 1:
+        raise WorkbenchError(f"depth={depth} is no share of the way to the end", hint="from 0 up to 1, without 1")
     n_pairs = length // 2
     order = torch.rand(n, len(_LETTERS), generator=random).argsort(1)
     letters, digits = torch.tensor(_LETTERS)[order], torch.randint(48, 58, order.shape, generator=random)
@@ -139,6 +154,51 @@ def needle(n: int, length: int, random: torch.Generator, depth: float) -> tuple[
     labels = torch.full((n, 2 * n_pairs), IGNORE)
     labels[:, -1] = rows[:, -1]
     return rows[:, :-1], labels
+
+
+def mqar_batch(
+    n: int, length: int, random: torch.Generator, pairs: tuple[int, ...] = (4, 8, 16), power: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """Multi-query associative recall (arXiv 2312.04927): pairs, and later each key again, whose value counts.
+
+    Args:
+        pairs: of a row; as many rows of each, and n is rounded up. power: see `tasks.mqar.mqar_tokens`; with 1 keys
+            come again anywhere, with less soon as a rule.
+    """
+    if not pairs:
+        raise WorkbenchError("pairs=() names no number of pairs", hint="(4, 8, 16): as many rows of each")
+    each = -(-n // len(pairs))
+    seeds = torch.randint(2**31, (len(pairs),), generator=random).tolist()
+    made = [
+        mqar_tokens(each, seed, length=length, pairs=many, vocab=VOCABULARY, power=power)
+        for many, seed in zip(pairs, seeds, strict=True)
+    ]
+    inputs, labels = zip(*made, strict=True)
+    return torch.cat(inputs), torch.cat(labels)
+
+
+def induction_batch(n: int, length: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Strings of 4 to 24 different letters, at most 3/8 of the length, again and again, short as often as long.
+
+    What came before counts. As no letter comes twice in a string, the one before the next says all: an induction head
+    is enough.
+
+    Raises:
+        WorkbenchError: a length in which a string of four letters cannot come again.
+
+    >>> inputs, labels = induction_batch(1, 11, torch.Generator().manual_seed(0))
+    >>> inputs[0, 4:].tolist() == inputs[0, :7].tolist(), labels[0, :4].tolist()
+    (True, [-100, -100, -100, -100])
+    >>> labels[0, 4:10].tolist() == inputs[0, 5:].tolist()
+    True
+    """
+    check_range("length", length, 11, None, hint="four letters that come again")
+    longest = min(24, 3 * length // 8)
+    period = (4 * ((longest + 1) / 4) ** torch.rand(n, 1, generator=random)).long().clamp(4, longest)
+    letters = torch.tensor(_LETTERS[:26])[torch.rand(n, 26, generator=random).argsort(1)]
+    at = torch.arange(length + 1)
+    rows = letters.gather(1, at % period)
+    return rows[:, :-1], rows[:, 1:].where(at[1:] > period, IGNORE)
 
 
 def copying(n: int, length: int, random: torch.Generator) -> tuple[Tensor, Tensor]:

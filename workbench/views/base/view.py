@@ -17,6 +17,7 @@ from markupsafe import Markup
 from workbench.errors import ReportError
 from workbench.storage import disk
 from workbench.storage.json_text import finite
+from workbench.storage.rendering import need_notebook
 from workbench.tokens import visible_text
 from workbench.views.base import drawing, page
 from workbench.views.base.selection import SHARED, Selection, SharedSelection
@@ -133,11 +134,9 @@ class View(ABC):
         Raises:
             ReportError: there is no notebook.
         """
-        from IPython import get_ipython
         from IPython.display import display
 
-        if get_ipython() is None:
-            raise ReportError("there is no notebook to show this in", hint="write a page: view.to_html('view.html')")
+        need_notebook("write a page: view.to_html('view.html')")
         display(self)
 
     def to_html(self, path: str | Path | None = None) -> str | Path:

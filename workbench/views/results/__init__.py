@@ -2,7 +2,9 @@
 
 from workbench.views.results import (
     circuits,
+    corpus,
     eviction,
+    exhibits,
     gates,
     head_scores,
     hybrids,
@@ -24,8 +26,10 @@ from workbench.views.results.recurrences import half_lives, states
 __all__ = [
     "capacity_correlation",
     "circuits",
+    "corpus",
     "cross_attention",
     "eviction",
+    "exhibits",
     "gates",
     "half_lives",
     "head_scores",

@@ -37,11 +37,19 @@ def _view_of_head_importance(importance: HeadImportance) -> View:
         title="Head importance",
         caption=(
             f"How much worse the model is without each head, by {measured}, over {importance.n_examples:,} examples; "
-            f"t intervals of the mean at {importance.level:.0%}, none where few examples carry it."
+            + _intervals(importance)
         ),
         signed=True,
         provenance=importance.provenance,
     )
+
+
+def _intervals(importance: HeadImportance) -> str:
+    """Which intervals there are, in words."""
+    ends = [importance.interval(*each) for each in importance.scores]
+    if all(bool(each.isnan().all()) for each in ends):
+        return "too few of them carry the mean of any head for a t interval."
+    return f"t intervals of the mean at {importance.level:.0%}, none where few examples carry it."
 
 
 def _more_of_head_importance(importance: HeadImportance) -> list[View]:

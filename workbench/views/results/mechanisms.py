@@ -9,9 +9,12 @@ from typing import Any
 from workbench.analysis.gates import GateProfile
 from workbench.analysis.profile import AttentionProfile
 from workbench.errors import WorkbenchError
+from workbench.mechanisms.frame.card import unmarked
 from workbench.mechanisms.rooms import Matrix, Room, Seen
 from workbench.mechanisms.rooms.seen import ALONE, SignatureMaps
 from workbench.mechanisms.rooms.showing import PLAIN, losses_of
+from workbench.mechanisms.rooms.studied import SeenStudy
+from workbench.mechanisms.studies import Studied
 from workbench.mechanisms.training.work import PLACES
 from workbench.tokens import plotly_text
 from workbench.views.base.drawing import SERIES
@@ -64,13 +67,17 @@ def card(one: Room) -> View:
     """What a mechanism is, what is shown of it, and where the claims of its paper stand."""
     rows = [row for row in one.card.lines() if row[0] != "Claim"]
     rows += [("Shown", _shown(each)) for each in one.seen]
+    rows += [] if one.study is None else [("Study", _about(one.study.studied))]
     rows += [(f"No {what}", f"{each.work}: {why}") for each in one.seen for what, why in each.missing.items()]
     if one.cost is None:
         rows.append(("Measured cost", "not measured"))
-    rows += [(f"Claim, {claim.outcome}", str(claim)) for claim in one.card.claims]
+    for claim in one.card.claims:
+        rows.append((f"Claim, {claim.outcome}", claim.says))
+        if claim.outcome != "not examined":
+            rows += [("found at our scale", claim.found), ("examined how", claim.how)]
     return table(
         [head for head, _ in rows],
-        [Column(one.name, [text for _, text in rows])],
+        [Column(one.name, [unmarked(text) for _, text in rows])],
         of="Card",
         title=one.title[:1].upper() + one.title[1:],
         caption="What it is, what is shown below, and where its paper’s claims stand at our scale.",
@@ -89,8 +96,16 @@ def _shown(seen: Seen) -> str:
     return f"a model for {seen.work}, {size:,} parameters, {facts['steps']:,} steps: {told}.{quick}"
 
 
+def _about(found: Studied) -> str:
+    """What a study's model was trained on, and can do."""
+    facts, told = found.facts, ", ".join(f"{name} {value:.3f}" for name, value in found.scores.items())
+    form = found.study.arms[found.arm]
+    return f"{found.study.about}. {facts['parameters']:,} parameters, {facts['steps']:,} steps; {form}: {told}."
+
+
 def _more_of_room(one: Room) -> list[View]:
     found = [view for seen in one.seen for view in _of_seen(one, seen)]
+    found += [] if one.study is None else _of_study(one.study)
     return [*found, *([] if (curves := _curves(one)) is None else [curves])]
 
 
@@ -98,7 +113,7 @@ def _of_seen(one: Room, seen: Seen) -> list[View]:
     """Maps, importance, distance, and what is its own, of one model."""
     after = f", {seen.work}" if len(one.seen) > 1 else ""
     gates = isinstance(seen.profile, GateProfile)
-    found = [] if gates else _maps(seen, after)  # the map of a gate is its factors on the diagonal
+    found = [] if gates else _maps(seen)  # the map of a gate is its factors on the diagonal
     if gates:
         found += [_titled(view, f"{view.spec.title}{after}") for view in all_of(seen.profile)]
     if seen.importance is not None:
@@ -110,13 +125,26 @@ def _of_seen(one: Room, seen: Seen) -> list[View]:
     return found
 
 
+def _of_study(one: SeenStudy) -> list[View]:
+    """Maps of its attention, its gates, and what is its own."""
+    work, found = one.studied.study.work, list[View]()
+    if any(site.kind != "gate" for site in one.capture.sites):
+        found.append(head_gallery(one.capture, title=f"Every head, {work}"))
+    if one.gates is not None:
+        found += [_titled(view, f"{view.spec.title}, {work}") for view in all_of(one.gates)]
+    return found + [view for each in one.exhibits for view in all_of(each)]
+
+
 def _titled(view: View, title: str) -> View:
     view.spec = replace(view.spec, title=title)
     return view
 
 
-def _maps(seen: Seen, after: str) -> list[View]:
-    """Every head on the input that all mechanisms are shown; on images those over them that have a place there."""
+def _maps(seen: Seen) -> list[View]:
+    """Every head on the input that all mechanisms are shown; on images those over them that have a place there.
+
+    The titles say which input it is.
+    """
     title, weights = f"Every head on {_WHERE[seen.work]}", "" if seen.trained else " Weights are random."
     found, notes = list[View](), tuple[str, ...]()
     if seen.images is not None:
@@ -129,7 +157,8 @@ def _maps(seen: Seen, after: str) -> list[View]:
         except WorkbenchError as error:  # such as maps that are not over all patches
             notes = (f"Not laid over the scenes: {error.message}.",)
     if not found or len(found[0].spec.facts["heads"]) < sum(site.shape[1] for site in seen.capture):
-        found.append(head_gallery(seen.capture, title=f"{title}{after}", notes=notes))
+        title = f"{title}, laid over them or not" if found else title
+        found.append(head_gallery(seen.capture, title=title, notes=notes))
     for view in found:
         view.spec = replace(view.spec, caption=f"{view.spec.caption}{weights}")
     return found

@@ -142,6 +142,8 @@ class _Patched:
         if key[0] == "z":
             w_o = self.layers[key[1]].w_o.to(difference.dtype)
             mine.append(torch.einsum("nbthw,hwd->nbhtd", difference, w_o))
+        elif key[0] == "mlp":
+            mine.append(self.layers[key[1]].added_by_mlp(difference)[:, :, None])
         else:
             mine.append(difference[:, :, None])
 

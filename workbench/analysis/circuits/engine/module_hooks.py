@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.circuits.model.modules import Projection
+from workbench.analysis.circuits.model.modules import Projection, times
 from workbench.analysis.circuits.model.recording import first_float
 from workbench.errors import WorkbenchError
 from workbench.hooks.changes import Changes
@@ -48,26 +48,35 @@ def on_output(changes: Changes, module: nn.Module, functions: Sequence[Hook]) ->
     changes.after(module, hook)
 
 
-def on_sum(changes: Changes, block: nn.Module, writers: Sequence[nn.Module], functions: Sequence[Hook]) -> None:
+def on_sum(
+    changes: Changes, block: nn.Module, writers: Sequence[tuple[nn.Module, float]], functions: Sequence[Hook]
+) -> None:
     """Functions on the stream behind the last writer: what its block was given, and what they add to that.
+
+    Each writer comes with the number that its output is multiplied by before it is added.
 
     Where they change it the writer gives what is missing, so that all that reads the stream later has it.
     """
     before: list[Tensor] = []
     on_input(changes, block, [lambda stream: before.append(stream.clone())], first_only=True)
 
-    def on_earlier(written: Tensor) -> None:
-        before[-1] = before[-1] + written
+    def on_earlier(factor: float) -> Hook:
+        def add(written: Tensor) -> None:
+            before[-1] = before[-1] + times(written, factor)
+
+        return add
+
+    *earlier, (last, by) = writers
 
     def on_written(written: Tensor) -> Tensor | None:
         stream = before.pop()
-        total = stream + written
+        total = stream + times(written, by)
         new = _apply(functions, total)
-        return None if new is total else torch.where(new == total, written, new - stream)
+        return None if new is total else torch.where(new == total, written, times(new - stream, 1 / by))
 
-    for writer in writers[:-1]:
-        on_output(changes, writer, [on_earlier])
-    on_output(changes, writers[-1], [on_written])
+    for writer, factor in earlier:
+        on_output(changes, writer, [on_earlier(factor)])
+    on_output(changes, last, [on_written])
 
 
 def _apply(functions: Sequence[Hook], value: Tensor) -> Tensor:

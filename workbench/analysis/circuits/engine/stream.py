@@ -270,8 +270,9 @@ class Stream:
             on_input(changes, anatomy.modules[branch.block], functions)
             return
         if what == "mid":
-            own = [anatomy.modules[each.out] for each in anatomy.branches[: i + 1] if each.block == branch.block]
-            on_sum(changes, anatomy.modules[branch.block], own, functions)
+            own = [each for each in anatomy.branches[: i + 1] if each.block == branch.block]
+            writers = [(anatomy.modules[each.out], each.factor) for each in own]
+            on_sum(changes, anatomy.modules[branch.block], writers, functions)
             return
         if what in ("attn", "mlp"):
             name = branch.out if what == "attn" else _mlp(branch)[-1]

@@ -277,7 +277,7 @@ class _Batch:
                 z = (self.clean["z", i] - self.twin["z", i])[:, at]
                 several.append(torch.einsum("bthw,hwd->bhtd", z, layer.w_o.to(z.dtype)))
             if layer.mlp is not None and first + layer.n_heads in rows:
-                several.append((self.clean["mlp", i] - self.twin["mlp", i])[:, None, at])
+                several.append(layer.added_by_mlp(self.clean["mlp", i] - self.twin["mlp", i])[:, None, at])
         return torch.cat(several, dim=1)
 
     def _before_norm(self, part: Projection, gradients: dict[Key, Tensor], name: str, i: int, at: slice) -> Tensor:

@@ -216,7 +216,7 @@ class _Flow:
             clean = self._at(self.clean["read_mlp", i]).expand_as(reads)
             out = anatomy.mlp(i, anatomy.function(layer.mlp_norm)((clean + reads)[moved]))
             change = out.reshape_as(new[moved]) - self._at(self.clean["mlp", i]).expand_as(reads)[moved]
-            new[moved] = change.to(new.dtype)
+            new[moved] = layer.added_by_mlp(change.to(new.dtype))
         return new
 
     def _replace_mlp(self, delta: Tensor, units: Sequence[Unit], i: int, reads: Tensor) -> Tensor:
@@ -226,7 +226,8 @@ class _Flow:
         if not bool(mine.any()):
             return delta
         own = torch.zeros_like(reads) if self.paths.freeze_mlps else self._mlp(i, reads)
-        return torch.where(mine[:, None, None, None], delta - own + self._difference("mlp", i), delta)
+        twin = self.layers[i].added_by_mlp(self._difference("mlp", i))
+        return torch.where(mine[:, None, None, None], delta - own + twin, delta)
 
 
 def _second(

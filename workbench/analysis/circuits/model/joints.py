@@ -98,18 +98,16 @@ def find_joint(seen: Recording, site: Site) -> Joint:
 
 
 def factors_of(seen: Recording, sites: Sequence[Site], block: str) -> list[float]:
-    """By what a block multiplies what its mixers add to the stream, side by side; 1 where there is only one.
+    """By what a block multiplies what its mixers, if there are several side by side, add to the stream.
 
-    Found by the stream behind them, which some module reads, or which the block gives.
+    Found by the stream behind them, which some module reads, or which the block gives. Where an only mixer leaves no
+    such stream (an MLP reads beside it) the factor is 1.
 
     Raises:
         AttachError: no sum of what they write is there, or both are of one kind.
     """
-    if len(sites) == 1:
-        return [1.0]
-    lost = AttachError(two_mixers(seen, block, sites[0].name, sites[1].name), site=sites[1].name, hint=INSTEAD)
     if len({site.kind == "state" for site in sites}) < len(sites):
-        raise lost  # the names of nodes tell a recurrence from attention
+        raise _two(seen, sites, block)  # the names of nodes tell a recurrence from attention
     before = seen.given[block]
     parts = torch.stack([seen.gave[find_joint(seen, site).name] for site in sites], dim=-1)
     inside = [name for name in dict.fromkeys(seen.order) if name.startswith(f"{block}.") and name in seen.given]
@@ -117,7 +115,13 @@ def factors_of(seen: Recording, sites: Sequence[Site], block: str) -> list[float
         factors = factors_between(before, parts, end, seen.eps) if end.shape == before.shape else None
         if factors is not None:
             return [float(factor) for factor in factors]
-    raise lost
+    if len(sites) > 1:
+        raise _two(seen, sites, block)
+    return [1.0]
+
+
+def _two(seen: Recording, sites: Sequence[Site], block: str) -> AttachError:
+    return AttachError(two_mixers(seen, block, sites[0].name, sites[1].name), site=sites[1].name, hint=INSTEAD)
 
 
 def _past_finish(seen: Recording, site: Site, call: AttentionCall) -> Joint:

@@ -15,10 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.joints import Joint, call_of, factors_of, find_joint
-from workbench.analysis.circuits.model.modules import LayerModules, Projection, beside
+from workbench.analysis.circuits.model.modules import LayerModules, Projection, beside, times
 from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.model.reasons import INSTEAD, two_mixers, why_no_sum
-from workbench.analysis.circuits.model.recording import Recording, equal, same_product, same_sum
+from workbench.analysis.circuits.model.recording import (
+    Recording,
+    equal,
+    factors_between,
+    same_product,
+    same_sum,
+)
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.projections import is_conv1d, projection_slices
 from workbench.hooks.sites import Site
@@ -72,8 +78,8 @@ class LayerFinder:
             w_o = projection_slices(modules.out_module, modules.n_heads, modules.width)
             check_written(seen, site, modules.out, w_o, modules.out_module, joint.heads)
             written = [
-                _times(seen.gave[modules.out], factors[i]),
-                *(seen.gave[name] for name in (modules.mlp or ())[-1:]),
+                times(seen.gave[modules.out], factors[i]),
+                *(modules.added_by_mlp(seen.gave[name]) for name in (modules.mlp or ())[-1:]),
             ]
             stream = stream + written[0]
             for each in written:
@@ -117,18 +123,22 @@ class LayerFinder:
             raise AttachError(f"{joint.name}: {error.message}", site=site.name, hint=error.hint) from None
         projections = {part: self._projection(site, block, part, reads) for part in "qkv" if not joint.mixer}
         mixer_norm = self._mixer_norm(site, block, reads) if joint.mixer else None
-        attention, (before, size) = _times(seen.gave[joint.name], factor), to
-        last = None if after is None else find_mlp(seen, site, block, before, attention, after, joint.name, added=size)
-        mlp, mlp_norm, parallel = None, None, False
+        attention, (before, size) = times(seen.gave[joint.name], factor), to
+        mlp, mlp_norm, mlp_factor, parallel = None, None, 1.0, False
+        last = None
+        if after is not None:
+            last = find_mlp(seen, site, block, before, attention, after, joint.name, added=size, scaled=True)
         if last is not None:
             behind = (before + attention, size + attention.abs())
-            mlp, mlp_norm, read = self._mlp(site, block, last, (behind, (reads, reads.abs())))
+            name, mlp_factor = last
+            mlp, mlp_norm, read = self._mlp(site, block, name, (behind, (reads, reads.abs())))
             parallel = read == 1
         n_kv = n_heads if joint.mixer else projections["k"].columns.shape[0]
         mixer = site.name if joint.mixer else None
         found = LayerModules(
-            block, site, joint.name, mlp, projections, joint.module, width, n_heads, mlp_norm, mixer, mixer_norm, factor
-        )
+            block, site, joint.name, mlp, projections, joint.module, width, n_heads, mlp_norm, mixer, mixer_norm,
+            mlp_factor, factor=factor,
+        )  # fmt: skip
         kind = site.kind if site.kind == "cross" or (site.kind == "state" and self.blocks.count(block) > 1) else "self"
         return found, Layer(n_heads, n_kv, mlp is not None, parallel, kind, self.name, joint.mixer)
 
@@ -320,42 +330,40 @@ def _streams_of(seen: Recording, scope: str, reader: str, any_width: bool = Fals
 
 def find_mlp(
     seen: Recording, site: Site | None, block: str, before: Tensor, attention: Tensor, after: Tensor, out: str = "",
-    *, added: Tensor | None = None,
-) -> str | None:  # fmt: skip
-    """The outermost module of a block whose output is what the heads do not add to the stream.
+    *, added: Tensor | None = None, scaled: bool = False,
+) -> tuple[str, float] | None:  # fmt: skip
+    """The outermost module of a block whose output, times a factor, is what the heads do not add to the stream.
 
     Args:
         site: of the heads; None where there are none. before, after: the stream. attention: what they add to it.
         out: what joins them. added: the size of `before`, as of `same_sum`.
+        scaled: whether the factor may be another than 1.
     """
     own = "" if site is None else site.name
     stream, size = before + attention, (before.abs() if added is None else added) + attention.abs()
     if same_sum(after, stream, size, seen.eps):
         return None
-    fitting = []
+    fitting: list[tuple[str, float]] = []
+    other: list[tuple[str, float]] = []
     for name in dict.fromkeys(seen.order):
         holds_attention = own and (own.startswith(f"{name}.") or name == own or name.startswith(f"{own}."))
         if not name.startswith(f"{block}.") or holds_attention or name == out or seen.times[name] > 1:
             continue
         gave = seen.gave.get(name)
-        if (
-            gave is not None
-            and gave.shape == after.shape
-            and same_sum(after, stream + gave, size + gave.abs(), seen.eps)
-        ):
-            fitting.append(name)
-    if not fitting:
+        if gave is None or gave.shape != after.shape:
+            continue
+        if same_sum(after, stream + gave, size + gave.abs(), seen.eps):
+            fitting.append((name, 1.0))
+        elif scaled and (factor := factors_between(stream, gave[..., None], after, seen.eps)) is not None:
+            other.append((name, float(factor)))
+    if not (fitting or other):
         raise AttachError(
             f"the block {block} adds something to the residual stream that is neither its heads' output nor that of "
             f"one module, in {seen.precision}: {why_no_sum(seen, own, block, before, attention, after, out)}",
             site=own or None,
             hint=INSTEAD,
         )
-    return min(fitting, key=_depth)
-
-
-def _times(t: Tensor, factor: float) -> Tensor:
-    return t if factor == 1.0 else t * factor
+    return min(fitting or other, key=lambda each: _depth(each[0]))
 
 
 def _depth(name: str) -> int:

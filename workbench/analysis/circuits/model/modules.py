@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -56,12 +56,14 @@ class Branches:
         block: name of the block; two layers may share one. site: the attention.
         out: name of the module that gives what the attention adds; "" where there is none.
         mlp: name of the MLP, or those of the modules in a row that make it; None if there is none.
+        factor: what the output of `out` is multiplied by before it is added to the stream.
     """
 
     block: str
     site: Site
     out: str
     mlp: tuple[str, ...] | None
+    factor: float = field(default=1.0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class LayerModules(Branches):
         projections: of the queries "q", keys "k" and values "v"; none where all heads read the stream through one door.
         mlp_norm: as in `Projection`.
         mixer: name of the module that reads the stream for all heads, if one does. mixer_norm: as in `Projection`.
-        factor: what the output of `out` is multiplied by before it is added to the stream.
+        mlp_factor: as `factor`, of what the MLP gives.
     """
 
     projections: Mapping[str, Projection]
@@ -83,7 +85,7 @@ class LayerModules(Branches):
     mlp_norm: str | None
     mixer: str | None = None
     mixer_norm: str | None = None
-    factor: float = 1.0
+    mlp_factor: float = 1.0
 
     @property
     def reader(self) -> str:
@@ -96,7 +98,16 @@ class LayerModules(Branches):
     def w_o(self) -> Tensor:
         """[head, width, d_model] of what is added to the stream."""
         slices = projection_slices(self.out_module, self.n_heads, self.width)
-        return slices if self.factor == 1.0 else slices * self.factor
+        return times(slices, self.factor)
+
+    def added_by_mlp(self, gave: Tensor) -> Tensor:
+        """What is added to the stream where the MLP gives this."""
+        return times(gave, self.mlp_factor)
+
+
+def times(tensor: Tensor, factor: float) -> Tensor:
+    """The product; the tensor itself for 1."""
+    return tensor if factor == 1.0 else tensor * factor
 
 
 def unchanged(tensor: Tensor) -> Tensor:

@@ -164,11 +164,6 @@ def _check_middle(setup: Setup, activation: str, several: list[int], blocks: dic
                 f"the model has no {activation}: attention and MLP of {block} read the same stream, side by side",
                 hint='"resid_pre", "resid_post", "attn_out" and "mlp_out" are there',
             )
-        if any(getattr(each, "factor", 1.0) != 1.0 for each in setup.stream.anatomy.branches if each.block == block):
-            raise InterventionError(
-                f"the model has no {activation}: {block} multiplies what its heads write before it adds it",
-                hint='"resid_pre", "resid_post", "attn_out" and "mlp_out" are there',
-            )
         if last and not layer.mlp:
             raise InterventionError(
                 f"the model has no {activation}: {block} has no MLP behind its attention",

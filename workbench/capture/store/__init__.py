@@ -1,0 +1,1 @@
+"""Captures that lie on the disk: written forward by forward, read part by part."""
