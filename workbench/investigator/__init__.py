@@ -5,7 +5,8 @@ be run, `budget` keeps to forwards and minutes, `memory` has past investigations
 """
 
 from workbench.investigator.budget import Budget, BudgetSpent
-from workbench.investigator.investigation import Finding, Investigation, Planned, Sentence
+from workbench.investigator.findings import Finding, Planned, Sentence
+from workbench.investigator.investigation import Investigation
 from workbench.investigator.manager import InvestigationInterrupted, investigate
 from workbench.investigator.memory import Memory, Remembered
 from workbench.investigator.plan import ANALYSES, Plan, Step, ordered, parse

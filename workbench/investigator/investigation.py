@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,10 @@ from workbench.analysis.circuits.repair import Repair
 from workbench.analysis.circuits.roles import HeadRoles
 from workbench.analysis.importance import HeadImportance
 from workbench.errors import FileError, FormatError
-from workbench.investigator.plan import ANALYSES, Plan, parse
+from workbench.investigator.findings import Finding, Planned, Sentence
+from workbench.investigator.plan import ANALYSES, parse
+from workbench.investigator.writing import report_of
+from workbench.report import Report
 from workbench.storage import disk
 from workbench.storage.json_text import finite
 from workbench.storage.parts import Part
@@ -25,8 +28,6 @@ from workbench.storage.result import Result
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.report import Report
-
 FILE = "investigation.json"
 _VERSION = 1
 _STATUSES = ("done", "failed", "refused", "stopped")
@@ -34,64 +35,6 @@ _KINDS: dict[str, type[Result]] = {
     "faithfulness": Faithfulness, "random": Faithfulness, "circuit": Circuit, "importance": HeadImportance,
     "roles": HeadRoles, "overlap": CircuitOverlap, "repair": Repair,
 }  # fmt: skip
-_MAIN = ("circuit", "importance", "overlap", "repair", "roles", "faithfulness")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one analysis found, or why it did not.
-
-    Attributes:
-        number: its place, from 0. analysis, arguments: what was run; "baseline" comes first, unplanned.
-        status: "done"; "failed", with an error; "refused", before it ran; "stopped", by the budget.
-        numbers: JSON values. says: sentences, each of which rests on `results`, by name.
-        forwards, seconds: what it cost.
-    """
-
-    number: int
-    analysis: str
-    arguments: Mapping[str, Any]
-    status: str
-    numbers: Mapping[str, Any]
-    says: tuple[str, ...]
-    forwards: int
-    seconds: float
-    results: Mapping[str, Result] = field(default_factory=dict, compare=False)
-
-    @property
-    def main(self) -> Result | None:
-        """The result that a report shows; None where there is none, or nothing in it."""
-        found = next((self.results[name] for name in _MAIN if name in self.results), None)
-        return None if isinstance(found, Circuit) and not found.nodes else found
-
-    def told(self) -> dict[str, Any]:
-        """What a planner is told; not how long it took, which differs from run to run."""
-        return {
-            "number": self.number, "analysis": self.analysis, "arguments": dict(self.arguments), "status": self.status,
-            "numbers": finite(self.numbers), "says": list(self.says), "forwards": self.forwards,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan, when it was made and by whom.
-
-    Attributes:
-        at: how many findings there were. by: "rules" or "planner". refused: why answers of the planner were not used.
-    """
-
-    at: int
-    plan: Plan
-    by: str
-    refused: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """A sentence, and the numbers of the findings that it rests on."""
-
-    text: str
-    rests_on: tuple[int, ...]
 
 
 @dataclass(frozen=True, repr=False)
@@ -169,8 +112,6 @@ class Investigation:
 
     def report(self) -> Report:
         """The whole as a page: the answer, the reasoning, and each finding with the result it rests on."""
-        from workbench.investigator.writing import report_of
-
         return report_of(self)
 
     def save(self, folder: str | Path, *, since: int = 0) -> Path:

@@ -20,7 +20,8 @@ from workbench.inputs import decoder_start, device_for_inputs
 from workbench.investigator.analyses import RUNS, Found, Subject, baseline, check_task, places_of
 from workbench.investigator.asking import Asked, Planner
 from workbench.investigator.budget import Budget, BudgetSpent, Meter
-from workbench.investigator.investigation import FILE, Finding, Investigation, Planned, Sentence, verdict_of
+from workbench.investigator.findings import Finding, Planned, Sentence
+from workbench.investigator.investigation import FILE, Investigation, verdict_of
 from workbench.investigator.memory import Memory, Remembered, plain
 from workbench.investigator.plan import Plan, Step
 from workbench.session.workbench import Workbench

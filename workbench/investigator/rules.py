@@ -43,7 +43,7 @@ def plan_by_rules(state: Mapping[str, Any]) -> dict[str, Any]:
         if found is None:
             why = "Which heads matter could not be measured; the edges between them may still be."
         elif found["heads"]:
-            why = f"{len(found['heads'])} heads matter; find the edges between them."
+            why = "Some heads matter; find the edges between them."
         else:
             why = "No head matters alone although all do together: they may stand in for each other, so look at edges."
         return _plan(why, [known.tried["importance"]], _whole(known)[2:])

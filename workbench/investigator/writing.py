@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-from workbench.investigator.investigation import Finding, Investigation, Planned, Sentence
+from workbench.investigator.findings import Finding, Planned, Sentence
 from workbench.report import Report
 
 _FIRST = 3  # the section of finding 0, behind the answer and the reasoning
@@ -19,7 +20,40 @@ _TITLES = {
 _VERDICTS = {"circuit": "A circuit was found.", "none": "There is no circuit.", "undecided": "It is undecided."}
 
 
-def report_of(found: Investigation) -> Report:
+class Told(Protocol):
+    """What a report is written of: an `Investigation`, or as much of one."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def verdict(self) -> str: ...
+    @property
+    def answer(self) -> tuple[Sentence, ...]: ...
+    @property
+    def ended(self) -> str: ...
+    @property
+    def plans(self) -> tuple[Planned, ...]: ...
+    @property
+    def findings(self) -> tuple[Finding, ...]: ...
+    @property
+    def forwards(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def own_seconds(self) -> float: ...
+    @property
+    def budget(self) -> Mapping[str, float]: ...
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
+    @property
+    def memory(self) -> Mapping[str, Any]: ...
+
+
+def report_of(found: Told) -> Report:
     """The page; every sentence links to the findings that it rests on."""
     page = Report(
         f"How {found.model} does {found.task}", question=found.question, answer=_answer(found),
@@ -32,7 +66,7 @@ def report_of(found: Investigation) -> Report:
     return page
 
 
-def _answer(found: Investigation) -> str:
+def _answer(found: Told) -> str:
     return f"**{_VERDICTS[found.verdict]}** {_linked(found.answer)}"
 
 
@@ -64,7 +98,7 @@ def _numbers(finding: Finding) -> str:
     return _table(("", "value"), shown) if shown else ""
 
 
-def _costs(found: Investigation) -> str:
+def _costs(found: Told) -> str:
     rows = [
         (f"[{f.number}](#{_place(f.number)})", _plain(f.analysis), f.status, f"{f.forwards:,}", f"{f.seconds:.1f}")
         for f in found.findings
@@ -75,7 +109,7 @@ def _costs(found: Investigation) -> str:
     return f"{_table(('finding', 'analysis', 'status', 'forwards', 'seconds'), rows)}\n\n{_plain(own)}"
 
 
-def _reasoning(found: Investigation) -> str:
+def _reasoning(found: Told) -> str:
     """The plans in order: who planned, why, what is kept, new and dropped, and which answers were refused."""
     parts = [_memory(found)]
     before: Planned | None = None
@@ -105,7 +139,7 @@ def _because(why: str) -> str:
     return f", {_plain(why)}" if why else ""
 
 
-def _memory(found: Investigation) -> str:
+def _memory(found: Told) -> str:
     before, nearest = found.memory.get("asked before"), found.memory.get("nearest")
     said = []
     if before is not None:
