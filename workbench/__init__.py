@@ -53,6 +53,15 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.eviction import Eviction, eviction
     from workbench.analysis.gates import GateProfile, gate_profile
+    from workbench.analysis.grounding import (
+        Grounding,
+        ImagePlaces,
+        Pointing,
+        grounding,
+        image_places,
+        pointing,
+        word_grounding,
+    )
     from workbench.analysis.head_scores import (
         RetrievalScores,
         StreamingScores,
@@ -156,6 +165,13 @@ _LAZY = {
     "Report": "workbench.report",
     "GateProfile": "workbench.analysis.gates",
     "gate_profile": "workbench.analysis.gates",
+    "Grounding": "workbench.analysis.grounding",
+    "ImagePlaces": "workbench.analysis.grounding",
+    "grounding": "workbench.analysis.grounding",
+    "Pointing": "workbench.analysis.grounding",
+    "image_places": "workbench.analysis.grounding",
+    "pointing": "workbench.analysis.grounding",
+    "word_grounding": "workbench.analysis.grounding",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
@@ -206,9 +222,11 @@ __all__ = [
     "FileError",
     "FormatError",
     "GateProfile",
+    "Grounding",
     "HeadImportance",
     "HeadPatching",
     "HeadRoles",
+    "ImagePlaces",
     "InterventionError",
     "Investigation",
     "InvestigationInterrupted",
@@ -224,6 +242,7 @@ __all__ = [
     "Patching",
     "PatchingInterrupted",
     "PatternAtlas",
+    "Pointing",
     "PrecisionError",
     "Pruning",
     "PruningCurve",
@@ -263,9 +282,11 @@ __all__ = [
     "find_circuit",
     "gate_profile",
     "gating",
+    "grounding",
     "head_atlas_over",
     "head_importance",
     "head_roles",
+    "image_places",
     "investigate",
     "load_capture",
     "logit_attribution",
@@ -277,6 +298,7 @@ __all__ = [
     "patch_heads",
     "patch_layers",
     "pattern_atlas",
+    "pointing",
     "prune_heads",
     "reader",
     "repair",
@@ -289,6 +311,7 @@ __all__ = [
     "streaming_scores",
     "tasks",
     "views",
+    "word_grounding",
 ]
 
 

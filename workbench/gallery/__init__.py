@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tqdm.auto import tqdm
 
+from workbench.errors import WorkbenchError
 from workbench.gallery.exhibits import EXHIBITS
 from workbench.mechanisms import rooms
 from workbench.report import Report
@@ -29,8 +30,12 @@ def build(names: Sequence[str] | None = None, *, progress: bool = False) -> Repo
         progress: a bar that names the mechanism that is looked at.
 
     Raises:
-        WorkbenchError: no such mechanism or variant.
+        WorkbenchError: no such mechanism or variant, or no names at all.
     """
+    if isinstance(names, str) or (names is not None and not names):
+        raise WorkbenchError(
+            f"names={names!r} is no list of mechanisms", hint='["sqa:mha", "moh"], or None for all of them'
+        )
     chosen = [*rooms.names(), *EXHIBITS] if names is None else list(names)
     shown = [EXHIBITS[name] for name in chosen if name in EXHIBITS]
     found = []
