@@ -1,4 +1,4 @@
-"""The nouns of an investigation: what an analysis found, a plan and who made it, and a sentence with what it rests on."""
+"""The nouns of an investigation: what an analysis found, a plan and who made it, a sentence and what it rests on."""
 
 from __future__ import annotations
 
