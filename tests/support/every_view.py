@@ -238,6 +238,42 @@ def _image_attention(labels: Sequence[str] = ("one", "two", "three")) -> View:
     return views.image_attention(*image_capture(len(labels)), labels=labels)
 
 
+def _grounding(tokens: Sequence[str] = WORDS[:3]) -> View:
+    """Two pictures, the first with a whole view and two tiles; three heads in each of two layers."""
+    from workbench import Grounding, views
+
+    shown = torch.Generator().manual_seed(0)
+    grids = torch.tensor([[2, 4], [2, 2], [2, 2], [3, 3]])
+    n = int(grids.prod(1).sum())
+    frames = torch.tensor([[0.0, 0, 40, 20], [0, 0, 20, 20], [20, 0, 40, 20], [0, 0, 30, 30]])
+    cells = [torch.cartesian_prod(torch.arange(r), torch.arange(c)) for r, c in grids.tolist()]
+    boxes = []
+    for (rows, columns), (x0, y0, x1, y1), at in zip(grids.tolist(), frames.tolist(), cells, strict=True):
+        wide, high = (x1 - x0) / columns, (y1 - y0) / rows
+        left, top = x0 + at[:, 1] * wide, y0 + at[:, 0] * high
+        boxes.append(torch.stack([left, top, left + wide, top + high], 1))
+    weights = torch.rand(len(tokens), 6, n, generator=shown) ** 4
+    weights = 0.7 * weights / weights.sum(-1, keepdim=True)
+    sinks = torch.zeros(6, n, dtype=torch.bool)
+    sinks[2, 5] = True
+    rest = torch.tensor([0.02, 0.18, 0.1]).expand(len(tokens), 6, 3)
+    heads = [(layer, head) for layer in range(2) for head in range(3)]
+    return views.grounding(
+        Grounding(
+            positions=tuple(range(30, 30 + len(tokens))), tokens=tuple(tokens), writes=(*tokens[1:], ""),
+            labels=tuple(f"L{layer}H{head}" for layer, head in heads), sites=tuple(f"layers.{i}" for i, _ in heads),
+            layers=tuple(i for i, _ in heads), heads=tuple(h for _, h in heads), weights=weights, sinks=sinks,
+            parts=("the pictures", "other image tokens", "the first token", "other text"),
+            masses=torch.cat([weights.sum(-1, keepdim=True), rest], -1), sink_rule="one was given",
+            places=torch.arange(n) + 4, tile=tuple(t for t, at in enumerate(cells) for _ in at), cells=torch.cat(cells),
+            boxes=torch.cat(boxes), tile_names=("one, tile 0", "one, tile 1", "one, tile 2", "two"),
+            tile_pictures=(0, 0, 0, 1), grids=grids, names=("one", "two"), sizes=torch.tensor([[20, 40], [30, 30]]),
+            pictures=tuple(torch.randint(0, 256, size, generator=shown).byte() for size in ((20, 40, 3), (30, 30, 3))),
+            calls=1, provenance={},
+        )
+    )  # fmt: skip
+
+
 def _head_gallery(labels: Sequence[str] = WORDS[:6]) -> View:
     from workbench import views
 
@@ -446,6 +482,7 @@ VIEWS: dict[str, Callable[[], View]] = {
     "head_gallery": _head_gallery,
     "head_page": head_page,
     "image_attention": _image_attention,
+    "grounding": _grounding,
     "token_strip": _token_strip,
     "circuit_graph": _circuit_graph,
     "overlap_matrix": _overlap_matrix,
@@ -499,6 +536,7 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "head wall": head_wall,
     "head_page": head_page,
     "image_attention": _image_attention,
+    "grounding": _grounding,
     "token_strip": _token_strip,
     "circuit_graph": _circuit_graph,
     "playground": playground,
@@ -518,6 +556,7 @@ CHOOSING: dict[str, dict[str, Any]] = {
     "circuit_graph": {"layer": 1, "heads": (2,)},
     "overlap_matrix": {"layer": 1, "heads": (2,)},
     "image_attention": {"layer": 1, "heads": (1,), "query": 3, "example": 1},
+    "grounding": {"layer": 1, "heads": (1,), "query": 31, "key": 22, "example": 1},
     "token_strip": {"token": 6},
     "playground": {"layer": 1, "heads": (2,), "query": 5},
     "half-lives": {"layer": 0, "heads": (3,)},
@@ -546,6 +585,7 @@ SETTING: dict[str, dict[str, Any]] = {
     "head_atlas": {"metric": "Sink"},
     "head_gallery": {"shared": True},
     "image_attention": {"received": True, "shared": True},
+    "grounding": {"show": "weights", "tiles": "one"},
     "token_strip": {"channel": "effect"},
     "circuit_graph": {"by": "absolute", "n": 7},
     "overlap_matrix": {"measure": "share", "pair": [1, 2]},
