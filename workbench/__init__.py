@@ -53,6 +53,15 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.eviction import Eviction, eviction
     from workbench.analysis.gates import GateProfile, gate_profile
+    from workbench.analysis.grounding import (
+        Grounding,
+        ImagePlaces,
+        Pointing,
+        grounding,
+        image_places,
+        pointing,
+        word_grounding,
+    )
     from workbench.analysis.head_scores import (
         RetrievalScores,
         StreamingScores,
@@ -79,6 +88,7 @@ if TYPE_CHECKING:
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
     from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
+    from workbench.investigator import Investigation, InvestigationInterrupted, Memory, investigate
     from workbench.kernels.functions import attention_function
     from workbench.kernels.statistics import statistic
     from workbench.metrics import Metric
@@ -143,6 +153,10 @@ _LAZY = {
     "KVGroup": "workbench.hooks.heads",
     "attention_function": "workbench.kernels.functions",
     "statistic": "workbench.kernels.statistics",
+    "Investigation": "workbench.investigator",
+    "InvestigationInterrupted": "workbench.investigator",
+    "investigate": "workbench.investigator",
+    "Memory": "workbench.investigator",
     "Metric": "workbench.metrics",
     "Mixing": "workbench.hooks.readers",
     "ModuleRun": "workbench.hooks.readers",
@@ -151,6 +165,13 @@ _LAZY = {
     "Report": "workbench.report",
     "GateProfile": "workbench.analysis.gates",
     "gate_profile": "workbench.analysis.gates",
+    "Grounding": "workbench.analysis.grounding",
+    "ImagePlaces": "workbench.analysis.grounding",
+    "grounding": "workbench.analysis.grounding",
+    "Pointing": "workbench.analysis.grounding",
+    "image_places": "workbench.analysis.grounding",
+    "pointing": "workbench.analysis.grounding",
+    "word_grounding": "workbench.analysis.grounding",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
@@ -201,14 +222,19 @@ __all__ = [
     "FileError",
     "FormatError",
     "GateProfile",
+    "Grounding",
     "HeadImportance",
     "HeadPatching",
     "HeadRoles",
+    "ImagePlaces",
     "InterventionError",
+    "Investigation",
+    "InvestigationInterrupted",
     "KVGroup",
     "LayerPatching",
     "LogitAttribution",
     "LogitLens",
+    "Memory",
     "Metric",
     "Mixing",
     "ModuleRun",
@@ -216,6 +242,7 @@ __all__ = [
     "Patching",
     "PatchingInterrupted",
     "PatternAtlas",
+    "Pointing",
     "PrecisionError",
     "Pruning",
     "PruningCurve",
@@ -255,9 +282,12 @@ __all__ = [
     "find_circuit",
     "gate_profile",
     "gating",
+    "grounding",
     "head_atlas_over",
     "head_importance",
     "head_roles",
+    "image_places",
+    "investigate",
     "load_capture",
     "logit_attribution",
     "logit_lens",
@@ -268,6 +298,7 @@ __all__ = [
     "patch_heads",
     "patch_layers",
     "pattern_atlas",
+    "pointing",
     "prune_heads",
     "reader",
     "repair",
@@ -280,6 +311,7 @@ __all__ = [
     "streaming_scores",
     "tasks",
     "views",
+    "word_grounding",
 ]
 
 

@@ -77,7 +77,7 @@ def recording_backend(
                 failed.add(name)
                 _log.warning("what %s looks at could not be told: %s: %s", name, type(error).__name__, error)
 
-    class RecordingBackend(base):  # type: ignore[misc, valid-type]
+    class RecordingBackend(base):
         """The base, with that implementation."""
 
         @staticmethod

@@ -217,6 +217,7 @@ def test_duo_attention_round_trip(atlas: CorpusAtlas, tmp_path: Path) -> None:
 def test_page(atlas: CorpusAtlas, tmp_path: Path) -> None:
     views = workbench.views.all_of(atlas)
     assert [view.spec.kind for view in views] == ["head_atlas", "table", "table"]
+    assert {row["label"].split(" · ")[1] for row in views[2].spec.facts["rows"]} <= {"1", "2", "3", "4"}
     page = Path(atlas.to_html(tmp_path / "atlas.html"))
     assert page.stat().st_size < 15e6
     assert atlas.table.shape[0] == 5

@@ -96,7 +96,7 @@ def test_heads_and_profile_of_whispers_encoder(whisper_base: Path) -> None:
     encoder = whole.model.encoder
     mute(encoder.layers[5].self_attn.out_proj, 3, 64)
     n = encoder.config.max_source_positions = 500
-    encoder.embed_positions.weight = torch.nn.Parameter(encoder.embed_positions.weight[:n])
+    encoder.embed_positions = torch.nn.Embedding.from_pretrained(encoder.embed_positions.weight[:n])
     features = torch.randn(1, 80, 2 * n, generator=torch.Generator().manual_seed(0)) * 0.3
     batch = {"input_features": features}
     heads = [(layer, head) for layer in (0, 5) for head in ((1, 6) if layer == 0 else range(8))]

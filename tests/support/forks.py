@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _STREAMS = (0, 1, 2)
@@ -51,6 +51,7 @@ def _end_with_the_tests() -> None:
 def _serve(address: str, modules: Sequence[str]) -> None:
     os.dup2(0, _LIFELINE, inheritable=False)
     _end_with_the_tests()
+    os.environ["JPY_PARENT_PID"] = "1"  # kernels, which read it when they are imported, are to watch nobody
     for name in modules:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
@@ -73,7 +74,9 @@ def _answer(asker: socket.socket) -> None:
     size, streams, _, _ = socket.recv_fds(asker, 4, len(_STREAMS))
     asked = json.loads(asker.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
     if child := os.fork():
-        asker.sendall(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]).to_bytes(2, "big", signed=True))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with suppress(BrokenPipeError):
+            asker.sendall(code.to_bytes(2, "big", signed=True))
         return
     _end_with_the_tests()
     asker.close()
@@ -81,7 +84,7 @@ def _answer(asker: socket.socket) -> None:
         os.dup2(stream, number)
     os.chdir(asked["folder"])
     os.environ.clear()
-    os.environ.update(asked["environment"], JPY_PARENT_PID=str(os.getppid()))
+    os.environ.update(asked["environment"])
     sys.path[0] = ""
     sys.argv = asked["command"]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

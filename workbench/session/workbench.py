@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from workbench.errors import AttachError, CaptureError
 from workbench.hooks.code import scripted_attention
 from workbench.hooks.compiled.doors import Doors, eager_door
 from workbench.hooks.compiled.regions import check_not_compiled, find_regions, uncompiled
+from workbench.hooks.heads import parse_heads
 from workbench.hooks.layouts import STATE_IT, Layouts
 from workbench.hooks.proofs.axes import Axes
 from workbench.hooks.sites import Sites, Unread, find_sites, without
@@ -32,6 +33,7 @@ from workbench.session.interventions import Interventions
 from workbench.session.looking import LIMIT, look_at, nominated, unlooked
 from workbench.session.open_contexts import OpenContexts
 from workbench.session.recorder import Recorder, SiteChoice, choose
+from workbench.session.row_watch import RowWatch, Step
 from workbench.session.verification import Verification, verify_model
 from workbench.storage.provenance import describe
 from workbench.storage.weights import WeightsThen, latest_hash
@@ -251,6 +253,31 @@ class Workbench(Interventions):
             name: provenance.get(name) for name in ("model_class", "weights_sha256", "tokenizer_sha256", "dtype")
         }
         return open_writer(store, settings, provenance, identity)
+
+    @contextmanager
+    def watch_rows(self, heads: Any, tell: Callable[[Step], object]) -> Iterator[None]:
+        """Tell what chosen heads look at, as the model runs: at each forward inside the `with`, such as each step of
+        `generate()`, the weights of its last query. Nothing is kept, and the model's outputs stay the same to the bit.
+
+        Args:
+            heads: as in `ablate`: (layer, head), "L9H6", or several.
+            tell: is given a `Step` when a forward is over: `step.rows["L9H6"]` is [batch, key]. Of packed rows, and of
+                continuous batches, one for each sequence. What it raises leaves through the model's forward; in threads
+                that did not open the `with` it is logged.
+
+        Raises:
+            InterventionError: no such head.
+
+        >>> import torch
+        >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
+        >>> with attach(model) as wb, wb.watch_rows("L0H2", lambda step: print(list(step.rows["L0H2"].shape))):
+        ...     _ = model(torch.randn(2, 5, 16))
+        [2, 5]
+        """
+        self.check_ready()
+        watch = RowWatch(self._inner, self.sites, parse_heads(self.sites, heads), tell)
+        with self._contexts.watching(watch):
+            yield
 
     def _told(self, sites: Sites) -> Sites:
         """The sites without those that turned out to be none, or cannot be shown; the latter are unread."""

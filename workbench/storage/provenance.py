@@ -178,7 +178,7 @@ def commit() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=5)
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -112,7 +112,7 @@ class CorpusAtlas(Result):
         """One row per head: scores, drifts with their errors, deciles of entropy and distance, copying."""
         import pandas as pd
 
-        frame = {"layer": self.layers, "head": self.numbers, "site": self.sites}
+        frame: dict[str, Any] = {"layer": self.layers, "head": self.numbers, "site": self.sites}
         scores, drift, error = self.scores, self.drift, self.drift_error
         frame |= {name: scores[i].numpy() for i, name in enumerate(SCORES)}
         frame["copying"] = self.copying.double().numpy()

@@ -53,7 +53,8 @@ def _more_of_corpus_atlas(found: CorpusAtlas) -> list[View]:
     looks = found.examples
     if not len(looks):
         return [varies]
-    rows = [f"L{row.layer}H{row.head} · {i + 1}" for i, row in enumerate(looks.itertuples())]
+    number = looks.groupby(["layer", "head"]).cumcount() + 1
+    rows = [f"L{row.layer}H{row.head} · {i}" for row, i in zip(looks.itertuples(), number, strict=True)]
     examples = table(
         rows,
         [Column("weight", looks["weight"].tolist()), Column("where", looks["text"].tolist())],
