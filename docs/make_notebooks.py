@@ -14,7 +14,7 @@ import io
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,17 @@ WIDTH, COLOURS = 720, 96
 LIVE = "application/vnd.jupyter.widget-view+json"
 
 
-def execute(notebook: Any, folder: Path) -> None:
-    """Run all cells in a fresh kernel that works in `folder`, however long that takes on a loaded machine."""
+def execute(notebook: Any, folder: Path, command: Sequence[str] = ()) -> None:
+    """Run all cells in a fresh kernel that works in `folder`, however long that takes on a loaded machine.
+
+    Args:
+        command: what runs a module in the place of `python -m`.
+    """
     patience = {"timeout": None, "startup_timeout": 600, "iopub_timeout": 600}
-    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": folder}}, **patience).execute()
+    client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": folder}}, **patience)
+    if command:
+        client.create_kernel_manager().kernel_spec.argv = [*command, "ipykernel_launcher", "-f", "{connection_file}"]
+    client.execute()
 
 
 def run(path: Path) -> Any:

@@ -43,7 +43,8 @@ class Changes:
             self._undo()  # again, for the interrupt that broke off the first
 
     def __del__(self) -> None:
-        self._undo()
+        if hasattr(self, "_before"):  # no interrupt came before there was anything to undo
+            self._undo()
 
     def before(self, module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> None:
         """A forward pre-hook, as `register_forward_pre_hook` takes it."""

@@ -161,6 +161,8 @@ class Layouts:
                     f'the layout "{stated}" is not that of what the kernel gave', site=call.site, shape=shape
                 )
             return call.under(bound), None
+        if call.shown is not None and (bound := call.shown.bind(shape)) is not None:
+            return self._shown(call, bound), None
         if blocks and call.site in self._blocks and (found := self._blocks[call.site].of(ordinal, shape)) is not None:
             return replace(call.under(found[1]), block=found[0]), None
         known = self._known.get((call.site, ordinal))
@@ -190,6 +192,14 @@ class Layouts:
             return call.under(bound), waiting
         waiting.call = kept(call)
         return None, waiting
+
+    def _shown(self, call: Unplaced, bound: Bound) -> AttentionCall | None:
+        """The call under the axes that its graph shows, if it has the heads that its module states."""
+        stated, heads = stated_heads(call.module), bound.count("head")
+        if stated is not None and heads not in (stated, call.heads):
+            self.refused[call.site] = reason = f"the module states {stated} heads, and its call has {heads}"
+            raise CaptureError(reason, site=call.site, shape=call.output.shape)
+        return call.under(bound)
 
     def of_registry(self, call: AttentionCall) -> AttentionCall:
         """A call that says itself what its axes are; but a softmax over channels is called in the same way."""

@@ -25,9 +25,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from workbench.errors import InterventionError
+from workbench.errors import CaptureError, InterventionError
 from workbench.hooks import bridges, calls, cut_weights, flex, multihead, registry
 from workbench.hooks.blocks import gather
+from workbench.hooks.compiled.calls import of_recorded
+from workbench.hooks.compiled.graph import place
+from workbench.hooks.compiled.operator import Recorded
+from workbench.hooks.compiled.regions import EAGER, Region
+from workbench.hooks.compiled.watched import Watched
 from workbench.hooks.forwards import InputsHook, calling_method, check_plain, entries_of, examples_of
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.layouts import UNKNOWN, Layouts, learn
@@ -58,9 +63,15 @@ class Observer:
         model: the module to watch; calls outside it are ignored.
         listener: is told of each call, in the thread that made it.
         layouts: what is known of the axes of its kernel calls, and is added to; by default nothing.
+        regions: what of the model is compiled, and is to be compiled once more with what records its attention.
+
+    Raises:
+        CaptureError: what is compiled cannot be watched.
     """
 
-    def __init__(self, model: nn.Module, listener: Listener, layouts: Layouts | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, listener: Listener, layouts: Layouts | None = None, regions: Sequence[Region] = ()
+    ) -> None:
         self._model, self._listener = model, listener
         self._layouts = Layouts() if layouts is None else layouts
         self._proved: set[str] = set()  # sites of readers whose gradients have been compared
@@ -69,16 +80,21 @@ class Observer:
         self._readers: dict[nn.Module, Reader] = {module: reader for module, reader in found if reader is not None}
         self._threads: dict[int, ThreadRun] = {}
         self._hooks: list[tuple[MutableMapping[int, Any], int, Any]] = []  # where each hook goes, its key, the hook
-        self._flex = flex.namespaces(self._names)
+        self._watched = Watched(model, regions, self._run_compiled) if regions else None
+        self._eager = self._names if self._watched is None else self._watched.eager
+        self._flex = flex.namespaces(self._eager)
         self._cut = cut_weights.is_cut(model)
         self._bridge = bridges.Whole(model, self._is_running)
 
     def __enter__(self) -> Observer:
         if not self._hooks:
             self._hooks = list(self._wanted_hooks())
-        registry.install(self)
-        flex.install(self, self._flex)
-        self._bridge.open()
+        if self._eager:  # what is compiled would be compiled anew with what stands in the place of functions
+            registry.install(self)
+            flex.install(self, self._flex)
+            self._bridge.open()
+        if self._watched is not None:
+            self._watched.open()
         for where, key, hook in self._hooks:
             where[key] = hook
         return self
@@ -88,6 +104,8 @@ class Observer:
     ) -> None:
         for where, key, _ in self._hooks:
             where.pop(key, None)
+        if self._watched is not None:
+            self._watched.close()
         self._bridge.close()
         registry.uninstall(self)
         flex.uninstall(self)
@@ -106,13 +124,20 @@ class Observer:
         A module's hooks have another key than those of the process, which would else be taken for the module's own.
         """
         key = RemovableHandle(OrderedDict()).id
-        yield torch_module._global_forward_hooks_with_kwargs, key, True
-        yield torch_module._global_forward_hooks_always_called, key, True
-        yield torch_module._global_forward_pre_hooks, key, self._begin
-        yield torch_module._global_forward_hooks, key, self._finish
-        told: dict[nn.Module, list[Callable[..., None]]] = {entry: [self._inputs] for entry in entries_of(self._model)}
+        if self._watched is None:
+            yield torch_module._global_forward_hooks_with_kwargs, key, True
+            yield torch_module._global_forward_hooks_always_called, key, True
+            yield torch_module._global_forward_pre_hooks, key, self._begin
+            yield torch_module._global_forward_hooks, key, self._finish
+        else:
+            yield from ((where, key, hook) for where, hook in self._watched.hooks(self._begin, self._finish))
+        told: dict[nn.Module, list[Callable[..., None]]] = {}
+        for entry in entries_of(self._model):
+            if entry in self._eager:
+                told[entry] = [self._inputs]
         for module in self._readers:
-            told.setdefault(module, []).append(self._before_reading)
+            if module in self._eager:
+                told.setdefault(module, []).append(self._before_reading)
         key = RemovableHandle(OrderedDict()).id
         for module, tell in told.items():
             yield module._forward_pre_hooks_with_kwargs, key, True
@@ -139,11 +164,11 @@ class Observer:
 
     # Modules begin and end.
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
+    def _begin(self, module: nn.Module, args: Any, frame: FrameType | None = None) -> None:
         name = self._names.get(module)
         if name is None:
             return
-        frame = sys._getframe(1)
+        frame = sys._getframe(1) if frame is None else frame
         state = self._state(frame)
         if state.reading:
             return
@@ -222,6 +247,32 @@ class Observer:
             self._layouts.inputs(state.examples)
             self._listener.on_inputs(args, kwargs)
 
+    def _run_compiled(self, region: Region, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A compiled callable of the model is called: what records runs in its place."""
+        assert self._watched is not None
+        module, given, frame = region.runs, args[len(region.bound) :], sys._getframe()
+        if module is not None:
+            self._begin(module, given, frame)
+            if module in entries_of(self._model):
+                self._inputs(module, given, kwargs)
+        state = self._state(frame)
+        fired = set[int]()
+        if not state.stack or state.reading:
+            return region.compiled(*args, **kwargs)  # whoever calls is none of the model's modules
+        try:
+            with (
+                state.compiled_code(),
+                self._watched.graphs(region, lambda given: self._saw_recorded(region, given, fired)) as run,
+            ):
+                output = run(*args, **kwargs)
+        except Exception:
+            if module is not None:
+                self._finish(module, given, None)
+            raise
+        if module is not None:
+            self._finish(module, given, kwargs, output)
+        return output
+
     # What the taps see: each gives what the model goes on with, or None for what it has.
 
     def _saw_sdpa(self, given: dict[str, Any], output: Tensor, watch: LseWatch) -> Tensor | None:
@@ -250,6 +301,21 @@ class Observer:
             None if name is None else (site_name(name), module),
         )
         return result if replaced is None else (replaced, *result[1:])
+
+    def _saw_recorded(self, region: Region, given: Recorded, fired: set[int]) -> None:
+        assert self._watched is not None
+        state = self._state(sys._getframe())
+        if not state.stack:
+            return
+        try:
+            found = self._watched.owner(region, given, fired)
+        except CaptureError as error:
+            if not self._listener.on_failed(error.site or "", error):
+                raise
+            return
+        owner, joins = (state.owner, None) if found is None else found
+        if self._tell(lambda owner: of_recorded(owner, place(given.place), given, joins), owner) is not None:
+            raise InterventionError("it runs in compiled code, and cannot be edited there", site=owner[0], hint=EAGER)
 
     def _saw_linear(self, func: Any, args: Sequence[Any]) -> bool:
         waiting, learning, told = self._layouts.is_waiting, self._layouts.learning, self._listener.follows_linear()
@@ -289,7 +355,7 @@ class Observer:
                         self._listener.on_call(call)
 
     def _tell(
-        self, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner | None = None
+        self, make: Callable[[calls.Owner], AttentionCall | Unplaced | None], owner: calls.Owner | None = None
     ) -> Tensor | None:
         """Hand a call to the listener, and give the new output of the kernel, or None.
 
@@ -311,10 +377,12 @@ class Observer:
             return None
 
     def _make_and_tell(
-        self, state: ThreadRun, make: Callable[[calls.Owner], AttentionCall | Unplaced], owner: calls.Owner
+        self, state: ThreadRun, make: Callable[[calls.Owner], AttentionCall | Unplaced | None], owner: calls.Owner
     ) -> Tensor | None:
         with state.tap.away():  # an edit may itself take a softmax and multiply
             made = make(owner)
+            if made is None:
+                return None
             check_plain(made.output, owner[0])
             if isinstance(made, Unplaced) and self._cut:
                 made = cut_weights.with_heads_here(made)

@@ -126,6 +126,10 @@ class ProjectionFinder:
             self._found[site] = name, module
             self._past.add(site)
 
+    def joins(self, site: str, name: str, module: nn.Module) -> None:
+        """What joins the heads of a site, as they are, was found by other means: in a compiled graph."""
+        self._found.setdefault(site, (name, module))
+
     def saw_call(self, site: str, module: nn.Module, z: Tensor) -> None:
         """An attention call gave z [batch, query, head, width], in memory that stays as it is."""
         if self.knows(site) and site not in self._gated:

@@ -92,6 +92,8 @@ def _interface() -> Any:
 
 def _get_interface(self: Any, attn_implementation: str, default: Backend) -> Backend:
     assert _original is not None
+    if torch.compiler.is_compiling():
+        return _original(self, attn_implementation, default)
     function: Backend = _original(self, attn_implementation, default)
     for listener in _listeners.stack:
         function = partial(_run, listener, attn_implementation or "", function)
@@ -150,7 +152,7 @@ def read(
         return facts | {"mask": from_block_mask(mask, q, k)}
     # Written out: what is hidden stands in the mask alone.
     shown = None if mask is None else mask[..., : k.shape[-2]]
-    return facts | {"mask": shown, "offset": _first_position(shown, q.shape[2], k.shape[2])}
+    return facts | {"mask": shown, "offset": first_position(shown, q.shape[2], k.shape[2])}
 
 
 def _kind(backend: str, mask: Any) -> str:
@@ -183,7 +185,7 @@ def _as_sdpa(
 ) -> dict[str, Any]:
     n_q, n_k = q.shape[2], k.shape[2]
     causal = n_q > 1 and mask is None and _is_causal(module, given)
-    facts: dict[str, Any] = {"mask": mask, "is_causal": causal, "offset": _first_position(mask, n_q, n_k)}
+    facts: dict[str, Any] = {"mask": mask, "is_causal": causal, "offset": first_position(mask, n_q, n_k)}
     if causal and n_k > n_q:  # an empty static cache: keys past the queries are not seen
         facts |= {"k": k[:, :, :n_q], "v": v[:, :, :n_q]}
         if given.get("position_bias") is not None:
@@ -195,7 +197,7 @@ def _as_sdpa(
     return facts
 
 
-def _first_position(mask: Tensor | None, n_queries: int, n_keys: int) -> int | None:
+def first_position(mask: Tensor | None, n_queries: int, n_keys: int) -> int | None:
     """Position of the first query among the keys of a cache: a cache of fixed size has room after the last query.
 
     None where the mask does not tell, because there is none or because nothing is cached.

@@ -7,6 +7,8 @@ modes follow from the stack by `settle`, which may be repeated at any time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -47,6 +49,7 @@ class ThreadRun:
         tap: sees functions, while something runs and not on a native path; there `watch` sees operators.
         backend: runs Hugging Face's backends.
         replay: it runs in a backward pass.
+        compiled: compiled code runs, which is not to see the tap.
         reading: a reader is at work, whose own use of the model is not the model's.
         stack: the modules that run, the innermost last.
         examples: how many the model was given; None if it was not itself called.
@@ -60,6 +63,7 @@ class ThreadRun:
     backend: registry.Listener
     replay: bool = False
     reading: bool = False
+    compiled: bool = False
     examples: int | None = None
     watch: KernelWatch | None = None
     stack: list[Running] = field(default_factory=list)
@@ -80,12 +84,12 @@ class ThreadRun:
     def settle(self) -> None:
         """Put on and take off modes so that they are those of what runs."""
         native = self.native
-        if native or not self.stack:
+        if native or self.compiled or not self.stack:
             leave_function_mode(self.tap)
         if not native and self.watch is not None:
             leave_dispatch_mode(self.watch)
             self.watch = None
-        if not self.stack:
+        if self.compiled or not self.stack:
             registry.stop_listening(self.backend)
             return
         registry.listen(self.backend)
@@ -93,6 +97,17 @@ class ThreadRun:
             self.watch.__enter__()
         elif not native and not self.tap.entered:
             self.tap.__enter__()
+
+    @contextmanager
+    def compiled_code(self) -> Iterator[None]:
+        """Inside, no mode of ours is on: it would be compiled too, and asked for at each later call."""
+        before, self.compiled = self.compiled, True
+        try:
+            self.settle()
+            yield
+        finally:
+            self.compiled = before
+            self.settle()
 
     def drop_ended(self, frame: FrameType | None) -> bool:
         """Forget the modules whose forward was left by an interrupt; whether any was forgotten.

@@ -45,7 +45,7 @@ def _sdpa(
     """SDPA's parameters, to bind a call's arguments by name; the builtin has no signature of its own."""
 
 
-_SIGNATURE = inspect.signature(_sdpa)
+SIGNATURE = inspect.signature(_sdpa)
 _TENSORS = ("query", "key", "value", "attn_mask")
 
 
@@ -136,7 +136,7 @@ class FunctionTap(TorchFunctionMode):
         return self._follower.saw(func, args, kwargs, result)
 
     def _sdpa(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        bound = _SIGNATURE.bind(*args, **kwargs)
+        bound = SIGNATURE.bind(*args, **kwargs)
         bound.apply_defaults()
         watch = self._inner or LseWatch()
         q = bound.arguments["query"]

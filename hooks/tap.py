@@ -107,6 +107,9 @@ class AttentionCall:
         shard: which heads of the whole model these are, where other processes hold the rest; None: all of them.
         segments: where the kernel was told that the first row holds several sequences, which.
         state: of a module that has a reader, what it found in its cache and left there.
+        compiled: of a call in compiled code, "kept" where only what a fused kernel takes and gives was read, so that
+            its graph is as it was; "changed" where the compiler may have merged less.
+        joins: path and module of the linear layer that takes what the heads give, where a compiled graph shows it.
         part: of a call on packed rows, the sequence that this one is; only `output` is still that of all.
     """
 
@@ -143,6 +146,8 @@ class AttentionCall:
     block: Block | None = None
     joined: int = 1
     state: StateLink = field(default_factory=StateLink)
+    compiled: Literal["", "kept", "changed"] = ""
+    joins: tuple[str, nn.Module] | None = None
 
     @property
     def has_halo(self) -> bool:

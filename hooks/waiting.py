@@ -24,6 +24,7 @@ class Unplaced:
         under: makes the call, given what the axes are. tensors: what it is made of.
         read: the values as they were given, and how many keys they have.
         values: with the axes of the output, keys in the place of queries; None where they have other axes.
+        shown: what its axes are, where the graph that it stands in shows them.
         scored: its kernel multiplies queries with keys, which no gate of experts does.
     """
 
@@ -38,6 +39,7 @@ class Unplaced:
     tensors: tuple[Tensor | None, ...] = ()
     values: Tensor | None = None
     scored: bool = False
+    shown: Axes | None = None
 
     @property
     def by_fewer_rows(self) -> bool:

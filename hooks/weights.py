@@ -67,6 +67,44 @@ def described(value: Any) -> Iterator[tuple[str, Tensor | None]]:
         yield f"{value.dtype} {list(value.shape)}", value.detach()
 
 
+def kinds(model: nn.Module) -> list[str]:
+    """In what kinds of numbers a model's weights are kept, in the order of their names: "int8 for float32", "float32".
+
+    Of tensors of several parts, as quantized ones are, it is the kind of their narrowest part, with the kind that they
+    stand for. Numbers that layers pack into buffers of up to 32 bits (GPTQ) count as the parameters that they take the
+    place of; positions, which have 64, and masks do not.
+
+    >>> kinds(nn.Linear(2, 2))
+    ['float32']
+    """
+    found = {_kind(parameter) for parameter in model.parameters()}
+    found |= {_kind(buffer) for buffer in model.buffers() if buffer.dim() > 1 and buffer.dtype in _PACKED}
+    for module in model.modules():  # PyTorch's own quantized layers keep theirs in no parameter
+        weight = getattr(module, "weight", None) if not list(module.parameters(recurse=False)) else None
+        try:
+            given = weight() if callable(weight) else weight
+        except (RuntimeError, TypeError):
+            continue
+        found |= {_kind(given)} if isinstance(given, Tensor) and given.is_quantized else set()
+    return sorted(found)
+
+
+_PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32}
+
+
+def _kind(tensor: Tensor) -> str:
+    own = _named(tensor.dtype)
+    parts: list[Tensor] = []
+    if is_traceable_wrapper_subclass(tensor):
+        parts = [part for _, part in described(tensor) if part is not None]
+    least = min(parts, key=lambda part: part.element_size(), default=tensor)
+    return own if least.dtype == tensor.dtype else f"{_named(least.dtype)} for {own}"
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def matrix(module: nn.Module) -> Tensor:
     """The weight of a linear module as a plain floating-point matrix, without gradients; a view where it can be one.
 

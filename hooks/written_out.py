@@ -115,6 +115,10 @@ class Follower:
                     self._weights[result] = None, self._weights[other][1]
         return result
 
+    def weights_of(self, tensor: Tensor) -> tuple[Tensor, float] | None:
+        """The weights before dropout that a tensor is made of, and the dropout; None if it is made of none."""
+        return self._of(tensor) if tensor in self._weights else None
+
     def _of(self, tensor: Tensor) -> tuple[Tensor, float]:
         weights, dropout = self._weights[tensor]
         return tensor if weights is None else weights, dropout
@@ -125,49 +129,58 @@ class Follower:
             self._weights[result] = None, 0.0
 
     def _product(self, weights: Tensor, dropout: float, values: Any, result: Tensor) -> Any:
-        """weights [..., query, key] @ values [..., key, width], where axes of one index stand for all."""
-        if not isinstance(values, Tensor) or not 3 <= values.dim() <= weights.dim() == result.dim():
-            return result
-        if values.shape[-2] != weights.shape[-1]:
-            return result
-        lead = "abcefghij"[: result.dim() - 2]
-        own = lead[len(lead) - values.dim() + 2 :]
-        values_letters = "".join(x for x, n in zip(own, values.shape, strict=False) if n > 1 or _one(result, lead, x))
-        kept = [n for x, n in zip(own, values.shape, strict=False) if x in values_letters]
-        values = values.reshape(*kept, *values.shape[-2:])
-        if any(n not in (1, m) for n, m in zip(weights.shape[:-2], result.shape[:-2], strict=True)):
-            return result
-        weights = weights.expand(*result.shape[:-2], *weights.shape[-2:])
-        return self._report(
-            WrittenOut(weights, values, result, (f"{lead}qk", f"{values_letters}kd", f"{lead}qd"), dropout)
-        )
+        found = of_product(weights, dropout, values, result) if isinstance(values, Tensor) else None
+        return result if found is None else self._report(found)
 
     def _einsum(self, args: Sequence[Any], result: Tensor) -> Any:
-        """einsum("bhqk,bkhd->bqhd", weights, values) and its like, in any letters and either order."""
         if len(args) == 2 and isinstance(args[1], (list, tuple)):
             args = (args[0], *args[1])
         if len(args) != 3 or not isinstance(args[0], str) or not all(isinstance(t, Tensor) for t in args[1:]):
             return result
-        terms, _, out = args[0].replace(" ", "").partition("->")
-        left, _, right = terms.partition(",")
-        left, right, out = _spelled_out(left, right, out, args[1].dim(), args[2].dim())
-        operands = [(left, args[1]), (right, args[2])]
-        if args[1] not in self._weights:
-            operands.reverse()
-        (w, weights_given), (v, values) = operands
-        if weights_given not in self._weights or any(len(set(x)) != len(x) or "." in x for x in (w, v, out)):
+        first = args[1] in self._weights
+        given, values = args[1:] if first else args[:0:-1]
+        if given not in self._weights:
             return result
-        weights, dropout = self._of(weights_given)
-        summed, width = [x for x in w if x not in out], [x for x in v if x not in w]
-        if len(w) < 3 or summed != [w[-1]] or w[-1] not in v or len(width) != 1 or width[0] not in out:
-            return result
-        if set(out) - {*w, *v} or set(w[:-1]) - set(out):
-            return result
-        return self._report(WrittenOut(weights, values, result, (w, v, out), dropout))
+        found = of_einsum(args[0], *self._of(given), values, result, weights_first=first)
+        return result if found is None else self._report(found)
 
     def _report(self, found: WrittenOut) -> Tensor:
         replaced = self._on_attention(found)
         return found.output if replaced is None else replaced
+
+
+def of_product(weights: Tensor, dropout: float, values: Tensor, result: Tensor) -> WrittenOut | None:
+    """weights [..., query, key] @ values [..., key, width], where axes of one index stand for all; None for others."""
+    if not 3 <= values.dim() <= weights.dim() == result.dim() or values.shape[-2] != weights.shape[-1]:
+        return None
+    lead = "abcefghij"[: result.dim() - 2]
+    own = lead[len(lead) - values.dim() + 2 :]
+    values_letters = "".join(x for x, n in zip(own, values.shape, strict=False) if n > 1 or _one(result, lead, x))
+    kept = [n for x, n in zip(own, values.shape, strict=False) if x in values_letters]
+    values = values.reshape(*kept, *values.shape[-2:])
+    if any(n not in (1, m) for n, m in zip(weights.shape[:-2], result.shape[:-2], strict=True)):
+        return None
+    weights = weights.expand(*result.shape[:-2], *weights.shape[-2:])
+    return WrittenOut(weights, values, result, (f"{lead}qk", f"{values_letters}kd", f"{lead}qd"), dropout)
+
+
+def of_einsum(
+    equation: str, weights: Tensor, dropout: float, values: Tensor, result: Tensor, *, weights_first: bool
+) -> WrittenOut | None:
+    """einsum("bhqk,bkhd->bqhd", weights, values) and its like, in any letters and either order; None for others."""
+    terms, _, out = equation.replace(" ", "").partition("->")
+    left, _, right = terms.partition(",")
+    dims = (weights.dim(), values.dim()) if weights_first else (values.dim(), weights.dim())
+    left, right, out = _spelled_out(left, right, out, *dims)
+    w, v = (left, right) if weights_first else (right, left)
+    if any(len(set(x)) != len(x) or "." in x for x in (w, v, out)):
+        return None
+    summed, width = [x for x in w if x not in out], [x for x in v if x not in w]
+    if len(w) < 3 or summed != [w[-1]] or w[-1] not in v or len(width) != 1 or width[0] not in out:
+        return None
+    if set(out) - {*w, *v} or set(w[:-1]) - set(out):
+        return None
+    return WrittenOut(weights, values, result, (w, v, out), dropout)
 
 
 def _spelled_out(left: str, right: str, out: str, n_left: int, n_right: int) -> tuple[str, str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -89,8 +91,54 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         raise CaptureError("there are no heads, or they have no width", shape=q.shape)
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise a CaptureError that names the first position [batch, head, position, d] that holds NaN or inf."""
+class Pending:
+    """Checks of numbers on a device, whose outcome is asked for once, at the end, since the host waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[str, str | None, Tensor]] = []
+
+    def add(self, name: str, tensor: Tensor, site: str | None) -> None:
+        """One launch on the device, and none that the host waits for."""
+        self._sums.append((name, site, tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))))
+
+    def check(self) -> None:
+        """Raise a CaptureError that names the first tensor that held NaN or inf; what was checked is forgotten."""
+        sums, self._sums = self._sums, []
+        if not sums:
+            return
+        device = sums[0][2].device
+        finite = torch.stack([total.isfinite().to(device) for _, _, total in sums]).tolist()
+        for (name, site, _), good in zip(sums, finite, strict=True):
+            if not good:
+                raise CaptureError(
+                    f"{name} held NaN or inf, or numbers too large to add up", site=site,
+                    hint="is an earlier layer overflowing, or a weight not loaded? On the CPU the position is named",
+                )  # fmt: skip
+
+
+_pending: list[Pending] = []
+
+
+@contextmanager
+def deferred(pending: Pending) -> Iterator[None]:
+    """Inside, in all threads, `check_finite` of what is on a device adds to these; whoever opens it asks at the end."""
+    _pending.append(pending)
+    try:
+        yield
+    finally:
+        _pending.remove(pending)
+
+
+def check_finite(name: str, tensor: Tensor, site: str | None = None) -> None:
+    """Raise a CaptureError that names the first position [batch, head, position, d] that holds NaN or inf.
+
+    On a device that the host would have to wait for, a capture is told at its end (`deferred`); outside of captures NaN
+    goes on there, as it does in any kernel.
+    """
+    if tensor.device.type != "cpu":
+        for pending in _pending[-1:] if tensor.numel() else ():
+            pending.add(name, tensor, site)
+        return
     if tensor.numel() == 0 or bool(tensor.detach().sum().isfinite()):
         return
     bad = ~tensor.detach().isfinite()

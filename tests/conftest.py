@@ -3,7 +3,9 @@
 Where one is missing the test is skipped with the reason; with CI=true it fails, so that nothing goes untested unseen.
 """
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 # Set before anything imports huggingface_hub, which reads them once. No test may depend on a download.
@@ -16,8 +18,11 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # What is compiled is kept, by the compilers themselves under digests of sources, options and versions.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "triton"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "inductor"))
+# Python's bytecode too, or each of the many processes that tests start compiles the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -32,12 +37,24 @@ if TYPE_CHECKING:
 
     from support.browser import WatchedPage
 
+sys.dont_write_bytecode = False  # what the variable above has said to this process
 # A slow machine is no failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays to the end: no collection of garbage looks through a million objects again."""
+    gc.collect()
+    gc.freeze()
+
+
+_WITH_BROWSER: set[Path] = set()
+"""Files with tests that use a browser."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _WITH_BROWSER.update(item.path for item in items if "browser" in getattr(item, "fixturenames", ()))
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not needs_gpu:
         return
@@ -73,13 +90,14 @@ def minilm() -> Path:
     return _model_folder(minilm)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    """Chromium without a window.
+_RUNNING = ExitStack()
+"""Closes the browser that is open."""
+_SHARED: list["Browser"] = []
 
-    Not kept for the session: while Playwright's synchronous interface is open its event loop counts as running in this
-    thread, and `asyncio.run` in any other test would fail.
-    """
+
+@pytest.fixture(scope="module")
+def browser() -> "Browser":
+    """Chromium without a window: one for files of tests that follow each other and use it."""
     try:
         from playwright.sync_api import sync_playwright
 
@@ -89,10 +107,33 @@ def browser() -> Iterator["Browser"]:
     path = chromium()
     if path is None:
         unavailable("Chromium is not installed")
-    with sync_playwright() as playwright:
-        running = started(playwright, path)
-        yield running
-        running.close()
+    if not (_SHARED and _SHARED[0].is_connected()):
+        _close_browser()
+        _SHARED.append(started(_RUNNING.enter_context(sync_playwright()), path))
+        _RUNNING.callback(_SHARED[0].close)
+    return _SHARED[0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Close the browser before a file without one.
+
+    While Playwright's synchronous interface is open its event loop counts as running in this thread, and `asyncio.run`
+    in any other test would fail.
+    """
+    if _SHARED and (nextitem is None or nextitem.path not in _WITH_BROWSER):
+        _close_browser()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Close the browser of tests that were broken off."""
+    _close_browser()
+
+
+def _close_browser() -> None:
+    _SHARED.clear()
+    _RUNNING.close()
 
 
 @pytest.fixture

@@ -256,6 +256,9 @@ def test_what_is_no_mechanism_is_refused(quick: TrainedModel) -> None:
         mechanisms.room("mho")
     with pytest.raises(WorkbenchError, match="no variant"):
         mechanisms.room("moh:third")
+    for names in ("moh", []):
+        with pytest.raises(WorkbenchError, match="is no list of mechanisms"):
+            build(names)
     with pytest.raises(WorkbenchError, match="is no work"):
         mechanisms.room("moh", {"sound": quick})
     with pytest.raises(workbench.ReportError, match="no notebook"):

@@ -154,6 +154,8 @@ def _check_quantized(model: Any, other: Any, folder: Path) -> None:
         with wb.capture(z=True) as cap:
             model(IDS)
     cap.save(folder / "run.safetensors")
+    assert any(" for float32" in kind for kind in cap.provenance["dtype"].split(", "))
+    assert workbench.load_capture(folder / "run.safetensors").provenance["dtype"] == cap.provenance["dtype"]
     assert len(cap.provenance["weights_sha256"]) == 64
     assert cap.provenance["weights_sha256"] not in (weights_hash(other), None)
     projection = model.model.layers[1].self_attn.o_proj
@@ -183,6 +185,7 @@ def test_pytorchs_own_quantized_layers(tmp_path: Path) -> None:
         cap.save(tmp_path / "run.safetensors")
         hashes.append(cap.provenance["weights_sha256"])
     assert hashes[0] == hashes[2] != hashes[1]
+    assert cap.provenance["dtype"] == "float32, qint8"
     with pytest.raises(CaptureError):  # its projection is no nn.Linear
         cap["blocks.1.attn"].result()
 
@@ -200,6 +203,38 @@ def test_torchao(name: str, tmp_path: Path) -> None:
             models.append(llama(scale))
             quantization.quantize_(models[-1], getattr(quantization, name)())
         _check_quantized(*models, tmp_path)
+
+
+class Packed(nn.Module):
+    """A linear layer whose weights lie four to a number in a buffer, with scales, as those of GPTQ do."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1) / 127
+        rounded = (linear.weight.detach() / scale[:, None]).round().to(torch.int8)
+        self.register_buffer("qweight", rounded.view(torch.int32))
+        self.register_buffer("scales", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.qweight.view(torch.int8).float() * self.scales[:, None], self.bias)
+
+
+@torch.no_grad()
+def test_weights_packed_into_buffers(tmp_path: Path) -> None:
+    model = llama()
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name)))
+    with workbench.attach(model) as wb:
+        wb.verify(IDS).raise_if_failed()
+        with wb.capture(z=True) as cap:
+            model(IDS)
+    cap.save(tmp_path / "run.safetensors")
+    assert workbench.load_capture(tmp_path / "run.safetensors").provenance["dtype"] == "float32, int32"
+    assert cap.provenance["weights_sha256"] is not None
+    with pytest.raises(CaptureError):  # its projection is no nn.Linear
+        cap["blocks.1.attn"].result()
 
 
 class Adapted(nn.Module):

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from workbench.analysis.circuits.stability import Stability, circuit_stability
     from workbench.analysis.conditioning.capacity import Capacity, capacity
     from workbench.analysis.conditioning.experiments import Conditioning, conditioning
+    from workbench.analysis.corpus import CorpusAtlas, CorpusAtlasInterrupted, head_atlas_over
     from workbench.analysis.cross_attention import (
         CrossAttention,
         CrossAttentionSaliency,
@@ -52,6 +53,15 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.eviction import Eviction, eviction
     from workbench.analysis.gates import GateProfile, gate_profile
+    from workbench.analysis.grounding import (
+        Grounding,
+        ImagePlaces,
+        Pointing,
+        grounding,
+        image_places,
+        pointing,
+        word_grounding,
+    )
     from workbench.analysis.head_scores import (
         RetrievalScores,
         StreamingScores,
@@ -150,6 +160,13 @@ _LAZY = {
     "Report": "workbench.report",
     "GateProfile": "workbench.analysis.gates",
     "gate_profile": "workbench.analysis.gates",
+    "Grounding": "workbench.analysis.grounding",
+    "ImagePlaces": "workbench.analysis.grounding",
+    "grounding": "workbench.analysis.grounding",
+    "Pointing": "workbench.analysis.grounding",
+    "image_places": "workbench.analysis.grounding",
+    "pointing": "workbench.analysis.grounding",
+    "word_grounding": "workbench.analysis.grounding",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
@@ -167,6 +184,9 @@ _LAZY = {
     "singular_vectors": "workbench.analysis.weights",
     "RetrievalScores": "workbench.analysis.head_scores",
     "StreamingScores": "workbench.analysis.head_scores",
+    "CorpusAtlas": "workbench.analysis.corpus",
+    "CorpusAtlasInterrupted": "workbench.analysis.corpus",
+    "head_atlas_over": "workbench.analysis.corpus",
     "retrieval_scores": "workbench.analysis.head_scores",
     "streaming_scores": "workbench.analysis.head_scores",
     "Sweep": "workbench.sweep.result",
@@ -187,6 +207,8 @@ __all__ = [
     "CircuitOverlap",
     "CompositionScores",
     "Conditioning",
+    "CorpusAtlas",
+    "CorpusAtlasInterrupted",
     "CrossAttention",
     "CrossAttentionSaliency",
     "Eviction",
@@ -195,9 +217,11 @@ __all__ = [
     "FileError",
     "FormatError",
     "GateProfile",
+    "Grounding",
     "HeadImportance",
     "HeadPatching",
     "HeadRoles",
+    "ImagePlaces",
     "InterventionError",
     "KVGroup",
     "LayerPatching",
@@ -210,6 +234,7 @@ __all__ = [
     "Patching",
     "PatchingInterrupted",
     "PatternAtlas",
+    "Pointing",
     "PrecisionError",
     "Pruning",
     "PruningCurve",
@@ -249,8 +274,11 @@ __all__ = [
     "find_circuit",
     "gate_profile",
     "gating",
+    "grounding",
+    "head_atlas_over",
     "head_importance",
     "head_roles",
+    "image_places",
     "load_capture",
     "logit_attribution",
     "logit_lens",
@@ -261,6 +289,7 @@ __all__ = [
     "patch_heads",
     "patch_layers",
     "pattern_atlas",
+    "pointing",
     "prune_heads",
     "reader",
     "repair",
@@ -273,6 +302,7 @@ __all__ = [
     "streaming_scores",
     "tasks",
     "views",
+    "word_grounding",
 ]
 
 

@@ -247,6 +247,10 @@ RULES: tuple[Rule, ...] = (
         "halo", "A halo lets blocks pass information on, and is better than windows without one.",
         _images("halo"), _images("halo:window"), score="3 digits", also=("1 digit",),
     ),
+    _better(
+        "ninformer", "It is better than ViT, MLP-Mixer and Local-ViT on small images.",
+        _images("ninformer"), _images(PLAIN), score="3 digits", also=("1 digit",), note="against plain attention alone",
+    ),
     _as_good(
         "reduced", "Without its MLP a model of a third of the parameters generalises about as well on digits.",
         _NO_MLP, score="1 digit", also=("3 digits",), sizes=True,

@@ -19,6 +19,7 @@ from workbench.hooks.readers import (
     short_conv,
     sparse_queries,
     spikes,
+    squeeze,
     xlstm,
 )  # they register themselves
 from workbench.hooks.readers.gates import gating
@@ -67,5 +68,6 @@ __all__ = [
     "short_conv",
     "sparse_queries",
     "spikes",
+    "squeeze",
     "xlstm",
 ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from workbench.errors import CaptureError
 
 Schedule = Literal["transnormer", "minimax"]
 _SMALL = 1e-5  # keeps the last layer from never forgetting
+_checked = WeakTensorKeyDictionary()  # of each tensor: its version when it was checked, and its numbers on the CPU
 
 
 def slopes(n_heads: int) -> Tensor:
@@ -83,7 +86,7 @@ def check_decay(decay: Tensor | None, n_heads: int) -> Tensor:
         CaptureError: not one number per head, or one outside (0, 1].
     """
     if decay is None:
-        return decays(n_heads)
+        return _default(n_heads)
     if not decay.is_floating_point():
         raise CaptureError(f"decay must be floating point, not {decay.dtype}", hint="pass λ itself, from 0 to 1")
     if decay.dim() != 1 or len(decay) != n_heads:
@@ -92,14 +95,25 @@ def check_decay(decay: Tensor | None, n_heads: int) -> Tensor:
             shape=decay.shape,
             hint="pass a tensor of that length, or None for decays(n_heads)",
         )
-    found = decay.detach().to("cpu", torch.float64)
+    version = None if decay.is_inference() else decay._version
+    known = _checked.get(decay)
+    if known is not None and version is not None and known[0] == version:
+        return known[1]  # a layer's own decays come at each call, and a device would be waited for
+    found = decay.detach().to("cpu", torch.float64, copy=True)
     for head, value in enumerate(found.tolist()):
         if not 0 < value <= 1:  # NaN too
             raise CaptureError(
                 f"the decay of head {head} is {value}, outside (0, 1]",
                 hint="pass λ itself, such as exp(-slope), neither the slope nor log λ",
             )
+    if version is not None:
+        _checked[decay] = version, found
     return found
+
+
+@lru_cache(maxsize=64)
+def _default(n_heads: int) -> Tensor:
+    return decays(n_heads)
 
 
 def powers(decay: Tensor, exponents: Tensor, like: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def compile_source(compiler: Sequence[str], source: bytes, target: Path, process
     code = target.with_suffix(".cpp")
     code.write_bytes(source)
     command = [*compiler, *_FLAGS, processor, str(code), "-o", str(target)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=1800)  # long enough for a loaded machine
 
 
 def _compiler() -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -86,3 +88,20 @@ def test_an_exception_leaves_nothing() -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert _state(layer) == before
+
+
+def test_an_object_that_an_interrupt_has_left_half_made_goes_without_a_word() -> None:
+    Changes.__new__(Changes).__del__()
+
+
+def test_the_package_hooks_modules_in_no_other_way() -> None:
+    """An interrupt between PyTorch's own registering and what takes the hook off again would leave it for good."""
+    root = Path(__file__).parents[2]
+    found = [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for folder in ("workbench", "hooks", "kernels")
+        for path in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr.startswith(("register_forward", "register_module_forward"))
+    ]
+    assert not found

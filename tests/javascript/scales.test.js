@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { ceiling, greatest, nearestTo, roundTicks, roundUp, shortNumber } from "workbench/shared/scales.js";
+import { ceiling, greatest, nearestTo, rootTick, roundTicks, roundUp, shortNumber } from "workbench/shared/scales.js";
 
 test("a round number is the least that is not below the value", () => {
   for (const [value, round] of [[0.137, 0.15], [42, 50], [1, 1], [0.0021, 0.0025], [9.9, 10], [1.2e6, 1.5e6]]) {
@@ -23,8 +23,15 @@ test("ticks are round, within the range, and about as many as wanted", () => {
   }
 });
 
+test("the middle tick of a scale of square roots is round", () => {
+  for (const [top, tick] of [[1, 0.2], [1.5, 0.5], [2, 0.5], [3, 1], [5, 1], [0.5, 0.1], [80, 20]]) {
+    assert.ok(Math.abs(rootTick(top) - tick) < 1e-9, `${top}: ${rootTick(top)}`);
+    assert.ok(Math.abs(Math.sqrt(rootTick(top) / top) - 0.5) < 0.1);
+  }
+});
+
 test("numbers beside ticks are short", () => {
-  assert.deepEqual([0, 0.25, 12345.6, 1e5, 2e-4, -3e7].map(shortNumber), ["0", "0.25", "12350", "1e+5", "2e-4", "-3e+7"]);
+  assert.deepEqual([0, 0.25, 12345.6, 1e5, 2e-4, -3e7].map(shortNumber), ["0", "0.25", "12350", "1e+5", "2e−4", "−3e+7"]);
 });
 
 test("the nearest value is found, the first of equal ones", () => {

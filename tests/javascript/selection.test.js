@@ -24,6 +24,27 @@ test("an address gives back the selection that it was made of", () => {
   assert.equal(fresh().address(), "");
 });
 
+test("a head without a site is meant wherever it is", () => {
+  const store = fresh();
+  store.read("#L0H1,s=encoder.0");
+  assert.equal(store.of(UNKNOWN).value.site, "encoder.0");
+  store.read("#q=2");
+  assert.equal(store.of(UNKNOWN).value.site, "encoder.0");
+  store.read("#L1H3");
+  assert.deepEqual(store.of(UNKNOWN).value, { ...NOTHING, layer: 1, heads: [3], query: 2 });
+  store.read("#s=decoder.1,L1H0"); // in any order
+  assert.equal(store.of(UNKNOWN).value.site, "decoder.1");
+});
+
+test("what views begin with is known before they are drawn", () => {
+  const store = fresh();
+  store.begin(UNKNOWN, {});
+  store.begin(UNKNOWN, { layer: 2, heads: [5] });
+  store.begin(UNKNOWN, { layer: 3, heads: [1] });
+  assert.deepEqual(store.of(UNKNOWN).value, { ...NOTHING, layer: 2, heads: [5] });
+  assert.deepEqual(store.of(UNKNOWN, { layer: 3, heads: [1] }).value, { ...NOTHING, layer: 3, heads: [1] });
+});
+
 test("what an address says wrongly is left out", () => {
   for (const wrong of ["#L1H", "#t=-1,q=x", "#s=%E0%A4", "#<script>", "#q=1e9", "#__proto__=1", "#t=9999999999", "#9.q=1", "#0.q=1", "#2.L1"]) {
     const store = fresh();

@@ -142,6 +142,22 @@ def test_heads_that_are_not_mixed_read_themselves_and_attention_looks_ahead() ->
     assert not alone.scan.exact_map(u, q, k, bias, channel=5, head=1).triu(1).any()
 
 
+@torch.no_grad()
+def test_in_the_last_stage_all_patches_are_attended_to_with_the_same_queries_and_keys() -> None:
+    layer, x = _layer(whole=True), _random()
+    q, k, v = layer.heads(x)
+    u = layer.read(q, k, v)
+    assert torch.equal(u[:, :2], layer.local(q[:, :2], k[:, :2], v[:, :2], layer.bias))
+    weights = (q @ k.mT / 2 + layer.whole.bias).softmax(-1)  # heads are four wide
+    y = (weights @ u).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer.mixed(q, k, v), y, atol=1e-12, rtol=1e-10)
+    with workbench.attach(layer) as wb, wb.capture([]) as cap:
+        layer(x)
+    kinds = {site.name: site.kind for site in cap.sites}
+    assert kinds == {"local": "self", "dilated": "self", "whole": "self", "gate": "gate"}
+    torch.testing.assert_close(cap["whole"].pattern.dense(), weights, atol=1e-12, rtol=1e-10)
+
+
 def test_the_scan_reaches_farther_than_its_windows() -> None:
     place = Place(8, 2, 63, causal=False, grid=(7, 9))
     x = _random(place, batch=1).requires_grad_()

@@ -77,6 +77,30 @@ def test_a_linear_policy_is_learnt_by_the_last_bias_alone() -> None:
     assert float(control_loss(gate, X, linear).detach()) < 1e-28
 
 
+def test_tokens_that_decide_nothing_are_learnt_to_count_nothing() -> None:
+    """Features of two kinds of token, of which the policy reads one: the gate learns which by what they are."""
+    gate, random = _gate(), torch.Generator().manual_seed(4)
+    weight = torch.randn(6, generator=random, dtype=torch.float64)
+    read = (torch.arange(9) % 2 == 0).double()[:, None]
+
+    def policy(features: Tensor) -> Tensor:
+        return (features * read @ weight).sum(1)[:, None, None]
+
+    def drawn(n: int) -> Tensor:
+        x = torch.randn(n, 9, 6, generator=random, dtype=torch.float64)
+        x[..., 0] = 3 * (2 * read[:, 0] - 1)
+        return x
+
+    optimiser = torch.optim.Adam(gate.parameters(), 0.02)
+    for _ in range(200):
+        optimiser.zero_grad()
+        control_loss(gate, drawn(16), policy).backward()
+        optimiser.step()
+    with torch.no_grad():
+        size = gate.eval().factor(drawn(16)).norm(dim=-1).mean(0)
+    assert float(size[1::2].max()) < 0.2 * float(size[::2].min())
+
+
 @torch.no_grad()
 def test_a_gate_of_one_leaves_the_decisions_as_they_are() -> None:
     gate, policy = _gate().eval(), _policy()

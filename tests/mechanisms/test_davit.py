@@ -225,6 +225,31 @@ def test_the_tower_of_florence_2_is_read_with_windows_and_channels(size: int) ->
 
 
 @torch.no_grad()
+def test_timm_s_davit_is_read_with_windows_and_channels() -> None:
+    try:
+        davit = timm().models.davit.DaVit
+    except ModuleNotFoundError as error:
+        unavailable(str(error))
+    torch.manual_seed(0)
+    model = davit(depths=(1, 1), embed_dims=(16, 32), num_heads=(2, 4), window_size=3, num_classes=5).eval()
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with workbench.attach(model) as wb:
+        report = wb.verify(pixels)
+        assert report.ok, report.table
+        windows = [6**2, 3**2]  # of 16 and 8 patches a side, filled up
+        assert [(s.kind, s.windows, s.n_heads) for s in wb.sites] == [
+            ("window", windows[0], 2), ("channel", 1, 2), ("window", windows[1], 4), ("channel", 1, 4),
+        ]  # fmt: skip
+        with wb.capture(["entropy"], values=True) as cap:
+            bare = model(pixels)
+        assert [cap[s.name].pattern.shape for s in wb.sites] == [
+            (72, 2, 9, 9), (2, 2, 8, 8), (18, 4, 9, 9), (2, 4, 8, 8),
+        ]  # fmt: skip
+        with wb.ablate((cap[1].site, 0)):
+            assert not torch.allclose(model(pixels), bare)
+
+
+@torch.no_grad()
 def test_channels_as_wide_as_the_image_has_positions_are_told_by_their_values() -> None:
     torch.manual_seed(0)
     model = _florence("Florence2VisionChannelAttention")

@@ -94,6 +94,42 @@ def test_a_gate_that_is_the_same_everywhere_weighs_channels() -> None:
 
 
 @torch.no_grad()
+def test_one_scale_with_one_factor_a_patch_is_spatial_attention() -> None:
+    model = _model(scales=1)
+    body = model.body(X.mT.unflatten(2, (7, 9)))
+    hidden = F.relu(F.conv2d(body, model.gates[0].head[0].weight, model.gates[0].head[0].bias))
+    factor = F.conv2d(hidden, model.gates[0].head[2].weight, model.gates[0].head[2].bias).sigmoid()
+    assert factor.shape == (2, 1, 7, 9)
+    torch.testing.assert_close(model(X), model.joins[0](X * factor.flatten(2).mT))
+
+
+@torch.no_grad()
+def test_a_moved_image_has_moved_gates_at_every_scale() -> None:
+    """With circular padding, and by as much as all strides divide; resizing sees the border, up to two patches away."""
+    torch.manual_seed(0)
+    model = ROOM.build(Place(8, 1, 24 * 32, causal=False, grid=(24, 32))).double().eval()
+    for conv in (each for each in model.modules() if isinstance(each, torch.nn.Conv2d)):
+        conv.padding_mode = "circular"
+    image = torch.randn(1, 8, 24, 32, generator=torch.Generator().manual_seed(3)).double()
+    gates = []
+    for moved in (image, image.roll((8, 16), (2, 3))):
+        with workbench.attach(model) as wb, wb.capture() as cap:
+            model(moved.flatten(2).mT)
+        gates.append([cap[site.name].row_sum[0, 0] for site in cap.sites])
+    for s, (here, there) in enumerate(zip(*gates, strict=True)):
+        sides, moved = (24 >> s, 32 >> s), (8 >> s, 16 >> s)
+        here, there = here.view(sides).roll(moved, (0, 1)), there.view(sides)
+        band = 2 if s == 0 else 1
+        rows, columns = (
+            [i for i in range(n) if all((i - border + band) % n >= 2 * band for border in (0, by))]
+            for n, by in zip(sides, moved, strict=True)
+        )
+        assert len(rows) >= 2
+        assert float(here[rows][:, columns].std()) > 0
+        torch.testing.assert_close(there[rows][:, columns], here[rows][:, columns])
+
+
+@torch.no_grad()
 def test_the_pyramid_lies_over_the_image_and_scales_agree_with_themselves() -> None:
     model = _model()
     with workbench.attach(model) as wb, wb.capture() as cap:

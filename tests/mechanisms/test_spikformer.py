@@ -59,6 +59,13 @@ def test_a_constant_current_fires_in_a_period_that_a_formula_gives(current: floa
     assert float(leaky_fire(torch.full((1, 1), current)).spikes) == float(current >= 2)  # one step halves it
 
 
+def test_at_the_first_step_neurons_fire_from_twice_the_threshold_on() -> None:
+    current = torch.tensor([[-1.0, 0.5, 1.0, 1.5, 1.99, 2.0, 2.01, 5.0]])
+    for threshold in (1.0, 0.5):
+        found = leaky_fire(current * threshold, threshold=threshold).spikes[0]
+        assert found.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+
+
 def test_what_never_fires_has_a_gradient_all_the_same() -> None:
     current = torch.full((4, 3), 0.6, dtype=torch.float64, requires_grad=True)
     fired = leaky_fire(current)
@@ -227,6 +234,40 @@ def test_spikingjelly_s_spiking_transformer_is_read() -> None:
         assert len(cap.sites) == 2
         with pytest.raises(CaptureError, match="potentials of an earlier forward"), wb.capture([]):
             model(images)  # its neurons are as the forward before has left them
+
+
+@pytest.mark.parametrize("kind", ["token", "channel"])
+@torch.no_grad()
+def test_spikingjelly_s_query_gates_are_read(kind: str) -> None:
+    functional, layer, _, _ = _jelly()
+    torch.manual_seed(0)
+    inner = layer.attention.QKAttention(12, num_heads=3, qka_type=kind)
+    for weight in inner.parameters():
+        weight.normal_(std=1.0) if weight.dim() > 2 else weight.fill_(1.0)
+    model = _Reset(inner.eval(), functional.reset_net)
+    spikes = (torch.rand(4, 2, 12, 10) < 0.5).float()
+    with workbench.attach(model) as wb:
+        with wb.capture() as cap:
+            bare = model(spikes)
+        assert torch.equal(model(spikes), bare)
+        (site,) = cap.sites
+        pattern = cap[site.name].pattern
+        over = ("position", "channel") if kind == "token" else ("channel",)
+        assert (site.kind, pattern.shape[0], pattern.over) == ("gate", 8, over)
+        assert site.n_heads == (3 if kind == "token" else 12)
+        assert set(pattern.gates.unique().tolist()) == {0.0, 1.0}
+        report = wb.verify(spikes)
+        assert report.ok, report.table
+        with wb.set_gate(site.name, to=0.0):
+            closed = model(spikes)
+        assert not torch.equal(closed, bare)
+        assert torch.equal(closed[:, :, :, :1].expand_as(closed), closed)  # of offsets alone: no token differs
+    functional.reset_net(inner)
+    with workbench.attach(inner) as wb:
+        with wb.capture([]):
+            inner(spikes)
+        with pytest.raises(CaptureError, match="potentials of an earlier forward"), wb.capture([]):
+            inner(spikes)
 
 
 def test_options_that_it_cannot_take_are_named() -> None:

@@ -24,7 +24,7 @@ from workbench.mechanisms.training import corpus, runs, scenes, score_images, sc
 from workbench.mechanisms.training.work import PLACES, SHOWN
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(shipped.WEIGHTS.glob("*/*.safetensors"))
+FILES = sorted(path for work in PLACES for path in (shipped.WEIGHTS / work).glob("*.safetensors"))
 MOST = 300_000  # bytes of a file
 
 

@@ -56,10 +56,11 @@ SIZES = {
 GIVEN: dict[str, dict[str, Any]] = {
     "Circuit": {"model": GRAPH.facts, "level": "edge"},
     "GateProfile": {"gates": ("a", "b"), "grids": {"a": (1, 2), "b": (2, 1)}},
+    "MemoryTree": {"frames": (0, 1, 2), "parents": (-1, 0, 1), "kept": (0, 0, 0)},
     "Pruning": {"model": GRAPH.facts},
     "PatternAtlas": {"weights": Autoencoder(16, 5).state_dict()},
 }
-"""What no annotation tells: the graph behind scores, the weights of a network, and the grid of positions."""
+"""What no annotation tells: the graph behind scores, the weights of a network, the grid of positions, a tree."""
 
 
 def notes_of(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -131,8 +132,8 @@ class Maker:
                 if axis == "..."
                 else [int(axis) if axis.isdecimal() else self.size(axis)]
             )
-        name = hint.__name__
-        dtype = torch.bool if name.startswith("Bool") else torch.int64 if name.startswith("Int") else torch.float64
+        kinds = {"Bool": torch.bool, "Int": torch.int64, "UInt8": torch.uint8}
+        dtype = kinds.get(hint.__name__.partition("[")[0], torch.float64)
         return torch.ones(shape, dtype=dtype) if dtype != torch.float64 else torch.rand(shape, dtype=dtype)
 
 

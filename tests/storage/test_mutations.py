@@ -25,7 +25,10 @@ from workbench.analysis.circuits import mib
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
-from workbench.errors import FormatError
+from workbench.errors import FormatError, WorkbenchError
+from workbench.mechanisms import Place, get
+from workbench.mechanisms.rooms.showing import losses_of
+from workbench.mechanisms.training import ByteLM, TrainedModel, load
 from workbench.storage import files
 from workbench.storage.parts import loads
 from workbench.sweep.result import Sweep
@@ -103,6 +106,7 @@ def lost(header: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
     del tensors[draw.choice(sorted(tensors))]
 
 
+KINDS = ("capture", "gates", "circuit", "sweep", "mechanism_model")
 CHANGES: list[Change] = [put, put, put, removed, added, deep, doubled, raw, reshaped, recast, swapped, lost]
 
 
@@ -153,6 +157,18 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
         repr(found)
         assert found.table is not None
 
+    def trained(path: Path) -> None:
+        found = load(path)
+        losses_of(found)
+        assert found.model.stack.layers
+
+    torch.manual_seed(0)
+    place = Place(8, 2, 6)
+    learned = TrainedModel(ByteLM(place, ["moh"], 4), {"text": 1.0}, {"losses": [[1, 2.0]], "steps": 1})
+    gate = get("van").build(Place(8, 1, 6, causal=False, grid=(2, 3))).eval()
+    with workbench.attach(gate) as wb, torch.no_grad(), wb.capture(["row_sum"], z=True, values=True) as gates:
+        gate(torch.randn(1, 6, 8))
+
     def read_mib(path: Path) -> None:
         found = Circuit.from_mib(path)
         repr(found)
@@ -160,13 +176,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, C
 
     return {
         "capture": (cap.save(folder / "capture", pattern=True), captured),
+        "gates": (gates.save(folder / "gates", pattern=True), captured),
+        "mechanism_model": (learned.save(folder / "model"), trained),
         "circuit": (circuit.save(folder / "circuit"), circuited),
         "sweep": (sweep.save(folder / "sweep"), swept),
         "mib": (folder / "circuit.json", read_mib),
     }
 
 
-@pytest.mark.parametrize("kind", ["capture", "circuit", "sweep"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_was_made_to_fit_is_read_or_refused(
     written: dict[str, tuple[Path, Callable[[Path], Any]]], kind: str, tmp_path: Path
 ) -> None:
@@ -184,7 +202,7 @@ def test_what_was_made_to_fit_is_read_or_refused(
     assert refused > 75
 
 
-@pytest.mark.parametrize("kind", ["capture", "circuit", "sweep"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_was_damaged_is_noticed(
     written: dict[str, tuple[Path, Callable[[Path], Any]]], kind: str, tmp_path: Path
 ) -> None:
@@ -205,7 +223,36 @@ def test_what_was_damaged_is_noticed(
             continue
         except Exception as error:
             raise AssertionError(f"seed {seed} gives a {type(error).__name__}") from error
-        assert files.read(tmp_path / "file", f"workbench.{kind}")[0] == files.read(path, f"workbench.{kind}")[0]
+        form = f"workbench.{'capture' if kind == 'gates' else kind}"
+        assert files.read(tmp_path / "file", form)[0] == files.read(path, form)[0]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"place.d_model": 4_000_000}, {"place.length": 10**9}, {"place.n_heads": 10**6}, {"place.length": 7},
+        {"hidden": 10**9}, {"hidden": 5}, {"layers": ["moh"] * 1000}, {"layers": ["moh"] * 2}, {"layers": []},
+        {"layers": [["moh"]]}, {"work": []}, {"work": "images"}, {"place.grid": [1, 6]}, {"place.causal": 1},
+        {"scores": []}, {"facts": {}}, {"facts.losses": [[1]]}, {"facts.losses": [1, 2]},
+    ],
+    ids=lambda said: f"{next(iter(said))}={next(iter(said.values()))!r}"[:40],
+)  # fmt: skip
+def test_nothing_is_made_by_the_sizes_that_a_trained_model_says(
+    written: dict[str, tuple[Path, Callable[[Path], Any]]], said: dict[str, Any], tmp_path: Path
+) -> None:
+    header, tensors = files.read(written["mechanism_model"][0], "workbench.mechanism_model")
+    told = {name: value for name, value in header.value.items() if name != "version"}
+    for name, value in said.items():
+        *inside, last = name.split(".")
+        owner_of(told, (*inside, last))[last] = value
+    with pytest.raises(FormatError):
+        load(files.write(tmp_path / "file", "workbench.mechanism_model", told, tensors))
+
+
+def test_a_trained_model_that_would_not_be_read_is_not_written(tmp_path: Path) -> None:
+    wide = TrainedModel(ByteLM(Place(1024, 2, 2), ["moh"], 0), {}, {"losses": []})
+    with pytest.raises(WorkbenchError, match="at most 32 layers"):
+        wide.save(tmp_path / "file")
 
 
 def test_mib_files_of_any_kind_are_read_or_refused(

@@ -334,6 +334,44 @@ def test_other_models_versions_settings_and_folders(stored: tuple[Path, Capture]
         workbench.load_capture(tmp_path / "mine")
 
 
+@pytest.mark.parametrize("where", ["shards", "journal", "root", "tables"])
+@torch.no_grad()
+def test_an_interrupt_while_a_forward_is_written(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward under way may be lost, nothing else is, and the same capture goes on."""
+    from workbench.capture.store.tables import Tables
+    from workbench.capture.store.writing import StoreWriter
+    from workbench.storage.store.journal import Journal
+    from workbench.storage.store.shards import Array
+
+    owner, name = {
+        "shards": (Array, "encode"), "journal": (Journal, "add"), "root": (StoreWriter, "_write_root"),
+        "tables": (Tables, "add"),
+    }[where]  # fmt: skip
+    plain = getattr(owner, name)
+
+    def interrupted(*given: Any) -> Any:
+        if where == "journal":  # half a line is written
+            os.write(given[0]._file, b'{"forward":1,')
+        monkeypatch.setattr(owner, name, plain)
+        raise KeyboardInterrupt
+
+    model, path = _llama(), tmp_path / "a"
+    with workbench.attach(model) as wb:
+        with wb.capture(("entropy",), store=path) as cap:
+            model(_ids(1, 5, seed=0))
+            monkeypatch.setattr(owner, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model(_ids(1, 6, seed=1))
+            model(_ids(1, 6, seed=2))
+        found = [forward.ids["input"].tolist() for forward in workbench.load_capture(path).forwards]
+        kept = [0, 1, 2] if where in ("root", "tables") else [0, 2]
+        assert found == [_ids(1, 5 + (seed > 0), seed=seed).tolist() for seed in kept]
+        assert len(cap.forwards) == 3
+    import pandas as pd
+
+    assert sorted(set(pd.read_parquet(path / "tables" / "heads").forward)) == list(range(len(kept)))
+
+
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pyarrow", "pyarrow.parquet", "google_crc32c"):
         monkeypatch.setitem(sys.modules, name, None)

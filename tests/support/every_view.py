@@ -1,7 +1,7 @@
 """Every view once, small, for the tests that hold of all of them.
 
-A new kind of view goes into `VIEWS`, a kind that shows other things than there into `FORMS`, and what can be chosen and
-set in it into `CHOOSING` and `SETTING`.
+A new kind of view goes into `VIEWS`, a kind that shows other things than there into `FORMS`, a figure of a result into
+`FIGURES`, and what can be chosen and set in the first two into `CHOOSING` and `SETTING`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import workbench
 from support.hybrid_models import hybrid
-from workbench import Capacity, attach
+from workbench import Capacity, Eviction, GateProfile, SpikeActivity, attach
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
@@ -99,6 +99,7 @@ def _figure() -> View:
 
     lines = go.Figure(go.Scatter(x=[1, 2, 3], y=[0.5, 0.25, 0.2], name="loss"))
     lines.data[0].update(customdata=[[0, 1], [1, 2], [1, 0]], meta={"select": ["layer", "heads"]})
+    lines.update_layout(xaxis_title="epoch", yaxis_title="loss, nats")
     return views.figure(lines, title="Loss", caption="Loss by epoch.")
 
 
@@ -237,6 +238,42 @@ def _image_attention(labels: Sequence[str] = ("one", "two", "three")) -> View:
     return views.image_attention(*image_capture(len(labels)), labels=labels)
 
 
+def _grounding(tokens: Sequence[str] = WORDS[:3]) -> View:
+    """Two pictures, the first with a whole view and two tiles; three heads in each of two layers."""
+    from workbench import Grounding, views
+
+    shown = torch.Generator().manual_seed(0)
+    grids = torch.tensor([[2, 4], [2, 2], [2, 2], [3, 3]])
+    n = int(grids.prod(1).sum())
+    frames = torch.tensor([[0.0, 0, 40, 20], [0, 0, 20, 20], [20, 0, 40, 20], [0, 0, 30, 30]])
+    cells = [torch.cartesian_prod(torch.arange(r), torch.arange(c)) for r, c in grids.tolist()]
+    boxes = []
+    for (rows, columns), (x0, y0, x1, y1), at in zip(grids.tolist(), frames.tolist(), cells, strict=True):
+        wide, high = (x1 - x0) / columns, (y1 - y0) / rows
+        left, top = x0 + at[:, 1] * wide, y0 + at[:, 0] * high
+        boxes.append(torch.stack([left, top, left + wide, top + high], 1))
+    weights = torch.rand(len(tokens), 6, n, generator=shown) ** 4
+    weights = 0.7 * weights / weights.sum(-1, keepdim=True)
+    sinks = torch.zeros(6, n, dtype=torch.bool)
+    sinks[2, 5] = True
+    rest = torch.tensor([0.02, 0.18, 0.1]).expand(len(tokens), 6, 3)
+    heads = [(layer, head) for layer in range(2) for head in range(3)]
+    return views.grounding(
+        Grounding(
+            positions=tuple(range(30, 30 + len(tokens))), tokens=tuple(tokens), writes=(*tokens[1:], ""),
+            labels=tuple(f"L{layer}H{head}" for layer, head in heads), sites=tuple(f"layers.{i}" for i, _ in heads),
+            layers=tuple(i for i, _ in heads), heads=tuple(h for _, h in heads), weights=weights, sinks=sinks,
+            parts=("the pictures", "other image tokens", "the first token", "other text"),
+            masses=torch.cat([weights.sum(-1, keepdim=True), rest], -1), sink_rule="one was given",
+            places=torch.arange(n) + 4, tile=tuple(t for t, at in enumerate(cells) for _ in at), cells=torch.cat(cells),
+            boxes=torch.cat(boxes), tile_names=("one, tile 0", "one, tile 1", "one, tile 2", "two"),
+            tile_pictures=(0, 0, 0, 1), grids=grids, names=("one", "two"), sizes=torch.tensor([[20, 40], [30, 30]]),
+            pictures=tuple(torch.randint(0, 256, size, generator=shown).byte() for size in ((20, 40, 3), (30, 30, 3))),
+            calls=1, provenance={},
+        )
+    )  # fmt: skip
+
+
 def _head_gallery(labels: Sequence[str] = WORDS[:6]) -> View:
     from workbench import views
 
@@ -370,6 +407,66 @@ def _overlap_graph() -> View:
     return views.overlap_graph(workbench.circuit_overlap(*pair.values(), n_null=20), *pair.values())
 
 
+@cache
+def windows_capture() -> tuple[Capture, torch.Tensor]:
+    """A capture of a random Swin, whose windows of 3 x 3 patches are shifted in its second layer, and its images."""
+    from transformers import SwinConfig, SwinModel
+
+    torch.manual_seed(0)
+    model = SwinModel(SwinConfig(image_size=24, embed_dim=16, depths=[2], num_heads=[2], window_size=3)).eval()
+    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    with attach(model) as wb, torch.inference_mode(), wb.capture([], values=True) as found:
+        model(pixels)
+    return found, pixels
+
+
+def _windows() -> View:
+    from workbench import views
+
+    return views.image_attention(*windows_capture(), windows=views.Windows())
+
+
+@cache
+def gates() -> GateProfile:
+    """What the gates of a random VAN let through."""
+    from workbench.mechanisms import Place, get
+
+    torch.manual_seed(0)
+    module = get("van").build(Place(4, 2, 12, causal=False, grid=(3, 4))).eval()
+    x = torch.randn(3, 12, 4, generator=torch.Generator().manual_seed(0))
+    with attach(module) as wb, torch.inference_mode(), wb.capture() as found:
+        module(x)
+    return workbench.gate_profile(found, (3, 4))
+
+
+@cache
+def evicted() -> Eviction:
+    """What a streaming cache drops."""
+    return workbench.eviction(capture(), "streaming", sinks=1, recent=4)
+
+
+@cache
+def spikes() -> SpikeActivity:
+    """What the neurons of a random Spikformer do."""
+    from workbench.mechanisms import Place
+    from workbench.mechanisms.spikformer import Spikformer
+
+    torch.manual_seed(0)
+    module = Spikformer(Place(8, 2, 12, causal=False, grid=(3, 4))).eval()
+    return workbench.spike_activity(module, [3 * torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(0))])
+
+
+def _shown(result: Callable[[], Any], at: int) -> Callable[[], View]:
+    """One of the views of a result."""
+
+    def make() -> View:
+        from workbench import views
+
+        return views.all_of(result())[at]
+
+    return make
+
+
 VIEWS: dict[str, Callable[[], View]] = {
     "saliency_map": _saliency_map,
     "capacity_curves": _capacity_curves,
@@ -385,6 +482,7 @@ VIEWS: dict[str, Callable[[], View]] = {
     "head_gallery": _head_gallery,
     "head_page": head_page,
     "image_attention": _image_attention,
+    "grounding": _grounding,
     "token_strip": _token_strip,
     "circuit_graph": _circuit_graph,
     "overlap_matrix": _overlap_matrix,
@@ -401,14 +499,26 @@ FORMS: dict[str, Callable[[], View]] = {
     "head wall": head_wall,
     "causal map": causal_map,
     "overlap graph": _overlap_graph,
+    "windows": _windows,
+    "gates": _shown(gates, 0),
+    "eviction": _shown(evicted, 0),
 }
 """What these kinds show besides."""
+
+FIGURES: dict[str, Callable[[], View]] = {
+    "gates over positions": _shown(gates, 1),
+    "eviction by query": _shown(evicted, 1),
+    "spikes": _shown(spikes, 0),
+    "spike raster": _shown(spikes, 1),
+    "energy": _shown(spikes, 2),
+}
+"""What results show as figures, in which nothing is chosen or set."""
 
 
 @cache
 def made(name: str) -> View:
     """One view of a kind or a form, to be looked at and left as it is."""
-    return (VIEWS | FORMS)[name]()
+    return (VIEWS | FORMS | FIGURES)[name]()
 
 
 def page_of(names: Iterable[str], path: Path) -> Path:
@@ -426,6 +536,7 @@ WITH_TOKENS: dict[str, Callable[[Sequence[str]], View]] = {
     "head wall": head_wall,
     "head_page": head_page,
     "image_attention": _image_attention,
+    "grounding": _grounding,
     "token_strip": _token_strip,
     "circuit_graph": _circuit_graph,
     "playground": playground,
@@ -445,6 +556,7 @@ CHOOSING: dict[str, dict[str, Any]] = {
     "circuit_graph": {"layer": 1, "heads": (2,)},
     "overlap_matrix": {"layer": 1, "heads": (2,)},
     "image_attention": {"layer": 1, "heads": (1,), "query": 3, "example": 1},
+    "grounding": {"layer": 1, "heads": (1,), "query": 31, "key": 22, "example": 1},
     "token_strip": {"token": 6},
     "playground": {"layer": 1, "heads": (2,), "query": 5},
     "half-lives": {"layer": 0, "heads": (3,)},
@@ -455,6 +567,9 @@ CHOOSING: dict[str, dict[str, Any]] = {
     "head wall": {"layer": 1, "heads": (2,)},
     "causal map": {"token": 2},
     "overlap graph": {"layer": 1, "heads": (2,)},
+    "windows": {"layer": 1, "heads": (1,), "query": 3, "example": 1},
+    "gates": {"layer": 0, "heads": (3,)},
+    "eviction": {"layer": 1, "heads": (2,)},
 }
 """Kind or form -> what can be chosen in it, other than what it begins with."""
 
@@ -470,6 +585,7 @@ SETTING: dict[str, dict[str, Any]] = {
     "head_atlas": {"metric": "Sink"},
     "head_gallery": {"shared": True},
     "image_attention": {"received": True, "shared": True},
+    "grounding": {"show": "weights", "tiles": "one"},
     "token_strip": {"channel": "effect"},
     "circuit_graph": {"by": "absolute", "n": 7},
     "overlap_matrix": {"measure": "share", "pair": [1, 2]},
@@ -482,5 +598,8 @@ SETTING: dict[str, dict[str, Any]] = {
     "head wall": {"roots": False},
     "causal map": {"scale": "all"},
     "overlap graph": {"hidden": ["a"], "n": 9},
+    "windows": {"shared": True},
+    "gates": {"metric": "spread over inputs"},
+    "eviction": {"metric": "of the worst query"},
 }
 """Kind or form -> what can be set in it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
@@ -14,6 +16,7 @@ import torch
 
 from support import minilm, vision
 from support.folders import model_folder
+from support.forks import forks
 from support.unavailable import unavailable
 
 if TYPE_CHECKING:
@@ -132,3 +135,26 @@ def test_timm_leaves_no_torchvision_to_be_found() -> None:
         unavailable(str(error))
     assert find_spec("torchvision") == had
     assert had is not None or not any(name.partition(".")[0] in ("timm", "torchvision") for name in sys.modules)
+
+
+def test_forked_processes_begin_anew(tmp_path: Path) -> None:
+    (tmp_path / "asked.py").write_text(
+        "import os, sys\nprint(sys.argv[1:], os.getcwd(), 'json.tool' in sys.modules)\nsys.exit(3)"
+    )
+    with forks(tmp_path, "json.tool") as command:
+        done = subprocess.run([*command, "asked", "a b"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, f"['a b'] {tmp_path} True\n"), done.stderr
+
+
+def test_forked_processes_end_with_the_one_that_asked_for_them(tmp_path: Path) -> None:
+    (tmp_path / "waits.py").write_text("import time\nprint('waiting', flush=True)\ntime.sleep(600)")
+    asks = (
+        "import subprocess, pathlib\nfrom support.forks import forks\n"
+        "with forks(pathlib.Path.cwd()) as command: subprocess.run([*command, 'waits'])"
+    )
+    known = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", asks], cwd=tmp_path, env=known, stdout=subprocess.PIPE) as asker:
+        assert asker.stdout is not None
+        assert asker.stdout.readline() == b"waiting\n"
+        asker.kill()
+        assert asker.stdout.read() == b""  # nobody holds its other end any more

@@ -149,6 +149,17 @@ def test_views_that_do_not_know_their_model_follow_the_only_one() -> None:
     assert shared.of(unknown).layer is None
 
 
+def test_a_layer_without_a_site_is_meant_wherever_it_is() -> None:
+    shared, scope = SharedSelection(), Scope("a", "x")
+    shared.select(scope, layer=0, heads=(1,), site="encoder.0")
+    shared.select(scope, query=2)
+    assert shared.of(scope).site == "encoder.0"
+    shared.select(scope, layer=1, heads=(3,))
+    assert shared.of(scope) == Selection(layer=1, heads=(3,), query=2)
+    shared.select(layer=0, site="encoder.0")
+    assert shared.of(scope).site == "encoder.0"
+
+
 def test_a_comparison_of_two_models_is_of_none() -> None:
     model = {"model_class": "a", "model_name": "b", "parameters": 3}
     other = model | {"parameters": 4}

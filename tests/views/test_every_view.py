@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page
 import workbench.views
 from support.axe import axe_violations
 from support.browser import WatchedPage, settled
-from support.every_view import VIEWS, WITH_TOKENS, made, page_of
+from support.every_view import FIGURES, FORMS, VIEWS, WITH_TOKENS, made, page_of
 from support.hostile import HOSTILE
 from workbench.report import check
 from workbench.storage import disk
@@ -85,7 +85,15 @@ def test_the_module_is_small_and_whole(kind: str) -> None:
     assert "innerHTML" not in text
 
 
-@each_kind
+@pytest.mark.parametrize("kind", [*VIEWS, *FORMS, *FIGURES])
+def test_no_words_are_numbers_that_are_not(kind: str) -> None:
+    """What is not known is said in words or left out."""
+    spec = made(kind).spec
+    said = " ".join([spec.title, spec.caption, *spec.notes])
+    assert re.findall(r"(?i)\b(?:nan|inf|none)\b", said) == []
+
+
+@pytest.mark.parametrize("kind", [*VIEWS, *FORMS, *FIGURES])
 def test_the_page_is_sound_and_the_same_every_time(kind: str, tmp_path: Path) -> None:
     file = Path(made(kind).to_html(tmp_path / "view.html"))
     assert check(file) == []
@@ -181,7 +189,7 @@ def test_the_table_and_the_files_hold_the_numbers(kind: str, shown: Open) -> Non
     watched.assert_clean()
 
 
-@each_kind
+@pytest.mark.parametrize("kind", [*VIEWS, *FORMS, *FIGURES])
 def test_there_are_static_forms(kind: str) -> None:
     view = made(kind)
     bundle = view._repr_mimebundle_()

@@ -183,8 +183,8 @@ def test_a_cell_says_what_the_ranking_says(page: WatchedPage, tmp_path: Path) ->
     with tab.expect_download() as download:
         tab.get_by_role("button", name="SVG", exact=True).click()
     words = ET.fromstring(Path(download.value.path()).read_bytes()).itertext()
-    assert {".149", "12.3", "0", "-.0123"} <= set(words)
-    assert tab.locator(".ranking .n").all_inner_texts() == ["12.3", "0.149", "-0.0123", "0"]
+    assert {".149", "12.3", "0", "−.0123"} <= set(words)
+    assert tab.locator(".ranking .n").all_inner_texts() == ["12.3", "0.149", "−0.0123", "0"]
     page.assert_clean()
 
 

@@ -9,7 +9,7 @@ from playwright.sync_api import Page
 
 import workbench
 from support.browser import WatchedPage
-from support.every_view import VIEWS, capture, page_of
+from support.every_view import FIGURES, FORMS, VIEWS, capture, page_of
 from workbench.views import head_atlas
 
 MOST_STOPS = 20
@@ -33,7 +33,8 @@ def opened(watched: WatchedPage, file: Path) -> Page:
 def test_pages_fit_a_phone(page: WatchedPage, every_view: Path, tmp_path: Path) -> None:
     page.page.set_viewport_size({"width": 390, "height": 844})
     report = workbench.Report("A report of a model").add(capture(), text=" ".join(["word"] * 60))
-    for file in (every_view, report.write(tmp_path / "report.html")):
+    others = page_of([*FORMS, *FIGURES], tmp_path / "others.html")
+    for file in (every_view, others, report.write(tmp_path / "report.html")):
         tab = opened(page, file)
         for width in (390, 360):
             tab.set_viewport_size({"width": width, "height": 844})

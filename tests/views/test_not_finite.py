@@ -55,6 +55,31 @@ def test_infinite_cells_leave_the_scale_to_the_others(page: WatchedPage, tmp_pat
     page.assert_clean()
 
 
+@pytest.mark.browser
+def test_an_infinite_value_alone_leaves_the_scale_to_the_others(page: WatchedPage, tmp_path: Path) -> None:
+    """Without a NaN beside it, which would be left out in another way."""
+    maps = np.array([[[0.25, 0.0], [INF, 0.5]], [[0.5, 0.5], [0.0, 0.25]]])
+    made = [
+        token_strip(["a", "b", "c"], torch.tensor([1.0, INF, 0.0])),
+        head_atlas(torch.tensor([[1.0, 0.5, 0.0], [INF, 0.25, 0.75]])),
+        head_gallery(maps, [(0, 0), (0, 1)], axes=Axes("row", "column"), numbers={"n": [INF, 1.0]}),
+        compare(maps[0], maps[1]),
+    ]
+    path = disk.write(tmp_path / "page.html", pages.render("Infinite", [view.spec for view in made]))
+    tab = page.open(path)
+    tab.wait_for_selector("html[data-ready]")
+    for view, top in zip(made, ("1", "1", "0.5", "0.5"), strict=True):
+        ticks = tab.locator(f".{view.spec.kind} .legend .ticks").first.locator("span").all_inner_texts()
+        assert ticks[0] == "0"
+        assert ticks[-1] == top, view.spec.kind
+    colours = tab.locator(".strip .token").evaluate_all("each => each.map((one) => one.style.backgroundColor)")
+    assert colours[0] == colours[1] != colours[2]
+    bars = tab.locator(".ranking li").all_inner_texts()
+    assert len(bars) == 5  # an infinite number has no rank
+    assert not [text for text in tab.locator(".workbench").all_inner_texts() if "NaN" in text or "Infinity" in text]
+    page.assert_clean()
+
+
 def test_pictures_have_finite_scales() -> None:
     assert scales.limits([1.0, NAN, INF, -INF], signed=False) == (0.0, 1.0)
     assert scales.limits([NAN, INF], signed=True) == (-1.0, 1.0)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page
 
-from support.browser import WatchedPage
+import workbench
+from support.browser import WatchedPage, settled
 from workbench.errors import FileError, ReportError
 from workbench.storage import disk
 from workbench.views import token_strip
@@ -62,6 +63,90 @@ def test_an_address_restores_the_choice(page: WatchedPage, two: Path) -> None:
 def test_a_wrong_address_does_no_harm(page: WatchedPage, two: Path, address: str) -> None:
     tab = opened(page, two, address)
     assert chosen(tab) == [[], []]
+    page.assert_clean()
+
+
+HOLD_IDLE = "globalThis.held = []; globalThis.requestIdleCallback = (does) => globalThis.held.push(does)"
+DRAWN = """[...document.querySelectorAll('.workbench-view')].flatMap((each, i) =>
+    each.querySelector('.workbench') ? [i] : [])"""
+WAITING = "() => globalThis.held.length === 1"
+GO_ON = "() => globalThis.held.shift()()"
+
+
+def _pass(tab: Page) -> None:
+    """Let the browser have nothing else to do, until all is drawn."""
+    while not tab.evaluate("document.documentElement.dataset.ready ?? ''"):
+        tab.evaluate("() => globalThis.held.shift()?.()")
+
+
+@pytest.mark.browser
+def test_what_is_near_is_drawn_first(page: WatchedPage, tmp_path: Path) -> None:
+    """The rest when the browser has nothing else to do; until then its words and first numbers stand there."""
+    n = 16
+    specs = [token_strip(TOKENS, range(9), title=f"Strip {i}").spec for i in range(n)]
+    file = disk.write(tmp_path / "many.html", pages.render("Many", specs))
+    tab = page.page
+    tab.set_viewport_size({"width": 900, "height": 600})
+    tab.add_init_script(HOLD_IDLE)
+    tab.goto(file.as_uri())
+    tab.wait_for_function(WAITING)
+    near = tab.evaluate(DRAWN)
+    assert near == list(range(len(near)))
+    assert 1 < len(near) < n - 4
+    waiting = tab.locator(".workbench-view").nth(n - 1)
+    assert "9 tokens, coloured by value" in waiting.inner_text()
+    assert "w8" in waiting.inner_text()
+    assert "needs JavaScript" not in tab.locator("main").inner_text()
+    waiting.scroll_into_view_if_needed()
+    tab.evaluate(GO_ON)
+    tab.wait_for_function(WAITING)
+    assert {n - 1, n - 2} <= set(tab.evaluate(DRAWN))
+    assert n // 2 not in tab.evaluate(DRAWN)
+    _pass(tab)
+    assert tab.evaluate(DRAWN) == list(range(n))
+    assert waiting.is_visible()
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_a_page_opens_at_the_figure_of_its_address(page: WatchedPage, tmp_path: Path) -> None:
+    """Which is drawn before those above it, and stays where it is while they are drawn."""
+    report = workbench.Report("Many")
+    for i in range(12):
+        report.add(token_strip(TOKENS * 30, range(270), title=f"Strip {i}"))
+    tab = page.page
+    tab.set_viewport_size({"width": 900, "height": 600})
+    tab.add_init_script(HOLD_IDLE)
+    tab.goto(report.write(tmp_path / "report.html").as_uri())
+    place = tab.locator("figure").nth(9).get_attribute("id")
+    tab.goto("about:blank")
+    tab.goto(f"{(tmp_path / 'report.html').as_uri()}#{place},t=4")
+    tab.wait_for_function(WAITING)
+    assert 9 in tab.evaluate(DRAWN)
+    assert 0 not in tab.evaluate(DRAWN)
+    top = "document.querySelectorAll('figure')[9].getBoundingClientRect().top"
+    before = tab.evaluate(top)
+    assert 0 <= before < 20
+    _pass(tab)
+    settled(tab)
+    assert tab.evaluate(DRAWN) == list(range(12))
+    assert abs(tab.evaluate(top) - before) < 2
+    page.assert_clean()
+
+
+@pytest.mark.browser
+def test_what_is_chosen_while_a_page_opens_is_in_its_address(page: WatchedPage, tmp_path: Path) -> None:
+    specs = [token_strip(TOKENS, range(9), title=f"Strip {i}").spec for i in range(16)]
+    tab = page.page
+    tab.set_viewport_size({"width": 900, "height": 600})
+    tab.add_init_script(HOLD_IDLE)
+    tab.goto(disk.write(tmp_path / "many.html", pages.render("Many", specs)).as_uri())
+    tab.wait_for_function(WAITING)
+    tab.locator("[data-at='4']").first.click()
+    assert tab.evaluate("location.hash") == "#q=4,t=4"
+    _pass(tab)
+    assert chosen(tab) == [["4"]] * 16
+    assert tab.evaluate("location.hash") == "#q=4,t=4"
     page.assert_clean()
 
 

@@ -12,22 +12,82 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from playwright.sync_api import Browser
 
 from support import pdf
 from support.browser import WatchedPage, settled
-from support.every_view import VIEWS, WITH_TOKENS, made
+from support.every_view import FIGURES, FORMS, VIEWS, WITH_TOKENS, made
 from support.hostile import HOSTILE
 from workbench import views
 from workbench.views import token_strip
-from workbench.views.base import modules
+from workbench.views.base import drawing, modules
 from workbench.views.base.spec import origin_line
 from workbench.views.base.widget import answer_of
 from workbench.views.head_gallery import Axes
 
 SVG = "{http://www.w3.org/2000/svg}"
-AXES: dict[str, tuple[str, ...]] = {}
-"""Kind of view -> names of axes and legends that a figure of it has."""
+AXES: dict[str, tuple[str, ...]] = {
+    "saliency_map": ("mel channel", "0.8 s", "Cross-attention and input saliency"),
+    "capacity_curves": ("stored pairs n", "SNR, dB", "direction, strongest first", "theory for Hebb, d_k"),
+    "conditioning_curves": ("trials seen", "outcome expected after B", "hebb"),
+    "what_if": ("stored pairs n", "power, dB", "layers L", "chance of failure"),
+    "table": ("mechanism", "distance"),
+    "tensor_peek": ("axis 1 ↓, axis 2 →", "value", "numbers"),
+    "figure": ("epoch", "loss, nats"),
+    "run_timeline": ("forward 0", "thread 0", "our statistics"),
+    "compare": ("query ↓, key →", "weight, square-root scale"),
+    "attention_pattern": ("queries ↓, keys →", "weight, square-root scale", "not visible to the query"),
+    "head_atlas": ("layers ↓, heads →", "Entropy, nats", "not known"),
+    "head_gallery": ("rows down", "columns to the right", "weight"),
+    "head_page": ("Statistics", "value", "rank"),
+    "image_attention": ("weight; each small map goes to its own largest",),
+    "token_strip": ("received",),
+    "circuit_graph": ("score: sum of |score|", "not scored", "positive edge", "negative edge", "wider: stronger"),
+    "overlap_matrix": ("Jaccard: items in both", "node shared", "node only one"),
+    "playground": ("queries ↓, keys →", "layers ↓, heads →", "Before", "After", "weight, square-root scale"),
+    "half-lives": ("layers ↓, heads →", "log₂ half-life, positions"),
+    "states": ("position", "channel", "size"),
+    "content and decay": ("queries ↓, keys →", "|A| / Σ|A|, square-root scale"),
+    "two mechanisms": ("query ↓, key →", "weight, square-root scale"),
+    "two atlases": ("layer ↓, head →", "nats, square-root scale"),
+    "head wall": ("query", "key", "weight, square-root scale"),
+    "causal map": ("share of the token's largest",),
+    "overlap graph": ("node shared", "node only one", "wider: stronger"),
+    "windows": ("weight; each small map goes to its own largest",),
+    "gates": ("layers ↓, heads →", "mean factor"),
+    "eviction": ("layers ↓, heads →", "weight lost, share"),
+    "gates over positions": ("row", "column"),
+    "eviction by query": ("query", "share of its weight", "key", "weight lost"),
+    "spikes": ("step", "neurons", "rate"),
+    "spike raster": ("step", "neurons"),
+    "energy": ("layer", "nanojoules per example", "as it runs"),
+}
+"""Kind of view, form or figure -> names of axes and legends that a figure of it has."""
+FOR_THE_SCREEN = ("Its page", "Show more", "Start again", "Point at a node", "Choose an output", "stands still here")
+"""What nobody can press or do on paper."""
+PICTURED: dict[str, tuple[str, ...]] = {
+    "capacity_curves": ("stored pairs n", "SNR, dB", "direction", "share of power"),
+    "conditioning_curves": ("trials seen", "outcome expected"),
+    "what_if": ("pairs n", "power, dB", "layers L", "chance"),
+    "tensor_peek": ("axis 1", "axis 2", "value", "numbers"),
+    "run_timeline": ("host time",),
+    "compare": ("query", "key", "weight, square-root scale"),
+    "attention_pattern": ("query", "key", "weight, square-root scale"),
+    "head_atlas": ("head", "Entropy (nats)"),
+    "head_gallery": ("rows down ↓, columns to the right →",),
+    "head_page": ("share of the largest magnitude",),
+    "saliency_map": ("mel channel", "seconds"),
+    "image_attention": ("weight from CLS",),
+    "circuit_graph": ("score: sum of |score|",),
+    "overlap_matrix": ("Jaccard",),
+    "playground": ("query", "key", "probability", "layer", "head"),
+    "states": ("channel ↓, position →",),
+    "head wall": ("query ↓, key →",),
+    "two atlases": ("layer", "head", "nats"),
+}
+"""The same for the pictures that Python draws."""
 
 
 def sized(svg: bytes) -> tuple[float, float]:
@@ -73,6 +133,23 @@ def test_the_origin_names_every_model_once() -> None:
     assert origin_line({}).startswith("attention-workbench ")
 
 
+@pytest.mark.parametrize("kind", PICTURED)
+def test_pictures_name_their_axes(kind: str) -> None:
+    seen: list[str] = []
+
+    def draw(figure: Figure) -> None:
+        made(kind).picture(figure)
+        seen.extend(each.get_text() for each in figure.findobj(Text) if each.get_visible())
+
+    drawing.png(draw, made(kind).size, theme="light", dpi=50)
+    words = " ".join(seen)
+    assert [name for name in PICTURED[kind] if name not in words] == []
+
+
+def test_axes_of_every_view_are_known() -> None:
+    assert sorted(AXES) == sorted([*VIEWS, *FORMS, *FIGURES])
+
+
 PIXELS = "[...document.querySelectorAll('.workbench canvas')].map((canvas) => canvas.toDataURL())"
 
 
@@ -82,7 +159,7 @@ def letters(texts: Iterable[str]) -> str:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("kind", [*VIEWS, *FORMS, *FIGURES])
 def test_the_pages_buttons_give_the_whole_figure_on_white(kind: str, browser: Browser, tmp_path: Path) -> None:
     """Title, axes, legends, caption and origin as text in an SVG and a PDF, and as a PNG of twice the size; offline."""
     from PIL import Image
@@ -122,8 +199,8 @@ def test_the_pages_buttons_give_the_whole_figure_on_white(kind: str, browser: Br
     assert paper.title == view.spec.title
     assert paper.size == pytest.approx((0.75 * width, 0.75 * height))  # points of pixels
     assert letters(paper.texts) == letters("".join(text.itertext()) for text in drawing.iter(f"{SVG}text"))
-    for name in AXES.get(kind, ()):
-        assert letters([name]) in letters(paper.texts)
+    assert [name for name in AXES[kind] if letters([name]) not in letters(paper.texts)] == []
+    assert [name for name in FOR_THE_SCREEN if letters([name]) in letters(paper.texts)] == []
     assert paper.bare == []  # every character has its outline
     lines = paper.content.split("\n")
     assert lines.count("q") == lines.count("Q") > 4

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tqdm.auto import tqdm
 
+from workbench.errors import WorkbenchError
 from workbench.mechanisms import rooms
 from workbench.report import Report
 from workbench.views import all_of
@@ -27,8 +28,12 @@ def build(names: Sequence[str] | None = None, *, progress: bool = False) -> Repo
         progress: a bar that names the mechanism that is looked at.
 
     Raises:
-        WorkbenchError: no such mechanism or variant.
+        WorkbenchError: no such mechanism or variant, or no names at all.
     """
+    if isinstance(names, str) or (names is not None and not names):
+        raise WorkbenchError(
+            f"names={names!r} is no list of mechanisms", hint='["sqa:mha", "moh"], or None for all of them'
+        )
     found = []
     with tqdm(rooms.names() if names is None else list(names), disable=not progress, unit="mechanism") as bar:
         for name in bar:

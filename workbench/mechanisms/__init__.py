@@ -1,8 +1,9 @@
 """Mechanisms of papers, each a module in the place of self-attention, with its map and a card that says what it is.
 
 Every file of this folder is one of them and ends in `register(Mechanism(…))`; what they share is in `frame/`.
-`training/` puts any of them into the same small model, and `weights/` has models that were trained so. `matvlm/` makes
-a Mamba-2 layer of a trained attention layer, distils it, and compares the maps of both.
+`training/` puts any of them into the same small model, `studies/` trains some on data of their own kind, and `weights/`
+has models that were trained so. `matvlm/` makes a Mamba-2 layer of a trained attention layer, distils it, and compares
+the maps of both.
 
 >>> from workbench import mechanisms
 >>> "agent" in mechanisms.list().names
@@ -29,6 +30,8 @@ from workbench.mechanisms.frame import (
 from workbench.mechanisms.frame import listed as list
 from workbench.mechanisms.matvlm import seed_mamba2
 from workbench.mechanisms.rooms import Room, room, show
+from workbench.mechanisms.studies import runs as study_runs
+from workbench.mechanisms.studies import studied
 from workbench.mechanisms.training import trained, trained_models
 
 __all__ = [
@@ -50,6 +53,8 @@ __all__ = [
     "room",
     "seed_mamba2",
     "show",
+    "studied",
+    "study_runs",
     "trained",
     "trained_models",
 ]

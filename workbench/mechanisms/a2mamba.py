@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +15,10 @@ from workbench.kernels.composed import ComposedPattern
 from workbench.kernels.grouped import GroupedPattern
 from workbench.kernels.grouped.pattern import apply_groups
 from workbench.kernels.neighborhood import NeighborhoodLayout, neighbor_weights, neighborhood_attention
+from workbench.kernels.patterns import Pattern
 from workbench.kernels.recurrent import gated_linear_attention
 from workbench.kernels.state_space import SelectivePattern
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Place, register
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Place, Signature, at_places, register
 
 
 class Neighbors(nn.Module):
@@ -140,6 +143,19 @@ def _augmented(run: ModuleRun) -> Mixing:
     return Mixing(pattern, values, lambda z: module.read(z[..., 0].to(u.dtype), u), kernel="mass")
 
 
+class WholeAttention(nn.Module):
+    """Softmax attention over all patches with the queries and keys of the neighborhoods, and a bias for each pair."""
+
+    def __init__(self, n_heads: int, length: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(n_heads, length, length) * 0.02)
+
+    def forward(self, u: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """[batch, head, patch, d] of u to [batch, patch, d_model]."""
+        z = F.scaled_dot_product_attention(q, k, u, attn_mask=self.bias[None].to(q.dtype))
+        return z.transpose(1, 2).flatten(2)
+
+
 class OutputGate(nn.Module):
     """u ∘ SiLU(BN(W x)): what was mixed times a factor of its own for each patch and channel, of what went in."""
 
@@ -172,12 +188,14 @@ class MassAttention(nn.Module):
         place: a grid, heads of a width that four divides, an even number of them.
         window: patches of a neighborhood along each side, odd; 1 for no attention.
         scan: whether there are states; without it the maps are used on what they gave.
+        whole: as in the last of the paper's four stages, attention over the whole image stands for states and for their
+            convolution.
 
     Raises:
         WorkbenchError: heads or a window that do not fit.
     """
 
-    def __init__(self, place: Place, window: int = 3, scan: bool = True) -> None:
+    def __init__(self, place: Place, window: int = 3, scan: bool = True, whole: bool = False) -> None:
         super().__init__()
         assert place.grid is not None
         d, heads, grid = place.d_model, place.n_heads, place.grid
@@ -197,8 +215,11 @@ class MassAttention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(d, d) for _ in range(3))
         self.bias = nn.Parameter(torch.randn(half, 2 * window - 1, 2 * window - 1) * 0.02)
         self.local, self.dilated = Neighbors(grid, window, (1, 1)), Neighbors(grid, window, (rows, columns))
-        self.before, self.beside = (nn.Conv2d(d, d, 5, padding=2, groups=d) for _ in range(2))
-        self.scan = AugmentedScan(heads, place.d_head, (self.local.layout, self.dilated.layout), scan)
+        self.before = None if whole else nn.Conv2d(d, d, 5, padding=2, groups=d)
+        self.beside = nn.Conv2d(d, d, 5, padding=2, groups=d)
+        layouts = self.local.layout, self.dilated.layout
+        self.scan = None if whole else AugmentedScan(heads, place.d_head, layouts, scan)
+        self.whole = WholeAttention(heads, place.length) if whole else None
         self.gate = OutputGate(d)
         self.inner, self.outer = nn.LayerNorm(d), nn.LayerNorm(d)
         self.out = nn.Linear(d, d)
@@ -217,12 +238,26 @@ class MassAttention(nn.Module):
         a, b = t.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
-    def attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """u [batch, patch, d_model]: what both halves read of the values, through a convolution."""
+    def read(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[batch, head, patch, d]: what both halves read of the values."""
         half = self.place.n_heads // 2
         first = self.local(q[:, :half], k[:, :half], v[:, :half], self.bias)
         second = self.dilated(q[:, half:], k[:, half:], v[:, half:] + first, self.bias)
-        return F.silu(self._over_grid(self.before, torch.cat((first, second), dim=1)))
+        return torch.cat((first, second), dim=1)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """u [batch, patch, d_model]: what was read, through a convolution."""
+        assert self.before is not None
+        return F.silu(self._over_grid(self.before, self.read(q, k, v)))
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """y [batch, patch, d_model] of states, or of the whole image."""
+        if self.whole is not None:
+            y: Tensor = self.whole(self.read(q, k, v), q, k)
+        else:
+            assert self.scan is not None
+            y = self.scan(self.attended(q, k, v), q, k, self.bias)
+        return y
 
     def _over_grid(self, conv: nn.Module, heads: Tensor) -> Tensor:
         image = heads.mT.flatten(1, 2).unflatten(2, self.place.grid)
@@ -235,10 +270,20 @@ class MassAttention(nn.Module):
         if x.dim() != 3 or x.shape[1:] != (place.length, place.d_model):
             raise WorkbenchError(f"x must be [batch, {place.length} tokens, {place.d_model}]", shape=x.shape)
         q, k, v = self.heads(x)
-        y = self.scan(self.attended(q, k, v), q, k, self.bias)
-        mixed = self.inner(y) + self._over_grid(self.beside, v)
+        mixed = self.inner(self.mixed(q, k, v)) + self._over_grid(self.beside, v)
         out: Tensor = self.out(self.outer(self.gate(mixed, x)))
         return out
+
+
+def _lasting(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """ln 2 / (Δ a) of each channel and patch; without a scan nothing lasts."""
+    scan = pattern.factors.get("scan")
+    if not isinstance(module, MassAttention) or module.scan is None or module.scan.rate is None:
+        return {}
+    if not isinstance(scan, SelectivePattern):
+        return {}
+    decay = scan.delta[0] * -scan.A.view(-1, 1)  # [channel, patch]
+    return {"half-life": at_places(module.place, (math.log(2) / decay).clamp(max=module.place.length))}
 
 
 A2MAMBA = register(
@@ -268,6 +313,14 @@ A2MAMBA = register(
             Place(16, 4, 36, causal=False, grid=(6, 6)),
             Place(16, 2, 45, causal=False, grid=(5, 9)),
         ),
-        variants={"scan alone": {"window": 1}, "attention alone": {"scan": False}},
+        variants={"scan alone": {"window": 1}, "attention alone": {"scan": False}, "whole image": {"whole": True}},
+        signature=Signature(
+            "How long the states last",
+            "For each channel and patch, after how many patches in raster order half of a state is left: ln 2 / (Δ a), "
+            "at most as many as there are. What the state tells then comes from the patches before; who attends to it "
+            "may stand anywhere.",
+            _lasting,
+            value="patches",
+        ),
     )
 )

@@ -7,13 +7,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
 from workbench.kernels.gates import AdditivePattern
+from workbench.kernels.patterns import Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.systems.mixing import SignedPattern
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, at_places, register
 
 
 class ChannelAttention(Mixer):
@@ -131,6 +132,19 @@ class WindowAttention(Mixer):
         return self.place.grid
 
 
+def _added(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """Of each group what tokens add, for and against, to the largest weight of one channel on another."""
+    if not isinstance(module, ChannelAttention) or not isinstance(pattern, SoftmaxPattern):
+        return {}
+    weights, added = pattern.dense()[:1].clone(), []
+    weights[0].diagonal(dim1=1, dim2=2).zero_()  # that of a channel on itself tells little
+    for head, of in enumerate(weights[0]):
+        query, key = divmod(int(of.argmax()), of.shape[1])
+        added.append(additive_scores(pattern, head, key).dense()[0, 0, query])
+    found = torch.stack(added)
+    return {name: at_places(module.place, part.clamp(min=0)) for name, part in (("for", found), ("against", -found))}
+
+
 _CODE = "dingmyu/davit, MIT. timm (Apache-2.0) and Florence-2 of transformers (Apache-2.0) are read, and agree."
 
 CHANNELS = register(
@@ -153,6 +167,13 @@ CHANNELS = register(
         ),
         ChannelAttention,
         variants={"by tokens": {"scale": "tokens"}},
+        signature=Signature(
+            "What tokens add to the strongest pair of channels",
+            "Of each group the two channels of which one looks most at the other: what each token adds to their score, "
+            "which is a sum over tokens; for it, and against it.",
+            _added,
+            value="score",
+        ),
     )
 )
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from workbench.errors import WorkbenchError
 from workbench.hooks.readers import Mixing, ModuleRun, reader
 from workbench.kernels.checks import check_range
-from workbench.kernels.patterns import DensePattern
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.kernels.patterns import DensePattern, Pattern
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, register
 
 
 class Strip(NamedTuple):
@@ -180,6 +180,26 @@ class HybridPerception(nn.Module):
         return x + sum(self.parts(x))
 
 
+def _sides(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """The sharpest row of each head, and the sharpest of those that sort the squares the other way round."""
+    if not isinstance(module, StripAttention) or module.width > 1 or module.place.grid is None:
+        return {}
+    rows = pattern.dense()[0].double()  # [head, query, square]
+    n, heads = rows.shape[2], torch.arange(len(rows))
+    sharp = (rows * (n * rows).clamp(min=1e-300).log()).sum(-1)  # nats below an even row
+    logs = rows.clamp(min=1e-300).log()
+    logs = logs - logs.mean(-1, keepdim=True)
+    first = sharp.argmax(-1)
+    turned = (logs * logs[heads, first][:, None]).sum(-1) < 0
+    other = sharp.masked_fill(~turned, -1).argmax(-1)
+    squares = tuple(side // module.reduction for side in module.place.grid)
+    found = {"one side": rows[heads, first], "other side": rows[heads, other]}
+    found["other side"] = found["other side"].masked_fill(~turned.any(-1, keepdim=True), torch.nan)
+    if bool(found["other side"].isnan().all()):
+        del found["other side"]
+    return {name: row.unflatten(1, squares) for name, row in found.items()}
+
+
 S2AFORMER = register(
     Mechanism(
         "s2aformer",
@@ -207,5 +227,14 @@ S2AFORMER = register(
             Place(16, 2, 40, causal=False, grid=(4, 10)),
         ),
         variants={"wide": {"width": 3}},
+        signature=Signature(
+            "The strip of each head",
+            "What the sharpest query of a head sees, square by square, and the sharpest of those that sort the squares "
+            "the other way round. Queries and keys of a head are one number each: all its other queries see the same "
+            "order, less sharply.",
+            _sides,
+            rows="row of squares",
+            columns="column of squares",
+        ),
     )
 )

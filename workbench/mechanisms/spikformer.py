@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
+from workbench.hooks.changes import Changes
 from workbench.kernels.checks import check_range
+from workbench.kernels.linear import LinearPattern
+from workbench.kernels.patterns import Pattern
 from workbench.kernels.spiking import leaky_fire, spiking_attention
-from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, register
+from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, register
 
 
 class Leaky(nn.Module):
@@ -229,11 +233,17 @@ def flipped(neurons: Leaky, where: tuple[int | slice, ...]) -> Iterator[None]:
         changed[where] = 1 - changed[where]
         return changed
 
-    handle = neurons.register_forward_hook(turned)
-    try:
+    with Changes() as changes:
+        changes.after(neurons, turned)
         yield
-    finally:
-        handle.remove()
+
+
+def _rates(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """[head, step, token] of queries and keys: the share of their features that fire, in the first example."""
+    if not isinstance(module, SpikingAttention) or not isinstance(pattern, LinearPattern):
+        return {}
+    parts = {"queries": pattern.q, "keys": pattern.k}
+    return {name: (t[: module.steps] > 0).to(torch.float32).mean(-1).transpose(0, 1) for name, t in parts.items()}
 
 
 SPIKFORMER = register(
@@ -258,5 +268,15 @@ SPIKFORMER = register(
         ),
         SpikingAttention,
         variants={"one step": {"steps": 1}},
+        signature=Signature(
+            "Which tokens fire, step by step",
+            "The share of a head's features in which the query and the key of each token fire at each step of the "
+            "first example. A weight of the map counts the features in which both do; where nothing fires its row or "
+            "column is empty.",
+            _rates,
+            rows="step",
+            columns="patch",
+            value="rate",
+        ),
     )
 )

@@ -10,7 +10,8 @@ from workbench.hooks.readers import reader
 from workbench.hooks.readers.gates import depthwise, through_convolutions
 from workbench.kernels.filters import composite_kernel
 from workbench.kernels.gates import AdditivePattern
-from workbench.mechanisms.frame import Card, Claim, Gate, Mechanism, Place, read_gate, register
+from workbench.kernels.patterns import Pattern
+from workbench.mechanisms.frame import Card, Claim, Gate, Mechanism, Place, Signature, read_gate, register
 
 
 class LargeKernelAttention(Gate):
@@ -82,6 +83,12 @@ class LargeKernelAttention(Gate):
 
 reader(LargeKernelAttention, kind="gate", follows=("near", "far"))(read_gate)
 
+
+def _kernels(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """|k_eff| of each channel."""
+    return {"kernel": module.kernel().abs()} if isinstance(module, LargeKernelAttention) else {}
+
+
 VAN = register(
     Mechanism(
         "van",
@@ -104,5 +111,15 @@ VAN = register(
         ),
         LargeKernelAttention,
         variants={"small": {"kernel": 9}, "undilated": {"kernel": 7, "dilation": 1}, "bare": {"shortcut": False}},
+        signature=Signature(
+            "The kernel of each channel",
+            "The size of the one depth-wise kernel that the near and the dilated convolution make together, 23 × 23 "
+            "where the paper's nominal one is 21: how much a patch so far down and across counts for the gate. The "
+            "middle is the patch itself.",
+            _kernels,
+            rows="patches down",
+            columns="patches across",
+            value="size",
+        ),
     )
 )

@@ -52,6 +52,8 @@ class HeadOutputs:
         if entered is not None:
             return z, self.arena.copy(entered)
         if call.part is None:
+            if call.joins is not None and not self.projections.knows(call.site):
+                self.projections.joins(call.site, *call.joins)
             self.projections.saw_call(call.site, call.module, z)
             ran = self._ran.get(threading.get_ident(), {}).pop(call.site, None)
             late = None if ran is None else self.projections.saw_module(*ran[:2], ran[2:])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
 from workbench.errors import InterventionError
-from workbench.hooks.compiled import check_not_compiled
+from workbench.hooks.compiled.regions import check_not_compiled
 from workbench.hooks.edits import (
     Ablation,
     Edit,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError, InterventionError
+from workbench.hooks.compiled.regions import Region
 from workbench.hooks.edits import Edit, OutputEdit, Threads
 from workbench.hooks.layouts import Layouts, learn
 from workbench.hooks.listener import Listener
@@ -20,6 +21,7 @@ from workbench.hooks.multihead import MODULES
 from workbench.hooks.observer import Observer
 from workbench.hooks.tap import AttentionCall
 from workbench.session.recorder import Recorder
+from workbench.session.row_watch import RowWatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +37,18 @@ class OpenContexts(Listener):
 
     Edits apply in the order in which they were opened, and a capture sees what they have made of each head's output,
     whichever of the two was opened first.
+
+    Args:
+        model: without the wrapper of `torch.compile`. regions: tells what of it is compiled.
     """
 
-    def __init__(self, model: nn.Module, layouts: Layouts) -> None:
-        self.model, self.layouts = model, layouts
+    def __init__(
+        self, model: nn.Module, layouts: Layouts, regions: Callable[[], Sequence[Region]] = lambda: ()
+    ) -> None:
+        self.model, self.layouts, self._regions = model, layouts, regions
         self._edits: list[_OpenEdit] = []
         self._recorder: Recorder | None = None
+        self._watches: list[RowWatch] = []
         self._undisturbed: dict[int, tuple[_OpenEdit, ...]] = {}  # by thread: the edits that it does not see
         self._users: set[object] = set()
         self._observer: Observer | None = None
@@ -53,8 +61,8 @@ class OpenContexts(Listener):
 
     @property
     def any(self) -> bool:
-        """Whether a capture or an intervention is open."""
-        return self._recorder is not None or bool(self._edits)
+        """Whether a capture, a watch or an intervention is open."""
+        return self._recorder is not None or bool(self._edits or self._watches)
 
     @contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:
@@ -68,6 +76,19 @@ class OpenContexts(Listener):
         def end() -> None:
             if self._recorder is recorder:
                 self._recorder = None
+
+        with self._observed(begin, end):
+            yield
+
+    @contextmanager
+    def watching(self, watch: RowWatch) -> Iterator[None]:
+        """The watch is told of every forward."""
+
+        def begin() -> None:
+            self._watches = [*self._watches, watch]
+
+        def end() -> None:
+            self._watches = [one for one in self._watches if one is not watch]
 
         with self._observed(begin, end):
             yield
@@ -121,7 +142,7 @@ class OpenContexts(Listener):
                 begin()
                 self._users.add(user)
                 if self._observer is None:
-                    self._observer = Observer(self.model, self, self.layouts)
+                    self._observer = Observer(self.model, self, self.layouts, self._regions())
                     self._observer.__enter__()
             yield
         finally:
@@ -145,7 +166,7 @@ class OpenContexts(Listener):
     def close(self) -> None:
         """End everything that is open, also what an interrupt has left half open."""
         with self._lock:
-            self._edits, self._recorder = [], None
+            self._edits, self._watches, self._recorder = [], [], None
             self._undisturbed.clear()
             self._users.clear()
             self._stop()
@@ -168,6 +189,9 @@ class OpenContexts(Listener):
     def _recording(self) -> Recorder | None:
         return None if self._undisturbed and threading.get_ident() in self._undisturbed else self._recorder
 
+    def _watching(self) -> list[RowWatch]:
+        return [] if self._undisturbed and threading.get_ident() in self._undisturbed else self._watches
+
     # The observer's listener.
 
     def on_start(self, name: str) -> None:
@@ -175,15 +199,21 @@ class OpenContexts(Listener):
         self._tell_edits((), {})
         if (recorder := self._recording()) is not None:
             recorder.on_start(name)
+        for watch in self._watching():
+            watch.guarded(watch.on_start)
 
     def on_end(self) -> None:
         """The capture's forward is over."""
+        for watch in self._watching():
+            watch.guarded(watch.on_end)
         if (recorder := self._recording()) is not None:
             recorder.on_end()
 
     def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Edits are told, and the capture takes the ids."""
         self._tell_edits(args, kwargs)
+        for watch in self._watching():
+            watch.guarded(watch.on_inputs, args, kwargs)
         if (recorder := self._recording()) is not None:
             try:
                 recorder.on_inputs(args, kwargs)
@@ -224,6 +254,9 @@ class OpenContexts(Listener):
                 edit.fired.add(call.site)
         if z is not None and call.shard is not None:
             z = call.shard.narrowed(z)
+        for watch in self._watching():
+            if call.site in watch.heads:
+                watch.guarded(watch.on_call, call)
         recorder = self._recording()
         if recorder is not None and not call.replay:
             try:
@@ -276,6 +309,7 @@ class OpenContexts(Listener):
         recorder = self._recording()
         chosen = None if recorder is None else recorder.settings.sites
         recorded = recorder is not None and (chosen is None or site in chosen)
+        recorded = recorded or any(site in watch.heads for watch in self._watching())
         return recorded or any(isinstance(edit, Edit) and site in edit.sites for edit in self._mine())
 
 

@@ -25,7 +25,7 @@ from workbench.hooks.tap import AttentionCall, Unshown
 from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, context_length, packed_sequences, token_ids
 from workbench.kernels import streaming
-from workbench.kernels.checks import check_finite
+from workbench.kernels.checks import Pending, check_finite
 from workbench.kernels.patterns import PartOfHeads, Pattern
 from workbench.kernels.statistics import Options
 from workbench.session.cached_tokens import CachedTokens
@@ -54,8 +54,9 @@ def choose(sites: Sites, wanted: SiteChoice) -> frozenset[str] | None:
 class Recorder:
     """Collects the forwards of one capture; its methods are the observer's callbacks.
 
-    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `refused` says, by site, why none
-    of its calls were kept, `unrecorded` how many were not, and why.
+    `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `compiled` says what became of the
+    graphs of compiled code (`AttentionCall.compiled`); `refused` says, by site, why none of its calls were kept,
+    `unrecorded` how many were not, and why.
     """
 
     model: nn.Module
@@ -66,10 +67,12 @@ class Recorder:
     forwards: list[Forward] = field(default_factory=list)
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
+    compiled: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     unrecorded: dict[str, Unrecorded] = field(default_factory=dict)
     gradients: GradientWatch = field(default_factory=GradientWatch)
     arena: Arena = field(default_factory=Arena)
+    pending: Pending = field(default_factory=Pending)
     outputs: HeadOutputs = field(init=False)
     failure: WorkbenchError | None = None
     _opened_in: int = field(default_factory=threading.get_ident)
@@ -83,6 +86,7 @@ class Recorder:
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
     _unstored: dict[int, list[Forward]] = field(default_factory=dict)  # by thread: over, but for their gradients
     _began: float = field(default_factory=time.perf_counter)
+    _masks: list[Tensor] = field(default_factory=list)  # the last that compiled code gave, which it writes over
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -289,13 +293,15 @@ class Recorder:
         pattern = call.pattern(cross=cross)
         others = {**pattern.factors, **call.build_others()} if settings.queries_keys else {}
         self._check_limit(self._planned(call, pattern, others), site)
-        keeper = _Keeper(self.arena)
+        keeper = _Keeper(self.arena, self._masks if call.compiled else None)
         if settings.queries_keys:
             pattern = pattern.kept(keeper.keep)
             others = {name: other.kept(keeper.keep) for name, other in others.items()}
         names = settings.names_at(site)
         try:
-            check_finite("v", call.v)
+            check_finite("v", call.v, site.name)
+            if call.compiled:
+                self.compiled.add(call.compiled)
             options = self._options(forward, site, pattern, names)
             statistics = streaming.statistics(pattern, names, options)
             if check:
@@ -415,25 +421,38 @@ def _itself(tensor: Tensor, axis: int) -> Tensor:
 
 
 class _Keeper:
-    """Decides how a tensor of the model is kept: as a copy, or by reference where that is safe and saves much."""
+    """Decides how a tensor of the model is kept: as a copy, or by reference where that is safe and saves much.
 
-    def __init__(self, arena: Arena) -> None:
-        self.arena = arena
+    Args:
+        masks: of compiled code, which writes over its tensors: the mask that was copied last, and may come again.
+    """
+
+    def __init__(self, arena: Arena, masks: list[Tensor] | None = None) -> None:
+        self.arena, self.masks = arena, masks
         self.held: list[tuple[Tensor, int]] = []
 
     def keep(self, name: str, tensor: Tensor) -> Tensor:
         """Keep a part of a pattern; the values stay the model's own until it is clear whether they are wanted."""
         if name == "values":
             return tensor
+        if name == "mask" and self.masks is not None:
+            return self._mask(tensor, self.masks)
         return self.shared(tensor) if name == "mask" else self(tensor)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Keep a tensor that belongs to one call."""
         part_of_more = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-        if tensor.device.type == "cpu" or part_of_more or tensor.is_inference():
+        if self.masks is not None or tensor.device.type == "cpu" or part_of_more or tensor.is_inference():
             # A slice would hold the whole packed projection or cache; an inference tensor cannot tell of changes.
             return self.arena.copy(tensor)
         return self.shared(tensor)
+
+    def _mask(self, mask: Tensor, known: list[Tensor]) -> Tensor:
+        """A copy that layers with the same mask share."""
+        if known and known[0].shape == mask.shape and known[0].dtype == mask.dtype and torch.equal(known[0], mask):
+            return known[0]
+        known[:] = [mask.detach().clone()]
+        return known[0]
 
     def shared(self, tensor: Tensor) -> Tensor:
         """Keep a tensor that several calls may share, by reference, noting its version."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -18,17 +18,22 @@ from workbench.capture.settings import Settings
 from workbench.capture.store.writing import StoreWriter, open_writer
 from workbench.errors import AttachError, CaptureError
 from workbench.hooks.code import scripted_attention
-from workbench.hooks.compiled import check_not_compiled
+from workbench.hooks.compiled.doors import Doors, eager_door
+from workbench.hooks.compiled.regions import check_not_compiled, find_regions, uncompiled
+from workbench.hooks.heads import parse_heads
 from workbench.hooks.layouts import STATE_IT, Layouts
 from workbench.hooks.proofs.axes import Axes
 from workbench.hooks.sites import Sites, Unread, find_sites, without
 from workbench.inputs import check_inputs, device_for_inputs, dropout_in_training, to_ids, with_own_positions
+from workbench.kernels.checks import deferred
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
+from workbench.session.compiled_models import check_gradients, whose_bits
 from workbench.session.interventions import Interventions
 from workbench.session.looking import LIMIT, look_at, nominated, unlooked
 from workbench.session.open_contexts import OpenContexts
 from workbench.session.recorder import Recorder, SiteChoice, choose
+from workbench.session.row_watch import RowWatch, Step
 from workbench.session.verification import Verification, verify_model
 from workbench.storage.provenance import describe
 from workbench.storage.weights import WeightsThen, latest_hash
@@ -38,7 +43,12 @@ _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Workbench]] = weakre
 
 
 def attach(
-    model: nn.Module, tokenizer: Any = None, *, check: bool = True, layout: Mapping[str, str] | None = None
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    check: bool = True,
+    layout: Mapping[str, str] | None = None,
+    compiled: Literal["recorded", "eager"] = "recorded",
 ) -> Workbench:
     """Attach to a model, so that its attention can be captured while it stays on its own kernel.
 
@@ -50,6 +60,9 @@ def attach(
             that cannot be read from the code; its sites are then found when it runs.
         layout: by site, what the axes of its kernel's output are, where values cannot show it, as in einops:
             {"blocks.0.attn": "(head=4 batch) query width"}; see `docs/how-it-works.md`.
+        compiled: how what `torch.compile` made of the model runs while something is captured: "recorded", compiled once
+            more with an operator of ours behind each attention, or "eager", uncompiled for as long as the workbench is
+            attached, as interventions need it.
 
     Raises:
         AttachError: no module, no attention in it, or attached already.
@@ -67,6 +80,9 @@ def attach(
         inner = getattr(model, "model", None)
         hint = "attach to its .model" if isinstance(inner, nn.Module) else "pass the nn.Module itself"
         raise AttachError(f"cannot attach to a {type(model).__name__}", hint=hint)
+    if compiled not in ("recorded", "eager"):
+        raise AttachError(f'compiled is "recorded" or "eager", not {compiled!r}')
+    whole, model = model, uncompiled(model)
     other = _attached.get(model)
     if other is not None and other() is not None:
         raise AttachError(
@@ -90,31 +106,38 @@ def attach(
     stated = {sites.find(name).name if check else name: text for name, text in (layout or {}).items()}
     for text in stated.values():
         Axes.parse(text, heads=1)
-    return Workbench(model, tokenizer, sites, Layouts(stated))
+    return Workbench(whole, tokenizer, sites, Layouts(stated), eager=compiled == "eager")
 
 
 class Workbench(Interventions):
     """A model under observation. Made by `attach`; a context manager that detaches at its end.
 
     Attributes:
-        model, tokenizer: what was attached.
+        model, tokenizer: what was attached; where a compiled model runs uncompiled, the model as it was before.
         sites: where the model mixes tokens; prints as a table. `sites.unread` lists what mixes tokens and is no site.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, sites: Sites, layouts: Layouts) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.sites = Sites(sites, nominated(model, sites), looked=False)
-        self._layouts = layouts
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, sites: Sites, layouts: Layouts, *, eager: bool = False
+    ) -> None:
+        inner = uncompiled(model)
+        self._doors = Doors(find_regions(model, inside=True) if eager else (), eager_door)
+        self._leave = weakref.finalize(self, self._doors.close)
+        self.model, self.tokenizer = inner if eager else model, tokenizer
+        self.sites = Sites(sites, nominated(inner, sites), looked=False)
+        self._inner, self._layouts = inner, layouts
         self._open = True
-        self._contexts = OpenContexts(model, layouts)
+        self._contexts = OpenContexts(inner, layouts, lambda: find_regions(model))
         self._warned = False
-        _attached[model] = weakref.ref(self)
+        _attached[inner] = weakref.ref(self)
+        self._doors.open()
 
     def detach(self) -> None:
         """Let go of the model; nothing of ours is left on it, whatever was interrupted. It may be called twice."""
         self._open = False
         self._contexts.close()
-        _attached.pop(self.model, None)
+        self._leave()
+        _attached.pop(self._inner, None)
 
     def __enter__(self) -> Workbench:
         self.check_open()
@@ -180,7 +203,8 @@ class Workbench(Interventions):
             FormatError: what stands there is no store, or of another version.
         """
         self.check_open()
-        check_not_compiled(self.model)
+        if gradients:
+            check_gradients(self.model)
         settings = Settings(
             statistics=check_names(statistics),
             sites=choose(self.sites, sites),
@@ -196,25 +220,27 @@ class Workbench(Interventions):
             limit=limit,
         )
         self._warn_of_dropout()
-        weights = WeightsThen(self.model)
-        provenance = describe(self.model, self.tokenizer) | {"statistics": list(settings.statistics)}
+        weights = WeightsThen(self._inner)
+        provenance = describe(self._inner, self.tokenizer) | {"statistics": list(settings.statistics)}
         with nullcontext() if store is None else self._storing(store, settings, provenance) as writer:
             decode = self._decode if self.tokenizer is not None else None
-            recorder = Recorder(self.model, self.sites, settings, decode, writer)
+            recorder = Recorder(self._inner, self.sites, settings, decode, writer)
             capture = Capture(recorder.forwards, self.sites, provenance, weights, settings, recorder.unrecorded)
             try:
-                with self._contexts.recording(recorder):
+                with deferred(recorder.pending), self._contexts.recording(recorder):
                     yield capture
             finally:
                 recorder.finish()
                 self.sites = capture.model_sites = self._told(recorder.sites)
-                provenance["statistics_engine"] = ", ".join(sorted(recorder.engines))
+                how = {"statistics_engine": ", ".join(sorted(recorder.engines))}
+                how |= whose_bits(recorder.compiled, eager=self._doors.are_open)
+                provenance |= how
                 recorder.gradients.close()
                 if writer is not None:
-                    engines = {"statistics_engine": provenance["statistics_engine"]}
-                    writer.say(self.sites, list(recorder.unrecorded.values()), engines)
+                    writer.say(self.sites, list(recorder.unrecorded.values()), how)
         if recorder.failure is not None:
             raise recorder.failure
+        recorder.pending.check()
         self._check_fired(capture, settings, recorder.refused)
         recorder.gradients.check(all_must_arrive=settings.sites is not None)
 
@@ -228,11 +254,36 @@ class Workbench(Interventions):
         }
         return open_writer(store, settings, provenance, identity)
 
+    @contextmanager
+    def watch_rows(self, heads: Any, tell: Callable[[Step], object]) -> Iterator[None]:
+        """Tell what chosen heads look at, as the model runs: at each forward inside the `with`, such as each step of
+        `generate()`, the weights of its last query. Nothing is kept, and the model's outputs stay the same to the bit.
+
+        Args:
+            heads: as in `ablate`: (layer, head), "L9H6", or several.
+            tell: is given a `Step` when a forward is over: `step.rows["L9H6"]` is [batch, key]. Of packed rows, and of
+                continuous batches, one for each sequence. What it raises leaves through the model's forward; in threads
+                that did not open the `with` it is logged.
+
+        Raises:
+            InterventionError: no such head.
+
+        >>> import torch
+        >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
+        >>> with attach(model) as wb, wb.watch_rows("L0H2", lambda step: print(list(step.rows["L0H2"].shape))):
+        ...     _ = model(torch.randn(2, 5, 16))
+        [2, 5]
+        """
+        self.check_ready()
+        watch = RowWatch(self._inner, self.sites, parse_heads(self.sites, heads), tell)
+        with self._contexts.watching(watch):
+            yield
+
     def _told(self, sites: Sites) -> Sites:
         """The sites without those that turned out to be none, or cannot be shown; the latter are unread."""
         unread = {one.name: one for one in sites.unread}
         for name, reason in self._layouts.refused.items():
-            unread[name] = Unread(name, type(self.model.get_submodule(name)).__name__, reason, proved=False)
+            unread[name] = Unread(name, type(self._inner.get_submodule(name)).__name__, reason, proved=False)
         gone = {*self._layouts.refused, *self._layouts.gates}
         return Sites(without(sites, gone), unread.values(), sites.looked)
 
@@ -397,14 +448,14 @@ class Workbench(Interventions):
 
     def provenance(self) -> dict[str, Any]:
         """What a result says of the model and of the software that ran it, with the weights' hash: plain values."""
-        return describe(self.model, self.tokenizer) | {"weights_sha256": self.weights_hash()}
+        return describe(self._inner, self.tokenizer) | {"weights_sha256": self.weights_hash()}
 
     def weights_hash(self) -> str | None:
         """SHA-256 over the model's parameters and buffers, computed anew only where they have changed.
 
         None if some are offloaded to where they cannot be read.
         """
-        return latest_hash(self.model)
+        return latest_hash(self._inner)
 
     def weights_identity(self) -> str:
         """What is the same for the same weights only: their hash, or where there is none what is never the same."""
@@ -413,4 +464,4 @@ class Workbench(Interventions):
     def __repr__(self) -> str:
         state = "" if self._open else ", detached"
         heads = sum(site.n_heads or 0 for site in self.sites)
-        return f"Workbench({type(self.model).__name__}: {len(self.sites)} sites, {heads} heads{state})"
+        return f"Workbench({type(self._inner).__name__}: {len(self.sites)} sites, {heads} heads{state})"

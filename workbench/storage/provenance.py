@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from workbench.hooks.configs import read
+from workbench.hooks.weights import kinds
 from workbench.storage.weights import weights_note
 
 Provenance = dict[str, Any]
@@ -64,7 +65,7 @@ def describe(model: nn.Module, tokenizer: Any = None) -> Provenance:
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
         "model_name": _name(read(config, "name_or_path", "")) or type(model).__name__,
         "parameters": sum(p.numel() for p in parameters),
-        "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+        "dtype": ", ".join(kinds(model)),
         "device": ", ".join(sorted({str(p.device) for p in parameters})),
         "attention_backend": read(config, "_attn_implementation") or "torch",
         "training": model.training,
@@ -177,7 +178,7 @@ def commit() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=5)
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

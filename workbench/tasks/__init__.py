@@ -16,11 +16,13 @@ from workbench.tasks.induction import induction
 from workbench.tasks.ioi import ioi
 from workbench.tasks.mqar import mqar, mqar_tokens
 from workbench.tasks.pieces import pieces, token_positions
+from workbench.tasks.planted import PlantedObjects, planted_objects
 from workbench.tasks.tensors import InputTask, from_inputs
 
 __all__ = [
     "Example",
     "InputTask",
+    "PlantedObjects",
     "Split",
     "Task",
     "TaskBatch",
@@ -34,5 +36,6 @@ __all__ = [
     "mqar",
     "mqar_tokens",
     "pieces",
+    "planted_objects",
     "token_positions",
 ]

@@ -16,6 +16,7 @@ from workbench.views.circuit_graph import CircuitGraph, OverlapGraph, circuit_gr
 from workbench.views.compare import Compare, compare
 from workbench.views.conditioning_curves import ConditioningCurves, conditioning_curves
 from workbench.views.figure import Click, Figure, figure
+from workbench.views.grounding import GroundingView, grounding
 from workbench.views.head_atlas import HeadAtlas, head_atlas
 from workbench.views.head_gallery import Axes, Group, HeadGallery, head_gallery
 from workbench.views.head_page import HeadPage, head
@@ -49,6 +50,7 @@ __all__ = [
     "Compare",
     "ConditioningCurves",
     "Figure",
+    "GroundingView",
     "Group",
     "HeadAtlas",
     "HeadGallery",
@@ -77,6 +79,7 @@ __all__ = [
     "conditioning_curves",
     "cross_attention",
     "figure",
+    "grounding",
     "half_lives",
     "head",
     "head_atlas",

@@ -92,6 +92,7 @@ def _record(wb: Workbench, batch: dict[str, Any], blocks: list[str], kept: Tenso
         assert first is not None
         rows.append(first[0, kept.to(first.device)].clone())
 
+    wb.check_ready()
     with Changes() as changes:
         changes.before(wb.model.get_submodule(blocks[0]), before, with_kwargs=True)
         for block in blocks:

@@ -87,6 +87,7 @@ def run_of(wb: Workbench, batch: Mapping[str, Any], method: str, residual: float
     Raises:
         AttachError, CaptureError: as `attention_rollout` does.
     """
+    wb.check_ready()
     towers = _towers(wb)
     of = list(towers)[-1] if stream is None else stream
     if of not in towers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from workbench.analysis.spikes.result import SpikeActivity
 from workbench.errors import WorkbenchError
+from workbench.hooks.changes import Changes
 from workbench.kernels.checks import check_range
 from workbench.session.workbench import Workbench
 from workbench.storage.provenance import describe
@@ -132,19 +132,19 @@ def spike_activity(
     kinds = (nn.Linear, *_CONVOLUTIONS)
     layers = {name: _Layer(name) for name, module in model.named_modules() if isinstance(module, kinds)}
     modules = dict(model.named_modules())
-    with ExitStack() as hooks, torch.no_grad():
+    with Changes() as changes, torch.no_grad():
         for name, population in populations.items():
 
             def fired(module: nn.Module, given: Any, made: Any, population: _Population = population) -> None:
                 population.count(made, shown)
 
-            hooks.callback(modules[name].register_forward_hook(fired).remove)
+            changes.after(modules[name], fired)
         for name, layer in layers.items():
 
             def ran(module: nn.Module, given: Any, named: dict[str, Any], layer: _Layer = layer) -> None:
                 layer.count(module, given[0] if given else named["input"])
 
-            hooks.callback(modules[name].register_forward_pre_hook(ran, with_kwargs=True).remove)
+            changes.before(modules[name], ran, with_kwargs=True)
         for batch in batches:
             for population in populations.values():
                 population.called = False

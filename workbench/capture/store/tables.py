@@ -41,7 +41,6 @@ class Tables:
         )
         self._tokens = GrowingTable(folder / "tokens", _TOKENS, numbered="forward")
         self._has = [0, 0]
-        self._waiting: list[tuple[Forward, int]] = []
 
     def open(self) -> int:
         """Go on with what is there; the first forward that one of them lacks.
@@ -53,21 +52,15 @@ class Tables:
         return min(self._has)
 
     def add(self, forward: Forward, index: int) -> None:
-        """Add the rows of a forward, and those that could not be written before.
+        """Add the rows of a forward, where they are not there yet.
 
         Raises:
             FileError: they cannot be written.
         """
-        self._waiting.append((forward, index))
-        while self._waiting:
-            late, number = self._waiting[0]
-            if number >= self._has[0]:
-                self._heads.add(self._of_heads(late, number))
-                self._has[0] = number + 1
-            if number >= self._has[1]:
-                self._tokens.add(_of_tokens(late, number))
-                self._has[1] = number + 1
-            self._waiting.pop(0)
+        if index >= self._has[0]:
+            self._heads.add(self._of_heads(forward, index))
+        if index >= self._has[1]:
+            self._tokens.add(_of_tokens(forward, index))
 
     def _of_heads(self, forward: Forward, index: int) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {name: [] for name in (*_HEADS, *self._columns)}

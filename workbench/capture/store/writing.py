@@ -43,20 +43,17 @@ class StoreWriter:
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path, self._settings = path, settings
         self._lock = threading.Lock()
-        self._shapes: dict[str, _Shape] = {}
-        self._members: dict[str, str] = {}  # zarr's texts by path, for the root
-        self._vocabulary: dict[int, str] = {}
         self._sites: Sites | None = None
         self._journal = Journal(path / "forwards.jsonl")
-        self._tables = Tables(path / "tables", settings)
-        self.n_forwards = 0
         self._go_on()
 
     def _go_on(self) -> None:
-        """Know what is there, and mend what a killed process left half done."""
+        """Know what is there, and mend what was left half done by a killed process, an interrupt or a full disk."""
         stored = read_rows(self.path)
         self.n_forwards = len(stored.rows)
         self._vocabulary = dict(stored.vocabulary)
+        self._shapes: dict[str, _Shape] = {}
+        self._members: dict[str, str] = {}  # zarr's texts by path, for the root
         for name, shape in stored.shapes.items():
             made = _Shape(self.path / name, shape.families, shape.ids)
             made.rows = [row["forward"].integer() for row in stored.rows if row["shape"].value == name]
@@ -64,8 +61,10 @@ class StoreWriter:
             self._members |= made.write_metadata()
         if self._shapes:
             self._write_root()
+        self._tables = Tables(self.path / "tables", self._settings)
         for index in range(self._tables.open(), self.n_forwards):
             self._tables.add(stored.forward(index), index)
+        self._sound = True
 
     def add(self, forward: Forward, projections: Mapping[str, Projection | None]) -> Forward:
         """Write a forward; it is in the store when this returns.
@@ -81,24 +80,26 @@ class StoreWriter:
         """
         packed = take_apart(forward)
         with self._lock:
-            index = self.n_forwards
-            shape = self._shapes.get(packed.key) or self._new_shape(packed)
-            row = len(shape.rows)
+            if not self._sound:  # what was broken off, and where, only the disk knows
+                self._journal.close()
+                self._journal = Journal(self.path / "forwards.jsonl")
+                self._go_on()
+            self._sound = False
+            index, known = self.n_forwards, self._shapes.get(packed.key)
             try:
+                shape = self._new_shape(packed) if known is None else known
+                row = len(shape.rows)
                 shape.write(packed, row, index)
                 added = self._new_texts(forward)
                 self._journal.add(_line(forward, index, shape.path.name, row, packed.dynamic, added))
+                self.n_forwards += 1
+                self._vocabulary |= added
+                self._members |= shape.texts()
+                self._write_root()
+                self._tables.add(forward, index)
             except OSError as error:
-                del shape.rows[row:]
-                raise disk.failed(shape.path, error) from error
-            except FileError:
-                del shape.rows[row:]
-                raise
-            self.n_forwards += 1
-            self._vocabulary |= added
-            self._members |= shape.texts()
-            self._write_root()
-            self._tables.add(forward, index)
+                raise disk.failed(self.path, error) from error
+            self._sound = True
         told = json.loads(json_text(_told(forward, index, shape.path.name, row, packed.dynamic)))
         return shape.stored.made(Part(told, "a forward"), self._vocabulary, projections)
 
@@ -113,10 +114,7 @@ class StoreWriter:
     def _new_shape(self, packed: Packed) -> _Shape:
         path = self.path / f"shape-{len(self._shapes)}"
         made = _Shape(path, packed.families, packed.ids)
-        try:
-            made.begin(packed)
-        except OSError as error:
-            raise disk.failed(path, error) from error
+        made.begin(packed)
         self._shapes[packed.key] = made
         return made
 

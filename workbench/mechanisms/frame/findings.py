@@ -1,6 +1,7 @@
 """What was found of the claims on the cards: scripts measure it and write it down, nobody types it.
 
-`benchmarks/rooms.py` has claims of quality, `benchmarks/mechanisms.py` those of cost, beside its figures.
+`benchmarks/rooms.py` has claims of quality, `benchmarks/mechanisms.py` those of cost and `benchmarks/studied.py` those
+of studies, beside their figures.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from workbench.mechanisms.frame.card import Card, Claim
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
-FINDINGS, COSTS = _WEIGHTS / "claims.json", _WEIGHTS / "cost.json"
+FINDINGS, COSTS, STUDIES = (_WEIGHTS / name for name in ("claims.json", "cost.json", "studies.json"))
 
 
 def with_findings(name: str, card: Card) -> Card:
@@ -28,10 +29,10 @@ def with_findings(name: str, card: Card) -> Card:
 def findings() -> dict[str, dict[str, dict[str, str]]]:
     """By mechanism and claim: "how", "found" and "outcome"."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for path in (FINDINGS, COSTS):
+    for path in (FINDINGS, COSTS, STUDIES):
         if path.is_file():
             held = json.loads(path.read_text(encoding="utf-8"))
-            for name, claims in (held["claims"] if path == COSTS else held).items():
+            for name, claims in (held if path == FINDINGS else held["claims"]).items():
                 found.setdefault(name, {}).update(claims)
     return found
 

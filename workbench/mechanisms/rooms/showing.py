@@ -11,6 +11,9 @@ from workbench.errors import WorkbenchError
 from workbench.mechanisms.frame import Card, Mechanism, listed, named
 from workbench.mechanisms.rooms.costs import Cost, cost_of
 from workbench.mechanisms.rooms.seen import Seen, see, work_of
+from workbench.mechanisms.rooms.studied import SeenStudy, see_study
+from workbench.mechanisms.studies import file_of as study_of
+from workbench.mechanisms.studies import studied, studies
 from workbench.mechanisms.training import TrainedModel, trained
 from workbench.mechanisms.training.shipped import file_of, read_runs
 from workbench.mechanisms.training.work import SHOWN
@@ -27,6 +30,7 @@ class Room:
     Attributes:
         name: with the variant behind a colon. mechanism: what it is.
         seen: its models, text before images; of a mechanism without shipped weights one with random weights.
+        study: its model of data of its own; None where there is none.
         cost: time and memory by length; None where it was not measured.
         plain: by work, the (step, loss) of plain attention.
     """
@@ -36,6 +40,7 @@ class Room:
     seen: tuple[Seen, ...]
     cost: Cost | None = None
     plain: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    study: SeenStudy | None = None
 
     @property
     def card(self) -> Card:
@@ -61,7 +66,7 @@ class Room:
     @property
     def is_trained(self) -> bool:
         """Whether what is shown are heads of a trained model."""
-        return any(each.trained is not None for each in self.seen)
+        return self.study is not None or any(each.trained is not None for each in self.seen)
 
     def show(self) -> None:
         """Display all views in a notebook, below each other.
@@ -84,7 +89,8 @@ class Room:
         return renderer().of(self)._repr_mimebundle_(include, exclude)
 
     def __repr__(self) -> str:
-        models = ", ".join(f"{each.work}{'' if each.trained else ', random weights'}" for each in self.seen)
+        works = [f"{each.work}{'' if each.trained else ', random weights'}" for each in self.seen]
+        models = ", ".join(works + ([] if self.study is None else [self.study.studied.study.work]))
         return f"Room({self.name}: {self.card.title}; {models})"
 
 
@@ -115,15 +121,17 @@ def room(name: str, models: Mapping[str, TrainedModel] | None = None) -> Room:
                 f"models[{work!r}] is {type(model).__name__}", hint="a mechanisms.training.TrainedModel"
             )
     works = [work for work in SHOWN if work in given]
-    seen = [see(mechanism, name, work, given[work]) for work in works] or [
-        see(mechanism, name, work_of(mechanism, name))
-    ]
+    seen = [see(mechanism, name, work, given[work]) for work in works]
+    study = see_study(studied(name)) if name in studies() and study_of(name).is_file() else None
+    if not seen and study is None:
+        seen = [see(mechanism, name, work_of(mechanism, name))]
     return Room(
         name,
         mechanism,
         tuple(seen),
         cost_of(name),
         {work: losses_of(trained(PLAIN, work)) for work in works if file_of(PLAIN, work).is_file()},
+        study,
     )
 
 

@@ -2,7 +2,7 @@
 
 import { arrayOf } from "workbench/shared/blocks.js";
 import { colourAt, gradient, rgbOf } from "workbench/shared/colour.js";
-import { button, exactly, legend, make, named, roughly, selector } from "workbench/shared/dom.js";
+import { axes, button, exactly, legend, make, named, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { Matrix } from "workbench/shared/matrix.js";
 import { ceiling } from "workbench/shared/scales.js";
@@ -144,7 +144,7 @@ class Patterns {
     if (!there) return;
     const shown = this.heads.slice(0, AT_ONCE);
     this.maps = shown.map((head) => this.mapOf(head));
-    this.panels.replaceChildren(...this.maps.map((map, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.nameOf(shown[i])), make("div", { class: "axes" }, "queries ↓, keys →"), map.element)));
+    this.panels.replaceChildren(...this.maps.map((map, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.nameOf(shown[i])), axes("queries", "keys"), map.element)));
     this.panels.dataset.count = this.maps.length;
     this.strips.build();
     this.colour();

@@ -156,9 +156,12 @@ class SharedSelection:
     def select(self, scope: Scope | None = None, **changes: Any) -> None:
         """Change some of the selection, in a scope or in every one: `select(layer=5, heads=(1,))`.
 
+        A layer without a site is meant wherever it is: the site that was chosen before is so no longer.
+
         Raises:
             WorkbenchError: an unknown name, or a value that is no position.
         """
+        changes = {"site": None, **changes} if "layer" in changes else changes
         given = Selection.of(changes)
         for part, names in _PARTS.items():
             made = {name: getattr(given, name) for name in names if name in changes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -131,10 +132,11 @@ def overlap_graph(
 
 def caption_of(overlap: CircuitOverlap) -> str:
     """How much two circuits share, and what chance would give."""
-    low, high = overlap.intervals.get("jaccard", (float("nan"),) * 2)
+    low, high = overlap.intervals.get("jaccard", (math.nan, math.nan))
     own = overlap.values["jaccard"]
+    interval = f" [{low:.3f}, {high:.3f}]" if math.isfinite(low) and math.isfinite(high) else ""
     return (
-        f"{len(overlap.shared)} shared {overlap.unit}; Jaccard {own:.3f} [{low:.3f}, {high:.3f}], "
+        f"{len(overlap.shared)} shared {overlap.unit}; Jaccard {own:.3f}{interval}, "
         f"{overlap.expected:.3f} by chance (p {overlap.p_value:.2g})."
     )
 

@@ -1,10 +1,10 @@
 // Compare: two matrices and their difference, with one cursor and one zoom for all three; of several pairs the chosen one.
 
 import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.js";
-import { button, exactly, legend, make, roughly, selector } from "workbench/shared/dom.js";
+import { axes, button, exactly, legend, make, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { Matrix } from "workbench/shared/matrix.js";
-import { ceiling, greatest } from "workbench/shared/scales.js";
+import { ceiling, greatest, rootTick } from "workbench/shared/scales.js";
 
 export async function render({ model, el }) {
   const frame = await open({ model, el });
@@ -29,7 +29,7 @@ class Compare {
     this.legends = [make("div"), make("div"), make("div")];
     this.titles = this.names.map((name) => make("figcaption", {}, name));
     this.maps = this.names.map((_, i) => this.map(i));
-    const panels = this.maps.map((map, i) => make("figure", { class: "panel" }, this.titles[i], map.element, this.legends[i]));
+    const panels = this.maps.map((map, i) => make("figure", { class: "panel" }, this.titles[i], axes(this.facts.rowTitle, this.facts.columnTitle), map.element, this.legends[i]));
     frame.body.append(make("div", { class: "panels", "data-count": "3" }, ...panels));
     const scale = frame.settings.pick("scale", "Scale", [["sqrt", "square root"], ["linear", "linear"]], "sqrt", (name) => this.set(name));
     this.scale = scale.value;
@@ -138,9 +138,10 @@ class Compare {
       const at = signed ? (t) => divergingAt(2 * t - 1, this.frame.theme) : (t) => colourAt(t, this.frame.theme);
       map.setColours(Array.from({ length: 256 }, (_, byte) => (byte === 0 ? unseen : signed ? divergingAt((byte - 128) / 127, this.frame.theme) : colourAt((byte - 1) / 254, this.frame.theme))));
       map.draw();
-      const back = (t) => (this.scale === "sqrt" ? Math.sign(t) * t * t : t) * tops[i];
-      const ticks = signed ? [0, 0.5, 1].map((t) => [t, roughly(back(2 * t - 1))]) : [0, 0.5, 1].map((t) => [t, roughly(back(t))]);
-      this.legends[i].replaceChildren(legend(gradient(at), ticks, make("span", {}, this.facts.unit)));
+      const middle = this.scale === "sqrt" ? rootTick(tops[i]) : tops[i] / 2;
+      const ticks = signed ? [[0, -tops[i]], [0.5, 0], [1, tops[i]]] : [[0, 0], [bend(middle / tops[i]), middle], [1, tops[i]]];
+      const said = [this.facts.unit, this.scale === "sqrt" ? "square-root scale" : ""].filter(Boolean).join(", ");
+      this.legends[i].replaceChildren(legend(gradient(at), ticks.map(([place, value]) => [place, roughly(value)]), make("span", {}, said)));
     });
   }
 

@@ -74,10 +74,12 @@ class Compare(View):
         for axes, (values, title, scale, (bottom, top)) in zip(panels, shown, strict=True):
             axes.set_facecolor(scales.unseen_colour())
             # The view's own scale: square roots of sizes, unless linear was chosen.
-            norm = scales.norm(bottom, top, roots=self.state.get("scale", "sqrt") == "sqrt")
+            roots = self.state.get("scale", "sqrt") == "sqrt"
+            norm = scales.norm(bottom, top, roots=roots)
             image = axes.imshow(values, cmap=scale, norm=norm, extent=edges, aspect="auto")
             axes.set(title=title, xlabel=facts["columnTitle"])
-            figure.colorbar(image, ax=axes, label=facts["unit"], ticks=scales.ticks(bottom, top))
+            unit = ", ".join(part for part in (facts["unit"], "square-root scale" if roots else "") if part)
+            figure.colorbar(image, ax=axes, label=unit, ticks=scales.ticks(bottom, top))
             self._mark(axes)
         panels[0].set_ylabel(facts["rowTitle"])
 

@@ -1,7 +1,7 @@
 // Head atlas: layers down, heads across, one canvas per kind of attention, coloured by a number per head.
 
 import { colourAt, css, divergingAt, gradient, inkOn } from "workbench/shared/colour.js";
-import { button, exactly, legend, make, moved, roughly, roving } from "workbench/shared/dom.js";
+import { axes, button, exactly, legend, make, moved, roughly, roving } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { ceiling, greatest } from "workbench/shared/scales.js";
 
@@ -28,7 +28,7 @@ class Atlas {
     this.grow = button("Show more", () => {
       this.ranked += RANKED;
       this.rank();
-    });
+    }, { class: "screen" });
     const more = make("p", { class: "where" }, this.counted, " ", this.grow, " ", frame.pageOfHead());
     const maps = make("div", { class: "maps" });
     this.grids = this.facts.groups.map((group, i) => new Grid(this, group, maps, i));
@@ -166,7 +166,7 @@ class Grid {
     this.columns = Math.max(...group.sites.map(({ heads }) => heads));
     this.cursor = [0, 0];
     this.canvas = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "head map", "aria-label": `${group.label}: layers down, heads across. Arrow keys move, Enter chooses a head.` });
-    box.append(make("figure", { class: "map" }, make("figcaption", {}, group.label), this.canvas));
+    box.append(make("figure", { class: "map" }, make("figcaption", {}, group.label), axes(group.unique ? "layers" : "sites", "heads"), this.canvas));
     this.canvas.dataset.group = number;
     this.canvas.addEventListener("pointermove", (event) => this.hover(event));
     this.canvas.addEventListener("pointerleave", () => this.leave());
@@ -226,7 +226,7 @@ class Grid {
       if (!rgb || width < 30 || height < 14) continue;
       ink.fillStyle = inkOn(rgb);
       ink.font = `11px ${frame.colour("sans")}`;
-      const said = roughly(value).replace(/^(-?)0\./, "$1."); // as in the ranking
+      const said = roughly(value).replace(/^(−?)0\./, "$1."); // as in the ranking
       const text = ink.measureText(said).width < width - 2 ? said : value.toExponential(0);
       ink.fillText(text, left + (column + 0.5) * width, top + (row + 0.5) * height);
     }

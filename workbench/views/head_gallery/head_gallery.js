@@ -5,7 +5,7 @@ import { colourAt, gradient } from "workbench/shared/colour.js";
 import { exactly, legend, make, named, roughly } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { drawMap, inTurns, largestOf, outline, paintMap, paletteOf, tileWidth } from "workbench/shared/maps.js";
-import { ceiling } from "workbench/shared/scales.js";
+import { ceiling, rootTick } from "workbench/shared/scales.js";
 import { Tiles, Visited } from "workbench/shared/tiles.js";
 
 const LARGE = 320;
@@ -285,7 +285,8 @@ class Gallery {
   drawLegend() {
     if (this.rows === 1) return this.scale.replaceChildren();
     const top = this.topOf(this.map(this.head));
-    const ticks = [[0, "0"], [0.5, roughly(this.roots ? top / 4 : top / 2)], [1, roughly(top)]];
+    const middle = this.roots ? rootTick(top) : top / 2;
+    const ticks = [[0, "0"], [this.roots ? Math.sqrt(middle / top) : 0.5, roughly(middle)], [1, roughly(top)]];
     this.scale.replaceChildren(legend(gradient(colourAt, this.frame.theme), ticks, make("span", {}, `${this.facts.axes.value}${this.roots ? ", square-root scale" : ""}`)));
   }
 

@@ -83,8 +83,11 @@ class HeadGallery(View):
         panels = figure.subplots(rows, across + 1, squeeze=False)
         for panel in panels.ravel():
             panel.set_axis_off()
+        axes = facts["axes"]
+        said = [f"{axes['value']} ↑, {axes['columns']} →" if flat else f"{axes['rows']} ↓, {axes['columns']} →"]
         if needed > rows:
-            figure.supxlabel(f"{rows} of {needed:,} rows; the view has all", fontsize=8)
+            said.append(f"{rows} of {needed:,} rows of maps; the view has all")
+        figure.supxlabel("\n".join(said), fontsize=8)
         top = _largest(_weights(maps)) if self.state.get("shared") else None
         row = 0
         for group in groups:

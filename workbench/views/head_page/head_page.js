@@ -98,7 +98,7 @@ class HeadPage {
     const sections = groups.map((group) => {
       const rows = this.facts.numbers.flatMap((each, i) => (each.group === group ? [this.number(each, i)] : []));
       const head = make("tr", {}, ...["", "", "value", "rank"].map((text) => make("th", { scope: "col" }, text)));
-      return make("section", {}, make("h4", {}, group), make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
+      return make("section", {}, make("h4", {}, `${group[0].toUpperCase()}${group.slice(1)}`), make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
     });
     this.numbers.replaceChildren(...sections);
   }

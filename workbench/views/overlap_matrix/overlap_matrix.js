@@ -19,7 +19,8 @@ class OverlapMatrix {
     this.n = this.names.length;
     this.about = make("p", { class: "about" });
     this.picker = selector("Measure", this.measures.map(({ name, label }) => [name, label]), (measure) => frame.keep({ measure }));
-    frame.controls.before(this.picker.field, this.about, make("div", { class: "wide" }, this.table()));
+    frame.controls.append(this.picker.field);
+    frame.body.append(this.about, make("div", { class: "wide" }, this.table()));
     this.read();
     // Before the graph is, so that it is told of a new pair first.
     frame.onState(() => this.update());

@@ -2,7 +2,7 @@
 // and after heads, rows and edges are ablated. The kernel runs the model and gives the view another spec.
 
 import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.js";
-import { button, checkbox, exactly, legend, make, named, roughly, roving } from "workbench/shared/dom.js";
+import { axes, button, checkbox, exactly, legend, make, named, roughly, roving } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { ceiling, greatest } from "workbench/shared/scales.js";
 import { NextTokens } from "./next.js";
@@ -227,7 +227,7 @@ class Playground {
   buildBody() {
     const { frame } = this;
     this.message = make("p", { class: "about warning", role: "alert", hidden: true });
-    this.still = make("p", { class: "where", hidden: frame.live }, "The last state of a playground, which stands still here: to run prompts and to ablate it needs a notebook with a running kernel.");
+    this.still = make("p", { class: "where screen", hidden: frame.live }, "The last state of a playground, which stands still here: to run prompts and to ablate it needs a notebook with a running kernel.");
     this.list = make("ul", { class: "edits", "aria-label": "What is ablated" });
     roving(this.list);
     this.atlases = this.facts.groups.map((_, i) => this.atlas(i));
@@ -236,15 +236,15 @@ class Playground {
     this.next = new NextTokens(frame);
     this.title = make("h3");
     this.missing = make("p", { class: "where", hidden: true });
-    this.acts = make("div", { class: "tools acts", role: "toolbar", "aria-label": "Ablate" });
+    this.acts = make("div", { class: "tools acts screen", role: "toolbar", "aria-label": "Ablate" });
     this.act = [this.actOf(() => this.edit()), this.actOf(() => this.edit(this.query)), this.actOf(() => this.edit(this.query, this.key))];
     this.acts.append(...this.act);
     this.acts.hidden = !frame.live;
     roving(this.acts);
     this.pattern = this.patternMap();
     this.weights = make("div");
-    const heads = make("section", { class: "heads" }, make("h3", {}, "Heads"), ...this.atlases.map(({ element }, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.facts.groups[i].label), element)), this.scale, this.meaning);
-    const pattern = make("section", { class: "pattern" }, this.title, this.acts, this.missing, this.pattern.element, this.weights);
+    const heads = make("section", { class: "heads" }, make("h3", {}, "Heads"), ...this.atlases.map(({ element }, i) => make("figure", { class: "panel" }, make("figcaption", {}, this.facts.groups[i].label), axes("layers", "heads"), element)), this.scale, this.meaning);
+    const pattern = make("section", { class: "pattern" }, this.title, this.acts, this.missing, axes("queries", "keys"), this.pattern.element, this.weights);
     frame.body.append(this.message, this.still, this.list, make("div", { class: "columns" }, make("div", {}, this.next.element, heads), pattern));
   }
 
@@ -338,10 +338,10 @@ class Playground {
     const items = edits.map((edit) => {
       const text = `${this.wordsOf(edit)}${edit.weight === null ? "" : `, weight ${roughly(edit.weight)}`}`;
       const about = live ? button("", () => this.toggle(bare([edit])[0]), { title: `Put back ${text}`, "aria-label": `Put back ${text}` }) : make("span", { class: "edit" });
-      about.append(make("bdi", {}, text), ...(live ? [make("span", { "aria-hidden": "true" }, " ×")] : []));
+      about.append(make("bdi", {}, text), ...(live ? [make("span", { class: "screen", "aria-hidden": "true" }, " ×")] : []));
       return make("li", {}, about);
     });
-    if (live && edits.length > 1) items.push(make("li", {}, button("Clear all", () => this.run({ edits: [] }))));
+    if (live && edits.length > 1) items.push(make("li", { class: "screen" }, button("Clear all", () => this.run({ edits: [] }))));
     this.list.replaceChildren(...(items.length ? [make("li", { class: "name" }, "Ablated:"), ...items] : []));
     this.list.hidden = !items.length;
   }

@@ -2,8 +2,11 @@
 
 from workbench.views.results import (
     circuits,
+    corpus,
     eviction,
+    exhibits,
     gates,
+    grounding,
     head_scores,
     hybrids,
     importance,
@@ -24,9 +27,12 @@ from workbench.views.results.recurrences import half_lives, states
 __all__ = [
     "capacity_correlation",
     "circuits",
+    "corpus",
     "cross_attention",
     "eviction",
+    "exhibits",
     "gates",
+    "grounding",
     "half_lives",
     "head_scores",
     "hybrids",

@@ -48,8 +48,11 @@ def _maps_of_profile(found: GateProfile) -> list[View]:
         at, (down, across) = {"row": i // columns + 1, "col": i % columns + 1}, found.grids[name]
         ends = {"zmin": float(v.min()), "zmax": float(v.max())}
         fig.add_heatmap(z=v.view(down, across).numpy(), **ends, showscale=False, name=name or "gate", **at)
-        fig.update_xaxes(tickvals=list(range(0, across, max(1, across // 8))), **at)
-        fig.update_yaxes(tickvals=list(range(0, down, max(1, down // 8))), autorange="reversed", **at)
+        last, first = i + columns >= len(shown), i % columns == 0
+        title = ("column" if down > 1 else "position") if last else ""
+        fig.update_xaxes(title_text=title, tickvals=list(range(0, across, max(1, across // 8))), **at)
+        title = "row" if first and down > 1 else ""
+        fig.update_yaxes(title_text=title, tickvals=list(range(0, down, max(1, down // 8))), autorange="reversed", **at)
     fig.update_layout(height=max(240, 80 + rows * (220 if columns > 1 else 110)))
     left = "" if len(shown) == len(found.gates) else f" The first {len(shown)} of {len(found.gates):,} gates."
     return [

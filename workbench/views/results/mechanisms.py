@@ -13,6 +13,8 @@ from workbench.mechanisms.frame.card import unmarked
 from workbench.mechanisms.rooms import Matrix, Room, Seen
 from workbench.mechanisms.rooms.seen import ALONE, SignatureMaps
 from workbench.mechanisms.rooms.showing import PLAIN, losses_of
+from workbench.mechanisms.rooms.studied import SeenStudy
+from workbench.mechanisms.studies import Studied
 from workbench.mechanisms.training.work import PLACES
 from workbench.tokens import plotly_text
 from workbench.views.base.drawing import SERIES
@@ -65,6 +67,7 @@ def card(one: Room) -> View:
     """What a mechanism is, what is shown of it, and where the claims of its paper stand."""
     rows = [row for row in one.card.lines() if row[0] != "Claim"]
     rows += [("Shown", _shown(each)) for each in one.seen]
+    rows += [] if one.study is None else [("Study", _about(one.study.studied))]
     rows += [(f"No {what}", f"{each.work}: {why}") for each in one.seen for what, why in each.missing.items()]
     if one.cost is None:
         rows.append(("Measured cost", "not measured"))
@@ -93,8 +96,16 @@ def _shown(seen: Seen) -> str:
     return f"a model for {seen.work}, {size:,} parameters, {facts['steps']:,} steps: {told}.{quick}"
 
 
+def _about(found: Studied) -> str:
+    """What a study's model was trained on, and can do."""
+    facts, told = found.facts, ", ".join(f"{name} {value:.3f}" for name, value in found.scores.items())
+    form = found.study.arms[found.arm]
+    return f"{found.study.about}. {facts['parameters']:,} parameters, {facts['steps']:,} steps; {form}: {told}."
+
+
 def _more_of_room(one: Room) -> list[View]:
     found = [view for seen in one.seen for view in _of_seen(one, seen)]
+    found += [] if one.study is None else _of_study(one.study)
     return [*found, *([] if (curves := _curves(one)) is None else [curves])]
 
 
@@ -112,6 +123,16 @@ def _of_seen(one: Room, seen: Seen) -> list[View]:
     if seen.signature is not None and one.mechanism.signature is not None:
         found.append(_signature(one, seen, seen.signature, after))
     return found
+
+
+def _of_study(one: SeenStudy) -> list[View]:
+    """Maps of its attention, its gates, and what is its own."""
+    work, found = one.studied.study.work, list[View]()
+    if any(site.kind != "gate" for site in one.capture.sites):
+        found.append(head_gallery(one.capture, title=f"Every head, {work}"))
+    if one.gates is not None:
+        found += [_titled(view, f"{view.spec.title}, {work}") for view in all_of(one.gates)]
+    return found + [view for each in one.exhibits for view in all_of(each)]
 
 
 def _titled(view: View, title: str) -> View:

@@ -132,6 +132,7 @@ class SaliencyMap {
     if (this.text.hidden) return;
     const panel = state.panels.find(({ name }) => name === facts.maps[state.map].label);
     const { token } = state;
+    for (const part of [this.over, this.text]) part.classList.toggle("screen", token === null); // paper cannot be pressed
     this.over.textContent = token === null ? "Choose an output token below, and the input's tokens take the colours of its row." : `Input tokens in the colours of “${cut(facts.tokens[token])}”, whose row is chosen:`;
     [...this.text.children].forEach((span, at) => {
       const value = token === null ? NaN : panel.values[token * facts.positions + at];

@@ -50,8 +50,15 @@ export function exactly(value) {
 export function roughly(value) {
   if (!Number.isFinite(value)) return "–";
   const rounded = Number(value.toPrecision(3));
-  return rounded !== 0 && Math.abs(rounded) < 1e-4 ? rounded.toExponential() : `${rounded}`;
+  return (rounded !== 0 && Math.abs(rounded) < 1e-4 ? rounded.toExponential() : `${rounded}`).replaceAll("-", "−");
 }
+
+/**
+ * What goes down and what across in a map.
+ * @param {string} rows
+ * @param {string} columns
+ */
+export const axes = (rows, columns) => make("div", { class: "axes" }, `${rows} ↓, ${columns} →`);
 
 /**
  * A labelled select; `choose` is called with the value.

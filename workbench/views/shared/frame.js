@@ -136,7 +136,7 @@ export class Frame {
     const go = button("Its page", () => {
       page()?.scrollIntoView({ block: "center" });
       page()?.focus({ preventScroll: true });
-    }, { title: "Go to what is known of the chosen head" });
+    }, { class: "screen", title: "Go to what is known of the chosen head" });
     const show = () => {
       go.hidden = !this.selection.heads.length || !page();
     };

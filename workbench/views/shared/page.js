@@ -1,4 +1,5 @@
-// A page: every view is drawn from its data block, the selection stands in the address, the theme can be chosen.
+// A page: every view is drawn from its data block, those that one sees first; the selection stands in the address, the
+// theme can be chosen.
 
 import { sharedSelection } from "./selection.js";
 
@@ -68,9 +69,10 @@ const selected = sharedSelection();
 const stills = [];
 let place = null;
 let reading = false; // views that follow what they read would write an address before the others have read it
+let opening = true; // so would views that are drawn, until someone chooses
 
 function write() {
-  if (reading) return;
+  if (reading || opening) return;
   const parts = [place, selected.address(), ...stills.map((each) => each.address())];
   history.replaceState(null, "", `#${parts.filter(Boolean).join(",")}`);
 }
@@ -95,6 +97,7 @@ addEventListener("hashchange", () => {
 // The figure that someone works with is the place that the address names.
 for (const event of ["pointerdown", "focusin"]) {
   addEventListener(event, ({ target }) => {
+    opening = false;
     if (target instanceof Element) place = target.closest("figure[id]")?.id ?? place;
   });
 }
@@ -106,25 +109,62 @@ themes?.addEventListener("change", () => {
   else document.documentElement.dataset.theme = themes.value;
 });
 
-/** Draw all views of the page. @param views for each kind its `render` */
+/** Whether a place is in the window, or not much farther than one window from it. On paper all are. */
+function isNear(el) {
+  const { top, bottom } = el.getBoundingClientRect();
+  return (bottom > -innerHeight && top < 2 * innerHeight) || matchMedia("print").matches;
+}
+
+/** Return when the browser has done what it had to: painted what is new, heard who scrolls or presses. */
+function pause(near) {
+  if (document.hidden) return Promise.resolve(); // nobody is kept waiting, and browsers would make us wait long
+  if (near || !("requestIdleCallback" in window)) return new Promise((done) => setTimeout(done));
+  return new Promise((done) => requestIdleCallback(done, { timeout: 100 }));
+}
+
+async function drawOne(el, model, render) {
+  const above = el.getBoundingClientRect().bottom <= 0;
+  const height = el.offsetHeight;
+  try {
+    await render({ model, el });
+  } catch (error) {
+    el.textContent = `This view could not be drawn: ${error.message}`;
+    console.error(error);
+  }
+  // What one reads stays where it is while views above it get their height: not every browser sees to that.
+  if (above && !CSS.supports("overflow-anchor", "auto")) scrollBy(0, el.offsetHeight - height);
+}
+
+/**
+ * Draw all views of the page: those near what one sees first, wherever one has scrolled to, the others while the browser
+ * has nothing else to do. Until then a view's words and first numbers stand in its place.
+ * @param views for each kind its `render`
+ */
 export async function draw(views) {
   /** @type {HTMLElement[]} */
   const places = Array.from(document.querySelectorAll(".workbench-view"));
   stills.push(...places.map((el) => new Still(JSON.parse(document.getElementById(el.dataset.view).textContent), el.dataset.view)));
-  // Whose heads and positions an address names depends on all views of the page.
-  for (const model of stills) selected.join(model.get("spec").scope);
+  // Whose heads and positions an address names, and what views begin with, depends on all views of the page.
+  for (const model of stills) selected.begin(model.get("spec").scope, model.get("spec").selection);
   selected.read(location.hash);
-  for (const [i, el] of places.entries()) {
-    const model = stills[i];
-    try {
-      await views[model.get("spec").kind]({ model, el });
-    } catch (error) {
-      el.textContent = `This view could not be drawn: ${error.message}`;
-      console.error(error);
-    }
-  }
   selected.changed = write;
   go();
+  const waiting = new Set(places.keys());
+  let there = false; // the place that the address names, among views that have their heights
+  while (waiting.size) {
+    const next = Array.from(waiting).find((i) => isNear(places[i]));
+    if (next === undefined && !there) {
+      there = true;
+      go();
+      continue;
+    }
+    await pause(next !== undefined);
+    const i = next ?? Array.from(waiting).find((each) => isNear(places[each])) ?? Math.min(...waiting);
+    waiting.delete(i);
+    await drawOne(places[i], stills[i], views[stills[i].get("spec").kind]);
+  }
+  if (!there) go();
+  opening = false;
   performance.mark("workbench:ready");
   document.documentElement.dataset.ready = "true";
 }

@@ -148,18 +148,26 @@ function borders(style, box) {
   const [{ width: thick, colour }] = sides;
   if (shown.every(Boolean) && sides.every((side) => side.width === thick && side.colour === colour)) {
     const inner = { x: x + thick / 2, y: y + thick / 2, width: width - thick, height: height - thick };
-    return rectOf(inner, Number.parseFloat(style.borderTopLeftRadius) || 0, `fill="none" stroke="${colour}" stroke-width="${thick}"`);
+    return rectOf(inner, Number.parseFloat(style.borderTopLeftRadius) || 0, `fill="none" stroke="${colour}" stroke-width="${thick}"${dashed(sides[0])}`);
   }
   const ends = [[x, y, x + width, y], [x + width, y, x + width, y + height], [x, y + height, x + width, y + height], [x, y, x, y + height]];
-  return sides.map((side, i) => (shown[i] ? `<path d="M${n(ends[i][0])} ${n(ends[i][1])}L${n(ends[i][2])} ${n(ends[i][3])}" fill="none" stroke="${side.colour}" stroke-width="${side.width}"/>` : "")).join("");
+  return sides.map((side, i) => (shown[i] ? `<path d="M${n(ends[i][0])} ${n(ends[i][1])}L${n(ends[i][2])} ${n(ends[i][3])}" fill="none" stroke="${side.colour}" stroke-width="${side.width}"${dashed(side)}/>` : "")).join("");
+}
+
+/** The dashes of a border. */
+function dashed({ kind, width }) {
+  const parts = { dashed: [3, 2], dotted: [1, 1] }[kind];
+  return parts ? ` stroke-dasharray="${parts.map((each) => n(each * width)).join(" ")}"` : "";
 }
 
 /** The square before a word of a legend. */
 function before(element, box) {
   const style = getComputedStyle(element, "::before");
-  if (style.content === "none" || clear(style.backgroundColor)) return "";
+  if (style.content === "none") return "";
   const [width, height] = [Number.parseFloat(style.width) || 0, Number.parseFloat(style.height) || 0];
-  return width && height ? rectOf({ x: box.x, y: box.y + (box.height - height) / 2, width, height }, 0, `fill="${style.backgroundColor}"`) : "";
+  if (!width || !height) return "";
+  const square = { x: box.x, y: box.y + (box.height - height) / 2, width, height };
+  return background(style, square) + borders(style, square);
 }
 
 function canvasOf(canvas, box, recorded) {
@@ -203,14 +211,28 @@ function textOf(node, style, around, extent) {
   const range = document.createRange();
   /** @type {{text: string, left: number, right: number, top: number, height: number}[]} */
   const found = [];
-  for (const { 0: word, index } of node.data.matchAll(/\S+/g)) {
-    range.setStart(node, index);
-    range.setEnd(node, index + word.length);
-    const [box] = range.getClientRects();
-    if (!box?.width) continue;
+  const boxesOf = (at, length) => {
+    range.setStart(node, at);
+    range.setEnd(node, at + length);
+    return [...range.getClientRects()].filter((box) => box.width);
+  };
+  const add = (text, { left, right, top, height }, between) => {
     const last = found.at(-1);
-    if (last && Math.abs(last.top - box.top) < 2 && box.left >= last.right - 1) Object.assign(last, { text: `${last.text} ${word}`, right: box.right });
-    else found.push({ text: word, left: box.left, right: box.right, top: box.top, height: box.height });
+    if (last && Math.abs(last.top - top) < 2 && left >= last.right - 1) Object.assign(last, { text: `${last.text}${between}${text}`, right });
+    else found.push({ text, left, right, top, height });
+  };
+  for (const { 0: word, index } of node.data.matchAll(/\S+/g)) {
+    const boxes = boxesOf(index, word.length);
+    if (boxes.length === 1) add(word, boxes[0], " ");
+    else if (boxes.length) {
+      // A long word that is broken: letter by letter, a line is what has one height.
+      let at = index;
+      for (const letter of new Intl.Segmenter().segment(word)) {
+        const [box] = boxesOf(at, letter.segment.length);
+        if (box) add(letter.segment, box, at === index ? " " : "");
+        at += letter.segment.length;
+      }
+    }
   }
   return found.map(({ text, left, right, top, height }) => {
     extent.right = Math.max(extent.right, right - around.left);

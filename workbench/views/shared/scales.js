@@ -17,6 +17,16 @@ export function roundUp(value, steps = [1, 2, 5, 10]) {
 export const ceiling = (value) => (value > 0 ? roundUp(value, [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10]) : 1);
 
 /**
+ * The round number that stands near the middle of a scale of square roots that ends at `top`.
+ * @param {number} top
+ */
+export function rootTick(top) {
+  const power = 10 ** Math.floor(Math.log10(top / 4));
+  const far = (/** @type {number} */ value) => Math.abs(Math.log((4 * value) / top));
+  return [1, 2, 5, 10].map((step) => step * power).reduce((best, value) => (far(value) < far(best) ? value : best));
+}
+
+/**
  * The largest magnitude that a scale can end at: values that are not finite lie beyond its ends.
  * @param {Iterable<number>} values
  */
@@ -41,7 +51,7 @@ export function roundTicks(low, high, wanted = 5) {
  * A number beside a tick: four digits, in powers of ten when it is very small or large.
  * @param {number} value
  */
-export const shortNumber = (value) => (Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3) ? value.toExponential(0) : `${Number(value.toPrecision(4))}`);
+export const shortNumber = (value) => (Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3) ? value.toExponential(0) : `${Number(value.toPrecision(4))}`).replaceAll("-", "−");
 
 /**
  * The index of the number that is nearest to x.

@@ -37,14 +37,19 @@ class Store {
     this.tell();
   }
 
-  /** What a view selects from and follows; `first` is what it begins with. */
-  of(scope, first = {}) {
+  /** Make known what a view begins with: views of its scope that begin with nothing show that, of several the first. */
+  begin(scope, first) {
     for (const [part, names] of PARTS) {
       const own = partOf(first, names);
       const name = this.name(part, scope);
       if (own && !this.begun[part].has(name)) this.begun[part].set(name, own);
     }
     this.join(scope);
+  }
+
+  /** What a view selects from and follows; `first` is what it begins with. */
+  of(scope, first = {}) {
+    this.begin(scope, first);
     return new Scoped(this, scope, first);
   }
 
@@ -102,11 +107,18 @@ class Store {
 
   /** Take the selections that an address gives; what it says wrongly is left out. */
   read(text) {
+    const changes = new Map();
     for (const part of text.replace(/^#/, "").split(",")) {
       const [, number, rest] = /^(?:(\d{1,3})\.)?(.*)$/s.exec(part);
       const at = number ? Number(number) - 1 : 0;
+      const said = fromAddress(rest);
+      // A head without a site is meant wherever it is, not at the site that was chosen before.
+      const anywhere = "layer" in said ? { site: null } : {};
+      changes.set(at, { ...anywhere, ...changes.get(at), ...said });
+    }
+    for (const [at, said] of changes) {
       const scope = Object.fromEntries(PARTS.map(([of]) => [of, this.names(of)[at]]));
-      const change = Object.fromEntries(Object.entries(fromAddress(rest)).filter(([name]) => scope[PARTS.find(([, names]) => names.includes(name))[0]] !== undefined));
+      const change = Object.fromEntries(Object.entries(said).filter(([name]) => scope[PARTS.find(([, names]) => names.includes(name))[0]] !== undefined));
       if (Object.keys(change).length) this.select({ model: scope.model ?? null, inputs: scope.inputs ?? null }, change);
     }
   }

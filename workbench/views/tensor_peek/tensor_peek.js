@@ -2,13 +2,13 @@
 
 import { arrayOf } from "workbench/shared/blocks.js";
 import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.js";
-import { cut, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
+import { axes, cut, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { ceiling, greatest } from "workbench/shared/scales.js";
 import { prepare } from "workbench/shared/canvas.js";
 
 const CHOSEN = { layer: "layer", query: "query", key: "key", token: "token" }; // names of axes that are a selection's
-const BARS = { width: 420, height: 130, left: 46, bottom: 22 };
+const BARS = { width: 420, height: 130, left: 58, bottom: 38 };
 
 export async function render({ model, el }) {
   const frame = await open({ model, el });
@@ -29,10 +29,11 @@ class Peek {
     this.facts = make("dl", { class: "facts" });
     this.tile = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "tile", class: "tile" });
     this.where = make("p", { class: "where" });
+    this.directions = make("div");
     this.scale = make("div");
     this.bars = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "histogram" });
     this.heading = make("p", { class: "where" });
-    const left = make("div", { class: "slice" }, this.where, this.tile, this.scale);
+    const left = make("div", { class: "slice" }, this.where, this.directions, this.tile, this.scale);
     frame.body.append(make("div", { class: "peek" }, left, make("div", { class: "side" }, this.heading, this.bars, this.facts)));
     this.listen();
     frame.offerKeys([
@@ -171,14 +172,16 @@ class Peek {
   // Drawing.
 
   draw() {
-    const { axes } = this.about;
-    const fixed = axes.map((name, axis) => [name, axis]).filter(([, axis]) => axis !== this.rows && axis !== this.columns);
-    const rows = this.rows === null || this.rows === undefined ? "one row" : axes[this.rows];
-    const columns = this.columns === null || this.columns === undefined ? "" : ` × ${axes[this.columns]}`;
+    const { axes: names } = this.about;
+    const fixed = names.map((name, axis) => [name, axis]).filter(([, axis]) => axis !== this.rows && axis !== this.columns);
+    const rows = this.rows === null || this.rows === undefined ? "one row" : names[this.rows];
+    const columns = this.columns === null || this.columns === undefined ? "" : ` × ${names[this.columns]}`;
     const at = fixed.map(([name, axis]) => `, ${name} ${this.index[axis]}`).join("");
     this.where.textContent = this.slice ? `${cut(this.about.name, 60)}: ${rows}${columns}${at}` : this.about.held ? "This slice is not on this page." : "There is nothing to show: the tensor is empty.";
     this.tile.setAttribute("aria-label", `${this.where.textContent}. Arrow keys move over the cells.`);
-    this.tile.hidden = this.scale.hidden = !this.slice;
+    this.tile.hidden = this.scale.hidden = this.directions.hidden = !this.slice;
+    const down = Number.isInteger(this.rows) && Number.isInteger(this.columns);
+    this.directions.replaceChildren(...(down ? [axes(names[this.rows], names[this.columns])] : []));
     this.drawTile();
     this.drawBars();
   }
@@ -268,6 +271,11 @@ class Peek {
       pen.textAlign = align;
       pen.fillText(roughly(value), x, height + 15);
     }
+    pen.textAlign = "center";
+    pen.fillText("value", (left + width) / 2, height + 31);
+    pen.translate(11, height / 2);
+    pen.rotate(-Math.PI / 2);
+    pen.fillText("numbers", 0, 0);
   }
 
   // What the pointer or the cursor is on.

@@ -111,7 +111,7 @@ class WhatIf {
     const reset = button("Start again", () => {
       this.settings = { ...this.facts.start };
       this.keep();
-    });
+    }, { class: "screen" });
     return make("form", { class: "sliders" }, ...made, reset);
   }
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.changes import Changes
+from workbench.hooks.compiled.regions import check_not_compiled
 from workbench.hooks.listener import Listener
 from workbench.hooks.nested import walk
 from workbench.hooks.observer import observed
@@ -93,8 +94,9 @@ def record(
     """Run the model once, with autograd from the inputs of the modules `grad_from` on.
 
     Raises:
-        WorkbenchError: the model gives no logits, and they are needed.
+        WorkbenchError: the model gives no logits, and they are needed; or it is compiled.
     """
+    check_not_compiled(model)
     made = Recording()
     names = {module: name for name, module in model.named_modules()}
 

@@ -1,0 +1,101 @@
+"""What a store costs: writing forwards to it against capturing them, and what is read of it for one head.
+
+A random BERT of MiniLM's size (6 layers, 12 heads of 32) on batches of texts. Only ratios mean anything. Writes its
+section of docs/benchmarks.md.
+
+    python benchmarks/store.py [--length 256] [--batch 8] [--forwards 8] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from shared.measuring import interleaved, machine, table, write_section
+from transformers import BertConfig, BertModel
+
+import workbench
+
+HEADING = "What a store costs"
+KEEPS: dict[str, dict[str, Any]] = {
+    "statistics alone": {"queries_keys": False},
+    "statistics, queries and keys": {},
+    "z and values too": {"z": True, "values": True},
+}
+
+
+def captures(
+    wb: workbench.Workbench, batches: list[torch.Tensor], folder: Path, keep: dict[str, Any]
+) -> dict[str, Callable[[], None]]:
+    """A capture of all batches in memory, forward by forward, and one that goes to a store."""
+
+    def in_memory() -> None:
+        for batch in batches:  # each alone, so that both hold one forward at a time
+            with torch.no_grad(), wb.capture(limit=None, **keep):
+                wb.model(batch)
+
+    def to_store() -> None:
+        shutil.rmtree(folder / "a.zarr", ignore_errors=True)
+        with torch.no_grad(), wb.capture(limit=None, store=folder / "a.zarr", **keep):
+            for batch in batches:
+                wb.model(batch)
+
+    return {"memory": in_memory, "store": to_store}
+
+
+def share_read(path: Path, n_forwards: int) -> float:
+    """Which share of the store's bytes is read for the entropy of one head of one site, in all forwards."""
+    whole, read, plain = sum(one.stat().st_size for one in path.rglob("*") if one.is_file()), [0], os.pread
+
+    def counted(file: int, n: int, at: int) -> bytes:
+        found = plain(file, n, at)
+        read[0] += len(found)
+        return found
+
+    cap = workbench.load_capture(path)
+    os.pread = counted  # type: ignore[assignment]
+    try:
+        means = [float(call[3].entropy[:, 5].mean()) for call in cap.calls]
+    finally:
+        os.pread = plain
+    assert len(means) == n_forwards
+    return (read[0] + (path / "forwards.jsonl").stat().st_size) / whole
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("length", 256), ("batch", 8), ("forwards", 8), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    config = BertConfig(num_hidden_layers=6, num_attention_heads=12, hidden_size=384, intermediate_size=1536)
+    wb = workbench.attach(BertModel(config).eval())
+    size = (options.batch, options.length)
+    batches = [torch.randint(1000, config.vocab_size, size) for _ in range(options.forwards)]
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, keep in KEEPS.items():
+            found = interleaved(captures(wb, batches, Path(scratch), keep), options.rounds)
+            read = share_read(Path(scratch) / "a.zarr", options.forwards)
+            rows.append([name, f"{found['store'] / found['memory'] - 1:+.1%}", f"{read:.2%}"])
+    write_section(
+        HEADING,
+        f"""`python benchmarks/store.py`: a random BERT of MiniLM's size on {options.forwards} batches of
+{options.batch} × {options.length} tokens. `store=` beside the same captures in memory, one forward at a time; and the
+bytes that are read for the entropy of one head of one site in all forwards, the journal among them.
+
+{table(["kept", "time of the store", "bytes read for a head"], rows)}
+
+Median of {options.rounds}, interleaved in both orders. {machine("torch", "transformers")}""",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What the host waits for: checks on a device, decays, and a step of decoding, counted by operators."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from workbench import CaptureError
+from workbench.kernels.checks import Pending, check_attention, check_finite, deferred
+from workbench.kernels.lightning.decay import check_decay
+from workbench.kernels.s2 import S2Cache
+
+WAITS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal"}
+VIEWS = {
+    "promote_types",
+    "view",
+    "slice",
+    "select",
+    "unsqueeze",
+    "expand",
+    "detach",
+    "transpose",
+    "permute",
+    "_unsafe_view",
+    "alias",
+}
+
+
+class Counted(TorchDispatchMode):
+    """Counts operators by name: `launches` does work on the device, `waits` has the host wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        result = func(*args, **(kwargs or {}))
+        to_host = name in ("_to_copy", "copy_") and _crosses(args, result)
+        self.names["to host" if to_host else name] += 1
+        return result
+
+    @property
+    def waits(self) -> int:
+        return sum(n for name, n in self.names.items() if name in WAITS or name == "to host")
+
+    @property
+    def launches(self) -> int:
+        return sum(n for name, n in self.names.items() if name not in VIEWS)
+
+
+def _crosses(args: Any, result: Any) -> bool:
+    devices = {t.device.type for t in (*args, result) if isinstance(t, Tensor)}
+    return isinstance(result, Tensor) and result.device.type == "cpu" and len(devices) > 1
+
+
+def on_a_device(*shape: int) -> Tensor:
+    """A tensor on a GPU that is not there: whoever asks for its numbers gets an error."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return torch.empty(shape, device="cuda")
+
+
+def counted(work: Callable[[], object]) -> Counted:
+    with Counted() as found:
+        work()
+    return found
+
+
+def test_checks_on_a_device_wait_for_nothing() -> None:
+    q = on_a_device(1, 2, 8, 4)
+    pending = Pending()
+    with deferred(pending):
+        found = counted(lambda: check_attention(q, q, q))
+    assert (found.waits, found.launches) == (0, 3)
+    assert counted(lambda: check_attention(q, q, q)).launches == 0
+    q = torch.zeros(1, 1, 2, 2)
+    assert counted(lambda: check_finite("q", q)).waits > 0, "the count sees what the host waits for"
+
+
+def test_what_was_deferred_is_told_at_the_end() -> None:
+    pending = Pending()
+    pending.add("q", torch.ones(3), "h.0")
+    pending.add("v", torch.tensor([1.0, torch.inf]), "h.1")
+    pending.add("v", torch.tensor([torch.nan]), "h.2")
+    with pytest.raises(CaptureError, match="v held NaN or inf") as caught:
+        pending.check()
+    assert caught.value.site == "h.1"
+    pending.check()  # it was told
+
+
+def test_decays_are_checked_once() -> None:
+    decay = torch.tensor([0.5, 0.9])
+    first = check_decay(decay, 2)
+    again = counted(lambda: check_decay(decay, 2))
+    assert not again.names
+    assert check_decay(decay, 2) is first
+    decay[0] = 2.0
+    with pytest.raises(CaptureError, match="head 0 is 2"):
+        check_decay(decay, 2)
+    assert check_decay(None, 4) is check_decay(None, 4)
+
+
+@pytest.mark.parametrize(("heads", "length"), [(2, 40), (8, 40), (8, 404)])
+def test_a_step_of_decoding_costs_the_same_for_all_heads_and_lengths(heads: int, length: int) -> None:
+    cache = S2Cache(heads, heads, block=16, local_blocks=2, vert_stride=2)
+    k = torch.randn(1, heads, length, 4)
+    cache.extend(k, k)
+
+    def step() -> Tensor:
+        cache.extend(k[:, :, :1], k[:, :, :1])
+        return cache.attend(k[:, :, :1])
+
+    found = counted(step)
+    assert found.waits == 0
+    assert found.launches <= 8, found.names

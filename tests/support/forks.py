@@ -1,0 +1,107 @@
+"""Processes that are forked where what takes longest to import is there already; all else of theirs begins anew."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_STREAMS = (0, 1, 2)
+_LIFELINE = 63
+"""A file descriptor that nothing else has."""
+
+
+@contextmanager
+def forks(folder: Path, *modules: str) -> Iterator[list[str]]:
+    """The command that runs a module in such a process, before the module's name and its arguments.
+
+    Args:
+        folder: where the processes are asked for. modules: what they have imported.
+    """
+    address = str(folder / "forks")
+    command, pipe = [sys.executable, __file__, "serve", address, *modules], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as server:
+        assert server.stdout is not None
+        try:
+            assert server.stdout.readline() == b"ready\n"
+            yield [sys.executable, __file__, "run", address]
+        finally:
+            server.terminate()
+
+
+def _end_with_the_tests() -> None:
+    """End this process when the one that has begun them all is gone, and its end of the pipe with it."""
+
+    def watch() -> None:
+        os.read(_LIFELINE, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _serve(address: str, modules: Sequence[str]) -> None:
+    os.dup2(0, _LIFELINE, inheritable=False)
+    _end_with_the_tests()
+    os.environ["JPY_PARENT_PID"] = "1"  # kernels, which read it when they are imported, are to watch nobody
+    for name in modules:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(address)
+        door.listen()
+        print("ready", flush=True)
+        while True:
+            asker, _ = door.accept()
+            with asker:
+                if os.fork() == 0:
+                    _end_with_the_tests()
+                    door.close()
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    return _answer(asker)
+
+
+def _answer(asker: socket.socket) -> None:
+    """Run what is asked for in one more process, and say how it ended."""
+    size, streams, _, _ = socket.recv_fds(asker, 4, len(_STREAMS))
+    asked = json.loads(asker.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+    if child := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with suppress(BrokenPipeError):
+            asker.sendall(code.to_bytes(2, "big", signed=True))
+        return
+    _end_with_the_tests()
+    asker.close()
+    for stream, number in zip(streams, _STREAMS, strict=True):
+        os.dup2(stream, number)
+    os.chdir(asked["folder"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    sys.path[0] = ""
+    sys.argv = asked["command"]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+def _run(address: str, command: Sequence[str]) -> int:
+    asked = {"folder": os.getcwd(), "environment": dict(os.environ), "command": list(command)}
+    text = json.dumps(asked).encode()
+    with socket.socket(socket.AF_UNIX) as door:
+        door.connect(address)
+        socket.send_fds(door, [len(text).to_bytes(4, "big")], _STREAMS)
+        door.sendall(text)
+        return int.from_bytes(door.recv(2, socket.MSG_WAITALL), "big", signed=True)
+
+
+if __name__ == "__main__":
+    what, where, *rest = sys.argv[1:]
+    if what == "run":
+        sys.exit(_run(where, rest))
+    _serve(where, rest)

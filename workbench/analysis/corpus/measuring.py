@@ -1,0 +1,112 @@
+"""What each head does in a batch of windows: scores, entropies, distances, and its strongest look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workbench.capture.site_capture import SiteCapture
+from workbench.errors import CaptureError
+
+SCORES = ("induction", "previous", "duplicate", "sink", "retrieval", "streaming")
+STATISTICS = ("entropy", "distance", "induction", "previous", "sink", "peak", "peak_key")
+_STRIP = 64  # queries at a time
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a batch of windows each score is a mean over.
+
+    Attributes:
+        ids: [batch, position]. text: the positions of the text itself.
+        asked: [score, batch, query] bool.
+        copies: [batch, query, key] bool: an earlier copy of the query's token.
+        next_ids: [batch, query] the token that follows.
+    """
+
+    ids: Tensor
+    text: slice
+    sinks: int
+    recent: int
+    asked: Tensor
+    copies: Tensor
+    next_ids: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, text: slice, sinks: int, recent: int) -> Rows:
+        """Those of these ids [batch, position]."""
+        n = ids.shape[1]
+        at = torch.arange(n)
+        earlier = at[None, :] < at[:, None]
+        inside = (at >= text.start) & (at < text.stop)
+        copies = (ids[:, :, None] == ids[:, None, :]) & earlier & inside & inside[:, None]
+        follows = ids.roll(-1, 1)
+        met = ((follows[:, :, None] == ids[:, None, :]) & (at[None, :] <= at[:, None]) & inside).any(-1)
+        again, always = copies.any(-1) & inside, inside.expand(ids.shape[0], -1)
+        behind = at > text.start
+        asked = torch.stack(
+            [again, always & behind, again, always & behind, met & inside & (at < text.stop - 1),
+             always & (at >= sinks + recent)]
+        )  # fmt: skip
+        return cls(ids, text, sinks, recent, asked, copies, follows)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A site in a batch of windows.
+
+    Attributes:
+        scores: [batch, score, head] mean over the rows that each score asks for; NaN where there are none.
+        entropy, distance: [batch, head, query] of the text's positions.
+        weight, query, key: [batch, head] the largest weight on a key that is neither the first nor the query itself.
+    """
+
+    scores: Tensor
+    entropy: Tensor
+    distance: Tensor
+    weight: Tensor
+    query: Tensor
+    key: Tensor
+
+
+def measure(site: SiteCapture, rows: Rows) -> Seen:
+    """What a site's heads do.
+
+    Raises:
+        CaptureError: its rows are no distributions over keys.
+    """
+    pattern = site.pattern
+    if pattern.signed or not (pattern.normalised or pattern.has_scores):
+        raise CaptureError("rows of this map are no distributions over keys", site=site.site.name)
+    keys = site.peak_key.long()
+    duplicate, kept = _tiles(site, rows)
+    there = rows.ids[:, None].expand(-1, keys.shape[1], -1).gather(-1, keys.clamp_min(0))
+    at = torch.arange(keys.shape[-1])
+    found = (there == rows.next_ids[:, None]) & (keys <= at) & (keys >= rows.text.start) & (keys < rows.text.stop)
+    each = torch.stack([site.induction, site.previous, duplicate, site.sink, found.to(kept.dtype), kept], 1)
+    asked = rows.asked.transpose(0, 1)[:, :, None]  # [batch, score, 1, query]
+    sums = each.double().nan_to_num(0.0).where(asked, 0.0).sum(-1)
+    counts = asked.sum(-1)
+    scores = sums.div(counts).where(counts > 0, torch.nan)
+    text = rows.text
+    elsewhere = (keys >= max(1, text.start)) & (keys != at) & (at >= text.start) & (at < text.stop) & (keys < text.stop)
+    weight, query = site.peak.where(elsewhere, -1.0).max(-1)
+    key = keys.gather(-1, query[..., None]).squeeze(-1)
+    return Seen(scores, site.entropy[..., text], site.distance[..., text], weight, query, key)
+
+
+def _tiles(site: SiteCapture, rows: Rows) -> tuple[Tensor, Tensor]:
+    """[batch, head, query] weights on earlier copies of the query's token, and on keys that streaming caches keep."""
+    pattern, n = site.pattern, site.shape[2]
+    duplicate = torch.zeros(site.shape[:3])
+    kept = torch.zeros(site.shape[:3])
+    at = torch.arange(n)
+    for start in range(0, n, _STRIP):
+        part = slice(start, min(start + _STRIP, n))
+        tile = pattern.tile(part, slice(0, n)).float().nan_to_num(0.0)
+        near = (at[part, None] - at < rows.recent) & (at <= at[part, None]) | (at < rows.sinks)
+        duplicate[:, :, part] = torch.einsum("bhqk,bqk->bhq", tile, rows.copies[:, part].to(tile.dtype))
+        kept[:, :, part] = torch.einsum("bhqk,qk->bhq", tile, near.to(tile.dtype))
+    return duplicate, kept

@@ -1,0 +1,183 @@
+"""The atlas of a model's heads over a corpus, whole or as far as it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from workbench.analysis.corpus.duo_attention import write_duo_attention
+from workbench.analysis.corpus.measuring import SCORES
+from workbench.errors import WorkbenchError, nearest
+from workbench.storage.result import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class CorpusAtlas(Result):
+    """What every head does over a corpus. See `head_atlas_over`.
+
+    Attributes:
+        layers, numbers, sites: of each head. kv_heads: whose keys it reads, within its site.
+        windows: [window, score, head] mean of each score over the rows of a window that it asks for, in the order of
+            `SCORES`; NaN in windows that have none.
+        entropies, distances: [head, bin] how many positions have an entropy (nats) or a mean distance (tokens) there;
+            bins divide 0 to `entropy_range`, 0 to `length`.
+        copying: [head] as `ov_copying` has it, by the weights alone; NaN where it cannot be read from them.
+        weights: [head, example] of the strongest looks, at most one per window; −1 where there is none.
+        places: [head, example, 3] their window, query and key. texts: their words, marked ⟦so⟧.
+        length: tokens of a window. n_tokens: of text in all. sinks, recent: keys that a streaming cache keeps.
+        identity: what a file must share to be gone on from. complete: whether it is whole.
+    """
+
+    form = "workbench.corpus_atlas"
+    filled = ("head",)
+
+    layers: Annotated[tuple[int, ...], "head"]
+    numbers: Annotated[tuple[int, ...], "head"]
+    sites: Annotated[tuple[str, ...], "head"]
+    kv_heads: Annotated[tuple[int, ...], "head"]
+    windows: Float[Tensor, "window 6 head"]
+    entropies: Int[Tensor, "head bin"]
+    distances: Int[Tensor, "head bin"]
+    entropy_range: float
+    copying: Float[Tensor, " head"]
+    weights: Float[Tensor, "head example"]
+    places: Int[Tensor, "head example 3"]
+    texts: Annotated[tuple[tuple[str, ...], ...], "head example"]
+    length: int
+    n_tokens: int
+    sinks: int
+    recent: int
+    identity: dict[str, Any]
+    complete: bool
+    provenance: dict[str, Any]
+
+    @property
+    def scores(self) -> Tensor:
+        """[score, head] means over windows, in the order of `SCORES`."""
+        return self.windows.double().nanmean(0)
+
+    @property
+    def halves(self) -> Tensor:
+        """[2, score, head] the same of the first and the second half of the corpus."""
+        middle = len(self.windows) // 2
+        whole = self.windows.double()
+        return torch.stack([whole[:middle].nanmean(0), whole[middle:].nanmean(0)])
+
+    @property
+    def drift(self) -> Tensor:
+        """[score, head] by how much the second half's mean is above the first's."""
+        first, second = self.halves
+        return second - first
+
+    @property
+    def drift_error(self) -> Tensor:
+        """[score, head] standard error of the drift, if windows were drawn at random: neighbours are alike, so that it
+        is too small where a corpus changes slowly."""
+        middle, whole = len(self.windows) // 2, self.windows.double()
+        of_halves = []
+        for part in (whole[:middle], whole[middle:]):
+            n = (~part.isnan()).sum(0)
+            variance = (part - part.nanmean(0)).square().nansum(0) / (n - 1).where(n > 1, torch.nan)
+            of_halves.append(variance / n)
+        return (of_halves[0] + of_halves[1]).sqrt()
+
+    def deciles(self, of: str = "entropy") -> Tensor:
+        """[head, 9] what 10, 20 … 90 % of the positions lie below, to a bin's width: "entropy" (nats) or "distance"
+        (tokens).
+
+        Raises:
+            WorkbenchError: another name.
+        """
+        if of not in ("entropy", "distance"):
+            raise WorkbenchError(f"there are deciles of entropy and distance, not of {of!r}")
+        counts, most = (self.entropies, self.entropy_range) if of == "entropy" else (self.distances, float(self.length))
+        below = counts.double().cumsum(1)
+        wanted = below[:, -1:] * torch.arange(1, 10, dtype=torch.float64) / 10
+        at = torch.searchsorted(below, wanted).clamp_max(counts.shape[1] - 1)
+        before = torch.where(at > 0, below.gather(1, (at - 1).clamp_min(0)), 0.0)
+        inside = (wanted - before) / counts.gather(1, at).clamp_min(1)
+        return (at + inside) * most / counts.shape[1]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per head: scores, drifts with their errors, deciles of entropy and distance, copying."""
+        import pandas as pd
+
+        frame: dict[str, Any] = {"layer": self.layers, "head": self.numbers, "site": self.sites}
+        scores, drift, error = self.scores, self.drift, self.drift_error
+        frame |= {name: scores[i].numpy() for i, name in enumerate(SCORES)}
+        frame["copying"] = self.copying.double().numpy()
+        for i, name in enumerate(SCORES):
+            frame |= {f"{name} drift": drift[i].numpy(), f"{name} drift error": error[i].numpy()}
+        for of in ("entropy", "distance"):
+            found = self.deciles(of)
+            frame |= {f"{of} {10 * (i + 1)} %": found[:, i].numpy() for i in range(9)}
+        return pd.DataFrame(frame)
+
+    @property
+    def examples(self) -> pd.DataFrame:
+        """One row per head and example: its weight, window, query and key, and its words."""
+        import pandas as pd
+
+        rows = [
+            (self.layers[h], self.numbers[h], float(self.weights[h, e]), *self.places[h, e].tolist(), self.texts[h][e])
+            for h in range(len(self.layers))
+            for e in range(self.weights.shape[1])
+            if self.weights[h, e] >= 0
+        ]
+        return pd.DataFrame(rows, columns=["layer", "head", "weight", "window", "query", "key", "text"])
+
+    def leading(self, score: str, n: int = 5) -> list[tuple[int, int]]:
+        """The (layer, head) of the n largest means of a score.
+
+        Raises:
+            WorkbenchError: there is no such score.
+        """
+        if score not in SCORES:
+            raise WorkbenchError(f"there is no score {score!r}", hint=nearest(score, SCORES))
+        order = self.scores[SCORES.index(score)].nan_to_num(-1.0).argsort(descending=True, stable=True)[:n]
+        return [(self.layers[h], self.numbers[h]) for h in order.tolist()]
+
+    def to_duo_attention(self, folder: str | Path) -> Path:
+        """Write which heads need the whole cache, as DuoAttention and kvpress's `DuoAttentionPress` read it:
+        `full_attention_heads.tsv` [layer, kv head] and `config.json`.
+
+        A head's number is 1 less its streaming score, a kv head's the largest of its heads': what a cache of `sinks`
+        and `recent` keys loses of their weight. DuoAttention's own numbers are gates that are trained; take a share of
+        the heads by rank, as both do with `sparsity`, rather than a threshold.
+
+        Raises:
+            FileError: it cannot be written. WorkbenchError: layers have different numbers of kv heads.
+        """
+        lost = 1 - self.scores[SCORES.index("streaming")]
+        names = list(dict.fromkeys(self.sites))
+        rows: list[Sequence[float]] = []
+        for name in names:
+            own = [h for h, site in enumerate(self.sites) if site == name]
+            groups = sorted({self.kv_heads[h] for h in own})
+            rows.append([max(float(lost[h]) for h in own if self.kv_heads[h] == group) for group in groups])
+        return write_duo_attention(folder, rows, sinks=self.sinks, recent=self.recent)
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{name} L{one[0]}H{one[1]}" for name in SCORES for one in self.leading(name, 1))
+        state = "" if self.complete else ", not whole"
+        return f"CorpusAtlas({len(self.layers)} heads, {self.n_tokens:,} tokens{state}; {best})"
+
+
+class CorpusAtlasInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `head_atlas_over`. `partial` holds what is done; save it, and pass its path as `resume`."""
+
+    def __init__(self, partial: CorpusAtlas | None, path: Path | None) -> None:
+        self.partial = partial
+        where = f"it is in {path}" if path else "keep it with error.partial.save(path)"
+        done = "nothing is done" if partial is None else f"{partial.n_tokens:,} tokens are done; {where}"
+        super().__init__(f"{done}, and go on with resume=path")

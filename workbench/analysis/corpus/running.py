@@ -1,0 +1,107 @@
+"""What an atlas adds up while it reads a corpus."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from workbench.analysis.corpus.measuring import SCORES, Seen
+from workbench.analysis.corpus.result import CorpusAtlas
+
+BINS = 512
+
+
+@dataclass
+class Sums:
+    """Of all heads: every window's scores, histograms, and the strongest looks so far.
+
+    Attributes:
+        windows: [window, score, head] of each batch. entropies, distances: [head, bin].
+        weights: [head, example]. places: [head, example, 3]. contexts: by head, the words of each example.
+    """
+
+    heads: int
+    length: int
+    examples: int
+    windows: list[Tensor] = field(default_factory=list)
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.entropies = torch.zeros(self.heads, BINS, dtype=torch.int64)
+        self.distances = torch.zeros(self.heads, BINS, dtype=torch.int64)
+        self.weights = torch.full((self.heads, self.examples), -1.0)
+        self.places = torch.full((self.heads, self.examples, 3), -1)
+        self.texts: list[list[str]] = [[""] * self.examples for _ in range(self.heads)]
+
+    @classmethod
+    def of(cls, held: CorpusAtlas) -> Sums:
+        """Those that an atlas was made of."""
+        made = cls(len(held.layers), held.length, held.weights.shape[1], [held.windows], len(held.windows))
+        made.entropies, made.distances = held.entropies.clone(), held.distances.clone()
+        made.weights, made.places = held.weights.clone(), held.places.clone()
+        made.texts = [list(row) for row in held.texts]
+        return made
+
+    @property
+    def entropy_range(self) -> float:
+        """The entropy of a row that looks at all keys alike, in nats."""
+        return math.log(self.length)
+
+    def add(self, several: Sequence[Seen], words: Words) -> None:
+        """Add a batch of windows: what each site's heads did there."""
+        self.windows.append(torch.cat([seen.scores for seen in several], -1).float())
+        for counts, name, most in (
+            (self.entropies, "entropy", self.entropy_range), (self.distances, "distance", float(self.length)),
+        ):  # fmt: skip
+            each = torch.cat([getattr(seen, name).transpose(0, 1).flatten(1) for seen in several])  # [head, value]
+            bins = (each * (BINS / most)).long().clamp(0, BINS - 1)
+            known = ~each.isnan()
+            counts.scatter_add_(1, bins.where(known, 0), known.long())
+        weight, query, key = (
+            torch.cat([getattr(seen, name) for seen in several], 1).T for name in ("weight", "query", "key")
+        )
+        least = self.weights.min(1).values
+        for head, at in (weight > least[:, None]).nonzero().tolist():  # few, once strong ones are found
+            slot = int(self.weights[head].argmin())
+            if weight[head, at] <= self.weights[head, slot]:
+                continue
+            self.weights[head, slot] = weight[head, at]
+            place = (at, int(query[head, at]), int(key[head, at]))
+            self.places[head, slot] = torch.tensor((self.done + at, *place[1:]))
+            self.texts[head][slot] = words.around(*place)
+        self.done += weight.shape[1]
+
+    def whole(self) -> Tensor:
+        """[window, score, head]."""
+        return torch.cat(self.windows) if self.windows else torch.zeros(0, len(SCORES), self.heads)
+
+    def in_order(self, atlas: CorpusAtlas) -> CorpusAtlas:
+        """The atlas with the strongest looks first."""
+        order = torch.argsort(atlas.weights, dim=1, descending=True, stable=True)
+        texts = tuple(tuple(row[i] for i in each) for row, each in zip(atlas.texts, order.tolist(), strict=True))
+        places = atlas.places.gather(1, order[..., None].expand(-1, -1, 3))
+        return replace(atlas, weights=atlas.weights.gather(1, order), places=places, texts=texts)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The tokens of a batch of windows, as text.
+
+    Attributes:
+        pieces: [batch][position].
+    """
+
+    pieces: Sequence[Sequence[str]]
+
+    def around(self, window: int, query: int, key: int, near: int = 6) -> str:
+        """The words around a query and its key, each marked; in one piece where they are close."""
+        row = [f"⟦{text}⟧" if at in (query, key) else text for at, text in enumerate(self.pieces[window])]
+        low, high = sorted((query, key))
+        if high - low <= 2 * near:
+            return " ".join(row[max(0, low - near) : high + near + 1])
+        first, second = (" ".join(row[max(0, at - near) : at + near + 1]) for at in (low, high))
+        return f"{first} … {second}"
