@@ -221,3 +221,18 @@ def test_errors_are_one_message(
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown
+
+
+def test_investigate_keeps_to_its_budget_and_writes_a_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    given = ("--model", "demo-lm", "--task", "greater_than", "--prompts", 8, "--forwards", 60, "--out", page)
+    assert run(monkeypatch, "investigate", *given, "--resume", tmp_path / "run") == 0
+    assert check(page) == []
+    said = capsys.readouterr().out
+    assert "undecided" in said
+    assert "of 60 forwards" in said
+    assert (tmp_path / "run" / "investigation.json").is_file()
+    assert run(monkeypatch, "investigate", "--model", "demo-lm", "--task", "greater_then") == 1
+    assert 'did you mean "greater_than"?' in capsys.readouterr().err

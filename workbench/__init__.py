@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
     from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
+    from workbench.investigator import Investigation, InvestigationInterrupted, Memory, investigate
     from workbench.kernels.functions import attention_function
     from workbench.kernels.statistics import statistic
     from workbench.metrics import Metric
@@ -152,6 +153,10 @@ _LAZY = {
     "KVGroup": "workbench.hooks.heads",
     "attention_function": "workbench.kernels.functions",
     "statistic": "workbench.kernels.statistics",
+    "Investigation": "workbench.investigator",
+    "InvestigationInterrupted": "workbench.investigator",
+    "investigate": "workbench.investigator",
+    "Memory": "workbench.investigator",
     "Metric": "workbench.metrics",
     "Mixing": "workbench.hooks.readers",
     "ModuleRun": "workbench.hooks.readers",
@@ -223,10 +228,13 @@ __all__ = [
     "HeadRoles",
     "ImagePlaces",
     "InterventionError",
+    "Investigation",
+    "InvestigationInterrupted",
     "KVGroup",
     "LayerPatching",
     "LogitAttribution",
     "LogitLens",
+    "Memory",
     "Metric",
     "Mixing",
     "ModuleRun",
@@ -279,6 +287,7 @@ __all__ = [
     "head_importance",
     "head_roles",
     "image_places",
+    "investigate",
     "load_capture",
     "logit_attribution",
     "logit_lens",

@@ -1,4 +1,4 @@
-"""The command line: `workbench demo`, `gallery`, `report`, `verify`, `check` and `--version`."""
+"""The command line: `workbench demo`, `gallery`, `report`, `verify`, `investigate`, `check` and `--version`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from workbench import __version__
-from workbench.errors import CaptureError, ReportError, WorkbenchError
+from workbench.errors import CaptureError, ReportError, TaskError, WorkbenchError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from workbench.report import Report
     from workbench.report.example import Example
+    from workbench.tasks import Task
 
+_TASKS = ("colored_objects", "docstring", "greater_than", "induction", "ioi")
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -137,6 +139,42 @@ def verify(
     found.raise_if_failed()
 
 
+@app.command(
+    epilog="workbench investigate --model demo-lm --task ioi --out ioi.html\n\n"
+    "workbench investigate --model ./my-gpt2 --task induction --known ioi,greater_than --resume induction-run"
+)
+def investigate(
+    model: _Model,
+    task: Annotated[str, typer.Option(help="A task that ships, such as ioi or induction.")] = "ioi",
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("investigation.html"),
+    prompts: Annotated[int, typer.Option(help="Half of them find, the other half confirms.")] = 32,
+    known: Annotated[str, typer.Option(help="Tasks to compare with, apart by commas.")] = "",
+    forwards: Annotated[int, typer.Option(help="Examples that may run through the model.")] = 20_000,
+    minutes: Annotated[float, typer.Option(help="How long it may take.")] = 15.0,
+    memory: Annotated[Path | None, typer.Option(help="A folder of past investigations.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A folder to go on from, and to keep what is found.")] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts, and of what is drawn at random.")] = 0,
+    device: _Device = None,
+    dtype: _Dtype = None,
+) -> None:
+    """Find out how a model does a task: plan analyses, run them, plan anew after each finding, and write a page."""
+    from workbench import attach
+    from workbench.investigator import investigate as run
+
+    names = [task, *_names(known)]
+    tasks = [_task(name, prompts, seed) for name in names]  # an error, before the model is loaded
+    loaded, tokenizer = _load(model, device, dtype)
+    with attach(loaded, tokenizer) as wb:
+        _say(f"investigating {task} with at most {forwards:,} forwards and {minutes:g} minutes …")
+        found = run(
+            wb, tasks[0], known=tasks[1:], forwards=forwards, minutes=minutes, memory=memory, resume=resume, seed=seed
+        )
+    typer.echo(repr(found))
+    for sentence in found.answer:
+        typer.echo(sentence.text)
+    _write(found.report(), out)
+
+
 @app.command(epilog="workbench check demo.html")
 def check(file: Annotated[Path, typer.Argument(help="A page that was written by a report.")]) -> None:
     """Check an exported page: it is, to the byte, what this version of the package makes of the data in it."""
@@ -163,6 +201,15 @@ def _example(model: str, text: str | None, image: Path | None, audio: Path | Non
     example = Example(text, image, audio, model)
     _ = example.kind  # an error, before the model is loaded
     return example
+
+
+def _task(name: str, prompts: int, seed: int) -> Task:
+    from workbench import tasks
+
+    if name not in _TASKS:
+        raise TaskError(f"there is no task {name!r}", hint=nearest(name, _TASKS, "task"))
+    made: Task = getattr(tasks, name)(prompts, seed)
+    return made
 
 
 def _load(model: str, device: str | None, dtype: str | None) -> tuple[PreTrainedModel, Any]:

@@ -1,32 +1,17 @@
-"""Small models whose circuits are known, a tokenizer of words for them, and tasks on random models."""
+"""Small models whose circuits are known, and tasks on random models."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM, MBartConfig, MBartForConditionalGeneration
 
 from support.encoder_decoders import captioner
 from support.hybrid_models import SUMS, hybrid
 from support.tiny import VOCABULARY, family, make
+from workbench.models.planted import SlotModel
+from workbench.models.planted import Words as Words
 from workbench.tasks import Task, from_inputs, from_prompts
-
-
-class Words:
-    """A tokenizer that knows the words w0, w1, … and gives them these numbers."""
-
-    is_fast = False
-    unk_token_id = None
-    padding_side = "right"
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [int(word.removeprefix("w")) for word in text.split()]}
-
-    def decode(self, ids: list[int], **settings: bool) -> str:
-        return " ".join(f"w{i}" for i in ids)
 
 
 def random_task(n: int, length: int, vocabulary: int, seed: int = 0, lengths: int = 1, written: bool = False) -> Task:
@@ -126,79 +111,6 @@ def _granite() -> nn.Module:
         attention_multiplier=0.4, initializer_range=0.3, pad_token_id=0,
     )  # fmt: skip
     return GraniteForCausalLM(config).eval()
-
-
-class SlotAttention(nn.Module):
-    """Causal attention whose matrices are written by hand."""
-
-    def __init__(self, d_model: int, n_heads: int, d_head: int) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-        self.q, self.k, self.v = (nn.Linear(d_model, n_heads * d_head, bias=False) for _ in "qkv")
-        self.o = nn.Linear(n_heads * d_head, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
-        return self.o(z.transpose(1, 2).flatten(2))
-
-
-class SlotBlock(nn.Module):
-    """Attention on the residual stream, without norm and MLP."""
-
-    def __init__(self, d_model: int, n_heads: int, d_head: int) -> None:
-        super().__init__()
-        self.attn = SlotAttention(d_model, n_heads, d_head)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.attn(x)
-
-
-class SlotModel(nn.Module):
-    """An attention-only model whose residual stream has slots: token, position, note, and output.
-
-    All weights are small noise until `wire` writes a head.
-    """
-
-    def __init__(self, vocabulary: int = 12, positions: int = 10, layers: int = 2, heads: int = 3, noise: float = 0.01):
-        super().__init__()
-        self.vocabulary, self.positions = vocabulary, positions
-        sizes = {"token": vocabulary, "position": positions, "note": max(vocabulary, positions), "output": vocabulary}
-        self.slots, start = {}, 0
-        for name, size in sizes.items():
-            self.slots[name] = slice(start, start + size)
-            start += size
-        self.d_head = max(vocabulary, positions)
-        self.embed, self.place = nn.Embedding(vocabulary, start), nn.Embedding(positions, start)
-        self.blocks = nn.ModuleList(SlotBlock(start, heads, self.d_head) for _ in range(layers))
-        self.unembed = nn.Linear(start, vocabulary, bias=False)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for block in self.blocks:
-                for part in block.attn.children():
-                    part.weight.normal_(std=noise)
-            self.embed.weight.zero_()[:, self.slots["token"]] = torch.eye(vocabulary)
-            self.place.weight.zero_()[:, self.slots["position"]] = torch.eye(positions)
-            self.unembed.weight.zero_()[:, self.slots["output"]] = torch.eye(vocabulary)
-        self.double().eval()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
-        x = self.embed(input_ids) + self.place(torch.arange(input_ids.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-        return SimpleNamespace(logits=self.unembed(x))
-
-    def wire(self, layer: int, head: int, reads: dict[str, tuple[str, Tensor]], writes: str, gain: float = 1.0) -> None:
-        """Write one head: for q, k and v a slot and a map [slot width, head width]; and the slot it writes its v to."""
-        attention = self.blocks[layer].attn
-        rows = slice(head * self.d_head, (head + 1) * self.d_head)
-        with torch.no_grad():
-            for part, (slot, matrix) in reads.items():
-                weight = getattr(attention, part).weight[rows]
-                weight.zero_()[: matrix.shape[1], self.slots[slot]] = matrix.T.to(weight.dtype)
-            out = self.slots[writes]
-            attention.o.weight[:, rows] = 0
-            attention.o.weight[out, rows] = gain * torch.eye(out.stop - out.start, self.d_head, dtype=torch.float64)
 
 
 def induction_model() -> tuple[SlotModel, Task]:

@@ -1,4 +1,4 @@
-"""The page of `workbench gallery`: all mechanisms against each other, and then each with its trained heads."""
+"""The page of `workbench gallery`: mechanisms against each other, each with its trained heads, then other papers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tqdm.auto import tqdm
 
 from workbench.errors import WorkbenchError
+from workbench.gallery.exhibits import EXHIBITS
 from workbench.mechanisms import rooms
 from workbench.report import Report
 from workbench.views import all_of
@@ -21,10 +22,11 @@ _ABOUT = (
 
 
 def build(names: Sequence[str] | None = None, *, progress: bool = False) -> Report:
-    """The report: a matrix over the mechanisms, then a section for each.
+    """The report: a matrix over the mechanisms, a section for each, and one for each paper that brings no mechanism.
 
     Args:
-        names: of mechanisms, with a variant behind a colon; all mechanisms, and variants that ship, if None.
+        names: of mechanisms, with a variant behind a colon, or of `exhibits.EXHIBITS`; all mechanisms, variants that
+            ship, and exhibits if None.
         progress: a bar that names the mechanism that is looked at.
 
     Raises:
@@ -34,8 +36,10 @@ def build(names: Sequence[str] | None = None, *, progress: bool = False) -> Repo
         raise WorkbenchError(
             f"names={names!r} is no list of mechanisms", hint='["sqa:mha", "moh"], or None for all of them'
         )
+    chosen = [*rooms.names(), *EXHIBITS] if names is None else list(names)
+    shown = [EXHIBITS[name] for name in chosen if name in EXHIBITS]
     found = []
-    with tqdm(rooms.names() if names is None else list(names), disable=not progress, unit="mechanism") as bar:
+    with tqdm([name for name in chosen if name not in EXHIBITS], disable=not progress, unit="mechanism") as bar:
         for name in bar:
             bar.set_postfix_str(name)
             found.append(rooms.room(name))
@@ -44,9 +48,12 @@ def build(names: Sequence[str] | None = None, *, progress: bool = False) -> Repo
         question="What does each mechanism do in the place of attention, at what cost, and what do its heads look at?",
     )
     places = [f"section-{number}" for number in range(2, 2 + len(found))]
-    report.add(matrix(rooms.matrix(found), places), title="All mechanisms", note=_ABOUT)
+    if found:
+        report.add(matrix(rooms.matrix(found), places), title="All mechanisms", note=_ABOUT)
     for one in found:
         title = f"{one.name}: {one.title}"
         plainly = "The heads below are those of a model with **random weights**: no trained weights are shipped."
         report.add(all_of(one), title=title, note=None if one.is_trained else plainly)
+    for exhibit in shown:
+        report.add(exhibit.all(), title=f"{exhibit.name}: {exhibit.card().title}")
     return report

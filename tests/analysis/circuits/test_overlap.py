@@ -12,7 +12,7 @@ import torch
 import workbench
 from support.circuits import Words, induction_model, random_task, tiny
 from workbench import CircuitOverlap
-from workbench.analysis.circuits.cross_faithfulness import _edge_layers, _random_like
+from workbench.analysis.circuits.cross_faithfulness import _edge_layers, random_like
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
 from workbench.analysis.circuits.overlap_null import Renamings, fitted_to_degrees
@@ -215,14 +215,14 @@ def test_random_circuits_have_as_much_in_every_layer(two: Any) -> None:
     _, _, circuits = two
     for method in ("ablation", "eap"):
         own = circuits[method][0]
-        for one in _random_like(own, 4, seed=0):
+        for one in random_like(own, 4, seed=0):
             if method == "eap":
                 layers = _edge_layers(own.graph)
                 mine, other = (layers[c.edges_in[own.graph.exists]] for c in (own, one))
             else:
                 mine, other = (torch.tensor([int(head[1]) for head in c.heads]) for c in (own, one))
             assert torch.equal(mine.sort().values, other.sort().values)
-        drawn = {tuple(c.nodes if method == "ablation" else c.edges) for c in _random_like(own, 4, seed=0)}
+        drawn = {tuple(c.nodes if method == "ablation" else c.edges) for c in random_like(own, 4, seed=0)}
         assert len(drawn) > 1
 
 

@@ -53,7 +53,7 @@ def cross_faithfulness(
             setup.measure_baselines()
             choices, about = [], []
             for number, circuit in enumerate(circuits):
-                several = [circuit, *_random_like(circuit, n_random, seed + number)]
+                several = [circuit, *random_like(circuit, n_random, seed + number)]
                 choices += [_choice(one, do) for do in ("keep", "ablate") for one in several]
                 about += [(do, circuit.task, len(several)) for do in ("keep", "ablate")]
             values = run_choices(setup, torch.stack([*choices, _nothing(circuits[0])]), ablation, progress)
@@ -89,7 +89,7 @@ def _nothing(circuit: Circuit) -> Tensor:
     return torch.tensor([head_of(name) is None for name in circuit.graph.senders])
 
 
-def _random_like(circuit: Circuit, n: int, seed: int) -> list[Circuit]:
+def random_like(circuit: Circuit, n: int, seed: int) -> list[Circuit]:
     """Circuits of as many heads in every layer, or as many edges between every two layers, drawn at random."""
     generator, graph = torch.Generator().manual_seed(seed), circuit.graph
     made = []

@@ -123,7 +123,7 @@ def head_roles(
             for key, value in {**_attention(setup, pair, known), **_written(setup, pair)}.items():
                 found.setdefault(key, []).append(value)
         each = {key: torch.cat(values) for key, values in found.items()}  # [example, head]
-        places_of = torch.tensor([graph.head_names.index(name) for name in names])
+        places_of = torch.tensor([graph.head_names.index(name) for name in names], dtype=torch.long)
         mean = {key: value.nanmean(0)[places_of] for key, value in each.items()}
         errors = {
             key: (each[key].std(0) / len(task) ** 0.5)[places_of]

@@ -1,0 +1,346 @@
+"""The investigator on models whose circuits were planted: what it finds, what it says, what it refuses."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import workbench
+from support.circuits import random_task, tiny
+from workbench import Investigation, Memory, TaskError, WorkbenchError, investigate
+from workbench.investigator import analyses, asking, manager
+from workbench.investigator.budget import Budget, Meter
+from workbench.investigator.rules import plan_by_rules
+from workbench.models.planted import KINDS, WITHOUT, Planted, planted
+from workbench.report import check
+
+WITH = [kind for kind in KINDS if kind not in WITHOUT]
+
+
+def run(made: Planted, **options: Any) -> Investigation:
+    with workbench.attach(made.model, made.tokenizer) as wb:
+        return investigate(wb, made.task, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def mover() -> Planted:
+    return planted("mover", n=16)
+
+
+@pytest.fixture(scope="module")
+def found(mover: Planted) -> Investigation:
+    return run(mover)
+
+
+def told(one: Investigation) -> Any:
+    """All that is said and found, without how long it took."""
+    return [one.verdict, one.ended, one.sentences, [finding.told() for finding in one.findings], one.plans]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", WITH)
+def test_planted_circuits_are_found_and_named_with_their_evidence(kind: str, seed: int) -> None:
+    made = planted(kind, seed, n=16)
+    one = run(made)
+    assert one.verdict == "circuit"
+    assert set(one.heads) == set(made.heads)
+    assert all(head in one.answer[0].text for head in made.heads)
+    rests = [one.findings[number] for number in one.answer[0].rests_on]
+    assert [finding.analysis for finding in rests] == ["circuit", "faithfulness"]
+    assert rests[1].numbers["value"] > max(rests[1].numbers["random"], default=0)
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_where_nothing_is_planted_it_says_so(kind: str) -> None:
+    one = run(planted(kind, n=16))
+    assert (one.verdict, one.heads, one.circuit) == ("none", (), None)
+    assert "There is none" in one.answer[0].text
+    assert one.forwards < 1000  # what cannot be there is not looked for
+
+
+def test_a_random_transformer_has_no_circuit() -> None:
+    with workbench.attach(tiny("gpt2"), planted("copy").tokenizer) as wb:
+        one = investigate(wb, random_task(16, 6, 60), progress=False)
+    assert one.verdict == "none"
+
+
+def test_the_model_is_left_as_it_was(mover: Planted, found: Investigation) -> None:
+    assert not mover.model._forward_pre_hooks
+    assert found.forwards == sum(finding.forwards for finding in found.findings) > 0
+
+
+def test_every_sentence_rests_on_a_finding_and_the_page_links_to_it(found: Investigation, tmp_path: Path) -> None:
+    assert all(sentence.rests_on for sentence in found.sentences)
+    page = found.report().write(tmp_path / "page.html")
+    assert check(page) == []
+    text = page.read_text(encoding="utf-8")
+    for finding in found.findings:
+        assert f'id="section-{3 + finding.number}"' in text
+        assert f'href="#section-{3 + finding.number}"' in text
+        assert f"Finding {finding.number}:" in text
+    assert "<k>" not in text
+
+
+def test_saved_and_loaded_it_says_the_same(found: Investigation, tmp_path: Path) -> None:
+    again = Investigation.load(found.save(tmp_path / "kept"))
+    assert told(again) == told(found)
+    assert again.heads == found.heads
+    torch.testing.assert_close(again.circuit.edge_scores, found.circuit.edge_scores, equal_nan=True)  # type: ignore[union-attr]
+    assert repr(again) == repr(found)
+    assert len(again.table) == len(found.findings)
+
+
+def test_an_investigation_that_was_killed_goes_on_to_the_same_report(
+    mover: Planted, found: Investigation, tmp_path: Path
+) -> None:
+    """Killed by the system in the midst of its third analysis, and gone on with in this process."""
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        analyses.RUNS["circuit"] = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        run(mover, resume=tmp_path / "run")
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    held = Investigation.load(tmp_path / "run")
+    assert 0 < len(held.findings) < len(found.findings)
+    assert held.ended == ""
+    assert told(run(mover, resume=tmp_path / "run")) == told(found)
+    assert told(run(mover, resume=tmp_path / "run")) == told(found)  # one that has ended is read
+
+
+def test_ctrl_c_keeps_what_is_done(
+    mover: Planted, found: Investigation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setitem(analyses.RUNS, "circuit", stop)
+        with pytest.raises(workbench.InvestigationInterrupted) as caught:
+            run(mover)
+    kept = caught.value.partial.save(tmp_path / "kept")
+    assert told(run(mover, resume=kept)) == told(found)
+
+
+def test_a_folder_of_another_investigation_is_refused(mover: Planted, found: Investigation, tmp_path: Path) -> None:
+    kept = found.save(tmp_path / "kept")
+    with pytest.raises(workbench.FormatError, match=r"of another .*prompts"):
+        run(planted("mover", n=18), resume=kept)
+    (kept / "finding-03-circuit.safetensors").write_bytes(b"nothing")
+    with pytest.raises(workbench.FormatError, match="finding-03"):
+        Investigation.load(kept)
+    assert told(Investigation.load(found.save(kept))) == told(found)  # what stood there is written anew
+
+
+@pytest.mark.parametrize("forwards", [0, -3, float("nan")])
+def test_a_budget_of_nothing_is_refused(mover: Planted, forwards: float) -> None:
+    with pytest.raises(WorkbenchError, match="allows nothing"):
+        run(mover, forwards=forwards)
+    with pytest.raises(WorkbenchError, match="allows nothing"):
+        Budget(10, 0)
+
+
+@pytest.mark.parametrize("forwards", [3, 60, 200, 700])
+def test_a_budget_is_kept_and_says_where_it_ended(mover: Planted, forwards: int) -> None:
+    one = run(mover, forwards=forwards)
+    assert one.forwards <= forwards
+    assert one.verdict in ("undecided", "circuit")
+    assert one.findings[-1].status in ("stopped", "refused") or one.verdict == "circuit"
+    assert one.ended
+    assert one.report().to_html()
+
+
+def test_the_meter_counts_examples_and_gradients_three_times() -> None:
+    model, meter = torch.nn.Linear(2, 2), Meter(Budget(100, 1))
+    with meter.reading(model):
+        with torch.no_grad():
+            model(torch.zeros(5, 2))
+        assert meter.forwards == 5
+        model(input=torch.zeros(4, 2))
+        assert meter.forwards == 17
+        with pytest.raises(WorkbenchError, match="84 more forwards do not fit"), torch.no_grad():
+            model(torch.zeros(84, 2))
+    model(torch.zeros(200, 2))
+    assert meter.forwards == 17
+
+
+def test_time_that_is_over_stops_it(mover: Planted) -> None:
+    one = run(mover, minutes=1e-9)
+    assert (one.findings[-1].status, one.verdict, one.forwards) == ("stopped", "undecided", 0)
+
+
+# Planners
+
+
+def test_a_planner_of_ones_own_comes_to_the_same_as_the_rules(mover: Planted, found: Investigation) -> None:
+    asked = []
+
+    def planner(prompt: str) -> str:
+        asked.append(prompt)
+        return json.dumps(plan_by_rules(json.loads(prompt.split("What is known:\n")[1])))
+
+    one = run(mover, planner=planner)
+    assert len(asked) == len(one.plans)
+    assert {planned.by for planned in one.plans} == {"planner"}
+    assert [finding.told() for finding in one.findings] == [finding.told() for finding in found.findings]
+    assert one.answer == found.answer
+
+
+NONSENSE = ["I think so.", "{}", None, 7, "", '{"why": "x", "because": [], "steps": [{"analysis": "rm -rf"}]}']
+
+
+@pytest.mark.parametrize("answer", NONSENSE)
+def test_nonsense_is_recorded_and_the_rules_plan(mover: Planted, found: Investigation, answer: Any) -> None:
+    one = run(mover, planner=lambda prompt: answer)
+    assert one.heads == found.heads
+    assert all(planned.by == "rules" and len(planned.refused) == 2 for planned in one.plans)
+    assert "refused:" in one.report().to_html()
+
+
+def test_a_planner_that_raises_loses_nothing(mover: Planted, found: Investigation) -> None:
+    def planner(prompt: str) -> str:
+        raise ConnectionError("the service is away")
+
+    one = run(mover, planner=planner)
+    assert one.heads == found.heads
+    assert "the service is away" in one.plans[0].refused[0]
+
+
+def test_a_planner_that_never_answers_is_asked_once(mover: Planted, found: Investigation) -> None:
+    asked = []
+
+    def planner(prompt: str) -> str:
+        asked.append(prompt)
+        time.sleep(30)
+        return ""
+
+    one = run(mover, planner=planner, planner_seconds=0.05)
+    assert len(asked) == 1
+    assert one.heads == found.heads
+    assert "did not answer" in one.plans[0].refused[0]
+    assert one.plans[1].refused == ()
+
+
+def test_a_planner_that_goes_in_circles_is_stopped(mover: Planted) -> None:
+    again = json.dumps({"why": "again", "because": [0], "steps": [{"analysis": "importance"}]})
+    one = run(mover, planner=lambda prompt: again)
+    assert [finding.status for finding in one.findings] == ["done", "done", "refused", "refused", "refused"]
+    assert "the same" in one.findings[-1].says[0]
+    assert one.verdict == "undecided"
+
+
+def test_what_a_planner_says_does_not_become_the_verdict(mover: Planted) -> None:
+    ends = json.dumps({"why": "L2H0 does it **all** <b>[x](https://evil.example)", "because": [0], "steps": []})
+    one = run(mover, planner=lambda prompt: ends)
+    assert (one.verdict, one.heads) == ("undecided", ())
+    page = one.report().to_html()
+    assert "evil.example" in page
+    assert 'href="https://evil' not in page
+
+
+def test_an_empty_circuit_is_told_of_and_has_no_picture() -> None:
+    steps = [{"analysis": "circuit", "arguments": {"method": "eap", "threshold": 0.9}}, {"analysis": "faithfulness"}]
+    answer = json.dumps({"why": "x", "because": [0], "steps": steps})
+    one = run(planted("pair", n=16), planner=lambda prompt: answer, proactive=False)
+    assert (one.findings[1].numbers["heads"], one.findings[2].status) == ([], "failed")
+    assert "through no heads" in one.report().to_html()
+
+
+def test_steps_in_a_wrong_order_fail_and_are_recorded(mover: Planted, found: Investigation) -> None:
+    answers: Iterator[str] = iter(["roles", "minimality"])
+
+    def planner(prompt: str) -> Any:
+        name = next(answers, None)
+        state = json.loads(prompt.split("What is known:\n")[1].split("\n\n")[0])
+        return plan_by_rules(state) if name is None else {"why": "x", "because": [0], "steps": [{"analysis": name}]}
+
+    one = run(mover, planner=planner)
+    assert [finding.status for finding in one.findings[1:3]] == ["failed", "failed"]
+    assert "there is no circuit yet" in one.findings[1].says[0]
+
+
+def test_planning_anew_skips_what_a_finding_made_needless_and_the_reactive_way_does_not() -> None:
+    made = planted("direct", n=16)
+    eager, reactive = run(made), run(made, proactive=False)
+    assert [finding.analysis for finding in eager.findings] == ["baseline", "all_heads"]
+    assert "importance" in [finding.analysis for finding in reactive.findings]
+    assert eager.verdict == reactive.verdict == "none"
+    assert eager.forwards < reactive.forwards
+
+
+def test_an_analysis_that_fails_leaves_the_others(mover: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(analyses.RUNS, "importance", broken)
+    one = run(mover)
+    assert one.findings[2].status == "failed"
+    assert "RuntimeError: out of memory" in one.findings[2].says[0]
+    assert set(one.heads) == set(mover.heads)
+
+
+# Memory
+
+
+def test_past_investigations_are_remembered_and_their_circuits_compared(mover: Planted, tmp_path: Path) -> None:
+    other = planted("mover", n=20)
+    first = run(mover, memory=tmp_path)
+    with workbench.attach(mover.model, mover.tokenizer) as wb:
+        renamed = workbench.tasks.Task("another name", other.task.examples, "here")
+        second = investigate(wb, renamed, memory=tmp_path, progress=False)
+    assert second.memory["circuits"] == ["planted mover"]
+    (overlap,) = [finding for finding in second.findings if finding.analysis == "overlap"]
+    assert overlap.numbers["jaccard"] == 1.0
+    third = run(mover, memory=tmp_path)
+    assert third.memory["asked before"]["found"] == first.answer[0].text
+    assert third.memory["nearest"]["asked"] == second.question
+    assert len(Memory(tmp_path)) == 2  # the same question takes the place of itself
+
+
+def test_an_empty_memory_knows_nothing_and_the_question_itself_is_no_neighbour(found: Investigation) -> None:
+    memory, key = Memory(), ("a", "b", "c")
+    assert memory.nearest("How?", key) is None
+    assert memory.asked_before(key) is None
+    memory.add(manager._remembered(found, key, found.identity))
+    assert memory.nearest(found.question, key) is None  # the only one is the question itself
+    near, cosine = memory.nearest(found.question, ("a", "b", "other")) or (None, 0)
+    assert near is not None
+    assert cosine == pytest.approx(1)
+
+
+def test_the_nearest_question_is_that_of_the_highest_cosine(found: Investigation) -> None:
+    memory = Memory()
+    for i, asked in enumerate(["How does M do ioi?", "How does M do induction?", "Why?"]):
+        one = manager._remembered(found, (str(i), "p", "w"), found.identity)
+        memory.add(type(one)(**{**one.__dict__, "asked": asked}))
+    near, cosine = memory.nearest("How does N do inductions?", ("x", "p", "w")) or (None, 0)
+    assert near is not None
+    assert near.asked == "How does M do induction?"
+    assert 0.5 < cosine < 1
+
+
+def test_a_damaged_memory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "memory.json").write_text('[{"asked": "x"}]')
+    with pytest.raises(workbench.FormatError, match=r"memory\.json"):
+        Memory(tmp_path)
+    with pytest.raises(WorkbenchError, match="no folder"):
+        Memory(tmp_path / "none")
+
+
+def test_too_few_prompts_or_no_task_are_refused(mover: Planted) -> None:
+    with workbench.attach(mover.model, mover.tokenizer) as wb:
+        with pytest.raises(TaskError, match="7 prompts are too few"):
+            investigate(wb, mover.task[:7], progress=False)
+        with pytest.raises(TaskError, match="expected a Task"):
+            investigate(wb, "ioi", progress=False)  # type: ignore[arg-type]
+
+
+def test_asking_leaves_the_rules_alone() -> None:
+    assert asking.Asked(None, 1.0).plan({"findings": [{"numbers": {"does": False, "accuracy": 1}, "status": "done",
+        "analysis": "baseline", "number": 0}], "known": [], "task": {"answer_place": False, "examples": 8},
+        "model": {"edges": 1}, "budget": {"forwards": 10}}, 1, 1.0)[1:] == ("rules", [])  # fmt: skip
