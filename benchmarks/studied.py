@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from shared.measuring import say, write_section
+from trained.runs import alone
 from trained.shown import SHOWS, measured
 from trained.studies import RULES, SEEDS, section
 
@@ -62,8 +63,9 @@ def train_missing(minutes: float, only: list[str]) -> None:
             path = studies.file_of(one.mechanism)
             path.parent.mkdir(parents=True, exist_ok=True)
             studies.save(found, path)
-        others = [run for run in read_runs() if (run["mechanism"], run["arm"], run["seed"]) != key]
-        keep([*others, record(found)])
+        with alone():
+            others = [run for run in read_runs() if (run["mechanism"], run["arm"], run["seed"]) != key]
+            keep([*others, record(found)])
         scores = ", ".join(f"{name} {value:.3f}" for name, value in found.scores.items())
         say(f"{one.mechanism}, {arm}, seed {seed}: {scores}; {found.facts['seconds']:.0f} s")
 

@@ -83,7 +83,7 @@ class Runs:
         What others have written in the meantime is kept too: several processes may train at a time.
         """
         same = (*_key(run), run["seed"])
-        with _alone():
+        with alone():
             others = [each for each in read_runs() if (*_key(each), each["seed"]) != same]
             self.records = sorted([*others, dict(run)], key=lambda each: (*_key(each), each["seed"]))
             lines = ",\n".join(json.dumps(each, sort_keys=True) for each in self.records)
@@ -145,7 +145,7 @@ def _shares(odds: Sequence[float], wide: float) -> tuple[float, float, float]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """No other process of this machine changes the runs meanwhile."""
     try:
         import fcntl

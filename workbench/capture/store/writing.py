@@ -30,7 +30,7 @@ from workbench.storage.parts import Part
 from workbench.storage.store import shards
 from workbench.storage.store.extra import need
 from workbench.storage.store.journal import Journal
-from workbench.storage.store.shards import Array
+from workbench.storage.store.shards import Array, Scratch
 
 Provenance = dict[str, Any]
 LOCK = ".lock"
@@ -44,6 +44,7 @@ class StoreWriter:
         self.path, self._settings = path, settings
         self._lock = threading.Lock()
         self._sites: Sites | None = None
+        self._scratch = Scratch()
         self._journal = Journal(path / "forwards.jsonl")
         self._go_on()
 
@@ -89,7 +90,7 @@ class StoreWriter:
             try:
                 shape = self._new_shape(packed) if known is None else known
                 row = len(shape.rows)
-                shape.write(packed, row, index)
+                shape.write(packed, row, index, self._scratch)
                 added = self._new_texts(forward)
                 self._journal.add(_line(forward, index, shape.path.name, row, packed.dynamic, added))
                 self.n_forwards += 1
@@ -174,12 +175,12 @@ class _Shape:
         """How its rows are read."""
         return StoredShape.read(self.path)
 
-    def write(self, packed: Packed, row: int, index: int) -> None:
+    def write(self, packed: Packed, row: int, index: int, scratch: Scratch) -> None:
         """Write a row, and let the arrays have it."""
         for folder, part, array in self._arrays:
             target = array.file(self.path / folder, row)
             with open(target, "wb", buffering=0) as file:
-                left = memoryview(array.encode(packed.tensors[folder, part]))
+                left = array.encode(packed.tensors[folder, part], scratch)
                 while left:
                     left = left[file.write(left) :]
         self.rows[row:] = [index]

@@ -37,6 +37,19 @@ _CRC = 4  # bytes
 _LITTLE: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
+class Scratch:
+    """Memory that rows are put together in, one after the other: fresh memory would take longer than the copies."""
+
+    def __init__(self) -> None:
+        self._held = np.empty(0, np.uint8)
+
+    def of(self, size: int) -> np.ndarray:
+        """So many bytes, as they are."""
+        if len(self._held) < size:
+            self._held = np.empty(size, np.uint8)
+        return self._held[:size]
+
+
 @dataclass(frozen=True)
 class Array:
     """One array of a store: of every row, the same shape.
@@ -99,21 +112,25 @@ class Array:
             "attributes": attributes, "dimension_names": list(self.dims),
         }  # fmt: skip
 
-    def encode(self, tensors: Sequence[Tensor]) -> bytes:
-        """The file of a row, of each site's tensor (or the one that all share)."""
+    def encode(self, tensors: Sequence[Tensor], scratch: Scratch) -> memoryview:
+        """The file of a row, of each site's tensor (or the one that all share); it lies in `scratch` until the next."""
         crc = need("google_crc32c", "a store").value
-        pieces: list[bytes] = []
+        n, size = max(1, self.sites) * self.heads, self.chunk_bytes
+        whole = scratch.of(n * (size + _CRC) + 16 * n + _CRC)
+        chunks = whole[: n * (size + _CRC)].reshape(n, size + _CRC)
+        at = 0
         for tensor in tensors:
             plain = _numbers(tensor, self.torch_dtype)
-            split = plain[None] if self.head_axis is None else np.moveaxis(plain, self.head_axis, 0)
-            for head in split:
-                raw = head.tobytes()
-                pieces += [raw, crc(raw).to_bytes(_CRC, "little")]
-        n, size = len(pieces) // 2, self.chunk_bytes + _CRC
+            for head in plain[None] if self.head_axis is None else np.moveaxis(plain, self.head_axis, 0):
+                raw = chunks[at, :size]
+                np.ndarray(head.shape, plain.dtype, buffer=raw)[...] = head
+                chunks[at, size:] = np.frombuffer(crc(raw).to_bytes(_CRC, "little"), np.uint8)
+                at += 1
         index = np.empty((n, 2), "<u8")
-        index[:, 0], index[:, 1] = np.arange(n, dtype="<u8") * size, size
-        raw = index.tobytes()
-        return b"".join([*pieces, raw, crc(raw).to_bytes(_CRC, "little")])
+        index[:, 0], index[:, 1] = np.arange(n, dtype="<u8") * (size + _CRC), size + _CRC
+        told = index.tobytes()
+        whole[n * (size + _CRC) :] = np.frombuffer(told + crc(told).to_bytes(_CRC, "little"), np.uint8)
+        return whole.data
 
     def read(self, folder: Path, row: int, site: int, heads: Sequence[int] | None = None) -> Tensor:
         """A site's tensor of a row, or these heads of it, from no other bytes than theirs.
