@@ -452,8 +452,10 @@ def spikes() -> SpikeActivity:
     from workbench.mechanisms.spikformer import Spikformer
 
     torch.manual_seed(0)
-    module = Spikformer(Place(8, 2, 12, causal=False, grid=(3, 4))).eval()
-    return workbench.spike_activity(module, [3 * torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(0))])
+    place = Place(16, 2, 12, causal=False, grid=(3, 4))
+    model = Spikformer(place, n_classes=5, layers=1, steps=3).eval()
+    images = torch.rand(2, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+    return workbench.spike_activity(model, [images], shown=8)
 
 
 def _shown(result: Callable[[], Any], at: int) -> Callable[[], View]:

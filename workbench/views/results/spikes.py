@@ -56,7 +56,7 @@ def _raster(found: SpikeActivity) -> View:
     most = max(counts)
     return figure(
         fig, title="Spike raster",
-        caption=f"A row is a neuron, up to {most} of each population; where it is bright, the neuron fires. Of the "
+        caption=f"A row is a neuron, up to {most} of each population; where it is coloured, the neuron fires. Of the "
         "first example.",
         provenance=found.provenance,
     )  # fmt: skip
