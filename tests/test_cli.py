@@ -227,7 +227,7 @@ def test_investigate_keeps_to_its_budget_and_writes_a_page(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "page.html"
-    given = ("--model", "demo-lm", "--task", "greater_than", "--prompts", 8, "--forwards", 60, "--out", page)
+    given = ("--model", "demo-lm", "--task", "ioi", "--prompts", 8, "--forwards", 60, "--out", page)
     assert run(monkeypatch, "investigate", *given, "--resume", tmp_path / "run") == 0
     assert check(page) == []
     said = capsys.readouterr().out
