@@ -27,6 +27,7 @@ _JOINED = (
     "TAMIL", "TELUGU", "KANNADA", "MALAYALAM", "SINHALA", "MYANMAR", "KHMER", "TIBETAN",
 )  # fmt: skip
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -66,6 +67,15 @@ def _as_hex(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("workbench.hex", _as_hex)
+
+
+def utf8(text: str) -> str:
+    """The text with halves of characters (lone surrogates) as their numbers: files and tables take no others.
+
+    >>> utf8("\\ud83d a")
+    '\\\\ud83d a'
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8") if _HALF.search(text) else text
 
 
 def visible(token: str, longest: int = LONGEST_TOKEN) -> str:

@@ -43,6 +43,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "head_gallery": ("rows down", "columns to the right", "weight"),
     "head_page": ("Statistics", "value", "rank"),
     "image_attention": ("weight; each small map goes to its own largest",),
+    "grounding": ("weight per pixel; each small map of a head goes to its own largest",),
     "token_strip": ("received",),
     "circuit_graph": ("score: sum of |score|", "not scored", "positive edge", "negative edge", "wider: stronger"),
     "overlap_matrix": ("Jaccard: items in both", "node shared", "node only one"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from dataclasses import fields
 from pathlib import Path
@@ -15,11 +14,11 @@ from workbench.errors import FormatError, WorkbenchError
 from workbench.storage import files, typed
 from workbench.storage.parts import Part
 from workbench.storage.rendering import renderer
+from workbench.tokens import utf8
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_HALF = re.compile("[\ud800-\udfff]")  # of a character; no table takes it
 _TAGS = ("tuple", "tensor", "array", "items")
 
 
@@ -115,7 +114,7 @@ class Result(ABC):
 def _take_apart(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """JSON for a field; its numbers in bulk go into `tensors`."""
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode("utf-8") if _HALF.search(value) else value
+        return utf8(value)
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, torch.Tensor):

@@ -15,6 +15,7 @@ from workbench.analysis.corpus.duo_attention import write_duo_attention
 from workbench.analysis.corpus.measuring import SCORES
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
+from workbench.tokens import utf8
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +130,13 @@ class CorpusAtlas(Result):
         import pandas as pd
 
         rows = [
-            (self.layers[h], self.numbers[h], float(self.weights[h, e]), *self.places[h, e].tolist(), self.texts[h][e])
+            (
+                self.layers[h],
+                self.numbers[h],
+                float(self.weights[h, e]),
+                *self.places[h, e].tolist(),
+                utf8(self.texts[h][e]),
+            )
             for h in range(len(self.layers))
             for e in range(self.weights.shape[1])
             if self.weights[h, e] >= 0

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workbench.errors import WorkbenchError
 from workbench.storage.result import Result
+from workbench.tokens import utf8
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,7 +122,7 @@ class CrossAttention(Result):
                 "layer": layer,
                 "head": head,
                 "token": token,
-                "token_text": self.target_texts[token],
+                "token_text": utf8(self.target_texts[token]),
                 "peak": float(peak[row, head, token]),
                 "peak_position": self.kept_positions[int(at[row, head, token])],
                 "mass": float(self.mass[row, head, token]),

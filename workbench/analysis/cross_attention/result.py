@@ -13,6 +13,7 @@ from workbench.analysis.statistics.intervals import jackknife_t, means_t
 from workbench.errors import WorkbenchError
 from workbench.storage.result import Result
 from workbench.storage.typed import Between
+from workbench.tokens import utf8
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -329,7 +330,7 @@ class CrossAttentionSaliency(Result):
                     {
                         "utterance": name,
                         "token": token,
-                        "token_text": found["token_text"][i],
+                        "token_text": utf8(found["token_text"][i]),
                         "attention_first": a,
                         "attention_last": b,
                         "saliency_first": c,

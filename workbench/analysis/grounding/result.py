@@ -15,7 +15,7 @@ from workbench.analysis.grounding.tiles import raster
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
 from workbench.storage.typed import Places
-from workbench.tokens import visible
+from workbench.tokens import utf8, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -203,7 +203,7 @@ class Grounding(Result):
         return pd.DataFrame(
             {
                 "position": [p for p in self.positions for _ in range(heads)],
-                "token": [t for t in self.tokens for _ in range(heads)],
+                "token": [utf8(t) for t in self.tokens for _ in range(heads)],
                 "head": list(self.labels) * rows,
                 "layer": list(self.layers) * rows,
                 **{name: masses[:, k] for k, name in enumerate(self.parts)},

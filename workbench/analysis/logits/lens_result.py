@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.storage.result import Result
-from workbench.tokens import visible
+from workbench.tokens import utf8, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,10 +63,10 @@ class LogitLens(Result):
             {
                 "row": [name for name in self.rows for _ in range(m)],
                 "position": list(range(m)) * n,
-                "token": list(self.tokens) * n,
-                "top": [words.get(i, str(i)) for i in best],
+                "token": list(map(utf8, self.tokens)) * n,
+                "top": [utf8(words.get(i, str(i))) for i in best],
                 "top_probability": self.top_probabilities[..., 0].flatten().double().numpy(),
-                "target": list(self.targets) * n,
+                "target": list(map(utf8, self.targets)) * n,
                 "probability": self.probability.flatten().double().numpy(),
                 "rank": self.rank.flatten().numpy(),
                 "divergence": self.divergence.flatten().double().numpy(),

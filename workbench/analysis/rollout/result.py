@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.errors import WorkbenchError
 from workbench.storage.result import Result
 from workbench.storage.typed import Places
-from workbench.tokens import visible
+from workbench.tokens import utf8, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +69,7 @@ class AttentionRollout(Result):
                 "target": [i for i in self.targets for _ in range(m)],
                 "position": list(range(m)) * n,
                 "stream": list(self.streams) * n,
-                "token": list(self.tokens) * n,
+                "token": list(map(utf8, self.tokens)) * n,
                 "share": self.rollout.flatten().double().numpy(),
                 "last_site": self.own[-1].flatten().double().numpy(),
             }

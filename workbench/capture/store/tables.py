@@ -13,6 +13,7 @@ from workbench.capture.site_capture import Forward
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED
 from workbench.storage.store.growing_table import GrowingTable
+from workbench.tokens import utf8
 
 _HEADS = {"forward": "int64", "site": "category", "call": "int64", "layer": "int64", "kind": "category",
           "batch": "int64", "head": "int64"}  # fmt: skip
@@ -95,9 +96,5 @@ def _of_tokens(forward: Forward, index: int) -> dict[str, list[Any]]:
         rows["position"] += list(range(length)) * batch
         rows["id"] += ids.flatten().tolist()
         known = forward.tokens.get(stream)
-        rows["text"] += [None] * n if known is None else [_plain(text) for row in known for text in row]
+        rows["text"] += [None] * n if known is None else [utf8(text) for row in known for text in row]
     return rows
-
-
-def _plain(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

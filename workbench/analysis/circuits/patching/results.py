@@ -12,6 +12,7 @@ from torch import Tensor
 from workbench.analysis.circuits.engine.setup import NOISING
 from workbench.analysis.statistics.intervals import share_intervals
 from workbench.storage.result import Result
+from workbench.tokens import utf8
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,7 +157,7 @@ class LayerPatching(Patched):
     def table(self) -> pd.DataFrame:
         """One row per layer and place that it has, highest magnitude first: score, its interval, mean effect."""
         units = {"row": self.rows, "layer": self.layers}
-        return self._tabulated(units, {"position": self.places, "token": self.tokens}, lacking=False)
+        return self._tabulated(units, {"position": self.places, "token": tuple(map(utf8, self.tokens))}, lacking=False)
 
     def __repr__(self) -> str:
         best = ", ".join(f"{row.row} at {row.position} {row.score:.2f}" for row in self.table.head(4).itertuples())
