@@ -71,7 +71,7 @@ CASES = [
     Case("qwen2"),
     Case("gemma2", exact=False),
     Case("bert"),
-    Case("t5", exact=False),
+    Case("t5"),
     Case("vit"),
     Case("whisper"),
     Case("flex", exact=False),

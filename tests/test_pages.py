@@ -144,7 +144,7 @@ def test_every_analysis_has_its_line() -> None:
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
     named = [cells[1].strip("`") for cells in lines if cells[1].startswith("`") and "." not in cells[1]]
     public = {name for name in workbench.__all__ if inspect.isfunction(getattr(workbench, name))}
-    rooms = ("workbench.analysis.", "workbench.sweep.")
+    rooms = ("workbench.analysis.", "workbench.sweep.", "workbench.investigator.")
     assert set(named) == {name for name in public if getattr(workbench, name).__module__.startswith(rooms)}
     assert len(named) == len(set(named))
     assert all(len(cells) == 5 and all(cells) for cells in lines)
