@@ -141,7 +141,7 @@ def _put_together(part: Part, tensors: dict[str, torch.Tensor]) -> Any:
     """The value that `_take_apart` took apart."""
     if isinstance(part.value, list):
         return [_put_together(item, tensors) for item in part.list()]
-    if isinstance(part.value, str) and _HALF.search(part.value):
+    if isinstance(part.value, str) and utf8(part.value) != part.value:
         raise part.wrong("text of whole characters")
     if not isinstance(part.value, dict):
         return part.value
