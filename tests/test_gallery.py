@@ -84,7 +84,7 @@ def test_a_room_shows_its_card_heads_importance_distances_gates_and_training(moh
     assert told["Paper"] == "arXiv 2410.11842"
     shown = [text for head, text in zip(card.data()["Card"], card.data()["moh"], strict=True) if head == "Shown"]
     assert [("it has learned nothing" in text) for text in shown] == [True, False]  # that of text is given
-    assert told["Measured cost"] == "not measured" or moh.cost is not None
+    assert ("Measured cost" in told) == (moh.cost is None)
     heads, texts = card.data()["Card"].tolist(), card.data()["moh"].tolist()
     for claim in moh.card.claims:
         at = texts.index(claim.says)

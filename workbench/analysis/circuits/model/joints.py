@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.analysis.circuits.model.reasons import INSTEAD, two_mixers
-from workbench.analysis.circuits.model.recording import Recording, equal, factors_between
+from workbench.analysis.circuits.model.recording import Recording, equal, factors_between, same_sum
 from workbench.errors import AttachError
 from workbench.hooks.entering import entering, own_columns
 from workbench.hooks.projections import gated, is_linear
@@ -111,8 +111,13 @@ def factors_of(seen: Recording, sites: Sequence[Site], block: str) -> list[float
     before = seen.given[block]
     parts = torch.stack([seen.gave[find_joint(seen, site).name] for site in sites], dim=-1)
     inside = [name for name in dict.fromkeys(seen.order) if name.startswith(f"{block}.") and name in seen.given]
-    for end in (*(seen.given[name] for name in inside), seen.gave[block]):
-        factors = factors_between(before, parts, end, seen.eps) if end.shape == before.shape else None
+    ends = [end for end in (*(seen.given[name] for name in inside), seen.gave[block]) if end.shape == before.shape]
+    size = before.abs() + parts.abs().sum(-1)
+    # In half precision a factor near 1 may fit some other end: what is added as it is comes first.
+    if any(same_sum(end, before + parts.sum(-1), size, seen.eps) for end in ends):
+        return [1.0] * len(sites)
+    for end in ends:
+        factors = factors_between(before, parts, end, seen.eps)
         if factors is not None:
             return [float(factor) for factor in factors]
     if len(sites) > 1:
