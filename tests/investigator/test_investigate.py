@@ -408,6 +408,8 @@ def test_too_few_prompts_or_no_task_are_refused(mover: Planted) -> None:
             investigate(wb, mover.task[:7], progress=False)
         with pytest.raises(TaskError, match="expected a Task"):
             investigate(wb, "ioi", progress=False)  # type: ignore[arg-type]
+        with pytest.raises(TaskError, match="expected a Task"):
+            investigate(wb, mover.task, known=["ioi"], progress=False)  # type: ignore[list-item]
 
 
 def test_many_known_tasks_fit_into_plans(found: Investigation) -> None:

@@ -83,13 +83,15 @@ def investigate(
         batch_size: examples in one forward. seed: of what is drawn at random.
 
     Raises:
-        TaskError: fewer than eight prompts, or answers that this tokenizer does not know.
+        TaskError: a task, or one of `known`, that is none or has fewer than eight prompts; answers that this tokenizer
+            does not know.
         WorkbenchError: a budget of nothing, no folder for the memory.
         FormatError: the folder holds an investigation of another model, task or settings, or a damaged one.
         InvestigationInterrupted: on Ctrl-C, with what is done.
     """
     began, budget = time.monotonic(), Budget(forwards, minutes)
-    check_task(task)
+    for each in (task, *known):
+        check_task(each)
     remembering = memory if isinstance(memory, Memory) or memory is None else Memory(memory)
     wb.check_ready()
     identity = _identity(wb, task, known, planner, budget, places, proactive, batch_size, seed)
