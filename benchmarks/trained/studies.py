@@ -166,7 +166,10 @@ def section(runs: Runs, measured: Mapping[str, list[float]]) -> str:
     """What was learned, and where claims stand; those of shipped image models too."""
     parts = [
         f"""`python benchmarks/studied.py`: mechanisms on generated data of their own kind, each form with seeds
-{", ".join(map(str, SEEDS))}. The rules (benchmarks/trained/studies.py) were written before the figures; a claim of
+{", ".join(map(str, SEEDS))}. What each claim compares (benchmarks/trained/studies.py) was
+written before its figures. Data, steps and rates were set by hand, with no examples kept apart for that, and Spikformer
+had other images at first; over which forms a spread is pooled was settled when first figures stood, and both ways give
+the same outcomes. A claim of
 several comparisons holds where each does. Intervals are Student's t over seeds, with a spread that is taken as the same
 for the forms that are compared; of one form against a value, for all forms that have the score."""
     ]

@@ -99,10 +99,11 @@ class Sizes:
 def packed(lengths: Sequence[int], n_devices: int, budget: int | None = None) -> list[list[Item]]:
     """The items of each device where documents are packed one after another, so many tokens on each.
 
-    A document that does not fit what is left on a device is cut, head and tail alike.
+    A document that does not fit what is left on a device is cut, head and tail alike; none has more than its budget.
 
     Args:
-        lengths: tokens of each document. budget: tokens of a device; as few as are needed if None.
+        lengths: tokens of each document.
+        budget: tokens of a device; as few as are needed if None, the mean or one more.
 
     Raises:
         CaptureError: no documents, an empty one, or more tokens than all devices take.
@@ -112,18 +113,31 @@ def packed(lengths: Sequence[int], n_devices: int, budget: int | None = None) ->
     """
     if not lengths or min(lengths) < 1 or n_devices < 1:
         raise CaptureError(f"{len(lengths)} documents on {n_devices} devices", hint="each has at least one token")
-    budget = -(-sum(lengths) // n_devices) if budget is None else budget
-    if sum(lengths) > budget * n_devices:
-        raise CaptureError(f"{sum(lengths):,} tokens do not fit {n_devices} devices of {budget:,}")
+    least = -(-sum(lengths) // n_devices)
+    if budget is None:  # one more where rows, which go two at a time, leave a token free on devices
+        return _filled(lengths, n_devices, least) or _filled(lengths, n_devices, least + 1) or []
+    found = _filled(lengths, n_devices, budget) if budget >= least else None
+    if found is None:
+        raise CaptureError(
+            f"{sum(lengths):,} tokens do not fit {n_devices} devices of {budget:,}",
+            hint=f"rows are placed with their mirror images, two at a time: {least + 1:,} are enough",
+        )
+    return found
+
+
+def _filled(lengths: Sequence[int], n_devices: int, budget: int) -> list[list[Item]] | None:
+    """The items of each device; None where the last one would have more than its budget."""
     found: list[list[Item]] = [[] for _ in range(n_devices)]
     device, left = 0, budget
     for document, length in enumerate(lengths):
         rest: Item | None = Item.whole(document, length)
         while rest is not None:
             last = device == n_devices - 1
-            if last or rest.n_rows <= left:
+            if rest.n_rows <= left:
                 found[device].append(rest)
                 left, rest = left - rest.n_rows, None
+            elif last:
+                return None
             elif left >= 2:
                 part, rest = rest.cut(left // 2)
                 found[device].append(part)

@@ -168,8 +168,15 @@ def _done(send: Callable[[], Any]) -> Any:
     """What the operation gives.
 
     Raises:
-        CaptureError: another process ended, or is at another operation.
+        CaptureError: another process ended, or is at another operation; there is no group of processes.
     """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise CaptureError(
+            "a sequence that is split over several processes needs a group of torch.distributed, and there is none",
+            hint="start with torchrun, call init_process_group, and make the split with SplitSequence.of(n_here)",
+        )
     try:
         return send()
     except RuntimeError as error:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 import workbench
 from support.circuits import random_task, tiny
 from workbench import Investigation, Memory, TaskError, WorkbenchError, investigate
-from workbench.investigator import analyses, asking, manager
+from workbench.investigator import Finding, analyses, asking, manager, parse
+from workbench.investigator.analyses import NATS
 from workbench.investigator.budget import Budget, Meter
+from workbench.investigator.investigation import FILE, verdict_of
 from workbench.investigator.rules import plan_by_rules
 from workbench.models.planted import KINDS, WITHOUT, Planted, planted
 from workbench.report import check
@@ -64,10 +67,22 @@ def test_where_nothing_is_planted_it_says_so(kind: str) -> None:
     assert one.forwards < 1000  # what cannot be there is not looked for
 
 
-def test_a_random_transformer_has_no_circuit() -> None:
+@pytest.mark.parametrize(("n", "verdict"), [(16, "undecided"), (600, "none")])
+def test_a_random_transformer_has_no_circuit_and_few_prompts_leave_it_open(n: int, verdict: str) -> None:
     with workbench.attach(tiny("gpt2"), planted("copy").tokenizer) as wb:
-        one = investigate(wb, random_task(16, 6, 60), progress=False)
-    assert one.verdict == "none"
+        one = investigate(wb, random_task(n, 6, 60), progress=False, batch_size=200)
+    low, high = one.findings[0].numbers["difference"]
+    assert low < 0
+    assert (one.verdict, one.heads) == (verdict, ())
+    assert (high >= NATS) == (verdict == "undecided")
+    assert ("more prompts" in one.answer[0].text) == (verdict == "undecided")
+
+
+def test_heads_that_are_not_surely_idle_leave_it_open() -> None:
+    base = Finding(0, "baseline", {}, "done", {"does": True, "sure": True}, (), 1, 0.0)
+    for sure, verdict in ((True, "none"), (False, "undecided")):
+        heads = Finding(1, "all_heads", {}, "done", {"carry": False, "sure": sure}, (), 1, 0.0)
+        assert verdict_of([base, heads], "It ended.", "it")[0] == verdict
 
 
 def test_the_model_is_left_as_it_was(mover: Planted, found: Investigation) -> None:
@@ -109,6 +124,7 @@ def test_an_investigation_that_was_killed_goes_on_to_the_same_report(
     held = Investigation.load(tmp_path / "run")
     assert 0 < len(held.findings) < len(found.findings)
     assert held.ended == ""
+    assert "It has not ended" in held.report().to_html()
     assert told(run(mover, resume=tmp_path / "run")) == told(found)
     assert told(run(mover, resume=tmp_path / "run")) == told(found)  # one that has ended is read
 
@@ -135,6 +151,60 @@ def test_a_folder_of_another_investigation_is_refused(mover: Planted, found: Inv
     with pytest.raises(workbench.FormatError, match="finding-03"):
         Investigation.load(kept)
     assert told(Investigation.load(found.save(kept))) == told(found)  # what stood there is written anew
+
+
+def test_one_whose_analyses_failed_is_gone_on_with(mover: Planted, tmp_path: Path) -> None:
+    plans = {"why": "x", "because": [0], "steps": [{"analysis": "circuit"}, {"analysis": "roles"}]}
+    answers = [plans, {**plans, "steps": [{"analysis": "faithfulness"}, {"analysis": "roles"}]}, {**plans, "steps": []}]
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    def ask(prompt: str) -> Any:
+        return answers.pop(0)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(analyses.RUNS, "faithfulness", broken)
+        patched.setitem(analyses.RUNS, "roles", broken)
+        one = run(mover, planner=ask, proactive=False, resume=tmp_path / "run")
+    assert [finding.status for finding in one.findings[1:]] == ["done", "failed", "failed"]
+    assert told(run(mover, planner=ask, proactive=False, resume=tmp_path / "run")) == told(one)
+
+
+DAMAGE: list[tuple[list[Any], Any]] = [
+    (["findings", 0, "numbers"], {}),
+    (["findings", 0, "numbers"], [1]),
+    (["findings", 1, "numbers", "carry"], "yes"),
+    (["findings", 3, "results"], []),
+    (["identity"], [1]),
+    (["memory"], {}),
+    (["memory", "nearest"], {"asked": "x", "found": "y"}),
+    (["budget"], {"forwards": 1}),
+    (["verdict"], "none"),
+    (["findings", 0, "arguments"], 3),
+]
+
+
+@pytest.mark.parametrize(("where", "value"), DAMAGE)
+def test_a_file_of_a_stranger_is_refused_by_name(
+    found: Investigation, tmp_path: Path, where: list[Any], value: Any
+) -> None:
+    kept = found.save(tmp_path / "kept")
+    whole = json.loads((kept / FILE).read_text())
+    part = whole
+    for key in where[:-1]:
+        part = part[key]
+    part[where[-1]] = value
+    (kept / FILE).write_text(json.dumps(whole))
+    with pytest.raises(workbench.FormatError, match=r"investigation\.json"):
+        Investigation.load(kept)
+
+
+def test_a_share_that_is_undefined_is_shown_so(found: Investigation) -> None:
+    last = next(finding for finding in found.findings if finding.analysis == "faithfulness")
+    one = replace(last, numbers={**last.numbers, "random": [None, 0.5]})
+    page = replace(found, findings=(*found.findings[: one.number], one, *found.findings[one.number + 1 :])).report()
+    assert "undefined" in page.to_html()
 
 
 @pytest.mark.parametrize("forwards", [0, -3, float("nan")])
@@ -338,9 +408,23 @@ def test_too_few_prompts_or_no_task_are_refused(mover: Planted) -> None:
             investigate(wb, mover.task[:7], progress=False)
         with pytest.raises(TaskError, match="expected a Task"):
             investigate(wb, "ioi", progress=False)  # type: ignore[arg-type]
+        with pytest.raises(TaskError, match="expected a Task"):
+            investigate(wb, mover.task, known=["ioi"], progress=False)  # type: ignore[list-item]
+
+
+def test_many_known_tasks_fit_into_plans(found: Investigation) -> None:
+    state: dict[str, Any] = {
+        "findings": [finding.told() for finding in found.findings], "known": [f"task {i}" for i in range(50)],
+        "task": {"answer_place": True, "examples": 16}, "model": {"edges": 1}, "budget": {"forwards": 10},
+    }  # fmt: skip
+    for n in range(1, len(found.findings) + 1):
+        assert parse(plan_by_rules({**state, "findings": state["findings"][:n]}), n).steps
 
 
 def test_asking_leaves_the_rules_alone() -> None:
-    assert asking.Asked(None, 1.0).plan({"findings": [{"numbers": {"does": False, "accuracy": 1}, "status": "done",
-        "analysis": "baseline", "number": 0}], "known": [], "task": {"answer_place": False, "examples": 8},
-        "model": {"edges": 1}, "budget": {"forwards": 10}}, 1, 1.0)[1:] == ("rules", [])  # fmt: skip
+    numbers = {"does": False, "sure": True, "accuracy": 1}
+    state: dict[str, Any] = {
+        "findings": [{"numbers": numbers, "status": "done", "analysis": "baseline", "number": 0}], "known": [],
+        "task": {"answer_place": False, "examples": 8}, "model": {"edges": 1}, "budget": {"forwards": 10},
+    }  # fmt: skip
+    assert asking.Asked(None, 1.0).plan(state, 1, 1.0)[1:] == ("rules", [])

@@ -89,5 +89,7 @@ def test_bad_input_is_named() -> None:
     q, k, v, _ = (t.detach() for t in tensors(6))
     with pytest.raises(CaptureError, match="gather or ring"):
         split_attention(q, k, v, SplitSequence((6,), 0), how="broadcast")  # type: ignore[arg-type]
+    with pytest.raises(CaptureError, match="there is none"):
+        split_attention(q, k, v, SplitSequence((6, 3), 0))
     with pytest.raises(CaptureError, match="5 positions, and process 0 of the split 6"):
         split_attention(q[:, :, :5], k[:, :, :5], v[:, :, :5], SplitSequence((6,), 0))

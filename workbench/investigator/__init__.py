@@ -1,7 +1,8 @@
 """An investigator: it plans analyses of how a model does a task, runs them, and plans anew after each finding.
 
 `manager` runs it, `rules` plans without a language model, `plan` is the protocol of any planner, `analyses` is what may
-be run, `budget` keeps to forwards and minutes, `memory` has past investigations, `writing` makes the report.
+be run of a `subject`, `budget` keeps to forwards and minutes, `memory` has past investigations, `writing` makes the
+report.
 """
 
 from workbench.investigator.budget import Budget, BudgetSpent

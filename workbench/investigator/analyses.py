@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -14,24 +12,23 @@ from torch import Tensor
 
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.cross_faithfulness import random_like
-from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.analysis.circuits.faithfulness import Faithfulness, circuit_faithfulness
 from workbench.analysis.circuits.find import find_circuit
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.overlap import circuit_overlap
 from workbench.analysis.circuits.repair import repair
-from workbench.analysis.circuits.roles import PLACES, HeadRoles, head_roles
+from workbench.analysis.circuits.roles import head_roles
 from workbench.analysis.importance import head_importance
 from workbench.analysis.statistics.intervals import mean_t, proportions
-from workbench.errors import TaskError, WorkbenchError
+from workbench.errors import WorkbenchError
 from workbench.inputs import decoder_start, device_for_inputs
+from workbench.investigator.subject import Found, Subject
 from workbench.metrics import METRICS
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
 
 T = TypeVar("T")
-FEWEST = 8
 RELEVANT = 0.05
 """Share of prompts minus twins from which on a head counts, if that is also sure; effects can be sure and tiny."""
 NATS = 0.1
@@ -40,106 +37,6 @@ KEPT = 0.5
 """What a confirmed circuit keeps at least of the task, by the lower end of its interval."""
 _CONTROLS = 5
 _LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class Found:
-    """What an analysis gave.
-
-    Attributes:
-        numbers: JSON values, for the planner. says: sentences. results: by name, for the report.
-    """
-
-    numbers: dict[str, Any]
-    says: tuple[str, ...]
-    results: dict[str, Result] = field(default_factory=dict)
-
-
-@dataclass
-class Subject:
-    """What is investigated, and what has been found of it so far.
-
-    Attributes:
-        found_with, tested_with: the halves of the task's prompts: every other one.
-        known: other tasks by name, and circuits of them where some are remembered.
-        places: names of the task's positions for "answer", "wrong", … as in `head_roles`.
-        circuits: one after another, as they were found. confirmed: of each, whether it does the task alone.
-        scale: prompts minus twins, in the metric. roles: of the circuit's heads.
-    """
-
-    wb: Workbench
-    task: Task
-    known: Mapping[str, Task]
-    remembered: Mapping[str, Circuit]
-    places: Mapping[str, tuple[str, ...]]
-    seed: int
-    batch_size: int
-    circuits: list[Circuit] = field(default_factory=list)
-    confirmed: list[bool] = field(default_factory=list)
-    scale: float = 1.0
-    roles: HeadRoles | None = None
-
-    @property
-    def found_with(self) -> Task:
-        return self.task[0::2]
-
-    @property
-    def tested_with(self) -> Task:
-        return self.task[1::2]
-
-    @cached_property
-    def graph(self) -> Graph:
-        """The model's senders, receivers and edges.
-
-        Raises:
-            AttachError: the model cannot be taken apart into heads.
-        """
-        with open_setup(self.wb, self.task, batch_size=self.batch_size) as setup:
-            return setup.graph
-
-    @property
-    def standing(self) -> Circuit:
-        """The last circuit that does the task alone; the last one where none does.
-
-        Raises:
-            WorkbenchError: there is none yet.
-        """
-        several = [one for one, sure in zip(self.circuits, self.confirmed, strict=True) if sure] or self.circuits
-        if not several:
-            raise WorkbenchError("there is no circuit yet", hint='plan "circuit" first')
-        return several[-1]
-
-    def take(self, analysis: str, found: Found) -> None:
-        """Remember what later analyses need of a finding."""
-        if analysis == "baseline":
-            self.scale = abs(found.numbers["clean"] - found.numbers["corrupted"])
-        elif analysis in ("circuit", "minimality"):
-            circuit = found.results.get("circuit")
-            if isinstance(circuit, Circuit):
-                self.circuits.append(circuit)
-                self.confirmed.append(False)
-        elif analysis == "faithfulness" and self.circuits:
-            self.confirmed[-1] = bool(found.numbers["confirmed"])
-        elif analysis == "roles":
-            roles = found.results["roles"]
-            self.roles = roles if isinstance(roles, HeadRoles) else None
-
-
-def check_task(task: Task) -> None:
-    """Refuse what cannot be investigated.
-
-    Raises:
-        TaskError: no task, or fewer than `FEWEST` prompts.
-    """
-    if not isinstance(task, Task):
-        raise TaskError(
-            f"expected a Task, not {type(task).__name__}", hint="make one with workbench.tasks.from_prompts"
-        )
-    if len(task) < FEWEST:
-        raise TaskError(
-            f"{len(task)} prompts are too few: half of them find what the other half confirms",
-            hint=f"at least {FEWEST}, better 32",
-        )
 
 
 def baseline(subject: Subject) -> Found:
@@ -153,20 +50,22 @@ def baseline(subject: Subject) -> Found:
         _ = subject.graph
     apart = clean - twin
     low, high = mean_t(apart)
-    least, _ = mean_t(clean)
+    least, most = mean_t(clean)
     share = float(right.mean())
     does = low > 0 and least > 0 and float(apart.mean()) >= NATS
+    sure = does or high < NATS or most <= 0
     at, to = proportions(right).tolist()
     numbers = {
-        "does": does, "clean": float(clean.mean()), "corrupted": float(twin.mean()), "difference": [low, high],
-        "accuracy": share, "prompts": len(task),
+        "does": does, "sure": sure, "clean": float(clean.mean()), "corrupted": float(twin.mean()),
+        "difference": [low, high], "accuracy": share, "prompts": len(task),
     }  # fmt: skip
     says = (
         f"On {len(task)} prompts the right answer is ahead by {numbers['clean']:.3g} nats, on their twins by "
         f"{numbers['corrupted']:.3g}; prompts minus twins {float(apart.mean()):.3g} [{low:.3g}, {high:.3g}].",
         f"The most likely next token is right on {share:.0%} [{at:.0%}, {to:.0%}] of the prompts.",
         "So the model tells the prompts from their twins." if does else
-        f"So the model does not surely tell the prompts from their twins, by {NATS:g} nats or more.",
+        f"So the model does not tell the prompts from their twins by {NATS:g} nats or more." if sure else
+        f"So it is not sure whether the model tells the prompts from their twins by {NATS:g} nats or more.",
     )  # fmt: skip
     return Found(numbers, says)
 
@@ -193,12 +92,15 @@ def all_heads(subject: Subject) -> Found:
     low, high = mean_t(carried)
     share = float(carried.mean()) / max(subject.scale, 1e-12)
     carry = found.denominator.defined and share > RELEVANT
-    numbers = {"carry": carry, "share": share, "lost": [low, high], "heads": len(graph.head_names)}
+    sure = carry or high <= RELEVANT * subject.scale
+    numbers = {"carry": carry, "sure": sure, "share": share, "lost": [low, high], "heads": len(graph.head_names)}
     says = (
         f"With the output of all {len(graph.head_names)} heads taken from the twin the logit difference falls by "
         f"{float(carried.mean()):.3g} [{low:.3g}, {high:.3g}], {share:.0%} of prompts minus twins.",
-        "So heads carry the difference." if carry else "So no head carries it: the answer comes by another way.",
-    )
+        "So heads carry the difference." if carry else
+        "So no head carries it: the answer comes by another way." if sure else
+        "So it is not sure whether heads carry it.",
+    )  # fmt: skip
     return Found(numbers, says, {"faithfulness": found})
 
 
@@ -401,11 +303,6 @@ RUNS: dict[str, Callable[..., Found]] = {
     "all_heads": all_heads, "importance": importance, "circuit": circuit, "faithfulness": faithfulness,
     "minimality": minimality, "roles": roles, "overlap": overlap, "repair": repair_heads,
 }  # fmt: skip
-
-
-def places_of(task: Task, given: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
-    """Where a task keeps what roles look at; known for the shipped ones."""
-    return {key: tuple(names) for key, names in (PLACES.get(task.name, {}) if given is None else given).items()}
 
 
 def _latest(subject: Subject) -> Circuit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from workbench.investigator.writing import report_of
 from workbench.report import Report
 from workbench.storage import disk
 from workbench.storage.json_text import finite
-from workbench.storage.parts import Part
+from workbench.storage.parts import Part, each_text
 from workbench.storage.parts import parse as read_json
 from workbench.storage.result import Result
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILE = "investigation.json"
-_VERSION = 1
+_VERSION = 2
 _STATUSES = ("done", "failed", "refused", "stopped")
 _KINDS: dict[str, type[Result]] = {
     "faithfulness": Faithfulness, "random": Faithfulness, "circuit": Circuit, "importance": HeadImportance,
@@ -163,12 +163,17 @@ class Investigation:
             raise FormatError(f"{FILE} is of another version", hint="investigate again")
         findings = tuple(_finding(part, i, path) for i, part in enumerate(told["findings"].list()))
         plans = tuple(_planned(part, len(findings)) for part in told["plans"].list())
+        ended, task = told["ended"].text(), told["task"].text()
+        verdict = told["verdict"].one_of(("circuit", "none", "undecided"))
+        if verdict != (verdict_of(findings, ended, task)[0] if ended else "undecided"):
+            raise told["verdict"].wrong("what follows from its findings")
         return cls(
-            task=told["task"].text(), model=told["model"].text(), question=told["question"].text(), plans=plans,
-            findings=findings, verdict=told["verdict"].one_of(("circuit", "none", "undecided")),
+            task=task, model=told["model"].text(), question=told["question"].text(), plans=plans,
+            findings=findings, verdict=verdict,
             answer=tuple(_sentence(part, len(findings)) for part in told["answer"].list()),
-            ended=told["ended"].text(), budget={k: v.number() for k, v in told["budget"].items().items()},
-            own_seconds=told["own_seconds"].number(), identity=told["identity"].plain(), memory=told["memory"].plain(),
+            ended=ended, budget={name: told["budget"][name].number() for name in ("forwards", "minutes")},
+            own_seconds=told["own_seconds"].number(), memory=_memory(told["memory"]),
+            identity={name: value.plain() for name, value in told["identity"].items().items()},
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -198,11 +203,68 @@ def _finding(part: Part, number: int, folder: Path) -> Finding:
             raise each.wrong("the name of a result")
         results[name] = kind.load(folder / _file_of(number, name))
     analysis = part["analysis"].one_of(("baseline", *ANALYSES))
+    status = part["status"].one_of(_STATUSES)
+    if status == "done":
+        _check_numbers(analysis, part["numbers"])
+        if analysis in ("circuit", "roles") and analysis not in results:
+            raise part["results"].wrong(f"what {analysis!r} finds")
     return Finding(
-        number, analysis, part["arguments"].plain(), part["status"].one_of(_STATUSES), part["numbers"].plain(),
+        number, analysis, _object(part["arguments"]), status, _object(part["numbers"]),
         tuple(each.text() for each in part["says"].list()), part["forwards"].integer(0), part["seconds"].number(),
         results,
     )  # fmt: skip
+
+
+def _object(part: Part) -> dict[str, Any]:
+    return {name: value.plain() for name, value in part.items().items()}
+
+
+def _check_numbers(analysis: str, numbers: Part) -> None:
+    """Refuse a finding without the numbers that the verdict, the rules and the page rest on."""
+    for name, read in _NUMBERS.get(analysis, {}).items():
+        read(numbers[name])
+    if analysis == "faithfulness" and numbers["confirmed"].flag():
+        _ = numbers["value"].number(), _pair(numbers["interval"])
+
+
+def _pair(part: Part) -> list[float]:
+    return [each.number() for each in part.list(2, 2)]
+
+
+def _shares(part: Part) -> list[float | None]:
+    """Shares, which may be undefined."""
+    return [None if each.value is None else each.number() for each in part.list()]
+
+
+def _roles_of(part: Part) -> list[list[str]]:
+    return [each_text(several) for several in part.items().values()]
+
+
+_NUMBERS: dict[str, dict[str, Callable[[Part], Any]]] = {
+    "baseline": {
+        "does": Part.flag, "sure": Part.flag, "clean": Part.number, "corrupted": Part.number, "difference": _pair,
+        "accuracy": Part.number, "prompts": Part.integer,
+    },
+    "all_heads": {"carry": Part.flag, "sure": Part.flag},
+    "importance": {"heads": each_text},
+    "circuit": {"heads": each_text, "threshold": Part.number},
+    "faithfulness": {"confirmed": Part.flag, "random": _shares, "heads": each_text},
+    "minimality": {"dropped": each_text},
+    "roles": {"roles": _roles_of},
+}  # fmt: skip
+
+
+def _memory(part: Part) -> dict[str, Any]:
+    """What was remembered, as `manager` keeps it."""
+    before, nearest = part.get("asked before"), part.get("nearest")
+    for one in (before, nearest):
+        _ = None if one is None else (one["asked"].text(), one["found"].text())
+    if nearest is not None:
+        nearest["cosine"].number()
+    return {
+        "asked before": None if before is None else before.plain(),
+        "nearest": None if nearest is None else nearest.plain(), "circuits": each_text(part["circuits"]),
+    }  # fmt: skip
 
 
 def _planned(part: Part, n_findings: int) -> Planned:
@@ -244,14 +306,20 @@ def verdict_of(findings: Sequence[Finding], ended: str, task: str) -> tuple[str,
                 else []
             )
         return "circuit", tuple(said)
-    if "baseline" in done and not done["baseline"].numbers["does"]:
+    if _surely_not(done, "baseline", "does"):
         text = f"There is none: the model does not do {task}, so that there is nothing of which a circuit could be."
         return "none", (Sentence(text, (0,)),)
-    if "all_heads" in done and not done["all_heads"].numbers["carry"]:
+    if _surely_not(done, "all_heads", "carry"):
         text = f"There is none: the model does {task} without any head's help."
         return "none", (Sentence(text, (0, done["all_heads"].number)),)
     rests = tuple(sorted({finding.number for finding in findings[-2:]}))
     return "undecided", (Sentence(f"It is undecided: {ended}", rests),)
+
+
+def _surely_not(done: Mapping[str, Finding], analysis: str, what: str) -> bool:
+    """Whether an analysis says no, and is sure; what few prompts leave open is no answer."""
+    found = done.get(analysis)
+    return found is not None and not found.numbers[what] and bool(found.numbers["sure"])
 
 
 def _listed(heads: Sequence[str]) -> str:

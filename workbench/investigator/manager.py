@@ -17,13 +17,14 @@ from tqdm.auto import tqdm
 
 from workbench.errors import FormatError, WorkbenchError
 from workbench.inputs import decoder_start, device_for_inputs
-from workbench.investigator.analyses import RUNS, Found, Subject, baseline, check_task, places_of
+from workbench.investigator.analyses import RUNS, baseline
 from workbench.investigator.asking import Asked, Planner
 from workbench.investigator.budget import Budget, BudgetSpent, Meter
 from workbench.investigator.findings import Finding, Planned, Sentence
 from workbench.investigator.investigation import FILE, Investigation, verdict_of
 from workbench.investigator.memory import Memory, Remembered, plain
 from workbench.investigator.plan import Plan, Step
+from workbench.investigator.subject import Found, Subject, check_task, places_of
 from workbench.session.workbench import Workbench
 from workbench.storage.json_text import finite
 from workbench.sweep.inputs import digest
@@ -82,13 +83,15 @@ def investigate(
         batch_size: examples in one forward. seed: of what is drawn at random.
 
     Raises:
-        TaskError: fewer than eight prompts, or answers that this tokenizer does not know.
+        TaskError: a task, or one of `known`, that is none or has fewer than eight prompts; answers that this tokenizer
+            does not know.
         WorkbenchError: a budget of nothing, no folder for the memory.
         FormatError: the folder holds an investigation of another model, task or settings, or a damaged one.
         InvestigationInterrupted: on Ctrl-C, with what is done.
     """
     began, budget = time.monotonic(), Budget(forwards, minutes)
-    check_task(task)
+    for each in (task, *known):
+        check_task(each)
     remembering = memory if isinstance(memory, Memory) or memory is None else Memory(memory)
     wb.check_ready()
     identity = _identity(wb, task, known, planner, budget, places, proactive, batch_size, seed)
@@ -101,7 +104,7 @@ def investigate(
         {name: one for name, one in circuits.items() if name in now.memory["circuits"]},
         places_of(task, places), seed, batch_size,
     )  # fmt: skip
-    for finding in now.findings:
+    for finding in (one for one in now.findings if one.status == "done"):
         subject.take(finding.analysis, Found(dict(finding.numbers), finding.says, dict(finding.results)))
     run = _Run(subject, now, Asked(planner, planner_seconds), Meter(budget, now.forwards, now.seconds), folder)
     own_before = now.own_seconds

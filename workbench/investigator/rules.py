@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from workbench.investigator.plan import MOST_STEPS
+
 THRESHOLD = 0.03
 """Share of prompts minus twins that an edge has to carry at first; a quarter of it where that was not enough."""
 _LOWEST = THRESHOLD / 16 - 1e-12
 FAITHFUL = 0.8
 _EXACT_EDGES = 400  # more edges than that are scored by gradients, fewer are cut one by one
 _ACCURATE = 0.95
+_MOST_OTHERS = MOST_STEPS - 7  # beside all else that a plan may hold; the rest comes with later plans
 _NEEDED = ("all_heads", "circuit", "faithfulness")
 
 
@@ -30,12 +33,16 @@ def plan_by_rules(state: Mapping[str, Any]) -> dict[str, Any]:
         why = f"What comes next rests on {last['analysis']}, which could not be done."
         return _end(why, [last["number"]])
     if "all_heads" not in done:
-        if not known.baseline["does"]:
+        if not known.baseline["does"] and known.baseline["sure"]:
             return _end("The model does not tell the prompts from their twins, so there is nothing to explain.", [0])
+        if not known.baseline["does"]:
+            return _end("Whether the model tells the prompts from their twins is not sure; more prompts may tell.", [0])
         return _plan("Ask first whether heads carry the difference at all, then which, then how.", [0], _whole(known))
-    if not known.of("all_heads")["carry"]:
+    heads = known.of("all_heads")
+    if not heads["carry"]:
         why = "The answer stays with every head taken from the twin: no circuit of heads can be there."
-        return _end(why, [done["all_heads"]])
+        unsure = "Whether heads carry the difference is not sure; more prompts may tell."
+        return _end(why if heads["sure"] else unsure, [done["all_heads"]])
     if "importance" not in known.tried:
         return _plan("Heads carry the difference; find which.", [done["all_heads"]], _whole(known)[1:])
     if "circuit" not in done:
@@ -117,7 +124,7 @@ def _explain(known: _Known, why: str) -> dict[str, Any]:
 def _rest(known: _Known) -> list[dict[str, Any]]:
     """What is asked of a circuit that stands, as far as it has not been."""
     steps = [] if "roles" in known.tried else [_step("roles")]
-    steps += [_step("overlap", {"with": name}) for name in known.others]
+    steps += [_step("overlap", {"with": name}) for name in known.others[:_MOST_OTHERS]]
     repairable = known.baseline["accuracy"] < _ACCURATE and known.state["task"]["answer_place"]
     return steps + ([_step("repair")] if repairable and "repair" not in known.tried else [])
 

@@ -59,7 +59,8 @@ def report_of(found: Told) -> Report:
         f"How {found.model} does {found.task}", question=found.question, answer=_answer(found),
         seeds=found.identity.get("seed"),
     )  # fmt: skip
-    page.add(_costs(found), title="What it cost", note=_linked([Sentence(f"It ended so: {found.ended}", ())]))
+    ended = f"It ended so: {found.ended}" if found.ended else "It has not ended: resume goes on with it."
+    page.add(_costs(found), title="What it cost", note=_linked([Sentence(ended, ())]))
     page.add(_reasoning(found), title="How it went")
     for finding in found.findings:
         _add(page, finding)
@@ -67,7 +68,8 @@ def report_of(found: Told) -> Report:
 
 
 def _answer(found: Told) -> str:
-    return f"**{_VERDICTS[found.verdict]}** {_linked(found.answer)}"
+    verdict = _VERDICTS[found.verdict] if found.ended else "It is not finished."
+    return f"**{verdict}** {_linked(found.answer)}"
 
 
 def _add(page: Report, finding: Finding) -> None:
@@ -94,7 +96,10 @@ def _numbers(finding: Finding) -> str:
             ("prompts minus twins, 95 %", f"{low:.4g} to {high:.4g}"), ("accuracy", f"{numbers['accuracy']:.1%}"),
         ]  # fmt: skip
     if finding.analysis == "faithfulness" and finding.numbers:
-        shown = [(f"random circuit {i}", f"{value:.1%}") for i, value in enumerate(finding.numbers["random"], 1)]
+        shown = [
+            (f"random circuit {i}", "undefined" if value is None else f"{value:.1%}")
+            for i, value in enumerate(finding.numbers["random"], 1)
+        ]
     return _table(("", "value"), shown) if shown else ""
 
 

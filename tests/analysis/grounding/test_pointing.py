@@ -97,3 +97,21 @@ def test_it_is_kept_in_a_file(tmp_path: object) -> None:
     again = workbench.Pointing.load(result.save(f"{tmp_path}/p.safetensors"))
     assert torch.equal(again.values, result.values)
     assert again.table.equals(result.table)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"picture": 3}, "no picture 3"),
+        ({"row": 9}, "no row 9"),
+        ({"tolerance": float("nan")}, "tolerance is at least"),
+    ],
+)
+def test_places_that_there_are_not_are_named(how: dict[str, float], said: str) -> None:
+    one = found(torch.full((2, 3), 0.1))
+    with pytest.raises(WorkbenchError, match=said):
+        workbench.pointing(one, (0, 0, 4, 4), **how)  # type: ignore[arg-type]
+    with pytest.raises(WorkbenchError, match="four numbers"):
+        workbench.pointing([one, one], [(0, 0, 4, 4), (0, 0, 4)])  # type: ignore[list-item]
+    with pytest.raises(WorkbenchError, match="no row 7"):
+        one.top(row=7)

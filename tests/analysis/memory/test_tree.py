@@ -1,6 +1,7 @@
 """The memory tree against brute force, the greedy tracker, and a trap."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from math import log
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from workbench.analysis.memory import MemoryTree, Node, Seen, grow_memory_tree, key_factors, memory_frames
-from workbench.errors import WorkbenchError
+from workbench.errors import FormatError, WorkbenchError
 
 
 def tracker(seed: int, logit: float = 5.0) -> Callable[[int, tuple[Node, ...]], Seen]:
@@ -146,3 +147,12 @@ def test_what_is_no_prediction_is_refused(seen: Seen) -> None:
         grow_memory_tree(lambda frame, history: seen, 3)
     with pytest.raises(WorkbenchError, match="make no tree"):
         grow_memory_tree(lambda frame, history: Seen([0.5], 1.0), 0)
+
+
+def test_a_file_without_a_best_pathway_and_masks_that_do_not_match_are_refused(tmp_path: Path) -> None:
+    made = grow_memory_tree(tracker(0), 3)
+    path = replace(made, kept=(-1,) * len(made.kept)).save(tmp_path / "a.safetensors")
+    with pytest.raises(FormatError, match="the best"):
+        MemoryTree.load(path)
+    with pytest.raises(WorkbenchError, match="2 overlaps of 1 masks"):
+        grow_memory_tree(lambda frame, history: Seen([0.5, 0.6], 3.0, ["a"]), 3)

@@ -187,3 +187,27 @@ def test_the_residual_stream_at_the_control_token_holds_the_mode(shipped: torch.
     scores = table[table["row"].str.startswith("decoder")].set_index("layer")["score"]
     assert scores[0] == pytest.approx(1, abs=1e-4)  # the token itself
     assert scores[1] > 0.8  # what the first block made of it
+
+
+def test_a_file_that_claims_a_huge_model_allocates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = build(d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=1, num_decoder_layers=1)
+    small.config.d_ff = 4096
+    path, on = model.save(small, tmp_path / "a.safetensors", {}), []
+    made = model.build
+
+    def watched(**sizes: int) -> torch.nn.Module:
+        one = made(**sizes)
+        on.extend(parameter.device.type for parameter in one.parameters())
+        return one
+
+    monkeypatch.setattr(model, "build", watched)
+    with pytest.raises(FormatError, match="other weights"):
+        load(path)
+    assert set(on) == {"meta"}
+
+
+def test_more_mazes_than_there_are_end_and_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="such mazes were found"):
+        training.held_out(400, n_walls=0)
+    with pytest.raises(WorkbenchError, match="no folder"):
+        training.train("dual", tmp_path / "none", steps=1)

@@ -111,17 +111,23 @@ def pointing(
         picture, row, heads: of which picture of each example, at which row, over which heads.
 
     Raises:
-        WorkbenchError: not as many boxes as examples, or a box that is empty or lies outside of its picture.
+        WorkbenchError: not as many boxes as examples, a box that is empty or lies outside of its picture, or a
+            picture, row or head that an example does not have.
     """
     several = [found] if isinstance(found, Grounding) else list(found)
-    wanted = torch.as_tensor(boxes, dtype=torch.float64)
+    try:
+        wanted = torch.as_tensor(boxes, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise WorkbenchError(f"boxes are four numbers (x0, y0, x1, y1) each: {error}") from None
     wanted = wanted[None] if wanted.dim() == 1 else wanted
     if not several or wanted.shape != (len(several), 4):
         raise WorkbenchError(f"{len(several)} examples need a box (x0, y0, x1, y1) each", shape=wanted.shape)
-    if tolerance < 0 or not 0 < level < 1:
+    if not tolerance >= 0 or not 0 < level < 1:
         raise WorkbenchError(f"tolerance is at least 0 and level between 0 and 1, not {tolerance} and {level}")
     values, chances = [], []
     for example, (one, box) in enumerate(zip(several, wanted, strict=True)):
+        one.check_place("picture", picture, len(one.names))
+        one.check_place("row", row, len(one.positions))
         size = one.sizes[picture].tolist()
         _check_box(box, size, example)
         of = one.picture_of == picture % len(one.names)

@@ -142,12 +142,12 @@ class Grounding(Result):
         Raises:
             WorkbenchError: there is no such picture, row, head or tile of the picture.
         """
-        self._check("picture", picture, len(self.names))
-        self._check("row", row, len(self.positions))
+        self.check_place("picture", picture, len(self.names))
+        self.check_place("row", row, len(self.positions))
         picture %= len(self.names)
         of = self.picture_of == picture
         if tile is not None:
-            self._check("tile", tile, len(self.tile_names))
+            self.check_place("tile", tile, len(self.tile_names))
             if self.tile_pictures[tile] != picture:
                 raise WorkbenchError(f"tile {tile} is of {self.names[self.tile_pictures[tile]]}")
             of = of & (torch.tensor(self.tile) == tile % len(self.tile_names))
@@ -162,20 +162,26 @@ class Grounding(Result):
         Raises:
             WorkbenchError: there is no such picture, row or head, or no weight on the picture.
         """
-        self._check("picture", picture, len(self.names))
-        self._check("row", row, len(self.positions))
+        self.check_place("picture", picture, len(self.names))
+        self.check_place("row", row, len(self.positions))
         of = self.picture_of == picture % len(self.names)
         cells = torch.cat([torch.tensor(self.tile)[:, None], self.cells], 1)
         return click(self.pooled(heads)[row, of], self.boxes[of], cells[of])
 
-    def _check(self, what: str, at: int, n: int) -> None:
+    def check_place(self, what: str, at: int, n: int) -> None:
+        """Raise a WorkbenchError where there is no such row, picture or tile."""
         if not -n <= at < n:
             raise WorkbenchError(f"there are {n} {what}s, and no {what} {at}")
 
     def top(self, n: int = 5, row: int = -1, heads: Sequence[int | str] | int | str | None = None) -> pd.DataFrame:
-        """The patches with the most weight, as a mean over heads: tile, row, column, box and weight."""
+        """The patches with the most weight, as a mean over heads: tile, row, column, box and weight.
+
+        Raises:
+            WorkbenchError: there is no such row or head.
+        """
         import pandas as pd
 
+        self.check_place("row", row, len(self.positions))
         weights = self.pooled(heads)[row]
         best = weights.argsort(descending=True)[:n].tolist()
         corners = ("x0", "y0", "x1", "y1")

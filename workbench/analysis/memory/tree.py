@@ -96,6 +96,9 @@ class MemoryTree(Result):
                 raise WorkbenchError(f"node {place} of frame {frame} has the parent {parent}")
             if parent >= 0 and self.frames[parent] != frame - 1:
                 raise WorkbenchError(f"node {place} of frame {frame} has a parent of frame {self.frames[parent]}")
+        last = max(self.frames)
+        if [k for f, k in zip(self.frames, self.kept, strict=True) if f == last].count(0) != 1:
+            raise WorkbenchError(f"not one node of the last frame {last} is the best")
 
     def history(self, place: int) -> tuple[int, ...]:
         """The nodes from the first frame to this one."""
@@ -157,7 +160,7 @@ def grow_memory_tree(
     Raises:
         WorkbenchError: no frames or pathways, or a tracker that proposes nothing, or what is no overlap.
     """
-    if n_frames < 1 or paths < 1 or sure < 0:
+    if n_frames < 1 or paths < 1 or not sure >= 0:
         raise WorkbenchError(f"{n_frames} frames, {paths} pathways and a bound of {sure} make no tree")
     nodes: list[Node] = []
     first = _checked(track(0, ()), 0)
@@ -217,6 +220,10 @@ def _checked(seen: Seen, frame: int) -> Seen:
         raise WorkbenchError(
             f"at frame {frame} the tracker predicts overlaps {list(seen.overlaps)} and an object logit of {seen.logit}",
             hint="at least one mask, overlaps from 0 to 1, a finite logit",
+        )
+    if len(seen.masks) not in (0, len(seen.overlaps)):
+        raise WorkbenchError(
+            f"at frame {frame} the tracker gives {len(seen.overlaps)} overlaps of {len(seen.masks)} masks"
         )
     return seen
 

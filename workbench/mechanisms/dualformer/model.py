@@ -24,6 +24,7 @@ MODES = {"fast": "plan", "slow": "create", "auto": None}
 SHIPPED = Path(__file__).parent / "dualformer.safetensors"
 _FORM = "workbench.dualformer"
 _SIZES = {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 3}
+_LARGEST = {name: 48 if "layers" in name else 4096 for name in _SIZES}
 
 
 def build(**sizes: int) -> T5ForConditionalGeneration:
@@ -63,11 +64,13 @@ def load(path: str | Path = SHIPPED) -> T5ForConditionalGeneration:
             "load(FOLDER/dual.safetensors)",
         )
     header, tensors = files.read(Path(path), _FORM)
-    sizes = {name: header["sizes"][name].integer(1, 4096) for name in _SIZES}
+    sizes = {name: header["sizes"][name].integer(1, _LARGEST[name]) for name in _SIZES}
+    with torch.device("meta"):  # nothing is allocated by what a file says before its weights are seen to fit
+        blank = dict(build(**sizes).named_parameters())
+    if set(blank) != set(tensors) or any(blank[name].shape != tensors[name].shape for name in blank):
+        raise FormatError(f"{Path(path).name} has other weights than a model of its sizes")
     model = build(**sizes)
     wanted = dict(model.named_parameters())
-    if set(wanted) != set(tensors) or any(wanted[name].shape != tensors[name].shape for name in wanted):
-        raise FormatError(f"{Path(path).name} has other weights than a model of its sizes")
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])

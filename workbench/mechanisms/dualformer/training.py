@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from workbench.errors import WorkbenchError, nearest
+from workbench.errors import TaskError, WorkbenchError, nearest
 from workbench.mechanisms.dualformer.dropping import MIXTURES, Mixture, drop
 from workbench.mechanisms.dualformer.mazes import Maze, draw, search
 from workbench.mechanisms.dualformer.model import WORDS, build, save
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import T5ForConditionalGeneration
 
 _HELD_OUT = 16  # one maze of so many, by its hash, is never trained on
+_IN_VAIN = 5_000  # mazes one after another of which none is a new one that is held out
 _AHEAD = 8  # batches that are drawn together, and put into batches by their length
 _IGNORE = -100
 _WARMUP, _STEADY = 75, 0.6  # steps over which rates rise, and the share of all steps after which they fall
@@ -43,11 +44,17 @@ def held_out(n: int, seed: int = 0, n_walls: int | None = None) -> list[Maze]:
 
     Args:
         n_walls: how many walls each has; by default from 30 to 50 % of the cells.
+
+    Raises:
+        TaskError: there are not so many, as far as can be found.
     """
-    source, found = random.Random(f"held out {seed}"), dict[Maze, None]()
+    source, found, in_vain = random.Random(f"held out {seed}"), dict[Maze, None](), 0
     while len(found) < n:
         maze = draw(source, WORDS.width, WORDS.height, n_walls=n_walls)
-        if is_held_out(maze):
+        in_vain = 0 if is_held_out(maze) and maze not in found else in_vain + 1
+        if in_vain > _IN_VAIN:
+            raise TaskError(f"{len(found)} such mazes were found, and not {n}", hint="ask for fewer, or other n_walls")
+        if in_vain == 0:
             found[maze] = None
     return list(found)
 
@@ -100,8 +107,10 @@ def train(
         steps, size: of batches of so many mazes. rate: a factor on both learning rates, 0.02 and 0.003.
 
     Raises:
-        WorkbenchError: an unknown kind; a checkpoint of other settings.
+        WorkbenchError: an unknown kind; no folder; a checkpoint of other settings.
     """
+    if not folder.is_dir():
+        raise WorkbenchError(f"there is no folder {folder}", hint="make it first")
     if kind not in MIXTURES:
         raise WorkbenchError(f"there is no training {kind!r}", hint=nearest(kind, list(MIXTURES), "training"))
     torch.manual_seed(seed)
