@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from workbench.errors import WorkbenchError
+from workbench.hooks.changes import Changes
 
 _INPUTS = ("input_ids", "inputs_embeds", "input_features", "pixel_values", "decoder_input_ids")
 _WITH_GRADIENTS = 3  # a backward costs about as much as two forwards
@@ -93,11 +94,9 @@ class Meter:
             self.check(rows)
             self.forwards += rows
 
-        handle = model.register_forward_pre_hook(count, with_kwargs=True)
-        try:
+        with Changes() as changes:
+            changes.before(model, count, with_kwargs=True)
             yield
-        finally:
-            handle.remove()
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -117,8 +117,8 @@ def test_everything_is_one_and_nothing_is_zero(name: str) -> None:
             assert bool((found.effects[:, 0] == 0).all())
 
 
-class Scaled(nn.Module):
-    """A block whose attention is added after it was halved by no module."""
+class Bent(nn.Module):
+    """A block whose attention is added after it was bent by no module."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -127,13 +127,13 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kwargs = {name: value for name, value in kwargs.items() if name == "attention_mask"}
-        x = x + 0.5 * self.inner(self.ln_1(x), **kwargs)[0]
+        x = x + self.inner(self.ln_1(x), **kwargs)[0].tanh()
         return x + self.mlp(self.ln_2(x))
 
 
 def test_what_is_added_by_no_module_is_refused_and_the_stream_is_there() -> None:
     model = tiny("gpt2")
-    model.transformer.h[1] = Scaled(model.transformer.h[1])
+    model.transformer.h[1] = Bent(model.transformer.h[1])
     task = random_task(2, 5, 60)
     with workbench.attach(model, Words()) as wb:
         for activation in ("attn_out", "mlp_out", "resid_mid"):

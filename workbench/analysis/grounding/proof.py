@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from workbench.analysis.grounding.layouts import lay_out
 from workbench.errors import WorkbenchError
+from workbench.hooks.changes import Changes
 from workbench.hooks.configs import read
 
 if TYPE_CHECKING:
@@ -51,12 +52,10 @@ def unmixed(attentions: Iterable[nn.Module]) -> Iterator[None]:
             return torch.zeros_like(output)
         return tuple(torch.zeros_like(one) if isinstance(one, Tensor) else one for one in output)
 
-    hooks = [module.register_forward_hook(nothing) for module in attentions]
-    try:
+    with Changes() as changes:
+        for module in attentions:
+            changes.after(module, nothing)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def prove(wb: Workbench, inputs: Mapping[str, Any], probes: int = 3) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.capture.capture import Capture
+from workbench.hooks.changes import Changes
 from workbench.mechanisms.frame import Place
 from workbench.mechanisms.medusa import Body, Medusa, agreement, gate_pyramid
 from workbench.mechanisms.studies.exhibit import Bars, Exhibit, Heat
@@ -128,11 +129,9 @@ def told_nothing(model: Reader, scale: int) -> Iterator[None]:
     def mean(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return given[0], given[1].mean(0, keepdim=True).expand_as(given[1])
 
-    handle = model.medusa.gates[scale].register_forward_pre_hook(mean)
-    try:
+    with Changes() as changes:
+        changes.before(model.medusa.gates[scale], mean)
         yield
-    finally:
-        handle.remove()
 
 
 def inside(gates: Tensor, masks: Tensor) -> float:
