@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Sums:
     examples: int
     windows: list[Tensor] = field(default_factory=list)
     done: int = 0
-    corpus: hashlib._Hash = field(default_factory=hashlib.sha256)
+    corpus: Any = field(default_factory=hashlib.sha256)
 
     def __post_init__(self) -> None:
         self.entropies = torch.zeros(self.heads, BINS, dtype=torch.int64)
@@ -41,7 +42,7 @@ class Sums:
         self.texts: list[list[str]] = [[""] * self.examples for _ in range(self.heads)]
 
     @classmethod
-    def of(cls, held: CorpusAtlas, corpus: hashlib._Hash) -> Sums:
+    def of(cls, held: CorpusAtlas, corpus: Any) -> Sums:
         """Those that an atlas was made of, of a corpus with this hash."""
         made = cls(len(held.layers), held.length, held.weights.shape[1], [held.windows], len(held.windows), corpus)
         made.entropies, made.distances = held.entropies.clone(), held.distances.clone()
