@@ -91,24 +91,38 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         raise CaptureError("there are no heads, or they have no width", shape=q.shape)
 
 
+_MANY = 1024
+
+
 class Pending:
     """Checks of numbers on a device, whose outcome is asked for once, at the end, since the host waits for it."""
 
     def __init__(self) -> None:
-        self._sums: list[tuple[str, str | None, Tensor]] = []
+        self._sums: list[tuple[tuple[str, str | None], Tensor]] = []
+        self._known: list[tuple[list[tuple[str, str | None]], Tensor]] = []  # [tensor] whether each is finite
 
     def add(self, name: str, tensor: Tensor, site: str | None) -> None:
         """One launch on the device, and none that the host waits for."""
-        self._sums.append((name, site, tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))))
+        # In float64 no numbers of fewer bits, such as those that hide a key, are too large to add up.
+        wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+        self._sums.append(((name, site), tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, wide))))
+        if len(self._sums) >= _MANY:
+            self._fold()
+
+    def _fold(self) -> None:
+        """A byte for each sum instead of a tensor, which takes hundreds on a device: captures may be long."""
+        sums, self._sums = self._sums, []
+        if sums:
+            finite = torch.stack([total.isfinite().to(sums[0][1].device) for _, total in sums])
+            self._known.append(([named for named, _ in sums], finite))
 
     def check(self) -> None:
         """Raise a CaptureError that names the first tensor that held NaN or inf; what was checked is forgotten."""
-        sums, self._sums = self._sums, []
-        if not sums:
-            return
-        device = sums[0][2].device
-        finite = torch.stack([total.isfinite().to(device) for _, _, total in sums]).tolist()
-        for (name, site, _), good in zip(sums, finite, strict=True):
+        self._fold()
+        known, self._known = self._known, []
+        names = [named for several, _ in known for named in several]
+        finite = [good for _, each in known for good in each.tolist()]
+        for (name, site), good in zip(names, finite, strict=True):
             if not good:
                 raise CaptureError(
                     f"{name} held NaN or inf, or numbers too large to add up", site=site,

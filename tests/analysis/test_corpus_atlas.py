@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import workbench
 from workbench import CaptureError, CorpusAtlas, CorpusAtlasInterrupted, FormatError, WorkbenchError
+from workbench.analysis.corpus import run, running
 from workbench.analysis.corpus.measuring import SCORES
 from workbench.analysis.corpus.texts import Frame
 
@@ -156,6 +157,31 @@ def test_saved_resumed_interrupted(tmp_path: Path, atlas: CorpusAtlas, monkeypat
             assert found.complete
             for name in ("windows", "entropies", "distances", "weights"):
                 torch.testing.assert_close(getattr(found, name), getattr(atlas, name), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("holder", "name"), [(run, "measure"), (running.Words, "around")])
+def test_an_interrupt_at_any_step_can_be_gone_on_from(
+    holder: Any, name: str, tmp_path: Path, atlas: CorpusAtlas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, path, plain = _corpus(50 * LENGTH + 5), tmp_path / "atlas.safetensors", getattr(holder, name)
+    calls: list[int] = []
+
+    def interrupted(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    after = 10**9
+    monkeypatch.setattr(holder, name, interrupted)
+    _atlas(corpus)
+    after, calls = len(calls), []  # the last one, so that batches are done before
+    with pytest.raises(CorpusAtlasInterrupted):
+        _atlas(corpus, resume=path)
+    assert 0 < len(CorpusAtlas.load(path).windows) < 50
+    whole = _atlas(corpus, resume=path)
+    for each in ("windows", "entropies", "distances", "weights"):
+        torch.testing.assert_close(getattr(whole, each), getattr(atlas, each), rtol=0, atol=0, equal_nan=True)
 
 
 def test_bad_corpora(tmp_path: Path) -> None:

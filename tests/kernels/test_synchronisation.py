@@ -93,6 +93,22 @@ def test_what_was_deferred_is_told_at_the_end() -> None:
     pending.check()  # it was told
 
 
+def test_large_numbers_are_finite_on_a_device_too() -> None:
+    pending = Pending()
+    pending.add("key_bias", torch.full((8,), torch.finfo(torch.float32).min), "h.0")
+    pending.check()
+
+
+def test_long_captures_keep_few_tensors_on_a_device() -> None:
+    pending = Pending()
+    for i in range(2500):
+        pending.add("q", torch.tensor([torch.inf if i == 1500 else 1.0]), f"h.{i}")
+    assert len(pending._sums) < 1024
+    with pytest.raises(CaptureError) as caught:
+        pending.check()
+    assert caught.value.site == "h.1500"
+
+
 def test_decays_are_checked_once() -> None:
     decay = torch.tensor([0.5, 0.9])
     first = check_decay(decay, 2)

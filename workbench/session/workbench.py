@@ -230,12 +230,14 @@ class Workbench(Interventions):
                 with deferred(recorder.pending), self._contexts.recording(recorder):
                     yield capture
             finally:
-                recorder.finish()
+                try:
+                    recorder.finish()
+                finally:
+                    recorder.gradients.close()
                 self.sites = capture.model_sites = self._told(recorder.sites)
                 how = {"statistics_engine": ", ".join(sorted(recorder.engines))}
                 how |= whose_bits(recorder.compiled, eager=self._doors.are_open)
                 provenance |= how
-                recorder.gradients.close()
                 if writer is not None:
                     writer.say(self.sites, list(recorder.unrecorded.values()), how)
         if recorder.failure is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class Rows:
         )  # fmt: skip
         return cls(ids, text, sinks, recent, asked, copies, follows)
 
+    def on(self, device: torch.device) -> Rows:
+        """The same on a device: a model's sites may be on several."""
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "asked", "copies", "next_ids")}
+        return replace(self, **moved)
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -72,7 +77,7 @@ class Seen:
 
 
 def measure(site: SiteCapture, rows: Rows) -> Seen:
-    """What a site's heads do.
+    """What a site's heads do, as tensors of the CPU.
 
     Raises:
         CaptureError: its rows are no distributions over keys.
@@ -81,9 +86,10 @@ def measure(site: SiteCapture, rows: Rows) -> Seen:
     if pattern.signed or not (pattern.normalised or pattern.has_scores):
         raise CaptureError("rows of this map are no distributions over keys", site=site.site.name)
     keys = site.peak_key.long()
+    rows = rows.on(keys.device)
     duplicate, kept = _tiles(site, rows)
     there = rows.ids[:, None].expand(-1, keys.shape[1], -1).gather(-1, keys.clamp_min(0))
-    at = torch.arange(keys.shape[-1])
+    at = torch.arange(keys.shape[-1], device=keys.device)
     found = (there == rows.next_ids[:, None]) & (keys <= at) & (keys >= rows.text.start) & (keys < rows.text.stop)
     each = torch.stack([site.induction, site.previous, duplicate, site.sink, found.to(kept.dtype), kept], 1)
     asked = rows.asked.transpose(0, 1)[:, :, None]  # [batch, score, 1, query]
@@ -94,15 +100,16 @@ def measure(site: SiteCapture, rows: Rows) -> Seen:
     elsewhere = (keys >= max(1, text.start)) & (keys != at) & (at >= text.start) & (at < text.stop) & (keys < text.stop)
     weight, query = site.peak.where(elsewhere, -1.0).max(-1)
     key = keys.gather(-1, query[..., None]).squeeze(-1)
-    return Seen(scores, site.entropy[..., text], site.distance[..., text], weight, query, key)
+    given = scores, site.entropy[..., text], site.distance[..., text], weight, query, key
+    return Seen(*(each.cpu() for each in given))
 
 
 def _tiles(site: SiteCapture, rows: Rows) -> tuple[Tensor, Tensor]:
     """[batch, head, query] weights on earlier copies of the query's token, and on keys that streaming caches keep."""
     pattern, n = site.pattern, site.shape[2]
-    duplicate = torch.zeros(site.shape[:3])
-    kept = torch.zeros(site.shape[:3])
-    at = torch.arange(n)
+    device = rows.copies.device
+    duplicate, kept = torch.zeros(2, *site.shape[:3], device=device)
+    at = torch.arange(n, device=device)
     for start in range(0, n, _STRIP):
         part = slice(start, min(start + _STRIP, n))
         tile = pattern.tile(part, slice(0, n)).float().nan_to_num(0.0)

@@ -123,7 +123,6 @@ class _Work:
         self.sums: Sums | None = None
         self.heads: HeadNames | None = None
         self.kv_heads: tuple[int, ...] = ()
-        self.read = hashlib.sha256()
         self._pieces: dict[int, str] = {}
         self._saved = time.monotonic()
         self.identity: dict[str, Any] = {
@@ -147,7 +146,6 @@ class _Work:
         yield self._skip(rows)
         while several := list(islice(rows, self.batch)):
             ids = torch.stack(several)
-            self.read.update(ids.numpy().tobytes())
             if names is None:
                 names = self_attention(self.wb, ids[0].to(device_for_inputs(self.wb.model)))
             with torch.inference_mode(mode=False), torch.no_grad():
@@ -160,15 +158,15 @@ class _Work:
         """Read what a file has done already, and see that it is the same corpus."""
         if self.held is None:
             return 0
-        done = 0
+        done, read = 0, hashlib.sha256()
         for row in islice(rows, len(self.held.windows)):
-            self.read.update(row.numpy().tobytes())
+            read.update(row.numpy().tobytes())
             done += 1
-        if done < len(self.held.windows) or self.read.hexdigest() != self.held.identity.get("corpus"):
+        if done < len(self.held.windows) or read.hexdigest() != self.held.identity.get("corpus"):
             raise FormatError(
                 f"{self.path.name if self.path else ''} is of another corpus", hint="give a new file, or the same texts"
             )
-        self.sums = Sums.of(self.held)
+        self.sums = Sums.of(self.held, read)
         self.heads = HeadNames(self.held.layers, self.held.numbers, self.held.sites)
         self.kv_heads = self.held.kv_heads
         return done
@@ -182,7 +180,7 @@ class _Work:
             self._begin(cap)
         assert self.sums is not None
         rows = Rows.of(ids, self.text, self.sinks, self.recent)
-        self.sums.add([measure(site, rows) for site in seen], self._words(ids))
+        self.sums = self.sums.after(ids, [measure(site, rows) for site in seen], self._words(ids))
 
     def _begin(self, cap: Capture) -> None:
         seen = [site for site in cap if site.site.call == 0]
@@ -211,7 +209,7 @@ class _Work:
             copying=torch.full((len(self.heads.layers),), torch.nan, dtype=torch.float64),
             weights=self.sums.weights, places=self.sums.places, texts=tuple(map(tuple, self.sums.texts)),
             length=self.length, n_tokens=self.sums.done * (self.text.stop - self.text.start), sinks=self.sinks,
-            recent=self.recent, identity=self.identity | {"corpus": self.read.hexdigest()}, complete=False,
+            recent=self.recent, identity=self.identity | {"corpus": self.sums.corpus.hexdigest()}, complete=False,
             provenance=self.wb.provenance(),
         )  # fmt: skip
         return self.sums.in_order(made)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,8 @@ class Sums:
 
     Attributes:
         windows: [window, score, head] of each batch. entropies, distances: [head, bin].
-        weights: [head, example]. places: [head, example, 3]. contexts: by head, the words of each example.
+        weights: [head, example]. places: [head, example, 3]. texts: by head, the words of each example.
+        corpus: hash of the ids that were added.
     """
 
     heads: int
@@ -29,6 +32,7 @@ class Sums:
     examples: int
     windows: list[Tensor] = field(default_factory=list)
     done: int = 0
+    corpus: Any = field(default_factory=hashlib.sha256)
 
     def __post_init__(self) -> None:
         self.entropies = torch.zeros(self.heads, BINS, dtype=torch.int64)
@@ -38,9 +42,9 @@ class Sums:
         self.texts: list[list[str]] = [[""] * self.examples for _ in range(self.heads)]
 
     @classmethod
-    def of(cls, held: CorpusAtlas) -> Sums:
-        """Those that an atlas was made of."""
-        made = cls(len(held.layers), held.length, held.weights.shape[1], [held.windows], len(held.windows))
+    def of(cls, held: CorpusAtlas, corpus: Any) -> Sums:
+        """Those that an atlas was made of, of a corpus with this hash."""
+        made = cls(len(held.layers), held.length, held.weights.shape[1], [held.windows], len(held.windows), corpus)
         made.entropies, made.distances = held.entropies.clone(), held.distances.clone()
         made.weights, made.places = held.weights.clone(), held.places.clone()
         made.texts = [list(row) for row in held.texts]
@@ -51,8 +55,20 @@ class Sums:
         """The entropy of a row that looks at all keys alike, in nats."""
         return math.log(self.length)
 
-    def add(self, several: Sequence[Seen], words: Words) -> None:
-        """Add a batch of windows: what each site's heads did there."""
+    def after(self, ids: Tensor, several: Sequence[Seen], words: Words) -> Sums:
+        """Those with a batch of windows [batch, position] added: what each site's heads did there.
+
+        These stay as they are, so that an interrupt leaves whole batches.
+        """
+        made = replace(self, windows=[*self.windows], corpus=self.corpus.copy())
+        made.entropies, made.distances = self.entropies.clone(), self.distances.clone()
+        made.weights, made.places = self.weights.clone(), self.places.clone()
+        made.texts = [[*row] for row in self.texts]
+        made.corpus.update(ids.numpy().tobytes())
+        made._add(several, words)
+        return made
+
+    def _add(self, several: Sequence[Seen], words: Words) -> None:
         self.windows.append(torch.cat([seen.scores for seen in several], -1).float())
         for counts, name, most in (
             (self.entropies, "entropy", self.entropy_range), (self.distances, "distance", float(self.length)),

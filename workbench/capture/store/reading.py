@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,8 +98,13 @@ class StoredShape:
             arrays = {name: _array(part) for name, part in one["arrays"].items().items()}
             entries = tuple(entry.value for entry in one["entries"].list() if entry["site"].items())
             names = tuple(entry["site"]["name"].text() for entry in one["entries"].list())
+            if any(array.sites not in (0, len(entries)) for array in arrays.values()):
+                raise one.wrong("a family whose arrays are of all its sites")
             families.append(Family(_folder_name(one["name"]), names, entries, arrays))
         ids = {name: _array(part) for name, part in facts["ids"].items().items()}
+        for name, array in ids.items():
+            if len(array.shape) != 2 or array.torch_dtype.is_floating_point or array.torch_dtype.is_complex:
+                raise facts["ids"][name].wrong("ids [batch, position]")
         return cls.of(folder, families, ids, facts["key"].text())
 
     def made(
@@ -106,7 +112,10 @@ class StoredShape:
     ) -> Forward:
         """The forward that a line of the journal tells of."""
         row, dynamic = told["row"].integer(0), told["sites"].items()
-        packed, span, texts = told.get("packed"), told.get("span"), told.get("texts")
+        packed, span = told.get("packed"), told.get("span")
+        texts = [] if (part := told.get("texts")) is None else each_text(part)
+        if not self.ids.keys() >= set(texts):
+            raise told["texts"].wrong("streams that have ids")
 
         def ids(stream: str) -> Tensor:
             return _stored(self.ids[stream], self.folder / TOKENS, row, 0)
@@ -125,7 +134,7 @@ class StoredShape:
         names = sorted(self.place, key=lambda name: order.get(name, len(order)))
         forward = Forward(
             told["forward"].integer(0), Made(names, site), Made(list(self.ids), ids),
-            Made([] if texts is None else each_text(texts), tokens), told["thread"].integer(0),
+            Made(texts, tokens), told["thread"].integer(0),
         )  # fmt: skip
         if span is not None:
             began, ended = (time.number() for time in span.list(2, 2))
@@ -137,7 +146,8 @@ class StoredShape:
 
     def _site(self, name: str, row: int, dynamic: Part) -> SiteCapture:
         family, number, site = self.place[name]
-        entry = Part({**family.entries[number], **dynamic.value}, f"{self.folder.name}, site {name}")
+        own = {key: part.value for key, part in dynamic.items().items()}
+        entry = Part(family.entries[number] | own, f"{self.folder.name}, site {name}")
         folder = self.folder / family.name
         parts = {part: _stored(array, folder, row, number) for part, array in family.arrays.items()}
         return site_capture(entry, site, parts, rows=False)
@@ -271,6 +281,8 @@ def _array(part: Part) -> Array:
     shape = tuple(n.integer(0, _LONGEST) for n in part["shape"].list(_MOST_AXES))
     axis, sites = part.get("head_axis"), part["sites"].integer(0, 2**20)
     dims = tuple(each_text(part["dims"]))
+    if math.prod(max(n, 1) for n in shape) > _LONGEST:
+        raise part.wrong("an array that a file can hold")
     head_axis = None if axis is None else axis.integer(0, len(shape) - 1)
     if len(dims) != len(shape) + (2 if sites else 1):
         raise part.wrong("an array with a name for each axis")

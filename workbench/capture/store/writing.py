@@ -46,7 +46,11 @@ class StoreWriter:
         self._sites: Sites | None = None
         self._scratch = Scratch()
         self._journal = Journal(path / "forwards.jsonl")
-        self._go_on()
+        try:
+            self._go_on()
+        except BaseException:
+            self.close()
+            raise
 
     def _go_on(self) -> None:
         """Know what is there, and mend what was left half done by a killed process, an interrupt or a full disk."""

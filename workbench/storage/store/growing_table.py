@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workbench.errors import FormatError
 from workbench.storage import disk
 from workbench.storage.store.extra import need
 
@@ -38,7 +39,7 @@ class GrowingTable:
             One more than the largest number in the column that grows; 0 where nothing is there.
 
         Raises:
-            FileError: the folder cannot be made.
+            FileError: the folder cannot be made. FormatError: what is there is no such table.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -47,10 +48,17 @@ class GrowingTable:
         there = sorted(self._folder.glob("*.parquet"))
         if not there:
             return 0
-        self._number = int(there[-1].stem)
-        held = self._parquet.read_table(there[-1]).cast(self._schema)
+        try:
+            self._number = int(there[-1].stem)
+            held = self._parquet.read_table(there[-1]).cast(self._schema)
+            last = int(max(held[self._numbered].to_pylist()))
+        except (self._arrow.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"the table {self._folder.name} is damaged: {type(error).__name__}: {error}",
+                hint=f"remove the folder {self._folder.parent.name}: it is made anew of what else is in the store",
+            ) from None
         self._parts = [held]
-        return int(max(held[self._numbered].to_pylist())) + 1
+        return last + 1
 
     def add(self, rows: Mapping[str, Sequence[Any]]) -> None:
         """Add rows.

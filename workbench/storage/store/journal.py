@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from workbench.errors import FormatError
 from workbench.storage import disk
 from workbench.storage.parts import Part, parse
+
+_CLOSED = -1  # a number that no open file has
 
 
 class Journal:
@@ -21,12 +24,13 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._file = path, _CLOSED
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             whole = _whole(path.read_bytes())
             os.ftruncate(self._file, len(whole))
         except OSError as error:
+            self.close()
             raise disk.failed(path, error) from error
         self._end = len(whole)
 
@@ -41,14 +45,19 @@ class Journal:
             done = 0
             while done < len(line):
                 done += os.write(self._file, line[done:])
-        except OSError as error:
-            os.ftruncate(self._file, self._end)
-            raise disk.failed(self._path, error) from error
-        self._end += len(line)
+            self._end += len(line)
+        except BaseException as error:  # an interrupt too
+            with suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            if isinstance(error, OSError):
+                raise disk.failed(self._path, error) from error
+            raise
 
     def close(self) -> None:
-        """No more lines."""
-        os.close(self._file)
+        """No more lines; it may be called twice."""
+        file, self._file = self._file, _CLOSED
+        if file != _CLOSED:
+            os.close(file)
 
 
 def lines(path: Path) -> list[Part]:

@@ -11,6 +11,7 @@ Source: zarr core specification 3.1; "sharding-indexed" and "crc32c" codecs 1.0.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Array:
 
     @property
     def chunk_bytes(self) -> int:
-        return int(np.prod(self.chunk)) * self.torch_dtype.itemsize
+        return math.prod(self.chunk) * self.torch_dtype.itemsize
 
     def file(self, folder: Path, row: int) -> Path:
         """The file of a row."""
@@ -141,21 +142,21 @@ class Array:
         if self.empty:
             return torch.empty(self.shape, dtype=self.torch_dtype)
         path = self.file(folder, row)
-        whole = list(range(self.heads)) if heads is None else list(heads)
         first = site * self.heads if self.sites else 0
         place = f"{folder.parent.name}/{folder.name}/{self.name}, row {row}"
         place += f", site {site}" if self.sites else ""
         try:
             with path.open("rb", buffering=0) as file:
                 index = self._index(file.fileno(), place)
+                whole = list(range(self.heads)) if heads is None else list(heads)
                 chunks = [_chunk(file.fileno(), index[first + head], place, head, self.head_axis) for head in whole]
         except OSError as error:
             raise FormatError(f"{place} cannot be read: {error.strerror}", hint=_REST) from None
+        if any(len(raw) != self.chunk_bytes for raw in chunks):
+            raise FormatError(f"{place} has a chunk of another size", hint=_REST)
         shape = tuple(len(whole) if axis == self.head_axis else n for axis, n in enumerate(self.shape))
         made = torch.empty(shape, dtype=self.torch_dtype)
         for i, raw in enumerate(chunks):
-            if len(raw) != self.chunk_bytes:
-                raise FormatError(f"{place} has a chunk of another size", hint=_REST)
             part = torch.frombuffer(bytearray(raw), dtype=self.torch_dtype).view(self.chunk)
             (made if self.head_axis is None else made.narrow(self.head_axis, i, 1)).copy_(part)
         return made
@@ -164,7 +165,8 @@ class Array:
         n = max(1, self.sites) * self.heads
         size = 16 * n + _CRC
         end = os.fstat(descriptor).st_size
-        raw = os.pread(descriptor, size, end - size) if end >= size else b""
+        # Every chunk lies in the file by itself, so that nothing is ever larger in memory than what is on the disk.
+        raw = os.pread(descriptor, size, end - size) if end >= size + n * (self.chunk_bytes + _CRC) else b""
         if len(raw) != size or _wrong(raw):
             raise FormatError(f"the index of {place} is damaged", hint=_REST)
         return np.frombuffer(raw[:-_CRC], "<u8").reshape(n, 2)
