@@ -13,6 +13,12 @@ PRINTED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("means_t", "analysis.head_scores.retrieval"): ("`RetrievalScores.interval`", ("mean",)),
     ("means_t", "analysis.head_scores.streaming"): ("`StreamingScores.interval`", ("mean",)),
     ("means_t", "analysis.eviction.result"): ("`Eviction.interval`", ("mean",)),
+    ("mean_t", "analysis.grounding.pointing"): ("`Pointing.table`, weights", ("mean",)),
+    ("proportions", "analysis.grounding.pointing"): ("`Pointing.table`, hits", ("proportion",)),
+    ("mean_t", "investigator.analyses"): ("`Investigation`, sentences of findings", ("mean",)),
+    ("proportions", "investigator.analyses"): ("`Investigation`, accuracies", ("proportion",)),
+    ("mean_t", "mechanisms.dualformer.study"): ("lengths of Dualformer's traces", ("mean",)),
+    ("proportions", "mechanisms.dualformer.study"): ("Dualformer's rates", ("proportion",)),
     ("means_t", "mechanisms.matvlm.maps"): ("`HybridMaps.beyond`, `losses`", ("mean",)),
     ("means_t", "views.head_atlas.numbers"): ("`views.head_atlas` of a capture", ("mean",)),
     ("means_t", "analysis.profile.result"): (

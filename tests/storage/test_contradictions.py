@@ -132,7 +132,7 @@ class Maker:
                 if axis == "..."
                 else [int(axis) if axis.isdecimal() else self.size(axis)]
             )
-        kinds = {"Bool": torch.bool, "Int": torch.int64, "UInt8": torch.uint8}
+        kinds = {"Bool": torch.bool, "Int": torch.int64, "Integer": torch.int64, "UInt8": torch.uint8}
         dtype = kinds.get(hint.__name__.partition("[")[0], torch.float64)
         return torch.ones(shape, dtype=dtype) if dtype != torch.float64 else torch.rand(shape, dtype=dtype)
 
