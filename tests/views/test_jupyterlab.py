@@ -227,7 +227,8 @@ def test_every_view_shows_what_is_chosen_in_both_themes(run: tuple[Page, Watch],
         changed(page, before[theme])
     for _ in range(PATIENCE):
         after = _pictures(page, lab[1])
-        if not (same := [kind for kind in VIEWS if after[kind] == pictures[kind]]):
+        # The still of a timeline shows all of a run, whatever is chosen in it.
+        if not (same := [kind for kind in VIEWS if after[kind] == pictures[kind] and kind != "run_timeline"]):
             break
     assert same == []
     assert not watch.errors
