@@ -1,28 +1,15 @@
 """Rows of chosen heads, told at each forward: those that a capture has, and nothing of the model changes."""
 
 import threading
-from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
 
 import workbench
-from support.tiny import FAMILIES, SPECIAL, VOCABULARY, Family, make
+from support.tiny import FAMILIES, Family, make, small_llama, some_ids
 from workbench import InterventionError
 from workbench.session.row_watch import Step
-
-
-def _llama(**more: Any) -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
-    config = hf.LlamaConfig(**sizes, intermediate_size=32, vocab_size=VOCABULARY, **SPECIAL, **more)
-    return hf.LlamaForCausalLM(config).eval()
-
-
-def _ids(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(5, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -51,10 +38,10 @@ def test_rows_are_those_of_a_capture(family: Family) -> None:
 
 @torch.no_grad()
 def test_each_step_of_a_generation() -> None:
-    model, steps = _llama(), []
+    model, steps = small_llama(), []
     with workbench.attach(model) as wb:
         with wb.watch_rows({(1, 3), "L0H1"}, steps.append):
-            answer = model.generate(_ids(2, 6), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+            answer = model.generate(some_ids(2, 6), max_new_tokens=5, min_new_tokens=5, do_sample=False)
         with wb.capture(()) as cap:
             model(answer[:, :-1])
     assert [step.index for step in steps] == list(range(5))
@@ -69,9 +56,9 @@ def test_each_step_of_a_generation() -> None:
 
 @torch.no_grad()
 def test_sequences_of_packed_rows_and_captures_beside() -> None:
-    model, steps = _llama(), []
+    model, steps = small_llama(), []
     positions = torch.cat([torch.arange(n) for n in (4, 3, 6)])[None]
-    ids = _ids(1, 13)
+    ids = some_ids(1, 13)
     with workbench.attach(model) as wb:
         with wb.watch_rows((1, 2), steps.append), wb.capture(("entropy",)) as cap, wb.ablate((0, 1)):
             model(ids, position_ids=positions, use_cache=False)
@@ -107,7 +94,7 @@ def test_a_site_that_is_called_twice() -> None:
 
 @torch.no_grad()
 def test_errors(caplog: pytest.LogCaptureFixture) -> None:
-    model = _llama()
+    model = small_llama()
 
     def broken(step: Step) -> None:
         raise ValueError("no room")
@@ -117,9 +104,9 @@ def test_errors(caplog: pytest.LogCaptureFixture) -> None:
             pass
         with wb.watch_rows((0, 0), broken):
             with pytest.raises(ValueError, match="no room"):
-                model(_ids(1, 4))
-            thread = threading.Thread(target=model, args=(_ids(1, 4),))
+                model(some_ids(1, 4))
+            thread = threading.Thread(target=model, args=(some_ids(1, 4),))
             thread.start()
             thread.join()
         assert "could not be told: ValueError: no room" in caplog.text
-        model(_ids(1, 4))  # nothing is left on it
+        model(some_ids(1, 4))  # nothing is left on it

@@ -1,17 +1,9 @@
 """Models whose heads are split over two processes: all is as of the whole model, and what is elsewhere is said."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from support.patience import PATIENCE
+from support.processes import found_by
 from support.tensor_parallel_ranks import CASES, RANKS, models
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -20,23 +12,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("ranks")
     for name, model in models().items():
         model.save_pretrained(folder / name)
-    known = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "support.tensor_parallel_ranks", str(rank), str(folder)],
-            cwd=folder, env=os.environ | known, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-    said = []
-    try:
-        for rank in ranks:
-            said.append(rank.communicate(timeout=2 * PATIENCE)[1])
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    return found_by("support.tensor_parallel_ranks", RANKS, folder)
 
 
 @pytest.mark.parametrize("case", CASES)

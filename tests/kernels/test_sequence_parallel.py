@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from support.patience import PATIENCE
+from support.processes import found_by
 from support.sequence_ranks import CASES, RANKS, compare, statistics, tensors
 from workbench.errors import CaptureError
 from workbench.kernels.lightning import lightning_attention
 from workbench.kernels.sequence_parallel import SplitSequence, split_attention, split_lightning_attention
-
-HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     """What each of four processes found wrong, and what it was told when one of them had ended."""
     folder = tmp_path_factory.mktemp("ranks")
-    known = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "support.sequence_ranks", str(rank), str(folder)],
-            cwd=folder, env=os.environ | known, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-    said = []
-    try:
-        for rank in ranks:
-            said.append(rank.communicate(timeout=2 * PATIENCE)[1])
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    return found_by("support.sequence_ranks", RANKS, folder)
 
 
 @pytest.mark.parametrize("case", CASES)

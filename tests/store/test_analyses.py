@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 
 import workbench
-from support.tiny import SPECIAL, VOCABULARY
+from support.tiny import VOCABULARY, small_llama
 from workbench import Capture
 from workbench.views.base.view import View
 
@@ -17,10 +16,7 @@ from workbench.views.base.view import View
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Capture, Capture]:
     """A capture in memory, and the same from a store."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = hf.LlamaConfig(**sizes, hidden_size=32, intermediate_size=32, vocab_size=VOCABULARY, **SPECIAL)
-    model = hf.LlamaForCausalLM(config).eval()
+    model = small_llama()
     path = tmp_path_factory.mktemp("stores") / "a.zarr"
     several = [torch.randint(5, VOCABULARY, (2, n)) for n in (17, 17, 9)]
     names = ["entropy", "received", "induction", "peak", "distance"]

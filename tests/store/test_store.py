@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
 
 import workbench
-from support.tiny import FAMILIES, SPECIAL, VOCABULARY, Family, make
+from support.tiny import FAMILIES, Family, make, small_llama, some_ids
 from workbench import Capture, CaptureError, FileError, FormatError
 from workbench.capture.site_capture import KEPT
 from workbench.storage.store.stored_tensor import StoredTensor
@@ -59,17 +58,6 @@ def assert_equal(a: Tensor | None, b: Tensor | None) -> None:
         torch.testing.assert_close(b + 0, a + 0, rtol=0, atol=0, equal_nan=True)
 
 
-def _llama(**more: Any) -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
-    config = hf.LlamaConfig(**sizes, intermediate_size=32, vocab_size=VOCABULARY, **SPECIAL, **more)
-    return hf.LlamaForCausalLM(config).eval()
-
-
-def _ids(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(5, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @torch.no_grad()
 def test_every_family(family: Family, tmp_path: Path) -> None:
@@ -99,12 +87,12 @@ def test_every_family(family: Family, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_pool_stack_save_and_steps_of_a_generation(tmp_path: Path) -> None:
-    model = _llama()
+    model = small_llama()
     with workbench.attach(model) as wb:
         captures = []
         for keep in ({}, {"store": tmp_path / "a.zarr"}):
             with wb.capture(("entropy", "induction"), z=True, values=True, **keep) as cap:
-                model.generate(_ids(2, 6), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+                model.generate(some_ids(2, 6), max_new_tokens=4, min_new_tokens=4, do_sample=False)
             captures.append(cap)
         captures.append(workbench.load_capture(tmp_path / "a.zarr"))
     plain = captures[0]
@@ -120,20 +108,20 @@ def test_pool_stack_save_and_steps_of_a_generation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @torch.no_grad()
 def test_other_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = _llama().to(dtype)
+    model = small_llama().to(dtype)
     with workbench.attach(model) as wb:
         with wb.capture(NAMES, **KEEP) as plain:
-            model(_ids(2, 9))
+            model(some_ids(2, 9))
         with wb.capture(NAMES, **KEEP, store=tmp_path / "a"):
-            model(_ids(2, 9))
+            model(some_ids(2, 9))
     assert_same(plain, workbench.load_capture(tmp_path / "a"))
 
 
 @torch.no_grad()
 def test_packed_rows(tmp_path: Path) -> None:
     positions = torch.cat([torch.arange(n) for n in (4, 3, 6)])[None]
-    inputs = {"input_ids": _ids(1, 13), "position_ids": positions, "use_cache": False}
-    model = _llama()
+    inputs = {"input_ids": some_ids(1, 13), "position_ids": positions, "use_cache": False}
+    model = small_llama()
     with workbench.attach(model) as wb:
         with wb.capture(NAMES, **KEEP) as plain:
             model(**inputs)
@@ -146,12 +134,12 @@ def test_packed_rows(tmp_path: Path) -> None:
 
 
 def test_gradients_are_stored_with_their_forward(tmp_path: Path) -> None:
-    model = _llama()
+    model = small_llama()
     with workbench.attach(model) as wb:
         for keep in ({}, {"store": tmp_path / "a"}):
             with wb.capture(("entropy",), gradients=True, **keep) as cap:
                 for seed in range(2):
-                    model(_ids(2, 7, seed=seed)).logits.square().mean().backward()
+                    model(some_ids(2, 7, seed=seed)).logits.square().mean().backward()
                     if keep:
                         assert len(workbench.load_capture(tmp_path / "a").forwards) == seed
             if not keep:
@@ -164,16 +152,16 @@ def _late_gradients(wb: workbench.Workbench, model: nn.Module, path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of calls whose gradients did not arrive
         with wb.capture(("entropy",), gradients=True, store=path):
-            first = model(_ids(1, 5)).logits.mean()
-            model(_ids(1, 5)).logits.mean().backward()
+            first = model(some_ids(1, 5)).logits.mean()
+            model(some_ids(1, 5)).logits.mean().backward()
             with pytest.raises(CaptureError, match="in the store already"):
                 first.backward()
 
 
 @torch.no_grad()
 def test_threads(tmp_path: Path) -> None:
-    model = _llama()
-    inputs = [_ids(1, 5 + i) for i in range(4)]
+    model = small_llama()
+    inputs = [some_ids(1, 5 + i) for i in range(4)]
     with workbench.attach(model) as wb, wb.capture(("entropy",), store=tmp_path / "a"):
         threads = [threading.Thread(target=model, args=(one,)) for one in inputs for _ in range(3)]
         for thread in threads:
@@ -191,44 +179,44 @@ def test_threads(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_memory_does_not_grow_and_the_limit_is_of_what_is_under_way(tmp_path: Path) -> None:
-    model = _llama()
+    model = small_llama()
     with workbench.attach(model) as wb:
         with wb.capture(("entropy",)) as one:
-            model(_ids(1, 40))
+            model(some_ids(1, 40))
         limit = one.nbytes + 1000
         with wb.capture(("entropy",), limit=limit):
-            model(_ids(1, 40))
+            model(some_ids(1, 40))
             with pytest.raises(CaptureError, match="limit"):
-                model(_ids(1, 40))
+                model(some_ids(1, 40))
         with wb.capture(("entropy",), limit=limit, store=tmp_path / "a") as cap:
             for _ in range(3):
-                model(_ids(1, 40))
+                model(some_ids(1, 40))
     assert cap.nbytes == 3 * one.nbytes
     assert all(isinstance(c[0].entropy, StoredTensor) for c in cap.calls)
 
 
 @torch.no_grad()
 def test_a_store_is_read_while_it_grows_and_gone_on_with(tmp_path: Path) -> None:
-    model, path = _llama(), tmp_path / "a"
+    model, path = small_llama(), tmp_path / "a"
     with workbench.attach(model) as wb:
         with wb.capture(("entropy",)) as plain:
             for i in range(5):
-                model(_ids(2, 4 + i % 2, seed=i))
+                model(some_ids(2, 4 + i % 2, seed=i))
         with wb.capture(("entropy",), store=path):
             for i in range(3):
-                model(_ids(2, 4 + i % 2, seed=i))
+                model(some_ids(2, 4 + i % 2, seed=i))
                 opened = workbench.load_capture(path)
                 assert len(opened.forwards) == i + 1
                 assert torch.equal(opened.calls[i].stack("entropy"), plain.calls[i].stack("entropy"))
             with (
-                workbench.attach(_llama()) as other,
+                workbench.attach(small_llama()) as other,
                 pytest.raises(FileError, match="being written"),
                 other.capture(("entropy",), store=path),
             ):
                 pass
         with wb.capture(("entropy",), store=path) as cap:
             for i in range(3, 5):
-                model(_ids(2, 4 + i % 2, seed=i))
+                model(some_ids(2, 4 + i % 2, seed=i))
         assert [forward.index for forward in cap.forwards] == [3, 4]
     opened = workbench.load_capture(path)
     assert [forward.index for forward in opened.forwards] == list(range(5))
@@ -239,14 +227,14 @@ def test_a_store_is_read_while_it_grows_and_gone_on_with(tmp_path: Path) -> None
 @pytest.fixture
 def stored(tmp_path: Path) -> tuple[Path, Capture]:
     """A store of three forwards, and their capture in memory."""
-    model = _llama()
+    model = small_llama()
     with workbench.attach(model) as wb, torch.no_grad():
         with wb.capture(("entropy", "received"), values=True) as plain:
             for seed in range(3):
-                model(_ids(2, 33, seed=seed))
+                model(some_ids(2, 33, seed=seed))
         with wb.capture(("entropy", "received"), values=True, store=tmp_path / "a"):
             for seed in range(3):
-                model(_ids(2, 33, seed=seed))
+                model(some_ids(2, 33, seed=seed))
     return tmp_path / "a", plain
 
 
@@ -306,7 +294,7 @@ def test_damage_is_named_and_the_rest_is_read(stored: tuple[Path, Capture]) -> N
 @torch.no_grad()
 def test_other_models_versions_settings_and_folders(stored: tuple[Path, Capture], tmp_path: Path) -> None:
     path, _ = stored
-    other = _llama()
+    other = small_llama()
     other.lm_head.weight.add_(1)
     with (
         workbench.attach(other) as wb,
@@ -314,7 +302,7 @@ def test_other_models_versions_settings_and_folders(stored: tuple[Path, Capture]
         wb.capture(("entropy", "received"), values=True, store=path),
     ):
         pass
-    with workbench.attach(_llama()) as wb:
+    with workbench.attach(small_llama()) as wb:
         with pytest.raises(CaptureError, match="another values="), wb.capture(("entropy", "received"), store=path):
             pass
         (tmp_path / "mine").mkdir()
@@ -355,17 +343,17 @@ def test_an_interrupt_while_a_forward_is_written(where: str, tmp_path: Path, mon
         monkeypatch.setattr(owner, name, plain)
         raise KeyboardInterrupt
 
-    model, path = _llama(), tmp_path / "a"
+    model, path = small_llama(), tmp_path / "a"
     with workbench.attach(model) as wb:
         with wb.capture(("entropy",), store=path) as cap:
-            model(_ids(1, 5, seed=0))
+            model(some_ids(1, 5, seed=0))
             monkeypatch.setattr(owner, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
-                model(_ids(1, 6, seed=1))
-            model(_ids(1, 6, seed=2))
+                model(some_ids(1, 6, seed=1))
+            model(some_ids(1, 6, seed=2))
         found = [forward.ids["input"].tolist() for forward in workbench.load_capture(path).forwards]
         kept = [0, 1, 2] if where in ("root", "tables") else [0, 2]
-        assert found == [_ids(1, 5 + (seed > 0), seed=seed).tolist() for seed in kept]
+        assert found == [some_ids(1, 5 + (seed > 0), seed=seed).tolist() for seed in kept]
         assert len(cap.forwards) == 3
     import pandas as pd
 
@@ -376,7 +364,7 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("pyarrow", "pyarrow.parquet", "google_crc32c"):
         monkeypatch.setitem(sys.modules, name, None)
     with (
-        workbench.attach(_llama()) as wb,
+        workbench.attach(small_llama()) as wb,
         pytest.raises(workbench.WorkbenchError, match=r"\[store\]"),
         wb.capture(("entropy",), store=tmp_path / "a"),
     ):
@@ -388,14 +376,14 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_full_disk(tmp_path: Path) -> None:
     """Files may only be so large, as on a full disk; with room again it is gone on with."""
     resource = pytest.importorskip("resource")
-    model, path = _llama(), tmp_path / "a"
+    model, path = small_llama(), tmp_path / "a"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     done: list[int] = []
 
     def until_full() -> None:
         with wb.capture(("entropy",), store=path):
             for i in range(100):
-                model(_ids(1, 3, seed=i))
+                model(some_ids(1, 3, seed=i))
                 done.append(i)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))
 
@@ -408,11 +396,11 @@ def test_a_full_disk(tmp_path: Path) -> None:
         opened = workbench.load_capture(path)
         assert 1 <= len(done) <= len(opened.forwards) <= len(done) + 1 < 100
         with wb.capture(("entropy",), store=path):
-            model(_ids(1, 3, seed=len(opened.forwards)))
+            model(some_ids(1, 3, seed=len(opened.forwards)))
         opened = workbench.load_capture(path)
         with wb.capture(("entropy",)) as plain:
             for i in range(len(opened.forwards)):
-                model(_ids(1, 3, seed=i))
+                model(some_ids(1, 3, seed=i))
     assert plain.table("entropy").equals(opened.table("entropy"))
     import pandas as pd
 

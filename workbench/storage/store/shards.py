@@ -24,6 +24,7 @@ from torch import Tensor
 
 from workbench.errors import FormatError
 from workbench.storage.store.extra import need
+from workbench.tokens import utf8
 
 # torch's numbers, as zarr names them; those that zarr has no name for, as integers of their size.
 _ZARR = {
@@ -212,7 +213,7 @@ def _numbers(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
 
 def texts(names: Sequence[str]) -> tuple[dict[str, Any], bytes]:
     """The description and the one chunk of an array of texts along the axis "site"."""
-    plain = [name.encode("utf-8", "backslashreplace") for name in names]
+    plain = [utf8(name).encode() for name in names]
     raw = len(plain).to_bytes(4, "little") + b"".join(len(one).to_bytes(4, "little") + one for one in plain)
     return {
         "zarr_format": 3, "node_type": "array", "shape": [len(names)], "data_type": "string", "fill_value": "",
