@@ -23,9 +23,14 @@ class _Fade:
         r = torch.arange(1, length + 1)
         away = (r[:, None] - r[None, :]).clamp(min=0)
         self.within = powers(decay, away, like).tril()  # M, [head, L, L]
-        self.since = powers(decay, r, like)[..., None]  # Λ, [head, L, 1]: from the state to each position
+        self.since = since_start(decay, length, like)  # Λ, [head, L, 1]: from the state to each position
         self.until = powers(decay, length - r, like)[..., None]  # from each position to the next state
         self.whole = powers(decay, torch.tensor([[length]]), like)  # [head, 1, 1]
+
+
+def since_start(decay: Tensor, n: int, like: Tensor) -> Tensor:
+    """[head, n, 1]: λ, λ², …, by which the first n positions read the state before them faded."""
+    return powers(decay, torch.arange(1, n + 1), like)[..., None]
 
 
 class _Fades:
@@ -87,9 +92,8 @@ def added_state(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, chunk: int) -> T
 
 def read_state(q: Tensor, decay: Tensor, state: Tensor) -> Tensor:
     """[batch, head, position, width] in the state's dtype: what every position reads of the initial state."""
-    since = powers(decay, torch.arange(1, q.shape[2] + 1), state)[..., None]
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        return (q.to(state.dtype) * since) @ state
+        return (q.to(state.dtype) * since_start(decay, q.shape[2], state)) @ state
 
 
 def backward(

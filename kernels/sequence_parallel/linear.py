@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_attention, state_dtype
-from workbench.kernels.lightning.chunked import added_state, backward, forward, read_state
+from workbench.kernels.lightning.chunked import added_state, backward, forward, read_state, since_start, zero_state
 from workbench.kernels.lightning.decay import check_decay, powers
 from workbench.kernels.sequence_parallel.split import SplitSequence
 
@@ -85,8 +85,11 @@ class _Causal(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, before = ctx.saved_tensors
         split, decay, chunk = ctx.rest
-        reading = torch.zeros_like(_state(q, v)) if split.rank == 0 else _read_by(q, grad_out, decay)
-        later = _weighted(split.gather(reading).wait(), split, decay, range(split.rank + 1, split.size))
+        state = zero_state(q, v)
+        if split.rank:  # the gradient of the initial state, Σ_r λ^r q_r ∂o_rᵀ; the first process reads none
+            faded = q.to(state.dtype) * since_start(decay, q.shape[2], state)
+            state = faded.mT @ grad_out.to(state.dtype)
+        later = _weighted(split.gather(state).wait(), split, decay, range(split.rank + 1, split.size))
         return *backward(q, k, v, decay, before, chunk, grad_out, later)[:3], None, None, None
 
 
@@ -120,14 +123,3 @@ def _weighted(states: Sequence[Tensor], split: SplitSequence, decay: Tensor, of:
         faded = powers(decay, between, states[rank]) * states[rank]
         total = faded if total is None else total + faded
     return total
-
-
-def _state(q: Tensor, v: Tensor) -> Tensor:
-    return torch.empty(*q.shape[:2], q.shape[3], v.shape[3], dtype=state_dtype(q), device=q.device)
-
-
-def _read_by(q: Tensor, grad_out: Tensor, decay: Tensor) -> Tensor:
-    """[batch, head, d, width]: the gradient of the initial state, Σ_r λ^r q_r ∂o_rᵀ."""
-    dtype = state_dtype(q)
-    since = powers(decay, torch.arange(1, q.shape[2] + 1), torch.empty(0, dtype=dtype, device=q.device))[..., None]
-    return (q.to(dtype) * since).mT @ grad_out.to(dtype)
