@@ -17,7 +17,7 @@ test("a token is named with its place", () => {
 test("numbers are said exactly or roughly, and what is not known is said so", () => {
   assert.deepEqual([0, 0.123456789, 1234567, 1e-7, NaN, null].map(exactly), ["0", "0.123457", "1.235e+6", "1.000e-7", "not known", "not known"]);
   assert.deepEqual([0.123456, 1234, Infinity, NaN].map(roughly), ["0.123", "1230", "–", "–"]);
-  assert.deepEqual([0, 8.1512e-6, -1e-5, 0.00012345, 1e-300].map(roughly), ["0", "8.15e-6", "-1e-5", "0.000123", "1e-300"]);
+  assert.deepEqual([0, 8.1512e-6, -1e-5, 0.00012345, 1e-300].map(roughly), ["0", "8.15e−6", "−1e−5", "0.000123", "1e−300"]);
 });
 
 test("keys move within the rows and columns, and other keys are left alone", () => {

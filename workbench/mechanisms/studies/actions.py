@@ -40,9 +40,9 @@ def actions(n: int, random: torch.Generator) -> Actions:
 
     A scene tells its classes faintly at every time. Bursts of two times look like actions of the other classes.
 
-    >>> found = actions(5, torch.Generator().manual_seed(0))
+    >>> found = actions(40, torch.Generator().manual_seed(0))
     >>> found.features.shape, found.labels.unique().tolist()
-    (torch.Size([5, 64, 12]), [0, 1, 2, 3, 4])
+    (torch.Size([40, 64, 12]), [0, 1, 2, 3, 4])
     """
     directions = F.normalize(torch.randn(2 * CLASSES, CHANNELS, generator=torch.Generator().manual_seed(3)), dim=1)
     looks, scenes = directions.split(CLASSES)
