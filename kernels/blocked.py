@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from workbench.kernels.native.blocks import BlockLists, attend_blocks
 from workbench.kernels.runs import Runs
 
 _KEYS_AT_ONCE = 8192  # keys gathered at once: 2 MiB of each of k and v at width 64, about a second-level cache
@@ -56,6 +57,7 @@ class Plan:
         run: neighbouring tokens that one index stands for.
         query_runs, key_runs: number of runs, with those that are padding.
         front: rows of padding before the first query, where runs do not start at query 0.
+        lists: the same as lists of blocks, where that can be said; the C++ library then does the forward in float32.
     """
 
     n_layouts: int
@@ -64,6 +66,7 @@ class Plan:
     key_runs: int
     groups: tuple[Group, ...]
     front: int = 0
+    lists: BlockLists | None = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -101,28 +104,8 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-        sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-        b, h, n_q, _ = q.shape
-        held = sums if any(group.joins for group in plan.groups) else q.dtype
-        slides = bool(plan.groups) and _has_strides(plan, q, k, v)
-        out, lse = _slid(q, k, v, plan, scale, held) if slides else _empty(q, v, plan, held)
-        queries, outs, lses = (Runs.of(x, plan.run, plan.query_runs, front) for x, front in (
-            (q, plan.front), (out, 0), (lse[..., None], 0)))  # fmt: skip
-        keys, values = (Runs.of(x, plan.run, plan.key_runs) for x in (k, v))
-        for group in plan.groups[slides:]:
-            for at, to, size, mask in _chunks(plan, group, b, h, k.shape[1], q.device):
-                tile_q = queries.table.index_select(0, queries.rows(*at)).view(*size, -1, q.shape[-1])
-                tile_k = keys.table.index_select(0, keys.rows(*to)).view(*size, -1, k.shape[-1])
-                tile_v = values.table.index_select(0, values.rows(*to)).view(*size, -1, v.shape[-1])
-                tile_out, tile_lse = _tile(tile_q, tile_k, tile_v, mask, scale)
-                out_at, lse_at = outs.rows(*at), lses.rows(*at)
-                tile_out, tile_lse = tile_out.reshape(len(out_at), -1).to(held), tile_lse.reshape(len(lse_at), -1)
-                if group.joins:
-                    tile_out, tile_lse = _joined(outs.table, lses.table, out_at, lse_at, tile_out, tile_lse)
-                outs.table.index_copy_(0, out_at, tile_out)
-                lses.table.index_copy_(0, lse_at, tile_lse)
-        rows = slice(plan.front, plan.front + n_q)
-        out, lse = out[:, :, rows].to(q.dtype), lse[:, :, rows]
+        made = None if plan.lists is None else attend_blocks(q, k, v, plan.lists, scale)
+        out, lse = _over_tiles(q, k, v, plan, scale) if made is None else made
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out, lse
@@ -173,6 +156,33 @@ class _Attend(torch.autograd.Function):
             x.view(b, k.shape[1], n_keys, like.shape[-1])[:, :, : k.shape[2]] for x, like in ((d_k, k), (d_v, v))
         )
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None
+
+
+def _over_tiles(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and lse, group by group."""
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    b, h, n_q, _ = q.shape
+    held = sums if any(group.joins for group in plan.groups) else q.dtype
+    slides = bool(plan.groups) and _has_strides(plan, q, k, v)
+    out, lse = _slid(q, k, v, plan, scale, held) if slides else _empty(q, v, plan, held)
+    queries, outs, lses = (Runs.of(x, plan.run, plan.query_runs, front) for x, front in (
+        (q, plan.front), (out, 0), (lse[..., None], 0)))  # fmt: skip
+    keys, values = (Runs.of(x, plan.run, plan.key_runs) for x in (k, v))
+    for group in plan.groups[slides:]:
+        for at, to, size, mask in _chunks(plan, group, b, h, k.shape[1], q.device):
+            tile_q = queries.table.index_select(0, queries.rows(*at)).view(*size, -1, q.shape[-1])
+            tile_k = keys.table.index_select(0, keys.rows(*to)).view(*size, -1, k.shape[-1])
+            tile_v = values.table.index_select(0, values.rows(*to)).view(*size, -1, v.shape[-1])
+            tile_out, tile_lse = _tile(tile_q, tile_k, tile_v, mask, scale)
+            out_at, lse_at = outs.rows(*at), lses.rows(*at)
+            tile_out, tile_lse = tile_out.reshape(len(out_at), -1).to(held), tile_lse.reshape(len(lse_at), -1)
+            if group.joins:
+                tile_out, tile_lse = _joined(outs.table, lses.table, out_at, lse_at, tile_out, tile_lse)
+            outs.table.index_copy_(0, out_at, tile_out)
+            lses.table.index_copy_(0, lse_at, tile_lse)
+    rows = slice(plan.front, plan.front + n_q)
+    out, lse = out[:, :, rows].to(q.dtype), lse[:, :, rows]
+    return out, lse
 
 
 def _runs(x: Tensor, run: int, n_runs: int, front: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workbench.kernels.blocked import Group, Plan
+from workbench.kernels.native.blocks import BlockLists
 from workbench.kernels.s2.layout import S2Layout
 
 _ROWS = (768, 384, 192)  # queries of a large tile: from 768 on PyTorch's kernel takes 256 at a time
@@ -30,9 +31,10 @@ def plan(layout: S2Layout) -> Plan:
         local = _local(layout, left)
         shared = _shared(layout, left, joins=bool(local))
         own = _alone(layout, left, joins=bool(local or shared))
+        lists = BlockLists.of(seen, layout.block, layout.offset, layout.causal)
     n_layouts, n_rows, n_columns = seen.shape
     groups = (*local, *shared, *own)
-    return Plan(n_layouts, layout.block, n_rows, n_columns, groups, front=layout.offset % layout.block)
+    return Plan(n_layouts, layout.block, n_rows, n_columns, groups, layout.offset % layout.block, lists)
 
 
 def _local(layout: S2Layout, left: Tensor) -> list[Group]:
