@@ -29,7 +29,8 @@ _STATISTICS = {
     "images": ("entropy", "effective_keys", "current", "peak"),
     ALONE: ("entropy", "effective_keys", "peak"),
 }
-_ROWS = 32  # examples on which heads are ablated
+_ROWS, _FEW = 32, 8  # examples on which heads are ablated, and where there are many
+_MANY = 64  # heads in all
 T = TypeVar("T")
 
 
@@ -140,7 +141,8 @@ def _captured(mechanism: Mechanism, wb: Workbench, work: str) -> tuple[Capture, 
 
 def _importance(wb: Workbench, work: str) -> HeadImportance:
     length = PLACES["text"].length
-    batches = inputs.text_examples(length, _ROWS) if work == "text" else inputs.scene_examples(_ROWS)
+    rows = _ROWS if sum(site.n_heads for site in wb.sites) <= _MANY else _FEW
+    batches = inputs.text_examples(length, rows) if work == "text" else inputs.scene_examples(rows)
     return head_importance(wb, batches, inputs.LOSS, "zero", resumed=False, progress=False)
 
 
