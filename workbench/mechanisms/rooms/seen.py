@@ -141,7 +141,7 @@ def _captured(mechanism: Mechanism, wb: Workbench, work: str) -> tuple[Capture, 
 
 def _importance(wb: Workbench, work: str) -> HeadImportance:
     length = PLACES["text"].length
-    rows = _ROWS if sum(site.n_heads for site in wb.sites) <= _MANY else _FEW
+    rows = _ROWS if sum(site.n_heads or 1 for site in wb.sites) <= _MANY else _FEW
     batches = inputs.text_examples(length, rows) if work == "text" else inputs.scene_examples(rows)
     return head_importance(wb, batches, inputs.LOSS, "zero", resumed=False, progress=False)
 
