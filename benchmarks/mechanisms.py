@@ -54,7 +54,8 @@ def measure_again(names: list[str], lengths: list[int], rounds: int, limits: Lim
     found = costs(times_of(peaks, lengths, rounds), peaks)
     kept["rooms"] |= {name: each for name, each in found.items() if name in names}
     kept["left_out"] = {name: why for name, why in kept["left_out"].items() if name not in names} | left_out
-    return kept | {"claims": claims(kept)}
+    again = sorted({*kept.get("again", []), *names})
+    return kept | {"again": again, "claims": claims(kept)}
 
 
 def section(data: dict[str, Any]) -> str:
@@ -74,6 +75,9 @@ def section(data: dict[str, Any]) -> str:
     at = [f"N = {n}" for n in lengths]
     header = ["room", *at, "exponent", "of all rounds", f"MiB at {lengths[-1]}", "of memory"]
     left = "".join(f"{name} is left out {why}. " for name, why in data["left_out"].items())
+    again = "".join(
+        f"{name} was measured again, in a run of its own or with others. " for name in data.get("again", [])
+    )
     said = [
         f"- {room}: {says} {found['outcome'].capitalize()}: {found['found']}."
         for room, of_room in data["claims"].items()
@@ -87,7 +91,7 @@ place, so that less is better, and how its own time grows with the length N. One
 
 "{CAUSAL}" and "{WHOLE}" are `scaled_dot_product_attention` in the same layer; rooms that can be causal are compared
 with the first, others with the second. The exponent is the slope of log time over log length, memory the peak above
-what is held. {left}
+what is held. {left}{again}
 
 Claims of cost, as they stand on the cards:
 
