@@ -19,6 +19,8 @@ class _Attention(nn.Module):
     Biases begin so that a cell reads its own place in each frame most.
     """
 
+    angles: Tensor
+
     def __init__(self, width: int, memory: int, grid: tuple[int, int]) -> None:
         super().__init__()
         rates = _THETA ** -(torch.arange(width // 4) / (width // 4))
@@ -31,7 +33,7 @@ class _Attention(nn.Module):
 
     def turned(self, x: Tensor) -> Tensor:
         """[view, key, width] turned in pairs by the place of each cell, frame after frame."""
-        angles = self.angles.repeat(x.shape[1] // len(self.angles), 1)  # type: ignore[operator,arg-type]
+        angles = self.angles.repeat(x.shape[1] // len(self.angles), 1)
         first, second = x.chunk(2, -1)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)

@@ -12,6 +12,7 @@ import torch
 
 from workbench.analysis.statistics.intervals import mean_t
 from workbench.mechanisms.frame import Card, Claim
+from workbench.mechanisms.frame.card import Outcome
 from workbench.storage.parts import parse
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -33,9 +34,9 @@ def compared(says: str, what: str, more: Sequence[float], less: Sequence[float],
         return Claim(says)
     gaps = torch.tensor(more, dtype=torch.float64) - torch.tensor(less, dtype=torch.float64)
     low, high = (float(end) for end in mean_t(gaps))
-    outcome = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+    outcome: Outcome = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
     found = f"{what} {fmean(more):.3f} against {fmean(less):.3f}, {float(gaps.mean()):+.3f} [{low:+.3f}, {high:+.3f}]"
-    return Claim(says, how.format(len(more)), found, outcome)  # type: ignore[arg-type]
+    return Claim(says, how.format(len(more)), found, outcome)
 
 
 def scores(runs: Sequence[dict[str, Any]], paper: str, arm: str, name: str) -> list[float]:
