@@ -113,7 +113,9 @@ class Space:
     def alive(self, value: Tensor, dead: float = torch.nan) -> Tensor:
         """The value in the pattern's dtype (integers stay), `dead` in rows that see no key."""
         value = self.typed(value)
-        return torch.where(self.seen.keys_per_query > 0, value, torch.full_like(value, dead))
+        if not self.mask.may_hide_all:
+            return value
+        return torch.where(self.seen.sees, value, dead if value.is_floating_point() else int(dead))
 
     def without_floor(self, weight: Tensor) -> Tensor:
         """Single weights, zero where they do not exceed the floor that tiles give to hidden keys."""

@@ -3,17 +3,20 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from triton_cases import CASES, Blocks, Case
 
 from workbench.errors import CaptureError
-from workbench.kernels.masks import Mask, padding
+from workbench.kernels.masks import Mask
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.statistics import Options
 from workbench.kernels.triton import engine
+from workbench.kernels.triton.call import precision
 from workbench.kernels.triton.tables import Tables, targets
 
 
@@ -45,12 +48,7 @@ REFUSED = [
     ("256 wide", _pattern(d=257), ["entropy"], Options()),
     ("power of two", _pattern(), ["pooled_mean"], Options(block=24)),
     ("16 top keys", _pattern(), ["top_keys"], Options(n_top=17)),
-    ("mask tensors", _pattern(mask=padding([64], 64)), ["entropy"], Options()),
-    ("softcap", _pattern(softcap=30.0), ["entropy"], Options()),
-    ("sinks", _pattern(sinks=torch.zeros(2)), ["entropy"], Options()),
-    ("key_bias", _pattern(key_bias=torch.zeros(1, 2, 64)), ["entropy"], Options()),
-    ("given keys", _pattern(), ["sink"], Options(sink_keys=(0,))),
-    ("induction", _pattern(), ["induction"], Options()),
+    ("16 sink keys", _pattern(), ["sink"], Options(sink_keys=tuple(range(17)))),
     (
         "single tokens",
         _pattern(mask=Mask(64, 64, layout=Tokens(torch.ones(1, 4, 4) > 0, 16), n_heads=2)),
@@ -83,6 +81,30 @@ def test_values_that_do_not_fit() -> None:
     q = torch.randn(1, 2, 8, 32)
     with pytest.raises(CaptureError):
         engine.attention(q, q, q[:, :, :4])
+
+
+def test_tf32_is_used_where_pytorch_may_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    assert precision(on_gpu) == "ieee"  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    assert precision(on_gpu) == "tf32"  # type: ignore[arg-type]
+    assert precision(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)) == "ieee"  # type: ignore[arg-type]
+    assert precision(torch.zeros(1)) == "ieee"
+
+
+def test_what_tf32_leaves_of_weights() -> None:
+    """As `precision` says: a score by 2⁻¹⁰ · scale · Σ|q·k| at most, and a weight by a factor of e to twice that."""
+    pattern = _pattern(d=64)
+
+    def in_tf32(x: Tensor) -> Tensor:
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    rounded = SoftmaxPattern(in_tf32(pattern.q), in_tf32(pattern.k))
+    exact, off = (SoftmaxPattern(each.q.double(), each.k.double()).dense().log() for each in (pattern, rounded))
+    bound = 2**-10 * pattern.scale * (pattern.q.abs() @ pattern.k.abs().mT).amax(-1, keepdim=True)
+    assert bool(((exact - off).abs() <= 2 * bound).all())
+    assert float((exact - off).abs().max()) > 1e-4  # no rounding of float32
 
 
 def test_importing_the_launcher_does_not_import_triton() -> None:
@@ -122,5 +144,7 @@ def test_tables_list_every_visible_tile_once(case: Case, tile: tuple[int, int]) 
 def test_targets_outside_of_the_mask_are_none() -> None:
     mask = Mask(4, 4, causal=True, window=1)
     seen = mask.summary(torch.device("cpu"))
-    found = targets(["sink", "current", "previous"], mask, seen, torch.device("cpu"))
-    assert found[:, 0].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [-1, -1, -1, -1]]
+    found = targets(["sink", "current", "previous"], None, mask, seen, torch.device("cpu"))
+    assert found[:, 0, 0].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [-1, -1, -1, -1]]
+    found = targets(["sink", "current"], (-4, 0, 2), mask, seen, torch.device("cpu"))
+    assert found[:, 0, 0].tolist() == [[0, -1, -1, -1], [-1, -1, 2, -1], [0, 1, 2, 3]]
