@@ -76,7 +76,7 @@ class Mask:
         return self.tensor is not None and self.tensor.is_floating_point()
 
     def _laid_out(self, at: Any, device: torch.device) -> MaskSummary:
-        """Layouts of the same description are equal, and those without one are themselves."""
+        """Layers make a layout of the same description each."""
         if at not in _of_layouts:
             for old in list(_of_layouts)[:-_RULES]:
                 _of_layouts.pop(old, None)
@@ -257,7 +257,7 @@ class Mask:
     def _shared(self, device: torch.device) -> MaskSummary:
         tensor = self.tensor
         rules = self.n_queries, self.n_keys, self.causal, self.offset, self.window, device
-        if tensor is None and self.layout is not None:
+        if tensor is None and self.layout is not None and self.layout.is_described:
             return self._laid_out((self.layout, self.n_heads, *rules), device)
         if tensor is None or self.layout is not None or tensor.is_inference():
             return self._summarised(device)

@@ -21,6 +21,7 @@ from workbench.kernels.softmax_problem import SoftmaxProblem
 from workbench.kernels.softmax_tiles import HIDDEN, SoftmaxTiles
 from workbench.kernels.source import RawTileMaker, TileMaker
 from workbench.kernels.statistics import Options
+from workbench.kernels.tile import Space
 from workbench.kernels.torch_engine import TorchEngine
 from workbench.kernels.triton import TritonEngine
 
@@ -153,6 +154,10 @@ class SoftmaxPattern(Pattern):
             super().check()
         else:
             self.mask.check_numbers()
+
+    def space(self) -> Space:
+        """As the base does; a row sees a key wherever the mask's rules leave it one."""
+        return replace(super().space(), all_see=not self.mask.may_hide_all)
 
     @property
     def denominators_known(self) -> bool:

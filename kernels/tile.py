@@ -84,7 +84,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Space:
-    """The map that is streamed: its sizes, its mask and what that lets through, where its numbers live."""
+    """The map that is streamed: its sizes, its mask and what that lets through, where its numbers live.
+
+    Attributes:
+        all_see: every query is known to see a key, without looking.
+    """
 
     n_batch: int
     n_heads: int
@@ -94,6 +98,7 @@ class Space:
     seen: MaskSummary
     device: torch.device
     dtype: torch.dtype
+    all_see: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -113,7 +118,7 @@ class Space:
     def alive(self, value: Tensor, dead: float = torch.nan) -> Tensor:
         """The value in the pattern's dtype (integers stay), `dead` in rows that see no key."""
         value = self.typed(value)
-        if not self.mask.may_hide_all:
+        if self.all_see:
             return value
         return torch.where(self.seen.sees, value, dead if value.is_floating_point() else int(dead))
 

@@ -43,7 +43,8 @@ class Call:
 
     @property
     def sparse(self) -> bool:
-        return self.mask.layout is not None
+        """Whether the kernels visit the tiles of a layout."""
+        return self.mask.layout is not None and tables.has_words(self.mask.layout)
 
     @property
     def shaped(self) -> bool:
@@ -190,7 +191,7 @@ class Call:
 
     def _score_arguments(self) -> dict[str, Any]:
         """What changes and hides scores. What is not there is a stand-in that no kernel reads."""
-        problem, mask = self.problem, self.mask.tensor
+        problem, mask = self.problem, self._mask_tensor()
         found: dict[str, Any] = {
             "mask_ptr": self.q, "bias_ptr": self.q, "hidden_below": 0.0, "softcap": problem.softcap or 1.0,
             "stride_mb": 0, "stride_mh": 0, "stride_mn": 0, "stride_mk": 0, "stride_bb": 0, "stride_bh": 0,
@@ -199,18 +200,32 @@ class Call:
         if mask is not None:
             whole = mask.expand(*problem.shape)  # what is broadcast has strides of zero
             found |= zip(("stride_mb", "stride_mh", "stride_mn", "stride_mk"), whole.stride(), strict=True)
-            found["mask_ptr"] = whole if self.mask.additive else whole.view(torch.uint8)
-            found["MASK"] = 2 if self.mask.additive else 1
-            found["hidden_below"] = hidden_below(mask.dtype) if self.mask.additive else 0.0
+            additive = mask.is_floating_point()
+            found["mask_ptr"] = whole if additive else whole.view(torch.uint8)
+            found["MASK"] = 2 if additive else 1
+            found["hidden_below"] = hidden_below(mask.dtype) if additive else 0.0
         if problem.key_bias is not None:
             bias = problem.key_bias.float().contiguous().expand(*problem.shape[:2], -1)
             found |= {"bias_ptr": bias, "stride_bb": bias.stride(0), "stride_bh": bias.stride(1)}
         return found
 
+    def _mask_tensor(self) -> Tensor | None:
+        """The mask's own, and what a layout hides within its blocks."""
+        layout, tensor = self.mask.layout, self.mask.tensor
+        if layout is None or tables.is_said_by_words(layout):
+            return tensor
+        known = self.problem.seen.derived
+        if "tokens of the layout" not in known:
+            known["tokens of the layout"] = tables.tokens_of(self.mask, self.q.device)
+        shown: Tensor = known["tokens of the layout"]
+        if tensor is None:
+            return shown
+        return torch.where(shown, tensor, -torch.inf) if self.mask.additive else shown & tensor
+
     def _layout(self, tile: tuple[int, int, int, int], by_key: bool) -> dict[str, Any]:
         """The tables of the layout for tiles of this size, or stand-ins that no kernel reads."""
         n_key_tiles = -(-self.mask.n_keys // tile[1])
-        if self.mask.layout is None:
+        if self.mask.layout is None or not self.sparse:
             nothing = self._new(1, dtype=torch.int32)
             return {
                 "list_ptr": nothing,
@@ -239,12 +254,13 @@ class Call:
 
 
 def precision(q: Tensor) -> str:
-    """How products of float32 are made: "ieee", exact, or "tf32" where the user has let PyTorch's own be so.
+    """How products of float32 are made: "ieee", exact, or "tf32" after `torch.set_float32_matmul_precision("high")`.
 
     TF32 keeps 11 bits of queries and keys: a score is off by 2⁻¹⁰ · scale · Σ|q·k| at most, and a weight by a factor of
     e to twice the most of its row. Products of 16 bits are exact either way: all are added up in float32.
     """
-    return "tf32" if q.is_cuda and q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    allowed = q.is_cuda and q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "ieee"
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The engine of the Triton kernels: what they support, and the calls.
 
-Left to plain torch, which takes dozens of launches for each tile of 256 queries and keys: float64, layouts that hide
-single tokens within a block, heads wider than 256, more than 16 top keys, and statistics of a user's own.
+Left to plain torch, which takes dozens of launches for each tile of 256 queries and keys: float64, heads wider than
+256, more than 16 top keys, statistics of a user's own, and layouts that hide single tokens within blocks
+(neighborhoods) of more than 16,384 queries and keys; shorter ones are read from a table.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from workbench.kernels.engines import unknown
 from workbench.kernels.masks import Mask
 from workbench.kernels.softmax_problem import SoftmaxProblem
 from workbench.kernels.statistics import Options, check_names, finish
+from workbench.kernels.triton import tables
 from workbench.kernels.triton.call import AT, ROWS, Call
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,10 +68,8 @@ def _mask_refusal(mask: Mask) -> str | None:
         return "the kernels' positions have 31 bits"
     if layout is None:
         return None
-    if not layout.exact:
-        return f"{type(layout).__name__} hides single tokens within its blocks"
-    if layout.block < 8 or layout.block & (layout.block - 1):
-        return f"the kernels need layout blocks that are a power of two from 8 on, not {layout.block}"
+    if not tables.is_said_by_words(layout) and tables.cells_of(mask) > tables.MOST_CELLS:
+        return f"a table of all queries and keys, as {type(layout).__name__} of this length needs, would be too large"
     return None
 
 

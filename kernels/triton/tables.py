@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workbench.kernels.layouts import Layout
 from workbench.kernels.masks import Mask, MaskSummary
 
 WORD_BITS = 32
@@ -85,6 +86,34 @@ def _listed(used: Tensor) -> tuple[Tensor, Tensor]:
     ranks = torch.arange(1, used.shape[-1] + 1, dtype=torch.int32, device=used.device).expand(used.shape)
     listed = torch.searchsorted(counted, ranks.contiguous(), out_int32=True)
     return listed, counted[..., -1].contiguous()
+
+
+MOST_CELLS = 1 << 28  # of a table with a byte for each query and key
+
+
+def has_words(layout: Layout) -> bool:
+    """Whether its blocks divide the kernels' tiles, or tiles them, so that `Tables` can be made of it."""
+    return layout.block >= 8 and layout.block & (layout.block - 1) == 0
+
+
+def is_said_by_words(layout: Layout) -> bool:
+    """Whether that says all: nothing is hidden within a block."""
+    return has_words(layout) and layout.exact
+
+
+def cells_of(mask: Mask) -> int:
+    """How many numbers `tokens_of` has."""
+    layouts = 1 if mask.layout is None or mask.layout.n_layouts == 1 else mask.n_heads
+    return layouts * mask.n_queries * mask.n_keys
+
+
+def tokens_of(mask: Mask, device: torch.device) -> Tensor:
+    """[1, head or 1, query, key] bool: what a layout shows, token by token."""
+    assert mask.layout is not None
+    layouts = torch.arange(mask.layout.n_layouts)
+    shown = mask.layout.visible(slice(0, mask.n_queries), slice(0, mask.n_keys), layouts).to(device)
+    each = 1 if len(layouts) == 1 else mask.n_heads // len(layouts)
+    return shown.repeat_interleave(each, dim=0)[None].contiguous()
 
 
 def parts(names: Sequence[str], sink_keys: Sequence[int] | None, n_keys: int) -> dict[str, list[int]]:

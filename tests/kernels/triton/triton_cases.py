@@ -10,6 +10,7 @@ from torch import Tensor
 
 from workbench.kernels.layouts import Layout
 from workbench.kernels.masks import Mask
+from workbench.kernels.neighborhood.layout import NeighborhoodLayout
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.statistics import Options, dense
 from workbench.kernels.triton import engine
@@ -62,6 +63,8 @@ class Case:
     key_bias: bool = False
     tokens: bool = False  # so that there is induction
     sink_keys: tuple[int, ...] | None = None
+    image: tuple[int, int] | None = None  # of n patches, in neighborhoods: tokens are hidden within blocks
+    image_block: int = 16
 
     def mask_tensor(self, n_keys: int) -> Tensor | None:
         """The mask's tensor: what is hidden differs from row to row, and a row of "bool" sees nothing."""
@@ -105,6 +108,9 @@ class Case:
 
     def mask(self) -> Mask:
         n_keys = self.n_keys or self.n
+        if self.image:
+            layout = NeighborhoodLayout(self.image, 3, dilation=(2, 1), block=self.image_block)
+            return Mask(self.n, n_keys, layout=layout, n_heads=self.heads[0])
         rules = {"causal": self.causal, "offset": self.offset, "window": self.window}
         rules["tensor"] = self.mask_tensor(n_keys)
         if self.layout is None:
@@ -154,6 +160,9 @@ CASES = [
     Case("additive mask, softcap", n=40, batch=2, causal=False, tensor="additive", softcap=2.0, key_bias=True),
     Case("bias of positions, half", n=33, n_keys=40, offset=7, half=True, tensor="bias of positions", sink_keys=(2,)),
     Case("capped window with sinks", n=64, window=20, softcap=5.0, sinks=True, heads=(4, 2), tokens=True),
+    Case("neighborhood", n=63, image=(7, 9)),
+    Case("neighborhood of odd blocks, half", n=63, image=(7, 9), image_block=12, half=True),
+    Case("layout of odd blocks", layout=(24, 2), heads=(4, 2)),
     Case(
         "everything",
         n=40,
