@@ -385,11 +385,10 @@ def test_cuda_graphs(ids: Tensor) -> None:
     """Whole, they are refused; inductor leaves our operator out of those that it makes."""
     model = make(GPT2)
 
-    def graphs_of(graph: Any, inputs: Any) -> Any:
+    def cudagraphs(graph: Any, inputs: Any) -> Any:  # named as PyTorch's, which needs a GPU to run
         return graph.forward
 
-    graphs_of.compiler_name = "cudagraphs"  # as `backend="cudagraphs"` has it, which needs a GPU to run
-    built = torch.compile(model, backend=graphs_of)
+    built = torch.compile(model, backend=cudagraphs)
     with workbench.attach(built) as wb, pytest.raises(CaptureError, match="CUDA graphs") as caught, wb.capture():
         pytest.fail("it began")
     assert 'compiled="eager"' in str(caught.value)
