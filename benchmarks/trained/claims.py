@@ -47,6 +47,7 @@ class Compared:
         also: scores of the other's work that are told and do not count. beside: likewise, models of that work.
         sizes: whether parameters are told.
         note: what else is to be known.
+        further: more such models, which count where their runs are there.
     """
 
     mechanism: str
@@ -61,12 +62,14 @@ class Compared:
     beside: tuple[Model, ...] = ()
     sizes: bool = False
     note: str = ""
+    further: tuple[Model, ...] = ()
 
     def examine(self, runs: Runs) -> Found | None:
-        each_found = [runs.worse(each, replace(self.than, work=each.work), self._score(each)) for each in self.models]
-        found = [each for each in each_found if each is not None]
-        if len(found) < len(self.models):
+        every = (*self.models, *self.further)
+        worse = {each: runs.worse(each, replace(self.than, work=each.work), self._score(each)) for each in every}
+        if any(worse[each] is None for each in self.models):
             return None
+        found = [each for each in worse.values() if each is not None]
         below, above = ([each.high < self.margin for each in found], [each.low > self.margin for each in found])
         holding, failing = (below, above) if self.by == "less" else (above, below)
         outcome = "holds" if all(holding) else "does not hold" if any(failing) else "undecided"
@@ -198,8 +201,8 @@ RULES: tuple[Rule, ...] = (
     ),
     _as_good(
         "moh", "With 50 to 90 % of its heads active it is as good as attention with all heads.",
-        _text("moh"), _text("moh:half"), Model("heads", "moh:most"), also=("copy", "recall 26"),
-        note="75 and 50 % of 4 heads, 88 % of 8",
+        _text("moh"), _text("moh:half"), further=(Model("heads", "moh:most"),), also=("copy", "recall 26"),
+        note="75 and 50 % of 4 heads; in the work “heads” 88 % of 8",
     ),
     Likes(
         "moh", "Heads that the router likes are those whose ablation costs most.", (_text("moh"), _text("moh:half"))
