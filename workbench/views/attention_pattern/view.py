@@ -26,7 +26,6 @@ from workbench.views.attention_pattern.sources import (
     of_batch,
     sources_of,
 )
-from workbench.views.base.counting import count
 from workbench.views.base.registry import register
 from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec
@@ -257,11 +256,8 @@ def _site_facts(source: Source, made: Pyramid | None, missing: str | None, lists
 def _caption(facts: Sequence[dict[str, Any]]) -> str:
     heads = sum(len(site["heads"]) for site in facts if site["mode"] != "missing")
     sizes = {(site["queries"], site["keys"]) for site in facts}
-    size = "sites of several sizes"
-    if len(sizes) == 1:
-        ((queries, keys),) = sizes
-        size = f"{count(queries, 'query', 'queries')} and {count(keys, 'key')}"
-    return f"{count(heads, 'head')} over {size}: a row is what its query looks at."
+    size = f"{min(sizes)[0]:,} queries and {min(sizes)[1]:,} keys" if len(sizes) == 1 else "sites of several sizes"
+    return f"{heads:,} head{'' if heads == 1 else 's'} over {size}: a row is what its query looks at."
 
 
 def _notes(facts: Sequence[dict[str, Any]], shown: Any, n_top: int) -> Iterator[str]:

@@ -20,7 +20,6 @@ from workbench.hooks.sites import Site
 from workbench.kernels.patterns import Pattern
 from workbench.views.attention_pattern.pyramid import Bytes, quantise
 from workbench.views.attention_pattern.sources import Source, of_batch, sources_of
-from workbench.views.base.counting import count
 from workbench.views.base.spec import Array
 from workbench.views.head_atlas.leading import Leading, leading
 from workbench.views.head_atlas.numbers import Scores, of_capture, of_scores
@@ -170,7 +169,7 @@ def _left_out(found: Sequence[Source], shown: Sequence[Source]) -> tuple[str, ..
         return ()
     names = ", ".join(each.site.name for each in left[:4]) + (" and others" if len(left) > 4 else "")
     sizes = "x".join(map(str, shown[0].shape[2:]))
-    return (f"Left out: {count(len(left), 'site')} without a map of {sizes} tokens: {names}. sites= shows them.",)
+    return (f"Left out are {len(left)} sites without a map of {sizes} tokens: {names}. sites= shows them.",)
 
 
 def _not_numbers(heads: Sequence[str]) -> tuple[str, ...]:

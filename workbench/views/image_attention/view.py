@@ -16,7 +16,6 @@ from workbench.analysis.profile.places import Places
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import scales
-from workbench.views.base.counting import count
 from workbench.views.base.selection import Selection, SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View
@@ -183,8 +182,8 @@ def image_attention(
         kind="image_attention",
         title=title,
         caption=caption
-        or f"{count(len(heads), 'head')} on {count(n, 'image')} of {places.rows} x {places.columns} patches: weights "
-        f"of each query over all keys, of which those on patches are drawn."
+        or f"{len(heads):,} heads on {n:,} images of {places.rows} x {places.columns} patches: weights of each query "
+        f"over all keys, of which those on patches are drawn."
         + ("" if windows is None else " Lines are where windows meet.")
         + ("" if begins is None else f" {begins.why}"),
         facts={

@@ -12,7 +12,6 @@ from workbench.analysis.cross_attention.correlate import prepared
 from workbench.analysis.statistics.correlation import correlation
 from workbench.errors import ReportError
 from workbench.tokens import visible as shown
-from workbench.views.base.counting import count
 from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
@@ -148,7 +147,7 @@ def saliency_map(
     spec = ViewSpec(
         kind="saliency_map",
         title=title,
-        caption=caption or f"{count(n, 'output token')} over {count(positions, 'position')}: {', '.join(maps)}.",
+        caption=caption or f"{n} output tokens over {positions:,} positions: {', '.join(maps)}.",
         facts=facts,
         blocks=blocks,
         table=_table(facts, blocks, {name: dict(spans or {})[name] for name in facts["spans"]}),

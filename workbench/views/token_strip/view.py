@@ -11,7 +11,6 @@ import numpy as np
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import scales
-from workbench.views.base.counting import count
 from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
@@ -128,7 +127,7 @@ def token_strip(
     spec = ViewSpec(
         kind="token_strip",
         title=title,
-        caption=caption or f"{count(len(tokens), 'token')}, coloured by {', '.join(found)}.",
+        caption=caption or f"{len(tokens):,} tokens, coloured by {', '.join(found)}.",
         facts=facts,
         blocks={"values": np.stack(list(found.values())).astype(np.float32)},
         table={"position": np.arange(len(tokens), dtype=np.int32), "token": shown, **found},
