@@ -602,8 +602,10 @@ class Worker {
             const double mass = st.mass_total[l], sink = job.sinks ? std::exp(double(job.sinks[h]) - st.lead[l]) : 0.0;
             const double total = online ? mass + sink : 1.0, unit = 1 / total;
             if (online) job.lse_out[row + l] = float(st.lead[l] + std::log(total));
-            if (job.flags & ENTROPY)
-                job.entropy[row + l] = float((std::log(total) * mass - st.entropy_total[l]) * unit);
+            if (job.flags & ENTROPY) {
+                const double nats = (std::log(total) * mass - st.entropy_total[l]) * unit;
+                job.entropy[row + l] = float(nats < 0 ? 0.0 : nats);  // below zero by rounding alone
+            }
             if (job.flags & SQUARES) job.squares[row + l] = float(st.squares_total[l] * unit * unit);
             if (job.flags & PEAK) job.peak[row + l] = float(st.peak[l] * unit), job.peak_key[row + l] = st.peak_key[l];
             if (job.flags & DISTANCE) {
