@@ -216,7 +216,7 @@ def test_a_mechanism_of_ones_own_has_a_room(monkeypatch: pytest.MonkeyPatch) -> 
     mechanisms.register(Mechanism("own", card, Own))
     one = mechanisms.room("own")
     assert [each.work for each in one.seen] == ["text"]
-    assert one.seen[0].signature is None
+    assert one.seen[0].signatures == ()
     assert "Own &lt;b&gt;" in str(one.to_html())
     assert "<b>" not in str(one.to_html()).partition("<body")[2].partition("<script")[0]
 
