@@ -280,6 +280,8 @@ def main() -> None:
                 tab = context.new_page()
                 tab.goto(f"{page.as_uri()}{ADDRESSES.get(name, '#L4H1,q=15')}")
                 tab.wait_for_selector("html[data-ready]")
+                if name in WIDE:
+                    tab.evaluate("document.querySelector('main').style.maxWidth = 'none'")
                 bottom = tab.evaluate("document.querySelector('main').getBoundingClientRect().bottom")
                 tab.set_viewport_size(
                     {"width": WIDE.get(name, WIDTH), "height": min(tallest, max(LOWEST, round(bottom)))}
