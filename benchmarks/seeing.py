@@ -79,7 +79,10 @@ def measure(only: list[str], quick: bool) -> None:
                 said = ", ".join(f"{name} {value:.3f}" for name, value in found["scores"].items())
                 say(f"{paper}, {arm}, seed {seed}: {said}")
                 if not quick:
-                    runs = sorted([*read(path), found], key=lambda one: (one["paper"], one["arm"], one["seed"]))
+                    others = [
+                        one for one in read(path) if (one["paper"], one["arm"], one["seed"]) != (paper, arm, seed)
+                    ]
+                    runs = sorted([*others, found], key=lambda one: (one["paper"], one["arm"], one["seed"]))
                     lines = ",\n".join(json.dumps(one, ensure_ascii=False) for one in runs)
                     disk.write(path, f'{{"runs": [\n{lines}\n]}}\n')
 

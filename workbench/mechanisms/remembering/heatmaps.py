@@ -33,6 +33,7 @@ def combined(values: Tensor, shares: Tensor) -> Tensor:
 
     Beyond the border stands what is at the border.
 
+    >>> import torch
     >>> even = torch.full((1, 9, 4, 2, 2), 1 / 9)
     >>> combined(torch.ones(1, 1, 2, 2), even).shape
     torch.Size([1, 1, 4, 4])
