@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import workbench
 from support.unavailable import unavailable
+from support.work import WORK, Ends, same
 from workbench import RayWorkers, Variant, Workbench
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.storage.result import Result
 from workbench.workers.packing import names_of, packed, unpacked
 from workbench.workers.queue import Queue
-
-TEXT = "John gave a book to Mary. Mary gave a drink to John. " * 8
 
 
 @pytest.fixture(scope="module")
@@ -48,109 +47,34 @@ def task() -> Any:
     return workbench.tasks.ioi(6, seed=0)
 
 
-def sweep(wb: Workbench, task: Any, **how: Any) -> Result:
-    heads = [Variant((layer, head), how=way) for layer in (0, 2, 3) for head in (1, 5) for way in ("mean", "resample")]
-    return workbench.run_sweep(wb, heads, task.batches(wb.tokenizer, 3), ["logit_diff", "loss"][:1], **how)
-
-
-def importance(wb: Workbench, task: Any, **how: Any) -> Result:
-    batches = list(task.batches(wb.tokenizer, 3))
-    return workbench.head_importance(wb, batches, "logit_diff", ["ablation", "gradient"], heads={(0, 1), (2, 3)}, **how)
-
-
-def circuit(wb: Workbench, task: Any, **how: Any) -> Result:
-    return workbench.find_circuit(wb, task, batch_size=3, **how)
-
-
-def edges(wb: Workbench, task: Any, **how: Any) -> Result:
-    return workbench.find_circuit(wb, task, "eap_ig", batch_size=3, steps=2, **how)
-
-
-def ablations(wb: Workbench, task: Any, **how: Any) -> Result:
-    return workbench.ablate_heads(wb, task, "resample", batch_size=3, **how)
-
-
-def patterns(wb: Workbench, task: Any, **how: Any) -> Result:
-    return workbench.patch_heads(wb, task, "pattern", batch_size=3, **how)
-
-
-def layers(wb: Workbench, task: Any, **how: Any) -> Result:
-    return workbench.patch_layers(wb, task, positions=["end"], batch_size=3, **how)
-
-
-def masks(wb: Workbench, task: Any, **how: Any) -> Result:
-    inputs = wb.tokenize("Mary and John went to the store. John gave a drink to")
-    return workbench.saliency(wb, inputs, n_masks=40, exact=False, decoding={"max_new_tokens": 2}, **how)
-
-
-def corpus(wb: Workbench, task: Any, **how: Any) -> Result:
-    return workbench.head_atlas_over(wb, [TEXT], tokens=150, length=24, batch=2, recent=4, **how)
-
-
-WORK = [sweep, importance, circuit, edges, ablations, patterns, layers, masks, corpus]
-
-
-def same(one: Any, two: Any, at: str = "") -> None:
-    """All that two results hold, to the bit; but for when and how long."""
-    if isinstance(one, Tensor):
-        assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0)), at
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), at
-        for name in one:
-            if name not in ("captured_at", "seconds"):
-                same(one[name], two[name], f"{at}.{name}")
-    elif isinstance(one, (tuple, list)):
-        assert len(one) == len(two), at
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            same(a, b, f"{at}[{i}]")
-    elif isinstance(one, Result):
-        same(vars(one), vars(two), type(one).__name__)
-    else:
-        assert one == two or one != one, at
-
-
 @pytest.fixture(scope="module")
 def here(wb: Workbench, task: Any) -> Callable[[Any], Result]:
     """What this process gives, once."""
-    found: dict[Any, Result] = {}
+    found: dict[str, Result] = {}
 
-    def of(work: Any) -> Result:
+    def of(work: str) -> Result:
         if work not in found:
-            found[work] = work(wb, task, progress=False)
+            found[work] = WORK[work](wb, task, progress=False)
         return found[work]
 
     return of
 
 
-@pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
+@pytest.mark.parametrize("work", WORK)
 def test_workers_give_what_this_process_gives(
-    workers: RayWorkers, wb: Workbench, task: Any, here: Any, work: Any
+    workers: RayWorkers, wb: Workbench, task: Any, here: Any, work: str
 ) -> None:
-    same(here(work), work(wb, task, engine=workers, progress=False))
+    same(here(work), WORK[work](wb, task, engine=workers, progress=False))
 
 
-class Ends(nn.Module):
-    """Its process ends at the third forward, the first time that it comes to it, if it is a worker."""
-
-    def __init__(self, flag: Path) -> None:
-        super().__init__()
-        self.flag, self.driver, self.seen = flag, os.getpid(), 0
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.seen += 1
-        if self.seen == 3 and os.getpid() != self.driver and not self.flag.exists():
-            self.flag.touch()
-            os._exit(1)
-
-
-@pytest.mark.parametrize("work", [sweep, importance, edges, masks, corpus], ids=lambda work: work.__name__)
+@pytest.mark.parametrize("work", ["sweep", "importance", "edges", "masks", "corpus"])
 def test_a_worker_that_ends_costs_nothing_but_its_unit(
-    workers: RayWorkers, wb: Workbench, task: Any, here: Any, work: Any, tmp_path: Path
+    workers: RayWorkers, wb: Workbench, task: Any, here: Any, work: str, tmp_path: Path
 ) -> None:
     want, lost = here(work), workers.lost
-    hook = wb.model.model.norm.register_forward_hook(Ends(tmp_path / "ended"))
+    hook = wb.model.transformer.ln_f.register_forward_hook(Ends(tmp_path / "ended"))
     try:
-        found = work(wb, task, engine=workers, progress=False)
+        found = WORK[work](wb, task, engine=workers, progress=False)
     finally:
         hook.remove()
     assert (tmp_path / "ended").exists()
@@ -159,7 +83,7 @@ def test_a_worker_that_ends_costs_nothing_but_its_unit(
 
 
 def test_draws_of_prompts(workers: RayWorkers, here: Any) -> None:
-    found = here(circuit)
+    found = here("circuit")
     same(workbench.circuit_stability(found, n_bootstrap=4),
          workbench.circuit_stability(found, n_bootstrap=4, engine=workers))  # fmt: skip
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from workbench.errors import WorkbenchError
 from workbench.session.workbench import Workbench, attach
@@ -156,6 +157,7 @@ def attached(found: bytes) -> Workbench:
     if load is not None:
         given = load()
     model, tokenizer = given if isinstance(given, tuple) else (given, None)
+    _keep_hooks_apart(model)
     wb = attach(model, tokenizer, **settings)
     if load is not None and wb.weights_identity() != weights:
         raise WorkbenchError(
@@ -163,3 +165,15 @@ def attached(found: bytes) -> Workbench:
             hint="load the same checkpoint in the same dtype, or leave load= out and the model itself is sent",
         )
     return wb
+
+
+def _keep_hooks_apart(model: nn.Module) -> None:
+    """New hooks are numbered behind those that a model has brought from another process, which they would replace."""
+    held = [
+        number
+        for module in model.modules()
+        for name, hooks in vars(module).items()
+        if name.endswith("_hooks") and isinstance(hooks, dict)
+        for number in hooks
+    ]
+    RemovableHandle.next_id = max([RemovableHandle.next_id, *(number + 1 for number in held)])
