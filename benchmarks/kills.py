@@ -3,7 +3,7 @@
     python benchmarks/kills.py [--times 20] [--only worker driver rank]
 
 Each time somewhere else. What is found in spite of it, or gone on with after it, must be what an undisturbed run gives,
-to the bit; the other process of a split model must end with an error that names the one that was killed, within a minute.
+to the bit; the other process of a split model must end with an error that names the one that was killed, in a minute.
 Writes nothing; the cheapest of these stand in the tests.
 """
 

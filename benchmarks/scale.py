@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import workbench
 from workbench import RayWorkers, Variant
 from workbench.kernels.disaggregation import packed, plan
 from workbench.kernels.sequence_parallel import SplitSequence
+from workbench.workers.documents import PLANNED, ROUND_ROBIN, document_statistics
 
 HEADING = "More processes"
 VARIANTS, LONG = 500, 8192
@@ -176,6 +178,30 @@ def rank_main(rank: int, folder: str, rounds: int) -> None:
     dist.destroy_process_group()
 
 
+def documents(rounds: int) -> list[list[str]]:
+    """Statistics of documents of mixed length on two workers, given out by the planner and in turn."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    names = ["entropy", "distance", "peak_key"]
+    with torch.no_grad(), workbench.attach(hf.LlamaForCausalLM(config).eval()) as wb, wb.capture(()) as cap:
+        for n in DOCUMENTS:
+            wb.model(input_ids=torch.randint(256, (1, n)), use_cache=False, logits_to_keep=1)
+    with RayWorkers(2) as two:
+        arms = {
+            how: partial(document_statistics, cap.calls, names, engine=two, how=how) for how in (ROUND_ROBIN, PLANNED)
+        }
+        found = timed(arms, rounds)
+    return [
+        [
+            f"statistics of {len(DOCUMENTS)} documents on two workers, planned against in turn",
+            spread(ratios(found, ROUND_ROBIN, PLANNED)) + " times as fast",
+        ]
+    ]
+
+
 def balance() -> list[list[str]]:
     """The planner's loads for two devices."""
     made = plan(packed(DOCUMENTS, 2))
@@ -198,7 +224,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if asked.rank:
         return rank_main(int(asked.rank[0]), asked.rank[1], asked.rounds)
-    rows = [*sequence(asked.rounds), *sweeps(asked.rounds), *balance()]
+    rows = [*sequence(asked.rounds), *sweeps(asked.rounds), *documents(asked.rounds), *balance()]
     text = table(["what", "ratio in one run"], rows)
     note = (
         f"Processes of one thread each on two cores, {asked.rounds} rounds in which arms take turns; median, smallest "

@@ -17,8 +17,10 @@ import workbench
 from support.unavailable import unavailable
 from support.work import WORK, Ends, same
 from workbench import RayWorkers, Variant, Workbench
-from workbench.errors import InterventionError, WorkbenchError
+from workbench.errors import CaptureError, InterventionError, WorkbenchError
+from workbench.kernels.softmax import SoftmaxPattern
 from workbench.storage.result import Result
+from workbench.workers.documents import document_statistics, shares_of
 from workbench.workers.packing import names_of, packed, unpacked
 from workbench.workers.queue import Queue
 
@@ -171,3 +173,34 @@ def test_units_of_a_group_go_to_one_worker_until_one_would_be_idle() -> None:
     assert [queue.take(worker)[1] for worker in (0, 1, 0, 0, 0)] == [(0, 0), (1, 3), (0, 1), (0, 2), (1, 4)]
     assert queue.put_back(4, (1, 4), 0) == 1
     assert [queue.take(1), queue.take(0), queue.take(0)] == [(4, (1, 4)), (5, (1, 5)), None]
+
+
+def test_documents_are_computed_by_whoever_has_room(workers: RayWorkers, wb: Workbench) -> None:
+    """Rows of documents, cut by the planner, are those of their captures."""
+    ids = torch.randint(3, 300, (1, 96), generator=torch.Generator().manual_seed(2))
+    names = ["entropy", "peak_key", "distance"]
+    with torch.no_grad(), wb.capture(names) as cap:
+        for n in (96, 7, 31, 12, 50, 9):
+            wb.model(input_ids=ids[:, :n], use_cache=False)
+    for how in ("planned", "round-robin"):
+        found = document_statistics(cap.calls, names, engine=workers, how=how)
+        for one, want in zip(found, cap.calls, strict=True):
+            for site in want:
+                for name in names:
+                    torch.testing.assert_close(
+                        one[site.site.name][name], site.statistics[name], atol=1e-5, rtol=1e-5, equal_nan=True
+                    )
+    with pytest.raises(CaptureError, match="sums over queries"):
+        document_statistics(cap.calls, ["received"], engine=workers)
+    with pytest.raises(CaptureError, match="planned or round-robin"):
+        document_statistics(cap.calls, names, engine="local", how="by hand")
+
+
+def test_planned_shares_are_even() -> None:
+    lengths = [2048, 96, 512, 128, 1536, 64, 256, 768]
+    pattern = SoftmaxPattern(*torch.zeros(2, 1, 2, 4, 8))
+    loads = {how: [sum(item.pairs for item in items) for items in shares_of(lengths, 2, how, pattern)]
+             for how in ("planned", "round-robin")}  # fmt: skip
+    assert max(loads["planned"]) <= 1.1 * sum(loads["planned"]) / 2
+    assert max(loads["round-robin"]) > 1.5 * sum(loads["round-robin"]) / 2
+    assert sum(loads["planned"]) == sum(loads["round-robin"]) == sum(n * (n + 1) // 2 for n in lengths)
