@@ -11,6 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from workbench.gallery import processes
 from workbench.investigator import ANALYSES, Investigation, investigate
 from workbench.mechanisms import Card, Claim
 from workbench.mechanisms.dualformer import Vocabulary, draw, drop, search
@@ -195,7 +196,10 @@ EXHIBITS = {
     one.name: one
     for one in (
         Exhibit("agent-s2", agent_s2_card, _agent_s2),
+        Exhibit("cad", processes.cad_card, processes.cad_views),
+        Exhibit("distributed", processes.distributed_card, processes.lasp_views),
         Exhibit("dualformer", dualformer_card, _dualformer),
+        Exhibit("lasp-2", processes.lasp_card, processes.lasp_views),
     )
 }
 """By name, shown behind the mechanisms."""
