@@ -17,8 +17,8 @@ from typing import Any
 from workbench.errors import WorkbenchError
 from workbench.session.workbench import Workbench
 from workbench.workers.cluster import Cluster
-from workbench.workers.engine import Elsewhere, Run, Unit
 from workbench.workers.packing import packed_job, packed_model
+from workbench.workers.protocol import Elsewhere, Run, Unit
 from workbench.workers.queue import Queue
 from workbench.workers.worker import Raised, Worker
 
@@ -127,7 +127,7 @@ class RayWorkers:
         in_order: bool = True,
         group: Callable[[Unit], Hashable] | None = None,
     ) -> Iterator[tuple[Unit, Any]]:
-        """See `workbench.workers.engine.Engine`.
+        """See `workbench.workers.protocol.Engine`.
 
         Raises:
             WorkbenchError: workers that end again and again; what a function raised in a worker, as it is.
