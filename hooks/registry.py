@@ -34,9 +34,14 @@ class Listener(Protocol):
 
 
 class Around(Protocol):
-    """What stands between models and all listeners, with a kernel of its own in the place of the backend's."""
+    """What stands between models and all listeners, with a kernel of its own in the place of the backend's.
+
+    Attributes:
+        lse: the log-sum-exp [batch, head, query] of the kernel's last call, if it gave one.
+    """
 
     name: str
+    lse: Tensor | None
 
     def kernel(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]: ...
 
@@ -171,6 +176,8 @@ def read(
         return facts | _as_sdpa(module, q, k, v, mask, given, inner)
     facts |= {"softcap": given.get("softcap"), "sinks": given.get("s_aux")}
     if kind == "flash":
+        if _listeners.around is not None:
+            facts["lse"] = _listeners.around.lse
         return facts | _as_flash(site, module, q, k, mask, given) | of_pages
     if kind == "flex":
         return facts | {"mask": from_block_mask(mask, q, k)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import workbench
 from support.unavailable import unavailable
-from support.work import WORK, Ends, same
+from support.work import WORK, Ends, Fails, same
 from workbench import RayWorkers, Variant, Workbench
 from workbench.errors import CaptureError, InterventionError, WorkbenchError
 from workbench.kernels.softmax import SoftmaxPattern
@@ -88,18 +86,6 @@ def test_draws_of_prompts(workers: RayWorkers, here: Any) -> None:
     found = here("circuit")
     same(workbench.circuit_stability(found, n_bootstrap=4),
          workbench.circuit_stability(found, n_bootstrap=4, engine=workers))  # fmt: skip
-
-
-class Fails:
-    """A metric that fails on a batch of one example as long as a file is there."""
-
-    def __init__(self, flag: Path) -> None:
-        self.flag = str(flag)
-
-    def __call__(self, output: Any, batch: Any) -> Tensor:
-        if len(batch["input_ids"]) == 1 and os.path.exists(self.flag):
-            raise ValueError("not now")
-        return output.logits[:, -1, 5]
 
 
 def test_what_is_done_is_kept_and_gone_on_with_here(

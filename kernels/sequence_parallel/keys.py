@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from workbench.kernels.sequence_parallel.blocks import join
 from workbench.kernels.sequence_parallel.split import SplitSequence
 
 _ROWS = 256  # queries of a tile
@@ -24,11 +25,18 @@ def keys_so_far(k: Tensor, v: Tensor, split: SplitSequence) -> tuple[Tensor, Ten
     return keys, values
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """softmax(scale · q kᵀ) v [batch, head, query, width] where the queries are the last of the keys' positions.
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor | None]:
+    """softmax(scale · q kᵀ) v where the queries are the last of the keys' positions.
 
-    In tiles of queries on PyTorch's kernel, so that no mask is larger than a tile.
+    Without gradients on a CPU, PyTorch's kernel runs twice, on the keys before the queries and on their own, and the
+    halves are joined by their log-sum-exps; else it runs in tiles of queries. No mask is larger than a tile.
+
+    Returns:
+        The output [batch, head, query, width], and the log-sum-exp [batch, head, query]; None where it runs in tiles.
     """
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if q.device.type == "cpu" and not learns and q.shape[-1] == v.shape[-1]:
+        return _in_halves(q, k, v, scale)
     offset, outs = k.shape[2] - q.shape[2], []
     for first in range(0, q.shape[2], _ROWS):
         last = min(first + _ROWS, q.shape[2])
@@ -40,7 +48,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
                 q[:, :, first:last], keys, values, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         )
-    return torch.cat(outs, dim=2)
+    return torch.cat(outs, dim=2), None
+
+
+def _in_halves(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    group, offset = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
+    keys, values = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
+
+    def run(at: slice, causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, keys[:, :, at], values[:, :, at], is_causal=causal, scale=scale
+        )
+        return out, lse
+
+    out, lse = run(slice(offset, None), True)
+    if offset:
+        out, lse = join(out, lse, *run(slice(0, offset), False))
+    return out.to(v.dtype), lse
 
 
 class _All(torch.autograd.Function):

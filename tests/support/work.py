@@ -97,3 +97,15 @@ class Ends:
         except FileExistsError:
             return
         os._exit(1)
+
+
+class Fails:
+    """A metric that fails on a batch of one example as long as a file is there."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = str(flag)
+
+    def __call__(self, output: Any, batch: Any) -> Tensor:
+        if len(batch["input_ids"]) == 1 and os.path.exists(self.flag):
+            raise ValueError("not now")
+        return output.logits[:, -1, 5]

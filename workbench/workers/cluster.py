@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +20,7 @@ class Cluster:
     """The connection to Ray, and the actors that were started on it.
 
     Args:
-        kind: class of the actors; made with their number of threads.
+        kind: class of the actors; made with their number of threads and the path of modules.
         workers, cpus, gpus, memory, address, patience: as of `RayWorkers`.
     """
 
@@ -63,7 +65,7 @@ class Cluster:
             try:
                 ray.init(
                     address=self._address, include_dashboard=False if own else None, log_to_driver=False,
-                    logging_level="ERROR", **size,
+                    logging_level=logging.ERROR, **size,
                 )  # fmt: skip
                 break
             except Exception as error:  # Ray raises plain exceptions, such as of a machine that is too busy to start
@@ -161,7 +163,11 @@ class Cluster:
         asked: dict[str, Any] = {"num_cpus": self._cpus, "num_gpus": self._gpus}
         if self._memory:
             asked["memory"] = self._memory
-        return self.ray.remote(self._kind).options(max_restarts=0, max_task_retries=0, **asked).remote(self._cpus)
+        return (
+            self.ray.remote(self._kind)
+            .options(max_restarts=0, max_task_retries=0, **asked)
+            .remote(self._cpus, [one or os.getcwd() for one in sys.path])
+        )
 
 
 def _children() -> set[int]:

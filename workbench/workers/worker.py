@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +26,17 @@ class Raised:
 
 
 class Worker:
-    """One worker."""
+    """One worker.
 
-    def __init__(self, threads: int) -> None:
+    Args:
+        threads: that torch takes. path: where the process that sends work finds modules.
+    """
+
+    def __init__(self, threads: int, path: Sequence[str] = ()) -> None:
         import torch
 
         torch.set_num_threads(threads)
+        sys.path += [one for one in path if one not in sys.path and os.path.isdir(one)]
         self._model, self._wb = "", None  # type: str, Workbench | None
         self._job, self._opened, self._run = "", ExitStack(), None  # type: str, ExitStack, Any
 
@@ -80,6 +87,11 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 def _told(error: BaseException) -> Raised:
     where = traceback.format_exc()
+    if isinstance(error, ModuleNotFoundError):
+        error = WorkbenchError(
+            f"a worker cannot import what was sent: {error}",
+            hint="put the function into the notebook or script itself, or into a module that is installed everywhere",
+        )
     try:
         packed(error)
     except WorkbenchError:
