@@ -458,6 +458,20 @@ def spikes() -> SpikeActivity:
     return workbench.spike_activity(model, [images], shown=8)
 
 
+def _exhibit() -> View:
+    """What a study shows, with a panel of each sort."""
+    from workbench.mechanisms.studies import Atoms, Bars, Exhibit, Heat, Lines
+
+    ramp = torch.linspace(0, 1, 6)
+    panels = (
+        Heat("map", ramp.outer(ramp), "head", "key", boxes=[(1, 1, 2, 2)]),
+        Lines("lines", range(6), {"one": ramp, "other": 1 - ramp}, "step", "share", [(1, 3, "shaded")]),
+        Bars("bars", ["a", "b"], {"before": [0.2, 0.4], "after": [0.3, 0.1]}, "share"),
+        Atoms("atoms", torch.eye(3), ("Fe", "O", "O"), ramp[:3], torch.ones(3, 3) / 3),
+    )
+    return workbench.views.of(Exhibit("Exhibit", "What a study shows.", panels))
+
+
 @cache
 def reads_memory() -> workbench.MemoryReading:
     """What a random tracker reads of the frames that it remembers."""
@@ -536,6 +550,7 @@ FIGURES: dict[str, Callable[[], View]] = {
     "spikes": _shown(spikes, 0),
     "spike raster": _shown(spikes, 1),
     "energy": _shown(spikes, 2),
+    "exhibit": _exhibit,
 }
 """What results show as figures, in which nothing is chosen or set."""
 

@@ -305,7 +305,8 @@ class Recorder:
             if call.compiled:
                 self.compiled.add(call.compiled)
             options = self._options(forward, site, pattern, names)
-            statistics = streaming.statistics(pattern, names, options)
+            with self.pending.at(site.name):
+                statistics = streaming.statistics(pattern, names, options)
             if check:
                 check_last_row(call, pattern)
             kind = _kind(pattern, names)

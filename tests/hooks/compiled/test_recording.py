@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import workbench
 from support.tiny import family, make
 from workbench import Capture, CaptureError, InterventionError
+from workbench.hooks.compiled.operator import ATTENTION
 from workbench.hooks.compiled.regions import find_regions
 
 GPT2, LLAMA = family("gpt2"), family("llama-gqa")
@@ -378,6 +379,23 @@ def test_a_stance_that_forbids_to_compile(ids: Tensor, stance: str) -> None:
     ):
         built(ids)
     assert 'compiled="eager"' in str(caught.value)
+
+
+def test_cuda_graphs(ids: Tensor) -> None:
+    """Whole, they are refused; inductor leaves our operator out of those that it makes."""
+    model = make(GPT2)
+
+    def cudagraphs(graph: Any, inputs: Any) -> Any:  # named as PyTorch's, which needs a GPU to run
+        return graph.forward
+
+    built = torch.compile(model, backend=cudagraphs)
+    with workbench.attach(built) as wb, pytest.raises(CaptureError, match="CUDA graphs") as caught, wb.capture():
+        pytest.fail("it began")
+    assert 'compiled="eager"' in str(caught.value)
+    with torch.no_grad(), workbench.attach(built, compiled="eager") as wb, wb.capture(NAMES) as cap:
+        built(ids)
+    assert len(cap.sites) == 2
+    assert torch.Tag.cudagraph_unsafe in ATTENTION.tags
 
 
 def test_two_workbenches_on_one_compiled_part() -> None:
