@@ -1,4 +1,4 @@
-"""Work on workers of Ray: the numbers of this process to the bit, whatever happens to a worker."""
+"""Work on workers of Ray: the numbers of this process, whatever happens to a worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 import workbench
 from support.unavailable import unavailable
-from support.work import WORK, Ends, Fails, same
+from support.work import ROUNDED, WORK, Ends, Fails, same
 from workbench import RayWorkers, Variant, Workbench
 from workbench.errors import CaptureError, InterventionError, WorkbenchError
 from workbench.kernels.softmax import SoftmaxPattern
@@ -64,7 +64,7 @@ def here(wb: Workbench, task: Any) -> Callable[[Any], Result]:
 def test_workers_give_what_this_process_gives(
     workers: RayWorkers, wb: Workbench, task: Any, here: Any, work: str
 ) -> None:
-    same(here(work), WORK[work](wb, task, engine=workers, progress=False))
+    same(here(work), WORK[work](wb, task, engine=workers, progress=False), rounded=work in ROUNDED)
 
 
 @pytest.mark.parametrize("work", ["sweep", "importance", "edges", "masks", "corpus"])

@@ -23,8 +23,6 @@ from workbench.session.workbench import Workbench, attach
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_LINE = 64  # bytes
-
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -144,10 +142,9 @@ def packed_model(wb: Workbench, load: Callable[[], Any] | None) -> bytes:
         WorkbenchError: the model cannot be pickled.
     """
     settings = {"check": bool(len(wb.sites)), "layout": wb.stated_layout}
-    places = {name: one.data_ptr() % _LINE for name, one in _weights(wb.model).items()}
     if load is None:
-        return packed(((wb.model, wb.tokenizer), None, "", settings, places))
-    return packed((None, load, wb.weights_identity(), settings, places))
+        return packed(((wb.model, wb.tokenizer), None, "", settings))
+    return packed((None, load, wb.weights_identity(), settings))
 
 
 def attached(found: bytes) -> Workbench:
@@ -156,12 +153,11 @@ def attached(found: bytes) -> Workbench:
     Raises:
         WorkbenchError: a model that is loaded has other weights than the one it stands for.
     """
-    given, load, weights, settings, places = unpacked(found)
+    given, load, weights, settings = unpacked(found)
     if load is not None:
         given = load()
     model, tokenizer = given if isinstance(given, tuple) else (given, None)
     _keep_hooks_apart(model)
-    _place(model, places)
     wb = attach(model, tokenizer, **settings)
     if load is not None and wb.weights_identity() != weights:
         raise WorkbenchError(
@@ -181,23 +177,3 @@ def _keep_hooks_apart(model: nn.Module) -> None:
         for number in hooks
     ]
     RemovableHandle.next_id = max([RemovableHandle.next_id, *(number + 1 for number in held)])
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: one for name, one in (*model.named_parameters(), *model.named_buffers()) if one.device.type == "cpu"}
-
-
-def _place(model: nn.Module, places: Mapping[str, int]) -> None:
-    """Weights as they lie in the other process within 64 bytes, by which products choose their order of summation."""
-    for name, one in _weights(model).items():
-        alone = one.is_contiguous() and one.untyped_storage().nbytes() == one.nbytes and one.nbytes > 0
-        if not alone or name not in places or one.data_ptr() % _LINE == places[name]:
-            continue
-        room = torch.empty(one.nbytes + _LINE, dtype=torch.uint8)
-        first = (places[name] - room.data_ptr()) % _LINE
-        there = room[first : first + one.nbytes]
-        if there.storage_offset() % one.element_size():
-            continue  # no such tensor can be made
-        new = there.view(one.dtype).view(one.shape)
-        new.copy_(one.detach())
-        one.data = new

@@ -29,7 +29,7 @@ class RayWorkers:
     """Workers of Ray that analyses run on: `run_sweep(…, engine=RayWorkers(2))`; `engine="ray"` takes the defaults.
 
     They start when they are first needed and end with `close()`, or with a `with`. Each has a copy of the model, as it
-    is when an analysis begins, and computes what this process would: to the bit where it has as many threads.
+    is when an analysis begins, and computes what this process would, by the same operations on the same shapes.
 
     Args:
         workers: how many; by default one for every `cpus` (or `gpus`) of the cluster.
