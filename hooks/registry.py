@@ -33,11 +33,27 @@ class Listener(Protocol):
     ) -> Any: ...
 
 
+class Around(Protocol):
+    """What stands between models and all listeners, with a kernel of its own in the place of the backend's.
+
+    Attributes:
+        lse: the log-sum-exp [batch, head, query] of the kernel's last call, if it gave one.
+    """
+
+    name: str
+    lse: Tensor | None
+
+    def kernel(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]: ...
+
+    def run(self, function: Backend, module: nn.Module, *args: Any, **kwargs: Any) -> Any: ...
+
+
 class _Listeners(threading.local):
     """Those of this thread, the innermost last."""
 
     def __init__(self) -> None:
         self.stack: list[Listener] = []
+        self.around: Around | None = None
 
 
 _listeners = _Listeners()
@@ -84,6 +100,16 @@ def stop_listening(listener: Listener) -> None:
     _listeners.stack[:] = [other for other in _listeners.stack if other != listener]
 
 
+def around() -> Around | None:
+    """What stands around the backends in this thread."""
+    return _listeners.around
+
+
+def put_around(one: Around | None) -> None:
+    """From here on, in this thread, calls go through this, and then to the listeners."""
+    _listeners.around = one
+
+
 def _interface() -> Any:
     """The class of the registry, if `transformers` is loaded: a model of its own cannot be there without it."""
     utils = sys.modules.get("transformers.modeling_utils")
@@ -94,10 +120,13 @@ def _get_interface(self: Any, attn_implementation: str, default: Backend) -> Bac
     assert _original is not None
     if torch.compiler.is_compiling():
         return _original(self, attn_implementation, default)
+    around, name = _listeners.around, attn_implementation or ""
     function: Backend = _original(self, attn_implementation, default)
+    if around is not None:
+        name, function = around.name, around.kernel
     for listener in _listeners.stack:
-        function = partial(_run, listener, attn_implementation or "", function)
-    return function
+        function = partial(_run, listener, name, function)
+    return function if around is None else partial(around.run, function)
 
 
 def _run(listener: Listener, backend: str, function: Backend, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -147,6 +176,8 @@ def read(
         return facts | _as_sdpa(module, q, k, v, mask, given, inner)
     facts |= {"softcap": given.get("softcap"), "sinks": given.get("s_aux")}
     if kind == "flash":
+        if _listeners.around is not None:
+            facts["lse"] = _listeners.around.lse
         return facts | _as_flash(site, module, q, k, mask, given) | of_pages
     if kind == "flex":
         return facts | {"mask": from_block_mask(mask, q, k)}

@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from workbench.capture.site_capture import SiteCapture
     from workbench.hooks.heads import KVGroup
     from workbench.hooks.readers import Mixing, ModuleRun, gating, reader
+    from workbench.hooks.split_models import split_over
     from workbench.investigator import Investigation, InvestigationInterrupted, Memory, investigate
     from workbench.kernels.functions import attention_function
     from workbench.kernels.statistics import statistic
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
     from workbench.sweep.result import Sweep, SweepInterrupted
     from workbench.sweep.run import run_sweep
     from workbench.sweep.variants import Variant
+    from workbench.workers.ray_workers import RayWorkers
 
 __version__ = "0.1.0"
 
@@ -202,6 +204,8 @@ _LAZY = {
     "Sweep": "workbench.sweep.result",
     "SweepInterrupted": "workbench.sweep.result",
     "Variant": "workbench.sweep.variants",
+    "RayWorkers": "workbench.workers.ray_workers",
+    "split_over": "workbench.hooks.split_models",
     "run_sweep": "workbench.sweep.run",
 }
 _LAZY_MODULES = ("mechanisms", "metrics", "models", "tasks", "views")
@@ -254,6 +258,7 @@ __all__ = [
     "Pruning",
     "PruningCurve",
     "PruningInterrupted",
+    "RayWorkers",
     "Repair",
     "Report",
     "ReportError",
@@ -315,6 +320,7 @@ __all__ = [
     "saliency",
     "singular_vectors",
     "spike_activity",
+    "split_over",
     "statistic",
     "streaming_scores",
     "tasks",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from workbench.capture.across import across_sequence, across_stages, bytes_of
 from workbench.capture.gathering import gather
 from workbench.capture.joined import join
 from workbench.capture.pooling import pool
@@ -20,6 +21,7 @@ from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites, all_here
 from workbench.kernels.patterns import DENSE_LIMIT
+from workbench.kernels.sequence_parallel.split import SplitSequence
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED
 from workbench.storage import files
 from workbench.storage.provenance import Provenance
@@ -286,26 +288,55 @@ class Capture:
             raise CaptureError("the capture does not tell which statistics to stream", hint="capture again")
         return self._with(join(self._forwards, self.settings, self.unrecorded))
 
-    def gathered(self, *, result: bool = False) -> Capture:
-        """The capture with the heads that other processes hold, of a model under tensor parallelism: that of the whole
-        model. It sends what each process holds to all of them, so that every process of the group has to call it, with
-        a capture of the same forwards. Where all heads are here, it is this capture.
+    def gathered(
+        self, *, result: bool = False, split: SplitSequence | None = None, stages: SplitSequence | None = None
+    ) -> Capture:
+        """The capture with what other processes hold: that of the whole model on the whole sequence.
+
+        Of heads, under tensor parallelism, it sends what each process holds to all of them, so that every process of
+        the group has to call it, with a capture of the same forwards. Where all heads are here, it is this capture.
 
         Each process captures for itself, and nothing is sent for it: heads have the numbers of the whole model, and
         those that are elsewhere are NaN. `cap.ledger` and `wb.sites` say which are here.
 
+        Of positions (`split_over`) and of the layers of a pipeline, statistics alone are sent: rows are put side by
+        side, what keys receive is added up. The capture has no patterns then.
+
         Args:
             result: also every head's result, which needs z=True; afterwards no process has the whole projection.
+            split: of the sequence, whose other positions lie in other processes.
+            stages: of the group whose processes hold one stage of a pipeline each, `SplitSequence.of(1, group)`; each
+                stage's modules have the names that they have in the whole model.
 
         Raises:
             CaptureError: the processes captured different things, the capture comes from a file or a pickle, or the
                 model is gone.
         """
+        if split is not None or stages is not None:
+            return self._across(split, stages)
         if all(site.here is None for site in self.sites):
             return self
         made = self._with(gather(self._forwards, result=result))
         made.model_sites = Sites(map(all_here, self.model_sites), self.model_sites.unread, self.model_sites.looked)
         return made
+
+    def _across(self, split: SplitSequence | None, stages: SplitSequence | None) -> Capture:
+        if split is not None and stages is not None:
+            raise CaptureError("a capture is put together over positions or over stages", hint="one after the other")
+        asked = None if self.settings is None else sorted(self.settings.statistics)
+        facts = {"the model's class": str(self._provenance.get("model_class", "")), "the statistics": asked}
+        if split is not None:
+            facts["the model's weights"] = self.provenance.get("weights_sha256")
+            return self._with(across_sequence(self._forwards, split, facts))
+        assert stages is not None
+        forwards, sites = across_stages(self._forwards, stages, list(self.model_sites), facts)
+        made = self._with(forwards)
+        made.model_sites = Sites(sites, self.model_sites.unread, self.model_sites.looked)
+        return made
+
+    def bytes_to_gather(self, split: SplitSequence) -> int:
+        """Bytes that this process gives into `gathered(split=…)`, before it is called; `split.sent` counts them."""
+        return bytes_of(self._forwards, split)
 
     def to_cache(self, forward: int = 0, *, limit: int | None = DENSE_LIMIT) -> Cache:
         """One forward under TransformerLens' names: `cache["blocks.3.attn.hook_pattern"]`, `cache["pattern", 3]`.

@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from workbench.gallery import looking
+from workbench.gallery import looking, processes
 from workbench.investigator import ANALYSES, Investigation, investigate
 from workbench.mechanisms import Card, Claim
 from workbench.mechanisms.dualformer import Vocabulary, draw, drop, search
@@ -198,7 +198,10 @@ EXHIBITS = {
     one.name: one
     for one in (
         Exhibit("agent-s2", agent_s2_card, _agent_s2),
+        Exhibit("cad", processes.cad_card, processes.cad_views),
+        Exhibit("distributed", processes.distributed_card, processes.lasp_views),
         Exhibit("dualformer", dualformer_card, _dualformer),
+        Exhibit("lasp-2", processes.lasp_card, processes.lasp_views),
         Exhibit("v2p", v2p_card, looking.v2p),
         Exhibit("agent-s2-grounding", agent_s2_grounding_card, looking.mixture),
         Exhibit("sam2act", sam2act_card, looking.sam2act),

@@ -263,6 +263,9 @@ class _Running(threading.local):
     batch: Mapping[str, Any] | None = None
     donors: list[list[int]] | None = None
 
+    def __reduce__(self) -> tuple[type[_Running], tuple[()]]:
+        return _Running, ()  # in another process nothing runs yet
+
 
 def _everywhere(z: Tensor) -> Tensor:
     """[batch, position] of z [batch, head, position, width]: all real."""

@@ -148,6 +148,11 @@ class Workbench(Interventions):
     ) -> None:
         self.detach()
 
+    @property
+    def stated_layout(self) -> dict[str, str]:
+        """By site, what `attach` was told of its axes."""
+        return dict(self._layouts.stated)
+
     def check_open(self) -> None:
         """Raise an AttachError if the workbench is detached."""
         if not self._open:

@@ -80,7 +80,8 @@ def _sums_of_bytes(tensor: torch.Tensor) -> bytes:
     digest, summed = hashlib.sha256(), flat[: 8 * rows * _SUMS]
     if rows:
         digest.update(summed.view(torch.int64).view(rows, _SUMS).sum(0).cpu().numpy().data)
-    digest.update(flat[len(summed) :].cpu().numpy().data)
+    # A copy: what NumPy has seen cannot be resized any more, as FSDP resizes the weights that it has gathered.
+    digest.update(flat[len(summed) :].cpu().clone().numpy().data)
     return digest.digest()
 
 

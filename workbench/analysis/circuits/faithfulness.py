@@ -19,6 +19,7 @@ from workbench.analysis.statistics.intervals import mean_t
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
+from workbench.workers.engine import Engine
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,6 +141,7 @@ def circuit_faithfulness(
     seed: int = 0,
     batch_size: int = 25,
     memory: int = 1 << 30,
+    engine: str | Engine = "local",
     progress: bool = True,
 ) -> Faithfulness:
     """Keep a circuit, ablate everything else, and measure the task.
@@ -154,6 +156,7 @@ def circuit_faithfulness(
         minimality: leave out each node in turn.
         keep_mlps: whether a circuit of nodes keeps all MLPs, and the input; by default where it has none itself.
         seed: of the subsets, and of "resample".
+        engine: "local", "ray", or a `workbench.RayWorkers`: who runs the batches.
 
     Raises:
         InterventionError: an empty circuit, or one of another model. TaskError: bad prompts or metric.
@@ -162,7 +165,7 @@ def circuit_faithfulness(
         UserWarning: m(model) − m(nothing) may be 0 or is negative, so that no share is defined.
     """
     circuit.check_not_empty()
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed, engine=engine) as setup:
         circuit.check_model(setup.graph)
         setup.measure_baselines()
         kept, members = kept_and_members(circuit, keep_mlps)

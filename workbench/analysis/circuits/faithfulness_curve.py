@@ -20,6 +20,7 @@ from workbench.errors import InterventionError, WorkbenchError
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
+from workbench.workers.engine import Engine
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,6 +144,7 @@ def faithfulness_curve(
     seed: int = 0,
     batch_size: int = 25,
     memory: int = 1 << 30,
+    engine: str | Engine = "local",
     progress: bool = True,
 ) -> FaithfulnessCurve:
     """Faithfulness of the top edges (or nodes) of a circuit's scores, at several sizes; CPR and CMD.
@@ -171,7 +173,7 @@ def faithfulness_curve(
             f"only {scored} of {n} edges are scored, so circuits of every size cannot be chosen",
             hint='score all edges with method="eap" or "eap_ig"',
         )
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed, engine=engine) as setup:
         circuit.check_model(setup.graph)
         setup.measure_baselines()
         sizes = [int(f * n) for f in several]

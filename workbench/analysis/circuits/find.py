@@ -22,6 +22,7 @@ from workbench.analysis.circuits.patching import ablation_effects
 from workbench.errors import InterventionError, nearest
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
+from workbench.workers.engine import Engine
 
 METHODS = ("path_patching", "eap", "eap_ig", "ablation", "acdc")
 _SIGN = "noising: positive where the clean value improves the metric, as a share of clean minus corrupted"
@@ -76,6 +77,7 @@ def find_circuit(
     memory: int = 1 << 30,
     seed: int = 0,
     resume: str | Path | None = None,
+    engine: str | Engine = "local",
     progress: bool = True,
 ) -> Circuit:
     """Find the circuit of a task.
@@ -106,6 +108,8 @@ def find_circuit(
         batch_size: examples in one forward. memory: bytes that variants side by side may take.
         seed: of "resample", which replaces a prompt by others of the nearest length, several times.
         resume: of "acdc", a file to go on from, if it is there, and to write to; the result is the same to the bit.
+        engine: "local", "ray", or a `workbench.RayWorkers`: who runs the batches; of "acdc", whose edges are tried one
+            after another, "local" only.
 
     Raises:
         TaskError: prompts and twins of unequal length, or that do not differ; answers that cannot be compared; a metric
@@ -123,7 +127,11 @@ def find_circuit(
         raise InterventionError(f"the fraction of heads is {fraction}, it lies above 0 and up to 1")
     if resume is not None and method != "acdc":
         raise InterventionError(f'"{method}" writes no file to resume from', hint='only "acdc" does; leave out resume=')
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
+    if method == "acdc" and engine != "local":
+        raise InterventionError(
+            '"acdc" tries one edge after another, which workers cannot share', hint='engine="local"'
+        )
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed, engine=engine) as setup:
         if method in ("eap", "eap_ig"):
             several = steps if method == "eap_ig" else 1
             return _by_attribution(setup, method, several, path, direction, n_edges, absolute, progress)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -16,6 +18,7 @@ from workbench.analysis.statistics.intervals import draws, halves
 from workbench.analysis.statistics.overlap import jaccard
 from workbench.errors import InterventionError
 from workbench.storage.result import Result
+from workbench.workers.engine import Engine, opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,14 +69,19 @@ class Stability(Result):
 
 
 def circuit_stability(
-    circuit: Circuit, *, n_bootstrap: int = 200, groups: Sequence[object] | None = None, seed: int = 0
+    circuit: Circuit,
+    *,
+    n_bootstrap: int = 200,
+    groups: Sequence[object] | None = None,
+    seed: int = 0,
+    engine: str | Engine = "local",
 ) -> Stability:
     """Draw the prompts of a circuit anew, half as many, choose its nodes or edges again in the same number, and count.
 
     Args:
         circuit: with the scores of single examples.
         groups: one label per prompt, such as its template; whole groups of paraphrases are then drawn.
-        seed: of the draws.
+        seed: of the draws. engine: "local", "ray", or a `workbench.RayWorkers`: who chooses; for large circuits.
 
     Raises:
         InterventionError: the circuit kept no single scores, or there are not as many labels as prompts.
@@ -85,22 +93,29 @@ def circuit_stability(
     names = tuple(circuit.graph.edges) if edges else circuit.graph.senders
     own = circuit.edges_in[exists] if edges else circuit.senders_in
     count, overlaps = torch.zeros(len(names), dtype=torch.float64), []
-
-    def chosen(index: Tensor) -> Tensor:
-        again = circuit.redrawn(index)
-        return again.edges_in[exists] if edges else again.senders_in
-
-    for index in draws(n, n_bootstrap, seed, groups, share=0.5):
-        inside = chosen(index)
+    chosen = partial(_chosen, circuit)
+    drawn = draws(n, n_bootstrap, seed, groups, share=0.5)
+    pairs = halves(n, n_bootstrap, seed, groups)
+    indices = [*((one,) for one in drawn), *pairs]
+    with opened(engine) as workers:
+        found = [each for _, each in workers.over(None, chosen, partial(nullcontext, chosen), indices)]
+    for (inside,) in found[: len(drawn)]:
         count += inside
         overlaps.append(jaccard(inside, own))
-    apart = [jaccard(chosen(one), chosen(other)) for one, other in halves(n, n_bootstrap, seed, groups)]
+    apart = [jaccard(one, other) for one, other in found[len(drawn) :]]
     return Stability(
         circuit=repr(circuit), level=circuit.level, items=tuple(names), frequency=count / n_bootstrap, inside=own,
         jaccard=torch.tensor(overlaps, dtype=torch.float64), unit="prompts" if groups is None else "groups",
         provenance=circuit.provenance | {"n_bootstrap": n_bootstrap, "seed": seed},
         halves=torch.tensor(apart, dtype=torch.float64),
     )  # fmt: skip
+
+
+def _chosen(circuit: Circuit, several: Sequence[Tensor]) -> list[Tensor]:
+    """Of several draws of prompts [prompt], what is in the circuit that each gives."""
+    redrawn = [circuit.redrawn(index) for index in several]
+    edges, exists = circuit.level == "edge", circuit.graph.exists
+    return [again.edges_in[exists] if edges else again.senders_in for again in redrawn]
 
 
 def auroc(circuit: Circuit, reference: Circuit | Iterable[Any], *, absolute: bool = True) -> float:

@@ -6,8 +6,10 @@ import hashlib
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,13 @@ from workbench.analysis.corpus.texts import Corpus, Frame, length_for, windows_o
 from workbench.analysis.head_scores.prompts import HeadNames, self_attention
 from workbench.analysis.logits.asked import check_model
 from workbench.analysis.weights.copying import ov_copying
-from workbench.capture.capture import Capture
 from workbench.errors import CaptureError, FormatError, WorkbenchError
 from workbench.inputs import device_for_inputs, without_cache
 from workbench.session.workbench import Workbench
 from workbench.storage.resumable import kept_when_stopped
 from workbench.sweep.inputs import check_resumed
 from workbench.tokens import piece, visible
+from workbench.workers.engine import Engine, opened
 
 _SAVED_EVERY = 60.0  # seconds
 
@@ -44,6 +46,7 @@ def head_atlas_over(
     recent: int = 64,
     n_examples: int = 4,
     resume: str | Path | None = None,
+    engine: str | Engine = "local",
     progress: bool = True,
 ) -> CorpusAtlas:
     """What every self-attention head does over a corpus.
@@ -71,6 +74,7 @@ def head_atlas_over(
         batch: windows to a forward.
         resume: a file that is written once a minute and at the end. If it is there, it is gone on with: the corpus is
             read again as far as it was done, and must be the same.
+        engine: "local", "ray", or a `workbench.RayWorkers`: who runs the windows.
 
     Raises:
         CaptureError: no tokenizer for a text, a file that is no UTF-8, fewer than two windows, or a model that does not
@@ -96,8 +100,8 @@ def head_atlas_over(
         windows_of(wb, corpus, frame, length) if most is None else islice(windows_of(wb, corpus, frame, length), most)
     )
     bar = tqdm(total=most and most * room, unit="token", unit_scale=True, disable=not progress, desc="atlas")
-    with bar, kept_when_stopped(work.path, work.save, CorpusAtlasInterrupted):
-        for done in work.over(rows):
+    with opened(engine, wb) as workers, bar, kept_when_stopped(work.path, work.save, CorpusAtlasInterrupted):
+        for done in work.over(rows, workers):
             bar.update(done * room)
     n_tokens = work.windows * room
     if work.windows < 2:
@@ -140,16 +144,17 @@ class _Work:
         """How many are done."""
         return 0 if self.sums is None else self.sums.done
 
-    def over(self, rows: Iterator[Tensor]) -> Iterator[int]:
+    def over(self, rows: Iterator[Tensor], workers: Engine) -> Iterator[int]:
         """Go over windows; gives how many are done, batch by batch."""
-        names: list[str] | None = None
         yield self._skip(rows)
-        while several := list(islice(rows, self.batch)):
-            ids = torch.stack(several)
-            if names is None:
-                names = self_attention(self.wb, ids[0].to(device_for_inputs(self.wb.model)))
-            with torch.inference_mode(mode=False), torch.no_grad():
-                self._add(ids, names)
+        batches = self._batches(rows)
+        first = next(batches, None)
+        if first is None:
+            return
+        names = self_attention(self.wb, first[0].to(device_for_inputs(self.wb.model)))
+        seen = partial(_seen, self.wb, names, self.text, self.sinks, self.recent)
+        for ids, found in workers.over(self.wb, seen, partial(nullcontext, seen), chain([first], batches)):
+            self._add(ids, *found)
             yield len(ids)
             if self.path is not None and time.monotonic() - self._saved > _SAVED_EVERY:
                 self.save()
@@ -171,24 +176,15 @@ class _Work:
         self.kv_heads = self.held.kv_heads
         return done
 
-    def _add(self, ids: Tensor, names: list[str]) -> None:
-        inputs = {"input_ids": ids.to(device_for_inputs(self.wb.model)), **without_cache(self.wb.model)}
-        with self.wb.capture(STATISTICS, names, limit=None) as cap:
-            self.wb.model(**inputs)
-        seen = [site for site in cap if site.site.call == 0]
-        if self.sums is None or self.heads is None:
-            self._begin(cap)
-        assert self.sums is not None
-        rows = Rows.of(ids, self.text, self.sinks, self.recent)
-        self.sums = self.sums.after(ids, [measure(site, rows) for site in seen], self._words(ids))
+    def _batches(self, rows: Iterator[Tensor]) -> Iterator[Tensor]:
+        while several := list(islice(rows, self.batch)):
+            yield torch.stack(several)
 
-    def _begin(self, cap: Capture) -> None:
-        seen = [site for site in cap if site.site.call == 0]
-        self.heads = HeadNames.of(seen)
-        self.kv_heads = tuple(
-            head * site.pattern.n_kv_heads // site.shape[1] for site in seen for head in range(site.shape[1])
-        )
-        self.sums = Sums(len(self.heads.layers), self.length, self.examples)
+    def _add(self, ids: Tensor, heads: HeadNames, kv_heads: tuple[int, ...], found: list[Any]) -> None:
+        if self.sums is None or self.heads is None:
+            self.heads, self.kv_heads = heads, kv_heads
+            self.sums = Sums(len(heads.layers), self.length, self.examples)
+        self.sums = self.sums.after(ids, found, self._words(ids))
 
     def _words(self, ids: Tensor) -> Words:
         if self.wb.tokenizer is None:
@@ -241,3 +237,17 @@ class _Work:
         known = {(site, head): float(s) for site, head, s in zip(found.sites, found.numbers, found.scores, strict=True)}
         each = [known.get(one, torch.nan) for one in zip(made.sites, made.numbers, strict=True)]
         return torch.tensor(each, dtype=torch.float64), {}
+
+
+def _seen(
+    wb: Workbench, names: list[str], text: slice, sinks: int, recent: int, ids: Tensor
+) -> tuple[HeadNames, tuple[int, ...], list[Any]]:
+    """Of windows [window, token]: the heads, the kv head of each, and what was measured at each site."""
+    inputs = {"input_ids": ids.to(device_for_inputs(wb.model)), **without_cache(wb.model)}
+    with torch.inference_mode(mode=False), torch.no_grad():
+        with wb.capture(STATISTICS, names, limit=None) as cap:
+            wb.model(**inputs)
+        seen = [site for site in cap if site.site.call == 0]
+        rows = Rows.of(ids, text, sinks, recent)
+        kv = tuple(head * site.pattern.n_kv_heads // site.shape[1] for site in seen for head in range(site.shape[1]))
+        return HeadNames.of(seen), kv, [measure(site, rows) for site in seen]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from workbench.sweep.inputs import check_batches, size_of
 from workbench.sweep.result import Sweep
 from workbench.sweep.run import run_sweep
 from workbench.sweep.variants import Variant
+from workbench.workers.engine import Engine, opened
 
 METHODS = (*WITHOUT_TWINS, "keep_only", *GRADIENTS)
 _NONE = "none of"  # starts the label of a variant without any head of a site
@@ -45,6 +48,7 @@ def head_importance(
     batched: bool = True,
     resumed: bool = True,
     memory: int = 2 << 30,
+    engine: str | Engine = "local",
     progress: bool = True,
 ) -> HeadImportance:
     """How much a model needs each of its heads, example by example.
@@ -71,7 +75,7 @@ def head_importance(
         reference: where means and resampled outputs come from; the batches by default.
         normalise: divide each layer's gradient scores by their Euclidean length, as Michel et al. do.
         seed: of resampling. level: of the intervals of means and medians over examples.
-        resume, batched, resumed, memory, progress: as in `workbench.run_sweep`.
+        resume, batched, resumed, memory, engine, progress: as in `workbench.run_sweep`.
 
     Raises:
         WorkbenchError: bad batches or metrics, an unknown method, no method that has a score.
@@ -109,26 +113,27 @@ def head_importance(
     clean: dict[str, Tensor] = {}
     skipped: dict[tuple[str, str], str] = {}
     swept: Sweep | None = None
-    if variants:
-        flat = [variant for several_variants in variants.values() for variant in several_variants]
-        swept = run_sweep(
-            wb, flat, several, measures, reference=reference, batched=batched, resumed=resumed, memory=memory,
-            resume=resume, seed=seed, progress=progress,
-        )  # fmt: skip
-        harms = _harms(swept, measures)
-        clean = {name: _clean(swept.clean[j], measures[name]) for j, name in enumerate(swept.metrics)}
-        for method in variants:
-            for j, name in enumerate(measures):
-                scores[method, name] = _scores(method, harms, j, chosen, labels)
     gradients = [method for method in named if method in GRADIENTS]
-    for name, measure in measures.items():
-        if gradients and (measure.against_clean or not measure.differentiable):
-            why = "it is smallest at the unedited model" if measure.against_clean else "it has no gradient"
-            skipped.update({(method, name): why for method in gradients})
-        elif gradients:
-            found, values = _gradients(wb, chosen, several, measure, gradients, progress)
-            scores.update({(method, name): found[method] for method in gradients})
-            clean.setdefault(name, values)
+    with opened(engine, wb) as workers:
+        if variants:
+            flat = [variant for several_variants in variants.values() for variant in several_variants]
+            swept = run_sweep(
+                wb, flat, several, measures, reference=reference, batched=batched, resumed=resumed, memory=memory,
+                resume=resume, seed=seed, engine=workers, progress=progress,
+            )  # fmt: skip
+            harms = _harms(swept, measures)
+            clean = {name: _clean(swept.clean[j], measures[name]) for j, name in enumerate(swept.metrics)}
+            for method in variants:
+                for j, name in enumerate(measures):
+                    scores[method, name] = _scores(method, harms, j, chosen, labels)
+        for name, measure in measures.items():
+            if gradients and (measure.against_clean or not measure.differentiable):
+                why = "it is smallest at the unedited model" if measure.against_clean else "it has no gradient"
+                skipped.update({(method, name): why for method in gradients})
+            elif gradients:
+                found, values = _gradients(wb, chosen, several, measure, gradients, workers, progress)
+                scores.update({(method, name): found[method] for method in gradients})
+                clean.setdefault(name, values)
     if not scores:
         raise WorkbenchError(
             "no method has a score", hint="; ".join(f"{m} of {n}: {w}" for (m, n), w in skipped.items())
@@ -228,6 +233,7 @@ def _gradients(
     batches: Sequence[Mapping[str, Any]],
     measure: Metric,
     methods: Sequence[str],
+    workers: Engine,
     progress: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """[head, example] of the gradient methods, and the measure [example]."""
@@ -236,8 +242,10 @@ def _gradients(
     sites = list(dict.fromkeys(site for site, _ in chosen))
     parts: dict[str, list[Tensor]] = {method: [] for method in methods}
     values = []
-    for batch in tqdm(batches, desc=f"gradient of {measure.name}", disable=not progress):
-        value, gates, attention = gate_gradients(wb, sites, batch, measure, attention="attention_gradient" in methods)
+    here = partial(gate_gradients, wb, sites, metric=measure, attention="attention_gradient" in methods)
+    some = workers.over(wb, here, partial(nullcontext, here), batches)
+    for batch, found in tqdm(some, total=len(batches), desc=f"gradient of {measure.name}", disable=not progress):
+        value, gates, attention = found
         values.append(value)
         silent = next((site for site in sites if site.name not in gates), None)
         if silent is not None:

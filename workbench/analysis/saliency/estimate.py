@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from workbench.analysis.saliency.masks import Draw, Masks
 from workbench.analysis.saliency.sums import Sums, seen
+from workbench.session.workbench import Workbench
+from workbench.workers.engine import LOCAL, Engine
 
 _SAVE_EVERY = 30.0  # seconds
 _CHECK_EVERY = 64  # masks between two looks at the precision
@@ -42,12 +46,15 @@ def run(
     progress: bool,
     visible: Sequence[int] = (),
     save: Callable[[], object] | None = None,
+    wb: Workbench | None = None,
+    workers: Engine = LOCAL,
 ) -> str:
     """Add masks to the sums until the budget ends; says why it stopped.
 
     Args:
         visible: see `Sums.maps`.
         save: called now and then, and before an error goes on.
+        wb, workers: whose model is scored, and by whom.
 
     Returns:
         "enumerated", "budget", "seconds", "precision" or "interrupted" (by Ctrl-C, after at least one batch).
@@ -61,8 +68,9 @@ def run(
         return "precision"
     with tqdm(total=total, initial=start, desc="masks", disable=not progress) as bar, torch.inference_mode():
         try:
-            for draws in masks.chunks(start, total, batch_size):
-                scores = [score(draw) for draw in draws]  # all of a batch or nothing, should it be interrupted
+            each = partial(_scored, score)  # all of a batch or nothing, should it be interrupted
+            batches = masks.chunks(start, total, batch_size)
+            for draws, scores in workers.over(wb, each, partial(nullcontext, each), batches):
                 for draw, found in zip(draws, scores, strict=True):
                     sums.add(draw, found)
                     bar.update(len(found))
@@ -88,6 +96,10 @@ def run(
     if budget.precision is not None and not masks.exact and precise(sums, segments, budget.precision, visible):
         return "precision"
     return "enumerated" if masks.exact else "budget"
+
+
+def _scored(score: Callable[[Draw], Tensor], draws: Sequence[Draw]) -> list[Tensor]:
+    return [score(draw) for draw in draws]
 
 
 def noise(mean: Tensor, error: Tensor, visible: Sequence[int] = ()) -> Tensor:

@@ -25,6 +25,7 @@ from workbench.analysis.saliency.segments import GRANULARITIES, checked, each, p
 from workbench.analysis.saliency.sums import Sums
 from workbench.errors import WorkbenchError, nearest
 from workbench.session.workbench import Workbench
+from workbench.workers.engine import Engine, opened
 
 METHODS = ("spes", "encoder_output", *gradients.METHODS)
 
@@ -55,6 +56,7 @@ def saliency(
     batch_size: int = 8,
     resume: Saliency | str | Path | None = None,
     seed: int = 0,
+    engine: str | Engine = "local",
     progress: bool = True,
     decoding: Mapping[str, Any] | None = None,
     **options: Any,
@@ -110,6 +112,7 @@ def saliency(
         exact: enumerate all masks; None for where it is possible.
         batch_size: masks per forward. resume: a partial result to go on from; or a file to go on from, if it is there,
             and to write to now and then.
+        engine: "local", "ray", or a `workbench.RayWorkers`: who runs the masks of the masking estimators.
         options: for captum's methods: n_steps, window, strides, n_segments, repeats.
 
     Raises:
@@ -159,6 +162,8 @@ def saliency(
     if method in gradients.METHODS:
         if resume is not None:
             raise WorkbenchError(f"{method} has no masks to go on from", hint="leave out resume=")
+        if engine != "local":
+            raise WorkbenchError(f"{method} has no masks for workers to share", hint="leave out engine=")
         found = gradients.attribute(
             subject, method, where, segments=cut, baseline=baseline, n_masks=n_masks, batch_size=batch_size,
             seed=seed, progress=progress, **options,
@@ -228,17 +233,11 @@ def saliency(
 
     save = None if file is None else lambda: so_far("interrupted").save(file)
     budget = Budget(n_masks, seconds, precision)
-    stopped = run(
-        sums,
-        masks,
-        score_of,
-        shown,
-        budget,
-        batch_size=batch_size,
-        progress=progress,
-        visible=subject.visible,
-        save=save,
-    )
+    with opened(engine, wb) as workers:
+        stopped = run(
+            sums, masks, score_of, shown, budget, batch_size=batch_size, progress=progress, visible=subject.visible,
+            save=save, wb=wb, workers=workers,
+        )  # fmt: skip
     result = so_far(stopped)
     if file is not None:
         result.save(file)

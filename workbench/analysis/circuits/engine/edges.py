@@ -6,6 +6,9 @@ the sender minus what the sender writes in this very forward. Several choices of
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -13,7 +16,7 @@ from tqdm.auto import tqdm
 from workbench.analysis.circuits.engine.module_hooks import Hook
 from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.replacements import Replacements, replaced_nodes, stream_of
-from workbench.analysis.circuits.engine.setup import Setup
+from workbench.analysis.circuits.engine.setup import Begin, Setup
 from workbench.analysis.circuits.engine.stream import Kept, Key
 
 
@@ -27,25 +30,37 @@ def run_edges(
         how: what patched edges carry; see `Replacements`.
     """
     replacements = Replacements(setup, how)
-    draws = replacements.draws
-    found = torch.zeros(len(kept), len(setup.task), dtype=torch.float64)
+    return _summed(setup, partial(_edges, kept, replacements), len(kept), replacements.draws, progress, note)
+
+
+def _summed(setup: Setup, begin: Begin, n: int, draws: int, progress: bool, note: str) -> Tensor:
+    """[variant, example] of what batches gave, part by part: the first variant, and [variant, batch] of some."""
+    found = torch.zeros(n, len(setup.task), dtype=torch.float64)
+    bar = tqdm(total=n * len(setup.pairs) * draws, disable=not progress, desc=note)
+    with bar, torch.no_grad():
+        for pair, parts in setup.over(begin):
+            for first, measured in parts:
+                found[first : first + len(measured), setup.rows(pair)] += measured / draws
+                bar.update(len(measured))
+    return found
+
+
+def _edges(kept: Tensor, replacements: Replacements, setup: Setup) -> Callable[[Pair], Iterator[tuple[int, Tensor]]]:
+    values_of = replacements.on(setup)
     widest = len(setup.graph.senders) + 2 * max(
         layer.n_heads + 2 * layer.n_kv_heads + layer.mlp for layer in setup.graph.layers
     )
-    bar = tqdm(total=len(kept) * len(setup.pairs) * draws, disable=not progress, desc=note)
-    with torch.no_grad():
-        for pair in setup.pairs:
-            logits, clean, twin = setup.record(pair)
-            most = setup.most(pair, tensors=widest + 16)
-            for values in replacements.several(pair, clean, twin):
-                for first in range(0, len(kept), most):
-                    patched = (~kept[first : first + most] & setup.graph.exists).to(logits.dtype)
-                    out = patch_edges(setup, pair, clean, values, patched)
-                    measured = setup.measure(out, pair, logits, len(patched))
-                    found[first : first + most, setup.rows(pair)] += measured / draws
-                    bar.update(len(patched))
-    bar.close()
-    return found
+
+    def run(pair: Pair) -> Iterator[tuple[int, Tensor]]:
+        logits, clean, twin = setup.record(pair)
+        most = setup.most(pair, tensors=widest + 16)
+        for values in values_of.several(pair, clean, twin):
+            for first in range(0, len(kept), most):
+                patched = (~kept[first : first + most] & setup.graph.exists).to(logits.dtype)
+                out = patch_edges(setup, pair, clean, values, patched)
+                yield first, setup.measure(out, pair, logits, len(patched))
+
+    return run
 
 
 def run_nodes(
@@ -58,24 +73,24 @@ def run_nodes(
         how: what replaces them; see `Replacements`.
     """
     replacements = Replacements(setup, how)
-    draws = replacements.draws
-    found = torch.zeros(len(kept), len(setup.task), dtype=torch.float64)
-    bar = tqdm(total=len(kept) * len(setup.pairs) * draws, disable=not progress, desc=note)
-    with torch.no_grad():
-        for pair in setup.pairs:
-            logits, clean, twin = setup.record(pair)
-            most = setup.most(pair, tensors=24)
-            for values in replacements.several(pair, clean, twin):
-                for first in range(0, len(kept), most):
-                    some = kept[first : first + most]
-                    hooks = {key: [hook] for key, hook in replaced_nodes(setup, some, values, pair.size)}
-                    start = 0 if any(what == "input" for what, _ in hooks) else min((i for _, i in hooks), default=0)
-                    out = setup.stream.run(pair.clean, pair.scored, hooks, times=len(some), start=start)
-                    measured = setup.measure(out, pair, logits, len(some))
-                    found[first : first + most, setup.rows(pair)] += measured / draws
-                    bar.update(len(some))
-    bar.close()
-    return found
+    return _summed(setup, partial(_nodes, kept, replacements), len(kept), replacements.draws, progress, note)
+
+
+def _nodes(kept: Tensor, replacements: Replacements, setup: Setup) -> Callable[[Pair], Iterator[tuple[int, Tensor]]]:
+    values_of = replacements.on(setup)
+
+    def run(pair: Pair) -> Iterator[tuple[int, Tensor]]:
+        logits, clean, twin = setup.record(pair)
+        most = setup.most(pair, tensors=24)
+        for values in values_of.several(pair, clean, twin):
+            for first in range(0, len(kept), most):
+                some = kept[first : first + most]
+                hooks = {key: [hook] for key, hook in replaced_nodes(setup, some, values, pair.size)}
+                start = 0 if any(what == "input" for what, _ in hooks) else min((i for _, i in hooks), default=0)
+                out = setup.stream.run(pair.clean, pair.scored, hooks, times=len(some), start=start)
+                yield first, setup.measure(out, pair, logits, len(some))
+
+    return run
 
 
 def patch_edges(setup: Setup, pair: Pair, clean: Kept, values: Kept, patched: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,14 @@ class Replacements:
             self.donors = donors_of(setup)
             self.draws = len(self.donors[0])
             setup.drawn = {"draws": self.draws, "seed": setup.seed}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "setup"}  # a worker has its own
+
+    def on(self, setup: Setup) -> Replacements:
+        """The same on a setup that is opened anew."""
+        self.setup = setup
+        return self
 
     def several(self, pair: Pair, clean: Kept, twin: Kept) -> list[Kept]:
         """The replacement of each sender in a batch, for each draw; the tensors may be broadcast."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,11 @@ from workbench.storage.weights import weights_stay
 from workbench.sweep.inputs import digest, plain
 from workbench.sweep.variants import about
 from workbench.tasks.base import Task
+from workbench.workers.engine import LOCAL, Engine, opened
 
 NOISING = "noising"
 DENOISING = "denoising"
+Begin = Callable[["Setup"], Callable[[Pair], Iterable[Any]]]
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Setup:
         pairs: the batches. clean, corrupted: [example] of the metric on prompts and twins.
         memory: bytes that repeats may take, by a rough count.
         seed: of resampling. drawn: how prompts were resampled, if they were: "draws" and "seed".
+        workers: who runs batches. arguments: of `open_setup`, by which a worker opens the same.
     """
 
     wb: Workbench
@@ -55,15 +59,34 @@ class Setup:
     clean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     corrupted: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     drawn: dict[str, int] = field(default_factory=dict)
+    workers: Engine = LOCAL
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def graph(self) -> Graph:
         """The model's graph."""
         return self.stream.graph
 
+    def number(self, pair: Pair) -> int:
+        """Of a batch."""
+        return [one.start for one in self.pairs].index(pair.start)
+
     def rows(self, pair: Pair) -> slice:
         """Where a batch's examples are among all."""
         return slice(pair.start, pair.start + pair.size)
+
+    def over(self, begin: Begin, numbers: Iterable[int] | None = None) -> Iterator[tuple[Pair, Iterable[Any]]]:
+        """Each batch with what was found on it, part by part: here as the parts are made, from workers all at once.
+
+        Args:
+            begin: given a setup, here or in a worker, the function of a batch; it is pickled for workers.
+            numbers: of batches; all by default.
+        """
+        run = begin(self)
+        chosen = range(len(self.pairs)) if numbers is None else numbers
+        elsewhere = partial(_opened, self.wb, self.arguments, begin)
+        for number, parts in self.workers.over(self.wb, lambda n: run(self.pairs[n]), elsewhere, chosen):
+            yield self.pairs[number], parts
 
     def measure_baselines(self) -> None:
         """Run prompts and twins once.
@@ -71,13 +94,9 @@ class Setup:
         Raises:
             TaskError: the metric cannot tell them apart.
         """
-        clean, corrupted = [], []
         with torch.no_grad():
-            for pair in self.pairs:
-                plain = self.stream.run(pair.clean, pair.scored)
-                other = self.stream.run(pair.twin, pair.scored)
-                clean.append(self.measure(plain, pair, plain)[0])
-                corrupted.append(self.measure(other, pair, plain)[0])
+            found = [each for _, parts in self.over(_baselines) for each in parts]
+        clean, corrupted = zip(*found, strict=True)
         self.take_baselines(torch.cat(clean), torch.cat(corrupted))
 
     def take_baselines(self, clean: Tensor, corrupted: Tensor) -> None:
@@ -183,11 +202,12 @@ def open_setup(
     memory: int = 1 << 30,
     seed: int = 0,
     finder: Finder = find_anatomy,
+    engine: str | Engine = LOCAL,
 ) -> Iterator[Setup]:
     """A setup whose stream is open inside.
 
     Args:
-        finder: of the model's anatomy.
+        finder: of the model's anatomy. engine: who runs batches.
 
     Raises:
         TaskError: bad prompts or metric. AttachError: a model that is no sum of senders.
@@ -197,5 +217,25 @@ def open_setup(
     with torch.inference_mode(mode=False):  # a model's projections are found from gradients
         pairs = make_pairs(task, wb.model, wb.tokenizer, batch_size, device)
         stream = Stream(wb, pairs[0], finder)
-    with torch.inference_mode(mode=False), stream.open(), weights_stay(wb.model):
-        yield Setup(wb, stream, task, pairs, chosen, memory, seed)
+    again = {"batch_size": batch_size, "memory": memory, "seed": seed, "finder": finder, "task": task, "metric": metric}
+    with opened(engine, wb) as workers, torch.inference_mode(mode=False), stream.open(), weights_stay(wb.model):
+        yield Setup(wb, stream, task, pairs, chosen, memory, seed, workers=workers, arguments=again)
+
+
+@contextmanager
+def _opened(wb: Workbench, arguments: dict[str, Any], begin: Begin) -> Iterator[Callable[[int], list[Any]]]:
+    """In a worker: a function of the number of a batch."""
+    with open_setup(wb, **arguments) as setup:
+        run = begin(setup)
+        yield lambda number: list(run(setup.pairs[number]))
+
+
+def _baselines(setup: Setup) -> Callable[[Pair], Iterator[tuple[Tensor, Tensor]]]:
+    """The metric of prompts and twins, [batch] each."""
+
+    def run(pair: Pair) -> Iterator[tuple[Tensor, Tensor]]:
+        plain = setup.stream.run(pair.clean, pair.scored)
+        other = setup.stream.run(pair.twin, pair.scored)
+        yield setup.measure(plain, pair, plain)[0], setup.measure(other, pair, plain)[0]
+
+    return run

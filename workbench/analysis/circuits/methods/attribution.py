@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -85,19 +86,32 @@ def attribute_edges(
     total = torch.zeros(len(graph.senders), len(graph.receivers), dtype=torch.float64)
     kept: list[Tensor] = []
     clean, corrupted, inputs = [], [], []
-    for pair in tqdm(setup.pairs, disable=not progress, desc="edges"):
-        batch = _Batch(setup, pair, direction)
-        found = batch.scores(steps, path)
-        clean.append(setup.measure(batch.clean.logits, pair, batch.clean.logits)[0])
-        corrupted.append(setup.measure(batch.twin.logits, pair, batch.clean.logits)[0])
-        inputs.append(found[1])
-        total += found[0].sum(0)
-        if keep_examples:
-            kept.append(found[0][:, graph.exists].float())
+    some = setup.over(partial(_attributed, steps, path, direction, keep_examples))
+    for _, parts in tqdm(some, total=len(setup.pairs), disable=not progress, desc="edges"):
+        for of_batch, of_edges, *rest in parts:
+            total += of_batch
+            kept += [of_edges] if keep_examples else []
+            for several, value in zip((clean, corrupted, inputs), rest, strict=True):
+                several.append(value)
     setup.take_baselines(torch.cat(clean), torch.cat(corrupted))
     scores = (total / len(setup.task)).masked_fill(~graph.exists, torch.nan)
     gap = _completeness_gap(setup, torch.cat(inputs), steps) if path == "inputs" else None
     return EdgeScores(scores, torch.cat(kept) if keep_examples else None, torch.cat(inputs), gap)
+
+
+def _attributed(
+    steps: int, path: Path, direction: str, keep_examples: bool, setup: Setup
+) -> Callable[[Pair], Iterator[tuple[Tensor, ...]]]:
+    """Of a batch: the sum of its scores, those of each example, the metric on prompts and twins, and `input_total`."""
+
+    def run(pair: Pair) -> Iterator[tuple[Tensor, ...]]:
+        batch = _Batch(setup, pair, direction)
+        found, inputs = batch.scores(steps, path)
+        each = found[:, setup.graph.exists].float() if keep_examples else found.new_zeros(0)
+        measured = [setup.measure(one, pair, batch.clean.logits)[0] for one in (batch.clean.logits, batch.twin.logits)]
+        yield found.sum(0), each, *measured, inputs
+
+    return run
 
 
 def _completeness_gap(setup: Setup, input_total: Tensor, steps: int) -> float:

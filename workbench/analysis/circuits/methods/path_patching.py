@@ -7,8 +7,9 @@ run does not mix positions: only norms and MLPs act, so all senders go through t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,31 +67,39 @@ def check_paths(setup: Setup, paths: Paths) -> None:
 def run_paths(setup: Setup, paths: Paths, progress: bool = True, note: str = "path patching") -> Tensor:
     """[sender, example] of the metric after patching each sender's paths."""
     check_paths(setup, paths)
-    streams = sorted({setup.graph.receiver_spot(name).stream for name in paths.receivers})
     found = torch.zeros(len(paths.senders), len(setup.task), dtype=torch.float64)
     bar = tqdm(total=len(setup.pairs) * len(paths.senders), disable=not progress, desc=note)
-    with torch.no_grad():
-        for pair in setup.pairs:
-            logits, clean, twin = setup.record(pair)
-            index = {stream: _index(setup, pair, paths, stream) for stream in streams}
-            share = max(index[stream].shape[1] / setup.length(pair, stream) for stream in streams)
-            most = setup.most(pair, tensors=max(4, 4 + int(12 * share)))
-            later = setup.most(pair, tensors=24)
-            flows = [_Flow(setup, clean, twin, index[stream], paths, stream) for stream in streams]
-            for first in range(0, len(paths.senders), most):
-                units = paths.senders[first : first + most]
-                received: dict[str, Tensor] = {}
-                changed = torch.zeros(len(units), pair.size, dtype=torch.bool, device=logits.device)
-                for flow in flows:
-                    given, differs = flow.run(units)
-                    received |= given
-                    changed |= differs
-                values = _second(setup, pair, logits, received, index, len(units), later)
-                plain = setup.measure(logits, pair, logits)
-                found[first : first + len(units), setup.rows(pair)] = torch.where(changed.cpu(), values, plain)
-                bar.update(len(units))
-    bar.close()
+    with bar, torch.no_grad():
+        for pair, parts in setup.over(partial(_patched, paths)):
+            for first, values in parts:
+                found[first : first + len(values), setup.rows(pair)] = values
+                bar.update(len(values))
     return found
+
+
+def _patched(paths: Paths, setup: Setup) -> Callable[[Pair], Iterator[tuple[int, Tensor]]]:
+    """Of a batch, part by part: the first sender, and [sender, batch] of the metric of some."""
+    streams = sorted({setup.graph.receiver_spot(name).stream for name in paths.receivers})
+
+    def run(pair: Pair) -> Iterator[tuple[int, Tensor]]:
+        logits, clean, twin = setup.record(pair)
+        index = {stream: _index(setup, pair, paths, stream) for stream in streams}
+        share = max(index[stream].shape[1] / setup.length(pair, stream) for stream in streams)
+        most = setup.most(pair, tensors=max(4, 4 + int(12 * share)))
+        later = setup.most(pair, tensors=24)
+        flows = [_Flow(setup, clean, twin, index[stream], paths, stream) for stream in streams]
+        for first in range(0, len(paths.senders), most):
+            units = paths.senders[first : first + most]
+            received: dict[str, Tensor] = {}
+            changed = torch.zeros(len(units), pair.size, dtype=torch.bool, device=logits.device)
+            for flow in flows:
+                given, differs = flow.run(units)
+                received |= given
+                changed |= differs
+            values = _second(setup, pair, logits, received, index, len(units), later)
+            yield first, torch.where(changed.cpu(), values, setup.measure(logits, pair, logits))
+
+    return run
 
 
 def _index(setup: Setup, pair: Pair, paths: Paths, stream: int) -> Tensor:

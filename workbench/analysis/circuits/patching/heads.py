@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from workbench.errors import InterventionError, nearest
 from workbench.session.ablations import find_ablation
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
+from workbench.workers.engine import Engine
 
 ACTIVATIONS = ("z", "q", "k", "v", "pattern")
 
@@ -46,6 +48,7 @@ def patch_heads(
     batch_size: int = 25,
     memory: int = 1 << 30,
     resume: str | Path | None = None,
+    engine: str | Engine = "local",
     progress: bool = True,
 ) -> HeadPatching:
     """Activation patching over heads, and positions. Arguments that are not told of here are those of `patch_layers`.
@@ -62,20 +65,17 @@ def patch_heads(
     if activation not in ACTIVATIONS:
         raise InterventionError(f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS))
     check_direction(direction)
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, engine=engine) as setup:
         setup.measure_baselines()
         at = "z" if activation == "pattern" else activation
         heads = _heads(setup, activation)
         units = [Unit(name, (at, i), i, _stream(setup, at, i), number) for i, number, name in heads]
         places = find_places(setup, positions, by_position)
         keys = list(dict.fromkeys(unit.key for unit in units))
-
-        def runs_of(pair: Pair) -> Runs:
-            runs = two_runs(setup, pair, keys, direction)
-            return _with_patterns(setup, pair, runs) if activation == "pattern" else runs
-
+        of_patterns = activation == "pattern"
         effects = run_patches(
-            setup, units, places, runs_of, resume=resume, progress=progress, note=f"patching {activation}",
+            setup, units, places, partial(_runs, keys=keys, direction=direction, of_patterns=of_patterns),
+            resume=resume, progress=progress, note=f"patching {activation}",
             activation=activation, direction=direction,
         )  # fmt: skip
         return HeadPatching(
@@ -88,17 +88,18 @@ def patch_heads(
 
 def ablate_heads(
     wb: Workbench, task: Task, how: str = "mean", *, metric: Any = "logit_diff", batch_size: int = 25,
-    memory: int = 1 << 30, seed: int = 0, progress: bool = True,
+    memory: int = 1 << 30, seed: int = 0, engine: str | Engine = "local", progress: bool = True,
 ) -> HeadPatching:  # fmt: skip
     """Ablate single heads at all positions: "zero", "mean", "mean_positional", "resample" or "counterfactual".
 
     Args:
         seed: of "resample", which replaces a prompt by others of the nearest length, several times.
+        engine: "local", "ray", or a `workbench.RayWorkers`: who runs the batches.
 
     Raises:
         TaskError, InterventionError, AttachError: as `patch_heads`.
     """
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed) as setup:
+    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed, engine=engine) as setup:
         setup.measure_baselines()
         effects = ablation_effects(setup, how, progress)
         heads = _heads(setup, "z")
@@ -136,6 +137,11 @@ def _heads(setup: Setup, activation: str) -> list[tuple[int, int, str]]:
             hint='activation="z" patches what heads give, wb.edit_pattern rows of a map',
         )
     return [(graph.receiver_spot(n).layer, graph.receiver_spot(n).number, label(n.partition("<")[0])) for n in names]
+
+
+def _runs(setup: Setup, pair: Pair, keys: Sequence[Key], direction: str, of_patterns: bool) -> Runs:
+    runs = two_runs(setup, pair, keys, direction)
+    return _with_patterns(setup, pair, runs) if of_patterns else runs
 
 
 def _stream(setup: Setup, what: str, i: int) -> int:

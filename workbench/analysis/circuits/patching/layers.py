@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from workbench.analysis.circuits.patching.running import (
 from workbench.errors import InterventionError, nearest
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
+from workbench.workers.engine import Engine
 
 ACTIVATIONS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "resid_mid_cross", "cross_attn_out")
 
@@ -40,6 +42,7 @@ def patch_layers(
     batch_size: int = 25,
     memory: int = 1 << 30,
     resume: str | Path | None = None,
+    engine: str | Engine = "local",
     progress: bool = True,
 ) -> LayerPatching:
     """Activation patching by layer and position: where in the model is what the task needs?
@@ -60,6 +63,7 @@ def patch_layers(
         metric: a name, or `metric(output, batch)` with the logits of the last token only.
         batch_size, memory: examples in a batch, and bytes that repeats may take.
         resume: a file to go on from, if it is there, and to write to.
+        engine: "local", "ray", or a `workbench.RayWorkers`: who runs the batches.
 
     Raises:
         TaskError: bad prompts or metric. InterventionError: unknown activation or direction, one that the model does
@@ -73,7 +77,9 @@ def patch_layers(
             f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS, "activation")
         )
     check_direction(direction)
-    with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, finder=find_branches) as setup:
+    with open_setup(
+        wb, task, metric, batch_size=batch_size, memory=memory, finder=find_branches, engine=engine
+    ) as setup:
         found = _places(setup, activation)
         places = find_places(setup, positions, by_position)
         setup.measure_baselines()
@@ -85,7 +91,7 @@ def patch_layers(
         ]
         keys = [key for _, key in found]
         effects = run_patches(
-            setup, units, places, lambda pair: two_runs(setup, pair, keys, direction), resume=resume,
+            setup, units, places, partial(two_runs, keys=keys, direction=direction), resume=resume,
             progress=progress, note=f"patching {activation}", activation=activation, direction=direction,
         )  # fmt: skip
         return LayerPatching(

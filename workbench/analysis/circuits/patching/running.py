@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ class Runs:
     clean: Tensor
 
 
+RunsOf = Callable[[Setup, Pair], Runs]
+Part = tuple[list[tuple[int, int]], list[Tensor | None]]
+
+
 def two_runs(setup: Setup, pair: Pair, keys: Sequence[Key], direction: str) -> Runs:
     """Run prompts and twins, and keep what stands at the keys; later runs resume from the one that is patched."""
     into, out_of = (pair.clean, pair.twin) if direction == NOISING else (pair.twin, pair.clean)
@@ -71,7 +76,7 @@ def run_patches(
     setup: Setup,
     units: Sequence[Unit],
     places: Sequence[Place],
-    runs_of: Callable[[Pair], Runs],
+    runs_of: RunsOf,
     *,
     resume: str | Path | None = None,
     progress: bool = True,
@@ -83,7 +88,8 @@ def run_patches(
     A patch that puts in what is there changes nothing, exactly, and is not run.
 
     Args:
-        runs_of: both runs of a batch. resume: a file to go on from, if it is there, and to write to.
+        runs_of: both runs of a batch; it is pickled for workers.
+        resume: a file to go on from, if it is there, and to write to.
         settings: what tells this patching from another.
 
     Raises:
@@ -126,33 +132,56 @@ def way_of(direction: str) -> str:
 
 
 def _run(
-    setup: Setup, units: Sequence[Unit], places: Sequence[Place], runs_of: Callable[[Pair], Runs], now: Patching,
-    path: Path | None, bar: Any,
+    setup: Setup, units: Sequence[Unit], places: Sequence[Place], runs_of: RunsOf, now: Patching, path: Path | None,
+    bar: Any,
 ) -> None:  # fmt: skip
     saved = time.monotonic()
-    for number, pair in enumerate(setup.pairs):
-        done, effects = now.done[:, :, number], now.effects[:, :, setup.rows(pair)]
-        if bool(done.all()):
-            continue
-        runs = runs_of(pair)
+    left = [number for number in range(len(setup.pairs)) if not bool(now.done[:, :, number].all())]
+    held = {number: now.done[:, :, number].clone() for number in left}
+    for pair, parts in setup.over(partial(_patched, units, places, runs_of, held), left):
+        done, effects = now.done[:, :, setup.number(pair)], now.effects[:, :, setup.rows(pair)]
+        for cells, values in parts:  # whole parts only: an interrupt leaves those before it
+            for cell, value in zip(cells, values, strict=True):
+                if value is not None:
+                    effects[cell] = value
+            for cell in cells:
+                done[cell] = True
+            bar.update(int(now.done.sum()) - bar.n)
+            if path is not None and time.monotonic() - saved > _SAVE_EVERY:
+                now.save(path)
+                saved = time.monotonic()
+
+
+def _patched(
+    units: Sequence[Unit], places: Sequence[Place], runs_of: RunsOf, held: Mapping[int, Tensor], setup: Setup
+) -> Callable[[Pair], Iterator[Part]]:
+    """Of a batch, part by part: (unit, place), and [batch] by how much each changes the metric; None where it cannot.
+
+    Args:
+        held: by the number of a batch [unit, place] bool, what is done already.
+    """
+
+    def run(pair: Pair) -> Iterator[Part]:
+        done = held[setup.number(pair)]
+        runs = runs_of(setup, pair)
         base = setup.measure(runs.base, pair, runs.clean)[0]
         waiting: list[tuple[int, int]] = []
         index: dict[tuple[int, int], Tensor | None] = {}
         still: dict[tuple[int, int], Tensor] = {}
         at = {(s, p): setup.positions(pair, place.where, s) for p, place in enumerate(places) for s in place.streams}
+        nothing: dict[tuple[int, int], Tensor | None] = {}
         for u, unit in enumerate(units):
             for p, place in enumerate(places):
                 if unit.stream not in place.streams:
-                    done[u, p] = True
+                    nothing[u, p] = None
                     continue
                 index[u, p] = at[unit.stream, p]
                 still[u, p] = _same(unit, index[u, p], runs)
-                if not bool(still[u, p].all()):
+                if bool(still[u, p].all()):
+                    nothing[u, p] = torch.zeros_like(base)
+                else:
                     waiting.append((u, p))
-                    continue
-                effects[u, p] = 0.0
-                done[u, p] = True
-        bar.update(int(now.done.sum()) - bar.n)
+        yield list(nothing), list(nothing.values())
         most = setup.most(pair, tensors=24)
         for chunk in _chunks(units, waiting, most):
             if all(bool(done[cell]) for cell in chunk):
@@ -162,14 +191,9 @@ def _run(
             hook = _replacing(runs.new[unit.key], chosen, pair.size)
             out = setup.stream.run(runs.into, pair.scored, {unit.key: [hook]}, times=len(chunk), start=unit.layer)
             values = setup.measure(out, pair, runs.clean, len(chunk)) - base
-            for cell, value in zip(chunk, values, strict=True):
-                effects[cell] = value.masked_fill(still[cell], 0.0)
-            for cell in chunk:  # whole chunks only: an interrupt leaves those before it
-                done[cell] = True
-            bar.update(len(chunk))
-            if path is not None and time.monotonic() - saved > _SAVE_EVERY:
-                now.save(path)
-                saved = time.monotonic()
+            yield chunk, [value.masked_fill(still[cell], 0.0) for cell, value in zip(chunk, values, strict=True)]
+
+    return run
 
 
 def _chunks(units: Sequence[Unit], cells: Sequence[tuple[int, int]], most: int) -> list[list[tuple[int, int]]]:

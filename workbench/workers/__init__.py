@@ -1,0 +1,1 @@
+"""Where the parts of an analysis run: one after another in this process, or side by side in workers of Ray."""
