@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from workbench.analysis.corpus.measuring import STATISTICS, Rows, measure
 from workbench.analysis.corpus.result import CorpusAtlas, CorpusAtlasInterrupted
 from workbench.analysis.corpus.running import Sums, Words
-from workbench.analysis.corpus.texts import Corpus, Frame, length_for, windows_of
+from workbench.analysis.corpus.texts import Corpus, Frame, length_for, unknown_id, windows_of
 from workbench.analysis.head_scores.prompts import HeadNames, self_attention
 from workbench.analysis.logits.asked import check_model
 from workbench.analysis.weights.copying import ov_copying
@@ -60,6 +60,8 @@ def head_atlas_over(
       needles (`retrieval_scores`)
     - streaming: weight on the first `sinks` and the last `recent` keys, over queries that see more
       (arXiv 2309.17453); `streaming_scores` also tells what a head's output loses
+
+    The token for unknown words is no copy of itself, and is in no example: it stands for many words.
 
     Also deciles of entropy and distance over all positions, `ov_copying`, the strongest looks with their words, and how
     the second half of the corpus differs from the first. Definitions of weights: `docs/statistics.md`.
@@ -120,6 +122,7 @@ class _Work:
         self.wb, self.frame, self.length, self.batch, self.path = wb, frame, length, batch, path
         self.sinks, self.recent, self.examples = sinks, recent, examples
         self.text = slice(len(frame.before), length - len(frame.behind))
+        self.unknown = unknown_id(wb.tokenizer)
         self.sums: Sums | None = None
         self.heads: HeadNames | None = None
         self.kv_heads: tuple[int, ...] = ()
@@ -128,7 +131,8 @@ class _Work:
         self.identity: dict[str, Any] = {
             "model class": f"{type(wb.model).__module__}.{type(wb.model).__qualname__}",
             "model weights": wb.weights_identity(), "length": length,
-            "around": [list(frame.before), list(frame.behind)], "sinks": sinks, "recent": recent, "examples": examples,
+            "around": [list(frame.before), list(frame.behind)], "unknown": self.unknown, "sinks": sinks,
+            "recent": recent, "examples": examples,
         }  # fmt: skip
         self.held = CorpusAtlas.load(path) if path is not None and path.exists() else None
         if self.held is not None:
@@ -179,8 +183,8 @@ class _Work:
         if self.sums is None or self.heads is None:
             self._begin(cap)
         assert self.sums is not None
-        rows = Rows.of(ids, self.text, self.sinks, self.recent)
-        self.sums = self.sums.after(ids, [measure(site, rows) for site in seen], self._words(ids))
+        rows = Rows.of(ids, self.text, self.sinks, self.recent, self.unknown)
+        self.sums = self.sums.after(rows, [measure(site, rows) for site in seen], self._words(ids))
 
     def _begin(self, cap: Capture) -> None:
         seen = [site for site in cap if site.site.call == 0]
@@ -207,8 +211,10 @@ class _Work:
             windows=self.sums.whole(), entropies=self.sums.entropies, distances=self.sums.distances,
             entropy_range=self.sums.entropy_range,
             copying=torch.full((len(self.heads.layers),), torch.nan, dtype=torch.float64),
-            weights=self.sums.weights, places=self.sums.places, texts=tuple(map(tuple, self.sums.texts)),
-            length=self.length, n_tokens=self.sums.done * (self.text.stop - self.text.start), sinks=self.sinks,
+            totals=self.sums.totals, weights=self.sums.weights, places=self.sums.places,
+            texts=tuple(map(tuple, self.sums.texts)), example_ids=self.sums.ids,
+            length=self.length, n_tokens=self.sums.done * (self.text.stop - self.text.start),
+            n_unknown=self.sums.unknown, sinks=self.sinks,
             recent=self.recent, identity=self.identity | {"corpus": self.sums.corpus.hexdigest()}, complete=False,
             provenance=self.wb.provenance(),
         )  # fmt: skip

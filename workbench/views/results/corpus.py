@@ -16,15 +16,17 @@ def _view_of_corpus_atlas(found: CorpusAtlas) -> View:
     """Every head on the atlas, a metric for each score."""
     frame = found.table
     shown = [*SCORES, *(["copying"] if frame["copying"].notna().any() else [])]
+    unknown = found.n_unknown / found.n_tokens
+    of_them = f", {unknown:.0%} of which stand for words that the tokenizer does not know" if unknown > 0.005 else ""
     state = "" if found.complete else " The corpus was not read to its end."
     return head_atlas(
         {name: frame[["layer", "head", name]].rename(columns={name: "value"}) for name in shown},
         title="Heads over a corpus", unit="share", signed=False,
         caption=(
-            f"Means over {len(found.windows):,} windows of {found.length} tokens, {found.n_tokens:,} tokens of text. "
-            "Weights on what follows an earlier copy of a token, on the position before, on earlier copies, on the "
-            "first key; how often the hardest look is at a copy of the next token; and the weight that is left with "
-            f"{found.sinks} sinks and {found.recent} recent keys.{state}"
+            f"Means over {len(found.windows):,} windows of {found.length} tokens, {found.n_tokens:,} tokens of text"
+            f"{of_them}. Weights on what follows an earlier copy of a token, on the position before, on earlier "
+            "copies, on the first key; how often the hardest look is at a copy of the next token; and the weight left "
+            f"with {found.sinks} sinks and {found.recent} recent keys.{state}"
         ),
         provenance=found.provenance,
     )  # fmt: skip
