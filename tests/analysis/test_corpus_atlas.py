@@ -197,6 +197,10 @@ def test_bad_corpora(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"ab\xff")
     with pytest.raises(CaptureError, match=r"a\.txt is no UTF-8, at byte 2"):
         _atlas(tmp_path)
+    with pytest.raises(CaptureError, match="no UTF-8") as caught:
+        _atlas([_corpus(20 * LENGTH), tmp_path / "a.txt"], resume=tmp_path / "atlas")
+    assert "resume= goes on from it" in caught.value.__notes__[0]
+    assert len(CorpusAtlas.load(tmp_path / "atlas").windows) == 16  # two whole batches
     with pytest.raises(CaptureError, match="cannot be read"):
         _atlas([tmp_path / "none.txt"])
     with pytest.warns(UserWarning, match="ended after 72 of 240"):
