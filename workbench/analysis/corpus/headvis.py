@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from workbench.analysis.corpus.measuring import MEANINGS as OF_SCORES
 from workbench.analysis.head_scores.prompts import self_attention
 from workbench.errors import FileError, FormatError, WorkbenchError
 from workbench.inputs import device_for_inputs, without_cache
@@ -33,17 +34,17 @@ if TYPE_CHECKING:
 CONFIG, NUMBERS = "config.json", "scatter_data.json"
 # What Neuronpedia has columns for, and what only HeadVis' scatter shows.
 MEANINGS = {
-    "self_attention_score": "Mean weight of a query on itself.",
-    "prev_token_score": "Mean weight on the position before.",
-    "pattern_entropy": "Mean entropy of a row, in nats.",
-    "qk_distance": "Mean distance from a query to its keys, by weight, in tokens.",
-    "qk_distance_variance": "Variance of that distance.",
-    "induction_score": "Mean weight on what followed an earlier copy of the query's token, over queries that have one.",
-    "duplicate_token_score": "Mean weight on earlier copies of the query's token, over queries that have one.",
-    "sink_score": "Mean weight on the first key.",
-    "retrieval_score": "How often the largest weight is on a copy of the next token, where there is one.",
-    "streaming_score": "Weight that is left with the first and the most recent keys.",
-    "copying_score": "Positive share of the eigenvalues of embedding, OV and unembedding.",
+    "self_attention_score": "mean weight of a query on itself",
+    "prev_token_score": OF_SCORES["previous"],
+    "pattern_entropy": "mean entropy of a row, in nats",
+    "qk_distance": "mean distance from a query to its keys, by weight, in tokens",
+    "qk_distance_variance": "variance of that distance",
+    "induction_score": OF_SCORES["induction"],
+    "duplicate_token_score": OF_SCORES["duplicate"],
+    "sink_score": OF_SCORES["sink"],
+    "retrieval_score": OF_SCORES["retrieval"],
+    "streaming_score": OF_SCORES["streaming"],
+    "copying_score": OF_SCORES["copying"],
 }
 _SCORES = {
     "prev_token_score": "previous", "induction_score": "induction", "duplicate_token_score": "duplicate",

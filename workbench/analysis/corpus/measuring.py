@@ -11,6 +11,15 @@ from workbench.capture.site_capture import SiteCapture
 from workbench.errors import CaptureError
 
 SCORES = ("induction", "previous", "duplicate", "sink", "retrieval", "streaming")
+MEANINGS = {
+    "induction": "mean weight on what followed an earlier copy of the query's token, over queries that have one",
+    "previous": "mean weight on the position before",
+    "duplicate": "mean weight on earlier copies of the query's token, over queries that have one",
+    "sink": "mean weight on the first key",
+    "retrieval": "how often the largest weight is on a copy of the next token, where there is one",
+    "streaming": "weight that is left with the first and the most recent keys alone",
+    "copying": "Σλ / Σ|λ| of embedding, OV and unembedding: 1 if all eigenvalues copy, −1 if all do the opposite",
+}
 TOTALS = ("current", "entropy", "distance", "squared distance")
 STATISTICS = (
     "entropy", "distance", "distance_var", "induction", "previous", "current", "sink", "peak", "peak_key",
