@@ -29,8 +29,6 @@ from workbench.tokens import piece, utf8
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.analysis.corpus.result import CorpusAtlas
-
 CONFIG, NUMBERS = "config.json", "scatter_data.json"
 # What Neuronpedia has columns for, and what only HeadVis' scatter shows.
 MEANINGS = {
@@ -46,39 +44,29 @@ MEANINGS = {
     "streaming_score": OF_SCORES["streaming"],
     "copying_score": OF_SCORES["copying"],
 }
-_SCORES = {
-    "prev_token_score": "previous", "induction_score": "induction", "duplicate_token_score": "duplicate",
-    "sink_score": "sink", "retrieval_score": "retrieval", "streaming_score": "streaming",
-}  # fmt: skip
 _EDGES = [0, *(2**i for i in range(13))]  # of distances
 _KEPT, _LEAST = 8, 0.005  # weights of a row that are written, and from how much on
 _RANKED = 50  # tokens
 _DIGITS = 4
 
 
-def numbers(atlas: CorpusAtlas) -> list[dict[str, Any]]:
-    """A row of each head: layer, head, and the numbers of `MEANINGS`; None where one is not known."""
-    frame, n = atlas.table, atlas.entropies.sum(1).double()
-    current, entropy, distance, squared = atlas.totals.double() / n
-    columns = {
-        "self_attention_score": current, "pattern_entropy": entropy, "qk_distance": distance,
-        "qk_distance_variance": (squared - distance.square()).clamp_min(0), "copying_score": atlas.copying,
-    }  # fmt: skip
-    each = {name: found.tolist() for name, found in columns.items()}
-    each |= {name: frame[score].tolist() for name, score in _SCORES.items()}
-    return [
-        {"layer": atlas.layers[h], "head": atlas.numbers[h]} | {name: _known(each[name][h]) for name in MEANINGS}
-        for h in range(len(atlas.layers))
-    ]
+def write_headvis(
+    folder: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    sequences: Sequence[Sequence[Mapping[str, Any]]],
+    run: Mapping[str, Any],
+) -> Path:
+    """Write the folder. See `CorpusAtlas.to_headvis`.
 
-
-def write_headvis(folder: str | Path, atlas: CorpusAtlas, wb: Workbench | None, *, model: str, dataset: str) -> Path:
-    """Write the folder. See `CorpusAtlas.to_headvis`."""
-    heads = list(zip(atlas.layers, atlas.numbers, strict=True))
+    Args:
+        rows: of each head: layer, head, and the numbers of `MEANINGS`; those that are not finite are not known.
+        sequences: of each head, as `strongest_windows` has them.
+        run: what Neuronpedia asks for: model_name, dataset_name, n_sequences, seq_len, dtype, attn_implementation.
+    """
+    heads = [(row["layer"], row["head"]) for row in rows]
     twice = [f"L{layer}H{head}" for (layer, head), n in Counter(heads).items() if n > 1]
     if twice:
         raise WorkbenchError(f"HeadVis names heads by layer and number, and {twice[0]} are several heads of this model")
-    sequences = [[] for _ in heads] if wb is None else _strongest(atlas, wb)
     target = Path(folder)
     try:
         for one in (target, target / "heads", target / "attributions"):
@@ -89,8 +77,9 @@ def write_headvis(folder: str | Path, atlas: CorpusAtlas, wb: Workbench | None, 
         _write(target / "heads" / f"L{layer}H{head}.json", _of_head(own))
     _write(target / "server_config.json", {})
     _write(target / "attributions" / "manifest.json", {})
-    _write(target / NUMBERS, numbers(atlas))
-    _write(target / CONFIG, _config(atlas, heads, model, dataset))
+    known = [{name: one if math.isfinite(one) else None for name, one in row.items()} for row in rows]
+    _write(target / NUMBERS, known)
+    _write(target / CONFIG, _config(heads, run))
     return target
 
 
@@ -118,22 +107,19 @@ def read_headvis(folder: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "head", *names])
 
 
-def _config(atlas: CorpusAtlas, heads: Sequence[tuple[int, int]], model: str, dataset: str) -> dict[str, Any]:
-    layers, per_layer = len({layer for layer, _ in heads}), 1 + max(head for _, head in heads)
+def _config(heads: Sequence[tuple[int, int]], run: Mapping[str, Any]) -> dict[str, Any]:
+    told = {name: utf8(one) if isinstance(one, str) else one for name, one in run.items()}
     return {
-        "model_name": utf8(model), "dataset_name": utf8(dataset), "heads": heads, "n_layers": layers,
-        "n_heads": per_layer, "n_intervals": 1, "metrics": list(MEANINGS), "metric_descriptions": MEANINGS,
+        "model_name": told["model_name"], "dataset_name": told["dataset_name"], "heads": heads,
+        "n_layers": len({layer for layer, _ in heads}), "n_heads": 1 + max(head for _, head in heads),
+        "n_intervals": 1, "metrics": list(MEANINGS), "metric_descriptions": MEANINGS,
         "head_data_pattern": "L{layer}H{head}.json", "has_umap": False, "umap_heads": [],
         "custom_plots": [{"key": "qk_distance_histogram", "label": "Distance"}],
         "custom_tables": [
             {"key": "top_query_tokens", "label": "Query tokens"}, {"key": "top_key_tokens", "label": "Key tokens"},
         ],
         "statistics_display": {"n_samples": {"label": "Windows", "format": "default"}},
-        "pipeline_config": {
-            "model_name": utf8(model), "dataset_name": utf8(dataset), "n_sequences": len(atlas.windows),
-            "seq_len": atlas.length, "dtype": str(atlas.provenance.get("dtype", "unknown")),
-            "attn_implementation": str(atlas.provenance.get("attention_backend", "unknown")),
-        },
+        "pipeline_config": told,
     }  # fmt: skip
 
 
@@ -160,24 +146,30 @@ def _of_head(sequences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _strongest(atlas: CorpusAtlas, wb: Workbench) -> list[list[dict[str, Any]]]:
-    """The windows of each head's examples, with the largest weights of their rows: the model is run on them again."""
-    if wb.weights_identity() != atlas.identity.get("model weights"):
-        raise WorkbenchError("the atlas is of another model", hint="pass the Workbench of the model it was made of")
+def strongest_windows(
+    wb: Workbench, heads: Sequence[tuple[str, int]], windows: Tensor, ids: Tensor
+) -> list[list[dict[str, Any]]]:
+    """The windows of each head's examples, with the largest weights of their rows: the model is run on them again.
+
+    Args:
+        heads: site and number of each. windows: [head, example] numbers of windows; −1 where there is none.
+        ids: [head, example, position] their tokens.
+    """
     wanted: dict[tuple[int, ...], list[tuple[int, int]]] = defaultdict(list)  # heads and their examples, by window
-    for head, example in (atlas.weights >= 0).nonzero().tolist():
-        wanted[tuple(atlas.example_ids[head, example].tolist())].append((head, example))
-    found: list[dict[int, dict[str, Any]]] = [{} for _ in atlas.layers]
+    for head, example in (windows >= 0).nonzero().tolist():
+        wanted[tuple(ids[head, example].tolist())].append((head, example))
+    found: list[dict[int, dict[str, Any]]] = [{} for _ in heads]
     names: list[str] | None = None
     for window, asked in wanted.items():
-        ids = torch.tensor([window], device=device_for_inputs(wb.model))
-        names = self_attention(wb, ids[0]) if names is None else names
+        row = torch.tensor([window], device=device_for_inputs(wb.model))
+        names = self_attention(wb, row[0]) if names is None else names
         with torch.no_grad(), wb.capture((), names, limit=None) as cap:
-            wb.model(input_ids=ids, **without_cache(wb.model))
+            wb.model(input_ids=row, **without_cache(wb.model))
         tokens = [utf8(str(i) if wb.tokenizer is None else piece(wb.tokenizer, i)) for i in window]
         for head, example in asked:
-            weights = cap[atlas.sites[head]].pattern.dense(heads=[atlas.numbers[head]])[0, 0].float().cpu()
-            found[head][example] = _sparse(weights, tokens, int(atlas.places[head, example, 0]))
+            site, number = heads[head]
+            weights = cap[site].pattern.dense(heads=[number])[0, 0].float().cpu()
+            found[head][example] = _sparse(weights, tokens, int(windows[head, example]))
     return [[own[example] for example in sorted(own)] for own in found]
 
 
@@ -195,10 +187,6 @@ def _sparse(weights: Tensor, tokens: list[str], window: int) -> dict[str, Any]:
         "attention_values": [round(weight, _DIGITS) for weight in most.values[kept][order].tolist()],
         "max_activation": round(float(elsewhere.max()), _DIGITS),
     }  # fmt: skip
-
-
-def _known(number: float) -> float | None:
-    return float(number) if math.isfinite(number) else None
 
 
 def _write(path: Path, said: Any) -> None:

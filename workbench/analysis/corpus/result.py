@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.analysis.corpus.duo_attention import write_duo_attention
-from workbench.analysis.corpus.headvis import write_headvis
+from workbench.analysis.corpus.headvis import MEANINGS, strongest_windows, write_headvis
 from workbench.analysis.corpus.measuring import SCORES
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.session.workbench import Workbench
+
+_IN_HEADVIS = {
+    "prev_token_score": "previous", "induction_score": "induction", "duplicate_token_score": "duplicate",
+    "sink_score": "sink", "retrieval_score": "retrieval", "streaming_score": "streaming",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -201,8 +206,31 @@ class CorpusAtlas(Result):
         Raises:
             FileError: it cannot be written. WorkbenchError: `wb` has another model, or two sites share a layer.
         """
-        name = str(self.provenance["model_name"]) if model is None else model
-        return write_headvis(folder, self, wb, model=name, dataset=dataset)
+        sequences: list[list[dict[str, Any]]] = [[] for _ in self.layers]
+        if wb is not None:
+            if wb.weights_identity() != self.identity.get("model weights"):
+                raise WorkbenchError(
+                    "the atlas is of another model", hint="pass the Workbench of the model it was made of"
+                )
+            heads = list(zip(self.sites, self.numbers, strict=True))
+            sequences = strongest_windows(wb, heads, self.places[..., 0], self.example_ids)
+        run = {
+            "model_name": str(self.provenance["model_name"]) if model is None else model, "dataset_name": dataset,
+            "n_sequences": len(self.windows), "seq_len": self.length,
+            "dtype": str(self.provenance.get("dtype", "unknown")),
+            "attn_implementation": str(self.provenance.get("attention_backend", "unknown")),
+        }  # fmt: skip
+        return write_headvis(folder, self._headvis_rows(), sequences, run)
+
+    def _headvis_rows(self) -> list[dict[str, Any]]:
+        current, entropy, distance, squared = self.totals.double() / self.entropies.sum(1).double()
+        columns = {
+            "self_attention_score": current, "pattern_entropy": entropy, "qk_distance": distance,
+            "qk_distance_variance": (squared - distance.square()).clamp_min(0), "copying_score": self.copying.double(),
+        }  # fmt: skip
+        columns |= {name: self.scores[SCORES.index(score)] for name, score in _IN_HEADVIS.items()}
+        each = {"layer": self.layers, "head": self.numbers} | {name: columns[name].tolist() for name in MEANINGS}
+        return [dict(zip(each, row, strict=True)) for row in zip(*each.values(), strict=True)]
 
     def __repr__(self) -> str:
         best = ", ".join(f"{name} L{one[0]}H{one[1]}" for name in SCORES for one in self.leading(name, 1))
