@@ -10,9 +10,10 @@ and compilations are counted. Writes its section of docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import statistics
 
 import torch
-from shared.measuring import interleaved, machine, say, table, write_section
+from shared.measuring import machine, say, table, timed, write_section
 from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2Model
 
@@ -35,8 +36,8 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def measure(length: int, rounds: int, layers: int) -> tuple[dict[str, float], tuple[int, int, int]]:
-    """Median seconds of each arm; graphs that the model, its first capture and all later ones compiled."""
+def measure(length: int, rounds: int, layers: int) -> tuple[dict[str, list[float]], tuple[int, int, int]]:
+    """Seconds of each arm in each round; graphs that the model, its first capture and all later ones compiled."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = GPT2Model(GPT2Config(n_layer=layers, n_positions=length)).eval()
@@ -60,7 +61,7 @@ def measure(length: int, rounds: int, layers: int) -> tuple[dict[str, float], tu
     if not torch.equal(capture(DEFAULT), bare):
         raise RuntimeError("the capture changed the output")
     first = graphs()
-    seconds = interleaved(
+    seconds = timed(
         {
             "compiled": lambda: model(ids, use_cache=False),
             "default": lambda: capture(DEFAULT),
@@ -76,6 +77,12 @@ def measure(length: int, rounds: int, layers: int) -> tuple[dict[str, float], tu
     return seconds, counts
 
 
+def ratio(seconds: list[float], measure: list[float]) -> str:
+    """Median over the rounds of the time over the measure's in the same round, and the least and greatest."""
+    found = [a / b for a, b in zip(seconds, measure, strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f}–{max(found):.2f})"
+
+
 def main() -> None:
     """Measure, and write the section."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -88,7 +95,7 @@ def main() -> None:
         for length in options.lengths:
             seconds, counted = measure(length, options.rounds, options.layers)
             counts.add(counted)
-            rows.append([str(length), *(f"{seconds[arm] / seconds['compiled']:.2f}" for arm in ARMS)])
+            rows.append([str(length), *(ratio(seconds[arm], seconds["compiled"]) for arm in ARMS)])
     own, first, later = max(counts)
     meaning = "\n".join(f"- `{arm}`: {text}" for arm, text in ARMS.items())
     shape = f"{options.layers} layers, 12 heads of 64, float32"
@@ -100,8 +107,8 @@ its blocks compiled by inductor, on one sequence of N tokens. Time over the comp
 {table(["N", *ARMS], rows)}
 
 Graphs compiled: {own} by the model, {first} by its first capture, {later} by all later ones and afterwards. Outputs are
-those of the compiled forward, to the bit. Median of {options.rounds} rounds, interleaved in both orders.
-{machine("torch", "transformers")}"""
+those of the compiled forward, to the bit. Median (least–greatest) of {options.rounds} rounds, interleaved in both
+orders. {machine("torch", "transformers")}"""
     write_section(HEADING, text)
 
 

@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from shared.measuring import machine, table, write_section
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from workbench.kernels import streaming
 from workbench.kernels.lightning import decays, lightning_attention
 from workbench.kernels.masks import Mask, causal
 from workbench.kernels.neighborhood import neighborhood_attention
@@ -33,9 +34,11 @@ from workbench.kernels.recurrent import chunked
 from workbench.kernels.recurrent.chunked import Inputs
 from workbench.kernels.s2 import s2_attention
 from workbench.kernels.softmax import SoftmaxPattern
+from workbench.kernels.statistics import Options
 from workbench.kernels.triton import engine
 
 HEADING = "On a GPU"
+MASKED = 8192  # the longest that is run with a mask tensor
 DEFAULT = ("entropy", "received")
 ALL = ("peak", "peak_key", "effective_keys", "distance", "distance_var", "sink", "current", "previous", *DEFAULT)
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of products in TF32, and of these dtypes
@@ -142,6 +145,7 @@ def correctness(run: Run) -> None:
             exact = SoftmaxPattern(q.double().cpu(), k.double().cpu(), mask).statistics(list(ALL))
             got = made(SoftmaxPattern(q, k, mask), ALL)
             errors[f"statistics, {kind}"] = max(off(got[each], exact[each]) for each in ALL if each != "peak_key")
+        errors["statistics, shaped"] = shaped(run, q, k)
         wide = [x.double().cpu().repeat_interleave(2, 1) for x in (k, v)]
         output, _ = engine.attention(q, k, v, causal(n))
         errors["attention"] = off(output, scaled_dot_product_attention(q.double().cpu(), *wide, is_causal=True))
@@ -151,6 +155,23 @@ def correctness(run: Run) -> None:
     wrong = [name for name, error in worst.items() if not error <= TOLERANCE[getattr(torch, name)]]
     if wrong:
         raise SystemExit(f"kernels are wrong in {', '.join(wrong)}: {json.dumps(found, indent=1)}")
+
+
+def shaped(run: Run, q: Tensor, k: Tensor) -> float:
+    """With padding, softcap, sink logits, a bias and induction at once."""
+    n, names = run.sizes.checked, [*ALL, "induction"]
+    padded = Mask(n, n, causal=True, tensor=torch.arange(n)[None, None, None] >= n // 8)
+    sinks, bias = torch.tensor([0.5, -1.0, 2.0, 0.0]), run.draw(1, 4, n, seed=5, dtype=torch.float32).cpu()
+    options = Options(tokens=torch.arange(n)[None] % 7)
+
+    def made_of(q: Tensor, k: Tensor, dtype: torch.dtype) -> SoftmaxPattern:
+        mask = replace(padded, tensor=padded.tensor.to(q.device))
+        given = {"sinks": sinks.to(q.device, dtype), "key_bias": bias.to(q.device, dtype)}
+        return SoftmaxPattern(q, k, mask, softcap=10.0, **given)
+
+    exact = streaming.statistics(made_of(q.double().cpu(), k.double().cpu(), torch.float64), names, options)
+    got = engine.statistics(made_of(q, k, torch.float32).problem, names, options)
+    return max(off(got[name], exact[name]) for name in names if name != "peak_key")
 
 
 def recurrences(run: Run, dtype: torch.dtype) -> dict[str, float]:
@@ -184,6 +205,10 @@ def times(run: Run) -> None:
             row: dict[str, Any] = {"N": n, "width": width, "forward": forward}
             for name, names in (("default", DEFAULT), ("all", ALL)):
                 row[name] = run.seconds(lambda pattern=pattern, names=names: made(pattern, names)) / forward
+            if n <= MASKED:  # a mask that a padded batch is given, a byte for each query and key
+                shown = torch.ones(1, 1, n, n, dtype=torch.bool, device=q.device).tril_()
+                masked = SoftmaxPattern(q, k, Mask(n, n, tensor=shown), lse=lse)
+                row["masked"] = run.seconds(lambda masked=masked: made(masked, DEFAULT)) / forward
             row["peak bytes"] = run.peak(lambda pattern=pattern: made(pattern, ALL))
             row["TFLOP/s"] = 2 * run.sizes.heads * n * n * width / (row["all"] * forward) / 1e12  # two products, half
             rows.append(row)
@@ -253,16 +278,17 @@ def page(run: Run) -> str:
     checks = list(next(iter(errors.values())))
     parts = [
         f"`python benchmarks/gpu.py` on {_device(run)}. Largest error of each kernel against float64, over the\n"
-        "largest number (float32 products are TF32 where the GPU has it):",
+        "largest number (of float32 the recurrences' products are TF32, those of statistics exact):",
         table(["dtype", *checks], [[name, *(f"{each[c]:.1e}" for c in checks)] for name, each in errors.items()]),
     ]
     if rows := run.found.get("statistics"):
         parts += [
             f"Statistics over SDPA's forward, {run.sizes.heads} heads, causal, {run.dtype}; bytes above its inputs:",
             table(
-                ["N", "width", *("default", "all"), "peak MiB", "TFLOP/s"],
+                ["N", "width", "default", "all", "default, mask tensor", "peak MiB", "TFLOP/s"],
                 [
                     [str(r["N"]), str(r["width"]), f"{r['default']:.2f}", f"{r['all']:.2f}",
+                     f"{r['masked']:.2f}" if "masked" in r else "",
                      f"{r['peak bytes'] / 2**20:.0f}", f"{r['TFLOP/s']:.0f}"]
                     for r in rows
                 ],

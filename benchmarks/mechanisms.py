@@ -8,9 +8,11 @@ would take more than `--gib` or `--seconds`. What claims of cost on the cards ne
 of forms.
 
 Writes its section of docs/benchmarks.md, and workbench/mechanisms/weights/cost.json, which cards and the gallery read;
-with --rooms or --quick it writes neither.
+with --rooms or --quick it writes neither. With --again, what is written has new figures of these rooms alone, over
+plain attention in the same run.
 
-    python benchmarks/mechanisms.py [--rooms agent sqa:gqa ...] [--lengths 512 1024 ... 8192] [--rounds 6] [--quick]
+    python benchmarks/mechanisms.py [--rooms agent sqa:gqa ...] [--again s2 ...] [--lengths 512 1024 ... 8192]
+        [--rounds 6] [--quick]
 """
 
 from __future__ import annotations
@@ -45,6 +47,17 @@ def measure(names: list[str], lengths: list[int], rounds: int, limits: Limits) -
     return data | {"claims": claims(data)}
 
 
+def measure_again(names: list[str], lengths: list[int], rounds: int, limits: Limits) -> dict[str, Any]:
+    """What is kept, with new figures of these rooms."""
+    kept: dict[str, Any] = json.loads(COSTS.read_text(encoding="utf-8"))
+    peaks, left_out = peaks_of(names, lengths, limits)
+    found = costs(times_of(peaks, lengths, rounds), peaks)
+    kept["rooms"] |= {name: each for name, each in found.items() if name in names}
+    kept["left_out"] = {name: why for name, why in kept["left_out"].items() if name not in names} | left_out
+    again = sorted({*kept.get("again", []), *names})
+    return kept | {"again": again, "claims": claims(kept)}
+
+
 def section(data: dict[str, Any]) -> str:
     """Say it in markdown."""
     rooms, facts = data["rooms"], data["facts"]
@@ -62,6 +75,9 @@ def section(data: dict[str, Any]) -> str:
     at = [f"N = {n}" for n in lengths]
     header = ["room", *at, "exponent", "of all rounds", f"MiB at {lengths[-1]}", "of memory"]
     left = "".join(f"{name} is left out {why}. " for name, why in data["left_out"].items())
+    again = "".join(
+        f"{name} was measured again, in a run of its own or with others. " for name in data.get("again", [])
+    )
     said = [
         f"- {room}: {says} {found['outcome'].capitalize()}: {found['found']}."
         for room, of_room in data["claims"].items()
@@ -75,7 +91,7 @@ place, so that less is better, and how its own time grows with the length N. One
 
 "{CAUSAL}" and "{WHOLE}" are `scaled_dot_product_attention` in the same layer; rooms that can be causal are compared
 with the first, others with the second. The exponent is the slope of log time over log length, memory the peak above
-what is held. {left}
+what is held. {left}{again}
 
 Claims of cost, as they stand on the cards:
 
@@ -99,6 +115,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rooms", nargs="+", help="names, a variant behind a colon; by default all rooms")
+    parser.add_argument("--again", nargs="+", help="these rooms alone; the rest stays as it was written")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--gib", type=float, default=4.0, help="a room that would take more is left out")
@@ -116,7 +133,10 @@ def main() -> None:
     if options.only_memory:
         print_peaks(names, lengths, limits)
         return
-    data = finite(measure(names, lengths, options.rounds, limits))
+    if options.again:
+        data = finite(measure_again(options.again, lengths, options.rounds, limits))
+    else:
+        data = finite(measure(names, lengths, options.rounds, limits))
     if options.rooms or options.quick:
         say(section(data))
         return

@@ -36,6 +36,7 @@ VIEWS = Path(__file__).parents[1] / "workbench" / "views"
 WIDTH, HEIGHT = 1280, 800
 LOWEST, TALLEST = 240, 1240  # of a picture, which is as tall as its page otherwise
 TALL = 1900  # of a page with several views
+WIDE = {"table": 1640}  # where the whole of it is to be seen
 COMPARED = ("sqa:mha", "aaren", "agent", "halo", "long_lora", "moh", "routing", "s2")
 COLOURS = 256  # that a picture keeps, which makes it several times smaller
 ADDRESSES = {
@@ -68,8 +69,9 @@ def of_language() -> dict[str, views.View]:
     wb = workbench.attach(model, tokenizer)
     inputs = wb.tokenize(workbench.tasks.ioi(1, seed=3)[0].prompt)
     names = ["entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "induction"]
-    with torch.no_grad(), wb.capture(names) as cap:
-        model(**inputs)
+    for _ in range(3):  # the first calls compile, which a timeline would show
+        with torch.no_grad(), wb.capture(names) as cap:
+            model(**inputs)
     again = wb.tokenize(workbench.tasks.induction(1, seed=0)[0].prompt)  # words that begin again at the end
     with torch.no_grad(), wb.capture(names) as copies:
         model(**again)
@@ -80,6 +82,7 @@ def of_language() -> dict[str, views.View]:
     roles = workbench.head_roles(wb, task, progress=False)
     share = workbench.logit_attribution(wb, task)
     other = workbench.find_circuit(wb, workbench.tasks.induction(16, seed=3), method="eap_ig", progress=False)
+    colours = workbench.find_circuit(wb, workbench.tasks.colored_objects(16, seed=3), method="eap_ig", progress=False)
     received = cap[4].pattern.statistics(["received_mean"])["received_mean"][0, 1]
     texts = (cap.query_tokens(cap[4].site.name) or [[]])[0]
     pair = [views.attention_pattern(cap, site=4, heads=[head]) for head in (1, 2)]
@@ -89,11 +92,13 @@ def of_language() -> dict[str, views.View]:
         "compare": views.compare(*pair, labels=("L4H1", "L4H2")),
         "head-gallery": views.head_gallery(copies, roles=roles),
         "head-page": views.head(cap, "L4H1", roles=roles, circuits=found, attribution=share),
-        "token-strip": views.token_strip(texts, {"received by L4H1, per query that sees it": received}),
+        "token-strip": views.token_strip(texts, {"weight from L4H1, per query that sees it": received}),
         "run-timeline": views.run_timeline(cap),
         "tensor-peek": views.tensor_peek(model.transformer.h[1].attn.c_attn.weight, title="Weights of a projection"),
         "circuit-graph": circuit(wb, task, found, roles),
-        "overlap-matrix": views.overlap_matrix({"IOI": found.top(60), "induction": other.top(60)}, n_null=100),
+        "overlap-matrix": views.overlap_matrix(
+            {"IOI": found.top(60), "colored objects": colours.top(60), "induction": other.top(60)}, n_null=100
+        ),
         "conditioning-curves": views.conditioning_curves(
             workbench.conditioning(experiments=["blocking", "overshadowing"], trials=8, repeats=16, progress=False)
         ),
@@ -270,13 +275,17 @@ def main() -> None:
             page = page_of(view, Path(there) / f"{name}.html")
             for theme in ("light", "dark"):
                 context = browser.new_context(
-                    offline=True, color_scheme=theme, viewport={"width": WIDTH, "height": HEIGHT}
+                    offline=True, color_scheme=theme, viewport={"width": WIDE.get(name, WIDTH), "height": HEIGHT}
                 )
                 tab = context.new_page()
                 tab.goto(f"{page.as_uri()}{ADDRESSES.get(name, '#L4H1,q=15')}")
                 tab.wait_for_selector("html[data-ready]")
+                if name in WIDE:
+                    tab.evaluate("document.querySelector('main').style.maxWidth = 'none'")
                 bottom = tab.evaluate("document.querySelector('main').getBoundingClientRect().bottom")
-                tab.set_viewport_size({"width": WIDTH, "height": min(tallest, max(LOWEST, round(bottom)))})
+                tab.set_viewport_size(
+                    {"width": WIDE.get(name, WIDTH), "height": min(tallest, max(LOWEST, round(bottom)))}
+                )
                 tab.wait_for_timeout(200)
                 save(tab.screenshot(), FOLDER / f"{name}-{theme}.png")
                 context.close()

@@ -56,7 +56,7 @@ def _globals(cls: type) -> list[dict[str, Any]]:
         for base in cls.__mro__:
             for value in vars(base).values():
                 function = inspect.unwrap(value) if isinstance(value, FunctionType) else None
-                if isinstance(function, FunctionType) and function.__module__.partition(".")[0] != "torch":
+                if isinstance(function, FunctionType) and (function.__module__ or "").partition(".")[0] != "torch":
                     found[id(function.__globals__)] = function.__globals__
         _of_class[cls] = list(found.values())
     return _of_class[cls]

@@ -22,6 +22,7 @@ from workbench.tokens import visible_text
 
 _CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|multihead_attn", re.IGNORECASE)
 _WINDOW = re.compile(r"swin|window", re.IGNORECASE)
+_MEMORY = re.compile(r"memory_?att", re.IGNORECASE)  # of a tracker: keys are what it kept of earlier frames
 _WRAPPED = "._original_component"
 _HOOK_SUFFIX = re.compile(r"\.(hook_\w+|attn_weights)$")
 
@@ -35,8 +36,8 @@ class Site:
         layer: position among the sites of the same tower and kind, from 0.
         kind: what it mixes: "self" and "window": positions of one sequence; "halo": those of a window and around it;
             "cross": those of another sequence; "channel": features; "pooled": summaries of several positions (slots,
-            experts, pooled keys); "memory": keys that are learned; "state": a recurrence; "gate": nothing, what stands
-            at a position is multiplied by a factor.
+            experts, pooled keys); "memory": keys that are learned, or kept of earlier frames; "state": a recurrence;
+            "gate": nothing, what stands at a position is multiplied by a factor.
         n_heads, n_kv_heads, d_head: its sizes; None until a call has shown them.
         tower: "" for a model with one stack of layers, else such as "encoder".
         windows: how many entries its batch has for each example of the model, [example, window] in one axis.
@@ -111,15 +112,16 @@ class Site:
     @property
     def alias(self) -> str:
         """TransformerLens' spelling: blocks.3.attn, or decoder.3.cross_attn in a model with several towers."""
-        part = {"cross": "cross_attn", "state": "mixer", "gate": "gate"}.get(self.kind, "attn")
+        part = {"cross": "cross_attn", "memory": "memory_attn", "state": "mixer", "gate": "gate"}.get(self.kind, "attn")
         return f"{self.tower or 'blocks'}.{self.layer}.{part}{self._suffix}"
 
     @property
     def aliases(self) -> tuple[str, ...]:
         """The alias, and how it is also spelled: decoder.3.self_attn for decoder.3.attn."""
-        several = self.kind not in ("cross", "state", "gate")
-        if not several:
+        if self.kind in ("cross", "state", "gate"):
             return (self.alias,)
+        if self.kind == "memory":
+            return self.alias, f"{self.tower or 'blocks'}.{self.layer}.attn{self._suffix}"
         return self.alias, f"{self.alias.removesuffix(self._suffix).removesuffix('attn')}self_attn{self._suffix}"
 
     def label(self, head: int) -> str:
@@ -348,6 +350,7 @@ def _describe(name: str, module: nn.Module) -> Site:
     if (reader := reader_of(module)) is not None:
         return Site(name, -1, reader.kind)  # its sizes are what the reader says at its first call
     kind: Kind = "cross" if cross else "window" if _WINDOW.search(type(module).__name__) else "self"
+    kind = "memory" if cross and _MEMORY.search(name) else kind
     return Site(name, -1, kind, heads, heads if kv is None else kv, width)
 
 

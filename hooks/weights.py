@@ -71,8 +71,9 @@ def kinds(model: nn.Module) -> list[str]:
     """In what kinds of numbers a model's weights are kept, in the order of their names: "int8 for float32", "float32".
 
     Of tensors of several parts, as quantized ones are, it is the kind of their narrowest part, with the kind that they
-    stand for. Numbers that layers pack into buffers of up to 32 bits (GPTQ) count as the parameters that they take the
-    place of; positions, which have 64, and masks do not.
+    stand for; where a tensor tells of a kind that PyTorch does not store ("int4", "nf4"), it is that. Numbers that
+    layers pack into buffers of up to 32 bits (GPTQ) count as the parameters that they take the place of; positions,
+    which have 64, and masks do not.
 
     >>> kinds(nn.Linear(2, 2))
     ['float32']
@@ -98,7 +99,12 @@ def _kind(tensor: Tensor) -> str:
     if is_traceable_wrapper_subclass(tensor):
         parts = [part for _, part in described(tensor) if part is not None]
     least = min(parts, key=lambda part: part.element_size(), default=tensor)
-    return own if least.dtype == tensor.dtype else f"{_named(least.dtype)} for {own}"
+    packed = read(tensor, "quant_state")  # of weights packed in blocks, as bitsandbytes has them
+    if isinstance(read(packed, "dtype"), torch.dtype):
+        return f"{read(packed, 'quant_type') or own} for {_named(packed.dtype)}"
+    kept = read(tensor, "target_dtype")  # the numbers are of this kind, in whatever they are stored
+    kept = kept if isinstance(kept, torch.dtype) else least.dtype
+    return own if kept == tensor.dtype else f"{_named(kept)} for {own}"
 
 
 def _named(dtype: torch.dtype) -> str:
@@ -107,6 +113,8 @@ def _named(dtype: torch.dtype) -> str:
 
 def matrix(module: nn.Module) -> Tensor:
     """The weight of a linear module as a plain floating-point matrix, without gradients; a view where it can be one.
+
+    Of a linear layer that keeps no such matrix (numbers packed into bytes) it is what its own code multiplies by.
 
     Raises:
         CaptureError: it is not there, or has no floating-point form.
@@ -134,6 +142,8 @@ def matrix(module: nn.Module) -> Tensor:
             weight = None
         if is_traceable_wrapper_subclass(weight):  # such as a shard of a larger tensor
             weight = None
+    elif isinstance(weight, Tensor) and isinstance(module, nn.Linear) and not weight.is_floating_point():
+        weight = _multiplied(module)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise CaptureError(
             f"the weight of {type(module).__name__} is no matrix of floating-point numbers",
@@ -141,6 +151,31 @@ def matrix(module: nn.Module) -> Tensor:
             hint=hint,
         )
     return weight
+
+
+_LINEAR_TO = 0.05  # layers that round what enters them to 8 bits are off by a percent
+_PROBED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def _multiplied(module: nn.Linear) -> Tensor | None:
+    """[out, in] what a linear layer multiplies by, as it does to each unit vector; None if it is no linear function."""
+    n, bias = module.in_features, module.bias
+    for dtype in _PROBED:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.cat([torch.eye(n), torch.zeros(1, n), torch.randn(1, n, generator=generator)])
+        rows = rows.to(module.weight.device, dtype)
+        try:
+            given = module.forward(rows)
+        except (RuntimeError, TypeError, ValueError):  # it computes in another dtype
+            continue
+        if given.shape != (n + 2, module.out_features) or not given.is_floating_point():
+            return None
+        given = given.float() if bias is None else given.float() - bias.float()
+        columns, nothing, both = given[:n], given[n], given[n + 1]
+        off = (rows[n + 1].float() @ columns - both).norm()
+        return columns.T if float(nothing.norm() + off) <= _LINEAR_TO * float(both.norm()) else None
+    return None
 
 
 def _columns_here(module: nn.Module, weight: Any) -> Tensor:

@@ -2,8 +2,9 @@
 
 A `Plan` names, for each tile of queries, the keys that it visits. On the CPU the keys of a tile are gathered into one
 contiguous buffer, so that a tile is a small dense attention; what a query sees in several tiles is joined by its
-log-sum-exp. The backward recomputes weights from the saved log-sum-exp. On CUDA, `flex.py` hands a layout to
-FlexAttention instead.
+log-sum-exp. The backward recomputes weights from the saved log-sum-exp. Fresh memory costs as much as the products of a
+sparse layout: the tensors are read where they lie, and tiles that slide along the sequence are not gathered at all. On
+CUDA, `flex.py` hands a layout to FlexAttention instead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from workbench.kernels.native.blocks import BlockLists, attend_blocks
+from workbench.kernels.runs import Runs
 
 _KEYS_AT_ONCE = 8192  # keys gathered at once: 2 MiB of each of k and v at width 64, about a second-level cache
 _ROWS_AT_ONCE = 128  # of a tile in the backward, which holds their weights
@@ -32,6 +36,8 @@ class Group:
         mask: bool [1, query, key] that all tiles share, or a function from a slice of tiles to [tile, query, key]; None
             where every query of a tile sees every key.
         joins: runs of queries may be in tiles of groups before this one too, with other keys.
+        sliding: every layout has a tile for each run of queries from run c − 1 on, whose keys are the c runs that end
+            at its own. Only for the first group of a plan.
     """
 
     layouts: Tensor
@@ -39,6 +45,7 @@ class Group:
     keys: Tensor
     mask: Tensor | Callable[[slice], Tensor] | None = None
     joins: bool = False
+    sliding: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +57,7 @@ class Plan:
         run: neighbouring tokens that one index stands for.
         query_runs, key_runs: number of runs, with those that are padding.
         front: rows of padding before the first query, where runs do not start at query 0.
+        lists: the same as lists of blocks, where that can be said; the C++ library then does the forward in float32.
     """
 
     n_layouts: int
@@ -58,6 +66,7 @@ class Plan:
     key_runs: int
     groups: tuple[Group, ...]
     front: int = 0
+    lists: BlockLists | None = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -95,27 +104,8 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-        sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-        b, h, n_q, _ = q.shape
-        queries, keys, values = _in_runs(q, k, v, plan)
-        held = sums if any(group.joins for group in plan.groups) else q.dtype
-        out = q.new_zeros(b * h * plan.query_runs, plan.run * v.shape[-1], dtype=held)
-        lse = q.new_full((len(out), plan.run), -torch.inf, dtype=sums)
-        for group in plan.groups:
-            for at, to, size, mask in _chunks(plan, group, b, h, k.shape[1], q.device):
-                tile_q = queries.index_select(0, at).view(*size, -1, q.shape[-1])
-                tile_k = keys.index_select(0, to).view(*size, -1, k.shape[-1])
-                tile_v = values.index_select(0, to).view(*size, -1, v.shape[-1])
-                tile_out, tile_lse = _tile(tile_q, tile_k, tile_v, mask, scale)
-                tile_out, tile_lse = tile_out.reshape(len(at), -1).to(held), tile_lse.reshape(len(at), -1)
-                if group.joins:
-                    tile_out, tile_lse = _joined(out, lse, at, tile_out, tile_lse)
-                out.index_copy_(0, at, tile_out)
-                lse.index_copy_(0, at, tile_lse)
-        rows = slice(plan.front, plan.front + n_q)
-        padded = plan.query_runs * plan.run  # tokens; said, since there may be no examples
-        out = out.view(b, h, padded, v.shape[-1])[:, :, rows].to(q.dtype)
-        lse = lse.view(b, h, padded)[:, :, rows]
+        made = None if plan.lists is None else attend_blocks(q, k, v, plan.lists, scale)
+        out, lse = _over_tiles(q, k, v, plan, scale) if made is None else made
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out, lse
@@ -136,7 +126,8 @@ class _Attend(torch.autograd.Function):
         )
         d_q, d_k, d_v = (torch.zeros(x.shape, dtype=sums, device=x.device) for x in (queries, keys, values))
         for group in plan.groups:
-            for at, to, size, mask in _chunks(plan, group, b, h, k.shape[1], q.device):
+            for at_runs, to_runs, size, mask in _chunks(plan, group, b, h, k.shape[1], q.device):
+                at, to = _flat(at_runs, h, plan.query_runs), _flat(to_runs, k.shape[1], plan.key_runs)
                 tile_q, tile_d = (
                     x.index_select(0, at).view(*size, -1, width).to(sums)
                     for x, width in ((queries, d), (d_outs, v.shape[-1]))
@@ -167,6 +158,33 @@ class _Attend(torch.autograd.Function):
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None
 
 
+def _over_tiles(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and lse, group by group."""
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    b, h, n_q, _ = q.shape
+    held = sums if any(group.joins for group in plan.groups) else q.dtype
+    slides = bool(plan.groups) and _has_strides(plan, q, k, v)
+    out, lse = _slid(q, k, v, plan, scale, held) if slides else _empty(q, v, plan, held)
+    queries, outs, lses = (Runs.of(x, plan.run, plan.query_runs, front) for x, front in (
+        (q, plan.front), (out, 0), (lse[..., None], 0)))  # fmt: skip
+    keys, values = (Runs.of(x, plan.run, plan.key_runs) for x in (k, v))
+    for group in plan.groups[slides:]:
+        for at, to, size, mask in _chunks(plan, group, b, h, k.shape[1], q.device):
+            tile_q = queries.table.index_select(0, queries.rows(*at)).view(*size, -1, q.shape[-1])
+            tile_k = keys.table.index_select(0, keys.rows(*to)).view(*size, -1, k.shape[-1])
+            tile_v = values.table.index_select(0, values.rows(*to)).view(*size, -1, v.shape[-1])
+            tile_out, tile_lse = _tile(tile_q, tile_k, tile_v, mask, scale)
+            out_at, lse_at = outs.rows(*at), lses.rows(*at)
+            tile_out, tile_lse = tile_out.reshape(len(out_at), -1).to(held), tile_lse.reshape(len(lse_at), -1)
+            if group.joins:
+                tile_out, tile_lse = _joined(outs.table, lses.table, out_at, lse_at, tile_out, tile_lse)
+            outs.table.index_copy_(0, out_at, tile_out)
+            lses.table.index_copy_(0, lse_at, tile_lse)
+    rows = slice(plan.front, plan.front + n_q)
+    out, lse = out[:, :, rows].to(q.dtype), lse[:, :, rows]
+    return out, lse
+
+
 def _runs(x: Tensor, run: int, n_runs: int, front: int = 0) -> Tensor:
     """[batch, head, token, d] -> [batch · head · run, tokens of a run · d], padded with zeros to `n_runs` per head."""
     padding = n_runs * run - front - x.shape[2]
@@ -180,44 +198,95 @@ def _in_runs(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tenso
     return queries, _runs(k, plan.run, plan.key_runs), _runs(v, plan.run, plan.key_runs)
 
 
-def _joined(out: Tensor, lse: Tensor, at: Tensor, new: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """`merge` of what these runs of queries, [run, …], have so far and of their new parts, of which none need see."""
-    old_lse = lse.index_select(0, at)
+def _empty(q: Tensor, v: Tensor, plan: Plan, held: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Output and lse of queries that have seen nothing yet; as those of SDPA, the heads of a token lie side by side."""
+    b, h, tokens = q.shape[0], q.shape[1], plan.query_runs * plan.run
+    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_zeros(b, tokens, h, v.shape[-1], dtype=held).transpose(1, 2)
+    return out, q.new_full((b, h, tokens), -torch.inf, dtype=sums)
+
+
+def _has_strides(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the first group slides, and the tiles of these tensors can be told by strides."""
+    group, tokens = plan.groups[0], plan.query_runs * plan.run
+    alike = q.shape[2] == k.shape[2] == tokens and not plan.front and q.shape[-1] == v.shape[-1]
+    few = q.shape[0] == 1 or (q.shape[0] and group.keys.shape[1] == 1)  # else strides cannot tell example and run
+    return group.sliding and alike and bool(few) and q.device.type == "cpu"
+
+
+def _slid(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, held: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Output and lse of the tiles of the first group, which are read where they lie."""
+    group, run = plan.groups[0], plan.run
+    assert isinstance(group.mask, Tensor | None)
+    (b, _h, tokens, width), shared, c = q.shape, q.shape[1] // k.shape[1], group.keys.shape[1]
+    first, mask = (c - 1) * run, None if group.mask is None else group.mask[:, None]
+    tile_k, tile_v = (x.unfold(2, c * run, run).permute(0, 2, 1, 4, 3).flatten(0, 1) for x in (k, v))
+    outs, lses = [], []
+    for inner in range(shared):
+        tile_q = q[:, inner::shared, first:].unfold(2, run, run).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        tile_out, tile_lse = _tile(tile_q, tile_k, tile_v, mask, scale)  # [run, kv head, row, …]
+        outs.append(tile_out.transpose(1, 2).reshape(b, tokens - first, -1, width))
+        lses.append(tile_lse.transpose(1, 2).reshape(b, tokens - first, -1).transpose(1, 2))
+    if shared == 1 and not first and outs[0].dtype == held:
+        return outs[0].transpose(1, 2), lses[0].contiguous()
+    out, lse = _empty(q, v, plan, held)
+    for inner, (tile_out, tile_lse) in enumerate(zip(outs, lses, strict=True)):
+        out[:, inner::shared, first:] = tile_out.transpose(1, 2)
+        lse[:, inner::shared, first:] = tile_lse
+    return out, lse
+
+
+def _joined(
+    out: Tensor, lse: Tensor, out_at: Tensor, lse_at: Tensor, new: Tensor, new_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`merge` of what these runs of queries, rows of both tables, have so far and of their new parts, of which none
+    need see.
+    """
+    old_lse = lse.index_select(0, lse_at)
     whole = torch.logaddexp(old_lse, new_lse)
     known = whole.clamp(min=torch.finfo(whole.dtype).min)  # −inf less −inf is no number
-    old, shape = out.index_select(0, at), (*whole.shape, -1)
+    old, shape = out.index_select(0, out_at), (*whole.shape, -1)
     old.view(shape).mul_((old_lse - known).exp_()[..., None])
     return old.view(shape).addcmul_(new.view(shape), (new_lse - known).exp_()[..., None]).view_as(old), whole
 
 
+_Runs = tuple[Tensor, Tensor, Tensor]  # example, head and run, which broadcast
+
+
 def _chunks(
     plan: Plan, group: Group, n_batch: int, n_heads: int, n_kv_heads: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, tuple[int, int], Tensor | None]]:
-    """(query runs, key runs, (tiles, kv heads), mask) of so many tiles of a group that their keys stay in the cache.
+) -> Iterator[tuple[_Runs, _Runs, tuple[int, int], Tensor | None]]:
+    """(runs of queries, of keys, (tiles, kv heads), mask) of so many tiles of a group that their keys stay in the
+    cache.
 
     The rows of a tile are those of all query heads that share a kv head, one head after the other: the mask is
     [tile or 1, 1, query head · query, key].
     """
     shared = n_heads // n_kv_heads
     per_layout = n_kv_heads // plan.n_layouts
-    batch, kv = torch.arange(n_batch, device=device), torch.arange(per_layout, device=device)
-    first_heads = (batch[:, None] * n_kv_heads + kv).flatten()
-    if not len(first_heads):  # no examples
+    pairs = torch.arange(n_batch * per_layout, device=device)  # an example, and a kv head of a layout
+    if not len(pairs):  # no examples
         return
     inner = torch.arange(shared, device=device)[:, None]
     queries, keys, layouts = group.queries.to(device), group.keys.to(device), group.layouts.to(device)
     width = keys.shape[1] * plan.run
-    heads_at_once = min(len(first_heads), max(1, _KEYS_AT_ONCE // width))
+    heads_at_once = min(len(pairs), max(1, _KEYS_AT_ONCE // width))
     tiles_at_once = max(1, _KEYS_AT_ONCE // (width * heads_at_once))
     always = None if callable(group.mask) or group.mask is None else _for_heads(group.mask.to(device), shared)
     for start in range(0, len(layouts), tiles_at_once):
         part = slice(start, min(start + tiles_at_once, len(layouts)))
         mask = _for_heads(group.mask(part).to(device), shared) if callable(group.mask) else always
-        for heads in first_heads.split(heads_at_once):
-            kv_heads = layouts[part, None] * per_layout + heads  # [tile, kv head], counted through the batch
-            to = kv_heads[..., None] * plan.key_runs + keys[part, None]
-            at = (kv_heads[..., None, None] * shared + inner) * plan.query_runs + queries[part, None, None]
-            yield at.flatten(), to.flatten(), (part.stop - part.start, len(heads)), mask
+        for some in pairs.split(heads_at_once):
+            batch, kv_heads = some // per_layout, layouts[part, None] * per_layout + some % per_layout
+            at = (batch[:, None, None], kv_heads[..., None, None] * shared + inner, queries[part, None, None])
+            to = (batch[:, None], kv_heads[..., None], keys[part, None])
+            yield at, to, (part.stop - part.start, len(some)), mask
+
+
+def _flat(runs: _Runs, n_heads: int, n_runs: int) -> Tensor:
+    """The numbers of runs among all, [batch · head · run]."""
+    batch, head, run = runs
+    return ((batch * n_heads + head) * n_runs + run).flatten()
 
 
 def _for_heads(mask: Tensor, shared: int) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from workbench.errors import CaptureError
 
@@ -100,12 +103,36 @@ class Pending:
     def __init__(self) -> None:
         self._sums: list[tuple[tuple[str, str | None], Tensor]] = []
         self._known: list[tuple[list[tuple[str, str | None]], Tensor]] = []  # [tensor] whether each is finite
+        self._here = threading.local()
+        self._seen: MutableMapping[Tensor, set[tuple[Any, ...]]] = WeakIdKeyDictionary()
+
+    @contextmanager
+    def at(self, site: str) -> Iterator[None]:
+        """What this thread adds inside, and does not say of which site it is, is of this one."""
+        before, self._here.site = getattr(self._here, "site", None), site
+        try:
+            yield
+        finally:
+            self._here.site = before
+
+    def is_new(self, tensor: Tensor) -> bool:
+        """Whether a tensor, as it is now, was not asked about before."""
+        if tensor.is_inference():  # it cannot tell of changes
+            return True
+        seen, at = self._seen.setdefault(tensor if tensor._base is None else tensor._base, set()), place_of(tensor)
+        new = at not in seen
+        seen.add(at)
+        return new
 
     def add(self, name: str, tensor: Tensor, site: str | None) -> None:
         """One launch on the device, and none that the host waits for."""
         # In float64 no numbers of fewer bits, such as those that hide a key, are too large to add up.
         wide = torch.float32 if tensor.device.type == "mps" else torch.float64
-        self._sums.append(((name, site), tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, wide))))
+        self.add_total(name, tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, wide)), site)
+
+    def add_total(self, name: str, total: Tensor, site: str | None) -> None:
+        """One number on the device that is not finite if something is wrong."""
+        self._sums.append(((name, site or getattr(self._here, "site", None)), total))
         if len(self._sums) >= _MANY:
             self._fold()
 
@@ -141,6 +168,22 @@ def deferred(pending: Pending) -> Iterator[None]:
         yield
     finally:
         _pending.remove(pending)
+
+
+def ask_later(name: str, total: Callable[[], Tensor], about: Tensor | None = None) -> None:
+    """Give the capture that is open, if one is, a number on the device that is not finite if something is wrong.
+
+    Args:
+        about: what it is about, where several calls may share that; then it is made once.
+    """
+    for pending in _pending[-1:]:
+        if about is None or pending.is_new(about):
+            pending.add_total(name, total(), None)
+
+
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Where in what it is a view of a tensor lies, and how often that was written to."""
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version
 
 
 def check_finite(name: str, tensor: Tensor, site: str | None = None) -> None:

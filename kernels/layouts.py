@@ -35,6 +35,16 @@ class Layout(ABC):
             layouts: indices of the layouts that are asked for.
         """
 
+    @property
+    def is_described(self) -> bool:
+        """Whether layouts that are equal are the same in all things: what is made of one serves the others."""
+        parameters = getattr(self, "__dataclass_params__", None)
+        try:
+            hash(self)
+        except TypeError:
+            return False
+        return parameters is not None and parameters.frozen and parameters.eq
+
     def for_heads(self, heads: slice | Tensor, n_heads: int) -> Tensor:
         """The layout index of each of these query heads."""
         index = torch.arange(n_heads)[heads] if isinstance(heads, slice) else heads

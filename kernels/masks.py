@@ -6,16 +6,17 @@ tensor (True: may see) and an additive tensor. It answers for any tile without b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from workbench.errors import CaptureError
-from workbench.kernels.checks import LARGEST, check_range, check_sizes
+from workbench.kernels.checks import LARGEST, ask_later, check_range, check_sizes, place_of
 from workbench.kernels.layouts import Layout
 
 _WIDEST = 1 << 40  # positions: a window that hides nothing, however large it is
@@ -74,6 +75,22 @@ class Mask:
         """Whether the tensor is added to the scores rather than switching keys on and off."""
         return self.tensor is not None and self.tensor.is_floating_point()
 
+    def _laid_out(self, at: Any, device: torch.device) -> MaskSummary:
+        """Layers make a layout of the same description each."""
+        if at not in _of_layouts:
+            for old in list(_of_layouts)[:-_RULES]:
+                _of_layouts.pop(old, None)
+            _of_layouts[at] = self._summarised(device)
+        return _of_layouts[at]
+
+    @property
+    def may_hide_all(self) -> bool:
+        """Whether some query may see no key, as far as the rules tell."""
+        if self.tensor is not None or self.layout is not None:
+            return True
+        outside = self.offset < 0 or self.offset + self.n_queries > self.n_keys
+        return (self.causal and self.offset < 0) or (self.window is not None and outside)
+
     @property
     def farthest(self) -> int:
         """No query and key are farther apart than this."""
@@ -113,8 +130,13 @@ class Mask:
         return replace(self, tensor=self.tensor.where(kept, -torch.inf if self.additive else False))
 
     def check_numbers(self) -> None:
-        """Raise a CaptureError that names a NaN or +inf that would be added to the scores."""
-        if self.additive and self.tensor is not None and not self._adds_numbers:
+        """Raise a CaptureError that names a NaN or +inf that would be added to the scores; on a device, later."""
+        if not self.additive or self.tensor is None:
+            return
+        tensor = self.tensor
+        if tensor.device.type != "cpu":  # the host would have to wait; NaN and +inf are greatest
+            ask_later("the mask", lambda: tensor.amax().clamp(min=0), tensor)
+        elif not self._adds_numbers:
             bad = (self.tensor.isnan() | self.tensor.isposinf()).nonzero()[0].tolist()
             raise CaptureError(
                 f"the mask holds {self.tensor[tuple(bad)].item()} at {bad}",
@@ -227,10 +249,25 @@ class Mask:
         return n_heads // max(n_kv_heads, 1 if self.layout is None else self.layout.n_layouts)
 
     def summary(self, device: torch.device) -> MaskSummary:
-        """Counts per query and per key, on a device; made once."""
+        """Counts per query and per key, on a device; made once for all layers that share a tensor."""
         if device not in self._summaries:
-            self._summaries[device] = self._summarised(device)
+            self._summaries[device] = self._shared(device)
         return self._summaries[device]
+
+    def _shared(self, device: torch.device) -> MaskSummary:
+        tensor = self.tensor
+        rules = self.n_queries, self.n_keys, self.causal, self.offset, self.window, device
+        if tensor is None and self.layout is not None and self.layout.is_described:
+            return self._laid_out((self.layout, self.n_heads, *rules), device)
+        if tensor is None or self.layout is not None or tensor.is_inference():
+            return self._summarised(device)
+        lies = place_of(tensor)
+        known = _of_tensors.setdefault(tensor if tensor._base is None else tensor._base, {})
+        if (rules, lies) not in known:
+            for old in list(known)[:-_RULES]:
+                known.pop(old, None)
+            known[rules, lies] = self._summarised(device)
+        return known[rules, lies]
 
     @cached_property
     def _summaries(self) -> dict[torch.device, MaskSummary]:
@@ -249,7 +286,8 @@ class Mask:
         per_key = torch.zeros(b, h, self.n_keys, dtype=torch.long, device=device)
         per_query = torch.zeros(b, h, self.n_queries, dtype=torch.long, device=device)
         first = torch.zeros(b, h, self.n_queries, dtype=torch.long, device=device)
-        block = max(1, (1 << 22) // max(1, b * h * self.n_keys))
+        cells = 1 << (22 if device.type == "cpu" else 26)  # on a device each block of rows is several launches
+        block = max(1, cells // max(1, b * h * self.n_keys))
         alike = self.tensor is not None and self.tensor.shape[2] == 1 and self.layout is None
         if alike and not self.causal and self.window is None:
             block = self.n_queries  # all rows are alike, and `visible` gives one
@@ -299,6 +337,22 @@ class MaskSummary:
     keys_per_query: Tensor
     queries_per_key: Tensor
     first_key: Tensor
+
+    @cached_property
+    def sees(self) -> Tensor:
+        """[b, h, query] bool: whether a query sees a key."""
+        return self.keys_per_query > 0
+
+    @cached_property
+    def derived(self) -> dict[Any, Any]:
+        """What engines have made of the same mask, to be made once."""
+        return {}
+
+
+_of_tensors: MutableMapping[Tensor, dict[Any, MaskSummary]] = WeakIdKeyDictionary()
+"""Of masks that live, by what they are views of: where in it each lies, as it is now, with which rules."""
+_of_layouts: dict[Any, MaskSummary] = {}
+_RULES = 8
 
 
 @lru_cache(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels import engines
-from workbench.kernels.checks import check_finite, check_heads, check_number, check_tensor
+from workbench.kernels.checks import ask_later, check_finite, check_heads, check_number, check_tensor
 from workbench.kernels.masks import Mask
 from workbench.kernels.native import NativeEngine
 from workbench.kernels.patterns import Pattern
@@ -21,10 +21,12 @@ from workbench.kernels.softmax_problem import SoftmaxProblem
 from workbench.kernels.softmax_tiles import HIDDEN, SoftmaxTiles
 from workbench.kernels.source import RawTileMaker, TileMaker
 from workbench.kernels.statistics import Options
+from workbench.kernels.tile import Space
 from workbench.kernels.torch_engine import TorchEngine
 from workbench.kernels.triton import TritonEngine
 
 _WEIGHTLESS = HIDDEN / 1e3  # the logarithm of nothing
+_FAR = 1e20  # beyond all denominators that scores add up to
 
 for _engine in (TorchEngine(), TritonEngine(), NativeEngine()):  # the last is asked first
     engines.register(_engine)
@@ -117,8 +119,9 @@ class SoftmaxPattern(Pattern):
         known = self._kernel_lse
         assert known is not None
         known = known.to(self.dtype).contiguous()
-        self._check_denominators(known)
-        return self.space().alive(known, -torch.inf) if self._may_have_dead_rows else known
+        if known.device.type == "cpu":
+            self._check_denominators(known)
+        return self.space().alive(known, -torch.inf) if self.mask.may_hide_all else known
 
     def _check_denominators(self, lse: Tensor) -> None:
         """Raise a CaptureError where a row that sees keys has a denominator that is no number."""
@@ -133,19 +136,28 @@ class SoftmaxPattern(Pattern):
                 hint=f"its scores overflow {self.dtype}: is the scale right, or does an earlier layer overflow?",
             )
 
-    @property
-    def _may_have_dead_rows(self) -> bool:
-        mask = self.mask
-        return (
-            mask.tensor is not None
-            or mask.layout is not None
-            or mask.window is not None
-            or (mask.causal and mask.offset < 0)
-        )
-
     @cached_property
     def _finite_lse(self) -> Tensor:
-        return self.lse.clamp(min=-1e20) if self._may_have_dead_rows else self.lse
+        if self._kernel_lse is not None and self.device.type != "cpu":  # kernels give rows without keys either infinity
+            return self._asked(self._kernel_lse.to(self.dtype).clamp(-_FAR, _FAR).contiguous())
+        return self.lse.clamp(min=-_FAR) if self.mask.may_hide_all else self.lse
+
+    @staticmethod
+    def _asked(lse: Tensor) -> Tensor:
+        """On a device: a denominator that is NaN, as it is where a query or a key is, is told at the capture's end."""
+        ask_later("the log-sum-exp of a row, hence its query or a key,", lse.sum)
+        return lse
+
+    def check(self) -> None:
+        """As the base does; on a device the denominators tell of queries and keys, without reading them."""
+        if self.device.type == "cpu":
+            super().check()
+        else:
+            self.mask.check_numbers()
+
+    def space(self) -> Space:
+        """As the base does; a row sees a key wherever the mask's rules leave it one."""
+        return replace(super().space(), all_see=not self.mask.may_hide_all)
 
     @property
     def denominators_known(self) -> bool:
@@ -169,6 +181,8 @@ class SoftmaxPattern(Pattern):
         raw = engines.collect(problem, each.statistics, options)
         if each.finds_denominators:
             self._kernel_lse = raw.pop("lse").to(self.dtype)
+            if self.device.type != "cpu":
+                self.__dict__["_finite_lse"] = self._asked(self._kernel_lse.clamp(-_FAR, _FAR))
         return raw
 
     @cached_property

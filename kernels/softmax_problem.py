@@ -69,4 +69,5 @@ class SoftmaxProblem:
 
     def space(self) -> Space:
         """Sizes and mask counts, for the accumulators."""
-        return Space(*self.shape, self.mask, self.seen, self.device, self.dtype)
+        all_see = not self.mask.may_hide_all
+        return Space(*self.shape, self.mask, self.seen, self.device, self.dtype, all_see)

@@ -84,7 +84,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Space:
-    """The map that is streamed: its sizes, its mask and what that lets through, where its numbers live."""
+    """The map that is streamed: its sizes, its mask and what that lets through, where its numbers live.
+
+    Attributes:
+        all_see: every query is known to see a key, without looking.
+    """
 
     n_batch: int
     n_heads: int
@@ -94,6 +98,7 @@ class Space:
     seen: MaskSummary
     device: torch.device
     dtype: torch.dtype
+    all_see: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -113,7 +118,9 @@ class Space:
     def alive(self, value: Tensor, dead: float = torch.nan) -> Tensor:
         """The value in the pattern's dtype (integers stay), `dead` in rows that see no key."""
         value = self.typed(value)
-        return torch.where(self.seen.keys_per_query > 0, value, torch.full_like(value, dead))
+        if self.all_see:
+            return value
+        return torch.where(self.seen.sees, value, dead if value.is_floating_point() else int(dead))
 
     def without_floor(self, weight: Tensor) -> Tensor:
         """Single weights, zero where they do not exceed the floor that tiles give to hidden keys."""

@@ -13,7 +13,7 @@ import torch
 
 import workbench
 from workbench import WorkbenchError, mechanisms
-from workbench.gallery import build
+from workbench.gallery import GalleryInterrupted, build
 from workbench.mechanisms import Card, Claim, Mechanism, Mixer, Place, rooms
 from workbench.mechanisms.frame import catalogue
 from workbench.mechanisms.rooms.costs import cost_of
@@ -216,7 +216,7 @@ def test_a_mechanism_of_ones_own_has_a_room(monkeypatch: pytest.MonkeyPatch) -> 
     mechanisms.register(Mechanism("own", card, Own))
     one = mechanisms.room("own")
     assert [each.work for each in one.seen] == ["text"]
-    assert one.seen[0].signature is None
+    assert one.seen[0].signatures == ()
     assert "Own &lt;b&gt;" in str(one.to_html())
     assert "<b>" not in str(one.to_html()).partition("<body")[2].partition("<script")[0]
 
@@ -312,3 +312,27 @@ def test_costs_are_read_in_the_order_of_lengths(tmp_path: Path) -> None:
     assert "not measured" in few.growth
     assert cost_of("agent", file) is None
     assert cost_of("moh", tmp_path / "absent.json") is None
+
+
+def test_what_was_looked_at_before_an_interrupt_is_kept(
+    moh: mechanisms.Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(name: str) -> mechanisms.Room:
+        if name != "moh":
+            raise KeyboardInterrupt
+        return moh
+
+    monkeypatch.setattr(rooms, "room", stopped)
+    with pytest.raises(GalleryInterrupted, match="sqa, halo, agent-s2 are not looked at") as raised:
+        build(["moh", "agent-s2", "sqa", "halo"])
+    assert raised.value.left == ("sqa", "halo", "agent-s2")
+    assert raised.value.partial is not None
+    path = raised.value.partial.write(tmp_path / "gallery.html")
+    assert check(path) == []
+    text = path.read_text(encoding="utf-8")
+    assert "sqa, halo, agent-s2 are <strong>not looked at</strong>" in text
+    assert f"moh: {moh.title}" in text
+    assert "section-3" in text
+    with pytest.raises(GalleryInterrupted, match="halo is not looked at") as raised:
+        build(["halo"])
+    assert raised.value.partial is None

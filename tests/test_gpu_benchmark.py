@@ -20,8 +20,11 @@ def test_it_runs_on_tiny_sizes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert max(found["errors"]["float32"].values()) < 1e-4
-    assert {"lightning", "lightning, backward", "attention", "statistics, window"} <= set(found["errors"]["float32"])
+    assert {"lightning", "lightning, backward", "attention", "statistics, window", "statistics, shaped"} <= set(
+        found["errors"]["float32"]
+    )
     assert [row["N"] for row in found["statistics"]] == [64]
+    assert found["statistics"][0]["masked"] > 0
     assert found["mechanisms"]["S2 over SDPA"] > 0
     assert found["model"]["compiled"] > 0
     assert not found["left_out"]

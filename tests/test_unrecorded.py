@@ -13,6 +13,7 @@ import workbench
 from workbench import CaptureError, InterventionError
 from workbench.hooks.paged import PagedKeys
 from workbench.hooks.tap import Unshown
+from workbench.kernels import streaming
 
 
 class Averaging(nn.Module):
@@ -85,6 +86,34 @@ def test_a_fault_of_ours_is_raised_at_home_and_listed_elsewhere(model: nn.Module
     assert again.ledger == cap.ledger
     page = workbench.Report("Limits").add(again).write(tmp_path / "page.html").read_text()
     assert "1: 1 call not recorded: ZeroDivisionError" in page
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("CUDA out of memory.\nOf 1 GiB"), MemoryError()])
+def test_memory_that_runs_out_in_a_statistic(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    model = nn.Sequential(model[0], model[2])
+    bare, statistics = model(X), streaming.statistics
+
+    def short(pattern: Any, *given: Any) -> Any:
+        short.calls += 1  # type: ignore[attr-defined]
+        if short.calls == 2:  # type: ignore[attr-defined]
+            if error is not None:
+                raise error
+            torch.empty(1 << 60, dtype=torch.uint8)  # what the host's allocator says of that
+        return statistics(pattern, *given)
+
+    short.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(streaming, "statistics", short)
+    with workbench.attach(model) as wb:
+        with pytest.warns(UserWarning, match="1 calls of 1 sites"), wb.capture(z=True) as cap:
+            assert torch.equal(model(X), bare)
+        assert cap.ledger["0"] == 1
+        assert "out of memory in its statistics" in str(cap.ledger["1"])
+        short.calls = 1  # type: ignore[attr-defined]
+        with pytest.raises(CaptureError, match="out of memory"), wb.capture(sites="0"):
+            assert torch.equal(model(X), bare)
 
 
 @torch.no_grad()

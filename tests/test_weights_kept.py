@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import workbench
 from support.judges import judges, missing
+from support.kept_elsewhere import Linear4bit, put
 from workbench import CaptureError
 from workbench.hooks.projections import projection_slices
+from workbench.hooks.weights import kinds
 from workbench.storage import weights as kept
 from workbench.storage.weights import latest_hash, weights_hash, weights_stay
 
@@ -191,8 +193,16 @@ def test_pytorchs_own_quantized_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"])
-def test_torchao(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Int8WeightOnlyConfig", "int8"),
+        ("Float8WeightOnlyConfig", "float8_e4m3fn"),
+        ("IntxWeightOnlyConfig", "int8"),
+        ("IntxWeightOnlyConfig", "int4"),
+    ],
+)
+def test_torchao(name: str, kind: str, tmp_path: Path) -> None:
     with judges():
         try:
             from torchao import quantization
@@ -201,8 +211,36 @@ def test_torchao(name: str, tmp_path: Path) -> None:
         models = []
         for scale in (1.0, 2.0):
             models.append(llama(scale))
-            quantization.quantize_(models[-1], getattr(quantization, name)())
+            of_kind = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(32)} if kind == "int4" else {}
+            quantization.quantize_(models[-1], getattr(quantization, name)(**of_kind))
         _check_quantized(*models, tmp_path)
+    assert f"{kind} for float32" in kinds(models[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_in_blocks_of_four_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As bitsandbytes keeps them, which needs a GPU: a column of bytes, that only the layer's own code understands."""
+    hashes = []
+    for scale in (1.0, 2.0):
+        model = llama(scale).to(dtype)
+        for layer in range(2):
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                put(model, f"model.layers.{layer}.self_attn.{name}", Linear4bit)
+        with workbench.attach(model) as wb:
+            wb.verify(IDS).raise_if_failed()
+            with wb.capture(z=True) as cap:
+                model(IDS)
+            assert workbench.singular_vectors(wb, "L0H1", circuit="ov").values.isfinite().all()
+        hashes.append(cap.provenance["weights_sha256"])
+    assert hashes[0] != hashes[1]
+    cap.save(tmp_path / "run.safetensors")
+    assert f"nf4 for {dtype}".replace("torch.", "") in cap.provenance["dtype"].split(", ")
+    assert workbench.load_capture(tmp_path / "run.safetensors").provenance["dtype"] == cap.provenance["dtype"]
+    site, projection = cap["blocks.1.attn"], model.model.layers[1].self_attn.o_proj
+    want = projection(site.z.flatten(2)).float()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(site.result().sum(2).float(), want, atol=tolerance, rtol=tolerance)
 
 
 class Packed(nn.Module):

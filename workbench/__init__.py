@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     )
     from workbench.analysis.importance import HeadImportance, PruningCurve, head_importance
     from workbench.analysis.logits import LogitAttribution, LogitLens, logit_attribution, logit_lens
+    from workbench.analysis.memory import MemoryReading, MemoryTree, memory_reading, track_long
     from workbench.analysis.profile import AttentionProfile, attention_profile
     from workbench.analysis.pruning.prune import prune_heads
     from workbench.analysis.rollout import AttentionRollout, attention_rollout
@@ -172,6 +173,10 @@ _LAZY = {
     "image_places": "workbench.analysis.grounding",
     "pointing": "workbench.analysis.grounding",
     "word_grounding": "workbench.analysis.grounding",
+    "MemoryReading": "workbench.analysis.memory",
+    "MemoryTree": "workbench.analysis.memory",
+    "memory_reading": "workbench.analysis.memory",
+    "track_long": "workbench.analysis.memory",
     "HeadImportance": "workbench.analysis.importance",
     "PruningCurve": "workbench.analysis.importance",
     "head_importance": "workbench.analysis.importance",
@@ -235,6 +240,8 @@ __all__ = [
     "LogitAttribution",
     "LogitLens",
     "Memory",
+    "MemoryReading",
+    "MemoryTree",
     "Metric",
     "Mixing",
     "ModuleRun",
@@ -292,6 +299,7 @@ __all__ = [
     "logit_attribution",
     "logit_lens",
     "mechanisms",
+    "memory_reading",
     "metrics",
     "models",
     "ov_copying",
@@ -310,6 +318,7 @@ __all__ = [
     "statistic",
     "streaming_scores",
     "tasks",
+    "track_long",
     "views",
     "word_grounding",
 ]

@@ -69,9 +69,16 @@ def gallery(
     only: Annotated[str, typer.Option(help="Names of mechanisms apart by commas; all by default.")] = "",
 ) -> None:
     """Show the mechanisms of papers side by side, each with the heads of the small model that ships of it."""
-    from workbench.gallery import build
+    from workbench.gallery import GalleryInterrupted, build
 
-    _write(build(_names(only) or None, progress=True), out)
+    try:
+        report = build(_names(only) or None, progress=True)
+    except GalleryInterrupted as error:
+        _say(str(error))
+        if error.partial is not None:
+            _write(error.partial, out)
+        raise typer.Exit(130) from None
+    _write(report, out)
 
 
 _Model = Annotated[str, typer.Option(help="A shipped model, a Hugging Face folder, or a Hugging Face name.")]

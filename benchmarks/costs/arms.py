@@ -16,7 +16,7 @@ from workbench.mechanisms.frame import named
 HEADS, WIDTH = 12, 64
 BASE = "sqa:mha"
 """Plain attention: `scaled_dot_product_attention` on all heads."""
-BESIDE = (BASE, "sqa:gqa", "sqa:mqa", "sqa:xsqa", "deconstructed:keys")
+BESIDE = (BASE, "sqa:gqa", "sqa:mqa", "sqa:xsqa", "deconstructed:keys", "s2aformer:fewer keys")
 """What is measured beside each room's own form."""
 
 

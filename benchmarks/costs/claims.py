@@ -118,6 +118,25 @@ def _s2(data: dict[str, Any]) -> Found:
     return words, _below(last["low"], last["high"], 0.25)
 
 
+def _channels(data: dict[str, Any]) -> Found:
+    each = data["rooms"]["davit-channels"]
+    low, high, last = each["exponent_low"], each["exponent_high"], each["points"][-1]
+    words = f"exponent {_range(each['exponent'], low, high)}, {_plain(data, 'SDPA of all tokens')}; {_ratio(last)} of "
+    return words + f"its time at {last['length']:,} patches", _below(low, high, LINEAR)
+
+
+def _strips(data: dict[str, Any]) -> Found:
+    each = [data["rooms"][name]["points"] for name in ("s2aformer", "s2aformer:fewer keys")]
+    last = min(points[-1]["length"] for points in each)
+    ours, theirs = (next(point for point in points if point["length"] == last) for points in each)
+    words = (
+        f"{_ratio(ours)} of the time of attention over all {ours['length']:,} patches, and fewer keys alone "
+        f"{_ratio(theirs)}"
+    )
+    faster, slower = ours["high"] < theirs["low"], ours["low"] > theirs["high"]
+    return words, "holds" if faster else "does not hold" if slower else "undecided"
+
+
 def _filters(data: dict[str, Any]) -> Found:
     pair = data["counted"]["rcmha"]
     ratios = pair["mib_ratios"]
@@ -139,6 +158,9 @@ JUDGES: dict[tuple[str, str], tuple[str, Judge]] = {
     ("s2", "A head keeps a share of about 1/v of the cache."): ("keys counted in a cache", _cache),
     ("s2", "At a sparsity of 90 % a long prompt takes a small part of dense attention's time."): (
         "time of a forward", _s2),
+    ("davit-channels", "Its cost grows linearly with the number of patches."): (
+        "time of a forward at growing length", _channels),
+    ("s2aformer", "It is faster than attention with fewer keys alone."): ("time of a forward", _strips),
     ("rcmha", "It takes less memory than relative attention without filters."): ("peak memory of a forward", _filters),
 }  # fmt: skip
 """By room and claim, as its card has it: how it was examined, and what judges the figures."""

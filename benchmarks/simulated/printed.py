@@ -19,6 +19,7 @@ PRINTED: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("proportions", "investigator.analyses"): ("`Investigation`, accuracies", ("proportion",)),
     ("mean_t", "mechanisms.dualformer.study"): ("lengths of Dualformer's traces", ("mean",)),
     ("proportions", "mechanisms.dualformer.study"): ("Dualformer's rates", ("proportion",)),
+    ("mean_t", "mechanisms.screens.card"): ("claims of papers that look and remember", ("mean",)),
     ("means_t", "mechanisms.matvlm.maps"): ("`HybridMaps.beyond`, `losses`", ("mean",)),
     ("means_t", "views.head_atlas.numbers"): ("`views.head_atlas` of a capture", ("mean",)),
     ("means_t", "analysis.profile.result"): (

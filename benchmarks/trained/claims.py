@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, stdev
 from typing import Any, Literal, Protocol
 
-from trained.plan import HYBRIDS, PLAIN, Model
+from scipy.stats import spearmanr, t
+
+from trained.plan import BEHIND, HYBRIDS, PLAIN, WINDOWS, Model
 from trained.runs import LOSSES, Difference, Runs
-from workbench.analysis.statistics.intervals import rank_correlation
 
 BY = "benchmarks/rooms.py"
 MARGIN = 0.02  # nats a byte, or a share of the images: what is as good
@@ -136,31 +139,34 @@ def named(model: Model) -> str:
 
 @dataclass(frozen=True)
 class Likes:
-    """Over the routed heads of all runs, the mean gate goes with what the loss gains when the head is switched off."""
+    """Over the routed heads of a run, the mean gate goes with what the loss gains when the head is switched off.
+
+    Heads of a run are not independent: what counts is how its rank correlation differs from run to run.
+    """
 
     mechanism: str
     says: str
     models: tuple[Model, ...]
 
     def examine(self, runs: Runs) -> Found | None:
-        from scipy.stats import pearsonr, rankdata
-
-        gates, costs, n_runs = [], [], 0
+        ranked = []
         for run in (run for each in self.models for run in runs.of(each)):
-            for ranks, what in ((gates, "gate"), (costs, "cost")):
-                ranked = rankdata([head[what] for head in run["heads"]])
-                ranks += list((ranked - ranked.mean()) / len(ranked))  # alike of models with few and many routed heads
-            n_runs += 1
-        if not n_runs:
+            gates, costs = ([head[what] for head in run["heads"]] for what in ("gate", "cost"))
+            ranked.append(float(spearmanr(gates, costs).statistic))
+        if len(ranked) < 2:
             return None
-        rho = float(pearsonr(gates, costs).statistic)
-        low, high = rank_correlation(rho, len(gates) - n_runs + 1)  # a mean is taken off in each model
+        turned = [math.atanh(min(max(rho, -0.99), 0.99)) for rho in ranked]  # Fisher's z
+        wide = float(t.ppf(0.975, len(ranked) - 1)) * stdev(turned) / len(ranked) ** 0.5
+        rho, low, high = (math.tanh(fmean(turned) + part) for part in (0.0, -wide, wide))
         outcome = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+        heads = len(runs.of(self.models[0])[0]["heads"])
         how = (
-            f"Spearman's ρ of mean gate and cost in text loss of zero ablation, ranked within each model; "
-            f"routed heads: {len(gates)}, as if they were independent; models: {n_runs}; {BY}"
+            f"Spearman's ρ of mean gate and cost in text loss of zero ablation over the {heads} routed heads of each "
+            f"model, mean and Student's t of Fisher's z over models; models: {len(ranked)}, of two sizes of the mixture"
+            f" and several seeds; {BY}"
         )
-        return Found(how, f"ρ = {rho:+.2f} (95 %: {low:+.2f} to {high:+.2f})", outcome)
+        each = ", ".join(f"{one:+.2f}" for one in sorted(ranked))
+        return Found(how, f"ρ = {rho:+.2f} (95 %: {low:+.2f} to {high:+.2f}); one by one {each}", outcome)
 
 
 def _text(name: str) -> Model:
@@ -179,6 +185,10 @@ def _better(mechanism: str, says: str, model: Model, *others: Model, margin: flo
     return Compared(mechanism, says, others, model, "more", margin=margin, **more)
 
 
+def _channels(behind: str) -> Model:
+    return Model("images", "davit-channels", BEHIND + behind)
+
+
 _NO_MLP = _images("reduced:original", mlp=False)
 RULES: tuple[Rule, ...] = (
     _better(
@@ -188,7 +198,8 @@ RULES: tuple[Rule, ...] = (
     ),
     _as_good(
         "moh", "With 50 to 90 % of its heads active it is as good as attention with all heads.",
-        _text("moh"), _text("moh:half"), also=("copy", "recall 26"), note="75 and 50 % of 4 heads",
+        _text("moh"), _text("moh:half"), Model("heads", "moh:most"), also=("copy", "recall 26"),
+        note="75 and 50 % of 4 heads, 88 % of 8",
     ),
     Likes(
         "moh", "Heads that the router likes are those whose ablation costs most.", (_text("moh"), _text("moh:half"))
@@ -250,6 +261,40 @@ RULES: tuple[Rule, ...] = (
     _better(
         "ninformer", "It is better than ViT, MLP-Mixer and Local-ViT on small images.",
         _images("ninformer"), _images(PLAIN), score="3 digits", also=("1 digit",), note="against plain attention alone",
+    ),
+    _better(
+        "davit-channels", "Channels that attend to each other give windows the view of the whole image that they lack.",
+        _channels(WINDOWS), _images(WINDOWS), score="3 digits", also=("1 digit",),
+        note="windows of 4 × 4 patches in both layers, against channels in the second",
+    ),
+    _as_good(
+        "davit-windows", "With channel attention between them windows need neither shifts nor position biases.",
+        _channels(WINDOWS), than=_channels("halo"), score="3 digits", also=("1 digit",), needs=0.5,
+        note="channels behind windows of 4 × 4 patches, and behind blocks with a halo and position biases",
+    ),
+    _better(
+        "s2aformer", "It is more accurate than attention with fewer keys alone.",
+        _images("s2aformer"), _images("s2aformer:fewer keys"), score="3 digits", also=("1 digit",),
+        note="strips without the convolution beside them, against heads of whole width",
+    ),
+    _better(
+        "s2aformer", "Convolutions make better squares than pooling does.",
+        _images("s2aformer"), _images("s2aformer:means"), score="3 digits", also=("1 digit",),
+    ),
+    _better(
+        "van", "Long reach and adaptation to the input make it better than convolutions of the same cost.",
+        _images("van"), _images("van:convolutions"), _images("van:undilated"), score="3 digits", also=("1 digit",),
+        sizes=True, note="the same convolutions that do not multiply, and a short kernel of 7 × 7 that does",
+    ),
+    _as_good(
+        "van", "The three parts do as well as a dense kernel of 21 × 21 at a small part of its parameters.",
+        _images("van"), than=_images("van:dense"), score="3 digits", also=("1 digit",), sizes=True,
+        note="a depth-wise kernel; on 8 × 8 patches at most 15 × 15 of it are ever used",
+    ),
+    _better(
+        "a2mamba", "It classifies better than attention or scan alone at equal cost.",
+        _images("a2mamba"), _images("a2mamba:scan alone"), _images("a2mamba:attention alone"), score="3 digits",
+        also=("1 digit",), sizes=True, note="of as many parameters; time is not the same",
     ),
     _as_good(
         "reduced", "Without its MLP a model of a third of the parameters generalises about as well on digits.",

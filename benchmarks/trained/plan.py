@@ -11,8 +11,11 @@ from workbench.mechanisms.training.work import LAYERS, SHOWN, size_of, width_for
 PLAIN = "sqa:mha"
 WIDTH = 192  # of plain attention's MLPs
 MOST = 149_000  # parameters of a model that is shipped, of two bytes each
-STEPS = {"text": 600, "images": 800, "mqar": 300, "induction": 300}
-ROWS = {"text": 16, "images": 32, "mqar": 24, "induction": 32}
+STEPS = {"text": 600, "images": 800, "mqar": 300, "induction": 300, "heads": 600}
+ROWS = {"text": 16, "images": 32, "mqar": 24, "induction": 32, "heads": 16}
+LARGE = ("van:dense",)  # whose parameters are what is compared
+BEHIND = "behind "  # with the name of another mechanism: every second layer is that one, the first among them
+WINDOWS = "davit-windows:filled up"  # of 4 × 4 patches
 FORMS = ("mlp", "keys", "random", "embedding", "text", "taylor")
 
 
@@ -22,7 +25,7 @@ class Model:
 
     Attributes:
         work: see `run_work`. name: of the mechanism, with its variant.
-        layout: which layers stay plain attention.
+        layout: which layers stay plain attention, or are another mechanism.
         mlp: whether there are MLPs, as wide as makes the model as large as one of plain attention.
     """
 
@@ -34,15 +37,19 @@ class Model:
     @property
     def layers(self) -> list[str]:
         """The mechanism of each layer."""
+        if self.layout.startswith(BEHIND):
+            return [(self.layout.removeprefix(BEHIND), self.name)[at % 2] for at in range(LAYERS[self.work])]
         return laid_out(self.name, self.layout, LAYERS[self.work], PLAIN)
 
     @property
     def hidden(self) -> int:
-        """Width of the MLPs: as in plain attention's model where the mechanism alone has more parameters than that."""
+        """Width of the MLPs: as in plain attention's model where the mechanism alone has more parameters than that, or
+        nearly as many.
+        """
         plain = [PLAIN] * LAYERS[self.work]
         if not self.mlp:
             return 0
-        if size_of(self.work, self.layers, 1) > size_of(self.work, plain):
+        if self.name in LARGE or size_of(self.work, self.layers, 1) > size_of(self.work, plain):
             return WIDTH
         return width_for(self.work, self.layers, size_of(self.work, plain))
 
@@ -52,7 +59,8 @@ class Model:
         return self.work, self.name, self.layout, self.mlp
 
     def __str__(self) -> str:
-        notes = [] if self.layout == "uniform" else [f"{self.layout} layers plain"]
+        between = self.layout.startswith(BEHIND)
+        notes = [] if self.layout == "uniform" else [self.layout if between else f"{self.layout} layers plain"]
         notes += [] if self.mlp else ["no MLP"]
         return " ".join([self.name, *(f"({note})" for note in notes)])
 
@@ -91,7 +99,14 @@ def plan() -> list[tuple[Model, int]]:
         *text("routing", "routing:local alone", "long_lora", "long_lora:unshifted", "sink_lora"),
         *images("agent", "reduced", PLAIN), *text("s2", "rcmha", "rcmha:relative", "aaren"),
     ]  # fmt: skip
-    of_claims = [(model, seed) for seed in (0, 1, 2) for model, _ in undecided]
+    vision = [
+        *[(Model("images", "davit-channels", BEHIND + before), 0) for before in (WINDOWS, "halo")], *images(WINDOWS),
+        *images("s2aformer", "s2aformer:fewer keys", "s2aformer:means"),
+        *images("van", "van:convolutions", "van:undilated", "van:dense"),
+        (Model("heads", PLAIN), 0), (Model("heads", "moh:most"), 0),
+        *images("a2mamba", "a2mamba:scan alone", "a2mamba:attention alone"),
+    ]  # fmt: skip
+    of_claims = [(model, seed) for some in (undecided, vision) for seed in (0, 1, 2) for model, _ in some]
     rooms = [(each, 0) for each in standing()]
     of_text = [each for each, _ in rooms if each.work == "text"]
     sequences = [(replace(each, work=work), 0) for each in of_text for work in ("mqar", "induction")]

@@ -58,6 +58,12 @@ def recording(region: Region) -> Callable[..., Any]:
             site=region.name or None,
             hint=f"use {EAGER}",
         ) from error
+    if getattr(inner, "compiler_name", "") == "cudagraphs":
+        raise CaptureError(
+            f"{region.what} is compiled into CUDA graphs, which are replayed without a word of what they compute",
+            site=region.name or None,
+            hint=f'use {EAGER}; mode="reduce-overhead" makes CUDA graphs of what may be recorded',
+        )
     full = bool(getattr(context, "fullgraph", False))
     dynamic: bool | None = getattr(context, "_dynamic", None)
     with _lock:

@@ -93,7 +93,7 @@ class Watched:
             fired: the places that have fired without a parameter that tells of the layer, in this run of the region.
 
         Raises:
-            CaptureError: layers share the graph, and nothing tells which of them runs.
+            CaptureError: layers may share the graph, and nothing tells which of them runs.
         """
         place = graph.place(given.place)
         if place.site is None and region.runs is None:
@@ -111,7 +111,7 @@ class Watched:
         module = None if path is None else self._modules.get(path)
         if path is None or module is None or again:
             raise CaptureError(
-                "several layers run the same compiled graph, and which of them runs cannot be told",
+                "which module runs a compiled graph with attention cannot be told: several layers may share it",
                 site=place.site, hint=f"use {EAGER}",
             )  # fmt: skip
         joins = None if place.joins is None or anchor is None else place.moved(place.joins, anchor)

@@ -1,4 +1,4 @@
-"""Compile `statistics.cpp` for this machine's own processor, once, and keep the library in the user's cache folder.
+"""Compile the C++ sources for this machine's own processor, once, and keep the library in the user's cache folder.
 
 A wheel would have to settle for the oldest processor; compiling here takes about two seconds and needs no dependency
 but a C++ compiler. Where there is none, plain torch does the work. What is loaded was checked before: see `cached.py`.
@@ -22,6 +22,8 @@ from pathlib import Path
 
 from workbench.kernels.native import cached
 
+SOURCES = ("vectors.hpp", "statistics.cpp", "blocks.cpp")
+"""Files that are compiled one behind the other."""
 _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 _log = logging.getLogger("workbench")
 
@@ -33,13 +35,13 @@ def library() -> ctypes.CDLL | None:
     The environment variable `WORKBENCH_NATIVE=0` switches it off.
     """
     if os.environ.get("WORKBENCH_NATIVE") == "0":
-        _log.warning("WORKBENCH_NATIVE=0 switches the C++ statistics off; plain torch takes over, about twice as slow.")
+        _log.warning("WORKBENCH_NATIVE=0 switches the C++ kernels off; plain torch takes over, about twice as slow.")
         return None
     try:
         return cached.load(_compiled())
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         _log.warning(
-            "the C++ statistics cannot be built here (%s); plain torch takes over, about twice as slow. "
+            "the C++ kernels cannot be built here (%s); plain torch takes over, about twice as slow. "
             "Install g++ or clang++ to have them.",
             _reason(error),
         )
@@ -60,10 +62,9 @@ def _compiled() -> Path:
         OSError: no compiler, or no folder that is safe to load a library from.
         subprocess.SubprocessError: the compiler failed.
     """
-    source = files("workbench.kernels.native").joinpath("statistics.cpp").read_bytes()
-    compiler = _compiler()
+    code, compiler = source(), _compiler()
     key = hashlib.sha256()
-    for part in (source, *(os.fsencode(word) for word in (*_FLAGS, *compiler)), _processor()):
+    for part in (code, *(os.fsencode(word) for word in (*_FLAGS, *compiler)), _processor()):
         key.update(part + b"\0")
     folder = _folder()
     name = f"statistics-{key.hexdigest()[:24]}"
@@ -72,8 +73,14 @@ def _compiled() -> Path:
         return found
     native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64") else "-march=native"
     with cached.building(folder) as work:
-        compile_source(compiler, source, work / "statistics.so", native)
+        compile_source(compiler, code, work / "statistics.so", native)
         return cached.keep(work / "statistics.so", folder, name)
+
+
+def source() -> bytes:
+    """What is compiled."""
+    folder = files("workbench.kernels.native")
+    return b"\n".join(folder.joinpath(name).read_bytes() for name in SOURCES)
 
 
 def compile_source(compiler: Sequence[str], source: bytes, target: Path, processor: str) -> None:

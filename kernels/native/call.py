@@ -14,6 +14,7 @@ from workbench.kernels.checks import LARGEST
 from workbench.kernels.masks import hidden_below
 from workbench.kernels.native.build import library
 from workbench.kernels.native.layout_runs import LayoutRuns
+from workbench.kernels.native.threads import gomp_parallel
 from workbench.kernels.softmax_problem import SoftmaxProblem
 from workbench.kernels.statistics import Options
 
@@ -173,7 +174,7 @@ class Call:
         step = max(job.threads, _AT_ONCE // max(1, work) // job.threads * job.threads)
         for first in range(0, tasks if job.n_queries else 0, step):
             job.first_task, job.last_task = first, min(first + step, tasks)
-            if lib.workbench_statistics(ctypes.byref(job), _gomp_parallel()):
+            if lib.workbench_statistics(ctypes.byref(job), gomp_parallel()):
                 raise MemoryError("the statistics ran out of memory")
         return self.outputs
 
@@ -187,12 +188,3 @@ def _strip() -> int:
     if lib.workbench_job_bytes() != ctypes.sizeof(_Job):
         raise AssertionError("the C++ struct and its description here have come apart")
     return int(lib.workbench_strip())
-
-
-@cache
-def _gomp_parallel() -> ctypes.c_void_p:
-    """The pool of threads that torch uses, null if it is not libgomp's; a second pool would fight it for the cores."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
-    except (OSError, AttributeError):
-        return ctypes.c_void_p(None)

@@ -1,35 +1,15 @@
-// Statistics of softmax attention in one pass over the keys, for the CPU. Plain C++, no dependency; loaded with ctypes.
+// Statistics of softmax attention in one pass over the keys, for the CPU. Compiled behind vectors.hpp.
 //
 // A strip of queries lies in the lanes of vector registers. For a few keys at a time the scores of the strip are
 // computed in registers, turned into weights, and added to everything that was asked for, so that neither scores nor
 // weights ever reach memory. Row statistics need no sums across lanes; column sums keep one partial sum per lane.
 
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-constexpr int LANES = 16, VECTORS = 4;
-#elif defined(__AVX2__)
-#include <immintrin.h>
-constexpr int LANES = 8, VECTORS = 2;
-#else
-constexpr int LANES = 4, VECTORS = 4;
-#endif
 constexpr int KEYS = 6;                        // keys at a time: KEYS x VECTORS scores fill the registers
 constexpr int STRIP = LANES * VECTORS;         // queries at a time, at most 64
 constexpr int GROUP = 8 * KEYS;                // keys whose weights are held at once, in the first-level cache
 
-typedef float vf __attribute__((vector_size(LANES * 4), aligned(LANES * 4)));
-typedef int32_t vi __attribute__((vector_size(LANES * 4), aligned(LANES * 4)));
 typedef float v8f __attribute__((vector_size(32)));
 typedef int32_t v8i __attribute__((vector_size(32)));
-
-constexpr float HIDDEN = -1e30f, EMPTY = -1e20f, FLOOR = -80.0f;  // exp(FLOOR) is still a normal number
 
 enum Flag : int64_t {
     ONLINE = 1, ENTROPY = 2, SQUARES = 4, PEAK = 8, DISTANCE = 16, TARGETS = 32, MEMBER = 64, INDUCTION = 128,
@@ -76,22 +56,6 @@ struct Job {
     float *pool_sum, *pool_max;                // [batch, head, query block, key block]
 };
 
-static inline vf splat(float x) { return vf{} + x; }
-static inline vi splat_int(int32_t x) { return vi{} + x; }
-static inline vf max(vf a, vf b) { return a > b ? a : b; }
-
-static inline bool any(vi m) {
-#if defined(__AVX512F__)
-    return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
-#elif defined(__AVX2__)
-    return !_mm256_testz_si256((__m256i)m, (__m256i)m);
-#else
-    int32_t found = 0;
-    for (int i = 0; i < LANES; i++) found |= m[i];
-    return found != 0;
-#endif
-}
-
 // One bit per lane of a comparison.
 static inline uint32_t bits(vi m) {
 #if defined(__AVX512F__)
@@ -114,25 +78,6 @@ static inline v8f shifted(v8f a, v8f in) {
 #endif
 }
 static inline v8i shifted(v8i a, v8i in) { return (v8i)shifted((v8f)a, (v8f)in); }
-
-// exp of numbers up to about 80; below FLOOR it is 0. Relative error below 2e-7.
-static inline vf exponential(vf x) {
-    const float magic = 12582912.0f;           // 1.5 * 2^23: adding it rounds to a whole number
-    vf y = max(x, splat(FLOOR));
-    vf t = y * 1.44269504088896341f + magic;
-    vi whole = (vi)t - (vi)splat(magic);
-    vf n = t - magic;
-    vf r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-    vf p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    vf e = (vf)((vi)p + (whole << 23));
-    return x < FLOOR ? vf{} : e;
-}
 
 static inline vf tangent(vf x) {               // tanh; exact enough near 0 through the odd series
     vf clipped = max(-(max(-x, splat(-15.0f))), splat(-15.0f));
@@ -158,12 +103,6 @@ struct Scratch {
     std::vector<int32_t> target_low, target_high;
     std::vector<uint64_t> words;
 };
-
-template <class T> static T *aligned(std::vector<T> &v, size_t n) {
-    if (v.size() < n + 16) v.resize(n + 16);
-    auto address = reinterpret_cast<uintptr_t>(v.data());
-    return reinterpret_cast<T *>((address + 63) & ~uintptr_t(63));
-}
 
 // Scores of KEYS keys and one strip; `rows` points at the keys, `packed` is [d][STRIP].
 static inline void products(const float *packed, const float *const rows[KEYS], int64_t d, float scale,
@@ -602,8 +541,10 @@ class Worker {
             const double mass = st.mass_total[l], sink = job.sinks ? std::exp(double(job.sinks[h]) - st.lead[l]) : 0.0;
             const double total = online ? mass + sink : 1.0, unit = 1 / total;
             if (online) job.lse_out[row + l] = float(st.lead[l] + std::log(total));
-            if (job.flags & ENTROPY)
-                job.entropy[row + l] = float((std::log(total) * mass - st.entropy_total[l]) * unit);
+            if (job.flags & ENTROPY) {
+                const double nats = (std::log(total) * mass - st.entropy_total[l]) * unit;
+                job.entropy[row + l] = float(nats < 0 ? 0.0 : nats);  // below zero by rounding alone
+            }
             if (job.flags & SQUARES) job.squares[row + l] = float(st.squares_total[l] * unit * unit);
             if (job.flags & PEAK) job.peak[row + l] = float(st.peak[l] * unit), job.peak_key[row + l] = st.peak_key[l];
             if (job.flags & DISTANCE) {
@@ -646,8 +587,7 @@ class Worker {
 
 struct Shared {
     const Job *job;
-    std::atomic<int64_t> next;
-    std::atomic<int> failed{0};
+    Tasks tasks;
 };
 
 static void work(void *data) {
@@ -656,39 +596,27 @@ static void work(void *data) {
     const int64_t groups = job.batch * job.heads;
     try {
         Worker *worker = new (std::align_val_t(64)) Worker(job);
-        for (int64_t t; (t = shared->next.fetch_add(1)) < job.last_task;) {
+        for (int64_t t; (t = shared->tasks.next.fetch_add(1)) < shared->tasks.last;) {
             const int64_t g = t % groups, s = job.segments - 1 - t / groups;  // later queries see more: they go first
             worker->segment(g / job.heads, g % job.heads, s);
         }
         worker->~Worker();
         ::operator delete(worker, std::align_val_t(64));
     } catch (...) {
-        shared->failed = 1;
+        shared->tasks.failed = 1;
     }
 }
-
-typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 extern "C" {
 int64_t workbench_strip() { return STRIP; }
 int64_t workbench_job_bytes() { return sizeof(Job); }
 
-// `parallel` is libgomp's GOMP_parallel, or null for threads of our own. Returns 0, or 1 where memory ran out.
+// `parallel` as in `in_threads`. Returns 0, or 1 where memory ran out.
 int workbench_statistics(const Job *job, Parallel parallel) {
     Shared shared;
     shared.job = job;
-    shared.next = job->first_task;
-    const int64_t threads = std::max<int64_t>(1, std::min(job->threads, job->last_task - job->first_task));
-    if (threads == 1) {
-        work(&shared);
-    } else if (parallel) {
-        parallel(work, &shared, unsigned(threads), 0);
-    } else {
-        std::vector<std::thread> others;
-        for (int64_t i = 1; i < threads; i++) others.emplace_back(work, &shared);
-        work(&shared);
-        for (auto &other : others) other.join();
-    }
-    return shared.failed;
+    shared.tasks.next = job->first_task, shared.tasks.last = job->last_task;
+    in_threads(work, &shared, std::min(job->threads, job->last_task - job->first_task), parallel);
+    return shared.tasks.failed;
 }
 }

@@ -1,8 +1,8 @@
 """The tiles that S2-Attention runs in on the CPU: what neighbouring query blocks all see, and what each sees besides.
 
-Many queries on the same keys are a product as fast as dense attention's, and their keys are gathered once: so the
-verticals of several query blocks are one tile. What is left are local blocks, and verticals that not all of them see;
-both parts are joined by their log-sum-exp.
+Local blocks slide along the sequence: they come first, and are read where they lie. Many queries on the same keys are a
+product as fast as dense attention's, and their keys are gathered once: so the verticals of several query blocks are one
+tile. What is left are verticals that not all of them see; the parts are joined by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workbench.kernels.blocked import Group, Plan
+from workbench.kernels.native.blocks import BlockLists
 from workbench.kernels.s2.layout import S2Layout
 
 _ROWS = (768, 384, 192)  # queries of a large tile: from 768 on PyTorch's kernel takes 256 at a time
@@ -27,13 +28,31 @@ def plan(layout: S2Layout) -> Plan:
     with torch.inference_mode(False):  # it is kept, also for calls whose gradients need it
         seen = layout.absolute_blocks()
         left = seen.clone()
-        shared = _shared(layout, left)
-        own = _alone(layout, left, joins=bool(shared))
+        local = _local(layout, left)
+        shared = _shared(layout, left, joins=bool(local))
+        own = _alone(layout, left, joins=bool(local or shared))
+        lists = BlockLists.of(seen, layout.block, layout.offset, layout.causal)
     n_layouts, n_rows, n_columns = seen.shape
-    return Plan(n_layouts, layout.block, n_rows, n_columns, (*shared, *own), front=layout.offset % layout.block)
+    groups = (*local, *shared, *own)
+    return Plan(n_layouts, layout.block, n_rows, n_columns, groups, layout.offset % layout.block, lists)
 
 
-def _shared(layout: S2Layout, left: Tensor) -> list[Group]:
+def _local(layout: S2Layout, left: Tensor) -> list[Group]:
+    """The local blocks of query blocks that have as many as there can be, where queries are all keys; they are taken
+    from `left`, [layout, I, J] bool.
+    """
+    count, (n_layouts, n_rows, _) = layout.local_sides[0], left.shape
+    if not layout.causal or layout.offset or n_rows < count:
+        return []
+    rows = torch.arange(count - 1, n_rows)
+    keys = rows[:, None] + torch.arange(1 - count, 1)
+    left[:, rows[:, None], keys] = False
+    mask = torch.ones(1, layout.block, count * layout.block, dtype=torch.bool).tril((count - 1) * layout.block)
+    tiles = torch.arange(n_layouts).repeat_interleave(len(rows))
+    return [Group(tiles, rows.repeat(n_layouts)[:, None], keys.repeat(n_layouts, 1), mask, sliding=True)]
+
+
+def _shared(layout: S2Layout, left: Tensor, joins: bool) -> list[Group]:
     """Tiles of several query blocks; what they do is taken from `left`, [layout, I, J] bool."""
     n_rows = left.shape[1]
     whole = left.clone()  # what is seen without a mask
@@ -53,7 +72,7 @@ def _shared(layout: S2Layout, left: Tensor) -> list[Group]:
     groups = []
     for tiles in found.values():
         layouts, queries, keys = zip(*tiles, strict=True)
-        groups.append(Group(torch.tensor(layouts), torch.stack(queries), torch.stack(keys)))
+        groups.append(Group(torch.tensor(layouts), torch.stack(queries), torch.stack(keys), joins=joins))
     return groups
 
 

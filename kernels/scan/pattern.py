@@ -13,9 +13,12 @@ from workbench.errors import CaptureError
 from workbench.kernels.checks import check_attention, check_number
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
+from workbench.kernels.plan import Pass
 from workbench.kernels.scan.blocked import prefix_sums, suffix_sums
 from workbench.kernels.scan.operator import Sums
+from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.source import TileMaker
+from workbench.kernels.statistics import Options
 from workbench.kernels.tile import BITS, LOG_FLOOR
 
 _HIDDEN = -1e30
@@ -86,6 +89,21 @@ class ScanPattern(Pattern):
     def scores(self) -> Tensor:
         """[batch, head, key]: the score of each key, the same for every row that sees it."""
         return scores_of(self.q.expand(self.n_batch, -1, -1, -1), self.k, self.scale)
+
+    @property
+    def as_softmax(self) -> SoftmaxPattern:
+        """The same as a causal softmax over what is added to each key's score, for engines that fuse one."""
+        nothing = self.scores.new_zeros(1, 1, 1, 1).expand(*self.shape[:3], 1)
+        lse = self.scores.logcumsumexp(-1)
+        return SoftmaxPattern(nothing, nothing, self.mask, scale=1.0, key_bias=self.scores, lse=lse)
+
+    def collect(self, each: Pass, options: Options) -> dict[str, Tensor]:
+        """The raw sums of one pass; on a device by the engines of softmaxes, in a few launches."""
+        return super().collect(each, options) if self.device.type == "cpu" else self.as_softmax.collect(each, options)
+
+    def engines(self, names: Sequence[str], options: Options) -> set[str]:
+        """Who streams these statistics."""
+        return super().engines(names, options) if self.device.type == "cpu" else self.as_softmax.engines(names, options)
 
     @cached_property
     def _prefixes(self) -> tuple[Tensor, Tensor]:

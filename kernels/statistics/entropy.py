@@ -37,7 +37,7 @@ class Entropy(RowSum):
         self.total = (self.total + denominator.log() * mass) / denominator
 
     def results(self) -> dict[str, Tensor]:
-        return {"entropy": self.total}
+        return {"entropy": self.total.clamp(min=0)}  # below zero by rounding alone
 
 
 def _merge(shards: Shards) -> Tensor:
@@ -56,7 +56,6 @@ ENTROPY = register(
         formula=r"-\sum_j p_{ij} \ln p_{ij}",
         range=(0, math.inf),
         collect=Entropy,
-        finish=lambda raw, space, options: raw["entropy"].clamp(min=0),  # below zero by rounding alone
         merge=_merge,
     )
 )

@@ -7,13 +7,17 @@ need not, and may have either sign. Where the channels of a layer are mixed diff
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
+from workbench.kernels.checks import check_finite
+from workbench.kernels.history import own
 from workbench.kernels.masks import Mask
-from workbench.kernels.patterns import DensePattern
+from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.recurrent import FilterPattern
 
 
@@ -76,15 +80,74 @@ def fnet_values(x: Tensor) -> Tensor:
     return torch.stack((x @ whole.real, x @ whole.imag), dim=1)
 
 
-def mlp_mixer(first: Tensor, second: Tensor, gates: Tensor) -> SignedPattern:
-    """W₂ diag(g) W₁: an MLP over positions with its activation held fixed as gates (arXiv 2105.01601).
+class TokenMlpPattern(Pattern):
+    """W₂ diag(g) W₁ of each channel: an MLP over positions with its activation held fixed as gates (arXiv 2105.01601).
 
     For GELU and SiLU g is φ(x)/x of each hidden number; channels have gates of their own, and so are the heads.
 
     Args:
-        first: W₁ [hidden, position]. second: W₂ [position, hidden]. gates: [batch, channel, hidden].
+        first: W₁ [hidden, position]. second: W₂ [position, hidden]. slopes: g, [batch, channel, hidden].
+        values: [batch, channel, position, width], kept where they are given.
+
+    Raises:
+        CaptureError: sizes that do not fit.
     """
-    return SignedPattern((second * gates[:, :, None]) @ first)
+
+    grade = "frozen"
+    signed = True
+    normalised = False
+
+    def __init__(self, first: Tensor, second: Tensor, slopes: Tensor, values: Tensor | None = None) -> None:
+        if (
+            {first.dim(), second.dim()} != {2}
+            or slopes.dim() != 3
+            or not slopes.shape[2] == len(first) == len(second.T)
+        ):
+            raise CaptureError(
+                f"W₁ {list(first.shape)}, W₂ {list(second.shape)} and gates [batch, channel, hidden] do not fit",
+                shape=slopes.shape,
+            )
+        dtype = torch.float64 if slopes.dtype == torch.float64 else torch.float32
+        n_queries, n_keys = len(second), first.shape[1]
+        super().__init__((*slopes.shape[:2], n_queries, n_keys), Mask(n_queries, n_keys), dtype, slopes.device)
+        self.first, self.second, self.slopes = own(first), own(second), own(slopes)
+        self.values = None if values is None else own(values)
+
+    def check(self) -> None:
+        """Weights and gates are finite."""
+        for name, tensor in {"W₁": self.first, "W₂": self.second, "gates": self.slopes}.items():
+            check_finite(name, tensor)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """No facts; the weights and gates, and the values where they are kept."""
+        held = {} if self.values is None else {"values": self.values}
+        return {}, {"first": self.first, "second": self.second, "slopes": self.slopes} | held
+
+    @classmethod
+    def rebuild(cls, facts: dict[str, Any], tensors: dict[str, Tensor]) -> TokenMlpPattern:
+        """The pattern from its `state`."""
+        return cls(tensors["first"], tensors["second"], tensors["slopes"], tensors.get("values"))
+
+    def tile(self, queries: slice, keys: slice, heads: Sequence[int] | None = None) -> Tensor:
+        """[batch, channel, q, k] of W₂ diag(g) W₁."""
+        which = range(self.n_heads) if heads is None else self._checked(heads)
+        return self.tile_of(slice(None), queries, keys, which)
+
+    def tile_of(self, batch: slice, queries: slice, keys: slice, heads: Sequence[int]) -> Tensor:
+        """[b, c, q, k] for these batch entries."""
+        slopes = self.slopes[batch][:, list(heads), None].to(self.dtype)
+        return (self.second[queries].to(self.dtype) * slopes) @ self.first[:, keys].to(self.dtype)
+
+    def apply(self, values: Tensor) -> Tensor:
+        """A·V, [batch, channel, query, width], without the map."""
+        v = self._checked_values(values)
+        hidden = self.first.to(v) @ v * self.slopes[..., None].to(v)
+        return self.second.to(v) @ hidden
+
+
+def mlp_mixer(first: Tensor, second: Tensor, gates: Tensor) -> TokenMlpPattern:
+    """An MLP over positions with its activation held fixed: see `TokenMlpPattern`."""
+    return TokenMlpPattern(first, second, gates)
 
 
 def long_convolution(kernel: Tensor, n_batch: int = 1) -> FilterPattern:

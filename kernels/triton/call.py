@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from workbench.kernels.checks import LARGEST
-from workbench.kernels.masks import Mask
+from workbench.kernels.masks import hidden_below
 from workbench.kernels.softmax_problem import SoftmaxProblem
-from workbench.kernels.tile import Space
+from workbench.kernels.statistics import Options
 from workbench.kernels.triton import tables
 
 if TYPE_CHECKING:
@@ -30,24 +29,13 @@ ROWS = (
 POOL_EDGE = 32  # divides the edges of every tile of columns_kernel
 
 
-@dataclass
 class Call:
     """One call's tensors and the arguments that its kernels share."""
 
-    q: Tensor
-    k: Tensor
-    mask: Mask
-    scale: float
-    space: Space
-
-    @classmethod
-    def of(cls, problem: SoftmaxProblem) -> Call:
-        """The call for a problem."""
-        return cls(problem.q, problem.k, problem.mask, problem.scale, problem.space())
-
-    def __post_init__(self) -> None:
-        self.q, self.k = _rows_contiguous(self.q), _rows_contiguous(self.k)
-        self._tables: dict[tuple[int, int], tables.Tables] = {}
+    def __init__(self, problem: SoftmaxProblem) -> None:
+        self.problem, self.mask = problem, problem.mask
+        self.q, self.k = _rows_contiguous(problem.q), _rows_contiguous(problem.k)
+        self._scores = self._score_arguments()
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Triton launches on torch's current device: make that the tensors' own."""
@@ -55,28 +43,53 @@ class Call:
 
     @property
     def sparse(self) -> bool:
-        return self.mask.layout is not None
+        """Whether the kernels visit the tiles of a layout."""
+        return self.mask.layout is not None and tables.has_words(self.mask.layout)
 
-    def rows(self, at: Sequence[str], values: Tensor | None = None) -> dict[str, Tensor]:
-        """lse and all row statistics, of `sink`, `current`, `previous` those named; `output` where values are given."""
-        wanted = tables.targets(at, self.mask, self.space.seen, self.q.device)
-        planes, keys, weights, output = self._rows(wanted, True, values)
-        found = dict(zip(("lse", *ROWS), planes, strict=True)) | dict(zip(at, weights, strict=True))
-        found["peak_key"] = keys.long()
+    @property
+    def shaped(self) -> bool:
+        return any(self._scores[name] for name in ("MASK", "BIAS", "SOFTCAP"))
+
+    def rows(self, at: Sequence[str], options: Options, values: Tensor | None = None, *, induction: bool = False
+             ) -> dict[str, Tensor]:  # fmt: skip
+        """lse and all row statistics, of `sink`, `current`, `previous` those named; `output` where values are given.
+
+        Args:
+            induction: it too, of the ids that the options give.
+        """
+        known, named = self.problem.seen.derived, ("triton targets", *at, options.sink_keys)
+        if named not in known:
+            known[named] = tables.targets(at, options.sink_keys, self.mask, self.problem.seen, self.q.device)
+        wanted = known[named]
+        ids = options.ids(*self._sizes, self.mask.offset).to(self.q.device).contiguous() if induction else None
+        planes, keys, weights, output = self._rows(wanted, True, values, ids)
+        found = dict(zip(("lse", *ROWS, "induction"), planes, strict=False))
+        found |= {name: weights[part].sum(0) if len(part) > 1 else weights[part[0]]
+                  for name, part in tables.parts(at, options.sink_keys, self.mask.n_keys).items()}  # fmt: skip
+        found["peak_key"] = keys
         return found if output is None else found | {"output": output}
 
     def lse(self) -> Tensor:
         """[batch, head, query] log of the softmax denominator; -inf in rows that see no key."""
-        return self._rows(torch.empty(0, 1, 1, dtype=torch.int32, device=self.q.device), False, None)[0][0]
+        nothing = self._new(0, 1, 1, 1, dtype=torch.int32)
+        return self._rows(nothing, False, None, None)[0][0]
 
-    def _rows(self, wanted: Tensor, stats: bool, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """(batch, queries, keys)."""
+        return self.q.shape[0], self.q.shape[2], self.k.shape[2]
+
+    def _rows(
+        self, wanted: Tensor, stats: bool, v: Tensor | None, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(lse and the planes of ROWS, peak key, weight on the `wanted` keys, output)."""
         shape = self.q.shape[:3]
-        planes = self._new(1 + len(ROWS) if stats else 1, *shape)
+        planes = self._new((1 if not stats else 1 + len(ROWS)) + (ids is not None), *shape)
         keys, weights = self._new(*shape, dtype=torch.int32), self._new(len(wanted), *shape)
         v = self.k if v is None else _rows_contiguous(v)
         output = None if v is self.k else self._new(*shape, v.shape[-1], dtype=self.q.dtype)
         width = max(self.q.shape[-1], 1 if output is None else v.shape[-1])
+        sinks = self.problem.sinks
         own = {
             "v_ptr": v,
             "out_ptr": planes if output is None else output,
@@ -84,10 +97,15 @@ class Call:
             "peak_key_ptr": keys,
             "target_ptr": wanted,
             "at_ptr": weights,
+            "sink_ptr": planes if sinks is None else sinks.contiguous(),
+            "id_ptr": keys if ids is None else ids,
             "n_targets": len(wanted),
-            "target_heads": wanted.shape[1],
+            "target_batches": wanted.shape[1],
+            "target_heads": wanted.shape[2],
             "DV": v.shape[-1],
+            "SINKS": sinks is not None,
             "STATS": stats,
+            "INDUCTION": ids is not None,
             "OUT": output is not None,
             **_strides("v", v),
         }
@@ -100,7 +118,7 @@ class Call:
         received = self._new(n_batch, n_heads, n_keys)
         edge = min(block or POOL_EDGE, POOL_EDGE)  # larger blocks are put together from these
         cells = (n_batch, n_heads, -(-n_queries // edge), -(-n_keys // edge)) if block else (1,)
-        sums, most = (torch.zeros(cells, device=self.q.device) for _ in range(2))
+        sums, most = torch.zeros((2, *cells), device=self.q.device) if block else self._new(2, *cells)
         own = {
             "lse_ptr": lse,
             "received_ptr": received,
@@ -137,7 +155,7 @@ class Call:
 
         by_key = kind == "columns"
         kernel = {"rows": rows_kernel, "columns": columns_kernel, "top": top_kernel}[kind]
-        among = configs.tiles(kind, self.q.element_size() == 2, configs.padded(width), self.sparse)
+        among = configs.tiles(kind, self.q.element_size() == 2, configs.padded(width), self.sparse, self.shaped)
         mask, (n_batch, n_heads, n_queries, d) = self.mask, self.q.shape
         n_keys = self.k.shape[2]
         shared = {
@@ -148,13 +166,14 @@ class Call:
             "offset": mask.offset,
             "window": min(mask.window or 0, LARGEST),
             "heads_per_kv": n_heads // self.k.shape[1],
-            "scale": self.scale,
+            "scale": self.problem.scale,
             "D": d,
             "BD": configs.padded(d),
             "CAUSAL": mask.causal,
             "WINDOW": mask.window is not None,
             "SPARSE": self.sparse,
-            "PRECISION": "ieee",
+            "PRECISION": precision(self.q),
+            **self._scores,
             **_strides("q", self.q),
             **_strides("k", self.k),
             **self._layout(among[0], by_key),
@@ -170,11 +189,44 @@ class Call:
             own["BDV"] = configs.padded(own["DV"])
         configs.tuned(kernel, among)[grid](**shared, **own)
 
+    def _score_arguments(self) -> dict[str, Any]:
+        """What changes and hides scores. What is not there is a stand-in that no kernel reads."""
+        problem, mask = self.problem, self._mask_tensor()
+        found: dict[str, Any] = {
+            "mask_ptr": self.q, "bias_ptr": self.q, "hidden_below": 0.0, "softcap": problem.softcap or 1.0,
+            "stride_mb": 0, "stride_mh": 0, "stride_mn": 0, "stride_mk": 0, "stride_bb": 0, "stride_bh": 0,
+            "MASK": 0, "BIAS": problem.key_bias is not None, "SOFTCAP": problem.softcap is not None,
+        }  # fmt: skip
+        if mask is not None:
+            whole = mask.expand(*problem.shape)  # what is broadcast has strides of zero
+            found |= zip(("stride_mb", "stride_mh", "stride_mn", "stride_mk"), whole.stride(), strict=True)
+            additive = mask.is_floating_point()
+            found["mask_ptr"] = whole if additive else whole.view(torch.uint8)
+            found["MASK"] = 2 if additive else 1
+            found["hidden_below"] = hidden_below(mask.dtype) if additive else 0.0
+        if problem.key_bias is not None:
+            bias = problem.key_bias.float().contiguous().expand(*problem.shape[:2], -1)
+            found |= {"bias_ptr": bias, "stride_bb": bias.stride(0), "stride_bh": bias.stride(1)}
+        return found
+
+    def _mask_tensor(self) -> Tensor | None:
+        """The mask's own, and what a layout hides within its blocks."""
+        layout, tensor = self.mask.layout, self.mask.tensor
+        if layout is None or tables.is_said_by_words(layout):
+            return tensor
+        known = self.problem.seen.derived
+        if "tokens of the layout" not in known:
+            known["tokens of the layout"] = tables.tokens_of(self.mask, self.q.device)
+        shown: Tensor = known["tokens of the layout"]
+        if tensor is None:
+            return shown
+        return torch.where(shown, tensor, -torch.inf) if self.mask.additive else shown & tensor
+
     def _layout(self, tile: tuple[int, int, int, int], by_key: bool) -> dict[str, Any]:
         """The tables of the layout for tiles of this size, or stand-ins that no kernel reads."""
         n_key_tiles = -(-self.mask.n_keys // tile[1])
-        if self.mask.layout is None:
-            nothing = torch.zeros(1, dtype=torch.int32, device=self.q.device)
+        if self.mask.layout is None or not self.sparse:
+            nothing = self._new(1, dtype=torch.int32)
             return {
                 "list_ptr": nothing,
                 "count_ptr": nothing,
@@ -184,10 +236,11 @@ class Call:
                 "n_query_blocks": 1,
                 "n_key_tiles": n_key_tiles,
             }
-        size = tile[:2]
-        if size not in self._tables:
-            self._tables[size] = tables.Tables.of(self.mask, *size, self.q.device)
-        made = self._tables[size]
+        size = ("triton tables", *tile[:2])
+        known = self.problem.seen.derived
+        if size not in known:
+            known[size] = tables.Tables.of(self.mask, *tile[:2], self.q.device)
+        made = known[size]
         listed = (made.query_tiles, made.n_query_tiles) if by_key else (made.key_tiles, made.n_key_tiles)
         return {
             "list_ptr": listed[0],
@@ -198,6 +251,16 @@ class Call:
             "n_query_blocks": made.words.shape[1],
             "n_key_tiles": n_key_tiles,
         }
+
+
+def precision(q: Tensor) -> str:
+    """How products of float32 are made: "ieee", exact, or "tf32" after `torch.set_float32_matmul_precision("high")`.
+
+    TF32 keeps 11 bits of queries and keys: a score is off by 2⁻¹⁰ · scale · Σ|q·k| at most, and a weight by a factor of
+    e to twice the most of its row. Products of 16 bits are exact either way: all are added up in float32.
+    """
+    allowed = q.is_cuda and q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "ieee"
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workbench.kernels.triton.positions import HIDDEN, LENGTHS, LOWEST, key_tiles, query_tiles, seen
+from workbench.kernels.triton.positions import HIDDEN, LENGTHS, LOWEST, key_tiles, query_tiles, seen, shaped
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def columns_kernel(
     q_ptr: tl.tensor, k_ptr: tl.tensor, lse_ptr: tl.tensor, received_ptr: tl.tensor, sum_ptr: tl.tensor,
-    max_ptr: tl.tensor, list_ptr: tl.tensor, count_ptr: tl.tensor, word_ptr: tl.tensor, stride_qb: tl.tensor,
+    max_ptr: tl.tensor, list_ptr: tl.tensor, count_ptr: tl.tensor, word_ptr: tl.tensor, mask_ptr: tl.tensor,
+    bias_ptr: tl.tensor, stride_mb: tl.tensor, stride_mh: tl.tensor, stride_mn: tl.tensor, stride_mk: tl.tensor,
+    stride_bb: tl.tensor, stride_bh: tl.tensor, hidden_below: tl.tensor, softcap: tl.tensor, stride_qb: tl.tensor,
     stride_qh: tl.tensor, stride_qn: tl.tensor, stride_kb: tl.tensor, stride_kh: tl.tensor, stride_kn: tl.tensor,
     n_queries: tl.tensor, n_keys: tl.tensor, offset: tl.tensor, window: tl.tensor, heads_per_kv: tl.tensor,
     heads_per_layout: tl.tensor, layout_block: tl.tensor, n_query_blocks: tl.tensor, n_key_tiles: tl.tensor,
     n_query_tiles: tl.tensor, scale: tl.tensor, D: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPARSE: tl.constexpr, POOLED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SPARSE: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, POOLED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of BN keys of one head, over all queries that see it: no two programs write the same number.
 
@@ -35,6 +37,10 @@ def columns_kernel(
                 mask=(keys < n_keys)[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
     lse_ptr += here * n_queries
 
+    if MASK > 0:
+        mask_ptr += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh + start.to(tl.int64) * stride_mk
+    if BIAS:
+        bias_ptr += batch.to(tl.int64) * stride_bb + head.to(tl.int64) * stride_bh + start
     if SPARSE:
         layout = head // heads_per_layout
         first, last = 0, tl.load(count_ptr + layout * n_key_tiles + tile)
@@ -57,7 +63,10 @@ def columns_kernel(
             query_block = tl.minimum(rows // layout_block, n_query_blocks - 1)
             word = tl.load(word_ptr + query_block.to(tl.int64) * n_key_tiles)
             shown = shown & (((word[None, :] >> bit[:, None]) & 1) != 0)
-        p = tl.exp(tl.where(shown, s - lse[None, :], HIDDEN))
+        mask_tile = mask_ptr + tl.cast(query_tile * BM, tl.int64) * stride_mn
+        s = shaped(s, inside[None, :], (keys - start)[:, None], shown, mask_tile, stride_mn, stride_mk, hidden_below,
+                   bias_ptr, softcap, MASK, BIAS, SOFTCAP)  # fmt: skip
+        p = tl.exp(tl.where(s > LOWEST, s - lse[None, :], HIDDEN))
         received += tl.sum(p, axis=1)
         if POOLED:
             blocks = tl.reshape(p, [BN // EDGE, EDGE, BM // EDGE, EDGE])
@@ -76,12 +85,15 @@ def columns_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def top_kernel(
     q_ptr: tl.tensor, k_ptr: tl.tensor, lse_ptr: tl.tensor, weight_ptr: tl.tensor, key_ptr: tl.tensor,
-    list_ptr: tl.tensor, count_ptr: tl.tensor, word_ptr: tl.tensor, stride_qb: tl.tensor, stride_qh: tl.tensor,
+    list_ptr: tl.tensor, count_ptr: tl.tensor, word_ptr: tl.tensor, mask_ptr: tl.tensor, bias_ptr: tl.tensor,
+    stride_mb: tl.tensor, stride_mh: tl.tensor, stride_mn: tl.tensor, stride_mk: tl.tensor, stride_bb: tl.tensor,
+    stride_bh: tl.tensor, hidden_below: tl.tensor, softcap: tl.tensor, stride_qb: tl.tensor, stride_qh: tl.tensor,
     stride_qn: tl.tensor, stride_kb: tl.tensor, stride_kh: tl.tensor, stride_kn: tl.tensor, n_queries: tl.tensor,
     n_keys: tl.tensor, offset: tl.tensor, window: tl.tensor, heads_per_kv: tl.tensor, heads_per_layout: tl.tensor,
     layout_block: tl.tensor, n_query_blocks: tl.tensor, n_key_tiles: tl.tensor, n_top: tl.tensor, scale: tl.tensor,
     D: tl.constexpr, BD: tl.constexpr, SLOTS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SPARSE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPARSE: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ) -> None:  # fmt: skip
     """The n_top largest weights of BM queries of one head and their keys, in no order; unused slots have key −1.
 
@@ -100,6 +112,10 @@ def top_kernel(
     q = tl.load(q_ptr + rows.to(tl.int64)[:, None] * stride_qn + d[None, :],
                 mask=(rows < n_queries)[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
 
+    if MASK > 0:
+        mask_ptr += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh + start.to(tl.int64) * stride_mn
+    if BIAS:
+        bias_ptr += batch.to(tl.int64) * stride_bb + head.to(tl.int64) * stride_bh
     if SPARSE:
         layout = head // heads_per_layout
         n_tiles = tl.num_programs(0)
@@ -123,7 +139,9 @@ def top_kernel(
         if SPARSE:
             word = tl.load(word_row + key_tile)
             shown = shown & (((word[:, None] >> bit[None, :]) & 1) != 0)
-        s = tl.where(shown, s, HIDDEN)
+        mask_tile = mask_ptr + tl.cast(key_tile * BN, tl.int64) * stride_mk
+        s = shaped(s, (rows - start)[:, None], columns[None, :], shown, mask_tile, stride_mn, stride_mk, hidden_below,
+                   bias_ptr + key_tile * BN, softcap, MASK, BIAS, SOFTCAP)  # fmt: skip
         gain = tl.max(tl.max(s, axis=1) - tl.min(kept, axis=1), axis=0)
         while gain > 0:
             top, at = tl.max(s, axis=1, return_indices=True)

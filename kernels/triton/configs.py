@@ -47,12 +47,30 @@ _HIP: dict[tuple[Kind, bool], tuple[list[Choice], ...]] = {
     ("top", True): ([(64, 64, 4, 2)], [(64, 64, 4, 2), (64, 32, 4, 2)], [(64, 32, 4, 1), (32, 32, 4, 1)]),
     ("top", False): ([(64, 32, 4, 2), (32, 32, 4, 2)], [(32, 32, 4, 2)], [(32, 32, 4, 1)]),
 }  # fmt: skip
+# What shapes scores takes registers: where the tiles above would spill, these do not.
+_SHAPED: dict[tuple[str, Kind, bool, int], list[Choice]] = {
+    ("cuda", "rows", False, 128): [(32, 32, 8, 2)],
+    ("cuda", "columns", True, 64): [(64, 64, 8, 2), (64, 32, 4, 2)],
+    ("cuda", "columns", True, 128): [(64, 64, 8, 2), (64, 32, 4, 2)],
+    ("cuda", "top", False, 64): [(64, 32, 8, 2)],
+    ("cuda", "top", True, 64): [(64, 64, 8, 2), (64, 32, 4, 2)],
+    ("cuda", "top", True, 128): [(64, 64, 8, 2), (64, 32, 4, 2)],
+    ("cuda", "top", True, 256): [(64, 32, 8, 1), (32, 32, 4, 1)],
+    ("hip", "rows", True, 256): [(32, 32, 8, 1), (32, 16, 4, 1)],
+}
 _INTERPRETED: Choice = (32, 32, 1, 1)
-_FLAGS = ("D", "DV", "CAUSAL", "WINDOW", "SPARSE", "STATS", "OUT", "POOLED", "EDGE")
+_FLAGS = ("D", "DV", "CAUSAL", "WINDOW", "SPARSE", "MASK", "BIAS", "SOFTCAP", "SINKS", "STATS", "INDUCTION", "OUT",
+          "POOLED", "EDGE", "PRECISION")  # fmt: skip
 
 
-def choices(kind: Kind, backend: str, arch: int | str, half: bool, width: int) -> list[Choice]:
-    """The tiles for a kernel on `backend` ("cuda" with arch 80, 90, ... or "hip"), 16 bit or not, padded to `width`."""
+def choices(kind: Kind, backend: str, arch: int | str, half: bool, width: int, shaped: bool) -> list[Choice]:
+    """The tiles for a kernel on `backend` ("cuda" with arch 80, 90, ... or "hip"), 16 bit or not, padded to `width`.
+
+    Args:
+        shaped: whether more than products and positions make the scores: a mask's tensor, biases, a cap.
+    """
+    if shaped and (backend, kind, half, max(width, WIDTHS[0])) in _SHAPED:
+        return list(_SHAPED[backend, kind, half, max(width, WIDTHS[0])])
     at = WIDTHS.index(max(width, WIDTHS[0]))
     if backend == "cuda" and kind == "rows" and width == 256 and half and arch == 90:
         return [(64, 32, 8, 2), (32, 32, 8, 2)]
@@ -79,14 +97,14 @@ def padded(width: int) -> int:
     return max(32, 1 << (width - 1).bit_length())
 
 
-def tiles(kind: Kind, half: bool, width: int, sparse: bool) -> list[Choice]:
+def tiles(kind: Kind, half: bool, width: int, sparse: bool, shaped: bool) -> list[Choice]:
     """The tiles for this machine. With a layout all are of one size, since its tables are made for one size."""
     from triton.runtime import driver
 
     if interpreted():
         return [_INTERPRETED]
     target = driver.active.get_current_target()
-    found = choices(kind, target.backend, target.arch, half, width)
+    found = choices(kind, target.backend, target.arch, half, width, shaped)
     return [each for each in found if each[:2] == found[0][:2]] if sparse else found
 
 

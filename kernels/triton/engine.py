@@ -1,7 +1,8 @@
 """The engine of the Triton kernels: what they support, and the calls.
 
-Not supported, and left to plain torch: mask tensors, softcap, key bias (hence value-weighted statistics), sink logits,
-given sink keys, induction, float64, and layouts that hide single tokens within a block.
+Left to plain torch, which takes dozens of launches for each tile of 256 queries and keys: float64, heads wider than
+256, more than 16 top keys, statistics of a user's own, and layouts that hide single tokens within blocks
+(neighborhoods) of more than 16,384 queries and keys; shorter ones are read from a table.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from workbench.kernels.engines import unknown
 from workbench.kernels.masks import Mask
 from workbench.kernels.softmax_problem import SoftmaxProblem
 from workbench.kernels.statistics import Options, check_names, finish
+from workbench.kernels.triton import tables
 from workbench.kernels.triton.call import AT, ROWS, Call
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDTH = 256
 MAX_TOP = 16
-_ROWS = {"peak_key", *ROWS, *AT}
+MAX_SINKS = 16
+_ROWS = {"peak_key", "induction", *ROWS, *AT}
 _POOLED = {"pooled_mean", "pooled_max"}
 _COLUMNS = {"received", "received_mean", *_POOLED}
 _NAMES = {"lse", "signed_mass", "row_sum", "top_keys", *_ROWS, *_COLUMNS}
-_OPTIONS = ("tokens", "token_before", "sink_keys", "n_top", "block")  # the first two are those of a refused statistic
+_OPTIONS = ("tokens", "token_before", "sink_keys", "n_top", "block")
 
 
 class TritonEngine:
@@ -50,12 +53,8 @@ def refusal(problem: SoftmaxProblem, names: Sequence[str], options: Options | No
     why = unknown(names, options, _NAMES, _OPTIONS)
     if why is not None:
         return why
-    extras = {"softcap": problem.softcap, "sinks": problem.sinks, "key_bias": problem.key_bias}
-    used = [name for name, value in extras.items() if value is not None]
-    if used:
-        return f"the kernels have no {used[0]}"
-    if "sink" in names and options.sink_keys is not None:
-        return "the kernels take the first visible key as the sink, not given keys"
+    if "sink" in names and len(options.sink_keys or ()) > MAX_SINKS:
+        return f"the kernels take up to {MAX_SINKS} sink keys, not {len(options.sink_keys or ())}"
     if "top_keys" in names and options.n_top > MAX_TOP:
         return f"the kernels keep up to {MAX_TOP} top keys, not {options.n_top}"
     if not _POOLED.isdisjoint(names) and options.block & (options.block - 1):
@@ -67,14 +66,10 @@ def _mask_refusal(mask: Mask) -> str | None:
     layout = mask.layout
     if mask.farthest > LARGEST:
         return "the kernels' positions have 31 bits"
-    if mask.tensor is not None:
-        return "the kernels know causal, windowed and block-sparse masks, not mask tensors"
     if layout is None:
         return None
-    if not layout.exact:
-        return f"{type(layout).__name__} hides single tokens within its blocks"
-    if layout.block < 8 or layout.block & (layout.block - 1):
-        return f"the kernels need layout blocks that are a power of two from 8 on, not {layout.block}"
+    if not tables.is_said_by_words(layout) and tables.cells_of(mask) > tables.MOST_CELLS:
+        return f"a table of all queries and keys, as {type(layout).__name__} of this length needs, would be too large"
     return None
 
 
@@ -101,13 +96,15 @@ def _machine_refusal(device: torch.device) -> str | None:
 
 def raw(problem: SoftmaxProblem, names: Sequence[str], options: Options) -> dict[str, Tensor]:
     """The raw sums of one pass, in float32; where the problem has no lse it is found, and is among them as "lse"."""
-    call, lse = Call.of(problem), problem.lse
+    call, lse = Call(problem), problem.lse
     found: dict[str, Tensor] = {}
     with call.on_device():
         if not _ROWS.isdisjoint(names):
-            found |= call.rows([name for name in AT if name in names])
+            found |= call.rows([name for name in AT if name in names], options, induction="induction" in names)
         elif lse is None:
             found["lse"] = call.lse()
+        if "peak_key" in names:
+            found["peak_key"] = found["peak_key"].long()
         if lse is None:
             lse = found["lse"]
         else:
@@ -133,7 +130,11 @@ def statistics(problem: SoftmaxProblem, names: Sequence[str], options: Options |
     found = raw(problem, names, options)
     if problem.lse is not None:
         found["lse"] = problem.lse
-    found |= {name: torch.ones_like(found["lse"]) for name in ("signed_mass", "row_sum") if name in names}
+    if "signed_mass" in names:
+        found["signed_mass"] = torch.ones_like(found["lse"])
+    if "row_sum" in names:
+        in_sink = 0.0 if problem.sinks is None else (problem.sinks[:, None] - found["lse"]).exp()
+        found["row_sum"] = torch.ones_like(found["lse"]) - in_sink
     return finish(found, names, problem.space(), options)
 
 
@@ -144,7 +145,7 @@ def attention(
 
     Args:
         q: [batch, head, query, d]; k: [batch, kv head, key, d]; v: [batch, kv head, key, width], all of one dtype.
-        mask: causal, windowed or block-sparse rules.
+        mask: causal, windowed or block-sparse rules, and a mask tensor.
 
     Returns:
         (output [batch, head, query, width] in the dtype of q, zero in rows that see no key; every row statistic).
@@ -161,8 +162,8 @@ def attention(
         why = f"values {list(v.shape)} {v.dtype} do not fit keys {list(k.shape)} {k.dtype}"
     if why is not None:
         raise CaptureError(why, hint="use torch's scaled_dot_product_attention and workbench.kernels.streaming")
-    call = Call.of(problem)
+    call = Call(problem)
     with call.on_device():
-        found = call.rows(AT, v.detach())
-    output = found.pop("output")
+        found = call.rows(AT, Options(), v.detach())
+    output, found["peak_key"] = found.pop("output"), found["peak_key"].long()
     return output, finish(found, tuple(found), problem.space(), Options())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LENGTHS = ("n_queries", "n_keys", "offset", "window", "n_targets", "target_heads", "n_query_blocks", "n_key_tiles",
-           "n_query_tiles", "n_top", "heads_per_kv", "heads_per_layout", "layout_block")  # fmt: skip
+LENGTHS = ("n_queries", "n_keys", "offset", "window", "n_targets", "target_heads", "target_batches", "n_query_blocks",
+           "n_key_tiles", "n_query_tiles", "n_top", "heads_per_kv", "heads_per_layout", "layout_block")  # fmt: skip
 """Arguments for whose values no kernel is compiled anew."""
 HIDDEN = tl.constexpr(-1e30)
 """Score of a hidden key: finite, so that no difference of scores is NaN."""
@@ -58,6 +58,33 @@ def query_tiles(
         low = tl.maximum(low, start - offset - window + 1)
         high = tl.minimum(high, stop - 1 - offset + window)
     return low // BM, tl.cdiv(tl.maximum(high, 0), BM)
+
+
+@triton.jit
+def shaped(
+    s: tl.tensor, i: tl.tensor, j: tl.tensor, shown: tl.tensor, mask_ptr: tl.tensor, stride_mn: tl.tensor,
+    stride_mk: tl.tensor, hidden_below: tl.tensor, bias_ptr: tl.tensor, softcap: tl.tensor, MASK: tl.constexpr,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """What a softmax makes of scaled products: capped, with biases added, and HIDDEN where nothing is shown.
+
+    Args:
+        i, j: queries and keys, counted from where mask_ptr and bias_ptr point; they broadcast to s.
+        MASK: 0 for no mask tensor, 1 for one byte each (0 hides), 2 for what is added (below hidden_below it hides).
+    """
+    if SOFTCAP:
+        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
+    if BIAS:
+        s += tl.load(bias_ptr + j, mask=shown, other=0.0)
+    if MASK > 0:
+        m = tl.load(mask_ptr + (i * stride_mn + j * stride_mk), mask=shown, other=0)
+        if MASK == 1:
+            shown = shown & (m != 0)
+        else:
+            added = m.to(tl.float32)
+            shown = shown & (added > hidden_below)
+            s += added
+    return tl.where(shown, s, HIDDEN)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workbench.kernels.layouts import Layout
 from workbench.kernels.masks import Mask, MaskSummary
 
 WORD_BITS = 32
@@ -77,37 +78,94 @@ def _within_rules(mask: Mask, first_row: Tensor, last_row: Tensor, keys: int) ->
 
 
 def _listed(used: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., n] bool to the indices of the true entries, in order and padded to n, and their number."""
-    order = torch.sort(used.to(torch.uint8), dim=-1, descending=True, stable=True).indices
-    return order.to(torch.int32).contiguous(), used.sum(-1).to(torch.int32).contiguous()
+    """[..., n] bool to the indices of the true entries, in order, and their number; what follows is no index.
+
+    The r-th is where r of them have been counted: found in their running number, without sorting.
+    """
+    counted = used.cumsum(-1, dtype=torch.int32)
+    ranks = torch.arange(1, used.shape[-1] + 1, dtype=torch.int32, device=used.device).expand(used.shape)
+    listed = torch.searchsorted(counted, ranks.contiguous(), out_int32=True)
+    return listed, counted[..., -1].contiguous()
 
 
-def targets(names: Sequence[str], mask: Mask, seen: MaskSummary, device: torch.device) -> Tensor:
-    """[name, head or 1, query] int32: the key whose weight is the `sink`, `current` or `previous` of a row, or -1."""
+MOST_CELLS = 1 << 28  # of a table with a byte for each query and key
+
+
+def has_words(layout: Layout) -> bool:
+    """Whether its blocks divide the kernels' tiles, or tiles them, so that `Tables` can be made of it."""
+    return layout.block >= 8 and layout.block & (layout.block - 1) == 0
+
+
+def is_said_by_words(layout: Layout) -> bool:
+    """Whether that says all: nothing is hidden within a block."""
+    return has_words(layout) and layout.exact
+
+
+def cells_of(mask: Mask) -> int:
+    """How many numbers `tokens_of` has."""
+    layouts = 1 if mask.layout is None or mask.layout.n_layouts == 1 else mask.n_heads
+    return layouts * mask.n_queries * mask.n_keys
+
+
+def tokens_of(mask: Mask, device: torch.device) -> Tensor:
+    """[1, head or 1, query, key] bool: what a layout shows, token by token."""
+    assert mask.layout is not None
+    layouts = torch.arange(mask.layout.n_layouts)
+    shown = mask.layout.visible(slice(0, mask.n_queries), slice(0, mask.n_keys), layouts).to(device)
+    each = 1 if len(layouts) == 1 else mask.n_heads // len(layouts)
+    return shown.repeat_interleave(each, dim=0)[None].contiguous()
+
+
+def parts(names: Sequence[str], sink_keys: Sequence[int] | None, n_keys: int) -> dict[str, list[int]]:
+    """Which of the `targets` make up each name: several where sinks are a given set of keys."""
+    found, at = dict[str, list[int]](), 0
+    for name in names:
+        n = len(_given(sink_keys, n_keys)) if name == "sink" and sink_keys is not None else 1
+        found[name] = list(range(at, at + n))
+        at += n
+    return found
+
+
+def targets(
+    names: Sequence[str], sink_keys: Sequence[int] | None, mask: Mask, seen: MaskSummary, device: torch.device
+) -> Tensor:
+    """[target, batch or 1, head or 1, query] int32: the key whose weight is asked for in each row, or -1.
+
+    Args:
+        names: of `sink`, `current`, `previous`. sink_keys: the sinks; None for the first key that a row sees.
+    """
+    if not names:
+        return torch.empty(0, 1, 1, mask.n_queries, dtype=torch.int32, device=device)
     position = torch.arange(mask.n_queries, device=device) + mask.offset
     found = []
     for name in names:
-        if name == "sink":
-            key = torch.where(seen.keys_per_query[0] > 0, seen.first_key[0], -1)
+        if name == "sink" and sink_keys is None:
+            found.append(torch.where(seen.keys_per_query > 0, seen.first_key, -1))
+        elif name == "sink":
+            found.extend(_if_shown(torch.full_like(position, key), position, mask)
+                         for key in _given(sink_keys, mask.n_keys))  # fmt: skip
         else:
-            back = {"current": 0, "previous": 1}[name]
-            key = _if_visible(position - back, back, mask)
-        found.append(key)
-    heads = max((key.shape[0] for key in found), default=1)
-    if not found:
-        return torch.empty(0, 1, mask.n_queries, dtype=torch.int32, device=device)
-    return torch.stack([key.expand(heads, -1) for key in found]).to(torch.int32).contiguous()
+            found.append(_if_shown(position - {"current": 0, "previous": 1}[name], position, mask))
+    batches, heads = (max(key.shape[axis] for key in found) for axis in (0, 1))
+    return torch.stack([key.expand(batches, heads, -1) for key in found]).to(torch.int32).contiguous()
 
 
-def _if_visible(key: Tensor, back: int, mask: Mask) -> Tensor:
-    """[head or 1, query]: the key `back` positions before each row, or -1 where the mask hides it."""
-    shown = ((key >= 0) & (key < mask.n_keys))[None, :]
-    if mask.window is not None and back >= mask.window:
-        shown = torch.zeros_like(shown)
+def _given(sink_keys: Sequence[int] | None, n_keys: int) -> list[int]:
+    """Each of the given keys once, counted from the first."""
+    return sorted({key % n_keys for key in sink_keys or ()})
+
+
+def _if_shown(key: Tensor, position: Tensor, mask: Mask) -> Tensor:
+    """[1, head or 1, query]: a key for each row, or -1 where the rules hide it; the mask's tensor the kernel asks."""
+    shown = (key >= 0) & (key < mask.n_keys)
+    if mask.causal:
+        shown = shown & (key <= position)
+    if mask.window is not None:
+        shown = shown & ((position - key).abs() < mask.window)
+    shown = shown[None, None]
     if mask.layout is not None:
         block = mask.layout.block
         row = torch.arange(mask.n_queries, device=key.device) // block
-        blocks = mask.layout.blocks().to(key.device)
-        listed = blocks[:, row, key.clamp(0, mask.n_keys - 1) // block]
+        listed = mask.layout.blocks().to(key.device)[:, row, key.clamp(0, mask.n_keys - 1) // block]
         shown = shown & listed.repeat_interleave(mask.n_heads // mask.layout.n_layouts, dim=0)
-    return torch.where(shown, key[None, :], -1)
+    return torch.where(shown, key, -1)

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { cut, exactly, moved, named, roughly } from "workbench/shared/dom.js";
+import { count, cut, exactly, moved, named, roughly } from "workbench/shared/dom.js";
 
 test("a text is cut between letters, not within them", () => {
   assert.equal(cut("abcdef", 4), "abc…");
@@ -18,6 +18,10 @@ test("numbers are said exactly or roughly, and what is not known is said so", ()
   assert.deepEqual([0, 0.123456789, 1234567, 1e-7, NaN, null].map(exactly), ["0", "0.123457", "1.235e+6", "1.000e-7", "not known", "not known"]);
   assert.deepEqual([0.123456, 1234, Infinity, NaN].map(roughly), ["0.123", "1230", "–", "–"]);
   assert.deepEqual([0, 8.1512e-6, -1e-5, 0.00012345, 1e-300].map(roughly), ["0", "8.15e−6", "−1e−5", "0.000123", "1e−300"]);
+});
+
+test("what is counted is one or several", () => {
+  assert.deepEqual([0, 1, 1200].map((n) => count(n, "row")), ["0 rows", "1 row", "1,200 rows"]);
 });
 
 test("keys move within the rows and columns, and other keys are left alone", () => {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import workbench
 from workbench.errors import CaptureError, FormatError
-from workbench.kernels import families
+from workbench.kernels import engines, families
 from workbench.kernels.lightning import LightningPattern, lightning_attention
 from workbench.kernels.masks import Mask, causal, padding
 from workbench.kernels.neighborhood import NeighborhoodLayout, NeighborhoodPattern
@@ -22,6 +22,7 @@ from workbench.kernels.scan import ScanPattern
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.state_space import DualPattern, SelectivePattern
 from workbench.kernels.statistics import Options
+from workbench.kernels.triton import TritonEngine
 
 B, H, KV, N, D = 2, 4, 2, 48, 8
 
@@ -285,3 +286,32 @@ for which in ("nothing", "lse", "sinks", "n_queries", "window"):
     refused = dict.fromkeys(("lse", "sinks", "n_queries", "window"), "refused")
     assert found == {"nothing": "loaded"} | refused, done.stderr
     assert workbench.FormatError is FormatError
+
+
+def test_devices_that_differ_are_named() -> None:
+    elsewhere = torch.ones(1, 1, N, N, dtype=torch.bool, device="meta")
+    with pytest.raises(CaptureError, match="the mask is on meta and the queries on cpu"):
+        SoftmaxPattern(Q, K, Mask(N, N, tensor=elsewhere))
+    with pytest.raises(CaptureError, match="q is on cpu and k on meta"):
+        SoftmaxPattern(Q, K.to("meta"))
+    with pytest.raises(CaptureError, match="lse is on meta"):
+        SoftmaxPattern(Q, K, lse=torch.empty(B, H, N, device="meta"))
+    with pytest.raises(CaptureError, match="sinks is on meta"):
+        SoftmaxPattern(Q, K, sinks=torch.empty(H, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("q", "why"),
+    [
+        (Q, "not on meta"),
+        (drawn(B, H, N, 300), "up to 256 wide, not 300"),
+        (Q.double(), "not torch.float64"),
+    ],
+)
+def test_what_no_fused_kernel_takes_is_left_to_torch(q: Tensor, why: str) -> None:
+    """On a device without Triton, in heads of any width and in float64: `engines` says who streams."""
+    q = q.to("meta")
+    problem = SoftmaxPattern(q, q, lse=q[..., 0]).problem
+    ((engine, names),) = engines.assign(problem, ["entropy", "received"], Options())
+    assert (engine.name, names) == ("torch", ("entropy", "received"))
+    assert why in str(TritonEngine().refusal(problem, ["entropy"], Options()))

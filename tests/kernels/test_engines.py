@@ -4,7 +4,6 @@ import ctypes
 import logging
 import math
 import platform
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,10 @@ from workbench.errors import CaptureError
 from workbench.kernels import passes, streaming
 from workbench.kernels.layouts import Layout
 from workbench.kernels.masks import Mask, causal
-from workbench.kernels.native import NativeEngine, build, call
+from workbench.kernels.native import NativeEngine, blocks, build, call
 from workbench.kernels.native import engine as native_engine
+from workbench.kernels.s2 import S2Layout, s2_naive
+from workbench.kernels.s2.tiles import plan
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.softmax_tiles import SoftmaxTiles
 from workbench.kernels.statistics import Options, dense
@@ -378,7 +379,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads, monkeypatch):
     monkeypatch.setattr(call, "_AT_ONCE", 1)  # many short calls instead of one
     got = SoftmaxPattern(q, k, causal(400)).statistics(names)
     assert all(torch.allclose(got[name], want[name], rtol=0, atol=0, equal_nan=True) for name in want)
-    monkeypatch.setattr(call, "_gomp_parallel", lambda: None)  # threads of the library's own
+    monkeypatch.setattr(call, "gomp_parallel", lambda: None)  # threads of the library's own
     got = SoftmaxPattern(q, k, causal(400)).statistics(names)
     assert all(torch.allclose(got[name], want[name], rtol=0, atol=0, equal_nan=True) for name in want)
 
@@ -390,10 +391,9 @@ def test_narrower_registers(processor, monkeypatch, tmp_path):
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if processor != "x86-64" and {"x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}[processor] not in flags:
         pytest.skip(f"this processor cannot run {processor}")
-    source = files("workbench.kernels.native").joinpath("statistics.cpp").read_bytes()
-    build.compile_source(build._compiler(), source, tmp_path / "library.so", f"-march={processor}")
+    build.compile_source(build._compiler(), build.source(), tmp_path / "library.so", f"-march={processor}")
     library = ctypes.CDLL(str(tmp_path / "library.so"))
-    for module in (call, native_engine):
+    for module in (call, native_engine, blocks):
         monkeypatch.setattr(module, "library", lambda: library)
     call._strip.cache_clear()
     try:
@@ -405,5 +405,14 @@ def test_narrower_registers(processor, monkeypatch, tmp_path):
         for given in (causal(130), Mask(130, 130, window=9), mask, hidden):
             for lse in (None, truth(SoftmaxPattern(q, k, given))[1]):
                 agree(SoftmaxPattern(q, k, given, lse=lse), [*ROWS, *COLUMNS, "top_keys"])
+        for block in (16, 64):
+            sparse = S2Layout(116, 130, 4, 2, block, 1, 2)
+            out, lse = blocks.attend_blocks(q[:, :, :116], k, k[..., :7], plan(sparse).lists, 0.3)
+            want, _, want_lse = s2_naive(
+                q[:, :, :116].double(), k.double(), k[..., :7].double(), block=block, local_blocks=1, vert_stride=2,
+                scale=0.3,
+            )  # fmt: skip
+            torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5)
+            torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
     finally:
         call._strip.cache_clear()

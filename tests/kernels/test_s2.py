@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.errors import CaptureError
-from workbench.kernels import families, s2
+from workbench.kernels import blocked, families, s2
 from workbench.kernels.blocked import attend, merge
 from workbench.kernels.flex import flex_attend
+from workbench.kernels.runs import Runs
 from workbench.kernels.s2 import (
     S2Cache,
     S2Layout,
@@ -34,10 +35,12 @@ QUIET = pytest.mark.filterwarnings("ignore:no head sees")
 SMALL = {"block": 16, "local_blocks": 1, "vert_stride": 3}
 
 
-def inputs(n, heads=4, kv=2, n_q=None, width=8, dtype=torch.float64, seed=0):
+def inputs(n, heads=4, kv=2, n_q=None, width=8, dtype=torch.float64, seed=0, batch=2, tokens_first=False):
+    """Queries, keys and values; with `tokens_first` as linear layers leave them, a token's heads side by side."""
     gen = torch.Generator().manual_seed(seed)
     sizes = ((heads, n if n_q is None else n_q, 8), (kv, n, 8), (kv, n, width))
-    return [torch.randn(2, *size, generator=gen, dtype=torch.float64).to(dtype) for size in sizes]
+    made = [torch.randn(batch, *size, generator=gen, dtype=torch.float64).to(dtype) for size in sizes]
+    return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in made] if tokens_first else made
 
 
 def whole(layout):
@@ -109,11 +112,11 @@ def test_layout_is_the_rule_and_its_blocks_are_tight(layout):
     assert bool(expected.any(-1).all())  # no query sees nothing
 
 
-@settings(max_examples=30, deadline=None)
-@given(layouts(), st.sampled_from([8, 5]))
-def test_values_and_gradients_are_those_of_the_definition(layout, width):
-    q, k, v = inputs(layout.n_keys, layout.n_heads, layout.n_kv_heads, layout.n_queries, width)
-    tensors = [x.requires_grad_() for x in (q, k, v)]
+@settings(max_examples=40, deadline=None)
+@given(layouts(), st.sampled_from([8, 5]), st.sampled_from([1, 2]), st.booleans())
+def test_values_and_gradients_are_those_of_the_definition(layout, width, batch, tokens_first):
+    sizes = layout.n_keys, layout.n_heads, layout.n_kv_heads, layout.n_queries, width
+    tensors = [x.requires_grad_() for x in inputs(*sizes, batch=batch, tokens_first=tokens_first)]
     options = {name: value for name, value in layout.facts().items() if not name.startswith(("n_q", "n_k", "n_h"))}
     out, lse = attend(*tensors, plan(layout))
     expected, weights, expected_lse = s2_naive(*tensors, **options)
@@ -149,11 +152,29 @@ def test_tiles_of_any_size_hold_every_block_once(rows, layout):
 def test_verticals_of_many_query_blocks_are_few_tiles():
     layout = S2Layout(2048, 2048, 4, 4, 16, 1, 4, head_step=1)
     made = plan(layout)
-    large = [group for group in made.groups if not group.joins]
-    assert max(group.queries.shape[1] for group in large) >= 12
-    pairs = [(len(group.layouts) * group.queries.shape[1] * group.keys.shape[1], group.joins) for group in made.groups]
-    shared = sum(n for n, joins in pairs if not joins)
-    assert shared > 0.8 * sum(n for n, _ in pairs)
+    assert [group.sliding for group in made.groups] == [True] + [False] * (len(made.groups) - 1)
+    rows = [group.queries.shape[1] for group in made.groups]
+    assert max(rows) >= 12
+    pairs = [len(group.layouts) * group.queries.shape[1] * group.keys.shape[1] for group in made.groups]
+    shared = sum(n for n, size in zip(pairs, rows, strict=True) if size >= 12)
+    assert shared > 0.8 * sum(pairs[1:])
+
+
+@pytest.mark.parametrize("local_blocks", [1, 3])
+@pytest.mark.parametrize("kv", [2, 4])
+def test_what_slides_is_read_where_it_lies(kv, local_blocks):
+    layout = S2Layout(96, 96, 4, kv, 16, local_blocks, 3)
+    q, k, v = inputs(96, 4, kv, batch=1, tokens_first=True)
+    with mock.patch.object(blocked, "_slid", side_effect=blocked._slid) as slid:
+        out, lse = attend(q, k, v, plan(layout))
+    slid.assert_called_once()
+    for x in (q, k, v, out):  # tables share their memory
+        assert Runs.of(x, 16, 6).table.data_ptr() == x.data_ptr()
+    seen = whole(layout).repeat_interleave(4 // layout.n_layouts, 0)
+    k, v = (x.repeat_interleave(4 // kv, 1) for x in (k, v))
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~seen, -math.inf)
+    torch.testing.assert_close(out, scores.softmax(-1) @ v, rtol=0, atol=1e-10)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=0, atol=1e-10)
 
 
 def test_shards_of_each_head():

@@ -217,6 +217,16 @@ def test_statistics_in_linear_time_are_the_streamed_ones(n: int):
     torch.testing.assert_close(pattern.entropy(), got["entropy"], **TIGHT)
 
 
+def test_statistics_by_the_engines_of_softmaxes() -> None:
+    """As on a GPU, where a scan's scores are a softmax's biases."""
+    gen = torch.Generator().manual_seed(3)
+    q, k = torch.randn(1, 4, 1, 8, generator=gen) * 3, torch.randn(2, 2, 70, 8, generator=gen)
+    pattern, names = ScanPattern(q, k), ["entropy", "received", "distance", "peak", "sink"]
+    got = pattern.as_softmax.statistics(names)
+    for name, value in pattern.statistics(names).items():
+        torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-4)
+
+
 def test_statistics_of_huge_scores_do_not_cancel():
     q, k, _ = inputs(100, dtype=torch.float32)
     for pattern in (ScanPattern(q, k, 1.0), ScanPattern(q, k + 1e3 * q / q.square().sum(-1, keepdim=True), 1.0)):

@@ -11,11 +11,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench import CaptureError
+from workbench.kernels import streaming
 from workbench.kernels.checks import Pending, check_attention, check_finite, deferred
 from workbench.kernels.lightning.decay import check_decay
+from workbench.kernels.masks import Mask
+from workbench.kernels.neighborhood import NeighborhoodLayout, NeighborhoodPattern
 from workbench.kernels.s2 import S2Cache
+from workbench.kernels.s2.layout import S2Layout
+from workbench.kernels.scan import ScanPattern
+from workbench.kernels.softmax import SoftmaxPattern
+from workbench.kernels.triton import engine
+from workbench.kernels.triton.call import ROWS, Call
 
 WAITS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal"}
+NO_LAUNCH = {"empty", "unbind", "scalar_tensor"}
 VIEWS = {
     "promote_types",
     "view",
@@ -107,6 +116,107 @@ def test_long_captures_keep_few_tensors_on_a_device() -> None:
     with pytest.raises(CaptureError) as caught:
         pending.check()
     assert caught.value.site == "h.1500"
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The Triton kernels that would run: on the meta device, whose numbers nobody can ask for, as if on a GPU."""
+    found: Counter[str] = Counter()
+    monkeypatch.setattr(engine, "_machine_refusal", lambda device: None)
+    monkeypatch.setattr(Call, "_launch", lambda self, kind, own, width: found.update([kind]))
+    return found
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+_MASKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "causal": lambda: {"causal": True},
+    "window": lambda: {"causal": True, "window": 8},
+    "boolean": lambda: {"tensor": _meta(2, 1, 64, 64, dtype=torch.bool)},
+    "additive": lambda: {"tensor": _meta(2, 1, 64, 64)},
+    "S2": lambda: {"causal": True, "n_heads": 4, "layout": S2Layout(64, 64, 4, 2, block=16, local_blocks=2)},
+}
+DEFAULT, ALL = (
+    ("entropy", "received"),
+    (*ROWS, *("peak_key", "received", "received_mean", "sink", "current", "previous")),
+)
+
+
+@pytest.mark.parametrize("names", [DEFAULT, ALL], ids=["default", "all"])
+@pytest.mark.parametrize("how", _MASKS)
+def test_budget_of_a_captured_softmax(how: str, names: tuple[str, ...], launched: Counter[str]) -> None:
+    """Layers share a mask, whatever object stands for it: from the second on, two kernels, and a few launches more."""
+    rules, pending = _MASKS[how](), Pending()
+
+    def layer() -> None:
+        q, k, v = _meta(2, 4, 64, 32), _meta(2, 2, 64, 32), _meta(2, 2, 64, 32)
+        check_finite("v", v)
+        pattern = SoftmaxPattern(q, k, Mask(64, 64, **rules), lse=_meta(2, 4, 64, dtype=torch.float32), values=v)
+        streaming.statistics(pattern, names)
+
+    with deferred(pending):
+        layer()
+        launched.clear()
+        found = counted(layer)
+    assert launched == {"rows": 1, "columns": 1}
+    assert found.waits == 0
+    made = {name: n for name, n in found.names.items() if name not in VIEWS | NO_LAUNCH}
+    assert sum(made.values()) <= (4 if names == DEFAULT else 52 if how == "S2" else 30), made
+
+
+@pytest.mark.parametrize("what", ["neighborhood", "scan"])
+def test_budget_of_other_patterns(what: str, launched: Counter[str]) -> None:
+    """Neighborhoods share a table; the scores of a scan, the same for all rows, are a softmax over the keys' biases."""
+
+    def layer() -> None:
+        q, v = _meta(1, 4, 64, 32), _meta(1, 4, 64, 32)
+        check_finite("v", v)
+        if what == "scan":
+            pattern = ScanPattern(q[:, :, :1], v)
+            pattern.__dict__["scores"] = _meta(1, 4, 64, dtype=torch.float32)  # autocast knows no meta device
+            streaming.statistics(pattern, DEFAULT)
+            return
+        layout = NeighborhoodLayout((8, 8), 3)
+        streaming.statistics(NeighborhoodPattern(q, v, layout, lse=_meta(1, 4, 64, dtype=torch.float32)), DEFAULT)
+
+    with deferred(Pending()):
+        layer()
+        launched.clear()
+        found = counted(layer)
+    assert launched == {"rows": 1, "columns": 1}
+    assert found.waits == 0
+    made = {name: n for name, n in found.names.items() if name not in VIEWS | NO_LAUNCH}
+    assert sum(made.values()) <= 12, made
+
+
+def test_budget_where_no_kernel_gave_denominators(launched: Counter[str]) -> None:
+    pattern = SoftmaxPattern(_meta(2, 4, 64, 32), _meta(2, 2, 64, 32), softcap=30.0, sinks=_meta(4))
+    with deferred(Pending()):
+        found = counted(lambda: streaming.statistics(pattern, DEFAULT))
+    assert launched == {"rows": 1, "columns": 1}
+    assert found.waits == 0
+
+
+def test_a_mask_that_was_written_to_is_counted_anew() -> None:
+    shown = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    rows = torch.device("cpu")
+    first = Mask(4, 4, tensor=shown).summary(rows)
+    assert Mask(4, 4, tensor=shown).summary(rows) is first
+    shown[..., 0] = False
+    again = Mask(4, 4, tensor=shown).summary(rows)
+    assert again.keys_per_query.unique().tolist() == [3]
+    assert Mask(4, 4, tensor=shown, causal=True).summary(rows).keys_per_query[0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_numbers_that_are_none_are_told_with_their_site() -> None:
+    pending, pattern = Pending(), SoftmaxPattern(_meta(1, 1, 4, 4), _meta(1, 1, 4, 4), lse=_meta(1, 1, 4).float())
+    with deferred(pending), pending.at("h.3"):
+        pattern.check()
+        assert pattern.problem.lse is not None
+    ((named, _),) = pending._sums
+    assert named == ("the log-sum-exp of a row, hence its query or a key,", "h.3")
 
 
 def test_decays_are_checked_once() -> None:

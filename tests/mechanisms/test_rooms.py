@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -310,13 +311,14 @@ def test_every_call_is_verified_and_factors_stand_beside_the_map(one: Mechanism,
 @each_form
 @torch.no_grad()
 def test_a_signature_is_maps_of_one_shape_for_each_head(one: Mechanism, place: Place, variant: str | None) -> None:
-    if one.signature is None:
+    signatures = [each for each in (one.signature, one.also) if each is not None]
+    if not signatures:
         pytest.skip("it has none")
     module, inputs = _made(one, place, variant)
     with workbench.attach(module) as wb, wb.capture([]) as cap:
         module(**inputs)
-    for site in cap.sites:
-        found = one.signature.of(module, cap[site.name].pattern)
+    for site, each in itertools.product(cap.sites, signatures):
+        found = each.of(module, cap[site.name].pattern)
         shapes = {tuple(t.shape) for t in found.values()}
         assert len(shapes) <= 1
         assert all(shape[0] == cap[site.name].shape[1] for shape in shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 import workbench
 from workbench.errors import WorkbenchError
-from workbench.models import load
-from workbench.models.train_demo_vlm import HELD_OUT, describe, new_model, new_tokenizer, train
+from workbench.models import card, load, loading
+from workbench.models.train_demo_vlm import HELD_OUT, accuracy, describe, new_model, new_tokenizer, train
 from workbench.tasks import PlantedObjects, planted_objects
 
 
@@ -21,6 +22,29 @@ def pointing(model: Any, tokenizer: Any, drawn: PlantedObjects, heads: Any = Non
     with workbench.attach(model, tokenizer) as wb:
         found = [workbench.grounding(wb, drawn.inputs(tokenizer, [i])) for i in range(len(drawn))]
     return workbench.pointing(found, drawn.boxes, heads=heads)
+
+
+def test_the_shipped_model_answers_and_points_right_nine_times_of_ten() -> None:
+    model, tokenizer = load("demo-vlm")
+    drawn = planted_objects(100, seed=HELD_OUT + 2)
+    assert accuracy(model, tokenizer, drawn) >= 0.97
+    table = pointing(model, tokenizer, drawn).table.set_index("measure")
+    assert table.loc["top_patch", "low"] >= 0.9  # a lower end of 95 %, and not the mean alone
+    assert table.loc["energy", "mean"] > 10
+    folder = Path(loading.__file__).parent / "shipped" / "demo-vlm"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e5
+    assert card("demo-vlm")["accuracy"]["held_out"] >= 0.99
+
+
+def test_with_the_object_painted_over_the_answer_is_lost() -> None:
+    """It reads the object's patch: of the right colour nothing else in the picture tells."""
+    model, tokenizer = load("demo-vlm")
+    drawn = planted_objects(60, seed=HELD_OUT + 3)
+    hidden = drawn.pictures.clone()
+    for i, (x0, y0, x1, y1) in enumerate(drawn.boxes.int().tolist()):
+        hidden[i, y0:y1, x0:x1] = 100
+    assert accuracy(model, tokenizer, drawn) >= 0.95
+    assert accuracy(model, tokenizer, replace(drawn, pictures=hidden)) <= 0.6
 
 
 def test_a_random_model_points_by_chance() -> None:

@@ -24,7 +24,7 @@ def shipped(request: pytest.FixtureRequest) -> tuple[str, Any, Any]:
 
 
 def test_available_lists_the_shipped_models() -> None:
-    assert sorted(available()) == sorted([*NAMES, "demo-s2t", "demo-vit"])
+    assert sorted(available()) == sorted([*NAMES, "demo-s2t", "demo-vit", "demo-vlm"])
     assert all(len(summary) > 20 for summary in available().values())
 
 
@@ -181,7 +181,7 @@ def test_hub_name_without_network_says_what_ships(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(loading_module, "_load_from", unreachable)
     with pytest.raises(
-        WorkbenchError, match=r"demo-lm, demo-lm-plateau, demo-s2t, demo-vit.*cannot be reached"
+        WorkbenchError, match=r"demo-lm, demo-lm-plateau, demo-s2t, demo-vit, demo-vlm.*cannot be reached"
     ) as caught:
         load("gpt2-small")
     assert caught.value.hint is not None

@@ -27,6 +27,7 @@ def test_the_chosen_row_is_an_induction_row(report: Report) -> None:
     assert tokens[key - 1] == tokens[query]
     assert key <= query
     words = re.findall(r"\*\*(.+?)\*\*", entry.note)
+    assert float(re.findall(r"(\d\.\d+) of its weight", entry.note)[0]) > 0.5  # worth to be seen first
     assert words[:2] == [tokens[query].strip("\u2423"), tokens[key].strip("\u2423")]
     weight = (
         spec.blocks["top"] if "top" in spec.blocks else next(b for n, b in spec.blocks.items() if n.startswith("top:"))

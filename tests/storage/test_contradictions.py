@@ -31,7 +31,7 @@ from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
 from workbench.errors import FormatError
 from workbench.storage.result import Result
-from workbench.storage.typed import Between, Keys, Places
+from workbench.storage.typed import Among, Between, Keys, Places
 
 
 def every_result() -> list[type[Result]]:
@@ -179,6 +179,8 @@ def contradictions(result: Result) -> Iterator[tuple[str, Any]]:
             if isinstance(note, Keys):
                 held = getattr(result, name)
                 yield f"a key of {name}", replace(result, **{name: {"none of them": next(iter(held.values()))} | held})
+            if isinstance(note, Among):
+                yield f"a number of {name}", replace(result, **{name: getattr(result, name) + 10**6})
             if isinstance(note, Places):
                 held = getattr(result, name)
                 odd = (*held[:-1], 10**6) if isinstance(held, tuple) else held + 10**6

@@ -458,6 +458,41 @@ def spikes() -> SpikeActivity:
     return workbench.spike_activity(model, [images], shown=8)
 
 
+def _exhibit() -> View:
+    """What a study shows, with a panel of each sort."""
+    from workbench.mechanisms.studies import Atoms, Bars, Exhibit, Heat, Lines
+
+    ramp = torch.linspace(0, 1, 6)
+    panels = (
+        Heat("map", ramp.outer(ramp), "head", "key", boxes=[(1, 1, 2, 2)]),
+        Lines("lines", range(6), {"one": ramp, "other": 1 - ramp}, "step", "share", [(1, 3, "shaded")]),
+        Bars("bars", ["a", "b"], {"before": [0.2, 0.4], "after": [0.3, 0.1]}, "share"),
+        Atoms("atoms", torch.eye(3), ("Fe", "O", "O"), ramp[:3], torch.ones(3, 3) / 3),
+    )
+    return workbench.views.of(Exhibit("Exhibit", "What a study shows.", panels))
+
+
+@cache
+def reads_memory() -> workbench.MemoryReading:
+    """What a random tracker reads of the frames that it remembers."""
+    from support.trackers import session, tracker
+
+    with attach(tracker()) as wb:
+        return workbench.memory_reading(wb, session(6))
+
+
+@cache
+def memory_tree() -> workbench.MemoryTree:
+    """Three pathways of which one goes on being sure."""
+    from workbench.analysis.memory import Seen, grow_memory_tree
+
+    def track(frame: int, history: Sequence[Any]) -> Seen:
+        draw = torch.Generator().manual_seed(100 * frame + sum(node.mask for node in history))
+        return Seen(torch.rand(3, generator=draw).clamp(0.2).tolist(), 3.0 if frame % 2 else 0.5)
+
+    return grow_memory_tree(track, 6)
+
+
 def _shown(result: Callable[[], Any], at: int) -> Callable[[], View]:
     """One of the views of a result."""
 
@@ -508,11 +543,14 @@ FORMS: dict[str, Callable[[], View]] = {
 """What these kinds show besides."""
 
 FIGURES: dict[str, Callable[[], View]] = {
+    "memory timeline": _shown(reads_memory, 0),
+    "memory tree": _shown(memory_tree, 0),
     "gates over positions": _shown(gates, 1),
     "eviction by query": _shown(evicted, 1),
     "spikes": _shown(spikes, 0),
     "spike raster": _shown(spikes, 1),
     "energy": _shown(spikes, 2),
+    "exhibit": _exhibit,
 }
 """What results show as figures, in which nothing is chosen or set."""
 

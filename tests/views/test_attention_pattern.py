@@ -142,6 +142,8 @@ def test_one_token_and_one_head_are_enough() -> None:
     view = attention_pattern(torch.ones(1, 1), tokens=["a"])
     assert view.data()["weight"].tolist() == [1.0]
     assert isinstance(view.to_png(), bytes)
+    assert "<p>1 row</p>" in str(view.to_html())
+    assert "Table, 1 row<" in view._repr_mimebundle_()["text/html"]
 
 
 def test_a_live_tile_is_the_pattern_itself() -> None:

@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from support.browser import LOOKS, WatchedPage, changed, settled
-from support.every_view import CHOOSING, FORMS, SETTING, VIEWS, page_of
+from support.every_view import CHOOSING, FIGURES, FORMS, SETTING, VIEWS, page_of
 
 THEMES = Path(sys.prefix) / "share" / "jupyter" / "lab" / "themes" / "@jupyterlab"
 SPELLED = {"light": "#ffffff", "dark": "#111111"}
@@ -36,6 +36,11 @@ INTO_LAB = """(style, light) => addEventListener('DOMContentLoaded', () => {
 })"""
 PIXELS = """Object.fromEntries([...document.querySelectorAll('.workbench')].map((view) =>
   [view.className, [...view.querySelectorAll('canvas')].map((canvas) => canvas.toDataURL())]))"""
+# Whether each figure's axes have the ink of its view: that of the theme, and on paper of the light one.
+INKED = """[...document.querySelectorAll('.workbench.figure')].map((view) => {
+  const tick = view.querySelector('.main-svg :is(.xtick, .ytick) text');
+  return tick !== null && getComputedStyle(tick).fill === getComputedStyle(view).color;
+})"""
 PAPER = "getComputedStyle(document.querySelector('.workbench')).getPropertyValue('--paper').trim()"
 # Chooses and sets in each view what is given for its kind, as a person would; views of one model follow each other.
 CHOOSE = """([chosen, set]) => {
@@ -62,8 +67,8 @@ def every_view(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def every_form(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with what kinds of views show besides."""
-    return page_of(FORMS, tmp_path_factory.mktemp("page") / "forms.html")
+    """A page with what kinds of views show besides, and with figures of results, in which nothing is chosen."""
+    return page_of([*FORMS, *FIGURES], tmp_path_factory.mktemp("page") / "forms.html")
 
 
 @contextmanager
@@ -117,7 +122,10 @@ def test_every_form_shows_what_is_chosen_and_opens_again(
 ) -> None:
     with hosted(browser, every_form, host, theme) as tab:
         before = tab.evaluate(LOOKS)
-        assert len(before) == len(FORMS)
+        figures = [name for name in before if name.startswith("figure")]
+        assert (len(figures), len(before)) == (len(FIGURES), len(FORMS) + len(FIGURES))
+        tab.wait_for_function(f"() => {INKED}.every(Boolean)")
+        before = {name: looks for name, looks in before.items() if name not in figures}
         choose(tab, FORMS)
         left, address = changed(tab, before), tab.evaluate("location.hash")
     if host == "page":

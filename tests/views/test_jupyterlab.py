@@ -311,7 +311,7 @@ def test_a_trusted_notebook_opened_without_its_kernel_shows_pictures(
     page.close()
 
 
-def test_nbconvert_shows_pictures(saved: Any, lab: tuple[str, Path], browser: Browser) -> None:
+def test_nbconvert_shows_the_pictures_as_they_were_saved(saved: Any, lab: tuple[str, Path], browser: Browser) -> None:
     source = lab[1] / "convert.ipynb"
     nbformat.write(saved, source)
     command_line = [sys.executable, "-m", "nbconvert", "--to", "html", str(source)]
@@ -321,4 +321,8 @@ def test_nbconvert_shows_pictures(saved: Any, lab: tuple[str, Path], browser: Br
     page.goto(source.with_suffix(".html").as_uri(), wait_until="domcontentloaded")
     shown = "[...document.querySelectorAll('.workbench-still img')].filter(i => i.offsetWidth > 100).length"
     page.wait_for_function(f"{shown} === {len(VIEWS)}")
+    sources = page.evaluate("[...document.querySelectorAll('.workbench-still img')].map((image) => image.src)")
+    outputs = [output.data for cell in saved.cells for output in cell.outputs if "data" in output]
+    kept = ["".join(data["image/png"].split()) for data in outputs if "image/png" in data]
+    assert sources == [f"data:image/png;base64,{picture}" for picture in kept]  # of what was chosen last
     context.close()

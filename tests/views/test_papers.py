@@ -63,6 +63,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "eviction by query": ("query", "share of its weight", "key", "weight lost"),
     "spikes": ("step", "neurons", "rate"),
     "spike raster": ("step", "neurons"),
+    "memory timeline": ("frame", "remembered frame", "weight"),
+    "memory tree": ("frame behind the prompt", "score, from the best of the frame", "believed"),
     "energy": ("layer", "nanojoules per example", "as it runs"),
 }
 """Kind of view, form or figure -> names of axes and legends that a figure of it has."""

@@ -73,8 +73,8 @@ def test_what_is_not_known_is_said() -> None:
     cap.provenance["device"] = "cuda:0"
     notes = " ".join(run_timeline(cap).spec.notes)
     assert "GPU" in notes
-    assert "1 calls are thin marks" in notes
-    assert "1 calls have no times" in notes
+    assert "1 call is a thin mark: where the module began was not seen." in notes
+    assert "1 call has no times and is left out." in notes
 
 
 def test_a_capture_without_times_is_refused() -> None:

@@ -195,7 +195,7 @@ def test_bars_are_said(page: WatchedPage, tmp_path: Path) -> None:
     assert tab.locator(".status").inner_text() == "0 to 1: 2 numbers"
     tab.get_by_label("Counts").select_option("log")
     bars.press("End")
-    assert tab.locator(".status").inner_text() == "63 to 64: 1 numbers"
+    assert tab.locator(".status").inner_text() == "63 to 64: 1 number"
     page.assert_clean()
 
 

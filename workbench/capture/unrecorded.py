@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
+from workbench.errors import WorkbenchError
+
 
 @dataclass(frozen=True)
 class Unrecorded:
@@ -25,3 +29,28 @@ class Unrecorded:
     def __str__(self) -> str:
         what = f"{self.calls} call{'s' if self.calls > 1 else ''}" if self.site else "inputs"
         return f"{what} not recorded: {self.reason}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had no memory left, which is no fault of the call.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError())
+    (True, False)
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)  # which has no class of its own
+
+
+def reason_of(error: Exception) -> str:
+    """What a capture says of a call that it goes on without.
+
+    >>> reason_of(ValueError("no heads"))
+    'ValueError: no heads'
+    """
+    if isinstance(error, WorkbenchError):
+        return error.message
+    if is_out_of_memory(error):
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"out of memory in its statistics (fewer of them, queries_keys=False or a store need less): {first}"
+    return f"{type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ from workbench import attach, models, tasks, views
 from workbench.report import Report
 
 _PROMPTS = 8
+_SEVERAL = 5  # words that were there before
 
 
 def add(report: Report, seed: int) -> None:
@@ -20,8 +21,10 @@ def add(report: Report, seed: int) -> None:
                 logits.append(model(**wb.tokenize(example.prompt)).logits[0])
             caps.append(cap)
             strengths.append(cap.stack("induction")[:, 0].nanmean(-1))  # over the queries with an earlier copy
-    # The prompt with the most words that were there before, and the head that leads on it.
-    best = max(range(_PROMPTS), key=lambda i: int(caps[i].stack("induction")[0, 0, 0].isfinite().sum()))
+    # Of the prompts in which several words were there before, the one on which a head does it best.
+    again = [int(cap.stack("induction")[0, 0, 0].isfinite().sum()) for cap in caps]
+    several = [i for i in range(_PROMPTS) if again[i] >= min(_SEVERAL, max(again))]
+    best = max(several, key=lambda i: float(strengths[i].max()))
     strength = strengths[best]
     site, head = divmod(int(strength.argmax()), strength.shape[1])
     found = caps[best][site]

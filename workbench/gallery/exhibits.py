@@ -11,12 +11,15 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from workbench.gallery import looking
 from workbench.investigator import ANALYSES, Investigation, investigate
 from workbench.mechanisms import Card, Claim
 from workbench.mechanisms.dualformer import Vocabulary, draw, drop, search
 from workbench.mechanisms.dualformer.card import card as dualformer_card
 from workbench.mechanisms.dualformer.card import results as dualformer_results
 from workbench.mechanisms.dualformer.dropping import LEVELS
+from workbench.mechanisms.remembering.card import sam2act_card, sam2long_card
+from workbench.mechanisms.screens.card import agent_s2_grounding_card, v2p_card
 from workbench.models.planted import planted
 from workbench.session.workbench import attach
 from workbench.storage.parts import parse
@@ -196,6 +199,10 @@ EXHIBITS = {
     for one in (
         Exhibit("agent-s2", agent_s2_card, _agent_s2),
         Exhibit("dualformer", dualformer_card, _dualformer),
+        Exhibit("v2p", v2p_card, looking.v2p),
+        Exhibit("agent-s2-grounding", agent_s2_grounding_card, looking.mixture),
+        Exhibit("sam2act", sam2act_card, looking.sam2act),
+        Exhibit("sam2long", sam2long_card, looking.sam2long),
     )
 }
 """By name, shown behind the mechanisms."""

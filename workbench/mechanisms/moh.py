@@ -132,7 +132,12 @@ MOH = register(
             ),
         ),
         MixtureOfHeads,
-        variants={"half": {"active": 0.5}, "paper": {"scaling": "paper"}, "norms": {"scaling": "norms"}},
+        variants={
+            "half": {"active": 0.5},
+            "most": {"active": 0.9},
+            "paper": {"scaling": "paper"},
+            "norms": {"scaling": "norms"},
+        },
         signature=Signature(
             "Which heads speak at each token",
             "The gate of each head, token by token: zero where the router skips it. The first heads of a layer are "

@@ -12,6 +12,7 @@ from workbench.kernels.relative import relative_attention
 from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, by_blocks, register
 
 _BLOCK = 8  # tokens, in the signature
+_FARTHEST = 64  # tokens back, likewise
 
 
 class RelativeConvolutional(Mixer):
@@ -89,6 +90,16 @@ def _parts(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
     return {name: each.nan_to_num(0.0).masked_fill(seen, torch.nan) for name, each in made.items()}
 
 
+def _by_distance(module: nn.Module, pattern: Pattern) -> dict[str, Tensor]:
+    """How large each part of the scores is at each distance, a mean over the queries that have a key there."""
+    far = range(min(_FARTHEST, pattern.n_keys))
+    sizes = {name: part.dense()[0].abs() for name, part in pattern.factors.items()}
+    return {
+        name: torch.stack([size.diagonal(-back, 1, 2).mean(1) for back in far], dim=1)[:, None]
+        for name, size in sizes.items()
+    }
+
+
 RCMHA = register(
     Mechanism(
         "rcmha",
@@ -117,6 +128,14 @@ RCMHA = register(
             _parts,
             rows="block of queries",
             columns="block of keys",
+            value="size of the score",
+        ),
+        also=Signature(
+            "The four parts by distance",
+            "How large each part is where the key is so many tokens back, a mean over queries: distance alone is the "
+            "learned curve β_δ, in size.",
+            _by_distance,
+            columns="tokens back",
             value="size of the score",
         ),
     )

@@ -6,7 +6,7 @@ convolution looks at what is near, is known from its abstract. How they do so he
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,16 +41,23 @@ class StripAttention(Mixer):
 
     Args:
         place: a grid whose sides s divides.
-        reduction: s, of a depth-wise convolution over squares that do not overlap, normalised; 1 for none.
-        width: r, from 1, a strip, to the width of a head.
+        reduction: s, of squares that do not overlap; 1 for none.
+        width: r, from 1, a strip, to the width of a head, which it is if None.
+        squares: what makes a square one: a depth-wise "convolution", or the "mean"; normalised.
 
     Raises:
         WorkbenchError: a reduction that does not divide the grid, or a width out of range.
     """
 
-    def __init__(self, place: Place, reduction: int = 2, width: int = 1) -> None:
+    def __init__(
+        self, place: Place, reduction: int = 2, width: int | None = 1,
+        squares: Literal["convolution", "mean"] = "convolution",
+    ) -> None:  # fmt: skip
         super().__init__(place)
         assert place.grid is not None
+        width = self.d_head if width is None else width
+        if squares not in ("convolution", "mean"):
+            raise WorkbenchError(f'squares="{squares}" is not known', hint='"convolution" or "mean"')
         check_range("reduction", reduction, 1, min(place.grid))
         check_range("width", width, 1, self.d_head)
         if any(side % reduction for side in place.grid):
@@ -61,6 +68,9 @@ class StripAttention(Mixer):
         self.reduction, self.width, d = reduction, width, place.d_model
         self.q, self.k = nn.Linear(d, self.n_heads * width), nn.Linear(d, self.n_heads * width)
         self.squares = nn.Conv2d(d, d, reduction, reduction, groups=d, bias=False) if reduction > 1 else None
+        if self.squares is not None and squares == "mean":
+            nn.init.constant_(self.squares.weight, reduction**-2)
+            self.squares.requires_grad_(False)
         self.norm = nn.BatchNorm1d(d) if reduction > 1 else None
 
     def reduced(self, x: Tensor) -> Tensor:
@@ -217,7 +227,8 @@ S2AFORMER = register(
             grid=True,
             code="No official code was found; one reading of the abstract.",
             claims=(
-                Claim("It is faster and more accurate than attention with fewer keys alone."),
+                Claim("It is faster than attention with fewer keys alone."),
+                Claim("It is more accurate than attention with fewer keys alone."),
                 Claim("Convolutions make better squares than pooling does."),
             ),
         ),
@@ -226,7 +237,7 @@ S2AFORMER = register(
             Place(24, 4, 36, causal=False, grid=(6, 6)),
             Place(16, 2, 40, causal=False, grid=(4, 10)),
         ),
-        variants={"wide": {"width": 3}},
+        variants={"wide": {"width": 3}, "fewer keys": {"width": None}, "means": {"squares": "mean"}},
         signature=Signature(
             "The strip of each head",
             "What the sharpest query of a head sees, square by square, and the sharpest of those that sort the squares "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,12 +25,15 @@ class LargeKernelAttention(Gate):
         place: a grid.
         kernel: K. dilation: d.
         shortcut: add x, as the paper's attention block does.
+        adapts: multiply with u. Without it G alone goes on, which is a convolution, the same for every input.
 
     Raises:
         WorkbenchError: a kernel or dilation below 1, or a part of even size.
     """
 
-    def __init__(self, place: Place, kernel: int = 21, dilation: int = 3, shortcut: bool = True) -> None:
+    def __init__(
+        self, place: Place, kernel: int = 21, dilation: int = 3, shortcut: bool = True, adapts: bool = True
+    ) -> None:
         super().__init__(place)
         if kernel < 1 or dilation < 1:
             raise WorkbenchError(f"kernel={kernel} with dilation={dilation} is none", hint="both are at least 1")
@@ -40,7 +44,7 @@ class LargeKernelAttention(Gate):
                 hint=f"kernel={(far - 1) * dilation} or kernel={(far + 1) * dilation}",
             )
         d, near = place.d_model, 2 * dilation - 1
-        self.shortcut = shortcut
+        self.shortcut, self.adapts = shortcut, adapts
         self.enter, self.out = nn.Linear(d, d), nn.Linear(d, d)
         self.near = nn.Conv2d(d, d, near, padding=near // 2, groups=d)
         self.far = nn.Conv2d(d, d, far, padding=dilation * (far // 2), dilation=dilation, groups=d)
@@ -52,10 +56,10 @@ class LargeKernelAttention(Gate):
         return t.transpose(1, 2).unflatten(2, self.place.grid)
 
     def parts(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        """u, and G made of it."""
+        """u, or ones in its place, and G made of u."""
         u = F.gelu(self.enter(x))
         g: Tensor = self.point(self.far(self.near(self._image(u))))
-        return u, g.flatten(2).transpose(1, 2)
+        return u if self.adapts else torch.ones_like(u), g.flatten(2).transpose(1, 2)
 
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         """Projected, and added to x."""
@@ -72,7 +76,7 @@ class LargeKernelAttention(Gate):
 
         The product is of second degree in u: this is exact for this input, and half of its derivative.
         """
-        source, u = self.source_map(x, x), F.gelu(self.enter.forward(x))
+        source, u = self.source_map(x, x), F.gelu(self.enter.forward(x)) if self.adapts else torch.ones_like(x)
         return AdditivePattern(source.base, source.read, source.readout, u.transpose(1, 2))
 
     def kernel(self) -> Tensor:
@@ -110,7 +114,13 @@ VAN = register(
             ),
         ),
         LargeKernelAttention,
-        variants={"small": {"kernel": 9}, "undilated": {"kernel": 7, "dilation": 1}, "bare": {"shortcut": False}},
+        variants={
+            "small": {"kernel": 9},
+            "undilated": {"kernel": 7, "dilation": 1},
+            "bare": {"shortcut": False},
+            "convolutions": {"adapts": False},
+            "dense": {"kernel": 21, "dilation": 1},
+        },
         signature=Signature(
             "The kernel of each channel",
             "The size of the one depth-wise kernel that the near and the dilated convolution make together, 23 × 23 "

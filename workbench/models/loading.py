@@ -39,7 +39,7 @@ def available() -> dict[str, str]:
     """Names of the models that ship with the package, each with one line on what it is.
 
     >>> sorted(available())
-    ['demo-lm', 'demo-lm-plateau', 'demo-s2t', 'demo-vit']
+    ['demo-lm', 'demo-lm-plateau', 'demo-s2t', 'demo-vit', 'demo-vlm']
     """
     return {path.parent.name: json.loads(path.read_text(encoding="utf-8"))["summary"] for path in _cards()}
 

@@ -1,11 +1,11 @@
-"""Trains a small vision-language model on pictures with planted objects. None ships with the package yet.
+"""Trains `demo-vlm`, a small vision-language model that points: `workbench.models.load("demo-vlm")`.
 
     python -m workbench.models.train_demo_vlm --out DIR --seed 0
 
-A LLaVA with a vision tower of one layer and a language model of two. It is asked for the colour of one of three
-objects by its shape (`workbench.tasks.planted_objects`), so that it has to find the object to answer. After the steps
-below it names 87 colours of 100 rightly, and its first layer's heads point at the object in 7 pictures of 10: far above
-chance, 1 of 36, and below the 9 of 10 that a model which ships to show pointing should reach.
+A LLaVA of one layer in the vision tower and one in the language model. It is asked for the colour of one of three
+objects by its shape (`workbench.tasks.planted_objects`), so that it has to find the object to answer. The attention of
+the tower is held at zero: with it, patches tell each other what they show before the language model reads them, and its
+heads point at the object in 61 pictures of 100 instead of 98.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def new_tokenizer() -> Any:
     )  # fmt: skip
 
 
-def new_model(seed: int, *, d_model: int = 32) -> Any:
+def new_model(seed: int, *, d_model: int = 48) -> Any:
     """A small LLaVA with random weights.
 
     Args:
         seed: of the weights. d_model: width of the vision tower and of the language model.
     """
-    shared: dict[str, Any] = {"hidden_size": d_model, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shared: dict[str, Any] = {"hidden_size": d_model, "num_hidden_layers": 1, "num_attention_heads": 4}
     shared |= {"intermediate_size": 2 * d_model, "initializer_range": d_model**-0.5}
-    vision = transformers.CLIPVisionConfig(**shared | {"num_hidden_layers": 1}, image_size=SIDE, patch_size=PATCH)
+    vision = transformers.CLIPVisionConfig(**shared, image_size=SIDE, patch_size=PATCH)
     text = transformers.LlamaConfig(
         **shared, num_key_value_heads=2, vocab_size=len(VOCABULARY), max_position_embeddings=64, pad_token_id=0,
         bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
@@ -64,7 +64,11 @@ def new_model(seed: int, *, d_model: int = 32) -> Any:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+        model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    for name, parameter in model.named_parameters():
+        if "vision_tower" in name and "self_attn.out_proj" in name:
+            torch.nn.init.zeros_(parameter).requires_grad_(False)  # a patch shows itself alone
+    return model
 
 
 def train(model: Any, tokenizer: Any, *, seed: int, steps: int = STEPS, batch: int = BATCH) -> list[float]:
@@ -154,7 +158,8 @@ def describe(folder: Path, seed: int, steps: int, minutes: float, losses: Sequen
     card = {
         "model": "demo-vlm",
         "summary": "small vision-language model that names the colour of the object that it is asked for",
-        "architecture": "LLaVA (CLIP of 1 layer, 6 x 6 patches of 8 x 8 pixels; Llama of 2 layers; 4 heads, width 32)",
+        "architecture": "LLaVA (CLIP of 1 layer whose attention is held at zero, 6 x 6 patches of 8 x 8 pixels; Llama "
+        "of 1 layer; 4 heads, width 48)",
         "parameters": size,
         "megabytes": round(megabytes, 3),
         "stored_as": "float16 safetensors, loaded as float32",
@@ -176,18 +181,23 @@ def describe(folder: Path, seed: int, steps: int, minutes: float, losses: Sequen
 def _page(card: dict[str, Any]) -> str:
     return f"""# demo-vlm
 
-{card["summary"].capitalize()}. {card["architecture"]}; {card["parameters"]:,} parameters,
-{card["megabytes"]} MB ({card["stored_as"]}).
+{card["summary"].capitalize()}. {card["parameters"]:,} parameters, {card["megabytes"]} MB
+({card["stored_as"]}).
+
+{card["architecture"]}. As patches show themselves alone, the heads have to look at the object to
+answer: all four together give it their largest weight in more than 9 pictures of 10.
 
 Accuracy {card["accuracy"]["held_out"]:.3f}, by chance {card["accuracy"]["chance"]:.2f}. Measured on
 {card["accuracy_measured_on"]}.
 
-Trained from scratch: {card["steps"]} steps in {card["minutes"]} minutes on {card["machine"]}, by
+Trained from scratch: {card["steps"]} steps in {card["minutes"]} minutes on
+{card["machine"]}, by
 
     {card["command"]}
 
-Data: {card["data"]}. `workbench.tasks.planted_objects(n, seed).inputs(tokenizer)` makes its inputs: an image token for
-each patch, then "colour of the ring"; the last row writes the colour. It knows no other words and no other pictures.
+Data: {card["data"]}. `workbench.tasks.planted_objects(n, seed).inputs(tokenizer)`
+makes its inputs: an image token for each patch, then "colour of the ring"; the last row writes the colour. It knows no
+other words and no other pictures.
 """
 
 

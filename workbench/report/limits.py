@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from workbench.report.sections import TABLE_ROWS, Section, count
+from workbench.report.sections import TABLE_ROWS, Section
 from workbench.tokens import visible_text
+from workbench.views.base.counting import count
 
 
 def limits(sections: Sequence[Section]) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workbench.tokens import visible_text
+from workbench.views.base.counting import count
 from workbench.views.base.spec import ViewSpec
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Table:
     def summary(self) -> str:
         """What is shown of how much."""
         shown = len(self.rows)
-        return f"{self.n_rows:,} rows" if shown == self.n_rows else f"the first {shown} of {self.n_rows:,} rows"
+        return count(self.n_rows, "row") if shown == self.n_rows else f"the first {shown} of {self.n_rows:,} rows"
 
     def to_json(self) -> dict[str, Any]:
         """What a page says of it."""
@@ -89,15 +90,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return "–" if value != value else f"{value:.6g}"
     return visible_text(str(value))
-
-
-def count(number: int, noun: str) -> str:
-    """A number and what it counts.
-
-    >>> count(1, "head"), count(1200, "head")
-    ('1 head', '1,200 heads')
-    """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -30,6 +30,16 @@ def check_gradients(model: nn.Module) -> None:
         )
 
 
+def unseen_in(model: nn.Module) -> str:
+    """Why attention of a compiled model may go unseen, and the next step; "" of a model that is not compiled."""
+    for region in find_regions(model):
+        return (
+            f"{region.what} is compiled; what the compiler leaves to Python there is not seen, as a function that "
+            f"raised while it was compiled, or PyTorch's native layers: use {EAGER}"
+        )
+    return ""
+
+
 def whose_bits(graphs: Collection[str], *, eager: bool) -> dict[str, str]:
     """What a capture's provenance says of a compiled model; nothing of others.
 

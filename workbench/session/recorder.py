@@ -18,7 +18,7 @@ from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture
 from workbench.capture.store.writing import StoreWriter
 from workbench.capture.timing import CallTimes
-from workbench.capture.unrecorded import Unrecorded
+from workbench.capture.unrecorded import Unrecorded, is_out_of_memory, reason_of
 from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.sites import Site, Sites, site_name, with_call
 from workbench.hooks.tap import AttentionCall, Unshown
@@ -258,13 +258,15 @@ class Recorder:
 
         Returns:
             Whether the forward goes on without it: always in a thread that did not open the capture, whose requests
-            are no business of ours; in that thread where no map can show the call, or nobody asked for the site.
+            are no business of ours; in that thread where no map can show the call, memory ran out, or nobody asked for
+            the site.
         """
         wanted = not site or self.settings.sites is None or site in self.settings.sites
-        if wanted and threading.get_ident() == self._opened_in and not isinstance(error, Unshown):
+        goes_on = isinstance(error, Unshown) or is_out_of_memory(error)
+        if wanted and threading.get_ident() == self._opened_in and not goes_on:
             return False
         if wanted:
-            reason = error.message if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {error}"
+            reason = reason_of(error)
             with self._lock:
                 before = self.unrecorded.get(site)
                 self.unrecorded[site] = Unrecorded(site, 1, reason) if before is None else before.once_more()
@@ -303,7 +305,8 @@ class Recorder:
             if call.compiled:
                 self.compiled.add(call.compiled)
             options = self._options(forward, site, pattern, names)
-            statistics = streaming.statistics(pattern, names, options)
+            with self.pending.at(site.name):
+                statistics = streaming.statistics(pattern, names, options)
             if check:
                 check_last_row(call, pattern)
             kind = _kind(pattern, names)

@@ -28,7 +28,7 @@ from workbench.inputs import check_inputs, device_for_inputs, dropout_in_trainin
 from workbench.kernels.checks import deferred
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
-from workbench.session.compiled_models import check_gradients, whose_bits
+from workbench.session.compiled_models import check_gradients, unseen_in, whose_bits
 from workbench.session.interventions import Interventions
 from workbench.session.looking import LIMIT, look_at, nominated, unlooked
 from workbench.session.open_contexts import OpenContexts
@@ -298,13 +298,14 @@ class Workbench(Interventions):
         silent = [name for name in capture.silent if name in wanted and name not in capture.unrecorded]
         hint = "does the forward reach it? Seen are scaled_dot_product_attention, Hugging Face's backends, PyTorch's "
         hint += "attention modules, and a softmax over the last axis whose result is multiplied with values"
+        hint = unseen_in(self._inner) or hint
         if not capture.sites or (silent and settings.sites is not None):
             names = ", ".join(silent[:5]) + (" …" if len(silent) > 5 else "")
             raise CaptureError(f"no attention call was seen at {names or 'any site'}", hint=hint)
         if silent:
-            warnings.warn(
-                f"{len(silent)} of {len(wanted)} sites did not fire: {', '.join(silent[:5])}", UserWarning, stacklevel=4
-            )
+            said = f"{len(silent)} of {len(wanted)} sites did not fire: {', '.join(silent[:5])}"
+            also = unseen_in(self._inner)
+            warnings.warn(f"{said}: {also}" if also else said, UserWarning, stacklevel=4)
 
     def _check_refused(self, capture: Capture, settings: Settings, refused: Mapping[str, str]) -> None:
         """Sites whose axes or rows could not be proved: an error if they were asked for or are all that there is."""

@@ -6,11 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from workbench.errors import FileError, FormatError
@@ -61,14 +61,10 @@ def read(path: str | Path, form: str) -> tuple[Part, dict[str, Tensor]]:
         FormatError: no such file, not of this form, truncated, changed since it was written, or of another version.
     """
     path = Path(path)
-    metadata = _metadata(path)
+    metadata, spans = _told(path)
     if metadata.get("format") != form:
         raise FormatError(f"{path.name} is not a {form} file", hint="it was not written by this package")
-    try:
-        with safe_open(path, framework="pt") as file:
-            named = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise FormatError(f"{path.name} is truncated or not a safetensors file: {error}") from None
+    named = _tensors(path, spans)
     text = metadata.get("header", "")
     if _digest(text, named) != metadata.get("sha256"):
         raise FormatError(f"{path.name} was changed after it was written", hint="its digest does not fit its content")
@@ -103,8 +99,18 @@ def _pieces(told: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Iterator[
         yield _bytes(tensors[name])
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    """What a file says of itself, once all that it says of its tensors is seen to fit its size."""
+@dataclass(frozen=True)
+class _Span:
+    """Where a tensor lies in a file, in bytes."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _told(path: Path) -> tuple[dict[str, str], dict[str, _Span]]:
+    """What a file says of itself and of its tensors, once that is seen to fit its size."""
     foreign = f"{path.name} is truncated or not a safetensors file"
     if not path.is_file():
         raise FormatError(f"there is no file {path}")
@@ -118,19 +124,38 @@ def _metadata(path: Path) -> dict[str, str]:
     except OSError as error:
         raise FormatError(f"{path.name} cannot be read: {error.strerror}") from None
     listed = parse(raw, path.name).items()
-    spans = []
+    spans, begin = {}, _LENGTH + length
     for name, facts in listed.items():
         if name != "__metadata__":
-            dtype = facts["dtype"].one_of(_DTYPES)
-            shape = [size.integer(0) for size in facts["shape"].list(_MOST_AXES)]
+            dtype = _DTYPES[facts["dtype"].one_of(_DTYPES)]
+            shape = tuple(size.integer(0) for size in facts["shape"].list(_MOST_AXES))
             start, stop = (place.integer(0) for place in facts["data_offsets"].list(2, 2))
-            if stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+            if stop - start != math.prod(shape) * dtype.itemsize:
                 raise FormatError(f"{foreign}: {name!r} has a size that does not fit its shape")
-            spans.append((start, stop))
-    ends = [0, *(stop for _, stop in sorted(spans))]
-    if [start for start, _ in sorted(spans)] != ends[:-1] or ends[-1] != rest:
+            spans[name] = _Span(begin + start, begin + stop, dtype, shape)
+    places = sorted((span.start, span.stop) for span in spans.values())
+    ends = [begin, *(stop for _, stop in places)]
+    if [start for start, _ in places] != ends[:-1] or ends[-1] != begin + rest:
         raise FormatError(f"{foreign}: its tensors do not fill it")
-    return {} if "__metadata__" not in listed else {k: v.text() for k, v in listed["__metadata__"].items().items()}
+    said = listed.get("__metadata__")
+    return {} if said is None else {k: v.text() for k, v in said.items().items()}, spans
+
+
+def _tensors(path: Path, spans: Mapping[str, _Span]) -> dict[str, Tensor]:
+    """The tensors of a file, which lie in it until they are used: each of its own storage.
+
+    safetensors' own reader asks torch for a tensor in a way that loses a KeyboardInterrupt in between.
+    """
+    made: dict[str, Tensor] = {}
+    try:
+        whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    except (OSError, RuntimeError) as error:
+        raise FormatError(f"{path.name} cannot be read: {error}") from None
+    for name, span in spans.items():
+        bits = torch.empty(0, dtype=torch.uint8).set_(whole[span.start : span.stop])
+        plain = bits.clone() if span.start % span.dtype.itemsize else bits  # of foreign writers
+        made[name] = plain.view(span.dtype).view(span.shape)
+    return made
 
 
 def _plain(name: str) -> str:

@@ -8,7 +8,8 @@ Everything is said in the annotations, so that a class of results has no check o
   instead. Of a dict it says what each value lies along, of a whole number that it is the length of the axis.
 - `Annotated[dict[str, Tensor], Keys("experiments")]`, a dict whose keys another field tells.
 - `Annotated[dict[str, Any], Row]`, a dict with the entries of the TypedDict `Row`, or more; its axes are its own.
-- `Annotated[int, Between(1)]`, a number in a range; `Places("row")`, numbers that point along an axis.
+- `Annotated[int, Between(1)]`, a number in a range; `Places("row")`, numbers that point along an axis;
+  `Among("word_ids")`, numbers that another field lists.
 """
 
 from __future__ import annotations
@@ -64,6 +65,17 @@ class Places:
 
 
 @dataclass(frozen=True)
+class Among:
+    """Whole numbers each of which another field lists."""
+
+    of: str
+
+    def fit(self, value: Any, held: Mapping[str, Any]) -> bool:
+        """Whether the numbers of a tuple or tensor are."""
+        return set(torch.as_tensor(value).flatten().tolist()) <= set(held[self.of])
+
+
+@dataclass(frozen=True)
 class Between:
     """A number from `low` to `high`."""
 
@@ -86,6 +98,8 @@ def check(owner: type, held: Mapping[str, Any], place: str) -> None:
         for note in getattr(hints[name], "__metadata__", ()):
             if isinstance(note, Keys) and not note.fit(value, held):
                 raise FormatError(f"{place} holds {name} with other keys than {note.of}")
+            if isinstance(note, Among) and not note.fit(value, held):
+                raise FormatError(f"{place} holds {name} that {note.of} does not list")
             if isinstance(note, Places) and not note.fit(value, axes):
                 raise FormatError(f"{place} holds {name} that are no places along {note.axis!r}")
     for name in getattr(owner, "filled", ()):

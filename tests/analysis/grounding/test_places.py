@@ -1,6 +1,8 @@
 """Which token is which patch: proved with pictures in which one patch is changed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from torch import Tensor
 import workbench
 from support import sight
 from support.sight import SIGHTS, Sight
+from workbench.analysis.grounding import proof
 from workbench.analysis.grounding.proof import prove, unmixed
+from workbench.errors import WorkbenchError
 
 sights = pytest.mark.parametrize("one", SIGHTS, ids=lambda one: one.name)
 
@@ -77,3 +81,36 @@ def test_one_changed_patch_changes_its_own_feature_alone(one: Sight) -> None:
     inputs = sight.made(model, one, sight.pictures(one))
     with workbench.attach(model) as wb:
         prove(wb, inputs, probes=6)
+
+
+def test_a_model_of_an_unknown_type_is_proved_once_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = next(each for each in SIGHTS if each.name == "llava")
+    model, times = sight.built(one), []
+    inputs = sight.made(model, one, sight.pictures(one))
+    monkeypatch.setattr(proof, "PROVED", frozenset())
+    monkeypatch.setattr(proof, "prove", lambda wb, given: times.append(prove(wb, given, probes=2)))
+    with workbench.attach(model) as wb:
+        first, second = (workbench.image_places(wb, inputs) for _ in range(2))
+    assert len(times) == 1
+    assert torch.equal(first.positions, second.positions)
+
+
+def test_a_layout_that_is_not_the_models_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = next(each for each in SIGHTS if each.name == "llava")
+    model = sight.built(one)
+    inputs = sight.made(model, one, sight.pictures(one))
+    monkeypatch.setattr(proof, "PROVED", frozenset())
+    with workbench.attach(model) as wb:
+        with monkeypatch.context() as turned:
+            lay_out = proof.lay_out
+
+            def wrong(*args: Any) -> Any:
+                laid = lay_out(*args)
+                return replace(laid, grids=[replace(grid, features=grid.features.flip(1)) for grid in laid.grids])
+
+            turned.setattr(proof, "lay_out", wrong)
+            with pytest.raises(WorkbenchError, match="does not lay pictures out as was read: row 0, column 0"):
+                workbench.image_places(wb, inputs)
+        monkeypatch.delattr(type(model), "get_image_features")
+        with pytest.raises(WorkbenchError, match="cannot be proved: it has no get_image_features"):
+            workbench.image_places(wb, inputs)

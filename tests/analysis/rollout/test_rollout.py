@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import workbench
 from support.held import Held
 from support.hybrid_models import hybrid
-from support.kept_elsewhere import Int8, put
+from support.kept_elsewhere import Clipped, Int8, put
 from support.tiny import eager_twin, family, make
 from support.zoo.family import ids
 from workbench import (
@@ -427,19 +427,28 @@ def test_blocks_that_mix_positions_elsewhere_are_refused() -> None:
 
 
 def test_weights_that_are_not_there_are_named() -> None:
-    """Quantized projections: "attention" and value zeroing need none of them, the others say so."""
+    """Projections that are no matrices: "attention" and value zeroing need none of them, the others say so."""
     model, inputs = _model("llama-gqa").float(), _inputs("llama-gqa")
-    with attach(model) as wb:
-        before = attention_rollout(wb, inputs, method="value_zeroing")
     for layer in range(len(model.model.layers)):
-        put(model, f"model.layers.{layer}.self_attn.o_proj", Int8)
+        put(model, f"model.layers.{layer}.self_attn.o_proj", Clipped)
     with attach(model) as wb:
-        near = attention_rollout(wb, inputs, method="value_zeroing")
-        attention_rollout(wb, inputs)
+        for method in ("attention", "value_zeroing"):
+            attention_rollout(wb, inputs, method=method)
         for method in ("norm", "alti"):
             with pytest.raises(AttachError, match="no matrix of floating-point numbers"):
                 attention_rollout(wb, inputs, method=method)
-    assert float((near.rollout - before.rollout).abs().max()) < 0.1
+
+
+def test_weights_in_whole_numbers_are_read() -> None:
+    model, inputs = _model("llama-gqa").float(), _inputs("llama-gqa")
+    with attach(model) as wb:
+        before = [attention_rollout(wb, inputs, method=method) for method in ("value_zeroing", "norm")]
+    for layer in range(len(model.model.layers)):
+        put(model, f"model.layers.{layer}.self_attn.o_proj", Int8)
+    with attach(model) as wb:
+        near = [attention_rollout(wb, inputs, method=method) for method in ("value_zeroing", "norm")]
+    for one, other in zip(near, before, strict=True):
+        assert float((one.rollout - other.rollout).abs().max()) < 0.1
 
 
 def test_results_are_kept_and_shown(tmp_path: Path) -> None:

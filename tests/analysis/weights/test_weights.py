@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import workbench
 from support.hybrid_models import hybrid
-from support.kept_elsewhere import Elsewhere, Int8, put
+from support.kept_elsewhere import Clipped, Elsewhere, put
 from support.tiny import family, make
 from workbench import (
     AttachError,
@@ -207,9 +207,9 @@ def test_rotary_queries_and_keys_give_the_scores_of_the_kernel() -> None:
         torch.testing.assert_close(mine, theirs.double(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [Int8, Elsewhere])
+@pytest.mark.parametrize("kind", [Clipped, Elsewhere])
 def test_weights_that_are_not_there_are_refused_by_name(kind: type[nn.Linear]) -> None:
-    said = "no matrix of floating-point" if kind is Int8 else "offloaded"
+    said = "no matrix of floating-point" if kind is Clipped else "offloaded"
     for part, calls in (
         ("v_proj", (ov_copying, composition_scores)),
         ("o_proj", (ov_copying, composition_scores, _attribution, _circuit)),

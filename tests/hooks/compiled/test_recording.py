@@ -4,6 +4,7 @@ These tests compile with `backend="eager"`, which traces graphs and runs them as
 `tests/test_compiled_models.py` has what inductor makes.
 """
 
+import contextlib
 import copy
 import functools
 import threading
@@ -19,6 +20,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import workbench
 from support.tiny import family, make
 from workbench import Capture, CaptureError, InterventionError
+from workbench.hooks.compiled.operator import ATTENTION
 from workbench.hooks.compiled.regions import find_regions
 
 GPT2, LLAMA = family("gpt2"), family("llama-gqa")
@@ -170,7 +172,7 @@ class Nameless(nn.Module):
 
 def test_layers_that_cannot_be_told_apart_are_refused() -> None:
     model, x = compiled(nn.Sequential(Nameless(), Nameless())), torch.randn(2, 7, 24)
-    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="which of them runs") as caught, wb.capture():
+    with workbench.attach(model) as wb, pytest.raises(CaptureError, match="which module runs") as caught, wb.capture():
         model(x)
     assert 'compiled="eager"' in str(caught.value)
 
@@ -313,6 +315,34 @@ def test_an_error_in_the_model_leaves_nothing(ids: Tensor) -> None:
     assert_same(cap, capture(model, lambda: model(ids)))
 
 
+class Raising(Broken):
+    """Attention that always raises, which Dynamo leaves to Python: and with it the code that other layers share."""
+
+    raises = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x)
+        if self.raises:
+            raise ValueError("mid-forward")
+        return z
+
+
+def test_a_model_that_raises_mid_forward() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Raising(), Raising()).eval(), torch.randn(2, 7, 24)
+    model[1].raises = True
+    for layer in model:
+        layer.compile(backend="eager")
+    with workbench.attach(model) as wb, torch.no_grad():
+        for _ in range(2):
+            with pytest.raises(ValueError, match="mid-forward"), wb.capture():
+                model(x)
+        caught = pytest.raises(CaptureError, match="what the compiler leaves to Python there is not seen")
+        with caught as said, wb.capture(), contextlib.suppress(ValueError):
+            model(x)
+    assert 'compiled="eager"' in str(said.value)
+
+
 def test_what_does_not_run_is_no_capture(ids: Tensor) -> None:
     model = make(GPT2)
     built = compiled(model)
@@ -349,6 +379,23 @@ def test_a_stance_that_forbids_to_compile(ids: Tensor, stance: str) -> None:
     ):
         built(ids)
     assert 'compiled="eager"' in str(caught.value)
+
+
+def test_cuda_graphs(ids: Tensor) -> None:
+    """Whole, they are refused; inductor leaves our operator out of those that it makes."""
+    model = make(GPT2)
+
+    def cudagraphs(graph: Any, inputs: Any) -> Any:  # named as PyTorch's, which needs a GPU to run
+        return graph.forward
+
+    built = torch.compile(model, backend=cudagraphs)
+    with workbench.attach(built) as wb, pytest.raises(CaptureError, match="CUDA graphs") as caught, wb.capture():
+        pytest.fail("it began")
+    assert 'compiled="eager"' in str(caught.value)
+    with torch.no_grad(), workbench.attach(built, compiled="eager") as wb, wb.capture(NAMES) as cap:
+        built(ids)
+    assert len(cap.sites) == 2
+    assert torch.Tag.cudagraph_unsafe in ATTENTION.tags
 
 
 def test_two_workbenches_on_one_compiled_part() -> None:

@@ -23,17 +23,20 @@ from workbench.kernels.triton.positions import LENGTHS
 from workbench.kernels.triton.rows import rows_kernel
 
 KERNELS = {"rows": rows_kernel, "columns": columns_kernel, "top": top_kernel}
-INPUTS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr")
+INPUTS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "mask_ptr")
 INDICES = ("peak_key_ptr", "target_ptr", "list_ptr", "count_ptr", "word_ptr", "key_ptr")
+NUMBERS = ("scale", "softcap", "hidden_below")
 
 
 def compiled(build: Build, backend: str, arch: int | str) -> Any:
     """The binary of a kernel, with the argument types and alignments of a launch."""
     kernel, (m, n, warps, stages) = KERNELS[build.kind], build.choice
-    width = build.width if build.plain else build.width - 16  # padded heads need masks on channels as well
+    width = build.width if build.has == "plain" else build.width - 16  # padded heads need masks on channels as well
     constants = {"D": width, "DV": width, "BD": build.width, "BDV": build.width, "EDGE": 16, "SLOTS": 16}
-    constants |= {"PRECISION": "ieee", "BM": m, "BN": n, "CAUSAL": True, "STATS": True, "POOLED": True}
-    constants |= {"WINDOW": not build.plain, "SPARSE": not build.plain, "OUT": not build.plain}
+    constants |= {"PRECISION": build.precision, "BM": m, "BN": n, "CAUSAL": True, "STATS": True, "POOLED": True}
+    constants |= {"WINDOW": build.has != "plain", "SPARSE": build.has == "layout", "OUT": build.has == "layout"}
+    constants |= dict.fromkeys(("BIAS", "SOFTCAP", "SINKS", "INDUCTION"), build.has == "shape")
+    constants |= {"MASK": 2 if build.has == "shape" else 0, "stride_mk": 1}
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -41,11 +44,12 @@ def compiled(build: Build, backend: str, arch: int | str) -> Any:
             continue
         if name.endswith("_ptr"):
             signature[name] = f"*{build.dtype}" if name in INPUTS else "*i32" if name in INDICES else "*fp32"
+            signature[name] = "*i64" if name == "id_ptr" else signature[name]
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name in NUMBERS else "i32"
         if name.endswith("_ptr") or name.startswith("stride"):
             aligned[(place,)] = [["tt.divisibility", 16]]
-        elif name != "scale":
+        elif name not in NUMBERS:
             assert name in LENGTHS, f"{name} would be specialised on its value"
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=aligned)
@@ -82,7 +86,7 @@ def figures(binary: Any, backend: str) -> dict[str, int]:
 def main(name: str) -> None:
     """Every build of a target, and one that is known to spill."""
     backend, arch, _ = TARGETS[name]
-    meter = Build("rows", "bf16", 128, (128, 128, 4, 2), False)
+    meter = Build("rows", "bf16", 128, (128, 128, 4, 2), "layout")
     found = {str(build): figures(compiled(build, backend, arch), backend) for build in [*builds(name), meter]}
     print(json.dumps(found))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from workbench.kernels.layouts import Layout
 from workbench.kernels.masks import Mask
+from workbench.kernels.neighborhood.layout import NeighborhoodLayout
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.statistics import Options, dense
 from workbench.kernels.triton import engine
@@ -56,10 +57,62 @@ class Case:
     block: int = 16
     n_top: int = 8
     transposed: bool = False  # [batch, position, head, d] in memory, as models have it
+    tensor: str = ""  # what kind of mask tensor: "padding", "bool", "additive", "bias of positions"
+    softcap: float | None = None
+    sinks: bool = False
+    key_bias: bool = False
+    tokens: bool = False  # so that there is induction
+    sink_keys: tuple[int, ...] | None = None
+    image: tuple[int, int] | None = None  # of n patches, in neighborhoods: tokens are hidden within blocks
+    image_block: int = 16
+
+    def mask_tensor(self, n_keys: int) -> Tensor | None:
+        """The mask's tensor: what is hidden differs from row to row, and a row of "bool" sees nothing."""
+        gen = torch.Generator().manual_seed(11)
+        if self.tensor == "padding":
+            real = torch.arange(n_keys) >= torch.tensor([[3], [20]])
+            return real[: self.batch, None, None]
+        if self.tensor == "bool":
+            shown = torch.rand(1, self.heads[0], self.n, n_keys, generator=gen) < 0.7
+            shown[:, 0, 5] = False
+            return shown
+        if self.tensor == "additive":  # as models hide keys: by the lowest number, or −inf; [query, key] transposed
+            added = torch.randn(self.batch, 1, n_keys, self.n, generator=gen).mT
+            hidden = torch.rand(added.shape, generator=gen) < 0.3
+            return added.masked_fill(hidden, torch.finfo(torch.float32).min).masked_fill(hidden[..., :1], -torch.inf)
+        if self.tensor == "bias of positions":
+            return torch.randn(1, self.heads[0], self.n, n_keys, generator=gen).to(torch.bfloat16)
+        return None
+
+    def problem(self, q: Tensor, k: Tensor, mask: Mask, lse: Tensor | None = None) -> SoftmaxPattern:
+        """The pattern on these queries and keys, whatever their dtype and device."""
+        gen, dtype = torch.Generator().manual_seed(12), torch.promote_types(q.dtype, torch.float32)
+        sinks = torch.randn(self.heads[0], generator=gen) if self.sinks else None
+        bias = torch.randn(self.batch, self.heads[0], k.shape[2], generator=gen) if self.key_bias else None
+        tensor = None if mask.tensor is None else mask.tensor.to(q.device)
+        sinks, bias = (None if each is None else each.to(q.device, dtype) for each in (sinks, bias))
+        how = {"softcap": self.softcap, "sinks": sinks, "key_bias": bias}
+        return SoftmaxPattern(q, k, replace(mask, tensor=tensor), lse=lse, **how)
+
+    def options(self) -> Options:
+        """What the statistics need besides."""
+        ids = torch.randint(0, 5, (self.batch, self.n_keys or self.n), generator=torch.Generator().manual_seed(13))
+        return Options(
+            n_top=self.n_top, block=self.block, sink_keys=self.sink_keys, tokens=ids if self.tokens else None
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Every statistic that it has."""
+        return [*ROWS, *(["induction"] if self.tokens else []), *COLUMNS]
 
     def mask(self) -> Mask:
         n_keys = self.n_keys or self.n
+        if self.image:
+            layout = NeighborhoodLayout(self.image, 3, dilation=(2, 1), block=self.image_block)
+            return Mask(self.n, n_keys, layout=layout, n_heads=self.heads[0])
         rules = {"causal": self.causal, "offset": self.offset, "window": self.window}
+        rules["tensor"] = self.mask_tensor(n_keys)
         if self.layout is None:
             return Mask(self.n, n_keys, **rules)
         block, count = self.layout
@@ -102,6 +155,28 @@ CASES = [
     Case("half", half=True),
     Case("half, layout", half=True, layout=(16, 1), d=64),
     Case("half, transposed", half=True, transposed=True, d=80, heads=(2, 2), causal=False, block=32),
+    Case("padded batch", batch=2, tensor="padding", tokens=True),
+    Case("boolean mask, sinks", causal=False, tensor="bool", sinks=True, sink_keys=(0, 3, -1)),
+    Case("additive mask, softcap", n=40, batch=2, causal=False, tensor="additive", softcap=2.0, key_bias=True),
+    Case("bias of positions, half", n=33, n_keys=40, offset=7, half=True, tensor="bias of positions", sink_keys=(2,)),
+    Case("capped window with sinks", n=64, window=20, softcap=5.0, sinks=True, heads=(4, 2), tokens=True),
+    Case("neighborhood", n=63, image=(7, 9)),
+    Case("neighborhood of odd blocks, half", n=63, image=(7, 9), image_block=12, half=True),
+    Case("layout of odd blocks", layout=(24, 2), heads=(4, 2)),
+    Case(
+        "everything",
+        n=40,
+        n_keys=64,
+        offset=24,
+        batch=2,
+        layout=(16, 2),
+        window=50,
+        tensor="padding",
+        softcap=3.0,
+        sinks=True,
+        key_bias=True,
+        tokens=True,
+    ),
 ]
 
 
@@ -114,23 +189,25 @@ def compare(
         true_mask: a mask for the definition alone, to see that the comparison notices.
     """
     q, k, v = case.tensors(device, dtype)
-    mask, options = case.mask(), Options(n_top=case.n_top, block=case.block)
-    truth = SoftmaxPattern(q.cpu().double(), k.cpu().double(), true_mask or mask)
+    mask, options = case.mask(), case.options()
+    truth = case.problem(q.cpu().double(), k.cpu().double(), true_mask or mask)
     weights = truth.dense()
-    want = dense(weights, [*ROWS, *COLUMNS], truth.mask, lse=truth.lse, options=options)
+    want = dense(weights, case.names, truth.mask, lse=truth.lse, options=options)
     given = truth.lse.to(device, torch.float32) if case.given_lse else None
-    pattern = SoftmaxPattern(q, k, mask, lse=given)
-    why = engine.refusal(pattern.problem, [*ROWS, *COLUMNS], options)
+    pattern = case.problem(q, k, mask, given)
+    why = engine.refusal(pattern.problem, case.names, options)
     if why is not None:
         yield f"refused: {why}"
         return
     # Errors of scores grow with the scores: those of float32 in the kernels with scores of hundreds.
     slack = tolerance * max(1.0, case.spread / 10)
-    got = engine.statistics(pattern.problem, [*ROWS, *COLUMNS], options)
-    alone = engine.statistics(SoftmaxPattern(q, k, mask, lse=given).problem, COLUMNS, options)
-    output, rows = engine.attention(q, k, v, mask)
+    got = engine.statistics(pattern.problem, case.names, options)
+    alone = engine.statistics(case.problem(q, k, mask, given).problem, COLUMNS, options)
+    bare = not (case.softcap or case.sinks or case.key_bias or case.sink_keys)
+    output, rows = engine.attention(q, k, v, pattern.mask) if bare else (None, {})
     wanted_output = weights @ v.cpu().double().repeat_interleave(case.heads[0] // case.heads[1], dim=1)
-    yield from _differ("output", output, wanted_output, slack)
+    if output is not None:
+        yield from _differ("output", output, wanted_output, slack)
     for name in want:
         yield from _statistic(name, got[name], want, weights, slack)
         if name in alone:

@@ -16,18 +16,21 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 
 @dataclass(frozen=True)
 class Build:
-    """One compilation. A plain one is what a causal mask needs for statistics alone, the other has everything on."""
+    """One compilation: what a causal mask needs for statistics alone ("plain"), with a window, a layout and the output
+    ("layout"), or with a window, an additive mask, biases, softcap, sinks and induction ("shape").
+    """
 
     kind: Kind
     dtype: str
     width: int
     choice: Choice
-    plain: bool
+    has: str
+    precision: str = "ieee"
 
     def __str__(self) -> str:
         m, n, warps, stages = self.choice
-        extent = "plain" if self.plain else "all"
-        return f"{self.kind} {self.dtype} {self.width} {m}x{n} {warps} warps {stages} stages {extent}"
+        dtype = self.dtype if self.precision == "ieee" else self.precision
+        return f"{self.kind} {dtype} {self.width} {m}x{n} {warps} warps {stages} stages {self.has}"
 
 
 def builds(target: str) -> list[Build]:
@@ -41,8 +44,10 @@ def builds(target: str) -> list[Build]:
     for dtype, widths in (("bf16", WIDTHS), ("fp16", (64,)), ("fp32", WIDTHS)):
         for kind in ("rows", "columns", "top"):
             for width in widths:
-                for choice in choices(kind, backend, arch, dtype != "fp32", width):
-                    found.append(Build(kind, dtype, width, choice, False))
-                    if kind == "rows" and width == 128:
-                        found.append(Build(kind, dtype, width, choice, True))
+                more = [] if dtype == "fp16" else ["shape"]
+                for has in ("layout", *more, *(["plain"] if kind == "rows" and width == 128 else [])):
+                    for choice in choices(kind, backend, arch, dtype != "fp32", width, has == "shape"):
+                        found.append(Build(kind, dtype, width, choice, has))
+                        if dtype == "fp32" and has == "shape":
+                            found.append(Build(kind, dtype, width, choice, has, "tf32"))
     return found

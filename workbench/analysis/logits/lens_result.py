@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.storage.result import Result
+from workbench.storage.typed import Among
 from workbench.tokens import utf8, visible
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class LogitLens(Result):
     target_ids: Annotated[tuple[int, ...], "position"]
     targets: Annotated[tuple[str, ...], "position"]
     given: bool
-    top_ids: Int[Tensor, "row position top"]
+    top_ids: Annotated[Int[Tensor, "row position top"], Among("word_ids")]
     top_probabilities: Float[Tensor, "row position top"]
     probability: Float[Tensor, "row position"]
     rank: Int[Tensor, "row position"]

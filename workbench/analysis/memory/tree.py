@@ -244,11 +244,13 @@ def _diverse(offers: Sequence[_Offer], paths: int) -> list[_Offer]:
     return chosen
 
 
-def memory_frames(history: Sequence[Node], floor: float = 0.1, *, spatial: int = SPATIAL) -> tuple[int, ...]:
+def memory_frames(
+    history: Sequence[Node], floor: float = 0.1, *, spatial: int = SPATIAL, there: float = 0.0
+) -> tuple[int, ...]:
     """Which frames a pathway remembers, the newest first; the prompt's, which is always read, is not among them.
 
-    Frames on which the mask was likely good (an overlap above `floor`) and the object was there (a logit above 0), at
-    most `spatial` − 1 of them, and the last frame, whatever it was.
+    Frames on which the mask was likely good (an overlap above `floor`) and the object was there (a logit above
+    `there`), at most `spatial` − 1 of them, and the last frame, whatever it was.
 
     >>> good = [Node(i, i, i - 1, 0, 0.9, 3.0, 0.0, 0, True) for i in range(4)]
     >>> memory_frames([*good[:2], Node(2, 2, 1, 0, 0.9, -1.0, 0.0, 0, True), good[3]], spatial=4)
@@ -256,7 +258,7 @@ def memory_frames(history: Sequence[Node], floor: float = 0.1, *, spatial: int =
     """
     if not history:
         return ()
-    valid = [node.frame for node in reversed(history) if node.overlap > floor and node.logit > 0]
+    valid = [node.frame for node in reversed(history) if node.overlap > floor and node.logit > there]
     last = history[-1].frame
     valid = valid if last in valid else [last, *valid]
     return tuple(valid[: max(1, spatial - 1)])

@@ -14,6 +14,7 @@ from workbench.errors import CaptureError
 from workbench.hooks.heads import parse_heads
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
+from workbench.storage.typed import Among
 from workbench.tokens import piece, visible
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class SingularVectors(Result):
     sites: Annotated[tuple[str, ...], "head"]
     values: Float[Tensor, "head vector"]
     share: Float[Tensor, "head vector"]
-    left_ids: Int[Tensor, "head vector 2 rank"]
-    right_ids: Int[Tensor, "head vector 2 rank"]
+    left_ids: Annotated[Int[Tensor, "head vector 2 rank"], Among("word_ids")]
+    right_ids: Annotated[Int[Tensor, "head vector 2 rank"], Among("word_ids")]
     left_scores: Float[Tensor, "head vector 2 rank"]
     right_scores: Float[Tensor, "head vector 2 rank"]
     word_ids: Annotated[tuple[int, ...], "word"]

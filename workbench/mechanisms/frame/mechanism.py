@@ -31,7 +31,8 @@ class Mechanism:
         places: small ones, of odd sizes, on which the harness examines it; by default such as the card allows.
         variants: options by name, such as the forms that a paper compares.
         inputs: the module's inputs by name, for one that is given more than x; None for x alone.
-        signature: what one looks at first in its heads, beside their map; None for the map alone.
+        signature: what one looks at first in its heads, beside their map; None for the map alone. also: what comes
+            next, where that has another shape.
 
     >>> from workbench import mechanisms
     >>> layer = mechanisms.get("sqa").build(mechanisms.Place(32, 4, 128), "xsqa")
@@ -46,6 +47,7 @@ class Mechanism:
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: Callable[[Place], dict[str, Tensor]] | None = None
     signature: Signature | None = None
+    also: Signature | None = None
 
     def __post_init__(self) -> None:
         if not self.places:

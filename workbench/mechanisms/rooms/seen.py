@@ -16,7 +16,7 @@ from workbench.analysis.profile import AttentionProfile, attention_profile
 from workbench.capture.capture import Capture
 from workbench.errors import WorkbenchError
 from workbench.hooks.sites import Site
-from workbench.mechanisms.frame import Mechanism, named
+from workbench.mechanisms.frame import Mechanism, Signature, named
 from workbench.mechanisms.rooms import inputs
 from workbench.mechanisms.training import ByteLM, PatchModel, TrainedModel
 from workbench.mechanisms.training.work import LAYERS, PLACES, SHOWN
@@ -29,7 +29,8 @@ _STATISTICS = {
     "images": ("entropy", "effective_keys", "current", "peak"),
     ALONE: ("entropy", "effective_keys", "peak"),
 }
-_ROWS = 32  # examples on which heads are ablated
+_ROWS, _FEW = 32, 8  # examples on which heads are ablated, and where there are many
+_MANY = 64  # heads in all
 T = TypeVar("T")
 
 
@@ -38,9 +39,11 @@ class SignatureMaps:
     """The maps of a mechanism's signature in all layers.
 
     Attributes:
-        maps: [map, row, column]. names, heads, sites: of each, its name, (layer, head), and site.
+        signature: what they are. maps: [map, row, column]. names, heads, sites: of each, its name, (layer, head), and
+            site.
     """
 
+    signature: Signature
     maps: Tensor
     names: tuple[str, ...]
     heads: tuple[tuple[int, int], ...]
@@ -57,7 +60,7 @@ class Seen:
         capture: on the text, the scenes, or drawn vectors. images: the scenes, [example, 3, row, column], and classes.
         importance: of its heads, by ablation. profile: how far they look, or of gates how large they are and where.
             None where `missing` says why.
-        signature: what is the mechanism's own; None where it has none here.
+        signatures: what is the mechanism's own; () where it has nothing here.
         missing: "importance" and "profile" -> why there is none.
     """
 
@@ -68,7 +71,7 @@ class Seen:
     images: tuple[Tensor, Tensor] | None = None
     importance: HeadImportance | None = None
     profile: AttentionProfile | GateProfile | None = None
-    signature: SignatureMaps | None = None
+    signatures: tuple[SignatureMaps, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -97,9 +100,10 @@ def see(mechanism: Mechanism, name: str, work: str, trained: TrainedModel | None
         importance = replace(importance, provenance=importance.provenance | {"model_name": called})
     grid = (mechanism.places[0] if work == ALONE else PLACES[work]).grid
     profile = _tried(missing, "profile", lambda: _profile(capture, grid))
+    own = (_signature(each, model, capture) for each in (mechanism.signature, mechanism.also) if each is not None)
     return Seen(
         work=work, model=model, trained=trained, capture=capture, images=images, importance=importance,
-        profile=profile, signature=_signature(mechanism, model, capture), missing=missing,
+        profile=profile, signatures=tuple(each for each in own if each is not None), missing=missing,
     )  # fmt: skip
 
 
@@ -140,7 +144,8 @@ def _captured(mechanism: Mechanism, wb: Workbench, work: str) -> tuple[Capture, 
 
 def _importance(wb: Workbench, work: str) -> HeadImportance:
     length = PLACES["text"].length
-    batches = inputs.text_examples(length, _ROWS) if work == "text" else inputs.scene_examples(_ROWS)
+    rows = _ROWS if sum(site.n_heads or 1 for site in wb.sites) <= _MANY else _FEW
+    batches = inputs.text_examples(length, rows) if work == "text" else inputs.scene_examples(rows)
     return head_importance(wb, batches, inputs.LOSS, "zero", resumed=False, progress=False)
 
 
@@ -159,20 +164,18 @@ def _tried(missing: dict[str, str], what: str, find: Callable[[], T]) -> T | Non
         return None
 
 
-def _signature(mechanism: Mechanism, model: nn.Module, capture: Capture) -> SignatureMaps | None:
-    if mechanism.signature is None:
-        return None
+def _signature(signature: Signature, model: nn.Module, capture: Capture) -> SignatureMaps | None:
     maps: list[Tensor] = []
     about: list[tuple[str, tuple[int, int], str]] = []
     for site in capture.sites:
         module = _mixer(model, site)
-        for name, each in mechanism.signature.of(module, capture[site.name].pattern).items():
+        for name, each in signature.of(module, capture[site.name].pattern).items():
             maps += list(each)
             about += [(name, (site.layer, head), site.name) for head in range(len(each))]
     if not maps:
         return None
     names, heads, sites = (tuple(part) for part in zip(*about, strict=True))
-    return SignatureMaps(torch.stack(maps), names, heads, sites)
+    return SignatureMaps(signature, torch.stack(maps), names, heads, sites)
 
 
 def _mixer(model: nn.Module, site: Site) -> nn.Module:

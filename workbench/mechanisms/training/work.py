@@ -1,7 +1,8 @@
 """The works, and one run of any: a model is made, trained and scored.
 
 Text and images are those that models ship of. Two more are of one thing alone, which plain attention learns in full in
-less than a minute: to recall values of keys ("mqar"), and to go on with a string that comes again ("induction").
+less than a minute: to recall values of keys ("mqar"), and to go on with a string that comes again ("induction"). One is
+text again, with twice as many heads of half the width ("heads").
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ PLACES = {
     "images": Place(64, 4, 64, causal=False, grid=(8, 8)),
     "mqar": Place(64, 4, 128, rotary=True),
     "induction": Place(64, 4, 64, rotary=True),
+    "heads": Place(64, 8, 128, rotary=True),
 }
 SHOWN = ("text", "images")
 """Works that models are shipped and shown of."""
-LAYERS = {"text": 3, "images": 2, "mqar": 2, "induction": 2}
-STEPS, ROWS = {"text": 1200, "images": 1600, "mqar": 300, "induction": 300}, 32
+OF_TEXT = ("text", "heads")
+LAYERS = {"text": 3, "images": 2, "mqar": 2, "induction": 2, "heads": 3}
+STEPS, ROWS = {"text": 1200, "images": 1600, "mqar": 300, "induction": 300, "heads": 1200}, 32
 MADE = 0.25  # of the rows of text: recall and copying
 
 
@@ -49,11 +52,11 @@ def run_work(
     """Make, train and score a model; its weights are as a file keeps them, in half precision.
 
     Args:
-        work: "text", "images", "mqar" or "induction".
+        work: "text", "images", "mqar", "induction" or "heads".
         layers: the mechanism of each layer.
         hidden: width of the MLPs, 0 for none; as `Stack` chooses if None.
         seed: of weights and data.
-        steps: 1,200 for text, 1,600 for images and 300 for the others if None. rows: of each step.
+        steps: 1,200 for text and heads, 1,600 for images and 300 for the others if None. rows: of each step.
         rate: a factor on the learning rates.
         split: what scores of text are of, "held out" or "tuning".
         quick: a few steps of a few rows, to see that it runs; the file says so.
@@ -78,7 +81,7 @@ def run_work(
     facts["parameters"] = sum(p.numel() for p in model.parameters())
     if isinstance(model, PatchModel):
         scores = score_images(model, 16 if quick else 1024)
-    elif work == "text":
+    elif work in OF_TEXT:
         held = corpus(split)
         facts |= {"split": split, "training_digest": corpus("training").digest, "split_digest": held.digest}
         scores = score_text(model, held, 8 if quick else 256)

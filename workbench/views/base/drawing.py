@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from workbench.errors import ReportError
 from workbench.tokens import visible_text
 from workbench.views.base import scales
+from workbench.views.base.counting import count
 from workbench.views.base.few_colours import few_colours
 
 THEMES = {
@@ -197,7 +198,7 @@ def still(identity: str, *, title: str, caption: str, picture: str, dark: str, t
         picture=picture,
         columns=list(table.columns),
         rows=[[_cell(value) for value in row] for row in table.itertuples(index=False)],
-        summary=f"Table, {n_rows:,} rows" if n_rows <= len(table) else f"Table, {len(table)} of {n_rows:,} rows",
+        summary=f"Table, {count(n_rows, 'row')}" if n_rows <= len(table) else f"Table, {len(table)} of {n_rows:,} rows",
     )
 
 

@@ -22,6 +22,7 @@ from workbench.errors import ReportError
 from workbench.storage.json_text import digest, finite, json_for_html
 from workbench.tokens import visible_text
 from workbench.views.base import modules
+from workbench.views.base.counting import count
 from workbench.views.base.kinds import kind_of
 from workbench.views.base.spec import KINDS, ViewSpec
 
@@ -225,7 +226,7 @@ def _fallback(spec: Mapping[str, Any]) -> dict[str, Any]:
         "notes": [visible_text(note) for note in spec["notes"]],
         "columns": [visible_text(name) for name in columns],
         "rows": [[_cell(values[i]) for _, values in columns.values()] for i in range(shown)],
-        "shown": f"{n:,} rows" if shown == whole else f"The first {shown} of {whole:,} rows",
+        "shown": count(n, "row") if shown == whole else f"The first {shown} of {whole:,} rows",
     }
 
 

@@ -13,6 +13,7 @@ from workbench.analysis.grounding import Grounding, ImagePlaces, grounding_of
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import scales
+from workbench.views.base.counting import count
 from workbench.views.base.selection import Selection, SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View
@@ -153,7 +154,7 @@ def grounding(
         kind="grounding",
         title=title,
         caption=caption
-        or f"{heads:,} heads at {rows:,} position{'s' if rows > 1 else ''}, {patches:,} patches of "
+        or f"{count(heads, 'head')} at {count(rows, 'position')}, {count(patches, 'patch', 'patches')} of "
         f"{len(found.names):,} picture{'s' if len(found.names) > 1 else ''}: what share of a row's weight is on each.",
         facts={
             "rows": [

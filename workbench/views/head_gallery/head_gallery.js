@@ -7,6 +7,7 @@ import { open } from "workbench/shared/frame.js";
 import { drawMap, inTurns, largestOf, outline, paintMap, paletteOf, tileWidth } from "workbench/shared/maps.js";
 import { ceiling, rootTick } from "workbench/shared/scales.js";
 import { Tiles, Visited } from "workbench/shared/tiles.js";
+import { Sheets } from "./sheets.js";
 
 const LARGE = 320;
 const MANY = 200; // heads from which on a gallery is a wall, which is painted in turns
@@ -65,6 +66,7 @@ class Gallery {
     for (const { label, layer, head, site, said } of this.facts.heads) {
       this.tiles.add(site === null ? label : `L${layer}H${head}`).setAttribute("aria-label", `${label}${said ? `, ${said}` : ""}`);
     }
+    this.sheets = this.many ? new Sheets(this.small, this.tiles) : null;
     this.means = this.facts.groups.map(({ mean }) => (mean === null ? null : make("canvas", { "aria-hidden": "true" })));
   }
 
@@ -128,6 +130,14 @@ class Gallery {
       return make("section", { class: "group" }, make("h3", {}, label), box);
     });
     this.small.replaceChildren(...sections);
+    this.lay();
+  }
+
+  /** Sheets for the maps of a wall as its tiles stand now. */
+  lay() {
+    if (!this.sheets || this.frame.printing || !this.small.clientWidth) return;
+    const whole = "whole" in this.frame.root.dataset; // which is drawn anew
+    if (this.sheets.lay() && !whole) for (const head of this.tiles.order) this.sheets.put(head);
   }
 
   numbersOf(at) {
@@ -217,7 +227,14 @@ class Gallery {
       if (mean !== null) paint(this.means[i], this.frame.blocks.means.data.subarray(mean * size, (mean + 1) * size));
     });
     this.mark();
-    const one = (head) => paint(this.tiles.all[head].canvas, this.map(head));
+    this.small.style.setProperty("--map-width", `${width}px`);
+    this.small.style.setProperty("--map-height", `${height}px`);
+    this.sheets?.use(!this.frame.printing);
+    this.lay();
+    const one = (head) => {
+      paint(this.tiles.all[head].canvas, this.map(head));
+      if (!this.frame.printing) this.sheets?.put(head);
+    };
     const heads = new Set([...this.tiles.order, ...this.tiles.all.keys()]);
     this.painted = this.paintAll(heads, one);
     return this.painted;

@@ -16,6 +16,7 @@ from workbench.errors import ReportError, nearest
 from workbench.hooks.sites import Site
 from workbench.tokens import visible
 from workbench.views.base import scales
+from workbench.views.base.counting import count
 from workbench.views.base.selection import Selection, SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
@@ -107,7 +108,7 @@ def head(
     spec = ViewSpec(
         kind="head_page",
         title=title,
-        caption=f"Each of {len(labels):,} heads, over {n_prompts:,} prompt{'s' if n_prompts != 1 else ''}.",
+        caption=f"Each of {count(len(labels), 'head')}, over {count(n_prompts, 'prompt')}.",
         facts={
             "heads": [
                 {

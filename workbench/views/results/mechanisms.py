@@ -120,9 +120,7 @@ def _of_seen(one: Room, seen: Seen) -> list[View]:
         found += [_titled(view, f"{view.spec.title}{after}") for view in all_of(seen.importance)[:1]]
     if isinstance(seen.profile, AttentionProfile):
         found.append(_titled(view := offsets(seen.profile), f"{view.spec.title}{after}"))
-    if seen.signature is not None and one.mechanism.signature is not None:
-        found.append(_signature(one, seen, seen.signature, after))
-    return found
+    return [*found, *(_signature(seen, each, after) for each in seen.signatures)]
 
 
 def _of_study(one: SeenStudy) -> list[View]:
@@ -164,10 +162,9 @@ def _maps(seen: Seen) -> list[View]:
     return found
 
 
-def _signature(one: Room, seen: Seen, found: SignatureMaps, after: str) -> View:
+def _signature(seen: Seen, found: SignatureMaps, after: str) -> View:
     """The small maps that a room says are its own; several of a head stand together."""
-    signature = one.mechanism.signature
-    assert signature is not None
+    signature = found.signature
     on_grid = seen.images is not None and tuple(found.maps.shape[1:]) == PLACES["images"].grid
     rows, columns = ("row of patches", "column of patches") if on_grid else (signature.rows, signature.columns)
     labels = [f"L{layer}H{head}" for layer, head in found.heads]

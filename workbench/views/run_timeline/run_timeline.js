@@ -1,6 +1,6 @@
 // Run timeline: a lane per thread, a bar per attention call. Pan and zoom, sums over a stretch of time, a trace for Perfetto.
 
-import { button, download, exactly, make } from "workbench/shared/dom.js";
+import { button, count, download, exactly, make } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
 import { prepare } from "workbench/shared/canvas.js";
 import { roundUp } from "workbench/shared/scales.js";
@@ -41,7 +41,7 @@ class Timeline {
     this.range = null;
     this.order = Array.from({ length: this.n }, (_, i) => i).sort((a, b) => this.lane(a) - this.lane(b) || this.start(a) - this.start(b));
     this.at = this.order[0];
-    this.canvas = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "timeline", "aria-label": `${frame.spec.title}: ${this.n} calls. Arrow keys move over the calls, W and S zoom, A and D pan.` });
+    this.canvas = make("canvas", { tabindex: "0", role: "application", "aria-roledescription": "timeline", "aria-label": `${frame.spec.title}: ${count(this.n, "call")}. Arrow keys move over the calls, W and S zoom, A and D pan.` });
     this.sums = make("p", { class: "sums", hidden: true });
     frame.body.append(this.legend(), this.canvas, this.sums);
     this.tools();
@@ -353,7 +353,7 @@ class Timeline {
     const sum = (value) => calls.reduce((total, call) => total + (value(call) || 0), 0);
     const sites = new Set(calls.map((call) => this.frame.blocks.site.data[call])).size;
     const model = sum((call) => this.seen[call] - this.entered[call]);
-    const text = `${duration(to - from)} marked: ${calls.length} calls of ${sites} sites that lie in it or reach into it, ${duration(model)} until seen, statistics took ${duration(sum((call) => this.took[call]))}, ${size(sum((call) => this.frame.blocks.bytes.data[call]))} kept.`;
+    const text = `${duration(to - from)} marked: ${count(calls.length, "call")} of ${count(sites, "site")} in it or reaching into it, ${duration(model)} until seen, statistics took ${duration(sum((call) => this.took[call]))}, ${size(sum((call) => this.frame.blocks.bytes.data[call]))} kept.`;
     this.sums.textContent = text;
     this.sums.hidden = false;
     this.frame.say(text);

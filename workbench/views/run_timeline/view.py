@@ -10,6 +10,7 @@ import pandas as pd
 
 from workbench.capture.capture import Capture
 from workbench.errors import ReportError
+from workbench.views.base.counting import count
 from workbench.views.base.drawing import SERIES
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import ViewSpec
@@ -159,9 +160,10 @@ def run_timeline(
         notes.append(_GPU_NOTE)
     unknown = int(frame["entered"].isna().sum())
     if unknown:
-        notes.append(f"{unknown:,} calls are thin marks: the beginning of their module was not seen.")
+        marked = count(unknown, "call is a thin mark", "calls are thin marks")
+        notes.append(f"{marked}: where the module began was not seen.")
     if missing:
-        notes.append(f"{missing:,} calls have no times and are left out.")
+        notes.append(f"{count(missing, 'call has no times and is', 'calls have no times and are')} left out.")
     if _OTHERS in shown:
         notes.append(f"{len(kernels) - len(SERIES) + 1} kernels with few calls share a colour.")
     total = max(end for _, end in spans) - min(start for start, _ in spans)
@@ -169,7 +171,7 @@ def run_timeline(
         kind="run_timeline",
         title=title,
         caption=caption
-        or f"{len(calls):,} attention calls of {len(sites):,} sites in {len(spans):,} forward{'s' * (len(spans) > 1)}, "
+        or f"{count(len(calls), 'attention call')} of {count(len(sites), 'site')} in {count(len(spans), 'forward')}, "
         f"{1e3 * total:,.1f} ms by the host's clock, {int(frame['bytes'].sum()):,} bytes kept.",
         facts={
             "sites": [{"name": name, "layer": layer} for name, layer in sites.to_numpy().tolist()],

@@ -54,6 +54,13 @@ export function roughly(value) {
 }
 
 /**
+ * A number and what it counts: 1 row, 1,200 rows.
+ * @param {number} number
+ * @param {string} noun
+ */
+export const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+
+/**
  * What goes down and what across in a map.
  * @param {string} rows
  * @param {string} columns

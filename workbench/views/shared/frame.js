@@ -2,7 +2,7 @@
 
 import { decode } from "./blocks.js";
 import { csvOf } from "./csv.js";
-import { button, download, make, roving } from "./dom.js";
+import { button, count, download, make, roving } from "./dom.js";
 import { Kernel } from "./kernel.js";
 import { sharedSelection } from "./selection.js";
 import { Settings } from "./settings.js";
@@ -180,10 +180,10 @@ export class Frame {
   describeTable() {
     const n = this.column(this.spec.table[0]).length;
     const left = this.spec.left_out;
-    const cut = left ? ` (${left.toLocaleString("en")} more are left out)` : "";
-    const said = n > TABLE_ROWS ? `Table: the first ${TABLE_ROWS} of ${n.toLocaleString("en")} rows${cut}` : `Table: ${n} rows${cut}`;
+    const cut = left ? ` (${left.toLocaleString("en")} more ${left === 1 ? "is" : "are"} left out)` : "";
+    const said = n > TABLE_ROWS ? `Table: the first ${TABLE_ROWS} of ${count(n, "row")}${cut}` : `Table: ${count(n, "row")}${cut}`;
     this.details.replaceChildren(make("summary", {}, said), ...(this.details.open ? [this.table()] : []));
-    this.file.title = `Download the table, ${n.toLocaleString("en")} rows${cut}`;
+    this.file.title = `Download the table, ${count(n, "row")}${cut}`;
   }
 
   table() {

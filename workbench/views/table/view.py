@@ -12,6 +12,7 @@ import numpy as np
 from workbench.errors import ReportError
 from workbench.tokens import visible_text
 from workbench.views.base import scales
+from workbench.views.base.counting import count
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View
@@ -185,7 +186,7 @@ def table(
     spec = ViewSpec(
         kind="table",
         title=title,
-        caption=caption or f"{len(rows):,} rows.",
+        caption=caption or f"{count(len(rows), 'row')}.",
         facts={
             "of": visible_text(of),
             "rows": [

@@ -2,9 +2,9 @@
 
 import { arrayOf } from "workbench/shared/blocks.js";
 import { colourAt, divergingAt, gradient, rgbOf } from "workbench/shared/colour.js";
-import { axes, cut, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
+import { axes, count, cut, exactly, legend, make, moved, roughly, selector } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
-import { ceiling, greatest } from "workbench/shared/scales.js";
+import { ceiling, greatest, roundTicks, shortNumber } from "workbench/shared/scales.js";
 import { prepare } from "workbench/shared/canvas.js";
 
 const CHOSEN = { layer: "layer", query: "query", key: "key", token: "token" }; // names of axes that are a selection's
@@ -121,7 +121,7 @@ class Peek {
     const pairs = [["shape", shape.length ? shape.join(" × ") : "one number"], ["dtype", dtype], ["device", device]];
     for (const [name, value] of Object.entries(statistics)) {
       if (counts.has(name) && value === 0 && name !== "zeros") continue;
-      pairs.push([name, value === null ? "–" : counts.has(name) ? value.toLocaleString("en") : exactly(value)]);
+      pairs.push([name, value === null ? "–" : counts.has(name) ? value.toLocaleString("en") : exactly(value).replaceAll("-", "−")]);
     }
     this.facts.replaceChildren(...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
     this.heading.textContent = `Histogram of the finite values of ${cut(this.about.name, 60)}`;
@@ -255,10 +255,10 @@ class Peek {
     pen.font = `11px ${getComputedStyle(this.frame.root).fontFamily}`;
     const top = Math.max(...counts);
     const step = (width - left - 4) / counts.length;
-    counts.forEach((count, i) => {
-      const tall = (height - 10) * this.tall(count, top);
+    counts.forEach((n, i) => {
+      const tall = (height - 10) * this.tall(n, top);
       pen.fillStyle = this.onBars && i === this.bin ? this.frame.colour("cursor") : "#2f6fb7";
-      if (count) pen.fillRect(left + i * step, height - Math.max(1, tall), Math.max(1, step - 0.5), Math.max(1, tall));
+      if (n) pen.fillRect(left + i * step, height - Math.max(1, tall), Math.max(1, step - 0.5), Math.max(1, tall));
     });
     pen.fillStyle = this.frame.colour("edge");
     pen.fillRect(left, height, width - left - 4, 1);
@@ -266,12 +266,13 @@ class Peek {
     pen.textAlign = "right";
     pen.fillText(top.toLocaleString("en"), left - 4, 16);
     pen.fillText(this.log ? "1" : "0", left - 4, height - (this.log ? (height - 10) * this.tall(1, top) - 4 : 0));
-    const ends = [[edges[0], "left", left], [(edges[0] + edges.at(-1)) / 2, "center", (left + width) / 2], [edges.at(-1), "right", width - 4]];
-    for (const [value, align, x] of ends) {
-      pen.textAlign = align;
-      pen.fillText(roughly(value), x, height + 15);
-    }
+    const [low, high] = [edges[0], edges.at(-1)];
     pen.textAlign = "center";
+    for (const value of roundTicks(low, high, 4)) {
+      const x = left + ((value - low) / (high - low || 1)) * (width - left - 4);
+      pen.fillRect(x, height, 1, 4);
+      pen.fillText(shortNumber(value), Math.min(x, width - 14), height + 15);
+    }
     pen.fillText("value", (left + width) / 2, height + 31);
     pen.translate(11, height / 2);
     pen.rotate(-Math.PI / 2);
@@ -303,7 +304,7 @@ class Peek {
   }
 
   barSentence(i) {
-    return `${exactly(this.edges[i])} to ${exactly(this.edges[i + 1])}: ${this.counts[i].toLocaleString("en")} numbers`;
+    return `${exactly(this.edges[i])} to ${exactly(this.edges[i + 1])}: ${count(this.counts[i], "number")}`;
   }
 
   listen() {

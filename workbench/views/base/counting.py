@@ -1,0 +1,15 @@
+"""How many there are of something, in words."""
+
+from __future__ import annotations
+
+
+def count(number: int, noun: str, several: str | None = None) -> str:
+    """A number and what it counts.
+
+    Args:
+        several: the noun for several, where it is not the noun with an s.
+
+    >>> count(1, "head"), count(1200, "head"), count(2, "query", "queries")
+    ('1 head', '1,200 heads', '2 queries')
+    """
+    return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
