@@ -239,13 +239,31 @@ def test_continuous_batches(name: str, backend: str) -> None:
             assert _batch(model) == bare
         assert not cap.unrecorded
         assert len(cap.calls) == sum(map(len, bare.values()))  # a prefill and the steps of each request
-        requests = {tuple(call.forwards[0].ids["input"][0].tolist()): call for call in cap.joined().calls}
-        assert len(requests) == len(bare)
-        for prompt, answer in bare.items():
-            ids = (*prompt, *answer[:-1])
-            with torch.no_grad(), wb.capture(NAMES, z=True) as alone:
-                model(torch.tensor([ids]))
-            assert_alone(requests[ids], alone)
+        _assert_requests_alone(wb, cap, bare)
+
+
+def test_continuous_batches_go_to_a_store(tmp_path: Path) -> None:
+    model = _made("llama")
+    bare = _batch(model)
+    with workbench.attach(model) as wb:
+        with wb.capture(NAMES, z=True, store=tmp_path / "a.zarr") as cap:
+            assert _batch(model) == bare
+        _assert_requests_alone(wb, cap, bare)
+    opened = workbench.load_capture(tmp_path / "a.zarr")
+    assert [call.stack("entropy").tolist() for call in opened.calls] == [
+        call.stack("entropy").tolist() for call in cap.calls
+    ]
+
+
+def _assert_requests_alone(wb: workbench.Workbench, cap: Capture, bare: dict[tuple[int, ...], list[int]]) -> None:
+    """Each request in a batch has what it has alone."""
+    requests = {tuple(call.forwards[0].ids["input"][0].tolist()): call for call in cap.joined().calls}
+    assert len(requests) == len(bare)
+    for prompt, answer in bare.items():
+        ids = (*prompt, *answer[:-1])
+        with torch.no_grad(), wb.capture(NAMES, z=True) as alone:
+            wb.model(torch.tensor([ids]))
+        assert_alone(requests[ids], alone)
 
 
 def test_a_request_never_fails_because_of_a_capture() -> None:

@@ -1,7 +1,10 @@
 """The atlas of heads over a corpus: planted heads lead in their score, and numbers are those of plain definitions."""
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import workbench
+from support.judges import missing, part
 from workbench import CaptureError, CorpusAtlas, CorpusAtlasInterrupted, FormatError, WorkbenchError
 from workbench.analysis.corpus import run, running
 from workbench.analysis.corpus.measuring import SCORES
 from workbench.analysis.corpus.texts import Frame
 
 VOCABULARY, LENGTH, WIDTH = 12, 24, 40
+RESUMED = ("windows", "entropies", "distances", "totals", "weights", "places", "example_ids")
 PLANTED = {"induction": 0, "previous": 1, "sink": 2, "duplicate": 3}
 
 
@@ -155,7 +160,7 @@ def test_saved_resumed_interrupted(tmp_path: Path, atlas: CorpusAtlas, monkeypat
         again = CorpusAtlas.load(path)
         for found in (whole, again):
             assert found.complete
-            for name in ("windows", "entropies", "distances", "weights"):
+            for name in RESUMED:
                 torch.testing.assert_close(getattr(found, name), getattr(atlas, name), rtol=0, atol=0, equal_nan=True)
 
 
@@ -180,7 +185,7 @@ def test_an_interrupt_at_any_step_can_be_gone_on_from(
         _atlas(corpus, resume=path)
     assert 0 < len(CorpusAtlas.load(path).windows) < 50
     whole = _atlas(corpus, resume=path)
-    for each in ("windows", "entropies", "distances", "weights"):
+    for each in RESUMED:
         torch.testing.assert_close(getattr(whole, each), getattr(atlas, each), rtol=0, atol=0, equal_nan=True)
 
 
@@ -192,6 +197,10 @@ def test_bad_corpora(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"ab\xff")
     with pytest.raises(CaptureError, match=r"a\.txt is no UTF-8, at byte 2"):
         _atlas(tmp_path)
+    with pytest.raises(CaptureError, match="no UTF-8") as caught:
+        _atlas([_corpus(20 * LENGTH), tmp_path / "a.txt"], resume=tmp_path / "atlas")
+    assert "resume= goes on from it" in caught.value.__notes__[0]
+    assert len(CorpusAtlas.load(tmp_path / "atlas").windows) == 16  # two whole batches
     with pytest.raises(CaptureError, match="cannot be read"):
         _atlas([tmp_path / "none.txt"])
     with pytest.warns(UserWarning, match="ended after 72 of 240"):
@@ -225,6 +234,29 @@ def test_texts_and_what_stands_around_them(tmp_path: Path) -> None:
         assert workbench.head_atlas_over(wb, ["dedg" * 30, "gfed" * 30], **how).windows.equal(found.windows)
 
 
+def test_unknown_words_are_no_copies(atlas: CorpusAtlas) -> None:
+    """Token 3 as that of unknown words: what its rows gave is not counted, all else stays."""
+    unknown, model = 3, _model()
+    corpus = _corpus(50 * LENGTH + 5)
+    windows = corpus[: 50 * LENGTH].view(50, LENGTH)
+    with workbench.attach(model, SimpleNamespace(unk_token_id=unknown, decode=lambda ids, **_: str(ids[0]))) as wb:
+        found = workbench.head_atlas_over(wb, corpus, length=LENGTH, recent=4, sinks=1, progress=False, tokens=None)
+        with wb.capture((), limit=None) as cap:
+            model(windows)
+    assert found.n_unknown == int((windows == unknown).sum())
+    assert f"{found.n_unknown / found.n_tokens:.0%} of them unknown" in repr(found)
+    weights = cap[0].pattern.dense()[7].double()
+    row = windows[7].tolist()
+    copies = {i: [j for j in range(i) if row[j] == row[i]] for i in range(LENGTH) if row[i] != unknown}
+    wanted = torch.stack([weights[:, i, at].sum(-1) for i, at in copies.items() if at]).mean(0)
+    torch.testing.assert_close(found.windows[7, SCORES.index("duplicate")].double(), wanted, atol=1e-5, rtol=0)
+    for name in ("previous", "sink", "streaming"):
+        assert torch.equal(found.windows[:, SCORES.index(name)], atlas.windows[:, SCORES.index(name)])
+    for h, e in (found.weights >= 0).nonzero().tolist():
+        window, query, key = found.places[h, e].tolist()
+        assert unknown not in (windows[window, query], windows[window, key])
+
+
 def test_duo_attention_round_trip(atlas: CorpusAtlas, tmp_path: Path) -> None:
     folder = atlas.to_duo_attention(tmp_path / "duo")
     scores, sinks, recent = workbench.analysis.corpus.read_duo_attention(folder)
@@ -238,6 +270,99 @@ def test_duo_attention_round_trip(atlas: CorpusAtlas, tmp_path: Path) -> None:
         workbench.analysis.corpus.read_duo_attention(folder)
     with pytest.raises(FormatError, match="no scores"):
         workbench.analysis.corpus.read_duo_attention(tmp_path)
+
+
+def test_kvpress_reads_the_scores(atlas: CorpusAtlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own press, with our folder where it would ask the network for DuoAttention's; it also caches what it read."""
+    caching = SimpleNamespace(LRUCache=lambda maxsize: {}, cached=lambda cache, key: lambda function: function)
+    monkeypatch.setitem(sys.modules, "cachetools", caching)
+    try:
+        module = part("kvpress.presses.duo_attention_press")
+    except ImportError as error:
+        missing(error)
+    folder = atlas.to_duo_attention(tmp_path / "duo")
+
+    class Answer:
+        def __init__(self, url: str) -> None:
+            self.text = (folder / url.rsplit("/", 1)[1]).read_text()
+
+        def json(self) -> Any:
+            return json.loads(self.text)
+
+    model = nn.Module()
+    model.config = SimpleNamespace(name_or_path="ours")
+    monkeypatch.setattr(module.requests, "get", Answer)
+    monkeypatch.setitem(module.PATTERNS_DICT, "ours", "ours")
+    sinks, recent, scores = module.DuoAttentionPress.load_attention_pattern(model)
+    ours, *sizes = workbench.analysis.corpus.read_duo_attention(folder)
+    assert [sinks, recent] == sizes
+    assert (np.atleast_2d(scores) == ours.numpy()).all()
+
+
+def test_headvis_round_trip(atlas: CorpusAtlas, tmp_path: Path) -> None:
+    """Numbers over all positions, from dense maps; windows whose weights are those of the maps."""
+    model, windows = _model(), _corpus(50 * LENGTH).view(50, LENGTH)
+    with workbench.attach(model) as wb:
+        folder = atlas.to_headvis(tmp_path / "ours", wb, dataset="pieces")
+        with wb.capture((), limit=None) as cap:
+            model(windows)
+    weights = cap[0].pattern.dense().double()
+    at = torch.arange(LENGTH)
+    apart = (at[:, None] - at).abs().double()
+    distance = (weights * apart).sum(-1)
+    wanted = {
+        "self_attention_score": weights.diagonal(dim1=-2, dim2=-1).mean((0, 2)),
+        "prev_token_score": weights.diagonal(-1, -2, -1).mean((0, 2)),
+        "pattern_entropy": -weights.xlogy(weights).sum(-1).mean((0, 2)),
+        "qk_distance": distance.mean((0, 2)),
+        "qk_distance_variance": (weights * apart.square()).sum((0, 2, 3)) / (50 * LENGTH) - distance.mean((0, 2)) ** 2,
+        "induction_score": atlas.scores[SCORES.index("induction")],
+        "streaming_score": atlas.scores[SCORES.index("streaming")],
+    }
+    found = workbench.analysis.corpus.read_headvis(folder)
+    assert found["head"].tolist() == list(range(5))
+    for name, each in wanted.items():
+        np.testing.assert_allclose(found[name], each, atol=1e-4, err_msg=name)
+    assert found.copying_score.isna().all()  # it has no embedding that is a site's
+    for row in found.itertuples():
+        told = json.loads((folder / "heads" / f"L{row.layer}H{row.head}.json").read_text())
+        assert [one["sequence_id"] for one in told["sequences"]] == [
+            w for w in atlas.places[row.head, :, 0].tolist() if w >= 0
+        ]
+        if not told["sequences"]:
+            assert row.head in (PLANTED["sink"], 4)  # the other looks at all keys alike, the first among them
+            continue
+        for one in told["sequences"]:
+            own = weights[one["sequence_id"], row.head].flatten()[one["attention_indices"]]
+            np.testing.assert_allclose(one["attention_values"], own, atol=1e-4)
+            assert one["tokens"] == [str(i) for i in windows[one["sequence_id"]].tolist()]
+        assert sum(told["qk_distance_histogram"]["bin_values"]) == pytest.approx(
+            sum(sum(one["attention_values"]) for one in told["sequences"]), abs=0.01
+        )
+        assert told["top_key_tokens"][0]["weight"] >= told["top_key_tokens"][-1]["weight"] > 0
+    config = json.loads((folder / "config.json").read_text())
+    run = config["pipeline_config"]  # without which Neuronpedia imports nothing
+    assert (run["dataset_name"], run["n_sequences"], run["seq_len"], run["dtype"]) == ("pieces", 50, LENGTH, "float32")
+    assert run["model_name"] == config["model_name"] == "Planted"
+    assert run["attn_implementation"]
+
+
+def test_headvis_without_the_model_and_with_another(atlas: CorpusAtlas, tmp_path: Path) -> None:
+    folder = atlas.to_headvis(tmp_path / "numbers")
+    assert json.loads((folder / "heads" / "L0H0.json").read_text())["sequences"] == []
+    other = _model()
+    with torch.no_grad():
+        other.embed.weight.add_(1)
+    with workbench.attach(other) as wb, pytest.raises(WorkbenchError, match="another model"):
+        atlas.to_headvis(tmp_path / "other", wb)
+    twice = replace(atlas, numbers=(0, 1, 2, 3, 3))
+    with pytest.raises(WorkbenchError, match="L0H3 are several heads"):
+        twice.to_headvis(tmp_path / "twice")
+    with pytest.raises(FormatError, match="no folder of HeadVis"):
+        workbench.analysis.corpus.read_headvis(tmp_path)
+    (folder / "scatter_data.json").write_text('[{"layer": 0, "head": -1}]')
+    with pytest.raises(FormatError, match="a whole number"):
+        workbench.analysis.corpus.read_headvis(folder)
 
 
 def test_page(atlas: CorpusAtlas, tmp_path: Path) -> None:

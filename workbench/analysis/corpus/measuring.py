@@ -11,7 +11,19 @@ from workbench.capture.site_capture import SiteCapture
 from workbench.errors import CaptureError
 
 SCORES = ("induction", "previous", "duplicate", "sink", "retrieval", "streaming")
-STATISTICS = ("entropy", "distance", "induction", "previous", "sink", "peak", "peak_key")
+MEANINGS = {
+    "induction": "mean weight on what followed an earlier copy of the query's token, over queries that have one",
+    "previous": "mean weight on the position before",
+    "duplicate": "mean weight on earlier copies of the query's token, over queries that have one",
+    "sink": "mean weight on the first key",
+    "retrieval": "how often the largest weight is on a copy of the next token, where there is one",
+    "streaming": "weight that is left with the first and the most recent keys alone",
+    "copying": "Σλ / Σ|λ| of embedding, OV and unembedding: 1 if all eigenvalues copy, −1 if all do the opposite",
+}
+TOTALS = ("current", "entropy", "distance", "squared distance")
+STATISTICS = (
+    "entropy", "distance", "distance_var", "induction", "previous", "current", "sink", "peak", "peak_key",
+)  # fmt: skip
 _STRIP = 64  # queries at a time
 
 
@@ -22,7 +34,8 @@ class Rows:
     Attributes:
         ids: [batch, position]. text: the positions of the text itself.
         asked: [score, batch, query] bool.
-        copies: [batch, query, key] bool: an earlier copy of the query's token.
+        known: [batch, position] bool: text that the tokenizer has tokens for.
+        copies: [batch, query, key] bool: an earlier copy of the query's token, if that is a known one.
         next_ids: [batch, query] the token that follows.
     """
 
@@ -31,30 +44,32 @@ class Rows:
     sinks: int
     recent: int
     asked: Tensor
+    known: Tensor
     copies: Tensor
     next_ids: Tensor
 
     @classmethod
-    def of(cls, ids: Tensor, text: slice, sinks: int, recent: int) -> Rows:
-        """Those of these ids [batch, position]."""
+    def of(cls, ids: Tensor, text: slice, sinks: int, recent: int, unknown: int | None = None) -> Rows:
+        """Those of these ids [batch, position]; `unknown` is that of all words for which there is no token."""
         n = ids.shape[1]
         at = torch.arange(n)
         earlier = at[None, :] < at[:, None]
         inside = (at >= text.start) & (at < text.stop)
-        copies = (ids[:, :, None] == ids[:, None, :]) & earlier & inside & inside[:, None]
-        follows = ids.roll(-1, 1)
+        known = inside & (ids != (-1 if unknown is None else unknown))
+        copies = (ids[:, :, None] == ids[:, None, :]) & earlier & inside & known[:, :, None]
+        follows, following = ids.roll(-1, 1), known.roll(-1, 1)
         met = ((follows[:, :, None] == ids[:, None, :]) & (at[None, :] <= at[:, None]) & inside).any(-1)
         again, always = copies.any(-1) & inside, inside.expand(ids.shape[0], -1)
         behind = at > text.start
         asked = torch.stack(
-            [again, always & behind, again, always & behind, met & inside & (at < text.stop - 1),
+            [again, always & behind, again, always & behind, met & inside & following & (at < text.stop - 1),
              always & (at >= sinks + recent)]
         )  # fmt: skip
-        return cls(ids, text, sinks, recent, asked, copies, follows)
+        return cls(ids, text, sinks, recent, asked, known, copies, follows)
 
     def on(self, device: torch.device) -> Rows:
         """The same on a device: a model's sites may be on several."""
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "asked", "copies", "next_ids")}
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "asked", "known", "copies", "next_ids")}
         return replace(self, **moved)
 
 
@@ -65,12 +80,14 @@ class Seen:
     Attributes:
         scores: [batch, score, head] mean over the rows that each score asks for; NaN where there are none.
         entropy, distance: [batch, head, query] of the text's positions.
-        weight, query, key: [batch, head] the largest weight on a key that is neither the first nor the query itself.
+        totals: [quantity, head] sums over them, in the order of `TOTALS`.
+        weight, query, key: [batch, head] the largest weight of a known token on another one that is not the first key.
     """
 
     scores: Tensor
     entropy: Tensor
     distance: Tensor
+    totals: Tensor
     weight: Tensor
     query: Tensor
     key: Tensor
@@ -97,10 +114,14 @@ def measure(site: SiteCapture, rows: Rows) -> Seen:
     counts = asked.sum(-1)
     scores = sums.div(counts).where(counts > 0, torch.nan)
     text = rows.text
-    elsewhere = (keys >= max(1, text.start)) & (keys != at) & (at >= text.start) & (at < text.stop) & (keys < text.stop)
+    known = rows.known[:, None].expand(-1, keys.shape[1], -1)
+    elsewhere = (keys >= 1) & (keys != at) & known & known.gather(-1, keys.clamp_min(0))
     weight, query = site.peak.where(elsewhere, -1.0).max(-1)
     key = keys.gather(-1, query[..., None]).squeeze(-1)
-    given = scores, site.entropy[..., text], site.distance[..., text], weight, query, key
+    entropy, distance = site.entropy[..., text], site.distance[..., text]
+    second = site.distance_var[..., text] + distance.square()
+    totals = torch.stack([site.current[..., text], entropy, distance, second]).double().nansum((1, 3))
+    given = scores, entropy, distance, totals, weight, query, key
     return Seen(*(each.cpu() for each in given))
 
 

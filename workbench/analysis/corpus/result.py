@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.analysis.corpus.duo_attention import write_duo_attention
+from workbench.analysis.corpus.headvis import MEANINGS, strongest_windows, write_headvis
 from workbench.analysis.corpus.measuring import SCORES
 from workbench.errors import WorkbenchError, nearest
 from workbench.storage.result import Result
@@ -19,6 +20,13 @@ from workbench.tokens import utf8
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from workbench.session.workbench import Workbench
+
+_IN_HEADVIS = {
+    "prev_token_score": "previous", "induction_score": "induction", "duplicate_token_score": "duplicate",
+    "sink_score": "sink", "retrieval_score": "retrieval", "streaming_score": "streaming",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,10 +39,14 @@ class CorpusAtlas(Result):
             `SCORES`; NaN in windows that have none.
         entropies, distances: [head, bin] how many positions have an entropy (nats) or a mean distance (tokens) there;
             bins divide 0 to `entropy_range`, 0 to `length`.
+        totals: [quantity, head] sums over all positions, in the order of `TOTALS`: weight on the query itself, entropy,
+            distance and the square of the distance from a query to its keys.
         copying: [head] as `ov_copying` has it, by the weights alone; NaN where it cannot be read from them.
         weights: [head, example] of the strongest looks, at most one per window; −1 where there is none.
         places: [head, example, 3] their window, query and key. texts: their words, marked ⟦so⟧.
-        length: tokens of a window. n_tokens: of text in all. sinks, recent: keys that a streaming cache keeps.
+        example_ids: [head, example, position] their windows; −1 where there is none.
+        length: tokens of a window. n_tokens: of text in all. n_unknown: of these, tokens for words that the
+            tokenizer does not know. sinks, recent: keys that a streaming cache keeps.
         identity: what a file must share to be gone on from. complete: whether it is whole.
     """
 
@@ -48,13 +60,16 @@ class CorpusAtlas(Result):
     windows: Float[Tensor, "window 6 head"]
     entropies: Int[Tensor, "head bin"]
     distances: Int[Tensor, "head bin"]
+    totals: Float[Tensor, "4 head"]
     entropy_range: float
     copying: Float[Tensor, " head"]
     weights: Float[Tensor, "head example"]
     places: Int[Tensor, "head example 3"]
     texts: Annotated[tuple[tuple[str, ...], ...], "head example"]
+    example_ids: Int[Tensor, "head example position"]
     length: int
     n_tokens: int
+    n_unknown: int
     sinks: int
     recent: int
     identity: dict[str, Any]
@@ -174,10 +189,54 @@ class CorpusAtlas(Result):
             rows.append([max(float(lost[h]) for h in own if self.kv_heads[h] == group) for group in groups])
         return write_duo_attention(folder, rows, sinks=self.sinks, recent=self.recent)
 
+    def to_headvis(
+        self, folder: str | Path, wb: Workbench | None = None, *, model: str | None = None, dataset: str = "corpus"
+    ) -> Path:
+        """Write what HeadVis shows, and Neuronpedia imports: `config.json`, `scatter_data.json` and a file per head.
+
+        For Neuronpedia the folder is `<exports>/<model id>/headvis/<dataset>`. Numbers are over positions of the text,
+        without what the tokenizer puts around it; scores are means of windows, each of which counts alike.
+        `read_headvis` reads such a folder's numbers.
+
+        Args:
+            wb: the model, which is run again on the windows of the strongest looks, so that HeadVis shows their maps;
+                without it heads have numbers alone.
+            model: its name; that of `provenance` if None. dataset: a name for the corpus.
+
+        Raises:
+            FileError: it cannot be written. WorkbenchError: `wb` has another model, or two sites share a layer.
+        """
+        sequences: list[list[dict[str, Any]]] = [[] for _ in self.layers]
+        if wb is not None:
+            if wb.weights_identity() != self.identity.get("model weights"):
+                raise WorkbenchError(
+                    "the atlas is of another model", hint="pass the Workbench of the model it was made of"
+                )
+            heads = list(zip(self.sites, self.numbers, strict=True))
+            sequences = strongest_windows(wb, heads, self.places[..., 0], self.example_ids)
+        run = {
+            "model_name": str(self.provenance["model_name"]) if model is None else model, "dataset_name": dataset,
+            "n_sequences": len(self.windows), "seq_len": self.length,
+            "dtype": str(self.provenance.get("dtype", "unknown")),
+            "attn_implementation": str(self.provenance.get("attention_backend", "unknown")),
+        }  # fmt: skip
+        return write_headvis(folder, self._headvis_rows(), sequences, run)
+
+    def _headvis_rows(self) -> list[dict[str, Any]]:
+        current, entropy, distance, squared = self.totals.double() / self.entropies.sum(1).double()
+        columns = {
+            "self_attention_score": current, "pattern_entropy": entropy, "qk_distance": distance,
+            "qk_distance_variance": (squared - distance.square()).clamp_min(0), "copying_score": self.copying.double(),
+        }  # fmt: skip
+        columns |= {name: self.scores[SCORES.index(score)] for name, score in _IN_HEADVIS.items()}
+        each = {"layer": self.layers, "head": self.numbers} | {name: columns[name].tolist() for name in MEANINGS}
+        return [dict(zip(each, row, strict=True)) for row in zip(*each.values(), strict=True)]
+
     def __repr__(self) -> str:
         best = ", ".join(f"{name} L{one[0]}H{one[1]}" for name in SCORES for one in self.leading(name, 1))
         state = "" if self.complete else ", not whole"
-        return f"CorpusAtlas({len(self.layers)} heads, {self.n_tokens:,} tokens{state}; {best})"
+        unknown = f", {self.n_unknown / self.n_tokens:.0%} of them unknown" if self.n_unknown else ""
+        return f"CorpusAtlas({len(self.layers)} heads, {self.n_tokens:,} tokens{unknown}{state}; {best})"
 
 
 class CorpusAtlasInterrupted(KeyboardInterrupt):

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from workbench.analysis.corpus.measuring import STATISTICS, Rows, measure
 from workbench.analysis.corpus.result import CorpusAtlas, CorpusAtlasInterrupted
 from workbench.analysis.corpus.running import Sums, Words
-from workbench.analysis.corpus.texts import Corpus, Frame, length_for, windows_of
+from workbench.analysis.corpus.texts import Corpus, Frame, length_for, unknown_id, windows_of
 from workbench.analysis.head_scores.prompts import HeadNames, self_attention
 from workbench.analysis.logits.asked import check_model
 from workbench.analysis.weights.copying import ov_copying
@@ -63,6 +63,8 @@ def head_atlas_over(
       needles (`retrieval_scores`)
     - streaming: weight on the first `sinks` and the last `recent` keys, over queries that see more
       (arXiv 2309.17453); `streaming_scores` also tells what a head's output loses
+
+    The token for unknown words is no copy of itself, and is in no example: it stands for many words.
 
     Also deciles of entropy and distance over all positions, `ov_copying`, the strongest looks with their words, and how
     the second half of the corpus differs from the first. Definitions of weights: `docs/statistics.md`.
@@ -124,6 +126,7 @@ class _Work:
         self.wb, self.frame, self.length, self.batch, self.path = wb, frame, length, batch, path
         self.sinks, self.recent, self.examples = sinks, recent, examples
         self.text = slice(len(frame.before), length - len(frame.behind))
+        self.unknown = unknown_id(wb.tokenizer)
         self.sums: Sums | None = None
         self.heads: HeadNames | None = None
         self.kv_heads: tuple[int, ...] = ()
@@ -132,7 +135,8 @@ class _Work:
         self.identity: dict[str, Any] = {
             "model class": f"{type(wb.model).__module__}.{type(wb.model).__qualname__}",
             "model weights": wb.weights_identity(), "length": length,
-            "around": [list(frame.before), list(frame.behind)], "sinks": sinks, "recent": recent, "examples": examples,
+            "around": [list(frame.before), list(frame.behind)], "unknown": self.unknown, "sinks": sinks,
+            "recent": recent, "examples": examples,
         }  # fmt: skip
         self.held = CorpusAtlas.load(path) if path is not None and path.exists() else None
         if self.held is not None:
@@ -152,7 +156,7 @@ class _Work:
         if first is None:
             return
         names = self_attention(self.wb, first[0].to(device_for_inputs(self.wb.model)))
-        seen = partial(_seen, self.wb, names, self.text, self.sinks, self.recent)
+        seen = partial(_seen, self.wb, names, self.text, self.sinks, self.recent, self.unknown)
         for ids, found in workers.over(self.wb, seen, partial(nullcontext, seen), chain([first], batches)):
             self._add(ids, *found)
             yield len(ids)
@@ -184,7 +188,8 @@ class _Work:
         if self.sums is None or self.heads is None:
             self.heads, self.kv_heads = heads, kv_heads
             self.sums = Sums(len(heads.layers), self.length, self.examples)
-        self.sums = self.sums.after(ids, found, self._words(ids))
+        rows = Rows.of(ids, self.text, self.sinks, self.recent, self.unknown)
+        self.sums = self.sums.after(rows, found, self._words(ids))
 
     def _words(self, ids: Tensor) -> Words:
         if self.wb.tokenizer is None:
@@ -203,8 +208,10 @@ class _Work:
             windows=self.sums.whole(), entropies=self.sums.entropies, distances=self.sums.distances,
             entropy_range=self.sums.entropy_range,
             copying=torch.full((len(self.heads.layers),), torch.nan, dtype=torch.float64),
-            weights=self.sums.weights, places=self.sums.places, texts=tuple(map(tuple, self.sums.texts)),
-            length=self.length, n_tokens=self.sums.done * (self.text.stop - self.text.start), sinks=self.sinks,
+            totals=self.sums.totals, weights=self.sums.weights, places=self.sums.places,
+            texts=tuple(map(tuple, self.sums.texts)), example_ids=self.sums.ids,
+            length=self.length, n_tokens=self.sums.done * (self.text.stop - self.text.start),
+            n_unknown=self.sums.unknown, sinks=self.sinks,
             recent=self.recent, identity=self.identity | {"corpus": self.sums.corpus.hexdigest()}, complete=False,
             provenance=self.wb.provenance(),
         )  # fmt: skip
@@ -240,7 +247,7 @@ class _Work:
 
 
 def _seen(
-    wb: Workbench, names: list[str], text: slice, sinks: int, recent: int, ids: Tensor
+    wb: Workbench, names: list[str], text: slice, sinks: int, recent: int, unknown: int | None, ids: Tensor
 ) -> tuple[HeadNames, tuple[int, ...], list[Any]]:
     """Of windows [window, token]: the heads, the kv head of each, and what was measured at each site."""
     inputs = {"input_ids": ids.to(device_for_inputs(wb.model)), **without_cache(wb.model)}
@@ -248,6 +255,6 @@ def _seen(
         with wb.capture(STATISTICS, names, limit=None) as cap:
             wb.model(**inputs)
         seen = [site for site in cap if site.site.call == 0]
-        rows = Rows.of(ids, text, sinks, recent)
+        rows = Rows.of(ids, text, sinks, recent, unknown)
         kv = tuple(head * site.pattern.n_kv_heads // site.shape[1] for site in seen for head in range(site.shape[1]))
         return HeadNames.of(seen), kv, [measure(site, rows) for site in seen]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.analysis.corpus.measuring import SCORES, Seen
+from workbench.analysis.corpus.measuring import SCORES, TOTALS, Rows, Seen
 from workbench.analysis.corpus.result import CorpusAtlas
 
 BINS = 512
@@ -19,11 +19,14 @@ BINS = 512
 
 @dataclass
 class Sums:
-    """Of all heads: every window's scores, histograms, and the strongest looks so far.
+    """Of all heads: every window's scores, histograms, totals, and the strongest looks so far.
 
     Attributes:
         windows: [window, score, head] of each batch. entropies, distances: [head, bin].
+        totals: [quantity, head] as `Seen` has them.
         weights: [head, example]. places: [head, example, 3]. texts: by head, the words of each example.
+        ids: [head, example, position] the window of each.
+        done: how many windows. unknown: how many tokens stand for words that the tokenizer does not know.
         corpus: hash of the ids that were added.
     """
 
@@ -33,20 +36,35 @@ class Sums:
     windows: list[Tensor] = field(default_factory=list)
     done: int = 0
     corpus: Any = field(default_factory=hashlib.sha256)
+    unknown: int = 0
 
     def __post_init__(self) -> None:
         self.entropies = torch.zeros(self.heads, BINS, dtype=torch.int64)
         self.distances = torch.zeros(self.heads, BINS, dtype=torch.int64)
+        self.totals = torch.zeros(len(TOTALS), self.heads, dtype=torch.float64)
         self.weights = torch.full((self.heads, self.examples), -1.0)
         self.places = torch.full((self.heads, self.examples, 3), -1)
+        self.ids = torch.full((self.heads, self.examples, self.length), -1)
         self.texts: list[list[str]] = [[""] * self.examples for _ in range(self.heads)]
 
     @classmethod
     def of(cls, held: CorpusAtlas, corpus: Any) -> Sums:
         """Those that an atlas was made of, of a corpus with this hash."""
-        made = cls(len(held.layers), held.length, held.weights.shape[1], [held.windows], len(held.windows), corpus)
-        made.entropies, made.distances = held.entropies.clone(), held.distances.clone()
-        made.weights, made.places = held.weights.clone(), held.places.clone()
+        made = cls(
+            len(held.layers),
+            held.length,
+            held.weights.shape[1],
+            [held.windows],
+            len(held.windows),
+            corpus,
+            held.n_unknown,
+        )
+        made.entropies, made.distances, made.totals = (
+            held.entropies.clone(),
+            held.distances.clone(),
+            held.totals.clone(),
+        )
+        made.weights, made.places, made.ids = held.weights.clone(), held.places.clone(), held.example_ids.clone()
         made.texts = [list(row) for row in held.texts]
         return made
 
@@ -55,21 +73,27 @@ class Sums:
         """The entropy of a row that looks at all keys alike, in nats."""
         return math.log(self.length)
 
-    def after(self, ids: Tensor, several: Sequence[Seen], words: Words) -> Sums:
-        """Those with a batch of windows [batch, position] added: what each site's heads did there.
+    def after(self, rows: Rows, several: Sequence[Seen], words: Words) -> Sums:
+        """Those with a batch of windows added: what each site's heads did there.
 
         These stay as they are, so that an interrupt leaves whole batches.
         """
         made = replace(self, windows=[*self.windows], corpus=self.corpus.copy())
-        made.entropies, made.distances = self.entropies.clone(), self.distances.clone()
-        made.weights, made.places = self.weights.clone(), self.places.clone()
+        made.entropies, made.distances, made.totals = (
+            self.entropies.clone(),
+            self.distances.clone(),
+            self.totals.clone(),
+        )
+        made.weights, made.places, made.ids = self.weights.clone(), self.places.clone(), self.ids.clone()
         made.texts = [[*row] for row in self.texts]
-        made.corpus.update(ids.numpy().tobytes())
-        made._add(several, words)
+        made.corpus.update(rows.ids.numpy().tobytes())
+        made.unknown += int((~rows.known[:, rows.text]).sum())
+        made._add(rows.ids, several, words)
         return made
 
-    def _add(self, several: Sequence[Seen], words: Words) -> None:
+    def _add(self, ids: Tensor, several: Sequence[Seen], words: Words) -> None:
         self.windows.append(torch.cat([seen.scores for seen in several], -1).float())
+        self.totals += torch.cat([seen.totals for seen in several], -1)
         for counts, name, most in (
             (self.entropies, "entropy", self.entropy_range), (self.distances, "distance", float(self.length)),
         ):  # fmt: skip
@@ -89,6 +113,7 @@ class Sums:
             place = (at, int(query[head, at]), int(key[head, at]))
             self.places[head, slot] = torch.tensor((self.done + at, *place[1:]))
             self.texts[head][slot] = words.around(*place)
+            self.ids[head, slot] = ids[at]
         self.done += weight.shape[1]
 
     def whole(self) -> Tensor:
@@ -99,8 +124,10 @@ class Sums:
         """The atlas with the strongest looks first."""
         order = torch.argsort(atlas.weights, dim=1, descending=True, stable=True)
         texts = tuple(tuple(row[i] for i in each) for row, each in zip(atlas.texts, order.tolist(), strict=True))
-        places = atlas.places.gather(1, order[..., None].expand(-1, -1, 3))
-        return replace(atlas, weights=atlas.weights.gather(1, order), places=places, texts=texts)
+        places, ids = (
+            each.gather(1, order[..., None].expand(-1, -1, each.shape[2])) for each in (atlas.places, atlas.example_ids)
+        )
+        return replace(atlas, weights=atlas.weights.gather(1, order), places=places, texts=texts, example_ids=ids)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,13 @@ class Frame:
         )
 
 
+def unknown_id(tokenizer: Any) -> int | None:
+    """The id of all words that a tokenizer does not know; None where it has none of its own."""
+    found = getattr(tokenizer, "unk_token_id", None)
+    other = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep")]
+    return found if isinstance(found, int) and found not in other else None
+
+
 def length_for(wb: Workbench, frame: Frame, length: int | None) -> int:
     """How long windows are.
 

@@ -30,7 +30,8 @@ from workbench.storage.parts import Part
 from workbench.storage.store import shards
 from workbench.storage.store.extra import need
 from workbench.storage.store.journal import Journal
-from workbench.storage.store.shards import Array, Scratch
+from workbench.storage.store.parallel import Writers
+from workbench.storage.store.shards import Array
 
 Provenance = dict[str, Any]
 LOCK = ".lock"
@@ -44,7 +45,7 @@ class StoreWriter:
         self.path, self._settings = path, settings
         self._lock = threading.Lock()
         self._sites: Sites | None = None
-        self._scratch = Scratch()
+        self._writers = Writers()
         self._journal = Journal(path / "forwards.jsonl")
         try:
             self._go_on()
@@ -85,6 +86,7 @@ class StoreWriter:
         """
         packed = take_apart(forward)
         with self._lock:
+            self._writers.wait()  # an interrupt may have left some at work
             if not self._sound:  # what was broken off, and where, only the disk knows
                 self._journal.close()
                 self._journal = Journal(self.path / "forwards.jsonl")
@@ -94,7 +96,7 @@ class StoreWriter:
             try:
                 shape = self._new_shape(packed) if known is None else known
                 row = len(shape.rows)
-                shape.write(packed, row, index, self._scratch)
+                shape.write(packed, row, index, self._writers)
                 added = self._new_texts(forward)
                 self._journal.add(_line(forward, index, shape.path.name, row, packed.dynamic, added))
                 self.n_forwards += 1
@@ -150,6 +152,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Nothing more is written."""
+        self._writers.close()
         self._journal.close()
 
 
@@ -179,14 +182,12 @@ class _Shape:
         """How its rows are read."""
         return StoredShape.read(self.path)
 
-    def write(self, packed: Packed, row: int, index: int, scratch: Scratch) -> None:
+    def write(self, packed: Packed, row: int, index: int, writers: Writers) -> None:
         """Write a row, and let the arrays have it."""
-        for folder, part, array in self._arrays:
-            target = array.file(self.path / folder, row)
-            with open(target, "wb", buffering=0) as file:
-                left = array.encode(packed.tensors[folder, part], scratch)
-                while left:
-                    left = left[file.write(left) :]
+        writers.write(
+            (array, packed.tensors[folder, part], array.file(self.path / folder, row))
+            for folder, part, array in self._arrays
+        )
         self.rows[row:] = [index]
         self.write_metadata()
 

@@ -78,7 +78,7 @@ def _per_entry(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def of_scores(
-    source: Any, unit: str, signed: bool | None, kind: Kind
+    source: Any, unit: str, signed: bool | None, kind: Kind, meanings: Mapping[str, str] | None = None
 ) -> tuple[list[Site], dict[str, Quantity], Any, Any, Any]:
     given = source if isinstance(source, Mapping) else {"value": source}
     frames = {label: frame_of(scores) for label, scores in given.items()}
@@ -105,7 +105,7 @@ def of_scores(
     metrics = {}
     for i, label in enumerate(frames):
         is_signed = bool(np.nanmin(values[i], initial=0) < 0) if signed is None else signed
-        metrics[label] = Quantity(label, unit, "", is_signed)
+        metrics[label] = Quantity(label, unit, (meanings or {}).get(label, ""), is_signed)
     return sites, metrics, values, low, high
 
 

@@ -69,6 +69,7 @@ def head_atlas(
     caption: str | None = None,
     unit: str = "",
     signed: bool | None = None,
+    meanings: Mapping[str, str] | None = None,
     kind: Kind = "self",
     provenance: Mapping[str, Any] | None = None,
     selection: SharedSelection | None = None,
@@ -82,6 +83,7 @@ def head_atlas(
             layer, head, value and, if known, low, high and site.
         metric: the statistic or label to begin with.
         unit, signed: of given scores; signed ones are coloured around 0, and are found out if None.
+        meanings: by label, half a sentence on what given scores are.
         kind: of attention whose scores are given.
 
     Raises:
@@ -95,7 +97,7 @@ def head_atlas(
         sites, metrics, values, low, high, over = of_capture(source)
         provenance = dict(source.provenance) if provenance is None else provenance
     else:
-        sites, metrics, values, low, high = of_scores(source, unit, signed, kind)
+        sites, metrics, values, low, high = of_scores(source, unit, signed, kind, meanings)
         over = "Given scores"
     names = list(metrics)
     if metric is not None and metric not in names and metric not in [m.label for m in metrics.values()]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workbench.analysis.corpus import CorpusAtlas
-from workbench.analysis.corpus.measuring import SCORES
+from workbench.analysis.corpus.measuring import MEANINGS, SCORES
 from workbench.views.base.registry import register
 from workbench.views.base.view import View
 from workbench.views.head_atlas import head_atlas
@@ -16,15 +16,15 @@ def _view_of_corpus_atlas(found: CorpusAtlas) -> View:
     """Every head on the atlas, a metric for each score."""
     frame = found.table
     shown = [*SCORES, *(["copying"] if frame["copying"].notna().any() else [])]
+    unknown = found.n_unknown / found.n_tokens
+    of_them = f", {unknown:.0%} of which stand for words that the tokenizer does not know" if unknown > 0.005 else ""
     state = "" if found.complete else " The corpus was not read to its end."
     return head_atlas(
         {name: frame[["layer", "head", name]].rename(columns={name: "value"}) for name in shown},
-        title="Heads over a corpus", unit="share", signed=False,
+        title="Heads over a corpus", unit="share", meanings=MEANINGS,
         caption=(
-            f"Means over {len(found.windows):,} windows of {found.length} tokens, {found.n_tokens:,} tokens of text. "
-            "Weights on what follows an earlier copy of a token, on the position before, on earlier copies, on the "
-            "first key; how often the hardest look is at a copy of the next token; and the weight that is left with "
-            f"{found.sinks} sinks and {found.recent} recent keys.{state}"
+            f"Means over {len(found.windows):,} windows of {found.length} tokens, {found.n_tokens:,} tokens of text"
+            f"{of_them}. Streaming caches keep {found.sinks} sinks and {found.recent} recent keys.{state}"
         ),
         provenance=found.provenance,
     )  # fmt: skip
@@ -40,13 +40,19 @@ def _more_of_corpus_atlas(found: CorpusAtlas) -> list[View]:
         for share in _DECILES
     ]
     columns += [
-        Column(f"{name} drift", frame[f"{name} drift"].tolist(), group="second half − first") for name in SCORES
+        Column(
+            f"{name} drift",
+            frame[f"{name} drift"].tolist(),
+            group="second half − first",
+            said=[f"standard error {error:.2g}" for error in frame[f"{name} drift error"]],
+        )
+        for name in SCORES
     ]
     varies = table(
         names, columns, of="head", title="How much heads vary",
         caption=(
             "What 10, 50 and 90 % of the positions lie below, and by how much each score is larger in the second half "
-            "of the corpus."
+            "of the corpus; pointing at that tells its standard error, as if windows were drawn at random."
         ),
         provenance=found.provenance,
     )  # fmt: skip
