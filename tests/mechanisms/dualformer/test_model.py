@@ -8,7 +8,7 @@ import torch
 
 import workbench
 from workbench import FormatError, TaskError, WorkbenchError
-from workbench.mechanisms.dualformer import MIXTURES, Maze, load, model, study, think, training
+from workbench.mechanisms.dualformer import MIXTURES, Maze, load, model, search, study, think, training
 from workbench.mechanisms.dualformer.dropping import DUAL, FULL, SOLUTION
 from workbench.mechanisms.dualformer.model import WORDS, build
 
@@ -33,10 +33,12 @@ def test_what_a_model_is_taught_is_what_the_mixture_says() -> None:
         assert {row[0] for row in rows} == starts
         assert all(row[-1] == "eos" for row in rows)
         assert (batch["decoder_input_ids"][:, 0] == WORDS.ids["bos"]).all()
-    for row in (row for batch in training.batches(FULL, 4, seed=1) for row in tokens_of(batch)):
-        answer = WORDS.read_answer(row)
-        assert {clause[0] for clause in answer.trace} == {"create", "close"}
-        assert None not in answer.trace[0]
+    for mixture in (FULL, SOLUTION):  # whole traces, and plans alone
+        for batch in training.batches(mixture, 4, seed=1):
+            for ids, row in zip(batch["input_ids"].tolist(), tokens_of(batch), strict=True):
+                trace, plan = search(WORDS.read_prompt([WORDS.tokens[i] for i in ids if i]))
+                told = (WORDS.trace(trace) if mixture is FULL else []) + WORDS.plan(plan)
+                assert row == [*told, "eos"]
 
 
 def test_no_training_sees_what_is_held_out() -> None:
@@ -132,9 +134,9 @@ def test_twins_of_the_tasks_differ_in_their_first_step_alone() -> None:
     for i in range(6):
         for inputs, right in ((slow.inputs, slow.answer_ids), (slow.twin_inputs, slow.wrong_ids)):
             maze = WORDS.read_prompt(WORDS.decode(inputs["input_ids"][i].tolist()))
-            assert WORDS.tokens[right[i][0]] == str(maze.shortest()[1][0])
+            assert [WORDS.tokens[right[i][0]]] == WORDS.cell(maze.shortest()[1])
             written = WORDS.decode(inputs["decoder_input_ids"][i].tolist())
-            assert written[-4:] == ["plan", *map(str, maze.start), "plan"]
+            assert written[-3:] == ["plan", *WORDS.cell(maze.start), "plan"]
             assert written.count("create") == study.N_CREATES
 
 
