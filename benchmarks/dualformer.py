@@ -22,6 +22,7 @@ from workbench.mechanisms.dualformer import load, study, think
 from workbench.mechanisms.dualformer.card import RESULTS
 from workbench.mechanisms.dualformer.model import Thought
 from workbench.mechanisms.dualformer.training import held_out
+from workbench.storage.json_text import finite
 
 RUNS = {
     "dual, fast": ("dual", "fast"), "dual, slow": ("dual", "slow"), "dual, auto": ("dual", "auto"),
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     given = parser.parse_args()
     found = {"training": training(given.folder), **modes(given.folder, given.mazes)}
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")  # the circuits take longer
+    RESULTS.write_text(json.dumps(finite(found), indent=1) + "\n")  # the circuits take longer
     rows = [
         [name, *("{:.1%} [{:.1%}, {:.1%}]".format(*one[key]) for key in ("optimal", "solved")),
          "{:.1f} [{:.1f}, {:.1f}]".format(*one["n_trace"]), f"{one['fast']:.0%}"]
@@ -119,7 +120,7 @@ def main() -> None:
     ]  # fmt: skip
     print(table(["taught, mode", "shortest plans", "solved", "tokens of the trace", "without trace"], rows))
     found["circuits"] = circuits(given.folder, given.prompts)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(finite(found), indent=1) + "\n")
 
 
 if __name__ == "__main__":

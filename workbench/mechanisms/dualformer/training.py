@@ -94,7 +94,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    kind: str, folder: Path, *, steps: int = 3000, size: int = 64, seed: int = 0, rate: float = 3e-3, every: int = 100
+    kind: str, folder: Path, *, steps: int = 1500, size: int = 64, seed: int = 0, rate: float = 3e-3, every: int = 50
 ) -> T5ForConditionalGeneration:
     """Train a maze transformer, or go on with one; the trained weights are in `folder/kind.safetensors`.
 
@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", choices=list(MIXTURES), default="dual")
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--size", type=int, default=64)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
