@@ -63,7 +63,7 @@ def circuits(folder: Path, n: int) -> dict[str, Any]:
         several = {}
         for name, task in tasks.items():
             say(f"circuit of {name}")
-            several[name] = workbench.find_circuit(wb, task, "eap_ig", n_edges=0.05, progress=False)
+            several[name] = workbench.find_circuit(wb, task, "eap_ig", n_edges=0.1, progress=False)
             faithful = workbench.circuit_faithfulness(wb, several[name], task, progress=False)
             found["tasks"][name] = {
                 "accuracy": task.accuracy(wb.model, None), "clean": float(several[name].clean.mean()),
@@ -89,8 +89,8 @@ def circuits(folder: Path, n: int) -> dict[str, Any]:
                 ],
             }  # fmt: skip
         say("where the mode is held")
-        patched = workbench.patch_layers(wb, tasks["mode"], positions=[1], progress=False)
-        rows = patched.table[["row", "score", "low", "high"]].to_dict("records")
+        patched = workbench.patch_layers(wb, tasks["mode"], positions=[1, 2], progress=False)
+        rows = patched.table[["row", "position", "score", "low", "high"]].to_dict("records")
         found["mode_patching"] = [row for row in rows if str(row["row"]).startswith("decoder")]
     return found
 

@@ -2,7 +2,7 @@
 
 Ten models with a planted circuit and three without; what counts is whether the verdict is right and the heads named
 are those that were planted, no more and no less, what it cost, and how much of the time was the investigator's own.
-Everything is kept on disk as it comes. Writes `results.json` beside the investigator, which Agent S2's card reads.
+Writes `results.json` beside the investigator, which Agent S2's card reads.
 
     python benchmarks/investigator.py [--prompts 16] [--budgets 700 1500 20000]
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,9 @@ FIXED = (
 
 
 def fixed(prompt: str) -> str:
-    """A planner that always answers the same."""
-    return json.dumps({"why": "as always", "because": [0], "steps": FIXED})
+    """A planner that always plans the same, and goes on behind what failed."""
+    done = len(json.loads(prompt.split("What is known:\n")[1])["findings"]) - 1
+    return json.dumps({"why": "as always", "because": [0], "steps": FIXED[done:]})
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -51,10 +51,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def run(options: dict[str, Any], made: Planted, forwards: int) -> tuple[bool, workbench.Investigation]:
     """Whether the verdict and the heads are right, and the investigation."""
-    with tempfile.TemporaryDirectory() as folder, workbench.attach(made.model, made.tokenizer) as wb:
-        found = workbench.investigate(
-            wb, made.task, forwards=forwards, resume=Path(folder) / "run", progress=False, **options
-        )
+    with workbench.attach(made.model, made.tokenizer) as wb:
+        found = workbench.investigate(wb, made.task, forwards=forwards, progress=False, **options)
     return set(found.heads) == set(made.heads) and found.verdict == ("circuit" if made.heads else "none"), found
 
 
@@ -93,7 +91,7 @@ def main() -> None:
     ]  # fmt: skip
     print(table(["budget", "the other way", "right", "forwards"], gaps))
     share = own / busy
-    print(f"\nThe investigator's own work, files included, took {share:.2%} of its analyses' {busy:.1f} s.")
+    print(f"\nThe investigator's own work took {share:.2%} of its analyses' {busy:.1f} s.")
     claim = _claim(given.budgets[0], held)
     RESULTS.write_text(json.dumps({"claim": claim, "own_share": share, "ways": held}, indent=1) + "\n")
 

@@ -181,14 +181,15 @@ def test_forced_tokens_give_the_wanted_grammar(shipped: torch.nn.Module) -> None
     assert sum(thought.answer is not None and bool(thought.answer.trace) for thought in slow) >= 22
 
 
-def test_the_residual_stream_at_the_control_token_holds_the_mode(shipped: torch.nn.Module) -> None:
+def test_the_residual_stream_holds_the_mode_at_the_control_token_and_then_behind_it(shipped: torch.nn.Module) -> None:
     task = study.mode_task(8)
     with workbench.attach(shipped) as wb:
-        found = workbench.patch_layers(wb, task, positions=[1], progress=False)
-    table = found.table
-    scores = table[table["row"].str.startswith("decoder")].set_index("layer")["score"]
-    assert scores[0] == pytest.approx(1, abs=1e-4)  # the token itself
-    assert scores[1] > 0.8  # what the first block made of it
+        table = workbench.patch_layers(wb, task, positions=[1, 2], progress=False).table
+    decoder = table[table["row"].str.startswith("decoder")]
+    scores = decoder.set_index(["layer", "position"])["score"]
+    assert scores[0, 1] == pytest.approx(1, abs=1e-4)  # the control token itself
+    assert scores[1, 2] > 0.8  # from which the first block has told the token behind it
+    assert abs(scores[1, 1]) < 0.2
 
 
 def test_a_file_that_claims_a_huge_model_allocates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
