@@ -1,7 +1,7 @@
 """The maze transformer's modes: shortest plans and trace lengths, beside models taught otherwise, and their circuits.
 
-Writes `results.json` beside the shipped weights, which its card and the gallery read. The models are trained with
-`python -m workbench.mechanisms.dualformer.training --kind dual|full|solution --folder FOLDER`.
+Writes `results.json` beside the shipped weights, which its card and the gallery read. Models that are not in the folder
+are left out; they are trained with `python -m workbench.mechanisms.dualformer.training --kind dual|full|solution --folder FOLDER`.
 
     python benchmarks/dualformer.py --folder FOLDER [--mazes 500] [--prompts 32]
 """
@@ -45,11 +45,14 @@ def gap(a: list[Thought], b: list[Thought], what: str) -> list[float]:
 def modes(folder: Path, n: int) -> dict[str, Any]:
     """Scores of each mode, and paired differences."""
     mazes, runs = held_out(n, seed=1), {}
-    for name, (kind, mode) in RUNS.items():
+    there = {name: run for name, run in RUNS.items() if (folder / f"{run[0]}.safetensors").is_file()}
+    for name, (kind, mode) in there.items():
         say(name)
         runs[name] = think(load(folder / f"{kind}.safetensors"), mazes, mode)
     gaps = {}
     for name, (a, b) in GAPS.items():
+        if not {a, b} <= set(runs):
+            continue
         gaps[f"optimal, {name}"] = gap(runs[a], runs[b], "optimal")
         gaps[f"trace, {name}"] = gap(runs[a], runs[b], "n_trace")
     return {"modes": {name: study.to_json(study.scores(run)) for name, run in runs.items()}, "differences": gaps}
@@ -97,7 +100,8 @@ def circuits(folder: Path, n: int) -> dict[str, Any]:
 
 def training(folder: Path) -> dict[str, Any]:
     """How each model was trained."""
-    told = {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in ("dual", "full", "solution")}
+    kinds = [kind for kind in ("dual", "full", "solution") if (folder / f"{kind}.safetensors").is_file()]
+    told = {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in kinds}
     return {
         kind: {"seconds": round(each["seconds"]), "losses": each["losses"], **each["settings"]}
         for kind, each in told.items()
