@@ -1,7 +1,8 @@
 """The maze transformer's modes: shortest plans and trace lengths, beside models taught otherwise, and their circuits.
 
 Writes `results.json` beside the shipped weights, which its card and the gallery read. Models that are not in the folder
-are left out; they are trained with `python -m workbench.mechanisms.dualformer.training --kind dual|full|solution --folder FOLDER`.
+are left out; `python -m workbench.mechanisms.dualformer.training --kind KIND --folder FOLDER` trains "dual", "full" and
+"solution".
 
     python benchmarks/dualformer.py --folder FOLDER [--mazes 500] [--prompts 32]
 """
