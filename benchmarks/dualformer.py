@@ -4,7 +4,7 @@ Writes `results.json` beside the shipped weights, which its card and the gallery
 are left out; `python -m workbench.mechanisms.dualformer.training --kind KIND --folder FOLDER` trains "dual", "full" and
 "solution".
 
-    python benchmarks/dualformer.py --folder FOLDER [--mazes 500] [--prompts 32]
+    python benchmarks/dualformer.py --folder FOLDER [--mazes 500] [--prompts 32] [--modes-only]
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--mazes", type=int, default=500)
     parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--modes-only", action="store_true", help="keep the circuits that were found before")
     given = parser.parse_args()
+    before = json.loads(RESULTS.read_text()) if given.modes_only else {}
     found = {"training": training(given.folder), **modes(given.folder, given.mazes)}
     RESULTS.write_text(json.dumps(finite(found), indent=1) + "\n")  # the circuits take longer
     rows = [
@@ -124,7 +126,7 @@ def main() -> None:
         for name, one in found["modes"].items()
     ]  # fmt: skip
     print(table(["taught, mode", "shortest plans", "solved", "tokens of the trace", "without trace"], rows))
-    found["circuits"] = circuits(given.folder, given.prompts)
+    found["circuits"] = before["circuits"] if given.modes_only else circuits(given.folder, given.prompts)
     RESULTS.write_text(json.dumps(finite(found), indent=1) + "\n")
 
 
