@@ -187,9 +187,9 @@ def test_the_residual_stream_holds_the_mode_at_the_control_token_and_then_behind
         table = workbench.patch_layers(wb, task, positions=[1, 2], progress=False).table
     decoder = table[table["row"].str.startswith("decoder")]
     scores = decoder.set_index(["layer", "position"])["score"]
-    assert scores[0, 1] == pytest.approx(1, abs=1e-4)  # the control token itself
-    assert scores[1, 2] > 0.8  # from which the first block has told the token behind it
-    assert abs(scores[1, 1]) < 0.2
+    assert scores[0, "1"] == pytest.approx(1, abs=1e-4)  # the control token itself
+    assert scores[1, "2"] > 0.8  # from which the first block has told the token behind it
+    assert abs(scores[1, "1"]) < 0.2
 
 
 def test_a_file_that_claims_a_huge_model_allocates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
