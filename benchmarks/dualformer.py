@@ -1,9 +1,10 @@
 """The maze transformer's modes: shortest plans and trace lengths, beside models taught otherwise, and their circuits.
 
-Writes `results.json` beside the shipped weights, which its card and the gallery read. The models are trained with
-`python -m workbench.mechanisms.dualformer.training --kind dual|full|solution --folder FOLDER`.
+Writes `results.json` beside the shipped weights, which its card and the gallery read. Models that are not in the folder
+are left out; `python -m workbench.mechanisms.dualformer.training --kind KIND --folder FOLDER` trains "dual", "full" and
+"solution".
 
-    python benchmarks/dualformer.py --folder FOLDER [--mazes 500] [--prompts 32]
+    python benchmarks/dualformer.py --folder FOLDER [--mazes 500] [--prompts 32] [--modes-only]
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from workbench.mechanisms.dualformer import load, study, think
 from workbench.mechanisms.dualformer.card import RESULTS
 from workbench.mechanisms.dualformer.model import Thought
 from workbench.mechanisms.dualformer.training import held_out
+from workbench.storage.json_text import finite
 
 RUNS = {
     "dual, fast": ("dual", "fast"), "dual, slow": ("dual", "slow"), "dual, auto": ("dual", "auto"),
@@ -44,11 +46,14 @@ def gap(a: list[Thought], b: list[Thought], what: str) -> list[float]:
 def modes(folder: Path, n: int) -> dict[str, Any]:
     """Scores of each mode, and paired differences."""
     mazes, runs = held_out(n, seed=1), {}
-    for name, (kind, mode) in RUNS.items():
+    there = {name: run for name, run in RUNS.items() if (folder / f"{run[0]}.safetensors").is_file()}
+    for name, (kind, mode) in there.items():
         say(name)
         runs[name] = think(load(folder / f"{kind}.safetensors"), mazes, mode)
     gaps = {}
     for name, (a, b) in GAPS.items():
+        if not {a, b} <= set(runs):
+            continue
         gaps[f"optimal, {name}"] = gap(runs[a], runs[b], "optimal")
         gaps[f"trace, {name}"] = gap(runs[a], runs[b], "n_trace")
     return {"modes": {name: study.to_json(study.scores(run)) for name, run in runs.items()}, "differences": gaps}
@@ -62,7 +67,7 @@ def circuits(folder: Path, n: int) -> dict[str, Any]:
         several = {}
         for name, task in tasks.items():
             say(f"circuit of {name}")
-            several[name] = workbench.find_circuit(wb, task, "eap_ig", n_edges=0.05, progress=False)
+            several[name] = workbench.find_circuit(wb, task, "eap_ig", n_edges=0.1, progress=False)
             faithful = workbench.circuit_faithfulness(wb, several[name], task, progress=False)
             found["tasks"][name] = {
                 "accuracy": task.accuracy(wb.model, None), "clean": float(several[name].clean.mean()),
@@ -88,15 +93,16 @@ def circuits(folder: Path, n: int) -> dict[str, Any]:
                 ],
             }  # fmt: skip
         say("where the mode is held")
-        patched = workbench.patch_layers(wb, tasks["mode"], positions=[1], progress=False)
-        rows = patched.table[["row", "score", "low", "high"]].to_dict("records")
+        patched = workbench.patch_layers(wb, tasks["mode"], positions=[1, 2], progress=False)
+        rows = patched.table[["row", "position", "score", "low", "high"]].to_dict("records")
         found["mode_patching"] = [row for row in rows if str(row["row"]).startswith("decoder")]
     return found
 
 
 def training(folder: Path) -> dict[str, Any]:
     """How each model was trained."""
-    told = {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in ("dual", "full", "solution")}
+    kinds = [kind for kind in ("dual", "full", "solution") if (folder / f"{kind}.safetensors").is_file()]
+    told = {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in kinds}
     return {
         kind: {"seconds": round(each["seconds"]), "losses": each["losses"], **each["settings"]}
         for kind, each in told.items()
@@ -109,17 +115,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--mazes", type=int, default=500)
     parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--modes-only", action="store_true", help="keep the circuits that were found before")
     given = parser.parse_args()
+    before = json.loads(RESULTS.read_text()) if given.modes_only else {}
     found = {"training": training(given.folder), **modes(given.folder, given.mazes)}
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")  # the circuits take longer
+    RESULTS.write_text(json.dumps(finite(found), indent=1) + "\n")  # the circuits take longer
     rows = [
         [name, *("{:.1%} [{:.1%}, {:.1%}]".format(*one[key]) for key in ("optimal", "solved")),
          "{:.1f} [{:.1f}, {:.1f}]".format(*one["n_trace"]), f"{one['fast']:.0%}"]
         for name, one in found["modes"].items()
     ]  # fmt: skip
     print(table(["taught, mode", "shortest plans", "solved", "tokens of the trace", "without trace"], rows))
-    found["circuits"] = circuits(given.folder, given.prompts)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    found["circuits"] = before["circuits"] if given.modes_only else circuits(given.folder, given.prompts)
+    RESULTS.write_text(json.dumps(finite(found), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ def test_the_gallery_has_places_for_papers_without_a_mechanism(tmp_path: Path) -
         assert f"{name}: {exhibit.card().title}" in text
         assert all(isinstance(view, View) for view in exhibit.all())
     assert "L0H" in text  # the investigation that is shown found its circuit
+    for view in EXHIBITS["agent-s2"].views():  # each finding came from one analysis, each action goes to one expert
+        _, row, value = view.data().columns
+        assert set(view.data().groupby(row)[value].sum()) == {1}
 
 
 def test_cards_say_what_was_not_examined() -> None:

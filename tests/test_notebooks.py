@@ -22,6 +22,7 @@ SMALL: dict[str, dict[str, int]] = {
     "05-cross-attention": {"N_CLIPS": 2, "N_MASKS": 40, "N_ENCODER_MASKS": 40},
     "06-capacity": {"N_PROMPTS": 12, "N_REPEATS": 3, "N_CHOICES": 6},
     "07-linear-layers": {"N_STEPS": 3},
+    "10-two-ways-of-thinking": {"N_MAZES": 12, "N_PROMPTS": 8, "N_DRAWS": 20},
 }
 """What a test gives in place of a notebook's own parameters: the cell with the tag `parameters` says what there is."""
 

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 
 from workbench.gallery import looking, processes
 from workbench.investigator import ANALYSES, Investigation, investigate
+from workbench.investigator.screen import EXPERTS, ROUTES, route
 from workbench.mechanisms import Card, Claim
 from workbench.mechanisms.dualformer import Vocabulary, draw, drop, search
 from workbench.mechanisms.dualformer.card import card as dualformer_card
@@ -164,7 +165,7 @@ def agent_s2_card() -> Card:
         grade="exact",
         cost="One plan a finding; with rules less than a hundredth of the analyses.",
         causal="always",
-        beside="Grounding on a screen has no counterpart here, and is left out.",
+        beside="Which expert grounds an action on a screen (`investigator.screen`); the experts are left out.",
         code="simular-ai/Agent-S, Apache-2.0; nothing of it is used. `workbench.investigate` plans analyses of a model "
         "in the place of clicks.",
         claims=(
@@ -179,7 +180,7 @@ def _agent_s2() -> list[View]:
     made = planted("chain", n=16)
     with attach(made.model, made.tokenizer) as wb:
         found = investigate(wb, made.task, progress=False)
-    return [_routing(found)]
+    return [_routing(found), _experts()]
 
 
 def _routing(found: Investigation) -> View:
@@ -191,6 +192,18 @@ def _routing(found: Investigation) -> View:
     return figure(
         fig, title="Which analysis each finding came from",
         caption=f"An investigation of a model into which a chain of three heads was planted: {found.answer[0].text}",
+    )  # fmt: skip
+
+
+def _experts() -> View:
+    """Which expert finds the place that an action names."""
+    actions = list(ROUTES)
+    fig = go.Figure(go.Heatmap(z=route(actions).tolist(), x=list(EXPERTS), y=actions, showscale=False))
+    fig.update_yaxes(autorange="reversed", title="action")
+    return figure(
+        fig, title="Which expert grounds each action",
+        caption="Agent S2’s mixture of grounding: the name of an action alone decides who finds its place on the "
+        "screen. “none” needs no place.",
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 `manager` runs it, `rules` plans without a language model, `plan` is the protocol of any planner, `analyses` is what may
 be run of a `subject`, `budget` keeps to forwards and minutes, `memory` has past investigations, `writing` makes the
-report.
+report. `screen` has how Agent S2 chooses who finds a place on a screen.
 """
 
 from workbench.investigator.budget import Budget, BudgetSpent

@@ -60,11 +60,19 @@ def report_of(found: Told) -> Report:
         seeds=found.identity.get("seed"),
     )  # fmt: skip
     ended = f"It ended so: {found.ended}" if found.ended else "It has not ended: resume goes on with it."
-    page.add(_costs(found), title="What it cost", note=_linked([Sentence(ended, ())]))
+    page.add(_costs(found), title="What it cost", note=_linked([Sentence(ended, _last(found))]))
     page.add(_reasoning(found), title="How it went")
     for finding in found.findings:
         _add(page, finding)
     return page
+
+
+def _last(found: Told) -> tuple[int, ...]:
+    """The findings on which the end rests: those of the plan that ended it, or the last one."""
+    plan = found.plans[-1].plan if found.plans else None
+    if plan is not None and not plan.steps and plan.because:
+        return plan.because
+    return tuple(finding.number for finding in found.findings[-1:])
 
 
 def _answer(found: Told) -> str:

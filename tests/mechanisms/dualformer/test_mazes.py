@@ -7,8 +7,8 @@ import pytest
 
 from workbench import TaskError
 from workbench.mechanisms.dualformer import DUAL, FULL, SOLUTION, Maze, Mixture, Vocabulary, draw, drop, search
-from workbench.mechanisms.dualformer.model import WORDS
 
+PAPER = Vocabulary(5, 5)
 SIZES = [(2, 2), (5, 5), (7, 4), (3, 9)]
 
 
@@ -32,9 +32,10 @@ def by_hand(maze: Maze) -> int:
     raise AssertionError
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("width", "height"), SIZES)
-def test_the_plan_of_the_search_is_a_shortest_one_and_reads_back(width: int, height: int) -> None:
-    source, words = random.Random(1), Vocabulary(width, height)
+def test_the_plan_of_the_search_is_a_shortest_one_and_reads_back(width: int, height: int, whole: bool) -> None:
+    source, words = random.Random(1), Vocabulary(width, height, whole)
     for maze in drawn(25, width, height):
         for given in (None, source):
             trace, plan = search(maze, given)
@@ -43,7 +44,7 @@ def test_the_plan_of_the_search_is_a_shortest_one_and_reads_back(width: int, hei
             answer = words.read_answer(["bos", *words.trace(trace), *words.plan(plan), "eos"])
             assert answer.plan == tuple(plan)
             assert answer.trace == tuple(map(tuple, trace))
-            assert answer.n_trace == 5 * len(trace)
+            assert answer.n_trace == (5 - whole) * len(trace)
         assert words.read_prompt(words.prompt(maze)) == maze
         assert words.decode(words.encode(words.prompt(maze))) == words.prompt(maze)
 
@@ -72,7 +73,7 @@ def test_what_each_level_leaves() -> None:
         trace, plan = search(maze, random.Random(3))
         steps = 3 * len(plan)
         n_c = sum(clause.do == "create" for clause in trace)
-        tokens = {level: drop(WORDS, trace, plan, level, random.Random(level)) for level in range(5)}
+        tokens = {level: drop(PAPER, trace, plan, level, random.Random(level)) for level in range(5)}
         assert len(tokens[0]) - steps == 5 * len(trace)
         assert len(tokens[1]) - steps == 5 * n_c
         assert len(tokens[2]) - steps == 3 * n_c
@@ -81,7 +82,7 @@ def test_what_each_level_leaves() -> None:
         some = [tuple(tokens[3][i : i + 3]) for i in range(0, len(tokens[3]) - steps, 3)]
         rest = iter(whole)
         assert all(clause in rest for clause in some)  # a part of them, in their order
-        code = drop(WORDS, trace, plan, 3, random.Random(0), "repo_maze")
+        code = drop(PAPER, trace, plan, 3, random.Random(0), "repo_maze")
         gone = n_c - (len(code) - steps) // 5
         assert round(0.1 * n_c) <= gone <= round(0.4 * n_c)
         assert (len(code) - steps) % 5 == 0
@@ -92,7 +93,7 @@ def test_level_3_drops_three_of_ten_in_the_mean() -> None:
     for maze in drawn(200):
         trace, plan = search(maze, source)
         before += sum(clause.do == "create" for clause in trace)
-        after += (len(drop(WORDS, trace, plan, 3, source)) - 3 * len(plan)) // 3
+        after += (len(drop(PAPER, trace, plan, 3, source)) - 3 * len(plan)) // 3
     assert 0.27 < 1 - after / before < 0.33
 
 
@@ -124,7 +125,7 @@ def test_a_maze_without_a_way_is_refused_with_a_reason() -> None:
     with pytest.raises(TaskError, match="outside"):
         Maze(3, 3, frozenset(), (0, 3), (2, 2))
     with pytest.raises(TaskError, match="no level 5"):
-        drop(WORDS, [], [], 5, random.Random(0))
+        drop(PAPER, [], [], 5, random.Random(0))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_what_is_wrong_with_a_plan(plan: list[tuple[int, int]], said: str) -> No
 )
 def test_answers_that_do_not_parse_say_where(text: str, said: str) -> None:
     with pytest.raises(TaskError, match=said):
-        WORDS.read_answer(text.split())
+        PAPER.read_answer(text.split())
 
 
 @pytest.mark.parametrize(
@@ -169,10 +170,13 @@ def test_answers_that_do_not_parse_say_where(text: str, said: str) -> None:
         ("start 0 0 goal 1 1 wall 0 0", "is a wall"),
         ("start 0 0 goal 1 1 wall 2 2 wall 2 2", "twice"),
         ("start 0 0 goal 9 1", "outside"),
+        ("start:0,0 goal:4,4 wall:5,1", "outside"),
+        ("start:0,0 goal:1", "coordinate"),
+        ("start:0,0 goal:x,1", "a cell is expected"),
     ],
 )
 def test_prompts_that_do_not_parse_say_where(text: str, said: str) -> None:
     with pytest.raises(TaskError, match=said):
-        WORDS.read_prompt(text.split())
+        Vocabulary(5, 5, ":" in text).read_prompt(text.split())
     with pytest.raises(TaskError, match="no token 'door'"):
-        WORDS.encode(["door"])
+        PAPER.encode(["door"])

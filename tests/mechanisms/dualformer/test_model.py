@@ -8,7 +8,7 @@ import torch
 
 import workbench
 from workbench import FormatError, TaskError, WorkbenchError
-from workbench.mechanisms.dualformer import MIXTURES, Maze, load, model, study, think, training
+from workbench.mechanisms.dualformer import MIXTURES, Maze, load, model, search, study, think, training
 from workbench.mechanisms.dualformer.dropping import DUAL, FULL, SOLUTION
 from workbench.mechanisms.dualformer.model import WORDS, build
 
@@ -33,10 +33,12 @@ def test_what_a_model_is_taught_is_what_the_mixture_says() -> None:
         assert {row[0] for row in rows} == starts
         assert all(row[-1] == "eos" for row in rows)
         assert (batch["decoder_input_ids"][:, 0] == WORDS.ids["bos"]).all()
-    for row in (row for batch in training.batches(FULL, 4, seed=1) for row in tokens_of(batch)):
-        answer = WORDS.read_answer(row)
-        assert {clause[0] for clause in answer.trace} == {"create", "close"}
-        assert None not in answer.trace[0]
+    for mixture in (FULL, SOLUTION):  # whole traces, and plans alone
+        for batch in training.batches(mixture, 4, seed=1):
+            for ids, row in zip(batch["input_ids"].tolist(), tokens_of(batch), strict=True):
+                trace, plan = search(WORDS.read_prompt([WORDS.tokens[i] for i in ids if i]))
+                told = (WORDS.trace(trace) if mixture is FULL else []) + WORDS.plan(plan)
+                assert row == [*told, "eos"]
 
 
 def test_no_training_sees_what_is_held_out() -> None:
@@ -132,9 +134,9 @@ def test_twins_of_the_tasks_differ_in_their_first_step_alone() -> None:
     for i in range(6):
         for inputs, right in ((slow.inputs, slow.answer_ids), (slow.twin_inputs, slow.wrong_ids)):
             maze = WORDS.read_prompt(WORDS.decode(inputs["input_ids"][i].tolist()))
-            assert WORDS.tokens[right[i][0]] == str(maze.shortest()[1][0])
+            assert [WORDS.tokens[right[i][0]]] == WORDS.cell(maze.shortest()[1])
             written = WORDS.decode(inputs["decoder_input_ids"][i].tolist())
-            assert written[-4:] == ["plan", *map(str, maze.start), "plan"]
+            assert written[-3:] == ["plan", *WORDS.cell(maze.start), "plan"]
             assert written.count("create") == study.N_CREATES
 
 
@@ -179,14 +181,15 @@ def test_forced_tokens_give_the_wanted_grammar(shipped: torch.nn.Module) -> None
     assert sum(thought.answer is not None and bool(thought.answer.trace) for thought in slow) >= 22
 
 
-def test_the_residual_stream_at_the_control_token_holds_the_mode(shipped: torch.nn.Module) -> None:
+def test_the_residual_stream_holds_the_mode_at_the_control_token_and_then_behind_it(shipped: torch.nn.Module) -> None:
     task = study.mode_task(8)
     with workbench.attach(shipped) as wb:
-        found = workbench.patch_layers(wb, task, positions=[1], progress=False)
-    table = found.table
-    scores = table[table["row"].str.startswith("decoder")].set_index("layer")["score"]
-    assert scores[0] == pytest.approx(1, abs=1e-4)  # the token itself
-    assert scores[1] > 0.8  # what the first block made of it
+        table = workbench.patch_layers(wb, task, positions=[1, 2], progress=False).table
+    decoder = table[table["row"].str.startswith("decoder")]
+    scores = decoder.set_index(["layer", "position"])["score"]
+    assert scores[0, "1"] == pytest.approx(1, abs=1e-4)  # the control token itself
+    assert scores[1, "2"] > 0.8  # from which the first block has told the token behind it
+    assert abs(scores[1, "1"]) < 0.2
 
 
 def test_a_file_that_claims_a_huge_model_allocates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

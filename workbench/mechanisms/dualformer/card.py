@@ -11,7 +11,7 @@ from workbench.mechanisms.frame.card import Outcome
 from workbench.storage.parts import parse
 
 RESULTS = Path(__file__).parent / "results.json"
-_HOW = "benchmarks/dualformer.py, 4 x 4 mazes, paired over mazes, 95 % intervals"
+_HOW = "benchmarks/dualformer.py, 5 x 5 mazes, paired over mazes, 95 % intervals"
 _PLANS = "share of shortest plans {:+.1%} [{:+.1%}, {:+.1%}]"
 _TOKENS = "tokens of a trace {:+.1f} [{:+.1f}, {:+.1f}]"
 _CLAIMS = (

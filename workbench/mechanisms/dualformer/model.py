@@ -18,7 +18,7 @@ from workbench.storage import files
 if TYPE_CHECKING:
     from transformers import T5ForConditionalGeneration
 
-WORDS = Vocabulary(4, 4)
+WORDS = Vocabulary(5, 5, whole=True)
 """The tokens of the models that are trained here."""
 MODES = {"fast": "plan", "slow": "create", "auto": None}
 SHIPPED = Path(__file__).parent / "dualformer.safetensors"
@@ -52,7 +52,7 @@ def save(model: T5ForConditionalGeneration, path: Path, facts: dict[str, Any]) -
 
 
 def load(path: str | Path = SHIPPED) -> T5ForConditionalGeneration:
-    """A trained model: the shipped one by default, taught with `dropping.DUAL` on mazes of 4 x 4 cells.
+    """A trained model: the shipped one by default, taught with `dropping.DUAL` on mazes of 5 x 5 cells.
 
     Raises:
         WorkbenchError: no weights ship with this version. FormatError: no such file, or weights that do not fit.

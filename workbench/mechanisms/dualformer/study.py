@@ -17,7 +17,7 @@ from workbench.mechanisms.dualformer.model import WORDS, Thought, prompts
 from workbench.mechanisms.dualformer.tokens import BOS
 from workbench.tasks import InputTask, from_inputs
 
-N_WALLS, N_CREATES = 6, 7
+N_WALLS, N_CREATES = 10, 10
 """Of the mazes of the tasks: as many tokens in all prompts, and in all traces."""
 _TRIES = 400  # mazes with the same start and goal, among which twins are looked for
 
@@ -68,9 +68,9 @@ def _mean(values: Sequence[bool]) -> float:
 def step_task(mode: str, n: int = 32, seed: int = 0) -> InputTask:
     """The first step of a plan: fast, from the maze alone, or slow, behind the create clauses of its search.
 
-    The encoder reads the maze; the decoder has written `plan x y plan` of the start, behind `bos`, or behind a trace
-    of level 2. The next token is the column of the second cell. The twin has the same start and goal, as many walls and
-    clauses, and its only shortest plan begins in another column. Both modes have the same mazes.
+    The encoder reads the maze; the decoder has written `plan x,y plan` of the start, behind `bos`, or behind a trace
+    of level 2. The next token is the plan's second cell. The twin has the same start and goal, as many walls and
+    clauses, and its only shortest plan has another second cell. Both modes have the same mazes.
 
     Args:
         mode: "fast" or "slow". n: mazes. seed: of the mazes.
@@ -84,7 +84,7 @@ def step_task(mode: str, n: int = 32, seed: int = 0) -> InputTask:
     while len(pairs) < n:
         pairs += list(_twins(source))[: n - len(pairs)]
     inputs, twins = (_inputs([pair[i] for pair in pairs], mode) for i in (0, 1))
-    right, wrong = ([WORDS.ids[str(pair[i].second[0])] for pair in pairs] for i in (0, 1))
+    right, wrong = ([WORDS.encode(WORDS.cell(pair[i].second))[0] for pair in pairs] for i in (0, 1))
     return from_inputs(
         inputs,
         twins,
@@ -92,7 +92,7 @@ def step_task(mode: str, n: int = 32, seed: int = 0) -> InputTask:
         wrong,
         name=f"first step, {mode}",
         source="random mazes",
-        positions={"start": 1, "goal": 4},
+        positions={"start": 0, "goal": 1},
     )
 
 
@@ -106,7 +106,7 @@ def mode_task(n: int = 32, seed: int = 0) -> InputTask:
         mazes += [one.maze for pair in _twins(source) for one in pair][: n - len(mazes)]
     ids, _ = prompts(mazes)
     written = [
-        torch.tensor([WORDS.encode([BOS, word, *map(str, maze.start)]) for maze in mazes])
+        torch.tensor([WORDS.encode([BOS, word, *WORDS.cell(maze.start)]) for maze in mazes])
         for word in ("plan", "create")
     ]
     slow = [WORDS.ids["create"], WORDS.ids["close"], WORDS.ids["c0"]]
@@ -124,11 +124,11 @@ class _Drawn:
 
 
 def _twins(source: random.Random) -> Iterator[tuple[_Drawn, _Drawn]]:
-    """Pairs of mazes of one start and goal whose plans begin in different columns; none or one."""
+    """Pairs of mazes of one start and goal whose plans begin with different steps; none or one."""
     cells = [(x, y) for x in range(WORDS.width) for y in range(WORDS.height)]
     start, goal = source.sample(cells, 2)
     others = [cell for cell in cells if cell not in (start, goal)]
-    found: dict[int, _Drawn] = {}
+    found: dict[Cell, _Drawn] = {}
     for _ in range(_TRIES):
         maze = Maze(WORDS.width, WORDS.height, frozenset(source.sample(others, N_WALLS)), start, goal)
         left = maze.distances()
@@ -137,15 +137,15 @@ def _twins(source: random.Random) -> Iterator[tuple[_Drawn, _Drawn]]:
         best = [cell for cell in maze.neighbours(start) if left.get(cell) == left[start] - 1]
         if len(best) != 1:
             continue
-        creates = tuple(clause for clause in search(maze, source)[0] if clause.do == "create")
+        creates = tuple(clause for clause in search(maze)[0] if clause.do == "create")
         if len(creates) != N_CREATES:
             continue
         one = _Drawn(maze, creates, best[0])
-        other = next((each for column, each in found.items() if column != one.second[0]), None)
+        other = next((each for second, each in found.items() if second != one.second), None)
         if other is not None:
             yield other, one
             return
-        found.setdefault(one.second[0], one)
+        found.setdefault(one.second, one)
 
 
 def _inputs(drawn: Sequence[_Drawn], mode: str) -> dict[str, Tensor]:
@@ -153,8 +153,7 @@ def _inputs(drawn: Sequence[_Drawn], mode: str) -> dict[str, Tensor]:
     rows = []
     for one in drawn:
         trace = WORDS.trace(one.creates, costs=False) if mode == "slow" else []
-        x, y = map(str, one.maze.start)
-        rows.append(WORDS.encode([BOS, *trace, "plan", x, y, "plan"]))
+        rows.append(WORDS.encode([BOS, *trace, "plan", *WORDS.cell(one.maze.start), "plan"]))
     return {"input_ids": ids, "decoder_input_ids": torch.tensor(rows)}
 
 
@@ -177,7 +176,7 @@ def token_flow(weights: Tensor, queries: Sequence[str], keys: Sequence[str]) -> 
 
 
 def _class(token: str) -> str:
-    if token.isdecimal():
+    if token[0].isdecimal():
         return "cell"
     return "cost" if token.startswith("c") and token[1:].isdecimal() else token
 

@@ -29,7 +29,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens for mazes of up to width x height cells: words, integers, and costs c0, c1, …
+    """The tokens for mazes of up to width x height cells: words, cells, and costs c0, c1, …
+
+    Attributes:
+        whole: a cell is one token, "2,1", where the paper has two integers. In prompts it is one with the word before
+            it, "wall:2,1": a maze is then a set of tokens, in which nothing has to be put together first.
 
     >>> words = Vocabulary(3, 2)
     >>> maze = Maze(3, 2, frozenset({(1, 0)}), (0, 0), (2, 0))
@@ -37,17 +41,23 @@ class Vocabulary:
     'start 0 0 goal 2 0 wall 1 0'
     >>> words.read_prompt(words.prompt(maze)) == maze
     True
+    >>> " ".join(Vocabulary(3, 2, whole=True).prompt(maze))
+    'start:0,0 goal:2,0 wall:1,0'
     """
 
     width: int
     height: int
+    whole: bool = False
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
         """All tokens, in the order of their ids."""
-        integers = (str(i) for i in range(max(self.width, self.height)))
         costs = (f"c{i}" for i in range(self.width * self.height))
-        return (PAD, BOS, EOS, *WORDS, *integers, *costs)
+        if not self.whole:
+            integers = (str(i) for i in range(max(self.width, self.height)))
+            return (PAD, BOS, EOS, *WORDS, *integers, *costs)
+        cells = [f"{x},{y}" for y in range(self.height) for x in range(self.width)]
+        return (PAD, BOS, EOS, *WORDS[3:], *cells, *costs, *(f"{word}:{cell}" for word in WORDS[:3] for cell in cells))
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -72,7 +82,14 @@ class Vocabulary:
     def prompt(self, maze: Maze) -> list[str]:
         """A maze; its walls in the order of their cells."""
         parts = [("start", maze.start), ("goal", maze.goal), *(("wall", wall) for wall in sorted(maze.walls))]
-        return [token for word, (x, y) in parts for token in (word, str(x), str(y))]
+        if self.whole:
+            return [f"{word}:{x},{y}" for word, (x, y) in parts]
+        return [token for word, cell in parts for token in (word, *self.cell(cell))]
+
+    def cell(self, cell: Cell) -> list[str]:
+        """A cell, of one token or two."""
+        x, y = map(str, cell)
+        return [f"{x},{y}"] if self.whole else [x, y]
 
     def read_prompt(self, tokens: Sequence[str]) -> Maze:
         """The maze of a prompt.
@@ -80,7 +97,7 @@ class Vocabulary:
         Raises:
             TaskError: the tokens do not parse, or make no maze.
         """
-        read = _Reader(tokens)
+        read = _Reader([part for token in tokens for part in token.split(":", 1)] if self.whole else tokens)
         read.word("start")
         start = read.cell()
         read.word("goal")
@@ -94,15 +111,15 @@ class Vocabulary:
         return Maze(self.width, self.height, frozenset(walls), start, goal)
 
     def trace(self, clauses: Sequence[Clause], *, costs: bool = True) -> list[str]:
-        """Clauses of five tokens, or of three without costs."""
+        """Clauses of a word, a cell and two costs, or without these."""
         found = []
         for do, x, y, cost, left in clauses:
-            found += [do, str(x), str(y), *((f"c{cost}", f"c{left}") if costs else ())]
+            found += [do, *self.cell((x, y)), *((f"c{cost}", f"c{left}") if costs else ())]
         return found
 
     def plan(self, cells: Sequence[Cell]) -> list[str]:
         """The steps of a plan."""
-        return [token for x, y in cells for token in ("plan", str(x), str(y))]
+        return [token for cell in cells for token in ("plan", *self.cell(cell))]
 
     def read_answer(self, tokens: Sequence[str]) -> Answer:
         """The trace and plan that tokens say, from `bos` or what comes behind it to `eos`.
@@ -164,7 +181,13 @@ class _Reader:
         self.at += 1
 
     def cell(self) -> Cell:
-        return self._integer(), self._integer()
+        x, comma, y = self.next.partition(",")
+        if not comma:
+            return self._integer(), self._integer()
+        if not (x.isdecimal() and y.isdecimal()):
+            raise TaskError(f"a cell is expected, but {self.here}")
+        self.at += 1
+        return int(x), int(y)
 
     def cost(self) -> int:
         if not (self.next.startswith("c") and self.next[1:].isdecimal()):
