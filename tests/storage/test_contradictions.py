@@ -51,11 +51,13 @@ SIZES = {
     "AttentionRollout": {"site": 3, "place": 4},
     "Circuit": {"sender": len(GRAPH.senders), "receiver": len(GRAPH.receivers)},
     "Pruning": {"sender": len(GRAPH.senders), "receiver": len(GRAPH.receivers)},
+    "MemoryReading": {"query": 12, "cell": 12},
     "PatternAtlas": {"query": 16, "key": 16, "width": 5},
 }
 GIVEN: dict[str, dict[str, Any]] = {
     "Circuit": {"model": GRAPH.facts, "level": "edge"},
     "GateProfile": {"gates": ("a", "b"), "grids": {"a": (1, 2), "b": (2, 1)}},
+    "MemoryReading": {"grid": torch.tensor([3, 4])},
     "MemoryTree": {"frames": (0, 1, 2), "parents": (-1, 0, 1), "kept": (0, 0, 0)},
     "Pruning": {"model": GRAPH.facts},
     "PatternAtlas": {"weights": Autoencoder(16, 5).state_dict()},
