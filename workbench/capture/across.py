@@ -83,7 +83,7 @@ def across_stages(
     known = {site.name: site for site in everywhere}
     made = []
     for index, forward in enumerate(forwards):
-        found: dict[str, SiteCapture] = {}
+        found: dict[str, tuple[int, SiteCapture]] = {}
         for rank, stage in enumerate(told):
             for name, described in stage[index]["sites"].items():
                 mine = forward.sites.get(name) if rank == split.rank else None

@@ -94,7 +94,8 @@ def distributed_card() -> Card:
 @cache
 def simulated() -> dict[str, Simulated]:
     """A batch of documents on devices with a fast and with a slow network."""
-    draw, found = random.Random(0), []
+    draw = random.Random(0)
+    found: list[int] = []
     while (left := _DEVICES * _TOKENS - sum(found)) > 0:
         found.append(min(left, 65536, int(draw.lognormvariate(7.5, 1.8)) + 1))
     rates = {"400 Gbit/s": 5e10, "40 Gbit/s": 5e9}

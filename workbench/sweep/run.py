@@ -197,9 +197,9 @@ class _Batch:
         self.runner = runner
 
     def __call__(self, unit: tuple[int, Tensor, int, int]) -> tuple[Tensor, Iterator[tuple[Any, Tensor]]]:
-        number, *rest = unit
+        number, done, part, parts = unit
         output, clean = self.runner.clean(number)
-        return clean, self.runner.run(number, output, *rest)
+        return clean, self.runner.run(number, output, done, part, parts)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def packed(value: Any, known: Mapping[int, str] | None = None) -> bytes:
 
     names = known or {}
 
-    class Packer(cloudpickle.Pickler):  # type: ignore[misc]
+    class Packer(cloudpickle.Pickler):
         def persistent_id(self, one: Any) -> str | None:
             return names.get(id(one))
 

@@ -7,7 +7,7 @@ its sums and its file to go on from; only who computes a unit is an engine's mat
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
 from workbench.session.workbench import Workbench
@@ -18,10 +18,18 @@ Elsewhere = Callable[[], AbstractContextManager[Run]]
 """Made in a worker: opened once there, it gives the function that is run on each unit."""
 
 
+@contextmanager
+def as_here(function: Run) -> Iterator[Run]:
+    """For workers, the function that runs here."""
+    yield function
+
+
 class Engine(Protocol):
     """Who computes units of work."""
 
-    n_workers: int
+    @property
+    def n_workers(self) -> int:
+        """How many there are."""
 
     def send(self, wb: Workbench) -> None:
         """Bring a model to the workers, as it is now; called before anything of ours is opened on it."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from workbench.errors import WorkbenchError
 from workbench.hooks.nested import map_tensors
+from workbench.session.workbench import Workbench
 from workbench.workers.packing import attached, names_of, packed, unpacked
 
 
@@ -37,8 +38,10 @@ class Worker:
 
         torch.set_num_threads(threads)
         sys.path += [one for one in path if one not in sys.path and os.path.isdir(one)]
-        self._model, self._wb = "", None  # type: str, Workbench | None
-        self._job, self._opened, self._run = "", ExitStack(), None  # type: str, ExitStack, Any
+        self._model, self._job = "", ""
+        self._wb: Workbench | None = None
+        self._opened = ExitStack()
+        self._run: Any = None
 
     def pid(self) -> int:
         """Of its process."""

@@ -6,7 +6,6 @@ import hashlib
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -31,6 +30,7 @@ from workbench.storage.resumable import kept_when_stopped
 from workbench.sweep.inputs import check_resumed
 from workbench.tokens import piece, visible
 from workbench.workers.engine import Engine, opened
+from workbench.workers.protocol import as_here
 
 _SAVED_EVERY = 60.0  # seconds
 
@@ -157,7 +157,7 @@ class _Work:
             return
         names = self_attention(self.wb, first[0].to(device_for_inputs(self.wb.model)))
         seen = partial(_seen, self.wb, names, self.text, self.sinks, self.recent, self.unknown)
-        for ids, found in workers.over(self.wb, seen, partial(nullcontext, seen), chain([first], batches)):
+        for ids, found in workers.over(self.wb, seen, partial(as_here, seen), chain([first], batches)):
             self._add(ids, *found)
             yield len(ids)
             if self.path is not None and time.monotonic() - self._saved > _SAVED_EVERY:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,6 +23,7 @@ from workbench.sweep.result import Sweep
 from workbench.sweep.run import run_sweep
 from workbench.sweep.variants import Variant
 from workbench.workers.engine import Engine, opened
+from workbench.workers.protocol import as_here
 
 METHODS = (*WITHOUT_TWINS, "keep_only", *GRADIENTS)
 _NONE = "none of"  # starts the label of a variant without any head of a site
@@ -243,7 +243,7 @@ def _gradients(
     parts: dict[str, list[Tensor]] = {method: [] for method in methods}
     values = []
     here = partial(gate_gradients, wb, sites, metric=measure, attention="attention_gradient" in methods)
-    some = workers.over(wb, here, partial(nullcontext, here), batches)
+    some = workers.over(wb, here, partial(as_here, here), batches)
     for batch, found in tqdm(some, total=len(batches), desc=f"gradient of {measure.name}", disable=not progress):
         value, gates, attention = found
         values.append(value)

@@ -85,7 +85,9 @@ def attribute_edges(
         keep_examples = len(setup.task) * graph.n_edges * 4 < 256 << 20
     total = torch.zeros(len(graph.senders), len(graph.receivers), dtype=torch.float64)
     kept: list[Tensor] = []
-    clean, corrupted, inputs = [], [], []
+    clean: list[Tensor] = []
+    corrupted: list[Tensor] = []
+    inputs: list[Tensor] = []
     some = setup.over(partial(_attributed, steps, path, direction, keep_examples))
     for _, parts in tqdm(some, total=len(setup.pairs), disable=not progress, desc="edges"):
         for of_batch, of_edges, *rest in parts:
