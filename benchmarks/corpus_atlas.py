@@ -79,7 +79,8 @@ def row(name: str, out: Path) -> list[str]:
     heads = ", ".join(f"{score} L{at[0]}H{at[1]}" for score in SCORES for at in atlas.leading(score, 1))
     return [
         MODELS[name], f"{len(atlas.layers)}", f"{atlas.n_tokens:,}", f"{atlas.n_unknown / atlas.n_tokens:.1%}",
-        f"{atlas.length}", f"{runs.cpu.sum() / 60:.1f}", f"{runs.peak.max() / 2**30:.2f}", f"{Path(page).stat().st_size / 1e6:.2f}", heads,
+        f"{atlas.length}", f"{runs.cpu.sum() / 60:.1f}",
+        f"{runs.peak.max() / 2**30:.2f}", f"{Path(page).stat().st_size / 1e6:.2f}", heads,
     ]  # fmt: skip
 
 
