@@ -77,10 +77,10 @@ def row(name: str, out: Path) -> list[str]:
     if runs.tokens.sum() != atlas.n_tokens:
         raise SystemExit(f"a process that made a part of {name} was killed: what it took is not known. Remove {out}.")
     heads = ", ".join(f"{score} L{at[0]}H{at[1]}" for score in SCORES for at in atlas.leading(score, 1))
-    size = Path(page).stat().st_size / 1e6
     return [
         MODELS[name], f"{len(atlas.layers)}", f"{atlas.n_tokens:,}", f"{atlas.n_unknown / atlas.n_tokens:.1%}",
-        f"{atlas.length}", f"{runs.cpu.sum() / 60:.1f}", f"{runs.peak.max() / 2**30:.2f}", f"{size:.2f}", heads,
+        f"{atlas.length}", f"{runs.cpu.sum() / 60:.1f}",
+        f"{runs.peak.max() / 2**30:.2f}", f"{Path(page).stat().st_size / 1e6:.2f}", heads,
     ]  # fmt: skip
 
 
