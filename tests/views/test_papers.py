@@ -65,6 +65,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "spike raster": ("step", "neurons"),
     "memory timeline": ("frame", "remembered frame", "weight"),
     "memory tree": ("frame behind the prompt", "score, from the best of the frame", "believed"),
+    "exhibit": ("head", "key", "step", "share"),
     "energy": ("layer", "nanojoules per example", "as it runs"),
 }
 """Kind of view, form or figure -> names of axes and legends that a figure of it has."""
