@@ -36,7 +36,8 @@ VIEWS = Path(__file__).parents[1] / "workbench" / "views"
 WIDTH, HEIGHT = 1280, 800
 LOWEST, TALLEST = 240, 1240  # of a picture, which is as tall as its page otherwise
 TALL = 1900  # of a page with several views
-WIDE = {"table": 1640}  # where the whole of it is to be seen
+WIDE = {"table": 2080}  # where the whole of it is to be seen
+_AS_WIDE = "for (const one of document.querySelectorAll('main, .figures > *')) one.style.maxWidth = 'none'"
 COMPARED = ("sqa:mha", "aaren", "agent", "halo", "long_lora", "moh", "routing", "s2")
 COLOURS = 256  # that a picture keeps, which makes it several times smaller
 ADDRESSES = {
@@ -281,7 +282,7 @@ def main() -> None:
                 tab.goto(f"{page.as_uri()}{ADDRESSES.get(name, '#L4H1,q=15')}")
                 tab.wait_for_selector("html[data-ready]")
                 if name in WIDE:
-                    tab.evaluate("document.querySelector('main').style.maxWidth = 'none'")
+                    tab.evaluate(_AS_WIDE)
                 bottom = tab.evaluate("document.querySelector('main').getBoundingClientRect().bottom")
                 tab.set_viewport_size(
                     {"width": WIDE.get(name, WIDTH), "height": min(tallest, max(LOWEST, round(bottom)))}
