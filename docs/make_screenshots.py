@@ -47,6 +47,7 @@ ADDRESSES = {
     "saliency-map": "#L1H1,t=3",
     "head-page": "#L4H1",
     "image-attention": "#L2H1,x=3",
+    "grounding": "",
     "token-strip": "#t=15",
     "run-timeline": "",
     "tensor-peek": "",
@@ -120,6 +121,7 @@ def shown(wanted: set[str]) -> dict[str, views.View | mechanisms.Room]:
     """One view of each kind that is worth a picture, and a mechanism: all, or at least those that are wanted."""
     apart = {
         "image-attention": images,
+        "grounding": answer,
         "saliency-map": speech,
         "table": lambda: views.of(rooms.matrix([mechanisms.room(name) for name in COMPARED])),
         "mechanism": lambda: mechanisms.room("moh"),
@@ -204,6 +206,14 @@ def images() -> views.View:
     with workbench.attach(model) as wb, torch.no_grad(), wb.capture() as cap:
         model(pixel_values=pixels)
     return views.image_attention(cap, pixels, labels=labels)
+
+
+def answer() -> views.View:
+    """Which patch of its picture the shipped vision-language model reads when it says a colour."""
+    model, tokenizer = workbench.models.load("demo-vlm")
+    drawn = workbench.tasks.planted_objects(4, seed=5)
+    with workbench.attach(model, tokenizer) as wb:
+        return views.grounding(workbench.grounding(wb, drawn.inputs(tokenizer, [1])))
 
 
 def speech() -> views.View:
