@@ -69,8 +69,9 @@ class StripAttention(Mixer):
         self.q, self.k = nn.Linear(d, self.n_heads * width), nn.Linear(d, self.n_heads * width)
         self.squares = nn.Conv2d(d, d, reduction, reduction, groups=d, bias=False) if reduction > 1 else None
         if self.squares is not None and squares == "mean":
-            nn.init.constant_(self.squares.weight, reduction**-2)
-            self.squares.requires_grad_(False)
+            mean = torch.full_like(self.squares.weight, reduction**-2, requires_grad=False)
+            del self.squares.weight
+            self.squares.register_buffer("weight", mean)  # nothing that is learned
         self.norm = nn.BatchNorm1d(d) if reduction > 1 else None
 
     def reduced(self, x: Tensor) -> Tensor:
