@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from workbench.mechanisms.frame import Card, Claim
-from workbench.mechanisms.screens.card import compared, scores
-from workbench.storage.parts import parse
+from workbench.mechanisms.screens.card import compared, measured, scores
 
 RESULTS = Path(__file__).parent / "results.json"
 _TABLE = "benchmarks/seeing.py, a toy of putting a block back, paired by seed, Student's t over {} seeds, 95 %"
@@ -16,20 +14,11 @@ _VIDEOS = "benchmarks/seeing.py, 100 generated videos a seed and a scripted trac
 
 
 @cache
-def results() -> tuple[dict[str, Any], ...]:
-    """What `benchmarks/seeing.py` measured; empty before it did."""
-    if not RESULTS.is_file():
-        return ()
-    found: list[dict[str, Any]] = parse(RESULTS.read_bytes(), RESULTS.name).plain()["runs"]
-    return tuple(found)
-
-
-@cache
 def sam2act_card() -> Card:
     """SAM2Act's memory."""
 
     def claim(says: str, other: str, name: str, what: str) -> Claim:
-        runs = results()
+        runs = measured(RESULTS)
         return compared(
             says, what, scores(runs, "sam2act", "memory", name), scores(runs, "sam2act", other, name), _TABLE
         )
@@ -58,7 +47,7 @@ def sam2long_card() -> Card:
     """SAM2Long's tree."""
 
     def claim(says: str, tracker: str, other: str) -> Claim:
-        runs = results()
+        runs = measured(RESULTS)
         pair = scores(runs, "sam2long", tracker, "frames"), scores(runs, "sam2long", other, "frames")
         return compared(says, "frames on which it has what is followed:", *pair, _VIDEOS)
 

@@ -20,11 +20,11 @@ _HOW = "benchmarks/seeing.py, generated screens, paired by seed, Student's t ove
 
 
 @cache
-def results() -> tuple[dict[str, Any], ...]:
-    """What `benchmarks/seeing.py` measured: runs with arm, seed and scores; empty before it did."""
-    if not RESULTS.is_file():
+def measured(path: Path) -> tuple[dict[str, Any], ...]:
+    """Runs that `benchmarks/seeing.py` wrote to a file, with arm, seed and scores; empty before it did."""
+    if not path.is_file():
         return ()
-    found: list[dict[str, Any]] = parse(RESULTS.read_bytes(), RESULTS.name).plain()["runs"]
+    found: list[dict[str, Any]] = parse(path.read_bytes(), path.name).plain()["runs"]
     return tuple(found)
 
 
@@ -47,7 +47,7 @@ def scores(runs: Sequence[dict[str, Any]], paper: str, arm: str, name: str) -> l
 @cache
 def v2p_card() -> Card:
     """V2P."""
-    runs = results()
+    runs = measured(RESULTS)
 
     def claim(says: str, other: str, name: str, what: str, less: bool = False) -> Claim:
         pair = scores(runs, "v2p", "v2p", name), scores(runs, "v2p", other, name)
@@ -78,7 +78,7 @@ def v2p_card() -> Card:
 @cache
 def agent_s2_grounding_card() -> Card:
     """Agent S2's mixture of grounding."""
-    several = [one["mixture"] for one in results() if "mixture" in one]
+    several = [one["mixture"] for one in measured(RESULTS) if "mixture" in one]
 
     def claim(says: str, router: str) -> Claim:
         if not several:
