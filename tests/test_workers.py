@@ -13,7 +13,7 @@ import torch
 
 import workbench
 from support.unavailable import unavailable
-from support.work import ROUNDED, WORK, Ends, Fails, same
+from support.work import WORK, Ends, Fails, same
 from workbench import RayWorkers, Variant, Workbench
 from workbench.errors import CaptureError, InterventionError, WorkbenchError
 from workbench.kernels.softmax import SoftmaxPattern
@@ -64,7 +64,7 @@ def here(wb: Workbench, task: Any) -> Callable[[Any], Result]:
 def test_workers_give_what_this_process_gives(
     workers: RayWorkers, wb: Workbench, task: Any, here: Any, work: str
 ) -> None:
-    same(here(work), WORK[work](wb, task, engine=workers, progress=False), rounded=work in ROUNDED)
+    same(here(work), WORK[work](wb, task, engine=workers, progress=False))
 
 
 @pytest.mark.parametrize("work", ["sweep", "importance", "edges", "masks", "corpus"])
@@ -82,10 +82,20 @@ def test_a_worker_that_ends_costs_nothing_but_its_unit(
     same(want, found)
 
 
-def test_draws_of_prompts(workers: RayWorkers, here: Any) -> None:
+@pytest.mark.parametrize(
+    "of_circuit",
+    [
+        lambda wb, task, found, **how: workbench.circuit_stability(found, n_bootstrap=4, **how),
+        lambda wb, task, found, **how: workbench.circuit_faithfulness(wb, found, task, batch_size=3, **how),
+        lambda wb, task, found, **how: workbench.faithfulness_curve(wb, found, task, fractions=[0.1, 0.5], **how),
+    ],
+    ids=["stability", "faithfulness", "curve"],
+)
+def test_circuits_are_judged_by_workers(
+    workers: RayWorkers, wb: Workbench, task: Any, here: Any, of_circuit: Callable[..., Result]
+) -> None:
     found = here("circuit")
-    same(workbench.circuit_stability(found, n_bootstrap=4),
-         workbench.circuit_stability(found, n_bootstrap=4, engine=workers))  # fmt: skip
+    same(of_circuit(wb, task, found), of_circuit(wb, task, found, engine=workers))
 
 
 def test_what_is_done_is_kept_and_gone_on_with_here(
