@@ -1,6 +1,6 @@
 """Kills a worker of Ray, the driver, or one of two processes of a split model, in the midst of each kind of work.
 
-    python benchmarks/kills.py KEPT [--times 20] [--only rank driver worker]
+    python benchmarks/kills.py KEPT [--times 20] [--only rank driver worker] [--address …]
 
 Each time somewhere else. What is found in spite of it, or gone on with after it, must be what an undisturbed run gives,
 to the bit; the other process of a split model must end with an error within a minute. KEPT is a file that gets a line
@@ -22,6 +22,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine starts slowly
 
 import ray  # noqa: F401  # here, so that forked processes need not import it
 import torch
@@ -90,10 +92,10 @@ def save_always() -> None:
 # Workers
 
 
-def workers_killed(kinds: list[str], times: int) -> Iterator[Killed]:
+def workers_killed(kinds: list[str], times: int, address: str | None) -> Iterator[Killed]:
     """A worker ends at its first, second … forward of each kind of work; the work goes on without it."""
     wb, task = prepared()
-    with RayWorkers(2) as workers, tempfile.TemporaryDirectory() as folder:
+    with RayWorkers(2, address=address) as workers, tempfile.TemporaryDirectory() as folder:
         for name in kinds:
             want, before = WORK[name](wb, task, progress=False), workers.lost
             for turn in range(times):
@@ -133,23 +135,24 @@ def driver(wb: Any, task: Any, name: str, path: str, at: int | None, address: st
     return 0
 
 
-def drivers_killed(kinds: list[str], times: int) -> Iterator[Killed]:
+def drivers_killed(kinds: list[str], times: int, address: str | None) -> Iterator[Killed]:
     """The process that an analysis runs in ends; another goes on with its file, without the cluster."""
     wb, task = prepared()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    cluster = None if address else Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         for name in kinds:
             want, codes, saves = WORK[name](wb, task, progress=False), [], 0
             for turn in range(-1, times):  # the first is left alone, and tells how often it saves
                 with tempfile.TemporaryDirectory() as folder:
                     path, at = f"{folder}/kept.safetensors", turn % (2 * saves) if saves else None
-                    codes += ended(forked(driver, wb, task, name, path, at, cluster.address))
+                    codes += ended(forked(driver, wb, task, name, path, at, address or cluster.address))
                     if at is None:
                         saves = int(Path(f"{path}.saves").read_text())
                     same(want, WORK[name](wb, task, resume=path, progress=False))
             yield {"work": name, "killed": codes.count(DIED), "same": times}
     finally:
-        cluster.shutdown()
+        if cluster is not None:
+            cluster.shutdown()
 
 
 # Processes of a split model
@@ -306,7 +309,7 @@ def two(kind: str, folder: Path, at: int | None) -> list[int]:
     return ended(*(forked(one_of_two, kind, rank, folder, at) for rank in (0, 1)))
 
 
-def ranks_killed(kinds: list[str], times: int) -> Iterator[Killed]:
+def ranks_killed(kinds: list[str], times: int, address: str | None) -> Iterator[Killed]:
     """One of two processes ends; the other says so, and both go on from their files."""
     for kind in kinds:
         found: Killed = {"work": kind, "killed": 0, "same": 0, "named": 0}
@@ -357,6 +360,7 @@ def main() -> None:
     parser.add_argument("kept", type=Path)
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--only", nargs="+", choices=list(WHO), default=list(WHO))
+    parser.add_argument("--address", help="of a cluster that runs already, for drivers and workers")
     asked = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -367,7 +371,7 @@ def main() -> None:
     for who in asked.only:
         kill, kinds = WHO[who]
         left = [kind for kind in kinds if (who, kind) not in {(one["who"], one["work"]) for one in kept()}]
-        for found in kill(left, asked.times) if left else ():
+        for found in kill(left, asked.times, asked.address) if left else ():
             say(f"{who}, {found}")
             with asked.kept.open("a") as file:
                 file.write(json.dumps({"who": who, **found}) + "\n")

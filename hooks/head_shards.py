@@ -88,7 +88,10 @@ class HeadShard:
                 "the processes that hold the other heads are not known any more",
                 hint="gather while the model is there, and before a capture is saved or pickled",
             )
-        return SplitSequence.of(1, mesh.get_group(self._axis), mesh.device_type)
+        known: dict[int, SplitSequence] = vars(mesh).setdefault("_workbench_groups", {})  # as long as it, on all alike
+        if self._axis not in known:
+            known[self._axis] = SplitSequence.of(1, mesh.get_group(self._axis), mesh.device_type)
+        return known[self._axis]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mesh": None}
