@@ -76,13 +76,13 @@ class SplitSequence:
 
     @classmethod
     def of(
-        cls, n_here: int, group: Any = None, device: torch.device | str = "cpu", *, patience: float = PATIENCE
+        cls, n_here: int, group: Any = None, device: torch.device | str = "cpu", *, patience: float | None = None
     ) -> SplitSequence:
         """The split in which this process holds `n_here` positions; all processes of the group call it at once.
 
         Args:
             device: on which the group sends; "cuda" for NCCL.
-            patience: seconds after which a process that does not answer is an error in the others.
+            patience: seconds after which a process that does not answer is an error in the others; 50 by default.
 
         Raises:
             CaptureError: a process has no position, or one ended.
@@ -91,6 +91,7 @@ class SplitSequence:
 
         if not (dist.is_available() and dist.is_initialized()):
             return cls((n_here,), 0)
+        patience = PATIENCE if patience is None else patience
         own = torch.tensor([n_here, uuid.getnode(), os.getpid()], device=device)
         found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         done(lambda: dist.all_gather(found, own, group=group, async_op=True), patience)

@@ -25,10 +25,12 @@ import transformers as hf
 from torch import Tensor, nn
 
 import workbench
+from support.patience import PATIENCE
 from workbench.capture.capture import Capture
 from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.together import check_as_far
 from workbench.kernels.sequence_parallel import SplitSequence
+from workbench.kernels.sequence_parallel import split as split_sequences
 
 RANKS = 2
 LENGTHS = (13, 6)
@@ -265,8 +267,8 @@ class Stage(nn.Module):
 CASES = {
     case.__name__: case
     for case in (
-        a_sequence_in_parts, sweeps_go_on_with_what_all_have_done, gradients_of_parts, what_cannot_be_split_is_said, ranks_that_disagree_are_named,
-        fully_sharded, stages_of_a_pipeline,
+        a_sequence_in_parts, sweeps_go_on_with_what_all_have_done, gradients_of_parts, what_cannot_be_split_is_said,
+        ranks_that_disagree_are_named, fully_sharded, stages_of_a_pipeline,
     )
 }  # fmt: skip
 
@@ -274,10 +276,11 @@ CASES = {
 def main(rank: int, folder: Path, only: str = "") -> None:
     """All cases."""
     torch.set_num_threads(1)
+    split_sequences.PATIENCE = PATIENCE  # what has ended is noticed at once
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     dist.init_process_group(
-        "gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=600)
+        "gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=PATIENCE)
     )
     wrong: dict[str, str] = {}
     for name, case in CASES.items():

@@ -32,6 +32,7 @@ import workbench
 from support.circuits import Words, random_task
 from support.patience import PATIENCE
 from workbench import AttachError, Capture, CaptureError, Variant, WorkbenchError
+from workbench.kernels.sequence_parallel import split
 from workbench.kernels.statistics import STATISTICS
 from workbench.storage.rendering import renderer
 
@@ -480,6 +481,7 @@ def main(rank: int, folder: Path, only: str = "") -> None:
     """Run every case, and write what was wrong."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    split.PATIENCE = PATIENCE  # what has ended is noticed at once
     wait = datetime.timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", f"file://{folder}/meeting", world_size=RANKS, rank=rank, timeout=wait)
     found: dict[str, str] = {}
