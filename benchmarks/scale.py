@@ -4,7 +4,7 @@
 
 Arms take turns in one run; every process has one thread. Ratios are medians over rounds, with the smallest and largest,
 of seconds, and of the processor time of the busiest process, which other work on the machine does not change. Numbers
-of all arms are compared: to the bit for workers, to 1e-5 where sums are split. Writes its section of docs/benchmarks.md.
+of all arms are compared: to the bit for workers, to 1e-5 where sums are split. Writes its part of docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from workbench.storage.result import Result
 from workbench.workers.documents import document_statistics, shares_of
 from workbench.workers.packing import names_of, packed, unpacked
 from workbench.workers.queue import Queue
+from workbench.workers.ray_workers import _Flight
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,25 @@ def test_functions_refer_to_the_model_of_a_worker(wb: Workbench) -> None:
     other = {name: object() for name in names}
     assert unpacked(text, other)[2] is other["workbench"]
     assert [type(one) for one in unpacked(packed([torch.ones(2)]))] == [torch.Tensor]
+
+
+def test_a_lost_worker_that_cannot_be_replaced_is_said() -> None:
+    class Lost(Exception):
+        pass
+
+    def get(reference: object) -> None:
+        raise Lost("the worker died")
+
+    tasks = iter(("first", "again"))
+    wait = lambda several, **how: ([one for one in several if one == "first"], [])  # noqa: E731
+    ray = SimpleNamespace(wait=wait, get=get, exceptions=SimpleNamespace(RayError=Lost))
+    worker = SimpleNamespace(run=SimpleNamespace(remote=lambda *given: next(tasks)))
+    cluster = SimpleNamespace(ray=ray, workers=lambda: [worker], replace=lambda number: "starting", patience=7.0)
+    owner = SimpleNamespace(lost=0)
+    flight = _Flight(owner, cluster, (), Queue([1]), True, retries=3)
+    with pytest.raises(WorkbenchError, match="no worker started within 7 s"):
+        list(flight.results())
+    assert owner.lost == 1
 
 
 def test_units_of_a_group_go_to_one_worker_until_one_would_be_idle() -> None:
