@@ -202,7 +202,7 @@ def _insert(module: fx.GraphModule, names: Names, anchors: dict[fx.Node, str]) -
         anchor, common, anchor_below = _nearest(site, anchors)
         joins = _owner(out, site, anchors)
         mask = found.given.get("mask")
-        facts = {
+        facts: dict[str, Any] = {
             "graph": own,
             "shared": expressions.number(mask),
             "mask_comes_in": getattr(mask, "op", "") == "placeholder",
