@@ -12,6 +12,9 @@ from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import Options, known
 
+APART = frozenset({"tokens", "keep_on"})
+"""Settings that are no facts of a file: a tensor, and what changes nothing of what is kept."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,7 +48,7 @@ class Settings:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON facts, and the ids (as "tokens") if they were given, for a file."""
-        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("tokens", "keep_on")}
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in APART}
         facts["sites"] = None if self.sites is None else sorted(self.sites)
         return facts, {} if self.tokens is None else {"tokens": self.tokens}
 
