@@ -43,6 +43,8 @@ CASES = [  # kind, positions, d, width, dtype, starts from a state
 LIMITS = {"80": 166_912, "90": 232_448, "gfx942": 65_536}
 """Most shared memory of one program, in bytes."""
 KINDS = [
+    ("states", "fp16", 128, True),
+    ("states", "fp32", 128, False),
     ("sum", "fp16", 128, True),
     ("sum", "fp32", 128, False),
     ("news", "fp16", 128, False),
@@ -81,6 +83,9 @@ def interpret() -> list[dict[str, Any]]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from support.interpreter import patch_once
     from workbench.kernels.recurrent import triton
+    from workbench.kernels.recurrent.triton import by_head
+
+    by_head._MOST_STATES = 1 << 12  # some cases take their blocks in several runs
 
     patch_once()
     found = []
@@ -128,15 +133,17 @@ def compile_all() -> list[dict[str, Any]]:
                 options = by_channel.channel_tiles(d, 16 if "news" in kind else d, dtype == "fp32")
             else:
                 options = (
-                    by_head.sum_tiles(dtypes[dtype], d, amd) if kind == "sum" else by_head.news_tiles(dtypes[dtype], d)
+                    by_head.news_tiles(dtypes[dtype], d)
+                    if kind == "news"
+                    else by_head.sum_tiles(dtypes[dtype], d, d, amd)
                 )
             warps = {name: options.pop(name) for name in ("num_warps", "num_stages")}
             exact = shared.precision(dtypes[dtype], amd)
             constants = options | {"REVERSE": reverse, "STRICT": True, "FROM_STATE": True, "PRECISION": exact}
             signature = dict.fromkeys(("q", "k", "v", "x"), f"*{dtype}")
-            float32 = ("beta", "total", "log_decay", "state_in", "state_out", "state", "out")
+            float32 = ("beta", "total", "log_decay", "state_in", "state_out", "state", "states", "out")
             signature |= dict.fromkeys(float32, "*fp32")
-            signature |= dict.fromkeys(("n_sequences", "n", "d", "width"), "i32")
+            signature |= dict.fromkeys(("n_sequences", "n", "d", "width", "first", "last"), "i32")
             aligned = [x for x in names if signature.get(x, "").startswith("*") or x in ("d", "width")]
             source = ASTSource(
                 fn=kernel,
