@@ -4,7 +4,7 @@
 
 Each time somewhere else. What is found in spite of it, or gone on with after it, must be what an undisturbed run gives,
 to the bit; the other process of a split model must end with an error within a minute. KEPT is a file that gets a line
-for each kind of work; kinds that it has are not killed again, so that a run may be broken off. With all of them in it
+for each time; those that it has are not done again, so that a run may be broken off. With all of them in it
 docs/benchmarks.md gets their section. Processes are forked, since most of the time they would import.
 """
 
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,20 +93,20 @@ def save_always() -> None:
 # Workers
 
 
-def workers_killed(kinds: list[str], times: int, address: str | None) -> Iterator[Killed]:
+def workers_killed(work: dict[str, range], address: str | None) -> Iterator[Killed]:
     """A worker ends at its first, second … forward of each kind of work; the work goes on without it."""
     wb, task = prepared()
     with RayWorkers(2, address=address) as workers, tempfile.TemporaryDirectory() as folder:
-        for name in kinds:
-            want, before = WORK[name](wb, task, progress=False), workers.lost
-            for turn in range(times):
-                ends = Ends(Path(folder, f"{name} {turn}"), 1 + turn % 4)
+        for name, left in work.items():
+            want = WORK[name](wb, task, progress=False)
+            for turn in left:
+                before, ends = workers.lost, Ends(Path(folder, f"{name} {turn}"), 1 + turn % 4)
                 hook = wb.model.transformer.ln_f.register_forward_hook(ends)
                 try:
                     same(want, WORK[name](wb, task, engine=workers, progress=False))
                 finally:
                     hook.remove()
-            yield {"work": name, "killed": workers.lost - before, "same": times}
+                yield {"work": name, "killed": workers.lost - before, "same": 1}
 
 
 # Drivers
@@ -135,21 +136,22 @@ def driver(wb: Any, task: Any, name: str, path: str, at: int | None, address: st
     return 0
 
 
-def drivers_killed(kinds: list[str], times: int, address: str | None) -> Iterator[Killed]:
+def drivers_killed(work: dict[str, range], address: str | None) -> Iterator[Killed]:
     """The process that an analysis runs in ends; another goes on with its file, without the cluster."""
     wb, task = prepared()
     cluster = None if address else Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
-        for name in kinds:
-            want, codes, saves = WORK[name](wb, task, progress=False), [], 0
-            for turn in range(-1, times):  # the first is left alone, and tells how often it saves
+        for name, left in work.items():
+            want, saves = WORK[name](wb, task, progress=False), 0
+            for turn in (None, *left):  # the first is left alone, and tells how often it saves
                 with tempfile.TemporaryDirectory() as folder:
-                    path, at = f"{folder}/kept.safetensors", turn % (2 * saves) if saves else None
-                    codes += ended(forked(driver, wb, task, name, path, at, address or cluster.address))
-                    if at is None:
+                    path, at = f"{folder}/kept.safetensors", None if turn is None else turn % (2 * saves)
+                    [code] = ended(forked(driver, wb, task, name, path, at, address or cluster.address))
+                    if turn is None:
                         saves = int(Path(f"{path}.saves").read_text())
+                        continue
                     same(want, WORK[name](wb, task, resume=path, progress=False))
-            yield {"work": name, "killed": codes.count(DIED), "same": times}
+                yield {"work": name, "killed": int(code == DIED), "same": 1}
     finally:
         if cluster is not None:
             cluster.shutdown()
@@ -309,27 +311,26 @@ def two(kind: str, folder: Path, at: int | None) -> list[int]:
     return ended(*(forked(one_of_two, kind, rank, folder, at) for rank in (0, 1)))
 
 
-def ranks_killed(kinds: list[str], times: int, address: str | None) -> Iterator[Killed]:
+def ranks_killed(work: dict[str, range], address: str | None) -> Iterator[Killed]:
     """One of two processes ends; the other says so, and both go on from their files."""
-    for kind in kinds:
-        found: Killed = {"work": kind, "killed": 0, "same": 0, "named": 0}
+    for kind, left in work.items():
         with tempfile.TemporaryDirectory() as whole:
             codes = two(kind, Path(whole), None)
             if codes != [0, 0]:
                 raise SystemExit(f"{kind}: {codes}\n" + "\n".join(p.read_text() for p in Path(whole).glob("*.error")))
-            for turn in range(times):
+            for turn in left:
+                found: Killed = {"work": kind, "killed": 1}
                 with tempfile.TemporaryDirectory() as folder:
                     told, killed = two(kind, Path(folder), turn)
                     if killed != DIED or told not in (NAMED, TOLD):
                         raise SystemExit(f"{kind}, {turn}: the processes ended with {told} and {killed}")
-                    found["killed"] += 1
-                    found["named"] += told == NAMED
+                    found["named"] = int(told == NAMED)
                     if kind in RESUMED:
                         assert two(kind, Path(folder), None) == [0, 0]
                         for rank in ("0.safetensors", "1.safetensors"):
                             same(*(workbench.Sweep.load(Path(each) / rank) for each in (whole, folder)))
-                        found["same"] += 1
-        yield found
+                        found["same"] = 1
+                yield found
 
 
 # What is written
@@ -340,12 +341,17 @@ WHO = {
 }  # fmt: skip
 
 
-def report(kept: list[Killed], times: int) -> None:
+def report(kept: list[Killed]) -> None:
     """The section of docs/benchmarks.md."""
-    rows = [[f"{one['who']}, {one['work']}", *(str(one.get(what, "–")) for what in ("killed", "same", "named"))]
-            for who in WHO for one in kept if one["who"] == who]  # fmt: skip
+    rows = []
+    for who, (_, kinds) in WHO.items():
+        for kind in kinds:
+            mine = [one for one in kept if (one["who"], one["work"]) == (who, kind)]
+            counts = [sum(one[what] for one in mine) if mine and what in mine[0] else None
+                      for what in ("killed", "same", "named")]  # fmt: skip
+            rows.append([f"{who}, {kind}", *("–" if n is None else str(n) for n in counts)])
     note = (
-        f"Each {times} times, at different places: a worker of Ray in a forward; the driver, before what it keeps is "
+        "At different places: a worker of Ray in a forward; the driver, before what it keeps is "
         "written or behind it; one of two processes of a split model (gloo), at an exchange or in a forward. Same: "
         "what was found in spite of it, or gone on with from the files, is what an undisturbed run gives, to the bit. "
         "Named: the other process ended within a minute with an error that names the lost one; where the library that "
@@ -370,13 +376,14 @@ def main() -> None:
 
     for who in asked.only:
         kill, kinds = WHO[who]
-        left = [kind for kind in kinds if (who, kind) not in {(one["who"], one["work"]) for one in kept()}]
-        for found in kill(left, asked.times, asked.address) if left else ():
+        done = Counter(one["work"] for one in kept() if one["who"] == who)
+        left = {kind: range(done[kind], asked.times) for kind in kinds if done[kind] < asked.times}
+        for found in kill(left, asked.address) if left else ():
             say(f"{who}, {found}")
             with asked.kept.open("a") as file:
                 file.write(json.dumps({"who": who, **found}) + "\n")
-    if len(kept()) == sum(len(kinds) for _, kinds in WHO.values()):
-        report(kept(), asked.times)
+    if len(kept()) == asked.times * sum(len(kinds) for _, kinds in WHO.values()):
+        report(kept())
 
 
 if __name__ == "__main__":
