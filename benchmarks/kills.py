@@ -4,8 +4,8 @@
 
 Each time somewhere else. What is found in spite of it, or gone on with after it, must be what an undisturbed run gives,
 to the bit; the other process of a split model must end with an error within a minute. KEPT is a file that gets a line
-for each time; those that it has are not done again, so that a run may be broken off. With all of them in it
-docs/benchmarks.md gets their section. Processes are forked, since most of the time they would import.
+for each time; those that it has are not done again, so that a run may be broken off. What it has goes into
+docs/benchmarks.md. Processes are forked, since most of the time they would import.
 """
 
 from __future__ import annotations
@@ -347,9 +347,11 @@ def report(kept: list[Killed]) -> None:
     for who, (_, kinds) in WHO.items():
         for kind in kinds:
             mine = [one for one in kept if (one["who"], one["work"]) == (who, kind)]
-            counts = [sum(one[what] for one in mine) if mine and what in mine[0] else None
+            if not mine:
+                continue
+            counts = [sum(one[what] for one in mine) if what in mine[0] else None
                       for what in ("killed", "same", "named")]  # fmt: skip
-            rows.append([f"{who}, {kind}", *("–" if n is None else str(n) for n in counts)])
+            rows.append([f"{who}, {kind}", str(len(mine)), *("–" if n is None else str(n) for n in counts)])
     note = (
         "At different places: a worker of Ray in a forward; the driver, before what it keeps is "
         "written or behind it; one of two processes of a split model (gloo), at an exchange or in a forward. Same: "
@@ -357,7 +359,7 @@ def report(kept: list[Killed]) -> None:
         "Named: the other process ended within a minute with an error that names the lost one; where the library that "
         "splits the model sends, the error is its own, within a minute too.\n\n"
     )
-    write_section(HEADING, note + table(["killed, in", "killed", "same", "named"], rows))
+    write_section(HEADING, note + table(["killed, in", "times", "killed", "same", "named"], rows))
 
 
 def main() -> None:
@@ -382,8 +384,7 @@ def main() -> None:
             say(f"{who}, {found}")
             with asked.kept.open("a") as file:
                 file.write(json.dumps({"who": who, **found}) + "\n")
-    if len(kept()) == asked.times * sum(len(kinds) for _, kinds in WHO.values()):
-        report(kept())
+    report(kept())
 
 
 if __name__ == "__main__":

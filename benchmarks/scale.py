@@ -39,7 +39,7 @@ from workbench.workers.documents import PLANNED, ROUND_ROBIN, document_statistic
 HEADING = "More processes"
 VARIANTS, LONG = 500, 8192
 Seconds = dict[str, list[float]]
-DOCUMENTS = [2048, 96, 512, 128, 1536, 64, 256, 768, 320, 192, 1024, 80]
+DOCUMENTS = [8192, 384, 2048, 512, 6144, 256, 1024, 3072, 1280, 768, 4096, 320]
 
 
 def spread(ratios: list[float]) -> str:
@@ -98,14 +98,14 @@ def sweeps(rounds: int) -> list[list[str]]:
     torch.manual_seed(0)
     model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=256, n_embd=256, n_layer=6, n_head=8, n_positions=64)).eval()
     wb = workbench.attach(model)
-    batches = [{"input_ids": torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+    batches = [{"input_ids": torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(2)]
     variants = [Variant((layer, head), positions=at) for at in range(11) for layer in range(6) for head in range(8)]
     variants = variants[:VARIANTS]
     ends = Ends(tempfile.mkdtemp())
     hook = model.transformer.ln_f.register_forward_hook(ends)  # does nothing but where it is told to
 
     def sweep(**how: Any) -> torch.Tensor:
-        return workbench.run_sweep(wb, variants, batches, last, memory=1 << 26, progress=False, **how).values
+        return workbench.run_sweep(wb, variants, batches, last, memory=1 << 24, progress=False, **how).values
 
     here = sweep()
     with torch.no_grad():

@@ -27,7 +27,7 @@ from workbench.workers.engine import Engine, opened
 from workbench.workers.protocol import Job
 
 _SAVE_EVERY = 30.0  # seconds
-_PARTS = 4  # units of work for each worker, at least, so that none is idle long at the end
+_PARTS = 8  # units of work for each worker, where there are so many, so that none is idle long at the end
 
 
 def run_sweep(
@@ -166,7 +166,8 @@ class _Sweeping:
         """A batch, what is done of it, and which share of the rest is meant: parts of batches where these are few."""
         left = [number for number in range(len(self.runner.batches)) if not bool(self.done[:, number].all())]
         alone = self.workers.n_workers == 1
-        parts = 1 if alone or not left else -(-_PARTS * self.workers.n_workers // len(left))
+        wanted = 1 if alone or not left else -(-_PARTS * self.workers.n_workers // len(left))
+        parts = min(wanted, self.runner.n_chunks) if wanted > 1 else 1
         for number in left:
             done = self.done[:, number].clone()
             yield from ((number, done, part, parts) for part in range(parts))
