@@ -110,7 +110,7 @@ def sweeps(rounds: int) -> list[list[str]]:
     here = sweep()
     with torch.no_grad():
         forward = partial(model, batches[0]["input_ids"].repeat(8, 1), use_cache=False)  # as many rows as side by side
-        alone = timed({"one": lambda: bare(forward, 80, 1), "two": lambda: bare(forward, 80, 2)}, rounds)
+        alone = timed({"one": lambda: bare(forward, 40, 1), "two": lambda: bare(forward, 40, 2)}, rounds)
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with RayWorkers(1) as one, RayWorkers(2) as two:
         for workers in (one, two):
