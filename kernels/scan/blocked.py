@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from workbench.kernels.scan import triton
 from workbench.kernels.scan.operator import Sums, exp_below, extend, identity_like, leaves
 
 
@@ -63,6 +64,10 @@ class PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, values: Tensor, block: int) -> Tensor:
         """Scan forwards."""
+        if triton.takes(values):
+            out, sizes = triton.forward(scores, values)
+            ctx.save_for_backward(scores, values, sizes, out)
+            return out
         with torch.autocast(scores.device.type, enabled=False):
             sums = prefix_sums(scores, values, block)
             out = sums.total.div_(sums.size[..., None])
@@ -74,6 +79,8 @@ class PrefixAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
         """Scan backwards."""
+        if len(ctx.saved_tensors) == 4:
+            return *triton.backward(*ctx.saved_tensors, grad_out), None
         scores, values, top, size, out = ctx.saved_tensors
         with torch.autocast(scores.device.type, enabled=False):
             log_size = size.log()
