@@ -93,7 +93,7 @@ class LightningPattern(Pattern):
             return None
         decay = self.decay.log().to(self.device)[None, :, None].expand(self.n_batch, -1, self.n_keys)
         most = float(-self.decay.log().min())
-        made = Magnitudes(self.q, self.k, decay, self.n_heads, rows=int(min(4096, 512 / max(most, 0.125))))
+        made = Magnitudes(self.q, self.k, decay, self.n_heads, rows=int(min(4096, max(32, 512 / max(most, 0.125)))))
         return made.collect if made.refusal(names, options) is None else None
 
     def from_state(self, state: Tensor) -> Tensor:
