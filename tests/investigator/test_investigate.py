@@ -18,8 +18,9 @@ from workbench import Investigation, Memory, TaskError, WorkbenchError, investig
 from workbench.investigator import Finding, analyses, asking, manager, parse
 from workbench.investigator.analyses import NATS
 from workbench.investigator.budget import Budget, Meter
-from workbench.investigator.investigation import FILE, verdict_of
+from workbench.investigator.investigation import FILE
 from workbench.investigator.rules import plan_by_rules
+from workbench.investigator.verdict import said_of_roles, verdict_of
 from workbench.models.planted import KINDS, WITHOUT, Planted, planted
 from workbench.report import check
 
@@ -83,6 +84,39 @@ def test_heads_that_are_not_surely_idle_leave_it_open() -> None:
     for sure, verdict in ((True, "none"), (False, "undecided")):
         heads = Finding(1, "all_heads", {}, "done", {"carry": False, "sure": sure}, (), 1, 0.0)
         assert verdict_of([base, heads], "It ended.", "it")[0] == verdict
+
+
+@pytest.mark.parametrize("sure", [True, False])
+@pytest.mark.parametrize(("analysis", "what"), [("baseline", "does"), ("all_heads", "carry")])
+def test_a_confirmed_circuit_of_nothing_is_no_circuit(
+    found: Investigation, analysis: str, what: str, sure: bool
+) -> None:
+    """As a planner can come to that goes on whatever the first findings say."""
+    assert found.verdict == "circuit"
+    findings = [
+        replace(one, numbers={**one.numbers, what: False, "sure": sure}) if one.analysis == analysis else one
+        for one in found.findings
+    ]
+    verdict, answer = verdict_of(findings, "It ended.", "it")
+    assert verdict == ("none" if sure else "undecided")
+    assert "decides nothing" in answer[1].text
+    assert [findings[number].analysis for number in answer[1].rests_on] == ["circuit", "faithfulness"]
+    one = replace(found, findings=tuple(findings), verdict=verdict, answer=answer)
+    assert (one.heads, one.circuit) == ((), None)
+
+
+def test_heads_are_told_of_by_role(found: Investigation) -> None:
+    named = {f"L0H{i}": ["previous-token"] for i in range(9)} | {"L1H0": ["mover", "induction"], "L1H1": []}
+    first, second = said_of_roles(named)
+    told = [part.split(" ", 1)[0] for part in first.split(": ")[1].split("; ")]
+    assert told == ["previous-token", "mover", "induction"]
+    assert all(first.count(head) == 1 for head in list(named)[:9])
+    assert second == "No role is suggested for L1H1."
+    roles = next(one for one in found.findings if one.analysis == "roles")
+    more = replace(roles, numbers={"roles": {"L9H9": ["mover"], found.heads[0]: ["mover"]}})
+    findings = [more if one is roles else one for one in found.findings]
+    answer = verdict_of(findings, "It ended.", "it")[1]
+    assert f"mover {found.heads[0]}." in answer[1].text  # those of the circuit alone
 
 
 def test_the_model_is_left_as_it_was(mover: Planted, found: Investigation) -> None:

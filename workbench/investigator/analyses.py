@@ -23,6 +23,7 @@ from workbench.analysis.statistics.intervals import mean_t, proportions
 from workbench.errors import WorkbenchError
 from workbench.inputs import decoder_start, device_for_inputs
 from workbench.investigator.subject import Found, Subject
+from workbench.investigator.verdict import said_of_roles
 from workbench.metrics import METRICS
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -232,11 +233,8 @@ def roles(subject: Subject) -> Found:
         subject.wb, subject.task, standing, places=subject.places, batch_size=subject.batch_size, progress=False
     )
     named = {head: list(several) for head, several in zip(found.heads, found.roles, strict=True)}
-    said = "; ".join(f"{head} is {' and '.join(several)}" for head, several in named.items() if several)
-    none = [head for head, several in named.items() if not several]
-    says = [f"By what they look at and write, {said}."] if said else []
-    says += [f"No role is suggested for {', '.join(none)}."] if none else []
-    return Found({"roles": named}, tuple(says) or ("The circuit has no heads to name.",), {"roles": found})
+    says = said_of_roles(named) or ("The circuit has no heads to name.",)
+    return Found({"roles": named}, says, {"roles": found})
 
 
 def overlap(subject: Subject, **arguments: str) -> Found:

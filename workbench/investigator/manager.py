@@ -21,10 +21,11 @@ from workbench.investigator.analyses import RUNS, baseline
 from workbench.investigator.asking import Asked, Planner
 from workbench.investigator.budget import Budget, BudgetSpent, Meter
 from workbench.investigator.findings import Finding, Planned, Sentence
-from workbench.investigator.investigation import FILE, Investigation, verdict_of
+from workbench.investigator.investigation import FILE, Investigation
 from workbench.investigator.memory import Memory, Remembered, plain
 from workbench.investigator.plan import Plan, Step
 from workbench.investigator.subject import Found, Subject, check_task, places_of
+from workbench.investigator.verdict import verdict_of
 from workbench.session.workbench import Workbench
 from workbench.storage.json_text import finite
 from workbench.sweep.inputs import digest

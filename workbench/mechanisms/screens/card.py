@@ -103,5 +103,9 @@ def agent_s2_grounding_card() -> Card:
                   "routed by action"),
             claim("A router that is trained on who was right clicks better than the best expert alone.",
                   "routed, trained"),
+            compared(
+                "The textual expert marks texts better than the visual one.", "marks with both ends right",
+                *([one[f"marks, {name}"] for one in several] for name in ("textual", "visual")), _HOW,
+            ),
         ),
     )  # fmt: skip
