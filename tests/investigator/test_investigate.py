@@ -19,8 +19,9 @@ from workbench.investigator import Finding, analyses, asking, manager, parse
 from workbench.investigator.analyses import NATS
 from workbench.investigator.budget import Budget, Meter
 from workbench.investigator.investigation import FILE
+from workbench.investigator.naming import listed, said_of_roles
 from workbench.investigator.rules import plan_by_rules
-from workbench.investigator.verdict import said_of_roles, verdict_of
+from workbench.investigator.verdict import verdict_of
 from workbench.models.planted import KINDS, WITHOUT, Planted, planted
 from workbench.report import check
 
@@ -110,7 +111,9 @@ def test_heads_are_told_of_by_role(found: Investigation) -> None:
     first, second = said_of_roles(named)
     told = [part.split(" ", 1)[0] for part in first.split(": ")[1].split("; ")]
     assert told == ["previous-token", "mover", "induction"]
-    assert all(first.count(head) == 1 for head in list(named)[:9])
+    assert "previous-token L0H0–8; mover L1H0; induction L1H0" in first
+    assert listed(["encoder.0.attn.H1"] * 8).count("H1") == 8
+    assert listed([*(f"encoder.0.attn.H{i}" for i in range(8)), "odd"]) == "encoder.0.attn.H0–7 and odd"
     assert second == "No role is suggested for L1H1."
     roles = next(one for one in found.findings if one.analysis == "roles")
     more = replace(roles, numbers={"roles": {"L9H9": ["mover"], found.heads[0]: ["mover"]}})

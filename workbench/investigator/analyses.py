@@ -22,8 +22,8 @@ from workbench.analysis.importance import head_importance
 from workbench.analysis.statistics.intervals import mean_t, proportions
 from workbench.errors import WorkbenchError
 from workbench.inputs import decoder_start, device_for_inputs
+from workbench.investigator.naming import listed, said_of_roles
 from workbench.investigator.subject import Found, Subject
-from workbench.investigator.verdict import said_of_roles
 from workbench.metrics import METRICS
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -163,7 +163,7 @@ def _circuit_numbers(found: Circuit, threshold: float) -> dict[str, Any]:
 
 
 def _circuit_said(found: Circuit, threshold: float) -> str:
-    heads = ", ".join(found.heads) or "no heads"
+    heads = listed(found.heads, ", ") or "no heads"
     by = {"acdc": "cut one by one", "eap_ig": "scored by integrated gradients", "eap": "scored by gradients"}
     return (
         f"Edges that carry at least {threshold:.2%} of the difference, {by[found.method]}: {found.n_edges} of "
@@ -291,7 +291,7 @@ def repair_heads(subject: Subject) -> Found:
         "heads": list(found.heads),
     }
     says = (
-        f"With {', '.join(found.heads)} turned to the right answer accuracy goes from {before:.0%} to {after:.0%}, a "
+        f"With {listed(found.heads)} turned to the right answer accuracy goes from {before:.0%} to {after:.0%}, a "
         f"gain of {float(gain.mean()):+.0%} [{low:+.0%}, {high:+.0%}].",
     )
     return Found(numbers, says, {"repair": found})

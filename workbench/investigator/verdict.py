@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from workbench.investigator.findings import Finding, Sentence
+from workbench.investigator.naming import listed, said_of_roles
 
 _GROUND = {"baseline": "does", "all_heads": "carry"}
 """What has to hold before a circuit of heads can explain anything, and the number that says so."""
@@ -52,7 +53,7 @@ def verdict_of(findings: Sequence[Finding], ended: str, task: str) -> tuple[str,
     kept = findings[stands[1]].numbers
     low, high = kept["interval"]
     said = [Sentence(
-        f"{_listed(kept['heads'])} {'does' if len(kept['heads']) == 1 else 'do'} {task}: their circuit alone keeps "
+        f"{listed(kept['heads'])} {'does' if len(kept['heads']) == 1 else 'do'} {task}: their circuit alone keeps "
         f"{kept['value']:.0%} [{low:.0%}, {high:.0%}] of it on prompts that it was not found with.", stands,
     )]  # fmt: skip
     if "roles" in done:
@@ -61,24 +62,8 @@ def verdict_of(findings: Sequence[Finding], ended: str, task: str) -> tuple[str,
     return "circuit", tuple(said)
 
 
-def said_of_roles(named: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Which heads have each role, and which have none; a head with several roles is told of with each.
-
-    >>> said_of_roles({"L0H1": ["previous-token"], "L1H2": ["induction", "mover"], "L1H3": ["mover"], "L1H0": []})
-    ('By what they look at and write: previous-token L0H1; induction L1H2; mover L1H2, L1H3.', 'No role is ... L1H0.')
-    """
-    groups: dict[str, list[str]] = {}
-    for head, several in named.items():
-        for role in several:
-            groups.setdefault(role, []).append(head)
-    none = [head for head, several in named.items() if not several]
-    roles = "; ".join(f"{role} {', '.join(heads)}" for role, heads in groups.items())
-    said = [f"By what they look at and write: {roles}."] if groups else []
-    return (*said, *([f"No role is suggested for {', '.join(none)}."] if none else []))
-
-
 def _void(findings: Sequence[Finding], confirmed: tuple[int, int]) -> Sentence:
-    heads = _listed(findings[confirmed[1]].numbers["heads"])
+    heads = listed(findings[confirmed[1]].numbers["heads"])
     return Sentence(f"That a circuit of {heads} was confirmed decides nothing then.", confirmed)
 
 
@@ -90,7 +75,3 @@ def _surely_not(done: Mapping[str, Finding], analysis: str) -> bool:
     """Whether an analysis says no, and is sure; what few prompts leave open is no answer."""
     found = done.get(analysis)
     return found is not None and not found.numbers[_GROUND[analysis]] and bool(found.numbers["sure"])
-
-
-def _listed(heads: Sequence[str]) -> str:
-    return f"{', '.join(heads[:-1])} and {heads[-1]}" if len(heads) > 1 else "".join(heads)
