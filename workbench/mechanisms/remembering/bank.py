@@ -18,7 +18,7 @@ class _Attention(nn.Module):
     """One head: queries of the frame, keys and values of the memory; both turned by row and column.
 
     Biases begin so large that a cell reads its own place in each frame most, with two thirds of its weight. SAM2's
-    layers come trained; from biases of 1 a cell reads its place with 6 %, and what was where is not learnt in 450 steps.
+    layers come trained; from biases of 1 it is 6 %, and what was where is not learnt in 450 steps.
     """
 
     angles: Tensor
