@@ -5,7 +5,7 @@ arms run the same inputs: the forward alone, `workbench.grounding`, the forward 
 that keeps its maps. Maps are checked against each other. Time is that of one thread on its processor, and memory what
 each arm adds at its peak to the process.
 
-    python benchmarks/grounding.py [--layers 2] [--tokens 1024] [--rounds 12] [--quick]
+    python benchmarks/grounding.py [--layers 2] [--tokens 1024] [--rounds 10] [--quick]
 """
 
 from __future__ import annotations
@@ -112,15 +112,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="a tiny model; nothing is written")
     options = parser.parse_args()
     if options.quick:
         options.layers, options.rounds, options.tokens = 2, 8, 64
     torch.set_num_threads(1)
     rows, ratio, off = measure(options)
-    text = f"""`python benchmarks/grounding.py`: a random Qwen2.5-VL as wide as its smallest, with {options.layers} layers
-in the language model and one in the vision tower, one picture of {options.tokens:,} tokens, {WORDS} words. The map is
+    text = f"""`python benchmarks/grounding.py`: a random Qwen2.5-VL as wide as its smallest, one layer in the vision tower and
+{options.layers} in the language model, one picture of {options.tokens:,} tokens, {WORDS} words. The map is
 `workbench.grounding` at the last token: every head of every layer on every patch, with the weight on sinks and beside
 the picture. With its forward it takes {ratio} times the forward alone. Eager attention gives the same maps
 to {off:.0e}.
