@@ -119,8 +119,8 @@ def main() -> None:
         options.layers, options.rounds, options.tokens = 2, 8, 64
     torch.set_num_threads(1)
     rows, ratio, off = measure(options)
-    text = f"""`python benchmarks/grounding.py`: a random Qwen2.5-VL as wide as its smallest, one layer in the vision tower and
-{options.layers} in the language model, one picture of {options.tokens:,} tokens, {WORDS} words. The map is
+    text = f"""`python benchmarks/grounding.py`: a random Qwen2.5-VL as wide as its smallest, one layer in the vision
+tower and {options.layers} in the language model, one picture of {options.tokens:,} tokens, {WORDS} words. The map is
 `workbench.grounding` at the last token: every head of every layer on every patch, with the weight on sinks and beside
 the picture. With its forward it takes {ratio} times the forward alone. Eager attention gives the same maps
 to {off:.0e}.
