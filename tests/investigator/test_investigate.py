@@ -112,7 +112,7 @@ def test_heads_are_told_of_by_role(found: Investigation) -> None:
     told = [part.split(" ", 1)[0] for part in first.split(": ")[1].split("; ")]
     assert told == ["previous-token", "mover", "induction"]
     assert "previous-token L0H0–8; mover L1H0; induction L1H0" in first
-    assert listed(["encoder.0.attn.H1"] * 8).count("H1") == 8
+    assert listed(["encoder.0.attn.H1"] * 6).count("H1") == 6
     assert listed([*(f"encoder.0.attn.H{i}" for i in range(8)), "odd"]) == "encoder.0.attn.H0–7 and odd"
     assert second == "No role is suggested for L1H1."
     roles = next(one for one in found.findings if one.analysis == "roles")
@@ -416,7 +416,7 @@ def test_an_empty_memory_knows_nothing_and_the_question_itself_is_no_neighbour(f
     memory, key = Memory(), ("a", "b", "c")
     assert memory.nearest("How?", key) is None
     assert memory.asked_before(key) is None
-    memory.add(manager._remembered(found, key, found.identity))
+    memory.add(manager._remembered(found, key))
     assert memory.nearest(found.question, key) is None  # the only one is the question itself
     near, cosine = memory.nearest(found.question, ("a", "b", "other")) or (None, 0)
     assert near is not None
@@ -437,7 +437,7 @@ def by_hand(asked: str, other: str = "how does n do inductions?") -> float:
 def test_the_nearest_question_is_that_of_the_highest_cosine(found: Investigation) -> None:
     memory, several = Memory(), ["How does M do ioi?", "How does M do induction?", "Why?"]
     for i, asked in enumerate(several):
-        one = manager._remembered(found, (str(i), "p", "w"), found.identity)
+        one = manager._remembered(found, (str(i), "p", "w"))
         memory.add(type(one)(**{**one.__dict__, "asked": asked}))
     near, cosine = memory.nearest("How does N do inductions?", ("x", "p", "w")) or (None, 0)
     assert near is not None

@@ -1,11 +1,11 @@
-"""How heads are told of in sentences: few by name, many by layer, and by the roles that they have."""
+"""How heads and numbers are told of in sentences: few heads by name, many by layer, and by the roles they have."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 
-_FEW = 8
+_FEW = 6
 _LABEL = re.compile(r"(.*H)(\d+)")
 
 
@@ -19,6 +19,15 @@ def listed(heads: Sequence[str], last: str = " and ") -> str:
     """
     told = list(heads) if len(heads) <= _FEW else _runs(heads)
     return f"{', '.join(told[:-1])}{last}{told[-1]}" if len(told) > 1 else "".join(told)
+
+
+def rounded(value: float, digits: int = 3) -> str:
+    """A number in a sentence, with a minus sign and not a hyphen.
+
+    >>> rounded(-11.94)
+    '−11.9'
+    """
+    return f"{value:.{digits}g}".replace("-", "−")
 
 
 def _runs(heads: Sequence[str]) -> list[str]:
