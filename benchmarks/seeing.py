@@ -37,7 +37,7 @@ _HELD_OUT = 900_100
 def v2p(arm: str, seed: int, quick: bool) -> dict[str, Any]:
     """A pointer, or boxes; and, of V2P's, what experts make of screens with it."""
     n = 40 if quick else SCREENS
-    model = screens.train(arm, seed, 2 if quick else screens.pointer.STEPS)
+    model = screens.train(arm, seed, 2 if quick else None)
     found = {"scores": pointed(model, n)}
     return found | ({"mixture": mixed(model, seed, n)} if arm == "v2p" else {})
 

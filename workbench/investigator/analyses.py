@@ -57,7 +57,7 @@ def baseline(subject: Subject) -> Found:
     does = low > 0 and least > 0 and float(apart.mean()) >= NATS
     sure = does or high < NATS or most <= 0
     at, to = proportions(right).tolist()
-    numbers = {
+    numbers: dict[str, Any] = {
         "does": does, "sure": sure, "clean": float(clean.mean()), "corrupted": float(twin.mean()),
         "difference": [low, high], "accuracy": share, "prompts": len(task),
     }  # fmt: skip
