@@ -43,6 +43,8 @@ CASES = [  # kind, positions, d, width, dtype, starts from a state
 ]
 KEPT = Path(__file__).parent / "recurrent_figures.json"
 KINDS = [
+    ("states", "fp16", 128, True),
+    ("states", "fp32", 128, False),
     ("sum", "fp16", 128, True),
     ("sum", "fp32", 128, False),
     ("news", "fp16", 128, False),
@@ -80,6 +82,9 @@ def interpret() -> list[dict[str, Any]]:
     """Relative errors of the kernels in the interpreter against the chunked form in float64."""
     from support.interpreter import patch_once
     from workbench.kernels.recurrent import triton
+    from workbench.kernels.recurrent.triton import by_head
+
+    by_head._MOST_STATES = 1 << 12  # some cases take their blocks in several runs
 
     patch_once()
     found = []
@@ -120,17 +125,17 @@ def programs(target: str) -> Iterator[Program]:
         names = kernel.arg_names
         if "channel" in kind:
             options = by_channel.channel_tiles(d, 16 if "news" in kind else d, dtype == "fp32")
-        elif kind == "sum":
-            options = by_head.sum_tiles(dtypes[dtype], d, amd)
-        else:
+        elif kind == "news":
             options = by_head.news_tiles(dtypes[dtype], d)
+        else:
+            options = by_head.sum_tiles(dtypes[dtype], d, d, amd)
         warps, stages = (options.pop(name) for name in ("num_warps", "num_stages"))
         exact = shared.precision(dtypes[dtype], amd)
         constants = options | {"REVERSE": reverse, "STRICT": True, "FROM_STATE": True, "PRECISION": exact}
         signature = dict.fromkeys(("q", "k", "v", "x"), f"*{dtype}")
-        float32 = ("beta", "total", "log_decay", "state_in", "state_out", "state", "out")
+        float32 = ("beta", "total", "log_decay", "state_in", "state_out", "state", "states", "out")
         signature |= dict.fromkeys(float32, "*fp32")
-        signature |= dict.fromkeys(("n_sequences", "n", "d", "width"), "i32")
+        signature |= dict.fromkeys(("n_sequences", "n", "d", "width", "first", "last"), "i32")
         aligned = [x for x in names if signature.get(x, "").startswith("*") or x in ("d", "width")]
         source = ASTSource(
             fn=kernel,

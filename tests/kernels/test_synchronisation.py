@@ -22,6 +22,8 @@ from workbench.kernels.scan import ScanPattern
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.triton import engine
 from workbench.kernels.triton.call import ROWS, Call
+from workbench.session import keeping
+from workbench.session.keeping import Masks
 
 WAITS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal"}
 NO_LAUNCH = {"empty", "unbind", "scalar_tensor"}
@@ -89,6 +91,28 @@ def test_checks_on_a_device_wait_for_nothing() -> None:
     assert counted(lambda: check_attention(q, q, q)).launches == 0
     q = torch.zeros(1, 1, 2, 2)
     assert counted(lambda: check_finite("q", q)).waits > 0, "the count sees what the host waits for"
+
+
+def test_masks_of_compiled_code_wait_for_nothing() -> None:
+    """What two layers of compiled code share is told without their numbers; else the device is asked, at the end."""
+    masks, one, other = Masks(), on_a_device(2, 1, 8, 8), on_a_device(2, 1, 8, 8)
+    first = masks.copy(one, ("graph", 1))
+    found = counted(lambda: masks.copy(one, ("graph", 1)))
+    assert (found.waits, found.launches) == (0, 0)
+    assert masks.copy(one, ("graph", 1)) is first
+    for mask, key in ((other, ("graph", 2)), (other, None), (one, None)):
+        found = counted(lambda mask=mask, key=key: masks.copy(mask, key))
+        assert found.waits == 0
+        assert found.launches == 3, found.names  # a copy, and whether it is as one before
+
+
+def test_masks_that_turn_out_to_be_the_same_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "is_away", lambda device: True)
+    masks, shown = Masks(), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    first, again, other, last = (masks.copy(mask, None) for mask in (shown, shown, ~shown, ~shown))
+    same = masks.settle()
+    assert {at: id(kept) for at, kept in same.items()} == {id(again): id(first), id(last): id(other)}
+    assert not masks.settle()
 
 
 def test_what_was_deferred_is_told_at_the_end() -> None:
