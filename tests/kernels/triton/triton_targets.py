@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from support.triton_builds import TARGETS
 from workbench.kernels.triton.configs import WIDTHS, Choice, Kind, choices
-
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 166_912),
-    "sm_90": ("cuda", 90, 232_448),
-    "gfx942": ("hip", "gfx942", 65_536),
-}
-"""(backend, arch, bytes of shared memory that a program may have)."""
 
 
 @dataclass(frozen=True)
