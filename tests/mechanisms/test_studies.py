@@ -189,7 +189,7 @@ def test_models_that_are_shipped_are_small_and_those_of_the_runs(name: str) -> N
 
 
 def test_gates_of_the_trained_models_are_where_something_is() -> None:
-    """Actions and lesions that nobody pointed at: factors over time are larger inside, or smaller, but not the same."""
+    """Actions and lesions that nobody pointed at: factors are larger inside."""
     if "csa" in SHIPPED:
         model: Any = studies.studied("csa").model
         found = actions.actions(64, random(12))
@@ -201,7 +201,7 @@ def test_gates_of_the_trained_models_are_where_something_is() -> None:
     if "medusa" in SHIPPED:
         scores = studies.studied("medusa").scores
         assert scores["accuracy"] > 0.5  # a third by chance
-        assert all(scores[f"inside, scale {s}"] != 0.5 for s in range(3))
+        assert all(scores[f"inside, scale {s}"] > 0.5 for s in range(3))  # larger in the lesion than elsewhere
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from workbench.analysis.gates import GateProfile
 from workbench.analysis.profile import AttentionProfile
 from workbench.errors import WorkbenchError
 from workbench.mechanisms.frame.card import unmarked
+from workbench.mechanisms.halo import HaloAttention
 from workbench.mechanisms.rooms import Matrix, Room, Seen
 from workbench.mechanisms.rooms.seen import ALONE, SignatureMaps
 from workbench.mechanisms.rooms.showing import PLAIN, losses_of
@@ -22,7 +23,7 @@ from workbench.views.base.registry import all_of, register
 from workbench.views.base.view import View
 from workbench.views.figure import figure
 from workbench.views.head_gallery import Axes, Group, head_gallery
-from workbench.views.image_attention import image_attention
+from workbench.views.image_attention import Windows, image_attention
 from workbench.views.results.profile import offsets
 from workbench.views.table import Column, table
 
@@ -71,10 +72,7 @@ def card(one: Room) -> View:
     rows += [(f"No {what}", f"{each.work}: {why}") for each in one.seen for what, why in each.missing.items()]
     if one.cost is None:
         rows.append(("Measured cost", "not measured"))
-    for claim in one.card.claims:
-        rows.append((f"Claim, {claim.outcome}", claim.says))
-        if claim.outcome != "not examined":
-            rows += [("found at our scale", claim.found), ("examined how", claim.how)]
+    rows += one.card.standing()
     return table(
         [head for head, _ in rows],
         [Column(one.name, [unmarked(text) for _, text in rows])],
@@ -148,10 +146,12 @@ def _maps(seen: Seen) -> list[View]:
     if seen.images is not None:
         pixels, classes = seen.images
         labels = [f"digit {label}" for label in classes.tolist()]
+        windows = _windows(seen)
+        laid: dict[str, Any] = {"grid": PLACES["images"].grid, "prefix": 0}
+        if windows is not None:
+            laid = {"windows": windows, "sites": [site.site for site in seen.capture]}
         try:
-            found.append(
-                image_attention(seen.capture, pixels, labels=labels, grid=PLACES["images"].grid, prefix=0, title=title)
-            )
+            found.append(image_attention(seen.capture, pixels, labels=labels, title=title, **laid))
         except WorkbenchError as error:  # such as maps that are not over all patches
             notes = (f"Not laid over the scenes: {error.message}.",)
     if not found or len(found[0].spec.facts["heads"]) < sum(site.shape[1] for site in seen.capture):
@@ -160,6 +160,16 @@ def _maps(seen: Seen) -> list[View]:
     for view in found:
         view.spec = replace(view.spec, caption=f"{view.spec.caption}{weights}")
     return found
+
+
+def _windows(seen: Seen) -> Windows | None:
+    """How windows lie over the scenes, whose seams are then drawn; None where all patches are attended to alike."""
+    grid = PLACES["images"].grid
+    if all(site.site.kind == "window" for site in seen.capture):
+        return Windows(grid)
+    blocks: Any = getattr(getattr(seen.model, "stack", None), "blocks", ())
+    edges = {block.mixer.block if isinstance(block.mixer, HaloAttention) else None for block in blocks}
+    return Windows(grid, edges.pop()) if len(edges) == 1 and None not in edges else None
 
 
 def _signature(seen: Seen, found: SignatureMaps, after: str) -> View:
