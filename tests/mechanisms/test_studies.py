@@ -171,6 +171,17 @@ def test_what_a_study_shows_is_drawn(name: str) -> None:
     assert all(view.to_png() for view in views[:2])
 
 
+def test_gates_are_left_out_of_the_maps_of_heads_and_named() -> None:
+    """Their maps are diagonals; attention that stands beside them is drawn."""
+    seen = see_study(studies.run(studies.study("control_aided"), quick=True))
+    room = mechanisms.Room("control_aided", mechanisms.get("control_aided"), (), study=seen)
+    maps = next(view for view in all_of(room) if view.spec.title == "Every head, driving")
+    attention = [site for site in seen.capture.sites if site.kind != "gate"]
+    drawn = [site for site in attention if seen.capture[site.name].shape[2] == seen.capture[site.name].shape[3]]
+    assert len(maps.spec.blocks["maps"]) == sum(site.n_heads for site in drawn)
+    assert any("1 of 3 sites are left out" in note for note in maps.spec.notes), maps.spec.notes
+
+
 SHIPPED = [name for name in ALL if shipped.file_of(name).is_file()]
 
 

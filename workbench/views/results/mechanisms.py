@@ -8,6 +8,7 @@ from typing import Any
 
 from workbench.analysis.gates import GateProfile
 from workbench.analysis.profile import AttentionProfile
+from workbench.capture.capture import Capture
 from workbench.errors import WorkbenchError
 from workbench.mechanisms.frame.card import unmarked
 from workbench.mechanisms.halo import HaloAttention
@@ -124,8 +125,8 @@ def _of_seen(one: Room, seen: Seen) -> list[View]:
 def _of_study(one: SeenStudy) -> list[View]:
     """Maps of its attention, its gates, and what is its own."""
     work, found = one.studied.study.work, list[View]()
-    if any(site.kind != "gate" for site in one.capture.sites):
-        found.append(head_gallery(one.capture, title=f"Every head, {work}"))
+    if mixing := _mixing(one.capture):
+        found.append(head_gallery(one.capture, sites=mixing, title=f"Every head, {work}", notes=_gates(one.capture)))
     if one.gates is not None:
         found += [_titled(view, f"{view.spec.title}, {work}") for view in all_of(one.gates)]
     return found + [view for each in one.exhibits for view in all_of(each)]
@@ -154,12 +155,24 @@ def _maps(seen: Seen) -> list[View]:
             found.append(image_attention(seen.capture, pixels, labels=labels, title=title, **laid))
         except WorkbenchError as error:  # such as maps that are not over all patches
             notes = (f"Not laid over the scenes: {error.message}.",)
-    if not found or len(found[0].spec.facts["heads"]) < sum(site.shape[1] for site in seen.capture):
+    mixing = _mixing(seen.capture)
+    if not found or len(found[0].spec.facts["heads"]) < sum(seen.capture[site].shape[1] for site in mixing):
         title = f"{title}, laid over them or not" if found else title
-        found.append(head_gallery(seen.capture, title=title, notes=notes))
+        found.append(head_gallery(seen.capture, sites=mixing, title=title, notes=(*notes, *_gates(seen.capture))))
     for view in found:
         view.spec = replace(view.spec, caption=f"{view.spec.caption}{weights}")
     return found
+
+
+def _mixing(cap: Capture) -> list[str]:
+    """The sites but for gates, whose maps are their factors on the diagonal."""
+    return [site.name for site in cap.sites if site.kind != "gate"]
+
+
+def _gates(cap: Capture) -> tuple[str, ...]:
+    """A note on those that are left out."""
+    n = len(cap.sites) - len(_mixing(cap))
+    return (f"Gates move nothing from place to place: {n} of {len(cap.sites)} sites are left out.",) if n else ()
 
 
 def _windows(seen: Seen) -> Windows | None:
