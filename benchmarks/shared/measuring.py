@@ -29,7 +29,7 @@ def interleaved(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 def timed(
     arms: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each arm in each round, as in `interleaved`; with `time.process_time` those of this process alone."""
+    """Seconds of each arm in each round, as in `interleaved`; by `time.process_time` those of the processor."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
         for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:

@@ -54,7 +54,7 @@ def _intervals(importance: HeadImportance) -> str:
     ends = [importance.interval(*each) for each in importance.scores]
     if all(bool(each.isnan().all()) for each in ends):
         return "too few of them carry the mean of any head for a t interval."
-    return f"t intervals of the mean at {importance.level:.0%}, none where few examples carry it."
+    return f"t intervals of the mean at {100 * importance.level:.4g}%, none where few examples carry it."
 
 
 def _more_of_head_importance(importance: HeadImportance) -> list[View]:
@@ -106,8 +106,8 @@ def _parts(importance: HeadImportance) -> View:
         caption=(
             f"How much worse the model is by {measure} when a head loses all of its output, or what the named part of "
             f"it does: rows of queries, or what is read from keys up to k hops away (inside) or beyond (outside). "
-            f"Intervals at {importance.level:.0%} over {importance.n_examples:,} examples. Parts need not add up "
-            "to the whole."
+            f"Intervals at {100 * importance.level:.4g}% over {importance.n_examples:,} examples. Parts need not add "
+            "up to the whole."
         ),
         table=table,
         notes=(f"The {_PARTED} most important of {len(ranked):,} heads.",) if len(ranked) > _PARTED else (),
