@@ -41,6 +41,8 @@ CASES = [  # kind, positions, d, width, dtype, starts from a state
     ("kimi delta", 34, 36, 18, "float32", True),
     ("kimi delta", 14, 80, 5, "float16", False),
 ]
+SCANS = [(1, 5, 1.0), (70, 20, 3.0), (34, 16, 100.0)]
+"""Positions, width, and how large scores are."""
 KEPT = Path(__file__).parent / "recurrent_figures.json"
 KINDS = [
     ("states", "fp16", 128, True),
@@ -105,7 +107,26 @@ def interpret() -> list[dict[str, Any]]:
         found.append(
             {"case": [kind, n, name], "errors": errors, "dtypes": dtypes, "wanted": [*wanted, "torch.float32"]}
         )
-    return found
+    return [*found, *(interpreted_scan(n, width, large) for n, width, large in SCANS)]
+
+
+def interpreted_scan(n: int, width: int, large: float) -> dict[str, Any]:
+    """The same of scan attention, against its definition and what autograd makes of that."""
+    from workbench.kernels.scan import triton
+
+    gen = torch.Generator().manual_seed(n)
+    scores, values, do = large * torch.randn(2, 2, n, generator=gen), *torch.randn(2, 2, 2, n, width, generator=gen)
+    exact = [t.double().requires_grad_() for t in (scores, values)]
+    hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+    want = exact[0][:, :, None].expand(-1, -1, n, -1).masked_fill(hidden, -torch.inf).softmax(-1) @ exact[1]
+    want.backward(do.double())
+    out, sizes = triton.forward(scores, values)
+    got = out, *triton.backward(scores, values, sizes, out, do)
+    pairs = zip(got, (want.detach(), *(t.grad for t in exact)), strict=True)
+    terms = (values * do).sum(-1).abs().max()  # which cancel in the gradient of a score
+    errors = [float((g - w).abs().max() / torch.maximum(w.abs().max(), terms)) for g, w in pairs]
+    dtypes = [str(t.dtype) for t in got]
+    return {"case": ["scan", n, "float32"], "errors": errors, "dtypes": dtypes, "wanted": ["torch.float32"] * 3}
 
 
 def _flat(gradients: tuple[dict[str, Tensor], Tensor]) -> list[Tensor]:
@@ -165,7 +186,7 @@ def run(what: str) -> Any:
 
 def test_numbers_in_the_interpreter():
     results = run("interpret")
-    assert len(results) == len(CASES)
+    assert len(results) == len(CASES) + len(SCANS)
     for result in results:
         limit = 5e-6 if result["case"][-1] == "float32" else 1e-3
         assert max(result["errors"]) < limit, result

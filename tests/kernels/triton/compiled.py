@@ -35,7 +35,8 @@ def program(build: Build) -> Program:
     constants = {"D": width, "DV": width, "BD": build.width, "BDV": build.width, "EDGE": 16, "SLOTS": 16}
     constants |= {"PRECISION": build.precision, "BM": m, "BN": n, "CAUSAL": True, "STATS": True, "POOLED": True}
     constants |= {"WINDOW": build.has != "plain", "SPARSE": build.has == "layout", "OUT": build.has == "layout"}
-    constants |= dict.fromkeys(("BIAS", "SOFTCAP", "SINKS", "INDUCTION"), build.has == "shape")
+    constants |= dict.fromkeys(("SINKS", "INDUCTION"), build.has == "shape")
+    constants |= {"BIAS": build.has in ("shape", "log"), "SOFTCAP": {"shape": 1, "log": 2}.get(build.has, 0)}
     constants |= {"MASK": 2 if build.has == "shape" else 0, "stride_mk": 1}
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
