@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from workbench.views.base.view import View
 from workbench.views.figure import figure
 from workbench.views.head_atlas import head_atlas
 
+if TYPE_CHECKING:
+    from workbench.hooks.tap import Kind
+
 _PARTED = 16  # heads whose parts are shown
 
 
@@ -24,6 +27,7 @@ def _view_of_head_importance(importance: HeadImportance) -> View:
     several = len(importance.measures) > 1
     if len(set(importance.sites)) == len(set(importance.layers)):
         table = table.drop(columns="site")  # the layer tells the site, in this view as in others
+    kinds = set(importance.kinds)
     where = [name for name in ("site", "layer", "number", "score", "low", "high") if name in table]
     scores: dict[str, Any] = {
         f"{method}, {measure}" if several else str(method): rows[where].rename(
@@ -40,6 +44,7 @@ def _view_of_head_importance(importance: HeadImportance) -> View:
             + _intervals(importance)
         ),
         signed=True,
+        kind=cast("Kind", kinds.pop()) if len(kinds) == 1 else "self",
         provenance=importance.provenance,
     )
 
