@@ -334,7 +334,8 @@ class Workbench(Interventions):
         """Check that the taps tell the truth: run the model bare, observed, and with each site in turn switched off.
 
         Every site must fire, the observed outputs must be the same to the bit, rows must sum to 1, A·V must equal what
-        the kernel gave, and switching off a site's heads must change the model's output.
+        the kernel gave, and switching off a site's heads must change the model's output, or at least be seen by its
+        gradient: such sites are `idle`.
 
         Returns:
             A report with `.ok`, `.table` and `.raise_if_failed()`.
