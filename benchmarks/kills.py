@@ -1,6 +1,6 @@
 """Kills a worker of Ray, the driver, or one of two processes of a split model, in the midst of each kind of work.
 
-    python benchmarks/kills.py KEPT [--times 20] [--only rank driver worker] [--address …]
+    python benchmarks/kills.py [KEPT] [--times 20] [--only rank driver worker] [--address …]
 
 Each time somewhere else. What is found in spite of it, or gone on with after it, must be what an undisturbed run gives,
 to the bit; the other process of a split model must end with an error within a minute. KEPT is a file that gets a line
@@ -365,11 +365,12 @@ def report(kept: list[Killed]) -> None:
 def main() -> None:
     """Kill."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kept", type=Path)
+    parser.add_argument("kept", type=Path, nargs="?", default=Path(__file__).parents[1] / ".cache" / "kills.jsonl")
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--only", nargs="+", choices=list(WHO), default=list(WHO))
     parser.add_argument("--address", help="of a cluster that runs already, for drivers and workers")
     asked = parser.parse_args()
+    asked.kept.parent.mkdir(exist_ok=True)
     torch.set_num_threads(1)
 
     def kept() -> list[Killed]:
