@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.finding import heads_of, kv_heads_of
 from workbench.hooks.head_shards import HeadShard
 from workbench.hooks.projections import is_conv1d, is_linear
-from workbench.hooks.sites import heads_of, kv_heads_of
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Unplaced
 

@@ -14,8 +14,8 @@ from workbench.hooks.calls import Owner
 from workbench.hooks.compiled.graph import Place
 from workbench.hooks.compiled.operator import Recorded
 from workbench.hooks.configs import config_of, read
+from workbench.hooks.finding import kv_heads_of
 from workbench.hooks.kernel_watch import LseWatch, kernel_lse
-from workbench.hooks.sites import kv_heads_of
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Unplaced
 from workbench.hooks.written_out import of_einsum, of_product, ungrouped

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-import time
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -282,14 +282,15 @@ def test_a_planner_that_raises_loses_nothing(mover: Planted, found: Investigatio
 
 
 def test_a_planner_that_never_answers_is_asked_once(mover: Planted, found: Investigation) -> None:
-    asked = []
+    asked, ended = [], threading.Event()
 
     def planner(prompt: str) -> str:
         asked.append(prompt)
-        time.sleep(30)
+        ended.wait()
         return ""
 
     one = run(mover, planner=planner, planner_seconds=0.05)
+    ended.set()
     assert len(asked) == 1
     assert one.heads == found.heads
     assert "did not answer" in one.plans[0].refused[0]

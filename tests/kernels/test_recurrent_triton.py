@@ -57,19 +57,19 @@ KINDS = [
 """Kernel, dtype, features and direction of what is compiled: the widest programs, which need most registers."""
 
 
-def made(kind: str, n: int, d: int, width: int, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-    """Two heads of two examples; of some decays nothing is left, and after them hardly anything fades."""
+def made(kind: str, n: int, d: int, width: int, dtype: torch.dtype, device: str = "cpu", examples: int = 2) -> Inputs:
+    """Two heads of each example; of some decays nothing is left, and after them hardly anything fades."""
     gen = torch.Generator().manual_seed(n)
-    q, k, v = (torch.randn(2, 2, n, w, generator=gen).to(device, dtype) for w in (d, d, width))
+    q, k, v = (torch.randn(examples, 2, n, w, generator=gen).to(device, dtype) for w in (d, d, width))
     of_channels = kind in ("channels", "strong channels", "kimi delta")
-    log_decay = -(2 * torch.randn(2, 2, n, *[d] * of_channels, generator=gen) - 2).exp()
+    log_decay = -(2 * torch.randn(examples, 2, n, *[d] * of_channels, generator=gen) - 2).exp()
     log_decay[:, :, 11::29] = -torch.inf
     log_decay[:, :, 12:20] = -1e-3
     if "strong" in kind:  # hardly anything is left of the position before: what it makes of itself must not drown that
         log_decay = log_decay.clamp(min=-1) - 14
-    steps = 2 * torch.randn(2, 2, n, generator=gen).sigmoid()
+    steps = 2 * torch.randn(examples, 2, n, generator=gen).sigmoid()
     if kind == "lightning":
-        log_decay = decays(2).log()[None, :, None].expand(2, 2, n)
+        log_decay = decays(2).log()[None, :, None].expand(examples, 2, n)
     if "delta" in kind:
         k = normalize(k.float(), dim=-1).to(dtype)
     g = None if kind in ("linear", "delta") else log_decay.to(device).requires_grad_()
@@ -78,14 +78,18 @@ def made(kind: str, n: int, d: int, width: int, dtype: torch.dtype, device: str 
 
 def interpret() -> list[dict[str, Any]]:
     """Relative errors of the kernels in the interpreter against the chunked form in float64."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from support.interpreter import patch_once
     from workbench.kernels.recurrent import triton
 
+    patch_once()
     found = []
     for kind, n, d, width, name, started in CASES:
-        inputs = made(kind, n, d, width, getattr(torch, name))
+        examples = 1 if n > 20 else 2  # the interpreter takes its time
+        inputs = made(kind, n, d, width, getattr(torch, name), examples=examples)
         gen = torch.Generator().manual_seed(n + 1)
         do = torch.randn(inputs.v.shape, generator=gen).to(inputs.v.dtype)
-        state, d_state = (torch.randn(2, 2, d, width, generator=gen) if started else None for _ in range(2))
+        state, d_state = (torch.randn(examples, 2, d, width, generator=gen) if started else None for _ in range(2))
         exact = Inputs(*(None if t is None else t.detach().double() for t in vars(inputs).values()))
         first, last = (None if t is None else t.double() for t in (state, d_state))
         with torch.no_grad():

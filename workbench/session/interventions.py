@@ -51,7 +51,8 @@ class Interventions:
     each of its calls.
 
     By default an edit acts on the forwards of every thread. On a server that answers several requests at once pass
-    `threads="this"`: then it acts only on what the thread that opened it runs.
+    `threads="this"`: then it acts only on what the thread that opened it runs, and in asyncio only on the task that
+    opened it and those that it has started.
     """
 
     model: nn.Module

@@ -20,7 +20,8 @@ from workbench.capture.store.writing import StoreWriter
 from workbench.capture.timing import CallTimes
 from workbench.capture.unrecorded import Unrecorded, is_out_of_memory, reason_of
 from workbench.errors import CaptureError, WorkbenchError
-from workbench.hooks.sites import Site, Sites, site_name, with_call
+from workbench.hooks.finding import site_name, with_call
+from workbench.hooks.sites import Site, Sites
 from workbench.hooks.tap import AttentionCall, Unshown
 from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, context_length, packed_sequences, token_ids

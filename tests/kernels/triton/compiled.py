@@ -1,10 +1,14 @@
-"""Compiles the kernels ahead of time for one target and prints what each needs as JSON; `test_compile.py` starts it.
+"""What the kernels need, compiled ahead of time for one target, printed as JSON; `test_compile.py` starts it.
 
-Usage: compiled.py TARGET, one of TARGETS. Neither a GPU nor a driver is needed.
+Usage: compiled.py TARGET, one of TARGETS, or `compiled.py keep`. Neither a GPU nor a driver is needed.
+
+What a build needs follows from its source, its options and the compiler alone. `figures.json` keeps it beside a digest
+of these, so that only what is new is compiled; `keep` compiles all that has changed and writes the file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -28,9 +32,14 @@ INDICES = ("peak_key_ptr", "target_ptr", "list_ptr", "count_ptr", "word_ptr", "k
 NUMBERS = ("scale", "softcap", "hidden_below")
 
 
-def compiled(build: Build, backend: str, arch: int | str) -> Any:
-    """The binary of a kernel, with the argument types and alignments of a launch."""
-    kernel, (m, n, warps, stages) = KERNELS[build.kind], build.choice
+KEPT = Path(__file__).parent / "figures.json"
+METER = Build("rows", "bf16", 128, (128, 128, 4, 2), "layout")
+"""Known to spill."""
+
+
+def source_of(build: Build) -> ASTSource:
+    """A kernel with the argument types and alignments of a launch."""
+    kernel, (m, n, _, _) = KERNELS[build.kind], build.choice
     width = build.width if build.has == "plain" else build.width - 16  # padded heads need masks on channels as well
     constants = {"D": width, "DV": width, "BD": build.width, "BDV": build.width, "EDGE": 16, "SLOTS": 16}
     constants |= {"PRECISION": build.precision, "BM": m, "BN": n, "CAUSAL": True, "STATS": True, "POOLED": True}
@@ -52,10 +61,21 @@ def compiled(build: Build, backend: str, arch: int | str) -> Any:
         elif name not in NUMBERS:
             assert name in LENGTHS, f"{name} would be specialised on its value"
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=aligned)
-    warp = 64 if backend == "hip" else 32
-    options = {"num_warps": warps, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
+    return ASTSource(fn=kernel, signature=signature, constexprs=used, attrs=aligned)
+
+
+def compiled(build: Build, backend: str, arch: int | str) -> dict[str, int]:
+    """What a build needs, compiled now."""
+    *_, warps, stages = build.choice
+    target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
+    binary = triton.compile(source_of(build), target=target, options={"num_warps": warps, "num_stages": stages})
+    return figures(binary, backend)
+
+
+def digest(build: Build, target: str) -> str:
+    """Of all that the figures of a build follow from: sources, types, constants, options, target and compiler."""
+    of = (triton.__version__, source_of(build).hash(), TARGETS[target], build.choice[2:])
+    return hashlib.sha256(repr(of).encode()).hexdigest()[:16]
 
 
 def figures(binary: Any, backend: str) -> dict[str, int]:
@@ -83,12 +103,37 @@ def figures(binary: Any, backend: str) -> dict[str, int]:
     return {"shared": binary.metadata.shared, "registers": registers, "spilled": spilled, "tensor": tensor}
 
 
+def needs(target: str, kept: dict[str, Any]) -> dict[str, Any]:
+    """What every build of a target, and one that spills, needs, beside the digest of what that follows from.
+
+    The first build of each kernel, and the one that spills, are compiled every time.
+    """
+    backend, arch, _ = TARGETS[target]
+    found, anew = {}, {METER, *{build.kind: build for build in reversed(builds(target))}.values()}
+    for build in [*builds(target), METER]:
+        of = digest(build, target)
+        known = kept.get(str(build), {})
+        if known.get("of") != of or build in anew:
+            found[str(build)] = {"of": of, **compiled(build, backend, arch)}
+        else:
+            found[str(build)] = known
+    return found
+
+
 def main(name: str) -> None:
-    """Every build of a target, and one that is known to spill."""
-    backend, arch, _ = TARGETS[name]
-    meter = Build("rows", "bf16", 128, (128, 128, 4, 2), "layout")
-    found = {str(build): figures(compiled(build, backend, arch), backend) for build in [*builds(name), meter]}
-    print(json.dumps(found))
+    """Print what the builds of a target need, or keep what those of all need."""
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    if name != "keep":
+        print(json.dumps(needs(name, kept.get(name, {}))))
+        return
+    found = {target: needs(target, kept.get(target, {})) for target in TARGETS}
+    lines = [
+        f'"{target}": {{\n'
+        + ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in several.items())
+        + "\n}"
+        for target, several in found.items()
+    ]
+    KEPT.write_text("{" + ",\n".join(lines) + "}\n")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,15 @@ A process of its own: the interpreter must be chosen before the kernels are impo
 from __future__ import annotations
 
 import json
+import sys
 import warnings
+from pathlib import Path
 
 import torch
 from triton_cases import CASES, compare
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from support.interpreter import patch_once
 from workbench.kernels.masks import Mask
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.triton import engine
@@ -40,6 +44,7 @@ def main() -> None:
     """Every case, the far rows, and a case held against a mask that it does not have."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
+    patch_once()
     found = {}
     for case in CASES:
         dtype, tolerance = (torch.float16, 2e-3) if case.half else (torch.float32, 1e-4)

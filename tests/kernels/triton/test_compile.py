@@ -1,6 +1,11 @@
-"""The kernels compiled ahead of time: none spills, all fit shared memory, half precision runs on tensor cores."""
+"""The kernels compiled ahead of time: none spills, all fit shared memory, half precision runs on tensor cores.
 
+What a build needs is kept in figures.json under a digest of all that it follows from, and compiled where that changed.
+"""
+
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,3 +34,13 @@ def test_a_spilling_kernel_is_seen(target: str, printed: Callable[..., Any]) -> 
     found = _figures(printed, target)
     (meter,) = set(found) - {str(build) for build in builds(target)}
     assert found[meter]["spilled"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_kept_is_what_compiling_gives(target: str, printed: Callable[..., Any]) -> None:
+    """Of the builds that are compiled every time; those whose digest is another need not agree."""
+    kept = json.loads((Path(__file__).parent / "figures.json").read_text())[target]
+    for name, found in _figures(printed, target).items():
+        if kept.get(name, found)["of"] == found["of"]:
+            assert kept.get(name, found) == found, "python tests/kernels/triton/compiled.py keep"
