@@ -1,9 +1,9 @@
 """Where the queries of a call stand among its keys, where there are not as many of both.
 
-Positions can only be compared where that is known: where a mask lets each query see one key more, where the values of as
-many keys as there are queries are what a linear function gave, with no key after them that is seen, or where the site
-has had as many of both before, so that the first keys come from a cache. Else nothing shows it, as where one query in two
-is left out, a class token alone asks, or learned keys come last.
+Positions can only be compared where that is known: where a mask lets each query see one key more, where the values of
+as many keys as there are queries are what a linear function gave, with no key after them that is seen, or where the
+site has had as many of both before, so that the first keys come from a cache. Else nothing shows it, as where one query
+in two is left out, a class token alone asks, or learned keys come last.
 """
 
 from __future__ import annotations
