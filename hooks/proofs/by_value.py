@@ -73,10 +73,8 @@ def _read(
         return Proof(None, "each row has values of its own, as where a softmax weighs experts", gate=True)
     features_mixed = any(axis == width and stride >= features for axis, _, stride in pieces)
     alone = len(mixed) == 1
-    inside = {stride < features for axis, _, stride in pieces if axis in mixed}
-    merged = (
-        alone and not features_mixed and len(inside) == 2
-    )  # heads that share their values, in one axis with queries
+    sides = {stride < features for axis, _, stride in pieces if axis in mixed}
+    merged = alone and not features_mixed and len(sides) == 2  # heads that share their values, in one axis with queries
 
     def role(axis: int, stride: int) -> Role:
         if axis == width:
