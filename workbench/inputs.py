@@ -54,8 +54,8 @@ def check_inputs(
         context: gives the context's length, where that is known already.
 
     Raises:
-        CaptureError: tensors on another device than the model, an empty prompt, a prompt longer than the context, ids or
-            labels that the model's vocabulary does not have.
+        CaptureError: tensors on another device than the model, an empty prompt, a prompt longer than the context, or
+            ids or labels that the model's vocabulary does not have.
     """
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     first = next(model.parameters(), None)
@@ -92,8 +92,9 @@ def _check_vocabulary(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     ids, labels = token_ids(args, kwargs).get("input"), kwargs.get("labels")
     if ids is not None and (size := _rows_of(model, "get_input_embeddings")) is not None:
         _check_ids(ids, size, "id")
-    whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
-    if whole and labels.dim() == 2 and (size := _rows_of(model, "get_output_embeddings")) is not None:
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.dtype not in (torch.int32, torch.int64):
+        return
+    if (size := _rows_of(model, "get_output_embeddings")) is not None:
         _check_ids(labels[labels != IGNORED], size, "label")
 
 
@@ -106,9 +107,8 @@ def _rows_of(model: nn.Module, getter: str) -> int | None:
         table = getattr(model, getter)()
     except (AttributeError, NotImplementedError):
         return None
-    weight = getattr(table, "weight", None)
-    known = isinstance(table, (nn.Embedding, nn.Linear)) and isinstance(weight, Tensor) and weight.dim() == 2
-    return int(weight.shape[0]) if known and weight.shape[0] else None
+    weight = table.weight if isinstance(table, (nn.Embedding, nn.Linear)) else None
+    return len(weight) if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) else None
 
 
 def _check_ids(ids: Tensor, size: int, what: str) -> None:
