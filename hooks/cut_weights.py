@@ -39,6 +39,11 @@ def is_cut(model: nn.Module) -> bool:
     return any(_is_distributed(p) for p in model.parameters())
 
 
+def mesh_of(model: nn.Module) -> Any:
+    """The mesh of processes that hold a model's weights together; None where they are all here."""
+    return next((p.device_mesh for p in model.parameters() if _is_distributed(p)), None)  # type: ignore[attr-defined]
+
+
 def here(tensor: Tensor) -> Tensor:
     """This process's part of a distributed tensor; any other as it is."""
     part: Tensor = tensor.to_local() if _is_distributed(tensor) else tensor  # type: ignore[attr-defined]

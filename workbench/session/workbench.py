@@ -184,6 +184,7 @@ class Workbench(Interventions):
         block: int = 16,
         limit: int | None = DENSE_LIMIT,
         store: str | Path | None = None,
+        keep_on: Literal["device", "host"] = "device",
     ) -> Iterator[Capture]:
         """Capture the attention of every forward inside the `with`; the model's outputs stay the same to the bit.
 
@@ -206,6 +207,9 @@ class Workbench(Interventions):
             store: a folder, such as "runs/a.zarr", that each forward is written to as soon as it is over, and read from
                 when it is asked for, so that captures may be larger than memory. A store that is there is gone on
                 with. `workbench.load_capture` opens it, also while it grows; see `docs/scale.md`.
+            keep_on: where queries, keys, masks and values are kept of a model on a device: there, by reference where
+                nothing else would be held by it, or in the "host"'s memory, pinned, to which they are copied while the
+                device goes on. Patterns are then computed on the host; they are there at the end of the `with`.
 
         Yields:
             The capture; it is filled as the model runs and complete at the end of the `with`.
@@ -219,6 +223,8 @@ class Workbench(Interventions):
         self.check_open()
         if gradients:
             check_gradients(self.model)
+        if keep_on not in ("device", "host"):
+            raise CaptureError(f'keep_on is "device" or "host", not {keep_on!r}')
         settings = Settings(
             statistics=check_names(statistics),
             sites=choose(self.sites, sites),
@@ -232,6 +238,7 @@ class Workbench(Interventions):
             n_top=n_top,
             block=block,
             limit=limit,
+            keep_on=keep_on,
         )
         self._warn_of_dropout()
         weights = WeightsThen(self._inner)
@@ -334,7 +341,8 @@ class Workbench(Interventions):
         """Check that the taps tell the truth: run the model bare, observed, and with each site in turn switched off.
 
         Every site must fire, the observed outputs must be the same to the bit, rows must sum to 1, A·V must equal what
-        the kernel gave, and switching off a site's heads must change the model's output.
+        the kernel gave, and switching off a site's heads must change the model's output, or at least be seen by its
+        gradient: such sites are `idle`.
 
         Returns:
             A report with `.ok`, `.table` and `.raise_if_failed()`.
@@ -356,14 +364,23 @@ class Workbench(Interventions):
         queries: int,
         keys: int | None = None,
         statistics: Sequence[str] = ("entropy", "received"),
+        *,
+        where: Literal["all", "device"] = "all",
         **keep: Any,
     ) -> int:
-        """Bytes that one forward of this size would keep; `keep` is as in `capture` (z, pattern, queries_keys, values).
+        """Bytes that one forward of this size would keep, masks aside; the model may be on the "meta" device.
+
+        Args:
+            where: of all, or only those that stay on the model's device: with `keep_on="host"` the statistics, z and
+                dense patterns.
+            keep: as in `capture` (z, pattern, queries_keys, values, keep_on).
 
         Raises:
             CaptureError: sizes of a site are not known before the model has run once.
         """
         settings = Settings(statistics=check_names(statistics), **keep)
+        if where == "device":
+            settings = settings.on_device
         total = 0
         for site in self.sites:
             if site.n_heads is None or site.n_kv_heads is None or site.d_head is None:

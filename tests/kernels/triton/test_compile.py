@@ -3,13 +3,14 @@
 What a build needs is kept in figures.json under a digest of all that it follows from, and compiled where that changed.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from triton_targets import TARGETS, Build, builds
+from triton_targets import Build, builds
+
+from support.triton_builds import TARGETS, assert_kept
 
 BUILDS = [(target, build) for target in TARGETS for build in builds(target)]
 
@@ -39,8 +40,6 @@ def test_a_spilling_kernel_is_seen(target: str, printed: Callable[..., Any]) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_is_kept_is_what_compiling_gives(target: str, printed: Callable[..., Any]) -> None:
-    """Of the builds that are compiled every time; those whose digest is another need not agree."""
-    kept = json.loads((Path(__file__).parent / "figures.json").read_text())[target]
-    for name, found in _figures(printed, target).items():
-        if kept.get(name, found)["of"] == found["of"]:
-            assert kept.get(name, found) == found, "python tests/kernels/triton/compiled.py keep"
+    """Of the builds that are compiled every time."""
+    kept = Path(__file__).parent / "figures.json"
+    assert_kept(kept, target, _figures(printed, target), "python tests/kernels/triton/compiled.py keep")
