@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.head_scores.prompts import Ids, ids_of, is_one
 from workbench.errors import CaptureError
-from workbench.inputs import context_length
+from workbench.inputs import check_text, context_length
 from workbench.session.workbench import Workbench
 
 Corpus = Path | str | Iterable[Path | Ids]
@@ -113,4 +113,5 @@ def _ids(wb: Workbench, one: Any) -> Tensor:
     if wb.tokenizer is None:
         raise CaptureError("no tokenizer is attached", hint="attach(model, tokenizer), or pass ids yourself")
     quiet = {"verbose": False} if hasattr(wb.tokenizer, "backend_tokenizer") else {}  # longer than the model's context
+    check_text(one)
     return torch.tensor(list(wb.tokenizer(one, add_special_tokens=False, **quiet)["input_ids"]), dtype=torch.long)
