@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from workbench.hooks.look.replay import ModuleCall, mapped, tensors
+from workbench.hooks.look.replay import ModuleCall, mapped, spread_of, tensors
 
 Which = Literal["this", "others", "first"]
 
@@ -81,8 +81,7 @@ def moved(call: ModuleCall, axis: int, length: int, j: int, *, point: bool = Fal
                 middle = t.shape[other] // 2
                 part = part.narrow(other - (other > axis), middle, 1)
         if t.is_floating_point():
-            spread = torch.nan_to_num(t.float().std(correction=0)) + 1e-6
-            part += (torch.randn(part.shape, generator=noise).to(t.device) * spread).to(t.dtype)
+            part += (torch.randn(part.shape, generator=noise).to(t.device) * spread_of(t)).to(t.dtype)
         elif t.dtype == torch.long and t.dim() == 2 and not _counts_or_marks(t):
             part.copy_(before.flatten()[(part * 7 + 3) % t.numel()])
         if others:

@@ -118,6 +118,12 @@ def test_a_look_tells_of_another_order(x: Tensor) -> None:
         assert [site.kind for site in wb.look(x, "turned")] == ["halo"]
 
 
+def test_a_look_at_inputs_that_are_all_alike() -> None:
+    with workbench.attach(Attention()) as wb, torch.no_grad():
+        for x in (torch.ones(B, N, D), torch.zeros(B, N, D)):
+            assert [site.kind for site in wb.look(x)] == ["self"]
+
+
 def test_a_look_tells_of_another_sequence(x: Tensor) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
