@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workbench.errors import CaptureError
 from workbench.hooks.tap import AttentionCall
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import Pattern
@@ -38,10 +39,11 @@ class Products:
     """The last query's products with all keys, of a plain softmax: what a forward's layers have is finished together.
 
     Attributes:
-        heads: whose they are. products: [batch, head, key], to be scaled by `scale`.
+        site, heads: whose they are. products: [batch, head, key], to be scaled by `scale`.
         rows: what makes them in another way, which has errors for what is not finite.
     """
 
+    site: str
     heads: Sequence[int]
     products: Tensor
     scale: float
@@ -59,11 +61,17 @@ class Products:
             return None
         if q.dim() != 4 or (call.is_causal and call.first_position(cross=cross) + q.shape[2] < k.shape[2]):
             return None
-        return cls.of_all_keys(q, k, call.scale, heads, lambda: last_rows(call, heads, cross=cross))
+        return cls.of_all_keys(call.site, q, k, call.scale, heads, lambda: last_rows(call, heads, cross=cross))
 
     @classmethod
     def of_all_keys(
-        cls, q: Tensor, k: Tensor, scale: float | None, heads: Sequence[int], rows: Callable[[], Tensor] | None = None
+        cls,
+        site: str,
+        q: Tensor,
+        k: Tensor,
+        scale: float | None,
+        heads: Sequence[int],
+        rows: Callable[[], Tensor] | None = None,
     ) -> Products | None:
         """Those of q [batch, head, query, d] and k [batch, kv head, key, d], where the last query sees every key; None
         where they do not fit, which a pattern has an error for.
@@ -79,7 +87,7 @@ class Products:
             queries, keys = queries.float(), keys.float()
         products = queries @ keys.mT if len(q) > 1 else torch.bmm(queries[0], keys[0].mT)[None]
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return cls(heads, products.squeeze(2), scale, rows or (lambda: rows_over_all_keys(q, k, scale, heads)))
+        return cls(site, heads, products.squeeze(2), scale, rows or (lambda: rows_over_all_keys(q, k, scale, heads)))
 
 
 def finished(several: Iterable[Products]) -> dict[Products, Tensor]:
@@ -96,8 +104,14 @@ def finished(several: Iterable[Products]) -> dict[Products, Tensor]:
     for group in alike.values():
         rows = torch.stack([one.products for one in group]).mul_(group[0].scale).softmax(-1)
         if rows.device.type == "cpu" and not math.isfinite(rows.sum().item()):
-            for one in group:  # the pattern says of which of them a number is not finite, and where
+            for one in group:  # some way of making it may say more of where a number is not finite
                 found[one] = one.rows()
+                if not math.isfinite(found[one].sum().item()):
+                    raise CaptureError(
+                        "what its last query looks at is not finite",
+                        site=one.site,
+                        hint="a query, a key or the scale is not: does an earlier layer overflow?",
+                    )
         else:
             found |= zip(group, rows.unbind(), strict=True)
     return found

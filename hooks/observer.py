@@ -197,7 +197,7 @@ class Observer:
 
     # Modules begin and end.
 
-    def _begin(self, module: nn.Module, args: Any, frame: FrameType | None = None) -> None:
+    def _begin(self, module: nn.Module, args: Any, frame: FrameType | None = None, *, may_narrow: bool = True) -> None:
         name = self._names.get(module)
         if name is None:
             return
@@ -207,7 +207,8 @@ class Observer:
             return  # in the latter case hooks are being exchanged
         first = not state.stack and not self._goes_on(state, name, module, frame)
         if first:
-            self.follow(self._listener.only())
+            if may_narrow:
+                self.follow(self._listener.only())
             state.narrow = self._narrow is not None
         running = Running(name, module, frame)
         if isinstance(module, multihead.MODULES) and not state.native and not self._listener.leaves_native_path():
@@ -269,7 +270,7 @@ class Observer:
         state = self._threads.get(threading.get_ident())
         if state is None or not state.stack:  # it is called by itself, or a part of the model that no hook is on
             self.follow(frozenset())
-            self._begin(module, args, frame)
+            self._begin(module, args, frame, may_narrow=False)
         else:
             state.ran.append(module)
 

@@ -131,7 +131,7 @@ class RowWatch:
         heads = self.heads[site]
         self._fired.add(site)
         with _as_plain_tensors(q.device.type):
-            rows = Products.of_all_keys(q, k, scale, heads) or rows_over_all_keys(q, k, scale, heads)
+            rows = Products.of_all_keys(site, q, k, scale, heads) or rows_over_all_keys(q, k, scale, heads)
             self._hold(found.setdefault(id(running.whole), {}), site, heads, rows)
 
     def _hold(self, held: _Held, site: str, heads: Sequence[int], rows: Tensor | Products) -> None:
@@ -143,9 +143,25 @@ class RowWatch:
                 name = f"{names[head]}#{call_number}"
             held[name] = rows, i
 
-    def on_end(self) -> None:
-        """The forward of this thread is over."""
-        running, found = self._running.pop(threading.get_ident(), (None, {}))
+    def finish(self) -> None:
+        """The watch is over, and so are forwards that have not told of their end, as methods that call parts have none.
+
+        Raises:
+            CaptureError: the model has run, and no attention call was seen at a chosen site.
+        """
+        for thread in list(self._running):
+            self.guarded(self.on_end, thread)
+        silent = [name for name in self.heads if name not in self._fired]
+        if silent and self._ran:
+            raise CaptureError(
+                f"no attention call was seen at {', '.join(silent[:5])}{' …' if len(silent) > 5 else ''}",
+                site=silent[0],
+                hint="does the forward reach it? wb.verify(**inputs) says what is seen of each site",
+            )
+
+    def on_end(self, thread: int | None = None) -> None:
+        """The forward of a thread is over, by default of this one."""
+        running, found = self._running.pop(threading.get_ident() if thread is None else thread, (None, {}))
         if running is None or not found:
             return
         with self._lock:
@@ -179,20 +195,6 @@ class RowWatch:
             if not self.errors:
                 _log.warning("what heads look at could not be told: %s: %s", type(error).__name__, error)
             self.errors.append(error)
-
-    def check_fired(self) -> None:
-        """What was asked for has been told.
-
-        Raises:
-            CaptureError: the model has run, and no attention call was seen at a chosen site.
-        """
-        silent = [name for name in self.heads if name not in self._fired]
-        if silent and self._ran:
-            raise CaptureError(
-                f"no attention call was seen at {', '.join(silent[:5])}{' …' if len(silent) > 5 else ''}",
-                site=silent[0],
-                hint="does the forward reach it? wb.verify(**inputs) says what is seen of each site",
-            )
 
 
 def _as_plain_tensors(device: str = "cpu") -> AbstractContextManager[None]:

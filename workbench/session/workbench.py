@@ -288,7 +288,7 @@ class Workbench(Interventions):
         watch = RowWatch(self._inner, self.sites, parse_heads(self.sites, heads), tell, self._contexts.checked)
         with self._contexts.watching(watch):
             yield
-        watch.check_fired()
+        watch.finish()
 
     def _told(self, sites: Sites) -> Sites:
         """The sites without those that turned out to be none, or cannot be shown; the latter are unread."""
