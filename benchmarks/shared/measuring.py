@@ -26,11 +26,14 @@ def interleaved(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     return {name: statistics.median(found) for name, found in timed(arms, rounds).items()}
 
 
-def timed(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each arm in each round, as in `interleaved`."""
+def timed(
+    arms: Mapping[str, Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each arm in each round, as in `interleaved`; `before` is done before each, and not measured."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
         for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
+            before()
             start = time.perf_counter()
             arms[name]()
             if turn:
