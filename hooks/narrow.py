@@ -38,7 +38,7 @@ class BeginHook(InputsHook):
 class EndHook(InputsHook):
     """A module has ended, with an output or, after an exception, with None."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # type: ignore[override]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for tell in self._tell:
             tell(module, output)
 
