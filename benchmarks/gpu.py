@@ -33,6 +33,7 @@ from workbench.kernels.neighborhood import neighborhood_attention
 from workbench.kernels.recurrent import chunked
 from workbench.kernels.recurrent.chunked import Inputs
 from workbench.kernels.s2 import s2_attention
+from workbench.kernels.scan.blocked import PrefixAttention
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.statistics import Options
 from workbench.kernels.triton import engine
@@ -175,8 +176,9 @@ def shaped(run: Run, q: Tensor, k: Tensor) -> float:
 
 
 def recurrences(run: Run, dtype: torch.dtype) -> dict[str, float]:
-    """Lightning attention's kernels, forward and backward, against the chunked form in float64."""
+    """Lightning and scan attention's kernels, forward and backward, against the chunked forms in float64."""
     from workbench.kernels.recurrent import triton
+    from workbench.kernels.scan import triton as scan
 
     n = run.sizes.checked
     q, k, v, grad = (run.draw(1, 2, n, 32, seed=i, dtype=dtype) for i in range(4))
@@ -187,7 +189,15 @@ def recurrences(run: Run, dtype: torch.dtype) -> dict[str, float]:
     gradients, _ = triton.backward(given, None, grad, None)
     wanted, _ = chunked.backward(exact, None, 64, grad.double().cpu(), None)
     back = max(off(gradients[name], wanted[name]) for name in ("q", "k", "v"))
-    return {"lightning": off(out, want), "lightning, backward": back}
+    found = {"lightning": off(out, want), "lightning, backward": back}
+    scores = run.draw(1, 2, n, seed=5, dtype=torch.float32)
+    out, sizes = scan.forward(scores, v)
+    wanted = [t.double().cpu().requires_grad_() for t in (scores, v)]
+    want = PrefixAttention.apply(*wanted, 64)
+    want.backward(grad.double().cpu())
+    found["scan"] = off(out, want)
+    back = zip(scan.backward(scores, v, sizes, out, grad), wanted, strict=True)
+    return found | {"scan, backward": max(off(got, given.grad) for got, given in back)}
 
 
 def times(run: Run) -> None:

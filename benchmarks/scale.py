@@ -2,9 +2,9 @@
 
     python benchmarks/scale.py [--rounds 5] [--dry]
 
-Arms take turns in one run; every process has one thread. Ratios are medians over rounds, with the smallest and largest.
-Numbers of all arms are compared: to the bit for workers, to 1e-5 where sums are split. Writes its section of
-docs/benchmarks.md.
+Arms take turns in one run; every process has one thread. Ratios are medians over rounds, with the smallest and largest,
+of seconds, and of the processor time of the busiest process, which other work on the machine does not change. Numbers
+of all arms are compared: to the bit for workers, to 1e-5 where sums are split. Writes its part of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import torch
 import torch.distributed as dist
@@ -36,7 +38,8 @@ from workbench.workers.documents import PLANNED, ROUND_ROBIN, document_statistic
 
 HEADING = "More processes"
 VARIANTS, LONG = 500, 8192
-DOCUMENTS = [2048, 96, 512, 128, 1536, 64, 256, 768, 320, 192, 1024, 80]
+Seconds = dict[str, list[float]]
+DOCUMENTS = [8192, 384, 2048, 512, 6144, 256, 1024, 3072, 1280, 768, 4096, 320]
 
 
 def spread(ratios: list[float]) -> str:
@@ -44,8 +47,45 @@ def spread(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def ratios(seconds: dict[str, list[float]], slow: str, fast: str) -> list[float]:
+def ratios(seconds: Seconds, slow: str, fast: str) -> list[float]:
     return [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+
+
+def spent(work: Callable[[], object], processes: Sequence[psutil.Process], busiest: list[float]) -> None:
+    """Do the work, and add the processor seconds that the busiest of some processes spent on it."""
+    before = [sum(each.cpu_times()[:2]) for each in processes]
+    work()
+    busiest.append(max(sum(each.cpu_times()[:2]) - one for each, one in zip(processes, before, strict=True)))
+
+
+def measured(arms: dict[str, tuple[Callable[[], object], list[int]]], rounds: int) -> tuple[Seconds, Seconds]:
+    """By arm and round: seconds, and processor seconds of the busiest of an arm's processes."""
+    busiest: Seconds = {name: [] for name in arms}
+    running = {
+        name: partial(spent, work, [psutil.Process(pid) for pid in pids], busiest[name])
+        for name, (work, pids) in arms.items()
+    }
+    seconds = timed(running, rounds)
+    return seconds, {name: each[1:] for name, each in busiest.items()}
+
+
+def both(found: tuple[Seconds, Seconds], slow: str, fast: str) -> str:
+    """Ratios of seconds and of processor seconds."""
+    wall, processor = (spread(ratios(each, slow, fast)) for each in found)
+    return f"{wall} times as fast, {processor} by processor time"
+
+
+def bare(work: Callable[[], object], times: int, n: int) -> None:
+    """n processes that share so many calls between them, and nothing else."""
+    pids = []
+    for _ in range(n):
+        pids.append(os.fork())
+        if not pids[-1]:
+            for _ in range(times // n):
+                work()
+            os._exit(0)
+    if any(os.waitpid(pid, 0)[1] for pid in pids):
+        raise SystemExit("a process failed")
 
 
 def same(one: torch.Tensor, two: torch.Tensor) -> None:
@@ -58,22 +98,30 @@ def sweeps(rounds: int) -> list[list[str]]:
     torch.manual_seed(0)
     model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=256, n_embd=256, n_layer=6, n_head=8, n_positions=64)).eval()
     wb = workbench.attach(model)
-    batches = [{"input_ids": torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+    batches = [{"input_ids": torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(2)]
     variants = [Variant((layer, head), positions=at) for at in range(11) for layer in range(6) for head in range(8)]
     variants = variants[:VARIANTS]
     ends = Ends(tempfile.mkdtemp())
     hook = model.transformer.ln_f.register_forward_hook(ends)  # does nothing but where it is told to
 
     def sweep(**how: Any) -> torch.Tensor:
-        return workbench.run_sweep(wb, variants, batches, last, memory=1 << 26, progress=False, **how).values
+        return workbench.run_sweep(wb, variants, batches, last, memory=1 << 24, progress=False, **how).values
 
     here = sweep()
+    with torch.no_grad():
+        forward = partial(model, **batches[0], use_cache=False)
+        alone = timed({"one": lambda: bare(forward, 120, 1), "two": lambda: bare(forward, 120, 2)}, rounds)
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with RayWorkers(1) as one, RayWorkers(2) as two:
         for workers in (one, two):
             same(here, sweep(engine=workers))
-        found = timed({"one": lambda: sweep(engine=one), "two": lambda: sweep(engine=two)}, rounds)
-        whole, lost = statistics.median(found["two"]), []
+        began, before = time.perf_counter(), time.process_time()
+        found = measured(
+            {name: (partial(sweep, engine=workers), workers.pids()) for name, workers in (("one", one), ("two", two))},
+            rounds,
+        )
+        driver = (time.process_time() - before) / (time.perf_counter() - began)
+        whole, lost = statistics.median(found[0]["two"]), []
         for turn in range(rounds):
             (Path(ends.folder) / "end").write_text(str(turn))
             began = time.perf_counter()
@@ -83,15 +131,13 @@ def sweeps(rounds: int) -> list[list[str]]:
     hook.remove()
     wb.detach()
     return [
-        [
-            f"sweep of {VARIANTS} variants, two workers against one",
-            spread(ratios(found, "one", "two")) + " times as fast",
-        ],
-        [
-            f"the same, one of two workers killed in each of {rounds} runs ({n_lost} units of work done again)",
-            spread([each / whole for each in lost]) + " of the time; its start with it",
-        ],
-    ]
+        [f"sweep of {VARIANTS} variants, two workers against one", both(found, "one", "two")],
+        ["forwards of its model, shared by two processes without Ray, against one: what this machine allows",
+         spread(ratios(alone, "one", "two")) + " times as fast"],
+        ["processor time of the process that the sweeps ran in", f"{driver:.1%} of a core"],
+        [f"the same sweep, one of two workers killed in each of {rounds} runs ({n_lost} units of work done again)",
+         spread([each / whole for each in lost]) + " of the time; its start with it"],
+    ]  # fmt: skip
 
 
 class Ends:
@@ -126,8 +172,8 @@ def sequence(rounds: int) -> list[list[str]]:
     return [
         [
             f"capture of `entropy` and `received` at N = {LONG:,}, two processes against one",
-            spread(ratios(found, "one", "two")) + f" times as fast; {found['bytes'] / 2**20:.1f} MiB sent by each, of "
-            f"which statistics {found['statistics'] / 2**20:.1f}",
+            both((found["seconds"], found["busiest"]), "one", "two")
+            + f"; {found['bytes'] / 2**20:.1f} MiB sent by each, of which statistics {found['statistics'] / 2**20:.1f}",
         ]
     ]
 
@@ -150,14 +196,17 @@ def rank_main(rank: int, folder: str, rounds: int) -> None:
     here = torch.arange(split.here.start, split.here.stop)
     wb = workbench.attach(model)
     caps: dict[str, Any] = {}
+    busiest: Seconds = {"one": [], "two": []}
 
     def one() -> None:
+        began = time.process_time()
         if rank == 0:
             with torch.no_grad(), wb.capture(["entropy", "received"], queries_keys=False) as caps["one"]:
                 model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        dist.barrier()
+        busiest["one"].append(max(split.told(time.process_time() - began)))
 
     def two() -> None:
+        began = time.process_time()
         asked = wb.capture(["entropy", "received"], queries_keys=False)
         with torch.no_grad(), workbench.split_over(split), asked as cap:
             model(input_ids=ids[:, here], position_ids=here[None], use_cache=False, logits_to_keep=1)
@@ -167,14 +216,15 @@ def rank_main(rank: int, folder: str, rounds: int) -> None:
         caps["bytes"] = sum(split.sent.n_bytes.values())
         assert caps["bytes"] - sent - caps["statistics"] < 10_000
         split.sent.clear()
-        dist.barrier()
+        busiest["two"].append(max(split.told(time.process_time() - began)))
 
     seconds: dict[str, Any] = timed({"one": one, "two": two}, rounds)
     if rank == 0:
         for want, got in zip(caps["one"], caps["two"], strict=True):
             for name in ("entropy", "received"):
                 torch.testing.assert_close(got.statistics[name], want.statistics[name], atol=1e-5, rtol=1e-4)
-        Path(folder, "0.json").write_text(json.dumps(seconds | {name: caps[name] for name in ("bytes", "statistics")}))
+        found = {"seconds": seconds, "busiest": {name: each[1:] for name, each in busiest.items()}}
+        Path(folder, "0.json").write_text(json.dumps(found | {name: caps[name] for name in ("bytes", "statistics")}))
     dist.destroy_process_group()
 
 
@@ -191,13 +241,14 @@ def documents(rounds: int) -> list[list[str]]:
             wb.model(input_ids=torch.randint(256, (1, n)), use_cache=False, logits_to_keep=1)
     with RayWorkers(2) as two:
         arms = {
-            how: partial(document_statistics, cap.calls, names, engine=two, how=how) for how in (ROUND_ROBIN, PLANNED)
+            how: (partial(document_statistics, cap.calls, names, engine=two, how=how), two.pids())
+            for how in (ROUND_ROBIN, PLANNED)
         }
-        found = timed(arms, rounds)
+        found = measured(arms, rounds)
     return [
         [
             f"statistics of {len(DOCUMENTS)} documents on two workers, planned against in turn",
-            spread(ratios(found, ROUND_ROBIN, PLANNED)) + " times as fast",
+            both(found, ROUND_ROBIN, PLANNED),
         ]
     ]
 

@@ -1,8 +1,8 @@
 """Papers that look and remember, at a small scale: V2P, Agent S2's grounding, SAM2Act's memory, SAM2Long's tree.
 
-Trains what is missing of the plan, three seeds of every arm, half a minute each on one core, and keeps scores beside
-the code (`workbench/mechanisms/screens/results.json`, `…/remembering/results.json`), from which the cards say where
-claims stand. May be stopped at any time, and goes on where it was. Writes its section of docs/benchmarks.md.
+Trains what is missing of the plan, three seeds of every arm, less than a minute each on one core, and keeps scores
+beside the code (`workbench/mechanisms/screens/results.json`, `…/remembering/results.json`), from which the cards say
+where claims stand. May be stopped at any time, and goes on where it was. Writes its section of docs/benchmarks.md.
 
     python benchmarks/seeing.py [--only v2p sam2act sam2long] [--no-training] [--quick]
 """
@@ -37,7 +37,7 @@ _HELD_OUT = 900_100
 def v2p(arm: str, seed: int, quick: bool) -> dict[str, Any]:
     """A pointer, or boxes; and, of V2P's, what experts make of screens with it."""
     n = 40 if quick else SCREENS
-    model = screens.train(arm, seed, 2 if quick else screens.pointer.STEPS)
+    model = screens.train(arm, seed, 2 if quick else None)
     found = {"scores": pointed(model, n)}
     return found | ({"mixture": mixed(model, seed, n)} if arm == "v2p" else {})
 

@@ -150,7 +150,7 @@ def main() -> None:
         folder.mkdir()
         for name, keep in KEEPS.items():
             arms = captures(wb, batches, folder, keep)
-            seconds = timed(arms, options.rounds, lambda: fresh(folder))
+            seconds = timed(arms, options.rounds, before=lambda: fresh(folder))
             fresh(folder)
             arms["store"]()
             read = share_read(folder / "a.zarr", options.forwards)

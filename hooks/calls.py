@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.hooks import flex, registry
+from workbench.hooks.finding import heads_of, kv_heads_of
 from workbench.hooks.forwards import check_plain
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.paged import PagedKeys
 from workbench.hooks.proofs.axes import Bound
-from workbench.hooks.sites import heads_of, kv_heads_of
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Unplaced
 from workbench.hooks.written_out import WrittenOut, ungrouped

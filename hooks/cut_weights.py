@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.finding import heads_of, kv_heads_of
 from workbench.hooks.head_shards import HeadShard
 from workbench.hooks.projections import is_conv1d, is_linear
-from workbench.hooks.sites import heads_of, kv_heads_of
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Unplaced
 
@@ -37,6 +37,11 @@ class _Cut:
 def is_cut(model: nn.Module) -> bool:
     """Whether some weight of a model is a part of one that several processes hold together."""
     return "torch.distributed.tensor" in sys.modules and any(_is_distributed(p) for p in model.parameters())
+
+
+def mesh_of(model: nn.Module) -> Any:
+    """The mesh of processes that hold a model's weights together; None where they are all here."""
+    return next((p.device_mesh for p in model.parameters() if _is_distributed(p)), None)  # type: ignore[attr-defined]
 
 
 def here(tensor: Tensor) -> Tensor:

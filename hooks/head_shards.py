@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels.patterns import in_whole
+from workbench.kernels.sequence_parallel.split import SplitSequence
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,16 @@ class HeadShard:
         at once.
 
         Raises:
-            CaptureError: the processes are not known any more, or do not hold all heads together.
+            CaptureError: the processes are not known any more, one has ended, or they do not hold all heads together.
         """
-        import torch.distributed as dist
-
-        group, device = self._group()
+        group = self._group()
         mine = tensor.detach().movedim(axis, 0).contiguous()
-        place = torch.tensor([self.first, self.n_here, len(mine)], device=device)
-        told = [torch.empty_like(place) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(told, place, group=group)
-        places = [(int(first), int(n), int(length)) for first, n, length in (each.tolist() for each in told)]
+        place = torch.tensor([self.first, self.n_here, len(mine)], device=group.device)
+        places = [tuple(map(int, each)) for each in group.gather(place).wait()]
         size = prod(mine.shape[1:]) * mine.element_size()
-        room = torch.zeros(max(length for *_, length in places) * size, dtype=torch.uint8, device=device)
-        room[: len(mine) * size] = mine.view(-1).view(torch.uint8).to(device)
-        sent = [torch.empty_like(room) for _ in places]
-        dist.all_gather(sent, room, group=group)
+        room = torch.zeros(max(length for *_, length in places) * size, dtype=torch.uint8, device=group.device)
+        room[: len(mine) * size] = mine.view(-1).view(torch.uint8).to(group.device)
+        sent = group.gather(room).wait()
         done, parts = 0, []
         for (first, n, length), numbers in sorted(zip(places, sent, strict=True), key=lambda one: one[0]):
             if first != done:
@@ -77,22 +73,25 @@ class HeadShard:
         return torch.cat(parts).movedim(0, axis).contiguous()
 
     def told(self, mine: Any) -> list[Any]:
-        """What each process of the group has to say, in their order; every one of them calls it at once."""
-        import torch.distributed as dist
+        """What each process of the group has to say, in their order: values of JSON; every one calls it at once."""
+        return self._group().told(mine)
 
-        group, _ = self._group()
-        every: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(every, mine, group=group)
-        return every
+    def _group(self) -> SplitSequence:
+        """The processes, for what they send; every one of them calls it at once.
 
-    def _group(self) -> tuple[Any, torch.device]:
+        Raises:
+            CaptureError: they are not known any more; one has ended.
+        """
         mesh = None if self._mesh is None else self._mesh()
         if mesh is None:
             raise CaptureError(
                 "the processes that hold the other heads are not known any more",
                 hint="gather while the model is there, and before a capture is saved or pickled",
             )
-        return mesh.get_group(self._axis), torch.device(mesh.device_type)
+        known: dict[int, SplitSequence] = vars(mesh).setdefault("_workbench_groups", {})  # as long as it, on all alike
+        if self._axis not in known:
+            known[self._axis] = SplitSequence.of(1, mesh.get_group(self._axis), mesh.device_type)
+        return known[self._axis]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mesh": None}

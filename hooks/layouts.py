@@ -22,11 +22,11 @@ from workbench.errors import CaptureError
 from workbench.hooks.blocks import Blocks, find_blocks
 from workbench.hooks.cut_weights import here
 from workbench.hooks.evidence import axes_of_values, compare_part, doubt_of, is_gate, late, over_features
+from workbench.hooks.finding import heads_of, stated_heads
 from workbench.hooks.proofs.axes import Axes, Bound
 from workbench.hooks.proofs.by_size import axes_by_size, usual_axes
 from workbench.hooks.proofs.by_value import prove_axes
 from workbench.hooks.proofs.rows import Account, account, own_features
-from workbench.hooks.sites import heads_of, stated_heads
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Run, Unplaced, Waiting, fits, kept, parts_of_maps, versions
 

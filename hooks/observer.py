@@ -33,6 +33,7 @@ from workbench.hooks.compiled.graph import place
 from workbench.hooks.compiled.operator import Recorded
 from workbench.hooks.compiled.regions import EAGER, Region
 from workbench.hooks.compiled.watched import Watched
+from workbench.hooks.finding import site_name
 from workbench.hooks.forwards import InputsHook, calling_method, check_plain, entries_of, examples_of
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.layouts import UNKNOWN, Layouts, learn
@@ -46,7 +47,6 @@ from workbench.hooks.projections import is_linear
 from workbench.hooks.readers import Reader, before_reading, check_gradients, in_place_of, read_module, reader_of
 from workbench.hooks.running import Running, ThreadRun
 from workbench.hooks.sdpa import FunctionTap
-from workbench.hooks.sites import site_name
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Unplaced, Waiting
 from workbench.hooks.written_out import WrittenOut

@@ -16,11 +16,11 @@ from torch import nn
 
 from workbench.hooks import registry
 from workbench.hooks.calls import Owner
+from workbench.hooks.finding import site_name
 from workbench.hooks.kernel_watch import KernelWatch
 from workbench.hooks.modes import leave_dispatch_mode, leave_function_mode
 from workbench.hooks.readers import Begun
 from workbench.hooks.sdpa import FunctionTap
-from workbench.hooks.sites import site_name
 from workbench.hooks.tap import AttentionCall
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -110,6 +110,7 @@ class AttentionCall:
         compiled: of a call in compiled code, "kept" where only what a fused kernel takes and gives was read, so that
             its graph is as it was; "changed" where the compiler may have merged less.
         joins: path and module of the linear layer that takes what the heads give, where a compiled graph shows it.
+        mask_key: of a call in compiled code, what tells its mask: equal only where masks are, while they are held.
         part: of a call on packed rows, the sequence that this one is; only `output` is still that of all.
     """
 
@@ -148,6 +149,7 @@ class AttentionCall:
     state: StateLink = field(default_factory=StateLink)
     compiled: Literal["", "kept", "changed"] = ""
     joins: tuple[str, nn.Module] | None = None
+    mask_key: Hashable | None = None
 
     @property
     def has_halo(self) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.kernels.layouts import listed
+
 BLOCK = 128
 """Tokens in a block: FlexAttention's kernels work in tiles of up to 128; finer blocks would not be skipped anyway."""
 
@@ -66,8 +68,10 @@ class FlexPlan:
         return replace(self, **moved)
 
 
-def listed(seen: Tensor, whole: Tensor, mask_mod: Callable[..., Tensor], lengths: tuple[int, int]) -> Any:
+def block_mask(seen: Tensor, whole: Tensor, mask_mod: Callable[..., Tensor], lengths: tuple[int, int]) -> Any:
     """A `BlockMask` of blocks [head, query block, key block]: those seen in part, and those seen as a whole.
+
+    It is made where the blocks are: on a device in a few launches.
 
     Args:
         seen: bool, whether some query of the block sees some key of it; whole: whether every one sees all.
@@ -76,16 +80,21 @@ def listed(seen: Tensor, whole: Tensor, mask_mod: Callable[..., Tensor], lengths
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    return BlockMask.from_kv_blocks(
-        *_lists(seen & ~whole), *_lists(whole), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths
-    )
+    (n_part, part), (n_whole, full) = _lists(seen & ~whole), _lists(whole)
+    (n_part_of_keys, part_of_keys), (n_whole_of_keys, full_of_keys) = _lists((seen & ~whole).mT), _lists(whole.mT)
+    return BlockMask(
+        seq_lengths=lengths,
+        kv_num_blocks=n_part, kv_indices=part, full_kv_num_blocks=n_whole, full_kv_indices=full,
+        q_num_blocks=n_part_of_keys, q_indices=part_of_keys,
+        full_q_num_blocks=n_whole_of_keys, full_q_indices=full_of_keys,
+        BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod,
+    )  # fmt: skip
 
 
 def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block has, and which, [1, head, query block(, key block)]."""
-    counts = blocks.sum(-1, dtype=torch.int32)
-    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return counts[None].contiguous(), order[None].contiguous()
+    """How many blocks each row of blocks has, and which, [1, head, row(, block)] int32."""
+    order, counts = listed(blocks)
+    return counts[None], order.clamp_(max=blocks.shape[-1] - 1)[None]
 
 
 def flex_attend(

@@ -49,3 +49,17 @@ class Layout(ABC):
         """The layout index of each of these query heads."""
         index = torch.arange(n_heads)[heads] if isinstance(heads, slice) else heads
         return index // (n_heads // self.n_layouts)
+
+
+def listed(used: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., n] bool to the indices of the true entries in order, and their number [...], int32; what follows is none.
+
+    The r-th is where r of them have been counted: found in their running number, without sorting.
+
+    >>> listed(torch.tensor([False, True, False, True]))[0][:2].tolist()
+    [1, 3]
+    """
+    counted = used.cumsum(-1, dtype=torch.int32)
+    ranks = torch.arange(1, used.shape[-1] + 1, dtype=torch.int32, device=used.device).expand(used.shape)
+    found = torch.searchsorted(counted, ranks.contiguous(), out_int32=True)
+    return found, counted[..., -1].contiguous()

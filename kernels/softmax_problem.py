@@ -25,6 +25,8 @@ class SoftmaxProblem:
         key_bias: [batch, head or 1, key] added to the scores; None for none.
         lse: [batch, head, query] natural log of each row's denominator, finite also in rows that see no key; None
             where it is still to be found.
+        of_magnitudes: the softmax is that of ln |scale · q kᵀ| + bias: |q kᵀ| with factors of the keys, normalised per
+            row. Only the Triton kernels know it, and no registered engine is given one.
     """
 
     q: Tensor
@@ -35,6 +37,7 @@ class SoftmaxProblem:
     sinks: Tensor | None = None
     key_bias: Tensor | None = None
     lse: Tensor | None = None
+    of_magnitudes: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ import workbench
 from support.tiny import family, make
 from workbench import CaptureError
 from workbench.hooks.configs import config_of, read
-from workbench.hooks.sites import find_sites
+from workbench.hooks.finding import find_sites
 from workbench.inputs import context_length
 
 

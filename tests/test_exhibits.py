@@ -19,7 +19,11 @@ def test_the_gallery_has_places_for_papers_without_a_mechanism(tmp_path: Path) -
     text = page.read_text(encoding="utf-8")
     for name, exhibit in EXHIBITS.items():
         assert f"{name}: {exhibit.card().title}" in text
-        assert all(isinstance(view, View) for view in exhibit.all())
+        card, *views = exhibit.all()
+        assert all(isinstance(view, View) for view in views)
+        texts = card.data()[name].tolist()
+        assert not [each for each in texts if "`" in each or "examined yet" in each]
+        assert {claim.says for claim in exhibit.card().claims} <= set(texts)
     assert "L0H" in text  # the investigation that is shown found its circuit
     for view in EXHIBITS["agent-s2"].views():  # each finding came from one analysis, each action goes to one expert
         _, row, value = view.data().columns

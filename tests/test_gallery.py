@@ -16,6 +16,7 @@ from workbench import WorkbenchError, mechanisms
 from workbench.gallery import GalleryInterrupted, build
 from workbench.mechanisms import Card, Claim, Mechanism, Mixer, Place, rooms
 from workbench.mechanisms.frame import catalogue
+from workbench.mechanisms.rooms import see
 from workbench.mechanisms.rooms.costs import cost_of
 from workbench.mechanisms.rooms.inputs import LOSS, TEXT, Examples, shown_text
 from workbench.mechanisms.training import TrainedModel
@@ -113,6 +114,7 @@ def test_a_room_of_an_image_model_is_shown_the_scenes() -> None:
     ]
     scenes, _, _, windows = all_of(one)[1:5]
     assert scenes.spec.blocks["pixels"].shape == (3, 32, 32, 3)
+    assert [head["seams"] for head in scenes.spec.facts["heads"]] == [[[4], [4]]] * 8  # where its blocks meet
     maps = windows.spec.blocks["maps"]
     assert maps.shape == (2 * 4 * 4, 8, 8)
     first = ~np.isnan(maps[0])  # block 0 of 4 x 4 patches in a corner, and a halo of one around it
@@ -125,6 +127,17 @@ def test_gates_are_shown_by_their_factors() -> None:
     one = mechanisms.room("van")
     assert {site.kind for site in one.seen[0].capture.sites} == {"gate"}
     assert titles(one)[1:3] == ["Gates", "Gates over positions"]
+    importance = all_of(one)[3]
+    assert [group["label"] for group in importance.spec.facts["groups"]] == ["Gates"]
+
+
+def test_windows_are_laid_over_the_scenes() -> None:
+    seen = see(mechanisms.get("davit-windows"), "davit-windows:filled up", "images")
+    room = mechanisms.Room("davit-windows:filled up", mechanisms.get("davit-windows"), (seen,))
+    scenes = all_of(room)[1]
+    assert scenes.spec.kind == "image_attention"
+    assert len(all_of(room)) == 2  # every head has its place there
+    assert {str(head["seams"]) for head in scenes.spec.facts["heads"]} == {"[[4], [4]]"}
 
 
 def test_where_no_weights_are_shipped_it_is_said(unseen: mechanisms.Room) -> None:

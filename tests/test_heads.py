@@ -9,8 +9,9 @@ from torch import nn
 
 from support.tiny import FAMILIES, make
 from workbench.errors import InterventionError
+from workbench.hooks.finding import find_sites
 from workbench.hooks.heads import KVGroup, find_block, find_module, parse_heads
-from workbench.hooks.sites import Site, Sites, find_sites
+from workbench.hooks.sites import Site, Sites
 
 ONE_TOWER = Sites(Site(f"h.{i}.attn", i, "self", 6, 2, 8) for i in range(3))
 UNKNOWN = Sites([Site("h.0.attn", 0, "self")])

@@ -39,7 +39,8 @@ def test_whisper_base(whisper_base: Path, speech_inputs: dict[str, torch.Tensor]
     assert found.ok, found.table
     assert torch.equal(bare, observed)
     eager = eager_attentions(model, [site.name for site in capture.sites], speech_inputs)
-    assert assert_equal_to_eager(capture, eager, ENCODER_DECODER) == 18
+    # Every row of all is verified above; maps of 1500 x 1500 in float64 are made of the first and the last layer.
+    assert assert_equal_to_eager(capture, eager, ENCODER_DECODER, {"encoder_attentions": (0, 5)}) == 14
     cross = capture["decoder.5.cross_attn"]
     assert cross.shape[-1] == 1500
 

@@ -348,17 +348,29 @@ def test_verify_finds_a_tap_that_lies(model: nn.Module, ids: torch.Tensor, monke
         found.raise_if_failed()
 
 
-def test_verify_finds_a_site_whose_output_goes_nowhere() -> None:
+@pytest.mark.parametrize(
+    ("use", "context", "idle"),
+    [
+        (lambda x, z: x + 0 * z, torch.no_grad, True),
+        (lambda x, z: x + 0 * z, torch.inference_mode, True),
+        (lambda x, z: x + 0 * z.detach(), torch.no_grad, False),
+        (lambda x, z: x, torch.no_grad, False),
+    ],
+)
+def test_verify_tells_a_site_that_adds_nothing_from_one_whose_output_goes_nowhere(use, context, idle: bool) -> None:
     class Unused(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + 0 * torch.nn.functional.scaled_dot_product_attention(x, x, x)
+            return use(x, torch.nn.functional.scaled_dot_product_attention(x, x, x))
 
-    with workbench.attach(Unused()) as wb:
+    with workbench.attach(Unused()) as wb, context():
         found = wb.verify(torch.randn(1, 2, 3, 4))
         assert found.identical
-        assert not found.ok
-        with pytest.raises(AttachError, match="stays the same"):
-            found.raise_if_failed()
+        assert found.ok == idle
+        assert found.table[["editable", "idle"]].values.tolist() == [[False, idle]]
+        assert ("adds nothing here" in repr(found)) == idle
+        if not idle:
+            with pytest.raises(AttachError, match="stays the same"):
+                found.raise_if_failed()
 
 
 def test_a_capture_of_a_tap_that_lies_is_refused(

@@ -19,3 +19,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 def test_a_split_model_is_as_the_whole(found: list[dict[str, str]], case: str) -> None:
     for rank, wrong in enumerate(found):
         assert not wrong[case], f"in process {rank}:\n{wrong[case]}"
+
+
+def test_a_process_that_ended_is_named(found: list[dict[str, str]]) -> None:
+    assert "process 1 of the group (pid " in found[0]["told"]
+    assert "has ended" in found[0]["told"]

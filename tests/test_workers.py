@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 import workbench
 from support.unavailable import unavailable
-from support.work import ROUNDED, WORK, Ends, Fails, same
+from support.work import WORK, Ends, Fails, same
 from workbench import RayWorkers, Variant, Workbench
 from workbench.errors import CaptureError, InterventionError, WorkbenchError
 from workbench.kernels.softmax import SoftmaxPattern
@@ -21,6 +22,7 @@ from workbench.storage.result import Result
 from workbench.workers.documents import document_statistics, shares_of
 from workbench.workers.packing import names_of, packed, unpacked
 from workbench.workers.queue import Queue
+from workbench.workers.ray_workers import _Flight
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def here(wb: Workbench, task: Any) -> Callable[[Any], Result]:
 def test_workers_give_what_this_process_gives(
     workers: RayWorkers, wb: Workbench, task: Any, here: Any, work: str
 ) -> None:
-    same(here(work), WORK[work](wb, task, engine=workers, progress=False), rounded=work in ROUNDED)
+    same(here(work), WORK[work](wb, task, engine=workers, progress=False))
 
 
 @pytest.mark.parametrize("work", ["sweep", "importance", "edges", "masks", "corpus"])
@@ -82,10 +84,20 @@ def test_a_worker_that_ends_costs_nothing_but_its_unit(
     same(want, found)
 
 
-def test_draws_of_prompts(workers: RayWorkers, here: Any) -> None:
+@pytest.mark.parametrize(
+    "of_circuit",
+    [
+        lambda wb, task, found, **how: workbench.circuit_stability(found, n_bootstrap=4, **how),
+        lambda wb, task, found, **how: workbench.circuit_faithfulness(wb, found, task, batch_size=3, **how),
+        lambda wb, task, found, **how: workbench.faithfulness_curve(wb, found, task, fractions=[0.1, 0.5], **how),
+    ],
+    ids=["stability", "faithfulness", "curve"],
+)
+def test_circuits_are_judged_by_workers(
+    workers: RayWorkers, wb: Workbench, task: Any, here: Any, of_circuit: Callable[..., Result]
+) -> None:
     found = here("circuit")
-    same(workbench.circuit_stability(found, n_bootstrap=4),
-         workbench.circuit_stability(found, n_bootstrap=4, engine=workers))  # fmt: skip
+    same(of_circuit(wb, task, found), of_circuit(wb, task, found, engine=workers))
 
 
 def test_what_is_done_is_kept_and_gone_on_with_here(
@@ -152,6 +164,25 @@ def test_functions_refer_to_the_model_of_a_worker(wb: Workbench) -> None:
     other = {name: object() for name in names}
     assert unpacked(text, other)[2] is other["workbench"]
     assert [type(one) for one in unpacked(packed([torch.ones(2)]))] == [torch.Tensor]
+
+
+def test_a_lost_worker_that_cannot_be_replaced_is_said() -> None:
+    class Lost(Exception):
+        pass
+
+    def get(reference: object) -> None:
+        raise Lost("the worker died")
+
+    tasks = iter(("first", "again"))
+    wait = lambda several, **how: ([one for one in several if one == "first"], [])  # noqa: E731
+    ray = SimpleNamespace(wait=wait, get=get, exceptions=SimpleNamespace(RayError=Lost))
+    worker = SimpleNamespace(run=SimpleNamespace(remote=lambda *given: next(tasks)))
+    cluster = SimpleNamespace(ray=ray, workers=lambda: [worker], replace=lambda number: "starting", patience=7.0)
+    owner = SimpleNamespace(lost=0)
+    flight = _Flight(owner, cluster, (), Queue([1]), True, retries=3)
+    with pytest.raises(WorkbenchError, match="no worker started within 7 s"):
+        list(flight.results())
+    assert owner.lost == 1
 
 
 def test_units_of_a_group_go_to_one_worker_until_one_would_be_idle() -> None:

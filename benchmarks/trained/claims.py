@@ -97,9 +97,11 @@ class Compared:
 
     def _found(self, runs: Runs, found: Sequence[Difference]) -> str:
         told, works = [], dict.fromkeys(each.model.work for each in found)
-        for work in works:
+        scores = [self._score(next(each.model for each in found if each.model.work == work)) for work in works]
+        for work, score in zip(works, scores, strict=True):
             of_work = [each for each in found if each.model.work == work]
-            where = f"{self._score(of_work[0].model)}: " if len(works) > 1 else ""
+            where = f"{score}{f' ({work})' if scores.count(score) > 1 and score != work else ''}: "
+            where = where if len(works) > 1 else ""
             told.append(f"{where}{named(of_work[0].than)} {of_work[0].b:.3f}")
             for each in of_work:
                 ends = between(each.low, each.high)

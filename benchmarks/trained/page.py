@@ -23,6 +23,8 @@ multi-query associative recall (arXiv 2312.04927) of 4, 8 and 16 pairs in 128 to
 d_model 64, 4 heads""",
     "induction": """
 strings of 4 to 24 different letters again and again in 64 tokens; 2 layers, d_model 64, 4 heads""",
+    "heads": """
+as text, with twice as many heads of half the width; 3 layers, d_model 64, 8 heads, 128 tokens""",
 }
 SCORES = {
     "text": {"text": 3, "repeats": 3, "copy": 2, "recall 8": 2, "recall 26": 2, "needle": 2, "needle far": 2},
@@ -30,6 +32,7 @@ SCORES = {
     "mqar": {"4 pairs": 2, "8 pairs": 2, "16 pairs": 2, "far": 2},
     "induction": {"copy": 2, "copy far": 2},
 }
+SCORES["heads"] = SCORES["text"]
 MEANS = {
     "text": """Losses in nats a byte: of `text`, and of `repeats`, bytes whose last four came before. Shares of right
 answers: of strings that come again (`copy`), of letters' digits in a stream of 8 or 26 letters (`recall`), and of a
@@ -40,6 +43,7 @@ Guessing one of the values is right in 1 of 64.""",
     "induction": """Shares of right answers where a string comes again; `copy far`: of strings of more than a quarter of
 the row.""",
 }
+MEANS["heads"] = MEANS["text"]
 
 
 def section(work: str, runs: Runs) -> str:

@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 
 from workbench.hooks import calls, flex, registry
 from workbench.hooks.calls import Owner
-from workbench.hooks.compiled.graph import Place
+from workbench.hooks.compiled.graph import Place, mask_key
 from workbench.hooks.compiled.operator import Recorded
 from workbench.hooks.configs import config_of, read
+from workbench.hooks.finding import kv_heads_of
 from workbench.hooks.kernel_watch import LseWatch, kernel_lse
-from workbench.hooks.sites import kv_heads_of
 from workbench.hooks.tap import AttentionCall
 from workbench.hooks.waiting import Unplaced
 from workbench.hooks.written_out import of_einsum, of_product, ungrouped
@@ -32,6 +32,7 @@ def of_recorded(
     facts: dict[str, Any] = {
         "compiled": "kept" if given.kernel else "changed",
         "joins": joins,
+        "mask_key": mask_key(given.place, given.mask),
         "backend": read(config_of(owner[1]), "_attn_implementation", "") or "",
     }
     if place.kind == "flex":

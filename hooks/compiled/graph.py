@@ -6,12 +6,13 @@ they are, so that the kernel that runs is the model's own.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from workbench.hooks.compiled.operator import ATTENTION
+from workbench.hooks.compiled.sameness import Expressions, Runs
 from workbench.hooks.compiled.shapes import like, resolved, wanted_function
 from workbench.hooks.compiled.way_out import Joined, joined
 from workbench.hooks.proofs.axes import Axes
 from workbench.hooks.sdpa import SIGNATURE
 from workbench.hooks.written_out import Follower, WrittenOut
+from workbench.kernels.checks import place_of
 
 Kind = Literal["sdpa", "flex", "written out"]
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -42,6 +45,8 @@ class Place:
         axes: of its output, where the graph shows them. joins: path of the module that joins its heads.
         equation: of one that is written out as an einsum, with `weights_first` or the values.
         score, mask: what changes and hides scores in FlexAttention, and how many of the buffers the first reads.
+        graph: number of the graph. shared: that of the mask, equal where masks are in one run; None: nothing tells.
+        mask_comes_in: whether the mask is an input of the graph.
     """
 
     kind: Kind
@@ -56,6 +61,9 @@ class Place:
     score: fx.GraphModule | None = None
     mask: fx.GraphModule | None = None
     n_score_buffers: int = 0
+    graph: int = 0
+    shared: int | None = None
+    mask_comes_in: bool = False
 
     def moved(self, path: str, anchor: str) -> str | None:
         """A path of the graph's in the layer whose anchor came in; None if that is none of a layer that is alike."""
@@ -76,12 +84,39 @@ def replaced_stem(path: str, stem: str, by: str) -> str | None:
 
 
 _places: list[Place] = []  # the operator's `place` counts in it
+_graphs = itertools.count()
 _lock = threading.Lock()
 
 
 def place(number: int) -> Place:
     """The attention of that number."""
     return _places[number]
+
+
+_runs = Runs()
+
+
+def mask_key(number: int, mask: Tensor | None) -> Hashable | None:
+    """What two masks of compiled code share only if they hold the same; None if nothing tells. To be asked once each
+    time that an attention fires.
+
+    One that came in is told by where it lies, and held by its key: nothing writes to a graph's inputs unseen.
+    """
+    found = _places[number]
+    run = _runs.of(found.graph, number)
+    if mask is None or found.shared is None:
+        return None
+    if not found.mask_comes_in:
+        return found.graph, run, found.shared
+    return None if mask.is_inference() else _CameIn((mask.data_ptr(), mask.dtype, *place_of(mask)), mask)
+
+
+@dataclass(frozen=True)
+class _CameIn:
+    """A tensor that is told by where it lies, and held so that no other can lie there."""
+
+    at: tuple[Any, ...]
+    held: Tensor = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -158,7 +193,7 @@ def insert(module: fx.GraphModule) -> int:
 
 
 def _insert(module: fx.GraphModule, names: Names, anchors: dict[fx.Node, str]) -> int:
-    count, graph = 0, module.graph
+    count, graph, expressions, own = 0, module.graph, Expressions(module.graph), next(_graphs)
     for found in list(_attentions(module)):
         stack = [key.split("@")[0] for key in found.node.meta.get("nn_module_stack") or ()]
         site = next((names.modules[key] for key in reversed(stack) if key in names.modules), None)
@@ -166,7 +201,13 @@ def _insert(module: fx.GraphModule, names: Names, anchors: dict[fx.Node, str]) -
         out = joined(found.node, found.mixed, found.width)
         anchor, common, anchor_below = _nearest(site, anchors)
         joins = _owner(out, site, anchors)
-        made = Place(found.kind, site, names.region, common, anchor_below, out.axes, joins, **found.place)
+        mask = found.given.get("mask")
+        facts: dict[str, Any] = {
+            "graph": own,
+            "shared": expressions.number(mask),
+            "mask_comes_in": getattr(mask, "op", "") == "placeholder",
+        }
+        made = Place(found.kind, site, names.region, common, anchor_below, out.axes, joins, **found.place, **facts)
         with _lock:
             _places.append(made)
             number = len(_places) - 1

@@ -19,7 +19,7 @@ from workbench.hooks.compiled.backend import recording
 from workbench.hooks.compiled.doors import Doors, Run, check_repeatable, recording_door
 from workbench.hooks.compiled.operator import Receiver, Recorded, receiving
 from workbench.hooks.compiled.regions import EAGER, Region, outside, stance
-from workbench.hooks.sites import site_name
+from workbench.hooks.finding import site_name
 
 Begin = Callable[[nn.Module, Any, FrameType], None]
 

@@ -14,8 +14,10 @@ from workbench.kernels.history import own
 from workbench.kernels.lightning import chunked
 from workbench.kernels.lightning.decay import check_decay, powers
 from workbench.kernels.masks import Mask
-from workbench.kernels.patterns import Pattern
+from workbench.kernels.patterns import CollectMagnitudes, Pattern
 from workbench.kernels.recurrent import RecurrentPattern
+from workbench.kernels.recurrent.magnitudes import Magnitudes
+from workbench.kernels.statistics import Options
 
 
 class LightningPattern(Pattern):
@@ -84,6 +86,15 @@ class LightningPattern(Pattern):
         made = RecurrentPattern(self.q, k, decay, values=values)
         made.before = self.before
         return made
+
+    def fused_magnitudes(self, names: Sequence[str], options: Options) -> CollectMagnitudes | None:
+        """On a GPU the kernels of softmaxes."""
+        if self.device.type == "cpu":
+            return None
+        decay = self.decay.log().to(self.device)[None, :, None].expand(self.n_batch, -1, self.n_keys)
+        most = float(-self.decay.log().min())
+        made = Magnitudes(self.q, self.k, decay, self.n_heads, rows=int(min(4096, max(32, 512 / max(most, 0.125)))))
+        return made.collect if made.refusal(names, options) is None else None
 
     def from_state(self, state: Tensor) -> Tensor:
         """[batch, head, query, width] that the rows read of a state [batch, head, d, width] from before the first."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.kernels.flex import BLOCK, FlexPlan, listed
+from workbench.kernels.flex import BLOCK, FlexPlan, block_mask
 from workbench.kernels.neighborhood.axis import Axis
 from workbench.kernels.neighborhood.layout import NeighborhoodLayout, flat_tiles
 
@@ -30,7 +30,8 @@ def flex_plan(layout: NeighborhoodLayout, n_heads: int, device: torch.device) ->
     seen, whole = _blocks(layout, box)
     mask_mod = _mask_mod(layout, queries, keys, device)
     heads = (n_heads, -1, -1)
-    mask = listed(seen.expand(heads), whole.expand(heads), mask_mod, (len(queries), len(keys)))
+    seen, whole = (blocks.to(device).expand(heads) for blocks in (seen, whole))
+    mask = block_mask(seen, whole, mask_mod, (len(queries), len(keys)))
     places = torch.empty(layout.n_tokens, dtype=torch.long)
     real = (queries >= 0).nonzero()[:, 0]
     places[queries[real]] = real

@@ -32,6 +32,9 @@ FAMILIES: dict[str, dict[tuple[str, str], type[Pattern]]] = {}
 """Every subclass of `Pattern` by its name, and by module and qualified name where several share one."""
 
 
+CollectMagnitudes = Callable[[Pass, Options, Tensor | None], tuple[dict[str, Tensor], Denominators | None]]
+
+
 class Pattern(ABC):
     """A map A with out = A·V.
 
@@ -203,9 +206,18 @@ class Pattern(ABC):
             self.found_denominators(found)
         return raw
 
+    def fused_magnitudes(self, names: Sequence[str], options: Options) -> CollectMagnitudes | None:
+        """What collects these statistics of |A|, normalised per row, in few launches; None for plain torch.
+
+        It is given a pass, the options, and Σ |A| of the rows [batch, head, query] where that is known, and gives the
+        raw sums, with the denominators where the pass finds them.
+        """
+        return None
+
     def engines(self, names: Sequence[str], options: Options) -> set[str]:
         """Names of the engines that stream these statistics in one pass: "torch", "native" (C++), "triton" …"""
-        return {"torch"}
+        fused = self.by_magnitude and self.fused_magnitudes(names, options) is not None
+        return {"triton" if fused else "torch"}
 
     @property
     def has_scores(self) -> bool:
@@ -421,6 +433,23 @@ class MagnitudePattern(Pattern):
         """[b, h, q, k], not negative."""
         size = self._sums[0][batch][:, list(heads), queries, None]
         return self._weighted(batch, queries, keys, heads).abs() / size.clamp(min=torch.finfo(self.dtype).tiny)
+
+    def _fused(self, names: Sequence[str], options: Options) -> CollectMagnitudes | None:
+        return self.base.fused_magnitudes(names, options) if self.key_weights is None else None
+
+    def collect(self, each: Pass, options: Options) -> dict[str, Tensor]:
+        """The raw sums of one pass, fused where the base can."""
+        fused = self._fused(each.statistics, options)
+        if fused is None:
+            return super().collect(each, options)
+        raw, found = fused(each, options, self._sums.total if self.denominators_known else None)
+        if found is not None:
+            self.found_denominators(found)
+        return raw
+
+    def engines(self, names: Sequence[str], options: Options) -> set[str]:
+        """Who streams these statistics."""
+        return {"torch"} if self._fused(names, options) is None else {"triton"}
 
     def raw_maker(self, batch: slice, heads: slice) -> RawTileMaker:
         """Tiles A·w."""

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.checks import check_attention, check_finite
+from workbench.kernels.checks import ask_later, check_attention, check_finite
 from workbench.kernels.history import own
 from workbench.kernels.masks import Mask
-from workbench.kernels.patterns import Pattern
+from workbench.kernels.patterns import CollectMagnitudes, Pattern
 from workbench.kernels.recurrent.autograd import run
 from workbench.kernels.recurrent.chunk_maps import Chunks, map_chunks
 from workbench.kernels.recurrent.chunked import Inputs, chunk_length
 from workbench.kernels.recurrent.fades import SMALLEST_LOG
+from workbench.kernels.recurrent.magnitudes import Magnitudes
+from workbench.kernels.statistics import Options
 
 
 class RecurrentPattern(Pattern):
@@ -85,6 +87,13 @@ class RecurrentPattern(Pattern):
         """The pattern from its `state`."""
         optional = {name: tensors.get(name) for name in ("log_decay", "beta", "values")}
         return cls(tensors["q"], tensors["k"], n_heads=facts["n_heads"], **optional)
+
+    def fused_magnitudes(self, names: Sequence[str], options: Options) -> CollectMagnitudes | None:
+        """On a GPU the kernels of softmaxes, for decays of whole heads."""
+        if self.device.type == "cpu" or self.beta is not None:
+            return None
+        made = Magnitudes(self.q, self.k, self.log_decay, self.n_heads)
+        return made.collect if made.refusal(names, options) is None else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: held for name, held in self.__dict__.items() if name not in ("_chunks", "_part", "_strip")}
@@ -312,7 +321,10 @@ def check_recurrence(q: Tensor, k: Tensor, log_decay: Tensor | None, beta: Tenso
             raise CaptureError(f"{name} must be floating point, not {tensor.dtype}", shape=tensor.shape)
         if tensor.device != q.device:
             raise CaptureError(f"q is on {q.device} and {name} on {tensor.device}", hint="move them together")
-    if log_decay is not None and not bool((log_decay <= 0).all()):  # NaN too
+    if log_decay is not None and log_decay.device.type != "cpu":  # the host would have to wait
+        above = torch.where(log_decay.detach() <= 0, 0.0, torch.nan)
+        ask_later("a log_decay, which must be at most zero,", above.sum, log_decay)
+    elif log_decay is not None and not bool((log_decay <= 0).all()):  # NaN too
         raise CaptureError(
             f"a log_decay is {log_decay.max():.3g}, where it must be at most zero",
             hint="pass the logarithm of the decay, as -exp(A_log) · softplus(...)",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.kernels.flex import BLOCK, FlexPlan, listed
+from workbench.kernels.flex import BLOCK, FlexPlan, block_mask
 from workbench.kernels.s2.layout import S2Layout
 
 _NUMBERS = 1 << 25  # of [layout, run of queries, run of keys] held at once
@@ -26,7 +26,8 @@ def flex_plan(layout: S2Layout, device: torch.device) -> FlexPlan:
     best = min(range(len(orders)), key=lambda i: int(blocks[i][0].sum()))
     keys, (seen, whole) = orders[best], blocks[best]
     heads = layout.for_heads(slice(None), layout.n_heads)
-    mask = listed(seen[heads], whole[heads], _mask_mod(layout, keys, device), (layout.n_queries, keys.shape[1]))
+    seen, whole = (blocks.to(device)[heads.to(device)] for blocks in (seen, whole))
+    mask = block_mask(seen, whole, _mask_mod(layout, keys, device), (layout.n_queries, keys.shape[1]))
     return FlexPlan(mask, None, keys if best else None, None).to(device)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from workbench.kernels.scan import triton
 from workbench.kernels.scan.operator import Sums, exp_below, extend, identity_like, leaves
 
 
@@ -63,6 +64,10 @@ class PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, values: Tensor, block: int) -> Tensor:
         """Scan forwards."""
+        if triton.takes(values):
+            out, sizes = triton.forward(scores, values)
+            ctx.save_for_backward(scores, values, sizes, out)
+            return out
         with torch.autocast(scores.device.type, enabled=False):
             sums = prefix_sums(scores, values, block)
             out = sums.total.div_(sums.size[..., None])
@@ -74,11 +79,14 @@ class PrefixAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
         """Scan backwards."""
-        scores, values, top, size, out = ctx.saved_tensors
+        scores, values, *sums, out = ctx.saved_tensors
+        if len(sums) == 1:
+            return *triton.backward(scores, values, sums[0], out, grad_out), None
+        top, size = sums
         with torch.autocast(scores.device.type, enabled=False):
             log_size = size.log()
             terms = torch.cat([grad_out, (grad_out * out).sum(-1, keepdim=True)], dim=-1)
             own = exp_below((scores - top) - log_size)  # A[j, j]
-            sums = suffix_sums(top, log_size, terms, ctx.block).mul_(own[..., None])
-            d_values, less = sums[..., :-1], sums[..., -1]
+            later = suffix_sums(top, log_size, terms, ctx.block).mul_(own[..., None])
+            d_values, less = later[..., :-1], later[..., -1]
             return (values * d_values).sum(-1) - less, d_values, None

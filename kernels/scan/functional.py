@@ -20,14 +20,15 @@ def _pattern(q: Tensor, k: Tensor, scale: float | None = None) -> ScanPattern:
 def scan_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, block: int = 128) -> Tensor:
     """Attention of one learned query per head over every prefix of the tokens (Aaren, arXiv 2405.13956).
 
-    Linear in time and memory, forward and backward. Gradients reach q, k and v.
+    Linear in time and memory, forward and backward. Gradients reach q, k and v. Tensors on CUDA run Triton kernels, all
+    others PyTorch.
 
     Args:
         q: [batch or 1, head, 1, d], one query per head: a parameter, not a function of the tokens.
         k: [batch, kv head, position, d]; heads are a multiple of kv heads.
         v: [batch, kv head, position, width].
         scale: factor on q·k; 1/√d if None.
-        block: positions per block. It changes the speed, and the result by rounding only.
+        block: positions per block in PyTorch. It changes the speed, and the result by rounding only.
 
     Returns:
         [batch, head, position, width] in the dtype of v: position t is attention over tokens 0..t.

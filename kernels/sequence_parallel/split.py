@@ -53,6 +53,7 @@ class SplitSequence:
         group: of `torch.distributed`; None for all processes, or for a process that is alone.
         patience: seconds that an operation waits for the other processes.
         members: of each process, a number of its machine and its own there; empty where they were not asked.
+        device: on which the group sends.
         sent: what this process has sent with it.
 
     >>> SplitSequence((3, 4), rank=1).here
@@ -64,6 +65,7 @@ class SplitSequence:
     group: Any = field(default=None, compare=False, repr=False)
     patience: float = field(default=PATIENCE, compare=False, repr=False)
     members: tuple[tuple[int, int], ...] = field(default=(), compare=False, repr=False)
+    device: torch.device | str = field(default="cpu", compare=False, repr=False)
     sent: Sent = field(default_factory=Sent, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -74,13 +76,13 @@ class SplitSequence:
 
     @classmethod
     def of(
-        cls, n_here: int, group: Any = None, device: torch.device | str = "cpu", *, patience: float = PATIENCE
+        cls, n_here: int, group: Any = None, device: torch.device | str = "cpu", *, patience: float | None = None
     ) -> SplitSequence:
         """The split in which this process holds `n_here` positions; all processes of the group call it at once.
 
         Args:
             device: on which the group sends; "cuda" for NCCL.
-            patience: seconds after which a process that does not answer is an error in the others.
+            patience: seconds after which a process that does not answer is an error in the others; 50 by default.
 
         Raises:
             CaptureError: a process has no position, or one ended.
@@ -89,12 +91,13 @@ class SplitSequence:
 
         if not (dist.is_available() and dist.is_initialized()):
             return cls((n_here,), 0)
+        patience = PATIENCE if patience is None else patience
         own = torch.tensor([n_here, uuid.getnode(), os.getpid()], device=device)
         found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         done(lambda: dist.all_gather(found, own, group=group, async_op=True), patience)
         told = [tuple(each.tolist()) for each in found]
         members = tuple((machine, pid) for _, machine, pid in told)
-        return cls(tuple(n for n, *_ in told), dist.get_rank(group), group, patience, members)
+        return cls(tuple(n for n, *_ in told), dist.get_rank(group), group, patience, members, device)
 
     @property
     def size(self) -> int:
@@ -185,9 +188,9 @@ class SplitSequence:
         if self.size == 1:
             return [mine]
         text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
-        lengths = self.gather(torch.tensor([len(text)])).wait()
-        room = torch.zeros(max(int(n) for n in lengths), dtype=torch.uint8)
-        room[: len(text)] = text
+        lengths = self.gather(torch.tensor([len(text)], device=self.device)).wait()
+        room = torch.zeros(max(int(n) for n in lengths), dtype=torch.uint8, device=self.device)
+        room[: len(text)] = text.to(self.device)
         each = self.gather(room).wait()
         return [json.loads(bytes(one[: int(n)].tolist())) for one, n in zip(each, lengths, strict=True)]
 
@@ -241,21 +244,25 @@ def done(begin: Callable[[], Any], patience: float | None, members: Sequence[tup
         if isinstance(error, torch.OutOfMemoryError) or "alloc" in said.lower():
             raise  # of this process
         raise CaptureError(
-            f"{_who(members)} did not answer: {said}",
+            f"{ended(members) or 'another process of the group'} did not answer: {said}",
             hint="all processes make the same calls, on tensors of the same shapes, in the same order; one of them "
             "ended, or is elsewhere: look at its own error",
         ) from error
 
 
-def _who(members: Sequence[tuple[int, int]]) -> str:
-    """The processes that are not there any more, as far as they ran on this machine."""
+def ended(members: Sequence[tuple[int, int]]) -> str:
+    """The first process that is not there any more, as far as they ran on this machine, "… has ended and"; or nothing.
+
+    Args:
+        members: of each process, a number of its machine and its own there.
+    """
     for _ in range(10):  # one that has broken off its connections may need a moment to end
         here = [(rank, pid) for rank, (machine, pid) in enumerate(members) if machine == uuid.getnode()]
-        ended = [f"process {rank} of the group (pid {pid}) has ended and" for rank, pid in here if not _runs(pid)]
-        if ended:
-            return ended[0]
+        gone = [f"process {rank} of the group (pid {pid}) has ended and" for rank, pid in here if not _runs(pid)]
+        if gone:
+            return gone[0]
         time.sleep(0.05)
-    return "another process of the group"
+    return ""
 
 
 def _runs(pid: int) -> bool:

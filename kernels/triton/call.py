@@ -195,7 +195,8 @@ class Call:
         found: dict[str, Any] = {
             "mask_ptr": self.q, "bias_ptr": self.q, "hidden_below": 0.0, "softcap": problem.softcap or 1.0,
             "stride_mb": 0, "stride_mh": 0, "stride_mn": 0, "stride_mk": 0, "stride_bb": 0, "stride_bh": 0,
-            "MASK": 0, "BIAS": problem.key_bias is not None, "SOFTCAP": problem.softcap is not None,
+            "MASK": 0, "BIAS": problem.key_bias is not None,
+            "SOFTCAP": 2 if problem.of_magnitudes else int(problem.softcap is not None),
         }  # fmt: skip
         if mask is not None:
             whole = mask.expand(*problem.shape)  # what is broadcast has strides of zero

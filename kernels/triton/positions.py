@@ -70,9 +70,13 @@ def shaped(
 
     Args:
         i, j: queries and keys, counted from where mask_ptr and bias_ptr point; they broadcast to s.
+        SOFTCAP: 0 for scores as they are, 1 for capped ones, 2 for logarithms of magnitudes.
         MASK: 0 for no mask tensor, 1 for one byte each (0 hides), 2 for what is added (below hidden_below it hides).
     """
-    if SOFTCAP:
+    if SOFTCAP == 2:
+        shown = shown & (s != 0)
+        s = tl.log(tl.where(s != 0, tl.abs(s), 1.0))
+    if SOFTCAP == 1:
         s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
     if BIAS:
         s += tl.load(bias_ptr + j, mask=shown, other=0.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.kernels.layouts import Layout
+from workbench.kernels.layouts import Layout, listed
 from workbench.kernels.masks import Mask, MaskSummary
 
 WORD_BITS = 32
@@ -44,7 +44,7 @@ class Tables:
         last_row = (first_row + rows).clamp(max=mask.n_queries) - 1
         used = _any_within(words != 0, first_row // block, last_row // block)
         used &= _within_rules(mask, first_row, last_row, keys)
-        return cls(words, *_listed(used), *_listed(used.transpose(1, 2)), block)
+        return cls(words, *listed(used), *listed(used.transpose(1, 2)), block)
 
 
 def _words(blocks: Tensor, block: int, keys: int, n_tiles: int) -> Tensor:
@@ -75,17 +75,6 @@ def _within_rules(mask: Mask, first_row: Tensor, last_row: Tensor, keys: int) ->
     if mask.window is not None:
         within &= (left + keys - 1 > low - mask.window) & (left < high + mask.window)
     return within
-
-
-def _listed(used: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., n] bool to the indices of the true entries, in order, and their number; what follows is no index.
-
-    The r-th is where r of them have been counted: found in their running number, without sorting.
-    """
-    counted = used.cumsum(-1, dtype=torch.int32)
-    ranks = torch.arange(1, used.shape[-1] + 1, dtype=torch.int32, device=used.device).expand(used.shape)
-    listed = torch.searchsorted(counted, ranks.contiguous(), out_int32=True)
-    return listed, counted[..., -1].contiguous()
 
 
 MOST_CELLS = 1 << 28  # of a table with a byte for each query and key

@@ -13,7 +13,7 @@ import workbench
 import workbench.kernels.relative
 from workbench import AttachError, CaptureError
 from workbench.hooks.code import calls_attention
-from workbench.hooks.sites import find_sites
+from workbench.hooks.finding import find_sites
 
 D, H = 24, 4
 

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-import time
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,10 @@ from workbench import Investigation, Memory, TaskError, WorkbenchError, investig
 from workbench.investigator import Finding, analyses, asking, manager, parse
 from workbench.investigator.analyses import NATS
 from workbench.investigator.budget import Budget, Meter
-from workbench.investigator.investigation import FILE, verdict_of
+from workbench.investigator.investigation import FILE
+from workbench.investigator.naming import listed, said_of_roles
 from workbench.investigator.rules import plan_by_rules
+from workbench.investigator.verdict import verdict_of
 from workbench.models.planted import KINDS, WITHOUT, Planted, planted
 from workbench.report import check
 
@@ -83,6 +85,41 @@ def test_heads_that_are_not_surely_idle_leave_it_open() -> None:
     for sure, verdict in ((True, "none"), (False, "undecided")):
         heads = Finding(1, "all_heads", {}, "done", {"carry": False, "sure": sure}, (), 1, 0.0)
         assert verdict_of([base, heads], "It ended.", "it")[0] == verdict
+
+
+@pytest.mark.parametrize("sure", [True, False])
+@pytest.mark.parametrize(("analysis", "what"), [("baseline", "does"), ("all_heads", "carry")])
+def test_a_confirmed_circuit_of_nothing_is_no_circuit(
+    found: Investigation, analysis: str, what: str, sure: bool
+) -> None:
+    """As a planner can come to that goes on whatever the first findings say."""
+    assert found.verdict == "circuit"
+    findings = [
+        replace(one, numbers={**one.numbers, what: False, "sure": sure}) if one.analysis == analysis else one
+        for one in found.findings
+    ]
+    verdict, answer = verdict_of(findings, "It ended.", "it")
+    assert verdict == ("none" if sure else "undecided")
+    assert "decides nothing" in answer[1].text
+    assert [findings[number].analysis for number in answer[1].rests_on] == ["circuit", "faithfulness"]
+    one = replace(found, findings=tuple(findings), verdict=verdict, answer=answer)
+    assert (one.heads, one.circuit) == ((), None)
+
+
+def test_heads_are_told_of_by_role(found: Investigation) -> None:
+    named = {f"L0H{i}": ["previous-token"] for i in range(9)} | {"L1H0": ["mover", "induction"], "L1H1": []}
+    first, second = said_of_roles(named)
+    told = [part.split(" ", 1)[0] for part in first.split(": ")[1].split("; ")]
+    assert told == ["previous-token", "mover", "induction"]
+    assert "previous-token L0H0–8; mover L1H0; induction L1H0" in first
+    assert listed(["encoder.0.attn.H1"] * 6).count("H1") == 6
+    assert listed([*(f"encoder.0.attn.H{i}" for i in range(8)), "odd"]) == "encoder.0.attn.H0–7 and odd"
+    assert second == "No role is suggested for L1H1."
+    roles = next(one for one in found.findings if one.analysis == "roles")
+    more = replace(roles, numbers={"roles": {"L9H9": ["mover"], found.heads[0]: ["mover"]}})
+    findings = [more if one is roles else one for one in found.findings]
+    answer = verdict_of(findings, "It ended.", "it")[1]
+    assert f"mover {found.heads[0]}." in answer[1].text  # those of the circuit alone
 
 
 def test_the_model_is_left_as_it_was(mover: Planted, found: Investigation) -> None:
@@ -282,14 +319,15 @@ def test_a_planner_that_raises_loses_nothing(mover: Planted, found: Investigatio
 
 
 def test_a_planner_that_never_answers_is_asked_once(mover: Planted, found: Investigation) -> None:
-    asked = []
+    asked, ended = [], threading.Event()
 
     def planner(prompt: str) -> str:
         asked.append(prompt)
-        time.sleep(30)
+        ended.wait()
         return ""
 
     one = run(mover, planner=planner, planner_seconds=0.05)
+    ended.set()
     assert len(asked) == 1
     assert one.heads == found.heads
     assert "did not answer" in one.plans[0].refused[0]
@@ -379,7 +417,7 @@ def test_an_empty_memory_knows_nothing_and_the_question_itself_is_no_neighbour(f
     memory, key = Memory(), ("a", "b", "c")
     assert memory.nearest("How?", key) is None
     assert memory.asked_before(key) is None
-    memory.add(manager._remembered(found, key, found.identity))
+    memory.add(manager._remembered(found, key))
     assert memory.nearest(found.question, key) is None  # the only one is the question itself
     near, cosine = memory.nearest(found.question, ("a", "b", "other")) or (None, 0)
     assert near is not None
@@ -400,7 +438,7 @@ def by_hand(asked: str, other: str = "how does n do inductions?") -> float:
 def test_the_nearest_question_is_that_of_the_highest_cosine(found: Investigation) -> None:
     memory, several = Memory(), ["How does M do ioi?", "How does M do induction?", "Why?"]
     for i, asked in enumerate(several):
-        one = manager._remembered(found, (str(i), "p", "w"), found.identity)
+        one = manager._remembered(found, (str(i), "p", "w"))
         memory.add(type(one)(**{**one.__dict__, "asked": asked}))
     near, cosine = memory.nearest("How does N do inductions?", ("x", "p", "w")) or (None, 0)
     assert near is not None

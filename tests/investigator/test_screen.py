@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from workbench import WorkbenchError
-from workbench.investigator.screen import EXPERTS, ROUTES, rescale, route, span
-
-WORDS = [(10.0, 20.0, 30.0, 8.0), (50.0, 21.0, 40.0, 6.0), (4.0, 40.0, 20.0, 10.0)]
+from workbench.investigator.screen import EXPERTS, ROUTES, rescale, route
 
 
 def test_every_action_goes_to_one_expert_that_its_name_alone_decides() -> None:
@@ -19,12 +17,6 @@ def test_every_action_goes_to_one_expert_that_its_name_alone_decides() -> None:
     assert route([]).shape == (0, 4)
 
 
-def test_a_text_is_marked_from_the_left_of_its_first_word_to_the_right_of_its_last_at_half_height() -> None:
-    assert span(WORDS, 0, 1) == ((10, 24), (90, 24))
-    assert span(WORDS, 1, 2) == ((50, 24), (24, 45))
-    assert span(WORDS, 2, 2) == ((4, 45), (24, 45))
-
-
 def test_points_are_scaled_each_way_by_itself() -> None:
     assert rescale((0, 0), (1000, 500), (1920, 1080)) == (0, 0)
     assert rescale((1000, 500), (1000, 500), (1920, 1080)) == (1920, 1080)
@@ -35,8 +27,6 @@ def test_points_are_scaled_each_way_by_itself() -> None:
 def test_what_is_not_there_is_named() -> None:
     with pytest.raises(WorkbenchError, match=r"no action 'clik'[\s\S]*click"):
         route(["clik"])
-    with pytest.raises(WorkbenchError, match="no word 3 among 3"):
-        span(WORDS, 0, 3)
     with pytest.raises(WorkbenchError, match="neither may be empty"):
         rescale((1, 1), (0, 5), (10, 10))
     with pytest.raises(WorkbenchError, match="outside"):

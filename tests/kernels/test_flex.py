@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from workbench.kernels import flex
-from workbench.kernels.flex import BLOCK, FlexPlan, flex_attend
+from workbench.kernels.flex import BLOCK, FlexPlan, block_mask, flex_attend
 from workbench.kernels.layouts import Layout
 from workbench.kernels.neighborhood import NeighborhoodLayout
 from workbench.kernels.neighborhood.flex import flex_plan as neighborhood_plan
@@ -33,7 +34,7 @@ def listed(plan: FlexPlan, kind: str, like: Tensor) -> Tensor:
     """The blocks of a list, as bool of the shape of `like`."""
     counts, indices = (getattr(plan.mask, f"{kind}_{name}")[0] for name in ("num_blocks", "indices"))
     chosen = torch.arange(indices.shape[-1]) < counts[..., None]
-    return torch.zeros_like(like).scatter_(-1, indices.long(), chosen)
+    return torch.zeros_like(like, dtype=torch.int32).scatter_add_(-1, indices.long(), chosen.int()).bool()
 
 
 def check(plan: FlexPlan, layout: Layout, n_heads: int, n_queries: int, n_keys: int) -> None:
@@ -194,3 +195,24 @@ def test_layouts_and_lengths_share_a_compiled_kernel(monkeypatch: pytest.MonkeyP
         assert counter.frame_count <= before + 9
     finally:
         flex._attend.cache_clear()
+
+
+def test_blocks_are_listed_from_both_sides_as_pytorch_lists_them() -> None:
+    gen = torch.Generator().manual_seed(0)
+    seen = torch.rand(2, 5, 7, generator=gen) < 0.6
+    whole = seen & (torch.rand(2, 5, 7, generator=gen) < 0.5)
+    got = block_mask(seen, whole, noop_mask, (5 * BLOCK, 7 * BLOCK))
+
+    def sorted_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32)[None], order.int()[None]
+
+    lists = (*sorted_lists(seen & ~whole), *sorted_lists(whole))
+    want = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, seq_lengths=(5 * BLOCK, 7 * BLOCK))
+    for side in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = (getattr(got, f"{side}_{what}") for what in ("num_blocks", "indices"))
+        assert torch.equal(counts, getattr(want, f"{side}_num_blocks"))
+        assert counts.dtype == indices.dtype == torch.int32
+        at = torch.arange(indices.shape[-1]) < counts[..., None]
+        assert torch.equal(indices[at], getattr(want, f"{side}_indices")[at])
+        assert 0 <= int(indices.min()) <= int(indices.max()) < indices.shape[-1]

@@ -5,10 +5,9 @@ A process can interpret kernels or compile them, never both: this file is also t
 
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where this file is a script
+from support.triton_builds import TARGETS, Figures, Program, assert_kept, keep, needs, read
 from workbench.kernels.lightning import decays, lightning_attention
 from workbench.kernels.recurrent import chunked, gated_delta_rule, gated_linear_attention
 from workbench.kernels.recurrent.chunked import Inputs
@@ -40,9 +41,12 @@ CASES = [  # kind, positions, d, width, dtype, starts from a state
     ("kimi delta", 34, 36, 18, "float32", True),
     ("kimi delta", 14, 80, 5, "float16", False),
 ]
-LIMITS = {"80": 166_912, "90": 232_448, "gfx942": 65_536}
-"""Most shared memory of one program, in bytes."""
+SCANS = [(1, 5, 1.0), (70, 20, 3.0), (34, 16, 100.0)]
+"""Positions, width, and how large scores are."""
+KEPT = Path(__file__).parent / "recurrent_figures.json"
 KINDS = [
+    ("states", "fp16", 128, True),
+    ("states", "fp32", 128, False),
     ("sum", "fp16", 128, True),
     ("sum", "fp32", 128, False),
     ("news", "fp16", 128, False),
@@ -57,19 +61,19 @@ KINDS = [
 """Kernel, dtype, features and direction of what is compiled: the widest programs, which need most registers."""
 
 
-def made(kind: str, n: int, d: int, width: int, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-    """Two heads of two examples; of some decays nothing is left, and after them hardly anything fades."""
+def made(kind: str, n: int, d: int, width: int, dtype: torch.dtype, device: str = "cpu", examples: int = 2) -> Inputs:
+    """Two heads of each example; of some decays nothing is left, and after them hardly anything fades."""
     gen = torch.Generator().manual_seed(n)
-    q, k, v = (torch.randn(2, 2, n, w, generator=gen).to(device, dtype) for w in (d, d, width))
+    q, k, v = (torch.randn(examples, 2, n, w, generator=gen).to(device, dtype) for w in (d, d, width))
     of_channels = kind in ("channels", "strong channels", "kimi delta")
-    log_decay = -(2 * torch.randn(2, 2, n, *[d] * of_channels, generator=gen) - 2).exp()
+    log_decay = -(2 * torch.randn(examples, 2, n, *[d] * of_channels, generator=gen) - 2).exp()
     log_decay[:, :, 11::29] = -torch.inf
     log_decay[:, :, 12:20] = -1e-3
     if "strong" in kind:  # hardly anything is left of the position before: what it makes of itself must not drown that
         log_decay = log_decay.clamp(min=-1) - 14
-    steps = 2 * torch.randn(2, 2, n, generator=gen).sigmoid()
+    steps = 2 * torch.randn(examples, 2, n, generator=gen).sigmoid()
     if kind == "lightning":
-        log_decay = decays(2).log()[None, :, None].expand(2, 2, n)
+        log_decay = decays(2).log()[None, :, None].expand(examples, 2, n)
     if "delta" in kind:
         k = normalize(k.float(), dim=-1).to(dtype)
     g = None if kind in ("linear", "delta") else log_decay.to(device).requires_grad_()
@@ -78,14 +82,20 @@ def made(kind: str, n: int, d: int, width: int, dtype: torch.dtype, device: str 
 
 def interpret() -> list[dict[str, Any]]:
     """Relative errors of the kernels in the interpreter against the chunked form in float64."""
+    from support.interpreter import patch_once
     from workbench.kernels.recurrent import triton
+    from workbench.kernels.recurrent.triton import by_head
 
+    by_head._MOST_STATES = 1 << 12  # some cases take their blocks in several runs
+
+    patch_once()
     found = []
     for kind, n, d, width, name, started in CASES:
-        inputs = made(kind, n, d, width, getattr(torch, name))
+        examples = 1 if n > 20 else 2  # the interpreter takes its time
+        inputs = made(kind, n, d, width, getattr(torch, name), examples=examples)
         gen = torch.Generator().manual_seed(n + 1)
         do = torch.randn(inputs.v.shape, generator=gen).to(inputs.v.dtype)
-        state, d_state = (torch.randn(2, 2, d, width, generator=gen) if started else None for _ in range(2))
+        state, d_state = (torch.randn(examples, 2, d, width, generator=gen) if started else None for _ in range(2))
         exact = Inputs(*(None if t is None else t.detach().double() for t in vars(inputs).values()))
         first, last = (None if t is None else t.double() for t in (state, d_state))
         with torch.no_grad():
@@ -97,7 +107,26 @@ def interpret() -> list[dict[str, Any]]:
         found.append(
             {"case": [kind, n, name], "errors": errors, "dtypes": dtypes, "wanted": [*wanted, "torch.float32"]}
         )
-    return found
+    return [*found, *(interpreted_scan(n, width, large) for n, width, large in SCANS)]
+
+
+def interpreted_scan(n: int, width: int, large: float) -> dict[str, Any]:
+    """The same of scan attention, against its definition and what autograd makes of that."""
+    from workbench.kernels.scan import triton
+
+    gen = torch.Generator().manual_seed(n)
+    scores, values, do = large * torch.randn(2, 2, n, generator=gen), *torch.randn(2, 2, 2, n, width, generator=gen)
+    exact = [t.double().requires_grad_() for t in (scores, values)]
+    hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+    want = exact[0][:, :, None].expand(-1, -1, n, -1).masked_fill(hidden, -torch.inf).softmax(-1) @ exact[1]
+    want.backward(do.double())
+    out, sizes = triton.forward(scores, values)
+    got = out, *triton.backward(scores, values, sizes, out, do)
+    pairs = zip(got, (want.detach(), *(t.grad for t in exact)), strict=True)
+    terms = (values * do).sum(-1).abs().max()  # which cancel in the gradient of a score
+    errors = [float((g - w).abs().max() / torch.maximum(w.abs().max(), terms)) for g, w in pairs]
+    dtypes = [str(t.dtype) for t in got]
+    return {"case": ["scan", n, "float32"], "errors": errors, "dtypes": dtypes, "wanted": ["torch.float32"] * 3}
 
 
 def _flat(gradients: tuple[dict[str, Tensor], Tensor]) -> list[Tensor]:
@@ -105,65 +134,45 @@ def _flat(gradients: tuple[dict[str, Tensor], Tensor]) -> list[Tensor]:
     return [*(found[name] for name in ("q", "k", "v", "log_decay", "beta") if name in found), state]
 
 
-def compile_all() -> list[dict[str, Any]]:
-    """Shared memory, registers, spills and matrix instructions of each kernel for each GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def programs(target: str) -> Iterator[Program]:
+    """The kernels with the argument types and tiles of a launch on it."""
     from triton.compiler import ASTSource
 
     from workbench.kernels.recurrent.triton import by_channel, by_head, shared
 
-    dtypes = {"fp16": torch.float16, "fp32": torch.float32}
-    found = []
-    for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
-        for kind, dtype, d, reverse in KINDS:
-            kernel = getattr(by_channel if "channel" in kind else by_head, f"{kind}_kernel")
-            names = kernel.arg_names
-            amd = target.backend == "hip"
-            if "channel" in kind:
-                options = by_channel.channel_tiles(d, 16 if "news" in kind else d, dtype == "fp32")
-            else:
-                options = (
-                    by_head.sum_tiles(dtypes[dtype], d, amd) if kind == "sum" else by_head.news_tiles(dtypes[dtype], d)
-                )
-            warps = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-            exact = shared.precision(dtypes[dtype], amd)
-            constants = options | {"REVERSE": reverse, "STRICT": True, "FROM_STATE": True, "PRECISION": exact}
-            signature = dict.fromkeys(("q", "k", "v", "x"), f"*{dtype}")
-            float32 = ("beta", "total", "log_decay", "state_in", "state_out", "state", "out")
-            signature |= dict.fromkeys(float32, "*fp32")
-            signature |= dict.fromkeys(("n_sequences", "n", "d", "width"), "i32")
-            aligned = [x for x in names if signature.get(x, "").startswith("*") or x in ("d", "width")]
-            source = ASTSource(
-                fn=kernel,
-                signature={name: signature.get(name, "constexpr") for name in names},
-                constexprs={name: value for name, value in constants.items() if name in names},
-                attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-            )
-            made = triton.compile(source, target=target, options=warps)
-            case = {"arch": str(target.arch), "kernel": kind, "d": d, "dtype": dtype}
-            found.append(case | {"shared": made.metadata.shared} | _read(made.asm, target.backend))
-    return found
+    dtypes, amd = {"fp16": torch.float16, "fp32": torch.float32}, TARGETS[target][0] == "hip"
+    for kind, dtype, d, reverse in KINDS:
+        kernel = getattr(by_channel if "channel" in kind else by_head, f"{kind}_kernel")
+        names = kernel.arg_names
+        if "channel" in kind:
+            options = by_channel.channel_tiles(d, 16 if "news" in kind else d, dtype == "fp32")
+        elif kind == "news":
+            options = by_head.news_tiles(dtypes[dtype], d)
+        else:
+            options = by_head.sum_tiles(dtypes[dtype], d, d, amd)
+        warps, stages = (options.pop(name) for name in ("num_warps", "num_stages"))
+        exact = shared.precision(dtypes[dtype], amd)
+        constants = options | {"REVERSE": reverse, "STRICT": True, "FROM_STATE": True, "PRECISION": exact}
+        signature = dict.fromkeys(("q", "k", "v", "x"), f"*{dtype}")
+        float32 = ("beta", "total", "log_decay", "state_in", "state_out", "state", "states", "out")
+        signature |= dict.fromkeys(float32, "*fp32")
+        signature |= dict.fromkeys(("n_sequences", "n", "d", "width", "first", "last"), "i32")
+        aligned = [x for x in names if signature.get(x, "").startswith("*") or x in ("d", "width")]
+        source = ASTSource(
+            fn=kernel,
+            signature={name: signature.get(name, "constexpr") for name in names},
+            constexprs={name: value for name, value in constants.items() if name in names},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+        yield Program(f"{kind} {dtype} {d}", source, warps, stages)
 
 
-def _read(asm: dict[str, Any], backend: str) -> dict[str, int]:
-    if backend == "hip":
-        text = asm["amdgcn"]
-        spills = [int(x) for x in re.findall(r"(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)]
-        return {"spilled": max(spills), "matrix": text.count("v_mfma")}
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    stack = max(int(x) for x in re.findall(r"STACK:(\d+)", usage))
-    return {"spilled": stack, "matrix": len(re.findall(r"mma\.sync|wgmma\.mma_async", asm["ptx"]))}
+def of(target: str) -> Figures:
+    """What they need; the first is compiled every time."""
+    return needs(target, programs(target), read(KEPT)[target], {"sum fp16 128"})
 
 
-def run(what: str) -> list[dict[str, Any]]:
+def run(what: str) -> Any:
     environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
     if what == "interpret":
@@ -177,7 +186,7 @@ def run(what: str) -> list[dict[str, Any]]:
 
 def test_numbers_in_the_interpreter():
     results = run("interpret")
-    assert len(results) == len(CASES)
+    assert len(results) == len(CASES) + len(SCANS)
     for result in results:
         limit = 5e-6 if result["case"][-1] == "float32" else 1e-3
         assert max(result["errors"]) < limit, result
@@ -186,12 +195,14 @@ def test_numbers_in_the_interpreter():
 
 @pytest.mark.slow
 def test_compiles_within_the_limits_of_three_gpus():
-    results = run("compile")
-    assert len(results) == 3 * len(KINDS)
-    for result in results:
-        assert result["shared"] <= LIMITS[result["arch"]], result
-        assert result["spilled"] == 0, result
-        assert result["matrix"] > 0, result
+    found = run("compile")
+    for target, programs in found.items():
+        assert_kept(KEPT, target, programs, "python tests/kernels/test_recurrent_triton.py keep")
+        assert len(programs) == len(KINDS)
+        for name, one in programs.items():
+            assert one["shared"] <= TARGETS[target][2], name
+            assert one["spilled"] == 0, name
+            assert one["tensor"] > 0, name
 
 
 @pytest.mark.gpu
@@ -219,4 +230,7 @@ def test_numbers_on_a_gpu(kind: str, n: int, d: int, width: int, dtype: torch.dt
 
 
 if __name__ == "__main__":
-    print(json.dumps({"interpret": interpret, "compile": compile_all}[sys.argv[1]]()))
+    if sys.argv[1] == "keep":
+        keep(KEPT, of)
+    else:
+        print(json.dumps(interpret() if sys.argv[1] == "interpret" else {target: of(target) for target in TARGETS}))

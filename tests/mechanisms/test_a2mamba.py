@@ -127,6 +127,11 @@ def test_without_attention_it_is_a_scan_and_without_a_scan_attention() -> None:
     z = _dense_near(layer, q, k) @ u.unflatten(2, (4, 4)).transpose(1, 2)
     mixed = torch.einsum("mn,bnid->bimd", scan.fuse.weight, z).flatten(2)
     torch.testing.assert_close(scan(u, q, k, bias), scan.to_read(u) * mixed, atol=1e-12, rtol=1e-10)
+    # So does one with states, whose steps are so long that nothing is left of them, and write what they are given.
+    long = _layer().scan
+    long.load_state_dict({**long.state_dict(), **scan.state_dict()})
+    long.steps = lambda u: (u.new_full(u.mT.shape, 1e3), u.new_full(u.shape[2:], -1.0), u.new_full(u.shape[:2], 1e-3))
+    torch.testing.assert_close(long(u, q, k, bias), scan.to_read(u) * mixed, atol=1e-12, rtol=1e-10)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from support.vision import timm
 from workbench import WorkbenchError, mechanisms
 from workbench.errors import CaptureError
 from workbench.kernels.grouped import halo_attention, halo_groups, local_attention, shifted_attention
-from workbench.kernels.neighborhood import NeighborhoodLayout
+from workbench.kernels.neighborhood import NeighborhoodLayout, neighborhood_attention
 from workbench.mechanisms import Place
 
 GRID = (6, 9)
@@ -105,6 +105,37 @@ def test_inside_the_image_it_is_neighborhood_attention_with_a_stride() -> None:
 
 
 @torch.no_grad()
+def test_blocks_of_one_pixel_are_neighborhoods_but_at_the_border() -> None:
+    """A neighborhood at the border is moved inwards and keeps its nine keys, a window with a halo is cut off there."""
+    q, k, v = _random()
+    ours = halo_attention.pattern_of(q, k, v, grid=GRID, block=1, halo=1).dense()
+    theirs = neighborhood_attention.pattern_of(q, k, v, shape=GRID, window=3).dense()  # type: ignore[attr-defined]
+    y, x = torch.arange(54) // 9, torch.arange(54) % 9
+    inner = (y > 0) & (y < 5) & (x > 0) & (x < 8)
+    torch.testing.assert_close(ours[:, :, inner], theirs[:, :, inner])
+    assert bool(((ours > 0) != (theirs > 0)).any(-1)[:, :, ~inner].all())
+    for each in (ours, theirs):
+        torch.testing.assert_close(each.sum(-1), torch.ones(2, 4, 54, dtype=torch.float64))
+
+
+@torch.no_grad()
+def test_what_timm_s_rows_lack_is_the_weight_of_the_zeros_around_the_image() -> None:
+    """They have values of zero: with ones elsewhere it gives what is left, and where scores are even, what is seen."""
+    judge, x = _timm(qkv_bias=True), torch.randn(2, 24, *GRID)
+    values = torch.arange(48).view(4, 12)[:, 6:].flatten()  # behind the keys of each head
+    judge.kv.weight[values], judge.kv.bias[values] = 0.0, 1.0
+    seen = F.avg_pool2d(F.pad(torch.ones(1, *GRID), (2, 2, 2, 2)), 7, stride=3)  # of each block's window
+    for even in (False, True):
+        if even:
+            judge.q.weight.zero_(), judge.q.bias.zero_()
+        with workbench.attach(torch.nn.Sequential(judge)) as wb, wb.capture(["entropy"]) as cap:
+            given = wb.model(x).unflatten(1, (4, 6))
+        rows = cap[0].pattern.dense().sum(-1).unflatten(-1, GRID)
+        torch.testing.assert_close(rows[:, :, None].expand_as(given), given)
+    torch.testing.assert_close(rows, seen.repeat_interleave(3, 1).repeat_interleave(3, 2).expand_as(rows))
+
+
+@torch.no_grad()
 def test_its_limits_are_windows_single_pixels_and_all_of_the_image() -> None:
     q, k, v = _random()
     whole = halo_attention(q, k, v, grid=GRID, block=3, halo=9)
@@ -160,22 +191,29 @@ def test_queries_and_keys_are_of_one_sequence(attend: Any) -> None:
             attend(q, k[:, :2], v[:, :2])
 
 
+@pytest.mark.parametrize(("grid", "block", "halo"), [(GRID, 3, 2), ((5, 5), 5, 0)], ids=["blocks", "all of the image"])
 @torch.no_grad()
-def test_relative_positions_are_those_of_an_explicit_table() -> None:
-    q, k, v = _random()
-    height, width = torch.randn(2, 13, 6, dtype=torch.float64).unbind()
-    pattern = halo_attention.pattern_of(q, k, v, grid=GRID, block=3, halo=2, rel_height=height, rel_width=width)
+def test_relative_positions_are_those_of_an_explicit_table(grid: tuple[int, int], block: int, halo: int) -> None:
+    n, edge = grid[0] * grid[1], block + 2 * halo
+    q, k, v = _random(n)
+    height, width = torch.randn(2, 2 * edge - 1, 6, dtype=torch.float64).unbind()
+    tables = {"rel_height": height, "rel_width": width}
+    pattern = halo_attention.pattern_of(q, k, v, grid=grid, block=block, halo=halo, **tables)
     scores = q @ k.mT / 6**0.5
-    for i in range(54):
-        for j in range(54):
-            (y, x), (ky, kx) = divmod(i, 9), divmod(j, 9)
-            row, column = ky - (y // 3 * 3 - 2), kx - (x // 3 * 3 - 2)  # of the key in the window
-            if 0 <= row < 7 and 0 <= column < 7:
-                at = height[6 + row - y % 3] + width[6 + column - x % 3]
+    for i in range(n):
+        for j in range(n):
+            (y, x), (ky, kx) = divmod(i, grid[1]), divmod(j, grid[1])
+            row, column = (
+                at - (of // block * block - halo) for at, of in ((ky, y), (kx, x))
+            )  # of the key in the window
+            if 0 <= row < edge and 0 <= column < edge:
+                at = height[edge - 1 + row - y % block] + width[edge - 1 + column - x % block]
                 scores[:, :, i, j] += q[:, :, i] @ at
             else:
                 scores[:, :, i, j] = -torch.inf
     torch.testing.assert_close(pattern.dense(), scores.softmax(-1), atol=1e-12, rtol=1e-10)
+    z = halo_attention(q, k, v, grid=grid, block=block, halo=halo, **tables)
+    torch.testing.assert_close(z, scores.softmax(-1) @ v, atol=1e-12, rtol=1e-10)
 
 
 def test_grids_that_blocks_do_not_divide_are_named() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import workbench
 from workbench import WorkbenchError, mechanisms
@@ -93,9 +95,103 @@ def test_tokens_in_another_order_are_other_tokens_unless_its_weights_are_too() -
     torch.testing.assert_close(layer(X[:, order]), before[:, order])
 
 
+@torch.no_grad()
+def test_the_output_is_linear_in_what_is_multiplied_and_in_the_factor() -> None:
+    layer, other = _layer(), X.flip(0)
+    u, g = layer.parts(X, X)
+    more, apart = layer.parts(other, other)
+    torch.testing.assert_close(layer(X, other), u * apart)  # what is multiplied of one, the factor of another
+    torch.testing.assert_close(layer(other, X), more * g)
+    layer.value.weight.mul_(3)
+    layer.value.bias.mul_(3)
+    torch.testing.assert_close(layer(X), 3 * u * g)
+    with workbench.attach(layer) as wb:
+        with wb.capture():
+            layer(X)
+        with wb.set_gate(wb.sites[0], to=lambda g, site, head: 2 * g + 1):
+            torch.testing.assert_close(layer(X), 2 * 3 * u * g + 3 * u)
+
+
 def test_other_lengths_and_widths_are_named() -> None:
     with pytest.raises(WorkbenchError, match=r"x must be \[batch, 9 tokens, 6\]") as caught:
         _layer()(X[:, :5])
     assert caught.value.shape == (2, 5, 6)
     with pytest.raises(WorkbenchError, match="hidden=0"):
         ROOM.build(PLACE, hidden=0)
+
+
+# What the released unit for four tokens of three channels gives in float64 for the weights and the input of `_filled`.
+RELEASED = [
+    0.1280563, 0.4953728, 0.8494996, -0.2374391, -0.1512136, 0.3858999,
+    -0.4931337, -0.3994765, -0.7631039, 0.1992552, -0.5763393, 1.634725,
+]  # fmt: skip
+
+
+def _mlp(d: int) -> nn.Module:
+    """With the names of the released one's parts."""
+    layers = nn.Linear(d, 5), nn.GELU(), nn.Dropout(0.5), nn.Linear(5, d), nn.Dropout(0.5)
+    return nn.Sequential(OrderedDict(net=nn.Sequential(*layers)))
+
+
+class Turn(nn.Module):
+    """[batch, a, b] to [batch, b, a]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+class MixerBlock(nn.Module):
+    """With the names of the released one's parts, and its equations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token_mix = nn.Sequential(nn.LayerNorm(3), Turn(), _mlp(4), Turn())
+        self.channel_mix = nn.Sequential(nn.LayerNorm(3), _mlp(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.token_mix(x)
+        return x + self.channel_mix(x)
+
+
+class MixerGatingUnit(nn.Module):
+    """Likewise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Mixer, self.proj = MixerBlock(), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x) * self.Mixer(x)
+
+
+def _filled() -> tuple[MixerGatingUnit, Tensor]:
+    module = MixerGatingUnit().double().eval()
+    for number, (_, p) in enumerate(sorted(module.named_parameters())):
+        p.copy_(torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (number + 1.3)).view(p.shape) * 0.7)
+    return module, torch.cos(torch.arange(12, dtype=torch.float64) * 1.7).view(1, 4, 3)
+
+
+@torch.no_grad()
+def test_it_is_the_released_unit_and_that_is_read() -> None:
+    want = torch.tensor(RELEASED, dtype=torch.float64).view(1, 4, 3)
+    released, x = _filled()
+    torch.testing.assert_close(released(x), want, atol=1e-6, rtol=0)
+    ours = ROOM.build(Place(3, 1, 4, causal=False), hidden=5).double().eval()
+    tokens, channels = released.Mixer.token_mix, released.Mixer.channel_mix
+    for mine, theirs in (
+        (ours.value, released.proj), (ours.token_norm, tokens[0]), (ours.channel_norm, channels[0]),
+        (ours.token.first, tokens[2].net[0]), (ours.token.second, tokens[2].net[3]),
+        (ours.channel[0], channels[1].net[0]), (ours.channel[2], channels[1].net[3]),
+    ):  # fmt: skip
+        mine.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x), want, atol=1e-6, rtol=0)
+    maps = []
+    for module in (ours, released):
+        with workbench.attach(module) as wb:
+            report = wb.verify(x=x)
+            assert report.ok, report.table
+            assert [site.kind for site in wb.sites] == ["gate"]
+            with wb.capture([]) as cap:
+                module(x)
+        maps.append((cap[0].pattern.gates, cap[0].patterns["source"].dense()))
+    torch.testing.assert_close(*maps)

@@ -63,6 +63,7 @@ def test_all_queries_of_a_strip_sort_the_keys_alike() -> None:
         layer(x)
     assert cap[0].site.kind == "pooled"
     weights = cap[0].pattern.dense()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 40, dtype=torch.float64))
     torch.testing.assert_close(weights[:, 2], torch.full((2, 40, 10), 0.1, dtype=torch.float64))
     ordered = weights.gather(-1, strip.order[:, :, None].expand(-1, -1, 40, -1))
     falls = ordered.diff(dim=-1)

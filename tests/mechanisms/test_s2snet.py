@@ -73,8 +73,14 @@ def test_what_lies_on_the_same_spheres_is_one_crystal_to_it_and_a_larger_cell_is
     torch.testing.assert_close(model(numbers, positions), model(numbers, other))
     twice = torch.cat((numbers, numbers), dim=1), torch.cat((positions, positions + 6), dim=1)
     assert not torch.allclose(model(*twice), model(numbers, positions))
-    assert float(model.shells(torch.tensor([6.5])).max()) < 1e-3
-    assert float(model.shells(torch.tensor([1.0])).max()) == 1
+
+
+def test_of_far_atoms_nothing_is_known_but_what_they_are() -> None:
+    near, last, far = (S2SNet.shells(torch.tensor([r])) for r in (1.0, 5.11, 6.5))
+    assert (float(near.max()), int(near.argmax())) == (1.0, 100)  # shells are 0.01 apart
+    assert float(last.max()) == pytest.approx(1)
+    assert float(far.max()) < 1e-3
+    torch.testing.assert_close(near[0, 150], torch.tensor(-((1.0 - 1.5) ** 2) / 0.25).exp())
 
 
 @torch.no_grad()

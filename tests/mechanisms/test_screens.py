@@ -6,7 +6,19 @@ import torch
 from workbench.errors import TaskError, WorkbenchError
 from workbench.mechanisms.screens import ARMS, draw_screens, pointer, train
 from workbench.mechanisms.screens.drawing import COLOURS
-from workbench.mechanisms.screens.experts import EXPERTS, Requests, answer, by_action, fit_router, request, right
+from workbench.mechanisms.screens.experts import (
+    EXPERTS,
+    Requests,
+    answer,
+    by_action,
+    ends,
+    fit_router,
+    marked,
+    marks,
+    phrases,
+    request,
+    right,
+)
 from workbench.mechanisms.screens.study import mixed, pointed
 
 
@@ -92,6 +104,45 @@ def test_each_expert_is_right_where_it_has_what_it_needs() -> None:
     assert torch.equal(known[:, 2] > 0, in_tree)
     assert float(hits[~asked.named, 1].float().mean()) < 0.4  # an element at random
     assert bool(hits.any(1).all())
+
+
+WORDS = torch.tensor([[10.0, 20.0, 40.0, 28.0], [50.0, 21.0, 90.0, 27.0], [4.0, 40.0, 24.0, 50.0]])
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "where"),
+    [(0, 1, [[10, 24], [90, 24]]), (1, 2, [[50, 24], [24, 45]]), (2, 2, [[4, 45], [24, 45]])],
+)
+def test_a_text_is_marked_from_the_left_of_its_first_word_to_the_right_of_its_last_at_half_height(
+    first: int, last: int, where: list[list[float]]
+) -> None:
+    assert ends(WORDS[first], WORDS[last]).tolist() == where
+
+
+def test_texts_that_were_read_are_marked_whole() -> None:
+    drawn = draw_screens(120, 7)
+    which, there = phrases(drawn)
+    rows = torch.arange(120)
+    for i in rows[there].tolist():
+        texts = [k for k in range(6) if int(drawn.kinds[i, k]) == 2]
+        order = sorted(texts, key=lambda k: (float(drawn.boxes[i, k, 1]), float(drawn.boxes[i, k, 0])))
+        assert which[i].tolist() == [order[0], order[-1]]
+    asked = request(drawn, random())
+    clear = Requests(drawn, asked.described, asked.named, drawn.names, asked.in_tree)
+    pointer = train("v2p", steps=1)
+    read, seen = marks(pointer, clear, which)
+    assert torch.equal(read, ends(drawn.boxes[rows, which[:, 0]], drawn.boxes[rows, which[:, 1]]))
+    assert bool(marked(read, drawn, which).all())
+    letter = (drawn.boxes[rows, which[:, 1], 2] - drawn.boxes[rows, which[:, 1], 0]) / 6
+    for letters, whole in ((0.4, True), (0.6, False), (-0.6, False)):
+        shifted = read.clone()
+        shifted[:, 1, 0] += letters * letter
+        assert bool((marked(shifted, drawn, which) == whole).all())
+    middles = (drawn.boxes[rows[:, None], which, :2] + drawn.boxes[rows[:, None], which, 2:]) / 2
+    assert not bool(marked(middles, drawn, which).any())
+    misread = marks(pointer, asked, which)[0]
+    assert 0.3 < float(marked(misread, drawn, which)[there].float().mean()) < 1
+    assert float(marked(seen, drawn, which).float().mean()) < 0.5  # of a pointer that has learnt nothing
 
 
 def test_routers_give_each_request_to_one_expert() -> None:

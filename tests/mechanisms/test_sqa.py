@@ -51,14 +51,15 @@ def test_fewer_heads_are_attention_whose_other_heads_are_not_projected() -> None
     torch.testing.assert_close(sparse(x), full(x))
 
 
+@pytest.mark.parametrize(("variant", "share"), [("sqa", 2), ("gqa", 4), ("mqa", 8)])
 @torch.no_grad()
-def test_neighbouring_queries_share_keys() -> None:
+def test_neighbouring_queries_share_keys(variant: str, share: int) -> None:
     torch.manual_seed(0)
-    layer = SQA.build(PLACE, "sqa")
+    layer = SQA.build(PLACE, variant)
     q, k, v = layer.heads(torch.randn(2, 12, 32))
     z = layer.mix(q, k, v, q)
-    for head in range(4):
-        one = F.scaled_dot_product_attention(q[:, head], k[:, head // 2], v[:, head // 2], is_causal=True)
+    for head in range(layer.n_heads):
+        one = F.scaled_dot_product_attention(q[:, head], k[:, head // share], v[:, head // share], is_causal=True)
         torch.testing.assert_close(z[:, head], one)
 
 

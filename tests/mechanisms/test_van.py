@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import workbench
 from workbench import WorkbenchError, mechanisms
@@ -102,6 +102,21 @@ def test_a_patch_reaches_eleven_others_on_each_side_and_no_more() -> None:
 
 
 @torch.no_grad()
+def test_inside_the_image_both_convolutions_are_the_one_kernel_and_the_near_one_alone_is_of_five() -> None:
+    layer, x = _layer(), _input()
+    u = F.gelu(layer.enter(x)).mT.unflatten(2, (27, 25))
+    layer.near.bias.zero_()
+    layer.far.bias.zero_()
+    both, one = layer.far(layer.near(u)), F.conv2d(u, layer.kernel()[:, None], padding=11, groups=3)
+    torch.testing.assert_close(one[..., 9:-9, 9:-9], both[..., 9:-9, 9:-9])
+    assert not torch.allclose(one[..., 8:-8, 8:-8], both[..., 8:-8, 8:-8])  # nearer, it pads what is between them
+    layer.far.weight.zero_()
+    layer.far.weight[:, :, 3, 3] = 1
+    seen = (layer.kernel() != 0).any(0).nonzero()
+    assert (seen.amin(0).tolist(), seen.amax(0).tolist()) == ([9, 9], [13, 13])
+
+
+@torch.no_grad()
 def test_moved_images_have_moved_gates_inside() -> None:
     layer = _layer()
     image = torch.randn(1, 27, 25, 3, generator=torch.Generator().manual_seed(1)).double()
@@ -124,3 +139,67 @@ def test_kernels_without_a_middle_are_named() -> None:
         ROOM.build(PLACE, kernel=0)
     with pytest.raises(WorkbenchError, match="dilation=0"):
         ROOM.build(PLACE, dilation=0)
+
+
+# What the released attention of two channels gives in float64 for the weights and the image of `_filled`.
+RELEASED = [
+    1.0468953, -0.2911298, -1.6767721, 0.2459757, 0.9187559, -0.8881845, -1.3265947, 0.7891549, 0.5229788, -1.6309764,
+    -0.5884848, 1.0389919, -0.1556983, -1.8899917, 0.0129517, 0.9837352, -0.7749309, -1.3010066, 0.6628148, 0.6571529,
+    -0.9829138, -0.4647546, 1.0215291, 0.1019442, -1.1236507, 0.0855411, 1.0179008, -0.387171, -0.9192387, 0.6577961,
+    0.7925087, -0.8651391, -0.5125686, 0.955607, 0.2597906, -1.1146897, -0.0663751, 1.1655399, -0.3044985, -1.0749969,
+]  # fmt: skip
+
+
+class LKA(nn.Module):
+    """With the names of the released one's parts, and its equations."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(d, d, 5, padding=2, groups=d)
+        self.conv_spatial = nn.Conv2d(d, d, 7, padding=9, groups=d, dilation=3)
+        self.conv1 = nn.Conv2d(d, d, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone() * self.conv1(self.conv_spatial(self.conv0(x)))
+
+
+class Attention(nn.Module):
+    """Likewise, the block around it."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.proj_1, self.spatial_gating_unit, self.proj_2 = nn.Conv2d(d, d, 1), LKA(d), nn.Conv2d(d, d, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_2(self.spatial_gating_unit(F.gelu(self.proj_1(x)))) + x
+
+
+def _filled() -> tuple[Attention, Tensor]:
+    module = Attention(2).double().eval()
+    for number, (_, p) in enumerate(sorted(module.named_parameters())):
+        p.copy_(torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (number + 1.3)).view(p.shape) * 0.7)
+    return module, torch.cos(torch.arange(40, dtype=torch.float64) * 1.7).view(1, 2, 4, 5)
+
+
+@torch.no_grad()
+def test_it_is_the_released_attention_and_that_is_read() -> None:
+    want = torch.tensor(RELEASED, dtype=torch.float64).view(1, 2, 20)
+    released, image = _filled()
+    torch.testing.assert_close(released(image).flatten(2), want, atol=1e-6, rtol=0)
+    ours, x = _layer(Place(2, 1, 20, causal=False, grid=(4, 5))), image.flatten(2).mT
+    unit = released.spatial_gating_unit
+    pairs = ((ours.near, unit.conv0), (ours.far, unit.conv_spatial), (ours.point, unit.conv1))
+    for mine, theirs in (*pairs, (ours.enter, released.proj_1), (ours.out, released.proj_2)):
+        mine.weight.copy_(theirs.weight.view_as(mine.weight))
+        mine.bias.copy_(theirs.bias)
+    torch.testing.assert_close(ours(x).mT, want, atol=1e-6, rtol=0)
+    maps = []
+    for module, given in ((ours, x), (released, image)):
+        with workbench.attach(module) as wb:
+            report = wb.verify(x=given)
+            assert report.ok, report.table
+            assert [site.kind for site in wb.sites] == ["gate"]
+            with wb.capture([]) as cap:
+                module(given)
+        maps.append((cap[0].pattern.gates, cap[0].patterns["source"].dense()))
+    torch.testing.assert_close(*maps)

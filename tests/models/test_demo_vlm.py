@@ -36,6 +36,15 @@ def test_the_shipped_model_answers_and_points_right_nine_times_of_ten() -> None:
     assert card("demo-vlm")["accuracy"]["held_out"] >= 0.99
 
 
+def test_it_verifies_and_its_tower_is_said_to_add_nothing() -> None:
+    model, tokenizer = load("demo-vlm")
+    with workbench.attach(model, tokenizer) as wb:
+        found = wb.verify(**planted_objects(1, seed=HELD_OUT).inputs(tokenizer)).raise_if_failed()
+    idle = found.table.query("idle").site
+    assert len(idle) == 1
+    assert idle.str.contains("vision_tower").all()
+
+
 def test_with_the_object_painted_over_the_answer_is_lost() -> None:
     """It reads the object's patch: of the right colour nothing else in the picture tells."""
     model, tokenizer = load("demo-vlm")

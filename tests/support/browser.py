@@ -26,8 +26,14 @@ _LOCAL = ("file:", "data:", "blob:", "about:")
 
 
 def chromium() -> str | None:
-    """The path of an installed Chromium or Chrome. Playwright's own download is not used."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    """The path of an installed Chromium or Chrome. Playwright's own download is not used.
+
+    The one without windows comes first: a page takes a quarter of the processor time of one in an unseen window.
+    """
+    names = (
+        "chromium-headless-shell", "chrome-headless-shell", "chromium", "chromium-browser", "google-chrome",
+        "google-chrome-stable",
+    )  # fmt: skip
     return next((path for path in map(shutil.which, names) if path), None)
 
 

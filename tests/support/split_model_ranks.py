@@ -11,9 +11,11 @@ import datetime
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,12 @@ import transformers as hf
 from torch import Tensor, nn
 
 import workbench
+from support.patience import PATIENCE
 from workbench.capture.capture import Capture
 from workbench.errors import CaptureError, WorkbenchError
+from workbench.hooks.together import check_as_far
 from workbench.kernels.sequence_parallel import SplitSequence
+from workbench.kernels.sequence_parallel import split as split_sequences
 
 RANKS = 2
 LENGTHS = (13, 6)
@@ -101,6 +106,34 @@ def a_sequence_in_parts(rank: int) -> None:
     assert torch.equal(made._forwards[0].ids["input"], IDS)
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, whole)
+
+
+def sweeps_go_on_with_what_all_have_done(rank: int) -> None:
+    """A sweep of the parts is that of the whole; files that are not equally far are gone on from together."""
+    split, model = SplitSequence.of(LENGTHS[rank]), llama()
+    here = torch.arange(split.here.start, split.here.stop)
+    batch = {"input_ids": IDS[:, here], "position_ids": here.expand(len(IDS), -1)}
+    variants = [workbench.Variant((layer, head)) for layer in range(2) for head in (0, 3)]
+
+    def sweep(wb: workbench.Workbench, batch: dict[str, Tensor], at: int, **how: Any) -> workbench.Sweep:
+        found = [batch, batch]
+        return workbench.run_sweep(
+            wb, variants, found, lambda y, b: y.logits[:, at, 7], batched=False, progress=False, **how
+        )
+
+    with workbench.attach(model) as wb, tempfile.TemporaryDirectory() as folder:
+        want = sweep(wb, {"input_ids": IDS}, split.here.stop - 1)
+        with workbench.split_over(split):
+            whole = sweep(wb, batch, -1)
+            close(whole.values, want.values)
+            done = torch.zeros_like(whole.done)
+            done[: rank + 1, 0] = True
+            path = replace(whole, done=done, values=whole.values.masked_fill(~done[:, :1, None], 9.0)).save(
+                Path(folder) / "sweep.safetensors"
+            )
+            again = sweep(wb, batch, -1, resume=path)
+            assert torch.equal(again.values, whole.values)
+            says("not equally far: 0, 1", lambda: check_as_far(model, rank))
 
 
 def gradients_of_parts(rank: int) -> None:
@@ -234,8 +267,8 @@ class Stage(nn.Module):
 CASES = {
     case.__name__: case
     for case in (
-        a_sequence_in_parts, gradients_of_parts, what_cannot_be_split_is_said, ranks_that_disagree_are_named,
-        fully_sharded, stages_of_a_pipeline,
+        a_sequence_in_parts, sweeps_go_on_with_what_all_have_done, gradients_of_parts, what_cannot_be_split_is_said,
+        ranks_that_disagree_are_named, fully_sharded, stages_of_a_pipeline,
     )
 }  # fmt: skip
 
@@ -243,10 +276,11 @@ CASES = {
 def main(rank: int, folder: Path, only: str = "") -> None:
     """All cases."""
     torch.set_num_threads(1)
+    split_sequences.PATIENCE = PATIENCE  # what has ended is noticed at once
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     dist.init_process_group(
-        "gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=600)
+        "gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=PATIENCE)
     )
     wrong: dict[str, str] = {}
     for name, case in CASES.items():

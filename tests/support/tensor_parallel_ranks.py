@@ -32,6 +32,7 @@ import workbench
 from support.circuits import Words, random_task
 from support.patience import PATIENCE
 from workbench import AttachError, Capture, CaptureError, Variant, WorkbenchError
+from workbench.kernels.sequence_parallel import split
 from workbench.kernels.statistics import STATISTICS
 from workbench.storage.rendering import renderer
 
@@ -433,6 +434,15 @@ def readers_say_what_they_need(pair: Pair) -> None:
         assert torch.equal(pair.part(IDS).logits, bare)
 
 
+def told(act: Callable[[], Any]) -> str:
+    """What an error says."""
+    try:
+        act()
+    except CaptureError as error:
+        return str(error)
+    return ""
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -471,6 +481,7 @@ def main(rank: int, folder: Path, only: str = "") -> None:
     """Run every case, and write what was wrong."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    split.PATIENCE = PATIENCE  # what has ended is noticed at once
     wait = datetime.timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", f"file://{folder}/meeting", world_size=RANKS, rank=rank, timeout=wait)
     found: dict[str, str] = {}
@@ -495,7 +506,12 @@ def main(rank: int, folder: Path, only: str = "") -> None:
         except Exception:
             found[case] = traceback.format_exc()
         (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    cap = captured(pairs["llama"].part, statistics=("entropy",)) if "llama" in pairs else None
+    dist.barrier()
+    if rank == 0 and cap is not None:
+        found["told"] = told(cap.gathered)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    os._exit(0)  # the group cannot be left in good order any more
 
 
 if __name__ == "__main__":

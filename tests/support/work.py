@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import workbench
@@ -56,34 +55,25 @@ def corpus(wb: Workbench, task: Any, **how: Any) -> Result:
 
 
 WORK = {one.__name__: one for one in (sweep, importance, circuit, edges, ablations, patterns, layers, masks, corpus)}
-WITH_FILES = ("sweep", "importance", "layers", "masks", "corpus")
+WITH_FILES = ("sweep", "importance", "patterns", "layers", "masks", "corpus")
 
 
-ROUNDED = ("circuit", "ablations", "patterns")  # their last bits differ from process to process
-
-
-def same(one: Any, two: Any, at: str = "", *, rounded: bool = False) -> None:
-    """All that two results hold, but for when they were made and how long it took: to the bit, or `rounded`."""
+def same(one: Any, two: Any, at: str = "") -> None:
+    """All that two results hold, to the bit, but for when they were made and how long it took."""
     if isinstance(one, Tensor):
         assert one.shape == two.shape, at
-        if rounded and one.is_floating_point():
-            largest = one[one.isfinite()].abs().max().item() if bool(one.isfinite().any()) else 1.0
-            torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-6 * max(1.0, largest), equal_nan=True, msg=at)
-        else:
-            assert bool(((one == two) | ((one != one) & (two != two))).all()), at
-    elif rounded and isinstance(one, float) and isinstance(two, float) and one == one:
-        assert abs(one - two) <= 1e-5 * max(1.0, abs(one)), at
+        assert bool(((one == two) | ((one != one) & (two != two))).all()), at
     elif isinstance(one, dict):
         assert one.keys() == two.keys(), at
         for name in one:
             if name not in ("captured_at", "created", "seconds"):
-                same(one[name], two[name], f"{at}.{name}", rounded=rounded)
+                same(one[name], two[name], f"{at}.{name}")
     elif isinstance(one, (tuple, list)):
         assert len(one) == len(two), at
         for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            same(a, b, f"{at}[{i}]", rounded=rounded)
+            same(a, b, f"{at}[{i}]")
     elif isinstance(one, Result):
-        same(vars(one), vars(two), type(one).__name__, rounded=rounded)
+        same(vars(one), vars(two), type(one).__name__)
     else:
         assert one == two or one != one, at
 

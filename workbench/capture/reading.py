@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from workbench.capture.capture import FORM, Capture
-from workbench.capture.settings import Settings
+from workbench.capture.settings import APART, Settings
 from workbench.capture.site_capture import KEPT, PATTERN, Forward, SiteCapture
 from workbench.capture.timing import CallTimes
 from workbench.capture.unrecorded import Unrecorded
@@ -210,7 +210,7 @@ def _check_facts(entry: Part) -> None:
 def settings_of(entry: Part, tensors: Mapping[str, Tensor]) -> Settings:
     """The settings whose `state` these are."""
     values: dict[str, Any] = {name: part.value for name, part in entry.items().items()}
-    known = {field.name for field in fields(Settings)} - {"tokens"}
+    known = {field.name for field in fields(Settings)} - APART
     if values.keys() != known:
         raise FormatError(f"{entry.place} does not fit this version: {', '.join(sorted(values.keys() ^ known))}")
     values["statistics"] = tuple(each_text(entry["statistics"]))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -11,6 +11,9 @@ from workbench.hooks.sites import Site
 from workbench.kernels.gradients import GRADIENT_SUMS
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import Options, known
+
+APART = frozenset({"tokens", "keep_on"})
+"""Settings that are no facts of a file: a tensor, and what changes nothing of what is kept."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Settings:
         gradients: keep ∂L/∂z and the sums of A∘∂L/∂A.
         sink_keys, n_top, block: see `workbench.kernels.statistics.Options`.
         limit: most bytes to keep in all.
+        keep_on: where queries, keys, masks and values are kept: on their "device", or on the "host".
     """
 
     statistics: tuple[str, ...] = ("entropy", "received")
@@ -40,10 +44,11 @@ class Settings:
     n_top: int = 8
     block: int = 16
     limit: int | None = DENSE_LIMIT
+    keep_on: Literal["device", "host"] = "device"
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON facts, and the ids (as "tokens") if they were given, for a file."""
-        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tokens"}
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in APART}
         facts["sites"] = None if self.sites is None else sorted(self.sites)
         return facts, {} if self.tokens is None else {"tokens": self.tokens}
 
@@ -75,6 +80,11 @@ class Settings:
         kept += b * h * q * d_head * itemsize if self.z else 0
         kept += self.gradient_bytes(shape, d_head, itemsize)
         return kept + (b * h * q * k * max(4, itemsize) if self.pattern else 0)
+
+    @property
+    def on_device(self) -> Settings:
+        """What of it stays on the model's device."""
+        return self if self.keep_on == "device" else replace(self, queries_keys=False, values=False)
 
     def gradient_bytes(self, shape: tuple[int, int, int, int], d_head: int, itemsize: int = 4) -> int:
         """Those of `bytes_for` that gradients will take once they arrive."""

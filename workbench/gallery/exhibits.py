@@ -19,6 +19,7 @@ from workbench.mechanisms.dualformer import Vocabulary, draw, drop, search
 from workbench.mechanisms.dualformer.card import card as dualformer_card
 from workbench.mechanisms.dualformer.card import results as dualformer_results
 from workbench.mechanisms.dualformer.dropping import LEVELS
+from workbench.mechanisms.frame.card import unmarked
 from workbench.mechanisms.remembering.card import sam2act_card, sam2long_card
 from workbench.mechanisms.screens.card import agent_s2_grounding_card, v2p_card
 from workbench.models.planted import planted
@@ -46,10 +47,10 @@ class Exhibit:
     def all(self) -> list[View]:
         """The card, then the figures."""
         card = self.card()
-        rows = [row for row in card.lines() if row[0] != "Claim"]
-        rows += [(f"Claim, {claim.outcome}", str(claim)) for claim in card.claims]
+        rows = [row for row in card.lines() if row[0] != "Claim"] + card.standing()
+        texts = [unmarked(text) for _, text in rows]
         shown = table(
-            [head for head, _ in rows], [Column(self.name, [text for _, text in rows])], of="Card", title=card.title,
+            [head for head, _ in rows], [Column(self.name, texts)], of="Card", title=card.title,
             caption="What it is, and where its paper’s claims stand at our scale.",
         )  # fmt: skip
         return [shown, *self.views()]

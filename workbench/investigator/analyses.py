@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from workbench.analysis.circuits.cross_faithfulness import random_like
 from workbench.analysis.circuits.faithfulness import Faithfulness, circuit_faithfulness
 from workbench.analysis.circuits.find import find_circuit
 from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.names import label
 from workbench.analysis.circuits.overlap import circuit_overlap
 from workbench.analysis.circuits.repair import repair
 from workbench.analysis.circuits.roles import head_roles
@@ -22,6 +23,7 @@ from workbench.analysis.importance import head_importance
 from workbench.analysis.statistics.intervals import mean_t, proportions
 from workbench.errors import WorkbenchError
 from workbench.inputs import decoder_start, device_for_inputs
+from workbench.investigator.naming import listed, rounded, said_of_roles
 from workbench.investigator.subject import Found, Subject
 from workbench.metrics import METRICS
 from workbench.session.workbench import Workbench
@@ -55,13 +57,14 @@ def baseline(subject: Subject) -> Found:
     does = low > 0 and least > 0 and float(apart.mean()) >= NATS
     sure = does or high < NATS or most <= 0
     at, to = proportions(right).tolist()
-    numbers = {
+    numbers: dict[str, Any] = {
         "does": does, "sure": sure, "clean": float(clean.mean()), "corrupted": float(twin.mean()),
         "difference": [low, high], "accuracy": share, "prompts": len(task),
     }  # fmt: skip
     says = (
-        f"On {len(task)} prompts the right answer is ahead by {numbers['clean']:.3g} nats, on their twins by "
-        f"{numbers['corrupted']:.3g}; prompts minus twins {float(apart.mean()):.3g} [{low:.3g}, {high:.3g}].",
+        f"On {len(task)} prompts the right answer is ahead by {rounded(numbers['clean'])} nats, on their twins by "
+        f"{rounded(numbers['corrupted'])}; prompts minus twins {rounded(float(apart.mean()))} [{rounded(low)}, "
+        f"{rounded(high)}].",
         f"The most likely next token is right on {share:.0%} [{at:.0%}, {to:.0%}] of the prompts.",
         "So the model tells the prompts from their twins." if does else
         f"So the model does not tell the prompts from their twins by {NATS:g} nats or more." if sure else
@@ -96,7 +99,7 @@ def all_heads(subject: Subject) -> Found:
     numbers = {"carry": carry, "sure": sure, "share": share, "lost": [low, high], "heads": len(graph.head_names)}
     says = (
         f"With the output of all {len(graph.head_names)} heads taken from the twin the logit difference falls by "
-        f"{float(carried.mean()):.3g} [{low:.3g}, {high:.3g}], {share:.0%} of prompts minus twins.",
+        f"{rounded(float(carried.mean()))} [{rounded(low)}, {rounded(high)}], {share:.0%} of prompts minus twins.",
         "So heads carry the difference." if carry else
         "So no head carries it: the answer comes by another way." if sure else
         "So it is not sure whether heads carry it.",
@@ -162,7 +165,7 @@ def _circuit_numbers(found: Circuit, threshold: float) -> dict[str, Any]:
 
 
 def _circuit_said(found: Circuit, threshold: float) -> str:
-    heads = ", ".join(found.heads) or "no heads"
+    heads = listed(found.heads, ", ") or "no heads"
     by = {"acdc": "cut one by one", "eap_ig": "scored by integrated gradients", "eap": "scored by gradients"}
     return (
         f"Edges that carry at least {threshold:.2%} of the difference, {by[found.method]}: {found.n_edges} of "
@@ -216,13 +219,18 @@ def minimality(subject: Subject, threshold: float = 0.02) -> Found:
         results["circuit"] = smaller
     else:
         numbers["dropped"] = []
-    needed = [f"{node} ({fall:.0%})" for node, fall in falls.items() if node not in dropped]
+    needed = [f"{label(node)} ({falls[node]:.0%})" for node in sorted(set(falls) - set(dropped), key=_largest(falls))]
     says = (
         f"Of the {len(falls)} nodes of the circuit {len(dropped)} can be left out at a loss below {threshold:.0%} each"
-        f"{': ' + ', '.join(dropped) if dropped else ''}.",
+        f"{': ' + listed([label(node) for node in dropped], ', ') if dropped else ''}.",
         f"It needs {', '.join(needed) or 'none'}.",
     )
     return Found(numbers, says, results)
+
+
+def _largest(falls: Mapping[str, float]) -> Callable[[str], tuple[float, str]]:
+    """Order of nodes: the largest fall first, those without a number last."""
+    return lambda node: (-falls[node] if falls[node] == falls[node] else 0.0, node)
 
 
 def roles(subject: Subject) -> Found:
@@ -232,11 +240,8 @@ def roles(subject: Subject) -> Found:
         subject.wb, subject.task, standing, places=subject.places, batch_size=subject.batch_size, progress=False
     )
     named = {head: list(several) for head, several in zip(found.heads, found.roles, strict=True)}
-    said = "; ".join(f"{head} is {' and '.join(several)}" for head, several in named.items() if several)
-    none = [head for head, several in named.items() if not several]
-    says = [f"By what they look at and write, {said}."] if said else []
-    says += [f"No role is suggested for {', '.join(none)}."] if none else []
-    return Found({"roles": named}, tuple(says) or ("The circuit has no heads to name.",), {"roles": found})
+    says = said_of_roles(named) or ("The circuit has no heads to name.",)
+    return Found({"roles": named}, says, {"roles": found})
 
 
 def overlap(subject: Subject, **arguments: str) -> Found:
@@ -293,7 +298,7 @@ def repair_heads(subject: Subject) -> Found:
         "heads": list(found.heads),
     }
     says = (
-        f"With {', '.join(found.heads)} turned to the right answer accuracy goes from {before:.0%} to {after:.0%}, a "
+        f"With {listed(found.heads)} turned to the right answer accuracy goes from {before:.0%} to {after:.0%}, a "
         f"gain of {float(gain.mean()):+.0%} [{low:+.0%}, {high:+.0%}].",
     )
     return Found(numbers, says, {"repair": found})

@@ -37,7 +37,9 @@ class Finding:
 
     @property
     def main(self) -> Result | None:
-        """The result that a report shows; None where there is none, or nothing in it."""
+        """The result that a report shows; None where there is none, or nothing in it that a sentence does not say."""
+        if self.analysis == "all_heads":
+            return None
         found = next((self.results[name] for name in _MAIN if name in self.results), None)
         return None if isinstance(found, Circuit) and not found.nodes else found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from workbench.analysis.importance import HeadImportance
 from workbench.errors import FileError, FormatError
 from workbench.investigator.findings import Finding, Planned, Sentence
 from workbench.investigator.plan import ANALYSES, parse
+from workbench.investigator.verdict import standing, verdict_of
 from workbench.investigator.writing import report_of
 from workbench.report import Report
 from workbench.storage import disk
@@ -44,7 +45,7 @@ class Investigation:
     Attributes:
         task, model: names. question: in words.
         verdict: "circuit", "none" or "undecided". answer: sentences that say why.
-        circuit: what stands, confirmed; None where there is none.
+        circuit: what stands, confirmed, of a model that does the task by heads; None where there is none.
         plans, findings: in order. ended: why it ended.
         budget: "forwards" and "minutes" that were allowed. own_seconds: what planning and keeping files took.
         identity: what a folder must share to be gone on from. memory: what was remembered when it began.
@@ -66,14 +67,9 @@ class Investigation:
     @property
     def circuit(self) -> Circuit | None:
         """The circuit that was confirmed."""
-        found = None
-        latest: Circuit | None = None
-        for finding in self.findings:
-            one = finding.results.get("circuit")
-            latest = one if isinstance(one, Circuit) else latest
-            if finding.analysis == "faithfulness" and finding.numbers.get("confirmed"):
-                found = latest
-        return found
+        stands = standing(self.findings)
+        found = None if stands is None else self.findings[stands[0]].results["circuit"]
+        return found if isinstance(found, Circuit) else None
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -276,51 +272,3 @@ def _planned(part: Part, n_findings: int) -> Planned:
 def _sentence(part: Part, n_findings: int) -> Sentence:
     rests = part["rests_on"].list()
     return Sentence(part["text"].text(), tuple(each.integer(0, n_findings - 1) for each in rests))
-
-
-def verdict_of(findings: Sequence[Finding], ended: str, task: str) -> tuple[str, tuple[Sentence, ...]]:
-    """The verdict, and sentences that say why; from what was found alone, whoever planned.
-
-    Args:
-        ended: why the investigation ended.
-    """
-    latest, stands = -1, (-1, -1)
-    for finding in findings:
-        latest = finding.number if "circuit" in finding.results else latest
-        if finding.analysis == "faithfulness" and finding.numbers.get("confirmed"):
-            stands = (latest, finding.number)
-    done = {finding.analysis: finding for finding in findings if finding.status == "done"}
-    if stands[1] >= 0:
-        kept = findings[stands[1]].numbers
-        low, high = kept["interval"]
-        said = [Sentence(
-            f"{_listed(kept['heads'])} {'does' if len(kept['heads']) == 1 else 'do'} {task}: their circuit alone keeps "
-            f"{kept['value']:.0%} [{low:.0%}, {high:.0%}] of it on prompts that it was not found with.", stands,
-        )]  # fmt: skip
-        if "roles" in done:
-            named = done["roles"].numbers["roles"]
-            told = [f"{head} is {' and '.join(several)}" for head, several in named.items() if several]
-            said += (
-                [Sentence(f"By what they look at and write, {'; '.join(told)}.", (done["roles"].number,))]
-                if told
-                else []
-            )
-        return "circuit", tuple(said)
-    if _surely_not(done, "baseline", "does"):
-        text = f"There is none: the model does not do {task}, so that there is nothing of which a circuit could be."
-        return "none", (Sentence(text, (0,)),)
-    if _surely_not(done, "all_heads", "carry"):
-        text = f"There is none: the model does {task} without any head's help."
-        return "none", (Sentence(text, (0, done["all_heads"].number)),)
-    rests = tuple(sorted({finding.number for finding in findings[-2:]}))
-    return "undecided", (Sentence(f"It is undecided: {ended}", rests),)
-
-
-def _surely_not(done: Mapping[str, Finding], analysis: str, what: str) -> bool:
-    """Whether an analysis says no, and is sure; what few prompts leave open is no answer."""
-    found = done.get(analysis)
-    return found is not None and not found.numbers[what] and bool(found.numbers["sure"])
-
-
-def _listed(heads: Sequence[str]) -> str:
-    return f"{', '.join(heads[:-1])} and {heads[-1]}" if len(heads) > 1 else "".join(heads)

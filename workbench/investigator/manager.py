@@ -21,12 +21,14 @@ from workbench.investigator.analyses import RUNS, baseline
 from workbench.investigator.asking import Asked, Planner
 from workbench.investigator.budget import Budget, BudgetSpent, Meter
 from workbench.investigator.findings import Finding, Planned, Sentence
-from workbench.investigator.investigation import FILE, Investigation, verdict_of
+from workbench.investigator.investigation import FILE, Investigation
 from workbench.investigator.memory import Memory, Remembered, plain
 from workbench.investigator.plan import Plan, Step
 from workbench.investigator.subject import Found, Subject, check_task, places_of
+from workbench.investigator.verdict import verdict_of
 from workbench.session.workbench import Workbench
 from workbench.storage.json_text import finite
+from workbench.storage.provenance import describe
 from workbench.sweep.inputs import digest
 from workbench.sweep.inputs import plain as plain_batch
 from workbench.tasks.base import Task
@@ -120,7 +122,7 @@ def investigate(
         run.now = replace(run.now, own_seconds=own_before + own)
         run.keep()
         if remembering is not None:
-            remembering.add(_remembered(run.now, key, identity), run.now.circuit)
+            remembering.add(_remembered(run.now, key), run.now.circuit)
     return run.now
 
 
@@ -138,7 +140,8 @@ def _begin(
         return held
     if folder is not None and not folder.parent.is_dir():
         raise WorkbenchError(f"there is no folder {folder.parent}", hint="make the folder first")
-    question = f"How does {identity['model']} do {task.name}?"
+    model = describe(wb.model)["model_name"]
+    question = f"How does {model} do {task.name}?"
     before = None if memory is None else memory.asked_before(key)
     nearest = None if memory is None else memory.nearest(question, key)
     circuits = sorted(memory.circuits(key)) if memory is not None else []
@@ -148,7 +151,7 @@ def _begin(
         "circuits": circuits,
     }
     return Investigation(
-        task=task.name, model=identity["model"], question=question, plans=(), findings=(), verdict="undecided",
+        task=task.name, model=model, question=question, plans=(), findings=(), verdict="undecided",
         answer=(), ended="", budget={"forwards": budget.forwards, "minutes": budget.minutes}, own_seconds=0.0,
         identity=identity, memory=remembered,
     )  # fmt: skip
@@ -351,9 +354,9 @@ def _identity(
     }  # fmt: skip
 
 
-def _remembered(now: Investigation, key: tuple[str, str, str], identity: Mapping[str, Any]) -> Remembered:
+def _remembered(now: Investigation, key: tuple[str, str, str]) -> Remembered:
     found = now.answer[0].text if now.answer else now.ended
     return Remembered(
-        asked=now.question, task=key[0], prompts=key[1], model=identity["model"], weights=key[2], verdict=now.verdict,
+        asked=now.question, task=key[0], prompts=key[1], model=now.model, weights=key[2], verdict=now.verdict,
         found=found, heads=now.heads, forwards=now.forwards, seconds=now.seconds,
     )  # fmt: skip

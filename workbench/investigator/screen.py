@@ -1,6 +1,6 @@
 """Agent S2's mixture of grounding: which expert finds what an action names, and where on a screen that is.
 
-After 2504.00906. The expert follows from the action alone; no expert is here, only what lies around them.
+After 2504.00906. The expert follows from the action alone; experts are in `workbench.mechanisms.screens`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor
 from workbench.errors import WorkbenchError, nearest
 
 Point = tuple[float, float]
-Box = tuple[float, float, float, float]
 EXPERTS = ("visual", "textual", "structural", "none")
 """A model that points at a description, words that were read on the screen, cells of a sheet; or no place is needed."""
 ROUTES = {
@@ -42,25 +41,6 @@ def route(actions: Sequence[str]) -> Tensor:
             raise WorkbenchError(f"there is no action {action!r}", hint=nearest(action, list(ROUTES), "action"))
         found[step, EXPERTS.index(ROUTES[action])] = 1
     return found
-
-
-def span(boxes: Sequence[Box], first: int, last: int) -> tuple[Point, Point]:
-    """Where a mouse is pressed and let go to mark a text: left of its first word, right of its last, at half height.
-
-    Args:
-        boxes: (left, top, width, height) of the words on a screen, in pixels. first, last: numbers of two words.
-
-    Raises:
-        WorkbenchError: a word that there is not.
-
-    >>> span([(10, 20, 30, 8), (50, 20, 40, 8)], 0, 1)
-    ((10, 24.0), (90, 24.0))
-    """
-    odd = next((word for word in (first, last) if not 0 <= word < len(boxes)), None)
-    if odd is not None:
-        raise WorkbenchError(f"there is no word {odd} among {len(boxes)}", hint="words are counted from 0")
-    (left, top, _, height), (start, upper, width, tall) = boxes[first], boxes[last]
-    return (left, top + height / 2), (start + width, upper + tall / 2)
 
 
 def rescale(point: Point, size: Point, screen: Point) -> Point:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from workbench.investigator.findings import Finding, Planned, Sentence
+from workbench.investigator.naming import rounded
 from workbench.report import Report
 
 _FIRST = 3  # the section of finding 0, behind the answer and the reasoning
@@ -56,8 +57,8 @@ class Told(Protocol):
 def report_of(found: Told) -> Report:
     """The page; every sentence links to the findings that it rests on."""
     page = Report(
-        f"How {found.model} does {found.task}", question=found.question, answer=_answer(found),
-        seeds=found.identity.get("seed"),
+        f"Investigation: {found.task} in {found.model}", question=found.question, answer=_answer(found),
+        seeds=found.identity.get("seed"), seconds=found.seconds + found.own_seconds,
     )  # fmt: skip
     ended = f"It ended so: {found.ended}" if found.ended else "It has not ended: resume goes on with it."
     page.add(_costs(found), title="What it cost", note=_linked([Sentence(ended, _last(found))]))
@@ -99,16 +100,20 @@ def _numbers(finding: Finding) -> str:
         numbers = finding.numbers
         low, high = numbers["difference"]
         shown = [
-            ("prompts", f"{numbers['prompts']}"), ("logit difference, prompts", f"{numbers['clean']:.4g}"),
-            ("logit difference, twins", f"{numbers['corrupted']:.4g}"),
-            ("prompts minus twins, 95 %", f"{low:.4g} to {high:.4g}"), ("accuracy", f"{numbers['accuracy']:.1%}"),
+            ("prompts", f"{numbers['prompts']}"), ("logit difference, prompts", rounded(numbers["clean"], 4)),
+            ("logit difference, twins", rounded(numbers["corrupted"], 4)),
+            ("prompts minus twins, 95 %", f"{rounded(low, 4)} to {rounded(high, 4)}"),
+            ("accuracy", f"{numbers['accuracy']:.1%}"),
         ]  # fmt: skip
     if finding.analysis == "faithfulness" and finding.numbers:
-        shown = [
+        own = finding.numbers.get("value")
+        shown = [("the circuit", "undefined" if own is None else f"{own:.1%}")]
+        shown += [
             (f"random circuit {i}", "undefined" if value is None else f"{value:.1%}")
             for i, value in enumerate(finding.numbers["random"], 1)
         ]
-    return _table(("", "value"), shown) if shown else ""
+    head = "kept of the difference" if finding.analysis == "faithfulness" else "value"
+    return _table(("", head), shown) if shown else ""
 
 
 def _costs(found: Told) -> str:

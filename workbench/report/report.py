@@ -49,20 +49,27 @@ class Report:
     Args:
         title: its heading.
         question: what it asks, one sentence. answer: what was found, Markdown.
-        seeds: the seeds of everything random in it, for the provenance.
+        seeds: the seeds of everything random in it; seconds: what the work took before the report was begun; both for
+            the provenance.
 
     >>> Report("Heads of a small model").add("Two heads copy *names*.")
     Report('Heads of a small model', 1 text)
     """
 
     def __init__(
-        self, title: str, question: str | None = None, answer: str | None = None, *, seeds: Any = None
+        self,
+        title: str,
+        question: str | None = None,
+        answer: str | None = None,
+        *,
+        seeds: Any = None,
+        seconds: float = 0.0,
     ) -> None:
         if not isinstance(title, str) or not title.strip():
             raise ReportError(f"a report needs a title, not {title!r}", hint='write Report("Heads of my model")')
         self.title, self.question, self.answer, self.seeds = title, question, answer, seeds
         self._entries: list[_Entry] = []
-        self._started = time.monotonic()
+        self._started = time.monotonic() - seconds
 
     def add(
         self,

@@ -40,9 +40,13 @@ def verdict(found: Any) -> dict[str, Any]:
             worst, check = max(errors, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
             fine = all(error <= each.get("tolerance", math.inf) for error, each in errors)
             lines.append((fine, f"{meaning}: largest error {worst:.2g}, at {visible(str(check['site']))}"))
-    tried = [bool(check["editable"]) for check in fired if check.get("editable") is not None]
+    tried = [check for check in fired if check.get("editable") is not None]
     if tried:
-        lines.append((all(tried), f"{sum(tried)} of {count(len(tried), 'site')} change the output when switched off"))
+        changes = sum(bool(check["editable"]) for check in tried)
+        idle = [visible(str(check["site"])) for check in tried if check.get("idle")]
+        text = f"{changes} of {count(len(tried), 'site')} change the output when switched off"
+        text += f"; {', '.join(idle)} reaches it, and adds nothing on these inputs" if idle else ""
+        lines.append((changes + len(idle) == len(tried), text))
     return {"ok": bool(found.ok), "word": "Verified" if found.ok else "Verification failed", "lines": lines}
 
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from workbench.errors import CaptureError, WorkbenchError
 from workbench.hooks.code import scripted_attention
+from workbench.hooks.finding import site_name, with_call
 from workbench.hooks.layouts import Layouts
 from workbench.hooks.listener import Listener
 from workbench.hooks.look.keys import probe_keys
 from workbench.hooks.look.replay import OnCall, Replays, copied
 from workbench.hooks.look.unread import find_unread
 from workbench.hooks.observer import observed
-from workbench.hooks.sites import Kind, Sites, Unread, site_name, with_call, with_kind, without
+from workbench.hooks.sites import Kind, Sites, Unread, with_kind, without
 from workbench.hooks.tap import AttentionCall
 
 LIMIT = 1 << 31

@@ -20,7 +20,8 @@ from workbench.capture.store.writing import StoreWriter
 from workbench.capture.timing import CallTimes
 from workbench.capture.unrecorded import Unrecorded, is_out_of_memory, reason_of
 from workbench.errors import CaptureError, WorkbenchError
-from workbench.hooks.sites import Site, Sites, site_name, with_call
+from workbench.hooks.finding import site_name, with_call
+from workbench.hooks.sites import Site, Sites
 from workbench.hooks.tap import AttentionCall, Unshown
 from workbench.hooks.truth import check_last_row
 from workbench.inputs import check_inputs, context_length, packed_sequences, token_ids
@@ -31,6 +32,7 @@ from workbench.kernels.statistics import Options
 from workbench.session.cached_tokens import CachedTokens
 from workbench.session.gradient_watch import Deliver, GradientWatch
 from workbench.session.head_outputs import HeadOutputs
+from workbench.session.keeping import Keeper, Landing, Masks, UnderWay, is_away
 from workbench.session.packed import RunningForward
 
 SiteChoice = None | str | int | Site | Callable[[Site], bool] | Iterable[str | int | Site]
@@ -73,6 +75,7 @@ class Recorder:
     gradients: GradientWatch = field(default_factory=GradientWatch)
     arena: Arena = field(default_factory=Arena)
     pending: Pending = field(default_factory=Pending)
+    masks: Masks = field(default_factory=Masks)
     outputs: HeadOutputs = field(init=False)
     failure: WorkbenchError | None = None
     _opened_in: int = field(default_factory=threading.get_ident)
@@ -86,7 +89,8 @@ class Recorder:
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
     _unstored: dict[int, list[Forward]] = field(default_factory=dict)  # by thread: over, but for their gradients
     _began: float = field(default_factory=time.perf_counter)
-    _masks: list[Tensor] = field(default_factory=list)  # the last that compiled code gave, which it writes over
+    _landing: Landing = field(default_factory=Landing)
+    _under_way: list[UnderWay] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -133,10 +137,30 @@ class Recorder:
         """The capture is over, and so is what has not told of its end."""
         for thread in list(self._running):
             self._end(thread)
+        self._arrive()
+        self._share(self.masks.settle())
         for thread in list(self._unstored):
             self._store(thread)
         if self.store is not None:
             self.forwards.sort(key=lambda forward: forward.index)  # as they were finished
+
+    def _arrive(self) -> None:
+        """What is under way to the host has come."""
+        with self._lock:
+            arriving, self._under_way = self._under_way, []
+        if arriving:
+            self._landing.wait()
+            with torch.inference_mode(False), torch.no_grad():
+                for each in arriving:
+                    each.arrive()
+
+    def _share(self, same: Mapping[int, Tensor]) -> None:
+        """Layers whose masks have turned out to be the same share one."""
+        for forward in self.forwards if same else ():
+            for name, one in forward.sites.items():
+                if one.lazy is not None and any(id(t) in same for t in one.lazy.state()[1].values()):
+                    shared = one.lazy.kept(lambda _, t: same.get(id(t), t))
+                    forward.sites[name] = replace(one, lazy=shared)
 
     def on_end(self) -> None:
         """The forward of this thread is over."""
@@ -175,7 +199,10 @@ class Recorder:
         Raises:
             FileError: it cannot be written, and this is the thread that opened the capture.
         """
-        for forward in self._unstored.pop(thread, ()):
+        over = self._unstored.pop(thread, ())
+        if over:
+            self._arrive()
+        for forward in over:
             assert self.store is not None
             projections = {name: one.projection for name, one in forward.sites.items()}
             try:
@@ -295,7 +322,7 @@ class Recorder:
         pattern = call.pattern(cross=cross)
         others = {**pattern.factors, **call.build_others()} if settings.queries_keys else {}
         self._check_limit(self._planned(call, pattern, others), site)
-        keeper = _Keeper(self.arena, self._masks if call.compiled else None)
+        keeper = Keeper(self.arena, self.masks, compiled=bool(call.compiled), mask_key=call.mask_key)
         if settings.queries_keys:
             pattern = pattern.kept(keeper.keep)
             others = {name: other.kept(keeper.keep) for name, other in others.items()}
@@ -331,6 +358,8 @@ class Recorder:
         if call.shard is not None:
             pattern = PartOfHeads(pattern, call.shard.first, call.shard.n_heads)
             others = {name: PartOfHeads(one, call.shard.first, call.shard.n_heads) for name, one in others.items()}
+        goes = settings.queries_keys and settings.keep_on == "host" and is_away(pattern.device)
+        there = UnderWay.begun(self._landing, forward, site.name, pattern, others) if goes else None
         capture = SiteCapture(
             site=site,
             shape=pattern.shape,
@@ -339,17 +368,18 @@ class Recorder:
             z=z,
             entering=entered,
             weights=dense,
-            lazy=pattern if settings.queries_keys else None,
-            others=others,
-            held=keeper.held,
+            lazy=pattern if settings.queries_keys and there is None else None,
+            others=others if there is None else {},
+            held=keeper.held if there is None else [],
             signed=pattern.signed,
             normalised=pattern.normalised,
             shard=call.shard,
             before=None if pattern.before is None else self.arena.copy(pattern.before.transpose(1, 2)),
             state=call.state,
         )
-        size = capture.nbytes
+        size = capture.nbytes + (0 if there is None else there.nbytes)
         with self._lock:
+            self._under_way.extend([] if there is None else [there])
             self.nbytes += size + settings.gradient_bytes(pattern.shape, call.sizes[2], call.v.element_size())
         return capture, size
 
@@ -421,45 +451,3 @@ def _kind(pattern: Pattern, names: Sequence[str]) -> tuple[object, ...]:
 
 def _itself(tensor: Tensor, axis: int) -> Tensor:
     return tensor
-
-
-class _Keeper:
-    """Decides how a tensor of the model is kept: as a copy, or by reference where that is safe and saves much.
-
-    Args:
-        masks: of compiled code, which writes over its tensors: the mask that was copied last, and may come again.
-    """
-
-    def __init__(self, arena: Arena, masks: list[Tensor] | None = None) -> None:
-        self.arena, self.masks = arena, masks
-        self.held: list[tuple[Tensor, int]] = []
-
-    def keep(self, name: str, tensor: Tensor) -> Tensor:
-        """Keep a part of a pattern; the values stay the model's own until it is clear whether they are wanted."""
-        if name == "values":
-            return tensor
-        if name == "mask" and self.masks is not None:
-            return self._mask(tensor, self.masks)
-        return self.shared(tensor) if name == "mask" else self(tensor)
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Keep a tensor that belongs to one call."""
-        part_of_more = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-        if self.masks is not None or tensor.device.type == "cpu" or part_of_more or tensor.is_inference():
-            # A slice would hold the whole packed projection or cache; an inference tensor cannot tell of changes.
-            return self.arena.copy(tensor)
-        return self.shared(tensor)
-
-    def _mask(self, mask: Tensor, known: list[Tensor]) -> Tensor:
-        """A copy that layers with the same mask share."""
-        if known and known[0].shape == mask.shape and known[0].dtype == mask.dtype and torch.equal(known[0], mask):
-            return known[0]
-        known[:] = [mask.detach().clone()]
-        return known[0]
-
-    def shared(self, tensor: Tensor) -> Tensor:
-        """Keep a tensor that several calls may share, by reference, noting its version."""
-        tensor = tensor.detach()  # its history would hold on to the model's weights
-        if not tensor.is_inference():
-            self.held.append((tensor, tensor._version))
-        return tensor

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 _COLUMNS = [
-    "site", "fired", "shape", "backend", "kernel", "row_sum_error", "output_error", "tolerance", "editable", "ok"
+    "site", "fired", "shape", "backend", "kernel", "row_sum_error", "output_error", "tolerance", "editable", "idle",
+    "ok",
 ]  # fmt: skip
 
 
@@ -38,7 +39,8 @@ class Verification:
             that it holds), backend, kernel, row_sum_error
             (largest |Σp − 1|, NaN for rows that need not sum to 1), output_error (largest |A·V − kernel output|),
             tolerance (for both, by dtype and size of the output), editable (whether the model's output changes when the
-            site's heads give nothing; None if that was not tried), ok.
+            site's heads give nothing; None if that was not tried), idle (it does not, and yet what they give reaches
+            the output, by its gradient: such as before a projection whose weights are zero), ok.
         unread: modules that mix tokens and are no site, so that nothing of this is about them. looked: whether that
             list is complete.
         compared: the model's output has tensors; without any there is nothing to compare, nor to be changed.
@@ -68,7 +70,7 @@ class Verification:
         """The checks as a frame."""
         import pandas as pd
 
-        return pd.DataFrame(self.checks, columns=_COLUMNS).astype({"fired": bool, "ok": bool})
+        return pd.DataFrame(self.checks, columns=_COLUMNS).astype({"fired": bool, "idle": bool, "ok": bool})
 
     def raise_if_failed(self) -> Verification:
         """Itself if all holds, else an AttachError that names the first thing that does not."""
@@ -88,8 +90,8 @@ class Verification:
         what = "its A·V is not the kernel's output" if bad["fired"] else "it never fired"
         if bad["site"] in self.unrecorded:
             what = self.unrecorded[bad["site"]]
-        if bad["editable"] is False:
-            what = "the model's output stays the same when its heads give nothing"
+        if bad["editable"] is False and not bad["idle"]:
+            what = "the model's output stays the same when its heads give nothing, and has no gradient there either"
         raise AttachError(f"verification failed: {what}", site=bad["site"], hint="see the .table of the verification")
 
     def _output(self) -> str:
@@ -104,6 +106,9 @@ class Verification:
         out = max((check["output_error"] for check in self.checks if check["fired"]), default=float("nan"))
         editable = [check["editable"] for check in self.checks if check["editable"] is not None]
         tried = f", {sum(editable)} of {len(editable)} change the output when switched off" if editable else ""
+        idle = sorted({check["site"] for check in self.checks if check["idle"]})
+        if idle:
+            tried += f", {', '.join(idle[:3])}{' …' if len(idle) > 3 else ''} reaches it and adds nothing here"
         state = "ok" if self.ok else "FAILED"
         if self.unread:
             mixers = len({check["site"] for check in self.checks} | {one.name for one in self.unread})
@@ -188,14 +193,15 @@ def verify_model(
         whole = run(None) if names and with_gradients else bare  # a model may take another way then
         for name in names:
             found = _editable(whole, run(partial(_switched_off, name), name))
+            idle = not found and _reaches(run, name)
             for check in checks:
                 if check["site"] == name:
-                    check["editable"] = found
-                    check["ok"] = check["ok"] and found
+                    check["editable"], check["idle"] = found, idle
+                    check["ok"] = check["ok"] and (found or idle)
     nan = float("nan")
     checks += [
         {"site": site.name, "fired": False, "shape": None, "backend": "", "kernel": "", "row_sum_error": nan,
-         "output_error": nan, "tolerance": nan, "editable": None, "ok": False}
+         "output_error": nan, "tolerance": nan, "editable": None, "idle": False, "ok": False}
         for site in sites if site.name not in fired
     ]  # fmt: skip
     return Verification(
@@ -222,6 +228,29 @@ def _editable(bare: Any, edited: Any) -> bool:
             if (a - b).abs().max() > 1e-6 * a.abs().max():
                 return True
     return False
+
+
+def _reaches(run: Callable[..., Any], site: str) -> bool:
+    """Whether some output has a gradient, be it zero, with respect to what a site's heads give."""
+    given = list[Tensor]()
+
+    def off(call: AttentionCall) -> Tensor | None:
+        nothing = _switched_off(site, call)
+        if nothing is None:
+            return None
+        given.append(nothing.detach().requires_grad_())
+        return given[-1].clone()
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            sums = [
+                one.sum() for one in tensors_within(run(off, site)) if one.requires_grad and one.is_floating_point()
+            ]
+            return bool(sums and given) and any(
+                one is not None for one in torch.autograd.grad(sums, given, allow_unused=True)
+            )
+    except RuntimeError:  # what has no gradient proves nothing
+        return False
 
 
 def _check(call: AttentionCall, cross: bool) -> dict[str, Any]:
@@ -251,6 +280,7 @@ def _check(call: AttentionCall, cross: bool) -> dict[str, Any]:
         "output_error": error,
         "tolerance": allowed,
         "editable": None,
+        "idle": False,
         "ok": not row_error > allowed and (dropped or error <= allowed),
     }
 

@@ -20,21 +20,23 @@ from workbench.errors import AttachError, CaptureError
 from workbench.hooks.code import scripted_attention
 from workbench.hooks.compiled.doors import Doors, eager_door
 from workbench.hooks.compiled.regions import check_not_compiled, find_regions, uncompiled
+from workbench.hooks.finding import find_sites
 from workbench.hooks.heads import parse_heads
-from workbench.hooks.layouts import STATE_IT, Layouts
+from workbench.hooks.layouts import Layouts
 from workbench.hooks.proofs.axes import Axes
-from workbench.hooks.sites import Sites, Unread, find_sites, without
+from workbench.hooks.sites import Sites
 from workbench.inputs import check_inputs, device_for_inputs, dropout_in_training, to_ids, with_own_positions
 from workbench.kernels.checks import deferred
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
-from workbench.session.compiled_models import check_gradients, unseen_in, whose_bits
+from workbench.session.compiled_models import check_gradients, whose_bits
 from workbench.session.interventions import Interventions
 from workbench.session.looking import LIMIT, look_at, nominated, unlooked
 from workbench.session.open_contexts import OpenContexts
 from workbench.session.recorder import Recorder, SiteChoice, choose
 from workbench.session.row_watch import RowWatch, Step
 from workbench.session.verification import Verification, verify_model
+from workbench.session.what_fired import check_fired, readable
 from workbench.storage.provenance import describe
 from workbench.storage.weights import WeightsThen, latest_hash
 from workbench.tokens import piece
@@ -175,6 +177,7 @@ class Workbench(Interventions):
         block: int = 16,
         limit: int | None = DENSE_LIMIT,
         store: str | Path | None = None,
+        keep_on: Literal["device", "host"] = "device",
     ) -> Iterator[Capture]:
         """Capture the attention of every forward inside the `with`; the model's outputs stay the same to the bit.
 
@@ -197,6 +200,9 @@ class Workbench(Interventions):
             store: a folder, such as "runs/a.zarr", that each forward is written to as soon as it is over, and read from
                 when it is asked for, so that captures may be larger than memory. A store that is there is gone on
                 with. `workbench.load_capture` opens it, also while it grows; see `docs/scale.md`.
+            keep_on: where queries, keys, masks and values are kept of a model on a device: there, by reference where
+                nothing else would be held by it, or in the "host"'s memory, pinned, to which they are copied while the
+                device goes on. Patterns are then computed on the host; they are there at the end of the `with`.
 
         Yields:
             The capture; it is filled as the model runs and complete at the end of the `with`.
@@ -210,6 +216,8 @@ class Workbench(Interventions):
         self.check_open()
         if gradients:
             check_gradients(self.model)
+        if keep_on not in ("device", "host"):
+            raise CaptureError(f'keep_on is "device" or "host", not {keep_on!r}')
         settings = Settings(
             statistics=check_names(statistics),
             sites=choose(self.sites, sites),
@@ -223,6 +231,7 @@ class Workbench(Interventions):
             n_top=n_top,
             block=block,
             limit=limit,
+            keep_on=keep_on,
         )
         self._warn_of_dropout()
         weights = WeightsThen(self._inner)
@@ -239,7 +248,7 @@ class Workbench(Interventions):
                     recorder.finish()
                 finally:
                     recorder.gradients.close()
-                self.sites = capture.model_sites = self._told(recorder.sites)
+                self.sites = capture.model_sites = readable(self._inner, self._layouts, recorder.sites)
                 how = {"statistics_engine": ", ".join(sorted(recorder.engines))}
                 how |= whose_bits(recorder.compiled, eager=self._doors.are_open)
                 provenance |= how
@@ -248,7 +257,7 @@ class Workbench(Interventions):
         if recorder.failure is not None:
             raise recorder.failure
         recorder.pending.check()
-        self._check_fired(capture, settings, recorder.refused)
+        check_fired(self._inner, self.sites, capture, settings, recorder.refused)
         recorder.gradients.check(all_must_arrive=settings.sites is not None)
 
     def _storing(
@@ -290,69 +299,6 @@ class Workbench(Interventions):
             yield
         watch.finish()
 
-    def _told(self, sites: Sites) -> Sites:
-        """The sites without those that turned out to be none, or cannot be shown; the latter are unread."""
-        unread = {one.name: one for one in sites.unread}
-        for name, reason in self._layouts.refused.items():
-            unread[name] = Unread(name, type(self._inner.get_submodule(name)).__name__, reason, proved=False)
-        gone = {*self._layouts.refused, *self._layouts.gates}
-        return Sites(without(sites, gone), unread.values(), sites.looked)
-
-    def _check_fired(self, capture: Capture, settings: Settings, refused: Mapping[str, str]) -> None:
-        if not capture.calls:
-            raise CaptureError("the model did not run inside the capture", hint="call the model inside the `with`")
-        self._check_refused(capture, settings, refused)
-        self._check_recorded(capture, settings)
-        wanted = settings.sites or frozenset(site.name for site in self.sites)
-        silent = [name for name in capture.silent if name in wanted and name not in capture.unrecorded]
-        hint = "does the forward reach it? Seen are scaled_dot_product_attention, Hugging Face's backends, PyTorch's "
-        hint += "attention modules, and a softmax over the last axis whose result is multiplied with values"
-        hint = unseen_in(self._inner) or hint
-        if not capture.sites or (silent and settings.sites is not None):
-            names = ", ".join(silent[:5]) + (" …" if len(silent) > 5 else "")
-            raise CaptureError(f"no attention call was seen at {names or 'any site'}", hint=hint)
-        if silent:
-            said = f"{len(silent)} of {len(wanted)} sites did not fire: {', '.join(silent[:5])}"
-            also = unseen_in(self._inner)
-            warnings.warn(f"{said}: {also}" if also else said, UserWarning, stacklevel=4)
-
-    def _check_refused(self, capture: Capture, settings: Settings, refused: Mapping[str, str]) -> None:
-        """Sites whose axes or rows could not be proved: an error if they were asked for or are all that there is."""
-        if not refused:
-            return
-        name, reason = next(iter(refused.items()))
-        if not capture.sites or (settings.sites is not None and set(refused) & settings.sites):
-            hint = STATE_IT % name
-            if "account for" in reason:
-                hint = "a part of a head is not shown as if it were the head"
-            elif "rows" in reason:
-                hint = (
-                    f"a part of a head is not shown as if it were the head; where each call is a map of its own, {hint}"
-                )
-            raise CaptureError(f"what its kernel gives could not be placed: {reason}", site=name, hint=hint)
-        warnings.warn(
-            f"{len(refused)} sites were not captured, they stand in sites.unread: {name}: {reason}",
-            UserWarning,
-            stacklevel=5,
-        )
-
-    @staticmethod
-    def _check_recorded(capture: Capture, settings: Settings) -> None:
-        """Calls that were left out: an error where nothing is left of what was asked for."""
-        if not capture.unrecorded:
-            return
-        gone = [name for name in capture.unrecorded if name in capture.silent or not capture.sites]
-        for name in gone if settings.sites is not None or not capture.sites else []:
-            raise CaptureError(f"nothing could be recorded: {capture.unrecorded[name].reason}", site=name or None)
-        name, first = next(iter(capture.unrecorded.items()))
-        n_calls = sum(one.calls for one in capture.unrecorded.values())
-        warnings.warn(
-            f"{n_calls} calls of {len(capture.unrecorded)} sites were not recorded, the ledger lists them: "
-            f"{name or 'the model'}: {first}",
-            UserWarning,
-            stacklevel=5,
-        )
-
     def look(self, *args: Any, limit: int = LIMIT, **inputs: Any) -> Sites:
         """Look at every module while the model runs on these inputs: `sites.unread` is complete after it.
 
@@ -392,7 +338,8 @@ class Workbench(Interventions):
         """Check that the taps tell the truth: run the model bare, observed, and with each site in turn switched off.
 
         Every site must fire, the observed outputs must be the same to the bit, rows must sum to 1, A·V must equal what
-        the kernel gave, and switching off a site's heads must change the model's output.
+        the kernel gave, and switching off a site's heads must change the model's output, or at least be seen by its
+        gradient: such sites are `idle`.
 
         Returns:
             A report with `.ok`, `.table` and `.raise_if_failed()`.
@@ -414,14 +361,23 @@ class Workbench(Interventions):
         queries: int,
         keys: int | None = None,
         statistics: Sequence[str] = ("entropy", "received"),
+        *,
+        where: Literal["all", "device"] = "all",
         **keep: Any,
     ) -> int:
-        """Bytes that one forward of this size would keep; `keep` is as in `capture` (z, pattern, queries_keys, values).
+        """Bytes that one forward of this size would keep, masks aside; the model may be on the "meta" device.
+
+        Args:
+            where: of all, or only those that stay on the model's device: with `keep_on="host"` the statistics, z and
+                dense patterns.
+            keep: as in `capture` (z, pattern, queries_keys, values, keep_on).
 
         Raises:
             CaptureError: sizes of a site are not known before the model has run once.
         """
         settings = Settings(statistics=check_names(statistics), **keep)
+        if where == "device":
+            settings = settings.on_device
         total = 0
         for site in self.sites:
             if site.n_heads is None or site.n_kv_heads is None or site.d_head is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench.errors import InterventionError, WorkbenchError
+from workbench.hooks.together import done_by_all, lost_ones_named
 from workbench.inputs import dropout_in_training
 from workbench.metrics import as_metrics
 from workbench.session.workbench import Workbench
@@ -23,9 +24,10 @@ from workbench.sweep.result import Sweep, SweepInterrupted
 from workbench.sweep.runner import Runner
 from workbench.sweep.variants import Variant, resolve
 from workbench.workers.engine import Engine, opened
+from workbench.workers.protocol import Job
 
 _SAVE_EVERY = 30.0  # seconds
-_PARTS = 4  # units of work for each worker, at least, so that none is idle long at the end
+_PARTS = 8  # units of work for each worker, where there are so many, so that none is idle long at the end
 
 
 def run_sweep(
@@ -102,7 +104,7 @@ def run_sweep(
         raise InterventionError("base= cannot resample, which takes several draws", hint='how="mean", or "zero"')
     runner = Runner(wb, found, under, references, several, named, memory, batched, resumed)
     path = Path(resume) if resume is not None else None
-    with opened(engine, wb) as workers, runner.open():
+    with opened(engine, wb) as workers, runner.open(), lost_ones_named(wb.model):
         runner.try_out()
         return _Sweeping(runner, of_reference, seed, workers).run(path, progress)
 
@@ -125,6 +127,7 @@ class _Sweeping:
         """All that is not done yet."""
         if path is not None:
             self._go_on(path)
+        self.done = done_by_all(self.runner.wb.model, self.done)
         bar = tqdm(total=self.done.numel(), initial=int(self.done.sum()), disable=not progress, desc="sweep")
         with bar, kept_when_stopped(path, lambda: self._save(path), SweepInterrupted):
             self._all(path, bar)
@@ -147,10 +150,8 @@ class _Sweeping:
 
     def _all(self, path: Path | None, bar: Any) -> None:
         saved, runner = time.monotonic(), self.runner
-        some = self.workers.over(
-            runner.wb, _Batch(runner), partial(_opened, runner), self._units(), in_order=False, group=_number
-        )
-        for (number, *_), (clean, found) in some:
+        job = Job(runner.wb, _Batch(runner), self._units(), partial(_opened, runner), in_order=False, group=_number)
+        for (number, *_), (clean, found) in self.workers.over(job):
             rows = runner.rows(number)
             self.clean[:, rows] = clean
             for chunk, totals in found:
@@ -165,7 +166,8 @@ class _Sweeping:
         """A batch, what is done of it, and which share of the rest is meant: parts of batches where these are few."""
         left = [number for number in range(len(self.runner.batches)) if not bool(self.done[:, number].all())]
         alone = self.workers.n_workers == 1
-        parts = 1 if alone or not left else -(-_PARTS * self.workers.n_workers // len(left))
+        wanted = 1 if alone or not left else -(-_PARTS * self.workers.n_workers // len(left))
+        parts = min(wanted, self.runner.n_chunks) if wanted > 1 else 1
         for number in left:
             done = self.done[:, number].clone()
             yield from ((number, done, part, parts) for part in range(parts))

@@ -215,6 +215,11 @@ class Runner:
                     totals[k] += self._measured(output, clean, batch, one.label, self.rows(number)) / len(one.draws)
             yield chunk, totals
 
+    @property
+    def n_chunks(self) -> int:
+        """How many forwards the variants of the first batch take, after `try_out`."""
+        return len(self._chunks(self.clean(0)[0]))
+
     def _chunks(self, clean: Any) -> list[tuple[str | None, list[int]]]:
         """Which variants run together, and from where; the same whatever is done already."""
         starts = [self.prefix.start(one.sites) if self.resumed else None for one in self.variants]

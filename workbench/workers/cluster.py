@@ -21,7 +21,7 @@ class Cluster:
 
     Args:
         kind: class of the actors; made with their number of threads and the path of modules.
-        workers, cpus, gpus, memory, address, patience: as of `RayWorkers`.
+        workers, cpus, gpus, memory, address, patience: as of `RayWorkers`; the last one can be read.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Cluster:
     ) -> None:  # fmt: skip
         self._kind = kind
         self._asked, self._cpus, self._gpus, self._memory = workers, cpus, gpus, memory
-        self._address, self._patience = address, patience
+        self._address, self.patience = address, patience
         self._ray: Any = None
         self._began = False  # whether Ray was started here
         self._workers: list[Any] = []
@@ -99,21 +99,22 @@ class Cluster:
         if not self._workers:
             self._workers = [self._start() for _ in range(self._how_many())]
             try:
-                ray.get([worker.pid.remote() for worker in self._workers], timeout=self._patience)
+                ray.get([worker.pid.remote() for worker in self._workers], timeout=self.patience)
             except ray.exceptions.RayError as error:
                 n = len(self._workers)
                 self._end_workers()
                 raise WorkbenchError(
-                    f"{n} workers did not start within {self._patience:g} s: {str(error).splitlines()[0][:200]}",
+                    f"{n} workers did not start within {self.patience:g} s: {str(error).splitlines()[0][:200]}",
                     hint="is the cluster busy? fewer workers, or a larger patience=",
                 ) from error
         return self._workers
 
-    def replace(self, number: int) -> None:
-        """A new worker in the place of one that was lost."""
+    def replace(self, number: int) -> Any:
+        """A new worker in the place of one that was lost; a reference that is ready when it has started."""
         with suppress(Exception):  # it is gone
             self.ray.kill(self._workers[number])
         self._workers[number] = self._start()
+        return self._workers[number].pid.remote()
 
     def check_room(self, size: int) -> None:
         """Refuse copies of a model that the cluster has no memory for.

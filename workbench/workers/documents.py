@@ -22,7 +22,7 @@ from workbench.kernels.masks import Mask
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.statistics import known
 from workbench.workers.engine import Engine, opened
-from workbench.workers.protocol import as_here
+from workbench.workers.protocol import Job
 
 PLANNED, ROUND_ROBIN = "planned", "round-robin"
 
@@ -68,7 +68,7 @@ def document_statistics(
         run = partial(attended, tuple(names))
         units = [list(_tasks(patterns, items)) for items in shares]
         found: list[dict[str, dict[str, Tensor]]] = [{name: {} for name in sites} for sites in patterns]
-        for tasks, results in workers.over(None, run, partial(as_here, run), units, in_order=False):
+        for tasks, results in workers.over(Job(None, run, units, in_order=False)):
             for task, result in zip(tasks, results, strict=True):
                 rows = torch.tensor(task.item.rows)
                 held = found[task.document][task.site]

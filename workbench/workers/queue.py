@@ -11,7 +11,7 @@ class Queue:
     """What is still to be done.
 
     Args:
-        units: the work; of groups all at once, else as they are asked for. group: see `Engine.over`.
+        units: the work; of groups all at once, else as they are asked for. group: see `Job`.
 
     >>> queue = Queue([(0, "a"), (0, "b"), (1, "c")], group=lambda unit: unit[0])
     >>> [queue.take(worker) for worker in (0, 1, 0, 1)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +18,7 @@ from workbench.errors import WorkbenchError
 from workbench.session.workbench import Workbench
 from workbench.workers.cluster import Cluster
 from workbench.workers.packing import packed_job, packed_model
-from workbench.workers.protocol import Elsewhere, Run, Unit
+from workbench.workers.protocol import Job, Unit
 from workbench.workers.queue import Queue
 from workbench.workers.worker import Raised, Worker
 
@@ -117,28 +117,20 @@ class RayWorkers:
             ray = self._cluster.started()
             self._sent = weakref.ref(wb), name, ray.put(found)
 
-    def over(
-        self,
-        wb: Workbench | None,
-        here: Run,
-        elsewhere: Elsewhere,
-        units: Iterable[Unit],
-        *,
-        in_order: bool = True,
-        group: Callable[[Unit], Hashable] | None = None,
-    ) -> Iterator[tuple[Unit, Any]]:
-        """See `workbench.workers.protocol.Engine`.
+    def over(self, job: Job[Unit]) -> Iterator[tuple[Unit, Any]]:
+        """Each unit with what the function gave for it.
 
         Raises:
             WorkbenchError: workers that end again and again; what a function raised in a worker, as it is.
         """
-        if wb is not None and (self._sent is None or self._sent[0]() is not wb):
-            self.send(wb)
-        model = ("", ()) if wb is None or self._sent is None else (self._sent[1], (self._sent[2],))
+        if job.wb is not None and (self._sent is None or self._sent[0]() is not job.wb):
+            self.send(job.wb)
+        model = ("", ()) if job.wb is None or self._sent is None else (self._sent[1], (self._sent[2],))
         ray = self._cluster.started()
         self._jobs += 1
-        work = (*model, f"{self._jobs}", (ray.put(packed_job(elsewhere, wb)),))
-        yield from _Flight(self, self._cluster, work, Queue(units, group), in_order, self._retries).results()
+        work = (*model, f"{self._jobs}", (ray.put(packed_job(job.elsewhere, job.wb)),))
+        queue = Queue(job.units, job.group)
+        yield from _Flight(self, self._cluster, work, queue, job.in_order, self._retries).results()
 
 
 class _Flight:
@@ -153,6 +145,9 @@ class _Flight:
         self.flying: dict[Any, tuple[int, int, Any]] = {}  # by reference: worker, number and unit
         self.done: dict[int, tuple[Any, Any]] = {}
         self.next = 0
+        self.starting: dict[
+            int | None, Any
+        ] = {}  # workers in the place of lost ones, and what tells that they are there
 
     def results(self) -> Iterator[tuple[Any, Any]]:
         """As they are asked for."""
@@ -164,9 +159,30 @@ class _Flight:
                     yield self.done.pop(number)
             if not self.flying:
                 continue
-            ready, _ = ray.wait(list(self.flying), num_returns=1, timeout=0 if self.next in self.done else None)
-            for reference in ready:
+            for reference in self._ready(ray):
                 self._take(reference)
+
+    def _ready(self, ray: Any) -> list[Any]:
+        """What is there, when something is; at once where results can be handed on.
+
+        Raises:
+            WorkbenchError: nothing comes, and a worker in the place of a lost one does not start.
+        """
+        flying = list(self.flying)
+        if self.next in self.done:
+            return list(ray.wait(flying, num_returns=1, timeout=0)[0])
+        new = {self.starting[worker]: worker for worker, *_ in self.flying.values() if worker in self.starting}
+        if len(new) < len(flying):
+            return list(ray.wait(flying, num_returns=1)[0])
+        ready, _ = ray.wait([*flying, *new], num_returns=1, timeout=self.cluster.patience)
+        if not ready:
+            raise WorkbenchError(
+                f"no worker started within {self.cluster.patience:g} s in the place of one that was lost",
+                hint="has the cluster shrunk? resume= goes on with what was done, and fewer workers may do",
+            )
+        for one in ready:
+            self.starting.pop(new.get(one), None)
+        return [one for one in ready if one in self.flying]
 
     def _give_out(self) -> bool:
         """Give idle workers something to do; whether anything is under way."""
@@ -193,10 +209,11 @@ class _Flight:
                     f"a worker was lost {tries} times over the same unit of work: {_first_line(error)}",
                     hint="out of memory? give workers more with RayWorkers(memory=…), or start fewer of them",
                 ) from error
-            self.cluster.replace(worker)
+            self.starting[worker] = self.cluster.replace(worker)
             self.idle.append(worker)
             return
         self.idle.append(worker)
+        self.starting.pop(worker, None)
         if isinstance(result, Raised):
             result.error.add_note(f"It was raised in a worker of Ray:\n{result.where}")
             raise result.error

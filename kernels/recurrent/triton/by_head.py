@@ -1,5 +1,7 @@
 """Sums and systems of recurrences in which a head's state fades as a whole, as Triton kernels.
 
+A sum takes two: one walks through time and leaves the state before each block, one reads all blocks at once.
+
 Sums of logs (base 2, within a block) are two floats each, whose differences are true to the last digit wherever they
 matter.
 """
@@ -28,36 +30,33 @@ from workbench.kernels.recurrent.triton.shared import (
 BLOCK = 64
 """Positions per block of a sum for half precision."""
 _LOG2_E = 1.4426950408889634
+_MOST_STATES = 1 << 26
+"""Numbers of states that are held at once, 256 MiB: long sequences are taken in several runs of blocks."""
 
 
 @triton.jit
-def sum_kernel(
-    q: tl.tensor,  # [n_sequences · n, d]
+def states_kernel(
     k: tl.tensor,  # [n_sequences · n, d]
     v: tl.tensor,  # [n_sequences · n, width]
     total: tl.tensor,  # [2, n_sequences, blocks · BLOCK] float32
-    state_in: tl.tensor,  # [n_sequences, d, width] float32
-    out: tl.tensor,  # [split, n_sequences · n, width]
-    state_out: tl.tensor,  # [n_sequences, d, width] float32
+    state: tl.tensor,  # [n_sequences, d, width] float32, from the one before the blocks to the one after
+    states: tl.tensor,  # [n_sequences, last − first, d, width] float32
     n_sequences: tl.tensor,
     n: tl.tensor,
     d: tl.tensor,
     width: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
     REVERSE: tl.constexpr,
-    STRICT: tl.constexpr,
-    FROM_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ) -> None:
-    """One program: all positions of one head, one tile of the width, one part of the features d.
-
-    The output is linear in the features, so that the parts' outputs add up to the whole.
-    """
+    """One program: the states before the blocks `first` to `last` of one head, a tile of features and width of them."""
     sequence = tl.program_id(0).to(tl.int64)
-    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    c = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    w = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
     r = tl.arange(0, BLOCK)
     row = BLOCK - 1 - r if REVERSE else r
 
@@ -66,49 +65,100 @@ def sum_kernel(
     value_at = row[:, None] * width + w[None, :]
     features = c[None, :] < d
     values = w[None, :] < width
-    out += tl.program_id(2).to(tl.int64) * n_sequences * n * width
     blocks = tl.cdiv(n, BLOCK)
     high = total + sequence * blocks * BLOCK
     low = high + n_sequences * blocks * BLOCK
 
     state_at = c[:, None] * width + w[None, :]
     state_seen = (c[:, None] < d) & values
-    if FROM_STATE:
-        state = tl.load(state_in + sequence * d * width + state_at, mask=state_seen, other=0.0)
-    else:
-        state = tl.zeros((BLOCK_D, BLOCK_W), dtype=tl.float32)
-
-    for number in range(0, blocks):
-        start = (blocks - 1 - number) * BLOCK if REVERSE else number * BLOCK
+    state += sequence * d * width
+    states += sequence * (last - first) * d * width
+    held = tl.load(state + state_at, mask=state_seen, other=0.0)
+    for number in range(first, last):
+        block = first + last - 1 - number if REVERSE else number
+        tl.store(states + (block - first).to(tl.int64) * d * width + state_at, held, mask=state_seen)
+        start = block * BLOCK
         here = (start + row)[:, None] < n
         at = sequence * n + start
-        qs = tl.load(q + at * d + feature_at, mask=here & features, other=0.0)
-        ks = tl.load(k + at * d + feature_at, mask=here & features, other=0.0)
+        ks = tl.load(k + at * d + feature_at, mask=here & features, other=0.0).to(tl.float32)
         vs = tl.load(v + at * width + value_at, mask=here & values, other=0.0).to(tl.float32)
         h = tl.load(high + start + row)
         s = tl.load(low + start + row)
         last_h = tl.load(high + start + BLOCK - 1)
         last_s = tl.load(low + start + BLOCK - 1)
-
-        # Against time a row comes before its columns, and is as far from the state as the block's end.
-        away = (h[:, None] - h[None, :]) + (s[:, None] - s[None, :])
-        since = tl.exp2((last_h - h) + (last_s - s) if REVERSE else h + s)
+        # Against time a row is as far from the state as the block's end.
         until = tl.exp2(h + s if REVERSE else (last_h - h) + (last_s - s))
-        away = -away if REVERSE else away
-        seen = r[:, None] > r[None, :] if STRICT else r[:, None] >= r[None, :]
-        within = tl.where(seen, tl.exp2(tl.minimum(away, 0.0)), 0.0)
+        held *= tl.exp2(last_h + last_s)
+        held = tl.dot(tl.trans(ks), vs * until[:, None], held, input_precision=PRECISION)
+    tl.store(state + state_at, held, mask=state_seen)
 
+
+@triton.jit
+def sum_kernel(
+    q: tl.tensor,  # [n_sequences · n, d]
+    k: tl.tensor,  # [n_sequences · n, d]
+    v: tl.tensor,  # [n_sequences · n, width]
+    total: tl.tensor,  # [2, n_sequences, blocks · BLOCK] float32
+    states: tl.tensor,  # [n_sequences, last − first, d, width] float32, before each block
+    out: tl.tensor,  # [n_sequences · n, width]
+    n_sequences: tl.tensor,
+    n: tl.tensor,
+    d: tl.tensor,
+    width: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
+    REVERSE: tl.constexpr,
+    STRICT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+) -> None:
+    """One program: what the positions of one block of one head read, in a tile of the width."""
+    block = first + tl.program_id(0) % (last - first)
+    sequence = (tl.program_id(0) // (last - first)).to(tl.int64)
+    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    c = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, BLOCK)
+    row = BLOCK - 1 - r if REVERSE else r
+    start = block * BLOCK
+    here = (start + row)[:, None] < n
+    at = sequence * n + start
+    values = w[None, :] < width
+    value_at = row[:, None] * width + w[None, :]
+    blocks = tl.cdiv(n, BLOCK)
+    high = total + sequence * blocks * BLOCK + start
+    low = high + n_sequences * blocks * BLOCK
+    states += (sequence * (last - first) + block - first) * d * width
+
+    scores = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    part = tl.zeros((BLOCK, BLOCK_W), dtype=tl.float32)
+    for begin in range(0, d, BLOCK_D):
+        features = begin + c
+        feature_at = at * d + row[:, None] * d + features[None, :]
+        seen = here & (features < d)[None, :]
+        qs = tl.load(q + feature_at, mask=seen, other=0.0)
+        ks = tl.load(k + feature_at, mask=seen, other=0.0)
+        state_at, state_seen = features[:, None] * width + w[None, :], (features < d)[:, None] & values
+        held = tl.load(states + state_at, mask=state_seen, other=0.0)
         # q·k in the inputs' dtype with float32 sums. The other products have a float32 factor: halves would overflow,
         # since nothing here is scaled, and TF32 keeps as many digits as a half over float32's range.
-        scores = tl.dot(qs, tl.trans(ks), input_precision=PRECISION) * within
-        part = tl.dot(qs.to(tl.float32), state, input_precision=PRECISION) * since[:, None]
-        part = tl.dot(scores, vs, part, input_precision=PRECISION)
-        tl.store(out + at * width + value_at, part.to(out.dtype.element_ty), mask=here & values)
+        scores = tl.dot(qs, tl.trans(ks), scores, input_precision=PRECISION)
+        part = tl.dot(qs.to(tl.float32), held, part, input_precision=PRECISION)
 
-        state *= tl.exp2(last_h + last_s)
-        state = tl.dot(tl.trans(ks.to(tl.float32)), vs * until[:, None], state, input_precision=PRECISION)
-
-    tl.store(state_out + sequence * d * width + state_at, state, mask=state_seen)
+    h = tl.load(high + row)
+    s = tl.load(low + row)
+    last_h = tl.load(high + BLOCK - 1)
+    last_s = tl.load(low + BLOCK - 1)
+    # Against time a row comes before its columns.
+    away = (h[:, None] - h[None, :]) + (s[:, None] - s[None, :])
+    away = -away if REVERSE else away
+    visible = r[:, None] > r[None, :] if STRICT else r[:, None] >= r[None, :]
+    scores *= tl.where(visible, tl.exp2(tl.minimum(away, 0.0)), 0.0)
+    part *= tl.exp2((last_h - h) + (last_s - s) if REVERSE else h + s)[:, None]
+    vs = tl.load(v + at * width + value_at, mask=here & values, other=0.0).to(tl.float32)
+    part = tl.dot(scores, vs, part, input_precision=PRECISION)
+    tl.store(out + at * width + value_at, part.to(out.dtype.element_ty), mask=here & values)
 
 
 @triton.jit
@@ -193,7 +243,7 @@ def news_kernel(
         tl.debug_barrier()  # and is there for all
 
 
-def sum_tiles(dtype: torch.dtype, d: int, amd: bool) -> dict[str, int]:
+def sum_tiles(dtype: torch.dtype, d: int, width: int, amd: bool) -> dict[str, int]:
     """Sizes of the blocks of positions, features and width that one program of a sum takes, and its warps and stages.
 
     They are the largest powers of two that fit the registers of sm_80, sm_90 and gfx942 without spilling. Three passes
@@ -202,8 +252,8 @@ def sum_tiles(dtype: torch.dtype, d: int, amd: bool) -> dict[str, int]:
     single = dtype == torch.float32
     return {
         "BLOCK": 32 if single else BLOCK,
-        "BLOCK_D": part_of(d, 32 if single else 64),
-        "BLOCK_W": 16,
+        "BLOCK_D": part_of(d, 32),
+        "BLOCK_W": part_of(width, 32 if single else 64),
         "num_warps": 4 if single or amd else 8,
         "num_stages": 2,
     }
@@ -255,19 +305,24 @@ class Sums:
         if q.dtype != k.dtype:
             q, k = q.float(), k.float()
         d, width = q.shape[3], v.shape[3]
-        q, k, v, first = aligned(q), aligned(k), aligned(v), aligned_state(state)
-        sizes = sum_tiles(q.dtype, q.shape[3], torch.version.hip is not None)
+        q, k, v, held = aligned(q), aligned(k), aligned(v), aligned_state(state)
         (batch, heads, n, wide), widest = q.shape, v.shape[3]
-        split = triton.cdiv(wide, sizes["BLOCK_D"])
-        out = torch.empty(split, *v.shape, dtype=dtype if split == 1 else torch.float32, device=v.device)
-        final = torch.empty(batch, heads, wide, widest, dtype=torch.float32, device=v.device)
-        totals = self._totals(q, sizes["BLOCK"])
+        sizes = sum_tiles(q.dtype, wide, widest, torch.version.hip is not None)
+        own = {"REVERSE": reverse, "PRECISION": self._precision, **sizes}
+        out = torch.empty(v.shape, dtype=dtype, device=v.device)
+        held = out.new_zeros(batch, heads, wide, widest, dtype=torch.float32) if held is None else held.clone()
+        totals, blocks = self._totals(q, sizes["BLOCK"]), triton.cdiv(n, sizes["BLOCK"])
+        parts = [triton.cdiv(size, sizes[name]) for size, name in ((wide, "BLOCK_D"), (widest, "BLOCK_W"))]
+        at_once = max(1, _MOST_STATES // held.numel())
+        states = torch.empty(min(blocks, at_once), *held.shape, dtype=torch.float32, device=v.device)
+        runs = [(start, min(start + at_once, blocks)) for start in range(0, blocks, at_once)]
         with torch.cuda.device_of(v):
-            sum_kernel[batch * heads, triton.cdiv(widest, sizes["BLOCK_W"]), split](
-                q, k, v, totals, final if first is None else first, out, final, batch * heads, n, wide, widest,
-                REVERSE=reverse, STRICT=strict, FROM_STATE=first is not None, PRECISION=self._precision, **sizes,
-            )  # fmt: skip
-        return cut(out[0] if split == 1 else out.sum(0).to(dtype), width), cut(final, d, width)
+            for first, last in reversed(runs) if reverse else runs:
+                given = batch * heads, n, wide, widest, first, last
+                states_kernel[batch * heads, *parts](k, v, totals, held, states, *given, **own)
+                grid = batch * heads * (last - first), parts[1]
+                sum_kernel[grid](q, k, v, totals, states, out, *given, STRICT=strict, **own)
+        return cut(out, width), cut(held, d, width)
 
     def news(
         self, k: Tensor, v: Tensor, beta: Tensor, state: Tensor | None = None, *, reverse: bool = False

@@ -6,13 +6,20 @@ A process of its own: the interpreter must be chosen before the kernels are impo
 from __future__ import annotations
 
 import json
+import sys
 import warnings
+from pathlib import Path
 
 import torch
-from triton_cases import CASES, compare
+from triton_cases import CASES, ROWS, compare
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from support.interpreter import patch_once
 from workbench.kernels.masks import Mask
+from workbench.kernels.recurrent import RecurrentPattern
+from workbench.kernels.recurrent.magnitudes import Magnitudes
 from workbench.kernels.softmax import SoftmaxPattern
+from workbench.kernels.statistics import Options
 from workbench.kernels.triton import engine
 
 
@@ -36,10 +43,34 @@ def far_rows() -> list[str]:
     return found
 
 
+def magnitudes() -> list[str]:
+    """Statistics of |A| of a recurrence: decays mild, strong and complete, shared keys, a row without weight."""
+    gen = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 2, 150, 20, generator=gen) for _ in range(2))
+    q[:, :, 70] = 0
+    decay = -torch.rand(2, 4, 150, generator=gen) * torch.tensor([0.0, 0.01, 1.0, 5.0])[:, None]
+    decay[:, :, 140] = -torch.inf
+    names = (*ROWS[1:], "received", "received_mean", "signed_mass", "row_sum")
+    pattern, made = RecurrentPattern(q, k, decay), Magnitudes(q, k, decay, 4)
+    pattern.fused_magnitudes = lambda names, options: made.collect  # type: ignore[method-assign]
+    exact = RecurrentPattern(q.double(), k.double(), decay.double()).statistics(names)
+    why = [made.refusal(names[:-2], Options()), made.refusal(["top_keys"], Options())]
+    found = [f"refused: {why}"] if why[0] is not None or why[1] is None else []
+    if pattern.engines(names[:-2], Options()) != {"triton"}:
+        found.append("it is not said who ran")
+    for name, got in pattern.statistics(names).items():
+        want = exact[name].to(got.dtype)
+        if not torch.allclose(got, want, atol=1e-4, rtol=1e-4, equal_nan=True):
+            off = (got - want).abs()
+            found.append(f"{name}: {float(off[off.isfinite()].max()):.1e} off, or NaN elsewhere")
+    return found
+
+
 def main() -> None:
     """Every case, the far rows, and a case held against a mask that it does not have."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
+    patch_once()
     found = {}
     for case in CASES:
         dtype, tolerance = (torch.float16, 2e-3) if case.half else (torch.float32, 1e-4)
@@ -48,6 +79,7 @@ def main() -> None:
         except Exception as error:
             found[case.name] = [f"{type(error).__name__}: {error} ({error.__cause__!r})"]
     found["far rows"] = far_rows()
+    found["magnitudes"] = magnitudes()
     found["a wrong truth"] = list(compare(CASES[2], "cpu", torch.float32, 1e-4, Mask(64, 64, causal=True, offset=-1)))
     print(json.dumps(found))
 

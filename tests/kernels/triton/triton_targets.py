@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from support.triton_builds import TARGETS
 from workbench.kernels.triton.configs import WIDTHS, Choice, Kind, choices
-
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 166_912),
-    "sm_90": ("cuda", 90, 232_448),
-    "gfx942": ("hip", "gfx942", 65_536),
-}
-"""(backend, arch, bytes of shared memory that a program may have)."""
 
 
 @dataclass(frozen=True)
 class Build:
     """One compilation: what a causal mask needs for statistics alone ("plain"), with a window, a layout and the output
-    ("layout"), or with a window, an additive mask, biases, softcap, sinks and induction ("shape").
+    ("layout"), with a window, an additive mask, biases, softcap, sinks and induction ("shape"), or with biases of
+    logarithms of magnitudes ("log").
     """
 
     kind: Kind
@@ -37,7 +32,7 @@ def builds(target: str) -> list[Build]:
     """Every tile of every kernel, at the widest heads that it is for.
 
     float16 compiles to what bfloat16 does, so that one width does for it; and what everything fits with, a part of it
-    fits with, so that the plain kernel is compiled at one width too.
+    fits with, so that the plain kernel is compiled at one width too, and the logarithm, which takes the place of a cap.
     """
     backend, arch, _ = TARGETS[target]
     found = []
@@ -45,8 +40,12 @@ def builds(target: str) -> list[Build]:
         for kind in ("rows", "columns", "top"):
             for width in widths:
                 more = [] if dtype == "fp16" else ["shape"]
-                for has in ("layout", *more, *(["plain"] if kind == "rows" and width == 128 else [])):
-                    for choice in choices(kind, backend, arch, dtype != "fp32", width, has == "shape"):
+                if width == 128 and kind == "rows":
+                    more += ["plain"]
+                if width == 128 and kind != "top" and dtype == "bf16":
+                    more += ["log"]
+                for has in ("layout", *more):
+                    for choice in choices(kind, backend, arch, dtype != "fp32", width, has in ("shape", "log")):
                         found.append(Build(kind, dtype, width, choice, has))
                         if dtype == "fp32" and has == "shape":
                             found.append(Build(kind, dtype, width, choice, has, "tf32"))

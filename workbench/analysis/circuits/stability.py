@@ -18,7 +18,7 @@ from workbench.analysis.statistics.overlap import jaccard
 from workbench.errors import InterventionError
 from workbench.storage.result import Result
 from workbench.workers.engine import Engine, opened
-from workbench.workers.protocol import as_here
+from workbench.workers.protocol import Job
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +98,7 @@ def circuit_stability(
     pairs = halves(n, n_bootstrap, seed, groups)
     indices = [*((one,) for one in drawn), *pairs]
     with opened(engine) as workers:
-        found = [each for _, each in workers.over(None, chosen, partial(as_here, chosen), indices)]
+        found = [each for _, each in workers.over(Job(None, chosen, indices))]
     for (inside,) in found[: len(drawn)]:
         count += inside
         overlaps.append(jaccard(inside, own))

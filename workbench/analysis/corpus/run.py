@@ -24,13 +24,14 @@ from workbench.analysis.head_scores.prompts import HeadNames, self_attention
 from workbench.analysis.logits.asked import check_model
 from workbench.analysis.weights.copying import ov_copying
 from workbench.errors import CaptureError, FormatError, WorkbenchError
+from workbench.hooks.together import check_as_far
 from workbench.inputs import device_for_inputs, without_cache
 from workbench.session.workbench import Workbench
 from workbench.storage.resumable import kept_when_stopped
 from workbench.sweep.inputs import check_resumed
 from workbench.tokens import piece, visible
 from workbench.workers.engine import Engine, opened
-from workbench.workers.protocol import as_here
+from workbench.workers.protocol import Job
 
 _SAVED_EVERY = 60.0  # seconds
 
@@ -150,14 +151,16 @@ class _Work:
 
     def over(self, rows: Iterator[Tensor], workers: Engine) -> Iterator[int]:
         """Go over windows; gives how many are done, batch by batch."""
-        yield self._skip(rows)
+        done = self._skip(rows)
+        check_as_far(self.wb.model, done)
+        yield done
         batches = self._batches(rows)
         first = next(batches, None)
         if first is None:
             return
         names = self_attention(self.wb, first[0].to(device_for_inputs(self.wb.model)))
         seen = partial(_seen, self.wb, names, self.text, self.sinks, self.recent, self.unknown)
-        for ids, found in workers.over(self.wb, seen, partial(as_here, seen), chain([first], batches)):
+        for ids, found in workers.over(Job(self.wb, seen, chain([first], batches))):
             self._add(ids, *found)
             yield len(ids)
             if self.path is not None and time.monotonic() - self._saved > _SAVED_EVERY:

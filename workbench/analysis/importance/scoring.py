@@ -23,7 +23,7 @@ from workbench.sweep.result import Sweep
 from workbench.sweep.run import run_sweep
 from workbench.sweep.variants import Variant
 from workbench.workers.engine import Engine, opened
-from workbench.workers.protocol import as_here
+from workbench.workers.protocol import Job
 
 METHODS = (*WITHOUT_TWINS, "keep_only", *GRADIENTS)
 _NONE = "none of"  # starts the label of a variant without any head of a site
@@ -243,7 +243,7 @@ def _gradients(
     parts: dict[str, list[Tensor]] = {method: [] for method in methods}
     values = []
     here = partial(gate_gradients, wb, sites, metric=measure, attention="attention_gradient" in methods)
-    some = workers.over(wb, here, partial(as_here, here), batches)
+    some = workers.over(Job(wb, here, batches))
     for batch, found in tqdm(some, total=len(batches), desc=f"gradient of {measure.name}", disable=not progress):
         value, gates, attention = found
         values.append(value)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from workbench.errors import AttachError, InterventionError
 from workbench.hooks.cut_weights import is_cut
+from workbench.hooks.finding import find_sites, heads_of, kv_heads_of
 from workbench.hooks.heads import parse_heads
 from workbench.hooks.projections import is_conv1d
-from workbench.hooks.sites import Site, find_sites, heads_of, kv_heads_of
+from workbench.hooks.sites import Site
 
 Model = TypeVar("Model", bound=nn.Module)
 

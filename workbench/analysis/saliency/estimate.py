@@ -14,7 +14,7 @@ from workbench.analysis.saliency.masks import Draw, Masks
 from workbench.analysis.saliency.sums import Sums, seen
 from workbench.session.workbench import Workbench
 from workbench.workers.engine import LOCAL, Engine
-from workbench.workers.protocol import as_here
+from workbench.workers.protocol import Job
 
 _SAVE_EVERY = 30.0  # seconds
 _CHECK_EVERY = 64  # masks between two looks at the precision
@@ -70,7 +70,7 @@ def run(
         try:
             each = partial(_scored, score)  # all of a batch or nothing, should it be interrupted
             batches = masks.chunks(start, total, batch_size)
-            for draws, scores in workers.over(wb, each, partial(as_here, each), batches):
+            for draws, scores in workers.over(Job(wb, each, batches)):
                 for draw, found in zip(draws, scores, strict=True):
                     sums.add(draw, found)
                     bar.update(len(found))

@@ -24,6 +24,7 @@ from workbench.analysis.saliency.scoring import score_for
 from workbench.analysis.saliency.segments import GRANULARITIES, checked, each, patches, runs, sizes, superpixels
 from workbench.analysis.saliency.sums import Sums
 from workbench.errors import WorkbenchError, nearest
+from workbench.hooks.together import check_as_far
 from workbench.session.workbench import Workbench
 from workbench.workers.engine import Engine, opened
 
@@ -192,6 +193,7 @@ def saliency(
         raise WorkbenchError(f"there is no folder {file.parent}", hint="make the folder first")
     begins = resume is None or (file is not None and not file.exists())
     sums = Sums.empty(len(subject.targets), counts) if begins else _resumed(file or resume, identity)
+    check_as_far(wb.model, sums.done)
     score_of: InputMasks | EncoderMasks
     with torch.inference_mode():
         if where == "input":

@@ -102,6 +102,15 @@ class Card:
         ]  # fmt: skip
         return [(head, text) for head, text in rows if text] + [("Claim", str(claim)) for claim in self.claims]
 
+    def standing(self) -> list[tuple[str, str]]:
+        """The claims as (heading, text), in several lines each: where it stands, what was found, and how."""
+        found = []
+        for claim in self.claims:
+            found.append((f"Claim, {claim.outcome}", claim.says))
+            if claim.outcome != "not examined":
+                found += [("found at our scale", claim.found), ("examined how", claim.how)]
+        return found
+
     def __str__(self) -> str:
         rows = self.lines()
         width = max(len(head) for head, _ in rows)

@@ -1,7 +1,7 @@
 """What was found of the claims on the cards: scripts measure it and write it down, nobody types it.
 
-`benchmarks/rooms.py` has claims of quality, `benchmarks/mechanisms.py` those of cost and `benchmarks/studied.py` those
-of studies, beside their figures.
+`benchmarks/rooms.py` has claims of quality, `benchmarks/mechanisms.py` those of cost, `benchmarks/studied.py` those of
+studies and `benchmarks/matvlm.py` those of distilled models, beside their figures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from workbench.mechanisms.frame.card import Card, Claim
 
 _WEIGHTS = Path(__file__).parents[1] / "weights"
-FINDINGS, COSTS, STUDIES = (_WEIGHTS / name for name in ("claims.json", "cost.json", "studies.json"))
+FINDINGS, COSTS, STUDIES, DISTILLED = (_WEIGHTS / f"{name}.json" for name in ("claims", "cost", "studies", "distilled"))
 
 
 def with_findings(name: str, card: Card) -> Card:
@@ -29,7 +29,7 @@ def with_findings(name: str, card: Card) -> Card:
 def findings() -> dict[str, dict[str, dict[str, str]]]:
     """By mechanism and claim: "how", "found" and "outcome"."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for path in (FINDINGS, COSTS, STUDIES):
+    for path in (FINDINGS, COSTS, STUDIES, DISTILLED):
         if path.is_file():
             held = json.loads(path.read_text(encoding="utf-8"))
             for name, claims in (held if path == FINDINGS else held["claims"]).items():

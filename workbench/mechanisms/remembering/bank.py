@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from workbench.errors import WorkbenchError
 
 _THETA = 100.0  # of the rotary positions, as SAM2 takes it for small grids
+_PLACE, _CONTENT = 3.0, 0.2  # how much the place counts at first, and what is there
 
 
 class _Attention(nn.Module):
     """One head: queries of the frame, keys and values of the memory; both turned by row and column.
 
-    Biases begin so that a cell reads its own place in each frame most.
+    Biases begin so large that a cell reads its own place in each frame most, with two thirds of its weight. SAM2's
+    layers come trained; from biases of 1 it is 6 %, and what was where is not learnt in 450 steps.
     """
 
     angles: Tensor
@@ -29,7 +31,8 @@ class _Attention(nn.Module):
         self.q_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.k_proj, self.v_proj = nn.Linear(memory, width), nn.Linear(memory, width)
         for one in (self.q_proj, self.k_proj):
-            nn.init.ones_(one.bias)
+            nn.init.constant_(one.bias, _PLACE)
+            nn.init.xavier_uniform_(one.weight, _CONTENT)
 
     def turned(self, x: Tensor) -> Tensor:
         """[view, key, width] turned in pairs by the place of each cell, frame after frame."""

@@ -19,7 +19,7 @@ from workbench.mechanisms.remembering.heatmaps import ConvexUp
 
 SIDE, PADS, FRAMES = 32, 4, 3
 COARSE = SIDE // 2
-WIDTH, STEPS, BATCH, RATE = 32, 450, 16, 3e-3
+WIDTH, STEPS, BATCH, RATE = 32, 200, 16, 3e-3
 _ZOOM = 8  # pixels along an edge of what the fine stage looks at
 _NEAR = 1.5  # pixels: how near to the middle is a hit
 _GRID = (8, 8)

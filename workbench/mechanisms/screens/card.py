@@ -87,6 +87,7 @@ def agent_s2_grounding_card() -> Card:
         of = [one[router] for one in several], [one[best] for one in several]
         return compared(says, f"clicks in the box, {router} against the best expert, {best}:", *of, _HOW)
 
+    read, seen = ([one[f"marks, {name}"] for one in several] for name in ("textual", "visual"))
     return Card(
         title="Agent S2: a mixture of grounding",
         arxiv="2504.00906",
@@ -103,5 +104,7 @@ def agent_s2_grounding_card() -> Card:
                   "routed by action"),
             claim("A router that is trained on who was right clicks better than the best expert alone.",
                   "routed, trained"),
+            compared("The textual expert marks texts better than the visual one.", "marks with both ends right",
+                     read, seen, _HOW),
         ),
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 The visual expert is V2P's pointer and knows kind and colour alone. The textual expert has what a reader makes of the
 names that are written on elements, the worse the smaller they are. The structural expert has a tree of elements with
-their names and exact boxes, in which texts and some others are missing.
+their names and exact boxes, in which texts and some others are missing. To mark a text, the textual expert finds its
+first and its last word, and where each ends.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workbench.analysis.grounding.clicks import regions
 from workbench.mechanisms.screens.drawing import COLOURS, ELEMENTS, KINDS, LETTERS, Screens
-from workbench.mechanisms.screens.pointer import clicks
+from workbench.mechanisms.screens.pointer import CELLS, PATCHES, clicks
 
 EXPERTS = ("visual", "textual", "structural")
 _GIVEN = 0.7  # how often a request says kind and colour, and how often the name
@@ -79,6 +81,66 @@ def answer(pointer: Any, asked: Requests, random: torch.Generator) -> tuple[Tens
     structural = middles[torch.arange(n), node]
     known = torch.stack([asked.described, asked.named, exact.any(1), fits.amax(1) * asked.named], -1).float()
     return torch.stack([visual, textual, structural], 1), known
+
+
+def ends(first: Tensor, last: Tensor) -> Tensor:
+    """[..., 2, 2] where a mouse is pressed and let go to mark a text from one word to another, (x, y) each.
+
+    Left of the first word and right of the last, at half height, as Agent S2's textual expert does it.
+
+    Args:
+        first, last: [..., 4] boxes (x0, y0, x1, y1) of two words.
+
+    >>> ends(torch.tensor([10.0, 20, 40, 28]), torch.tensor([50.0, 20, 90, 28])).tolist()
+    [[10.0, 24.0], [90.0, 24.0]]
+    """
+    press, release = torch.stack([first[..., 0], _middle(first)], -1), torch.stack([last[..., 2], _middle(last)], -1)
+    return torch.stack([press, release], -2)
+
+
+def _middle(box: Tensor) -> Tensor:
+    return (box[..., 1] + box[..., 3]) / 2
+
+
+def phrases(screens: Screens) -> tuple[Tensor, Tensor]:
+    """[screen, 2] the first and the last text of each screen, from the top; [screen] whether there is a text at all."""
+    place = screens.boxes[..., 1] + screens.boxes[..., 0] / 1e3
+    texts = screens.kinds == KINDS.index("text")
+    first, last = (place.masked_fill(~texts, end).sort(1).indices for end in (torch.inf, -torch.inf))
+    return torch.stack([first[:, 0], last[:, -1]], 1), texts.any(1)
+
+
+def marks(pointer: Any, asked: Requests, which: Tensor) -> tuple[Tensor, Tensor]:
+    """[screen, 2, 2] the ends of a mark over texts [screen, 2], by the textual and by the visual expert.
+
+    The one compares the words' names with what was read; the other is told kind and colour, and takes the edges of the
+    brightest region.
+    """
+    screens, rows, found = asked.screens, torch.arange(len(asked.screens)), []
+    for end in which.T:
+        wanted = screens.names[rows, end]
+        best = (asked.read == wanted[:, None]).float().mean(-1).argmax(1)
+        seen = Screens(
+            screens.pixels, screens.boxes, screens.kinds[rows, end, None], screens.colours[rows, end, None],
+            screens.names,
+        )  # fmt: skip
+        weights = clicks(pointer, seen)[1]
+        assert weights is not None
+        bright = [PATCHES[regions(one, CELLS)[0]] for one in weights]
+        region = torch.stack([torch.cat([one[:, :2].amin(0), one[:, 2:].amax(0)]) for one in bright])
+        found.append((screens.boxes[rows, best], region))
+    (read_first, seen_first), (read_last, seen_last) = found
+    return ends(read_first, read_last), ends(seen_first, seen_last)
+
+
+def marked(points: Tensor, screens: Screens, which: Tensor) -> Tensor:
+    """[screen] whether a mark has both its words whole and no more: its ends are half a letter off at most."""
+    rows, right_all = torch.arange(len(screens)), torch.ones(len(screens), dtype=torch.bool)
+    for k, edge in enumerate((0, 2)):
+        box, (x, y) = screens.boxes[rows, which[:, k]], points[:, k].unbind(-1)
+        near = (x - box[:, edge]).abs() <= (box[:, 2] - box[:, 0]) / LETTERS / 2
+        right_all &= near & (y >= box[:, 1]) & (y <= box[:, 3])
+    return right_all
 
 
 def right(points: Tensor, screens: Screens) -> Tensor:

@@ -8,7 +8,17 @@ import torch
 
 from workbench.analysis.grounding.clicks import click_labels
 from workbench.mechanisms.screens.drawing import draw_screens
-from workbench.mechanisms.screens.experts import EXPERTS, answer, by_action, fit_router, request, right
+from workbench.mechanisms.screens.experts import (
+    EXPERTS,
+    answer,
+    by_action,
+    fit_router,
+    marked,
+    marks,
+    phrases,
+    request,
+    right,
+)
 from workbench.mechanisms.screens.pointer import EVEN, PATCHES, clicks
 
 SIZES = {"small": (0, 60), "middle": (60, 180), "large": (180, 1e9)}
@@ -37,7 +47,8 @@ def pointed(model: Any, n: int = 1000) -> dict[str, float]:
 def mixed(pointer: Any, seed: int, n: int = 1000) -> dict[str, Any]:
     """Hits of each expert, of routers over them and of whoever is right; which is right where; who is asked how often.
 
-    The trained router learns on other screens than those that are measured.
+    The trained router learns on other screens than those that are measured. Marks of text are right where both ends
+    are, of the screens that have a text.
     """
     random = torch.Generator().manual_seed(_HELD_OUT + 1 + seed)
     learning, tested = (request(draw_screens(n, random), random) for _ in range(2))
@@ -52,6 +63,9 @@ def mixed(pointer: Any, seed: int, n: int = 1000) -> dict[str, Any]:
     found["routed by action"] = float(hits[rows, by_action(known)].float().mean())
     found["routed, trained"] = float(hits[rows, learnt].float().mean())
     found["anyone"] = float(hits.any(1).float().mean())
+    which, there = phrases(tested.screens)
+    for name, mark in zip(("textual", "visual"), marks(pointer, tested, which), strict=True):
+        found[f"marks, {name}"] = float(marked(mark, tested.screens, which)[there].float().mean())
     cases = {"both": (True, True), "kind and colour": (True, False), "name": (False, True)}
     found["where"] = {
         case: [float(hits[(tested.described == a) & (tested.named == b), k].float().mean()) for k in range(3)]

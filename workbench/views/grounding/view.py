@@ -161,7 +161,7 @@ def grounding(
                 {"position": p, "token": visible(t), "writes": visible(w) if w else ""}
                 for p, t, w in zip(found.positions, found.tokens, found.writes, strict=True)
             ],
-            "maps": [{"label": f"mean of {heads} heads", "layer": None, "head": None, "site": None}]
+            "maps": [{"label": f"mean of {count(heads, 'head')}", "layer": None, "head": None, "site": None}]
             + [
                 {"label": found.labels[h], "layer": found.layers[h], "head": found.heads[h],
                  "site": visible(found.sites[h]) if several else None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from workbench.views.base.view import View
 from workbench.views.figure import figure
 from workbench.views.head_atlas import head_atlas
 
+if TYPE_CHECKING:
+    from workbench.hooks.tap import Kind
+
 _PARTED = 16  # heads whose parts are shown
 
 
@@ -24,6 +27,7 @@ def _view_of_head_importance(importance: HeadImportance) -> View:
     several = len(importance.measures) > 1
     if len(set(importance.sites)) == len(set(importance.layers)):
         table = table.drop(columns="site")  # the layer tells the site, in this view as in others
+    kinds = set(importance.kinds)
     where = [name for name in ("site", "layer", "number", "score", "low", "high") if name in table]
     scores: dict[str, Any] = {
         f"{method}, {measure}" if several else str(method): rows[where].rename(
@@ -40,6 +44,7 @@ def _view_of_head_importance(importance: HeadImportance) -> View:
             + _intervals(importance)
         ),
         signed=True,
+        kind=cast("Kind", kinds.pop()) if len(kinds) == 1 else "self",
         provenance=importance.provenance,
     )
 
@@ -49,7 +54,7 @@ def _intervals(importance: HeadImportance) -> str:
     ends = [importance.interval(*each) for each in importance.scores]
     if all(bool(each.isnan().all()) for each in ends):
         return "too few of them carry the mean of any head for a t interval."
-    return f"t intervals of the mean at {importance.level:.0%}, none where few examples carry it."
+    return f"t intervals of the mean at {100 * importance.level:.4g}%, none where few examples carry it."
 
 
 def _more_of_head_importance(importance: HeadImportance) -> list[View]:
@@ -101,8 +106,8 @@ def _parts(importance: HeadImportance) -> View:
         caption=(
             f"How much worse the model is by {measure} when a head loses all of its output, or what the named part of "
             f"it does: rows of queries, or what is read from keys up to k hops away (inside) or beyond (outside). "
-            f"Intervals at {importance.level:.0%} over {importance.n_examples:,} examples. Parts need not add up "
-            "to the whole."
+            f"Intervals at {100 * importance.level:.4g}% over {importance.n_examples:,} examples. Parts need not add "
+            "up to the whole."
         ),
         table=table,
         notes=(f"The {_PARTED} most important of {len(ranked):,} heads.",) if len(ranked) > _PARTED else (),

@@ -8,8 +8,10 @@ from typing import Any
 
 from workbench.analysis.gates import GateProfile
 from workbench.analysis.profile import AttentionProfile
+from workbench.capture.capture import Capture
 from workbench.errors import WorkbenchError
 from workbench.mechanisms.frame.card import unmarked
+from workbench.mechanisms.halo import HaloAttention
 from workbench.mechanisms.rooms import Matrix, Room, Seen
 from workbench.mechanisms.rooms.seen import ALONE, SignatureMaps
 from workbench.mechanisms.rooms.showing import PLAIN, losses_of
@@ -22,7 +24,7 @@ from workbench.views.base.registry import all_of, register
 from workbench.views.base.view import View
 from workbench.views.figure import figure
 from workbench.views.head_gallery import Axes, Group, head_gallery
-from workbench.views.image_attention import image_attention
+from workbench.views.image_attention import Windows, image_attention
 from workbench.views.results.profile import offsets
 from workbench.views.table import Column, table
 
@@ -71,10 +73,7 @@ def card(one: Room) -> View:
     rows += [(f"No {what}", f"{each.work}: {why}") for each in one.seen for what, why in each.missing.items()]
     if one.cost is None:
         rows.append(("Measured cost", "not measured"))
-    for claim in one.card.claims:
-        rows.append((f"Claim, {claim.outcome}", claim.says))
-        if claim.outcome != "not examined":
-            rows += [("found at our scale", claim.found), ("examined how", claim.how)]
+    rows += one.card.standing()
     return table(
         [head for head, _ in rows],
         [Column(one.name, [unmarked(text) for _, text in rows])],
@@ -126,8 +125,8 @@ def _of_seen(one: Room, seen: Seen) -> list[View]:
 def _of_study(one: SeenStudy) -> list[View]:
     """Maps of its attention, its gates, and what is its own."""
     work, found = one.studied.study.work, list[View]()
-    if any(site.kind != "gate" for site in one.capture.sites):
-        found.append(head_gallery(one.capture, title=f"Every head, {work}"))
+    if mixing := _mixing(one.capture):
+        found.append(head_gallery(one.capture, sites=mixing, title=f"Every head, {work}", notes=_gates(one.capture)))
     if one.gates is not None:
         found += [_titled(view, f"{view.spec.title}, {work}") for view in all_of(one.gates)]
     return found + [view for each in one.exhibits for view in all_of(each)]
@@ -148,18 +147,42 @@ def _maps(seen: Seen) -> list[View]:
     if seen.images is not None:
         pixels, classes = seen.images
         labels = [f"digit {label}" for label in classes.tolist()]
+        windows = _windows(seen)
+        laid: dict[str, Any] = {"grid": PLACES["images"].grid, "prefix": 0}
+        if windows is not None:
+            laid = {"windows": windows, "sites": [site.site for site in seen.capture]}
         try:
-            found.append(
-                image_attention(seen.capture, pixels, labels=labels, grid=PLACES["images"].grid, prefix=0, title=title)
-            )
+            found.append(image_attention(seen.capture, pixels, labels=labels, title=title, **laid))
         except WorkbenchError as error:  # such as maps that are not over all patches
             notes = (f"Not laid over the scenes: {error.message}.",)
-    if not found or len(found[0].spec.facts["heads"]) < sum(site.shape[1] for site in seen.capture):
+    mixing = _mixing(seen.capture)
+    if not found or len(found[0].spec.facts["heads"]) < sum(seen.capture[site].shape[1] for site in mixing):
         title = f"{title}, laid over them or not" if found else title
-        found.append(head_gallery(seen.capture, title=title, notes=notes))
+        found.append(head_gallery(seen.capture, sites=mixing, title=title, notes=(*notes, *_gates(seen.capture))))
     for view in found:
         view.spec = replace(view.spec, caption=f"{view.spec.caption}{weights}")
     return found
+
+
+def _mixing(cap: Capture) -> list[str]:
+    """The sites but for gates, whose maps are their factors on the diagonal."""
+    return [site.name for site in cap.sites if site.kind != "gate"]
+
+
+def _gates(cap: Capture) -> tuple[str, ...]:
+    """A note on those that are left out."""
+    n = len(cap.sites) - len(_mixing(cap))
+    return (f"Gates move nothing from place to place: {n} of {len(cap.sites)} sites are left out.",) if n else ()
+
+
+def _windows(seen: Seen) -> Windows | None:
+    """How windows lie over the scenes, whose seams are then drawn; None where all patches are attended to alike."""
+    grid = PLACES["images"].grid
+    if all(site.site.kind == "window" for site in seen.capture):
+        return Windows(grid)
+    blocks: Any = getattr(getattr(seen.model, "stack", None), "blocks", ())
+    edges = {block.mixer.block if isinstance(block.mixer, HaloAttention) else None for block in blocks}
+    return Windows(grid, edges.pop()) if len(edges) == 1 and None not in edges else None
 
 
 def _signature(seen: Seen, found: SignatureMaps, after: str) -> View:

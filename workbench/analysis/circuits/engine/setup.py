@@ -32,6 +32,7 @@ from workbench.sweep.inputs import digest, plain
 from workbench.sweep.variants import about
 from workbench.tasks.base import Task
 from workbench.workers.engine import LOCAL, Engine, opened
+from workbench.workers.protocol import Job
 
 NOISING = "noising"
 DENOISING = "denoising"
@@ -84,8 +85,8 @@ class Setup:
         """
         run = begin(self)
         chosen = range(len(self.pairs)) if numbers is None else numbers
-        elsewhere = partial(_opened, self.wb, self.arguments, begin)
-        for number, parts in self.workers.over(self.wb, lambda n: run(self.pairs[n]), elsewhere, chosen):
+        opens = partial(_opened, self.wb, self.arguments, begin)
+        for number, parts in self.workers.over(Job(self.wb, lambda n: run(self.pairs[n]), chosen, opens)):
             yield self.pairs[number], parts
 
     def measure_baselines(self) -> None:
@@ -224,8 +225,9 @@ def open_setup(
 
 @contextmanager
 def _opened(wb: Workbench, arguments: dict[str, Any], begin: Begin) -> Iterator[Callable[[int], list[Any]]]:
-    """In a worker: a function of the number of a batch."""
-    with open_setup(wb, **arguments) as setup:
+    """In a worker: a function of the number of a batch, with gradients where they are on outside, as they are here."""
+    learns = torch.is_grad_enabled()
+    with open_setup(wb, **arguments) as setup, torch.set_grad_enabled(learns):  # leaving inference mode turns them on
         run = begin(setup)
         yield lambda number: list(run(setup.pairs[number]))
 

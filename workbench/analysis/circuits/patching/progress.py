@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.circuits.engine.setup import Setup
 from workbench.errors import FormatError, WorkbenchError
+from workbench.hooks.together import done_by_all
 from workbench.storage.result import Result
 from workbench.sweep.inputs import check_resumed
 
@@ -91,11 +92,12 @@ def start(
         check_resumed(held.identity, identity, path.name, "patching")
         if held.done.shape != shape or held.effects.shape[-1] != len(setup.task):
             raise FormatError(f"{path.name} has other patches than it says", hint="give a new file")
-        return held
-    if path is not None and not path.parent.is_dir():
+    elif path is not None and not path.parent.is_dir():
         raise WorkbenchError(f"there is no folder {path.parent}", hint="make the folder first")
-    return Patching(
-        units=units, places=places,
-        effects=torch.full((*shape[:2], len(setup.task)), torch.nan, dtype=torch.float64),
-        done=torch.zeros(shape, dtype=torch.bool), identity=identity, provenance=setup.provenance(),
-    )  # fmt: skip
+    else:
+        held = Patching(
+            units=units, places=places,
+            effects=torch.full((*shape[:2], len(setup.task)), torch.nan, dtype=torch.float64),
+            done=torch.zeros(shape, dtype=torch.bool), identity=identity, provenance=setup.provenance(),
+        )  # fmt: skip
+    return replace(held, done=done_by_all(setup.wb.model, held.done))
