@@ -32,8 +32,10 @@ def timed(
     clock: Callable[[], float] = time.perf_counter,
     before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each arm in each round, as in `interleaved`; by `time.process_time` those of the processor. `before` is
-    done before each, and not measured.
+    """Seconds of each arm in each round, as in `interleaved`; by `time.process_time` those of the processor.
+
+    Args:
+        before: is done before each, and not measured.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
