@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from workbench.hooks.finding import site_name
 from workbench.hooks.forwards import InputsHook
 from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.multihead import MODULES
-from workbench.hooks.sites import site_name
 
 UNWATCHED = LseWatch()
 """Of kernels that nobody looks at."""
