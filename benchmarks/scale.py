@@ -98,7 +98,7 @@ def sweeps(rounds: int) -> list[list[str]]:
     torch.manual_seed(0)
     model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=256, n_embd=256, n_layer=6, n_head=8, n_positions=64)).eval()
     wb = workbench.attach(model)
-    batches = [{"input_ids": torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(2)]
+    batches = [{"input_ids": torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(4)]
     variants = [Variant((layer, head), positions=at) for at in range(11) for layer in range(6) for head in range(8)]
     variants = variants[:VARIANTS]
     ends = Ends(tempfile.mkdtemp())
@@ -109,8 +109,8 @@ def sweeps(rounds: int) -> list[list[str]]:
 
     here = sweep()
     with torch.no_grad():
-        forward = partial(model, **batches[0], use_cache=False)
-        alone = timed({"one": lambda: bare(forward, 120, 1), "two": lambda: bare(forward, 120, 2)}, rounds)
+        forward = partial(model, batches[0]["input_ids"].repeat(8, 1), use_cache=False)  # as many rows as side by side
+        alone = timed({"one": lambda: bare(forward, 40, 1), "two": lambda: bare(forward, 40, 2)}, rounds)
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with RayWorkers(1) as one, RayWorkers(2) as two:
         for workers in (one, two):

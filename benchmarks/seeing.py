@@ -100,7 +100,8 @@ def section() -> str:
     parts = [
         f"""`python benchmarks/seeing.py`: generated screens, a toy of manipulation, generated videos; three seeds.
 Models have some ten thousand weights. Intervals are Student's t over seeds, of three. Data, steps and rates were set by
-hand before the three seeds were run; SAM2Long's tracker is scripted, and learns nothing. {machine("torch")}"""
+hand on seed 0. The cells of SAM2Act's memory begin by reading their own place, without which this
+toy does not learn to recall; SAM2Long's tracker is scripted, and learns nothing. {machine("torch")}"""
     ]
     for paper, (arms, _, path) in PLAN.items():
         runs = [one for one in read(path) if one["paper"] == paper]

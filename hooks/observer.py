@@ -510,6 +510,7 @@ class Observer:
         """The call, or where it is one of several blocks, all of them as one call once they are there."""
         if (windows := self._windows(state, call)) != call.windows:
             call = replace(call, windows=windows)
+        call = self._layouts.aligned(call)
         if call.block is None or self._listener.takes_blocks():
             return call
         return gather(state.blocks, call, call.block)
@@ -522,6 +523,7 @@ class Observer:
 
     def _tell_native(self, state: ThreadRun, call: AttentionCall) -> None:
         """On a native path there is nothing to put in the place of what the heads give."""
+        call = self._layouts.aligned(call)
         self._listener.on_call(replace(call, replay=True) if state.replay else call)
 
     def _before_reading(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

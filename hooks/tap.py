@@ -87,7 +87,8 @@ class AttentionCall:
         backend: Hugging Face's name of the attention backend, "" elsewhere.
         mask: as given, boolean (True: may see) or additive, or None.
         is_causal: query row i sees keys j <= i + offset.
-        offset: absolute position of the first query; None: 0 if `is_causal` or across sequences, else ends are aligned.
+        offset: absolute position of the first query; None: 0 if `is_causal` or across sequences, else as `place` says.
+        place: tells where the first query stands among the keys, None where nothing shows it; by default at the end.
         window: a query sees less than this many positions back; None for no such limit.
         scale: factor on q kᵀ; None means 1/√d_head.
         softcap: scores become softcap · tanh(score / softcap).
@@ -126,6 +127,7 @@ class AttentionCall:
     mask: Tensor | None = None
     is_causal: bool = False
     offset: int | None = None
+    place: Callable[[], int | None] | None = None
     window: int | None = None
     scale: float | None = None
     softcap: float | None = None
@@ -157,6 +159,15 @@ class AttentionCall:
         n_queries, n_keys = self.heads_of(self.output).shape[2] if self.finish is None else 1, self.v.shape[-2]
         apart = self.windows > 1 and n_queries != n_keys and (n_queries > 1 or self.axes is not None)
         return apart and self.tap in ("sdpa", "written_out") and not self.is_causal
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether nothing shows where its queries stand among its keys, so that their positions cannot be compared."""
+        return self.has_halo or (self.place is not None and self.place() is None)
+
+    def standing(self, place: Callable[[], int | None]) -> AttentionCall:
+        """The call with its first query where `place` says."""
+        return replace(self, offset=None, place=place)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -283,6 +294,9 @@ class AttentionCall:
             return self.offset
         if self.is_causal:
             return 0
+        found = None if self.place is None else self.place()
+        if found is not None:
+            return found
         if self.weights is not None:
             return self.weights.shape[-1] - self.weights.shape[-2]
         return 0 if self.q is None or self.k is None else self.k.shape[2] - self.q.shape[2]

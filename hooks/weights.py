@@ -186,7 +186,8 @@ def _columns_here(module: nn.Module, weight: Any) -> Tensor:
         raise CaptureError(
             f"the weight of {type(module).__name__} is cut over processes across its outputs",
             shape=tuple(weight.shape),
-            hint="with FSDP, call unshard() on the model first, and reshard() after it",
+            hint="with FSDP, call unshard() on the model first, and reshard() after it; if the model runs in between, "
+            "fully_shard(…, reshard_after_forward=False)",
         )
     part: Tensor = weight.to_local().detach()
     return part

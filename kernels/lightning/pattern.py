@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -92,7 +93,7 @@ class LightningPattern(Pattern):
         if self.device.type == "cpu":
             return None
         decay = self.decay.log().to(self.device)[None, :, None].expand(self.n_batch, -1, self.n_keys)
-        most = float(-self.decay.log().min())
+        most = -math.log(min(self.decay.tolist()))
         made = Magnitudes(self.q, self.k, decay, self.n_heads, rows=int(min(4096, max(32, 512 / max(most, 0.125)))))
         return made.collect if made.refusal(names, options) is None else None
 

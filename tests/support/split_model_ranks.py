@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import workbench
+from support.circuits import Words, random_task
 from support.patience import PATIENCE
 from workbench.capture.capture import Capture
 from workbench.errors import CaptureError, WorkbenchError
@@ -220,9 +221,23 @@ def fully_sharded(rank: int) -> None:
             result = cap[1].result([0])
             if sharded:
                 model.model.layers[1].reshard()
-            found.append((edited, swept.values, result))
+        found.append((edited, swept.values, result, *analyses(model)))
     for one, other in zip(*found, strict=True):
         close(one, other)
+
+
+def analyses(model: nn.Module) -> Iterator[Tensor]:
+    """Importance of heads, masks, the stream patched, and a corpus."""
+    with workbench.attach(model, Words()) as wb:
+        scores = workbench.head_importance(
+            wb, [{"input_ids": IDS}], lambda y, b: y.logits[:, -1, 7], heads={(0, 1), (2, 3)}, progress=False
+        )
+        yield torch.from_numpy(scores.table.select_dtypes("number").to_numpy(float))
+        yield workbench.saliency(wb, {"input_ids": IDS[:1]}, n_masks=8, exact=False, progress=False).scores
+        yield workbench.patch_layers(wb, random_task(3, 5, 60), metric="kl_divergence", progress=False).effects
+        atlas = workbench.head_atlas_over(wb, [IDS.flatten()], tokens=None, length=9, progress=False)
+        numbers = atlas.table.drop(columns="copying").select_dtypes("number")  # which is read from whole weights
+        yield torch.from_numpy(numbers.to_numpy(float))
 
 
 def stages_of_a_pipeline(rank: int) -> None:

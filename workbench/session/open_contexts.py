@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,26 @@ from workbench.session.row_watch import RowWatch
 
 @dataclass(frozen=True, eq=False)
 class _OpenEdit:
-    """An edit that is open; `thread` is the one it is kept to, None for all."""
+    """An edit that is open; `thread` is the one it is kept to, None for all; `in_task`: and to the task in it."""
 
     edit: Edit | OutputEdit
     thread: int | None
+    in_task: bool = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it acts on what runs now."""
+        here = self.thread in (None, threading.get_ident())
+        return here and (not self.in_task or self in _of_task.get())
+
+
+_of_task: ContextVar[frozenset[_OpenEdit]] = ContextVar("edits that are kept to a task", default=frozenset())
+
+
+def _is_task() -> bool:
+    """Whether a task of asyncio's runs in this thread: others may run before it goes on."""
+    asyncio = sys.modules.get("asyncio")
+    return asyncio is not None and asyncio._get_running_loop() is not None and asyncio.current_task() is not None
 
 
 class OpenContexts(Listener):
@@ -101,15 +118,19 @@ class OpenContexts(Listener):
         if threads not in ("all", "this"):
             raise InterventionError(f'threads is "all" or "this", not {threads!r}')
         thread = threading.get_ident() if threads == "this" else None
-        mine = [_OpenEdit(edit, thread) for edit in edits]
+        mine = [_OpenEdit(edit, thread, thread is not None and _is_task()) for edit in edits]
 
         def begin() -> None:
             for edit in edits:
                 edit.fired.clear()
+            if any(one.in_task for one in mine):
+                _of_task.set(_of_task.get().union(mine))
             self._edits = [*self._edits, *mine]
 
         def end() -> None:
             self._edits = [one for one in self._edits if one not in mine]
+            if any(one.in_task for one in mine):
+                _of_task.set(_of_task.get().difference(mine))
 
         with self._observed(begin, end):
             yield
@@ -181,9 +202,8 @@ class OpenContexts(Listener):
     def _mine(self) -> list[Edit | OutputEdit]:
         if not self._edits:
             return []
-        thread = threading.get_ident()
-        hidden = self._undisturbed.get(thread, ())
-        return [one.edit for one in self._edits if one.thread in (None, thread) and one not in hidden]
+        hidden = self._undisturbed.get(threading.get_ident(), ())
+        return [one.edit for one in self._edits if one.is_here and one not in hidden]
 
     def _tell_edits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         edits = [edit for edit in self._mine() if isinstance(edit, Edit)]

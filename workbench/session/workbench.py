@@ -25,7 +25,14 @@ from workbench.hooks.heads import parse_heads
 from workbench.hooks.layouts import Layouts
 from workbench.hooks.proofs.axes import Axes
 from workbench.hooks.sites import Sites
-from workbench.inputs import check_inputs, device_for_inputs, dropout_in_training, to_ids, with_own_positions
+from workbench.inputs import (
+    check_inputs,
+    check_text,
+    device_for_inputs,
+    dropout_in_training,
+    to_ids,
+    with_own_positions,
+)
 from workbench.kernels.checks import deferred
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
@@ -401,7 +408,8 @@ class Workbench(Interventions):
         if self.tokenizer is None:
             raise CaptureError("no tokenizer is attached", hint="attach(model, tokenizer), or pass ids yourself")
         several = not isinstance(text, str)
-        encoded = dict(self.tokenizer(list(text) if several else [text], return_tensors="pt", padding=several))
+        texts = [check_text(one) for one in ([text] if isinstance(text, str) else text)]
+        encoded = dict(self.tokenizer(texts, return_tensors="pt", padding=several))
         device = device_for_inputs(self.model)
         inputs = {name: value.long().to(device) for name, value in encoded.items()}
         inputs = with_own_positions(self.model, inputs)

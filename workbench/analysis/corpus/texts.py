@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.head_scores.prompts import Ids, ids_of, is_one
 from workbench.errors import CaptureError
-from workbench.inputs import context_length
+from workbench.inputs import check_text, context_length
 from workbench.session.workbench import Workbench
 
 Corpus = Path | str | Iterable[Path | Ids]
@@ -122,4 +122,5 @@ def _ids(wb: Workbench, one: Any) -> Tensor:
             hint="it was not read as UTF-8; text.encode('utf-8', 'replace').decode() puts a question mark there",
         ) from None
     quiet = {"verbose": False} if hasattr(wb.tokenizer, "backend_tokenizer") else {}  # longer than the model's context
+    check_text(one)
     return torch.tensor(list(wb.tokenizer(one, add_special_tokens=False, **quiet)["input_ids"]), dtype=torch.long)
