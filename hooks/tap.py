@@ -268,7 +268,7 @@ class AttentionCall:
             n_q,
             n_k,
             causal=self.is_causal and not apart,
-            offset=self._offset(n_q, n_k, cross),
+            offset=self.first_position(cross=cross),
             window=None if apart else self.window,
             tensor=self._mask_tensor(),
         )
@@ -286,13 +286,20 @@ class AttentionCall:
             causal=self.is_causal, window=self.window, device=self.q.device,
         )  # fmt: skip
 
-    def _offset(self, n_queries: int, n_keys: int, cross: bool) -> int:
+    def first_position(self, *, cross: bool = False) -> int:
+        """Absolute position of the first query among the keys; `cross` as in `pattern`."""
         if cross and not self.is_causal:
             return 0
         if self.offset is not None:
             return self.offset
-        found = None if self.place is None or self.is_causal else self.place()
-        return found if found is not None else 0 if self.is_causal else n_keys - n_queries
+        if self.is_causal:
+            return 0
+        found = None if self.place is None else self.place()
+        if found is not None:
+            return found
+        if self.weights is not None:
+            return self.weights.shape[-1] - self.weights.shape[-2]
+        return 0 if self.q is None or self.k is None else self.k.shape[2] - self.q.shape[2]
 
     def _mask_tensor(self) -> Tensor | None:
         """Mask and bias as one tensor of four dimensions."""
@@ -314,7 +321,7 @@ class AttentionCall:
         weights = weights.detach()
         n_q, n_k = weights.shape[-2:]
         visible = (weights != 0).any(1, keepdim=True)
-        mask = Mask(n_q, n_k, offset=self._offset(n_q, n_k, cross), tensor=None if bool(visible.all()) else visible)
+        mask = Mask(n_q, n_k, offset=self.first_position(cross=cross), tensor=None if bool(visible.all()) else visible)
         sums = weights.sum(-1, dtype=torch.float32)
         normalised = bool(((sums - 1).abs() < 0.01).logical_or(sums == 0).all())
         pattern = DensePattern(weights, mask, normalised=normalised)

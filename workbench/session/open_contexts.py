@@ -66,7 +66,9 @@ class OpenContexts(Listener):
         self._edits: list[_OpenEdit] = []
         self._recorder: Recorder | None = None
         self._watches: list[RowWatch] = []
+        self._taps: dict[str, set[str]] = {}  # of sites whose rows are watched: which taps saw their calls
         self._undisturbed: dict[int, tuple[_OpenEdit, ...]] = {}  # by thread: the edits that it does not see
+        self.checked: set[tuple[str, str]] = set()  # as `RowWatch.checked`
         self._users: set[object] = set()
         self._observer: Observer | None = None
         self._lock = threading.RLock()
@@ -165,6 +167,7 @@ class OpenContexts(Listener):
                 if self._observer is None:
                     self._observer = Observer(self.model, self, self.layouts, self._regions())
                     self._observer.__enter__()
+                self._observer.follow(self.only())
             yield
         finally:
             try:
@@ -178,6 +181,8 @@ class OpenContexts(Listener):
             self._users.discard(user)
             if not self._users:
                 self._stop()
+            elif self._observer is not None:
+                self._observer.follow(self.only())
 
     def _stop(self) -> None:
         if self._observer is not None:
@@ -213,6 +218,13 @@ class OpenContexts(Listener):
         return [] if self._undisturbed and threading.get_ident() in self._undisturbed else self._watches
 
     # The observer's listener.
+
+    def only(self) -> frozenset[str]:
+        """Where nothing is open but watches of rows, their sites, once these are known to be called plainly."""
+        if self._recorder is not None or self._edits or not self._watches:
+            return frozenset()
+        wanted = frozenset(site for watch in self._watches for site in watch.heads)
+        return wanted if all(self._taps.get(site) == {"registry"} for site in wanted) else frozenset()
 
     def on_start(self, name: str) -> None:
         """The capture begins a forward, of which edits know no inputs yet."""
@@ -277,6 +289,7 @@ class OpenContexts(Listener):
         for watch in self._watching():
             if call.site in watch.heads:
                 watch.guarded(watch.on_call, call)
+                self._taps.setdefault(call.site, set()).add(call.tap if call.axes is None else "")
         recorder = self._recording()
         if recorder is not None and not call.replay:
             try:
@@ -285,6 +298,16 @@ class OpenContexts(Listener):
                 if not recorder.on_failed(call.site, error):
                     raise
         return z
+
+    def on_step(self, site: str, q: Tensor, k: Tensor, scale: float | None) -> bool:
+        """It is enough for watches of rows."""
+        watches = self._watching()
+        if self._recorder is not None or self._edits or any(watch.packed for watch in watches):
+            return False
+        for watch in watches:
+            if site in watch.heads:
+                watch.guarded(watch.on_step, site, q, k, scale)
+        return True
 
     def cannot_wait(self, site: str) -> bool:
         """Edits cannot."""
@@ -295,7 +318,8 @@ class OpenContexts(Listener):
         return self.cannot_wait(site)
 
     def on_refused(self, site: str, reason: str, *, edited: bool) -> None:
-        """What the capture has of the site is taken back; an edit cannot be."""
+        """What the capture has of the site is taken back; an edit cannot be, nor what was told of rows."""
+        self._missed(site, CaptureError(f"what its kernel gives could not be placed: {reason}", site=site))
         if (recorder := self._recording()) is not None:
             recorder.on_refused(site, reason)
         if edited:
@@ -304,11 +328,20 @@ class OpenContexts(Listener):
             )
 
     def on_failed(self, site: str, error: Exception) -> bool:
-        """What edits cannot do is an error; what the capture cannot record, it decides; else nobody asked for it."""
+        """What edits cannot do is an error, and rows that cannot be told; what the capture cannot record, it decides;
+        else nobody asked for it.
+        """
         if isinstance(error, InterventionError) or self.cannot_wait(site):
             return False
+        self._missed(site, error)
         recorder = self._recording()
         return recorder is None or recorder.on_failed(site, error)
+
+    def _missed(self, site: str, error: Exception) -> None:
+        self._taps.setdefault(site, set()).add("")  # it is watched more widely from now on
+        for watch in self._watching():
+            if site in watch.heads:
+                watch.guarded(watch.on_missed, site, error)
 
     def on_output(self, name: str, module: nn.Module, output: Any) -> Any:
         """The edits change what a module gives."""

@@ -288,8 +288,11 @@ class Workbench(Interventions):
                 continuous batches, one for each sequence. What it raises leaves through the model's forward; in threads
                 that did not open the `with` it is logged.
 
+        Models that call their attention through Hugging Face's registry carry, from their second forward on, hooks on
+        the chosen heads' modules and what these are parts of, and nothing else is watched.
+
         Raises:
-            InterventionError: no such head.
+            InterventionError: no such head. CaptureError: no call of a chosen head was seen, or one cannot be told.
 
         >>> import torch
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
@@ -298,9 +301,10 @@ class Workbench(Interventions):
         [2, 5]
         """
         self.check_ready()
-        watch = RowWatch(self._inner, self.sites, parse_heads(self.sites, heads), tell)
+        watch = RowWatch(self._inner, self.sites, parse_heads(self.sites, heads), tell, self._contexts.checked)
         with self._contexts.watching(watch):
             yield
+        watch.finish()
 
     def look(self, *args: Any, limit: int = LIMIT, **inputs: Any) -> Sites:
         """Look at every module while the model runs on these inputs: `sites.unread` is complete after it.
