@@ -36,7 +36,7 @@ class _Cut:
 
 def is_cut(model: nn.Module) -> bool:
     """Whether some weight of a model is a part of one that several processes hold together."""
-    return any(_is_distributed(p) for p in model.parameters())
+    return "torch.distributed.tensor" in sys.modules and any(_is_distributed(p) for p in model.parameters())
 
 
 def mesh_of(model: nn.Module) -> Any:

@@ -357,6 +357,8 @@ def _check(given: Any, what: str, like: Tensor, site: str) -> None:
     if not isinstance(given, Tensor):
         hint = "return the new tensor; changing the old one in place does nothing" if given is None else None
         raise InterventionError(f"{what} is {type(given).__name__}, expected a tensor", site=site, hint=hint)
+    if given.layout != torch.strided:
+        raise InterventionError(f"{what} is laid out as {given.layout}", site=site, hint="make it dense: .to_dense()")
     if given.dtype != like.dtype:
         raise InterventionError(
             f"{what} is {given.dtype}, expected {like.dtype}", site=site, hint=f"cast it with .to({like.dtype})"

@@ -78,6 +78,12 @@ def doubt_of(proof: Proof, one: Waiting, run: Run) -> str | None:
     n_mixed, n_keys = [shape[axis] for axis in one.call.mixed], one.call.read[1]
     if len(n_mixed) == 2 and n_mixed[0] == n_mixed[1] == n_keys:
         return "the values fit several layouts, as there are as many heads as keys: run an input of another length"
+    if len(n_mixed) == 1 and proof.within and bound is not None:
+        heads = bound.count("head")
+        if bound.count("query") == n_mixed[0] and n_keys == 1:
+            return "what lies among the features of the projection may be heads or queries: run a longer input"
+        if bound.count("query") < n_mixed[0] and bound.count("query") != n_keys and heads != one.call.heads:
+            return "what lies among the features of the projection may be heads that share their values, or queries"
     if bound is None or bound.count("batch") <= (run.examples or 1):
         return None
     # Of one axis, it is that of the queries, and heads have values of their own.

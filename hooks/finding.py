@@ -72,7 +72,7 @@ def with_call(sites: Sites, call: AttentionCall) -> Sites:
     kind = known.kind
     if call.axes is not None and call.axes.axes.over == "features":
         kind = "channel"
-    elif kind in ("self", "window") and call.has_halo:
+    elif kind in ("self", "window") and call.is_apart:
         kind = "halo"
     found = replace(known, n_heads=heads, n_kv_heads=kv_heads, d_head=width, kind=kind, windows=call.windows)
     found = replace(found, first_head=first, n_heads_here=here)

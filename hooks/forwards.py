@@ -18,7 +18,7 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 class InputsHook:
-    """The one hook that a module carries. In a copy of the module, or a pickle, it does nothing."""
+    """A hook that a module carries. In a copy of the module, or a pickle, it does nothing."""
 
     def __init__(self, tell: Sequence[Callable[..., None]] = ()) -> None:
         self._tell = tell
@@ -28,7 +28,7 @@ class InputsHook:
             tell(module, args, kwargs)
 
     def __reduce__(self) -> tuple[type[InputsHook], tuple[()]]:
-        return InputsHook, ()
+        return type(self), ()
 
 
 def calling_method(frame: FrameType | None, module: nn.Module, names: Mapping[nn.Module, str]) -> FrameType | None:

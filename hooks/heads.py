@@ -93,7 +93,9 @@ def find_heads(sites: Sites, one: Any) -> list[tuple[Site, int]]:
     if site.n_heads == 0:
         raise InterventionError(f'the site is of kind "{site.kind}" and has no heads', site=site.name)
     if not is_group:
-        check_range([number], site.n_heads or max(number, 0) + 1, site.name)
+        if number < 0 and not site.n_heads:
+            raise InterventionError(f"there is no head {number}: heads count from 0", site=site.name)
+        check_range([number], site.n_heads or number + 1, site.name)
         return [(site, number)]
     if not site.n_heads or not site.n_kv_heads:
         raise InterventionError(

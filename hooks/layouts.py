@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError
+from workbench.hooks.alignment import Alignment
 from workbench.hooks.blocks import Blocks, find_blocks
 from workbench.hooks.cut_weights import here
 from workbench.hooks.evidence import axes_of_values, compare_part, doubt_of, is_gate, late, over_features
@@ -75,6 +76,7 @@ class Layouts:
         self._blocks: dict[str, Blocks] = {}
         self._counted: set[tuple[str, int]] = set()  # sites whose heads are as many as they should be
         self._over_features: dict[str, bool] = {}  # of sites whose calls come through a registry
+        self._alignment = Alignment()
         self.learning = True
         self.refused: dict[str, str] = {}
         self.gates: set[str] = set()
@@ -432,6 +434,11 @@ class Layouts:
         self._blocks[own[0].call.site] = blocks
         self.refused.pop(own[0].call.site, None)
         return [(one, replace(call, block=block)) for one, call, block in zip(own, made, blocks.blocks, strict=True)]
+
+    def aligned(self, call: AttentionCall) -> AttentionCall:
+        """The call with what tells where its queries stand among its keys."""
+        run = self._runs.get(threading.get_ident())
+        return self._alignment.of(call, () if run is None else run.made)
 
     def known(self, site: str) -> Known | None:
         """What is known of the first call of a site."""

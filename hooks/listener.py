@@ -18,6 +18,13 @@ class Listener:
     `on_failed` says otherwise.
     """
 
+    def only(self) -> frozenset[str]:
+        """The sites that alone are to be told of, and whose calls come through Hugging Face's registry; none: all.
+
+        It is asked as a forward begins.
+        """
+        return frozenset()
+
     def on_start(self, name: str) -> None:
         """A forward begins in this thread; `name` is that of its outermost module."""
 
@@ -42,6 +49,14 @@ class Listener:
         width], and the model goes on with it.
         """
         return None
+
+    def on_step(self, site: str, q: Tensor, k: Tensor, scale: float | None) -> bool:
+        """A site of `only` has one query, which sees all keys. Whether that is enough; else `on_call` is told of it.
+
+        Args:
+            q, k: [batch, head, 1, d] and [batch, kv head, key, d].
+        """
+        return False
 
     def cannot_wait(self, site: str) -> bool:
         """A call was made of which the axes are not known. Whether it is to be told at once, by those that most models

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType, TracebackType
@@ -40,6 +40,7 @@ from workbench.hooks.layouts import UNKNOWN, Layouts, learn
 from workbench.hooks.linear import projected
 from workbench.hooks.listener import Listener
 from workbench.hooks.modes import close_torn
+from workbench.hooks.narrow import AGAIN, UNWATCHED, BeginHook, Hook, Narrow
 from workbench.hooks.nested import first_tensor
 from workbench.hooks.paged import PagedKeys
 from workbench.hooks.projections import is_linear
@@ -79,7 +80,11 @@ class Observer:
         found = ((module, reader_of(module)) for module in self._names)
         self._readers: dict[nn.Module, Reader] = {module: reader for module, reader in found if reader is not None}
         self._threads: dict[int, ThreadRun] = {}
-        self._hooks: list[tuple[MutableMapping[int, Any], int, Any]] = []  # where each hook goes, its key, the hook
+        self._hooks: list[Hook] = []  # where inputs come in, and where a reader reads
+        self._tellers: list[Hook] = []  # of modules as they begin and end
+        self._only = frozenset[str]()
+        self._narrow: Narrow | None = None
+        self._lock, self._open = threading.RLock(), False  # one thread at a time exchanges hooks
         self._watched = Watched(model, regions, self._run_compiled) if regions else None
         self._eager = self._names if self._watched is None else self._watched.eager
         self._flex = flex.namespaces(self._eager)
@@ -88,22 +93,25 @@ class Observer:
 
     def __enter__(self) -> Observer:
         if not self._hooks:
-            self._hooks = list(self._wanted_hooks())
+            self._hooks, self._tellers = list(self._where_inputs_come()), list(self._where_modules_run())
         if self._eager:  # what is compiled would be compiled anew with what stands in the place of functions
             registry.install(self)
             flex.install(self, self._flex)
             self._bridge.open()
         if self._watched is not None:
             self._watched.open()
-        for where, key, hook in self._hooks:
+        self._open = True
+        for where, key, hook in (*self._hooks, *self._tellers):
             where[key] = hook
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for where, key, _ in self._hooks:
-            where.pop(key, None)
+        with self._lock:
+            self._open = False
+            for where, key, _ in (*self._hooks, *self._tellers):
+                where.pop(key, None)
         if self._watched is not None:
             self._watched.close()
         self._bridge.close()
@@ -118,19 +126,44 @@ class Observer:
             mine.settle()
         self._threads.clear()
 
-    def _wanted_hooks(self) -> Iterator[tuple[MutableMapping[int, Any], int, Any]]:
-        """Each hook with the dict that it goes into: to take it out nothing is needed but its key.
+    def follow(self, only: frozenset[str]) -> None:
+        """From now on nothing but these sites is watched, whose calls come through Hugging Face's registry; none: all.
+
+        In a thread that is inside a forward what does not come through the registry is watched from the next one on.
+        """
+        with self._lock:
+            if only == self._only or not self._open:
+                return
+            narrow = Narrow(self._names, only) if only and self._watched is None and not self._cut else None
+            self._only, self._narrow = only, narrow if narrow is not None and narrow.is_enough else None
+            before, wanted = self._tellers, list(self._where_modules_run())
+            self._tellers = [*before, *wanted]  # an interrupt may fall on any of these steps
+            for where, key, hook in wanted:
+                where[key] = hook
+                if isinstance(hook, BeginHook) and isinstance(where, OrderedDict):
+                    where.move_to_end(key, last=False)  # a module begins before its inputs are told of
+            for where, key, _ in before:
+                where.pop(key, None)
+            self._tellers = wanted
+
+    def _where_modules_run(self) -> Iterator[Hook]:
+        """Hooks that tell of modules as they begin and end; to take one out nothing is needed but its key.
 
         A module's hooks have another key than those of the process, which would else be taken for the module's own.
         """
         key = RemovableHandle(OrderedDict()).id
-        if self._watched is None:
+        if self._narrow is not None:
+            yield from self._narrow.hooks(self._begin, self._finish_narrow, self._runs)
+        elif self._watched is None:
             yield torch_module._global_forward_hooks_with_kwargs, key, True
             yield torch_module._global_forward_hooks_always_called, key, True
             yield torch_module._global_forward_pre_hooks, key, self._begin
             yield torch_module._global_forward_hooks, key, self._finish
         else:
             yield from ((where, key, hook) for where, hook in self._watched.hooks(self._begin, self._finish))
+
+    def _where_inputs_come(self) -> Iterator[Hook]:
+        """Hooks on the model, and on what has a reader."""
         told: dict[nn.Module, list[Callable[..., None]]] = {}
         for entry in entries_of(self._model):
             if entry in self._eager:
@@ -164,15 +197,19 @@ class Observer:
 
     # Modules begin and end.
 
-    def _begin(self, module: nn.Module, args: Any, frame: FrameType | None = None) -> None:
+    def _begin(self, module: nn.Module, args: Any, frame: FrameType | None = None, *, may_narrow: bool = True) -> None:
         name = self._names.get(module)
         if name is None:
             return
         frame = sys._getframe(1) if frame is None else frame
         state = self._state(frame)
-        if state.reading:
-            return
+        if state.reading or (state.stack and state.stack[-1].frame is frame and state.stack[-1].module is module):
+            return  # in the latter case hooks are being exchanged
         first = not state.stack and not self._goes_on(state, name, module, frame)
+        if first:
+            if may_narrow:
+                self.follow(self._listener.only())
+            state.narrow = self._narrow is not None
         running = Running(name, module, frame)
         if isinstance(module, multihead.MODULES) and not state.native and not self._listener.leaves_native_path():
             running.native = True  # it would leave its native path under a function mode
@@ -225,6 +262,59 @@ class Observer:
             return mixed if output is None else output
         finally:
             self._pop(state)
+
+    # Where only some sites are watched.
+
+    def _runs(self, module: nn.Module, args: Any, frame: FrameType) -> None:
+        """One of them is about to run."""
+        state = self._threads.get(threading.get_ident())
+        if state is None or not state.stack:  # it is called by itself, or a part of the model that no hook is on
+            self.follow(frozenset())
+            self._begin(module, args, frame, may_narrow=False)
+        else:
+            state.ran.append(module)
+
+    def _finish_narrow(self, module: nn.Module, output: Any) -> None:
+        """As `_finish`: what of the sites has run has made its call by now."""
+        state = self._threads.get(threading.get_ident())
+        if state is None or all(running.module is not module for running in state.stack):
+            return
+        while state.stack[-1].module is not module:
+            self._pop(state)
+        try:
+            if state.narrow and output is not None and len(state.stack) == 1:
+                for one in state.ran:
+                    if one not in state.called:
+                        site = site_name(self._names[one])
+                        error = CaptureError("its call did not come the way it did before", site=site, hint=AGAIN)
+                        if not self._listener.on_failed(site, error):
+                            raise error
+        finally:
+            self._pop(state)
+
+    def _saw_narrow(
+        self, state: ThreadRun, backend: str, function: Any, module: nn.Module, args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        """A backend is called; its axes, and how many heads it has, were seen to be the usual ones."""
+        site = None if self._narrow is None else self._narrow.sites.get(module)
+        if site is None:
+            return function(module, *args, **kwargs)
+        paged = PagedKeys.within(kwargs)
+        result = function(module, *args, **(kwargs if paged is None else kwargs | {"cache": paged.cache}))
+        state.called.add(module)
+        try:
+            check_plain(result[0], site)
+            step = None if state.replay else registry.plain_step(args, kwargs)
+            if step is not None and self._listener.on_step(site, *step):
+                return result
+            call = calls.of_backend((site, module), backend, module, args, kwargs, result[0], UNWATCHED, paged)
+            z = self._listener.on_call(replace(call, replay=True) if state.replay else call)
+            return result if z is None else (call.as_output(z), *result[1:])
+        except Exception as error:
+            if not self._listener.on_failed(site, error):
+                raise
+            return result
 
     def _pop(self, state: ThreadRun) -> None:
         ended = state.stack.pop()
@@ -289,6 +379,9 @@ class Observer:
     def _saw_backend(
         self, backend: str, function: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        known = self._threads.get(threading.get_ident())
+        if known is not None and known.narrow and known.stack:
+            return self._saw_narrow(known, backend, function, module, args, kwargs)
         state = self._state(sys._getframe())
         if not state.stack:
             return function(module, *args, **kwargs)
@@ -415,7 +508,9 @@ class Observer:
 
     def _whole(self, state: ThreadRun, call: AttentionCall) -> AttentionCall | None:
         """The call, or where it is one of several blocks, all of them as one call once they are there."""
-        call = replace(call, windows=self._windows(state, call))
+        if (windows := self._windows(state, call)) != call.windows:
+            call = replace(call, windows=windows)
+        call = self._layouts.aligned(call)
         if call.block is None or self._listener.takes_blocks():
             return call
         return gather(state.blocks, call, call.block)
@@ -428,6 +523,7 @@ class Observer:
 
     def _tell_native(self, state: ThreadRun, call: AttentionCall) -> None:
         """On a native path there is nothing to put in the place of what the heads give."""
+        call = self._layouts.aligned(call)
         self._listener.on_call(replace(call, replay=True) if state.replay else call)
 
     def _before_reading(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

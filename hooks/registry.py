@@ -23,6 +23,16 @@ from workbench.hooks.paged import PagedKeys
 from workbench.kernels.masks import hidden_below
 
 Backend = Callable[..., tuple[Tensor, Any]]
+_MORE = (
+    "attention_mask",
+    "softcap",
+    "s_aux",
+    "position_bias",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "sliding_window",
+    "cache",
+)
 
 
 class Listener(Protocol):
@@ -186,6 +196,18 @@ def read(
     return facts | {"mask": shown, "offset": first_position(shown, q.shape[2], k.shape[2])}
 
 
+def plain_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, float | None] | None:
+    """Queries, keys and scale of a call with one query, which sees every key, and nothing but the scale between their
+    products and the weights, as at nearly every step of `generate()`; None for all others, which `read` takes.
+    """
+    if len(args) < 3 or (len(args) > 3 and args[3] is not None):
+        return None
+    q, k, get = args[0], args[1], kwargs.get
+    if q.dim() != 4 or q.shape[2] != 1 or any(get(name) is not None for name in _MORE):
+        return None
+    return None if torch.is_autocast_enabled(q.device.type) else (q, k, get("scaling"))
+
+
 def _kind(backend: str, mask: Any) -> str:
     """How a backend takes its mask: "sdpa", "flash", "flex" or "eager".
 
@@ -195,7 +217,8 @@ def _kind(backend: str, mask: Any) -> str:
     masks = sys.modules.get("transformers.masking_utils")
     registered = None if masks is None else masks.ALL_MASK_ATTENTION_FUNCTIONS.get(backend)
     name = getattr(registered, "__name__", "")
-    if isinstance(mask, torch.nn.attention.flex_attention.BlockMask) or backend == "flex_attention":
+    strange = mask is not None and not isinstance(mask, Tensor)
+    if backend == "flex_attention" or (strange and isinstance(mask, torch.nn.attention.flex_attention.BlockMask)):
         return "flex"
     for kind in ("flash", "sdpa", "eager"):
         if name.startswith(kind):

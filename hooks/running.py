@@ -50,6 +50,8 @@ class ThreadRun:
         backend: runs Hugging Face's backends.
         replay: it runs in a backward pass.
         compiled: compiled code runs, which is not to see the tap.
+        narrow: only some sites are watched, and `backend` is all that it takes. ran, called: modules of theirs that
+            have begun, and those that have made a call.
         reading: a reader is at work, whose own use of the model is not the model's.
         stack: the modules that run, the innermost last.
         examples: how many the model was given; None if it was not itself called.
@@ -64,6 +66,9 @@ class ThreadRun:
     replay: bool = False
     reading: bool = False
     compiled: bool = False
+    narrow: bool = False
+    ran: list[nn.Module] = field(default_factory=list)
+    called: set[nn.Module] = field(default_factory=set)
     examples: int | None = None
     watch: KernelWatch | None = None
     stack: list[Running] = field(default_factory=list)
@@ -84,7 +89,7 @@ class ThreadRun:
     def settle(self) -> None:
         """Put on and take off modes so that they are those of what runs."""
         native = self.native
-        if native or self.compiled or not self.stack:
+        if native or self.compiled or self.narrow or not self.stack:
             leave_function_mode(self.tap)
         if not native and self.watch is not None:
             leave_dispatch_mode(self.watch)
@@ -95,7 +100,7 @@ class ThreadRun:
         registry.listen(self.backend)
         if native and self.watch is not None and not self.watch.entered:
             self.watch.__enter__()
-        elif not native and not self.tap.entered:
+        elif not native and not self.narrow and not self.tap.entered:
             self.tap.__enter__()
 
     @contextmanager

@@ -22,10 +22,11 @@ class Site:
     Attributes:
         name: path of the module in the model.
         layer: position among the sites of the same tower and kind, from 0.
-        kind: what it mixes: "self" and "window": positions of one sequence; "halo": those of a window and around it;
-            "cross": those of another sequence; "channel": features; "pooled": summaries of several positions (slots,
-            experts, pooled keys); "memory": keys that are learned, or kept of earlier frames; "state": a recurrence;
-            "gate": nothing, what stands at a position is multiplied by a factor.
+        kind: what it mixes: "self" and "window": positions of one sequence; "halo": those of a window and around it, or
+            such that nothing shows where the queries stand among the keys; "cross": those of another sequence;
+            "channel": features; "pooled": summaries of several positions (slots, experts, pooled keys); "memory": keys
+            that are learned, or kept of earlier frames; "state": a recurrence; "gate":
+            nothing, what stands at a position is multiplied by a factor.
         n_heads, n_kv_heads, d_head: its sizes; None until a call has shown them.
         tower: "" for a model with one stack of layers, else such as "encoder".
         windows: how many entries its batch has for each example of the model, [example, window] in one axis.

@@ -87,7 +87,8 @@ class AttentionCall:
         backend: Hugging Face's name of the attention backend, "" elsewhere.
         mask: as given, boolean (True: may see) or additive, or None.
         is_causal: query row i sees keys j <= i + offset.
-        offset: absolute position of the first query; None: 0 if `is_causal` or across sequences, else ends are aligned.
+        offset: absolute position of the first query; None: 0 if `is_causal` or across sequences, else as `place` says.
+        place: tells where the first query stands among the keys, None where nothing shows it; by default at the end.
         window: a query sees less than this many positions back; None for no such limit.
         scale: factor on q kᵀ; None means 1/√d_head.
         softcap: scores become softcap · tanh(score / softcap).
@@ -126,6 +127,7 @@ class AttentionCall:
     mask: Tensor | None = None
     is_causal: bool = False
     offset: int | None = None
+    place: Callable[[], int | None] | None = None
     window: int | None = None
     scale: float | None = None
     softcap: float | None = None
@@ -157,6 +159,15 @@ class AttentionCall:
         n_queries, n_keys = self.heads_of(self.output).shape[2] if self.finish is None else 1, self.v.shape[-2]
         apart = self.windows > 1 and n_queries != n_keys and (n_queries > 1 or self.axes is not None)
         return apart and self.tap in ("sdpa", "written_out") and not self.is_causal
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether nothing shows where its queries stand among its keys, so that their positions cannot be compared."""
+        return self.has_halo or (self.place is not None and self.place() is None)
+
+    def standing(self, place: Callable[[], int | None]) -> AttentionCall:
+        """The call with its first query where `place` says."""
+        return replace(self, offset=None, place=place)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -257,7 +268,7 @@ class AttentionCall:
             n_q,
             n_k,
             causal=self.is_causal and not apart,
-            offset=self._offset(n_q, n_k, cross),
+            offset=self.first_position(cross=cross),
             window=None if apart else self.window,
             tensor=self._mask_tensor(),
         )
@@ -275,12 +286,20 @@ class AttentionCall:
             causal=self.is_causal, window=self.window, device=self.q.device,
         )  # fmt: skip
 
-    def _offset(self, n_queries: int, n_keys: int, cross: bool) -> int:
+    def first_position(self, *, cross: bool = False) -> int:
+        """Absolute position of the first query among the keys; `cross` as in `pattern`."""
         if cross and not self.is_causal:
             return 0
         if self.offset is not None:
             return self.offset
-        return 0 if self.is_causal else n_keys - n_queries
+        if self.is_causal:
+            return 0
+        found = None if self.place is None else self.place()
+        if found is not None:
+            return found
+        if self.weights is not None:
+            return self.weights.shape[-1] - self.weights.shape[-2]
+        return 0 if self.q is None or self.k is None else self.k.shape[2] - self.q.shape[2]
 
     def _mask_tensor(self) -> Tensor | None:
         """Mask and bias as one tensor of four dimensions."""
@@ -302,7 +321,7 @@ class AttentionCall:
         weights = weights.detach()
         n_q, n_k = weights.shape[-2:]
         visible = (weights != 0).any(1, keepdim=True)
-        mask = Mask(n_q, n_k, offset=self._offset(n_q, n_k, cross), tensor=None if bool(visible.all()) else visible)
+        mask = Mask(n_q, n_k, offset=self.first_position(cross=cross), tensor=None if bool(visible.all()) else visible)
         sums = weights.sum(-1, dtype=torch.float32)
         normalised = bool(((sums - 1).abs() < 0.01).logical_or(sums == 0).all())
         pattern = DensePattern(weights, mask, normalised=normalised)

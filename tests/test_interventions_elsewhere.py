@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -288,6 +289,7 @@ BAD: list[tuple[Callable[[Workbench], Any], str]] = [
     (lambda wb: wb.patch({HEAD: torch.ones(1, 2, 17, 8)}), "is [1, 2, 17, 8], expected [2, 17, 8]"),
     (lambda wb: wb.patch({HEAD: torch.ones(8).double()}), "is torch.float64, expected torch.float32"),
     (lambda wb: wb.patch({HEAD: torch.ones(8, device="meta")}), "is on meta, expected cpu"),
+    (lambda wb: wb.patch({HEAD: torch.ones(8).to_sparse()}), "is laid out as torch.sparse_coo"),
     (lambda wb: wb.patch({HEAD: lambda z, site, head: None}), "what the function gave for head 2 is NoneType"),
     (lambda wb: wb.patch({HEAD: lambda z, site, head: z[0, 0, :3]}), "what the function gave for head 2 is [3]"),
     (lambda wb: wb.patch({HEAD: lambda z, site, head: z.half()}), "is torch.float16, expected torch.float32"),
@@ -300,6 +302,7 @@ BAD: list[tuple[Callable[[Workbench], Any], str]] = [
     (lambda wb: wb.edit_pattern(HEAD, mixed, [16, -1]), "a query is chosen twice"),
     (lambda wb: wb.edit_pattern(HEAD, mixed, torch.ones(2, 17).tril().bool()), "which must be as many of each"),
     (lambda wb: wb.steer(HEAD, [1.0] * 8), "the direction is list"),
+    (lambda wb: wb.steer(HEAD, torch.ones(8).to_sparse()), "laid out as torch.sparse_coo"),
     (lambda wb: wb.steer(HEAD, torch.ones(8, 1)), "the direction is [8, 1]"),
     (lambda wb: wb.steer(HEAD, torch.ones(8).long()), "expected a floating-point tensor"),
     (lambda wb: wb.steer(HEAD, torch.full((8,), torch.nan)), "not finite"),
@@ -341,6 +344,8 @@ def test_a_head_of_unknown_range_is_checked_when_the_site_fires() -> None:
     model[0].o.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with workbench.attach(model) as wb:
         assert wb.sites[0].n_heads is None
+        with pytest.raises(InterventionError, match="no head -1: heads count from 0"), wb.ablate((0, -1)):
+            model[0](x)
         with pytest.raises(InterventionError, match="no head 2: the site has 2 heads, 0 to 1"), wb.ablate((0, 2)):
             model[0](x)
         with wb.ablate((0, 1)):
@@ -402,3 +407,24 @@ def test_an_error_in_a_function_comes_out_and_all_is_restored(wb: Workbench) -> 
         with pytest.raises(ZeroDivisionError), wb.ablate((0, 0)), intervene():
             wb.model(**inputs)
         assert torch.equal(wb.model(**inputs).logits, bare)
+
+
+@torch.no_grad()
+def test_an_edit_may_be_kept_to_a_task(wb: Workbench) -> None:
+    inputs = GPT2.inputs()
+
+    async def edited(head: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        with wb.ablate(head, threads="this"):
+            await asyncio.sleep(0)  # the other begins
+            own = wb.model(**inputs).logits
+            return own, await asyncio.create_task(started())
+
+    async def started() -> Tensor:
+        return wb.model(**inputs).logits
+
+    async def both() -> list[tuple[Tensor, Tensor]]:
+        return await asyncio.gather(edited((0, 1)), edited((1, 2)))
+
+    for head, found in zip([(0, 1), (1, 2)], asyncio.run(both()), strict=True):
+        with wb.ablate(head):
+            assert all(torch.equal(one, wb.model(**inputs).logits) for one in found)

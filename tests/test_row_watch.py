@@ -1,14 +1,16 @@
 """Rows of chosen heads, told at each forward: those that a capture has, and nothing of the model changes."""
 
+import copy
 import threading
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 import workbench
 from support.tiny import FAMILIES, Family, make, small_llama, some_ids
-from workbench import InterventionError
+from workbench import CaptureError, InterventionError
 from workbench.session.row_watch import Step
 
 
@@ -110,3 +112,98 @@ def test_errors(caplog: pytest.LogCaptureFixture) -> None:
             thread.join()
         assert "could not be told: ValueError: no room" in caplog.text
         model(some_ids(1, 4))  # nothing is left on it
+
+
+def carried(model: nn.Module) -> tuple[int, int]:
+    """How many hooks modules carry, and how many the process has."""
+    own = sum(len(each._forward_pre_hooks) + len(each._forward_hooks) for each in model.modules())
+    return own, len(torch_module._global_forward_hooks) + len(torch_module._global_forward_pre_hooks)
+
+
+@torch.no_grad()
+def test_only_what_was_chosen_is_watched() -> None:
+    """From the second forward on; parts that are called by themselves and captures beside are seen as ever."""
+    model, ids = small_llama(), some_ids(2, 6)
+    steps: list[Step] = []
+    with workbench.attach(model) as wb:
+        with wb.capture(()) as cap:
+            bare = model(ids, use_cache=False).logits
+        with wb.watch_rows({(0, 1), (1, 0), (1, 3)}, steps.append):
+            assert carried(model) == (1, 2)  # the model's own, and those of the process
+            model(ids)
+            assert torch.equal(model(ids).logits, bare)
+            assert carried(model) == (1 + 6 + 2, 0)  # on the model, its stack, the list of its layers, and two sites
+            twin = copy.deepcopy(model)
+            assert torch.equal(twin(ids).logits, bare)
+            n = len(steps)
+            hidden = model.model(ids).last_hidden_state
+            model.model.layers[1](hidden, position_embeddings=model.model.rotary_emb(hidden, torch.arange(6)[None]))
+            model(ids)
+            every, last = ["L0H1", "L1H0", "L1H3"], ["L1H0", "L1H3"]
+            assert [sorted(step.rows) for step in steps[n:]] == [every, last, every]
+            with wb.capture(("entropy",)) as beside:
+                model(ids)
+            assert len(beside.calls) == 1
+            model.model(ids, use_cache=False)
+        assert carried(model) == (0, 0)
+        assert [step.index for step in steps] == list(range(7))
+        for step in (*steps[:3], *steps[4:]):  # the fourth is of the second layer alone
+            for label, (layer, head) in {"L0H1": (0, 1), "L1H0": (1, 0), "L1H3": (1, 3)}.items():
+                wanted = cap[layer].pattern.rows(-1, [head])[:, 0, 0]
+                torch.testing.assert_close(step.rows[label], wanted, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_steps_of_padded_and_sliding_rows_and_of_other_numbers() -> None:
+    """Whatever a step has beside products and a scale is in its rows."""
+    ids = some_ids(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for model in (
+        small_llama(),
+        small_llama(attn_implementation="eager"),
+        small_llama().double(),
+        small_llama().bfloat16(),
+    ):
+        steps: list[Step] = []
+        with workbench.attach(model) as wb:
+            with wb.watch_rows((1, 2), steps.append):
+                answer = model.generate(
+                    ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
+                )
+            seen = torch.nn.functional.pad(mask, (0, 3), value=1)
+            position_ids = (seen.cumsum(1) - 1).clamp_min(0)
+            with wb.capture(()) as cap:
+                model(answer[:, :-1], attention_mask=seen, position_ids=position_ids, use_cache=False)
+        assert len(steps) == 4
+        loose = 2e-2 if model.dtype == torch.bfloat16 else 1e-5
+        for step in steps:
+            row, n = step.rows["L1H2"], 7 + step.index
+            assert row.dtype == (torch.float64 if model.dtype == torch.float64 else torch.float32)
+            assert not row[0, :3].any()
+            wanted = cap[1].pattern.rows(n - 1, [2])[:, 0, 0, :n]
+            torch.testing.assert_close(row, wanted.to(row.dtype), atol=loose, rtol=loose)
+
+
+@torch.no_grad()
+def test_what_cannot_be_told_is_said() -> None:
+    model, ids = small_llama(), some_ids(1, 4)
+    attention = model.model.layers[1].self_attn
+    with workbench.attach(model) as wb:
+        with pytest.raises(CaptureError, match="no attention call was seen at"), wb.watch_rows((1, 0), print):
+            model.lm_head(torch.zeros(1, 1, model.config.hidden_size))
+        steps: list[Step] = []
+        with wb.watch_rows((1, 0), steps.append):
+            model(ids)
+            model(ids)
+            before = type(attention).forward
+            attention.forward = lambda hidden_states, **_: (hidden_states, None)
+            with pytest.raises(CaptureError, match="did not come the way it did before"):
+                model(ids)
+            del attention.forward
+            assert attention.forward.__func__ is before
+            model(ids)
+            model.model.embed_tokens.weight.data[7] = torch.nan
+            with pytest.raises(CaptureError, match=r"not finite|log-sum-exp"):
+                model(torch.full_like(ids, 7)[:, :1])
+        assert len(steps) == 3

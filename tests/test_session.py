@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import workbench
 from support.tiny import FAMILIES, family, make
@@ -254,6 +254,36 @@ def test_a_text_without_tokens_is_empty() -> None:
     model, tokenizer = workbench.models.load("demo-lm")
     with workbench.attach(model, tokenizer) as wb, pytest.raises(CaptureError, match="the input prompt is empty"):
         wb.tokenize("  ")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"input_ids": torch.tensor([[1, 999]])}, "no id 999: the model knows 0 to 323"),
+        ({"input_ids": torch.tensor([[1, -1]])}, "no id -1"),
+        ({"input_ids": torch.tensor([[1.0, 2.0]])}, "input_ids are torch.float32, expected whole numbers"),
+        ({"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[-100, 999]])}, "no label 999"),
+    ],
+)
+def test_ids_that_the_vocabulary_does_not_have(bad: dict[str, Tensor], message: str) -> None:
+    model, tokenizer = workbench.models.load("demo-lm")
+    with workbench.attach(model, tokenizer) as wb:
+        with pytest.raises(CaptureError, match=message), wb.capture():
+            model(**bad)
+        with pytest.raises(workbench.WorkbenchError, match=message):
+            workbench.head_importance(wb, [bad], metric="loss")
+
+
+def test_half_a_character_is_no_text() -> None:
+    model, tokenizer = workbench.models.load("demo-lm")
+    with workbench.attach(model, tokenizer) as wb:
+        for text in ("a \udcff", ["a", "\ud83d"]):
+            with pytest.raises(CaptureError, match=r"half of a character, U\+D"):
+                wb.tokenize(text)
+        with pytest.raises(workbench.WorkbenchError, match="inputs are a dict, not str"):
+            workbench.saliency(wb, "a text")
+    with pytest.raises(workbench.TaskError, match="in example 0, the text holds half of a character"):
+        workbench.tasks.from_prompts(["a \ud800"], ["b \ud800"], [" c"], [" d"])
 
 
 def test_text_needs_a_tokenizer(model: nn.Module) -> None:

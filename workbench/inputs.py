@@ -54,7 +54,8 @@ def check_inputs(
         context: gives the context's length, where that is known already.
 
     Raises:
-        CaptureError: tensors on another device than the model, an empty prompt, a prompt longer than the context.
+        CaptureError: tensors on another device than the model, an empty prompt, a prompt longer than the context, or
+            ids or labels that the model's vocabulary does not have.
     """
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     first = next(model.parameters(), None)
@@ -77,6 +78,66 @@ def check_inputs(
                 shape=ids.shape,
                 hint=f"shorten it to {limit} tokens",
             )
+    if context is None or all(tensor.device.type == "cpu" for tensor in tensors):  # else a device would be waited for
+        _check_vocabulary(model, args, kwargs)
+
+
+def _check_vocabulary(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse ids and labels that there are not. Beside images and sounds ids may stand for something else."""
+    given = kwargs.get("input_ids")
+    if isinstance(given, Tensor) and given.is_floating_point():
+        raise CaptureError(f"input_ids are {given.dtype}, expected whole numbers", hint="inputs_embeds takes vectors")
+    if any(isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 2 for t in (*args, *kwargs.values())):
+        return
+    ids, labels = token_ids(args, kwargs).get("input"), kwargs.get("labels")
+    if ids is not None and (size := _rows_of(model, "get_input_embeddings")) is not None:
+        _check_ids(ids, size, "id")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.dtype not in (torch.int32, torch.int64):
+        return
+    if (size := _rows_of(model, "get_output_embeddings")) is not None:
+        _check_ids(labels[labels != IGNORED], size, "label")
+
+
+IGNORED = -100
+"""The label of positions that do not count, as PyTorch has it."""
+
+
+def _rows_of(model: nn.Module, getter: str) -> int | None:
+    try:
+        table = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    weight = table.weight if isinstance(table, (nn.Embedding, nn.Linear)) else None
+    return len(weight) if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) else None
+
+
+def _check_ids(ids: Tensor, size: int, what: str) -> None:
+    bad = ids[(ids < 0) | (ids >= size)]
+    if bad.numel():
+        raise CaptureError(
+            f"there is no {what} {int(bad[0])}: the model knows 0 to {size - 1}",
+            shape=ids.shape,
+            hint=f"are the {what}s another tokenizer's?"
+            + (f" {IGNORED} marks positions that do not count" if what == "label" else ""),
+        )
+
+
+def check_text(text: Any) -> str:
+    """The text, if a tokenizer can take it.
+
+    Raises:
+        CaptureError: no text, or one that holds half of a character (a lone surrogate), as of bytes that are no UTF-8.
+    """
+    if not isinstance(text, str):
+        raise CaptureError(f"a text is a str, not {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CaptureError(
+            f"the text holds half of a character, U+{ord(text[error.start]):04X} at {error.start:,}",
+            hint='replace it: text.encode(errors="replace").decode()',
+        ) from None
+    return text
 
 
 def decoder_start(model: nn.Module) -> int | None:

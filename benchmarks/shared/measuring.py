@@ -27,12 +27,20 @@ def interleaved(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def timed(
-    arms: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    arms: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each arm in each round, as in `interleaved`; by `time.process_time` those of the processor."""
+    """Seconds of each arm in each round, as in `interleaved`; by `time.process_time` those of the processor.
+
+    Args:
+        before: is done before each, and not measured.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
         for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
+            before()
             start = clock()
             arms[name]()
             if turn:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from workbench.hooks.look.replay import ModuleCall, mapped, tensors
+from workbench.hooks.look.replay import ModuleCall, mapped, spread_of, tensors
+
+Which = Literal["this", "others", "first"]
 
 ROUNDING = 64
 """Units in the last place of the largest number that do not count as a change."""
@@ -56,16 +58,21 @@ def _axis(t: Tensor, features: int | None, batch: int, around: list[int]) -> int
     return t.dim() - (1 if features == 1 else 2)
 
 
-def moved(call: ModuleCall, axis: int, length: int, j: int, *, point: bool = False, others: bool = False) -> Any:
+def moved(call: ModuleCall, axis: int, length: int, j: int, *, point: bool = False, which: Which = "this") -> Any:
     """A call's (args, kwargs) with position j of every tensor of that length changed; ids are swapped for others.
 
     Args:
         point: of images one position in the middle of the other axes, instead of a whole row.
-        others: all positions but j are changed.
+        which: "others": all positions but j are changed; "first": only those of the first tensor of that length, and
+            of all that are equal to it.
     """
+    first = next(iter(_of_length(call, axis, length)), None) if which == "first" else None
+    others = which == "others"
 
     def one(t: Tensor) -> Tensor:
         if t.dim() <= axis or t.shape[axis] != length or _is_mask(t):
+            return t
+        if first is not None and not _same(t, first):
             return t
         before, t, noise = t, t.clone(), torch.Generator().manual_seed(j)
         part = t if others else t.select(axis, j)
@@ -74,8 +81,7 @@ def moved(call: ModuleCall, axis: int, length: int, j: int, *, point: bool = Fal
                 middle = t.shape[other] // 2
                 part = part.narrow(other - (other > axis), middle, 1)
         if t.is_floating_point():
-            spread = torch.nan_to_num(t.float().std(correction=0)) + 1e-6
-            part += (torch.randn(part.shape, generator=noise).to(t.device) * spread).to(t.dtype)
+            part += (torch.randn(part.shape, generator=noise).to(t.device) * spread_of(t)).to(t.dtype)
         elif t.dtype == torch.long and t.dim() == 2 and not _counts_or_marks(t):
             part.copy_(before.flatten()[(part * 7 + 3) % t.numel()])
         if others:
@@ -83,6 +89,24 @@ def moved(call: ModuleCall, axis: int, length: int, j: int, *, point: bool = Fal
         return t
 
     return mapped(one, (call.args, call.kwargs))
+
+
+def several_inputs(call: ModuleCall, axis: int, length: int) -> bool:
+    """Whether a call has features of several sequences of that length, which differ."""
+    found = _of_length(call, axis, length)
+    return any(not _same(one, found[0]) for one in found[1:])
+
+
+def _of_length(call: ModuleCall, axis: int, length: int) -> list[Tensor]:
+    return [
+        t
+        for t in tensors([call.args, call.kwargs])
+        if t.is_floating_point() and t.dim() > axis and t.shape[axis] == length and not _is_mask(t)
+    ]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
 def _counts_or_marks(ids: Tensor) -> bool:

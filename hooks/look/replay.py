@@ -224,7 +224,7 @@ class Replays:
             over_features = call.axes is not None and call.axes.axes.over == "features"  # its width are positions
             of_query = held.transpose(2, 3) if over_features else held
             row, noise = of_query[held.shape[0] // 2, :, of_query.shape[2] // 2], torch.Generator().manual_seed(0)
-            spread = torch.nan_to_num(held.float().std(correction=0)) + 1e-6
+            spread = spread_of(held)
             row += (torch.randn(row.shape, generator=noise).to(row.device) * spread).to(row.dtype)
         return held
 
@@ -244,6 +244,17 @@ class Replays:
             return self._kept[key][1]
 
         return mapped(keep, x)
+
+
+def spread_of(t: Tensor) -> Tensor:
+    """How large a change of numbers like these is: their spread; of numbers that are all alike, their size, or one.
+
+    >>> spread_of(torch.tensor([3.0, 3.0])).item(), spread_of(torch.zeros(2)).item()
+    (3.0, 1.0)
+    """
+    t = t.float().nan_to_num(posinf=0, neginf=0) if t.numel() else t.new_zeros(1, dtype=torch.float32)
+    spread, size = t.std(correction=0), t.abs().amax()
+    return torch.where(spread > 1e-4 * size, spread, torch.where(size > 0, size, 1.0))
 
 
 def tensors(x: Any) -> Iterator[Tensor]:

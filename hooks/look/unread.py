@@ -112,7 +112,7 @@ class _Judge:
                 return _described(others, j, length)
             tells = tells or bool(got)
         j = length // 2  # where one position is chosen from many, most single ones move nothing
-        again = self._run(call, moved(call, axis, length, j, others=True), frozen)
+        again = self._run(call, moved(call, axis, length, j, which="others"), frozen)
         got = reach(call.output, again, which, length, batch, j)
         if got is not None and j in got:
             return f"mixes tokens: the others of {length} move position {j}"

@@ -73,12 +73,14 @@ def _read(
         return Proof(None, "each row has values of its own, as where a softmax weighs experts", gate=True)
     features_mixed = any(axis == width and stride >= features for axis, _, stride in pieces)
     alone = len(mixed) == 1
+    sides = {stride < features for axis, _, stride in pieces if axis in mixed}
+    merged = alone and not features_mixed and len(sides) == 2  # heads that share their values, in one axis with queries
 
     def role(axis: int, stride: int) -> Role:
         if axis == width:
             return "width"
         if axis in mixed:
-            return "query" if alone or features_mixed or stride >= features else "head"
+            return "query" if (alone and not merged) or features_mixed or stride >= features else "head"
         return "head" if stride < features else "batch"
 
     roles = [(axis, Part(role(axis, stride), size), stride) for axis, size, stride in pieces]

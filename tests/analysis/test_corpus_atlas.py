@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import workbench
 from support.judges import missing, part
-from workbench import CaptureError, CorpusAtlas, CorpusAtlasInterrupted, FormatError, WorkbenchError
+from support.tiny import small_llama, some_ids
+from workbench import CaptureError, Circuit, CorpusAtlas, CorpusAtlasInterrupted, FormatError, WorkbenchError
 from workbench.analysis.corpus import run, running
 from workbench.analysis.corpus.measuring import SCORES
 from workbench.analysis.corpus.texts import Frame
@@ -194,6 +195,13 @@ def test_bad_corpora(tmp_path: Path) -> None:
         _atlas(_corpus(LENGTH + 3))
     with pytest.raises(CaptureError, match="no tokenizer"):
         _atlas("some text")
+    with pytest.raises(CaptureError, match="not None"):
+        _atlas(None)
+    with (
+        workbench.attach(_model(), _Tokenizer()) as wb,
+        pytest.raises(CaptureError, match=r"half a character at 2.*d800"),
+    ):
+        workbench.head_atlas_over(wb, ["ab\ud800"], length=LENGTH, progress=False)
     (tmp_path / "a.txt").write_bytes(b"ab\xff")
     with pytest.raises(CaptureError, match=r"a\.txt is no UTF-8, at byte 2"):
         _atlas(tmp_path)
@@ -270,6 +278,31 @@ def test_duo_attention_round_trip(atlas: CorpusAtlas, tmp_path: Path) -> None:
         workbench.analysis.corpus.read_duo_attention(folder)
     with pytest.raises(FormatError, match="no scores"):
         workbench.analysis.corpus.read_duo_attention(tmp_path)
+
+
+def test_mib_round_trip(atlas: CorpusAtlas, tmp_path: Path) -> None:
+    """Of a model whose heads share keys; MIB's own reader wants an edge for each head, with a number."""
+    model = small_llama()
+    with workbench.attach(model) as wb:
+        found = workbench.head_atlas_over(wb, some_ids(1, 90)[0], length=30, recent=4, progress=False, tokens=None)
+        path = found.to_mib(tmp_path / "heads.json", wb, "previous", 3)
+        with pytest.raises(WorkbenchError, match="of another model"):
+            atlas.to_mib(tmp_path / "none.json", wb)
+    read = Circuit.from_mib(path)
+    assert set(read.heads) == {f"L{layer}H{head}" for layer, head in found.leading("previous", 3)}
+    assert not read.edges_in.any()
+    assert read.edge_scores.isnan().all()
+    for h, (layer, head) in enumerate(zip(found.layers, found.numbers, strict=True)):
+        score = read.node_scores[read.graph.sender_index[f"a{layer}.h{head}"]]
+        assert score == found.scores[SCORES.index("previous"), h]
+    told = json.loads(path.read_text())
+    assert "score" not in told["nodes"]["m0"]
+    assert "a0.h1->a1.h3<k>" in told["edges"]
+    assert all(edge["score"] == 0 for edge in told["edges"].values())
+    again = found.to_mib(tmp_path / "again.json", read, "previous", 3)
+    assert again.read_bytes() == path.read_bytes()
+    with pytest.raises(WorkbenchError, match="not those of this model's graph"):
+        atlas.to_mib(tmp_path / "none.json", read)
 
 
 def test_kvpress_reads_the_scores(atlas: CorpusAtlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ from workbench.analysis.circuits import mib
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
-from workbench.errors import FileError, WorkbenchError
-from workbench.storage import disk
+from workbench.errors import FileError, FormatError, WorkbenchError
+from workbench.storage import disk, files
 from workbench.views import token_strip
 
 Write = Callable[[Path], Any]
@@ -185,6 +185,24 @@ def test_a_wrong_path_is_one_error(writers: dict[str, Write], name: str, path: s
     with pytest.raises(FileError, match=said) as found:
         writers[name](tmp_path / path)
     assert found.value.hint
+
+
+@pytest.mark.parametrize("path", [None, 5, b"file", "x" * 5000, "a\x00b"], ids=repr)
+def test_what_no_path_is_is_not_read(path: Any) -> None:
+    with pytest.raises(FormatError, match=r"is no path|cannot be read|there is no file"):
+        workbench.load_capture(path)
+    with pytest.raises(FileError, match=r"is no path|cannot be written"):
+        disk.write(path, "x")
+
+
+def test_a_header_says_no_more_than_safetensors(tmp_path: Path) -> None:
+    path = files.write(tmp_path / "file", "workbench.test", {}, {"a": torch.zeros(2)})
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    head, body = path.read_bytes()[8 : 8 + length], path.read_bytes()[8 + length :]
+    more = head.replace(b'"shape"', b'"x":NaN,"shape"')
+    path.write_bytes(len(more).to_bytes(8, "little") + more + body)
+    with pytest.raises(FormatError, match="of 'a' it says more than safetensors do"):
+        files.read(path, "workbench.test")
 
 
 def test_the_longest_name_can_be_written(tmp_path: Path) -> None:

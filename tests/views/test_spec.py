@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from workbench.errors import ReportError, WorkbenchError
-from workbench.views import Selection, SharedSelection
+from workbench.views import Selection, SharedSelection, token_strip
 from workbench.views.base.spec import ViewSpec
 
 CHANNEL = {"label": "a", "unit": "", "signed": False}
@@ -112,3 +113,17 @@ def test_those_who_share_a_selection_are_told_once() -> None:
     end()
     shared.select(layer=2)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "values", "said"),
+    [
+        (["a"], torch.zeros(1, dtype=torch.complex64), "entropy is complex"),
+        (["a"], ["much"], "entropy is no numbers"),
+        (["a"], torch.zeros(1, device="meta"), "entropy is no plain tensor"),
+        ([7], [0.5], "token 0 is int, expected its text"),
+    ],
+)
+def test_a_view_is_of_real_numbers_and_texts(tokens: list[Any], values: Any, said: str) -> None:
+    with pytest.raises(ReportError, match=said):
+        token_strip(tokens, values, label="entropy")

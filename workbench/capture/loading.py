@@ -7,6 +7,7 @@ from pathlib import Path
 from workbench.capture.capture import Capture
 from workbench.capture.reading import read_file
 from workbench.capture.store.reading import read_store
+from workbench.storage.disk import readable
 
 
 def load_capture(path: str | Path) -> Capture:
@@ -20,4 +21,5 @@ def load_capture(path: str | Path) -> Capture:
         FormatError: no such file or store, truncated, of another version, or changed after it was written. Of a store
             a damaged chunk is an error when it is read, which names it; all else can be read.
     """
-    return read_store(Path(path)) if Path(path).is_dir() else read_file(path)
+    where = readable(path)
+    return read_store(where) if where.is_dir() else read_file(where)

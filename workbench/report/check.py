@@ -18,6 +18,7 @@ from typing import Any
 from workbench import __version__
 from workbench.errors import ReportError
 from workbench.report.form import FORM
+from workbench.storage.disk import readable
 from workbench.storage.json_text import digest, json_for_html
 from workbench.storage.parts import loads
 from workbench.views.base import page
@@ -50,7 +51,7 @@ def check(path: str | Path, *, limit_bytes: int = LIMIT_BYTES) -> list[str]:
     Raises:
         ReportError: there is no such file, or it cannot be read.
     """
-    file = Path(path)
+    file = readable(path)
     if not file.is_file():
         raise ReportError(f"there is no file {file}", hint="pass a page written by Report(...).write(path)")
     try:

@@ -51,7 +51,8 @@ class Interventions:
     each of its calls.
 
     By default an edit acts on the forwards of every thread. On a server that answers several requests at once pass
-    `threads="this"`: then it acts only on what the thread that opened it runs.
+    `threads="this"`: then it acts only on what the thread that opened it runs, and in asyncio only on the task that
+    opened it and those that it has started.
     """
 
     model: nn.Module
@@ -322,6 +323,11 @@ class Interventions:
         if not isinstance(direction, Tensor) or direction.dim() != 1 or not direction.is_floating_point():
             got = list(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
             raise InterventionError(f"the direction is {got}, expected a floating-point tensor [width]")
+        if direction.layout != torch.strided or direction.is_meta:
+            kept = "on meta" if direction.is_meta else f"laid out as {direction.layout}"
+            raise InterventionError(f"the direction is {kept}", hint="make it dense, on the model's device")
+        if not isinstance(scale, (int, float)):
+            raise InterventionError(f"scale is a number, not {scale!r}")
         if not bool(direction.detach().isfinite().all()) or not math.isfinite(scale):
             raise InterventionError(f"the direction or its scale {scale} is not finite")
         moved, at = direction * scale, Positions(positions)

@@ -79,7 +79,8 @@ def look_at(
             name = site_name(call.name)
             if name not in {site.name for site in sites} or call.read_whole or sites[name].kind in ("state", "channel"):
                 continue
-            for keys in probe_keys(replays, call)[:1]:
+            # Of several calls that make one map the one with the most keys says what they are.
+            for keys in sorted(probe_keys(replays, call), key=lambda one: -one.number)[:1]:
                 kind = _kind(sites[name].kind, keys.over)
                 sites = with_kind(sites, name, kind)
                 if keys.over == "summaries":
@@ -126,7 +127,8 @@ def _alone() -> Iterator[None]:
 def _kind(kind: Kind, over: str) -> Kind:
     if over in ("pooled", "summaries"):
         return "pooled"
-    return "memory" if over == "elsewhere" and kind == "self" else kind
+    of_self: dict[str, Kind] = {"elsewhere": "memory", "others": "cross", "moved": "halo"}
+    return of_self.get(over, kind) if kind == "self" else kind
 
 
 def unlooked(sites: Sites, error: CaptureError) -> Sites:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,26 @@ from workbench.session.row_watch import RowWatch
 
 @dataclass(frozen=True, eq=False)
 class _OpenEdit:
-    """An edit that is open; `thread` is the one it is kept to, None for all."""
+    """An edit that is open; `thread` is the one it is kept to, None for all; `in_task`: and to the task in it."""
 
     edit: Edit | OutputEdit
     thread: int | None
+    in_task: bool = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it acts on what runs now."""
+        here = self.thread in (None, threading.get_ident())
+        return here and (not self.in_task or self in _of_task.get())
+
+
+_of_task: ContextVar[frozenset[_OpenEdit]] = ContextVar("edits that are kept to a task", default=frozenset())
+
+
+def _is_task() -> bool:
+    """Whether a task of asyncio's runs in this thread: others may run before it goes on."""
+    asyncio = sys.modules.get("asyncio")
+    return asyncio is not None and asyncio._get_running_loop() is not None and asyncio.current_task() is not None
 
 
 class OpenContexts(Listener):
@@ -49,7 +66,9 @@ class OpenContexts(Listener):
         self._edits: list[_OpenEdit] = []
         self._recorder: Recorder | None = None
         self._watches: list[RowWatch] = []
+        self._taps: dict[str, set[str]] = {}  # of sites whose rows are watched: which taps saw their calls
         self._undisturbed: dict[int, tuple[_OpenEdit, ...]] = {}  # by thread: the edits that it does not see
+        self.checked: set[tuple[str, str]] = set()  # as `RowWatch.checked`
         self._users: set[object] = set()
         self._observer: Observer | None = None
         self._lock = threading.RLock()
@@ -99,15 +118,19 @@ class OpenContexts(Listener):
         if threads not in ("all", "this"):
             raise InterventionError(f'threads is "all" or "this", not {threads!r}')
         thread = threading.get_ident() if threads == "this" else None
-        mine = [_OpenEdit(edit, thread) for edit in edits]
+        mine = [_OpenEdit(edit, thread, thread is not None and _is_task()) for edit in edits]
 
         def begin() -> None:
             for edit in edits:
                 edit.fired.clear()
+            if any(one.in_task for one in mine):
+                _of_task.set(_of_task.get().union(mine))
             self._edits = [*self._edits, *mine]
 
         def end() -> None:
             self._edits = [one for one in self._edits if one not in mine]
+            if any(one.in_task for one in mine):
+                _of_task.set(_of_task.get().difference(mine))
 
         with self._observed(begin, end):
             yield
@@ -144,6 +167,7 @@ class OpenContexts(Listener):
                 if self._observer is None:
                     self._observer = Observer(self.model, self, self.layouts, self._regions())
                     self._observer.__enter__()
+                self._observer.follow(self.only())
             yield
         finally:
             try:
@@ -157,6 +181,8 @@ class OpenContexts(Listener):
             self._users.discard(user)
             if not self._users:
                 self._stop()
+            elif self._observer is not None:
+                self._observer.follow(self.only())
 
     def _stop(self) -> None:
         if self._observer is not None:
@@ -176,9 +202,8 @@ class OpenContexts(Listener):
     def _mine(self) -> list[Edit | OutputEdit]:
         if not self._edits:
             return []
-        thread = threading.get_ident()
-        hidden = self._undisturbed.get(thread, ())
-        return [one.edit for one in self._edits if one.thread in (None, thread) and one not in hidden]
+        hidden = self._undisturbed.get(threading.get_ident(), ())
+        return [one.edit for one in self._edits if one.is_here and one not in hidden]
 
     def _tell_edits(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         edits = [edit for edit in self._mine() if isinstance(edit, Edit)]
@@ -193,6 +218,13 @@ class OpenContexts(Listener):
         return [] if self._undisturbed and threading.get_ident() in self._undisturbed else self._watches
 
     # The observer's listener.
+
+    def only(self) -> frozenset[str]:
+        """Where nothing is open but watches of rows, their sites, once these are known to be called plainly."""
+        if self._recorder is not None or self._edits or not self._watches:
+            return frozenset()
+        wanted = frozenset(site for watch in self._watches for site in watch.heads)
+        return wanted if all(self._taps.get(site) == {"registry"} for site in wanted) else frozenset()
 
     def on_start(self, name: str) -> None:
         """The capture begins a forward, of which edits know no inputs yet."""
@@ -257,6 +289,7 @@ class OpenContexts(Listener):
         for watch in self._watching():
             if call.site in watch.heads:
                 watch.guarded(watch.on_call, call)
+                self._taps.setdefault(call.site, set()).add(call.tap if call.axes is None else "")
         recorder = self._recording()
         if recorder is not None and not call.replay:
             try:
@@ -265,6 +298,16 @@ class OpenContexts(Listener):
                 if not recorder.on_failed(call.site, error):
                     raise
         return z
+
+    def on_step(self, site: str, q: Tensor, k: Tensor, scale: float | None) -> bool:
+        """It is enough for watches of rows."""
+        watches = self._watching()
+        if self._recorder is not None or self._edits or any(watch.packed for watch in watches):
+            return False
+        for watch in watches:
+            if site in watch.heads:
+                watch.guarded(watch.on_step, site, q, k, scale)
+        return True
 
     def cannot_wait(self, site: str) -> bool:
         """Edits cannot."""
@@ -275,7 +318,8 @@ class OpenContexts(Listener):
         return self.cannot_wait(site)
 
     def on_refused(self, site: str, reason: str, *, edited: bool) -> None:
-        """What the capture has of the site is taken back; an edit cannot be."""
+        """What the capture has of the site is taken back; an edit cannot be, nor what was told of rows."""
+        self._missed(site, CaptureError(f"what its kernel gives could not be placed: {reason}", site=site))
         if (recorder := self._recording()) is not None:
             recorder.on_refused(site, reason)
         if edited:
@@ -284,11 +328,20 @@ class OpenContexts(Listener):
             )
 
     def on_failed(self, site: str, error: Exception) -> bool:
-        """What edits cannot do is an error; what the capture cannot record, it decides; else nobody asked for it."""
+        """What edits cannot do is an error, and rows that cannot be told; what the capture cannot record, it decides;
+        else nobody asked for it.
+        """
         if isinstance(error, InterventionError) or self.cannot_wait(site):
             return False
+        self._missed(site, error)
         recorder = self._recording()
         return recorder is None or recorder.on_failed(site, error)
+
+    def _missed(self, site: str, error: Exception) -> None:
+        self._taps.setdefault(site, set()).add("")  # it is watched more widely from now on
+        for watch in self._watching():
+            if site in watch.heads:
+                watch.guarded(watch.on_missed, site, error)
 
     def on_output(self, name: str, module: nn.Module, output: Any) -> Any:
         """The edits change what a module gives."""

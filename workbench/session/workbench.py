@@ -25,7 +25,14 @@ from workbench.hooks.heads import parse_heads
 from workbench.hooks.layouts import Layouts
 from workbench.hooks.proofs.axes import Axes
 from workbench.hooks.sites import Sites
-from workbench.inputs import check_inputs, device_for_inputs, dropout_in_training, to_ids, with_own_positions
+from workbench.inputs import (
+    check_inputs,
+    check_text,
+    device_for_inputs,
+    dropout_in_training,
+    to_ids,
+    with_own_positions,
+)
 from workbench.kernels.checks import deferred
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
@@ -281,8 +288,11 @@ class Workbench(Interventions):
                 continuous batches, one for each sequence. What it raises leaves through the model's forward; in threads
                 that did not open the `with` it is logged.
 
+        Models that call their attention through Hugging Face's registry carry, from their second forward on, hooks on
+        the chosen heads' modules and what these are parts of, and nothing else is watched.
+
         Raises:
-            InterventionError: no such head.
+            InterventionError: no such head. CaptureError: no call of a chosen head was seen, or one cannot be told.
 
         >>> import torch
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
@@ -291,9 +301,10 @@ class Workbench(Interventions):
         [2, 5]
         """
         self.check_ready()
-        watch = RowWatch(self._inner, self.sites, parse_heads(self.sites, heads), tell)
+        watch = RowWatch(self._inner, self.sites, parse_heads(self.sites, heads), tell, self._contexts.checked)
         with self._contexts.watching(watch):
             yield
+        watch.finish()
 
     def look(self, *args: Any, limit: int = LIMIT, **inputs: Any) -> Sites:
         """Look at every module while the model runs on these inputs: `sites.unread` is complete after it.
@@ -397,7 +408,8 @@ class Workbench(Interventions):
         if self.tokenizer is None:
             raise CaptureError("no tokenizer is attached", hint="attach(model, tokenizer), or pass ids yourself")
         several = not isinstance(text, str)
-        encoded = dict(self.tokenizer(list(text) if several else [text], return_tensors="pt", padding=several))
+        texts = [check_text(one) for one in ([text] if isinstance(text, str) else text)]
+        encoded = dict(self.tokenizer(texts, return_tensors="pt", padding=several))
         device = device_for_inputs(self.model)
         inputs = {name: value.long().to(device) for name, value in encoded.items()}
         inputs = with_own_positions(self.model, inputs)

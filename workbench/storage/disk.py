@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from workbench.errors import FileError
+from workbench.errors import FileError, FormatError
 
 try:
     import fcntl
@@ -52,6 +52,24 @@ def writable(path: str | Path) -> Path:
             raise FileError(f"{target} is a device or a pipe, which a file would replace", hint="write to a file")
     except (OSError, ValueError) as error:  # too long, or with characters that no path may have
         raise failed(path, error) from None
+    except TypeError:
+        raise FileError(f"{path!r} is no path", hint="pass a str or a pathlib.Path") from None
+    return target
+
+
+def readable(path: str | Path) -> Path:
+    """The path of something to be read, which may not be there.
+
+    Raises:
+        FormatError: it is no path, or one that no file can have.
+    """
+    try:
+        target = Path(path)
+        target.exists()
+    except TypeError:
+        raise FormatError(f"{path!r} is no path", hint="pass a str or a pathlib.Path") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{str(path)[:100]!r} cannot be read: {getattr(error, 'strerror', error)}") from None
     return target
 
 

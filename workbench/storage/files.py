@@ -60,7 +60,7 @@ def read(path: str | Path, form: str) -> tuple[Part, dict[str, Tensor]]:
     Raises:
         FormatError: no such file, not of this form, truncated, changed since it was written, or of another version.
     """
-    path = Path(path)
+    path = disk.readable(path)
     metadata, spans = _told(path)
     if metadata.get("format") != form:
         raise FormatError(f"{path.name} is not a {form} file", hint="it was not written by this package")
@@ -127,6 +127,8 @@ def _told(path: Path) -> tuple[dict[str, str], dict[str, _Span]]:
     spans, begin = {}, _LENGTH + length
     for name, facts in listed.items():
         if name != "__metadata__":
+            if set(facts.items()) != {"dtype", "shape", "data_offsets"}:
+                raise FormatError(f"{foreign}: of {name!r} it says more than safetensors do")
             dtype = _DTYPES[facts["dtype"].one_of(_DTYPES)]
             shape = tuple(size.integer(0) for size in facts["shape"].list(_MOST_AXES))
             start, stop = (place.integer(0) for place in facts["data_offsets"].list(2, 2))

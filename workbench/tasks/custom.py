@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from workbench.errors import TaskError
+from workbench.errors import CaptureError, TaskError
+from workbench.inputs import check_text
 from workbench.tasks.base import Example, Task
 from workbench.tasks.pieces import pieces
 
@@ -76,6 +77,11 @@ def _example(
         raise TaskError(f"prompt and twin {i} are texts, not {type(prompt).__name__} and {type(twin).__name__}")
     if not answers or not wrong:
         raise TaskError(f"example {i} has no {'answer' if not answers else 'wrong answer'}")
+    for text in (prompt, twin, *answers, *wrong):
+        try:
+            check_text(text)
+        except CaptureError as error:
+            raise TaskError(f"in example {i}, {error.message}", hint=error.hint) from None
     both = set(answers) & set(wrong)
     if both:
         raise TaskError(f"example {i} calls {sorted(both)[0]!r} right and wrong")

@@ -245,7 +245,7 @@ class Keyed(nn.Module):
 
 KEYS = {
     "as they are": (lambda x: x, "positions", (N // 2,)),
-    "in another order": (lambda x: x.flip(1), "positions", (N - 1 - N // 2,)),
+    "in another order": (lambda x: x.flip(1), "moved", (N - 1 - N // 2,)),
     "after a prefix": (lambda x: torch.cat([torch.ones(2, 2, D), x], 1), "positions", (N // 2 + 2,)),
     "of neighbours": (lambda x: x + x.roll(1, 1), "positions", (N // 2, N // 2 + 1)),
     "every third": (lambda x: x[:, ::3], "pooled", ()),

@@ -92,7 +92,7 @@ def read(path: str | Path, graph: Graph | None = None) -> Read:
     Raises:
         FormatError: it is no such JSON, or of another model than `graph`.
     """
-    path = Path(path)
+    path = disk.readable(path)
     try:
         raw = path.read_bytes()
     except (OSError, ValueError) as error:  # a name with characters that no path may have is a ValueError

@@ -11,6 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.analysis.circuits import mib
+from workbench.analysis.circuits.circuit import Circuit
+from workbench.analysis.circuits.model.anatomy import find_anatomy
+from workbench.analysis.circuits.model.graph import Graph
+from workbench.analysis.circuits.model.names import head_of
 from workbench.analysis.corpus.duo_attention import write_duo_attention
 from workbench.analysis.corpus.headvis import MEANINGS, strongest_windows, write_headvis
 from workbench.analysis.corpus.measuring import SCORES
@@ -208,10 +213,7 @@ class CorpusAtlas(Result):
         """
         sequences: list[list[dict[str, Any]]] = [[] for _ in self.layers]
         if wb is not None:
-            if wb.weights_identity() != self.identity.get("model weights"):
-                raise WorkbenchError(
-                    "the atlas is of another model", hint="pass the Workbench of the model it was made of"
-                )
+            self._check_model(wb)
             heads = list(zip(self.sites, self.numbers, strict=True))
             sequences = strongest_windows(wb, heads, self.places[..., 0], self.example_ids)
         run = {
@@ -221,6 +223,52 @@ class CorpusAtlas(Result):
             "attn_implementation": str(self.provenance.get("attention_backend", "unknown")),
         }  # fmt: skip
         return write_headvis(folder, self._headvis_rows(), sequences, run)
+
+    def to_mib(self, path: str | Path, like: Circuit | Workbench, score: str = "induction", n: int = 10) -> Path:
+        """Write a score of all heads as MIB's JSON of a circuit, whose nodes have it: `a9.h6` and so on.
+
+        In the graph are the n heads that lead. MIB's form has a number for every edge, which an atlas knows nothing of:
+        they are 0, `"scored": false` as in `Circuit.to_mib`. `Circuit.from_mib` reads the file.
+
+        Args:
+            like: the model's Workbench, or a circuit of it: the form tells of all nodes and edges that there are.
+            score: as in `leading`.
+
+        Raises:
+            FileError: it cannot be written. WorkbenchError: no such score; `like` is of another model, or of one that
+                the form has no place for.
+        """
+        chosen = self.leading(score, n)
+        graph = like.graph if isinstance(like, Circuit) else self._graph_of(like)
+        names = [f"a{layer}.h{head}" for layer, head in zip(self.layers, self.numbers, strict=True)]
+        heads = [name for name in graph.senders if head_of(name) is not None]
+        if sorted(names) != sorted(heads):
+            raise WorkbenchError(
+                f"the atlas has {len(names)} heads, not those of this model's graph, of which there are {len(heads)}",
+                hint="MIB's form is that of decoders, and of one attention in each layer",
+            )
+        scores = torch.full((len(graph.senders),), torch.nan, dtype=torch.float64)
+        inside = torch.zeros(len(graph.senders), dtype=torch.bool)
+        for name, value in zip(names, self.scores[SCORES.index(score)].tolist(), strict=True):
+            scores[graph.sender_index[name]] = value
+        for layer, head in chosen:
+            inside[graph.sender_index[f"a{layer}.h{head}"]] = True
+        edges = torch.full((len(graph.senders), len(graph.receivers)), torch.nan, dtype=torch.float64)
+        return mib.write(path, graph, inside, torch.zeros_like(edges, dtype=torch.bool), scores, edges)
+
+    def _graph_of(self, wb: Workbench) -> Graph:
+        self._check_model(wb)
+        rows = self.example_ids.flatten(0, 1)
+        ids = next((row[row >= 0] for row in rows if bool((row >= 0).any())), None)
+        if ids is None:
+            raise WorkbenchError(
+                "the atlas has no example, on which the model could be run", hint="pass a circuit of it"
+            )
+        return find_anatomy(wb, {"input_ids": ids[None]}).graph
+
+    def _check_model(self, wb: Workbench) -> None:
+        if wb.weights_identity() != self.identity.get("model weights"):
+            raise WorkbenchError("the atlas is of another model", hint="pass the Workbench of the model it was made of")
 
     def _headvis_rows(self) -> list[dict[str, Any]]:
         current, entropy, distance, squared = self.totals.double() / self.entropies.sum(1).double()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.analysis.head_scores.prompts import Ids, ids_of, is_one
 from workbench.errors import CaptureError
-from workbench.inputs import context_length
+from workbench.inputs import check_text, context_length
 from workbench.session.workbench import Workbench
 
 Corpus = Path | str | Iterable[Path | Ids]
@@ -79,7 +79,7 @@ def windows_of(wb: Workbench, corpus: Corpus, frame: Frame, length: int) -> Iter
     """[length] ids of each window; what is left of the last text is no window.
 
     Raises:
-        CaptureError: a text without a tokenizer, a file that cannot be read or is no UTF-8; it is named.
+        CaptureError: a text without a tokenizer, a file that cannot be read or is no UTF-8; it is named. No corpus.
     """
     room, left = frame.room(length), torch.empty(0, dtype=torch.long)
     for one in _parts(corpus):
@@ -94,6 +94,8 @@ def _parts(corpus: Corpus) -> Iterable[Path | Ids]:
         return sorted(one for one in corpus.rglob("*") if one.is_file()) if corpus.is_dir() else [corpus]
     if isinstance(corpus, (str, Tensor)) or (isinstance(corpus, Sequence) and is_one(corpus)):
         return [corpus]
+    if not isinstance(corpus, Iterable):
+        raise CaptureError(f"a corpus is a text, a path, or several of these or of rows of ids, not {corpus!r}")
     return corpus
 
 
@@ -112,5 +114,13 @@ def _ids(wb: Workbench, one: Any) -> Tensor:
         return ids_of(wb, one).cpu()
     if wb.tokenizer is None:
         raise CaptureError("no tokenizer is attached", hint="attach(model, tokenizer), or pass ids yourself")
+    try:
+        one.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CaptureError(
+            f"a text has half a character at {error.start:,}, which no tokenizer takes: {one[error.start]!a}",
+            hint="it was not read as UTF-8; text.encode('utf-8', 'replace').decode() puts a question mark there",
+        ) from None
     quiet = {"verbose": False} if hasattr(wb.tokenizer, "backend_tokenizer") else {}  # longer than the model's context
+    check_text(one)
     return torch.tensor(list(wb.tokenizer(one, add_special_tokens=False, **quiet)["input_ids"]), dtype=torch.long)

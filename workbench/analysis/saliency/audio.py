@@ -19,9 +19,13 @@ def with_features(processor: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         inputs: may hold "audio" [sample], from −1 to 1.
 
     Raises:
-        WorkbenchError: the recording is silent, too long, not finite, of several channels, of another scale than ±1, of
-            another rate than the extractor's, or of unknown rate; or there is no extractor.
+        WorkbenchError: the inputs are no dict; the recording is silent, too long, not finite, of several channels, of
+            another scale than ±1, of another rate than the extractor's, or of unknown rate; or there is no extractor.
     """
+    if not isinstance(inputs, Mapping):
+        raise WorkbenchError(
+            f"inputs are a dict, not {type(inputs).__name__}", hint="of a text, pass wb.tokenize(text)"
+        )
     given = dict(inputs)
     extractor = getattr(processor, "feature_extractor", None)
     wanted = getattr(extractor, "sampling_rate", None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -185,9 +187,10 @@ def read_rows(folder: Path) -> StoredRows:
     """What the journal of a store tells.
 
     Raises:
-        FormatError: it is damaged, or tells of what is not there.
+        FormatError: it is damaged, tells of what is not there, or has lost what is there.
     """
-    found = StoredRows()
+    found, there = StoredRows(), _rows_there(folder)  # in this order: what is being written comes into both
+    told = Counter[str]()
     for line in lines(folder / "forwards.jsonl"):
         if (sites := line.get("model_sites")) is not None:
             unread, looked = line["unread"].list(), line.get("looked")
@@ -214,6 +217,22 @@ def read_rows(folder: Path) -> StoredRows:
         if line["sites"].items().keys() != found.shapes[name].place.keys():
             raise FormatError(f"{line.place} has other sites than {name}")
         found.rows.append(line)
+        told[name] += 1
+    for name, rows in there.items():
+        if rows > told[name] + 1:  # one more is that of a forward that was broken off
+            raise FormatError(
+                f"{name} holds {rows} forwards, and forwards.jsonl tells of {told[name]} of them",
+                hint="its lines are gone: without a copy of that file the forwards cannot be told apart",
+            )
+    return found
+
+
+def _rows_there(folder: Path) -> dict[str, int]:
+    """How many rows the arrays of each shape say that they have, where they can be asked."""
+    found: dict[str, int] = {}
+    for path in folder.glob("shape-*/*/forward/zarr.json"):
+        with suppress(FormatError):
+            found[path.parts[-4]] = _json(path)["shape"].list(1, 1)[0].integer(0, _LONGEST)
     return found
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward
 from workbench.capture.store.plan import FORM, TOKENS, VERSION, Family, Packed, json_text, take_apart
-from workbench.capture.store.reading import StoredShape, read_header, read_rows
+from workbench.capture.store.reading import StoredRows, StoredShape, read_header, read_rows
 from workbench.capture.store.tables import Tables
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, FileError, FormatError
@@ -41,27 +41,30 @@ _NONE = Part(None, "")
 class StoreWriter:
     """A store that is open to be added to, by one process at a time. Made by `open_writer`."""
 
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self.path, self._settings = path, settings
+    def __init__(self, path: Path, settings: Settings, lock: int) -> None:
+        self.path, self._settings, self._held = path, settings, os.fstat(lock)
         self._lock = threading.Lock()
         self._sites: Sites | None = None
         self._writers = Writers()
-        self._journal = Journal(path / "forwards.jsonl")
+        journal = path / "forwards.jsonl"
+        stored = read_rows(path) if journal.exists() else None  # before a line that is not whole is cut off
+        self._journal = Journal(journal)
         try:
-            self._go_on()
+            self._go_on(stored)
         except BaseException:
             self.close()
             raise
 
-    def _go_on(self) -> None:
+    def _go_on(self, stored: StoredRows | None = None) -> None:
         """Know what is there, and mend what was left half done by a killed process, an interrupt or a full disk."""
-        stored = read_rows(self.path)
+        stored = read_rows(self.path) if stored is None else stored
         self.n_forwards = len(stored.rows)
         self._vocabulary = dict(stored.vocabulary)
         self._shapes: dict[str, _Shape] = {}
         self._members: dict[str, str] = {}  # zarr's texts by path, for the root
         for name, shape in stored.shapes.items():
             made = _Shape(self.path / name, shape.families, shape.ids)
+            made.write_names()
             made.rows = [row["forward"].integer() for row in stored.rows if row["shape"].value == name]
             self._shapes[shape.key] = made
             self._members |= made.write_metadata()
@@ -86,6 +89,7 @@ class StoreWriter:
         """
         packed = take_apart(forward)
         with self._lock:
+            self._check_place()
             self._writers.wait()  # an interrupt may have left some at work
             if not self._sound:  # what was broken off, and where, only the disk knows
                 self._journal.close()
@@ -109,6 +113,18 @@ class StoreWriter:
             self._sound = True
         told = json.loads(json_text(_told(forward, index, shape.path.name, row, packed.dynamic)))
         return shape.stored.made(Part(told, "a forward"), self._vocabulary, projections)
+
+    def _check_place(self) -> None:
+        """Raise a FileError where another folder, or none, stands where this one was."""
+        try:
+            there = os.stat(self.path / LOCK)
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (self._held.st_dev, self._held.st_ino):
+            raise FileError(
+                f"{self.path.name} was moved, removed or replaced while it was being written",
+                hint="what was finished is where it was moved to; capture again with store= its new name",
+            )
 
     def _new_texts(self, forward: Forward) -> dict[int, str]:
         """The texts of tokens that were not seen before."""
@@ -173,9 +189,14 @@ class _Shape:
         for family in self.families:
             for name in ("site", "forward"):
                 (self.path / family.name / name).mkdir(parents=True, exist_ok=True)
-            _replace(self.path / family.name / "site" / "c.0", shards.texts(family.sites)[1])
+        self.write_names()
         self.path.mkdir(parents=True, exist_ok=True)
         _replace(self.path / "facts.json", json_text(packed.facts() | {"key": packed.key}).encode())
+
+    def write_names(self) -> None:
+        """Write the sites' names, which all rows share."""
+        for family in self.families:
+            _replace(self.path / family.name / "site" / "c.0", shards.texts(family.sites)[1])
 
     @cached_property
     def stored(self) -> StoredShape:
@@ -287,7 +308,7 @@ def open_writer(
             raise FormatError(f"{folder.name} is a folder, and no store", hint="give the name of a new one")
         folder.mkdir(exist_ok=True)
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with characters that no path may have is a ValueError
         raise disk.failed(folder, error) from error
     try:
         if not disk.locked(lock):
@@ -297,7 +318,7 @@ def open_writer(
         else:
             disk.write(folder / "workbench.json", json_text(header))
             disk.write(folder / "zarr.json", shards.group({"format": FORM, "version": VERSION}, {}))
-        writer = StoreWriter(folder, settings)
+        writer = StoreWriter(folder, settings, lock)
         try:
             yield writer
         finally:

@@ -50,7 +50,8 @@ class GrowingTable:
             return 0
         try:
             self._number = int(there[-1].stem)
-            held = self._parquet.read_table(there[-1]).cast(self._schema)
+            with there[-1].open("rb") as file:  # Arrow takes only names that are UTF-8
+                held = self._parquet.read_table(file).cast(self._schema)
             last = int(max(held[self._numbered].to_pylist()))
         except (self._arrow.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
             raise FormatError(
@@ -77,7 +78,8 @@ class GrowingTable:
         draft = self._folder / ".draft"
         try:
             whole = self._arrow.concat_tables(self._parts).unify_dictionaries().combine_chunks()
-            self._parquet.write_table(whole, draft, compression="zstd", compression_level=1)
+            with draft.open("wb") as file:
+                self._parquet.write_table(whole, file, compression="zstd", compression_level=1)
             os.replace(draft, target)
         except OSError as error:
             self._parts.pop()

@@ -60,9 +60,10 @@ class Writers:
         if not hasattr(self._own, "scratch"):
             self._own.scratch = Scratch()
         with open(target, "wb", buffering=0) as file:
-            left = array.encode(tensors, self._own.scratch)
-            while left:
-                left = left[file.write(left) :]
+            for piece in array.encode(tensors, self._own.scratch):
+                left = piece
+                while left:
+                    left = left[file.write(left) :]
 
 
 def _size(job: Job) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,12 @@ _ZARR = {
 _INTEGERS = {"uint16": torch.uint16, "uint8": torch.uint8}
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _ZARR}
 _CRC = 4  # bytes
+_PIECE, _PAGE = 1 << 19, 1 << 12  # bytes that are written at once, and those that the system keeps together
 _LITTLE: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
 class Scratch:
-    """Memory that rows are put together in, one after the other: fresh memory would take longer than the copies."""
+    """Memory that rows are put together in, piece after piece: fresh memory would take longer than the copies."""
 
     def __init__(self) -> None:
         self._held = np.empty(0, np.uint8)
@@ -114,25 +115,32 @@ class Array:
             "attributes": attributes, "dimension_names": list(self.dims),
         }  # fmt: skip
 
-    def encode(self, tensors: Sequence[Tensor], scratch: Scratch) -> memoryview:
-        """The file of a row, of each site's tensor (or the one that all share); it lies in `scratch` until the next."""
+    def encode(self, tensors: Sequence[Tensor], scratch: Scratch) -> Iterator[memoryview]:
+        """The file of a row, of each site's tensor (or the one that all share), piece by piece, so that what is copied
+        is still in the processor's cache when it is written. A piece lies in `scratch` until the next, and is of whole
+        pages, so that none is written twice.
+        """
         crc = need("google_crc32c", "a store").value
         n, size = max(1, self.sites) * self.heads, self.chunk_bytes
-        whole = scratch.of(n * (size + _CRC) + 16 * n + _CRC)
-        chunks = whole[: n * (size + _CRC)].reshape(n, size + _CRC)
-        at = 0
+        part = scratch.of(_PIECE + size + _CRC + _PAGE)
+        filled = 0
         for tensor in tensors:
             plain = _numbers(tensor, self.torch_dtype)
             for head in plain[None] if self.head_axis is None else np.moveaxis(plain, self.head_axis, 0):
-                raw = chunks[at, :size]
+                raw = part[filled : filled + size]
                 np.ndarray(head.shape, plain.dtype, buffer=raw)[...] = head
-                chunks[at, size:] = np.frombuffer(crc(raw).to_bytes(_CRC, "little"), np.uint8)
-                at += 1
+                filled += size + _CRC
+                part[filled - _CRC : filled] = np.frombuffer(crc(raw).to_bytes(_CRC, "little"), np.uint8)
+                if filled >= _PIECE:
+                    whole = filled - filled % _PAGE
+                    yield part[:whole].data
+                    part[: filled - whole] = part[whole:filled]
+                    filled -= whole
+        yield part[:filled].data
         index = np.empty((n, 2), "<u8")
         index[:, 0], index[:, 1] = np.arange(n, dtype="<u8") * (size + _CRC), size + _CRC
         told = index.tobytes()
-        whole[n * (size + _CRC) :] = np.frombuffer(told + crc(told).to_bytes(_CRC, "little"), np.uint8)
-        return whole.data
+        yield memoryview(told + crc(told).to_bytes(_CRC, "little"))
 
     def read(self, folder: Path, row: int, site: int, heads: Sequence[int] | None = None) -> Tensor:
         """A site's tensor of a row, or these heads of it, from no other bytes than theirs.

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.attention_pattern import AttentionPattern, pyramid
 from workbench.views.base import scales
+from workbench.views.base.given import real_numbers
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
@@ -200,7 +200,7 @@ def _matrix(thing: Any) -> _Matrix:
         return _of_atlas(thing)
     if isinstance(thing, View):
         raise ReportError(f"a {type(thing).__name__} cannot be compared", hint="patterns, atlases and matrices can")
-    values = np.asarray(thing.detach().cpu().float() if isinstance(thing, torch.Tensor) else thing, dtype=float)
+    values = real_numbers(thing, "what is compared")
     if values.ndim != 2 or 0 in values.shape:
         raise ReportError("a matrix is [row, column]", shape=values.shape)
     if max(values.shape) > LONGEST:

@@ -15,6 +15,7 @@ from workbench.analysis.statistics.intervals import means_t
 from workbench.capture.capture import Capture
 from workbench.errors import ReportError
 from workbench.hooks.sites import Kind, Site
+from workbench.views.base.given import real_numbers
 from workbench.views.head_atlas.quantities import Quantity, quantity
 
 _ALIAS = re.compile(r"(.+)\.\d+\.(attn|cross_attn)")
@@ -129,7 +130,7 @@ def frame_of(scores: Scores) -> pd.DataFrame:
             raise ReportError(f"the scores have no column {sorted(missing)[0]!r}", hint="layer, head, value")
         frame = scores
     else:
-        array = np.asarray(scores.detach().cpu() if isinstance(scores, torch.Tensor) else scores, dtype=float)
+        array = real_numbers(scores, "a score")
         if array.ndim != 2:
             raise ReportError("scores as an array are [layer, head]", shape=array.shape)
         layers, heads = np.indices(array.shape)

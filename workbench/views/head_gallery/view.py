@@ -14,6 +14,7 @@ from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.attention_pattern.pyramid import dequantise
 from workbench.views.base import scales
+from workbench.views.base.given import real_numbers
 from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec
 from workbench.views.base.view import View
@@ -238,7 +239,7 @@ def head_gallery(
             selection=selection,
             inputs=None if wall.tokens[0] is None else inputs_of(wall.tokens[0]),
         )
-    values = np.asarray(maps, dtype=np.float32)
+    values = real_numbers(maps, "maps").astype(np.float32)
     if heads is None or axes is None or values.ndim != 3 or values.size == 0 or len(values) != len(heads):
         raise ReportError("maps are [head, row, column], as many as heads, at least one, with axes", shape=values.shape)
     return _made(
@@ -278,7 +279,7 @@ def _made(
     for name, column in {"labels": named, "sites": sites, "said": said}.items():
         if column is not None and len(column) != n:
             raise ReportError(f"there are {n} heads and {len(column)} {name}")
-    found = {visible(name): np.asarray(given, dtype=np.float64) for name, given in (numbers or {}).items()}
+    found = {visible(name): real_numbers(given, name) for name, given in (numbers or {}).items()}
     for name, array in found.items():
         if array.shape != (n,):
             raise ReportError(f"there are {n} heads, and another number of {name}", shape=array.shape)

@@ -27,7 +27,7 @@ def _view_of_head_importance(importance: HeadImportance) -> View:
     several = len(importance.measures) > 1
     if len(set(importance.sites)) == len(set(importance.layers)):
         table = table.drop(columns="site")  # the layer tells the site, in this view as in others
-    kinds = set(importance.kinds)
+    kinds = set(importance.kinds) - {"cross"} or {"cross"}  # which its alias tells
     where = [name for name in ("site", "layer", "number", "score", "low", "high") if name in table]
     scores: dict[str, Any] = {
         f"{method}, {measure}" if several else str(method): rows[where].rename(
@@ -44,7 +44,7 @@ def _view_of_head_importance(importance: HeadImportance) -> View:
             + _intervals(importance)
         ),
         signed=True,
-        kind=cast("Kind", kinds.pop()) if len(kinds) == 1 else "self",
+        kind=cast("Kind", kinds.pop() if len(kinds) == 1 else "mixed"),
         provenance=importance.provenance,
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import scales
+from workbench.views.base.given import check_texts, real_numbers
 from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
@@ -101,7 +102,8 @@ def token_strip(
         signed: colours run around zero; found from the values if None.
 
     Raises:
-        ReportError: no token, or another number of values than of tokens.
+        ReportError: no token, or another number of values than of tokens; tokens that are no texts, values that are no
+            real numbers.
 
     >>> token_strip([" a", "b"], [0.5, 1.0], label="received").data()
        position token  received
@@ -111,11 +113,11 @@ def token_strip(
     channels = values if isinstance(values, Mapping) else {label: values}
     if not len(tokens):
         raise ReportError("there are no tokens to show")
-    found = {name: np.asarray(channel, dtype=np.float64) for name, channel in channels.items()}
+    found = {name: real_numbers(channel, name) for name, channel in channels.items()}
     for name, channel in found.items():
         if channel.shape != (len(tokens),):
             raise ReportError(f"{name} has another shape than the {len(tokens)} tokens", shape=channel.shape)
-    shown = [visible(token) for token in tokens]
+    shown = [visible(token) for token in check_texts(tokens)]
     facts = {
         "tokens": shown,
         "channels": [
