@@ -100,7 +100,8 @@ def workers_killed(work: dict[str, range], address: str | None) -> Iterator[Kill
         for name, left in work.items():
             want = WORK[name](wb, task, progress=False)
             for turn in left:
-                before, ends = workers.lost, Ends(Path(folder, f"{name} {turn}"), 1 + turn % 4)
+                at = 1 if name == "corpus" else 1 + turn % 4  # of two windows, a worker may see but one
+                before, ends = workers.lost, Ends(Path(folder, f"{name} {turn}"), at)
                 hook = wb.model.transformer.ln_f.register_forward_hook(ends)
                 try:
                     same(want, WORK[name](wb, task, engine=workers, progress=False))
