@@ -319,7 +319,8 @@ def _playground(tokens: tuple[str, ...]) -> Playground:
     from workbench import views
 
     wb = attach(_gpt2(2, 3, len(tokens)), _Words(tokens))
-    return views.playground(wb, "".join(tokens)).ablate("L1H2").ablate("L0H1", 5).ablate("L0H0", 6, 2)
+    text = "".join(tokens).encode(errors="replace").decode()  # has whole characters only, unlike tokens
+    return views.playground(wb, text).ablate("L1H2").ablate("L0H1", 5).ablate("L0H0", 6, 2)
 
 
 def circuit(graph: Graph, kept: int, level: str = "edge", *, task: str = "ioi", seed: int = 0) -> Circuit:
