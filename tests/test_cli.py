@@ -209,10 +209,14 @@ def test_what_is_under_way_is_said_and_nothing_else(tmp_path: Path, whisper: Pat
         (["report", "--model", "demo-lm", "--text", ""], "empty"),
         (["report", "--model", "demo-lm", "--text", "the " * 200], "200 tokens, the model's context 128"),
         (["report", "--model", "demo-lm", "--text", "@absent"], "there is no file absent"),
-        (["report", "--model", "demo-lm", "--text", "the", "--out", "no/such/page.html"], "Hint"),
+        (["report", "--model", "demo-lm", "--text", "@" + "x" * 5000], "cannot be read"),
+        (["report", "--model", "x" * 5000, "--text", "a"], "nor a local folder"),
+        (["report", "--model", "demo-lm", "--text", "the", "--layers", "9" * 5000], "are no layers"),
+        (["report", "--model", "demo-lm", "--text", "the", "--device", "meta"], "no values"),
+        (["investigate", "--model", "absent", "--out", "no/such/page.html"], "there is no folder no/such"),
         (["check", "absent.html"], "absent.html"),
     ],
-    ids=["model", "empty", "long", "file", "folder", "page"],
+    ids=["model", "empty", "long", "file", "path", "name", "digits", "device", "folder", "page"],
 )
 def test_errors_are_one_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
@@ -220,7 +224,17 @@ def test_errors_are_one_message(
     assert run(monkeypatch, *arguments) == 1
     shown = capsys.readouterr().err
     assert message in shown
+    assert "Hint: " in shown
     assert "Traceback" not in shown
+
+
+def test_a_prompt_that_is_no_utf8_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_bytes(b"cat \xff")
+    assert run(monkeypatch, "verify", "--model", "demo-lm", "--text", f"@{prompt}") == 1
+    assert "no text in UTF-8: byte 4" in capsys.readouterr().err
 
 
 def test_investigate_keeps_to_its_budget_and_writes_a_page(

@@ -55,8 +55,19 @@ def _root(
     pass
 
 
+def _free(out: Path) -> Path:
+    """Where a page can be written, known before minutes go by that would be lost."""
+    from workbench.storage.disk import writable
+
+    writable(out)
+    return out
+
+
+_Out = Annotated[Path, typer.Option(help="The page to write.", callback=_free)]
+
+
 @app.command(epilog="workbench demo --out demo.html")
-def demo(out: Annotated[Path, typer.Option(help="The page to write.")] = Path("demo.html")) -> None:
+def demo(out: _Out = Path("demo.html")) -> None:
     """Show on the small models that ship with the package what the workbench finds, and write a page."""
     from workbench.demo import build
 
@@ -65,7 +76,7 @@ def demo(out: Annotated[Path, typer.Option(help="The page to write.")] = Path("d
 
 @app.command(epilog="workbench gallery --only sqa:mha,moh --out gallery.html")
 def gallery(
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("gallery.html"),
+    out: _Out = Path("gallery.html"),
     only: Annotated[str, typer.Option(help="Names of mechanisms apart by commas; all by default.")] = "",
 ) -> None:
     """Show the mechanisms of papers side by side, each with the heads of the small model that ships of it."""
@@ -98,7 +109,7 @@ def report(
     text: _Text = None,
     image: _Image = None,
     audio: _Audio = None,
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    out: _Out = Path("report.html"),
     statistics: Annotated[str, typer.Option(help="Names apart by commas; the usual ones by default.")] = "",
     layers: Annotated[str, typer.Option(help="Numbers apart by commas; all by default.")] = "",
     device: _Device = None,
@@ -153,7 +164,7 @@ def verify(
 def investigate(
     model: _Model,
     task: Annotated[str, typer.Option(help="A task that ships, such as ioi or induction.")] = "ioi",
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("investigation.html"),
+    out: _Out = Path("investigation.html"),
     prompts: Annotated[int, typer.Option(help="Half of them find, the other half confirms.")] = 32,
     known: Annotated[str, typer.Option(help="Tasks to compare with, apart by commas.")] = "",
     forwards: Annotated[int, typer.Option(help="Examples that may run through the model.")] = 20_000,
@@ -201,13 +212,22 @@ def _example(model: str, text: str | None, image: Path | None, audio: Path | Non
     from workbench.report.example import Example
 
     if text is not None and text.startswith("@"):
-        path = Path(text[1:])
-        if not path.is_file():
-            raise CaptureError(f"there is no file {path}", hint="--text @FILE reads the prompt from a file")
-        text = path.read_text(encoding="utf-8")
+        text = _read(text[1:])
     example = Example(text, image, audio, model)
     _ = example.kind  # an error, before the model is loaded
     return example
+
+
+def _read(name: str) -> str:
+    path = Path(name)
+    try:
+        if not path.is_file():
+            raise CaptureError(f"there is no file {path}", hint="--text @FILE reads the prompt from a file")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CaptureError(f"{path} is no text in UTF-8: byte {error.start}", hint="save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise CaptureError(f"{name[:100]!r} cannot be read: {error}"[:300], hint="check the path") from None
 
 
 def _task(name: str, prompts: int, seed: int) -> Task:
@@ -241,8 +261,8 @@ def _names(text: str) -> list[str]:
 
 def _numbers(text: str) -> list[int] | None:
     names = _names(text)
-    if not all(name.isdecimal() for name in names):
-        raise CaptureError(f"{text!r} are no layers", hint="--layers 0,1,2")
+    if not all(name.isdecimal() and len(name) < 100 for name in names):
+        raise CaptureError(f"{text[:100]!r} are no layers", hint="--layers 0,1,2")
     return [int(name) for name in names] or None
 
 

@@ -86,7 +86,7 @@ def load(name: str | Path) -> tuple[PreTrainedModel, Any]:
 
         return _load_from(_SHIPPED / name, dtype=torch.float32, use_safetensors=True)
     folder = Path(name)
-    if folder.is_dir():
+    if _is_folder(folder):
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"the folder {str(folder)!r} has no config.json, so it is not a Hugging Face model",
@@ -141,6 +141,8 @@ def place(model: PreTrainedModel, device: str | None, dtype: str | None) -> PreT
     from torch import nn
 
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if device is not None and device.partition(":")[0] == "meta":
+        raise ModelError(f"on {device!r} a model has shapes and no values", hint='"cpu"')
     if dtype is not None and dtype not in kinds:
         raise ModelError(f"no dtype is called {dtype!r}", hint=nearest(dtype, list(kinds), "dtype"))
     try:
@@ -149,6 +151,13 @@ def place(model: PreTrainedModel, device: str | None, dtype: str | None) -> PreT
         there = "cuda" if torch.cuda.is_available() else "cpu"
         raise ModelError(f"the model cannot be put on {device!r}: {_first_line(error)}", hint=f'"{there}"') from error
     return model
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # longer than any path
+        return False
 
 
 def _cards() -> list[Path]:

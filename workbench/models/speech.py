@@ -72,7 +72,7 @@ def digit_pairs(n: int, *, seed: int = 0, name: str = "demo-s2t") -> InputTask:
     folder = _folder(name)
     extractor, tokenizer = AutoFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if n < 1:
-        raise TaskError(f"a task needs at least 1 example, not {n}")
+        raise TaskError(f"a task needs at least 1 example, not {n}", hint="such as 32")
     made = pairs(n, seed=seed)
 
     def features(which: int) -> Tensor:

@@ -34,7 +34,8 @@ def writable(path: str | Path) -> Path:
     """The path, if a file can stand there; of a symbolic link, where it leads.
 
     Raises:
-        FileError: its folder does not exist, it is a folder itself, or something else that is no file.
+        FileError: its folder does not exist or is closed to writing, it is a folder itself, or something else that is
+            no file.
     """
     try:
         target = Path(path)
@@ -50,6 +51,8 @@ def writable(path: str | Path) -> Path:
             raise FileError(f"{target} is a folder", hint="add the name of a file")
         if target.exists() and not target.is_file():
             raise FileError(f"{target} is a device or a pipe, which a file would replace", hint="write to a file")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError) as error:  # too long, or with characters that no path may have
         raise failed(path, error) from None
     except TypeError:
@@ -69,7 +72,9 @@ def readable(path: str | Path) -> Path:
     except TypeError:
         raise FormatError(f"{path!r} is no path", hint="pass a str or a pathlib.Path") from None
     except (OSError, ValueError) as error:
-        raise FormatError(f"{str(path)[:100]!r} cannot be read: {getattr(error, 'strerror', error)}") from None
+        raise FormatError(
+            f"{str(path)[:100]!r} cannot be read: {getattr(error, 'strerror', error)}", hint="check the path"
+        ) from None
     return target
 
 

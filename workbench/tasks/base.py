@@ -322,7 +322,7 @@ def _pads_left(tokenizer: Any, side: str | None, encoded: bool) -> bool:
 def check_common(n: int, split: str) -> None:
     """Refuse a number of examples below 1 and an unknown split."""
     if n < 1:
-        raise TaskError(f"a task needs at least 1 example, not n={n}")
+        raise TaskError(f"a task needs at least 1 example, not n={n}", hint="such as 32")
     check_choice("split", split, get_args(Split))
 
 
