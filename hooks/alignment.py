@@ -33,7 +33,7 @@ class Alignment:
         if told or call.finish is not None or call.v.dim() != 4:
             return call
         by_contract = getattr(call.module, "is_causal", call.tap == "registry")
-        n_queries, n_keys = _sizes(call)
+        n_queries, n_keys = call.lengths
         if n_queries == n_keys:
             self._known.add(call.site)
         if by_contract or n_queries == n_keys:
@@ -59,7 +59,7 @@ class Place:
 
     def _find(self) -> int | None:
         call = self._call
-        n_queries, n_keys = _sizes(call)
+        n_queries, n_keys = call.lengths
         last = _last_seen(call)  # of each query
         if n_queries > n_keys:
             return None
@@ -78,11 +78,6 @@ class Place:
         return None
 
 
-def _sizes(call: AttentionCall) -> tuple[int, int]:
-    of_queries = call.q if call.weights is None else call.weights
-    return (1 if of_queries is None else of_queries.shape[-2]), call.v.shape[-2]
-
-
 def _last_seen(call: AttentionCall) -> Tensor | None:
     """[query] the last key that each sees in any example and head; None if nothing is hidden, or a query sees none."""
     if call.weights is not None:
@@ -92,7 +87,7 @@ def _last_seen(call: AttentionCall) -> Tensor | None:
     else:
         mask = as_four(call.mask.detach())
         shown = mask if mask.dtype == torch.bool else mask > hidden_below(mask.dtype)
-    n_queries, n_keys = _sizes(call)
+    n_queries, n_keys = call.lengths
     seen = shown.flatten(0, -3).any(0).expand(n_queries, n_keys)
     last = torch.where(seen, torch.arange(n_keys, device=seen.device), -1).amax(-1)
     return None if bool((last < 0).any()) or bool((last == n_keys - 1).all()) else last
