@@ -58,7 +58,8 @@ class Recorder:
 
     `engines` names what streamed the statistics: "torch", "native" (C++), "triton"; `compiled` says what became of the
     graphs of compiled code (`AttentionCall.compiled`); `refused` says, by site, why none of its calls were kept,
-    `unrecorded` how many were not, and why.
+    `unrecorded` how many were not, and why; `called` has the sites that made calls, wanted or not, `idle` those whose
+    module has run in some forward without one.
     """
 
     model: nn.Module
@@ -72,6 +73,8 @@ class Recorder:
     compiled: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     unrecorded: dict[str, Unrecorded] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
+    idle: set[str] = field(default_factory=set)
     gradients: GradientWatch = field(default_factory=GradientWatch)
     arena: Arena = field(default_factory=Arena)
     pending: Pending = field(default_factory=Pending)
@@ -169,6 +172,7 @@ class Recorder:
     def _end(self, thread: int) -> None:
         running = self._running.pop(thread, None)
         self.outputs.end(thread)
+        self.idle.update(self._entered.get(thread, {}).keys() & {site.name for site in self.sites})
         if running is None:
             return
         now = self._now()
@@ -258,11 +262,12 @@ class Recorder:
                 hint="leave the site out: sites=, or capture without gradients=True",
             )
         seen = self._now()
+        entered = self._entered.get(thread, {}).pop(call.site, None)
+        self.called.add(call.site)
         known = self._site(call)
         if self.settings.sites is not None and known.path not in self.settings.sites:
             return
         device, grad_is_on = call.v.device.type, torch.is_grad_enabled()
-        entered = self._entered.get(thread, {}).pop(call.site, None)
         # The user may run under inference_mode or autocast; the statistics must be ordinary tensors in full precision.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             unchecked = set()

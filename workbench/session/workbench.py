@@ -43,7 +43,7 @@ from workbench.session.open_contexts import OpenContexts
 from workbench.session.recorder import Recorder, SiteChoice, choose
 from workbench.session.row_watch import RowWatch, Step
 from workbench.session.verification import Verification, verify_model
-from workbench.session.what_fired import check_fired, readable
+from workbench.session.what_fired import check_fired, readable, with_idle
 from workbench.storage.provenance import describe
 from workbench.storage.weights import WeightsThen, latest_hash
 from workbench.tokens import piece
@@ -110,7 +110,7 @@ def attach(
         raise AttachError(
             f"no attention was found in {type(model).__name__}",
             hint="nothing in the code of its modules calls an attention kernel or multiplies a softmax with values; "
-            "if it does so in a hidden way, attach with check=False",
+            "if it does so in a hidden way, attach with check=False; wb.look(**inputs) then lists all that mixes tokens",
         )
     stated = {sites.find(name).name if check else name: text for name, text in (layout or {}).items()}
     for text in stated.values():
@@ -255,7 +255,9 @@ class Workbench(Interventions):
                     recorder.finish()
                 finally:
                     recorder.gradients.close()
-                self.sites = capture.model_sites = readable(self._inner, self._layouts, recorder.sites)
+                told = readable(self._inner, self._layouts, recorder.sites)
+                told = with_idle(self._inner, told, recorder.idle, {*recorder.called, *recorder.unrecorded})
+                self.sites = capture.model_sites = told
                 how = {"statistics_engine": ", ".join(sorted(recorder.engines))}
                 how |= whose_bits(recorder.compiled, eager=self._doors.are_open)
                 provenance |= how
