@@ -29,11 +29,12 @@ from workbench.hooks.compiled.watched import Watched
 from workbench.hooks.finding import site_name
 from workbench.hooks.forwards import check_plain
 from workbench.hooks.kernel_watch import LseWatch
-from workbench.hooks.layouts import UNKNOWN, Layouts, learn
+from workbench.hooks.layouts import Layouts
 from workbench.hooks.linear import projected
 from workbench.hooks.listener import Listener
 from workbench.hooks.narrow import UNWATCHED, Narrow
 from workbench.hooks.paged import PagedKeys
+from workbench.hooks.placing import UNKNOWN, learn
 from workbench.hooks.readers import Reader, before_reading, check_gradients, in_place_of, read_module, reader_of
 from workbench.hooks.running import ThreadRun
 from workbench.hooks.sdpa import FunctionTap

@@ -10,7 +10,8 @@ from torch import nn
 from workbench.capture.capture import Capture
 from workbench.capture.settings import Settings
 from workbench.errors import CaptureError
-from workbench.hooks.layouts import STATE_IT, Layouts
+from workbench.hooks.layouts import Layouts
+from workbench.hooks.placing import STATE_IT
 from workbench.hooks.sites import Sites, Unread, without
 from workbench.session.compiled_models import unseen_in
 
