@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import workbench
 from support.tiny import family, make
 from workbench import Capture, CaptureError
-from workbench.session import keeping
+from workbench.session import call_recorder, keeping
 from workbench.session.keeping import Landing
 
 PADDED, GATED = family("llama-left-padded"), family("gpt2")
