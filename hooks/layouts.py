@@ -65,11 +65,12 @@ class Layouts(Placing):
                 settled.append((one, call))
         return settled
 
-    def saw_made(self, given: Tensor) -> None:
-        """A linear function gave this, of which values may be a part."""
+    def saw_made(self, given: Tensor, made: Tensor) -> None:
+        """A linear function was given this, and made that of it, of which values may be a part."""
         run = self._runs.get(threading.get_ident())
-        if run is not None and given.is_floating_point() and given.dim() > 1:
-            run.made.append(here(given.detach()))
+        if run is not None and made.is_floating_point() and made.dim() > 1:
+            run.made.append(here(made.detach()))
+            run.given.append(here(given.detach()))
 
     def saw_linear(self, p: Tensor) -> list[tuple[Waiting, AttentionCall | str]]:
         """A linear function is about to be applied to `p` [..., feature].

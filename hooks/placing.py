@@ -248,7 +248,7 @@ class Placing:
     def aligned(self, call: AttentionCall) -> AttentionCall:
         """The call with what tells where its queries stand among its keys."""
         run = self._runs.get(threading.get_ident())
-        return self._alignment.of(call, () if run is None else run.made)
+        return self._alignment.of(call, () if run is None else list(zip(run.given, run.made, strict=True)))
 
     def known(self, site: str) -> Known | None:
         """What is known of the first call of a site."""

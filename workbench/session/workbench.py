@@ -234,8 +234,9 @@ class Workbench(Interventions):
             InterventionError: no such head. CaptureError: no call of a chosen head was seen, or one cannot be told.
 
         >>> import torch
+        >>> import workbench
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
-        >>> with attach(model) as wb, wb.watch_rows("L0H2", lambda step: print(list(step.rows["L0H2"].shape))):
+        >>> with workbench.attach(model) as wb, wb.watch_rows("L0H2", lambda step: print(list(step.rows["L0H2"].shape))):
         ...     _ = model(torch.randn(2, 5, 16))
         [2, 5]
         """
