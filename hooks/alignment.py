@@ -70,7 +70,7 @@ def is_moved(call: AttentionCall, made: Sequence[tuple[Tensor, Tensor]]) -> bool
             if query is None or value is None:
                 continue
             (asked, rows), (read, there) = query, value
-            if asked.shape[-1] != read.shape[-1] or asked.dtype != read.dtype:
+            if asked.shape[-1] != read.shape[-1] or (asked.dtype, asked.device) != (read.dtype, read.device):
                 continue
             same = (read == asked[rows[0]]).all(-1)  # rows that hold what the query comes from
             if bool(same.any()) and not bool(same[there].any()):

@@ -19,7 +19,7 @@ from workbench.hooks.written_out import Follower, WrittenOut
 
 OnSdpa = Callable[[dict[str, Any], Tensor, LseWatch], Tensor | None]
 OnKernel = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], Tensor | None]
-OnLinear = Callable[[Any, Sequence[Any]], bool]
+OnLinear = Callable[[Any, Sequence[Any]], Tensor | None]
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _COMPOSITE = torch.nn.functional.multi_head_attention_forward
