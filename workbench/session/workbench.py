@@ -236,9 +236,9 @@ class Workbench(Interventions):
         >>> import torch
         >>> import workbench
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
-        >>> with workbench.attach(model) as wb, wb.watch_rows("L0H2", lambda step: print(list(step.rows["L0H2"].shape))):
+        >>> with workbench.attach(model) as wb, wb.watch_rows("L0H2", lambda step: print(step.rows["L0H2"].shape)):
         ...     _ = model(torch.randn(2, 5, 16))
-        [2, 5]
+        torch.Size([2, 5])
         """
         self.check_ready()
         watch = RowWatch(self._inner, self.sites, parse_heads(self.sites, heads), tell, self._contexts.checked)
