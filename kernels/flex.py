@@ -70,8 +70,8 @@ class FlexPlan:
 
     def to(self, device: torch.device) -> FlexPlan:
         """The plan with its tensors on a device; those of the mask's function have to be there already."""
-        moved = {name: x if isinstance(x, int | None) else x.to(device) for name, x in vars(self).items()}
-        return replace(self, **moved)
+        queries, keys, places = (None if x is None else x.to(device) for x in (self.queries, self.keys, self.places))
+        return replace(self, mask=self.mask.to(device), queries=queries, keys=keys, places=places)
 
 
 def block_mask(seen: Tensor, whole: Tensor, mask_mod: Callable[..., Tensor], lengths: tuple[int, int]) -> Any:

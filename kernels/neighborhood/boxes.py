@@ -160,11 +160,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _shared(seen: Tensor, sizes: Tensor) -> Tensor:
     """[box] the block of each: first with boxes that meet much of what it meets, then with any that leave room."""
-    for least in (1, 0):
-        group = _joined(seen, sizes, least)
-        seen, sizes = _any(seen, group), torch.zeros(int(group.max()) + 1, dtype=torch.long).index_add(0, group, sizes)
-        before = group if least else group[before]
-    return before
+    group = _joined(seen, sizes, least=1)
+    sizes = torch.zeros(int(group.max()) + 1, dtype=torch.long).index_add(0, group, sizes)
+    return _joined(_any(seen, group), sizes, least=0)[group]
 
 
 def _joined(seen: Tensor, sizes: Tensor, least: int) -> Tensor:
