@@ -32,12 +32,18 @@ class FlexPlan:
         keys: [layout, place] the key at each place, −1 for padding; kv heads are split evenly among the layouts. None
             if all are where they were.
         places: [query] where each query lies; None as for `queries`.
+        fewest: so many pairs of blocks are visited in any order of tokens; None if that is not known.
     """
 
     mask: Any
     queries: Tensor | None
     keys: Tensor | None
     places: Tensor | None
+    fewest: int | None = None
+
+    def __repr__(self) -> str:
+        least = "" if self.fewest is None else f"; no order of tokens needs fewer than {self.fewest:,}"
+        return f"FlexPlan({self.n_visited:,} pairs of blocks of {BLOCK} visited{least})"
 
     @property
     def n_visited(self) -> int:
@@ -65,8 +71,8 @@ class FlexPlan:
 
     def to(self, device: torch.device) -> FlexPlan:
         """The plan with its tensors on a device; those of the mask's function have to be there already."""
-        moved = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
-        return replace(self, **moved)
+        queries, keys, places = (None if x is None else x.to(device) for x in (self.queries, self.keys, self.places))
+        return replace(self, mask=self.mask.to(device), queries=queries, keys=keys, places=places)
 
 
 def block_mask(seen: Tensor, whole: Tensor, mask_mod: Callable[..., Tensor], lengths: tuple[int, int]) -> Any:
