@@ -36,9 +36,9 @@ def here() -> tuple[int, int]:
 
 def patience_of(group: Any = None) -> float:
     """Seconds that a group's processes wait for one another: what `init_process_group(timeout=…)` says, or 50."""
-    import torch.distributed.distributed_c10d as c10d
+    from torch.distributed.constants import default_pg_nccl_timeout, default_pg_timeout
 
-    usual = {c10d.default_pg_timeout, c10d.default_pg_nccl_timeout}  # of gloo, and of NCCL
+    usual = {default_pg_timeout, default_pg_nccl_timeout}  # of gloo, and of NCCL
     for one in (group, None):
         asked = {backend.options._timeout for backend in backends(one)} - usual
         if asked:

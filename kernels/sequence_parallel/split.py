@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -195,7 +196,7 @@ class SplitSequence:
 
     def _begun(self, what: str, send: Callable[[], Any]) -> Callable[[], None]:
         """Begin an operation; what is given waits for it."""
-        works = self._done(what, lambda: (roll.enter(), send())[1])
+        works = self._done(what, partial(_entered, send))
         several = works if isinstance(works, list) else [works]
         again = not isinstance(works, list) and torch.device(self.device).type == "cpu"
 
@@ -229,6 +230,11 @@ class SplitSequence:
             known = dict(zip(ranks, self.members, strict=True)) if self.members else {}
             who = roll.absent(what, ranks, known, self.patience) or "another process of the group"
             raise CaptureError(f"{who} did not answer: {said}", hint=roll.HINT) from error
+
+
+def _entered(send: Callable[[], Any]) -> Any:
+    roll.enter()
+    return send()
 
 
 def _called(name: str, tensor: Tensor) -> str:
