@@ -206,7 +206,7 @@ def embedded(table: nn.Module, ids: Tensor) -> Tensor:
     """What a table of embeddings gives for ids; where FSDP has cut its weights, all processes call it at once."""
     cut = {name: p for name, p in table.named_parameters() if type(p).__name__ == "DTensor"}
     if cut and not (table._forward_pre_hooks or table._forward_hooks):  # those of tensor parallelism know their part
-        whole = {name: p.full_tensor() for name, p in cut.items()}  # type: ignore[operator]
+        whole = {name: p.full_tensor() for name, p in cut.items()}  # type: ignore[attr-defined]
         found: Tensor = torch.func.functional_call(table, whole, (ids,))
     else:
         found = table(ids)
