@@ -27,7 +27,7 @@ from workbench.workers.engine import Engine, opened
 from workbench.workers.protocol import Job
 
 _SAVE_EVERY = 30.0  # seconds
-_PARTS = 32  # units of work for each worker, where there are so many, so that none is idle long at the end
+_PARTS = 8  # units of work for each worker, where there are so many, so that none is idle long at the end
 
 
 def run_sweep(

@@ -51,14 +51,9 @@ class Queue:
         """Whether a unit waits that was put back."""
         return bool(self._again)
 
-    @property
-    def n_known(self) -> int:
-        """How many units are known to wait; none where they are not in groups."""
-        return sum(map(len, self._groups.values()))
-
-    def put_back(self, number: int, unit: Any, worker: int, *, begun: bool = True) -> int:
-        """A unit that was not done comes first; how often it has been put back after it was begun."""
+    def put_back(self, number: int, unit: Any, worker: int) -> int:
+        """A unit that was not done comes first; how often it has been put back."""
         self._again.append((number, unit))
         self._of_worker.pop(worker, None)
-        self._tries[number] += begun
+        self._tries[number] += 1
         return self._tries[number]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -142,7 +142,7 @@ class _Flight:
         self.owner, self.cluster, self.work, self.queue = owner, cluster, work, queue
         self.in_order, self.retries = in_order, retries
         self.idle = deque(range(len(cluster.workers())))
-        self.flying: dict[Any, tuple[int, int, Any]] = {}  # by reference: worker, number and unit; as they were sent
+        self.flying: dict[Any, tuple[int, int, Any]] = {}  # by reference: worker, number and unit
         self.done: dict[int, tuple[Any, Any]] = {}
         self.next = 0
         # Workers in the place of lost ones, and what tells that they are there.
@@ -184,75 +184,39 @@ class _Flight:
         return [one for one in ready if one in self.flying]
 
     def _give_out(self) -> bool:
-        """Give idle workers something to do; whether anything is under way.
-
-        Where enough is left for all, each also has the next unit at hand, and begins it without asking.
-        """
-        n = len(self.cluster.workers())
-        while self.idle and not (self.in_order and len(self.done) >= _AHEAD * n and not self.queue.put_back_any):
-            if not self._send(self.idle[0]):
+        """Give idle workers something to do; whether anything is under way."""
+        most = _AHEAD * len(self.cluster.workers())
+        while self.idle and not (self.in_order and len(self.done) >= most and not self.queue.put_back_any):
+            worker = self.idle[0]
+            found = self.queue.take(worker)
+            if found is None:
                 break
             self.idle.popleft()
-        waiting = Counter(worker for worker, *_ in self.flying.values())
-        for worker, several in waiting.items():
-            plenty = self.queue.n_known >= _AHEAD * n and not self.queue.put_back_any
-            if plenty and several == 1 and worker not in self.starting:
-                self._send(worker)
-        return bool(self.flying)
-
-    def _send(self, worker: int) -> bool:
-        """Send a worker a unit; whether there was one."""
-        found = self.queue.take(worker)
-        if found is not None:
             number, unit = found
             self.flying[self.cluster.workers()[worker].run.remote(*self.work, unit)] = worker, number, unit
-        return found is not None
+        return bool(self.flying)
 
     def _take(self, reference: Any) -> None:
-        if reference not in self.flying:  # of a worker that was lost with another unit
-            return
+        worker, number, unit = self.flying.pop(reference)
         try:
             result = self.cluster.ray.get(reference)
         except self.cluster.ray.exceptions.RayError as error:
-            self._lose(self.flying[reference][0], error)
-        else:
-            self._keep(reference, result)
-
-    def _keep(self, reference: Any, result: Any) -> None:
-        worker, number, unit = self.flying.pop(reference)
-        if all(worker != other for other, *_ in self.flying.values()):
+            tries = self.queue.put_back(number, unit, worker)
+            self.owner.lost += 1
+            if tries > self.retries:
+                raise WorkbenchError(
+                    f"a worker was lost {tries} times over the same unit of work: {_first_line(error)}",
+                    hint="out of memory? give workers more with RayWorkers(memory=…), or start fewer of them",
+                ) from error
+            self.starting[worker] = self.cluster.replace(worker)
             self.idle.append(worker)
+            return
+        self.idle.append(worker)
         self.starting.pop(worker, None)
         if isinstance(result, Raised):
             result.error.add_note(f"It was raised in a worker of Ray:\n{result.where}")
             raise result.error
         self.done[number] = unit, result
-
-    def _lose(self, worker: int, error: Exception) -> None:
-        """Begin another worker in the place of a lost one, and put back what that had and has not done.
-
-        Raises:
-            WorkbenchError: the unit that it was at has been begun too often.
-        """
-        self.owner.lost += 1
-        starts, tries = self.cluster.replace(worker), 0
-        for reference in [one for one, (other, *_) in self.flying.items() if other == worker]:
-            try:
-                result = self.cluster.ray.get(reference)
-            except self.cluster.ray.exceptions.RayError:
-                _, number, unit = self.flying.pop(reference)
-                begun = self.queue.put_back(number, unit, worker, begun=not tries)  # only the first one was
-                tries = tries or begun
-            else:
-                self._keep(reference, result)
-        if tries > self.retries:
-            raise WorkbenchError(
-                f"a worker was lost {tries} times over the same unit of work: {_first_line(error)}",
-                hint="out of memory? give workers more with RayWorkers(memory=…), or start fewer of them",
-            ) from error
-        self.starting[worker] = starts
-        if worker not in self.idle:
-            self.idle.append(worker)
 
 
 def _first_line(error: BaseException) -> str:
