@@ -53,7 +53,7 @@ _SHAPED: dict[tuple[str, Kind, bool, int], list[Choice]] = {
     ("cuda", "columns", True, 64): [(64, 64, 8, 2)],
     ("cuda", "columns", True, 128): [(64, 64, 8, 2), (64, 32, 4, 2)],
     ("cuda", "columns", False, 128): [(32, 32, 8, 2)],
-    ("cuda", "top", False, 64): [(32, 32, 8, 2)],
+    ("cuda", "top", False, 64): [(32, 32, 4, 2)],
     ("cuda", "top", False, 128): [(32, 32, 4, 2)],
     ("cuda", "top", True, 64): [(64, 64, 8, 2), (64, 32, 4, 2)],
     ("cuda", "top", True, 128): [(64, 64, 8, 2), (64, 32, 4, 2)],
