@@ -6,7 +6,9 @@ import gc
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +70,26 @@ def test_what_is_gone_is_given_back() -> None:
     arena.copy(torch.rand(1 << 25))  # the arena itself holds on to its last block only
     gc.collect()
     assert resident() - before < 0.6 * held
+
+
+@pytest.mark.parametrize("kept_by", [lambda t: t[1:], lambda t: t.numpy()[1:], lambda t: torch.from_dlpack(t)])
+def test_a_block_is_filled_again_once_nothing_lies_in_it(kept_by: Callable[[torch.Tensor], Any]) -> None:
+    arena, given = Arena(), torch.rand(300, 300)
+    first = [arena.copy(given) for _ in range(3)]
+    at = first[0].data_ptr()
+    held = kept_by(first.pop())  # the last one lives on in another form, behind those that are gone
+    first.clear()
+    others = [arena.copy(torch.zeros(300, 300)) for _ in range(30)]  # more than the block has room for
+    assert at not in [one.data_ptr() for one in others]
+    assert held[-1].tolist() == given[-1].tolist()
+    del held, others
+    latest = arena.copy(given)
+    again = latest.data_ptr()
+    for _ in range(3):
+        del latest
+        latest = arena.copy(given)
+        assert latest.data_ptr() == again
+    assert torch.equal(latest, given)
 
 
 @linux

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import threading
+import weakref
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -23,12 +25,14 @@ class Arena:
     Kept tensors would lie scattered between the model's temporary ones, and the heap could not give back or use again
     what is free between them: at 2048 tokens that took more memory than what was kept. A map for each tensor would do,
     but a process may only have some 65,000. Blocks grow with what is kept, and what of them was never written takes no
-    memory, but for the rest of a large page. A block is given back when the last tensor in it is gone.
+    memory, but for the rest of a large page. A block is given back when the last tensor in it is gone; the last one is
+    filled again from its start, as where a store has taken a forward: fresh pages take longer than the copies.
     """
 
     _block: mmap.mmap | None = None
     _free: int = 0  # where the room begins in the block
     _size: int = _FIRST
+    _here: deque[weakref.ref[memoryview]] = field(default_factory=deque)  # of the tensors in the block, oldest first
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -36,18 +40,23 @@ class Arena:
         size = tensor.numel() * tensor.element_size()
         if tensor.device.type != "cpu" or size < _LARGE:
             return tensor.clone(memory_format=torch.contiguous_format)
-        block, start = self._room(size)
-        flat = torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel(), offset=start)
-        return flat.view(tensor.shape).copy_(tensor)
+        return torch.frombuffer(self._room(size), dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
-    def _room(self, size: int) -> tuple[mmap.mmap, int]:
+    def _room(self, size: int) -> memoryview:
+        """So many bytes, for the tensor that holds on to them."""
         with self._lock:
+            while self._here and self._here[0]() is None:
+                self._here.popleft()
+            if not self._here:
+                self._free = 0
             if self._block is None or self._free + size > len(self._block):
                 self._block, self._free = _map(max(self._size, size)), 0
                 self._size = min(2 * self._size, _MOST)
-            start = self._free
+                self._here.clear()
+            room = memoryview(self._block)[self._free : self._free + size]
             self._free += math.ceil(size / _ALIGNED) * _ALIGNED
-            return self._block, start
+            self._here.append(weakref.ref(room))
+            return room
 
 
 def _map(size: int) -> mmap.mmap:
