@@ -27,7 +27,7 @@ class Arena:
     Kept tensors would lie scattered between the model's temporary ones, and the heap could not give back or use again
     what is free between them: at 2048 tokens that took more memory than what was kept. A map for each tensor would do,
     but a process may only have some 65,000. Blocks grow with what is kept, and what of them was never written takes no
-    memory, but for the rest of a large page. When the last tensor in a block is gone, it is filled again from its start,
+    memory, but for the rest of a large page. When the last tensor in a block is gone, it is filled again from its start
     as where a store has taken a forward: fresh pages take longer than the copies. So it is by the next capture, unless
     the system has taken its memory meanwhile; of such blocks, what exceeds 256 MiB is given back.
     """
