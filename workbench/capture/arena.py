@@ -78,7 +78,7 @@ def _taken(size: int) -> memoryview:
     block = _map(size) if block is None else block
     held = numpy.frombuffer(block, dtype=numpy.uint8)  # every part of the view holds on to it
     weakref.finalize(held, _put_back, block).atexit = False
-    return memoryview(held)
+    return held.data
 
 
 def _put_back(block: mmap.mmap) -> None:
