@@ -21,6 +21,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -137,25 +138,47 @@ def driver(wb: Any, task: Any, name: str, path: str, at: int | None, address: st
     return 0
 
 
+@contextmanager
+def cluster_of_its_own() -> Iterator[str]:
+    """The address of a cluster that another process holds: one that has spoken to a cluster cannot be forked safely."""
+
+    def hold(told: Path) -> int:
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+        signal.signal(signal.SIGTERM, lambda *_: (cluster.shutdown(), os._exit(0)))
+        told.with_suffix(".part").write_text(cluster.address)
+        told.with_suffix(".part").rename(told)
+        while True:
+            signal.pause()
+
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder, "address")
+        pid = forked(hold, told)
+        try:
+            while not told.exists():
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    raise SystemExit("the cluster did not start")
+                time.sleep(0.1)
+            yield told.read_text()
+        finally:
+            os.kill(pid, signal.SIGTERM)
+            ended(pid)
+
+
 def drivers_killed(work: dict[str, range], address: str | None) -> Iterator[Killed]:
     """The process that an analysis runs in ends; another goes on with its file, without the cluster."""
     wb, task = prepared()
-    cluster = None if address else Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    try:
+    with nullcontext(address) if address else cluster_of_its_own() as address:
         for name, left in work.items():
             want, saves = WORK[name](wb, task, progress=False), 0
             for turn in (None, *left):  # the first is left alone, and tells how often it saves
                 with tempfile.TemporaryDirectory() as folder:
                     path, at = f"{folder}/kept.safetensors", None if turn is None else turn % (2 * saves)
-                    [code] = ended(forked(driver, wb, task, name, path, at, address or cluster.address))
+                    [code] = ended(forked(driver, wb, task, name, path, at, address))
                     if turn is None:
                         saves = int(Path(f"{path}.saves").read_text())
                         continue
                     same(want, WORK[name](wb, task, resume=path, progress=False))
                 yield {"work": name, "killed": int(code == DIED), "same": 1}
-    finally:
-        if cluster is not None:
-            cluster.shutdown()
 
 
 # Processes of a split model

@@ -6,6 +6,7 @@ positions that it does not touch to the bit.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -125,6 +126,7 @@ class Patch(HeadEdit):
 
     def __init__(self, heads: Mapping[Site, Mapping[int, Tensor | HeadFunction]], positions: Positions) -> None:
         super().__init__({site: list(given) for site, given in heads.items()}, positions)
+        check_functions(heads, "f(z, site, head)")
         self.given = {site.name: given for site, given in heads.items()}
 
     def replaced(self, call: AttentionCall, old: Tensor) -> Tensor:
@@ -166,6 +168,7 @@ class GateEdit(HeadEdit):
 
     def __init__(self, to: Mapping[Site, Mapping[int, Factor]], positions: Positions) -> None:
         super().__init__({site: list(given) for site, given in to.items()}, positions)
+        check_functions(to, "f(g, site, head)")
         self.to = {site.name: given for site, given in to.items()}
 
     def replaced(self, call: AttentionCall, old: Tensor) -> Tensor:
@@ -201,6 +204,7 @@ class PatternEdit(HeadEdit):
 
     def __init__(self, heads: Mapping[Site, Sequence[int]], edit: HeadFunction, queries: Positions) -> None:
         super().__init__(heads, Positions())
+        check_functions({site: dict.fromkeys(chosen, edit) for site, chosen in heads.items()}, "edit(rows, site, head)")
         self.edit, self.queries = edit, queries
         self._checked: set[tuple[str, int]] = set()
 
@@ -295,6 +299,21 @@ def check_range(heads: Iterable[int], n_heads: int, site: str) -> None:
         raise InterventionError(
             f"there is no head {bad[0]}: the site has {n_heads} heads, 0 to {n_heads - 1}", site=site
         )
+
+
+def check_functions(given: Mapping[Site, Mapping[int, Any]], wanted: str) -> None:
+    """Raise an InterventionError if one of the functions cannot be called with three arguments, as `wanted` says."""
+    for site, of_heads in given.items():
+        for head, function in of_heads.items():
+            try:
+                inspect.signature(function).bind(None, site, head) if callable(function) else None
+            except ValueError:  # a built-in function, which does not tell what it takes
+                continue
+            except TypeError as error:
+                raise InterventionError(
+                    f"the function for head {head} cannot be called as {wanted}: {error}", site=site.name,
+                    hint=f"define it with these three arguments: {wanted}",
+                ) from None  # fmt: skip
 
 
 def check_direction(direction: Tensor, hidden: Tensor, axis: str, site: str) -> Tensor:

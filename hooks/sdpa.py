@@ -19,7 +19,7 @@ from workbench.hooks.written_out import Follower, WrittenOut
 
 OnSdpa = Callable[[dict[str, Any], Tensor, LseWatch], Tensor | None]
 OnKernel = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], Tensor | None]
-OnLinear = Callable[[Any, Sequence[Any]], bool]
+OnLinear = Callable[[Any, Sequence[Any]], Tensor | None]
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _COMPOSITE = torch.nn.functional.multi_head_attention_forward
@@ -56,8 +56,8 @@ class FunctionTap(TorchFunctionMode):
         on_sdpa: takes an SDPA call's arguments, output, and what was seen of its kernel.
         on_kernel: takes a kernel of ours (see `workbench.kernels.functions`), its arguments and its result.
         on_written_out: takes an attention that the model wrote out.
-        on_linear: takes a function that may be a projection, and its arguments, before it runs; says whether its result
-            is wanted too. on_made: takes that.
+        on_linear: takes a function that may be a projection, and its arguments, before it runs; gives what it is
+            applied to, if its result is wanted too. on_made: takes both.
 
     The first three give what takes the place of the output, or None. The call itself runs as the model made it.
 
@@ -71,7 +71,7 @@ class FunctionTap(TorchFunctionMode):
         on_kernel: OnKernel,
         on_written_out: Callable[[WrittenOut], Tensor | None],
         on_linear: OnLinear,
-        on_made: Callable[[Tensor], None],
+        on_made: Callable[[Tensor, Tensor], None],
     ) -> None:
         super().__init__()
         self._on_sdpa, self._on_kernel, self._on_linear, self._on_made = on_sdpa, on_kernel, on_linear, on_made
@@ -120,10 +120,10 @@ class FunctionTap(TorchFunctionMode):
             with self:  # a handler runs outside its own mode, and what we look for is inside this function
                 return _COMPOSITE_CODE(*args, **kwargs)
         if func in LINEAR_FUNCTIONS and self._inner is None:
-            wanted = self._on_linear(func, args)
+            given = self._on_linear(func, args)
             result = func(*args, **kwargs)
-            if wanted and isinstance(result, Tensor):
-                self._on_made(result)
+            if given is not None and isinstance(result, Tensor):
+                self._on_made(given, result)
         else:
             result = func(*args, **kwargs)
         if self._inner is not None:

@@ -161,6 +161,12 @@ class AttentionCall:
         return apart and self.tap in ("sdpa", "written_out") and not self.is_causal
 
     @property
+    def lengths(self) -> tuple[int, int]:
+        """(queries, keys)."""
+        of_queries = self.q if self.weights is None else self.weights
+        return (1 if of_queries is None else of_queries.shape[-2]), self.v.shape[-2]
+
+    @property
     def is_apart(self) -> bool:
         """Whether nothing shows where its queries stand among its keys, so that their positions cannot be compared."""
         return self.has_halo or (self.place is not None and self.place() is None)
@@ -297,9 +303,8 @@ class AttentionCall:
         found = None if self.place is None else self.place()
         if found is not None:
             return found
-        if self.weights is not None:
-            return self.weights.shape[-1] - self.weights.shape[-2]
-        return 0 if self.q is None or self.k is None else self.k.shape[2] - self.q.shape[2]
+        n_queries, n_keys = self.lengths
+        return n_keys - n_queries
 
     def _mask_tensor(self) -> Tensor | None:
         """Mask and bias as one tensor of four dimensions."""

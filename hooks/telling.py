@@ -29,11 +29,12 @@ from workbench.hooks.compiled.watched import Watched
 from workbench.hooks.finding import site_name
 from workbench.hooks.forwards import check_plain
 from workbench.hooks.kernel_watch import LseWatch
-from workbench.hooks.layouts import UNKNOWN, Layouts, learn
+from workbench.hooks.layouts import Layouts
 from workbench.hooks.linear import projected
 from workbench.hooks.listener import Listener
 from workbench.hooks.narrow import UNWATCHED, Narrow
 from workbench.hooks.paged import PagedKeys
+from workbench.hooks.placing import UNKNOWN, learn
 from workbench.hooks.readers import Reader, before_reading, check_gradients, in_place_of, read_module, reader_of
 from workbench.hooks.running import ThreadRun
 from workbench.hooks.sdpa import FunctionTap
@@ -170,14 +171,14 @@ class Telling:
         if self._tell(lambda owner: of_recorded(owner, place(given.place), given, joins), owner) is not None:
             raise InterventionError("it runs in compiled code, and cannot be edited there", site=owner[0], hint=EAGER)
 
-    def _saw_linear(self, func: Any, args: Sequence[Any]) -> bool:
+    def _saw_linear(self, func: Any, args: Sequence[Any]) -> Tensor | None:
         waiting, learning, told = self._layouts.is_waiting, self._layouts.learning, self._listener.follows_linear()
         p = projected(func, args) if waiting or learning or told else None
         if waiting and p is not None:
             self._prove(p)
         if told and p is not None and (state := self._state(sys._getframe())).stack:
             self._listener.on_linear(state.stack[-1].name, state.stack[-1].module, p)
-        return learning and p is not None
+        return p if learning else None
 
     def _prove(self, p: Tensor, module: nn.Module | None = None) -> None:
         """Calls that have waited for a proof are told once it has come: with the input of a projection, or with what a

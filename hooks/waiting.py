@@ -123,7 +123,7 @@ def kept(call: Unplaced) -> Unplaced:
 @dataclass
 class Run:
     """One forward in one thread. `examples`: how many the model was given; `by_sizes`: the last call that was placed by
-    sizes alone; `made`: what linear functions gave.
+    sizes alone; `made`: what linear functions gave, `given`: what each of these was applied to.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -131,6 +131,7 @@ class Run:
     examples: int | None = None
     by_sizes: Unplaced | None = None
     made: deque[Tensor] = field(default_factory=lambda: deque(maxlen=8))
+    given: deque[Tensor] = field(default_factory=lambda: deque(maxlen=8))
 
 
 def versions(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.kernels.flex_tiles import kernel_options
 from workbench.kernels.layouts import listed
 
 BLOCK = 128
@@ -31,12 +32,18 @@ class FlexPlan:
         keys: [layout, place] the key at each place, −1 for padding; kv heads are split evenly among the layouts. None
             if all are where they were.
         places: [query] where each query lies; None as for `queries`.
+        fewest: so many pairs of blocks are visited in any order of tokens; None if that is not known.
     """
 
     mask: Any
     queries: Tensor | None
     keys: Tensor | None
     places: Tensor | None
+    fewest: int | None = None
+
+    def __repr__(self) -> str:
+        least = "" if self.fewest is None else f"; no order of tokens needs fewer than {self.fewest:,}"
+        return f"FlexPlan({self.n_visited:,} pairs of blocks of {BLOCK} visited{least})"
 
     @property
     def n_visited(self) -> int:
@@ -64,8 +71,8 @@ class FlexPlan:
 
     def to(self, device: torch.device) -> FlexPlan:
         """The plan with its tensors on a device; those of the mask's function have to be there already."""
-        moved = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
-        return replace(self, **moved)
+        queries, keys, places = (None if x is None else x.to(device) for x in (self.queries, self.keys, self.places))
+        return replace(self, mask=self.mask.to(device), queries=queries, keys=keys, places=places)
 
 
 def block_mask(seen: Tensor, whole: Tensor, mask_mod: Callable[..., Tensor], lengths: tuple[int, int]) -> Any:
@@ -107,20 +114,24 @@ def flex_attend(
             mode does not give the log-sum-exp.
     """
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    attend = _attend(compiled, q.dtype, q.shape[-1], v.shape[-1], q.shape[1] != k.shape[1], scale, learns)
+    d, width = q.shape[-1], v.shape[-1]
+    tiles = kernel_options(d, width, q.dtype, q.device) if compiled and q.is_cuda else {}
+    attend = _attend(compiled, q.dtype, d, width, q.shape[1] != k.shape[1], scale, learns, tuple(tiles.items()))
     out, lse = attend(plan.queries_at_places(q), plan.keys_at_places(k), plan.keys_at_places(v), plan.mask)
     return plan.at_queries(out), plan.at_queries(lse)
 
 
 @lru_cache(maxsize=32)
 def _attend(
-    compiled: bool, dtype: torch.dtype, d: int, width: int, grouped: bool, scale: float | None, learns: bool
-) -> Callable[..., Any]:
+    compiled: bool, dtype: torch.dtype, d: int, width: int, grouped: bool, scale: float | None, learns: bool,
+    tiles: tuple[tuple[str, Any], ...],
+) -> Callable[..., Any]:  # fmt: skip
     """FlexAttention for what its kernel is compiled for; all lengths, heads and layouts share one."""
     from torch.nn.attention import flex_attention as flex
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": grouped}
+        options["kernel_options"] = dict(tiles)
         if hasattr(flex, "AuxRequest"):  # the newer way to ask for the log-sum-exp; the older one warns there
             out, aux = flex.flex_attention(q, k, v, return_aux=flex.AuxRequest(lse=True), **options)
             return out, aux.lse

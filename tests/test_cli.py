@@ -215,8 +215,12 @@ def test_what_is_under_way_is_said_and_nothing_else(tmp_path: Path, whisper: Pat
         (["report", "--model", "demo-lm", "--text", "the", "--device", "meta"], "no values"),
         (["investigate", "--model", "absent", "--out", "no/such/page.html"], "there is no folder no/such"),
         (["check", "absent.html"], "absent.html"),
+        (
+            ["report", "--model", "demo-vlm", "--text", "colour"],
+            "reads an image beside its text, in model.vision_tower",
+        ),
     ],
-    ids=["model", "empty", "long", "file", "path", "name", "digits", "device", "folder", "page"],
+    ids=["model", "empty", "long", "file", "path", "name", "digits", "device", "folder", "page", "picture"],
 )
 def test_errors_are_one_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
@@ -226,6 +230,44 @@ def test_errors_are_one_message(
     assert message in shown
     assert "Hint: " in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "--statistics", "entropi"], 'did you mean "entropy"'),
+        (["report", "--image", "absent.png"], "there is no file absent.png"),
+        (["report", "--image", "prompt.txt"], "prompt.txt is no image"),
+        (["verify", "--audio", "absent.wav"], "there is no file absent.wav"),
+        (["verify", "--audio", "x" * 5000], "cannot be read"),
+        (["verify", "--device", "cupboard"], "cannot be put on 'cupboard'"),
+        (["verify", "--dtype", "bfloat61"], 'did you mean "bfloat16"'),
+        (["investigate", "--task", "ioi", "--known", "ioi"], "'ioi' cannot be compared with itself"),
+        (["investigate", "--known", "induction,induction"], "called 'induction'"),
+        (["investigate", "--prompts", "7"], "7 prompts are too few"),
+        pytest.param(
+            ["report", "--text", "a", "--out", "/proc/page.html"],
+            "'/proc/page.html' cannot be written",
+            marks=pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux's folder of processes"),
+        ),
+    ],
+    ids=lambda each: each if isinstance(each, str) else " ".join(each)[:40],
+)
+def test_what_is_known_before_is_said_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("workbench.models.loading.load", lambda name: pytest.fail("a model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    Path("prompt.txt").write_text("a cat")
+    text = ["--text", "a"] if "--statistics" in arguments else []
+    assert run(monkeypatch, *arguments, "--model", "demo-lm", *text) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Hint: " in shown
 
 
 def test_a_prompt_that_is_no_utf8_is_refused(

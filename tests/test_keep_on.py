@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import workbench
 from support.tiny import family, make
 from workbench import Capture, CaptureError
-from workbench.session import keeping, recorder
+from workbench.session import call_recorder, keeping
 from workbench.session.keeping import Landing
 
 PADDED, GATED = family("llama-left-padded"), family("gpt2")
@@ -42,7 +42,7 @@ class Device:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     found = Device()
-    monkeypatch.setattr(recorder, "is_away", lambda device: True)
+    monkeypatch.setattr(call_recorder, "is_away", lambda device: True)
     monkeypatch.setattr(keeping, "_send", found.send)
     monkeypatch.setattr(Landing, "wait", lambda landing: found.wait(landing))
     yield found

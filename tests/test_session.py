@@ -277,8 +277,8 @@ def test_ids_that_the_vocabulary_does_not_have(bad: dict[str, Tensor], message: 
 def test_half_a_character_is_no_text() -> None:
     model, tokenizer = workbench.models.load("demo-lm")
     with workbench.attach(model, tokenizer) as wb:
-        for text in ("a \udcff", ["a", "\ud83d"]):
-            with pytest.raises(CaptureError, match=r"half of a character, U\+D"):
+        for text, where in (("a \udcff", r"U\+DCFF at 2"), (["a", "\ud83d"], r"U\+D83D at 0")):
+            with pytest.raises(CaptureError, match=f"half of a character, {where}"):
                 wb.tokenize(text)
         with pytest.raises(workbench.WorkbenchError, match="inputs are a dict, not str"):
             workbench.saliency(wb, "a text")

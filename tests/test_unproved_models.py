@@ -393,6 +393,45 @@ def test_a_capture_says_that_nothing_else_was_looked_for(x: Tensor) -> None:
         assert "not looked at" not in limits_of(cap)
 
 
+def sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.sigmoid(q @ k.transpose(-1, -2)) @ v
+
+
+def squared_relu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (torch.relu(q @ k.transpose(-1, -2)).square() / k.shape[-2]) @ v
+
+
+def talking(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.transpose(-1, -2)).softmax(-1)
+    return torch.einsum("hg,bgij->bhij", torch.eye(H).flip(0), weights) @ v
+
+
+class Hidden(Projected):
+    """Its code speaks of a softmax and a product, so that it is taken for a site before it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.o.bias is not None else x.softmax(-1) @ x.transpose(-1, -2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attend", [sigmoid, squared_relu, talking])
+def test_what_ran_without_a_call_that_is_read_is_unread_by_name(attend: Any, x: Tensor) -> None:
+    model = nn.Sequential(Hidden(attend), Projected(any_letters)).eval()
+    with workbench.attach(model, check=False) as wb:
+        assert "0" in [site.name for site in wb.sites]
+        with pytest.warns(UserWarning, match="0 ran without a call: wb.look"), wb.capture() as cap:
+            model(x)
+        for sites in (cap.model_sites, wb.sites):
+            assert [(one.name, one.proved) for one in sites.unread] == [("0", False)]
+        assert "called nothing that is read" in str(cap.ledger["0"])
+        with pytest.raises(CaptureError, match="no attention call was seen at 0\nHint: 0 ran"), wb.capture(sites="0"):
+            model(x)
+        model[0].attend = any_letters  # now it is read
+        with wb.capture():
+            model(x)
+        assert wb.sites.unread == ()
+
+
 def limits_of(cap: workbench.Capture) -> str:
     """The limits that a report of a capture states."""
     return workbench.Report("Limits").add(cap).to_html().partition('id="limits"')[2].partition("</ul>")[0]
@@ -430,8 +469,11 @@ def test_linear_attention_is_no_site_but_unread(x: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_slots_are_no_positions(x: Tensor) -> None:
-    with attached(Slots()) as wb:
+@pytest.mark.parametrize("sharp", [1, 3])
+def test_slots_are_no_positions(sharp: int, x: Tensor) -> None:
+    slots = Slots()
+    slots.phi.mul_(sharp)  # a sharp softmax leaves many tokens out of a slot
+    with attached(slots) as wb:
         wb.look(x)
         assert [(one.name, one.proved) for one in wb.sites.unread] == [("0", True)]
         with wb.capture(("entropy",)) as cap:

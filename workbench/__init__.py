@@ -95,7 +95,8 @@ if TYPE_CHECKING:
     from workbench.kernels.statistics import statistic
     from workbench.metrics import Metric
     from workbench.report import Report
-    from workbench.session.workbench import Workbench, attach
+    from workbench.session.attaching import attach
+    from workbench.session.workbench import Workbench
     from workbench.sweep.result import Sweep, SweepInterrupted
     from workbench.sweep.run import run_sweep
     from workbench.sweep.variants import Variant
@@ -105,7 +106,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Workbench": "workbench.session.workbench",
-    "attach": "workbench.session.workbench",
+    "attach": "workbench.session.attaching",
     "AttentionProfile": "workbench.analysis.profile",
     "attention_profile": "workbench.analysis.profile",
     "AttentionRollout": "workbench.analysis.rollout",

@@ -57,9 +57,9 @@ def _root(
 
 def _free(out: Path) -> Path:
     """Where a page can be written, known before minutes go by that would be lost."""
-    from workbench.storage.disk import writable
+    from workbench.storage.disk import tried
 
-    writable(out)
+    tried(out)
     return out
 
 
@@ -118,15 +118,16 @@ def report(
 ) -> None:
     """Attach to a model, verify it, capture it on a text, an image or a sound, and write one self-contained page."""
     from workbench import attach
+    from workbench.kernels.statistics import check_names
     from workbench.report import Report
     from workbench.report.example import add_example
 
-    example, chosen = _example(model, text, image, audio), _numbers(layers)
+    example, chosen, names = _example(model, text, image, audio), _numbers(layers), check_names(_names(statistics))
     loaded, tokenizer = _load(model, device, dtype)
     page = Report(f"The heads of {Path(model).name}")
     with attach(loaded, tokenizer) as wb:
         _say(f"verifying and capturing {len(wb.sites)} sites …")
-        add_example(page, wb, example, statistics=_names(statistics), layers=chosen)
+        add_example(page, wb, example, statistics=names, layers=chosen)
     _write(page, out, allow_large=allow_large)
 
 
@@ -178,9 +179,10 @@ def investigate(
     """Find out how a model does a task: plan analyses, run them, plan anew after each finding, and write a page."""
     from workbench import attach
     from workbench.investigator import investigate as run
+    from workbench.investigator.subject import check_tasks
 
-    names = [task, *_names(known)]
-    tasks = [_task(name, prompts, seed) for name in names]  # an error, before the model is loaded
+    tasks = [_task(name, prompts, seed) for name in (task, *_names(known))]
+    check_tasks(tasks[0], tasks[1:])  # an error, before the model is loaded
     loaded, tokenizer = _load(model, device, dtype)
     with attach(loaded, tokenizer) as wb:
         _say(f"investigating {task} with at most {forwards:,} forwards and {minutes:g} minutes …")
@@ -213,9 +215,7 @@ def _example(model: str, text: str | None, image: Path | None, audio: Path | Non
 
     if text is not None and text.startswith("@"):
         text = _read(text[1:])
-    example = Example(text, image, audio, model)
-    _ = example.kind  # an error, before the model is loaded
-    return example
+    return Example(text, image, audio, model).check()  # an error, before the model is loaded
 
 
 def _read(name: str) -> str:
@@ -242,8 +242,9 @@ def _task(name: str, prompts: int, seed: int) -> Task:
 def _load(model: str, device: str | None, dtype: str | None) -> tuple[PreTrainedModel, Any]:
     from transformers.utils.logging import disable_progress_bar
 
-    from workbench.models.loading import load, place
+    from workbench.models.loading import check_place, load, place
 
+    check_place(device, dtype)
     _say(f"loading {model} …")
     disable_progress_bar()  # of reading weights; downloads keep theirs
     loaded, tokenizer = load(model)

@@ -30,7 +30,8 @@ class Keys:
             each of all positions (slots, experts, linear attention); "elsewhere": not from what the module was given
             at all (learned keys); "unknown": nothing tells.
         moved: which keys changed with the position in the middle.
-        mixed: a key changes with each of two neighbours: what it reads is several positions, in their own number.
+        mixed: what a key reads is several positions, and not what is pooled into it: it changes with each of two
+            neighbours, or, of pooled keys, one position changes several.
         number: how many there are.
     """
 
@@ -74,10 +75,12 @@ def probe_keys(replays: Replays, call: ModuleCall) -> list[Keys]:
         for i, one in enumerate(verdicts):
             if one.over == "positions" and (others[i] or not numbered[i]):
                 verdicts[i] = replace(one, over="others" if others[i] else "moved")
-    over_positions = ("positions", "others", "moved")
+        several = [any(len(each.keys) > 1 for each in found) for found in seen]
+        mixed = [many if one.over == "pooled" else own for one, many, own in zip(verdicts, several, mixed, strict=True)]
+    told = ("positions", "others", "moved") + (("pooled",) if len(spots) == 1 else ())
     return [
-        replace(one, mixed=several and one.over in over_positions, number=b.v.shape[2])
-        for one, several, b in zip(verdicts, mixed, before, strict=True)
+        replace(one, mixed=own and one.over in told, number=b.v.shape[2])
+        for one, own, b in zip(verdicts, mixed, before, strict=True)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from workbench.kernels.neighborhood.attention import NeighborhoodPattern, neighborhood_attention, pattern
 from workbench.kernels.neighborhood.axis import Axis
+from workbench.kernels.neighborhood.fewest import fewest_blocks
 from workbench.kernels.neighborhood.layout import NeighborhoodLayout, token_permutation
 from workbench.kernels.neighborhood.naive import neighborhood_naive
 from workbench.kernels.neighborhood.neighbors import neighbor_weights
@@ -18,6 +19,7 @@ __all__ = [
     "NeighborhoodLayout",
     "NeighborhoodPattern",
     "end_to_end",
+    "fewest_blocks",
     "flop_bound",
     "neighbor_weights",
     "neighborhood_attention",

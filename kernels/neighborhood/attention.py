@@ -148,7 +148,11 @@ def neighborhood_attention(
 def permuted_flex(
     q: Tensor, k: Tensor, v: Tensor, layout: NeighborhoodLayout, scale: float | None = None, compiled: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """On FlexAttention, with tokens in an order in which boxes are its blocks; outputs in row-major order."""
+    """On FlexAttention, with tokens in an order in which boxes are its blocks; outputs in row-major order.
+
+    `flex_plan` says how many pairs of blocks are visited, and how few any order could (`fewest_blocks`). A key lies in
+    one block only: where windows reach less far than a box is wide, more is visited than the keys seen would fill.
+    """
     return flex_attend(q, k, v, flex_plan(layout, q.shape[1], q.device), scale, compiled)
 
 

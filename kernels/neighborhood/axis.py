@@ -89,16 +89,30 @@ class Axis:
         low, high = (int(bound) for bound in self.bounds(torch.tensor(x)))
         return [at * self.dilation + x % self.dilation for at in range(low, high + 1)]
 
-    def tiles(self, size: int) -> Tensor:
+    @property
+    def classes(self) -> list[tuple[int, int, int]]:
+        """Of the dilation classes, the longest first: the first position, the length, and how many are as long.
+
+        >>> Axis(8, 2, dilation=3).classes
+        [(0, 3, 2), (2, 2, 1)]
+        """
+        short, longer = divmod(self.length, self.dilation)
+        found = [(0, short + 1, longer), (longer, short, self.dilation - longer)]
+        return [(start, length, alike) for start, length, alike in found if length and alike]
+
+    def tiles(self, size: int, offset: int = 0) -> Tensor:
         """[tile, size] positions, class after class, `size` neighbours of a class to a tile; -1 for padding.
 
-        >>> Axis(5, 2, dilation=2).tiles(2).tolist()
-        [[0, 2], [4, -1], [1, 3]]
+        The first tile of a class is padded by `offset` in front.
+
+        >>> Axis(5, 2, dilation=2).tiles(2).tolist(), Axis(4, 2).tiles(3, 2).tolist()
+        ([[0, 2], [4, -1], [1, 3]], [[-1, -1, 0], [1, 2, 3]])
         """
         found = []
         for start in range(min(self.dilation, self.length)):
             members = torch.arange(start, self.length, self.dilation)
-            found.append(torch.nn.functional.pad(members, (0, -len(members) % size), value=-1).view(-1, size))
+            padding = offset, -(offset + len(members)) % size
+            found.append(torch.nn.functional.pad(members, padding, value=-1).view(-1, size))
         return torch.cat(found)
 
     def spans(self, size: int) -> tuple[Tensor, Tensor]:
@@ -117,21 +131,24 @@ class Axis:
         at = low[:, None] + torch.arange(int((high - low).max()) + 1)
         return torch.where(at <= high[:, None], at * self.dilation + self.tiles(size)[:, :1] % self.dilation, -1)
 
-    def meets(self, size: int) -> tuple[Tensor, Tensor]:
-        """[tile, tile] bool for the `tiles`: whether some query of one sees some key of the other; whether all see all.
+    def meets(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """[query tile, key tile] bool: whether some query of one sees some key of the other; whether all see all.
 
-        >>> some, every = Axis(4, 2, 2).meets(2)
+        Args:
+            queries, keys: what `tiles` gave.
+
+        >>> axis = Axis(4, 2, 2)
+        >>> some, every = axis.meets(axis.tiles(2), axis.tiles(2))
         >>> torch.equal(some, torch.eye(2) > 0), torch.equal(every, some)
         (True, True)
         """
-        tiles = self.tiles(size)
-        real, at = tiles >= 0, tiles // self.dilation
-        low, high = self.bounds(tiles.clamp(min=0))
-        alike = tiles[:, :1] % self.dilation == tiles[:, 0] % self.dilation
-        lowest, highest = self.spans(size)
-        first, last = at[:, 0], at.masked_fill(~real, -1).amax(1)
+        low, high = self.bounds(queries.clamp(min=0))
+        padding = queries < 0
+        lowest, latest = low.masked_fill(padding, self.length).amin(1), low.masked_fill(padding, -1).amax(1)
+        highest, earliest = high.masked_fill(padding, -1).amax(1), high.masked_fill(padding, self.length).amin(1)
+        at = keys // self.dilation
+        first, last = at.masked_fill(keys < 0, self.length).amin(1), at.masked_fill(keys < 0, -1).amax(1)
+        alike = queries.amax(1)[:, None] % self.dilation == keys.amax(1) % self.dilation
         some = alike & (first <= highest[:, None]) & (last >= lowest[:, None])
-        latest = low.masked_fill(~real, -1).amax(1)
-        earliest = high.masked_fill(~real, self.length).amin(1)
-        every = alike & (first >= latest[:, None]) & (last <= earliest[:, None]) & real.all(1)
+        every = alike & (first >= latest[:, None]) & (last <= earliest[:, None])
         return some, every

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels.checks import check_attention
+from workbench.kernels.history import learns, without_gradients
 from workbench.kernels.s2.layout import S2Layout
 
 
@@ -20,7 +21,7 @@ class S2Cache:
 
     A head keeps about local_blocks · block + N / vert_stride of N tokens. They stand in buffers that a token is written
     into: a step takes a few operations on the device, however long the sequence and however many the heads, and none
-    that the host waits for. What is kept has no autograd history.
+    that the host waits for. What is kept has no autograd history: `backward` of what was attended to is an error.
 
     Args:
         n_heads, n_kv_heads: of the layer.
@@ -41,6 +42,7 @@ class S2Cache:
             alike[_need(self._layout, head)].append(head)
         self._stores = [_Store(self._layout, heads) for heads in alike.values()]
         self.length = 0
+        self._forgets = False  # whether gradients would be expected to reach what is kept
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -55,6 +57,7 @@ class S2Cache:
         if k.dim() != 4 or k.shape[:3] != v.shape[:3] or k.shape[1] != self._layout.n_kv_heads:
             raise CaptureError(f"keys must be [batch, {self._layout.n_kv_heads}, token, d]", shape=k.shape)
         block, done = self._layout.block, 0
+        self._forgets = self._forgets or learns(k, v)
         while done < k.shape[2]:
             at = self.length % block
             part = slice(done, min(done + block - at, k.shape[2]))
@@ -64,11 +67,20 @@ class S2Cache:
             done = part.stop
 
     def attend(self, q: Tensor, scale: float | None = None) -> Tensor:
-        """[batch, head, 1, width] for the query [batch, head, 1, d] of the last token."""
+        """[batch, head, 1, width] for the query [batch, head, 1, d] of the last token.
+
+        Its `backward`, where the query or anything that was kept asks for gradients, is a CaptureError.
+        """
         if not self.length:
             raise CaptureError("the cache is empty", hint="extend it with the token's own key and value first")
         if q.dim() != 4 or q.shape[1] != self._layout.n_heads or q.shape[2] != 1:
             raise CaptureError(f"a decoded query is [batch, {self._layout.n_heads}, 1, d]", shape=q.shape)
+        if not (self._forgets or learns(q)):
+            return self._attend(q, scale)
+        hint = "take s2_attention over the whole sequence, or decode under torch.no_grad()"
+        return without_gradients(self._attend(q, scale), "a cache for decoding keeps keys without their history", hint)
+
+    def _attend(self, q: Tensor, scale: float | None) -> Tensor:
         rows = q.reshape(q.shape[0], self._layout.n_kv_heads, -1, q.shape[3])  # query heads of a kv head are its rows
         if len(self._stores) == 1:
             return self._stores[0].attend(rows, scale).reshape(*q.shape[:3], -1)

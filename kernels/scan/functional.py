@@ -7,6 +7,7 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels.functions import attention_function
+from workbench.kernels.history import learns, without_gradients
 from workbench.kernels.scan.blocked import PrefixAttention, prefix_sums
 from workbench.kernels.scan.operator import Sums
 from workbench.kernels.scan.pattern import ScanPattern, check_scan, scores_of
@@ -53,7 +54,8 @@ def scan_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, 
 class ScanState:
     """Scan attention over a stream, in memory that does not grow with it: width + 2 numbers per head.
 
-    Outputs equal those of `scan_attention` over all tokens so far. There are no gradients through a stream.
+    Outputs equal those of `scan_attention` over all tokens so far. There are no gradients through a stream: where a
+    query, key or value asks for some, `backward` is a CaptureError.
 
     Args:
         q: [batch or 1, head, 1, d], the learned query of each head.
@@ -69,10 +71,10 @@ class ScanState:
         if block < 1:
             raise CaptureError(f"block is {block}; a block has at least one position", hint="pass 64 or 128")
         self.q, self.scale, self.block = q.detach(), scale, block
+        self._forgets = learns(q)
         self.sums: Sums | None = None
         self.n_tokens = 0
 
-    @torch.no_grad()
     def update(self, k: Tensor, v: Tensor) -> Tensor:
         """Read one token or a block of them, and return the outputs of the prefixes that end at them.
 
@@ -86,6 +88,15 @@ class ScanState:
         Raises:
             CaptureError: as `scan_attention`; also when batch, heads or width differ from those of earlier tokens.
         """
+        self._forgets = self._forgets or learns(k, v)
+        with torch.no_grad():
+            out = self._updated(k, v)
+        if not self._forgets:
+            return out
+        hint = "take scan_attention over the whole sequence, or stream under torch.no_grad()"
+        return without_gradients(out, "a stream keeps sums of tokens without their history", hint)
+
+    def _updated(self, k: Tensor, v: Tensor) -> Tensor:
         single = k.dim() == 3 and v.dim() == 3
         if single:
             k, v = k.unsqueeze(2), v.unsqueeze(2)

@@ -8,12 +8,16 @@ Left to plain torch, which takes dozens of launches for each tile of 256 queries
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from workbench.errors import CaptureError
+from workbench.kernels import softmax_backward
 from workbench.kernels.checks import LARGEST, check_attention
 from workbench.kernels.engines import unknown
 from workbench.kernels.masks import Mask
@@ -143,6 +147,9 @@ def attention(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Attention and its row statistics in one pass.
 
+    Gradients of the output reach q, k and v, streamed tile by tile in plain torch (`softmax_backward`); the statistics
+    have none.
+
     Args:
         q: [batch, head, query, d]; k: [batch, kv head, key, d]; v: [batch, kv head, key, width], all of one dtype.
         mask: causal, windowed or block-sparse rules, and a mask tensor.
@@ -151,7 +158,7 @@ def attention(
         (output [batch, head, query, width] in the dtype of q, zero in rows that see no key; every row statistic).
 
     Raises:
-        CaptureError: something the kernels do not support.
+        CaptureError: something the kernels do not support, or a mask's tensor that asks for gradients.
     """
     check_attention(q, k)
     mask = mask or Mask(q.shape[2], k.shape[2])
@@ -160,10 +167,32 @@ def attention(
     fits = v.dim() == 4 and v.shape[:3] == k.shape[:3] and v.dtype == q.dtype and v.device == q.device
     if why is None and (not fits or v.shape[-1] > MAX_WIDTH):
         why = f"values {list(v.shape)} {v.dtype} do not fit keys {list(k.shape)} {k.dtype}"
+    if why is None and torch.is_grad_enabled() and mask.tensor is not None and mask.tensor.requires_grad:
+        why = "the mask's tensor would get no gradient"
     if why is not None:
         raise CaptureError(why, hint="use torch's scaled_dot_product_attention and workbench.kernels.streaming")
-    call = Call(problem)
-    with call.on_device():
-        found = call.rows(AT, Options(), v.detach())
-    output, found["peak_key"] = found.pop("output"), found["peak_key"].long()
+    found: dict[str, Tensor] = {}
+    output: Tensor = _Attention.apply(q, k, v, problem, found)
+    found["peak_key"] = found["peak_key"].long()
     return output, finish(found, tuple(found), problem.space(), Options())
+
+
+class _Attention(torch.autograd.Function):
+    """(q, k, v) -> output; the statistics go into a dict."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, problem: SoftmaxProblem, found: dict[str, Tensor]) -> Tensor:
+        call = Call(problem)
+        with call.on_device():
+            found |= call.rows(AT, Options(), v)
+        output = found.pop("output")
+        ctx.save_for_backward(q, k, v, output, found["lse"])
+        ctx.problem = replace(problem, q=q[:0], k=k[:0])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, output, lse = ctx.saved_tensors
+        problem = replace(ctx.problem, q=q, k=k, lse=lse.clamp(min=-1e20))
+        return *softmax_backward.backward(problem, v, output, d_out), None, None

@@ -96,6 +96,16 @@ def test_clusters_and_heads_get_the_planted_names(atlas: tuple[PatternAtlas, lis
     assert max(range(5), key=lambda f: by_family[f]) == 4
 
 
+@pytest.mark.parametrize("n_examples", [1, 3])
+def test_a_single_token_names_no_head(n_examples: int) -> None:
+    found = pattern_atlas(captured(torch.ones(n_examples, 2, 1, 1)), 2, epochs=1, progress=False)
+    assert found.head_names == ("not named",) * 2
+    assert found.cluster_names == ("not named",)
+    assert found.unnamed == ("L0H0", "L0H1")
+    assert "2 heads show nothing" in repr(found)
+    assert any("2 heads without a name" in note for note in found.view().spec.notes)
+
+
 @pytest.mark.slow
 def test_all_names_of_images_are_told_apart_by_map_and_name() -> None:
     random = torch.Generator().manual_seed(0)

@@ -50,6 +50,8 @@ class Attention(nn.Module):
                 for old, new in zip(kept, (k, v), strict=True)
             )
             mask = torch.arange(9) <= start + torch.arange(q.shape[2])[:, None]
+        if how == "turned after":
+            k, v = k.flip(2), v.flip(2)
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o(z.transpose(1, 2).flatten(2))
 
@@ -74,7 +76,7 @@ def check(cap: Any, queries: Tensor, keys: Tensor) -> None:
         assert torch.allclose(got[real], wanted[real], atol=1e-5), name
 
 
-@pytest.mark.parametrize("how", ["class token", "one in two", "last"])
+@pytest.mark.parametrize("how", ["class token", "one in two", "last", "turned", "turned after"])
 def test_what_nothing_shows_is_not_compared(x: Tensor, how: str) -> None:
     with workbench.attach(Attention()) as wb, torch.no_grad(), wb.capture(["entropy", *POSITIONAL]) as cap:
         wb.model(x, how)
@@ -122,6 +124,13 @@ def test_a_look_at_inputs_that_are_all_alike() -> None:
     with workbench.attach(Attention()) as wb, torch.no_grad():
         for x in (torch.ones(B, N, D), torch.zeros(B, N, D)):
             assert [site.kind for site in wb.look(x)] == ["self"]
+
+
+@torch.no_grad()
+def test_rows_that_are_alike_stand_where_they_are() -> None:
+    with workbench.attach(Attention()) as wb, wb.capture(POSITIONAL) as cap:
+        wb.model(torch.randn(B, 1, D).expand(B, N, D).contiguous())
+    check(cap, torch.arange(N), torch.arange(N))
 
 
 def test_a_look_tells_of_another_sequence(x: Tensor) -> None:

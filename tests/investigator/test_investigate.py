@@ -462,6 +462,10 @@ def test_too_few_prompts_or_no_task_are_refused(mover: Planted) -> None:
             investigate(wb, "ioi", progress=False)  # type: ignore[arg-type]
         with pytest.raises(TaskError, match="expected a Task"):
             investigate(wb, mover.task, known=["ioi"], progress=False)  # type: ignore[list-item]
+        with pytest.raises(TaskError, match="cannot be compared with itself"):
+            investigate(wb, mover.task, known=[mover.task], progress=False)
+        with pytest.raises(TaskError, match="two tasks to compare with are called 'other'"):
+            investigate(wb, mover.task, known=[replace(mover.task, name="other")] * 2, progress=False)
 
 
 def test_many_known_tasks_fit_into_plans(found: Investigation) -> None:

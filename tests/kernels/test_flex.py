@@ -1,5 +1,6 @@
 """What FlexAttention is handed on CUDA: orders of tokens, lists of blocks, and one compiled kernel for all layouts."""
 
+import functools
 import math
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, noop_mask
 from workbench.kernels import flex
 from workbench.kernels.flex import BLOCK, FlexPlan, block_mask, flex_attend
 from workbench.kernels.layouts import Layout
-from workbench.kernels.neighborhood import NeighborhoodLayout
+from workbench.kernels.neighborhood import NeighborhoodLayout, fewest_blocks, token_permutation
+from workbench.kernels.neighborhood.boxes import arrange
 from workbench.kernels.neighborhood.flex import flex_plan as neighborhood_plan
 from workbench.kernels.s2 import S2Layout
 from workbench.kernels.s2.flex import flex_plan as s2_plan
@@ -137,20 +139,65 @@ def test_s2_with_windows_smaller_than_a_block() -> None:
     assert s2_plan(layout, CPU).n_visited <= 1.2 * (verticals + 2 * 8 * n // BLOCK)
 
 
-@pytest.mark.parametrize(("shape", "window", "stride", "least"), [
-    ((30, 48, 80), (18, 24, 24), (16, 8, 8), 11.1),
-    ((256, 256), (80, 80), (16, 16), 10.2),
-    ((16, 44, 80), (16, 32, 48), (1, 8, 16), 2.29),
-    ((56, 56), (7, 7), (1, 1), 4.5),
-    ((60, 60), (20, 20), (4, 4), 4.0),
-    ((10, 30, 30), (4, 12, 12), (2, 4, 4), 4.8),
-    ((8, 32, 32), (4, 12, 12), (2, 4, 4), 7.1),
-    ((65536,), (512,), (64,), 70.0),
+@pytest.mark.parametrize(("layout", "most"), [
+    (((30, 48, 80), (18, 24, 24), (16, 8, 8)), 1),
+    (((256, 256), (80, 80), (16, 16)), 1),
+    (((16, 44, 80), (16, 32, 48), (1, 8, 16)), 1),
+    (((65536,), 512, 64), 1.01),
+    (((64, 64), (20, 20), (4, 4)), 1.2),
+    (((60, 60), (20, 20), (4, 4)), 1.25),
+    (((14, 14), 7), 1),
+    (((28, 28), 7, 1, 4), 1.15),
+    (((1000,), 100), 1.1),
+    (((1000,), 100, 1, 1, True), 1.1),
 ])  # fmt: skip
-def test_boxes_fit_the_shape(shape: tuple[int, ...], window: Any, stride: Any, least: float) -> None:
-    layout = NeighborhoodLayout(shape, window, stride)
-    plan = neighborhood_plan(layout, 1, CPU)
-    assert math.ceil(layout.n_tokens / BLOCK) ** 2 / plan.n_visited >= least
+def test_neighborhoods_visit_little_more_than_any_order_must(layout: tuple[Any, ...], most: float) -> None:
+    plan = neighborhood_plan(NeighborhoodLayout(*layout), 1, CPU)
+    assert plan.fewest is not None
+    assert plan.fewest <= plan.n_visited <= most * plan.fewest
+    visited, fewest = f"{plan.n_visited:,}", f"{plan.fewest:,}"
+    assert (
+        repr(plan)
+        == f"FlexPlan({visited} pairs of blocks of 128 visited; no order of tokens needs fewer than {fewest})"
+    )
+
+
+@pytest.mark.parametrize(("layout", "most"), [
+    (((60, 60), (20, 20), (4, 4)), 1.2),
+    (((8, 32, 32), (4, 12, 12), (2, 4, 4)), 1.2),
+    (((50, 50), 13), 1.2),
+    (((50, 50), 13, 1, 1, True), 1.2),
+    (((8, 20, 20), (3, 7, 7)), 1.2),
+    (((1000,), 64, 16, 3), 1.2),
+    # Windows that reach less far beyond their box than a box of keys is wide.
+    (((56, 56), 7), 1.5),
+    (((10, 30, 30), (4, 12, 12), (2, 4, 4)), 1.6),
+    (((8, 20, 20), (3, 7, 7), 1, 1, (True, False, False)), 1.3),
+])  # fmt: skip
+def test_neighborhoods_visit_what_their_queries_see_in_whole_blocks(layout: tuple[Any, ...], most: float) -> None:
+    made = NeighborhoodLayout(*layout)
+    found = arrange(made)
+    needed = 0
+    for block in found.queries:
+        places = made.coordinates(block[block >= 0])
+        seen = [axis.table(x) for axis, x in zip(made.axes, places, strict=True)]
+        several = functools.reduce(lambda a, b: (a[:, :, None] & b[:, None]).flatten(1), seen)
+        needed += math.ceil(int(several.any(0).sum()) / BLOCK)
+    assert needed <= int(found.seen.sum()) <= most * needed
+
+
+@settings(max_examples=40, deadline=None)
+@given(neighborhoods(), st.integers(1, 20), st.lists(st.integers(1, 9), min_size=3, max_size=3))
+def test_no_order_visits_fewer_blocks_than_the_bound(layout: NeighborhoodLayout, block: int, tile: list[int]) -> None:
+    """Boxes come close to it; and blocks of one token are the pairs that see each other."""
+    order, _ = token_permutation(layout.shape, tuple(tile[: len(layout.shape)]), layout.dilation)
+    sees = layout.visible(slice(0, layout.n_tokens), slice(0, layout.n_keys), torch.tensor([0]))[0]
+    keys = torch.cat((order, torch.arange(layout.n_tokens, layout.n_keys)))
+    sees = F.pad(sees[order][:, keys], (0, -layout.n_keys % block, 0, -layout.n_tokens % block))
+    visited = sees.unflatten(1, (-1, block)).unflatten(0, (-1, block)).any(-1).any(1)
+    assert 0 < fewest_blocks(layout, block) <= int(visited.sum())
+    if block == 1 and not any(axis.causal for axis in layout.axes):
+        assert fewest_blocks(layout, 1) == int(sees.sum())
 
 
 def test_a_perfectly_block_sparse_layout_needs_no_mask() -> None:

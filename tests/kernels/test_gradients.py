@@ -1,4 +1,4 @@
-"""Sums of A∘∂L/∂A, streamed, against autograd through attention that is written out in float64."""
+"""Sums of A∘∂L/∂A, streamed, against autograd through attention that is written out in float64; and what has none."""
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from workbench.kernels import masks, streaming
 from workbench.kernels.gradients import GRADIENT_SUMS, attention_times_gradient
 from workbench.kernels.masks import Mask
 from workbench.kernels.patterns import DensePattern
+from workbench.kernels.s2 import S2Cache
+from workbench.kernels.scan import ScanState
 from workbench.kernels.softmax import SoftmaxPattern
 
 
@@ -91,3 +93,33 @@ def test_what_does_not_fit_is_refused(g: tuple[int, ...], v: tuple[int, ...]) ->
     pattern = DensePattern(torch.rand(2, 6, 5, 5))
     with pytest.raises(CaptureError, match="shape"):
         attention_times_gradient(pattern, torch.zeros(g), torch.zeros(v))
+
+
+@pytest.mark.parametrize("asks", ["query", "key", "nothing"])
+@pytest.mark.parametrize("what", ["cache", "stream"])
+def test_what_forgets_says_so_when_gradients_are_asked_for(what: str, asks: str) -> None:
+    """Numbers stay, also when they are written to; where something asks for gradients, `backward` is an error."""
+    gen = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 1, 8, generator=gen), torch.randn(1, 2, 20, 8, generator=gen)
+    given_q, given_k = q.clone().requires_grad_(asks == "query"), k.clone().requires_grad_(asks == "key")
+
+    def attended(q: Tensor, k: Tensor, later: Tensor) -> Tensor:
+        if what == "stream":
+            state = ScanState(q)
+            state.update(k, k)
+            return state.update(later, later)
+        cache = S2Cache(2, 2, block=16, local_blocks=1, vert_stride=1)
+        cache.extend(k, k)
+        cache.extend(later, later)
+        return cache.attend(q)
+
+    want, got = attended(q, k, k[:, :, :1]), attended(given_q, given_k, k[:, :, :1])
+    assert torch.equal(got, want)
+    assert got.requires_grad == (asks != "nothing")
+    with torch.no_grad():
+        assert not attended(given_q, given_k, k[:, :, :1]).requires_grad
+    got += 1
+    if asks != "nothing":
+        with pytest.raises(CaptureError, match="without their history") as caught:
+            (got.sum() + given_k.sum() + given_q.sum()).backward()
+        assert "over the whole sequence" in str(caught.value.hint)

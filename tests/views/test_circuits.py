@@ -107,6 +107,8 @@ def test_roles_are_an_atlas_of_their_evidence(tmp_path: Path) -> None:
     spec = of(found).spec
     assert [metric["label"] for metric in spec.facts["metrics"]] == ["previous"]
     assert "previous-token: L0H0" in spec.caption
+    assert "grey were not asked about" in spec.caption  # L0H1 and L1H0: rows of the map are equally long
+    np.testing.assert_array_equal(spec.blocks["values"], np.float32([[0.9, np.nan, np.nan, 0.1]]))
     shown(found, tmp_path)
 
 

@@ -16,13 +16,13 @@ from workbench.capture.joined import join
 from workbench.capture.pooling import pool
 from workbench.capture.settings import Settings
 from workbench.capture.site_capture import Forward, SiteCapture, pack
+from workbench.capture.tables import tidy
 from workbench.capture.transformer_lens import Cache
 from workbench.capture.unrecorded import Unrecorded
 from workbench.errors import CaptureError, nearest
 from workbench.hooks.sites import Site, Sites, all_here
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.sequence_parallel.split import SplitSequence
-from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED
 from workbench.storage import files
 from workbench.storage.provenance import Provenance
 from workbench.storage.rendering import renderer
@@ -225,38 +225,7 @@ class Capture:
             sites without, and `batch` is as in the tensors, example · windows + window. Averages come with `n`, over
             how many positions they are.
         """
-        import pandas as pd
-
-        if per not in ("head", "position"):
-            raise CaptureError(f'per is "head" or "position", not {per!r}')
-        frames = []
-        windowed = any(site.windowed for site in self.sites)
-        known = statistic.removeprefix(VALUE_WEIGHTED) in STATISTICS
-        somewhere = any(statistic in c.statistics for forward in self._forwards for c in forward.sites.values())
-        for forward in self._forwards:
-            for c in forward.sites.values():
-                if statistic not in c.statistics and known and (somewhere or not c.site.has(statistic)):
-                    continue  # cross-attention has none that compare positions; gates alone always have a factor
-                values = getattr(c, statistic).double()
-                if values.dim() == 2 and per == "head":
-                    values = values[..., None]
-                if values.dim() != 3:
-                    raise CaptureError(f'"{statistic}" has no tidy table', shape=values.shape, hint="use the tensor")
-                counts = (~values.isnan()).sum(-1)
-                values = values.nanmean(-1, keepdim=True) if per == "head" else values
-                b, h, n = (
-                    x.flatten().tolist() for x in torch.meshgrid(*map(torch.arange, values.shape), indexing="ij")
-                )
-                where = {"site": c.site.path, "call": c.site.call, "layer": c.site.layer, "kind": c.site.kind}
-                of_window = {"window": [i % c.site.windows if c.site.windowed else 0 for i in b]} if windowed else {}
-                measured = {"head": h, "position": n, statistic: values.flatten().tolist()}
-                frame = pd.DataFrame({"forward": forward.index, **where, "batch": b, **of_window, **measured})
-                if per == "head":
-                    frame = frame.drop(columns="position").assign(n=counts.flatten().tolist())
-                frames.append(frame if c.site.here is None else frame[frame["head"].isin(c.site.here)])
-        if not frames:
-            raise CaptureError(f'no site has "{statistic}"', hint=f"captured: {', '.join(self.statistics)}")
-        return pd.concat(frames, ignore_index=True)
+        return tidy(self._forwards, self.sites, statistic, per)
 
     def pool(self) -> Capture:
         """All forwards as one, their batches joined; patterns are not joined.

@@ -23,7 +23,7 @@ from workbench.mechanisms.frame.card import unmarked
 from workbench.mechanisms.remembering.card import sam2act_card, sam2long_card
 from workbench.mechanisms.screens.card import agent_s2_grounding_card, v2p_card
 from workbench.models.planted import planted
-from workbench.session.workbench import attach
+from workbench.session.attaching import attach
 from workbench.storage.parts import parse
 from workbench.views import View
 from workbench.views.figure import figure

@@ -24,7 +24,7 @@ from workbench.investigator.findings import Finding, Planned, Sentence
 from workbench.investigator.investigation import FILE, Investigation
 from workbench.investigator.memory import Memory, Remembered, plain
 from workbench.investigator.plan import Plan, Step
-from workbench.investigator.subject import Found, Subject, check_task, places_of
+from workbench.investigator.subject import Found, Subject, check_tasks, places_of
 from workbench.investigator.verdict import verdict_of
 from workbench.session.workbench import Workbench
 from workbench.storage.json_text import finite
@@ -85,15 +85,14 @@ def investigate(
         batch_size: examples in one forward. seed: of what is drawn at random.
 
     Raises:
-        TaskError: a task, or one of `known`, that is none or has fewer than eight prompts; answers that this tokenizer
-            does not know.
+        TaskError: a task, or one of `known`, that is none or has fewer than eight prompts; `known` has the task itself,
+            or one twice; answers that this tokenizer does not know.
         WorkbenchError: a budget of nothing, no folder for the memory.
         FormatError: the folder holds an investigation of another model, task or settings, or a damaged one.
         InvestigationInterrupted: on Ctrl-C, with what is done.
     """
     began, budget = time.monotonic(), Budget(forwards, minutes)
-    for each in (task, *known):
-        check_task(each)
+    check_tasks(task, known)
     remembering = memory if isinstance(memory, Memory) or memory is None else Memory(memory)
     wb.check_ready()
     identity = _identity(wb, task, known, planner, budget, places, proactive, batch_size, seed)
@@ -102,7 +101,7 @@ def investigate(
     now = _begin(wb, task, folder, identity, budget, remembering, key)
     circuits = {} if remembering is None else remembering.circuits(key)
     subject = Subject(
-        wb, task, {one.name: one for one in known if one.name != task.name},
+        wb, task, {one.name: one for one in known},
         {name: one for name, one in circuits.items() if name in now.memory["circuits"]},
         places_of(task, places), seed, batch_size,
     )  # fmt: skip

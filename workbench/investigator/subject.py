@@ -102,21 +102,28 @@ class Subject:
             self.roles = roles if isinstance(roles, HeadRoles) else None
 
 
-def check_task(task: Task) -> None:
-    """Refuse what cannot be investigated.
+def check_tasks(task: Task, known: Sequence[Task]) -> None:
+    """Refuse what cannot be investigated, or not be compared with.
 
     Raises:
-        TaskError: no task, or fewer than `FEWEST` prompts.
+        TaskError: no task, fewer than `FEWEST` prompts, a task that is compared with itself, or twice with another.
     """
-    if not isinstance(task, Task):
-        raise TaskError(
-            f"expected a Task, not {type(task).__name__}", hint="make one with workbench.tasks.from_prompts"
-        )
-    if len(task) < FEWEST:
-        raise TaskError(
-            f"{len(task)} prompts are too few: half of them find what the other half confirms",
-            hint=f"at least {FEWEST}, better 32",
-        )
+    for each in (task, *known):
+        if not isinstance(each, Task):
+            raise TaskError(
+                f"expected a Task, not {type(each).__name__}", hint="make one with workbench.tasks.from_prompts"
+            )
+        if len(each) < FEWEST:
+            raise TaskError(
+                f"{len(each)} prompts are too few: half of them find what the other half confirms",
+                hint=f"at least {FEWEST}, better 32",
+            )
+    names = [one.name for one in known]
+    if task.name in names:
+        raise TaskError(f"{task.name!r} cannot be compared with itself", hint="known: other tasks, or none")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise TaskError(f"two tasks to compare with are called {twice!r}", hint="give each once, under its own name")
 
 
 def places_of(task: Task, given: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import WorkbenchError, nearest
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -131,14 +132,16 @@ def processor(name: str | Path, reads: str) -> Any:
     )
 
 
-def place(model: PreTrainedModel, device: str | None, dtype: str | None) -> PreTrainedModel:
-    """The model on a device, such as "cuda", and in a floating-point dtype, such as "bfloat16"; None for as it is.
+def check_place(device: str | None, dtype: str | None) -> torch.dtype | None:
+    """Whether there is such a device, such as "cuda", and floating-point dtype, such as "bfloat16"; None for any.
+
+    Returns:
+        The dtype of that name.
 
     Raises:
-        ModelError: there is no such device or dtype.
+        ModelError: there is none.
     """
     import torch
-    from torch import nn
 
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if device is not None and device.partition(":")[0] == "meta":
@@ -146,11 +149,33 @@ def place(model: PreTrainedModel, device: str | None, dtype: str | None) -> PreT
     if dtype is not None and dtype not in kinds:
         raise ModelError(f"no dtype is called {dtype!r}", hint=nearest(dtype, list(kinds), "dtype"))
     try:
-        nn.Module.to(model, device=device, dtype=None if dtype is None else kinds[dtype])
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = "cuda" if torch.cuda.is_available() else "cpu"
-        raise ModelError(f"the model cannot be put on {device!r}: {_first_line(error)}", hint=f'"{there}"') from error
+        raise _not_placed(device, error) from error
+    return None if dtype is None else kinds[dtype]
+
+
+def place(model: PreTrainedModel, device: str | None, dtype: str | None) -> PreTrainedModel:
+    """The model on a device and in a floating-point dtype, named as in `check_place`; None for as it is.
+
+    Raises:
+        ModelError: there is no such device or dtype, or no room.
+    """
+    from torch import nn
+
+    wanted = check_place(device, dtype)
+    try:
+        nn.Module.to(model, device=device, dtype=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise _not_placed(device, error) from error
     return model
+
+
+def _not_placed(device: str | None, error: Exception) -> ModelError:
+    import torch
+
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    return ModelError(f"the model cannot be put on {device!r}: {_first_line(error)}", hint=f'"{there}"')
 
 
 def _is_folder(path: Path) -> bool:

@@ -11,14 +11,18 @@ import torch
 
 from workbench.errors import CaptureError
 from workbench.hooks.configs import read
+from workbench.kernels.statistics import check_names
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as PictureImage
+
     from workbench.report.report import Report
     from workbench.session.workbench import Workbench
 
 _STATISTICS = ("entropy", "effective_keys", "distance", "sink", "current", "previous", "peak", "received")
 _NEW_TOKENS = 32
 _READS = {"input_ids": "text", "pixel_values": "image", "input_features": "audio", "input_values": "audio"}
+_NAMED = {"image": "an image", "audio": "a sound"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,31 @@ class Example:
     image: Path | None = None
     audio: Path | None = None
     source: str = ""
+
+    def check(self) -> Example:
+        """Itself, if there is one of them, and what is a file can be read: known before a model is loaded.
+
+        Raises:
+            CaptureError: there is none, or several; no such file, none that this process may read, no image.
+            TaskError: no audio.
+        """
+        if self.kind == "text":
+            return self
+        file = Path(getattr(self, self.kind))
+        try:
+            if not file.is_file():
+                raise CaptureError(f"there is no file {file}", hint=f"--{self.kind} takes the path of a file")
+            file.open("rb").close()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise CaptureError(f"{str(file)[:100]!r} cannot be read: {why}", hint="check the path") from None
+        if self.kind == "image":
+            _picture(file)
+        else:
+            from workbench.tasks.speech import load_audio
+
+            load_audio(file)
+        return self
 
     @property
     def kind(self) -> str:
@@ -55,7 +84,7 @@ def inputs(wb: Workbench, example: Example) -> dict[str, Any]:
     """Model inputs for an example; an encoder-decoder also gets the tokens that it generates itself.
 
     Raises:
-        CaptureError: the model does not take what the example is, or the file is no image.
+        CaptureError: the model does not take what the example is, or needs more beside it, or the file is no image.
         ModelError: no processor comes with the model. TaskError: the file is no audio, or too long.
     """
     model: Any = wb.model
@@ -65,10 +94,23 @@ def inputs(wb: Workbench, example: Example) -> dict[str, Any]:
         raise CaptureError(f"the model takes {takes}", hint="attach and capture it from Python")
     if example.kind != wanted:
         raise CaptureError(f"the model takes {takes}, not {example.kind}", hint=f"give it --{wanted}")
+    _check_towers(wb, example)
     found = _READERS[wanted](wb, example, takes)
     if read(read(model, "config"), "is_encoder_decoder", False):
         found["decoder_input_ids"] = model.generate(**found, max_new_tokens=_NEW_TOKENS, do_sample=False)
     return found
+
+
+def _check_towers(wb: Workbench, example: Example) -> None:
+    """Refuse an example that leaves a part of the model without input, whose sites would then never fire."""
+    for name, part in wb.model.named_modules():
+        other = _READS.get(str(getattr(part, "main_input_name", "input_ids")), "text")
+        if name and other not in ("text", example.kind) and any(s.name.startswith(f"{name}.") for s in wb.sites):
+            raise CaptureError(
+                f"the model reads {_NAMED[other]} beside its {example.kind}, in {name}, which never runs without one",
+                hint="from Python, give all that its processor makes: inputs = processor(images=…, text=…), then "
+                "wb.verify(**inputs) and Report.add(capture); docs/how-to.md has it for demo-vlm",
+            )
 
 
 def _text(wb: Workbench, example: Example, takes: str) -> dict[str, Any]:
@@ -76,20 +118,25 @@ def _text(wb: Workbench, example: Example, takes: str) -> dict[str, Any]:
 
 
 def _image(wb: Workbench, example: Example, takes: str) -> dict[str, Any]:
-    from PIL import Image, UnidentifiedImageError
-
     from workbench.models.loading import processor
 
     reads = processor(example.source, "image")
     file = Path(example.image or "")
-    if not file.is_file():
-        raise CaptureError(f"there is no file {file}")
+    try:
+        pixels = reads(images=_picture(file), return_tensors="pt")[takes]
+    except (OSError, ValueError) as error:
+        raise CaptureError(f"{file.name} is no image that the model's processor takes: {error}") from error
+    return {takes: _placed(wb, pixels)}
+
+
+def _picture(file: Path) -> PictureImage:
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(file) as image:
-            pixels = reads(images=image.convert("RGB"), return_tensors="pt")[takes]
+            return image.convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise CaptureError(f"{file.name} is no image that can be read: {error}") from error
-    return {takes: _placed(wb, pixels)}
+        raise CaptureError(f"{file.name} is no image that can be read: {error}", hint="a PNG or JPEG file") from error
 
 
 def _audio(wb: Workbench, example: Example, takes: str) -> dict[str, Any]:
@@ -139,12 +186,15 @@ def add_example(
         statistics: which to capture; the usual ones by default. layers: which; all by default.
 
     Raises:
-        CaptureError: the model does not take such an example, or a check failed.
+        CaptureError: there is no such statistic, layer or file, the model does not take such an example, or a check
+            failed.
     """
+    names, sites = check_names(statistics), None if layers is None else _in_layers(wb, layers)
+    example.check()
     with torch.inference_mode():
         given = inputs(wb, example)
         verification = wb.verify(**given).raise_if_failed()
         usual = (*_STATISTICS, "induction") if set(given) <= {"input_ids", "attention_mask"} else _STATISTICS
-        with wb.capture(list(statistics or usual), sites=None if layers is None else _in_layers(wb, layers)) as capture:
+        with wb.capture(list(names or usual), sites=sites) as capture:
             wb.model(**given)
     report.add(capture, title=title, text=example.text, verification=verification, note=note)

@@ -87,7 +87,8 @@ def look_at(
                     reason = "its keys are no positions, each sums up all of them: what mixes tokens comes before"
                     unread.setdefault(name, Unread(name, type(call.module).__name__, reason))
                 if keys.mixed and not any(other.startswith(f"{name}.") for other in unread):
-                    reason = "mixes neighbours before its kernel: a key reads several positions"
+                    what = "tokens" if keys.over == "pooled" else "neighbours"
+                    reason = f"mixes {what} before its kernel: a key reads several positions"
                     unread.setdefault(name, Unread(name, type(call.module).__name__, reason))
     unread |= {one.name: one for one in _scripted(model)}
     for name, reason in layouts.refused.items():

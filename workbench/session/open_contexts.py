@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from workbench.errors import CaptureError, InterventionError
 from workbench.hooks.compiled.regions import Region
 from workbench.hooks.edits import Edit, OutputEdit, Threads
-from workbench.hooks.layouts import Layouts, learn
+from workbench.hooks.layouts import Layouts
 from workbench.hooks.listener import Listener
 from workbench.hooks.multihead import MODULES
 from workbench.hooks.observer import Observer
+from workbench.hooks.placing import learn
 from workbench.hooks.tap import AttentionCall
 from workbench.session.recorder import Recorder
 from workbench.session.row_watch import RowWatch

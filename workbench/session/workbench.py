@@ -1,11 +1,11 @@
-"""`attach` and what it gives: a `Workbench` on a model, which captures and verifies its attention."""
+"""A `Workbench` on a model, which captures and verifies its attention; `attaching` makes it."""
 
 from __future__ import annotations
 
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -17,13 +17,10 @@ from workbench.capture.capture import Capture
 from workbench.capture.settings import Settings
 from workbench.capture.store.writing import StoreWriter, open_writer
 from workbench.errors import AttachError, CaptureError
-from workbench.hooks.code import scripted_attention
 from workbench.hooks.compiled.doors import Doors, eager_door
 from workbench.hooks.compiled.regions import check_not_compiled, find_regions, uncompiled
-from workbench.hooks.finding import find_sites
 from workbench.hooks.heads import parse_heads
 from workbench.hooks.layouts import Layouts
-from workbench.hooks.proofs.axes import Axes
 from workbench.hooks.sites import Sites
 from workbench.inputs import (
     check_inputs,
@@ -36,14 +33,15 @@ from workbench.inputs import (
 from workbench.kernels.checks import deferred
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.kernels.statistics import check_names
+from workbench.session.choosing import SiteChoice, choose
 from workbench.session.compiled_models import check_gradients, whose_bits
 from workbench.session.interventions import Interventions
 from workbench.session.looking import LIMIT, look_at, nominated, unlooked
 from workbench.session.open_contexts import OpenContexts
-from workbench.session.recorder import Recorder, SiteChoice, choose
+from workbench.session.recorder import Recorder
 from workbench.session.row_watch import RowWatch, Step
 from workbench.session.verification import Verification, verify_model
-from workbench.session.what_fired import check_fired, readable
+from workbench.session.what_fired import check_fired, readable, with_idle
 from workbench.storage.provenance import describe
 from workbench.storage.weights import WeightsThen, latest_hash
 from workbench.tokens import piece
@@ -51,71 +49,10 @@ from workbench.tokens import piece
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Workbench]] = weakref.WeakKeyDictionary()
 
 
-def attach(
-    model: nn.Module,
-    tokenizer: Any = None,
-    *,
-    check: bool = True,
-    layout: Mapping[str, str] | None = None,
-    compiled: Literal["recorded", "eager"] = "recorded",
-) -> Workbench:
-    """Attach to a model, so that its attention can be captured while it stays on its own kernel.
-
-    Args:
-        model: any `nn.Module` that calls scaled_dot_product_attention, a backend of Hugging Face's, PyTorch's attention
-            modules, or writes attention out as product, softmax, product.
-        tokenizer: a Hugging Face tokenizer, to take text and to label tokens; optional.
-        check: refuse a model in whose code no attention is found. Pass False for one that reaches its kernel in a way
-            that cannot be read from the code; its sites are then found when it runs.
-        layout: by site, what the axes of its kernel's output are, where values cannot show it, as in einops:
-            {"blocks.0.attn": "(head=4 batch) query width"}; see `docs/how-it-works.md`.
-        compiled: how what `torch.compile` made of the model runs while something is captured: "recorded", compiled once
-            more with an operator of ours behind each attention, or "eager", uncompiled for as long as the workbench is
-            attached, as interventions need it.
-
-    Raises:
-        AttachError: no module, no attention in it, or attached already.
-        CaptureError: a layout of a site that there is not, or that cannot be read.
-
-    >>> import torch
-    >>> wb = attach(nn.TransformerEncoderLayer(16, 4, batch_first=True).eval())
-    >>> with wb.capture() as cap:
-    ...     _ = wb.model(torch.randn(2, 5, 16))
-    >>> cap["self_attn"].entropy.shape
-    torch.Size([2, 4, 5])
-    >>> wb.detach()
-    """
-    if not isinstance(model, nn.Module):
-        inner = getattr(model, "model", None)
-        hint = "attach to its .model" if isinstance(inner, nn.Module) else "pass the nn.Module itself"
-        raise AttachError(f"cannot attach to a {type(model).__name__}", hint=hint)
-    if compiled not in ("recorded", "eager"):
-        raise AttachError(f'compiled is "recorded" or "eager", not {compiled!r}')
-    whole, model = model, uncompiled(model)
+def attached_to(model: nn.Module) -> Workbench | None:
+    """The workbench that is attached to a model, not compiled; None if there is none."""
     other = _attached.get(model)
-    if other is not None and other() is not None:
-        raise AttachError(
-            f"{type(model).__name__} is attached already", hint="use that Workbench, or call its detach() first"
-        )
-    sites, scripted = find_sites(model), scripted_attention(model)
-    if scripted:
-        parts = ", ".join(name or "the model itself" for name in scripted[:5])
-        warnings.warn(
-            f"attention in TorchScript cannot be seen, and is no site: {parts}; "
-            "attach to the model as it was before torch.jit.script or torch.jit.trace",
-            UserWarning,
-            stacklevel=2,
-        )
-    if check and not sites and not scripted:
-        raise AttachError(
-            f"no attention was found in {type(model).__name__}",
-            hint="nothing in the code of its modules calls an attention kernel or multiplies a softmax with values; "
-            "if it does so in a hidden way, attach with check=False",
-        )
-    stated = {sites.find(name).name if check else name: text for name, text in (layout or {}).items()}
-    for text in stated.values():
-        Axes.parse(text, heads=1)
-    return Workbench(whole, tokenizer, sites, Layouts(stated), eager=compiled == "eager")
+    return None if other is None else other()
 
 
 class Workbench(Interventions):
@@ -245,7 +182,7 @@ class Workbench(Interventions):
         provenance = describe(self._inner, self.tokenizer) | {"statistics": list(settings.statistics)}
         with nullcontext() if store is None else self._storing(store, settings, provenance) as writer:
             decode = self._decode if self.tokenizer is not None else None
-            recorder = Recorder(self._inner, self.sites, settings, decode, writer)
+            recorder = Recorder(model=self._inner, sites=self.sites, settings=settings, decode=decode, store=writer)
             capture = Capture(recorder.forwards, self.sites, provenance, weights, settings, recorder.unrecorded)
             try:
                 with deferred(recorder.pending), self._contexts.recording(recorder):
@@ -255,7 +192,9 @@ class Workbench(Interventions):
                     recorder.finish()
                 finally:
                     recorder.gradients.close()
-                self.sites = capture.model_sites = readable(self._inner, self._layouts, recorder.sites)
+                told = readable(self._inner, self._layouts, recorder.sites)
+                told = with_idle(self._inner, told, recorder.idle, {*recorder.called, *recorder.unrecorded})
+                self.sites = capture.model_sites = told
                 how = {"statistics_engine": ", ".join(sorted(recorder.engines))}
                 how |= whose_bits(recorder.compiled, eager=self._doors.are_open)
                 provenance |= how
@@ -295,10 +234,11 @@ class Workbench(Interventions):
             InterventionError: no such head. CaptureError: no call of a chosen head was seen, or one cannot be told.
 
         >>> import torch
+        >>> import workbench
         >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True).eval()
-        >>> with attach(model) as wb, wb.watch_rows("L0H2", lambda step: print(list(step.rows["L0H2"].shape))):
+        >>> with workbench.attach(model) as wb, wb.watch_rows("L0H2", lambda step: print(step.rows["L0H2"].shape)):
         ...     _ = model(torch.randn(2, 5, 16))
-        [2, 5]
+        torch.Size([2, 5])
         """
         self.check_ready()
         watch = RowWatch(self._inner, self.sites, parse_heads(self.sites, heads), tell, self._contexts.checked)

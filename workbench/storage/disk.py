@@ -60,6 +60,22 @@ def writable(path: str | Path) -> Path:
     return target
 
 
+def tried(path: str | Path) -> Path:
+    """As `writable`, and shown by a file that is made beside it and removed: rights alone do not tell of every folder.
+
+    Raises:
+        FileError: as `writable`, or no file can be made there.
+    """
+    target = writable(path)
+    try:
+        name, descriptor = _unfinished(target.parent)
+        os.close(descriptor)
+        name.unlink()
+    except OSError as error:
+        raise failed(path, error) from None
+    return target
+
+
 def readable(path: str | Path) -> Path:
     """The path of something to be read, which may not be there.
 
@@ -176,5 +192,8 @@ def _flush_folder(folder: Path) -> None:
 def failed(path: str | Path, error: OSError | ValueError) -> FileError:
     """The error that says of a path why it cannot be written, and what to do."""
     why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-    hint = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else "choose a path of plain characters"
+    elsewhere = "write to another folder"
+    hint = (
+        _HINTS.get(error.errno or 0, elsewhere) if isinstance(error, OSError) else "choose a path of plain characters"
+    )
     return FileError(f"{os.fspath(path)!r} cannot be written: {why}", hint=hint)

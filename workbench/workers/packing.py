@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from workbench.errors import WorkbenchError
-from workbench.session.workbench import Workbench, attach
+from workbench.session.attaching import attach
+from workbench.session.workbench import Workbench
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from triton_cases import CASES, ROWS, compare
+from triton_cases import CASES, ROWS, compare, differ, gradients
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from support.interpreter import patch_once
@@ -66,6 +66,21 @@ def magnitudes() -> list[str]:
     return found
 
 
+def output_gradients() -> list[str]:
+    """Of the fused forward, with shared keys and rows that see none."""
+    found = list[str]()
+    for case in CASES:
+        if case.name in ("keys from a cache", "dead rows"):
+            leaves = [x.requires_grad_() for x in case.tensors("cpu", torch.float32)]
+            d_out, want = gradients(case, *leaves)
+            output, rows = engine.attention(*leaves, case.mask())
+            for name, got, exact in zip("qkv", torch.autograd.grad(output, leaves, d_out.float()), want, strict=True):
+                found += differ(f"{case.name}: {name}", got, exact, 1e-4)
+            if any(each.requires_grad for each in rows.values()):
+                found.append("statistics ask for gradients")
+    return found
+
+
 def main() -> None:
     """Every case, the far rows, and a case held against a mask that it does not have."""
     warnings.simplefilter("error")
@@ -80,6 +95,7 @@ def main() -> None:
             found[case.name] = [f"{type(error).__name__}: {error} ({error.__cause__!r})"]
     found["far rows"] = far_rows()
     found["magnitudes"] = magnitudes()
+    found["gradients"] = output_gradients()
     found["a wrong truth"] = list(compare(CASES[2], "cpu", torch.float32, 1e-4, Mask(64, 64, causal=True, offset=-1)))
     print(json.dumps(found))
 

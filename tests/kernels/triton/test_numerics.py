@@ -3,15 +3,17 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import CASES, Case
+from triton_cases import CASES, Case, gradients
 
 from workbench.errors import CaptureError
+from workbench.kernels import softmax_backward
 from workbench.kernels.masks import Mask
 from workbench.kernels.neighborhood.layout import NeighborhoodLayout
 from workbench.kernels.softmax import SoftmaxPattern
@@ -21,7 +23,7 @@ from workbench.kernels.triton.call import precision
 from workbench.kernels.triton.tables import Tables, targets
 
 
-@pytest.mark.parametrize("name", [*(case.name for case in CASES), "far rows", "magnitudes"])
+@pytest.mark.parametrize("name", [*(case.name for case in CASES), "far rows", "magnitudes", "gradients"])
 def test_against_the_definition(name: str, printed: Callable[..., Any]) -> None:
     found = printed("interpreted.py", TRITON_INTERPRET="1")
     assert found[name] == []
@@ -64,6 +66,23 @@ def test_refusal(says: str, pattern: SoftmaxPattern, names: list[str], options: 
 def test_refuses_a_cpu_outside_of_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton has no wheel for this system")
     assert "on a GPU" in str(engine.refusal(_pattern().problem, ["entropy"]))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.bare and not case.half], ids=lambda case: case.name)
+def test_backward_against_autograd_of_the_definition(case: Case) -> None:
+    q, k, v = (x.double() for x in case.tensors("cpu", torch.float32))
+    d_out, want = gradients(case, q, k, v)
+    pattern = case.problem(q, k, case.mask())
+    problem = replace(pattern.problem, lse=pattern.lse.clamp(min=-1e20))
+    got = softmax_backward.backward(problem, v, pattern.apply(v), d_out)
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
+
+
+def test_a_mask_that_asks_for_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_machine_refusal", lambda device: None)
+    q, added = torch.randn(1, 2, 8, 32), torch.zeros(1, 1, 8, 8, requires_grad=True)
+    with pytest.raises(CaptureError, match="no gradient"):
+        engine.attention(q, q, q, Mask(8, 8, tensor=added))
 
 
 def test_values_that_do_not_fit() -> None:

@@ -94,6 +94,11 @@ class Case:
         how = {"softcap": self.softcap, "sinks": sinks, "key_bias": bias}
         return SoftmaxPattern(q, k, replace(mask, tensor=tensor), lse=lse, **how)
 
+    @property
+    def bare(self) -> bool:
+        """Whether the fused forward, which has neither caps nor sinks nor biases of keys, is for it."""
+        return not (self.softcap or self.sinks or self.key_bias or self.sink_keys)
+
     def options(self) -> Options:
         """What the statistics need besides."""
         ids = torch.randint(0, 5, (self.batch, self.n_keys or self.n), generator=torch.Generator().manual_seed(13))
@@ -203,20 +208,37 @@ def compare(
     slack = tolerance * max(1.0, case.spread / 10)
     got = engine.statistics(pattern.problem, case.names, options)
     alone = engine.statistics(case.problem(q, k, mask, given).problem, COLUMNS, options)
-    bare = not (case.softcap or case.sinks or case.key_bias or case.sink_keys)
-    output, rows = engine.attention(q, k, v, pattern.mask) if bare else (None, {})
+    output, rows = engine.attention(q, k, v, pattern.mask) if case.bare else (None, {})
     wanted_output = weights @ v.cpu().double().repeat_interleave(case.heads[0] // case.heads[1], dim=1)
     if output is not None:
-        yield from _differ("output", output, wanted_output, slack)
+        yield from differ("output", output, wanted_output, slack)
     for name in want:
-        yield from _statistic(name, got[name], want, weights, slack)
+        yield from statistic(name, got[name], want, weights, slack)
         if name in alone:
-            yield from _statistic(name + " alone", alone[name], want, weights, slack)
+            yield from statistic(name + " alone", alone[name], want, weights, slack)
         if name in rows:
-            yield from _statistic(name + " with output", rows[name], want, weights, slack)
+            yield from statistic(name + " with output", rows[name], want, weights, slack)
 
 
-def _statistic(label: str, got: Tensor, want: dict[str, Tensor], weights: Tensor, slack: float) -> Iterator[str]:
+def gradients(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A gradient of the output, and those of q, k and v that follow, by the definition in float64 and autograd."""
+    mask, group = case.mask(), case.heads[0] // case.heads[1]
+    leaves = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
+    wide = [x.repeat_interleave(group, dim=1) for x in leaves[1:]]
+    scores = leaves[0] @ wide[0].mT * q.shape[-1] ** -0.5
+    everything = slice(0, mask.n_queries), slice(0, mask.n_keys), slice(0, case.batch), slice(0, case.heads[0])
+    seen = mask.visible(*everything)
+    seen = torch.ones_like(scores, dtype=torch.bool) if seen is None else seen.expand_as(scores)
+    if mask.additive:
+        scores = scores + mask.tensor.double()  # type: ignore[union-attr]
+    sees = seen.any(-1, keepdim=True)
+    p = torch.where(seen | ~sees, scores, -torch.inf).softmax(-1) * sees
+    output = p @ wide[1]
+    d_out = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return d_out, torch.autograd.grad(output, leaves, d_out)
+
+
+def statistic(label: str, got: Tensor, want: dict[str, Tensor], weights: Tensor, slack: float) -> Iterator[str]:
     name = label.split(" ")[0]
     if name == "peak_key":  # several keys may weigh nearly the same
         yield from _same_weight(label, got[..., None], want["peak"][..., None], weights, slack)
@@ -226,7 +248,7 @@ def _statistic(label: str, got: Tensor, want: dict[str, Tensor], weights: Tensor
         if bool(((repeated[..., 1:] == repeated[..., :-1]) & (repeated[..., 1:] >= 0)).any()):
             yield f"{label}: a key twice"
     else:
-        yield from _differ(label, got, want[name], slack)
+        yield from differ(label, got, want[name], slack)
 
 
 def _same_weight(label: str, index: Tensor, want: Tensor, weights: Tensor, slack: float) -> Iterator[str]:
@@ -236,10 +258,10 @@ def _same_weight(label: str, index: Tensor, want: Tensor, weights: Tensor, slack
         yield f"{label}: not key indices"
         return
     found = weights.gather(-1, index.clamp(min=0)).where(index >= 0, 0.0)
-    yield from _differ(label, found, want.nan_to_num(0.0), slack)
+    yield from differ(label, found, want.nan_to_num(0.0), slack)
 
 
-def _differ(label: str, got: Tensor, want: Tensor, slack: float) -> Iterator[str]:
+def differ(label: str, got: Tensor, want: Tensor, slack: float) -> Iterator[str]:
     got, want = got.cpu().double(), want.double()
     if got.shape != want.shape:
         yield f"{label}: shape {list(got.shape)}, not {list(want.shape)}"

@@ -11,6 +11,8 @@ from workbench.analysis.atlas.pooling import SCORES
 
 NAMES = (*SCORES, "content")
 """Names, along the last axis of the evidence: `look` defines all but content."""
+UNNAMED = "not named"
+"""In the place of a name where nothing speaks for any: of a single token, a query that sees one key has no choice."""
 _ENOUGH, _EVEN = 0.5, 0.9
 # From the narrow to the wide: a pattern on itself is also in its row and in its block.
 _ORDER = (("self", "previous", "next"), ("vertical stripe",), ("row", "column"), ("block",))
@@ -37,10 +39,13 @@ def suggest(evidence: Sequence[float]) -> str:
     """The name that evidence [name], in the order of `NAMES`, speaks for.
 
     The first of these groups whose strongest entry reaches 0.5: self, previous, next; vertical stripe; row, column;
-    block. Else uniform if that reaches 0.9. Else the strongest of all but uniform. NaN is no evidence.
+    block. Else uniform if that reaches 0.9. Else the strongest of all but uniform. NaN is no evidence; where there is
+    none at all, `UNNAMED`.
 
     >>> suggest([0.1, 0.8, 0.0, 0.9, 0.0, 0.9, 0.2, 0.3, 0.1])
     'previous'
+    >>> suggest([float("nan")] * len(NAMES))
+    'not named'
     """
     found = {name: 0.0 if value != value else value for name, value in zip(NAMES, evidence, strict=True)}
     for group in _ORDER:
@@ -49,4 +54,5 @@ def suggest(evidence: Sequence[float]) -> str:
             return strongest
     if found["uniform"] >= _EVEN:
         return "uniform"
-    return max((name for name in reversed(NAMES) if name != "uniform"), key=lambda name: found[name])
+    strongest = max((name for name in reversed(NAMES) if name != "uniform"), key=lambda name: found[name])
+    return strongest if found[strongest] > 0 else UNNAMED

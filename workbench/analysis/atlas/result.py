@@ -13,6 +13,7 @@ from torch import Tensor
 from workbench.analysis.atlas.clusters import assign
 from workbench.analysis.atlas.encoder import Autoencoder, encode, scaled
 from workbench.analysis.atlas.gathering import gather
+from workbench.analysis.atlas.names import UNNAMED
 from workbench.errors import FormatError, WorkbenchError, nearest
 from workbench.storage.result import Result
 from workbench.storage.typed import Places
@@ -53,7 +54,8 @@ class PatternAtlas(Result):
         latents: [row, width] mean over examples. sample_latents: [example, row, width].
         xy: [row, 2] on the map. sample_xy: [example, row, 2]. explained: [2] share of the latents' variance.
         clusters: [row]. sample_clusters: [example, row]. cluster_patterns: [cluster, size, size] mean over its heads.
-        names: evidence's names. evidence: [row, name], NaN where a name does not apply. head_names: one per row.
+        names: evidence's names. evidence: [row, name], NaN where a name does not apply. head_names: one per row;
+            "not named" where there is no evidence, as of a single token.
         cluster_evidence: [cluster, name]. cluster_names: one per cluster, by its heads' mean evidence.
         content_dependence: [row] mean of ‖A(x) − Ā‖ / ‖Ā‖ over examples; NaN with one example.
         error: [example, row] squared error of the reconstruction. losses: mean of every epoch of the training.
@@ -116,6 +118,11 @@ class PatternAtlas(Result):
         if not 0 <= cluster < self.n_clusters:
             raise WorkbenchError(f"there are {self.n_clusters} clusters, no cluster {cluster}")
         return tuple(label for label, c in zip(self.labels, self.clusters.tolist(), strict=True) if c == cluster)
+
+    @property
+    def unnamed(self) -> tuple[str, ...]:
+        """Labels of heads whose patterns show nothing that could name them, as of prompts of a single token."""
+        return tuple(label for label, name in zip(self.labels, self.head_names, strict=True) if name == UNNAMED)
 
     def row(self, label: str) -> int:
         """Row of a head.
@@ -195,4 +202,5 @@ class PatternAtlas(Result):
 
     def __repr__(self) -> str:
         sizes = [f"{name} ({len(self.members(c))})" for c, name in enumerate(self.cluster_names)]
-        return f"PatternAtlas({len(self.labels)} heads, {len(self.error)} examples; clusters: {', '.join(sizes)})"
+        lost = f"; {len(self.unnamed)} heads show nothing to be named by" if self.unnamed else ""
+        return f"PatternAtlas({len(self.labels)} heads, {len(self.error)} examples; clusters: {', '.join(sizes)}{lost})"

@@ -114,13 +114,6 @@ def _ids(wb: Workbench, one: Any) -> Tensor:
         return ids_of(wb, one).cpu()
     if wb.tokenizer is None:
         raise CaptureError("no tokenizer is attached", hint="attach(model, tokenizer), or pass ids yourself")
-    try:
-        one.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise CaptureError(
-            f"a text has half a character at {error.start:,}, which no tokenizer takes: {one[error.start]!a}",
-            hint="it was not read as UTF-8; text.encode('utf-8', 'replace').decode() puts a question mark there",
-        ) from None
-    quiet = {"verbose": False} if hasattr(wb.tokenizer, "backend_tokenizer") else {}  # longer than the model's context
     check_text(one)
+    quiet = {"verbose": False} if hasattr(wb.tokenizer, "backend_tokenizer") else {}  # longer than the model's context
     return torch.tensor(list(wb.tokenizer(one, add_special_tokens=False, **quiet)["input_ids"]), dtype=torch.long)

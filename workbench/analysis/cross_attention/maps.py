@@ -21,7 +21,7 @@ from workbench.errors import WorkbenchError
 from workbench.hooks.sites import Site
 from workbench.kernels import streaming
 from workbench.kernels.patterns import Pattern
-from workbench.session.recorder import SiteChoice, choose
+from workbench.session.choosing import SiteChoice, choose
 from workbench.session.workbench import Workbench
 
 

@@ -16,7 +16,8 @@ from workbench.kernels.patterns import Pattern
 from workbench.kernels.recurrent import RecurrentPattern
 from workbench.mechanisms.matvlm.distil import losses
 from workbench.mechanisms.matvlm.student import Student
-from workbench.session.workbench import Workbench, attach
+from workbench.session.attaching import attach
+from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from workbench.mechanisms.frame import Mechanism, Signature, named
 from workbench.mechanisms.rooms import inputs
 from workbench.mechanisms.training import ByteLM, PatchModel, TrainedModel
 from workbench.mechanisms.training.work import LAYERS, PLACES, SHOWN
-from workbench.session.workbench import Workbench, attach
+from workbench.session.attaching import attach
+from workbench.session.workbench import Workbench
 
 ALONE = "alone"
 """The work of a module that stands in no model: it is shown drawn vectors."""

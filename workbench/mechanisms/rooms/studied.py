@@ -11,7 +11,7 @@ import torch
 from workbench.analysis.gates import GateProfile, gate_profile
 from workbench.capture.capture import Capture
 from workbench.mechanisms.studies import Exhibit, Lines, Studied
-from workbench.session.workbench import attach
+from workbench.session.attaching import attach
 
 
 @dataclass(frozen=True, eq=False)

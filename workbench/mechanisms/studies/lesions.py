@@ -17,7 +17,7 @@ from workbench.mechanisms.medusa import Body, Medusa, agreement, gate_pyramid
 from workbench.mechanisms.studies.exhibit import Bars, Exhibit, Heat
 from workbench.mechanisms.studies.shipped import add
 from workbench.mechanisms.studies.study import Phase, Study
-from workbench.session.workbench import attach
+from workbench.session.attaching import attach
 
 SIDE, GRID, WIDTH, SCALES, CLASSES = 32, 16, 16, 3, 3
 _CONTRAST = 0.55

@@ -145,11 +145,13 @@ def _view_of_head_roles(roles: HeadRoles) -> View:
     for name, values in roles.evidence.items():
         if not bool(values.isfinite().any()):
             continue
-        scores[name] = _placed(roles.heads).assign(value=values.tolist())
+        scores[name] = _with_gaps(_placed(roles.heads).assign(value=values.tolist()))
     named = [f"{role}: {', '.join(roles.of(role))}" for role in ROLES if roles.of(role)]
+    some = any(len(frame) > len(roles.heads) for frame in scores.values())
     return head_atlas(
         scores, title=f"Roles of heads on {roles.task}", provenance=roles.provenance,
-        caption=f"Suggested where attention reaches {roles.threshold:g}. {'; '.join(named) or 'No head has a role'}.",
+        caption=f"Suggested where attention reaches {roles.threshold:g}. {'; '.join(named) or 'No head has a role'}."
+        + (" Heads in grey were not asked about." if some else ""),
     )  # fmt: skip
 
 
@@ -202,6 +204,13 @@ def _placed(heads: Iterable[str]) -> pd.DataFrame:
     rows = [(*(number_of(text) or (-1, -1)), site_of(text)) for text in labels]
     frame = pd.DataFrame(rows, columns=["layer", "head", "site"])
     return frame if frame["site"].notna().all() else frame.drop(columns="site")
+
+
+def _with_gaps(frame: pd.DataFrame) -> pd.DataFrame:
+    """With a row of NaN for each head that is missing, up to the last head of any layer: all rows are equally long."""
+    places = frame.drop(columns=["head", "value"]).drop_duplicates()
+    every = places.merge(pd.DataFrame({"head": range(int(frame["head"].max()) + 1)}), how="cross")
+    return every.merge(frame, how="left")
 
 
 def _bars(

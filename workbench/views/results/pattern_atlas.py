@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 
 from workbench.analysis.atlas import PatternAtlas
+from workbench.analysis.atlas.names import UNNAMED
+from workbench.views.base.counting import count
 from workbench.views.base.drawing import SERIES
 from workbench.views.base.registry import register
 from workbench.views.base.view import View
@@ -75,6 +77,11 @@ def _view_of_pattern_atlas(atlas: PatternAtlas) -> View:
     notes = [] if every == 1 else [f"Small points are every {every}th example's."]
     if float(atlas.explained.sum()) < 0.5:
         notes.append("The two axes hold less than half of the variance: heads that look close may lie far apart.")
+    if atlas.unnamed:
+        notes.append(
+            f"{count(len(atlas.unnamed), 'head')} without a name: the patterns captured show nothing that tells their "
+            "kind, as where no query sees more than one token."
+        )
     return figure(
         fig,
         title="Map of patterns",
@@ -106,7 +113,7 @@ def _gallery(atlas: PatternAtlas) -> View:
         axes=Axes("query, pooled", "key, pooled"),
         labels=atlas.labels,
         sites=_sites(atlas),
-        said=[f"suggested name: {name}" for name in atlas.head_names],
+        said=[UNNAMED if name == UNNAMED else f"suggested name: {name}" for name in atlas.head_names],
         groups=[
             Group(f"{_cluster(atlas, c)}", rows, atlas.cluster_patterns[c].numpy()) for c, rows in enumerate(members)
         ],

@@ -1,0 +1,219 @@
+"""Boxes of tokens that fill FlexAttention's blocks: where queries and keys are cut, and which boxes share a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workbench.kernels.flex import BLOCK
+from workbench.kernels.neighborhood.axis import Axis
+from workbench.kernels.neighborhood.fewest import fewest_blocks
+from workbench.kernels.neighborhood.layout import NeighborhoodLayout, flat_tiles
+
+_PARTIAL = 0.2  # what computing a mask adds to a block's products
+_MOST_TILES = 2048  # in one dimension
+_TRIED = 3  # of the best, that are laid out: by pairs of boxes, and by how full these are too
+_LARGE = 1 << 24  # pairs of boxes, from which on only the first is
+_OPEN = 64  # blocks with room that a box may go to
+_NONE = 1 << 40
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """Tokens in blocks of 128, as many of queries as of keys (the last may be empty): layouts share a compiled kernel.
+
+    Attributes:
+        queries, keys: [block, 128] row-major numbers of tokens, −1 for padding.
+        seen, whole: [query block, key block] bool: whether some query sees some key; whether each sees all 128.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    seen: Tensor
+    whole: Tensor
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One dimension cut twice: `size` positions to a tile of queries, the first `offset` short; the same of keys."""
+
+    size: int
+    offset: int
+    key_size: int
+    key_offset: int
+
+
+def arrange(layout: NeighborhoodLayout) -> Arrangement:
+    """The arrangement of a row-major layout with the least work in blocks and masks, of those that are tried.
+
+    Queries and keys are cut on grids of their own, so that what a box of queries sees ends where boxes of keys end.
+    Boxes at borders that leave room in their block share it with others that see, or are seen by, much the same.
+    """
+    least = fewest_blocks(layout)
+    extra = -(-layout.extra_keys // BLOCK)
+    best: tuple[float, Arrangement] | None = None
+    for cuts in _choices(layout):
+        found = _lay_out(layout, cuts)
+        seen, whole = int(found.seen.sum()), int(found.whole.sum())
+        work = (seen + extra * len(found.queries)) * (1 + _PARTIAL) - whole * _PARTIAL
+        if best is None or work < best[0]:
+            best = work, found
+        if seen == whole == least:
+            break
+    assert best is not None  # boxes of one token are always there
+    return best[1]
+
+
+def _choices(layout: NeighborhoodLayout) -> Iterator[tuple[Cut, ...]]:
+    """Boxes of at most 128 queries and 128 keys, those with the fewest pairs that meet first."""
+    volumes, counts, ways = torch.ones(1, 2, dtype=torch.long), torch.ones(1, 3, dtype=torch.long), [()]
+    for axis in layout.axes:
+        cuts, numbers = _cuts(axis)
+        sizes = torch.tensor([(cut.size, cut.key_size) for cut in cuts])
+        volume = (volumes[:, None] * sizes).flatten(0, 1)
+        pairs = (counts[:, None, 0] * numbers[:, 0]).flatten()
+        kept = (volume <= BLOCK).all(1).nonzero()[:, 0]
+        kept = kept[pairs[kept].argsort(stable=True)]
+        kept = kept[_firsts(volume[kept, 0] * (BLOCK + 1) + volume[kept, 1])]
+        before, here = kept // len(cuts), kept % len(cuts)
+        volumes, counts = volume[kept], counts[before] * numbers[here]
+        ways = [(*ways[i], cuts[j]) for i, j in zip(before.tolist(), here.tolist(), strict=True)]
+    full = -(-layout.n_tokens // BLOCK)
+    pairs = counts[:, 0].double()
+    filled = full**2 / counts[:, 1:].clamp(min=full).prod(1)
+    chosen = torch.cat([score.argsort(stable=True)[:_TRIED] for score in (pairs, pairs * filled.sqrt())]).tolist()
+    for at in dict.fromkeys(chosen):
+        yield ways[at]
+        if int(counts[at, 1] * counts[at, 2]) > _LARGE:
+            return
+
+
+def _firsts(numbers: Tensor) -> Tensor:
+    """Where each of the numbers comes first."""
+    values, inverse = numbers.unique(return_inverse=True)
+    places = torch.arange(len(numbers))
+    return torch.full_like(values, len(numbers)).scatter_reduce(0, inverse, places, "amin").sort()[0]
+
+
+def _cuts(axis: Axis) -> tuple[list[Cut], Tensor]:
+    """For each two sizes the best offsets; and [cut, 3]: pairs of tiles that meet, tiles of queries, tiles of keys."""
+    sizes = _sizes(axis)
+    of_keys, shift = torch.tensor(sizes)[:, None], torch.arange(max(sizes))
+    longest = axis.classes[0][1]
+    cuts, numbers = [], []
+    for size in sizes:
+        found: dict[int, tuple[tuple[int, int, int], Cut]] = {}
+        for offset in {0, (-longest % size) // 2}:
+            pairs, n_keys = torch.zeros(2, len(sizes), len(shift), dtype=torch.long)
+            n_queries = 0
+            for start, length, alike in axis.classes:
+                tiles = torch.arange(-offset, length, size)
+                first, last = tiles.clamp(min=0), (tiles + size).clamp(max=length) - 1
+                low, high = (axis.bounds(x * axis.dilation + start)[i] for i, x in enumerate((first, last)))
+                visited = (high[:, None, None] + shift) // of_keys - (low[:, None, None] + shift) // of_keys + 1
+                pairs = pairs + alike * visited.sum(0)
+                n_keys = n_keys + alike * ((length - 1 + shift) // of_keys + 1)
+                n_queries += alike * len(tiles)
+            order = (pairs * (2 * axis.length + 1) + n_keys).masked_fill(shift >= of_keys, _NONE)
+            places = order.argmin(1, keepdim=True)
+            for at, (key_size, place) in enumerate(zip(sizes, places[:, 0].tolist(), strict=True)):
+                number = int(pairs[at, place]), n_queries, int(n_keys[at, place])
+                if key_size not in found or number < found[key_size][0]:
+                    found[key_size] = number, Cut(size, offset, key_size, place)
+        for number, cut in found.values():
+            cuts.append(cut)
+            numbers.append(number)
+    return cuts, torch.tensor(numbers)
+
+
+def _sizes(axis: Axis) -> list[int]:
+    """Positions of a tile that are tried: small ones, parts of the whole, and some strides."""
+    longest = axis.classes[0][1]
+    largest = min(longest, BLOCK)
+    parts = {-(-longest // n) for n in range(1, 33)}
+    wanted = parts | {*range(1, 17), 32, 64} | {axis.stride * n for n in (1, 2, 3, 4, 6, 8)} | {largest}
+    return sorted(s for s in wanted if s <= largest and (longest <= _MOST_TILES * s or s == largest))
+
+
+def _lay_out(layout: NeighborhoodLayout, cuts: tuple[Cut, ...]) -> Arrangement:
+    axes = layout.axes
+    rows = [axis.tiles(cut.size, cut.offset) for axis, cut in zip(axes, cuts, strict=True)]
+    columns = [axis.tiles(cut.key_size, cut.key_offset) for axis, cut in zip(axes, cuts, strict=True)]
+    meets = [axis.meets(x, y) for axis, x, y in zip(axes, rows, columns, strict=True)]
+    seen, whole = (reduce(_product, [each[i] for each in meets]) for i in (0, 1))
+    queries, keys = flat_tiles(rows, layout.shape), flat_tiles(columns, layout.shape)
+    group = _shared(seen, (queries >= 0).sum(1))
+    seen, whole, queries = _any(seen, group), _all(whole, group), _fill(queries, group)
+    group = _shared(seen.mT, (keys >= 0).sum(1))
+    seen, whole, keys = _any(seen.mT, group).mT, _all(whole.mT, group).mT, _fill(keys, group)
+    more_keys, more_queries = (max(x, 0) for x in (len(queries) - len(keys), len(keys) - len(queries)))
+    seen, whole = (F.pad(x, (0, more_keys, 0, more_queries)) for x in (seen, whole & (keys >= 0).all(1)))
+    queries, keys = (F.pad(x, (0, 0, 0, n), value=-1) for x, n in ((queries, more_queries), (keys, more_keys)))
+    return Arrangement(queries, keys, seen, whole)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """[q1 · q2, k1 · k2] of [q1, k1] and [q2, k2] bool."""
+    return (a[:, None, :, None] & b[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def _shared(seen: Tensor, sizes: Tensor) -> Tensor:
+    """[box] the block of each: first with boxes that meet much of what it meets, then with any that leave room."""
+    group = _joined(seen, sizes, least=1)
+    sizes = torch.zeros(int(group.max()) + 1, dtype=torch.long).index_add(0, group, sizes)
+    return _joined(_any(seen, group), sizes, least=0)[group]
+
+
+def _joined(seen: Tensor, sizes: Tensor, least: int) -> Tensor:
+    """[box] its own block, or that of an earlier box with the most in common, `least` or more, and room for both."""
+    volumes = sizes.tolist()
+    room = BLOCK - min(volumes)
+    blocks = list(range(len(volumes)))
+    opened: list[int] = []  # the first box of each block with room
+    taken: list[int] = []
+    rows = seen.float()
+    for box, volume in enumerate(volumes):
+        if volume > room:
+            continue
+        common = (rows[opened] @ rows[box]).tolist()
+        fits = [c if n + volume <= BLOCK else -1 for c, n in zip(common, taken, strict=True)]
+        at = max(range(len(fits)), key=fits.__getitem__, default=None)
+        if at is None or fits[at] < least:
+            opened.append(box)
+            taken.append(volume)
+            if len(opened) > _OPEN:
+                del opened[0], taken[0]
+            continue
+        first = blocks[box] = opened[at]
+        rows[first] = torch.maximum(rows[first], rows[box])
+        taken[at] += volume
+        if taken[at] > room:
+            del opened[at], taken[at]
+    return torch.tensor(blocks).unique(return_inverse=True)[1]
+
+
+def _any(boxes: Tensor, group: Tensor) -> Tensor:
+    """[block, ...] whether it holds for a box of the block."""
+    n = int(group.max()) + 1
+    return boxes if n == len(boxes) else boxes.new_zeros(n, boxes.shape[1]).index_put((group,), boxes, accumulate=True)
+
+
+def _all(boxes: Tensor, group: Tensor) -> Tensor:
+    """[block, ...] whether it holds for all boxes of the block."""
+    return ~_any(~boxes, group)
+
+
+def _fill(boxes: Tensor, group: Tensor) -> Tensor:
+    """[block, 128] tokens of boxes [box, token], those of a block after each other, −1 for padding."""
+    order = group.argsort(stable=True)
+    tokens, where = boxes[order].flatten(), group[order].repeat_interleave(boxes.shape[1])
+    tokens, where = tokens[tokens >= 0], where[tokens >= 0]
+    n = where.bincount()
+    found = torch.full((len(n), BLOCK), -1)
+    found[where, torch.arange(len(where)) - (n.cumsum(0) - n)[where]] = tokens
+    return found
