@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.kernels.masks import Mask, MaskSummary
+from workbench.kernels.mask_summary import MaskSummary
+from workbench.kernels.masks import Mask
 from workbench.kernels.tile import Space
 
 

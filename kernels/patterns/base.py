@@ -16,7 +16,8 @@ from torch import Tensor
 from workbench.errors import CaptureError
 from workbench.kernels import streaming
 from workbench.kernels.checks import ask_later, check_finite
-from workbench.kernels.masks import Mask, MaskSummary
+from workbench.kernels.mask_summary import MaskSummary
+from workbench.kernels.masks import Mask
 from workbench.kernels.plan import Pass
 from workbench.kernels.source import FusedMagnitudes, RawTileMaker, TileMaker
 from workbench.kernels.statistics import Options
