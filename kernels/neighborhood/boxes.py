@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from workbench.kernels.flex import BLOCK
@@ -24,7 +25,7 @@ _NONE = 1 << 40
 
 @dataclass(frozen=True, eq=False)
 class Arrangement:
-    """Tokens in blocks of 128, in an order of its own for queries and for keys.
+    """Tokens in blocks of 128, as many of queries as of keys (the last may be empty): layouts share a compiled kernel.
 
     Attributes:
         queries, keys: [block, 128] row-major numbers of tokens, −1 for padding.
@@ -150,7 +151,10 @@ def _lay_out(layout: NeighborhoodLayout, cuts: tuple[Cut, ...]) -> Arrangement:
     seen, whole, queries = _any(seen, group), _all(whole, group), _fill(queries, group)
     group = _shared(seen.mT, (keys >= 0).sum(1))
     seen, whole, keys = _any(seen.mT, group).mT, _all(whole.mT, group).mT, _fill(keys, group)
-    return Arrangement(queries, keys, seen, whole & (keys >= 0).all(1))
+    more_keys, more_queries = (max(x, 0) for x in (len(queries) - len(keys), len(keys) - len(queries)))
+    seen, whole = (F.pad(x, (0, more_keys, 0, more_queries)) for x in (seen, whole & (keys >= 0).all(1)))
+    queries, keys = (F.pad(x, (0, 0, 0, n), value=-1) for x, n in ((queries, more_queries), (keys, more_keys)))
+    return Arrangement(queries, keys, seen, whole)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

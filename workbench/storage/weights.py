@@ -24,11 +24,12 @@ def weights_hash(model: nn.Module) -> str | None:
 
     Offloaded weights are read from where they are kept; None if one cannot be read (`weights_note` says which). Tensors
     of several parts, as quantized ones are, count with all their parts, and a sharded one with the shard of this rank.
+    Where adapters (LoRA and its like) are there, it is also over which of them act.
 
     >>> weights_hash(nn.Identity())[:8]
     'e3b0c442'
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_switches(model).encode("utf-8", "surrogatepass"))
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor):
             value = stored(model, name, value)
@@ -40,6 +41,21 @@ def weights_hash(model: nn.Module) -> str | None:
                 flat = tensor.cpu().contiguous().flatten()
                 digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+_SWITCHES = ("active_adapter", "_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
+
+def _switches(model: nn.Module) -> str:
+    """Which adapters of a model act, and how strongly; "" where there are none. All of them are weights of the model
+    also while they do nothing. Source: peft's `BaseTunerLayer` and `PeftModel`.
+    """
+    told = []
+    for name, module in model.named_modules():
+        held = vars(module)
+        if "active_adapter" in held or "_active_adapter" in held:
+            told.append(f"{name}: {[held.get(key) for key in _SWITCHES]}, {'forward' in held}\n")  # a prompt's way out
+    return "".join(told)
 
 
 def weights_note(model: nn.Module) -> str | None:
@@ -64,7 +80,8 @@ def weights_fingerprint(model: nn.Module) -> tuple[Any, ...]:
     """
     parts = [part for t in (*model.parameters(), *model.buffers()) for _, part in described(t)]
     tensors = [t for t in parts if t is not None and t.device.type != "meta"]
-    return weights_version(model), tuple(t.data_ptr() for t in tensors), tuple(_sums_of_bytes(t) for t in tensors)
+    places, sums = tuple(t.data_ptr() for t in tensors), tuple(_sums_of_bytes(t) for t in tensors)
+    return weights_version(model), _switches(model), places, sums
 
 
 def _sums_of_bytes(tensor: torch.Tensor) -> bytes:
@@ -126,14 +143,14 @@ class WeightsThen:
     """The weights of a model at one moment. The model is not kept alive for them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._version = weakref.ref(model), weights_version(model)
+        self._model, self._then = weakref.ref(model), (weights_version(model), _switches(model))
 
     def facts(self) -> dict[str, str | None]:
         """Their hash, for a provenance; None, with the reason, if they are there no more."""
         model = self._model()
         if model is None:
             lost = "the model was gone before it was asked for: read cap.provenance, or save, while the model is there"
-        elif weights_version(model) != self._version:
+        elif (weights_version(model), _switches(model)) != self._then:
             lost = "the weights have changed since the capture began"
         else:
             return {"weights_sha256": latest_hash(model)}

@@ -13,7 +13,7 @@ from support.zoo.family import ids
 from workbench.analysis.circuits.model.anatomy import find_anatomy
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
-from workbench.errors import AttachError, FormatError, InterventionError
+from workbench.errors import AttachError, FormatError, InterventionError, WorkbenchError
 
 KINDS = {
     "gpt2": (4, 4, False),
@@ -148,6 +148,18 @@ def test_a_scaled_stream_is_refused_by_name() -> None:
     model.blocks[0].register_forward_hook(lambda module, args, output: 2 * output)
     with workbench.attach(model) as wb, pytest.raises(AttachError, match=r"blocks\.0"):
         find_anatomy(wb, {"input_ids": torch.tensor([[1, 2, 3]])})
+
+
+@pytest.mark.parametrize(("where", "value"), [("model.layers.1.self_attn.v_proj", torch.nan), ("lm_head", torch.inf)])
+def test_numbers_that_are_not_finite_are_named(where: str, value: float) -> None:
+    model = tiny("llama-gqa")
+    with torch.no_grad():
+        model.get_submodule(where).weight[0, 0] = value  # type: ignore[index, operator]
+    with (
+        workbench.attach(model, check=False) as wb,
+        pytest.raises(WorkbenchError, match=rf"^{where} gives numbers that are not finite"),
+    ):
+        find_anatomy(wb, family("llama-gqa").inputs())
 
 
 def test_a_graph_prunes_what_leads_nowhere() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,19 @@ def test_of_equal_sets_it_is_one_and_of_disjoint_ones_zero(two: Any) -> None:
     assert apart.values["jaccard"] == 0
     assert apart.shared == ()
     assert apart.p_value == 1
+
+
+def test_circuits_without_scores_have_no_rankings(two: Any, tmp_path: Path) -> None:
+    a, b = (
+        replace(one, node_scores=torch.full_like(one.node_scores, torch.nan)).with_nodes(heads)
+        for one, heads in zip((two[2]["ablation"][0],) * 2, ([(0, 0)], [(0, 1)]), strict=True)
+    )
+    found = workbench.circuit_overlap(a, b, n_null=20)
+    assert found.values["jaccard"] == found.values["weighted"] == 0
+    assert math.isnan(found.values["rank_biased"])
+    found.save(tmp_path / "o")
+    assert math.isnan(workbench.CircuitOverlap.load(tmp_path / "o").values["rank_biased"])
+    assert found.to_html(tmp_path / "o.html")
 
 
 def test_renaming_moves_groups_whole_and_keeps_the_graph() -> None:
@@ -191,6 +205,14 @@ def test_measures_are_those_of_definitions() -> None:
         terms.append(len(set(first[:depth]) & set(second[:depth])) / depth)
     expected = terms[-1] * p**20 + (1 - p) / p * sum(p ** (d + 1) * t for d, t in enumerate(terms))
     assert rank_biased(a, b, p) == pytest.approx(expected)
+    short = b.where(b >= b.sort().values[-7], 0.0)  # ranks only seven
+    expected = terms[6] * p**7 + (1 - p) / p * sum(p ** (d + 1) * t for d, t in enumerate(terms[:7]))
+    assert rank_biased(a, short, p) == rank_biased(short, a, p) == pytest.approx(expected)
+    halves = torch.zeros(2, 20, dtype=torch.float64)  # ten tied items each, of which they share five
+    halves[0, :10] = halves[1, 5:15] = 1.0
+    assert rank_biased(halves[0], halves[1]) == pytest.approx(0.5)
+    assert rank_biased(halves[0], halves[0]) == pytest.approx(1)
+    assert math.isnan(rank_biased(halves[0], torch.zeros(20)))
     x, y = a / a.sum(), b / b.sum()
     assert weighted_jaccard(a, b) == pytest.approx(float(torch.minimum(x, y).sum() / torch.maximum(x, y).sum()))
     assert jaccard(a > 2, b > 2) == 1

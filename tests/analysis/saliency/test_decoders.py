@@ -307,3 +307,12 @@ def test_what_cannot_be_explained_is_named() -> None:
     regression.num_labels = 3
     with pytest.raises(WorkbenchError, match="one class of 0 to 2"):
         explained(hf.BertForSequenceClassification(regression).eval(), hypothesis=3)
+
+
+@pytest.mark.parametrize("method", ["integrated_gradients", "gradient_x_input"])
+def test_a_model_that_says_the_same_of_everything_misses_nothing(method: str) -> None:
+    model: Any = double("llama-gqa")
+    nn.init.zeros_(model.lm_head.weight)
+    found = explained(model, method)
+    assert not found.scores.any()
+    assert found.details["completeness_gap"] == 0.0

@@ -63,7 +63,8 @@ class CircuitOverlap(Result):
         a, b: short descriptions. tasks: their names. unit: "heads", "nodes" or "edges".
         shared, only_a, only_b: names, in the order of the model.
         values: measures by name: "jaccard" |A∩B| / |A∪B|; "of_a", "of_b": the share of one that the other has;
-            "rank_biased" of the rankings by |score|; "weighted" Σ min / Σ max of |scores| that add up to 1.
+            "rank_biased" of the rankings by |score|, NaN where a circuit has no scores; "weighted" Σ min / Σ max of
+            |scores| that add up to 1.
         intervals: 95 % by measure, of the mean overlap of circuits that are found with as many new prompts of both
             tasks, by how much the overlap varies when prompts are drawn anew; none where a circuit kept no single
             scores, or was given node by node. Circuits found with more prompts overlap more, if the tasks share what

@@ -5,6 +5,7 @@ Those that perturb are captum's own code; of those with gradients only what is n
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -196,8 +197,13 @@ def _by_gradients(
     return maps, {
         "convergence_delta": tuple(delta.tolist()),
         "change": tuple(change.tolist()),
-        "completeness_gap": float(delta.abs().sum() / change.abs().sum()),
+        "completeness_gap": _share(float(delta.abs().sum()), float(change.abs().sum())),
     }
+
+
+def _share(missed: float, asked: float) -> float:
+    """Of a sum that should be 0 and is, nothing is missed."""
+    return missed / asked if asked else math.inf if missed else 0.0
 
 
 def _gradients(explained: _Explained, points: Tensor) -> Iterator[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,10 @@ def jaccard(a: Tensor, b: Tensor) -> float:
 
 
 def rank_biased(a: Tensor, b: Tensor, p: float = 0.9) -> float:
-    """Rank-biased overlap of two rankings by [item] scores, extrapolated to their end (Webber et al. 2010, eq. 32).
+    """Rank-biased overlap of two rankings by [item] scores of 0 and more, extrapolated (Webber et al. 2010, eq. 32).
+
+    A score of 0 ranks nothing, and the shorter ranking says how deep both are compared; equal scores have the first of
+    their ranks (section 4.2.4 there). NaN where one ranks nothing.
 
     Args:
         p: how fast the weight falls with depth; the first 1/(1−p) items carry most of it.
@@ -25,18 +30,27 @@ def rank_biased(a: Tensor, b: Tensor, p: float = 0.9) -> float:
     >>> scores = torch.tensor([3.0, 2.0, 1.0])
     >>> round(rank_biased(scores, scores), 6), rank_biased(scores, scores.flip(0)) < 1
     (1.0, True)
+    >>> rank_biased(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    0.0
     """
-    first, second = (scores.argsort(descending=True, stable=True).tolist() for scores in (a, b))
-    seen_a: set[int] = set()
-    seen_b: set[int] = set()
-    total, shared = 0.0, 0
-    for depth, (x, y) in enumerate(zip(first, second, strict=True), start=1):
-        seen_a.add(x)
-        seen_b.add(y)
-        shared += (x in seen_b) + (y in seen_a and y != x)
-        total += p**depth * shared / depth
-    n = len(first)
-    return shared / n * p**n + (1 - p) / p * total
+    ranks = [_first_ranks(scores) for scores in (a, b)]
+    depths = min(int((scores > 0).sum()) for scores in (a, b))
+    if not depths:
+        return math.nan
+    depth = torch.arange(1, depths + 1)
+    shared, *sizes = (
+        torch.bincount(each[each < depths], minlength=depths).cumsum(0).double()
+        for each in (torch.maximum(*ranks), *ranks)
+    )
+    agreement = 2 * shared / (sizes[0] + sizes[1])
+    weights = p ** depth.double()
+    return float(agreement[-1] * weights[-1] + (1 - p) / p * (weights * agreement).sum())
+
+
+def _first_ranks(scores: Tensor) -> Tensor:
+    """[item] how many items have a higher score; of a score of 0 as many as there are items."""
+    ranks = len(scores) - torch.searchsorted(scores.sort().values, scores, right=True)
+    return ranks.masked_fill(scores <= 0, len(scores))
 
 
 def weighted_jaccard(a: Tensor, b: Tensor) -> float:

@@ -11,7 +11,7 @@ from workbench.errors import FormatError
 from workbench.storage import disk
 from workbench.storage.store.extra import need
 
-_ROWS = 1 << 15  # of a file, before the next one begins
+_ROWS = 1 << 14  # of a file, before the next one begins
 _ADDITIONS = 64
 
 
@@ -29,6 +29,8 @@ class GrowingTable:
         types = {name: getattr(self._arrow, kind)() for name, kind in columns.items() if kind != "category"}
         category = self._arrow.dictionary(self._arrow.int32(), self._arrow.string())
         self._schema = self._arrow.schema([(name, types.get(name, category)) for name in columns])
+        whole = {name: "DELTA_BINARY_PACKED" for name, kind in columns.items() if kind == "int64"}  # less, and sooner
+        self._form = {"column_encoding": whole, "use_dictionary": [name for name in columns if name not in types]}
         self._parts: list[Any] = []
         self._number = 0
 
@@ -79,7 +81,7 @@ class GrowingTable:
         try:
             whole = self._arrow.concat_tables(self._parts).unify_dictionaries().combine_chunks()
             with draft.open("wb") as file:
-                self._parquet.write_table(whole, file, compression="zstd", compression_level=1)
+                self._parquet.write_table(whole, file, compression="zstd", compression_level=1, **self._form)
             os.replace(draft, target)
         except OSError as error:
             self._parts.pop()

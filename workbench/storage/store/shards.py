@@ -35,7 +35,7 @@ _ZARR = {
 }  # fmt: skip
 _INTEGERS = {"uint16": torch.uint16, "uint8": torch.uint8}
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _ZARR}
-_CRC = 4  # bytes
+_CRC, _ENTRY = 4, 16  # bytes of a checksum, and of a chunk in the index
 _PIECE, _PAGE = 1 << 19, 1 << 12  # bytes that are written at once, and those that the system keeps together
 _LITTLE: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 
@@ -92,6 +92,11 @@ class Array:
     @property
     def chunk_bytes(self) -> int:
         return math.prod(self.chunk) * self.torch_dtype.itemsize
+
+    @property
+    def file_bytes(self) -> int:
+        """Of a row: its chunks, their checksums, and the index with its own."""
+        return max(1, self.sites) * self.heads * (self.chunk_bytes + _CRC + _ENTRY) + _CRC
 
     def file(self, folder: Path, row: int) -> Path:
         """The file of a row."""
@@ -172,10 +177,10 @@ class Array:
 
     def _index(self, descriptor: int, place: str) -> np.ndarray:
         n = max(1, self.sites) * self.heads
-        size = 16 * n + _CRC
+        size = _ENTRY * n + _CRC
         end = os.fstat(descriptor).st_size
         # Every chunk lies in the file by itself, so that nothing is ever larger in memory than what is on the disk.
-        raw = os.pread(descriptor, size, end - size) if end >= size + n * (self.chunk_bytes + _CRC) else b""
+        raw = os.pread(descriptor, size, end - size) if end >= self.file_bytes else b""
         if len(raw) != size or _wrong(raw):
             raise FormatError(f"the index of {place} is damaged", hint=_REST)
         return np.frombuffer(raw[:-_CRC], "<u8").reshape(n, 2)

@@ -152,7 +152,12 @@ def _streams(wb: Workbench) -> dict[str, list[Site]]:
 def find_head(seen: Recording) -> str | None:
     """The last module whose output is the logits."""
     for name in reversed(seen.order):
-        if equal(seen.gave.get(name), seen.logits) and seen.given[name].shape[:2] == seen.gave[name].shape[:2]:
+        given = seen.given.get(name)  # none of a model inside a wrapper, such as one of adapters, that passes names
+        if (
+            given is not None
+            and equal(seen.gave.get(name), seen.logits)
+            and given.shape[:2] == seen.gave[name].shape[:2]
+        ):
             return name
     last = [n for n in seen.order if n in seen.gave and seen.gave[n].shape == getattr(seen.logits, "shape", None)]
     return last[-1] if last else None

@@ -94,7 +94,8 @@ def record(
     """Run the model once, with autograd from the inputs of the modules `grad_from` on.
 
     Raises:
-        WorkbenchError: the model gives no logits, and they are needed; or it is compiled.
+        WorkbenchError: the model gives no logits, and they are needed; or numbers that are not finite; or it is
+            compiled.
     """
     check_not_compiled(model)
     made = Recording()
@@ -130,6 +131,7 @@ def record(
                 changes.after(module, ends)
         with torch.enable_grad(), observed(model, _Calls(made)):
             output = model(**inputs)
+    _check_finite(made, output)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         if not needs_logits:
@@ -140,6 +142,22 @@ def record(
         )
     made.logits = logits
     return made
+
+
+def _check_finite(made: Recording, output: Any) -> None:
+    """Raise a WorkbenchError where the model's output is spoiled, naming where that began; −inf hides, and may be."""
+
+    def spoiled(tensor: Tensor) -> bool:
+        return bool((tensor.isnan() | (tensor == torch.inf)).any())
+
+    gave = first_float(output)
+    if gave is None or not spoiled(gave):
+        return
+    where = next((name for name in made.order if name in made.gave and spoiled(made.gave[name])), "the model")
+    raise WorkbenchError(
+        f"{where} gives numbers that are not finite, and so does the model: nothing can be found in them",
+        hint="are its weights finite, and does its dtype reach far enough?",
+    )
 
 
 def first_float(values: Any) -> Tensor | None:
