@@ -232,6 +232,9 @@ def analyses(model: nn.Module) -> Iterator[Tensor]:
             wb, [{"input_ids": IDS}], lambda y, b: y.logits[:, -1, 7], heads={(0, 1), (2, 3)}, progress=False
         )
         yield torch.from_numpy(scores.table.select_dtypes("number").to_numpy(float))
+        asked = {"hypothesis": [7], "progress": False}
+        getattr(model, "reshard", lambda: None)()  # a table of embeddings is looked up before the model runs
+        yield workbench.saliency(wb, {"input_ids": IDS[:1]}, "gradient_x_input", **asked).scores
         yield workbench.saliency(wb, {"input_ids": IDS[:1]}, n_masks=8, exact=False, progress=False).scores
         yield workbench.patch_layers(wb, random_task(3, 5, 60), metric="kl_divergence", progress=False).effects
         atlas = workbench.head_atlas_over(wb, [IDS.flatten()], tokens=None, length=9, progress=False)

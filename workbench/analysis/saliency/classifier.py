@@ -14,6 +14,7 @@ from workbench.analysis.saliency.explained_input import (
     ExplainedInput,
     check_embeddings,
     check_finite,
+    embedded,
     normalised_logits,
 )
 from workbench.analysis.saliency.main_input import extent_of, main_input
@@ -79,7 +80,7 @@ def read_classifier(
     with torch.no_grad():
         if kind == "tokens":
             subject.ids = main[0]
-            subject.main = subject.embedding()(main)
+            subject.main = embedded(subject.embedding(), main)
         subject.reference = check_finite(subject.log_probs(subject.main)[0])
     if kind == "tokens":
         check_embeddings(normalised_logits(logits), subject.reference, "such a model is not explained")

@@ -15,6 +15,7 @@ from workbench.analysis.saliency.explained_input import (
     ExplainedInput,
     check_embeddings,
     check_finite,
+    embedded,
     embedding_of,
     normalised_logits,
 )
@@ -86,7 +87,7 @@ def read_decoder(
                 f"prompt and hypothesis need {subject.extent} positions, the model's context has {limit}",
                 hint="shorten one of them",
             )
-        subject.main = subject.embedding()(subject.ids[None])
+        subject.main = embedded(subject.embedding(), subject.ids[None])
         subject.rest = {"attention_mask": torch.ones_like(subject.ids[None])}
         subject.reference = _said_causally(subject)
         direct = model(input_ids=subject.ids[None], **subject.rest, **_extra(model, len(subject.targets))).logits

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.analysis.saliency.explained_input import ExplainedInput, embedding_of, normalised_logits
+from workbench.analysis.saliency.explained_input import ExplainedInput, embedded, embedding_of, normalised_logits
 
 
 @dataclass
@@ -72,8 +72,7 @@ class EncoderDecoderInput(ExplainedInput):
             WorkbenchError: the decoder's table of embeddings is not found.
         """
         table = embedding_of(self.model.get_decoder())  # type: ignore[operator]
-        found: Tensor = table(self.decoder_ids)
-        return found
+        return embedded(table, self.decoder_ids)
 
 
 def encoded(states: Tensor) -> Any:

@@ -146,7 +146,7 @@ class ExplainedInput(ABC):
         pad = getattr(self.model.config, "pad_token_id", None)
         if pad is None:
             raise WorkbenchError("the model tells of no padding token", hint='set model.config.pad_token_id, or "mean"')
-        found: Tensor = self.embedding()(torch.tensor([pad], device=self.main.device))
+        found: Tensor = embedded(self.embedding(), torch.tensor([pad], device=self.main.device))
         return found
 
     def embedding(self) -> nn.Module:
@@ -199,6 +199,17 @@ def embedding_of(tower: nn.Module) -> nn.Module:
     found = None if get is None else get()
     if not isinstance(found, nn.Module):
         raise WorkbenchError(f"no table of token embeddings was found in {type(tower).__name__}")
+    return found
+
+
+def embedded(table: nn.Module, ids: Tensor) -> Tensor:
+    """What a table of embeddings gives for ids; where FSDP has cut its weights, all processes call it at once."""
+    cut = {name: p for name, p in table.named_parameters() if type(p).__name__ == "DTensor"}
+    if cut and not (table._forward_pre_hooks or table._forward_hooks):  # those of tensor parallelism know their part
+        whole = {name: p.full_tensor() for name, p in cut.items()}  # type: ignore[attr-defined]
+        found: Tensor = torch.func.functional_call(table, whole, (ids,))
+    else:
+        found = table(ids)
     return found
 
 

@@ -12,7 +12,7 @@ from workbench.analysis.saliency.classifier import read_classifier
 from workbench.analysis.saliency.decoder_only import read_decoder
 from workbench.analysis.saliency.decoding import decode
 from workbench.analysis.saliency.encoder_decoder import EncoderDecoderInput
-from workbench.analysis.saliency.explained_input import ExplainedInput, check_embeddings, check_finite
+from workbench.analysis.saliency.explained_input import ExplainedInput, check_embeddings, check_finite, embedded
 from workbench.analysis.saliency.main_input import (
     EXTRAS,
     check_unpadded,
@@ -150,7 +150,7 @@ def prepare_encoder_decoder(
         if kind == "tokens":
             subject.ids = main[0]
             check_vocabulary("the input", subject.ids, int(getattr(subject.embedding(), "num_embeddings", 1 << 62)))
-            subject.main = subject.embedding()(main)
+            subject.main = embedded(subject.embedding(), main)
         subject.states = subject.encode(subject.main)
         targets = _given_targets(inputs, subject.prompt) if hypothesis is None else torch.as_tensor(hypothesis)
         if targets is None:
