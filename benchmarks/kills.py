@@ -288,13 +288,13 @@ def end_at_exchange(rank: int, at: int | None) -> None:
     """The second process ends when it has exchanged so often."""
     left, begin = at, SplitSequence._begun
 
-    def counted(self: SplitSequence, send: Any) -> Any:
+    def counted(self: SplitSequence, what: str, send: Any) -> Any:
         nonlocal left
         if rank == 1 and left is not None:
             left -= 1
             if left < 0:
                 os._exit(DIED)
-        return begin(self, send)
+        return begin(self, what, send)
 
     SplitSequence._begun = counted  # type: ignore[method-assign]
 
@@ -380,8 +380,7 @@ def report(kept: list[Killed]) -> None:
         "At different places: a worker of Ray in a forward; the driver, before what it keeps is "
         "written or behind it; one of two processes of a split model (gloo), at an exchange or in a forward. Same: "
         "what was found in spite of it, or gone on with from the files, is what an undisturbed run gives, to the bit. "
-        "Named: the other process ended within a minute with an error that names the lost one; where the library that "
-        "splits the model sends, the error is its own, within a minute too.\n\n"
+        "Named: the other process ended within a minute with an error that names the lost one.\n\n"
     )
     write_section(HEADING, note + table(["killed, in", "times", "killed", "same", "named"], rows))
 
