@@ -335,13 +335,17 @@ def two(kind: str, folder: Path, at: int | None) -> list[int]:
     return ended(*(forked(one_of_two, kind, rank, folder, at) for rank in (0, 1)))
 
 
+def succeeded(kind: str, codes: list[int], folder: str) -> None:
+    if codes != [0, 0]:
+        raise SystemExit(f"{kind}: {codes}\n" + "\n".join(p.read_text() for p in Path(folder).glob("*.error")))
+
+
 def ranks_killed(work: dict[str, range], address: str | None) -> Iterator[Killed]:
     """One of two processes ends; the other says so, and both go on from their files."""
     for kind, left in work.items():
         with tempfile.TemporaryDirectory() as whole:
             codes = two(kind, Path(whole), None)
-            if codes != [0, 0]:
-                raise SystemExit(f"{kind}: {codes}\n" + "\n".join(p.read_text() for p in Path(whole).glob("*.error")))
+            succeeded(kind, codes, whole)
             for turn in left:
                 found: Killed = {"work": kind, "killed": 1}
                 with tempfile.TemporaryDirectory() as folder:
@@ -350,7 +354,7 @@ def ranks_killed(work: dict[str, range], address: str | None) -> Iterator[Killed
                         raise SystemExit(f"{kind}, {turn}: the processes ended with {told} and {killed}")
                     found["named"] = int(told == NAMED)
                     if kind in RESUMED:
-                        assert two(kind, Path(folder), None) == [0, 0]
+                        succeeded(kind, two(kind, Path(folder), None), folder)
                         for rank in ("0.safetensors", "1.safetensors"):
                             same(*(workbench.Sweep.load(Path(each) / rank) for each in (whole, folder)))
                         found["same"] = 1
