@@ -302,14 +302,14 @@ def end_at_exchange(rank: int, at: int | None) -> None:
 def end_at_forward(module: Any, rank: int, at: int | None) -> None:
     left = at
 
-    def hook(module: Any, args: Any, output: Any) -> None:
+    def hook(module: Any, args: Any) -> None:
         nonlocal left
         if rank == 1 and left is not None:
             left -= 1
             if left < 0:
                 os._exit(DIED)
 
-    module.register_forward_hook(hook)
+    module.register_forward_pre_hook(hook)  # behind the last forward the other process would miss nothing
 
 
 def one_of_two(kind: str, rank: int, folder: Path, at: int | None) -> int:
