@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from workbench.kernels import streaming
-from workbench.kernels.lightning import decays, lightning_attention
+from workbench.kernels.lightning import LightningPattern, decays, lightning_attention
 from workbench.kernels.masks import Mask, causal
 from workbench.kernels.neighborhood import neighborhood_attention
 from workbench.kernels.recurrent import chunked
@@ -120,6 +120,13 @@ class Run:
             torch.cuda.synchronize()
 
 
+class _OnKernels(LightningPattern):
+    """Its statistics by the Triton kernels, on a CPU in the interpreter."""
+
+    def fused_magnitudes(self) -> Any:
+        return self.magnitudes()
+
+
 def made(problem: SoftmaxPattern, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Statistics by the Triton kernels, on a CPU in the interpreter."""
     return engine.statistics(problem.problem, list(names))
@@ -147,9 +154,16 @@ def correctness(run: Run) -> None:
             got = made(SoftmaxPattern(q, k, mask), ALL)
             errors[f"statistics, {kind}"] = max(off(got[each], exact[each]) for each in ALL if each != "peak_key")
         errors["statistics, shaped"] = shaped(run, q, k)
-        wide = [x.double().cpu().repeat_interleave(2, 1) for x in (k, v)]
-        output, _ = engine.attention(q, k, v, causal(n))
-        errors["attention"] = off(output, scaled_dot_product_attention(q.double().cpu(), *wide, is_causal=True))
+        exact = LightningPattern(q.double().cpu(), k.double().cpu()).statistics(ALL)
+        got = _OnKernels(q, k).statistics(ALL)
+        errors["statistics, fading"] = max(off(got[each], exact[each]) for each in ALL if each != "peak_key")
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        exacts = [x.double().cpu().requires_grad_() for x in (q, k, v)]
+        output, _ = engine.attention(*leaves, causal(n))
+        want = scaled_dot_product_attention(*exacts, is_causal=True, enable_gqa=True)
+        grads, wanted = (torch.autograd.grad(out.sum(), each) for out, each in ((output, leaves), (want, exacts)))
+        errors["attention"] = off(output, want)
+        errors["attention, backward"] = max(map(off, grads, wanted))
         errors |= recurrences(run, dtype)
         found[name] = errors
     worst = {name: max(errors.values()) for name, errors in found.items()}
@@ -234,6 +248,7 @@ def mechanisms(run: Run) -> None:
         "lightning over SDPA": (lightning := run.seconds(lambda: lightning_attention(q, k, v))) / dense,
         "lightning over lightning_attn": None,
     }
+    found["lightning's statistics over SDPA"] = run.seconds(lambda: _OnKernels(q, k).statistics(DEFAULT)) / dense
     if find_spec("lightning_attn") is not None:  # the package of its authors
         from lightning_attn.ops import lightning_attn_func
 

@@ -44,6 +44,20 @@ def split_over(split: SplitSequence) -> Iterator[None]:
         registry.uninstall(owner)
 
 
+def check_unsplit() -> None:
+    """Refuse an analysis that reads whole sequences where this thread's models have a part of theirs.
+
+    Raises:
+        CaptureError: `split_over` is open.
+    """
+    if isinstance(registry.around(), _Split):
+        raise CaptureError(
+            "this analysis reads whole sequences, and inside split_over each process has a part of them",
+            hint="call it outside, on a model that one process holds or that FSDP2 splits; captures, interventions, "
+            "sweeps and gradients are put together from parts",
+        )
+
+
 class _Split:
     """What stands between a model and its attention."""
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import CaptureError, WorkbenchError
+from workbench.errors import WorkbenchError
 from workbench.hooks import registry
 from workbench.hooks.cut_weights import mesh_of
-from workbench.kernels.sequence_parallel.split import SplitSequence, ended
+from workbench.kernels.sequence_parallel.split import SplitSequence
 
 
 def told_together(model: nn.Module, mine: Any) -> list[Any]:
@@ -24,7 +20,7 @@ def told_together(model: nn.Module, mine: Any) -> list[Any]:
         mine: a small value of JSON. All of the processes call it at once.
 
     Raises:
-        CaptureError: another process ended, or does not call it.
+        CaptureError: another process ended, hangs, or does not call it.
     """
     split, mesh = getattr(registry.around(), "split", None), mesh_of(model)
     if isinstance(split, SplitSequence):
@@ -39,23 +35,6 @@ def done_by_all(model: nn.Module, done: Tensor) -> Tensor:
     """[…] bool: which parts of the work every process has done, so that all of them go on with the same."""
     told = told_together(model, done.tolist())
     return done if len(told) == 1 else torch.tensor(told, dtype=torch.bool).view(-1, *done.shape).all(0)
-
-
-@contextmanager
-def lost_ones_named(model: nn.Module) -> Iterator[None]:
-    """Inside, where a library that splits the model says no more than that a connection was lost, say whose.
-
-    Raises:
-        CaptureError: another process ended.
-    """
-    members = [(int(machine), int(pid)) for machine, pid in told_together(model, [uuid.getnode(), os.getpid()])]
-    try:
-        yield
-    except RuntimeError as error:
-        who = ended(members) if len(members) > 1 else ""
-        if not who:
-            raise
-        raise CaptureError(f"{who} did not answer: {str(error).splitlines()[0][:200]}") from error
 
 
 def check_as_far(model: nn.Module, done: int) -> None:

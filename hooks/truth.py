@@ -38,8 +38,9 @@ def check_last_row(call: AttentionCall, pattern: Pattern) -> None:
     heads = list(range(pattern.n_heads))[both]
     rows = pattern.tile(slice(last, last + 1), slice(0, pattern.n_keys), heads)
     values = call.v.unsqueeze(1) if call.v.dim() == 3 else call.v
-    group = pattern.n_heads // values.shape[1]
-    got = (rows @ values[:, [head // group for head in heads]].to(rows.dtype)).squeeze(2)  # [b, head, width]
+    first, final = (head * values.shape[1] // pattern.n_heads for head in (heads[0], heads[-1]))
+    read = values[:, first : final + 1 : max(1, final - first)]  # a view of two heads, or of the one that both share
+    got = (rows @ read.to(rows.dtype)).squeeze(2)  # [b, head, width]
     if pattern.before is not None:
         got += pattern.before[:, both, last].to(got)
     want = call.z()[:, both, last].to(got.dtype)

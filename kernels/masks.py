@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from workbench.errors import CaptureError
 from workbench.kernels.checks import LARGEST, ask_later, check_range, check_sizes, place_of
 from workbench.kernels.layouts import Layout
+from workbench.kernels.mask_summary import MaskSummary, summary_of_rules
 
 _WIDEST = 1 << 40  # positions: a window that hides nothing, however large it is
 
@@ -277,7 +278,7 @@ class Mask:
         """From the rules alone where there is no tensor, else in blocks of rows."""
         if self.tensor is None and self.layout is None:
             window = self.n_queries + self.n_keys + abs(self.offset) if self.window is None else self.window
-            return _summary_of_rules(self.n_queries, self.n_keys, self.causal, self.offset, window, device)
+            return summary_of_rules(self.n_queries, self.n_keys, self.causal, self.offset, window, device)
         if self.tensor is None and self.window is None and self.layout is not None and self.layout.exact:
             return self._summary_of_blocks(device)
         b, h = (1, 1) if self.tensor is None else self.tensor.shape[:2]
@@ -324,55 +325,10 @@ class Mask:
         return MaskSummary(*(t.repeat_interleave(repeat, dim=0)[None].to(device) for t in counts))
 
 
-@dataclass(frozen=True)
-class MaskSummary:
-    """What a mask lets through; leading dimensions are [batch or 1, head or 1].
-
-    Attributes:
-        keys_per_query: [b, h, query], number of keys a query sees; 0 marks a fully masked row.
-        queries_per_key: [b, h, key], number of queries that see a key.
-        first_key: [b, h, query], the first key a query sees (0 where it sees none).
-    """
-
-    keys_per_query: Tensor
-    queries_per_key: Tensor
-    first_key: Tensor
-
-    @cached_property
-    def sees(self) -> Tensor:
-        """[b, h, query] bool: whether a query sees a key."""
-        return self.keys_per_query > 0
-
-    @cached_property
-    def derived(self) -> dict[Any, Any]:
-        """What engines have made of the same mask, to be made once."""
-        return {}
-
-
 _of_tensors: MutableMapping[Tensor, dict[Any, MaskSummary]] = WeakIdKeyDictionary()
 """Of masks that live, by what they are views of: where in it each lies, as it is now, with which rules."""
 _of_layouts: dict[Any, MaskSummary] = {}
 _RULES = 8
-
-
-@lru_cache(
-    maxsize=16
-)  # all layers of a model have the same few rules; it takes as long as the statistics of a short call
-def _summary_of_rules(
-    n_queries: int, n_keys: int, causal: bool, offset: int, window: int, device: torch.device
-) -> MaskSummary:
-    with torch.inference_mode(False):  # it is kept
-        i = torch.arange(n_queries, device=device) + offset
-        j = torch.arange(n_keys, device=device)
-        first = (i - window + 1).clamp(min=0)
-        last = (i if causal else i + window - 1).clamp(max=n_keys - 1)
-        oldest = j if causal else j - window + 1  # absolute positions of the queries that see key j
-        newest = j + window - 1
-        low = oldest.clamp(min=offset)
-        high = newest.clamp(max=offset + n_queries - 1)
-        keys, queries = (last - first + 1).clamp(min=0), (high - low + 1).clamp(min=0)
-        first = torch.where(keys > 0, first, 0)
-    return MaskSummary(keys[None, None], queries[None, None], first[None, None])
 
 
 def hidden_below(dtype: torch.dtype) -> float:

@@ -138,9 +138,13 @@ class SoftmaxPattern(Pattern):
 
     @cached_property
     def _finite_lse(self) -> Tensor:
-        if self._kernel_lse is not None and self.device.type != "cpu":  # kernels give rows without keys either infinity
-            return self._asked(self._kernel_lse.to(self.dtype).clamp(-_FAR, _FAR).contiguous())
+        if self._kernel_lse is not None and self.device.type != "cpu":
+            return self._asked(self._within(self._kernel_lse.to(self.dtype).contiguous()))
         return self.lse.clamp(min=-_FAR) if self.mask.may_hide_all else self.lse
+
+    def _within(self, lse: Tensor) -> Tensor:
+        """Kernels give rows without keys either infinity."""
+        return lse.clamp(-_FAR, _FAR) if self.mask.may_hide_all else lse
 
     @staticmethod
     def _asked(lse: Tensor) -> Tensor:
@@ -173,6 +177,15 @@ class SoftmaxPattern(Pattern):
         """Who streams these statistics: C++ on the CPU and Triton on a GPU, where they can; else torch."""
         return {engine.name for engine, _ in engines.assign(self.problem, names, options)}
 
+    def unfused(self, names: Sequence[str], options: Options) -> str | None:
+        """Why plain torch streams some of these: what the other engines say."""
+        problem = self.problem
+        for engine, some in engines.assign(problem, names, options):
+            if engine.name == "torch":
+                others = (each for each in engines.registered() if each.name != "torch")
+                return "; ".join(f"{each.name}: {each.refusal(problem, some, options)}" for each in others)
+        return None
+
     def collect(self, each: Pass, options: Options) -> dict[str, Tensor]:
         """The raw sums of one pass, by the engines that can."""
         problem = self.problem
@@ -182,7 +195,7 @@ class SoftmaxPattern(Pattern):
         if each.finds_denominators:
             self._kernel_lse = raw.pop("lse").to(self.dtype)
             if self.device.type != "cpu":
-                self.__dict__["_finite_lse"] = self._asked(self._kernel_lse.clamp(-_FAR, _FAR))
+                self.__dict__["_finite_lse"] = self._asked(self._within(self._kernel_lse))
         return raw
 
     @cached_property

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.kernels.masks import Mask, MaskSummary
+from workbench.kernels.mask_summary import MaskSummary
+from workbench.kernels.masks import Mask
 from workbench.kernels.tile import Space
 
 
@@ -25,8 +26,10 @@ class SoftmaxProblem:
         key_bias: [batch, head or 1, key] added to the scores; None for none.
         lse: [batch, head, query] natural log of each row's denominator, finite also in rows that see no key; None
             where it is still to be found.
-        of_magnitudes: the softmax is that of ln |scale · q kᵀ| + bias: |q kᵀ| with factors of the keys, normalised per
-            row. Only the Triton kernels know it, and no registered engine is given one.
+        of_magnitudes: the softmax is that of ln |scale · q kᵀ|: |q kᵀ| normalised per row. Only the Triton kernels know
+            it, and no registered engine is given one.
+        fades: [batch or 1, head, key] float64 G, in the place of key_bias: G_i − G_j is added to the score of i and j.
+            Queries are keys: query 0 is the one at the mask's offset. Only with `of_magnitudes`.
     """
 
     q: Tensor
@@ -38,6 +41,7 @@ class SoftmaxProblem:
     key_bias: Tensor | None = None
     lse: Tensor | None = None
     of_magnitudes: bool = False
+    fades: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -62,6 +62,24 @@ class TileSource(Protocol):
         """Makes tiles before normalisation."""
 
 
+class FusedMagnitudes(Protocol):
+    """What collects statistics of |A|, normalised per row, in few launches."""
+
+    def refusal(self, names: Sequence[str], options: Options) -> str | None:
+        """Why it cannot make these; None if it can."""
+
+    @property
+    def row_sums(self) -> Callable[[], Tensor]:
+        """Gives Σ A of each row [batch, head, query]."""
+
+    def collect(self, each: Pass, options: Options, lse: Tensor | None) -> dict[str, Tensor]:
+        """The raw sums of one pass, where rows without weight are NaN; with "lse" where that is not given.
+
+        Args:
+            lse: [batch, head, query] ln Σ |A| of the rows; −1e20 in those without weight.
+        """
+
+
 class Streamed(TileSource, Protocol):
     """A pattern, as `streaming.statistics` asks for its statistics."""
 
@@ -79,6 +97,9 @@ class Streamed(TileSource, Protocol):
 
     def engines(self, names: Sequence[str], options: Options) -> set[str]:
         """Names of the engines that stream these statistics in one pass."""
+
+    def unfused(self, names: Sequence[str], options: Options) -> str | None:
+        """Why plain torch streams some of them; None where it does not."""
 
     def magnitude(self) -> Streamed:
         """|A| normalised per row."""

@@ -55,6 +55,32 @@ def engines(pattern: Streamed, names: Sequence[str], options: Options) -> set[st
     return found
 
 
+def costs(pattern: Streamed, names: Sequence[str], options: Options) -> list[str]:
+    """What plain torch costs where it streams some of these on a device: why it does, and in how many tiles."""
+    if pattern.device.type == "cpu":
+        return []
+    plan = passes(names)
+    several = [(pattern.magnitude() if pattern.by_magnitude else pattern, each) for each in plan.passes]
+    if plan.weighted:
+        by_value = pattern.value_weighted()
+        several += [(by_value, each) for each in plan.weighted]
+    found = []
+    for source, each in several:
+        why = source.unfused(each.statistics, options)
+        if why is not None:
+            what = ", ".join(each.statistics) or "row sums"
+            found.append(f"{what}: {why}; plain torch takes 30 to 250 launches for each of {_about(source):,} tiles")
+    return found
+
+
+def _about(source: TileSource) -> int:
+    """How many tiles a pass has at most."""
+    rows, columns = (-(-n // most) for n, most in zip(source.shape[2:], (_TILE_QUERIES, _TILE_KEYS), strict=True))
+    several = sum(1 for _ in chunks(source, _TILE_QUERIES * _TILE_KEYS))
+    below = min(rows, columns) if source.mask.causal else 1
+    return several * (rows * columns - below * (below - 1) // 2)
+
+
 def _stream(pattern: Streamed, names: list[str], options: Options) -> dict[str, Tensor]:
     """The passes of the plan, one after the other."""
     raw: dict[str, Tensor] = {}

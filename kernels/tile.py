@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.kernels.masks import Mask, MaskSummary
+from workbench.kernels.mask_summary import MaskSummary
+from workbench.kernels.masks import Mask
 
 BITS = 1 / math.log(2)
 """Tiles take logarithms to base 2: on a CPU torch's exp takes three times as long as its exp2."""

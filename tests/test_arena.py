@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import pickle
 import sys
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 import workbench
+from workbench.capture import arena as spare
 from workbench.capture.arena import Arena
 
 MAPS = Path("/proc/self/maps")
@@ -60,7 +62,10 @@ def test_many_large_tensors_take_few_maps() -> None:
 @linux
 def test_what_is_gone_is_given_back() -> None:
     def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        """Bytes, without those that the system may take."""
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        of = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines[1:])}
+        return 1024 * (of["Rss"] - of["LazyFree"])
 
     arena, given, before = Arena(), torch.rand(1 << 18), resident()
     kept = [arena.copy(given) for _ in range(300)]
@@ -70,6 +75,26 @@ def test_what_is_gone_is_given_back() -> None:
     arena.copy(torch.rand(1 << 25))  # the arena itself holds on to its last block only
     gc.collect()
     assert resident() - before < 0.6 * held
+    del arena
+    assert sum(map(len, spare._spare)) <= spare._SPARE
+    spare.give_back()
+    assert not spare._spare
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="spare blocks need it")
+def test_a_block_is_used_again_once_all_in_it_is_gone() -> None:
+    spare.give_back()
+    given, arena = torch.rand(1 << 16), Arena()
+    first, second = arena.copy(given), arena.copy(given)
+    at = first.data_ptr()
+    del arena, first
+    other = Arena().copy(given)
+    assert other.data_ptr() != at
+    assert torch.equal(second, given)
+    del second
+    again = Arena().copy(given + 1)
+    assert again.data_ptr() == at
+    assert torch.equal(again, given + 1)
 
 
 @pytest.mark.parametrize("kept_by", [lambda t: t[1:], lambda t: t.numpy()[1:], lambda t: torch.from_dlpack(t)])

@@ -21,11 +21,12 @@ def test_it_runs_on_tiny_sizes(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "found.json").read_text())
     assert max(found["errors"]["float32"].values()) < 1e-4
     wanted = {"lightning", "lightning, backward", "scan", "scan, backward", "attention"}
-    wanted |= {"statistics, window", "statistics, shaped"}
+    wanted |= {"statistics, window", "statistics, shaped", "statistics, fading", "attention, backward"}
     assert wanted <= set(found["errors"]["float32"])
     assert [row["N"] for row in found["statistics"]] == [64]
     assert found["statistics"][0]["masked"] > 0
     assert found["mechanisms"]["S2 over SDPA"] > 0
+    assert found["mechanisms"]["lightning's statistics over SDPA"] > 0
     assert found["model"]["compiled"] > 0
     assert not found["left_out"]
     assert "in Triton's interpreter" in done.stdout

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
 import workbench
 from support.processes import found_by
 from support.split_model_ranks import CASES, IDS, RANKS, close, llama
-from workbench.kernels.sequence_parallel import SplitSequence, split
+from workbench.kernels.sequence_parallel import SplitSequence, roll
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, str]]]:
-    """What each process found wrong, and what it was told when the other had ended."""
+    """What each process found wrong, and what the second was told when the first had ended."""
     return found_by("support.split_model_ranks", RANKS, tmp_path_factory.mktemp("ranks"))
 
 
@@ -23,9 +28,41 @@ def test_a_part_is_as_the_whole(found: list[dict[str, dict[str, str]]], case: st
         assert not each["wrong"][case], f"in process {rank}:\n{each['wrong'][case]}"
 
 
-def test_a_process_that_ended_is_named(found: list[dict[str, str]]) -> None:
-    assert "process 1 of the group (pid " in found[0]["told"]
-    assert "has ended" in found[0]["told"]
+@pytest.mark.parametrize("split_by", ["positions", "layers"])
+def test_a_process_that_ended_is_named(found: list[dict[str, dict[str, str]]], split_by: str) -> None:
+    assert found[1]["told"][split_by].startswith("process 0 of the group (pid ")
+    assert "has ended" in found[1]["told"][split_by]
+
+
+def test_those_who_do_not_answer_are_told_from_those_who_wait_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what each has said in the store: of five, two say nothing, then one; then one is elsewhere, then nobody."""
+    store, known = dist.HashStore(), {rank: (1, 100 + rank) for rank in range(5)}
+    monkeypatch.setattr(roll, "_store", lambda: (store, 0))
+
+    def says(rank: int, what: str | None) -> str:
+        store.set(f"workbench/at/{rank}", json.dumps(what))
+        return roll.absent("sums", range(5), known, 0.1)
+
+    for rank in (1, 2):
+        store.set(f"workbench/at/{rank}", json.dumps("sums"))
+    assert "process 3 of the group (pid 103) or process 4 of the group (pid 104) is there" in says(2, "sums")
+    assert says(3, "rows").startswith("process 4 of the group (pid 104) is there, but hangs")
+    assert says(4, "sums").startswith("process 3 of the group (pid 103) waits for rows, this one for sums")
+    assert not says(3, "sums")
+    assert "process 3 of the group (pid 103) is there" in says(3, None)  # it has gone on since
+    known[2] = roll.here()[0], 2**22 + 1  # of no process
+    assert says(3, "sums").startswith(f"process 2 of the group (pid {2**22 + 1}) has ended")
+
+
+def test_patience_is_that_of_the_group(tmp_path: Path) -> None:
+    """What was asked for, or less than a minute."""
+    for seconds, want in ((None, roll.PATIENCE), (7, 7.0)):
+        asked = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
+        dist.init_process_group("gloo", f"file://{tmp_path}/{seconds}", world_size=1, rank=0, **asked)
+        try:
+            assert roll.patience_of() == roll.patience_of(dist.new_group()) == want < 60
+        finally:
+            dist.destroy_process_group()
 
 
 def test_one_process_is_the_whole() -> None:
@@ -40,12 +77,10 @@ def test_one_process_is_the_whole() -> None:
 
 def test_out_of_memory_is_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes wrong here while something is sent is raised as it is."""
-    import torch.distributed as dist
-
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
 
     def full() -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
-        split.done(full, None)
+        SplitSequence((1,), 0)._done("", full)

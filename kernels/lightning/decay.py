@@ -13,6 +13,7 @@ from workbench.errors import CaptureError
 
 Schedule = Literal["transnormer", "minimax"]
 _SMALL = 1e-5  # keeps the last layer from never forgetting
+_on_devices = WeakTensorKeyDictionary()  # of those numbers: their logarithms by device
 _checked = WeakTensorKeyDictionary()  # of each tensor: its version when it was checked, and its numbers on the CPU
 
 
@@ -108,6 +109,16 @@ def check_decay(decay: Tensor | None, n_heads: int) -> Tensor:
             )
     if version is not None:
         _checked[decay] = version, found
+    return found
+
+
+def log_decays(decay: Tensor, device: torch.device, at_least: float = -torch.inf) -> Tensor:
+    """[head] float64 ln λ of what `check_decay` gave, on a device: copied there once, since the host waits for it."""
+    on = _on_devices.setdefault(decay, {})
+    if (device, at_least) not in on:
+        with torch.inference_mode(False):  # a tensor of that mode could not be used outside
+            on[device, at_least] = decay.log().clamp(min=at_least).to(device)
+    found: Tensor = on[device, at_least]
     return found
 
 

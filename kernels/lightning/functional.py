@@ -13,7 +13,7 @@ from workbench.errors import CaptureError
 from workbench.kernels.checks import check_attention, check_state
 from workbench.kernels.functions import attention_function
 from workbench.kernels.lightning import chunked
-from workbench.kernels.lightning.decay import check_decay
+from workbench.kernels.lightning.decay import check_decay, log_decays
 from workbench.kernels.lightning.pattern import LightningPattern
 from workbench.kernels.recurrent.autograd import TRITON_WIDTH
 from workbench.kernels.recurrent.chunked import Inputs
@@ -52,7 +52,7 @@ class _Lightning(torch.autograd.Function):
 
 def _recurrence(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Inputs:
     """The same as a recurrence whose decay is that of a head at every position."""
-    return Inputs(q, k, v, decay.log().to(q.device)[None, :, None].expand(q.shape[:3]))
+    return Inputs(q, k, v, log_decays(decay, q.device)[None, :, None].expand(q.shape[:3]))
 
 
 def _on_triton(q: Tensor, v: Tensor) -> bool:

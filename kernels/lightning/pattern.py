@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,12 +12,12 @@ from workbench.errors import CaptureError
 from workbench.kernels.checks import check_attention, state_dtype
 from workbench.kernels.history import own
 from workbench.kernels.lightning import chunked
-from workbench.kernels.lightning.decay import check_decay, powers
+from workbench.kernels.lightning.decay import check_decay, log_decays, powers
 from workbench.kernels.masks import Mask
-from workbench.kernels.patterns import CollectMagnitudes, Pattern
+from workbench.kernels.patterns import Pattern
 from workbench.kernels.recurrent import RecurrentPattern
-from workbench.kernels.recurrent.magnitudes import Magnitudes
-from workbench.kernels.statistics import Options
+from workbench.kernels.recurrent.magnitudes import FORGOTTEN, Magnitudes
+from workbench.kernels.source import FusedMagnitudes
 
 
 class LightningPattern(Pattern):
@@ -79,7 +78,7 @@ class LightningPattern(Pattern):
 
     def as_recurrence(self) -> RecurrentPattern:
         """With the constant decay at every position."""
-        decay = self.decay.log().to(self.device)[None, :, None].expand(self.n_batch, -1, self.n_keys)
+        decay = log_decays(self.decay, self.device)[None, :, None].expand(self.n_batch, -1, self.n_keys)
         k = self.k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
         values = (
             None if self.values is None else self.values.repeat_interleave(self.n_heads // self.values.shape[1], dim=1)
@@ -88,14 +87,27 @@ class LightningPattern(Pattern):
         made.before = self.before
         return made
 
-    def fused_magnitudes(self, names: Sequence[str], options: Options) -> CollectMagnitudes | None:
+    def fused_magnitudes(self) -> FusedMagnitudes | None:
         """On a GPU the kernels of softmaxes."""
+        return None if self.device.type == "cpu" else self.magnitudes()
+
+    def magnitudes(self) -> Magnitudes:
+        """|A| for the kernels, wherever its tensors are."""
+        return Magnitudes(self.q, self.k, self.n_heads, self._fades, self._row_sums)
+
+    def _fades(self) -> Tensor:
+        """[1, head, position] float64: i · ln λ."""
+        rates = log_decays(self.decay, self.device, FORGOTTEN)
+        return (torch.arange(self.n_keys, device=self.device) * rates[:, None])[None]
+
+    def _row_sums(self) -> Tensor:
+        """[batch, head, query] Σ A, in linear time."""
+        return self.as_recurrence().apply(self.q.new_ones(*self.shape[:2], self.n_keys, 1)).squeeze(-1)
+
+    def check(self) -> None:
+        """As the base does; on a device the sums of rows tell of queries and keys, without reading them."""
         if self.device.type == "cpu":
-            return None
-        decay = self.decay.log().to(self.device)[None, :, None].expand(self.n_batch, -1, self.n_keys)
-        most = -math.log(min(self.decay.tolist()))
-        made = Magnitudes(self.q, self.k, decay, self.n_heads, rows=int(min(4096, max(32, 512 / max(most, 0.125)))))
-        return made.collect if made.refusal(names, options) is None else None
+            super().check()
 
     def from_state(self, state: Tensor) -> Tensor:
         """[batch, head, query, width] that the rows read of a state [batch, head, d, width] from before the first."""

@@ -37,29 +37,6 @@ static inline void accumulate(const float *a, int64_t n, const float *const b[K]
     }
 }
 
-// Rows become columns.
-static inline void turn(vf (&a)[LANES]) {
-#if defined(__AVX512F__)
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    for (int step = 0; step < 4; step++) {     // each lets row i and row i + LANES / 2 alternate
-        vf b[LANES];
-#pragma GCC unroll 8
-        for (int i = 0; i < LANES / 2; i++) {
-            b[2 * i] = (vf)_mm512_permutex2var_ps((__m512)a[i], low, (__m512)a[i + LANES / 2]);
-            b[2 * i + 1] = (vf)_mm512_permutex2var_ps((__m512)a[i], high, (__m512)a[i + LANES / 2]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) a[i] = b[i];
-    }
-#else
-    vf b[LANES];
-    for (int i = 0; i < LANES; i++)
-        for (int l = 0; l < LANES; l++) b[i][l] = a[l][i];
-    for (int i = 0; i < LANES; i++) a[i] = b[i];
-#endif
-}
-
 // V vectors of queries at a time.
 template <int V> class Strip {
   public:
@@ -74,14 +51,7 @@ template <int V> class Strip {
         keys = job.k + b * job.k_batch + kv * job.k_head;
         values = job.v + b * job.v_batch + kv * job.v_head;
         low = first + job.offset;
-        for (int64_t l = 0; l < ROWS; l += LANES)
-            for (int64_t c = 0; c < job.d; c += LANES) {
-                const int64_t n = std::min<int64_t>(LANES, job.d - c);
-                vf a[LANES] = {};
-                for (int i = 0; i < LANES && l + i < count; i++) std::memcpy(&a[i], q + (l + i) * job.q_row + c, 4 * n);
-                turn(a);
-                for (int64_t i = 0; i < n; i++) *(vf *)(packed + (c + i) * ROWS + l) = a[i] * job.scale;
-            }
+        pack(q, job.q_row, count, job.d, job.scale, ROWS, packed);
         std::memset(sums, 0, sizeof(float) * job.width * ROWS);
         for (int v = 0; v < V; v++) {
             lead[v] = splat(EMPTY), mass[v] = vf{};

@@ -104,21 +104,27 @@ struct Scratch {
     std::vector<uint64_t> words;
 };
 
-// Scores of KEYS keys and one strip; `rows` points at the keys, `packed` is [d][STRIP].
-static inline void products(const float *packed, const float *const rows[KEYS], int64_t d, float scale,
+// Scores of KEYS keys and one strip, zeros in its first `hidden` vectors; `rows` points at the keys, `packed` is
+// [d][STRIP].
+template <int HIDE = 0>
+static inline void products(int64_t hidden, const float *packed, const float *const rows[KEYS], int64_t d, float scale,
                             vf (*out)[VECTORS]) {
+    if constexpr (HIDE + 1 < VECTORS)
+        if (hidden > HIDE) return products<HIDE + 1>(hidden, packed, rows, d, scale, out);
     vf acc[KEYS][VECTORS] = {};
     for (int64_t c = 0; c < d; c++) {
         vf q[VECTORS];
-        for (int v = 0; v < VECTORS; v++) q[v] = *(const vf *)(packed + c * STRIP + v * LANES);
+        for (int v = HIDE; v < VECTORS; v++) q[v] = *(const vf *)(packed + c * STRIP + v * LANES);
 #pragma GCC unroll 6
         for (int r = 0; r < KEYS; r++) {
             vf key = splat(rows[r][c]);
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) acc[r][v] += q[v] * key;
+            for (int v = HIDE; v < VECTORS; v++) acc[r][v] += q[v] * key;
         }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < KEYS; r++)
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) out[r][v] = acc[r][v] * scale;
 }
 
@@ -144,9 +150,11 @@ class Worker {
         if (job.flags & RECEIVED) {
             double *out = job.received + (s * job.batch * job.heads + group) * job.n_keys;
             for (int64_t j = 0; j < job.n_keys; j++) {
-                double sum = 0;
-                for (int l = 0; l < LANES; l++) sum += columns[j * LANES + l];
-                out[j] = sum;
+                double sum[LANES];
+                for (int l = 0; l < LANES; l++) sum[l] = columns[j * LANES + l];
+                for (int n = LANES / 2; n; n /= 2)
+                    for (int l = 0; l < n; l++) sum[l] += sum[l + n];
+                out[j] = sum[0];
             }
         }
     }
@@ -200,8 +208,7 @@ class Worker {
     void begin() {
         const float *q = job.q + b * job.q_batch + h * job.q_head + start * job.q_row;
         packed = aligned(scratch.packed, job.d * STRIP);
-        for (int64_t l = 0; l < STRIP; l++)
-            for (int64_t c = 0; c < job.d; c++) packed[c * STRIP + l] = l < count ? q[l * job.q_row + c] : 0.0f;
+        pack(q, job.q_row, count, job.d, 1.0f, STRIP, packed);
         keys = job.k + b * job.k_batch + h / (job.heads / job.kv_heads) * job.k_head;
         key_bias = job.key_bias ? job.key_bias + group * job.n_keys : nullptr;
         tokens = job.flags & INDUCTION ? job.tokens + b * (1 + job.n_keys) : nullptr;
@@ -281,19 +288,14 @@ class Worker {
         for (int r = 0; r < n; r += KEYS) {
             const float *rows[KEYS];
             for (int i = 0; i < KEYS; i++) rows[i] = keys + (j + std::min(r + i, n - 1)) * job.k_row;
-            products(packed, rows, job.d, job.scale, p + r);
+            const int64_t hidden = job.causal ? (j + r - start - job.offset) / LANES : 0;  // from key j + r on
+            products(hidden, packed, rows, job.d, job.scale, p + r);
         }
         shape(j, n, words);
         if (job.flags & ONLINE) lead(n);
-        for (int v = 0; v < VECTORS; v++) weights(n, v);
+        job.flags & SQUARES ? weights<true>(j, n) : weights<false>(j, n);
         if (job.flags & (PEAK | TOP)) for (int v = 0; v < VECTORS; v++) largest(j, n, v);
         if (job.flags & DISTANCE) distance(j, n);
-        if (job.flags & RECEIVED)
-            for (int r = 0; r < n; r++) {
-                vf sum = p[r][0];
-                for (int v = 1; v < VECTORS; v++) sum += p[r][v];
-                *(vf *)(columns + (j + r) * LANES) += sum;
-            }
         if (job.flags & TARGETS) at_targets(j, n);
         if (job.flags & MEMBER)
             for (int r = 0; r < n; r++)
@@ -303,21 +305,32 @@ class Worker {
         if (job.flags & POOLED) pool_keys(j, n);
     }
 
-    // Scores become weights, in place; their sums.
-    void weights(int n, int v) {
-        const vf lead = *(vf *)(st.lead + v * LANES);
-        vf mass = vf{}, entropy = vf{}, squares = vf{};
-        for (int r = 0; r < n; r++) {
-            const vf x = p[r][v] - lead, weight = exponential(x);
-            mass += weight;
-            entropy += weight * max(x, splat(FLOOR));  // x is -inf where a product overflows
-            squares += weight * weight;
-            p[r][v] = weight;
+    // Scores become weights, in place, and are added up: two vectors at a time, for which the registers suffice.
+    template <bool SQUARED> void weights(int64_t j, int n) {
+        for (int first = 0; first < VECTORS; first += 2) {
+            vf *column = job.flags & RECEIVED ? (vf *)(columns + j * LANES) : nullptr;
+            const vf *lead = (const vf *)(st.lead + first * LANES);
+            vf mass[2] = {}, entropy[2] = {}, squares[2] = {};
+            const vf leads[2] = {lead[0], lead[1]};
+            for (int r = 0; r < n; r++) {
+                vf weight[2];
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++) {
+                    const vf x = p[r][first + i] - leads[i];
+                    p[r][first + i] = weight[i] = exponential(x);
+                    mass[i] += weight[i];
+                    entropy[i] = x < FLOOR ? entropy[i] : entropy[i] + weight[i] * x;  // x is -inf where products overflow
+                    if (SQUARED) squares[i] += weight[i] * weight[i];
+                }
+                if (column) column[r] += weight[0] + weight[1];
+            }
+            for (int i = 0, v = first; i < 2; i++, v++) {
+                group_mass[v] = mass[i];
+                *(vf *)(st.mass + v * LANES) += mass[i];
+                *(vf *)(st.entropy + v * LANES) += entropy[i];
+                *(vf *)(st.squares + v * LANES) += squares[i];
+            }
         }
-        group_mass[v] = mass;
-        *(vf *)(st.mass + v * LANES) += mass;
-        *(vf *)(st.entropy + v * LANES) += entropy;
-        *(vf *)(st.squares + v * LANES) += squares;
     }
 
     // Softcap, biases and masks, in place; hidden scores become HIDDEN.
@@ -539,10 +552,10 @@ class Worker {
         const bool online = job.flags & ONLINE;
         for (int64_t l = 0; l < count; l++) {
             const double mass = st.mass_total[l], sink = job.sinks ? std::exp(double(job.sinks[h]) - st.lead[l]) : 0.0;
-            const double total = online ? mass + sink : 1.0, unit = 1 / total;
-            if (online) job.lse_out[row + l] = float(st.lead[l] + std::log(total));
+            const double total = online ? mass + sink : 1.0, unit = 1 / total, log_total = online ? std::log(total) : 0.0;
+            if (online) job.lse_out[row + l] = float(st.lead[l] + log_total);
             if (job.flags & ENTROPY) {
-                const double nats = (std::log(total) * mass - st.entropy_total[l]) * unit;
+                const double nats = (log_total * mass - st.entropy_total[l]) * unit;
                 job.entropy[row + l] = float(nats < 0 ? 0.0 : nats);  // below zero by rounding alone
             }
             if (job.flags & SQUARES) job.squares[row + l] = float(st.squares_total[l] * unit * unit);

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from workbench.errors import CaptureError
 from workbench.kernels import streaming
-from workbench.kernels.checks import check_finite
-from workbench.kernels.masks import Mask, MaskSummary
+from workbench.kernels.checks import ask_later, check_finite
+from workbench.kernels.mask_summary import MaskSummary
+from workbench.kernels.masks import Mask
 from workbench.kernels.plan import Pass
-from workbench.kernels.source import RawTileMaker, TileMaker
+from workbench.kernels.source import FusedMagnitudes, RawTileMaker, TileMaker
 from workbench.kernels.statistics import Options
 from workbench.kernels.streaming import Denominators
 from workbench.kernels.tile import Space
@@ -30,9 +31,6 @@ DENSE_LIMIT = 1 << 30
 
 FAMILIES: dict[str, dict[tuple[str, str], type[Pattern]]] = {}
 """Every subclass of `Pattern` by its name, and by module and qualified name where several share one."""
-
-
-CollectMagnitudes = Callable[[Pass, Options, Tensor | None], tuple[dict[str, Tensor], Denominators | None]]
 
 
 class Pattern(ABC):
@@ -206,18 +204,22 @@ class Pattern(ABC):
             self.found_denominators(found)
         return raw
 
-    def fused_magnitudes(self, names: Sequence[str], options: Options) -> CollectMagnitudes | None:
-        """What collects these statistics of |A|, normalised per row, in few launches; None for plain torch.
-
-        It is given a pass, the options, and Σ |A| of the rows [batch, head, query] where that is known, and gives the
-        raw sums, with the denominators where the pass finds them.
-        """
+    def fused_magnitudes(self) -> FusedMagnitudes | None:
+        """What collects statistics of |A|, normalised per row, in few launches; None for plain torch."""
         return None
 
     def engines(self, names: Sequence[str], options: Options) -> set[str]:
         """Names of the engines that stream these statistics in one pass: "torch", "native" (C++), "triton" …"""
-        fused = self.by_magnitude and self.fused_magnitudes(names, options) is not None
-        return {"triton" if fused else "torch"}
+        return self.magnitude().engines(names, options) if self.by_magnitude else {"torch"}
+
+    @property
+    def why_unfused(self) -> str:
+        """Why no fused kernel makes statistics of it, where none does."""
+        return f"no fused kernel knows a {type(self).__name__}"
+
+    def unfused(self, names: Sequence[str], options: Options) -> str | None:
+        """Why plain torch streams some of these statistics; None where it does not."""
+        return self.magnitude().unfused(names, options) if self.by_magnitude else self.why_unfused
 
     @property
     def has_scores(self) -> bool:
@@ -409,6 +411,8 @@ class MagnitudePattern(Pattern):
         super().__init__(base.shape, base.mask, base.dtype, base.device)
         self.base, self.key_weights = base, key_weights
         self.n_kv_heads, self.grade, self.values = base.n_kv_heads, base.grade, base.values
+        self._lse: Tensor | None = None  # ln Σ |A| of each row, from fused passes
+        self._by_torch = False  # whether a pass was not fused
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """None of its own."""
@@ -434,22 +438,39 @@ class MagnitudePattern(Pattern):
         size = self._sums[0][batch][:, list(heads), queries, None]
         return self._weighted(batch, queries, keys, heads).abs() / size.clamp(min=torch.finfo(self.dtype).tiny)
 
-    def _fused(self, names: Sequence[str], options: Options) -> CollectMagnitudes | None:
-        return self.base.fused_magnitudes(names, options) if self.key_weights is None else None
+    @cached_property
+    def _fused(self) -> FusedMagnitudes | None:
+        return self.base.fused_magnitudes() if self.key_weights is None else None
 
     def collect(self, each: Pass, options: Options) -> dict[str, Tensor]:
         """The raw sums of one pass, fused where the base can."""
-        fused = self._fused(each.statistics, options)
-        if fused is None:
+        fused = self._fused
+        if fused is None or self.unfused(each.statistics, options) is not None:
+            self._by_torch = True
             return super().collect(each, options)
-        raw, found = fused(each, options, self._sums.total if self.denominators_known else None)
-        if found is not None:
-            self.found_denominators(found)
+        known = self._lse
+        if known is None and self.denominators_known:
+            known = self._sums.total.log().clamp(min=-1e20)
+        raw = fused.collect(each, options, known)
+        if each.finds_denominators:
+            self._lse = self._asked(raw.pop("lse"))
         return raw
+
+    def _asked(self, sums: Tensor) -> Tensor:
+        """On a device: a row sum that is NaN, as it is where a query, a key or a decay is, is told at the end."""
+        if self.device.type != "cpu":
+            ask_later("Σ |A| of a row, hence its query, a key or a decay,", sums.sum)
+        return sums
 
     def engines(self, names: Sequence[str], options: Options) -> set[str]:
         """Who streams these statistics."""
-        return {"torch"} if self._fused(names, options) is None else {"triton"}
+        return {"triton" if self.unfused(names, options) is None else "torch"}
+
+    def unfused(self, names: Sequence[str], options: Options) -> str | None:
+        """Why plain torch streams these; None where it does not."""
+        if self.key_weights is not None:
+            return "no fused kernel weighs magnitudes by values"
+        return self.base.why_unfused if self._fused is None else self._fused.refusal(names, options)
 
     def raw_maker(self, batch: slice, heads: slice) -> RawTileMaker:
         """Tiles A·w."""
@@ -459,16 +480,21 @@ class MagnitudePattern(Pattern):
     @property
     def denominators_known(self) -> bool:
         """Whether the row sums were found already."""
-        return "_sums" in self.__dict__
+        return self._lse is not None or "_sums" in self.__dict__
 
     def found_denominators(self, found: Denominators) -> None:
         """Keep the row sums."""
         self.__dict__["_sums"] = Denominators(*(each.to(self.dtype) for each in found))
+        self._asked(self._sums.total)
 
     @cached_property
     def _sums(self) -> Denominators:
         """Σ |A|·w and Σ A·w per row."""
-        return Denominators(*(each.to(self.dtype) for each in streaming.find_denominators(self)))
+        if self._lse is not None and self._fused is not None:
+            return Denominators(self._lse.exp().to(self.dtype), self._fused.row_sums().to(self.dtype))
+        found = Denominators(*(each.to(self.dtype) for each in streaming.find_denominators(self)))
+        self._asked(found.total)
+        return found
 
     @property
     def signed_mass(self) -> Tensor:
@@ -489,6 +515,12 @@ class MagnitudePattern(Pattern):
             return seen
         keys = torch.where(self._sums[0] > 0, seen.keys_per_query, 0)
         return MaskSummary(keys, seen.queries_per_key, seen.first_key)
+
+    def space(self) -> Space:
+        """As others do; what fused passes give of rows without weight is NaN already."""
+        if self._lse is None or self._by_torch:
+            return super().space()
+        return Space(*self.shape, self.mask, self.base.seen, self.device, self.dtype, all_see=True)
 
     def check(self) -> None:
         """As the base does."""

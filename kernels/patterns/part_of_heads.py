@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-from workbench.kernels.masks import MaskSummary
+from workbench.kernels.mask_summary import MaskSummary
 from workbench.kernels.patterns.base import FAMILIES, Pattern
 
 ELSEWHERE = "heads that other processes hold: this one has"

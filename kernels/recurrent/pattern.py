@@ -14,13 +14,13 @@ from workbench.errors import CaptureError
 from workbench.kernels.checks import ask_later, check_attention, check_finite
 from workbench.kernels.history import own
 from workbench.kernels.masks import Mask
-from workbench.kernels.patterns import CollectMagnitudes, Pattern
+from workbench.kernels.patterns import Pattern
 from workbench.kernels.recurrent.autograd import run
 from workbench.kernels.recurrent.chunk_maps import Chunks, map_chunks
 from workbench.kernels.recurrent.chunked import Inputs, chunk_length
 from workbench.kernels.recurrent.fades import SMALLEST_LOG
-from workbench.kernels.recurrent.magnitudes import Magnitudes
-from workbench.kernels.statistics import Options
+from workbench.kernels.recurrent.magnitudes import Magnitudes, sums_of_logs
+from workbench.kernels.source import FusedMagnitudes
 
 
 class RecurrentPattern(Pattern):
@@ -88,12 +88,28 @@ class RecurrentPattern(Pattern):
         optional = {name: tensors.get(name) for name in ("log_decay", "beta", "values")}
         return cls(tensors["q"], tensors["k"], n_heads=facts["n_heads"], **optional)
 
-    def fused_magnitudes(self, names: Sequence[str], options: Options) -> CollectMagnitudes | None:
+    def fused_magnitudes(self) -> FusedMagnitudes | None:
         """On a GPU the kernels of softmaxes, for decays of whole heads."""
-        if self.device.type == "cpu" or self.beta is not None:
-            return None
-        made = Magnitudes(self.q, self.k, self.log_decay, self.n_heads)
-        return made.collect if made.refusal(names, options) is None else None
+        return None if self.device.type == "cpu" or self.beta is not None or self._of_channels else self.magnitudes()
+
+    @property
+    def why_unfused(self) -> str:
+        """What of the recurrence no fused kernel knows."""
+        known = "fused kernels of |A| know decays of whole heads"
+        return f"{known}, and no delta rule" if self.beta is not None else f"{known}, not of channels"
+
+    @property
+    def _of_channels(self) -> bool:
+        return self.log_decay is not None and self.log_decay.dim() == 4
+
+    def magnitudes(self) -> Magnitudes:
+        """|A| for the kernels, wherever its tensors are."""
+        return Magnitudes(self.q, self.k, self.n_heads, lambda: sums_of_logs(self.log_decay), self._row_sums)
+
+    def _row_sums(self) -> Tensor:
+        """[batch, head, query] Σ A, in linear time."""
+        ones = torch.ones(*self.shape[:2], self.n_keys, 1, dtype=self.q.dtype, device=self.device)
+        return self.apply(ones).squeeze(-1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: held for name, held in self.__dict__.items() if name not in ("_chunks", "_part", "_strip")}
@@ -294,7 +310,12 @@ class RecurrentPattern(Pattern):
         return found
 
     def check(self) -> None:
-        """Raise a CaptureError that names the first NaN or inf among the pattern's tensors."""
+        """Raise a CaptureError that names the first NaN or inf among the pattern's tensors.
+
+        On a device the sums of rows tell of them, without reading them.
+        """
+        if self.device.type != "cpu":
+            return
         for name, tensor in self.state()[1].items():
             check_finite(name, tensor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +20,7 @@ from workbench.kernels.scan.operator import Sums
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.source import TileMaker
 from workbench.kernels.statistics import Options
-from workbench.kernels.tile import BITS, LOG_FLOOR
+from workbench.kernels.tile import BITS, LOG_FLOOR, Space
 
 _HIDDEN = -1e30
 _BLOCK = 128
@@ -93,9 +94,9 @@ class ScanPattern(Pattern):
     @property
     def as_softmax(self) -> SoftmaxPattern:
         """The same as a causal softmax over what is added to each key's score, for engines that fuse one."""
-        nothing = self.scores.new_zeros(1, 1, 1, 1).expand(*self.shape[:3], 1)
+        anything = self.scores[..., None]  # of which nothing is left at a scale of zero
         lse = self.scores.logcumsumexp(-1)
-        return SoftmaxPattern(nothing, nothing, self.mask, scale=1.0, key_bias=self.scores, lse=lse)
+        return SoftmaxPattern(anything, anything, self.mask, scale=0.0, key_bias=self.scores, lse=lse)
 
     def collect(self, each: Pass, options: Options) -> dict[str, Tensor]:
         """The raw sums of one pass; on a device by the engines of softmaxes, in a few launches."""
@@ -104,6 +105,19 @@ class ScanPattern(Pattern):
     def engines(self, names: Sequence[str], options: Options) -> set[str]:
         """Who streams these statistics."""
         return super().engines(names, options) if self.device.type == "cpu" else self.as_softmax.engines(names, options)
+
+    def unfused(self, names: Sequence[str], options: Options) -> str | None:
+        """Why plain torch streams some of these."""
+        return super().unfused(names, options) if self.device.type == "cpu" else self.as_softmax.unfused(names, options)
+
+    def space(self) -> Space:
+        """As the base does; every row sees its own key."""
+        return replace(super().space(), all_see=True)
+
+    def check(self) -> None:
+        """As the base does; on a device the scores tell of queries and keys, without reading them."""
+        if self.device.type == "cpu":
+            super().check()
 
     @cached_property
     def _prefixes(self) -> tuple[Tensor, Tensor]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError
-
-PATIENCE = 50.0  # seconds: others are told within a minute
+from workbench.kernels.sequence_parallel import roll
 
 
 @dataclass
@@ -63,7 +58,7 @@ class SplitSequence:
     lengths: tuple[int, ...]
     rank: int
     group: Any = field(default=None, compare=False, repr=False)
-    patience: float = field(default=PATIENCE, compare=False, repr=False)
+    patience: float = field(default=roll.PATIENCE, compare=False, repr=False)
     members: tuple[tuple[int, int], ...] = field(default=(), compare=False, repr=False)
     device: torch.device | str = field(default="cpu", compare=False, repr=False)
     sent: Sent = field(default_factory=Sent, compare=False, repr=False)
@@ -82,7 +77,8 @@ class SplitSequence:
 
         Args:
             device: on which the group sends; "cuda" for NCCL.
-            patience: seconds after which a process that does not answer is an error in the others; 50 by default.
+            patience: seconds after which a process that does not answer is an error in the others; by default what
+                `init_process_group(timeout=…)` says, or 50.
 
         Raises:
             CaptureError: a process has no position, or one ended.
@@ -91,10 +87,12 @@ class SplitSequence:
 
         if not (dist.is_available() and dist.is_initialized()):
             return cls((n_here,), 0)
-        patience = PATIENCE if patience is None else patience
-        own = torch.tensor([n_here, uuid.getnode(), os.getpid()], device=device)
+        patience = roll.patience_of(group) if patience is None else patience
+        roll.enter()
+        own = torch.tensor([n_here, *roll.here()], device=device)
         found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        done(lambda: dist.all_gather(found, own, group=group, async_op=True), patience)
+        asked = cls((1,), 0, group, patience, device=device)
+        asked._begun("the beginning of a split", lambda: dist.all_gather(found, own, group=group, async_op=True))()
         told = [tuple(each.tolist()) for each in found]
         members = tuple((machine, pid) for _, machine, pid in told)
         return cls(tuple(n for n, *_ in told), dist.get_rank(group), group, patience, members, device)
@@ -137,7 +135,8 @@ class SplitSequence:
         tensor = tensor.contiguous()
         found = [torch.empty_like(tensor) for _ in range(self.size)]
         self.sent.add("all_gather", tensor)
-        return Gathering(found, self._begun(lambda: dist.all_gather(found, tensor, group=self.group, async_op=True)))
+        send = lambda: dist.all_gather(found, tensor, group=self.group, async_op=True)  # noqa: E731
+        return Gathering(found, self._begun(_called("all_gather", tensor), send))
 
     def summed(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor of one shape over all processes."""
@@ -147,7 +146,7 @@ class SplitSequence:
 
         total = tensor.contiguous().clone()
         self.sent.add("all_reduce", total)
-        self._begun(lambda: dist.all_reduce(total, group=self.group, async_op=True))()
+        self._begun(_called("all_reduce", total), lambda: dist.all_reduce(total, group=self.group, async_op=True))()
         return total
 
     def sent_by(self, rank: int, tensor: Tensor) -> Tensor:
@@ -160,7 +159,8 @@ class SplitSequence:
         source = rank if self.group is None else dist.get_global_rank(self.group, rank)
         if rank == self.rank:
             self.sent.add("broadcast", tensor)
-        self._begun(lambda: dist.broadcast(tensor, source, group=self.group, async_op=True))()
+        send = lambda: dist.broadcast(tensor, source, group=self.group, async_op=True)  # noqa: E731
+        self._begun(_called("broadcast", tensor), send)()
         return tensor
 
     def passed_on(self, tensor: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class SplitSequence:
                 dist.P2POp(dist.irecv, found, ranks[1], self.group),
             ])  # fmt: skip
 
-        self._begun(send)()
+        self._begun(_called("send", tensor), send)()
         return found
 
     def told(self, mine: Any) -> list[Any]:
@@ -194,16 +194,52 @@ class SplitSequence:
         each = self.gather(room).wait()
         return [json.loads(bytes(one[: int(n)].tolist())) for one, n in zip(each, lengths, strict=True)]
 
-    def _begun(self, send: Callable[[], Any]) -> Callable[[], None]:
+    def _begun(self, what: str, send: Callable[[], Any]) -> Callable[[], None]:
         """Begin an operation; what is given waits for it."""
-        works = done(send, None, self.members)
+        works = self._done(what, partial(_entered, send))
         several = works if isinstance(works, list) else [works]
+        again = not isinstance(works, list) and torch.device(self.device).type == "cpu"
 
         def wait() -> None:
             for work in several:
-                done(lambda work=work: work, self.patience, self.members)  # type: ignore[misc]
+                self._done(what, lambda work=work: roll.waited(work, what, self.patience, again=again))  # type: ignore
 
         return wait
+
+    def _done(self, what: str, act: Callable[[], Any]) -> Any:
+        """What an act of a group gives.
+
+        Raises:
+            CaptureError: another process ended, hangs or is at another operation, and is named where that can be seen;
+                there is no group of processes.
+        """
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            raise CaptureError(
+                "a sequence that is split over several processes needs a group of torch.distributed, and there is none",
+                hint="start with torchrun, call init_process_group, and make the split with SplitSequence.of(n_here)",
+            )
+        try:
+            return act()
+        except RuntimeError as error:
+            said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            if isinstance(error, torch.OutOfMemoryError) or "alloc" in said.lower():
+                raise  # of this process
+            ranks = dist.get_process_group_ranks(self.group)
+            known = dict(zip(ranks, self.members, strict=True)) if self.members else {}
+            who = roll.absent(what, ranks, known, self.patience) or "another process of the group"
+            raise CaptureError(f"{who} did not answer: {said}", hint=roll.HINT) from error
+
+
+def _entered(send: Callable[[], Any]) -> Any:
+    roll.enter()
+    return send()
+
+
+def _called(name: str, tensor: Tensor) -> str:
+    """An operation in words that are the same in all processes that call it."""
+    return f"{name} of {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 @dataclass(frozen=True)
@@ -218,61 +254,3 @@ class Gathering:
         if self.work is not None:
             self.work()
         return self.found
-
-
-def done(begin: Callable[[], Any], patience: float | None, members: Sequence[tuple[int, int]] = ()) -> Any:
-    """Begin an operation of a group and, where a patience is given, wait for it; gives its work.
-
-    Raises:
-        CaptureError: another process ended, which is named where that can be seen, or is at another operation; there is
-            no group of processes.
-    """
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        raise CaptureError(
-            "a sequence that is split over several processes needs a group of torch.distributed, and there is none",
-            hint="start with torchrun, call init_process_group, and make the split with SplitSequence.of(n_here)",
-        )
-    try:
-        work = begin()
-        if patience is not None and work is not None:
-            work.wait(datetime.timedelta(seconds=patience))
-        return work
-    except RuntimeError as error:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError) or "alloc" in said.lower():
-            raise  # of this process
-        raise CaptureError(
-            f"{ended(members) or 'another process of the group'} did not answer: {said}",
-            hint="all processes make the same calls, on tensors of the same shapes, in the same order; one of them "
-            "ended, or is elsewhere: look at its own error",
-        ) from error
-
-
-def ended(members: Sequence[tuple[int, int]]) -> str:
-    """The first process that is not there any more, as far as they ran on this machine, "… has ended and"; or nothing.
-
-    Args:
-        members: of each process, a number of its machine and its own there.
-    """
-    for _ in range(10):  # one that has broken off its connections may need a moment to end
-        here = [(rank, pid) for rank, (machine, pid) in enumerate(members) if machine == uuid.getnode()]
-        gone = [f"process {rank} of the group (pid {pid}) has ended and" for rank, pid in here if not _runs(pid)]
-        if gone:
-            return gone[0]
-        time.sleep(0.05)
-    return ""
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:  # one that has ended, and that its parent has not asked about, is still listed
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (OSError, IndexError):
-        return True

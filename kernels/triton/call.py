@@ -195,7 +195,7 @@ class Call:
         found: dict[str, Any] = {
             "mask_ptr": self.q, "bias_ptr": self.q, "hidden_below": 0.0, "softcap": problem.softcap or 1.0,
             "stride_mb": 0, "stride_mh": 0, "stride_mn": 0, "stride_mk": 0, "stride_bb": 0, "stride_bh": 0,
-            "MASK": 0, "BIAS": problem.key_bias is not None,
+            "MASK": 0, "BIAS": 0,
             "SOFTCAP": 2 if problem.of_magnitudes else int(problem.softcap is not None),
         }  # fmt: skip
         if mask is not None:
@@ -205,9 +205,11 @@ class Call:
             found["mask_ptr"] = whole if additive else whole.view(torch.uint8)
             found["MASK"] = 2 if additive else 1
             found["hidden_below"] = hidden_below(mask.dtype) if additive else 0.0
-        if problem.key_bias is not None:
-            bias = problem.key_bias.float().contiguous().expand(*problem.shape[:2], -1)
-            found |= {"bias_ptr": bias, "stride_bb": bias.stride(0), "stride_bh": bias.stride(1)}
+        biases = problem.fades if problem.key_bias is None else problem.key_bias.float()
+        if biases is not None:
+            biases = _rows_contiguous(biases).expand(*problem.shape[:2], -1)
+            found |= {"bias_ptr": biases, "stride_bb": biases.stride(0), "stride_bh": biases.stride(1)}
+            found["BIAS"] = 2 if problem.key_bias is None else 1
         return found
 
     def _mask_tensor(self) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workbench.kernels.triton.positions import HIDDEN, LENGTHS, LOWEST, key_tiles, query_tiles, seen, shaped
+from workbench.kernels.triton.positions import HIDDEN, LENGTHS, LOWEST, key_tiles, query_tiles, seen, shaped, since
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -39,8 +39,8 @@ def columns_kernel(
 
     if MASK > 0:
         mask_ptr += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh + start.to(tl.int64) * stride_mk
-    if BIAS:
-        bias_ptr += batch.to(tl.int64) * stride_bb + head.to(tl.int64) * stride_bh + start
+    if BIAS > 0:
+        bias_ptr += batch.to(tl.int64) * stride_bb + head.to(tl.int64) * stride_bh
     if SPARSE:
         layout = head // heads_per_layout
         first, last = 0, tl.load(count_ptr + layout * n_key_tiles + tile)
@@ -65,7 +65,11 @@ def columns_kernel(
             shown = shown & (((word[None, :] >> bit[:, None]) & 1) != 0)
         mask_tile = mask_ptr + tl.cast(query_tile * BM, tl.int64) * stride_mn
         s = shaped(s, inside[None, :], (keys - start)[:, None], shown, mask_tile, stride_mn, stride_mk, hidden_below,
-                   bias_ptr, softcap, MASK, BIAS, SOFTCAP)  # fmt: skip
+                   bias_ptr + start, softcap, MASK, BIAS == 1, SOFTCAP)  # fmt: skip
+        if BIAS == 2:
+            base = tl.load(bias_ptr + query_tile * BM + offset)
+            s += since(bias_ptr, base, keys, n_keys)[:, None]
+            lse += since(bias_ptr, base, rows + offset, n_keys)
         p = tl.exp(tl.where(s > LOWEST, s - lse[None, :], HIDDEN))
         received += tl.sum(p, axis=1)
         if POOLED:
@@ -114,8 +118,10 @@ def top_kernel(
 
     if MASK > 0:
         mask_ptr += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh + start.to(tl.int64) * stride_mn
-    if BIAS:
+    if BIAS > 0:
         bias_ptr += batch.to(tl.int64) * stride_bb + head.to(tl.int64) * stride_bh
+    if BIAS == 2:
+        base = tl.load(bias_ptr + start + offset)
     if SPARSE:
         layout = head // heads_per_layout
         n_tiles = tl.num_programs(0)
@@ -141,7 +147,9 @@ def top_kernel(
             shown = shown & (((word[:, None] >> bit[None, :]) & 1) != 0)
         mask_tile = mask_ptr + tl.cast(key_tile * BN, tl.int64) * stride_mk
         s = shaped(s, (rows - start)[:, None], columns[None, :], shown, mask_tile, stride_mn, stride_mk, hidden_below,
-                   bias_ptr + key_tile * BN, softcap, MASK, BIAS, SOFTCAP)  # fmt: skip
+                   bias_ptr + key_tile * BN, softcap, MASK, BIAS == 1, SOFTCAP)  # fmt: skip
+        if BIAS == 2:
+            s += since(bias_ptr, base, keys, n_keys)[None, :]
         gain = tl.max(tl.max(s, axis=1) - tl.min(kept, axis=1), axis=0)
         while gain > 0:
             top, at = tl.max(s, axis=1, return_indices=True)
@@ -154,6 +162,8 @@ def top_kernel(
             gain = tl.max(tl.max(s, axis=1) - tl.min(kept, axis=1), axis=0)
 
     lse = tl.load(lse_ptr + here * n_queries + rows, mask=rows < n_queries, other=0.0)
+    if BIAS == 2:
+        lse += since(bias_ptr, base, rows + offset, n_keys)
     weight = tl.exp(tl.where(kept_key >= 0, kept - lse[:, None], HIDDEN))
     to = (here * n_queries + rows)[:, None] * n_top + slots[None, :]
     stored = (rows < n_queries)[:, None] & (slots < n_top)[None, :]

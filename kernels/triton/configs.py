@@ -50,9 +50,11 @@ _HIP: dict[tuple[Kind, bool], tuple[list[Choice], ...]] = {
 # What shapes scores takes registers: where the tiles above would spill, these do not.
 _SHAPED: dict[tuple[str, Kind, bool, int], list[Choice]] = {
     ("cuda", "rows", False, 128): [(32, 32, 8, 2)],
-    ("cuda", "columns", True, 64): [(64, 64, 8, 2), (64, 32, 4, 2)],
+    ("cuda", "columns", True, 64): [(64, 64, 8, 2)],
     ("cuda", "columns", True, 128): [(64, 64, 8, 2), (64, 32, 4, 2)],
-    ("cuda", "top", False, 64): [(64, 32, 8, 2)],
+    ("cuda", "columns", False, 128): [(32, 32, 8, 2)],
+    ("cuda", "top", False, 64): [(32, 32, 4, 2)],
+    ("cuda", "top", False, 128): [(32, 32, 4, 2)],
     ("cuda", "top", True, 64): [(64, 64, 8, 2), (64, 32, 4, 2)],
     ("cuda", "top", True, 128): [(64, 64, 8, 2), (64, 32, 4, 2)],
     ("cuda", "top", True, 256): [(64, 32, 8, 1), (32, 32, 4, 1)],

@@ -1,6 +1,6 @@
 """The engine of the Triton kernels: what they support, and the calls.
 
-Left to plain torch, which takes dozens of launches for each tile of 256 queries and keys: float64, heads wider than
+Left to plain torch, which takes 30 to 250 launches for each tile of 256 queries and keys: float64, heads wider than
 256, more than 16 top keys, statistics of a user's own, and layouts that hide single tokens within blocks
 (neighborhoods) of more than 16,384 queries and keys; shorter ones are read from a table.
 """

@@ -92,6 +92,12 @@ def shaped(
 
 
 @triton.jit
+def since(sums_ptr: tl.tensor, base: tl.tensor, at: tl.tensor, n: tl.tensor) -> tl.tensor:
+    """ln of what is left, where the sums of log decays are `base`, of the positions `at`; subtracted in float64."""
+    return (base - tl.load(sums_ptr + at, mask=(at >= 0) & (at < n), other=0.0)).to(tl.float32)
+
+
+@triton.jit
 def score_at(
     q_ptr: tl.tensor, k_ptr: tl.tensor, rows: tl.tensor, keys: tl.tensor, wanted: tl.tensor, stride_q: tl.tensor,
     stride_k: tl.tensor, scale: tl.tensor, D: tl.constexpr, BD: tl.constexpr,

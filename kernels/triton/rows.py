@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workbench.kernels.triton.positions import LENGTHS, LOWEST, key_tiles, score_at, seen, shaped
+from workbench.kernels.triton.positions import LENGTHS, LOWEST, key_tiles, score_at, seen, shaped, since
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -29,7 +29,8 @@ def rows_kernel(
     Sums are taken relative to the running maximum m and rescaled when it moves. The entropy sums p·(s−m) rather than
     p·s, which would cancel against the lse. Distances are taken from the distance of the row's heaviest key so far:
     then Σp(d−r)² ≤ variance·(1 + 1/largest weight), and nothing is lost to rounding in far, narrow rows. A sink logit
-    joins the denominator when all keys have been seen.
+    joins the denominator when all keys have been seen. Where heads fade (BIAS 2), bias_ptr holds the sums of log
+    decays: scores count from the tile's first row, so that float32 is near to exact wherever weights are not nothing.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the last rows take longest: start with them
     head, batch = tl.program_id(1), tl.program_id(2)
@@ -45,8 +46,10 @@ def rows_kernel(
 
     if MASK > 0:
         mask_ptr += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh + start.to(tl.int64) * stride_mn
-    if BIAS:
+    if BIAS > 0:
         bias_ptr += batch.to(tl.int64) * stride_bb + head.to(tl.int64) * stride_bh
+    if BIAS == 2:
+        base = tl.load(bias_ptr + start + offset)
     if SPARSE:
         layout = head // heads_per_layout
         n_tiles = tl.num_programs(0)
@@ -87,7 +90,9 @@ def rows_kernel(
             shown = shown & (((word[:, None] >> bit[None, :]) & 1) != 0)
         mask_tile = mask_ptr + tl.cast(key_tile * BN, tl.int64) * stride_mk
         s = shaped(s, (rows - start)[:, None], columns[None, :], shown, mask_tile, stride_mn, stride_mk, hidden_below,
-                   bias_ptr + key_tile * BN, softcap, MASK, BIAS, SOFTCAP)  # fmt: skip
+                   bias_ptr + key_tile * BN, softcap, MASK, BIAS == 1, SOFTCAP)  # fmt: skip
+        if BIAS == 2:
+            s += since(bias_ptr, base, keys, n_keys)[None, :]
         if STATS:
             top, at = tl.max(s, axis=1, return_indices=True)
             peak_key = tl.where(top > m, key_tile * BN + at, peak_key)
@@ -119,7 +124,7 @@ def rows_kernel(
                         mask=(keys < n_keys)[:, None] & (dv < DV)[None, :], other=0.0)  # fmt: skip
             total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision=PRECISION)
 
-    alive = mass > 0
+    alive = mass != 0  # or NaN, which goes on
     some = tl.where(alive, mass, 1.0)
     # A weight is p = exp(s − m) times `share`; `above` is the log of the denominator over that of the heaviest key.
     above = tl.log(some)
@@ -131,20 +136,24 @@ def rows_kernel(
         above = tl.where(alive, most - m + tl.log(mass * tl.exp(m - most) + tl.exp(sink - most)), 0.0)
         share = tl.exp(-above)
         whole = mass * share
-    lse = tl.where(alive, m + above, float("-inf"))
+    lse = tl.where(alive, m + above, LOWEST if SOFTCAP == 2 else float("-inf"))
+    if BIAS == 2:
+        lse -= since(bias_ptr, base, rows + offset, n_keys)
     stored = rows < n_queries
     plane = (tl.num_programs(1) * tl.num_programs(2)).to(tl.int64) * n_queries
     stats_ptr += here * n_queries + rows
     tl.store(stats_ptr, lse, mask=stored)
     if STATS:
-        tl.store(stats_ptr + plane, tl.maximum(whole * above - log_sum * share, 0.0), mask=stored)
-        tl.store(stats_ptr + 2 * plane, share, mask=stored)  # the heaviest key has p = exp(m − m)
-        tl.store(stats_ptr + 3 * plane, 1 / (share * share * tl.where(alive, squares, 1.0)), mask=stored)
+        # Only here is it known which rows of magnitudes have no weight: what is told of them is NaN.
+        none = tl.where(alive, 0.0, float("nan")) if SOFTCAP == 2 else 0.0
+        tl.store(stats_ptr + plane, tl.maximum(whole * above - log_sum * share, 0.0) + none, mask=stored)
+        tl.store(stats_ptr + 2 * plane, share + none, mask=stored)  # the heaviest key has p = exp(m − m)
+        tl.store(stats_ptr + 3 * plane, 1 / (share * share * tl.where(alive, squares, 1.0)) + none, mask=stored)
         mean = away / some
-        tl.store(stats_ptr + 4 * plane, near.to(tl.float32) + mean, mask=stored)
-        tl.store(stats_ptr + 5 * plane, tl.maximum(away2 / some - mean * mean, 0.0), mask=stored)
+        tl.store(stats_ptr + 4 * plane, near.to(tl.float32) + mean + none, mask=stored)
+        tl.store(stats_ptr + 5 * plane, tl.maximum(away2 / some - mean * mean, 0.0) + none, mask=stored)
         if INDUCTION:
-            tl.store(stats_ptr + 6 * plane, copied * share, mask=stored)
+            tl.store(stats_ptr + 6 * plane, copied * share + none, mask=stored)
         tl.store(peak_key_ptr + here * n_queries + rows, peak_key, mask=stored)
         for t in range(0, n_targets):
             group = (t * target_batches + batch % target_batches) * target_heads + head % target_heads
@@ -152,8 +161,10 @@ def rows_kernel(
             wanted = key >= 0
             s_at = score_at(q_ptr, k_ptr, rows, key, wanted, stride_qn, stride_kn, scale, D, BD)
             s_at = shaped(s_at, (rows - start).to(tl.int64), key.to(tl.int64), wanted, mask_ptr, stride_mn, stride_mk,
-                          hidden_below, bias_ptr, softcap, MASK, BIAS, SOFTCAP)  # fmt: skip
-            tl.store(at_ptr + t * plane + here * n_queries + rows, tl.exp(s_at - m) * share, mask=stored)
+                          hidden_below, bias_ptr, softcap, MASK, BIAS == 1, SOFTCAP)  # fmt: skip
+            if BIAS == 2:
+                s_at += since(bias_ptr, base, key, n_keys)
+            tl.store(at_ptr + t * plane + here * n_queries + rows, tl.exp(s_at - m) * share + none, mask=stored)
     if OUT:
         out_ptr += (here * n_queries + rows.to(tl.int64))[:, None] * DV + dv[None, :]
         tl.store(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from workbench.kernels.layouts import Layout, listed
-from workbench.kernels.masks import Mask, MaskSummary
+from workbench.kernels.mask_summary import MaskSummary
+from workbench.kernels.masks import Mask
 
 WORD_BITS = 32
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import workbench
+from support.released import filled, read_alone
 from workbench import WorkbenchError, mechanisms
 from workbench.kernels.composed import gated_attention
 from workbench.mechanisms import Place
@@ -156,7 +157,7 @@ def test_turning_queries_changes_no_choice_by_norms() -> None:
     assert torch.equal(*gates)
 
 
-# What the released attention of MoH-DiT gives in float64 for the weights and the input of `_filled`, by (shared, active
+# What the released attention of MoH-DiT gives in float64 for the weights and the input of `filled`, by (shared, active
 # of the routed) of 4 heads.
 RELEASED = {
     (2, 1): [
@@ -201,18 +202,11 @@ class MoHAttention(nn.Module):
         return made
 
 
-def _filled(shared: int, routed: int) -> MoHAttention:
-    module = MoHAttention(shared, routed).double().eval()
-    for number, (_, p) in enumerate(sorted(module.named_parameters())):
-        p.copy_(torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (number + 1.3)).view(p.shape) * 0.7)
-    return module
-
-
 @pytest.mark.parametrize(("shared", "routed"), RELEASED)
 @torch.no_grad()
 def test_it_is_the_released_attention_and_that_is_read_with_its_gates(shared: int, routed: int) -> None:
     want = torch.tensor(RELEASED[shared, routed], dtype=torch.float64).view(1, 3, 8)
-    released = _filled(shared, routed)
+    released = filled(MoHAttention(shared, routed))
     torch.testing.assert_close(released(GIVEN), want, atol=1e-6, rtol=0)
     ours = MOH.build(Place(8, 4, 3, causal=False), shared=shared / 4, active=(shared + routed) / 4).double()
     for mine, weight in zip((ours.q, ours.k, ours.v), released.qkv.weight.chunk(3), strict=True):
@@ -224,15 +218,7 @@ def test_it_is_the_released_attention_and_that_is_read_with_its_gates(shared: in
         ours.to_sides.weight.copy_(released.wg_0.weight)
     ours.out.weight.copy_(released.proj.weight)
     torch.testing.assert_close(ours(GIVEN) + released.proj.bias, want, atol=1e-6, rtol=0)
-    maps = []
-    for module in (ours, released):
-        with workbench.attach(module) as wb:
-            report = wb.verify(x=GIVEN)
-            assert report.ok, report.table
-            assert [site.kind for site in wb.sites] == ["self"]
-            with wb.capture(["entropy"]) as cap:
-                module(GIVEN)
-        maps.append(cap[0].pattern)
+    maps = [read_alone(module, GIVEN, "self", ["entropy"]).pattern for module in (ours, released)]
     torch.testing.assert_close(maps[0].gates, maps[1].gates)
     torch.testing.assert_close(maps[0].dense(), maps[1].dense())
     assert int((maps[1].gates == 0).sum()) == 3 * (4 - shared - routed)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import workbench
+from support.released import filled, read_alone
 from workbench import WorkbenchError, mechanisms
 from workbench.mechanisms import Place
 
@@ -165,10 +166,7 @@ class MixerGatingUnit(nn.Module):
 
 
 def _filled() -> tuple[MixerGatingUnit, Tensor]:
-    module = MixerGatingUnit().double().eval()
-    for number, (_, p) in enumerate(sorted(module.named_parameters())):
-        p.copy_(torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (number + 1.3)).view(p.shape) * 0.7)
-    return module, torch.cos(torch.arange(12, dtype=torch.float64) * 1.7).view(1, 4, 3)
+    return filled(MixerGatingUnit()), torch.cos(torch.arange(12, dtype=torch.float64) * 1.7).view(1, 4, 3)
 
 
 @torch.no_grad()
@@ -185,13 +183,5 @@ def test_it_is_the_released_unit_and_that_is_read() -> None:
     ):  # fmt: skip
         mine.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(ours(x), want, atol=1e-6, rtol=0)
-    maps = []
-    for module in (ours, released):
-        with workbench.attach(module) as wb:
-            report = wb.verify(x=x)
-            assert report.ok, report.table
-            assert [site.kind for site in wb.sites] == ["gate"]
-            with wb.capture([]) as cap:
-                module(x)
-        maps.append((cap[0].pattern.gates, cap[0].patterns["source"].dense()))
-    torch.testing.assert_close(*maps)
+    found = [read_alone(module, x, "gate") for module in (ours, released)]
+    torch.testing.assert_close(*[(site.pattern.gates, site.patterns["source"].dense()) for site in found])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import workbench
+from support.released import filled, read_alone
 from workbench import WorkbenchError, mechanisms
 from workbench.mechanisms import Place
 
@@ -175,10 +176,7 @@ class Attention(nn.Module):
 
 
 def _filled() -> tuple[Attention, Tensor]:
-    module = Attention(2).double().eval()
-    for number, (_, p) in enumerate(sorted(module.named_parameters())):
-        p.copy_(torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (number + 1.3)).view(p.shape) * 0.7)
-    return module, torch.cos(torch.arange(40, dtype=torch.float64) * 1.7).view(1, 2, 4, 5)
+    return filled(Attention(2)), torch.cos(torch.arange(40, dtype=torch.float64) * 1.7).view(1, 2, 4, 5)
 
 
 @torch.no_grad()
@@ -193,13 +191,5 @@ def test_it_is_the_released_attention_and_that_is_read() -> None:
         mine.weight.copy_(theirs.weight.view_as(mine.weight))
         mine.bias.copy_(theirs.bias)
     torch.testing.assert_close(ours(x).mT, want, atol=1e-6, rtol=0)
-    maps = []
-    for module, given in ((ours, x), (released, image)):
-        with workbench.attach(module) as wb:
-            report = wb.verify(x=given)
-            assert report.ok, report.table
-            assert [site.kind for site in wb.sites] == ["gate"]
-            with wb.capture([]) as cap:
-                module(given)
-        maps.append((cap[0].pattern.gates, cap[0].patterns["source"].dense()))
-    torch.testing.assert_close(*maps)
+    found = [read_alone(module, given, "gate") for module, given in ((ours, x), (released, image))]
+    torch.testing.assert_close(*[(site.pattern.gates, site.patterns["source"].dense()) for site in found])

@@ -54,7 +54,7 @@ def _serve(address: str, modules: Sequence[str]) -> None:
     os.environ["JPY_PARENT_PID"] = "1"  # kernels, which read it when they are imported, are to watch nobody
     for name in modules:
         importlib.import_module(name)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+    signal.signal(signal.SIGCHLD, _reap)
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(address)
         door.listen()
@@ -67,6 +67,13 @@ def _serve(address: str, modules: Sequence[str]) -> None:
                     door.close()
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     return _answer(asker)
+
+
+def _reap(*_: object) -> None:
+    """Wait for those that have answered, so that their processor time counts as that of the tests."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
 
 
 def _answer(asker: socket.socket) -> None:

@@ -1,8 +1,8 @@
 """What one process does in the tests of split models: `python -m support.split_model_ranks RANK FOLDER`.
 
 Two processes hold the same small Llama: with a part of the sequence each, cut by FSDP2, or with a stage of its layers
-each. What each found wrong goes, by case, into `FOLDER/RANK.json`. In the end one ends without a word, and the other
-says what it is told.
+each. What each found wrong goes, by case, into `FOLDER/RANK.json`. In the end the first ends without a word, and the
+other says what it is told.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,12 +25,12 @@ from torch import Tensor, nn
 
 import workbench
 from support.circuits import Words, random_task
+from support.hanging_ranks import by_layers, hangs_or_is_stopped, is_elsewhere, told
 from support.patience import PATIENCE
 from workbench.capture.capture import Capture
-from workbench.errors import CaptureError, WorkbenchError
+from workbench.errors import WorkbenchError
 from workbench.hooks.together import check_as_far
 from workbench.kernels.sequence_parallel import SplitSequence
-from workbench.kernels.sequence_parallel import split as split_sequences
 
 RANKS = 2
 LENGTHS = (13, 6)
@@ -283,7 +282,7 @@ CASES = {
     case.__name__: case
     for case in (
         a_sequence_in_parts, sweeps_go_on_with_what_all_have_done, gradients_of_parts, what_cannot_be_split_is_said,
-        ranks_that_disagree_are_named, fully_sharded, stages_of_a_pipeline,
+        ranks_that_disagree_are_named, fully_sharded, stages_of_a_pipeline, hangs_or_is_stopped, is_elsewhere,
     )
 }  # fmt: skip
 
@@ -291,7 +290,6 @@ CASES = {
 def main(rank: int, folder: Path, only: str = "") -> None:
     """All cases."""
     torch.set_num_threads(1)
-    split_sequences.PATIENCE = PATIENCE  # what has ended is noticed at once
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     dist.init_process_group(
@@ -308,18 +306,14 @@ def main(rank: int, folder: Path, only: str = "") -> None:
             wrong[name] = traceback.format_exc()
         dist.barrier()
     path = folder / f"{rank}.json"
-    split, model = SplitSequence.of(LENGTHS[rank]), llama()
+    split, model, staged = SplitSequence.of(LENGTHS[rank]), llama(), by_layers(rank, dist.new_group())
     dist.barrier()
-    if rank == 1:
-        path.write_text(json.dumps({"wrong": wrong, "told": "", "seconds": 0}))
+    if rank == 0:
+        path.write_text(json.dumps({"wrong": wrong, "told": {}}))
         os._exit(0)
-    told, began = "", time.monotonic()
-    try:
-        with torch.no_grad():
-            split_run(model, split)
-    except CaptureError as error:
-        told = str(error)
-    path.write_text(json.dumps({"wrong": wrong, "told": told, "seconds": time.monotonic() - began}))
+    with torch.no_grad():
+        lost = {"positions": told(lambda: split_run(model, split)), "layers": told(staged)}
+    path.write_text(json.dumps({"wrong": wrong, "told": lost}))
     os._exit(0)  # the group cannot be left in good order any more
 
 

@@ -32,7 +32,6 @@ import workbench
 from support.circuits import Words, random_task
 from support.patience import PATIENCE
 from workbench import AttachError, Capture, CaptureError, Variant, WorkbenchError
-from workbench.kernels.sequence_parallel import split
 from workbench.kernels.statistics import STATISTICS
 from workbench.storage.rendering import renderer
 
@@ -110,12 +109,12 @@ class Stack(nn.Module):
         return self.head(x)
 
 
-def by_hand(kind: type[Attention], *, counts_its_own: bool) -> tuple[nn.Module, nn.Module]:
+def by_hand(kind: type[Attention], *, counts_its_own: bool, mesh: Any = None) -> tuple[nn.Module, nn.Module]:
     """A whole model and its part; `counts_its_own`: the part's modules state the number of heads that they have."""
     torch.manual_seed(0)
     whole = Stack(kind).eval()
     part = copy.deepcopy(whole)
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = mesh or init_device_mesh("cpu", (RANKS,))
     plan: dict[str, Any] = {name: ColwiseParallel() for name in ("wq", "wk", "wv")} | {"wo": RowwiseParallel()}
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()} if kind is Block else plan
     for block in part.blocks:
@@ -481,7 +480,6 @@ def main(rank: int, folder: Path, only: str = "") -> None:
     """Run every case, and write what was wrong."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    split.PATIENCE = PATIENCE  # what has ended is noticed at once
     wait = datetime.timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", f"file://{folder}/meeting", world_size=RANKS, rank=rank, timeout=wait)
     found: dict[str, str] = {}

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from copy import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -40,6 +41,14 @@ def alone(kind: str) -> View:
     return view
 
 
+@cache
+def picture(kind: str) -> bytes:
+    """Of a view in which nothing is chosen or set."""
+    found = alone(kind).to_png()
+    assert isinstance(found, bytes)
+    return found
+
+
 def held(html: str) -> list[dict[str, Any]]:
     """The specs of a page."""
     found = re.findall(r'<script type="application/json" id="view-\d+"[^>]*>([^<]*)</script>', html)
@@ -57,7 +66,7 @@ def test_no_kind_of_view_is_forgotten() -> None:
 @pytest.mark.parametrize("kind", CHOOSING)
 def test_pictures_and_pages_show_what_is_chosen(kind: str) -> None:
     view = alone(kind)
-    before, page = view.to_png(), view.to_html()
+    before, page = picture(kind), view.to_html()
     view.select(layer=77, heads=(99,), query=10_000, key=10_000, token=10_000, example=10_000)  # which is not there
     if kind not in ("head_atlas", "head wall"):  # which begin with a head marked, and mark no other for it
         assert view.to_png() == before
@@ -74,9 +83,8 @@ def test_pictures_and_pages_show_what_is_chosen(kind: str) -> None:
 @pytest.mark.parametrize("kind", SETTING)
 def test_pictures_and_pages_show_what_is_set(kind: str) -> None:
     view = alone(kind)
-    before = view.to_png()
     view.set_state(**SETTING[kind])
-    assert view.to_png() != before
+    assert view.to_png() != picture(kind)
     assert SETTING[kind].items() <= held(str(view.to_html()))[0]["state"].items()
 
 

@@ -9,10 +9,13 @@ import csv
 import io
 import json
 import re
+from base64 import b64decode
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page
 
 import workbench.views
@@ -203,6 +206,12 @@ def test_there_are_static_forms(kind: str) -> None:
     dark = view.to_png(theme="dark")
     assert isinstance(dark, bytes)
     assert dark != bundle["image/png"]
+    of_light = re.findall(r'src="data:image/png;base64,([^"]+)"', bundle["text/html"])
+    of_dark = re.findall(r'content:url\("data:image/png;base64,([^"]+)"\)', bundle["text/html"])
+    stills = [Image.open(BytesIO(b64decode(found))) for found in (*of_light, *of_dark)]
+    assert [still.convert("RGB").getpixel((1, 1)) for still in stills] == [(255, 255, 255), (20, 23, 27)]
+    assert stills[0].size == stills[1].size
+    assert 'style="margin:0' in bundle["text/html"]  # the light card needs no style sheet
 
 
 @pytest.mark.browser

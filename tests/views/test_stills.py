@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import runpy
 from base64 import b64decode, b64encode
 from io import BytesIO
@@ -13,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from support.every_view import VIEWS, made
 from workbench.views import attention_pattern
 from workbench.views.base import scales
 from workbench.views.base.few_colours import few_colours
@@ -74,14 +72,3 @@ def test_what_a_notebook_of_ours_keeps_has_the_colours_of_the_view() -> None:
     assert (kept[0] == 255).all()
     warm = kept.astype(int)[..., 0] - kept.astype(int)[..., 2] > 6  # the scale has no such light colours
     assert not (warm & (kept.min(-1) > 200)).any()
-
-
-@pytest.mark.parametrize("kind", VIEWS)
-def test_a_still_has_a_picture_for_each_theme(kind: str) -> None:
-    html = made(kind)._repr_mimebundle_()["text/html"]
-    (light,) = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
-    (dark,) = re.findall(r'content:url\("data:image/png;base64,([^"]+)"\)', html)
-    both = [pixels(b64decode(found)) for found in (light, dark)]
-    assert both[0].shape == both[1].shape
-    assert [tuple(each[1, 1]) for each in both] == [(255, 255, 255), (20, 23, 27)]
-    assert 'style="margin:0' in html  # the light card needs no style sheet

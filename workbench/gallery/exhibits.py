@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -171,8 +171,12 @@ def agent_s2_card() -> Card:
         "in the place of clicks.",
         claims=(
             Claim(says) if one is None else Claim(says, one["how"], one["found"], one["outcome"]),
-            Claim("A mixture of experts for grounding clicks better than one model does."),
-            Claim("A memory of past tasks helps with new ones."),
+            replace(
+                agent_s2_grounding_card().claims[0],
+                says="A mixture of experts for grounding clicks better than one model does.",
+            ),
+            Claim("A memory of past tasks helps with new ones.",
+                  needs="tasks in a row, run with and without what those before have left"),
         ),
     )  # fmt: skip
 

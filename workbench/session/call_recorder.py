@@ -43,6 +43,7 @@ class CallRecorder:
     forwards: list[Forward] = field(default_factory=list)
     nbytes: int = 0
     engines: set[str] = field(default_factory=set)
+    costs: dict[str, None] = field(default_factory=dict)  # of what no fused kernel streamed on a device, in order
     compiled: set[str] = field(default_factory=set)
     store: StoreWriter | None = None
     outputs: HeadOutputs = field(init=False)
@@ -82,6 +83,7 @@ class CallRecorder:
             kind = _kind(pattern, names)
             if kind not in self._streamed:
                 self.engines |= streaming.engines(pattern, names, options)
+                self.costs.update(dict.fromkeys(streaming.costs(pattern, names, options)))
                 self._streamed.add(kind)
         except CaptureError as error:
             raise CaptureError(error.message, site=site.name, shape=error.shape, hint=error.hint) from None

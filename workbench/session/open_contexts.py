@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.errors import CaptureError, InterventionError
+from workbench.hooks.answering import answered
 from workbench.hooks.compiled.regions import Region
 from workbench.hooks.edits import Edit, OutputEdit, Threads
 from workbench.hooks.layouts import Layouts
@@ -161,20 +162,21 @@ class OpenContexts(Listener):
     def _observed(self, begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
         """The model is observed inside. Every step may be repeated, so that an interrupt can fall on any of them."""
         user = object()
-        try:
-            with self._lock:
-                begin()
-                self._users.add(user)
-                if self._observer is None:
-                    self._observer = Observer(self.model, self, self.layouts, self._regions())
-                    self._observer.__enter__()
-                self._observer.follow(self.only())
-            yield
-        finally:
+        with answered():
             try:
-                self._leave(user, end)
+                with self._lock:
+                    begin()
+                    self._users.add(user)
+                    if self._observer is None:
+                        self._observer = Observer(self.model, self, self.layouts, self._regions())
+                        self._observer.__enter__()
+                    self._observer.follow(self.only())
+                yield
             finally:
-                self._leave(user, end)  # again, for the interrupt that broke off the first
+                try:
+                    self._leave(user, end)
+                finally:
+                    self._leave(user, end)  # again, for the interrupt that broke off the first
 
     def _leave(self, user: object, end: Callable[[], None]) -> None:
         with self._lock:

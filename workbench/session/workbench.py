@@ -196,6 +196,7 @@ class Workbench(Interventions):
                 told = with_idle(self._inner, told, recorder.idle, {*recorder.called, *recorder.unrecorded})
                 self.sites = capture.model_sites = told
                 how = {"statistics_engine": ", ".join(sorted(recorder.engines))}
+                how |= {"statistics_cost": "; ".join(recorder.costs)} if recorder.costs else {}
                 how |= whose_bits(recorder.compiled, eager=self._doors.are_open)
                 provenance |= how
                 if writer is not None:

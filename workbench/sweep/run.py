@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from workbench.errors import InterventionError, WorkbenchError
-from workbench.hooks.together import done_by_all, lost_ones_named
+from workbench.hooks.together import done_by_all
 from workbench.inputs import dropout_in_training
 from workbench.metrics import as_metrics
 from workbench.session.workbench import Workbench
@@ -104,7 +104,7 @@ def run_sweep(
         raise InterventionError("base= cannot resample, which takes several draws", hint='how="mean", or "zero"')
     runner = Runner(wb, found, under, references, several, named, memory, batched, resumed)
     path = Path(resume) if resume is not None else None
-    with opened(engine, wb) as workers, runner.open(), lost_ones_named(wb.model):
+    with opened(engine, wb) as workers, runner.open():
         runner.try_out()
         return _Sweeping(runner, of_reference, seed, workers).run(path, progress)
 

@@ -145,9 +145,8 @@ class _Flight:
         self.flying: dict[Any, tuple[int, int, Any]] = {}  # by reference: worker, number and unit
         self.done: dict[int, tuple[Any, Any]] = {}
         self.next = 0
-        self.starting: dict[
-            int | None, Any
-        ] = {}  # workers in the place of lost ones, and what tells that they are there
+        # Workers in the place of lost ones, and what tells that they are there.
+        self.starting: dict[int | None, Any] = {}
 
     def results(self) -> Iterator[tuple[Any, Any]]:
         """As they are asked for."""

@@ -36,7 +36,7 @@ def program(build: Build) -> Program:
     constants |= {"PRECISION": build.precision, "BM": m, "BN": n, "CAUSAL": True, "STATS": True, "POOLED": True}
     constants |= {"WINDOW": build.has != "plain", "SPARSE": build.has == "layout", "OUT": build.has == "layout"}
     constants |= dict.fromkeys(("SINKS", "INDUCTION"), build.has == "shape")
-    constants |= {"BIAS": build.has in ("shape", "log"), "SOFTCAP": {"shape": 1, "log": 2}.get(build.has, 0)}
+    constants |= dict.fromkeys(("BIAS", "SOFTCAP"), {"shape": 1, "log": 2}.get(build.has, 0))
     constants |= {"MASK": 2 if build.has == "shape" else 0, "stride_mk": 1}
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -46,6 +46,7 @@ def program(build: Build) -> Program:
         if name.endswith("_ptr"):
             signature[name] = f"*{build.dtype}" if name in INPUTS else "*i32" if name in INDICES else "*fp32"
             signature[name] = "*i64" if name == "id_ptr" else signature[name]
+            signature[name] = "*fp64" if name == "bias_ptr" and build.has == "log" else signature[name]
         else:
             signature[name] = "fp32" if name in NUMBERS else "i32"
         if name.endswith("_ptr") or name.startswith("stride"):

@@ -23,7 +23,9 @@ from workbench.kernels.triton.call import precision
 from workbench.kernels.triton.tables import Tables, targets
 
 
-@pytest.mark.parametrize("name", [*(case.name for case in CASES), "far rows", "magnitudes", "gradients"])
+@pytest.mark.parametrize(
+    "name", [*(case.name for case in CASES), "far rows", "magnitudes", "numbers that are none", "gradients"]
+)
 def test_against_the_definition(name: str, printed: Callable[..., Any]) -> None:
     found = printed("interpreted.py", TRITON_INTERPRET="1")
     assert found[name] == []

@@ -11,8 +11,8 @@ from workbench.kernels.triton.configs import WIDTHS, Choice, Kind, choices
 @dataclass(frozen=True)
 class Build:
     """One compilation: what a causal mask needs for statistics alone ("plain"), with a window, a layout and the output
-    ("layout"), with a window, an additive mask, biases, softcap, sinks and induction ("shape"), or with biases of
-    logarithms of magnitudes ("log").
+    ("layout"), with a window, an additive mask, biases, softcap, sinks and induction ("shape"), or for logarithms of
+    magnitudes that fade ("log").
     """
 
     kind: Kind
@@ -32,7 +32,7 @@ def builds(target: str) -> list[Build]:
     """Every tile of every kernel, at the widest heads that it is for.
 
     float16 compiles to what bfloat16 does, so that one width does for it; and what everything fits with, a part of it
-    fits with, so that the plain kernel is compiled at one width too, and the logarithm, which takes the place of a cap.
+    fits with, so that the plain kernel is compiled at one width too.
     """
     backend, arch, _ = TARGETS[target]
     found = []
@@ -42,7 +42,7 @@ def builds(target: str) -> list[Build]:
                 more = [] if dtype == "fp16" else ["shape"]
                 if width == 128 and kind == "rows":
                     more += ["plain"]
-                if width == 128 and kind != "top" and dtype == "bf16":
+                if dtype != "fp16":
                     more += ["log"]
                 for has in ("layout", *more):
                     for choice in choices(kind, backend, arch, dtype != "fp32", width, has in ("shape", "log")):

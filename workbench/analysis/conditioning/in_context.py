@@ -10,6 +10,7 @@ from torch import Tensor
 
 from workbench.analysis.conditioning.schedules import CUES, NOTHING, OUTCOME, Trial
 from workbench.errors import CaptureError
+from workbench.hooks.split_models import check_unsplit
 from workbench.inputs import context_length
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def check_model(wb: Workbench, cues: Sequence[int]) -> None:
         raise CaptureError(
             "experiments in context need a model that is a decoder alone: this one's encoder would be given nothing"
         )
+    check_unsplit()
     first, second, third, _ = _pick(cues, len(CUES), torch.Generator().manual_seed(0))
     logits = _logits(wb, torch.tensor([[first, first, second], [first, first, third]]))
     rounding = 32 * torch.finfo(logits.dtype).eps * logits.abs().max()

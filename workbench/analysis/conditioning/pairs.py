@@ -12,6 +12,7 @@ from torch import Tensor
 from workbench.capture.site_capture import SiteCapture
 from workbench.errors import CaptureError
 from workbench.hooks.sites import Site
+from workbench.hooks.split_models import check_unsplit
 from workbench.kernels.softmax import SoftmaxPattern
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def collect(
     several = [batches] if isinstance(batches, Mapping) else batches
     if not isinstance(several, Iterable):
         raise CaptureError(f"batches is a {type(batches).__name__}, expected dicts of model inputs")
+    check_unsplit()
     found: dict[str, _Site] = {}
     skipped: dict[str, str] = {}
     for batch in _bar(several, progress):

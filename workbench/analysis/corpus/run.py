@@ -24,6 +24,7 @@ from workbench.analysis.head_scores.prompts import HeadNames, self_attention
 from workbench.analysis.logits.asked import check_model
 from workbench.analysis.weights.copying import ov_copying
 from workbench.errors import CaptureError, FormatError, WorkbenchError
+from workbench.hooks.split_models import check_unsplit
 from workbench.hooks.together import check_as_far
 from workbench.inputs import device_for_inputs, without_cache
 from workbench.session.workbench import Workbench
@@ -94,6 +95,7 @@ def head_atlas_over(
     ):
         if value < least:
             raise CaptureError(f"{name} is at least {least}, not {value}")
+    check_unsplit()
     frame = Frame.of(wb)
     length = length_for(wb, frame, length)
     room = frame.room(length)

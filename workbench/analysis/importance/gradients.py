@@ -11,6 +11,7 @@ from torch import Tensor
 from workbench.errors import WorkbenchError
 from workbench.hooks.edits import Edit
 from workbench.hooks.sites import Site
+from workbench.hooks.split_models import check_unsplit
 from workbench.hooks.tap import AttentionCall
 from workbench.kernels.gradients import attention_times_gradient
 from workbench.metrics import Metric
@@ -55,6 +56,7 @@ def gate_gradients(
         WorkbenchError: the metric has no gradient.
     """
     gates = Gates(sites)
+    check_unsplit()
     with torch.inference_mode(False), torch.enable_grad(), wb.editing(gates):
         output = wb.model(**batch)
         values = metric.examples(output, batch, size_of(batch))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import CaptureError, InterventionError, TaskError, WorkbenchError
+from workbench.hooks.split_models import check_unsplit
 from workbench.inputs import check_inputs, decoder_start, device_for_inputs, dropout_in_training, own_columns
 from workbench.metrics.answers import TaskBatch
 from workbench.session.workbench import Workbench
@@ -24,6 +25,7 @@ def check_model(wb: Workbench) -> None:
     """Refuse a workbench that is detached or in use, and a model that drops out."""
     wb.check_ready()
     wb.check_idle()
+    check_unsplit()
     dropping = dropout_in_training(wb.model)
     if dropping:
         raise InterventionError(

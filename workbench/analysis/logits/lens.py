@@ -13,6 +13,7 @@ from workbench.analysis.logits.lens_result import LogitLens
 from workbench.analysis.logits.readout import Readout
 from workbench.analysis.logits.writers import all_blocks, find_readout_of
 from workbench.errors import CaptureError, TaskError
+from workbench.hooks.answering import answered
 from workbench.hooks.changes import Changes
 from workbench.inputs import shortened
 from workbench.metrics.logits import logits_of
@@ -21,6 +22,7 @@ from workbench.tasks.base import Task
 from workbench.tokens import piece
 
 
+@answered()
 def logit_lens(wb: Workbench, prompt: Any, target: Targets = None, *, top: int = 5) -> LogitLens:
     """What the model would say after each layer: the residual stream through its own final norm and unembedding.
 

@@ -20,6 +20,7 @@ from workbench.errors import AttachError, CaptureError
 from workbench.hooks.changes import Changes
 from workbench.hooks.heads import block_of
 from workbench.hooks.sites import Site
+from workbench.hooks.split_models import check_unsplit
 from workbench.inputs import shortened, without_cache
 from workbench.session.workbench import Workbench
 
@@ -88,6 +89,7 @@ def run_of(wb: Workbench, batch: Mapping[str, Any], method: str, residual: float
         AttachError, CaptureError: as `attention_rollout` does.
     """
     wb.check_ready()
+    check_unsplit()
     towers = _towers(wb)
     of = list(towers)[-1] if stream is None else stream
     if of not in towers:

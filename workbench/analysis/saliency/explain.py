@@ -24,6 +24,8 @@ from workbench.analysis.saliency.scoring import score_for
 from workbench.analysis.saliency.segments import GRANULARITIES, checked, each, patches, runs, sizes, superpixels
 from workbench.analysis.saliency.sums import Sums
 from workbench.errors import WorkbenchError, nearest
+from workbench.hooks.answering import answered
+from workbench.hooks.split_models import check_unsplit
 from workbench.hooks.together import check_as_far
 from workbench.session.workbench import Workbench
 from workbench.workers.engine import Engine, opened
@@ -31,6 +33,7 @@ from workbench.workers.engine import Engine, opened
 METHODS = ("spes", "encoder_output", *gradients.METHODS)
 
 
+@answered()
 def saliency(
     wb: Workbench,
     inputs: Mapping[str, Any],
@@ -132,6 +135,7 @@ def saliency(
     Saliency(spes at input: 2 tokens, tokens 3, exact)
     """
     wb.check_open()
+    check_unsplit()
     if method not in METHODS:
         raise WorkbenchError(f"there is no method {method!r}", hint=nearest(method, METHODS, "method"))
     where = at or ("encoder" if method == "encoder_output" else "input")

@@ -25,9 +25,10 @@ class Claim:
         how: what was measured, and the script that does it; empty while the claim is not examined.
         found: the figure with its interval.
         outcome: whether the claim came out.
+        needs: of a claim that is not examined, what it would take.
 
     Raises:
-        WorkbenchError: an outcome without a figure, or a figure without an outcome.
+        WorkbenchError: an outcome without a figure, a figure without an outcome, or an outcome with needs.
 
     >>> print(Claim("It is faster than softmax attention from 1,024 tokens on."))
     It is faster than softmax attention from 1,024 tokens on. Not examined yet.
@@ -37,18 +38,20 @@ class Claim:
     how: str = ""
     found: str = ""
     outcome: Outcome = "not examined"
+    needs: str = ""
 
     def __post_init__(self) -> None:
         open_still = self.outcome == "not examined"
-        if open_still == bool(self.how) or open_still == bool(self.found):
+        if open_still == bool(self.how) or open_still == bool(self.found) or (self.needs and not open_still):
             raise WorkbenchError(
-                f"a claim whose outcome is “{self.outcome}” has how={self.how!r} and found={self.found!r}",
+                f"a claim whose outcome is “{self.outcome}” has how={self.how!r} and found={self.found!r}, and needs "
+                f"{self.needs!r}",
                 hint="an examined claim says how, and what was found; one that was not examined says neither",
             )
 
     def __str__(self) -> str:
         if self.outcome == "not examined":
-            return f"{self.says} Not examined yet."
+            return f"{self.says} Not examined{f': it needs {self.needs}' if self.needs else ' yet'}."
         return f"{self.says} {self.outcome.capitalize()} at our scale: {self.found} ({self.how})."
 
 
@@ -109,6 +112,8 @@ class Card:
             found.append((f"Claim, {claim.outcome}", claim.says))
             if claim.outcome != "not examined":
                 found += [("found at our scale", claim.found), ("examined how", claim.how)]
+            elif claim.needs:
+                found.append(("it needs", claim.needs))
         return found
 
     def __str__(self) -> str:

@@ -24,6 +24,7 @@ from workbench.analysis.circuits.engine.stream import Finder, Kept, Stream
 from workbench.analysis.circuits.model.anatomy import find_anatomy
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.errors import WorkbenchError
+from workbench.hooks.answering import answered
 from workbench.inputs import device_for_inputs
 from workbench.metrics import Metric
 from workbench.session.workbench import Workbench
@@ -217,9 +218,16 @@ def open_setup(
     chosen = metric_of_logits(metric)
     with torch.inference_mode(mode=False):  # a model's projections are found from gradients
         pairs = make_pairs(task, wb.model, wb.tokenizer, batch_size, device)
-        stream = Stream(wb, pairs[0], finder)
+        with answered():
+            stream = Stream(wb, pairs[0], finder)
     again = {"batch_size": batch_size, "memory": memory, "seed": seed, "finder": finder, "task": task, "metric": metric}
-    with opened(engine, wb) as workers, torch.inference_mode(mode=False), stream.open(), weights_stay(wb.model):
+    with (
+        answered(),
+        opened(engine, wb) as workers,
+        torch.inference_mode(mode=False),
+        stream.open(),
+        weights_stay(wb.model),
+    ):
         yield Setup(wb, stream, task, pairs, chosen, memory, seed, workers=workers, arguments=again)
 
 

@@ -24,6 +24,7 @@ from workbench.analysis.circuits.model.modules import Branches
 from workbench.analysis.circuits.model.recording import first_float
 from workbench.errors import InterventionError, WorkbenchError
 from workbench.hooks.changes import Changes
+from workbench.hooks.split_models import check_unsplit
 from workbench.inputs import check_inputs, dropout_in_training, shortened
 from workbench.session.workbench import Workbench
 from workbench.sweep.prefix import KeptBlocks, Prefix
@@ -60,6 +61,7 @@ class Stream:
     def __init__(self, wb: Workbench, pair: Pair, finder: Finder = find_anatomy) -> None:
         wb.check_ready()
         wb.check_idle()
+        check_unsplit()
         dropping = dropout_in_training(wb.model)
         if dropping:
             raise InterventionError(
