@@ -80,6 +80,15 @@ def test_an_infinite_value_alone_leaves_the_scale_to_the_others(page: WatchedPag
     page.assert_clean()
 
 
+def test_notes_tell_infinite_values_from_the_largest_and_the_unknown() -> None:
+    infinite = "1 values are infinite and have the colour at the end of the scale; the table tells them apart."
+    assert token_strip(["a", "b"], torch.tensor([INF, 1.0])).spec.notes == (infinite,)
+    both = token_strip(["a", "b", "c"], torch.tensor([INF, 1.0, NAN])).spec.notes
+    assert both == ("1 values are not known and grey.", infinite)
+    assert head_atlas(torch.tensor([[INF, 1.0]])).spec.notes == ("Infinite for some heads, and grey there: value.",)
+    assert token_strip(["a", "b"], torch.tensor([0.0, 1.0])).spec.notes == ()
+
+
 def test_pictures_have_finite_scales() -> None:
     assert scales.limits([1.0, NAN, INF, -INF], signed=False) == (0.0, 1.0)
     assert scales.limits([NAN, INF], signed=True) == (-1.0, 1.0)

@@ -176,5 +176,6 @@ def _table(groups: list[dict[str, Any]], names: list[str], values: Any, low: Any
 
 
 def _notes(sites: Sequence[Site], values: Any, names: list[str]) -> tuple[str, ...]:
-    missing = [name for i, name in enumerate(names) if np.isnan(values[i]).any()]
-    return (f"Not known for every head, and grey there: {', '.join(missing)}.",) if missing else ()
+    kinds = (("Not known for every head", np.isnan), ("Infinite for some heads", np.isinf))
+    found = [(what, [name for i, name in enumerate(names) if odd(values[i]).any()]) for what, odd in kinds]
+    return tuple(f"{what}, and grey there: {', '.join(some)}." for what, some in found if some)

@@ -125,7 +125,6 @@ def token_strip(
             for name, v in found.items()
         ],
     }
-    missing = sum(int(np.isnan(v).sum()) for v in found.values())
     spec = ViewSpec(
         kind="token_strip",
         title=title,
@@ -133,8 +132,18 @@ def token_strip(
         facts=facts,
         blocks={"values": np.stack(list(found.values())).astype(np.float32)},
         table={"position": np.arange(len(tokens), dtype=np.int32), "token": shown, **found},
-        notes=(f"{missing:,} values are not known and grey.",) if missing else (),
+        notes=_notes(found),
         provenance=provenance or {},
         inputs=inputs_of(shown),
     )
     return TokenStrip(spec, selection)
+
+
+def _notes(channels: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the colours do not tell."""
+    missing, infinite = (sum(int(odd(v).sum()) for v in channels.values()) for odd in (np.isnan, np.isinf))
+    said = (
+        (missing, "values are not known and grey."),
+        (infinite, "values are infinite and have the colour at the end of the scale; the table tells them apart."),
+    )
+    return tuple(f"{n:,} {what}" for n, what in said if n)
