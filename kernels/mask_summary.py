@@ -35,9 +35,8 @@ class MaskSummary:
         return {}
 
 
-@lru_cache(
-    maxsize=16
-)  # all layers of a model have the same few rules; it takes as long as the statistics of a short call
+# All layers of a model have the same few rules, and to count takes as long as the statistics of a short call.
+@lru_cache(maxsize=16)
 def summary_of_rules(
     n_queries: int, n_keys: int, causal: bool, offset: int, window: int, device: torch.device
 ) -> MaskSummary:
