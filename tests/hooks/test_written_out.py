@@ -97,6 +97,20 @@ def test_rows_that_do_not_sum_to_one_are_marked() -> None:
     assert (capture[0].pattern.dense().sum(-1) < 1).all()
 
 
+def test_what_is_written_into_a_tensor_is_edited_there() -> None:
+    def written_into(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch.matmul(_scores(q, k).softmax(-1), v, out=(z := torch.empty_like(v)))
+        return z
+
+    model, x = _model(written_into)
+    with torch.no_grad(), workbench.attach(model, check=False) as wb:
+        want = model(x).unflatten(-1, (HEADS, WIDTH))
+        want[..., 1, :] = 0
+        assert wb.verify(x).ok
+        with wb.ablate((0, 1)):
+            assert torch.equal(model(x), want.flatten(2))
+
+
 def test_keys_of_weight_zero_in_every_head_are_hidden() -> None:
     model, x = _model(_refilled)
     with workbench.attach(model, check=False) as wb, wb.capture(("received_mean",)) as capture:
