@@ -98,3 +98,22 @@ def test_what_does_not_show_of_one_example_or_one_window_is_looked_for_again(ord
                 q, k, _ = model.parts(x)
                 want = (q @ k.mT).softmax(-1).flatten(0, 1)
                 torch.testing.assert_close(cap[0].pattern.dense(), want, msg=lambda text, size=size: f"{size} {text}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["bhw", "whb"])
+def test_an_edit_by_a_layout_of_fewer_examples_is_none(order: str) -> None:
+    model = Windows(order)
+    one, three = torch.randn(1, 12, 6), torch.randn(3, 12, 6)
+    q, k, v = model.parts(three)
+    z = (q @ k.mT).softmax(-1) @ v
+    z[:, :, 1] = 0
+    want = model.o(z.transpose(2, 3).flatten(3).flatten(1, 2))
+    with workbench.attach(model, check=False) as wb:
+        wb.verify(one).raise_if_failed()
+        with pytest.raises(CaptureError, match="run it again"), wb.ablate((0, 1)):
+            model(three)
+        with wb.ablate((0, 1)):
+            torch.testing.assert_close(model(three), want)
+        with pytest.raises(CaptureError, match='on the "meta" device'), wb.capture([]):
+            model.to("meta")(one.to("meta"))
