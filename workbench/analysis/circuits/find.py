@@ -19,6 +19,7 @@ from workbench.analysis.circuits.methods.acdc import prune_edges
 from workbench.analysis.circuits.methods.attribution import attribute_edges
 from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.analysis.circuits.patching import ablation_effects
+from workbench.analysis.circuits.shares import Denominator
 from workbench.errors import InterventionError, nearest
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
@@ -150,6 +151,9 @@ def find_circuit(
 def _blank(setup: Setup, method: str, level: str, sign: str, settings: dict[str, Any]) -> Circuit:
     graph = setup.graph
     shape = (len(graph.senders), len(graph.receivers))
+    apart = Denominator.of(setup.clean, setup.corrupted)
+    if "share of" in sign and not apart.defined:
+        sign = f"{sign}, which may be 0: {apart}"
     return Circuit(
         model=graph.facts, task=setup.task.name, method=method, metric=setup.metric.name, direction=NOISING, sign=sign,
         level=level, senders_in=torch.zeros(shape[0], dtype=torch.bool), edges_in=torch.zeros(shape, dtype=torch.bool),

@@ -70,6 +70,9 @@ def patch_layers(
             not have, a position beyond a prompt. AttachError: the model's blocks cannot be found. FormatError: the file
             is of another patching. PatchingInterrupted: on Ctrl-C, with what is done.
 
+    Warns:
+        UserWarning: scores are undefined as shares, since the metric is not surely another on prompts and twins.
+
     Source: Meng et al. 2202.05262 (causal tracing); names as in TransformerLens' `patching`.
     """
     if activation not in ACTIVATIONS:
@@ -94,13 +97,15 @@ def patch_layers(
             setup, units, places, partial(two_runs, keys=keys, direction=direction), resume=resume,
             progress=progress, note=f"patching {activation}", activation=activation, direction=direction,
         )  # fmt: skip
-        return LayerPatching(
+        patched = LayerPatching(
             rows=tuple(names), layers=tuple(setup.graph.blocks[i] for i, _ in found),
             streams=tuple(setup.graph.streams[s] for s in streams), activation=activation,
             places=tuple(place.name for place in places), tokens=tokens_at(setup, places), direction=direction,
             sign=f"{way_of(direction)}; 1 makes all of the difference between the runs, 0 none",
             effects=effects, **measured(setup),
         )  # fmt: skip
+    patched.denominator.warn(f"the effect of patches on {patched.metric}")
+    return patched
 
 
 def _places(setup: Setup, activation: str) -> list[tuple[int, Key]]:
