@@ -20,7 +20,7 @@ from workbench.analysis.circuits.methods.attribution import attribute_edges
 from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.analysis.circuits.patching import ablation_effects
 from workbench.analysis.circuits.shares import Denominator
-from workbench.errors import InterventionError, nearest
+from workbench.errors import InterventionError, expect, nearest
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
 from workbench.workers.engine import Engine
@@ -122,6 +122,8 @@ def find_circuit(
     Warns:
         UserWarning: none of the chosen edges lies on a path from an input to the logits.
     """
+    expect(Workbench, wb=wb)
+    expect(Task, task=task)
     if method not in METHODS:
         raise InterventionError(f"there is no method {method!r}", hint=nearest(str(method), METHODS, "method"))
     if not 0 < fraction <= 1:

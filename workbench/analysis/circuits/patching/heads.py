@@ -27,7 +27,7 @@ from workbench.analysis.circuits.patching.running import (
     two_runs,
     way_of,
 )
-from workbench.errors import InterventionError, nearest
+from workbench.errors import InterventionError, expect, nearest
 from workbench.session.ablations import find_ablation
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
@@ -65,6 +65,8 @@ def patch_heads(
     Warns:
         UserWarning: scores are undefined as shares.
     """
+    expect(Workbench, wb=wb)
+    expect(Task, task=task)
     if activation not in ACTIVATIONS:
         raise InterventionError(f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS))
     check_direction(direction)
@@ -107,6 +109,8 @@ def ablate_heads(
     Warns:
         UserWarning: scores are undefined as shares.
     """
+    expect(Workbench, wb=wb)
+    expect(Task, task=task)
     with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed, engine=engine) as setup:
         setup.measure_baselines()
         effects = ablation_effects(setup, how, progress)

@@ -22,7 +22,7 @@ from workbench.analysis.circuits.patching.running import (
     two_runs,
     way_of,
 )
-from workbench.errors import InterventionError, nearest
+from workbench.errors import InterventionError, expect, nearest
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
 from workbench.workers.engine import Engine
@@ -75,6 +75,8 @@ def patch_layers(
 
     Source: Meng et al. 2202.05262 (causal tracing); names as in TransformerLens' `patching`.
     """
+    expect(Workbench, wb=wb)
+    expect(Task, task=task)
     if activation not in ACTIVATIONS:
         raise InterventionError(
             f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS, "activation")
