@@ -19,7 +19,8 @@ from workbench.kernels.sequence_parallel import SplitSequence, roll
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, str]]]:
     """What each process found wrong, and what the second was told when the first had ended."""
-    return found_by("support.split_model_ranks", RANKS, tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    return found_by("support.split_model_ranks", RANKS, folder, "transformers.models.llama.modeling_llama")
 
 
 @pytest.mark.parametrize("case", CASES)
