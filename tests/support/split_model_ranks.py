@@ -308,7 +308,6 @@ def main(rank: int, folder: Path, only: str = "") -> None:
         except Exception:
             wrong[name] = traceback.format_exc()
         dist.barrier()
-    import time, resource; u = resource.getrusage(0); open("/tmp/compiled/rankcpu", "a").write(f"{rank} {u.ru_utime} {u.ru_stime} {u.ru_minflt}\n")
     path = folder / f"{rank}.json"
     split, model, staged = SplitSequence.of(LENGTHS[rank]), llama(), by_layers(rank, dist.new_group())
     dist.barrier()
