@@ -55,7 +55,7 @@ class Layouts(Placing):
                 settled.append((one, one.reason))
                 continue
             self._attempts[key] += 1
-            self._guessed[key] = Known(bound.axes, "sizes", bound.count("batch"), run.examples)
+            self._guessed[key] = Known(bound.axes, "sizes", bound.count("batch"), None if run is None else run.examples)
             if one.compared or self._attempts[key] >= _ATTEMPTS:
                 self._known[key] = self._guessed[key]
             if not one.told:
