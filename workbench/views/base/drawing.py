@@ -107,25 +107,34 @@ def drawn(
         form: "png", "svg" or "pdf".
         words: to stand around the picture, which grows by them. transparent: without a background.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backend_bases import get_registered_canvas_class
     from matplotlib.figure import Figure
 
     dates = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     metadata: dict[str, Any] = dates.get(form, {"CreationDate": None, "Producer": None, "Creator": None})
     with _style(theme) as colours:
         figure = Figure(figsize=size, dpi=dpi, layout="constrained")
-        FigureCanvasAgg(figure)
+        get_registered_canvas_class(form)(figure)
         picture(figure)
-        around: dict[str, Any] = {}
         if words is not None:
             _surround(figure, words, colours)
-            around = {"bbox_inches": "tight", "pad_inches": 0.1}
         out = io.BytesIO()
         with warnings.catch_warnings():
             # A script that no installed font has: the picture shows boxes, the page and the table the text.
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-            figure.savefig(out, format=form, metadata=metadata, transparent=transparent, **around)
+            _lay_out(figure, form)
+            box = None if words is None else figure.get_tightbbox().padded(0.1)
+            figure.savefig(out, format=form, dpi=dpi, metadata=metadata, transparent=transparent, bbox_inches=box)
     return _numbered(out.getvalue()) if form == "svg" else out.getvalue()
+
+
+def _lay_out(figure: Any, form: str) -> None:
+    """Give all axes their places, for which `savefig` would draw the whole figure once more, unseen."""
+    if form != "png":
+        figure.dpi = 72  # points, in which these forms are drawn
+    if figure.axes:
+        figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine(None)
 
 
 def _numbered(svg: bytes) -> bytes:
