@@ -18,7 +18,7 @@ MAKER = runpy.run_path(str(ROOT / "docs" / "make_notebooks.py"))
 SMALL: dict[str, dict[str, int]] = {
     "02-long-context": {"N": 1024},
     "03-heads": {"N_PROMPTS": 8, "N_ORDERS": 1, "N_EPOCHS": 1},
-    "04-circuits": {"N_PROMPTS": 4, "N_DRAWS": 20, "N_HELD_OUT": 8},
+    "04-circuits": {"N_PROMPTS": 2, "N_DRAWS": 10, "N_HELD_OUT": 4},
     "05-cross-attention": {"N_CLIPS": 2, "N_MASKS": 40, "N_ENCODER_MASKS": 40},
     "06-capacity": {"N_PROMPTS": 12, "N_REPEATS": 3, "N_CHOICES": 6},
     "07-linear-layers": {"N_STEPS": 3},

@@ -44,6 +44,8 @@ def _style(theme: str) -> Any:
         "text.parse_math": False,  # a token may hold dollar signs
         "font.family": [name for name in _FONTS if name in known] or ["sans-serif"],
         "font.size": 9,
+        "figure.autolayout": False,  # the layout is ours, whatever a user's settings say
+        "figure.constrained_layout.use": False,
         "figure.facecolor": colours["paper"],
         "axes.facecolor": colours["paper"],
         "axes.edgecolor": colours["line"],
@@ -116,15 +118,17 @@ def drawn(
         figure = Figure(figsize=size, dpi=dpi, layout="constrained")
         get_registered_canvas_class(form)(figure)
         picture(figure)
+        around: dict[str, Any] = {}
         if words is not None:
             _surround(figure, words, colours)
+            around = {"bbox_inches": "tight", "pad_inches": 0.1}
         out = io.BytesIO()
         with warnings.catch_warnings():
             # A script that no installed font has: the picture shows boxes, the page and the table the text.
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-            _lay_out(figure, form)
-            box = None if words is None else figure.get_tightbbox().padded(0.1)
-            figure.savefig(out, format=form, dpi=dpi, metadata=metadata, transparent=transparent, bbox_inches=box)
+            if words is None:
+                _lay_out(figure, form)
+            figure.savefig(out, format=form, dpi=dpi, metadata=metadata, transparent=transparent, **around)
     return _numbered(out.getvalue()) if form == "svg" else out.getvalue()
 
 
