@@ -32,8 +32,8 @@ LARGE = (
     "transformers.models.gpt2.modeling_gpt2", "workbench.session", "workbench.models", "workbench.tasks",
     "workbench.mechanisms", "workbench.views",
 )  # fmt: skip
-"""What notebooks import, and what takes longest. Three ask at once where they run: tqdm finds a kernel's modules, as
-there; Matplotlib finds the backend that kernels have (`forks`); and ipywidgets, which finds no kernel, is told of it."""
+"""What notebooks import, and what takes longest. Three ask at once where they run: tqdm finds a kernel's modules there,
+Matplotlib the backend that kernels have (`forks`), and ipywidgets, which finds no kernel, is told of it later."""
 
 
 def parameters(notebook: Any) -> list[int]:
