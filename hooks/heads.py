@@ -16,6 +16,7 @@ from workbench.hooks.sites import Site, Sites
 
 _LABEL = re.compile(r"L(\d+)(H|KV)(\d+)")
 _SITE_LABEL = re.compile(r"(.+)\.(H|KV)(\d+)")
+_CALL = re.compile(r"#\d+")
 _HINT = 'a head is (layer, head), (site, head), "L9H6", "L2KV1", "decoder.0.cross_attn.H1" or KVGroup(layer, group)'
 
 
@@ -88,7 +89,7 @@ def find_heads(sites: Sites, one: Any) -> list[tuple[Site, int]]:
     elif isinstance(one, tuple) and len(one) == 2 and _is_integer(one[1]):
         where, number, is_group = one[0], operator.index(one[1]), False
     else:
-        raise InterventionError(f"{one!r} is no head", hint=_HINT)
+        raise _of_one_call(one) or InterventionError(f"{one!r} is no head", hint=_HINT)
     site = find_site(sites, where)
     if site.n_heads == 0:
         raise InterventionError(f'the site is of kind "{site.kind}" and has no heads', site=site.name)
@@ -116,13 +117,25 @@ def find_site(sites: Sites, where: Any) -> Site:
         InterventionError: there is none, or the layer has several.
     """
     if isinstance(where, (str, Site)):
+        name = where if isinstance(where, str) else where.name
         try:
-            return sites.find(where if isinstance(where, str) else where.name)
+            return sites.find(name)
         except CaptureError as error:
-            raise InterventionError(error.message, site=error.site, hint=error.hint) from None
+            raise _of_one_call(name) or InterventionError(error.message, site=error.site, hint=error.hint) from None
     if not _is_integer(where):
         raise InterventionError(f"{where!r} is neither a layer nor a site", hint=_HINT)
     return _only(sites, [site for site in sites if site.layer == where], operator.index(where))
+
+
+def _of_one_call(what: Any) -> InterventionError | None:
+    """What is to be said where a head, or a site, is named with the number of a call, as in tables: "L3H1#1"."""
+    call = _CALL.search(what) if isinstance(what, str) else None
+    if call is None:
+        return None
+    return InterventionError(
+        f'"{what}" is one call of its site, and a head is edited in all of them',
+        hint=f'leave "{call[0]}" out; a function given to wb.patch can count its calls, and change only one of them',
+    )
 
 
 def _only(sites: Sites, found: Sequence[Site], layer: int) -> Site:

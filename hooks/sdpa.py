@@ -133,7 +133,10 @@ class FunctionTap(TorchFunctionMode):
             if replaced is None:
                 return result
             return (replaced, *result[1:]) if isinstance(result, tuple) else replaced
-        return self._follower.saw(func, args, kwargs, result)
+        given = self._follower.saw(func, args, kwargs, result)
+        if given is not result and isinstance(out := kwargs.get("out"), Tensor):
+            return out.copy_(given)  # where the model reads it
+        return given
 
     def _sdpa(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         bound = SIGNATURE.bind(*args, **kwargs)

@@ -1,7 +1,8 @@
 """Softmax attention over listed blocks on FlexAttention, for CUDA: tokens in an order in which whole blocks are seen.
 
 What is hidden is said by tensors alone, never by Python numbers, so that layouts and lengths share one compiled
-kernel. Blocks of 128 tokens that are seen as a whole are listed apart: for these no mask is computed.
+kernel; key blocks of 64 take one of their own. Blocks that are seen as a whole are listed apart: for these no mask is
+computed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from workbench.kernels.flex_tiles import kernel_options
 from workbench.kernels.layouts import listed
 
 BLOCK = 128
-"""Tokens in a block: FlexAttention's kernels work in tiles of up to 128; finer blocks would not be skipped anyway."""
+"""Tokens in a block: FlexAttention's kernels work in tiles of up to 128."""
+HALF = 64
+"""Keys in a block where blocks of 128 would hold much that is not seen; the kernel's tiles are then of 64 keys too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +46,17 @@ class FlexPlan:
 
     def __repr__(self) -> str:
         least = "" if self.fewest is None else f"; no order of tokens needs fewer than {self.fewest:,}"
-        return f"FlexPlan({self.n_visited:,} pairs of blocks of {BLOCK} visited{least})"
+        size = f"{BLOCK}" if self.key_block == BLOCK else f"{BLOCK} queries and {self.key_block} keys"
+        return f"FlexPlan({self.n_visited:,} pairs of blocks of {size} visited{least})"
+
+    @property
+    def key_block(self) -> int:
+        """Keys in a block, 128 or 64."""
+        return int(self.mask.BLOCK_SIZE[1])
 
     @property
     def n_visited(self) -> int:
-        """Blocks of 128 queries and 128 keys that are visited, over all layouts."""
+        """Pairs of a block of 128 queries and a block of keys that are visited, over all layouts."""
         full = self.mask.full_kv_num_blocks
         return int(self.mask.kv_num_blocks.sum() + (0 if full is None else full.sum()))
 
@@ -75,7 +84,9 @@ class FlexPlan:
         return replace(self, mask=self.mask.to(device), queries=queries, keys=keys, places=places)
 
 
-def block_mask(seen: Tensor, whole: Tensor, mask_mod: Callable[..., Tensor], lengths: tuple[int, int]) -> Any:
+def block_mask(
+    seen: Tensor, whole: Tensor, mask_mod: Callable[..., Tensor], lengths: tuple[int, int], key_block: int = BLOCK
+) -> Any:
     """A `BlockMask` of blocks [head, query block, key block]: those seen in part, and those seen as a whole.
 
     It is made where the blocks are: on a device in a few launches.
@@ -84,6 +95,7 @@ def block_mask(seen: Tensor, whole: Tensor, mask_mod: Callable[..., Tensor], len
         seen: bool, whether some query of the block sees some key of it; whole: whether every one sees all.
         mask_mod: which places see which, `f(batch, head, query, key)`.
         lengths: places of queries and of keys.
+        key_block: keys in a block.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -94,7 +106,7 @@ def block_mask(seen: Tensor, whole: Tensor, mask_mod: Callable[..., Tensor], len
         kv_num_blocks=n_part, kv_indices=part, full_kv_num_blocks=n_whole, full_kv_indices=full,
         q_num_blocks=n_part_of_keys, q_indices=part_of_keys,
         full_q_num_blocks=n_whole_of_keys, full_q_indices=full_of_keys,
-        BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod,
+        BLOCK_SIZE=(BLOCK, key_block), mask_mod=mask_mod,
     )  # fmt: skip
 
 
@@ -115,16 +127,17 @@ def flex_attend(
     """
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     d, width = q.shape[-1], v.shape[-1]
-    tiles = kernel_options(d, width, q.dtype, q.device) if compiled and q.is_cuda else {}
-    attend = _attend(compiled, q.dtype, d, width, q.shape[1] != k.shape[1], scale, learns, tuple(tiles.items()))
+    block = plan.key_block
+    tiles = kernel_options(d, width, q.dtype, q.device, block) if compiled and q.is_cuda else {}
+    attend = _attend(compiled, q.dtype, d, width, block, q.shape[1] != k.shape[1], scale, learns, tuple(tiles.items()))
     out, lse = attend(plan.queries_at_places(q), plan.keys_at_places(k), plan.keys_at_places(v), plan.mask)
     return plan.at_queries(out), plan.at_queries(lse)
 
 
 @lru_cache(maxsize=32)
 def _attend(
-    compiled: bool, dtype: torch.dtype, d: int, width: int, grouped: bool, scale: float | None, learns: bool,
-    tiles: tuple[tuple[str, Any], ...],
+    compiled: bool, dtype: torch.dtype, d: int, width: int, key_block: int, grouped: bool, scale: float | None,
+    learns: bool, tiles: tuple[tuple[str, Any], ...],
 ) -> Callable[..., Any]:  # fmt: skip
     """FlexAttention for what its kernel is compiled for; all lengths, heads and layouts share one."""
     from torch.nn.attention import flex_attention as flex

@@ -56,32 +56,38 @@ def backward_bytes(tile: Tile, d: int, width: int, itemsize: int, amd: bool = Fa
     return itemsize * (held + 2 * tile.queries * tile.keys) + _SPARE
 
 
-def forward_tile(d: int, width: int, itemsize: int, limit: int, amd: bool = False) -> Tile:
-    """The largest tile of the forward that fits `limit` bytes, and whose sums fit the registers."""
+def forward_tile(d: int, width: int, itemsize: int, limit: int, amd: bool = False, most_keys: int = 128) -> Tile:
+    """The largest tile of the forward that fits `limit` bytes and key blocks, and whose sums fit the registers."""
     for tile in FORWARD:
+        if tile.keys > most_keys:
+            continue
         held = tile.queries * (_padded(width) + tile.keys) / (32 * tile.warps)
         if forward_bytes(tile, d, width, itemsize, amd) <= limit and held <= _REGISTERS:
             return tile
     return FORWARD[-1]
 
 
-def backward_tile(d: int, width: int, itemsize: int, limit: int, amd: bool = False) -> Tile:
+def backward_tile(d: int, width: int, itemsize: int, limit: int, amd: bool = False, most_keys: int = 128) -> Tile:
     """The same of the backward; float32 products run on the vector units, where PyTorch too takes small tiles."""
     for tile in BACKWARD if itemsize < 4 else BACKWARD[-2:]:
+        if tile.keys > most_keys:
+            continue
         held = tile.keys * (_padded(d) + _padded(width)) / (32 * tile.warps)
         if backward_bytes(tile, d, width, itemsize, amd) <= limit and held <= _REGISTERS:
             return tile
     return BACKWARD[-1]
 
 
-def kernel_options(d: int, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """FlexAttention's `kernel_options` for heads `d` wide and values `width` wide on this device."""
-    return dict(_options(d, width, dtype.itemsize, shared_bytes(device), torch.version.hip is not None))
+def kernel_options(
+    d: int, width: int, dtype: torch.dtype, device: torch.device, most_keys: int = 128
+) -> dict[str, Any]:
+    """FlexAttention's `kernel_options` for heads `d` wide, values `width` wide and key blocks of `most_keys`."""
+    return dict(_options(d, width, dtype.itemsize, shared_bytes(device), torch.version.hip is not None, most_keys))
 
 
 @lru_cache(maxsize=64)
-def _options(d: int, width: int, itemsize: int, limit: int, amd: bool) -> dict[str, Any]:
-    ahead, back = (choice(d, width, itemsize, limit, amd) for choice in (forward_tile, backward_tile))
+def _options(d: int, width: int, itemsize: int, limit: int, amd: bool, most_keys: int = 128) -> dict[str, Any]:
+    ahead, back = (choice(d, width, itemsize, limit, amd, most_keys) for choice in (forward_tile, backward_tile))
     return {
         "fwd_BLOCK_M": ahead.queries, "fwd_BLOCK_N": ahead.keys,
         "fwd_num_warps": ahead.warps, "fwd_num_stages": ahead.stages,

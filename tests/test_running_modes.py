@@ -189,6 +189,32 @@ def test_a_part_that_is_attached_alone(ids: Tensor) -> None:
     assert torch.equal(block[0].entropy, whole[1].entropy)
 
 
+@torch.no_grad()
+def test_a_part_that_mixes_no_tokens_begins_no_forward(model: Any, ids: Tensor) -> None:
+    """A user's logit lens, and the weight of a projection that is made anew whenever it is read."""
+    last = model.get_submodule(
+        "transformer.h.1.attn.c_proj" if hasattr(model, "transformer") else "model.layers.1.self_attn.o_proj"
+    )
+    torch.nn.utils.parametrizations.weight_norm(last)
+    with workbench.attach(model) as wb:
+        with wb.capture(("entropy",), z=True) as capture:
+            for hidden in model(ids, output_hidden_states=True).hidden_states:
+                model.lm_head(hidden)
+            model(ids)
+        steps: list[Any] = []
+        with wb.watch_rows("L0H1", steps.append):
+            model.lm_head(model(ids, output_hidden_states=True).hidden_states[0])
+        with pytest.raises(CaptureError, match="did not run inside"), wb.capture(("entropy",)):
+            model.lm_head(hidden)
+    assert [forward.index for forward in capture.forwards] == [0, 1]
+    assert capture.calls[1][1].result().shape == (
+        *ids.shape,
+        4 if hasattr(model, "transformer") else 6,
+        hidden.shape[-1],
+    )
+    assert len(steps) == 1
+
+
 def test_an_encoder_that_is_attached_alone() -> None:
     model: Any = make(WHISPER)
     inputs = WHISPER.inputs()

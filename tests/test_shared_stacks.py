@@ -95,5 +95,8 @@ def test_calls_of_shared_layers(name: str) -> None:
         assert table.groupby("site").call.nunique().to_dict() == calls
         with wb.ablate((wb.sites[0].layer, 1)):
             edited = model(IDS)
+        for one in (cap.sites[1].label(1), (cap.sites[1].name, 1), (cap.sites[1], 1)):
+            with pytest.raises(workbench.InterventionError, match="is one call of its site"), wb.ablate([one]):
+                model(IDS)
     bare, edited = (getattr(one, "last_hidden_state", one) for one in (bare, edited))
     assert not torch.equal(bare, edited)

@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import workbench
+from support.circuits import Words, random_task
 from support.processes import found_by
 from support.split_model_ranks import CASES, IDS, RANKS, close, llama
+from workbench.errors import CaptureError
 from workbench.kernels.sequence_parallel import SplitSequence, roll
+
+WHOLE: dict[str, Callable[[Any], object]] = {
+    "importance by gradients": lambda wb: workbench.head_importance(
+        wb, [{"input_ids": IDS}], lambda y, b: y.logits[:, -1, 7], ("ablation", "gradient"), progress=False
+    ),
+    "saliency": lambda wb: workbench.saliency(wb, {"input_ids": IDS[:1]}, hypothesis=[7], progress=False),
+    "rollout": lambda wb: workbench.attention_rollout(wb, {"input_ids": IDS[:1]}),
+    "logit lens": lambda wb: workbench.logit_lens(wb, {"input_ids": IDS[:1]}),
+    "circuits": lambda wb: workbench.patch_layers(wb, random_task(3, 5, 60), metric="kl_divergence", progress=False),
+    "corpora": lambda wb: workbench.head_atlas_over(wb, [IDS.flatten()], tokens=None, length=9, progress=False),
+    "capacity": lambda wb: workbench.capacity(wb, [{"input_ids": IDS}], progress=False),
+    "conditioning": lambda wb: workbench.conditioning(wb, cues=range(3, 50), progress=False),
+}
+"""Analyses that look at all positions at once, one for each place where they begin."""
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, str]]]:
     """What each process found wrong, and what the second was told when the first had ended."""
-    return found_by("support.split_model_ranks", RANKS, tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    return found_by("support.split_model_ranks", RANKS, folder, "transformers.models.llama.modeling_llama")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -73,6 +92,19 @@ def test_one_process_is_the_whole() -> None:
         close(found, model(input_ids=IDS).logits)
     assert cap.bytes_to_gather(alone) == 0
     close(cap.gathered(split=alone)[1].entropy, cap[1].entropy)
+
+
+@pytest.mark.parametrize("analysis", WHOLE)
+def test_what_reads_whole_sequences_is_refused_in_parts(analysis: str) -> None:
+    """Before anything runs: each process would take its own part for the whole."""
+    model = llama()
+    ran: list[object] = []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    with workbench.attach(model, Words()) as wb, workbench.split_over(SplitSequence.of(IDS.shape[1])):
+        with pytest.raises(CaptureError, match="reads whole sequences, and inside split_over") as refused:
+            WHOLE[analysis](wb)
+        assert "call it outside" in str(refused.value)
+    assert not ran
 
 
 def test_out_of_memory_is_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:

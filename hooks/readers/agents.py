@@ -10,8 +10,7 @@ from torch import Tensor
 from workbench.hooks.readers.registered import Mixing, ModuleRun, reader
 from workbench.hooks.readers.state_space import has
 from workbench.kernels.composed import ComposedPattern
-from workbench.kernels.patterns import DensePattern, Pattern
-from workbench.kernels.systems.mixing import SignedPattern
+from workbench.kernels.patterns import DensePattern, Pattern, SignedPattern
 
 _PARTS = has("to_qkv", "to_gates", "qa_talking_heads", "ak_talking_heads", "to_out")
 

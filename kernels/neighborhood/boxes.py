@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workbench.kernels.flex import BLOCK
+from workbench.kernels.flex import BLOCK, HALF
 from workbench.kernels.neighborhood.axis import Axis
 from workbench.kernels.neighborhood.fewest import fewest_blocks
 from workbench.kernels.neighborhood.layout import NeighborhoodLayout, flat_tiles
 
 _PARTIAL = 0.2  # what computing a mask adds to a block's products
 _MOST_TILES = 2048  # in one dimension
-_TRIED = 3  # of the best, that are laid out: by pairs of boxes, and by how full these are too
-_LARGE = 1 << 24  # pairs of boxes, from which on only the first is
+_TRIED = 12  # of the best, that are laid out, by each of the scores
+_SAVES = 1.05  # so much less work key blocks of 64 must be: their tiles are smaller, and their lists longer
+_LAID_OUT = 1 << 22  # pairs of boxes, from which on no more are
 _OPEN = 64  # blocks with room that a box may go to
 _NONE = 1 << 40
 
 
 @dataclass(frozen=True, eq=False)
 class Arrangement:
-    """Tokens in blocks of 128, as many of queries as of keys (the last may be empty): layouts share a compiled kernel.
+    """Tokens in blocks, as many places of queries as of keys (the last may be empty): layouts share a compiled kernel.
 
     Attributes:
-        queries, keys: [block, 128] row-major numbers of tokens, −1 for padding.
-        seen, whole: [query block, key block] bool: whether some query sees some key; whether each sees all 128.
+        queries, keys: [block, 128] row-major numbers of tokens, −1 for padding; of keys, [block, 128 or 64].
+        seen, whole: [query block, key block] bool: whether some query sees some key; whether each sees all 128 or 64.
     """
 
     queries: Tensor
@@ -53,12 +54,22 @@ def arrange(layout: NeighborhoodLayout) -> Arrangement:
 
     Queries and keys are cut on grids of their own, so that what a box of queries sees ends where boxes of keys end.
     Boxes at borders that leave room in their block share it with others that see, or are seen by, much the same.
+    Where what is visited is far above what any order must visit, keys are cut into blocks of 64 too.
     """
-    least = fewest_blocks(layout)
-    extra = -(-layout.extra_keys // BLOCK)
+    work, found = _best(layout, BLOCK)
+    if work <= _SAVES * fewest_blocks(layout):
+        return found
+    of_halves, finer = _best(layout, HALF)
+    return finer if _SAVES * of_halves < work else found
+
+
+def _best(layout: NeighborhoodLayout, key_block: int) -> tuple[float, Arrangement]:
+    """The least work in blocks of so many keys, in pairs of 128 queries and 128 keys; and its arrangement."""
+    least = fewest_blocks(layout, BLOCK, key_block)
+    extra = -(-layout.extra_keys // key_block)
     best: tuple[float, Arrangement] | None = None
-    for cuts in _choices(layout):
-        found = _lay_out(layout, cuts)
+    for cuts in _choices(layout, key_block):
+        found = _lay_out(layout, cuts, key_block)
         seen, whole = int(found.seen.sum()), int(found.whole.sum())
         work = (seen + extra * len(found.queries)) * (1 + _PARTIAL) - whole * _PARTIAL
         if best is None or work < best[0]:
@@ -66,30 +77,35 @@ def arrange(layout: NeighborhoodLayout) -> Arrangement:
         if seen == whole == least:
             break
     assert best is not None  # boxes of one token are always there
-    return best[1]
+    return best[0] * key_block / BLOCK, best[1]
 
 
-def _choices(layout: NeighborhoodLayout) -> Iterator[tuple[Cut, ...]]:
-    """Boxes of at most 128 queries and 128 keys, those with the fewest pairs that meet first."""
+def _choices(layout: NeighborhoodLayout, key_block: int) -> Iterator[tuple[Cut, ...]]:
+    """Boxes of at most 128 queries and so many keys, those with the fewest pairs that meet first."""
+    most = torch.tensor([BLOCK, key_block])
     volumes, counts, ways = torch.ones(1, 2, dtype=torch.long), torch.ones(1, 3, dtype=torch.long), [()]
     for axis in layout.axes:
         cuts, numbers = _cuts(axis)
         sizes = torch.tensor([(cut.size, cut.key_size) for cut in cuts])
         volume = (volumes[:, None] * sizes).flatten(0, 1)
         pairs = (counts[:, None, 0] * numbers[:, 0]).flatten()
-        kept = (volume <= BLOCK).all(1).nonzero()[:, 0]
+        kept = (volume <= most).all(1).nonzero()[:, 0]
         kept = kept[pairs[kept].argsort(stable=True)]
         kept = kept[_firsts(volume[kept, 0] * (BLOCK + 1) + volume[kept, 1])]
         before, here = kept // len(cuts), kept % len(cuts)
         volumes, counts = volume[kept], counts[before] * numbers[here]
         ways = [(*ways[i], cuts[j]) for i, j in zip(before.tolist(), here.tolist(), strict=True)]
-    full = -(-layout.n_tokens // BLOCK)
+    full = -(-layout.n_tokens // most)
     pairs = counts[:, 0].double()
-    filled = full**2 / counts[:, 1:].clamp(min=full).prod(1)
-    chosen = torch.cat([score.argsort(stable=True)[:_TRIED] for score in (pairs, pairs * filled.sqrt())]).tolist()
-    for at in dict.fromkeys(chosen):
+    filled = full.prod() / counts[:, 1:].clamp(min=full).prod(1)  # how full blocks are if no two boxes share one
+    sharing = (most // volumes).prod(1).double()  # boxes that fit into a block, of queries times of keys
+    scores = pairs, pairs * filled.sqrt(), pairs / sharing**0.75
+    ranks = torch.stack([score.argsort(stable=True)[:_TRIED] for score in scores], 1)
+    laid_out = 0
+    for at in dict.fromkeys(ranks.flatten().tolist()):
         yield ways[at]
-        if int(counts[at, 1] * counts[at, 2]) > _LARGE:
+        laid_out += int(counts[at, 1] * counts[at, 2])
+        if laid_out > _LAID_OUT:
             return
 
 
@@ -100,6 +116,7 @@ def _firsts(numbers: Tensor) -> Tensor:
     return torch.full_like(values, len(numbers)).scatter_reduce(0, inverse, places, "amin").sort()[0]
 
 
+@lru_cache(maxsize=16)
 def _cuts(axis: Axis) -> tuple[list[Cut], Tensor]:
     """For each two sizes the best offsets; and [cut, 3]: pairs of tiles that meet, tiles of queries, tiles of keys."""
     sizes = _sizes(axis)
@@ -140,18 +157,20 @@ def _sizes(axis: Axis) -> list[int]:
     return sorted(s for s in wanted if s <= largest and (longest <= _MOST_TILES * s or s == largest))
 
 
-def _lay_out(layout: NeighborhoodLayout, cuts: tuple[Cut, ...]) -> Arrangement:
+def _lay_out(layout: NeighborhoodLayout, cuts: tuple[Cut, ...], key_block: int) -> Arrangement:
     axes = layout.axes
     rows = [axis.tiles(cut.size, cut.offset) for axis, cut in zip(axes, cuts, strict=True)]
     columns = [axis.tiles(cut.key_size, cut.key_offset) for axis, cut in zip(axes, cuts, strict=True)]
     meets = [axis.meets(x, y) for axis, x, y in zip(axes, rows, columns, strict=True)]
     seen, whole = (reduce(_product, [each[i] for each in meets]) for i in (0, 1))
     queries, keys = flat_tiles(rows, layout.shape), flat_tiles(columns, layout.shape)
-    group = _shared(seen, (queries >= 0).sum(1))
-    seen, whole, queries = _any(seen, group), _all(whole, group), _fill(queries, group)
-    group = _shared(seen.mT, (keys >= 0).sum(1))
-    seen, whole, keys = _any(seen.mT, group).mT, _all(whole.mT, group).mT, _fill(keys, group)
-    more_keys, more_queries = (max(x, 0) for x in (len(queries) - len(keys), len(keys) - len(queries)))
+    group = _shared(seen, (queries >= 0).sum(1), BLOCK)
+    seen, whole, queries = _any(seen, group), _all(whole, group), _fill(queries, group, BLOCK)
+    group = _shared(seen.mT, (keys >= 0).sum(1), key_block)
+    seen, whole, keys = _any(seen.mT, group).mT, _all(whole.mT, group).mT, _fill(keys, group, key_block)
+    each = BLOCK // key_block
+    n_blocks = max(len(queries), -(-len(keys) // each))
+    more_queries, more_keys = n_blocks - len(queries), n_blocks * each - len(keys)
     seen, whole = (F.pad(x, (0, more_keys, 0, more_queries)) for x in (seen, whole & (keys >= 0).all(1)))
     queries, keys = (F.pad(x, (0, 0, 0, n), value=-1) for x, n in ((queries, more_queries), (keys, more_keys)))
     return Arrangement(queries, keys, seen, whole)
@@ -162,17 +181,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None, :, None] & b[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-def _shared(seen: Tensor, sizes: Tensor) -> Tensor:
+def _shared(seen: Tensor, sizes: Tensor, block: int) -> Tensor:
     """[box] the block of each: first with boxes that meet much of what it meets, then with any that leave room."""
-    group = _joined(seen, sizes, least=1)
+    group = _joined(seen, sizes, block, least=1)
     sizes = torch.zeros(int(group.max()) + 1, dtype=torch.long).index_add(0, group, sizes)
-    return _joined(_any(seen, group), sizes, least=0)[group]
+    return _joined(_any(seen, group), sizes, block, least=0)[group]
 
 
-def _joined(seen: Tensor, sizes: Tensor, least: int) -> Tensor:
+def _joined(seen: Tensor, sizes: Tensor, block: int, least: int) -> Tensor:
     """[box] its own block, or that of an earlier box with the most in common, `least` or more, and room for both."""
     volumes = sizes.tolist()
-    room = BLOCK - min(volumes)
+    room = block - min(volumes)
     blocks = list(range(len(volumes)))
     opened: list[int] = []  # the first box of each block with room
     taken: list[int] = []
@@ -181,7 +200,7 @@ def _joined(seen: Tensor, sizes: Tensor, least: int) -> Tensor:
         if volume > room:
             continue
         common = (rows[opened] @ rows[box]).tolist()
-        fits = [c if n + volume <= BLOCK else -1 for c, n in zip(common, taken, strict=True)]
+        fits = [c if n + volume <= block else -1 for c, n in zip(common, taken, strict=True)]
         at = max(range(len(fits)), key=fits.__getitem__, default=None)
         if at is None or fits[at] < least:
             opened.append(box)
@@ -208,12 +227,12 @@ def _all(boxes: Tensor, group: Tensor) -> Tensor:
     return ~_any(~boxes, group)
 
 
-def _fill(boxes: Tensor, group: Tensor) -> Tensor:
-    """[block, 128] tokens of boxes [box, token], those of a block after each other, −1 for padding."""
+def _fill(boxes: Tensor, group: Tensor, block: int) -> Tensor:
+    """[block, place] tokens of boxes [box, token], those of a block after each other, −1 for padding."""
     order = group.argsort(stable=True)
     tokens, where = boxes[order].flatten(), group[order].repeat_interleave(boxes.shape[1])
     tokens, where = tokens[tokens >= 0], where[tokens >= 0]
     n = where.bincount()
-    found = torch.full((len(n), BLOCK), -1)
+    found = torch.full((len(n), block), -1)
     found[where, torch.arange(len(where)) - (n.cumsum(0) - n)[where]] = tokens
     return found

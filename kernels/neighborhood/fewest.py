@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from workbench.kernels.neighborhood.layout import NeighborhoodLayout
 
 
-def fewest_blocks(layout: NeighborhoodLayout, block: int = 128) -> int:
-    """A count of pairs of query block and key block that no order of the tokens goes below, in blocks of one size.
+def fewest_blocks(layout: NeighborhoodLayout, block: int = 128, key_block: int | None = None) -> int:
+    """A count of pairs of query block and key block that no order of the tokens goes below.
+
+    Args:
+        block: queries in a block. key_block: keys in a block; as many if None.
 
     n tokens make at least ⌈n / block⌉ blocks of queries. By the inequality of Brunn and Minkowski, v queries see at
     least (v^(1/d) + c^(1/d))^d keys in d dimensions, where c is the product of window − stride: one reads as much for
-    the windows' overhang as for their middles. A block of queries visits that over `block`, rounded up. Queries that a
-    border gives the same window count for the part of it that is theirs alone; in a causal dimension those whose
-    window the border cuts do not count. So the bound is close where windows are small beside the shape.
+    the windows' overhang as for their middles. A block of queries visits that over `key_block`, rounded up. Queries
+    that a border gives the same window count for the part of it that is theirs alone; in a causal dimension those
+    whose window the border cuts do not count. So the bound is close where windows are small beside the shape.
 
     It holds as well for keys that lie in several blocks at once, which nothing here makes use of.
 
@@ -33,17 +36,18 @@ def fewest_blocks(layout: NeighborhoodLayout, block: int = 128) -> int:
     >>> fewest_blocks(layout), round(layout.n_tokens**2 / flop_bound(layout) / 128**2, 1)  # if pairs could be packed
     (50, 9.4)
     """
-    if block < 1:
-        raise CaptureError(f"block={block} is below 1")
+    key_block = block if key_block is None else key_block
+    if min(block, key_block) < 1:
+        raise CaptureError(f"block={block} or key_block={key_block} is below 1")
     d = len(layout.axes)
     volume = math.prod(_volume(axis) for axis in layout.axes)
     overhang = math.prod(axis.window - axis.stride for axis in layout.axes) ** (1 / d)
     one = math.prod(1 if axis.causal else axis.window for axis in layout.axes)
 
     # The largest volume of queries for each number of visited blocks; a sum of such pairs is bounded by its hull.
-    steps, n, v = [], max(1, -(-(one + layout.extra_keys) // block)), 0.0
+    steps, n, v = [], max(1, -(-(one + layout.extra_keys) // key_block)), 0.0
     while v < block:
-        keys = n * block - layout.extra_keys
+        keys = n * key_block - layout.extra_keys
         v = min(max(keys ** (1 / d) - overhang + 1e-9, 0) ** d, block)
         steps.append((n, v))
         n += 1

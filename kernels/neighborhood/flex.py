@@ -1,4 +1,4 @@
-"""Neighborhoods for FlexAttention: tokens in blocks of 128, arranged so that few blocks meet, most as a whole."""
+"""Neighborhoods for FlexAttention: tokens in blocks, arranged so that few of these meet, most as a whole."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ def flex_plan(layout: NeighborhoodLayout, n_heads: int, device: torch.device) ->
     found = arrange(layout)
     queries = found.queries.flatten()
     keys = torch.cat((found.keys.flatten(), torch.arange(layout.n_tokens, layout.n_keys)))
-    extra = torch.arange(-(-layout.extra_keys // BLOCK))
+    key_block = found.keys.shape[1]
+    extra = torch.arange(-(-layout.extra_keys // key_block))
     some = (found.queries >= 0).any(1, keepdim=True).expand(-1, len(extra))
-    full = some & ((extra + 1) * BLOCK <= layout.extra_keys)
+    full = some & ((extra + 1) * key_block <= layout.extra_keys)
     seen, whole = torch.cat((found.seen, some), 1), torch.cat((found.whole, full), 1)
     seen, whole = (blocks[None].to(device).expand(n_heads, -1, -1) for blocks in (seen, whole))
-    mask = block_mask(seen, whole, _mask_mod(layout, queries, keys, device), (len(queries), len(keys)))
+    lengths = len(queries), len(keys)
+    mask = block_mask(seen, whole, _mask_mod(layout, queries, keys, device), lengths, key_block)
     places = torch.empty(layout.n_tokens, dtype=torch.long)
     real = (queries >= 0).nonzero()[:, 0]
     places[queries[real]] = real
-    return FlexPlan(mask, queries, keys[None], places, n_heads * fewest_blocks(layout)).to(device)
+    fewest = n_heads * fewest_blocks(layout, BLOCK, key_block)
+    return FlexPlan(mask, queries, keys[None], places, fewest).to(device)
 
 
 def _mask_mod(layout: NeighborhoodLayout, queries: Tensor, keys: Tensor, device: torch.device) -> Callable[..., Tensor]:

@@ -21,8 +21,8 @@ from workbench.kernels.neighborhood.axis import Axis
 class NeighborhoodLayout(Layout):
     """Each token sees a window around it: the rule of `Axis` in every dimension at once.
 
-    On FlexAttention it runs in blocks of 128 tokens, and `fewest_blocks` says how few pairs of them any order of the
-    tokens can visit: many more than windows hold where windows are small.
+    On FlexAttention it runs in blocks of 128 queries and 128 or 64 keys, and `fewest_blocks` says how few pairs of
+    them any order of the tokens can visit: many more than windows hold where windows are small.
 
     Attributes:
         shape: lengths of the one to three dimensions; tokens are numbered row-major.

@@ -56,3 +56,17 @@ class DensePattern(Pattern):
         """[batch, head, q, k] of the stored weights."""
         part = self.weights if heads is None else self.weights[:, list(heads)]
         return part[:, :, queries, keys].to(self.dtype)
+
+
+class SignedPattern(DensePattern):
+    """A map that is held whole, whose entries may have either sign: statistics are those of |A| normalised per row."""
+
+    signed = True
+
+    def __init__(self, weights: Tensor, mask: Mask | None = None, normalised: bool = False) -> None:
+        super().__init__(weights, mask, normalised)
+
+    @property
+    def by_magnitude(self) -> bool:
+        """True."""
+        return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -37,8 +36,7 @@ class OnDiagonal(RowSum):
 def _sees_the_one_before(rows: Rows, options: Options) -> Tensor:
     if rows.by_rules:
         return rows.reach(rows.i - 1)
-    keys = torch.arange(rows.shape[3], device=rows.device)
-    return rows.that_see(lambda queries: (rows.i[queries, None] - 1 == keys)[None])
+    return rows.once("see the one before", lambda: rows.that_see(lambda at: (rows.i[at, None] - 1 == rows.j)[None]))
 
 
 CURRENT = register(

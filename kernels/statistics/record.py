@@ -119,7 +119,7 @@ class Statistic:
             found = {name: space.alive(value, self._empty_of(value)) for name, value in outputs.items()}
         else:
             found = {name: space.typed(value) for name, value in outputs.items()}
-        return self.existing(found, Rows(space.mask, space.shape, space.device), options)
+        return self.existing(found, Rows(space.mask, space.shape, space.device, space.seen.derived), options)
 
     def existing(self, found: dict[str, Tensor], rows: Rows, options: Options) -> dict[str, Tensor]:
         """Its outputs, NaN in rows that cannot have it."""

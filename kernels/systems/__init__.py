@@ -12,7 +12,6 @@ from workbench.kernels.systems.layers import (
     ssd,
 )
 from workbench.kernels.systems.mixing import (
-    SignedPattern,
     aft,
     fnet,
     fnet_values,
@@ -26,7 +25,6 @@ from workbench.kernels.systems.taylor import n_features, taylor_features, taylor
 
 __all__ = [
     "DynamicalSystem",
-    "SignedPattern",
     "aft",
     "fnet",
     "fnet_values",

@@ -17,22 +17,8 @@ from workbench.errors import CaptureError
 from workbench.kernels.checks import check_finite
 from workbench.kernels.history import own
 from workbench.kernels.masks import Mask
-from workbench.kernels.patterns import DensePattern, Pattern
+from workbench.kernels.patterns import DensePattern, Pattern, SignedPattern
 from workbench.kernels.recurrent import FilterPattern
-
-
-class SignedPattern(DensePattern):
-    """A map that is held whole, whose entries may have either sign: statistics are those of |A| normalised per row."""
-
-    signed = True
-
-    def __init__(self, weights: Tensor, mask: Mask | None = None, normalised: bool = False) -> None:
-        super().__init__(weights, mask, normalised)
-
-    @property
-    def by_magnitude(self) -> bool:
-        """True."""
-        return True
 
 
 def linformer(q: Tensor, k: Tensor, keys: Tensor, values: Tensor) -> SignedPattern:

@@ -148,6 +148,14 @@ def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
         head_importance(wb, images(), progress=False, **options)
 
 
+def test_a_metric_without_a_gradient_is_told_before_the_sweep() -> None:
+    model, ran = vit(), []
+    model.register_forward_hook(lambda *_: ran.append(1))
+    with workbench.attach(model) as wb, pytest.raises(WorkbenchError, match="has no gradient"):
+        head_importance(wb, images(), lambda output, batch: output.logits[:, 0].detach(), progress=False)
+    assert len(ran) == 1
+
+
 def test_an_option_that_there_is_not_is_refused_whatever_the_methods() -> None:
     with workbench.attach(vit()) as wb, pytest.raises(TypeError, match="parts"):
         head_importance(wb, images(), methods="gradient", parts=["cls"], progress=False)  # type: ignore[call-arg]

@@ -1,6 +1,7 @@
 """Attention that a model writes out is followed from its softmax to its product, however it is spelt."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,39 @@ def test_rows_that_do_not_sum_to_one_are_marked() -> None:
         model(x)
     assert capture[0].marks == "unnormalised"
     assert (capture[0].pattern.dense().sum(-1) < 1).all()
+
+
+def test_what_is_written_into_a_tensor_is_edited_there() -> None:
+    def written_into(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch.matmul(_scores(q, k).softmax(-1), v, out=(z := torch.empty_like(v)))
+        return z
+
+    model, x = _model(written_into)
+    with torch.no_grad(), workbench.attach(model, check=False) as wb:
+        want = model(x).unflatten(-1, (HEADS, WIDTH))
+        want[..., 1, :] = 0
+        assert wb.verify(x).ok
+        with wb.ablate((0, 1)):
+            assert torch.equal(model(x), want.flatten(2))
+
+
+def test_weights_below_zero_are_counted_by_their_size(tmp_path: Path) -> None:
+    def signed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _scores(q, k).softmax(-1) * torch.linspace(-1, 2, LENGTH) @ v
+
+    model, x = _model(signed)
+    with workbench.attach(model, check=False) as wb, wb.capture(("entropy", "signed_mass"), values=True) as capture:
+        model(x)
+    weights = capture[0].pattern.dense().double()
+    shares = weights.abs() / weights.abs().sum(-1, keepdim=True)
+    assert capture[0].marks == "signed"
+    capture.save(tmp_path / "signed.safetensors", pattern=True)
+    for site in (capture[0], workbench.load_capture(tmp_path / "signed.safetensors")[0]):
+        found = site.pattern.statistics(["entropy"])["entropy"]
+        for entropy in (site.entropy, found):
+            torch.testing.assert_close(entropy.double(), torch.special.entr(shares).sum(-1), atol=1e-6, rtol=1e-5)
+        mass = weights.sum(-1) / weights.abs().sum(-1)
+        torch.testing.assert_close(site.signed_mass.double(), mass, atol=1e-6, rtol=1e-5)
 
 
 def test_keys_of_weight_zero_in_every_head_are_hidden() -> None:

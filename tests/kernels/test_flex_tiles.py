@@ -34,11 +34,14 @@ def test_tiles_fit_at_every_width(target: str, dtype: torch.dtype) -> None:
         for width in (d, 64):
             how = d, width, dtype.itemsize
             amd = backend == "hip"
-            ahead, back = forward_tile(*how, limit, amd), backward_tile(*how, limit, amd)
-            assert forward_bytes(ahead, *how, amd) <= limit, (d, width)
-            assert backward_bytes(back, *how, amd) <= limit, (d, width)
-            for tile in (ahead, back):  # as FlexAttention demands, with blocks of 128
-                assert flex.BLOCK % tile.queries == flex.BLOCK % tile.keys == 0
+            for key_block in (flex.BLOCK, flex.HALF):
+                ahead, back = (f(*how, limit, amd, key_block) for f in (forward_tile, backward_tile))
+                assert forward_bytes(ahead, *how, amd) <= limit, (d, width)
+                assert backward_bytes(back, *how, amd) <= limit, (d, width)
+                # As FlexAttention demands; in the pass for queries the backward takes the two the other way round.
+                assert flex.BLOCK % ahead.queries == key_block % ahead.keys == 0
+                assert flex.BLOCK % back.queries == flex.BLOCK % back.keys == 0
+                assert key_block % back.queries == key_block % back.keys == 0
 
 
 def test_pytorchs_own_choice_for_other_widths_would_not_fit() -> None:
@@ -79,6 +82,6 @@ def test_flex_attention_takes_the_options(monkeypatch: pytest.MonkeyPatch) -> No
     x = torch.randn(1, 2, 256, 16)
     plan = flex_plan(NeighborhoodLayout((16, 16), 3), 2, torch.device("cpu"))
     flex._attend.cache_clear()
-    flex._attend(False, x.dtype, 16, 16, False, None, False, tuple(options.items()))(x, x, x, plan.mask)
+    flex._attend(False, x.dtype, 16, 16, 128, False, None, False, tuple(options.items()))(x, x, x, plan.mask)
     flex._attend.cache_clear()
     assert given[0]["kernel_options"] == options

@@ -13,10 +13,9 @@ from workbench.kernels.composed import RowGatedPattern
 from workbench.kernels.filters import DepthwisePattern, composite_kernel
 from workbench.kernels.gates import AdditivePattern, GatePattern, gate_map
 from workbench.kernels.masks import Mask
-from workbench.kernels.patterns import DensePattern, Pattern
+from workbench.kernels.patterns import DensePattern, Pattern, SignedPattern
 from workbench.kernels.softmax import SoftmaxPattern
 from workbench.kernels.statistics import Options, dense
-from workbench.kernels.systems.mixing import SignedPattern
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

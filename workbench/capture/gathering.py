@@ -23,6 +23,7 @@ from workbench.kernels.patterns import PartOfHeads, Pattern
 _HEADS = {
     "SoftmaxPattern": {"q": 1, "k": 1, "lse": 1, "values": 1, "sinks": 0, "key_bias": 1, "mask": 1},
     "DensePattern": {"weights": 1, "values": 1, "mask": 1},
+    "SignedPattern": {"weights": 1, "values": 1, "mask": 1},
 }
 
 

@@ -26,7 +26,7 @@ from workbench.hooks.tap import StateLink
 from workbench.kernels import streaming
 from workbench.kernels.checks import equal_but_for_rounding
 from workbench.kernels.masks import Mask
-from workbench.kernels.patterns import DensePattern, PartOfHeads, Pattern
+from workbench.kernels.patterns import DensePattern, PartOfHeads, Pattern, SignedPattern
 from workbench.kernels.softmax import SoftmaxPattern
 
 
@@ -213,6 +213,7 @@ def _join_site(captures: Sequence[SiteCapture], ids: Tensor | None, settings: Se
         weights=weights,
         lazy=pattern,
         held=captures[0].held if cross else [],  # all else is new
+        signed=pattern.signed,
         normalised=pattern.normalised,
         times=None,
         **joined_outputs(captures),
@@ -225,7 +226,7 @@ def _joinable(captures: Sequence[SiteCapture]) -> list[Pattern]:
     patterns = [capture.pattern for capture in captures]
     patterns = [pattern.here if isinstance(pattern, PartOfHeads) else pattern for pattern in patterns]
     for pattern in patterns:
-        dense = type(pattern) is DensePattern and pattern.values is not None
+        dense = type(pattern) in (DensePattern, SignedPattern) and pattern.values is not None
         if type(pattern) is not SoftmaxPattern and not dense:
             raise CaptureError(
                 f"steps of a {type(pattern).__name__} cannot be joined",
@@ -244,7 +245,7 @@ def _joinable(captures: Sequence[SiteCapture]) -> list[Pattern]:
 
 def _facts(pattern: Pattern) -> tuple[object, ...]:
     scores = (pattern.scale, pattern.softcap) if isinstance(pattern, SoftmaxPattern) else ()
-    return type(pattern), pattern.dtype, pattern.values is None, *scores
+    return isinstance(pattern, DensePattern), pattern.dtype, pattern.values is None, *scores
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -277,7 +278,9 @@ def _one_pattern(
     shape = (first.n_batch, first.n_heads, mask.n_queries, mask.n_keys)
     budget.take(math.prod(shape) * first.dtype.itemsize, site)
     weights = _placed([pattern.weights for pattern in patterns if isinstance(pattern, DensePattern)], steps, shape)
-    dense = DensePattern(weights, mask, normalised=all(pattern.normalised for pattern in patterns))
+    signed = any(pattern.signed for pattern in patterns)
+    normalised = all(pattern.normalised for pattern in patterns)
+    dense = SignedPattern(weights, mask) if signed else DensePattern(weights, mask, normalised)
     dense.values = values
     return dense
 

@@ -12,7 +12,7 @@ from workbench.errors import WorkbenchError
 from workbench.hooks.readers import reader
 from workbench.kernels.checks import check_range
 from workbench.kernels.gates import AdditivePattern
-from workbench.kernels.systems.mixing import SignedPattern
+from workbench.kernels.patterns import SignedPattern
 from workbench.mechanisms.frame import Card, Claim, Gate, Mechanism, Place, read_gate, register
 
 Summary = Literal["moments", "mean"]

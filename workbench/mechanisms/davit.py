@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
 from workbench.kernels.gates import AdditivePattern
-from workbench.kernels.patterns import Pattern
+from workbench.kernels.patterns import Pattern, SignedPattern
 from workbench.kernels.softmax import SoftmaxPattern
-from workbench.kernels.systems.mixing import SignedPattern
 from workbench.mechanisms.frame import Card, Claim, Mechanism, Mixer, Place, Signature, at_places, register
 
 

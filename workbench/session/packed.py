@@ -18,9 +18,11 @@ class RunningForward:
 
     Attributes:
         whole: the forward as it runs; sequences: one forward for each of `segments`.
+        part: a part of the model runs by itself, such as an output layer, or what makes a weight that is read.
     """
 
     whole: Forward
+    part: bool = False
     segments: tuple[Segment, ...] = ()
     sequences: list[Forward] = field(default_factory=list)
     _rules: tuple[Tensor, int | None, tuple[Segment, ...], list[Rule] | None] | None = None

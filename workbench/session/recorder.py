@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,7 +75,7 @@ class Recorder(CallRecorder):
             self._entered[thread] = {}
             self._refused_here.pop(thread, None)
             self.forwards.append(forward)
-            self._running[thread] = RunningForward(forward)
+            self._running[thread] = RunningForward(forward, part=bool(name))
 
     def on_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model was called with these inputs."""
@@ -84,6 +84,7 @@ class Recorder(CallRecorder):
         running = self._running.get(threading.get_ident())
         if running is None:
             return
+        running.part = False
         running.whole.ids = {name: ids.clone() for name, ids in token_ids(args, kwargs).items()}
         if segments:
             running.pack(segments)
@@ -130,6 +131,9 @@ class Recorder(CallRecorder):
         self.idle.update(self._entered.get(thread, {}).keys() & {site.name for site in self.sites})
         if running is None:
             return
+        if running.part and not running.whole.sites and not self._refused_here.get(thread):
+            self._replace(running.whole, ())  # it has mixed no tokens, and is no forward
+            return
         now = self._now()
         for forward in running.forwards:
             if forward.span is not None:
@@ -143,7 +147,7 @@ class Recorder(CallRecorder):
                     known = self.outputs.projections.of(capture.site.path, entering=capture.entering is not None)
                     forward.sites[name] = replace(capture, projection=known)
         if running.sequences:
-            self._put(running)
+            self._replace(running.whole, running.ended())
         if self.store is not None:
             over = running.ended() if running.sequences else [running.whole]
             self._unstored.setdefault(thread, []).extend(over)
@@ -177,11 +181,11 @@ class Recorder(CallRecorder):
                 held = sum(one.nbytes for one in forward.sites.values())
                 self.nbytes = max(0, self.nbytes - held) if self._running or self._unstored else 0
 
-    def _put(self, running: RunningForward) -> None:
-        """The sequences of a forward take its place among the others."""
+    def _replace(self, whole: Forward, forwards: Sequence[Forward]) -> None:
+        """These take the place of a forward among the others."""
         with self._lock:
-            at = next(i for i in reversed(range(len(self.forwards))) if self.forwards[i] is running.whole)
-            self.forwards[at : at + 1] = running.ended()
+            at = next(i for i in reversed(range(len(self.forwards))) if self.forwards[i] is whole)
+            self.forwards[at : at + 1] = forwards
             for i in range(at, len(self.forwards)):
                 self.forwards[i].index = i
 

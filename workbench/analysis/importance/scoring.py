@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.analysis.importance.gradients import gate_gradients
 from workbench.analysis.importance.partial_pruning import Grid, find_grid, named_parts, part_variants
 from workbench.analysis.importance.result import GRADIENTS, HeadImportance
-from workbench.errors import InterventionError, WorkbenchError, nearest
+from workbench.errors import InterventionError, WorkbenchError, expect, nearest
 from workbench.hooks.heads import parse_heads
 from workbench.hooks.sites import Site
 from workbench.metrics import Metric, as_metrics
@@ -89,6 +89,7 @@ def head_importance(
     >>> found.score("zero").shape, len(found.ranking("gradient"))
     (torch.Size([8]), 8)
     """
+    expect(Workbench, wb=wb)
     measures = as_metrics(metric)
     named = _methods(methods)
     several = check_batches(wb.model, batches)
@@ -115,6 +116,14 @@ def head_importance(
     swept: Sweep | None = None
     gradients = [method for method in named if method in GRADIENTS]
     with opened(engine, wb) as workers:
+        for name, measure in measures.items():  # first: what has no gradient is told before the long sweep
+            if gradients and (measure.against_clean or not measure.differentiable):
+                why = "it is smallest at the unedited model" if measure.against_clean else "it has no gradient"
+                skipped.update({(method, name): why for method in gradients})
+            elif gradients:
+                found, values = _gradients(wb, chosen, several, measure, gradients, workers, progress)
+                scores.update({(method, name): found[method] for method in gradients})
+                clean[name] = values
         if variants:
             flat = [variant for several_variants in variants.values() for variant in several_variants]
             swept = run_sweep(
@@ -122,18 +131,10 @@ def head_importance(
                 resume=resume, seed=seed, engine=workers, progress=progress,
             )  # fmt: skip
             harms = _harms(swept, measures)
-            clean = {name: _clean(swept.clean[j], measures[name]) for j, name in enumerate(swept.metrics)}
+            clean |= {name: _clean(swept.clean[j], measures[name]) for j, name in enumerate(swept.metrics)}
             for method in variants:
                 for j, name in enumerate(measures):
                     scores[method, name] = _scores(method, harms, j, chosen, labels)
-        for name, measure in measures.items():
-            if gradients and (measure.against_clean or not measure.differentiable):
-                why = "it is smallest at the unedited model" if measure.against_clean else "it has no gradient"
-                skipped.update({(method, name): why for method in gradients})
-            elif gradients:
-                found, values = _gradients(wb, chosen, several, measure, gradients, workers, progress)
-                scores.update({(method, name): found[method] for method in gradients})
-                clean.setdefault(name, values)
     if not scores:
         raise WorkbenchError(
             "no method has a score", hint="; ".join(f"{m} of {n}: {w}" for (m, n), w in skipped.items())
