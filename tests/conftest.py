@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+gc.disable()  # until everything is imported, of which nothing is garbage
 # Set before anything imports huggingface_hub, which reads them once. No test may depend on a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -15,6 +16,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads warn whe
 # Models here are small. More threads, or processes that compile, only wait for each other; those of a notebook too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# The compiler takes what the processor can do; to ask it six programs would have to be compiled.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # What is compiled is kept, by the compilers themselves under digests of sources, options and versions.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "triton"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "inductor"))
@@ -47,6 +50,7 @@ def pytest_collection_finish() -> None:
     """What is imported stays to the end: no collection of garbage looks through a million objects again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 _WITH_BROWSER: set[Path] = set()
