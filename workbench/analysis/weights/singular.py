@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.analysis.weights.find import find_weights
-from workbench.errors import CaptureError
+from workbench.errors import CaptureError, expect
 from workbench.hooks.heads import parse_heads
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -109,6 +109,7 @@ def singular_vectors(
     Source: Elhage et al. 2021; Millidge & Black 2022, "The Singular Value Decompositions of Transformer Weight Matrices
     are Highly Interpretable".
     """
+    expect(Workbench, wb=wb)
     if circuit not in ("ov", "qk"):
         raise CaptureError(f'circuit is "ov" or "qk", and not {circuit!r}')
     chosen = parse_heads(wb.sites, heads)
