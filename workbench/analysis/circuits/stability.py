@@ -87,6 +87,7 @@ def circuit_stability(
         InterventionError: the circuit kept no single scores, or there are not as many labels as prompts.
     """
     expect(Circuit, circuit=circuit)
+    circuit.check_not_empty()
     n = len(circuit.single_scores)
     if groups is not None and len(groups) != n:
         raise InterventionError(f"there are {len(groups)} labels for {n} prompts")

@@ -39,7 +39,11 @@ def _view_of_faithfulness_curve(curve: FaithfulnessCurve) -> View:
         )
     full, none = float(curve.full.mean()), float(curve.none.mean())
     for level, said in ((1.0, ""),) if shares else ((full, "whole model"), (none, "all ablated")):
-        fig.add_hline(y=level, line={"width": 1, "dash": "dash", "color": "#888888"}, annotation_text=said)
+        above = shares or level == max(full, none)  # what the lines are said to be may not lie over each other
+        fig.add_hline(
+            y=level, line={"width": 1, "dash": "dash", "color": "#888888"}, annotation_text=said,
+            annotation_position="top right" if above else "bottom right",
+        )  # fmt: skip
     fig.update_xaxes(title_text=f"share of the {curve.level}s kept", type="log")
     fig.update_yaxes(title_text="share of the effect" if shares else plotly_text(curve.metric))
     kept = (
