@@ -21,7 +21,7 @@ def packed(seen: Tensor, block: int) -> Tensor | None:
         seen: [key, query block] bool. block: keys in a block.
 
     >>> packed(torch.tensor([[1, 0], [0, 1], [1, 0], [1, 1]]).bool(), 2).tolist()
-    [0, 2, 0, 2]
+    [0, 1, 0, 1]
     """
     kinds, kind, many = seen.unique(dim=0, return_inverse=True, return_counts=True)
     left = (many % block).nonzero()[:, 0]
