@@ -53,7 +53,8 @@ def _end_with_the_tests() -> None:
 def _serve(address: str, modules: Sequence[str]) -> None:
     os.dup2(0, _LIFELINE, inheritable=False)
     _end_with_the_tests()
-    os.environ["JPY_PARENT_PID"] = "1"  # kernels, which read it when they are imported, are to watch nobody
+    # Read when modules are imported: kernels are to watch nobody, and figures are to go into notebooks.
+    os.environ |= {"JPY_PARENT_PID": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     for name in modules:
         importlib.import_module(name)
     gc.collect()
