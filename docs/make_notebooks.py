@@ -41,7 +41,8 @@ def execute(notebook: Any, folder: Path, command: Sequence[str] = ()) -> None:
     patience = {"timeout": None, "startup_timeout": 600, "iopub_timeout": 600}
     client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": folder}}, **patience)
     if command:
-        client.create_kernel_manager().kernel_spec.argv = [*command, "ipykernel_launcher", "-f", "{connection_file}"]
+        kernel = [*command, "ipykernel_launcher", "--ext=ipywidgets", "-f", "{connection_file}"]
+        client.create_kernel_manager().kernel_spec.argv = kernel
     client.execute()
 
 

@@ -18,7 +18,7 @@ MAKER = runpy.run_path(str(ROOT / "docs" / "make_notebooks.py"))
 SMALL: dict[str, dict[str, int]] = {
     "02-long-context": {"N": 1024},
     "03-heads": {"N_PROMPTS": 8, "N_ORDERS": 1, "N_EPOCHS": 1},
-    "04-circuits": {"N_PROMPTS": 4, "N_DRAWS": 20, "N_HELD_OUT": 8},
+    "04-circuits": {"N_PROMPTS": 2, "N_DRAWS": 10, "N_HELD_OUT": 4},
     "05-cross-attention": {"N_CLIPS": 2, "N_MASKS": 40, "N_ENCODER_MASKS": 40},
     "06-capacity": {"N_PROMPTS": 12, "N_REPEATS": 3, "N_CHOICES": 6},
     "07-linear-layers": {"N_STEPS": 3},
@@ -28,9 +28,12 @@ SMALL: dict[str, dict[str, int]] = {
 
 LARGE = (
     "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.export", "scipy.optimize",
-    "scipy.stats", "pandas", "jsonschema", "ipykernel.kernelapp",
+    "scipy.stats", "pandas", "jsonschema", "ipykernel.kernelapp", "tqdm.auto", "matplotlib.backends.backend_agg",
+    "transformers.models.gpt2.modeling_gpt2", "workbench.session", "workbench.models", "workbench.tasks",
+    "workbench.mechanisms", "workbench.views",
 )  # fmt: skip
-"""What notebooks import, themselves or through transformers, and what takes longest."""
+"""What notebooks import, and what takes longest. Three ask at once where they run: tqdm finds a kernel's modules there,
+Matplotlib the backend that kernels have (`forks`), and ipywidgets, which finds no kernel, is told of it later."""
 
 
 def parameters(notebook: Any) -> list[int]:
@@ -45,7 +48,7 @@ def assigned(source: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """What begins kernels that need not import most of what notebooks use; nothing that asks where it runs is in it."""
+    """What begins kernels that need not import most of what notebooks use."""
     with forks(tmp_path_factory.mktemp("kernels"), *LARGE) as command:
         yield command
 

@@ -37,7 +37,8 @@ WHOLE: dict[str, Callable[[Any], object]] = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, str]]]:
     """What each process found wrong, and what the second was told when the first had ended."""
-    return found_by("support.split_model_ranks", RANKS, tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    return found_by("support.split_model_ranks", RANKS, folder, "transformers.models.llama.modeling_llama")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,7 +12,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("ranks")
     for name, model in models().items():
         model.save_pretrained(folder / name)
-    return found_by("support.tensor_parallel_ranks", RANKS, folder)
+    return found_by("support.tensor_parallel_ranks", RANKS, folder, "transformers.models.llama.modeling_llama")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -74,3 +74,32 @@ def nearest(name: object, known: Sequence[str], what: str = "one") -> str:
         return f'did you mean "{close[0]}"?'
     listed = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
     return f"there is {listed}" if known else f"there is no {what} to choose from"
+
+
+_MADE_BY = {
+    "Workbench": "workbench.attach(model, tokenizer) makes one",
+    "Capture": "with wb.capture() as cap: model(**inputs)",
+    "Circuit": "workbench.find_circuit(wb, task) finds one",
+    "Task": "workbench.tasks has some, and workbench.tasks.from_prompts makes one of your own prompts",
+    "Module": "of a workbench it is wb.model",
+    "Mapping": "wb.tokenize(text) makes inputs of a text, the model's processor those of pictures and sound",
+    "Iterable": "a text, or several",
+}
+
+
+def expect(kind: type, /, **given: object) -> None:
+    """Refuse what is of another kind, as a model where its workbench is asked for.
+
+    Raises:
+        WorkbenchError: names the argument, what it is, and how to come by what it should be. TaskError: for a Task.
+
+    >>> expect(int, n=3)
+    >>> expect(int, n="3")
+    Traceback (most recent call last):
+    workbench.errors.WorkbenchError: `n` is a str, and no int
+    """
+    for name, value in given.items():
+        if not isinstance(value, kind):
+            what = "None" if value is None else f"a {type(value).__name__}"
+            error = TaskError if kind.__name__ == "Task" else WorkbenchError
+            raise error(f"`{name}` is {what}, and no {kind.__name__}", hint=_MADE_BY.get(kind.__name__))

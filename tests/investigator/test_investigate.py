@@ -458,9 +458,9 @@ def test_too_few_prompts_or_no_task_are_refused(mover: Planted) -> None:
     with workbench.attach(mover.model, mover.tokenizer) as wb:
         with pytest.raises(TaskError, match="7 prompts are too few"):
             investigate(wb, mover.task[:7], progress=False)
-        with pytest.raises(TaskError, match="expected a Task"):
+        with pytest.raises(TaskError, match="`task` is a str, and no Task"):
             investigate(wb, "ioi", progress=False)  # type: ignore[arg-type]
-        with pytest.raises(TaskError, match="expected a Task"):
+        with pytest.raises(TaskError, match="`task` is a str, and no Task"):
             investigate(wb, mover.task, known=["ioi"], progress=False)  # type: ignore[list-item]
         with pytest.raises(TaskError, match="cannot be compared with itself"):
             investigate(wb, mover.task, known=[mover.task], progress=False)

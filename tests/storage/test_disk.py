@@ -21,7 +21,8 @@ from workbench.analysis.circuits import mib
 from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.nodes import Layer
-from workbench.errors import FileError, FormatError, WorkbenchError
+from workbench.errors import FileError, FormatError, ReportError, WorkbenchError
+from workbench.report.check import check
 from workbench.storage import disk, files
 from workbench.views import token_strip
 
@@ -234,3 +235,18 @@ def test_a_capture_saved_again_from_its_file_is_the_same_file(writers: dict[str,
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     writers["mib"](tmp_path / "c")
     assert json.loads((tmp_path / "c").read_text())
+
+
+def test_a_file_of_another_result_and_a_folder_are_named(tmp_path: Path) -> None:
+    files.write(tmp_path / "one.safetensors", "workbench.capacity", {}, {})
+    with pytest.raises(FormatError, match=r"no.* workbench\.capture file, but a workbench\.capacity file\nHint: load"):
+        files.read(tmp_path / "one.safetensors", "workbench.capture")
+    files.write(tmp_path / "two.safetensors", "workbench.\n\x1b[31m", {}, {})
+    with pytest.raises(
+        FormatError, match=r"two\.safetensors is not a workbench\.capture file\nHint: it was not written"
+    ):
+        files.read(tmp_path / "two.safetensors", "workbench.capture")
+    with pytest.raises(FormatError, match="is a folder, and no file"):
+        files.read(tmp_path, "workbench.capture")
+    with pytest.raises(ReportError, match="is a folder, and no page"):
+        check(tmp_path)

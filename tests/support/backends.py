@@ -177,11 +177,16 @@ def on_backend(model: nn.Module, backend: str) -> nn.Module:
 
 @contextmanager
 def uncompiled_flex() -> Iterator[None]:
-    """Flex attention runs as it is written; compiling it takes seconds per model."""
+    """Flex attention runs as it is written: compiling it, or only tracing it first, takes seconds per model.
+
+    What tracing changes for those who watch is tested in `tests/hooks/test_flex.py`.
+    """
+    from torch.nn.attention import flex_attention as written
     from transformers import masking_utils
     from transformers.integrations import flex_attention as flex
 
     with (
+        mock.patch.object(written, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
         mock.patch.object(flex.WrappedFlexAttention, "_instance", None),
         mock.patch.object(flex.WrappedFlexAttention, "_is_flex_compiled", True),
         mock.patch.object(flex.WrappedFlexAttention, "_compiled_flex_attention", staticmethod(flex.flex_attention)),

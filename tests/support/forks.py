@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,15 +22,16 @@ _LIFELINE = 63
 
 
 @contextmanager
-def forks(folder: Path, *modules: str) -> Iterator[list[str]]:
+def forks(folder: Path, *modules: str, environment: Mapping[str, str] | None = None) -> Iterator[list[str]]:
     """The command that runs a module in such a process, before the module's name and its arguments.
 
     Args:
         folder: where the processes are asked for. modules: what they have imported.
+        environment: what they are imported with; by default, as here.
     """
     address = str(folder / "forks")
     command, pipe = [sys.executable, __file__, "serve", address, *modules], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as server:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment) as server:
         assert server.stdout is not None
         try:
             assert server.stdout.readline() == b"ready\n"
@@ -51,9 +53,12 @@ def _end_with_the_tests() -> None:
 def _serve(address: str, modules: Sequence[str]) -> None:
     os.dup2(0, _LIFELINE, inheritable=False)
     _end_with_the_tests()
-    os.environ["JPY_PARENT_PID"] = "1"  # kernels, which read it when they are imported, are to watch nobody
+    # Read when modules are imported: kernels are to watch nobody, and figures are to go into notebooks.
+    os.environ |= {"JPY_PARENT_PID": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     for name in modules:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is shared stays shared
     signal.signal(signal.SIGCHLD, _reap)
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(address)

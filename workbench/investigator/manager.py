@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from workbench.errors import FormatError, WorkbenchError
+from workbench.errors import FormatError, WorkbenchError, expect
 from workbench.inputs import decoder_start, device_for_inputs
 from workbench.investigator.analyses import RUNS, baseline
 from workbench.investigator.asking import Asked, Planner
@@ -91,6 +91,8 @@ def investigate(
         FormatError: the folder holds an investigation of another model, task or settings, or a damaged one.
         InvestigationInterrupted: on Ctrl-C, with what is done.
     """
+    expect(Workbench, wb=wb)
+    expect(Task, task=task)
     began, budget = time.monotonic(), Budget(forwards, minutes)
     check_tasks(task, known)
     remembering = memory if isinstance(memory, Memory) or memory is None else Memory(memory)

@@ -11,7 +11,7 @@ from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.engine.setup import open_setup
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.roles import PLACES, HeadRoles
-from workbench.errors import TaskError, WorkbenchError
+from workbench.errors import TaskError, WorkbenchError, expect
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
@@ -109,10 +109,7 @@ def check_tasks(task: Task, known: Sequence[Task]) -> None:
         TaskError: no task, fewer than `FEWEST` prompts, a task that is compared with itself, or twice with another.
     """
     for each in (task, *known):
-        if not isinstance(each, Task):
-            raise TaskError(
-                f"expected a Task, not {type(each).__name__}", hint="make one with workbench.tasks.from_prompts"
-            )
+        expect(Task, task=each)
         if len(each) < FEWEST:
             raise TaskError(
                 f"{len(each)} prompts are too few: half of them find what the other half confirms",

@@ -53,7 +53,8 @@ def check(path: str | Path, *, limit_bytes: int = LIMIT_BYTES) -> list[str]:
     """
     file = readable(path)
     if not file.is_file():
-        raise ReportError(f"there is no file {file}", hint="pass a page written by Report(...).write(path)")
+        what = f"{file} is a folder, and no page" if file.is_dir() else f"there is no file {file}"
+        raise ReportError(what, hint="pass a page written by Report(...).write(path)")
     try:
         size = file.stat().st_size
         if size > limit_bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from workbench.capture.capture import Capture
 from workbench.capture.settings import Settings
 from workbench.capture.store.writing import StoreWriter, open_writer
-from workbench.errors import AttachError, CaptureError
+from workbench.errors import AttachError, CaptureError, expect
 from workbench.hooks.compiled.doors import Doors, eager_door
 from workbench.hooks.compiled.regions import check_not_compiled, find_regions, uncompiled
 from workbench.hooks.heads import parse_heads
@@ -349,6 +349,7 @@ class Workbench(Interventions):
         if self.tokenizer is None:
             raise CaptureError("no tokenizer is attached", hint="attach(model, tokenizer), or pass ids yourself")
         several = not isinstance(text, str)
+        expect(Iterable, text=text)
         texts = [check_text(one) for one in ([text] if isinstance(text, str) else text)]
         encoded = dict(self.tokenizer(texts, return_tensors="pt", padding=several))
         device = device_for_inputs(self.model)

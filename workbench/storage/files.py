@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,10 @@ def read(path: str | Path, form: str) -> tuple[Part, dict[str, Tensor]]:
     path = disk.readable(path)
     metadata, spans = _told(path)
     if metadata.get("format") != form:
+        if own := re.fullmatch(r"workbench\.\w{1,60}", metadata.get("format", ""), re.ASCII):
+            raise FormatError(
+                f"{path.name} is not a {form} file, but a {own[0]} file", hint="load it with the class that saved it"
+            )
         raise FormatError(f"{path.name} is not a {form} file", hint="it was not written by this package")
     named = _tensors(path, spans)
     text = metadata.get("header", "")
@@ -113,7 +118,7 @@ def _told(path: Path) -> tuple[dict[str, str], dict[str, _Span]]:
     """What a file says of itself and of its tensors, once that is seen to fit its size."""
     foreign = f"{path.name} is truncated or not a safetensors file"
     if not path.is_file():
-        raise FormatError(f"there is no file {path}")
+        raise FormatError(f"{path} is a folder, and no file" if path.is_dir() else f"there is no file {path}")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH), "little")

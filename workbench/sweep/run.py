@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from workbench.errors import InterventionError, WorkbenchError
+from workbench.errors import InterventionError, WorkbenchError, expect
 from workbench.hooks.together import done_by_all
 from workbench.inputs import dropout_in_training
 from workbench.metrics import as_metrics
@@ -84,6 +84,7 @@ def run_sweep(
     >>> found.values.shape
     torch.Size([4, 1, 2])
     """
+    expect(Workbench, wb=wb)
     wb.check_ready()
     wb.check_idle()
     dropping = dropout_in_training(wb.model)

@@ -228,7 +228,7 @@ def test_bad_tasks_are_named() -> None:
             find("w4 w4 w3", "w4 w5 w3", metric=lambda output, batch: torch.ones(3))
         with pytest.raises(InterventionError, match="no method"):
             workbench.find_circuit(wb, random_task(2, 5, 60), "banana")
-        with pytest.raises(TaskError, match="expected a Task"):
+        with pytest.raises(TaskError, match="`task` is a list, and no Task"):
             workbench.find_circuit(wb, ["a prompt"])  # type: ignore[arg-type]
 
 

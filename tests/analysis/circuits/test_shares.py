@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,6 +42,27 @@ def test_a_share_is_undefined_exactly_where_its_denominator_may_be_none() -> Non
     assert not Denominator.of(whole + 9, none, -1).defined  # the ablated model is better
     assert Denominator.of(whole[:1], none[:1], 1).defined
     assert Denominator.of(whole + 9, none, 1).interval(whole, whole + 9, none)[0] < 0.1
+    assert Denominator.of(none, whole + 9).defined  # prompts and twins may differ either way
+    assert not Denominator.of(whole, none).defined
+
+
+def test_patches_of_prompts_that_are_not_told_apart_are_given_in_the_metrics_unit() -> None:
+    """Right and wrong are exchanged in every other prompt of a random model."""
+    with workbench.attach(tiny("llama-gqa"), Words()) as wb:
+        task = task_for("llama-gqa", 6)
+        examples = [replace(one, answers=one.wrong, wrong=one.answers) if i % 2 else one for i, one in enumerate(task)]
+        swapped = replace(task, examples=tuple(examples))
+        with pytest.warns(UserWarning, match=r"undefined as a share: m\(prompts\) − m\(twins\) is"):
+            heads = workbench.ablate_heads(wb, swapped, "zero", progress=False)
+        with pytest.warns(UserWarning, match="effect of patches on logit_diff is undefined"):
+            layers = workbench.patch_layers(wb, swapped, "attn_out", positions=["end"], progress=False)
+        circuit = workbench.find_circuit(wb, swapped, "ablation", progress=False)
+    assert f"which may be 0: {heads.denominator}" in circuit.sign
+    for found in (heads, layers):
+        assert found.table["score"].isna().all()
+        assert found.table["effect"].abs().is_monotonic_decreasing
+        assert f"{found.table['effect'][0]:.3g}" in repr(found)
+        assert "Shares are undefined: m(prompts)" in workbench.views.of(found).spec.caption
 
 
 def measured(wb: Any, circuit: Any, task: Any, **how: Any) -> tuple[Faithfulness, FaithfulnessCurve]:

@@ -190,6 +190,18 @@ def test_singular_vectors_are_those_of_the_whole_matrices(name: str) -> None:
                 torch.testing.assert_close(found.left_scores[at, vector, 0], (sign * left).topk(4).values, **CLOSE)
 
 
+def test_a_head_without_weights_has_no_directions() -> None:
+    model = _model("gpt2")
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_proj.weight.zero_()
+    with attach(model) as wb:
+        found = singular_vectors(wb, ["L0H1", "L1H0"], vectors=2, top=3)
+    gone = found.table["layer"] == 0
+    assert (found.table.loc[gone, ["reads", "writes"]] == "").all(axis=None)
+    assert (found.table.loc[~gone, ["reads", "writes"]] != "").all(axis=None)
+    assert repr(found) == "SingularVectors(ov: L0H1 is 0 and has no directions)"
+
+
 def test_rotary_queries_and_keys_give_the_scores_of_the_kernel() -> None:
     """Of the first layer, whose stream is the embeddings: x W_Q · y W_K is q · k as the kernel got them."""
     model, distance = _model("llama-gqa"), 4

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _EPSILON = 1e-5  # of the largest number: less is rounding
+_SEED = torch.default_generator.manual_seed  # `torch.manual_seed` keeps a stack for each device that there may be
 
 
 @dataclass(eq=False)
@@ -65,7 +66,7 @@ def _recorded(model: nn.Module, inputs: Mapping[str, Any]) -> list[_Run]:
         for module in names:
             hooks.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(end, with_kwargs=True).remove)
-        torch.manual_seed(0)
+        _SEED(0)
         model(**copy.deepcopy(dict(inputs)))
     return ended
 
@@ -119,7 +120,7 @@ def _again(run: _Run, given: Any, confine: Callable[[str, Tensor, Tensor], Tenso
     with ExitStack() as hooks:
         for module in queue:
             hooks.callback(module.register_forward_hook(hold).remove)
-        torch.manual_seed(0)
+        _SEED(0)
         try:
             return _tensors(run.module(*args, **kwargs))
         except Exception:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -12,11 +12,9 @@ from workbench.analysis.atlas.encoder import encode, fit, scaled
 from workbench.analysis.atlas.gathering import gather
 from workbench.analysis.atlas.names import NAMES, content, dependence, suggest
 from workbench.analysis.atlas.result import PatternAtlas
-from workbench.errors import WorkbenchError
+from workbench.capture.capture import Capture
+from workbench.errors import WorkbenchError, expect
 from workbench.hooks.sites import Site
-
-if TYPE_CHECKING:
-    from workbench.capture.capture import Capture
 
 
 def pattern_atlas(
@@ -67,6 +65,7 @@ def pattern_atlas(
     >>> atlas.patterns.shape, len(atlas.head_names)
     (torch.Size([16, 32, 32]), 16)
     """
+    expect(Capture, cap=cap)
     for name, value in {"n_clusters": n_clusters, "width": width, "epochs": epochs, "max_samples": max_samples}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise WorkbenchError(f"{name} is a whole number of at least 1, not {value!r}")

@@ -16,6 +16,7 @@ from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.model.names import head_of
 from workbench.analysis.circuits.shares import Denominator
 from workbench.analysis.statistics.intervals import mean_t
+from workbench.errors import expect
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
@@ -164,6 +165,9 @@ def circuit_faithfulness(
     Warns:
         UserWarning: m(model) − m(nothing) may be 0 or is negative, so that no share is defined.
     """
+    expect(Workbench, wb=wb)
+    expect(Circuit, circuit=circuit)
+    expect(Task, task=task)
     circuit.check_not_empty()
     with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed, engine=engine) as setup:
         circuit.check_model(setup.graph)

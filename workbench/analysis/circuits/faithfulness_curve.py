@@ -16,7 +16,7 @@ from workbench.analysis.circuits.faithfulness import run_choices
 from workbench.analysis.circuits.model.names import head_of
 from workbench.analysis.circuits.shares import Denominator
 from workbench.analysis.statistics.intervals import means_t
-from workbench.errors import InterventionError, WorkbenchError
+from workbench.errors import InterventionError, WorkbenchError, expect
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 from workbench.tasks.base import Task
@@ -160,6 +160,9 @@ def faithfulness_curve(
     Warns:
         UserWarning: m(model) − m(nothing) may be 0 or is negative, so that no share is defined.
     """
+    expect(Workbench, wb=wb)
+    expect(Circuit, circuit=circuit)
+    expect(Task, task=task)
     several = tuple(float(f) for f in fractions)
     if not several or list(several) != sorted(set(several)) or not 0 < several[0] <= several[-1] <= 1:
         raise InterventionError(f"fractions rise from above 0 to at most 1, not {several}")

@@ -19,7 +19,8 @@ from workbench.analysis.circuits.methods.acdc import prune_edges
 from workbench.analysis.circuits.methods.attribution import attribute_edges
 from workbench.analysis.circuits.methods.path_patching import Paths, run_paths
 from workbench.analysis.circuits.patching import ablation_effects
-from workbench.errors import InterventionError, nearest
+from workbench.analysis.circuits.shares import Denominator
+from workbench.errors import InterventionError, expect, nearest
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
 from workbench.workers.engine import Engine
@@ -121,6 +122,8 @@ def find_circuit(
     Warns:
         UserWarning: none of the chosen edges lies on a path from an input to the logits.
     """
+    expect(Workbench, wb=wb)
+    expect(Task, task=task)
     if method not in METHODS:
         raise InterventionError(f"there is no method {method!r}", hint=nearest(str(method), METHODS, "method"))
     if not 0 < fraction <= 1:
@@ -150,6 +153,9 @@ def find_circuit(
 def _blank(setup: Setup, method: str, level: str, sign: str, settings: dict[str, Any]) -> Circuit:
     graph = setup.graph
     shape = (len(graph.senders), len(graph.receivers))
+    apart = Denominator.of(setup.clean, setup.corrupted)
+    if "share of" in sign and not apart.defined:
+        sign = f"{sign}, which may be 0: {apart}"
     return Circuit(
         model=graph.facts, task=setup.task.name, method=method, metric=setup.metric.name, direction=NOISING, sign=sign,
         level=level, senders_in=torch.zeros(shape[0], dtype=torch.bool), edges_in=torch.zeros(shape, dtype=torch.bool),

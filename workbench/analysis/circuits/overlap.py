@@ -19,7 +19,7 @@ from workbench.analysis.circuits.overlap_result import CircuitOverlap
 from workbench.analysis.statistics.intervals import drawn_t, draws, middle
 from workbench.analysis.statistics.overlap import jaccard, rank_biased, top_weights, weighted_jaccard
 from workbench.analysis.statistics.p_values import among_draws
-from workbench.errors import InterventionError
+from workbench.errors import InterventionError, expect
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
 
@@ -63,6 +63,7 @@ def circuit_overlap(
     Warns:
         UserWarning: the model has so few heads that hardly any renaming differs.
     """
+    expect(Circuit, a=a, b=b)
     a.check_model(b.graph)
     a.check_not_empty()
     b.check_not_empty()

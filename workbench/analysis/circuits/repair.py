@@ -20,7 +20,7 @@ from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.model.graph import Graph
 from workbench.analysis.circuits.model.names import label
 from workbench.analysis.statistics.intervals import mean_t, proportions
-from workbench.errors import InterventionError
+from workbench.errors import InterventionError, expect
 from workbench.metrics import accuracy
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -125,6 +125,8 @@ def repair(
         InterventionError: no heads, no positions, or ones that come later than the token that is to look at them.
         TaskError: no such position, or right answers that part before their last token.
     """
+    expect(Workbench, wb=wb)
+    expect(Task, task=task)
     if towards is None and task.name == "colored_objects":
         towards, but = ("colour1", "colour2", "colour3"), "colour"
     if not towards:

@@ -15,7 +15,7 @@ from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.circuits.engine.prompts import Pair
 from workbench.analysis.circuits.engine.setup import Setup, open_setup
 from workbench.analysis.circuits.model.names import label
-from workbench.errors import TaskError
+from workbench.errors import TaskError, expect
 from workbench.kernels.patterns import Pattern
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -106,6 +106,8 @@ def head_roles(
     Raises:
         TaskError: a place that the task has not.
     """
+    expect(Workbench, wb=wb)
+    expect(Task, task=task)
     known = {key: tuple(names) for key, names in (PLACES.get(task.name, {}) if places is None else places).items()}
     unknown = set(known) - {"answer", "wrong", "repeated", "question"}
     if unknown:

@@ -15,7 +15,7 @@ from workbench.analysis.circuits.circuit import Circuit
 from workbench.analysis.statistics.correlation import rank_auroc
 from workbench.analysis.statistics.intervals import draws, halves
 from workbench.analysis.statistics.overlap import jaccard
-from workbench.errors import InterventionError
+from workbench.errors import InterventionError, expect
 from workbench.storage.result import Result
 from workbench.workers.engine import Engine, opened
 from workbench.workers.protocol import Job
@@ -86,6 +86,8 @@ def circuit_stability(
     Raises:
         InterventionError: the circuit kept no single scores, or there are not as many labels as prompts.
     """
+    expect(Circuit, circuit=circuit)
+    circuit.check_not_empty()
     n = len(circuit.single_scores)
     if groups is not None and len(groups) != n:
         raise InterventionError(f"there are {len(groups)} labels for {n} prompts")

@@ -19,13 +19,12 @@ from workbench.analysis.conditioning.pairs import SitePairs, collect
 from workbench.analysis.conditioning.probe import QUERIES, Plan, default_sizes, probe
 from workbench.analysis.conditioning.with_importance import correlations, scores_of
 from workbench.analysis.importance.result import HeadImportance
-from workbench.errors import CaptureError, WorkbenchError, nearest
+from workbench.errors import CaptureError, WorkbenchError, expect, nearest
+from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from workbench.session.workbench import Workbench
 
 THEORIES = ("d_k", *DIMENSIONS)
 """What stands for d_k in the theory's curves: the width of the keys, or one of their effective dimensions."""
@@ -249,6 +248,7 @@ def capacity(
     >>> found
     Capacity(4 heads, n to 40; hebb, delta, softmax; n* at snr_db 0)
     """
+    expect(Workbench, wb=wb)
     _check(rules, queries, sizes, repeats, n_queries, noise, pool)
     check_criterion(*criterion)
     feature_map(features, 1)

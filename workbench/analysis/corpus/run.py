@@ -23,7 +23,7 @@ from workbench.analysis.corpus.texts import Corpus, Frame, length_for, unknown_i
 from workbench.analysis.head_scores.prompts import HeadNames, self_attention
 from workbench.analysis.logits.asked import check_model
 from workbench.analysis.weights.copying import ov_copying
-from workbench.errors import CaptureError, FormatError, WorkbenchError
+from workbench.errors import CaptureError, FormatError, WorkbenchError, expect
 from workbench.hooks.split_models import check_unsplit
 from workbench.hooks.together import check_as_far
 from workbench.inputs import device_for_inputs, without_cache
@@ -86,6 +86,7 @@ def head_atlas_over(
         FormatError: `resume` is of another model, corpus or settings.
         CorpusAtlasInterrupted: Ctrl-C; it holds what is done.
     """
+    expect(Workbench, wb=wb)
     check_model(wb)
     for name, value, least in (
         ("batch", batch, 1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from workbench.analysis.saliency.explain import saliency as explain
 from workbench.analysis.saliency.gradients import METHODS as WITHOUT_MASKS
 from workbench.analysis.saliency.normalising import POOLINGS
 from workbench.analysis.saliency.preparing import prepare_encoder_decoder
-from workbench.errors import WorkbenchError, nearest
+from workbench.errors import WorkbenchError, expect, nearest
 from workbench.session.workbench import Workbench
 from workbench.storage.resumable import kept_when_stopped
 from workbench.sweep.inputs import digest, plain
@@ -110,6 +110,8 @@ def cross_attention_saliency(
     Warns:
         UserWarning: some examples cannot be explained.
     """
+    expect(Workbench, wb=wb)
+    expect(Iterable, inputs=inputs)
     given = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     if not given:
         raise WorkbenchError("there is no utterance")
@@ -289,6 +291,7 @@ def _hear(
     found, skipped = [], []
     first: WorkbenchError | None = None
     for at, one in enumerate(given):
+        expect(Mapping, inputs=one)
         name = str(one.get("name") or f"utterance {at}")
         try:
             targets = reading.of(with_features(reading.wb.tokenizer, one)).targets.cpu()

@@ -17,7 +17,7 @@ from workbench.analysis.saliency.explained_input import grid_of
 from workbench.analysis.saliency.preparing import prepare_encoder_decoder
 from workbench.analysis.saliency.token_names import special_ids
 from workbench.capture.capture import Capture
-from workbench.errors import WorkbenchError
+from workbench.errors import WorkbenchError, expect
 from workbench.hooks.sites import Site
 from workbench.kernels import streaming
 from workbench.kernels.patterns import Pattern
@@ -60,6 +60,8 @@ def cross_attention(
     Raises:
         WorkbenchError: no cross-attention, an unknown weighting, or whatever `workbench.saliency` refuses.
     """
+    expect(Workbench, wb=wb)
+    expect(Mapping, inputs=inputs)
     inputs = with_features(wb.tokenizer, inputs)
     subject = prepare_encoder_decoder(
         wb.model,

@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.analysis.eviction.result import Eviction
 from workbench.capture.capture import Capture
 from workbench.capture.site_capture import SiteCapture
-from workbench.errors import CaptureError, nearest
+from workbench.errors import CaptureError, expect, nearest
 from workbench.kernels.patterns import Pattern
 
 Policy = Literal["streaming", "h2o", "observed"]
@@ -60,6 +60,7 @@ def eviction(
         CaptureError: no causal self-attention in the capture, a map whose rows are no distributions, sequences that the
             policy leaves whole, or numbers that the policy has not.
     """
+    expect(Capture, cap=cap)
     numbers = _numbers(policy, {"sinks": sinks, "heavy": heavy, "recent": recent, "prompt": prompt})
     chosen = [site for site in cap if site.site.kind == "self"]
     if not chosen:

@@ -9,15 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.errors import CaptureError
+from workbench.capture.capture import Capture
+from workbench.errors import CaptureError, expect
 from workbench.hooks.sites import Site
 from workbench.storage.result import Result
 from workbench.storage.typed import Between, Keys
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from workbench.capture.capture import Capture
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,6 +97,7 @@ def gate_profile(cap: Capture, grid: tuple[int, int] | None = None) -> GateProfi
     >>> gate_profile(cap, grid=(2, 3))
     GateProfile(4 heads of 1 gates, 5 examples)
     """
+    expect(Capture, cap=cap)
     found = _factors(cap)
     names: dict[str, list[Any]] = {"sites": [], "layers": [], "heads": []}
     numbers: dict[str, list[Tensor]] = {

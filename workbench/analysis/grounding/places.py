@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,10 @@ from workbench.analysis.grounding import geometry
 from workbench.analysis.grounding.layouts import Grid, Laid, lay_out
 from workbench.analysis.grounding.proof import check_proved
 from workbench.analysis.grounding.tiles import Box, ImagePlaces, Picture, Tile
-from workbench.errors import WorkbenchError
+from workbench.errors import WorkbenchError, expect
 from workbench.hooks.configs import read
+from workbench.session.workbench import Workbench
 from workbench.storage.provenance import find_patches
-
-if TYPE_CHECKING:
-    from workbench.session.workbench import Workbench
 
 _SHOWN = 384  # pixels along an edge of a picture that is kept to be shown
 _MEDIA = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
@@ -56,6 +54,8 @@ def image_places(
         WorkbenchError: no image among the inputs or tokens, grids or images that do not fit the processor's, or a model
             whose layout cannot be told.
     """
+    expect(Workbench, wb=wb)
+    expect(Mapping, inputs=inputs)
     wb.check_open()
     net = wb.model
     if read(read(net, "config"), "is_encoder_decoder", False) and inputs.get("input_ids") is None:

@@ -12,14 +12,14 @@ from workbench.analysis.grounding.places import image_places
 from workbench.analysis.grounding.result import PARTS, Grounding
 from workbench.analysis.grounding.tiles import ImagePlaces
 from workbench.analysis.profile.measuring import labels_of
-from workbench.errors import CaptureError, WorkbenchError
+from workbench.errors import CaptureError, WorkbenchError, expect
 from workbench.hooks.sites import Site
 from workbench.kernels.patterns import DENSE_LIMIT, Pattern
+from workbench.session.workbench import Workbench
 from workbench.tokens import piece
 
 if TYPE_CHECKING:
     from workbench.capture.capture import Capture
-    from workbench.session.workbench import Workbench
 
 Sinks = Literal["found", "kept"] | Sequence[int]
 _OTHER_ROWS = 16  # rows of other tokens that a sink has to draw
@@ -69,6 +69,8 @@ def grounding(
     Raises:
         WorkbenchError: pictures that cannot be placed, or a position that is none. CaptureError: as `wb.capture`.
     """
+    expect(Workbench, wb=wb)
+    expect(Mapping, inputs=inputs)
     places = image_places(wb, inputs, images, processor, example=example, **settings)
     names = [site.name for site in choose(wb, places, sites)]
     with torch.no_grad(), wb.capture((), names, values=sinks == "found", limit=limit) as cap:

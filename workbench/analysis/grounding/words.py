@@ -14,14 +14,14 @@ from workbench.analysis.grounding.proof import unmixed
 from workbench.analysis.grounding.result import Grounding
 from workbench.analysis.grounding.tiles import Picture, Tile
 from workbench.analysis.profile.measuring import labels_of
-from workbench.errors import CaptureError, WorkbenchError
+from workbench.errors import CaptureError, WorkbenchError, expect
 from workbench.hooks.configs import read
 from workbench.hooks.sites import Site
 from workbench.kernels.patterns import DENSE_LIMIT, Pattern
+from workbench.session.workbench import Workbench
 
 if TYPE_CHECKING:
     from workbench.capture.capture import Capture
-    from workbench.session.workbench import Workbench
 
 Words = Mapping[str, int | Sequence[int]]
 PARTS = ("the word", "patches", "the first token", "other text")
@@ -65,6 +65,8 @@ def word_grounding(
     Raises:
         WorkbenchError: words that are none, a grid that is none or is not the model's. CaptureError: as `wb.capture`.
     """
+    expect(Workbench, wb=wb)
+    expect(Mapping, inputs=inputs)
     text = inputs.get("encoder_hidden_states")
     if not isinstance(text, Tensor) or text.dim() != 3:
         raise WorkbenchError("the inputs hold no encoder_hidden_states [batch, token, width]")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from workbench.analysis.logits.asked import sites_on_tokens
 from workbench.capture.site_capture import SiteCapture
-from workbench.errors import CaptureError
+from workbench.errors import CaptureError, expect
 from workbench.inputs import check_inputs, decoder_start, device_for_inputs, without_cache
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
@@ -53,7 +53,10 @@ def ids_of(wb: Workbench, given: Ids) -> Tensor:
     """
     if isinstance(given, str):
         return wb.tokenize(given)["input_ids"][0]
-    found = torch.as_tensor(given)
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CaptureError(f"a prompt is a text, or its ids, and no {type(given).__name__}") from error
     if found.dim() != 1 or not len(found) or found.is_floating_point() or found.dtype == torch.bool:
         raise CaptureError("ids are whole numbers [position], at least one", shape=found.shape)
     return found.long().to(device_for_inputs(wb.model))
@@ -73,6 +76,7 @@ def rows_of(wb: Workbench, prompts: Any) -> Iterator[Tensor]:
         for i, row in enumerate(ids):
             yield row if mask is None else row[mask[i].bool()]
     else:
+        expect(Iterable, prompts=prompts)
         for one in prompts:
             yield ids_of(wb, one)
 

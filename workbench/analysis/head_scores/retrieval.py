@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from workbench.analysis.head_scores.prompts import HeadNames, Ids, ids_of, is_one, one_row, self_attention
 from workbench.analysis.logits.asked import check_model
 from workbench.analysis.statistics.intervals import means_t
-from workbench.errors import CaptureError
+from workbench.errors import CaptureError, expect
 from workbench.metrics.logits import logits_of
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -95,6 +95,7 @@ def retrieval_scores(
         CaptureError: a needle that is not in the prompt, an answer that joins the prompt's last token, or prompts and
             answers that are not as many.
     """
+    expect(Workbench, wb=wb)
     check_model(wb)
     several = _several(prompt)
     answers, needles = _as_many(answer, several, "answer"), _as_many(needle, several, "needle")
@@ -126,6 +127,7 @@ def retrieval_scores(
 
 
 def _several(prompt: Any) -> list[Any]:
+    expect(Iterable, prompt=prompt)
     found = [prompt] if is_one(prompt) else list(prompt)
     if not found:
         raise CaptureError("there are no prompts")

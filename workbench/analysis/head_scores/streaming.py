@@ -13,7 +13,7 @@ from workbench.analysis.head_scores.prompts import HeadNames, one_row, rows_of, 
 from workbench.analysis.logits.asked import check_model
 from workbench.analysis.statistics.intervals import means_t
 from workbench.capture.site_capture import SiteCapture
-from workbench.errors import CaptureError
+from workbench.errors import CaptureError, expect
 from workbench.kernels.patterns import Pattern
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -102,6 +102,7 @@ def streaming_scores(wb: Workbench, prompts: Any, *, sinks: int = 4, recent: int
     Raises:
         CaptureError: a prompt without a query that loses a key, or a map whose rows are no distributions.
     """
+    expect(Workbench, wb=wb)
     check_model(wb)
     if sinks < 0 or recent < 1:
         raise CaptureError(f"sinks is from 0 and recent from 1, not {sinks} and {recent}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from workbench.analysis.importance.gradients import gate_gradients
 from workbench.analysis.importance.partial_pruning import Grid, find_grid, named_parts, part_variants
 from workbench.analysis.importance.result import GRADIENTS, HeadImportance
-from workbench.errors import InterventionError, WorkbenchError, nearest
+from workbench.errors import InterventionError, WorkbenchError, expect, nearest
 from workbench.hooks.heads import parse_heads
 from workbench.hooks.sites import Site
 from workbench.metrics import Metric, as_metrics
@@ -89,6 +89,7 @@ def head_importance(
     >>> found.score("zero").shape, len(found.ranking("gradient"))
     (torch.Size([8]), 8)
     """
+    expect(Workbench, wb=wb)
     measures = as_metrics(metric)
     named = _methods(methods)
     several = check_batches(wb.model, batches)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from workbench.errors import CaptureError, InterventionError, TaskError, WorkbenchError
+from workbench.errors import CaptureError, InterventionError, TaskError, WorkbenchError, expect
 from workbench.hooks.split_models import check_unsplit
 from workbench.inputs import check_inputs, decoder_start, device_for_inputs, dropout_in_training, own_columns
 from workbench.metrics.answers import TaskBatch
@@ -75,6 +75,7 @@ def batches_of(wb: Workbench, prompts: Any, size: int) -> Iterator[dict[str, Ten
         check_inputs(wb.model, (), inputs)
         yield inputs
         return
+    expect(Iterable, prompts=prompts)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise CaptureError("prompts are texts, model inputs or a Task", hint="such as wb.tokenize(text)")

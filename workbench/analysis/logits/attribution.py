@@ -24,7 +24,7 @@ from workbench.analysis.logits.asked import (
 from workbench.analysis.logits.known import known_writers
 from workbench.analysis.logits.result import LogitAttribution
 from workbench.analysis.logits.writers import Writers
-from workbench.errors import AttachError, CaptureError, TaskError
+from workbench.errors import AttachError, CaptureError, TaskError, expect
 from workbench.hooks.changes import Changes
 from workbench.metrics.answers import TaskBatch
 from workbench.metrics.logits import logits_of
@@ -80,6 +80,7 @@ def logit_attribution(
 
     Source: nostalgebraist 2020; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
+    expect(Workbench, wb=wb)
     check_model(wb)
     with torch.inference_mode(mode=False), torch.no_grad(), weights_stay(wb.model):
         batches = list(batches_of(wb, prompts, batch_size))

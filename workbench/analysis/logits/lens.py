@@ -12,7 +12,7 @@ from workbench.analysis.logits.asked import Targets, batches_of, check_model, to
 from workbench.analysis.logits.lens_result import LogitLens
 from workbench.analysis.logits.readout import Readout
 from workbench.analysis.logits.writers import all_blocks, find_readout_of
-from workbench.errors import CaptureError, TaskError
+from workbench.errors import CaptureError, TaskError, expect
 from workbench.hooks.answering import answered
 from workbench.hooks.changes import Changes
 from workbench.inputs import shortened
@@ -41,6 +41,7 @@ def logit_lens(wb: Workbench, prompt: Any, target: Targets = None, *, top: int =
         TaskError: a target outside the vocabulary. CaptureError: several prompts. AttachError: no final norm or output
             projection can be found.
     """
+    expect(Workbench, wb=wb)
     check_model(wb)
     if isinstance(prompt, Task):
         raise TaskError("the lens is of one prompt", hint="give task[0].prompt")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from workbench.analysis.memory.sessions import Held, borrowed, check_tracker, held_by, prompted
 from workbench.analysis.memory.tree import MemoryTree, Node, Seen, grow_memory_tree, key_factors, memory_frames
-from workbench.errors import WorkbenchError
+from workbench.errors import WorkbenchError, expect
 from workbench.hooks.changes import Changes
 
 _PROMPTED = 10.0  # what the object's logit counts for on the frame with the prompt
@@ -56,6 +56,7 @@ def track_long(
         WorkbenchError: no tracker, no prompt, no frame behind it, more than one frame with a prompt, or pathways that
             are none.
     """
+    expect(nn.Module, model=model)
     tracker: Any = model
     check_tracker(model, session, number)
     given = prompted(session, number)

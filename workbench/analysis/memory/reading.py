@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,9 @@ from workbench.analysis.memory.sessions import (
     watched,
 )
 from workbench.analysis.profile.measuring import labels_of
-from workbench.errors import CaptureError, WorkbenchError
+from workbench.errors import CaptureError, WorkbenchError, expect
 from workbench.kernels.patterns import DENSE_LIMIT
-
-if TYPE_CHECKING:
-    from workbench.session.workbench import Workbench
+from workbench.session.workbench import Workbench
 
 _SHOWN = 192  # pixels along an edge of a frame that is shown
 
@@ -51,6 +49,7 @@ def memory_reading(
         WorkbenchError: no tracker, no prompt, or frames that are none or read nothing. CaptureError: keys that are not
             what was stored, or more weights than the limit.
     """
+    expect(Workbench, wb=wb)
     model: Any = wb.model
     check_tracker(model, session, number)
     sites = [site.name for site in memory_sites(list(wb.sites))]

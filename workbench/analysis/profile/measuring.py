@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,11 +11,9 @@ from torch import Tensor
 from workbench.analysis.profile.places import Places, bins, find_places
 from workbench.analysis.profile.result import MEASURES, AttentionProfile
 from workbench.analysis.profile.sums import Sums, collect
-from workbench.errors import CaptureError, WorkbenchError
+from workbench.capture.capture import Capture
+from workbench.errors import CaptureError, WorkbenchError, expect
 from workbench.hooks.sites import Site
-
-if TYPE_CHECKING:
-    from workbench.capture.capture import Capture
 
 _SINKS = ("separate", "keep", "drop")
 _NO_DISTANCE = ("cross", "state", "window", "halo", "channel", "pooled", "memory", "gate")
@@ -84,6 +82,7 @@ def attention_profile(
     >>> workbench.attention_profile(cap)
     AttentionProfile(16 heads, 4 examples, 8 x 8 patches, sink separate)
     """
+    expect(Capture, cap=cap)
     if sink not in _SINKS:
         raise WorkbenchError(f"sink is one of {', '.join(_SINKS)}, not {sink!r}")
     if not 0 < level < 1:

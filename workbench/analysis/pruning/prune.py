@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import AttachError, InterventionError
+from workbench.errors import AttachError, InterventionError, expect
 from workbench.hooks.cut_weights import is_cut
 from workbench.hooks.finding import find_sites, heads_of, kv_heads_of
 from workbench.hooks.heads import parse_heads
@@ -74,6 +74,7 @@ def prune_heads(model: Model, heads: Any) -> Model:
     >>> [block.attn.num_heads for block in smaller.h]
     [3, 2]
     """
+    expect(nn.Module, model=model)
     sites = find_sites(model)
     if not sites:
         raise AttachError(f"no attention was found in {type(model).__name__}")

@@ -13,7 +13,7 @@ from workbench.analysis.logits.asked import batches_of, check_model
 from workbench.analysis.rollout.maps import Map
 from workbench.analysis.rollout.recorded import Run, run_of
 from workbench.analysis.rollout.result import AttentionRollout
-from workbench.errors import CaptureError
+from workbench.errors import CaptureError, expect
 from workbench.inputs import check_inputs, decoder_start
 from workbench.kernels.patterns import DENSE_LIMIT
 from workbench.session.workbench import Workbench
@@ -69,6 +69,7 @@ def attention_rollout(
         CaptureError: several prompts, a position beyond the prompt, or N² numbers beyond a limit. AttachError: several
             stacks without cross-attention, or blocks that add up in other ways; the module is named.
     """
+    expect(Workbench, wb=wb)
     check_model(wb)
     if method not in get_args(Method):
         raise CaptureError(f"method is one of {', '.join(get_args(Method))}, and not {method!r}")

@@ -23,7 +23,7 @@ from workbench.analysis.saliency.result import PrecisionError, Saliency
 from workbench.analysis.saliency.scoring import score_for
 from workbench.analysis.saliency.segments import GRANULARITIES, checked, each, patches, runs, sizes, superpixels
 from workbench.analysis.saliency.sums import Sums
-from workbench.errors import WorkbenchError, nearest
+from workbench.errors import WorkbenchError, expect, nearest
 from workbench.hooks.answering import answered
 from workbench.hooks.split_models import check_unsplit
 from workbench.hooks.together import check_as_far
@@ -134,6 +134,8 @@ def saliency(
     >>> found
     Saliency(spes at input: 2 tokens, tokens 3, exact)
     """
+    expect(Workbench, wb=wb)
+    expect(Mapping, inputs=inputs)
     wb.check_open()
     check_unsplit()
     if method not in METHODS:

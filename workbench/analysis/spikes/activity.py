@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workbench.analysis.spikes.result import SpikeActivity
-from workbench.errors import WorkbenchError
+from workbench.errors import WorkbenchError, expect
 from workbench.hooks.changes import Changes
 from workbench.kernels.checks import check_range
 from workbench.session.workbench import Workbench
@@ -123,6 +123,7 @@ def spike_activity(
     """
     check_range("shown", shown, 1, None)
     model = model.model if isinstance(model, Workbench) else model
+    expect(nn.Module, model=model)
     axes = {name: axis for name, module in model.named_modules() if (axis := _step_axis(module)) is not None}
     if not axes:
         raise WorkbenchError(

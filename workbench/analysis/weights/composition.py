@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.weights.find import SiteWeights, find_weights
-from workbench.errors import CaptureError
+from workbench.errors import CaptureError, expect
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 
@@ -85,6 +85,7 @@ def composition_scores(wb: Workbench, *, distance: int = 0) -> CompositionScores
 
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
+    expect(Workbench, wb=wb)
     weights = find_weights(wb, qk=True, vocabulary=False, distance=distance)
     if len({site.order for site in weights.sites}) < 2:
         raise CaptureError("heads compose over layers, and this model has one")

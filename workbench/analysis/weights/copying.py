@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.weights.find import find_weights
+from workbench.errors import expect
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
 
@@ -74,6 +75,7 @@ def ov_copying(wb: Workbench) -> OVCopying:
 
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", "Copying / primacy of eigenvalues".
     """
+    expect(Workbench, wb=wb)
     weights = find_weights(wb, qk=False)
     between = weights.unembedding.T @ weights.embedding  # W_U W_E, summed over the vocabulary
     found = []

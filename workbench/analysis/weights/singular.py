@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench.analysis.weights.find import find_weights
-from workbench.errors import CaptureError
+from workbench.errors import CaptureError, expect
 from workbench.hooks.heads import parse_heads
 from workbench.session.workbench import Workbench
 from workbench.storage.result import Result
@@ -61,13 +61,19 @@ class SingularVectors(Result):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per head, vector and sign: the value, its share, and the tokens of both sides."""
+        """One row per head, vector and sign: the value, its share, and the tokens of both sides.
+
+        No tokens stand where the value is 0 but for rounding: any direction is such a singular vector.
+        """
         import pandas as pd
 
+        least = 100 * torch.finfo(self.values.dtype).eps * self.values.amax(1)
         words, rows = dict(zip(self.word_ids, self.word_texts, strict=True)), []
         for h, v, sign in torch.cartesian_prod(*map(torch.arange, self.left_ids.shape[:3])).tolist():
             texts = [" ".join(visible(words[i]) for i in ids[h, v, sign].tolist())
                      for ids in (self.left_ids, self.right_ids)]  # fmt: skip
+            if not bool(self.values[h, v] > least[h]):
+                texts = ["", ""]
             rows.append(
                 {
                     "layer": self.layers[h], "head": self.numbers[h], "vector": v, "sign": "+-"[sign],
@@ -79,6 +85,8 @@ class SingularVectors(Result):
 
     def __repr__(self) -> str:
         first = self.table.iloc[0]
+        if not first.value:
+            return f"SingularVectors({self.circuit}: L{first.layer}H{first['head']} is 0 and has no directions)"
         return (
             f"SingularVectors({self.circuit}: {len(self.layers)} heads, {self.values.shape[1]} vectors; L{first.layer}"
             f"H{first['head']} {self.sides[0]} {first[self.sides[0]]}, {self.sides[1]} {first[self.sides[1]]})"
@@ -109,6 +117,7 @@ def singular_vectors(
     Source: Elhage et al. 2021; Millidge & Black 2022, "The Singular Value Decompositions of Transformer Weight Matrices
     are Highly Interpretable".
     """
+    expect(Workbench, wb=wb)
     if circuit not in ("ov", "qk"):
         raise CaptureError(f'circuit is "ov" or "qk", and not {circuit!r}')
     chosen = parse_heads(wb.sites, heads)

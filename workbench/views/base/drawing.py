@@ -44,6 +44,8 @@ def _style(theme: str) -> Any:
         "text.parse_math": False,  # a token may hold dollar signs
         "font.family": [name for name in _FONTS if name in known] or ["sans-serif"],
         "font.size": 9,
+        "figure.autolayout": False,  # the layout is ours, whatever a user's settings say
+        "figure.constrained_layout.use": False,
         "figure.facecolor": colours["paper"],
         "axes.facecolor": colours["paper"],
         "axes.edgecolor": colours["line"],
@@ -107,14 +109,14 @@ def drawn(
         form: "png", "svg" or "pdf".
         words: to stand around the picture, which grows by them. transparent: without a background.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backend_bases import get_registered_canvas_class
     from matplotlib.figure import Figure
 
     dates = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     metadata: dict[str, Any] = dates.get(form, {"CreationDate": None, "Producer": None, "Creator": None})
     with _style(theme) as colours:
         figure = Figure(figsize=size, dpi=dpi, layout="constrained")
-        FigureCanvasAgg(figure)
+        get_registered_canvas_class(form)(figure)
         picture(figure)
         around: dict[str, Any] = {}
         if words is not None:
@@ -124,8 +126,19 @@ def drawn(
         with warnings.catch_warnings():
             # A script that no installed font has: the picture shows boxes, the page and the table the text.
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-            figure.savefig(out, format=form, metadata=metadata, transparent=transparent, **around)
+            if words is None:
+                _lay_out(figure, form)
+            figure.savefig(out, format=form, dpi=dpi, metadata=metadata, transparent=transparent, **around)
     return _numbered(out.getvalue()) if form == "svg" else out.getvalue()
+
+
+def _lay_out(figure: Any, form: str) -> None:
+    """Give all axes their places, for which `savefig` would draw the whole figure once more, unseen."""
+    if form != "png":
+        figure.dpi = 72  # points, in which these forms are drawn
+    if figure.axes:
+        figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine(None)
 
 
 def _numbered(svg: bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +28,8 @@ def few_colours(image: Image, most: int) -> Image:
 
     pixels = np.asarray(image.convert("RGB"))
     packed = pixels.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-    found, places, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    places, found = pd.factorize(packed.ravel(), sort=True)  # as numpy.unique, which sorts all pixels
+    counts = np.bincount(places)
     colours = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1).astype(np.int32)
     kept, nearest = _chosen(colours, counts, most)
     few = Image.fromarray(nearest[places].reshape(packed.shape).astype(np.uint8))

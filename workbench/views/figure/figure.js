@@ -3,6 +3,7 @@
 import { colourAt, css, divergingAt } from "workbench/shared/colour.js";
 import { exactly, make } from "workbench/shared/dom.js";
 import { open } from "workbench/shared/frame.js";
+import { fitted } from "./narrow.js";
 import { plotlyFor } from "./plotly.js";
 
 const COLOURS = ["#2f6fb7", "#d1662b", "#3a8f5c", "#b03a78", "#7a6bc9", "#8a6d1f"];
@@ -125,8 +126,9 @@ class Chart {
     this.frame.facts.scales.forEach((kind, i) => {
       if (kind) data[i].colorscale = this.scale(kind);
     });
-    const made = { ...layout, template: this.template(data), width: this.frame.body.clientWidth, height: this.frame.facts.height, uirevision: "same" };
-    return { data, layout: made };
+    const [width, height] = [this.frame.body.clientWidth, this.frame.facts.height];
+    const made = { ...layout, template: this.template(data), width, height, uirevision: "same" };
+    return { data, layout: fitted(made) };
   }
 
   async draw() {
@@ -135,6 +137,7 @@ class Chart {
     const first = !this.data;
     this.data = data;
     this.ring.hidden = true;
+    this.box.style.minHeight = `${layout.height}px`;
     await this.plotly.react(this.plot, data, layout, CONFIG);
     for (const svg of this.plot.querySelectorAll("svg")) svg.setAttribute("aria-hidden", "true"); // the table says it all
     if (first) {

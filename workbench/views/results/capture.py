@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workbench.capture.capture import Capture
-from workbench.errors import WorkbenchError
+from workbench.errors import WorkbenchError, expect
 from workbench.views.attention_pattern import attention_pattern
 from workbench.views.base.registry import register
 from workbench.views.base.selection import SharedSelection
@@ -22,6 +22,7 @@ def overview(capture: Capture, *, batch: int = 0, selection: SharedSelection | N
     Raises:
         ReportError: the capture is empty.
     """
+    expect(Capture, capture=capture)
     return [head_atlas(capture, selection=selection), *_patterns(capture, batch, selection)]
 
 

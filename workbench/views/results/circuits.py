@@ -39,7 +39,11 @@ def _view_of_faithfulness_curve(curve: FaithfulnessCurve) -> View:
         )
     full, none = float(curve.full.mean()), float(curve.none.mean())
     for level, said in ((1.0, ""),) if shares else ((full, "whole model"), (none, "all ablated")):
-        fig.add_hline(y=level, line={"width": 1, "dash": "dash", "color": "#888888"}, annotation_text=said)
+        above = shares or level == max(full, none)  # what the lines are said to be may not lie over each other
+        fig.add_hline(
+            y=level, line={"width": 1, "dash": "dash", "color": "#888888"}, annotation_text=said,
+            annotation_position="top right" if above else "bottom right",
+        )  # fmt: skip
     fig.update_xaxes(title_text=f"share of the {curve.level}s kept", type="log")
     fig.update_yaxes(title_text="share of the effect" if shares else plotly_text(curve.metric))
     kept = (
@@ -82,7 +86,8 @@ def _undefined(whole: Denominator, metric: str, ablation: str, full: float, none
 
 def _view_of_head_patching(patching: HeadPatching) -> View:
     """The head atlas, one metric per place."""
-    table = patching.table.rename(columns={"score": "value"})
+    shares = patching.denominator.defined
+    table = patching.table.rename(columns={"score" if shares else "effect": "value"})
     scores: dict[str, Any] = {}
     for place in patching.places:
         rows = table.loc[table["position"] == place].reset_index(drop=True)
@@ -91,7 +96,12 @@ def _view_of_head_patching(patching: HeadPatching) -> View:
         scores, title=f"Patching of {patching.activation}", signed=True, provenance=patching.provenance,
         caption=(
             f"{patching.activation} of each head, {patching.direction}, on {patching.task}: effect on "
-            f"{patching.metric} as a share of the difference between prompts and twins. {patching.sign}"
+            f"{patching.metric}"
+            + (
+                f" as a share of the difference between prompts and twins. {patching.sign}"
+                if shares
+                else f" itself. Shares are undefined: {patching.denominator}."
+            )
         ),
     )  # fmt: skip
 
@@ -111,7 +121,8 @@ def _layers_by_position(patching: LayerPatching, stream: str) -> View:
     import plotly.graph_objects as go
 
     rows = [i for i, one in enumerate(patching.streams) if one == stream]
-    scores = patching.scores[rows].double().numpy()
+    shares = patching.denominator.defined
+    scores = (patching.scores if shares else patching.effects.mean(-1))[rows].double().numpy()
     there = [j for j in range(len(patching.places)) if not np.isnan(scores[:, j]).all()]
     columns = [
         plotly_text(f"{patching.places[j]} {patching.tokens[j]}".rstrip(), _PLACE) for j in there
@@ -121,7 +132,7 @@ def _layers_by_position(patching: LayerPatching, stream: str) -> View:
     fig = go.Figure(
         go.Heatmap(
             z=scores[:, there], x=columns, y=[plotly_text(patching.rows[i]) for i in rows],
-            colorbar={"title": "share"},
+            colorbar={"title": "share" if shares else plotly_text(patching.metric)},
         )
     )  # fmt: skip
     fig.update_xaxes(title_text="position", type="category")
@@ -132,8 +143,12 @@ def _layers_by_position(patching: LayerPatching, stream: str) -> View:
         fig, title=f"Patching of {patching.activation}" + (f", {stream}" if stream else ""),
         caption=(
             f"{patching.activation} of one layer at a time, {patching.direction}, on {patching.task}: effect on "
-            f"{patching.metric} as a share of the difference between prompts ({high:.3g}) and twins ({low:.3g}). "
-            f"{patching.sign}"
+            f"{patching.metric}"
+            + (
+                f" as a share of the difference between prompts ({high:.3g}) and twins ({low:.3g}). {patching.sign}"
+                if shares
+                else f" itself. Shares are undefined: {patching.denominator}."
+            )
         ),
         table=patching.table, provenance=patching.provenance,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 from workbench.capture.capture import Capture
 from workbench.capture.site_capture import SiteCapture
-from workbench.errors import CaptureError, ReportError, WorkbenchError
+from workbench.errors import CaptureError, ReportError, WorkbenchError, expect
 from workbench.hooks.sites import Site
 from workbench.kernels.recurrent import RecurrentPattern
 from workbench.views.base.selection import SharedSelection
@@ -43,6 +43,7 @@ def half_lives(capture: Capture, *, selection: SharedSelection | None = None) ->
     Raises:
         ReportError: no site has a decay. CaptureError: several forwards (choose one of `cap.calls`).
     """
+    expect(Capture, capture=capture)
     rows: list[tuple[Site, int, float, float, float]] = []
     several = False
     for one, found in recurrences(capture):
@@ -93,6 +94,7 @@ def states(
     Raises:
         CaptureError: the site is no recurrence, or values were not kept.
     """
+    expect(Capture, capture=capture)
     one = capture[site]
     found = one.pattern.as_recurrence()
     if not isinstance(found, RecurrentPattern):

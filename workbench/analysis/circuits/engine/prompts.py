@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import CaptureError, InterventionError, TaskError
+from workbench.errors import CaptureError, InterventionError, TaskError, expect
 from workbench.inputs import decoder_start, own_columns
 from workbench.metrics import Metric, TaskBatch, as_metric, last_places
 from workbench.tasks.base import Task
@@ -120,10 +120,7 @@ def make_pairs(task: Task, model: nn.Module, tokenizer: Any, size: int, device: 
         TaskError: no task or tokenizer; answers that `Task.batches` refuses; a twin of another length than its prompt,
             or one that does not differ.
     """
-    if not isinstance(task, Task):
-        raise TaskError(
-            f"expected a Task, not {type(task).__name__}", hint="make one with workbench.tasks.from_prompts"
-        )
+    expect(Task, task=task)
     if tokenizer is None and task.of_text:
         raise TaskError("a task needs a tokenizer", hint="workbench.attach(model, tokenizer)")
     if len(task) == 0:

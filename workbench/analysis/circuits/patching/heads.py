@@ -27,7 +27,7 @@ from workbench.analysis.circuits.patching.running import (
     two_runs,
     way_of,
 )
-from workbench.errors import InterventionError, nearest
+from workbench.errors import InterventionError, expect, nearest
 from workbench.session.ablations import find_ablation
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
@@ -61,7 +61,12 @@ def patch_heads(
 
     Raises:
         AttachError: the model's residual stream cannot be taken apart into heads. Others as `patch_layers`.
+
+    Warns:
+        UserWarning: scores are undefined as shares.
     """
+    expect(Workbench, wb=wb)
+    expect(Task, task=task)
     if activation not in ACTIVATIONS:
         raise InterventionError(f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS))
     check_direction(direction)
@@ -78,12 +83,14 @@ def patch_heads(
             resume=resume, progress=progress, note=f"patching {activation}",
             activation=activation, direction=direction,
         )  # fmt: skip
-        return HeadPatching(
+        found = HeadPatching(
             heads=tuple(name for *_, name in heads), layers=tuple(setup.graph.blocks[i] for i, *_ in heads),
             numbers=tuple(n for _, n, _ in heads), activation=activation, places=tuple(place.name for place in places),
             direction=direction, effects=effects, higher_is_better=setup.metric.higher_is_better, **measured(setup),
             sign=f"{way_of(direction)}; a positive score means that the clean activation helps the task",
         )  # fmt: skip
+    found.denominator.warn(f"the effect of patches on {found.metric}")
+    return found
 
 
 def ablate_heads(
@@ -98,17 +105,24 @@ def ablate_heads(
 
     Raises:
         TaskError, InterventionError, AttachError: as `patch_heads`.
+
+    Warns:
+        UserWarning: scores are undefined as shares.
     """
+    expect(Workbench, wb=wb)
+    expect(Task, task=task)
     with open_setup(wb, task, metric, batch_size=batch_size, memory=memory, seed=seed, engine=engine) as setup:
         setup.measure_baselines()
         effects = ablation_effects(setup, how, progress)
         heads = _heads(setup, "z")
-        return HeadPatching(
+        found = HeadPatching(
             heads=tuple(name for *_, name in heads), layers=tuple(setup.graph.blocks[i] for i, *_ in heads),
             numbers=tuple(n for _, n, _ in heads), activation=f"{how} ablation", places=("all",), direction=NOISING,
             sign="noising: the head's output is replaced; a positive score means that the head helps the task",
             effects=effects[:, None], higher_is_better=setup.metric.higher_is_better, **measured(setup),
         )  # fmt: skip
+    found.denominator.warn(f"the effect of ablations on {found.metric}")
+    return found
 
 
 def ablation_effects(setup: Setup, how: str, progress: bool = True) -> Tensor:

@@ -22,7 +22,7 @@ from workbench.analysis.circuits.patching.running import (
     two_runs,
     way_of,
 )
-from workbench.errors import InterventionError, nearest
+from workbench.errors import InterventionError, expect, nearest
 from workbench.session.workbench import Workbench
 from workbench.tasks.base import Task
 from workbench.workers.engine import Engine
@@ -70,8 +70,13 @@ def patch_layers(
             not have, a position beyond a prompt. AttachError: the model's blocks cannot be found. FormatError: the file
             is of another patching. PatchingInterrupted: on Ctrl-C, with what is done.
 
+    Warns:
+        UserWarning: scores are undefined as shares, since the metric is not surely another on prompts and twins.
+
     Source: Meng et al. 2202.05262 (causal tracing); names as in TransformerLens' `patching`.
     """
+    expect(Workbench, wb=wb)
+    expect(Task, task=task)
     if activation not in ACTIVATIONS:
         raise InterventionError(
             f"there is no activation {activation!r}", hint=nearest(str(activation), ACTIVATIONS, "activation")
@@ -94,13 +99,15 @@ def patch_layers(
             setup, units, places, partial(two_runs, keys=keys, direction=direction), resume=resume,
             progress=progress, note=f"patching {activation}", activation=activation, direction=direction,
         )  # fmt: skip
-        return LayerPatching(
+        patched = LayerPatching(
             rows=tuple(names), layers=tuple(setup.graph.blocks[i] for i, _ in found),
             streams=tuple(setup.graph.streams[s] for s in streams), activation=activation,
             places=tuple(place.name for place in places), tokens=tokens_at(setup, places), direction=direction,
             sign=f"{way_of(direction)}; 1 makes all of the difference between the runs, 0 none",
             effects=effects, **measured(setup),
         )  # fmt: skip
+    patched.denominator.warn(f"the effect of patches on {patched.metric}")
+    return patched
 
 
 def _places(setup: Setup, activation: str) -> list[tuple[int, Key]]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.analysis.circuits.engine.setup import NOISING
+from workbench.analysis.circuits.shares import Denominator
 from workbench.analysis.statistics.intervals import share_intervals
 from workbench.storage.result import Result
 from workbench.tokens import utf8
@@ -58,9 +59,15 @@ class Patched(Result):
         """[unit, place]: the mean effect, as a share of the difference between prompts and twins.
 
         0 where a patch changes nothing, 1 where it makes all of the difference: denoising (patched − corrupted) /
-        (clean − corrupted), noising (clean − patched) / (clean − corrupted).
+        (clean − corrupted), noising (clean − patched) / (clean − corrupted). It means nothing where the `denominator`
+        may be 0.
         """
         return self._way * self.effects.mean(-1) / self._gap.mean()
+
+    @property
+    def denominator(self) -> Denominator:
+        """By what scores are divided, and whether it is surely not 0."""
+        return Denominator.of(self.clean, self.corrupted)
 
     @property
     def interval(self) -> Tensor:
@@ -73,12 +80,15 @@ class Patched(Result):
     ) -> pd.DataFrame:
         """One row per unit and place, highest magnitude first: score, its interval, mean effect and its error.
 
+        The score is NaN where it is undefined as a share.
+
         Args:
             units, places: columns, of what each is called. lacking: with rows of places that a unit has not.
         """
         import pandas as pd
 
-        scores, effects, ends = self.scores, self.effects.mean(-1), self.interval
+        effects, ends, defined = self.effects.mean(-1), self.interval, self.denominator.defined
+        scores = self.scores if defined else torch.full_like(effects, torch.nan)
         n = self.effects.shape[-1]
         error = self.effects.std(-1) / n**0.5 if n > 1 else torch.full_like(effects, torch.nan)
         rows = [
@@ -91,7 +101,15 @@ class Patched(Result):
             if lacking or not bool(self.effects[i, j].isnan().all())
         ]  # fmt: skip
         frame = pd.DataFrame(rows, columns=[*units, *places, *_COLUMNS])
-        return frame.sort_values("score", key=abs, ascending=False, kind="stable").reset_index(drop=True)
+        by = "score" if defined else "effect"
+        return frame.sort_values(by, key=abs, ascending=False, kind="stable").reset_index(drop=True)
+
+    def _said(self, rows: pd.DataFrame, names: list[str]) -> str:
+        """The first rows for a repr: shares, or effects where no share is defined."""
+        if self.denominator.defined:
+            return ", ".join(f"{name} {row.score:.2f}" for name, row in zip(names, rows.itertuples(), strict=True))
+        each = ", ".join(f"{name} {row.effect:.3g}" for name, row in zip(names, rows.itertuples(), strict=True))
+        return f"shares undefined: {self.denominator}; effects on {self.metric}: {each}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,8 +147,8 @@ class HeadPatching(Patched):
         return self._tabulated(units, {"position": self.places}, lacking=True)
 
     def __repr__(self) -> str:
-        best = ", ".join(f"{row.head} {row.score:.2f}" for row in self.table.head(5).itertuples())
-        return f"HeadPatching({self.activation}, {self.direction}, {self.task}: {best})"
+        rows = self.table.head(5)
+        return f"HeadPatching({self.activation}, {self.direction}, {self.task}: {self._said(rows, list(rows['head']))})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,5 +178,6 @@ class LayerPatching(Patched):
         return self._tabulated(units, {"position": self.places, "token": tuple(map(utf8, self.tokens))}, lacking=False)
 
     def __repr__(self) -> str:
-        best = ", ".join(f"{row.row} at {row.position} {row.score:.2f}" for row in self.table.head(4).itertuples())
-        return f"LayerPatching({self.activation}, {self.direction}, {self.task}: {best})"
+        rows = self.table.head(4)
+        names = [f"{row.row} at {row.position}" for row in rows.itertuples()]
+        return f"LayerPatching({self.activation}, {self.direction}, {self.task}: {self._said(rows, names)})"
