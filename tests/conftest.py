@@ -8,7 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-gc.disable()  # until everything is imported, of which nothing is garbage
 # Set before anything imports huggingface_hub, which reads them once. No test may depend on a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from support.browser import WatchedPage
 
 sys.dont_write_bytecode = False  # what the variable above has said to this process
+gc.disable()  # until all tests are imported, of which nothing is garbage
 # A slow machine is no failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
