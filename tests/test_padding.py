@@ -11,7 +11,7 @@ from torch import Tensor
 
 import workbench
 from support.tiny import family, make
-from workbench import Capture, views
+from workbench import Capture
 from workbench.capture.padding import padding_of
 
 NAMES = ("entropy", "sink", "distance", "received", "received_mean", "value_weighted_received", "previous")
@@ -44,11 +44,6 @@ def test_padding_does_not_count(name: str, side: str) -> None:
         assert set(mine["n"]) == {5 - (statistic == "previous")}
         if alone is not None:
             np.testing.assert_allclose(mine[statistic], alone.table(statistic)[statistic], atol=2e-6)
-    if alone is not None:
-        both = [views.head_atlas(cap).data() for cap in (alone, captured(model, ids[1:]))]
-        found = views.head_atlas(together).data()
-        for column in ("entropy", "sink", "distance"):
-            np.testing.assert_allclose(found[column], (both[0][column] + both[1][column]) / 2, atol=2e-6)
 
 
 def test_what_is_no_padding_counts() -> None:
