@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
-import jsonschema
 import numpy as np
 from numpy.typing import NDArray
 
@@ -163,9 +162,9 @@ def check_static(spec: Mapping[str, Any]) -> None:
 
 
 def _check(kind: str, facts: Any, state: Any, blocks: Mapping[str, Any]) -> None:
-    error = jsonschema.exceptions.best_match(
-        _validator(kind_of(kind)).iter_errors({"facts": facts, "state": state, "blocks": blocks})
-    )
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_validator(kind_of(kind)).iter_errors({"facts": facts, "state": state, "blocks": blocks}))
     if error is not None:
         where = ".".join(map(str, error.absolute_path)) or "it"
         raise ReportError(f"the spec of a {kind} view is wrong at {where}: {error.message[:300]}")
@@ -173,7 +172,9 @@ def _check(kind: str, facts: Any, state: Any, blocks: Mapping[str, Any]) -> None
 
 @cache
 def _validator(kind: Kind) -> Any:
-    found = jsonschema.validators.validator_for(kind.schema)
+    from jsonschema.validators import validator_for  # whose import builds grammars for more than a second
+
+    found = validator_for(kind.schema)
     found.check_schema(kind.schema)
     return found(kind.schema)
 
