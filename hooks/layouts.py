@@ -55,13 +55,13 @@ class Layouts(Placing):
                 settled.append((one, one.reason))
                 continue
             self._attempts[key] += 1
-            self._guessed[key] = Known(bound.axes, "sizes")
+            self._guessed[key] = Known(bound.axes, "sizes", bound.count("batch"), None if run is None else run.examples)
             if one.compared or self._attempts[key] >= _ATTEMPTS:
                 self._known[key] = self._guessed[key]
             if not one.told:
                 call = late(one, bound)
                 if isinstance(call, str) and one.guess is not None:
-                    self._known[key] = Known(one.guess, "sizes")  # so that it is right when it runs again
+                    self._known[key] = self._guessed[key]  # so that it is right when it runs again
                 settled.append((one, call))
         return settled
 
@@ -154,7 +154,8 @@ class Layouts(Placing):
             reason = f"the module states {stated} heads, and its call has {heads}"
             self.refused[one.call.site] = reason
             return [(one, reason)]
-        self._known[one.call.site, one.ordinal] = Known(axes, "values")
+        known = Known(axes, "values", bound.count("batch"), run.examples)
+        self._known[one.call.site, one.ordinal] = known
         self.refused.pop(one.call.site, None)
         if not one.told:
             return [(one, late(one, bound))]

@@ -40,10 +40,24 @@ def learn(site: str) -> str:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a site's call: its axes and how they are known."""
+    """What is known of a site's call: its axes and how they are known.
+
+    Attributes:
+        batch, examples: how many entries its batch had where that was seen, and how many examples the model was given.
+    """
 
     axes: Axes
     by: By
+    batch: int = 1
+    examples: int | None = None
+
+    def tells(self, bound: Bound, examples: int | None) -> bool:
+        """Whether it tells of these sizes too: where windows lie among examples does not show while one is alone."""
+        if self.examples is None or examples is None:
+            return True
+        before, now = self.batch != self.examples, bound.count("batch") != examples  # are there windows?
+        more = self.examples == 1 < examples or (now and not before)
+        return not (more and (before or now))
 
 
 class Placing:
@@ -129,10 +143,11 @@ class Placing:
             return self._shown(call, bound), None
         if blocks and call.site in self._blocks and (found := self._blocks[call.site].of(ordinal, shape)) is not None:
             return replace(call.under(found[1]), block=found[0]), None
-        known = self._known.get((call.site, ordinal))
-        if known is None and threading.get_ident() in self._settled:
+        known, settled = self._known.get((call.site, ordinal)), threading.get_ident() in self._settled
+        if known is None and settled:
             known = self._guessed.get((call.site, ordinal))
-        if known is not None and (bound := known.axes.bind(shape)) is not None:
+        bound = None if known is None else known.axes.bind(shape)
+        if known is not None and bound is not None and (settled or known.tells(bound, run.examples)):
             self._check_whole(call, run)
             if known.by == "sizes":
                 run.by_sizes = call

@@ -194,7 +194,8 @@ class Telling:
                 settled = learn()
             self._settle(state, settled)
         except Exception as error:
-            if not self._listener.on_failed(getattr(error, "site", None) or state.owner[0], error):
+            site = getattr(error, "site", None)  # "" is the model itself
+            if not self._listener.on_failed(state.owner[0] if site is None else site, error):
                 raise
 
     def _settle(self, state: ThreadRun, settled: Settled) -> None:

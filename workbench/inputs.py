@@ -54,8 +54,8 @@ def check_inputs(
         context: gives the context's length, where that is known already.
 
     Raises:
-        CaptureError: tensors on another device than the model, an empty prompt, a prompt longer than the context, or
-            ids or labels that the model's vocabulary does not have.
+        CaptureError: tensors without numbers, or on another device than the model, an empty prompt, one longer than the
+            context, or ids or labels that the model's vocabulary does not have.
     """
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     first = next(model.parameters(), None)
@@ -67,6 +67,12 @@ def check_inputs(
                     shape=tensor.shape,
                     hint=f'move the inputs with .to("{first.device}")',
                 )
+    if (empty := next((t for t in tensors if t.is_meta), None)) is not None:
+        raise CaptureError(
+            'an input is on the "meta" device, where tensors have sizes and no numbers',
+            shape=empty.shape,
+            hint="load the model's weights onto a device; wb.estimate tells without them what a capture would keep",
+        )
     limit = context_length(model) if context is None else context()
     for name, ids in token_ids(args, kwargs).items():
         if ids.numel() == 0:

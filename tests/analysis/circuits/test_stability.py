@@ -40,7 +40,9 @@ def test_halves_share_no_group_of_prompts() -> None:
     with workbench.attach(tiny("llama-gqa"), Words()) as wb:
         circuit = workbench.find_circuit(wb, random_task(6, 6, 60), "eap", progress=False)
     with pytest.raises(workbench.WorkbenchError, match="the circuit is empty"):
-        workbench.circuit_stability(replace(circuit, edges_in=torch.zeros_like(circuit.edges_in)))
+        workbench.circuit_stability(
+            replace(circuit, edges_in=circuit.edges_in & False, senders_in=circuit.senders_in & False)
+        )
     apart = workbench.circuit_stability(circuit, n_bootstrap=3, groups=[0, 0, 0, 0, 1, 1])
     same = {round(float(value), 9) for value in apart.halves}
     assert len(same) == 1  # there is one way to cut two groups

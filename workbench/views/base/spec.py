@@ -162,9 +162,11 @@ def check_static(spec: Mapping[str, Any]) -> None:
 
 
 def _check(kind: str, facts: Any, state: Any, blocks: Mapping[str, Any]) -> None:
-    from jsonschema.exceptions import best_match
+    import jsonschema  # takes longer than all the views: beside Jupyter, it builds three dozen grammars first
 
-    error = best_match(_validator(kind_of(kind)).iter_errors({"facts": facts, "state": state, "blocks": blocks}))
+    error = jsonschema.exceptions.best_match(
+        _validator(kind_of(kind)).iter_errors({"facts": facts, "state": state, "blocks": blocks})
+    )
     if error is not None:
         where = ".".join(map(str, error.absolute_path)) or "it"
         raise ReportError(f"the spec of a {kind} view is wrong at {where}: {error.message[:300]}")
@@ -172,9 +174,9 @@ def _check(kind: str, facts: Any, state: Any, blocks: Mapping[str, Any]) -> None
 
 @cache
 def _validator(kind: Kind) -> Any:
-    from jsonschema.validators import validator_for  # whose import builds grammars for more than a second
+    import jsonschema
 
-    found = validator_for(kind.schema)
+    found = jsonschema.validators.validator_for(kind.schema)
     found.check_schema(kind.schema)
     return found(kind.schema)
 
