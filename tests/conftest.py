@@ -15,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads warn whe
 # Models here are small. More threads, or processes that compile, only wait for each other; those of a notebook too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# The compiler takes what the processor can do; to ask it six programs would have to be compiled.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # What is compiled is kept, by the compilers themselves under digests of sources, options and versions.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "triton"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "inductor"))
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from support.browser import WatchedPage
 
 sys.dont_write_bytecode = False  # what the variable above has said to this process
+gc.disable()  # until all tests are imported, of which nothing is garbage
 # A slow machine is no failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
@@ -47,6 +50,7 @@ def pytest_collection_finish() -> None:
     """What is imported stays to the end: no collection of garbage looks through a million objects again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 _WITH_BROWSER: set[Path] = set()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,14 @@ from workbench.kernels.flex import BLOCK, HALF
 from workbench.kernels.neighborhood.axis import Axis
 from workbench.kernels.neighborhood.fewest import fewest_blocks
 from workbench.kernels.neighborhood.layout import NeighborhoodLayout, flat_tiles
+from workbench.kernels.neighborhood.packing import packed
 
 _PARTIAL = 0.2  # what computing a mask adds to a block's products
 _MOST_TILES = 2048  # in one dimension
-_TRIED = 12  # of the best, that are laid out, by each of the scores
+_TRIED = 6, 4, 12  # of the best, that are laid out, by each of the scores
 _SAVES = 1.05  # so much less work key blocks of 64 must be: their tiles are smaller, and their lists longer
+_PACKED = 3  # of the best, with other boxes of queries each, whose keys are packed without boxes too
+_MOST_PACKED = 1 << 22  # pairs of a box of queries and a key, up to which they are
 _LAID_OUT = 1 << 22  # pairs of boxes, from which on no more are
 _OPEN = 64  # blocks with room that a box may go to
 _NONE = 1 << 40
@@ -54,7 +59,8 @@ def arrange(layout: NeighborhoodLayout) -> Arrangement:
 
     Queries and keys are cut on grids of their own, so that what a box of queries sees ends where boxes of keys end.
     Boxes at borders that leave room in their block share it with others that see, or are seen by, much the same.
-    Where what is visited is far above what any order must visit, keys are cut into blocks of 64 too.
+    Where what is visited is far above what any order must visit, keys come in blocks of 64 too; and since borders move
+    windows off any grid, they are then also packed one by one, by what sees them.
     """
     work, found = _best(layout, BLOCK)
     if work <= _SAVES * fewest_blocks(layout):
@@ -67,17 +73,27 @@ def _best(layout: NeighborhoodLayout, key_block: int) -> tuple[float, Arrangemen
     """The least work in blocks of so many keys, in pairs of 128 queries and 128 keys; and its arrangement."""
     least = fewest_blocks(layout, BLOCK, key_block)
     extra = -(-layout.extra_keys // key_block)
-    best: tuple[float, Arrangement] | None = None
+
+    def work(of: Arrangement) -> float:
+        visited = int(of.seen.sum()) + extra * len(of.queries)
+        return visited * (1 + _PARTIAL) - int(of.whole.sum()) * _PARTIAL
+
+    made: dict[tuple[tuple[int, int], ...], tuple[float, Arrangement, tuple[Cut, ...]]] = {}
     for cuts in _choices(layout, key_block):
         found = _lay_out(layout, cuts, key_block)
-        seen, whole = int(found.seen.sum()), int(found.whole.sum())
-        work = (seen + extra * len(found.queries)) * (1 + _PARTIAL) - whole * _PARTIAL
-        if best is None or work < best[0]:
-            best = work, found
-        if seen == whole == least:
+        of_queries = tuple((cut.size, cut.offset) for cut in cuts)
+        if of_queries not in made or work(found) < made[of_queries][0]:
+            made[of_queries] = work(found), found, cuts
+        if int(found.whole.sum()) == int(found.seen.sum()) == least:
             break
-    assert best is not None  # boxes of one token are always there
-    return best[0] * key_block / BLOCK, best[1]
+    ranked = sorted(made.values(), key=lambda one: one[0])
+    best, chosen, _ = ranked[0]
+    if key_block == HALF and best > _SAVES * least:
+        for _, _, cuts in ranked[:_PACKED]:
+            finer = _pack(layout, cuts, key_block)
+            if finer is not None and work(finer) < best:
+                best, chosen = work(finer), finer
+    return best * key_block / BLOCK, chosen
 
 
 def _choices(layout: NeighborhoodLayout, key_block: int) -> Iterator[tuple[Cut, ...]]:
@@ -100,9 +116,9 @@ def _choices(layout: NeighborhoodLayout, key_block: int) -> Iterator[tuple[Cut, 
     filled = full.prod() / counts[:, 1:].clamp(min=full).prod(1)  # how full blocks are if no two boxes share one
     sharing = (most // volumes).prod(1).double()  # boxes that fit into a block, of queries times of keys
     scores = pairs, pairs * filled.sqrt(), pairs / sharing**0.75
-    ranks = torch.stack([score.argsort(stable=True)[:_TRIED] for score in scores], 1)
+    best = [score.argsort(stable=True)[:n].tolist() for score, n in zip(scores, _TRIED, strict=True)]
     laid_out = 0
-    for at in dict.fromkeys(ranks.flatten().tolist()):
+    for at in dict.fromkeys(at for ranked in zip_longest(*best) for at in ranked if at is not None):
         yield ways[at]
         laid_out += int(counts[at, 1] * counts[at, 2])
         if laid_out > _LAID_OUT:
@@ -158,16 +174,36 @@ def _sizes(axis: Axis) -> list[int]:
 
 
 def _lay_out(layout: NeighborhoodLayout, cuts: tuple[Cut, ...], key_block: int) -> Arrangement:
+    boxes = _boxes(layout, cuts, [(cut.key_size, cut.key_offset) for cut in cuts])
+    return _arranged(boxes, _shared(boxes.seen.mT, (boxes.keys >= 0).sum(1), key_block), key_block)
+
+
+def _pack(layout: NeighborhoodLayout, cuts: tuple[Cut, ...], key_block: int) -> Arrangement | None:
+    """The same boxes of queries, with keys packed one by one; None where there are too many."""
+    n_boxes = math.prod(len(axis.tiles(cut.size, cut.offset)) for axis, cut in zip(layout.axes, cuts, strict=True))
+    if n_boxes * layout.n_tokens > _MOST_PACKED:
+        return None
+    boxes = _boxes(layout, cuts, [(1, 0)] * len(cuts))
+    group = packed(boxes.seen.mT, key_block)
+    return None if group is None else _arranged(boxes, group, key_block)
+
+
+def _boxes(layout: NeighborhoodLayout, cuts: tuple[Cut, ...], key_tiles: Sequence[tuple[int, int]]) -> Arrangement:
+    """Blocks of queries, and keys in boxes: of each dimension the size and offset of their tiles."""
     axes = layout.axes
     rows = [axis.tiles(cut.size, cut.offset) for axis, cut in zip(axes, cuts, strict=True)]
-    columns = [axis.tiles(cut.key_size, cut.key_offset) for axis, cut in zip(axes, cuts, strict=True)]
+    columns = [axis.tiles(*tile) for axis, tile in zip(axes, key_tiles, strict=True)]
     meets = [axis.meets(x, y) for axis, x, y in zip(axes, rows, columns, strict=True)]
     seen, whole = (reduce(_product, [each[i] for each in meets]) for i in (0, 1))
     queries, keys = flat_tiles(rows, layout.shape), flat_tiles(columns, layout.shape)
     group = _shared(seen, (queries >= 0).sum(1), BLOCK)
-    seen, whole, queries = _any(seen, group), _all(whole, group), _fill(queries, group, BLOCK)
-    group = _shared(seen.mT, (keys >= 0).sum(1), key_block)
-    seen, whole, keys = _any(seen.mT, group).mT, _all(whole.mT, group).mT, _fill(keys, group, key_block)
+    return Arrangement(_fill(queries, group, BLOCK), keys, _any(seen, group), _all(whole, group))
+
+
+def _arranged(boxes: Arrangement, group: Tensor, key_block: int) -> Arrangement:
+    """With the boxes of keys of each group in a block, and as many places of queries as of keys."""
+    seen, whole = _any(boxes.seen.mT, group).mT, _all(boxes.whole.mT, group).mT
+    queries, keys = boxes.queries, _fill(boxes.keys, group, key_block)
     each = BLOCK // key_block
     n_blocks = max(len(queries), -(-len(keys) // each))
     more_queries, more_keys = n_blocks - len(queries), n_blocks * each - len(keys)

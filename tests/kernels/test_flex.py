@@ -13,12 +13,14 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
+from support.backends import untraced_flex
 from workbench.kernels import flex
 from workbench.kernels.flex import BLOCK, FlexPlan, block_mask, flex_attend
 from workbench.kernels.layouts import Layout
-from workbench.kernels.neighborhood import NeighborhoodLayout, fewest_blocks, token_permutation
+from workbench.kernels.neighborhood import NeighborhoodLayout, fewest_blocks, packing, token_permutation
 from workbench.kernels.neighborhood.boxes import arrange
 from workbench.kernels.neighborhood.flex import flex_plan as neighborhood_plan
+from workbench.kernels.neighborhood.packing import packed
 from workbench.kernels.s2 import S2Layout
 from workbench.kernels.s2.flex import flex_plan as s2_plan
 
@@ -110,7 +112,8 @@ def test_s2_keys_in_another_order_give_the_same(layout: S2Layout) -> None:
     gen = torch.Generator().manual_seed(0)
     q = torch.randn(2, layout.n_heads, layout.n_queries, 8, generator=gen)
     k, v = torch.randn(2, 2, layout.n_kv_heads, layout.n_keys, 8, generator=gen)
-    out, lse = flex_attend(q, k, v, s2_plan(layout, CPU), compiled=False)
+    with untraced_flex():
+        out, lse = flex_attend(q, k, v, s2_plan(layout, CPU), compiled=False)
     k, v = (x.repeat_interleave(layout.n_heads // layout.n_kv_heads, 1) for x in (k, v))
     seen = layout.visible(
         slice(0, layout.n_queries), slice(0, layout.n_keys), layout.for_heads(slice(None), layout.n_heads)
@@ -172,8 +175,7 @@ def test_neighborhoods_visit_little_more_than_any_order_must(layout: tuple[Any, 
     (((1000,), 64, 16, 3), 1.2),
     (((56, 56), 7), 1.2),
     (((8, 20, 20), (3, 7, 7), 1, 1, (True, False, False)), 1.2),
-    # A stride of 4 does not divide 30: the windows that the border moves end within boxes that others fill.
-    (((10, 30, 30), (4, 12, 12), (2, 4, 4)), 1.35),
+    (((10, 30, 30), (4, 12, 12), (2, 4, 4)), 1.2),
 ])  # fmt: skip
 def test_neighborhoods_visit_what_their_queries_see_in_whole_blocks(layout: tuple[Any, ...], most: float) -> None:
     made = NeighborhoodLayout(*layout)
@@ -185,6 +187,35 @@ def test_neighborhoods_visit_what_their_queries_see_in_whole_blocks(layout: tupl
         several = functools.reduce(lambda a, b: (a[:, :, None] & b[:, None]).flatten(1), seen)
         needed += math.ceil(int(several.any(0).sum()) / BLOCK)
     assert int(found.seen.sum()) * found.keys.shape[1] <= most * needed * BLOCK
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 15), min_size=1, max_size=60), st.integers(1, 9))
+def test_keys_are_packed_alike_ones_first(seers: list[int], block: int) -> None:
+    """Blocks hold what they can; keys that the same queries see fill blocks of their own as far as they go."""
+    seen = torch.tensor(seers)[:, None] >> torch.arange(4) & 1 > 0
+    group = packed(seen, block)
+    assert group is not None
+    assert int(group.bincount().max()) <= block
+    assert sorted(set(group.tolist())) == list(range(int(group.max()) + 1))
+    alone = sum(len(set(kinds)) == 1 and len(kinds) == block for kinds in of_groups(seers, group))
+    assert alone >= sum(seers.count(kind) // block for kind in set(seers))
+    for kinds in of_groups(seers, group):  # nothing is joined that no block of queries sees both of
+        first, *others = dict.fromkeys(kinds)
+        for _ in others:
+            together = [kind for kind in others if kind & first]
+            first = functools.reduce(lambda a, b: a | b, together, first)
+        assert all(kind & first for kind in others)
+
+
+def of_groups(seers: list[int], group: Tensor) -> list[list[int]]:
+    return [[seers[i] for i in (group == n).nonzero()[:, 0].tolist()] for n in range(int(group.max()) + 1)]
+
+
+def test_too_many_sets_of_keys_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MOST", 3)
+    assert packed(torch.eye(4).bool(), 2) is None
+    assert packed(torch.eye(4).bool().repeat(2, 1), 2) is not None  # each fills a block
 
 
 @settings(max_examples=40, deadline=None)
