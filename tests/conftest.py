@@ -23,7 +23,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] /
 # Python's bytecode too, or each of the many processes that tests start compiles the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError
 from types import ModuleType
@@ -40,17 +40,21 @@ if TYPE_CHECKING:
     from support.browser import WatchedPage
 
 sys.dont_write_bytecode = False  # what the variable above has said to this process
-gc.disable()  # until all tests are imported, of which nothing is garbage
 # A slow machine is no failure.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
 
-def pytest_collection_finish() -> None:
-    """What is imported stays to the end: no collection of garbage looks through a million objects again."""
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported stays to the end: no collection of garbage looks through its million objects, then or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 _WITH_BROWSER: set[Path] = set()
