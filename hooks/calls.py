@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from workbench.errors import CaptureError
 from workbench.hooks import flex, registry
 from workbench.hooks.finding import heads_of, kv_heads_of
 from workbench.hooks.forwards import check_plain
@@ -14,6 +17,7 @@ from workbench.hooks.kernel_watch import LseWatch
 from workbench.hooks.paged import PagedKeys
 from workbench.hooks.proofs.axes import Bound
 from workbench.hooks.tap import AttentionCall
+from workbench.hooks.truth import check_last_row
 from workbench.hooks.waiting import Unplaced
 from workbench.hooks.written_out import WrittenOut, ungrouped
 
@@ -118,3 +122,26 @@ def of_backend(
     """A call of a backend of Hugging Face's registry; `inner` is what was seen of SDPA in it, `paged` of its cache."""
     facts = registry.read(owner[0], backend, module, args, kwargs, inner, paged)
     return AttentionCall(*owner, output=output, tap="registry", **facts)
+
+
+def by_its_weights(call: AttentionCall, weights: Any) -> AttentionCall | None:
+    """The call of a backend by the weights that it gave beside its output, if these make the output and what queries,
+    keys and mask say does not: a function of one's own may do more to the scores than its arguments tell.
+    """
+    shape = (call.v.shape[0], call.sizes[0], *call.lengths)
+    if not isinstance(weights, Tensor) or weights.shape != shape or not weights.is_floating_point():
+        return None
+    if call.dropout > 0 or call.segments or call.build is not None or _holds(call):
+        return None
+    found = replace(call, q=None, k=None, lse=None, weights=weights, kernel="written out", tap="written_out")
+    return found if _holds(found) else None
+
+
+def _holds(call: AttentionCall) -> bool:
+    """Whether the last row of its pattern gives what the kernel gave."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(call.v.device.type, enabled=False):
+        try:
+            check_last_row(call, call.pattern())
+        except CaptureError:
+            return False
+    return True

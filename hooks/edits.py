@@ -206,7 +206,7 @@ class PatternEdit(HeadEdit):
         super().__init__(heads, Positions())
         check_functions({site: dict.fromkeys(chosen, edit) for site, chosen in heads.items()}, "edit(rows, site, head)")
         self.edit, self.queries = edit, queries
-        self._checked: set[tuple[str, int]] = set()
+        self._checked: dict[tuple[str, int], int] = {}  # of how many keys
 
     def replaced(self, call: AttentionCall, old: Tensor) -> Tensor:
         """rows' · V in the chosen rows of the chosen heads."""
@@ -226,9 +226,10 @@ class PatternEdit(HeadEdit):
                 return old
             here = head - call.shard.first
         present = rows(call, here, index, cross=site.kind == "cross")
-        if (call.site, head) not in self._checked:  # once: a row costs little, but a GPU has to be waited for
+        n_keys = call.lengths[1]
+        if n_keys >= 2 * self._checked.get((call.site, head), 0):  # a row costs little, but a GPU has to be waited for
             check_row(call, here, index, present)
-            self._checked.add((call.site, head))
+            self._checked[call.site, head] = n_keys
         edited_before = _edited_rows.setdefault(call, {}).setdefault(head, [])
         for at, made in edited_before:
             present = _overlay(present, index, made, at)

@@ -60,6 +60,7 @@ class Telling:
     def __init__(self, model: nn.Module, listener: Listener, layouts: Layouts) -> None:
         self._model, self._listener, self._layouts = model, listener, layouts
         self._proved: set[str] = set()  # sites of readers whose gradients have been compared
+        self._by_weights: dict[str, bool] = {}  # whether a backend's own weights are what it computes; else q·k is
         self._names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
         found = ((module, reader_of(module)) for module in self._names)
         self._readers: dict[nn.Module, Reader] = {module: reader for module, reader in found if reader is not None}
@@ -126,10 +127,16 @@ class Telling:
         with state.tap.inside() as inner:
             result = function(module, *args, **(kwargs if paged is None else kwargs | {"cache": paged.cache}))
         name = self._names.get(module)
-        replaced = self._tell(
-            lambda owner: calls.of_backend(owner, backend, module, args, kwargs, result[0], inner, paged),
-            None if name is None else (site_name(name), module),
-        )
+
+        def made(owner: calls.Owner) -> AttentionCall:
+            call = calls.of_backend(owner, backend, module, args, kwargs, result[0], inner, paged)
+            given = result[1] if len(result) > 1 and self._by_weights.get(owner[0], True) else None
+            found = None if given is None else calls.by_its_weights(call, given)
+            if call.lengths[1] > 1:  # a single key has all the weight, whatever its score
+                self._by_weights[owner[0]] = found is not None
+            return call if found is None else found
+
+        replaced = self._tell(made, None if name is None else (site_name(name), module))
         return result if replaced is None else (replaced, *result[1:])
 
     def _saw_narrow(

@@ -28,9 +28,15 @@ _EDITING = {
     Tensor.mul, torch.mul, Tensor.__mul__, Tensor.masked_fill, torch.masked_fill, torch.where, Tensor.nan_to_num,
     torch.nan_to_num, Tensor.mul_, Tensor.masked_fill_, Tensor.__rmul__, Tensor.nan_to_num_,
 }  # fmt: skip
+_BY_OTHERS = {
+    Tensor.div, torch.div, Tensor.__truediv__, Tensor.div_, Tensor.__itruediv__, Tensor.true_divide, torch.true_divide,
+    Tensor.add, torch.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__, Tensor.sub, torch.sub, Tensor.__sub__,
+    Tensor.sub_, Tensor.__isub__, F.normalize, Tensor.tril, torch.tril, Tensor.triu, torch.triu,
+}  # fmt: skip
+"""Normalised again, or with others added to them: the first argument is what goes on."""
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _EINSUM = {torch.einsum}
-_FOLLOWED = _SOFTMAX | _DROPOUT | _RESHAPING | _EDITING | _PRODUCTS | _EINSUM
+_FOLLOWED = _SOFTMAX | _DROPOUT | _RESHAPING | _EDITING | _BY_OTHERS | _PRODUCTS | _EINSUM
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Follower:
                 if result is not args[0]:
                     same = weights is args[0]
                     self._weights[result] = None if same else func(weights, *args[1:], **kwargs), dropout
-            else:
+            elif func in _EDITING or result.shape == args[0].shape:
                 self._weights[result] = None, dropout
         elif func in _EDITING and len(args) > 1:  # torch.where(mask, weights, 0), number * weights
             for other in args[1:]:

@@ -15,13 +15,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads warn whe
 # Models here are small. More threads, or processes that compile, only wait for each other; those of a notebook too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# The compiler takes what the processor can do; to ask it six programs would have to be compiled.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # What is compiled is kept, by the compilers themselves under digests of sources, options and versions.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "triton"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "inductor"))
 # Python's bytecode too, or each of the many processes that tests start compiles the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError
 from types import ModuleType
@@ -43,10 +45,16 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
-def pytest_collection_finish() -> None:
-    """What is imported stays to the end: no collection of garbage looks through a million objects again."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported stays to the end: no collection of garbage looks through its million objects, then or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 _WITH_BROWSER: set[Path] = set()

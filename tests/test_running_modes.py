@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import workbench
@@ -213,6 +214,40 @@ def test_a_part_that_mixes_no_tokens_begins_no_forward(model: Any, ids: Tensor) 
         hidden.shape[-1],
     )
     assert len(steps) == 1
+
+
+def _with_distances(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **more: Any) -> Any:
+    """Attention of a user's own, which takes off the distance of a key that no argument tells of."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    at = torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None] - torch.arange(k.shape[2])
+    scores = q @ k.mT * more["scaling"] - 0.5 * at
+    weights = (scores if mask is None else scores + mask[..., : k.shape[2]]).softmax(-1)
+    return (weights @ v).transpose(1, 2).contiguous(), weights
+
+
+@torch.no_grad()
+def test_a_backend_that_does_more_than_it_is_told(model: Any, ids: Tensor) -> None:
+    """Its own weights are taken; of a prompt of one token nothing shows that they are needed."""
+    transformers.AttentionInterface.register("distances", _with_distances)
+    transformers.AttentionMaskInterface.register("distances", transformers.masking_utils.eager_mask)
+    model.set_attn_implementation("distances")
+    want = model(ids, output_attentions=True).attentions
+    rows: list[Tensor] = []
+    with workbench.attach(model) as wb:
+        assert wb.verify(ids).ok
+        with wb.capture(("entropy",), values=True) as capture:
+            cache = model(ids[:, :1], use_cache=True).past_key_values
+            model(ids[:, 1:], past_key_values=cache)
+        with wb.watch_rows("L1H2", lambda step: rows.append(step.rows["L1H2"])):
+            cache = model(ids[:, :1], use_cache=True).past_key_values
+            for at in range(1, 4):
+                model(ids[:, at : at + 1], past_key_values=cache)
+        with wb.edit_pattern("L1H2", lambda rows, site, head: rows):
+            torch.testing.assert_close(model(ids).logits, model(ids).logits)
+    for site, weights in zip(capture.calls[1], want, strict=True):
+        torch.testing.assert_close(site.pattern.dense(), weights[:, :, 1:])
+    for at, row in enumerate(rows):
+        torch.testing.assert_close(row, want[1][:, 2, at, : at + 1])
 
 
 def test_an_encoder_that_is_attached_alone() -> None:

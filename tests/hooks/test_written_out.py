@@ -53,7 +53,26 @@ def _refilled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.dropout(weights, 0.5, training=False).contiguous() @ v
 
 
-SPELLINGS: list[Spelling] = [_merged, _reshaped, _einsum, _einsum_of_a_list, _with_sinks, _gated, _refilled]
+def _normalised_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = _scores(q, k).softmax(-1).tril()
+    return F.normalize(weights / weights.sum(-1, keepdim=True), p=1, dim=-1) @ v
+
+
+def _differential(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (_scores(q, k).softmax(-1) - 0.3 * _scores(k, q).softmax(-1) + torch.eye(LENGTH)) @ v
+
+
+SPELLINGS: list[Spelling] = [
+    _normalised_again,
+    _differential,
+    _merged,
+    _reshaped,
+    _einsum,
+    _einsum_of_a_list,
+    _with_sinks,
+    _gated,
+    _refilled,
+]
 
 
 class Model(nn.Module):

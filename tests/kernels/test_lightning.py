@@ -122,16 +122,16 @@ def test_with_total_decay_only_the_position_itself_is_read():
 
 
 @pytest.mark.parametrize("rate", [1e-30, 1e-3, 0.5, 0.999])
-@pytest.mark.parametrize("chunk", [64, 4096])
-def test_long_sequences_neither_overflow_nor_turn_to_nan(rate: float, chunk: int):
-    q, k, v = inputs(4096, b=1, h=1, d=4, width=3, dtype=torch.float32)
+def test_long_sequences_neither_overflow_nor_turn_to_nan(rate: float):
+    tensors = inputs(1200, b=1, h=1, d=4, width=3, dtype=torch.float32)  # float64 does not hold 0.5⁻¹²⁰⁰
     decay = torch.full((1,), rate, dtype=torch.float64)
-    tensors = [t.requires_grad_() for t in (q, k, v)]
-    out = lightning_attention(*tensors, decay, chunk=chunk)
-    out.sum().backward()
-    want, _ = recurrent(*(t.detach().double() for t in tensors), decay)
-    torch.testing.assert_close(out.double(), want, atol=1e-3, rtol=1e-4)
-    assert all(bool(t.grad.isfinite().all()) for t in tensors)
+    want, _ = recurrent(*(t.double() for t in tensors), decay)
+    for chunk in (64, 1200):
+        given = [t.clone().requires_grad_() for t in tensors]
+        out = lightning_attention(*given, decay, chunk=chunk)
+        out.sum().backward()
+        torch.testing.assert_close(out.double(), want, atol=1e-3, rtol=1e-4)
+        assert all(bool(t.grad.isfinite().all()) for t in given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -9,7 +9,7 @@ puts it back, and passes on what the functions' signatures say they take.
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -175,18 +175,24 @@ def on_backend(model: nn.Module, backend: str) -> nn.Module:
     return model
 
 
-@contextmanager
-def uncompiled_flex() -> Iterator[None]:
-    """Flex attention runs as it is written: compiling it, or only tracing it first, takes seconds per model.
+def untraced_flex() -> AbstractContextManager[Any]:
+    """PyTorch's flex attention, where it is not compiled, is not traced first either, which takes longer than it does.
 
     What tracing changes for those who watch is tested in `tests/hooks/test_flex.py`.
     """
     from torch.nn.attention import flex_attention as written
+
+    return mock.patch.object(written, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
+@contextmanager
+def uncompiled_flex() -> Iterator[None]:
+    """Flex attention runs as it is written; compiling it takes seconds per model."""
     from transformers import masking_utils
     from transformers.integrations import flex_attention as flex
 
     with (
-        mock.patch.object(written, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
+        untraced_flex(),
         mock.patch.object(flex.WrappedFlexAttention, "_instance", None),
         mock.patch.object(flex.WrappedFlexAttention, "_is_flex_compiled", True),
         mock.patch.object(flex.WrappedFlexAttention, "_compiled_flex_attention", staticmethod(flex.flex_attention)),

@@ -216,8 +216,9 @@ class Capture:
 
         Args:
             statistic: a captured per-query or per-key statistic.
-            per: "head" averages over positions (rows that see no key, or have none of what is asked for, are left out);
-                "position" keeps them.
+            per: "head" averages over positions (rows that see no key, or have none of what is asked for, are left out,
+                and so is padding where the pattern was kept: what its rows give others is not in `received`);
+                "position" keeps them all.
 
         Returns:
             Columns forward, site, call, layer, kind, batch, (window,) head, (position,) and the statistic; `call`

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from workbench.capture.padding import without_padding
 from workbench.capture.site_capture import Forward
 from workbench.errors import CaptureError
 from workbench.hooks.sites import Site
@@ -34,7 +35,7 @@ def tidy(forwards: Sequence[Forward], sites: Iterable[Site], statistic: str, per
         for c in forward.sites.values():
             if statistic not in c.statistics and known and (somewhere or not c.site.has(statistic)):
                 continue  # cross-attention has none that compare positions; gates alone always have a factor
-            values = getattr(c, statistic).double()
+            values = (without_padding(c, statistic) if per == "head" else getattr(c, statistic)).double()
             if values.dim() == 2 and per == "head":
                 values = values[..., None]
             if values.dim() != 3:

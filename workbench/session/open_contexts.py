@@ -292,7 +292,8 @@ class OpenContexts(Listener):
         for watch in self._watching():
             if call.site in watch.heads:
                 watch.guarded(watch.on_call, call)
-                self._taps.setdefault(call.site, set()).add(call.tap if call.axes is None else "")
+                if call.lengths[1] > 1:  # a single key shows nothing of how it is read
+                    self._taps.setdefault(call.site, set()).add(call.tap if call.axes is None else "")
         recorder = self._recording()
         if recorder is not None and not call.replay:
             try:

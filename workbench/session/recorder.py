@@ -45,7 +45,7 @@ class Recorder(CallRecorder):
     _running: dict[int, RunningForward] = field(default_factory=dict)
     _threads: dict[int, int] = field(default_factory=dict)
     _refused_here: dict[int, set[str]] = field(default_factory=dict)  # by thread, in its present forward
-    _checked: set[str] = field(default_factory=set)
+    _checked: dict[str, int] = field(default_factory=dict)  # of how many keys, by site
     _contexts: list[int | None] = field(default_factory=list)
     _entered: dict[int, dict[str, float]] = field(default_factory=dict)
     _unstored: dict[int, list[Forward]] = field(default_factory=dict)  # by thread: over, but for their gradients
@@ -229,15 +229,18 @@ class Recorder(CallRecorder):
         device, grad_is_on = call.v.device.type, torch.is_grad_enabled()
         # The user may run under inference_mode or autocast; the statistics must be ordinary tensors in full precision.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            unchecked = set()
+            checked = dict[str, int]()
             for forward, part in running.parts(call):
                 site = known.at_call(sum(one.site.path == call.site for one in forward.sites.values()))
-                if site.name not in self._checked:  # once per site: one row costs little, every row of every call not
-                    unchecked.add(site.name)
-                capture, size = self.record(part, site, forward, edited, grad_is_on, check=site.name in unchecked)
+                n_keys = part.lengths[
+                    1
+                ]  # one row costs little, every row of every call not; of a single key it tells nothing
+                if n_keys >= 2 * self._checked.get(site.name, 0):
+                    checked[site.name] = n_keys
+                capture, size = self.record(part, site, forward, edited, grad_is_on, check=site.name in checked)
                 times = CallTimes(entered, seen, self._now() - seen, size)
                 forward.sites[site.name] = replace(capture, times=times)
-            self._checked |= unchecked
+            self._checked |= checked
 
     def on_refused(self, site: str, reason: str) -> None:
         """Calls of a site are not what they were told to be: nothing of them is kept."""

@@ -119,7 +119,8 @@ class RowWatch:
             for forward, part in running.parts(call):
                 if (call.site, call.kernel) not in self.checked:  # once: does a row give what the kernel gave?
                     check_last_row(part, part.pattern(cross=cross))
-                    self.checked.add((call.site, call.kernel))
+                    if part.lengths[1] > 1:  # a single key has all the weight, whatever its score
+                        self.checked.add((call.site, call.kernel))
                 rows = Products.of(part, own, cross=cross) or last_rows(part, own, cross=cross)
                 self._hold(found.setdefault(id(forward), {}), call.site, here, rows)
 

@@ -85,6 +85,12 @@ class Circuit(Result):
         """Senders, receivers and edges of the model."""
         return Graph.of(self.model)
 
+    def _with(self, **parts: Any) -> Circuit:
+        """The circuit with other parts, of the same model: its graph is not read and checked again."""
+        again = replace(self, **parts)
+        again.__dict__["graph"] = self.graph
+        return again
+
     @property
     def nodes(self) -> tuple[str, ...]:
         """Names of the nodes in the circuit, in the order of the model."""
@@ -173,7 +179,7 @@ class Circuit(Result):
         if self.level == "edge":
             edges = chosen.view(scores.shape)
             return self.with_edges(self.graph.pruned(edges) if prune else edges & self.graph.exists, threshold)
-        return replace(self, senders_in=chosen, edges_in=torch.zeros_like(self.edges_in), threshold=threshold)
+        return self._with(senders_in=chosen, edges_in=torch.zeros_like(self.edges_in), threshold=threshold)
 
     def above(self, value: float, *, absolute: bool = True, prune: bool = True) -> Circuit:
         """The circuit of all scores of at least `value`."""
@@ -187,7 +193,7 @@ class Circuit(Result):
         if edges.shape != self.edges_in.shape:
             raise WorkbenchError("edges are [sender, receiver]", shape=edges.shape)
         given = {"kind": "given", "value": None} if threshold is None else threshold
-        return replace(self, edges_in=edges, senders_in=edges.any(1), threshold=given)
+        return self._with(edges_in=edges, senders_in=edges.any(1), threshold=given)
 
     def with_nodes(self, nodes: Sequence[Any]) -> Circuit:
         """The same scores with other heads or nodes in the circuit; edges are left out."""
@@ -230,7 +236,7 @@ class Circuit(Result):
         if self.level == "edge":
             scores = torch.full_like(self.edge_scores, torch.nan)
             scores[graph.exists] = mean
-            again = replace(self, edge_scores=scores, node_scores=scores.nan_to_num(0.0).abs().sum(1))
+            again = self._with(edge_scores=scores, node_scores=scores.nan_to_num(0.0).abs().sum(1))
             pruned = bool(rule.get("pruned", True))
             if rule.get("kind") == "value":
                 return again.above(rule["value"], absolute=absolute, prune=pruned)
@@ -239,16 +245,16 @@ class Circuit(Result):
         rows = mean.view(-1, len(graph.senders))  # of path patching one for each stage
         largest = rows.gather(0, rows.nan_to_num(0.0).abs().argmax(0)[None])[0]
         if not self.stages:
-            return replace(self, node_scores=largest).top(int(self.senders_in.sum()), absolute=absolute)
+            return self._with(node_scores=largest).top(int(self.senders_in.sum()), absolute=absolute)
         stages, inside, edges = [], torch.zeros_like(self.senders_in), torch.zeros_like(self.edges_in)
         for stage, row in zip(self.stages, rows, strict=True):
-            chosen = replace(self, node_scores=row).top(len(stage["chosen"]), absolute=absolute).senders_in
+            chosen = self._with(node_scores=row).top(len(stage["chosen"]), absolute=absolute).senders_in
             inside |= chosen
             for name in stage["receivers"]:
                 edges[:, graph.receiver_index[name]] |= chosen & graph.exists[:, graph.receiver_index[name]]
             names = tuple(graph.senders[i] for i in chosen.nonzero()[:, 0].tolist())
             stages.append({**stage, "importance": row, "chosen": names})
-        return replace(self, senders_in=inside, edges_in=edges, node_scores=largest, stages=tuple(stages))
+        return self._with(senders_in=inside, edges_in=edges, node_scores=largest, stages=tuple(stages))
 
     @property
     def members(self) -> Tensor:

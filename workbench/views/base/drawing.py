@@ -6,11 +6,12 @@ import io
 import re
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
@@ -89,8 +90,16 @@ def png(
     Args:
         colours: keep so many, which makes a picture of many faint lines several times smaller.
     """
-    found = drawn(picture, size, "png", theme=theme, dpi=dpi)
-    return found if colours is None else _fewer(found, colours)
+    if colours is None:
+        return drawn(picture, size, "png", theme=theme, dpi=dpi)
+    from PIL import Image
+
+    out = io.BytesIO()
+    with _figure(picture, size, "png", theme=theme, dpi=dpi) as figure:
+        figure.canvas.draw()
+        image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
+        few_colours(image, colours).save(out, format="png", optimize=True, dpi=(dpi, dpi))
+    return out.getvalue()
 
 
 def drawn(
@@ -109,27 +118,41 @@ def drawn(
         form: "png", "svg" or "pdf".
         words: to stand around the picture, which grows by them. transparent: without a background.
     """
+    dates = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+    metadata: dict[str, Any] = dates.get(form, {"CreationDate": None, "Producer": None, "Creator": None})
+    around: dict[str, Any] = {} if words is None else {"bbox_inches": "tight", "pad_inches": 0.1}
+    out = io.BytesIO()
+    with _figure(picture, size, form, theme=theme, dpi=dpi, words=words) as figure:
+        figure.savefig(out, format=form, dpi=dpi, metadata=metadata, transparent=transparent, **around)
+    return _numbered(out.getvalue()) if form == "svg" else out.getvalue()
+
+
+@contextmanager
+def _figure(
+    picture: Callable[[Any], None],
+    size: tuple[float, float],
+    form: str,
+    *,
+    theme: str,
+    dpi: int,
+    words: Words | None = None,
+) -> Iterator[Any]:
+    """A figure with the picture in it, and with its axes in their places where no words stand around it."""
     from matplotlib.backend_bases import get_registered_canvas_class
     from matplotlib.figure import Figure
 
-    dates = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
-    metadata: dict[str, Any] = dates.get(form, {"CreationDate": None, "Producer": None, "Creator": None})
     with _style(theme) as colours:
         figure = Figure(figsize=size, dpi=dpi, layout="constrained")
         get_registered_canvas_class(form)(figure)
         picture(figure)
-        around: dict[str, Any] = {}
         if words is not None:
             _surround(figure, words, colours)
-            around = {"bbox_inches": "tight", "pad_inches": 0.1}
-        out = io.BytesIO()
         with warnings.catch_warnings():
             # A script that no installed font has: the picture shows boxes, the page and the table the text.
             warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
             if words is None:
                 _lay_out(figure, form)
-            figure.savefig(out, format=form, dpi=dpi, metadata=metadata, transparent=transparent, **around)
-    return _numbered(out.getvalue()) if form == "svg" else out.getvalue()
+            yield figure
 
 
 def _lay_out(figure: Any, form: str) -> None:
@@ -158,15 +181,6 @@ def _surround(figure: Any, words: Words, colours: dict[str, str]) -> None:
         if lines:
             figure.text(0.0, below / height, "\n".join(lines), fontsize=size, color=colour, va="top", ha="left")
         below -= (1.3 * size * len(lines) + 4) / 72
-
-
-def _fewer(picture: bytes, colours: int) -> bytes:
-    from PIL import Image
-
-    out = io.BytesIO()
-    with Image.open(io.BytesIO(picture)) as image:
-        few_colours(image, colours).save(out, format="png", optimize=True, dpi=image.info.get("dpi"))
-    return out.getvalue()
 
 
 # In a notebook's dark theme, as JupyterLab, Visual Studio Code and Colab mark it, the picture is another one. It stands

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
-import jsonschema
 import numpy as np
 from numpy.typing import NDArray
 
@@ -163,6 +162,8 @@ def check_static(spec: Mapping[str, Any]) -> None:
 
 
 def _check(kind: str, facts: Any, state: Any, blocks: Mapping[str, Any]) -> None:
+    import jsonschema  # takes longer than all the views: beside Jupyter, it builds three dozen grammars first
+
     error = jsonschema.exceptions.best_match(
         _validator(kind_of(kind)).iter_errors({"facts": facts, "state": state, "blocks": blocks})
     )
@@ -173,6 +174,8 @@ def _check(kind: str, facts: Any, state: Any, blocks: Mapping[str, Any]) -> None
 
 @cache
 def _validator(kind: Kind) -> Any:
+    import jsonschema
+
     found = jsonschema.validators.validator_for(kind.schema)
     found.check_schema(kind.schema)
     return found(kind.schema)

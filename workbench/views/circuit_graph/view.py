@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.errors import ReportError, expect
+from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.base import scales
 from workbench.views.base.registry import register
@@ -162,7 +162,6 @@ def circuit_graph(
         InterventionError: the circuit is empty; a name for a node that the model has not.
         ReportError: the curve is of another circuit.
     """
-    expect(Circuit, circuit=circuit)
     circuit.check_not_empty()
     if curve is not None and (curve.task, curve.circuit) != (circuit.task, repr(circuit)):
         raise ReportError(f"the curve is of {curve.circuit}, the graph of {circuit!r}", hint="make it for this circuit")
