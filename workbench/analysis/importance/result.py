@@ -99,7 +99,9 @@ class HeadImportance(Result):
 
         It is of the mean over prompts like these. NaN with one example; and where fewer than a tenth of the examples
         carry the mean (`effective`), as of a loss that is nearly 0 on most: there no interval of a mean holds what it
-        promises, and `median` says more. The lengths of layers count as known where scores are normalised.
+        promises, and `median` says more. A sample that happens to hold none of those few cannot tell, and its interval
+        is too short: where scores of examples differ by orders of magnitude, as those of losses do, go by `median`, or
+        by a measure such as "logit_diff". The lengths of layers count as known where scores are normalised.
         """
         found = self.examples(method, measure)
         few = self.effective(method, measure) < self.n_examples * FEWEST
