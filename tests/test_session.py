@@ -280,7 +280,7 @@ def test_half_a_character_is_no_text() -> None:
         for text, where in (("a \udcff", r"U\+DCFF at 2"), (["a", "\ud83d"], r"U\+D83D at 0")):
             with pytest.raises(CaptureError, match=f"half of a character, {where}"):
                 wb.tokenize(text)
-        with pytest.raises(workbench.WorkbenchError, match="inputs are a dict, not str"):
+        with pytest.raises(workbench.WorkbenchError, match="`inputs` is a str, and no Mapping"):
             workbench.saliency(wb, "a text")
     with pytest.raises(workbench.TaskError, match="in example 0, the text holds half of a character"):
         workbench.tasks.from_prompts(["a \ud800"], ["b \ud800"], [" c"], [" d"])
