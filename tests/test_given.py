@@ -18,14 +18,13 @@ NOUNS = {each.__name__: each for each in (workbench.Workbench, workbench.Capture
 
 
 def asked() -> Iterator[tuple[Callable[..., Any], str]]:
-    """Every function of analyses, and of views of results, with each of its arguments that is one of the nouns."""
+    """Every function of analyses and views, with each of its arguments that is one of the nouns."""
     for room in (workbench, views):
         for name in room.__all__:
             made = getattr(room, name)
             if inspect.isfunction(made):
                 for parameter in inspect.signature(made).parameters.values():
-                    checked = room is workbench or ".results." in made.__module__
-                    if checked and parameter.annotation in NOUNS and parameter.default is parameter.empty:
+                    if parameter.annotation in NOUNS and parameter.default is parameter.empty:
                         yield made, parameter.name
 
 

@@ -1,5 +1,6 @@
 """What heads can do by their weights: compared with whole [vocab, vocab] and [d_model, d_model] matrices in float64."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,10 +197,14 @@ def test_a_head_without_weights_has_no_directions() -> None:
         model.transformer.h[0].attn.c_proj.weight.zero_()
     with attach(model) as wb:
         found = singular_vectors(wb, ["L0H1", "L1H0"], vectors=2, top=3)
+        copying, composition = ov_copying(wb), composition_scores(wb)
     gone = found.table["layer"] == 0
     assert (found.table.loc[gone, ["reads", "writes"]] == "").all(axis=None)
     assert (found.table.loc[~gone, ["reads", "writes"]] != "").all(axis=None)
     assert repr(found) == "SingularVectors(ov: L0H1 is 0 and has no directions)"
+    wanted = r"OVCopying\(8 heads; (L1H\d [+-]\d\.\d\d, ){4}4 that can write nothing have no score\)"
+    assert re.fullmatch(wanted, repr(copying))
+    assert repr(composition) == "CompositionScores(8 heads; their weights are 0, and none has a score)"
 
 
 def test_rotary_queries_and_keys_give_the_scores_of_the_kernel() -> None:

@@ -64,7 +64,7 @@ class CompositionScores(Result):
 
     def __repr__(self) -> str:
         best = ", ".join(f"{kind} {a}→{b} {score:.3f}" for kind, a, b, score in self.table.head(4).values.tolist())
-        return f"CompositionScores({len(self.layers)} heads; {best})"
+        return f"CompositionScores({len(self.layers)} heads; {best or 'their weights are 0, and none has a score'})"
 
 
 def composition_scores(wb: Workbench, *, distance: int = 0) -> CompositionScores:

@@ -53,8 +53,11 @@ class OVCopying(Result):
         return frame.sort_values("score", ascending=False, kind="stable").reset_index(drop=True)
 
     def __repr__(self) -> str:
-        best = ", ".join(f"L{row.layer}H{row.head} {row.score:+.2f}" for row in self.table.head(4).itertuples())
-        return f"OVCopying({len(self.layers)} heads; {best})"
+        rows = self.table.dropna(subset="score")
+        best = [f"L{row.layer}H{row.head} {row.score:+.2f}" for row in rows.head(4).itertuples()]
+        if silent := len(self.layers) - len(rows):
+            best.append(f"{silent} that can write nothing have no score")
+        return f"OVCopying({len(self.layers)} heads; {', '.join(best)})"
 
 
 def ov_copying(wb: Workbench) -> OVCopying:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from workbench.analysis.circuits.circuit import Circuit
-from workbench.errors import ReportError
+from workbench.errors import ReportError, expect
 from workbench.tokens import visible
 from workbench.views.base import scales
+from workbench.views.base.counting import count
 from workbench.views.base.registry import register
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import ViewSpec
@@ -121,7 +122,7 @@ class CircuitGraph(PinnedView):
             marks[i] = Mark(colour, shape, said, self._is_chosen(nodes[i]))
         draw(panel, nodes, facts["rows"], marks, lines)
         cut = f" ({MOST_LINES} drawn)" if len(lines) > MOST_LINES else ""
-        what = f"{len(shown.nodes)} nodes, {len(lines):,} edges{cut}"
+        what = f"{count(len(shown.nodes), 'node')}, {count(len(lines), 'edge')}{cut}"
         panel.set_title(f"{what}; solid: positive, dashed: negative", fontsize=8)
         bar = figure.colorbar(mpl.cm.ScalarMappable(mpl.colors.Normalize(low, high), scale), ax=panel, shrink=0.5)
         bar.set_label(facts["meaning"], fontsize=7)
@@ -162,6 +163,7 @@ def circuit_graph(
         InterventionError: the circuit is empty; a name for a node that the model has not.
         ReportError: the curve is of another circuit.
     """
+    expect(Circuit, circuit=circuit)
     circuit.check_not_empty()
     if curve is not None and (curve.task, curve.circuit) != (circuit.task, repr(circuit)):
         raise ReportError(f"the curve is of {curve.circuit}, the graph of {circuit!r}", hint="make it for this circuit")
@@ -192,7 +194,7 @@ def circuit_graph(
         "curve": None if curve is None else circuit_facts.curve_facts(curve),
         "meaning": circuit_facts.NODE_SCORE[circuit.level], "signed": signed,
     }  # fmt: skip
-    what = f"{len(circuit.nodes)} nodes and {total:,} edges" if total else f"{len(circuit.nodes)} nodes"
+    what = count(len(circuit.nodes), "node") + (f" and {count(total, 'edge')}" if total else "")
     kept = "" if curve is None else f" {_kept(circuit, curve)}"
     spec = ViewSpec(
         kind="circuit_graph",

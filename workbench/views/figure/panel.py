@@ -128,7 +128,7 @@ class Panel:
             getattr(self.axes, f"{which}axis").set_major_formatter(lambda value, _: f"{value:g}")
         if which in self.categories:
             names = [plain_text(name) for name in self.categories[which]]
-            step = -(-len(names) // _MOST_LABELS)
+            step = max(1, -(-len(names) // _MOST_LABELS))
             turned = which == "x" and sum(map(len, names[::step])) > 90
             put["ticks"](range(0, len(names), step), names[::step], rotation=90 if turned else 0)
         elif about.get("tickvals") is not None:

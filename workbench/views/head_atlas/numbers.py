@@ -13,6 +13,7 @@ import torch
 
 from workbench.analysis.statistics.intervals import means_t
 from workbench.capture.capture import Capture
+from workbench.capture.padding import without_padding
 from workbench.errors import ReportError
 from workbench.hooks.sites import Kind, Site
 from workbench.views.base.given import real_numbers
@@ -41,7 +42,8 @@ def of_capture(capture: Capture) -> tuple[list[Site], dict[str, Quantity], Any, 
         start = 0
         counted: set[tuple[int, int]] = set()
         for site in sites:
-            kept = [c.statistics[name] for call in calls for c in call if c.site.name == site and name in c.statistics]
+            those = [c for call in calls for c in call if c.site.name == site and name in c.statistics]
+            kept = [without_padding(c, name) for c in those]
             if kept:
                 each = torch.cat([_per_entry(tensor) for tensor in kept])  # [entry, head]
                 counted.add(_counted(kept))

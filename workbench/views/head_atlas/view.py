@@ -14,6 +14,7 @@ from workbench.errors import ReportError, nearest
 from workbench.hooks.sites import Kind, Site
 from workbench.tokens import visible
 from workbench.views.base import scales
+from workbench.views.base.counting import count
 from workbench.views.base.selection import SharedSelection
 from workbench.views.base.spec import ViewSpec
 from workbench.views.base.view import View
@@ -111,7 +112,8 @@ def head_atlas(
         kind="head_atlas",
         title=title,
         caption=caption
-        or f"{over}: {len(order):,} heads at {len(sites)} sites." + ("" if begins is None else f" {begins.why}"),
+        or f"{over}: {count(len(order), 'head')} at {count(len(sites), 'site')}."
+        + ("" if begins is None else f" {begins.why}"),
         facts={
             "groups": groups,
             "metrics": [

@@ -14,6 +14,7 @@ from workbench.errors import ReportError
 from workbench.tokens import visible
 from workbench.views.attention_pattern.pyramid import dequantise
 from workbench.views.base import scales
+from workbench.views.base.counting import count
 from workbench.views.base.given import real_numbers
 from workbench.views.base.selection import SharedSelection, inputs_of
 from workbench.views.base.spec import Array, ViewSpec
@@ -231,7 +232,7 @@ def head_gallery(
             roots=True if roots is None else roots,
             title=title,
             caption=caption
-            or f"The patterns of {len(wall.heads):,} heads over {over}, {cells}."
+            or f"The patterns of {count(len(wall.heads), 'head')} over {over}, {cells}."
             + ("" if wall.begins is None else f" {wall.begins.why}"),
             notes=(*notes, "Weights are kept in 8 bits after a square root: the error is at most 0.004.", *wall.notes),
             provenance=maps.provenance if provenance is None else provenance,
@@ -244,7 +245,7 @@ def head_gallery(
         raise ReportError("maps are [head, row, column], as many as heads, at least one, with axes", shape=values.shape)
     return _made(
         values, heads, axes, labels=labels, sites=sites, said=said, saying=saying, groups=groups, numbers=numbers,
-        roots=bool(roots), title=title, caption=caption or f"{len(values):,} heads.", notes=notes,
+        roots=bool(roots), title=title, caption=caption or f"{count(len(values), 'head')}.", notes=notes,
         provenance=provenance or {}, selection=selection,
     )  # fmt: skip
 
@@ -283,9 +284,9 @@ def _made(
     for name, array in found.items():
         if array.shape != (n,):
             raise ReportError(f"there are {n} heads, and another number of {name}", shape=array.shape)
-    for name, texts, count in (("rows", axes.row_texts, maps.shape[1]), ("columns", axes.column_texts, maps.shape[2])):
-        if texts is not None and len(texts) != count:
-            raise ReportError(f"there are {count} {name} and {len(texts)} texts of them")
+    for name, texts, size in (("rows", axes.row_texts, maps.shape[1]), ("columns", axes.column_texts, maps.shape[2])):
+        if texts is not None and len(texts) != size:
+            raise ReportError(f"there are {size} {name} and {len(texts)} texts of them")
     if groups is None:
         owners = [f"Layer {layer}" for layer, _ in heads] if sites is None else list(sites)
         groups = [Group(name, [i for i, own in enumerate(owners) if own == name]) for name in dict.fromkeys(owners)]

@@ -12,7 +12,7 @@ from workbench.analysis.circuits.roles import HeadRoles
 from workbench.analysis.importance import HeadImportance
 from workbench.analysis.logits import LogitAttribution
 from workbench.capture.capture import Capture
-from workbench.errors import ReportError, nearest
+from workbench.errors import ReportError, expect, nearest
 from workbench.hooks.sites import Site
 from workbench.tokens import visible
 from workbench.views.base import scales
@@ -92,6 +92,7 @@ def head(
     >>> head(cap, "L1H6")
     HeadPage(Head by head)
     """
+    expect(Capture, capture=capture)
     if not len(capture.calls) or not len(capture.calls[0].sites):
         raise ReportError("the capture is empty", hint="call the model inside `with wb.capture() as cap:`")
     every, labels = heads_of(capture)

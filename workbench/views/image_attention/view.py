@@ -13,7 +13,8 @@ from torch import Tensor
 
 from workbench.analysis.profile.measuring import choose_sites, labels_of, locate
 from workbench.analysis.profile.places import Places
-from workbench.errors import ReportError
+from workbench.capture.capture import Capture
+from workbench.errors import ReportError, expect
 from workbench.tokens import visible
 from workbench.views.base import scales
 from workbench.views.base.selection import Selection, SharedSelection, inputs_of
@@ -25,7 +26,6 @@ from workbench.views.image_attention.windows import Placed, Windows, place
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from workbench.capture.capture import Capture
     from workbench.hooks.sites import Site
     from workbench.kernels.patterns import Pattern
 
@@ -137,6 +137,7 @@ def image_attention(
     >>> len(view.spec.facts["heads"]), view.spec.facts["grid"]
     (16, [8, 8])
     """
+    expect(Capture, cap=cap)
     left_out = 0
     if windows is None:
         chosen, _ = choose_sites(cap, sites)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from workbench.capture.capture import Capture
-from workbench.errors import ReportError, WorkbenchError
+from workbench.errors import ReportError, WorkbenchError, expect
 from workbench.hooks.heads import parse_heads
 from workbench.session.workbench import Workbench
 from workbench.storage.weights import weights_version
@@ -226,4 +226,6 @@ def playground(
     >>> play.edits
     (transformer.h.4.attn head 1,)
     """
+    expect(Workbench, wb=wb)
+    expect(str, prompt=prompt)
     return Playground(wb, prompt, written=written, statistics=statistics, title=title, selection=selection)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.capture.capture import Capture
-from workbench.errors import ReportError
+from workbench.errors import ReportError, expect
 from workbench.views.base.counting import count
 from workbench.views.base.drawing import SERIES
 from workbench.views.base.selection import SharedSelection
@@ -117,6 +117,7 @@ def run_timeline(
     Raises:
         ReportError: the capture holds no times: it was joined, pooled, or comes from a file without them.
     """
+    expect(Capture, capture=capture)
     calls: list[dict[str, Any]] = []
     spans: list[tuple[float, float]] = []
     threads: list[int] = []
