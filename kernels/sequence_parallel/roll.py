@@ -133,13 +133,17 @@ def absent(what: str, ranks: Sequence[int], members: Mapping[int, tuple[int, int
 
 
 def _gone(some: Sequence[int], ranks: Sequence[int], known: Mapping[int, tuple[int, int]]) -> str:
-    """The first of some processes that has ended or was stopped, as far as they run on this machine."""
+    """Which of some processes have ended or were stopped, as far as they run on this machine.
+
+    All of them: those who were told that one has ended may have ended for it, and nobody saw which was first.
+    """
+    found = []
     for rank in some:
         machine, pid = known.get(rank, (0, 0))
         state = _state(pid) if machine == uuid.getnode() else "there"
         if state != "there":
-            return f"{_named(rank, ranks, known)} {state} and"
-    return ""
+            found.append(f"{_named(rank, ranks, known)} {state}")
+    return f"{', '.join(found)} and" if found else ""
 
 
 def _named(rank: int, ranks: Sequence[int], known: Mapping[int, tuple[int, int]]) -> str:

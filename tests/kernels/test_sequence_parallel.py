@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -27,9 +29,9 @@ def test_a_split_sequence_is_as_the_whole(found: list[dict[str, dict[str, str]]]
 
 
 def test_where_a_process_ended_the_others_are_told(found: list[dict[str, str]]) -> None:
+    """Others may have ended for it by then, and are named beside it."""
     for each in found[:-1]:
-        assert each["told"].startswith("process 3 of the group (pid ")
-        assert "has ended and did not answer" in each["told"]
+        assert re.search(r"process 3 of the group \(pid \d+\) has ended and did not answer", each["told"])
 
 
 @pytest.mark.parametrize("how", ["lasp", "lasp_whole", "gather", "ring", "ring_whole"])
