@@ -227,5 +227,4 @@ def playground(
     (transformer.h.4.attn head 1,)
     """
     expect(Workbench, wb=wb)
-    expect(str, prompt=prompt)
     return Playground(wb, prompt, written=written, statistics=statistics, title=title, selection=selection)
