@@ -36,17 +36,17 @@ class _Cut:
 
 def is_cut(model: nn.Module) -> bool:
     """Whether some weight of a model is a part of one that several processes hold together."""
-    return "torch.distributed.tensor" in sys.modules and any(_is_distributed(p) for p in model.parameters())
+    return "torch.distributed.tensor" in sys.modules and any(is_distributed(p) for p in model.parameters())
 
 
 def mesh_of(model: nn.Module) -> Any:
     """The mesh of processes that hold a model's weights together; None where they are all here."""
-    return next((p.device_mesh for p in model.parameters() if _is_distributed(p)), None)  # type: ignore[attr-defined]
+    return next((p.device_mesh for p in model.parameters() if is_distributed(p)), None)  # type: ignore[attr-defined]
 
 
 def here(tensor: Tensor) -> Tensor:
     """This process's part of a distributed tensor; any other as it is."""
-    part: Tensor = tensor.to_local() if _is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    part: Tensor = tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
 
@@ -101,7 +101,7 @@ def _cuts(module: nn.Module) -> dict[str, list[_Cut]]:
     found: dict[str, list[_Cut]] = {"inputs": [], "outputs": []}
     for part in module.modules():
         weight: Any = getattr(part, "weight", None)
-        if not is_linear(part) or not _is_distributed(weight):
+        if not is_linear(part) or not is_distributed(weight):
             continue
         of_inputs = 0 if is_conv1d(part) else 1
         for axis, mesh_axis in _axes(weight):
@@ -117,7 +117,7 @@ def _cuts(module: nn.Module) -> dict[str, list[_Cut]]:
 def _uncut_inputs(module: nn.Module) -> set[int]:
     """How many inputs those linear layers in a module have that are whole."""
     parts = [part for part in module.modules() if is_linear(part) and isinstance(part.weight, Tensor)]
-    whole = [part for part in parts if not _is_distributed(part.weight) or not any(_axes(part.weight))]
+    whole = [part for part in parts if not is_distributed(part.weight) or not any(_axes(part.weight))]
     return {part.weight.shape[0 if is_conv1d(part) else 1] for part in whole if part.weight.dim() == 2}  # type: ignore
 
 
@@ -133,7 +133,7 @@ def _rank(cut: _Cut) -> int:
     return 0 if coordinate is None else int(coordinate[cut.mesh_axis])
 
 
-def _is_distributed(tensor: Any) -> bool:
+def is_distributed(tensor: Any) -> bool:
     """Whether a tensor is a DTensor; there is none unless their module is loaded."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)

@@ -15,7 +15,7 @@ from workbench.hooks.head_shards import HeadShard
 from workbench.hooks.packing import Rule, Segment, block_mask
 from workbench.hooks.proofs.axes import Bound
 from workbench.kernels.masks import Mask, as_four, hidden_below
-from workbench.kernels.patterns import DensePattern, Pattern, SignedPattern
+from workbench.kernels.patterns import DensePattern, Pattern
 from workbench.kernels.softmax import SoftmaxPattern
 
 Kind = Literal["self", "cross", "window", "halo", "channel", "pooled", "memory", "state", "gate"]
@@ -329,7 +329,6 @@ class AttentionCall:
         mask = Mask(n_q, n_k, offset=self.first_position(cross=cross), tensor=None if bool(visible.all()) else visible)
         sums = weights.sum(-1, dtype=torch.float32)
         normalised = bool(((sums - 1).abs() < 0.01).logical_or(sums == 0).all())
-        signed = bool((weights < 0).any())
-        pattern = SignedPattern(weights, mask) if signed else DensePattern(weights, mask, normalised)
+        pattern = DensePattern.of(weights, mask, normalised=normalised)
         pattern.values = self.v.detach()
         return pattern

@@ -34,6 +34,19 @@ class DensePattern(Pattern):
             raise CaptureError(f"normalised is True or False, not {normalised!r}")
         self.weights, self.normalised = weights, normalised
 
+    @classmethod
+    def of(
+        cls, weights: Tensor, mask: Mask | None = None, *, normalised: bool = True, signed: bool | None = None
+    ) -> DensePattern:
+        """A `SignedPattern` of weights that may be negative, else a `DensePattern`.
+
+        Args:
+            signed: whether they may; if None, whether some are.
+        """
+        if bool((weights < 0).any()) if signed is None else signed:
+            return SignedPattern(weights, mask)
+        return DensePattern(weights, mask, normalised)
+
     @property
     def by_magnitude(self) -> bool:
         """False: what a row lacks of one means something."""

@@ -280,7 +280,7 @@ def _one_pattern(
     weights = _placed([pattern.weights for pattern in patterns if isinstance(pattern, DensePattern)], steps, shape)
     signed = any(pattern.signed for pattern in patterns)
     normalised = all(pattern.normalised for pattern in patterns)
-    dense = SignedPattern(weights, mask) if signed else DensePattern(weights, mask, normalised)
+    dense = DensePattern.of(weights, mask, normalised=normalised, signed=signed)
     dense.values = values
     return dense
 

@@ -16,7 +16,7 @@ from workbench.hooks.projections import Projection
 from workbench.hooks.sites import Site
 from workbench.hooks.tap import StateLink
 from workbench.kernels.gradients import GRADIENT_SUMS
-from workbench.kernels.patterns import DENSE_LIMIT, DensePattern, Pattern, SignedPattern
+from workbench.kernels.patterns import DENSE_LIMIT, DensePattern, Pattern
 from workbench.kernels.statistics import STATISTICS, VALUE_WEIGHTED, output_names
 from workbench.tokens import visible_text
 
@@ -94,7 +94,7 @@ class SiteCapture:
             self._check_held()
             return self.lazy
         if self.weights is not None:
-            return SignedPattern(self.weights) if self.signed else DensePattern(self.weights, None, self.normalised)
+            return DensePattern.of(self.weights, normalised=self.normalised, signed=self.signed)
         raise CaptureError(
             "the pattern was not kept",
             site=self.site.name,

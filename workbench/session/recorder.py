@@ -232,9 +232,8 @@ class Recorder(CallRecorder):
             checked = dict[str, int]()
             for forward, part in running.parts(call):
                 site = known.at_call(sum(one.site.path == call.site for one in forward.sites.values()))
-                n_keys = part.lengths[
-                    1
-                ]  # one row costs little, every row of every call not; of a single key it tells nothing
+                # One row costs little, all rows of all calls do not; and a row of one key tells nothing.
+                n_keys = part.lengths[1]
                 if n_keys >= 2 * self._checked.get(site.name, 0):
                     checked[site.name] = n_keys
                 capture, size = self.record(part, site, forward, edited, grad_is_on, check=site.name in checked)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from workbench.analysis.saliency.token_names import special_ids, texts_of
 from workbench.errors import WorkbenchError
+from workbench.hooks.cut_weights import is_distributed
 from workbench.storage.provenance import find_patches
 
 _SAME = 1e-3  # largest difference of log-probabilities between ids and embeddings
@@ -204,7 +205,7 @@ def embedding_of(tower: nn.Module) -> nn.Module:
 
 def embedded(table: nn.Module, ids: Tensor) -> Tensor:
     """What a table of embeddings gives for ids; where FSDP has cut its weights, all processes call it at once."""
-    cut = {name: p for name, p in table.named_parameters() if type(p).__name__ == "DTensor"}
+    cut = {name: p for name, p in table.named_parameters() if is_distributed(p)}
     if cut and not (table._forward_pre_hooks or table._forward_hooks):  # those of tensor parallelism know their part
         whole = {name: p.full_tensor() for name, p in cut.items()}  # type: ignore[attr-defined]
         found: Tensor = torch.func.functional_call(table, whole, (ids,))
